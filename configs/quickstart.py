@@ -1,0 +1,50 @@
+"""A reasoner from nothing, on a laptop CPU in about five minutes, with no download.
+
+    python -m grpo_jax.train --config configs/quickstart.py
+
+A model of 0.4 million parameters first imitates sloppy students on sums of four or five terms: most
+of them guess, some work step by step and slip. It then answers about a tenth of 512 held-out sums.
+GRPO with a reward for right answers teaches it to work, and to work carefully: 99.4 %, 100 %
+and 99.8 % with the seeds 0, 1 and 2.
+"""
+
+from grpo_jax import config as config_lib
+
+
+def get_config():
+    c = config_lib.default()
+    c.data.task = "arithmetic"
+    c.data.num_train = 20_000
+    c.data.num_eval = 512
+    c.data.max_prompt_tokens = 16
+    c.rewards.names = ("exact_answer", "answer_format")
+    c.rewards.weights = (1.0, 0.1)
+
+    c.model.num_layers = 2
+    c.model.width = 128
+    c.model.mlp_width = 384
+    c.model.num_heads = 4
+    c.model.num_kv_heads = 2
+    c.model.unroll_layers = True  # two layers: quick to compile, and faster on CPU
+
+    c.sft.num_steps = 1400
+    c.sft.batch = 64
+    c.sft.microbatch = 16
+    c.sft.learning_rate = 2e-3
+    c.sft.max_tokens = 40
+
+    c.batch.prompts = 32
+    c.batch.group = 8
+    c.batch.microbatch = 2
+    c.rollout.max_tokens = 40
+    c.algorithm.kl_coef = 0.001
+    c.optim.learning_rate = 2e-4
+    c.optim.warmup_steps = 5
+    c.optim.schedule = "linear"
+    c.optim.end_fraction = 0.1
+    c.loop.num_steps = 120
+
+    c.evaluation.every_steps = 20
+    c.evaluation.num_samples = 8
+    c.checkpoint.every_steps = 20
+    return c

@@ -1,0 +1,22 @@
+"""Group-relative advantages: a completion is judged against the others of its prompt."""
+
+import jax.numpy as jnp
+
+from grpo_jax.structs import Array
+
+
+def group_advantages(reward_PG: Array, *, by_std: bool) -> Array:
+    """Reward of each completion relative to the others of its prompt, float32 [P, G].
+
+    In reward units (Liu et al. 2025, arXiv:2503.20783, "Dr. GRPO"), or in group standard deviations
+    if `by_std` (Shao et al. 2024, arXiv:2402.03300, section 4.1.2; the deviation over the G
+    completions themselves, not the sample estimate). A group of equal rewards gives exact zeros.
+    """
+    reward_PG = reward_PG.astype(jnp.float32)
+    # Relative to the first one: the mean of equal numbers rounds, the mean of zeros does not.
+    reward_PG = reward_PG - reward_PG[:, :1]
+    adv_PG = reward_PG - reward_PG.mean(axis=1, keepdims=True)
+    if by_std:  # the floor: rounding alone gives equal rewards a std near 1e-7
+        std_P1 = reward_PG.std(axis=1, keepdims=True)
+        adv_PG = jnp.where(std_P1 > 1e-4, adv_PG / jnp.maximum(std_P1, 1e-4), 0.0)
+    return adv_PG

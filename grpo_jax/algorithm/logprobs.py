@@ -1,0 +1,147 @@
+"""Log-probability and entropy of tokens from hidden states, chunk by chunk over the rows.
+
+Logits over the vocabulary exist for one chunk of tokens at a time, never for a batch. With a loss
+on top, one sweep does everything: the chunk computes log-probability and entropy, differentiates
+the per-token loss, and forms the gradients of hidden states and head at once, so the backward pass
+of the vocabulary costs no second product with the head.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.models import logits as logits_lib
+from grpo_jax.structs import Array, Sampling
+
+# Per-token loss [..., tokens] of log-probability, entropy and fixed terms of the same shape.
+TokenLoss = Callable[[Array, Array, Any], Array]
+
+_MAX_LOGITS = 2**27  # elements of one chunk's logits: 512 MiB of float32
+_MAX_TOKENS = 4096  # past this a larger product is no faster anywhere
+
+
+def _chunk_width(rows: int, tokens: int, vocab: int) -> int:
+    """Tokens of each row in a chunk, so that its logits stay under both limits."""
+    return max(1, min(tokens, min(_MAX_LOGITS // vocab, _MAX_TOKENS) // rows))
+
+
+def _split(x_BT: Array, width: int) -> Array:
+    """[B, T, ...] as chunks along T, [chunks, B, width, ...], the last one padded with zeros.
+
+    Rows stay whole: over devices they are split by row, and no chunk moves between them.
+    """
+    rows, tokens, *rest = x_BT.shape
+    chunks = -(-tokens // width)
+    pad = [(0, 0)] * x_BT.ndim
+    pad[1] = (0, chunks * width - tokens)
+    x = jnp.pad(x_BT, pad).reshape(rows, chunks, width, *rest)
+    return jnp.moveaxis(x, 1, 0)
+
+
+def _join(x: Array, tokens: int) -> Array:
+    """The inverse of `_split`."""
+    chunks, rows, width, *rest = x.shape
+    return jnp.moveaxis(x, 0, 1).reshape(rows, chunks * width, *rest)[:, :tokens]
+
+
+def _statistics(hidden: Array, head_DV: Array, target: Array, sampling: Sampling):
+    """Log-probability of `target` and entropy [...], and all log-probabilities [..., V]."""
+    scores = logits_lib.logits(hidden, head_DV)
+    log_prob = logits_lib.log_probs(scores, sampling, always=target)
+    logp = jnp.take_along_axis(log_prob, target[..., None], axis=-1)[..., 0]
+    plogp = jnp.where(log_prob > -jnp.inf, jnp.exp(log_prob) * log_prob, 0.0)
+    return logp, -plogp.sum(-1), log_prob
+
+
+def score(
+    hidden_BTD: Array, head_DV: Array, target_BT: Array, sampling: Sampling
+) -> tuple[Array, Array]:
+    """Log-probability of each target token and entropy at it, float32 [B, T], in nats.
+
+    Under the distribution of `sampling`: temperature, top-k and top-p as the sampler applied them.
+    Not meant to be differentiated; see `loss`.
+    """
+    width = _chunk_width(*target_BT.shape, head_DV.shape[-1])
+
+    def chunk(carry, xs):
+        logp, entropy, _ = _statistics(xs[0], head_DV, xs[1], sampling)
+        return carry, (logp, entropy)
+
+    _, (logp, entropy) = jax.lax.scan(
+        chunk, None, (_split(hidden_BTD, width), _split(target_BT, width))
+    )
+    tokens = target_BT.shape[1]
+    return _join(logp, tokens), _join(entropy, tokens)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def loss(
+    token_loss: TokenLoss,
+    sampling: Sampling,
+    hidden_BTD: Array,
+    head_DV: Array,
+    target_BT: Array,
+    weight_BT: Array,
+    terms: Any,
+) -> tuple[Array, Array, Array]:
+    """Weighted sum of per-token losses, with the log-probabilities and entropies [B, T] behind it.
+
+    Differentiable in the first result, with respect to `hidden_BTD` and `head_DV` alone.
+    `token_loss(logp, entropy, terms)` sees arrays of one chunk; `terms` is a pytree of [B, T]
+    arrays that stay fixed. Tokens of weight 0 contribute nothing, whatever they hold.
+    """
+    logp_BT, entropy_BT = score(hidden_BTD, head_DV, target_BT, sampling)
+    per_token = jnp.where(weight_BT != 0, token_loss(logp_BT, entropy_BT, terms), 0.0)
+    return jnp.sum(weight_BT * per_token), logp_BT, entropy_BT
+
+
+def _loss_forward(token_loss, sampling, hidden_BTD, head_DV, target_BT, weight_BT, terms):
+    tokens = target_BT.shape[1]
+    width = _chunk_width(*target_BT.shape, head_DV.shape[-1])
+    temperature = sampling.temperature or 1.0
+
+    def chunk(carry, xs):
+        total, grad_head = carry
+        hidden, target, weight, terms = xs
+        logp, entropy, log_prob = _statistics(hidden, head_DV, target, sampling)
+
+        def weighted(logp, entropy):
+            per_token = jnp.where(weight != 0, token_loss(logp, entropy, terms), 0.0)
+            return jnp.sum(weight * per_token)
+
+        part, by_both = jax.value_and_grad(weighted, argnums=(0, 1))(logp, entropy)
+        # A token of weight 0 has a cotangent of 0; times an infinite term that is not a number.
+        by_logp, by_entropy = (jnp.where(weight != 0, g, 0.0) for g in by_both)
+        # d logp / d logits = onehot - p;  d entropy / d logits = -p (log p + entropy)
+        prob = jnp.exp(log_prob)
+        chosen = jax.nn.one_hot(target, prob.shape[-1])
+        finite = jnp.where(log_prob > -jnp.inf, log_prob, 0.0)
+        by_logits = by_logp[..., None] * (chosen - prob)
+        by_logits -= by_entropy[..., None] * prob * (finite + entropy[..., None])
+        by_logits = (by_logits / temperature).astype(hidden.dtype)
+        by_hidden = jnp.einsum("btv,dv->btd", by_logits, head_DV.astype(hidden.dtype))
+        grad_head += jnp.einsum(
+            "btd,btv->dv", hidden, by_logits, preferred_element_type=jnp.float32
+        )
+        return (total + part, grad_head), (logp, entropy, by_hidden)
+
+    xs = jax.tree.map(lambda x: _split(x, width), (hidden_BTD, target_BT, weight_BT, terms))
+    start = jnp.float32(0), jnp.zeros(head_DV.shape, jnp.float32)
+    (total, grad_head), ys = jax.lax.scan(chunk, start, xs)
+    logp, entropy, grad_hidden = (_join(y, tokens) for y in ys)
+    return (total, logp, entropy), (grad_hidden, grad_head.astype(head_DV.dtype))
+
+
+def _loss_backward(token_loss, sampling, residuals, cotangents):
+    grad_hidden, grad_head = residuals
+    by_total = cotangents[0]  # log-probabilities and entropies are for looking at
+    scale = lambda g: (g * by_total).astype(g.dtype)  # noqa: E731
+    return scale(grad_hidden), scale(grad_head), None, None, None
+
+
+loss.defvjp(_loss_forward, _loss_backward)

@@ -1,0 +1,123 @@
+"""The objective, as arithmetic on log-probabilities; no model here.
+
+Every function works elementwise on arrays of one shape, float32, log-probabilities in nats. Token
+losses are summed with `weights` and divided by their count once, over the global batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.structs import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The constants of the loss; `config.algorithm` documents each."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    normalizer: str = "token"
+    max_tokens: int = 1  # completion limit, the "constant" normalizer's length of every sequence
+
+
+def log_ratio(logp: Array, old_logp: Array | None) -> Array:
+    """Log of the importance ratio to the policy that the rollout's updates started from.
+
+    Without `old_logp` the old policy is the current one: the ratio is exactly 1 and its gradient
+    that of log π.
+    """
+    return logp - (jax.lax.stop_gradient(logp) if old_logp is None else old_logp)
+
+
+def clipped_surrogate(log_ratio: Array, advantage: Array, low: float, high: float) -> Array:
+    """Loss of each token, -min(ρA, clip(ρ, 1 - low, 1 + high)A).
+
+    Shao et al. 2024, arXiv:2402.03300, equation 3; a `high` above `low` is the clip-higher of DAPO
+    (Yu et al. 2025, arXiv:2503.14476, section 3.1).
+    """
+    ratio = jnp.exp(log_ratio)
+    return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
+
+
+def kl_k3(logp: Array, ref_logp: Array) -> Array:
+    """Estimate of KL(policy ‖ reference) at each sampled token, never below 0.
+
+    exp(d) - d - 1 with d = ref - policy (Schulman's k3; arXiv:2402.03300, equation 4). Its gradient
+    pulls towards the reference; that of the plain difference (k1) is zero on average on-policy.
+    """
+    d = ref_logp - logp
+    return jnp.expm1(d) - d
+
+
+def token_loss(
+    objective: Objective, logp: Array, entropy: Array, terms: dict[str, Array | None]
+) -> Array:
+    """Loss of each token before weighting.
+
+    `terms` holds `advantage`, and `old_logp` and `ref_logp`, each an array or None.
+    """
+    loss = clipped_surrogate(
+        log_ratio(logp, terms["old_logp"]),
+        terms["advantage"],
+        objective.clip_low,
+        objective.clip_high,
+    )
+    if objective.kl_coef:
+        loss += objective.kl_coef * kl_k3(logp, terms["ref_logp"])
+    if objective.entropy_coef:
+        loss -= objective.entropy_coef * entropy
+    return loss
+
+
+def weights(action_BT: Array, objective: Objective) -> tuple[Array, Array]:
+    """Weight of each token in the loss sum, float32 [B, T], and what to divide the sum by.
+
+    "token": every token of the batch alike (DAPO); "sequence": every sequence alike, its tokens
+    sharing (the GRPO paper); "constant": every token alike, divided by sequences times the
+    completion limit, so that length has no influence (Dr. GRPO).
+    """
+    weight_BT = action_BT.astype(jnp.float32)
+    length_B1 = weight_BT.sum(axis=1, keepdims=True)
+    if objective.normalizer == "token":
+        return weight_BT, weight_BT.sum()
+    if objective.normalizer == "sequence":
+        return weight_BT / jnp.maximum(length_B1, 1.0), (length_B1 > 0).sum().astype(jnp.float32)
+    return weight_BT, jnp.float32(action_BT.shape[0] * objective.max_tokens)
+
+
+def diagnostics(
+    objective: Objective,
+    logp: Array,
+    entropy: Array,
+    terms: dict,
+    action: Array,
+    sampler_logp: Array,
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """What explains an update: sums over action tokens, and maxima over them; all scalars."""
+    kept = action.astype(jnp.float32)
+    ratio = jnp.exp(log_ratio(logp, terms["old_logp"]))
+    advantage = terms["advantage"]
+    # Clipped tokens are those whose gradient the clip cuts off.
+    low = (ratio < 1 - objective.clip_low) & (advantage < 0)
+    high = (ratio > 1 + objective.clip_high) & (advantage > 0)
+    gap = jnp.abs(logp - sampler_logp)
+    kl = jnp.zeros_like(logp) if terms["ref_logp"] is None else kl_k3(logp, terms["ref_logp"])
+    values = {
+        "policy/entropy": entropy,
+        "policy/kl": kl,
+        "policy/clip_low_share": low,
+        "policy/clip_high_share": high,
+        "policy/sampler_gap_mean": gap,
+    }
+    sums = {name: jnp.sum(jnp.where(action, value, 0) * kept) for name, value in values.items()}
+    maxima = {
+        "policy/ratio_max": jnp.max(jnp.where(action, ratio, 0)),
+        "policy/sampler_gap_max": jnp.max(jnp.where(action, gap, 0)),
+    }
+    return sums, maxima

@@ -1,0 +1,134 @@
+"""Checkpoints of a run, through Orbax: written while training goes on, whole or not at all.
+
+A checkpoint is numbered by the optimizer updates it holds and has up to three items: `state`
+(parameters, optimizer, counters), `facts` (a JSON object: where the run stands), and, where it was
+stopped between two updates on one rollout, that rollout as `experience`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from grpo_jax import sharding
+from grpo_jax.structs import Experience, Params, Rollouts, TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest `keep`, and besides them the most accurate."""
+
+    def __init__(self, folder: Path, *, keep: int):
+        accuracy = lambda metrics: metrics["accuracy"]  # noqa: E731
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(
+                [
+                    LatestN(n=keep),
+                    BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False),
+                ]
+            ),
+            cleanup_tmp_directories=True,
+        )
+        # Named: a manager that has not saved a rollout itself would find none in a checkpoint.
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "facts": ocp.JsonCheckpointHandler(),
+            "experience": ocp.StandardCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(), options=options, item_handlers=handlers
+        )
+
+    def save(
+        self,
+        state: TrainState,
+        facts: dict[str, Any],
+        *,
+        experience: Experience | None = None,
+        accuracy: float | None = None,
+    ) -> None:
+        """Starts writing; returns as soon as the values are copied off the device.
+
+        `accuracy`: held-out accuracy of these very parameters, where it was measured.
+        """
+        number = int(state.num_updates)
+        if number in self._manager.all_steps():  # the same state, saved a moment ago
+            return
+        items = {"state": ocp.args.StandardSave(state), "facts": ocp.args.JsonSave(facts)}
+        if experience is not None:
+            items["experience"] = ocp.args.StandardSave(experience)
+        metrics = None if accuracy is None else {"accuracy": accuracy}
+        self._manager.save(number, args=ocp.args.Composite(**items), metrics=metrics)
+
+    def latest(self) -> int | None:
+        """Number of the newest whole checkpoint; None if there is none."""
+        return self._manager.latest_step()
+
+    def facts(self, number: int) -> dict[str, Any]:
+        """Where the run stood at that checkpoint."""
+        args = ocp.args.Composite(facts=ocp.args.JsonRestore())
+        return self._manager.restore(number, args=args)["facts"]
+
+    def restore(self, number: int, like: TrainState) -> TrainState:
+        """The state at that checkpoint, with the shapes and shardings of `like`.
+
+        `like` may hold `jax.ShapeDtypeStruct`s. Raises ValueError when the checkpoint is of another
+        model or optimizer.
+        """
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        try:
+            return self._manager.restore(number, args=args)["state"]
+        except (ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:400]
+            raise ValueError(
+                f"Checkpoint {number} in {self._manager.directory} does not fit this model and "
+                f"optimizer: {reason}"
+            ) from error
+
+    def experience(self, number: int, mesh: Mesh) -> Experience | None:
+        """The rollout that was being trained on, its rows split over the mesh; None if none was."""
+        items = dict(self._manager.item_metadata(number))
+        if items.get("experience") is None:
+            return None
+
+        def like(leaf: Any) -> jax.ShapeDtypeStruct:
+            axes = ("rows",) + (None,) * (len(leaf.shape) - 1)
+            placed = sharding.sharding_of(mesh, axes, leaf.shape)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
+
+        args = ocp.args.Composite(
+            experience=ocp.args.StandardRestore(jax.tree.map(like, items["experience"].tree))
+        )
+        fields = dict(self._manager.restore(number, args=args)["experience"])
+        rollouts = Rollouts(**fields.pop("rollouts"))
+        absent = {"old_logp_PGC": None, "ref_logp_PGC": None}
+        return Experience(rollouts=rollouts, **(absent | fields))
+
+    def wait(self) -> None:
+        """Returns when everything started is on disk; raises what went wrong in writing it."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then lets go of the folder."""
+        self._manager.close()
+
+
+def newest_params(folder: Path, like: Params) -> Params:
+    """Only the parameters of a run's newest checkpoint, shaped and sharded as `like`.
+
+    Raises ValueError when there is no checkpoint.
+    """
+    with ocp.CheckpointManager(folder.absolute(), item_names=("state",)) as manager:
+        number = manager.latest_step()
+        if number is None:
+            raise ValueError(f"{folder} holds no whole checkpoint.")
+        restore = ocp.args.PyTreeRestore(
+            item={"params": like},
+            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": like}),
+            partial_restore=True,
+        )
+        return manager.restore(number, args=ocp.args.Composite(state=restore))["state"]["params"]

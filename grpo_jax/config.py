@@ -1,0 +1,414 @@
+"""Every option of a run, once, with its unit and meaning; and every rule between options.
+
+A file in `configs/` calls `default()`, changes a few values and returns the result from
+`get_config()`. The command line overrides single values: `--config.optim.learning_rate=1e-5`.
+`check` refuses what cannot work before anything is loaded or compiled.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+
+def default() -> ConfigDict:
+    """All options with their defaults, locked: an unknown name is an error."""
+    c = ConfigDict()
+    c.seed = 0  # every random choice of the run follows from it
+
+    c.model = ConfigDict()
+    c.model.path = ""  # Hugging Face folder or hub id; "": make a new model (sft.* trains it first)
+    c.model.dtype = "float32"  # of activations and rollout weights: "float32" or "bfloat16"
+    c.model.unroll_layers = False  # unrolled layers run faster on CPU and compile longer
+    c.model.remat = False  # recompute activations in the backward pass to save memory
+    c.model.num_layers = 2  # shape of a new model (Qwen2), read when model.path is ""
+    c.model.width = 128
+    c.model.mlp_width = 384
+    c.model.num_heads = 4
+    c.model.num_kv_heads = 2
+
+    c.data = ConfigDict()
+    c.data.task = ""  # a generated task, module grpo_jax.data.tasks.<task>; or data.path
+    c.data.path = ""  # JSONL file: one object a line with `prompt` and any further columns
+    c.data.eval_path = ""  # JSONL file of held-out problems for data.path; "": no evaluation
+    c.data.num_train = 10_000  # training problems that a task generates
+    c.data.num_eval = 512  # held-out problems that a task generates
+    c.data.max_prompt_tokens = 512  # a longer prompt is refused before the run starts
+
+    c.rewards = ConfigDict()
+    c.rewards.names = ("exact_answer",)  # built-in names or "module:function"
+    c.rewards.weights = (1.0,)  # one per name; the reward is the weighted sum
+
+    c.batch = ConfigDict()
+    c.batch.prompts = 32  # prompts per step
+    c.batch.group = 8  # completions per prompt
+    c.batch.minibatches = 1  # optimizer updates per pass over a step's rollouts
+    c.batch.microbatch = 0  # prompts whose groups are computed at once in an update; 0: all
+
+    c.rollout = ConfigDict()
+    c.rollout.max_tokens = 256  # completion limit, tokens, stop token included
+    c.rollout.temperature = 1.0  # sampling and scoring alike
+    c.rollout.top_k = 0  # keep the k most likely tokens; 0: all
+    c.rollout.top_p = 1.0  # keep the most likely tokens up to this probability
+    c.rollout.num_slots = 0  # completions decoded at once; 0: all of a step
+    c.rollout.compact = True  # finished rows leave the batch when no prompts wait
+
+    c.algorithm = ConfigDict()
+    c.algorithm.num_iterations = 1  # passes over a step's rollouts
+    c.algorithm.scale_by_std = True  # advantages in group standard deviations; False: reward units
+    c.algorithm.clip_low = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    c.algorithm.clip_high = 0.2
+    c.algorithm.kl_coef = 0.0  # weight of the KL to the frozen reference (k3), per token
+    c.algorithm.entropy_coef = 0.0  # weight of the entropy bonus, per token
+    c.algorithm.normalizer = "token"  # mean over "token"s of the batch, "sequence"s, or "constant"
+    c.algorithm.mask_truncated = False  # leave completions that were cut out of the loss
+
+    c.optim = ConfigDict()
+    c.optim.learning_rate = 1e-6  # peak
+    c.optim.warmup_steps = 0  # updates of linear warm-up
+    c.optim.schedule = "constant"  # after warm-up: "constant", "linear" or "cosine"
+    c.optim.end_fraction = 0.0  # learning rate at the end of a decay, as a fraction of the peak
+    c.optim.beta1 = 0.9
+    c.optim.beta2 = 0.99
+    c.optim.eps = 1e-8
+    c.optim.weight_decay = 0.0  # of matrices; norms and biases have none
+    c.optim.clip_norm = 1.0  # global norm of the gradient; 0: no clipping
+    c.optim.max_skipped = 5  # stop after this many non-finite updates in a row
+
+    c.loop = ConfigDict()
+    c.loop.num_steps = 100  # rollouts
+
+    c.evaluation = ConfigDict()
+    c.evaluation.every_steps = 0  # greedy accuracy on held-out problems; 0: at start and end only
+    c.evaluation.num_problems = 512  # at most; 0: no evaluation at all
+    c.evaluation.num_samples = 0  # per problem, for pass@k and maj@k at start and end; 0: none
+    c.evaluation.temperature = 1.0  # of those samples
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every_steps = 50  # 0: at the end only
+    c.checkpoint.keep = 2  # the newest this many, and besides them the one of best accuracy
+    c.checkpoint.export = True  # write a Hugging Face folder at the end
+
+    c.logging = ConfigDict()
+    c.logging.tensorboard = True  # scalars and samples for TensorBoard in the workdir
+    c.logging.wandb_project = ""  # Weights & Biases project (extra "wandb"); "": none
+    c.logging.samples_every_steps = 20  # show a table of completions; 0: never
+    c.logging.num_samples = 4  # completions in that table
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # devices along each axis; -1: the rest
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+
+    c.sft = ConfigDict()
+    c.sft.num_steps = 0  # supervised updates of a new model before GRPO
+    c.sft.batch = 64  # worked solutions per update
+    c.sft.microbatch = 0  # solutions computed at once, those of like length together; 0: all
+    c.sft.learning_rate = 1e-3  # peak, cosine to 0
+    c.sft.warmup_steps = 20
+    c.sft.weight_decay = 0.01
+    c.sft.max_tokens = 256  # of a worked solution, stop token included
+    c.sft.checkpoint_every_steps = 500
+
+    c.compile_cache = True  # keep compiled programs in the user's cache folder between runs
+    return c.lock()
+
+
+# --- Reading a file and overrides ---------------------------------------------------------------
+
+
+def load(path: str, overrides: list[str]) -> ConfigDict:
+    """The config of a file with `--config.name=value` arguments applied, checked and frozen.
+
+    Raises ValueError, naming the option and the remedy, for anything that is wrong with it.
+    """
+    file = Path(path)
+    if not file.is_file():
+        known = sorted(str(p) for p in Path("configs").glob("*.py"))
+        hint = f" Files in configs/: {', '.join(known)}." if known else ""
+        raise ValueError(f"--config: there is no file {path!r}.{hint}")
+    if file.suffix != ".py":
+        raise ValueError(f"--config: {path} is not a Python file, NAME.py, as in configs/.")
+    spec = importlib.util.spec_from_file_location("grpo_jax_config_file", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:  # a user's file may fail in any way
+        raise ValueError(
+            f"--config: {path} does not give a config ({type(error).__name__}: {error}). It needs "
+            "a function get_config() that changes and returns grpo_jax.config.default()."
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"--config: get_config() of {path} returns a {type(config).__name__}, not a config. "
+            "Let it return the one that it got from grpo_jax.config.default()."
+        )
+    for argument in overrides:
+        name, equals, text = argument.partition("=")
+        if not name.startswith("--config.") or not equals:
+            raise ValueError(
+                f"Unknown argument {argument!r}. Options of the run are written "
+                "--config.name=value, for example --config.optim.learning_rate=1e-5."
+            )
+        _override(config, name.removeprefix("--config."), text)
+    check(config)
+    return ConfigDict(config).lock()
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """Options by their dotted names."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _override(config: ConfigDict, name: str, text: str) -> None:
+    flat = flatten(config)
+    if name not in flat:
+        leaf = name.rpartition(".")[2]
+        close = [n for n in flat if n.rpartition(".")[2] == leaf]
+        close += difflib.get_close_matches(name, flat, n=3)
+        hint = f" Did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
+        raise ValueError(f"There is no option {name}.{hint} grpo_jax/config.py lists all options.")
+    section, _, leaf = name.rpartition(".")
+    holder = config[section] if section else config
+    holder[leaf] = _parse(name, text, flat[name])
+
+
+def _parse(name: str, text: str, old: Any) -> Any:
+    """`text` as a value of the type of `old`."""
+    kind = type(old)
+    if kind is str:
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        value = text
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is tuple and isinstance(value, (list, str, int, float)):
+        value = tuple(value) if isinstance(value, list) else (value,)
+    if type(value) is not kind:
+        wanted = {int: "a whole number", float: "a number", bool: "True or False"}
+        raise ValueError(
+            f"{name} = {text!r} is not {wanted.get(kind, 'a tuple')}. "
+            f"It is {old!r} now; give a value of that type."
+        )
+    return value
+
+
+# --- Rules ----------------------------------------------------------------------------------------
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for values that cannot work, alone or together."""
+    flat = flatten(config)
+    for name, kind in ((n, type(v)) for n, v in flatten(default()).items()):
+        if name not in flat or type(flat[name]) is not kind:
+            raise ValueError(
+                f"{name} = {flat.get(name)!r} is not of type {kind.__name__}, which it needs to be."
+            )
+    _check_ranges(flat)
+    _check_mesh(flat)
+    _check_choices(config)
+    _check_batch(config)
+    _check_sources(config)
+
+
+_POSITIVE = (
+    "batch.prompts batch.minibatches algorithm.num_iterations rollout.max_tokens loop.num_steps "
+    "data.max_prompt_tokens data.num_train model.num_layers model.width model.mlp_width "
+    "model.num_heads model.num_kv_heads optim.learning_rate optim.max_skipped optim.eps "
+    "sft.batch sft.learning_rate sft.max_tokens checkpoint.keep"
+).split()
+_NOT_NEGATIVE = (
+    "seed batch.microbatch rollout.temperature rollout.top_k rollout.num_slots algorithm.clip_low "
+    "algorithm.clip_high algorithm.kl_coef optim.warmup_steps optim.weight_decay optim.clip_norm "
+    "optim.end_fraction evaluation.every_steps evaluation.num_problems evaluation.num_samples "
+    "evaluation.temperature checkpoint.every_steps logging.samples_every_steps logging.num_samples "
+    "data.num_eval sft.num_steps sft.microbatch sft.warmup_steps sft.weight_decay "
+    "sft.checkpoint_every_steps"
+).split()
+
+
+def _check_ranges(flat: dict[str, Any]) -> None:
+    for name in _POSITIVE:
+        if not flat[name] > 0:
+            raise ValueError(f"{name} = {flat[name]} must be above 0.")
+    for name in _NOT_NEGATIVE:
+        if not flat[name] >= 0:
+            raise ValueError(f"{name} = {flat[name]} must not be below 0.")
+    for name in ("optim.beta1", "optim.beta2", "algorithm.clip_low"):
+        if not 0 <= flat[name] < 1:
+            raise ValueError(f"{name} = {flat[name]} must be at least 0 and below 1.")
+    if not 0 < flat["rollout.top_p"] <= 1:
+        raise ValueError(f"rollout.top_p = {flat['rollout.top_p']} must be above 0, at most 1.")
+    if flat["rollout.temperature"] == 0:
+        raise ValueError(
+            "rollout.temperature = 0 gives a group of equal completions, and so no advantage. "
+            "Set it above 0; 1.0 is usual."
+        )
+
+
+def _check_mesh(flat: dict[str, Any]) -> None:
+    sizes = {name: size for name, size in flat.items() if name.startswith("mesh.")}
+    for name, size in sizes.items():
+        if size < 1 and size != -1:
+            raise ValueError(
+                f"{name} = {size} must be a number of devices, at least 1, or -1 for the rest."
+            )
+    rest = [name for name, size in sizes.items() if size == -1]
+    if len(rest) > 1:
+        raise ValueError(f"{' and '.join(rest)} are -1, the rest of the devices; only one can be.")
+
+
+def _check_choices(config: ConfigDict) -> None:
+    choices = {
+        "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
+        "algorithm.normalizer": (config.algorithm.normalizer, ("token", "sequence", "constant")),
+        "optim.schedule": (config.optim.schedule, ("constant", "linear", "cosine")),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name} = {value!r} must be one of {', '.join(allowed)}.")
+
+
+def _check_batch(config: ConfigDict) -> None:
+    batch, updates = config.batch, num_updates_per_step(config)
+    if batch.group < 2:
+        raise ValueError(
+            f"batch.group = {batch.group}: advantages are relative to the other completions of a "
+            "prompt, so a group needs at least 2. 8 is usual."
+        )
+    if batch.prompts % batch.minibatches:
+        raise ValueError(
+            f"batch.prompts * batch.group = {batch.prompts} * {batch.group} = "
+            f"{batch.prompts * batch.group} rows do not split into batch.minibatches = "
+            f"{batch.minibatches} parts of whole groups. "
+            f"Make batch.prompts a multiple of {batch.minibatches}."
+        )
+    per_update = batch.prompts // batch.minibatches
+    if batch.microbatch and per_update % batch.microbatch:
+        raise ValueError(
+            f"batch.prompts / batch.minibatches = {batch.prompts} / {batch.minibatches} = "
+            f"{per_update} prompts per update do not split into microbatches of batch.microbatch = "
+            f"{batch.microbatch} prompts. Make batch.prompts a multiple of "
+            f"{batch.minibatches * batch.microbatch}, or batch.microbatch divide {per_update}."
+        )
+    if config.sft.microbatch and config.sft.batch % config.sft.microbatch:
+        raise ValueError(
+            f"sft.batch = {config.sft.batch} does not split into microbatches of sft.microbatch = "
+            f"{config.sft.microbatch}. Make it a multiple of {config.sft.microbatch}."
+        )
+    if config.optim.schedule != "constant":
+        total = config.loop.num_steps * updates
+        if config.optim.warmup_steps >= total:
+            raise ValueError(
+                f"optim.warmup_steps = {config.optim.warmup_steps} leaves nothing of the {total} "
+                f"updates of the run for optim.schedule = {config.optim.schedule!r}."
+            )
+
+
+def _check_sources(config: ConfigDict) -> None:
+    if bool(config.data.task) == bool(config.data.path):
+        raise ValueError(
+            f"data.task = {config.data.task!r} and data.path = {config.data.path!r}: "
+            "set exactly one of them, a generated task or a JSONL file."
+        )
+    if config.data.eval_path and not config.data.path:
+        raise ValueError("data.eval_path goes with data.path; a task makes its own held-out set.")
+    if len(config.rewards.names) != len(config.rewards.weights) or not config.rewards.names:
+        raise ValueError(
+            f"rewards.names has {len(config.rewards.names)} entries and rewards.weights "
+            f"{len(config.rewards.weights)}; give one weight for each of at least one reward."
+        )
+    if not config.model.path:
+        if not config.sft.num_steps:
+            raise ValueError(
+                'model.path = "" makes a new model, and sft.num_steps = 0 leaves it untrained: '
+                "no completion would earn a reward. Set model.path to a Hugging Face folder or hub "
+                "id, or sft.num_steps above 0."
+            )
+        if not config.data.task:
+            raise ValueError(
+                'model.path = "" makes a new model, which needs the tokenizer and worked solutions '
+                "of a data.task. Set data.task, or model.path."
+            )
+        if config.model.num_heads % config.model.num_kv_heads:
+            raise ValueError(
+                f"model.num_heads = {config.model.num_heads} must be a multiple of "
+                f"model.num_kv_heads = {config.model.num_kv_heads}."
+            )
+        if config.model.width % (2 * config.model.num_heads):
+            raise ValueError(
+                f"model.width = {config.model.width} must be a multiple of 2 * model.num_heads = "
+                f"{2 * config.model.num_heads}: rotary positions need an even head size."
+            )
+
+
+def check_devices(config: ConfigDict, num_row_shards: int) -> None:
+    """Raises ValueError when the groups of an update do not split over the devices."""
+    batch = config.batch
+    per_microbatch = batch.microbatch or batch.prompts // batch.minibatches
+    if per_microbatch % num_row_shards:
+        raise ValueError(
+            f"batch.prompts = {batch.prompts}, batch.minibatches = {batch.minibatches} and "
+            f"batch.microbatch = {batch.microbatch} give {per_microbatch} prompts at once that do "
+            f"not split over mesh.data * mesh.fsdp = {num_row_shards} devices. Make it a "
+            f"multiple of {num_row_shards}."
+        )
+
+
+def num_updates_per_step(config: ConfigDict) -> int:
+    """Optimizer updates after each rollout."""
+    return config.algorithm.num_iterations * config.batch.minibatches
+
+
+# --- What a resumed run must agree on -----------------------------------------------------------
+
+# Options that change how a run is carried out or shown, not what it computes.
+_FREE = (
+    "loop.num_steps evaluation. checkpoint. logging. mesh. compile_cache rollout.num_slots "
+    "rollout.compact batch.microbatch sft.microbatch model.unroll_layers model.remat "
+    "optim.max_skipped sft.checkpoint_every_steps"
+).split()
+
+
+def binding(config: ConfigDict) -> dict[str, Any]:
+    """The options that a resumed run must share with the one it continues."""
+    flat = flatten(config)
+    bound = {k: v for k, v in flat.items() if not any(k == f or k.startswith(f) for f in _FREE)}
+    if config.optim.schedule != "constant":  # the decay ends with the run
+        bound["loop.num_steps"] = config.loop.num_steps
+    return json.loads(json.dumps(bound))  # tuples as the lists that a file gives back
+
+
+def refuse_other_config(config: ConfigDict, file: Path) -> None:
+    """Raises ValueError when the workdir's recorded config (a JSON file) belongs to another run."""
+    then, now = json.loads(file.read_text())["binding"], binding(config)
+    names = sorted(n for n in then.keys() | now.keys() if then.get(n) != now.get(n))
+    if names:
+        changes = "; ".join(f"{n}: {then.get(n)!r} there, {now.get(n)!r} now" for n in names[:5])
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        raise ValueError(
+            f"--workdir {file.parent} holds a run of a different config ({changes}{more}). "
+            "Give the run its own --workdir, or the options it was started with."
+        )
+
+
+def fingerprint(config: ConfigDict) -> str:
+    """A short name of what the run computes, equal for configs that may resume each other."""
+    text = json.dumps(binding(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

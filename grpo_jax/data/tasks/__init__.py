@@ -1,0 +1,20 @@
+"""Generated tasks: problems with checkable answers that need no download.
+
+A task is a module here with three functions:
+
+    generate(num_train, num_eval, seed) -> (train, held_out)     lists of Problem, no prompt in both
+    worked_solution(problem, rng) -> str                         one imperfect demonstration
+    make_tokenizer() -> Qwen2Tokenizer                           for a model made from scratch
+"""
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+
+def load(name: str) -> ModuleType:
+    """The task of that name; ValueError with the names there are if there is none."""
+    known = sorted(m.name for m in pkgutil.iter_modules(__path__))
+    if name not in known:
+        raise ValueError(f"data.task = {name!r}: there is no such task. Known: {', '.join(known)}.")
+    return importlib.import_module(f"{__name__}.{name}")

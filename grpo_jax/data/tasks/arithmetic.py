@@ -1,0 +1,75 @@
+"""Sums of several terms, worked step by step: "8+7-4+9=" has the answer 20.
+
+A small model cannot see such an answer at once, but it can compute one running total after the
+other. The demonstrations are those of sloppy students: most skip the working and guess, the rest
+work but slip now and then. Imitating them gives a model that mostly guesses; reinforcement learning
+finds out that working pays.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from transformers import Qwen2Tokenizer
+
+from grpo_jax.data.problems import Problem
+
+MIN_TERMS, MAX_TERMS = 4, 5  # of a problem, its first number included
+MAX_TOTAL = 20  # running totals stay within 0 and this
+SHORTCUT = 0.6  # share of demonstrations that guess without working
+SLIP = 0.04  # chance of a wrong result in each step of the others
+
+
+def _problem(rng: np.random.Generator) -> Problem:
+    total = int(rng.integers(1, 10))
+    text = str(total)
+    for _ in range(int(rng.integers(MIN_TERMS, MAX_TERMS + 1)) - 1):
+        term = int(rng.integers(1, 10))
+        add = total < term or (total + term <= MAX_TOTAL and rng.random() < 0.5)
+        total += term if add else -term
+        text += f"{'+' if add else '-'}{term}"
+    return Problem(prompt=f"{text}=", columns={"answer": str(total)})
+
+
+def generate(num_train: int, num_eval: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """Training and held-out problems, all different from each other."""
+    rng = np.random.default_rng([seed, 0])
+    unique: dict[str, Problem] = {}
+    while len(unique) < num_train + num_eval:
+        problem = _problem(rng)
+        unique.setdefault(problem.prompt, problem)
+    problems = list(unique.values())
+    return problems[num_eval:], problems[:num_eval]
+
+
+def worked_solution(problem: Problem, rng: np.random.Generator) -> str:
+    """A sloppy student's answer: a guess, or the working with a slip here and there."""
+    answer = int(problem.columns["answer"])
+    if rng.random() < SHORTCUT:
+        guess = int(np.clip(answer + rng.integers(-9, 10), 0, MAX_TOTAL))
+        return f"#### {guess}"
+    expression = problem.prompt.removesuffix("=").replace("-", "+-")
+    total, *terms = (int(term) for term in expression.split("+"))
+    lines = []
+    for term in terms:
+        result = total + term
+        if rng.random() < SLIP:
+            result = max(0, result + int(rng.choice([-2, -1, 1, 2])))
+        lines.append(f"{total}{term:+d}={result}")
+        total = result
+    return "\n".join([*lines, f"#### {total}"])
+
+
+def make_tokenizer() -> Qwen2Tokenizer:
+    """One token per character, and one for the answer marker.
+
+    Of Qwen2's kind, like the model: transformers gives every folder of that family Qwen2's way of
+    splitting text, whatever else the folder says.
+    """
+    tokens = ["<pad>", "<eos>", *"0123456789+-=#", "Ġ", "Ċ", "##", "####"]  # Ġ a space, Ċ a newline
+    return Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[("#", "#"), ("##", "##")],
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<pad>",
+    )

@@ -1,0 +1,158 @@
+"""Asks a model: `python -m grpo_jax.generate --model DIR_OR_ID --prompt TEXT`.
+
+The model is a Hugging Face folder or hub id, or the folder of a run, finished or not. The text is
+given to the model as it stands; `--chat` puts it into the tokenizer's chat template as the user's
+message.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from grpo_jax import checkpoints, keys, program, sharding
+from grpo_jax import policy as policy_lib
+from grpo_jax.data.problems import Problem
+from grpo_jax.data.prompts import encode
+from grpo_jax.metrics import say
+from grpo_jax.sampling import decode
+from grpo_jax.sampling.engine import Engine
+from grpo_jax.structs import Params, Rollouts, Sampling
+
+
+def open_model(path: str, mesh: Mesh, dtype) -> tuple[policy_lib.Policy, Params]:
+    """Policy and weights of a Hugging Face folder or hub id, or of a run's folder.
+
+    Of a run: what it exported, or, while it is unfinished, its newest checkpoint. Raises ValueError
+    when there is neither.
+    """
+    folder = Path(path)
+    if (folder / "export" / "config.json").exists():
+        path = str(folder / "export")
+    elif (folder / "checkpoints").is_dir():
+        record = json.loads((folder / "config.json").read_text())["options"]
+        policy = policy_lib.read(record["model.path"] or str(folder / "bootstrap" / "export"))
+        like = policy_lib.param_like(policy.model, mesh)
+        params = checkpoints.newest_params(folder / "checkpoints", like)
+        return policy, jax.tree.map(lambda x: x.astype(dtype), params)
+    elif (folder / "config.json").exists() and not (folder / "tokenizer_config.json").exists():
+        if "binding" in json.loads((folder / "config.json").read_text()):
+            raise ValueError(f"--model {folder} is the folder of a run that has no checkpoint yet.")
+    policy = policy_lib.read(path)
+    return policy, policy_lib.load_params(policy, mesh, seed=0, dtype=dtype)
+
+
+def complete(
+    policy: policy_lib.Policy,
+    params: Params,
+    mesh: Mesh,
+    prompt: list[int],
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    num_samples: int,
+    seed: int,
+    dtype=jnp.float32,
+) -> Rollouts:
+    """`num_samples` completions of one prompt (token ids), as the engine gives them."""
+    decoder = decode.Decoder(policy.model, mesh, sampling, policy.stop_ids, max_tokens, dtype)
+    engine = Engine(decoder)
+    return engine.generate(
+        engine.publish(params),
+        [prompt],
+        group=num_samples,
+        key=keys.key_for(seed, "rollout"),
+        temperature=sampling.temperature,
+    )
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m grpo_jax.generate", description="Completes a prompt.", allow_abbrev=False
+    )
+    parser.add_argument("--model", required=True, metavar="DIR_OR_ID")
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a chat message")
+    parser.add_argument("--max_tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy")
+    parser.add_argument("--top_p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--top_k", type=int, default=0, metavar="K", help="0: all tokens")
+    parser.add_argument("--num_samples", type=int, default=1, metavar="K")
+    parser.add_argument("--seed", type=int, default=0, metavar="S")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--json", action="store_true", help="one JSON object per completion")
+    args = parser.parse_args(argv)
+    for name, fine, needed in (
+        ("max_tokens", args.max_tokens > 0, "above 0"),
+        ("num_samples", args.num_samples > 0, "above 0"),
+        ("seed", args.seed >= 0, "0 or more"),
+        ("top_k", args.top_k >= 0, "0 or more"),
+        ("temperature", args.temperature >= 0 and math.isfinite(args.temperature), "0 or more"),
+        ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not fine:
+            raise ValueError(f"--{name} {getattr(args, name)} must be {needed}.")
+    if args.num_samples > 1 and args.temperature == 0:
+        raise ValueError(
+            f"--num_samples {args.num_samples} at --temperature 0 would give equal completions. "
+            "Set --temperature above 0."
+        )
+    return args
+
+
+def _encode(policy: policy_lib.Policy, prompt: str, chat: bool, max_tokens: int) -> list[int]:
+    problem = Problem([{"role": "user", "content": prompt}] if chat else prompt, {})
+    ids = encode([problem], policy.tokenizer, sys.maxsize)[0]
+    if len(ids) + max_tokens > policy.model.max_position:
+        raise ValueError(
+            f"--prompt has {len(ids)} tokens, and with --max_tokens {max_tokens} that is more than "
+            f"the {policy.model.max_position} that the model takes. Make one of them shorter."
+        )
+    known = policy.tokenizer.decode(ids, skip_special_tokens=True)
+    lost = sorted({c for c in prompt if not c.isspace() and c not in known})
+    if lost and not chat:
+        print(f"note: the tokenizer has no token for {' '.join(lost)}", file=sys.stderr)
+    return ids
+
+
+def main(argv: list[str]) -> None:
+    args = _arguments(argv)
+    program.use_compile_cache()
+    mesh, dtype = sharding.make_mesh(), jnp.dtype(args.dtype)
+    policy, params = open_model(args.model, mesh, dtype)
+    prompt = _encode(policy, args.prompt, args.chat, args.max_tokens)
+    rollouts = complete(
+        policy,
+        params,
+        mesh,
+        prompt,
+        max_tokens=args.max_tokens,
+        sampling=Sampling(args.temperature, args.top_k, args.top_p),
+        num_samples=args.num_samples,
+        seed=args.seed,
+        dtype=dtype,
+    )
+    for g in range(args.num_samples):
+        length = int(rollouts.length_PG[0, g])
+        ids = rollouts.completion_PGC[0, g, :length].tolist()
+        text = policy.text(ids)
+        if args.json:
+            logps = rollouts.logp_PGC[0, g, :length].tolist()
+            stopped = bool(rollouts.stopped_PG[0, g])
+            fields = {"text": text, "token_ids": ids, "logprobs": logps, "stopped": stopped}
+            print(json.dumps(fields), flush=True)
+        else:
+            if g:
+                say("")
+            say(args.prompt + text)
+
+
+if __name__ == "__main__":
+    program.main(main)

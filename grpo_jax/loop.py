@@ -1,0 +1,359 @@
+"""The algorithm: sample groups of completions, reward them, move the policy to the better ones.
+
+`run` is Group Relative Policy Optimization as a host loop over three calls: the engine samples, the
+rewards judge, and a jitted update learns. Everything that a step computes follows from the config,
+the step's number and the state before it, so a run that was stopped anywhere continues as if it had
+not been.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from grpo_jax import config as config_lib
+from grpo_jax import evaluate, keys, report, sharding, workdir
+from grpo_jax import metrics as metrics_lib
+from grpo_jax import parts as parts_lib
+from grpo_jax.data import prompts as prompts_lib
+from grpo_jax.models import hf
+from grpo_jax.parts import Parts, Position
+from grpo_jax.rewards import score as score_lib
+from grpo_jax.structs import Experience, Rollouts, TrainState
+
+
+class Diverged(ValueError):  # noqa: N818
+    """Too many updates in a row were not finite."""
+
+
+def run(
+    config: ConfigDict, folder: Path, model_path: str, *, spent_s: float = 0.0
+) -> dict[str, Any]:
+    """Trains the model at `model_path`, or goes on with the run in `folder`; returns its summary.
+
+    `spent_s`: seconds that went into making the model, counted as part of the run. Raises
+    ValueError for what a user can mend, `Diverged` when updates stay non-finite, and
+    `workdir.Stopped` once the run was asked to stop and has saved.
+    """
+    began = time.monotonic() - spent_s
+    parts = parts_lib.build(config, folder, model_path)
+    state, at, experience = parts_lib.start(parts)
+    began -= at.wall_s
+    writers = metrics_lib.Writers(
+        folder,
+        first_step=at.step + 1 if at.step else 0,
+        first_sample_step=at.step + 1 + bool(at.update),  # shown before a rollout's first update
+        tensorboard=config.logging.tensorboard,
+        wandb_project=config.logging.wandb_project,
+        config=config_lib.flatten(config),
+        enabled=jax.process_index() == 0,
+    )
+    num_steps, updates = config.loop.num_steps, config_lib.num_updates_per_step(config)
+    with workdir.StopSignal() as stop, metrics_lib.Progress(num_steps, first_step=at.step) as bar:
+        if at.step == 0:
+            if parts.held_out and not at.update and not at.first_evaluation:
+                at.first_evaluation = _evaluate(parts, state, at, final=True)
+                at.accuracy_before = at.first_evaluation["eval/accuracy"]
+            if at.first_evaluation:  # again where the run was stopped in its first step
+                writers.scalars(0, at.first_evaluation)
+        times: dict[str, float] = {}
+        while at.step < num_steps:
+            started = time.monotonic()
+            if experience is None:
+                questions = parts.train.take(_indices(parts, at.step))
+                with _timed(times, "time/rollout_s"):
+                    rollouts = _sample(parts, state, questions, at.step)
+                if stop:
+                    _stop(parts, state, at, None, stop, began)
+                with _timed(times, "time/reward_s"):
+                    texts = evaluate.completion_texts(parts.policy, rollouts)
+                    scores = _score(parts, state, at, questions, texts, began)
+                at.rollout_metrics = _rollout_metrics(parts, rollouts, scores, times)
+                experience = _prepare(parts, state, rollouts, scores)
+                _show_samples(parts, writers, at.step + 1, questions, rollouts, scores, texts)
+            with _timed(times, "time/update_s"):
+                while at.update < updates:
+                    index = at.update % config.batch.minibatches
+                    state, values = parts.update(state, experience, index)
+                    at.update_metrics.append(_read(values, at, parts, state, began))
+                    at.update += 1
+                    if stop and at.update < updates:
+                        _stop(parts, state, at, experience, stop, began)
+            at.tokens += int(np.sum(experience.rollouts.length_PG))
+            at.prompts += config.batch.prompts
+            values = at.rollout_metrics | _combined(at.update_metrics)
+            at.step, at.update, experience = at.step + 1, 0, None
+            at.rollout_metrics, at.update_metrics = {}, []
+            with _timed(times, "time/evaluation_s"):
+                evaluated = _evaluate_when_due(parts, state, at)
+            times["time/step_s"] = time.monotonic() - started
+            values |= evaluated | times
+            values |= _rates(parts, at, values, state)
+            writers.scalars(at.step, values)  # before saving: a resumed run finds the line there
+            bar.update(at.step, values)
+            times = {}
+            with _timed(times, "time/checkpoint_s"):  # stands in the next step's line
+                _save_when_due(parts, state, at, evaluated, began)
+            if stop and at.step < num_steps:
+                _stop(parts, state, at, None, stop, began)
+    writers.close()
+    return _finish(parts, state, at, time.monotonic() - began)
+
+
+# --- The pieces of a step -------------------------------------------------------------------------
+
+
+def _indices(parts: Parts, step: int) -> np.ndarray:
+    config = parts.config
+    return prompts_lib.prompt_indices(
+        config.seed, step, len(parts.train.problems), config.batch.prompts
+    )
+
+
+def _sample(parts: Parts, state: TrainState, questions, step: int) -> Rollouts:
+    return parts.engine.generate(
+        parts.engine.publish(state.params),
+        questions.prompt_ids,
+        group=parts.config.batch.group,
+        key=keys.key_for(parts.config.seed, "rollout", step),
+        temperature=parts.config.rollout.temperature,
+    )
+
+
+def _score(parts: Parts, state: TrainState, at: Position, questions, texts: list[str], began):
+    """The rewards of a step's completions; one that fails ends the run with all of it saved."""
+    try:
+        return evaluate.rewards_of(parts.rewards, questions, texts, parts.config.batch.group)
+    except score_lib.RewardError:
+        if at.step:
+            _save(parts, state, at, None, None, began)
+        parts.checkpoints.close()
+        raise
+
+
+def _prepare(parts: Parts, state: TrainState, rollouts: Rollouts, scores) -> Experience:
+    """The rollout on the device, cut to its longest completion, with what its updates need."""
+    limit = rollouts.completion_PGC.shape[-1]
+    quarter = -(-limit // 4)  # few lengths: each is compiled once
+    longest = min(limit, -(-int(rollouts.length_PG.max()) // quarter) * quarter)
+    rollouts = rollouts.replace(
+        completion_PGC=rollouts.completion_PGC[..., :longest],
+        logp_PGC=rollouts.logp_PGC[..., :longest],
+    )
+    reward_PG = scores.reward_B.reshape(rollouts.length_PG.shape)
+    rollouts, reward_PG = sharding.shard_rows(parts.mesh, (rollouts, reward_PG))
+    return parts.prepare(state.params, parts.ref_params, rollouts, reward_PG)
+
+
+def _read(values: dict, at: Position, parts: Parts, state: TrainState, began: float) -> dict:
+    """An update's metrics as numbers; ends the run when too many updates in a row were refused."""
+    values = {name: float(value) for name, value in jax.device_get(values).items()}
+    at.skipped_in_row = at.skipped_in_row + 1 if values.pop("skipped") else 0
+    if at.skipped_in_row >= parts.config.optim.max_skipped:
+        parts.checkpoints.wait()
+        raise Diverged(
+            f"{at.skipped_in_row} updates in a row had a loss or gradient that is not finite (loss "
+            f"{values['policy/loss']}, gradient norm {values['policy/grad_norm']} at step "
+            f"{at.step}). They were refused, so the policy is the one from before. Lower "
+            "optim.learning_rate, set optim.clip_norm, or use model.dtype = float32; "
+            f"{parts.folder / 'checkpoints'} holds the last checkpoint."
+        )
+    return values
+
+
+def _combined(learned: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics of a step's updates as one: the largest of maxima, the mean of the rest."""
+    names = learned[0] if learned else ()
+    return {
+        n: float((max if n.endswith("_max") else np.mean)([v[n] for v in learned])) for n in names
+    }
+
+
+def _rollout_metrics(parts: Parts, rollouts: Rollouts, scores, times: dict) -> dict[str, float]:
+    """What there is to know of a rollout before anything is learned from it."""
+    length_PG, stopped_PG = rollouts.length_PG, rollouts.stopped_PG
+    reward_PG = scores.reward_B.reshape(length_PG.shape)
+    values = {
+        "reward": reward_PG.mean(),
+        "reward_std": reward_PG.std(),
+        "accuracy": np.nanmean(scores.by_name[parts.rewards[0].name]),
+        "groups/equal_share": (np.ptp(reward_PG, axis=1) < 1e-4).mean(),
+        "completion/length": length_PG.mean(),
+        "completion/length_min": length_PG.min(),
+        "completion/length_max": length_PG.max(),
+        "completion/truncated_share": 1 - stopped_PG.mean(),
+        "throughput/generated_tokens_per_s": length_PG.sum() / times["time/rollout_s"],
+    }
+    if stopped_PG.any():
+        values["completion/stopped_length"] = length_PG[stopped_PG].mean()
+    for name, value_B in scores.by_name.items():
+        if not np.isnan(value_B).all():
+            values[f"reward/{name}"] = np.nanmean(value_B)
+            values[f"reward/{name}_std"] = np.nanstd(value_B)
+    return {name: float(value) for name, value in values.items()}
+
+
+def _rates(parts: Parts, at: Position, values: dict, state: TrainState) -> dict[str, float]:
+    """Counters, the learning rate, and the share of the devices' peak that the step used."""
+    rates = {
+        "tokens/generated": at.tokens,
+        "policy/skipped_updates": int(state.num_skipped),
+        "policy/learning_rate": float(parts.schedule(max(int(state.num_updates) - 1, 0))),
+    }
+    peak = metrics_lib.peak_flops(jax.devices()[0].device_kind)
+    if peak:
+        config, model = parts.config, parts.policy.model
+        rows = config.batch.prompts * config.batch.group
+        tokens = rows * values["completion/length"]
+        tokens += config.batch.prompts * float(np.mean([len(i) for i in parts.train.prompt_ids]))
+        matmul = model.num_params - (0 if model.tied_head else model.vocab_size * model.width)
+        # 2 operations per weight and token forward, 4 backward; sampling and reference: forward.
+        updates = config_lib.num_updates_per_step(config) / config.batch.minibatches
+        passes = 2 + 6 * updates + 2 * (parts.ref_params is not None)
+        passes += 2 * (config_lib.num_updates_per_step(config) > 1)
+        done = passes * matmul * tokens
+        rates["throughput/mfu"] = done / (values["time/step_s"] * peak * jax.device_count())
+    return rates
+
+
+def _show_samples(parts: Parts, writers, step: int, questions, rollouts, scores, texts) -> None:
+    every = parts.config.logging.samples_every_steps
+    if not every or (step - 1) % every or jax.process_index() != 0:
+        return
+    group = parts.config.batch.group
+    reward_PG = scores.reward_B.reshape(-1, group)
+    relative_PG = reward_PG - reward_PG.mean(1, keepdims=True)
+    if parts.config.algorithm.scale_by_std:
+        relative_PG /= np.maximum(reward_PG.std(1, keepdims=True), 1e-4)
+    # Of the most divided group: what the policy is about to learn from.
+    p = int(reward_PG.std(1).argmax())
+    best_first = np.argsort(-reward_PG[p], kind="stable")
+    num_best = -(-parts.config.logging.num_samples // 2)
+    num_worst = min(parts.config.logging.num_samples - num_best, group - num_best)
+    rows = []
+    for g in [*best_first[:num_best], *best_first[group - max(num_worst, 0) :]]:
+        row = p * group + g
+        by_name = {n: float(v[row]) for n, v in scores.by_name.items()}
+        rows.append(
+            {
+                "prompt": questions.texts[p],
+                "completion": texts[row],
+                "rewards": {n: None if np.isnan(v) else v for n, v in by_name.items()},
+                "advantage": float(relative_PG[p, g]),
+                "length": int(rollouts.length_PG[p, g]),
+            }
+        )
+    writers.samples(step, rows)
+    metrics_lib.print_samples(step, rows)
+
+
+# --- Evaluation, checkpoints, the end -------------------------------------------------------------
+
+
+def _evaluate(parts: Parts, state: TrainState, at: Position, *, final: bool) -> dict[str, float]:
+    """Greedy accuracy, and with `final` the sampled metrics too where the config asks for them."""
+    options = parts.config.evaluation
+    values: dict[str, float] = {}
+    for num_samples in (1, options.num_samples if final else 0):
+        if num_samples:
+            kind = "greedy" if num_samples == 1 else f"sampled_{num_samples}"
+            values |= evaluate.run(
+                parts.engine,
+                parts.engine.publish(state.params),
+                parts.policy,
+                parts.held_out,
+                parts.rewards,
+                num_samples=num_samples,
+                temperature=options.temperature,
+                key=keys.key_for(parts.config.seed, "evaluate", at.step),
+                file=parts.folder / "evaluations" / f"step_{at.step:06d}_{kind}.jsonl",
+            )
+    at.accuracy = values["eval/accuracy"]
+    return values
+
+
+def _evaluate_when_due(parts: Parts, state: TrainState, at: Position) -> dict[str, float]:
+    every, last = parts.config.evaluation.every_steps, at.step == parts.config.loop.num_steps
+    if parts.held_out and (last or (every and at.step % every == 0)):
+        return _evaluate(parts, state, at, final=last)
+    return {}
+
+
+def _save(parts: Parts, state, at: Position, experience, accuracy, began: float) -> None:
+    at.wall_s = time.monotonic() - began
+    facts = {"position": dataclasses.asdict(at), "config": config_lib.fingerprint(parts.config)}
+    parts.checkpoints.save(state, facts, experience=experience, accuracy=accuracy)
+
+
+def _save_when_due(parts: Parts, state, at: Position, evaluated: dict, began: float) -> None:
+    every, last = parts.config.checkpoint.every_steps, at.step == parts.config.loop.num_steps
+    if last or (every and at.step % every == 0):
+        _save(parts, state, at, None, evaluated.get("eval/accuracy"), began)
+
+
+def _stop(parts: Parts, state, at: Position, experience, stop, began: float) -> None:
+    """Saves, and raises `workdir.Stopped`."""
+    _save(parts, state, at, experience, None, began)
+    parts.checkpoints.close()
+    middle = f", after {at.update} of its updates" if at.update else ""
+    raise workdir.Stopped(
+        f"Stopped by {stop.name} at step {at.step}{middle}; all is saved in {parts.folder}. "
+        "The same command continues the run."
+    )
+
+
+def _finish(parts: Parts, state: TrainState, at: Position, wall_s: float) -> dict[str, Any]:
+    """Exports the model, draws the curves, and writes and shows the summary."""
+    parts.checkpoints.close()
+    export = parts.folder / "export"
+    summary = {
+        "accuracy_before": at.accuracy_before,
+        "accuracy_after": at.accuracy,
+        "train_wall_s": round(wall_s, 1),
+        "generated_tokens_per_s": round(report.mean_throughput(parts.folder), 1),
+        "seed": parts.config.seed,
+        "steps": at.step,
+        "generated_tokens": at.tokens,
+        "skipped_updates": int(state.num_skipped),
+        "parameters": parts.policy.model.num_params,
+    }
+    if parts.config.checkpoint.export:
+        hf.save(
+            export,
+            state.params,
+            parts.policy.model,
+            source=parts.policy.source,
+            dtype=hf.stored_dtype(parts.policy.source),
+            tokenizer=parts.policy.tokenizer,
+        )
+        summary["export"] = str(export)
+        summary["ask"] = _ask(parts, export)
+    if jax.process_index() == 0:
+        summary["curves"] = str(report.curves(parts.folder))
+        workdir.write_json(parts.folder / "summary.json", summary)
+    return summary
+
+
+def _ask(parts: Parts, export: Path) -> str:
+    """The command that asks the trained model a question, one it was not trained on if there is."""
+    questions = parts.held_out or parts.train
+    prompt = questions.problems[0].prompt
+    chat = "" if isinstance(prompt, str) else " --chat"
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return f"python -m grpo_jax.generate --model {export}{chat} --prompt {shlex.quote(text)}"
+
+
+@contextmanager
+def _timed(times: dict[str, float], name: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    times[name] = times.get(name, 0.0) + time.monotonic() - start

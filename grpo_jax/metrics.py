@@ -1,0 +1,396 @@
+"""What a run measures: the names with their units, the files they go to, and the terminal.
+
+A run's folder holds `metrics.jsonl` and `samples.jsonl`, one JSON object a line with its "step",
+and TensorBoard events in `tensorboard/`. A sample is a dict with `prompt` and `completion` (texts),
+`rewards` (by reward, None where none was given), `advantage` and `length` (tokens).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+import unicodedata
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from rich import progress
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+from tensorboardX import SummaryWriter
+
+
+class Metric(NamedTuple):
+    unit: str  # "": a plain number
+    meaning: str
+
+
+# NAME stands for the name of a reward, K for a number of samples per problem.
+METRICS: dict[str, Metric] = {
+    "reward": Metric("", "mean over completions of the weighted sum of the rewards"),
+    "reward_std": Metric("", "standard deviation of that sum over all completions of the step"),
+    "reward/NAME": Metric("", "mean of one reward over the completions it was given to"),
+    "reward/NAME_std": Metric("", "standard deviation of one reward over those completions"),
+    "accuracy": Metric("share", "mean of the first reward: the share right if it gives 1 or 0"),
+    "groups/equal_share": Metric(
+        "share", "groups whose rewards are all equal, from which nothing is learned"
+    ),
+    "completion/length": Metric("tokens", "mean length, stop token included"),
+    "completion/length_min": Metric("tokens", "shortest completion"),
+    "completion/length_max": Metric("tokens", "longest completion"),
+    "completion/stopped_length": Metric(
+        "tokens", "mean length of those that stopped by themselves"
+    ),
+    "completion/truncated_share": Metric("share", "completions cut at the token limit"),
+    "policy/loss": Metric(
+        "", "the objective, negated; near 0 is normal, since advantages of a group sum to 0"
+    ),
+    "policy/entropy": Metric("nats/token", "mean entropy of the policy at the tokens it chose"),
+    "policy/kl": Metric("nats/token", "mean divergence from the frozen reference (k3)"),
+    "policy/clip_low_share": Metric("share", "tokens whose ratio was clipped from below"),
+    "policy/clip_high_share": Metric("share", "tokens whose ratio was clipped from above"),
+    "policy/ratio_max": Metric("", "largest ratio of policy to old policy at a token"),
+    "policy/grad_norm": Metric("", "global norm of the gradient, before clipping"),
+    "policy/learning_rate": Metric("", "learning rate of the step's last update"),
+    "policy/sampler_gap_mean": Metric(
+        "nats", "mean absolute difference of the sampler's and the scorer's log-probability"
+    ),
+    "policy/sampler_gap_max": Metric("nats", "largest such difference"),
+    "policy/skipped_updates": Metric(
+        "updates", "refused so far because loss or gradient was not finite"
+    ),
+    "time/rollout_s": Metric("s", "sampling the completions"),
+    "time/reward_s": Metric("s", "computing the rewards"),
+    "time/update_s": Metric("s", "updating the policy"),
+    "time/evaluation_s": Metric("s", "evaluating on held-out problems"),
+    "time/checkpoint_s": Metric("s", "writing a checkpoint"),
+    "time/step_s": Metric("s", "the whole step"),
+    "throughput/generated_tokens_per_s": Metric("tokens/s", "sampled, over the rollout's time"),
+    "throughput/mfu": Metric("share", "of the devices' peak arithmetic that the step used"),
+    "tokens/generated": Metric("tokens", "sampled since the run began"),
+    "eval/accuracy": Metric("share", "held-out problems answered right, greedy"),
+    "eval/truncated_share": Metric("share", "greedy completions cut at the token limit"),
+    "eval/length": Metric("tokens", "mean length of greedy completions"),
+    "eval/pass@K": Metric("share", "held-out problems that at least one of K samples solves"),
+    "eval/maj@K": Metric("share", "held-out problems that the commonest answer of K solves"),
+    "eval/mean@K": Metric("share", "mean accuracy of K samples per held-out problem"),
+    "sft/loss": Metric("nats/token", "mean cross-entropy of the worked solutions"),
+    "sft/tokens_per_s": Metric("tokens/s", "trained on, prompts and padding left out"),
+}
+
+
+def _pattern(name: str) -> str:
+    return re.escape(name).replace("NAME", r"[\w.:\-]+").replace("@K", "@[0-9]+")
+
+
+_KNOWN = re.compile("|".join(_pattern(name) for name in METRICS))
+
+
+def is_known(name: str) -> bool:
+    """Whether METRICS describes a metric of this name."""
+    return _KNOWN.fullmatch(name) is not None
+
+
+# Dense bfloat16 peak of one JAX device, by its device_kind. The first match counts.
+_PEAK_FLOPS = (
+    (r"TPU v4", 275e12),
+    (r"TPU v5 lite|TPU v5e", 197e12),
+    (r"TPU v5|TPU v5p", 459e12),
+    (r"TPU v6 lite|TPU v6e", 918e12),
+    (r"TPU7x", 1153.5e12),  # one of the two cores of a chip is a device
+    (r".*\bA100\b.*", 312e12),
+    (r".*\bH100 PCIe\b.*", 756e12),
+    (r".*\bH100 NVL\b.*", 835e12),
+    (r".*\b(H100|H200|GH200)\b.*", 989e12),
+    (r".*\bG?B200\b.*", 2250e12),
+    (r".*\bL40S\b.*", 362e12),
+    (r".*\bL4\b.*", 121e12),
+)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 operations per second of one device of that kind; None where unknown."""
+    for pattern, flops in _PEAK_FLOPS:
+        if re.fullmatch(pattern, device_kind):
+            return flops
+    return None
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+class Writers:
+    """Writes a run's metrics and samples to its folder, to TensorBoard and to Weights & Biases.
+
+    `first_step` is the first step that this process will write. What an earlier process wrote at
+    that step or later, before it was killed, is dropped: a resumed run has no step twice. For
+    samples, `first_sample_step` where it is given. With `enabled` False nothing is written or read
+    (of many processes, only the first writes).
+
+    Raises ValueError when `wandb_project` is set and W&B is not installed or has no key.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        first_step: int,
+        tensorboard: bool,
+        wandb_project: str,
+        config: dict[str, Any],
+        first_sample_step: int | None = None,
+        enabled: bool = True,
+    ):
+        self._enabled = enabled
+        self._metrics = self._samples = self._board = self._wandb = None
+        if not enabled:
+            return
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        if wandb_project:  # first: it may refuse
+            self._wandb = _start_wandb(workdir, wandb_project, config)
+        self._metrics = _reopen(workdir / "metrics.jsonl", first_step)
+        self._samples = _reopen(
+            workdir / "samples.jsonl",
+            first_step if first_sample_step is None else first_sample_step,
+        )
+        if tensorboard:
+            # Files are named by second and read in order of name: the suffix keeps a quick restart
+            # from writing over the file before it.
+            self._board = SummaryWriter(
+                str(workdir / "tensorboard"),
+                purge_step=first_step,
+                filename_suffix=f".{time.time_ns()}",
+            )
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes metrics of a step, each of a name in METRICS. JSON gets null for NaN and inf."""
+        unknown = [name for name in values if not is_known(name)]
+        assert not unknown, f"METRICS does not describe {unknown}"
+        if not self._enabled:
+            return
+        floats = {name: float(value) for name, value in values.items()}
+        finite = {n: v if math.isfinite(v) else None for n, v in floats.items()}
+        _write_line(self._metrics, {"step": int(step)} | finite)
+        if self._board:
+            for name, value in floats.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        if self._wandb:
+            # W&B ignores steps below its newest: those that a resumed run computes again, alike.
+            self._wandb.log(floats, step=step)
+
+    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """Writes some completions of a step (the keys stand at the top of this module)."""
+        if not self._enabled:
+            return
+        for row in rows:
+            _write_line(self._samples, {"step": int(step)} | row)
+        if self._board:
+            self._board.add_text("samples", _markdown(rows), step)
+            self._board.flush()
+
+    def close(self) -> None:
+        """Closes the files; further writing fails."""
+        for file in (self._metrics, self._samples, self._board):
+            if file:
+                file.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a log with their "step"; what a crash left of a line is passed over."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                yield row
+
+
+def _reopen(path: Path, first_step: int) -> IO[str]:
+    """The log opened for appending, without its lines of `first_step` or later."""
+    if path.exists():
+        kept = path.with_name(path.name + ".new")
+        with kept.open("w", encoding="utf-8") as file:
+            for row in read_jsonl(path):
+                if row["step"] < first_step:
+                    _write_line(file, row)
+            os.fsync(file.fileno())
+        os.replace(kept, path)
+    return path.open("a", encoding="utf-8")
+
+
+def _write_line(file: IO[str], row: dict[str, Any]) -> None:
+    file.write(json.dumps(row) + "\n")
+    file.flush()  # a killed run leaves all but the line it was writing
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    """Samples for TensorBoard, their texts as indented code: no character of them is markup."""
+    parts = []
+    for row in rows:
+        parts.append("**" + " · ".join(_facts(row)) + "**")
+        for title in ("prompt", "completion"):
+            lines = _visible(row[title]).split("\n")
+            parts.append(f"{title}:\n\n" + "\n".join("    " + line for line in lines))
+    return "\n\n".join(parts)
+
+
+def _start_wandb(workdir: Path, project: str, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(
+            f"logging.wandb_project = {project!r} needs Weights & Biases, which is not installed: "
+            "pip install grpo_jax[wandb], or set logging.wandb_project to ''."
+        ) from error
+    needs_key = os.environ.get("WANDB_MODE", "online") == "online"
+    if needs_key and not os.environ.get("WANDB_API_KEY"):
+        raise ValueError(
+            f"logging.wandb_project = {project!r} needs a key in the environment variable "
+            "WANDB_API_KEY, or WANDB_MODE=offline."
+        )
+    id_file = workdir / "wandb_id.txt"  # a resumed run goes on in the same curves
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex[:12])
+    run_id = id_file.read_text().strip()
+    return wandb.init(project=project, id=run_id, resume="allow", dir=str(workdir), config=config)
+
+
+# --- Terminal -------------------------------------------------------------------------------------
+
+console = Console(highlight=False)
+
+
+def say(text: str) -> None:
+    """Prints one line as it stands: no markup, no wrapping."""
+    console.print(Text(_printable(text)), soft_wrap=True)
+
+
+def print_title(text: str) -> None:
+    """Prints a heading across the terminal."""
+    console.print(Rule(Text(_printable(text), style="bold"), align="left"))
+
+
+def print_samples(step: int, rows: list[dict[str, Any]], max_chars: int = 600) -> None:
+    """Prints a table of completions (the keys stand at the top of this module).
+
+    Texts are shown as they are, with control characters spelled out, and cut in their middle to
+    `max_chars`: beginning and answer stay.
+    """
+    table = Table(title=f"Completions of step {step}", title_justify="left", show_lines=True)
+    table.add_column("prompt", ratio=2, overflow="fold")
+    table.add_column("completion", ratio=4, overflow="fold")
+    table.add_column("", no_wrap=True)  # one column of facts leaves the texts their width
+    for row in rows:
+        texts = [Text(_printable(_cut(row[t], max_chars))) for t in ("prompt", "completion")]
+        table.add_row(*texts, Text("\n".join(_facts(row))))
+    console.print(table)
+
+
+def _facts(row: dict[str, Any]) -> list[str]:
+    """What a sample earned, in words."""
+    facts = [f"{name} {_number(value)}" for name, value in row["rewards"].items()]
+    return [*facts, f"advantage {_number(row['advantage'])}", f"{row['length']} tokens"]
+
+
+class Progress:
+    """Shows how far a run is: a bar on a terminal, elsewhere a line every `every_steps` steps.
+
+    A context manager; `update` is called after each step.
+    """
+
+    def __init__(
+        self, total_steps: int, *, first_step: int = 0, every_steps: int = 10, noun: str = "step"
+    ):
+        self._total, self._first, self._every = total_steps, first_step, every_steps
+        self._noun = noun
+        self._bar = None
+
+    def __enter__(self) -> Progress:
+        self._start = time.monotonic()
+        self._after_first: float | None = None
+        if console.is_terminal:
+            self._bar = progress.Progress(
+                progress.TextColumn(self._noun),
+                progress.MofNCompleteColumn(),
+                progress.BarColumn(bar_width=None),
+                progress.TextColumn("{task.fields[facts]}", markup=False),
+                console=console,
+                expand=True,
+            )
+            self._task = self._bar.add_task(
+                "", total=self._total, completed=self._first, facts="compiling"
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, num_steps_done: int, values: Mapping[str, float]) -> None:
+        """Shows that `num_steps_done` of the run's steps are done, with metrics of the newest."""
+        now = time.monotonic()
+        facts = self._facts(num_steps_done, values, now)
+        if self._bar:
+            self._bar.update(self._task, completed=num_steps_done, facts=facts)
+        elif num_steps_done % self._every == 0 or num_steps_done in (self._first + 1, self._total):
+            say(f"{self._noun} {num_steps_done}/{self._total}  {facts}")
+
+    def _facts(self, done: int, values: Mapping[str, float], now: float) -> str:
+        facts = []
+        for name in ("reward", "accuracy", "sft/loss"):
+            if name in values:
+                facts.append(f"{name.removeprefix('sft/')} {values[name]:.3f}")
+        if "throughput/generated_tokens_per_s" in values:
+            facts.append(f"{values['throughput/generated_tokens_per_s']:,.0f} tokens/s")
+        facts.append(f"elapsed {_duration(now - self._start)}")
+        # The first step compiles, and says nothing about the time of the others.
+        if self._after_first is None:
+            self._after_first, self._done_first = now, done
+        elif done > self._done_first:
+            per_step_s = (now - self._after_first) / (done - self._done_first)
+            facts.append(f"left {_duration(per_step_s * (self._total - done))}")
+        return "  ".join(facts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.3g}"
+
+
+def _cut(text: str, limit: int) -> str:
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
+
+
+def _visible(text: str) -> str:
+    """`text` with control, formatting and private characters spelled out; line ends remain."""
+    return "".join(
+        c if c == "\n" or unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode()
+        for c in text
+    )
+
+
+def _printable(text: str) -> str:
+    """`_visible`, and what the terminal's encoding lacks spelled out as well."""
+    encoding = console.encoding
+    return _visible(text).encode(encoding, "backslashreplace").decode(encoding)

@@ -1,0 +1,169 @@
+"""Grouped-query attention in the three forms that training and sampling need, in plain XLA.
+
+All three share one softmax over two sets of keys, the prompt's and the completion's own: a prompt
+is computed once for its whole group, and every completion of the group attends to it and to
+itself. The two parts are merged by their common maximum and denominator, so nothing is copied or
+concatenated. Softmax is float32 whatever the dtype of queries and keys.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.structs import Array
+
+# Far below any score and finite: a row with no key to see gives zeros, not NaN.
+_HIDDEN = -1e30
+
+
+def rotary(position: Array, inv_freq: Array) -> tuple[Array, Array]:
+    """Cosine and sine of the rotary angles, float32 [..., H/2], for positions [...]."""
+    angle = jnp.multiply.outer(position.astype(jnp.float32), inv_freq)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
+    """Heads [..., heads, H] turned by their rotary angles (Su et al. 2021, arXiv:2104.09864).
+
+    Pairs are (i, i + H/2), the layout of the Hugging Face checkpoints.
+    """
+    cos, sin = (t[..., None, :] for t in cos_sin)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def _grouped(q: Array, num_kv_heads: int) -> Array:
+    """Queries [..., N, H] by the key-value head they read, [..., K, N/K, H], over sqrt(H)."""
+    *lead, num_heads, size = q.shape
+    q = q * jnp.asarray(size**-0.5, q.dtype)
+    return q.reshape(*lead, num_kv_heads, num_heads // num_kv_heads, size)
+
+
+def causal(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, length_B: Array, window) -> Array:
+    """Each token attends to itself and what came before it in its row, [B, T, N, H].
+
+    Rows are padded on the right; keys past `length_B` are never seen. `window`: how many keys a
+    query looks back over, itself included; None for all.
+    """
+    q_BTKnH = _grouped(q_BTNH, k_BTKH.shape[-2])
+    score = jnp.einsum("btknh,bskh->bknts", q_BTKnH, k_BTKH, preferred_element_type=jnp.float32)
+    t = jnp.arange(score.shape[-1])
+    seen_TT = t[None, :] <= t[:, None]
+    if window is not None:
+        seen_TT &= t[:, None] - t[None, :] < window
+    seen_BT = t[None, :] < length_B[:, None]
+    seen = seen_TT[None, None, None] & seen_BT[:, None, None, None, :]
+    weight = jax.nn.softmax(jnp.where(seen, score, _HIDDEN), axis=-1).astype(v_BTKH.dtype)
+    return jnp.einsum("bknts,bskh->btknh", weight, v_BTKH).reshape(q_BTNH.shape)
+
+
+def _merged_weights(prefix: Array, own: Array) -> tuple[Array, Array, Array]:
+    """Unnormalised softmax weights of two score blocks, and their joint denominator."""
+    peak = jnp.maximum(prefix.max(-1, keepdims=True), own.max(-1, keepdims=True))
+    peak = jax.lax.stop_gradient(peak)
+    prefix, own = jnp.exp(prefix - peak), jnp.exp(own - peak)
+    return prefix, own, prefix.sum(-1) + own.sum(-1)
+
+
+def shared_prefix(
+    q_PGTNH: Array,
+    k_PGTKH: Array,
+    v_PGTKH: Array,
+    prefix_k_PQKH: Array,
+    prefix_v_PQKH: Array,
+    prefix_length_P: Array,
+    window,
+) -> Array:
+    """Every completion attends to its group's prompt and, causally, to itself, [P, G, T, N, H].
+
+    The queries of a whole group meet the prompt's keys in one product. Completions are padded on
+    the right, so causality alone hides the padding.
+    """
+    q = _grouped(q_PGTNH, k_PGTKH.shape[-2])
+    prefix = jnp.einsum("pgtknh,pqkh->pkgntq", q, prefix_k_PQKH, preferred_element_type=jnp.float32)
+    own = jnp.einsum("pgtknh,pgskh->pkgnts", q, k_PGTKH, preferred_element_type=jnp.float32)
+    t, s_1Q = jnp.arange(own.shape[-1]), jnp.arange(prefix.shape[-1])[None]
+    seen_own_TT = t[None, :] <= t[:, None]
+    seen_prefix_PTQ = (s_1Q < prefix_length_P[:, None])[:, None, :]
+    if window is not None:
+        seen_own_TT &= t[:, None] - t[None, :] < window
+        position_PT = prefix_length_P[:, None] + t[None, :]
+        seen_prefix_PTQ = seen_prefix_PTQ & (position_PT[..., None] - s_1Q[None] < window)
+    prefix = jnp.where(seen_prefix_PTQ[:, None, None, None], prefix, _HIDDEN)
+    own = jnp.where(seen_own_TT[None, None, None, None], own, _HIDDEN)
+    prefix, own, total = _merged_weights(prefix, own)
+    dtype = v_PGTKH.dtype
+    out = jnp.einsum(
+        "pkgntq,pqkh->pgtknh",
+        prefix.astype(dtype),
+        prefix_v_PQKH,
+        preferred_element_type=jnp.float32,
+    ) + jnp.einsum(
+        "pkgnts,pgskh->pgtknh", own.astype(dtype), v_PGTKH, preferred_element_type=jnp.float32
+    )
+    out = out / jnp.transpose(total, (0, 2, 4, 1, 3))[..., None]
+    return out.astype(q_PGTNH.dtype).reshape(q_PGTNH.shape)
+
+
+# Decoding. Keys are stored transposed, [..., K, H, positions]: 1.4 times the speed of positions
+# first on CPU, where one query meets many keys.
+
+
+def prefix_cache(k_RQKH: Array, v_RQKH: Array) -> tuple[Array, Array]:
+    """A prompt's keys [R, K, H, Q] and values [R, K, Q, H] as decoding reads them."""
+    return jnp.transpose(k_RQKH, (0, 2, 3, 1)), jnp.transpose(v_RQKH, (0, 2, 1, 3))
+
+
+def write(cache: tuple[Array, Array], k_RWKH: Array, v_RWKH: Array, time_RW: Array):
+    """The completions' cache (keys [R, W, K, H, S], values [R, W, K, S, H]) with one token added.
+
+    Row (r, w) is written at its own position `time_RW[r, w]`; a position outside the cache writes
+    nothing.
+    """
+    k, v = cache
+    r, w = jnp.meshgrid(jnp.arange(k.shape[0]), jnp.arange(k.shape[1]), indexing="ij")
+    k = k.at[r, w, :, :, time_RW].set(k_RWKH, mode="drop")
+    v = v.at[r, w, :, time_RW].set(v_RWKH, mode="drop")
+    return k, v
+
+
+def decode(
+    q_RWNH: Array,
+    prefix: tuple[Array, Array],
+    own: tuple[Array, Array],
+    prefix_length_R: Array,
+    time_RW: Array,
+    window: int | None,
+) -> Array:
+    """One new token per lane attends to its slot's prompt and to its own past, [R, W, N, H].
+
+    `time_RW` is the new token's position in its completion; its key is already in `own`.
+    """
+    (prefix_k, prefix_v), (own_k, own_v) = prefix, own
+    q = _grouped(q_RWNH, prefix_k.shape[1])
+    score_prefix = jnp.einsum("rwknh,rkhq->rkwnq", q, prefix_k, preferred_element_type=jnp.float32)
+    score_own = jnp.einsum("rwknh,rwkhs->rkwns", q, own_k, preferred_element_type=jnp.float32)
+    s_11Q = jnp.arange(prefix_k.shape[-1])[None, None]
+    t_11S = jnp.arange(own_k.shape[-1])[None, None]
+    seen_prefix = s_11Q < prefix_length_R[:, None, None]  # [R, 1, Q]
+    seen_own = t_11S <= time_RW[..., None]  # [R, W, S]
+    if window is not None:
+        position_RW = prefix_length_R[:, None] + time_RW
+        seen_prefix = seen_prefix & (position_RW[..., None] - s_11Q < window)
+        seen_own &= time_RW[..., None] - t_11S < window
+    score_prefix = jnp.where(seen_prefix[:, None, :, None], score_prefix, _HIDDEN)
+    score_own = jnp.where(seen_own[:, None, :, None], score_own, _HIDDEN)
+    weight_prefix, weight_own, total = _merged_weights(score_prefix, score_own)
+    dtype = own_v.dtype
+    out = jnp.einsum(
+        "rkwnq,rkqh->rwknh",
+        weight_prefix.astype(dtype),
+        prefix_v,
+        preferred_element_type=jnp.float32,
+    ) + jnp.einsum(
+        "rkwns,rwksh->rwknh", weight_own.astype(dtype), own_v, preferred_element_type=jnp.float32
+    )
+    out = out / jnp.transpose(total, (0, 2, 1, 3))[..., None]
+    return out.astype(q_RWNH.dtype).reshape(q_RWNH.shape)

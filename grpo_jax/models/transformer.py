@@ -1,0 +1,306 @@
+"""One decoder for Llama, Qwen2, Qwen3 and Mistral, and the three ways it is run.
+
+`score` runs prompts once and their completions beside them (training and scoring), `prefill` runs
+prompts and keeps their keys and values, `decode_token` adds one token per completion. All three
+apply the same `Block`; only the attention that it is handed differs. Layers are stacked along a
+leading axis of every parameter and scanned, except in decoding, where a scan would copy the cache.
+
+Parameters, float32 unless the caller cast them; kernels are [in, out], heads contiguous:
+
+    embed/embedding [V, D]      norm/scale [D]      head/kernel [D, V] (untied models only)
+    layers/ (all with a leading L)
+        attention_norm/scale [D]      mlp_norm/scale [D]
+        attention/{q,k,v,o}/kernel    attention/{q,k,v,o}/bias (where the family has them)
+        attention/{q_norm,k_norm}/scale [H] (Qwen3)
+        mlp/{gate,up,down}/kernel
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.models import attention
+from grpo_jax.structs import Array, ModelConfig, Params
+
+# Queries, keys and values to the attention's output and whatever the caller wants kept of them.
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+
+def rotary_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position of each rotary pair, float32 [H/2]; Llama-3 scaling by wavelength."""
+    exponent = np.arange(0, config.head_size, 2, dtype=np.float32) / config.head_size
+    freq = 1.0 / config.rope_theta**exponent
+    scaling = config.rope_scaling
+    if scaling is not None:
+        wavelength = 2 * np.pi / freq
+        turns = scaling.original_max_position / wavelength
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        # 1 keeps a frequency, 0 divides it by the factor, between them a straight line.
+        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        freq = freq * (keep + (1 - keep) / scaling.factor)
+    return freq.astype(np.float32)
+
+
+def _dense(features: int, axes: tuple[str, str], name: str, dtype, bias: bool = False) -> nn.Dense:
+    return nn.Dense(
+        features,
+        use_bias=bias,
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(nn.initializers.normal(0.02), axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
+        name=name,
+    )
+
+
+def _norm(config: ModelConfig, dtype, name: str | None = None) -> nn.RMSNorm:
+    return nn.RMSNorm(
+        epsilon=config.norm_eps,
+        dtype=dtype,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+        name=name,
+    )
+
+
+class Attention(nn.Module):
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, cos_sin: tuple[Array, Array], attend: Attend):
+        c = self.config
+        heads = {"q": ("heads", c.num_heads), "k": ("kv_heads", c.num_kv_heads)}
+        heads["v"] = heads["k"]
+        qkv = []
+        for name, (axis, count) in heads.items():
+            y = _dense(count * c.head_size, ("embed", axis), name, self.dtype, c.qkv_bias)(x)
+            qkv.append(y.reshape(*y.shape[:-1], count, c.head_size))
+        q, k, v = qkv
+        if c.qk_norm:
+            q = _norm(c, self.dtype, "q_norm")(q)
+            k = _norm(c, self.dtype, "k_norm")(k)
+        out, kept = attend(attention.rotate(q, cos_sin), attention.rotate(k, cos_sin), v)
+        out = out.reshape(*x.shape[:-1], c.num_heads * c.head_size)
+        return _dense(c.width, ("heads", "embed"), "o", self.dtype, c.out_bias)(out), kept
+
+
+class MLP(nn.Module):
+    config: ModelConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        gate = _dense(self.config.mlp_width, ("embed", "mlp"), "gate", self.dtype)(x)
+        up = _dense(self.config.mlp_width, ("embed", "mlp"), "up", self.dtype)(x)
+        y = nn.silu(gate) * up
+        return _dense(self.config.width, ("mlp", "embed"), "down", self.dtype)(y)
+
+
+class Block(nn.Module):
+    """One layer on hidden states [..., D] with rotary angles [..., H/2]; any leading axes."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, cos_sin: tuple[Array, Array], attend: Attend):
+        y = _norm(self.config, self.dtype, "attention_norm")(x)
+        y, kept = Attention(self.config, self.dtype, name="attention")(y, cos_sin, attend)
+        x = x + y
+        y = _norm(self.config, self.dtype, "mlp_norm")(x)
+        return x + MLP(self.config, self.dtype, name="mlp")(y), kept
+
+
+def _boxed_block(config: ModelConfig, key: Array) -> Params:
+    """One layer's parameters in the boxes that carry their logical axes."""
+    x = jnp.zeros((1, config.width))
+    cos_sin = (jnp.zeros((1, config.head_size // 2)),) * 2
+    return Block(config).init(key, x, cos_sin, lambda q, k, v: (q, None))["params"]
+
+
+def init(config: ModelConfig, key: Array) -> Params:
+    """Fresh float32 parameters: normals of deviation 0.02, norms at 1.
+
+    Call it under jit with the shardings of `logical_axes` as `out_shardings`, so that no device
+    holds the whole model.
+    """
+    layers_key, embed_key, head_key = jax.random.split(key, 3)
+    normal = nn.initializers.normal(0.02)
+    params = {
+        "embed": {"embedding": normal(embed_key, (config.vocab_size, config.width))},
+        "layers": jax.vmap(lambda k: nn.unbox(_boxed_block(config, k)))(
+            jax.random.split(layers_key, config.num_layers)
+        ),
+        "norm": {"scale": jnp.ones(config.width)},
+    }
+    if not config.tied_head:
+        params["head"] = {"kernel": normal(head_key, (config.width, config.vocab_size))}
+    return params
+
+
+def logical_axes(config: ModelConfig) -> Params:
+    """The logical axes of every parameter, a tuple of names for each; see `sharding.py`."""
+    boxed = jax.eval_shape(lambda: _boxed_block(config, jax.random.key(0)))
+    axes = {
+        "embed": {"embedding": ("vocab", "embed")},
+        "layers": jax.tree.map(lambda spec: ("layers", *spec), nn.get_partition_spec(boxed)),
+        "norm": {"scale": ("norm",)},
+    }
+    if not config.tied_head:
+        axes["head"] = {"kernel": ("embed", "vocab")}
+    return axes
+
+
+def param_shapes(config: ModelConfig) -> Params:
+    """Shape and dtype of every parameter, without making any."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
+def head_kernel(params: Params) -> Array:
+    """The LM head [D, V]: the embedding transposed where the model ties them."""
+    if "head" in params:
+        return params["head"]["kernel"]
+    return params["embed"]["embedding"].T
+
+
+def _embed(params: Params, ids: Array, dtype) -> Array:
+    return params["embed"]["embedding"][ids].astype(dtype)
+
+
+def _final_norm(params: Params, config: ModelConfig, x: Array, dtype) -> Array:
+    return _norm(config, dtype).apply({"params": params["norm"]}, x)
+
+
+def _layer_windows(config: ModelConfig) -> Array | None:
+    """Window of each layer, int32 [L], for a scan over layers; None when no layer has one."""
+    if config.window_per_layer is None:
+        return None
+    whole = np.iinfo(np.int32).max
+    return jnp.array([whole if w is None else w for w in config.window_per_layer], jnp.int32)
+
+
+def _scan_layers(body, carry, params: Params, config: ModelConfig, unroll: bool, remat: bool):
+    body = jax.checkpoint(body) if remat else body
+    layers = (params["layers"], _layer_windows(config))
+    return jax.lax.scan(body, carry, layers, unroll=config.num_layers if unroll else 1)
+
+
+def score(
+    params: Params,
+    config: ModelConfig,
+    prompt_PQ: Array,
+    prompt_length_P: Array,
+    completion_PGC: Array,
+    *,
+    dtype=jnp.float32,
+    unroll: bool = False,
+    remat: bool = False,
+) -> Array:
+    """The hidden state that predicts each completion token, [P, G, C, D].
+
+    Entry [p, g, 0] is the prompt's last token, entry [p, g, c] completion token c - 1. Every prompt
+    is computed once for its G completions. Prompts and completions are padded on the right; the
+    states of padding mean nothing.
+    """
+    inv_freq = rotary_frequencies(config)
+    input_PGT = completion_PGC[:, :, :-1]  # the last token predicts nothing that is scored
+    t_Q, t_T = jnp.arange(prompt_PQ.shape[1]), jnp.arange(input_PGT.shape[2])
+    prompt_angles = attention.rotary(t_Q[None], inv_freq)
+    position_P1T = prompt_length_P[:, None, None] + t_T[None, None]
+    own_angles = attention.rotary(position_P1T, inv_freq)
+    block = Block(config, dtype)
+
+    def layer(carry, layer_and_window):
+        (x_PQD, x_PGTD), (params, window) = carry, layer_and_window
+
+        def attend_prompt(q, k, v):
+            return attention.causal(q, k, v, prompt_length_P, window), (k, v)
+
+        x_PQD, kv = block.apply({"params": params}, x_PQD, prompt_angles, attend_prompt)
+
+        def attend_both(q, k, v):
+            return attention.shared_prefix(q, k, v, *kv, prompt_length_P, window), None
+
+        if x_PGTD.shape[2]:
+            x_PGTD, _ = block.apply({"params": params}, x_PGTD, own_angles, attend_both)
+        return (x_PQD, x_PGTD), None
+
+    states = _embed(params, prompt_PQ, dtype), _embed(params, input_PGT, dtype)
+    (x_PQD, x_PGTD), _ = _scan_layers(layer, states, params, config, unroll, remat)
+    last_PD = jnp.take_along_axis(x_PQD, (prompt_length_P - 1)[:, None, None], axis=1)[:, 0]
+    last_PG1D = jnp.broadcast_to(
+        last_PD[:, None, None], (*completion_PGC.shape[:2], 1, config.width)
+    )
+    return _final_norm(params, config, jnp.concatenate([last_PG1D, x_PGTD], axis=2), dtype)
+
+
+def prefill(
+    params: Params,
+    config: ModelConfig,
+    prompt_RQ: Array,
+    length_R: Array,
+    *,
+    dtype=jnp.float32,
+    unroll: bool = False,
+) -> tuple[Array, tuple]:
+    """Hidden state of each prompt's last token [R, D], and the prompts' cache by layer."""
+    t_Q = jnp.arange(prompt_RQ.shape[1])
+    angles = attention.rotary(t_Q[None], rotary_frequencies(config))
+    block = Block(config, dtype)
+
+    def layer(x_RQD, layer_and_window):
+        params, window = layer_and_window
+
+        def attend(q, k, v):
+            out = attention.causal(q, k, v, length_R, window)
+            return out, attention.prefix_cache(k, v)
+
+        return block.apply({"params": params}, x_RQD, angles, attend)
+
+    x_RQD = _embed(params, prompt_RQ, dtype)
+    x_RQD, cache = _scan_layers(layer, x_RQD, params, config, unroll, remat=False)
+    last_RD = jnp.take_along_axis(x_RQD, (length_R - 1)[:, None, None], axis=1)[:, 0]
+    per_layer = tuple(jax.tree.map(lambda a: a[i], cache) for i in range(config.num_layers))  # noqa: B023
+    return _final_norm(params, config, last_RD, dtype), per_layer
+
+
+def unstack_layers(params: Params, config: ModelConfig) -> list[Params]:
+    """Each layer's own parameters; take them outside the token loop, so that they are read once."""
+    return [jax.tree.map(lambda a: a[i], params["layers"]) for i in range(config.num_layers)]  # noqa: B023
+
+
+def decode_token(
+    params: Params,
+    layers: list[Params],
+    config: ModelConfig,
+    token_RW: Array,
+    prefix: tuple,
+    own: tuple,
+    prompt_length_R: Array,
+    time_RW: Array,
+    *,
+    dtype=jnp.float32,
+) -> tuple[Array, tuple]:
+    """Hidden state after one more token per lane [R, W, D], and the completions' cache with it.
+
+    `token_RW` stands at position `time_RW` of its completion.
+    """
+    angles = attention.rotary(prompt_length_R[:, None] + time_RW, rotary_frequencies(config))
+    windows = config.window_per_layer or (None,) * config.num_layers
+    block = Block(config, dtype)
+    x_RWD = _embed(params, token_RW, dtype)
+    own = list(own)
+    for i, layer in enumerate(layers):
+
+        def attend(q, k, v, i=i):
+            own[i] = attention.write(own[i], k, v, time_RW)
+            out = attention.decode(q, prefix[i], own[i], prompt_length_R, time_RW, windows[i])
+            return out, None
+
+        x_RWD, _ = block.apply({"params": layer}, x_RWD, angles, attend)
+    return _final_norm(params, config, x_RWD, dtype), tuple(own)

@@ -1,0 +1,196 @@
+"""What a run is made of, read, checked and put together from its config; and where it stands."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from grpo_jax import config as config_lib
+from grpo_jax import evaluate, optim, sharding, workdir
+from grpo_jax import metrics as metrics_lib
+from grpo_jax import policy as policy_lib
+from grpo_jax.algorithm import losses
+from grpo_jax.algorithm import update as update_lib
+from grpo_jax.checkpoints import Checkpoints
+from grpo_jax.data import problems as problems_lib
+from grpo_jax.data import prompts as prompts_lib
+from grpo_jax.data import tasks
+from grpo_jax.rewards import score as score_lib
+from grpo_jax.sampling import decode
+from grpo_jax.sampling.engine import Engine
+from grpo_jax.structs import Experience, Params, Sampling, TrainState
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands, besides its train state; what a checkpoint keeps of it as JSON.
+
+    Metrics of step n, counted from 1, describe its rollout and the policy after its updates; step 0
+    is the model as it was given.
+    """
+
+    step: int = 0  # rollouts finished
+    update: int = 0  # updates done on the rollout of `step`
+    prompts: int = 0  # consumed
+    tokens: int = 0  # generated
+    wall_s: float = 0.0
+    skipped_in_row: int = 0
+    accuracy_before: float | None = None
+    accuracy: float | None = None  # newest
+    first_evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
+    rollout_metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of `step`
+    update_metrics: list[dict[str, float]] = dataclasses.field(default_factory=list)  # the same
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is made of; none of it changes while it runs."""
+
+    config: ConfigDict
+    folder: Path
+    mesh: Mesh
+    policy: policy_lib.Policy
+    train: evaluate.Questions
+    held_out: evaluate.Questions | None
+    rewards: list[score_lib.Reward]
+    engine: Engine
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    prepare: Callable
+    update: Callable
+    ref_params: Params | None
+    checkpoints: Checkpoints
+
+
+def refuse_early(config: ConfigDict, folder: Path) -> None:
+    """Raises ValueError for what `run` would refuse of a new model only once that is trained."""
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    config_lib.check_devices(config, sharding.num_row_shards(mesh))
+    score_lib.load(config.rewards.names, config.rewards.weights)
+    policy = policy_lib.new(config.model, tasks.load(config.data.task).make_tokenizer())
+    policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
+    workdir.open_for(config, folder)
+
+
+def load_problems(config: ConfigDict) -> tuple[list, list]:
+    """Training and held-out problems of the config's task or files; the second may be empty."""
+    data = config.data
+    if data.task:
+        return tasks.load(data.task).generate(data.num_train, data.num_eval, config.seed)
+    train = problems_lib.load_jsonl(data.path, "data.path")
+    held_out = problems_lib.load_jsonl(data.eval_path, "data.eval_path") if data.eval_path else []
+    return train, held_out
+
+
+def _questions(problems: list, policy: policy_lib.Policy, limit: int) -> evaluate.Questions:
+    ids = prompts_lib.encode(problems, policy.tokenizer, limit)
+    texts = [
+        p.prompt if isinstance(p.prompt, str) else policy.tokenizer.decode(i)
+        for p, i in zip(problems, ids)
+    ]
+    return evaluate.Questions(problems, ids, texts)
+
+
+def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
+    """Everything read, checked and set up; the policy's weights are not."""
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    config_lib.check_devices(config, sharding.num_row_shards(mesh))
+    rewards = score_lib.load(config.rewards.names, config.rewards.weights)
+    policy = policy_lib.read(model_path)
+    policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
+    train, held_out = load_problems(config)
+    held_out = held_out[: config.evaluation.num_problems]
+    limit = config.data.max_prompt_tokens
+    workdir.open_for(config, folder)
+    dtype = jnp.dtype(config.model.dtype)
+    sampling = Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p)
+    unroll = config.model.unroll_layers
+    scorer = update_lib.Scorer(
+        policy.model, mesh, sampling, dtype, unroll=unroll, remat=config.model.remat
+    )
+    decoder = decode.Decoder(
+        policy.model, mesh, sampling, policy.stop_ids, config.rollout.max_tokens, dtype, unroll
+    )
+    batch, algorithm = config.batch, config.algorithm
+    updates = config_lib.num_updates_per_step(config)
+    schedule = optim.schedule(
+        config.optim.learning_rate,
+        warmup_steps=config.optim.warmup_steps,
+        kind=config.optim.schedule,
+        num_updates=config.loop.num_steps * updates,
+        end_fraction=config.optim.end_fraction,
+    )
+    optimizer = optim.adamw(
+        schedule,
+        beta1=config.optim.beta1,
+        beta2=config.optim.beta2,
+        eps=config.optim.eps,
+        weight_decay=config.optim.weight_decay,
+        clip_norm=config.optim.clip_norm,
+    )
+    objective = losses.Objective(
+        algorithm.clip_low,
+        algorithm.clip_high,
+        algorithm.kl_coef,
+        algorithm.entropy_coef,
+        algorithm.normalizer,
+        config.rollout.max_tokens,
+    )
+    microbatch = batch.microbatch or batch.prompts // batch.minibatches
+    return Parts(
+        config=config,
+        folder=folder,
+        mesh=mesh,
+        policy=policy,
+        train=_questions(train, policy, limit),
+        held_out=_questions(held_out, policy, limit) if held_out else None,
+        rewards=rewards,
+        engine=Engine(
+            decoder,
+            num_slots=config.rollout.num_slots or batch.prompts * batch.group,
+            compact=config.rollout.compact,
+        ),
+        optimizer=optimizer,
+        schedule=schedule,
+        prepare=update_lib.make_prepare(
+            scorer,
+            by_std=algorithm.scale_by_std,
+            mask_truncated=algorithm.mask_truncated,
+            num_microbatches=batch.prompts // microbatch,
+            with_old=updates > 1,
+        ),
+        update=update_lib.make_update(
+            scorer,
+            objective,
+            optimizer,
+            num_minibatches=batch.minibatches,
+            num_microbatches=batch.prompts // batch.minibatches // microbatch,
+        ),
+        ref_params=policy_lib.load_params(policy, mesh, config.seed, dtype)
+        if algorithm.kl_coef
+        else None,
+        checkpoints=Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep),
+    )
+
+
+def start(parts: Parts) -> tuple[TrainState, Position, Experience | None]:
+    """The state to go on from: the newest checkpoint's, or the model as it was given."""
+    model, mesh, optimizer = parts.policy.model, parts.mesh, parts.optimizer
+    number = parts.checkpoints.latest()
+    if number is None:
+        params = policy_lib.load_params(parts.policy, mesh, parts.config.seed)
+        return update_lib.start(params, model, mesh, optimizer), Position(), None
+    at = Position(**parts.checkpoints.facts(number)["position"])
+    state = parts.checkpoints.restore(number, update_lib.state_like(model, mesh, optimizer))
+    experience = parts.checkpoints.experience(number, mesh)
+    assert (experience is not None) == (at.update > 0), f"checkpoint {number} lacks its rollout"
+    assert (experience is not None) == (at.update > 0), f"checkpoint {number} lacks its rollout"
+    middle = f", between updates {at.update} and {at.update + 1}" if at.update else ""
+    metrics_lib.say(f"Continuing {parts.folder} after step {at.step}{middle}.")
+    return state, at, experience

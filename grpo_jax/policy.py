@@ -1,0 +1,95 @@
+"""The model that a run trains: its shape, its tokenizer, and the tokens that end a completion."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerBase
+
+from grpo_jax import keys, sharding
+from grpo_jax.models import hf, transformer
+from grpo_jax.structs import ModelConfig, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What all programs need of a model besides its weights."""
+
+    model: ModelConfig
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+    source: Path | None  # Hugging Face folder it was read from; None: a new model
+
+    def text(self, ids) -> str:
+        """Completion ids as text, special tokens left out."""
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def check_length(
+        self, prompt_tokens: int, max_tokens: int, option: str = "rollout.max_tokens"
+    ) -> None:
+        """Raises ValueError when prompt and completion are longer than the model was made for.
+
+        `option` names where `max_tokens` comes from.
+        """
+        if prompt_tokens + max_tokens > self.model.max_position:
+            raise ValueError(
+                f"A prompt of {prompt_tokens} tokens (data.max_prompt_tokens) and a completion of "
+                f"{max_tokens} ({option}) are {prompt_tokens + max_tokens} tokens, and "
+                f"the model takes {self.model.max_position}. Make one of the limits smaller."
+            )
+
+
+def read(path: str) -> Policy:
+    """The policy of a Hugging Face folder or hub id; ValueError for what is wrong with it."""
+    folder = hf.resolve(path)
+    model, tokenizer = hf.read_config(folder), hf.load_tokenizer(folder)
+    if len(tokenizer) > model.vocab_size:  # an id past the embedding would be read as its last row
+        raise ValueError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model's vocab_size is "
+            f"{model.vocab_size}. They do not belong together."
+        )
+    return Policy(model, tokenizer, hf.stop_ids(folder, tokenizer), folder)
+
+
+def new(options: ConfigDict, tokenizer: PreTrainedTokenizerBase) -> Policy:
+    """A Qwen2-shaped policy of the sizes in `config.model`, without weights yet."""
+    model = ModelConfig(
+        family="qwen2",
+        vocab_size=len(tokenizer),
+        width=options.width,
+        mlp_width=options.mlp_width,
+        num_layers=options.num_layers,
+        num_heads=options.num_heads,
+        num_kv_heads=options.num_kv_heads,
+        head_size=options.width // options.num_heads,
+        rope_theta=100.0,  # rows are short: every frequency turns within them
+        norm_eps=1e-6,
+        max_position=1024,
+        tied_head=True,
+        qkv_bias=True,
+    )
+    return Policy(model, tokenizer, (tokenizer.eos_token_id,), None)
+
+
+def load_params(policy: Policy, mesh: Mesh, seed: int, dtype=jnp.float32) -> Params:
+    """The policy's weights, each device holding its shards: read from its source, or fresh."""
+    if policy.source is not None:
+        return hf.load_params(policy.source, policy.model, mesh, dtype)
+    shardings = jax.tree.map(lambda x: x.sharding, param_like(policy.model, mesh))
+    init = jax.jit(functools.partial(transformer.init, policy.model), out_shardings=shardings)
+    return init(keys.key_for(seed, "init"))
+
+
+def param_like(model: ModelConfig, mesh: Mesh) -> Params:
+    """Shape, dtype (float32) and sharding of every parameter, without making any."""
+    shapes = transformer.param_shapes(model)
+    placed = sharding.tree_shardings(mesh, transformer.logical_axes(model), shapes)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
+    )

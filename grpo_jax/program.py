@@ -1,0 +1,67 @@
+"""What the programs share: their arguments, and how a mistake ends them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from grpo_jax import config as config_lib
+from grpo_jax.metrics import say
+from grpo_jax.workdir import Stopped
+
+
+def run_arguments(argv: list[str], description: str) -> tuple[ConfigDict, Path]:
+    """The config and the workdir of a run's command line.
+
+    Everything but `--config` and `--workdir` must be an override, `--config.name=value`.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="FILE", help="a file as in configs/")
+    parser.add_argument(
+        "--workdir", metavar="DIR", help="folder of the run; default runs/NAME_OF_CONFIG"
+    )
+    parser.usage = f"{parser.prog} --config FILE [--workdir DIR] [--config.NAME=VALUE ...]"
+    known, overrides = parser.parse_known_args(_joined(argv))
+    config = config_lib.load(known.config, overrides)
+    return config, Path(known.workdir or Path("runs") / Path(known.config).stem)
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """`--config.name value` as `--config.name=value`."""
+    joined: list[str] = []
+    for argument in argv:
+        waits = joined and joined[-1].startswith("--config.") and "=" not in joined[-1]
+        if waits and not argument.startswith("--"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def use_compile_cache() -> None:
+    """Compiled programs are kept in the user's cache folder and found again by the next run."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    jax.config.update("jax_compilation_cache_dir", str(Path(base) / "grpo_jax" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def main(run: Callable[[list[str]], None]) -> None:
+    """Runs a program; a user's mistake ends it with one message and status 1."""
+    try:
+        run(sys.argv[1:])
+    except Stopped as stopped:
+        say(str(stopped))
+    except ValueError as error:
+        if os.environ.get("GRPO_JAX_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        print("(GRPO_JAX_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,229 @@
+"""The device's side of sampling: prefill, decode and compaction over slots.
+
+A slot holds one prompt's keys and values and `W` lanes, each decoding one completion of that
+prompt; the prompt is computed once and its cache is read by all lanes. Keys of the random draws
+belong to the completion and its token positions, so a lane's neighbours, its slot and the number of
+slots do not change what it draws.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh
+
+from grpo_jax import sharding
+from grpo_jax.models import logits as logits_lib
+from grpo_jax.models import transformer
+from grpo_jax.structs import Array, ModelConfig, Params, Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """What the compiled programs of an engine have in common."""
+
+    model: ModelConfig
+    mesh: Mesh
+    sampling: Sampling  # top-k and top-p; the temperature is an argument of each call
+    stop_ids: tuple[int, ...]
+    max_tokens: int  # C: completion limit
+    dtype: Any = jnp.float32  # of activations and cache
+    unroll: bool = False  # layers of the prefill; decoding is always unrolled
+
+
+@struct.dataclass
+class Slots:
+    """Completions in progress. A lane that is not live holds nothing that is read again."""
+
+    prefix: tuple  # per layer: keys [R, K, H, Q], values [R, K, Q, H]
+    own: tuple  # per layer: keys [R, W, K, H, S], values [R, W, K, S, H]
+    prompt_length_R: Array
+    key_RW2: Array  # uint32: the completion's random key
+    token_RW: Array  # last token
+    time_RW: Array  # its position in the completion
+    live_RW: Array  # bool
+    stopped_RW: Array  # bool: ended by a stop token
+    completion_RWC: Array
+    logp_RWC: Array
+
+
+def empty(decoder: Decoder, slots: int, lanes: int, prompt_tokens: int) -> Slots:
+    """Slots with no completion in them."""
+    model = decoder.model
+    heads, size, limit = model.num_kv_heads, model.head_size, decoder.max_tokens
+    zeros = lambda *shape: jnp.zeros(shape, decoder.dtype)  # noqa: E731
+    layers = range(model.num_layers)
+    return Slots(
+        prefix=tuple(
+            (
+                zeros(slots, heads, size, prompt_tokens),
+                zeros(slots, heads, prompt_tokens, size),
+            )
+            for _ in layers
+        ),
+        own=tuple(
+            (zeros(slots, lanes, heads, size, limit), zeros(slots, lanes, heads, limit, size))
+            for _ in layers
+        ),
+        prompt_length_R=jnp.ones(slots, jnp.int32),
+        key_RW2=jnp.zeros((slots, lanes, 2), jnp.uint32),
+        token_RW=jnp.zeros((slots, lanes), jnp.int32),
+        time_RW=jnp.zeros((slots, lanes), jnp.int32),
+        live_RW=jnp.zeros((slots, lanes), bool),
+        stopped_RW=jnp.zeros((slots, lanes), bool),
+        completion_RWC=jnp.zeros((slots, lanes, limit), jnp.int32),
+        logp_RWC=jnp.zeros((slots, lanes, limit), jnp.float32),
+    )
+
+
+def _choose(decoder: Decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature):
+    """The token at position `time_RW` of each lane and its log-probability, both [R, W].
+
+    Temperature 0 takes the highest logit. The uniform number of a draw is a function of the
+    completion's key and the token's position.
+    """
+    lanes = key_RW2.shape[:2]
+    scores = logits_lib.logits(hidden_RWD, head_DV)
+    scores_BV = scores.reshape(-1, scores.shape[-1])
+    key_B2, time_B = key_RW2.reshape(-1, 2), time_RW.reshape(-1)
+
+    def greedy():
+        log_prob_BV = jax.nn.log_softmax(scores_BV, axis=-1)
+        return jnp.argmax(scores_BV, axis=-1).astype(jnp.int32), log_prob_BV
+
+    def sampled():
+        def uniform(key_2, time):
+            key = jax.random.wrap_key_data(key_2, impl="threefry2x32")
+            return jax.random.uniform(jax.random.fold_in(key, time))
+
+        log_prob_BV = logits_lib.log_probs(scores_BV, decoder.sampling, temperature=temperature)
+        return logits_lib.draw(log_prob_BV, jax.vmap(uniform)(key_B2, time_B)), log_prob_BV
+
+    token_B, log_prob_BV = jax.lax.cond(temperature == 0, greedy, sampled)
+    logp_B = jnp.take_along_axis(log_prob_BV, token_B[:, None], axis=-1)[:, 0]
+    return token_B.reshape(lanes), logp_B.reshape(lanes)
+
+
+def _is_stop(decoder: Decoder, token: Array) -> Array:
+    stop = jnp.zeros(token.shape, bool)
+    for stop_id in decoder.stop_ids:
+        stop |= token == stop_id
+    return stop
+
+
+def admit(
+    decoder: Decoder,
+    params: Params,
+    slots: Slots,
+    prompt_AQ: Array,
+    length_A: Array,
+    slot_A: Array,
+    key_AW2: Array,
+    used_AW: Array,
+    temperature: Array,
+) -> Slots:
+    """Slots with A prompts prefilled and the first token of each of their completions drawn.
+
+    Prompt a goes into slot `slot_A[a]`; a slot past the last is dropped, so A can be padded.
+    `used_AW`: lanes that hold a completion.
+    """
+    prompts = sharding.constrain_rows(decoder.mesh, (prompt_AQ, length_A))
+    hidden_AD, fresh = transformer.prefill(
+        params, decoder.model, *prompts, dtype=decoder.dtype, unroll=decoder.unroll
+    )
+    lanes = used_AW.shape
+    hidden_AWD = jnp.broadcast_to(hidden_AD[:, None], (*lanes, hidden_AD.shape[-1]))
+    time_AW = jnp.zeros(lanes, jnp.int32)
+    token_AW, logp_AW = _choose(
+        decoder, hidden_AWD, transformer.head_kernel(params), key_AW2, time_AW, temperature
+    )
+    stop_AW = _is_stop(decoder, token_AW)
+    put = lambda old, new: old.at[slot_A].set(new, mode="drop")  # noqa: E731
+    return slots.replace(
+        prefix=jax.tree.map(put, slots.prefix, fresh),
+        prompt_length_R=put(slots.prompt_length_R, length_A),
+        key_RW2=put(slots.key_RW2, key_AW2),
+        token_RW=put(slots.token_RW, token_AW),
+        time_RW=put(slots.time_RW, time_AW),
+        live_RW=put(slots.live_RW, used_AW & ~stop_AW & (decoder.max_tokens > 1)),
+        stopped_RW=put(slots.stopped_RW, used_AW & stop_AW),
+        completion_RWC=slots.completion_RWC.at[slot_A, :, 0].set(token_AW, mode="drop"),
+        logp_RWC=slots.logp_RWC.at[slot_A, :, 0].set(logp_AW, mode="drop"),
+    )
+
+
+def slots_needed(live_RW: Array, lanes: int) -> Array:
+    """Slots of `lanes` lanes that the live completions would fill, each slot with one prompt."""
+    return jnp.sum(-(-jnp.sum(live_RW, axis=1) // lanes))
+
+
+def decode(
+    decoder: Decoder,
+    params: Params,
+    slots: Slots,
+    temperature: Array,
+    enough_free: Array,
+    next_slots: Array,
+    next_lanes: Array,
+) -> Slots:
+    """Slots decoded on until the host has something to do; no host round trip per token.
+
+    Returns when no lane is live, when `enough_free` slots have no live lane, or when the live
+    completions fit `next_slots` slots of `next_lanes` lanes. The donated cache is updated in place.
+    """
+    layers = transformer.unstack_layers(params, decoder.model)
+    head_DV = transformer.head_kernel(params)
+    r, w = jnp.meshgrid(*(jnp.arange(n) for n in slots.live_RW.shape), indexing="ij")
+
+    def go_on(slots: Slots) -> Array:
+        free = jnp.sum(~slots.live_RW.any(axis=1))
+        fits = slots_needed(slots.live_RW, next_lanes) <= next_slots
+        return slots.live_RW.any() & (free < enough_free) & ~fits
+
+    def one_token(slots: Slots) -> Slots:
+        live_RW = slots.live_RW
+        hidden_RWD, own = transformer.decode_token(
+            params,
+            layers,
+            decoder.model,
+            slots.token_RW,
+            slots.prefix,
+            slots.own,
+            slots.prompt_length_R,
+            slots.time_RW,
+            dtype=decoder.dtype,
+        )
+        time_RW = slots.time_RW + live_RW
+        token_RW, logp_RW = _choose(
+            decoder, hidden_RWD, head_DV, slots.key_RW2, time_RW, temperature
+        )
+        at = jnp.where(live_RW, time_RW, decoder.max_tokens)  # past the end: dropped
+        stop_RW = live_RW & _is_stop(decoder, token_RW)
+        return slots.replace(
+            own=own,
+            token_RW=jnp.where(live_RW, token_RW, slots.token_RW),
+            time_RW=time_RW,
+            live_RW=live_RW & ~stop_RW & (time_RW + 1 < decoder.max_tokens),
+            stopped_RW=slots.stopped_RW | stop_RW,
+            completion_RWC=slots.completion_RWC.at[r, w, at].set(token_RW, mode="drop"),
+            logp_RWC=slots.logp_RWC.at[r, w, at].set(logp_RW, mode="drop"),
+        )
+
+    return jax.lax.while_loop(go_on, one_token, slots)
+
+
+def compact(slots: Slots, slot_R: Array, lane_RW: Array, live_RW: Array) -> Slots:
+    """A smaller batch: new slot r has old slot `slot_R[r]`'s prompt, and its lanes `lane_RW[r]`."""
+    lanes_of = lambda x: x[slot_R[:, None], lane_RW]  # noqa: E731
+    moved = jax.tree.map(
+        lanes_of, slots.replace(prefix=(), prompt_length_R=jnp.zeros_like(slots.time_RW))
+    )
+    return moved.replace(
+        prefix=jax.tree.map(lambda x: x[slot_R], slots.prefix),
+        prompt_length_R=slots.prompt_length_R[slot_R],
+        live_RW=live_RW,
+    )

@@ -1,0 +1,218 @@
+"""The host's side of sampling: which completion stands in which slot.
+
+The engine admits waiting prompts into free slots, lets the device decode until there is something
+to decide, harvests what finished, and repeats. When nobody waits, the live completions are moved
+together into a smaller batch, so that the long tail does not pay for finished rows. It knows token
+ids only, no text; rollouts, evaluation and `generate` all go through it. Every decision follows
+from values that all processes of a pod hold, so they decide alike without talking.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax import sharding
+from grpo_jax.models import transformer
+from grpo_jax.sampling import decode
+from grpo_jax.structs import Array, Params, Rollouts, pad_rows
+
+_PROMPT_STEP = 16  # prompts are padded to a multiple of this: few shapes to compile
+_NEVER = 2**30
+
+
+@dataclasses.dataclass
+class _Board:
+    """Which completion each lane decodes: its global row number, or -1."""
+
+    row_RW: np.ndarray
+
+    @property
+    def free_slots(self) -> np.ndarray:
+        return np.flatnonzero((self.row_RW < 0).all(axis=1))
+
+
+class Engine:
+    """Continuous batching over `num_slots` completions at once."""
+
+    def __init__(self, decoder: decode.Decoder, *, num_slots: int = 0, compact: bool = True):
+        """`num_slots`: completions decoded at once, 0 for all that are asked for.
+
+        `compact`: live completions move into a smaller batch once no prompt waits.
+        """
+        self.decoder = decoder
+        self.num_slots = num_slots
+        self.compact = compact
+        self.shapes: set[tuple[int, int, int]] = set()  # (slots, lanes, prompt tokens) decoded
+        with_decoder = lambda f: functools.partial(f, decoder)  # noqa: E731
+        self._empty = jax.jit(with_decoder(decode.empty), static_argnums=(0, 1, 2))
+        self._admit = jax.jit(with_decoder(decode.admit), donate_argnums=1)
+        self._decode = jax.jit(with_decoder(decode.decode), donate_argnums=1)
+        self._compact = jax.jit(decode.compact)
+        self._row_keys = jax.jit(
+            lambda key, rows: jax.random.key_data(
+                jax.vmap(lambda r: jax.random.fold_in(key, r))(rows)
+            )
+        )
+
+    def publish(self, params: Params) -> Params:
+        """Weights for sampling: cast to the compute dtype, and whole along the FSDP axis.
+
+        So decoding never gathers parameters token by token. Without a change the arrays are shared.
+        """
+        mesh, model = self.decoder.mesh, self.decoder.model
+        axes = jax.tree.map(
+            lambda names: tuple(None if n == "embed" else n for n in names),
+            transformer.logical_axes(model),
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
+        shardings = sharding.tree_shardings(mesh, axes, params)
+        return jax.device_put(
+            jax.tree.map(lambda x: x.astype(self.decoder.dtype), params), shardings
+        )
+
+    def generate(
+        self,
+        params: Params,
+        prompts: list[list[int]],
+        *,
+        group: int,
+        key: Array,
+        temperature: float,
+    ) -> Rollouts:
+        """`group` completions of every prompt (token ids), as host arrays padded to the limits.
+
+        `params` come from `publish`. Completion g of prompt p draws with the key's fold of
+        p * group + g, whatever the slots.
+        """
+        limit, num_rows = self.decoder.max_tokens, len(prompts) * group
+        completion_BC = np.zeros((num_rows, limit), np.int32)
+        logp_BC = np.zeros((num_rows, limit), np.float32)
+        length_B, stopped_B = np.zeros(num_rows, np.int32), np.zeros(num_rows, bool)
+        for rows, completion, logp, time, stopped in self._finished(
+            params, prompts, group, key, temperature
+        ):
+            for i, row in enumerate(rows):
+                n = time[i] + 1
+                completion_BC[row, :n], logp_BC[row, :n] = completion[i, :n], logp[i, :n]
+                length_B[row], stopped_B[row] = n, stopped[i]
+        prompt_PQ, prompt_length_P = pad_rows(prompts, self._padded(prompts))
+        shape = (len(prompts), group)
+        return Rollouts(
+            prompt_PQ=prompt_PQ,
+            prompt_length_P=prompt_length_P,
+            completion_PGC=completion_BC.reshape(*shape, limit),
+            logp_PGC=logp_BC.reshape(*shape, limit),
+            length_PG=length_B.reshape(shape),
+            stopped_PG=stopped_B.reshape(shape),
+        )
+
+    def _padded(self, prompts: list[list[int]]) -> int:
+        longest = max(map(len, prompts))
+        return -(-longest // _PROMPT_STEP) * _PROMPT_STEP
+
+    def _layouts(self, num_prompts: int, group: int) -> list[tuple[int, int]]:
+        """(slots, lanes) to start with, and the smaller ones to move to, largest first.
+
+        Lanes shrink faster than slots: a long tail is one or two completions of many prompts.
+        """
+        num_rows = min(self.num_slots or num_prompts * group, num_prompts * group)
+        lanes = min(group, num_rows)
+        # A group wider than a slot is split, each part with the prompt of its own.
+        slots = min(num_rows // lanes, num_prompts * -(-group // lanes))
+        layouts = [(slots, lanes)]
+        rows = slots * lanes // 2
+        while self.compact and rows >= 8 and len(layouts) < 5:
+            lanes = max(1, lanes // 4)
+            layouts.append((rows // lanes, lanes))
+            rows //= 2
+        return layouts
+
+    def _finished(
+        self, params: Params, prompts: list[list[int]], group: int, key: Array, temperature: float
+    ) -> Iterator[tuple[np.ndarray, ...]]:
+        """Completions as they finish: global rows [n], tokens, logps [n, C], last times, stops."""
+        layouts = self._layouts(len(prompts), group)
+        num_slots, lanes = layouts[0]
+        width = self._padded(prompts)
+        row_keys = np.asarray(self._row_keys(key, np.arange(len(prompts) * group)))
+        waiting = collections.deque(
+            list(range(p * group + g, p * group + min(g + lanes, group)))
+            for p in range(len(prompts))
+            for g in range(0, group, lanes)
+        )
+        board = _Board(np.full((num_slots, lanes), -1))
+        slots = self._empty(num_slots, lanes, width)
+        temperature = jnp.float32(temperature)
+        # Refills wait until a quarter of the slots is free: each one interrupts all lanes.
+        refill = max(1, num_slots // 4)
+        while waiting or (board.row_RW >= 0).any():
+            size = num_slots if len(board.free_slots) == num_slots else refill
+            while waiting and len(board.free_slots):
+                args = self._next_prompts(waiting, board, prompts, group, size, width, row_keys)
+                slots = self._admit(params, slots, *args, temperature)
+            yield self._harvest(slots, board)
+            if not waiting:
+                slots, board, layouts = self._shrink(slots, board, layouts)
+            if (board.row_RW < 0).all():
+                continue
+            self.shapes.add((*board.row_RW.shape, width))
+            following = layouts[1] if not waiting and len(layouts) > 1 else (-1, 1)
+            enough = min(refill, len(waiting)) if waiting else _NEVER
+            slots = self._decode(params, slots, temperature, enough, *following)
+            yield self._harvest(slots, board)
+
+    def _next_prompts(self, waiting, board: _Board, prompts, group, size, width, row_keys):
+        """Arguments of `decode.admit` for up to `size` prompts, taken from the queue."""
+        num_slots, lanes = board.row_RW.shape
+        free = board.free_slots[:size]
+        slot_A = np.full(size, num_slots, np.int32)
+        prompt_AQ, length_A = np.zeros((size, width), np.int32), np.ones(size, np.int32)
+        key_AW2 = np.zeros((size, lanes, 2), np.uint32)
+        used_AW = np.zeros((size, lanes), bool)
+        for a, slot in enumerate(free[: len(waiting)]):
+            rows = waiting.popleft()
+            prompt = prompts[rows[0] // group]
+            slot_A[a] = slot
+            prompt_AQ[a, : len(prompt)], length_A[a] = prompt, len(prompt)
+            key_AW2[a, : len(rows)], used_AW[a, : len(rows)] = row_keys[rows], True
+            board.row_RW[slot, : len(rows)] = rows
+        return prompt_AQ, length_A, slot_A, key_AW2, used_AW
+
+    def _harvest(self, slots: decode.Slots, board: _Board) -> tuple[np.ndarray, ...]:
+        """What finished since the last look; its lanes are free afterwards."""
+        live_RW = np.asarray(slots.live_RW)
+        done = (board.row_RW >= 0) & ~live_RW
+        rows = board.row_RW[done]
+        board.row_RW[done] = -1
+        fields = slots.completion_RWC, slots.logp_RWC, slots.time_RW, slots.stopped_RW
+        if not len(rows):
+            return (rows,) + (np.zeros((0,)),) * 4
+        return rows, *(np.asarray(x)[done] for x in jax.device_get(fields))
+
+    def _shrink(self, slots: decode.Slots, board: _Board, layouts: list[tuple[int, int]]):
+        """The live completions in the smallest layout that holds them."""
+        live_R = (board.row_RW >= 0).sum(axis=1)
+        fitting = [i for i, (r, w) in enumerate(layouts) if i and (-(-live_R // w)).sum() <= r]
+        if not fitting or not live_R.any():
+            return slots, board, layouts
+        num_slots, lanes = layouts[fitting[-1]]
+        slot_R = np.zeros(num_slots, np.int32)
+        lane_RW = np.zeros((num_slots, lanes), np.int32)
+        row_RW = np.full((num_slots, lanes), -1)
+        new = 0
+        for old, rows in enumerate(board.row_RW):
+            alive = np.flatnonzero(rows >= 0)
+            for start in range(0, len(alive), lanes):
+                part = alive[start : start + lanes]
+                slot_R[new], lane_RW[new, : len(part)] = old, part
+                row_RW[new, : len(part)] = rows[part]
+                new += 1
+        slots = self._compact(slots, slot_R, lane_RW, row_RW >= 0)
+        return slots, _Board(row_RW), layouts[fitting[-1] :]

@@ -1,0 +1,273 @@
+"""Supervised training on worked solutions, the usual start before reinforcement learning.
+
+`python -m grpo_jax.sft --config configs/sft.py` trains the model of the config, or a new one, on a
+task's demonstrations or on a JSONL file with `prompt` and `completion`. `grpo_jax.train` runs it
+first when `model.path` is empty. The loss is the mean cross-entropy of the completions' tokens,
+stop token included.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from grpo_jax import config as config_lib
+from grpo_jax import metrics as metrics_lib
+from grpo_jax import optim, program, sharding, workdir
+from grpo_jax import policy as policy_lib
+from grpo_jax.algorithm import logprobs
+from grpo_jax.algorithm import update as update_lib
+from grpo_jax.checkpoints import Checkpoints
+from grpo_jax.data import problems as problems_lib
+from grpo_jax.data import prompts as prompts_lib
+from grpo_jax.data import tasks
+from grpo_jax.models import hf, transformer
+from grpo_jax.structs import Array, Params, Rollouts, Sampling, TrainState, pad_rows
+
+Rows = list[tuple[list[int], list[int]]]  # prompt ids, completion ids
+
+
+def run(config: ConfigDict, folder: Path) -> Path:
+    """Trains, or goes on with the training in `folder`; returns the Hugging Face folder it exports.
+
+    Raises ValueError for what a user can mend, and `workdir.Stopped` once the run was asked to stop
+    and has saved.
+    """
+    export = folder / "export"
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    policy, batches = _source(config)
+    workdir.open_for(config, folder)
+    if (export / "config.json").exists():
+        return export
+    num_steps = config.sft.num_steps
+    schedule = optim.schedule(
+        config.sft.learning_rate,
+        warmup_steps=config.sft.warmup_steps,
+        kind="cosine",
+        num_updates=num_steps,
+        end_fraction=0.0,
+    )
+    optimizer = optim.adamw(
+        schedule,
+        beta1=config.optim.beta1,
+        beta2=config.optim.beta2,
+        eps=config.optim.eps,
+        weight_decay=config.sft.weight_decay,
+        clip_norm=1.0,
+    )
+    scorer = update_lib.Scorer(
+        policy.model,
+        mesh,
+        Sampling(),
+        jnp.dtype(config.model.dtype),
+        unroll=config.model.unroll_layers,
+        remat=config.model.remat,
+    )
+    update = _make_update(scorer, optimizer, config.sft.microbatch or config.sft.batch, config)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    state = _start(checkpoints, policy, mesh, optimizer, config)
+    first = int(state.num_updates)
+    writers = metrics_lib.Writers(
+        folder,
+        first_step=first + 1,
+        tensorboard=config.logging.tensorboard,
+        wandb_project="",
+        config=config_lib.flatten(config),
+        enabled=jax.process_index() == 0,
+    )
+    with (
+        workdir.StopSignal() as stop,
+        metrics_lib.Progress(num_steps, first_step=first, every_steps=100, noun="sft") as bar,
+    ):
+        for step in range(first, num_steps):
+            started = time.monotonic()
+            state, values = update(state, batches(step))
+            values["sft/tokens_per_s"] = values.pop("tokens") / (time.monotonic() - started)
+            if values.pop("skipped"):
+                raise ValueError(
+                    f"sft: loss or gradient of update {step} is not finite "
+                    f"(loss {values['sft/loss']}). Lower sft.learning_rate = "
+                    f"{config.sft.learning_rate}."
+                )
+            writers.scalars(step + 1, values)
+            bar.update(step + 1, values)
+            every = config.sft.checkpoint_every_steps
+            due = every and (step + 1) % every == 0
+            if step + 1 < num_steps and (stop or due):
+                checkpoints.save(state, {})
+            if stop and step + 1 < num_steps:
+                checkpoints.close()
+                raise _stopped(stop, step + 1, folder)
+    checkpoints.close()
+    writers.close()
+    hf.save(
+        export,
+        state.params,
+        policy.model,
+        source=policy.source,
+        dtype=hf.stored_dtype(policy.source),
+        tokenizer=policy.tokenizer,
+    )
+    if stop:  # at the last step: what comes after this training is asked to stop, too
+        raise _stopped(stop, num_steps, folder)
+    return export
+
+
+def _stopped(stop: workdir.StopSignal, step: int, folder: Path) -> workdir.Stopped:
+    return workdir.Stopped(
+        f"Stopped by {stop.name} at supervised step {step}; all is saved in {folder}. "
+        "The same command continues the run."
+    )
+
+
+def _start(checkpoints: Checkpoints, policy, mesh: Mesh, optimizer, config) -> TrainState:
+    number = checkpoints.latest()
+    if number is not None:
+        like = update_lib.state_like(policy.model, mesh, optimizer)
+        return checkpoints.restore(number, like)
+    params = policy_lib.load_params(policy, mesh, config.seed)
+    return update_lib.start(params, policy.model, mesh, optimizer)
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+
+def _source(config: ConfigDict):
+    """The policy to train, and a function from a step to its rows: a function of (seed, step)."""
+    task = tasks.load(config.data.task) if config.data.task else None
+    if config.model.path:
+        policy = policy_lib.read(config.model.path)
+    else:
+        policy = policy_lib.new(config.model, task.make_tokenizer())
+    policy.check_length(config.data.max_prompt_tokens, config.sft.max_tokens, "sft.max_tokens")
+    if task:
+        problems, _ = task.generate(config.data.num_train, config.data.num_eval, config.seed)
+        solution = task.worked_solution
+    else:
+        problems = problems_lib.load_jsonl(config.data.path, "data.path")
+        if not isinstance(problems[0].columns.get("completion"), str):
+            raise ValueError(
+                f"data.path: {config.data.path} has no text column `completion` to train on; it "
+                f"has prompt, {', '.join(problems[0].columns)}."
+            )
+        solution = lambda problem, rng: problem.columns["completion"]  # noqa: E731
+    prompt_ids = prompts_lib.encode(problems, policy.tokenizer, config.data.max_prompt_tokens)
+    stop = policy.tokenizer.eos_token_id
+    stop = policy.stop_ids[0] if stop is None else stop
+
+    def rows(step: int) -> Rows:
+        index = prompts_lib.prompt_indices(config.seed, step, len(problems), config.sft.batch)
+        rng = np.random.default_rng([config.seed, 1, step])
+        texts = [solution(problems[i], rng) for i in index]
+        encoded = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for i, ids in zip(index, encoded):
+            if len(ids) >= config.sft.max_tokens:
+                raise ValueError(
+                    f"sft.max_tokens = {config.sft.max_tokens}, but the worked solution of problem "
+                    f"{i} has {len(ids) + 1} tokens with its stop token. Raise the limit."
+                )
+        return [(prompt_ids[i], [*ids, stop]) for i, ids in zip(index, encoded)]
+
+    return policy, rows
+
+
+def _bucket(longest: int, limit: int, parts: int = 4) -> int:
+    """`longest` rounded up to a quarter of the limit: few lengths, each compiled once."""
+    step = -(-limit // parts)
+    return min(limit, -(-longest // step) * step)
+
+
+def _microbatches(rows: Rows, size: int, config: ConfigDict) -> Iterator[Rollouts]:
+    """The rows, those of like length together, each part padded to its longest completion."""
+    rows = sorted(rows, key=lambda row: len(row[1]))
+    longest_prompt = max(len(prompt) for prompt, _ in rows)
+    width = _bucket(longest_prompt, config.data.max_prompt_tokens)
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        prompt_PQ, prompt_length_P = pad_rows([prompt for prompt, _ in part], width)
+        tokens = _bucket(len(part[-1][1]), config.sft.max_tokens)
+        completion_PC, length_P = pad_rows([completion for _, completion in part], tokens)
+        yield Rollouts(
+            prompt_PQ,
+            prompt_length_P,
+            completion_PC[:, None],
+            np.zeros(completion_PC[:, None].shape, np.float32),
+            length_P[:, None],
+            np.ones((len(part), 1), bool),
+        )
+
+
+# --- The update -----------------------------------------------------------------------------------
+
+
+def _loss_sums(params: Params, scorer: update_lib.Scorer, part: Rollouts):
+    """Summed cross-entropy of one microbatch, with (count, sum) for the mean."""
+    target_BT = part.completion_PGC[:, 0]
+    weight_BT = (jnp.arange(target_BT.shape[1])[None] < part.length_PG).astype(jnp.float32)
+    total, _, _ = logprobs.loss(
+        lambda logp, entropy, terms: -logp,
+        scorer.sampling,
+        scorer.hidden(params, part),
+        transformer.head_kernel(params),
+        target_BT,
+        weight_BT,
+        {},
+    )
+    return total, ({"loss": total, "count": weight_BT.sum()}, {})
+
+
+def _make_update(scorer: update_lib.Scorer, optimizer, size: int, config: ConfigDict):
+    """A function `(state, rows) -> (state, metrics as numbers)`; microbatches differ in length."""
+    sums_of = lambda params, part: _loss_sums(params, scorer, part)  # noqa: E731
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def add(params: Params, carry, part: Rollouts):
+        part = sharding.constrain_rows(scorer.mesh, part)
+        part = jax.tree.map(lambda x: x[None], part)
+        grads, sums, _ = update_lib.accumulate(sums_of, params, part)
+        return jax.tree.map(jnp.add, carry, (grads, sums))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def apply(state: TrainState, carry) -> tuple[TrainState, dict[str, Array]]:
+        grads, sums = carry
+        loss = sums["loss"] / sums["count"]
+        grads = jax.tree.map(lambda g: g / sums["count"], grads)
+        state, values = update_lib.apply_gradient(state, optimizer, grads, loss)
+        return state, values | {"sft/loss": loss, "tokens": sums["count"]}
+
+    @jax.jit
+    def zeros(params: Params):
+        return jax.tree.map(jnp.zeros_like, params), {
+            "loss": jnp.float32(0),
+            "count": jnp.float32(0),
+        }
+
+    def update(state: TrainState, rows: Rows) -> tuple[TrainState, dict[str, float]]:
+        carry = zeros(state.params)
+        for part in _microbatches(rows, size, config):
+            carry = add(state.params, carry, sharding.shard_rows(scorer.mesh, part))
+        state, values = apply(state, carry)
+        return state, {name: float(value) for name, value in jax.device_get(values).items()}
+
+    return update
+
+
+def main(argv: list[str]) -> None:
+    config, folder = program.run_arguments(argv, "Trains a model on worked solutions.")
+    if not config.sft.num_steps:
+        raise ValueError("sft.num_steps = 0: nothing to train. Set it above 0.")
+    if config.compile_cache:
+        program.use_compile_cache()
+    metrics_lib.say(f"The trained model is in {run(config, folder)}.")
+
+
+if __name__ == "__main__":
+    program.main(main)

@@ -1,0 +1,102 @@
+"""The device mesh, and the one table from logical axes to mesh axes.
+
+Parameters and activations name logical axes ("embed", "heads", "rows"); only this file knows mesh
+axes. A mesh axis that does not divide a dimension is left out for it, so small models run on any
+mesh, replicated where they must be.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis → the mesh axes that split it, in the order they are tried.
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    "rows": ("data", "fsdp"),  # prompts, slots: whole groups
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "layers": (),
+    "norm": (),
+}
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over all devices; one size may be -1, "the rest".
+
+    Raises ValueError when the sizes do not multiply to the number of devices.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    devices = jax.device_count()
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    for name, size in sizes.items():
+        if size == -1:
+            sizes[name] = devices // fixed
+    if math.prod(sizes.values()) != devices:
+        shape = " * ".join(f"mesh.{name} = {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"{shape} does not use the {devices} devices there are. Make the product {devices}, "
+            "or set one of them to -1 for the rest."
+        )
+    # Auto axes: with explicit ones, the default of make_mesh, an embedding lookup sharded on two
+    # axes is refused.
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def num_row_shards(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def sharding_of(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of an array whose dimensions have these logical axes (None: replicated)."""
+    spec = []
+    for axis, size in zip(axes, shape, strict=True):
+        names = []
+        for name in LOGICAL_AXES[axis] if axis else ():
+            if size % (math.prod(mesh.shape[n] for n in names) * mesh.shape[name]) == 0:
+                names.append(name)
+        spec.append(tuple(names) if names else None)
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def tree_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+    """Shardings of a pytree from its logical axes (tuples at the leaves) and shapes."""
+    is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+    return jax.tree.map(
+        lambda names, leaf: sharding_of(mesh, names, leaf.shape), axes, shapes, is_leaf=is_axes
+    )
+
+
+def constrain_rows(mesh: Mesh, tree: Any) -> Any:
+    """The same values inside jit, split over devices along their first axis."""
+
+    def constrain(x: jax.Array) -> jax.Array:
+        axes = ("rows",) + (None,) * (x.ndim - 1)
+        return jax.lax.with_sharding_constraint(x, sharding_of(mesh, axes, x.shape))
+
+    return jax.tree.map(constrain, tree)
+
+
+def shard_rows(mesh: Mesh, tree: Any) -> Any:
+    """Host arrays as global arrays, split along their first axis; every process holds all rows."""
+
+    def put(x: np.ndarray) -> jax.Array:
+        x = np.asarray(x)
+        sharding = sharding_of(mesh, ("rows",) + (None,) * (x.ndim - 1), x.shape)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of a value that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,128 @@
+"""The values that pass between the parts, and the letters that name their axes.
+
+An array's name ends in its axes, slowest first: `logp_PGC` is [prompts, completions per prompt,
+completion tokens]. A `1` marks a broadcast axis. The letters mean one thing everywhere:
+
+    P prompts in a step        G completions per prompt      B rows (of any grouping)
+    Q prompt tokens            C completion tokens           T tokens in a row
+    R decode slots             W lanes (completions) per slot S cache positions
+    V vocabulary               D model width                 F MLP width
+    N query heads              K key-value heads             H head size
+    L layers                   M microbatches
+
+A mask says what True means (`action_PGC`: a token the policy chose). Log-probabilities are float32
+nats. Lengths count tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from flax import struct
+
+Array = Any  # jax.Array or numpy.ndarray
+Params = Any  # nested dict of arrays
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3 rescaling of the rotary frequencies by wavelength (Hugging Face "llama3")."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of one decoder: Llama, Qwen2, Qwen3 and Mistral are settings of it."""
+
+    family: str  # "llama", "qwen2", "qwen3" or "mistral": the Hugging Face model_type
+    vocab_size: int
+    width: int  # D
+    mlp_width: int  # F
+    num_layers: int
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_size: int  # H
+    rope_theta: float
+    norm_eps: float
+    max_position: int  # the longest row the model was made for, tokens
+    tied_head: bool  # the LM head is the embedding, transposed
+    qkv_bias: bool = False
+    out_bias: bool = False  # bias of the attention's output projection
+    qk_norm: bool = False  # RMS norm of every query and key head before rotation
+    rope_scaling: RopeScaling | None = None
+    # Keys a query may look back over, itself included, per layer; None: all of them.
+    window_per_layer: tuple[int | None, ...] | None = None
+
+    @property
+    def num_params(self) -> int:
+        """Parameters, embedding and head included."""
+        qkv = self.width * self.head_size * (self.num_heads + 2 * self.num_kv_heads)
+        out = self.num_heads * self.head_size * self.width
+        layer = qkv + out + 3 * self.width * self.mlp_width + 2 * self.width
+        layer += self.head_size * (self.num_heads + 2 * self.num_kv_heads) * self.qkv_bias
+        layer += self.width * self.out_bias + 2 * self.head_size * self.qk_norm
+        embeddings = self.vocab_size * self.width * (1 if self.tied_head else 2)
+        return embeddings + self.num_layers * layer + self.width
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen from logits; sampler and scorer use the same one.
+
+    Temperature 0 is greedy: the highest logit, with log-probabilities reported at temperature 1.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0  # keep the k most likely tokens; 0: all
+    top_p: float = 1.0  # keep the most likely tokens that together reach this probability
+
+
+@struct.dataclass
+class Rollouts:
+    """Completions of a step's prompts, padded on the right; padding holds zeros.
+
+    A completion that stopped ends with its stop token, which is an action like any other: it is
+    counted by `length_PG`, scored and trained.
+    """
+
+    prompt_PQ: Array  # int32 token ids
+    prompt_length_P: Array  # int32
+    completion_PGC: Array  # int32 token ids
+    logp_PGC: Array  # float32, under the distribution that the sampler drew from
+    length_PG: Array  # int32, stop token included
+    stopped_PG: Array  # bool: ended by a stop token; False: cut at the token limit
+
+
+@struct.dataclass
+class Experience:
+    """A rollout with what stays fixed while the policy is updated on it."""
+
+    rollouts: Rollouts
+    advantage_PG: Array  # float32
+    action_PGC: Array  # bool: tokens the policy chose and is trained on
+    old_logp_PGC: Array | None  # policy before the first update; None: one update, so the current
+    ref_logp_PGC: Array | None  # frozen reference; None: no KL term
+
+
+@struct.dataclass
+class TrainState:
+    """What an optimizer update changes."""
+
+    params: Params  # float32 master weights
+    opt_state: Any
+    num_updates: Array  # int32 scalar: updates attempted, skipped ones included
+    num_skipped: Array  # int32 scalar: updates refused because loss or gradient was not finite
+
+
+def pad_rows(rows: list[list[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token rows as one int32 array [B, width], padded with zeros on the right, and lengths [B]."""
+    ids_BT = np.zeros((len(rows), width), np.int32)
+    for i, row in enumerate(rows):
+        ids_BT[i, : len(row)] = row
+    return ids_BT, np.array([len(row) for row in rows], np.int32)

@@ -1,0 +1,32 @@
+"""Trains a policy by GRPO: `python -m grpo_jax.train --config configs/quickstart.py`.
+
+Run again with the same workdir, it goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import time
+
+from grpo_jax import loop, parts, program, report, sft
+from grpo_jax.metrics import print_title, say
+
+
+def main(argv: list[str]) -> None:
+    config, folder = program.run_arguments(argv, "Trains a policy by GRPO.")
+    if config.compile_cache:
+        program.use_compile_cache()
+    model_path, began = config.model.path, time.monotonic()
+    if not model_path:  # a new model learns the form of answers from worked solutions first
+        parts.refuse_early(config, folder)
+        print_title(f"Supervised start: {config.sft.num_steps} updates on worked solutions")
+        model_path = str(sft.run(config, folder / "bootstrap"))
+    print_title(f"GRPO: {config.loop.num_steps} steps of {config.batch.prompts} prompts")
+    summary = loop.run(config, folder, model_path, spent_s=time.monotonic() - began)
+    ask = summary.pop("ask", None)
+    report.summary_table(summary)
+    if ask:
+        say(f"Ask it:\n{ask}")
+
+
+if __name__ == "__main__":
+    program.main(main)

@@ -1,0 +1,99 @@
+"""A run's folder, which belongs to one config, and the asking of a run to stop.
+
+config.json      options the run was started with     evaluations/   every evaluated item
+metrics.jsonl    scalars of every step                checkpoints/   Orbax
+samples.jsonl    completions that were shown          export/        the trained model
+tensorboard/     both, for TensorBoard                summary.json, curves.png
+bootstrap/       the same for the supervised training of a new model
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from grpo_jax import config as config_lib
+
+
+def open_for(config: ConfigDict, folder: Path) -> Path:
+    """The folder, made if need be, with the config recorded in it.
+
+    Raises ValueError when it holds the run of a config that this one cannot continue, or cannot be
+    written. A run that ended before it had computed anything does not hold its folder.
+    """
+    record = folder / "config.json"
+    if record.exists() and _has_results(folder):
+        config_lib.refuse_other_config(config, record)
+        return folder
+    text = json.dumps(
+        {"binding": config_lib.binding(config), "options": config_lib.flatten(config)}, indent=1
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            write_whole(record, text + "\n")
+    except OSError as error:
+        raise ValueError(f"--workdir {folder} cannot be written: {error.strerror}.") from error
+    return folder
+
+
+def _has_results(folder: Path) -> bool:
+    log, saved = folder / "metrics.jsonl", folder / "checkpoints"
+    if (log.exists() and log.stat().st_size > 0) or (saved.is_dir() and any(saved.iterdir())):
+        return True
+    return (folder / "bootstrap").is_dir() and _has_results(folder / "bootstrap")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file so that a reader, or a crash, finds the old text or the new, never a part."""
+    partial = file.with_name(file.name + ".new")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """One JSON object as a file, written whole."""
+    write_whole(file, json.dumps(value, indent=1) + "\n")
+
+
+class Stopped(Exception):  # noqa: N818  (not an error)
+    """The run was asked to stop, and has saved what it needs to continue."""
+
+
+class StopSignal:
+    """True once SIGTERM or Ctrl-C arrived: the run saves at the next boundary and ends.
+
+    A context manager: outside it the signals do what they did before. A second Ctrl-C ends the
+    program at once.
+    """
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    def __enter__(self) -> StopSignal:
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return bool(self.name)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name

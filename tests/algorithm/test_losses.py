@@ -1,0 +1,145 @@
+"""The objective by hand."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax.algorithm import losses
+
+LOG = np.log(np.float32([0.5, 1.0, 1.25, 2.0]))  # log-ratios: low, on-policy, inside or high, high
+
+
+@pytest.mark.parametrize(
+    ("advantage", "low", "high", "loss", "slope"),
+    [
+        # A = 2, clip to [0.8, 1.2]: min(2ρ, 2 clip(ρ)) = 1, 2, 2.4, 2.4; slope -ρA unless clipped.
+        (2.0, 0.2, 0.2, [-1.0, -2.0, -2.4, -2.4], [-1.0, -2.0, 0.0, 0.0]),
+        # A = -2: min(-2ρ, -2 clip(ρ)) = -1.6, -2, -2.5, -4: only the low ratio is clipped.
+        (-2.0, 0.2, 0.2, [1.6, 2.0, 2.5, 4.0], [0.0, 2.0, 2.5, 4.0]),
+        # Clip-higher, [0.8, 1.28]: 1.25 is inside now.
+        (2.0, 0.2, 0.28, [-1.0, -2.0, -2.5, -2.56], [-1.0, -2.0, -2.5, 0.0]),
+        # A low bound of 0.6 takes 0.5 in: [0.4, 1.2].
+        (-2.0, 0.6, 0.2, [1.0, 2.0, 2.5, 4.0], [1.0, 2.0, 2.5, 4.0]),
+        (0.0, 0.2, 0.2, [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]),
+    ],
+)
+def test_clipped_surrogate(advantage, low, high, loss, slope):
+    surrogate = lambda d: losses.clipped_surrogate(d, jnp.float32(advantage), low, high)  # noqa: E731
+
+    np.testing.assert_allclose(surrogate(LOG), loss, rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(surrogate))(LOG), slope, rtol=1e-6, atol=1e-7)
+
+
+def test_log_ratio_without_an_old_policy_is_zero_with_the_gradient_of_logp():
+    logp = jnp.float32([-1.5, -0.1])
+
+    np.testing.assert_array_equal(losses.log_ratio(logp, None), [0, 0])
+    np.testing.assert_array_equal(jax.grad(lambda x: losses.log_ratio(x, None).sum())(logp), [1, 1])
+    np.testing.assert_array_equal(losses.log_ratio(logp, jnp.float32([-1.0, -1.1])), [-0.5, 1.0])
+
+
+def test_k3_by_hand():
+    # d = ref - policy = ln 2, 0, -ln 2: 2 - ln 2 - 1, 0, 0.5 + ln 2 - 1.
+    logp = jnp.float32([-1, -1, -1])
+    ref_logp = logp + jnp.float32([np.log(2), 0, -np.log(2)])
+
+    got = losses.kl_k3(logp, ref_logp)
+
+    np.testing.assert_allclose(got, [0.30685282, 0, 0.19314718], rtol=1e-5)
+
+
+def test_k3_pulls_towards_the_reference_on_policy():
+    # Policy (0.5, 0.3, 0.2), reference (0.2, 0.3, 0.5). Each token is drawn with the policy's
+    # probability, so the expected gradient is sum_a p_a dk3(log p_a)/dlogits with p_a fixed.
+    policy, ref = jnp.float32([0.5, 0.3, 0.2]), jnp.float32([0.2, 0.3, 0.5])
+
+    def expected(logits):
+        return jnp.sum(policy * losses.kl_k3(jax.nn.log_softmax(logits), jnp.log(ref)))
+
+    gradient = jax.grad(expected)(jnp.log(policy))
+
+    # dk3/dlogp = 1 - ref/p, so the gradient is p - ref (softmax of the sum 0): (0.3, 0, -0.3).
+    np.testing.assert_allclose(gradient, [0.3, 0.0, -0.3], atol=1e-6)
+    kl = lambda logits: jnp.sum(  # noqa: E731
+        jax.nn.softmax(logits) * (jax.nn.log_softmax(logits) - jnp.log(ref))
+    )
+    assert kl(jnp.log(policy) - 0.1 * gradient) < kl(jnp.log(policy))
+
+
+def terms(advantage, old_logp=None, ref_logp=None):
+    return {"advantage": advantage, "old_logp": old_logp, "ref_logp": ref_logp}
+
+
+def test_token_loss_adds_its_terms_by_hand():
+    # On-policy -A = -2; k3 with d = ln 2 is 0.30685282; entropy 0.7.
+    logp = jnp.float32([-1.0])
+    given = terms(jnp.float32([2.0]), ref_logp=logp + np.float32(np.log(2)))
+    objective = losses.Objective(kl_coef=0.5, entropy_coef=0.1)
+
+    got = losses.token_loss(objective, logp, jnp.float32([0.7]), given)
+
+    np.testing.assert_allclose(got, [-2 + 0.15342641 - 0.07], rtol=1e-6)
+
+
+ACTION_BT = jnp.array([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
+TOKEN_BT = jnp.float32([[1, 2, 3, 4], [10, 50, 50, 50], [50, 50, 50, 50]])
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "total", "count"),
+    [
+        ("token", 1 + 2 + 3 + 4 + 10, 5),  # five tokens alike
+        ("sequence", 2.5 + 10, 2),  # means 2.5 and 10; the empty row is no sequence
+        ("constant", 20, 3 * 8),  # three rows of at most eight tokens
+    ],
+)
+def test_normalizers_by_hand(normalizer, total, count):
+    objective = losses.Objective(normalizer=normalizer, max_tokens=8)
+
+    weight_BT, divisor = losses.weights(ACTION_BT, objective)
+
+    assert float(jnp.sum(weight_BT * TOKEN_BT)) == total
+    assert float(divisor) == count
+    assert weight_BT.dtype == divisor.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("normalizer", "count"), [("token", 0), ("sequence", 0), ("constant", 8)])
+def test_a_batch_without_an_action_weighs_nothing(normalizer, count):
+    objective = losses.Objective(normalizer=normalizer, max_tokens=8)
+
+    weight_BT, divisor = losses.weights(jnp.zeros((1, 4), bool), objective)
+
+    np.testing.assert_array_equal(weight_BT, np.zeros((1, 4)))
+    assert float(divisor) == count
+
+
+def test_diagnostics_by_hand():
+    # Ratios 0.5, 0.5, 1, 2, 2 and one past the end, 100, that no mean or maximum may see.
+    logp = jnp.float32([-2, -2, -2, -2, -2, np.nan])
+    old = logp - jnp.log(jnp.float32([0.5, 0.5, 1, 2, 2, 1]))
+    old = old.at[5].set(-2 - np.log(100.0))
+    advantage = jnp.float32([-1, 1, 1, 1, -1, np.inf])
+    entropy = jnp.float32([0.5, 0.5, 1, 1, 2, np.nan])
+    sampler = logp + jnp.float32([0.25, -0.5, 0, 0, 0, 9])
+    ref = logp + jnp.float32([np.log(2), 0, 0, 0, 0, np.nan])
+    action = jnp.array([1, 1, 1, 1, 1, 0], bool)
+
+    sums, maxima = losses.diagnostics(
+        losses.Objective(), logp, entropy, terms(advantage, old, ref), action, sampler
+    )
+
+    want_sums = {
+        "policy/entropy": 5.0,
+        "policy/kl": 0.30685282,  # k3 of ln 2
+        "policy/clip_low_share": 1.0,  # ratio 0.5 with A < 0; with A > 0 it is not clipped
+        "policy/clip_high_share": 1.0,  # ratio 2 with A > 0; with A < 0 it is not clipped
+        "policy/sampler_gap_mean": 0.75,
+    }
+    assert set(sums) == set(want_sums)
+    for name, want in want_sums.items():
+        np.testing.assert_allclose(sums[name], want, rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(maxima["policy/ratio_max"], 2.0, rtol=1e-6)
+    assert maxima["policy/sampler_gap_max"] == 0.5

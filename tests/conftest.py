@@ -1,0 +1,65 @@
+"""Eight CPU devices, no network, and the folder of shared data.
+
+The environment is set when pytest imports this file, before any test imports JAX. Test folders are
+not packages, so file names are unique.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+_flags = os.environ.get("XLA_FLAGS", "").split()
+_flags = [flag for flag in _flags if "xla_force_host_platform_device_count" not in flag]
+os.environ["XLA_FLAGS"] = " ".join([*_flags, "--xla_force_host_platform_device_count=8"])
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _is_local(family: int, address: object) -> bool:
+    if family == socket.AF_UNIX:
+        return True
+    host = address[0]
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _guarded(connect):
+    def connect_locally(self, address):
+        if not _is_local(self.family, address):
+            raise PermissionError(f"A test tried to reach {address}; tests use no network.")
+        return connect(self, address)
+
+    return connect_locally
+
+
+socket.socket.connect = _guarded(socket.socket.connect)
+socket.socket.connect_ex = _guarded(socket.socket.connect_ex)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of shared data and small models; GRPO_JAX_SHARED, or beside the repository."""
+    beside = Path(__file__).resolve().parents[2] / "shared"
+    folder = Path(os.environ.get("GRPO_JAX_SHARED", beside))
+    if not folder.is_dir():
+        pytest.skip(f"needs the shared data: {folder} does not exist (set GRPO_JAX_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quick_compiling():
+    """Programs of tiny models take longer to compile than to run; half as long unoptimized."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

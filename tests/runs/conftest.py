@@ -1,0 +1,33 @@
+"""What the tests of whole runs share."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import pytest
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory) -> str:
+    """A cache folder of the session's own; GRPO_JAX_TEST_CACHE keeps one between sessions."""
+    return os.environ.get("GRPO_JAX_TEST_CACHE") or str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def compile_cache(cache_folder, monkeypatch):
+    """Programs of this process compile into the session's folder, and no longer after the test."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.setenv("XDG_CACHE_HOME", cache_folder)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def alone(cache_folder) -> dict[str, str]:
+    """The environment of a process with one device."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    kept = [f for f in flags if "xla_force_host_platform_device_count" not in f]
+    return os.environ | {"XLA_FLAGS": " ".join(kept), "XDG_CACHE_HOME": cache_folder}

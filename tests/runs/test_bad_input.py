@@ -1,0 +1,470 @@
+"""Mistakes of a user: each ends the program within seconds, with status 1 and one clear message.
+
+`python tests/runs/test_bad_input.py` prints the mistakes with their messages as a table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+if __name__ == "__main__":  # pytest has conftest.py for this
+    os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from grpo_jax import config as config_lib
+from grpo_jax import policy, program, sft, sharding, train
+from grpo_jax.data import tasks
+from grpo_jax.models import hf
+
+TINY = Path(__file__).with_name("tiny_config.py")
+LIMIT_S = 30  # generous: most take less than one second, those that sample first must compile
+
+REWARDS = """
+def raises(prompts, completions, **columns):
+    raise KeyError("gold")
+
+def too_short(prompts, completions, **columns):
+    return [1.0]
+
+def words(prompts, completions, **columns):
+    return ["good"] * len(completions)
+"""
+
+
+# --- The files that the mistakes need -------------------------------------------------------------
+
+
+def make_model(folder: Path) -> Path:
+    """A random model of the tiny config's shape as a Hugging Face folder."""
+    options = config_lib.load(str(TINY), []).model
+    tokenizer = tasks.load("arithmetic").make_tokenizer()
+    new = policy.new(options, tokenizer)
+    params = policy.load_params(new, sharding.make_mesh(1, 1, -1), seed=0)
+    hf.save(folder, params, new.model, source=None, dtype="float32", tokenizer=tokenizer)
+    return folder
+
+
+def _changed_model(folder: Path, change: Callable[[dict], None]) -> str:
+    file = make_model(folder) / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return f"--config.model.path={folder}"
+
+
+def _file(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def _jsonl(path: Path, *lines: str) -> list[str]:
+    _file(path, "".join(line + "\n" for line in lines))
+    return ["--config.data.task=", f"--config.data.path={path}"]
+
+
+def _rows(**columns) -> str:
+    return json.dumps(columns)
+
+
+def _used_workdir(folder: Path) -> list[str]:
+    """Arguments for the workdir of a run that did something with another learning rate."""
+    config = config_lib.load(str(TINY), ["--config.optim.learning_rate=0.5"])
+    workdir = folder / "used"
+    workdir.mkdir()
+    record = {"binding": config_lib.binding(config), "options": config_lib.flatten(config)}
+    (workdir / "config.json").write_text(json.dumps(record))
+    (workdir / "metrics.jsonl").write_text('{"step": 0, "reward": 0.0}\n')
+    return ["--workdir", str(workdir)]
+
+
+def _blocked_workdir(folder: Path) -> list[str]:
+    return ["--workdir", str(Path(_file(folder / "notes.txt", "mine")) / "run")]
+
+
+def _reward(name: str) -> list[str]:
+    return [f"--config.rewards.names={name}", "--config.rewards.weights=1.0"]
+
+
+def _tiny_as(folder: Path, name: str, body: str) -> list[str]:
+    return ["--config", _file(folder / name, body)]
+
+
+# --- The mistakes ---------------------------------------------------------------------------------
+
+# What was done wrong; the arguments, from a folder to use and a sound model's folder; and parts of
+# the message: the option or file, the value, the remedy.
+Case = tuple[str, Callable[[Path, str], list[str]], tuple[str, ...]]
+
+CASES: list[Case] = [
+    (
+        "misspelt option",
+        lambda tmp, model: ["--config.optim.learning_rat=1e-5"],
+        ("optim.learning_rat", "Did you mean optim.learning_rate"),
+    ),
+    (
+        "option without --config.",
+        lambda tmp, model: ["--learning_rate=1e-5"],
+        ("--learning_rate=1e-5", "--config.name=value"),
+    ),
+    (
+        "option of the wrong type",
+        lambda tmp, model: ["--config.batch.prompts=many"],
+        ("batch.prompts = 'many'", "a whole number"),
+    ),
+    (
+        "groups of one",
+        lambda tmp, model: ["--config.batch.group=1"],
+        ("batch.group = 1", "at least 2"),
+    ),
+    (
+        "rows do not split into minibatches",
+        lambda tmp, model: ["--config.batch.prompts=5"],
+        ("batch.prompts * batch.group = 5 * 4 = 20", "batch.minibatches = 2", "a multiple of 2"),
+    ),
+    (
+        "rows do not split into microbatches",
+        lambda tmp, model: ["--config.batch.prompts=12", "--config.batch.microbatch=4"],
+        ("batch.microbatch = 4", "a multiple of 8"),
+    ),
+    (
+        "rows do not split over the devices",
+        lambda tmp, model: ["--config.mesh.data=8", "--config.mesh.tensor=1"],
+        ("batch.prompts = 4", "mesh.data * mesh.fsdp = 8", "multiple of 8"),
+    ),
+    (
+        "mesh of more devices than there are",
+        lambda tmp, model: ["--config.mesh.data=3", "--config.mesh.tensor=1"],
+        ("mesh.data = 3", "8 devices", "-1"),
+    ),
+    (
+        "mesh axis of size 0",
+        lambda tmp, model: ["--config.mesh.fsdp=0"],
+        ("mesh.fsdp = 0", "-1"),
+    ),
+    (
+        "negative mesh axes",
+        lambda tmp, model: ["--config.mesh.fsdp=-2", "--config.mesh.data=-4"],
+        ("mesh.data = -4", "-1"),
+    ),
+    (
+        "two mesh axes of the rest",
+        lambda tmp, model: ["--config.mesh.fsdp=-1", "--config.mesh.data=-1"],
+        ("mesh.data", "mesh.fsdp", "-1"),
+    ),
+    (
+        "missing model folder",
+        lambda tmp, model: [f"--config.model.path={tmp}/nowhere"],
+        ("model.path = ", "nowhere", "no such folder"),
+    ),
+    (
+        "model of a name nobody has",
+        lambda tmp, model: ["--config.model.path=no-such-owner/no-such-model"],
+        ("no-such-owner/no-such-model", "Check the spelling"),
+    ),
+    (
+        "model without one tensor",
+        lambda tmp, model: [
+            _changed_model(tmp / "m", lambda t: t.pop("model.norm.weight")),
+        ],
+        ("model.norm.weight", "do not fit config.json"),
+    ),
+    (
+        "model with a tensor of another shape",
+        lambda tmp, model: [
+            _changed_model(
+                tmp / "m",
+                lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:-1].copy()}),
+            ),
+        ],
+        ("model.norm.weight", "[31]", "[32]"),
+    ),
+    (
+        "unknown reward",
+        lambda tmp, model: _reward("exact_anser"),
+        ("rewards.names", "exact_anser", "Did you mean exact_answer"),
+    ),
+    (
+        "reward in a module that is not there",
+        lambda tmp, model: _reward("no_module_here:f"),
+        ("rewards.names", "no_module_here:f", "cannot be imported"),
+    ),
+    (
+        "reward that raises",
+        lambda tmp, model: [f"--config.model.path={model}", *_reward("bad_rewards:raises")],
+        ("'raises'", "KeyError", "gold"),
+    ),
+    (
+        "reward of the wrong length",
+        lambda tmp, model: [f"--config.model.path={model}", *_reward("bad_rewards:too_short")],
+        ("'too_short'", "1 values", "one number"),
+    ),
+    (
+        "reward that is no number",
+        lambda tmp, model: [f"--config.model.path={model}", *_reward("bad_rewards:words")],
+        ("'words'", "'good'", "Return a finite number"),
+    ),
+    (
+        "weights that do not go with the rewards",
+        lambda tmp, model: ["--config.rewards.weights=[1.0]"],
+        ("rewards.names has 2", "rewards.weights 1", "one weight for each"),
+    ),
+    (
+        "workdir of another config",
+        lambda tmp, model: _used_workdir(tmp),
+        ("--workdir", "used", "used holds", "optim.learning_rate: 0.5 there, 0.001 now"),
+    ),
+    (
+        "workdir that cannot be made",
+        lambda tmp, model: _blocked_workdir(tmp),
+        ("--workdir", "notes.txt/run cannot be written"),
+    ),
+    (
+        "missing config file",
+        lambda tmp, model: ["--config", f"{tmp}/gone.py"],
+        ("--config", "gone.py", "there is no file"),
+    ),
+    (
+        "config file of another kind",
+        lambda tmp, model: _tiny_as(tmp, "run.yaml", "seed: 0\n"),
+        ("--config", "run.yaml", ".py"),
+    ),
+    (
+        "config file with a syntax error",
+        lambda tmp, model: _tiny_as(tmp, "c.py", "def get_config(:\n"),
+        ("--config", "c.py", "line 1"),
+    ),
+    (
+        "config file with a misspelt name",
+        lambda tmp, model: _tiny_as(tmp, "c.py", "def get_config():\n    return confg\n"),
+        ("--config", "c.py", "confg"),
+    ),
+    (
+        "config file without get_config",
+        lambda tmp, model: _tiny_as(tmp, "c.py", "config = 1\n"),
+        ("--config", "c.py", "get_config"),
+    ),
+    (
+        "config file whose get_config returns nothing",
+        lambda tmp, model: _tiny_as(tmp, "c.py", "def get_config():\n    pass\n"),
+        ("--config", "c.py", "get_config"),
+    ),
+    (
+        "unknown task",
+        lambda tmp, model: ["--config.data.task=arithmetics"],
+        ("data.task = 'arithmetics'", "arithmetic"),
+    ),
+    (
+        "task and file both",
+        lambda tmp, model: ["--config.data.path=problems.jsonl"],
+        ("data.task = 'arithmetic'", "data.path = 'problems.jsonl'", "exactly one"),
+    ),
+    (
+        "empty problem file",
+        lambda tmp, model: [f"--config.model.path={model}", *_jsonl(tmp / "p.jsonl")],
+        ("data.path", "p.jsonl", "is empty", "one JSON object"),
+    ),
+    (
+        "missing problem file",
+        lambda tmp, model: [
+            f"--config.model.path={model}",
+            "--config.data.task=",
+            f"--config.data.path={tmp}/gone.jsonl",
+        ],
+        ("data.path", "gone.jsonl", "cannot read"),
+    ),
+    (
+        "malformed line in a problem file",
+        lambda tmp, model: [
+            f"--config.model.path={model}",
+            *_jsonl(tmp / "p.jsonl", _rows(prompt="1+1=", answer="2"), '{"prompt": "1+2='),
+        ],
+        ("data.path", "p.jsonl, line 2", "not JSON"),
+    ),
+    (
+        "line without a prompt",
+        lambda tmp, model: [
+            f"--config.model.path={model}",
+            *_jsonl(tmp / "p.jsonl", _rows(question="1+1=", answer="2")),
+        ],
+        ("p.jsonl, line 1", "no `prompt`", "question"),
+    ),
+    (
+        "prompt longer than its limit",
+        lambda tmp, model: [
+            f"--config.model.path={model}",
+            *_jsonl(tmp / "p.jsonl", _rows(prompt="1+" * 20 + "1=", answer="21")),
+        ],
+        ("data.max_prompt_tokens = 16", "42 tokens", "at least 42"),
+    ),
+    (
+        "prompt and completion longer than the model",
+        lambda tmp, model: [f"--config.model.path={model}", "--config.rollout.max_tokens=2000"],
+        ("data.max_prompt_tokens", "rollout.max_tokens", "2016", "1024", "smaller"),
+    ),
+    (
+        "completion longer than the model that is to be made",
+        lambda tmp, model: ["--config.rollout.max_tokens=2000"],
+        ("rollout.max_tokens", "2016", "1024", "smaller"),
+    ),
+    (
+        "solution longer than the model that is to be made",
+        lambda tmp, model: ["--config.sft.max_tokens=2000"],
+        ("sft.max_tokens", "2016", "1024", "smaller"),
+    ),
+    (
+        "new model without training",
+        lambda tmp, model: ["--config.sft.num_steps=0"],
+        ("sft.num_steps = 0", "model.path"),
+    ),
+    (
+        "Weights & Biases without a key",
+        lambda tmp, model: [f"--config.model.path={model}", "--config.logging.wandb_project=x"],
+        ("logging.wandb_project = 'x'",),
+    ),
+]
+
+
+def arguments(case: Case, folder: Path, model: Path) -> list[str]:
+    """The program's whole command line; a later argument replaces an earlier one."""
+    mesh = ["--config.mesh.data=1", "--config.mesh.tensor=-1"]
+    base = ["--config", str(TINY), "--workdir", str(folder / "run"), *mesh]
+    return [*base, *case[1](folder, str(model))]
+
+
+def refusal(run: Callable[[list[str]], None], argv: list[str]) -> tuple[int | None, str]:
+    """Exit status and standard error of a program that runs in this process."""
+    stderr, before = io.StringIO(), sys.argv
+    sys.argv = ["program", *argv]
+    try:
+        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+            program.main(run)
+    except SystemExit as end:
+        return end.code, stderr.getvalue()
+    finally:
+        sys.argv = before
+    return None, stderr.getvalue()
+
+
+# --- Tests ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("sound") / "model")
+
+
+@pytest.fixture
+def importable(tmp_path, monkeypatch):
+    (tmp_path / "bad_rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    yield
+    sys.modules.pop("bad_rewards", None)
+
+
+def _assert_clear(status: int | None, message: str, parts: tuple[str, ...]) -> None:
+    assert status == 1, message
+    first, hint, *more = message.splitlines()
+    assert first.startswith("error: ") and hint.startswith("(GRPO_JAX_TRACEBACK") and not more
+    missing = [part for part in parts if part not in first]
+    assert not missing, f"{missing} not in: {first}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=[name.replace(" ", "-") for name, _, _ in CASES])
+def test_a_mistake_gets_one_message(case, tmp_path, model, importable, compile_cache):
+    start = time.monotonic()
+    status, message = refusal(train.main, arguments(case, tmp_path, model))
+    _assert_clear(status, message, case[2])
+    assert time.monotonic() - start < LIMIT_S
+
+
+def test_a_refused_run_leaves_its_workdir_free(tmp_path, model, importable, compile_cache):
+    """The mended command runs in the same folder, though the options differ."""
+    base = [
+        "--config", str(TINY), "--workdir", str(tmp_path / "run"),
+        "--config.mesh.data=1", "--config.mesh.tensor=-1", f"--config.model.path={model}",
+        "--config.loop.num_steps=1", "--config.evaluation.num_problems=0",
+    ]  # fmt: skip
+    status, message = refusal(train.main, [*base, "--config.data.max_prompt_tokens=4"])
+    _assert_clear(status, message, ("data.max_prompt_tokens = 4",))
+    status, message = refusal(train.main, [*base, *_reward("bad_rewards:raises")])
+    _assert_clear(status, message, ("'raises'",))
+    status, message = refusal(train.main, base)
+    assert status is None, message
+    status, message = refusal(train.main, [*base, *_reward("answer_format")])
+    _assert_clear(status, message, ("rewards.names", "different config"))
+
+
+def test_sft_refuses_a_file_without_solutions(tmp_path, model):
+    rows = _jsonl(tmp_path / "p.jsonl", _rows(prompt="1+1=", answer="2"))
+    argv = arguments(("", lambda tmp, model: [f"--config.model.path={model}", *rows], ()), tmp_path,
+                     model)  # fmt: skip
+    _assert_clear(*refusal(sft.main, argv), ("data.path", "`completion`", "answer"))
+    _assert_clear(
+        *refusal(sft.main, [*argv, "--config.sft.num_steps=0"]), ("sft.num_steps = 0", "above 0")
+    )
+
+
+def test_a_traceback_is_given_on_request(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRPO_JAX_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="there is no file"):
+        refusal(train.main, ["--config", str(tmp_path / "gone.py")])
+
+
+@pytest.mark.parametrize("module", ["train", "generate"])
+def test_a_mistake_in_a_process_of_its_own(module, tmp_path):
+    """The same from outside: status, no traceback, nothing on standard output."""
+    argv = {
+        "train": ["--config", str(TINY), "--workdir", str(tmp_path), "--config.batch.group=1"],
+        "generate": ["--model", str(tmp_path / "gone"), "--prompt", "1+1="],
+    }[module]
+    done = subprocess.run(
+        [sys.executable, "-m", f"grpo_jax.{module}", *argv],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    parts = {"train": ("batch.group = 1",), "generate": ("gone", "no such folder")}[module]
+    _assert_clear(done.returncode, done.stderr, parts)
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+# --- The table ------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Prints the mistakes and their messages as a Markdown table."""
+    with tempfile.TemporaryDirectory() as root:
+        model = make_model(Path(root) / "model")
+        (Path(root) / "bad_rewards.py").write_text(REWARDS)
+        sys.path.insert(0, root)
+        print("| mistake | message | s |\n|---|---|---|")
+        for number, case in enumerate(CASES):
+            folder = Path(root) / str(number)
+            folder.mkdir()
+            start = time.monotonic()
+            status, stderr = refusal(train.main, arguments(case, folder, model))
+            message = stderr.splitlines()[0] if stderr else "nothing"
+            message = (
+                message.removeprefix("error: ").replace(str(folder), "DIR").replace(root, "DIR")
+            )
+            message = message.replace("|", "\\|")
+            failed = "" if status == 1 else f"**status {status}** "
+            print(f"| {case[0]} | {failed}{message} | {time.monotonic() - start:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

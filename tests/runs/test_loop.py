@@ -1,0 +1,184 @@
+"""Tiny runs from end to end in this process: what they leave, and what they do with bad numbers."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kill_and_resume import final_state, logged
+from test_bad_input import TINY, make_model, refusal
+
+from grpo_jax import loop, metrics, train
+from grpo_jax.models import hf
+
+MESH = ["--config.mesh.data=2", "--config.mesh.tensor=-1"]
+TWO_STEPS = ["--config.loop.num_steps=2", "--config.evaluation.num_problems=0"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("loop") / "model")
+
+
+def _argv(folder, *more: str) -> list[str]:
+    return ["--config", str(TINY), "--workdir", str(folder), *MESH, *more]
+
+
+def _refused(folder, *more: str) -> str:
+    status, message = refusal(train.main, _argv(folder, *more))
+    assert status == 1, message
+    return message
+
+
+def _runs(folder, *more: str) -> list[dict]:
+    status, message = refusal(train.main, _argv(folder, *more))
+    assert status is None, message
+    return logged(folder)
+
+
+def test_what_a_run_leaves(tmp_path, compile_cache):
+    rows = _runs(tmp_path / "run", "--config.evaluation.num_samples=2")
+    folder = tmp_path / "run"
+    summary = json.loads((folder / "summary.json").read_text())
+    needed = "accuracy_before accuracy_after train_wall_s generated_tokens_per_s seed steps".split()
+    assert set(needed) <= summary.keys()
+    assert summary["steps"] == 4 and summary["seed"] == 0 and summary["train_wall_s"] > 0
+    assert 0 <= summary["accuracy_before"] <= 1 and 0 <= summary["accuracy_after"] <= 1
+    assert summary["generated_tokens_per_s"] > 0
+
+    unknown = {n for row in rows for n in row if n != "step" and not metrics.is_known(n)}
+    assert not unknown
+    every_step = {"reward", "accuracy", "policy/loss", "policy/kl", "policy/grad_norm"}
+    steps = [row for row in rows if "reward" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    assert all(every_step <= row.keys() and None not in row.values() for row in steps)
+    assert summary["generated_tokens"] == steps[-1]["tokens/generated"]
+    assert 16 * 4 < summary["generated_tokens"] <= 16 * 4 * 8
+
+    samples = [json.loads(x) for x in (folder / "samples.jsonl").read_text().splitlines()]
+    assert {s["step"] for s in samples} == {1, 2, 3, 4} and len(samples) == 16
+    assert samples[0].keys() == {"step", "prompt", "completion", "rewards", "advantage", "length"}
+    evaluated = {f.name: f for f in (folder / "evaluations").iterdir()}
+    assert evaluated.keys() == {
+        "step_000000_greedy.jsonl", "step_000000_sampled_2.jsonl", "step_000002_greedy.jsonl",
+        "step_000004_greedy.jsonl", "step_000004_sampled_2.jsonl",
+    }  # fmt: skip
+    assert len(evaluated["step_000004_sampled_2.jsonl"].read_text().splitlines()) == 16
+    right = [json.loads(x)["rewards"]["exact_answer"] == 1
+             for x in evaluated["step_000004_greedy.jsonl"].read_text().splitlines()]  # fmt: skip
+    assert len(right) == 8 and np.mean(right) == summary["accuracy_after"]
+    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    _check_export(folder)
+
+
+def _check_export(folder):
+    """transformers reads the export, and computes with it what we compute with the checkpoint."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from grpo_jax import policy, sharding
+    from grpo_jax.checkpoints import newest_params
+    from grpo_jax.models import transformer
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "export").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "export")
+    ids = tokenizer("8+7-4+9=#### 20")["input_ids"]
+    with torch.no_grad():
+        expected = torch.log_softmax(theirs(torch.tensor([ids])).logits[0].float(), -1).numpy()
+    mesh = sharding.make_mesh()
+    ours = policy.read(str(folder / "export"))
+    params = newest_params(folder / "checkpoints", policy.param_like(ours.model, mesh))
+    hidden = transformer.score(
+        params, ours.model, np.array([ids[:1]]), np.array([1]), np.array([[ids[1:]]]),
+        dtype=jnp.float32,
+    )[0, 0]  # fmt: skip
+    found = jax.nn.log_softmax(hidden @ transformer.head_kernel(params), -1)
+    np.testing.assert_allclose(found, expected[: len(ids) - 1], atol=1e-4)
+
+
+# --- Numbers that are not finite ------------------------------------------------------------------
+
+
+def _poisoned(bad_steps: set[int]):
+    """`loop._prepare` with one advantage of those rollouts made NaN."""
+    prepare, count = loop._prepare, iter(range(10**6))
+
+    def call(*args):
+        experience = prepare(*args)
+        if next(count) not in bad_steps:
+            return experience
+        return experience.replace(advantage_PG=experience.advantage_PG * jnp.nan)
+
+    return call
+
+
+def test_a_bad_update_is_skipped_and_counted(tmp_path, model, monkeypatch, compile_cache):
+    """Rollout 0 is poisoned: its 4 updates are refused, and those of rollout 1 are not."""
+    monkeypatch.setattr(loop, "_prepare", _poisoned({0}))
+    path = f"--config.model.path={model}"
+    rows = _runs(tmp_path / "run", path, *TWO_STEPS)
+    assert [row["policy/skipped_updates"] for row in rows] == [4, 4]
+    assert rows[0]["policy/loss"] is None and rows[1]["policy/loss"] is not None
+    state = final_state(tmp_path / "run")
+    assert int(state["/num_updates"]) == 8 and int(state["/num_skipped"]) == 4
+    assert all(np.isfinite(array).all() for array in state.values())
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_updates"] == 4
+
+
+def test_a_run_of_bad_updates_ends(tmp_path, model, monkeypatch, compile_cache):
+    monkeypatch.setattr(loop, "_prepare", _poisoned(set(range(1, 100))))
+    path = f"--config.model.path={model}"
+    more = [*TWO_STEPS, "--config.loop.num_steps=9", "--config.checkpoint.every_steps=1"]
+    message = _refused(tmp_path / "run", path, *more)
+    assert "5 updates in a row" in message and "loss nan" in message and "step 2" in message
+    for option in ("optim.learning_rate", "optim.clip_norm", "model.dtype = float32"):
+        assert option in message
+    state = final_state(tmp_path / "run")  # of step 2: its checkpoint holds the weights of step 1
+    assert int(state["/num_updates"]) == 8 and int(state["/num_skipped"]) == 4
+    assert all(np.isfinite(array).all() for array in state.values())
+
+
+# --- Other sources and types ----------------------------------------------------------------------
+
+REWARD = """
+def shortness(prompts, completions, wish, **columns):
+    assert all(w == "short" for w in wish) and len(prompts) == len(completions)
+    return [None if not c else -float(len(c)) for c in completions]
+"""
+
+
+def test_a_problem_file_and_a_reward_of_ones_own(tmp_path, model, monkeypatch, compile_cache):
+    (tmp_path / "own_reward.py").write_text(REWARD)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("train", "eval"):
+        lines = [json.dumps({"prompt": f"{i}+{len(name)}=", "wish": "short"}) for i in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    rows = _runs(
+        tmp_path / "run", f"--config.model.path={model}", "--config.data.task=",
+        f"--config.data.path={tmp_path}/train.jsonl",
+        f"--config.data.eval_path={tmp_path}/eval.jsonl",
+        "--config.rewards.names=own_reward:shortness", "--config.rewards.weights=2.0",
+        "--config.loop.num_steps=1", "--config.evaluation.num_samples=0",
+    )  # fmt: skip
+    sys.modules.pop("own_reward")
+    assert rows[-1]["reward/shortness"] < 0 and -16 <= rows[-1]["reward"] < 0
+    assert [row["eval/accuracy"] for row in rows if "eval/accuracy" in row] == [0.0, 0.0]
+    items = (tmp_path / "run" / "evaluations" / "step_000001_greedy.jsonl").read_text()
+    assert json.loads(items.splitlines()[5])["prompt"] == "5+4="
+
+
+def test_bfloat16(tmp_path, model, compile_cache):
+    """Weights stay float32; sampler and scorer agree as far as bfloat16 does."""
+    more = [f"--config.model.path={model}", "--config.model.dtype=bfloat16", *TWO_STEPS]
+    rows = _runs(tmp_path / "run", *more)
+    assert len(rows) == 2 and all(row["policy/loss"] is not None for row in rows)
+    state = final_state(tmp_path / "run")
+    assert {a.dtype.name for n, a in state.items() if "params" in n} == {"float32"}
+    assert rows[0]["policy/sampler_gap_max"] > 0
+    assert hf.stored_dtype(tmp_path / "run" / "export") in ("float32", "F32")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["accuracy_before"] is None  # no evaluation at all

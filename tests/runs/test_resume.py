@@ -1,0 +1,196 @@
+"""A run that was stopped and continued in a new process against one that was left alone.
+
+Bit for bit: parameters, optimizer state, every metric that is not a time, every sample.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from kill_and_resume import final_state, log_differences, logged, state_differences
+
+HERE = Path(__file__).parent
+TINY = HERE / "tiny_config.py"
+
+# Stopped after so many updates (4 to a step: 2 minibatches, twice), or supervised steps.
+STOPS = {
+    "within the first step": ("update", 1),
+    "between steps": ("update", 4),
+    "within a step": ("update", 6),
+    "in supervised training": ("sft", 2),
+    "at the last supervised step": ("sft", 3),
+}
+SLOW = """
+import os, time
+from grpo_jax.rewards.exact import exact_answer
+
+def slow(**columns):
+    time.sleep(float(os.environ.get("SLEEP_S", "0")))
+    return exact_answer(**columns)
+"""
+# Rewards that can be slowed down without changing the config, for the test of SIGTERM.
+SLOW_REWARD = [
+    "--config.rewards.names=['slow_reward:slow','answer_format']",
+    "--config.rewards.weights=[1.0,0.5]",
+]
+
+
+def _argv(folder: Path, *more: str) -> list[str]:
+    return ["--config", str(TINY), "--workdir", str(folder), *SLOW_REWARD, *more]
+
+
+def _drive(jobs: list[dict], environment: dict[str, str]) -> list[str]:
+    """How each job ended."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "drive.py"), json.dumps(jobs)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"end"')]
+    return [json.loads(line)["end"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def slow_reward(tmp_path_factory, alone) -> dict[str, str]:
+    """An environment in which SLOW_REWARD can be imported."""
+    folder = tmp_path_factory.mktemp("rewards")
+    (folder / "slow_reward.py").write_text(SLOW)
+    paths = [str(folder), os.environ.get("PYTHONPATH", "")]
+    return alone | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, slow_reward):
+    """Folders of runs by name, how each ended, and for the stopped ones how they stood then.
+
+    Two processes: the first runs, the second goes on with what was stopped.
+    """
+    root = tmp_path_factory.mktemp("runs")
+    stopped = [
+        {"argv": _argv(root / name), "of": kind, "after": count}
+        for name, (kind, count) in STOPS.items()
+    ]
+    alone = [
+        {"argv": _argv(root / "whole")},
+        {"argv": _argv(root / "longer", "--config.loop.num_steps=6")},
+    ]
+    first = _drive(alone + stopped, slow_reward)
+    for name in STOPS:
+        shutil.copytree(root / name, root / f"{name}, then")
+    shutil.copytree(root / "whole", root / "extended")
+    changed = _argv(root / "whole", "--config.optim.learning_rate=0.5")
+    second = _drive(
+        [{"argv": _argv(root / name)} for name in STOPS]
+        + [{"argv": _argv(root / "extended", "--config.loop.num_steps=6")}, {"argv": changed}],
+        slow_reward,
+    )
+    ends = dict(zip(["whole", "longer", *STOPS], first))
+    return root, ends, dict(zip([*STOPS, "extended", "changed"], second))
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_a_stopped_run_continues_as_if_it_had_not_been(runs, name):
+    root, first, second = runs
+    assert first["whole"] == "finished" and second[name] == "finished"
+    assert first[name].startswith("Stopped by SIGTEST at ") and "continues" in first[name]
+    assert not state_differences(root / "whole", root / name)
+    assert not log_differences(root / "whole", root / name)
+    sft, weights = "bootstrap", Path("bootstrap", "export", "model.safetensors")
+    assert (root / "whole" / weights).read_bytes() == (root / name / weights).read_bytes()
+    assert not log_differences(root / "whole" / sft, root / name / sft)
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_a_stop_comes_where_it_was_asked_for(runs, name):
+    """Without this, runs that stop at their end would pass the comparison."""
+    root, first, _ = runs
+    kind, count = STOPS[name]
+    then = root / f"{name}, then"
+    if kind == "sft":
+        part = then / "bootstrap" if count < 3 else None
+        assert "supervised" in first[name]
+    else:
+        part = then
+        middle = f"after {count % 4} of its updates" if count % 4 else f"step {count // 4};"
+        assert middle in first[name]
+    if part:
+        assert int(final_state(part)["/num_updates"]) == count
+        steps = {row["step"] for row in logged(part) if "reward" in row or "sft/loss" in row}
+        assert steps == set(range(1, 1 + (count // 4 if kind == "update" else count)))
+
+
+def test_every_step_is_logged_once(runs):
+    rows = logged(runs[0] / "within a step")
+    assert [row["step"] for row in rows if "reward" in row] == [1, 2, 3, 4]
+    accuracies = [row["step"] for row in rows if "eval/accuracy" in row]
+    assert accuracies == [0, 2, 4]  # before the first step, and after every second
+
+
+def test_comparison_sees_another_run(runs):
+    """Runs that do differ are told apart, by their weights and by their logs."""
+    root = runs[0]
+    assert any("params" in name for name in state_differences(root / "whole", root / "longer"))
+    assert log_differences(root / "whole", root / "longer")
+
+
+def test_more_steps_continue_a_finished_run(runs):
+    root, _, second = runs
+    assert second["extended"] == "finished"
+    assert not state_differences(root / "longer", root / "extended")
+    summary = json.loads((root / "extended" / "summary.json").read_text())
+    assert summary["steps"] == 6
+
+
+def test_a_changed_config_is_refused(runs):
+    end = runs[2]["changed"]
+    assert end.startswith("error: --workdir")
+    assert "optim.learning_rate: 0.001 there, 0.5 now" in end
+
+
+def test_sigterm_saves_and_ends_with_status_0(runs, slow_reward, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "grpo_jax.train", *_argv(folder)]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env=slow_reward | {"SLEEP_S": "1.5"}, stdout=output, stderr=output
+        )
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and '"reward"' in metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0, log.read_text()
+    assert "Stopped by SIGTERM at step" in log.read_text() and "continues" in log.read_text()
+    updates = int(final_state(folder)["/num_updates"])
+    assert 4 <= updates < 16
+    done = subprocess.run(command, env=slow_reward, capture_output=True, text=True)
+    assert done.returncode == 0 and "Continuing" in done.stdout, done.stdout + done.stderr
+    whole = runs[0] / "whole"
+    assert not state_differences(whole, folder) and not log_differences(whole, folder)
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues(tmp_path, slow_reward):
+    """kill_and_resume.py with the tiny config."""
+    more = ["--config.loop.num_steps=60", "--config.checkpoint.every_steps=7"]
+    done = subprocess.run(
+        [sys.executable, str(HERE / "kill_and_resume.py"), "--config", str(TINY), "--kills=2",
+         "--root", str(tmp_path / "runs"), *more],
+        env=slow_reward,
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "EQUAL bit for bit" in done.stdout and done.stdout.count("| step") >= 1, done.stdout

@@ -1,0 +1,263 @@
+"""The engine: what it returns does not depend on how the work was laid out."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from grpo_jax import keys
+from grpo_jax.algorithm.update import Scorer
+from grpo_jax.models import logits as logits_lib
+from grpo_jax.models import transformer
+from grpo_jax.sampling.decode import Decoder
+from grpo_jax.sampling.engine import Engine
+from grpo_jax.structs import Sampling
+
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
+GROUP, LIMIT = 4, 16
+PROMPTS = [[7], [5, 6, 7, 8, 9], [30, 2], [11, 12, 13], [3, 3, 3, 3], [39]]
+STOPS = (1, 4, 17)  # a completion of about 13 tokens in the mean: some stop at once, some never
+KEY = keys.key_for(0, "rollout", 0)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.params()
+
+
+def engine(num_slots=0, compact=True, stop_ids=STOPS, limit=LIMIT, **sampling) -> Engine:
+    decoder = Decoder(tiny.MODEL, tiny.one_device(), Sampling(**sampling), stop_ids, limit)
+    return Engine(decoder, num_slots=num_slots, compact=compact)
+
+
+def generate(engine, params, prompts=PROMPTS, group=GROUP, key=KEY, temperature=1.0):
+    return engine.generate(
+        engine.publish(params), prompts, group=group, key=key, temperature=temperature
+    )
+
+
+@jax.jit
+def scores_of(params, prompt_PQ, prompt_length_P, completion_PGC):
+    """Scores over the vocabulary at each completion token, by one full pass, [P, G, C, V]."""
+    hidden = transformer.score(params, tiny.MODEL, prompt_PQ, prompt_length_P, completion_PGC)
+    return logits_lib.logits(hidden, transformer.head_kernel(params))
+
+
+def scores(params, rollouts):
+    return np.asarray(
+        scores_of(params, rollouts.prompt_PQ, rollouts.prompt_length_P, rollouts.completion_PGC)
+    )
+
+
+def uniforms(row: int, tokens: int) -> np.ndarray:
+    """The uniform numbers that the completion of this row draws with, as the design states them."""
+    key = jax.random.fold_in(KEY, row)
+    return np.array([jax.random.uniform(jax.random.fold_in(key, t)) for t in range(tokens)])
+
+
+@pytest.fixture(scope="module")
+def whole(params):
+    """All completions at once, nothing moved: what every other layout is held against."""
+    plain = engine(compact=False)
+    rollouts = generate(plain, params)
+    assert plain.shapes == {(len(PROMPTS), GROUP, 16)}
+    return rollouts
+
+
+def assert_same(got, want, params):
+    """The same completions; another token only where two were within 1e-4 of being drawn."""
+    score_PGCV = None
+    for p, g in np.ndindex(want.length_PG.shape):
+        n = min(got.length_PG[p, g], want.length_PG[p, g])
+        ours, theirs = got.completion_PGC[p, g, :n], want.completion_PGC[p, g, :n]
+        differs = np.flatnonzero(ours != theirs)
+        if len(differs):  # from here on the two go separate ways
+            n = differs[0]
+            score_PGCV = scores(params, want) if score_PGCV is None else score_PGCV
+            prob_V = np.exp(score_PGCV[p, g, n] - score_PGCV[p, g, n].max())
+            edge_V = np.cumsum(prob_V / prob_V.sum())
+            uniform = uniforms(p * want.length_PG.shape[1] + g, n + 1)[n]
+            low, high = sorted((ours[n], theirs[n]))
+            assert np.abs(edge_V[low:high] - uniform).max() < 1e-4, (p, g, n)
+        else:
+            assert got.length_PG[p, g] == want.length_PG[p, g]
+            assert got.stopped_PG[p, g] == want.stopped_PG[p, g]
+        logps = got.logp_PGC[p, g, :n], want.logp_PGC[p, g, :n]
+        np.testing.assert_allclose(*logps, atol=1e-4, rtol=0)
+
+
+def test_the_batch_holds_every_kind_of_completion(whole):
+    """Else the comparisons here would not see the edges."""
+    assert whole.length_PG.min() == 1
+    assert not whole.stopped_PG.all()
+    assert whole.length_PG[~whole.stopped_PG].tolist() == [LIMIT] * (~whole.stopped_PG).sum()
+    assert len(set(whole.length_PG.ravel())) > 5
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "compact", "shapes"),
+    [
+        (1, True, {(1, 1)}),  # groups split over single lanes, one after another
+        (3, False, {(1, 3)}),  # a group of four as three and one
+        (8, True, {(2, 4)}),  # refilled twice and more; too few rows to compact
+        (16, False, {(4, 4)}),  # refilled, never compacted
+        (16, True, {(4, 4), (8, 1)}),  # refilled and compacted
+        (0, True, {(6, 4), (12, 1)}),  # compacted, never refilled
+    ],
+)
+def test_slots_do_not_change_the_completions(whole, params, num_slots, compact, shapes):
+    ours = engine(num_slots, compact)
+
+    got = generate(ours, params)
+
+    assert {shape[:2] for shape in ours.shapes} == shapes
+    np.testing.assert_array_equal(got.prompt_PQ, whole.prompt_PQ)
+    np.testing.assert_array_equal(got.prompt_length_P, [len(p) for p in PROMPTS])
+    assert_same(got, whole, params)
+
+
+def test_completions_end_with_their_stop_token(whole):
+    for p, g in np.ndindex(whole.length_PG.shape):
+        n = whole.length_PG[p, g]
+        is_stop = np.isin(whole.completion_PGC[p, g, :n], STOPS)
+        assert not is_stop[:-1].any()
+        assert is_stop[-1] == whole.stopped_PG[p, g]
+        assert not whole.completion_PGC[p, g, n:].any()
+        assert not whole.logp_PGC[p, g, n:].any()
+        assert (whole.logp_PGC[p, g, :n] < 0).all()
+    ends = np.take_along_axis(whole.completion_PGC, whole.length_PG[..., None] - 1, axis=-1)
+    assert set(STOPS) <= set(ends[whole.stopped_PG].ravel())  # each of the stop tokens stops
+
+
+def test_tokens_are_drawn_by_the_inverse_of_the_distribution(whole, params):
+    """Every token from one full pass and the uniform number of its row and position."""
+    prob_PGCV = np.asarray(jax.nn.softmax(scores(params, whole).astype(np.float64), axis=-1))
+    edge_PGCV = np.cumsum(prob_PGCV, axis=-1)
+    for p, g in ((0, 0), (2, 3), (5, 1)):
+        n = whole.length_PG[p, g]
+        for t, uniform in enumerate(uniforms(p * GROUP + g, n)):
+            token = whole.completion_PGC[p, g, t]
+            below = edge_PGCV[p, g, t, token - 1] if token else 0.0
+            assert below - 1e-4 <= uniform <= edge_PGCV[p, g, t, token] + 1e-4
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(0.6, 0, 1.0), (1.4, 7, 1.0), (0.8, 10, 0.9)],
+)
+def test_sampler_and_scorer_agree(params, temperature, top_k, top_p):
+    sampling = Sampling(temperature, top_k, top_p)
+    ours = engine(temperature=temperature, top_k=top_k, top_p=top_p)
+    rollouts = generate(ours, params, temperature=temperature)
+
+    logp_PGC = jax.jit(Scorer(tiny.MODEL, tiny.one_device(), sampling).logp)(params, rollouts)
+
+    action_PGC = np.arange(LIMIT) < rollouts.length_PG[..., None]
+    gap_PGC = np.where(action_PGC, np.abs(logp_PGC - rollouts.logp_PGC), 0)
+    assert gap_PGC.max() < 1e-4
+    if top_k:  # nothing outside the support was drawn
+        score_PGCV = scores(params, rollouts)
+        chosen = np.take_along_axis(score_PGCV, rollouts.completion_PGC[..., None], axis=-1)
+        rank_PGC = (score_PGCV > chosen + 1e-4).sum(axis=-1)
+        assert rank_PGC[action_PGC].max() < top_k
+
+
+@pytest.fixture(scope="module")
+def unstoppable():
+    return engine(stop_ids=())
+
+
+def test_greedy_takes_the_highest_score(params, unstoppable):
+    rollouts = generate(unstoppable, params, temperature=0.0)
+
+    score_PGCV = scores(params, rollouts)
+    chosen = np.take_along_axis(score_PGCV, rollouts.completion_PGC[..., None], axis=-1)[..., 0]
+    np.testing.assert_array_less(score_PGCV.max(axis=-1) - 1e-4, chosen)
+    want_PGC = np.take_along_axis(
+        np.asarray(jax.nn.log_softmax(score_PGCV)), rollouts.completion_PGC[..., None], axis=-1
+    )[..., 0]
+    np.testing.assert_allclose(rollouts.logp_PGC, want_PGC, atol=1e-4, rtol=0)
+    assert (rollouts.completion_PGC == rollouts.completion_PGC[:, :1]).all()
+
+
+def test_without_stop_tokens_all_are_cut_at_the_limit(params, unstoppable):
+    rollouts = generate(unstoppable, params)
+
+    assert (rollouts.length_PG == LIMIT).all()
+    assert not rollouts.stopped_PG.any()
+
+
+def test_when_every_token_stops_all_are_one_token_long(params):
+    rollouts = generate(engine(num_slots=8, stop_ids=tuple(range(40))), params)
+
+    assert (rollouts.length_PG == 1).all()
+    assert rollouts.stopped_PG.all()
+    assert not rollouts.completion_PGC[..., 1:].any()
+
+
+def test_one_token_completions(params, whole):
+    ours = engine(limit=1)
+
+    got = generate(ours, params)
+
+    assert (got.length_PG == 1).all()
+    np.testing.assert_array_equal(got.completion_PGC, whole.completion_PGC[..., :1])
+    np.testing.assert_array_equal(got.stopped_PG, np.isin(got.completion_PGC[..., 0], STOPS))
+    assert set(got.stopped_PG.ravel()) == {False, True}
+    assert ours.shapes == set()  # the prompt's pass draws the first token; nothing was decoded
+
+
+def test_steps_differ_and_a_step_is_repeated(params, unstoppable):
+    first, again, second = (
+        generate(unstoppable, params, key=keys.key_for(0, "rollout", step)).completion_PGC
+        for step in (0, 0, 1)
+    )
+
+    np.testing.assert_array_equal(again, first)
+    assert (second != first).any(axis=-1).all()  # every completion
+
+
+def test_completions_of_a_group_differ(params, unstoppable):
+    completion_PGC = generate(unstoppable, params).completion_PGC
+
+    for rows in completion_PGC:
+        assert len(np.unique(rows, axis=0)) == GROUP
+
+
+def test_a_completion_depends_on_its_prompt_and_row_alone(params, unstoppable):
+    want = generate(unstoppable, params)
+    others = [[20, 21]] * 3 + [PROMPTS[3]] + [[22]] * 2  # prompt 3 stays where it was
+
+    got = generate(unstoppable, params, others)
+
+    np.testing.assert_array_equal(got.completion_PGC[3], want.completion_PGC[3])
+    assert (got.completion_PGC[4] != want.completion_PGC[4]).any()
+    # The first rows are the same when the others are not asked for.
+    few = generate(unstoppable, params, PROMPTS[:2])
+    np.testing.assert_array_equal(few.completion_PGC, want.completion_PGC[:2])
+    # Groups of two: rows 2 and 3 belong to prompt 1 now, so prompt 0 in its place draws with them.
+    pairs = generate(unstoppable, params, [PROMPTS[0]] * 2, group=2)
+    np.testing.assert_array_equal(pairs.completion_PGC.reshape(4, -1), want.completion_PGC[0])
+
+
+def test_a_longer_padding_changes_nothing(params, unstoppable, whole):
+    """One prompt of 17 tokens pads all prompts to 32."""
+    want = generate(unstoppable, params)
+
+    got = generate(unstoppable, params, [*PROMPTS[:5], list(range(3, 20))])
+
+    assert want.prompt_PQ.shape[1] == 16
+    assert got.prompt_PQ.shape[1] == 32
+    np.testing.assert_array_equal(got.completion_PGC[:5], want.completion_PGC[:5])
+
+
+def test_publish_casts_to_the_compute_dtype(params):
+    decoder = Decoder(tiny.MODEL, tiny.one_device(), Sampling(), STOPS, LIMIT, dtype=jnp.bfloat16)
+
+    published = Engine(decoder).publish(params)
+
+    assert {x.dtype for x in jax.tree.leaves(published)} == {jnp.dtype(jnp.bfloat16)}

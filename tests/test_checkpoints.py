@@ -1,0 +1,174 @@
+"""Checkpoints: bit for bit, which ones are kept, and which are not taken for whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax import optim, sharding
+from grpo_jax.algorithm import update as update_lib
+from grpo_jax.checkpoints import Checkpoints, newest_params
+from grpo_jax.models import transformer
+from grpo_jax.structs import Experience, ModelConfig, Rollouts
+
+MODEL = ModelConfig(
+    family="qwen2", vocab_size=8, width=16, mlp_width=24, num_layers=1, num_heads=2,
+    num_kv_heads=1, head_size=8, rope_theta=1e4, norm_eps=1e-6, max_position=32, tied_head=True,
+)  # fmt: skip
+OPTIMIZER = optim.adamw(
+    lambda step: 0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0
+)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(2, 4, 1)
+
+
+def _state(mesh, updates: int, model=MODEL, seed=0):
+    """A state after some updates with random gradients."""
+    params = transformer.init(model, jax.random.key(seed))
+    state = update_lib.start(params, model, mesh, OPTIMIZER)
+    for step in range(updates):
+        grads = jax.tree.map(
+            lambda x, s=step: jax.random.normal(jax.random.key(s), x.shape), state.params
+        )
+        state, _ = update_lib.apply_gradient(state, OPTIMIZER, grads, jnp.float32(0))
+    return state
+
+
+def _like(mesh, model=MODEL):
+    return update_lib.state_like(model, mesh, OPTIMIZER)
+
+
+def _same_bits(a, b):
+    left, right = jax.tree.leaves(a), jax.tree.leaves(b)
+    assert jax.tree.structure(a) == jax.tree.structure(b) and left
+    for x, y in zip(left, right):
+        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def _experience(mesh, *, old: bool, ref: bool) -> Experience:
+    rng = np.random.default_rng(0)
+    shape = (4, 2, 3)
+    floats = lambda: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    rollouts = Rollouts(
+        prompt_PQ=rng.integers(0, 8, (4, 5), np.int32),
+        prompt_length_P=np.array([5, 1, 2, 3], np.int32),
+        completion_PGC=rng.integers(0, 8, shape, np.int32),
+        logp_PGC=floats(),
+        length_PG=rng.integers(1, 4, (4, 2), np.int32),
+        stopped_PG=rng.random((4, 2)) < 0.5,
+    )
+    experience = Experience(
+        rollouts=rollouts,
+        advantage_PG=floats()[..., 0],
+        action_PGC=rng.random(shape) < 0.5,
+        old_logp_PGC=floats() if old else None,
+        ref_logp_PGC=floats() if ref else None,
+    )
+    return sharding.shard_rows(mesh, experience)
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path, mesh):
+    state = _state(mesh, 2)
+    with_facts = Checkpoints(tmp_path / "c", keep=1)
+    assert with_facts.latest() is None
+    with_facts.save(state, {"position": {"step": 3, "share": 0.1}})
+    with_facts.close()
+    again = Checkpoints(tmp_path / "c", keep=1)  # as a new process would
+    assert again.latest() == 2
+    assert again.facts(2) == {"position": {"step": 3, "share": 0.1}}
+    restored = again.restore(2, _like(mesh))
+    _same_bits(state, restored)
+    placed = lambda tree: [x.sharding for x in jax.tree.leaves(tree)]  # noqa: E731
+    assert placed(restored) == placed(_like(mesh))
+    other = sharding.make_mesh(1, 8, 1)  # and on another mesh
+    _same_bits(state, again.restore(2, _like(other)))
+    again.close()
+
+
+@pytest.mark.parametrize(("old", "ref"), [(True, True), (False, True), (False, False)])
+def test_a_rollout_comes_back_with_what_it_lacks(tmp_path, mesh, old, ref):
+    """In a manager that never saved one: as after a restart."""
+    experience = _experience(mesh, old=old, ref=ref)
+    first = Checkpoints(tmp_path / "c", keep=2)
+    first.save(_state(mesh, 1), {}, experience=experience)
+    first.save(_state(mesh, 2), {})
+    first.close()
+    again = Checkpoints(tmp_path / "c", keep=2)
+    found = again.experience(1, mesh)
+    assert found is not None
+    _same_bits(experience, found)
+    assert (found.old_logp_PGC is None, found.ref_logp_PGC is None) == (not old, not ref)
+    assert found.advantage_PG.sharding == experience.advantage_PG.sharding
+    assert again.experience(2, mesh) is None
+    again.close()
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path, mesh):
+    state = _state(mesh, 0)
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    accuracies = [None, 0.5, 0.9, 0.7, None, 0.2, None]
+    for number, accuracy in enumerate(accuracies):
+        numbered = dataclasses.replace(state, num_updates=jnp.int32(number))
+        checkpoints.save(numbered, {}, accuracy=accuracy)
+    checkpoints.close()
+    kept = sorted(int(p.name) for p in (tmp_path / "c").iterdir() if p.name.isdigit())
+    assert kept == [2, 5, 6]
+
+
+def test_saving_the_same_state_again_does_nothing(tmp_path, mesh):
+    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    checkpoints.save(_state(mesh, 1), {"a": 1})
+    checkpoints.save(_state(mesh, 1), {"a": 2})
+    checkpoints.wait()
+    assert checkpoints.facts(1) == {"a": 1}
+    checkpoints.close()
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path, mesh):
+    """What a kill in the middle of writing leaves: a folder under a temporary name."""
+    checkpoints = Checkpoints(tmp_path / "c", keep=3)
+    checkpoints.save(_state(mesh, 1), {})
+    checkpoints.close()
+    half = tmp_path / "c" / "2.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "c" / "1", half)
+    (half / "commit_success.txt").unlink(missing_ok=True)
+    again = Checkpoints(tmp_path / "c", keep=3)
+    assert again.latest() == 1
+    again.save(_state(mesh, 2), {})  # and its number is free
+    again.wait()
+    assert again.latest() == 2
+    _same_bits(_state(mesh, 2), again.restore(2, _like(mesh)))
+    again.close()
+
+
+@pytest.mark.parametrize(
+    "change", [{"width": 32, "head_size": 16}, {"num_layers": 2}, {"tied_head": False}]
+)
+def test_another_model_is_refused(tmp_path, mesh, change):
+    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    checkpoints.save(_state(mesh, 1), {})
+    other = dataclasses.replace(MODEL, **change)
+    with pytest.raises(ValueError, match=r"Checkpoint 1 in .* does not fit this model") as info:
+        checkpoints.restore(1, _like(mesh, other))
+    assert len(str(info.value)) < 700 and "\n" not in str(info.value)
+    checkpoints.close()
+
+
+def test_only_the_newest_parameters(tmp_path, mesh):
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    checkpoints.save(_state(mesh, 1), {})
+    checkpoints.save(_state(mesh, 3), {})
+    checkpoints.close()
+    like = _like(mesh).params
+    _same_bits(_state(mesh, 3).params, newest_params(tmp_path / "c", like))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        newest_params(tmp_path / "empty", like)

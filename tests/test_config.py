@@ -1,0 +1,402 @@
+"""Options: each is read, each rule speaks, overrides keep their types, resumes must agree."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from grpo_jax import config as config_lib
+
+ROOT = Path(config_lib.__file__).parent
+CONFIGS = sorted((ROOT.parent / "configs").glob("*.py"))
+OPTIONS = config_lib.flatten(config_lib.default())
+
+
+def _valid(**changes):
+    """A config that passes `check`, with some options (dots as double underscores) changed."""
+    config = config_lib.default()
+    config.data.task = "arithmetic"
+    config.sft.num_steps = 1
+    with config.unlocked():
+        for name, value in changes.items():
+            section, _, leaf = name.rpartition("__")
+            (config[section] if section else config)[leaf] = value
+    return config
+
+
+def _refusal(config) -> str:
+    with pytest.raises(ValueError) as info:
+        config_lib.check(config)
+    return str(info.value)
+
+
+# --- Every option has a reader --------------------------------------------------------------------
+
+
+def _chains(tree: ast.AST) -> set[str]:
+    """Attributes that code reads, as "section.leaf" or, below a name, the name's own section.
+
+    `algorithm = config.algorithm` makes `algorithm.clip_low` a read of that option; so does a
+    parameter's name, for the few functions that are given one section.
+    """
+    sections: dict[str, str] = {}
+
+    def dotted(node: ast.AST) -> list[str]:
+        if isinstance(node, ast.Attribute):
+            return [*dotted(node.value), node.attr]
+        return [node.id] if isinstance(node, ast.Name) else ["?"]
+
+    def bind(target: ast.AST, value: ast.AST) -> None:
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            for one, other in zip(target.elts, value.elts):
+                bind(one, other)
+        elif isinstance(target, ast.Name) and isinstance(value, ast.Attribute):
+            sections[target.id] = dotted(value)[-1]
+
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            bind(node.targets[0], node.value)
+        if isinstance(node, ast.Call):  # policy.new(config.model, ...): its parameter `options`
+            for value in node.args:
+                if isinstance(value, ast.Attribute) and dotted(value)[-2:-1] == ["config"]:
+                    sections.setdefault("options", dotted(value)[-1])
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            *before, leaf = dotted(node)
+            section = sections.get(before[-1], before[-1]) if before else ""
+            found.add(f"{section}.{leaf}")
+    return found
+
+
+def _reads() -> set[str]:
+    """What the package reads outside config.py, whose checks alone do not use an option."""
+    found = set()
+    for file in ROOT.rglob("*.py"):
+        if file != ROOT / "config.py":
+            found |= _chains(ast.parse(file.read_text()))
+    # Of config.py, the functions that other modules call to use an option.
+    for node in ast.parse((ROOT / "config.py").read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name == "num_updates_per_step":
+            found |= _chains(node)
+    return found
+
+
+READS = _reads()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_is_read(name):
+    section, _, leaf = name.rpartition(".")
+    readers = {f"{section or 'config'}.{leaf}"}
+    if section == "model":  # policy.new is given the section as its parameter `options`
+        readers.add(f"options.{leaf}")
+    assert readers & READS, f"nothing in grpo_jax/ reads {name}"
+
+
+def test_an_option_without_a_reader_is_seen():
+    code = "def f(config):\n    batch, x = config.batch, config.optim\n    return batch.group"
+    assert _chains(ast.parse(code)) >= {"batch.group", "config.optim"}
+    assert "batch.prompts" not in _chains(ast.parse(code))
+    assert "optim.momentum" not in READS
+
+
+def test_every_option_has_one_line_and_what_it_means_is_near():
+    """Each leaf is assigned once in default()."""
+    body = ast.parse((ROOT / "config.py").read_text())
+    default = next(n for n in body.body if getattr(n, "name", "") == "default")
+    assigned = [
+        ast.unparse(n.targets[0]).removeprefix("c.")
+        for n in ast.walk(default)
+        if isinstance(n, ast.Assign) and "ConfigDict" not in ast.unparse(n.value)
+    ]
+    assert sorted(assigned) == sorted(OPTIONS)
+
+
+# --- Files and overrides --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.name)
+def test_files_in_configs_load(file):
+    config = config_lib.load(str(file), [])
+    assert config_lib.flatten(config).keys() == OPTIONS.keys()
+
+
+def test_there_are_config_files():
+    assert "quickstart.py" in [file.name for file in CONFIGS]
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text(
+        "from grpo_jax import config\n"
+        "def get_config():\n"
+        "    c = config.default()\n"
+        "    c.data.task = 'arithmetic'\n"
+        "    c.sft.num_steps = 1\n"
+        "    return c\n"
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("seed=3", 3),
+        ("optim.learning_rate=1e-5", 1e-5),
+        ("optim.learning_rate=1", 1.0),
+        ("rollout.compact=False", False),
+        ("rollout.compact=false", False),
+        ("model.remat=true", True),
+        ("model.dtype=bfloat16", "bfloat16"),
+        ("logging.wandb_project=3", "3"),
+        ("model.path=a=b", "a=b"),
+        ("rewards.names=answer_format", ("answer_format",)),
+        ("rewards.names=['answer_format']", ("answer_format",)),
+        ("rewards.weights=(2.0,)", (2.0,)),
+        ("rewards.weights=2.0", (2.0,)),
+        ("mesh.fsdp=-1", -1),
+    ],
+)
+def test_overrides_of_each_type(file, argument, value):
+    more = ["--config.mesh.data=1"] if argument.startswith("mesh") else []
+    config = config_lib.load(file, [*more, f"--config.{argument}"])
+    found = config_lib.flatten(config)[argument.partition("=")[0]]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("optim.learning_rat=1", ["no option optim.learning_rat", "optim.learning_rate"]),
+        ("learning_rate=1", ["optim.learning_rate or sft.learning_rate"]),
+        ("zzz=1", ["no option zzz. grpo_jax/config.py"]),
+        ("optim=1", ["no option optim."]),
+        ("optim.warmup_steps=1.5", ["optim.warmup_steps = '1.5'", "a whole number", "0 now"]),
+        ("optim.warmup_steps=True", ["optim.warmup_steps", "a whole number"]),
+        ("optim.learning_rate=fast", ["optim.learning_rate = 'fast'", "a number"]),
+        ("rollout.compact=1", ["rollout.compact = '1'", "True or False"]),
+        ("rewards.names={1}", ["rewards.names", "a tuple"]),
+    ],
+)
+def test_a_wrong_override_is_refused(file, argument, parts):
+    with pytest.raises(ValueError) as info:
+        config_lib.load(file, [f"--config.{argument}"])
+    assert all(part in str(info.value) for part in parts), info.value
+
+
+@pytest.mark.parametrize("argument", ["--seed=1", "--config.seed", "seed=1", "--config.seed 1"])
+def test_an_argument_of_another_form_is_refused(file, argument):
+    with pytest.raises(ValueError, match="Unknown argument") as info:
+        config_lib.load(file, [argument])
+    assert argument in str(info.value)
+
+
+def test_a_loaded_config_takes_no_new_option(file):
+    config = config_lib.load(file, [])
+    with pytest.raises(AttributeError):
+        config.optim.learning_rat = 1.0
+
+
+def test_a_file_that_misspells_an_option_is_refused(file):
+    Path(file).write_text(Path(file).read_text().replace("c.sft.num_steps", "c.sft.num_step"))
+    with pytest.raises(ValueError, match="num_step") as info:
+        config_lib.load(file, [])
+    assert file in str(info.value)
+
+
+# --- Rules ----------------------------------------------------------------------------------------
+
+
+def test_the_base_of_these_tests_is_valid():
+    config_lib.check(_valid())
+
+
+@pytest.mark.parametrize("name", config_lib._POSITIVE)
+def test_positive_options(name):
+    key = name.replace(".", "__")
+    zero = type(OPTIONS[name])(0)
+    assert _refusal(_valid(**{key: zero})).startswith(f"{name} = {zero} must be above 0")
+
+
+@pytest.mark.parametrize("name", config_lib._NOT_NEGATIVE)
+def test_options_that_are_not_negative(name):
+    minus = type(OPTIONS[name])(-1)
+    message = _refusal(_valid(**{name.replace(".", "__"): minus}))
+    assert message.startswith(f"{name} = {minus} must not be below 0")
+
+
+def test_every_number_has_a_range():
+    """A number that no rule mentions could be anything."""
+    others = {"batch.group", "optim.beta1", "optim.beta2", "rollout.top_p"}
+    others |= {"algorithm.entropy_coef"}  # of either sign: a penalty or a bonus
+    others |= {"mesh.data", "mesh.fsdp", "mesh.tensor"}
+    numbers = {n for n, v in OPTIONS.items() if type(v) in (int, float)}
+    ruled = set(config_lib._POSITIVE) | set(config_lib._NOT_NEGATIVE)
+    assert numbers == ruled | others
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"optim__beta1": 1.0}, ["optim.beta1 = 1.0", "below 1"]),
+        ({"optim__beta2": -0.1}, ["optim.beta2 = -0.1", "at least 0"]),
+        ({"algorithm__clip_low": 1.0}, ["algorithm.clip_low = 1.0", "below 1"]),
+        ({"rollout__top_p": 0.0}, ["rollout.top_p = 0.0", "above 0"]),
+        ({"rollout__top_p": 1.1}, ["rollout.top_p = 1.1", "at most 1"]),
+        ({"rollout__temperature": 0.0}, ["rollout.temperature = 0", "no advantage", "above 0"]),
+        ({"optim__learning_rate": float("nan")}, ["optim.learning_rate = nan"]),
+        ({"model__dtype": "float16"}, ["model.dtype = 'float16'", "float32, bfloat16"]),
+        (
+            {"algorithm__normalizer": "mean"},
+            ["algorithm.normalizer = 'mean'", "token, sequence, constant"],
+        ),
+        ({"optim__schedule": "step"}, ["optim.schedule = 'step'", "constant, linear, cosine"]),
+        ({"batch__group": 1}, ["batch.group = 1", "at least 2"]),
+        (
+            {"batch__prompts": 6, "batch__minibatches": 4, "batch__group": 3},
+            ["6 * 3 = 18 rows", "batch.minibatches = 4", "multiple of 4"],
+        ),
+        (
+            {"batch__prompts": 12, "batch__minibatches": 2, "batch__microbatch": 4},
+            ["12 / 2 = 6 prompts per update", "batch.microbatch = 4", "multiple of 8"],
+        ),
+        ({"sft__batch": 6, "sft__microbatch": 4}, ["sft.batch = 6", "sft.microbatch = 4"]),
+        (
+            {"optim__schedule": "linear", "optim__warmup_steps": 100},
+            ["optim.warmup_steps = 100", "100 updates", "optim.schedule = 'linear'"],
+        ),
+        ({"data__task": ""}, ["data.task = ''", "data.path = ''", "exactly one"]),
+        (
+            {"data__path": "p.jsonl"},
+            ["data.task = 'arithmetic'", "data.path = 'p.jsonl'", "exactly one"],
+        ),
+        ({"data__eval_path": "p.jsonl"}, ["data.eval_path goes with data.path"]),
+        ({"rewards__weights": (1.0, 2.0)}, ["rewards.names has 1", "rewards.weights 2"]),
+        ({"rewards__weights": (), "rewards__names": ()}, ["at least one reward"]),
+        ({"sft__num_steps": 0}, ['model.path = ""', "sft.num_steps = 0"]),
+        ({"data__task": "", "data__path": "p"}, ['model.path = ""', "data.task"]),
+        (
+            {"model__num_heads": 4, "model__num_kv_heads": 3},
+            ["model.num_heads = 4", "model.num_kv_heads = 3"],
+        ),
+        ({"model__width": 132}, ["model.width = 132", "multiple of 2 * model.num_heads = 8"]),
+        ({"mesh__data": 0}, ["mesh.data = 0", "-1"]),
+        ({"mesh__tensor": -2}, ["mesh.tensor = -2", "-1"]),
+        ({"mesh__fsdp": -1}, ["mesh.data and mesh.fsdp are -1", "only one"]),
+    ],
+)
+def test_rules(changes, parts):
+    message = _refusal(_valid(**changes))
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch__prompts": 12, "batch__minibatches": 2, "batch__microbatch": 3},
+        {"sft__batch": 8, "sft__microbatch": 4},
+        {"optim__schedule": "linear", "optim__warmup_steps": 99},
+        {"data__task": "", "data__path": "p.jsonl", "data__eval_path": "q.jsonl",
+         "model__path": "m"},
+        {"model__path": "m", "sft__num_steps": 0, "model__num_kv_heads": 3},
+        {"rollout__top_p": 1.0, "optim__beta1": 0.0},
+        {"mesh__data": 1, "mesh__tensor": -1},
+    ],
+)  # fmt: skip
+def test_what_the_rules_allow(changes):
+    config_lib.check(_valid(**changes))
+
+
+def test_types_are_checked():
+    config = _valid()
+    config.optim.unlock()
+    with config.ignore_type():
+        config.optim.learning_rate = "fast"
+    assert "optim.learning_rate = 'fast' is not of type float" in _refusal(config)
+
+
+def test_a_missing_option_is_named():
+    config = _valid()
+    with config.unlocked():
+        del config.optim.learning_rate
+    assert "optim.learning_rate = None" in _refusal(config)
+
+
+def test_groups_split_over_devices():
+    config = _valid(batch__prompts=12, batch__minibatches=3)
+    config_lib.check_devices(config, 4)
+    with pytest.raises(ValueError, match=r"give 4 prompts at once.*= 8 devices.*multiple of 8"):
+        config_lib.check_devices(config, 8)
+    with pytest.raises(ValueError, match=r"batch.microbatch = 2 give 2 prompts at once"):
+        config_lib.check_devices(_valid(batch__prompts=12, batch__microbatch=2), 4)
+
+
+# --- What resumed runs agree on -------------------------------------------------------------------
+
+
+def _recorded(config, folder: Path) -> Path:
+    file = folder / "config.json"
+    file.write_text(json.dumps({"binding": config_lib.binding(config)}))
+    return file
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"optim__learning_rate": 1.0},
+        {"rewards__weights": (0.5,)},
+        {"batch__group": 4},
+        {"rollout__temperature": 0.9},
+        {"model__width": 64},
+        {"data__num_train": 5},
+    ],
+)
+def test_what_changes_the_result_binds(changes, tmp_path):
+    file = _recorded(_valid(), tmp_path)
+    config_lib.refuse_other_config(_valid(), file)
+    (key, value), name = next(iter(changes.items())), next(iter(changes)).replace("__", ".")
+    then, now = OPTIONS[name], value
+    if isinstance(then, tuple):
+        then, now = list(then), list(now)
+    with pytest.raises(ValueError) as info:
+        config_lib.refuse_other_config(_valid(**{key: value}), file)
+    assert f"{name}: {then!r} there, {now!r} now" in str(info.value)
+    assert str(tmp_path) in str(info.value)
+    assert config_lib.fingerprint(_valid()) != config_lib.fingerprint(_valid(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loop__num_steps": 7},
+        {"evaluation__every_steps": 3},
+        {"checkpoint__keep": 9},
+        {"logging__tensorboard": False},
+        {"mesh__data": 1},
+        {"compile_cache": False},
+        {"batch__microbatch": 4},
+        {"sft__checkpoint_every_steps": 4},
+    ],
+)
+def test_what_only_carries_it_out_does_not_bind(changes, tmp_path):
+    config_lib.refuse_other_config(_valid(**changes), _recorded(_valid(), tmp_path))
+    assert config_lib.fingerprint(_valid()) == config_lib.fingerprint(_valid(**changes))
+
+
+def test_the_length_of_a_run_binds_where_the_schedule_ends_with_it(tmp_path):
+    file = _recorded(_valid(optim__schedule="cosine"), tmp_path)
+    with pytest.raises(ValueError, match=r"loop.num_steps: 100 there, 7 now"):
+        config_lib.refuse_other_config(_valid(optim__schedule="cosine", loop__num_steps=7), file)
+
+
+def test_many_changes_are_counted(tmp_path):
+    other = _valid(seed=1, model__width=64, batch__group=4, batch__prompts=8, data__num_train=5,
+                   rollout__top_k=3, optim__beta1=0.5)  # fmt: skip
+    with pytest.raises(ValueError, match="and 2 more"):
+        config_lib.refuse_other_config(other, _recorded(_valid(), tmp_path))

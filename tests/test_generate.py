@@ -1,0 +1,189 @@
+"""Asking a model: what is refused, what is printed, a run's folder, and transformers' answer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from grpo_jax import config as config_lib
+from grpo_jax import generate, optim, policy, sharding, workdir
+from grpo_jax.algorithm import update as update_lib
+from grpo_jax.checkpoints import Checkpoints
+from grpo_jax.data import tasks
+from grpo_jax.models import hf
+from grpo_jax.structs import Sampling
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh()
+
+
+def _config():
+    config = config_lib.default()
+    config.data.task = "arithmetic"
+    config.model.update(num_layers=1, width=32, mlp_width=48)
+    return config
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, mesh):
+    """A random model's folder."""
+    folder = tmp_path_factory.mktemp("model") / "m"
+    tokenizer = tasks.load("arithmetic").make_tokenizer()
+    new = policy.new(_config().model, tokenizer)
+    params = policy.load_params(new, mesh, seed=0)
+    hf.save(folder, params, new.model, source=None, dtype="float32", tokenizer=tokenizer)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+    monkeypatch.setattr(generate.program, "use_compile_cache", lambda: None)
+
+
+def _ask(capsys, *argv: str) -> tuple[str, str]:
+    generate.main(list(argv))
+    out, err = capsys.readouterr()
+    return out, err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--max_tokens", "0"], r"--max_tokens 0 must be above 0"),
+        (["--num_samples", "0"], r"--num_samples 0 must be above 0"),
+        (["--seed", "-1"], r"--seed -1 must be 0 or more"),
+        (["--top_k", "-1"], r"--top_k -1 must be 0 or more"),
+        (["--temperature", "-1"], r"--temperature -1.0 must be 0 or more"),
+        (["--temperature", "nan"], r"--temperature nan must be"),
+        (["--top_p", "0"], r"--top_p 0.0 must be above 0 and at most 1"),
+        (["--top_p", "1.5"], r"--top_p 1.5 must be"),
+        (["--num_samples", "2"], r"--num_samples 2 at --temperature 0.*Set --temperature above 0"),
+        (["--max_tokens", "1024"], r"--prompt has 4 tokens.*--max_tokens 1024.*1024"),
+        (["--chat"], r"list of messages.*template"),
+    ],
+)
+def test_what_is_refused(model, argv, message):
+    with pytest.raises(ValueError, match=message):
+        generate.main(["--model", str(model), "--prompt", "1+1=", *argv])
+
+
+def test_a_missing_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"gone.*there is no such folder"):
+        generate.main(["--model", str(tmp_path / "gone"), "--prompt", "1+1="])
+
+
+def test_text_and_json(model, capsys):
+    base = ["--model", str(model), "--prompt", "1+1=", "--max_tokens", "5"]
+    out, _ = _ask(capsys, *base, "--json")
+    row = json.loads(out)
+    assert row.keys() == {"text", "token_ids", "logprobs", "stopped"}
+    assert 1 <= len(row["token_ids"]) == len(row["logprobs"]) <= 5
+    assert all(x <= 0 for x in row["logprobs"])
+    assert row["stopped"] is (row["token_ids"][-1] == 1)
+    assert row["stopped"] or len(row["token_ids"]) == 5
+    text = policy.read(str(model)).text(row["token_ids"])
+    assert row["text"] == text
+    out, _ = _ask(capsys, *base)
+    assert out == f"1+1={text}\n"
+    sampled = ["--num_samples", "3", "--temperature", "2.0", "--json"]
+    rows = [json.loads(line) for line in _ask(capsys, *base, *sampled)[0].splitlines()]
+    assert len(rows) == 3 and len({tuple(r["token_ids"]) for r in rows}) > 1
+    again = [json.loads(line) for line in _ask(capsys, *base, *sampled)[0].splitlines()]
+    assert [r["token_ids"] for r in again] == [r["token_ids"] for r in rows]
+    other = [json.loads(x) for x in _ask(capsys, *base, *sampled, "--seed", "1")[0].splitlines()]
+    assert [r["token_ids"] for r in other] != [r["token_ids"] for r in rows]
+
+
+def test_unknown_characters_are_told(model, capsys):
+    _, err = _ask(capsys, "--model", str(model), "--prompt", "1×1=", "--max_tokens", "1")
+    assert "no token for ×" in err
+
+
+def _run_folder(folder, mesh, model, number: int):
+    """The folder of a run that is unfinished, with a checkpoint of random weights; and those."""
+    config = _config()
+    with config.unlocked():
+        config.model.path = str(model)
+    workdir.open_for(config, folder)
+    read = policy.read(str(model))
+    optimizer = optim.adamw(lambda step: 0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0,
+                            clip_norm=0.0)  # fmt: skip
+    params = policy.load_params(read, mesh, seed=0)
+    params = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), params)
+    state = update_lib.start(params, read.model, mesh, optimizer)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+    checkpoints.save(state.replace(num_updates=jnp.int32(number)), {})
+    checkpoints.close()
+    return read, jax.device_get(state.params)
+
+
+def _same(a, b) -> bool:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)
+
+
+def test_the_folder_of_an_unfinished_run(tmp_path, mesh, model, capsys):
+    read, params = _run_folder(tmp_path, mesh, model, 3)
+    opened, found = generate.open_model(str(tmp_path), mesh, jnp.float32)
+    assert opened.model == read.model and _same(found, params)
+    assert jax.tree.leaves(generate.open_model(str(tmp_path), mesh, jnp.bfloat16)[1])[0].dtype == (
+        jnp.bfloat16
+    )
+    out, _ = _ask(capsys, "--model", str(tmp_path), "--prompt", "1+1=", "--max_tokens", "3")
+    assert out.startswith("1+1=")
+
+
+def test_the_folder_of_a_finished_run(tmp_path, mesh, model):
+    """What it exported, not its checkpoint."""
+    _, params = _run_folder(tmp_path, mesh, model, 3)
+    shutil.copytree(model, tmp_path / "export")
+    _, found = generate.open_model(str(tmp_path), mesh, jnp.float32)
+    exported = policy.load_params(policy.read(str(model)), mesh, seed=0)
+    assert _same(found, exported) and not _same(found, params)
+
+
+def test_the_folder_of_a_run_that_has_saved_nothing(tmp_path, mesh, model):
+    config = _config()
+    with config.unlocked():
+        config.model.path = str(model)
+    workdir.open_for(config, tmp_path)
+    with pytest.raises(ValueError, match=r"no checkpoint"):
+        generate.open_model(str(tmp_path), mesh, jnp.float32)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=r"no .*checkpoint"):
+        generate.open_model(str(tmp_path), mesh, jnp.float32)
+
+
+def test_a_story_as_transformers_tells_it(shared, mesh):
+    """Greedy over 200 tokens: the same ids, and log-probabilities within 1e-4."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    path = shared / "models" / "stories260K"
+    if not (path / "config.json").exists():
+        pytest.skip(f"needs {path}")
+    ours, params = generate.open_model(str(path), mesh, jnp.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    prompt = ours.tokenizer("Once upon a time")["input_ids"]
+    rollouts = generate.complete(
+        ours, params, mesh, prompt, max_tokens=200, sampling=Sampling(0.0), num_samples=1, seed=0
+    )
+    length = int(rollouts.length_PG[0, 0])
+    ids = rollouts.completion_PGC[0, 0, :length].tolist()
+    with torch.no_grad():
+        whole = theirs.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=200, do_sample=False, pad_token_id=0,
+        )[0]  # fmt: skip
+        logits = theirs(whole[None]).logits[0]
+    expected = whole[len(prompt) :].tolist()
+    assert ids == expected and len(ids) > 100
+    logp = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
+    logp = logp[torch.arange(length), whole[len(prompt) :]].numpy()
+    np.testing.assert_allclose(rollouts.logp_PGC[0, 0, :length], logp, atol=1e-4, rtol=0)
