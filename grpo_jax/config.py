@@ -43,8 +43,12 @@ def default() -> ConfigDict:
     c.data.max_prompt_tokens = 512  # a longer prompt is refused before the run starts
 
     c.rewards = ConfigDict()
-    c.rewards.names = ("exact_answer",)  # built-in names or "module:function"
+    c.rewards.names = ("exact_answer",)  # built-in or "module:function", or NAME(argument=value)
     c.rewards.weights = (1.0,)  # one per name; the reward is the weighted sum
+    c.rewards.num_workers = 0  # processes that compute rewards; 0: half of the CPUs, at most 16
+    c.rewards.time_limit_s = 10.0  # of a reward for one completion; a process that hangs is killed
+    c.rewards.memory_gb = 4.0  # memory limit of each process, GiB; 0: none
+    c.rewards.max_failed_share = 1.0  # the run ends when more of a step's completions fail
 
     c.batch = ConfigDict()
     c.batch.prompts = 32  # prompts per step
@@ -231,7 +235,7 @@ _POSITIVE = (
     "batch.prompts batch.minibatches algorithm.num_iterations rollout.max_tokens loop.num_steps "
     "data.max_prompt_tokens data.num_train model.num_layers model.width model.mlp_width "
     "model.num_heads model.num_kv_heads optim.learning_rate optim.max_skipped optim.eps "
-    "sft.batch sft.learning_rate sft.max_tokens checkpoint.keep"
+    "sft.batch sft.learning_rate sft.max_tokens checkpoint.keep rewards.time_limit_s"
 ).split()
 _NOT_NEGATIVE = (
     "seed batch.microbatch rollout.temperature rollout.top_k rollout.num_slots algorithm.clip_low "
@@ -239,7 +243,7 @@ _NOT_NEGATIVE = (
     "optim.end_fraction evaluation.every_steps evaluation.num_problems evaluation.num_samples "
     "evaluation.temperature checkpoint.every_steps logging.samples_every_steps logging.num_samples "
     "data.num_eval sft.num_steps sft.microbatch sft.warmup_steps sft.weight_decay "
-    "sft.checkpoint_every_steps"
+    "sft.checkpoint_every_steps rewards.num_workers rewards.memory_gb rewards.max_failed_share"
 ).split()
 
 
@@ -382,7 +386,8 @@ def num_updates_per_step(config: ConfigDict) -> int:
 _FREE = (
     "loop.num_steps evaluation. checkpoint. logging. mesh. compile_cache rollout.num_slots "
     "rollout.compact batch.microbatch sft.microbatch model.unroll_layers model.remat "
-    "optim.max_skipped sft.checkpoint_every_steps"
+    "optim.max_skipped sft.checkpoint_every_steps rewards.num_workers rewards.time_limit_s "
+    "rewards.memory_gb rewards.max_failed_share"
 ).split()
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from grpo_jax.data.problems import Problem
+from grpo_jax.judge import Judge
 from grpo_jax.policy import Policy
-from grpo_jax.rewards import score as score_lib
 from grpo_jax.rewards.exact import extract_answer
+from grpo_jax.rewards.pool import Pool
 from grpo_jax.sampling.engine import Engine
-from grpo_jax.structs import Array, Params, Rollouts
+from grpo_jax.structs import Array, Params
 from grpo_jax.workdir import write_whole
 
 
@@ -31,23 +32,6 @@ class Questions:
         """Some of them, by number."""
         pick = lambda items: [items[i] for i in index]  # noqa: E731
         return Questions(pick(self.problems), pick(self.prompt_ids), pick(self.texts))
-
-
-def completion_texts(policy: Policy, rollouts: Rollouts) -> list[str]:
-    """The completions as text, prompt by prompt."""
-    length_B = rollouts.length_PG.reshape(-1)
-    ids_BC = rollouts.completion_PGC.reshape(len(length_B), -1)
-    return [policy.text(ids[:n]) for ids, n in zip(ids_BC, length_B)]
-
-
-def rewards_of(
-    rewards: list[score_lib.Reward], questions: Questions, completions: list[str], group: int
-) -> score_lib.Scores:
-    """The rewards of `group` completions for each question."""
-    repeat = lambda values: [v for v in values for _ in range(group)]  # noqa: E731
-    names = questions.problems[0].columns
-    columns = {n: repeat([p.columns[n] for p in questions.problems]) for n in names}
-    return score_lib.score(rewards, repeat(questions.texts), completions, columns)
 
 
 def pass_at_k(num_correct: np.ndarray, n: int, k: int) -> float:
@@ -73,7 +57,7 @@ def run(
     params: Params,
     policy: Policy,
     questions: Questions,
-    rewards: list[score_lib.Reward],
+    pool: Pool,
     *,
     num_samples: int,
     temperature: float,
@@ -87,17 +71,18 @@ def run(
     as one JSON object a line.
     """
     greedy = num_samples == 1
+    judge = Judge(pool, policy, questions.problems, num_samples)
     rollouts = engine.generate(
         params,
         questions.prompt_ids,
         group=num_samples,
         key=key,
         temperature=0.0 if greedy else temperature,
+        on_group=judge.add,
     )
-    completions = completion_texts(policy, rollouts)
-    scores = rewards_of(rewards, questions, completions, num_samples)
+    completions, scores = judge.texts, judge.scores()
     shape = rollouts.length_PG.shape
-    correct_PG = (scores.by_name[rewards[0].name] >= 1.0).reshape(shape)
+    correct_PG = scores.correct(pool.names[0]).reshape(shape)
     if file is not None:
         _write_items(file, questions, rollouts, completions, scores)
     if greedy:

@@ -25,6 +25,7 @@ from grpo_jax import evaluate, keys, report, sharding, workdir
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import parts as parts_lib
 from grpo_jax.data import prompts as prompts_lib
+from grpo_jax.judge import Complaints, Judge
 from grpo_jax.models import hf
 from grpo_jax.parts import Parts, Position
 from grpo_jax.rewards import score as score_lib
@@ -46,6 +47,12 @@ def run(
     """
     began = time.monotonic() - spent_s
     parts = parts_lib.build(config, folder, model_path)
+    with parts.rewards:
+        return _run(parts, began)
+
+
+def _run(parts: Parts, began: float) -> dict[str, Any]:
+    config, folder = parts.config, parts.folder
     state, at, experience = parts_lib.start(parts)
     began -= at.wall_s
     writers = metrics_lib.Writers(
@@ -66,20 +73,22 @@ def run(
             if at.first_evaluation:  # again where the run was stopped in its first step
                 writers.scalars(0, at.first_evaluation)
         times: dict[str, float] = {}
+        complaints = Complaints()
         while at.step < num_steps:
             started = time.monotonic()
             if experience is None:
                 questions = parts.train.take(_indices(parts, at.step))
+                judge = _judge(parts, questions, at.step)
                 with _timed(times, "time/rollout_s"):
-                    rollouts = _sample(parts, state, questions, at.step)
+                    rollouts = _sample(parts, state, questions, at.step, judge)
                 if stop:
                     _stop(parts, state, at, None, stop, began)
                 with _timed(times, "time/reward_s"):
-                    texts = evaluate.completion_texts(parts.policy, rollouts)
-                    scores = _score(parts, state, at, questions, texts, began)
+                    scores = _score(parts, state, at, judge, began)
+                complaints.note(f"step {at.step + 1}", scores)
                 at.rollout_metrics = _rollout_metrics(parts, rollouts, scores, times)
                 experience = _prepare(parts, state, rollouts, scores)
-                _show_samples(parts, writers, at.step + 1, questions, rollouts, scores, texts)
+                _show_samples(parts, writers, at.step + 1, questions, rollouts, scores, judge.texts)
             with _timed(times, "time/update_s"):
                 while at.update < updates:
                     index = at.update % config.batch.minibatches
@@ -119,25 +128,45 @@ def _indices(parts: Parts, step: int) -> np.ndarray:
     )
 
 
-def _sample(parts: Parts, state: TrainState, questions, step: int) -> Rollouts:
+def _judge(parts: Parts, questions, step: int) -> Judge:
+    config = parts.config
+    seen = {
+        "global_step": step,
+        "max_steps": config.loop.num_steps,
+        "epoch": step * config.batch.prompts / len(parts.train.problems),
+    }
+    return Judge(parts.rewards, parts.policy, questions.problems, config.batch.group, seen)
+
+
+def _sample(parts: Parts, state: TrainState, questions, step: int, judge: Judge) -> Rollouts:
     return parts.engine.generate(
         parts.engine.publish(state.params),
         questions.prompt_ids,
         group=parts.config.batch.group,
         key=keys.key_for(parts.config.seed, "rollout", step),
         temperature=parts.config.rollout.temperature,
+        on_group=judge.add,
     )
 
 
-def _score(parts: Parts, state: TrainState, at: Position, questions, texts: list[str], began):
-    """The rewards of a step's completions; one that fails ends the run with all of it saved."""
+def _score(parts: Parts, state: TrainState, at: Position, judge: Judge, began: float):
+    """The rewards of a step's completions; failing too often, they end the run, with all saved."""
     try:
-        return evaluate.rewards_of(parts.rewards, questions, texts, parts.config.batch.group)
+        scores = judge.scores()
+        for name, failed_B in scores.failed.items():
+            if failed_B.mean() > parts.config.rewards.max_failed_share:
+                first = next(f for f in scores.failures if f.reward == name)
+                raise score_lib.RewardError(
+                    f"{failed_B.sum()} of {len(failed_B)} completions of step {at.step + 1} have "
+                    f"no reward {name!r}, more than rewards.max_failed_share = "
+                    f"{parts.config.rewards.max_failed_share}. The first: {first.message}"
+                )
     except score_lib.RewardError:
         if at.step:
             _save(parts, state, at, None, None, began)
         parts.checkpoints.close()
         raise
+    return scores
 
 
 def _prepare(parts: Parts, state: TrainState, rollouts: Rollouts, scores) -> Experience:
@@ -182,11 +211,15 @@ def _rollout_metrics(parts: Parts, rollouts: Rollouts, scores, times: dict) -> d
     """What there is to know of a rollout before anything is learned from it."""
     length_PG, stopped_PG = rollouts.length_PG, rollouts.stopped_PG
     reward_PG = scores.reward_B.reshape(length_PG.shape)
-    values = {
-        "reward": reward_PG.mean(),
-        "reward_std": reward_PG.std(),
-        "accuracy": np.nanmean(scores.by_name[parts.rewards[0].name]),
-        "groups/equal_share": (np.ptp(reward_PG, axis=1) < 1e-4).mean(),
+    values: dict[str, Any] = {}
+    if not np.isnan(reward_PG).all():
+        values = {"reward": np.nanmean(reward_PG), "reward_std": np.nanstd(reward_PG)}
+    accuracy = scores.accuracy(parts.rewards.names[0])
+    if not np.isnan(accuracy):
+        values["accuracy"] = accuracy
+    values |= {
+        "groups/equal_share": (_spread(reward_PG) < 1e-4).mean(),
+        "rewards/unscored": np.isnan(reward_PG).sum(),
         "completion/length": length_PG.mean(),
         "completion/length_min": length_PG.min(),
         "completion/length_max": length_PG.max(),
@@ -199,7 +232,20 @@ def _rollout_metrics(parts: Parts, rollouts: Rollouts, scores, times: dict) -> d
         if not np.isnan(value_B).all():
             values[f"reward/{name}"] = np.nanmean(value_B)
             values[f"reward/{name}_std"] = np.nanstd(value_B)
+        values[f"rewards/failed/{name}"] = scores.failed[name].sum()
+    for kind in {failure.kind for failure in scores.failures}:
+        values[f"rewards/failed_by_{kind}"] = scores.num_failed(kind)
+    for name, (total, count) in scores.metrics.items():
+        values[f"reward_log/{name}"] = total / count
     return {name: float(value) for name, value in values.items()}
+
+
+def _spread(reward_PG: np.ndarray) -> np.ndarray:
+    """Largest minus smallest known reward of each group; 0 where none is known."""
+    known_PG = ~np.isnan(reward_PG)
+    high_P = np.where(known_PG, reward_PG, -np.inf).max(axis=1)
+    low_P = np.where(known_PG, reward_PG, np.inf).min(axis=1)
+    return np.where(known_PG.any(axis=1), high_P - low_P, 0.0)
 
 
 def _rates(parts: Parts, at: Position, values: dict, state: TrainState) -> dict[str, float]:
@@ -230,7 +276,8 @@ def _show_samples(parts: Parts, writers, step: int, questions, rollouts, scores,
     if not every or (step - 1) % every or jax.process_index() != 0:
         return
     group = parts.config.batch.group
-    reward_PG = scores.reward_B.reshape(-1, group)
+    # Of rewards that are unknown, this shows what a 0 would be worth.
+    reward_PG = np.nan_to_num(scores.reward_B, nan=0.0).reshape(-1, group)
     relative_PG = reward_PG - reward_PG.mean(1, keepdims=True)
     if parts.config.algorithm.scale_by_std:
         relative_PG /= np.maximum(reward_PG.std(1, keepdims=True), 1e-4)
@@ -248,12 +295,13 @@ def _show_samples(parts: Parts, writers, step: int, questions, rollouts, scores,
                 "prompt": questions.texts[p],
                 "completion": texts[row],
                 "rewards": {n: None if np.isnan(v) else v for n, v in by_name.items()},
+                "extras": {n: v[row] for n, v in scores.extras.items()},
                 "advantage": float(relative_PG[p, g]),
                 "length": int(rollouts.length_PG[p, g]),
             }
         )
     writers.samples(step, rows)
-    metrics_lib.print_samples(step, rows)
+    metrics_lib.print_samples(f"Completions of step {step}", rows)
 
 
 # --- Evaluation, checkpoints, the end -------------------------------------------------------------

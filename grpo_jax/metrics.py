@@ -2,7 +2,8 @@
 
 A run's folder holds `metrics.jsonl` and `samples.jsonl`, one JSON object a line with its "step",
 and TensorBoard events in `tensorboard/`. A sample is a dict with `prompt` and `completion` (texts),
-`rewards` (by reward, None where none was given), `advantage` and `length` (tokens).
+`rewards` (by reward, None where none was given), `advantage`, `length` (tokens) and `extras` (what
+reward functions added).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import re
 import time
 import unicodedata
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -36,6 +37,18 @@ METRICS: dict[str, Metric] = {
     "reward": Metric("", "mean over completions of the weighted sum of the rewards"),
     "reward_std": Metric("", "standard deviation of that sum over all completions of the step"),
     "reward/NAME": Metric("", "mean of one reward over the completions it was given to"),
+    "rewards/failed/NAME": Metric(
+        "completions", "of the step for which one reward failed, and counts as 0"
+    ),
+    "rewards/failed_by_timeout": Metric("completions", "rewards that took too long"),
+    "rewards/failed_by_error": Metric("completions", "rewards that raised"),
+    "rewards/failed_by_values": Metric("completions", "rewards that returned no fitting numbers"),
+    "rewards/failed_by_memory": Metric("completions", "rewards that asked for too much memory"),
+    "rewards/failed_by_died": Metric("completions", "rewards whose process ended"),
+    "rewards/unscored": Metric(
+        "completions", "to which no reward function gave a number; nothing is learned from them"
+    ),
+    "reward_log/NAME": Metric("", "what a reward function logged by log_metric, mean over calls"),
     "reward/NAME_std": Metric("", "standard deviation of one reward over those completions"),
     "accuracy": Metric("share", "mean of the first reward: the share right if it gives 1 or 0"),
     "groups/equal_share": Metric(
@@ -66,7 +79,7 @@ METRICS: dict[str, Metric] = {
         "updates", "refused so far because loss or gradient was not finite"
     ),
     "time/rollout_s": Metric("s", "sampling the completions"),
-    "time/reward_s": Metric("s", "computing the rewards"),
+    "time/reward_s": Metric("s", "waiting for rewards after the last completion"),
     "time/update_s": Metric("s", "updating the policy"),
     "time/evaluation_s": Metric("s", "evaluating on held-out problems"),
     "time/checkpoint_s": Metric("s", "writing a checkpoint"),
@@ -282,13 +295,13 @@ def print_title(text: str) -> None:
     console.print(Rule(Text(_printable(text), style="bold"), align="left"))
 
 
-def print_samples(step: int, rows: list[dict[str, Any]], max_chars: int = 600) -> None:
+def print_samples(title: str, rows: list[dict[str, Any]], max_chars: int = 600) -> None:
     """Prints a table of completions (the keys stand at the top of this module).
 
     Texts are shown as they are, with control characters spelled out, and cut in their middle to
     `max_chars`: beginning and answer stay.
     """
-    table = Table(title=f"Completions of step {step}", title_justify="left", show_lines=True)
+    table = Table(title=title, title_justify="left", show_lines=True)
     table.add_column("prompt", ratio=2, overflow="fold")
     table.add_column("completion", ratio=4, overflow="fold")
     table.add_column("", no_wrap=True)  # one column of facts leaves the texts their width
@@ -301,7 +314,27 @@ def print_samples(step: int, rows: list[dict[str, Any]], max_chars: int = 600) -
 def _facts(row: dict[str, Any]) -> list[str]:
     """What a sample earned, in words."""
     facts = [f"{name} {_number(value)}" for name, value in row["rewards"].items()]
-    return [*facts, f"advantage {_number(row['advantage'])}", f"{row['length']} tokens"]
+    if "advantage" in row:
+        facts += [f"advantage {_number(row['advantage'])}", f"{row['length']} tokens"]
+    return facts + [f"{name} {value}" for name, value in row.get("extras", {}).items()]
+
+
+def show_progress(noun: str, state: Callable[[], tuple[int, int]]) -> None:
+    """A bar on a terminal until `state()`, (done, total), is done; elsewhere it only waits."""
+    bar = progress.Progress(
+        progress.TextColumn(noun),
+        progress.MofNCompleteColumn(),
+        progress.BarColumn(),
+        progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(noun, total=None)
+        while (now := state())[0] < now[1]:
+            bar.update(task, completed=now[0], total=now[1])
+            time.sleep(0.02)
 
 
 class Progress:

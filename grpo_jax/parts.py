@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import tasks
-from grpo_jax.rewards import score as score_lib
+from grpo_jax.rewards import reward as reward_lib
+from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Experience, Params, Sampling, TrainState
@@ -58,7 +60,7 @@ class Parts:
     policy: policy_lib.Policy
     train: evaluate.Questions
     held_out: evaluate.Questions | None
-    rewards: list[score_lib.Reward]
+    rewards: Pool
     engine: Engine
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
@@ -72,7 +74,9 @@ def refuse_early(config: ConfigDict, folder: Path) -> None:
     """Raises ValueError for what `run` would refuse of a new model only once that is trained."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     config_lib.check_devices(config, sharding.num_row_shards(mesh))
-    score_lib.load(config.rewards.names, config.rewards.weights)
+    rewards = reward_lib.load(config.rewards.names, config.rewards.weights)
+    train, held_out = load_problems(config)
+    reward_lib.refuse_columns(rewards, [*train, *held_out])
     policy = policy_lib.new(config.model, tasks.load(config.data.task).make_tokenizer())
     policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
     workdir.open_for(config, folder)
@@ -88,6 +92,19 @@ def load_problems(config: ConfigDict) -> tuple[list, list]:
     return train, held_out
 
 
+def start_rewards(
+    config: ConfigDict, rewards: list[reward_lib.Reward], *, device_is_busy: bool = True
+) -> Pool:
+    """The rewards' worker processes: on half of the CPUs, or all while no device computes."""
+    options, cpus = config.rewards, os.cpu_count() or 1
+    return Pool(
+        rewards,
+        max_completion_tokens=config.rollout.max_tokens,
+        num_workers=options.num_workers or min(max(cpus // (1 + device_is_busy), 1), 16),
+        limits=Limits(options.time_limit_s, int(options.memory_gb * 2**30)),
+    )
+
+
 def _questions(problems: list, policy: policy_lib.Policy, limit: int) -> evaluate.Questions:
     ids = prompts_lib.encode(problems, policy.tokenizer, limit)
     texts = [
@@ -101,12 +118,13 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
     """Everything read, checked and set up; the policy's weights are not."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     config_lib.check_devices(config, sharding.num_row_shards(mesh))
-    rewards = score_lib.load(config.rewards.names, config.rewards.weights)
+    rewards = reward_lib.load(config.rewards.names, config.rewards.weights)
     policy = policy_lib.read(model_path)
     policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
     train, held_out = load_problems(config)
     held_out = held_out[: config.evaluation.num_problems]
     limit = config.data.max_prompt_tokens
+    reward_lib.refuse_columns(rewards, [*train, *held_out])
     workdir.open_for(config, folder)
     dtype = jnp.dtype(config.model.dtype)
     sampling = Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p)
@@ -150,7 +168,7 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
         policy=policy,
         train=_questions(train, policy, limit),
         held_out=_questions(held_out, policy, limit) if held_out else None,
-        rewards=rewards,
+        rewards=start_rewards(config, rewards),
         engine=Engine(
             decoder,
             num_slots=config.rollout.num_slots or batch.prompts * batch.group,
@@ -189,7 +207,6 @@ def start(parts: Parts) -> tuple[TrainState, Position, Experience | None]:
     at = Position(**parts.checkpoints.facts(number)["position"])
     state = parts.checkpoints.restore(number, update_lib.state_like(model, mesh, optimizer))
     experience = parts.checkpoints.experience(number, mesh)
-    assert (experience is not None) == (at.update > 0), f"checkpoint {number} lacks its rollout"
     assert (experience is not None) == (at.update > 0), f"checkpoint {number} lacks its rollout"
     middle = f", between updates {at.update} and {at.update + 1}" if at.update else ""
     metrics_lib.say(f"Continuing {parts.folder} after step {at.step}{middle}.")

@@ -11,12 +11,17 @@ def group_advantages(reward_PG: Array, *, by_std: bool) -> Array:
     In reward units (Liu et al. 2025, arXiv:2503.20783, "Dr. GRPO"), or in group standard deviations
     if `by_std` (Shao et al. 2024, arXiv:2402.03300, section 4.1.2; the deviation over the G
     completions themselves, not the sample estimate). A group of equal rewards gives exact zeros.
+    A reward of NaN is unknown: its completion gets 0 and does not count among the others.
     """
+    known_PG = ~jnp.isnan(reward_PG)
     reward_PG = reward_PG.astype(jnp.float32)
-    # Relative to the first one: the mean of equal numbers rounds, the mean of zeros does not.
-    reward_PG = reward_PG - reward_PG[:, :1]
-    adv_PG = reward_PG - reward_PG.mean(axis=1, keepdims=True)
+    # Relative to one of them: the mean of equal numbers rounds, the mean of zeros does not.
+    first_P1 = jnp.take_along_axis(reward_PG, known_PG.argmax(axis=1, keepdims=True), axis=1)
+    reward_PG = jnp.where(known_PG, reward_PG - first_P1, 0.0)
+    count_P1 = jnp.maximum(known_PG.sum(axis=1, keepdims=True), 1)
+    mean_P1 = reward_PG.sum(axis=1, keepdims=True) / count_P1
+    adv_PG = jnp.where(known_PG, reward_PG - mean_P1, 0.0)
     if by_std:  # the floor: rounding alone gives equal rewards a std near 1e-7
-        std_P1 = reward_PG.std(axis=1, keepdims=True)
+        std_P1 = jnp.sqrt((adv_PG**2).sum(axis=1, keepdims=True) / count_P1)
         adv_PG = jnp.where(std_P1 > 1e-4, adv_PG / jnp.maximum(std_P1, 1e-4), 0.0)
     return adv_PG

@@ -24,6 +24,7 @@ class Problem:
 
     prompt: str | Messages
     columns: dict[str, Any]
+    where: str = dataclasses.field(default="", compare=False)  # file and row, for messages
 
 
 def load_jsonl(path: str | Path, option: str) -> list[Problem]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -85,16 +85,19 @@ class Engine:
         group: int,
         key: Array,
         temperature: float,
+        on_group: Callable[[int, list[list[int]]], None] | None = None,
     ) -> Rollouts:
         """`group` completions of every prompt (token ids), as host arrays padded to the limits.
 
         `params` come from `publish`. Completion g of prompt p draws with the key's fold of
-        p * group + g, whatever the slots.
+        p * group + g, whatever the slots. `on_group(p, completions)` is called with the token ids
+        of prompt p's completions once all have finished, while the device decodes the others.
         """
         limit, num_rows = self.decoder.max_tokens, len(prompts) * group
         completion_BC = np.zeros((num_rows, limit), np.int32)
         logp_BC = np.zeros((num_rows, limit), np.float32)
         length_B, stopped_B = np.zeros(num_rows, np.int32), np.zeros(num_rows, bool)
+        missing_P = np.full(len(prompts), group)
         for rows, completion, logp, time, stopped in self._finished(
             params, prompts, group, key, temperature
         ):
@@ -102,6 +105,10 @@ class Engine:
                 n = time[i] + 1
                 completion_BC[row, :n], logp_BC[row, :n] = completion[i, :n], logp[i, :n]
                 length_B[row], stopped_B[row] = n, stopped[i]
+                missing_P[row // group] -= 1
+                if on_group and not missing_P[row // group]:
+                    own = range(row // group * group, (row // group + 1) * group)
+                    on_group(row // group, [completion_BC[r, : length_B[r]].tolist() for r in own])
         prompt_PQ, prompt_length_P = pad_rows(prompts, self._padded(prompts))
         shape = (len(prompts), group)
         return Rollouts(
@@ -152,12 +159,13 @@ class Engine:
         temperature = jnp.float32(temperature)
         # Refills wait until a quarter of the slots is free: each one interrupts all lanes.
         refill = max(1, num_slots // 4)
+        finished: list[tuple[np.ndarray, ...]] = []
         while waiting or (board.row_RW >= 0).any():
             size = num_slots if len(board.free_slots) == num_slots else refill
             while waiting and len(board.free_slots):
                 args = self._next_prompts(waiting, board, prompts, group, size, width, row_keys)
                 slots = self._admit(params, slots, *args, temperature)
-            yield self._harvest(slots, board)
+            finished.append(self._harvest(slots, board))  # stopped at their first token
             if not waiting:
                 slots, board, layouts = self._shrink(slots, board, layouts)
             if (board.row_RW < 0).all():
@@ -166,7 +174,9 @@ class Engine:
             following = layouts[1] if not waiting and len(layouts) > 1 else (-1, 1)
             enough = min(refill, len(waiting)) if waiting else _NEVER
             slots = self._decode(params, slots, temperature, enough, *following)
-            yield self._harvest(slots, board)
+            yield from finished  # dealt with while the device decodes
+            finished = [self._harvest(slots, board)]
+        yield from finished
 
     def _next_prompts(self, waiting, board: _Board, prompts, group, size, width, row_keys):
         """Arguments of `decode.admit` for up to `size` prompts, taken from the queue."""

@@ -1,0 +1,221 @@
+"""Reward functions by name: what the config says, looked up, bound and checked against the data.
+
+A reward function has the signature that TRL uses, called by keyword with lists of one entry per
+completion: `f(prompts, completions, **columns) -> list[float | None]`. `columns` are the further
+columns of the problems; None says that the function has no opinion on a row. Where a prompt is a
+list of chat messages, its completion is one too. Besides the columns there are
+
+    completion_ids          token ids of each completion, stop token included
+    max_completion_tokens   the run's limit, tokens
+    trainer_state           with `global_step` (rollouts done), `max_steps` and `epoch`
+    log_metric(name, value) adds a number to the run's metrics, averaged over a step
+    log_extra(name, values) adds a column to the table of samples
+
+of which a function is given those that it names, or all if it takes `**columns`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+BUILT_IN: dict[str, str] = {
+    "exact_answer": "grpo_jax.rewards.exact:exact_answer",
+    "answer_format": "grpo_jax.rewards.format:answer_format",
+}
+
+# What a function gets besides the dataset's columns.
+GIVEN = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "max_completion_tokens",
+    "trainer_state",
+    "log_metric",
+    "log_extra",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """One reward function and its share in the sum."""
+
+    name: str  # as metrics show it: a built-in name, or the function's own
+    spec: str  # as the config has it: a built-in name or "module:function", arguments included
+    weight: float
+
+
+def load(names: Sequence[str], weights: Sequence[float]) -> list[Reward]:
+    """The rewards of `names`, each a built-in name or "module:function", arguments in brackets.
+
+    Raises ValueError naming `rewards.names` where a name leads to no function, or to one whose
+    short name another has, and `rewards.weights` where a weight is no finite number.
+    """
+    if len(names) != len(weights):
+        raise ValueError(
+            f"rewards.names has {len(names)} entries and rewards.weights {len(weights)}; "
+            "give one weight for each reward."
+        )
+    rewards: dict[str, Reward] = {}
+    for spec, weight in zip(names, weights):
+        if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+            raise ValueError(f"rewards.weights: {weight!r} for {spec!r} is not a finite number.")
+        function(spec)
+        short = _split(spec)[0].rpartition(":")[2]
+        if short in rewards:
+            raise ValueError(
+                f"rewards.names = {tuple(names)!r} has two rewards called {short!r}, which metrics "
+                "could not tell apart. Name each once, or rename one function."
+            )
+        rewards[short] = Reward(short, spec, float(weight))
+    return list(rewards.values())
+
+
+# --- By name --------------------------------------------------------------------------------------
+
+
+def function(spec: str) -> Callable:
+    """The function that a name in `rewards.names` stands for.
+
+    Arguments in brackets, which are literals, are bound to a reward function, and given to a
+    factory, a function without `completions`, that returns one:
+    "trl.rewards:get_soft_overlong_punishment(max_completion_len=1024, soft_punish_cache=128)".
+    """
+    name, arguments = _split(spec)
+    found = _find(name)
+    if arguments is None:
+        return found
+    try:
+        if {"completions", "completion_ids"} & set(inspect.signature(found).parameters):
+            inspect.signature(found).bind_partial(**arguments)
+            return functools.partial(found, **arguments)
+        made = found(**arguments)
+    except Exception as error:  # a user's factory may fail in any way
+        raise ValueError(
+            f"rewards.names: {spec!r} does not take these arguments "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    if not callable(made):
+        raise ValueError(
+            f"rewards.names: {spec!r} gives a {type(made).__name__}, not a function; it takes no "
+            "`completions` itself."
+        )
+    return made
+
+
+def _split(spec: str) -> tuple[str, dict[str, Any] | None]:
+    """A name and the arguments in its brackets; None without brackets."""
+    name, bracket, _ = spec.partition("(")
+    if not bracket:
+        return spec.strip(), None
+    try:
+        call = ast.parse(f"f({spec.partition('(')[2]}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError("arguments must be written name=value")
+        arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"rewards.names: {spec!r} cannot be read ({error}). Write NAME, or NAME(name=value), "
+            "with numbers, texts or lists as values."
+        ) from error
+    return name.strip(), arguments
+
+
+def _find(name: str) -> Callable:
+    module_name, colon, attribute = BUILT_IN.get(name, name).partition(":")
+    if not colon:
+        raise _unknown(name, "is not a built-in reward", list(BUILT_IN))
+    if not module_name or not attribute:
+        raise _unknown(name, "lacks the module or the function", [])
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may fail in any way
+        raise _unknown(
+            name, f"cannot be imported ({type(error).__name__}: {error})", list(BUILT_IN)
+        ) from error
+    if not hasattr(module, attribute):
+        callables = [n for n, v in vars(module).items() if callable(v)]
+        raise _unknown(name, f"names nothing: {module_name} has no {attribute!r}", callables)
+    found = getattr(module, attribute)
+    if not callable(found):
+        raise _unknown(name, f"is a {type(found).__name__}, not a function", [])
+    return found
+
+
+def _unknown(name: str, what: str, candidates: list[str]) -> ValueError:
+    close = difflib.get_close_matches(name.rpartition(":")[2], candidates, n=3)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    return ValueError(
+        f"rewards.names: {name!r} {what}.{hint} Give a built-in reward ({', '.join(BUILT_IN)}) or "
+        '"module:function" with a module that Python can import from the current folder.'
+    )
+
+
+# --- What a function takes ------------------------------------------------------------------------
+
+
+def accepted(found: Callable, given: Iterable[str]) -> set[str]:
+    """Those of the given names that the function takes."""
+    parameters = inspect.signature(found).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return set(given)
+    return {p.name for p in parameters} & set(given)
+
+
+def _needed(found: Callable) -> list[str]:
+    """Names of columns without which the function cannot be called."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [
+        p.name
+        for p in inspect.signature(found).parameters.values()
+        if p.kind in kinds and p.default is p.empty and p.name not in GIVEN
+    ]
+
+
+def needs_token_ids(rewards: Sequence[Reward]) -> bool:
+    """Whether a reward reads the completions' token ids."""
+    return any("completion_ids" in inspect.signature(function(r.spec)).parameters for r in rewards)
+
+
+def refuse_columns(rewards: Sequence[Reward], problems: Sequence[Any]) -> None:
+    """Raises ValueError for problems that a reward could not score, naming file, row and column.
+
+    A column that a function needs must be there. A function may say more about the values that it
+    takes: in its attribute `column_faults`, a dict from a column's name to a function of one value
+    that returns what is wrong with it, or None.
+    """
+    for reward in rewards:
+        found = function(reward.spec)
+        for name in _needed(found):
+            if problems and name not in problems[0].columns:
+                has = ", ".join(["prompt", *problems[0].columns])
+                raise ValueError(
+                    f"The reward {reward.name!r} needs a column `{name}`, and {problems[0].where} "
+                    f'has {has}. Name it with data.columns = ("{name}=ITS_NAME_THERE",), or choose '
+                    "another reward."
+                )
+        faults = getattr(getattr(found, "func", found), "column_faults", {})
+        for name, fault_of in faults.items():
+            for problem in problems:
+                fault = fault_of(problem.columns[name]) if name in problem.columns else None
+                if fault:
+                    raise ValueError(
+                        f"{problem.where}: column `{name}` {fault}, and the reward {reward.name!r} "
+                        f"reads it: {shorten(problem.columns[name], 80)}. Mend or leave out the "
+                        "row."
+                    )
+
+
+def shorten(value: Any, limit: int = 200) -> str:
+    """A value's repr, cut; cheap for long texts."""
+    cut = isinstance(value, str) and len(value) > limit
+    text = repr(value[:limit] if cut else value)
+    return text if len(text) <= limit and not cut else f"{text[: limit - 3]}..."

@@ -1,0 +1,220 @@
+"""Tries rewards on a dataset: `python -m grpo_jax.score --config configs/gsm8k.py`.
+
+A column of the dataset, or a file of completions, is scored in place of a model's completions: a
+gold solution that does not earn its reward is found before anything is trained. The rewards run as
+in training, in worker processes with the config's limits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+from rich.table import Table
+
+from grpo_jax import config as config_lib
+from grpo_jax import metrics as metrics_lib
+from grpo_jax import parts, program
+from grpo_jax.data.problems import Problem
+from grpo_jax.judge import as_reply
+from grpo_jax.models import hf
+from grpo_jax.rewards import reward as reward_lib
+from grpo_jax.rewards.pool import Pool
+from grpo_jax.rewards.score import Scores
+from grpo_jax.workdir import write_whole
+
+
+def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
+    parser = argparse.ArgumentParser(
+        prog="python -m grpo_jax.score", description="Tries rewards on a dataset.",
+        allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--split", choices=("train", "eval"), default="train",
+                        help="training or held-out problems of the config")  # fmt: skip
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--completion_column", default="answer", metavar="NAME",
+                        help="column scored in place of completions; default answer")  # fmt: skip
+    source.add_argument("--completions", metavar="FILE",
+                        help='JSON lines with a text "completion", one per problem')  # fmt: skip
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="first N rows; 0: all")
+    parser.add_argument("--batch", type=int, default=1, metavar="N",
+                        help="completions given to a function at once")  # fmt: skip
+    parser.add_argument("--samples", type=int, default=4, metavar="N", help="rows to show")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here")
+    parser.add_argument("--out", metavar="FILE", help="write every row with its rewards here")
+    args, overrides = parser.parse_known_args(program.joined(argv))
+    for name, least in (("limit", 0), ("batch", 1), ("samples", 0)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}.")
+    return args, config_lib.load(args.config, overrides)
+
+
+# --- What is scored -------------------------------------------------------------------------------
+
+
+def _problems(config: ConfigDict, split: str, limit: int) -> list[Problem]:
+    train, held_out = parts.load_problems(config)
+    problems = held_out if split == "eval" else train
+    if not problems:
+        raise ValueError(
+            "--split eval: the config has no held-out problems. Set data.eval_split or "
+            "data.eval_path, or take --split train."
+        )
+    return problems[: limit or None]
+
+
+def _column(problems: list[Problem], name: str) -> list[str]:
+    for problem in problems:
+        if name not in problem.columns:
+            raise ValueError(
+                f"--completion_column {name}: {problem.where} has no such column; it has "
+                f"{', '.join(problem.columns) or 'none'} beside the prompt."
+            )
+        if not isinstance(problem.columns[name], str):
+            raise ValueError(
+                f"--completion_column {name}: {problem.where} holds "
+                f"{reward_lib.shorten(problem.columns[name], 80)} there, not a text."
+            )
+    return [problem.columns[name] for problem in problems]
+
+
+def _file(path: str, num_problems: int) -> list[str]:
+    texts = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--completions: cannot read {path}: {error}.") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = json.loads(line)["completion"]
+            assert isinstance(text, str)
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise ValueError(
+                f"--completions: {path}, line {number} is not a JSON object with a text "
+                f'"completion": {reward_lib.shorten(line, 80)}.'
+            ) from None
+        texts.append(text)
+    if len(texts) != num_problems:
+        raise ValueError(
+            f"--completions: {path} has {len(texts)} completions, and there are {num_problems} "
+            "problems; it needs one for each (--limit takes the first problems alone)."
+        )
+    return texts
+
+
+def _token_ids(config: ConfigDict, rewards, texts: list[str]) -> list[list[int]] | None:
+    """Of the completions, with the tokenizer of `model.path`, if a reward reads them."""
+    if not reward_lib.needs_token_ids(rewards) or not config.model.path:
+        return None
+    tokenizer = hf.load_tokenizer(hf.resolve(config.model.path))
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+# --- What comes of it -----------------------------------------------------------------------------
+
+
+def _score(
+    pool: Pool, problems: list[Problem], texts: list[str], ids: list | None, batch: int
+) -> tuple[Scores, float]:
+    """The scores, and the seconds that they took once the workers were there."""
+    pool.wait_ready()
+    began = time.monotonic()
+    ticket = pool.submit(
+        [p.prompt for p in problems],
+        [as_reply(p, text) for p, text in zip(problems, texts)],
+        {name: [p.columns[name] for p in problems] for name in problems[0].columns},
+        completion_ids=ids,
+        group=batch,
+    )
+    metrics_lib.show_progress("scoring", ticket.progress)
+    return ticket.result(), time.monotonic() - began
+
+
+def figures(scores: Scores, seconds: float) -> dict[str, Any]:
+    """The numbers of `--json`: per reward its mean and spread over the rows that have one."""
+    rewards = {}
+    for name, value_B in scores.by_name.items():
+        known_B = value_B[~np.isnan(value_B)]
+        rewards[name] = {
+            "mean": float(known_B.mean()) if len(known_B) else None,
+            "std": float(known_B.std()) if len(known_B) else None,
+            "ones": int((value_B == 1.0).sum()),
+            "failed": int(scores.failed[name].sum()),
+            "none": int((np.isnan(value_B) & ~scores.failed[name]).sum()),
+        }
+    rows = len(scores.reward_B)
+    return {"rows": rows, "rewards": rewards, "rows_per_second": rows / max(seconds, 1e-9)}
+
+
+def _show(args, problems: list[Problem], texts: list[str], scores: Scores, found: dict) -> None:
+    table = Table(title=f"Rewards of {found['rows']:,} rows", title_justify="left")
+    for heading in ("reward", "mean", "std", "gives 1", "failed", "none", "slowest rows"):
+        table.add_column(heading, justify="left" if heading == "reward" else "right")
+    for name, numbers in found["rewards"].items():
+        mean, std = ("-" if v is None else f"{v:.4f}" for v in (numbers["mean"], numbers["std"]))
+        slowest = np.argsort(-scores.seconds[name], kind="stable")[:3]
+        table.add_row(
+            name, mean, std, *(f"{numbers[key]:,}" for key in ("ones", "failed", "none")),
+            "\n".join(f"{scores.seconds[name][i]:.3f} s  {problems[i].where}" for i in slowest),
+        )  # fmt: skip
+    metrics_lib.console.print(table)
+    order = np.argsort(np.nan_to_num(scores.reward_B, nan=-np.inf), kind="stable")
+    low = order[: -(-args.samples // 2)]
+    high = [i for i in order[::-1][: args.samples // 2] if i not in low]
+    rows = [_item(i, problems[i], texts[i], scores) for i in [*low, *high]]
+    if rows:
+        metrics_lib.print_samples("The lowest and the highest", rows)
+    first = {failure.reward: failure for failure in reversed(scores.failures)}
+    for failure in first.values():
+        metrics_lib.say(f"{problems[failure.row].where}: {failure.message}")
+    metrics_lib.say(f"{found['rows_per_second']:,.0f} rows per second")
+
+
+def _item(i: int, problem: Problem, text: str, scores: Scores) -> dict[str, Any]:
+    prompt = problem.prompt if isinstance(problem.prompt, str) else json.dumps(problem.prompt)
+    values = {name: float(value_B[i]) for name, value_B in scores.by_name.items()}
+    return {
+        "where": problem.where,
+        "prompt": prompt,
+        "completion": text,
+        "rewards": {name: None if np.isnan(v) else v for name, v in values.items()},
+        "failed": [name for name, failed_B in scores.failed.items() if failed_B[i]],
+        "seconds": {name: float(seconds_B[i]) for name, seconds_B in scores.seconds.items()},
+        "extras": {name: column[i] for name, column in scores.extras.items()},
+    }
+
+
+def main(argv: list[str]) -> None:
+    args, config = _arguments(argv)
+    rewards = reward_lib.load(config.rewards.names, config.rewards.weights)
+    problems = _problems(config, args.split, args.limit)
+    if args.completions:
+        texts = _file(args.completions, len(problems))
+    else:
+        texts = _column(problems, args.completion_column)
+    reward_lib.refuse_columns(rewards, problems)
+    ids = _token_ids(config, rewards, texts)
+    with parts.start_rewards(config, rewards, device_is_busy=False) as pool:
+        scores, seconds = _score(pool, problems, texts, ids, args.batch)
+    found = figures(scores, seconds)
+    _show(args, problems, texts, scores, found)
+    for path, text in (
+        (args.json, json.dumps(found, indent=1)),
+        (args.out, "\n".join(
+            json.dumps(_item(i, *row, scores)) for i, row in enumerate(zip(problems, texts))
+        ) if args.out else ""),
+    ):  # fmt: skip
+        if path:
+            os.makedirs(Path(path).parent, exist_ok=True)
+            write_whole(Path(path), text + "\n")
+
+
+if __name__ == "__main__":
+    program.main(main)

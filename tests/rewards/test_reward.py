@@ -1,0 +1,113 @@
+"""Reward functions by name, with arguments, and against the data's columns."""
+
+import functools
+
+import pytest
+from odd_rewards import half
+
+from grpo_jax.data.problems import Problem
+from grpo_jax.rewards import reward as reward_lib
+from grpo_jax.rewards.reward import Reward, load
+
+
+def test_built_in_and_own():
+    rewards = load(("exact_answer", "odd_rewards:half"), (1.0, 2))
+    assert rewards == [
+        Reward("exact_answer", "exact_answer", 1.0),
+        Reward("half", "odd_rewards:half", 2.0),
+    ]
+    assert reward_lib.function("odd_rewards:half") is half
+
+
+@pytest.mark.parametrize("name", reward_lib.BUILT_IN)
+def test_every_built_in_is_there(name):
+    assert reward_lib.function(name).__name__ == name
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("exact_anser", ["exact_anser", "Did you mean exact_answer", "answer_format"]),
+        ("no_such_module:f", ["no_such_module:f", "ModuleNotFoundError", "exact_answer"]),
+        ("odd_rewards:hal", ["odd_rewards:hal", "no 'hal'", "Did you mean half"]),
+        ("odd_rewards:not_callable", ["odd_rewards:not_callable", "int"]),
+        ("odd_rewards:", ["odd_rewards:", "lacks"]),
+        (":half", ["lacks"]),
+        ("odd_rewards:times(factor=", ["cannot be read", "name=value"]),
+        ("odd_rewards:times(2)", ["arguments must be written name=value"]),
+        ("odd_rewards:times(factor=open('x'))", ["cannot be read"]),
+        ("odd_rewards:times(factr=2)(1)", ["cannot be read"]),
+        ("odd_rewards:at_least(lo=3)", ["does not take", "unexpected keyword argument 'lo'"]),
+        ("odd_rewards:num_tokens(width=3).x", ["cannot be read"]),
+    ],
+)
+def test_names_are_refused(name, words):
+    with pytest.raises(ValueError) as error:
+        load((name,), (1.0,))
+    for word in ["rewards.names", *words]:
+        assert word in str(error.value)
+
+
+def test_a_module_that_fails_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "broken_rewards.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"rewards\.names.*ZeroDivisionError"):
+        load(("broken_rewards:f",), (1.0,))
+
+
+def test_weights_and_doubles_are_refused():
+    with pytest.raises(ValueError, match=r"rewards\.weights.*nan"):
+        load(("exact_answer",), (float("nan"),))
+    with pytest.raises(ValueError, match=r"rewards\.weights 1"):
+        load(("exact_answer", "odd_rewards:half"), (1.0,))
+    with pytest.raises(ValueError, match="two rewards called 'half'"):
+        load(("odd_rewards:half", "odd_rewards:half"), (1.0, 1.0))
+
+
+def test_arguments_are_bound_or_given_to_a_factory():
+    bound = reward_lib.function("odd_rewards:times(factor=-2)")
+    assert isinstance(bound, functools.partial) and bound(completions=["abc"]) == [-6]
+    made = reward_lib.function("odd_rewards:at_least(low=2, high=3)")
+    assert made(completions=["a", "bb", "bbb", "bbbb"]) == [0, 1, 1, 0]
+    (reward,) = load(("odd_rewards:at_least(low=2)",), (1.0,))
+    assert reward.name == "at_least"
+
+
+def test_a_function_is_given_what_it_takes():
+    given = {"completions", "answer", "trainer_state", "log_metric", "level"}
+    accepted = lambda name: reward_lib.accepted(reward_lib.function(f"odd_rewards:{name}"), given)  # noqa: E731
+    assert accepted("half") == given
+    assert accepted("only_named") == {"completions", "answer", "trainer_state"}
+
+
+def test_token_ids_are_needed_where_they_are_named():
+    assert reward_lib.needs_token_ids(load(("odd_rewards:num_tokens",), (1.0,)))
+    assert not reward_lib.needs_token_ids(load(("exact_answer",), (1.0,)))
+
+
+def test_a_missing_column_is_named_with_its_file():
+    problems = [Problem("2+2?", {"gold": "4"}, "sums.jsonl, line 1")]
+    rewards = load(("exact_answer",), (1.0,))
+    with pytest.raises(ValueError) as error:
+        reward_lib.refuse_columns(rewards, problems)
+    for word in (
+        "'exact_answer'",
+        "`answer`",
+        "sums.jsonl, line 1",
+        "prompt, gold",
+        "data.columns",
+    ):
+        assert word in str(error.value)
+
+
+def test_a_wrong_value_is_named_with_file_row_and_column(monkeypatch):
+    monkeypatch.setattr(half, "column_faults", {"answer": lambda v: None if v else "is blank"},
+                        raising=False)  # fmt: skip
+    good, bad = (
+        Problem("a", {"answer": "4"}, "f, line 1"),
+        Problem("b", {"answer": ""}, "f, line 2"),
+    )
+    rewards = load(("odd_rewards:half",), (1.0,))
+    reward_lib.refuse_columns(rewards, [good])
+    with pytest.raises(ValueError, match=r"f, line 2: column `answer` is blank.*'half'"):
+        reward_lib.refuse_columns(rewards, [good, bad])
