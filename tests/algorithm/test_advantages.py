@@ -50,3 +50,12 @@ def test_a_group_of_one_gives_zero(by_std):
 def test_rewards_of_any_type_give_float32():
     assert group_advantages(jnp.array([[0, 1]]), by_std=True).dtype == jnp.float32
     assert group_advantages(jnp.array([[0, 1]], jnp.bfloat16), by_std=True).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("by_std", [True, False])
+def test_unknown_rewards_stand_aside(by_std):
+    # Of [?, 1, 3, ?]: mean 2, std 1. A group of unknown rewards alone gives zeros.
+    nan = float("nan")
+    reward_PG = jnp.array([[nan, 1.0, 3.0, nan], [nan] * 4, [5.0, nan, nan, nan]])
+    got = group_advantages(reward_PG, by_std=by_std)
+    np.testing.assert_array_equal(got, [[0, -1, 1, 0], [0] * 4, [0] * 4])

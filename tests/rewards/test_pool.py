@@ -207,7 +207,8 @@ def test_a_worker_that_cannot_start_is_an_error_not_a_hang(monkeypatch, tmp_path
 
 def test_workers_that_die_at_once_are_an_error_not_a_loop(monkeypatch, tmp_path):
     (tmp_path / "fatal.py").write_text(
-        "import os\nif os.environ['HERE'] != str(os.getpid()):\n    os._exit(3)\ndef f(completions, **columns):\n    return [1.0]\n"
+        "import os\nif os.environ['HERE'] != str(os.getpid()):\n    os._exit(3)\n"
+        "def f(completions, **columns):\n    return [1.0]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("HERE", str(os.getpid()))

@@ -36,7 +36,7 @@ def raises(prompts, completions, **columns):
     raise KeyError("gold")
 
 def too_short(prompts, completions, **columns):
-    return [1.0]
+    return [1.0] * (len(completions) - 1)
 
 def words(prompts, completions, **columns):
     return ["good"] * len(completions)
@@ -91,6 +91,14 @@ def _used_workdir(folder: Path) -> list[str]:
 
 def _blocked_workdir(folder: Path) -> list[str]:
     return ["--workdir", str(Path(_file(folder / "notes.txt", "mine")) / "run")]
+
+
+def _strict(model: Path, name: str) -> list[str]:
+    return [
+        f"--config.model.path={model}",
+        "--config.rewards.max_failed_share=0.5",
+        *_reward(name),
+    ]
 
 
 def _reward(name: str) -> list[str]:
@@ -202,17 +210,17 @@ CASES: list[Case] = [
     ),
     (
         "reward that raises",
-        lambda tmp, model: [f"--config.model.path={model}", *_reward("bad_rewards:raises")],
-        ("'raises'", "KeyError", "gold"),
+        lambda tmp, model: _strict(model, "bad_rewards:raises"),
+        ("'raises'", "KeyError", "gold", "rewards.max_failed_share = 0.5"),
     ),
     (
         "reward of the wrong length",
-        lambda tmp, model: [f"--config.model.path={model}", *_reward("bad_rewards:too_short")],
-        ("'too_short'", "1 values", "one number"),
+        lambda tmp, model: _strict(model, "bad_rewards:too_short"),
+        ("'too_short'", "returned 0 values", "one number"),
     ),
     (
         "reward that is no number",
-        lambda tmp, model: [f"--config.model.path={model}", *_reward("bad_rewards:words")],
+        lambda tmp, model: _strict(model, "bad_rewards:words"),
         ("'words'", "'good'", "Return a finite number"),
     ),
     (
@@ -400,7 +408,7 @@ def test_a_refused_run_leaves_its_workdir_free(tmp_path, model, importable, comp
     ]  # fmt: skip
     status, message = refusal(train.main, [*base, "--config.data.max_prompt_tokens=4"])
     _assert_clear(status, message, ("data.max_prompt_tokens = 4",))
-    status, message = refusal(train.main, [*base, *_reward("bad_rewards:raises")])
+    status, message = refusal(train.main, [*base, *_strict(model, "bad_rewards:raises")])
     _assert_clear(status, message, ("'raises'",))
     status, message = refusal(train.main, base)
     assert status is None, message

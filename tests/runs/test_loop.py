@@ -61,7 +61,15 @@ def test_what_a_run_leaves(tmp_path, compile_cache):
 
     samples = [json.loads(x) for x in (folder / "samples.jsonl").read_text().splitlines()]
     assert {s["step"] for s in samples} == {1, 2, 3, 4} and len(samples) == 16
-    assert samples[0].keys() == {"step", "prompt", "completion", "rewards", "advantage", "length"}
+    assert samples[0].keys() == {
+        "step",
+        "prompt",
+        "completion",
+        "rewards",
+        "extras",
+        "advantage",
+        "length",
+    }
     evaluated = {f.name: f for f in (folder / "evaluations").iterdir()}
     assert evaluated.keys() == {
         "step_000000_greedy.jsonl", "step_000000_sampled_2.jsonl", "step_000002_greedy.jsonl",

@@ -120,6 +120,45 @@ def test_slots_do_not_change_the_completions(whole, params, num_slots, compact, 
     assert_same(got, whole, params)
 
 
+@pytest.mark.parametrize("num_slots", [0, 8, 3])
+def test_each_group_is_handed_over_once_when_it_is_whole(whole, params, num_slots):
+    handed = {}
+
+    def take(p, completions):
+        assert p not in handed
+        handed[p] = completions
+
+    own = engine(num_slots)
+    rollouts = own.generate(
+        own.publish(params), PROMPTS, group=GROUP, key=KEY, temperature=1.0, on_group=take
+    )
+    want = {
+        p: [rollouts.completion_PGC[p, g, : rollouts.length_PG[p, g]].tolist()
+            for g in range(GROUP)]
+        for p in range(len(PROMPTS))
+    }  # fmt: skip
+    assert handed == want
+    assert_same(rollouts, whole, params)
+
+
+def test_a_group_is_handed_over_while_others_are_decoded(params):
+    """The hand-over comes before the device is asked for the rest of the rows."""
+    own, events = engine(4), []
+    harvest = own._harvest
+
+    def noted(slots, board):
+        events.append("harvest")
+        return harvest(slots, board)
+
+    own._harvest = noted
+    own.generate(
+        own.publish(params), PROMPTS, group=GROUP, key=KEY, temperature=1.0,
+        on_group=lambda p, completions: events.append("group"),
+    )  # fmt: skip
+    assert events.count("group") == len(PROMPTS)
+    assert "harvest" in events[events.index("group") :]
+
+
 def test_completions_end_with_their_stop_token(whole):
     for p, g in np.ndindex(whole.length_PG.shape):
         n = whole.length_PG[p, g]

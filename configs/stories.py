@@ -1,0 +1,32 @@
+"""GRPO on a real pretrained story teller, with a reward that reads its text.
+
+    python -m grpo_jax.train --config configs/stories.py --config.model.path=DIR_OR_ID
+
+takes any small Llama, Qwen or Mistral model that continues "Once upon a time"; it was made for
+stories260K, a Llama of 260 thousand parameters trained on TinyStories (karpathy/tinyllamas). The
+reward is the share of four words that a story mentions.
+"""
+
+from grpo_jax import config as config_lib
+
+
+def get_config():
+    c = config_lib.default()
+    c.data.task = "stories"
+    c.data.num_train = 4096
+    c.data.num_eval = 64
+    c.data.max_prompt_tokens = 48
+    c.rewards.names = ("mentions(words=['friend', 'share', 'hug', 'smiled'])",)
+    c.model.unroll_layers = True
+    c.batch.prompts = 16
+    c.batch.group = 8
+    c.batch.microbatch = 4
+    c.rollout.max_tokens = 128
+    c.algorithm.kl_coef = 0.02
+    c.optim.learning_rate = 5e-4
+    c.optim.warmup_steps = 5
+    c.loop.num_steps = 60
+    c.evaluation.every_steps = 20
+    c.checkpoint.every_steps = 20
+    c.logging.samples_every_steps = 20
+    return c

@@ -1,0 +1,76 @@
+"""Runs with reward functions that hang, raise and miscount: they finish, and count it all."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from test_bad_input import TINY, make_model, refusal
+
+from grpo_jax import train
+from grpo_jax.metrics import read_jsonl
+
+REWARDS = """
+import time, zlib
+
+def _bad(completion):  # about one of six
+    return zlib.crc32(completion.encode()) % 6 == 0
+
+def sleeps(completions, **columns):
+    while any(map(_bad, completions)):
+        time.sleep(1)
+    return [1.0] * len(completions)
+
+def raises(completions, **columns):
+    return [1 / (not _bad(c)) for c in completions]
+
+def too_few(completions, **columns):
+    return [1.0 for c in completions if not _bad(c)]
+
+def computes(completions, **columns):
+    return [eval("9**9**9**9") if _bad(c) else 1.0 for c in completions]
+
+def how_many(completions, **columns):
+    return [float(_bad(c)) for c in completions]
+"""
+NAMES = ("sleeps", "raises", "too_few", "computes")
+
+
+@pytest.fixture
+def importable(tmp_path, monkeypatch):
+    (tmp_path / "awful_rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("awful_rewards", None)
+
+
+def test_a_run_survives_its_rewards(tmp_path, importable, compile_cache):
+    model = make_model(tmp_path / "model")
+    names = [f"awful_rewards:{name}" for name in (*NAMES, "how_many")]
+    folder = tmp_path / "run"
+    status, message = refusal(
+        train.main,
+        [
+            "--config", str(TINY), "--workdir", str(folder), f"--config.model.path={model}",
+            f"--config.rewards.names={names}", "--config.rewards.weights=[1,1,1,1,0]",
+            "--config.rewards.time_limit_s=0.5", "--config.rewards.num_workers=2",
+            "--config.loop.num_steps=3", "--config.evaluation.num_problems=0",
+            "--config.mesh.data=1", "--config.mesh.tensor=-1",
+        ],
+    )  # fmt: skip
+    assert status is None, message
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 3
+    rows = list(read_jsonl(folder / "metrics.jsonl"))
+    bad = [round(16 * row["reward/how_many"]) for row in rows]
+    assert len(bad) == 3 and sum(bad) > 0
+    for name in NAMES:  # each failed for the bad completions and for no other
+        assert [row[f"rewards/failed/{name}"] for row in rows] == bad, name
+        assert all(row[f"reward/{name}"] == 1.0 for row in rows)
+    kinds = [
+        [row.get(f"rewards/failed_by_{kind}", 0) for row in rows]
+        for kind in ("timeout", "error", "values")
+    ]
+    assert kinds == [[2 * n for n in bad], bad, bad]
+    # 4 of 4 rewards where all is well, none where all fail; nothing else was summed.
+    assert [row["reward"] for row in rows] == pytest.approx([4 * (16 - n) / 16 for n in bad])
