@@ -142,7 +142,7 @@ def main(argv: list[str]) -> None:
     for g in range(args.num_samples):
         length = int(rollouts.length_PG[0, g])
         ids = rollouts.completion_PGC[0, g, :length].tolist()
-        text = policy.text(ids)
+        text = policy.text(ids, after=prompt)
         if args.json:
             logps = rollouts.logp_PGC[0, g, :length].tolist()
             stopped = bool(rollouts.stopped_PG[0, g])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -26,9 +27,16 @@ class Policy:
     stop_ids: tuple[int, ...]
     source: Path | None  # Hugging Face folder it was read from; None: a new model
 
-    def text(self, ids) -> str:
-        """Completion ids as text, special tokens left out."""
-        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+    def text(self, ids, after: Sequence[int] = ()) -> str:
+        """Completion ids as text, special tokens left out.
+
+        Some tokenizers drop the space that a text begins with; with the prompt's ids as `after` it
+        is there.
+        """
+        decode = lambda row: self.tokenizer.decode(row, skip_special_tokens=True)  # noqa: E731
+        ids, before = [int(i) for i in ids], decode(list(after)) if after else ""
+        whole = decode([*after, *ids])
+        return whole[len(before) :] if whole.startswith(before) else decode(ids)
 
     def check_length(
         self, prompt_tokens: int, max_tokens: int, option: str = "rollout.max_tokens"
