@@ -1,0 +1,119 @@
+"""python -m grpo_jax.score: rewards tried on a dataset without a model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_bad_input import refusal
+
+from grpo_jax import score
+
+ROWS = [
+    {"prompt": "1+1=", "answer": "#### 2", "guess": "#### 2", "level": 1},
+    {"prompt": "2+2=", "answer": "#### 4", "guess": "#### 5", "level": 2},
+    {"prompt": "3+3=", "answer": "so #### 6", "guess": "?", "level": 3},
+]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A config file over three rows; the model is never opened."""
+    data = tmp_path / "sums.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    file = tmp_path / "sums.py"
+    file.write_text(
+        "from grpo_jax import config as config_lib\n"
+        "def get_config():\n"
+        "    c = config_lib.default()\n"
+        f"    c.data.path = {str(data)!r}\n"
+        "    c.model.path = 'no/model'\n"
+        "    c.rewards.names = ('exact_answer', 'answer_format')\n"
+        "    c.rewards.weights = (1.0, 0.5)\n"
+        "    c.rewards.num_workers = 1\n"
+        "    return c\n"
+    )
+    return file
+
+
+def run(capsys, config, *more):
+    score.main(["--config", str(config), *more])
+    return capsys.readouterr().out
+
+
+def test_a_column_is_scored(config, tmp_path, capsys):
+    out = run(capsys, config, "--json", str(tmp_path / "new" / "f.json"))
+    found = json.loads((tmp_path / "new" / "f.json").read_text())
+    assert found.keys() == {"rows", "rewards", "rows_per_second"}
+    assert found["rows"] == 3 and found["rows_per_second"] > 0
+    assert found["rewards"]["exact_answer"] == {
+        "mean": 1.0, "std": 0.0, "ones": 3, "failed": 0, "none": 0
+    }  # fmt: skip
+    for words in ("Rewards of 3 rows", "exact_answer", "rows per second", "sums.jsonl, line"):
+        assert words in out
+
+
+def test_another_column_and_the_first_rows(config, tmp_path, capsys):
+    files = ["--json", str(tmp_path / "f.json"), "--out", str(tmp_path / "rows.jsonl")]
+    run(capsys, config, "--completion_column", "guess", "--limit", "2", *files)
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert found["rows"] == 2 and found["rewards"]["exact_answer"]["mean"] == 0.5
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["rewards"]["exact_answer"] for row in rows] == [1, 0]
+    assert [row["completion"] for row in rows] == ["#### 2", "#### 5"]
+    assert rows[1]["where"].endswith("sums.jsonl, line 2") and rows[1]["failed"] == []
+
+
+def test_a_file_of_completions(config, tmp_path, capsys):
+    file = tmp_path / "given.jsonl"
+    file.write_text("".join(json.dumps({"completion": c}) + "\n" for c in ("2", "#### 4", "")))
+    run(capsys, config, "--completions", str(file), "--json", str(tmp_path / "f.json"))
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert found["rewards"]["exact_answer"]["ones"] == 1
+
+
+def test_failures_are_shown(config, tmp_path, capsys, monkeypatch):
+    (tmp_path / "hanging.py").write_text(
+        "import time\n"
+        "def waits(completions, level, **columns):\n"
+        "    time.sleep(1000 * (level[0] == 2))\n"
+        "    return [None if n == 3 else 1.0 for n in level]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    out = run(
+        capsys, config, "--json", str(tmp_path / "f.json"),
+        "--config.rewards.names=hanging:waits", "--config.rewards.weights=1.0",
+        "--config.rewards.time_limit_s=0.5",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "f.json").read_text())["rewards"]["waits"]
+    assert found == {"mean": 1.0, "std": 0.0, "ones": 1, "failed": 1, "none": 1}
+    assert "longer than rewards.time_limit_s" in out.replace("\n", " ")
+    assert "sums.jsonl, line 2" in out.replace("\n", "")
+
+
+def _given(tmp_path, *lines):
+    file = tmp_path / "given.jsonl"
+    file.write_text("\n".join(lines))
+    return ["--completions", str(file)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (lambda tmp: ["--completion_column", "gold"], ["gold", "no such column", "answer, guess"]),
+        (lambda tmp: ["--completion_column", "level"], ["line 1", "holds 1", "not a text"]),
+        (lambda tmp: ["--split", "eval"], ["no held-out problems", "data.eval"]),
+        (lambda tmp: ["--limit", "-1"], ["--limit -1"]),
+        (lambda tmp: ["--batch", "0"], ["--batch 0"]),
+        (lambda tmp: ["--completions", "none.jsonl"], ["cannot read none.jsonl"]),
+        (lambda tmp: _given(tmp, '{"completion": "a"}'), ["has 1 completions", "3 problems"]),
+        (lambda tmp: _given(tmp, '{"text": "a"}'), ["line 1", "not a JSON object", "completion"]),
+        (lambda tmp: _given(tmp, "{"), ["line 1", "not a JSON object"]),
+        (lambda tmp: ["--config.rewards.name=x"], ["no option rewards.name", "rewards.names"]),
+    ],
+)
+def test_mistakes(config, tmp_path, arguments, words):
+    status, message = refusal(score.main, ["--config", str(config), *arguments(tmp_path)])
+    assert status == 1
+    for word in words:
+        assert word in message
