@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from grpo_jax import config as config_lib
-from grpo_jax import evaluate, keys, report, sharding, workdir
+from grpo_jax import evaluation, keys, report, sharding, workdir
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import parts as parts_lib
 from grpo_jax.data import prompts as prompts_lib
@@ -75,7 +75,7 @@ def run(
                 if stop:
                     _stop(parts, state, at, None, stop, began)
                 with _timed(times, "time/reward_s"):
-                    texts = evaluate.completion_texts(parts.policy, rollouts)
+                    texts = evaluation.completion_texts(parts.policy, rollouts)
                     scores = _score(parts, state, at, questions, texts, began)
                 at.rollout_metrics = _rollout_metrics(parts, rollouts, scores, times)
                 experience = _prepare(parts, state, rollouts, scores)
@@ -132,7 +132,7 @@ def _sample(parts: Parts, state: TrainState, questions, step: int) -> Rollouts:
 def _score(parts: Parts, state: TrainState, at: Position, questions, texts: list[str], began):
     """The rewards of a step's completions; one that fails ends the run with all of it saved."""
     try:
-        return evaluate.rewards_of(parts.rewards, questions, texts, parts.config.batch.group)
+        return evaluation.rewards_of(parts.rewards, questions, texts, parts.config.batch.group)
     except score_lib.RewardError:
         if at.step:
             _save(parts, state, at, None, None, began)
@@ -266,7 +266,7 @@ def _evaluate(parts: Parts, state: TrainState, at: Position, *, final: bool) -> 
     for num_samples in (1, options.num_samples if final else 0):
         if num_samples:
             kind = "greedy" if num_samples == 1 else f"sampled_{num_samples}"
-            values |= evaluate.run(
+            values |= evaluation.run(
                 parts.engine,
                 parts.engine.publish(state.params),
                 parts.policy,

@@ -12,14 +12,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax import config as config_lib
-from grpo_jax import evaluate, optim, sharding, workdir
+from grpo_jax import evaluation, optim, sharding, workdir
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import policy as policy_lib
 from grpo_jax.algorithm import losses
 from grpo_jax.algorithm import update as update_lib
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data import problems as problems_lib
-from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import tasks
 from grpo_jax.rewards import score as score_lib
 from grpo_jax.sampling import decode
@@ -56,8 +55,8 @@ class Parts:
     folder: Path
     mesh: Mesh
     policy: policy_lib.Policy
-    train: evaluate.Questions
-    held_out: evaluate.Questions | None
+    train: evaluation.Questions
+    held_out: evaluation.Questions | None
     rewards: list[score_lib.Reward]
     engine: Engine
     optimizer: optax.GradientTransformation
@@ -86,15 +85,6 @@ def load_problems(config: ConfigDict) -> tuple[list, list]:
     train = problems_lib.load_jsonl(data.path, "data.path")
     held_out = problems_lib.load_jsonl(data.eval_path, "data.eval_path") if data.eval_path else []
     return train, held_out
-
-
-def _questions(problems: list, policy: policy_lib.Policy, limit: int) -> evaluate.Questions:
-    ids = prompts_lib.encode(problems, policy.tokenizer, limit)
-    texts = [
-        p.prompt if isinstance(p.prompt, str) else policy.tokenizer.decode(i)
-        for p, i in zip(problems, ids)
-    ]
-    return evaluate.Questions(problems, ids, texts)
 
 
 def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
@@ -148,8 +138,8 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
         folder=folder,
         mesh=mesh,
         policy=policy,
-        train=_questions(train, policy, limit),
-        held_out=_questions(held_out, policy, limit) if held_out else None,
+        train=evaluation.as_questions(train, policy, limit),
+        held_out=evaluation.as_questions(held_out, policy, limit) if held_out else None,
         rewards=rewards,
         engine=Engine(
             decoder,

@@ -27,12 +27,12 @@ def run_arguments(argv: list[str], description: str) -> tuple[ConfigDict, Path]:
         "--workdir", metavar="DIR", help="folder of the run; default runs/NAME_OF_CONFIG"
     )
     parser.usage = f"{parser.prog} --config FILE [--workdir DIR] [--config.NAME=VALUE ...]"
-    known, overrides = parser.parse_known_args(_joined(argv))
+    known, overrides = parser.parse_known_args(joined(argv))
     config = config_lib.load(known.config, overrides)
     return config, Path(known.workdir or Path("runs") / Path(known.config).stem)
 
 
-def _joined(argv: list[str]) -> list[str]:
+def joined(argv: list[str]) -> list[str]:
     """`--config.name value` as `--config.name=value`."""
     joined: list[str] = []
     for argument in argv:
