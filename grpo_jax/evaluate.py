@@ -138,12 +138,12 @@ def _check(args: argparse.Namespace) -> None:
 def _names(paths: list[str]) -> list[str]:
     """The shortest ends of the paths that tell them apart, as file names too."""
     parts = [Path(path).parts for path in paths]
-    length = 2 if any(p[-1] == "export" for p in parts) else 1
-    while True:
-        names = ["/".join(p[-length:]).lstrip("/") for p in parts]
-        if len({_file_name(n) for n in names}) == len(names) or length > max(map(len, parts)):
+    shortest = 2 if any(p[-1] == "export" for p in parts) else 1
+    for n in range(shortest, max(map(len, parts)) + 1):
+        names = ["/".join(p[-n:]).lstrip("/") for p in parts]
+        if len({_file_name(name) for name in names}) == len(names):
             return names
-        length += 1
+    return [f"{i}_{Path(path).name}" for i, path in enumerate(paths, start=1)]
 
 
 def _file_name(name: str) -> str:
@@ -205,7 +205,8 @@ def _evaluate(
         policy.model, mesh, sampling, policy.stop_ids, args.max_tokens, dtype,
         config.model.unroll_layers,
     )  # fmt: skip
-    engine = _Watched(decoder, num_slots=config.rollout.num_slots or _NUM_SLOTS)
+    num_slots = config.rollout.num_slots or _NUM_SLOTS
+    engine = _Watched(decoder, num_slots=num_slots, compact=config.rollout.compact)
     params = engine.publish(params)
     rewards = score_lib.load(config.rewards.names, config.rewards.weights)
     tallies, files = {}, {}
@@ -255,21 +256,21 @@ def _cell(metric: str, estimate: Estimate, *, signed: bool = False) -> str:
     return f"{value}{unit} [{low}, {high}]"
 
 
-def _table(
-    title: str, names: list[str], metrics: list[dict[str, Estimate]], differences: list[dict]
-) -> Table:
+def _table(names: list[str], metrics: list[dict[str, Estimate]], differences: list[dict]) -> Table:
     """One row per metric, one column per model; accuracies also as differences to the first."""
-    table = Table(title=Text(title), title_justify="left", caption_justify="left")
-    table.caption = Text("In brackets: 95 % bootstrap interval over problems.")
+    table = Table()
     table.add_column("")
     for name in names:
         table.add_column(Text(name, overflow="fold"), justify="right")
     for metric in metrics[0]:
+        if metric == "pass@1":  # from here on of the samples, above of the greedy completions
+            table.add_section()
         label = metric.replace("_", " ") + (", tokens" if metric in _TOKENS else "")
         table.add_row(label, *(Text(_cell(metric, m[metric])) for m in metrics))
         if differences and (metric == "accuracy" or metric.startswith("mean@")):
             cells = [Text(_cell(metric, d[metric], signed=True)) for d in differences]
-            table.add_row(Text("  difference, points", style="dim"), "", *cells)
+            label = f"  difference to {names[0]}, points"
+            table.add_row(Text(label, style="dim", overflow="fold"), "", *cells)
     return table
 
 
@@ -282,8 +283,8 @@ def _as_json(estimates_by_name: dict[str, Estimate]) -> dict[str, Any]:
 
 def _report(
     args: argparse.Namespace, num_problems: int, models: list[Evaluated]
-) -> tuple[Table, dict[str, Any]]:
-    """The table for the terminal, and the same for a file."""
+) -> tuple[str, Table, dict[str, Any]]:
+    """Title and table for the terminal, and the same for a file."""
     first, *others = models
     metrics = [{n: estimates.estimate(t) for n, t in m.tallies.items()} for m in models]
     differences = [
@@ -305,7 +306,7 @@ def _report(
             row["difference_to_first"] = _as_json(differences[i - 1])
         row["items"] = {kind: str(file) for kind, file in model.files.items()}
         values["models"].append(row)
-    return _table(title, [m.name for m in models], metrics, differences), values
+    return title, _table([m.name for m in models], metrics, differences), values
 
 
 def main(argv: list[str]) -> None:
@@ -322,7 +323,7 @@ def main(argv: list[str]) -> None:
         limit = config.data.max_prompt_tokens
         policy.check_length(limit, args.max_tokens, "--max_tokens")
         questions.append(evaluation.as_questions(problems, policy, limit))
-    for folder in [Path(args.out)] + [Path(args.json).parent] * bool(args.json):
+    for folder in [Path(args.out), Path(args.json).parent] if args.json else [Path(args.out)]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -331,8 +332,10 @@ def main(argv: list[str]) -> None:
     for path, name, asked in zip(args.models, _names(args.models), questions):
         print_title(f"{name}: {len(problems)} problems")
         models.append(_evaluate(args, config, mesh, path, name, asked, references))
-    table, values = _report(args, len(problems), models)
+    title, table, values = _report(args, len(problems), models)
+    say(f"\n{title}")  # not the table's own, which would be folded to its width
     console.print(table)
+    say("In brackets: the 95 % bootstrap interval over problems.")
     say(f"Every completion: {args.out}")
     if args.json:
         workdir.write_json(Path(args.json), values)
