@@ -172,7 +172,16 @@ def test_the_same_data_give_the_same_interval():
     assert _share(30, 70) == _share(30, 70)
 
 
-def test_a_large_set_needs_no_jackknife():
+def test_a_large_set_needs_no_jackknife(monkeypatch):
+    methods = []
+    bootstrap = estimates._bootstrap
+    monkeypatch.setattr(
+        estimates, "_bootstrap", lambda *a, **k: (methods.append(a[1]), bootstrap(*a, **k))[1]
+    )
+    _share(300, 600)
+    assert methods == ["percentile", "BCa"]
+    methods.clear()
     found = _share(3000, 6000)
     half = 1.96 * 0.5 / math.sqrt(6000)
     np.testing.assert_allclose([found.low, found.high], [0.5 - half, 0.5 + half], atol=0.1 * half)
+    assert methods == ["percentile"]

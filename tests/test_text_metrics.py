@@ -28,12 +28,12 @@ def test_f1(text, reference, f1):
 
 
 def _texts(n: int) -> tuple[list[str], list[str]]:
-    """References of 8 to 15 words, and texts that share most of them."""
+    """References of 8 to 15 words, and texts that share most of them; one is short, one empty."""
     rng = np.random.default_rng(0)
     words = "the cat dog sat ran on mat red big house and then saw it play with ball".split()
     references = [list(rng.choice(words, rng.integers(8, 16))) for _ in range(n)]
     texts = [[w if rng.random() < 0.8 else rng.choice(words) for w in r] for r in references]
-    texts[0] = []
+    texts[0], texts[1] = [], texts[1][:3]
     return [" ".join(t) for t in texts], [" ".join(r) + "." for r in references]
 
 
