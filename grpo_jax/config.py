@@ -94,6 +94,7 @@ def default() -> ConfigDict:
     c.evaluation.num_problems = 512  # at most; 0: no evaluation at all
     c.evaluation.num_samples = 0  # per problem, for pass@k and maj@k at start and end; 0: none
     c.evaluation.temperature = 1.0  # of those samples
+    c.evaluation.reference = ""  # column of texts that grpo_jax.evaluate compares with; "": none
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every_steps = 50  # 0: at the end only

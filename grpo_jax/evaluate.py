@@ -1,123 +1,357 @@
-"""Held-out problems answered by a policy: accuracy, pass@k, maj@k, every item on disk."""
+"""Evaluates models side by side: `python -m grpo_jax.evaluate --config FILE --model DIR_OR_ID ...`.
+
+A config's held-out problems (or, with `--split train`, its training problems) are answered once
+greedily and, with `--num_samples`, several times by sampling. Each metric comes with a 95 %
+interval over problems; of several models, with the paired difference to the first. A model is a
+Hugging Face folder or hub id, or the folder of a run. Prompts, rewards and all defaults are the
+config's.
+"""
 
 from __future__ import annotations
 
-import collections
+import argparse
 import dataclasses
-import json
-from math import comb
+import math
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from rich.table import Table
+from rich.text import Text
 
+from grpo_jax import config as config_lib
+from grpo_jax import estimates, evaluation, generate, keys, program, sharding, text_metrics, workdir
+from grpo_jax import parts as parts_lib
 from grpo_jax.data.problems import Problem
-from grpo_jax.judge import Judge
-from grpo_jax.policy import Policy
-from grpo_jax.rewards.exact import extract_answer
+from grpo_jax.estimates import Estimate, Tally
+from grpo_jax.judge import Complaints
+from grpo_jax.metrics import Progress, console, print_title, say
+from grpo_jax.rewards import reward as reward_lib
 from grpo_jax.rewards.pool import Pool
+from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
-from grpo_jax.structs import Array, Params
-from grpo_jax.workdir import write_whole
+from grpo_jax.structs import Sampling
+
+_NUM_SLOTS = 256  # completions decoded at once where rollout.num_slots is 0
+_SPLITS = {"eval": "held-out", "train": "training"}
+_POINTS = ("bleu",)  # metrics of 0 to 100; the others are shares
+_TOKENS = ("length", "stopped_length")
 
 
 @dataclasses.dataclass(frozen=True)
-class Questions:
-    """Problems with their prompts as tokens and as the text those stand for."""
+class Evaluated:
+    """One model's metrics, and where its completions were written."""
 
-    problems: list[Problem]
-    prompt_ids: list[list[int]]
-    texts: list[str]
-
-    def take(self, index) -> Questions:
-        """Some of them, by number."""
-        pick = lambda items: [items[i] for i in index]  # noqa: E731
-        return Questions(pick(self.problems), pick(self.prompt_ids), pick(self.texts))
+    path: str  # as given by --model
+    name: str  # short, for the table and file names
+    tallies: dict[str, Tally]
+    files: dict[str, Path]
 
 
-def pass_at_k(num_correct: np.ndarray, n: int, k: int) -> float:
-    """Chance that at least one of k samples is right, from n samples of each problem.
-
-    The unbiased estimator 1 - C(n - c, k) / C(n, k) of Chen et al. 2021 (arXiv:2107.03374), mean
-    over problems with `num_correct` right samples each.
-    """
-    return float(np.mean([1 - comb(n - int(c), k) / comb(n, k) for c in num_correct]))
+# --- The command line -----------------------------------------------------------------------------
 
 
-def majority(answers: list[str | None], correct: list[bool]) -> bool:
-    """Whether the commonest answer is right; among equals, the one given first. None never wins."""
-    given = [a for a in answers if a is not None]
-    if not given:
-        return False
-    winner = collections.Counter(given).most_common(1)[0][0]
-    return correct[answers.index(winner)]
-
-
-def run(
-    engine: Engine,
-    params: Params,
-    policy: Policy,
-    questions: Questions,
-    pool: Pool,
-    *,
-    num_samples: int,
-    temperature: float,
-    key: Array,
-    file: Path | None,
-) -> dict[str, float]:
-    """Metrics of the policy on the questions, by their logged names.
-
-    `num_samples` 1 is greedy accuracy; more, pass@k, maj@k and the mean by sampling at
-    `temperature`. A completion is right when the first reward gives it 1. Every item goes to `file`
-    as one JSON object a line.
-    """
-    greedy = num_samples == 1
-    judge = Judge(pool, policy, questions.problems, num_samples)
-    rollouts = engine.generate(
-        params,
-        questions.prompt_ids,
-        group=num_samples,
-        key=key,
-        temperature=0.0 if greedy else temperature,
-        on_group=judge.add,
+def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
+    """The options, those left out filled in from the config; and the config."""
+    parser = argparse.ArgumentParser(
+        prog="python -m grpo_jax.evaluate",
+        description="Evaluates models on the problems of a config, side by side.",
+        epilog="Any option of the config can be changed by --config.NAME=VALUE.",
+        allow_abbrev=False,
     )
-    completions, scores = judge.texts, judge.scores()
-    shape = rollouts.length_PG.shape
-    correct_PG = scores.correct(pool.names[0]).reshape(shape)
-    if file is not None:
-        _write_items(file, questions, rollouts, completions, scores)
-    if greedy:
-        return {
-            "eval/accuracy": float(correct_PG.mean()),
-            "eval/truncated_share": float(1 - rollouts.stopped_PG.mean()),
-            "eval/length": float(rollouts.length_PG.mean()),
-        }
-    answers = [extract_answer(text) for text in completions]
-    votes = [
-        majority(answers[p * num_samples : (p + 1) * num_samples], list(correct_PG[p]))
-        for p in range(shape[0])
-    ]
+    parser.add_argument("--config", required=True, metavar="FILE", help="a file as in configs/")
+    parser.add_argument(
+        "--model", required=True, nargs="+", action="extend", metavar="DIR_OR_ID", dest="models",
+        help="Hugging Face folder or hub id, or a run's folder; several are compared",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--split", choices=list(_SPLITS), default="eval", help="held-out or training problems")
+    add("--num_problems", type=int, metavar="N",
+        help="at most, from the first; default evaluation.num_problems")  # fmt: skip
+    add("--num_samples", type=int, metavar="K",
+        help="per problem, besides the greedy one; default evaluation.num_samples")  # fmt: skip
+    add("--temperature", type=float, metavar="T",
+        help="of the samples; default evaluation.temperature")  # fmt: skip
+    add("--top_p", type=float, metavar="P", help="default rollout.top_p")
+    add("--top_k", type=int, metavar="K", help="0: all tokens; default rollout.top_k")
+    add("--max_tokens", type=int, metavar="N", help="default rollout.max_tokens")
+    add("--seed", type=int, metavar="S", help="of the samples, not the problems; default seed")
+    add("--dtype", choices=("float32", "bfloat16"), help="default model.dtype")
+    add("--out", metavar="DIR", help="every completion; default evaluations/NAME_OF_CONFIG")
+    add("--json", metavar="FILE", help="all values and intervals")
+    args, overrides = parser.parse_known_args(program.joined(argv))
+    config = config_lib.load(args.config, overrides)
+    for name, value in {
+        "num_problems": config.evaluation.num_problems or math.inf,
+        "num_samples": config.evaluation.num_samples,
+        "temperature": config.evaluation.temperature,
+        "top_p": config.rollout.top_p,
+        "top_k": config.rollout.top_k,
+        "max_tokens": config.rollout.max_tokens,
+        "seed": config.seed,
+        "dtype": config.model.dtype,
+        "out": str(Path("evaluations") / Path(args.config).stem),
+    }.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    _check(args)
+    return args, config
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, fine, needed in (
+        ("num_problems", args.num_problems >= 1, "at least 1"),
+        ("num_samples", 0 <= args.num_samples <= 1000, "from 0, greedy only, to 1000"),
+        ("max_tokens", args.max_tokens > 0, "above 0"),
+        ("seed", args.seed >= 0, "0 or more"),
+        ("top_k", args.top_k >= 0, "0 or more"),
+        ("temperature", args.temperature >= 0 and math.isfinite(args.temperature), "0 or more"),
+        ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not fine:
+            raise ValueError(f"--{name} {getattr(args, name)} must be {needed}.")
+    if args.num_samples and args.temperature == 0:
+        raise ValueError(
+            f"--num_samples {args.num_samples} at --temperature 0 would repeat the greedy "
+            "completion. Set --temperature above 0, or --num_samples to 0: that one is always made."
+        )
+    again = [m for i, m in enumerate(args.models) if Path(m) in map(Path, args.models[:i])]
+    if again:
+        raise ValueError(f"--model {again[0]} is given twice.")
+
+
+def _names(paths: list[str]) -> list[str]:
+    """The shortest ends of the paths that tell them apart, as file names too."""
+    parts = [Path(path).parts for path in paths]
+    shortest = 2 if any(p[-1] == "export" for p in parts) else 1
+    for n in range(shortest, max(map(len, parts)) + 1):
+        names = ["/".join(p[-n:]).lstrip("/") for p in parts]
+        if len({_file_name(name) for name in names}) == len(names):
+            return names
+    return [f"{i}_{Path(path).name}" for i, path in enumerate(paths, start=1)]
+
+
+def _file_name(name: str) -> str:
+    return name.replace("/", "_")
+
+
+# --- Problems -------------------------------------------------------------------------------------
+
+
+def _problems(args: argparse.Namespace, config: ConfigDict) -> list[Problem]:
+    train, held_out = parts_lib.load_problems(config)
+    problems = held_out if args.split == "eval" else train
+    if not problems:
+        raise ValueError(
+            f"{args.config} has no {_SPLITS[args.split]} problems. Set data.eval_path (with "
+            "data.path) or data.num_eval (with data.task), or evaluate on --split train."
+        )
+    return problems[: min(args.num_problems, len(problems))]
+
+
+def _references(config: ConfigDict, problems: list[Problem]) -> list[str] | None:
+    """The reference text of each problem; None where the config names no column of them."""
+    column = config.evaluation.reference
+    if not column:
+        return None
+    text_metrics.require()
+    names = sorted(problems[0].columns)
+    if column not in names:
+        raise ValueError(
+            f"evaluation.reference = {column!r} is no column of the problems, which have "
+            f"{', '.join(names) or 'none'}."
+        )
+    for i, problem in enumerate(problems):
+        if not isinstance(problem.columns[column], str):
+            kind = type(problem.columns[column]).__name__
+            raise ValueError(
+                f"evaluation.reference = {column!r} holds a {kind} in problem {i}; it needs a text."
+            )
+    return [problem.columns[column] for problem in problems]
+
+
+# --- Evaluating -----------------------------------------------------------------------------------
+
+
+def _evaluate(
+    args: argparse.Namespace,
+    config: ConfigDict,
+    mesh: Mesh,
+    path: str,
+    name: str,
+    questions: evaluation.Questions,
+    references: list[str] | None,
+    pool: Pool,
+) -> Evaluated:
+    """One model's answers, judged and written."""
+    dtype = jnp.dtype(args.dtype)
+    policy, params = generate.open_model(path, mesh, dtype)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    decoder = decode.Decoder(
+        policy.model, mesh, sampling, policy.stop_ids, args.max_tokens, dtype,
+        config.model.unroll_layers,
+    )  # fmt: skip
+    num_slots = config.rollout.num_slots or _NUM_SLOTS
+    engine = Engine(decoder, num_slots=num_slots, compact=config.rollout.compact)
+    params = engine.publish(params)
+    tallies, files, complaints = {}, {}, Complaints()
+    for num_samples in (0, args.num_samples) if args.num_samples else (0,):
+        with _Counter(len(questions.problems)) as counter:
+            answered = evaluation.answer(
+                engine,
+                params,
+                policy,
+                questions,
+                pool,
+                num_samples=num_samples or 1,
+                temperature=args.temperature if num_samples else 0.0,
+                key=keys.key_for(args.seed, "evaluate"),
+                on_answer=counter.add,
+            )
+        complaints.note(f"{name}, {'sampled' if num_samples else 'greedy'}", answered.scores)
+        further = {}
+        if num_samples:
+            tallies |= evaluation.sampled_tallies(answered, _powers(num_samples))
+        else:
+            tallies |= evaluation.greedy_tallies(answered, args.max_tokens)
+            if references:
+                scores = text_metrics.score(answered.completions, references)
+                tallies |= scores.tallies()
+                further = scores.by_name
+        kind = f"sampled_{num_samples}" if num_samples else "greedy"
+        files[kind] = Path(args.out) / f"{_file_name(name)}_{args.split}_{kind}.jsonl"
+        evaluation.write_items(files[kind], answered, further)
+    return Evaluated(path, name, tallies, files)
+
+
+class _Counter:
+    """Shows how many problems are answered: a bar on a terminal, elsewhere up to twenty lines."""
+
+    def __init__(self, total: int):
+        self._total, self._done = total, 0
+        self._bar = Progress(total, noun="problem", every_steps=max(1, total // 20))
+
+    def add(self) -> None:
+        self._done += 1
+        self._bar.update(self._done, {})
+
+    def __enter__(self) -> _Counter:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.__exit__(*error)
+
+
+def _powers(n: int) -> list[int]:
+    """1, 2, 4, ... up to n, and n."""
+    return sorted({2**i for i in range(n.bit_length())} | {n})
+
+
+# --- Showing --------------------------------------------------------------------------------------
+
+
+def _cell(metric: str, estimate: Estimate, *, signed: bool = False) -> str:
+    if math.isnan(estimate.value):
+        return "-"
+    scale = 1 if metric in (*_POINTS, *_TOKENS) else 100
+    sign = "+" if signed else ""
+    value, low, high = (
+        f"{scale * x:{sign}.1f}" for x in (estimate.value, estimate.low, estimate.high)
+    )
+    unit = " %" if scale == 100 and not signed else ""
+    return f"{value}{unit} [{low}, {high}]"
+
+
+def _table(names: list[str], metrics: list[dict[str, Estimate]], differences: list[dict]) -> Table:
+    """One row per metric, one column per model; accuracies also as differences to the first."""
+    table = Table()
+    table.add_column("")
+    for name in names:
+        table.add_column(Text(name, overflow="fold"), justify="right")
+    for metric in metrics[0]:
+        if metric == "pass@1":  # from here on of the samples, above of the greedy completions
+            table.add_section()
+        label = metric.replace("_", " ") + (", tokens" if metric in _TOKENS else "")
+        table.add_row(label, *(Text(_cell(metric, m[metric])) for m in metrics))
+        if differences and (metric == "accuracy" or metric.startswith("mean@")):
+            cells = [Text(_cell(metric, d[metric], signed=True)) for d in differences]
+            label = f"  difference to {names[0]}, points"
+            table.add_row(Text(label, style="dim", overflow="fold"), "", *cells)
+    return table
+
+
+def _as_json(estimates_by_name: dict[str, Estimate]) -> dict[str, Any]:
     return {
-        f"eval/pass@{num_samples}": pass_at_k(correct_PG.sum(1), num_samples, num_samples),
-        f"eval/maj@{num_samples}": float(np.mean(votes)),
-        f"eval/mean@{num_samples}": float(correct_PG.mean()),
+        name: {k: None if math.isnan(v) else v for k, v in dataclasses.asdict(estimate).items()}
+        for name, estimate in estimates_by_name.items()
     }
 
 
-def _write_items(file, questions, rollouts, completions, scores) -> None:
-    group = rollouts.length_PG.shape[1]
-    lines = []
-    for row, completion in enumerate(completions):
-        p, g = divmod(row, group)
-        by_name = {n: float(v[row]) for n, v in scores.by_name.items()}
-        item = {
-            "prompt": questions.texts[p],
-            "columns": questions.problems[p].columns,
-            "sample": g,
-            "completion": completion,
-            "rewards": {n: None if np.isnan(v) else v for n, v in by_name.items()},
-            "length": int(rollouts.length_PG[p, g]),
-            "stopped": bool(rollouts.stopped_PG[p, g]),
+def _report(
+    args: argparse.Namespace, num_problems: int, models: list[Evaluated]
+) -> tuple[str, Table, dict[str, Any]]:
+    """Title and table for the terminal, and the same for a file."""
+    first, *others = models
+    metrics = [{n: estimates.estimate(t) for n, t in m.tallies.items()} for m in models]
+    differences = [
+        {
+            n: estimates.estimate(estimates.difference(t, first.tallies[n]))
+            for n, t in m.tallies.items()
         }
-        lines.append(json.dumps(item, default=str))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, "\n".join(lines) + "\n")
+        for m in others
+    ]
+    title = f"{num_problems} {_SPLITS[args.split]} problems of {args.config}"
+    if args.num_samples:
+        title += f"; {args.num_samples} samples of each at temperature {args.temperature:g}"
+    options = "config split num_samples temperature top_p top_k max_tokens seed dtype".split()
+    values: dict[str, Any] = {name: getattr(args, name) for name in options}
+    values |= {"num_problems": num_problems, "confidence": estimates.CONFIDENCE, "models": []}
+    for i, model in enumerate(models):
+        row = {"model": model.path, "name": model.name, "metrics": _as_json(metrics[i])}
+        if i:
+            row["difference_to_first"] = _as_json(differences[i - 1])
+        row["items"] = {kind: str(file) for kind, file in model.files.items()}
+        values["models"].append(row)
+    return title, _table([m.name for m in models], metrics, differences), values
+
+
+def main(argv: list[str]) -> None:
+    args, config = _arguments(argv)
+    if config.compile_cache:
+        program.use_compile_cache()
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    rewards = reward_lib.load(config.rewards.names, config.rewards.weights)
+    problems = _problems(args, config)
+    reward_lib.refuse_columns(rewards, problems)
+    references = _references(config, problems)
+    questions = []
+    for path in args.models:  # all are refused before the first is asked
+        policy, _ = generate.find_model(path)
+        limit = config.data.max_prompt_tokens
+        policy.check_length(limit, args.max_tokens, "--max_tokens")
+        questions.append(evaluation.as_questions(problems, policy, limit))
+    for folder in [Path(args.out), Path(args.json).parent] if args.json else [Path(args.out)]:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be made: {error.strerror}.") from error
+    models = []
+    with parts_lib.start_rewards(config, rewards) as pool:
+        for path, name, asked in zip(args.models, _names(args.models), questions):
+            print_title(f"{name}: {len(problems)} problems")
+            models.append(_evaluate(args, config, mesh, path, name, asked, references, pool))
+    title, table, values = _report(args, len(problems), models)
+    say(f"\n{title}")  # not the table's own, which would be folded to its width
+    console.print(table)
+    say("In brackets: the 95 % bootstrap interval over problems.")
+    say(f"Every completion: {args.out}")
+    if args.json:
+        workdir.write_json(Path(args.json), values)
+        say(f"All values: {args.json}")
+
+
+if __name__ == "__main__":
+    program.main(main)

@@ -27,26 +27,36 @@ from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Params, Rollouts, Sampling
 
 
+def find_model(path: str) -> tuple[policy_lib.Policy, Path | None]:
+    """Policy of a Hugging Face folder or hub id, or of a run's folder; and where its weights are.
+
+    That is a folder of checkpoints, for a run that is unfinished; None stands for the folder that
+    the policy was read from. Raises ValueError when there is no model.
+    """
+    folder = Path(path)
+    if (folder / "export" / "config.json").exists():
+        return policy_lib.read(str(folder / "export")), None
+    if (folder / "checkpoints").is_dir():
+        record = json.loads((folder / "config.json").read_text())["options"]
+        source = record["model.path"] or str(folder / "bootstrap" / "export")
+        return policy_lib.read(source), folder / "checkpoints"
+    if (folder / "config.json").exists() and not (folder / "tokenizer_config.json").exists():
+        if "binding" in json.loads((folder / "config.json").read_text()):
+            raise ValueError(f"--model {folder} is the folder of a run that has no checkpoint yet.")
+    return policy_lib.read(path), None
+
+
 def open_model(path: str, mesh: Mesh, dtype) -> tuple[policy_lib.Policy, Params]:
     """Policy and weights of a Hugging Face folder or hub id, or of a run's folder.
 
     Of a run: what it exported, or, while it is unfinished, its newest checkpoint. Raises ValueError
     when there is neither.
     """
-    folder = Path(path)
-    if (folder / "export" / "config.json").exists():
-        path = str(folder / "export")
-    elif (folder / "checkpoints").is_dir():
-        record = json.loads((folder / "config.json").read_text())["options"]
-        policy = policy_lib.read(record["model.path"] or str(folder / "bootstrap" / "export"))
-        like = policy_lib.param_like(policy.model, mesh)
-        params = checkpoints.newest_params(folder / "checkpoints", like)
-        return policy, jax.tree.map(lambda x: x.astype(dtype), params)
-    elif (folder / "config.json").exists() and not (folder / "tokenizer_config.json").exists():
-        if "binding" in json.loads((folder / "config.json").read_text()):
-            raise ValueError(f"--model {folder} is the folder of a run that has no checkpoint yet.")
-    policy = policy_lib.read(path)
-    return policy, policy_lib.load_params(policy, mesh, seed=0, dtype=dtype)
+    policy, saved = find_model(path)
+    if saved is None:
+        return policy, policy_lib.load_params(policy, mesh, seed=0, dtype=dtype)
+    params = checkpoints.newest_params(saved, policy_lib.param_like(policy.model, mesh))
+    return policy, jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def complete(

@@ -21,7 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from grpo_jax import config as config_lib
-from grpo_jax import evaluate, keys, report, sharding, workdir
+from grpo_jax import evaluation, keys, report, sharding, workdir
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import parts as parts_lib
 from grpo_jax.data import prompts as prompts_lib
@@ -314,7 +314,7 @@ def _evaluate(parts: Parts, state: TrainState, at: Position, *, final: bool) -> 
     for num_samples in (1, options.num_samples if final else 0):
         if num_samples:
             kind = "greedy" if num_samples == 1 else f"sampled_{num_samples}"
-            values |= evaluate.run(
+            values |= evaluation.run(
                 parts.engine,
                 parts.engine.publish(state.params),
                 parts.policy,

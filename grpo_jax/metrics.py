@@ -88,6 +88,7 @@ METRICS: dict[str, Metric] = {
     "throughput/mfu": Metric("share", "of the devices' peak arithmetic that the step used"),
     "tokens/generated": Metric("tokens", "sampled since the run began"),
     "eval/accuracy": Metric("share", "held-out problems answered right, greedy"),
+    "eval/answer_found_share": Metric("share", "greedy completions in which an answer was found"),
     "eval/truncated_share": Metric("share", "greedy completions cut at the token limit"),
     "eval/length": Metric("tokens", "mean length of greedy completions"),
     "eval/pass@K": Metric("share", "held-out problems that at least one of K samples solves"),

@@ -13,14 +13,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax import config as config_lib
-from grpo_jax import evaluate, optim, sharding, workdir
+from grpo_jax import evaluation, optim, sharding, workdir
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import policy as policy_lib
 from grpo_jax.algorithm import losses
 from grpo_jax.algorithm import update as update_lib
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data import problems as problems_lib
-from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import tasks
 from grpo_jax.rewards import reward as reward_lib
 from grpo_jax.rewards.pool import Limits, Pool
@@ -58,8 +57,8 @@ class Parts:
     folder: Path
     mesh: Mesh
     policy: policy_lib.Policy
-    train: evaluate.Questions
-    held_out: evaluate.Questions | None
+    train: evaluation.Questions
+    held_out: evaluation.Questions | None
     rewards: Pool
     engine: Engine
     optimizer: optax.GradientTransformation
@@ -103,15 +102,6 @@ def start_rewards(
         num_workers=options.num_workers or min(max(cpus // (1 + device_is_busy), 1), 16),
         limits=Limits(options.time_limit_s, int(options.memory_gb * 2**30)),
     )
-
-
-def _questions(problems: list, policy: policy_lib.Policy, limit: int) -> evaluate.Questions:
-    ids = prompts_lib.encode(problems, policy.tokenizer, limit)
-    texts = [
-        p.prompt if isinstance(p.prompt, str) else policy.tokenizer.decode(i)
-        for p, i in zip(problems, ids)
-    ]
-    return evaluate.Questions(problems, ids, texts)
 
 
 def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
@@ -166,9 +156,8 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
         folder=folder,
         mesh=mesh,
         policy=policy,
-        train=_questions(train, policy, limit),
-        held_out=_questions(held_out, policy, limit) if held_out else None,
-        rewards=start_rewards(config, rewards),
+        train=evaluation.as_questions(train, policy, limit),
+        held_out=evaluation.as_questions(held_out, policy, limit) if held_out else None,
         engine=Engine(
             decoder,
             num_slots=config.rollout.num_slots or batch.prompts * batch.group,
@@ -194,6 +183,7 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
         if algorithm.kl_coef
         else None,
         checkpoints=Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep),
+        rewards=start_rewards(config, rewards),  # last: nothing is refused from here on
     )
 
 

@@ -1,121 +1,266 @@
-"""pass@k against counting every choice, votes by hand, and the items on disk."""
+"""The program: models side by side, what it writes and shows, what it refuses."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
+import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import evaluate
-from grpo_jax.data.problems import Problem
-from grpo_jax.rewards import score as score_lib
-from grpo_jax.structs import Rollouts
+from grpo_jax import config as config_lib
+from grpo_jax import evaluate, evaluation, generate, keys, policy, sharding
+from grpo_jax.data import tasks
+from grpo_jax.models import hf
+from grpo_jax.rewards.pool import Pool
+from grpo_jax.rewards.reward import load
+from grpo_jax.sampling import decode
+from grpo_jax.sampling.engine import Engine
+from grpo_jax.structs import Sampling
+
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
+CONFIG = """
+from grpo_jax import config as config_lib
+
+def get_config():
+    c = config_lib.default()
+    c.model.path = "unused"
+    c.data.path = {train!r}
+    c.data.eval_path = {test!r}
+    c.data.max_prompt_tokens = {prompt_tokens}
+    c.rollout.max_tokens = 6
+    c.rewards.names = ("{reward}",)
+    c.compile_cache = False
+    return c
+"""
+SHORT = """
+def short(prompts, completions, **columns):
+    return [float(len(c) < 6) for c in completions]
+"""
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 7])
-def test_pass_at_k_is_the_share_of_choices_with_a_right_one(n):
-    for k in range(1, n + 1):
-        shares = []
-        for right in range(n + 1):
-            samples = [True] * right + [False] * (n - right)
-            chosen = list(itertools.combinations(samples, k))
-            shares.append(np.mean([any(c) for c in chosen]))
-            assert math.isclose(evaluate.pass_at_k(np.array([right]), n, k), shares[-1])
-        assert math.isclose(evaluate.pass_at_k(np.arange(n + 1), n, k), np.mean(shares))
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, mesh):
+    """Two random models that answer sums."""
+    folder = tmp_path_factory.mktemp("models")
+    options = config_lib.default().model
+    options.update(num_layers=1, width=32, mlp_width=48)
+    tokenizer = tasks.load("arithmetic").make_tokenizer()
+    new = policy.new(options, tokenizer)
+    for seed, name in enumerate(("one", "two")):
+        params = policy.load_params(new, mesh, seed)
+        params = jax.tree.map(lambda x: 8.0 * x if x.ndim > 1 else x, params)
+        hf.save(folder / name, params, new.model, source=None, dtype="float32", tokenizer=tokenizer)
+    return [str(folder / "one"), str(folder / "two")]
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A config's file, with 4 training and 12 held-out problems and a reward for brevity."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "brevity.py").write_text(SHORT)
+    for name, numbers in (("train", range(4)), ("test", range(12))):
+        rows = [{"prompt": f"{i}+3-1=", "answer": str(i + 2), "text": f"#### {i}"} for i in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return _write_config(tmp_path / "sums.py")
+
+
+def _write_config(file, reward="brevity:short", prompt_tokens=8, **paths):
+    paths = {"train": "train.jsonl", "test": "test.jsonl"} | paths
+    file.write_text(CONFIG.format(reward=reward, prompt_tokens=prompt_tokens, **paths))
+    return str(file)
+
+
+def _items(file) -> list[dict]:
+    return [json.loads(line) for line in open(file).read().splitlines()]
+
+
+def test_two_models_side_by_side(config, models, capsys):
+    evaluate.main(
+        ["--config", config, "--model", *models, "--num_samples", "3", "--temperature", "1.5",
+         "--top_k", "9", "--seed", "7", "--json", "deep/all.json"]
+    )  # fmt: skip
+    found = json.loads(open("deep/all.json").read())
+    options = {"split": "eval", "num_problems": 12, "num_samples": 3, "temperature": 1.5,
+               "top_k": 9, "top_p": 1.0, "max_tokens": 6, "seed": 7, "dtype": "float32",
+               "confidence": 0.95, "config": config}  # fmt: skip
+    assert {k: v for k, v in found.items() if k != "models"} == options
+    correct = []
+    for model, path, name in zip(found["models"], models, ("one", "two"), strict=True):
+        assert (model["model"], model["name"]) == (path, name)
+        greedy, sampled = model["items"]["greedy"], model["items"]["sampled_3"]
+        assert greedy == f"evaluations/sums/{name}_eval_greedy.jsonl"
+        rows, sample_rows = _items(greedy), _items(sampled)
+        assert [r["prompt"] for r in rows] == [f"{i}+3-1=" for i in range(12)]
+        assert [r["columns"]["answer"] for r in rows] == [str(i + 2) for i in range(12)]
+        assert [r["sample"] for r in sample_rows] == [0, 1, 2] * 12
+        assert len({r["completion"] for r in sample_rows}) > 12
+        assert all(r["correct"] is (len(r["completion"]) < 6) for r in rows + sample_rows)
+        value = {n: v["value"] for n, v in model["metrics"].items()}
+        correct.append([r["correct"] for r in rows])
+        assert value["accuracy"] == pytest.approx(np.mean(correct[-1]))
+        assert value["truncated_share"] == pytest.approx(np.mean([not r["stopped"] for r in rows]))
+        assert value["length"] == pytest.approx(np.mean([r["length"] for r in rows]))
+        assert value["answer_found_share"] == np.mean([r["answer"] is not None for r in rows])
+        stopped = [r["length"] for r in rows if r["stopped"]]
+        assert value["stopped_length"] == (pytest.approx(np.mean(stopped)) if stopped else None)
+        right_PK = np.array([r["correct"] for r in sample_rows]).reshape(12, 3)
+        assert value["mean@3"] == pytest.approx(right_PK.mean())
+        assert value["pass@1"] == pytest.approx(right_PK.mean())
+        assert value["pass@3"] == pytest.approx(right_PK.any(axis=1).mean())
+        assert value["pass@1"] < value["pass@2"] < value["pass@3"]
+        assert {"maj@1", "maj@2", "maj@3"} < value.keys()
+        assert all(
+            v["low"] <= v["value"] <= v["high"]
+            for v in model["metrics"].values() if v["value"] is not None
+        )  # fmt: skip
+    assert correct[0] != correct[1]
+    assert "difference_to_first" not in found["models"][0]
+    gain = found["models"][1]["difference_to_first"]["accuracy"]
+    assert gain["value"] == pytest.approx(np.mean(correct[1]) - np.mean(correct[0]))
+    shown = capsys.readouterr().out
+    assert "12 held-out problems" in shown and "3 samples of each at temperature 1.5" in shown
+    one = found["models"][0]["metrics"]["accuracy"]
+    cell = f"{100 * one['value']:.1f} % [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
+    assert cell in shown
+    assert f"{100 * gain['value']:+.1f} [{100 * gain['low']:+.1f}," in shown
+    assert "difference to one" in shown and "Every completion: evaluations/sums" in shown
+
+
+def test_slots_change_no_item_and_are_few(config, models, monkeypatch):
+    engines = []
+    init = Engine.__init__
+    monkeypatch.setattr(
+        Engine, "__init__", lambda self, *a, **k: (engines.append(self), init(self, *a, **k))[1]
+    )
+    argv = ["--config", config, "--model", models[0], "--num_samples", "3"]
+    argv += ["--config.rollout.compact=False"]  # fewer shapes to compile
+    evaluate.main([*argv, "--out", "all"])
+    evaluate.main([*argv, "--out", "few", "--config.rollout.num_slots", "4"])
+    for name in ("one_eval_greedy.jsonl", "one_eval_sampled_3.jsonl"):
+        assert open(f"all/{name}").read() == open(f"few/{name}").read()
+    assert engines[0].num_slots == 256 and engines[1].num_slots == 4
+    assert max(slots * lanes for slots, lanes, _ in engines[1].shapes) <= 4
+    assert max(slots * lanes for slots, lanes, _ in engines[0].shapes) == 36
+
+
+def test_a_run_logs_what_the_program_finds(config, models, mesh, tmp_path):
+    evaluate.main(["--config", config, "--model", models[1], "--split", "train", "--json", "x"])
+    path = models[1]
+    ours, params = generate.open_model(path, mesh, jnp.float32)
+    decoder = decode.Decoder(ours.model, mesh, Sampling(1.0), ours.stop_ids, 6)
+    engine = Engine(decoder)
+    read = config_lib.load(config, [])
+    problems = evaluate.parts_lib.load_problems(read)[0]
+    with Pool(load(read.rewards.names, (1.0,))) as pool:
+        values = evaluation.run(
+            engine, engine.publish(params), ours, evaluation.as_questions(problems, ours, 8),
+            pool, num_samples=1, temperature=1.0,
+            key=keys.key_for(0, "evaluate"), file=tmp_path / "in_run.jsonl",
+        )  # fmt: skip
+    (model,) = json.loads(open("x").read())["models"]
+    assert len(problems) == 4 and len(values) == 4
+    names = ("accuracy", "answer_found_share", "truncated_share", "length")
+    assert values == {f"eval/{n}": model["metrics"][n]["value"] for n in names}
+    assert (tmp_path / "in_run.jsonl").read_text() == open(model["items"]["greedy"]).read()
+
+
+def test_references(config, shared, capsys):
+    """Of a real model's stories: BLEU of the corpus and F1 of the items, as the items say."""
+    sacrebleu = pytest.importorskip("sacrebleu")
+    path = shared / "models" / "stories260K"
+    if not (path / "config.json").exists():
+        pytest.skip(f"needs {path}")
+    starts = ["Once upon a time", "One day, a cat", "Tom and Sue", "The sun was"]
+    rows = [{"prompt": s, "story": "there was a little girl named Lily."} for s in starts]
+    with open("test.jsonl", "w") as file:
+        file.write("\n".join(map(json.dumps, rows)))
+    evaluate.main(
+        ["--config", config, "--model", str(path), "--max_tokens", "24", "--json", "x.json",
+         "--num_problems", "3", "--config.evaluation.reference=story"]
+    )  # fmt: skip
+    (model,) = json.loads(open("x.json").read())["models"]
+    items = _items(model["items"]["greedy"])
+    assert len(items) == 3
+    value = {n: v["value"] for n, v in model["metrics"].items()}
+    texts, references = [i["completion"] for i in items], [i["columns"]["story"] for i in items]
+    assert value["bleu"] == pytest.approx(sacrebleu.corpus_bleu(texts, [references]).score)
+    for name in ("f1", "rouge1", "rouge2", "rougeL"):
+        assert value[name] == pytest.approx(np.mean([i[name] for i in items])) and value[name] > 0
+    assert len({i["bleu"] for i in items}) > 1
+    assert "rougeL" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("answers", "correct", "wins"),
+    ("argv", "message"),
     [
-        (["3", "4", "3"], [True, False, True], True),
-        (["3", "4", "4"], [True, False, False], False),
-        (["4", "3", "3", "4"], [False, True, True, False], False),  # a tie: the one given first
-        (["3", "4", "4", "3"], [True, False, False, True], True),
-        ([None, None, "3"], [False, False, True], True),  # no answer never wins
-        ([None, None], [False, False], False),
-        ([None, "4", None], [True, False, True], False),
+        (["--num_problems", "0"], "--num_problems 0 must be at least 1"),
+        (["--num_samples", "-1"], "--num_samples -1 must be from 0"),
+        (["--num_samples", "4", "--temperature", "0"], "--num_samples 4 at --temperature 0"),
+        (["--temperature", "nan"], "--temperature nan must be"),
+        (["--top_p", "0"], "--top_p 0.0 must be above 0"),
+        (["--top_k", "-1"], "--top_k -1 must be 0 or more"),
+        (["--max_tokens", "0"], "--max_tokens 0 must be above 0"),
+        (["--seed", "-1"], "--seed -1 must be 0 or more"),
+        (["--num_sample", "4"], "Unknown argument '--num_sample'"),
+        (["--config.batch.promts", "4"], "There is no option batch.promts"),
+        (["--model", "gone"], r"gone.*there is no such folder"),
+        (["--max_tokens", "1020"], r"8 tokens.*1020 \(--max_tokens\).*1024"),
+        (["--config.data.max_prompt_tokens=5"], "data.max_prompt_tokens = 5, but problem 0 has 6"),
+        (["--config.data.eval_path="], "has no held-out problems"),
+        (["--config.rewards.names=('no_such',)"], "'no_such' is not a built-in reward"),
+        (["--config.evaluation.reference=story"], "'story' is no column.*answer, text"),
+        (["--out", "sums.py/x"], "sums.py/x cannot be made"),
     ],
 )
-def test_majority(answers, correct, wins):
-    assert evaluate.majority(answers, correct) is wins
+def test_what_is_refused(config, models, argv, message, monkeypatch, capsys):
+    """Before any model has answered."""
+    monkeypatch.setattr(evaluate, "_evaluate", lambda *a: pytest.fail("it was not refused"))
+    with pytest.raises(ValueError, match=message) as refusal:
+        evaluate.main(["--config", config, "--model", models[0], *argv])
+    assert "\n" not in str(refusal.value)
 
 
-class _Policy:
-    def text(self, ids):
-        return "".join("#0123456789 "[i] for i in ids)
+def test_one_model_twice_is_refused(config, models):
+    with pytest.raises(ValueError, match=r"one/ is given twice"):
+        evaluate.main(["--config", config, "--model", models[0], models[1], models[0] + "/"])
 
 
-class _Engine:
-    """Gives the completions that it is made with."""
-
-    def __init__(self, texts: list[list[str]], stopped):
-        self.texts, self.stopped, self.calls = texts, stopped, []
-
-    def generate(self, params, prompts, *, group, key, temperature):
-        self.calls.append((prompts, group, temperature))
-        length = np.array([[len(t) for t in row] for row in self.texts], np.int32)
-        ids = np.full((*length.shape, length.max()), 11, np.int32)
-        for p, g in np.ndindex(length.shape):
-            row = ["#0123456789 ".index(c) for c in self.texts[p][g]]
-            ids[p, g, : len(row)] = row
-        zeros = np.zeros(ids.shape, np.float32)
-        prompt = np.zeros((len(prompts), 1), np.int32)
-        one = np.ones(len(prompts), np.int32)
-        return Rollouts(prompt, one, ids, zeros, length, np.array(self.stopped))
+def test_a_reference_that_is_no_text_is_refused(config, models):
+    rows = [{"prompt": "1+1=", "n": "a"}, {"prompt": "1+2=", "n": 3}]
+    with open("test.jsonl", "w") as file:
+        file.write("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=r"'n' holds a int in problem 1"):
+        evaluate.main(["--config", config, "--model", models[0], "--config.evaluation.reference=n"])
 
 
-QUESTIONS = evaluate.Questions(
-    [Problem("a", {"answer": "1"}), Problem("b", {"answer": "2"})], [[1], [2]], ["a", "b"]
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["runs/a"], ["a"]),
+        (["runs/a/export"], ["a/export"]),
+        (["x/a", "y/a", "b"], ["x/a", "y/a", "b"]),
+        (["/models/m", "org/m"], ["models/m", "org/m"]),
+        (["/m", "m"], ["1_m", "2_m"]),
+        (["export"], ["1_export"]),
+    ],
 )
-SEVEN = ("#### 1", "#### 2", "#### 2", "#### 9", "#### 2", "#### 9")
+def test_names_tell_models_apart(paths, names):
+    assert evaluate._names(paths) == names
 
 
-def _silent(prompts, completions, **columns):
-    return [None] * len(completions)
-
-
-def _run(engine, file, num_samples):
-    rewards = score_lib.load(("exact_answer",), (1.0,))
-    rewards.append(score_lib.Reward("silent", _silent, 1.0))
-    return evaluate.run(
-        engine, None, _Policy(), QUESTIONS, rewards,
-        num_samples=num_samples, temperature=0.7, key=None, file=file,
-    )  # fmt: skip
-
-
-def test_greedy(tmp_path):
-    engine = _Engine([["#### 1"], ["#### 10"]], [[True], [False]])
-    values = _run(engine, tmp_path / "deep" / "e.jsonl", 1)
-    assert values == {"eval/accuracy": 0.5, "eval/truncated_share": 0.5, "eval/length": 6.5}
-    assert engine.calls == [([[1], [2]], 1, 0.0)]
-    rows = [json.loads(line) for line in (tmp_path / "deep" / "e.jsonl").read_text().splitlines()]
-    assert rows == [
-        {"prompt": "a", "columns": {"answer": "1"}, "sample": 0, "completion": "#### 1",
-         "rewards": {"exact_answer": 1.0, "silent": None}, "length": 6, "stopped": True},
-        {"prompt": "b", "columns": {"answer": "2"}, "sample": 0, "completion": "#### 10",
-         "rewards": {"exact_answer": 0.0, "silent": None}, "length": 7, "stopped": False},
-    ]  # fmt: skip
-
-
-def test_samples(tmp_path):
-    texts = [list(SEVEN[:3]), list(SEVEN[3:])]  # right: 1 of 3, 1 of 3; votes: 2, then 9
-    engine = _Engine(texts, [[True] * 3] * 2)
-    values = _run(engine, tmp_path / "e.jsonl", 3)
-    assert values["eval/pass@3"] == 1.0  # each has a right one
-    assert values["eval/mean@3"] == pytest.approx(1 / 3)
-    assert values["eval/maj@3"] == 0.0
-    assert engine.calls == [([[1], [2]], 3, 0.7)]
-    rows = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
-    assert [(r["prompt"], r["sample"], r["completion"]) for r in rows] == [
-        (p, g, texts[i][g]) for i, p in enumerate("ab") for g in range(3)
-    ]
-    assert [r["rewards"]["exact_answer"] for r in rows] == [1, 0, 0, 0, 1, 0]
-
-
-def test_votes_are_counted_by_problem():
-    texts = [["#### 1", "#### 1", "#### 2"], ["#### 1", "#### 2", "#### 1"]]
-    values = _run(_Engine(texts, [[True] * 3] * 2), None, 3)
-    assert values["eval/maj@3"] == 0.5 and values["eval/mean@3"] == pytest.approx(3 / 6)
+def test_a_runs_folder(config, models, tmp_path):
+    shutil.copytree(models[0], tmp_path / "run" / "export")
+    evaluate.main(["--config", config, "--model", "run", "--model", models[0], "--json", "x.json"])
+    run, exported = json.loads(open("x.json").read())["models"]
+    assert run["metrics"] == exported["metrics"] and run["name"] == "run"
+    assert exported["difference_to_first"]["length"]["value"] == 0

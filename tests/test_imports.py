@@ -16,7 +16,7 @@ FILES = {
     ): path
     for path in sorted(ROOT.rglob("*.py"))
 }
-PROGRAMS = {"program", "train", "sft", "generate", "report", "score"}  # and loop, which they run
+PROGRAMS = {"program", "train", "sft", "generate", "evaluate", "report", "score"}
 PARTS = ("models", "sampling", "algorithm", "rewards", "data")
 
 

@@ -1,0 +1,216 @@
+"""Problems answered by a policy: what is right, how the samples vote, every item on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grpo_jax import estimates
+from grpo_jax.data.problems import Problem
+from grpo_jax.data.prompts import encode
+from grpo_jax.estimates import Tally
+from grpo_jax.judge import Judge
+from grpo_jax.policy import Policy
+from grpo_jax.rewards import score as score_lib
+from grpo_jax.rewards.exact import extract_answer, same_answer
+from grpo_jax.rewards.pool import Pool
+from grpo_jax.sampling.engine import Engine
+from grpo_jax.structs import Array, Params
+from grpo_jax.workdir import write_whole
+
+_MAX_COMPARED = 64  # different answers of one problem that a further one is compared with
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """Problems with their prompts as tokens and as the text those stand for."""
+
+    problems: list[Problem]
+    prompt_ids: list[list[int]]
+    texts: list[str]
+
+    def take(self, index) -> Questions:
+        """Some of them, by number."""
+        pick = lambda items: [items[i] for i in index]  # noqa: E731
+        return Questions(pick(self.problems), pick(self.prompt_ids), pick(self.texts))
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """G completions of each of P questions, prompt by prompt, and what they earned."""
+
+    questions: Questions
+    completions: list[str]
+    scores: score_lib.Scores
+    answers: list[str | None]  # as extracted; None where there is none
+    correct_PG: np.ndarray  # bool: the first reward is 1
+    length_PG: np.ndarray  # int32: tokens, stop token included
+    stopped_PG: np.ndarray  # bool: ended by a stop token
+
+
+def as_questions(problems: list[Problem], policy: Policy, max_prompt_tokens: int) -> Questions:
+    """The problems as the policy reads them; ValueError where a prompt is empty or too long."""
+    ids = encode(problems, policy.tokenizer, max_prompt_tokens)
+    texts = [
+        p.prompt if isinstance(p.prompt, str) else policy.tokenizer.decode(i)
+        for p, i in zip(problems, ids)
+    ]
+    return Questions(problems, ids, texts)
+
+
+def votes(answers: list[str | None]) -> np.ndarray:
+    """The number of the first sample with an equal answer, -1 where there is none; int64 [K].
+
+    Equal as `same_answer` has it: 0.5 and 1/2 are one vote. A problem's first 64 different answers
+    are compared so; later ones, which would cost the square of their number, only as they stand.
+    """
+    first_of: dict[str, int] = {}
+    different: list[str] = []
+    for i, answer in enumerate(answers):
+        if answer is not None and answer not in first_of:
+            equal = next((a for a in different[:_MAX_COMPARED] if same_answer(a, answer)), None)
+            if equal is None:
+                different.append(answer)
+            first_of[answer] = i if equal is None else first_of[equal]
+    return np.array([-1 if a is None else first_of[a] for a in answers], np.int64)
+
+
+def answer(
+    engine: Engine,
+    params: Params,
+    policy: Policy,
+    questions: Questions,
+    pool: Pool,
+    *,
+    num_samples: int,
+    temperature: float,
+    key: Array,
+    on_answer: Callable[[], None] = lambda: None,
+) -> Answered:
+    """`num_samples` completions of every question with their rewards.
+
+    `params` come from `engine.publish`. A completion is right when the first reward gives it 1.
+    `on_answer` is called whenever a question has all its completions.
+    """
+    judge = Judge(pool, policy, questions.problems, num_samples)
+
+    def take(number: int, completions: list[list[int]]) -> None:
+        judge.add(number, completions)
+        on_answer()
+
+    rollouts = engine.generate(
+        params,
+        questions.prompt_ids,
+        group=num_samples,
+        key=key,
+        temperature=temperature,
+        on_group=take,
+    )
+    scores = judge.scores()
+    return Answered(
+        questions=questions,
+        completions=judge.texts,
+        scores=scores,
+        answers=[extract_answer(text) for text in judge.texts],
+        correct_PG=scores.correct(pool.names[0]).reshape(rollouts.length_PG.shape),
+        length_PG=rollouts.length_PG,
+        stopped_PG=rollouts.stopped_PG,
+    )
+
+
+def greedy_tallies(answered: Answered, max_tokens: int) -> dict[str, Tally]:
+    """Metrics of one greedy completion per problem, by name."""
+    length_PG, stopped_PG = answered.length_PG, answered.stopped_PG
+    found_PG = np.array([a is not None for a in answered.answers]).reshape(length_PG.shape)
+    limit = float(max_tokens)
+    return {
+        "accuracy": estimates.mean(answered.correct_PG.mean(axis=1)),
+        "answer_found_share": estimates.mean(found_PG.mean(axis=1)),
+        "truncated_share": estimates.mean(1 - stopped_PG.mean(axis=1)),
+        "length": estimates.mean(length_PG.mean(axis=1), 1.0, limit),
+        "stopped_length": estimates.ratio(
+            (length_PG * stopped_PG).sum(axis=1), stopped_PG.sum(axis=1), 1.0, limit
+        ),
+    }
+
+
+def sampled_tallies(answered: Answered, ks: list[int]) -> dict[str, Tally]:
+    """pass@k and maj@k of each k, and the mean accuracy, of several samples per problem."""
+    correct_PG, answers = answered.correct_PG, answered.answers
+    n = correct_PG.shape[1]
+    vote_PG = np.stack([votes(answers[i : i + n]) for i in range(0, len(answers), n)])
+    values = {f"pass@{k}": estimates.pass_at_k(correct_PG.sum(axis=1), n, k) for k in ks}
+    values |= {f"maj@{k}": estimates.maj_at_k(vote_PG, correct_PG, k) for k in ks}
+    values[f"mean@{n}"] = correct_PG.mean(axis=1)
+    return {name: estimates.mean(value_P) for name, value_P in values.items()}
+
+
+def run(
+    engine: Engine,
+    params: Params,
+    policy: Policy,
+    questions: Questions,
+    pool: Pool,
+    *,
+    num_samples: int,
+    temperature: float,
+    key: Array,
+    file: Path | None,
+) -> dict[str, float]:
+    """Metrics of the policy on the questions, by the names that a run logs.
+
+    `num_samples` 1 is greedy accuracy; more, pass@k, maj@k and the mean by sampling at
+    `temperature`. Every item goes to `file` as one JSON object a line.
+    """
+    greedy = num_samples == 1
+    answered = answer(
+        engine,
+        params,
+        policy,
+        questions,
+        pool,
+        num_samples=num_samples,
+        temperature=0.0 if greedy else temperature,
+        key=key,
+    )
+    if file is not None:
+        write_items(file, answered)
+    if greedy:
+        tallies = greedy_tallies(answered, int(answered.length_PG.max()))
+        tallies.pop("stopped_length")  # undefined where none stopped
+    else:
+        tallies = sampled_tallies(answered, [num_samples])
+    return {f"eval/{name}": tally.value for name, tally in tallies.items()}
+
+
+def write_items(file: Path, answered: Answered, further: dict[str, np.ndarray] | None = None):
+    """Writes every completion with what is known of it, one JSON object a line.
+
+    `further`: more numbers, [B] each, by name.
+    """
+    questions, scores = answered.questions, answered.scores
+    group = answered.length_PG.shape[1]
+    lines = []
+    for row, completion in enumerate(answered.completions):
+        p, g = divmod(row, group)
+        by_name = {n: float(v[row]) for n, v in scores.by_name.items()}
+        item: dict[str, Any] = {
+            "prompt": questions.texts[p],
+            "columns": questions.problems[p].columns,
+            "sample": g,
+            "completion": completion,
+            "rewards": {n: None if np.isnan(v) else v for n, v in by_name.items()},
+            "answer": answered.answers[row],
+            "correct": bool(answered.correct_PG[p, g]),
+            "length": int(answered.length_PG[p, g]),
+            "stopped": bool(answered.stopped_PG[p, g]),
+        }
+        item |= {name: float(value_B[row]) for name, value_B in (further or {}).items()}
+        lines.append(json.dumps(item, default=str))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, "\n".join(lines) + "\n")

@@ -1,0 +1,141 @@
+"""Equal answers, metrics by hand, and the items on disk."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from grpo_jax import evaluation, metrics
+from grpo_jax.data.problems import Problem
+from grpo_jax.rewards.pool import Pool
+from grpo_jax.rewards.reward import load
+from grpo_jax.structs import Rollouts
+
+
+@pytest.mark.parametrize(
+    ("answers", "votes"),
+    [
+        (["3", "4", "3"], [0, 1, 0]),
+        (["0.5", "7", r"\frac{1}{2}", "1/2", "7.0"], [0, 1, 0, 0, 1]),
+        (["Yes", None, "no", " yes"], [0, -1, 2, 0]),
+        ([None, None], [-1, -1]),
+    ],
+)
+def test_equal_answers_are_one_vote(answers, votes):
+    assert evaluation.votes(answers).tolist() == votes
+
+
+def test_votes_compare_few_answers(monkeypatch):
+    """300 answers, all different: not 300 * 299 / 2 comparisons. Equal texts remain one vote."""
+    calls = []
+    monkeypatch.setattr(evaluation, "same_answer", lambda a, b: bool(calls.append((a, b))))
+    answers = [str(i) for i in range(300)] * 2
+    assert evaluation.votes(answers).tolist() == list(range(300)) * 2
+    assert len(calls) < 300 * 64
+
+
+class _Policy:
+    def text(self, ids):
+        return "".join("#0123456789 "[i] for i in ids)
+
+
+class _Engine:
+    """Gives the completions that it is made with."""
+
+    def __init__(self, texts: list[list[str]], stopped):
+        self.texts, self.stopped, self.calls = texts, stopped, []
+
+    def generate(self, params, prompts, *, group, key, temperature, on_group):
+        self.calls.append((prompts, group, temperature))
+        length = np.array([[len(t) for t in row] for row in self.texts], np.int32)
+        ids = np.full((*length.shape, length.max()), 11, np.int32)
+        for p, g in np.ndindex(length.shape):
+            row = ["#0123456789 ".index(c) for c in self.texts[p][g]]
+            ids[p, g, : len(row)] = row
+        for p, row in enumerate(length):
+            on_group(p, [ids[p, g, :n].tolist() for g, n in enumerate(row)])
+        zeros = np.zeros(ids.shape, np.float32)
+        prompt = np.zeros((len(prompts), 1), np.int32)
+        one = np.ones(len(prompts), np.int32)
+        return Rollouts(prompt, one, ids, zeros, length, np.array(self.stopped))
+
+
+QUESTIONS = evaluation.Questions(
+    [Problem("a", {"answer": "1"}), Problem("b", {"answer": "2"})], [[1], [2]], ["a", "b"]
+)
+SEVEN = ("#### 1", "#### 2", "#### 2", "#### 9", "#### 2", "#### 9")
+
+
+def silent(prompts, completions, **columns):
+    return [None] * len(completions)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with Pool(load(("exact_answer", "test_evaluation:silent"), (1.0, 1.0))) as pool:
+        yield pool
+
+
+def _run(engine, file, num_samples, pool):
+    return evaluation.run(
+        engine, None, _Policy(), QUESTIONS, pool,
+        num_samples=num_samples, temperature=0.7, key=None, file=file,
+    )  # fmt: skip
+
+
+def test_greedy(tmp_path, pool):
+    engine = _Engine([["#### 1"], ["#### 10"]], [[True], [False]])
+    values = _run(engine, tmp_path / "deep" / "e.jsonl", 1, pool)
+    assert values == {
+        "eval/accuracy": 0.5, "eval/answer_found_share": 1.0, "eval/truncated_share": 0.5,
+        "eval/length": 6.5,
+    }  # fmt: skip
+    assert all(map(metrics.is_known, values))
+    assert engine.calls == [([[1], [2]], 1, 0.0)]
+    rows = [json.loads(line) for line in (tmp_path / "deep" / "e.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"prompt": "a", "columns": {"answer": "1"}, "sample": 0, "completion": "#### 1",
+         "rewards": {"exact_answer": 1.0, "silent": None}, "answer": "1",
+         "correct": True, "length": 6, "stopped": True},
+        {"prompt": "b", "columns": {"answer": "2"}, "sample": 0, "completion": "#### 10",
+         "rewards": {"exact_answer": 0.0, "silent": None}, "answer": "10",
+         "correct": False, "length": 7, "stopped": False},
+    ]  # fmt: skip
+
+
+def test_samples(tmp_path, pool):
+    texts = [list(SEVEN[:3]), list(SEVEN[3:])]  # right: 1 of 3, 1 of 3; votes: 2, then 9
+    engine = _Engine(texts, [[True] * 3] * 2)
+    values = _run(engine, tmp_path / "e.jsonl", 3, pool)
+    assert values["eval/pass@3"] == 1.0  # each has a right one
+    assert values["eval/mean@3"] == pytest.approx(1 / 3)
+    assert values["eval/maj@3"] == 0.0
+    assert engine.calls == [([[1], [2]], 3, 0.7)]
+    rows = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
+    assert [(r["prompt"], r["sample"], r["completion"]) for r in rows] == [
+        (p, g, texts[i][g]) for i, p in enumerate("ab") for g in range(3)
+    ]
+    assert [r["rewards"]["exact_answer"] for r in rows] == [1, 0, 0, 0, 1, 0]
+
+
+def test_votes_are_counted_by_problem(pool):
+    texts = [["#### 1", "#### 1", "#### 2"], ["#### 1", "#### 2", "#### 1"]]
+    values = _run(_Engine(texts, [[True] * 3] * 2), None, 3, pool)
+    assert values["eval/maj@3"] == 0.5 and values["eval/mean@3"] == pytest.approx(3 / 6)
+
+
+def test_no_answer_found(pool):
+    values = _run(_Engine([["12"], ["#### 2"]], [[True], [True]]), None, 1, pool)
+    assert values["eval/answer_found_share"] == 0.5 and values["eval/accuracy"] == 0.5
+
+
+def test_lengths_of_the_stopped(pool):
+    engine = _Engine([["#### 1"], ["#### 10"]], [[True], [False]])
+    answered = evaluation.answer(
+        engine, None, _Policy(), QUESTIONS, pool, num_samples=1, temperature=0.0, key=None
+    )
+    tallies = evaluation.greedy_tallies(answered, 8)
+    assert tallies["stopped_length"].value == 6.0 and tallies["length"].value == 6.5
+    assert (tallies["length"].low, tallies["length"].high) == (1.0, 8.0)
