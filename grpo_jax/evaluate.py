@@ -13,7 +13,7 @@ import numpy as np
 from grpo_jax.data.problems import Problem
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import score as score_lib
-from grpo_jax.rewards.exact import extract_answer
+from grpo_jax.rewards.answers import extract_answer
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Array, Params, Rollouts
 from grpo_jax.workdir import write_whole
