@@ -90,7 +90,8 @@ def _is_solution(text: str) -> bool:
 
 def _place(start: int, text: str) -> list[_Place]:
     text = strip(text)
-    return [(start, text)] if text else []
+    is_answer = text and "\\boxed" not in text and "\\fbox" not in text  # else an empty box
+    return [(start, text)] if is_answer else []
 
 
 def _after_marker(text: str) -> list[_Place]:
@@ -102,6 +103,7 @@ def _in_boxes(text: str) -> list[_Place]:
     """The box that opens last, of those that are closed and not blank; one pass over the braces."""
     open_braces: list[tuple[bool, int]] = []
     best: list[_Place] = []
+    latest = -1
     for match in _BRACES.finditer(text):
         brace, place = match.group(), []
         if brace in ("\\{", "\\}"):
@@ -113,10 +115,10 @@ def _in_boxes(text: str) -> list[_Place]:
                 place = _place(match.end(), bare[1].partition("$")[0])
         elif open_braces:
             is_box, start = open_braces.pop()
-            # Nested boxes close inside out; the outer ones are not read again, which would make
-            # the cost quadratic.
-            if is_box and (not best or start > best[0][0]):
-                place = _place(start, text[start : match.start()])
+            # Boxes close inside out. A box around one that is done is no answer, and reading it
+            # again would make the cost quadratic.
+            if is_box and start > latest:
+                place, latest = _place(start, text[start : match.start()]), start
         if place and (not best or place > best):
             best = place
     return best
