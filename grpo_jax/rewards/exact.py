@@ -59,10 +59,10 @@ def same_answer(one: str, other: str) -> bool:
     "1,234.0" equals "1234" and "0.5" equals "1/2" and `\\frac{1}{2}`. A percent sign is dropped:
     "50%" equals "50", not "0.5". Text is compared without case, spaces and LaTeX spelling.
     """
-    one, other = _normalise(one), _normalise(other)
-    number, other_number = _number(one), _number(other)
-    if number is not None and other_number is not None:
-        return number == other_number
+    one, other = normalise(one), normalise(other)
+    value, other_value = number(one), number(other)
+    if value is not None and other_value is not None:
+        return value == other_value
     return one == other
 
 
@@ -71,7 +71,8 @@ def _is_right(text: str, expected: str) -> bool:
     return found is not None and same_answer(found, expected)
 
 
-def _normalise(text: str) -> str:
+def normalise(text: str) -> str:
+    """An answer without case, spaces, its percent sign, and LaTeX spelling."""
     for spelling, plain in _SYNONYMS:
         text = text.replace(spelling, plain)
     text = _BARE_ROOT.sub(r"\\sqrt{\1}", text)
@@ -84,8 +85,8 @@ def _braced(argument: str) -> str:
     return argument if argument.startswith("{") else f"{{{argument}}}"
 
 
-def _number(text: str) -> Fraction | None:
-    """The value of a decimal, a ratio or a \\frac, else None. Never slow, whatever the text."""
+def number(text: str) -> Fraction | None:
+    """The value of a normalised decimal, ratio or \\frac, else None. Never slow."""
     if len(text) > _MAX_DIGITS:
         return None
     text = text.lstrip("$")

@@ -65,6 +65,7 @@ from grpo_jax.rewards.math_answer import math_answer, same_mathematics
         ("1 1/2", "3/2"),
         (r"\ln 2", "ln(2)"),
         ("5!", "120"),
+        (r"50\%", "0.5"),
         (r"\text{even}", "even"),
         (r"11\sqrt2", r"11\sqrt{2}"),
         (r"-\frac{2}{3}", r"\frac{-2}{3}"),
