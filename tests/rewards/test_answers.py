@@ -81,7 +81,7 @@ def test_only_what_follows_the_thinking_counts(text, answer):
         "{" * 10**6,
         "}" * 10**6,
         "\\boxed{" * 10**5,
-        "\\boxed{" * 10**5 + " " + "}" * 10**5,
+        "\\boxed{" * 3 * 10**5 + " " + "}" * 3 * 10**5,
         "\\boxed{}" * 10**5,
         "\\boxed{{" * 10**5 + "}" * 2 * 10**5,
         "\\boxed 7 " * 10**5,

@@ -1,5 +1,7 @@
 import json
 import re
+import subprocess
+import sys
 import time
 from fractions import Fraction
 
@@ -115,6 +117,8 @@ def test_equal(one, other):
         ("5", "1,5"),
         ("11/2", "1 1/2"),
         ("72", "7 2"),
+        ("9", "7 2"),
+        ("(0,1)", "(0,9^{9^{9^9}})"),
         ("x", "y"),
         ("2x", "x^2"),
         (r"\pi", "3.14159"),
@@ -169,20 +173,24 @@ def test_a_row_without_answer_is_refused():
     assert math_answer.column_faults == {"answer": answer_fault}
 
 
-def test_nothing_is_printed(capfd, recwarn):
+def test_nothing_is_printed():
     strange = [
-        "\\frac{",
+        r"\frac{",
         "1/0",
-        "\\frac{0}{0}",
+        r"\frac{0}{0}",
         "x=\\",
         "2^{2^{x}}",
         "(1,2,",
-        "\\infty-\\infty",
+        r"\frac{x}{0}",
         "x<y<",
     ]
-    math_answer([""] * 8, [f"\\boxed{{{t}}} \\fbox{{{t}}} #### {t}" for t in strange], ["x^2"] * 8)
-    assert capfd.readouterr() == ("", "")
-    assert not recwarn.list
+    code = f"""
+from grpo_jax.rewards.math_answer import math_answer
+strange = {strange!r}
+print(math_answer([""] * 8, ["#### " + t for t in strange], ["x^2+1"] * 8))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (found.stdout, found.stderr) == (f"{[0.0] * 8}\n", "")
 
 
 # --- Made to hang, crash or fool ------------------------------------------------------------------
