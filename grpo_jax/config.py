@@ -48,6 +48,7 @@ def default() -> ConfigDict:
     c.rewards.num_workers = 0  # processes that compute rewards; 0: half of the CPUs, at most 16
     c.rewards.time_limit_s = 10.0  # of a reward for one completion; a process that hangs is killed
     c.rewards.memory_gb = 4.0  # memory limit of each process, GiB; 0: none
+    c.rewards.bad_rows = "refuse"  # problems whose columns no reward can read: "refuse" or "drop"
     c.rewards.max_failed_share = 1.0  # the run ends when more of a step's completions fail
 
     c.batch = ConfigDict()
@@ -283,6 +284,7 @@ def _check_choices(config: ConfigDict) -> None:
     choices = {
         "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
         "algorithm.normalizer": (config.algorithm.normalizer, ("token", "sequence", "constant")),
+        "rewards.bad_rows": (config.rewards.bad_rows, ("refuse", "drop")),
         "optim.schedule": (config.optim.schedule, ("constant", "linear", "cosine")),
     }
     for name, (value, allowed) in choices.items():

@@ -324,8 +324,7 @@ def main(argv: list[str]) -> None:
         program.use_compile_cache()
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     rewards = reward_lib.load(config.rewards.names, config.rewards.weights)
-    problems = _problems(args, config)
-    reward_lib.refuse_columns(rewards, problems)
+    problems = parts_lib.answerable(config, rewards, _problems(args, config))
     references = _references(config, problems)
     questions = []
     for path in args.models:  # all are refused before the first is asked

@@ -17,7 +17,8 @@ from grpo_jax.estimates import Tally
 from grpo_jax.judge import Judge
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import score as score_lib
-from grpo_jax.rewards.exact import extract_answer, same_answer
+from grpo_jax.rewards.answers import extract_answer
+from grpo_jax.rewards.exact import same_answer
 from grpo_jax.rewards.pool import Pool
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Array, Params

@@ -74,8 +74,8 @@ def refuse_early(config: ConfigDict, folder: Path) -> None:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     config_lib.check_devices(config, sharding.num_row_shards(mesh))
     rewards = reward_lib.load(config.rewards.names, config.rewards.weights)
-    train, held_out = load_problems(config)
-    reward_lib.refuse_columns(rewards, [*train, *held_out])
+    for problems in load_problems(config):
+        answerable(config, rewards, problems)
     policy = policy_lib.new(config.model, tasks.load(config.data.task).make_tokenizer())
     policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
     workdir.open_for(config, folder)
@@ -89,6 +89,26 @@ def load_problems(config: ConfigDict) -> tuple[list, list]:
     train = problems_lib.load_jsonl(data.path, "data.path")
     held_out = problems_lib.load_jsonl(data.eval_path, "data.eval_path") if data.eval_path else []
     return train, held_out
+
+
+def answerable(config: ConfigDict, rewards: list[reward_lib.Reward], problems: list) -> list:
+    """The problems that all rewards can score.
+
+    Raises ValueError where there are others and `rewards.bad_rows` refuses them, where none is
+    left, and where a column is missing.
+    """
+    reward_lib.refuse_columns(rewards, problems)
+    faults = reward_lib.faulty_rows(rewards, problems)
+    if not faults:
+        return problems
+    first = next(iter(faults.values()))
+    if config.rewards.bad_rows == "refuse" or len(faults) == len(problems):
+        raise ValueError(
+            f"{first} {len(faults)} of {len(problems)} rows are such. Mend them, or leave them out "
+            'with rewards.bad_rows = "drop".'
+        )
+    metrics_lib.say(f"{len(faults)} of {len(problems)} problems are left out. The first: {first}")
+    return [problem for i, problem in enumerate(problems) if i not in faults]
 
 
 def start_rewards(
@@ -111,10 +131,9 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
     rewards = reward_lib.load(config.rewards.names, config.rewards.weights)
     policy = policy_lib.read(model_path)
     policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
-    train, held_out = load_problems(config)
+    train, held_out = (answerable(config, rewards, part) for part in load_problems(config))
     held_out = held_out[: config.evaluation.num_problems]
     limit = config.data.max_prompt_tokens
-    reward_lib.refuse_columns(rewards, [*train, *held_out])
     workdir.open_for(config, folder)
     dtype = jnp.dtype(config.model.dtype)
     sampling = Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p)

@@ -10,15 +10,18 @@ import re
 from fractions import Fraction
 from typing import Any
 
+from grpo_jax.rewards.answers import answer_fault, extract_answer, stated_answer, strip
+from grpo_jax.rewards.completions import text_of
+
 _PLAIN = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 _DECIMAL = re.compile(rf"[+-]?{_PLAIN}(?:[eE][+-]?[0-9]{{1,3}})?")
 _RATIO = re.compile(rf"([+-]?{_PLAIN})/({_PLAIN})")
 _FRAC = re.compile(rf"([+-]?)\\frac\{{([+-]?{_PLAIN})\}}\{{({_PLAIN})\}}")
 _GROUPED = re.compile(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?")
-_ANSWER_IS = re.compile(r"answer is", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"\.\s")
-_BRACES = re.compile(r"\\boxed\s*\{|\\[{}]|[{}]")
-_BARE_ARGUMENT = re.compile(r"\\sqrt\s*([0-9a-zA-Z])")
+_BARE_ROOT = re.compile(r"\\sqrt\s*([0-9a-zA-Z])")
+_BARE_FRAC = re.compile(r"\\frac\s*([0-9]|\{[^{}]{0,100}\})\s*([0-9]|\{[^{}]{0,100}\})")
+# Between digits only the space of a thousands group may vanish: "1 1/2" is not 11/2.
+_DIGIT_SPACE = re.compile(r"(?<=[0-9])\s+(?=[0-9])(?![0-9]{3}(?![0-9]))")
 # Spellings in LaTeX that do not change the value.
 _SYNONYMS = (
     ("\\left", ""),
@@ -37,30 +40,17 @@ _MAX_DIGITS = 100
 
 
 def exact_answer(
-    prompts: list[str], completions: list[str], answer: list[Any], **columns: Any
+    prompts: list[Any], completions: list[Any], answer: list[Any], **columns: Any
 ) -> list[float]:
     """1.0 for each completion whose extracted answer equals that of its row, else 0.0.
 
     `answer` holds a number, a short text, or a worked solution that ends in "#### 72" or
-    `\\boxed{72}`. Raises ValueError, naming the row, where it holds no answer.
+    `\\boxed{72}`. Raises ValueError, saying what is wrong, where it holds no answer.
     """
-    return [
-        float(_is_right(c, _expected(a, i))) for i, (c, a) in enumerate(zip(completions, answer))
-    ]
+    return [float(_is_right(text_of(c), stated_answer(a))) for c, a in zip(completions, answer)]
 
 
-def extract_answer(text: str) -> str | None:
-    """The final answer that a solution states, or None.
-
-    The first of these that is there and not blank, each in its last occurrence: what follows
-    "####" on its line; the inside of `\\boxed{}`; the inside of <answer></answer>; what follows
-    "answer is" in its sentence. Without surrounding spaces, "$", "*", ":" and the trailing period.
-    """
-    for find in (_after_marker, _in_box, _in_tags, _after_answer_is):
-        found = find(text)
-        if found is not None and (tidy := _strip(found)):
-            return tidy
-    return None
+exact_answer.column_faults = {"answer": answer_fault}
 
 
 def same_answer(one: str, other: str) -> bool:
@@ -69,84 +59,34 @@ def same_answer(one: str, other: str) -> bool:
     "1,234.0" equals "1234" and "0.5" equals "1/2" and `\\frac{1}{2}`. A percent sign is dropped:
     "50%" equals "50", not "0.5". Text is compared without case, spaces and LaTeX spelling.
     """
-    one, other = _normalise(one), _normalise(other)
-    number, other_number = _number(one), _number(other)
-    if number is not None and other_number is not None:
-        return number == other_number
+    one, other = normalise(one), normalise(other)
+    value, other_value = number(one), number(other)
+    if value is not None and other_value is not None:
+        return value == other_value
     return one == other
 
 
-def _is_right(completion: str, expected: str) -> bool:
-    found = extract_answer(completion)
+def _is_right(text: str, expected: str) -> bool:
+    found = extract_answer(text)
     return found is not None and same_answer(found, expected)
 
 
-def _expected(answer: Any, row: int) -> str:
-    text = "" if answer is None else str(answer)
-    if "####" in text or "\\boxed" in text:
-        text = extract_answer(text) or ""
-    if not _strip(text):
-        raise ValueError(f"the column `answer` holds no answer in row {row}: {answer!r}")
-    return text
-
-
-# --- Where answers stand --------------------------------------------------------------------------
-
-
-def _after_marker(text: str) -> str | None:
-    _, marker, rest = text.rpartition("####")
-    return rest.partition("\n")[0] if marker else None
-
-
-def _in_box(text: str) -> str | None:
-    """Inside of the \\boxed{ that opens last and is closed, in one pass over the braces."""
-    open_braces: list[tuple[bool, int]] = []
-    found, found_start = None, -1
-    for match in _BRACES.finditer(text):
-        brace = match.group()
-        if brace in ("\\{", "\\}"):
-            continue
-        if brace != "}":
-            open_braces.append((brace != "{", match.end()))
-        elif open_braces:
-            is_box, start = open_braces.pop()
-            if is_box and start > found_start:
-                found, found_start = text[start : match.start()], start
-    return found
-
-
-def _in_tags(text: str) -> str | None:
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    return text[start + len("<answer>") : end] if start >= 0 else None
-
-
-def _after_answer_is(text: str) -> str | None:
-    last = None
-    for last in _ANSWER_IS.finditer(text):  # noqa: B007
-        pass
-    if last is None:
-        return None
-    line = text[last.end() :].lstrip(" :\t\n").partition("\n")[0]
-    return _SENTENCE_END.split(line, maxsplit=1)[0]
-
-
-# --- When answers are equal -----------------------------------------------------------------------
-
-
-def _strip(text: str) -> str:
-    return text.strip(" \t\r\n$*:").rstrip(".").strip(" \t\r\n$*")
-
-
-def _normalise(text: str) -> str:
+def normalise(text: str) -> str:
+    """An answer without case, spaces, its percent sign, and LaTeX spelling."""
     for spelling, plain in _SYNONYMS:
         text = text.replace(spelling, plain)
-    text = _BARE_ARGUMENT.sub(r"\\sqrt{\1}", text)
-    return "".join(_strip(text).casefold().split()).removesuffix("%")
+    text = _BARE_ROOT.sub(r"\\sqrt{\1}", text)
+    text = _BARE_FRAC.sub(lambda m: "\\frac" + _braced(m[1]) + _braced(m[2]), text)
+    text = _DIGIT_SPACE.sub("_", strip(text))
+    return "".join(text.casefold().split()).removesuffix("%")
 
 
-def _number(text: str) -> Fraction | None:
-    """The value of a decimal, a ratio or a \\frac, else None. Never slow, whatever the text."""
+def _braced(argument: str) -> str:
+    return argument if argument.startswith("{") else f"{{{argument}}}"
+
+
+def number(text: str) -> Fraction | None:
+    """The value of a normalised decimal, ratio or \\frac, else None. Never slow."""
     if len(text) > _MAX_DIGITS:
         return None
     text = text.lstrip("$")

@@ -27,9 +27,17 @@ import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+_BY_MODULE = {
+    "exact": ("exact_answer",),
+    "math_answer": ("math_answer",),
+    "text": ("exact_match", "token_f1", "mentions"),
+    "format": ("answer_format", "think_format", "think_answer_format"),
+    "length": ("soft_overlong",),
+}
 BUILT_IN: dict[str, str] = {
-    "exact_answer": "grpo_jax.rewards.exact:exact_answer",
-    "answer_format": "grpo_jax.rewards.format:answer_format",
+    name: f"grpo_jax.rewards.{module}:{name}"
+    for module, names in _BY_MODULE.items()
+    for name in names
 }
 
 # What a function gets besides the dataset's columns.
@@ -186,15 +194,9 @@ def needs_token_ids(rewards: Sequence[Reward]) -> bool:
 
 
 def refuse_columns(rewards: Sequence[Reward], problems: Sequence[Any]) -> None:
-    """Raises ValueError for problems that a reward could not score, naming file, row and column.
-
-    A column that a function needs must be there. A function may say more about the values that it
-    takes: in its attribute `column_faults`, a dict from a column's name to a function of one value
-    that returns what is wrong with it, or None.
-    """
+    """Raises ValueError, naming the file, where a reward needs a column that is not there."""
     for reward in rewards:
-        found = function(reward.spec)
-        for name in _needed(found):
+        for name in _needed(function(reward.spec)):
             if problems and name not in problems[0].columns:
                 has = ", ".join(["prompt", *problems[0].columns])
                 raise ValueError(
@@ -202,16 +204,28 @@ def refuse_columns(rewards: Sequence[Reward], problems: Sequence[Any]) -> None:
                     f'has {has}. Name it with data.columns = ("{name}=ITS_NAME_THERE",), or choose '
                     "another reward."
                 )
+
+
+def faulty_rows(rewards: Sequence[Reward], problems: Sequence[Any]) -> dict[int, str]:
+    """Problems that a reward could not score, by number, with what is wrong: file, row and column.
+
+    A function says what it takes in its attribute `column_faults`, a dict from a column's name to a
+    function of one value that returns what is wrong with it, or None.
+    """
+    wrong: dict[int, str] = {}
+    for reward in rewards:
+        found = function(reward.spec)
         faults = getattr(getattr(found, "func", found), "column_faults", {})
         for name, fault_of in faults.items():
-            for problem in problems:
-                fault = fault_of(problem.columns[name]) if name in problem.columns else None
+            for i, problem in enumerate(problems):
+                value = problem.columns.get(name)
+                fault = fault_of(value) if name in problem.columns and i not in wrong else None
                 if fault:
-                    raise ValueError(
-                        f"{problem.where}: column `{name}` {fault}, and the reward {reward.name!r} "
-                        f"reads it: {shorten(problem.columns[name], 80)}. Mend or leave out the "
-                        "row."
+                    wrong[i] = (
+                        f"{problem.where}: column `{name}` {fault}: {shorten(value, 80)}. The "
+                        f"reward {reward.name!r} reads it."
                     )
+    return dict(sorted(wrong.items()))
 
 
 def shorten(value: Any, limit: int = 200) -> str:

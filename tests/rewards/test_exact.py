@@ -3,36 +3,8 @@ import time
 import numpy as np
 import pytest
 
-from grpo_jax.rewards.exact import exact_answer, extract_answer, same_answer
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("2 + 3 = 5\n#### 5", "5"),
-        ("#### 5\nNo, wait.\n#### 6\nDone.", "6"),
-        ("#### $1,200.", "1,200"),
-        ("so \\boxed{3} and then \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
-        ("\\boxed{ \\{1, 2\\} }", "\\{1, 2\\}"),
-        ("\\boxed{7} and a cut \\boxed{8", "7"),
-        ("\\boxed{\\boxed{3}+x}", "3"),
-        ("<answer>71</answer> no <answer>\n72\n</answer>", "72"),
-        ("<answer>71</answer> and a cut <answer>7", "71"),
-        ("The answer is 10", "10"),
-        ("I think the Answer is: $3.50. It is cheap.", "3.50"),
-        ("The answer is 1. No, the answer is **2**.", "2"),
-        ("\\boxed{1} is wrong. #### 2", "2"),
-        ("<answer>1</answer> \\boxed{2}", "2"),
-        ("The answer is 1 <answer>2</answer>", "2"),
-        ("#### \nThe answer is 4", "4"),
-        ("####", None),
-        ("72", None),
-        ("", None),
-        ("</answer> <answer>", None),
-    ],
-)
-def test_extract_answer(text, answer):
-    assert extract_answer(text) == answer
+from grpo_jax.rewards.answers import extract_answer
+from grpo_jax.rewards.exact import exact_answer, same_answer
 
 
 @pytest.mark.parametrize(
@@ -48,6 +20,9 @@ def test_extract_answer(text, answer):
         ("50\\%", "50"),
         ("\\$18", "18"),
         ("1e3", "1000"),
+        ("10 000", "10000"),
+        ("\\frac12", "1/2"),
+        ("\\dfrac{3}4", "0.75"),
         ("Paris", " paris "),
         ("\\sqrt2", "\\sqrt{2}"),
         ("\\left(1, 2\\right)", "(1,2)"),
@@ -70,6 +45,8 @@ def test_equal_answers(one, other):
         ("x", "y"),
         ("1/2", "-1/2"),
         ("7 2", "7"),
+        ("7 2", "72"),
+        ("1 1/2", "11/2"),
     ],
 )
 def test_different_answers(one, other):
@@ -97,11 +74,14 @@ def test_no_completion_keeps_it_busy(text):
 def test_exact_answer_by_row():
     answers = ["48/2=24, 24+48=72\n#### 72", 72, 72.0, np.float32(0.1), "so \\boxed{1,000}", "x"]
     completions = ["#### 72", "The answer is 72.", "72", "#### 0.1", "#### $1000", "#### y"]
+    completions[0] = [{"role": "assistant", "content": completions[0]}]
     rewards = exact_answer([""] * 6, completions, answer=answers, difficulty=[1] * 6)
     assert rewards == [1.0, 1.0, 0.0, 1.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("answer", [None, "", " $ ", "####"])
 def test_a_row_without_answer_is_refused(answer):
-    with pytest.raises(ValueError, match="row 1"):
+    with pytest.raises(ValueError, match="`answer`"):
         exact_answer(["", ""], ["", ""], answer=["1", answer])
+    assert exact_answer.column_faults["answer"](answer)
+    assert exact_answer.column_faults["answer"]("1") is None

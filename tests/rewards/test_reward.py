@@ -108,6 +108,14 @@ def test_a_wrong_value_is_named_with_file_row_and_column(monkeypatch):
         Problem("b", {"answer": ""}, "f, line 2"),
     )
     rewards = load(("odd_rewards:half",), (1.0,))
-    reward_lib.refuse_columns(rewards, [good])
-    with pytest.raises(ValueError, match=r"f, line 2: column `answer` is blank.*'half'"):
-        reward_lib.refuse_columns(rewards, [good, bad])
+    assert reward_lib.faulty_rows(rewards, [good]) == {}
+    (row,) = reward_lib.faulty_rows(rewards, [good, bad]).items()
+    assert row[0] == 1 and row[1].startswith("f, line 2: column `answer` is blank: ''")
+    assert "'half'" in row[1]
+
+
+def test_faults_of_a_bound_function():
+    rewards = load(("mentions(words=['a'])",), (1.0,))
+    good, bad = Problem("a", {"words": ["x"]}, "f, row 1"), Problem("b", {"words": 3}, "f, row 2")
+    assert list(reward_lib.faulty_rows(rewards, [good, bad])) == [1]
+    assert reward_lib.faulty_rows(rewards, [Problem("a", {})]) == {}

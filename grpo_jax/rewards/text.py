@@ -1,0 +1,128 @@
+"""Rewards for the words of a completion: equal to a text, near one, or mentioning given words.
+
+`exact_match` and `token_f1` are those of SQuAD (Rajpurkar et al. 2016, arXiv:1606.05250, section
+6.1, and its evaluation script). They read the whole completion after the last </think>, so a
+config asks for short answers.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from grpo_jax.rewards.completions import text_of
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def exact_match(
+    prompts: list[Any], completions: list[Any], answer: list[Any], **columns: Any
+) -> list[float]:
+    """1.0 for each completion that equals the answer, or one of a list of answers, else 0.0.
+
+    Equal without case, punctuation, the articles a, an and the, and repeated spaces. Raises
+    ValueError where a row holds no answer.
+    """
+    return [
+        max(float(_tokens(text_of(c)) == _tokens(a)) for a in _accepted(value))
+        for c, value in zip(completions, answer)
+    ]
+
+
+def token_f1(
+    prompts: list[Any], completions: list[Any], answer: list[Any], **columns: Any
+) -> list[float]:
+    """F1 between the words of each completion and of its answer, the best of a list of answers.
+
+    Words are those left by the normalization of `exact_match`; one that both have twice counts
+    twice. Raises ValueError where a row holds no answer.
+    """
+    return [
+        max(_f1(_tokens(text_of(c)), _tokens(a)) for a in _accepted(value))
+        for c, value in zip(completions, answer)
+    ]
+
+
+def mentions(
+    prompts: list[Any],
+    completions: list[Any],
+    words: Sequence[str] | list[Sequence[str]],
+    **columns: Any,
+) -> list[float]:
+    """Share of the words that each completion mentions, as whole words and in any case.
+
+    `words` is one list of words for all rows, as a config binds it, or the column of that name: a
+    list of words for each row. A word may hold spaces. A row without words gives 1.0.
+    Raises ValueError for words that are blank or no text.
+    """
+    # A column has a list in every row; a bound parameter has none.
+    is_column = len(words) == len(completions) and all(isinstance(w, (list, tuple)) for w in words)
+    rows = words if is_column else [words] * len(completions)
+    return [_share(text_of(c), wanted) for c, wanted in zip(completions, rows)]
+
+
+def text_fault(value: Any) -> str | None:
+    """What keeps a value of `answer` from being a text or a list of acceptable texts, or None."""
+    if value is None:
+        return "is null"
+    if isinstance(value, str):
+        return None if _tokens(value) else "is blank, or all punctuation"
+    if not isinstance(value, (list, tuple)):
+        return f"is a {type(value).__name__}, not a text or a list of texts"
+    if not value:
+        return "is an empty list"
+    if any(isinstance(v, (list, tuple)) for v in value):
+        return "is a list of lists, not a text or a list of texts"
+    faults = (text_fault(v) for v in value)
+    return next((f"is a list of which one {fault}" for fault in faults if fault), None)
+
+
+def words_fault(value: Any) -> str | None:
+    """What keeps a value of `words` from being a list of words, or None."""
+    if value is None:
+        return "is null"
+    if not isinstance(value, (list, tuple)):
+        return f"is a {type(value).__name__}, not a list of words"
+    for word in value:
+        if not isinstance(word, str) or not word.strip():
+            return f"holds {word!r}, not a word"
+    return None
+
+
+exact_match.column_faults = {"answer": text_fault}
+token_f1.column_faults = {"answer": text_fault}
+mentions.column_faults = {"words": words_fault}
+
+
+def _accepted(value: Any) -> Sequence[str]:
+    if fault := text_fault(value):
+        raise ValueError(f"`answer` {fault}: {value!r}")
+    return [value] if isinstance(value, str) else value
+
+
+def _tokens(text: str) -> list[str]:
+    text = text.rpartition("</think>")[2].lower().translate(_WITHOUT_PUNCTUATION)
+    return _ARTICLES.sub(" ", text).split() or text.split()  # the answer may be the choice A
+
+
+def _f1(found: list[str], expected: list[str]) -> float:
+    num_common = (Counter(found) & Counter(expected)).total()
+    if not num_common:
+        return 0.0
+    precision, recall = num_common / len(found), num_common / len(expected)
+    return 2 * precision * recall / (precision + recall)
+
+
+def _share(text: str, words: Sequence[str]) -> float:
+    if fault := words_fault(words):
+        raise ValueError(f"`words` {fault}")
+    if not words:
+        return 1.0
+    text = text.rpartition("</think>")[2].casefold()
+    # Not \b: a word such as "C++" ends in no word character.
+    found = [re.search(rf"(?<!\w){re.escape(w.strip().casefold())}(?!\w)", text) for w in words]
+    return sum(match is not None for match in found) / len(words)

@@ -1,0 +1,141 @@
+import time
+
+import numpy as np
+import pytest
+
+from grpo_jax.rewards.answers import answer_fault, extract_answer, stated_answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("2 + 3 = 5\n#### 5", "5"),
+        ("#### 5\nNo, wait.\n#### 6\nDone.", "6"),
+        ("#### $1,200.", "1,200"),
+        ("so \\boxed{3} and then \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{ \\{1, 2\\} }", "\\{1, 2\\}"),
+        ("\\boxed{7} and a cut \\boxed{8", "7"),
+        ("\\boxed{\\boxed{3}+x}", "3"),
+        ("\\fbox{7}", "7"),
+        ("$x = \\boxed 5$.", "5"),
+        ("it is \\boxed 5.", "5"),
+        ("\\boxed {5}", "5"),
+        ("\\boxed{}\n#### 4", "4"),
+        ("\\boxed{\\left\\{1\\right\\}}", "\\left\\{1\\right\\}"),
+        ("} { \\boxed{1} } }", "1"),
+        ("<answer>71</answer> no <answer>\n72\n</answer>", "72"),
+        ("<answer>71</answer> and a cut <answer>7", "71"),
+        ("<answer>The answer is 5.</answer>", "5"),
+        ("<answer>$\\boxed{5}$</answer>", "5"),
+        ("The answer is 10", "10"),
+        ("I think the Answer is: $3.50. It is cheap.", "3.50"),
+        ("The answer is 1. No, the answer is **2**.", "2"),
+        ("answer: 10", "10"),
+        ("Answer = 10", "10"),
+        ("**Final Answer**: 10", "10"),
+        ("**Final Answer:** 10", "10"),
+        ("Final answer is $10$.", "10"),
+        ("The final answer is\n\\[\n10\n\\]", "10"),
+        ("The answer is \\(10\\).", "10"),
+        ("The answer is $x = 3$ because I say so.", "x = 3"),
+        ("The answer is $5 and not $6", "5 and not $6"),
+        ("The answer to the question is 5", "5"),
+        ("The answer isn't 5", None),
+        ("\\boxed{1} is wrong. #### 2", "2"),
+        ("#### Step 4\nso \\boxed{2}", "2"),
+        ("#### Conclusion\nThe answer is 3.", "3"),
+        ("\\boxed{12}. The answer is therefore found.", "12"),
+        ("<answer>1</answer> \\boxed{2}", "2"),
+        ("The answer is 1 <answer>2</answer>", "2"),
+        ("#### \nThe answer is 4", "4"),
+        ("so the answer is $\\boxed{}$.", None),
+        ("####", None),
+        ("72", None),
+        ("", None),
+        ("</answer> <answer>", None),
+    ],
+)
+def test_extract_answer(text, answer):
+    assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("<think>\\boxed{1}</think>\\boxed{2}", "2"),
+        ("<think>\\boxed{1}</think>I do not know", None),
+        ("\\boxed{1}</think>#### 2", "2"),  # the prompt opened it
+        ("<think>#### 1", None),
+        ("#### 1 <think> hm", None),
+        ("<think>a</think>#### 1<think>b</think>#### 2", "2"),
+        ("<think>a</think>#### 1<think>b", None),
+    ],
+)
+def test_only_what_follows_the_thinking_counts(text, answer):
+    assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{" * 10**6,
+        "}" * 10**6,
+        "\\boxed{" * 10**5,
+        "\\boxed{" * 3 * 10**5 + " " + "}" * 3 * 10**5,
+        "\\boxed{}" * 10**5,
+        "\\boxed{{" * 10**5 + "}" * 2 * 10**5,
+        "\\boxed 7 " * 10**5,
+        "<answer>" * 10**5,
+        "</answer>" * 10**5,
+        "####" * 2 * 10**5,
+        "the answer is " * 10**5,
+        "answer to " * 10**5,
+        "answer" + " " * 10**6,
+        "answer is $" + "a" * 10**6,
+        "<think>" * 10**5,
+        "<think></think>" * 10**5,
+    ],
+)
+def test_extraction_is_one_pass(text):
+    start = time.monotonic()
+    extract_answer(text)
+    assert time.monotonic() - start < 4  # one pass takes under one; quadratic takes minutes
+
+
+@pytest.mark.parametrize(
+    ("value", "answer"),
+    [
+        (72, "72"),
+        (np.float32(0.1), "0.1"),
+        (" 1/2", " 1/2"),
+        ("48/2=24\n#### 24", "24"),
+        ("so $\\boxed{1,000}$.", "1,000"),
+        ("<answer>b</answer>", "b"),
+        ("The answer", "The answer"),
+    ],
+)
+def test_stated_answer(value, answer):
+    assert answer_fault(value) is None
+    assert stated_answer(value) == answer
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        (None, "is null"),
+        (["72"], "is a list, not a number or text"),
+        ({"a": 1}, "is a dict, not"),
+        (True, "is a bool, not"),
+        (float("nan"), "is not a finite number"),
+        ("", "is blank"),
+        (" \n", "is blank"),
+        (" $ ", "nothing but punctuation"),
+        ("so\n####", "holds '####' with nothing after it"),
+        ("so \\boxed{}.", "has an empty \\boxed"),
+    ],
+)
+def test_answer_faults(value, fault):
+    assert fault in answer_fault(value)
+    with pytest.raises(ValueError, match="`answer`") as error:
+        stated_answer(value)
+    assert fault in str(error.value)
