@@ -83,18 +83,34 @@ def load_problems(config: ConfigDict) -> tuple[list, list]:
     data = config.data
     if data.task:
         return tasks.load(data.task).generate(data.num_train, data.num_eval, config.seed)
-    train = problems_lib.load_jsonl(data.path, "data.path")
-    held_out = problems_lib.load_jsonl(data.eval_path, "data.eval_path") if data.eval_path else []
-    return train, held_out
+    return problems_lib.load_train(data), problems_lib.load_held_out(data)
 
 
-def _questions(problems: list, policy: policy_lib.Policy, limit: int) -> evaluate.Questions:
-    ids = prompts_lib.encode(problems, policy.tokenizer, limit)
+def encode(
+    problems: list, policy: policy_lib.Policy, config: ConfigDict, noun: str
+) -> prompts_lib.Encoded:
+    """The problems' prompts as tokens; prints how many were dropped or truncated, if any."""
+    limit, overlong = config.data.max_prompt_tokens, config.data.overlong
+    encoded = prompts_lib.encode(problems, policy.tokenizer, limit, overlong)
+    number = encoded.num_dropped or encoded.num_truncated
+    if number:
+        done = "dropped" if encoded.num_dropped else "truncated"
+        metrics_lib.say(
+            f"{number:,} of {len(problems):,} {noun} have prompts of more than "
+            f"data.max_prompt_tokens = {limit} tokens: {done}."
+        )
+    return encoded
+
+
+def _questions(
+    problems: list, policy: policy_lib.Policy, config: ConfigDict, noun: str
+) -> evaluate.Questions:
+    encoded = encode(problems, policy, config, noun)
     texts = [
-        p.prompt if isinstance(p.prompt, str) else policy.tokenizer.decode(i)
-        for p, i in zip(problems, ids)
+        p.prompt if isinstance(p.prompt, str) else policy.tokenizer.decode(ids)
+        for p, ids in zip(encoded.problems, encoded.prompt_ids)
     ]
-    return evaluate.Questions(problems, ids, texts)
+    return evaluate.Questions(encoded.problems, encoded.prompt_ids, texts)
 
 
 def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
@@ -106,7 +122,6 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
     policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
     train, held_out = load_problems(config)
     held_out = held_out[: config.evaluation.num_problems]
-    limit = config.data.max_prompt_tokens
     workdir.open_for(config, folder)
     dtype = jnp.dtype(config.model.dtype)
     sampling = Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p)
@@ -148,8 +163,8 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
         folder=folder,
         mesh=mesh,
         policy=policy,
-        train=_questions(train, policy, limit),
-        held_out=_questions(held_out, policy, limit) if held_out else None,
+        train=_questions(train, policy, config, "training problems"),
+        held_out=_questions(held_out, policy, config, "held-out problems") if held_out else None,
         rewards=rewards,
         engine=Engine(
             decoder,
