@@ -140,8 +140,8 @@ def load(source: Source, form: Form = Form()) -> list[Problem]:
         problems.append(_problem(row, where, source.options[0], form))
     if not problems:
         raise ValueError(
-            f"{source.options[0]}: {source.path} is empty; it needs one row a problem (in JSONL "
-            "one JSON object a line)."
+            f"{source.options[0]}: {source.path} is empty; it needs one row for each problem "
+            "(in JSONL one JSON object a line)."
         )
     return problems
 

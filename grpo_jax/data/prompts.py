@@ -57,8 +57,8 @@ def encode(
     for problem, ids in zip(problems, rows):
         if not ids:
             raise ValueError(
-                f"The prompt of {_name(problem)} encodes to no tokens, and between 1 and data.max_prompt_tokens "
-                f"= {max_prompt_tokens} are needed. It starts {_start(problem.prompt)}."
+                f"The prompt of {_name(problem)} encodes to no tokens, and between 1 and "
+                f"data.max_prompt_tokens = {max_prompt_tokens} are needed. It starts {_start(problem.prompt)}."
             )
     too_long = [i for i, ids in enumerate(rows) if len(ids) > max_prompt_tokens]
     if overlong == "truncate":
@@ -94,8 +94,8 @@ def _render(problem: Problem, tokenizer: Any) -> str:
         )
     except Exception as error:  # templates are programs, and raise what they like
         raise ValueError(
-            f"The prompt of {_name(problem)} is a list of messages, which the tokenizer's template did not take "
-            f"({type(error).__name__}: {str(error)[:200]}). It starts {_start(problem.prompt)}. "
+            f"The prompt of {_name(problem)} is a list of messages, which the "
+            f"tokenizer's template did not take ({type(error).__name__}: {str(error)[:200]}). It starts {_start(problem.prompt)}. "
             "Use a tokenizer with a chat template, or write each prompt as one text and set "
             "data.chat to False."
         ) from error
@@ -114,8 +114,8 @@ def _too_long(
         remedy += ', or data.overlong to "drop" or "truncate"'
     return ValueError(
         f"data.max_prompt_tokens = {limit}, but the prompt of {_name(problems[first])} "
-        f"has {len(rows[first])} tokens; it starts {_start(problems[first].prompt)}. {len(too_long)} of {len(rows)} "
-        f"problems are longer, the longest with {longest} tokens"
+        f"has {len(rows[first])} tokens; it starts {_start(problems[first].prompt)}. "
+        f"{len(too_long)} of {len(rows)} problems are longer, the longest with {longest} tokens"
         f"{', and data.overlong = drop would leave none' * (overlong == 'drop')}. {remedy}."
     )
 

@@ -51,7 +51,8 @@ def read(source: Source) -> Iterator[Row]:
     elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         yield from _saved_rows(path, source)
     elif path.is_dir():
-        splits = _splits(source, f"{source} cannot be read as a folder of data files")
+        hint = "Give a folder with files such as train.jsonl, or one that save_to_disk wrote."
+        splits = _splits(source, f"{source} cannot be read as a folder of data", hint)
         for file in splits[_chosen(source, list(splits))]:
             yield from _file_rows(Path(file), option)
     else:
@@ -71,11 +72,14 @@ def _file_rows(path: Path, option: str) -> Iterator[Row]:
         )
     elif path.stat().st_size:
         kind = _KINDS[path.suffix]
-        with _explained(f"{option}: {path} cannot be read as {kind}"), _quiet() as datasets:
-            # A dictionary of splits: of a file without rows, an empty one.
-            found = datasets.load_dataset(kind, data_files=str(path)).values()
-        for dataset in found:
-            yield from _dataset_rows(dataset, str(path))
+        try:
+            with _explained(f"{option}: {path} cannot be read as {kind}"), _quiet() as datasets:
+                dataset = datasets.load_dataset(kind, data_files=str(path), split="train")
+        except ValueError as error:
+            if "corresponds to no data" in str(error):  # columns, but no rows
+                return
+            raise
+        yield from _dataset_rows(dataset, str(path))
 
 
 def _json_lines(path: Path, option: str) -> Iterator[Row]:
@@ -132,11 +136,11 @@ def _hub_rows(source: Source) -> Iterator[Row]:
     path, file = source.path, Path(source.path)
     missing = f"{source}: there is no such file or folder"
     hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path)
-    if file.suffix in (".jsonl", *_KINDS) or ("/" in path and Path(file.parts[0]).is_dir()):
-        raise ValueError(f"{missing}. Check the path, which is relative to {Path.cwd()}.")
-    if not hub_id:
+    is_file = file.suffix in (".jsonl", *_KINDS)
+    if not hub_id or is_file or ("/" in path and Path(file.parts[0]).is_dir()):
+        seen = "" if file.is_absolute() else f", as seen from {Path.cwd()}"
         raise ValueError(
-            f"{missing}, and it does not look like a hub id (owner/name). "
+            f"{missing}{seen}, and it does not look like a hub id (owner/name). "
             "Give a file or folder that exists, or a hub id."
         )
     missing += ", and the Hugging Face hub does not give a dataset of that name"
