@@ -58,7 +58,8 @@ def encode(
         if not ids:
             raise ValueError(
                 f"The prompt of {_name(problem)} encodes to no tokens, and between 1 and "
-                f"data.max_prompt_tokens = {max_prompt_tokens} are needed. It starts {_start(problem.prompt)}."
+                f"data.max_prompt_tokens = {max_prompt_tokens} are needed. "
+                f"It starts {_start(problem.prompt)}."
             )
     too_long = [i for i, ids in enumerate(rows) if len(ids) > max_prompt_tokens]
     if overlong == "truncate":
@@ -95,9 +96,10 @@ def _render(problem: Problem, tokenizer: Any) -> str:
     except Exception as error:  # templates are programs, and raise what they like
         raise ValueError(
             f"The prompt of {_name(problem)} is a list of messages, which the "
-            f"tokenizer's template did not take ({type(error).__name__}: {str(error)[:200]}). It starts {_start(problem.prompt)}. "
-            "Use a tokenizer with a chat template, or write each prompt as one text and set "
-            "data.chat to False."
+            f"tokenizer's template did not take ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}). It starts {_start(problem.prompt)}. Use a "
+            "tokenizer with a chat template, or write each prompt as one text and leave data.chat "
+            "False."
         ) from error
 
 
