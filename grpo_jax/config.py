@@ -39,10 +39,10 @@ def default() -> ConfigDict:
     c.data = ConfigDict()
     c.data.task = ""  # a generated task, module grpo_jax.data.tasks.<task>; or data.path
     c.data.path = ""  # file (JSONL, Parquet, Arrow, CSV, JSON), folder or hub id of a dataset
-    c.data.name = ""  # configuration of data.path, where a hub dataset has several: "main"
+    c.data.name = ""  # configuration of a hub dataset that has several: "main"; else not read
     c.data.split = "train"  # of a folder or hub dataset; a file has none, and this is not read
     c.data.eval_path = ""  # held-out problems; "": those of data.path in data.eval_split
-    c.data.eval_name = ""  # configuration of data.eval_path; without one data.name holds
+    c.data.eval_name = ""  # the same of data.eval_path; without eval_path data.name holds
     c.data.eval_split = ""  # no eval_path: "" for no evaluation; with one: "" for its only split
     c.data.columns = ()  # renames "ours=theirs", such as ("prompt=question", "answer=solution")
     c.data.template = ""  # text of the prompt, columns as {name}, braces as {{ }}; "": as it is

@@ -25,7 +25,7 @@ class Source:
     """What to read, and the options that say so, for messages."""
 
     path: str  # a file, a folder or a hub id
-    name: str = ""  # configuration, where a hub dataset or a folder's README.md has several
+    name: str = ""  # configuration, where a hub dataset or a folder's README.md names some
     split: str = ""  # "": the only one; a file has none
     options: tuple[str, str, str] = ("data.path", "data.name", "data.split")
 
@@ -156,13 +156,17 @@ def _hub_rows(source: Source) -> Iterator[Row]:
 
 def _splits(source: Source, trouble: str, hint: str = "") -> dict[str, list[str]]:
     """The files of each split; of a dataset in the cache and no connection, the names alone."""
+    local = Path(source.path).expanduser()
+    path = str(local) if local.is_dir() else source.path
     try:
         with _explained(trouble, hint), _quiet() as datasets:
-            builder = datasets.load_dataset_builder(source.path, source.name or None)
+            builder = datasets.load_dataset_builder(path, source.name or None)
     except ValueError as error:  # perhaps of an unknown configuration, or where one must be named
         known = re.search(r"onfig.*\[('.*')\]", str(error.__cause__), re.DOTALL)
         if not known:
             raise
+        if known[1] == "'default'" and local.is_dir():  # the folder names none
+            return _splits(dataclasses.replace(source, name=""), trouble, hint)
         raise ValueError(
             f"{source.options[1]} = {source.name!r}: {source} has the configurations {known[1]}. "
             f"Set {source.options[1]} to one of them."

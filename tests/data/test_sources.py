@@ -24,9 +24,9 @@ ROWS = [
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """What `datasets` converts lies in the test's own folder."""
-    folder = tmp_path / "cache"
+def cache(tmp_path_factory, monkeypatch):
+    """What `datasets` converts lies in a folder of the test's own."""
+    folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
     return folder
 
@@ -174,6 +174,7 @@ def test_a_folder_of_files_named_by_split(tmp_path, suffix):
     [(where, row)] = read(Source(str(tmp_path), "", "test"))
     assert row == ROWS[2] and where.startswith(f"{test}, ")
     assert has_splits(str(tmp_path))
+    assert rows_of(tmp_path, "main", "train") == ROWS[:2]  # it names no configurations
 
 
 def test_a_split_of_several_files(tmp_path):
