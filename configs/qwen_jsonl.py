@@ -4,8 +4,9 @@
         --config.data.eval_path=test.jsonl
 
 Each line of the files is an object such as {"prompt": "...", "answer": "72"}; `prompt` may be a
-list of chat messages, and every further column reaches the reward functions by its name. The sizes
-fit a GPU of 80 GB. No score is recorded for this config yet.
+list of chat messages, and every further column reaches the reward functions by its name. Parquet
+and other files, folders and hub datasets do as well. The sizes fit a GPU of 80 GB. No score is
+recorded for this config yet.
 """
 
 from grpo_jax import config as config_lib

@@ -12,6 +12,7 @@ from grpo_jax import config as config_lib
 
 def get_config():
     c = config_lib.default()
+    c.model.path = "stories260K"  # a folder of yours
     c.data.task = "stories"
     c.data.num_train = 4096
     c.data.num_eval = 64

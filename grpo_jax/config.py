@@ -17,6 +17,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from grpo_jax.data.problems import Form
+
 
 def default() -> ConfigDict:
     """All options with their defaults, locked: an unknown name is an error."""
@@ -36,11 +38,20 @@ def default() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.task = ""  # a generated task, module grpo_jax.data.tasks.<task>; or data.path
-    c.data.path = ""  # JSONL file: one object a line with `prompt` and any further columns
-    c.data.eval_path = ""  # JSONL file of held-out problems for data.path; "": no evaluation
+    c.data.path = ""  # file (JSONL, Parquet, Arrow, CSV, JSON), folder or hub id of a dataset
+    c.data.name = ""  # configuration of a hub dataset that has several: "main"; else not read
+    c.data.split = "train"  # of a folder or hub dataset; a file has none, and this is not read
+    c.data.eval_path = ""  # held-out problems; "": those of data.path in data.eval_split
+    c.data.eval_name = ""  # the same of data.eval_path; without eval_path data.name holds
+    c.data.eval_split = ""  # no eval_path: "" for no evaluation; with one: "" for its only split
+    c.data.columns = ()  # renames "ours=theirs", such as ("prompt=question", "answer=solution")
+    c.data.template = ""  # text of the prompt, columns as {name}, braces as {{ }}; "": as it is
+    c.data.chat = False  # a text prompt is a user's message, written by the model's chat template
+    c.data.system = ""  # system message before a chat that has none; "": none
     c.data.num_train = 10_000  # training problems that a task generates
     c.data.num_eval = 512  # held-out problems that a task generates
-    c.data.max_prompt_tokens = 512  # a longer prompt is refused before the run starts
+    c.data.max_prompt_tokens = 512  # of a prompt, chat template included
+    c.data.overlong = "refuse"  # a longer one: "refuse" to start, "drop" it, "truncate" its start
 
     c.rewards = ConfigDict()
     c.rewards.names = ("exact_answer",)  # built-in or "module:function", or NAME(argument=value)
@@ -283,6 +294,7 @@ def _check_mesh(flat: dict[str, Any]) -> None:
 def _check_choices(config: ConfigDict) -> None:
     choices = {
         "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
+        "data.overlong": (config.data.overlong, ("refuse", "drop", "truncate")),
         "algorithm.normalizer": (config.algorithm.normalizer, ("token", "sequence", "constant")),
         "rewards.bad_rows": (config.rewards.bad_rows, ("refuse", "drop")),
         "optim.schedule": (config.optim.schedule, ("constant", "linear", "cosine")),
@@ -332,10 +344,21 @@ def _check_sources(config: ConfigDict) -> None:
     if bool(config.data.task) == bool(config.data.path):
         raise ValueError(
             f"data.task = {config.data.task!r} and data.path = {config.data.path!r}: "
-            "set exactly one of them, a generated task or a JSONL file."
+            "set exactly one of them, a generated task or a dataset."
         )
-    if config.data.eval_path and not config.data.path:
-        raise ValueError("data.eval_path goes with data.path; a task makes its own held-out set.")
+    if config.data.task:
+        for name in ("name eval_path eval_name eval_split columns template chat system").split():
+            if config.data[name]:
+                raise ValueError(
+                    f"data.{name} goes with data.path; a task makes its own problems and held-out "
+                    f"set. Clear data.{name}, or set data.path in place of data.task."
+                )
+    elif config.data.eval_name and not config.data.eval_path:
+        raise ValueError(
+            f"data.eval_name = {config.data.eval_name!r} goes with data.eval_path. Set that too; "
+            "for a split of data.path, data.eval_split alone."
+        )
+    Form(config.data.columns, config.data.template, config.data.chat, config.data.system)
     if len(config.rewards.names) != len(config.rewards.weights) or not config.rewards.names:
         raise ValueError(
             f"rewards.names has {len(config.rewards.names)} entries and rewards.weights "

@@ -325,13 +325,20 @@ def main(argv: list[str]) -> None:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     rewards = reward_lib.load(config.rewards.names, config.rewards.weights)
     problems = parts_lib.answerable(config, rewards, _problems(args, config))
-    references = _references(config, problems)
+    _references(config, problems)  # it may refuse
     questions = []
     for path in args.models:  # all are refused before the first is asked
         policy, _ = generate.find_model(path)
         limit = config.data.max_prompt_tokens
         policy.check_length(limit, args.max_tokens, "--max_tokens")
-        questions.append(evaluation.as_questions(problems, policy, limit))
+        questions.append(parts_lib.questions(problems, policy, config, "problems"))
+        first, this = questions[0].problems, questions[-1].problems
+        if this != first:
+            raise ValueError(
+                f"--model {path}: its tokenizer leaves {len(this)} prompts within "
+                f"data.max_prompt_tokens = {limit}, that of {args.models[0]} {len(first)}, and "
+                "models are compared on the same problems. Raise the limit."
+            )
     for folder in [Path(args.out), Path(args.json).parent] if args.json else [Path(args.out)]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -340,9 +347,10 @@ def main(argv: list[str]) -> None:
     models = []
     with parts_lib.start_rewards(config, rewards) as pool:
         for path, name, asked in zip(args.models, _names(args.models), questions):
-            print_title(f"{name}: {len(problems)} problems")
+            references = _references(config, asked.problems)
+            print_title(f"{name}: {len(asked.problems)} problems")
             models.append(_evaluate(args, config, mesh, path, name, asked, references, pool))
-    title, table, values = _report(args, len(problems), models)
+    title, table, values = _report(args, len(questions[0].problems), models)
     say(f"\n{title}")  # not the table's own, which would be folded to its width
     console.print(table)
     say("In brackets: the 95 % bootstrap interval over problems.")

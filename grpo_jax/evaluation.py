@@ -12,7 +12,6 @@ import numpy as np
 
 from grpo_jax import estimates
 from grpo_jax.data.problems import Problem
-from grpo_jax.data.prompts import encode
 from grpo_jax.estimates import Tally
 from grpo_jax.judge import Judge
 from grpo_jax.policy import Policy
@@ -52,16 +51,6 @@ class Answered:
     correct_PG: np.ndarray  # bool: the first reward is 1
     length_PG: np.ndarray  # int32: tokens, stop token included
     stopped_PG: np.ndarray  # bool: ended by a stop token
-
-
-def as_questions(problems: list[Problem], policy: Policy, max_prompt_tokens: int) -> Questions:
-    """The problems as the policy reads them; ValueError where a prompt is empty or too long."""
-    ids = encode(problems, policy.tokenizer, max_prompt_tokens)
-    texts = [
-        p.prompt if isinstance(p.prompt, str) else policy.tokenizer.decode(i)
-        for p, i in zip(problems, ids)
-    ]
-    return Questions(problems, ids, texts)
 
 
 def votes(answers: list[str | None]) -> np.ndarray:

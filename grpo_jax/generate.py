@@ -118,8 +118,10 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def _encode(policy: policy_lib.Policy, prompt: str, chat: bool, max_tokens: int) -> list[int]:
-    problem = Problem([{"role": "user", "content": prompt}] if chat else prompt, {})
-    ids = encode([problem], policy.tokenizer, sys.maxsize)[0]
+    problem = Problem(
+        [{"role": "user", "content": prompt}] if chat else prompt, {}, "the argument --prompt"
+    )
+    ids = encode([problem], policy.tokenizer, sys.maxsize).prompt_ids[0]
     if len(ids) + max_tokens > policy.model.max_position:
         raise ValueError(
             f"--prompt has {len(ids)} tokens, and with --max_tokens {max_tokens} that is more than "

@@ -20,6 +20,7 @@ from grpo_jax.algorithm import losses
 from grpo_jax.algorithm import update as update_lib
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data import problems as problems_lib
+from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import tasks
 from grpo_jax.rewards import reward as reward_lib
 from grpo_jax.rewards.pool import Limits, Pool
@@ -86,9 +87,7 @@ def load_problems(config: ConfigDict) -> tuple[list, list]:
     data = config.data
     if data.task:
         return tasks.load(data.task).generate(data.num_train, data.num_eval, config.seed)
-    train = problems_lib.load_jsonl(data.path, "data.path")
-    held_out = problems_lib.load_jsonl(data.eval_path, "data.eval_path") if data.eval_path else []
-    return train, held_out
+    return problems_lib.load_train(data), problems_lib.load_held_out(data)
 
 
 def answerable(config: ConfigDict, rewards: list[reward_lib.Reward], problems: list) -> list:
@@ -124,6 +123,34 @@ def start_rewards(
     )
 
 
+def encode(
+    problems: list, policy: policy_lib.Policy, config: ConfigDict, noun: str
+) -> prompts_lib.Encoded:
+    """The problems' prompts as tokens; prints how many were dropped or truncated, if any."""
+    limit, overlong = config.data.max_prompt_tokens, config.data.overlong
+    encoded = prompts_lib.encode(problems, policy.tokenizer, limit, overlong)
+    number = encoded.num_dropped or encoded.num_truncated
+    if number:
+        done = "dropped" if encoded.num_dropped else "truncated"
+        metrics_lib.say(
+            f"{number:,} of {len(problems):,} {noun} have prompts of more than "
+            f"data.max_prompt_tokens = {limit} tokens: {done}."
+        )
+    return encoded
+
+
+def questions(
+    problems: list, policy: policy_lib.Policy, config: ConfigDict, noun: str
+) -> evaluation.Questions:
+    """The problems as the policy reads them, those with a prompt that is too long dealt with."""
+    encoded = encode(problems, policy, config, noun)
+    texts = [
+        p.prompt if isinstance(p.prompt, str) else policy.tokenizer.decode(ids)
+        for p, ids in zip(encoded.problems, encoded.prompt_ids)
+    ]
+    return evaluation.Questions(encoded.problems, encoded.prompt_ids, texts)
+
+
 def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
     """Everything read, checked and set up; the policy's weights are not."""
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -133,7 +160,6 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
     policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
     train, held_out = (answerable(config, rewards, part) for part in load_problems(config))
     held_out = held_out[: config.evaluation.num_problems]
-    limit = config.data.max_prompt_tokens
     workdir.open_for(config, folder)
     dtype = jnp.dtype(config.model.dtype)
     sampling = Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p)
@@ -175,8 +201,8 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
         folder=folder,
         mesh=mesh,
         policy=policy,
-        train=evaluation.as_questions(train, policy, limit),
-        held_out=evaluation.as_questions(held_out, policy, limit) if held_out else None,
+        train=questions(train, policy, config, "training problems"),
+        held_out=questions(held_out, policy, config, "held-out problems") if held_out else None,
         engine=Engine(
             decoder,
             num_slots=config.rollout.num_slots or batch.prompts * batch.group,

@@ -159,10 +159,11 @@ def _show(args, problems: list[Problem], texts: list[str], scores: Scores, found
         table.add_column(heading, justify="left" if heading == "reward" else "right")
     for name, numbers in found["rewards"].items():
         mean, std = ("-" if v is None else f"{v:.4f}" for v in (numbers["mean"], numbers["std"]))
-        slowest = np.argsort(-scores.seconds[name], kind="stable")[:3]
+        rows = np.argsort(-scores.seconds[name], kind="stable")[:3]
+        slowest = [(scores.seconds[name][i], problems[i].where.rpartition("/")[2]) for i in rows]
         table.add_row(
             name, mean, std, *(f"{numbers[key]:,}" for key in ("ones", "failed", "none")),
-            "\n".join(f"{scores.seconds[name][i]:.3f} s  {problems[i].where}" for i in slowest),
+            "\n".join(f"{seconds:.3f} s  {where}" for seconds, where in slowest),
         )  # fmt: skip
     metrics_lib.console.print(table)
     order = np.argsort(np.nan_to_num(scores.reward_B, nan=-np.inf), kind="stable")

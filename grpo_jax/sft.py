@@ -1,7 +1,7 @@
 """Supervised training on worked solutions, the usual start before reinforcement learning.
 
 `python -m grpo_jax.sft --config configs/sft.py` trains the model of the config, or a new one, on a
-task's demonstrations or on a JSONL file with `prompt` and `completion`. `grpo_jax.train` runs it
+task's demonstrations or on a dataset with `prompt` and `completion`. `grpo_jax.train` runs it
 first when `model.path` is empty. The loss is the mean cross-entropy of the completions' tokens,
 stop token included.
 """
@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from grpo_jax import config as config_lib
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import optim, program, sharding, workdir
+from grpo_jax import parts as parts_lib
 from grpo_jax import policy as policy_lib
 from grpo_jax.algorithm import logprobs
 from grpo_jax.algorithm import update as update_lib
@@ -152,14 +153,17 @@ def _source(config: ConfigDict):
         problems, _ = task.generate(config.data.num_train, config.data.num_eval, config.seed)
         solution = task.worked_solution
     else:
-        problems = problems_lib.load_jsonl(config.data.path, "data.path")
-        if not isinstance(problems[0].columns.get("completion"), str):
-            raise ValueError(
-                f"data.path: {config.data.path} has no text column `completion` to train on; it "
-                f"has prompt, {', '.join(problems[0].columns)}."
-            )
+        problems = problems_lib.load_train(config.data)
+        for problem in problems:
+            if not isinstance(problem.columns.get("completion"), str):
+                raise ValueError(
+                    f"data.path: {problem.where} has no text as column `completion` to train on; "
+                    f"it has prompt, {', '.join(problem.columns)}. data.columns can rename one, "
+                    "such as completion=solution."
+                )
         solution = lambda problem, rng: problem.columns["completion"]  # noqa: E731
-    prompt_ids = prompts_lib.encode(problems, policy.tokenizer, config.data.max_prompt_tokens)
+    encoded = parts_lib.encode(problems, policy, config, "training problems")
+    problems, prompt_ids = encoded.problems, encoded.prompt_ids
     stop = policy.tokenizer.eos_token_id
     stop = policy.stop_ids[0] if stop is None else stop
 
@@ -171,8 +175,9 @@ def _source(config: ConfigDict):
         for i, ids in zip(index, encoded):
             if len(ids) >= config.sft.max_tokens:
                 raise ValueError(
-                    f"sft.max_tokens = {config.sft.max_tokens}, but the worked solution of problem "
-                    f"{i} has {len(ids) + 1} tokens with its stop token. Raise the limit."
+                    f"sft.max_tokens = {config.sft.max_tokens}, but the worked solution of "
+                    f"{problems[i].where} has {len(ids) + 1} tokens with its stop token. "
+                    "Raise the limit."
                 )
         return [(prompt_ids[i], [*ids, stop]) for i, ids in zip(index, encoded)]
 

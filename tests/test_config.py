@@ -27,6 +27,10 @@ def _valid(**changes):
     return config
 
 
+# Changes that read problems from a dataset.
+_DATASET = {"data__task": "", "data__path": "owner/name", "model__path": "m"}
+
+
 def _refusal(config) -> str:
     with pytest.raises(ValueError) as info:
         config_lib.check(config)
@@ -159,11 +163,15 @@ def file(tmp_path):
         ("rewards.names=['answer_format']", ("answer_format",)),
         ("rewards.weights=(2.0,)", (2.0,)),
         ("rewards.weights=2.0", (2.0,)),
+        ("data.columns=prompt=question", ("prompt=question",)),
+        ("data.columns=('prompt=a','answer=b')", ("prompt=a", "answer=b")),
         ("mesh.fsdp=-1", -1),
     ],
 )
 def test_overrides_of_each_type(file, argument, value):
     more = ["--config.mesh.data=1"] if argument.startswith("mesh") else []
+    if argument.startswith("data"):
+        more = ["--config.data.task=", "--config.data.path=p", "--config.model.path=m"]
     config = config_lib.load(file, [*more, f"--config.{argument}"])
     found = config_lib.flatten(config)[argument.partition("=")[0]]
     assert found == value and type(found) is type(value)
@@ -275,7 +283,18 @@ def test_every_number_has_a_range():
             {"data__path": "p.jsonl"},
             ["data.task = 'arithmetic'", "data.path = 'p.jsonl'", "exactly one"],
         ),
-        ({"data__eval_path": "p.jsonl"}, ["data.eval_path goes with data.path"]),
+        ({"data__eval_path": "p.jsonl"}, ["data.eval_path goes with data.path", "data.task"]),
+        ({"data__eval_split": "test"}, ["data.eval_split goes with data.path"]),
+        ({"data__name": "main"}, ["data.name goes with data.path"]),
+        ({"data__eval_name": "main"}, ["data.eval_name goes with data.path"]),
+        ({"data__columns": ("a=b",)}, ["data.columns goes with data.path"]),
+        ({"data__template": "{a}"}, ["data.template goes with data.path"]),
+        ({"data__chat": True}, ["data.chat goes with data.path"]),
+        ({"data__system": "Think."}, ["data.system goes with data.path"]),
+        ({**_DATASET, "data__eval_name": "main"}, ["data.eval_name = 'main' goes with", "_path"]),
+        ({**_DATASET, "data__columns": ("question",)}, ["data.columns: 'question'", "ours=theirs"]),
+        ({**_DATASET, "data__template": "{}"}, ["data.template = '{}'", "{{ and }}"]),
+        ({"data__overlong": "cut"}, ["data.overlong = 'cut'", "refuse, drop, truncate"]),
         ({"rewards__weights": (1.0, 2.0)}, ["rewards.names has 1", "rewards.weights 2"]),
         ({"rewards__weights": (), "rewards__names": ()}, ["at least one reward"]),
         ({"sft__num_steps": 0}, ['model.path = ""', "sft.num_steps = 0"]),
@@ -304,6 +323,10 @@ def test_rules(changes, parts):
         {"data__task": "", "data__path": "p.jsonl", "data__eval_path": "q.jsonl",
          "model__path": "m"},
         {"model__path": "m", "sft__num_steps": 0, "model__num_kv_heads": 3},
+        {**_DATASET, "data__name": "main", "data__eval_split": "test", "data__chat": True},
+        {**_DATASET, "data__eval_path": "owner/name", "data__eval_name": "main"},
+        {**_DATASET, "data__columns": ("prompt=a",), "data__template": "{prompt} {b} {{}}"},
+        {"data__overlong": "drop"},
         {"rollout__top_p": 1.0, "optim__beta1": 0.0},
         {"mesh__data": 1, "mesh__tensor": -1},
     ],
@@ -355,6 +378,7 @@ def _recorded(config, folder: Path) -> Path:
         {"rollout__temperature": 0.9},
         {"model__width": 64},
         {"data__num_train": 5},
+        {"data__overlong": "drop"},
     ],
 )
 def test_what_changes_the_result_binds(changes, tmp_path):

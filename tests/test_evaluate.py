@@ -163,7 +163,8 @@ def test_a_run_logs_what_the_program_finds(config, models, mesh, tmp_path):
     problems = evaluate.parts_lib.load_problems(read)[0]
     with Pool(load(read.rewards.names, (1.0,))) as pool:
         values = evaluation.run(
-            engine, engine.publish(params), ours, evaluation.as_questions(problems, ours, 8),
+            engine, engine.publish(params), ours,
+            evaluate.parts_lib.questions(problems, ours, read, "problems"),
             pool, num_samples=1, temperature=1.0,
             key=keys.key_for(0, "evaluate"), file=tmp_path / "in_run.jsonl",
         )  # fmt: skip
@@ -215,7 +216,10 @@ def test_references(config, shared, capsys):
         (["--config.batch.promts", "4"], "There is no option batch.promts"),
         (["--model", "gone"], r"gone.*there is no such folder"),
         (["--max_tokens", "1020"], r"8 tokens.*1020 \(--max_tokens\).*1024"),
-        (["--config.data.max_prompt_tokens=5"], "data.max_prompt_tokens = 5, but problem 0 has 6"),
+        (
+            ["--config.data.max_prompt_tokens=5"],
+            "tokens = 5, but the prompt of test.jsonl, line 1 has 6",
+        ),
         (["--config.data.eval_path="], "has no held-out problems"),
         (["--config.rewards.names=('no_such',)"], "'no_such' is not a built-in reward"),
         (["--config.evaluation.reference=story"], "'story' is no column.*answer, text"),

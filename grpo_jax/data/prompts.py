@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,47 +30,100 @@ def prompt_indices(seed: int, step: int, num_problems: int, per_step: int) -> np
     return index
 
 
-def encode(problems: Sequence[Problem], tokenizer: Any, max_prompt_tokens: int) -> list[list[int]]:
-    """Token ids of each prompt: a text as the tokenizer encodes it, messages by its chat template.
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Problems with the token ids of their prompts, and what became of prompts over the limit."""
 
-    The template adds the opening of the assistant's turn. Raises ValueError when a prompt is
-    messages and the tokenizer has no template for them, when one encodes to no tokens, and, naming
-    data.max_prompt_tokens, when any is longer than `max_prompt_tokens`.
+    problems: list[Problem]
+    prompt_ids: list[list[int]]
+    num_dropped: int = 0
+    num_truncated: int = 0
+
+
+def encode(
+    problems: Sequence[Problem], tokenizer: Any, max_prompt_tokens: int, overlong: str = "refuse"
+) -> Encoded:
+    """The problems with their prompts as tokens: texts as the tokenizer encodes them, messages by
+    its chat template with the opening of the assistant's turn.
+
+    Of prompts longer than `max_prompt_tokens`, `overlong` "drop" leaves the problem out, and
+    "truncate" keeps the last tokens: a chat loses its opening and system message first.
+
+    Raises ValueError, naming the problem by its file and row, when a prompt is messages and the
+    tokenizer has no template for them, when one encodes to no tokens, when one is too long and
+    `overlong` is "refuse", and when "drop" would leave nothing.
     """
-    rows = [_encode_one(i, p.prompt, tokenizer) for i, p in enumerate(problems)]
-    for i, ids in enumerate(rows):
+    rows = _encode_all(problems, tokenizer)
+    for problem, ids in zip(problems, rows):
         if not ids:
             raise ValueError(
-                f"Problem {i} encodes to no tokens, and between 1 and data.max_prompt_tokens = "
-                f"{max_prompt_tokens} are needed. It starts {_start(problems[i].prompt)}."
+                f"The prompt of {_name(problem)} encodes to no tokens, and between 1 and "
+                f"data.max_prompt_tokens = {max_prompt_tokens} are needed. "
+                f"It starts {_start(problem.prompt)}."
             )
     too_long = [i for i, ids in enumerate(rows) if len(ids) > max_prompt_tokens]
-    if too_long:
-        first, longest = too_long[0], max(len(ids) for ids in rows)
-        raise ValueError(
-            f"data.max_prompt_tokens = {max_prompt_tokens}, but problem {first} has "
-            f"{len(rows[first])} tokens; it starts {_start(problems[first].prompt)}. "
-            f"{len(too_long)} of {len(rows)} problems are longer, the longest with {longest} "
-            f"tokens. Set data.max_prompt_tokens to at least {longest}, or leave those out."
-        )
+    if overlong == "truncate":
+        kept = [ids[-max_prompt_tokens:] for ids in rows]
+        return Encoded(list(problems), kept, num_truncated=len(too_long))
+    if too_long and (overlong == "refuse" or len(too_long) == len(rows)):
+        raise _too_long(problems, rows, too_long, max_prompt_tokens, overlong)
+    kept = [i for i, ids in enumerate(rows) if len(ids) <= max_prompt_tokens]
+    return Encoded([problems[i] for i in kept], [rows[i] for i in kept], num_dropped=len(too_long))
+
+
+def _encode_all(problems: Sequence[Problem], tokenizer: Any) -> list[list[int]]:
+    """Ids of every prompt; each kind in one call, which fast tokenizers spread over the cores."""
+    rows: list[list[int]] = [[]] * len(problems)
+    texts = [i for i, p in enumerate(problems) if isinstance(p.prompt, str)]
+    chats = [i for i, p in enumerate(problems) if not isinstance(p.prompt, str)]
+    for index, rendered, special in (
+        (texts, [problems[i].prompt for i in texts], True),
+        # A template writes the special tokens itself.
+        (chats, [_render(problems[i], tokenizer) for i in chats], False),
+    ):
+        if index:
+            encoded = tokenizer(rendered, add_special_tokens=special, verbose=False)
+            for i, ids in zip(index, encoded["input_ids"]):
+                rows[i] = list(ids)
     return rows
 
 
-def _encode_one(row: int, prompt: str | Messages, tokenizer: Any) -> list[int]:
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
+def _render(problem: Problem, tokenizer: Any) -> str:
     try:
-        # Named, since the default differs by version: 5 gives a dict, 4 gave the ids.
-        encoded = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True
+        return tokenizer.apply_chat_template(
+            problem.prompt, add_generation_prompt=True, tokenize=False
         )
     except Exception as error:  # templates are programs, and raise what they like
         raise ValueError(
-            f"Problem {row} is a list of messages, which the tokenizer's template did not take "
-            f"({type(error).__name__}: {str(error)[:200]}). It starts {_start(prompt)}. Use a "
-            "tokenizer with a chat template, or write each prompt as one text."
+            f"The prompt of {_name(problem)} is a list of messages, which the "
+            f"tokenizer's template did not take ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}). It starts {_start(problem.prompt)}. Use a "
+            "tokenizer with a chat template, or write each prompt as one text and leave data.chat "
+            "False."
         ) from error
-    return list(encoded["input_ids"])
+
+
+def _too_long(
+    problems: Sequence[Problem],
+    rows: list[list[int]],
+    too_long: list[int],
+    limit: int,
+    overlong: str,
+) -> ValueError:
+    first, longest = too_long[0], max(len(ids) for ids in rows)
+    remedy = f"Set data.max_prompt_tokens to at least {longest}"
+    if overlong == "refuse":
+        remedy += ', or data.overlong to "drop" or "truncate"'
+    return ValueError(
+        f"data.max_prompt_tokens = {limit}, but the prompt of {_name(problems[first])} "
+        f"has {len(rows[first])} tokens; it starts {_start(problems[first].prompt)}. "
+        f"{len(too_long)} of {len(rows)} problems are longer, the longest with {longest} tokens"
+        f"{', and data.overlong = drop would leave none' * (overlong == 'drop')}. {remedy}."
+    )
+
+
+def _name(problem: Problem) -> str:
+    return problem.where or "an unnamed problem"
 
 
 def _start(prompt: str | Messages, limit: int = 80) -> str:

@@ -2,28 +2,55 @@ import json
 
 import pytest
 
-from grpo_jax.data.problems import Problem, load_jsonl
+from grpo_jax import config as config_lib
+from grpo_jax.data.problems import Form, Problem, load, load_held_out, load_train
+from grpo_jax.data.sources import Source
 
 
-def write(tmp_path, *lines):
-    path = tmp_path / "problems.jsonl"
+def write(tmp_path, *lines, name="problems.jsonl"):
+    path = tmp_path / name
     path.write_bytes(b"\n".join(x if isinstance(x, bytes) else x.encode() for x in lines))
     return path
 
 
+def rows(*objects):
+    return [json.dumps(x) for x in objects]
+
+
+PLAIN = Form()
+
+
+def load_lines(tmp_path, lines, form=PLAIN, option="data.path"):
+    return load(Source(str(write(tmp_path, *lines)), options=(option, "", "")), form)
+
+
+def refusal(tmp_path, lines, form=PLAIN, option="data.path"):
+    with pytest.raises(ValueError) as error:
+        load_lines(tmp_path, lines, form, option)
+    assert len(str(error.value)) < 500 and "\n" not in str(error.value)
+    return str(error.value)
+
+
+MESSAGES = [{"role": "user", "content": "1+1?"}]
+SYSTEM = [{"role": "system", "content": "Think."}]
+
+
 def test_texts_and_messages(tmp_path):
     messages = [{"role": "system", "content": ""}, {"role": "user", "content": "1+1?"}]
-    path = write(
+    problems = load_lines(
         tmp_path,
-        "\ufeff" + json.dumps({"prompt": "2+2?", "answer": 4, "source": "ä"}),
-        "",
-        json.dumps({"source": None, "answer": "2", "prompt": messages}),
-        "",
+        [
+            "\ufeff" + json.dumps({"prompt": "2+2?", "answer": 4, "source": "ä"}),
+            "",
+            json.dumps({"source": None, "answer": [1, {"a": 2}], "prompt": messages}),
+            "",
+        ],
     )
-    assert load_jsonl(path, "data.path") == [
+    assert problems == [
         Problem("2+2?", {"answer": 4, "source": "ä"}),
-        Problem(messages, {"answer": "2", "source": None}),
+        Problem(messages, {"answer": [1, {"a": 2}], "source": None}),
     ]
+    assert [p.where for p in problems] == [f"{tmp_path}/problems.jsonl, line {i}" for i in (1, 3)]
 
 
 GOOD = '{"prompt": "1+1?", "answer": 2}'
@@ -34,7 +61,7 @@ GOOD = '{"prompt": "1+1?", "answer": 2}'
     [
         ((GOOD, "", '{"prompt": "cut'), 3, ["not JSON", '{"prompt": "cut']),
         ((GOOD, "[1, 2]"), 2, ["list", "JSON object"]),
-        (('{"question": "1+1?"}',), 1, ["no `prompt`", "question"]),
+        (('{"question": "1+1?"}',), 1, ["no `prompt`", "question", "data.columns"]),
         (("{}",), 1, ["no `prompt`", "no columns"]),
         (('{"prompt": " "}',), 1, ["blank"]),
         (('{"prompt": 3}',), 1, ["int", "a text"]),
@@ -52,22 +79,182 @@ GOOD = '{"prompt": "1+1?", "answer": 2}'
     ],
 )
 def test_a_bad_line_is_named(tmp_path, lines, line, words):
-    path = write(tmp_path, *lines)
-    with pytest.raises(ValueError) as error:
-        load_jsonl(path, "data.eval_path")
-    for word in ["data.eval_path", str(path), f"line {line}", *words]:
-        assert word in str(error.value)
-    assert len(str(error.value)) < 500
+    message = refusal(tmp_path, lines, option="data.eval_path")
+    for word in ["data.eval_path", f"{tmp_path}/problems.jsonl", f"line {line}", *words]:
+        assert word in message
 
 
 @pytest.mark.parametrize("lines", [(), ("", "  ")])
 def test_an_empty_file_is_refused(tmp_path, lines):
-    with pytest.raises(ValueError, match=r"data\.path.*is empty"):
-        load_jsonl(write(tmp_path, *lines), "data.path")
+    assert "data.path" in refusal(tmp_path, lines) and "is empty" in refusal(tmp_path, lines)
 
 
-def test_a_file_that_cannot_be_read_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.path.*absent.jsonl: No such file"):
-        load_jsonl(tmp_path / "absent.jsonl", "data.path")
-    with pytest.raises(ValueError, match=r"data\.path.*Is a directory"):
-        load_jsonl(tmp_path, "data.path")
+# --- Renames --------------------------------------------------------------------------------------
+
+
+def test_columns_are_renamed(tmp_path):
+    lines = rows({"question": "1+1?", "answer": "so 2", "final": 2, "level": 1})
+    form = Form(("prompt=question", "answer=final", "working=answer"))
+    [problem] = load_lines(tmp_path, lines, form)
+    assert problem == Problem("1+1?", {"answer": 2, "working": "so 2", "level": 1})
+
+
+def test_columns_may_change_places(tmp_path):
+    lines = rows({"prompt": "2", "answer": "1+1?"})
+    [problem] = load_lines(tmp_path, lines, Form(("prompt=answer", "answer=prompt")))
+    assert problem == Problem("1+1?", {"answer": "2"})
+
+
+def test_renaming_a_column_that_is_not_there(tmp_path):
+    message = refusal(tmp_path, rows({"problem": "1", "answer": "2"}), Form(("prompt=question",)))
+    for word in ["data.columns", "line 1", "`question`", "`prompt`", "problem, answer"]:
+        assert word in message
+
+
+def test_renaming_onto_another_column(tmp_path):
+    message = refusal(tmp_path, rows({"prompt": "1", "answer": "2", "x": 3}), Form(("answer=x",)))
+    for word in ["data.columns", "`x`", "`answer` already", "line 1", "old_answer=answer"]:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        (("question",), ["'question'", "ours=theirs"]),
+        (("prompt=a,answer=b",), ["'prompt=a,answer=b'", "one text for each"]),
+        (("=a",), ["'=a'"]),
+        (("a=",), ["'a='"]),
+        ((3,), ["3", "ours=theirs"]),
+        (("prompt=a", "prompt=b"), ["'prompt' stands there twice"]),
+        (("prompt=a", "answer=a"), ["'a' stands there twice"]),
+    ],
+)
+def test_renames_of_another_form(columns, words):
+    with pytest.raises(ValueError) as error:
+        Form(columns)
+    assert all(word in str(error.value) for word in ["data.columns", *words])
+
+
+# --- Templates ------------------------------------------------------------------------------------
+
+
+def test_a_template_makes_the_prompt(tmp_path):
+    form = Form(template="{question} ({level})\nUse \\boxed{{}}. {question}")
+    [problem] = load_lines(tmp_path, rows({"question": "a{b}", "level": 3}), form)
+    assert problem.prompt == "a{b} (3)\nUse \\boxed{}. a{b}"
+    assert problem.columns == {"question": "a{b}", "level": 3}
+
+
+def test_a_template_sees_renamed_columns_and_may_extend_the_prompt(tmp_path):
+    form = Form(("prompt=question",), "Q: {prompt}")
+    assert load_lines(tmp_path, rows({"question": "1+1?"}), form) == [Problem("Q: 1+1?", {})]
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "words"),
+    [
+        ("{question}", {"prompt": "a", "x": 1}, ["{question}", "line 1", "prompt, x"]),
+        ("{prompt}", {"prompt": MESSAGES}, ["`prompt` is a list", "leave out data.template"]),
+        ("{x}", {"x": None}, ["`x` is null", "line 1"]),
+        ("{x}", {"x": {"a": 1}}, ["`x` is a dict"]),
+        ("Q: {x}{y}", {"x": " ", "y": ""}, ["line 1 `x`, `y` is blank"]),
+    ],
+)
+def test_a_row_that_a_template_does_not_fit(tmp_path, template, row, words):
+    message = refusal(tmp_path, rows(row), Form(template=template))
+    assert all(word in message for word in ["data.template", *words]), message
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("no column", ["no {column}"]),
+        ("{{prompt}}", ["no {column}"]),
+        ("{prompt} \\boxed{}", ["{} is not the name of a column", "{{ and }}"]),
+        ("{prompt.upper}", ["{prompt.upper} is not"]),
+        ("{prompt[0]}", ["{prompt[0]} is not"]),
+        ("{prompt:>9}", ["{prompt:>9} is not"]),
+        ("{prompt!r}", ["{prompt!r} is not"]),
+        ("{prompt", ["expected '}'", "{{ and }}"]),
+        ("prompt}", ["Single '}'"]),
+    ],
+)
+def test_templates_of_another_form(template, words):
+    with pytest.raises(ValueError) as error:
+        Form(template=template)
+    assert all(word in str(error.value) for word in ["data.template", *words]), error.value
+
+
+# --- Chat -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "form", "expected"),
+    [
+        ("1+1?", Form(chat=True), MESSAGES),
+        ("1+1?", Form(chat=True, system="Think."), SYSTEM + MESSAGES),
+        (MESSAGES, Form(chat=True), MESSAGES),
+        (MESSAGES, Form(system="Think."), SYSTEM + MESSAGES),
+        (SYSTEM + MESSAGES, Form(system="Guess."), SYSTEM + MESSAGES),
+        ("1+1", Form(template="{prompt}?", chat=True), MESSAGES),
+    ],
+)
+def test_chats(tmp_path, prompt, form, expected):
+    [problem] = load_lines(tmp_path, rows({"prompt": prompt}), form)
+    assert problem.prompt == expected
+
+
+def test_a_system_message_needs_a_chat(tmp_path):
+    message = refusal(tmp_path, rows({"prompt": "1+1?"}), Form(system="Think."))
+    assert all(word in message for word in ["data.system", "line 1", "data.chat to True"])
+
+
+# --- What a config names --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path):
+    """The section of a config whose dataset is a folder of two splits and two columns."""
+    data = config_lib.default().data
+    for split in ("train", "test"):
+        write(tmp_path, json.dumps({"question": split, "gold": 1}), name=f"{split}.jsonl")
+    data.path, data.columns = str(tmp_path), ("prompt=question",)
+    return data
+
+
+def test_training_and_held_out_problems(data, tmp_path):
+    assert load_train(data) == [Problem("train", {"gold": 1})]
+    assert load_held_out(data) == []
+    data.eval_split = "test"
+    assert load_held_out(data) == [Problem("test", {"gold": 1})]
+    data.split = "test"
+    assert load_train(data) == [Problem("test", {"gold": 1})]
+    data.eval_path, data.eval_split = str(tmp_path / "train.jsonl"), ""
+    assert load_held_out(data) == [Problem("train", {"gold": 1})]
+
+
+def test_held_out_options_are_named(data):
+    data.eval_split = "dev"
+    with pytest.raises(ValueError, match=r"data\.eval_split = 'dev': data\.path = .* train, test"):
+        load_held_out(data)
+    data.eval_path, data.eval_split = data.path, ""
+    with pytest.raises(ValueError, match=r"data\.eval_split = '': data\.eval_path = "):
+        load_held_out(data)
+
+
+def test_a_file_has_no_held_out_split(data, tmp_path):
+    data.path, data.eval_split = str(tmp_path / "train.jsonl"), "test"
+    with pytest.raises(ValueError, match=r"data\.eval_split = 'test', but .* data\.eval_path"):
+        load_held_out(data)
+
+
+def test_gsm8k(shared):
+    data = config_lib.default().data
+    data.path, data.eval_split = str(shared / "data" / "gsm8k"), "test"
+    data.columns, data.chat = ("prompt=question",), True
+    data.template = "{prompt}\nReason, and end with #### and the number."
+    train, held_out = load_train(data), load_held_out(data)
+    assert (len(train), len(held_out)) == (7473, 1319)
+    [message] = held_out[0].prompt
+    assert message["content"].startswith("Janet") and message["content"].endswith("the number.")
+    assert held_out[0].columns["answer"].endswith("#### 18")

@@ -1,13 +1,8 @@
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompts import encode, prompt_indices
-
-SHARED = Path(os.environ.get("GRPO_JAX_SHARED", "../shared"))
 
 
 @pytest.mark.parametrize(("num_problems", "per_step"), [(10, 5), (10, 4), (7, 3), (3, 8), (1, 1)])
@@ -34,54 +29,107 @@ def test_no_repeat_within_a_step_of_one_epoch():
 
 
 class WordTokenizer:
-    """One token a word, after a start token 1; a template that names roles by a token."""
+    """One token a word, after a start token 1; a template that names roles by a word."""
 
-    def __call__(self, text):
-        return {"input_ids": [1, *(len(w) for w in text.split())] if text != "none" else []}
+    def __call__(self, texts, add_special_tokens, verbose):
+        assert isinstance(texts, list) and not verbose
+        rows = [[len(w) for w in text.split()] for text in texts]
+        return {"input_ids": [[1] * add_special_tokens + row if row else [] for row in rows]}
 
-    def apply_chat_template(self, messages, add_generation_prompt, tokenize, return_dict):
-        assert add_generation_prompt and tokenize and return_dict
+    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
+        assert add_generation_prompt and not tokenize
         if messages[0]["role"] == "tool":
-            raise TypeError("no tools")
-        return {"input_ids": [len(messages), 99]}
+            raise TypeError("no\ntools")
+        return " ".join(f"{m['role']} {m['content']}" for m in messages)
+
+
+def texts(*prompts):
+    return [Problem(p, {"number": i}, f"p.jsonl, line {i + 1}") for i, p in enumerate(prompts)]
 
 
 def test_encode_texts_and_messages():
-    problems = [
-        Problem("a bb ccc", {}),
-        Problem([{"role": "user", "content": "hi"}], {}),
-    ]
-    assert encode(problems, WordTokenizer(), 4) == [[1, 1, 2, 3], [1, 99]]
+    problems = texts("a bb ccc", [{"role": "user", "content": "hi"}], "dd")
+    encoded = encode(problems, WordTokenizer(), 4)
+    assert encoded.prompt_ids == [[1, 1, 2, 3], [4, 2], [1, 2]]  # "user hi" has no start token
+    assert encoded.problems == problems
+    assert encoded.num_dropped == encoded.num_truncated == 0
 
 
-def test_encode_names_prompts_over_the_limit():
-    problems = [Problem(t, {}) for t in ("a b", "c d e f", "a", "g h i j k")]
+# With the start token: 3, 5, 2 and 6 tokens.
+LENGTHS = ("a b", "c dd e ff", "a", "g h i j kkk")
+
+
+def test_encode_refuses_prompts_over_the_limit():
     with pytest.raises(ValueError) as error:
-        encode(problems, WordTokenizer(), 3)
-    words = ["data.max_prompt_tokens = 3", "problem 1", "5 tokens", "'c d e f'", "2 of 4", "6"]
-    for word in words:
+        encode(texts(*LENGTHS), WordTokenizer(), 3)
+    words = ["data.max_prompt_tokens = 3", "prompt of p.jsonl, line 2", "5 tokens", "'c dd e ff'"]
+    for word in [*words, "2 of 4", "at least 6", "data.overlong"]:
         assert word in str(error.value)
-    assert len(encode(problems, WordTokenizer(), 6)) == 4
+    assert len(encode(texts(*LENGTHS), WordTokenizer(), 6).prompt_ids) == 4
+
+
+def test_encode_drops_prompts_over_the_limit():
+    encoded = encode(texts(*LENGTHS), WordTokenizer(), 3, "drop")
+    assert encoded.prompt_ids == [[1, 1, 1], [1, 1]]
+    assert [p.columns["number"] for p in encoded.problems] == [0, 2]
+    assert (encoded.num_dropped, encoded.num_truncated) == (2, 0)
+
+
+def test_encode_refuses_to_drop_all():
+    with pytest.raises(ValueError, match=r"max_prompt_tokens = 1,.*leave none.*to at least 6\.$"):
+        encode(texts(*LENGTHS), WordTokenizer(), 1, "drop")
+
+
+def test_encode_keeps_the_end_of_prompts_over_the_limit():
+    encoded = encode(texts(*LENGTHS), WordTokenizer(), 3, "truncate")
+    assert encoded.prompt_ids == [[1, 1, 1], [2, 1, 2], [1, 1], [1, 1, 3]]
+    assert (encoded.num_dropped, encoded.num_truncated) == (0, 2)
+    assert encoded.problems == texts(*LENGTHS)
+
+
+@pytest.mark.parametrize("overlong", ["refuse", "drop", "truncate"])
+def test_encode_of_prompts_within_the_limit(overlong):
+    encoded = encode(texts(*LENGTHS), WordTokenizer(), 6, overlong)
+    assert [len(ids) for ids in encoded.prompt_ids] == [3, 5, 2, 6]
+    assert (encoded.num_dropped, encoded.num_truncated) == (0, 0)
 
 
 def test_encode_refuses_what_gives_no_tokens():
-    with pytest.raises(ValueError, match=r"Problem 1 .*data\.max_prompt_tokens = 3.*'none'"):
-        encode([Problem("a", {}), Problem("none", {})], WordTokenizer(), 3)
-    with pytest.raises(ValueError, match=r"Problem 0 .*TypeError: no tools"):
-        encode([Problem([{"role": "tool", "content": "x"}], {})], WordTokenizer(), 3)
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 2 .*data\.max_prompt_tokens = 3.*' '"):
+        encode(texts("a", " "), WordTokenizer(), 3, "drop")
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 1 .*TypeError: no tools"):
+        encode(texts([{"role": "tool", "content": "x"}]), WordTokenizer(), 3)
 
 
-def test_encode_with_a_real_chat_template():
-    folder = SHARED / "tokenizers" / "qwen2.5-instruct"
-    if not folder.is_dir():
-        pytest.skip(f"no Qwen2.5 tokenizer in {folder}; set GRPO_JAX_SHARED")
+def tokenizer_of(shared, name):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    messages = [{"role": "user", "content": "1+1?"}]
-    chat, text = encode([Problem(messages, {}), Problem("1+1?", {})], tokenizer, 512)
-    assert tokenizer.decode(chat).endswith("1+1?<|im_end|>\n<|im_start|>assistant\n")
-    assert all(type(i) is int for i in chat + text) and tokenizer.decode(text) == "1+1?"
-    gpt2 = SHARED / "tokenizers" / "gpt2"
-    with pytest.raises(ValueError, match="with a chat template"):
-        encode([Problem(messages, {})], AutoTokenizer.from_pretrained(gpt2), 512)
+    return AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
+
+
+def test_encode_with_a_real_chat_template(shared):
+    tokenizer = tokenizer_of(shared, "qwen2.5-instruct")
+    chats = [
+        [{"role": "user", "content": "1+1?"}],
+        [
+            {"role": "system", "content": "Think <|im_end|> ä."},
+            {"role": "user", "content": "a\n\n b"},
+            {"role": "assistant", "content": " c "},
+            {"role": "user", "content": "d"},
+        ],
+    ]
+    *encoded, text = encode(texts(*chats, "1+1?"), tokenizer, 512).prompt_ids
+    for messages, ids in zip(chats, encoded):
+        whole = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        assert ids == whole["input_ids"]
+    assert tokenizer.decode(encoded[0]).endswith("1+1?<|im_end|>\n<|im_start|>assistant\n")
+    assert all(type(i) is int for i in encoded[0] + text) and tokenizer.decode(text) == "1+1?"
+
+
+def test_encode_of_messages_without_a_chat_template(shared):
+    tokenizer = tokenizer_of(shared, "gpt2")
+    problems = texts("1+1?", [{"role": "user", "content": "1+1?"}])
+    with pytest.raises(ValueError, match=r"line 2 is a list of messages.*with a chat template"):
+        encode(problems, tokenizer, 512)

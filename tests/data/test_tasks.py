@@ -35,6 +35,11 @@ def test_answers_are_the_sums(problems):
         assert arithmetic.MIN_TERMS <= len(totals) <= arithmetic.MAX_TERMS
 
 
+def test_every_problem_has_a_name(problems):
+    names = [problem.where for part in problems for problem in part]
+    assert sorted(names) == sorted(f"task arithmetic, problem {i + 1}" for i in range(800))
+
+
 def test_no_held_out_problem_is_trained_on(problems):
     train, held_out = ({p.prompt for p in part} for part in problems)
     assert len(train) == 600 and len(held_out) == 200

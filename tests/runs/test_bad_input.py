@@ -24,7 +24,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax import config as config_lib
-from grpo_jax import policy, program, sft, sharding, train
+from grpo_jax import parts, policy, program, sft, sharding, train
 from grpo_jax.data import tasks
 from grpo_jax.models import hf
 
@@ -72,6 +72,25 @@ def _file(path: Path, text: str) -> str:
 def _jsonl(path: Path, *lines: str) -> list[str]:
     _file(path, "".join(line + "\n" for line in lines))
     return ["--config.data.task=", f"--config.data.path={path}"]
+
+
+def _data(path: object, **options: object) -> list[str]:
+    """Arguments for problems of a dataset, by its path and other options of `data`."""
+    more = [f"--config.data.{name}={value}" for name, value in options.items()]
+    return ["--config.data.task=", f"--config.data.path={path}", *more]
+
+
+def _empty(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def _splits(folder: Path, text: str = '{"prompt": "1+1=", "answer": "2"}\n') -> Path:
+    """A folder with two splits, of which train.jsonl holds the text."""
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(text)
+    (folder / "test.jsonl").write_text('{"prompt": "1+2=", "answer": "3"}\n')
+    return folder
 
 
 def _rows(**columns) -> str:
@@ -290,7 +309,7 @@ CASES: list[Case] = [
             "--config.data.task=",
             f"--config.data.path={tmp}/gone.jsonl",
         ],
-        ("data.path", "gone.jsonl", "cannot read"),
+        ("data.path", "gone.jsonl", "no such file or folder", "hub id"),
     ),
     (
         "malformed line in a problem file",
@@ -314,7 +333,82 @@ CASES: list[Case] = [
             f"--config.model.path={model}",
             *_jsonl(tmp / "p.jsonl", _rows(prompt="1+" * 20 + "1=", answer="21")),
         ],
-        ("data.max_prompt_tokens = 16", "42 tokens", "at least 42"),
+        ("data.max_prompt_tokens = 16", "p.jsonl, line 1", "42 tokens", "at least 42", "overlong"),
+    ),
+    (
+        "only prompts longer than their limit, to be dropped",
+        lambda tmp, model: [
+            f"--config.model.path={model}",
+            *_jsonl(tmp / "p.jsonl", _rows(prompt="1+" * 20 + "1=", answer="21")),
+            "--config.data.overlong=drop",
+        ],
+        ("data.max_prompt_tokens = 16", "data.overlong = drop would leave none", "at least 42"),
+    ),
+    (
+        "dataset of a name nobody has",
+        lambda tmp, model: [f"--config.model.path={model}", *_data("no-such-owner/no-such-data")],
+        ("data.path = 'no-such-owner/no-such-data'", "Check the spelling"),
+    ),
+    (
+        "corrupt Parquet file",
+        lambda tmp, model: [
+            f"--config.model.path={model}",
+            *_data(_file(tmp / "p.parquet", "PAR1 and no more")),
+        ],
+        ("data.path", "p.parquet cannot be read as parquet", "corrupted"),
+    ),
+    (
+        "empty folder of problems",
+        lambda tmp, model: [
+            f"--config.model.path={model}",
+            *_data(_empty(tmp / "none")),
+        ],
+        ("data.path", "none'", "files such as train.jsonl"),
+    ),
+    (
+        "broken line in a folder",
+        lambda tmp, model: [
+            f"--config.model.path={model}",
+            *_data(_splits(tmp / "data", '{"prompt": "1+1=", "answer": "2"}\n{"prompt"')),
+        ],
+        ("data.path", "data/train.jsonl, line 2", "not JSON"),
+    ),
+    (
+        "unknown held-out split",
+        lambda tmp, model: [
+            f"--config.model.path={model}",
+            *_data(_splits(tmp / "data"), eval_split="valid"),
+        ],
+        ("data.eval_split = 'valid'", "train, test", "one of them"),
+    ),
+    (
+        "renamed column that is not there",
+        lambda tmp, model: [
+            f"--config.model.path={model}",
+            *_data(_splits(tmp / "data"), columns="prompt=question"),
+        ],
+        ("data.columns", "train.jsonl, line 1", "`question`", "prompt, answer"),
+    ),
+    (
+        "template with an unknown column",
+        lambda tmp, model: [
+            f"--config.model.path={model}",
+            *_data(_splits(tmp / "data"), template="{question}="),
+        ],
+        ("data.template", "{question}", "train.jsonl, line 1", "prompt, answer"),
+    ),
+    (
+        "template with empty braces",
+        lambda tmp, model: [f"--config.model.path={model}", *_data("p", template="{prompt}{}")],
+        ("data.template = '{prompt}{}'", "{{ and }}"),
+    ),
+    (
+        "chat with a tokenizer that has no template",
+        lambda tmp, model: [
+            f"--config.model.path={model}",
+            *_data(_splits(tmp / "data"), chat=True),
+        ],
+        ("train.jsonl, line 1", "chat template", "data.chat"),
     ),
     (
         "prompt and completion longer than the model",
@@ -416,11 +510,33 @@ def test_a_refused_run_leaves_its_workdir_free(tmp_path, model, importable, comp
     _assert_clear(status, message, ("rewards.names", "different config"))
 
 
+@pytest.mark.parametrize(
+    ("overlong", "words"),
+    [
+        ("drop", "1 of 5 training problems have prompts of more than data.max_prompt_tokens = 16"),
+        ("truncate", "tokens: truncated."),
+    ],
+)
+def test_prompts_over_the_limit_are_counted(overlong, words, tmp_path, model, capsys):
+    """The program says what it leaves out; the reading of the data is all that runs here."""
+    lines = [_rows(prompt=f"1+{i}=", answer=str(1 + i)) for i in range(4)]
+    file = _jsonl(tmp_path / "p.jsonl", *lines, _rows(prompt="1+" * 20 + "1=", answer="21"))
+    argv = ["--config", str(TINY), "--workdir", str(tmp_path / "run"), *file]
+    argv += ["--config.mesh.data=1", "--config.mesh.tensor=-1", f"--config.model.path={model}"]
+    config, folder = program.run_arguments([*argv, f"--config.data.overlong={overlong}"], "")
+    train = parts.build(config, folder, str(model)).train
+    assert words in capsys.readouterr().out
+    lengths = [len(ids) for ids in train.prompt_ids]
+    assert lengths == [4] * 4 + [16] * (overlong == "truncate")
+    assert len(train.problems) == len(train.texts) == len(lengths)
+
+
 def test_sft_refuses_a_file_without_solutions(tmp_path, model):
     rows = _jsonl(tmp_path / "p.jsonl", _rows(prompt="1+1=", answer="2"))
     argv = arguments(("", lambda tmp, model: [f"--config.model.path={model}", *rows], ()), tmp_path,
                      model)  # fmt: skip
-    _assert_clear(*refusal(sft.main, argv), ("data.path", "`completion`", "answer"))
+    words = ("data.path", "p.jsonl, line 1", "`completion`", "prompt, answer", "data.columns")
+    _assert_clear(*refusal(sft.main, argv), words)
     _assert_clear(
         *refusal(sft.main, [*argv, "--config.sft.num_steps=0"]), ("sft.num_steps = 0", "above 0")
     )

@@ -8,6 +8,8 @@ finds out that working pays.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from transformers import Qwen2Tokenizer
 
@@ -37,7 +39,10 @@ def generate(num_train: int, num_eval: int, seed: int) -> tuple[list[Problem], l
     while len(unique) < num_train + num_eval:
         problem = _problem(rng)
         unique.setdefault(problem.prompt, problem)
-    problems = list(unique.values())
+    problems = [
+        dataclasses.replace(problem, where=f"task arithmetic, problem {number}")
+        for number, problem in enumerate(unique.values(), start=1)
+    ]
     return problems[num_eval:], problems[:num_eval]
 
 

@@ -1,0 +1,229 @@
+"""Rows of a data set: from a file, a folder, or the Hugging Face hub.
+
+JSONL is read here, so that a broken line is named by its number. All else goes through `datasets`,
+which is imported where it is needed: that takes seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Row = tuple[str, dict[str, Any]]  # where it stands, such as "train.jsonl, line 3"; its columns
+
+# Kinds of file by suffix, as `datasets` calls them.
+_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What to read, and the options that say so, for messages."""
+
+    path: str  # a file, a folder or a hub id
+    name: str = ""  # configuration, where a hub dataset or a folder's README.md names some
+    split: str = ""  # "": the only one; a file has none
+    options: tuple[str, str, str] = ("data.path", "data.name", "data.split")
+
+    def __str__(self) -> str:
+        return f"{self.options[0]} = {self.path!r}"
+
+
+def has_splits(path: str) -> bool:
+    """Whether a split can be asked for: a file and a saved `Dataset` have none."""
+    local = Path(path).expanduser()
+    return not local.is_file() and not (local / "state.json").is_file()
+
+
+def read(source: Source) -> Iterator[Row]:
+    """The rows of a source, in its order.
+
+    Raises ValueError, naming the option and the file, for what does not exist or cannot be read,
+    for an unknown split or configuration, and for a line of JSONL that is no JSON object.
+    """
+    path, option = Path(source.path).expanduser(), source.options[0]
+    if path.is_file():
+        yield from _file_rows(path, option)
+    elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        yield from _saved_rows(path, source)
+    elif path.is_dir():
+        hint = "Give a folder with files such as train.jsonl, or one that save_to_disk wrote."
+        splits = _splits(source, f"{source} cannot be read as a folder of data", hint)
+        for file in splits[_chosen(source, list(splits))]:
+            yield from _file_rows(Path(file), option)
+    else:
+        yield from _hub_rows(source)
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def _file_rows(path: Path, option: str) -> Iterator[Row]:
+    if path.suffix == ".jsonl":
+        yield from _json_lines(path, option)
+    elif path.suffix not in _KINDS:
+        raise ValueError(
+            f"{option}: {path} is not a kind of file that is read. Give one whose name ends in "
+            f".jsonl, {', '.join(_KINDS)}."
+        )
+    elif path.stat().st_size:
+        kind = _KINDS[path.suffix]
+        try:
+            with _explained(f"{option}: {path} cannot be read as {kind}"), _quiet() as datasets:
+                dataset = datasets.load_dataset(kind, data_files=str(path), split="train")
+        except ValueError as error:
+            if "corresponds to no data" in str(error):  # columns, but no rows
+                return
+            raise
+        yield from _dataset_rows(dataset, str(path))
+
+
+def _json_lines(path: Path, option: str) -> Iterator[Row]:
+    for number, line in _lines(path, option):
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{option}: {where} is not JSON ({error}): {_shorten(line)}. Each line needs one "
+                "JSON object."
+            ) from error
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{option}: {where} is a {type(row).__name__}, not a JSON object: "
+                f'{_shorten(line)}. Write {{"prompt": ..., "answer": ...}}.'
+            )
+        yield where, row
+
+
+def _lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank with their numbers from 1, read one at a time."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    # A byte-order mark, which some editors write, is not part of the first line.
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                except UnicodeDecodeError as error:
+                    raise ValueError(
+                        f"{option}: {path}, line {number} is not UTF-8. Save the file as UTF-8."
+                    ) from error
+                if text:
+                    yield number, text
+    except OSError as error:
+        raise ValueError(f"{option}: cannot read {path}: {error.strerror}.") from error
+
+
+# --- Folders and the hub --------------------------------------------------------------------------
+
+
+def _saved_rows(path: Path, source: Source) -> Iterator[Row]:
+    """Rows of what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    where = source.path
+    with _explained(f"{source} cannot be read as a saved dataset"), _quiet() as datasets:
+        saved = datasets.load_from_disk(path)
+    if isinstance(saved, datasets.DatasetDict):
+        split = _chosen(source, list(saved))
+        saved, where = saved[split], f"{where} ({split})"
+    yield from _dataset_rows(saved, where)
+
+
+def _hub_rows(source: Source) -> Iterator[Row]:
+    path, file = source.path, Path(source.path)
+    missing = f"{source}: there is no such file or folder"
+    hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path)
+    is_file = file.suffix in (".jsonl", *_KINDS)
+    if not hub_id or is_file or ("/" in path and Path(file.parts[0]).is_dir()):
+        seen = "" if file.is_absolute() else f", as seen from {Path.cwd()}"
+        raise ValueError(
+            f"{missing}{seen}, and it does not look like a hub id (owner/name). "
+            "Give a file or folder that exists, or a hub id."
+        )
+    missing += ", and the Hugging Face hub does not give a dataset of that name"
+    hint = "Check the spelling and the connection; a private or gated one needs `hf auth login`."
+    splits = _splits(source, missing, hint)
+    split = _chosen(source, list(splits), slices=True)
+    with _explained(f"{source}, {source.options[2]} = {split!r} cannot be read", hint):
+        import datasets
+
+        dataset = datasets.load_dataset(path, source.name or None, split=split)
+    yield from _dataset_rows(dataset, f"{path} ({split})")
+
+
+def _splits(source: Source, trouble: str, hint: str = "") -> dict[str, list[str]]:
+    """The files of each split; of a dataset in the cache and no connection, the names alone."""
+    local = Path(source.path).expanduser()
+    path = str(local) if local.is_dir() else source.path
+    try:
+        with _explained(trouble, hint), _quiet() as datasets:
+            builder = datasets.load_dataset_builder(path, source.name or None)
+    except ValueError as error:  # perhaps of an unknown configuration, or where one must be named
+        known = re.search(r"onfig.*\[('.*')\]", str(error.__cause__), re.DOTALL)
+        if not known:
+            raise
+        if known[1] == "'default'" and local.is_dir():  # the folder names none
+            return _splits(dataclasses.replace(source, name=""), trouble, hint)
+        raise ValueError(
+            f"{source.options[1]} = {source.name!r}: {source} has the configurations {known[1]}. "
+            f"Set {source.options[1]} to one of them."
+        ) from error
+    files = builder.config.data_files or {split: [] for split in builder.info.splits or ()}
+    return {str(split): list(paths) for split, paths in files.items()}
+
+
+def _chosen(source: Source, names: list[str], slices: bool = False) -> str:
+    """The split that is asked for; with `slices` also "train[:100]" and "train+test"."""
+    split, option = source.split, source.options[2]
+    parts = {part.partition("[")[0] for part in split.split("+")} if slices else {split}
+    if parts <= set(names):
+        return split
+    if not split and len(names) == 1:
+        return names[0]
+    known = f"the splits {', '.join(names)}" if names else "no splits"
+    raise ValueError(f"{option} = {split!r}: {source} has {known}. Set {option} to one of them.")
+
+
+# --- What `datasets` gives ------------------------------------------------------------------------
+
+
+def _dataset_rows(dataset: Any, where: str) -> Iterator[Row]:
+    number = 0
+    for batch in dataset.iter(batch_size=1000):  # row by row would take ten times as long
+        for values in zip(*batch.values()):
+            number += 1
+            yield f"{where}, row {number}", dict(zip(batch, values))
+
+
+@contextlib.contextmanager
+def _explained(trouble: str, hint: str = "") -> Iterator[None]:
+    """Any error becomes a ValueError of one line: the trouble, its reason, the hint."""
+    try:
+        yield
+    except Exception as error:  # of the hub, its HTTP library, Arrow, pandas: no common base
+        cause = error.__cause__ or error
+        reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        raise ValueError(f"{trouble} ({reason}). {hint}".strip()) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[Any]:
+    """The module `datasets` without its progress bars and its own reports of errors."""
+    import datasets
+
+    bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield datasets
+    finally:
+        datasets.logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def _shorten(text: str, limit: int = 80) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

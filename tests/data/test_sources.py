@@ -1,0 +1,299 @@
+"""Rows of files, folders and hub datasets; each fault named by its option, file and row."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+
+from grpo_jax.data.sources import Source, has_splits, read
+
+ROWS = [
+    {
+        "prompt": [{"role": "user", "content": f"{i}+1?"}],
+        "answer": i + 1,
+        "text": "ä" if i else None,
+        "tests": [1, 2],
+        "facts": {"level": None, "kind": "x"},
+        "nothing": None,
+    }
+    for i in range(3)
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """What `datasets` converts lies in a folder of the test's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    return folder
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    elif path.suffix == ".csv":
+        datasets.Dataset.from_list(rows).to_csv(path)
+    elif path.suffix == ".arrow":
+        datasets.Dataset.from_list(rows).save_to_disk(path.parent / "saved")
+        shutil.copy(path.parent / "saved" / "data-00000-of-00001.arrow", path)
+    return path
+
+
+def rows_of(path, name="", split="") -> list[dict]:
+    return [row for _, row in read(Source(str(path), name, split))]
+
+
+def refusal(path, name="", split="", options=None) -> str:
+    source = Source(str(path), name, split, *([options] if options else []))
+    with pytest.raises(ValueError) as error:
+        list(read(source))
+    message = str(error.value)
+    assert "\n" not in message and len(message) < 600
+    return message
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".arrow"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix, capfd):
+    path = write(tmp_path / f"problems{suffix}", ROWS)
+    capfd.readouterr()
+    found = list(read(Source(str(path), "", "ignored")))
+    assert [row for _, row in found] == ROWS
+    place = "line" if suffix == ".jsonl" else "row"
+    assert [where for where, _ in found] == [f"{path}, {place} {i}" for i in (1, 2, 3)]
+    assert capfd.readouterr() == ("", "")  # no progress bars
+
+
+def test_a_csv_file(tmp_path):
+    path = write(tmp_path / "p.csv", [{"prompt": "a, b", "answer": 3, "note": None}])
+    assert rows_of(path) == [{"prompt": "a, b", "answer": 3, "note": None}]
+
+
+def test_a_changed_file_is_read_anew(tmp_path):
+    path = write(tmp_path / "p.parquet", [{"prompt": "old"}])
+    assert rows_of(path) == [{"prompt": "old"}]
+    write(path, [{"prompt": "new"}])
+    assert rows_of(path) == [{"prompt": "new"}]
+
+
+def test_many_rows_are_numbered_across_batches(tmp_path):
+    path = write(tmp_path / "p.parquet", [{"prompt": str(i)} for i in range(2500)])
+    where, row = list(read(Source(str(path))))[2345]
+    assert where == f"{path}, row 2346" and row == {"prompt": "2345"}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".arrow", ".csv"])
+def test_a_file_of_no_bytes_has_no_rows(tmp_path, suffix):
+    path = tmp_path / f"p{suffix}"
+    path.touch()
+    assert rows_of(path) == []
+
+
+def test_a_file_of_columns_alone_has_no_rows(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,answer\n")
+    assert rows_of(tmp_path / "p.csv") == []
+    datasets.Dataset.from_dict({"prompt": []}).to_parquet(tmp_path / "p.parquet")
+    assert rows_of(tmp_path / "p.parquet") == []
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet", ".arrow"])
+def test_a_corrupt_file_is_named(tmp_path, suffix, capfd):
+    path = tmp_path / f"p{suffix}"
+    path.write_bytes(b"PAR1" + b"\x00nonsense" * 50)
+    message = refusal(path)
+    assert f"data.path: {path} cannot be read as {suffix[1:]} (" in message
+    assert capfd.readouterr().err == ""  # the message says it all
+
+
+def test_a_cut_parquet_file_is_named(tmp_path):
+    path = write(tmp_path / "train.parquet", ROWS)
+    path.write_bytes(path.read_bytes()[:-20])
+    assert f"{path} cannot be read as parquet" in refusal(tmp_path, split="train")
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "p.txt").write_text("1+1?")
+    assert all(w in refusal(tmp_path / "p.txt") for w in ["p.txt is not a kind", ".jsonl, .parq"])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+def test_a_file_that_may_not_be_read(tmp_path):
+    path = write(tmp_path / "p.jsonl", ROWS)
+    path.chmod(0)
+    assert "Permission denied" in refusal(path)
+
+
+# --- Folders --------------------------------------------------------------------------------------
+
+
+def test_a_saved_dataset(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    found = list(read(Source(f"{tmp_path}/saved", "", "train")))
+    assert [row for _, row in found] == ROWS
+    assert found[2][0] == f"{tmp_path}/saved, row 3"
+    assert not has_splits(f"{tmp_path}/saved")
+
+
+def test_a_saved_dataset_with_shuffled_rows(tmp_path):
+    datasets.Dataset.from_list(ROWS).select([2, 0]).save_to_disk(tmp_path / "saved")
+    assert rows_of(tmp_path / "saved") == [ROWS[2], ROWS[0]]
+
+
+def test_a_saved_dictionary_of_splits(tmp_path):
+    parts = {"train": ROWS[:2], "test": ROWS[2:]}
+    saved = datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in parts.items()})
+    saved.save_to_disk(tmp_path / "saved")
+    assert rows_of(tmp_path / "saved", split="train") == ROWS[:2]
+    [(where, row)] = read(Source(f"{tmp_path}/saved", "", "test"))
+    assert row == ROWS[2] and where == f"{tmp_path}/saved (test), row 1"
+    assert "data.split = 'dev': data.path = " in refusal(tmp_path / "saved", split="dev")
+
+
+def test_a_damaged_saved_dataset_is_named(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    next((tmp_path / "saved").glob("*.arrow")).write_bytes(b"nonsense")
+    assert "saved' cannot be read as a saved dataset (" in refusal(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_folder_of_files_named_by_split(tmp_path, suffix):
+    write(tmp_path / f"my_train{suffix}", ROWS[:2])
+    test = write(tmp_path / f"my_test{suffix}", ROWS[2:])
+    write(tmp_path / f"notes{suffix}", [{"other": 1}])
+    assert rows_of(tmp_path, split="train") == ROWS[:2]
+    [(where, row)] = read(Source(str(tmp_path), "", "test"))
+    assert row == ROWS[2] and where.startswith(f"{test}, ")
+    assert has_splits(str(tmp_path))
+    assert rows_of(tmp_path, "main", "train") == ROWS[:2]  # it names no configurations
+
+
+def test_a_split_of_several_files(tmp_path):
+    for i, row in enumerate(ROWS):
+        write(tmp_path / "data" / f"train-0000{i}-of-00003.parquet", [row])
+    found = list(read(Source(str(tmp_path), "", "train")))
+    assert [row for _, row in found] == ROWS
+    assert found[1][0] == f"{tmp_path}/data/train-00001-of-00003.parquet, row 1"
+
+
+def test_a_broken_line_in_a_folder_is_named(tmp_path):
+    path = write(tmp_path / "train.jsonl", ROWS)
+    path.write_text(path.read_text() + '{"prompt": "cut')
+    assert f"data.path: {path}, line 4 is not JSON" in refusal(tmp_path, split="train")
+
+
+def test_an_unknown_split_is_named_with_those_there_are(tmp_path):
+    write(tmp_path / "train.jsonl", ROWS)
+    write(tmp_path / "test.jsonl", ROWS)
+    options = ("data.eval_path", "data.eval_name", "data.eval_split")
+    message = refusal(tmp_path, split="valid", options=options)
+    assert f"data.eval_split = 'valid': data.eval_path = '{tmp_path}' has the splits" in message
+    assert "train, test. Set data.eval_split to one of them." in message
+    assert "data.split = ''" in refusal(tmp_path)
+
+
+def test_the_only_split_needs_no_name(tmp_path):
+    write(tmp_path / "test.jsonl", ROWS)
+    assert rows_of(tmp_path) == ROWS
+    assert "data.split = 'train'" in refusal(tmp_path, split="train")
+
+
+def test_a_folder_without_data_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    message = refusal(tmp_path / "empty", split="train")
+    assert all(word in message for word in ["data.path = ", "empty'", "train.jsonl"])
+
+
+CONFIGURATIONS = """---
+configs:
+- config_name: main
+  data_files:
+  - split: train
+    path: main/train*
+  - split: test
+    path: main/test*
+- config_name: other
+  data_files: other/*.jsonl
+---
+"""
+
+
+def clone_of_a_hub_dataset(folder: Path) -> Path:
+    write(folder / "main" / "train.jsonl", ROWS[:2])
+    write(folder / "main" / "test.jsonl", ROWS[2:])
+    write(folder / "other" / "train.jsonl", [{"prompt": "other"}])
+    (folder / "README.md").write_text(CONFIGURATIONS)
+    return folder
+
+
+def test_configurations_of_a_folder(tmp_path):
+    folder = clone_of_a_hub_dataset(tmp_path / "clone")
+    assert rows_of(folder, "main", "test") == ROWS[2:]
+    assert rows_of(folder, "other", "train") == [{"prompt": "other"}]
+    for name in ("", "mian"):
+        message = refusal(folder, name, "train")
+        assert f"data.name = {name!r}: data.path" in message
+        assert "'main', 'other'. Set data.name" in message
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_gsm8k(shared, split):
+    found = list(read(Source(str(shared / "data" / "gsm8k"), "", split)))
+    assert len(found) == {"train": 7473, "test": 1319}[split]
+    assert found[-1][0].endswith(f"{split}.jsonl, line {len(found)}")
+    assert all(row.keys() == {"question", "answer"} for _, row in found)
+
+
+# --- The hub --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, cache):
+    """A dataset "own/maths" as the cache of `datasets` holds one that was downloaded before."""
+    clone = clone_of_a_hub_dataset(tmp_path / "clone")
+    datasets.load_dataset(str(clone), "main")
+    shutil.rmtree(clone)
+    [made] = (cache / "clone" / "main" / "0.0.0").glob("*/")
+    kept = cache / "own___maths" / "main" / "0.0.0" / made.name
+    shutil.copytree(made, kept)
+    for file in kept.glob("clone-*"):
+        file.rename(file.with_name(file.name.replace("clone-", "maths-")))
+    return "own/maths"
+
+
+def test_a_hub_dataset(hub):
+    assert rows_of(hub, "main", "train") == ROWS[:2]
+    [(where, row)] = read(Source(hub, "main", "test"))
+    assert where == "own/maths (test), row 1" and row == ROWS[2]
+    assert rows_of(hub, "main", "train[:1]+test") == [ROWS[0], ROWS[2]]
+    assert has_splits(hub)
+
+
+def test_a_hub_datasets_splits_and_configurations_are_named(hub):
+    message = refusal(hub, "main", "valid")
+    assert "data.split = 'valid': data.path = 'own/maths' has the splits train, test." in message
+    assert "data.name = 'mian'" in refusal(hub, "mian", "train")
+    assert "data.split = 'train[:x]' cannot be read" in refusal(hub, "main", "train[:x]")
+
+
+def test_a_hub_dataset_out_of_reach():
+    message = refusal("no-such-owner/no-such-data", split="train")
+    for word in ["data.path = 'no-such-owner/no-such-data'", "spelling", "hf auth login"]:
+        assert word in message
+
+
+@pytest.mark.parametrize("path", ["gone.jsonl", "tests/gone", "/gone/x", "a b", "http://x/y"])
+def test_what_looks_like_no_hub_id_is_not_asked_for(path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    message = refusal(path)
+    words = [f"data.path = {path!r}: there is no such file or folder", "not look like a hub id"]
+    assert all(word in message for word in words)
