@@ -242,6 +242,18 @@ def test_held_out_options_are_named(data):
         load_held_out(data)
 
 
+def test_each_path_has_its_configuration(data, tmp_path):
+    readme = "---\nconfigs:\n"
+    for name in ("a", "b"):
+        readme += f"- config_name: {name}\n  data_files: {name}.jsonl\n"
+        write(tmp_path, json.dumps({"question": name}), name=f"{name}.jsonl")
+    (tmp_path / "README.md").write_text(f"{readme}---\n")
+    data.name, data.eval_path, data.eval_name = "b", data.path, "a"
+    assert [p.prompt for p in load_train(data) + load_held_out(data)] == ["b", "a"]
+    data.eval_path, data.eval_split = "", "train"
+    assert [p.prompt for p in load_held_out(data)] == ["b"]
+
+
 def test_a_file_has_no_held_out_split(data, tmp_path):
     data.path, data.eval_split = str(tmp_path / "train.jsonl"), "test"
     with pytest.raises(ValueError, match=r"data\.eval_split = 'test', but .* data\.eval_path"):
