@@ -29,6 +29,8 @@ from grpo_jax.rewards.pool import Pool
 from grpo_jax.rewards.score import Scores
 from grpo_jax.workdir import write_whole
 
+_MAX_FAILURES = 20  # shown
+
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     parser = argparse.ArgumentParser(
@@ -155,16 +157,12 @@ def figures(scores: Scores, seconds: float) -> dict[str, Any]:
 
 def _show(args, problems: list[Problem], texts: list[str], scores: Scores, found: dict) -> None:
     table = Table(title=f"Rewards of {found['rows']:,} rows", title_justify="left")
-    for heading in ("reward", "mean", "std", "gives 1", "failed", "none", "slowest rows"):
+    for heading in ("reward", "mean", "std", "gives 1", "failed", "none"):
         table.add_column(heading, justify="left" if heading == "reward" else "right")
     for name, numbers in found["rewards"].items():
         mean, std = ("-" if v is None else f"{v:.4f}" for v in (numbers["mean"], numbers["std"]))
-        rows = np.argsort(-scores.seconds[name], kind="stable")[:3]
-        slowest = [(scores.seconds[name][i], problems[i].where.rpartition("/")[2]) for i in rows]
-        table.add_row(
-            name, mean, std, *(f"{numbers[key]:,}" for key in ("ones", "failed", "none")),
-            "\n".join(f"{seconds:.3f} s  {where}" for seconds, where in slowest),
-        )  # fmt: skip
+        counts = (f"{numbers[key]:,}" for key in ("ones", "failed", "none"))
+        table.add_row(name, mean, std, *counts)
     metrics_lib.console.print(table)
     order = np.argsort(np.nan_to_num(scores.reward_B, nan=-np.inf), kind="stable")
     low = order[: -(-args.samples // 2)]
@@ -172,14 +170,22 @@ def _show(args, problems: list[Problem], texts: list[str], scores: Scores, found
     rows = [_item(i, problems[i], texts[i], scores) for i in [*low, *high]]
     if rows:
         metrics_lib.print_samples("The lowest and the highest", rows)
-    first = {failure.reward: failure for failure in reversed(scores.failures)}
-    for failure in first.values():
-        metrics_lib.say(f"{problems[failure.row].where}: {failure.message}")
+    for name, seconds_B in scores.seconds.items():
+        slowest = np.argsort(-seconds_B, kind="stable")[:3]
+        rows = [f"{seconds_B[i]:.3f} s {problems[i].where}" for i in slowest]
+        metrics_lib.say(f"Slowest of {name}: {'; '.join(rows)}.")
+    for failure in scores.failures[:_MAX_FAILURES]:
+        message = reward_lib.shorten(failure.message, 300)[1:-1]
+        metrics_lib.say(f"Failed at {problems[failure.row].where}: {message}")
+    if len(scores.failures) > _MAX_FAILURES:
+        metrics_lib.say(f"... and {len(scores.failures) - _MAX_FAILURES:,} more (--out).")
     metrics_lib.say(f"{found['rows_per_second']:,.0f} rows per second")
 
 
 def _item(i: int, problem: Problem, text: str, scores: Scores) -> dict[str, Any]:
-    prompt = problem.prompt if isinstance(problem.prompt, str) else json.dumps(problem.prompt)
+    prompt = problem.prompt
+    if not isinstance(prompt, str):
+        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
     values = {name: float(value_B[i]) for name, value_B in scores.by_name.items()}
     return {
         "where": problem.where,

@@ -30,7 +30,7 @@ from typing import Any
 _BY_MODULE = {
     "exact": ("exact_answer",),
     "math_answer": ("math_answer",),
-    "text": ("exact_match", "token_f1", "mentions"),
+    "text": ("exact_match", "token_f1", "mentions", "repetition_penalty"),
     "format": ("answer_format", "think_format", "think_answer_format"),
     "length": ("soft_overlong",),
 }

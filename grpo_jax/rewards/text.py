@@ -65,6 +65,19 @@ def mentions(
     return [_share(text_of(c), wanted) for c, wanted in zip(completions, rows)]
 
 
+def repetition_penalty(
+    prompts: list[Any], completions: list[Any], ngram: int = 3, **columns: Any
+) -> list[float]:
+    """Minus the share of each completion's n-grams that stood in it before; 0.0 for a short one.
+
+    From Yeo et al. 2025 (arXiv:2502.03373, appendix): (distinct n-grams / n-grams) - 1, of words
+    between spaces in lower case. Raises ValueError for `ngram` below 1.
+    """
+    if ngram < 1:
+        raise ValueError(f"repetition_penalty: ngram = {ngram} words must be at least 1.")
+    return [_repetition(text_of(completion).lower().split(), ngram) for completion in completions]
+
+
 def text_fault(value: Any) -> str | None:
     """What keeps a value of `answer` from being a text or a list of acceptable texts, or None."""
     if value is None:
@@ -115,6 +128,11 @@ def _f1(found: list[str], expected: list[str]) -> float:
         return 0.0
     precision, recall = num_common / len(found), num_common / len(expected)
     return 2 * precision * recall / (precision + recall)
+
+
+def _repetition(words: list[str], n: int) -> float:
+    grams = list(zip(*(words[i:] for i in range(n))))
+    return len(set(grams)) / len(grams) - 1.0 if grams else 0.0
 
 
 def _share(text: str, words: Sequence[str]) -> float:

@@ -2,7 +2,14 @@ import functools
 
 import pytest
 
-from grpo_jax.rewards.text import exact_match, mentions, text_fault, token_f1, words_fault
+from grpo_jax.rewards.text import (
+    exact_match,
+    mentions,
+    repetition_penalty,
+    text_fault,
+    token_f1,
+    words_fault,
+)
 
 
 def chat(text):
@@ -100,3 +107,23 @@ def test_words_faults(value, fault):
 def test_words_that_are_no_words_are_refused():
     with pytest.raises(ValueError, match="`words` holds 3"):
         mentions([""], ["x"], words=["sun", 3])
+
+
+@pytest.mark.parametrize(
+    ("text", "ngram", "value"),
+    [
+        ("a b c a b c", 3, -0.25),  # abc bca cab abc: 3 of 4 are distinct
+        ("a A a", 1, -2 / 3),
+        ("a b c d", 3, 0.0),
+        ("a b", 3, 0.0),
+        ("", 1, 0.0),
+    ],
+)
+def test_repetition_penalty(text, ngram, value):
+    reply = [{"role": "assistant", "content": text}]
+    assert repetition_penalty(["p"] * 2, [text, reply], ngram) == pytest.approx([value] * 2)
+
+
+def test_repetition_penalty_needs_words():
+    with pytest.raises(ValueError, match="ngram = 0"):
+        repetition_penalty(["p"], ["a"], 0)
