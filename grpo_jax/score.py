@@ -175,7 +175,7 @@ def _show(args, problems: list[Problem], texts: list[str], scores: Scores, found
         rows = [f"{seconds_B[i]:.3f} s {problems[i].where}" for i in slowest]
         metrics_lib.say(f"Slowest of {name}: {'; '.join(rows)}.")
     for failure in scores.failures[:_MAX_FAILURES]:
-        message = reward_lib.shorten(failure.message, 300)[1:-1]
+        message = failure.message if len(failure.message) < 300 else f"{failure.message[:300]}..."
         metrics_lib.say(f"Failed at {problems[failure.row].where}: {message}")
     if len(scores.failures) > _MAX_FAILURES:
         metrics_lib.say(f"... and {len(scores.failures) - _MAX_FAILURES:,} more (--out).")

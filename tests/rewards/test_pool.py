@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 
+import adversarial
 import numpy as np
 import pytest
 
@@ -229,3 +230,29 @@ def test_invalid_unicode_passes():
     with pool(":letters") as p:
         got = score(p, ["\ud800\x00", "a" * 2_000_000])
     np.testing.assert_array_equal(got.reward_B, [2, 2_000_000])
+
+
+@pytest.mark.slow
+def test_a_thousand_adversarial_completions(capsys):
+    """None hangs, none crashes, all get what they are owed, in bounded memory."""
+    cases = adversarial.make(1000)
+    rewards = load(("math_answer", "exact_answer", "token_f1", "think_format"), (1.0,) * 4)
+    with Pool(rewards, num_workers=2, limits=Limits(10.0, 1 << 30)) as p:
+        p.wait_ready()
+        began = time.monotonic()
+        got = score(p, [c.completion for c in cases], {"answer": ["72"] * len(cases)}, group=8)
+        seconds = time.monotonic() - began
+        peaks = [_peak_bytes(w.process.pid) for w in p._workers]
+    with capsys.disabled():
+        print(f"\n{len(cases) / seconds:,.0f} adversarial completions per second, four rewards")
+    assert not got.failures
+    assert max(peaks) < 1 << 30
+    for case, value in zip(cases, got.by_name["math_answer"]):
+        assert case.expected is None or value == case.expected, case.kind
+
+
+def _peak_bytes(pid: int) -> int:
+    """The most memory that a process has held so far."""
+    with open(f"/proc/{pid}/status") as file:
+        line = next(line for line in file if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
