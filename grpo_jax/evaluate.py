@@ -145,8 +145,9 @@ def _problems(args: argparse.Namespace, config: ConfigDict) -> list[Problem]:
     problems = held_out if args.split == "eval" else train
     if not problems:
         raise ValueError(
-            f"{args.config} has no {_SPLITS[args.split]} problems. Set data.eval_path (with "
-            "data.path) or data.num_eval (with data.task), or evaluate on --split train."
+            f"{args.config} has no {_SPLITS[args.split]} problems. Set data.eval_split or "
+            "data.eval_path (with data.path) or data.num_eval (with data.task), or evaluate on "
+            "--split train."
         )
     return problems[: min(args.num_problems, len(problems))]
 

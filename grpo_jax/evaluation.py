@@ -175,7 +175,10 @@ def run(
         tallies.pop("stopped_length")  # undefined where none stopped
     else:
         tallies = sampled_tallies(answered, [num_samples])
-    return {f"eval/{name}": tally.value for name, tally in tallies.items()}
+    values = {f"eval/{name}": tally.value for name, tally in tallies.items()}
+    if answered.scores.failures:
+        values["eval/failed_rewards"] = float(len(answered.scores.failures))
+    return values
 
 
 def write_items(file: Path, answered: Answered, further: dict[str, np.ndarray] | None = None):

@@ -91,6 +91,7 @@ METRICS: dict[str, Metric] = {
     "eval/answer_found_share": Metric("share", "greedy completions in which an answer was found"),
     "eval/truncated_share": Metric("share", "greedy completions cut at the token limit"),
     "eval/length": Metric("tokens", "mean length of greedy completions"),
+    "eval/failed_rewards": Metric("completions", "rewards that failed, each counted as 0"),
     "eval/pass@K": Metric("share", "held-out problems that at least one of K samples solves"),
     "eval/maj@K": Metric("share", "held-out problems that the commonest answer of K solves"),
     "eval/mean@K": Metric("share", "mean accuracy of K samples per held-out problem"),

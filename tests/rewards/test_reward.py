@@ -1,6 +1,7 @@
 """Reward functions by name, with arguments, and against the data's columns."""
 
 import functools
+from pathlib import Path
 
 import pytest
 from odd_rewards import half
@@ -22,6 +23,11 @@ def test_built_in_and_own():
 @pytest.mark.parametrize("name", reward_lib.BUILT_IN)
 def test_every_built_in_is_there(name):
     assert reward_lib.function(name).__name__ == name
+
+
+def test_the_docs_name_every_built_in():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text()
+    assert all(f"| `{name}" in page for name in reward_lib.BUILT_IN)
 
 
 @pytest.mark.parametrize(
