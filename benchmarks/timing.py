@@ -1,0 +1,131 @@
+"""The command line, the repeats and the table that the benchmarks of phases share."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import floors
+import jax
+import jaxlib
+import workload
+from workload import Work
+
+
+def arguments(description: str) -> tuple[Work, argparse.Namespace]:
+    """The work to time, an option for each of its fields, and how to time it."""
+    parser = argparse.ArgumentParser(description=description)
+    for field in dataclasses.fields(Work):
+        if field.type == "bool":
+            parser.add_argument(
+                f"--{field.name}", action=argparse.BooleanOptionalAction, default=field.default
+            )
+        else:
+            kind = int if field.type == "int" else str
+            parser.add_argument(f"--{field.name}", type=kind, default=field.default)
+    parser.add_argument("--steps", type=int, default=10, help="timed, after two that warm up")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    if args.model not in workload.SHAPES:
+        parser.error(f"--model {args.model}: choose from {', '.join(workload.SHAPES)}")
+    return Work(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Work)}), args
+
+
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    """What a call returns, once the device has finished it, and its seconds."""
+    began = time.perf_counter()
+    value = jax.block_until_ready(call())
+    return value, time.perf_counter() - began
+
+
+def environment() -> dict[str, str]:
+    device = jax.devices()[0]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": f"{device.device_kind} ({jax.default_backend()})",
+        "machine": f"{platform.machine()}, {platform.system()}",
+        "python": platform.python_version(),
+        "jax": f"{jax.__version__} (jaxlib {jaxlib.__version__})",
+    }
+
+
+class Phases:
+    """Seconds of each phase by step, and the floor of each."""
+
+    def __init__(self, work: Work):
+        self.work = work
+        self.rate = floors.measured_flops(work.dtype)
+        self.bandwidth = floors.measured_bandwidth()
+        self.seconds: dict[str, list[float]] = {}
+        self.floor: dict[str, list[float]] = {}
+
+    def add(self, name: str, seconds: float, flops: float, num_bytes: float = 0.0) -> None:
+        self.seconds.setdefault(name, []).append(seconds)
+        floor = floors.seconds(flops, num_bytes, self.rate, self.bandwidth)
+        self.floor.setdefault(name, []).append(floor)
+
+    def report(self, tokens_per_step: float, file: str | None) -> None:
+        """Prints the medians beside their floors; writes them too where a file is named."""
+        rows = {}
+        for name, seconds in self.seconds.items():
+            median, floor = statistics.median(seconds), statistics.median(self.floor[name])
+            rows[name] = {"seconds": median, "floor_seconds": floor, "share": floor / median}
+        total = sum(row["seconds"] for row in rows.values())
+        found = {
+            "work": dataclasses.asdict(self.work),
+            "environment": environment(),
+            "tflops": self.rate / 1e12,
+            "gb_per_s": self.bandwidth / 1e9,
+            "phases": rows,
+            "completion_tokens_per_s": tokens_per_step / total,
+        }
+        print(json.dumps(found["work"]))
+        print(f"{found['environment']}")
+        print(f"plain product {self.rate / 1e12:.3f} TFLOP/s, copy {self.bandwidth / 1e9:.1f} GB/s")
+        print(f"{'phase':<10}{'seconds':>10}{'floor':>10}{'share':>8}")
+        for name, row in rows.items():
+            print(
+                f"{name:<10}{row['seconds']:>10.4f}{row['floor_seconds']:>10.4f}"
+                f"{row['share']:>8.1%}"
+            )
+        print(
+            f"{found['completion_tokens_per_s']:,.0f} completion tokens per second of these phases"
+        )
+        if file:
+            Path(file).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def run(description: str, phases: tuple[str, ...]) -> None:
+    """Times the phases of a step and prints them beside their floors."""
+    work, args = arguments(description)
+    step, table = workload.Step(work), Phases(work)
+    model, itemsize = work.shape, jax.numpy.dtype(work.dtype).itemsize
+    tokens = []
+    for n in range(args.steps + 2):
+        rollouts, rollout_s = timed(lambda n=n: step.rollout(n))
+        length_PG = rollouts.length_PG
+        experience, prepare_s = timed(lambda r=rollouts: step.prepare(r))
+        _, update_s = timed(lambda e=experience: step.update(e))
+        if n < 2:
+            continue
+        tokens.append(float(length_PG.sum()))
+        forward = floors.forward_flops(model, work.prompts, work.prompt_tokens, length_PG)
+        read = floors.decode_bytes(model, work.prompt_tokens, length_PG, itemsize)
+        if "rollout" in phases:
+            table.add("rollout", rollout_s, forward, read)
+        if "prepare" in phases:
+            table.add("prepare", prepare_s, forward * work.kl)
+        if "update" in phases:
+            table.add("update", update_s, 3 * forward)
+    table.report(sum(tokens) / len(tokens), args.json)

@@ -1,0 +1,171 @@
+"""A GRPO step of a given shape on random weights and prompts, in the pieces that are timed.
+
+Everything but the lengths of completions is what `grpo_jax.train` runs. Lengths are forced, so that
+two programs, or two versions of one, do the same work: the stop token is impossible before a
+completion's length and certain at it. A length is drawn from the completion's own random key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax import keys, optim, sharding
+from grpo_jax.algorithm import losses
+from grpo_jax.algorithm import update as update_lib
+from grpo_jax.models import transformer
+from grpo_jax.sampling import decode
+from grpo_jax.sampling.engine import Engine
+from grpo_jax.structs import ModelConfig, Rollouts, Sampling
+
+STOP = 1
+_LENGTH_FOLD = 2**31 - 1  # no token stands there: the fold that a completion's length comes from
+
+
+def _shape(layers, width, heads, kv, size, mlp, vocab, tied) -> ModelConfig:
+    return ModelConfig(
+        family="qwen2", vocab_size=vocab, width=width, mlp_width=mlp, num_layers=layers,
+        num_heads=heads, num_kv_heads=kv, head_size=size, rope_theta=1e6, norm_eps=1e-6,
+        max_position=32768, tied_head=tied, qkv_bias=True,
+    )  # fmt: skip
+
+
+SHAPES = {
+    "tiny": _shape(4, 256, 4, 2, 64, 688, 512, True),
+    "qwen2.5-0.5b": _shape(24, 896, 14, 2, 64, 4864, 151936, True),
+    "qwen2.5-1.5b": _shape(28, 1536, 12, 2, 128, 8960, 151936, True),
+    "qwen2.5-7b": _shape(28, 3584, 28, 4, 128, 18944, 152064, False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One step's sizes."""
+
+    model: str = "tiny"
+    prompts: int = 8
+    group: int = 8
+    prompt_tokens: int = 32
+    completion_tokens: int = 64  # limit
+    mean_tokens: int = 0  # geometric lengths of this mean, cut at the limit; 0: all at the limit
+    kl: bool = True
+    dtype: str = "float32"
+    microbatch: int = 1  # prompts; 0: all at once
+    unroll: bool = True
+    remat: bool = False
+
+    @property
+    def shape(self) -> ModelConfig:
+        return SHAPES[self.model]
+
+
+def lengths_of(key_B2: Any, work: Work) -> Any:
+    """The forced length of each completion, int32 [B], from its key's data uint32 [B, 2]."""
+    limit, mean = work.completion_tokens, work.mean_tokens
+    if not mean:
+        return jnp.full(key_B2.shape[0], limit, jnp.int32)
+
+    def uniform(key_2):
+        key = jax.random.wrap_key_data(key_2, impl="threefry2x32")
+        return jax.random.uniform(jax.random.fold_in(key, _LENGTH_FOLD))
+
+    u_B = jax.vmap(uniform)(key_B2)
+    length_B = 1 + jnp.floor(jnp.log1p(-u_B) / np.log1p(-1.0 / mean))  # geometric, from 1
+    return jnp.clip(length_B, 1, limit).astype(jnp.int32)
+
+
+def force_lengths(work: Work) -> None:
+    """From here on, completions of this process end at their forced lengths."""
+    original = decode.logits_lib.log_probs
+
+    def choose(decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature):
+        length_B = lengths_of(key_RW2.reshape(-1, 2), work)
+        ends_B = time_RW.reshape(-1) + 1 >= length_B
+
+        def forced(logits, sampling, **more):
+            is_stop_1V = (jnp.arange(logits.shape[-1]) == STOP)[None]
+            logits = jnp.where(is_stop_1V == ends_B[:, None], logits, -jnp.inf)
+            return original(logits, sampling, **more)
+
+        decode.logits_lib.log_probs = forced
+        try:
+            return _CHOOSE(decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature)
+        finally:
+            decode.logits_lib.log_probs = original
+
+    decode._choose = choose
+
+
+_CHOOSE = decode._choose
+
+
+class Step:
+    """The compiled pieces of a step, and the state that they hand on."""
+
+    def __init__(self, work: Work, params: Any = None):
+        self.work = work
+        mesh, dtype = sharding.make_mesh(1, 1, 1), jnp.dtype(work.dtype)
+        model = work.shape
+        force_lengths(work)
+        sampling = Sampling()
+        decoder = decode.Decoder(
+            model, mesh, sampling, (STOP,), work.completion_tokens, dtype, work.unroll
+        )
+        self.engine = Engine(decoder, num_slots=work.prompts * work.group)
+        scorer = update_lib.Scorer(model, mesh, sampling, dtype, work.unroll, work.remat)
+        schedule = optim.schedule(
+            1e-6, warmup_steps=0, kind="constant", num_updates=1, end_fraction=0.0
+        )
+        optimizer = optim.adamw(
+            schedule, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0
+        )
+        objective = losses.Objective(0.2, 0.2, 0.04 * work.kl, 0.0, "token", work.completion_tokens)
+        microbatch = work.microbatch or work.prompts
+        self._prepare = update_lib.make_prepare(
+            scorer, by_std=True, mask_truncated=False,
+            num_microbatches=work.prompts // microbatch, with_old=False,
+        )  # fmt: skip
+        self._update = update_lib.make_update(
+            scorer, objective, optimizer, num_minibatches=1,
+            num_microbatches=work.prompts // microbatch,
+        )  # fmt: skip
+        if params is None:
+            params = jax.jit(functools.partial(transformer.init, model))(keys.key_for(0, "init"))
+        ref = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p))(params)
+        self.ref_params = ref if work.kl else None
+        self.state = update_lib.start(params, model, mesh, optimizer)
+
+    def prompts(self, n: int) -> list[list[int]]:
+        """Random prompts of step n."""
+        rng = np.random.default_rng([n, 7])
+        shape = (self.work.prompts, self.work.prompt_tokens)
+        return rng.integers(2, self.work.shape.vocab_size, shape).tolist()
+
+    def rollout(self, n: int) -> Rollouts:
+        return self.engine.generate(
+            self.engine.publish(self.state.params), self.prompts(n), group=self.work.group,
+            key=keys.key_for(0, "rollout", n), temperature=1.0,
+        )  # fmt: skip
+
+    def prepare(self, rollouts: Rollouts):
+        """Advantages for a reward that costs nothing, and the reference's log-probabilities."""
+        limit = rollouts.completion_PGC.shape[-1]
+        quarter = -(-limit // 4)
+        longest = min(limit, -(-int(rollouts.length_PG.max()) // quarter) * quarter)
+        rollouts = rollouts.replace(
+            completion_PGC=rollouts.completion_PGC[..., :longest],
+            logp_PGC=rollouts.logp_PGC[..., :longest],
+        )
+        reward_PG = (rollouts.completion_PGC[..., 0] % 2).astype(np.float32)
+        return jax.block_until_ready(
+            self._prepare(self.state.params, self.ref_params, rollouts, jnp.asarray(reward_PG))
+        )
+
+    def update(self, experience) -> None:
+        self.state, metrics = self._update(self.state, experience, 0)
+        jax.block_until_ready(metrics)
