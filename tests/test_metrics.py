@@ -202,7 +202,7 @@ def terminal(monkeypatch, *, encoding="utf-8", **options):
 def test_samples_show_texts_as_they_are(monkeypatch):
     raw = terminal(monkeypatch)
     long = SAMPLE | {"completion": "start " + "x" * 5000 + "\n#### 7"}
-    metrics.print_samples(3, [SAMPLE, long])
+    metrics.print_samples("Completions of step 3", [SAMPLE, long])
     text = raw.getvalue().decode()
     for word in ("step 3", "[bold]2[/bold]\\x1b[31m\\u202e", "#### 2", "start", "[... ", "#### 7"):
         assert word in text
@@ -213,7 +213,7 @@ def test_samples_show_texts_as_they_are(monkeypatch):
 
 def test_a_terminal_without_unicode(monkeypatch):
     raw = terminal(monkeypatch, encoding="ascii")
-    metrics.print_samples(0, [SAMPLE | {"completion": "naïve \ud800 ∑"}])
+    metrics.print_samples("Completions of step 0", [SAMPLE | {"completion": "naïve \ud800 ∑"}])
     metrics.print_title("∑ [red]")
     metrics.say("∑ [red]")
     text = raw.getvalue().decode("ascii")
