@@ -55,7 +55,7 @@ class Work:
     mean_tokens: int = 0  # geometric lengths of this mean, cut at the limit; 0: all at the limit
     kl: bool = True
     dtype: str = "float32"
-    microbatch: int = 1  # prompts; 0: all at once
+    microbatch: int = 2  # prompts; 0: all at once
     unroll: bool = True
     remat: bool = False
 

@@ -236,9 +236,8 @@ def _make_update(scorer: update_lib.Scorer, optimizer, size: int, config: Config
     @functools.partial(jax.jit, donate_argnums=1)
     def add(params: Params, carry, part: Rollouts):
         part = sharding.constrain_rows(scorer.mesh, part)
-        part = jax.tree.map(lambda x: x[None], part)
-        grads, sums, _ = update_lib.accumulate(sums_of, params, part)
-        return jax.tree.map(jnp.add, carry, (grads, sums))
+        grads, sums, _ = update_lib.add_gradient(sums_of, params, (*carry, {}), part)
+        return grads, sums
 
     @functools.partial(jax.jit, donate_argnums=0)
     def apply(state: TrainState, carry) -> tuple[TrainState, dict[str, Array]]:

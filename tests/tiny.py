@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax import sharding
+from grpo_jax.algorithm import logprobs
 from grpo_jax.models import transformer
 from grpo_jax.structs import ModelConfig, Rollouts
 
@@ -79,3 +80,12 @@ def rollouts(prompts: int = 4, group: int = 3, tokens: int = 5, seed: int = 0) -
         length_PG=length_PG,
         stopped_PG=stopped_PG,
     )
+
+
+def logp(scorer, params, rollouts: Rollouts):
+    """Log-probabilities of the completions, float32 [P, G, C], one completion per row."""
+    completion_PGC = jax.numpy.asarray(rollouts.completion_PGC)
+    target_BT = completion_PGC.reshape(-1, completion_PGC.shape[-1])
+    head = transformer.head_kernel(params)
+    logp_BT, _ = logprobs.score(scorer.hidden(params, rollouts), head, target_BT, scorer.sampling)
+    return logp_BT.reshape(completion_PGC.shape)

@@ -2,23 +2,25 @@
 
 `make_prepare` gives what stays fixed for a rollout: advantages, and the log-probabilities of the
 reference and of the policy before its first update, each computed only where the loss reads it.
-`make_update` gives one optimizer update on a minibatch, its microbatches scanned and their
-gradients summed before they are divided once. A group is never split.
+`make_update` gives one optimizer update on a minibatch. Both go through microbatches of whole
+groups, their completions packed into lanes; gradients are summed and divided once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from grpo_jax import sharding
-from grpo_jax.algorithm import advantages, logprobs, losses
+from grpo_jax.algorithm import advantages, logprobs, losses, packing
 from grpo_jax.models import transformer
 from grpo_jax.structs import (
     Array,
@@ -42,27 +44,42 @@ class Scorer:
     unroll: bool = False
     remat: bool = False
 
-    def hidden(self, params: Params, rollouts: Rollouts) -> Array:
-        """The hidden state that predicts each completion token, [P * G, C, D]."""
-        hidden_PGCD = transformer.score(
+    def hidden(self, params: Params, rollouts: Rollouts, layout_PLT: Array | None = None) -> Array:
+        """The hidden states that predict completion tokens, as `transformer.score` orders them.
+
+        Without a layout by completion, [P * G, C, D]; with one by prompt, [P, G + L * T, D].
+        """
+        hidden = transformer.score(
             params,
             self.model,
             rollouts.prompt_PQ,
             rollouts.prompt_length_P,
             rollouts.completion_PGC,
+            layout_PLT,
             dtype=self.dtype,
             unroll=self.unroll,
             remat=self.remat,
         )
-        return hidden_PGCD.reshape(-1, *hidden_PGCD.shape[2:])
+        return hidden if layout_PLT is not None else hidden.reshape(-1, *hidden.shape[2:])
 
-    def logp(self, params: Params, rollouts: Rollouts) -> Array:
-        """Log-probabilities of the completions, float32 [P, G, C]."""
-        completion_PGC = rollouts.completion_PGC
-        target_BT = completion_PGC.reshape(-1, completion_PGC.shape[-1])
-        head = transformer.head_kernel(params)
-        logp_BT, _ = logprobs.score(self.hidden(params, rollouts), head, target_BT, self.sampling)
-        return logp_BT.reshape(completion_PGC.shape)
+
+@dataclasses.dataclass(frozen=True)
+class _Packed:
+    """Which token of a group's [G, C] each entry of a packed row is: E = G + L * T."""
+
+    index_PE: Array  # int32: g * C + c; 0 where there is none
+    there_PE: Array  # bool
+
+    @staticmethod
+    def of(layout_PLT: Array, group: int, tokens: int) -> _Packed:
+        first_PG = jnp.broadcast_to(jnp.arange(group) * tokens, (layout_PLT.shape[0], group))
+        rest = layout_PLT.reshape(layout_PLT.shape[0], -1)
+        index_PE = jnp.concatenate([first_PG, rest], axis=1)
+        return _Packed(jnp.maximum(index_PE, 0), index_PE >= 0)
+
+    def take(self, x_PGC: Array) -> Array:
+        """Values by completion and token as a packed row [P, E]; some value where there is none."""
+        return jnp.take_along_axis(x_PGC.reshape(x_PGC.shape[0], -1), self.index_PE, axis=1)
 
 
 def action_mask(length_PG: Array, stopped_PG: Array, tokens: int, mask_truncated: bool) -> Array:
@@ -71,40 +88,43 @@ def action_mask(length_PG: Array, stopped_PG: Array, tokens: int, mask_truncated
     return action_PGC & stopped_PG[..., None] if mask_truncated else action_PGC
 
 
-def _microbatches(tree: Any, count: int) -> Any:
-    """Arrays [P, ...] as [count, P / count, ...]: part m takes prompts m, m + count, …
-
-    Strided, so that prompts split over devices stay where they are.
-    """
-
-    def split(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
-
-    return jax.tree.map(split, tree)
+def _parts(length_PG: Any, tokens: int, groups_P: np.ndarray, count: int) -> Iterator[packing.Part]:
+    """Microbatches of some groups, `count` of them."""
+    length_PG = np.asarray(jax.device_get(length_PG))
+    return packing.parts(length_PG, tokens, groups_P, len(groups_P) // count)
 
 
-def _unsplit(x: Array) -> Array:
-    """The inverse of `_microbatches`."""
-    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
+def _rows(mesh: Mesh, tree: Any, groups_M: Array) -> Any:
+    """Some groups of arrays [P, ...], over the devices by row; any group for -1."""
+    groups_M = jnp.maximum(groups_M, 0)
+    return sharding.constrain_rows(mesh, jax.tree.map(lambda x: x[groups_M], tree))
 
 
 def make_prepare(
     scorer: Scorer, *, by_std: bool, mask_truncated: bool, num_microbatches: int, with_old: bool
 ):
-    """A jitted `(params, ref_params | None, rollouts, reward_PG) -> Experience`.
+    """A function `(params, ref_params | None, rollouts, reward_PG) -> Experience`.
 
     `with_old`: the rollout is updated on more than once, so the policy's log-probabilities before
     the first update are computed, by the scorer itself. `ref_params` None: no KL term.
     """
 
-    def logp_of(params: Params, rollouts: Rollouts) -> Array:
-        parts = sharding.constrain_rows(scorer.mesh, rollouts)
-        parts = _microbatches(parts, num_microbatches)
-        logp = jax.lax.map(functools.partial(scorer.logp, params), parts)
-        return _unsplit(logp)
+    @functools.partial(jax.jit, donate_argnums=2)
+    def fill(params, rollouts: Rollouts, logp_PGC: Array, groups_M: Array, layout_MLT: Array):
+        part = _rows(scorer.mesh, rollouts, groups_M)
+        _, group, tokens = part.completion_PGC.shape
+        packed = _Packed.of(layout_MLT, group, tokens)
+        hidden_MED = scorer.hidden(params, part, layout_MLT)
+        head, target_ME = transformer.head_kernel(params), packed.take(part.completion_PGC)
+        logp_ME, _ = logprobs.score(hidden_MED, head, target_ME, scorer.sampling)
+        place_ME = jnp.where(packed.there_PE, packed.index_PE, group * tokens)
+        flat = logp_PGC.reshape(logp_PGC.shape[0], -1)
+        row_M = jnp.where(groups_M < 0, flat.shape[0], groups_M)
+        flat = flat.at[row_M[:, None], place_ME].set(logp_ME, mode="drop")
+        return flat.reshape(logp_PGC.shape)
 
     @jax.jit
-    def prepare(params, ref_params, rollouts: Rollouts, reward_PG: Array) -> Experience:
+    def base(rollouts: Rollouts, reward_PG: Array) -> Experience:
         return Experience(
             rollouts=rollouts,
             advantage_PG=advantages.group_advantages(reward_PG, by_std=by_std),
@@ -114,61 +134,78 @@ def make_prepare(
                 rollouts.completion_PGC.shape[-1],
                 mask_truncated,
             ),
+            old_logp_PGC=None,
+            ref_logp_PGC=None,
+        )
+
+    def logp_of(params: Params, rollouts: Rollouts) -> Array:
+        logp_PGC = jnp.zeros_like(rollouts.logp_PGC)
+        prompts, _, tokens = rollouts.completion_PGC.shape
+        for part in _parts(rollouts.length_PG, tokens, np.arange(prompts), num_microbatches):
+            logp_PGC = fill(params, rollouts, logp_PGC, part.groups_M, part.layout_MLT)
+        return logp_PGC
+
+    def prepare(params, ref_params, rollouts: Rollouts, reward_PG: Array) -> Experience:
+        return base(rollouts, reward_PG).replace(
             old_logp_PGC=logp_of(params, rollouts) if with_old else None,
             ref_logp_PGC=None if ref_params is None else logp_of(ref_params, rollouts),
         )
 
+    prepare.fill = fill  # the compiled part, for a look at what it holds
     return prepare
 
 
-def _loss_sums(params: Params, scorer: Scorer, objective: losses.Objective, part: Experience):
-    """Summed loss of one microbatch, and (count, sums, maxima) of what explains it."""
-    rows = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
-    rollouts = part.rollouts
-    action_BT, target_BT = rows(part.action_PGC), rows(rollouts.completion_PGC)
-    advantage_PGC = jnp.broadcast_to(part.advantage_PG[..., None], part.action_PGC.shape)
+def _loss_sums(
+    params: Params, scorer: Scorer, objective: losses.Objective, part: Experience, layout: Array
+):
+    """Summed loss of one microbatch, and (sums, maxima) of what explains it."""
+    rollouts, group = part.rollouts, part.advantage_PG.shape[1]
+    tokens = part.action_PGC.shape[-1]
+    packed = _Packed.of(layout, group, tokens)
+    take = lambda x: None if x is None else packed.take(x)  # noqa: E731
     terms = {
-        "advantage": rows(advantage_PGC),
-        "old_logp": None if part.old_logp_PGC is None else rows(part.old_logp_PGC),
-        "ref_logp": None if part.ref_logp_PGC is None else rows(part.ref_logp_PGC),
+        "advantage": jnp.take_along_axis(part.advantage_PG, packed.index_PE // tokens, axis=1),
+        "old_logp": take(part.old_logp_PGC),
+        "ref_logp": take(part.ref_logp_PGC),
     }
-    weight_BT, count = losses.weights(action_BT, objective)
-    total, logp_BT, entropy_BT = logprobs.loss(
+    weight_BC, _ = losses.weights(part.action_PGC.reshape(-1, tokens), objective)
+    weight_PE = jnp.where(packed.there_PE, take(weight_BC.reshape(part.action_PGC.shape)), 0.0)
+    action_PE = take(part.action_PGC) & packed.there_PE
+    total, logp_PE, entropy_PE = logprobs.loss(
         functools.partial(losses.token_loss, objective),
         scorer.sampling,
-        scorer.hidden(params, rollouts),
+        scorer.hidden(params, rollouts, layout),
         transformer.head_kernel(params),
-        target_BT,
-        weight_BT,
+        take(rollouts.completion_PGC),
+        weight_PE,
         terms,
     )
     sums, maxima = losses.diagnostics(
-        objective, logp_BT, entropy_BT, terms, action_BT, rows(rollouts.logp_PGC)
+        objective, logp_PE, entropy_PE, terms, action_PE, take(rollouts.logp_PGC)
     )
-    sums |= {"loss": total, "count": count, "tokens": action_BT.sum().astype(jnp.float32)}
+    sums |= {"loss": total, "tokens": action_PE.sum().astype(jnp.float32)}
     return total, (sums, maxima)
 
 
-def accumulate(loss_sums, params: Params, parts: Any) -> tuple[Params, dict, dict]:
-    """Gradient sum, metric sums and metric maxima over microbatches `parts` [M, ...].
+Carry = tuple[Params, dict, dict]  # gradient sums in float32, metric sums, metric maxima
 
-    `loss_sums(params, part) -> (total, (sums, maxima))`. Gradients are summed in float32.
-    """
 
-    def one(carry, part):
-        grads, sums, maxima = carry
-        (_, (new_sums, new_maxima)), new_grads = jax.value_and_grad(loss_sums, has_aux=True)(
-            params, part
-        )
-        grads = jax.tree.map(lambda g, n: g + n.astype(jnp.float32), grads, new_grads)
-        sums = jax.tree.map(jnp.add, sums, new_sums)
-        return (grads, sums, jax.tree.map(jnp.maximum, maxima, new_maxima)), None
-
-    first = jax.tree.map(lambda x: x[0], parts)
-    _, (sums, maxima) = jax.eval_shape(loss_sums, params, first)
+def no_gradient(loss_sums, params: Params, *part: Any) -> Carry:
+    """What `add_gradient` starts from: zeros of what `loss_sums(params, *part)` will give."""
     zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)  # noqa: E731
-    start = zeros(params), zeros(sums), zeros(maxima)
-    return jax.lax.scan(one, start, parts)[0]
+    _, (sums, maxima) = jax.eval_shape(loss_sums, params, *part)
+    return zeros(params), zeros(sums), zeros(maxima)
+
+
+def add_gradient(loss_sums, params: Params, carry: Carry, *part: Any) -> Carry:
+    """The carry with one microbatch more; `loss_sums(params, *part) -> (total, (sums, maxima))`."""
+    grads, sums, maxima = carry
+    (_, (new_sums, new_maxima)), new_grads = jax.value_and_grad(loss_sums, has_aux=True)(
+        params, *part
+    )
+    grads = jax.tree.map(lambda g, n: g + n.astype(jnp.float32), grads, new_grads)
+    sums = jax.tree.map(jnp.add, sums, new_sums)
+    return grads, sums, jax.tree.map(jnp.maximum, maxima, new_maxima)
 
 
 def apply_gradient(
@@ -201,29 +238,58 @@ def make_update(
     num_minibatches: int,
     num_microbatches: int,
 ):
-    """A jitted `(state, experience, minibatch index) -> (state, metrics)`; the state is donated.
+    """A function `(state, experience, minibatch index) -> (state, metrics)`; it donates the state.
 
-    Metrics are float32 scalars by their logged names, and `skipped`, True where the update was
-    refused.
+    Minibatch i of n holds prompts i, i + n, ... Metrics are float32 scalars by their logged names,
+    and `skipped`, True where the update was refused.
     """
 
     like = state_like(scorer.model, scorer.mesh, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, like)
 
+    def loss_sums(params, experience: Experience, groups_M: Array, layout_MLT: Array):
+        part = _rows(scorer.mesh, experience, groups_M)
+        action_PGC = part.action_PGC & (groups_M >= 0)[:, None, None]
+        return _loss_sums(
+            params, scorer, objective, part.replace(action_PGC=action_PGC), layout_MLT
+        )
+
+    carry_shardings = shardings.params, None, None
+    add = jax.jit(
+        functools.partial(add_gradient, loss_sums), donate_argnums=1, out_shardings=carry_shardings
+    )
+    zeros: list[Callable[[], Carry]] = []  # made once the names of the sums are known
+
+    def nothing(*args: Any) -> Carry:
+        if not zeros:
+            carry = jax.eval_shape(functools.partial(no_gradient, loss_sums), *args)
+            make = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), carry)  # noqa: E731
+            zeros.append(jax.jit(make, out_shardings=carry_shardings))
+        return zeros[0]()
+
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def update(state: TrainState, experience: Experience, index: Array):
-        experience = sharding.constrain_rows(scorer.mesh, experience)
-        minibatch = jax.tree.map(lambda x: x[index], _microbatches(experience, num_minibatches))
-        parts = _microbatches(minibatch, num_microbatches)
-        loss_sums = lambda params, part: _loss_sums(params, scorer, objective, part)  # noqa: E731
-        grads, sums, maxima = accumulate(loss_sums, state.params, parts)
-        count, tokens = jnp.maximum(sums.pop("count"), 1.0), jnp.maximum(sums.pop("tokens"), 1.0)
+    def finish(state: TrainState, carry: Carry, action_PGC: Array, groups_P: Array):
+        grads, sums, maxima = carry
+        action_BC = action_PGC[groups_P].reshape(-1, action_PGC.shape[-1])
+        count = jnp.maximum(losses.weights(action_BC, objective)[1], 1.0)
+        tokens = jnp.maximum(sums.pop("tokens"), 1.0)
         loss = sums.pop("loss") / count
         grads = jax.tree.map(lambda g: g / count, grads)
         state, metrics = apply_gradient(state, optimizer, grads, loss)
         metrics |= {name: value / tokens for name, value in sums.items()}
         return state, metrics | maxima | {"policy/loss": loss}
 
+    def update(state: TrainState, experience: Experience, index: int):
+        prompts, _, tokens = experience.action_PGC.shape
+        groups_P = np.arange(prompts)[int(index) :: num_minibatches]
+        parts = list(_parts(experience.rollouts.length_PG, tokens, groups_P, num_microbatches))
+        first = parts[0]
+        carry = nothing(state.params, experience, first.groups_M, first.layout_MLT)
+        for part in parts:
+            carry = add(state.params, carry, experience, part.groups_M, part.layout_MLT)
+        return finish(state, carry, experience.action_PGC, groups_P)
+
+    update.nothing, update.add, update.finish = nothing, add, finish  # the compiled parts
     return update
 
 

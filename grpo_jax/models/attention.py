@@ -68,43 +68,48 @@ def _merged_weights(prefix: Array, own: Array) -> tuple[Array, Array, Array]:
 
 
 def shared_prefix(
-    q_PGTNH: Array,
-    k_PGTKH: Array,
-    v_PGTKH: Array,
+    q_PLTNH: Array,
+    k_PLTKH: Array,
+    v_PLTKH: Array,
+    segment_PLT: Array,
     prefix_k_PQKH: Array,
     prefix_v_PQKH: Array,
     prefix_length_P: Array,
+    position_PLT: Array,
     window,
 ) -> Array:
-    """Every completion attends to its group's prompt and, causally, to itself, [P, G, T, N, H].
+    """Every completion attends to its group's prompt and, causally, to itself, [P, L, T, N, H].
 
-    The queries of a whole group meet the prompt's keys in one product. Completions are padded on
-    the right, so causality alone hides the padding.
+    A lane holds completions one after the other: tokens of equal `segment_PLT` are one completion,
+    `position_PLT` counts from its first token. The queries of a whole group meet the prompt's keys
+    in one product.
     """
-    q = _grouped(q_PGTNH, k_PGTKH.shape[-2])
+    q = _grouped(q_PLTNH, k_PLTKH.shape[-2])
     prefix = jnp.einsum("pgtknh,pqkh->pkgntq", q, prefix_k_PQKH, preferred_element_type=jnp.float32)
-    own = jnp.einsum("pgtknh,pgskh->pkgnts", q, k_PGTKH, preferred_element_type=jnp.float32)
+    own = jnp.einsum("pgtknh,pgskh->pkgnts", q, k_PLTKH, preferred_element_type=jnp.float32)
     t, s_1Q = jnp.arange(own.shape[-1]), jnp.arange(prefix.shape[-1])[None]
-    seen_own_TT = t[None, :] <= t[:, None]
-    seen_prefix_PTQ = (s_1Q < prefix_length_P[:, None])[:, None, :]
+    seen_own = t[None, :] <= t[:, None]
     if window is not None:
-        seen_own_TT &= t[:, None] - t[None, :] < window
-        position_PT = prefix_length_P[:, None] + t[None, :]
-        seen_prefix_PTQ = seen_prefix_PTQ & (position_PT[..., None] - s_1Q[None] < window)
-    prefix = jnp.where(seen_prefix_PTQ[:, None, None, None], prefix, _HIDDEN)
-    own = jnp.where(seen_own_TT[None, None, None, None], own, _HIDDEN)
+        seen_own &= t[:, None] - t[None, :] < window
+    seen_own = seen_own[None, None] & (segment_PLT[..., :, None] == segment_PLT[..., None, :])
+    seen_prefix = (s_1Q < prefix_length_P[:, None])[:, None, None, :]  # [P, 1, 1, Q]
+    if window is not None:
+        past_PLT1 = (prefix_length_P[:, None, None] + position_PLT)[..., None]
+        seen_prefix = seen_prefix & (past_PLT1 - s_1Q[None, None] < window)
+    prefix = jnp.where(seen_prefix[:, None, :, None], prefix, _HIDDEN)
+    own = jnp.where(seen_own[:, None, :, None], own, _HIDDEN)
     prefix, own, total = _merged_weights(prefix, own)
-    dtype = v_PGTKH.dtype
+    dtype = v_PLTKH.dtype
     out = jnp.einsum(
         "pkgntq,pqkh->pgtknh",
         prefix.astype(dtype),
         prefix_v_PQKH,
         preferred_element_type=jnp.float32,
     ) + jnp.einsum(
-        "pkgnts,pgskh->pgtknh", own.astype(dtype), v_PGTKH, preferred_element_type=jnp.float32
+        "pkgnts,pgskh->pgtknh", own.astype(dtype), v_PLTKH, preferred_element_type=jnp.float32
     )
     out = out / jnp.transpose(total, (0, 2, 4, 1, 3))[..., None]
-    return out.astype(q_PGTNH.dtype).reshape(q_PGTNH.shape)
+    return out.astype(q_PLTNH.dtype).reshape(q_PLTNH.shape)
 
 
 # Decoding. Keys are stored transposed, [..., K, H, positions]: 1.4 times the speed of positions

@@ -196,27 +196,39 @@ def score(
     prompt_PQ: Array,
     prompt_length_P: Array,
     completion_PGC: Array,
+    layout_PLT: Array | None = None,
     *,
     dtype=jnp.float32,
     unroll: bool = False,
     remat: bool = False,
 ) -> Array:
-    """The hidden state that predicts each completion token, [P, G, C, D].
+    """The hidden states that predict the completions' tokens.
 
-    Entry [p, g, 0] is the prompt's last token, entry [p, g, c] completion token c - 1. Every prompt
-    is computed once for its G completions. Prompts and completions are padded on the right; the
-    states of padding mean nothing.
+    Without a layout [P, G, C, D]: entry [p, g, c] predicts completion token c. With one (see
+    `algorithm/packing.py`) [P, G + L * T, D]: first the states that predict each completion's first
+    token, which are the prompt's last, then those of the lanes' slots; a slot of layout g * C + c
+    predicts token c of completion g. Every prompt is computed once for its G completions. Prompts
+    and completions are padded on the right; the states of padding and of empty slots mean nothing.
     """
+    num_prompts, group, tokens = completion_PGC.shape
+    if layout_PLT is None:
+        own = jnp.arange(group)[:, None] * tokens + jnp.arange(1, tokens)[None]
+        layout = jnp.broadcast_to(own[None], (num_prompts, group, tokens - 1))
+    else:
+        layout = layout_PLT
+    place_PLT = jnp.maximum(layout - 1, 0)  # of the token that a slot reads
+    input_PLT = jnp.take_along_axis(
+        completion_PGC.reshape(num_prompts, -1), place_PLT.reshape(num_prompts, -1), axis=1
+    ).reshape(layout.shape)
+    position_PLT = place_PLT % tokens
+    segment_PLT = jnp.where(layout < 0, -1, place_PLT // tokens)
     inv_freq = rotary_frequencies(config)
-    input_PGT = completion_PGC[:, :, :-1]  # the last token predicts nothing that is scored
-    t_Q, t_T = jnp.arange(prompt_PQ.shape[1]), jnp.arange(input_PGT.shape[2])
-    prompt_angles = attention.rotary(t_Q[None], inv_freq)
-    position_P1T = prompt_length_P[:, None, None] + t_T[None, None]
-    own_angles = attention.rotary(position_P1T, inv_freq)
+    prompt_angles = attention.rotary(jnp.arange(prompt_PQ.shape[1])[None], inv_freq)
+    own_angles = attention.rotary(prompt_length_P[:, None, None] + position_PLT, inv_freq)
     block = Block(config, dtype)
 
     def layer(carry, layer_and_window):
-        (x_PQD, x_PGTD), (params, window) = carry, layer_and_window
+        (x_PQD, x_PLTD), (params, window) = carry, layer_and_window
 
         def attend_prompt(q, k, v):
             return attention.causal(q, k, v, prompt_length_P, window), (k, v)
@@ -224,19 +236,25 @@ def score(
         x_PQD, kv = block.apply({"params": params}, x_PQD, prompt_angles, attend_prompt)
 
         def attend_both(q, k, v):
-            return attention.shared_prefix(q, k, v, *kv, prompt_length_P, window), None
+            out = attention.shared_prefix(
+                q, k, v, segment_PLT, *kv, prompt_length_P, position_PLT, window
+            )
+            return out, None
 
-        if x_PGTD.shape[2]:
-            x_PGTD, _ = block.apply({"params": params}, x_PGTD, own_angles, attend_both)
-        return (x_PQD, x_PGTD), None
+        if x_PLTD.shape[1] * x_PLTD.shape[2]:
+            x_PLTD, _ = block.apply({"params": params}, x_PLTD, own_angles, attend_both)
+        return (x_PQD, x_PLTD), None
 
-    states = _embed(params, prompt_PQ, dtype), _embed(params, input_PGT, dtype)
-    (x_PQD, x_PGTD), _ = _scan_layers(layer, states, params, config, unroll, remat)
+    states = _embed(params, prompt_PQ, dtype), _embed(params, input_PLT, dtype)
+    (x_PQD, x_PLTD), _ = _scan_layers(layer, states, params, config, unroll, remat)
     last_PD = jnp.take_along_axis(x_PQD, (prompt_length_P - 1)[:, None, None], axis=1)[:, 0]
-    last_PG1D = jnp.broadcast_to(
-        last_PD[:, None, None], (*completion_PGC.shape[:2], 1, config.width)
-    )
-    return _final_norm(params, config, jnp.concatenate([last_PG1D, x_PGTD], axis=2), dtype)
+    last_PG1D = jnp.broadcast_to(last_PD[:, None, None], (num_prompts, group, 1, config.width))
+    if layout_PLT is None:
+        states = jnp.concatenate([last_PG1D, x_PLTD], axis=2)
+    else:
+        own_PXD = x_PLTD.reshape(num_prompts, -1, config.width)
+        states = jnp.concatenate([last_PG1D[:, :, 0], own_PXD], axis=1)
+    return _final_norm(params, config, states, dtype)
 
 
 def prefill(

@@ -13,9 +13,9 @@ import optax
 import pytest
 import tiny
 
-from grpo_jax.algorithm import logprobs, losses
+from grpo_jax.algorithm import logprobs, losses, packing
 from grpo_jax.algorithm.update import Scorer, make_prepare, make_update, state_like
-from grpo_jax.structs import Sampling
+from grpo_jax.structs import Experience, Sampling
 
 B, T, D, V = 3, 7, 8, 19
 
@@ -221,12 +221,22 @@ def test_no_array_holds_the_logits_of_a_batch(monkeypatch):
         num_minibatches=1,
         num_microbatches=1,
     )
-    args = state.params, state.params, rollouts, jnp.zeros((4, 4))
-    experience = jax.eval_shape(prepare, *args)
+    experience = jax.eval_shape(
+        lambda rollouts: Experience(
+            rollouts, jnp.zeros((4, 4)), rollouts.completion_PGC > 0, *[rollouts.logp_PGC] * 2
+        ),
+        rollouts,
+    )
+    part = next(packing.parts(np.full((4, 4), 16), 16, np.arange(4), 4))
+    where = part.groups_M, part.layout_MLT
+    carry = jax.eval_shape(update.nothing, state.params, experience, *where)
 
     def largest_of_both():
         jax.clear_caches()  # the limit is read while tracing
-        return largest(prepare, *args), largest(update, state, experience, jnp.int32(0))
+        return (
+            largest(prepare.fill, state.params, rollouts, rollouts.logp_PGC, *where),
+            largest(update.add, state.params, carry, experience, *where),
+        )
 
     assert min(largest_of_both()) >= size  # one chunk: the walk sees the logits
     monkeypatch.setattr(logprobs, "_MAX_TOKENS", 64)  # 4 of the 16 tokens of each row

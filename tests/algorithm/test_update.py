@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from grpo_jax import optim
-from grpo_jax.algorithm import losses
+from grpo_jax.algorithm import losses, packing
 from grpo_jax.algorithm.update import (
     Scorer,
     action_mask,
@@ -124,6 +124,14 @@ def test_minibatches_are_strided_and_cover_the_batch(plain, experience):
     assert np.abs(gradient(first[0]) - gradient(second[0])).max() > 1e-3
 
 
+def adding(update, experience):
+    """What the update's program for one microbatch is called with."""
+    length_PG = np.asarray(experience.rollouts.length_PG)
+    part = next(packing.parts(length_PG, C, np.arange(P), P))
+    params, where = fresh().params, (part.groups_M, part.layout_MLT)
+    return params, update.nothing(params, experience, *where), experience, *where
+
+
 def test_remat_and_unrolled_layers_change_nothing(plain, experience, reference_run):
     def primitives(update):
         def walk(jaxpr):
@@ -132,7 +140,7 @@ def test_remat_and_unrolled_layers_change_nothing(plain, experience, reference_r
                 for inner in jax.extend.core.jaxprs_in_params(eqn.params):
                     yield from walk(inner)
 
-        return set(walk(jax.make_jaxpr(update)(fresh(), experience, jnp.int32(0)).jaxpr))
+        return set(walk(jax.make_jaxpr(update.add)(*adding(update, experience)).jaxpr))
 
     remat, unrolled = program(remat=True), program(unroll=True)
     checkpoint = {("remat2", None), ("checkpoint", None), ("remat", None)}
@@ -234,7 +242,10 @@ def test_the_first_ratio_is_one(sampling):
 def test_temperature_changes_the_log_probabilities():
     """Else the ratios above would be 1 with the temperature ignored by both sides."""
     rollouts = tiny.rollouts(P, G, C)
-    cold, warm = (jax.jit(scorer(Sampling(t)).logp)(tiny.params(), rollouts) for t in (0.7, 1.3))
+    cold, warm = (
+        jax.jit(functools.partial(tiny.logp, scorer(Sampling(t))))(tiny.params(), rollouts)
+        for t in (0.7, 1.3)
+    )
     assert np.abs(cold - warm).max() > 0.1
 
 
@@ -246,7 +257,9 @@ def test_the_kl_term_pulls_on_policy(experience):
     kl = program(losses.Objective(kl_coef=0.5))
     assert not gradient(run(program(losses.Objective()), still)[0]).any()
 
-    current_PGC = np.asarray(jax.jit(scorer().logp)(tiny.params(), still.rollouts))
+    current_PGC = np.asarray(
+        jax.jit(functools.partial(tiny.logp, scorer()))(tiny.params(), still.rollouts)
+    )
     same, _ = run(kl, still.replace(ref_logp_PGC=current_PGC))
     assert np.abs(gradient(same)).max() < 1e-6
     pulled, before = run(kl, still.replace(ref_logp_PGC=experience.ref_logp_PGC))
@@ -280,7 +293,7 @@ def test_the_stop_token_is_trained(experience):
     )
 
     assert metrics["policy/grad_norm"] > 1e-3
-    logp = jax.jit(scorer().logp)
+    logp = jax.jit(functools.partial(tiny.logp, scorer()))
     before, after = (logp(p, rollouts)[0, 0, 0] for p in (tiny.params(), state.params))
     assert after > before
     # -A over all action tokens, the ratio being 1.
@@ -365,6 +378,12 @@ def test_the_state_is_donated(experience):
     state = fresh(optimizer)
     update = program(optimizer=optimizer)
 
-    memory = update.lower(state, experience, jnp.int32(0)).compile().memory_analysis()
+    args = adding(update, experience)
 
+    memory = update.add.lower(*args).compile().memory_analysis()
+    size = sum(x.nbytes for x in jax.tree.leaves(state.params))
+    assert memory.alias_size_in_bytes >= size  # the gradient is summed in place
+    groups_P = np.arange(P)
+    finish = update.finish.lower(state, args[1], experience.action_PGC, groups_P)
+    memory = finish.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state))

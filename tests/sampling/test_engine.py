@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,7 +195,8 @@ def test_sampler_and_scorer_agree(params, temperature, top_k, top_p):
     ours = engine(temperature=temperature, top_k=top_k, top_p=top_p)
     rollouts = generate(ours, params, temperature=temperature)
 
-    logp_PGC = jax.jit(Scorer(tiny.MODEL, tiny.one_device(), sampling).logp)(params, rollouts)
+    scorer = Scorer(tiny.MODEL, tiny.one_device(), sampling)
+    logp_PGC = jax.jit(functools.partial(tiny.logp, scorer))(params, rollouts)
 
     action_PGC = np.arange(LIMIT) < rollouts.length_PG[..., None]
     gap_PGC = np.where(action_PGC, np.abs(logp_PGC - rollouts.logp_PGC), 0)
