@@ -66,7 +66,7 @@ def default() -> ConfigDict:
     c.batch.prompts = 32  # prompts per step
     c.batch.group = 8  # completions per prompt
     c.batch.minibatches = 1  # optimizer updates per pass over a step's rollouts
-    c.batch.microbatch = 0  # prompts whose groups are computed at once in an update; 0: all
+    c.batch.microbatch = 0  # prompts at once in an update, more where completions are short; 0: all
 
     c.rollout = ConfigDict()
     c.rollout.max_tokens = 256  # completion limit, tokens, stop token included
