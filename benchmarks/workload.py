@@ -81,7 +81,7 @@ def lengths_of(key_B2: Any, work: Work) -> Any:
 
 def force_lengths(work: Work) -> None:
     """From here on, completions of this process end at their forced lengths."""
-    original = decode.logits_lib.log_probs
+    original = decode.logits_lib.weighed
 
     def choose(decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature):
         length_B = lengths_of(key_RW2.reshape(-1, 2), work)
@@ -92,11 +92,11 @@ def force_lengths(work: Work) -> None:
             logits = jnp.where(is_stop_1V == ends_B[:, None], logits, -jnp.inf)
             return original(logits, sampling, **more)
 
-        decode.logits_lib.log_probs = forced
+        decode.logits_lib.weighed = forced
         try:
             return _CHOOSE(decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature)
         finally:
-            decode.logits_lib.log_probs = original
+            decode.logits_lib.weighed = original
 
     decode._choose = choose
 

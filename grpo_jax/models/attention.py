@@ -8,6 +8,8 @@ concatenated. Softmax is float32 whatever the dtype of queries and keys.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -121,16 +123,17 @@ def prefix_cache(k_RQKH: Array, v_RQKH: Array) -> tuple[Array, Array]:
     return jnp.transpose(k_RQKH, (0, 2, 3, 1)), jnp.transpose(v_RQKH, (0, 2, 1, 3))
 
 
-def write(cache: tuple[Array, Array], k_RWKH: Array, v_RWKH: Array, time_RW: Array):
-    """The completions' cache (keys [R, W, K, H, S], values [R, W, K, S, H]) with one token added.
+def write(cache: tuple[Array, Array], k_RWKH: Array, v_RWKH: Array, column: Array):
+    """The completions' cache (keys [R, K, W, H, S], values [R, K, W, S, H]) with one token added.
 
-    Row (r, w) is written at its own position `time_RW[r, w]`; a position outside the cache writes
-    nothing.
+    Every lane writes the same column, whatever the position of its token: one slice, where a column
+    for each lane is a scatter.
     """
     k, v = cache
-    r, w = jnp.meshgrid(jnp.arange(k.shape[0]), jnp.arange(k.shape[1]), indexing="ij")
-    k = k.at[r, w, :, :, time_RW].set(k_RWKH, mode="drop")
-    v = v.at[r, w, :, time_RW].set(v_RWKH, mode="drop")
+    k_new = jnp.swapaxes(k_RWKH, 1, 2)[..., None]
+    v_new = jnp.swapaxes(v_RWKH, 1, 2)[..., None, :]
+    k = jax.lax.dynamic_update_slice_in_dim(k, k_new, column, axis=4)
+    v = jax.lax.dynamic_update_slice_in_dim(v, v_new, column, axis=3)
     return k, v
 
 
@@ -140,35 +143,33 @@ def decode(
     own: tuple[Array, Array],
     prefix_length_R: Array,
     time_RW: Array,
+    column: Array,
     window: int | None,
 ) -> Array:
     """One new token per lane attends to its slot's prompt and to its own past, [R, W, N, H].
 
-    `time_RW` is the new token's position in its completion; its key is already in `own`.
+    `time_RW` is the new token's position in its completion; its key stands in `column` of `own`
+    already, and those before it in the columns before, round the end.
     """
     (prefix_k, prefix_v), (own_k, own_v) = prefix, own
-    q = _grouped(q_RWNH, prefix_k.shape[1])
-    score_prefix = jnp.einsum("rwknh,rkhq->rkwnq", q, prefix_k, preferred_element_type=jnp.float32)
-    score_own = jnp.einsum("rwknh,rwkhs->rkwns", q, own_k, preferred_element_type=jnp.float32)
+    q_RKWnH = jnp.swapaxes(_grouped(q_RWNH, prefix_k.shape[1]), 1, 2)
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    # The heads stand before the lanes in all of them: in any other order XLA turns the cache round.
+    score_prefix = product("rkwnh,rkhq->rkwnq", q_RKWnH, prefix_k)
+    score_own = product("rkwnh,rkwhs->rkwns", q_RKWnH, own_k)
     s_11Q = jnp.arange(prefix_k.shape[-1])[None, None]
-    t_11S = jnp.arange(own_k.shape[-1])[None, None]
+    age_11S = ((column - jnp.arange(own_k.shape[-1])) % own_k.shape[-1])[None, None]
     seen_prefix = s_11Q < prefix_length_R[:, None, None]  # [R, 1, Q]
-    seen_own = t_11S <= time_RW[..., None]  # [R, W, S]
+    seen_own = age_11S <= time_RW[..., None]  # [R, W, S]
     if window is not None:
         position_RW = prefix_length_R[:, None] + time_RW
         seen_prefix = seen_prefix & (position_RW[..., None] - s_11Q < window)
-        seen_own &= time_RW[..., None] - t_11S < window
+        seen_own &= age_11S < window
     score_prefix = jnp.where(seen_prefix[:, None, :, None], score_prefix, _HIDDEN)
     score_own = jnp.where(seen_own[:, None, :, None], score_own, _HIDDEN)
     weight_prefix, weight_own, total = _merged_weights(score_prefix, score_own)
     dtype = own_v.dtype
-    out = jnp.einsum(
-        "rkwnq,rkqh->rwknh",
-        weight_prefix.astype(dtype),
-        prefix_v,
-        preferred_element_type=jnp.float32,
-    ) + jnp.einsum(
-        "rkwns,rwksh->rwknh", weight_own.astype(dtype), own_v, preferred_element_type=jnp.float32
-    )
-    out = out / jnp.transpose(total, (0, 2, 1, 3))[..., None]
+    out = product("rkwnq,rkqh->rkwnh", weight_prefix.astype(dtype), prefix_v)
+    out += product("rkwns,rkwsh->rkwnh", weight_own.astype(dtype), own_v)
+    out = jnp.swapaxes(out / total[..., None], 1, 2)
     return out.astype(q_RWNH.dtype).reshape(q_RWNH.shape)

@@ -301,12 +301,13 @@ def decode_token(
     own: tuple,
     prompt_length_R: Array,
     time_RW: Array,
+    column: Array,
     *,
     dtype=jnp.float32,
 ) -> tuple[Array, tuple]:
     """Hidden state after one more token per lane [R, W, D], and the completions' cache with it.
 
-    `token_RW` stands at position `time_RW` of its completion.
+    `token_RW` stands at position `time_RW` of its completion, and goes into `column` of the cache.
     """
     angles = attention.rotary(prompt_length_R[:, None] + time_RW, rotary_frequencies(config))
     windows = config.window_per_layer or (None,) * config.num_layers
@@ -316,8 +317,10 @@ def decode_token(
     for i, layer in enumerate(layers):
 
         def attend(q, k, v, i=i):
-            own[i] = attention.write(own[i], k, v, time_RW)
-            out = attention.decode(q, prefix[i], own[i], prompt_length_R, time_RW, windows[i])
+            own[i] = attention.write(own[i], k, v, column)
+            out = attention.decode(
+                q, prefix[i], own[i], prompt_length_R, time_RW, column, windows[i]
+            )
             return out, None
 
         x_RWD, _ = block.apply({"params": layer}, x_RWD, angles, attend)

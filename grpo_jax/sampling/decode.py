@@ -40,7 +40,8 @@ class Slots:
     """Completions in progress. A lane that is not live holds nothing that is read again."""
 
     prefix: tuple  # per layer: keys [R, K, H, Q], values [R, K, Q, H]
-    own: tuple  # per layer: keys [R, W, K, H, S], values [R, W, K, S, H]
+    own: tuple  # per layer: keys [R, K, W, H, S], values [R, K, W, S, H]; S = C columns, a ring
+    column: Array  # where the next token of every lane goes
     prompt_length_R: Array
     key_RW2: Array  # uint32: the completion's random key
     token_RW: Array  # last token
@@ -66,9 +67,10 @@ def empty(decoder: Decoder, slots: int, lanes: int, prompt_tokens: int) -> Slots
             for _ in layers
         ),
         own=tuple(
-            (zeros(slots, lanes, heads, size, limit), zeros(slots, lanes, heads, limit, size))
+            (zeros(slots, heads, lanes, size, limit), zeros(slots, heads, lanes, limit, size))
             for _ in layers
         ),
+        column=jnp.int32(0),
         prompt_length_R=jnp.ones(slots, jnp.int32),
         key_RW2=jnp.zeros((slots, lanes, 2), jnp.uint32),
         token_RW=jnp.zeros((slots, lanes), jnp.int32),
@@ -92,19 +94,19 @@ def _choose(decoder: Decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature
     key_B2, time_B = key_RW2.reshape(-1, 2), time_RW.reshape(-1)
 
     def greedy():
-        log_prob_BV = jax.nn.log_softmax(scores_BV, axis=-1)
-        return jnp.argmax(scores_BV, axis=-1).astype(jnp.int32), log_prob_BV
+        token_B1 = jnp.argmax(scores_BV, axis=-1, keepdims=True).astype(jnp.int32)
+        logp_B1 = jnp.take_along_axis(jax.nn.log_softmax(scores_BV), token_B1, axis=-1)
+        return token_B1[:, 0], logp_B1[:, 0]
 
     def sampled():
         def uniform(key_2, time):
             key = jax.random.wrap_key_data(key_2, impl="threefry2x32")
             return jax.random.uniform(jax.random.fold_in(key, time))
 
-        log_prob_BV = logits_lib.log_probs(scores_BV, decoder.sampling, temperature=temperature)
-        return logits_lib.draw(log_prob_BV, jax.vmap(uniform)(key_B2, time_B)), log_prob_BV
+        weighed_BV = logits_lib.weighed(scores_BV, decoder.sampling, temperature=temperature)
+        return logits_lib.draw(weighed_BV, jax.vmap(uniform)(key_B2, time_B))
 
-    token_B, log_prob_BV = jax.lax.cond(temperature == 0, greedy, sampled)
-    logp_B = jnp.take_along_axis(log_prob_BV, token_B[:, None], axis=-1)[:, 0]
+    token_B, logp_B = jax.lax.cond(temperature == 0, greedy, sampled)
     return token_B.reshape(lanes), logp_B.reshape(lanes)
 
 
@@ -195,6 +197,7 @@ def decode(
             slots.own,
             slots.prompt_length_R,
             slots.time_RW,
+            slots.column,
             dtype=decoder.dtype,
         )
         time_RW = slots.time_RW + live_RW
@@ -205,6 +208,7 @@ def decode(
         stop_RW = live_RW & _is_stop(decoder, token_RW)
         return slots.replace(
             own=own,
+            column=(slots.column + 1) % decoder.max_tokens,
             token_RW=jnp.where(live_RW, token_RW, slots.token_RW),
             time_RW=time_RW,
             live_RW=live_RW & ~stop_RW & (time_RW + 1 < decoder.max_tokens),
@@ -219,11 +223,12 @@ def decode(
 def compact(slots: Slots, slot_R: Array, lane_RW: Array, live_RW: Array) -> Slots:
     """A smaller batch: new slot r has old slot `slot_R[r]`'s prompt, and its lanes `lane_RW[r]`."""
     lanes_of = lambda x: x[slot_R[:, None], lane_RW]  # noqa: E731
-    moved = jax.tree.map(
-        lanes_of, slots.replace(prefix=(), prompt_length_R=jnp.zeros_like(slots.time_RW))
-    )
-    return moved.replace(
+    cache_of = lambda x: jnp.swapaxes(lanes_of(jnp.swapaxes(x, 1, 2)), 1, 2)  # noqa: E731
+    by_lane = slots.replace(prefix=(), own=(), column=(), prompt_length_R=())
+    return jax.tree.map(lanes_of, by_lane).replace(
+        own=jax.tree.map(cache_of, slots.own),
         prefix=jax.tree.map(lambda x: x[slot_R], slots.prefix),
+        column=slots.column,
         prompt_length_R=slots.prompt_length_R[slot_R],
         live_RW=live_RW,
     )

@@ -73,7 +73,26 @@ def test_temperature_zero_leaves_the_logits_and_an_argument_overrides():
     np.testing.assert_array_equal(two, log_softmax(scores_V / 2))
 
 
-draw = jax.jit(logits_lib.draw)
+draw_both = jax.jit(logits_lib.draw)
+
+
+def draw(*args):
+    return draw_both(*args)[0]
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 5, 64, 1000])
+def test_drawn_log_probability_is_the_softmax(vocab):
+    score_BV = 3 * jax.random.normal(jax.random.key(0), (B, vocab)) + 50
+    uniform_B = jax.random.uniform(jax.random.key(1), (B,))
+
+    token_B, got_B = draw_both(score_BV, uniform_B)
+
+    want_BV = np.asarray(jax.nn.log_softmax(score_BV))
+    np.testing.assert_allclose(got_B, want_BV[np.arange(B), token_B], atol=1e-5)
+    sum_BV = np.cumsum(np.exp(want_BV.astype(np.float64)), axis=1)
+    below_B = np.where(token_B > 0, sum_BV[np.arange(B), token_B - 1], 0)
+    assert (below_B <= uniform_B + 1e-5).all()
+    assert (uniform_B - 1e-5 <= sum_BV[np.arange(B), token_B]).all()
 
 
 def test_draw_by_hand():

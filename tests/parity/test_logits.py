@@ -140,7 +140,8 @@ def test_score_equals_transformers(models):
         np.testing.assert_allclose(got[p, g, :length], rows[:length], atol=1e-4, rtol=0)
 
 
-def test_prefill_and_decoding_equal_transformers(models):
+@pytest.mark.parametrize("first", [0, 2])  # column of the first token: the cache is a ring
+def test_prefill_and_decoding_equal_transformers(models, first):
     theirs, config, params = models
     prompt_RQ, length_R, completion_RWC = group_rows(config.vocab_size)
     want = expected(theirs, prompt_RQ, completion_RWC)
@@ -151,14 +152,17 @@ def test_prefill_and_decoding_equal_transformers(models):
         np.testing.assert_allclose(got_RV[r], rows[0], atol=1e-4, rtol=0)
 
     num_slots, num_lanes, num_tokens = completion_RWC.shape
-    lead = (num_slots, num_lanes, config.num_kv_heads)
+    lead = (num_slots, config.num_kv_heads, num_lanes)
     keys = np.zeros((*lead, config.head_size, num_tokens), np.float32)
     values = np.zeros((*lead, num_tokens, config.head_size), np.float32)
     own = ((keys, values),) * config.num_layers
     for t in range(num_tokens):
         time_RW = np.full((num_slots, num_lanes), t, np.int32)
         token_RW = completion_RWC[..., t]
-        got_RWV, own = decode_logits(params, config, token_RW, prefix, own, length_R, time_RW)
+        column = (t + first) % num_tokens
+        got_RWV, own = decode_logits(
+            params, config, token_RW, prefix, own, length_R, time_RW, column
+        )
         for (r, w), rows in want.items():
             if t < COMPLETION_LENGTHS[r][w]:
                 np.testing.assert_allclose(got_RWV[r, w], rows[t + 1], atol=1e-4, rtol=0)
