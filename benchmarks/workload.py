@@ -55,9 +55,8 @@ class Work:
     mean_tokens: int = 0  # geometric lengths of this mean, cut at the limit; 0: all at the limit
     kl: bool = True
     dtype: str = "float32"
-    microbatch: int = 2  # prompts; 0: all at once
-    unroll: bool = True
-    remat: bool = False
+    microbatch: int = 0  # prompts; 0: as the program chooses
+    remat: str = "dots"
 
     @property
     def shape(self) -> ModelConfig:
@@ -113,11 +112,9 @@ class Step:
         model = work.shape
         force_lengths(work)
         sampling = Sampling()
-        decoder = decode.Decoder(
-            model, mesh, sampling, (STOP,), work.completion_tokens, dtype, work.unroll
-        )
+        decoder = decode.Decoder(model, mesh, sampling, (STOP,), work.completion_tokens, dtype)
         self.engine = Engine(decoder, num_slots=work.prompts * work.group)
-        scorer = update_lib.Scorer(model, mesh, sampling, dtype, work.unroll, work.remat)
+        scorer = update_lib.Scorer(model, mesh, sampling, dtype, work.remat, work.microbatch)
         schedule = optim.schedule(
             1e-6, warmup_steps=0, kind="constant", num_updates=1, end_fraction=0.0
         )
@@ -125,15 +122,10 @@ class Step:
             schedule, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0
         )
         objective = losses.Objective(0.2, 0.2, 0.04 * work.kl, 0.0, "token", work.completion_tokens)
-        microbatch = work.microbatch or work.prompts
         self._prepare = update_lib.make_prepare(
-            scorer, by_std=True, mask_truncated=False,
-            num_microbatches=work.prompts // microbatch, with_old=False,
-        )  # fmt: skip
-        self._update = update_lib.make_update(
-            scorer, objective, optimizer, num_minibatches=1,
-            num_microbatches=work.prompts // microbatch,
-        )  # fmt: skip
+            scorer, by_std=True, mask_truncated=False, with_old=False
+        )
+        self._update = update_lib.make_update(scorer, objective, optimizer, num_minibatches=1)
         if params is None:
             params = jax.jit(functools.partial(transformer.init, model))(keys.key_for(0, "init"))
         ref = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p))(params)

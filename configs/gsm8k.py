@@ -15,7 +15,7 @@ def get_config():
     c = config_lib.default()
     c.model.path = "Qwen/Qwen2.5-0.5B-Instruct"
     c.model.dtype = "bfloat16"
-    c.model.remat = True
+    c.model.remat = "full"
 
     c.data.path = "openai/gsm8k"
     c.data.name = "main"

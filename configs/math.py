@@ -16,7 +16,7 @@ def get_config():
     c = config_lib.default()
     c.model.path = "Qwen/Qwen2.5-0.5B-Instruct"
     c.model.dtype = "bfloat16"
-    c.model.remat = True
+    c.model.remat = "full"
 
     c.data.path = "DigitalLearningGmbH/MATH-lighteval"
     c.data.eval_split = "test"

@@ -25,7 +25,6 @@ def get_config():
     c.model.mlp_width = 384
     c.model.num_heads = 4
     c.model.num_kv_heads = 2
-    c.model.unroll_layers = True  # two layers: quick to compile, and faster on CPU
 
     c.sft.num_steps = 1400
     c.sft.batch = 64
@@ -35,7 +34,6 @@ def get_config():
 
     c.batch.prompts = 32
     c.batch.group = 8
-    c.batch.microbatch = 2
     c.rollout.max_tokens = 40
     c.algorithm.kl_coef = 0.001
     c.optim.learning_rate = 2e-4

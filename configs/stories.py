@@ -20,10 +20,8 @@ def get_config():
     c.data.max_prompt_tokens = 48
     c.rewards.names = ("mentions(words=['friend', 'share', 'hug', 'smiled'])", "repetition_penalty")
     c.rewards.weights = (1.0, 1.0)
-    c.model.unroll_layers = True
     c.batch.prompts = 16
     c.batch.group = 8
-    c.batch.microbatch = 4
     c.rollout.max_tokens = 128
     c.algorithm.kl_coef = 0.05
     c.optim.learning_rate = 5e-4

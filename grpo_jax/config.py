@@ -28,8 +28,8 @@ def default() -> ConfigDict:
     c.model = ConfigDict()
     c.model.path = ""  # Hugging Face folder or hub id; "": make a new model (sft.* trains it first)
     c.model.dtype = "float32"  # of activations and rollout weights: "float32" or "bfloat16"
-    c.model.unroll_layers = False  # unrolled layers run faster on CPU and compile longer
-    c.model.remat = False  # recompute activations in the backward pass to save memory
+    c.model.remat = "dots"  # kept for the backward pass: "none" recomputes nothing, "dots" all but
+    # matrix products, "full" everything
     c.model.num_layers = 2  # shape of a new model (Qwen2), read when model.path is ""
     c.model.width = 128
     c.model.mlp_width = 384
@@ -66,7 +66,7 @@ def default() -> ConfigDict:
     c.batch.prompts = 32  # prompts per step
     c.batch.group = 8  # completions per prompt
     c.batch.minibatches = 1  # optimizer updates per pass over a step's rollouts
-    c.batch.microbatch = 0  # prompts at once in an update, more where completions are short; 0: all
+    c.batch.microbatch = 0  # prompts at once in an update, more where short; 0: by their tokens
 
     c.rollout = ConfigDict()
     c.rollout.max_tokens = 256  # completion limit, tokens, stop token included
@@ -294,6 +294,7 @@ def _check_mesh(flat: dict[str, Any]) -> None:
 def _check_choices(config: ConfigDict) -> None:
     choices = {
         "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
+        "model.remat": (config.model.remat, ("none", "dots", "full")),
         "data.overlong": (config.data.overlong, ("refuse", "drop", "truncate")),
         "algorithm.normalizer": (config.algorithm.normalizer, ("token", "sequence", "constant")),
         "rewards.bad_rows": (config.rewards.bad_rows, ("refuse", "drop")),
@@ -411,7 +412,7 @@ def num_updates_per_step(config: ConfigDict) -> int:
 # Options that change how a run is carried out or shown, not what it computes.
 _FREE = (
     "loop.num_steps evaluation. checkpoint. logging. mesh. compile_cache rollout.num_slots "
-    "rollout.compact batch.microbatch sft.microbatch model.unroll_layers model.remat "
+    "rollout.compact batch.microbatch sft.microbatch model.remat "
     "optim.max_skipped sft.checkpoint_every_steps rewards.num_workers rewards.time_limit_s "
     "rewards.memory_gb rewards.max_failed_share"
 ).split()

@@ -163,12 +163,16 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
     workdir.open_for(config, folder)
     dtype = jnp.dtype(config.model.dtype)
     sampling = Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p)
-    unroll = config.model.unroll_layers
     scorer = update_lib.Scorer(
-        policy.model, mesh, sampling, dtype, unroll=unroll, remat=config.model.remat
+        policy.model,
+        mesh,
+        sampling,
+        dtype,
+        remat=config.model.remat,
+        microbatch=config.batch.microbatch,
     )
     decoder = decode.Decoder(
-        policy.model, mesh, sampling, policy.stop_ids, config.rollout.max_tokens, dtype, unroll
+        policy.model, mesh, sampling, policy.stop_ids, config.rollout.max_tokens, dtype
     )
     batch, algorithm = config.batch, config.algorithm
     updates = config_lib.num_updates_per_step(config)
@@ -195,7 +199,6 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
         algorithm.normalizer,
         config.rollout.max_tokens,
     )
-    microbatch = batch.microbatch or batch.prompts // batch.minibatches
     return Parts(
         config=config,
         folder=folder,
@@ -214,7 +217,6 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
             scorer,
             by_std=algorithm.scale_by_std,
             mask_truncated=algorithm.mask_truncated,
-            num_microbatches=batch.prompts // microbatch,
             with_old=updates > 1,
         ),
         update=update_lib.make_update(
@@ -222,7 +224,6 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
             objective,
             optimizer,
             num_minibatches=batch.minibatches,
-            num_microbatches=batch.prompts // batch.minibatches // microbatch,
         ),
         ref_params=policy_lib.load_params(policy, mesh, config.seed, dtype)
         if algorithm.kl_coef

@@ -69,7 +69,6 @@ def run(config: ConfigDict, folder: Path) -> Path:
         mesh,
         Sampling(),
         jnp.dtype(config.model.dtype),
-        unroll=config.model.unroll_layers,
         remat=config.model.remat,
     )
     update = _make_update(scorer, optimizer, config.sft.microbatch or config.sft.batch, config)

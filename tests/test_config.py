@@ -155,7 +155,7 @@ def file(tmp_path):
         ("optim.learning_rate=1", 1.0),
         ("rollout.compact=False", False),
         ("rollout.compact=false", False),
-        ("model.remat=true", True),
+        ("checkpoint.export=true", True),
         ("model.dtype=bfloat16", "bfloat16"),
         ("logging.wandb_project=3", "3"),
         ("model.path=a=b", "a=b"),

@@ -7,7 +7,7 @@ it is numbered by and reads the one before it; a completion's first token is pre
 prompt, so a completion of n tokens takes n - 1 slots.
 
 Shapes are few, since each is compiled once: lanes come in the steps of a menu, and their number
-decides how many groups stand together.
+decides how many groups stand together, so that a microbatch holds about as many tokens as is best.
 """
 
 from __future__ import annotations
@@ -21,33 +21,59 @@ _LANES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """Some groups of a rollout and how their completions are laid out."""
+class Stack:
+    """Microbatches of one shape: some groups of a rollout and how their completions are laid out.
 
-    groups_M: np.ndarray  # int32: which prompts; -1 for none, to fill a shape
-    layout_MLT: np.ndarray  # int32: g * C + c for token c of completion g, -1 where a slot is empty
-
-
-def parts(length_PG: np.ndarray, tokens: int, groups_P: np.ndarray, size: int) -> Iterator[Part]:
-    """The groups of numbers `groups_P` in parts of about the cost of `size` full groups.
-
-    `tokens`: C, the completions' padded length. A function of the lengths alone, so that a resumed
-    run sums in the same order.
+    Stacks of a shape are equally high, so that one program runs them all; those past `count` are
+    empty.
     """
-    group, width = length_PG.shape[1], max(tokens - 1, 1)
+
+    count: int  # microbatches in it
+    groups_NM: np.ndarray  # int32: which prompts; -1 for none, to fill a shape
+    layout_NMLT: np.ndarray  # int32: g * C + c for token c of completion g, -1: an empty slot
+
+
+def stacks(
+    length_PG: np.ndarray,
+    groups_P: np.ndarray,
+    *,
+    prompt_tokens: int,
+    completion_tokens: int,
+    at_once: int,
+    shards: int = 1,
+) -> Iterator[Stack]:
+    """The groups of numbers `groups_P` in microbatches of at most `at_once` tokens on a device.
+
+    The tokens are padded limits; a microbatch has at least one group for each of `shards` devices.
+    A function of the lengths alone, so that a resumed run sums in the same order.
+    """
+    group, width = length_PG.shape[1], max(completion_tokens - 1, 1)
     lanes_P = [_fill(length_PG[p] - 1, width) for p in groups_P]
     waiting = sorted(range(len(groups_P)), key=lambda i: (-len(lanes_P[i]), i))
     while waiting:
         lanes = _menu(len(lanes_P[waiting[0]]), group)
-        count = size * (group // lanes)
-        chosen, waiting = waiting[:count], waiting[count:]
-        groups_M = np.full(count, -1, np.int32)
-        groups_M[: len(chosen)] = groups_P[chosen]
-        layout_MLT = np.full((count, lanes, width), -1, np.int32)
-        for m, i in enumerate(chosen):
+        size = shards * _largest_divisor(
+            -(-len(groups_P) // shards), at_once // (prompt_tokens + lanes * width)
+        )
+        height = -(-len(groups_P) // size)
+        alike = sum(_menu(len(lanes_P[i]), group) == lanes for i in waiting)
+        count = -(-alike // size)
+        chosen, waiting = waiting[: count * size], waiting[count * size :]
+        groups_X = np.full(height * size, -1, np.int32)
+        groups_X[: len(chosen)] = groups_P[chosen]
+        layout_XLT = np.full((height * size, lanes, width), -1, np.int32)
+        for x, i in enumerate(chosen):
             for lane, completions in enumerate(lanes_P[i]):
-                _place(layout_MLT[m, lane], completions, length_PG[groups_P[i]], tokens)
-        yield Part(groups_M, layout_MLT)
+                _place(layout_XLT[x, lane], completions, length_PG[groups_P[i]], completion_tokens)
+        yield Stack(
+            count,
+            groups_X.reshape(height, size),
+            layout_XLT.reshape(height, size, lanes, width),
+        )
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(d for d in range(1, number + 1) if number % d == 0 and d <= max(limit, 1))
 
 
 def _menu(lanes: int, group: int) -> int:

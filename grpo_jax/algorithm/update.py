@@ -3,7 +3,8 @@
 `make_prepare` gives what stays fixed for a rollout: advantages, and the log-probabilities of the
 reference and of the policy before its first update, each computed only where the loss reads it.
 `make_update` gives one optimizer update on a minibatch. Both go through microbatches of whole
-groups, their completions packed into lanes; gradients are summed and divided once.
+groups, their completions packed into lanes, those of one shape in one program; gradients are summed
+and divided once.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ from grpo_jax.structs import (
     TrainState,
 )
 
+# Tokens of a microbatch on a device, where the config does not say: enough for full speed, so few
+# that what the backward pass keeps of them stays in the caches of a CPU.
+_TOKENS_AT_ONCE = 8192
+_TOKENS_AT_ONCE_ON_CPU = 1536
+
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
@@ -41,8 +47,23 @@ class Scorer:
     mesh: Mesh
     sampling: Sampling
     dtype: Any = jnp.float32  # of activations
-    unroll: bool = False
-    remat: bool = False
+    remat: str = "dots"  # as in `config.model.remat`
+    microbatch: int = 0  # groups at once, more where completions are short; 0: by their tokens
+
+    def stacks(self, rollouts: Rollouts, groups_P: np.ndarray) -> Iterator[packing.Stack]:
+        """Some groups of a rollout in microbatches of about equally many tokens."""
+        prompt_tokens, (_, group, tokens) = rollouts.prompt_PQ.shape[1], rollouts.logp_PGC.shape
+        shards = sharding.num_row_shards(self.mesh)
+        whole = prompt_tokens + group * max(tokens - 1, 1)
+        few = _TOKENS_AT_ONCE if jax.default_backend() != "cpu" else _TOKENS_AT_ONCE_ON_CPU
+        return packing.stacks(
+            np.asarray(jax.device_get(rollouts.length_PG)),
+            groups_P,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=tokens,
+            at_once=self.microbatch * whole // shards or few,
+            shards=shards,
+        )
 
     def hidden(self, params: Params, rollouts: Rollouts, layout_PLT: Array | None = None) -> Array:
         """The hidden states that predict completion tokens, as `transformer.score` orders them.
@@ -57,7 +78,6 @@ class Scorer:
             rollouts.completion_PGC,
             layout_PLT,
             dtype=self.dtype,
-            unroll=self.unroll,
             remat=self.remat,
         )
         return hidden if layout_PLT is not None else hidden.reshape(-1, *hidden.shape[2:])
@@ -88,29 +108,20 @@ def action_mask(length_PG: Array, stopped_PG: Array, tokens: int, mask_truncated
     return action_PGC & stopped_PG[..., None] if mask_truncated else action_PGC
 
 
-def _parts(length_PG: Any, tokens: int, groups_P: np.ndarray, count: int) -> Iterator[packing.Part]:
-    """Microbatches of some groups, `count` of them."""
-    length_PG = np.asarray(jax.device_get(length_PG))
-    return packing.parts(length_PG, tokens, groups_P, len(groups_P) // count)
-
-
 def _rows(mesh: Mesh, tree: Any, groups_M: Array) -> Any:
     """Some groups of arrays [P, ...], over the devices by row; any group for -1."""
     groups_M = jnp.maximum(groups_M, 0)
     return sharding.constrain_rows(mesh, jax.tree.map(lambda x: x[groups_M], tree))
 
 
-def make_prepare(
-    scorer: Scorer, *, by_std: bool, mask_truncated: bool, num_microbatches: int, with_old: bool
-):
+def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old: bool):
     """A function `(params, ref_params | None, rollouts, reward_PG) -> Experience`.
 
     `with_old`: the rollout is updated on more than once, so the policy's log-probabilities before
     the first update are computed, by the scorer itself. `ref_params` None: no KL term.
     """
 
-    @functools.partial(jax.jit, donate_argnums=2)
-    def fill(params, rollouts: Rollouts, logp_PGC: Array, groups_M: Array, layout_MLT: Array):
+    def one(params, rollouts: Rollouts, logp_PGC: Array, groups_M: Array, layout_MLT: Array):
         part = _rows(scorer.mesh, rollouts, groups_M)
         _, group, tokens = part.completion_PGC.shape
         packed = _Packed.of(layout_MLT, group, tokens)
@@ -122,6 +133,11 @@ def make_prepare(
         row_M = jnp.where(groups_M < 0, flat.shape[0], groups_M)
         flat = flat.at[row_M[:, None], place_ME].set(logp_ME, mode="drop")
         return flat.reshape(logp_PGC.shape)
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def fill(params, rollouts: Rollouts, logp_PGC: Array, count: Array, *stack: Array):
+        step = lambda n, logp: one(params, rollouts, logp, *(x[n] for x in stack))  # noqa: E731
+        return jax.lax.fori_loop(0, count, step, logp_PGC)
 
     @jax.jit
     def base(rollouts: Rollouts, reward_PG: Array) -> Experience:
@@ -140,9 +156,10 @@ def make_prepare(
 
     def logp_of(params: Params, rollouts: Rollouts) -> Array:
         logp_PGC = jnp.zeros_like(rollouts.logp_PGC)
-        prompts, _, tokens = rollouts.completion_PGC.shape
-        for part in _parts(rollouts.length_PG, tokens, np.arange(prompts), num_microbatches):
-            logp_PGC = fill(params, rollouts, logp_PGC, part.groups_M, part.layout_MLT)
+        for stack in scorer.stacks(rollouts, np.arange(len(rollouts.length_PG))):
+            logp_PGC = fill(
+                params, rollouts, logp_PGC, stack.count, stack.groups_NM, stack.layout_NMLT
+            )
         return logp_PGC
 
     def prepare(params, ref_params, rollouts: Rollouts, reward_PG: Array) -> Experience:
@@ -151,7 +168,7 @@ def make_prepare(
             ref_logp_PGC=None if ref_params is None else logp_of(ref_params, rollouts),
         )
 
-    prepare.fill = fill  # the compiled part, for a look at what it holds
+    prepare.fill = fill  # the compiled program, for a look at what it holds
     return prepare
 
 
@@ -236,7 +253,6 @@ def make_update(
     optimizer: optax.GradientTransformation,
     *,
     num_minibatches: int,
-    num_microbatches: int,
 ):
     """A function `(state, experience, minibatch index) -> (state, metrics)`; it donates the state.
 
@@ -255,14 +271,22 @@ def make_update(
         )
 
     carry_shardings = shardings.params, None, None
-    add = jax.jit(
-        functools.partial(add_gradient, loss_sums), donate_argnums=1, out_shardings=carry_shardings
-    )
+
+    @functools.partial(jax.jit, donate_argnums=1, out_shardings=carry_shardings)
+    def add(params, carry: Carry, experience: Experience, count: Array, *stack: Array) -> Carry:
+        def step(n, carry):
+            return add_gradient(loss_sums, params, carry, experience, *(x[n] for x in stack))
+
+        return jax.lax.fori_loop(0, count, step, carry)
+
     zeros: list[Callable[[], Carry]] = []  # made once the names of the sums are known
 
-    def nothing(*args: Any) -> Carry:
+    def nothing(params, experience: Experience, count: int, *stack: Array) -> Carry:
         if not zeros:
-            carry = jax.eval_shape(functools.partial(no_gradient, loss_sums), *args)
+            first = (x[0] for x in stack)
+            carry = jax.eval_shape(
+                functools.partial(no_gradient, loss_sums), params, experience, *first
+            )
             make = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), carry)  # noqa: E731
             zeros.append(jax.jit(make, out_shardings=carry_shardings))
         return zeros[0]()
@@ -280,16 +304,14 @@ def make_update(
         return state, metrics | maxima | {"policy/loss": loss}
 
     def update(state: TrainState, experience: Experience, index: int):
-        prompts, _, tokens = experience.action_PGC.shape
-        groups_P = np.arange(prompts)[int(index) :: num_minibatches]
-        parts = list(_parts(experience.rollouts.length_PG, tokens, groups_P, num_microbatches))
-        first = parts[0]
-        carry = nothing(state.params, experience, first.groups_M, first.layout_MLT)
-        for part in parts:
-            carry = add(state.params, carry, experience, part.groups_M, part.layout_MLT)
+        groups_P = np.arange(len(experience.action_PGC))[int(index) :: num_minibatches]
+        carry = None
+        for stack in scorer.stacks(experience.rollouts, groups_P):
+            args = experience, stack.count, stack.groups_NM, stack.layout_NMLT
+            carry = add(state.params, carry or nothing(state.params, *args), *args)
         return finish(state, carry, experience.action_PGC, groups_P)
 
-    update.nothing, update.add, update.finish = nothing, add, finish  # the compiled parts
+    update.nothing, update.add, update.finish = nothing, add, finish  # the compiled programs
     return update
 
 

@@ -184,10 +184,14 @@ def _layer_windows(config: ModelConfig) -> Array | None:
     return jnp.array([whole if w is None else w for w in config.window_per_layer], jnp.int32)
 
 
-def _scan_layers(body, carry, params: Params, config: ModelConfig, unroll: bool, remat: bool):
-    body = jax.checkpoint(body) if remat else body
+def _scan_layers(body, carry, params: Params, config: ModelConfig, remat: str = "none"):
+    """The layers one after the other; `remat` as in `config.model.remat`."""
+    if remat != "none":
+        # Inside a scan nothing else could be merged with what is computed again.
+        policy = jax.checkpoint_policies.dots_saveable if remat == "dots" else None
+        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     layers = (params["layers"], _layer_windows(config))
-    return jax.lax.scan(body, carry, layers, unroll=config.num_layers if unroll else 1)
+    return jax.lax.scan(body, carry, layers)
 
 
 def score(
@@ -199,8 +203,7 @@ def score(
     layout_PLT: Array | None = None,
     *,
     dtype=jnp.float32,
-    unroll: bool = False,
-    remat: bool = False,
+    remat: str = "none",
 ) -> Array:
     """The hidden states that predict the completions' tokens.
 
@@ -246,7 +249,7 @@ def score(
         return (x_PQD, x_PLTD), None
 
     states = _embed(params, prompt_PQ, dtype), _embed(params, input_PLT, dtype)
-    (x_PQD, x_PLTD), _ = _scan_layers(layer, states, params, config, unroll, remat)
+    (x_PQD, x_PLTD), _ = _scan_layers(layer, states, params, config, remat)
     last_PD = jnp.take_along_axis(x_PQD, (prompt_length_P - 1)[:, None, None], axis=1)[:, 0]
     last_PG1D = jnp.broadcast_to(last_PD[:, None, None], (num_prompts, group, 1, config.width))
     if layout_PLT is None:
@@ -264,7 +267,6 @@ def prefill(
     length_R: Array,
     *,
     dtype=jnp.float32,
-    unroll: bool = False,
 ) -> tuple[Array, tuple]:
     """Hidden state of each prompt's last token [R, D], and the prompts' cache by layer."""
     t_Q = jnp.arange(prompt_RQ.shape[1])
@@ -281,7 +283,7 @@ def prefill(
         return block.apply({"params": params}, x_RQD, angles, attend)
 
     x_RQD = _embed(params, prompt_RQ, dtype)
-    x_RQD, cache = _scan_layers(layer, x_RQD, params, config, unroll, remat=False)
+    x_RQD, cache = _scan_layers(layer, x_RQD, params, config)
     last_RD = jnp.take_along_axis(x_RQD, (length_R - 1)[:, None, None], axis=1)[:, 0]
     per_layer = tuple(jax.tree.map(lambda a: a[i], cache) for i in range(config.num_layers))  # noqa: B023
     return _final_norm(params, config, last_RD, dtype), per_layer

@@ -32,7 +32,6 @@ class Decoder:
     stop_ids: tuple[int, ...]
     max_tokens: int  # C: completion limit
     dtype: Any = jnp.float32  # of activations and cache
-    unroll: bool = False  # layers of the prefill; decoding is always unrolled
 
 
 @struct.dataclass
@@ -134,9 +133,7 @@ def admit(
     `used_AW`: lanes that hold a completion.
     """
     prompts = sharding.constrain_rows(decoder.mesh, (prompt_AQ, length_A))
-    hidden_AD, fresh = transformer.prefill(
-        params, decoder.model, *prompts, dtype=decoder.dtype, unroll=decoder.unroll
-    )
+    hidden_AD, fresh = transformer.prefill(params, decoder.model, *prompts, dtype=decoder.dtype)
     lanes = used_AW.shape
     hidden_AWD = jnp.broadcast_to(hidden_AD[:, None], (*lanes, hidden_AD.shape[-1]))
     time_AW = jnp.zeros(lanes, jnp.int32)

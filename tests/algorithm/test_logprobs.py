@@ -13,7 +13,7 @@ import optax
 import pytest
 import tiny
 
-from grpo_jax.algorithm import logprobs, losses, packing
+from grpo_jax.algorithm import logprobs, losses
 from grpo_jax.algorithm.update import Scorer, make_prepare, make_update, state_like
 from grpo_jax.structs import Experience, Sampling
 
@@ -208,18 +208,16 @@ def test_no_array_holds_the_logits_of_a_batch(monkeypatch):
     model = dataclasses.replace(tiny.MODEL, vocab_size=512)
     rollouts = tiny.rollouts(prompts=4, group=4, tokens=16)
     size = rollouts.completion_PGC.size * model.vocab_size  # B * T * V
-    scorer = Scorer(model, tiny.one_device(), Sampling(top_k=5, top_p=0.9))
+    sampling = Sampling(top_k=5, top_p=0.9)
+    scorer = Scorer(model, tiny.one_device(), sampling, microbatch=4)
     optimizer = optax.sgd(0.1)
     state = state_like(model, scorer.mesh, optimizer)
-    prepare = make_prepare(
-        scorer, by_std=True, mask_truncated=False, num_microbatches=1, with_old=True
-    )
+    prepare = make_prepare(scorer, by_std=True, mask_truncated=False, with_old=True)
     update = make_update(
         scorer,
         losses.Objective(kl_coef=0.1, entropy_coef=0.1),
         optimizer,
         num_minibatches=1,
-        num_microbatches=1,
     )
     experience = jax.eval_shape(
         lambda rollouts: Experience(
@@ -227,8 +225,8 @@ def test_no_array_holds_the_logits_of_a_batch(monkeypatch):
         ),
         rollouts,
     )
-    part = next(packing.parts(np.full((4, 4), 16), 16, np.arange(4), 4))
-    where = part.groups_M, part.layout_MLT
+    (stack,) = scorer.stacks(rollouts.replace(length_PG=np.full((4, 4), 16)), np.arange(4))
+    where = stack.count, stack.groups_NM, stack.layout_NMLT
     carry = jax.eval_shape(update.nothing, state.params, experience, *where)
 
     def largest_of_both():

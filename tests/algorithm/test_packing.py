@@ -13,16 +13,35 @@ def lengths(prompts: int, group: int, mean: float, tokens: int, seed: int = 0) -
     return np.clip(rng.geometric(1 / mean, (prompts, group)), 1, tokens)
 
 
+def stacks(length_PG, groups_P, *, tokens, at_once, prompt_tokens=4, shards=1):
+    return list(
+        packing.stacks(
+            length_PG,
+            groups_P,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=tokens,
+            at_once=at_once,
+            shards=shards,
+        )
+    )
+
+
 @pytest.mark.parametrize("mean", [1.5, 8, 1000])
-@pytest.mark.parametrize("size", [1, 2])
-def test_every_token_stands_once_and_in_order(mean, size):
+@pytest.mark.parametrize("at_once", [1, 200, 10_000])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_every_token_stands_once_and_in_order(mean, at_once, shards):
     group, tokens = 6, 32
     length_PG = lengths(8, group, mean, tokens)
     groups_P = np.array([6, 0, 3, 5])
     seen = []
-    for part in packing.parts(length_PG, tokens, groups_P, size):
-        assert len(part.groups_M) == len(part.layout_MLT) and part.layout_MLT.dtype == np.int32
-        for p, layout_LT in zip(part.groups_M, part.layout_MLT):
+    for stack in stacks(length_PG, groups_P, tokens=tokens, at_once=at_once, shards=shards):
+        height, size, lanes, width = stack.layout_NMLT.shape
+        assert stack.groups_NM.shape == (height, size) and stack.layout_NMLT.dtype == np.int32
+        assert size == shards or size // shards * (4 + lanes * width) <= at_once
+        assert height * size == 4 and 1 <= stack.count <= height  # no shape but by lanes
+        assert (stack.groups_NM[stack.count :] == -1).all()
+        assert (stack.groups_NM[: stack.count, 0] >= 0).all()
+        for p, layout_LT in zip(stack.groups_NM.ravel(), stack.layout_NMLT.reshape(4, lanes, -1)):
             if p < 0:
                 assert (layout_LT == -1).all()
                 continue
@@ -40,29 +59,41 @@ def test_every_token_stands_once_and_in_order(mean, size):
 
 
 def test_full_completions_have_a_lane_each():
-    (part,) = packing.parts(np.full((2, 4), 8), 8, np.arange(2), 2)
+    (stack,) = stacks(np.full((2, 4), 8), np.arange(2), tokens=8, at_once=64)
     want = np.arange(4)[:, None] * 8 + np.arange(1, 8)[None]
-    np.testing.assert_array_equal(part.layout_MLT, [want, want])
+    np.testing.assert_array_equal(stack.layout_NMLT, [[want, want]])
+    assert stack.count == 1
 
 
-def test_short_completions_share_lanes_and_parts():
-    """By hand: 7 slots a lane; 3 + 3, 2 + 2 in one; two such groups in the place of a full one."""
-    length_PG = np.array([[4, 4, 1, 2], [4, 1, 1, 1]])
-    (part,) = packing.parts(length_PG, 8, np.arange(2), 1)
-    assert part.groups_M.tolist() == [0, 1, -1, -1] and part.layout_MLT.shape == (4, 1, 7)
-    assert part.layout_MLT[0, 0].tolist() == [1, 2, 3, 9, 10, 11, 25]
-    assert part.layout_MLT[1, 0].tolist() == [1, 2, 3, -1, -1, -1, -1]
+def test_microbatches_hold_as_many_groups_as_their_tokens_allow():
+    """By hand: a full group takes 4 + 4 * 7 = 32 tokens; 95 allow two of them, not three."""
+    full = np.full((6, 4), 8)
+    (stack,) = stacks(full, np.arange(6), tokens=8, at_once=95)
+    assert stack.groups_NM.tolist() == [[0, 1], [2, 3], [4, 5]] and stack.count == 3
+    (stack,) = stacks(full, np.arange(6), tokens=8, at_once=1)
+    assert stack.groups_NM.shape == (6, 1)
+
+
+def test_short_completions_share_lanes_and_microbatches():
+    """By hand: 7 slots a lane. Groups 0 and 1 fill one lane, group 2 needs four."""
+    length_PG = np.array([[4, 4, 1, 2], [4, 1, 1, 1], [8, 8, 8, 8]])
+    full, short = stacks(length_PG, np.arange(3), tokens=8, at_once=40)
+    assert full.groups_NM[: full.count].tolist() == [[2]] and full.layout_NMLT.shape[2:] == (4, 7)
+    assert short.groups_NM[: short.count].tolist() == [[0, 1, -1]]
+    assert short.layout_NMLT.shape[2:] == (1, 7)
+    assert short.layout_NMLT[0, 0, 0].tolist() == [1, 2, 3, 9, 10, 11, 25]
+    assert short.layout_NMLT[0, 1, 0].tolist() == [1, 2, 3, -1, -1, -1, -1]
 
 
 def test_completions_of_one_token():
-    (part,) = packing.parts(np.ones((1, 3), int), 1, np.arange(1), 1)
-    assert (part.layout_MLT == -1).all()
+    (stack,) = stacks(np.ones((1, 3), int), np.arange(1), tokens=1, at_once=8)
+    assert (stack.layout_NMLT == -1).all()
 
 
 def test_shapes_are_few():
     shapes = {
-        part.layout_MLT.shape
+        stack.layout_NMLT.shape
         for seed in range(50)
-        for part in packing.parts(lengths(16, 8, 16, 64, seed), 64, np.arange(16), 1)
+        for stack in stacks(lengths(16, 8, 16, 64, seed), np.arange(16), tokens=64, at_once=512)
     }
     assert len(shapes) <= 6

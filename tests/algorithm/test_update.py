@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from grpo_jax import optim
-from grpo_jax.algorithm import losses, packing
+from grpo_jax.algorithm import losses
 from grpo_jax.algorithm.update import (
     Scorer,
     action_mask,
@@ -47,20 +47,17 @@ def fresh(optimizer=optax.sgd(RATE)):  # noqa: B008
 
 def program(objective=FULL, optimizer=optax.sgd(RATE), *, minibatches=1, microbatches=1, **scoring):  # noqa: B008
     return make_update(
-        scorer(**scoring),
+        scorer(microbatch=P // minibatches // microbatches, **scoring),
         objective,
         optimizer,
         num_minibatches=minibatches,
-        num_microbatches=microbatches,
     )
 
 
 @pytest.fixture(scope="module")
 def experience() -> Experience:
     """Rewarded rollouts with the log-probabilities of an older policy and of a reference."""
-    prepare = make_prepare(
-        scorer(), by_std=True, mask_truncated=False, num_microbatches=2, with_old=True
-    )
+    prepare = make_prepare(scorer(microbatch=2), by_std=True, mask_truncated=False, with_old=True)
     rollouts = tiny.rollouts(P, G, C)
     reward_PG = jnp.float32(np.random.default_rng(1).uniform(size=(P, G)))
     made = jax.device_get(prepare(tiny.params(), tiny.params(7), rollouts, reward_PG))
@@ -125,33 +122,32 @@ def test_minibatches_are_strided_and_cover_the_batch(plain, experience):
 
 
 def adding(update, experience):
-    """What the update's program for one microbatch is called with."""
-    length_PG = np.asarray(experience.rollouts.length_PG)
-    part = next(packing.parts(length_PG, C, np.arange(P), P))
-    params, where = fresh().params, (part.groups_M, part.layout_MLT)
+    """What the update's program for microbatches is called with."""
+    (stack,) = scorer(microbatch=P).stacks(experience.rollouts, np.arange(P))
+    params, where = fresh().params, (stack.count, stack.groups_NM, stack.layout_NMLT)
     return params, update.nothing(params, experience, *where), experience, *where
 
 
-def test_remat_and_unrolled_layers_change_nothing(plain, experience, reference_run):
+def test_recomputing_changes_nothing(experience, reference_run):
     def primitives(update):
         def walk(jaxpr):
             for eqn in jaxpr.eqns:
-                yield eqn.primitive.name, eqn.params.get("unroll")
+                yield eqn.primitive.name
                 for inner in jax.extend.core.jaxprs_in_params(eqn.params):
                     yield from walk(inner)
 
-        return set(walk(jax.make_jaxpr(update.add)(*adding(update, experience)).jaxpr))
+        return list(walk(jax.make_jaxpr(update.add)(*adding(update, experience)).jaxpr))
 
-    remat, unrolled = program(remat=True), program(unroll=True)
-    checkpoint = {("remat2", None), ("checkpoint", None), ("remat", None)}
-    two = ("scan", tiny.MODEL.num_layers)
-    assert checkpoint & primitives(remat)
-    assert not checkpoint & primitives(plain)
-    assert two in primitives(unrolled)
-    assert two not in primitives(plain)
-
-    assert_same(run(remat, experience), reference_run)
-    assert_same(run(unrolled, experience), reference_run)
+    programs = {remat: program(remat=remat) for remat in ("none", "dots", "full")}
+    counts = {
+        remat: [primitives(update).count(name) for name in ("dot_general", "logistic")]
+        for remat, update in programs.items()
+    }
+    (dots, sigmoids), recomputed_dots, recomputed_all = counts.values()
+    assert recomputed_dots[0] == dots < recomputed_all[0]
+    assert sigmoids < recomputed_dots[1] <= recomputed_all[1]
+    for update in programs.values():
+        assert_same(run(update, experience), reference_run)
 
 
 def test_bfloat16_stays_near_float32(experience, reference_run):
@@ -221,10 +217,9 @@ def test_the_first_ratio_is_one(sampling):
     update = program(clip, sampling=sampling)
     for with_old in (False, True):
         prepare = make_prepare(
-            scorer(sampling),
+            scorer(sampling, microbatch=1),  # other shapes than the update's
             by_std=True,
             mask_truncated=False,
-            num_microbatches=4,  # other shapes than the update's
             with_old=with_old,
         )
         experience = prepare(tiny.params(), None, rollouts, reward_PG)
@@ -318,9 +313,7 @@ def test_truncated_completions_can_be_left_out(plain):
     reward_PG = jnp.float32(np.random.default_rng(1).uniform(size=(P, G)))
 
     def gradients(mask_truncated: bool):
-        prepare = make_prepare(
-            scorer(), by_std=True, mask_truncated=mask_truncated, num_microbatches=1, with_old=True
-        )
+        prepare = make_prepare(scorer(), by_std=True, mask_truncated=mask_truncated, with_old=True)
         for completion_PGC in (rollouts.completion_PGC, other):
             given = rollouts.replace(completion_PGC=completion_PGC)
             experience = prepare(tiny.params(), tiny.params(7), given, reward_PG)

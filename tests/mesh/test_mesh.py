@@ -45,16 +45,13 @@ def train(mesh, rollouts):
     scorer, optimizer = Scorer(tiny.MODEL, mesh, Sampling()), optax.sgd(RATE)
     reward_PG = np.random.default_rng(1).uniform(size=(len(PROMPTS), GROUP)).astype(np.float32)
     reference = jax.tree.map(lambda x: x * 1.1, place(mesh))
-    prepare = make_prepare(
-        scorer, by_std=True, mask_truncated=False, num_microbatches=1, with_old=True
-    )
+    prepare = make_prepare(scorer, by_std=True, mask_truncated=False, with_old=True)
     experience = prepare(place(mesh), reference, *sharding.shard_rows(mesh, (rollouts, reward_PG)))
     update = make_update(
         scorer,
         losses.Objective(kl_coef=0.1, entropy_coef=0.01),
         optimizer,
         num_minibatches=1,
-        num_microbatches=1,
     )
     state = start(place(mesh), tiny.MODEL, mesh, optimizer)
     state, metrics = update(state, experience, jnp.int32(0))

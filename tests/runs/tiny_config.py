@@ -21,7 +21,6 @@ def get_config():
     c.model.mlp_width = 48
     c.model.num_heads = 4
     c.model.num_kv_heads = 2
-    c.model.unroll_layers = True
     c.sft.num_steps = 3
     c.sft.batch = 8
     c.sft.max_tokens = 56
