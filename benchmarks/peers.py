@@ -47,7 +47,7 @@ def serve_ours(folder: str, case: str) -> None:
     from grpo_jax.models import hf
 
     work = workload.Work(**CASES[case])
-    params = hf.load_params(Path(folder), work.shape, sharding.make_mesh(1, 1, 1))
+    params = hf.load_params(Path(folder), work.shape, sharding.make_mesh())
     runner = workload.Step(work, params)
 
     def step(n: int) -> dict:

@@ -108,7 +108,8 @@ class Step:
 
     def __init__(self, work: Work, params: Any = None):
         self.work = work
-        mesh, dtype = sharding.make_mesh(1, 1, 1), jnp.dtype(work.dtype)
+        self.mesh = mesh = sharding.make_mesh()
+        dtype = jnp.dtype(work.dtype)
         model = work.shape
         force_lengths(work)
         sampling = Sampling()
@@ -128,6 +129,8 @@ class Step:
         self._update = update_lib.make_update(scorer, objective, optimizer, num_minibatches=1)
         if params is None:
             params = jax.jit(functools.partial(transformer.init, model))(keys.key_for(0, "init"))
+            shardings = sharding.tree_shardings(mesh, transformer.logical_axes(model), params)
+            params = jax.device_put(params, shardings)
         ref = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p))(params)
         self.ref_params = ref if work.kl else None
         self.state = update_lib.start(params, model, mesh, optimizer)
@@ -155,7 +158,11 @@ class Step:
         )
         reward_PG = (rollouts.completion_PGC[..., 0] % 2).astype(np.float32)
         return jax.block_until_ready(
-            self._prepare(self.state.params, self.ref_params, rollouts, jnp.asarray(reward_PG))
+            self._prepare(
+                self.state.params,
+                self.ref_params,
+                *sharding.shard_rows(self.mesh, (rollouts, reward_PG)),
+            )
         )
 
     def update(self, experience) -> None:

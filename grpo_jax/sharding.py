@@ -8,17 +8,20 @@ mesh, replicated where they must be.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
+ROW_AXES = ("data", "fsdp")  # the mesh axes that split a batch
 
 # Logical axis → the mesh axes that split it, in the order they are tried.
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
-    "rows": ("data", "fsdp"),  # prompts, slots: whole groups
+    "rows": ROW_AXES,  # prompts, slots: whole groups
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -53,7 +56,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 def num_row_shards(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[name] for name in ROW_AXES)
 
 
 def sharding_of(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
@@ -76,6 +79,26 @@ def tree_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     )
 
 
+def by_row_shard(
+    mesh: Mesh, f: Callable, num_whole: int, axes: Sequence[str] = ROW_AXES
+) -> Callable:
+    """`f(*whole, *rows)` on every shard of the rows by itself; its results are split by row too.
+
+    The first `num_whole` arguments are given to all shards, the others and the results are split
+    along their first axis over the mesh axes `axes`. Nothing passes between the shards, so each may
+    run its loops as often as it needs. Further mesh axes are left to XLA.
+    """
+
+    def sharded(*args):
+        rows = PartitionSpec(tuple(axes))
+        specs = (PartitionSpec(),) * num_whole + (rows,) * (len(args) - num_whole)
+        return jax.shard_map(
+            f, mesh=mesh, in_specs=specs, out_specs=rows, axis_names=set(axes), check_vma=False
+        )(*args)
+
+    return sharded
+
+
 def constrain_rows(mesh: Mesh, tree: Any) -> Any:
     """The same values inside jit, split over devices along their first axis."""
 
@@ -95,6 +118,17 @@ def shard_rows(mesh: Mesh, tree: Any) -> Any:
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(put, tree)
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays as NumPy arrays, whole on every process, wherever their shards are."""
+
+    def whole(x: jax.Array) -> np.ndarray:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(whole, tree)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

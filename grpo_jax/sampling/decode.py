@@ -4,6 +4,9 @@ A slot holds one prompt's keys and values and `W` lanes, each decoding one compl
 prompt; the prompt is computed once and its cache is read by all lanes. Keys of the random draws
 belong to the completion and its token positions, so a lane's neighbours, its slot and the number of
 slots do not change what it draws.
+
+Slots are split over the devices by row, and every device decodes its own by itself: the functions
+here see the slots of one shard.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
-from grpo_jax import sharding
 from grpo_jax.models import logits as logits_lib
 from grpo_jax.models import transformer
 from grpo_jax.structs import Array, ModelConfig, Params, Sampling
@@ -40,7 +42,7 @@ class Slots:
 
     prefix: tuple  # per layer: keys [R, K, H, Q], values [R, K, Q, H]
     own: tuple  # per layer: keys [R, K, W, H, S], values [R, K, W, S, H]; S = C columns, a ring
-    column: Array  # where the next token of every lane goes
+    column_1: Array  # where the next token of every lane goes
     prompt_length_R: Array
     key_RW2: Array  # uint32: the completion's random key
     token_RW: Array  # last token
@@ -69,7 +71,7 @@ def empty(decoder: Decoder, slots: int, lanes: int, prompt_tokens: int) -> Slots
             (zeros(slots, heads, lanes, size, limit), zeros(slots, heads, lanes, limit, size))
             for _ in layers
         ),
-        column=jnp.int32(0),
+        column_1=jnp.zeros(1, jnp.int32),
         prompt_length_R=jnp.ones(slots, jnp.int32),
         key_RW2=jnp.zeros((slots, lanes, 2), jnp.uint32),
         token_RW=jnp.zeros((slots, lanes), jnp.int32),
@@ -119,21 +121,22 @@ def _is_stop(decoder: Decoder, token: Array) -> Array:
 def admit(
     decoder: Decoder,
     params: Params,
+    temperature: Array,
     slots: Slots,
     prompt_AQ: Array,
     length_A: Array,
     slot_A: Array,
     key_AW2: Array,
     used_AW: Array,
-    temperature: Array,
 ) -> Slots:
     """Slots with A prompts prefilled and the first token of each of their completions drawn.
 
     Prompt a goes into slot `slot_A[a]`; a slot past the last is dropped, so A can be padded.
     `used_AW`: lanes that hold a completion.
     """
-    prompts = sharding.constrain_rows(decoder.mesh, (prompt_AQ, length_A))
-    hidden_AD, fresh = transformer.prefill(params, decoder.model, *prompts, dtype=decoder.dtype)
+    hidden_AD, fresh = transformer.prefill(
+        params, decoder.model, prompt_AQ, length_A, dtype=decoder.dtype
+    )
     lanes = used_AW.shape
     hidden_AWD = jnp.broadcast_to(hidden_AD[:, None], (*lanes, hidden_AD.shape[-1]))
     time_AW = jnp.zeros(lanes, jnp.int32)
@@ -163,16 +166,17 @@ def slots_needed(live_RW: Array, lanes: int) -> Array:
 def decode(
     decoder: Decoder,
     params: Params,
-    slots: Slots,
     temperature: Array,
     enough_free: Array,
     next_slots: Array,
     next_lanes: Array,
+    slots: Slots,
 ) -> Slots:
     """Slots decoded on until the host has something to do; no host round trip per token.
 
-    Returns when no lane is live, when `enough_free` slots have no live lane, or when the live
-    completions fit `next_slots` slots of `next_lanes` lanes. The donated cache is updated in place.
+    A shard returns when none of its lanes is live, when `enough_free` of its slots have no live
+    lane, or when its live completions fit `next_slots` slots of `next_lanes` lanes. The donated
+    cache is updated in place.
     """
     layers = transformer.unstack_layers(params, decoder.model)
     head_DV = transformer.head_kernel(params)
@@ -194,7 +198,7 @@ def decode(
             slots.own,
             slots.prompt_length_R,
             slots.time_RW,
-            slots.column,
+            slots.column_1[0],
             dtype=decoder.dtype,
         )
         time_RW = slots.time_RW + live_RW
@@ -205,7 +209,7 @@ def decode(
         stop_RW = live_RW & _is_stop(decoder, token_RW)
         return slots.replace(
             own=own,
-            column=(slots.column + 1) % decoder.max_tokens,
+            column_1=(slots.column_1 + 1) % decoder.max_tokens,
             token_RW=jnp.where(live_RW, token_RW, slots.token_RW),
             time_RW=time_RW,
             live_RW=live_RW & ~stop_RW & (time_RW + 1 < decoder.max_tokens),
@@ -221,11 +225,11 @@ def compact(slots: Slots, slot_R: Array, lane_RW: Array, live_RW: Array) -> Slot
     """A smaller batch: new slot r has old slot `slot_R[r]`'s prompt, and its lanes `lane_RW[r]`."""
     lanes_of = lambda x: x[slot_R[:, None], lane_RW]  # noqa: E731
     cache_of = lambda x: jnp.swapaxes(lanes_of(jnp.swapaxes(x, 1, 2)), 1, 2)  # noqa: E731
-    by_lane = slots.replace(prefix=(), own=(), column=(), prompt_length_R=())
+    by_lane = slots.replace(prefix=(), own=(), column_1=(), prompt_length_R=())
     return jax.tree.map(lanes_of, by_lane).replace(
         own=jax.tree.map(cache_of, slots.own),
         prefix=jax.tree.map(lambda x: x[slot_R], slots.prefix),
-        column=slots.column,
+        column_1=slots.column_1,
         prompt_length_R=slots.prompt_length_R[slot_R],
         live_RW=live_RW,
     )

@@ -15,7 +15,6 @@ import functools
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import sharding
@@ -29,13 +28,23 @@ _NEVER = 2**30
 
 @dataclasses.dataclass
 class _Board:
-    """Which completion each lane decodes: its global row number, or -1."""
+    """Which completion each lane decodes: its global row number, or -1; slots by row shard."""
 
-    row_RW: np.ndarray
+    row_SRW: np.ndarray
+
+    @staticmethod
+    def empty(shards: int, slots: int, lanes: int) -> _Board:
+        return _Board(np.full((shards, slots, lanes), -1))
 
     @property
-    def free_slots(self) -> np.ndarray:
-        return np.flatnonzero((self.row_RW < 0).all(axis=1))
+    def row_RW(self) -> np.ndarray:  # noqa: N802
+        """The same as the device has them, one shard after the other."""
+        return self.row_SRW.reshape(-1, self.row_SRW.shape[-1])
+
+    @property
+    def free_SR(self) -> np.ndarray:  # noqa: N802
+        """True for slots without a completion."""
+        return (self.row_SRW < 0).all(axis=2)
 
 
 class Engine:
@@ -49,12 +58,18 @@ class Engine:
         self.decoder = decoder
         self.num_slots = num_slots
         self.compact = compact
-        self.shapes: set[tuple[int, int, int]] = set()  # (slots, lanes, prompt tokens) decoded
+        self.shards = sharding.num_row_shards(decoder.mesh)
+        # (slots, lanes, prompt tokens) of a shard that were decoded: each is compiled once.
+        self.shapes: set[tuple[int, int, int]] = set()
+        by_shard = functools.partial(sharding.by_row_shard, decoder.mesh)
         with_decoder = lambda f: functools.partial(f, decoder)  # noqa: E731
-        self._empty = jax.jit(with_decoder(decode.empty), static_argnums=(0, 1, 2))
-        self._admit = jax.jit(with_decoder(decode.admit), donate_argnums=1)
-        self._decode = jax.jit(with_decoder(decode.decode), donate_argnums=1)
-        self._compact = jax.jit(decode.compact)
+        self._empty = jax.jit(
+            lambda *sizes: by_shard(lambda: decode.empty(decoder, *sizes), 0)(),
+            static_argnums=(0, 1, 2),
+        )
+        self._admit = jax.jit(by_shard(with_decoder(decode.admit), 2), donate_argnums=2)
+        self._decode = jax.jit(by_shard(with_decoder(decode.decode), 5), donate_argnums=5)
+        self._compact = jax.jit(by_shard(decode.compact, 0))
         self._row_keys = jax.jit(
             lambda key, rows: jax.random.key_data(
                 jax.vmap(lambda r: jax.random.fold_in(key, r))(rows)
@@ -125,14 +140,16 @@ class Engine:
         return -(-longest // _PROMPT_STEP) * _PROMPT_STEP
 
     def _layouts(self, num_prompts: int, group: int) -> list[tuple[int, int]]:
-        """(slots, lanes) to start with, and the smaller ones to move to, largest first.
+        """(slots, lanes) of a shard to start with, and smaller ones to move to, largest first.
 
         Lanes shrink faster than slots: a long tail is one or two completions of many prompts.
         """
         num_rows = min(self.num_slots or num_prompts * group, num_prompts * group)
+        num_rows = -(-num_rows // self.shards)
         lanes = min(group, num_rows)
         # A group wider than a slot is split, each part with the prompt of its own.
-        slots = min(num_rows // lanes, num_prompts * -(-group // lanes))
+        parts = num_prompts * -(-group // lanes)
+        slots = min(num_rows // lanes, -(-parts // self.shards))
         layouts = [(slots, lanes)]
         rows = slots * lanes // 2
         while self.compact and rows >= 8 and len(layouts) < 5:
@@ -154,75 +171,85 @@ class Engine:
             for p in range(len(prompts))
             for g in range(0, group, lanes)
         )
-        board = _Board(np.full((num_slots, lanes), -1))
+        board = _Board.empty(self.shards, num_slots, lanes)
         slots = self._empty(num_slots, lanes, width)
-        temperature = jnp.float32(temperature)
+        temperature = np.float32(temperature)
         # Refills wait until a quarter of the slots is free: each one interrupts all lanes.
         refill = max(1, num_slots // 4)
         finished: list[tuple[np.ndarray, ...]] = []
-        while waiting or (board.row_RW >= 0).any():
-            size = num_slots if len(board.free_slots) == num_slots else refill
-            while waiting and len(board.free_slots):
+        while waiting or (board.row_SRW >= 0).any():
+            size = num_slots if board.free_SR.all() else refill
+            while waiting and board.free_SR.any():
                 args = self._next_prompts(waiting, board, prompts, group, size, width, row_keys)
-                slots = self._admit(params, slots, *args, temperature)
+                slots = self._admit(params, temperature, slots, *args)
             finished.append(self._harvest(slots, board))  # stopped at their first token
             if not waiting:
                 slots, board, layouts = self._shrink(slots, board, layouts)
-            if (board.row_RW < 0).all():
+            if (board.row_SRW < 0).all():
                 continue
-            self.shapes.add((*board.row_RW.shape, width))
+            self.shapes.add((*board.row_SRW.shape[1:], width))
             following = layouts[1] if not waiting and len(layouts) > 1 else (-1, 1)
-            enough = min(refill, len(waiting)) if waiting else _NEVER
-            slots = self._decode(params, slots, temperature, enough, *following)
+            enough = min(refill, -(-len(waiting) // self.shards)) if waiting else _NEVER
+            slots = self._decode(params, temperature, enough, *following, slots)
             yield from finished  # dealt with while the device decodes
             finished = [self._harvest(slots, board)]
         yield from finished
 
     def _next_prompts(self, waiting, board: _Board, prompts, group, size, width, row_keys):
-        """Arguments of `decode.admit` for up to `size` prompts, taken from the queue."""
-        num_slots, lanes = board.row_RW.shape
-        free = board.free_slots[:size]
-        slot_A = np.full(size, num_slots, np.int32)
-        prompt_AQ, length_A = np.zeros((size, width), np.int32), np.ones(size, np.int32)
-        key_AW2 = np.zeros((size, lanes, 2), np.uint32)
-        used_AW = np.zeros((size, lanes), bool)
-        for a, slot in enumerate(free[: len(waiting)]):
+        """Arguments of `decode.admit` for up to `size` prompts a shard, taken from the queue."""
+        shards, num_slots, lanes = board.row_SRW.shape
+        slot_SA = np.full((shards, size), num_slots, np.int32)
+        prompt_SAQ = np.zeros((shards, size, width), np.int32)
+        length_SA = np.ones((shards, size), np.int32)
+        key_SAW2 = np.zeros((shards, size, lanes, 2), np.uint32)
+        used_SAW = np.zeros((shards, size, lanes), bool)
+        free = [np.flatnonzero(free_R)[:size] for free_R in board.free_SR]
+        # In turns, so that no shard stands idle while another has two.
+        for a, s in np.ndindex(size, shards):
+            if not waiting or a >= len(free[s]):
+                continue
             rows = waiting.popleft()
             prompt = prompts[rows[0] // group]
-            slot_A[a] = slot
-            prompt_AQ[a, : len(prompt)], length_A[a] = prompt, len(prompt)
-            key_AW2[a, : len(rows)], used_AW[a, : len(rows)] = row_keys[rows], True
-            board.row_RW[slot, : len(rows)] = rows
-        return prompt_AQ, length_A, slot_A, key_AW2, used_AW
+            slot_SA[s, a] = free[s][a]
+            prompt_SAQ[s, a, : len(prompt)], length_SA[s, a] = prompt, len(prompt)
+            key_SAW2[s, a, : len(rows)], used_SAW[s, a, : len(rows)] = row_keys[rows], True
+            board.row_SRW[s, free[s][a], : len(rows)] = rows
+        fields = prompt_SAQ, length_SA, slot_SA, key_SAW2, used_SAW
+        return tuple(x.reshape(-1, *x.shape[2:]) for x in fields)
 
     def _harvest(self, slots: decode.Slots, board: _Board) -> tuple[np.ndarray, ...]:
         """What finished since the last look; its lanes are free afterwards."""
-        live_RW = np.asarray(slots.live_RW)
-        done = (board.row_RW >= 0) & ~live_RW
-        rows = board.row_RW[done]
-        board.row_RW[done] = -1
+        live_RW, row_RW = sharding.to_host(slots.live_RW), board.row_RW
+        done = (row_RW >= 0) & ~live_RW
+        rows = row_RW[done]
+        row_RW[done] = -1
         fields = slots.completion_RWC, slots.logp_RWC, slots.time_RW, slots.stopped_RW
         if not len(rows):
             return (rows,) + (np.zeros((0,)),) * 4
-        return rows, *(np.asarray(x)[done] for x in jax.device_get(fields))
+        return rows, *(x[done] for x in sharding.to_host(fields))
 
     def _shrink(self, slots: decode.Slots, board: _Board, layouts: list[tuple[int, int]]):
         """The live completions in the smallest layout that holds them."""
-        live_R = (board.row_RW >= 0).sum(axis=1)
-        fitting = [i for i, (r, w) in enumerate(layouts) if i and (-(-live_R // w)).sum() <= r]
-        if not fitting or not live_R.any():
+        live_SR = (board.row_SRW >= 0).sum(axis=2)
+        fitting = [
+            i for i, (r, w) in enumerate(layouts) if i and (-(-live_SR // w)).sum(1).max() <= r
+        ]
+        if not fitting or not live_SR.any():
             return slots, board, layouts
-        num_slots, lanes = layouts[fitting[-1]]
-        slot_R = np.zeros(num_slots, np.int32)
-        lane_RW = np.zeros((num_slots, lanes), np.int32)
-        row_RW = np.full((num_slots, lanes), -1)
-        new = 0
-        for old, rows in enumerate(board.row_RW):
-            alive = np.flatnonzero(rows >= 0)
-            for start in range(0, len(alive), lanes):
-                part = alive[start : start + lanes]
-                slot_R[new], lane_RW[new, : len(part)] = old, part
-                row_RW[new, : len(part)] = rows[part]
-                new += 1
-        slots = self._compact(slots, slot_R, lane_RW, row_RW >= 0)
-        return slots, _Board(row_RW), layouts[fitting[-1] :]
+        shards, (num_slots, lanes) = len(live_SR), layouts[fitting[-1]]
+        slot_SR = np.zeros((shards, num_slots), np.int32)
+        lane_SRW = np.zeros((shards, num_slots, lanes), np.int32)
+        new = _Board.empty(shards, num_slots, lanes)
+        for s in range(shards):
+            at = 0
+            for old, rows in enumerate(board.row_SRW[s]):
+                alive = np.flatnonzero(rows >= 0)
+                for start in range(0, len(alive), lanes):
+                    part = alive[start : start + lanes]
+                    slot_SR[s, at], lane_SRW[s, at, : len(part)] = old, part
+                    new.row_SRW[s, at, : len(part)] = rows[part]
+                    at += 1
+        slots = self._compact(
+            slots, slot_SR.reshape(-1), lane_SRW.reshape(-1, lanes), new.row_RW >= 0
+        )
+        return slots, new, layouts[fitting[-1] :]
