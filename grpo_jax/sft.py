@@ -189,15 +189,19 @@ def _bucket(longest: int, limit: int, parts: int = 4) -> int:
     return min(limit, -(-longest // step) * step)
 
 
-def _microbatches(rows: Rows, size: int, config: ConfigDict) -> Iterator[Rollouts]:
-    """The rows, those of like length together, each part padded to its longest completion."""
+def _microbatches(rows: Rows, size: int, shards: int, config: ConfigDict) -> Iterator[Rollouts]:
+    """The rows, those of like length together, each part padded to its longest completion.
+
+    A part that does not split into `shards` is filled with rows of no completion.
+    """
     rows = sorted(rows, key=lambda row: len(row[1]))
     longest_prompt = max(len(prompt) for prompt, _ in rows)
     width = _bucket(longest_prompt, config.data.max_prompt_tokens)
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        prompt_PQ, prompt_length_P = pad_rows([prompt for prompt, _ in part], width)
         tokens = _bucket(len(part[-1][1]), config.sft.max_tokens)
+        part = part + [([0], [])] * (-len(part) % shards)
+        prompt_PQ, prompt_length_P = pad_rows([prompt for prompt, _ in part], width)
         completion_PC, length_P = pad_rows([completion for _, completion in part], tokens)
         yield Rollouts(
             prompt_PQ,
@@ -230,33 +234,28 @@ def _loss_sums(params: Params, scorer: update_lib.Scorer, part: Rollouts):
 
 def _make_update(scorer: update_lib.Scorer, optimizer, size: int, config: ConfigDict):
     """A function `(state, rows) -> (state, metrics as numbers)`; microbatches differ in length."""
-    sums_of = lambda params, part: _loss_sums(params, scorer, part)  # noqa: E731
+    shards = sharding.num_row_shards(scorer.mesh)
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def add(params: Params, carry, part: Rollouts):
-        part = sharding.constrain_rows(scorer.mesh, part)
-        grads, sums, _ = update_lib.add_gradient(sums_of, params, (*carry, {}), part)
-        return grads, sums
+    def through(params: Params, _, carry: update_lib.Carry, part: Rollouts) -> update_lib.Carry:
+        sums_of = lambda params, part: _loss_sums(params, scorer, part)  # noqa: E731
+        return update_lib.add_gradient(
+            sums_of, params, carry, sharding.split_within_shard(scorer.mesh, part)
+        )
+
+    empty, add = update_lib.make_adding(scorer, through, sums=("loss", "count"), maxima=())
 
     @functools.partial(jax.jit, donate_argnums=0)
     def apply(state: TrainState, carry) -> tuple[TrainState, dict[str, Array]]:
-        grads, sums = carry
+        grads, sums, _ = update_lib.over_shards(carry)
         loss = sums["loss"] / sums["count"]
         grads = jax.tree.map(lambda g: g / sums["count"], grads)
         state, values = update_lib.apply_gradient(state, optimizer, grads, loss)
         return state, values | {"sft/loss": loss, "tokens": sums["count"]}
 
-    @jax.jit
-    def zeros(params: Params):
-        return jax.tree.map(jnp.zeros_like, params), {
-            "loss": jnp.float32(0),
-            "count": jnp.float32(0),
-        }
-
     def update(state: TrainState, rows: Rows) -> tuple[TrainState, dict[str, float]]:
-        carry = zeros(state.params)
-        for part in _microbatches(rows, size, config):
-            carry = add(state.params, carry, sharding.shard_rows(scorer.mesh, part))
+        carry = empty()
+        for part in _microbatches(rows, size, shards, config):
+            carry = add(state.params, 1, carry, sharding.shard_rows(scorer.mesh, part))
         state, values = apply(state, carry)
         return state, {name: float(value) for name, value in jax.device_get(values).items()}
 

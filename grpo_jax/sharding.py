@@ -7,8 +7,9 @@ mesh, replicated where they must be.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -79,18 +80,45 @@ def tree_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     )
 
 
-def by_row_shard(
-    mesh: Mesh, f: Callable, num_whole: int, axes: Sequence[str] = ROW_AXES
-) -> Callable:
+def by_row_shard(mesh: Mesh, f: Callable, num_whole: int) -> Callable:
     """`f(*whole, *rows)` on every shard of the rows by itself; its results are split by row too.
 
     The first `num_whole` arguments are given to all shards, the others and the results are split
-    along their first axis over the mesh axes `axes`. Nothing passes between the shards, so each may
-    run its loops as often as it needs. Further mesh axes are left to XLA.
+    along their first axis. Nothing passes between the shards, so each may run its loops as often as
+    it needs. The tensor axis is left to XLA.
     """
+    return _by_hand(mesh, f, num_whole, ROW_AXES)
+
+
+def by_data_shard(mesh: Mesh, f: Callable, num_whole: int) -> Callable:
+    """As `by_row_shard` for the data axis alone: parameters may be split inside a shard.
+
+    Loops must run equally often in all shards.
+    """
+    shards = mesh.shape["data"]
+    if shards == 1:
+        return f
+    if shards == mesh.size:
+        return _by_hand(mesh, f, num_whole, ("data",))
+
+    # XLA sees one more batch axis. It aborts (jaxlib 0.10.2) on lookups in a table that is split
+    # over two mesh axes where the third is handled by hand.
+    def split(x: jax.Array) -> jax.Array:
+        x = x.reshape(shards, -1, *x.shape[1:])
+        spec = PartitionSpec("data", *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     def sharded(*args):
-        rows = PartitionSpec(tuple(axes))
+        whole, rows = args[:num_whole], jax.tree.map(split, args[num_whole:])
+        out = jax.vmap(functools.partial(f, *whole), spmd_axis_name="data")(*rows)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+
+    return sharded
+
+
+def _by_hand(mesh: Mesh, f: Callable, num_whole: int, axes: tuple[str, ...]) -> Callable:
+    def sharded(*args):
+        rows = PartitionSpec(axes)
         specs = (PartitionSpec(),) * num_whole + (rows,) * (len(args) - num_whole)
         return jax.shard_map(
             f, mesh=mesh, in_specs=specs, out_specs=rows, axis_names=set(axes), check_vma=False
@@ -99,14 +127,12 @@ def by_row_shard(
     return sharded
 
 
-def constrain_rows(mesh: Mesh, tree: Any) -> Any:
-    """The same values inside jit, split over devices along their first axis."""
-
-    def constrain(x: jax.Array) -> jax.Array:
-        axes = ("rows",) + (None,) * (x.ndim - 1)
-        return jax.lax.with_sharding_constraint(x, sharding_of(mesh, axes, x.shape))
-
-    return jax.tree.map(constrain, tree)
+def split_within_shard(mesh: Mesh, tree: Any) -> Any:
+    """Inside `by_data_shard`: the rows split over the devices of the shard."""
+    if mesh.shape["fsdp"] == 1:
+        return tree
+    placed = NamedSharding(mesh, PartitionSpec("fsdp"))
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, placed), tree)
 
 
 def shard_rows(mesh: Mesh, tree: Any) -> Any:
@@ -129,6 +155,11 @@ def to_host(tree: Any) -> Any:
         return np.asarray(x)
 
     return jax.tree.map(whole, tree)
+
+
+def stacked(mesh: Mesh, sharding: NamedSharding) -> NamedSharding:
+    """The sharding of one such array for each data shard, [shards, ...]."""
+    return NamedSharding(mesh, PartitionSpec("data", *sharding.spec))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -91,6 +91,17 @@ def weights(action_BT: Array, objective: Objective) -> tuple[Array, Array]:
     return weight_BT, jnp.float32(action_BT.shape[0] * objective.max_tokens)
 
 
+# What `diagnostics` gives: sums over action tokens, and maxima over them.
+SUMS = (
+    "policy/entropy",
+    "policy/kl",
+    "policy/clip_low_share",
+    "policy/clip_high_share",
+    "policy/sampler_gap_mean",
+)
+MAXIMA = ("policy/ratio_max", "policy/sampler_gap_max")
+
+
 def diagnostics(
     objective: Objective,
     logp: Array,
@@ -108,16 +119,7 @@ def diagnostics(
     high = (ratio > 1 + objective.clip_high) & (advantage > 0)
     gap = jnp.abs(logp - sampler_logp)
     kl = jnp.zeros_like(logp) if terms["ref_logp"] is None else kl_k3(logp, terms["ref_logp"])
-    values = {
-        "policy/entropy": entropy,
-        "policy/kl": kl,
-        "policy/clip_low_share": low,
-        "policy/clip_high_share": high,
-        "policy/sampler_gap_mean": gap,
-    }
-    sums = {name: jnp.sum(jnp.where(action, value, 0) * kept) for name, value in values.items()}
-    maxima = {
-        "policy/ratio_max": jnp.max(jnp.where(action, ratio, 0)),
-        "policy/sampler_gap_max": jnp.max(jnp.where(action, gap, 0)),
-    }
-    return sums, maxima
+    values = entropy, kl, low, high, gap
+    sums = [jnp.sum(jnp.where(action, value, 0) * kept) for value in values]
+    maxima = [jnp.max(jnp.where(action, value, 0)) for value in (ratio, gap)]
+    return dict(zip(SUMS, sums)), dict(zip(MAXIMA, maxima))

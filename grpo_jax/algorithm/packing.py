@@ -24,51 +24,67 @@ _LANES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 class Stack:
     """Microbatches of one shape: some groups of a rollout and how their completions are laid out.
 
-    Stacks of a shape are equally high, so that one program runs them all; those past `count` are
-    empty.
+    Every data shard has microbatches of its own groups, with a leading axis for the shard. Stacks
+    of a shape are equally high, so that one program runs them all; those past `count` are empty.
     """
 
-    count: int  # microbatches in it
-    groups_NM: np.ndarray  # int32: which prompts; -1 for none, to fill a shape
-    layout_NMLT: np.ndarray  # int32: g * C + c for token c of completion g, -1: an empty slot
+    count: np.ndarray  # int32: microbatches in it
+    groups_SNM: np.ndarray  # int32: which of the shard's prompts; -1 for none, to fill a shape
+    layout_SNMLT: np.ndarray  # int32: g * C + c for token c of completion g, -1: an empty slot
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.groups_SNM, self.layout_SNMLT
 
 
 def stacks(
-    length_PG: np.ndarray,
+    length_SPG: np.ndarray,
     groups_P: np.ndarray,
     *,
     prompt_tokens: int,
     completion_tokens: int,
     at_once: int,
-    shards: int = 1,
+    devices: int = 1,
 ) -> Iterator[Stack]:
-    """The groups of numbers `groups_P` in microbatches of at most `at_once` tokens on a device.
+    """The groups of numbers `groups_P` of each shard in microbatches of at most `at_once` tokens.
 
-    The tokens are padded limits; a microbatch has at least one group for each of `shards` devices.
-    A function of the lengths alone, so that a resumed run sums in the same order.
+    The tokens are padded limits and count on each of a shard's `devices`; a microbatch has at least
+    one group for each of them. A function of the lengths alone, so that a resumed run sums in the
+    same order.
     """
-    group, width = length_PG.shape[1], max(completion_tokens - 1, 1)
-    lanes_P = [_fill(length_PG[p] - 1, width) for p in groups_P]
-    waiting = sorted(range(len(groups_P)), key=lambda i: (-len(lanes_P[i]), i))
-    while waiting:
-        lanes = _menu(len(lanes_P[waiting[0]]), group)
-        size = shards * _largest_divisor(
-            -(-len(groups_P) // shards), at_once // (prompt_tokens + lanes * width)
+    shards, _, group = length_SPG.shape
+    width = max(completion_tokens - 1, 1)
+    lanes_SP = [[_fill(length_PG[p] - 1, width) for p in groups_P] for length_PG in length_SPG]
+    # The widest first. All shards take equally many, so that none waits for another; where one has
+    # fewer of a width, it goes on with its narrower ones.
+    waiting_S = [
+        sorted(range(len(groups_P)), key=lambda i, lanes_P=lanes_P: (-len(lanes_P[i]), i))
+        for lanes_P in lanes_SP
+    ]
+    while any(waiting_S):
+        menu_S = [
+            [_menu(len(lanes_P[i]), group) for i in waiting]
+            for lanes_P, waiting in zip(lanes_SP, waiting_S)
+        ]
+        lanes = max(max(menu) for menu in menu_S)
+        size = devices * _largest_divisor(
+            -(-len(groups_P) // devices), at_once // (prompt_tokens + lanes * width)
         )
         height = -(-len(groups_P) // size)
-        alike = sum(_menu(len(lanes_P[i]), group) == lanes for i in waiting)
-        count = -(-alike // size)
-        chosen, waiting = waiting[: count * size], waiting[count * size :]
-        groups_X = np.full(height * size, -1, np.int32)
-        groups_X[: len(chosen)] = groups_P[chosen]
-        layout_XLT = np.full((height * size, lanes, width), -1, np.int32)
-        for x, i in enumerate(chosen):
-            for lane, completions in enumerate(lanes_P[i]):
-                _place(layout_XLT[x, lane], completions, length_PG[groups_P[i]], completion_tokens)
+        count = np.int32(max(-(-menu.count(lanes) // size) for menu in menu_S))
+        groups_SX = np.full((shards, height * size), -1, np.int32)
+        layout_SXLT = np.full((shards, height * size, lanes, width), -1, np.int32)
+        for s, waiting in enumerate(waiting_S):
+            chosen, waiting_S[s] = waiting[: count * size], waiting[count * size :]
+            groups_SX[s, : len(chosen)] = groups_P[chosen]
+            for x, i in enumerate(chosen):
+                length_G = length_SPG[s, groups_P[i]]
+                for lane_T, completions in zip(layout_SXLT[s, x], lanes_SP[s][i]):
+                    _place(lane_T, completions, length_G, completion_tokens)
         yield Stack(
             count,
-            groups_X.reshape(height, size),
-            layout_XLT.reshape(height, size, lanes, width),
+            groups_SX.reshape(shards, height, size),
+            layout_SXLT.reshape(shards, height, size, lanes, width),
         )
 
 

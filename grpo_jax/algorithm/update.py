@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -51,19 +51,22 @@ class Scorer:
     microbatch: int = 0  # groups at once, more where completions are short; 0: by their tokens
 
     def stacks(self, rollouts: Rollouts, groups_P: np.ndarray) -> Iterator[packing.Stack]:
-        """Some groups of a rollout in microbatches of about equally many tokens."""
+        """Some groups of each data shard in microbatches of about equally many tokens."""
         prompt_tokens, (_, group, tokens) = rollouts.prompt_PQ.shape[1], rollouts.logp_PGC.shape
-        shards = sharding.num_row_shards(self.mesh)
+        shards, devices = (self.mesh.shape[name] for name in sharding.ROW_AXES)
         whole = prompt_tokens + group * max(tokens - 1, 1)
         few = _TOKENS_AT_ONCE if jax.default_backend() != "cpu" else _TOKENS_AT_ONCE_ON_CPU
         return packing.stacks(
-            np.asarray(jax.device_get(rollouts.length_PG)),
+            sharding.to_host(rollouts.length_PG).reshape(shards, -1, group),
             groups_P,
             prompt_tokens=prompt_tokens,
             completion_tokens=tokens,
-            at_once=self.microbatch * whole // shards or few,
-            shards=shards,
+            at_once=self.microbatch * whole // (shards * devices) or few,
+            devices=devices,
         )
+
+    def groups_in_shard(self, rollouts: Rollouts) -> int:
+        return len(rollouts.length_PG) // self.mesh.shape["data"]
 
     def hidden(self, params: Params, rollouts: Rollouts, layout_PLT: Array | None = None) -> Array:
         """The hidden states that predict completion tokens, as `transformer.score` orders them.
@@ -109,9 +112,9 @@ def action_mask(length_PG: Array, stopped_PG: Array, tokens: int, mask_truncated
 
 
 def _rows(mesh: Mesh, tree: Any, groups_M: Array) -> Any:
-    """Some groups of arrays [P, ...], over the devices by row; any group for -1."""
+    """Some groups of a data shard's arrays [P, ...], over its devices by row; any group for -1."""
     groups_M = jnp.maximum(groups_M, 0)
-    return sharding.constrain_rows(mesh, jax.tree.map(lambda x: x[groups_M], tree))
+    return sharding.split_within_shard(mesh, jax.tree.map(lambda x: x[groups_M], tree))
 
 
 def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old: bool):
@@ -134,10 +137,12 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
         flat = flat.at[row_M[:, None], place_ME].set(logp_ME, mode="drop")
         return flat.reshape(logp_PGC.shape)
 
-    @functools.partial(jax.jit, donate_argnums=2)
-    def fill(params, rollouts: Rollouts, logp_PGC: Array, count: Array, *stack: Array):
+    def fill_shard(params, count, rollouts: Rollouts, logp_PGC: Array, *stack_1: Array):
+        stack = [x[0] for x in stack_1]
         step = lambda n, logp: one(params, rollouts, logp, *(x[n] for x in stack))  # noqa: E731
         return jax.lax.fori_loop(0, count, step, logp_PGC)
+
+    fill = jax.jit(sharding.by_data_shard(scorer.mesh, fill_shard, 2), donate_argnums=3)
 
     @jax.jit
     def base(rollouts: Rollouts, reward_PG: Array) -> Experience:
@@ -156,10 +161,8 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
 
     def logp_of(params: Params, rollouts: Rollouts) -> Array:
         logp_PGC = jnp.zeros_like(rollouts.logp_PGC)
-        for stack in scorer.stacks(rollouts, np.arange(len(rollouts.length_PG))):
-            logp_PGC = fill(
-                params, rollouts, logp_PGC, stack.count, stack.groups_NM, stack.layout_NMLT
-            )
+        for stack in scorer.stacks(rollouts, np.arange(scorer.groups_in_shard(rollouts))):
+            logp_PGC = fill(params, stack.count, rollouts, logp_PGC, *stack.arrays)
         return logp_PGC
 
     def prepare(params, ref_params, rollouts: Rollouts, reward_PG: Array) -> Experience:
@@ -204,14 +207,9 @@ def _loss_sums(
     return total, (sums, maxima)
 
 
-Carry = tuple[Params, dict, dict]  # gradient sums in float32, metric sums, metric maxima
-
-
-def no_gradient(loss_sums, params: Params, *part: Any) -> Carry:
-    """What `add_gradient` starts from: zeros of what `loss_sums(params, *part)` will give."""
-    zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), tree)  # noqa: E731
-    _, (sums, maxima) = jax.eval_shape(loss_sums, params, *part)
-    return zeros(params), zeros(sums), zeros(maxima)
+# Gradient sums in float32, metric sums, metric maxima; inside a program for microbatches those of
+# one data shard, between programs [shards, ...]: the shards meet once, at the end of an update.
+Carry = tuple[Params, dict, dict]
 
 
 def add_gradient(loss_sums, params: Params, carry: Carry, *part: Any) -> Carry:
@@ -223,6 +221,43 @@ def add_gradient(loss_sums, params: Params, carry: Carry, *part: Any) -> Carry:
     grads = jax.tree.map(lambda g, n: g + n.astype(jnp.float32), grads, new_grads)
     sums = jax.tree.map(jnp.add, sums, new_sums)
     return grads, sums, jax.tree.map(jnp.maximum, maxima, new_maxima)
+
+
+def over_shards(carry: Carry) -> Carry:
+    """The carries of all data shards, [shards, ...], as one."""
+    grads, sums, maxima = carry
+    grads, sums = jax.tree.map(lambda x: x.sum(0), (grads, sums))
+    return grads, sums, jax.tree.map(lambda x: x.max(0), maxima)
+
+
+def make_adding(
+    scorer: Scorer, through: Callable[..., Carry], *, sums: Iterable[str], maxima: Iterable[str]
+) -> tuple[Callable[[], Carry], Callable[..., Carry]]:
+    """Two programs: `empty() -> carry`, and `add(params, count, carry, *rows) -> carry`.
+
+    `through(params, count, carry, *rows)` adds one data shard's rows to its carry; its metrics have
+    the names `sums` and `maxima`. `add` takes its carry away.
+    """
+    mesh, like = scorer.mesh, transformer.param_shapes(scorer.model)
+    shards = mesh.shape["data"]
+    stacked = functools.partial(sharding.stacked, mesh)
+    placed = sharding.tree_shardings(mesh, transformer.logical_axes(scorer.model), like)
+    scalar = stacked(sharding.replicated(mesh))
+    shardings = (jax.tree.map(stacked, placed), *(dict.fromkeys(n, scalar) for n in (sums, maxima)))
+
+    @functools.partial(jax.jit, out_shardings=shardings)
+    def empty() -> Carry:
+        grads = jax.tree.map(lambda x: jnp.zeros((shards, *x.shape), jnp.float32), like)
+        return grads, *({name: jnp.zeros(shards) for name in names} for names in (sums, maxima))
+
+    def add_shard(params: Params, count: Array, carry: Carry, *rows: Any) -> Carry:
+        carry = through(params, count, jax.tree.map(lambda x: x[0], carry), *rows)
+        return jax.tree.map(lambda x: x[None], carry)
+
+    add = jax.jit(
+        sharding.by_data_shard(mesh, add_shard, 2), donate_argnums=2, out_shardings=shardings
+    )
+    return empty, add
 
 
 def apply_gradient(
@@ -270,31 +305,24 @@ def make_update(
             params, scorer, objective, part.replace(action_PGC=action_PGC), layout_MLT
         )
 
-    carry_shardings = shardings.params, None, None
+    def through(params, count, carry: Carry, experience: Experience, *stack_1: Array) -> Carry:
+        stack = [x[0] for x in stack_1]
 
-    @functools.partial(jax.jit, donate_argnums=1, out_shardings=carry_shardings)
-    def add(params, carry: Carry, experience: Experience, count: Array, *stack: Array) -> Carry:
         def step(n, carry):
             return add_gradient(loss_sums, params, carry, experience, *(x[n] for x in stack))
 
         return jax.lax.fori_loop(0, count, step, carry)
 
-    zeros: list[Callable[[], Carry]] = []  # made once the names of the sums are known
-
-    def nothing(params, experience: Experience, count: int, *stack: Array) -> Carry:
-        if not zeros:
-            first = (x[0] for x in stack)
-            carry = jax.eval_shape(
-                functools.partial(no_gradient, loss_sums), params, experience, *first
-            )
-            make = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), carry)  # noqa: E731
-            zeros.append(jax.jit(make, out_shardings=carry_shardings))
-        return zeros[0]()
+    empty, add = make_adding(
+        scorer, through, sums=(*losses.SUMS, "loss", "tokens"), maxima=losses.MAXIMA
+    )
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
-    def finish(state: TrainState, carry: Carry, action_PGC: Array, groups_P: Array):
-        grads, sums, maxima = carry
-        action_BC = action_PGC[groups_P].reshape(-1, action_PGC.shape[-1])
+    def finish(state: TrainState, carry: Carry, action_PGC: Array, index: Array):
+        grads, sums, maxima = over_shards(carry)
+        _, group, tokens = action_PGC.shape
+        action_BC = action_PGC.reshape(-1, num_minibatches, group, tokens)[:, index]
+        action_BC = action_BC.reshape(-1, tokens)
         count = jnp.maximum(losses.weights(action_BC, objective)[1], 1.0)
         tokens = jnp.maximum(sums.pop("tokens"), 1.0)
         loss = sums.pop("loss") / count
@@ -304,14 +332,13 @@ def make_update(
         return state, metrics | maxima | {"policy/loss": loss}
 
     def update(state: TrainState, experience: Experience, index: int):
-        groups_P = np.arange(len(experience.action_PGC))[int(index) :: num_minibatches]
-        carry = None
+        carry = empty()
+        groups_P = np.arange(scorer.groups_in_shard(experience.rollouts))[index::num_minibatches]
         for stack in scorer.stacks(experience.rollouts, groups_P):
-            args = experience, stack.count, stack.groups_NM, stack.layout_NMLT
-            carry = add(state.params, carry or nothing(state.params, *args), *args)
-        return finish(state, carry, experience.action_PGC, groups_P)
+            carry = add(state.params, stack.count, carry, experience, *stack.arrays)
+        return finish(state, carry, experience.action_PGC, np.int32(index))
 
-    update.nothing, update.add, update.finish = nothing, add, finish  # the compiled programs
+    update.empty, update.add, update.finish = empty, add, finish  # the compiled programs
     return update
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 
@@ -13,31 +15,37 @@ def lengths(prompts: int, group: int, mean: float, tokens: int, seed: int = 0) -
     return np.clip(rng.geometric(1 / mean, (prompts, group)), 1, tokens)
 
 
-def stacks(length_PG, groups_P, *, tokens, at_once, prompt_tokens=4, shards=1):
-    return list(
-        packing.stacks(
-            length_PG,
-            groups_P,
-            prompt_tokens=prompt_tokens,
-            completion_tokens=tokens,
-            at_once=at_once,
-            shards=shards,
-        )
+def stacks(length_PG, groups_P, *, tokens, at_once, prompt_tokens=4, devices=1):
+    """The stacks of one shard, each as (count, groups_NM, layout_NMLT)."""
+    made = packing.stacks(
+        length_PG[None],
+        groups_P,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=tokens,
+        at_once=at_once,
+        devices=devices,
     )
+    return [Stack(stack.count, *(x[0] for x in stack.arrays)) for stack in made]
+
+
+class Stack(NamedTuple):
+    count: int
+    groups_NM: np.ndarray
+    layout_NMLT: np.ndarray
 
 
 @pytest.mark.parametrize("mean", [1.5, 8, 1000])
 @pytest.mark.parametrize("at_once", [1, 200, 10_000])
-@pytest.mark.parametrize("shards", [1, 2])
-def test_every_token_stands_once_and_in_order(mean, at_once, shards):
+@pytest.mark.parametrize("devices", [1, 2])
+def test_every_token_stands_once_and_in_order(mean, at_once, devices):
     group, tokens = 6, 32
     length_PG = lengths(8, group, mean, tokens)
     groups_P = np.array([6, 0, 3, 5])
     seen = []
-    for stack in stacks(length_PG, groups_P, tokens=tokens, at_once=at_once, shards=shards):
+    for stack in stacks(length_PG, groups_P, tokens=tokens, at_once=at_once, devices=devices):
         height, size, lanes, width = stack.layout_NMLT.shape
         assert stack.groups_NM.shape == (height, size) and stack.layout_NMLT.dtype == np.int32
-        assert size == shards or size // shards * (4 + lanes * width) <= at_once
+        assert size == devices or size // devices * (4 + lanes * width) <= at_once
         assert height * size == 4 and 1 <= stack.count <= height  # no shape but by lanes
         assert (stack.groups_NM[stack.count :] == -1).all()
         assert (stack.groups_NM[: stack.count, 0] >= 0).all()

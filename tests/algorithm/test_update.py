@@ -124,8 +124,7 @@ def test_minibatches_are_strided_and_cover_the_batch(plain, experience):
 def adding(update, experience):
     """What the update's program for microbatches is called with."""
     (stack,) = scorer(microbatch=P).stacks(experience.rollouts, np.arange(P))
-    params, where = fresh().params, (stack.count, stack.groups_NM, stack.layout_NMLT)
-    return params, update.nothing(params, experience, *where), experience, *where
+    return fresh().params, stack.count, update.empty(), experience, *stack.arrays
 
 
 def test_recomputing_changes_nothing(experience, reference_run):
@@ -376,7 +375,6 @@ def test_the_state_is_donated(experience):
     memory = update.add.lower(*args).compile().memory_analysis()
     size = sum(x.nbytes for x in jax.tree.leaves(state.params))
     assert memory.alias_size_in_bytes >= size  # the gradient is summed in place
-    groups_P = np.arange(P)
-    finish = update.finish.lower(state, args[1], experience.action_PGC, groups_P)
+    finish = update.finish.lower(state, args[2], experience.action_PGC, 0)
     memory = finish.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -54,7 +53,7 @@ def train(mesh, rollouts):
         num_minibatches=1,
     )
     state = start(place(mesh), tiny.MODEL, mesh, optimizer)
-    state, metrics = update(state, experience, jnp.int32(0))
+    state, metrics = update(state, experience, 0)
     return state.params, metrics["policy/loss"]
 
 
