@@ -47,6 +47,7 @@ def serve_ours(folder: str, case: str) -> None:
     from grpo_jax.models import hf
 
     work = workload.Work(**CASES[case])
+    workload.use_all_cores(work)
     params = hf.load_params(Path(folder), work.shape, sharding.make_mesh())
     runner = workload.Step(work, params)
 

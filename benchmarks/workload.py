@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax import keys, optim, sharding
+from grpo_jax import config as config_lib
+from grpo_jax import keys, optim, program, sharding
 from grpo_jax.algorithm import losses
 from grpo_jax.algorithm import update as update_lib
 from grpo_jax.models import transformer
@@ -103,11 +104,19 @@ def force_lengths(work: Work) -> None:
 _CHOOSE = decode._choose
 
 
+def use_all_cores(work: Work) -> None:
+    """What `grpo_jax.train` does with a CPU; call it before anything uses JAX."""
+    config = config_lib.default()
+    config.batch.prompts, config.batch.microbatch = work.prompts, work.microbatch
+    program.use_all_cores(config, work.shape.num_params)
+
+
 class Step:
     """The compiled pieces of a step, and the state that they hand on."""
 
     def __init__(self, work: Work, params: Any = None):
         self.work = work
+        use_all_cores(work)
         self.mesh = mesh = sharding.make_mesh()
         dtype = jnp.dtype(work.dtype)
         model = work.shape

@@ -389,10 +389,15 @@ def _check_sources(config: ConfigDict) -> None:
             )
 
 
+def groups_at_once(config: ConfigDict) -> int:
+    """Groups that the devices share between them: a microbatch, or an update's where it is free."""
+    return config.batch.microbatch or config.batch.prompts // config.batch.minibatches
+
+
 def check_devices(config: ConfigDict, num_row_shards: int) -> None:
     """Raises ValueError when the groups of an update do not split over the devices."""
     batch = config.batch
-    per_microbatch = batch.microbatch or batch.prompts // batch.minibatches
+    per_microbatch = groups_at_once(config)
     if per_microbatch % num_row_shards:
         raise ValueError(
             f"batch.prompts = {batch.prompts}, batch.minibatches = {batch.minibatches} and "

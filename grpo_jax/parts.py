@@ -22,6 +22,7 @@ from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import tasks
+from grpo_jax.models import hf
 from grpo_jax.rewards import reward as reward_lib
 from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.sampling import decode
@@ -80,6 +81,15 @@ def refuse_early(config: ConfigDict, folder: Path) -> None:
     policy = policy_lib.new(config.model, tasks.load(config.data.task).make_tokenizer())
     policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
     workdir.open_for(config, folder)
+
+
+def num_params(config: ConfigDict) -> int:
+    """Parameters of the model that the config trains."""
+    if config.model.path:
+        return hf.read_config(hf.resolve(config.model.path)).num_params
+    return policy_lib.new(
+        config.model, tasks.load(config.data.task).make_tokenizer()
+    ).model.num_params
 
 
 def load_problems(config: ConfigDict) -> tuple[list, list]:

@@ -44,6 +44,29 @@ def joined(argv: list[str]) -> list[str]:
     return joined
 
 
+_SMALL = 50_000_000  # parameters; a larger model's products are worth several threads
+
+
+def use_all_cores(config: ConfigDict, num_params: int) -> None:
+    """Makes each core of a CPU a device of its own, for a small model on the devices there are.
+
+    Two devices that decode and learn for themselves are faster than one on two threads, which wait
+    for each other after every product; but each holds the model. As many as the groups of an update
+    split over. No effect on accelerators, nor where XLA_FLAGS say how many devices there are. Call
+    it before anything uses JAX.
+    """
+    mesh = config.mesh
+    asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if asked or mesh.data != -1 or mesh.fsdp * mesh.tensor != 1 or num_params > _SMALL:
+        return
+    known = hasattr(os, "sched_getaffinity")  # not everywhere
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    groups = config_lib.groups_at_once(config)
+    devices = max(n for n in range(1, cores + 1) if groups % n == 0)
+    if jax.config.jax_num_cpu_devices != devices:
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
 def use_compile_cache() -> None:
     """Compiled programs are kept in the user's cache folder and found again by the next run."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -244,9 +244,12 @@ def _make_update(scorer: update_lib.Scorer, optimizer, size: int, config: Config
 
     empty, add = update_lib.make_adding(scorer, through, sums=("loss", "count"), maxima=())
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    like = update_lib.state_like(scorer.model, scorer.mesh, optimizer)
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def apply(state: TrainState, carry) -> tuple[TrainState, dict[str, Array]]:
-        grads, sums, _ = update_lib.over_shards(carry)
+        grads, sums, _ = update_lib.over_shards(scorer, carry)
         loss = sums["loss"] / sums["count"]
         grads = jax.tree.map(lambda g: g / sums["count"], grads)
         state, values = update_lib.apply_gradient(state, optimizer, grads, loss)
@@ -266,6 +269,7 @@ def main(argv: list[str]) -> None:
     config, folder = program.run_arguments(argv, "Trains a model on worked solutions.")
     if not config.sft.num_steps:
         raise ValueError("sft.num_steps = 0: nothing to train. Set it above 0.")
+    program.use_all_cores(config, parts_lib.num_params(config))
     if config.compile_cache:
         program.use_compile_cache()
     metrics_lib.say(f"The trained model is in {run(config, folder)}.")

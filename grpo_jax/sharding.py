@@ -157,6 +157,21 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
+def spread(mesh: Mesh, placed: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """`placed`, split over the data axis too along the first dimension that it divides.
+
+    For what is read once an update, as the optimizer's moments are: each data shard keeps and
+    computes its part (Rajbhandari et al. 2020, arXiv:1910.02054, stage 1).
+    """
+    spec = list(placed.spec) + [None] * (len(shape) - len(placed.spec))
+    for i, size in enumerate(shape):
+        names = spec[i] if isinstance(spec[i], tuple) else (spec[i],) * (spec[i] is not None)
+        if size % math.prod(mesh.shape[name] for name in (*names, "data")) == 0:
+            spec[i] = (*names, "data")
+            break
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
 def stacked(mesh: Mesh, sharding: NamedSharding) -> NamedSharding:
     """The sharding of one such array for each data shard, [shards, ...]."""
     return NamedSharding(mesh, PartitionSpec("data", *sharding.spec))

@@ -223,10 +223,11 @@ def add_gradient(loss_sums, params: Params, carry: Carry, *part: Any) -> Carry:
     return grads, sums, jax.tree.map(jnp.maximum, maxima, new_maxima)
 
 
-def over_shards(carry: Carry) -> Carry:
-    """The carries of all data shards, [shards, ...], as one."""
+def over_shards(scorer: Scorer, carry: Carry) -> Carry:
+    """The carries of all data shards, [shards, ...], as one; gradients lie as moments do."""
     grads, sums, maxima = carry
     grads, sums = jax.tree.map(lambda x: x.sum(0), (grads, sums))
+    grads = jax.lax.with_sharding_constraint(grads, _spread_shardings(scorer.model, scorer.mesh))
     return grads, sums, jax.tree.map(lambda x: x.max(0), maxima)
 
 
@@ -241,7 +242,7 @@ def make_adding(
     mesh, like = scorer.mesh, transformer.param_shapes(scorer.model)
     shards = mesh.shape["data"]
     stacked = functools.partial(sharding.stacked, mesh)
-    placed = sharding.tree_shardings(mesh, transformer.logical_axes(scorer.model), like)
+    placed = _param_shardings(scorer.model, mesh)
     scalar = stacked(sharding.replicated(mesh))
     shardings = (jax.tree.map(stacked, placed), *(dict.fromkeys(n, scalar) for n in (sums, maxima)))
 
@@ -319,7 +320,7 @@ def make_update(
 
     @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
     def finish(state: TrainState, carry: Carry, action_PGC: Array, index: Array):
-        grads, sums, maxima = over_shards(carry)
+        grads, sums, maxima = over_shards(scorer, carry)
         _, group, tokens = action_PGC.shape
         action_BC = action_PGC.reshape(-1, num_minibatches, group, tokens)[:, index]
         action_BC = action_BC.reshape(-1, tokens)
@@ -342,19 +343,31 @@ def make_update(
     return update
 
 
+def _param_shardings(model: ModelConfig, mesh: Mesh) -> Any:
+    shapes = transformer.param_shapes(model)
+    return sharding.tree_shardings(mesh, transformer.logical_axes(model), shapes)
+
+
+def _spread_shardings(model: ModelConfig, mesh: Mesh) -> Any:
+    """Where moments and summed gradients lie: as parameters, and split over data shards."""
+    return jax.tree.map(
+        lambda x, placed: sharding.spread(mesh, placed, x.shape),
+        transformer.param_shapes(model),
+        _param_shardings(model, mesh),
+    )
+
+
 def _state_shardings(like: TrainState, model: ModelConfig, mesh: Mesh, optimizer) -> TrainState:
-    """Where each part of the state lives: the optimizer's moments with their parameters."""
-    axes = transformer.logical_axes(model)
-    params = sharding.tree_shardings(mesh, axes, like.params)
+    """Where each part of the state lives."""
     whole = sharding.replicated(mesh)
     opt_state = optax.tree_map_params(
         optimizer,
         lambda _, placed: placed,
         like.opt_state,
-        params,
+        _spread_shardings(model, mesh),
         transform_non_params=lambda _: whole,
     )
-    return TrainState(params, opt_state, whole, whole)
+    return TrainState(_param_shardings(model, mesh), opt_state, whole, whole)
 
 
 def state_like(

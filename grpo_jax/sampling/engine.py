@@ -87,10 +87,14 @@ class Engine:
             transformer.logical_axes(model),
             is_leaf=lambda x: isinstance(x, tuple),
         )
-        shardings = sharding.tree_shardings(mesh, axes, params)
-        return jax.device_put(
-            jax.tree.map(lambda x: x.astype(self.decoder.dtype), params), shardings
-        )
+        dtype = self.decoder.dtype
+
+        def place(x: Array, placed: jax.sharding.Sharding) -> Array:
+            if x.dtype == dtype and x.sharding.is_equivalent_to(placed, x.ndim):
+                return x
+            return jax.device_put(x.astype(dtype), placed)
+
+        return jax.tree.map(place, params, sharding.tree_shardings(mesh, axes, params))
 
     def generate(
         self,
