@@ -93,6 +93,19 @@ def test_short_completions_share_lanes_and_microbatches():
     assert short.layout_NMLT[0, 1, 0].tolist() == [1, 2, 3, -1, -1, -1, -1]
 
 
+def test_data_shards_take_equally_many_of_their_own():
+    """By hand: a group of shard 0 needs four lanes, all others one; shard 1 does not wait."""
+    length_SPG = np.array([[[8, 8, 8, 8], [2, 2, 2, 2]], [[3, 3, 1, 1], [2, 2, 2, 2]]])
+    wide, narrow = packing.stacks(
+        length_SPG, np.arange(2), prompt_tokens=4, completion_tokens=8, at_once=32
+    )
+    assert wide.count == narrow.count == 1
+    assert wide.groups_SNM[:, 0].tolist() == [[0], [0]] and wide.layout_SNMLT.shape[3] == 4
+    assert narrow.groups_SNM[:, 0].tolist() == [[1, -1], [1, -1]]
+    assert wide.layout_SNMLT[1, 0, 0, 0].tolist() == [1, 2, 9, 10, -1, -1, -1]
+    assert (wide.layout_SNMLT[1, 0, 0, 1:] == -1).all()
+
+
 def test_completions_of_one_token():
     (stack,) = stacks(np.ones((1, 3), int), np.arange(1), tokens=1, at_once=8)
     assert (stack.layout_NMLT == -1).all()

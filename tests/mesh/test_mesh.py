@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from grpo_jax import keys, sharding
 from grpo_jax.algorithm import losses
@@ -41,7 +41,7 @@ def generate(mesh):
 
 def train(mesh, rollouts):
     """Loss, and the parameters after one step of plain gradient descent."""
-    scorer, optimizer = Scorer(tiny.MODEL, mesh, Sampling()), optax.sgd(RATE)
+    scorer, optimizer = Scorer(tiny.MODEL, mesh, Sampling()), optax.sgd(RATE, momentum=0.9)
     reward_PG = np.random.default_rng(1).uniform(size=(len(PROMPTS), GROUP)).astype(np.float32)
     reference = jax.tree.map(lambda x: x * 1.1, place(mesh))
     prepare = make_prepare(scorer, by_std=True, mask_truncated=False, with_old=True)
@@ -54,14 +54,15 @@ def train(mesh, rollouts):
     )
     state = start(place(mesh), tiny.MODEL, mesh, optimizer)
     state, metrics = update(state, experience, 0)
-    return state.params, metrics["policy/loss"]
+    return state, metrics["policy/loss"]
 
 
 @pytest.fixture(scope="module")
 def alone():
     mesh = tiny.one_device()
     rollouts = generate(mesh)
-    return rollouts, jax.device_get(train(mesh, rollouts))
+    state, loss = jax.device_get(train(mesh, rollouts))
+    return rollouts, (state.params, loss)
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
@@ -71,7 +72,8 @@ def test_a_mesh_changes_nothing(alone, shape):
     assert mesh.devices.shape == shape
 
     got = generate(mesh)
-    params, loss = train(mesh, rollouts)
+    state, loss = train(mesh, rollouts)
+    params = state.params
 
     for name in ("completion_PGC", "length_PG", "stopped_PG"):
         np.testing.assert_array_equal(getattr(got, name), getattr(rollouts, name), err_msg=name)
@@ -79,6 +81,8 @@ def test_a_mesh_changes_nothing(alone, shape):
     np.testing.assert_allclose(loss, want_loss, atol=1e-5, rtol=0)
     kernel = params["layers"]["mlp"]["up"]["kernel"]  # [L, D, F]: fsdp splits D, tensor F
     assert kernel.addressable_shards[0].data.shape == (2, 32 // shape[1], 48 // shape[2])
+    moment = state.opt_state[0].trace["layers"]["mlp"]["up"]["kernel"]  # over data shards, too
+    assert moment.addressable_shards[0].data.size * 8 == moment.size
     before = tiny.params()
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, want_params)
     assert min(jax.tree.leaves(moved)) > 1e-4
@@ -87,6 +91,24 @@ def test_a_mesh_changes_nothing(alone, shape):
         jax.device_get(params),
         want_params,
     )
+
+
+def test_slots_are_refilled_and_compacted_in_each_shard():
+    """Fourteen prompts on two devices, eight completions at once; and all at once, compacted."""
+    prompts, stops = PROMPTS + PROMPTS[:6], (tiny.STOP, 4, 17)
+    two = Mesh(np.array(jax.devices()[:2]).reshape(2, 1, 1), sharding.MESH_AXES)
+    key, got, shapes = keys.key_for(0, "rollout", 0), [], []
+    for mesh, num_slots in ((tiny.one_device(), 0), (two, 8), (two, 0)):
+        decoder = Decoder(tiny.MODEL, mesh, Sampling(), stops, 16)
+        engine = Engine(decoder, num_slots=num_slots, compact=num_slots == 0 and mesh is two)
+        params = engine.publish(place(mesh))
+        got.append(engine.generate(params, prompts, group=4, key=key, temperature=1.0))
+        shapes.append({shape[:2] for shape in engine.shapes})
+    assert shapes == [{(14, 4)}, {(1, 4)}, {(7, 4), (14, 1)}]
+    for rollouts in got[1:]:
+        for name in ("completion_PGC", "length_PG", "stopped_PG"):
+            np.testing.assert_array_equal(getattr(rollouts, name), getattr(got[0], name), name)
+        np.testing.assert_allclose(rollouts.logp_PGC, got[0].logp_PGC, atol=1e-5, rtol=0)
 
 
 def test_one_size_may_be_the_rest():

@@ -1,0 +1,47 @@
+"""What the programs do before they touch a device."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+SCRIPT = """
+import os, jax
+from grpo_jax import config, program
+os.sched_getaffinity = lambda _: set(range(4))
+for prompts, microbatch, data, params in [
+    (32, 0, -1, 10**6),  # a device for each of four cores
+    (6, 0, -1, 10**6),  # three, since four do not divide six groups
+    (32, 2, -1, 10**6),  # two share a microbatch of two groups
+    (32, 0, 1, 10**6),  # the config wants one
+    (32, 0, -1, 10**9),  # too large a model to hold four times
+]:
+    jax.config.update("jax_num_cpu_devices", -1)
+    c = config.default()
+    c.batch.prompts, c.batch.microbatch, c.mesh.data = prompts, microbatch, data
+    program.use_all_cores(c, params)
+    print(jax.config.jax_num_cpu_devices)
+jax.config.update("jax_num_cpu_devices", -1)
+program.use_all_cores(config.default(), 10**6)
+print(jax.device_count(), jax.config.jax_num_cpu_devices)
+"""
+
+
+def _run(flags: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env=os.environ | {"XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split("\n")[:-1]
+
+
+def test_small_models_have_a_device_for_each_core():
+    assert _run("") == ["4", "3", "2", "-1", "-1", "4 4"]
+
+
+def test_flags_that_say_how_many_devices_there_are_hold():
+    assert _run("--xla_force_host_platform_device_count=3") == ["-1"] * 5 + ["3 -1"]
