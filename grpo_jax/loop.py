@@ -9,9 +9,10 @@ not been.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from grpo_jax import config as config_lib
 from grpo_jax import evaluation, keys, report, sharding, workdir
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import parts as parts_lib
+from grpo_jax.compiling import Compiling
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.judge import Complaints, Judge
 from grpo_jax.models import hf
@@ -65,7 +67,11 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
         enabled=jax.process_index() == 0,
     )
     num_steps, updates = config.loop.num_steps, config_lib.num_updates_per_step(config)
-    with workdir.StopSignal() as stop, metrics_lib.Progress(num_steps, first_step=at.step) as bar:
+    with (
+        workdir.StopSignal() as stop,
+        metrics_lib.Progress(num_steps, first_step=at.step) as bar,
+        Compiling() as compiling,
+    ):
         if at.step == 0:
             if parts.held_out and not at.update and not at.first_evaluation:
                 at.first_evaluation = _evaluate(parts, state, at, final=True)
@@ -83,11 +89,10 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
                     rollouts = _sample(parts, state, questions, at.step, judge)
                 if stop:
                     _stop(parts, state, at, None, stop, began)
-                with _timed(times, "time/reward_s"):
-                    scores = _score(parts, state, at, judge, began)
+                scored = functools.partial(_score, parts, state, at, judge, began, times)
+                experience, scores = _prepare(parts, state, rollouts, scored)
                 complaints.note(f"step {at.step + 1}", scores)
                 at.rollout_metrics = _rollout_metrics(parts, rollouts, scores, times)
-                experience = _prepare(parts, state, rollouts, scores)
                 _show_samples(parts, writers, at.step + 1, questions, rollouts, scores, judge.texts)
             with _timed(times, "time/update_s"):
                 while at.update < updates:
@@ -105,7 +110,7 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
             with _timed(times, "time/evaluation_s"):
                 evaluated = _evaluate_when_due(parts, state, at)
             times["time/step_s"] = time.monotonic() - started
-            values |= evaluated | times
+            values |= evaluated | times | compiling.since_last()
             values |= _rates(parts, at, values, state)
             writers.scalars(at.step, values)  # before saving: a resumed run finds the line there
             bar.update(at.step, values)
@@ -149,10 +154,13 @@ def _sample(parts: Parts, state: TrainState, questions, step: int, judge: Judge)
     )
 
 
-def _score(parts: Parts, state: TrainState, at: Position, judge: Judge, began: float):
+def _score(
+    parts: Parts, state: TrainState, at: Position, judge: Judge, began: float, times: dict
+) -> score_lib.Scores:
     """The rewards of a step's completions; failing too often, they end the run, with all saved."""
     try:
-        scores = judge.scores()
+        with _timed(times, "time/reward_s"):
+            scores = judge.scores()
         for name, failed_B in scores.failed.items():
             if failed_B.mean() > parts.config.rewards.max_failed_share:
                 first = next(f for f in scores.failures if f.reward == name)
@@ -169,8 +177,13 @@ def _score(parts: Parts, state: TrainState, at: Position, judge: Judge, began: f
     return scores
 
 
-def _prepare(parts: Parts, state: TrainState, rollouts: Rollouts, scores) -> Experience:
-    """The rollout on the device, cut to its longest completion, with what its updates need."""
+def _prepare(
+    parts: Parts, state: TrainState, rollouts: Rollouts, scored: Callable[[], score_lib.Scores]
+) -> tuple[Experience, score_lib.Scores]:
+    """The rollout on the device, cut to its longest completion, with what its updates need.
+
+    `scored` waits for the rewards; meanwhile the device computes the reference.
+    """
     limit = rollouts.completion_PGC.shape[-1]
     quarter = -(-limit // 4)  # few lengths: each is compiled once
     longest = min(limit, -(-int(rollouts.length_PG.max()) // quarter) * quarter)
@@ -178,9 +191,15 @@ def _prepare(parts: Parts, state: TrainState, rollouts: Rollouts, scores) -> Exp
         completion_PGC=rollouts.completion_PGC[..., :longest],
         logp_PGC=rollouts.logp_PGC[..., :longest],
     )
-    reward_PG = scores.reward_B.reshape(rollouts.length_PG.shape)
-    rollouts, reward_PG = sharding.shard_rows(parts.mesh, (rollouts, reward_PG))
-    return parts.prepare(state.params, parts.ref_params, rollouts, reward_PG)
+    scores: list[score_lib.Scores] = []
+
+    def reward_PG():  # noqa: N802
+        scores.append(scored())
+        return sharding.shard_rows(parts.mesh, scores[0].reward_B.reshape(rollouts.length_PG.shape))
+
+    placed = sharding.shard_rows(parts.mesh, rollouts)
+    experience = parts.prepare(state.params, parts.ref_params, placed, reward_PG)
+    return experience, scores[0]
 
 
 def _read(values: dict, at: Position, parts: Parts, state: TrainState, began: float) -> dict:

@@ -84,6 +84,10 @@ METRICS: dict[str, Metric] = {
     "time/evaluation_s": Metric("s", "evaluating on held-out problems"),
     "time/checkpoint_s": Metric("s", "writing a checkpoint"),
     "time/step_s": Metric("s", "the whole step"),
+    "time/compile_s": Metric(
+        "s", "compiling programs, or reading them from the cache, of the step"
+    ),
+    "programs": Metric("", "compiled programs since the program was started"),
     "throughput/generated_tokens_per_s": Metric("tokens/s", "sampled, over the rollout's time"),
     "throughput/mfu": Metric("share", "of the devices' peak arithmetic that the step used"),
     "tokens/generated": Metric("tokens", "sampled since the run began"),

@@ -121,7 +121,8 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
     """A function `(params, ref_params | None, rollouts, reward_PG) -> Experience`.
 
     `with_old`: the rollout is updated on more than once, so the policy's log-probabilities before
-    the first update are computed, by the scorer itself. `ref_params` None: no KL term.
+    the first update are computed, by the scorer itself. `ref_params` None: no KL term. What needs
+    no rewards is dispatched first: `reward_PG` may be a function that waits for them.
     """
 
     def one(params, rollouts: Rollouts, logp_PGC: Array, groups_M: Array, layout_MLT: Array):
@@ -165,10 +166,14 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
             logp_PGC = fill(params, stack.count, rollouts, logp_PGC, *stack.arrays)
         return logp_PGC
 
-    def prepare(params, ref_params, rollouts: Rollouts, reward_PG: Array) -> Experience:
+    def prepare(
+        params, ref_params, rollouts: Rollouts, reward_PG: Array | Callable[[], Array]
+    ) -> Experience:
+        old_logp_PGC = logp_of(params, rollouts) if with_old else None
+        ref_logp_PGC = None if ref_params is None else logp_of(ref_params, rollouts)
+        reward_PG = reward_PG() if callable(reward_PG) else reward_PG
         return base(rollouts, reward_PG).replace(
-            old_logp_PGC=logp_of(params, rollouts) if with_old else None,
-            ref_logp_PGC=None if ref_params is None else logp_of(ref_params, rollouts),
+            old_logp_PGC=old_logp_PGC, ref_logp_PGC=ref_logp_PGC
         )
 
     prepare.fill = fill  # the compiled program, for a look at what it holds

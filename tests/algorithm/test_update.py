@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from grpo_jax import optim
-from grpo_jax.algorithm import losses
+from grpo_jax.algorithm import losses, packing
 from grpo_jax.algorithm.update import (
     Scorer,
     action_mask,
@@ -119,6 +119,25 @@ def test_minibatches_are_strided_and_cover_the_batch(plain, experience):
     assert_same(first, run(plain, even))
     assert_same(second, run(plain, odd))
     assert np.abs(gradient(first[0]) - gradient(second[0])).max() > 1e-3
+
+
+def test_the_reference_is_asked_for_before_the_rewards(monkeypatch):
+    """Rewards may take long; the device has work meanwhile."""
+    events, stacks = [], packing.stacks
+
+    def noted(*args, **kwargs):
+        events.append("reference")
+        return stacks(*args, **kwargs)
+
+    def rewards():
+        events.append("rewards")
+        return jnp.zeros((P, G))
+
+    monkeypatch.setattr(packing, "stacks", noted)
+    prepare = make_prepare(scorer(), by_std=True, mask_truncated=False, with_old=False)
+    made = prepare(tiny.params(), tiny.params(7), tiny.rollouts(P, G, C), rewards)
+    assert events == ["reference", "rewards"]
+    assert not made.advantage_PG.any() and made.ref_logp_PGC.any()
 
 
 def adding(update, experience):

@@ -116,10 +116,10 @@ def _poisoned(bad_steps: set[int]):
     prepare, count = loop._prepare, iter(range(10**6))
 
     def call(*args):
-        experience = prepare(*args)
+        experience, scores = prepare(*args)
         if next(count) not in bad_steps:
-            return experience
-        return experience.replace(advantage_PG=experience.advantage_PG * jnp.nan)
+            return experience, scores
+        return experience.replace(advantage_PG=experience.advantage_PG * jnp.nan), scores
 
     return call
 

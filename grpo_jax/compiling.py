@@ -1,0 +1,32 @@
+"""How many programs XLA was asked for, and how long a run waited for them."""
+
+from __future__ import annotations
+
+import jax
+
+_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class Compiling:
+    """Counts programs compiled, or read from the compile cache, while it is entered."""
+
+    def __init__(self) -> None:
+        self.programs, self.seconds, self._told_s = 0, 0.0, 0.0
+
+    def __enter__(self) -> Compiling:
+        jax.monitoring.register_event_duration_secs_listener(self._add)
+        return self
+
+    def __exit__(self, *_) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._add)
+
+    def _add(self, event: str, seconds: float, **_) -> None:
+        if event == _EVENT:
+            self.programs += 1
+            self.seconds += seconds
+
+    def since_last(self) -> dict[str, float]:
+        """Seconds since the last call, and programs so far, by their logged names."""
+        values = {"time/compile_s": self.seconds - self._told_s, "programs": self.programs}
+        self._told_s = self.seconds
+        return values
