@@ -27,7 +27,8 @@ import orbax.checkpoint as ocp
 from grpo_jax import metrics
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.py"
-TIMES = ("time/", "throughput/", "programs", "sft/tokens_per_s")  # metrics that differ from run to run
+# Metrics that differ from run to run.
+TIMES = ("time/", "throughput/", "programs", "sft/tokens_per_s")
 
 
 # --- What a run left ------------------------------------------------------------------------------
