@@ -149,11 +149,10 @@ class Engine:
         Lanes shrink faster than slots: a long tail is one or two completions of many prompts.
         """
         num_rows = min(self.num_slots or num_prompts * group, num_prompts * group)
-        num_rows = -(-num_rows // self.shards)
-        lanes = min(group, num_rows)
+        lanes = min(group, -(-num_rows // self.shards))
         # A group wider than a slot is split, each part with the prompt of its own.
-        parts = num_prompts * -(-group // lanes)
-        slots = min(num_rows // lanes, -(-parts // self.shards))
+        slots = min(num_rows // lanes, num_prompts * -(-group // lanes))
+        slots = -(-slots // self.shards)
         layouts = [(slots, lanes)]
         rows = slots * lanes // 2
         while self.compact and rows >= 8 and len(layouts) < 5:
