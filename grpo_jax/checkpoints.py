@@ -76,18 +76,12 @@ class Checkpoints:
     def restore(self, number: int, like: TrainState) -> TrainState:
         """The state at that checkpoint, with the shapes and shardings of `like`.
 
-        `like` may hold `jax.ShapeDtypeStruct`s. Raises ValueError when the checkpoint is of another
-        model or optimizer.
+        `like` may hold `jax.ShapeDtypeStruct`s. Raises ValueError, before any array is read, when
+        the checkpoint is of another model or optimizer.
         """
+        _check_fits(self._manager, number, like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        try:
-            return self._manager.restore(number, args=args)["state"]
-        except (ValueError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())[:400]
-            raise ValueError(
-                f"Checkpoint {number} in {self._manager.directory} does not fit this model and "
-                f"optimizer: {reason}"
-            ) from error
+        return self._manager.restore(number, args=args)["state"]
 
     def experience(self, number: int, mesh: Mesh) -> Experience | None:
         """The rollout that was being trained on, its rows split over the mesh; None if none was."""
@@ -120,15 +114,55 @@ class Checkpoints:
 def newest_params(folder: Path, like: Params) -> Params:
     """Only the parameters of a run's newest checkpoint, shaped and sharded as `like`.
 
-    Raises ValueError when there is no checkpoint.
+    Raises ValueError when there is no checkpoint, or one of another model.
     """
-    with ocp.CheckpointManager(folder.absolute(), item_names=("state",)) as manager:
+    handlers = {"state": ocp.PyTreeCheckpointHandler()}
+    with ocp.CheckpointManager(folder.absolute(), item_handlers=handlers) as manager:
         number = manager.latest_step()
         if number is None:
             raise ValueError(f"{folder} holds no whole checkpoint.")
+        _check_fits(manager, number, {"params": like})
         restore = ocp.args.PyTreeRestore(
             item={"params": like},
             restore_args=ocp.checkpoint_utils.construct_restore_args({"params": like}),
             partial_restore=True,
         )
         return manager.restore(number, args=ocp.args.Composite(state=restore))["state"]["params"]
+
+
+def _check_fits(manager: ocp.CheckpointManager, number: int, like: Any) -> None:
+    """Raises ValueError unless the checkpoint's state holds the arrays of `like`, in their shapes.
+
+    Only the top-level parts that `like` has are compared. Orbax's own refusal comes in the middle
+    of reading and leaves failed tasks behind.
+    """
+    manager.wait_until_finished()
+    stored, needed = _shapes(manager.item_metadata(number)["state"].tree), _shapes(like)
+    parts = {name.split("/")[0] for name in needed}
+    wrong = [f"{name} is missing" for name in needed.keys() - stored.keys()]
+    wrong += [
+        f"{name} has no place"
+        for name in stored.keys() - needed.keys()
+        if name.split("/")[0] in parts
+    ]
+    wrong += [
+        f"{name} is {list(stored[name])}, needed {list(needed[name])}"
+        for name in stored.keys() & needed.keys()
+        if stored[name] != needed[name]
+    ]
+    if wrong:
+        wrong.sort(key=lambda text: (not text.startswith("params/"), text))
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"Checkpoint {number} in {manager.directory} does not fit this model and optimizer: "
+            f"{'; '.join(wrong[:3])}{more}."
+        )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each array of a tree, by its path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in leaves
+    }

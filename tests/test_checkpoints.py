@@ -150,15 +150,32 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path, mesh):
 
 
 @pytest.mark.parametrize(
-    "change", [{"width": 32, "head_size": 16}, {"num_layers": 2}, {"tied_head": False}]
+    "change, told",
+    [
+        ({"width": 32, "head_size": 16}, r"embed/embedding is \[8, 16\], needed \[8, 32\]"),
+        ({"num_layers": 2}, r"k/kernel is \[1, 16, 8\], needed \[2, 16, 8\]"),
+        ({"tied_head": False}, r"params/head/\S* is missing"),
+        ({"qkv_bias": True}, r"q/bias is missing"),
+    ],
 )
-def test_another_model_is_refused(tmp_path, mesh, change):
+def test_another_model_is_refused(tmp_path, mesh, change, told):
     checkpoints = Checkpoints(tmp_path / "c", keep=1)
     checkpoints.save(_state(mesh, 1), {})
     other = dataclasses.replace(MODEL, **change)
-    with pytest.raises(ValueError, match=r"Checkpoint 1 in .* does not fit this model") as info:
+    with pytest.raises(ValueError, match=rf"Checkpoint 1 in .* does not fit this .*{told}") as info:
         checkpoints.restore(1, _like(mesh, other))
     assert len(str(info.value)) < 700 and "\n" not in str(info.value)
+    checkpoints.close()
+    with pytest.raises(ValueError, match=r"Checkpoint 1 in .* does not fit this model"):
+        newest_params(tmp_path / "c", _like(mesh, other).params)
+
+
+def test_a_checkpoint_with_more_than_the_model_is_refused(tmp_path, mesh):
+    untied = dataclasses.replace(MODEL, tied_head=False)
+    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    checkpoints.save(_state(mesh, 1, untied), {})
+    with pytest.raises(ValueError, match=r"params/head/\S* has no place"):
+        checkpoints.restore(1, _like(mesh))
     checkpoints.close()
 
 
