@@ -28,8 +28,10 @@ def default() -> ConfigDict:
     c.model = ConfigDict()
     c.model.path = ""  # Hugging Face folder or hub id; "": make a new model (sft.* trains it first)
     c.model.dtype = "float32"  # of activations and rollout weights: "float32" or "bfloat16"
-    c.model.remat = "dots"  # kept for the backward pass: "none" recomputes nothing, "dots" all but
-    # matrix products, "full" everything
+    c.model.remat = (
+        "dots"  # computed again in the backward pass: "none" nothing, "dots" all but the
+    )
+    # products of dense layers, attention too, "full" everything
     c.model.num_layers = 2  # shape of a new model (Qwen2), read when model.path is ""
     c.model.width = 128
     c.model.mlp_width = 384

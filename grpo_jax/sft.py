@@ -236,7 +236,7 @@ def _make_update(scorer: update_lib.Scorer, optimizer, size: int, config: Config
     """A function `(state, rows) -> (state, metrics as numbers)`; microbatches differ in length."""
     shards = sharding.num_row_shards(scorer.mesh)
 
-    def through(params: Params, _, carry: update_lib.Carry, part: Rollouts) -> update_lib.Carry:
+    def through(params: Params, carry: update_lib.Carry, part: Rollouts) -> update_lib.Carry:
         sums_of = lambda params, part: _loss_sums(params, scorer, part)  # noqa: E731
         return update_lib.add_gradient(
             sums_of, params, carry, sharding.split_within_shard(scorer.mesh, part)
@@ -258,7 +258,7 @@ def _make_update(scorer: update_lib.Scorer, optimizer, size: int, config: Config
     def update(state: TrainState, rows: Rows) -> tuple[TrainState, dict[str, float]]:
         carry = empty()
         for part in _microbatches(rows, size, shards, config):
-            carry = add(state.params, 1, carry, sharding.shard_rows(scorer.mesh, part))
+            carry = add(state.params, carry, sharding.shard_rows(scorer.mesh, part))
         state, values = apply(state, carry)
         return state, {name: float(value) for name, value in jax.device_get(values).items()}
 

@@ -1,43 +1,56 @@
-"""Completions of a group laid out in fewer, fuller lanes: padding that is not there costs nothing.
+"""Microbatches without padding: the completions of some groups, token after token in one row.
 
-A group's row is its prompt, once, and some lanes of equal width; a lane holds one completion or
-several, each attending to the prompt and to itself. Which token stands where is one array of
-integers, made on the host from the completions' lengths. A slot of a lane predicts the token that
-it is numbered by and reads the one before it; a completion's first token is predicted by the
-prompt, so a completion of n tokens takes n - 1 slots.
+Everything in the network that works token by token sees the row: its prompts, each once for its
+group, and then the completions' tokens with nothing between them. Attention alone needs to know
+which tokens belong together: for it a prompt has some lanes of equal width, each holding one
+completion or several. Where each token stands is two arrays of integers, made on the host from the
+completions' lengths. An entry of the row predicts the token that it is numbered by and reads the
+one before it; a completion's first token is predicted by the prompt, so a completion of n tokens
+takes n - 1 entries.
 
-Shapes are few, since each is compiled once: lanes come in the steps of a menu, and their number
-decides how many groups stand together, so that a microbatch holds about as many tokens as is best.
+Microbatches of one update are equally large, so that one program runs them all, and sizes come in
+steps, so that few are compiled in a run.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import heapq
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 
-_LANES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
 @dataclasses.dataclass(frozen=True)
-class Stack:
-    """Microbatches of one shape: some groups of a rollout and how their completions are laid out.
+class Microbatches:
+    """N microbatches of each data shard S; each has a row on every one of the shard's devices D.
 
-    Every data shard has microbatches of its own groups, with a leading axis for the shard. Stacks
-    of a shape are equally high, so that one program runs them all; those past `count` are empty.
+    A microbatch has M prompts, the same number on each device. A group of more tokens than a
+    microbatch may hold stands in several, each with the prompt and some of its completions.
     """
 
-    count: np.ndarray  # int32: microbatches in it
     groups_SNM: np.ndarray  # int32: which of the shard's prompts; -1 for none, to fill a shape
-    layout_SNMLT: np.ndarray  # int32: g * C + c for token c of completion g, -1: an empty slot
+    own_SNMG: np.ndarray  # bool: completions of that group that this microbatch has
+    token_SNDX: np.ndarray  # int32: (m * G + g) * C + c, m counted on the device; -1: no token
+    lane_SNMLT: np.ndarray  # int32: which entry of its row stands here; -1: none
 
     @property
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.groups_SNM, self.layout_SNMLT
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        return self.groups_SNM, self.own_SNMG, self.token_SNDX, self.lane_SNMLT
 
 
-def stacks(
+class _Unit(NamedTuple):
+    """A group or a part of one, which stays together."""
+
+    prompt: int
+    completions: list[int]
+    entries: int
+
+
+def pack(
     length_SPG: np.ndarray,
     groups_P: np.ndarray,
     *,
@@ -45,77 +58,101 @@ def stacks(
     completion_tokens: int,
     at_once: int,
     devices: int = 1,
-) -> Iterator[Stack]:
+) -> Microbatches:
     """The groups of numbers `groups_P` of each shard in microbatches of at most `at_once` tokens.
 
-    The tokens are padded limits and count on each of a shard's `devices`; a microbatch has at least
-    one group for each of them. A function of the lengths alone, so that a resumed run sums in the
-    same order.
+    That is the size of a row, prompts (padded to `prompt_tokens`) included, before it is rounded
+    up; one completion always fits. A function of the lengths alone, so that a resumed run sums in
+    the same order.
     """
-    shards, _, group = length_SPG.shape
+    num_shards, _, group = length_SPG.shape
     width = max(completion_tokens - 1, 1)
-    lanes_SP = [[_fill(length_PG[p] - 1, width) for p in groups_P] for length_PG in length_SPG]
-    # The widest first. All shards take equally many, so that none waits for another; where one has
-    # fewer of a width, it goes on with its narrower ones.
-    waiting_S = [
-        sorted(range(len(groups_P)), key=lambda i, lanes_P=lanes_P: (-len(lanes_P[i]), i))
-        for lanes_P in lanes_SP
+    room = max(at_once - prompt_tokens, width)
+    units_S = [
+        [unit for p in groups_P for unit in _units(int(p), length_PG[p] - 1, room)]
+        for length_PG in length_SPG
     ]
-    while any(waiting_S):
-        menu_S = [
-            [_menu(len(lanes_P[i]), group) for i in waiting]
-            for lanes_P, waiting in zip(lanes_SP, waiting_S)
-        ]
-        lanes = max(max(menu) for menu in menu_S)
-        size = devices * _largest_divisor(
-            -(-len(groups_P) // devices), at_once // (prompt_tokens + lanes * width)
+    most = max(map(len, units_S))
+    for count in (*(n for n in _COUNTS if n * devices < most), -(-most // devices)):
+        size = -(-most // (count * devices))  # prompts in a row
+        rows_S = [_spread([u.entries for u in units], count * devices, size) for units in units_S]
+        entries = max(
+            sum(units[i].entries for i in row)
+            for units, rows in zip(units_S, rows_S)
+            for row in rows
         )
-        height = -(-len(groups_P) // size)
-        count = np.int32(max(-(-menu.count(lanes) // size) for menu in menu_S))
-        groups_SX = np.full((shards, height * size), -1, np.int32)
-        layout_SXLT = np.full((shards, height * size, lanes, width), -1, np.int32)
-        for s, waiting in enumerate(waiting_S):
-            chosen, waiting_S[s] = waiting[: count * size], waiting[count * size :]
-            groups_SX[s, : len(chosen)] = groups_P[chosen]
-            for x, i in enumerate(chosen):
-                length_G = length_SPG[s, groups_P[i]]
-                for lane_T, completions in zip(layout_SXLT[s, x], lanes_SP[s][i]):
-                    _place(lane_T, completions, length_G, completion_tokens)
-        yield Stack(
-            count,
-            groups_SX.reshape(shards, height, size),
-            layout_SXLT.reshape(shards, height, size, lanes, width),
-        )
-
-
-def _largest_divisor(number: int, limit: int) -> int:
-    return max(d for d in range(1, number + 1) if number % d == 0 and d <= max(limit, 1))
-
-
-def _menu(lanes: int, group: int) -> int:
-    return min((n for n in (*_LANES, group) if lanes <= n <= group), default=group)
-
-
-def _fill(slots_G: np.ndarray, width: int) -> list[list[int]]:
-    """Completions by lane, the longest first, each into the first lane with room (at least one)."""
-    lanes: list[list[int]] = []
-    room: list[int] = []
-    for g in np.argsort(-slots_G, kind="stable"):
-        need = int(slots_G[g])
-        if not need:
+        if size * prompt_tokens + entries <= at_once:
             break
-        lane = next((i for i, free in enumerate(room) if free >= need), len(room))
-        if lane == len(room):
-            lanes.append([])
+    entries = min(_rounded(entries), size * group * width)
+    lanes_SU = [
+        [_fill(length_SPG[s, u.prompt] - 1, u.completions, width) for u in units]
+        for s, units in enumerate(units_S)
+    ]
+    lanes = max(len(lanes) for lanes_U in lanes_SU for lanes in lanes_U)
+    num_lanes = min(1 << (lanes - 1).bit_length(), group)  # a power of two
+    groups = np.full((num_shards, count, devices, size), -1, np.int32)
+    own = np.zeros((*groups.shape, group), bool)
+    token = np.full((num_shards, count, devices, entries), -1, np.int32)
+    lane = np.full((*groups.shape, num_lanes, width), -1, np.int32)
+    for s, n, d in np.ndindex(groups.shape[:3]):
+        at = 0
+        for j, i in enumerate(rows_S[s][n * devices + d]):
+            unit = units_S[s][i]
+            groups[s, n, d, j] = unit.prompt
+            own[s, n, d, j, unit.completions] = True
+            for lane_T, completions in zip(lane[s, n, d, j], lanes_SU[s][i]):
+                begin = at
+                for g in completions:
+                    more = int(length_SPG[s, unit.prompt, g]) - 1
+                    first = (j * group + g) * completion_tokens + 1
+                    token[s, n, d, at : at + more] = np.arange(first, first + more)
+                    at += more
+                lane_T[: at - begin] = np.arange(begin, at)
+    return Microbatches(
+        groups.reshape(num_shards, count, -1),
+        own.reshape(num_shards, count, -1, group),
+        token,
+        lane.reshape(num_shards, count, devices * size, num_lanes, width),
+    )
+
+
+def _units(prompt: int, entries_G: np.ndarray, room: int) -> list[_Unit]:
+    """The group whole, or in parts where it has more entries than `room`."""
+    parts = _fill(entries_G, range(len(entries_G)), room)
+    return [_Unit(prompt, part, int(entries_G[part].sum())) for part in parts]
+
+
+def _spread(weights: list[int], bins: int, most: int) -> list[list[int]]:
+    """Indices in so many bins of like weight, at most `most` in each.
+
+    The heaviest first, each into the lightest bin that is not full.
+    """
+    filled: list[list[int]] = [[] for _ in range(bins)]
+    open_bins = [(0, b) for b in range(bins)]
+    for i in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
+        weight, b = heapq.heappop(open_bins)
+        filled[b].append(i)
+        if len(filled[b]) < most:
+            heapq.heappush(open_bins, (weight + weights[i], b))
+    return filled
+
+
+def _rounded(entries: int) -> int:
+    """Up to the next of four steps between powers of two."""
+    step = max(16, 1 << max(entries.bit_length() - 3, 0))
+    return -(-entries // step) * step
+
+
+def _fill(entries_G: np.ndarray, completions: Iterable[int], width: int) -> list[list[int]]:
+    """Completions in bins of `width` entries, the longest first, each into the first with room."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for g in sorted(completions, key=lambda g: (-entries_G[g], g)):
+        need = int(entries_G[g])
+        b = next((i for i, free in enumerate(room) if free >= need), len(room))
+        if b == len(room):
+            bins.append([])
             room.append(width)
-        lanes[lane].append(int(g))
-        room[lane] -= need
-    return lanes or [[]]
-
-
-def _place(lane_T: np.ndarray, completions: list[int], length_G: np.ndarray, tokens: int) -> None:
-    at = 0
-    for g in completions:
-        n = int(length_G[g]) - 1
-        lane_T[at : at + n] = g * tokens + np.arange(1, n + 1)
-        at += n
+        bins[b].append(g)
+        room[b] -= need
+    return bins

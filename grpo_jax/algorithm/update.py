@@ -2,16 +2,15 @@
 
 `make_prepare` gives what stays fixed for a rollout: advantages, and the log-probabilities of the
 reference and of the policy before its first update, each computed only where the loss reads it.
-`make_update` gives one optimizer update on a minibatch. Both go through microbatches of whole
-groups, their completions packed into lanes, those of one shape in one program; gradients are summed
-and divided once.
+`make_update` gives one optimizer update on a minibatch. Both go through packed microbatches in one
+program; gradients are summed and divided once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -50,13 +49,13 @@ class Scorer:
     remat: str = "dots"  # as in `config.model.remat`
     microbatch: int = 0  # groups at once, more where completions are short; 0: by their tokens
 
-    def stacks(self, rollouts: Rollouts, groups_P: np.ndarray) -> Iterator[packing.Stack]:
+    def microbatches(self, rollouts: Rollouts, groups_P: np.ndarray) -> packing.Microbatches:
         """Some groups of each data shard in microbatches of about equally many tokens."""
         prompt_tokens, (_, group, tokens) = rollouts.prompt_PQ.shape[1], rollouts.logp_PGC.shape
         shards, devices = (self.mesh.shape[name] for name in sharding.ROW_AXES)
         whole = prompt_tokens + group * max(tokens - 1, 1)
         few = _TOKENS_AT_ONCE if jax.default_backend() != "cpu" else _TOKENS_AT_ONCE_ON_CPU
-        return packing.stacks(
+        return packing.pack(
             sharding.to_host(rollouts.length_PG).reshape(shards, -1, group),
             groups_P,
             prompt_tokens=prompt_tokens,
@@ -68,10 +67,12 @@ class Scorer:
     def groups_in_shard(self, rollouts: Rollouts) -> int:
         return len(rollouts.length_PG) // self.mesh.shape["data"]
 
-    def hidden(self, params: Params, rollouts: Rollouts, layout_PLT: Array | None = None) -> Array:
+    def hidden(
+        self, params: Params, rollouts: Rollouts, layout: tuple[Array, Array] | None = None
+    ) -> Array:
         """The hidden states that predict completion tokens, as `transformer.score` orders them.
 
-        Without a layout by completion, [P * G, C, D]; with one by prompt, [P, G + L * T, D].
+        Without a layout as rows, [P * G, C, D].
         """
         hidden = transformer.score(
             params,
@@ -79,30 +80,55 @@ class Scorer:
             rollouts.prompt_PQ,
             rollouts.prompt_length_P,
             rollouts.completion_PGC,
-            layout_PLT,
+            layout,
             dtype=self.dtype,
             remat=self.remat,
         )
-        return hidden if layout_PLT is not None else hidden.reshape(-1, *hidden.shape[2:])
+        return hidden if layout is not None else hidden.reshape(-1, *hidden.shape[2:])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Packed:
-    """Which token of a group's [G, C] each entry of a packed row is: E = G + L * T."""
+    """One microbatch of a data shard: whose tokens its rows' predictions [D, E] are.
 
-    index_PE: Array  # int32: g * C + c; 0 where there is none
-    there_PE: Array  # bool
+    E = M * G + X, ordered as `transformer.score` has them, M counted on one device.
+    """
+
+    groups_DM: Array
+    index_DE: Array  # int32: (m * G + g) * C + c; 0 where there is none
+    there_DE: Array  # bool
+    layout: tuple[Array, Array]  # for the network
+    tokens: int  # C
 
     @staticmethod
-    def of(layout_PLT: Array, group: int, tokens: int) -> _Packed:
-        first_PG = jnp.broadcast_to(jnp.arange(group) * tokens, (layout_PLT.shape[0], group))
-        rest = layout_PLT.reshape(layout_PLT.shape[0], -1)
-        index_PE = jnp.concatenate([first_PG, rest], axis=1)
-        return _Packed(jnp.maximum(index_PE, 0), index_PE >= 0)
+    def of(tokens: int, groups_M: Array, own_MG: Array, token_DX: Array, lane_MLT: Array):
+        own_DF = own_MG.reshape(len(token_DX), -1)  # each completion's first token
+        first_DF = jnp.broadcast_to(jnp.arange(own_DF.shape[1]) * tokens, own_DF.shape)
+        return _Packed(
+            groups_M.reshape(len(token_DX), -1),
+            jnp.maximum(jnp.concatenate([first_DF, token_DX], axis=1), 0),
+            jnp.concatenate([own_DF, token_DX >= 0], axis=1),
+            (token_DX, lane_MLT),
+            tokens,
+        )
 
-    def take(self, x_PGC: Array) -> Array:
-        """Values by completion and token as a packed row [P, E]; some value where there is none."""
-        return jnp.take_along_axis(x_PGC.reshape(x_PGC.shape[0], -1), self.index_PE, axis=1)
+    def take(self, x_MGC: Array) -> Array:
+        """Values by completion and token at the predictions; some value where there is none."""
+        flat = x_MGC.reshape(self.index_DE.shape[0], -1)
+        return jnp.take_along_axis(flat, self.index_DE, axis=1)
+
+    def take_of_completion(self, x_MG: Array) -> Array:
+        """Values by completion at its predictions."""
+        flat = x_MG.reshape(self.index_DE.shape[0], -1)
+        return jnp.take_along_axis(flat, self.index_DE // self.tokens, axis=1)
+
+    def put(self, x_PGC: Array, value_DE: Array) -> Array:
+        """The shard's values with those of the predictions in their places."""
+        per_group = x_PGC[0].size
+        group_DE = jnp.take_along_axis(self.groups_DM, self.index_DE // per_group, axis=1)
+        place_DE = group_DE * per_group + self.index_DE % per_group
+        place_DE = jnp.where(self.there_DE, place_DE, x_PGC.size)  # past the end: dropped
+        return x_PGC.reshape(-1).at[place_DE].set(value_DE, mode="drop").reshape(x_PGC.shape)
 
 
 def action_mask(length_PG: Array, stopped_PG: Array, tokens: int, mask_truncated: bool) -> Array:
@@ -125,25 +151,20 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
     no rewards is dispatched first: `reward_PG` may be a function that waits for them.
     """
 
-    def one(params, rollouts: Rollouts, logp_PGC: Array, groups_M: Array, layout_MLT: Array):
+    def one(params, rollouts: Rollouts, logp_PGC: Array, groups_M: Array, *where: Array) -> Array:
         part = _rows(scorer.mesh, rollouts, groups_M)
-        _, group, tokens = part.completion_PGC.shape
-        packed = _Packed.of(layout_MLT, group, tokens)
-        hidden_MED = scorer.hidden(params, part, layout_MLT)
-        head, target_ME = transformer.head_kernel(params), packed.take(part.completion_PGC)
-        logp_ME, _ = logprobs.score(hidden_MED, head, target_ME, scorer.sampling)
-        place_ME = jnp.where(packed.there_PE, packed.index_PE, group * tokens)
-        flat = logp_PGC.reshape(logp_PGC.shape[0], -1)
-        row_M = jnp.where(groups_M < 0, flat.shape[0], groups_M)
-        flat = flat.at[row_M[:, None], place_ME].set(logp_ME, mode="drop")
-        return flat.reshape(logp_PGC.shape)
+        packed = _Packed.of(logp_PGC.shape[-1], groups_M, *where)
+        hidden_DED = scorer.hidden(params, part, packed.layout)
+        head, target_DE = transformer.head_kernel(params), packed.take(part.completion_PGC)
+        logp_DE, _ = logprobs.score(hidden_DED, head, target_DE, scorer.sampling)
+        return packed.put(logp_PGC, logp_DE)
 
-    def fill_shard(params, count, rollouts: Rollouts, logp_PGC: Array, *stack_1: Array):
-        stack = [x[0] for x in stack_1]
-        step = lambda n, logp: one(params, rollouts, logp, *(x[n] for x in stack))  # noqa: E731
-        return jax.lax.fori_loop(0, count, step, logp_PGC)
+    def fill_shard(params, rollouts: Rollouts, *microbatches_1: Array) -> Array:
+        step = lambda logp, where: (one(params, rollouts, logp, *where), None)  # noqa: E731
+        start = jnp.zeros_like(rollouts.logp_PGC)
+        return jax.lax.scan(step, start, tuple(x[0] for x in microbatches_1))[0]
 
-    fill = jax.jit(sharding.by_data_shard(scorer.mesh, fill_shard, 2), donate_argnums=3)
+    fill = jax.jit(sharding.by_data_shard(scorer.mesh, fill_shard, 1))
 
     @jax.jit
     def base(rollouts: Rollouts, reward_PG: Array) -> Experience:
@@ -161,10 +182,8 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
         )
 
     def logp_of(params: Params, rollouts: Rollouts) -> Array:
-        logp_PGC = jnp.zeros_like(rollouts.logp_PGC)
-        for stack in scorer.stacks(rollouts, np.arange(scorer.groups_in_shard(rollouts))):
-            logp_PGC = fill(params, stack.count, rollouts, logp_PGC, *stack.arrays)
-        return logp_PGC
+        everything = np.arange(scorer.groups_in_shard(rollouts))
+        return fill(params, rollouts, *scorer.microbatches(rollouts, everything).arrays)
 
     def prepare(
         params, ref_params, rollouts: Rollouts, reward_PG: Array | Callable[[], Array]
@@ -181,34 +200,32 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
 
 
 def _loss_sums(
-    params: Params, scorer: Scorer, objective: losses.Objective, part: Experience, layout: Array
+    params: Params, scorer: Scorer, objective: losses.Objective, part: Experience, packed: _Packed
 ):
     """Summed loss of one microbatch, and (sums, maxima) of what explains it."""
-    rollouts, group = part.rollouts, part.advantage_PG.shape[1]
-    tokens = part.action_PGC.shape[-1]
-    packed = _Packed.of(layout, group, tokens)
+    rollouts, action_PGC = part.rollouts, part.action_PGC
     take = lambda x: None if x is None else packed.take(x)  # noqa: E731
     terms = {
-        "advantage": jnp.take_along_axis(part.advantage_PG, packed.index_PE // tokens, axis=1),
+        "advantage": packed.take_of_completion(part.advantage_PG),
         "old_logp": take(part.old_logp_PGC),
         "ref_logp": take(part.ref_logp_PGC),
     }
-    weight_BC, _ = losses.weights(part.action_PGC.reshape(-1, tokens), objective)
-    weight_PE = jnp.where(packed.there_PE, take(weight_BC.reshape(part.action_PGC.shape)), 0.0)
-    action_PE = take(part.action_PGC) & packed.there_PE
-    total, logp_PE, entropy_PE = logprobs.loss(
+    weight_BC, _ = losses.weights(action_PGC.reshape(-1, packed.tokens), objective)
+    weight_DE = jnp.where(packed.there_DE, take(weight_BC.reshape(action_PGC.shape)), 0.0)
+    action_DE = take(action_PGC) & packed.there_DE
+    total, logp_DE, entropy_DE = logprobs.loss(
         functools.partial(losses.token_loss, objective),
         scorer.sampling,
-        scorer.hidden(params, rollouts, layout),
+        scorer.hidden(params, rollouts, packed.layout),
         transformer.head_kernel(params),
         take(rollouts.completion_PGC),
-        weight_PE,
+        weight_DE,
         terms,
     )
     sums, maxima = losses.diagnostics(
-        objective, logp_PE, entropy_PE, terms, action_PE, take(rollouts.logp_PGC)
+        objective, logp_DE, entropy_DE, terms, action_DE, take(rollouts.logp_PGC)
     )
-    sums |= {"loss": total, "tokens": action_PE.sum().astype(jnp.float32)}
+    sums |= {"loss": total, "tokens": action_DE.sum().astype(jnp.float32)}
     return total, (sums, maxima)
 
 
@@ -239,9 +256,9 @@ def over_shards(scorer: Scorer, carry: Carry) -> Carry:
 def make_adding(
     scorer: Scorer, through: Callable[..., Carry], *, sums: Iterable[str], maxima: Iterable[str]
 ) -> tuple[Callable[[], Carry], Callable[..., Carry]]:
-    """Two programs: `empty() -> carry`, and `add(params, count, carry, *rows) -> carry`.
+    """Two programs: `empty() -> carry`, and `add(params, carry, *rows) -> carry`.
 
-    `through(params, count, carry, *rows)` adds one data shard's rows to its carry; its metrics have
+    `through(params, carry, *rows)` adds one data shard's rows to its carry; its metrics have
     the names `sums` and `maxima`. `add` takes its carry away.
     """
     mesh, like = scorer.mesh, transformer.param_shapes(scorer.model)
@@ -256,12 +273,12 @@ def make_adding(
         grads = jax.tree.map(lambda x: jnp.zeros((shards, *x.shape), jnp.float32), like)
         return grads, *({name: jnp.zeros(shards) for name in names} for names in (sums, maxima))
 
-    def add_shard(params: Params, count: Array, carry: Carry, *rows: Any) -> Carry:
-        carry = through(params, count, jax.tree.map(lambda x: x[0], carry), *rows)
+    def add_shard(params: Params, carry: Carry, *rows: Any) -> Carry:
+        carry = through(params, jax.tree.map(lambda x: x[0], carry), *rows)
         return jax.tree.map(lambda x: x[None], carry)
 
     add = jax.jit(
-        sharding.by_data_shard(mesh, add_shard, 2), donate_argnums=2, out_shardings=shardings
+        sharding.by_data_shard(mesh, add_shard, 1), donate_argnums=1, out_shardings=shardings
     )
     return empty, add
 
@@ -304,20 +321,16 @@ def make_update(
     like = state_like(scorer.model, scorer.mesh, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, like)
 
-    def loss_sums(params, experience: Experience, groups_M: Array, layout_MLT: Array):
+    def loss_sums(params, experience: Experience, groups_M: Array, *where: Array):
+        packed = _Packed.of(experience.action_PGC.shape[-1], groups_M, *where)
         part = _rows(scorer.mesh, experience, groups_M)
-        action_PGC = part.action_PGC & (groups_M >= 0)[:, None, None]
-        return _loss_sums(
-            params, scorer, objective, part.replace(action_PGC=action_PGC), layout_MLT
-        )
+        return _loss_sums(params, scorer, objective, part, packed)
 
-    def through(params, count, carry: Carry, experience: Experience, *stack_1: Array) -> Carry:
-        stack = [x[0] for x in stack_1]
+    def through(params, carry: Carry, experience: Experience, *microbatches_1: Array) -> Carry:
+        def step(carry, where):
+            return add_gradient(loss_sums, params, carry, experience, *where), None
 
-        def step(n, carry):
-            return add_gradient(loss_sums, params, carry, experience, *(x[n] for x in stack))
-
-        return jax.lax.fori_loop(0, count, step, carry)
+        return jax.lax.scan(step, carry, tuple(x[0] for x in microbatches_1))[0]
 
     empty, add = make_adding(
         scorer, through, sums=(*losses.SUMS, "loss", "tokens"), maxima=losses.MAXIMA
@@ -338,10 +351,9 @@ def make_update(
         return state, metrics | maxima | {"policy/loss": loss}
 
     def update(state: TrainState, experience: Experience, index: int):
-        carry = empty()
         groups_P = np.arange(scorer.groups_in_shard(experience.rollouts))[index::num_minibatches]
-        for stack in scorer.stacks(experience.rollouts, groups_P):
-            carry = add(state.params, stack.count, carry, experience, *stack.arrays)
+        microbatches = scorer.microbatches(experience.rollouts, groups_P)
+        carry = add(state.params, empty(), experience, *microbatches.arrays)
         return finish(state, carry, experience.action_PGC, np.int32(index))
 
     update.empty, update.add, update.finish = empty, add, finish  # the compiled programs

@@ -17,6 +17,7 @@ Parameters, float32 unless the caller cast them; kernels are [in, out], heads co
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -203,7 +204,8 @@ def _scan_layers(body, carry, params: Params, config: ModelConfig, remat: str = 
     """The layers one after the other; `remat` as in `config.model.remat`."""
     if remat != "none":
         # Inside a scan nothing else could be merged with what is computed again.
-        policy = jax.checkpoint_policies.dots_saveable if remat == "dots" else None
+        dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable  # attention's have some
+        policy = dots if remat == "dots" else None
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     layers = (params["layers"], _layer_windows(config))
     return jax.lax.scan(body, carry, layers)
@@ -215,64 +217,129 @@ def score(
     prompt_PQ: Array,
     prompt_length_P: Array,
     completion_PGC: Array,
-    layout_PLT: Array | None = None,
+    layout: tuple[Array, Array] | None = None,
     *,
     dtype=jnp.float32,
     remat: str = "none",
 ) -> Array:
-    """The hidden states that predict the completions' tokens.
+    """The hidden states that predict the completions' tokens; every prompt is computed once.
 
-    Without a layout [P, G, C, D]: entry [p, g, c] predicts completion token c. With one (see
-    `algorithm/packing.py`) [P, G + L * T, D]: first the states that predict each completion's first
-    token, which are the prompt's last, then those of the lanes' slots; a slot of layout g * C + c
-    predicts token c of completion g. Every prompt is computed once for its G completions. Prompts
-    and completions are padded on the right; the states of padding and of empty slots mean nothing.
+    Without a layout [P, G, C, D]: entry [p, g, c] predicts completion token c. With one, the
+    (token_RX, lane_PLT) of `algorithm/packing.py`, [R, M * G + X, D] for R rows of M prompts: first
+    the states that predict each completion's first token, which are the prompts' last, then those
+    of the row's entries. Prompts and completions are padded on the right; the states of padding
+    and of empty entries mean nothing.
     """
     num_prompts, group, tokens = completion_PGC.shape
-    if layout_PLT is None:
-        own = jnp.arange(group)[:, None] * tokens + jnp.arange(1, tokens)[None]
-        layout = jnp.broadcast_to(own[None], (num_prompts, group, tokens - 1))
+    if layout is None:  # a row for each prompt, a lane for each completion
+        own_GT = np.arange(group)[:, None] * tokens + np.arange(1, tokens)
+        token_RX = jnp.broadcast_to(own_GT.reshape(1, -1), (num_prompts, own_GT.size))
+        lanes = _Lanes.whole(num_prompts, group, tokens - 1)
     else:
-        layout = layout_PLT
-    place_PLT = jnp.maximum(layout - 1, 0)  # of the token that a slot reads
-    input_PLT = jnp.take_along_axis(
-        completion_PGC.reshape(num_prompts, -1), place_PLT.reshape(num_prompts, -1), axis=1
-    ).reshape(layout.shape)
-    position_PLT = place_PLT % tokens
-    segment_PLT = jnp.where(layout < 0, -1, place_PLT // tokens)
-    inv_freq = rotary_frequencies(config)
-    prompt_angles = attention.rotary(jnp.arange(prompt_PQ.shape[1])[None], inv_freq)
-    own_angles = attention.rotary(prompt_length_P[:, None, None] + position_PLT, inv_freq)
-    block = Block(config, dtype)
+        token_RX, lane_PLT = layout
+        lanes = _Lanes.of(lane_PLT, *token_RX.shape)
+    by_row = lambda x, *shape: x.reshape(token_RX.shape[0], *shape)  # noqa: E731
+    place_RX = jnp.maximum(token_RX - 1, 0)  # of the token that an entry reads
+    input_RX = jnp.take_along_axis(by_row(completion_PGC, -1), place_RX, axis=1)
+    length_RX = jnp.take_along_axis(
+        by_row(prompt_length_P, -1), place_RX // (group * tokens), axis=1
+    )
+    position_RX = place_RX % tokens
+    position_PLT = lanes.spread(position_RX)
+    segment_PLT = lanes.spread(place_RX // tokens + 1)  # 0: none
+    at_PQ = jnp.broadcast_to(jnp.arange(prompt_PQ.shape[1]), prompt_PQ.shape)
+    position = jnp.concatenate([by_row(at_PQ, -1), length_RX + position_RX], axis=1)
+    angles = attention.rotary(position, rotary_frequencies(config))
+    ids = jnp.concatenate([by_row(prompt_PQ, -1), input_RX], axis=1)
+    begin, block = ids.shape[1] - token_RX.shape[1], Block(config, dtype)
 
-    def layer(carry, layer_and_window):
-        (x_PQD, x_PLTD), (params, window) = carry, layer_and_window
+    def layer(x, layer_and_window):
+        params, window = layer_and_window
 
-        def attend_prompt(q, k, v):
-            return attention.causal(q, k, v, prompt_length_P, window), (k, v)
-
-        x_PQD, kv = block.apply({"params": params}, x_PQD, prompt_angles, attend_prompt)
-
-        def attend_both(q, k, v):
-            out = attention.shared_prefix(
-                q, k, v, segment_PLT, *kv, prompt_length_P, position_PLT, window
-            )
+        def attend(q, k, v):
+            prompts = [y[:, :begin].reshape(*prompt_PQ.shape, *y.shape[2:]) for y in (q, k, v)]
+            out_PQNH = attention.causal(*prompts, prompt_length_P, window)
+            out = by_row(out_PQNH, -1, *q.shape[2:])
+            if token_RX.shape[1]:
+                out_PLTNH = attention.shared_prefix(
+                    *(lanes.spread(y[:, begin:]) for y in (q, k, v)),
+                    segment_PLT,
+                    *prompts[1:],
+                    prompt_length_P,
+                    position_PLT,
+                    window,
+                )
+                out = jnp.concatenate([out, lanes.gather(out_PLTNH)], axis=1)
             return out, None
 
-        if x_PLTD.shape[1] * x_PLTD.shape[2]:
-            x_PLTD, _ = block.apply({"params": params}, x_PLTD, own_angles, attend_both)
-        return (x_PQD, x_PLTD), None
+        return block.apply({"params": params}, x, angles, attend)
 
-    states = _embed(params, prompt_PQ, dtype), _embed(params, input_PLT, dtype)
-    (x_PQD, x_PLTD), _ = _scan_layers(layer, states, params, config, remat)
+    x, _ = _scan_layers(layer, _embed(params, ids, dtype), params, config, remat)
+    x_PQD = x[:, :begin].reshape(*prompt_PQ.shape, -1)
     last_PD = jnp.take_along_axis(x_PQD, (prompt_length_P - 1)[:, None, None], axis=1)[:, 0]
-    last_PG1D = jnp.broadcast_to(last_PD[:, None, None], (num_prompts, group, 1, config.width))
-    if layout_PLT is None:
-        states = jnp.concatenate([last_PG1D, x_PLTD], axis=2)
+    first_PGD = jnp.broadcast_to(last_PD[:, None], (num_prompts, group, config.width))
+    if layout is None:
+        own_PGTD = x[:, begin:].reshape(num_prompts, group, tokens - 1, config.width)
+        states = jnp.concatenate([first_PGD[:, :, None], own_PGTD], axis=2)
     else:
-        own_PXD = x_PLTD.reshape(num_prompts, -1, config.width)
-        states = jnp.concatenate([last_PG1D[:, :, 0], own_PXD], axis=1)
+        states = jnp.concatenate([by_row(first_PGD, -1, config.width), x[:, begin:]], axis=1)
     return _final_norm(params, config, states, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Lanes:
+    """Between the entries of rows [R, X, ...] and the lanes [P, L, T, ...] that attention sees."""
+
+    shape: tuple[int, int, int]  # P, L, T
+    entry_RY: Array | None = None  # of each place in a row's lanes, Y = P / R * L * T; -1: none
+    place_RX: Array | None = None  # of each entry, the inverse. None for both: they are the same
+
+    @staticmethod
+    def whole(*shape: int) -> _Lanes:
+        """Lanes that hold the entries as they follow each other."""
+        return _Lanes(shape)
+
+    @staticmethod
+    def of(lane_PLT: Array, rows: int, entries: int) -> _Lanes:
+        entry_RY = lane_PLT.reshape(rows, -1)
+
+        def inverse(entry_Y: Array) -> Array:
+            at_Y = jnp.where(entry_Y < 0, entries, entry_Y)  # past the end: dropped
+            place_Y = jnp.arange(len(entry_Y), dtype=jnp.int32)
+            return jnp.full(entries, -1, jnp.int32).at[at_Y].set(place_Y, mode="drop")
+
+        return _Lanes(lane_PLT.shape, entry_RY, jax.vmap(inverse)(entry_RY))
+
+    def spread(self, x: Array) -> Array:
+        """Entries [R, X, ...] laid out in lanes, zeros where there is none."""
+        if self.entry_RY is not None:
+            x = _moved(x, self.entry_RY, self.place_RX)
+        return x.reshape(*self.shape, *x.shape[2:])
+
+    def gather(self, x: Array) -> Array:
+        """The inverse: what stands in lanes by entry [R, X, ...], zeros for empty ones."""
+        if self.entry_RY is None:
+            return x.reshape(self.shape[0], -1, *x.shape[3:])
+        x = x.reshape(*self.entry_RY.shape, *x.shape[3:])
+        return _moved(x, self.place_RX, self.entry_RY)
+
+
+@jax.custom_vjp
+def _moved(x: Array, source: Array, target: Array) -> Array:
+    """Entry `source[r, y]` of x [R, X, ...] at y, zeros for -1; `target` is the inverse.
+
+    The gradient moves back by the inverse: of a plain lookup it is a sum into places, which is slow
+    everywhere and in no certain order on a GPU.
+    """
+    y = jax.vmap(lambda row, at: row[at])(x, jnp.maximum(source, 0))
+    there = (source >= 0).reshape(*source.shape, *(1,) * (x.ndim - 2))
+    return jnp.where(there, y, 0)
+
+
+_moved.defvjp(
+    lambda x, source, target: (_moved(x, source, target), (source, target)),
+    lambda where, y: (_moved(y, *where[::-1]), None, None),
+)
 
 
 def prefill(

@@ -225,15 +225,15 @@ def test_no_array_holds_the_logits_of_a_batch(monkeypatch):
         ),
         rollouts,
     )
-    (stack,) = scorer.stacks(rollouts.replace(length_PG=np.full((4, 4), 16)), np.arange(4))
-    where = stack.arrays
+    full = rollouts.replace(length_PG=np.full((4, 4), 16))
+    where = scorer.microbatches(full, np.arange(4)).arrays
     carry = jax.eval_shape(update.empty)
 
     def largest_of_both():
         jax.clear_caches()  # the limit is read while tracing
         return (
-            largest(prepare.fill, state.params, 1, rollouts, rollouts.logp_PGC, *where),
-            largest(update.add, state.params, 1, carry, experience, *where),
+            largest(prepare.fill, state.params, rollouts, *where),
+            largest(update.add, state.params, carry, experience, *where),
         )
 
     assert min(largest_of_both()) >= size  # one chunk: the walk sees the logits

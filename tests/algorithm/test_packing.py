@@ -1,4 +1,4 @@
-"""Completions in lanes: every token stands once, in order, in few shapes."""
+"""Completions in rows and lanes: every token stands once, in order, in few shapes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def lengths(prompts: int, group: int, mean: float, tokens: int, seed: int = 0) -
     return np.clip(rng.geometric(1 / mean, (prompts, group)), 1, tokens)
 
 
-def stacks(length_PG, groups_P, *, tokens, at_once, prompt_tokens=4, devices=1):
-    """The stacks of one shard, each as (count, groups_NM, layout_NMLT)."""
-    made = packing.stacks(
+def pack(length_PG, groups_P, *, tokens, at_once, prompt_tokens=4, devices=1):
+    """The microbatches of one shard."""
+    made = packing.pack(
         length_PG[None],
         groups_P,
         prompt_tokens=prompt_tokens,
@@ -25,96 +25,123 @@ def stacks(length_PG, groups_P, *, tokens, at_once, prompt_tokens=4, devices=1):
         at_once=at_once,
         devices=devices,
     )
-    return [Stack(stack.count, *(x[0] for x in stack.arrays)) for stack in made]
+    return Shard(*(x[0] for x in made.arrays))
 
 
-class Stack(NamedTuple):
-    count: int
+class Shard(NamedTuple):
     groups_NM: np.ndarray
-    layout_NMLT: np.ndarray
+    own_NMG: np.ndarray
+    token_NDX: np.ndarray
+    lane_NMLT: np.ndarray
 
 
 @pytest.mark.parametrize("mean", [1.5, 8, 1000])
-@pytest.mark.parametrize("at_once", [1, 200, 10_000])
+@pytest.mark.parametrize("at_once", [1, 100, 500, 10_000])
 @pytest.mark.parametrize("devices", [1, 2])
 def test_every_token_stands_once_and_in_order(mean, at_once, devices):
     group, tokens = 6, 32
     length_PG = lengths(8, group, mean, tokens)
     groups_P = np.array([6, 0, 3, 5])
-    seen = []
-    for stack in stacks(length_PG, groups_P, tokens=tokens, at_once=at_once, devices=devices):
-        height, size, lanes, width = stack.layout_NMLT.shape
-        assert stack.groups_NM.shape == (height, size) and stack.layout_NMLT.dtype == np.int32
-        assert size == devices or size // devices * (4 + lanes * width) <= at_once
-        assert height * size == 4 and 1 <= stack.count <= height  # no shape but by lanes
-        assert (stack.groups_NM[stack.count :] == -1).all()
-        assert (stack.groups_NM[: stack.count, 0] >= 0).all()
-        for p, layout_LT in zip(stack.groups_NM.ravel(), stack.layout_NMLT.reshape(4, lanes, -1)):
-            if p < 0:
-                assert (layout_LT == -1).all()
-                continue
-            seen.append(int(p))
-            placed = sorted(layout_LT[layout_LT >= 0])
-            want = [g * tokens + c for g in range(group) for c in range(1, length_PG[p, g])]
-            assert placed == want
-            for lane_T in layout_LT:  # a completion's tokens follow each other
-                g, c = np.divmod(lane_T[lane_T >= 0], tokens)
-                starts = np.flatnonzero(np.diff(g, prepend=-1))
+    made = pack(length_PG, groups_P, tokens=tokens, at_once=at_once, devices=devices)
+    assert {x.dtype for x in made} == {np.dtype(np.int32), np.dtype(bool)}
+    count, size = made.groups_NM.shape
+    per_device = size // devices
+    seen = np.zeros((8, group, tokens), int)
+    for n, d in np.ndindex(count, devices):
+        token_X = made.token_NDX[n, d]
+        used = []
+        for j in range(per_device):
+            m = d * per_device + j
+            p, own_G = made.groups_NM[n, m], made.own_NMG[n, m]
+            lane_LT = made.lane_NMLT[n, m]
+            assert (p >= 0) == own_G.any() and (p >= 0 or (lane_LT < 0).all())
+            seen[p, own_G, 0] += 1
+            for lane_T in lane_LT:
+                entry = lane_T[lane_T >= 0]
+                assert (lane_T[: len(entry)] == entry).all()  # what is empty stands last
+                used += entry.tolist()
+                own, c = np.divmod(token_X[entry], tokens)
+                owner, g = np.divmod(own, group)
+                assert (owner == j).all() and own_G[g].all()
+                seen[p, g, c] += 1
+                starts = np.flatnonzero(np.diff(g, prepend=-1))  # a completion's tokens follow on
                 assert len(starts) == len(set(g)) and (c[starts] == 1).all()
                 others = np.setdiff1d(np.arange(len(c)), starts)
                 assert (c[others] == c[others - 1] + 1).all()
-    assert sorted(seen) == [0, 3, 5, 6]
+        assert sorted(used) == np.flatnonzero(token_X >= 0).tolist()  # each entry in one lane
+    want = np.arange(tokens) < length_PG[..., None]
+    want[np.setdiff1d(np.arange(8), groups_P)] = False
+    np.testing.assert_array_equal(seen, want)
+
+
+@pytest.mark.parametrize("mean", [3, 16])
+@pytest.mark.parametrize("at_once", [64, 300, 1000])
+def test_rows_are_full_and_keep_their_limit(mean, at_once):
+    length_PG = lengths(32, 8, mean, 64)
+    made = pack(length_PG, np.arange(32), tokens=64, at_once=at_once)
+    size = made.groups_NM.shape[1]
+    token_NX = made.token_NDX[:, 0]
+    used_N = (token_NX >= 0).sum(1)
+    assert (size * 4 + used_N <= max(at_once, 4 + 63)).all()
+    assert token_NX.shape[1] <= max(used_N.max() * 1.25, used_N.max() + 16)
+    if at_once == 1000:  # where there is something to choose from
+        assert (token_NX >= 0).mean() > 0.85
 
 
 def test_full_completions_have_a_lane_each():
-    (stack,) = stacks(np.full((2, 4), 8), np.arange(2), tokens=8, at_once=64)
-    want = np.arange(4)[:, None] * 8 + np.arange(1, 8)[None]
-    np.testing.assert_array_equal(stack.layout_NMLT, [[want, want]])
-    assert stack.count == 1
+    made = pack(np.full((2, 4), 8), np.arange(2), tokens=8, at_once=63)
+    assert made.groups_NM.tolist() == [[0], [1]] and made.own_NMG.all()
+    want = np.arange(4)[:, None] * 8 + np.arange(1, 8)
+    np.testing.assert_array_equal(made.token_NDX[:, 0], [want.ravel()] * 2)  # and no more
+    np.testing.assert_array_equal(made.lane_NMLT[1, 0], np.arange(28).reshape(4, 7))
 
 
 def test_microbatches_hold_as_many_groups_as_their_tokens_allow():
-    """By hand: a full group takes 4 + 4 * 7 = 32 tokens; 95 allow two of them, not three."""
+    """By hand: two full groups take 2 * 4 + 2 * 4 * 7 = 64 tokens."""
     full = np.full((6, 4), 8)
-    (stack,) = stacks(full, np.arange(6), tokens=8, at_once=95)
-    assert stack.groups_NM.tolist() == [[0, 1], [2, 3], [4, 5]] and stack.count == 3
-    (stack,) = stacks(full, np.arange(6), tokens=8, at_once=1)
-    assert stack.groups_NM.shape == (6, 1)
+    made = pack(full, np.arange(6), tokens=8, at_once=64)
+    assert sorted(made.groups_NM.ravel()) == list(range(6)) and made.groups_NM.shape == (3, 2)
+    assert pack(full, np.arange(6), tokens=8, at_once=63).groups_NM.shape == (6, 1)
 
 
-def test_short_completions_share_lanes_and_microbatches():
-    """By hand: 7 slots a lane. Groups 0 and 1 fill one lane, group 2 needs four."""
+def test_short_completions_share_lanes():
+    """By hand: 7 places a lane. Groups 0 and 1 fill one lane, group 2 needs four."""
     length_PG = np.array([[4, 4, 1, 2], [4, 1, 1, 1], [8, 8, 8, 8]])
-    full, short = stacks(length_PG, np.arange(3), tokens=8, at_once=40)
-    assert full.groups_NM[: full.count].tolist() == [[2]] and full.layout_NMLT.shape[2:] == (4, 7)
-    assert short.groups_NM[: short.count].tolist() == [[0, 1, -1]]
-    assert short.layout_NMLT.shape[2:] == (1, 7)
-    assert short.layout_NMLT[0, 0, 0].tolist() == [1, 2, 3, 9, 10, 11, 25]
-    assert short.layout_NMLT[0, 1, 0].tolist() == [1, 2, 3, -1, -1, -1, -1]
+    made = pack(length_PG, np.arange(3), tokens=8, at_once=49)
+    assert made.groups_NM.tolist() == [[2, -1], [0, 1]]  # 28 entries, and 7 + 3
+    assert made.lane_NMLT.shape == (2, 2, 4, 7) and made.token_NDX.shape == (2, 1, 32)
+    assert made.lane_NMLT[1, :, 0].tolist() == [[*range(7)], [7, 8, 9, -1, -1, -1, -1]]
+    assert made.token_NDX[1, 0, :10].tolist() == [1, 2, 3, 9, 10, 11, 25, 33, 34, 35]
+    assert (made.lane_NMLT[1, :, 1:] == -1).all()
 
 
-def test_data_shards_take_equally_many_of_their_own():
-    """By hand: a group of shard 0 needs four lanes, all others one; shard 1 does not wait."""
+def test_a_group_of_too_many_tokens_is_split():
+    """By hand: 4 * 7 tokens, and 16 places after the prompt: two completions stand together."""
+    made = pack(np.array([[8, 8, 8, 8]]), np.arange(1), tokens=8, at_once=20)
+    assert made.groups_NM.tolist() == [[0], [0]]
+    assert made.own_NMG.astype(int).tolist() == [[[1, 1, 0, 0]], [[0, 0, 1, 1]]]
+    assert made.token_NDX[1, 0, :14].tolist() == [*range(17, 24), *range(25, 32)]
+    assert made.lane_NMLT.shape == (2, 1, 2, 7)
+
+
+def test_data_shards_have_one_shape():
+    """By hand: a group of shard 0 needs four lanes, all others one."""
     length_SPG = np.array([[[8, 8, 8, 8], [2, 2, 2, 2]], [[3, 3, 1, 1], [2, 2, 2, 2]]])
-    wide, narrow = packing.stacks(
-        length_SPG, np.arange(2), prompt_tokens=4, completion_tokens=8, at_once=32
-    )
-    assert wide.count == narrow.count == 1
-    assert wide.groups_SNM[:, 0].tolist() == [[0], [0]] and wide.layout_SNMLT.shape[3] == 4
-    assert narrow.groups_SNM[:, 0].tolist() == [[1, -1], [1, -1]]
-    assert wide.layout_SNMLT[1, 0, 0, 0].tolist() == [1, 2, 9, 10, -1, -1, -1]
-    assert (wide.layout_SNMLT[1, 0, 0, 1:] == -1).all()
+    made = packing.pack(length_SPG, np.arange(2), prompt_tokens=4, completion_tokens=8, at_once=36)
+    assert made.groups_SNM.tolist() == [[[0], [1]], [[0], [1]]]
+    assert made.lane_SNMLT.shape == (2, 2, 1, 4, 7)
+    assert made.token_SNDX[1, :, 0, :5].tolist() == [[1, 2, 9, 10, -1], [1, 9, 17, 25, -1]]
 
 
 def test_completions_of_one_token():
-    (stack,) = stacks(np.ones((1, 3), int), np.arange(1), tokens=1, at_once=8)
-    assert (stack.layout_NMLT == -1).all()
+    made = pack(np.ones((1, 3), int), np.arange(1), tokens=1, at_once=8)
+    assert (made.lane_NMLT == -1).all() and (made.token_NDX == -1).all() and made.own_NMG.all()
 
 
 def test_shapes_are_few():
     shapes = {
-        stack.layout_NMLT.shape
+        tuple(x.shape for x in pack(length_PG, np.arange(16), tokens=64, at_once=768))
         for seed in range(50)
-        for stack in stacks(lengths(16, 8, 16, 64, seed), np.arange(16), tokens=64, at_once=512)
+        for length_PG in [lengths(16, 8, 16, 64, seed)]
     }
     assert len(shapes) <= 6

@@ -123,17 +123,17 @@ def test_minibatches_are_strided_and_cover_the_batch(plain, experience):
 
 def test_the_reference_is_asked_for_before_the_rewards(monkeypatch):
     """Rewards may take long; the device has work meanwhile."""
-    events, stacks = [], packing.stacks
+    events, pack = [], packing.pack
 
     def noted(*args, **kwargs):
         events.append("reference")
-        return stacks(*args, **kwargs)
+        return pack(*args, **kwargs)
 
     def rewards():
         events.append("rewards")
         return jnp.zeros((P, G))
 
-    monkeypatch.setattr(packing, "stacks", noted)
+    monkeypatch.setattr(packing, "pack", noted)
     prepare = make_prepare(scorer(), by_std=True, mask_truncated=False, with_old=False)
     made = prepare(tiny.params(), tiny.params(7), tiny.rollouts(P, G, C), rewards)
     assert events == ["reference", "rewards"]
@@ -142,8 +142,8 @@ def test_the_reference_is_asked_for_before_the_rewards(monkeypatch):
 
 def adding(update, experience):
     """What the update's program for microbatches is called with."""
-    (stack,) = scorer(microbatch=P).stacks(experience.rollouts, np.arange(P))
-    return fresh().params, stack.count, update.empty(), experience, *stack.arrays
+    microbatches = scorer(microbatch=P).microbatches(experience.rollouts, np.arange(P))
+    return fresh().params, update.empty(), experience, *microbatches.arrays
 
 
 def test_recomputing_changes_nothing(experience, reference_run):
@@ -162,7 +162,7 @@ def test_recomputing_changes_nothing(experience, reference_run):
         for remat, update in programs.items()
     }
     (dots, sigmoids), recomputed_dots, recomputed_all = counts.values()
-    assert recomputed_dots[0] == dots < recomputed_all[0]
+    assert dots < recomputed_dots[0] < recomputed_all[0]  # attention's; all
     assert sigmoids < recomputed_dots[1] <= recomputed_all[1]
     for update in programs.values():
         assert_same(run(update, experience), reference_run)
@@ -394,6 +394,6 @@ def test_the_state_is_donated(experience):
     memory = update.add.lower(*args).compile().memory_analysis()
     size = sum(x.nbytes for x in jax.tree.leaves(state.params))
     assert memory.alias_size_in_bytes >= size  # the gradient is summed in place
-    finish = update.finish.lower(state, args[2], experience.action_PGC, 0)
+    finish = update.finish.lower(state, args[1], experience.action_PGC, 0)
     memory = finish.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state))
