@@ -78,15 +78,17 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
                 at.accuracy_before = at.first_evaluation["eval/accuracy"]
             if at.first_evaluation:  # again where the run was stopped in its first step
                 writers.scalars(0, at.first_evaluation)
-        times: dict[str, float] = {}
+        lines = _Lines(parts, at, writers, bar, compiling)
         complaints = Complaints()
+        times: dict[str, float] = {}
         while at.step < num_steps:
             started = time.monotonic()
             if experience is None:
                 questions = parts.train.take(_indices(parts, at.step))
                 judge = _judge(parts, questions, at.step)
-                with _timed(times, "time/rollout_s"):
-                    rollouts = _sample(parts, state, questions, at.step, judge)
+                rollouts = _sample(parts, state, questions, at.step, judge, lines.close)
+                started = max(started, lines.closed_at)
+                times["time/rollout_s"] = time.monotonic() - started
                 if stop:
                     _stop(parts, state, at, None, stop, began)
                 scored = functools.partial(_score, parts, state, at, judge, began, times)
@@ -94,31 +96,29 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
                 complaints.note(f"step {at.step + 1}", scores)
                 at.rollout_metrics = _rollout_metrics(parts, rollouts, scores, times)
                 _show_samples(parts, writers, at.step + 1, questions, rollouts, scores, judge.texts)
-            with _timed(times, "time/update_s"):
-                while at.update < updates:
-                    index = at.update % config.batch.minibatches
-                    state, values = parts.update(state, experience, index)
-                    at.update_metrics.append(_read(values, at, parts, state, began))
-                    at.update += 1
-                    if stop and at.update < updates:
-                        _stop(parts, state, at, experience, stop, began)
-            at.tokens += int(np.sum(experience.rollouts.length_PG))
+            learning = time.monotonic()
+            while at.update < updates:
+                index = at.update % config.batch.minibatches
+                state, values = parts.update(state, experience, index)
+                lines.learned(values)
+                at.update += 1
+                if stop and at.update < updates:
+                    lines.read()
+                    _stop(parts, state, at, experience, stop, began)
+            at.tokens += int(sharding.to_host(experience.rollouts.length_PG).sum())
             at.prompts += config.batch.prompts
-            values = at.rollout_metrics | _combined(at.update_metrics)
+            lines.open(state, started, learning, times)
             at.step, at.update, experience = at.step + 1, 0, None
-            at.rollout_metrics, at.update_metrics = {}, []
-            with _timed(times, "time/evaluation_s"):
-                evaluated = _evaluate_when_due(parts, state, at)
-            times["time/step_s"] = time.monotonic() - started
-            values |= evaluated | times | compiling.since_last()
-            values |= _rates(parts, at, values, state)
-            writers.scalars(at.step, values)  # before saving: a resumed run finds the line there
-            bar.update(at.step, values)
-            times = {}
-            with _timed(times, "time/checkpoint_s"):  # stands in the next step's line
-                _save_when_due(parts, state, at, evaluated, began)
-            if stop and at.step < num_steps:
-                _stop(parts, state, at, None, stop, began)
+            at.rollout_metrics, at.update_metrics, times = {}, [], {}
+            if stop or _saves(parts, at) or _evaluates(parts, at):
+                lines.read()
+                evaluated = _evaluate_if_due(parts, state, at)
+                lines.close(evaluated)  # before saving: a resumed run finds the line there
+                with _timed(times, "time/checkpoint_s"):  # stands in the next step's line
+                    if _saves(parts, at):
+                        _save(parts, state, at, None, evaluated.get("eval/accuracy"), began)
+                if stop and at.step < num_steps:
+                    _stop(parts, state, at, None, stop, began)
     writers.close()
     return _finish(parts, state, at, time.monotonic() - began)
 
@@ -143,7 +143,9 @@ def _judge(parts: Parts, questions, step: int) -> Judge:
     return Judge(parts.rewards, parts.policy, questions.problems, config.batch.group, seen)
 
 
-def _sample(parts: Parts, state: TrainState, questions, step: int, judge: Judge) -> Rollouts:
+def _sample(
+    parts: Parts, state: TrainState, questions, step: int, judge: Judge, meanwhile: Callable
+) -> Rollouts:
     return parts.engine.generate(
         parts.engine.publish(state.params),
         questions.prompt_ids,
@@ -151,6 +153,7 @@ def _sample(parts: Parts, state: TrainState, questions, step: int, judge: Judge)
         key=keys.key_for(parts.config.seed, "rollout", step),
         temperature=parts.config.rollout.temperature,
         on_group=judge.add,
+        meanwhile=meanwhile,
     )
 
 
@@ -202,20 +205,69 @@ def _prepare(
     return experience, scores[0]
 
 
-def _read(values: dict, at: Position, parts: Parts, state: TrainState, began: float) -> dict:
-    """An update's metrics as numbers; ends the run when too many updates in a row were refused."""
-    values = {name: float(value) for name, value in jax.device_get(values).items()}
-    at.skipped_in_row = at.skipped_in_row + 1 if values.pop("skipped") else 0
-    if at.skipped_in_row >= parts.config.optim.max_skipped:
-        parts.checkpoints.wait()
-        raise Diverged(
-            f"{at.skipped_in_row} updates in a row had a loss or gradient that is not finite (loss "
-            f"{values['policy/loss']}, gradient norm {values['policy/grad_norm']} at step "
-            f"{at.step}). They were refused, so the policy is the one from before. Lower "
-            "optim.learning_rate, set optim.clip_norm, or use model.dtype = float32; "
-            f"{parts.folder / 'checkpoints'} holds the last checkpoint."
-        )
-    return values
+class _Lines:
+    """The metrics of updates, and of them and their rollout the line of each step.
+
+    The loop does not wait for them: an update's are read once the next one is under way, and those
+    of a step's last, with which its line is closed, while the next rollout is.
+    """
+
+    def __init__(self, parts: Parts, at: Position, writers, bar, compiling: Compiling):
+        self._parts, self._at, self._compiling = parts, at, compiling
+        self._writers, self._bar = writers, bar
+        self._unread: tuple[dict, list, int] | None = None  # an update's, where they go, its step
+        self._line: Callable[[dict], tuple[int, dict[str, float]]] | None = None
+        self.closed_at = 0.0  # time.monotonic() when the newest line was written
+
+    def learned(self, values: dict) -> None:
+        """Takes an update's metrics, on the device, and reads those of the update before."""
+        self.read()
+        self._unread = values, self._at.update_metrics, self._at.step + 1
+
+    def read(self) -> None:
+        """Waits for the newest update; ends the run when too many in a row were refused."""
+        if self._unread is None:
+            return
+        (values, learned, step), self._unread = self._unread, None
+        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        at, parts = self._at, self._parts
+        at.skipped_in_row = at.skipped_in_row + 1 if values.pop("skipped") else 0
+        if at.skipped_in_row >= parts.config.optim.max_skipped:
+            parts.checkpoints.wait()
+            raise Diverged(
+                f"{at.skipped_in_row} updates in a row had a loss or gradient that is not finite "
+                f"(loss {values['policy/loss']}, gradient norm {values['policy/grad_norm']} at "
+                f"step {step}). They were refused, so the policy is the one from before. Lower "
+                "optim.learning_rate, set optim.clip_norm, or use model.dtype = float32; "
+                f"{parts.folder / 'checkpoints'} holds the last checkpoint."
+            )
+        learned.append(values)
+        self._read_at = time.monotonic()
+
+    def open(self, state: TrainState, started: float, learning: float, times: dict) -> None:
+        """Begins the line of the step that `at` stands in; `started`, `learning`: since when."""
+        at, parts = self._at, self._parts
+        step, known, learned = at.step + 1, at.rollout_metrics, at.update_metrics
+        counters = {"tokens/generated": at.tokens}
+
+        def line(evaluated: dict[str, float]) -> tuple[int, dict[str, float]]:
+            times["time/update_s"] = self._read_at - learning
+            times["time/step_s"] = time.monotonic() - started
+            values = known | _combined(learned) | counters | evaluated | times
+            values |= self._compiling.since_last()
+            return step, values | _rates(parts, values, state)
+
+        self._line = line
+
+    def close(self, evaluated: dict[str, float] | None = None) -> None:
+        """Writes the line that is open, if one is, with what an evaluation found beside it."""
+        if self._line is None:
+            return
+        self.read()
+        (step, values), self._line = self._line(evaluated or {}), None
+        self._writers.scalars(step, values)
+        self._bar.update(step, values)
+        self.closed_at = time.monotonic()
 
 
 def _combined(learned: list[dict[str, float]]) -> dict[str, float]:
@@ -267,10 +319,9 @@ def _spread(reward_PG: np.ndarray) -> np.ndarray:
     return np.where(known_PG.any(axis=1), high_P - low_P, 0.0)
 
 
-def _rates(parts: Parts, at: Position, values: dict, state: TrainState) -> dict[str, float]:
-    """Counters, the learning rate, and the share of the devices' peak that the step used."""
+def _rates(parts: Parts, values: dict, state: TrainState) -> dict[str, float]:
+    """Skipped updates, the learning rate, and the share of the devices' peak that was used."""
     rates = {
-        "tokens/generated": at.tokens,
         "policy/skipped_updates": int(state.num_skipped),
         "policy/learning_rate": float(parts.schedule(max(int(state.num_updates) - 1, 0))),
     }
@@ -348,23 +399,27 @@ def _evaluate(parts: Parts, state: TrainState, at: Position, *, final: bool) -> 
     return values
 
 
-def _evaluate_when_due(parts: Parts, state: TrainState, at: Position) -> dict[str, float]:
+def _evaluate_if_due(parts: Parts, state: TrainState, at: Position) -> dict[str, float]:
+    final = at.step == parts.config.loop.num_steps
+    return _evaluate(parts, state, at, final=final) if _evaluates(parts, at) else {}
+
+
+def _evaluates(parts: Parts, at: Position) -> bool:
+    """Whether the policy is evaluated after the step that was just done."""
     every, last = parts.config.evaluation.every_steps, at.step == parts.config.loop.num_steps
-    if parts.held_out and (last or (every and at.step % every == 0)):
-        return _evaluate(parts, state, at, final=last)
-    return {}
+    return bool(parts.held_out) and (last or bool(every and at.step % every == 0))
+
+
+def _saves(parts: Parts, at: Position) -> bool:
+    """Whether a checkpoint is due after the step that was just done."""
+    every, last = parts.config.checkpoint.every_steps, at.step == parts.config.loop.num_steps
+    return last or bool(every and at.step % every == 0)
 
 
 def _save(parts: Parts, state, at: Position, experience, accuracy, began: float) -> None:
     at.wall_s = time.monotonic() - began
     facts = {"position": dataclasses.asdict(at), "config": config_lib.fingerprint(parts.config)}
     parts.checkpoints.save(state, facts, experience=experience, accuracy=accuracy)
-
-
-def _save_when_due(parts: Parts, state, at: Position, evaluated: dict, began: float) -> None:
-    every, last = parts.config.checkpoint.every_steps, at.step == parts.config.loop.num_steps
-    if last or (every and at.step % every == 0):
-        _save(parts, state, at, None, evaluated.get("eval/accuracy"), began)
 
 
 def _stop(parts: Parts, state, at: Position, experience, stop, began: float) -> None:

@@ -105,12 +105,14 @@ class Engine:
         key: Array,
         temperature: float,
         on_group: Callable[[int, list[list[int]]], None] | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> Rollouts:
         """`group` completions of every prompt (token ids), as host arrays padded to the limits.
 
         `params` come from `publish`. Completion g of prompt p draws with the key's fold of
         p * group + g, whatever the slots. `on_group(p, completions)` is called with the token ids
-        of prompt p's completions once all have finished, while the device decodes the others.
+        of prompt p's completions once all have finished, while the device decodes the others;
+        `meanwhile()` once, when the first prompts are on the device.
         """
         limit, num_rows = self.decoder.max_tokens, len(prompts) * group
         completion_BC = np.zeros((num_rows, limit), np.int32)
@@ -118,7 +120,7 @@ class Engine:
         length_B, stopped_B = np.zeros(num_rows, np.int32), np.zeros(num_rows, bool)
         missing_P = np.full(len(prompts), group)
         for rows, completion, logp, time, stopped in self._finished(
-            params, prompts, group, key, temperature
+            params, prompts, group, key, temperature, meanwhile
         ):
             for i, row in enumerate(rows):
                 n = time[i] + 1
@@ -162,7 +164,7 @@ class Engine:
         return layouts
 
     def _finished(
-        self, params: Params, prompts: list[list[int]], group: int, key: Array, temperature: float
+        self, params, prompts, group: int, key: Array, temperature: float, meanwhile
     ) -> Iterator[tuple[np.ndarray, ...]]:
         """Completions as they finish: global rows [n], tokens, logps [n, C], last times, stops."""
         layouts = self._layouts(len(prompts), group)
@@ -185,6 +187,9 @@ class Engine:
             while waiting and board.free_SR.any():
                 args = self._next_prompts(waiting, board, prompts, group, size, width, row_keys)
                 slots = self._admit(params, temperature, slots, *args)
+            if meanwhile is not None:  # the device has something to do
+                meanwhile()
+                meanwhile = None
             finished.append(self._harvest(slots, board))  # stopped at their first token
             if not waiting:
                 slots, board, layouts = self._shrink(slots, board, layouts)

@@ -60,7 +60,7 @@ class CountingWriters(metrics.Writers):
 
 def main(jobs: list[dict]) -> None:
     workdir.StopSignal = StopAfter
-    loop._read = _counted(loop._read, "update")
+    loop._Lines.learned = _counted(loop._Lines.learned, "update")
     CountingWriters.scalars = _counted(metrics.Writers.scalars, "sft")
     metrics.Writers = CountingWriters
     for job in jobs:

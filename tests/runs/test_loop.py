@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
@@ -14,6 +15,7 @@ from test_bad_input import TINY, make_model, refusal
 
 from grpo_jax import loop, metrics, train
 from grpo_jax.models import hf
+from grpo_jax.sampling.engine import Engine
 
 MESH = ["--config.mesh.data=2", "--config.mesh.tensor=-1"]
 TWO_STEPS = ["--config.loop.num_steps=2", "--config.evaluation.num_problems=0"]
@@ -108,6 +110,37 @@ def _check_export(folder):
     np.testing.assert_allclose(found, expected[: len(ids) - 1], atol=1e-4)
 
 
+def test_the_device_has_work_while_metrics_are_read(tmp_path, model, monkeypatch, compile_cache):
+    """Those of an update once the next is under way, those of a step's last while it samples on."""
+    events = []
+
+    def noted(name, function):
+        def call(*args, **kwargs):
+            if name != "read" or args[0]._unread:
+                events.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    build = loop.parts_lib.build
+
+    def watched(*args):
+        parts = build(*args)
+        return dataclasses.replace(parts, update=noted("update", parts.update))
+
+    monkeypatch.setattr(loop.parts_lib, "build", watched)
+    monkeypatch.setattr(loop._Lines, "read", noted("read", loop._Lines.read))
+    monkeypatch.setattr(Engine, "_next_prompts", noted("admit", Engine._next_prompts))
+    every = ["--config.checkpoint.every_steps=0", "--config.rollout.num_slots=0"]
+    _runs(tmp_path / "run", f"--config.model.path={model}", *TWO_STEPS, *every)
+    updates = ["update", "update", "read", "update", "read", "update", "read"]
+    assert events == ["admit", *updates, "admit", "read", *updates, "read"]
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(0 < row["time/update_s"] < row["time/step_s"] for row in rows)
+
+
 # --- Numbers that are not finite ------------------------------------------------------------------
 
 
@@ -142,7 +175,7 @@ def test_a_run_of_bad_updates_ends(tmp_path, model, monkeypatch, compile_cache):
     path = f"--config.model.path={model}"
     more = [*TWO_STEPS, "--config.loop.num_steps=9", "--config.checkpoint.every_steps=1"]
     message = _refused(tmp_path / "run", path, *more)
-    assert "5 updates in a row" in message and "loss nan" in message and "step 2" in message
+    assert "5 updates in a row" in message and "loss nan" in message and "step 3" in message
     for option in ("optim.learning_rate", "optim.clip_norm", "model.dtype = float32"):
         assert option in message
     state = final_state(tmp_path / "run")  # of step 2: its checkpoint holds the weights of step 1
