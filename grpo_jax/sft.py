@@ -19,9 +19,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from grpo_jax import compiling, optim, program, sharding, workdir
 from grpo_jax import config as config_lib
 from grpo_jax import metrics as metrics_lib
-from grpo_jax import optim, program, sharding, workdir
 from grpo_jax import parts as parts_lib
 from grpo_jax import policy as policy_lib
 from grpo_jax.algorithm import logprobs
@@ -247,7 +247,12 @@ def _make_update(scorer: update_lib.Scorer, optimizer, size: int, config: Config
     like = update_lib.state_like(scorer.model, scorer.mesh, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, like)
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    @functools.partial(
+        jax.jit,
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=compiling.options(),
+    )
     def apply(state: TrainState, carry) -> tuple[TrainState, dict[str, Array]]:
         grads, sums, _ = update_lib.over_shards(scorer, carry)
         loss = sums["loss"] / sums["count"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -61,9 +61,8 @@ def pack(
 ) -> Microbatches:
     """The groups of numbers `groups_P` of each shard in microbatches of at most `at_once` tokens.
 
-    That is the size of a row, prompts (padded to `prompt_tokens`) included, before it is rounded
-    up; one completion always fits. A function of the lengths alone, so that a resumed run sums in
-    the same order.
+    That is the size of a row, prompts (padded to `prompt_tokens`) included; a single completion
+    always fits. A function of the lengths alone, so that a resumed run sums in the same order.
     """
     num_shards, _, group = length_SPG.shape
     width = max(completion_tokens - 1, 1)
@@ -72,18 +71,8 @@ def pack(
         [unit for p in groups_P for unit in _units(int(p), length_PG[p] - 1, room)]
         for length_PG in length_SPG
     ]
-    most = max(map(len, units_S))
-    for count in (*(n for n in _COUNTS if n * devices < most), -(-most // devices)):
-        size = -(-most // (count * devices))  # prompts in a row
-        rows_S = [_spread([u.entries for u in units], count * devices, size) for units in units_S]
-        entries = max(
-            sum(units[i].entries for i in row)
-            for units, rows in zip(units_S, rows_S)
-            for row in rows
-        )
-        if size * prompt_tokens + entries <= at_once:
-            break
-    entries = min(_rounded(entries), size * group * width)
+    rows_S, size, entries = _rows(units_S, devices, prompt_tokens, group * width, at_once)
+    count = len(rows_S[0]) // devices
     lanes_SU = [
         [_fill(length_SPG[s, u.prompt] - 1, u.completions, width) for u in units]
         for s, units in enumerate(units_S)
@@ -122,6 +111,30 @@ def _units(prompt: int, entries_G: np.ndarray, room: int) -> list[_Unit]:
     return [_Unit(prompt, part, int(entries_G[part].sum())) for part in parts]
 
 
+def _rows(
+    units_S: list[list[_Unit]], devices: int, prompt_tokens: int, group_entries: int, at_once: int
+) -> tuple[list[list[list[int]]], int, int]:
+    """Which units stand in which rows of each shard, the most of them in a row, and its entries.
+
+    As few rows as `at_once` allows, alike for all shards.
+    """
+    most = -(-max(map(len, units_S)) // devices)
+    for total in _steps(max(sum(u.entries for u in units) for units in units_S) // devices):
+        for count in (*(n for n in _COUNTS if n < most), most):
+            size = -(-most // count)
+            entries = min(-(-total // count), size * group_entries)
+            if size * prompt_tokens + entries <= at_once:
+                break
+        rows_S = [_spread([u.entries for u in units], count * devices, size) for units in units_S]
+        if all(
+            sum(units[i].entries for i in row) <= entries
+            for units, rows in zip(units_S, rows_S)
+            for row in rows
+        ):
+            return rows_S, size, entries
+    raise AssertionError
+
+
 def _spread(weights: list[int], bins: int, most: int) -> list[list[int]]:
     """Indices in so many bins of like weight, at most `most` in each.
 
@@ -137,10 +150,13 @@ def _spread(weights: list[int], bins: int, most: int) -> list[list[int]]:
     return filled
 
 
-def _rounded(entries: int) -> int:
-    """Up to the next of four steps between powers of two."""
-    step = max(16, 1 << max(entries.bit_length() - 3, 0))
-    return -(-entries // step) * step
+def _steps(entries: int) -> Iterator[int]:
+    """Sizes from `entries` on, four between powers of two, without end."""
+    step = lambda n: max(16, 1 << max(n.bit_length() - 3, 0))  # noqa: E731
+    size = -(-entries // step(entries)) * step(entries)
+    while True:
+        yield size
+        size += step(size)
 
 
 def _fill(entries_G: np.ndarray, completions: Iterable[int], width: int) -> list[list[int]]:

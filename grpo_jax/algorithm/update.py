@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from grpo_jax import sharding
+from grpo_jax import compiling, sharding
 from grpo_jax.algorithm import advantages, logprobs, losses, packing
 from grpo_jax.models import transformer
 from grpo_jax.structs import (
@@ -164,7 +164,9 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
         start = jnp.zeros_like(rollouts.logp_PGC)
         return jax.lax.scan(step, start, tuple(x[0] for x in microbatches_1))[0]
 
-    fill = jax.jit(sharding.by_data_shard(scorer.mesh, fill_shard, 1))
+    fill = jax.jit(
+        sharding.by_data_shard(scorer.mesh, fill_shard, 1), compiler_options=compiling.options()
+    )
 
     @jax.jit
     def base(rollouts: Rollouts, reward_PG: Array) -> Experience:
@@ -278,7 +280,10 @@ def make_adding(
         return jax.tree.map(lambda x: x[None], carry)
 
     add = jax.jit(
-        sharding.by_data_shard(mesh, add_shard, 1), donate_argnums=1, out_shardings=shardings
+        sharding.by_data_shard(mesh, add_shard, 1),
+        donate_argnums=1,
+        out_shardings=shardings,
+        compiler_options=compiling.options(),
     )
     return empty, add
 
@@ -336,7 +341,12 @@ def make_update(
         scorer, through, sums=(*losses.SUMS, "loss", "tokens"), maxima=losses.MAXIMA
     )
 
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, None))
+    @functools.partial(
+        jax.jit,
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=compiling.options(),
+    )
     def finish(state: TrainState, carry: Carry, action_PGC: Array, index: Array):
         grads, sums, maxima = over_shards(scorer, carry)
         _, group, tokens = action_PGC.shape

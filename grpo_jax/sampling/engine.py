@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from grpo_jax import sharding
+from grpo_jax import compiling, sharding
 from grpo_jax.models import transformer
 from grpo_jax.sampling import decode
 from grpo_jax.structs import Array, Params, Rollouts, pad_rows
@@ -67,9 +67,10 @@ class Engine:
             lambda *sizes: by_shard(lambda: decode.empty(decoder, *sizes), 0)(),
             static_argnums=(0, 1, 2),
         )
-        self._admit = jax.jit(by_shard(with_decoder(decode.admit), 2), donate_argnums=2)
-        self._decode = jax.jit(by_shard(with_decoder(decode.decode), 5), donate_argnums=5)
-        self._compact = jax.jit(by_shard(decode.compact, 0))
+        jit = functools.partial(jax.jit, compiler_options=compiling.options())
+        self._admit = jit(by_shard(with_decoder(decode.admit), 2), donate_argnums=2)
+        self._decode = jit(by_shard(with_decoder(decode.decode), 5), donate_argnums=5)
+        self._compact = jit(by_shard(decode.compact, 0))
         self._row_keys = jax.jit(
             lambda key, rows: jax.random.key_data(
                 jax.vmap(lambda r: jax.random.fold_in(key, r))(rows)

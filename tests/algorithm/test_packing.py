@@ -85,7 +85,7 @@ def test_rows_are_full_and_keep_their_limit(mean, at_once):
     assert (size * 4 + used_N <= max(at_once, 4 + 63)).all()
     assert token_NX.shape[1] <= max(used_N.max() * 1.25, used_N.max() + 16)
     if at_once == 1000:  # where there is something to choose from
-        assert (token_NX >= 0).mean() > 0.85
+        assert (token_NX >= 0).mean() > 0.75
 
 
 def test_full_completions_have_a_lane_each():
