@@ -61,7 +61,7 @@ def environment() -> dict[str, str]:
 
 
 class Phases:
-    """Seconds of each phase by step, and the floor of each."""
+    """Seconds of each phase by step, the floor of each, and that of its matrix products alone."""
 
     def __init__(self, work: Work):
         self.work = work
@@ -69,18 +69,26 @@ class Phases:
         self.bandwidth = floors.measured_bandwidth()
         self.seconds: dict[str, list[float]] = {}
         self.floor: dict[str, list[float]] = {}
+        self.products: dict[str, list[float]] = {}
 
     def add(self, name: str, seconds: float, flops: float, num_bytes: float = 0.0) -> None:
         self.seconds.setdefault(name, []).append(seconds)
         floor = floors.seconds(flops, num_bytes, self.rate, self.bandwidth)
         self.floor.setdefault(name, []).append(floor)
+        self.products.setdefault(name, []).append(flops / self.rate)
 
     def report(self, tokens_per_step: float, file: str | None) -> None:
         """Prints the medians beside their floors; writes them too where a file is named."""
         rows = {}
         for name, seconds in self.seconds.items():
             median, floor = statistics.median(seconds), statistics.median(self.floor[name])
-            rows[name] = {"seconds": median, "floor_seconds": floor, "share": floor / median}
+            products = statistics.median(self.products[name])
+            rows[name] = {
+                "seconds": median,
+                "floor_seconds": floor,
+                "share": floor / median,
+                "share_of_products": products / median,
+            }
         total = sum(row["seconds"] for row in rows.values())
         found = {
             "work": dataclasses.asdict(self.work),
@@ -93,11 +101,11 @@ class Phases:
         print(json.dumps(found["work"]))
         print(f"{found['environment']}")
         print(f"plain product {self.rate / 1e12:.3f} TFLOP/s, copy {self.bandwidth / 1e9:.1f} GB/s")
-        print(f"{'phase':<10}{'seconds':>10}{'floor':>10}{'share':>8}")
+        print(f"{'phase':<10}{'seconds':>10}{'floor':>10}{'share':>8}{'of products':>13}")
         for name, row in rows.items():
             print(
                 f"{name:<10}{row['seconds']:>10.4f}{row['floor_seconds']:>10.4f}"
-                f"{row['share']:>8.1%}"
+                f"{row['share']:>8.1%}{row['share_of_products']:>13.1%}"
             )
         print(
             f"{found['completion_tokens_per_s']:,.0f} completion tokens per second of these phases"

@@ -199,8 +199,8 @@ def avals(jaxpr):
             yield from avals(inner)
 
 
-def largest(function, *args) -> int:
-    return max(np.prod(a.shape, dtype=int) for a in avals(jax.make_jaxpr(function)(*args).jaxpr))
+def largest(program, *args) -> int:
+    return max(np.prod(a.shape, dtype=int) for a in avals(program.trace(*args).jaxpr.jaxpr))
 
 
 def test_no_array_holds_the_logits_of_a_batch(monkeypatch):

@@ -154,7 +154,7 @@ def test_recomputing_changes_nothing(experience, reference_run):
                 for inner in jax.extend.core.jaxprs_in_params(eqn.params):
                     yield from walk(inner)
 
-        return list(walk(jax.make_jaxpr(update.add)(*adding(update, experience)).jaxpr))
+        return list(walk(update.add.trace(*adding(update, experience)).jaxpr.jaxpr))
 
     programs = {remat: program(remat=remat) for remat in ("none", "dots", "full")}
     counts = {

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from kill_and_resume import final_state, logged
 from test_bad_input import TINY, make_model, refusal
 
@@ -102,7 +103,7 @@ def _check_export(folder):
     mesh = sharding.make_mesh()
     ours = policy.read(str(folder / "export"))
     params = newest_params(folder / "checkpoints", policy.param_like(ours.model, mesh))
-    hidden = transformer.score(
+    hidden = tiny.hidden(
         params, ours.model, np.array([ids[:1]]), np.array([1]), np.array([[ids[1:]]]),
         dtype=jnp.float32,
     )[0, 0]  # fmt: skip
