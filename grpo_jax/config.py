@@ -129,7 +129,7 @@ def default() -> ConfigDict:
     c.sft = ConfigDict()
     c.sft.num_steps = 0  # supervised updates of a new model before GRPO
     c.sft.batch = 64  # worked solutions per update
-    c.sft.microbatch = 0  # solutions of like length computed together; 0: all of an update
+    c.sft.microbatch = 0  # solutions computed at once, those of like length together; 0: all
     c.sft.learning_rate = 1e-3  # peak, cosine to 0
     c.sft.warmup_steps = 20
     c.sft.weight_decay = 0.01

@@ -189,7 +189,7 @@ def _bucket(longest: int, limit: int, parts: int = 4) -> int:
     return min(limit, -(-longest // step) * step)
 
 
-def _parts(rows: Rows, size: int, shards: int, config: ConfigDict) -> Iterator[Rollouts]:
+def _microbatches(rows: Rows, size: int, shards: int, config: ConfigDict) -> Iterator[Rollouts]:
     """The rows, those of like length together, each part padded to its longest completion.
 
     A part that does not split into `shards` is filled with rows of no completion.
@@ -216,29 +216,33 @@ def _parts(rows: Rows, size: int, shards: int, config: ConfigDict) -> Iterator[R
 # --- The update -----------------------------------------------------------------------------------
 
 
+def _loss_sums(params: Params, scorer: update_lib.Scorer, part: Rollouts):
+    """Summed cross-entropy of one microbatch, with (count, sum) for the mean."""
+    target_BT = part.completion_PGC[:, 0]
+    weight_BT = (jnp.arange(target_BT.shape[1])[None] < part.length_PG).astype(jnp.float32)
+    total, _, _ = logprobs.loss(
+        lambda logp, entropy, terms: -logp,
+        scorer.sampling,
+        scorer.hidden(params, part),
+        transformer.head_kernel(params),
+        target_BT,
+        weight_BT,
+        {},
+    )
+    return total, ({"loss": total, "count": weight_BT.sum()}, {})
+
+
 def _make_update(scorer: update_lib.Scorer, optimizer, size: int, config: ConfigDict):
-    """A function `(state, rows) -> (state, metrics as numbers)`."""
+    """A function `(state, rows) -> (state, metrics as numbers)`; microbatches differ in length."""
     shards = sharding.num_row_shards(scorer.mesh)
 
-    def loss_sums(params: Params, rows: Rollouts, groups_M: Array, *where: Array):
-        """Summed cross-entropy of one microbatch, with (sum, count) for the mean."""
-        packed = update_lib.Packed.of(rows.completion_PGC.shape[-1], groups_M, *where)
-        part = update_lib.rows_of(scorer.mesh, rows, groups_M)
-        lengths = part.length_PG, part.stopped_PG
-        action_PGC = update_lib.action_mask(*lengths, packed.tokens, mask_truncated=False)
-        weight_DE = (packed.take(action_PGC) & packed.there_DE).astype(jnp.float32)
-        total, _, _ = logprobs.loss(
-            lambda logp, entropy, terms: -logp,
-            scorer.sampling,
-            scorer.hidden(params, part, packed),
-            transformer.head_kernel(params),
-            packed.take(part.completion_PGC),
-            weight_DE,
-            {},
+    def through(params: Params, carry: update_lib.Carry, part: Rollouts) -> update_lib.Carry:
+        sums_of = lambda params, part: _loss_sums(params, scorer, part)  # noqa: E731
+        return update_lib.add_gradient(
+            sums_of, params, carry, sharding.split_within_shard(scorer.mesh, part)
         )
-        return total, ({"loss": total, "count": weight_DE.sum()}, {})
 
-    empty, add = update_lib.make_adding(scorer, loss_sums, sums=("loss", "count"), maxima=())
+    empty, add = update_lib.make_adding(scorer, through, sums=("loss", "count"), maxima=())
 
     like = update_lib.state_like(scorer.model, scorer.mesh, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, like)
@@ -258,10 +262,8 @@ def _make_update(scorer: update_lib.Scorer, optimizer, size: int, config: Config
 
     def update(state: TrainState, rows: Rows) -> tuple[TrainState, dict[str, float]]:
         carry = empty()
-        for part in _parts(rows, size, shards, config):
-            microbatches = scorer.microbatches(part, np.arange(scorer.groups_in_shard(part)))
-            placed = sharding.shard_rows(scorer.mesh, part)
-            carry = add(state.params, carry, placed, *microbatches.arrays)
+        for part in _microbatches(rows, size, shards, config):
+            carry = add(state.params, carry, sharding.shard_rows(scorer.mesh, part))
         state, values = apply(state, carry)
         return state, {name: float(value) for name, value in jax.device_get(values).items()}
 

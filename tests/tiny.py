@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -83,31 +82,10 @@ def rollouts(prompts: int = 4, group: int = 3, tokens: int = 5, seed: int = 0) -
     )
 
 
-def hidden(params, model, prompt_PQ, prompt_length_P, completion_PGC, **options):
-    """The states that predict every token, [P, G, C, D]; each completion in a lane of its own."""
-    num_prompts, group, tokens = completion_PGC.shape
-    own_GT = np.arange(group)[:, None] * tokens + np.arange(1, tokens)
-    lane_GT = np.arange(own_GT.size).reshape(own_GT.shape)
-    layout = (
-        jnp.broadcast_to(own_GT.reshape(1, -1), (num_prompts, own_GT.size)),
-        jnp.broadcast_to(lane_GT, (num_prompts, *lane_GT.shape)),
-    )
-    rows = prompt_PQ, prompt_length_P, completion_PGC
-    states = transformer.score(params, model, *map(jnp.asarray, rows), layout, **options)
-    own = states[:, group:].reshape(num_prompts, group, tokens - 1, states.shape[-1])
-    return jnp.concatenate([states[:, :group, None], own], axis=2)
-
-
 def logp(scorer, params, rollouts: Rollouts):
     """Log-probabilities of the completions, float32 [P, G, C], one completion per row."""
-    completion_PGC = jnp.asarray(rollouts.completion_PGC)
-    rows = rollouts.prompt_PQ, rollouts.prompt_length_P, completion_PGC
-    states = hidden(params, scorer.model, *rows, dtype=scorer.dtype)
-    tokens = completion_PGC.shape[-1]
-    logp_BT, _ = logprobs.score(
-        states.reshape(-1, tokens, states.shape[-1]),
-        transformer.head_kernel(params),
-        completion_PGC.reshape(-1, tokens),
-        scorer.sampling,
-    )
+    completion_PGC = jax.numpy.asarray(rollouts.completion_PGC)
+    target_BT = completion_PGC.reshape(-1, completion_PGC.shape[-1])
+    head = transformer.head_kernel(params)
+    logp_BT, _ = logprobs.score(scorer.hidden(params, rollouts), head, target_BT, scorer.sampling)
     return logp_BT.reshape(completion_PGC.shape)

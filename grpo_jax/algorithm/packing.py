@@ -65,17 +65,16 @@ def pack(
     always fits. A function of the lengths alone, so that a resumed run sums in the same order.
     """
     num_shards, _, group = length_SPG.shape
-    entries_SPG = np.maximum(length_SPG - 1, 0)
     width = max(completion_tokens - 1, 1)
     room = max(at_once - prompt_tokens, width)
     units_S = [
-        [unit for p in groups_P for unit in _units(int(p), entries_PG[p], room)]
-        for entries_PG in entries_SPG
+        [unit for p in groups_P for unit in _units(int(p), length_PG[p] - 1, room)]
+        for length_PG in length_SPG
     ]
     rows_S, size, entries = _rows(units_S, devices, prompt_tokens, group * width, at_once)
     count = len(rows_S[0]) // devices
     lanes_SU = [
-        [_fill(entries_SPG[s, u.prompt], u.completions, width) for u in units]
+        [_fill(length_SPG[s, u.prompt] - 1, u.completions, width) for u in units]
         for s, units in enumerate(units_S)
     ]
     lanes = max(len(lanes) for lanes_U in lanes_SU for lanes in lanes_U)
@@ -93,7 +92,7 @@ def pack(
             for lane_T, completions in zip(lane[s, n, d, j], lanes_SU[s][i]):
                 begin = at
                 for g in completions:
-                    more = int(entries_SPG[s, unit.prompt, g])
+                    more = int(length_SPG[s, unit.prompt, g]) - 1
                     first = (j * group + g) * completion_tokens + 1
                     token[s, n, d, at : at + more] = np.arange(first, first + more)
                     at += more

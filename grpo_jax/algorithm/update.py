@@ -67,22 +67,28 @@ class Scorer:
     def groups_in_shard(self, rollouts: Rollouts) -> int:
         return len(rollouts.length_PG) // self.mesh.shape["data"]
 
-    def hidden(self, params: Params, rollouts: Rollouts, packed: Packed) -> Array:
-        """The hidden states of a microbatch's predictions, [D, E, width]."""
-        return transformer.score(
+    def hidden(
+        self, params: Params, rollouts: Rollouts, layout: tuple[Array, Array] | None = None
+    ) -> Array:
+        """The hidden states that predict completion tokens, as `transformer.score` orders them.
+
+        Without a layout as rows, [P * G, C, D].
+        """
+        hidden = transformer.score(
             params,
             self.model,
             rollouts.prompt_PQ,
             rollouts.prompt_length_P,
             rollouts.completion_PGC,
-            packed.layout,
+            layout,
             dtype=self.dtype,
             remat=self.remat,
         )
+        return hidden if layout is not None else hidden.reshape(-1, *hidden.shape[2:])
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed:
+class _Packed:
     """One microbatch of a data shard: whose tokens its rows' predictions [D, E] are.
 
     E = M * G + X, ordered as `transformer.score` has them, M counted on one device.
@@ -98,7 +104,7 @@ class Packed:
     def of(tokens: int, groups_M: Array, own_MG: Array, token_DX: Array, lane_MLT: Array):
         own_DF = own_MG.reshape(len(token_DX), -1)  # each completion's first token
         first_DF = jnp.broadcast_to(jnp.arange(own_DF.shape[1]) * tokens, own_DF.shape)
-        return Packed(
+        return _Packed(
             groups_M.reshape(len(token_DX), -1),
             jnp.maximum(jnp.concatenate([first_DF, token_DX], axis=1), 0),
             jnp.concatenate([own_DF, token_DX >= 0], axis=1),
@@ -131,7 +137,7 @@ def action_mask(length_PG: Array, stopped_PG: Array, tokens: int, mask_truncated
     return action_PGC & stopped_PG[..., None] if mask_truncated else action_PGC
 
 
-def rows_of(mesh: Mesh, tree: Any, groups_M: Array) -> Any:
+def _rows(mesh: Mesh, tree: Any, groups_M: Array) -> Any:
     """Some groups of a data shard's arrays [P, ...], over its devices by row; any group for -1."""
     groups_M = jnp.maximum(groups_M, 0)
     return sharding.split_within_shard(mesh, jax.tree.map(lambda x: x[groups_M], tree))
@@ -146,9 +152,9 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
     """
 
     def one(params, rollouts: Rollouts, logp_PGC: Array, groups_M: Array, *where: Array) -> Array:
-        part = rows_of(scorer.mesh, rollouts, groups_M)
-        packed = Packed.of(logp_PGC.shape[-1], groups_M, *where)
-        hidden_DED = scorer.hidden(params, part, packed)
+        part = _rows(scorer.mesh, rollouts, groups_M)
+        packed = _Packed.of(logp_PGC.shape[-1], groups_M, *where)
+        hidden_DED = scorer.hidden(params, part, packed.layout)
         head, target_DE = transformer.head_kernel(params), packed.take(part.completion_PGC)
         logp_DE, _ = logprobs.score(hidden_DED, head, target_DE, scorer.sampling)
         return packed.put(logp_PGC, logp_DE)
@@ -196,7 +202,7 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
 
 
 def _loss_sums(
-    params: Params, scorer: Scorer, objective: losses.Objective, part: Experience, packed: Packed
+    params: Params, scorer: Scorer, objective: losses.Objective, part: Experience, packed: _Packed
 ):
     """Summed loss of one microbatch, and (sums, maxima) of what explains it."""
     rollouts, action_PGC = part.rollouts, part.action_PGC
@@ -212,7 +218,7 @@ def _loss_sums(
     total, logp_DE, entropy_DE = logprobs.loss(
         functools.partial(losses.token_loss, objective),
         scorer.sampling,
-        scorer.hidden(params, rollouts, packed),
+        scorer.hidden(params, rollouts, packed.layout),
         transformer.head_kernel(params),
         take(rollouts.completion_PGC),
         weight_DE,
@@ -230,6 +236,17 @@ def _loss_sums(
 Carry = tuple[Params, dict, dict]
 
 
+def add_gradient(loss_sums, params: Params, carry: Carry, *part: Any) -> Carry:
+    """The carry with one microbatch more; `loss_sums(params, *part) -> (total, (sums, maxima))`."""
+    grads, sums, maxima = carry
+    (_, (new_sums, new_maxima)), new_grads = jax.value_and_grad(loss_sums, has_aux=True)(
+        params, *part
+    )
+    grads = jax.tree.map(lambda g, n: g + n.astype(jnp.float32), grads, new_grads)
+    sums = jax.tree.map(jnp.add, sums, new_sums)
+    return grads, sums, jax.tree.map(jnp.maximum, maxima, new_maxima)
+
+
 def over_shards(scorer: Scorer, carry: Carry) -> Carry:
     """The carries of all data shards, [shards, ...], as one; gradients lie as moments do."""
     grads, sums, maxima = carry
@@ -239,13 +256,12 @@ def over_shards(scorer: Scorer, carry: Carry) -> Carry:
 
 
 def make_adding(
-    scorer: Scorer, loss_sums: Callable, *, sums: Iterable[str], maxima: Iterable[str]
+    scorer: Scorer, through: Callable[..., Carry], *, sums: Iterable[str], maxima: Iterable[str]
 ) -> tuple[Callable[[], Carry], Callable[..., Carry]]:
-    """Two programs: `empty() -> carry`, and `add(params, carry, rows, *microbatches) -> carry`.
+    """Two programs: `empty() -> carry`, and `add(params, carry, *rows) -> carry`.
 
-    `loss_sums(params, rows, *microbatch) -> (total, (sums, maxima))` sees one data shard's rows and
-    which of them stand in one of its microbatches; its metrics have the names `sums` and `maxima`.
-    `add` takes its carry away.
+    `through(params, carry, *rows)` adds one data shard's rows to its carry; its metrics have
+    the names `sums` and `maxima`. `add` takes its carry away.
     """
     mesh, like = scorer.mesh, transformer.param_shapes(scorer.model)
     shards = mesh.shape["data"]
@@ -259,18 +275,8 @@ def make_adding(
         grads = jax.tree.map(lambda x: jnp.zeros((shards, *x.shape), jnp.float32), like)
         return grads, *({name: jnp.zeros(shards) for name in names} for names in (sums, maxima))
 
-    def add_shard(params: Params, carry_1: Carry, rows: Any, *microbatches_1: Array) -> Carry:
-        def step(carry: Carry, microbatch: tuple[Array, ...]) -> tuple[Carry, None]:
-            grads, sums, maxima = carry
-            (_, (new_sums, new_maxima)), new_grads = jax.value_and_grad(loss_sums, has_aux=True)(
-                params, rows, *microbatch
-            )
-            grads = jax.tree.map(lambda g, n: g + n.astype(jnp.float32), grads, new_grads)
-            sums = jax.tree.map(jnp.add, sums, new_sums)
-            return (grads, sums, jax.tree.map(jnp.maximum, maxima, new_maxima)), None
-
-        carry, microbatches = jax.tree.map(lambda x: x[0], (carry_1, microbatches_1))
-        carry, _ = jax.lax.scan(step, carry, microbatches)
+    def add_shard(params: Params, carry: Carry, *rows: Any) -> Carry:
+        carry = through(params, jax.tree.map(lambda x: x[0], carry), *rows)
         return jax.tree.map(lambda x: x[None], carry)
 
     add = jax.jit(
@@ -321,12 +327,19 @@ def make_update(
     shardings = jax.tree.map(lambda x: x.sharding, like)
 
     def loss_sums(params, experience: Experience, groups_M: Array, *where: Array):
-        packed = Packed.of(experience.action_PGC.shape[-1], groups_M, *where)
-        part = rows_of(scorer.mesh, experience, groups_M)
+        packed = _Packed.of(experience.action_PGC.shape[-1], groups_M, *where)
+        part = _rows(scorer.mesh, experience, groups_M)
         return _loss_sums(params, scorer, objective, part, packed)
 
-    names = (*losses.SUMS, "loss", "tokens")
-    empty, add = make_adding(scorer, loss_sums, sums=names, maxima=losses.MAXIMA)
+    def through(params, carry: Carry, experience: Experience, *microbatches_1: Array) -> Carry:
+        def step(carry, where):
+            return add_gradient(loss_sums, params, carry, experience, *where), None
+
+        return jax.lax.scan(step, carry, tuple(x[0] for x in microbatches_1))[0]
+
+    empty, add = make_adding(
+        scorer, through, sums=(*losses.SUMS, "loss", "tokens"), maxima=losses.MAXIMA
+    )
 
     @functools.partial(
         jax.jit,

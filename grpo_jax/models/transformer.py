@@ -217,21 +217,27 @@ def score(
     prompt_PQ: Array,
     prompt_length_P: Array,
     completion_PGC: Array,
-    layout: tuple[Array, Array],
+    layout: tuple[Array, Array] | None = None,
     *,
     dtype=jnp.float32,
     remat: str = "none",
 ) -> Array:
-    """The hidden states that predict the completions' tokens, [R, M * G + X, D].
+    """The hidden states that predict the completions' tokens; every prompt is computed once.
 
-    `layout`: token_RX, lane_PLT of `algorithm/packing.py`, R rows of M prompts, each computed once
-    for its G completions. First come the states that predict each completion's first token, which
-    are the prompts' last, then those of the row's entries. Prompts and completions are padded on
-    the right; the states of padding and of empty entries mean nothing.
+    Without a layout [P, G, C, D]: entry [p, g, c] predicts completion token c. With one, the
+    (token_RX, lane_PLT) of `algorithm/packing.py`, [R, M * G + X, D] for R rows of M prompts: first
+    the states that predict each completion's first token, which are the prompts' last, then those
+    of the row's entries. Prompts and completions are padded on the right; the states of padding
+    and of empty entries mean nothing.
     """
     num_prompts, group, tokens = completion_PGC.shape
-    token_RX, lane_PLT = layout
-    lanes = _Lanes.of(lane_PLT, *token_RX.shape)
+    if layout is None:  # a row for each prompt, a lane for each completion
+        own_GT = np.arange(group)[:, None] * tokens + np.arange(1, tokens)
+        token_RX = jnp.broadcast_to(own_GT.reshape(1, -1), (num_prompts, own_GT.size))
+        lanes = _Lanes.whole(num_prompts, group, tokens - 1)
+    else:
+        token_RX, lane_PLT = layout
+        lanes = _Lanes.of(lane_PLT, *token_RX.shape)
     by_row = lambda x, *shape: x.reshape(token_RX.shape[0], *shape)  # noqa: E731
     place_RX = jnp.maximum(token_RX - 1, 0)  # of the token that an entry reads
     input_RX = jnp.take_along_axis(by_row(completion_PGC, -1), place_RX, axis=1)
@@ -272,7 +278,11 @@ def score(
     x_PQD = x[:, :begin].reshape(*prompt_PQ.shape, -1)
     last_PD = jnp.take_along_axis(x_PQD, (prompt_length_P - 1)[:, None, None], axis=1)[:, 0]
     first_PGD = jnp.broadcast_to(last_PD[:, None], (num_prompts, group, config.width))
-    states = jnp.concatenate([by_row(first_PGD, -1, config.width), x[:, begin:]], axis=1)
+    if layout is None:
+        own_PGTD = x[:, begin:].reshape(num_prompts, group, tokens - 1, config.width)
+        states = jnp.concatenate([first_PGD[:, :, None], own_PGTD], axis=2)
+    else:
+        states = jnp.concatenate([by_row(first_PGD, -1, config.width), x[:, begin:]], axis=1)
     return _final_norm(params, config, states, dtype)
 
 
@@ -281,8 +291,13 @@ class _Lanes:
     """Between the entries of rows [R, X, ...] and the lanes [P, L, T, ...] that attention sees."""
 
     shape: tuple[int, int, int]  # P, L, T
-    entry_RY: Array  # of each place in a row's lanes, Y = P / R * L * T; -1: none
-    place_RX: Array  # of each entry, the inverse
+    entry_RY: Array | None = None  # of each place in a row's lanes, Y = P / R * L * T; -1: none
+    place_RX: Array | None = None  # of each entry, the inverse. None for both: they are the same
+
+    @staticmethod
+    def whole(*shape: int) -> _Lanes:
+        """Lanes that hold the entries as they follow each other."""
+        return _Lanes(shape)
 
     @staticmethod
     def of(lane_PLT: Array, rows: int, entries: int) -> _Lanes:
@@ -297,10 +312,14 @@ class _Lanes:
 
     def spread(self, x: Array) -> Array:
         """Entries [R, X, ...] laid out in lanes, zeros where there is none."""
-        return _moved(x, self.entry_RY, self.place_RX).reshape(*self.shape, *x.shape[2:])
+        if self.entry_RY is not None:
+            x = _moved(x, self.entry_RY, self.place_RX)
+        return x.reshape(*self.shape, *x.shape[2:])
 
     def gather(self, x: Array) -> Array:
         """The inverse: what stands in lanes by entry [R, X, ...], zeros for empty ones."""
+        if self.entry_RY is None:
+            return x.reshape(self.shape[0], -1, *x.shape[3:])
         x = x.reshape(*self.entry_RY.shape, *x.shape[3:])
         return _moved(x, self.place_RX, self.entry_RY)
 

@@ -7,7 +7,6 @@ import functools
 import jax
 import numpy as np
 import pytest
-import tiny
 import torch
 import transformers
 
@@ -171,7 +170,7 @@ def test_prefill_and_decoding_equal_transformers(models, first):
 
 @compiled
 def score_logits(params, config, *rows):
-    hidden = tiny.hidden(params, config, *rows)
+    hidden = transformer.score(params, config, *rows)
     return logits.logits(hidden, transformer.head_kernel(params))
 
 

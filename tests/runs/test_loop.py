@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from kill_and_resume import final_state, logged
 from test_bad_input import TINY, make_model, refusal
 
@@ -103,7 +102,7 @@ def _check_export(folder):
     mesh = sharding.make_mesh()
     ours = policy.read(str(folder / "export"))
     params = newest_params(folder / "checkpoints", policy.param_like(ours.model, mesh))
-    hidden = tiny.hidden(
+    hidden = transformer.score(
         params, ours.model, np.array([ids[:1]]), np.array([1]), np.array([[ids[1:]]]),
         dtype=jnp.float32,
     )[0, 0]  # fmt: skip

@@ -45,7 +45,7 @@ def generate(engine, params, prompts=PROMPTS, group=GROUP, key=KEY, temperature=
 @jax.jit
 def scores_of(params, prompt_PQ, prompt_length_P, completion_PGC):
     """Scores over the vocabulary at each completion token, by one full pass, [P, G, C, V]."""
-    hidden = tiny.hidden(params, tiny.MODEL, prompt_PQ, prompt_length_P, completion_PGC)
+    hidden = transformer.score(params, tiny.MODEL, prompt_PQ, prompt_length_P, completion_PGC)
     return logits_lib.logits(hidden, transformer.head_kernel(params))
 
 
