@@ -6,7 +6,8 @@ which tokens belong together: for it a prompt has some lanes of equal width, eac
 completion or several. Where each token stands is two arrays of integers, made on the host from the
 completions' lengths. An entry of the row predicts the token that it is numbered by and reads the
 one before it; a completion's first token is predicted by the prompt, so a completion of n tokens
-takes n - 1 entries.
+takes n - 1 entries. Where a row has as many entries as its lanes have places, as with completions
+of like length, an entry is a place: nothing moves between them, and the shapes alone tell.
 
 Microbatches of one update are equally large, so that one program runs them all, and sizes come in
 steps, so that few are compiled in a run.
@@ -79,6 +80,9 @@ def pack(
     ]
     lanes = max(len(lanes) for lanes_U in lanes_SU for lanes in lanes_U)
     num_lanes = min(1 << (lanes - 1).bit_length(), group)  # a power of two
+    if entries == size * group * width:
+        num_lanes = group
+    whole = entries == size * num_lanes * width
     groups = np.full((num_shards, count, devices, size), -1, np.int32)
     own = np.zeros((*groups.shape, group), bool)
     token = np.full((num_shards, count, devices, entries), -1, np.int32)
@@ -89,14 +93,14 @@ def pack(
             unit = units_S[s][i]
             groups[s, n, d, j] = unit.prompt
             own[s, n, d, j, unit.completions] = True
-            for lane_T, completions in zip(lane[s, n, d, j], lanes_SU[s][i]):
-                begin = at
+            for k, completions in enumerate(lanes_SU[s][i]):
+                begin = at = (j * num_lanes + k) * width if whole else at
                 for g in completions:
                     more = int(length_SPG[s, unit.prompt, g]) - 1
                     first = (j * group + g) * completion_tokens + 1
                     token[s, n, d, at : at + more] = np.arange(first, first + more)
                     at += more
-                lane_T[: at - begin] = np.arange(begin, at)
+                lane[s, n, d, j, k, : at - begin] = np.arange(begin, at)
     return Microbatches(
         groups.reshape(num_shards, count, -1),
         own.reshape(num_shards, count, -1, group),

@@ -234,7 +234,7 @@ def score(
     if layout is None:  # a row for each prompt, a lane for each completion
         own_GT = np.arange(group)[:, None] * tokens + np.arange(1, tokens)
         token_RX = jnp.broadcast_to(own_GT.reshape(1, -1), (num_prompts, own_GT.size))
-        lanes = _Lanes.whole(num_prompts, group, tokens - 1)
+        lanes = _Lanes(num_prompts, (num_prompts, group, tokens - 1))
     else:
         token_RX, lane_PLT = layout
         lanes = _Lanes.of(lane_PLT, *token_RX.shape)
@@ -290,17 +290,15 @@ def score(
 class _Lanes:
     """Between the entries of rows [R, X, ...] and the lanes [P, L, T, ...] that attention sees."""
 
+    rows: int
     shape: tuple[int, int, int]  # P, L, T
     entry_RY: Array | None = None  # of each place in a row's lanes, Y = P / R * L * T; -1: none
     place_RX: Array | None = None  # of each entry, the inverse. None for both: they are the same
 
     @staticmethod
-    def whole(*shape: int) -> _Lanes:
-        """Lanes that hold the entries as they follow each other."""
-        return _Lanes(shape)
-
-    @staticmethod
     def of(lane_PLT: Array, rows: int, entries: int) -> _Lanes:
+        if lane_PLT.size == rows * entries:  # an entry is a place
+            return _Lanes(rows, lane_PLT.shape)
         entry_RY = lane_PLT.reshape(rows, -1)
 
         def inverse(entry_Y: Array) -> Array:
@@ -308,7 +306,7 @@ class _Lanes:
             place_Y = jnp.arange(len(entry_Y), dtype=jnp.int32)
             return jnp.full(entries, -1, jnp.int32).at[at_Y].set(place_Y, mode="drop")
 
-        return _Lanes(lane_PLT.shape, entry_RY, jax.vmap(inverse)(entry_RY))
+        return _Lanes(rows, lane_PLT.shape, entry_RY, jax.vmap(inverse)(entry_RY))
 
     def spread(self, x: Array) -> Array:
         """Entries [R, X, ...] laid out in lanes, zeros where there is none."""
@@ -319,7 +317,7 @@ class _Lanes:
     def gather(self, x: Array) -> Array:
         """The inverse: what stands in lanes by entry [R, X, ...], zeros for empty ones."""
         if self.entry_RY is None:
-            return x.reshape(self.shape[0], -1, *x.shape[3:])
+            return x.reshape(self.rows, -1, *x.shape[3:])
         x = x.reshape(*self.entry_RY.shape, *x.shape[3:])
         return _moved(x, self.place_RX, self.entry_RY)
 

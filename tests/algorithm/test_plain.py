@@ -13,7 +13,7 @@ import tiny
 
 from grpo_jax.algorithm import losses, update
 from grpo_jax.models import attention, transformer
-from grpo_jax.structs import Experience, Sampling
+from grpo_jax.structs import Experience, Rollouts, Sampling
 
 P, G, C = 4, 5, 9
 MODEL = tiny.MODEL
@@ -66,10 +66,8 @@ def plain_loss(params, experience, normalizer: str):
     return loss.sum() / {"token": tokens.sum(), "constant": tokens.size}[normalizer]
 
 
-@pytest.fixture(scope="module")
-def experience() -> Experience:
+def experience_of(rollouts: Rollouts) -> Experience:
     rng = np.random.default_rng(0)
-    rollouts = tiny.rollouts(P, G, C)
     near = lambda: (rollouts.logp_PGC + rng.normal(0, 0.5, (P, G, C))).astype(np.float32)  # noqa: E731
     return Experience(
         rollouts=rollouts,
@@ -80,37 +78,30 @@ def experience() -> Experience:
     )
 
 
+def wanted_of(experience: Experience, normalizer: str):
+    loss = lambda params: plain_loss(params, experience, normalizer)  # noqa: E731
+    return jax.jit(jax.value_and_grad(loss))(tiny.params())
+
+
+@pytest.fixture(scope="module")
+def experience() -> Experience:
+    return experience_of(tiny.rollouts(P, G, C))
+
+
 @pytest.fixture(scope="module")
 def wanted(experience):
-    def both(name: str):
-        return jax.jit(jax.value_and_grad(lambda params: plain_loss(params, experience, name)))
-
-    return {name: both(name)(tiny.params()) for name in NORMALIZERS}
+    return {name: wanted_of(experience, name) for name in NORMALIZERS}
 
 
-# Tokens of a row: all prompts and completions in one, two groups, one, and less than a group.
-@pytest.mark.parametrize("at_once", [1000, 100, 40, 16])
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_packed_rows_give_the_plain_loss_and_gradient(
-    experience, wanted, normalizer, at_once, monkeypatch
-):
-    monkeypatch.setattr(update, "_TOKENS_AT_ONCE_ON_CPU", at_once)
-    mesh, optimizer = tiny.one_device(), optax.sgd(1.0)
-    scorer = update.Scorer(MODEL, mesh, Sampling())
-    packed = scorer.microbatches(experience.rollouts, np.arange(P))
-    rows, lanes = packed.groups_SNM[0], packed.lane_SNMLT[0]
-    assert rows.shape == {1000: (1, 4), 100: (2, 2), 40: (4, 1)}.get(at_once, rows.shape)
-    assert (len(rows) > P) == (at_once == 16)  # groups are split
-    heads = packed.token_SNDX[0][:, 0] % C == 1  # entries that begin a completion
-    if at_once > 16:  # some share a lane
-        assert heads.sum() > (lanes.reshape(len(rows), -1, C - 1)[..., 0] >= 0).sum()
+def check_update(experience: Experience, wanted, normalizer: str, scorer: update.Scorer) -> None:
+    """One update with a learning rate of 1 gives the loss and moves by the gradient."""
+    optimizer = optax.sgd(1.0)
     objective = dataclasses.replace(FULL, normalizer=normalizer)
     program = update.make_update(scorer, objective, optimizer, num_minibatches=1)
-    state = update.start(jax.tree.map(jnp.array, tiny.params()), MODEL, mesh, optimizer)
-
+    state = jax.tree.map(jnp.array, tiny.params())
+    state = update.start(state, MODEL, scorer.mesh, optimizer)
     state, metrics = program(state, experience, 0)
-
-    loss, grads = wanted[normalizer]
+    loss, grads = wanted
     np.testing.assert_allclose(metrics["policy/loss"], loss, rtol=1e-5)
     got = jax.tree.map(lambda old, new: np.asarray(old - new), tiny.params(), state.params)
     largest = max(np.abs(g).max() for g in jax.tree.leaves(grads))
@@ -118,3 +109,38 @@ def test_packed_rows_give_the_plain_loss_and_gradient(
     jax.tree.map(
         lambda g, w: np.testing.assert_allclose(g, w, rtol=0, atol=1e-5 * largest), got, grads
     )
+
+
+# Tokens of a row: all prompts and completions in one, two groups, one, and less than a group.
+CASES = [("token", 1000), ("sequence", 100), ("constant", 40), ("token", 40), ("sequence", 16)]
+
+
+@pytest.mark.parametrize(("normalizer", "at_once"), CASES)
+def test_packed_rows_give_the_plain_loss_and_gradient(
+    experience, wanted, normalizer, at_once, monkeypatch
+):
+    monkeypatch.setattr(update, "_TOKENS_AT_ONCE_ON_CPU", at_once)
+    scorer = update.Scorer(MODEL, tiny.one_device(), Sampling())
+    packed = scorer.microbatches(experience.rollouts, np.arange(P))
+    rows, lanes = packed.groups_SNM[0], packed.lane_SNMLT[0]
+    assert rows.shape == {1000: (1, 4), 100: (2, 2), 40: (4, 1)}.get(at_once, rows.shape)
+    assert (len(rows) > P) == (at_once == 16)  # groups are split
+    heads = packed.token_SNDX[0][:, 0] % C == 1  # entries that begin a completion
+    if at_once > 16:  # some share a lane
+        assert heads.sum() > (lanes.reshape(len(rows), -1, C - 1)[..., 0] >= 0).sum()
+    check_update(experience, wanted[normalizer], normalizer, scorer)
+
+
+@pytest.mark.parametrize("at_once", [1000, 46])
+def test_completions_of_like_length_stay_where_attention_sees_them(at_once, monkeypatch):
+    monkeypatch.setattr(update, "_TOKENS_AT_ONCE_ON_CPU", at_once)
+    rollouts, rng = tiny.rollouts(P, G, C), np.random.default_rng(1)
+    length_PG = rng.integers(C - 2, C + 1, (P, G), dtype=np.int32)
+    length_PG[1, 2] = 1
+    experience = experience_of(rollouts.replace(length_PG=length_PG))
+    scorer = update.Scorer(MODEL, tiny.one_device(), Sampling())
+    packed = scorer.microbatches(experience.rollouts, np.arange(P))
+    entry = packed.lane_SNMLT[0].reshape(packed.token_SNDX[0, :, 0].shape)
+    assert ((entry == np.arange(entry.shape[1])) | (entry < 0)).all()
+    assert (entry < 0).any()
+    check_update(experience, wanted_of(experience, "token"), "token", scorer)
