@@ -27,7 +27,7 @@ from grpo_jax.rewards import reward as reward_lib
 from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
-from grpo_jax.structs import Experience, Params, Sampling, TrainState
+from grpo_jax.structs import Experience, ModelConfig, Params, Sampling, TrainState
 
 
 @dataclasses.dataclass
@@ -83,13 +83,11 @@ def refuse_early(config: ConfigDict, folder: Path) -> None:
     workdir.open_for(config, folder)
 
 
-def num_params(config: ConfigDict) -> int:
-    """Parameters of the model that the config trains."""
+def model_shape(config: ConfigDict) -> ModelConfig:
+    """The shape of the model that the config trains."""
     if config.model.path:
-        return hf.read_config(hf.resolve(config.model.path)).num_params
-    return policy_lib.new(
-        config.model, tasks.load(config.data.task).make_tokenizer()
-    ).model.num_params
+        return hf.read_config(hf.resolve(config.model.path))
+    return policy_lib.new(config.model, tasks.load(config.data.task).make_tokenizer()).model
 
 
 def load_problems(config: ConfigDict) -> tuple[list, list]:
@@ -171,21 +169,49 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
     train, held_out = (answerable(config, rewards, part) for part in load_problems(config))
     held_out = held_out[: config.evaluation.num_problems]
     workdir.open_for(config, folder)
-    dtype = jnp.dtype(config.model.dtype)
-    sampling = Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p)
+    learner = make_learner(config, policy.model, mesh)
+    return Parts(
+        config=config,
+        folder=folder,
+        mesh=mesh,
+        policy=policy,
+        train=questions(train, policy, config, "training problems"),
+        held_out=questions(held_out, policy, config, "held-out problems") if held_out else None,
+        engine=make_engine(config, policy.model, policy.stop_ids, mesh),
+        optimizer=learner.optimizer,
+        schedule=learner.schedule,
+        prepare=learner.prepare,
+        update=learner.update,
+        ref_params=policy_lib.load_params(policy, mesh, config.seed, jnp.dtype(config.model.dtype))
+        if config.algorithm.kl_coef
+        else None,
+        checkpoints=Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep),
+        rewards=start_rewards(config, rewards),  # last: nothing is refused from here on
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """What turns rollouts into new parameters."""
+
+    scorer: update_lib.Scorer
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    prepare: Callable
+    update: Callable
+
+
+def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Learner:
+    """The config's update of a model of this shape; nothing is compiled or allocated yet."""
     scorer = update_lib.Scorer(
-        policy.model,
+        model,
         mesh,
-        sampling,
-        dtype,
+        _sampling(config),
+        jnp.dtype(config.model.dtype),
         remat=config.model.remat,
         microbatch=config.batch.microbatch,
     )
-    decoder = decode.Decoder(
-        policy.model, mesh, sampling, policy.stop_ids, config.rollout.max_tokens, dtype
-    )
-    batch, algorithm = config.batch, config.algorithm
-    updates = config_lib.num_updates_per_step(config)
+    algorithm, updates = config.algorithm, config_lib.num_updates_per_step(config)
     schedule = optim.schedule(
         config.optim.learning_rate,
         warmup_steps=config.optim.warmup_steps,
@@ -209,18 +235,8 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
         algorithm.normalizer,
         config.rollout.max_tokens,
     )
-    return Parts(
-        config=config,
-        folder=folder,
-        mesh=mesh,
-        policy=policy,
-        train=questions(train, policy, config, "training problems"),
-        held_out=questions(held_out, policy, config, "held-out problems") if held_out else None,
-        engine=Engine(
-            decoder,
-            num_slots=config.rollout.num_slots or batch.prompts * batch.group,
-            compact=config.rollout.compact,
-        ),
+    return Learner(
+        scorer=scorer,
         optimizer=optimizer,
         schedule=schedule,
         prepare=update_lib.make_prepare(
@@ -233,14 +249,25 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
             scorer,
             objective,
             optimizer,
-            num_minibatches=batch.minibatches,
+            num_minibatches=config.batch.minibatches,
         ),
-        ref_params=policy_lib.load_params(policy, mesh, config.seed, dtype)
-        if algorithm.kl_coef
-        else None,
-        checkpoints=Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep),
-        rewards=start_rewards(config, rewards),  # last: nothing is refused from here on
     )
+
+
+def make_engine(
+    config: ConfigDict, model: ModelConfig, stop_ids: tuple[int, ...], mesh: Mesh
+) -> Engine:
+    """The config's sampler of a model of this shape; nothing is compiled or allocated yet."""
+    dtype, limit = jnp.dtype(config.model.dtype), config.rollout.max_tokens
+    return Engine(
+        decode.Decoder(model, mesh, _sampling(config), stop_ids, limit, dtype),
+        num_slots=config.rollout.num_slots or config.batch.prompts * config.batch.group,
+        compact=config.rollout.compact,
+    )
+
+
+def _sampling(config: ConfigDict) -> Sampling:
+    return Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p)
 
 
 def start(parts: Parts) -> tuple[TrainState, Position, Experience | None]:

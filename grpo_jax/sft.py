@@ -251,7 +251,7 @@ def _make_update(scorer: update_lib.Scorer, optimizer, size: int, config: Config
         jax.jit,
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=compiling.options(),
+        compiler_options=compiling.options(scorer.mesh),
     )
     def apply(state: TrainState, carry) -> tuple[TrainState, dict[str, Array]]:
         grads, sums, _ = update_lib.over_shards(scorer, carry)
@@ -274,7 +274,7 @@ def main(argv: list[str]) -> None:
     config, folder = program.run_arguments(argv, "Trains a model on worked solutions.")
     if not config.sft.num_steps:
         raise ValueError("sft.num_steps = 0: nothing to train. Set it above 0.")
-    program.use_all_cores(config, parts_lib.num_params(config))
+    program.use_all_cores(config, parts_lib.model_shape(config).num_params)
     if config.compile_cache:
         program.use_compile_cache()
     metrics_lib.say(f"The trained model is in {run(config, folder)}.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,26 +33,29 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
 }
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices; one size may be -1, "the rest".
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over all devices, or those given; one size may be -1, "the rest".
 
     Raises ValueError when the sizes do not multiply to the number of devices.
     """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
     fixed = math.prod(size for size in sizes.values() if size != -1)
     for name, size in sizes.items():
         if size == -1:
-            sizes[name] = devices // fixed
-    if math.prod(sizes.values()) != devices:
+            sizes[name] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
         shape = " * ".join(f"mesh.{name} = {size}" for name, size in sizes.items())
         raise ValueError(
-            f"{shape} does not use the {devices} devices there are. Make the product {devices}, "
-            "or set one of them to -1 for the rest."
+            f"{shape} does not use the {len(devices)} devices there are. Make the product "
+            f"{len(devices)}, or set one of them to -1 for the rest."
         )
     # Auto axes: with explicit ones, the default of make_mesh, an embedding lookup sharded on two
     # axes is refused.
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types, devices=devices)
 
 
 def num_row_shards(mesh: Mesh) -> int:

@@ -54,7 +54,8 @@ class Scorer:
         prompt_tokens, (_, group, tokens) = rollouts.prompt_PQ.shape[1], rollouts.logp_PGC.shape
         shards, devices = (self.mesh.shape[name] for name in sharding.ROW_AXES)
         whole = prompt_tokens + group * max(tokens - 1, 1)
-        few = _TOKENS_AT_ONCE if jax.default_backend() != "cpu" else _TOKENS_AT_ONCE_ON_CPU
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        few = _TOKENS_AT_ONCE_ON_CPU if on_cpu else _TOKENS_AT_ONCE
         return packing.pack(
             sharding.to_host(rollouts.length_PG).reshape(shards, -1, group),
             groups_P,
@@ -165,7 +166,8 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
         return jax.lax.scan(step, start, tuple(x[0] for x in microbatches_1))[0]
 
     fill = jax.jit(
-        sharding.by_data_shard(scorer.mesh, fill_shard, 1), compiler_options=compiling.options()
+        sharding.by_data_shard(scorer.mesh, fill_shard, 1),
+        compiler_options=compiling.options(scorer.mesh),
     )
 
     @jax.jit
@@ -283,7 +285,7 @@ def make_adding(
         sharding.by_data_shard(mesh, add_shard, 1),
         donate_argnums=1,
         out_shardings=shardings,
-        compiler_options=compiling.options(),
+        compiler_options=compiling.options(scorer.mesh),
     )
     return empty, add
 
@@ -345,7 +347,7 @@ def make_update(
         jax.jit,
         donate_argnums=0,
         out_shardings=(shardings, None),
-        compiler_options=compiling.options(),
+        compiler_options=compiling.options(scorer.mesh),
     )
     def finish(state: TrainState, carry: Carry, action_PGC: Array, index: Array):
         grads, sums, maxima = over_shards(scorer, carry)

@@ -67,7 +67,7 @@ class Engine:
             lambda *sizes: by_shard(lambda: decode.empty(decoder, *sizes), 0)(),
             static_argnums=(0, 1, 2),
         )
-        jit = functools.partial(jax.jit, compiler_options=compiling.options())
+        jit = functools.partial(jax.jit, compiler_options=compiling.options(decoder.mesh))
         self._admit = jit(by_shard(with_decoder(decode.admit), 2), donate_argnums=2)
         self._decode = jit(by_shard(with_decoder(decode.decode), 5), donate_argnums=5)
         self._compact = jit(by_shard(decode.compact, 0))
