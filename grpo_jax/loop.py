@@ -21,8 +21,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from grpo_jax import chips, evaluation, keys, report, sharding, workdir
 from grpo_jax import config as config_lib
-from grpo_jax import evaluation, keys, report, sharding, workdir
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import parts as parts_lib
 from grpo_jax.compiling import Compiling
@@ -325,8 +325,8 @@ def _rates(parts: Parts, values: dict, state: TrainState) -> dict[str, float]:
         "policy/skipped_updates": int(state.num_skipped),
         "policy/learning_rate": float(parts.schedule(max(int(state.num_updates) - 1, 0))),
     }
-    peak = metrics_lib.peak_flops(jax.devices()[0].device_kind)
-    if peak:
+    chip = chips.chip(jax.devices()[0].device_kind)
+    if chip:
         config, model = parts.config, parts.policy.model
         rows = config.batch.prompts * config.batch.group
         tokens = rows * values["completion/length"]
@@ -337,7 +337,9 @@ def _rates(parts: Parts, values: dict, state: TrainState) -> dict[str, float]:
         passes = 2 + 6 * updates + 2 * (parts.ref_params is not None)
         passes += 2 * (config_lib.num_updates_per_step(config) > 1)
         done = passes * matmul * tokens
-        rates["throughput/mfu"] = done / (values["time/step_s"] * peak * jax.device_count())
+        rates["throughput/mfu"] = done / (
+            values["time/step_s"] * chip.bf16_flops * jax.device_count()
+        )
     return rates
 
 

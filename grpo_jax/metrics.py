@@ -116,31 +116,6 @@ def is_known(name: str) -> bool:
     return _KNOWN.fullmatch(name) is not None
 
 
-# Dense bfloat16 peak of one JAX device, by its device_kind. The first match counts.
-_PEAK_FLOPS = (
-    (r"TPU v4", 275e12),
-    (r"TPU v5 lite|TPU v5e", 197e12),
-    (r"TPU v5|TPU v5p", 459e12),
-    (r"TPU v6 lite|TPU v6e", 918e12),
-    (r"TPU7x", 1153.5e12),  # one of the two cores of a chip is a device
-    (r".*\bA100\b.*", 312e12),
-    (r".*\bH100 PCIe\b.*", 756e12),
-    (r".*\bH100 NVL\b.*", 835e12),
-    (r".*\b(H100|H200|GH200)\b.*", 989e12),
-    (r".*\bG?B200\b.*", 2250e12),
-    (r".*\bL40S\b.*", 362e12),
-    (r".*\bL4\b.*", 121e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 operations per second of one device of that kind; None where unknown."""
-    for pattern, flops in _PEAK_FLOPS:
-        if re.fullmatch(pattern, device_kind):
-            return flops
-    return None
-
-
 # --- Files ----------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from grpo_jax import metrics
-from grpo_jax.metrics import METRICS, Progress, Writers, is_known, peak_flops
+from grpo_jax.metrics import METRICS, Progress, Writers, is_known
 
 SAMPLE = {
     "prompt": "1+1?",
@@ -66,30 +66,6 @@ def test_every_metric_has_a_meaning():
     for name, metric in METRICS.items():
         assert metric.meaning, name
         assert metric.unit in ("s", "tokens/s") or not name.endswith("_s"), name
-
-
-@pytest.mark.parametrize(
-    ("device_kind", "flops"),
-    [
-        ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v5e", 197e12),
-        ("TPU v5", 459e12),
-        ("TPU v5p", 459e12),
-        ("TPU v6 lite", 918e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA L4", 121e12),
-        ("NVIDIA L40S", 362e12),
-        ("cpu", None),
-        ("TPU v4 lite", None),
-        ("NVIDIA A1000", None),
-    ],
-)
-def test_peak_flops(device_kind, flops):
-    assert peak_flops(device_kind) == flops
 
 
 # --- Files ----------------------------------------------------------------------------------------
