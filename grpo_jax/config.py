@@ -124,6 +124,7 @@ def default() -> ConfigDict:
     c.mesh = ConfigDict()
     c.mesh.data = -1  # devices along each axis; -1: the rest
     c.mesh.fsdp = 1
+    c.mesh.sequence = 1  # devices that split each row in scoring and update, and rows in sampling
     c.mesh.tensor = 1
 
     c.sft = ConfigDict()
@@ -406,6 +407,16 @@ def check_devices(config: ConfigDict, num_row_shards: int) -> None:
             f"batch.microbatch = {batch.microbatch} give {per_microbatch} prompts at once that do "
             f"not split over mesh.data * mesh.fsdp = {num_row_shards} devices. Make it a "
             f"multiple of {num_row_shards}."
+        )
+
+
+def check_heads(num_heads: int, sequence: int, tensor: int) -> None:
+    """Raises ValueError when a row's devices do not have equally many heads."""
+    if sequence > 1 and num_heads % (sequence * tensor):
+        raise ValueError(
+            f"mesh.sequence = {sequence} and mesh.tensor = {tensor} split attention by head over "
+            f"{sequence * tensor} devices, and the model has {num_heads} heads. Make their product "
+            f"a divisor of {num_heads}."
         )
 
 

@@ -320,7 +320,7 @@ def main(argv: list[str]) -> None:
     args, config = _arguments(argv)
     if config.compile_cache:
         program.use_compile_cache()
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = sharding.make_mesh(**config.mesh)
     rewards = reward_lib.load(config.rewards.names, config.rewards.weights)
     problems = parts_lib.answerable(config, rewards, _problems(args, config))
     _references(config, problems)  # it may refuse

@@ -73,12 +73,13 @@ class Parts:
 
 def refuse_early(config: ConfigDict, folder: Path) -> None:
     """Raises ValueError for what `run` would refuse of a new model only once that is trained."""
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = sharding.make_mesh(**config.mesh)
     config_lib.check_devices(config, sharding.num_row_shards(mesh))
     rewards = reward_lib.load(config.rewards.names, config.rewards.weights)
     for problems in load_problems(config):
         answerable(config, rewards, problems)
     policy = policy_lib.new(config.model, tasks.load(config.data.task).make_tokenizer())
+    config_lib.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
     policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
     workdir.open_for(config, folder)
 
@@ -161,10 +162,11 @@ def questions(
 
 def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
     """Everything read, checked and set up; the policy's weights are not."""
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = sharding.make_mesh(**config.mesh)
     config_lib.check_devices(config, sharding.num_row_shards(mesh))
     rewards = reward_lib.load(config.rewards.names, config.rewards.weights)
     policy = policy_lib.read(model_path)
+    config_lib.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
     policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
     train, held_out = (answerable(config, rewards, part) for part in load_problems(config))
     held_out = held_out[: config.evaluation.num_problems]

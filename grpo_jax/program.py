@@ -57,7 +57,8 @@ def use_all_cores(config: ConfigDict, num_params: int) -> None:
     """
     mesh = config.mesh
     asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if asked or mesh.data != -1 or mesh.fsdp * mesh.tensor != 1 or num_params > _SMALL:
+    split = mesh.fsdp * mesh.sequence * mesh.tensor != 1
+    if asked or mesh.data != -1 or split or num_params > _SMALL:
         return
     known = hasattr(os, "sched_getaffinity")  # not everywhere
     cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1

@@ -43,7 +43,7 @@ def run(config: ConfigDict, folder: Path) -> Path:
     and has saved.
     """
     export = folder / "export"
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = sharding.make_mesh(**config.mesh)
     policy, batches = _source(config)
     workdir.open_for(config, folder)
     if (export / "config.json").exists():
@@ -223,6 +223,7 @@ def _loss_sums(params: Params, scorer: update_lib.Scorer, part: Rollouts):
     total, _, _ = logprobs.loss(
         lambda logp, entropy, terms: -logp,
         scorer.sampling,
+        scorer.along,
         scorer.hidden(params, part),
         transformer.head_kernel(params),
         target_BT,

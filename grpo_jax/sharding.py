@@ -17,12 +17,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 ROW_AXES = ("data", "fsdp")  # the mesh axes that split a batch
+SLOT_AXES = (*ROW_AXES, "sequence")  # those that split what is sampled, where no row is divided
 
 # Logical axis → the mesh axes that split it, in the order they are tried.
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
-    "rows": ROW_AXES,  # prompts, slots: whole groups
+    "rows": ROW_AXES,  # prompts: whole groups
+    "slots": SLOT_AXES,
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -30,17 +32,29 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "layers": (),
     "norm": (),
+    # Activations of one data shard in scoring and update. All-to-all between the two: token by
+    # token they are split along the row, in attention by head (Jacobs et al. 2023,
+    # arXiv:2309.14509).
+    "shard_rows": ("fsdp",),
+    "tokens": ("sequence",),
+    "attention_heads": ("tensor", "sequence"),
 }
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    sequence: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
     """A mesh over all devices, or those given; one size may be -1, "the rest".
 
-    Raises ValueError when the sizes do not multiply to the number of devices.
+    Raises ValueError when the sizes do not multiply to the number of devices, or a sequence would
+    be split over processes.
     """
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
     devices = jax.devices() if devices is None else devices
     fixed = math.prod(size for size in sizes.values() if size != -1)
     for name, size in sizes.items():
@@ -55,12 +69,26 @@ def make_mesh(
     # Auto axes: with explicit ones, the default of make_mesh, an embedding lookup sharded on two
     # axes is refused.
     axis_types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types, devices=devices)
+    mesh = jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types, devices=devices)
+    for devices_SD in mesh.devices.reshape(-1, *mesh.devices.shape[2:]):
+        processes = {device.process_index for device in devices_SD.flat}
+        if sizes["sequence"] > 1 and len(processes) > 1:  # rows are sampled apart, scored together
+            raise ValueError(
+                f"mesh.sequence = {sizes['sequence']} and mesh.tensor = {sizes['tensor']} put "
+                f"devices of {len(processes)} processes to one row. Make their product a divisor "
+                "of the devices of a process."
+            )
+    return mesh
 
 
 def num_row_shards(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are split."""
     return math.prod(mesh.shape[name] for name in ROW_AXES)
+
+
+def num_slot_shards(mesh: Mesh) -> int:
+    """Into how many parts the slots of an engine are split."""
+    return math.prod(mesh.shape[name] for name in SLOT_AXES)
 
 
 def sharding_of(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
@@ -83,18 +111,18 @@ def tree_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     )
 
 
-def by_row_shard(mesh: Mesh, f: Callable, num_whole: int) -> Callable:
-    """`f(*whole, *rows)` on every shard of the rows by itself; its results are split by row too.
+def by_slot_shard(mesh: Mesh, f: Callable, num_whole: int) -> Callable:
+    """`f(*whole, *slots)` on every shard of the slots by itself; its results are split by slot too.
 
     The first `num_whole` arguments are given to all shards, the others and the results are split
     along their first axis. Nothing passes between the shards, so each may run its loops as often as
     it needs. The tensor axis is left to XLA.
     """
-    return _by_hand(mesh, f, num_whole, ROW_AXES)
+    return _by_hand(mesh, f, num_whole, SLOT_AXES)
 
 
 def by_data_shard(mesh: Mesh, f: Callable, num_whole: int) -> Callable:
-    """As `by_row_shard` for the data axis alone: parameters may be split inside a shard.
+    """As `by_slot_shard` for the data axis alone: parameters may be split inside a shard.
 
     Loops must run equally often in all shards.
     """
@@ -138,6 +166,16 @@ def split_within_shard(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, placed), tree)
 
 
+def place_within_shard(mesh: Mesh, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Inside `by_data_shard`: an activation where its logical axes say.
+
+    Without a sequence axis XLA finds the places by itself.
+    """
+    if mesh.shape["sequence"] == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, sharding_of(mesh, axes, x.shape))
+
+
 def shard_rows(mesh: Mesh, tree: Any) -> Any:
     """Host arrays as global arrays, split along their first axis; every process holds all rows."""
 
@@ -161,18 +199,19 @@ def to_host(tree: Any) -> Any:
 
 
 def spread(mesh: Mesh, placed: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """`placed`, split over the data axis too along the first dimension that it divides.
+    """`placed`, split over the data and sequence axes too, along the first dimensions they divide.
 
-    For what is read once an update, as the optimizer's moments are: each data shard keeps and
-    computes its part (Rajbhandari et al. 2020, arXiv:1910.02054, stage 1).
+    For what is read once an update, as the optimizer's moments are: each shard keeps and computes
+    its part (Rajbhandari et al. 2020, arXiv:1910.02054, stage 1).
     """
-    spec = list(placed.spec) + [None] * (len(shape) - len(placed.spec))
-    for i, size in enumerate(shape):
-        names = spec[i] if isinstance(spec[i], tuple) else (spec[i],) * (spec[i] is not None)
-        if size % math.prod(mesh.shape[name] for name in (*names, "data")) == 0:
-            spec[i] = (*names, "data")
-            break
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    spec = [names if isinstance(names, tuple) else (names,) * bool(names) for names in placed.spec]
+    spec += [()] * (len(shape) - len(spec))
+    for axis in ("data", "sequence"):
+        for i, size in enumerate(shape):
+            if size % math.prod(mesh.shape[name] for name in (*spec[i], axis)) == 0:
+                spec[i] = (*spec[i], axis)
+                break
+    return NamedSharding(mesh, PartitionSpec(*(names or None for names in spec)))
 
 
 def stacked(mesh: Mesh, sharding: NamedSharding) -> NamedSharding:

@@ -242,7 +242,7 @@ def test_every_number_has_a_range():
     """A number that no rule mentions could be anything."""
     others = {"batch.group", "optim.beta1", "optim.beta2", "rollout.top_p"}
     others |= {"algorithm.entropy_coef"}  # of either sign: a penalty or a bonus
-    others |= {"mesh.data", "mesh.fsdp", "mesh.tensor"}
+    others |= {"mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor"}
     numbers = {n for n, v in OPTIONS.items() if type(v) in (int, float)}
     ruled = set(config_lib._POSITIVE) | set(config_lib._NOT_NEGATIVE)
     assert numbers == ruled | others
@@ -357,6 +357,15 @@ def test_groups_split_over_devices():
         config_lib.check_devices(config, 8)
     with pytest.raises(ValueError, match=r"batch.microbatch = 2 give 2 prompts at once"):
         config_lib.check_devices(_valid(batch__prompts=12, batch__microbatch=2), 4)
+
+
+def test_heads_split_over_the_devices_of_a_row():
+    config_lib.check_heads(4, sequence=2, tensor=2)
+    config_lib.check_heads(3, sequence=1, tensor=2)  # tensor alone: by column
+    with pytest.raises(
+        ValueError, match=r"mesh\.sequence = 4 and mesh\.tensor = 2.*a divisor of 4"
+    ):
+        config_lib.check_heads(4, sequence=4, tensor=2)
 
 
 # --- What resumed runs agree on -------------------------------------------------------------------

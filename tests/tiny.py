@@ -34,7 +34,7 @@ MODEL = ModelConfig(
 
 def one_device() -> Mesh:
     """A mesh of the first device alone: eight that compute the same take eight times as long."""
-    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), sharding.MESH_AXES)
+    return sharding.make_mesh(devices=jax.devices()[:1])
 
 
 @functools.cache

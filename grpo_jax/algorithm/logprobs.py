@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,23 @@ _MAX_LOGITS = 2**27  # elements of one chunk's logits: 512 MiB of float32
 _MAX_TOKENS = 4096  # past this a larger product is no faster anywhere
 
 
-def _chunk_width(rows: int, tokens: int, vocab: int) -> int:
-    """Tokens of each row in a chunk, so that its logits stay under both limits."""
-    return max(1, min(tokens, min(_MAX_LOGITS // vocab, _MAX_TOKENS) // rows))
+class Along(NamedTuple):
+    """The devices that split each row, and how an array is placed by its logical axes."""
+
+    devices: int = 1
+    place: Callable[[Array, tuple[str | None, ...]], Array] = lambda x, axes: x
+
+    def split(self, x: Array) -> Array:
+        return self.place(x, ("shard_rows", "tokens") + (None,) * (x.ndim - 2))
+
+
+ALONE = Along()
+
+
+def _chunk_width(rows: int, tokens: int, vocab: int, devices: int) -> int:
+    """Tokens of each row in a chunk, so that its logits stay under both limits on each device."""
+    most = min(_MAX_LOGITS // vocab, _MAX_TOKENS) * devices // rows
+    return -(-max(1, min(tokens, most)) // devices) * devices
 
 
 def _split(x_BT: Array, width: int) -> Array:
@@ -59,17 +73,18 @@ def _statistics(hidden: Array, head_DV: Array, target: Array, sampling: Sampling
 
 
 def score(
-    hidden_BTD: Array, head_DV: Array, target_BT: Array, sampling: Sampling
+    hidden_BTD: Array, head_DV: Array, target_BT: Array, sampling: Sampling, along: Along = ALONE
 ) -> tuple[Array, Array]:
     """Log-probability of each target token and entropy at it, float32 [B, T], in nats.
 
     Under the distribution of `sampling`: temperature, top-k and top-p as the sampler applied them.
     Not meant to be differentiated; see `loss`.
     """
-    width = _chunk_width(*target_BT.shape, head_DV.shape[-1])
+    width = _chunk_width(*target_BT.shape, head_DV.shape[-1], along.devices)
 
     def chunk(carry, xs):
-        logp, entropy, _ = _statistics(xs[0], head_DV, xs[1], sampling)
+        hidden, target = map(along.split, xs)
+        logp, entropy, _ = _statistics(hidden, head_DV, target, sampling)
         return carry, (logp, entropy)
 
     _, (logp, entropy) = jax.lax.scan(
@@ -79,10 +94,11 @@ def score(
     return _join(logp, tokens), _join(entropy, tokens)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def loss(
     token_loss: TokenLoss,
     sampling: Sampling,
+    along: Along,
     hidden_BTD: Array,
     head_DV: Array,
     target_BT: Array,
@@ -95,19 +111,19 @@ def loss(
     `token_loss(logp, entropy, terms)` sees arrays of one chunk; `terms` is a pytree of [B, T]
     arrays that stay fixed. Tokens of weight 0 contribute nothing, whatever they hold.
     """
-    logp_BT, entropy_BT = score(hidden_BTD, head_DV, target_BT, sampling)
+    logp_BT, entropy_BT = score(hidden_BTD, head_DV, target_BT, sampling, along)
     per_token = jnp.where(weight_BT != 0, token_loss(logp_BT, entropy_BT, terms), 0.0)
     return jnp.sum(weight_BT * per_token), logp_BT, entropy_BT
 
 
-def _loss_forward(token_loss, sampling, hidden_BTD, head_DV, target_BT, weight_BT, terms):
+def _loss_forward(token_loss, sampling, along, hidden_BTD, head_DV, target_BT, weight_BT, terms):
     tokens = target_BT.shape[1]
-    width = _chunk_width(*target_BT.shape, head_DV.shape[-1])
+    width = _chunk_width(*target_BT.shape, head_DV.shape[-1], along.devices)
     temperature = sampling.temperature or 1.0
 
     def chunk(carry, xs):
         total, grad_head = carry
-        hidden, target, weight, terms = xs
+        hidden, target, weight, terms = jax.tree.map(along.split, xs)
         logp, entropy, log_prob = _statistics(hidden, head_DV, target, sampling)
 
         def weighted(logp, entropy):
@@ -137,7 +153,7 @@ def _loss_forward(token_loss, sampling, hidden_BTD, head_DV, target_BT, weight_B
     return (total, logp, entropy), (grad_hidden, grad_head.astype(head_DV.dtype))
 
 
-def _loss_backward(token_loss, sampling, residuals, cotangents):
+def _loss_backward(token_loss, sampling, along, residuals, cotangents):
     grad_hidden, grad_head = residuals
     by_total = cotangents[0]  # log-probabilities and entropies are for looking at
     scale = lambda g: (g * by_total).astype(g.dtype)  # noqa: E731

@@ -59,11 +59,13 @@ def pack(
     completion_tokens: int,
     at_once: int,
     devices: int = 1,
+    multiple: int = 1,
 ) -> Microbatches:
     """The groups of numbers `groups_P` of each shard in microbatches of at most `at_once` tokens.
 
     That is the size of a row, prompts (padded to `prompt_tokens`) included; a single completion
-    always fits. A function of the lengths alone, so that a resumed run sums in the same order.
+    always fits. It is then rounded up to a `multiple`. A function of the lengths alone, so that a
+    resumed run sums in the same order.
     """
     num_shards, _, group = length_SPG.shape
     width = max(completion_tokens - 1, 1)
@@ -73,6 +75,7 @@ def pack(
         for length_PG in length_SPG
     ]
     rows_S, size, entries = _rows(units_S, devices, prompt_tokens, group * width, at_once)
+    entries += -(size * prompt_tokens + entries) % multiple
     count = len(rows_S[0]) // devices
     lanes_SU = [
         [_fill(length_SPG[s, u.prompt] - 1, u.completions, width) for u in units]

@@ -53,6 +53,7 @@ class Scorer:
         """Some groups of each data shard in microbatches of about equally many tokens."""
         prompt_tokens, (_, group, tokens) = rollouts.prompt_PQ.shape[1], rollouts.logp_PGC.shape
         shards, devices = (self.mesh.shape[name] for name in sharding.ROW_AXES)
+        sequence = self.mesh.shape["sequence"]
         whole = prompt_tokens + group * max(tokens - 1, 1)
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         few = _TOKENS_AT_ONCE_ON_CPU if on_cpu else _TOKENS_AT_ONCE
@@ -61,9 +62,17 @@ class Scorer:
             groups_P,
             prompt_tokens=prompt_tokens,
             completion_tokens=tokens,
-            at_once=self.microbatch * whole // (shards * devices) or few,
+            at_once=self.microbatch * whole // (shards * devices) or few * sequence,
             devices=devices,
+            multiple=sequence,
         )
+
+    def place(self, x: Array, axes: tuple[str | None, ...]) -> Array:
+        return sharding.place_within_shard(self.mesh, x, axes)
+
+    @property
+    def along(self) -> logprobs.Along:
+        return logprobs.Along(self.mesh.shape["sequence"], self.place)
 
     def groups_in_shard(self, rollouts: Rollouts) -> int:
         return len(rollouts.length_PG) // self.mesh.shape["data"]
@@ -84,6 +93,7 @@ class Scorer:
             layout,
             dtype=self.dtype,
             remat=self.remat,
+            place=self.place,
         )
         return hidden if layout is not None else hidden.reshape(-1, *hidden.shape[2:])
 
@@ -157,7 +167,7 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
         packed = _Packed.of(logp_PGC.shape[-1], groups_M, *where)
         hidden_DED = scorer.hidden(params, part, packed.layout)
         head, target_DE = transformer.head_kernel(params), packed.take(part.completion_PGC)
-        logp_DE, _ = logprobs.score(hidden_DED, head, target_DE, scorer.sampling)
+        logp_DE, _ = logprobs.score(hidden_DED, head, target_DE, scorer.sampling, scorer.along)
         return packed.put(logp_PGC, logp_DE)
 
     def fill_shard(params, rollouts: Rollouts, *microbatches_1: Array) -> Array:
@@ -220,6 +230,7 @@ def _loss_sums(
     total, logp_DE, entropy_DE = logprobs.loss(
         functools.partial(losses.token_loss, objective),
         scorer.sampling,
+        scorer.along,
         scorer.hidden(params, rollouts, packed.layout),
         transformer.head_kernel(params),
         take(rollouts.completion_PGC),

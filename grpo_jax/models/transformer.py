@@ -31,6 +31,8 @@ from grpo_jax.structs import Array, ModelConfig, Params
 
 # Queries, keys and values to the attention's output and whatever the caller wants kept of them.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+# An activation and the logical axes of its dimensions to the same, placed over the devices.
+Place = Callable[[Array, tuple[str | None, ...]], Array]
 
 
 def rotary_frequencies(config: ModelConfig) -> np.ndarray:
@@ -221,6 +223,7 @@ def score(
     *,
     dtype=jnp.float32,
     remat: str = "none",
+    place: Place = lambda x, axes: x,
 ) -> Array:
     """The hidden states that predict the completions' tokens; every prompt is computed once.
 
@@ -228,7 +231,7 @@ def score(
     (token_RX, lane_PLT) of `algorithm/packing.py`, [R, M * G + X, D] for R rows of M prompts: first
     the states that predict each completion's first token, which are the prompts' last, then those
     of the row's entries. Prompts and completions are padded on the right; the states of padding
-    and of empty entries mean nothing.
+    and of empty entries mean nothing. `place` is given activations with their logical axes.
     """
     num_prompts, group, tokens = completion_PGC.shape
     if layout is None:  # a row for each prompt, a lane for each completion
@@ -252,11 +255,16 @@ def score(
     angles = attention.rotary(position, rotary_frequencies(config))
     ids = jnp.concatenate([by_row(prompt_PQ, -1), input_RX], axis=1)
     begin, block = ids.shape[1] - token_RX.shape[1], Block(config, dtype)
+    by_token, by_head = ("shard_rows", "tokens"), ("shard_rows", None, "attention_heads", None)
+    split = lambda x: place(x, (*by_token, None))  # noqa: E731
+    to_heads = lambda x: place(place(x, (*by_token, "heads", None)), by_head)  # noqa: E731
+    to_tokens = lambda x: place(place(x, by_head), (*by_token, "heads", None))  # noqa: E731
 
     def layer(x, layer_and_window):
         params, window = layer_and_window
 
         def attend(q, k, v):
+            q, k, v = map(to_heads, (q, k, v))
             prompts = [y[:, :begin].reshape(*prompt_PQ.shape, *y.shape[2:]) for y in (q, k, v)]
             out_PQNH = attention.causal(*prompts, prompt_length_P, window)
             out = by_row(out_PQNH, -1, *q.shape[2:])
@@ -270,9 +278,10 @@ def score(
                     window,
                 )
                 out = jnp.concatenate([out, lanes.gather(out_PLTNH)], axis=1)
-            return out, None
+            return to_tokens(out), None
 
-        return block.apply({"params": params}, x, angles, attend)
+        x, _ = block.apply({"params": params}, split(x), angles, attend)
+        return split(x), None
 
     x, _ = _scan_layers(layer, _embed(params, ids, dtype), params, config, remat)
     x_PQD = x[:, :begin].reshape(*prompt_PQ.shape, -1)

@@ -58,10 +58,10 @@ class Engine:
         self.decoder = decoder
         self.num_slots = num_slots
         self.compact = compact
-        self.shards = sharding.num_row_shards(decoder.mesh)
+        self.shards = sharding.num_slot_shards(decoder.mesh)
         # (slots, lanes, prompt tokens) of a shard that were decoded: each is compiled once.
         self.shapes: set[tuple[int, int, int]] = set()
-        by_shard = functools.partial(sharding.by_row_shard, decoder.mesh)
+        by_shard = functools.partial(sharding.by_slot_shard, decoder.mesh)
         with_decoder = lambda f: functools.partial(f, decoder)  # noqa: E731
         self._empty = jax.jit(
             lambda *sizes: by_shard(lambda: decode.empty(decoder, *sizes), 0)(),

@@ -124,7 +124,7 @@ def value_and_grads(batch, sampling: Sampling):
     @jax.jit
     def run(hidden, head, terms):
         total = lambda h, k: logprobs.loss(  # noqa: E731
-            token_loss, sampling, h, k, target_BT, weight_BT, terms
+            token_loss, sampling, logprobs.Along(), h, k, target_BT, weight_BT, terms
         )[0]
         # Times 3, so that a backward pass that forgets its cotangent is seen.
         return jax.value_and_grad(lambda h, k: 3 * total(h, k), argnums=(0, 1))(hidden, head)
@@ -162,11 +162,11 @@ def test_chunks_do_not_change_the_loss(batch, max_tokens, monkeypatch):
 def test_loss_alone_equals_loss_with_gradient(batch):
     """Without a gradient the custom rule is not run: two programs, one value."""
     token_loss = functools.partial(losses.token_loss, OBJECTIVE)
-    alone, logp_BT, entropy_BT = logprobs.loss(token_loss, Sampling(), *batch)
+    alone, logp_BT, entropy_BT = logprobs.loss(token_loss, Sampling(), logprobs.Along(), *batch)
 
     (total, aux), _ = jax.value_and_grad(
         lambda h: (lambda out: (out[0], out[1:]))(
-            logprobs.loss(token_loss, Sampling(), h, *batch[1:])
+            logprobs.loss(token_loss, Sampling(), logprobs.Along(), h, *batch[1:])
         ),
         has_aux=True,
     )(batch[0])

@@ -94,7 +94,7 @@ def models(request, tmp_path_factory):
 
 def one_device() -> jax.sharding.Mesh:
     """A mesh of the first device alone: eight that compute the same take eight times as long."""
-    return jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), sharding.MESH_AXES)
+    return sharding.make_mesh(devices=jax.devices()[:1])
 
 
 def group_rows(vocab_size: int):
