@@ -28,10 +28,12 @@ def default() -> ConfigDict:
     c.model = ConfigDict()
     c.model.path = ""  # Hugging Face folder or hub id; "": make a new model (sft.* trains it first)
     c.model.dtype = "float32"  # of activations and rollout weights: "float32" or "bfloat16"
-    c.model.remat = (
-        "dots"  # computed again in the backward pass: "none" nothing, "dots" all but the
-    )
-    # products of dense layers, attention too, "full" everything
+    # What the backward pass computes again: "none" nothing, "full" everything, "dots" all but the
+    # products of dense layers
+    c.model.remat = "dots"
+    # In scoring and training: "xla", or the kernels "splash" of TPUs, or "auto", those where they
+    # can be had
+    c.model.attention = "auto"
     c.model.num_layers = 2  # shape of a new model (Qwen2), read when model.path is ""
     c.model.width = 128
     c.model.mlp_width = 384
@@ -298,6 +300,7 @@ def _check_choices(config: ConfigDict) -> None:
     choices = {
         "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
         "model.remat": (config.model.remat, ("none", "dots", "full")),
+        "model.attention": (config.model.attention, ("auto", "xla", "splash")),
         "data.overlong": (config.data.overlong, ("refuse", "drop", "truncate")),
         "algorithm.normalizer": (config.algorithm.normalizer, ("token", "sequence", "constant")),
         "rewards.bad_rows": (config.rewards.bad_rows, ("refuse", "drop")),
@@ -430,7 +433,7 @@ def num_updates_per_step(config: ConfigDict) -> int:
 # Options that change how a run is carried out or shown, not what it computes.
 _FREE = (
     "loop.num_steps evaluation. checkpoint. logging. mesh. compile_cache rollout.num_slots "
-    "rollout.compact batch.microbatch sft.microbatch model.remat "
+    "rollout.compact batch.microbatch sft.microbatch model.remat model.attention "
     "optim.max_skipped sft.checkpoint_every_steps rewards.num_workers rewards.time_limit_s "
     "rewards.memory_gb rewards.max_failed_share"
 ).split()

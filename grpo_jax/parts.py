@@ -22,7 +22,7 @@ from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import tasks
-from grpo_jax.models import hf
+from grpo_jax.models import hf, splash
 from grpo_jax.rewards import reward as reward_lib
 from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.sampling import decode
@@ -211,6 +211,7 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Learner:
         _sampling(config),
         jnp.dtype(config.model.dtype),
         remat=config.model.remat,
+        kernels=splash.choose(config.model.attention, model, mesh),
         microbatch=config.batch.microbatch,
     )
     algorithm, updates = config.algorithm, config_lib.num_updates_per_step(config)

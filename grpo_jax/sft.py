@@ -30,7 +30,7 @@ from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import tasks
-from grpo_jax.models import hf, transformer
+from grpo_jax.models import hf, splash, transformer
 from grpo_jax.structs import Array, Params, Rollouts, Sampling, TrainState, pad_rows
 
 Rows = list[tuple[list[int], list[int]]]  # prompt ids, completion ids
@@ -70,6 +70,7 @@ def run(config: ConfigDict, folder: Path) -> Path:
         Sampling(),
         jnp.dtype(config.model.dtype),
         remat=config.model.remat,
+        kernels=splash.choose(config.model.attention, policy.model, mesh),
     )
     update = _make_update(scorer, optimizer, config.sft.microbatch or config.sft.batch, config)
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)

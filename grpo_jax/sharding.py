@@ -118,7 +118,7 @@ def by_slot_shard(mesh: Mesh, f: Callable, num_whole: int) -> Callable:
     along their first axis. Nothing passes between the shards, so each may run its loops as often as
     it needs. The tensor axis is left to XLA.
     """
-    return _by_hand(mesh, f, num_whole, SLOT_AXES)
+    return _by_hand(mesh, f, num_whole, SLOT_AXES, SLOT_AXES)
 
 
 def by_data_shard(mesh: Mesh, f: Callable, num_whole: int) -> Callable:
@@ -129,8 +129,8 @@ def by_data_shard(mesh: Mesh, f: Callable, num_whole: int) -> Callable:
     shards = mesh.shape["data"]
     if shards == 1:
         return f
-    if shards == mesh.size:
-        return _by_hand(mesh, f, num_whole, ("data",))
+    if shards == mesh.size:  # a device each: nothing is left for XLA to divide
+        return _by_hand(mesh, f, num_whole, ("data",), MESH_AXES)
 
     # XLA sees one more batch axis. It aborts (jaxlib 0.10.2) on lookups in a table that is split
     # over two mesh axes where the third is handled by hand.
@@ -147,12 +147,14 @@ def by_data_shard(mesh: Mesh, f: Callable, num_whole: int) -> Callable:
     return sharded
 
 
-def _by_hand(mesh: Mesh, f: Callable, num_whole: int, axes: tuple[str, ...]) -> Callable:
+def _by_hand(
+    mesh: Mesh, f: Callable, num_whole: int, axes: tuple[str, ...], manual: tuple[str, ...]
+) -> Callable:
     def sharded(*args):
         rows = PartitionSpec(axes)
         specs = (PartitionSpec(),) * num_whole + (rows,) * (len(args) - num_whole)
         return jax.shard_map(
-            f, mesh=mesh, in_specs=specs, out_specs=rows, axis_names=set(axes), check_vma=False
+            f, mesh=mesh, in_specs=specs, out_specs=rows, axis_names=set(manual), check_vma=False
         )(*args)
 
     return sharded
@@ -174,6 +176,27 @@ def place_within_shard(mesh: Mesh, x: jax.Array, axes: tuple[str | None, ...]) -
     if mesh.shape["sequence"] == 1:
         return x
     return jax.lax.with_sharding_constraint(x, sharding_of(mesh, axes, x.shape))
+
+
+def num_head_shards(mesh: Mesh) -> int:
+    """Into how many parts the heads of attention in scoring and update are split."""
+    return math.prod(mesh.shape[name] for name in LOGICAL_AXES["attention_heads"])
+
+
+def by_head_shard(mesh: Mesh, f: Callable, axes: Sequence, out_axes: Sequence) -> Callable:
+    """Inside `by_data_shard`: `f` of each device's parts of arrays with these logical axes.
+
+    The axes must divide the arrays. Where a data shard is a device, there is nothing to divide.
+    """
+    if mesh.shape["data"] == mesh.size:
+        return f
+    specs, out_specs = (
+        tuple(
+            PartitionSpec(*(LOGICAL_AXES[name] if name else None for name in names)) for names in of
+        )
+        for of in (axes, out_axes)
+    )
+    return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
 
 
 def shard_rows(mesh: Mesh, tree: Any) -> Any:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from grpo_jax import compiling, sharding
 from grpo_jax.algorithm import advantages, logprobs, losses, packing
-from grpo_jax.models import transformer
+from grpo_jax.models import attention, transformer
 from grpo_jax.structs import (
     Array,
     Experience,
@@ -48,6 +48,7 @@ class Scorer:
     dtype: Any = jnp.float32  # of activations
     remat: str = "dots"  # as in `config.model.remat`
     microbatch: int = 0  # groups at once, more where completions are short; 0: by their tokens
+    kernels: transformer.Kernels = attention  # compute the attention
 
     def microbatches(self, rollouts: Rollouts, groups_P: np.ndarray) -> packing.Microbatches:
         """Some groups of each data shard in microbatches of about equally many tokens."""
@@ -94,6 +95,7 @@ class Scorer:
             dtype=self.dtype,
             remat=self.remat,
             place=self.place,
+            kernels=self.kernels,
         )
         return hidden if layout is not None else hidden.reshape(-1, *hidden.shape[2:])
 

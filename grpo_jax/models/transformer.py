@@ -33,6 +33,7 @@ from grpo_jax.structs import Array, ModelConfig, Params
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 # An activation and the logical axes of its dimensions to the same, placed over the devices.
 Place = Callable[[Array, tuple[str | None, ...]], Array]
+Kernels = Any  # `attention`, or what has its `causal` and `shared_prefix`
 
 
 def rotary_frequencies(config: ModelConfig) -> np.ndarray:
@@ -224,6 +225,7 @@ def score(
     dtype=jnp.float32,
     remat: str = "none",
     place: Place = lambda x, axes: x,
+    kernels: Kernels = attention,
 ) -> Array:
     """The hidden states that predict the completions' tokens; every prompt is computed once.
 
@@ -231,7 +233,8 @@ def score(
     (token_RX, lane_PLT) of `algorithm/packing.py`, [R, M * G + X, D] for R rows of M prompts: first
     the states that predict each completion's first token, which are the prompts' last, then those
     of the row's entries. Prompts and completions are padded on the right; the states of padding
-    and of empty entries mean nothing. `place` is given activations with their logical axes.
+    and of empty entries mean nothing. `place` is given activations with their logical axes;
+    `kernels` compute the attention.
     """
     num_prompts, group, tokens = completion_PGC.shape
     if layout is None:  # a row for each prompt, a lane for each completion
@@ -266,10 +269,10 @@ def score(
         def attend(q, k, v):
             q, k, v = map(to_heads, (q, k, v))
             prompts = [y[:, :begin].reshape(*prompt_PQ.shape, *y.shape[2:]) for y in (q, k, v)]
-            out_PQNH = attention.causal(*prompts, prompt_length_P, window)
+            out_PQNH = kernels.causal(*prompts, prompt_length_P, window)
             out = by_row(out_PQNH, -1, *q.shape[2:])
             if token_RX.shape[1]:
-                out_PLTNH = attention.shared_prefix(
+                out_PLTNH = kernels.shared_prefix(
                     *(lanes.spread(y[:, begin:]) for y in (q, k, v)),
                     segment_PLT,
                     *prompts[1:],
