@@ -199,8 +199,24 @@ def by_head_shard(mesh: Mesh, f: Callable, axes: Sequence, out_axes: Sequence) -
     return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
 
 
+def shard_owners(mesh: Mesh) -> np.ndarray:
+    """The process that answers for each shard of the rows: the first of those that hold it, [S]."""
+    devices_SD = mesh.devices.reshape(num_row_shards(mesh), -1)
+    return np.array([min(d.process_index for d in devices_D) for devices_D in devices_SD])
+
+
+def shards_held(mesh: Mesh) -> np.ndarray:
+    """Which shards of the rows lie on devices of this process, bool [S]."""
+    devices_SD = mesh.devices.reshape(num_row_shards(mesh), -1)
+    own = jax.process_index()
+    return np.array([any(d.process_index == own for d in devices_D) for devices_D in devices_SD])
+
+
 def shard_rows(mesh: Mesh, tree: Any) -> Any:
-    """Host arrays as global arrays, split along their first axis; every process holds all rows."""
+    """Host arrays as global arrays, split along their first axis.
+
+    They have their whole shape on every process, but only the rows that its devices hold are read.
+    """
 
     def put(x: np.ndarray) -> jax.Array:
         x = np.asarray(x)
@@ -219,6 +235,23 @@ def to_host(tree: Any) -> Any:
         return np.asarray(x)
 
     return jax.tree.map(whole, tree)
+
+
+def rows_held(tree: Any) -> Any:
+    """Arrays as NumPy arrays of their whole shape, with the rows that this process's devices hold.
+
+    Nothing is moved between processes. The other rows are zero, and take no memory.
+    """
+
+    def held(x: jax.Array) -> np.ndarray:
+        if x.is_fully_addressable:
+            return np.asarray(x)
+        whole = np.zeros(x.shape, x.dtype)
+        for shard in x.addressable_shards:
+            whole[shard.index] = shard.data
+        return whole
+
+    return jax.tree.map(held, tree)
 
 
 def spread(mesh: Mesh, placed: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:

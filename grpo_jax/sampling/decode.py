@@ -167,14 +167,14 @@ def decode(
     decoder: Decoder,
     params: Params,
     temperature: Array,
-    enough_free: Array,
     next_slots: Array,
     next_lanes: Array,
+    enough_1: Array,
     slots: Slots,
 ) -> Slots:
     """Slots decoded on until the host has something to do; no host round trip per token.
 
-    A shard returns when none of its lanes is live, when `enough_free` of its slots have no live
+    A shard returns when none of its lanes is live, when `enough_1` of its slots have no live
     lane, or when its live completions fit `next_slots` slots of `next_lanes` lanes. The donated
     cache is updated in place.
     """
@@ -185,7 +185,7 @@ def decode(
     def go_on(slots: Slots) -> Array:
         free = jnp.sum(~slots.live_RW.any(axis=1))
         fits = slots_needed(slots.live_RW, next_lanes) <= next_slots
-        return slots.live_RW.any() & (free < enough_free) & ~fits
+        return slots.live_RW.any() & (free < enough_1[0]) & ~fits
 
     def one_token(slots: Slots) -> Slots:
         live_RW = slots.live_RW

@@ -3,8 +3,11 @@
 The engine admits waiting prompts into free slots, lets the device decode until there is something
 to decide, harvests what finished, and repeats. When nobody waits, the live completions are moved
 together into a smaller batch, so that the long tail does not pay for finished rows. It knows token
-ids only, no text; rollouts, evaluation and `generate` all go through it. Every decision follows
-from values that all processes of a pod hold, so they decide alike without talking.
+ids only, no text; rollouts, evaluation and `generate` all go through it.
+
+Of several processes each feeds the slots of its own devices and reads what they completed. Which
+slots are free, and how long a completion became, is told to all by the device; every decision
+follows from that, so they decide alike without talking.
 """
 
 from __future__ import annotations
@@ -69,7 +72,7 @@ class Engine:
         )
         jit = functools.partial(jax.jit, compiler_options=compiling.options(decoder.mesh))
         self._admit = jit(by_shard(with_decoder(decode.admit), 2), donate_argnums=2)
-        self._decode = jit(by_shard(with_decoder(decode.decode), 5), donate_argnums=5)
+        self._decode = jit(by_shard(with_decoder(decode.decode), 4), donate_argnums=5)
         self._compact = jit(by_shard(decode.compact, 0))
         self._row_keys = jax.jit(
             lambda key, rows: jax.random.key_data(
@@ -114,23 +117,31 @@ class Engine:
         p * group + g, whatever the slots. `on_group(p, completions)` is called with the token ids
         of prompt p's completions once all have finished, while the device decodes the others;
         `meanwhile()` once, when the first prompts are on the device.
+
+        Of several processes each is given back the completions and log-probabilities of the prompts
+        that its devices decoded, zeros for the others', and all lengths; `on_group` is called for a
+        prompt on one process alone.
         """
         limit, num_rows = self.decoder.max_tokens, len(prompts) * group
         completion_BC = np.zeros((num_rows, limit), np.int32)
         logp_BC = np.zeros((num_rows, limit), np.float32)
         length_B, stopped_B = np.zeros(num_rows, np.int32), np.zeros(num_rows, bool)
         missing_P = np.full(len(prompts), group)
+        shard_P = self._shard_of(len(prompts))
+        held_P = sharding.shards_held(self.decoder.mesh)[shard_P]
+        own_P = sharding.shard_owners(self.decoder.mesh)[shard_P] == jax.process_index()
         for rows, completion, logp, time, stopped in self._finished(
             params, prompts, group, key, temperature, meanwhile
         ):
             for i, row in enumerate(rows):
-                n = time[i] + 1
-                completion_BC[row, :n], logp_BC[row, :n] = completion[i, :n], logp[i, :n]
+                p, n = row // group, time[i] + 1
                 length_B[row], stopped_B[row] = n, stopped[i]
-                missing_P[row // group] -= 1
-                if on_group and not missing_P[row // group]:
-                    own = range(row // group * group, (row // group + 1) * group)
-                    on_group(row // group, [completion_BC[r, : length_B[r]].tolist() for r in own])
+                missing_P[p] -= 1
+                if held_P[p]:
+                    completion_BC[row, :n], logp_BC[row, :n] = completion[i, :n], logp[i, :n]
+                if on_group and own_P[p] and not missing_P[p]:
+                    whole = range(p * group, (p + 1) * group)
+                    on_group(p, [completion_BC[r, : length_B[r]].tolist() for r in whole])
         prompt_PQ, prompt_length_P = pad_rows(prompts, self._padded(prompts))
         shape = (len(prompts), group)
         return Rollouts(
@@ -141,6 +152,10 @@ class Engine:
             length_PG=length_B.reshape(shape),
             stopped_PG=stopped_B.reshape(shape),
         )
+
+    def _shard_of(self, num_prompts: int) -> np.ndarray:
+        """The shard that decodes each prompt: in blocks, as the rows of a batch are split, [P]."""
+        return np.arange(num_prompts) * self.shards // num_prompts
 
     def _padded(self, prompts: list[list[int]]) -> int:
         longest = max(map(len, prompts))
@@ -172,40 +187,67 @@ class Engine:
         num_slots, lanes = layouts[0]
         width = self._padded(prompts)
         row_keys = np.asarray(self._row_keys(key, np.arange(len(prompts) * group)))
-        waiting = collections.deque(
-            list(range(p * group + g, p * group + min(g + lanes, group)))
-            for p in range(len(prompts))
-            for g in range(0, group, lanes)
-        )
+        waiting = self._queues(len(prompts), group, lanes)
         board = _Board.empty(self.shards, num_slots, lanes)
         slots = self._empty(num_slots, lanes, width)
         temperature = np.float32(temperature)
         # Refills wait until a quarter of the slots is free: each one interrupts all lanes.
         refill = max(1, num_slots // 4)
         finished: list[tuple[np.ndarray, ...]] = []
-        while waiting or (board.row_SRW >= 0).any():
+        while any(waiting) or (board.row_SRW >= 0).any():
             size = num_slots if board.free_SR.all() else refill
-            while waiting and board.free_SR.any():
+            while any(queue and free_R.any() for queue, free_R in zip(waiting, board.free_SR)):
                 args = self._next_prompts(waiting, board, prompts, group, size, width, row_keys)
                 slots = self._admit(params, temperature, slots, *args)
             if meanwhile is not None:  # the device has something to do
                 meanwhile()
                 meanwhile = None
             finished.append(self._harvest(slots, board))  # stopped at their first token
-            if not waiting:
+            if not any(waiting):
                 slots, board, layouts = self._shrink(slots, board, layouts)
             if (board.row_SRW < 0).all():
                 continue
             self.shapes.add((*board.row_SRW.shape[1:], width))
-            following = layouts[1] if not waiting and len(layouts) > 1 else (-1, 1)
-            enough = min(refill, -(-len(waiting) // self.shards)) if waiting else _NEVER
-            slots = self._decode(params, temperature, enough, *following, slots)
+            following = layouts[1] if not any(waiting) and len(layouts) > 1 else (-1, 1)
+            enough_S = self._enough(waiting, board, refill)
+            slots = self._decode(params, temperature, *following, enough_S, slots)
             yield from finished  # dealt with while the device decodes
             finished = [self._harvest(slots, board)]
         yield from finished
 
+    def _queues(self, num_prompts: int, group: int, lanes: int) -> list[collections.deque]:
+        """What waits for a slot of each shard: the rows of a group, or of a part of a wider one.
+
+        A group stays in one shard, where it is rewarded and trained on. Only a single process
+        spreads its parts, over shards that would have no prompt.
+        """
+        parts = [
+            list(range(p * group + g, p * group + min(g + lanes, group)))
+            for p in range(num_prompts)
+            for g in range(0, group, lanes)
+        ]
+        shard_of = self._shard_of(num_prompts).repeat(len(parts) // num_prompts)
+        if num_prompts < self.shards and jax.process_count() == 1:
+            shard_of = self._shard_of(len(parts))
+        queues = [collections.deque() for _ in range(self.shards)]
+        for shard, rows in zip(shard_of, parts):
+            queues[shard].append(rows)
+        return queues
+
+    def _enough(self, waiting: list[collections.deque], board: _Board, refill: int) -> Array:
+        """Free slots at which each shard returns to the host, where any has prompts waiting.
+
+        A shard without goes on for as long as the others may, whatever it has free by now.
+        """
+        free_S = board.free_SR.sum(axis=1)
+        enough_S = np.full(self.shards, _NEVER, np.int32)
+        if any(waiting):
+            for s, queue in enumerate(waiting):
+                enough_S[s] = min(refill, len(queue)) if queue else free_S[s] + refill
+        return sharding.shard_rows(self.decoder.mesh, enough_S)
+
     def _next_prompts(self, waiting, board: _Board, prompts, group, size, width, row_keys):
-        """Arguments of `decode.admit` for up to `size` prompts a shard, taken from the queue."""
+        """Arguments of `decode.admit` for up to `size` prompts a shard, taken from its queue."""
         shards, num_slots, lanes = board.row_SRW.shape
         slot_SA = np.full((shards, size), num_slots, np.int32)
         prompt_SAQ = np.zeros((shards, size, width), np.int32)
@@ -213,29 +255,33 @@ class Engine:
         key_SAW2 = np.zeros((shards, size, lanes, 2), np.uint32)
         used_SAW = np.zeros((shards, size, lanes), bool)
         free = [np.flatnonzero(free_R)[:size] for free_R in board.free_SR]
-        # In turns, so that no shard stands idle while another has two.
-        for a, s in np.ndindex(size, shards):
-            if not waiting or a >= len(free[s]):
+        for s, a in np.ndindex(shards, size):
+            if not waiting[s] or a >= len(free[s]):
                 continue
-            rows = waiting.popleft()
+            rows = waiting[s].popleft()
             prompt = prompts[rows[0] // group]
             slot_SA[s, a] = free[s][a]
             prompt_SAQ[s, a, : len(prompt)], length_SA[s, a] = prompt, len(prompt)
             key_SAW2[s, a, : len(rows)], used_SAW[s, a, : len(rows)] = row_keys[rows], True
             board.row_SRW[s, free[s][a], : len(rows)] = rows
         fields = prompt_SAQ, length_SA, slot_SA, key_SAW2, used_SAW
-        return tuple(x.reshape(-1, *x.shape[2:]) for x in fields)
+        rows = tuple(x.reshape(-1, *x.shape[2:]) for x in fields)
+        return sharding.shard_rows(self.decoder.mesh, rows)
 
     def _harvest(self, slots: decode.Slots, board: _Board) -> tuple[np.ndarray, ...]:
-        """What finished since the last look; its lanes are free afterwards."""
+        """What finished since the last look, tokens only of what this process's devices hold.
+
+        Its lanes are free afterwards.
+        """
         live_RW, row_RW = sharding.to_host(slots.live_RW), board.row_RW
         done = (row_RW >= 0) & ~live_RW
         rows = row_RW[done]
         row_RW[done] = -1
-        fields = slots.completion_RWC, slots.logp_RWC, slots.time_RW, slots.stopped_RW
         if not len(rows):
             return (rows,) + (np.zeros((0,)),) * 4
-        return rows, *(x[done] for x in sharding.to_host(fields))
+        tokens = sharding.rows_held((slots.completion_RWC, slots.logp_RWC))
+        ends = sharding.to_host((slots.time_RW, slots.stopped_RW))
+        return rows, *(x[done] for x in (*tokens, *ends))
 
     def _shrink(self, slots: decode.Slots, board: _Board, layouts: list[tuple[int, int]]):
         """The live completions in the smallest layout that holds them."""
@@ -258,7 +304,6 @@ class Engine:
                     slot_SR[s, at], lane_SRW[s, at, : len(part)] = old, part
                     new.row_SRW[s, at, : len(part)] = rows[part]
                     at += 1
-        slots = self._compact(
-            slots, slot_SR.reshape(-1), lane_SRW.reshape(-1, lanes), new.row_RW >= 0
-        )
+        moves = slot_SR.reshape(-1), lane_SRW.reshape(-1, lanes), new.row_RW >= 0
+        slots = self._compact(slots, *sharding.shard_rows(self.decoder.mesh, moves))
         return slots, new, layouts[fitting[-1] :]

@@ -1,0 +1,286 @@
+"""The processes of a run: how they find each other, meet, and end together.
+
+On several hosts a run is one process on each, and all of them do the same things in the same
+order. A run of one process starts nothing, and everything here returns at once. The processes talk
+through the service that JAX runs on process 0. Its public functions cannot wait with a limit, nor
+say who is missing; this file alone uses what lies beneath them (checked with JAX 0.10.2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax._src import clusters, distributed
+from jax.experimental import multihost_utils
+
+_SPACE = "grpo_jax"  # of our keys and barriers, beside those of JAX and Orbax
+_PORT = re.compile(r"(.+):(\d+)")
+
+
+class Lost(ValueError):  # noqa: N818
+    """Another process died, or did not come to where all meet."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Address:
+    """Where the processes meet, and which one this is."""
+
+    coordinator: str  # HOST:PORT, on the host of process 0
+    num_processes: int
+    process: int
+    local_devices: tuple[int, ...] | None = None  # those of the host that it uses; None: all
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How long the others are waited for."""
+
+    start_s: float = 300.0  # until all have started
+    lost_s: float = 100.0  # for a sign of life
+    meeting_s: float = 3600.0  # until all come to where they meet
+
+
+_limits = Limits()
+_num_asked = 0  # questions put to all, which number their answers
+
+
+def find(
+    coordinator: str = "", num_processes: int | None = None, process: int | None = None
+) -> Address | None:
+    """This process's address among those of the run; None where it is the only one.
+
+    What is not given is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID,
+    then from the cluster where JAX knows it: TPU pods, GKE, SLURM, Open MPI. Raises ValueError when
+    only a part is known.
+    """
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    num_processes = _from_environment("JAX_NUM_PROCESSES", num_processes)
+    process = _from_environment("JAX_PROCESS_ID", process)
+    local_devices = None
+    if not coordinator or None in (num_processes, process):
+        coordinator, num_processes, process, local_devices = _detect(
+            coordinator, num_processes, process
+        )
+    known = {
+        "--coordinator": coordinator or None,
+        "--num-processes": num_processes,
+        "--process-id": process,
+    }
+    missing = [name for name, value in known.items() if value is None]
+    if len(missing) == len(known) or (num_processes == 1 and not process):
+        return None
+    if missing:
+        given = ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
+        raise ValueError(
+            f"{given}: of a run of several processes {' and '.join(missing)} must be known too. "
+            "Give each process all three, or start them by TPU, GKE, SLURM or Open MPI, where JAX "
+            "finds them."
+        )
+    if not _PORT.fullmatch(coordinator):
+        raise ValueError(f"--coordinator {coordinator!r} must be HOST:PORT, on process 0's host.")
+    if not 0 <= process < num_processes:
+        raise ValueError(
+            f"--process-id {process} of --num-processes {num_processes}: processes are numbered "
+            f"from 0 to {num_processes - 1}."
+        )
+    return Address(coordinator, num_processes, process, local_devices)
+
+
+def _from_environment(name: str, value: int | None) -> int | None:
+    text = os.environ.get(name)
+    if value is not None or not text:
+        return value
+    if not text.isdecimal():
+        raise ValueError(f"The environment variable {name} = {text!r} must be a whole number.")
+    return int(text)
+
+
+def _detect(coordinator: str, num_processes: int | None, process: int | None):
+    try:
+        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+            coordinator or None, num_processes, process, None, None, 60
+        )
+    except Exception as error:  # a cluster's description may be broken in any way
+        raise ValueError(
+            f"What the cluster says of this run's processes cannot be read ({error}). Give each "
+            "process --coordinator, --num-processes and --process-id."
+        ) from error
+    coordinator, num_processes, process, devices = found
+    return coordinator or "", num_processes, process, None if devices is None else tuple(devices)
+
+
+# --- Start and end --------------------------------------------------------------------------------
+
+
+def start(address: Address, limits: Limits) -> None:
+    """Returns when all processes have started. Call it before anything uses a device.
+
+    Ends the process with a message when they have not within `limits.start_s`.
+    """
+    global _limits
+    _limits = limits
+    # Its handler would take SIGTERM before the run saves by itself, and swallow it.
+    jax.config.update("jax_enable_preemption_service", False)
+    late = threading.Timer(
+        limits.start_s,
+        _exit,
+        [
+            f"process {address.process}: of {address.num_processes} processes not all came to "
+            f"{address.coordinator} within hosts.start_limit_s = {limits.start_s:g} s. See which "
+            "of them is missing, and whether that address is process 0's and can be reached."
+        ],
+    )
+    late.daemon = True
+    late.start()
+    jax.distributed.initialize(
+        address.coordinator,
+        address.num_processes,
+        address.process,
+        local_device_ids=address.local_devices,
+        initialization_timeout=int(limits.start_s) + 60,  # it aborts without a word
+        heartbeat_timeout_seconds=max(int(limits.lost_s), 1),
+    )
+    late.cancel()
+    _client().key_value_set(f"{_SPACE}/host/{address.process}", socket.gethostname())
+    threading.Thread(target=_listen, name="hosts", daemon=True).start()
+
+
+def count() -> int:
+    """How many processes the run has; unlike `jax.process_count`, it uses no device."""
+    return distributed.global_state.num_processes
+
+
+def is_first() -> bool:
+    """Whether this process writes what belongs to all."""
+    return distributed.global_state.process_id == 0
+
+
+def name(process: int) -> str:
+    """A process as people find it: its number and its host."""
+    try:
+        return f"process {process} ({_client().key_value_try_get(f'{_SPACE}/host/{process}')})"
+    except jax.errors.JaxRuntimeError:  # it never started
+        return f"process {process}"
+
+
+def finish() -> None:
+    """Waits until all processes are done, and lets go of them."""
+    if count() > 1:
+        meet("the end of the run")
+        jax.distributed.shutdown()
+
+
+def end(message: str, status: int = 1) -> NoReturn:
+    """Ends this process at once, and all others, which print the message as this one's.
+
+    An exception would not do: JAX would wait for the others' ends, and they for this process.
+    """
+    if count() > 1:
+        own = distributed.global_state.process_id
+        try:
+            _client().key_value_set(f"{_SPACE}/fault", f"{name(own)} ended: {message}")
+        except jax.errors.JaxRuntimeError:  # another was first, or process 0 is gone
+            pass
+        if own == 0:
+            time.sleep(1.0)  # the service ends with this process: the others hear of it before
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _listen() -> None:
+    """Ends this process when another told that it ends."""
+    while True:
+        try:
+            message = _client().blocking_key_value_get(f"{_SPACE}/fault", 60_000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                continue
+            return  # the service is gone, and JAX ends the process
+        except AttributeError:  # no client any more: the run is over
+            return
+        own = f"process {distributed.global_state.process_id} "
+        if not message.startswith(own):
+            _exit(f"{own}ends, because {message}")
+        return
+
+
+def _exit(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+# --- Meeting --------------------------------------------------------------------------------------
+
+
+def meet(what: str) -> None:
+    """Returns when all processes are here, `what` in words; raises `Lost` when one does not come.
+
+    All must call this, and what builds on it, equally often and in the same order.
+    """
+    if count() == 1:
+        return
+    try:
+        _client().wait_at_barrier(f"{_SPACE}/meeting", int(_limits.meeting_s * 1000))
+    except jax.errors.JaxRuntimeError as error:
+        raise Lost(_explained(what, str(error))) from error
+
+
+def _explained(what: str, error: str) -> str:
+    """Who did not come, from the service's own words."""
+    dead = re.search(r"[Tt]ask:? (\d+)", error.partition("Barrier failed because")[2])
+    if dead:
+        return f"{name(int(dead[1]))} died or stopped answering before {what}; its log says why."
+    late = re.search(r"timed out task names:\s*([\d\s]+)", error)
+    if late:
+        names = " and ".join(name(int(number)) for number in late[1].split())
+        return (
+            f"{names} did not come to {what} within loop.stall_limit_s = {_limits.meeting_s:g} s. "
+            "A stalled reward, file system or host may be the reason; its log says where it is."
+        )
+    return f"The processes could not meet at {what}: {error}"
+
+
+def first_of(text: str) -> str:
+    """The text of the lowest process that gives one, on every process; "" where all give "".
+
+    The device is not asked, so it goes on with what it has to do.
+    """
+    global _num_asked
+    if count() == 1:
+        return text
+    _num_asked += 1
+    answers = f"{_SPACE}/answer/{_num_asked}"
+    if text:  # before the meeting, so that all find it after
+        _client().key_value_set(f"{answers}/{distributed.global_state.process_id:06}", text)
+    meet(f"check {_num_asked} for a stop")
+    said = _client().key_value_dir_get(answers)
+    return min(said)[1] if said else ""
+
+
+def gather(value: Any, what: str) -> list[Any]:
+    """A value of each process, JSON that may hold NaN, on all of them, in their order."""
+    if count() == 1:
+        return [value]
+    meet(what)
+    own_B = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size_H = multihost_utils.process_allgather(np.int32(len(own_B)))
+    # In powers of two, so that few sizes are compiled.
+    padded_B = np.zeros(1 << int(size_H.max() - 1).bit_length(), np.uint8)
+    padded_B[: len(own_B)] = own_B
+    all_HB = multihost_utils.process_allgather(padded_B)
+    return [json.loads(bytes(row_B[:size])) for row_B, size in zip(all_HB, size_H)]
+
+
+def _client() -> Any:
+    return distributed.global_state.client
