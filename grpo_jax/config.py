@@ -104,6 +104,11 @@ def default() -> ConfigDict:
 
     c.loop = ConfigDict()
     c.loop.num_steps = 100  # rollouts
+    c.loop.stall_limit_s = 3600.0  # the run ends when a phase of a step does not get on; 0: never
+
+    c.hosts = ConfigDict()  # of a run of several processes
+    c.hosts.start_limit_s = 300.0  # until all must have started
+    c.hosts.lost_limit_s = 100.0  # without a sign of life of one, after which all end
 
     c.evaluation = ConfigDict()
     c.evaluation.every_steps = 0  # greedy accuracy on held-out problems; 0: at start and end only
@@ -253,7 +258,8 @@ _POSITIVE = (
     "batch.prompts batch.minibatches algorithm.num_iterations rollout.max_tokens loop.num_steps "
     "data.max_prompt_tokens data.num_train model.num_layers model.width model.mlp_width "
     "model.num_heads model.num_kv_heads optim.learning_rate optim.max_skipped optim.eps "
-    "sft.batch sft.learning_rate sft.max_tokens checkpoint.keep rewards.time_limit_s"
+    "sft.batch sft.learning_rate sft.max_tokens checkpoint.keep rewards.time_limit_s "
+    "hosts.start_limit_s hosts.lost_limit_s"
 ).split()
 _NOT_NEGATIVE = (
     "seed batch.microbatch rollout.temperature rollout.top_k rollout.num_slots algorithm.clip_low "
@@ -261,7 +267,8 @@ _NOT_NEGATIVE = (
     "optim.end_fraction evaluation.every_steps evaluation.num_problems evaluation.num_samples "
     "evaluation.temperature checkpoint.every_steps logging.samples_every_steps logging.num_samples "
     "data.num_eval sft.num_steps sft.microbatch sft.warmup_steps sft.weight_decay "
-    "sft.checkpoint_every_steps rewards.num_workers rewards.memory_gb rewards.max_failed_share"
+    "sft.checkpoint_every_steps rewards.num_workers rewards.memory_gb rewards.max_failed_share "
+    "loop.stall_limit_s"
 ).split()
 
 
@@ -435,7 +442,7 @@ _FREE = (
     "loop.num_steps evaluation. checkpoint. logging. mesh. compile_cache rollout.num_slots "
     "rollout.compact batch.microbatch sft.microbatch model.remat model.attention "
     "optim.max_skipped sft.checkpoint_every_steps rewards.num_workers rewards.time_limit_s "
-    "rewards.memory_gb rewards.max_failed_share"
+    "rewards.memory_gb rewards.max_failed_share loop.stall_limit_s hosts."
 ).split()
 
 

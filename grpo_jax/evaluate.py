@@ -22,7 +22,17 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_jax import config as config_lib
-from grpo_jax import estimates, evaluation, generate, keys, program, sharding, text_metrics, workdir
+from grpo_jax import (
+    estimates,
+    evaluation,
+    generate,
+    hosts,
+    keys,
+    program,
+    sharding,
+    text_metrics,
+    workdir,
+)
 from grpo_jax import parts as parts_lib
 from grpo_jax.data.problems import Problem
 from grpo_jax.estimates import Estimate, Tally
@@ -81,6 +91,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     add("--dtype", choices=("float32", "bfloat16"), help="default model.dtype")
     add("--out", metavar="DIR", help="every completion; default evaluations/NAME_OF_CONFIG")
     add("--json", metavar="FILE", help="all values and intervals")
+    program.add_processes(parser)
     args, overrides = parser.parse_known_args(program.joined(argv))
     config = config_lib.load(args.config, overrides)
     for name, value in {
@@ -97,6 +108,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
         if getattr(args, name) is None:
             setattr(args, name, value)
     _check(args)
+    program.start_processes(args, config)
     return args, config
 
 
@@ -220,7 +232,8 @@ def _evaluate(
                 further = scores.by_name
         kind = f"sampled_{num_samples}" if num_samples else "greedy"
         files[kind] = Path(args.out) / f"{_file_name(name)}_{args.split}_{kind}.jsonl"
-        evaluation.write_items(files[kind], answered, further)
+        if hosts.is_first():
+            evaluation.write_items(files[kind], answered, further)
     return Evaluated(path, name, tallies, files)
 
 
@@ -353,7 +366,7 @@ def main(argv: list[str]) -> None:
     console.print(table)
     say("In brackets: the 95 % bootstrap interval over problems.")
     say(f"Every completion: {args.out}")
-    if args.json:
+    if args.json and hosts.is_first():
         workdir.write_json(Path(args.json), values)
         say(f"All values: {args.json}")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax import estimates
+from grpo_jax import estimates, hosts
 from grpo_jax.data.problems import Problem
 from grpo_jax.estimates import Tally
 from grpo_jax.judge import Judge
@@ -101,12 +101,12 @@ def answer(
         temperature=temperature,
         on_group=take,
     )
-    scores = judge.scores()
+    scores, texts = judge.scores(), judge.texts()
     return Answered(
         questions=questions,
-        completions=judge.texts,
+        completions=texts,
         scores=scores,
-        answers=[extract_answer(text) for text in judge.texts],
+        answers=[extract_answer(text) for text in texts],
         correct_PG=scores.correct(pool.names[0]).reshape(rollouts.length_PG.shape),
         length_PG=rollouts.length_PG,
         stopped_PG=rollouts.stopped_PG,
@@ -168,7 +168,7 @@ def run(
         temperature=0.0 if greedy else temperature,
         key=key,
     )
-    if file is not None:
+    if file is not None and hosts.is_first():
         write_items(file, answered)
     if greedy:
         tallies = greedy_tallies(answered, int(answered.length_PG.max()))

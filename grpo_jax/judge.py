@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from grpo_jax import hosts
 from grpo_jax.data.problems import Problem
 from grpo_jax.metrics import say
 from grpo_jax.policy import Policy
@@ -14,7 +16,8 @@ from grpo_jax.rewards.pool import Pool, Ticket
 class Judge:
     """Has the completions of some problems scored, each group as soon as it is finished.
 
-    Give `add` to the engine as `on_group`, and read `scores` when it is done.
+    Give `add` to the engine as `on_group`, and read `scores` when it is done. Of several processes
+    each scores the groups that its engine gives it, and all come to know all scores.
     """
 
     def __init__(
@@ -28,8 +31,8 @@ class Judge:
         """`trainer_state`: what reward functions see of the run under that name."""
         self._pool, self._policy, self._problems = pool, policy, problems
         self._group, self._trainer_state = group, trainer_state
-        self._tickets: list[Ticket | None] = [None] * len(problems)
-        self._texts: list[list[str]] = [[]] * len(problems)
+        self._tickets: dict[int, Ticket] = {}
+        self._texts: dict[int, list[str]] = {}
 
     def add(self, number: int, completions: list[list[int]]) -> None:
         """Submits the finished completions (token ids) of problem `number`."""
@@ -45,15 +48,38 @@ class Judge:
             trainer_state=self._trainer_state,
         )
 
-    @property
-    def texts(self) -> list[str]:
-        """The completions as text, prompt by prompt."""
-        return [text for group in self._texts for text in group]
+    def texts(self, numbers: Iterable[int] | None = None) -> list[str]:
+        """The completions of some problems as text, one problem after the other; None: of all.
+
+        Every process must call it.
+        """
+        numbers = range(len(self._problems)) if numbers is None else list(numbers)
+        own = [(n, self._texts[n]) for n in numbers if n in self._texts]
+        everyones = dict(pair for pairs in hosts.gather(own, "the texts") for pair in pairs)
+        return [text for n in numbers for text in everyones[n]]
 
     def scores(self) -> score_lib.Scores:
-        """All rewards, prompt by prompt. Raises RewardError when none can be computed."""
-        assert None not in self._tickets, "the engine did not finish every group"
-        return score_lib.join([ticket.result() for ticket in self._tickets])
+        """All rewards, prompt by prompt. Raises RewardError when none can be computed.
+
+        Every process must call it.
+        """
+        own, fault = {}, ""
+        try:
+            own = {n: ticket.result() for n, ticket in self._tickets.items()}
+        except score_lib.RewardError as error:  # all must hear of it, or they would wait for us
+            fault = str(error)
+        everyones = own
+        if hosts.count() > 1:
+            told = [(n, scores.as_json()) for n, scores in own.items()]
+            answers = hosts.gather((fault, told), "the rewards")
+            fault = next((text for text, _ in answers if text), "")
+            everyones = {
+                n: score_lib.Scores.from_json(scores) for _, told in answers for n, scores in told
+            }
+        if fault:
+            raise score_lib.RewardError(fault)
+        assert len(everyones) == len(self._problems), "the engine did not finish every group"
+        return score_lib.join([everyones[n] for n in range(len(self._problems))])
 
 
 def as_reply(problem: Problem, text: str) -> Any:

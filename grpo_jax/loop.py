@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from grpo_jax import chips, evaluation, keys, report, sharding, workdir
+from grpo_jax import chips, evaluation, hosts, keys, report, sharding, workdir
 from grpo_jax import config as config_lib
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import parts as parts_lib
@@ -32,6 +32,7 @@ from grpo_jax.models import hf
 from grpo_jax.parts import Parts, Position
 from grpo_jax.rewards import score as score_lib
 from grpo_jax.structs import Experience, Rollouts, TrainState
+from grpo_jax.watchdog import Watchdog
 
 
 class Diverged(ValueError):  # noqa: N818
@@ -64,16 +65,18 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
         tensorboard=config.logging.tensorboard,
         wandb_project=config.logging.wandb_project,
         config=config_lib.flatten(config),
-        enabled=jax.process_index() == 0,
+        enabled=hosts.is_first(),
     )
     num_steps, updates = config.loop.num_steps, config_lib.num_updates_per_step(config)
     with (
         workdir.StopSignal() as stop,
         metrics_lib.Progress(num_steps, first_step=at.step) as bar,
         Compiling() as compiling,
+        Watchdog(config.loop.stall_limit_s) as watchdog,
     ):
         if at.step == 0:
             if parts.held_out and not at.update and not at.first_evaluation:
+                watchdog.phase("The evaluation before the first step")
                 at.first_evaluation = _evaluate(parts, state, at, final=True)
                 at.accuracy_before = at.first_evaluation["eval/accuracy"]
             if at.first_evaluation:  # again where the run was stopped in its first step
@@ -82,27 +85,32 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
         complaints = Complaints()
         times: dict[str, float] = {}
         while at.step < num_steps:
-            started = time.monotonic()
+            started, now = time.monotonic(), f"step {at.step + 1}"
             if experience is None:
+                watchdog.phase(f"The rollout of {now}")
                 questions = parts.train.take(_indices(parts, at.step))
                 judge = _judge(parts, questions, at.step)
-                rollouts = _sample(parts, state, questions, at.step, judge, lines.close)
+                rollouts = _sample(
+                    parts, state, questions, at.step, judge, lines.close, watchdog.alive
+                )
                 started = max(started, lines.closed_at)
                 times["time/rollout_s"] = time.monotonic() - started
-                if stop:
+                if stop.asked():
                     _stop(parts, state, at, None, stop, began)
+                watchdog.phase(f"The rewards of {now}")
                 scored = functools.partial(_score, parts, state, at, judge, began, times)
                 experience, scores = _prepare(parts, state, rollouts, scored)
-                complaints.note(f"step {at.step + 1}", scores)
+                complaints.note(now, scores)
                 at.rollout_metrics = _rollout_metrics(parts, rollouts, scores, times)
-                _show_samples(parts, writers, at.step + 1, questions, rollouts, scores, judge.texts)
+                _show_samples(parts, writers, at.step + 1, questions, rollouts, scores, judge)
             learning = time.monotonic()
             while at.update < updates:
+                watchdog.phase(f"Update {at.update + 1} of {now}")
                 index = at.update % config.batch.minibatches
                 state, values = parts.update(state, experience, index)
                 lines.learned(values)
                 at.update += 1
-                if stop and at.update < updates:
+                if at.update < updates and stop.asked():
                     lines.read()
                     _stop(parts, state, at, experience, stop, began)
             at.tokens += int(sharding.to_host(experience.rollouts.length_PG).sum())
@@ -110,17 +118,21 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
             lines.open(state, started, learning, times)
             at.step, at.update, experience = at.step + 1, 0, None
             at.rollout_metrics, at.update_metrics, times = {}, [], {}
-            if stop or _saves(parts, at) or _evaluates(parts, at):
+            stops = stop.asked()
+            if stops or _saves(parts, at) or _evaluates(parts, at):
                 lines.read()
+                watchdog.phase(f"The evaluation after {now}")
                 evaluated = _evaluate_if_due(parts, state, at)
                 lines.close(evaluated)  # before saving: a resumed run finds the line there
+                watchdog.phase(f"The checkpoint after {now}")
                 with _timed(times, "time/checkpoint_s"):  # stands in the next step's line
                     if _saves(parts, at):
                         _save(parts, state, at, None, evaluated.get("eval/accuracy"), began)
-                if stop and at.step < num_steps:
+                if stops and at.step < num_steps:
                     _stop(parts, state, at, None, stop, began)
-    writers.close()
-    return _finish(parts, state, at, time.monotonic() - began)
+        writers.close()
+        watchdog.phase("The end of the run")
+        return _finish(parts, state, at, time.monotonic() - began)
 
 
 # --- The pieces of a step -------------------------------------------------------------------------
@@ -144,7 +156,13 @@ def _judge(parts: Parts, questions, step: int) -> Judge:
 
 
 def _sample(
-    parts: Parts, state: TrainState, questions, step: int, judge: Judge, meanwhile: Callable
+    parts: Parts,
+    state: TrainState,
+    questions,
+    step: int,
+    judge: Judge,
+    meanwhile: Callable,
+    alive: Callable,
 ) -> Rollouts:
     return parts.engine.generate(
         parts.engine.publish(state.params),
@@ -154,6 +172,7 @@ def _sample(
         temperature=parts.config.rollout.temperature,
         on_group=judge.add,
         meanwhile=meanwhile,
+        on_harvest=alive,
     )
 
 
@@ -343,9 +362,9 @@ def _rates(parts: Parts, values: dict, state: TrainState) -> dict[str, float]:
     return rates
 
 
-def _show_samples(parts: Parts, writers, step: int, questions, rollouts, scores, texts) -> None:
+def _show_samples(parts, writers, step: int, questions, rollouts, scores, judge: Judge) -> None:
     every = parts.config.logging.samples_every_steps
-    if not every or (step - 1) % every or jax.process_index() != 0:
+    if not every or (step - 1) % every:
         return
     group = parts.config.batch.group
     # Of rewards that are unknown, this shows what a 0 would be worth.
@@ -355,6 +374,7 @@ def _show_samples(parts: Parts, writers, step: int, questions, rollouts, scores,
         relative_PG /= np.maximum(reward_PG.std(1, keepdims=True), 1e-4)
     # Of the most divided group: what the policy is about to learn from.
     p = int(reward_PG.std(1).argmax())
+    texts = judge.texts([p])
     best_first = np.argsort(-reward_PG[p], kind="stable")
     num_best = -(-parts.config.logging.num_samples // 2)
     num_worst = min(parts.config.logging.num_samples - num_best, group - num_best)
@@ -365,7 +385,7 @@ def _show_samples(parts: Parts, writers, step: int, questions, rollouts, scores,
         rows.append(
             {
                 "prompt": questions.texts[p],
-                "completion": texts[row],
+                "completion": texts[g],
                 "rewards": {n: None if np.isnan(v) else v for n, v in by_name.items()},
                 "extras": {n: v[row] for n, v in scores.extras.items()},
                 "advantage": float(relative_PG[p, g]),
@@ -461,7 +481,7 @@ def _finish(parts: Parts, state: TrainState, at: Position, wall_s: float) -> dic
         )
         summary["export"] = str(export)
         summary["ask"] = _ask(parts, export)
-    if jax.process_index() == 0:
+    if hosts.is_first():
         summary["curves"] = str(report.curves(parts.folder))
         workdir.write_json(parts.folder / "summary.json", summary)
     return summary

@@ -5,21 +5,25 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 from ml_collections import ConfigDict
 
 from grpo_jax import config as config_lib
-from grpo_jax.metrics import say
+from grpo_jax import hosts
+from grpo_jax.metrics import console, say
 from grpo_jax.workdir import Stopped
 
 
 def run_arguments(argv: list[str], description: str) -> tuple[ConfigDict, Path]:
-    """The config and the workdir of a run's command line.
+    """The config and the workdir of a run's command line; of several processes all have started.
 
-    Everything but `--config` and `--workdir` must be an override, `--config.name=value`.
+    Everything but `--config`, `--workdir` and what `add_processes` adds must be an override,
+    `--config.name=value`.
     """
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="FILE", help="a file as in configs/")
@@ -27,9 +31,35 @@ def run_arguments(argv: list[str], description: str) -> tuple[ConfigDict, Path]:
         "--workdir", metavar="DIR", help="folder of the run; default runs/NAME_OF_CONFIG"
     )
     parser.usage = f"{parser.prog} --config FILE [--workdir DIR] [--config.NAME=VALUE ...]"
+    add_processes(parser)
     known, overrides = parser.parse_known_args(joined(argv))
     config = config_lib.load(known.config, overrides)
+    start_processes(known, config)
     return config, Path(known.workdir or Path("runs") / Path(known.config).stem)
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Adds the options by which a process of several finds the others."""
+    group = parser.add_argument_group(
+        "a run of several processes",
+        "Found by itself on TPU pods, GKE and SLURM; elsewhere each process needs all three, or "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in its environment.",
+    )
+    group.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0")
+    group.add_argument("--num-processes", type=int, metavar="N")
+    group.add_argument("--process-id", type=int, metavar="I", help="from 0")
+
+
+def start_processes(args: argparse.Namespace, config: ConfigDict) -> None:
+    """Returns when all processes of the run have started. Call it before anything uses JAX."""
+    address = hosts.find(args.coordinator, args.num_processes, args.process_id)
+    if address is None or jax.distributed.is_initialized():
+        return
+    # A process that waits for another at a meeting is not what stalls.
+    meeting_s = 1.1 * config.loop.stall_limit_s + 60 if config.loop.stall_limit_s else 1e6
+    limits = hosts.Limits(config.hosts.start_limit_s, config.hosts.lost_limit_s, meeting_s)
+    hosts.start(address, limits)
+    console.quiet = not hosts.is_first()  # what is said is the same for all
 
 
 def joined(argv: list[str]) -> list[str]:
@@ -50,6 +80,8 @@ _SMALL = 50_000_000  # parameters; a larger model's products are worth several t
 def use_all_cores(config: ConfigDict, num_params: int) -> None:
     """Makes each core of a CPU a device of its own, for a small model on the devices there are.
 
+    Not for a run of several processes, each of which has one, or what XLA_FLAGS say.
+
     Two devices that decode and learn for themselves are faster than one on two threads, which wait
     for each other after every product; but each holds the model. As many as the groups of an update
     split over. No effect on accelerators, nor where XLA_FLAGS say how many devices there are. Call
@@ -57,8 +89,8 @@ def use_all_cores(config: ConfigDict, num_params: int) -> None:
     """
     mesh = config.mesh
     asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    split = mesh.fsdp * mesh.sequence * mesh.tensor != 1
-    if asked or mesh.data != -1 or split or num_params > _SMALL:
+    asked = asked or mesh.data != -1 or mesh.fsdp * mesh.sequence * mesh.tensor != 1
+    if asked or num_params > _SMALL or hosts.count() > 1:
         return
     known = hasattr(os, "sched_getaffinity")  # not everywhere
     cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
@@ -78,14 +110,29 @@ def use_compile_cache() -> None:
 def main(run: Callable[[list[str]], None]) -> None:
     """Runs a program; a user's mistake ends it with one message and status 1."""
     try:
-        run(sys.argv[1:])
-    except Stopped as stopped:
-        say(str(stopped))
+        try:
+            run(sys.argv[1:])
+        except Stopped as stopped:
+            say(str(stopped))
+        hosts.finish()
     except ValueError as error:
         if os.environ.get("GRPO_JAX_TRACEBACK"):
-            raise
+            if hosts.count() == 1:
+                raise
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         print("(GRPO_JAX_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
-        sys.exit(1)
+        _end(str(error), 1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _end("interrupted", 130)
+    except Exception as error:
+        if hosts.count() == 1:
+            raise
+        traceback.print_exc()
+        hosts.end(f"{type(error).__name__}: {error}", 1)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    if hosts.count() > 1:
+        hosts.end(message, status)
+    sys.exit(status)

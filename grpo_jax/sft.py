@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from grpo_jax import compiling, optim, program, sharding, workdir
+from grpo_jax import compiling, hosts, optim, program, sharding, workdir
 from grpo_jax import config as config_lib
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import parts as parts_lib
@@ -32,6 +32,7 @@ from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import tasks
 from grpo_jax.models import hf, splash, transformer
 from grpo_jax.structs import Array, Params, Rollouts, Sampling, TrainState, pad_rows
+from grpo_jax.watchdog import Watchdog
 
 Rows = list[tuple[list[int], list[int]]]  # prompt ids, completion ids
 
@@ -82,14 +83,17 @@ def run(config: ConfigDict, folder: Path) -> Path:
         tensorboard=config.logging.tensorboard,
         wandb_project="",
         config=config_lib.flatten(config),
-        enabled=jax.process_index() == 0,
+        enabled=hosts.is_first(),
     )
     with (
         workdir.StopSignal() as stop,
+        Watchdog(config.loop.stall_limit_s) as watchdog,
         metrics_lib.Progress(num_steps, first_step=first, every_steps=100, noun="sft") as bar,
     ):
+        stops = False
         for step in range(first, num_steps):
             started = time.monotonic()
+            watchdog.phase(f"Supervised update {step + 1}")
             state, values = update(state, batches(step))
             values["sft/tokens_per_s"] = values.pop("tokens") / (time.monotonic() - started)
             if values.pop("skipped"):
@@ -102,9 +106,10 @@ def run(config: ConfigDict, folder: Path) -> Path:
             bar.update(step + 1, values)
             every = config.sft.checkpoint_every_steps
             due = every and (step + 1) % every == 0
-            if step + 1 < num_steps and (stop or due):
+            stops = stop.asked()
+            if step + 1 < num_steps and (stops or due):
                 checkpoints.save(state, {})
-            if stop and step + 1 < num_steps:
+            if stops and step + 1 < num_steps:
                 checkpoints.close()
                 raise _stopped(stop, step + 1, folder)
     checkpoints.close()
@@ -117,7 +122,7 @@ def run(config: ConfigDict, folder: Path) -> Path:
         dtype=hf.stored_dtype(policy.source),
         tokenizer=policy.tokenizer,
     )
-    if stop:  # at the last step: what comes after this training is asked to stop, too
+    if stops:  # at the last step: what comes after this training is asked to stop, too
         raise _stopped(stop, num_steps, folder)
     return export
 

@@ -11,37 +11,54 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from grpo_jax import config as config_lib
+from grpo_jax import hosts
 
 
 def open_for(config: ConfigDict, folder: Path) -> Path:
-    """The folder, made if need be, with the config recorded in it.
+    """The folder, made if need be, with the config recorded in it by the first process.
 
-    Raises ValueError when it holds the run of a config that this one cannot continue, or cannot be
-    written. A run that ended before it had computed anything does not hold its folder.
+    Raises ValueError when it holds the run of a config that this one cannot continue, cannot be
+    written, or is not the same for all processes. A run that ended before it had computed anything
+    does not hold its folder.
     """
+    if "://" in str(folder) or re.match(r"\w{2,}:/", str(folder)):  # Path makes :/ of ://
+        raise ValueError(
+            f"--workdir {folder} is not a folder of this machine. Give one, on a file system that "
+            "all hosts share; Cloud Storage can be mounted as such by gcsfuse."
+        )
     record = folder / "config.json"
+    if hosts.is_first():
+        _record(config, folder, record)
+    hosts.meet("the opening of the workdir")
+    if not record.exists():
+        raise ValueError(
+            f"--workdir {folder} of this host is not that of process 0: what that one wrote is not "
+            "there. Give all a folder of a file system that they share."
+        )
+    return folder
+
+
+def _record(config: ConfigDict, folder: Path, record: Path) -> None:
     if record.exists() and _has_results(folder):
         config_lib.refuse_other_config(config, record)
-        return folder
+        return
     text = json.dumps(
         {"binding": config_lib.binding(config), "options": config_lib.flatten(config)}, indent=1
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if jax.process_index() == 0:
-            write_whole(record, text + "\n")
+        write_whole(record, text + "\n")
     except OSError as error:
         raise ValueError(f"--workdir {folder} cannot be written: {error.strerror}.") from error
-    return folder
 
 
 def _has_results(folder: Path) -> bool:
@@ -71,14 +88,15 @@ class Stopped(Exception):  # noqa: N818  (not an error)
 
 
 class StopSignal:
-    """True once SIGTERM or Ctrl-C arrived: the run saves at the next boundary and ends.
+    """SIGTERM or Ctrl-C, noted: the run saves at the next boundary and ends.
 
     A context manager: outside it the signals do what they did before. A second Ctrl-C ends the
     program at once.
     """
 
     def __init__(self) -> None:
-        self.name = ""
+        self.name = ""  # of the signal that all know of
+        self._own = ""  # of what this process was sent
 
     def __enter__(self) -> StopSignal:
         self._before = {
@@ -90,10 +108,13 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def __bool__(self) -> bool:
+    def asked(self) -> bool:
+        """Whether a signal came, to any process; all must ask, and hear the same."""
+        if not self.name:
+            self.name = hosts.first_of(self._own)
         return bool(self.name)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.name and number == signal.SIGINT:
+        if self._own and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+        self._own = signal.Signals(number).name

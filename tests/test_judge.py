@@ -39,7 +39,7 @@ def test_groups_may_finish_in_any_order():
         judge.add(1, [[0, 1, 3], [3]])
         judge.add(0, [[2, 3], [0, 0, 0, 0]])
         got = judge.scores()
-    assert judge.texts == ["c.", "aaaa", "ab.", "."]
+    assert judge.texts() == ["c.", "aaaa", "ab.", "."]
     np.testing.assert_array_equal(got.reward_B, [112, 114, 123.5, 121.5])
 
 

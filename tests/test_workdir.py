@@ -76,9 +76,9 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
 def test_a_signal_is_noted(number):
     before = signal.getsignal(number)
     with workdir.StopSignal() as stop:
-        assert not stop
+        assert not stop.asked()
         signal.raise_signal(number)
-        assert stop and stop.name == signal.Signals(number).name
+        assert stop.asked() and stop.name == signal.Signals(number).name
     assert signal.getsignal(number) is before
 
 
@@ -88,4 +88,4 @@ def test_a_second_interrupt_ends_at_once():
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        assert stop.name == "SIGTERM"
+        assert stop.asked() and stop.name == "SIGTERM"

@@ -366,6 +366,7 @@ def save(
             folder.rename(old)
         partial.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
+    multihost_utils.sync_global_devices("export")  # it is there for all who go on
 
 
 def _save_tensors(folder: Path | None, params: Params, config: ModelConfig, dtype: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from grpo_jax.rewards.reward import Reward
 FAILURES = ("timeout", "error", "values", "memory", "died")
 """Why a reward may be missing: too slow; raised; returned no fitting list of numbers; asked for too
 much memory; or its process ended."""
+
+
+_ARRAYS = {"by_name": np.float32, "failed": bool, "seconds": np.float64}  # of each reward, [B]
 
 
 class RewardError(ValueError):
@@ -52,6 +56,30 @@ class Scores:
         """Mean of one reward over the completions it applies to; what failed counts as 0."""
         value_B = np.where(self.failed[name], 0.0, self.by_name[name])
         return float(np.nanmean(value_B)) if not np.isnan(value_B).all() else float("nan")
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as JSON, NaN included, for `from_json`."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["failures"] = [dataclasses.asdict(failure) for failure in self.failures]
+        values["reward_B"] = self.reward_B.tolist()
+        for name in _ARRAYS:
+            values[name] = {n: value_B.tolist() for n, value_B in values[name].items()}
+        return values
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Scores:
+        """What `as_json` gave, every number as it was."""
+        arrays = {
+            name: {n: np.array(value, dtype) for n, value in values[name].items()}
+            for name, dtype in _ARRAYS.items()
+        }
+        return Scores(
+            reward_B=np.array(values["reward_B"], np.float32),
+            failures=tuple(Failure(**failure) for failure in values["failures"]),
+            metrics={n: tuple(sum_count) for n, sum_count in values["metrics"].items()},
+            extras=values["extras"],
+            **arrays,
+        )
 
     def num_failed(self, kind: str) -> int:
         """Rewards that failed in one way."""

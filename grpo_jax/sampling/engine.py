@@ -110,13 +110,15 @@ class Engine:
         temperature: float,
         on_group: Callable[[int, list[list[int]]], None] | None = None,
         meanwhile: Callable[[], None] | None = None,
+        on_harvest: Callable[[], None] = lambda: None,
     ) -> Rollouts:
         """`group` completions of every prompt (token ids), as host arrays padded to the limits.
 
         `params` come from `publish`. Completion g of prompt p draws with the key's fold of
         p * group + g, whatever the slots. `on_group(p, completions)` is called with the token ids
         of prompt p's completions once all have finished, while the device decodes the others;
-        `meanwhile()` once, when the first prompts are on the device.
+        `meanwhile()` once, when the first prompts are on the device; `on_harvest()` whenever some
+        completions have finished.
 
         Of several processes each is given back the completions and log-probabilities of the prompts
         that its devices decoded, zeros for the others', and all lengths; `on_group` is called for a
@@ -133,8 +135,9 @@ class Engine:
         for rows, completion, logp, time, stopped in self._finished(
             params, prompts, group, key, temperature, meanwhile
         ):
+            on_harvest()
             for i, row in enumerate(rows):
-                p, n = row // group, time[i] + 1
+                p, n = int(row) // group, time[i] + 1
                 length_B[row], stopped_B[row] = n, stopped[i]
                 missing_P[p] -= 1
                 if held_P[p]:

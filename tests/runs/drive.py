@@ -34,7 +34,7 @@ class StopAfter:
     def __exit__(self, *error):
         pass
 
-    def __bool__(self):
+    def asked(self):
         if self.after is None or (self.of == "update" and not Count.grpo):
             return False
         return getattr(Count, self.of) >= self.after
