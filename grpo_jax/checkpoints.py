@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -20,9 +21,16 @@ from grpo_jax.structs import Experience, Params, Rollouts, TrainState
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep`, and besides them the most accurate."""
+    """The checkpoints of one run: the newest `keep`, and besides them the most accurate.
 
-    def __init__(self, folder: Path, *, keep: int):
+    Of several processes each writes and reads its own parts of the arrays.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int):
+        """`folder`: a local one, or an address that Orbax knows, as gs://BUCKET/PATH.
+
+        Raises ValueError when it cannot be used.
+        """
         accuracy = lambda metrics: metrics["accuracy"]  # noqa: E731
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(
@@ -39,9 +47,17 @@ class Checkpoints:
             "facts": ocp.JsonCheckpointHandler(),
             "experience": ocp.StandardCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(
-            folder.absolute(), options=options, item_handlers=handlers
-        )
+        folder = epath.Path(folder)
+        if "://" not in str(folder):
+            folder = folder.absolute()
+        try:
+            self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+        except Exception as error:  # of the storage, its library and the disk: no common base
+            raise ValueError(
+                f"The checkpoint folder {folder} cannot be used ({type(error).__name__}: {error}). "
+                "Check checkpoint.folder and the rights to it; gs:// needs pip install "
+                "grpo_jax[gcs], and the machine's access to the bucket."
+            ) from error
 
     def save(
         self,

@@ -118,6 +118,7 @@ def default() -> ConfigDict:
     c.evaluation.reference = ""  # column of texts that grpo_jax.evaluate compares with; "": none
 
     c.checkpoint = ConfigDict()
+    c.checkpoint.folder = ""  # where they are kept, gs://BUCKET/PATH too; "": in the workdir
     c.checkpoint.every_steps = 50  # 0: at the end only
     c.checkpoint.keep = 2  # the newest this many, and besides them the one of best accuracy
     c.checkpoint.export = True  # write a Hugging Face folder at the end
@@ -379,6 +380,12 @@ def _check_sources(config: ConfigDict) -> None:
             f"{len(config.rewards.weights)}; give one weight for each of at least one reward."
         )
     if not config.model.path:
+        if config.checkpoint.folder:
+            raise ValueError(
+                f"checkpoint.folder = {config.checkpoint.folder!r} keeps the checkpoints of one "
+                'training, and model.path = "" makes a new model by a training before it. Set '
+                "model.path, or clear checkpoint.folder."
+            )
         if not config.sft.num_steps:
             raise ValueError(
                 'model.path = "" makes a new model, and sft.num_steps = 0 leaves it untrained: '

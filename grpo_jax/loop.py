@@ -463,7 +463,6 @@ def _finish(parts: Parts, state: TrainState, at: Position, wall_s: float) -> dic
         "accuracy_before": at.accuracy_before,
         "accuracy_after": at.accuracy,
         "train_wall_s": round(wall_s, 1),
-        "generated_tokens_per_s": round(report.mean_throughput(parts.folder), 1),
         "seed": parts.config.seed,
         "steps": at.step,
         "generated_tokens": at.tokens,
@@ -482,6 +481,7 @@ def _finish(parts: Parts, state: TrainState, at: Position, wall_s: float) -> dic
         summary["export"] = str(export)
         summary["ask"] = _ask(parts, export)
     if hosts.is_first():
+        summary["generated_tokens_per_s"] = round(report.mean_throughput(parts.folder), 1)
         summary["curves"] = str(report.curves(parts.folder))
         workdir.write_json(parts.folder / "summary.json", summary)
     return summary

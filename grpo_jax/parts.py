@@ -187,7 +187,9 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
         ref_params=policy_lib.load_params(policy, mesh, config.seed, jnp.dtype(config.model.dtype))
         if config.algorithm.kl_coef
         else None,
-        checkpoints=Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep),
+        checkpoints=Checkpoints(
+            config.checkpoint.folder or folder / "checkpoints", keep=config.checkpoint.keep
+        ),
         rewards=start_rewards(config, rewards),  # last: nothing is refused from here on
     )
 

@@ -32,17 +32,18 @@ def open_for(config: ConfigDict, folder: Path) -> Path:
     """
     if "://" in str(folder) or re.match(r"\w{2,}:/", str(folder)):  # Path makes :/ of ://
         raise ValueError(
-            f"--workdir {folder} is not a folder of this machine. Give one, on a file system that "
-            "all hosts share; Cloud Storage can be mounted as such by gcsfuse."
+            f"--workdir {folder} is not a folder of this machine. Give one; checkpoint.folder alone "
+            "may be an address such as gs://BUCKET/PATH."
         )
     record = folder / "config.json"
     if hosts.is_first():
         _record(config, folder, record)
     hosts.meet("the opening of the workdir")
-    if not record.exists():
+    if not config.checkpoint.folder and not record.exists():
         raise ValueError(
             f"--workdir {folder} of this host is not that of process 0: what that one wrote is not "
-            "there. Give all a folder of a file system that they share."
+            "there. Give all a folder of a file system that they share, or set checkpoint.folder "
+            "to one, such as gs://BUCKET/PATH."
         )
     return folder
 
