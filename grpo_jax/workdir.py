@@ -32,7 +32,7 @@ def open_for(config: ConfigDict, folder: Path) -> Path:
     """
     if "://" in str(folder) or re.match(r"\w{2,}:/", str(folder)):  # Path makes :/ of ://
         raise ValueError(
-            f"--workdir {folder} is not a folder of this machine. Give one; checkpoint.folder alone "
+            f"--workdir {folder} is no folder of this machine. Give one; checkpoint.folder alone "
             "may be an address such as gs://BUCKET/PATH."
         )
     record = folder / "config.json"

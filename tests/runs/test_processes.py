@@ -1,0 +1,187 @@
+"""Runs of several processes on this machine against the same run of one, and what ends them.
+
+All are started by launch/local_multiprocess.sh. Float rounding alone may differ: another number of
+devices adds in another order. The optimizer's epsilon keeps Adam from turning that into whole
+steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kill_and_resume import final_state, logged
+
+HERE = Path(__file__).parent
+LAUNCH = HERE.parents[1] / "launch" / "local_multiprocess.sh"
+STEPS = 5
+OPTIONS = [
+    "--config.batch.prompts=8",
+    "--config.batch.minibatches=1",
+    f"--config.loop.num_steps={STEPS}",
+    "--config.optim.eps=100.0",
+    "--config.optim.learning_rate=50.0",
+    "--config.sft.num_steps=1",
+    "--config.sft.warmup_steps=0",
+    "--config.checkpoint.every_steps=1",
+    "--config.logging.tensorboard=False",
+]
+# A reward that can be slowed down without changing the config, so that a run lasts.
+SLOW = """
+import os, time
+from grpo_jax.rewards.exact import exact_answer
+
+def slow(**columns):
+    time.sleep(float(os.environ.get("SLEEP_S", "0")))
+    return exact_answer(**columns)
+"""
+SLOW_REWARD = [
+    "--config.rewards.names=['slow_reward:slow','answer_format']",
+    "--config.rewards.weights=[1.0,0.5]",
+]
+
+
+class Launched:
+    """A run of several processes that was started, and its output."""
+
+    def __init__(self, num: int, folder: Path, *more: str, environment, devices: int = 1):
+        self.folder = folder
+        self.log = folder.with_name(f"{folder.name}_{time.monotonic_ns()}.log")
+        flags = environment.get("XLA_FLAGS", "")
+        flags += f" --xla_force_host_platform_device_count={devices}"
+        command = [sys.executable, "-m", "grpo_jax.train", "--config", str(HERE / "tiny_config.py")]
+        with self.log.open("w") as output:
+            self.process = subprocess.Popen(
+                [str(LAUNCH), str(num), *command, "--workdir", str(folder), *OPTIONS, *SLOW_REWARD,
+                 *more],
+                env=environment | {"XLA_FLAGS": flags},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def status(self, timeout_s: float = 240) -> int:
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.terminate()
+            raise AssertionError(f"still running after {timeout_s} s:\n{self.output[-4000:]}")
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 240
+        while not condition():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.output[-4000:]
+            time.sleep(0.05)
+
+    def pid(self, number: int) -> int:
+        """The process of that number: the child whose environment says so."""
+        children = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True
+        )
+        for pid in children.stdout.split():
+            variables = Path("/proc", pid, "environ").read_bytes().split(b"\0")
+            if f"JAX_PROCESS_ID={number}".encode() in variables:
+                return int(pid)
+        raise AssertionError(f"no process {number}: {self.output[-4000:]}")
+
+    def has_step(self, step: int) -> bool:
+        file = self.folder / "metrics.jsonl"
+        return file.exists() and any(
+            r["step"] >= step and "reward" in r for r in logged(self.folder)
+        )
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """Where two runs differ by more than 1e-5: parameters, optimizer, metrics; texts at all."""
+    found, (left, right) = [], (final_state(a), final_state(b))
+    assert left.keys() == right.keys()
+    found += [n for n in left if not np.allclose(left[n], right[n], rtol=0, atol=1e-5)]
+    for rows in zip(logged(a), logged(b), strict=True):
+        assert rows[0].keys() == rows[1].keys()
+        found += [
+            f"step {rows[0]['step']}: {n}"
+            for n in rows[0]
+            if not np.isclose(rows[0][n], rows[1][n], rtol=0, atol=1e-5)
+        ]
+    texts = [
+        [(row["step"], row["completion"], row["rewards"]) for row in logged(f, "samples.jsonl")]
+        for f in (a, b)
+    ]
+    return found + [f"sample {x}" for x, y in zip(*texts, strict=True) if x != y]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory, alone) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("rewards")
+    (folder / "slow_reward.py").write_text(SLOW)
+    paths = [str(folder), os.environ.get("PYTHONPATH", "")]
+    return alone | {
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # it is compiling that takes the time
+    }
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, environment) -> Path:
+    """The folder of a run of one process with one device."""
+    run = Launched(1, tmp_path_factory.mktemp("runs") / "one", environment=environment)
+    assert run.status() == 0, run.output
+    return run.folder
+
+
+def test_two_processes_do_what_one_does(one, tmp_path, environment):
+    run = Launched(2, tmp_path / "two", environment=environment)
+    assert run.status() == 0, run.output
+    assert differences(one, run.folder) == []
+    names = ("evaluations", "export", "bootstrap/export")
+    for name in names:
+        files = [sorted(p.name for p in (f / name).iterdir()) for f in (one, run.folder)]
+        assert files[0] == files[1]
+    items = [
+        [json.loads(line) for line in sorted((f / "evaluations").iterdir())[0].open()]
+        for f in (one, run.folder)
+    ]
+    assert [i["completion"] for i in items[0]] == [i["completion"] for i in items[1]]
+    # What is written and shown for all comes from process 0.
+    assert len(re.findall(r"^\[0\] step 5/5", run.output, re.M)) == 1
+    assert not re.search(r"^\[1\] step", run.output, re.M)
+    # Both processes had some of a step's 32 completions, and not all.
+    assert (run.folder / "checkpoints" / str(2 * STEPS) / "state").is_dir()
+    steps = [row["policy/grad_norm"] for row in logged(run.folder) if "reward" in row]
+    assert len(steps) == STEPS and min(steps) > 1e-3
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step(one, tmp_path, environment):
+    """And one process alone goes on with the checkpoint of two."""
+    run = Launched(2, tmp_path / "run", environment=environment | {"SLEEP_S": "1.0"})
+    run.wait_until(lambda: run.has_step(1))
+    os.kill(run.pid(1), signal.SIGTERM)
+    assert run.status() == 0, run.output
+    stopped = re.search(r"^\[0\] Stopped by SIGTERM at step (\d)", run.output, re.M)
+    assert stopped and 1 <= int(stopped[1]) < STEPS, run.output
+    then = Launched(1, run.folder, environment=environment)
+    assert then.status() == 0 and "Continuing" in then.output, then.output
+    assert differences(one, run.folder) == []
+
+
+def test_a_killed_process_ends_all_and_is_named(tmp_path, environment):
+    run = Launched(2, tmp_path / "run", environment=environment | {"SLEEP_S": "1.0"})
+    run.wait_until(lambda: run.has_step(1))
+    others = run.pid(0)
+    os.kill(run.pid(1), signal.SIGKILL)
+    assert run.status(60) == 137
+    assert "local_multiprocess: process 1 of 2 was ended by SIGKILL" in run.output
+    assert not Path("/proc", str(others)).exists()
