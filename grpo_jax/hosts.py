@@ -173,6 +173,20 @@ def name(process: int) -> str:
         return f"process {process}"
 
 
+def lost_another(error: Exception) -> str:
+    """What to say of an error that another process's end has caused; "" for other errors."""
+    if isinstance(error, Lost):
+        return str(error)
+    if count() == 1 or not re.search(
+        r"Gloo|NCCL|UNAVAILABLE|Connection (closed|reset)", str(error)
+    ):
+        return ""
+    return (
+        f"{name(distributed.global_state.process_id)} lost another process, which died or was "
+        f"stopped; that one's log, or who started it, says why. ({str(error).splitlines()[0]})"
+    )
+
+
 def finish() -> None:
     """Waits until all processes are done, and lets go of them."""
     if count() > 1:

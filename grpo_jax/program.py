@@ -108,28 +108,28 @@ def use_compile_cache() -> None:
 
 
 def main(run: Callable[[list[str]], None]) -> None:
-    """Runs a program; a user's mistake ends it with one message and status 1."""
+    """Runs a program; a user's mistake ends it with one message and status 1.
+
+    Of several processes, what ends one ends all.
+    """
     try:
         try:
             run(sys.argv[1:])
         except Stopped as stopped:
             say(str(stopped))
         hosts.finish()
-    except ValueError as error:
-        if os.environ.get("GRPO_JAX_TRACEBACK"):
-            if hosts.count() == 1:
-                raise
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        print("(GRPO_JAX_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
-        _end(str(error), 1)
     except KeyboardInterrupt:
         _end("interrupted", 130)
     except Exception as error:
-        if hosts.count() == 1:
-            raise
-        traceback.print_exc()
-        hosts.end(f"{type(error).__name__}: {error}", 1)
+        message = hosts.lost_another(error) or (str(error) if isinstance(error, ValueError) else "")
+        if os.environ.get("GRPO_JAX_TRACEBACK") or not message:
+            if hosts.count() == 1:
+                raise
+            traceback.print_exc()
+            _end(message or f"{type(error).__name__}: {error}", 1)
+        print(f"error: {message}", file=sys.stderr)
+        print("(GRPO_JAX_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
+        _end(message, 1)
 
 
 def _end(message: str, status: int) -> NoReturn:

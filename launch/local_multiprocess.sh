@@ -2,7 +2,7 @@
 # Runs a program as N processes on the CPU of this machine, to try at a desk what runs on many hosts:
 #   launch/local_multiprocess.sh N python -m grpo_jax.train --config configs/quickstart.py [...]
 # When one dies, the others are ended too. Every line is preceded by the number of its process.
-set -u
+set -um # with m each process has a group, which its children belong to
 num=${1:-}
 if ! [[ $num =~ ^[1-9][0-9]*$ ]] || (($# < 2)); then
   sed -n '2,4s/^# //p' "$0" >&2
@@ -22,10 +22,11 @@ for ((i = 0; i < num; i++)); do
   exec {line}>&-
 done
 
-say() { echo "local_multiprocess: $*" >&2; }
-signal_all() { ((${#running[@]} == 0)) || kill "-$1" "${running[@]}" 2>/dev/null; }
+groups=("${running[@]/#/-}")
+exec 3>&2 2>/dev/null # what bash itself says of those that are killed
+say() { echo "local_multiprocess: $*" >&3; }
 # The first asks the run to save and end, the second ends it.
-trap 'signal_all TERM; trap "signal_all KILL" INT TERM' INT TERM
+trap 'kill -TERM "${running[@]}"; trap "kill -KILL -- \${groups[*]}" INT TERM' INT TERM
 
 ended=() # "process number, status" of those that failed
 collect() {
@@ -68,13 +69,13 @@ for i in "${!running[@]}"; do
 done
 if ((${#running[@]})); then
   say "ending the other ${#running[@]}"
-  signal_all TERM
+  kill -TERM "${running[@]}"
   for ((t = 0; t < 50 && ${#running[@]}; t++)); do
     sleep 0.1
     collect
   done
-  signal_all KILL
 fi
+kill -KILL -- "${groups[@]}"
 for ((t = 0; t < 20; t++)); do # until all that was said is printed
   kill -0 "${printers[@]}" 2>/dev/null || break
   sleep 0.1

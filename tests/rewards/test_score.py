@@ -1,5 +1,7 @@
 """The weighted sum of rewards, by hand."""
 
+import json
+
 import numpy as np
 
 from grpo_jax.rewards import score as score_lib
@@ -52,3 +54,29 @@ def test_join_keeps_rows_in_order():
     assert got.num_failed("timeout") == 1 and got.num_failed("error") == 0
     assert got.metrics == {"m": (4.0, 3), "n": (1.0, 1)}
     assert got.extras == {"x": ["u", None, None]}
+
+
+def test_scores_pass_between_processes_as_they_are():
+    """Through JSON: thirds in float32, NaN, what failed, and what functions added."""
+    third = np.array([1 / 3, np.nan], np.float32)
+    told = Scores(
+        reward_B=third,
+        by_name={"a": third, "b": np.zeros(2, np.float32)},
+        failed={"a": np.array([False, True]), "b": np.zeros(2, bool)},
+        seconds={"a": np.array([0.1, 0.2]), "b": np.zeros(2)},
+        failures=(Failure("a", 1, "timeout", "too slow"),),
+        metrics={"m": (1.5, 2)},
+        extras={"note": ["x", 3]},
+    )
+    got = Scores.from_json(json.loads(json.dumps(told.as_json())))
+    np.testing.assert_array_equal(got.reward_B, third)
+    assert got.reward_B.dtype == np.float32
+    for name in ("by_name", "failed", "seconds"):
+        for n, value_B in getattr(told, name).items():
+            np.testing.assert_array_equal(getattr(got, name)[n], value_B)
+            assert getattr(got, name)[n].dtype == value_B.dtype
+    assert (got.failures, got.metrics, got.extras) == (
+        told.failures,
+        told.metrics,
+        told.extras,
+    )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -78,7 +77,7 @@ class Launched:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.process.terminate()
-            raise AssertionError(f"still running after {timeout_s} s:\n{self.output[-4000:]}")
+            pytest.fail(f"still running after {timeout_s} s:\n{self.output[-4000:]}")
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 240

@@ -1,0 +1,93 @@
+"""How a process finds the others of its run; tests/runs/test_processes.py has them at work."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from grpo_jax import hosts
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch):
+    for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"):
+        monkeypatch.delenv(f"JAX_{name}", raising=False)
+
+
+def test_a_run_of_one_process_starts_nothing():
+    assert hosts.find() is None
+    assert hosts.find("localhost:1", 1, 0) is None
+
+
+def test_what_is_given_goes_before_the_environment(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "there:1234")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "4")
+    monkeypatch.setenv("JAX_PROCESS_ID", "3")
+    assert hosts.find() == hosts.Address("there:1234", 4, 3)
+    assert hosts.find(process=0) == hosts.Address("there:1234", 4, 0)
+    assert hosts.find("here:1", 2, 1) == hosts.Address("here:1", 2, 1)
+
+
+def test_slurm_is_found(monkeypatch):
+    """Two tasks on each of three nodes: this is the second of the second node, with its GPU."""
+    for name, value in {
+        "JOB_ID": "8192",
+        "STEP_NODELIST": "node[007-009]",
+        "NTASKS": "6",
+        "PROCID": "3",
+        "LOCALID": "1",
+        "STEP_NUM_NODES": "3",
+    }.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert hosts.find() == hosts.Address("node007:61440", 6, 3, (1,))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("here:1", 2, None), "--coordinator here:1, --num-processes 2: .* --process-id must be"),
+        (("", None, 1), "--process-id 1: .* --coordinator and --num-processes must be known"),
+        (("here", 2, 1), "--coordinator 'here' must be HOST:PORT"),
+        (("here:1", 2, 2), "--process-id 2 of --num-processes 2: .* from 0 to 1"),
+    ],
+)
+def test_an_address_that_is_not_whole_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        hosts.find(*given)
+
+
+def test_a_number_in_the_environment_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES = 'two' must be a whole number"):
+        hosts.find("here:1", None, 0)
+
+
+def test_one_process_meets_nobody():
+    hosts.meet("anything")
+    assert hosts.count() == 1 and hosts.is_first()
+    assert hosts.first_of("SIGTERM") == "SIGTERM" and hosts.first_of("") == ""
+    assert hosts.gather({"a": 1.5}, "anything") == [{"a": 1.5}]
+    assert hosts.lost_another(ValueError("Gloo AllReduce failed")) == ""
+
+
+@pytest.mark.parametrize(
+    ("service_says", "told"),
+    [
+        (
+            "DEADLINE_EXCEEDED: Barrier timed out. Id: x::3. # of tasks that reached the barrier: "
+            "2/4.\nThe first task at the barrier: 1. Some timed out task names:\n2\n3\n\n\nRPC: /x",
+            "process 2 and process 3 did not come to the rewards within",
+        ),
+        (
+            "INTERNAL: Barrier failed because: task is set to ERROR: UNAVAILABLE: Task 2 heartbeat "
+            "timeout. This indicates that. Barrier Id: x::3, Task: 0",
+            "process 2 died or stopped answering before the rewards",
+        ),
+        ("something new", "could not meet at the rewards: something new"),
+    ],
+)
+def test_who_did_not_come_is_named(monkeypatch, service_says, told):
+    """In the words that JAX 0.10.2 has for it."""
+    monkeypatch.setattr(hosts, "name", lambda process: f"process {process}")
+    assert re.search(told, hosts._explained("the rewards", service_says))
