@@ -53,20 +53,25 @@ SLOW_REWARD = [
 class Launched:
     """A run of several processes that was started, and its output."""
 
-    def __init__(self, num: int, folder: Path, *more: str, environment, devices: int = 1):
+    def __init__(
+        self, num: int, folder: Path, *more: str, environment, devices: int = 1, by: str = ""
+    ):
+        """`by` "bash": each process fills in the variables that the arguments name."""
         self.folder = folder
         self.log = folder.with_name(f"{folder.name}_{time.monotonic_ns()}.log")
         flags = environment.get("XLA_FLAGS", "")
         flags += f" --xla_force_host_platform_device_count={devices}"
         command = [sys.executable, "-m", "grpo_jax.train", "--config", str(HERE / "tiny_config.py")]
+        command += ["--workdir", str(folder), *OPTIONS, *SLOW_REWARD, *more]
+        if by == "bash":
+            command = ["bash", "-c", " ".join(f'"{argument}"' for argument in command)]
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
-                [str(LAUNCH), str(num), *command, "--workdir", str(folder), *OPTIONS, *SLOW_REWARD,
-                 *more],
+                [str(LAUNCH), str(num), *command],
                 env=environment | {"XLA_FLAGS": flags},
                 stdout=output,
                 stderr=subprocess.STDOUT,
-            )  # fmt: skip
+            )
 
     @property
     def output(self) -> str:
@@ -105,15 +110,16 @@ class Launched:
 
 def differences(a: Path, b: Path) -> list[str]:
     """Where two runs differ by more than 1e-5: parameters, optimizer, metrics; texts at all."""
-    found, (left, right) = [], (final_state(a), final_state(b))
+    left, right = final_state(a), final_state(b)
     assert left.keys() == right.keys()
-    found += [n for n in left if not np.allclose(left[n], right[n], rtol=0, atol=1e-5)]
-    for rows in zip(logged(a), logged(b), strict=True):
-        assert rows[0].keys() == rows[1].keys()
+    found = [n for n in left if not np.allclose(left[n], right[n], rtol=0, atol=1e-5)]
+    steps = [[row for row in logged(f) if "reward" in row] for f in (a, b)]
+    for one, other in zip(*steps, strict=True):
+        names = {n for n in one.keys() | other.keys() if not n.startswith("eval/")}
         found += [
-            f"step {rows[0]['step']}: {n}"
-            for n in rows[0]
-            if not np.isclose(rows[0][n], rows[1][n], rtol=0, atol=1e-5)
+            f"step {one['step']}: {n}"
+            for n in sorted(names)
+            if not np.isclose(one[n], other[n], rtol=0, atol=1e-5)
         ]
     texts = [
         [(row["step"], row["completion"], row["rewards"]) for row in logged(f, "samples.jsonl")]
@@ -145,42 +151,58 @@ def test_two_processes_do_what_one_does(one, tmp_path, environment):
     run = Launched(2, tmp_path / "two", environment=environment)
     assert run.status() == 0, run.output
     assert differences(one, run.folder) == []
-    names = ("evaluations", "export", "bootstrap/export")
-    for name in names:
+    norms = [row["policy/grad_norm"] for row in logged(run.folder) if "reward" in row]
+    assert len(norms) == STEPS and min(norms) > 1e-3  # there was something to differ in
+    for name in ("evaluations", "export", "bootstrap/export"):
         files = [sorted(p.name for p in (f / name).iterdir()) for f in (one, run.folder)]
         assert files[0] == files[1]
-    items = [
-        [json.loads(line) for line in sorted((f / "evaluations").iterdir())[0].open()]
+    evaluated = [
+        [json.loads(line)["completion"] for line in sorted((f / "evaluations").iterdir())[0].open()]
         for f in (one, run.folder)
     ]
-    assert [i["completion"] for i in items[0]] == [i["completion"] for i in items[1]]
+    assert len(evaluated[0]) == 8 and evaluated[0] == evaluated[1]
     # What is written and shown for all comes from process 0.
-    assert len(re.findall(r"^\[0\] step 5/5", run.output, re.M)) == 1
-    assert not re.search(r"^\[1\] step", run.output, re.M)
-    # Both processes had some of a step's 32 completions, and not all.
-    assert (run.folder / "checkpoints" / str(2 * STEPS) / "state").is_dir()
-    steps = [row["policy/grad_norm"] for row in logged(run.folder) if "reward" in row]
-    assert len(steps) == STEPS and min(steps) > 1e-3
+    assert len(re.findall(rf"^\[0\] step {STEPS}/{STEPS}", run.output, re.M)) == 1
+    assert not re.search(r"^\[1\] (step|sft|Completions)", run.output, re.M)
 
 
-def test_a_signal_to_one_process_stops_all_at_one_step(one, tmp_path, environment):
-    """And one process alone goes on with the checkpoint of two."""
-    run = Launched(2, tmp_path / "run", environment=environment | {"SLEEP_S": "1.0"})
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_and_four_go_on(one, tmp_path, environment):
+    """Two processes are stopped at one step; four, on another mesh, end as one would have."""
+    more = [
+        f"--config.model.path={one / 'bootstrap' / 'export'}",
+        "--config.evaluation.num_problems=0",
+        "--config.checkpoint.every_steps=0",
+    ]
+    run = Launched(2, tmp_path / "run", *more, environment=environment | {"SLEEP_S": "0.5"})
     run.wait_until(lambda: run.has_step(1))
     os.kill(run.pid(1), signal.SIGTERM)
     assert run.status() == 0, run.output
     stopped = re.search(r"^\[0\] Stopped by SIGTERM at step (\d)", run.output, re.M)
     assert stopped and 1 <= int(stopped[1]) < STEPS, run.output
-    then = Launched(1, run.folder, environment=environment)
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.rollout.compact=False"]
+    then = Launched(4, run.folder, *more, *mesh, environment=environment)
     assert then.status() == 0 and "Continuing" in then.output, then.output
     assert differences(one, run.folder) == []
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_all_and_is_named(tmp_path, environment):
-    run = Launched(2, tmp_path / "run", environment=environment | {"SLEEP_S": "1.0"})
+    run = Launched(2, tmp_path / "run", environment=environment | {"SLEEP_S": "0.5"})
     run.wait_until(lambda: run.has_step(1))
-    others = run.pid(0)
+    other = run.pid(0)
     os.kill(run.pid(1), signal.SIGKILL)
-    assert run.status(60) == 137
+    assert run.status(60) == 137, run.output
     assert "local_multiprocess: process 1 of 2 was ended by SIGKILL" in run.output
-    assert not Path("/proc", str(others)).exists()
+    assert re.search(r"^\[0\] error: process 0 \(.+\) lost another process", run.output, re.M)
+    assert not Path("/proc", str(other)).exists()
+
+
+@pytest.mark.slow
+def test_what_one_process_refuses_is_told_by_all(tmp_path, environment):
+    """Here a workdir that is not shared."""
+    run = Launched(2, tmp_path / "$JAX_PROCESS_ID", environment=environment, by="bash")
+    assert run.status(120) == 1, run.output
+    assert re.search(r"^\[1\] error: --workdir \S+/1 of this host is not that of", run.output, re.M)
+    told = r"^\[0\] error: process 0 ends, because process 1 \(.+\) ended: --workdir"
+    assert re.search(told, run.output, re.M), run.output
