@@ -125,10 +125,13 @@ def _detect(coordinator: str, num_processes: int | None, process: int | None):
 def start(address: Address, limits: Limits) -> None:
     """Returns when all processes have started. Call it before anything uses a device.
 
-    Ends the process with a message when they have not within `limits.start_s`.
+    Ends the process with a message when they have not within `limits.start_s`; raises ValueError
+    when the port of process 0 is taken.
     """
     global _limits
     _limits = limits
+    if address.process == 0:
+        _refuse_taken(int(address.coordinator.rpartition(":")[2]))
     # Its handler would take SIGTERM before the run saves by itself, and swallow it.
     jax.config.update("jax_enable_preemption_service", False)
     late = threading.Timer(
@@ -155,9 +158,19 @@ def start(address: Address, limits: Limits) -> None:
     threading.Thread(target=_listen, name="hosts", daemon=True).start()
 
 
+def _refuse_taken(port: int) -> None:
+    try:  # JAX itself crashes
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise ValueError(
+            f"--coordinator: process 0 cannot open port {port} of its host ({error.strerror}). "
+            "Give all processes the address of another port."
+        ) from error
+
+
 def count() -> int:
     """How many processes the run has; unlike `jax.process_count`, it uses no device."""
-    return distributed.global_state.num_processes
+    return 1 if _client() is None else distributed.global_state.num_processes
 
 
 def is_first() -> bool:
@@ -177,9 +190,8 @@ def lost_another(error: Exception) -> str:
     """What to say of an error that another process's end has caused; "" for other errors."""
     if isinstance(error, Lost):
         return str(error)
-    if count() == 1 or not re.search(
-        r"Gloo|NCCL|UNAVAILABLE|Connection (closed|reset)", str(error)
-    ):
+    broken = re.search(r"Gloo|NCCL|UNAVAILABLE|Connection (closed|reset)", str(error))
+    if count() == 1 or not broken:
         return ""
     return (
         f"{name(distributed.global_state.process_id)} lost another process, which died or was "
@@ -274,7 +286,7 @@ def first_of(text: str) -> str:
     if count() == 1:
         return text
     _num_asked += 1
-    answers = f"{_SPACE}/answer/{_num_asked}"
+    answers = f"{_SPACE}/answer/{_num_asked:09}"
     if text:  # before the meeting, so that all find it after
         _client().key_value_set(f"{answers}/{distributed.global_state.process_id:06}", text)
     meet(f"check {_num_asked} for a stop")

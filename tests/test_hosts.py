@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 
 import pytest
 
@@ -61,6 +62,14 @@ def test_a_number_in_the_environment_that_is_none_is_refused(monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(ValueError, match="JAX_NUM_PROCESSES = 'two' must be a whole number"):
         hosts.find("here:1", None, 0)
+
+
+def test_a_port_that_is_taken_is_refused():
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ValueError, match=f"process 0 cannot open port {port} .*another port"):
+            hosts.start(hosts.Address(f"127.0.0.1:{port}", 2, 0), hosts.Limits())
+    assert hosts.count() == 1
 
 
 def test_one_process_meets_nobody():

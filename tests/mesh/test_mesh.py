@@ -129,6 +129,29 @@ def test_slots_are_refilled_and_compacted_in_each_shard():
         np.testing.assert_allclose(rollouts.logp_PGC, got[0].logp_PGC, atol=1e-5, rtol=0)
 
 
+def test_a_group_waits_for_the_shard_that_trains_on_it():
+    """Eight prompts, of which each of four shards is given two, in both places the same two."""
+    mesh = sharding.make_mesh(2, 2, 2)
+    engine = Engine(Decoder(tiny.MODEL, mesh, Sampling(), (tiny.STOP,), LIMIT))
+
+    queues = engine._queues(8, group=3, lanes=2)
+
+    trained = {
+        s.device: set(np.asarray(s.data).tolist())
+        for s in sharding.shard_rows(mesh, np.arange(8)).addressable_shards
+    }
+    for queue, devices in zip(queues, mesh.devices.reshape(4, 2), strict=True):
+        assert [len(rows) for rows in queue] == [2, 1, 2, 1]
+        assert [{row // 3 for rows in queue for row in rows}] * 2 == [trained[d] for d in devices]
+    # One prompt alone is spread over all.
+    assert [list(queue) for queue in engine._queues(1, 8, 2)] == [
+        [[0, 1]],
+        [[2, 3]],
+        [[4, 5]],
+        [[6, 7]],
+    ]
+
+
 def test_one_size_may_be_the_rest():
     assert sharding.make_mesh().shape == {"data": 8, "fsdp": 1, "sequence": 1, "tensor": 1}
     assert sharding.make_mesh(2, -1, 2).shape["fsdp"] == 2
