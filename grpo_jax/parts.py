@@ -282,7 +282,14 @@ def start(parts: Parts) -> tuple[TrainState, Position, Experience | None]:
     if number is None:
         params = policy_lib.load_params(parts.policy, mesh, parts.config.seed)
         return update_lib.start(params, model, mesh, optimizer), Position(), None
-    at = Position(**parts.checkpoints.facts(number)["position"])
+    facts = parts.checkpoints.facts(number)
+    if facts["config"] != config_lib.fingerprint(parts.config):  # the workdir may be another
+        raise ValueError(
+            f"checkpoint.folder = {parts.config.checkpoint.folder!r} holds checkpoints of a "
+            "different config. Give the run a folder of its own, or the options it was started "
+            "with."
+        )
+    at = Position(**facts["position"])
     state = parts.checkpoints.restore(number, update_lib.state_like(model, mesh, optimizer))
     experience = parts.checkpoints.experience(number, mesh)
     assert (experience is not None) == (at.update > 0), f"checkpoint {number} lacks its rollout"

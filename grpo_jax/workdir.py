@@ -30,7 +30,7 @@ def open_for(config: ConfigDict, folder: Path) -> Path:
     written, or is not the same for all processes. A run that ended before it had computed anything
     does not hold its folder.
     """
-    if "://" in str(folder) or re.match(r"\w{2,}:/", str(folder)):  # Path makes :/ of ://
+    if re.match(r"\w{2,}:/", str(folder)):  # what Path makes of gs://
         raise ValueError(
             f"--workdir {folder} is no folder of this machine. Give one; checkpoint.folder alone "
             "may be an address such as gs://BUCKET/PATH."

@@ -189,3 +189,9 @@ def test_only_the_newest_parameters(tmp_path, mesh):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no whole checkpoint"):
         newest_params(tmp_path / "empty", like)
+
+
+def test_a_bucket_that_cannot_be_reached_is_refused():
+    """There is no network here, and perhaps no library for it."""
+    with pytest.raises(ValueError, match=r"folder gs://grpo/run cannot be used .*grpo_jax\[gcs\]"):
+        Checkpoints("gs://grpo/run", keep=1)

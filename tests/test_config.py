@@ -297,6 +297,7 @@ def test_every_number_has_a_range():
         ({"data__overlong": "cut"}, ["data.overlong = 'cut'", "refuse, drop, truncate"]),
         ({"rewards__weights": (1.0, 2.0)}, ["rewards.names has 1", "rewards.weights 2"]),
         ({"rewards__weights": (), "rewards__names": ()}, ["at least one reward"]),
+        ({"checkpoint__folder": "gs://b/r"}, ["checkpoint.folder = 'gs://b/r'", "model.path"]),
         ({"sft__num_steps": 0}, ['model.path = ""', "sft.num_steps = 0"]),
         ({"data__task": "", "data__path": "p"}, ['model.path = ""', "data.task"]),
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +57,13 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"--workdir .*file/run cannot be written"):
         workdir.open_for(_config(), tmp_path / "file" / "run")
+
+
+def test_a_bucket_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"is no folder of this machine.* checkpoint\.folder"):
+        workdir.open_for(_config(), Path("gs://bucket/run"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_is_replaced_whole(tmp_path, monkeypatch):

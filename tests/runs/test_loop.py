@@ -223,3 +223,19 @@ def test_bfloat16(tmp_path, model, compile_cache):
     assert hf.stored_dtype(tmp_path / "run" / "export") in ("float32", "F32")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["accuracy_before"] is None  # no evaluation at all
+
+
+def test_checkpoints_may_lie_elsewhere(tmp_path, model, compile_cache):
+    """A run without its workdir, as a new machine is, goes on from them; another run does not."""
+    kept = tmp_path / "kept"
+    more = [
+        *TWO_STEPS,
+        f"--config.model.path={model}",
+        f"--config.checkpoint.folder={kept}",
+        "--config.checkpoint.export=False",
+    ]
+    assert len(_runs(tmp_path / "a", *more, "--config.loop.num_steps=1")) == 1
+    assert kept.is_dir() and not (tmp_path / "a" / "checkpoints").exists()
+    assert [row["step"] for row in _runs(tmp_path / "b", *more)] == [2]
+    message = _refused(tmp_path / "c", *more, "--config.optim.learning_rate=0.5")
+    assert f"checkpoint.folder = '{kept}' holds checkpoints of a different config" in message
