@@ -151,11 +151,13 @@ def run(
     temperature: float,
     key: Array,
     file: Path | None,
+    on_answer: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Metrics of the policy on the questions, by the names that a run logs.
 
     `num_samples` 1 is greedy accuracy; more, pass@k, maj@k and the mean by sampling at
-    `temperature`. Every item goes to `file` as one JSON object a line.
+    `temperature`. Every item goes to `file` as one JSON object a line. `on_answer` is called
+    whenever a question has all its completions.
     """
     greedy = num_samples == 1
     answered = answer(
@@ -167,6 +169,7 @@ def run(
         num_samples=num_samples,
         temperature=0.0 if greedy else temperature,
         key=key,
+        on_answer=on_answer,
     )
     if file is not None and hosts.is_first():
         write_items(file, answered)

@@ -77,7 +77,7 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
         if at.step == 0:
             if parts.held_out and not at.update and not at.first_evaluation:
                 watchdog.phase("The evaluation before the first step")
-                at.first_evaluation = _evaluate(parts, state, at, final=True)
+                at.first_evaluation = _evaluate(parts, state, at, watchdog, final=True)
                 at.accuracy_before = at.first_evaluation["eval/accuracy"]
             if at.first_evaluation:  # again where the run was stopped in its first step
                 writers.scalars(0, at.first_evaluation)
@@ -122,7 +122,7 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
             if stops or _saves(parts, at) or _evaluates(parts, at):
                 lines.read()
                 watchdog.phase(f"The evaluation after {now}")
-                evaluated = _evaluate_if_due(parts, state, at)
+                evaluated = _evaluate_if_due(parts, state, at, watchdog)
                 lines.close(evaluated)  # before saving: a resumed run finds the line there
                 watchdog.phase(f"The checkpoint after {now}")
                 with _timed(times, "time/checkpoint_s"):  # stands in the next step's line
@@ -130,7 +130,8 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
                         _save(parts, state, at, None, evaluated.get("eval/accuracy"), began)
                 if stops and at.step < num_steps:
                     _stop(parts, state, at, None, stop, began)
-        writers.close()
+    writers.close()
+    with Watchdog(config.loop.stall_limit_s) as watchdog:
         watchdog.phase("The end of the run")
         return _finish(parts, state, at, time.monotonic() - began)
 
@@ -399,7 +400,9 @@ def _show_samples(parts, writers, step: int, questions, rollouts, scores, judge:
 # --- Evaluation, checkpoints, the end -------------------------------------------------------------
 
 
-def _evaluate(parts: Parts, state: TrainState, at: Position, *, final: bool) -> dict[str, float]:
+def _evaluate(
+    parts: Parts, state: TrainState, at: Position, watchdog: Watchdog, *, final: bool
+) -> dict[str, float]:
     """Greedy accuracy, and with `final` the sampled metrics too where the config asks for them."""
     options = parts.config.evaluation
     values: dict[str, float] = {}
@@ -416,14 +419,17 @@ def _evaluate(parts: Parts, state: TrainState, at: Position, *, final: bool) -> 
                 temperature=options.temperature,
                 key=keys.key_for(parts.config.seed, "evaluate", at.step),
                 file=parts.folder / "evaluations" / f"step_{at.step:06d}_{kind}.jsonl",
+                on_answer=watchdog.alive,
             )
     at.accuracy = values["eval/accuracy"]
     return values
 
 
-def _evaluate_if_due(parts: Parts, state: TrainState, at: Position) -> dict[str, float]:
+def _evaluate_if_due(
+    parts: Parts, state: TrainState, at: Position, watchdog: Watchdog
+) -> dict[str, float]:
     final = at.step == parts.config.loop.num_steps
-    return _evaluate(parts, state, at, final=final) if _evaluates(parts, at) else {}
+    return _evaluate(parts, state, at, watchdog, final=final) if _evaluates(parts, at) else {}
 
 
 def _evaluates(parts: Parts, at: Position) -> bool:
