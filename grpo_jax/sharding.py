@@ -200,27 +200,27 @@ def by_head_shard(mesh: Mesh, f: Callable, axes: Sequence, out_axes: Sequence) -
 
 
 def shard_owners(mesh: Mesh) -> np.ndarray:
-    """The process that answers for each shard of the rows: the first of those that hold it, [S]."""
-    devices_SD = mesh.devices.reshape(num_row_shards(mesh), -1)
+    """The process that answers for each shard of the slots, the first that holds it, int [S]."""
+    devices_SD = mesh.devices.reshape(num_slot_shards(mesh), -1)
     return np.array([min(d.process_index for d in devices_D) for devices_D in devices_SD])
 
 
 def shards_held(mesh: Mesh) -> np.ndarray:
-    """Which shards of the rows lie on devices of this process, bool [S]."""
-    devices_SD = mesh.devices.reshape(num_row_shards(mesh), -1)
+    """Which shards of the slots lie on devices of this process, bool [S]."""
+    devices_SD = mesh.devices.reshape(num_slot_shards(mesh), -1)
     own = jax.process_index()
     return np.array([any(d.process_index == own for d in devices_D) for devices_D in devices_SD])
 
 
-def shard_rows(mesh: Mesh, tree: Any) -> Any:
-    """Host arrays as global arrays, split along their first axis.
+def shard_rows(mesh: Mesh, tree: Any, axis: str = "rows") -> Any:
+    """Host arrays as global arrays, split along their first axis, which is of that logical kind.
 
     They have their whole shape on every process, but only the rows that its devices hold are read.
     """
 
     def put(x: np.ndarray) -> jax.Array:
         x = np.asarray(x)
-        sharding = sharding_of(mesh, ("rows",) + (None,) * (x.ndim - 1), x.shape)
+        sharding = sharding_of(mesh, (axis,) + (None,) * (x.ndim - 1), x.shape)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(put, tree)

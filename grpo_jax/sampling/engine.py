@@ -156,9 +156,9 @@ class Engine:
             stopped_PG=stopped_B.reshape(shape),
         )
 
-    def _shard_of(self, num_prompts: int) -> np.ndarray:
-        """The shard that decodes each prompt: in blocks, as the rows of a batch are split, [P]."""
-        return np.arange(num_prompts) * self.shards // num_prompts
+    def _shard_of(self, number: int) -> np.ndarray:
+        """The shard of each of so many things: in blocks, as the rows of a batch are split."""
+        return np.arange(number) * self.shards // number
 
     def _padded(self, prompts: list[list[int]]) -> int:
         longest = max(map(len, prompts))
@@ -221,17 +221,18 @@ class Engine:
     def _queues(self, num_prompts: int, group: int, lanes: int) -> list[collections.deque]:
         """What waits for a slot of each shard: the rows of a group, or of a part of a wider one.
 
-        A group stays in one shard, where it is rewarded and trained on. Only a single process
-        spreads its parts, over shards that would have no prompt.
+        Shards are given equally many parts. A group stays on one process, which rewards it, and in
+        the shard of the rows that trains on it: with several processes its parts are kept together
+        where they might not.
         """
         parts = [
             list(range(p * group + g, p * group + min(g + lanes, group)))
             for p in range(num_prompts)
             for g in range(0, group, lanes)
         ]
-        shard_of = self._shard_of(num_prompts).repeat(len(parts) // num_prompts)
-        if num_prompts < self.shards and jax.process_count() == 1:
-            shard_of = self._shard_of(len(parts))
+        shard_of = self._shard_of(len(parts))
+        if jax.process_count() > 1 and num_prompts % sharding.num_row_shards(self.decoder.mesh):
+            shard_of = self._shard_of(num_prompts).repeat(len(parts) // num_prompts)
         queues = [collections.deque() for _ in range(self.shards)]
         for shard, rows in zip(shard_of, parts):
             queues[shard].append(rows)
@@ -247,7 +248,7 @@ class Engine:
         if any(waiting):
             for s, queue in enumerate(waiting):
                 enough_S[s] = min(refill, len(queue)) if queue else free_S[s] + refill
-        return sharding.shard_rows(self.decoder.mesh, enough_S)
+        return sharding.shard_rows(self.decoder.mesh, enough_S, "slots")
 
     def _next_prompts(self, waiting, board: _Board, prompts, group, size, width, row_keys):
         """Arguments of `decode.admit` for up to `size` prompts a shard, taken from its queue."""
@@ -269,7 +270,7 @@ class Engine:
             board.row_SRW[s, free[s][a], : len(rows)] = rows
         fields = prompt_SAQ, length_SA, slot_SA, key_SAW2, used_SAW
         rows = tuple(x.reshape(-1, *x.shape[2:]) for x in fields)
-        return sharding.shard_rows(self.decoder.mesh, rows)
+        return sharding.shard_rows(self.decoder.mesh, rows, "slots")
 
     def _harvest(self, slots: decode.Slots, board: _Board) -> tuple[np.ndarray, ...]:
         """What finished since the last look, tokens only of what this process's devices hold.
@@ -308,5 +309,5 @@ class Engine:
                     new.row_SRW[s, at, : len(part)] = rows[part]
                     at += 1
         moves = slot_SR.reshape(-1), lane_SRW.reshape(-1, lanes), new.row_RW >= 0
-        slots = self._compact(slots, *sharding.shard_rows(self.decoder.mesh, moves))
+        slots = self._compact(slots, *sharding.shard_rows(self.decoder.mesh, moves, "slots"))
         return slots, new, layouts[fitting[-1] :]
