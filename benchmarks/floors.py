@@ -1,8 +1,7 @@
-"""The least time that a step's arithmetic and memory traffic can take on the device at hand.
+"""What the device at hand reaches with a plain product and a plain copy.
 
-Rates are measured in the same run: the best of several plain products, and of several copies. A
-product of [4096, 256] by [256, 688] tells what a small model can reach; larger devices get larger
-ones. Counted are matrix products alone: the body on every token, the head on completion tokens.
+`grpo_jax/floor.py` turns these rates into the least time that a step can take. Each is the best of
+several in the same run; products are larger where the device is no CPU.
 """
 
 from __future__ import annotations
@@ -11,9 +10,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from grpo_jax.structs import ModelConfig
 
 
 def measured_flops(dtype: str, repeats: int = 20) -> float:
@@ -44,38 +40,3 @@ def measured_bandwidth(megabytes: int = 256, repeats: int = 20) -> float:
         scale(x).block_until_ready()
         best = max(best, 2 * x.nbytes / (time.perf_counter() - began))
     return best
-
-
-def _body(model: ModelConfig) -> int:
-    """Weights that every token is multiplied with."""
-    head = model.vocab_size * model.width * (1 if model.tied_head else 2)
-    return model.num_params - head
-
-
-def _attention(model: ModelConfig, pairs: float) -> float:
-    return 4.0 * model.num_layers * model.num_heads * model.head_size * pairs
-
-
-def forward_flops(model: ModelConfig, prompts: int, prompt_tokens: int, length_PG) -> float:
-    """Operations of one pass over prompts, each once, and their completions."""
-    length = np.asarray(length_PG, np.float64)
-    tokens = prompts * prompt_tokens + length.sum()
-    pairs = prompts * prompt_tokens**2 / 2 + (length * prompt_tokens + length**2 / 2).sum()
-    head = 2.0 * model.vocab_size * model.width * length.sum()
-    return 2.0 * _body(model) * tokens + _attention(model, pairs) + head
-
-
-def decode_bytes(model: ModelConfig, prompt_tokens: int, length_PG, itemsize: int) -> float:
-    """Bytes that decoding reads: weights once a token position, prompts' caches once a group."""
-    length = np.asarray(length_PG, np.float64)
-    weights = (_body(model) + model.vocab_size * model.width) * itemsize
-    cache = 2 * model.num_layers * model.num_kv_heads * model.head_size * itemsize
-    own = cache * (length**2 / 2).sum()
-    prefix = cache * prompt_tokens * length.max(axis=1).sum()
-    logits = 3 * 4.0 * model.vocab_size * length.sum()
-    return weights * length.max() + own + prefix + logits
-
-
-def seconds(flops: float, num_bytes: float, rate: float, bandwidth: float) -> float:
-    """The floor: arithmetic or traffic, whichever takes longer."""
-    return max(flops / rate, num_bytes / bandwidth)

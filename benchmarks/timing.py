@@ -22,6 +22,8 @@ import jaxlib
 import workload
 from workload import Work
 
+from grpo_jax import floor
+
 
 def arguments(description: str) -> tuple[Work, argparse.Namespace]:
     """The work to time, an option for each of its fields, and how to time it."""
@@ -71,22 +73,21 @@ class Phases:
         self.floor: dict[str, list[float]] = {}
         self.products: dict[str, list[float]] = {}
 
-    def add(self, name: str, seconds: float, flops: float, num_bytes: float = 0.0) -> None:
+    def add(self, name: str, seconds: float, work: floor.Work) -> None:
         self.seconds.setdefault(name, []).append(seconds)
-        floor = floors.seconds(flops, num_bytes, self.rate, self.bandwidth)
-        self.floor.setdefault(name, []).append(floor)
-        self.products.setdefault(name, []).append(flops / self.rate)
+        self.floor.setdefault(name, []).append(work.seconds(self.rate, self.bandwidth))
+        self.products.setdefault(name, []).append(work.flops / self.rate)
 
     def report(self, tokens_per_step: float, file: str | None) -> None:
         """Prints the medians beside their floors; writes them too where a file is named."""
         rows = {}
         for name, seconds in self.seconds.items():
-            median, floor = statistics.median(seconds), statistics.median(self.floor[name])
+            median, least = statistics.median(seconds), statistics.median(self.floor[name])
             products = statistics.median(self.products[name])
             rows[name] = {
                 "seconds": median,
-                "floor_seconds": floor,
-                "share": floor / median,
+                "floor_seconds": least,
+                "share": least / median,
                 "share_of_products": products / median,
             }
         total = sum(row["seconds"] for row in rows.values())
@@ -128,12 +129,12 @@ def run(description: str, phases: tuple[str, ...]) -> None:
         if n < 2:
             continue
         tokens.append(float(length_PG.sum()))
-        forward = floors.forward_flops(model, work.prompts, work.prompt_tokens, length_PG)
-        read = floors.decode_bytes(model, work.prompt_tokens, length_PG, itemsize)
+        forward = floor.forward(model, rollouts.prompt_length_P, length_PG)
         if "rollout" in phases:
-            table.add("rollout", rollout_s, forward, read)
+            sampling = floor.rollout(model, rollouts.prompt_length_P, length_PG, itemsize)
+            table.add("rollout", rollout_s, sampling)
         if "prepare" in phases:
-            table.add("prepare", prepare_s, forward * work.kl)
+            table.add("prepare", prepare_s, forward.times(work.kl))
         if "update" in phases:
-            table.add("update", update_s, 3 * forward)
+            table.add("update", update_s, forward.times(3))
     table.report(sum(tokens) / len(tokens), args.json)

@@ -129,6 +129,12 @@ def default() -> ConfigDict:
     c.logging.samples_every_steps = 20  # show a table of completions; 0: never
     c.logging.num_samples = 4  # completions in that table
 
+    c.profile = ConfigDict()
+    c.profile.steps = ()  # (first, last): a trace of these steps, from 1, in the workdir; (): none
+
+    c.debug = ConfigDict()
+    c.debug.nans = False  # stop at the operation that gives the first NaN; every program runs twice
+
     c.mesh = ConfigDict()
     c.mesh.data = -1  # devices along each axis; -1: the rest
     c.mesh.fsdp = 1
@@ -283,6 +289,16 @@ def _check_ranges(flat: dict[str, Any]) -> None:
     for name in ("optim.beta1", "optim.beta2", "algorithm.clip_low"):
         if not 0 <= flat[name] < 1:
             raise ValueError(f"{name} = {flat[name]} must be at least 0 and below 1.")
+    steps, last = flat["profile.steps"], flat["loop.num_steps"]
+    if steps and not (
+        len(steps) == 2
+        and all(type(step) is int for step in steps)
+        and 1 <= steps[0] <= steps[1] <= last
+    ):
+        raise ValueError(
+            f"profile.steps = {steps} must be (first, last), two steps from 1 to loop.num_steps = "
+            f"{last}, or () for no trace."
+        )
     if not 0 < flat["rollout.top_p"] <= 1:
         raise ValueError(f"rollout.top_p = {flat['rollout.top_p']} must be above 0, at most 1.")
     if flat["rollout.temperature"] == 0:
@@ -446,8 +462,8 @@ def num_updates_per_step(config: ConfigDict) -> int:
 
 # Options that change how a run is carried out or shown, not what it computes.
 _FREE = (
-    "loop.num_steps evaluation. checkpoint. logging. mesh. compile_cache rollout.num_slots "
-    "rollout.compact batch.microbatch sft.microbatch model.remat model.attention "
+    "loop.num_steps evaluation. checkpoint. logging. profile. debug. mesh. compile_cache "
+    "rollout.num_slots rollout.compact batch.microbatch sft.microbatch model.remat model.attention "
     "optim.max_skipped sft.checkpoint_every_steps rewards.num_workers rewards.time_limit_s "
     "rewards.memory_gb rewards.max_failed_share loop.stall_limit_s hosts."
 ).split()

@@ -14,6 +14,7 @@ from grpo_jax import estimates, hosts
 from grpo_jax.data.problems import Problem
 from grpo_jax.estimates import Tally
 from grpo_jax.judge import Judge
+from grpo_jax.phases import phase
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import score as score_lib
 from grpo_jax.rewards.answers import extract_answer
@@ -93,14 +94,15 @@ def answer(
         judge.add(number, completions)
         on_answer()
 
-    rollouts = engine.generate(
-        params,
-        questions.prompt_ids,
-        group=num_samples,
-        key=key,
-        temperature=temperature,
-        on_group=take,
-    )
+    with phase("evaluation"):
+        rollouts = engine.generate(
+            params,
+            questions.prompt_ids,
+            group=num_samples,
+            key=key,
+            temperature=temperature,
+            on_group=take,
+        )
     scores, texts = judge.scores(), judge.texts()
     return Answered(
         questions=questions,

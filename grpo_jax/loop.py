@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from grpo_jax import chips, evaluation, hosts, keys, report, sharding, workdir
+from grpo_jax import chips, evaluation, floor, hosts, keys, memory, report, sharding, workdir
 from grpo_jax import config as config_lib
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import parts as parts_lib
@@ -30,6 +30,7 @@ from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.judge import Complaints, Judge
 from grpo_jax.models import hf
 from grpo_jax.parts import Parts, Position
+from grpo_jax.phases import Trace, phase
 from grpo_jax.rewards import score as score_lib
 from grpo_jax.structs import Experience, Rollouts, TrainState
 from grpo_jax.watchdog import Watchdog
@@ -49,14 +50,16 @@ def run(
     `workdir.Stopped` once the run was asked to stop and has saved.
     """
     began = time.monotonic() - spent_s
-    parts = parts_lib.build(config, folder, model_path)
+    with phase("start"):
+        parts = parts_lib.build(config, folder, model_path)
     with parts.rewards:
         return _run(parts, began)
 
 
 def _run(parts: Parts, began: float) -> dict[str, Any]:
     config, folder = parts.config, parts.folder
-    state, at, experience = parts_lib.start(parts)
+    with phase("start"):
+        state, at, experience = parts_lib.start(parts)
     began -= at.wall_s
     writers = metrics_lib.Writers(
         folder,
@@ -73,6 +76,7 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
         metrics_lib.Progress(num_steps, first_step=at.step) as bar,
         Compiling() as compiling,
         Watchdog(config.loop.stall_limit_s) as watchdog,
+        Trace(folder, config.profile.steps) as trace,
     ):
         if at.step == 0:
             if parts.held_out and not at.update and not at.first_evaluation:
@@ -85,21 +89,24 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
         complaints = Complaints()
         times: dict[str, float] = {}
         while at.step < num_steps:
+            trace.begin(at.step + 1, lines.close)
             started, now = time.monotonic(), f"step {at.step + 1}"
             if experience is None:
                 watchdog.phase(f"The rollout of {now}")
                 questions = parts.train.take(_indices(parts, at.step))
                 judge = _judge(parts, questions, at.step)
-                rollouts = _sample(
-                    parts, state, questions, at.step, judge, lines.close, watchdog.alive
-                )
+                with phase("rollout"):
+                    rollouts = _sample(
+                        parts, state, questions, at.step, judge, lines.close, watchdog.alive
+                    )
                 started = max(started, lines.closed_at)
                 times["time/rollout_s"] = time.monotonic() - started
                 if stop.asked():
                     _stop(parts, state, at, None, stop, began)
                 watchdog.phase(f"The rewards of {now}")
                 scored = functools.partial(_score, parts, state, at, judge, began, times)
-                experience, scores = _prepare(parts, state, rollouts, scored)
+                with phase("scoring"):
+                    experience, scores = _prepare(parts, state, rollouts, scored)
                 complaints.note(now, scores)
                 at.rollout_metrics = _rollout_metrics(parts, rollouts, scores, times)
                 _show_samples(parts, writers, at.step + 1, questions, rollouts, scores, judge)
@@ -107,15 +114,18 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
             while at.update < updates:
                 watchdog.phase(f"Update {at.update + 1} of {now}")
                 index = at.update % config.batch.minibatches
-                state, values = parts.update(state, experience, index)
+                with phase("update"):
+                    state, values = parts.update(state, experience, index)
                 lines.learned(values)
                 at.update += 1
                 if at.update < updates and stop.asked():
                     lines.read()
                     _stop(parts, state, at, experience, stop, began)
-            at.tokens += int(sharding.to_host(experience.rollouts.length_PG).sum())
+            rollouts = experience.rollouts
+            lengths = sharding.to_host((rollouts.prompt_length_P, rollouts.length_PG))
+            at.tokens += int(lengths[1].sum())
             at.prompts += config.batch.prompts
-            lines.open(state, started, learning, times)
+            lines.open(state, lengths, started, learning, times)
             at.step, at.update, experience = at.step + 1, 0, None
             at.rollout_metrics, at.update_metrics, times = {}, [], {}
             stops = stop.asked()
@@ -125,8 +135,8 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
                 evaluated = _evaluate_if_due(parts, state, at, watchdog)
                 lines.close(evaluated)  # before saving: a resumed run finds the line there
                 watchdog.phase(f"The checkpoint after {now}")
-                with _timed(times, "time/checkpoint_s"):  # stands in the next step's line
-                    if _saves(parts, at):
+                with phase("checkpoint"), _timed(times, "time/checkpoint_s"):
+                    if _saves(parts, at):  # its time stands in the next step's line
                         _save(parts, state, at, None, evaluated.get("eval/accuracy"), began)
                 if stops and at.step < num_steps:
                     _stop(parts, state, at, None, stop, began)
@@ -182,7 +192,7 @@ def _score(
 ) -> score_lib.Scores:
     """The rewards of a step's completions; failing too often, they end the run, with all saved."""
     try:
-        with _timed(times, "time/reward_s"):
+        with phase("rewards"), _timed(times, "time/reward_s"):
             scores = judge.scores()
         for name, failed_B in scores.failed.items():
             if failed_B.mean() > parts.config.rewards.max_failed_share:
@@ -249,7 +259,8 @@ class _Lines:
         if self._unread is None:
             return
         (values, learned, step), self._unread = self._unread, None
-        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        with phase("update"):
+            values = {name: float(value) for name, value in jax.device_get(values).items()}
         at, parts = self._at, self._parts
         at.skipped_in_row = at.skipped_in_row + 1 if values.pop("skipped") else 0
         if at.skipped_in_row >= parts.config.optim.max_skipped:
@@ -264,18 +275,29 @@ class _Lines:
         learned.append(values)
         self._read_at = time.monotonic()
 
-    def open(self, state: TrainState, started: float, learning: float, times: dict) -> None:
-        """Begins the line of the step that `at` stands in; `started`, `learning`: since when."""
+    def open(
+        self, state: TrainState, lengths: tuple, started: float, learning: float, times: dict
+    ) -> None:
+        """Begins the line of the step that `at` stands in; `started`, `learning`: since when.
+
+        `lengths`: of its prompts [P] and completions [P, G].
+        """
         at, parts = self._at, self._parts
         step, known, learned = at.step + 1, at.rollout_metrics, at.update_metrics
-        counters = {"tokens/generated": at.tokens}
+        counters = {"tokens/generated": at.tokens} | memory.usage()
 
         def line(evaluated: dict[str, float]) -> tuple[int, dict[str, float]]:
             times["time/update_s"] = self._read_at - learning
             times["time/step_s"] = time.monotonic() - started
             values = known | _combined(learned) | counters | evaluated | times
-            values |= self._compiling.since_last()
-            return step, values | _rates(parts, values, state)
+            values |= self._compiling.since_last() | {
+                "policy/skipped_updates": int(state.num_skipped),
+                "policy/learning_rate": float(parts.schedule(max(int(state.num_updates) - 1, 0))),
+            }
+            if "time/rollout_s" in times:  # not where the run was stopped after the rollout
+                step_s = self._read_at - started
+                values |= _rates(parts, lengths, times["time/rollout_s"], step_s)
+            return step, values
 
         self._line = line
 
@@ -339,28 +361,38 @@ def _spread(reward_PG: np.ndarray) -> np.ndarray:
     return np.where(known_PG.any(axis=1), high_P - low_P, 0.0)
 
 
-def _rates(parts: Parts, values: dict, state: TrainState) -> dict[str, float]:
-    """Skipped updates, the learning rate, and the share of the devices' peak that was used."""
+def _rates(
+    parts: Parts, lengths: tuple[np.ndarray, np.ndarray], rollout_s: float, step_s: float
+) -> dict[str, float]:
+    """Tokens per second of a step, and beside what the devices could do where that is known.
+
+    `lengths`: of its prompts [P] and completions [P, G]. `step_s` ends with the last update.
+    """
+    config, model, mesh = parts.config, parts.policy.model, parts.mesh
+    learning_s, generated = step_s - rollout_s, lengths[1].sum()
+    iterations, updates = config.algorithm.num_iterations, config_lib.num_updates_per_step(config)
     rates = {
-        "policy/skipped_updates": int(state.num_skipped),
-        "policy/learning_rate": float(parts.schedule(max(int(state.num_updates) - 1, 0))),
+        "throughput/step_tokens_per_s": generated / step_s,
+        "throughput/learned_tokens_per_s": iterations * (lengths[0].sum() + generated) / learning_s,
     }
-    chip = chips.chip(jax.devices()[0].device_kind)
+    chip = chips.chip(mesh.devices.flat[0].device_kind)
     if chip:
-        config, model = parts.config, parts.policy.model
-        rows = config.batch.prompts * config.batch.group
-        tokens = rows * values["completion/length"]
-        tokens += config.batch.prompts * float(np.mean([len(i) for i in parts.train.prompt_ids]))
-        matmul = model.num_params - (0 if model.tied_head else model.vocab_size * model.width)
-        # 2 operations per weight and token forward, 4 backward; sampling and reference: forward.
-        updates = config_lib.num_updates_per_step(config) / config.batch.minibatches
-        passes = 2 + 6 * updates + 2 * (parts.ref_params is not None)
-        passes += 2 * (config_lib.num_updates_per_step(config) > 1)
-        done = passes * matmul * tokens
-        rates["throughput/mfu"] = done / (
-            values["time/step_s"] * chip.bf16_flops * jax.device_count()
-        )
-    return rates
+        itemsize = np.dtype(parts.engine.decoder.dtype).itemsize
+        sampling = floor.rollout(model, *lengths, itemsize, weight_shards=mesh.shape["tensor"])
+        passes = 3 * iterations + (parts.ref_params is not None) + (updates > 1)
+        learning = floor.forward(model, *lengths).times(passes)
+        least = [
+            w.seconds(chip.bf16_flops, chip.hbm_bytes_per_s, mesh.size)
+            for w in (sampling, learning)
+        ]
+        done = sampling.flops + learning.flops
+        rates |= {
+            "throughput/mfu": done / (step_s * chip.bf16_flops * mesh.size),
+            "floor/rollout_share": least[0] / rollout_s,
+            "floor/learning_share": least[1] / learning_s,
+            "floor/step_share": sum(least) / step_s,
+        }
+    return {name: float(value) for name, value in rates.items()}
 
 
 def _show_samples(parts, writers, step: int, questions, rollouts, scores, judge: Judge) -> None:

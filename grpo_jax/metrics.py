@@ -84,12 +84,30 @@ METRICS: dict[str, Metric] = {
     "time/evaluation_s": Metric("s", "evaluating on held-out problems"),
     "time/checkpoint_s": Metric("s", "writing a checkpoint"),
     "time/step_s": Metric("s", "the whole step"),
+    "memory/device_gib": Metric("GiB", "in use on the fullest device after the step's updates"),
+    "memory/device_peak_gib": Metric("GiB", "most that was in use there since the program began"),
+    "memory/process_gib": Metric("GiB", "main memory that the process holds (resident)"),
     "time/compile_s": Metric(
         "s", "compiling programs, or reading them from the cache, of the step"
     ),
     "programs": Metric("", "compiled programs since the program was started"),
     "throughput/generated_tokens_per_s": Metric("tokens/s", "sampled, over the rollout's time"),
-    "throughput/mfu": Metric("share", "of the devices' peak arithmetic that the step used"),
+    "throughput/step_tokens_per_s": Metric("tokens/s", "sampled, over the whole step's time"),
+    "throughput/learned_tokens_per_s": Metric(
+        "tokens/s",
+        "prompts and completions learned from, over the time from the last completion to the last "
+        "update",
+    ),
+    "throughput/mfu": Metric(
+        "share", "of the devices' published peak arithmetic that the step used (bfloat16)"
+    ),
+    "floor/rollout_share": Metric(
+        "share", "the least time that sampling can take on these devices, of what it took"
+    ),
+    "floor/learning_share": Metric(
+        "share", "the same of reference and updates, of the time after the last completion"
+    ),
+    "floor/step_share": Metric("share", "the same of all of these, of the step's time"),
     "tokens/generated": Metric("tokens", "sampled since the run began"),
     "eval/accuracy": Metric("share", "held-out problems answered right, greedy"),
     "eval/answer_found_share": Metric("share", "greedy completions in which an answer was found"),

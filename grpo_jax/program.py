@@ -107,6 +107,14 @@ def use_compile_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def use_nan_checks(check: bool) -> None:
+    """With `check`, JAX stops at the operation that gave the first NaN.
+
+    Infinities are not looked for: the logits that a sampler may not choose from are.
+    """
+    jax.config.update("jax_debug_nans", check)
+
+
 def main(run: Callable[[list[str]], None]) -> None:
     """Runs a program; a user's mistake ends it with one message and status 1.
 

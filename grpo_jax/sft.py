@@ -31,6 +31,7 @@ from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import tasks
 from grpo_jax.models import hf, splash, transformer
+from grpo_jax.phases import phase
 from grpo_jax.structs import Array, Params, Rollouts, Sampling, TrainState, pad_rows
 from grpo_jax.watchdog import Watchdog
 
@@ -75,7 +76,8 @@ def run(config: ConfigDict, folder: Path) -> Path:
     )
     update = _make_update(scorer, optimizer, config.sft.microbatch or config.sft.batch, config)
     checkpoints = Checkpoints(config.checkpoint.folder or folder / "checkpoints", keep=1)
-    state = _start(checkpoints, policy, mesh, optimizer, config)
+    with phase("start"):
+        state = _start(checkpoints, policy, mesh, optimizer, config)
     first = int(state.num_updates)
     writers = metrics_lib.Writers(
         folder,
@@ -94,7 +96,8 @@ def run(config: ConfigDict, folder: Path) -> Path:
         for step in range(first, num_steps):
             started = time.monotonic()
             watchdog.phase(f"Supervised update {step + 1}")
-            state, values = update(state, batches(step))
+            with phase("sft"):
+                state, values = update(state, batches(step))
             values["sft/tokens_per_s"] = values.pop("tokens") / (time.monotonic() - started)
             if values.pop("skipped"):
                 raise ValueError(
@@ -287,6 +290,7 @@ def main(argv: list[str]) -> None:
     if not config.sft.num_steps:
         raise ValueError("sft.num_steps = 0: nothing to train. Set it above 0.")
     program.use_all_cores(config, parts_lib.model_shape(config).num_params)
+    program.use_nan_checks(config.debug.nans)
     if config.compile_cache:
         program.use_compile_cache()
     metrics_lib.say(f"The trained model is in {run(config, folder)}.")

@@ -144,7 +144,7 @@ def by_data_shard(mesh: Mesh, f: Callable, num_whole: int) -> Callable:
         out = jax.vmap(functools.partial(f, *whole), spmd_axis_name="data")(*rows)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
 
-    return sharded
+    return _called_as(f, sharded)
 
 
 def _by_hand(
@@ -157,7 +157,15 @@ def _by_hand(
             f, mesh=mesh, in_specs=specs, out_specs=rows, axis_names=set(manual), check_vma=False
         )(*args)
 
-    return sharded
+    return _called_as(f, sharded)
+
+
+def _called_as(f: Callable, wrapper: Callable) -> Callable:
+    """The wrapper under the name of `f`, by which profiles show the compiled program."""
+    while isinstance(f, functools.partial):
+        f = f.func
+    wrapper.__name__ = f.__name__
+    return wrapper
 
 
 def split_within_shard(mesh: Mesh, tree: Any) -> Any:

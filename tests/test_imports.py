@@ -16,7 +16,7 @@ FILES = {
     ): path
     for path in sorted(ROOT.rglob("*.py"))
 }
-PROGRAMS = {"program", "train", "sft", "generate", "evaluate", "report", "score"}
+PROGRAMS = {"program", "train", "sft", "generate", "evaluate", "report", "score", "profile"}
 PARTS = ("models", "sampling", "algorithm", "rewards", "data")
 
 

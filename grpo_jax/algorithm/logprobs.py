@@ -72,6 +72,7 @@ def _statistics(hidden: Array, head_DV: Array, target: Array, sampling: Sampling
     return logp, -plogp.sum(-1), log_prob
 
 
+@jax.named_scope("vocabulary")
 def score(
     hidden_BTD: Array, head_DV: Array, target_BT: Array, sampling: Sampling, along: Along = ALONE
 ) -> tuple[Array, Array]:
@@ -116,6 +117,7 @@ def loss(
     return jnp.sum(weight_BT * per_token), logp_BT, entropy_BT
 
 
+@jax.named_scope("vocabulary")
 def _loss_forward(token_loss, sampling, along, hidden_BTD, head_DV, target_BT, weight_BT, terms):
     tokens = target_BT.shape[1]
     width = _chunk_width(*target_BT.shape, head_DV.shape[-1], along.devices)
@@ -153,6 +155,7 @@ def _loss_forward(token_loss, sampling, along, hidden_BTD, head_DV, target_BT, w
     return (total, logp, entropy), (grad_hidden, grad_head.astype(head_DV.dtype))
 
 
+@jax.named_scope("vocabulary")
 def _loss_backward(token_loss, sampling, along, residuals, cotangents):
     grad_hidden, grad_head = residuals
     by_total = cotangents[0]  # log-probabilities and entropies are for looking at

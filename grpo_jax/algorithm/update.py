@@ -172,6 +172,7 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
         logp_DE, _ = logprobs.score(hidden_DED, head, target_DE, scorer.sampling, scorer.along)
         return packed.put(logp_PGC, logp_DE)
 
+    @jax.named_scope("scoring")
     def fill_shard(params, rollouts: Rollouts, *microbatches_1: Array) -> Array:
         step = lambda logp, where: (one(params, rollouts, logp, *where), None)  # noqa: E731
         start = jnp.zeros_like(rollouts.logp_PGC)
@@ -183,6 +184,7 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
     )
 
     @jax.jit
+    @jax.named_scope("scoring")
     def base(rollouts: Rollouts, reward_PG: Array) -> Experience:
         return Experience(
             rollouts=rollouts,
@@ -290,6 +292,7 @@ def make_adding(
         grads = jax.tree.map(lambda x: jnp.zeros((shards, *x.shape), jnp.float32), like)
         return grads, *({name: jnp.zeros(shards) for name in names} for names in (sums, maxima))
 
+    @jax.named_scope("update")
     def add_shard(params: Params, carry: Carry, *rows: Any) -> Carry:
         carry = through(params, jax.tree.map(lambda x: x[0], carry), *rows)
         return jax.tree.map(lambda x: x[None], carry)
@@ -303,6 +306,7 @@ def make_adding(
     return empty, add
 
 
+@jax.named_scope("optimizer")
 def apply_gradient(
     state: TrainState, optimizer: optax.GradientTransformation, grads: Params, loss: Array
 ) -> tuple[TrainState, dict[str, Array]]:
@@ -362,6 +366,7 @@ def make_update(
         out_shardings=(shardings, None),
         compiler_options=compiling.options(scorer.mesh),
     )
+    @jax.named_scope("update")
     def finish(state: TrainState, carry: Carry, action_PGC: Array, index: Array):
         grads, sums, maxima = over_shards(scorer, carry)
         _, group, tokens = action_PGC.shape

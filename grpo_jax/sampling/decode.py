@@ -83,6 +83,7 @@ def empty(decoder: Decoder, slots: int, lanes: int, prompt_tokens: int) -> Slots
     )
 
 
+@jax.named_scope("choose")
 def _choose(decoder: Decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature):
     """The token at position `time_RW` of each lane and its log-probability, both [R, W].
 
@@ -118,6 +119,7 @@ def _is_stop(decoder: Decoder, token: Array) -> Array:
     return stop
 
 
+@jax.named_scope("rollout/admit")
 def admit(
     decoder: Decoder,
     params: Params,
@@ -163,6 +165,7 @@ def slots_needed(live_RW: Array, lanes: int) -> Array:
     return jnp.sum(-(-jnp.sum(live_RW, axis=1) // lanes))
 
 
+@jax.named_scope("rollout/decode")
 def decode(
     decoder: Decoder,
     params: Params,
@@ -221,6 +224,7 @@ def decode(
     return jax.lax.while_loop(go_on, one_token, slots)
 
 
+@jax.named_scope("rollout/compact")
 def compact(slots: Slots, slot_R: Array, lane_RW: Array, live_RW: Array) -> Slots:
     """A smaller batch: new slot r has old slot `slot_R[r]`'s prompt, and its lanes `lane_RW[r]`."""
     lanes_of = lambda x: x[slot_R[:, None], lane_RW]  # noqa: E731

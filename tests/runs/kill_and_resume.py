@@ -28,7 +28,7 @@ from grpo_jax import metrics
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.py"
 # Metrics that differ from run to run.
-TIMES = ("time/", "throughput/", "programs", "sft/tokens_per_s")
+TIMES = ("time/", "throughput/", "floor/", "memory/", "programs", "sft/tokens_per_s")
 
 
 # --- What a run left ------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def state_differences(a: Path, b: Path) -> list[str]:
 
 
 def logged(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """A log's lines in their order, without times and throughput."""
+    """A log's lines in their order, without times, throughput and memory."""
     rows = metrics.read_jsonl(folder / name)
     return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
 

@@ -13,10 +13,12 @@ import pytest
 from kill_and_resume import final_state, logged
 from test_bad_input import TINY, make_model, refusal
 
-from grpo_jax import loop, metrics, train
+from grpo_jax import loop, metrics, profile, train
+from grpo_jax.chips import Chip
 from grpo_jax.models import hf
 from grpo_jax.sampling.engine import Engine
 
+CHIP = Chip("slow", 1e9, 1e30, 2**30, 1e9, "made up: its memory takes no time")
 MESH = ["--config.mesh.data=2", "--config.mesh.tensor=-1"]
 TWO_STEPS = ["--config.loop.num_steps=2", "--config.evaluation.num_problems=0"]
 
@@ -42,8 +44,10 @@ def _runs(folder, *more: str) -> list[dict]:
     return logged(folder)
 
 
-def test_what_a_run_leaves(tmp_path, compile_cache):
-    rows = _runs(tmp_path / "run", "--config.evaluation.num_samples=2")
+def test_what_a_run_leaves(tmp_path, compile_cache, monkeypatch):
+    monkeypatch.setattr(loop.chips, "chip", lambda kind: CHIP)
+    options = ["--config.evaluation.num_samples=2", "--config.profile.steps=(3,3)"]
+    rows = _runs(tmp_path / "run", *options)
     folder = tmp_path / "run"
     summary = json.loads((folder / "summary.json").read_text())
     needed = "accuracy_before accuracy_after train_wall_s generated_tokens_per_s seed steps".split()
@@ -84,6 +88,45 @@ def test_what_a_run_leaves(tmp_path, compile_cache):
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     _check_export(folder)
+    _check_trace(folder)
+    _check_rates(_rows_with_times(folder)[1:])
+
+
+def _rows_with_times(folder) -> list[dict]:
+    return list(metrics.read_jsonl(folder / "metrics.jsonl"))
+
+
+def _check_trace(folder):
+    """Step 3 alone, its phases on the host, and those that its programs name."""
+    trace = profile.newest_trace(folder)
+    data = jax.profiler.ProfileData.from_file(str(trace))
+    events = [event for plane in data.planes for line in plane.lines for event in line.events]
+    assert [dict(e.stats)["step_num"] for e in events if e.name == "step"] == [3]
+    assert {"rollout", "scoring", "rewards", "update"} <= {e.name for e in events}
+    found = profile.operations(trace)
+    parts = {(o.phase, word) for o in found for word in o.part.split(" ")[0].split("/")}
+    scopes = {
+        "rollout": ["admit", "decode", "choose", "attention", "mlp"],
+        "scoring": ["attention", "mlp", "vocabulary"],
+        "update": ["attention", "mlp", "vocabulary", "optimizer"],
+    }
+    assert {(phase, part) for phase, names in scopes.items() for part in names} <= parts
+    programs = {o.program.split("(")[0] for o in found}
+    assert programs >= {"jit_admit", "jit_decode", "jit_fill_shard", "jit_add_shard", "jit_finish"}
+
+
+def _check_rates(steps):
+    """Of a chip that is no faster than it must be: shares of the step's floor by their times."""
+    for row in steps:
+        rollout, learning, step = (row[f"floor/{n}_share"] for n in ("rollout", "learning", "step"))
+        tokens = row["completion/length"] * 16
+        step_s, rollout_s = tokens / row["throughput/step_tokens_per_s"], row["time/rollout_s"]
+        assert rollout_s < step_s <= row["time/step_s"]
+        assert step * step_s == pytest.approx(rollout * rollout_s + learning * (step_s - rollout_s))
+        # Nothing but arithmetic counts on this chip: the passes of a step are 1 to sample, 2 * 3
+        # to learn, 1 of the reference and 1 of the policy before.
+        assert row["throughput/mfu"] == pytest.approx(step)
+        assert learning * (step_s - rollout_s) == pytest.approx(8 * rollout * rollout_s)
 
 
 def _check_export(folder):
@@ -135,10 +178,11 @@ def test_the_device_has_work_while_metrics_are_read(tmp_path, model, monkeypatch
     _runs(tmp_path / "run", f"--config.model.path={model}", *TWO_STEPS, *every)
     updates = ["update", "update", "read", "update", "read", "update", "read"]
     assert events == ["admit", *updates, "admit", "read", *updates, "read"]
-    text = (tmp_path / "run" / "metrics.jsonl").read_text()
-    rows = [json.loads(line) for line in text.splitlines()]
+    rows = _rows_with_times(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2]
     assert all(0 < row["time/update_s"] < row["time/step_s"] for row in rows)
+    unknown = {"throughput/mfu", "floor/rollout_share", "memory/device_gib"}  # of a CPU
+    assert all(row["throughput/step_tokens_per_s"] > 0 and not unknown & row.keys() for row in rows)
 
 
 # --- Numbers that are not finite ------------------------------------------------------------------

@@ -1,0 +1,74 @@
+"""The least time that a step's arithmetic and memory traffic can take on given devices.
+
+Counted are matrix products and attention alone: the body on every token, each prompt once for its
+group, the LM head on completion tokens; and what decoding must read. Nothing is counted twice: what
+a program computes again, pads or copies makes it slower than its floor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from grpo_jax.structs import Array, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What must be done, by all devices together but for `bytes_each`."""
+
+    flops: float
+    bytes_shared: float = 0.0  # read by one device or another
+    bytes_each: float = 0.0  # read by every device: weights, where each holds them whole
+
+    def times(self, number: float) -> Work:
+        return Work(self.flops * number, self.bytes_shared * number, self.bytes_each * number)
+
+    def seconds(self, flops_per_s: float, bytes_per_s: float, devices: int = 1) -> float:
+        """Arithmetic or traffic, whichever takes longer; rates are those of one device."""
+        arithmetic = self.flops / (flops_per_s * devices)
+        traffic = (self.bytes_shared / devices + self.bytes_each) / bytes_per_s
+        return max(arithmetic, traffic)
+
+
+def forward(model: ModelConfig, prompt_length_P: Array, length_PG: Array) -> Work:
+    """One pass over prompts and their completions; with its gradient it is three."""
+    prompt_P, length_PG = (np.asarray(x, np.float64) for x in (prompt_length_P, length_PG))
+    tokens = prompt_P.sum() + length_PG.sum()
+    pairs = (prompt_P**2 / 2).sum()  # of a query and a key it looks at
+    pairs += (length_PG * prompt_P[:, None] + length_PG**2 / 2).sum()
+    attention = 4.0 * model.num_layers * model.num_heads * model.head_size * pairs
+    return Work(2.0 * _body(model) * tokens + attention + 2.0 * _head(model) * length_PG.sum())
+
+
+def rollout(
+    model: ModelConfig,
+    prompt_length_P: Array,
+    length_PG: Array,
+    itemsize: int,
+    weight_shards: int = 1,
+) -> Work:
+    """Sampling these completions, all at once: weights are read once for each token position.
+
+    `itemsize`: bytes of a weight and of a number in the cache; `weight_shards`: devices that hold
+    the weights between them, each a part. A prompt's cache is read once for
+    the tokens of its group, and logits are written and read three times, in float32.
+    """
+    prompt_P, length_PG = (np.asarray(x, np.float64) for x in (prompt_length_P, length_PG))
+    cache = 2 * model.num_layers * model.num_kv_heads * model.head_size * itemsize  # of a token
+    own = cache * (length_PG**2 / 2).sum()
+    prefix = cache * (prompt_P * length_PG.max(axis=1)).sum()
+    logits = 3 * 4.0 * model.vocab_size * length_PG.sum()
+    weights = (_body(model) + _head(model)) * itemsize * length_PG.max()
+    flops = forward(model, prompt_length_P, length_PG).flops
+    return Work(flops, own + prefix + logits, weights / weight_shards)
+
+
+def _head(model: ModelConfig) -> int:
+    return model.vocab_size * model.width
+
+
+def _body(model: ModelConfig) -> int:
+    """Weights that every token is multiplied with."""
+    return model.num_params - _head(model) * (1 if model.tied_head else 2)
