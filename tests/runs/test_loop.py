@@ -185,6 +185,27 @@ def test_the_device_has_work_while_metrics_are_read(tmp_path, model, monkeypatch
     assert all(row["throughput/step_tokens_per_s"] > 0 and not unknown & row.keys() for row in rows)
 
 
+@pytest.mark.slow
+def test_a_debugging_run(tmp_path, model, compile_cache):
+    """configs/debug_gpu.py, shorter: it checks for NaN, and shows what each step did."""
+    debug = TINY.parents[2] / "configs" / "debug_gpu.py"
+    options = ["sft.num_steps=0", "loop.num_steps=2", "evaluation.num_problems=0"]
+    options += [f"model.path={model}", "mesh.tensor=-1", "compile_cache=True"]
+    options += ["algorithm.kl_coef=0", "rollout.max_tokens=8", "batch.group=2"]  # fewer programs
+    argv = ["--config", str(debug), "--workdir", str(tmp_path / "run")]
+    try:
+        status, message = refusal(train.main, argv + [f"--config.{o}" for o in options])
+        assert status is None, message
+        assert jax.config.jax_debug_nans
+        with pytest.raises(FloatingPointError):
+            jax.jit(lambda x: x / x)(jnp.zeros(()))
+    finally:
+        jax.config.update("jax_debug_nans", False)
+    samples = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [1, 1, 2, 2]
+    assert profile.operations(profile.newest_trace(tmp_path / "run"))
+
+
 # --- Numbers that are not finite ------------------------------------------------------------------
 
 
