@@ -22,7 +22,7 @@ import jaxlib
 import workload
 from workload import Work
 
-from grpo_jax import floor
+from grpo_jax import floor, memory
 
 
 def arguments(description: str) -> tuple[Work, argparse.Namespace]:
@@ -78,8 +78,8 @@ class Phases:
         self.floor.setdefault(name, []).append(work.seconds(self.rate, self.bandwidth))
         self.products.setdefault(name, []).append(work.flops / self.rate)
 
-    def report(self, tokens_per_step: float, file: str | None) -> None:
-        """Prints the medians beside their floors; writes them too where a file is named."""
+    def medians(self, tokens_per_step: float) -> dict[str, Any]:
+        """The medians beside their floors, with the memory that was needed."""
         rows = {}
         for name, seconds in self.seconds.items():
             median, least = statistics.median(seconds), statistics.median(self.floor[name])
@@ -91,37 +91,42 @@ class Phases:
                 "share_of_products": products / median,
             }
         total = sum(row["seconds"] for row in rows.values())
-        found = {
+        return {
             "work": dataclasses.asdict(self.work),
             "environment": environment(),
             "tflops": self.rate / 1e12,
             "gb_per_s": self.bandwidth / 1e9,
             "phases": rows,
             "completion_tokens_per_s": tokens_per_step / total,
+            "memory": memory.usage(),
         }
-        print(json.dumps(found["work"]))
-        print(f"{found['environment']}")
-        print(f"plain product {self.rate / 1e12:.3f} TFLOP/s, copy {self.bandwidth / 1e9:.1f} GB/s")
-        print(f"{'phase':<10}{'seconds':>10}{'floor':>10}{'share':>8}{'of products':>13}")
-        for name, row in rows.items():
-            print(
-                f"{name:<10}{row['seconds']:>10.4f}{row['floor_seconds']:>10.4f}"
-                f"{row['share']:>8.1%}{row['share_of_products']:>13.1%}"
-            )
-        print(
-            f"{found['completion_tokens_per_s']:,.0f} completion tokens per second of these phases"
-        )
-        if file:
-            Path(file).write_text(json.dumps(found, indent=1) + "\n")
 
 
 def run(description: str, phases: tuple[str, ...]) -> None:
     """Times the phases of a step and prints them beside their floors."""
     work, args = arguments(description)
+    found = measure(work, phases, args.steps)
+    print(json.dumps(found["work"]))
+    print(f"{found['environment']}")
+    print(f"plain product {found['tflops']:.3f} TFLOP/s, copy {found['gb_per_s']:.1f} GB/s")
+    print(f"{'phase':<10}{'seconds':>10}{'floor':>10}{'share':>8}{'of products':>13}")
+    for name, row in found["phases"].items():
+        print(
+            f"{name:<10}{row['seconds']:>10.4f}{row['floor_seconds']:>10.4f}"
+            f"{row['share']:>8.1%}{row['share_of_products']:>13.1%}"
+        )
+    print(f"{found['completion_tokens_per_s']:,.0f} completion tokens per second of these phases")
+    print(", ".join(f"{name} {gib:.2f}" for name, gib in found["memory"].items()))
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def measure(work: Work, phases: tuple[str, ...], steps: int) -> dict[str, Any]:
+    """Seconds and floors of the phases of a step, medians of `steps` after two that warm up."""
     step, table = workload.Step(work), Phases(work)
     model, itemsize = work.shape, jax.numpy.dtype(work.dtype).itemsize
     tokens = []
-    for n in range(args.steps + 2):
+    for n in range(steps + 2):
         rollouts, rollout_s = timed(lambda n=n: step.rollout(n))
         length_PG = rollouts.length_PG
         experience, prepare_s = timed(lambda r=rollouts: step.prepare(r))
@@ -137,4 +142,4 @@ def run(description: str, phases: tuple[str, ...]) -> None:
             table.add("prepare", prepare_s, forward.times(work.kl))
         if "update" in phases:
             table.add("update", update_s, forward.times(3))
-    table.report(sum(tokens) / len(tokens), args.json)
+    return table.medians(sum(tokens) / len(tokens))

@@ -28,7 +28,8 @@ STOP = 1
 _LENGTH_FOLD = 2**31 - 1  # no token stands there: the fold that a completion's length comes from
 
 
-def _shape(layers, width, heads, kv, size, mlp, vocab, tied) -> ModelConfig:
+def shape(layers, width, heads, kv, size, mlp, vocab, tied) -> ModelConfig:
+    """A decoder as Qwen2.5's, of these sizes."""
     return ModelConfig(
         family="qwen2", vocab_size=vocab, width=width, mlp_width=mlp, num_layers=layers,
         num_heads=heads, num_kv_heads=kv, head_size=size, rope_theta=1e6, norm_eps=1e-6,
@@ -37,10 +38,10 @@ def _shape(layers, width, heads, kv, size, mlp, vocab, tied) -> ModelConfig:
 
 
 SHAPES = {
-    "tiny": _shape(4, 256, 4, 2, 64, 688, 512, True),
-    "qwen2.5-0.5b": _shape(24, 896, 14, 2, 64, 4864, 151936, True),
-    "qwen2.5-1.5b": _shape(28, 1536, 12, 2, 128, 8960, 151936, True),
-    "qwen2.5-7b": _shape(28, 3584, 28, 4, 128, 18944, 152064, False),
+    "tiny": shape(4, 256, 4, 2, 64, 688, 512, True),
+    "qwen2.5-0.5b": shape(24, 896, 14, 2, 64, 4864, 151936, True),
+    "qwen2.5-1.5b": shape(28, 1536, 12, 2, 128, 8960, 151936, True),
+    "qwen2.5-7b": shape(28, 3584, 28, 4, 128, 18944, 152064, False),
 }
 
 
