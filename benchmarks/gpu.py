@@ -164,7 +164,6 @@ def step(size: str, lengths: str, tiny: bool) -> dict[str, Any]:
 
 def longest(size: str, tiny: bool) -> dict[str, Any]:
     """Updates on one group of 8 completions of doubling length, until memory or time runs out."""
-    import jax
     import numpy as np
     import timing
     import workload
@@ -176,7 +175,7 @@ def longest(size: str, tiny: bool) -> dict[str, Any]:
     began, rows = time.monotonic(), []
     tokens = 8 if tiny else 1024
     while tokens <= (16 if tiny else 2**17) and time.monotonic() - began < 0.6 * LIMIT_S:
-        work = _work(size, tiny, prompts=jax.device_count(), completion_tokens=tokens, kl=False)
+        work = _work(size, tiny, prompts=1, completion_tokens=tokens, kl=False)
         shape = (work.prompts, work.group, tokens)
         rng = np.random.default_rng(0)
         rollouts = Rollouts(
