@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -62,6 +63,33 @@ def test_each_process_is_told_which_it_is(tmp_path):
     assert "local_multiprocess: process 1 of 3 ended with status 7" in done.stderr
     assert "process 0" not in done.stderr and "process 2" not in done.stderr
     assert "ending the other 1" in done.stderr
+
+
+def test_a_stopped_process_is_named():
+    """The second is stopped, and the first aborts as JAX does that waits for it."""
+    code = "case $JAX_PROCESS_ID in 1) kill -STOP $$;; 0) sleep 1; kill -ABRT $$;; esac"
+    done = subprocess.run(
+        [LAUNCH / "local_multiprocess.sh", "2", "bash", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert done.returncode == 128 + signal.SIGABRT
+    assert "process 0 of 2 was ended by SIGABRT (status 134)" in done.stderr
+    assert "process 1 of 2 is stopped" in done.stderr
+
+
+def test_a_signal_reaches_all_processes():
+    code = 'trap "echo saved; exit 0" TERM; echo ready; while :; do sleep 0.1; done'
+    with subprocess.Popen(
+        [LAUNCH / "local_multiprocess.sh", "2", "bash", "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as launched:
+        assert {launched.stdout.readline() for _ in range(2)} == {"[0] ready\n", "[1] ready\n"}
+        launched.terminate()
+        assert launched.wait(timeout=50) == 0
+        assert sorted(launched.stdout) == ["[0] saved\n", "[1] saved\n"]
 
 
 def test_processes_that_end_well_end_well():
