@@ -25,6 +25,7 @@ from grpo_jax import chips, evaluation, floor, hosts, keys, memory, report, shar
 from grpo_jax import config as config_lib
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import parts as parts_lib
+from grpo_jax.algorithm import update as update_lib
 from grpo_jax.compiling import Compiling
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.judge import Complaints, Judge
@@ -218,8 +219,7 @@ def _prepare(
     `scored` waits for the rewards; meanwhile the device computes the reference.
     """
     limit = rollouts.completion_PGC.shape[-1]
-    quarter = -(-limit // 4)  # few lengths: each is compiled once
-    longest = min(limit, -(-int(rollouts.length_PG.max()) // quarter) * quarter)
+    longest = update_lib.cut_to(limit, int(rollouts.length_PG.max()))
     rollouts = rollouts.replace(
         completion_PGC=rollouts.completion_PGC[..., :longest],
         logp_PGC=rollouts.logp_PGC[..., :longest],

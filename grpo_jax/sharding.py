@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
@@ -68,8 +68,11 @@ def make_mesh(
         )
     # Auto axes: with explicit ones, the default of make_mesh, an embedding lookup sharded on two
     # axes is refused.
-    axis_types = (AxisType.Auto,) * len(MESH_AXES)
-    mesh = jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types, devices=devices)
+    # An axis may be a part of a dimension of a TPU's torus, 8 x 8 of 4 x 4 x 4.
+    placed = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
+    )
+    mesh = Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     for devices_SD in mesh.devices.reshape(-1, *mesh.devices.shape[2:]):
         processes = {device.process_index for device in devices_SD.flat}
         if sizes["sequence"] > 1 and len(processes) > 1:  # rows are sampled apart, scored together
@@ -179,9 +182,9 @@ def split_within_shard(mesh: Mesh, tree: Any) -> Any:
 def place_within_shard(mesh: Mesh, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """Inside `by_data_shard`: an activation where its logical axes say.
 
-    Without a sequence axis XLA finds the places by itself.
+    Else XLA may leave them split as an embedding is, and send activations in place of weights.
     """
-    if mesh.shape["sequence"] == 1:
+    if mesh.shape["sequence"] == mesh.shape["fsdp"] == 1:
         return x
     return jax.lax.with_sharding_constraint(x, sharding_of(mesh, axes, x.shape))
 
@@ -205,6 +208,29 @@ def by_head_shard(mesh: Mesh, f: Callable, axes: Sequence, out_axes: Sequence) -
         for of in (axes, out_axes)
     )
     return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
+
+
+def gathered(mesh: Mesh, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Inside `by_data_shard`: a parameter whole along the fsdp axis, once for all that follows.
+
+    Its gradient is summed into the shards that the parameter is kept in. Where a loop reads a
+    parameter, XLA otherwise gathers it, and sums its gradient, in every iteration.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return x
+    kept = sharding_of(mesh, axes, x.shape)
+    whole = [None if axis and "fsdp" in LOGICAL_AXES[axis] else axis for axis in axes]
+
+    @jax.custom_vjp
+    def gather(x: jax.Array) -> jax.Array:
+        placed = sharding_of(mesh, tuple(whole), x.shape)
+        return jax.lax.with_sharding_constraint(x, placed)
+
+    gather.defvjp(
+        lambda x: (gather(x), None),
+        lambda _, grad: (jax.lax.with_sharding_constraint(grad, kept),),
+    )
+    return gather(x)
 
 
 def shard_owners(mesh: Mesh) -> np.ndarray:

@@ -16,7 +16,9 @@ FILES = {
     ): path
     for path in sorted(ROOT.rglob("*.py"))
 }
-PROGRAMS = {"program", "train", "sft", "generate", "evaluate", "report", "score", "profile"}
+PROGRAMS = {
+    *("program", "train", "sft", "generate", "evaluate", "report", "score", "profile", "plan")
+}
 PARTS = ("models", "sampling", "algorithm", "rewards", "data")
 
 

@@ -99,6 +99,10 @@ class Scorer:
         )
         return hidden if layout is not None else hidden.reshape(-1, *hidden.shape[2:])
 
+    def head(self, params: Params) -> Array:
+        """The LM head [D, V], gathered once for all chunks of the vocabulary's sweep."""
+        return sharding.gathered(self.mesh, transformer.head_kernel(params), ("embed", "vocab"))
+
 
 @dataclasses.dataclass(frozen=True)
 class _Packed:
@@ -150,6 +154,15 @@ def action_mask(length_PG: Array, stopped_PG: Array, tokens: int, mask_truncated
     return action_PGC & stopped_PG[..., None] if mask_truncated else action_PGC
 
 
+def cut_to(limit: int, longest: int) -> int:
+    """Tokens to which completions are cut before they are scored, in quarters of the limit.
+
+    Few lengths: a program is compiled once for each.
+    """
+    quarter = -(-limit // 4)
+    return min(limit, -(-longest // quarter) * quarter)
+
+
 def _rows(mesh: Mesh, tree: Any, groups_M: Array) -> Any:
     """Some groups of a data shard's arrays [P, ...], over its devices by row; any group for -1."""
     groups_M = jnp.maximum(groups_M, 0)
@@ -168,9 +181,16 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
         part = _rows(scorer.mesh, rollouts, groups_M)
         packed = _Packed.of(logp_PGC.shape[-1], groups_M, *where)
         hidden_DED = scorer.hidden(params, part, packed.layout)
-        head, target_DE = transformer.head_kernel(params), packed.take(part.completion_PGC)
-        logp_DE, _ = logprobs.score(hidden_DED, head, target_DE, scorer.sampling, scorer.along)
-        return packed.put(logp_PGC, logp_DE)
+        target_DE, head = packed.take(part.completion_PGC), scorer.head(params)
+        logp_DE = _row_by_row(
+            scorer.mesh,
+            lambda hidden, target: logprobs.score(
+                hidden, head, target, scorer.sampling, scorer.along
+            )[0],
+            hidden_DED,
+            target_DE,
+        )
+        return packed.put(logp_PGC, logp_DE.reshape(target_DE.shape))
 
     @jax.named_scope("scoring")
     def fill_shard(params, rollouts: Rollouts, *microbatches_1: Array) -> Array:
@@ -217,6 +237,17 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
     return prepare
 
 
+def _row_by_row(mesh: Mesh, f: Callable, *rows: Any) -> Any:
+    """`f` of the row of each device by itself; its results may have one more leading axis.
+
+    So what `f` sums over the chunks of its row, the head's gradient above all, is summed where it
+    is, and over devices once. A row that several devices share goes with the others.
+    """
+    if len(rows[0]) == 1 or mesh.shape["sequence"] > 1:
+        return f(*rows)
+    return jax.vmap(lambda *row: f(*jax.tree.map(lambda x: x[None], row)))(*rows)
+
+
 def _loss_sums(
     params: Params, scorer: Scorer, objective: losses.Objective, part: Experience, packed: _Packed
 ):
@@ -231,15 +262,22 @@ def _loss_sums(
     weight_BC, _ = losses.weights(action_PGC.reshape(-1, packed.tokens), objective)
     weight_DE = jnp.where(packed.there_DE, take(weight_BC.reshape(action_PGC.shape)), 0.0)
     action_DE = take(action_PGC) & packed.there_DE
-    total, logp_DE, entropy_DE = logprobs.loss(
-        functools.partial(losses.token_loss, objective),
-        scorer.sampling,
-        scorer.along,
-        scorer.hidden(params, rollouts, packed.layout),
-        transformer.head_kernel(params),
-        take(rollouts.completion_PGC),
-        weight_DE,
-        terms,
+    head = scorer.head(params)
+
+    def loss(hidden, target, weight, terms):
+        token_loss = functools.partial(losses.token_loss, objective)
+        return logprobs.loss(
+            token_loss, scorer.sampling, scorer.along, hidden, head, target, weight, terms
+        )
+
+    hidden_DED = scorer.hidden(params, rollouts, packed.layout)
+    total, logp_DE, entropy_DE = _row_by_row(
+        scorer.mesh, loss, hidden_DED, take(rollouts.completion_PGC), weight_DE, terms
+    )
+    total, logp_DE, entropy_DE = (
+        total.sum(),
+        logp_DE.reshape(weight_DE.shape),
+        entropy_DE.reshape(weight_DE.shape),
     )
     sums, maxima = losses.diagnostics(
         objective, logp_DE, entropy_DE, terms, action_DE, take(rollouts.logp_PGC)

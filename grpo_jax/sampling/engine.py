@@ -66,13 +66,13 @@ class Engine:
         self.shapes: set[tuple[int, int, int]] = set()
         by_shard = functools.partial(sharding.by_slot_shard, decoder.mesh)
         with_decoder = lambda f: functools.partial(f, decoder)  # noqa: E731
-        self._empty = jax.jit(
+        self.empty = jax.jit(
             lambda *sizes: by_shard(lambda: decode.empty(decoder, *sizes), 0)(),
             static_argnums=(0, 1, 2),
         )
         jit = functools.partial(jax.jit, compiler_options=compiling.options(decoder.mesh))
-        self._admit = jit(by_shard(with_decoder(decode.admit), 2), donate_argnums=2)
-        self._decode = jit(by_shard(with_decoder(decode.decode), 4), donate_argnums=5)
+        self.admit = jit(by_shard(with_decoder(decode.admit), 2), donate_argnums=2)
+        self.decode = jit(by_shard(with_decoder(decode.decode), 4), donate_argnums=5)
         self._compact = jit(by_shard(decode.compact, 0))
         self._row_keys = jax.jit(
             lambda key, rows: jax.random.key_data(
@@ -85,20 +85,26 @@ class Engine:
 
         So decoding never gathers parameters token by token. Without a change the arrays are shared.
         """
-        mesh, model = self.decoder.mesh, self.decoder.model
+
+        def place(x: Array, like: jax.ShapeDtypeStruct) -> Array:
+            if x.dtype == like.dtype and x.sharding.is_equivalent_to(like.sharding, x.ndim):
+                return x
+            return jax.device_put(x.astype(like.dtype), like.sharding)
+
+        return jax.tree.map(place, params, self.published_like(params))
+
+    def published_like(self, params: Params) -> Params:
+        """Shape, dtype and sharding of what `publish` gives, of arrays or their shapes."""
+        mesh, dtype = self.decoder.mesh, self.decoder.dtype
         axes = jax.tree.map(
             lambda names: tuple(None if n == "embed" else n for n in names),
-            transformer.logical_axes(model),
+            transformer.logical_axes(self.decoder.model),
             is_leaf=lambda x: isinstance(x, tuple),
         )
-        dtype = self.decoder.dtype
-
-        def place(x: Array, placed: jax.sharding.Sharding) -> Array:
-            if x.dtype == dtype and x.sharding.is_equivalent_to(placed, x.ndim):
-                return x
-            return jax.device_put(x.astype(dtype), placed)
-
-        return jax.tree.map(place, params, sharding.tree_shardings(mesh, axes, params))
+        placed = sharding.tree_shardings(mesh, axes, params)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), params, placed
+        )
 
     def generate(
         self,
@@ -145,7 +151,7 @@ class Engine:
                 if on_group and own_P[p] and not missing_P[p]:
                     whole = range(p * group, (p + 1) * group)
                     on_group(p, [completion_BC[r, : length_B[r]].tolist() for r in whole])
-        prompt_PQ, prompt_length_P = pad_rows(prompts, self._padded(prompts))
+        prompt_PQ, prompt_length_P = pad_rows(prompts, self.padded(max(map(len, prompts))))
         shape = (len(prompts), group)
         return Rollouts(
             prompt_PQ=prompt_PQ,
@@ -160,11 +166,11 @@ class Engine:
         """The shard of each of so many things: in blocks, as the rows of a batch are split."""
         return np.arange(number) * self.shards // number
 
-    def _padded(self, prompts: list[list[int]]) -> int:
-        longest = max(map(len, prompts))
+    def padded(self, longest: int) -> int:
+        """To how many tokens prompts of at most `longest` are padded."""
         return -(-longest // _PROMPT_STEP) * _PROMPT_STEP
 
-    def _layouts(self, num_prompts: int, group: int) -> list[tuple[int, int]]:
+    def layouts(self, num_prompts: int, group: int) -> list[tuple[int, int]]:
         """(slots, lanes) of a shard to start with, and smaller ones to move to, largest first.
 
         Lanes shrink faster than slots: a long tail is one or two completions of many prompts.
@@ -186,13 +192,13 @@ class Engine:
         self, params, prompts, group: int, key: Array, temperature: float, meanwhile
     ) -> Iterator[tuple[np.ndarray, ...]]:
         """Completions as they finish: global rows [n], tokens, logps [n, C], last times, stops."""
-        layouts = self._layouts(len(prompts), group)
+        layouts = self.layouts(len(prompts), group)
         num_slots, lanes = layouts[0]
-        width = self._padded(prompts)
+        width = self.padded(max(map(len, prompts)))
         row_keys = np.asarray(self._row_keys(key, np.arange(len(prompts) * group)))
         waiting = self._queues(len(prompts), group, lanes)
         board = _Board.empty(self.shards, num_slots, lanes)
-        slots = self._empty(num_slots, lanes, width)
+        slots = self.empty(num_slots, lanes, width)
         temperature = np.float32(temperature)
         # Refills wait until a quarter of the slots is free: each one interrupts all lanes.
         refill = max(1, num_slots // 4)
@@ -201,7 +207,7 @@ class Engine:
             size = num_slots if board.free_SR.all() else refill
             while any(queue and free_R.any() for queue, free_R in zip(waiting, board.free_SR)):
                 args = self._next_prompts(waiting, board, prompts, group, size, width, row_keys)
-                slots = self._admit(params, temperature, slots, *args)
+                slots = self.admit(params, temperature, slots, *args)
             if meanwhile is not None:  # the device has something to do
                 meanwhile()
                 meanwhile = None
@@ -213,7 +219,7 @@ class Engine:
             self.shapes.add((*board.row_SRW.shape[1:], width))
             following = layouts[1] if not any(waiting) and len(layouts) > 1 else (-1, 1)
             enough_S = self._enough(waiting, board, refill)
-            slots = self._decode(params, temperature, *following, enough_S, slots)
+            slots = self.decode(params, temperature, *following, enough_S, slots)
             yield from finished  # dealt with while the device decodes
             finished = [self._harvest(slots, board)]
         yield from finished

@@ -1,0 +1,184 @@
+"""What a run needs and costs on devices that are not there.
+
+    python -m grpo_jax.plan --config configs/gsm8k.py --topology v5e:8x8
+
+The programs of one step are compiled ahead of time for a TPU topology (`pip install -e ".[plan]"`
+brings the compiler), or for simulated CPU devices, `cpu:8`; nothing is allocated. The report says
+whether the step fits, what lies in each device's memory, and how long each program takes at least.
+Where it does not fit, changes of the config are compiled until one does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from rich.table import Table
+
+from grpo_jax import config as config_lib
+from grpo_jax import parts, program, sharding
+from grpo_jax.metrics import console, print_title, say
+from grpo_jax.models import families
+from grpo_jax.planning import advice, chips
+from grpo_jax.planning import step as step_lib
+from grpo_jax.structs import ModelConfig
+
+_GIB = 2**30
+
+
+def main(argv: list[str]) -> None:
+    args, overrides = _arguments(argv)
+    config = config_lib.load(args.config, overrides)
+    chip, devices = chips.devices(args.topology)
+    model = read_shape(args.model_shape) if args.model_shape else parts.model_shape(config)
+    lengths = step_lib.Lengths.of(config, args.prompt_tokens, args.mean_tokens)
+
+    def make(config: ConfigDict) -> step_lib.Plan:
+        return step_lib.plan(config, model, args.topology, chip, devices, lengths)
+
+    def arrays_alone(config: ConfigDict) -> float:
+        mesh = sharding.make_mesh(**config.mesh, devices=devices)
+        held = step_lib.Step(config, model, mesh, lengths).held()
+        always = held["weights"] + held["optimizer"] + held["reference"]
+        return always + max(held["rollout weights"] + held["cache"], held["gradients"])
+
+    began = time.monotonic()
+    plan = make(config)
+    show(plan)
+    report: dict[str, Any] = plan.as_json()
+    if not plan.fits:
+        tried = advice.smallest_fit(make, config, plan, model)
+        _show_tried("Changes tried until one fits", tried)
+        report["tried"] = [_tried_json(t) for t in tried]
+    if args.search:
+        ranked = advice.search(make, arrays_alone, config, plan, model, args.search)
+        _show_tried("Meshes, the best first", ranked)
+        report["search"] = [_tried_json(t) for t in ranked]
+    say(f"Compiled in {time.monotonic() - began:.0f} s.")
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description="Plans a run on devices that are not there.", allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="a file as in configs/")
+    parser.add_argument(
+        "--topology", required=True, help="such as v5e:16x16, v5p:4x4x4, v6e:8x8, or cpu:8"
+    )
+    parser.add_argument(
+        "--model-shape",
+        metavar="FILE",
+        help="a config.json, or a folder with one, as in configs/shapes/; default: the config's",
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=0, help="the longest prompt; default: its limit"
+    )
+    parser.add_argument(
+        "--mean-tokens", type=int, default=0, help="mean of a completion; default: all at the limit"
+    )
+    parser.add_argument(
+        "--search", nargs="?", type=int, const=6, default=0, metavar="N", help="ranks N meshes (6)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="writes the plan there too")
+    parser.usage = f"{parser.prog} --config FILE --topology NAME [...] [--config.NAME=VALUE ...]"
+    args, overrides = parser.parse_known_args(program.joined(argv))
+    for name in ("prompt_tokens", "mean_tokens", "search"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} must not be below 0.")
+    return args, overrides
+
+
+def read_shape(path: str) -> ModelConfig:
+    """The model of a Hugging Face config.json; ValueError where it is none."""
+    file = Path(path)
+    file = file / "config.json" if file.is_dir() else file
+    if not file.is_file():
+        known = sorted(str(p) for p in Path("configs/shapes").glob("*.json"))
+        hint = f" Shapes that are there: {', '.join(known)}." if known else ""
+        raise ValueError(f"--model-shape: there is no file {file}.{hint}")
+    try:
+        keys = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"--model-shape: {file} is not JSON: {error}") from error
+    return families.model_config(keys, str(file))
+
+
+# --- What is printed ------------------------------------------------------------------------------
+
+
+def show(plan: step_lib.Plan) -> None:
+    """Prints the plan: what lies in memory, and the programs of a step."""
+    devices = math.prod(plan.mesh.values())
+    mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    print_title(f"{plan.num_params:,} parameters on {devices} devices of {plan.topology}: {mesh}")
+    memory = Table(title="Memory of each device", title_justify="left")
+    memory.add_column("held for")
+    memory.add_column("GiB", justify="right")
+    for name, size in (*plan.held.items(), ("activations", plan.activations), ("peak", plan.peak)):
+        memory.add_row(name, _gib(size))
+    console.print(memory)
+    table = Table(title="Programs of a step, on each device", title_justify="left")
+    for name in ("program", "runs", "peak GiB", "TFLOP", "GB", "sent GB", "least s", "bound"):
+        table.add_column(name, justify="left" if name == "program" else "right", no_wrap=True)
+    for p in plan.programs:
+        seconds = p.seconds(plan.chip)
+        name, least = step_lib.bound(seconds)
+        table.add_row(
+            p.name,
+            str(p.runs),
+            _gib(p.peak),
+            f"{p.cost.flops / 1e12:,.2f}",
+            f"{p.cost.bytes / 1e9:,.0f}",
+            f"{sum(p.cost.sent.values()) / 1e9:,.2f}",
+            f"{least:,.3f}" if seconds else "",
+            name,
+        )
+    console.print(table)
+    sent = Table(title="Sent by each device in a step, GB", title_justify="left")
+    sent.add_column("kind")
+    sent.add_column("mesh axes")
+    sent.add_column("GB", justify="right")
+    for (kind, axes), size in sorted(plan.cost.sent.items(), key=lambda item: -item[1]):
+        sent.add_row(kind, " ".join(axes), f"{size / 1e9:,.3f}")
+    console.print(sent)
+    if plan.chip.memory is None:
+        say("Simulated devices have no limits: whether it fits is not known.")
+        return
+    verdict = "fits" if plan.fits else "does not fit"
+    say(
+        f"It {verdict}: {_gib(plan.peak)} GiB at its peak, {_gib(plan.room)} GiB usable of a "
+        f"{plan.chip.name}. A step takes at least {plan.step_s:,.1f} s."
+    )
+
+
+def _show_tried(title: str, tried: list[advice.Tried]) -> None:
+    table = Table(title=title, title_justify="left")
+    for name in ("change", "fits", "peak GiB", "least s a step"):
+        table.add_column(name, justify="left" if name == "change" else "right")
+    for t in tried:
+        if t.plan is None:
+            table.add_row(t.words, "refused", "", "")
+        else:
+            fits = "yes" if t.plan.fits else "no"
+            table.add_row(t.words, fits, _gib(t.plan.peak), f"{t.plan.step_s:,.1f}")
+    console.print(table)
+
+
+def _tried_json(tried: advice.Tried) -> dict[str, Any]:
+    plan = tried.plan.as_json() if tried.plan else None
+    return {"change": tried.change, "plan": plan, "refusal": tried.refusal}
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:,.2f}" if math.isfinite(size) else "too much"
+
+
+if __name__ == "__main__":
+    program.main(main)

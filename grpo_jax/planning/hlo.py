@@ -1,0 +1,505 @@
+"""What one run of a compiled program costs a device, read from the program's text.
+
+XLA's own analysis counts the body of a loop once, however often it runs, and says nothing of the
+network. Here a body counts as often as its condition lets it run; loops whose end depends on data,
+as decoding's, run as often as the caller says. Operations are those of matrix products alone,
+bytes those that pass between memory and cores: what a TPU keeps on its chip between two fusions
+costs none.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+
+_BYTES = {"pred": 1, "token": 0, "opaque": 0}
+_FREE = frozenset(  # move no bytes by themselves
+    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id "
+    "add-dependency opt-barrier copy-done domain iota".split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective operation of a program."""
+
+    kind: str
+    axes: tuple[str, ...]  # of the mesh, along which the devices of a group differ
+    size: int  # devices of a group
+    sent: float  # bytes that a device sends each time, on a ring
+    times: float
+    where: str  # the name that it has from the source
+    channel: str = ""  # by which the compiler knows it
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one device, in one run of the program."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    cycles: float = 0.0  # the compiler's own estimate, where it makes one; without collectives
+    collectives: tuple[Collective, ...] = ()
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.cycles + other.cycles,
+            self.collectives + other.collectives,
+        )
+
+    def times(self, n: float) -> Cost:
+        each = (dataclasses.replace(c, times=c.times * n) for c in self.collectives)
+        return Cost(self.flops * n, self.bytes * n, self.cycles * n, tuple(each))
+
+    @property
+    def sent(self) -> dict[tuple[str, tuple[str, ...]], float]:
+        """Bytes sent by kind and mesh axes."""
+        total: dict[tuple[str, tuple[str, ...]], float] = collections.defaultdict(float)
+        for c in self.collectives:
+            total[c.kind, c.axes] += c.sent * c.times
+        return dict(total)
+
+
+def cost(text: str, mesh: Mesh, loops: float = 1.0) -> Cost:
+    """The cost of a program's `as_text()`; loops of unknown length run `loops` times each."""
+    return _Program(text, mesh, loops).cost()
+
+
+# --- The text -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Array:
+    dtype: str
+    shape: tuple[int, ...]
+    on_chip: bool  # in a memory space other than the device's main memory
+
+    @property
+    def bytes(self) -> float:
+        bits = re.search(r"\d+", self.dtype)
+        each = _BYTES.get(self.dtype, int(bits[0]) / 8 if bits else 0)
+        return math.prod(self.shape) * each
+
+    @property
+    def moved(self) -> float:
+        return 0.0 if self.on_chip else self.bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+    root: bool
+    literal: str  # what stands between the parentheses
+
+    @functools.cached_property
+    def arrays(self) -> tuple[_Array, ...]:
+        return _arrays(self.type)
+
+    def attribute(self, name: str) -> str | None:
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
+        return found[1] if found else None
+
+    def sizes(self, name: str) -> tuple[int, ...]:
+        found = re.search(rf"\b{name}={{([\d,]*)}}", self.attributes)
+        return tuple(int(n) for n in found[1].split(",") if n) if found else ()
+
+
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
+
+
+def _arrays(text: str) -> tuple[_Array, ...]:
+    found = []
+    for dtype, shape, layout in _ARRAY.findall(text):
+        sizes = tuple(int(n.strip("<=")) for n in shape.split(",") if n)
+        space = re.search(r"S\((\d+)\)", layout)
+        found.append(_Array(dtype, sizes, bool(space) and space[1] != "0"))
+    return tuple(found)
+
+
+def _balanced(text: str, start: int) -> int:
+    """The index after the parenthesis that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i + 1
+    return len(text)
+
+
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+
+
+def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+    """Computations by name, each its instructions by name; and with which one it begins."""
+    computations: dict[str, dict[str, _Instruction]] = {}
+    entry, current = "", {}
+    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
+        if line[:1] not in (" ", "}", ""):
+            head = _HEAD.match(line)
+            if head:
+                current = computations.setdefault(head[2], {})
+                entry = head[2] if head[1] else entry
+            continue
+        found = _LINE.match(line)
+        if not found:
+            continue
+        rest = found[3]
+        end = _balanced(rest, 0) if rest.startswith("(") else rest.find(" ")
+        opcode = re.match(r"\s*([\w\-]+)\(", rest[end:])
+        if not opcode:
+            continue
+        begin = end + opcode.end() - 1
+        close = _balanced(rest, begin)
+        inside = rest[begin + 1 : close - 1]
+        current[found[2]] = _Instruction(
+            name=found[2],
+            type=rest[:end],
+            opcode=opcode[1],
+            operands=tuple(re.findall(r"%([\w.\-]+)", inside)),
+            attributes=rest[close:],
+            root=bool(found[1]),
+            literal=inside,
+        )
+    return computations, entry
+
+
+# --- Costs ----------------------------------------------------------------------------------------
+
+
+class _Program:
+    def __init__(self, text: str, mesh: Mesh, loops: float):
+        self.computations, self.entry = _parse(text)
+        self.mesh, self.loops = mesh, loops
+        self._known: dict[str, Cost] = {}
+
+    def cost(self) -> Cost:
+        return self._of(self.entry)
+
+    def _of(self, name: str) -> Cost:
+        if name not in self._known:
+            parts = [self._instruction(i, name) for i in self.computations[name].values()]
+            self._known[name] = _sum(parts, _once(c for p in parts for c in p.collectives))
+        return self._known[name]
+
+    def _instruction(self, i: _Instruction, inside: str) -> Cost:
+        if i.opcode in _FREE or i.opcode.endswith(("-done", "-update")):
+            return Cost()
+        if i.opcode == "while":
+            body, condition = i.attribute("body"), i.attribute("condition")
+            return (self._of(body) + self._of(condition)).times(self._trips(i))
+        if i.opcode == "conditional":
+            # `lax.cond` puts what it does for False first; the one in this project asks whether
+            # the temperature is 0, which it never is in a rollout.
+            branches = re.search(r"branch_computations=\{([^}]*)\}", i.attributes)
+            first = branches[1].split(",")[0].strip(" %") if branches else None
+            return self._of(first or i.attribute("false_computation"))
+        if i.opcode in ("call", "async-start"):
+            called = i.attribute("to_apply") or i.attribute("calls")
+            return self._of(called) if called in self.computations else Cost()
+        whole = Cost(bytes=self._bytes(i, inside), cycles=_cycles(i))
+        called = i.attribute("calls") if i.opcode == "fusion" else None
+        if called:
+            inner = self._of(called)
+            return whole + Cost(flops=inner.flops, collectives=self._fused(called, inner))
+        if i.opcode == "dot":
+            whole += Cost(flops=self._dot(i, inside))
+        elif i.opcode == "convolution":
+            whole += Cost(flops=self._convolution(i, inside))
+        kind = i.opcode.removesuffix("-start")
+        if kind in KINDS:
+            whole += Cost(collectives=(self._collective(i, kind, inside),))
+        return whole
+
+    def _fused(self, name: str, inner: Cost) -> tuple[Collective, ...]:
+        """A TPU's reduce-scatter is an all-reduce and the slice of it that the device keeps."""
+        if "all-reduce-scatter" not in name:
+            return inner.collectives
+        return tuple(
+            dataclasses.replace(c, kind="reduce-scatter", sent=c.sent / 2)
+            if c.kind == "all-reduce"
+            else c
+            for c in inner.collectives
+        )
+
+    def _trips(self, loop: _Instruction) -> float:
+        """How often a loop runs: as XLA noted, or up to the constant that its counter is below."""
+        noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        if noted:
+            return float(noted[1])
+        condition = self.computations[loop.attribute("condition")]
+        limits = [self._limit(i, condition, {}) for i in condition.values()]
+        limits = [found for found in limits if found is not None]
+        if len(limits) != 1:
+            return self.loops
+        limit, counter = limits[0]
+        body = self.computations[loop.attribute("body")]
+        root = next(i for i in body.values() if i.root)
+        step = self._added(body[root.operands[counter]], body, {}) or 1  # an unrolled one's is more
+        return float(-(-limit // step))
+
+    def _limit(self, i: _Instruction, inside: Mapping, outer: Mapping) -> tuple[int, int] | None:
+        """The constant that a loop's counter is compared with, and its place in the loop's state.
+
+        The comparison may stand in a fusion, whose arguments are `outer`.
+        """
+        if i.opcode == "fusion" and i.attribute("calls") in self.computations:
+            called = self.computations[i.attribute("calls")]
+            given = {n: inside[o] for n, o in enumerate(i.operands) if o in inside}
+            found = [self._limit(j, called, given) for j in called.values()]
+            return next((n for n in found if n is not None), None)
+        if i.opcode != "compare" or "direction=LT" not in i.attributes:
+            return None
+        left, right = (inside[o] for o in i.operands)
+        if outer:
+            left, right = (
+                outer[int(x.literal)] if x.opcode == "parameter" else x for x in (left, right)
+            )
+        index = left.attribute("index")
+        if index is None or right.opcode != "constant" or not right.literal.isdigit():
+            return None
+        return int(right.literal), int(index)
+
+    def _added(self, i: _Instruction, inside: Mapping, outer: Mapping) -> int | None:
+        """By how much a loop's body moves its counter on; None where it is not a sum."""
+        if i.opcode == "get-tuple-element":
+            return 0
+        if i.opcode == "constant":
+            return int(i.literal) if i.literal.isdigit() else None
+        if i.opcode == "parameter":
+            return outer.get(int(i.literal))
+        below = [self._added(inside[o], inside, outer) for o in i.operands]
+        if i.opcode == "fusion" and i.attribute("calls") in self.computations:
+            called = self.computations[i.attribute("calls")]
+            root = next(j for j in called.values() if j.root)
+            return self._added(root, called, dict(enumerate(below)))
+        known = i.opcode in ("add", "copy", "bitcast") and None not in below
+        return sum(below) if known else None
+
+    # Matrix products.
+
+    def _dot(self, i: _Instruction, inside: str) -> float:
+        left = self.computations[inside][i.operands[0]].arrays[0].shape
+        summed = math.prod(left[d] for d in i.sizes("lhs_contracting_dims"))
+        return 2.0 * math.prod(i.arrays[0].shape) * summed
+
+    def _convolution(self, i: _Instruction, inside: str) -> float:
+        """A TPU's products are convolutions; axes of a batch are windows of which most is padding.
+
+        So for each spatial axis the pairs of output and kernel positions that meet an input.
+        """
+        labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
+        left, right = (self.computations[inside][o].arrays[0].shape for o in i.operands[:2])
+        inputs, kernel, outputs = labels.groups()
+        out = i.arrays[0].shape
+        flops = 2.0 * out[outputs.index("b")] * out[outputs.index("f")] * right[kernel.index("i")]
+        window = {
+            key: value.split("x")
+            for key, value in re.findall(r"(\w+)=([\dx_\-]+)", _window(i.attributes))
+        }
+        for n, axis in enumerate(c for c in outputs if c.isdigit()):
+            number = lambda key, default, n=n: int(window.get(key, [default] * (n + 1))[n])  # noqa: E731
+            before = int(window.get("pad", ["0_0"] * (n + 1))[n].split("_")[0])
+            o = np.arange(out[outputs.index(axis)])[:, None] * number("stride", 1)
+            k = np.arange(right[kernel.index(axis)])[None] * number("rhs_dilate", 1)
+            at, wide = o + k - before, number("lhs_dilate", 1)
+            last = (left[inputs.index(axis)] - 1) * wide
+            flops *= int(((at >= 0) & (at <= last) & (at % wide == 0)).sum())
+        return flops
+
+    # Bytes between memory and cores.
+
+    def _bytes(self, i: _Instruction, inside: str) -> float:
+        scope = self.computations[inside]
+        operands = [scope[o].arrays for o in i.operands if o in scope]
+        read = [sum(a.moved for a in arrays) for arrays in operands]
+        written = sum(a.moved for a in i.arrays)
+        if i.opcode.endswith("-start"):  # its result repeats the operands
+            written = max(written - sum(read), 0.0)
+        if i.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * written
+        if i.opcode == "dynamic-update-slice":
+            return 2 * read[1]
+        if i.opcode == "fusion" and i.attribute("calls") in self.computations:
+            return self._fusion_bytes(self.computations[i.attribute("calls")], read, written)
+        return sum(read) + written
+
+    def _fusion_bytes(self, body: Mapping, read: list[float], written: float) -> float:
+        """Of an operand that is only sliced the slices; of a result that is updated the update."""
+        users: dict[str, list[_Instruction]] = collections.defaultdict(list)
+        for i in body.values():
+            for operand in i.operands:
+                users[operand].append(i)
+        total = 0.0
+        for i in body.values():
+            if i.opcode != "parameter" or int(i.literal) >= len(read):
+                continue
+            share = min(_touched(i, users) / max(sum(a.bytes for a in i.arrays), 1.0), 1.0)
+            total += read[int(i.literal)] * share
+        root = next(i for i in body.values() if i.root)
+        while root.opcode in ("bitcast", "convert", "copy") and root.operands[0] in body:
+            root = body[root.operands[0]]
+        if root.opcode == "dynamic-update-slice":
+            update = sum(a.bytes for a in body[root.operands[1]].arrays)
+            written *= min(update / max(sum(a.bytes for a in root.arrays), 1.0), 1.0)
+        return total + written
+
+    # Collectives.
+
+    def _collective(self, i: _Instruction, kind: str, inside: str) -> Collective:
+        scope = self.computations[inside]
+        arrays = [a for o in i.operands if o in scope for a in scope[o].arrays]
+        payload = sum(a.bytes for a in arrays)
+        groups = _groups(i.attributes, kind, self.mesh.size)
+        size = groups.shape[1]
+        ring = (size - 1) / max(size, 1)
+        sent = {
+            "all-gather": payload * (size - 1),
+            "reduce-scatter": payload * ring,
+            "all-reduce": 2 * payload * ring,
+            "all-to-all": payload * ring,
+            "collective-permute": payload,
+        }[kind]
+        where = re.search(r'op_name="([^"]*)"', i.attributes)
+        axes, name = _axes(groups, self.mesh), where[1] if where else ""
+        return Collective(kind, axes, size, sent, 1.0, name, i.attribute("channel_id") or "")
+
+
+def _sum(parts: list[Cost], collectives: Iterable[Collective]) -> Cost:
+    return Cost(
+        math.fsum(p.flops for p in parts),
+        math.fsum(p.bytes for p in parts),
+        math.fsum(p.cycles for p in parts),
+        tuple(collectives),
+    )
+
+
+def _once(collectives: Iterable[Collective]) -> list[Collective]:
+    """Each channel's collective once: a TPU spreads one over the fusions that it goes on beside."""
+    found: dict[Any, Collective] = {}
+    for c in collectives:
+        name = c.channel or object()
+        if name not in found or c.times < found[name].times:
+            found[name] = c
+    return list(found.values())
+
+
+def _cycles(i: _Instruction) -> float:
+    found = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
+    return float(found[1]) if found else 0.0
+
+
+def _window(attributes: str) -> str:
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    return found[1] if found else ""
+
+
+def _touched(i: _Instruction, users: Mapping[str, list[_Instruction]]) -> float:
+    """Bytes of a fusion's parameter that are looked at."""
+    total = 0.0
+    for user in users[i.name]:
+        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == i.name:
+            total += sum(a.bytes for a in user.arrays)
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == i.name:
+            continue  # in place
+        elif user.opcode == "bitcast":
+            total += _touched(user, users)
+        else:
+            return math.inf
+    return total
+
+
+# --- Who takes part -------------------------------------------------------------------------------
+
+
+def _groups(attributes: str, kind: str, devices: int) -> np.ndarray:
+    """Groups of devices [groups, size], numbered as the mesh has them, from any of XLA's notations.
+
+    Lists, {{0,1},{2,3}}; a reshaped and transposed count, [2,4]<=[4,2]T(1,0); or axes of a mesh of
+    the compiler's own, mesh['a'=2,'b'=4] {'a'}.
+    """
+    if kind == "collective-permute":
+        pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes)
+        found = [tuple(map(int, p.split(","))) for p in re.findall(r"\{([\d,]+)\}", pairs[1])]
+        return np.array([p for p in found if p[0] != p[1]] or [[0, 0]])
+    at = attributes.find("replica_groups=")
+    text = attributes[at + len("replica_groups=") :]
+    if text.startswith("{{"):
+        lists = text[: text.index("}}") + 1]
+        return np.array([_ints(g) for g in re.findall(r"\{([\d,]+)\}", lists)])
+    if text.startswith("["):
+        shape, rest = re.match(r"\[([\d,]+)\](?:<=(\S*))?", text).groups()
+        return _count(rest.rstrip(",")).reshape(_ints(shape))
+    if text.startswith("mesh["):
+        names = re.match(r"mesh\[([^\]]*)\]", text)[1]
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", names)}
+        order = re.search(r"device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\)", text.split("{")[0])
+        ids = _count(order[1]) if order else np.arange(math.prod(sizes.values()))
+        chosen = re.search(r"\{([^}]*)\}", text)[1]
+        chosen = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen)
+        return _of_axes(ids.reshape(tuple(sizes.values())), list(sizes), chosen)
+    return np.arange(devices)[None]
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def _count(text: str) -> np.ndarray:
+    """[4,2]T(1,0): eight counted up in that shape, transposed, and flattened."""
+    shape, turned = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    ids = np.arange(math.prod(_ints(shape))).reshape(_ints(shape))
+    return (ids.transpose(_ints(turned)) if turned else ids).reshape(-1)
+
+
+def _of_axes(ids: np.ndarray, names: list[str], chosen: list[tuple[str, str, str]]) -> np.ndarray:
+    """Groups along some axes; of an axis written 'a':(2)4 the part of size 4 inside those of 2."""
+    shape, inside = [], []
+    for name, size in zip(names, ids.shape):
+        part = next((c for c in chosen if c[0] == name), None)
+        if part is None:
+            shape.append(size)
+        elif part[1]:
+            before, own = int(part[1]), int(part[2])
+            inside.append(len(shape) + 1)
+            shape += [before, own, size // (before * own)]
+        else:
+            inside.append(len(shape))
+            shape.append(size)
+    ids = np.moveaxis(ids.reshape(shape), inside, range(-len(inside), 0))
+    return ids.reshape(-1, math.prod(ids.shape[len(shape) - len(inside) :]))
+
+
+def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
+    """The mesh axes along which the devices of a group differ."""
+    names = set()
+    for group in groups[:64]:  # all are alike
+        place = np.stack(np.unravel_index(group, mesh.devices.shape))
+        differs = (place != place[:, :1]).any(axis=1)
+        names |= {name for name, d in zip(mesh.axis_names, differs) if d}
+    return tuple(name for name in mesh.axis_names if name in names)
+
+
+def as_json(sent: Mapping[tuple[str, tuple[str, ...]], float]) -> dict[str, dict[str, float]]:
+    """Bytes sent by kind, and in that by axes joined with "+"."""
+    table: dict[str, dict[str, float]] = {}
+    for (kind, axes), value in sorted(sent.items()):
+        table.setdefault(kind, {})["+".join(axes) or "none"] = value
+    return json.loads(json.dumps(table))

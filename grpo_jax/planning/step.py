@@ -1,0 +1,428 @@
+"""The compiled programs of one step, from shapes alone, and what they need and cost.
+
+The sampler's and the learner's own jitted programs are compiled for the devices of a mesh that need
+not be attached. Nothing is allocated: every argument is a shape with its sharding.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from grpo_jax import config as config_lib
+from grpo_jax import parts, policy, sharding
+from grpo_jax.algorithm import update as update_lib
+from grpo_jax.planning import hlo
+from grpo_jax.planning.chips import RESERVED, Chip
+from grpo_jax.structs import Experience, ModelConfig, Rollouts
+
+_STOP_IDS = (0,)  # which tokens end a completion changes no shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """How long the prompts and completions of a step are, in tokens."""
+
+    prompt: int  # the longest
+    completion_PG: np.ndarray
+
+    @staticmethod
+    def of(config: ConfigDict, prompt: int = 0, mean: int = 0) -> Lengths:
+        """All at the config's limits, or prompts up to `prompt` and completions of a mean length.
+
+        Completions then end at every token with the same chance, as those of a model do that has
+        not learned when to stop.
+        """
+        shape, limit = (config.batch.prompts, config.batch.group), config.rollout.max_tokens
+        length_PG = np.full(shape, limit)
+        if mean:
+            drawn_PG = np.random.default_rng(config.seed).geometric(1 / mean, shape)
+            length_PG = np.minimum(drawn_PG, limit)
+        return Lengths(prompt or config.data.max_prompt_tokens, length_PG.astype(np.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """A jitted function with the arguments it gets in a step."""
+
+    name: str
+    phase: str
+    lower: Callable[[], Any]
+    runs: int  # in a step
+    loops: float  # how often a loop that ends by what it computes runs
+    beside: float  # bytes on each device, besides its arguments, while it runs
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What one program needs and costs on each device; costs are those of all its runs in a step.
+
+    Raised by the compiler for want of memory: `error`, and nothing is known but `beside`.
+    """
+
+    name: str
+    phase: str
+    runs: int
+    beside: float  # bytes
+    arguments: float
+    results: float  # that do not lie in an argument's place
+    temporary: float
+    cost: hlo.Cost
+    compile_s: float
+    error: str = ""
+
+    @property
+    def peak(self) -> float:
+        """Bytes on a device while it runs."""
+        total = self.beside + self.arguments + self.results + self.temporary
+        return math.inf if self.error else total
+
+    def seconds(self, chip: Chip) -> dict[str, float]:
+        """The least time by each of the chip's rates, and by the compiler's estimate of cycles.
+
+        Every axis of the mesh is taken to have one dimension of the torus to itself.
+        """
+        if chip.flops is None:
+            return {}
+        by_axes: dict[tuple[str, ...], float] = {}
+        for (_, axes), sent in self.cost.sent.items():
+            by_axes[axes] = by_axes.get(axes, 0.0) + sent
+        return {
+            "compute": self.cost.flops / chip.flops,
+            "memory": self.cost.bytes / chip.bandwidth,
+            "network": sum(by_axes.values()) / chip.link,
+            "compiler": self.cost.cycles / chip.clock,
+        }
+
+
+def bytes_per_device(tree: Any) -> float:
+    """Bytes that a device holds of arrays given by shape and sharding."""
+    return float(
+        sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves(tree)
+        )
+    )
+
+
+class Step:
+    """The programs of one step of a config, with a model of some shape, on a mesh."""
+
+    def __init__(self, config: ConfigDict, model: ModelConfig, mesh: Mesh, lengths: Lengths):
+        """Raises ValueError where the config's groups do not split over the mesh."""
+        config_lib.check_devices(config, sharding.num_row_shards(mesh))
+        self.config, self.model, self.mesh, self.lengths = config, model, mesh, lengths
+        self.learner = parts.make_learner(config, model, mesh)
+        self.engine = parts.make_engine(config, model, _STOP_IDS, mesh)
+        dtype = jnp.dtype(config.model.dtype)
+        self.state = update_lib.state_like(model, mesh, self.learner.optimizer)
+        self.reference = _cast(policy.param_like(model, mesh), dtype)
+        if not config.algorithm.kl_coef:
+            self.reference = None
+        self.published = self.engine.published_like(self.state.params)
+        self.slots = self._slots()
+        self.experience = self._experience()
+        self.carry = self.learner.update.empty.eval_shape()
+
+    def held(self) -> dict[str, float]:
+        """Bytes on each device by what they hold, before a program's own."""
+        shared = bytes_per_device(self._shared())
+        return {
+            "weights": bytes_per_device(self.state.params),
+            "optimizer": bytes_per_device(self.state.opt_state),
+            "reference": bytes_per_device(self.reference),
+            "rollout weights": bytes_per_device(self.published) - shared,
+            "cache": bytes_per_device((self.slots.prefix, self.slots.own)),
+            "gradients": bytes_per_device(self.carry[0]),
+            "rollouts": bytes_per_device(self.experience),
+        }
+
+    def compile(self, only: Callable[[str], bool] = lambda name: True) -> list[Compiled]:
+        """All programs, in the order in which a step runs them, or those of some names.
+
+        Two at a time: a compiler for TPUs uses one core.
+        """
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            return list(pool.map(self._compile, (p for p in self._programs() if only(p.name))))
+
+    def _compile(self, program: _Program) -> Compiled:
+        began = time.monotonic()
+        known = dict(
+            name=program.name, phase=program.phase, runs=program.runs, beside=program.beside
+        )
+        nothing = dict(arguments=0.0, results=0.0, temporary=0.0, cost=hlo.Cost())
+        try:
+            compiled = program.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            message = str(error).splitlines()[0]
+            return Compiled(**known, **nothing, compile_s=time.monotonic() - began, error=message)
+        memory = compiled.memory_analysis()
+        cost = hlo.cost(compiled.as_text(), self.mesh, program.loops).times(program.runs)
+        return Compiled(
+            **known,
+            arguments=memory.argument_size_in_bytes,
+            results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            temporary=memory.temp_size_in_bytes,
+            cost=cost,
+            compile_s=time.monotonic() - began,
+        )
+
+    def _programs(self) -> list[_Program]:
+        config, length_PG = self.config, self.lengths.completion_PG
+        state, params, published = self.state, self.state.params, self.published
+        size = bytes_per_device
+        learning = size((state, self.reference))  # held through the whole step
+        sampling = learning - size(self._shared())
+        temperature = np.float32(config.rollout.temperature)
+        shards, lanes = self.slots.live_RW.shape[0] // self.engine.shards, self._lanes
+        admitted = shards * self.engine.shards
+        waves = -(-length_PG.size // (admitted * lanes))
+        tokens = max(length_PG.max(), -(-length_PG.sum() // (admitted * lanes))) - 1
+        programs = [
+            _Program(
+                "publish",
+                "rollout",
+                lambda: jax.jit(
+                    lambda p: _cast(p, published["norm"]["scale"].dtype),
+                    out_shardings=jax.tree.map(lambda x: x.sharding, published),
+                ).lower(params),
+                1,
+                1,
+                learning - size(params),
+            ),
+            _Program(
+                "admit",
+                "rollout",
+                lambda: self.engine.admit.lower(
+                    published, temperature, self.slots, *self._prompts(admitted, lanes)
+                ),
+                waves,
+                1,
+                sampling,
+            ),
+            _Program(
+                "decode",
+                "rollout",
+                lambda: self.engine.decode.lower(published, temperature, 1, -1, 1, self.slots),
+                1,
+                float(tokens),
+                sampling,
+            ),
+        ]
+        everything = np.arange(self.learner.scorer.groups_in_shard(self.experience.rollouts))
+        scored = int(self.reference is not None) + int(config_lib.num_updates_per_step(config) > 1)
+        if scored:
+            read = self.reference if self.reference is not None else params
+            packed = self._packed(everything)
+            programs.append(
+                _Program(
+                    "score",
+                    "update",
+                    lambda: self.learner.prepare.fill.lower(
+                        read, self.experience.rollouts, *packed
+                    ),
+                    scored,
+                    1,
+                    learning - size(read),
+                )
+            )
+        update, minibatches = self.learner.update, config.batch.minibatches
+        runs = config_lib.num_updates_per_step(config)
+        first = self._packed(everything[::minibatches])
+        return programs + [
+            _Program(
+                "gradient",
+                "update",
+                lambda: update.add.lower(params, self.carry, self.experience, *first),
+                runs,
+                1,
+                learning - size(params),
+            ),
+            _Program(
+                "optimizer",
+                "update",
+                lambda: update.finish.lower(
+                    state, self.carry, self.experience.action_PGC, np.int32(0)
+                ),
+                runs,
+                1,
+                size((self.reference, self.experience)) - size(self.experience.action_PGC),
+            ),
+        ]
+
+    def _shared(self) -> list[Any]:
+        """Weights that sampling reads where they are: nothing about them changes."""
+        pairs = zip(jax.tree.leaves(self.state.params), jax.tree.leaves(self.published))
+        return [
+            own
+            for own, p in pairs
+            if own.dtype == p.dtype and own.sharding.is_equivalent_to(p.sharding, own.ndim)
+        ]
+
+    def _slots(self):
+        config = self.config
+        (slots, self._lanes), *_ = self.engine.layouts(config.batch.prompts, config.batch.group)
+        width = self.engine.padded(self.lengths.prompt)
+        like = self.engine.empty.eval_shape(slots, self._lanes, width)
+        return jax.tree.map(lambda x: self._rows(x.shape, x.dtype, "slots"), like)
+
+    def _prompts(self, number: int, lanes: int) -> tuple[Any, ...]:
+        width = self.engine.padded(self.lengths.prompt)
+        shapes = (number, width), (number,), (number,), (number, lanes, 2), (number, lanes)
+        dtypes = jnp.int32, jnp.int32, jnp.int32, jnp.uint32, jnp.bool_
+        return tuple(self._rows(s, d, "slots") for s, d in zip(shapes, dtypes))
+
+    def _rows(self, shape: tuple[int, ...], dtype, axis: str = "rows") -> jax.ShapeDtypeStruct:
+        axes = (axis,) + (None,) * (len(shape) - 1)
+        placed = sharding.sharding_of(self.mesh, axes, shape)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+
+    def _experience(self) -> Experience:
+        prompts, group = self.lengths.completion_PG.shape
+        limit = self.config.rollout.max_tokens
+        tokens = update_lib.cut_to(limit, int(self.lengths.completion_PG.max()))
+        rows = self._rows
+        width = self.engine.padded(self.lengths.prompt)
+        per_token = lambda dtype: rows((prompts, group, tokens), dtype)  # noqa: E731
+        rollouts = Rollouts(
+            prompt_PQ=rows((prompts, width), jnp.int32),
+            prompt_length_P=rows((prompts,), jnp.int32),
+            completion_PGC=per_token(jnp.int32),
+            logp_PGC=per_token(jnp.float32),
+            length_PG=rows((prompts, group), jnp.int32),
+            stopped_PG=rows((prompts, group), jnp.bool_),
+        )
+        with_old = config_lib.num_updates_per_step(self.config) > 1
+        return Experience(
+            rollouts=rollouts,
+            advantage_PG=rows((prompts, group), jnp.float32),
+            action_PGC=per_token(jnp.bool_),
+            old_logp_PGC=per_token(jnp.float32) if with_old else None,
+            ref_logp_PGC=per_token(jnp.float32) if self.reference is not None else None,
+        )
+
+    def _packed(self, groups_P: np.ndarray) -> tuple[np.ndarray, ...]:
+        known = self.experience.rollouts.replace(length_PG=self.lengths.completion_PG)
+        return self.learner.scorer.microbatches(known, groups_P).arrays
+
+
+def _cast(params: Any, dtype) -> Any:
+    def cast(x):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+        return x.astype(dtype)
+
+    return jax.tree.map(cast, params)
+
+
+# --- Together -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one step of a config needs and costs on each device of a topology."""
+
+    topology: str
+    chip: Chip
+    mesh: dict[str, int]
+    num_params: int
+    held: dict[str, float]  # bytes
+    programs: list[Compiled]
+
+    @property
+    def peak(self) -> float:
+        return max(p.peak for p in self.programs)
+
+    @property
+    def room(self) -> float:
+        """Bytes of a device that programs may use."""
+        return math.inf if self.chip.memory is None else self.chip.memory - RESERVED
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.room
+
+    @property
+    def activations(self) -> float:
+        return max(p.temporary for p in self.programs)
+
+    @property
+    def cost(self) -> hlo.Cost:
+        return sum((p.cost for p in self.programs), hlo.Cost())
+
+    @property
+    def step_s(self) -> float:
+        """The least seconds of a step: each program as long as its slowest resource."""
+        return sum(bound(p.seconds(self.chip))[1] for p in self.programs)
+
+    def as_json(self) -> dict[str, Any]:
+        number = lambda x: x if math.isfinite(x) else None  # noqa: E731
+        programs = []
+        for p in self.programs:
+            programs.append(
+                {
+                    "name": p.name,
+                    "phase": p.phase,
+                    "runs": p.runs,
+                    "peak_bytes": number(p.peak),
+                    "argument_bytes": p.arguments,
+                    "temporary_bytes": p.temporary,
+                    "flops": p.cost.flops,
+                    "bytes": p.cost.bytes,
+                    "sent_bytes": hlo.as_json(p.cost.sent),
+                    "seconds": p.seconds(self.chip),
+                    "bound": bound(p.seconds(self.chip))[0],
+                    "compile_s": round(p.compile_s, 1),
+                    "error": p.error,
+                }
+            )
+        return {
+            "topology": self.topology,
+            "chip": dataclasses.asdict(self.chip),
+            "mesh": self.mesh,
+            "parameters": self.num_params,
+            "fits": self.fits,
+            "peak_bytes": number(self.peak),
+            "usable_bytes": number(self.room),
+            "bytes_per_device": self.held | {"activations": self.activations},
+            "flops": self.cost.flops,
+            "bytes": self.cost.bytes,
+            "sent_bytes": hlo.as_json(self.cost.sent),
+            "step_s": self.step_s if self.chip.flops else None,
+            "programs": programs,
+        }
+
+
+def bound(seconds: dict[str, float]) -> tuple[str, float]:
+    """The resource that a program needs longest, and how long; the compiler's estimate is none."""
+    resources = {name: s for name, s in seconds.items() if name != "compiler"}
+    return max(resources.items(), key=lambda item: item[1], default=("", 0.0))
+
+
+def plan(
+    config: ConfigDict,
+    model: ModelConfig,
+    topology: str,
+    chip: Chip,
+    devices: list[jax.Device],
+    lengths: Lengths,
+    only: Callable[[str], bool] = lambda name: True,
+) -> Plan:
+    """The plan of a config's step on the devices; ValueError where the mesh or the batch is not."""
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    step = Step(config, model, mesh, lengths)
+    shape = dict(mesh.shape)
+    held, programs = step.held(), step.compile(only)
+    return Plan(topology, chip, shape, model.num_params, held, programs)

@@ -1,0 +1,124 @@
+"""What the compiled programs send over the network, and over which axes of the mesh."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from grpo_jax import sharding
+from grpo_jax.algorithm import logprobs, losses, update
+from grpo_jax.planning import hlo
+from grpo_jax.sampling import decode
+from grpo_jax.sampling.engine import Engine
+from grpo_jax.structs import Experience, ModelConfig, Sampling
+
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
+TOKENS = 1000.0  # how often the decode loop runs: by it what stands in the loop is known
+SLOTS, LANES, LIMIT = 4, 2, 6
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(2, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def decoder(mesh):
+    return decode.Decoder(tiny.MODEL, mesh, Sampling(), (tiny.STOP,), LIMIT)
+
+
+def in_the_loop(program, *args, mesh) -> list[hlo.Collective]:
+    text = program.lower(*args).compile().as_text()
+    return [c for c in hlo.cost(text, mesh, TOKENS).collectives if c.times >= TOKENS]
+
+
+def refuse_weights(collectives: list[hlo.Collective], rows: int) -> None:
+    """Fails where the loop sends over an axis of rows, or more than activations of a token."""
+    widest = max(tiny.MODEL.width, tiny.MODEL.mlp_width, tiny.MODEL.vocab_size)
+    for c in collectives:
+        assert c.axes == ("tensor",), c
+        assert c.sent <= 2 * 4 * rows * widest, c
+
+
+def test_decoding_sends_activations_over_tensor_and_nothing_else(mesh, decoder):
+    engine = Engine(decoder, compact=False)
+    params = engine.published_like(update.state_like(tiny.MODEL, mesh, optax.sgd(0.1)).params)
+    slots = engine.empty.eval_shape(SLOTS // engine.shards, LANES, 8)
+    enough_S = np.ones(engine.shards, np.int32)
+    arguments = params, np.float32(1), -1, 1, enough_S, slots
+
+    found = in_the_loop(engine.decode, *arguments, mesh=mesh)
+
+    assert len(found) >= 2 * tiny.MODEL.num_layers  # after attention and after the MLP
+    refuse_weights(found, SLOTS // engine.shards * LANES)
+
+
+def test_the_check_fails_on_weights_that_are_not_published(mesh, decoder):
+    """Master weights, split over fsdp, and no shards of rows by hand: gathered at every token."""
+    params = update.state_like(tiny.MODEL, mesh, optax.sgd(0.1)).params
+    slots = jax.eval_shape(functools.partial(decode.empty, decoder, SLOTS, LANES, 8))
+    program = jax.jit(functools.partial(decode.decode, decoder))
+
+    found = in_the_loop(
+        program, params, np.float32(1), -1, 1, np.ones(1, np.int32), slots, mesh=mesh
+    )
+
+    assert any("fsdp" in c.axes for c in found)
+    with pytest.raises(AssertionError):
+        refuse_weights(found, SLOTS * LANES)
+
+
+def test_an_update_sends_what_fsdp_must(monkeypatch):
+    """Of every layer, each microbatch gathers the weights twice and reduces the gradient once.
+
+    So of the head too, whose gradient is made in two chunks of four tokens.
+    """
+    monkeypatch.setattr(logprobs, "_MAX_TOKENS", 4)
+    model = ModelConfig("llama", 512, 128, 512, 3, 4, 2, 32, 1e4, 1e-6, 64, False)
+    mesh, prompts, group, tokens, width = sharding.make_mesh(1, 8, 1), 16, 2, 4, 16
+    scorer = update.Scorer(model, mesh, Sampling(), remat="full", microbatch=8)
+    optimizer = optax.sgd(0.1)
+    learn = update.make_update(scorer, losses.Objective(), optimizer, num_minibatches=1)
+    rollouts = tiny.rollouts(prompts, group, tokens).replace(
+        prompt_PQ=np.zeros((prompts, width), np.int32),
+        length_PG=np.full((prompts, group), tokens, np.int32),
+    )
+    experience = Experience(
+        rollouts=rollouts,
+        advantage_PG=np.zeros((prompts, group), np.float32),
+        action_PGC=np.ones((prompts, group, tokens), bool),
+        old_logp_PGC=None,
+        ref_logp_PGC=None,
+    )
+    placed = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape,
+            x.dtype,
+            sharding=sharding.sharding_of(mesh, ("rows",) + (None,) * (x.ndim - 1), x.shape),
+        ),
+        experience,
+    )
+    microbatches = scorer.microbatches(rollouts, np.arange(prompts))
+    num_microbatches = microbatches.groups_SNM.shape[1]
+    assert num_microbatches == 2
+    params = update.state_like(model, mesh, optimizer).params
+
+    program = learn.add.lower(params, learn.empty.eval_shape(), placed, *microbatches.arrays)
+    sent = hlo.cost(program.compile().as_text(), mesh).sent
+
+    layers = sum(x.size for x in jax.tree.leaves(params["layers"]))
+    others = sum(x.size for x in jax.tree.leaves(params)) - layers
+    ring = 4 * 7 / 8  # bytes of a float32 that a device of eight sends for an element
+    must = ring * num_microbatches * (3 * layers + 2 * others)
+    assert {axes for _, axes in sent} == {("fsdp",)}
+    # XLA for CPU reduces whole gradients and keeps a slice, which takes twice a reduce-scatter;
+    # for TPU it makes one.
+    halved = {kind: size / (2 if kind == "all-reduce" else 1) for (kind, _), size in sent.items()}
+    assert halved["all-gather"] > 0.9 * must * 2 / 3
+    assert 0.9 * must < sum(halved.values()) < 1.2 * must
