@@ -89,6 +89,10 @@ def default() -> ConfigDict:
     c.algorithm.entropy_coef = 0.0  # weight of the entropy bonus, per token
     c.algorithm.normalizer = "token"  # mean over "token"s of the batch, "sequence"s, or "constant"
     c.algorithm.mask_truncated = False  # leave completions that were cut out of the loss
+    # What the sampler's weights, precision or age change is corrected by the ratio of policy to
+    # sampler: "none"; of each "token_" or whole "sequence_", above the cap "truncate"d or "mask"ed
+    c.algorithm.importance_correction = "none"
+    c.algorithm.importance_cap = 2.0  # the largest such ratio
 
     c.optim = ConfigDict()
     c.optim.learning_rate = 1e-6  # peak
@@ -266,7 +270,7 @@ _POSITIVE = (
     "data.max_prompt_tokens data.num_train model.num_layers model.width model.mlp_width "
     "model.num_heads model.num_kv_heads optim.learning_rate optim.max_skipped optim.eps "
     "sft.batch sft.learning_rate sft.max_tokens checkpoint.keep rewards.time_limit_s "
-    "hosts.start_limit_s hosts.lost_limit_s"
+    "hosts.start_limit_s hosts.lost_limit_s algorithm.importance_cap"
 ).split()
 _NOT_NEGATIVE = (
     "seed batch.microbatch rollout.temperature rollout.top_k rollout.num_slots algorithm.clip_low "
@@ -327,6 +331,10 @@ def _check_choices(config: ConfigDict) -> None:
         "model.attention": (config.model.attention, ("auto", "xla", "splash")),
         "data.overlong": (config.data.overlong, ("refuse", "drop", "truncate")),
         "algorithm.normalizer": (config.algorithm.normalizer, ("token", "sequence", "constant")),
+        "algorithm.importance_correction": (
+            config.algorithm.importance_correction,
+            ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+        ),
         "rewards.bad_rows": (config.rewards.bad_rows, ("refuse", "drop")),
         "optim.schedule": (config.optim.schedule, ("constant", "linear", "cosine")),
     }
@@ -456,6 +464,12 @@ def check_heads(num_heads: int, sequence: int, tensor: int) -> None:
 def num_updates_per_step(config: ConfigDict) -> int:
     """Optimizer updates after each rollout."""
     return config.algorithm.num_iterations * config.batch.minibatches
+
+
+def needs_old_pass(config: ConfigDict) -> bool:
+    """Whether a rollout is scored before its first update, besides what that update computes."""
+    sequences = config.algorithm.importance_correction.startswith("sequence")
+    return sequences or num_updates_per_step(config) > 1
 
 
 # --- What a resumed run must agree on -----------------------------------------------------------

@@ -370,7 +370,7 @@ def _rates(
     """
     config, model, mesh = parts.config, parts.policy.model, parts.mesh
     learning_s, generated = step_s - rollout_s, lengths[1].sum()
-    iterations, updates = config.algorithm.num_iterations, config_lib.num_updates_per_step(config)
+    iterations = config.algorithm.num_iterations
     rates = {
         "throughput/step_tokens_per_s": generated / step_s,
         "throughput/learned_tokens_per_s": iterations * (lengths[0].sum() + generated) / learning_s,
@@ -379,7 +379,8 @@ def _rates(
     if chip:
         itemsize = np.dtype(parts.engine.decoder.dtype).itemsize
         sampling = floor.rollout(model, *lengths, itemsize, weight_shards=mesh.shape["tensor"])
-        passes = 3 * iterations + (parts.ref_params is not None) + (updates > 1)
+        passes = 3 * iterations + (parts.ref_params is not None)
+        passes += config_lib.needs_old_pass(config)
         learning = floor.forward(model, *lengths).times(passes)
         least = [
             w.seconds(chip.bf16_flops, chip.hbm_bytes_per_s, mesh.size)

@@ -75,6 +75,12 @@ METRICS: dict[str, Metric] = {
         "nats", "mean absolute difference of the sampler's and the scorer's log-probability"
     ),
     "policy/sampler_gap_max": Metric("nats", "largest such difference"),
+    "policy/importance_mean": Metric(
+        "", "mean weight that corrects for the sampler's distribution; 1 without a correction"
+    ),
+    "policy/importance_capped_share": Metric(
+        "share", "tokens whose ratio of policy to sampler was above algorithm.importance_cap"
+    ),
     "policy/skipped_updates": Metric(
         "updates", "refused so far because loss or gradient was not finite"
     ),

@@ -239,6 +239,8 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Learner:
         algorithm.entropy_coef,
         algorithm.normalizer,
         config.rollout.max_tokens,
+        algorithm.importance_correction,
+        algorithm.importance_cap,
     )
     return Learner(
         scorer=scorer,
@@ -248,7 +250,7 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Learner:
             scorer,
             by_std=algorithm.scale_by_std,
             mask_truncated=algorithm.mask_truncated,
-            with_old=updates > 1,
+            with_old=config_lib.needs_old_pass(config),
         ),
         update=update_lib.make_update(
             scorer,

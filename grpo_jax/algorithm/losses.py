@@ -24,6 +24,13 @@ class Objective:
     entropy_coef: float = 0.0
     normalizer: str = "token"
     max_tokens: int = 1  # completion limit, the "constant" normalizer's length of every sequence
+    importance_correction: str = "none"
+    importance_cap: float = 2.0
+
+    @property
+    def sums_sequences(self) -> bool:
+        """Whether the correction needs a whole completion's log-probability before its loss."""
+        return self.importance_correction.startswith("sequence")
 
 
 def log_ratio(logp: Array, old_logp: Array | None) -> Array:
@@ -45,6 +52,37 @@ def clipped_surrogate(log_ratio: Array, advantage: Array, low: float, high: floa
     return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
 
 
+def sequence_log_ratio(old_logp_PGC: Array, sampler_logp_PGC: Array, action_PGC: Array) -> Array:
+    """Log of the whole completion's probability under the old policy over the sampler's, [P, G]."""
+    difference_PGC = jnp.where(action_PGC, old_logp_PGC - sampler_logp_PGC, 0.0)
+    return difference_PGC.sum(axis=-1)
+
+
+def importance(objective: Objective, logp: Array, terms: dict[str, Array | None]) -> Array:
+    """Weight of each token for what sampler and scorer make of it differently; no gradient.
+
+    The ratio π_old / π_sampler, of the token or of its whole completion, where π_old is the policy
+    that the rollout's updates started from, at the precision they compute in. A ratio above the cap
+    is cut to it ("truncate": Yao et al. 2025, "Your efficient RL framework secretly brings you
+    off-policy RL training", equation 4, after Espeholt et al. 2018, arXiv:1802.01561) or taken as 0
+    ("mask"). TRL's modes of the same names do the same. The ratio of the clip stays that of policy
+    to old policy.
+    """
+    if objective.importance_correction == "none":
+        return jnp.ones_like(logp)
+    ratio = jnp.exp(_sampler_log_ratio(objective, logp, terms))
+    beyond = 0.0 if objective.importance_correction.endswith("mask") else objective.importance_cap
+    return jnp.where(ratio > objective.importance_cap, beyond, ratio)
+
+
+def _sampler_log_ratio(objective: Objective, logp: Array, terms: dict) -> Array:
+    if objective.sums_sequences:
+        return terms["sequence_log_ratio"]
+    # With one update per rollout the old policy is the current one, here as in `log_ratio`.
+    old_logp = jax.lax.stop_gradient(logp) if terms["old_logp"] is None else terms["old_logp"]
+    return old_logp - terms["sampler_logp"]
+
+
 def kl_k3(logp: Array, ref_logp: Array) -> Array:
     """Estimate of KL(policy ‖ reference) at each sampled token, never below 0.
 
@@ -60,7 +98,9 @@ def token_loss(
 ) -> Array:
     """Loss of each token before weighting.
 
-    `terms` holds `advantage`, and `old_logp` and `ref_logp`, each an array or None.
+    `terms` holds `advantage` and `sampler_logp`, and, each an array or None, `old_logp`, `ref_logp`
+    and `sequence_log_ratio`. The importance weighs the surrogate alone, as in TRL: the KL and the
+    entropy are of the policy, whoever drew the tokens.
     """
     loss = clipped_surrogate(
         log_ratio(logp, terms["old_logp"]),
@@ -68,6 +108,8 @@ def token_loss(
         objective.clip_low,
         objective.clip_high,
     )
+    if objective.importance_correction != "none":
+        loss *= importance(objective, logp, terms)
     if objective.kl_coef:
         loss += objective.kl_coef * kl_k3(logp, terms["ref_logp"])
     if objective.entropy_coef:
@@ -98,6 +140,8 @@ SUMS = (
     "policy/clip_low_share",
     "policy/clip_high_share",
     "policy/sampler_gap_mean",
+    "policy/importance_mean",
+    "policy/importance_capped_share",
 )
 MAXIMA = ("policy/ratio_max", "policy/sampler_gap_max")
 
@@ -108,7 +152,6 @@ def diagnostics(
     entropy: Array,
     terms: dict,
     action: Array,
-    sampler_logp: Array,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """What explains an update: sums over action tokens, and maxima over them; all scalars."""
     kept = action.astype(jnp.float32)
@@ -117,9 +160,13 @@ def diagnostics(
     # Clipped tokens are those whose gradient the clip cuts off.
     low = (ratio < 1 - objective.clip_low) & (advantage < 0)
     high = (ratio > 1 + objective.clip_high) & (advantage > 0)
-    gap = jnp.abs(logp - sampler_logp)
+    gap = jnp.abs(logp - terms["sampler_logp"])
     kl = jnp.zeros_like(logp) if terms["ref_logp"] is None else kl_k3(logp, terms["ref_logp"])
-    values = entropy, kl, low, high, gap
+    weight, capped = importance(objective, logp, terms), jnp.zeros_like(logp)
+    if objective.importance_correction != "none":
+        log_cap = jnp.log(objective.importance_cap)
+        capped = _sampler_log_ratio(objective, logp, terms) > log_cap
+    values = entropy, kl, low, high, gap, weight, capped
     sums = [jnp.sum(jnp.where(action, value, 0) * kept) for value in values]
     maxima = [jnp.max(jnp.where(action, value, 0)) for value in (ratio, gap)]
     return dict(zip(SUMS, sums)), dict(zip(MAXIMA, maxima))

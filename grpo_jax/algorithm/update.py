@@ -172,9 +172,10 @@ def _rows(mesh: Mesh, tree: Any, groups_M: Array) -> Any:
 def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old: bool):
     """A function `(params, ref_params | None, rollouts, reward_PG) -> Experience`.
 
-    `with_old`: the rollout is updated on more than once, so the policy's log-probabilities before
-    the first update are computed, by the scorer itself. `ref_params` None: no KL term. What needs
-    no rewards is dispatched first: `reward_PG` may be a function that waits for them.
+    `with_old`: the policy's log-probabilities before the first update are computed, by the scorer
+    itself, since the rollout is updated on more than once or the loss weighs whole completions.
+    `ref_params` None: no KL term. What needs no rewards is dispatched first: `reward_PG` may be a
+    function that waits for them.
     """
 
     def one(params, rollouts: Rollouts, logp_PGC: Array, groups_M: Array, *where: Array) -> Array:
@@ -258,7 +259,12 @@ def _loss_sums(
         "advantage": packed.take_of_completion(part.advantage_PG),
         "old_logp": take(part.old_logp_PGC),
         "ref_logp": take(part.ref_logp_PGC),
+        "sampler_logp": take(rollouts.logp_PGC),
+        "sequence_log_ratio": None,
     }
+    if objective.sums_sequences:
+        log_ratio_PG = losses.sequence_log_ratio(part.old_logp_PGC, rollouts.logp_PGC, action_PGC)
+        terms["sequence_log_ratio"] = packed.take_of_completion(log_ratio_PG)
     weight_BC, _ = losses.weights(action_PGC.reshape(-1, packed.tokens), objective)
     weight_DE = jnp.where(packed.there_DE, take(weight_BC.reshape(action_PGC.shape)), 0.0)
     action_DE = take(action_PGC) & packed.there_DE
@@ -279,9 +285,7 @@ def _loss_sums(
         logp_DE.reshape(weight_DE.shape),
         entropy_DE.reshape(weight_DE.shape),
     )
-    sums, maxima = losses.diagnostics(
-        objective, logp_DE, entropy_DE, terms, action_DE, take(rollouts.logp_PGC)
-    )
+    sums, maxima = losses.diagnostics(objective, logp_DE, entropy_DE, terms, action_DE)
     sums |= {"loss": total, "tokens": action_DE.sum().astype(jnp.float32)}
     return total, (sums, maxima)
 

@@ -69,8 +69,14 @@ def test_k3_pulls_towards_the_reference_on_policy():
     assert kl(jnp.log(policy) - 0.1 * gradient) < kl(jnp.log(policy))
 
 
-def terms(advantage, old_logp=None, ref_logp=None):
-    return {"advantage": advantage, "old_logp": old_logp, "ref_logp": ref_logp}
+def terms(advantage, old_logp=None, ref_logp=None, sampler_logp=None, sequence_log_ratio=None):
+    return {
+        "advantage": advantage,
+        "old_logp": old_logp,
+        "ref_logp": ref_logp,
+        "sampler_logp": sampler_logp,
+        "sequence_log_ratio": sequence_log_ratio,
+    }
 
 
 def test_token_loss_adds_its_terms_by_hand():
@@ -82,6 +88,71 @@ def test_token_loss_adds_its_terms_by_hand():
     got = losses.token_loss(objective, logp, jnp.float32([0.7]), given)
 
     np.testing.assert_allclose(got, [-2 + 0.15342641 - 0.07], rtol=1e-6)
+
+
+# Old policy over sampler: half as likely, alike, three times as likely.
+OLD = jnp.float32([-2, -2, -2])
+SAMPLER = OLD - jnp.log(jnp.float32([0.5, 1, 3]))
+
+
+@pytest.mark.parametrize(
+    ("correction", "weight", "capped"),
+    [
+        ("none", [1, 1, 1], 0),
+        ("token_truncate", [0.5, 1, 2], 1),
+        ("token_mask", [0.5, 1, 0], 1),
+        # Of the whole completion, 0.5 * 1 * 3 = 1.5 for each of its tokens; 6 of another.
+        ("sequence_truncate", [1.5, 1.5, 1.5], 0),
+        ("sequence_mask", [1.5, 1.5, 1.5], 0),
+        ("sequence_truncate of 6", [2, 2, 2], 3),
+        ("sequence_mask of 6", [0, 0, 0], 3),
+    ],
+)
+def test_importance_by_hand(correction, weight, capped):
+    correction, _, other = correction.partition(" of ")
+    summed = losses.sequence_log_ratio(OLD, SAMPLER, jnp.ones(3, bool))
+    np.testing.assert_allclose(summed, np.log(1.5), rtol=1e-6)
+    log_ratio = jnp.broadcast_to(jnp.log(float(other)) if other else summed, 3)
+    objective = losses.Objective(kl_coef=0.5, importance_correction=correction, importance_cap=2.0)
+    # Ratio 1.1 of policy to old policy, within the clip: -1.1 A = -2.2 a token, weighed; k3 of ln 2
+    # times 0.5 is not.
+    logp = OLD + jnp.log(1.1)
+    ref = logp + np.float32(np.log(2))
+    given = terms(jnp.float32([2.0] * 3), OLD, ref, SAMPLER, log_ratio)
+
+    def loss(logp):
+        return losses.token_loss(objective, logp, jnp.zeros(3), given)
+
+    sums, _ = losses.diagnostics(objective, logp, jnp.zeros(3), given, jnp.ones(3, bool))
+
+    weight = np.float32(weight)
+    np.testing.assert_allclose(loss(logp), -2.2 * weight + 0.15342641, rtol=1e-5)
+    # The weight is fixed: the slope is -ρA, weighed, and of k3 (1 - exp(d)) * 0.5 = -0.5.
+    slope = jax.grad(lambda x: loss(x).sum())(logp)
+    np.testing.assert_allclose(slope, -2.2 * weight - 0.5, rtol=1e-5)
+    np.testing.assert_allclose(sums["policy/importance_mean"], weight.sum(), rtol=1e-5)
+    assert sums["policy/importance_capped_share"] == capped
+
+
+def test_importance_of_one_update_has_no_gradient():
+    """Without an old policy of its own the weight is made of the current one, which is fixed."""
+    logp = OLD + 0.0
+    given = terms(jnp.float32([2.0] * 3), sampler_logp=SAMPLER)
+    objective = losses.Objective(importance_correction="token_truncate")
+
+    slope = jax.grad(lambda x: losses.token_loss(objective, x, jnp.zeros(3), given).sum())(logp)
+
+    np.testing.assert_allclose(slope, [-1, -2, -4], rtol=1e-5)  # -A times 0.5, 1 and the cap
+
+
+def test_a_completion_is_summed_over_its_own_tokens():
+    sampler_PGC = jnp.float32([[[-1, -1, np.nan], [-1, -1, -1]]])
+    old_PGC = jnp.float32([[[-1.5, -0.25, -np.inf], [-1, -2, -1]]])
+    action_PGC = jnp.array([[[1, 1, 0], [1, 1, 1]]], bool)
+
+    got = losses.sequence_log_ratio(old_PGC, sampler_PGC, action_PGC)
+
+    np.testing.assert_allclose(got, [[0.25, -1.0]], rtol=1e-6)
 
 
 ACTION_BT = jnp.array([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]], bool)
@@ -128,7 +199,7 @@ def test_diagnostics_by_hand():
     action = jnp.array([1, 1, 1, 1, 1, 0], bool)
 
     sums, maxima = losses.diagnostics(
-        losses.Objective(), logp, entropy, terms(advantage, old, ref), action, sampler
+        losses.Objective(), logp, entropy, terms(advantage, old, ref, sampler), action
     )
 
     want_sums = {
@@ -137,6 +208,8 @@ def test_diagnostics_by_hand():
         "policy/clip_low_share": 1.0,  # ratio 0.5 with A < 0; with A > 0 it is not clipped
         "policy/clip_high_share": 1.0,  # ratio 2 with A > 0; with A < 0 it is not clipped
         "policy/sampler_gap_mean": 0.75,
+        "policy/importance_mean": 5.0,  # no correction
+        "policy/importance_capped_share": 0.0,
     }
     assert set(sums) == set(want_sums)
     for name, want in want_sums.items():

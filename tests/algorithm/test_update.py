@@ -291,6 +291,30 @@ def test_kl_and_entropy_change_the_gradient(experience, reference_run):
         assert np.abs(gradient(other) - gradient(reference_run[0])).max() > 1e-3
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_weighs_completions_as_larger_advantages_would(plain, experience, level):
+    ratio_PG = np.linspace(0.25, 3, P * G, dtype=np.float32).reshape(P, G)
+    rollouts = experience.rollouts
+    parts_PG = np.log(ratio_PG) if level == "token" else np.log(ratio_PG) / rollouts.length_PG
+    sampler_PGC = np.where(experience.action_PGC, experience.old_logp_PGC - parts_PG[..., None], 9)
+    given = experience.replace(rollouts=rollouts.replace(logp_PGC=np.float32(sampler_PGC)))
+    objective = dataclasses.replace(
+        FULL, importance_correction=f"{level}_truncate", importance_cap=2.0
+    )
+
+    got, metrics = run(program(objective, microbatches=4), given)
+
+    weight_PG = np.minimum(ratio_PG, 2)
+    weighed = experience.replace(advantage_PG=experience.advantage_PG * weight_PG)
+    want = gradient(run(plain, weighed)[0])
+    np.testing.assert_allclose(gradient(got), want, atol=1e-5 * np.abs(want).max(), rtol=0)
+    action = experience.action_PGC.sum()
+    mean = (rollouts.length_PG * weight_PG).sum() / action
+    np.testing.assert_allclose(metrics["policy/importance_mean"], mean, rtol=1e-5)
+    capped = (rollouts.length_PG * (ratio_PG > 2)).sum() / action
+    np.testing.assert_allclose(metrics["policy/importance_capped_share"], capped, rtol=1e-5)
+
+
 def test_the_stop_token_is_trained(experience):
     """A completion of its stop token alone, the only one with an advantage, gets likelier."""
     rollouts = experience.rollouts
