@@ -28,6 +28,9 @@ def default() -> ConfigDict:
     c.model = ConfigDict()
     c.model.path = ""  # Hugging Face folder or hub id; "": make a new model (sft.* trains it first)
     c.model.dtype = "float32"  # of activations and rollout weights: "float32" or "bfloat16"
+    # Of the weights that learn: "float32", or "bfloat16", rounded by chance, or with
+    # optim.float32_copy to the nearest
+    c.model.param_dtype = "float32"
     # What the backward pass computes again: "none" nothing, "full" everything, "dots" all but the
     # products of dense layers
     c.model.remat = "dots"
@@ -104,6 +107,8 @@ def default() -> ConfigDict:
     c.optim.eps = 1e-8
     c.optim.weight_decay = 0.0  # of matrices; norms and biases have none
     c.optim.clip_norm = 1.0  # global norm of the gradient; 0: no clipping
+    c.optim.moments = "float32"  # how they are kept: "float32", "bfloat16" or "int8" in blocks
+    c.optim.float32_copy = False  # of bfloat16 parameters, kept beside the moments
     c.optim.max_skipped = 5  # stop after this many non-finite updates in a row
 
     c.loop = ConfigDict()
@@ -327,6 +332,8 @@ def _check_mesh(flat: dict[str, Any]) -> None:
 def _check_choices(config: ConfigDict) -> None:
     choices = {
         "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
+        "model.param_dtype": (config.model.param_dtype, ("float32", "bfloat16")),
+        "optim.moments": (config.optim.moments, ("float32", "bfloat16", "int8")),
         "model.remat": (config.model.remat, ("none", "dots", "full")),
         "model.attention": (config.model.attention, ("auto", "xla", "splash")),
         "data.overlong": (config.data.overlong, ("refuse", "drop", "truncate")),
@@ -341,6 +348,11 @@ def _check_choices(config: ConfigDict) -> None:
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise ValueError(f"{name} = {value!r} must be one of {', '.join(allowed)}.")
+    if config.optim.float32_copy and config.model.param_dtype == "float32":
+        raise ValueError(
+            "optim.float32_copy = True, but the parameters are float32 themselves. Set "
+            'model.param_dtype = "bfloat16", or optim.float32_copy = False.'
+        )
 
 
 def _check_batch(config: ConfigDict) -> None:

@@ -7,7 +7,8 @@ not depend on the batch it was drawn in.
 
 import jax
 
-PURPOSES = ("init", "rollout", "evaluate", "sft")  # append only: the position is part of the key
+# Append only: the position is part of the key.
+PURPOSES = ("init", "rollout", "evaluate", "sft", "moments", "parameters")
 
 
 def key_for(seed: int, purpose: str, step: int = 0) -> jax.Array:

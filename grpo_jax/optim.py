@@ -1,11 +1,15 @@
-"""Learning-rate schedule and optimizer, both from optax."""
+"""Learning-rate schedule and optimizer, from optax; what low precision needs besides."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
 import optax
 
-from grpo_jax.structs import Params
+from grpo_jax import keys, moments
+from grpo_jax.structs import Array, Params
 
 
 def schedule(
@@ -33,15 +37,94 @@ def adamw(
     eps: float,
     weight_decay: float,
     clip_norm: float,
+    kept: str = "float32",
+    seed: int = 0,
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) after clipping by global norm; 0 turns clipping off."""
+    """AdamW (Loshchilov & Hutter 2019) after clipping by global norm; 0 turns clipping off.
+
+    `kept`: how the moments are, "float32", "bfloat16" or "int8" (`moments.py`); the latter two are
+    rounded by chance, which follows from `seed`.
+    """
     steps = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    steps.append(
-        optax.adamw(
-            learning_rate, b1=beta1, b2=beta2, eps=eps, weight_decay=weight_decay, mask=_is_matrix
-        )
+    if kept == "float32":
+        adam = optax.scale_by_adam(b1=beta1, b2=beta2, eps=eps)
+    else:
+        adam = moments.scale_by_adam(beta1=beta1, beta2=beta2, eps=eps, kept=kept, seed=seed)
+    return optax.chain(
+        *steps,
+        optax.chain(
+            adam,
+            optax.add_decayed_weights(weight_decay, _is_matrix),
+            optax.scale_by_learning_rate(learning_rate),
+        ),
     )
-    return optax.chain(*steps)
+
+
+class RoundedState(NamedTuple):
+    count: Array  # int32: updates done
+    inner: optax.OptState
+
+
+def rounded(inner: optax.GradientTransformation, seed: int) -> optax.GradientTransformation:
+    """`inner` for bfloat16 parameters: each goes up or down by chance, and is right in the mean.
+
+    To the nearest, an update under half of the parameter's last bit, 0.2 to 0.4 % of it, would be
+    lost. The chance follows from `seed` and the count of updates. The updates that this gives lead
+    from one bfloat16 to another.
+    """
+
+    def init(params: Params) -> RoundedState:
+        return RoundedState(jnp.int32(0), inner.init(params))
+
+    def update(grads: Params, state: RoundedState, params: Params) -> tuple[Params, RoundedState]:
+        count = state.count + 1
+        updates, inner_state = inner.update(grads, state.inner, params)
+        leaves, tree = jax.tree.flatten(params)
+        bits = moments.random_bits(keys.key_for(seed, "parameters", count), leaves)
+
+        def change(old: Array, update: Array, bits: Array) -> Array:
+            old = old.astype(jnp.float32)
+            new = moments.to_bfloat16(old + update, bits & 0xFFFF)
+            return new.astype(jnp.float32) - old
+
+        changes = map(change, leaves, tree.flatten_up_to(updates), bits)
+        return tree.unflatten(changes), RoundedState(count, inner_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+class CopyState(NamedTuple):
+    params: Params  # float32
+    inner: optax.OptState
+
+
+def with_float32_copy(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner` on a float32 copy of bfloat16 parameters, which are its values to the nearest."""
+
+    def init(params: Params) -> CopyState:
+        copy = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        return CopyState(copy, inner.init(copy))
+
+    def update(grads: Params, state: CopyState, params: Params) -> tuple[Params, CopyState]:
+        updates, inner_state = inner.update(grads, state.inner, state.params)
+        copy = optax.apply_updates(state.params, updates)
+        changes = jax.tree.map(
+            lambda new, old: new.astype(old.dtype).astype(jnp.float32) - old.astype(jnp.float32),
+            copy,
+            params,
+        )
+        return changes, CopyState(copy, inner_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def for_params(
+    optimizer: optax.GradientTransformation, dtype: str, *, float32_copy: bool, seed: int
+) -> optax.GradientTransformation:
+    """The optimizer for parameters of this dtype: itself for "float32"."""
+    if dtype == "float32":
+        return optimizer
+    return with_float32_copy(optimizer) if float32_copy else rounded(optimizer, seed)
 
 
 def _is_matrix(params: Params) -> Params:

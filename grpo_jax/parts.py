@@ -231,6 +231,14 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Learner:
         eps=config.optim.eps,
         weight_decay=config.optim.weight_decay,
         clip_norm=config.optim.clip_norm,
+        kept=config.optim.moments,
+        seed=config.seed,
+    )
+    optimizer = optim.for_params(
+        optimizer,
+        config.model.param_dtype,
+        float32_copy=config.optim.float32_copy,
+        seed=config.seed,
     )
     objective = losses.Objective(
         algorithm.clip_low,
@@ -280,9 +288,9 @@ def _sampling(config: ConfigDict) -> Sampling:
 def start(parts: Parts) -> tuple[TrainState, Position, Experience | None]:
     """The state to go on from: the newest checkpoint's, or the model as it was given."""
     model, mesh, optimizer = parts.policy.model, parts.mesh, parts.optimizer
-    number = parts.checkpoints.latest()
+    dtype, number = jnp.dtype(parts.config.model.param_dtype), parts.checkpoints.latest()
     if number is None:
-        params = policy_lib.load_params(parts.policy, mesh, parts.config.seed)
+        params = policy_lib.load_params(parts.policy, mesh, parts.config.seed, dtype)
         return update_lib.start(params, model, mesh, optimizer), Position(), None
     facts = parts.checkpoints.facts(number)
     if facts["config"] != config_lib.fingerprint(parts.config):  # the workdir may be another
@@ -292,7 +300,8 @@ def start(parts: Parts) -> tuple[TrainState, Position, Experience | None]:
             "with."
         )
     at = Position(**facts["position"])
-    state = parts.checkpoints.restore(number, update_lib.state_like(model, mesh, optimizer))
+    like = update_lib.state_like(model, mesh, optimizer, dtype)
+    state = parts.checkpoints.restore(number, like)
     experience = parts.checkpoints.experience(number, mesh)
     assert (experience is not None) == (at.update > 0), f"checkpoint {number} lacks its rollout"
     middle = f", between updates {at.update} and {at.update + 1}" if at.update else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_jax import keys, sharding
 from grpo_jax.models import hf, transformer
-from grpo_jax.structs import ModelConfig, Params
+from grpo_jax.structs import Array, ModelConfig, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +89,11 @@ def load_params(policy: Policy, mesh: Mesh, seed: int, dtype=jnp.float32) -> Par
     if policy.source is not None:
         return hf.load_params(policy.source, policy.model, mesh, dtype)
     shardings = jax.tree.map(lambda x: x.sharding, param_like(policy.model, mesh))
-    init = jax.jit(functools.partial(transformer.init, policy.model), out_shardings=shardings)
-    return init(keys.key_for(seed, "init"))
+
+    def init(key: Array) -> Params:
+        return jax.tree.map(lambda x: x.astype(dtype), transformer.init(policy.model, key))
+
+    return jax.jit(init, out_shardings=shardings)(keys.key_for(seed, "init"))
 
 
 def param_like(model: ModelConfig, mesh: Mesh) -> Params:

@@ -65,6 +65,14 @@ def run(config: ConfigDict, folder: Path) -> Path:
         eps=config.optim.eps,
         weight_decay=config.sft.weight_decay,
         clip_norm=1.0,
+        kept=config.optim.moments,
+        seed=config.seed,
+    )
+    optimizer = optim.for_params(
+        optimizer,
+        config.model.param_dtype,
+        float32_copy=config.optim.float32_copy,
+        seed=config.seed,
     )
     scorer = update_lib.Scorer(
         policy.model,
@@ -138,11 +146,11 @@ def _stopped(stop: workdir.StopSignal, step: int, folder: Path) -> workdir.Stopp
 
 
 def _start(checkpoints: Checkpoints, policy, mesh: Mesh, optimizer, config) -> TrainState:
-    number = checkpoints.latest()
+    dtype, number = jnp.dtype(config.model.param_dtype), checkpoints.latest()
     if number is not None:
-        like = update_lib.state_like(policy.model, mesh, optimizer)
+        like = update_lib.state_like(policy.model, mesh, optimizer, dtype)
         return checkpoints.restore(number, like)
-    params = policy_lib.load_params(policy, mesh, config.seed)
+    params = policy_lib.load_params(policy, mesh, config.seed, dtype)
     return update_lib.start(params, policy.model, mesh, optimizer)
 
 

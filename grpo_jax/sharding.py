@@ -304,6 +304,16 @@ def spread(mesh: Mesh, placed: NamedSharding, shape: tuple[int, ...]) -> NamedSh
     return NamedSharding(mesh, PartitionSpec(*(names or None for names in spec)))
 
 
+def along(mesh: Mesh, placed: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """`placed` for an array of the same axes and other sizes, whole where it does not divide."""
+    spec = list(placed.spec) + [None] * (len(shape) - len(placed.spec))
+    for i, (names, size) in enumerate(zip(spec, shape, strict=True)):
+        names = names if isinstance(names, tuple) else (names,) * (names is not None)
+        if size % math.prod(mesh.shape[name] for name in names):
+            spec[i] = None
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
 def stacked(mesh: Mesh, sharding: NamedSharding) -> NamedSharding:
     """The sharding of one such array for each data shard, [shards, ...]."""
     return NamedSharding(mesh, PartitionSpec("data", *sharding.spec))

@@ -114,7 +114,7 @@ class Experience:
 class TrainState:
     """What an optimizer update changes."""
 
-    params: Params  # float32 master weights
+    params: Params  # the weights that learn, in `config.model.param_dtype`
     opt_state: Any
     num_updates: Array  # int32 scalar: updates attempted, skipped ones included
     num_skipped: Array  # int32 scalar: updates refused because loss or gradient was not finite

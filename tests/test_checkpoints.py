@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from grpo_jax import optim, sharding
@@ -92,6 +93,57 @@ def test_a_state_comes_back_bit_for_bit(tmp_path, mesh):
     other = sharding.make_mesh(1, 8, 1)  # and on another mesh
     _same_bits(state, again.restore(2, _like(other)))
     again.close()
+
+
+@pytest.mark.parametrize(
+    ("kept", "float32_copy"), [("int8", False), ("bfloat16", True)], ids=["rounded", "copy"]
+)
+def test_low_precision_continues_bit_for_bit_on_any_mesh(tmp_path, mesh, kept, float32_copy):
+    """Parameters, moments and chance are the same after a restore, on another mesh too."""
+    optimizer = optim.for_params(
+        optim.adamw(
+            lambda step: 0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, clip_norm=0.0,
+            kept=kept, seed=5,
+        ),
+        "bfloat16",
+        float32_copy=float32_copy,
+        seed=5,
+    )  # fmt: skip
+    shapes = transformer.param_shapes(MODEL)
+    step = jax.jit(lambda state, grads: update_lib.apply_gradient(state, optimizer, grads, 0.0)[0])
+
+    def moved(state, number):
+        key = jax.random.key(number)
+        grads = jax.tree.map(lambda x: jax.random.normal(key, x.shape), shapes)
+        return step(state, grads)
+
+    def like(mesh):
+        return update_lib.state_like(MODEL, mesh, optimizer, jnp.bfloat16)
+
+    def cast(params):
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+
+    params = cast(transformer.init(MODEL, jax.random.key(0)))
+    state = moved(update_lib.start(params, MODEL, mesh, optimizer), 1)
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype(jnp.bfloat16)}
+    checkpoints = Checkpoints(tmp_path / "c", keep=1)
+    checkpoints.save(state, {})
+    other = sharding.make_mesh(1, 8, 1)
+    restored = checkpoints.restore(1, like(mesh)), checkpoints.restore(1, like(other))
+    weights = newest_params(tmp_path / "c", state.params)
+    checkpoints.close()
+
+    _same_bits(state.params, weights)
+    want = moved(state, 2)
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (want.params, state.params))))
+    for again in restored:
+        _same_bits(want, moved(again, 2))
+    if (
+        kept == "int8"
+    ):  # [V = 8, D = 16]: codes as a moment lies, peaks whole where they do not split
+        moment = optax.tree.get(like(other).opt_state, "mu")["embed"]["embedding"]
+        assert moment.codes.sharding.shard_shape(moment.codes.shape) == (8, 2)
+        assert moment.peak.sharding.shard_shape(moment.peak.shape) == (8, 1)
 
 
 @pytest.mark.parametrize(("old", "ref"), [(True, True), (False, True), (False, False)])

@@ -27,6 +27,7 @@ def test_keys_are_recomputed_and_stay_what_they_were():
     assert str(jax.random.key_impl(key)) == "threefry2x32"
     # Positions are part of the keys: purposes are only ever appended.
     assert keys.PURPOSES[:4] == ("init", "rollout", "evaluate", "sft")
+    assert keys.PURPOSES[4:6] == ("moments", "parameters")
     by_hand = jax.random.fold_in(jax.random.key(3, impl="threefry2x32"), 1)
     assert key == jax.random.fold_in(by_hand, 7)
 

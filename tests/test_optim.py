@@ -65,3 +65,48 @@ def test_clipping_by_global_norm():
         _, state = optimizer.update(grads, optimizer.init(params), params)
         (moment,) = optax.tree.get_all_with_path(state, "mu")
         np.testing.assert_allclose(moment[1]["layer"]["kernel"], want, rtol=1e-6)
+
+
+def low_precision(float32_copy: bool, rate: float):
+    sgd = optax.sgd(rate)
+    return optim.for_params(sgd, "bfloat16", float32_copy=float32_copy, seed=0)
+
+
+def test_bfloat16_parameters_move_by_less_than_their_last_bit():
+    """1 / 32 of the step from 1 to the next bfloat16 (1 / 128), eight times."""
+    params = {"kernel": jnp.ones((64, 64), jnp.bfloat16)}
+    grads = {"kernel": jnp.full((64, 64), -1 / 32 / 128)}
+
+    for float32_copy in (True, False):
+        optimizer = low_precision(float32_copy, 1.0)
+        state, now = optimizer.init(params), params
+        for _ in range(8):
+            updates, state = optimizer.update(grads, state, now)
+            now = optax.apply_updates(now, updates)
+
+        assert now["kernel"].dtype == jnp.bfloat16
+        if float32_copy:
+            np.testing.assert_array_equal(
+                state.params["kernel"], np.full((64, 64), 1 + 8 / 32 / 128)
+            )
+            assert (now["kernel"] == 1).all()
+        else:  # a quarter of a step in the mean, 3 deviations being 0.023; (31 / 32)^8 did not move
+            steps = np.asarray(now["kernel"].astype(jnp.float32) - 1) * 128
+            assert abs(steps.mean() - 0.25) < 0.025
+            assert abs((steps == 0).mean() - 0.776) < 0.025
+    nearest = optax.apply_updates(params, jax.tree.map(jnp.negative, grads))
+    assert (nearest["kernel"] == 1).all()  # else the test would see no difference
+
+
+def test_parameters_are_their_copy_to_the_nearest():
+    params = {"kernel": jax.random.normal(jax.random.key(0), (512,)).astype(jnp.bfloat16)}
+    optimizer = low_precision(True, 0.1)
+    state, now = optimizer.init(params), params
+    for i in range(3):
+        grads = {"kernel": jax.random.normal(jax.random.key(i + 1), (512,))}
+        updates, state = optimizer.update(grads, state, now)
+        now = optax.apply_updates(now, updates)
+    np.testing.assert_array_equal(now["kernel"], state.params["kernel"].astype(jnp.bfloat16))
+    assert (state.params["kernel"] != now["kernel"].astype(jnp.float32)).any()
+    unchanged = optim.for_params(optax.sgd(1.0), "float32", float32_copy=False, seed=0)
+    assert unchanged.init(params) == optax.sgd(1.0).init(params)

@@ -451,21 +451,24 @@ def _state_shardings(like: TrainState, model: ModelConfig, mesh: Mesh, optimizer
     whole = sharding.replicated(mesh)
     opt_state = optax.tree_map_params(
         optimizer,
-        lambda _, placed: placed,
+        # A moment may be several arrays of the parameter's axes, some shorter.
+        lambda kept, placed: jax.tree.map(lambda x: sharding.along(mesh, placed, x.shape), kept),
         like.opt_state,
         _spread_shardings(model, mesh),
         transform_non_params=lambda _: whole,
+        is_leaf=lambda x: not isinstance(x, dict),
     )
     return TrainState(_param_shardings(model, mesh), opt_state, whole, whole)
 
 
 def state_like(
-    model: ModelConfig, mesh: Mesh, optimizer: optax.GradientTransformation
+    model: ModelConfig, mesh: Mesh, optimizer: optax.GradientTransformation, dtype=jnp.float32
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the train state, without making one."""
-    like = jax.eval_shape(
-        functools.partial(_init_state, optimizer=optimizer), transformer.param_shapes(model)
+    """Shapes, dtypes and shardings of the train state, parameters of `dtype`; none is made."""
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype), transformer.param_shapes(model)
     )
+    like = jax.eval_shape(functools.partial(_init_state, optimizer=optimizer), params)
     return jax.tree.map(
         lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
         like,
