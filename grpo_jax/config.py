@@ -81,6 +81,8 @@ def default() -> ConfigDict:
     c.rollout.top_k = 0  # keep the k most likely tokens; 0: all
     c.rollout.top_p = 1.0  # keep the most likely tokens up to this probability
     c.rollout.num_slots = 0  # completions decoded at once; 0: all of a step
+    c.rollout.weights = "same"  # as model.dtype; "int8" with a scale for each output of a layer
+    c.rollout.cache = "same"  # keys and values; "int8" with a scale for each position and head
     c.rollout.compact = True  # finished rows leave the batch when no prompts wait
 
     c.algorithm = ConfigDict()
@@ -336,6 +338,8 @@ def _check_choices(config: ConfigDict) -> None:
         "optim.moments": (config.optim.moments, ("float32", "bfloat16", "int8")),
         "model.remat": (config.model.remat, ("none", "dots", "full")),
         "model.attention": (config.model.attention, ("auto", "xla", "splash")),
+        "rollout.weights": (config.rollout.weights, ("same", "int8")),
+        "rollout.cache": (config.rollout.cache, ("same", "int8")),
         "data.overlong": (config.data.overlong, ("refuse", "drop", "truncate")),
         "algorithm.normalizer": (config.algorithm.normalizer, ("token", "sequence", "constant")),
         "algorithm.importance_correction": (

@@ -443,8 +443,8 @@ def _evaluate(
         if num_samples:
             kind = "greedy" if num_samples == 1 else f"sampled_{num_samples}"
             values |= evaluation.run(
-                parts.engine,
-                parts.engine.publish(state.params),
+                parts.evaluator,
+                parts.evaluator.publish(state.params),
                 parts.policy,
                 parts.held_out,
                 parts.rewards,

@@ -63,6 +63,7 @@ class Parts:
     held_out: evaluation.Questions | None
     rewards: Pool
     engine: Engine
+    evaluator: Engine  # the policy is judged as it is, however rollouts are drawn
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     prepare: Callable
@@ -172,6 +173,8 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
     held_out = held_out[: config.evaluation.num_problems]
     workdir.open_for(config, folder)
     learner = make_learner(config, policy.model, mesh)
+    engine = make_engine(config, policy.model, policy.stop_ids, mesh)
+    exact = make_engine(config, policy.model, policy.stop_ids, mesh, exact=True)
     return Parts(
         config=config,
         folder=folder,
@@ -179,7 +182,8 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
         policy=policy,
         train=questions(train, policy, config, "training problems"),
         held_out=questions(held_out, policy, config, "held-out problems") if held_out else None,
-        engine=make_engine(config, policy.model, policy.stop_ids, mesh),
+        engine=engine,
+        evaluator=engine if exact.decoder == engine.decoder else exact,
         optimizer=learner.optimizer,
         schedule=learner.schedule,
         prepare=learner.prepare,
@@ -270,14 +274,32 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Learner:
 
 
 def make_engine(
-    config: ConfigDict, model: ModelConfig, stop_ids: tuple[int, ...], mesh: Mesh
+    config: ConfigDict,
+    model: ModelConfig,
+    stop_ids: tuple[int, ...],
+    mesh: Mesh,
+    *,
+    exact: bool = False,
 ) -> Engine:
-    """The config's sampler of a model of this shape; nothing is compiled or allocated yet."""
-    dtype, limit = jnp.dtype(config.model.dtype), config.rollout.max_tokens
+    """The config's sampler of a model of this shape; nothing is compiled or allocated yet.
+
+    `exact`: without the 8 bits of weights or cache that the config may ask for.
+    """
+    rollout = config.rollout
+    decoder = decode.Decoder(
+        model,
+        mesh,
+        _sampling(config),
+        stop_ids,
+        rollout.max_tokens,
+        jnp.dtype(config.model.dtype),
+        weights="same" if exact else rollout.weights,
+        cache="same" if exact else rollout.cache,
+    )
     return Engine(
-        decode.Decoder(model, mesh, _sampling(config), stop_ids, limit, dtype),
-        num_slots=config.rollout.num_slots or config.batch.prompts * config.batch.group,
-        compact=config.rollout.compact,
+        decoder,
+        num_slots=rollout.num_slots or config.batch.prompts * config.batch.group,
+        compact=rollout.compact,
     )
 
 

@@ -123,7 +123,8 @@ def test_low_precision_continues_bit_for_bit_on_any_mesh(tmp_path, mesh, kept, f
     def cast(params):
         return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
 
-    params = cast(transformer.init(MODEL, jax.random.key(0)))
+    placed = jax.tree.map(lambda x: x.sharding, like(mesh).params)
+    params = jax.device_put(cast(transformer.init(MODEL, jax.random.key(0))), placed)
     state = moved(update_lib.start(params, MODEL, mesh, optimizer), 1)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype(jnp.bfloat16)}
     checkpoints = Checkpoints(tmp_path / "c", keep=1)

@@ -8,11 +8,11 @@ concatenated. Softmax is float32 whatever the dtype of queries and keys.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.models import quantize
+from grpo_jax.models.quantize import Int8
 from grpo_jax.structs import Array
 
 # Far below any score and finite: a row with no key to see gives zeros, not NaN.
@@ -118,12 +118,27 @@ def shared_prefix(
 # first on CPU, where one query meets many keys.
 
 
-def prefix_cache(k_RQKH: Array, v_RQKH: Array) -> tuple[Array, Array]:
+Cache = tuple[
+    Array | Int8, Array | Int8
+]  # keys and values; in 8 bits a scale per head and position
+
+
+def prefix_cache(k_RQKH: Array, v_RQKH: Array, *, int8: bool = False) -> Cache:
     """A prompt's keys [R, K, H, Q] and values [R, K, Q, H] as decoding reads them."""
-    return jnp.transpose(k_RQKH, (0, 2, 3, 1)), jnp.transpose(v_RQKH, (0, 2, 1, 3))
+    keys, values = jnp.transpose(k_RQKH, (0, 2, 3, 1)), jnp.transpose(v_RQKH, (0, 2, 1, 3))
+    return (quantize.int8(keys, 2), quantize.int8(values, 3)) if int8 else (keys, values)
 
 
-def write(cache: tuple[Array, Array], k_RWKH: Array, v_RWKH: Array, column: Array):
+def empty_cache(shape: tuple[int, ...], positions: int, size: int, dtype, *, int8: bool) -> Cache:
+    """Zeros: keys [*shape, H, positions] and values [*shape, positions, H]."""
+    keys, values = (*shape, size, positions), (*shape, positions, size)
+    if not int8:
+        return jnp.zeros(keys, dtype), jnp.zeros(values, dtype)
+    scale = jnp.zeros((*shape, positions))
+    return Int8(jnp.zeros(keys, jnp.int8), scale), Int8(jnp.zeros(values, jnp.int8), scale)
+
+
+def write(cache: Cache, k_RWKH: Array, v_RWKH: Array, column: Array) -> Cache:
     """The completions' cache (keys [R, K, W, H, S], values [R, K, W, S, H]) with one token added.
 
     Every lane writes the same column, whatever the position of its token: one slice, where a column
@@ -132,15 +147,20 @@ def write(cache: tuple[Array, Array], k_RWKH: Array, v_RWKH: Array, column: Arra
     k, v = cache
     k_new = jnp.swapaxes(k_RWKH, 1, 2)[..., None]
     v_new = jnp.swapaxes(v_RWKH, 1, 2)[..., None, :]
-    k = jax.lax.dynamic_update_slice_in_dim(k, k_new, column, axis=4)
-    v = jax.lax.dynamic_update_slice_in_dim(v, v_new, column, axis=3)
-    return k, v
+    put = jax.lax.dynamic_update_slice_in_dim
+    if isinstance(k, Int8):
+        k_new, v_new = quantize.int8(k_new, 3), quantize.int8(v_new, 4)
+        return (
+            Int8(put(k.codes, k_new.codes, column, 4), put(k.scale, k_new.scale, column, 3)),
+            Int8(put(v.codes, v_new.codes, column, 3), put(v.scale, v_new.scale, column, 3)),
+        )
+    return put(k, k_new, column, 4), put(v, v_new, column, 3)
 
 
 def decode(
     q_RWNH: Array,
-    prefix: tuple[Array, Array],
-    own: tuple[Array, Array],
+    prefix: Cache,
+    own: Cache,
     prefix_length_R: Array,
     time_RW: Array,
     column: Array,
@@ -153,10 +173,18 @@ def decode(
     """
     (prefix_k, prefix_v), (own_k, own_v) = prefix, own
     q_RKWnH = jnp.swapaxes(_grouped(q_RWNH, prefix_k.shape[1]), 1, 2)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dtype = q_RWNH.dtype
+
+    def product(spec: str, x: Array, kept: Array | Int8) -> Array:
+        codes = kept.codes if isinstance(kept, Int8) else kept
+        return jnp.einsum(spec, x, codes.astype(dtype), preferred_element_type=jnp.float32)
+
     # The heads stand before the lanes in all of them: in any other order XLA turns the cache round.
     score_prefix = product("rkwnh,rkhq->rkwnq", q_RKWnH, prefix_k)
     score_own = product("rkwnh,rkwhs->rkwns", q_RKWnH, own_k)
+    if isinstance(own_k, Int8):
+        score_prefix *= prefix_k.scale[:, :, None, None]  # [R, K, 1, 1, Q]
+        score_own *= own_k.scale[:, :, :, None]  # [R, K, W, 1, S]
     s_11Q = jnp.arange(prefix_k.shape[-1])[None, None]
     age_11S = ((column - jnp.arange(own_k.shape[-1])) % own_k.shape[-1])[None, None]
     seen_prefix = s_11Q < prefix_length_R[:, None, None]  # [R, 1, Q]
@@ -168,7 +196,9 @@ def decode(
     score_prefix = jnp.where(seen_prefix[:, None, :, None], score_prefix, _HIDDEN)
     score_own = jnp.where(seen_own[:, None, :, None], score_own, _HIDDEN)
     weight_prefix, weight_own, total = _merged_weights(score_prefix, score_own)
-    dtype = own_v.dtype
+    if isinstance(own_v, Int8):
+        weight_prefix *= prefix_v.scale[:, :, None, None]
+        weight_own *= own_v.scale[:, :, :, None]
     out = product("rkwnq,rkqh->rkwnh", weight_prefix.astype(dtype), prefix_v)
     out += product("rkwns,rkwsh->rkwnh", weight_own.astype(dtype), own_v)
     out = jnp.swapaxes(out / total[..., None], 1, 2)

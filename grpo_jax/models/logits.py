@@ -11,14 +11,13 @@ import math
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.models import quantize
 from grpo_jax.structs import Array, Sampling
 
 
 def logits(hidden: Array, head_DV: Array) -> Array:
     """Float32 scores over the vocabulary [..., V] of hidden states [..., D]."""
-    return jnp.einsum(
-        "...d,dv->...v", hidden, head_DV.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+    return quantize.product(hidden, head_DV, jnp.float32)
 
 
 def support(logits: Array, sampling: Sampling) -> Array | None:

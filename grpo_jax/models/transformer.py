@@ -5,7 +5,8 @@ prompts and keeps their keys and values, `decode_token` adds one token per compl
 apply the same `Block`; only the attention that it is handed differs. Layers are stacked along a
 leading axis of every parameter and scanned, except in decoding, where a scan would copy the cache.
 
-Parameters, float32 unless the caller cast them; kernels are [in, out], heads contiguous:
+Parameters, float32 unless the caller cast them, for sampling also those of `quantize.weights`;
+kernels are [in, out], heads contiguous:
 
     embed/embedding [V, D]      norm/scale [D]      head/kernel [D, V] (untied models only)
     layers/ (all with a leading L)
@@ -26,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.models import attention
+from grpo_jax.models import attention, quantize
 from grpo_jax.structs import Array, ModelConfig, Params
 
 # Queries, keys and values to the attention's output and whatever the caller wants kept of them.
@@ -51,15 +52,28 @@ def rotary_frequencies(config: ModelConfig) -> np.ndarray:
     return freq.astype(np.float32)
 
 
-def _dense(features: int, axes: tuple[str, str], name: str, dtype, bias: bool = False) -> nn.Dense:
-    return nn.Dense(
-        features,
-        use_bias=bias,
-        dtype=dtype,
-        kernel_init=nn.with_logical_partitioning(nn.initializers.normal(0.02), axes),
-        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[1:]),
-        name=name,
-    )
+class Dense(nn.Module):
+    """A dense layer whose kernel may be in 8 bits."""
+
+    features: int
+    axes: tuple[str, str]
+    dtype: Any
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        normal = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
+        kernel = self.param("kernel", normal, (x.shape[-1], self.features))
+        y = quantize.product(x.astype(self.dtype), kernel, self.dtype)
+        if self.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
+            bias = self.param("bias", zeros, (self.features,))
+            y += bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return y
+
+
+def _dense(features: int, axes: tuple[str, str], name: str, dtype, bias: bool = False) -> Dense:
+    return Dense(features, axes, dtype, bias, name=name)
 
 
 def _by_token(dense: Callable[[Array], Array], x: Array) -> Array:
@@ -188,7 +202,10 @@ def head_kernel(params: Params) -> Array:
 
 
 def _embed(params: Params, ids: Array, dtype) -> Array:
-    return params["embed"]["embedding"][ids].astype(dtype)
+    table = params["embed"]["embedding"]
+    if isinstance(table, quantize.Int8):
+        return (table.codes[ids] * table.scale[ids][..., None]).astype(dtype)
+    return table[ids].astype(dtype)
 
 
 def _final_norm(params: Params, config: ModelConfig, x: Array, dtype) -> Array:
@@ -359,6 +376,7 @@ def prefill(
     length_R: Array,
     *,
     dtype=jnp.float32,
+    int8_cache: bool = False,
 ) -> tuple[Array, tuple]:
     """Hidden state of each prompt's last token [R, D], and the prompts' cache by layer."""
     t_Q = jnp.arange(prompt_RQ.shape[1])
@@ -370,7 +388,7 @@ def prefill(
 
         def attend(q, k, v):
             out = attention.causal(q, k, v, length_R, window)
-            return out, attention.prefix_cache(k, v)
+            return out, attention.prefix_cache(k, v, int8=int8_cache)
 
         return block.apply({"params": params}, x_RQD, angles, attend)
 

@@ -12,6 +12,7 @@ here see the slots of one shard.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -19,8 +20,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
+from grpo_jax.models import attention, transformer
 from grpo_jax.models import logits as logits_lib
-from grpo_jax.models import transformer
 from grpo_jax.structs import Array, ModelConfig, Params, Sampling
 
 
@@ -33,14 +34,16 @@ class Decoder:
     sampling: Sampling  # top-k and top-p; the temperature is an argument of each call
     stop_ids: tuple[int, ...]
     max_tokens: int  # C: completion limit
-    dtype: Any = jnp.float32  # of activations and cache
+    dtype: Any = jnp.float32  # of activations, and of weights and cache that are the "same"
+    weights: str = "same"  # or "int8"
+    cache: str = "same"  # or "int8"
 
 
 @struct.dataclass
 class Slots:
     """Completions in progress. A lane that is not live holds nothing that is read again."""
 
-    prefix: tuple  # per layer: keys [R, K, H, Q], values [R, K, Q, H]
+    prefix: tuple  # per layer: keys [R, K, H, Q], values [R, K, Q, H]; `attention.Cache`
     own: tuple  # per layer: keys [R, K, W, H, S], values [R, K, W, S, H]; S = C columns, a ring
     column_1: Array  # where the next token of every lane goes
     prompt_length_R: Array
@@ -56,21 +59,16 @@ class Slots:
 def empty(decoder: Decoder, slots: int, lanes: int, prompt_tokens: int) -> Slots:
     """Slots with no completion in them."""
     model = decoder.model
-    heads, size, limit = model.num_kv_heads, model.head_size, decoder.max_tokens
-    zeros = lambda *shape: jnp.zeros(shape, decoder.dtype)  # noqa: E731
-    layers = range(model.num_layers)
+    heads, limit, layers = model.num_kv_heads, decoder.max_tokens, range(model.num_layers)
+    empty_cache = functools.partial(
+        attention.empty_cache,
+        size=model.head_size,
+        dtype=decoder.dtype,
+        int8=decoder.cache == "int8",
+    )
     return Slots(
-        prefix=tuple(
-            (
-                zeros(slots, heads, size, prompt_tokens),
-                zeros(slots, heads, prompt_tokens, size),
-            )
-            for _ in layers
-        ),
-        own=tuple(
-            (zeros(slots, heads, lanes, size, limit), zeros(slots, heads, lanes, limit, size))
-            for _ in layers
-        ),
+        prefix=tuple(empty_cache((slots, heads), prompt_tokens) for _ in layers),
+        own=tuple(empty_cache((slots, heads, lanes), limit) for _ in layers),
         column_1=jnp.zeros(1, jnp.int32),
         prompt_length_R=jnp.ones(slots, jnp.int32),
         key_RW2=jnp.zeros((slots, lanes, 2), jnp.uint32),
@@ -137,7 +135,12 @@ def admit(
     `used_AW`: lanes that hold a completion.
     """
     hidden_AD, fresh = transformer.prefill(
-        params, decoder.model, prompt_AQ, length_A, dtype=decoder.dtype
+        params,
+        decoder.model,
+        prompt_AQ,
+        length_A,
+        dtype=decoder.dtype,
+        int8_cache=decoder.cache == "int8",
     )
     lanes = used_AW.shape
     hidden_AWD = jnp.broadcast_to(hidden_AD[:, None], (*lanes, hidden_AD.shape[-1]))

@@ -21,9 +21,9 @@ import jax
 import numpy as np
 
 from grpo_jax import compiling, sharding
-from grpo_jax.models import transformer
+from grpo_jax.models import quantize, transformer
 from grpo_jax.sampling import decode
-from grpo_jax.structs import Array, Params, Rollouts, pad_rows
+from grpo_jax.structs import Array, ModelConfig, Params, Rollouts, pad_rows
 
 _PROMPT_STEP = 16  # prompts are padded to a multiple of this: few shapes to compile
 _NEVER = 2**30
@@ -50,6 +50,15 @@ class _Board:
         return (self.row_SRW < 0).all(axis=2)
 
 
+def _axes_in_decoding(model: ModelConfig) -> Params:
+    """The logical axes of weights that every device has whole along FSDP's axis."""
+    return jax.tree.map(
+        lambda names: tuple(None if n == "embed" else n for n in names),
+        transformer.logical_axes(model),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
 class Engine:
     """Continuous batching over `num_slots` completions at once."""
 
@@ -74,6 +83,12 @@ class Engine:
         self.admit = jit(by_shard(with_decoder(decode.admit), 2), donate_argnums=2)
         self.decode = jit(by_shard(with_decoder(decode.decode), 4), donate_argnums=5)
         self._compact = jit(by_shard(decode.compact, 0))
+        self._to_int8 = jax.jit(
+            functools.partial(quantize.weights, dtype=decoder.dtype),
+            out_shardings=jax.tree.map(
+                lambda x: x.sharding, self.published_like(transformer.param_shapes(decoder.model))
+            ),
+        )
         self._row_keys = jax.jit(
             lambda key, rows: jax.random.key_data(
                 jax.vmap(lambda r: jax.random.fold_in(key, r))(rows)
@@ -81,10 +96,12 @@ class Engine:
         )
 
     def publish(self, params: Params) -> Params:
-        """Weights for sampling: cast to the compute dtype, and whole along the FSDP axis.
+        """Weights for sampling: cast to the compute dtype or to 8 bits, whole along the FSDP axis.
 
         So decoding never gathers parameters token by token. Without a change the arrays are shared.
         """
+        if self.decoder.weights == "int8":
+            return self._to_int8(params)
 
         def place(x: Array, like: jax.ShapeDtypeStruct) -> Array:
             if x.dtype == like.dtype and x.sharding.is_equivalent_to(like.sharding, x.ndim):
@@ -95,15 +112,16 @@ class Engine:
 
     def published_like(self, params: Params) -> Params:
         """Shape, dtype and sharding of what `publish` gives, of arrays or their shapes."""
-        mesh, dtype = self.decoder.mesh, self.decoder.dtype
-        axes = jax.tree.map(
-            lambda names: tuple(None if n == "embed" else n for n in names),
-            transformer.logical_axes(self.decoder.model),
-            is_leaf=lambda x: isinstance(x, tuple),
-        )
+        mesh, model, dtype = self.decoder.mesh, self.decoder.model, self.decoder.dtype
+        axes = _axes_in_decoding(model)
+        if self.decoder.weights == "int8":
+            axes = quantize.weight_axes(axes)
+            params = jax.eval_shape(functools.partial(quantize.weights, dtype=dtype), params)
+        else:
+            params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
         placed = sharding.tree_shardings(mesh, axes, params)
         return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), params, placed
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, placed
         )
 
     def generate(

@@ -13,7 +13,7 @@ import tiny
 from grpo_jax import keys
 from grpo_jax.algorithm.update import Scorer
 from grpo_jax.models import logits as logits_lib
-from grpo_jax.models import transformer
+from grpo_jax.models import quantize, transformer
 from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Sampling
@@ -295,6 +295,73 @@ def test_a_longer_padding_changes_nothing(params, unstoppable, whole):
     assert want.prompt_PQ.shape[1] == 16
     assert got.prompt_PQ.shape[1] == 32
     np.testing.assert_array_equal(got.completion_PGC[:5], want.completion_PGC[:5])
+
+
+def in_int8(num_slots=0, compact=True, weights="int8", cache="int8", mesh=None) -> Engine:
+    decoder = Decoder(
+        tiny.MODEL,
+        mesh or tiny.one_device(),
+        Sampling(),
+        STOPS,
+        LIMIT,
+        weights=weights,
+        cache=cache,
+    )
+    return Engine(decoder, num_slots=num_slots, compact=compact)
+
+
+@pytest.fixture(scope="module")
+def whole_in_int8(params):
+    return generate(in_int8(compact=False), params)
+
+
+@pytest.mark.parametrize(("num_slots", "shapes"), [(0, {(6, 4), (12, 1)}), (3, {(1, 3)})])
+def test_slots_do_not_change_completions_in_int8(whole_in_int8, params, num_slots, shapes):
+    ours = in_int8(num_slots)
+
+    got = generate(ours, params)
+
+    assert {shape[:2] for shape in ours.shapes} == shapes
+    np.testing.assert_array_equal(got.completion_PGC, whole_in_int8.completion_PGC)
+    np.testing.assert_allclose(got.logp_PGC, whole_in_int8.logp_PGC, atol=1e-4, rtol=0)
+
+
+def test_int8_weights_are_those_that_the_codes_stand_for(params):
+    own = in_int8(weights="int8", cache="same", compact=False)
+    published = own.publish(params)
+
+    def value(path, kept):
+        if not isinstance(kept, quantize.Int8):
+            return kept
+        axis = -1 if path[-1].key == "embedding" else -2
+        return kept.codes * jnp.expand_dims(kept.scale, axis)
+
+    plain = jax.tree_util.tree_map_with_path(
+        value, published, is_leaf=lambda x: isinstance(x, quantize.Int8)
+    )
+    kernel = published["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.codes.dtype == jnp.int8 and kernel.scale.shape == (2, 48)
+    assert published["embed"]["embedding"].scale.shape == (40,)
+    assert published["norm"]["scale"].dtype == jnp.float32
+
+    got = generate(own, params)
+
+    assert_same(got, generate(engine(compact=False), plain), plain)
+    first = scores(params, got)[:, :, 0]
+    assert 1e-4 < np.abs(first - scores(plain, got)[:, :, 0]).max() < 0.2  # what int8 changes
+
+
+def test_an_int8_cache_is_near_the_exact_one(whole, params):
+    got = generate(in_int8(weights="same", cache="int8", compact=False), params)
+
+    # The first token comes from the prefill, which reads no cache.
+    np.testing.assert_array_equal(got.completion_PGC[..., 0], whole.completion_PGC[..., 0])
+    np.testing.assert_allclose(got.logp_PGC[..., 0], whole.logp_PGC[..., 0], atol=1e-5)
+    log_prob = jax.nn.log_softmax(scores(params, got))
+    exact_PGC = np.take_along_axis(np.asarray(log_prob), got.completion_PGC[..., None], -1)[..., 0]
+    drawn = np.arange(LIMIT) < got.length_PG[..., None]
+    gap = np.abs(exact_PGC - got.logp_PGC)[drawn]
+    assert 1e-4 < gap.max() < 0.2 and gap.mean() < 0.02
 
 
 def test_publish_casts_to_the_compute_dtype(params):
