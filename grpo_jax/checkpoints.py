@@ -1,8 +1,9 @@
 """Checkpoints of a run, through Orbax: written while training goes on, whole or not at all.
 
-A checkpoint is numbered by the optimizer updates it holds and has up to three items: `state`
-(parameters, optimizer, counters), `facts` (a JSON object: where the run stands), and, where it was
-stopped between two updates on one rollout, that rollout as `experience`.
+A checkpoint is numbered by the optimizer updates it holds and has up to four items: `state`
+(parameters, optimizer, counters), `facts` (a JSON object: where the run stands), where it was
+stopped between two updates on one rollout that rollout as `experience`, and rollouts that were
+sampled and not learned from yet as `ahead`.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Checkpoints:
             "state": ocp.StandardCheckpointHandler(),
             "facts": ocp.JsonCheckpointHandler(),
             "experience": ocp.StandardCheckpointHandler(),
+            "ahead": ocp.StandardCheckpointHandler(),
         }
         folder = epath.Path(folder)
         if "://" not in str(folder):
@@ -65,6 +67,7 @@ class Checkpoints:
         facts: dict[str, Any],
         *,
         experience: Experience | None = None,
+        ahead: Rollouts | None = None,
         accuracy: float | None = None,
     ) -> None:
         """Starts writing; returns as soon as the values are copied off the device.
@@ -77,6 +80,8 @@ class Checkpoints:
         items = {"state": ocp.args.StandardSave(state), "facts": ocp.args.JsonSave(facts)}
         if experience is not None:
             items["experience"] = ocp.args.StandardSave(experience)
+        if ahead is not None:
+            items["ahead"] = ocp.args.StandardSave(ahead)
         metrics = None if accuracy is None else {"accuracy": accuracy}
         self._manager.save(number, args=ocp.args.Composite(**items), metrics=metrics)
 
@@ -101,8 +106,21 @@ class Checkpoints:
 
     def experience(self, number: int, mesh: Mesh) -> Experience | None:
         """The rollout that was being trained on, its rows split over the mesh; None if none was."""
+        fields = self._rows(number, "experience", mesh)
+        if fields is None:
+            return None
+        rollouts = Rollouts(**fields.pop("rollouts"))
+        absent = {"old_logp_PGC": None, "ref_logp_PGC": None}
+        return Experience(rollouts=rollouts, **(absent | fields))
+
+    def ahead(self, number: int, mesh: Mesh) -> Rollouts | None:
+        """Rollouts that waited to be learned from, on the host; None if none did."""
+        fields = self._rows(number, "ahead", mesh)
+        return None if fields is None else sharding.to_host(Rollouts(**fields))
+
+    def _rows(self, number: int, name: str, mesh: Mesh) -> dict[str, Any] | None:
         items = dict(self._manager.item_metadata(number))
-        if items.get("experience") is None:
+        if items.get(name) is None:
             return None
 
         def like(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -110,13 +128,9 @@ class Checkpoints:
             placed = sharding.sharding_of(mesh, axes, leaf.shape)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
 
-        args = ocp.args.Composite(
-            experience=ocp.args.StandardRestore(jax.tree.map(like, items["experience"].tree))
-        )
-        fields = dict(self._manager.restore(number, args=args)["experience"])
-        rollouts = Rollouts(**fields.pop("rollouts"))
-        absent = {"old_logp_PGC": None, "ref_logp_PGC": None}
-        return Experience(rollouts=rollouts, **(absent | fields))
+        restore = ocp.args.StandardRestore(jax.tree.map(like, items[name].tree))
+        args = ocp.args.Composite(**{name: restore})
+        return dict(self._manager.restore(number, args=args)[name])
 
     def wait(self) -> None:
         """Returns when everything started is on disk; raises what went wrong in writing it."""

@@ -37,6 +37,7 @@ def default() -> ConfigDict:
     # In scoring and training: "xla", or the kernels "splash" of TPUs, or "auto", those where they
     # can be had
     c.model.attention = "auto"
+    c.model.offload_reference = False  # to host memory, but while it scores
     c.model.num_layers = 2  # shape of a new model (Qwen2), read when model.path is ""
     c.model.width = 128
     c.model.mlp_width = 384
@@ -111,11 +112,15 @@ def default() -> ConfigDict:
     c.optim.clip_norm = 1.0  # global norm of the gradient; 0: no clipping
     c.optim.moments = "float32"  # how they are kept: "float32", "bfloat16" or "int8" in blocks
     c.optim.float32_copy = False  # of bfloat16 parameters, kept beside the moments
+    c.optim.offload = False  # GRPO keeps the optimizer's state in host memory between its steps
     c.optim.max_skipped = 5  # stop after this many non-finite updates in a row
 
     c.loop = ConfigDict()
     c.loop.num_steps = 100  # rollouts
     c.loop.stall_limit_s = 3600.0  # the run ends when a phase of a step does not get on; 0: never
+    # Sample a step's rollouts before the updates of the step before: rewards are then computed
+    # while the device updates. Needs algorithm.importance_correction
+    c.loop.async_rollouts = False
 
     c.hosts = ConfigDict()  # of a run of several processes
     c.hosts.start_limit_s = 300.0  # until all must have started
@@ -269,6 +274,7 @@ def check(config: ConfigDict) -> None:
     _check_mesh(flat)
     _check_choices(config)
     _check_batch(config)
+    _check_loop(config)
     _check_sources(config)
 
 
@@ -356,6 +362,15 @@ def _check_choices(config: ConfigDict) -> None:
         raise ValueError(
             "optim.float32_copy = True, but the parameters are float32 themselves. Set "
             'model.param_dtype = "bfloat16", or optim.float32_copy = False.'
+        )
+
+
+def _check_loop(config: ConfigDict) -> None:
+    if config.loop.async_rollouts and config.algorithm.importance_correction == "none":
+        raise ValueError(
+            "loop.async_rollouts = True samples with weights that are a step old, and "
+            'algorithm.importance_correction = "none" leaves that uncorrected. Set it to '
+            '"token_truncate" or another correction, or loop.async_rollouts = False.'
         )
 
 
@@ -494,8 +509,9 @@ def needs_old_pass(config: ConfigDict) -> bool:
 _FREE = (
     "loop.num_steps evaluation. checkpoint. logging. profile. debug. mesh. compile_cache "
     "rollout.num_slots rollout.compact batch.microbatch sft.microbatch model.remat model.attention "
-    "optim.max_skipped sft.checkpoint_every_steps rewards.num_workers rewards.time_limit_s "
-    "rewards.memory_gb rewards.max_failed_share loop.stall_limit_s hosts."
+    "optim.offload model.offload_reference optim.max_skipped sft.checkpoint_every_steps "
+    "rewards.num_workers rewards.time_limit_s rewards.memory_gb rewards.max_failed_share "
+    "loop.stall_limit_s hosts."
 ).split()
 
 
@@ -503,7 +519,8 @@ def binding(config: ConfigDict) -> dict[str, Any]:
     """The options that a resumed run must share with the one it continues."""
     flat = flatten(config)
     bound = {k: v for k, v in flat.items() if not any(k == f or k.startswith(f) for f in _FREE)}
-    if config.optim.schedule != "constant":  # the decay ends with the run
+    # The decay ends with the run, and the last step samples nothing ahead.
+    if config.optim.schedule != "constant" or config.loop.async_rollouts:
         bound["loop.num_steps"] = config.loop.num_steps
     return json.loads(json.dumps(bound))  # tuples as the lists that a file gives back
 

@@ -60,7 +60,7 @@ def run(
 def _run(parts: Parts, began: float) -> dict[str, Any]:
     config, folder = parts.config, parts.folder
     with phase("start"):
-        state, at, experience = parts_lib.start(parts)
+        state, at, experience, ahead = parts_lib.start(parts)
     began -= at.wall_s
     writers = metrics_lib.Writers(
         folder,
@@ -89,28 +89,30 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
         lines = _Lines(parts, at, writers, bar, compiling)
         complaints = Complaints()
         times: dict[str, float] = {}
+        if ahead is not None:
+            ahead = _drawn_before(parts, at, ahead)
         while at.step < num_steps:
             trace.begin(at.step + 1, lines.close)
             started, now = time.monotonic(), f"step {at.step + 1}"
             if experience is None:
                 watchdog.phase(f"The rollout of {now}")
-                questions = parts.train.take(_indices(parts, at.step))
-                judge = _judge(parts, questions, at.step)
-                with phase("rollout"):
-                    rollouts = _sample(
-                        parts, state, questions, at.step, judge, lines.close, watchdog.alive
-                    )
-                started = max(started, lines.closed_at)
-                times["time/rollout_s"] = time.monotonic() - started
+                drawn, ahead = ahead or _draw(parts, state, at.step, lines, watchdog), None
+                if config.loop.async_rollouts and at.step + 1 < num_steps:
+                    # With the weights from before this step's updates; meanwhile this step's
+                    # rewards are computed, and the next one's while the device updates.
+                    ahead = _draw(parts, state, at.step + 1, lines, watchdog)
+                lines.close()  # the last step may have sampled nothing
+                started = time.monotonic() - drawn.seconds  # of this step, whenever it was sampled
+                times["time/rollout_s"] = drawn.seconds
                 if stop.asked():
-                    _stop(parts, state, at, None, stop, began)
+                    _stop(parts, state, at, None, drawn, stop, began)
                 watchdog.phase(f"The rewards of {now}")
-                scored = functools.partial(_score, parts, state, at, judge, began, times)
+                scored = functools.partial(_score, parts, state, at, drawn, began, times)
                 with phase("scoring"):
-                    experience, scores = _prepare(parts, state, rollouts, scored)
+                    experience, scores = _prepare(parts, state, drawn.rollouts, scored)
                 complaints.note(now, scores)
-                at.rollout_metrics = _rollout_metrics(parts, rollouts, scores, times)
-                _show_samples(parts, writers, at.step + 1, questions, rollouts, scores, judge)
+                at.rollout_metrics = _rollout_metrics(parts, drawn.rollouts, scores, times)
+                _show_samples(parts, writers, at.step + 1, drawn, scores)
             learning = time.monotonic()
             while at.update < updates:
                 watchdog.phase(f"Update {at.update + 1} of {now}")
@@ -121,7 +123,7 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
                 at.update += 1
                 if at.update < updates and stop.asked():
                     lines.read()
-                    _stop(parts, state, at, experience, stop, began)
+                    _stop(parts, state, at, experience, ahead, stop, began)
             rollouts = experience.rollouts
             lengths = sharding.to_host((rollouts.prompt_length_P, rollouts.length_PG))
             at.tokens += int(lengths[1].sum())
@@ -138,9 +140,10 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
                 watchdog.phase(f"The checkpoint after {now}")
                 with phase("checkpoint"), _timed(times, "time/checkpoint_s"):
                     if _saves(parts, at):  # its time stands in the next step's line
-                        _save(parts, state, at, None, evaluated.get("eval/accuracy"), began)
+                        accuracy = evaluated.get("eval/accuracy")
+                        _save(parts, state, at, None, ahead, began, accuracy)
                 if stops and at.step < num_steps:
-                    _stop(parts, state, at, None, stop, began)
+                    _stop(parts, state, at, None, ahead, stop, began)
     writers.close()
     with Watchdog(config.loop.stall_limit_s) as watchdog:
         watchdog.phase("The end of the run")
@@ -167,34 +170,55 @@ def _judge(parts: Parts, questions, step: int) -> Judge:
     return Judge(parts.rewards, parts.policy, questions.problems, config.batch.group, seen)
 
 
-def _sample(
-    parts: Parts,
-    state: TrainState,
-    questions,
-    step: int,
-    judge: Judge,
-    meanwhile: Callable,
-    alive: Callable,
-) -> Rollouts:
-    return parts.engine.generate(
-        parts.engine.publish(state.params),
-        questions.prompt_ids,
-        group=parts.config.batch.group,
-        key=keys.key_for(parts.config.seed, "rollout", step),
-        temperature=parts.config.rollout.temperature,
-        on_group=judge.add,
-        meanwhile=meanwhile,
-        on_harvest=alive,
-    )
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    """The completions of one step, on the host, and their judge."""
+
+    questions: evaluation.Questions
+    judge: Judge
+    rollouts: Rollouts
+    seconds: float  # that sampling took
+
+
+def _draw(parts: Parts, state: TrainState, step: int, lines: _Lines, watchdog: Watchdog) -> _Drawn:
+    """Samples a step's completions, and writes the line that is open once the device is busy."""
+    started = time.monotonic()
+    questions = parts.train.take(_indices(parts, step))
+    judge = _judge(parts, questions, step)
+    with phase("rollout"):
+        rollouts = parts.engine.generate(
+            parts.engine.publish(state.params),
+            questions.prompt_ids,
+            group=parts.config.batch.group,
+            key=keys.key_for(parts.config.seed, "rollout", step),
+            temperature=parts.config.rollout.temperature,
+            on_group=judge.add,
+            meanwhile=lines.close,
+            on_harvest=watchdog.alive,
+        )
+    seconds = time.monotonic() - max(started, lines.closed_at)
+    return _Drawn(questions, judge, rollouts, seconds)
+
+
+def _drawn_before(parts: Parts, at: Position, rollouts: Rollouts) -> _Drawn:
+    """Completions that a checkpoint held, given to a judge as if just sampled."""
+    step = at.step + bool(at.update)
+    questions = parts.train.take(_indices(parts, step))
+    judge = _judge(parts, questions, step)
+    for number, (completion_GC, length_G) in enumerate(
+        zip(rollouts.completion_PGC, rollouts.length_PG)
+    ):
+        judge.add(number, [ids[:n].tolist() for ids, n in zip(completion_GC, length_G)])
+    return _Drawn(questions, judge, rollouts, at.ahead_s)
 
 
 def _score(
-    parts: Parts, state: TrainState, at: Position, judge: Judge, began: float, times: dict
+    parts: Parts, state: TrainState, at: Position, drawn: _Drawn, began: float, times: dict
 ) -> score_lib.Scores:
     """The rewards of a step's completions; failing too often, they end the run, with all saved."""
     try:
         with phase("rewards"), _timed(times, "time/reward_s"):
-            scores = judge.scores()
+            scores = drawn.judge.scores()
         for name, failed_B in scores.failed.items():
             if failed_B.mean() > parts.config.rewards.max_failed_share:
                 first = next(f for f in scores.failures if f.reward == name)
@@ -205,7 +229,7 @@ def _score(
                 )
     except score_lib.RewardError:
         if at.step:
-            _save(parts, state, at, None, None, began)
+            _save(parts, state, at, None, drawn, began)
         parts.checkpoints.close()
         raise
     return scores
@@ -231,7 +255,8 @@ def _prepare(
         return sharding.shard_rows(parts.mesh, scores[0].reward_B.reshape(rollouts.length_PG.shape))
 
     placed = sharding.shard_rows(parts.mesh, rollouts)
-    experience = parts.prepare(state.params, parts.ref_params, placed, reward_PG)
+    reference = sharding.to_device_memory(parts.ref_params)  # a copy only of one that is elsewhere
+    experience = parts.prepare(state.params, reference, placed, reward_PG)
     return experience, scores[0]
 
 
@@ -396,7 +421,7 @@ def _rates(
     return {name: float(value) for name, value in rates.items()}
 
 
-def _show_samples(parts, writers, step: int, questions, rollouts, scores, judge: Judge) -> None:
+def _show_samples(parts: Parts, writers, step: int, drawn: _Drawn, scores) -> None:
     every = parts.config.logging.samples_every_steps
     if not every or (step - 1) % every:
         return
@@ -408,7 +433,7 @@ def _show_samples(parts, writers, step: int, questions, rollouts, scores, judge:
         relative_PG /= np.maximum(reward_PG.std(1, keepdims=True), 1e-4)
     # Of the most divided group: what the policy is about to learn from.
     p = int(reward_PG.std(1).argmax())
-    texts = judge.texts([p])
+    texts = drawn.judge.texts([p])
     best_first = np.argsort(-reward_PG[p], kind="stable")
     num_best = -(-parts.config.logging.num_samples // 2)
     num_worst = min(parts.config.logging.num_samples - num_best, group - num_best)
@@ -418,12 +443,12 @@ def _show_samples(parts, writers, step: int, questions, rollouts, scores, judge:
         by_name = {n: float(v[row]) for n, v in scores.by_name.items()}
         rows.append(
             {
-                "prompt": questions.texts[p],
+                "prompt": drawn.questions.texts[p],
                 "completion": texts[g],
                 "rewards": {n: None if np.isnan(v) else v for n, v in by_name.items()},
                 "extras": {n: v[row] for n, v in scores.extras.items()},
                 "advantage": float(relative_PG[p, g]),
-                "length": int(rollouts.length_PG[p, g]),
+                "length": int(drawn.rollouts.length_PG[p, g]),
             }
         )
     writers.samples(step, rows)
@@ -477,15 +502,26 @@ def _saves(parts: Parts, at: Position) -> bool:
     return last or bool(every and at.step % every == 0)
 
 
-def _save(parts: Parts, state, at: Position, experience, accuracy, began: float) -> None:
+def _save(
+    parts: Parts,
+    state: TrainState,
+    at: Position,
+    experience: Experience | None,
+    ahead: _Drawn | None,
+    began: float,
+    accuracy: float | None = None,
+) -> None:
+    """Saves where the run stands; `ahead`: what was sampled and is not in `experience` yet."""
     at.wall_s = time.monotonic() - began
+    at.ahead_s = 0.0 if ahead is None else ahead.seconds
+    rollouts = None if ahead is None else sharding.shard_rows(parts.mesh, ahead.rollouts)
     facts = {"position": dataclasses.asdict(at), "config": config_lib.fingerprint(parts.config)}
-    parts.checkpoints.save(state, facts, experience=experience, accuracy=accuracy)
+    parts.checkpoints.save(state, facts, experience=experience, ahead=rollouts, accuracy=accuracy)
 
 
-def _stop(parts: Parts, state, at: Position, experience, stop, began: float) -> None:
+def _stop(parts: Parts, state, at: Position, experience, ahead, stop, began: float) -> None:
     """Saves, and raises `workdir.Stopped`."""
-    _save(parts, state, at, experience, None, began)
+    _save(parts, state, at, experience, ahead, began)
     parts.checkpoints.close()
     middle = f", after {at.update} of its updates" if at.update else ""
     raise workdir.Stopped(

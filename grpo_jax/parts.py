@@ -27,7 +27,7 @@ from grpo_jax.rewards import reward as reward_lib
 from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
-from grpo_jax.structs import Experience, ModelConfig, Params, Sampling, TrainState
+from grpo_jax.structs import Experience, ModelConfig, Params, Rollouts, Sampling, TrainState
 
 
 @dataclasses.dataclass
@@ -43,6 +43,7 @@ class Position:
     prompts: int = 0  # consumed
     tokens: int = 0  # generated
     wall_s: float = 0.0
+    ahead_s: float = 0.0  # that sampling the completions took that wait in the checkpoint
     skipped_in_row: int = 0
     accuracy_before: float | None = None
     accuracy: float | None = None  # newest
@@ -76,6 +77,7 @@ def refuse_early(config: ConfigDict, folder: Path) -> None:
     """Raises ValueError for what `run` would refuse of a new model only once that is trained."""
     mesh = sharding.make_mesh(**config.mesh)
     config_lib.check_devices(config, sharding.num_row_shards(mesh))
+    _check_host_memory(config, mesh)
     rewards = reward_lib.load(config.rewards.names, config.rewards.weights)
     for problems in load_problems(config):
         answerable(config, rewards, problems)
@@ -165,6 +167,7 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
     """Everything read, checked and set up; the policy's weights are not."""
     mesh = sharding.make_mesh(**config.mesh)
     config_lib.check_devices(config, sharding.num_row_shards(mesh))
+    _check_host_memory(config, mesh)
     rewards = reward_lib.load(config.rewards.names, config.rewards.weights)
     policy = policy_lib.read(model_path)
     config_lib.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
@@ -188,14 +191,28 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
         schedule=learner.schedule,
         prepare=learner.prepare,
         update=learner.update,
-        ref_params=policy_lib.load_params(policy, mesh, config.seed, jnp.dtype(config.model.dtype))
-        if config.algorithm.kl_coef
-        else None,
+        ref_params=_reference(config, policy, mesh) if config.algorithm.kl_coef else None,
         checkpoints=Checkpoints(
             config.checkpoint.folder or folder / "checkpoints", keep=config.checkpoint.keep
         ),
         rewards=start_rewards(config, rewards),  # last: nothing is refused from here on
     )
+
+
+def _reference(config: ConfigDict, policy: policy_lib.Policy, mesh: Mesh) -> Params:
+    dtype = jnp.dtype(config.model.dtype)
+    params = policy_lib.load_params(policy, mesh, config.seed, dtype)
+    return sharding.to_host_memory(params) if config.model.offload_reference else params
+
+
+def _check_host_memory(config: ConfigDict, mesh: Mesh) -> None:
+    wanted = {
+        "optim.offload": config.optim.offload,
+        "model.offload_reference": config.model.offload_reference,
+    }
+    for option, value in wanted.items():
+        if value:
+            sharding.check_host_memory(mesh, option)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,6 +286,7 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Learner:
             objective,
             optimizer,
             num_minibatches=config.batch.minibatches,
+            offload=config.optim.offload,
         ),
     )
 
@@ -307,13 +325,18 @@ def _sampling(config: ConfigDict) -> Sampling:
     return Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p)
 
 
-def start(parts: Parts) -> tuple[TrainState, Position, Experience | None]:
-    """The state to go on from: the newest checkpoint's, or the model as it was given."""
+def start(parts: Parts) -> tuple[TrainState, Position, Experience | None, Rollouts | None]:
+    """The state to go on from: the newest checkpoint's, or the model as it was given.
+
+    With it what the run was learning from, and completions that were sampled for the step after, if
+    it stopped with such.
+    """
     model, mesh, optimizer = parts.policy.model, parts.mesh, parts.optimizer
     dtype, number = jnp.dtype(parts.config.model.param_dtype), parts.checkpoints.latest()
     if number is None:
         params = policy_lib.load_params(parts.policy, mesh, parts.config.seed, dtype)
-        return update_lib.start(params, model, mesh, optimizer), Position(), None
+        state = update_lib.start(params, model, mesh, optimizer)
+        return _offloaded(parts, state), Position(), None, None
     facts = parts.checkpoints.facts(number)
     if facts["config"] != config_lib.fingerprint(parts.config):  # the workdir may be another
         raise ValueError(
@@ -325,7 +348,14 @@ def start(parts: Parts) -> tuple[TrainState, Position, Experience | None]:
     like = update_lib.state_like(model, mesh, optimizer, dtype)
     state = parts.checkpoints.restore(number, like)
     experience = parts.checkpoints.experience(number, mesh)
+    ahead = parts.checkpoints.ahead(number, mesh)
     assert (experience is not None) == (at.update > 0), f"checkpoint {number} lacks its rollout"
     middle = f", between updates {at.update} and {at.update + 1}" if at.update else ""
     metrics_lib.say(f"Continuing {parts.folder} after step {at.step}{middle}.")
-    return state, at, experience
+    return _offloaded(parts, state), at, experience, ahead
+
+
+def _offloaded(parts: Parts, state: TrainState) -> TrainState:
+    if not parts.config.optim.offload:
+        return state
+    return state.replace(opt_state=sharding.to_host_memory(state.opt_state))

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 ROW_AXES = ("data", "fsdp")  # the mesh axes that split a batch
 SLOT_AXES = (*ROW_AXES, "sequence")  # those that split what is sampled, where no row is divided
+_HOST_MEMORY = "pinned_host"
 
 # Logical axis → the mesh axes that split it, in the order they are tried.
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
@@ -302,6 +303,29 @@ def spread(mesh: Mesh, placed: NamedSharding, shape: tuple[int, ...]) -> NamedSh
                 spec[i] = (*spec[i], axis)
                 break
     return NamedSharding(mesh, PartitionSpec(*(names or None for names in spec)))
+
+
+def check_host_memory(mesh: Mesh, option: str) -> None:
+    """Raises ValueError when the devices reach no memory of their host, which `option` asks for."""
+    device = mesh.devices.flat[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if _HOST_MEMORY not in kinds:
+        raise ValueError(
+            f"{option} = True needs memory of the kind {_HOST_MEMORY}, and {device.device_kind} "
+            f"has {', '.join(kinds)}. Set it to False."
+        )
+
+
+def to_host_memory(tree: Any) -> Any:
+    """Copies of arrays in the memory of their devices' host, split there as they are."""
+    return jax.tree.map(
+        lambda x: jax.device_put(x, x.sharding.with_memory_kind(_HOST_MEMORY)), tree
+    )
+
+
+def to_device_memory(tree: Any) -> Any:
+    """Arrays in the memory of their devices: those that are there already, copies of others."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")), tree)
 
 
 def along(mesh: Mesh, placed: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:

@@ -267,6 +267,19 @@ def test_every_number_has_a_range():
             {"algorithm__normalizer": "mean"},
             ["algorithm.normalizer = 'mean'", "token, sequence, constant"],
         ),
+        ({"optim__moments": "int4"}, ["optim.moments = 'int4'", "float32, bfloat16, int8"]),
+        ({"model__param_dtype": "int8"}, ["model.param_dtype = 'int8'", "float32, bfloat16"]),
+        ({"optim__float32_copy": True}, ["optim.float32_copy = True", "model.param_dtype"]),
+        ({"rollout__weights": "int4"}, ["rollout.weights = 'int4'", "same, int8"]),
+        ({"rollout__cache": "fp8"}, ["rollout.cache = 'fp8'", "same, int8"]),
+        (
+            {"algorithm__importance_correction": "token"},
+            ["algorithm.importance_correction = 'token'", "token_truncate", "sequence_mask"],
+        ),
+        (
+            {"loop__async_rollouts": True},
+            ["loop.async_rollouts = True", 'algorithm.importance_correction = "none"'],
+        ),
         ({"optim__schedule": "step"}, ["optim.schedule = 'step'", "constant, linear, cosine"]),
         ({"batch__group": 1}, ["batch.group = 1", "at least 2"]),
         (
@@ -334,6 +347,8 @@ def test_rules(changes, parts):
         {"data__overlong": "drop"},
         {"rollout__top_p": 1.0, "optim__beta1": 0.0},
         {"mesh__data": 1, "mesh__tensor": -1},
+        {"model__param_dtype": "bfloat16", "optim__float32_copy": True},
+        {"loop__async_rollouts": True, "algorithm__importance_correction": "token_mask"},
     ],
 )  # fmt: skip
 def test_what_the_rules_allow(changes):
@@ -393,6 +408,8 @@ def _recorded(config, folder: Path) -> Path:
         {"model__width": 64},
         {"data__num_train": 5},
         {"data__overlong": "drop"},
+        {"optim__moments": "int8"},
+        {"rollout__cache": "int8"},
     ],
 )
 def test_what_changes_the_result_binds(changes, tmp_path):

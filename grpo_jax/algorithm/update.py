@@ -377,11 +377,13 @@ def make_update(
     optimizer: optax.GradientTransformation,
     *,
     num_minibatches: int,
+    offload: bool = False,
 ):
     """A function `(state, experience, minibatch index) -> (state, metrics)`; it donates the state.
 
-    Minibatch i of n holds prompts i, i + n, ... Metrics are float32 scalars by their logged names,
-    and `skipped`, True where the update was refused.
+    Minibatch i of n holds prompts i, i + n, ... With `offload` the optimizer's state comes to the
+    devices for its own step alone, and lies in the host's memory otherwise. Metrics are float32
+    scalars by their logged names, and `skipped`, True where the update was refused.
     """
 
     like = state_like(scorer.model, scorer.mesh, optimizer)
@@ -426,7 +428,12 @@ def make_update(
         groups_P = np.arange(scorer.groups_in_shard(experience.rollouts))[index::num_minibatches]
         microbatches = scorer.microbatches(experience.rollouts, groups_P)
         carry = add(state.params, empty(), experience, *microbatches.arrays)
-        return finish(state, carry, experience.action_PGC, np.int32(index))
+        if offload:
+            state = state.replace(opt_state=sharding.to_device_memory(state.opt_state))
+        state, metrics = finish(state, carry, experience.action_PGC, np.int32(index))
+        if offload:
+            state = state.replace(opt_state=sharding.to_host_memory(state.opt_state))
+        return state, metrics
 
     update.empty, update.add, update.finish = empty, add, finish  # the compiled programs
     return update

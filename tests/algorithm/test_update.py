@@ -13,7 +13,7 @@ import optax
 import pytest
 import tiny
 
-from grpo_jax import optim
+from grpo_jax import optim, sharding
 from grpo_jax.algorithm import losses, packing
 from grpo_jax.algorithm.update import (
     Scorer,
@@ -396,6 +396,41 @@ def test_an_update_that_is_not_finite_is_refused(experience, where):
     assert (after.num_updates, after.num_skipped) == (2, 1)
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
+
+
+def test_an_optimizer_state_in_host_memory_changes_nothing(experience):
+    optimizer = optax.adam(0.01)
+    update = program(optimizer=optimizer)
+    offloaded = make_update(scorer(microbatch=P), FULL, optimizer, num_minibatches=1, offload=True)
+    state, other = fresh(optimizer), fresh(optimizer)
+    other = other.replace(opt_state=sharding.to_host_memory(other.opt_state))
+    kinds = lambda tree: {x.sharding.memory_kind for x in jax.tree.leaves(tree)}  # noqa: E731
+
+    for _ in range(2):
+        state, metrics = update(state, experience, 0)
+        other, other_metrics = offloaded(other, experience, 0)
+        assert kinds(state.opt_state) == kinds(other.params) == {"device"}
+        assert kinds(other.opt_state) == {"pinned_host"}
+
+    assert metrics["policy/grad_norm"] == other_metrics["policy/grad_norm"] > 0
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(other), jax.device_get(state))
+
+
+def test_host_memory_that_is_not_there_is_refused():
+    class Device:
+        device_kind = "Toy"
+
+        def addressable_memories(self):
+            return [self]
+
+        kind = "hbm"
+
+    class OfToys:
+        devices = np.array([Device()])
+
+    with pytest.raises(ValueError, match=r"optim.offload = True .* pinned_host, and Toy has hbm"):
+        sharding.check_host_memory(OfToys(), "optim.offload")
+    sharding.check_host_memory(tiny.one_device(), "optim.offload")
 
 
 def test_a_batch_without_an_action_moves_nothing(plain, experience):
