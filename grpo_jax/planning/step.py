@@ -215,7 +215,14 @@ class Step:
             _Program(
                 "decode",
                 "rollout",
-                lambda: self.engine.decode.lower(published, temperature, 1, -1, 1, self.slots),
+                lambda: self.engine.decode.lower(
+                    published,
+                    temperature,
+                    -1,
+                    1,
+                    self._rows((self.engine.shards,), jnp.int32, "slots"),
+                    self.slots,
+                ),
                 1,
                 float(tokens),
                 sampling,
