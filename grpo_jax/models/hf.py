@@ -155,10 +155,23 @@ def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype=jnp.float32
     shardings = sharding.tree_shardings(mesh, transformer.logical_axes(config), shapes)
 
     def load(leaf: _Leaf, shape: jax.ShapeDtypeStruct, placed: jax.sharding.Sharding) -> Array:
-        read = _reader(leaf, shape.shape, tensors, dtype)
-        return jax.make_array_from_callback(shape.shape, placed, read)
+        return _filled(shape.shape, placed, _reader(leaf, shape.shape, tensors, dtype))
 
     return jax.tree.map(load, leaves, shapes, shardings, is_leaf=_is_leaf)
+
+
+def _filled(shape: tuple[int, ...], placed: jax.sharding.Sharding, read: Callable) -> Array:
+    """The array of which `read(index)` gives parts; the host holds one part at a time.
+
+    A part that several devices hold is read once.
+    """
+    parts, held = [], None
+    indices = placed.addressable_devices_indices_map(shape)
+    for device, index in sorted(indices.items(), key=lambda item: str(item[1])):
+        if index != held:
+            part, held = read(index), index
+        parts.append(jax.block_until_ready(jax.device_put(part, device)))
+    return jax.make_array_from_single_device_arrays(shape, placed, parts)
 
 
 class _Tensor(NamedTuple):
@@ -173,22 +186,19 @@ class _Tensor(NamedTuple):
 def _reader(
     leaf: _Leaf, shape: tuple[int, ...], tensors: dict[str, _Tensor], dtype: Any
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """What reads a part of one parameter; a part that several devices hold is read once."""
-    parts: dict[tuple, np.ndarray] = {}
+    """What reads a part of one parameter."""
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-        if bounds not in parts:
-            layers = range(*bounds[0]) if leaf.stacked else (0,)
-            within = [slice(*b) for b in (bounds[1:] if leaf.stacked else bounds)]
-            within = tuple(within[::-1] if leaf.transposed else within)
-            part = np.empty([stop - start for start, stop in bounds], dtype)
-            for row, layer in enumerate(layers):
-                value = tensors[leaf.names[layer]].slices[within]
-                value = value.T if leaf.transposed else value
-                part[row if leaf.stacked else ...] = value
-            parts[bounds] = part
-        return parts[bounds]
+        layers = range(*bounds[0]) if leaf.stacked else (0,)
+        within = [slice(*b) for b in (bounds[1:] if leaf.stacked else bounds)]
+        within = tuple(within[::-1] if leaf.transposed else within)
+        part = np.empty([stop - start for start, stop in bounds], dtype)
+        for row, layer in enumerate(layers):
+            value = tensors[leaf.names[layer]].slices[within]
+            value = value.T if leaf.transposed else value
+            part[row if leaf.stacked else ...] = value
+        return part
 
     return read
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -503,3 +504,53 @@ def test_stop_ids_that_are_none_or_no_ids_are_refused(folder, tokenizer):
     bare = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(ValueError, match="names no token that ends a completion"):
         hf.stop_ids(folder, bare)
+
+
+# --- Memory -------------------------------------------------------------------------------------
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is not a view of a file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def save_large_model(folder: Path, num_files: int) -> tuple[int, int]:
+    """A random Llama of 2 GB in several files; its bytes and those of its largest tensor."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 27}
+    sizes |= {"num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 32_000}
+    config = transformers.LlamaConfig(**SIZES | sizes)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = transformers.LlamaForCausalLM(config).state_dict()
+    rng, where, largest = np.random.default_rng(0), {}, 0
+    for i, names in enumerate(np.array_split(list(shapes), num_files)):
+        tensors = {n: rng.random(shapes[n].shape, np.float32) for n in names.tolist()}
+        largest = max(largest, *(x.nbytes for x in tensors.values()))
+        where |= dict.fromkeys(tensors, f"model-{i}.safetensors")
+        safetensors.numpy.save_file(tensors, folder / where[names[0]])
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return 4 * sum(x.numel() for x in shapes.values()), largest
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_loading_takes_little_more_than_the_parameters(tmp_path):
+    """On simulated devices the parameters themselves lie in the process's memory too."""
+    total, largest = save_large_model(tmp_path, num_files=8)
+    assert total > 2e9 > 15 * largest
+    before, most, done = anonymous_bytes(), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.005):
+            most[0] = max(most[0], anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    _, params = load(tmp_path, data=1, fsdp=8)
+    jax.block_until_ready(params)
+    done.set()
+    watcher.join()
+    assert sum(x.nbytes for x in jax.tree.leaves(params)) == total
+    assert most[0] - before - total < 1.3 * largest + 2**26
