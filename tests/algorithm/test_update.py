@@ -293,7 +293,7 @@ def test_kl_and_entropy_change_the_gradient(experience, reference_run):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_importance_weighs_completions_as_larger_advantages_would(plain, experience, level):
-    ratio_PG = np.linspace(0.25, 3, P * G, dtype=np.float32).reshape(P, G)
+    ratio_PG = np.linspace(0.3, 3, P * G, dtype=np.float32).reshape(P, G)
     rollouts = experience.rollouts
     parts_PG = np.log(ratio_PG) if level == "token" else np.log(ratio_PG) / rollouts.length_PG
     sampler_PGC = np.where(experience.action_PGC, experience.old_logp_PGC - parts_PG[..., None], 9)
