@@ -125,7 +125,8 @@ class Step:
         self.learner = parts.make_learner(config, model, mesh)
         self.engine = parts.make_engine(config, model, _STOP_IDS, mesh)
         dtype = jnp.dtype(config.model.dtype)
-        self.state = update_lib.state_like(model, mesh, self.learner.optimizer)
+        kept = jnp.dtype(config.model.param_dtype)
+        self.state = update_lib.state_like(model, mesh, self.learner.optimizer, kept)
         self.reference = _cast(policy.param_like(model, mesh), dtype)
         if not config.algorithm.kl_coef:
             self.reference = None
