@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 
-from grpo_jax import loop, metrics, train, workdir
+from grpo_jax import lines, metrics, train, workdir
 
 
 class Count:
@@ -60,7 +60,7 @@ class CountingWriters(metrics.Writers):
 
 def main(jobs: list[dict]) -> None:
     workdir.StopSignal = StopAfter
-    loop._Lines.learned = _counted(loop._Lines.learned, "update")
+    lines.Lines.learned = _counted(lines.Lines.learned, "update")
     CountingWriters.scalars = _counted(metrics.Writers.scalars, "sft")
     metrics.Writers = CountingWriters
     for job in jobs:

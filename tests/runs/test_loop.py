@@ -13,6 +13,7 @@ import pytest
 from kill_and_resume import final_state, logged
 from test_bad_input import TINY, make_model, refusal
 
+from grpo_jax import lines as lines_lib
 from grpo_jax import loop, metrics, profile, train
 from grpo_jax.chips import Chip
 from grpo_jax.models import hf
@@ -45,7 +46,7 @@ def _runs(folder, *more: str) -> list[dict]:
 
 
 def test_what_a_run_leaves(tmp_path, compile_cache, monkeypatch):
-    monkeypatch.setattr(loop.chips, "chip", lambda kind: CHIP)
+    monkeypatch.setattr(lines_lib.chips, "chip", lambda kind: CHIP)
     options = ["--config.evaluation.num_samples=2", "--config.profile.steps=(3,3)"]
     rows = _runs(tmp_path / "run", *options)
     folder = tmp_path / "run"
@@ -172,7 +173,7 @@ def test_the_device_has_work_while_metrics_are_read(tmp_path, model, monkeypatch
         return dataclasses.replace(parts, update=noted("update", parts.update))
 
     monkeypatch.setattr(loop.parts_lib, "build", watched)
-    monkeypatch.setattr(loop._Lines, "read", noted("read", loop._Lines.read))
+    monkeypatch.setattr(lines_lib.Lines, "read", noted("read", lines_lib.Lines.read))
     monkeypatch.setattr(Engine, "_next_prompts", noted("admit", Engine._next_prompts))
     every = ["--config.checkpoint.every_steps=0", "--config.rollout.num_slots=0"]
     _runs(tmp_path / "run", f"--config.model.path={model}", *TWO_STEPS, *every)

@@ -1,0 +1,188 @@
+"""The line of metrics that each step writes, put together from its rollout and its updates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from grpo_jax import chips, floor, memory
+from grpo_jax import config as config_lib
+from grpo_jax.compiling import Compiling
+from grpo_jax.metrics import Progress, Writers
+from grpo_jax.parts import Parts, Position
+from grpo_jax.phases import phase
+from grpo_jax.rewards import score as score_lib
+from grpo_jax.structs import Rollouts, TrainState
+
+
+class Diverged(ValueError):  # noqa: N818
+    """Too many updates in a row were not finite."""
+
+
+class Lines:
+    """The metrics of updates, and of them and their rollout the line of each step.
+
+    The loop does not wait for them: an update's are read once the next one is under way, and those
+    of a step's last, with which its line is closed, while the next rollout is.
+    """
+
+    def __init__(
+        self, parts: Parts, at: Position, writers: Writers, bar: Progress, compiling: Compiling
+    ):
+        self._parts, self._at, self._compiling = parts, at, compiling
+        self._writers, self._bar = writers, bar
+        self._unread: tuple[dict, list, int] | None = None  # an update's, where they go, its step
+        self._line: Callable[[dict], tuple[int, dict[str, float]]] | None = None
+        self.closed_at = 0.0  # time.monotonic() when the newest line was written
+
+    def learned(self, values: dict) -> None:
+        """Takes an update's metrics, on the device, and reads those of the update before."""
+        self.read()
+        self._unread = values, self._at.update_metrics, self._at.step + 1
+
+    def read(self) -> None:
+        """Waits for the newest update; ends the run when too many in a row were refused."""
+        if self._unread is None:
+            return
+        (values, learned, step), self._unread = self._unread, None
+        with phase("update"):
+            values = {name: float(value) for name, value in jax.device_get(values).items()}
+        at, parts = self._at, self._parts
+        at.skipped_in_row = at.skipped_in_row + 1 if values.pop("skipped") else 0
+        if at.skipped_in_row >= parts.config.optim.max_skipped:
+            parts.checkpoints.wait()
+            raise Diverged(
+                f"{at.skipped_in_row} updates in a row had a loss or gradient that is not finite "
+                f"(loss {values['policy/loss']}, gradient norm {values['policy/grad_norm']} at "
+                f"step {step}). They were refused, so the policy is the one from before. Lower "
+                "optim.learning_rate, set optim.clip_norm, or use model.dtype = float32; "
+                f"{parts.folder / 'checkpoints'} holds the last checkpoint."
+            )
+        learned.append(values)
+        self._read_at = time.monotonic()
+
+    def open(
+        self, state: TrainState, lengths: tuple, started: float, learning: float, times: dict
+    ) -> None:
+        """Begins the line of the step that `at` stands in; `started`, `learning`: since when.
+
+        `lengths`: of its prompts [P] and completions [P, G].
+        """
+        at, parts = self._at, self._parts
+        step, known, learned = at.step + 1, at.rollout_metrics, at.update_metrics
+        counters = {"tokens/generated": at.tokens} | memory.usage()
+
+        def line(evaluated: dict[str, float]) -> tuple[int, dict[str, float]]:
+            times["time/update_s"] = self._read_at - learning
+            times["time/step_s"] = time.monotonic() - started
+            values = known | _combined(learned) | counters | evaluated | times
+            values |= self._compiling.since_last() | {
+                "policy/skipped_updates": int(state.num_skipped),
+                "policy/learning_rate": float(parts.schedule(max(int(state.num_updates) - 1, 0))),
+            }
+            if "time/rollout_s" in times:  # not where the run was stopped after the rollout
+                step_s = self._read_at - started
+                values |= _rates(parts, lengths, times["time/rollout_s"], step_s)
+            return step, values
+
+        self._line = line
+
+    def close(self, evaluated: dict[str, float] | None = None) -> None:
+        """Writes the line that is open, if one is, with what an evaluation found beside it."""
+        if self._line is None:
+            return
+        self.read()
+        (step, values), self._line = self._line(evaluated or {}), None
+        self._writers.scalars(step, values)
+        self._bar.update(step, values)
+        self.closed_at = time.monotonic()
+
+
+def _combined(learned: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics of a step's updates as one: the largest of maxima, the mean of the rest."""
+    names = learned[0] if learned else ()
+    return {
+        n: float((max if n.endswith("_max") else np.mean)([v[n] for v in learned])) for n in names
+    }
+
+
+def of_rollout(
+    parts: Parts, rollouts: Rollouts, scores: score_lib.Scores, times: dict
+) -> dict[str, float]:
+    """What there is to know of a rollout before anything is learned from it."""
+    length_PG, stopped_PG = rollouts.length_PG, rollouts.stopped_PG
+    reward_PG = scores.reward_B.reshape(length_PG.shape)
+    values: dict[str, Any] = {}
+    if not np.isnan(reward_PG).all():
+        values = {"reward": np.nanmean(reward_PG), "reward_std": np.nanstd(reward_PG)}
+    accuracy = scores.accuracy(parts.rewards.names[0])
+    if not np.isnan(accuracy):
+        values["accuracy"] = accuracy
+    values |= {
+        "groups/equal_share": (_spread(reward_PG) < 1e-4).mean(),
+        "rewards/unscored": np.isnan(reward_PG).sum(),
+        "completion/length": length_PG.mean(),
+        "completion/length_min": length_PG.min(),
+        "completion/length_max": length_PG.max(),
+        "completion/truncated_share": 1 - stopped_PG.mean(),
+        "throughput/generated_tokens_per_s": length_PG.sum() / times["time/rollout_s"],
+    }
+    if stopped_PG.any():
+        values["completion/stopped_length"] = length_PG[stopped_PG].mean()
+    for name, value_B in scores.by_name.items():
+        if not np.isnan(value_B).all():
+            values[f"reward/{name}"] = np.nanmean(value_B)
+            values[f"reward/{name}_std"] = np.nanstd(value_B)
+        values[f"rewards/failed/{name}"] = scores.failed[name].sum()
+    for kind in {failure.kind for failure in scores.failures}:
+        values[f"rewards/failed_by_{kind}"] = scores.num_failed(kind)
+    for name, (total, count) in scores.metrics.items():
+        values[f"reward_log/{name}"] = total / count
+    return {name: float(value) for name, value in values.items()}
+
+
+def _spread(reward_PG: np.ndarray) -> np.ndarray:
+    """Largest minus smallest known reward of each group; 0 where none is known."""
+    known_PG = ~np.isnan(reward_PG)
+    high_P = np.where(known_PG, reward_PG, -np.inf).max(axis=1)
+    low_P = np.where(known_PG, reward_PG, np.inf).min(axis=1)
+    return np.where(known_PG.any(axis=1), high_P - low_P, 0.0)
+
+
+def _rates(
+    parts: Parts, lengths: tuple[np.ndarray, np.ndarray], rollout_s: float, step_s: float
+) -> dict[str, float]:
+    """Tokens per second of a step, and beside what the devices could do where that is known.
+
+    `lengths`: of its prompts [P] and completions [P, G]. `step_s` ends with the last update.
+    """
+    config, model, mesh = parts.config, parts.policy.model, parts.mesh
+    learning_s, generated = step_s - rollout_s, lengths[1].sum()
+    iterations = config.algorithm.num_iterations
+    rates = {
+        "throughput/step_tokens_per_s": generated / step_s,
+        "throughput/learned_tokens_per_s": iterations * (lengths[0].sum() + generated) / learning_s,
+    }
+    chip = chips.chip(mesh.devices.flat[0].device_kind)
+    if chip:
+        itemsize = np.dtype(parts.engine.decoder.dtype).itemsize
+        sampling = floor.rollout(model, *lengths, itemsize, weight_shards=mesh.shape["tensor"])
+        passes = 3 * iterations + (parts.ref_params is not None)
+        passes += config_lib.needs_old_pass(config)
+        learning = floor.forward(model, *lengths).times(passes)
+        least = [
+            w.seconds(chip.bf16_flops, chip.hbm_bytes_per_s, mesh.size)
+            for w in (sampling, learning)
+        ]
+        done = sampling.flops + learning.flops
+        rates |= {
+            "throughput/mfu": done / (step_s * chip.bf16_flops * mesh.size),
+            "floor/rollout_share": least[0] / rollout_s,
+            "floor/learning_share": least[1] / learning_s,
+            "floor/step_share": sum(least) / step_s,
+        }
+    return {name: float(value) for name, value in rates.items()}
