@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,11 @@ Row = tuple[str, dict[str, Any]]  # where it stands, such as "train.jsonl, line 
 
 # Kinds of file by suffix, as `datasets` calls them.
 _KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json"}
+
+# What is read into memory at once is bounded: a row of text, a whole JSON file, and a block of
+# Parquet rows as its own header gives it, unpacked.
+MAX_ROW_BYTES = 2**26
+MAX_BLOCK_BYTES = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +49,9 @@ def read(source: Source) -> Iterator[Row]:
     """The rows of a source, in its order.
 
     Raises ValueError, naming the option and the file, for what does not exist or cannot be read,
-    for an unknown split or configuration, and for a line of JSONL that is no JSON object.
+    for an unknown split or configuration, for a line of JSONL that is no JSON object, and for a row
+    or block beyond the limits at the top of this module. Files lie where the source does: what one
+    of its own files says of others is not followed out of a folder or a hub dataset.
     """
     path, option = Path(source.path).expanduser(), source.options[0]
     if path.is_file():
@@ -72,6 +80,7 @@ def _file_rows(path: Path, option: str) -> Iterator[Row]:
         )
     elif path.stat().st_size:
         kind = _KINDS[path.suffix]
+        _refuse_large(path, kind, option)
         try:
             with _explained(f"{option}: {path} cannot be read as {kind}"), _quiet() as datasets:
                 dataset = datasets.load_dataset(kind, data_files=str(path), split="train")
@@ -104,7 +113,10 @@ def _lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
     """Lines that are not blank with their numbers from 1, read one at a time."""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            lines = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
+            for number, line in enumerate(lines, start=1):
+                if len(line) > MAX_ROW_BYTES:
+                    raise _too_large(option, f"{path}, line {number}", MAX_ROW_BYTES)
                 try:
                     # A byte-order mark, which some editors write, is not part of the first line.
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -118,6 +130,36 @@ def _lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{option}: cannot read {path}: {error.strerror}.") from error
 
 
+def _refuse_large(path: Path, kind: str, option: str) -> None:
+    """Raises ValueError for a file of which too much would have to be held at once."""
+    if kind == "json" and path.stat().st_size > MAX_BLOCK_BYTES:
+        raise ValueError(
+            f"{option}: {path} has {path.stat().st_size} bytes, and a .json file, which is read as "
+            f"a whole, at most {MAX_BLOCK_BYTES}. Write it as .jsonl, one JSON object a line."
+        )
+    if kind == "csv":
+        with path.open("rb") as file:
+            lines = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
+            for number, line in enumerate(lines, start=1):
+                if len(line) > MAX_ROW_BYTES:
+                    raise _too_large(option, f"{path}, line {number}", MAX_ROW_BYTES)
+    if kind == "parquet":
+        from pyarrow import parquet
+
+        with _explained(f"{option}: {path} cannot be read as parquet"):
+            blocks = parquet.ParquetFile(path).metadata
+            sizes = [blocks.row_group(i).total_byte_size for i in range(blocks.num_row_groups)]
+        if max(sizes, default=0) > MAX_BLOCK_BYTES:
+            raise _too_large(option, f"a row group of {path}", MAX_BLOCK_BYTES)
+
+
+def _too_large(option: str, what: str, most_bytes: int) -> ValueError:
+    return ValueError(
+        f"{option}: {what} is longer than {most_bytes} bytes, the most that is read at once. "
+        "Is it a text file of one row a line? Split the row or the block."
+    )
+
+
 # --- Folders and the hub --------------------------------------------------------------------------
 
 
@@ -125,11 +167,28 @@ def _saved_rows(path: Path, source: Source) -> Iterator[Row]:
     """Rows of what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
     where = source.path
     with _explained(f"{source} cannot be read as a saved dataset"), _quiet() as datasets:
+        _refuse_saved_outside(path)
         saved = datasets.load_from_disk(path)
     if isinstance(saved, datasets.DatasetDict):
         split = _chosen(source, list(saved))
         saved, where = saved[split], f"{where} ({split})"
     yield from _dataset_rows(saved, where)
+
+
+def _refuse_saved_outside(folder: Path) -> None:
+    """Raises ValueError where a saved dataset names files or splits that are not in its folder."""
+    splits, state = folder / "dataset_dict.json", folder / "state.json"
+    if splits.is_file():
+        names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+                raise ValueError(f"{splits} names the split {str(name)[:80]!r}, which is no folder")
+            _refuse_saved_outside(folder / name)
+    elif state.is_file():
+        for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
+            name = file["filename"]
+            if not isinstance(name, str) or Path(name).name != name:
+                raise ValueError(f"{state} names {str(name)[:80]!r}, which is not a file beside it")
 
 
 def _hub_rows(source: Source) -> Iterator[Row]:
@@ -172,7 +231,16 @@ def _splits(source: Source, trouble: str, hint: str = "") -> dict[str, list[str]
             f"Set {source.options[1]} to one of them."
         ) from error
     files = builder.config.data_files or {split: [] for split in builder.info.splits or ()}
-    return {str(split): list(paths) for split, paths in files.items()}
+    splits = {str(split): list(map(str, paths)) for split, paths in files.items()}
+    for name in (name for names in splits.values() for name in names):
+        # A README.md may name patterns of files that lie anywhere.
+        inside = Path(os.path.abspath(name)).is_relative_to(os.path.abspath(path))
+        if not (inside if local.is_dir() else name.startswith(f"hf://datasets/{path}@")):
+            raise ValueError(
+                f"{source} names the file {name[:200]}, which does not belong to it. Only files of "
+                "the folder or dataset itself are read."
+            )
+    return splits
 
 
 def _chosen(source: Source, names: list[str], slices: bool = False) -> str:

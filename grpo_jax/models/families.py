@@ -8,7 +8,7 @@ that the family has in transformers.
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 from grpo_jax.structs import ModelConfig, RopeScaling
@@ -23,6 +23,10 @@ _ABSENT = {
     "mistral": {"head_dim": None, "sliding_window": 4096},
 }
 _REQUIRED = object()
+
+# Far above any model that there is; beyond, the list of its tensors alone would fill the memory.
+_LARGEST = {"num_hidden_layers": 2_000, "max_position_embeddings": 2**31 - 1}
+_LARGEST_SIZE = 2**24
 
 
 def model_config(hf: dict[str, Any], source: str) -> ModelConfig:
@@ -152,7 +156,7 @@ class _Keys:
 
     def unsupported(self, key: str, value: Any, supported: str) -> ValueError:
         return ValueError(
-            f"{self.source}: {key} = {value!r} is not supported. Supported: {supported}."
+            f"{self.source}: {key} = {_shorten(value)} is not supported. Supported: {supported}."
         )
 
     def get(self, key: str) -> Any:
@@ -167,7 +171,12 @@ class _Keys:
         if value is None and null is not None:
             return null
         if type(value) is not int or value <= 0:
-            raise ValueError(f"{self.source}: {key} = {value!r} must be a whole number above 0.")
+            raise ValueError(
+                f"{self.source}: {key} = {_shorten(value)} must be a whole number above 0."
+            )
+        largest = _LARGEST.get(key, _LARGEST_SIZE)
+        if value > largest:
+            raise ValueError(f"{self.source}: {key} = {_shorten(value)} must be at most {largest}.")
         return value
 
     def number(self, key: str, holder: dict[str, Any], name: str | None = None) -> float:
@@ -176,15 +185,15 @@ class _Keys:
         if key not in holder:
             raise ValueError(f"{self.source}: the key {name} is missing.")
         value = holder[key]
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"{self.source}: {name} = {value!r} must be a number above 0.")
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+            raise ValueError(f"{self.source}: {name} = {_shorten(value)} must be a number above 0.")
         return float(value)
 
     def flag(self, key: str) -> bool:
         """True or false; false where absent, as in all families."""
         value = self.hf.get(key, False)
         if type(value) is not bool:
-            raise ValueError(f"{self.source}: {key} = {value!r} must be true or false.")
+            raise ValueError(f"{self.source}: {key} = {_shorten(value)} must be true or false.")
         return value
 
 
@@ -194,8 +203,8 @@ def _rope(keys: _Keys, max_position: int) -> tuple[float, RopeScaling | None]:
     old, new = hf.get("rope_scaling"), hf.get("rope_parameters")
     if old and new and old != new:
         raise ValueError(
-            f"{keys.source}: rope_scaling = {old!r} and rope_parameters = {new!r} contradict each "
-            "other. Keep one of them."
+            f"{keys.source}: rope_scaling = {_shorten(old)} and rope_parameters = {_shorten(new)} "
+            "contradict each other. Keep one of them."
         )
     name, rope = ("rope_scaling", old) if old else ("rope_parameters", new or {})
     if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
@@ -246,14 +255,15 @@ def _windows(keys: _Keys, family: str, num_layers: int) -> tuple[int | None, ...
         first = keys.get("max_window_layers")
         if type(first) is not int or first < 0:
             raise ValueError(
-                f"{keys.source}: max_window_layers = {first!r} must be a whole number, 0 or more."
+                f"{keys.source}: max_window_layers = {_shorten(first)} must be a whole number, "
+                "0 or more."
             )
     sliding = [window is not None and i >= first for i in range(num_layers)]
 
     types = keys.hf.get("layer_types")
     if types is not None:
         known = {"full_attention": False, "sliding_attention": True}
-        if not isinstance(types, list) or not all(t in known for t in types):
+        if not isinstance(types, list) or not all(isinstance(t, str) and t in known for t in types):
             raise keys.unsupported("layer_types", types, f"a list of {', '.join(known)}")
         if len(types) != num_layers:
             raise ValueError(
@@ -273,3 +283,8 @@ def _windows(keys: _Keys, family: str, num_layers: int) -> tuple[int | None, ...
     if not any(sliding):
         return None
     return tuple(window if slides else None for slides in sliding)
+
+
+def _shorten(value: Any, limit: int = 200) -> str:
+    text = repr(value) if type(value) is not int or value.bit_length() < 999 else "10^300 or more"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

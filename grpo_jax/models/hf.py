@@ -34,6 +34,10 @@ MAX_SHARD_BYTES = 5 * 10**9
 # safetensors' names of the dtypes that checkpoints of weights come in.
 _DTYPES = ("F32", "F16", "BF16")
 
+# Hundreds of times what the largest models have.
+_MAX_JSON_BYTES = 2**28
+_MAX_TOKENIZER_BYTES = 2**30
+
 # --- Where a model lies -------------------------------------------------------------------------
 
 # No pickles; and not the second copy of the weights that some repositories hold.
@@ -74,15 +78,28 @@ def resolve(path: str) -> Path:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        raise ValueError(f"{file}: there is no such file.")
+    _refuse_odd(file, _MAX_JSON_BYTES)
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file}: there is no such file.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file} holds {type(value).__name__}, not a JSON object.")
     return value
+
+
+def _refuse_odd(file: Path, most_bytes: int) -> None:
+    """Raises ValueError for a pipe or a device, which may have no end, and for too large a file."""
+    if not file.is_file():
+        raise ValueError(f"{file} is not a plain file.")
+    size = file.stat().st_size
+    if size > most_bytes:
+        raise ValueError(
+            f"{file} has {size} bytes, and a file of its kind at most {most_bytes}. "
+            "Download or export the model again."
+        )
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -453,6 +470,7 @@ def _save_configs(
         )
     else:
         hf = _read_json(source / "config.json")
+        hf.pop("auto_map", None)  # code of the source, which is not read here and not handed on
         ids |= {key: hf[key] for key in ids if hf.get(key) is not None}
         names = [key for key in ("dtype", "torch_dtype") if key in hf] or ["dtype"]
         hf |= dict.fromkeys(names, dtype)
@@ -483,8 +501,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     kinds = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     # transformers may make an empty tokenizer for a known model_type where there are no files.
-    if not any((folder / name).is_file() for name in kinds):
+    if not any((folder / name).exists() for name in kinds):
         raise ValueError(f"{folder} has no tokenizer: none of {', '.join(kinds)}.")
+    for pattern in _ALLOWED[:-1]:
+        for file in folder.glob(pattern):
+            _refuse_odd(file, _MAX_TOKENIZER_BYTES)
+    _refuse_paths(folder)
     try:
         # For qwen2, AutoTokenizer puts Qwen2's own splitting in the place of any other that
         # tokenizer.json describes, and words come out as nothing.
@@ -494,6 +516,21 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # the tokenizers library raises bare Exception for a broken file
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(f"{folder}: the tokenizer cannot be loaded ({reason}).") from error
+
+
+def _refuse_paths(folder: Path) -> None:
+    """Raises ValueError where a tokenizer's files shall lie outside of its folder.
+
+    transformers itself sets aside what tokenizer_config.json says of all others.
+    """
+    file = folder / "tokenizer_config.json"
+    names = _read_json(file).get("fast_tokenizer_files") if file.exists() else None
+    for name in names if isinstance(names, list) else ():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(
+                f"{file}: fast_tokenizer_files must be names of files in the folder, and "
+                f"{str(name)[:80]!r} is not one. Remove the key: tokenizer.json is read without it."
+            )
 
 
 def _is_generic(folder: Path) -> bool:

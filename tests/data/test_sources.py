@@ -1,14 +1,17 @@
 """Rows of files, folders and hub datasets; each fault named by its option, file and row."""
 
+import gzip
 import json
 import logging
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import datasets
 import pytest
 
+from grpo_jax.data import sources
 from grpo_jax.data.sources import Source, has_splits, read
 
 ROWS = [
@@ -136,6 +139,97 @@ def test_a_file_that_may_not_be_read(tmp_path):
     path = write(tmp_path / "p.jsonl", ROWS)
     path.chmod(0)
     assert "Permission denied" in refusal(path)
+
+
+# --- What would fill the memory -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_a_line_without_end_is_refused_unread(tmp_path, suffix):
+    """10 GB of which no byte is on the disk; reading them would take longer than the limit."""
+    path = tmp_path / f"p{suffix}"
+    path.write_text('{"prompt": "1+1="}\n' if suffix == ".jsonl" else "prompt\n1+1=\n")
+    number = path.read_text().count("\n") + 1
+    os.truncate(path, 10 * 10**9)
+    tracemalloc.start()
+    try:
+        message = refusal(path)
+        assert tracemalloc.get_traced_memory()[1] < 4 * sources.MAX_ROW_BYTES
+    finally:
+        tracemalloc.stop()
+    assert f"{path}, line {number} is longer than {sources.MAX_ROW_BYTES} bytes" in message
+
+
+def test_a_json_file_that_is_too_large_as_a_whole_is_refused(tmp_path):
+    path = write(tmp_path / "p.json", ROWS)
+    os.truncate(path, sources.MAX_BLOCK_BYTES + 1)
+    assert all(word in refusal(path) for word in [f"{path} has 2147483649 bytes", ".jsonl"])
+
+
+def test_a_parquet_block_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    path = write(tmp_path / "p.parquet", [{"prompt": "x" * 10**6}])
+    assert path.stat().st_size < 10**5  # packed
+    monkeypatch.setattr(sources, "MAX_BLOCK_BYTES", 10**5)
+    assert f"a row group of {path} is longer than 100000 bytes" in refusal(path)
+
+
+def test_compressed_files_are_refused(tmp_path):
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(b"\n" * 10**6))
+    assert "train.jsonl.gz is not a kind of file that is read" in refusal(tmp_path, split="train")
+
+
+def test_json_nested_without_end_is_refused(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text("[" * 10**6 + "\n")
+    assert f"{path}, line 1 is not JSON" in refusal(path)
+
+
+# --- What would lead elsewhere, or run ------------------------------------------------------------
+
+
+def test_files_that_a_readme_names_elsewhere_are_refused(tmp_path):
+    write(tmp_path / "secret.jsonl", ROWS)
+    folder = clone_of_a_hub_dataset(tmp_path / "clone")
+    for pattern in (str(tmp_path / "secret.jsonl"), "../secret.jsonl", "main/../../sec*"):
+        (folder / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: main\n  data_files: {pattern}\n---\n"
+        )
+        assert "secret.jsonl, which does not belong to it" in refusal(folder, "main", "train")
+
+
+def test_files_that_a_hub_dataset_names_elsewhere_are_refused(hub, tmp_path, monkeypatch):
+    builder = datasets.load_dataset_builder(hub, "main")
+    builder.config.data_files = {"train": [str(write(tmp_path / "secret.jsonl", ROWS))]}
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *path: builder)
+    assert "secret.jsonl, which does not belong to it" in refusal(hub, "main", "train")
+
+
+def test_files_that_a_saved_dataset_names_elsewhere_are_refused(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "secret")
+    saved = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
+    saved.save_to_disk(tmp_path / "saved")
+    state = tmp_path / "saved" / "train" / "state.json"
+    said = json.loads(state.read_text())
+    said["_data_files"] = [{"filename": "../../secret/data-00000-of-00001.arrow"}]
+    state.write_text(json.dumps(said))
+    message = refusal(tmp_path / "saved", split="train")
+    assert "'../../secret/data-00000-of-00001.arrow', which is not a file beside it" in message
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["../secret"]}')
+    message = refusal(tmp_path / "saved", split="../secret")
+    assert "the split '../secret', which is no folder" in message
+
+
+def test_a_script_beside_the_data_is_not_run(tmp_path):
+    folder, mark = tmp_path / "maths", tmp_path / "ran"
+    write(folder / "train.jsonl", ROWS)
+    (folder / "maths.py").write_text(f"open({str(mark)!r}, 'w')")
+    try:
+        found = rows_of(folder, split="train")
+    except ValueError as error:
+        assert "scripts are no longer supported" in str(error)
+    else:
+        assert found == ROWS
+    assert not mark.exists()
 
 
 # --- Folders --------------------------------------------------------------------------------------
