@@ -12,11 +12,14 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from grpo_jax import credentials
 from grpo_jax.data.problems import Form
 
 
@@ -205,12 +208,17 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
         name, equals, text = argument.partition("=")
         if not name.startswith("--config.") or not equals:
             raise ValueError(
-                f"Unknown argument {argument!r}. Options of the run are written "
+                f"Unknown argument {_shorten(argument)}. Options of the run are written "
                 "--config.name=value, for example --config.optim.learning_rate=1e-5."
             )
         _override(config, name.removeprefix("--config."), text)
     check(config)
     return ConfigDict(config).lock()
+
+
+def _shorten(value: Any, limit: int = 200) -> str:
+    text = repr(value) if type(value) is not int or value.bit_length() < 999 else "10^300 or more"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -231,7 +239,9 @@ def _override(config: ConfigDict, name: str, text: str) -> None:
         close = [n for n in flat if n.rpartition(".")[2] == leaf]
         close += difflib.get_close_matches(name, flat, n=3)
         hint = f" Did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
-        raise ValueError(f"There is no option {name}.{hint} grpo_jax/config.py lists all options.")
+        raise ValueError(
+            f"There is no option {name[:80]}.{hint} grpo_jax/config.py lists all options."
+        )
     section, _, leaf = name.rpartition(".")
     holder = config[section] if section else config
     holder[leaf] = _parse(name, text, flat[name])
@@ -244,16 +254,17 @@ def _parse(name: str, text: str, old: Any) -> Any:
         return text
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError):
+        if kind is float and type(value) is int:
+            value = float(value)
+    # Of nonsense, of nesting without end, of a dict with a list as a key, of 10**400 as a float.
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError, OverflowError):
         value = text
-    if kind is float and type(value) is int:
-        value = float(value)
     if kind is tuple and isinstance(value, (list, str, int, float)):
         value = tuple(value) if isinstance(value, list) else (value,)
     if type(value) is not kind:
         wanted = {int: "a whole number", float: "a number", bool: "True or False"}
         raise ValueError(
-            f"{name} = {text!r} is not {wanted.get(kind, 'a tuple')}. "
+            f"{name} = {_shorten(text)} is not {wanted.get(kind, 'a tuple')}. "
             f"It is {old!r} now; give a value of that type."
         )
     return value
@@ -268,8 +279,11 @@ def check(config: ConfigDict) -> None:
     for name, kind in ((n, type(v)) for n, v in flatten(default()).items()):
         if name not in flat or type(flat[name]) is not kind:
             raise ValueError(
-                f"{name} = {flat.get(name)!r} is not of type {kind.__name__}, which it needs to be."
+                f"{name} = {_shorten(flat.get(name))} is not of type {kind.__name__}, which it "
+                "needs to be."
             )
+    for name, value in flat.items():
+        _check_value(name, value)
     _check_ranges(flat)
     _check_mesh(flat)
     _check_choices(config)
@@ -278,6 +292,32 @@ def check(config: ConfigDict) -> None:
     _check_sources(config)
 
 
+def _check_value(name: str, value: Any) -> None:
+    """Raises ValueError for a value that no option can have."""
+    if isinstance(value, tuple):
+        for entry in value:
+            if type(entry) not in (str, int, float):
+                raise ValueError(
+                    f"{name}: {_shorten(entry)} must be a text or a number, not a "
+                    f"{type(entry).__name__}."
+                )
+            _check_value(name, entry)
+    elif isinstance(value, str):
+        secret = credentials.stands_in(value)
+        if secret:
+            raise ValueError(
+                f"{name} holds {secret}. A run records its options, and shows them: set keys and "
+                "passwords in the environment, such as HF_TOKEN, and nowhere else."
+            )
+        if re.search("[\0\ud800-\udfff]", value):
+            raise ValueError(f"{name} = {_shorten(value)} holds what is no character of a text.")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} = {value} must be a finite number.")
+    elif abs(value) > _LARGEST and (type(value) is int or name.endswith(("_s", "_gb"))):
+        raise ValueError(f"{name} = {_shorten(value)} must be at most {_LARGEST}.")
+
+
+_LARGEST = 2**31 - 1  # what devices count with
 _POSITIVE = (
     "batch.prompts batch.minibatches algorithm.num_iterations rollout.max_tokens loop.num_steps "
     "data.max_prompt_tokens data.num_train model.num_layers model.width model.mlp_width "

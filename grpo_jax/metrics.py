@@ -26,6 +26,8 @@ from rich.table import Table
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
+from grpo_jax.credentials import hidden
+
 
 class Metric(NamedTuple):
     unit: str  # "": a plain number
@@ -291,8 +293,8 @@ console = Console(highlight=False)
 
 
 def say(text: str) -> None:
-    """Prints one line as it stands: no markup, no wrapping."""
-    console.print(Text(_printable(text)), soft_wrap=True)
+    """Prints one line as it stands: no markup, no wrapping, no keys or passwords."""
+    console.print(Text(_printable(hidden(text))), soft_wrap=True)
 
 
 def print_title(text: str) -> None:

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
 
 import jax
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax import config as config_lib
 from grpo_jax import hosts
+from grpo_jax.credentials import hidden
 from grpo_jax.metrics import console, say
 from grpo_jax.workdir import Stopped
 
@@ -132,12 +134,19 @@ def main(run: Callable[[list[str]], None]) -> None:
         message = hosts.lost_another(error) or (str(error) if isinstance(error, ValueError) else "")
         if os.environ.get("GRPO_JAX_TRACEBACK") or not message:
             if hosts.count() == 1:
+                sys.excepthook = _show_traceback
                 raise
-            traceback.print_exc()
-            _end(message or f"{type(error).__name__}: {error}", 1)
+            _show_traceback(type(error), error, error.__traceback__)
+            _end(hidden(message or f"{type(error).__name__}: {error}"), 1)
+        message = hidden(message)
         print(f"error: {message}", file=sys.stderr)
         print("(GRPO_JAX_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
         _end(message, 1)
+
+
+def _show_traceback(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(hidden(text), end="", file=sys.stderr)
 
 
 def _end(message: str, status: int) -> NoReturn:

@@ -189,6 +189,10 @@ def test_overrides_of_each_type(file, argument, value):
         ("optim.learning_rate=fast", ["optim.learning_rate = 'fast'", "a number"]),
         ("rollout.compact=1", ["rollout.compact = '1'", "True or False"]),
         ("rewards.names={1}", ["rewards.names", "a tuple"]),
+        ("batch.group=" + "(" * 10**5, ["batch.group = '(((", "a whole number"]),
+        ("optim.eps=" + "-" * 10**5 + "1", ["optim.eps = '---", "a number"]),
+        ("optim.eps=1" + "0" * 400, ["optim.eps = '1000", "a number"]),
+        ("seed={[]: 1}", ["seed = '{[]: 1}' is not a whole number"]),
     ],
 )
 def test_a_wrong_override_is_refused(file, argument, parts):
@@ -262,6 +266,13 @@ def test_every_number_has_a_range():
         ({"rollout__top_p": 1.1}, ["rollout.top_p = 1.1", "at most 1"]),
         ({"rollout__temperature": 0.0}, ["rollout.temperature = 0", "no advantage", "above 0"]),
         ({"optim__learning_rate": float("nan")}, ["optim.learning_rate = nan"]),
+        ({"optim__eps": float("inf")}, ["optim.eps = inf must be a finite number"]),
+        ({"batch__prompts": 2**31}, ["batch.prompts = 2147483648 must be at most 2147483647"]),
+        ({"seed": 10**5000}, ["seed = 10^300 or more must be at most"]),
+        ({"rewards__memory_gb": 1e300}, ["rewards.memory_gb = 1e+300 must be at most"]),
+        ({"rewards__weights": ([1],)}, ["rewards.weights: [1] must be a text or a number"]),
+        ({"checkpoint__folder": "a\0b"}, ["checkpoint.folder = 'a\\x00b' holds what is no char"]),
+        ({"data__system": "\ud800"}, ["data.system = '\\ud800' holds what is no character"]),
         ({"model__dtype": "float16"}, ["model.dtype = 'float16'", "float32, bfloat16"]),
         (
             {"algorithm__normalizer": "mean"},

@@ -129,10 +129,10 @@ def _split(spec: str) -> tuple[str, dict[str, Any] | None]:
         if not isinstance(call, ast.Call) or call.args:
             raise ValueError("arguments must be written name=value")
         arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(
-            f"rewards.names: {spec!r} cannot be read ({error}). Write NAME, or NAME(name=value), "
-            "with numbers, texts or lists as values."
+            f"rewards.names: {shorten(spec)} cannot be read ({error}). Write NAME, or "
+            "NAME(name=value), with numbers, texts or lists as values."
         ) from error
     return name.strip(), arguments
 

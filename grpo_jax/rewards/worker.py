@@ -12,6 +12,7 @@ import inspect
 import math
 import numbers
 import os
+import re
 import resource
 import signal
 import sys
@@ -26,6 +27,7 @@ import numpy as np
 from grpo_jax.rewards import reward as reward_lib
 from grpo_jax.rewards.reward import shorten
 
+_METRIC = re.compile(r"[\w.:\-]{1,100}")  # reward_log/NAME stands among the run's metrics
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -83,6 +85,8 @@ def answer(found: Callable, name: str, call: Call, max_completion_tokens: int) -
     extras: dict[str, list] = {}
 
     def log_metric(name: str, value: float) -> None:
+        if not _METRIC.fullmatch(str(name)):
+            raise ValueError(f"log_metric takes names of letters, digits and _.:-, not {name!r}.")
         total, count = metrics.get(name, (0.0, 0))
         metrics[str(name)] = (total + float(value), count + 1)
 

@@ -196,6 +196,27 @@ print(math_answer([""] * 8, ["#### " + t for t in strange], ["x^2+1"] * 8))
 # --- Made to hang, crash or fool ------------------------------------------------------------------
 
 
+def test_texts_are_not_evaluated(tmp_path):
+    """Neither a completion's nor the data's, in whatever notation the parser is given them."""
+    mark = tmp_path / "ran"
+    code = f"__import__('pathlib').Path({str(mark)!r}).touch()"
+    forms = [
+        code,
+        f"${code}$",
+        f"\\text{{{code}}}",
+        f"x={code}",
+        f"\\sqrt{{{code}}}",
+        f"({code})+1",
+    ]
+    forms += ["(" * 10**5 + code, "9**9**9**9", "E.__class__", "S('1')", "f(x).__globals__"]
+    for text in forms:
+        for completion, gold in ((text, "x^2+1"), ("x^2+1", text)):
+            assert math_answer([""], [f"\\boxed{{{completion}}}"], [gold]) == [0.0]
+    assert not mark.exists()
+    eval(code)  # it would have left its mark
+    assert mark.exists()
+
+
 def test_adversarial_cases_are_the_same_every_time():
     cases = adversarial.make(200)
     assert cases == adversarial.make(200) != adversarial.make(200, seed=1)

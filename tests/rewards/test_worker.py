@@ -91,6 +91,19 @@ def test_what_a_function_logs():
     assert got.metrics == {"letters": (4.0, 1)} and got.extras == {"upper": ["A", "BCD"]}
 
 
+def test_a_metric_of_a_name_that_is_none_is_refused():
+    """It would end the run where its metrics are written."""
+
+    def log(completions, log_metric, answer):
+        log_metric(answer[0], 1.0)
+        return [0.0] * len(completions)
+
+    assert run(log, answer=["level:3-b"]).metrics == {"level:3-b": (1.0, 1)}
+    for name in ("", "two words", "../up", "a\nb", "x" * 101):
+        got = run(log, answer=[name])
+        assert got.failure == "error" and "log_metric takes names of letters" in got.message
+
+
 def test_one_row_of_a_call():
     whole = call(("a", "bb"), [[1], [2, 3]], answer=[4, 5])
     assert whole.row(1) == Call(0, ["p"], ["bb"], [[2, 3]], {"answer": [5]}, STATE)

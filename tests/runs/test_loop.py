@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
+import audit
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,11 +47,16 @@ def _runs(folder, *more: str) -> list[dict]:
     return logged(folder)
 
 
-def test_what_a_run_leaves(tmp_path, compile_cache, monkeypatch):
+def test_what_a_run_leaves(tmp_path, compile_cache, cache_folder, monkeypatch):
     monkeypatch.setattr(lines_lib.chips, "chip", lambda kind: CHIP)
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
     options = ["--config.evaluation.num_samples=2", "--config.profile.steps=(3,3)"]
-    rows = _runs(tmp_path / "run", *options)
-    folder = tmp_path / "run"
+    with audit.writes() as written:
+        rows = _runs(folder, *options)
+    assert not audit.outside(written, folder, Path(cache_folder))
+    assert str(folder / "config.json.new") in written and not list(elsewhere.iterdir())
     summary = json.loads((folder / "summary.json").read_text())
     needed = "accuracy_before accuracy_after train_wall_s generated_tokens_per_s seed steps".split()
     assert set(needed) <= summary.keys()

@@ -1,0 +1,60 @@
+"""What a process writes, by the events that Python reports of itself."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# The arguments of each event that are paths it changes.
+_CHANGED = {
+    "os.mkdir": (0,), "os.rename": (0, 1), "os.remove": (0,), "os.rmdir": (0,), "os.link": (1,),
+    "os.symlink": (1,), "os.truncate": (0,), "os.chmod": (0,), "os.utime": (0,),
+    "shutil.copyfile": (1,), "shutil.move": (1,), "shutil.rmtree": (0,),
+}  # fmt: skip
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+
+_found: set[str] | None = None  # an audit hook stays for the life of the process
+_is_hooked = False
+
+
+@contextlib.contextmanager
+def writes() -> Iterator[set[str]]:
+    """Fills a set with the absolute paths that Python code makes, writes or removes meanwhile."""
+    global _found, _is_hooked
+    if not _is_hooked:
+        sys.addaudithook(_hook)
+        _is_hooked = True
+    _found = set()
+    try:
+        yield _found
+    finally:
+        _found = None
+
+
+def outside(paths: set[str], *folders: Path) -> list[str]:
+    """Paths that lie in none of the folders, Python's own caches of modules left out."""
+    return sorted(
+        p
+        for p in paths
+        if p != os.devnull
+        and "/__pycache__/" not in f"{p}/"
+        and not any(Path(p).is_relative_to(folder) for folder in folders)
+    )
+
+
+def _hook(event: str, arguments: tuple) -> None:
+    if _found is None:
+        return
+    if event == "open":
+        path, _, flags = arguments
+        changed = [path] if flags & _WRITING else []
+    elif event in _CHANGED:
+        changed = [arguments[i] for i in _CHANGED[event]]
+    else:
+        return
+    for path in changed:
+        if isinstance(path, (str, bytes, os.PathLike)):  # a number is a file that is open already
+            _found.add(os.path.realpath(os.fsdecode(path)))

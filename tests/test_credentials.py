@@ -1,0 +1,94 @@
+"""Keys and passwords are refused where a run would record them, and hidden where it speaks."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from test_config import _refusal, _valid
+
+from grpo_jax import config as config_lib
+from grpo_jax import credentials, metrics, program
+
+OF_ENVIRONMENT = "0123456789abcdef0123456789abcdef01234567"  # as Weights & Biases shapes them
+SHAPED = [
+    "hf_" + "aB3" * 11,
+    "sk-proj-" + "Zz9_" * 8,
+    "ghp_" + "aB3" * 12,
+    "AKIA" + "ABCD" * 4,
+    "https://user:hunter2pass@host/data.jsonl",
+    "https://bucket/data.jsonl?X-Amz-Signature=0123456789abcdef",
+    "https://host/d?a=b&token=0123456789",
+    "-----BEGIN RSA PRIVATE KEY-----",
+]
+PLAIN = [
+    "", "Qwen/Qwen2.5-0.5B", "/home/me/hf_models/sk-learn", "gs://bucket/runs/1", "a:b@c",
+    "mine.rewards:f(key='x')", "https://host:8080/data?page=1", "Solve {prompt} @home: 1://2",
+    "module:hf_transfer_is_a_name_of_a_reward",
+]  # fmt: skip
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", OF_ENVIRONMENT)
+    monkeypatch.setenv("PIN_KEY", "1234")  # too short to look for
+
+
+@pytest.mark.parametrize("text", [*SHAPED, OF_ENVIRONMENT])
+def test_a_secret_is_found_and_hidden(text, environment):
+    around = f"before {text} after 1234"
+    assert credentials.stands_in(around)
+    clean = credentials.hidden(around)
+    assert clean.startswith("before ") and clean.endswith(" after 1234") and "***" in clean
+    for part in ("aB3aB3", "Zz9_", "ABCDABCD", "hunter2", "0123456789"):
+        assert part not in clean and part not in credentials.stands_in(around)
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_other_texts_are_left_alone(text, environment):
+    assert credentials.stands_in(text) is None and credentials.hidden(text) == text
+
+
+def test_an_option_that_holds_a_secret_is_refused(environment):
+    for name, value in {
+        "model__path": OF_ENVIRONMENT,
+        "logging__wandb_project": SHAPED[0],
+        "checkpoint__folder": SHAPED[4],
+        "rewards__names": (f"judge:ask(key='{SHAPED[1]}')",),
+    }.items():
+        message = _refusal(_valid(**{name: value}))
+        option = name.replace("__", ".")
+        assert message.startswith(f"{option} holds ") and "in the environment" in message
+        assert credentials.hidden(message) == message
+
+
+def test_what_a_run_records_has_no_environment(environment):
+    config = _valid()
+    record = json.dumps([config_lib.binding(config), config_lib.flatten(config)])
+    assert OF_ENVIRONMENT not in record
+
+
+def test_messages_hide_secrets(environment, capsys):
+    def run(argv):
+        metrics.say(f"asked with {OF_ENVIRONMENT}")
+        raise ValueError(f"refused {SHAPED[4]}")
+
+    with pytest.raises(SystemExit):
+        program.main(run)
+    out, err = capsys.readouterr()
+    assert out == "asked with ***\n"
+    assert err.startswith("error: refused https://***@host/data.jsonl")
+
+
+def test_tracebacks_hide_secrets(environment, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+    def run(argv):
+        raise KeyError(OF_ENVIRONMENT)
+
+    with pytest.raises(KeyError) as error:
+        program.main(run)
+    sys.excepthook(error.type, error.value, error.tb)  # as Python does at the end
+    err = capsys.readouterr().err
+    assert "KeyError: '***'" in err and "in run" in err and OF_ENVIRONMENT not in err
