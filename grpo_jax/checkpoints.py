@@ -3,11 +3,14 @@
 A checkpoint is numbered by the optimizer updates it holds and has up to four items: `state`
 (parameters, optimizer, counters), `facts` (a JSON object: where the run stands), where it was
 stopped between two updates on one rollout that rollout as `experience`, and rollouts that were
-sampled and not learned from yet as `ahead`.
+sampled and not learned from yet as `ahead`. Beside them stands the SHA-256 of each of its files
+(`checksums.py`), written before Orbax gives the checkpoint its name: what has a name is whole, and
+what has changed since is found before it is restored. Orbax itself restores flipped bits silently.
 """
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,14 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
+from orbax.checkpoint import path as ocp_path
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from grpo_jax import sharding
+from grpo_jax import checksums, hosts, sharding
+from grpo_jax.metrics import say
 from grpo_jax.structs import Experience, Params, Rollouts, TrainState
+
+_WRITTEN_LAST = ("commit_success.txt",)  # by Orbax, with nothing in it that is read
 
 
 class Checkpoints:
@@ -33,6 +40,9 @@ class Checkpoints:
         Raises ValueError when it cannot be used.
         """
         accuracy = lambda metrics: metrics["accuracy"]  # noqa: E731
+        folder = epath.Path(folder)
+        if "://" not in str(folder):
+            folder = folder.absolute()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(
                 [
@@ -41,6 +51,7 @@ class Checkpoints:
                 ]
             ),
             cleanup_tmp_directories=True,
+            temporary_path_class=_sealing(folder),
         )
         # Named: a manager that has not saved a rollout itself would find none in a checkpoint.
         handlers = {
@@ -49,9 +60,6 @@ class Checkpoints:
             "experience": ocp.StandardCheckpointHandler(),
             "ahead": ocp.StandardCheckpointHandler(),
         }
-        folder = epath.Path(folder)
-        if "://" not in str(folder):
-            folder = folder.absolute()
         try:
             self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
         except Exception as error:  # of the storage, its library and the disk: no common base
@@ -86,8 +94,40 @@ class Checkpoints:
         self._manager.save(number, args=ocp.args.Composite(**items), metrics=metrics)
 
     def latest(self) -> int | None:
-        """Number of the newest whole checkpoint; None if there is none."""
-        return self._manager.latest_step()
+        """Number of the newest checkpoint that is as it was written; None if there is none.
+
+        All its files are read. One that is damaged is told and set aside, under a name that is no
+        number, and the one before is taken. Every process must call it: each reads its share.
+        """
+        self.wait()
+        while (number := self._manager.latest_step()) is not None:
+            wrong = hosts.first_of(
+                _damage(self._manager.directory / str(number), hosts.number(), hosts.count())
+            )
+            if not wrong:
+                return number
+            self._set_aside(number, wrong)
+        return None
+
+    def _set_aside(self, number: int, wrong: str) -> None:
+        folder = self._manager.directory
+        aside, count = folder / f"damaged_{number}", 1
+        while aside.exists():  # of another time
+            count += 1
+            aside = folder / f"damaged_{number}_{count}"
+        hosts.meet("the setting aside of a damaged checkpoint")  # all have seen which name is free
+        if hosts.is_first():
+            (folder / str(number)).rename(aside)
+        hosts.meet("the reading of the checkpoint before")
+        self._manager.reload()
+        before = self._manager.latest_step()
+        lost = number - (before or 0)
+        say(
+            f"warning: checkpoint {number} in {folder} is damaged: {wrong}. It is not used; it "
+            f"was renamed to {aside.name}, which may be deleted. "
+            + ("There is none before it" if before is None else f"The one before is {before}")
+            + f": {lost} update{'' if lost == 1 else 's'} must be computed again."
+        )
 
     def facts(self, number: int) -> dict[str, Any]:
         """Where the run stood at that checkpoint."""
@@ -142,14 +182,19 @@ class Checkpoints:
 
 
 def newest_params(folder: Path, like: Params) -> Params:
-    """Only the parameters of a run's newest checkpoint, shaped and sharded as `like`.
+    """Only the parameters of a run's newest undamaged checkpoint, shaped and sharded as `like`.
 
-    Raises ValueError when there is no checkpoint, or one of another model.
+    Raises ValueError when there is none, or it is of another model. Nothing is renamed: the run may
+    be going on.
     """
     handlers = {"state": ocp.PyTreeCheckpointHandler()}
     with ocp.CheckpointManager(folder.absolute(), item_handlers=handlers) as manager:
-        number = manager.latest_step()
-        if number is None:
+        for number in sorted(manager.all_steps(), reverse=True):
+            wrong = _damage(manager.directory / str(number))
+            if not wrong:
+                break
+            say(f"warning: checkpoint {number} in {folder} is damaged and passed over: {wrong}.")
+        else:
             raise ValueError(f"{folder} holds no whole checkpoint.")
         _check_fits(manager, number, {"params": like})
         restore = ocp.args.PyTreeRestore(
@@ -158,6 +203,38 @@ def newest_params(folder: Path, like: Params) -> Params:
             partial_restore=True,
         )
         return manager.restore(number, args=ocp.args.Composite(state=restore))["state"]["params"]
+
+
+def _sealing(folder: epath.Path) -> type:
+    """What Orbax makes the folder of a checkpoint with; before giving it its name, it sums it up.
+
+    That happens in the thread that writes, on the first process, when all have written.
+    """
+
+    class Sealing(ocp_path.atomicity_defaults.get_default_temporary_path_class(folder)):
+        async def finalize(self) -> None:
+            # The items of a checkpoint, which come here too and before it, have no such store. It
+            # writes the time of the end, Orbax's last change of a file: done before the sums.
+            store, self._checkpoint_metadata_store = self._checkpoint_metadata_store, None
+            if store is not None:
+                store.wait_until_finished()
+                metadata = self.get() / "_CHECKPOINT_METADATA"
+                store.update(metadata, commit_timestamp_nsecs=time.time_ns())
+                store.wait_until_finished()
+                checksums.write(self.get(), leave_out=_WRITTEN_LAST)
+            await super().finalize()
+
+    return Sealing
+
+
+def _damage(folder: epath.Path, part: int = 0, parts: int = 1) -> str:
+    """What is wrong with a checkpoint's files, in words; "" for nothing."""
+    try:
+        found = checksums.faults(folder, leave_out=_WRITTEN_LAST, part=part, parts=parts)
+    except OSError as error:
+        found = [f"it cannot be read ({error})"]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return "; ".join(found[:3]) + more
 
 
 def _check_fits(manager: ocp.CheckpointManager, number: int, like: Any) -> None:

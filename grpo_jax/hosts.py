@@ -173,9 +173,14 @@ def count() -> int:
     return 1 if _client() is None else distributed.global_state.num_processes
 
 
+def number() -> int:
+    """Which of them this process is, from 0."""
+    return distributed.global_state.process_id
+
+
 def is_first() -> bool:
     """Whether this process writes what belongs to all."""
-    return distributed.global_state.process_id == 0
+    return number() == 0
 
 
 def name(process: int) -> str:
@@ -194,7 +199,7 @@ def lost_another(error: Exception) -> str:
     if count() == 1 or not broken:
         return ""
     return (
-        f"{name(distributed.global_state.process_id)} lost another process, which died or was "
+        f"{name(number())} lost another process, which died or was "
         f"stopped; that one's log, or who started it, says why. ({str(error).splitlines()[0]})"
     )
 
@@ -212,7 +217,7 @@ def end(message: str, status: int = 1) -> NoReturn:
     An exception would not do: JAX would wait for the others' ends, and they for this process.
     """
     if count() > 1:
-        own = distributed.global_state.process_id
+        own = number()
         try:
             _client().key_value_set(f"{_SPACE}/fault", f"{name(own)} ended: {message}")
         except jax.errors.JaxRuntimeError:  # another was first, or process 0 is gone
@@ -235,7 +240,7 @@ def _listen() -> None:
             return  # the service is gone, and JAX ends the process
         except AttributeError:  # no client any more: the run is over
             return
-        own = f"process {distributed.global_state.process_id} "
+        own = f"process {number()} "
         if not message.startswith(own):
             _exit(f"{own}ends, because {message}")
         return
@@ -288,7 +293,7 @@ def first_of(text: str) -> str:
     _num_asked += 1
     answers = f"{_SPACE}/answer/{_num_asked:09}"
     if text:  # before the meeting, so that all find it after
-        _client().key_value_set(f"{answers}/{distributed.global_state.process_id:06}", text)
+        _client().key_value_set(f"{answers}/{number():06}", text)
     meet(f"check {_num_asked} for a stop")
     said = _client().key_value_dir_get(answers)
     return min(said)[1] if said else ""

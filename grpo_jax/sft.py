@@ -83,7 +83,7 @@ def run(config: ConfigDict, folder: Path) -> Path:
         kernels=splash.choose(config.model.attention, policy.model, mesh),
     )
     update = _make_update(scorer, optimizer, config.sft.microbatch or config.sft.batch, config)
-    checkpoints = Checkpoints(config.checkpoint.folder or folder / "checkpoints", keep=1)
+    checkpoints = Checkpoints(config.checkpoint.folder or folder / "checkpoints", keep=2)
     with phase("start"):
         state = _start(checkpoints, policy, mesh, optimizer, config)
     first = int(state.num_updates)

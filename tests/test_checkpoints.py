@@ -55,6 +55,10 @@ def _same_bits(a, b):
         assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
+def _said(capsys) -> str:
+    return " ".join(capsys.readouterr().out.split())
+
+
 def _experience(mesh, *, old: bool, ref: bool) -> Experience:
     rng = np.random.default_rng(0)
     shape = (4, 2, 3)
@@ -175,6 +179,97 @@ def test_the_newest_and_the_best_are_kept(tmp_path, mesh):
     checkpoints.close()
     kept = sorted(int(p.name) for p in (tmp_path / "c").iterdir() if p.name.isdigit())
     assert kept == [2, 5, 6]
+
+
+@pytest.fixture(scope="module")
+def states(mesh):
+    return {number: _state(mesh, number) for number in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, states):
+    """A folder with checkpoints 1 and 2."""
+    folder = tmp_path_factory.mktemp("two") / "c"
+    checkpoints = Checkpoints(folder, keep=2)
+    for number, state in states.items():
+        checkpoints.save(state, {"number": number})
+    checkpoints.close()
+    return folder
+
+
+def _damage(file, how: str) -> None:
+    content = bytearray(file.read_bytes())
+    if how == "is missing":
+        file.unlink()
+    elif how == "is truncated":
+        file.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "how"),
+    [
+        ("state/d/*", "is missing"),
+        ("state/d/*", "is truncated"),
+        ("state/d/*", "has changed"),
+        ("state/manifest.ocdbt", "has changed"),
+        ("facts/metadata", "is truncated"),
+        ("_CHECKPOINT_METADATA", "is truncated"),
+    ],
+)
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(
+    tmp_path, mesh, two, states, capsys, pattern, how
+):
+    folder = tmp_path / "c"
+    shutil.copytree(two, folder)
+    file = next((folder / "2").glob(pattern))
+    _damage(file, how)
+    name = str(file.relative_to(folder / "2"))
+    newest = newest_params(folder, _like(mesh).params)  # renames nothing
+    assert f"checkpoint 2 in {folder} is damaged and passed over: {name} {how}" in _said(capsys)
+    assert (folder / "2").exists()
+
+    again = Checkpoints(folder, keep=2)
+    assert again.latest() == 1
+    told = _said(capsys)
+    assert f"warning: checkpoint 2 in {folder} is damaged: {name} {how}" in told
+    assert "The one before is 1: 1 update must be computed again." in told
+    _same_bits(states[1], again.restore(1, _like(mesh)))
+    _same_bits(states[1].params, newest)
+    again.save(states[2], {"number": 3})  # its number is free
+    assert again.latest() == 2 and again.facts(2) == {"number": 3}
+    again.close()
+    assert sorted(p.name for p in folder.iterdir()) == ["1", "2", "damaged_2"]
+
+
+@pytest.mark.parametrize("how", ["is missing", "is damaged", "does not belong there"])
+def test_a_checkpoint_whose_record_is_not_its_own_is_set_aside(tmp_path, two, capsys, how):
+    shutil.copytree(two, tmp_path / "c")
+    record = tmp_path / "c" / "2" / "sha256.json"
+    if how == "is missing":
+        record.unlink()
+    elif how == "is damaged":
+        record.write_text(record.read_text()[:-3])
+    else:
+        (tmp_path / "c" / "2" / "state" / "d" / "other").write_text("")
+    again = Checkpoints(tmp_path / "c", keep=2)
+    assert again.latest() == 1
+    assert f" {how}. It is not used" in _said(capsys)
+    again.close()
+
+
+def test_when_all_are_damaged_the_run_begins_again(tmp_path, two, capsys):
+    shutil.copytree(two, tmp_path / "c")
+    for number in ("1", "2"):
+        _damage(tmp_path / "c" / number / "facts" / "metadata", "has changed")
+    again = Checkpoints(tmp_path / "c", keep=2)
+    assert again.latest() is None
+    assert "There is none before it: 1 update must be computed again." in _said(capsys)
+    again.close()
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        newest_params(tmp_path / "c", {})
 
 
 def test_saving_the_same_state_again_does_nothing(tmp_path, mesh):
