@@ -35,7 +35,8 @@ def default() -> ConfigDict:
     # optim.float32_copy to the nearest
     c.model.param_dtype = "float32"
     # What the backward pass computes again: "none" nothing, "full" everything, "dots" all but the
-    # products of dense layers
+    # products of dense layers, "auto" the least that fits into memory. Where that is not known, and
+    # in supervised training, "auto" is "dots"
     c.model.remat = "dots"
     # In scoring and training: "xla", or the kernels "splash" of TPUs, or "auto", those where they
     # can be had
@@ -77,7 +78,11 @@ def default() -> ConfigDict:
     c.batch.prompts = 32  # prompts per step
     c.batch.group = 8  # completions per prompt
     c.batch.minibatches = 1  # optimizer updates per pass over a step's rollouts
-    c.batch.microbatch = 0  # prompts at once in an update, more where short; 0: by their tokens
+    # Prompts at once in an update, more where short; 0: by their tokens; -1: as many tokens as fit
+    # into memory
+    c.batch.microbatch = 0
+    # Of a device, GiB, to which -1 and "auto" keep; 0: what it says to have, on CPU nothing
+    c.batch.memory_limit_gib = 0.0
 
     c.rollout = ConfigDict()
     c.rollout.max_tokens = 256  # completion limit, tokens, stop token included
@@ -326,13 +331,13 @@ _POSITIVE = (
     "hosts.start_limit_s hosts.lost_limit_s algorithm.importance_cap"
 ).split()
 _NOT_NEGATIVE = (
-    "seed batch.microbatch rollout.temperature rollout.top_k rollout.num_slots algorithm.clip_low "
+    "seed rollout.temperature rollout.top_k rollout.num_slots algorithm.clip_low "
     "algorithm.clip_high algorithm.kl_coef optim.warmup_steps optim.weight_decay optim.clip_norm "
     "optim.end_fraction evaluation.every_steps evaluation.num_problems evaluation.num_samples "
     "evaluation.temperature checkpoint.every_steps logging.samples_every_steps logging.num_samples "
     "data.num_eval sft.num_steps sft.microbatch sft.warmup_steps sft.weight_decay "
     "sft.checkpoint_every_steps rewards.num_workers rewards.memory_gb rewards.max_failed_share "
-    "loop.stall_limit_s"
+    "loop.stall_limit_s batch.memory_limit_gib"
 ).split()
 
 
@@ -382,7 +387,7 @@ def _check_choices(config: ConfigDict) -> None:
         "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
         "model.param_dtype": (config.model.param_dtype, ("float32", "bfloat16")),
         "optim.moments": (config.optim.moments, ("float32", "bfloat16", "int8")),
-        "model.remat": (config.model.remat, ("none", "dots", "full")),
+        "model.remat": (config.model.remat, ("none", "dots", "full", "auto")),
         "model.attention": (config.model.attention, ("auto", "xla", "splash")),
         "rollout.weights": (config.rollout.weights, ("same", "int8")),
         "rollout.cache": (config.rollout.cache, ("same", "int8")),
@@ -429,7 +434,12 @@ def _check_batch(config: ConfigDict) -> None:
             f"Make batch.prompts a multiple of {batch.minibatches}."
         )
     per_update = batch.prompts // batch.minibatches
-    if batch.microbatch and per_update % batch.microbatch:
+    if batch.microbatch < -1:
+        raise ValueError(
+            f"batch.microbatch = {batch.microbatch} must be a number of prompts, 0 for the usual "
+            "number of tokens, or -1 for as many as fit into memory."
+        )
+    if batch.microbatch > 0 and per_update % batch.microbatch:
         raise ValueError(
             f"batch.prompts / batch.minibatches = {batch.prompts} / {batch.minibatches} = "
             f"{per_update} prompts per update do not split into microbatches of batch.microbatch = "
@@ -506,7 +516,9 @@ def _check_sources(config: ConfigDict) -> None:
 
 def groups_at_once(config: ConfigDict) -> int:
     """Groups that the devices share between them: a microbatch, or an update's where it is free."""
-    return config.batch.microbatch or config.batch.prompts // config.batch.minibatches
+    if config.batch.microbatch > 0:
+        return config.batch.microbatch
+    return config.batch.prompts // config.batch.minibatches
 
 
 def check_devices(config: ConfigDict, num_row_shards: int) -> None:
@@ -551,7 +563,7 @@ _FREE = (
     "rollout.num_slots rollout.compact batch.microbatch sft.microbatch model.remat model.attention "
     "optim.offload model.offload_reference optim.max_skipped sft.checkpoint_every_steps "
     "rewards.num_workers rewards.time_limit_s rewards.memory_gb rewards.max_failed_share "
-    "loop.stall_limit_s hosts."
+    "loop.stall_limit_s hosts. batch.memory_limit_gib"
 ).split()
 
 

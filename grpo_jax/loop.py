@@ -32,6 +32,7 @@ from grpo_jax.lines import Lines
 from grpo_jax.models import hf
 from grpo_jax.parts import Parts, Position
 from grpo_jax.phases import Trace, phase
+from grpo_jax.planning import fit
 from grpo_jax.rewards import score as score_lib
 from grpo_jax.structs import Experience, Rollouts, TrainState
 from grpo_jax.watchdog import Watchdog
@@ -48,7 +49,7 @@ def run(
     """
     began = time.monotonic() - spent_s
     with phase("start"):
-        parts = parts_lib.build(config, folder, model_path)
+        parts = parts_lib.build(config, folder, model_path, fit.of_run)
     with parts.rewards:
         return _run(parts, began)
 

@@ -25,8 +25,9 @@ _REMEDIES = {
     "needs no reference, or split the model over more devices by mesh.fsdp.",
     "rewards": "Lower rollout.num_slots (0 decodes all completions of a step at once).",
     "checkpoint": "Split the model over more devices by mesh.fsdp.",
-    "update": "Lower batch.microbatch (0 chooses by tokens; 1 is the least) or rollout.max_tokens, "
-    "set model.remat = full, or split the model over more devices by mesh.fsdp.",
+    "update": "Lower batch.microbatch (0 chooses by tokens, -1 by memory; 1 is the least) or "
+    "rollout.max_tokens, set model.remat = full, or split the model over more devices by "
+    "mesh.fsdp.",
 }
 
 
@@ -49,6 +50,16 @@ def usage() -> dict[str, float]:
         pages = int(statm.read_text().split()[1])
         values["memory/process_gib"] = pages * os.sysconf("SC_PAGE_SIZE") / _GIB
     return values
+
+
+def limit() -> float | None:
+    """Bytes that programs may use of each device here, of the smallest; None where none tells.
+
+    A twentieth is left for what lies between arrays.
+    """
+    stats = [s for s in (device.memory_stats() for device in jax.local_devices()) if s]
+    limits = [s["bytes_limit"] for s in stats if "bytes_limit" in s]
+    return 0.95 * min(limits) if limits else None
 
 
 def refusal(phase: str, error: jax.errors.JaxRuntimeError) -> OutOfMemory | None:

@@ -163,8 +163,27 @@ def questions(
     return evaluation.Questions(encoded.problems, encoded.prompt_ids, texts)
 
 
-def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
-    """Everything read, checked and set up; the policy's weights are not."""
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How an update is cut to a device's memory, where the config leaves that to the memory."""
+
+    remat: str = "dots"
+    tokens: int = 0  # of a row of a microbatch; 0: the usual number
+
+
+USUAL = Fit()
+
+
+def build(
+    config: ConfigDict,
+    folder: Path,
+    model_path: str,
+    fit: Callable[[ConfigDict, ModelConfig, Mesh, int, Path], Fit],
+) -> Parts:
+    """Everything read, checked and set up; the policy's weights are not.
+
+    `fit` is asked how the update of prompts of at most so many tokens is cut.
+    """
     mesh = sharding.make_mesh(**config.mesh)
     config_lib.check_devices(config, sharding.num_row_shards(mesh))
     _check_host_memory(config, mesh)
@@ -175,7 +194,11 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
     train, held_out = (answerable(config, rewards, part) for part in load_problems(config))
     held_out = held_out[: config.evaluation.num_problems]
     workdir.open_for(config, folder)
-    learner = make_learner(config, policy.model, mesh)
+    train = questions(train, policy, config, "training problems")
+    longest = max(map(len, train.prompt_ids))
+    learner = make_learner(
+        config, policy.model, mesh, fit(config, policy.model, mesh, longest, folder)
+    )
     engine = make_engine(config, policy.model, policy.stop_ids, mesh)
     exact = make_engine(config, policy.model, policy.stop_ids, mesh, exact=True)
     return Parts(
@@ -183,7 +206,7 @@ def build(config: ConfigDict, folder: Path, model_path: str) -> Parts:
         folder=folder,
         mesh=mesh,
         policy=policy,
-        train=questions(train, policy, config, "training problems"),
+        train=train,
         held_out=questions(held_out, policy, config, "held-out problems") if held_out else None,
         engine=engine,
         evaluator=engine if exact.decoder == engine.decoder else exact,
@@ -226,16 +249,20 @@ class Learner:
     update: Callable
 
 
-def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Learner:
-    """The config's update of a model of this shape; nothing is compiled or allocated yet."""
+def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: Fit = USUAL) -> Learner:
+    """The config's update of a model of this shape; nothing is compiled or allocated yet.
+
+    `fit` holds where the config names no microbatch or no way of computing again.
+    """
     scorer = update_lib.Scorer(
         model,
         mesh,
         _sampling(config),
         jnp.dtype(config.model.dtype),
-        remat=config.model.remat,
+        remat=fit.remat if config.model.remat == "auto" else config.model.remat,
         kernels=splash.choose(config.model.attention, model, mesh),
-        microbatch=config.batch.microbatch,
+        microbatch=max(config.batch.microbatch, 0),
+        tokens=fit.tokens if config.batch.microbatch == -1 else 0,
     )
     algorithm, updates = config.algorithm, config_lib.num_updates_per_step(config)
     schedule = optim.schedule(

@@ -24,7 +24,7 @@ from grpo_jax import config as config_lib
 from grpo_jax import parts, program, sharding
 from grpo_jax.metrics import console, print_title, say
 from grpo_jax.models import families
-from grpo_jax.planning import advice, chips
+from grpo_jax.planning import advice, chips, fit
 from grpo_jax.planning import step as step_lib
 from grpo_jax.structs import ModelConfig
 
@@ -39,7 +39,9 @@ def main(argv: list[str]) -> None:
     lengths = step_lib.Lengths.of(config, args.prompt_tokens, args.mean_tokens)
 
     def make(config: ConfigDict) -> step_lib.Plan:
-        return step_lib.plan(config, model, args.topology, chip, devices, lengths)
+        mesh = sharding.make_mesh(**config.mesh, devices=devices)
+        fitted = fit.choose(config, model, mesh, lengths, chip.usable)
+        return step_lib.plan(config, model, args.topology, chip, devices, lengths, fitted)
 
     def arrays_alone(config: ConfigDict) -> float:
         mesh = sharding.make_mesh(**config.mesh, devices=devices)

@@ -79,7 +79,7 @@ def run(config: ConfigDict, folder: Path) -> Path:
         mesh,
         Sampling(),
         jnp.dtype(config.model.dtype),
-        remat=config.model.remat,
+        remat="dots" if config.model.remat == "auto" else config.model.remat,
         kernels=splash.choose(config.model.attention, policy.model, mesh),
     )
     update = _make_update(scorer, optimizer, config.sft.microbatch or config.sft.batch, config)

@@ -4,6 +4,7 @@ config.json      options the run was started with     evaluations/   every evalu
 metrics.jsonl    scalars of every step                checkpoints/   Orbax
 samples.jsonl    completions that were shown          export/        the trained model
 tensorboard/     both, for TensorBoard                summary.json, curves.png
+fit.json         how an update was cut to the memory, where that was left open
 bootstrap/       the same for the supervised training of a new model
 """
 

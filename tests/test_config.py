@@ -247,6 +247,7 @@ def test_every_number_has_a_range():
     others = {"batch.group", "optim.beta1", "optim.beta2", "rollout.top_p"}
     others |= {"algorithm.entropy_coef"}  # of either sign: a penalty or a bonus
     others |= {"mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor"}
+    others |= {"batch.microbatch"}
     numbers = {n for n, v in OPTIONS.items() if type(v) in (int, float)}
     ruled = set(config_lib._POSITIVE) | set(config_lib._NOT_NEGATIVE)
     assert numbers == ruled | others
@@ -301,6 +302,7 @@ def test_every_number_has_a_range():
             {"batch__prompts": 12, "batch__minibatches": 2, "batch__microbatch": 4},
             ["12 / 2 = 6 prompts per update", "batch.microbatch = 4", "multiple of 8"],
         ),
+        ({"batch__microbatch": -2}, ["batch.microbatch = -2", "-1 for as many as fit"]),
         ({"sft__batch": 6, "sft__microbatch": 4}, ["sft.batch = 6", "sft.microbatch = 4"]),
         (
             {"optim__schedule": "linear", "optim__warmup_steps": 100},
@@ -449,6 +451,7 @@ def test_what_changes_the_result_binds(changes, tmp_path):
         {"profile__steps": (1, 2)},
         {"debug__nans": True},
         {"batch__microbatch": 4},
+        {"batch__microbatch": -1, "model__remat": "auto", "batch__memory_limit_gib": 8.0},
         {"sft__checkpoint_every_steps": 4},
     ],
 )

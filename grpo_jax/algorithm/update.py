@@ -38,6 +38,12 @@ _TOKENS_AT_ONCE = 8192
 _TOKENS_AT_ONCE_ON_CPU = 1536
 
 
+def usual_tokens(mesh: Mesh) -> int:
+    """Tokens of a row of a microbatch, where nobody says how many."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return mesh.shape["sequence"] * (_TOKENS_AT_ONCE_ON_CPU if on_cpu else _TOKENS_AT_ONCE)
+
+
 @dataclasses.dataclass(frozen=True)
 class Scorer:
     """How the policy's network is run over given completions."""
@@ -49,6 +55,7 @@ class Scorer:
     remat: str = "dots"  # as in `config.model.remat`
     microbatch: int = 0  # groups at once, more where completions are short; 0: by their tokens
     kernels: transformer.Kernels = attention  # compute the attention
+    tokens: int = 0  # of a row of a microbatch, where that is 0; 0: the usual number
 
     def microbatches(self, rollouts: Rollouts, groups_P: np.ndarray) -> packing.Microbatches:
         """Some groups of each data shard in microbatches of about equally many tokens."""
@@ -56,14 +63,13 @@ class Scorer:
         shards, devices = (self.mesh.shape[name] for name in sharding.ROW_AXES)
         sequence = self.mesh.shape["sequence"]
         whole = prompt_tokens + group * max(tokens - 1, 1)
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        few = _TOKENS_AT_ONCE_ON_CPU if on_cpu else _TOKENS_AT_ONCE
+        tokens_at_once = self.tokens or usual_tokens(self.mesh)
         return packing.pack(
             sharding.to_host(rollouts.length_PG).reshape(shards, -1, group),
             groups_P,
             prompt_tokens=prompt_tokens,
             completion_tokens=tokens,
-            at_once=self.microbatch * whole // (shards * devices) or few * sequence,
+            at_once=self.microbatch * whole // (shards * devices) or tokens_at_once,
             devices=devices,
             multiple=sequence,
         )

@@ -130,7 +130,7 @@ def search(
     tried = [Tried({f"mesh.{name}": size for name, size in plan.mesh.items()}, plan)]
     for mesh in meshes(config, plan, model):
         rows = mesh["mesh.data"] * mesh["mesh.fsdp"]
-        if config.batch.microbatch and config.batch.microbatch % rows:
+        if config.batch.microbatch > 0 and config.batch.microbatch % rows:
             mesh |= {"batch.microbatch": rows}
         if len(tried) > most:
             break

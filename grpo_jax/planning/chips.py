@@ -28,6 +28,11 @@ class Chip:
     accelerator: str  # a value of TPU_ACCELERATOR_TYPE that lets the compiler start
     source: str
 
+    @property
+    def usable(self) -> float | None:
+        """Bytes of its memory that programs may use."""
+        return None if self.memory is None else self.memory - RESERVED
+
 
 def _tpu(name: str, kind: str, dimensions: int, clock: float, accelerator: str) -> Chip:
     rates = chips.chip(kind)

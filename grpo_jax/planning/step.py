@@ -23,7 +23,7 @@ from grpo_jax import config as config_lib
 from grpo_jax import parts, policy, sharding
 from grpo_jax.algorithm import update as update_lib
 from grpo_jax.planning import hlo
-from grpo_jax.planning.chips import RESERVED, Chip
+from grpo_jax.planning.chips import Chip
 from grpo_jax.structs import Experience, ModelConfig, Rollouts
 
 _STOP_IDS = (0,)  # which tokens end a completion changes no shape
@@ -118,11 +118,18 @@ def bytes_per_device(tree: Any) -> float:
 class Step:
     """The programs of one step of a config, with a model of some shape, on a mesh."""
 
-    def __init__(self, config: ConfigDict, model: ModelConfig, mesh: Mesh, lengths: Lengths):
+    def __init__(
+        self,
+        config: ConfigDict,
+        model: ModelConfig,
+        mesh: Mesh,
+        lengths: Lengths,
+        fit: parts.Fit = parts.USUAL,
+    ):
         """Raises ValueError where the config's groups do not split over the mesh."""
         config_lib.check_devices(config, sharding.num_row_shards(mesh))
         self.config, self.model, self.mesh, self.lengths = config, model, mesh, lengths
-        self.learner = parts.make_learner(config, model, mesh)
+        self.learner = parts.make_learner(config, model, mesh, fit)
         self.engine = parts.make_engine(config, model, _STOP_IDS, mesh)
         dtype = jnp.dtype(config.model.dtype)
         kept = jnp.dtype(config.model.param_dtype)
@@ -356,7 +363,7 @@ class Plan:
     @property
     def room(self) -> float:
         """Bytes of a device that programs may use."""
-        return math.inf if self.chip.memory is None else self.chip.memory - RESERVED
+        return math.inf if self.chip.usable is None else self.chip.usable
 
     @property
     def fits(self) -> bool:
@@ -426,11 +433,12 @@ def plan(
     chip: Chip,
     devices: list[jax.Device],
     lengths: Lengths,
+    fit: parts.Fit = parts.USUAL,
     only: Callable[[str], bool] = lambda name: True,
 ) -> Plan:
     """The plan of a config's step on the devices; ValueError where the mesh or the batch is not."""
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    step = Step(config, model, mesh, lengths)
+    step = Step(config, model, mesh, lengths, fit)
     shape = dict(mesh.shape)
     held, programs = step.held(), step.compile(only)
     return Plan(topology, chip, shape, model.num_params, held, programs)

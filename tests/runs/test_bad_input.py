@@ -27,6 +27,7 @@ from grpo_jax import config as config_lib
 from grpo_jax import parts, policy, program, sft, sharding, train
 from grpo_jax.data import tasks
 from grpo_jax.models import hf
+from grpo_jax.planning import fit
 
 TINY = Path(__file__).with_name("tiny_config.py")
 LIMIT_S = 30  # generous: most take less than one second, those that sample first must compile
@@ -524,7 +525,7 @@ def test_prompts_over_the_limit_are_counted(overlong, words, tmp_path, model, ca
     argv = ["--config", str(TINY), "--workdir", str(tmp_path / "run"), *file]
     argv += ["--config.mesh.data=1", "--config.mesh.tensor=-1", f"--config.model.path={model}"]
     config, folder = program.run_arguments([*argv, f"--config.data.overlong={overlong}"], "")
-    train = parts.build(config, folder, str(model)).train
+    train = parts.build(config, folder, str(model), fit.of_run).train
     assert words in capsys.readouterr().out
     lengths = [len(ids) for ids in train.prompt_ids]
     assert lengths == [4] * 4 + [16] * (overlong == "truncate")

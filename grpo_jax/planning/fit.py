@@ -1,0 +1,104 @@
+"""How an update is cut to a device's memory: found by compiling, and kept with the run.
+
+What is larger is faster: fewer microbatches gather and read the weights less often, and what the
+backward pass has kept it need not compute again. Neither changes what is computed, but for the
+order of sums; so a run that goes on takes what it began with.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from grpo_jax import hosts, memory, workdir
+from grpo_jax.algorithm.update import usual_tokens
+from grpo_jax.metrics import say
+from grpo_jax.parts import USUAL, Fit
+from grpo_jax.planning.step import Lengths, Step
+from grpo_jax.structs import ModelConfig
+
+_REMAT = ("none", "dots", "full")  # the fastest first
+_GIB = 2**30
+
+
+def is_open(config: ConfigDict) -> bool:
+    """Whether the config leaves anything to the memory."""
+    return config.model.remat == "auto" or config.batch.microbatch == -1
+
+
+def of_run(config: ConfigDict, model: ModelConfig, mesh: Mesh, longest: int, folder: Path) -> Fit:
+    """The fit of a run with prompts of at most `longest` tokens, the same on every process.
+
+    What `fit.json` in its folder says for these options and this mesh; else it is chosen, and
+    written there.
+    """
+    if not is_open(config):
+        return USUAL
+    asked = {
+        "model.remat": config.model.remat,
+        "batch.microbatch": config.batch.microbatch,
+        "batch.memory_limit_gib": config.batch.memory_limit_gib,
+        "mesh": dict(mesh.shape),
+    }
+    file = folder / "fit.json"
+    known = json.loads(file.read_text()) if hosts.is_first() and file.exists() else None
+    known = hosts.gather(known, "the choice of a microbatch")[0]
+    if known is None or known["asked"] != asked:
+        limits = hosts.gather(memory.limit(), "the choice of a microbatch")
+        limit = None if None in limits else min(limits)
+        own = choose(config, model, mesh, Lengths.of(config, longest), limit)
+        chosen = hosts.gather(dataclasses.asdict(own), "the choice of a microbatch")[0]
+        known = {"asked": asked, "chosen": chosen}
+        if hosts.is_first():
+            workdir.write_json(file, known)
+    return Fit(**known["chosen"])
+
+
+def choose(
+    config: ConfigDict, model: ModelConfig, mesh: Mesh, lengths: Lengths, limit: float | None
+) -> Fit:
+    """The fit whose gradient needs at most `limit` bytes of each device, by its compiled program.
+
+    `config.batch.memory_limit_gib` holds before `limit`; without either the usual is taken. Of the
+    ways of computing again that with the least for which the usual number of tokens fits; then as
+    many tokens as fit. Where nothing fits it is the smallest, and the run will say what it lacks.
+    """
+    if config.batch.memory_limit_gib:
+        limit = config.batch.memory_limit_gib * _GIB
+    if not is_open(config) or limit is None:
+        return USUAL
+
+    @functools.cache
+    def peak(fit: Fit) -> float:
+        (program,) = Step(config, model, mesh, lengths, fit).compile(lambda n: n == "gradient")
+        return program.peak
+
+    sizes = _sizes(config, mesh, lengths) if config.batch.microbatch == -1 else [0]
+    usual = max((n for n in sizes if n <= usual_tokens(mesh)), default=sizes[0])
+    remats = _REMAT if config.model.remat == "auto" else (config.model.remat,)
+    remat = next((r for r in remats if peak(Fit(r, usual)) <= limit), remats[-1])
+    fitting = bisect.bisect_right(sizes, limit, key=lambda tokens: peak(Fit(remat, tokens)))
+    fit = Fit(remat, sizes[max(fitting - 1, 0)])
+    tokens = f" and microbatches of {fit.tokens:,} tokens a row" if fit.tokens else ""
+    say(
+        f'The update takes model.remat = "{remat}"{tokens}: {peak(fit) / _GIB:.2f} GiB of each '
+        f"device, of {limit / _GIB:.2f}."
+    )
+    return fit
+
+
+def _sizes(config: ConfigDict, mesh: Mesh, lengths: Lengths) -> list[int]:
+    """Tokens of a row worth trying: one completion's, powers of two, and those of all groups."""
+    longest = max(int(lengths.completion_PG.max()) - 1, 1)
+    groups = config.batch.prompts // config.batch.minibatches // mesh.shape["data"]
+    least = lengths.prompt + longest
+    rows = mesh.shape["fsdp"]
+    most = -(-groups // rows) * (lengths.prompt + config.batch.group * longest)
+    between = (usual_tokens(mesh) * 2**k // 8 for k in range(32))
+    return [least, *(n for n in between if least < n < most), most]

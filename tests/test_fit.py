@@ -1,0 +1,116 @@
+"""The choice of microbatch and recomputing by memory, its numbers, and that a run keeps it."""
+
+from __future__ import annotations
+
+import json
+from typing import ClassVar
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from grpo_jax import config as config_lib
+from grpo_jax import parts, sharding
+from grpo_jax.planning import fit
+from grpo_jax.planning.advice import changed
+from grpo_jax.planning.step import Lengths, Step
+from grpo_jax.structs import Experience
+
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
+P, G, Q, C = 4, 4, 16, 8
+ALL, ONE = P * (Q + G * (C - 1)), Q + C - 1  # tokens of an update, and of one completion
+
+LIMIT = "batch.memory_limit_gib"
+
+
+@pytest.fixture(scope="module")
+def config():
+    options = [f"batch.prompts={P}", f"batch.group={G}", "batch.minibatches=1"]
+    options += ["algorithm.num_iterations=1", "model.remat=auto", "batch.microbatch=-1"]
+    return config_lib.load("tests/runs/tiny_config.py", [f"--config.{o}" for o in options])
+
+
+class _Once(Step):
+    """A step that compiles a fit's program the first time alone."""
+
+    compiled: ClassVar = {}
+
+    def __init__(self, *args):
+        self._args = args
+
+    def compile(self, only):
+        if self._args[-1] not in self.compiled:
+            super().__init__(*self._args)
+            self.compiled[self._args[-1]] = super().compile(only)
+        return self.compiled[self._args[-1]]
+
+
+def test_a_smaller_limit_computes_more_again_then_takes_fewer_tokens(config, monkeypatch, capsys):
+    monkeypatch.setattr(fit, "Step", _Once)
+    lengths = Lengths.of(config)
+    choose = lambda limit, config=config: fit.choose(  # noqa: E731
+        config, tiny.MODEL, tiny.one_device(), lengths, limit
+    )
+    peak = lambda fit: _Once.compiled[fit][0].peak  # noqa: E731
+
+    largest = choose(1e12)
+    assert largest == parts.Fit("none", ALL)
+    dots = choose(peak(largest) - 1)
+    assert dots == parts.Fit("dots", ALL)
+    full = choose(peak(dots) - 1)
+    assert full == parts.Fit("full", ALL)
+    least = choose(peak(full) - 1)
+    assert least == parts.Fit("full", ONE)
+    assert peak(least) < peak(full) < peak(dots) < peak(largest)
+    assert choose(1.0) == least  # nothing fits
+    assert f'"full" and microbatches of {ONE} tokens a row' in capsys.readouterr().out
+    # The option holds before what the device has; without either it is the usual.
+    assert choose(1e12, changed(config, {LIMIT: peak(dots) / 2**30})) == dots
+    assert choose(None) == parts.Fit()
+
+
+def test_the_gradient_is_the_same(config):
+    rollouts = tiny.rollouts(P, G, C)
+    mesh = tiny.one_device()
+    experience = Experience(
+        rollouts=sharding.shard_rows(mesh, rollouts),
+        advantage_PG=rollouts.length_PG - np.float32(4),
+        action_PGC=rollouts.logp_PGC < 0,
+        old_logp_PGC=None,
+        ref_logp_PGC=rollouts.logp_PGC,
+    )
+    found, counts = [], []
+    for chosen in (parts.Fit("none", ALL), parts.Fit("full", ONE)):
+        learner = parts.make_learner(config, tiny.MODEL, mesh, chosen)
+        microbatches = learner.scorer.microbatches(rollouts, np.arange(P)).arrays
+        counts.append(microbatches[0].shape[1])
+        carry = learner.update.empty()
+        grads, sums, _ = learner.update.add(tiny.params(), carry, experience, *microbatches)
+        found.append((grads, sums["loss"]))
+    assert counts[0] == 1 and counts[1] > P
+    assert np.abs(found[0][0]["layers"]["mlp"]["up"]["kernel"]).max() > 1e-2
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *found)
+
+
+def test_a_run_keeps_its_choice(config, tmp_path, monkeypatch):
+    asked = []
+
+    def choose(*args):
+        asked.append(args)
+        return parts.Fit("full", 100 * len(asked))
+
+    monkeypatch.setattr(fit, "choose", choose)
+    of_run = lambda config: fit.of_run(config, tiny.MODEL, tiny.one_device(), Q, tmp_path)  # noqa: E731
+
+    first = of_run(config)
+    assert first == of_run(config) == parts.Fit("full", 100)
+    assert json.loads((tmp_path / "fit.json").read_text())["chosen"] == {
+        "remat": "full",
+        "tokens": 100,
+    }
+    # Another limit asks for another choice; a config that leaves nothing open for none.
+    assert of_run(changed(config, {LIMIT: 1.0})) == parts.Fit("full", 200)
+    closed = changed(config, {"batch.microbatch": 2, "model.remat": "none"})
+    assert of_run(closed) == parts.Fit() and len(asked) == 2
