@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from grpo_jax.data import templates
 from grpo_jax.data.problems import Messages, Problem
 
 
@@ -79,7 +80,7 @@ def _encode_all(problems: Sequence[Problem], tokenizer: Any) -> list[list[int]]:
     for index, rendered, special in (
         (texts, [problems[i].prompt for i in texts], True),
         # A template writes the special tokens itself.
-        (chats, [_render(problems[i], tokenizer) for i in chats], False),
+        (chats, _render([problems[i] for i in chats], tokenizer) if chats else [], False),
     ):
         if index:
             encoded = tokenizer(rendered, add_special_tokens=special, verbose=False)
@@ -88,18 +89,17 @@ def _encode_all(problems: Sequence[Problem], tokenizer: Any) -> list[list[int]]:
     return rows
 
 
-def _render(problem: Problem, tokenizer: Any) -> str:
+def _render(problems: list[Problem], tokenizer: Any) -> list[str]:
+    """Chats as the tokenizer's template writes them."""
     try:
-        return tokenizer.apply_chat_template(
-            problem.prompt, add_generation_prompt=True, tokenize=False
-        )
-    except Exception as error:  # templates are programs, and raise what they like
+        return templates.render(tokenizer, [problem.prompt for problem in problems])
+    except templates.TemplateError as error:
+        problem = problems[error.number]
         raise ValueError(
             f"The prompt of {_name(problem)} is a list of messages, which the "
-            f"tokenizer's template did not take ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}). It starts {_start(problem.prompt)}. Use a "
-            "tokenizer with a chat template, or write each prompt as one text and leave data.chat "
-            "False."
+            f"tokenizer's template did not take ({error}). It starts {_start(problem.prompt)}. Use "
+            "a tokenizer with a chat template, or write each prompt as one text and leave "
+            "data.chat False."
         ) from error
 
 

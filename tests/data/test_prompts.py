@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import numpy as np
 import pytest
 
@@ -36,11 +38,13 @@ class WordTokenizer:
         rows = [[len(w) for w in text.split()] for text in texts]
         return {"input_ids": [[1] * add_special_tokens + row if row else [] for row in rows]}
 
-    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
-        assert add_generation_prompt and not tokenize
-        if messages[0]["role"] == "tool":
-            raise TypeError("no\ntools")
-        return " ".join(f"{m['role']} {m['content']}" for m in messages)
+    special_tokens_map: ClassVar = {"eos_token": "."}
+
+    def get_chat_template(self):
+        return """{%- for m in messages %}
+            {%- if m.role == "tool" %}{{ raise_exception("no\ntools") }}{% endif %}
+            {{- m.role + " " + m.content }}
+        {%- endfor %}"""
 
 
 def texts(*prompts):
@@ -97,7 +101,7 @@ def test_encode_of_prompts_within_the_limit(overlong):
 def test_encode_refuses_what_gives_no_tokens():
     with pytest.raises(ValueError, match=r"p\.jsonl, line 2 .*data\.max_prompt_tokens = 3.*' '"):
         encode(texts("a", " "), WordTokenizer(), 3, "drop")
-    with pytest.raises(ValueError, match=r"p\.jsonl, line 1 .*TypeError: no tools"):
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 1 .*TemplateError: no tools"):
         encode(texts([{"role": "tool", "content": "x"}]), WordTokenizer(), 3)
 
 
