@@ -10,6 +10,7 @@ what has changed since is found before it is restored. Orbax itself restores fli
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -21,37 +22,50 @@ from jax.sharding import Mesh
 from orbax.checkpoint import path as ocp_path
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from grpo_jax import checksums, hosts, sharding
+from grpo_jax import checksums, disk, hosts, sharding
 from grpo_jax.metrics import say
 from grpo_jax.structs import Experience, Params, Rollouts, TrainState
 
 _WRITTEN_LAST = ("commit_success.txt",)  # by Orbax, with nothing in it that is read
 
 
+class NotSaved(ValueError):  # noqa: N818
+    """A checkpoint could not be written."""
+
+
 class Checkpoints:
     """The checkpoints of one run: the newest `keep`, and besides them the most accurate.
 
-    Of several processes each writes and reads its own parts of the arrays.
+    Of several processes each writes and reads its own parts of the arrays, and every one must make
+    each call. A save that fails, as for a full disk, is told, and what it wrote is deleted; those
+    before it are untouched.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int):
+    def __init__(self, folder: str | Path, *, keep: int, max_failed: int = 1):
         """`folder`: a local one, or an address that Orbax knows, as gs://BUCKET/PATH.
 
-        Raises ValueError when it cannot be used.
+        `max_failed` saves in a row may fail before `NotSaved` is raised. Raises ValueError when the
+        folder cannot be used.
         """
-        accuracy = lambda metrics: metrics["accuracy"]  # noqa: E731
         folder = epath.Path(folder)
-        if "://" not in str(folder):
-            folder = folder.absolute()
+        self._folder = folder if "://" in str(folder) else folder.absolute()
+        self._keep, self._max_failed, self._num_failed = keep, max_failed, 0
+        self._saving: int | None = None  # the number of what is being written
+        self._num_bytes = 0  # of its arrays
+        self._fault = ""  # why the newest save has failed, where it has
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        accuracy = lambda metrics: metrics["accuracy"]  # noqa: E731
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(
                 [
-                    LatestN(n=keep),
+                    LatestN(n=self._keep),
                     BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False),
                 ]
             ),
             cleanup_tmp_directories=True,
-            temporary_path_class=_sealing(folder),
+            temporary_path_class=_sealing(self._folder),
         )
         # Named: a manager that has not saved a rollout itself would find none in a checkpoint.
         handlers = {
@@ -60,12 +74,13 @@ class Checkpoints:
             "experience": ocp.StandardCheckpointHandler(),
             "ahead": ocp.StandardCheckpointHandler(),
         }
+        logging.getLogger("absl").addFilter(_is_news)
         try:
-            self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+            return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
         except Exception as error:  # of the storage, its library and the disk: no common base
             raise ValueError(
-                f"The checkpoint folder {folder} cannot be used ({type(error).__name__}: {error}). "
-                "Check checkpoint.folder and the rights to it; gs:// needs pip install "
+                f"The checkpoint folder {self._folder} cannot be used ({type(error).__name__}: "
+                f"{error}). Check checkpoint.folder and the rights to it; gs:// needs pip install "
                 "grpo_jax[gcs], and the machine's access to the bucket."
             ) from error
 
@@ -80,9 +95,11 @@ class Checkpoints:
     ) -> None:
         """Starts writing; returns as soon as the values are copied off the device.
 
-        `accuracy`: held-out accuracy of these very parameters, where it was measured.
+        It waits for the save before. `accuracy`: held-out accuracy of these very parameters, where
+        it was measured.
         """
-        number = int(state.num_updates)
+        self.wait()
+        number, self._fault = int(state.num_updates), ""
         if number in self._manager.all_steps():  # the same state, saved a moment ago
             return
         items = {"state": ocp.args.StandardSave(state), "facts": ocp.args.JsonSave(facts)}
@@ -91,13 +108,78 @@ class Checkpoints:
         if ahead is not None:
             items["ahead"] = ocp.args.StandardSave(ahead)
         metrics = None if accuracy is None else {"accuracy": accuracy}
-        self._manager.save(number, args=ocp.args.Composite(**items), metrics=metrics)
+        self._saving = number
+        self._num_bytes = sum(x.nbytes for x in jax.tree.leaves((state, experience, ahead)))
+        try:
+            self._manager.save(number, args=ocp.args.Composite(**items), metrics=metrics)
+        except Exception as error:  # as in `_open`
+            self._fault = _reason(error)
+
+    def poll(self) -> None:
+        """Tells of a save that has failed, and frees what it wrote; does not wait for one."""
+        if self._saving is None:
+            return
+        busy = self._manager.is_saving_in_progress()
+        if not hosts.first_of("busy" if busy else ""):
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when what was started is on disk, or has failed and is told.
+
+        Raises `NotSaved` when as many have failed in a row as may.
+        """
+        if self._saving is None:
+            return
+        number, self._saving = self._saving, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # as in `_open`
+            self._fault = _reason(error)
+        self._fault = hosts.first_of(self._fault)
+        if not self._fault:
+            self._num_failed = 0
+            return
+        self._num_failed += 1
+        self._discard(number)
+        self._fault = self._told(number)
+        if self._num_failed >= self._max_failed:
+            raise NotSaved(self._fault)
+        say(
+            f"warning: {self._fault} The run goes on and tries again at the next save; it ends "
+            f"when checkpoint.max_failed = {self._max_failed} fail in a row."
+        )
+
+    def close(self) -> None:
+        """Waits, then lets go of the folder. Raises `NotSaved` when the newest save has failed."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+        if self._fault:
+            raise NotSaved(self._fault)
+
+    def _discard(self, number: int) -> None:
+        """Deletes what a failed save has written, and forgets it."""
+        self._manager.close()
+        if hosts.is_first():
+            for partial in self._folder.glob(f"{number}{ocp_path.atomicity.TMP_DIR_SUFFIX}*"):
+                partial.rmtree()
+        hosts.meet("the end of a failed save")
+        self._manager = self._open()
+
+    def _told(self, number: int) -> str:
+        before, free = self._manager.latest_step(), disk.free(self._folder)
+        return (
+            f"checkpoint {number} could not be written to {self._folder}: {self._fault}. It has "
+            f"{disk.size(self._num_bytes)} before compression{free and f', and {free} are free'}. "
+            + ("There is no checkpoint yet." if before is None else f"The newest is {before}.")
+        )
 
     def latest(self) -> int | None:
         """Number of the newest checkpoint that is as it was written; None if there is none.
 
-        All its files are read. One that is damaged is told and set aside, under a name that is no
-        number, and the one before is taken. Every process must call it: each reads its share.
+        All its files are read, by each process a share. One that is damaged is told and set aside,
+        under a name that is no number, and the one before is taken.
         """
         self.wait()
         while (number := self._manager.latest_step()) is not None:
@@ -140,6 +222,7 @@ class Checkpoints:
         `like` may hold `jax.ShapeDtypeStruct`s. Raises ValueError, before any array is read, when
         the checkpoint is of another model or optimizer.
         """
+        self.wait()
         _check_fits(self._manager, number, like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
         return self._manager.restore(number, args=args)["state"]
@@ -171,14 +254,6 @@ class Checkpoints:
         restore = ocp.args.StandardRestore(jax.tree.map(like, items[name].tree))
         args = ocp.args.Composite(**{name: restore})
         return dict(self._manager.restore(number, args=args)[name])
-
-    def wait(self) -> None:
-        """Returns when everything started is on disk; raises what went wrong in writing it."""
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits, then lets go of the folder."""
-        self._manager.close()
 
 
 def newest_params(folder: Path, like: Params) -> Params:
@@ -227,6 +302,18 @@ def _sealing(folder: epath.Path) -> type:
     return Sealing
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """False for the tracebacks of Orbax's threads: what failed there is told by `Checkpoints`."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _reason(error: Exception) -> str:
+    """Why a save has failed, in one line."""
+    if disk.is_full(error):
+        return "no space is left on the disk"
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error!r}"[:300]
+
+
 def _damage(folder: epath.Path, part: int = 0, parts: int = 1) -> str:
     """What is wrong with a checkpoint's files, in words; "" for nothing."""
     try:
@@ -243,7 +330,6 @@ def _check_fits(manager: ocp.CheckpointManager, number: int, like: Any) -> None:
     Only the top-level parts that `like` has are compared. Orbax's own refusal comes in the middle
     of reading and leaves failed tasks behind.
     """
-    manager.wait_until_finished()
     stored, needed = _shapes(manager.item_metadata(number)["state"].tree), _shapes(like)
     parts = {name.split("/")[0] for name in needed}
     wrong = [f"{name} is missing" for name in needed.keys() - stored.keys()]

@@ -145,6 +145,7 @@ def default() -> ConfigDict:
     c.checkpoint.folder = ""  # where they are kept, gs://BUCKET/PATH too; "": in the workdir
     c.checkpoint.every_steps = 50  # 0: at the end only
     c.checkpoint.keep = 2  # the newest this many, and besides them the one of best accuracy
+    c.checkpoint.max_failed = 3  # the run ends when this many in a row cannot be written
     c.checkpoint.export = True  # write a Hugging Face folder at the end
 
     c.logging = ConfigDict()
@@ -328,7 +329,7 @@ _POSITIVE = (
     "data.max_prompt_tokens data.num_train model.num_layers model.width model.mlp_width "
     "model.num_heads model.num_kv_heads optim.learning_rate optim.max_skipped optim.eps "
     "sft.batch sft.learning_rate sft.max_tokens checkpoint.keep rewards.time_limit_s "
-    "hosts.start_limit_s hosts.lost_limit_s algorithm.importance_cap"
+    "checkpoint.max_failed hosts.start_limit_s hosts.lost_limit_s algorithm.importance_cap"
 ).split()
 _NOT_NEGATIVE = (
     "seed rollout.temperature rollout.top_k rollout.num_slots algorithm.clip_low "

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax import estimates, hosts
+from grpo_jax import disk, estimates, hosts
 from grpo_jax.data.problems import Problem
 from grpo_jax.estimates import Tally
 from grpo_jax.judge import Judge
+from grpo_jax.metrics import say
 from grpo_jax.phases import phase
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import score as score_lib
@@ -174,7 +175,12 @@ def run(
         on_answer=on_answer,
     )
     if file is not None and hosts.is_first():
-        write_items(file, answered)
+        try:
+            write_items(file, answered)
+        except OSError as error:  # the numbers are there; a run does not end for the texts
+            if not disk.is_full(error):
+                raise
+            say(f"warning: {file} cannot be written, the disk is full. It is left out.")
     if greedy:
         tallies = greedy_tallies(answered, int(answered.length_PG.max()))
         tallies.pop("stopped_length")  # undefined where none stopped

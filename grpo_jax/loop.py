@@ -25,6 +25,7 @@ from grpo_jax import lines as lines_lib
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import parts as parts_lib
 from grpo_jax.algorithm import update as update_lib
+from grpo_jax.checkpoints import NotSaved
 from grpo_jax.compiling import Compiling
 from grpo_jax.drawing import Drawn
 from grpo_jax.judge import Complaints
@@ -129,6 +130,7 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
             at.step, at.update, experience = at.step + 1, 0, None
             at.rollout_metrics, at.update_metrics, times = {}, [], {}
             stops = stop.asked()
+            parts.checkpoints.poll()
             if stops or _saves(parts, at) or _evaluates(parts, at):
                 lines.read()
                 watchdog.phase(f"The evaluation after {now}")
@@ -275,7 +277,11 @@ def _stop(parts: Parts, state, at: Position, experience, ahead, stop, began: flo
 
 def _finish(parts: Parts, state: TrainState, at: Position, wall_s: float) -> dict[str, Any]:
     """Exports the model, draws the curves, and writes and shows the summary."""
-    parts.checkpoints.close()
+    unsaved = None
+    try:
+        parts.checkpoints.close()
+    except NotSaved as error:  # the model is at hand still
+        unsaved = error
     export = parts.folder / "export"
     summary = {
         "accuracy_before": at.accuracy_before,
@@ -302,6 +308,8 @@ def _finish(parts: Parts, state: TrainState, at: Position, wall_s: float) -> dic
         summary["generated_tokens_per_s"] = round(report.mean_throughput(parts.folder), 1)
         summary["curves"] = str(report.curves(parts.folder))
         workdir.write_json(parts.folder / "summary.json", summary)
+    if unsaved:
+        raise unsaved
     return summary
 
 

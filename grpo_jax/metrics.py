@@ -17,16 +17,16 @@ import unicodedata
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from rich import progress
 from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
-from tensorboardX import SummaryWriter
 
 from grpo_jax.credentials import hidden
+from grpo_jax.logs import EventLog, Log
 
 
 class Metric(NamedTuple):
@@ -181,13 +181,7 @@ class Writers:
             first_step if first_sample_step is None else first_sample_step,
         )
         if tensorboard:
-            # Files are named by second and read in order of name: the suffix keeps a quick restart
-            # from writing over the file before it.
-            self._board = SummaryWriter(
-                str(workdir / "tensorboard"),
-                purge_step=first_step,
-                filename_suffix=f".{time.time_ns()}",
-            )
+            self._board = EventLog(workdir / "tensorboard", first_step, say)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes metrics of a step, each of a name in METRICS. JSON gets null for NaN and inf."""
@@ -197,11 +191,10 @@ class Writers:
             return
         floats = {name: float(value) for name, value in values.items()}
         finite = {n: v if math.isfinite(v) else None for n, v in floats.items()}
-        _write_line(self._metrics, {"step": int(step)} | finite)
+        self._metrics.line({"step": int(step)} | finite)
         if self._board:
             for name, value in floats.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
+                self._board.scalar(name, value, step)
         if self._wandb:
             # W&B ignores steps below its newest: those that a resumed run computes again, alike.
             self._wandb.log(floats, step=step)
@@ -211,10 +204,9 @@ class Writers:
         if not self._enabled:
             return
         for row in rows:
-            _write_line(self._samples, {"step": int(step)} | row)
+            self._samples.line({"step": int(step)} | row)
         if self._board:
-            self._board.add_text("samples", _markdown(rows), step)
-            self._board.flush()
+            self._board.text("samples", _markdown(rows), step)
 
     def close(self) -> None:
         """Closes the files; further writing fails."""
@@ -237,22 +229,18 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def _reopen(path: Path, first_step: int) -> IO[str]:
+def _reopen(path: Path, first_step: int) -> Log:
     """The log opened for appending, without its lines of `first_step` or later."""
     if path.exists():
         kept = path.with_name(path.name + ".new")
         with kept.open("w", encoding="utf-8") as file:
             for row in read_jsonl(path):
                 if row["step"] < first_step:
-                    _write_line(file, row)
+                    file.write(json.dumps(row) + "\n")
+            file.flush()
             os.fsync(file.fileno())
         os.replace(kept, path)
-    return path.open("a", encoding="utf-8")
-
-
-def _write_line(file: IO[str], row: dict[str, Any]) -> None:
-    file.write(json.dumps(row) + "\n")
-    file.flush()  # a killed run leaves all but the line it was writing
+    return Log(path, say)
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:

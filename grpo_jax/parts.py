@@ -216,7 +216,9 @@ def build(
         update=learner.update,
         ref_params=_reference(config, policy, mesh) if config.algorithm.kl_coef else None,
         checkpoints=Checkpoints(
-            config.checkpoint.folder or folder / "checkpoints", keep=config.checkpoint.keep
+            config.checkpoint.folder or folder / "checkpoints",
+            keep=config.checkpoint.keep,
+            max_failed=config.checkpoint.max_failed,
         ),
         rewards=start_rewards(config, rewards),  # last: nothing is refused from here on
     )

@@ -15,7 +15,7 @@ import jax
 from ml_collections import ConfigDict
 
 from grpo_jax import config as config_lib
-from grpo_jax import hosts
+from grpo_jax import disk, hosts
 from grpo_jax.credentials import hidden
 from grpo_jax.metrics import console, say
 from grpo_jax.workdir import Stopped
@@ -132,6 +132,8 @@ def main(run: Callable[[list[str]], None]) -> None:
         _end("interrupted", 130)
     except Exception as error:
         message = hosts.lost_another(error) or (str(error) if isinstance(error, ValueError) else "")
+        if disk.is_full(error) and not message:
+            message = f"the disk is full ({error}). Make space; the same command continues a run."
         if os.environ.get("GRPO_JAX_TRACEBACK") or not message:
             if hosts.count() == 1:
                 sys.excepthook = _show_traceback

@@ -83,7 +83,11 @@ def run(config: ConfigDict, folder: Path) -> Path:
         kernels=splash.choose(config.model.attention, policy.model, mesh),
     )
     update = _make_update(scorer, optimizer, config.sft.microbatch or config.sft.batch, config)
-    checkpoints = Checkpoints(config.checkpoint.folder or folder / "checkpoints", keep=2)
+    checkpoints = Checkpoints(
+        config.checkpoint.folder or folder / "checkpoints",
+        keep=2,
+        max_failed=config.checkpoint.max_failed,
+    )
     with phase("start"):
         state = _start(checkpoints, policy, mesh, optimizer, config)
     first = int(state.num_updates)
@@ -118,6 +122,7 @@ def run(config: ConfigDict, folder: Path) -> Path:
             every = config.sft.checkpoint_every_steps
             due = every and (step + 1) % every == 0
             stops = stop.asked()
+            checkpoints.poll()
             if step + 1 < num_steps and (stops or due):
                 checkpoints.save(state, {})
             if stops and step + 1 < num_steps:

@@ -73,11 +73,15 @@ def _has_results(folder: Path) -> bool:
 def write_whole(file: Path, text: str) -> None:
     """Writes a file so that a reader, or a crash, finds the old text or the new, never a part."""
     partial = file.with_name(file.name + ".new")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except OSError:  # a full disk: what little there is of it is space for others
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,20 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the shared data: {folder} does not exist (set GRPO_JAX_SHARED)")
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """The folder of a disk of 1 MB of its own, which can be filled."""
+    folder = tmp_path / "small_disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs the right to mount a tmpfs, as root has")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture(scope="module")

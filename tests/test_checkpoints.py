@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ import pytest
 
 from grpo_jax import optim, sharding
 from grpo_jax.algorithm import update as update_lib
-from grpo_jax.checkpoints import Checkpoints, newest_params
+from grpo_jax.checkpoints import Checkpoints, NotSaved, newest_params
 from grpo_jax.models import transformer
-from grpo_jax.structs import Experience, ModelConfig, Rollouts
+from grpo_jax.structs import Experience, ModelConfig, Rollouts, TrainState
 
 MODEL = ModelConfig(
     family="qwen2", vocab_size=8, width=16, mlp_width=24, num_layers=1, num_heads=2,
@@ -270,6 +271,53 @@ def test_when_all_are_damaged_the_run_begins_again(tmp_path, two, capsys):
     again.close()
     with pytest.raises(ValueError, match="holds no whole checkpoint"):
         newest_params(tmp_path / "c", {})
+
+
+def _tiny(number: int) -> TrainState:
+    """A state of 400 kB that does not compress."""
+    values = np.random.default_rng(number).normal(size=100_000).astype(np.float32)
+    return TrainState(
+        params={"a": jnp.asarray(values)},
+        opt_state=(),
+        num_updates=jnp.int32(number),
+        num_skipped=jnp.int32(0),
+    )
+
+
+def test_a_full_disk_is_told_and_costs_no_checkpoint(small_disk, capsys):
+    ballast, folder = small_disk / "ballast", small_disk / "c"
+    checkpoints = Checkpoints(folder, keep=1, max_failed=2)
+    checkpoints.save(_tiny(1), {})
+    checkpoints.wait()
+    ballast.write_bytes(bytes(400_000))
+
+    checkpoints.save(_tiny(2), {})
+    while "warning" not in (told := _said(capsys)):  # without waiting for it
+        checkpoints.poll()
+        time.sleep(0.01)
+    for words in (
+        f"checkpoint 2 could not be written to {folder}: no space is left on the disk",
+        "It has 400 kB before compression, and",
+        "are free. The newest is 1. The run goes on",
+        "it ends when checkpoint.max_failed = 2 fail in a row",
+    ):
+        assert words in told
+    assert [p.name for p in folder.iterdir()] == ["1"]  # what was written of it is gone
+
+    ballast.unlink()
+    checkpoints.save(_tiny(3), {})
+    checkpoints.wait()
+    assert checkpoints.latest() == 3
+    _same_bits(checkpoints.restore(3, _tiny(0)), _tiny(3))
+
+    ballast.write_bytes(bytes(400_000))
+    checkpoints.save(_tiny(4), {})
+    checkpoints.save(_tiny(5), {})  # the first of a new row is told here
+    with pytest.raises(NotSaved, match=r"checkpoint 5 could not be .* The newest is 3"):
+        checkpoints.wait()
+    with pytest.raises(NotSaved):  # nothing was saved since
+        checkpoints.close()
+    assert [p.name for p in folder.iterdir()] == ["3"]
 
 
 def test_saving_the_same_state_again_does_nothing(tmp_path, mesh):

@@ -1,0 +1,95 @@
+"""Files that grow while a run goes on, and outlive a full disk.
+
+What cannot be written waits in memory and is written first when there is space again, so that no
+line is torn and none is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
+
+from grpo_jax import disk
+
+
+class Log:
+    """A file that records are appended to."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]):
+        """`say` gets the warnings."""
+        self._path, self._say, self._waiting, self._told = path, say, bytearray(), False
+        self._file = path.open("ab", buffering=0)  # a killed run leaves all but what it was writing
+
+    def line(self, row: dict[str, Any]) -> None:
+        """Appends an object as a line of JSON."""
+        self.append(json.dumps(row).encode() + b"\n")
+
+    def append(self, record: bytes) -> None:
+        """Appends bytes, or keeps them until there is space, and says so once."""
+        self._waiting += record
+        try:
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+            self._told = False
+        except OSError as error:
+            if not disk.is_full(error):
+                raise
+            if not self._told:
+                self._say(
+                    f"warning: {self._path} cannot be written, the disk is full. The run goes on; "
+                    "what belongs there is kept in memory until there is space."
+                )
+            self._told = True
+
+    def close(self) -> None:
+        """Closes the file; says what could not be written to the end."""
+        self.append(b"")
+        if self._waiting:
+            size = disk.size(len(self._waiting))
+            self._say(f"warning: the last {size} of {self._path} are lost, the disk is full.")
+        self._file.close()
+
+
+class EventLog:
+    """Scalars and texts for TensorBoard.
+
+    Written here and not by tensorboardX's writer: that one's thread ends at a full disk, and then
+    the run waits for it forever (2.6.5).
+    """
+
+    def __init__(self, folder: Path, first_step: int, say: Callable[[str], None]):
+        """What an earlier file of the folder has of `first_step` or later is no longer shown."""
+        folder.mkdir(parents=True, exist_ok=True)
+        # Files are read in order of name; named by second alone, a quick restart would write over
+        # the one before.
+        now = time.time_ns()
+        name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
+        self._log = Log(folder / name, say)
+        self._add(Event(file_version="brain.Event:2"))
+        self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        self._add(Event(step=step, summary=summary.scalar(name, value)))
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """A text in Markdown."""
+        self._add(Event(step=step, summary=summary.text(name, text)))
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        data = event.SerializeToString()
+        header = struct.pack("<Q", len(data))
+        sums = [struct.pack("<I", masked_crc32c(part)) for part in (header, data)]
+        self._log.append(header + sums[0] + data + sums[1])
+
+    def close(self) -> None:
+        self._log.close()
