@@ -161,7 +161,7 @@ class Checkpoints:
     def _discard(self, number: int) -> None:
         """Deletes what a failed save has written, and forgets it."""
         self._manager.close()
-        if hosts.is_first():
+        if hosts.is_first():  # Orbax would do it too, but later: what is free then is told
             for partial in self._folder.glob(f"{number}{ocp_path.atomicity.TMP_DIR_SUFFIX}*"):
                 partial.rmtree()
         hosts.meet("the end of a failed save")

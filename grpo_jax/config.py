@@ -145,6 +145,9 @@ def default() -> ConfigDict:
     c.checkpoint.folder = ""  # where they are kept, gs://BUCKET/PATH too; "": in the workdir
     c.checkpoint.every_steps = 50  # 0: at the end only
     c.checkpoint.keep = 2  # the newest this many, and besides them the one of best accuracy
+    # Seconds after its start at which the program saves and ends, as before the end of a queue's
+    # time; leave some for a rollout, an update and the save. 0: never
+    c.checkpoint.save_before_s = 0.0
     c.checkpoint.max_failed = 3  # the run ends when this many in a row cannot be written
     c.checkpoint.export = True  # write a Hugging Face folder at the end
 
@@ -338,7 +341,7 @@ _NOT_NEGATIVE = (
     "evaluation.temperature checkpoint.every_steps logging.samples_every_steps logging.num_samples "
     "data.num_eval sft.num_steps sft.microbatch sft.warmup_steps sft.weight_decay "
     "sft.checkpoint_every_steps rewards.num_workers rewards.memory_gb rewards.max_failed_share "
-    "loop.stall_limit_s batch.memory_limit_gib"
+    "loop.stall_limit_s batch.memory_limit_gib checkpoint.save_before_s"
 ).split()
 
 

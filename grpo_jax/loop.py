@@ -71,7 +71,7 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
     )
     num_steps, updates = config.loop.num_steps, config_lib.num_updates_per_step(config)
     with (
-        workdir.StopSignal() as stop,
+        workdir.StopSignal(config.checkpoint.save_before_s) as stop,
         metrics_lib.Progress(num_steps, first_step=at.step) as bar,
         Compiling() as compiling,
         Watchdog(config.loop.stall_limit_s) as watchdog,

@@ -117,17 +117,25 @@ def use_nan_checks(check: bool) -> None:
     jax.config.update("jax_debug_nans", check)
 
 
+STOPPED = 75  # "try again", EX_TEMPFAIL of sysexits.h
+
+
 def main(run: Callable[[list[str]], None]) -> None:
     """Runs a program; a user's mistake ends it with one message and status 1.
 
-    Of several processes, what ends one ends all.
+    One that was asked to stop, and has saved, ends with status 75, by which a launcher knows that
+    there is more to do. Of several processes, what ends one ends all.
     """
     try:
+        status = 0
         try:
             run(sys.argv[1:])
         except Stopped as stopped:
             say(str(stopped))
+            status = STOPPED
         hosts.finish()
+        if status:
+            sys.exit(status)
     except KeyboardInterrupt:
         _end("interrupted", 130)
     except Exception as error:

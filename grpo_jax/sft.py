@@ -100,7 +100,7 @@ def run(config: ConfigDict, folder: Path) -> Path:
         enabled=hosts.is_first(),
     )
     with (
-        workdir.StopSignal() as stop,
+        workdir.StopSignal(config.checkpoint.save_before_s) as stop,
         Watchdog(config.loop.stall_limit_s) as watchdog,
         metrics_lib.Progress(num_steps, first_step=first, every_steps=100, noun="sft") as bar,
     ):

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -89,24 +90,30 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
     write_whole(file, json.dumps(value, indent=1) + "\n")
 
 
+_STARTED = time.monotonic()  # of the program, but for a few seconds of imports
+
+
 class Stopped(Exception):  # noqa: N818  (not an error)
     """The run was asked to stop, and has saved what it needs to continue."""
 
 
 class StopSignal:
-    """SIGTERM or Ctrl-C, noted: the run saves at the next boundary and ends.
+    """SIGTERM, SIGUSR1, Ctrl-C or the end of its time, noted: the run saves at the next boundary.
 
     A context manager: outside it the signals do what they did before. A second Ctrl-C ends the
     program at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, save_before_s: float = 0.0) -> None:
+        """`save_before_s`: after the program's start the time is over; 0: never."""
         self.name = ""  # of the signal that all know of
         self._own = ""  # of what this process was sent
+        self._save_before_s = save_before_s
 
     def __enter__(self) -> StopSignal:
         self._before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+            number: signal.signal(number, self._note)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         }
         return self
 
@@ -115,7 +122,10 @@ class StopSignal:
             signal.signal(number, handler)
 
     def asked(self) -> bool:
-        """Whether a signal came, to any process; all must ask, and hear the same."""
+        """Whether any process got a signal or is out of time; all must ask, and hear the same."""
+        over = self._save_before_s and time.monotonic() - _STARTED >= self._save_before_s
+        if over and not self._own:
+            self._own = f"checkpoint.save_before_s = {self._save_before_s:g}"
         if not self.name:
             self.name = hosts.first_of(self._own)
         return bool(self.name)

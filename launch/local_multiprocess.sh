@@ -28,6 +28,7 @@ say() { echo "local_multiprocess: $*" >&3; }
 # The first asks the run to save and end, the second ends it.
 trap 'kill -TERM "${running[@]}"; trap "kill -KILL -- \${groups[*]}" INT TERM' INT TERM
 
+result=0
 ended=() # "process number, status" of those that failed
 collect() {
   local i status
@@ -35,7 +36,11 @@ collect() {
     kill -0 "${running[i]}" 2>/dev/null && continue
     wait "${running[i]}"
     status=$?
-    ((status == 0)) || ended+=("$i $status")
+    case $status in
+      0) ;;
+      75) result=75 ;; # it was asked to stop and has saved, as the others do
+      *) ended+=("$i $status") ;;
+    esac
     unset "running[i]"
   done
 }
@@ -48,7 +53,7 @@ if ((${#ended[@]})); then
   sleep 0.5 # those that the first took along
   collect
 fi
-result=0
+((${#ended[@]} == 0)) || result=0
 told_by_signal=() told=()
 for entry in ${ended[@]+"${ended[@]}"}; do
   read -r i status <<<"$entry"

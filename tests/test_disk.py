@@ -12,6 +12,7 @@ def test_a_full_disk_is_known_by_its_number_and_by_its_words():
         with pytest.raises(OSError) as info:
             file.write(b"x")
     assert disk.is_full(info.value)
+    assert disk.is_full(OSError(info.value.errno, "in another language"))
     assert disk.is_full(ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device"))
     assert not disk.is_full(ValueError("RESOURCE_EXHAUSTED: out of memory"))
     assert not disk.is_full(FileNotFoundError(2, "No such file"))

@@ -92,6 +92,18 @@ def test_a_signal_reaches_all_processes():
         assert sorted(launched.stdout) == ["[0] saved\n", "[1] saved\n"]
 
 
+def test_processes_that_were_stopped_are_waited_for():
+    """Status 75: saved, and to be started again."""
+    code = "case $JAX_PROCESS_ID in 0) exit 75;; 1) sleep 2; echo saved; exit 75;; esac"
+    done = subprocess.run(
+        [LAUNCH / "local_multiprocess.sh", "2", "bash", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (75, "[1] saved\n", "")
+
+
 def test_processes_that_end_well_end_well():
     done = subprocess.run(
         [LAUNCH / "local_multiprocess.sh", "2", "true"], capture_output=True, text=True, timeout=50

@@ -6,6 +6,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from grpo_jax import program, workdir
+
 SCRIPT = """
 import os, jax
 from grpo_jax import config, program
@@ -45,3 +49,23 @@ def test_small_models_have_a_device_for_each_core():
 
 def test_flags_that_say_how_many_devices_there_are_hold():
     assert _run("--xla_force_host_platform_device_count=3") == ["-1"] * 5 + ["3 -1"]
+
+
+def test_a_stopped_run_has_a_status_of_its_own(capsys):
+    def run(argv):
+        raise workdir.Stopped("Stopped by SIGTERM at step 3")
+
+    with pytest.raises(SystemExit) as info:
+        program.main(run)
+    assert info.value.code == 75 and capsys.readouterr().out == "Stopped by SIGTERM at step 3\n"
+
+
+def test_a_full_disk_is_one_message(capsys):
+    def run(argv):
+        with open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"x")
+
+    with pytest.raises(SystemExit) as info:
+        program.main(run)
+    assert info.value.code == 1
+    assert capsys.readouterr().err.startswith("error: the disk is full ([Errno 28] No space left")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_is_noted(number):
     before = signal.getsignal(number)
     with workdir.StopSignal() as stop:
@@ -88,6 +89,17 @@ def test_a_signal_is_noted(number):
         signal.raise_signal(number)
         assert stop.asked() and stop.name == signal.Signals(number).name
     assert signal.getsignal(number) is before
+
+
+def test_the_end_of_its_time_is_noted(monkeypatch):
+    now = time.monotonic()
+    monkeypatch.setattr(workdir, "_STARTED", now - 99)
+    with workdir.StopSignal(0) as never, workdir.StopSignal(1e4) as later:
+        assert not never.asked() and not later.asked()
+    with workdir.StopSignal(100) as stop:
+        assert not stop.asked()
+        monkeypatch.setattr(workdir, "_STARTED", now - 101)
+        assert stop.asked() and stop.name == "checkpoint.save_before_s = 100"
 
 
 def test_a_second_interrupt_ends_at_once():

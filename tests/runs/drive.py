@@ -28,6 +28,9 @@ class StopAfter:
     of = "update"
     after: int | None = None
 
+    def __init__(self, save_before_s):
+        pass
+
     def __enter__(self):
         return self
 

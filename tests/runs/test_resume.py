@@ -157,7 +157,7 @@ def test_a_changed_config_is_refused(runs):
     assert "optim.learning_rate: 0.001 there, 0.5 now" in end
 
 
-def test_sigterm_saves_and_ends_with_status_0(runs, slow_reward, tmp_path):
+def test_sigterm_saves_and_ends_with_status_75(runs, slow_reward, tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "grpo_jax.train", *_argv(folder)]
     log = tmp_path / "log"
@@ -171,7 +171,7 @@ def test_sigterm_saves_and_ends_with_status_0(runs, slow_reward, tmp_path):
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 0, log.read_text()
+    assert process.wait(timeout=60) == 75, log.read_text()
     assert "Stopped by SIGTERM at step" in log.read_text() and "continues" in log.read_text()
     updates = int(final_state(folder)["/num_updates"])
     assert 4 <= updates < 16
