@@ -260,12 +260,15 @@ def _loss_sums(params: Params, scorer: update_lib.Scorer, part: Rollouts):
 
 def _make_update(scorer: update_lib.Scorer, optimizer, size: int, config: ConfigDict):
     """A function `(state, rows) -> (state, metrics as numbers)`; microbatches differ in length."""
-    shards = sharding.num_row_shards(scorer.mesh)
+    shards = sharding.num_row_shards(scorer.mesh) * scorer.parts
 
     def through(params: Params, carry: update_lib.Carry, part: Rollouts) -> update_lib.Carry:
         sums_of = lambda params, part: _loss_sums(params, scorer, part)  # noqa: E731
         return update_lib.add_gradient(
-            sums_of, params, carry, sharding.split_within_shard(scorer.mesh, part)
+            sums_of,
+            params,
+            carry,
+            sharding.split_within_shard(scorer.mesh, part, scorer.row_axis),
         )
 
     empty, add = update_lib.make_adding(scorer, through, sums=("loss", "count"), maxima=())

@@ -38,6 +38,9 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     # arXiv:2309.14509).
     "shard_rows": ("fsdp",),
     "tokens": ("sequence",),
+    # Where the key-value heads do not split over tensor, all but MLP and vocabulary splits by row.
+    "attention_rows": ("fsdp", "tensor"),
+    "attention_slots": (*SLOT_AXES, "tensor"),
     "attention_heads": ("tensor", "sequence"),
 }
 
@@ -96,15 +99,27 @@ def num_slot_shards(mesh: Mesh) -> int:
 
 
 def sharding_of(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """The sharding of an array whose dimensions have these logical axes (None: replicated)."""
+    """The sharding of an array whose dimensions have these logical axes (None: replicated).
+
+    A mesh axis splits the first of the dimensions that name it.
+    """
     spec = []
-    for axis, size in zip(axes, shape, strict=True):
+    for candidates, size in zip(_mesh_axes(axes), shape, strict=True):
         names = []
-        for name in LOGICAL_AXES[axis] if axis else ():
+        for name in candidates:
             if size % (math.prod(mesh.shape[n] for n in names) * mesh.shape[name]) == 0:
                 names.append(name)
         spec.append(tuple(names) if names else None)
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _mesh_axes(axes: tuple[str | None, ...]) -> list[tuple[str, ...]]:
+    """The mesh axes of each dimension, without those of a dimension before it."""
+    found: list[tuple[str, ...]] = []
+    for axis in axes:
+        used = {name for names in found for name in names}
+        found.append(tuple(n for n in LOGICAL_AXES[axis] if n not in used) if axis else ())
+    return found
 
 
 def tree_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
@@ -123,6 +138,35 @@ def by_slot_shard(mesh: Mesh, f: Callable, num_whole: int) -> Callable:
     it needs. The tensor axis is left to XLA.
     """
     return _by_hand(mesh, f, num_whole, SLOT_AXES, SLOT_AXES)
+
+
+def num_shards_of(mesh: Mesh, axis: str, size: int) -> int:
+    """Into how many parts a dimension of this logical axis and size is split."""
+    return size // sharding_of(mesh, (axis,), (size,)).shard_shape((size,))[0]
+
+
+def attention_parts(mesh: Mesh, num_kv_heads: int) -> int:
+    """Into how many parts devices that share the MLP split the rows of attention.
+
+    Those of the tensor axis do where the key-value heads do not split over them: each then has all
+    heads of its rows, in place of parts of heads, which would have to be sent about.
+    """
+    tensor = mesh.shape["tensor"]
+    return tensor if num_kv_heads % tensor and mesh.shape["sequence"] == 1 else 1
+
+
+def row_axis(mesh: Mesh, num_kv_heads: int) -> str:
+    """The logical axis of the rows that a data shard scores."""
+    return "attention_rows" if attention_parts(mesh, num_kv_heads) > 1 else "shard_rows"
+
+
+def place_in_slots(mesh: Mesh, x: jax.Array, *, split: bool = False) -> jax.Array:
+    """Inside `by_slot_shard`: the same on every device of the shard, or split by row over them."""
+    if mesh.shape["tensor"] == 1:
+        return x
+    return jax.lax.with_sharding_constraint(
+        x, PartitionSpec("tensor") if split else PartitionSpec()
+    )
 
 
 def by_data_shard(mesh: Mesh, f: Callable, num_whole: int) -> Callable:
@@ -172,11 +216,11 @@ def _called_as(f: Callable, wrapper: Callable) -> Callable:
     return wrapper
 
 
-def split_within_shard(mesh: Mesh, tree: Any) -> Any:
+def split_within_shard(mesh: Mesh, tree: Any, axis: str = "shard_rows") -> Any:
     """Inside `by_data_shard`: the rows split over the devices of the shard."""
-    if mesh.shape["fsdp"] == 1:
+    if math.prod(mesh.shape[name] for name in LOGICAL_AXES[axis]) == 1:
         return tree
-    placed = NamedSharding(mesh, PartitionSpec("fsdp"))
+    placed = NamedSharding(mesh, PartitionSpec(LOGICAL_AXES[axis]))
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, placed), tree)
 
 
@@ -185,7 +229,7 @@ def place_within_shard(mesh: Mesh, x: jax.Array, axes: tuple[str | None, ...]) -
 
     Else XLA may leave them split as an embedding is, and send activations in place of weights.
     """
-    if mesh.shape["sequence"] == mesh.shape["fsdp"] == 1:
+    if mesh.shape["data"] == mesh.size:
         return x
     return jax.lax.with_sharding_constraint(x, sharding_of(mesh, axes, x.shape))
 
@@ -203,10 +247,7 @@ def by_head_shard(mesh: Mesh, f: Callable, axes: Sequence, out_axes: Sequence) -
     if mesh.shape["data"] == mesh.size:
         return f
     specs, out_specs = (
-        tuple(
-            PartitionSpec(*(LOGICAL_AXES[name] if name else None for name in names)) for names in of
-        )
-        for of in (axes, out_axes)
+        tuple(PartitionSpec(*_mesh_axes(names)) for names in of) for of in (axes, out_axes)
     )
     return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
 

@@ -60,7 +60,7 @@ class Scorer:
     def microbatches(self, rollouts: Rollouts, groups_P: np.ndarray) -> packing.Microbatches:
         """Some groups of each data shard in microbatches of about equally many tokens."""
         prompt_tokens, (_, group, tokens) = rollouts.prompt_PQ.shape[1], rollouts.logp_PGC.shape
-        shards, devices = (self.mesh.shape[name] for name in sharding.ROW_AXES)
+        shards, devices = self.mesh.shape["data"], self.mesh.shape["fsdp"] * self.parts
         sequence = self.mesh.shape["sequence"]
         whole = prompt_tokens + group * max(tokens - 1, 1)
         tokens_at_once = self.tokens or usual_tokens(self.mesh)
@@ -73,6 +73,22 @@ class Scorer:
             devices=devices,
             multiple=sequence,
         )
+
+    @property
+    def parts(self) -> int:
+        """Rows of attention to one of the MLP and the vocabulary."""
+        return sharding.attention_parts(self.mesh, self.model.num_kv_heads)
+
+    @property
+    def row_axis(self) -> str:
+        return sharding.row_axis(self.mesh, self.model.num_kv_heads)
+
+    def rows_of_vocabulary(self, x: Array) -> Array:
+        """Values by row of attention [D, E, ...], those that share the head one after another."""
+        if self.parts == 1:
+            return x
+        axes = ("shard_rows",) + (None,) * (x.ndim - 1)
+        return self.place(x, axes).reshape(-1, self.parts * x.shape[1], *x.shape[2:])
 
     def place(self, x: Array, axes: tuple[str | None, ...]) -> Array:
         return sharding.place_within_shard(self.mesh, x, axes)
@@ -101,6 +117,7 @@ class Scorer:
             dtype=self.dtype,
             remat=self.remat,
             place=self.place,
+            row_axis=self.row_axis,
             kernels=self.kernels,
         )
         return hidden if layout is not None else hidden.reshape(-1, *hidden.shape[2:])
@@ -169,10 +186,11 @@ def cut_to(limit: int, longest: int) -> int:
     return min(limit, -(-longest // quarter) * quarter)
 
 
-def _rows(mesh: Mesh, tree: Any, groups_M: Array) -> Any:
+def _rows(scorer: Scorer, tree: Any, groups_M: Array) -> Any:
     """Some groups of a data shard's arrays [P, ...], over its devices by row; any group for -1."""
     groups_M = jnp.maximum(groups_M, 0)
-    return sharding.split_within_shard(mesh, jax.tree.map(lambda x: x[groups_M], tree))
+    part = jax.tree.map(lambda x: x[groups_M], tree)
+    return sharding.split_within_shard(scorer.mesh, part, scorer.row_axis)
 
 
 def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old: bool):
@@ -185,12 +203,12 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
     """
 
     def one(params, rollouts: Rollouts, logp_PGC: Array, groups_M: Array, *where: Array) -> Array:
-        part = _rows(scorer.mesh, rollouts, groups_M)
+        part = _rows(scorer, rollouts, groups_M)
         packed = _Packed.of(logp_PGC.shape[-1], groups_M, *where)
         hidden_DED = scorer.hidden(params, part, packed.layout)
         target_DE, head = packed.take(part.completion_PGC), scorer.head(params)
         logp_DE = _row_by_row(
-            scorer.mesh,
+            scorer,
             lambda hidden, target: logprobs.score(
                 hidden, head, target, scorer.sampling, scorer.along
             )[0],
@@ -244,13 +262,14 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
     return prepare
 
 
-def _row_by_row(mesh: Mesh, f: Callable, *rows: Any) -> Any:
+def _row_by_row(scorer: Scorer, f: Callable, *rows: Any) -> Any:
     """`f` of the row of each device by itself; its results may have one more leading axis.
 
     So what `f` sums over the chunks of its row, the head's gradient above all, is summed where it
     is, and over devices once. A row that several devices share goes with the others.
     """
-    if len(rows[0]) == 1 or mesh.shape["sequence"] > 1:
+    rows = jax.tree.map(scorer.rows_of_vocabulary, rows)
+    if len(rows[0]) == 1 or scorer.mesh.shape["sequence"] > 1:
         return f(*rows)
     return jax.vmap(lambda *row: f(*jax.tree.map(lambda x: x[None], row)))(*rows)
 
@@ -284,7 +303,7 @@ def _loss_sums(
 
     hidden_DED = scorer.hidden(params, rollouts, packed.layout)
     total, logp_DE, entropy_DE = _row_by_row(
-        scorer.mesh, loss, hidden_DED, take(rollouts.completion_PGC), weight_DE, terms
+        scorer, loss, hidden_DED, take(rollouts.completion_PGC), weight_DE, terms
     )
     total, logp_DE, entropy_DE = (
         total.sum(),
@@ -397,7 +416,7 @@ def make_update(
 
     def loss_sums(params, experience: Experience, groups_M: Array, *where: Array):
         packed = _Packed.of(experience.action_PGC.shape[-1], groups_M, *where)
-        part = _rows(scorer.mesh, experience, groups_M)
+        part = _rows(scorer, experience, groups_M)
         return _loss_sums(params, scorer, objective, part, packed)
 
     def through(params, carry: Carry, experience: Experience, *microbatches_1: Array) -> Carry:

@@ -55,7 +55,7 @@ def choose(option: str, model: ModelConfig, mesh: Mesh) -> Any:
         if on_tpu and option == "auto":
             warnings.warn(f"Attention by XLA without kernels: {obstacle}.", stacklevel=2)
         return attention
-    return Splash(mesh=mesh)
+    return Splash(mesh=mesh, rows=sharding.row_axis(mesh, model.num_kv_heads))
 
 
 # Logical axes of queries, keys and values of prompts and of lanes, and of what has no heads.
@@ -70,6 +70,7 @@ class Splash:
 
     interpret: bool = False
     mesh: Mesh | None = None  # whose devices share the rows and heads; None: one device
+    rows: str = _ROWS  # the logical axis by which they share the rows
 
     def causal(self, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, length_B: Array, window) -> Array:
         """As `attention.causal`, of models whose `window` is None."""
@@ -101,13 +102,17 @@ class Splash:
 
     def _divisible(self, k: Array, q: Array) -> Array:
         """Keys or values with as many heads as split over the devices as the queries' do."""
-        shards = sharding.num_head_shards(self.mesh) if self.mesh else 1
+        shards = sharding.num_head_shards(self.mesh) if self.mesh and self.rows == _ROWS else 1
         return k if k.shape[-2] % shards == 0 else jnp.repeat(k, q.shape[-2] // k.shape[-2], -2)
 
     def by_device(self, f: Callable, axes: Sequence, out_axes: Sequence, *arrays: Array):
         """`f` on each device's parts of the arrays; XLA does not divide a kernel by itself."""
         if self.mesh is None:
             return f(*arrays)
+        axes, out_axes = (
+            [tuple(self.rows if name == _ROWS else name for name in names) for names in of]
+            for of in (axes, out_axes)
+        )
         return sharding.by_head_shard(self.mesh, f, axes, out_axes)(*arrays)
 
 

@@ -3,7 +3,8 @@
 `score` runs prompts once and their completions beside them (training and scoring), `prefill` runs
 prompts and keeps their keys and values, `decode_token` adds one token per completion. All three
 apply the same `Block`; only the attention that it is handed differs. Layers are stacked along a
-leading axis of every parameter and scanned, except in decoding, where a scan would copy the cache.
+leading axis of every parameter and scanned, except in sampling, where a scan would copy the cache:
+`prefill` and `decode_token` take their layers one by one, in a list.
 
 Parameters, float32 unless the caller cast them, for sampling also those of `quantize.weights`;
 kernels are [in, out], heads contiguous:
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -34,6 +35,19 @@ from grpo_jax.structs import Array, ModelConfig, Params
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 # An activation and the logical axes of its dimensions to the same, placed over the devices.
 Place = Callable[[Array, tuple[str | None, ...]], Array]
+
+
+class Rows(NamedTuple):
+    """How rows that devices divide between them become whole on each for the MLP, and the inverse.
+
+    It is split by width over devices that have the attention of other rows each.
+    """
+
+    whole: Callable[[Array], Array] = lambda x: x
+    split: Callable[[Array], Array] = lambda x: x
+
+
+UNDIVIDED = Rows()
 Kernels = Any  # `attention`, or what has its `causal` and `shared_prefix`
 
 
@@ -141,12 +155,15 @@ class Block(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, cos_sin: tuple[Array, Array], attend: Attend):
+    def __call__(
+        self, x: Array, cos_sin: tuple[Array, Array], attend: Attend, rows: Rows = UNDIVIDED
+    ):
         y = _norm(self.config, self.dtype, "attention_norm")(x)
         y, kept = Attention(self.config, self.dtype, name="attention")(y, cos_sin, attend)
         x = x + y
         y = _norm(self.config, self.dtype, "mlp_norm")(x)
-        return x + MLP(self.config, self.dtype, name="mlp")(y), kept
+        y = MLP(self.config, self.dtype, name="mlp")(rows.whole(y))
+        return x + rows.split(y), kept
 
 
 def _boxed_block(config: ModelConfig, key: Array) -> Params:
@@ -192,6 +209,14 @@ def logical_axes(config: ModelConfig) -> Params:
 def param_shapes(config: ModelConfig) -> Params:
     """Shape and dtype of every parameter, without making any."""
     return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
+def unstacked(layers: Params, config: ModelConfig) -> list[Params]:
+    """Each layer's own parameters, as sampling reads them.
+
+    Taken out of the stacked ones inside its programs they would be a second copy of the weights.
+    """
+    return [jax.tree.map(lambda x: x[i], layers) for i in range(config.num_layers)]  # noqa: B023
 
 
 def head_kernel(params: Params) -> Array:
@@ -242,6 +267,7 @@ def score(
     dtype=jnp.float32,
     remat: str = "none",
     place: Place = lambda x, axes: x,
+    row_axis: str = "shard_rows",
     kernels: Kernels = attention,
 ) -> Array:
     """The hidden states that predict the completions' tokens; every prompt is computed once.
@@ -250,8 +276,8 @@ def score(
     (token_RX, lane_PLT) of `algorithm/packing.py`, [R, M * G + X, D] for R rows of M prompts: first
     the states that predict each completion's first token, which are the prompts' last, then those
     of the row's entries. Prompts and completions are padded on the right; the states of padding
-    and of empty entries mean nothing. `place` is given activations with their logical axes;
-    `kernels` compute the attention.
+    and of empty entries mean nothing. `place` is given activations with their logical axes,
+    `row_axis` that of the rows outside of MLPs; `kernels` compute the attention.
     """
     num_prompts, group, tokens = completion_PGC.shape
     if layout is None:  # a row for each prompt, a lane for each completion
@@ -275,8 +301,10 @@ def score(
     angles = attention.rotary(position, rotary_frequencies(config))
     ids = jnp.concatenate([by_row(prompt_PQ, -1), input_RX], axis=1)
     begin, block = ids.shape[1] - token_RX.shape[1], Block(config, dtype)
-    by_token, by_head = ("shard_rows", "tokens"), ("shard_rows", None, "attention_heads", None)
+    by_token, by_head = (row_axis, "tokens"), (row_axis, None, "attention_heads", None)
     split = lambda x: place(x, (*by_token, None))  # noqa: E731
+    whole = lambda x: place(x, ("shard_rows", "tokens", None))  # noqa: E731
+    rows = UNDIVIDED if row_axis == "shard_rows" else Rows(whole, split)
     to_heads = lambda x: place(place(x, (*by_token, "heads", None)), by_head)  # noqa: E731
     to_tokens = lambda x: place(place(x, by_head), (*by_token, "heads", None))  # noqa: E731
 
@@ -300,7 +328,7 @@ def score(
                 out = jnp.concatenate([out, lanes.gather(out_PLTNH)], axis=1)
             return to_tokens(out), None
 
-        x, _ = block.apply({"params": params}, split(x), angles, attend)
+        x, _ = block.apply({"params": params}, split(x), angles, attend, rows)
         return split(x), None
 
     x, _ = _scan_layers(layer, _embed(params, ids, dtype), params, config, remat)
@@ -377,36 +405,29 @@ def prefill(
     *,
     dtype=jnp.float32,
     int8_cache: bool = False,
+    rows: Rows = UNDIVIDED,
 ) -> tuple[Array, tuple]:
     """Hidden state of each prompt's last token [R, D], and the prompts' cache by layer."""
     t_Q = jnp.arange(prompt_RQ.shape[1])
     angles = attention.rotary(t_Q[None], rotary_frequencies(config))
     block = Block(config, dtype)
 
-    def layer(x_RQD, layer_and_window):
-        params, window = layer_and_window
+    windows = config.window_per_layer or (None,) * config.num_layers
+    x_RQD, cache = rows.split(_embed(params, prompt_RQ, dtype)), []
+    for layer, window in zip(params["layers"], windows, strict=True):
 
-        def attend(q, k, v):
+        def attend(q, k, v, window=window):
             out = attention.causal(q, k, v, length_R, window)
             return out, attention.prefix_cache(k, v, int8=int8_cache)
 
-        return block.apply({"params": params}, x_RQD, angles, attend)
-
-    x_RQD = _embed(params, prompt_RQ, dtype)
-    x_RQD, cache = _scan_layers(layer, x_RQD, params, config)
+        x_RQD, kept = block.apply({"params": layer}, x_RQD, angles, attend, rows)
+        cache.append(kept)
     last_RD = jnp.take_along_axis(x_RQD, (length_R - 1)[:, None, None], axis=1)[:, 0]
-    per_layer = tuple(jax.tree.map(lambda a: a[i], cache) for i in range(config.num_layers))  # noqa: B023
-    return _final_norm(params, config, last_RD, dtype), per_layer
-
-
-def unstack_layers(params: Params, config: ModelConfig) -> list[Params]:
-    """Each layer's own parameters; take them outside the token loop, so that they are read once."""
-    return [jax.tree.map(lambda a: a[i], params["layers"]) for i in range(config.num_layers)]  # noqa: B023
+    return rows.whole(_final_norm(params, config, last_RD, dtype)), tuple(cache)
 
 
 def decode_token(
     params: Params,
-    layers: list[Params],
     config: ModelConfig,
     token_RW: Array,
     prefix: tuple,
@@ -416,6 +437,7 @@ def decode_token(
     column: Array,
     *,
     dtype=jnp.float32,
+    rows: Rows = UNDIVIDED,
 ) -> tuple[Array, tuple]:
     """Hidden state after one more token per lane [R, W, D], and the completions' cache with it.
 
@@ -424,9 +446,9 @@ def decode_token(
     angles = attention.rotary(prompt_length_R[:, None] + time_RW, rotary_frequencies(config))
     windows = config.window_per_layer or (None,) * config.num_layers
     block = Block(config, dtype)
-    x_RWD = _embed(params, token_RW, dtype)
+    x_RWD = rows.split(_embed(params, token_RW, dtype))
     own = list(own)
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(params["layers"]):
 
         def attend(q, k, v, i=i):
             own[i] = attention.write(own[i], k, v, column)
@@ -435,5 +457,5 @@ def decode_token(
             )
             return out, None
 
-        x_RWD, _ = block.apply({"params": layer}, x_RWD, angles, attend)
-    return _final_norm(params, config, x_RWD, dtype), tuple(own)
+        x_RWD, _ = block.apply({"params": layer}, x_RWD, angles, attend, rows)
+    return rows.whole(_final_norm(params, config, x_RWD, dtype)), tuple(own)

@@ -202,13 +202,10 @@ class Step:
             _Program(
                 "publish",
                 "rollout",
-                lambda: jax.jit(
-                    lambda p: _cast(p, published["norm"]["scale"].dtype),
-                    out_shardings=jax.tree.map(lambda x: x.sharding, published),
-                ).lower(params),
+                lambda: self.engine.unstack.lower(params["layers"]),
                 1,
                 1,
-                learning - size(params),
+                learning - size(params["layers"]) + size(published) - size(published["layers"]),
             ),
             _Program(
                 "admit",
@@ -279,7 +276,8 @@ class Step:
 
     def _shared(self) -> list[Any]:
         """Weights that sampling reads where they are: nothing about them changes."""
-        pairs = zip(jax.tree.leaves(self.state.params), jax.tree.leaves(self.published))
+        apart = lambda params: [params[name] for name in sorted(params) if name != "layers"]  # noqa: E731
+        pairs = zip(*map(jax.tree.leaves, map(apart, (self.state.params, self.published))))
         return [
             own
             for own, p in pairs
@@ -290,8 +288,7 @@ class Step:
         config = self.config
         (slots, self._lanes), *_ = self.engine.layouts(config.batch.prompts, config.batch.group)
         width = self.engine.padded(self.lengths.prompt)
-        like = self.engine.empty.eval_shape(slots, self._lanes, width)
-        return jax.tree.map(lambda x: self._rows(x.shape, x.dtype, "slots"), like)
+        return self.engine.empty.eval_shape(slots, self._lanes, width)
 
     def _prompts(self, number: int, lanes: int) -> tuple[Any, ...]:
         width = self.engine.padded(self.lengths.prompt)

@@ -5,8 +5,9 @@ prompt; the prompt is computed once and its cache is read by all lanes. Keys of 
 belong to the completion and its token positions, so a lane's neighbours, its slot and the number of
 slots do not change what it draws.
 
-Slots are split over the devices by row, and every device decodes its own by itself: the functions
-here see the slots of one shard.
+Slots are split over the devices by row, and every shard of them decodes its own by itself: the
+functions here see the slots of one shard. Its devices split the heads, or where the key-value heads
+do not divide, the slots in as many equal parts, one after the other; slots are numbered in a part.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
+from grpo_jax import sharding
 from grpo_jax.models import attention, transformer
 from grpo_jax.models import logits as logits_lib
 from grpo_jax.structs import Array, ModelConfig, Params, Sampling
@@ -37,6 +39,18 @@ class Decoder:
     dtype: Any = jnp.float32  # of activations, and of weights and cache that are the "same"
     weights: str = "same"  # or "int8"
     cache: str = "same"  # or "int8"
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts the devices of a shard split its slots."""
+        return sharding.attention_parts(self.mesh, self.model.num_kv_heads)
+
+    @property
+    def rows(self) -> transformer.Rows:
+        if self.parts == 1:
+            return transformer.UNDIVIDED
+        place = functools.partial(sharding.place_in_slots, self.mesh)
+        return transformer.Rows(place, functools.partial(place, split=True))
 
 
 @struct.dataclass
@@ -104,10 +118,25 @@ def _choose(decoder: Decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature
             return jax.random.uniform(jax.random.fold_in(key, time))
 
         weighed_BV = logits_lib.weighed(scores_BV, decoder.sampling, temperature=temperature)
-        return logits_lib.draw(weighed_BV, jax.vmap(uniform)(key_B2, time_B))
+        devices = sharding.num_shards_of(decoder.mesh, "vocab", scores.shape[-1])
+        split = logits_lib.Split(devices, functools.partial(sharding.place_in_slots, decoder.mesh))
+        return logits_lib.draw(weighed_BV, jax.vmap(uniform)(key_B2, time_B), split)
 
     token_B, logp_B = jax.lax.cond(temperature == 0, greedy, sampled)
     return token_B.reshape(lanes), logp_B.reshape(lanes)
+
+
+def _by_part(parts: int, f):
+    """`f` of the slots of each part by itself."""
+    if parts == 1:
+        return f
+
+    def of_all(*arrays):
+        split = lambda x: x.reshape(parts, -1, *x.shape[1:])  # noqa: E731
+        out = jax.vmap(f)(*jax.tree.map(split, arrays))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+
+    return of_all
 
 
 def _is_stop(decoder: Decoder, token: Array) -> Array:
@@ -141,6 +170,7 @@ def admit(
         length_A,
         dtype=decoder.dtype,
         int8_cache=decoder.cache == "int8",
+        rows=decoder.rows,
     )
     lanes = used_AW.shape
     hidden_AWD = jnp.broadcast_to(hidden_AD[:, None], (*lanes, hidden_AD.shape[-1]))
@@ -149,7 +179,10 @@ def admit(
         decoder, hidden_AWD, transformer.head_kernel(params), key_AW2, time_AW, temperature
     )
     stop_AW = _is_stop(decoder, token_AW)
-    put = lambda old, new: old.at[slot_A].set(new, mode="drop")  # noqa: E731
+    by_part = functools.partial(_by_part, decoder.parts)
+    put_all = by_part(lambda old, new, slot_A: old.at[slot_A].set(new, mode="drop"))
+    put = lambda old, new: put_all(old, new, slot_A)  # noqa: E731
+    put_first = by_part(lambda old, new, slot_A: old.at[slot_A, :, 0].set(new, mode="drop"))
     return slots.replace(
         prefix=jax.tree.map(put, slots.prefix, fresh),
         prompt_length_R=put(slots.prompt_length_R, length_A),
@@ -158,14 +191,17 @@ def admit(
         time_RW=put(slots.time_RW, time_AW),
         live_RW=put(slots.live_RW, used_AW & ~stop_AW & (decoder.max_tokens > 1)),
         stopped_RW=put(slots.stopped_RW, used_AW & stop_AW),
-        completion_RWC=slots.completion_RWC.at[slot_A, :, 0].set(token_AW, mode="drop"),
-        logp_RWC=slots.logp_RWC.at[slot_A, :, 0].set(logp_AW, mode="drop"),
+        completion_RWC=put_first(slots.completion_RWC, token_AW, slot_A),
+        logp_RWC=put_first(slots.logp_RWC, logp_AW, slot_A),
     )
 
 
-def slots_needed(live_RW: Array, lanes: int) -> Array:
-    """Slots of `lanes` lanes that the live completions would fill, each slot with one prompt."""
-    return jnp.sum(-(-jnp.sum(live_RW, axis=1) // lanes))
+def slots_needed(live_PRW: Array, lanes: int) -> Array:
+    """Slots of `lanes` lanes that the live completions of each part would fill.
+
+    Each slot with one prompt.
+    """
+    return jnp.sum(-(-jnp.sum(live_PRW, axis=2) // lanes), axis=1)
 
 
 @jax.named_scope("rollout/decode")
@@ -175,29 +211,28 @@ def decode(
     temperature: Array,
     next_slots: Array,
     next_lanes: Array,
-    enough_1: Array,
+    enough_P: Array,
     slots: Slots,
 ) -> Slots:
     """Slots decoded on until the host has something to do; no host round trip per token.
 
-    A shard returns when none of its lanes is live, when `enough_1` of its slots have no live
-    lane, or when its live completions fit `next_slots` slots of `next_lanes` lanes. The donated
-    cache is updated in place.
+    A shard returns when none of its lanes is live, when `enough_P` of the slots of a part have no
+    live lane, or when the live completions of each fit `next_slots` slots of `next_lanes` lanes.
+    The donated cache is updated in place.
     """
-    layers = transformer.unstack_layers(params, decoder.model)
     head_DV = transformer.head_kernel(params)
     r, w = jnp.meshgrid(*(jnp.arange(n) for n in slots.live_RW.shape), indexing="ij")
 
     def go_on(slots: Slots) -> Array:
-        free = jnp.sum(~slots.live_RW.any(axis=1))
-        fits = slots_needed(slots.live_RW, next_lanes) <= next_slots
-        return slots.live_RW.any() & (free < enough_1[0]) & ~fits
+        live_PRW = slots.live_RW.reshape(decoder.parts, -1, slots.live_RW.shape[1])
+        free_P = jnp.sum(~live_PRW.any(axis=2), axis=1)
+        fits_P = slots_needed(live_PRW, next_lanes) <= next_slots
+        return live_PRW.any() & (free_P < enough_P).all() & ~fits_P.all()
 
     def one_token(slots: Slots) -> Slots:
         live_RW = slots.live_RW
         hidden_RWD, own = transformer.decode_token(
             params,
-            layers,
             decoder.model,
             slots.token_RW,
             slots.prefix,
@@ -206,6 +241,7 @@ def decode(
             slots.time_RW,
             slots.column_1[0],
             dtype=decoder.dtype,
+            rows=decoder.rows,
         )
         time_RW = slots.time_RW + live_RW
         token_RW, logp_RW = _choose(
@@ -228,15 +264,19 @@ def decode(
 
 
 @jax.named_scope("rollout/compact")
-def compact(slots: Slots, slot_R: Array, lane_RW: Array, live_RW: Array) -> Slots:
+def compact(decoder: Decoder, slots: Slots, slot_R: Array, lane_RW: Array, live_RW: Array) -> Slots:
     """A smaller batch: new slot r has old slot `slot_R[r]`'s prompt, and its lanes `lane_RW[r]`."""
-    lanes_of = lambda x: x[slot_R[:, None], lane_RW]  # noqa: E731
-    cache_of = lambda x: jnp.swapaxes(lanes_of(jnp.swapaxes(x, 1, 2)), 1, 2)  # noqa: E731
-    by_lane = slots.replace(prefix=(), own=(), column_1=(), prompt_length_R=())
-    return jax.tree.map(lanes_of, by_lane).replace(
-        own=jax.tree.map(cache_of, slots.own),
-        prefix=jax.tree.map(lambda x: x[slot_R], slots.prefix),
-        column_1=slots.column_1,
-        prompt_length_R=slots.prompt_length_R[slot_R],
-        live_RW=live_RW,
-    )
+
+    def moved(slots: Slots, slot_R: Array, lane_RW: Array) -> Slots:
+        lanes_of = lambda x: x[slot_R[:, None], lane_RW]  # noqa: E731
+        cache_of = lambda x: jnp.swapaxes(lanes_of(jnp.swapaxes(x, 1, 2)), 1, 2)  # noqa: E731
+        by_lane = slots.replace(prefix=(), own=(), prompt_length_R=())
+        return jax.tree.map(lanes_of, by_lane).replace(
+            own=jax.tree.map(cache_of, slots.own),
+            prefix=jax.tree.map(lambda x: x[slot_R], slots.prefix),
+            prompt_length_R=slots.prompt_length_R[slot_R],
+        )
+
+    of_slots = slots.replace(column_1=())
+    moved_slots = _by_part(decoder.parts, moved)(of_slots, slot_R, lane_RW)
+    return moved_slots.replace(column_1=slots.column_1, live_RW=live_RW)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from grpo_jax import compiling, sharding
 from grpo_jax.models import quantize, transformer
@@ -50,13 +51,18 @@ class _Board:
         return (self.row_SRW < 0).all(axis=2)
 
 
-def _axes_in_decoding(model: ModelConfig) -> Params:
-    """The logical axes of weights that every device has whole along FSDP's axis."""
-    return jax.tree.map(
-        lambda names: tuple(None if n == "embed" else n for n in names),
+def _axes_in_decoding(model: ModelConfig, parts: int) -> Params:
+    """The logical axes of weights by layer that every device has whole along FSDP's axis.
+
+    And those of attention whole, where devices split its rows in `parts` and not its heads.
+    """
+    whole = ("embed", "heads", "kv_heads") if parts > 1 else ("embed",)
+    axes = jax.tree.map(
+        lambda names: tuple(None if n in whole else n for n in names if n != "layers"),
         transformer.logical_axes(model),
         is_leaf=lambda x: isinstance(x, tuple),
     )
+    return axes | {"layers": [axes["layers"]] * model.num_layers}
 
 
 class Engine:
@@ -70,24 +76,30 @@ class Engine:
         self.decoder = decoder
         self.num_slots = num_slots
         self.compact = compact
-        self.shards = sharding.num_slot_shards(decoder.mesh)
+        self.shards = sharding.num_slot_shards(decoder.mesh) * decoder.parts
         # (slots, lanes, prompt tokens) of a shard that were decoded: each is compiled once.
         self.shapes: set[tuple[int, int, int]] = set()
         by_shard = functools.partial(sharding.by_slot_shard, decoder.mesh)
         with_decoder = lambda f: functools.partial(f, decoder)  # noqa: E731
-        self.empty = jax.jit(
-            lambda *sizes: by_shard(lambda: decode.empty(decoder, *sizes), 0)(),
-            static_argnums=(0, 1, 2),
+
+        def empty(slots: int, lanes: int, prompt_tokens: int) -> decode.Slots:
+            slots *= decoder.parts
+            return by_shard(lambda: decode.empty(decoder, slots, lanes, prompt_tokens), 0)()
+
+        placed = self._slot_shardings(jax.eval_shape(lambda: empty(1, 1, _PROMPT_STEP)))
+        self.empty = jax.jit(empty, static_argnums=(0, 1, 2), out_shardings=placed)
+        jit = functools.partial(
+            jax.jit, out_shardings=placed, compiler_options=compiling.options(decoder.mesh)
         )
-        jit = functools.partial(jax.jit, compiler_options=compiling.options(decoder.mesh))
         self.admit = jit(by_shard(with_decoder(decode.admit), 2), donate_argnums=2)
         self.decode = jit(by_shard(with_decoder(decode.decode), 4), donate_argnums=5)
-        self._compact = jit(by_shard(decode.compact, 0))
+        self._compact = jit(by_shard(with_decoder(decode.compact), 0))
+        published = self.published_like(transformer.param_shapes(decoder.model))
+        placed = jax.tree.map(lambda x: x.sharding, published)
+        self.unstack = jax.jit(self._layers, out_shardings=placed["layers"])
         self._to_int8 = jax.jit(
             functools.partial(quantize.weights, dtype=decoder.dtype),
-            out_shardings=jax.tree.map(
-                lambda x: x.sharding, self.published_like(transformer.param_shapes(decoder.model))
-            ),
+            out_shardings={name: placed[name] for name in placed if name != "layers"},
         )
         self._row_keys = jax.jit(
             lambda key, rows: jax.random.key_data(
@@ -96,33 +108,61 @@ class Engine:
         )
 
     def publish(self, params: Params) -> Params:
-        """Weights for sampling: cast to the compute dtype or to 8 bits, whole along the FSDP axis.
+        """Weights for sampling: by layer, in the compute dtype or 8 bits, whole along FSDP's axis.
 
-        So decoding never gathers parameters token by token. Without a change the arrays are shared.
+        So decoding never gathers parameters token by token, and no program of it takes the layers
+        apart. Besides those, arrays without a change are shared.
         """
+        rest = {name: params[name] for name in params if name != "layers"}
         if self.decoder.weights == "int8":
-            return self._to_int8(params)
+            return self._to_int8(rest) | {"layers": self.unstack(params["layers"])}
 
         def place(x: Array, like: jax.ShapeDtypeStruct) -> Array:
             if x.dtype == like.dtype and x.sharding.is_equivalent_to(like.sharding, x.ndim):
                 return x
             return jax.device_put(x.astype(like.dtype), like.sharding)
 
-        return jax.tree.map(place, params, self.published_like(params))
+        like = self.published_like(params)
+        rest = {name: jax.tree.map(place, rest[name], like[name]) for name in rest}
+        return rest | {"layers": self.unstack(params["layers"])}
+
+    def _layers(self, layers: Params) -> list[Params]:
+        by_layer = transformer.unstacked(layers, self.decoder.model)
+        if self.decoder.weights == "int8":
+            return quantize.weights(by_layer, self.decoder.dtype)
+        return jax.tree.map(lambda x: x.astype(self.decoder.dtype), by_layer)
 
     def published_like(self, params: Params) -> Params:
         """Shape, dtype and sharding of what `publish` gives, of arrays or their shapes."""
         mesh, model, dtype = self.decoder.mesh, self.decoder.model, self.decoder.dtype
-        axes = _axes_in_decoding(model)
+        axes, like = _axes_in_decoding(model, self.decoder.parts), dict(params)
+        layers = jax.eval_shape(self._layers, like.pop("layers"))
         if self.decoder.weights == "int8":
             axes = quantize.weight_axes(axes)
-            params = jax.eval_shape(functools.partial(quantize.weights, dtype=dtype), params)
+            like = jax.eval_shape(functools.partial(quantize.weights, dtype=dtype), like)
         else:
-            params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
-        placed = sharding.tree_shardings(mesh, axes, params)
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), like)
+        like["layers"] = layers
+        placed = sharding.tree_shardings(mesh, axes, like)
         return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, placed
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, placed
         )
+
+    def _slot_shardings(self, like: decode.Slots) -> decode.Slots:
+        """Where slots lie; their caches over the devices of a shard by head, or by slot."""
+        decoder = self.decoder
+        rows, heads = ("slots", "kv_heads") if decoder.parts == 1 else ("attention_slots", None)
+
+        def place(axes: tuple[str | None, ...], tree):
+            def one(x: jax.ShapeDtypeStruct) -> NamedSharding:
+                names = axes + (None,) * (x.ndim - len(axes))
+                return sharding.sharding_of(decoder.mesh, names, x.shape)
+
+            return jax.tree.map(one, tree)
+
+        by_slot = place(("slots",), like.replace(prefix=(), own=()))
+        caches = place((rows, heads), {"prefix": like.prefix, "own": like.own})
+        return by_slot.replace(**caches)
 
     def generate(
         self,
@@ -153,7 +193,8 @@ class Engine:
         logp_BC = np.zeros((num_rows, limit), np.float32)
         length_B, stopped_B = np.zeros(num_rows, np.int32), np.zeros(num_rows, bool)
         missing_P = np.full(len(prompts), group)
-        shard_P = self._shard_of(len(prompts))
+        # The parts of a shard are held alike by all its processes.
+        shard_P = self._shard_of(len(prompts)) // self.decoder.parts
         held_P = sharding.shards_held(self.decoder.mesh)[shard_P]
         own_P = sharding.shard_owners(self.decoder.mesh)[shard_P] == jax.process_index()
         for rows, completion, logp, time, stopped in self._finished(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ import tiny
 
 from grpo_jax import sharding
 from grpo_jax.algorithm import logprobs, losses, update
+from grpo_jax.models import transformer
 from grpo_jax.planning import hlo
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 TOKENS = 1000.0  # how often the decode loop runs: by it what stands in the loop is known
 SLOTS, LANES, LIMIT = 4, 2, 6
+MODEL = dataclasses.replace(tiny.MODEL, vocab_size=2048)  # wider than any activation
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,7 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def decoder(mesh):
-    return decode.Decoder(tiny.MODEL, mesh, Sampling(), (tiny.STOP,), LIMIT)
+    return decode.Decoder(MODEL, mesh, Sampling(), (tiny.STOP,), LIMIT)
 
 
 def in_the_loop(program, *args, mesh) -> list[hlo.Collective]:
@@ -40,7 +43,7 @@ def in_the_loop(program, *args, mesh) -> list[hlo.Collective]:
 
 def refuse_weights(collectives: list[hlo.Collective], rows: int) -> None:
     """Fails where the loop sends over an axis of rows, or more than activations of a token."""
-    widest = max(tiny.MODEL.width, tiny.MODEL.mlp_width, tiny.MODEL.vocab_size)
+    widest = max(MODEL.width, MODEL.mlp_width)
     for c in collectives:
         assert c.axes == ("tensor",), c
         assert c.sent <= 2 * 4 * rows * widest, c
@@ -48,26 +51,30 @@ def refuse_weights(collectives: list[hlo.Collective], rows: int) -> None:
 
 def test_decoding_sends_activations_over_tensor_and_nothing_else(mesh, decoder):
     engine = Engine(decoder, compact=False)
-    params = engine.published_like(update.state_like(tiny.MODEL, mesh, optax.sgd(0.1)).params)
+    params = engine.published_like(update.state_like(MODEL, mesh, optax.sgd(0.1)).params)
     slots = engine.empty.eval_shape(SLOTS // engine.shards, LANES, 8)
     enough_S = np.ones(engine.shards, np.int32)
     arguments = params, np.float32(1), -1, 1, enough_S, slots
 
     found = in_the_loop(engine.decode, *arguments, mesh=mesh)
 
-    assert len(found) >= 2 * tiny.MODEL.num_layers  # after attention and after the MLP
+    assert len(found) >= 2 * MODEL.num_layers  # after attention and after the MLP
     refuse_weights(found, SLOTS // engine.shards * LANES)
 
 
 def test_the_check_fails_on_weights_that_are_not_published(mesh, decoder):
     """Master weights, split over fsdp, and no shards of rows by hand: gathered at every token."""
-    params = update.state_like(tiny.MODEL, mesh, optax.sgd(0.1)).params
+    params = update.state_like(MODEL, mesh, optax.sgd(0.1)).params
     slots = jax.eval_shape(functools.partial(decode.empty, decoder, SLOTS, LANES, 8))
-    program = jax.jit(functools.partial(decode.decode, decoder))
 
-    found = in_the_loop(
-        program, params, np.float32(1), -1, 1, np.ones(1, np.int32), slots, mesh=mesh
-    )
+    def program(params, *args):
+        layers = transformer.unstacked(params["layers"], MODEL)
+        return decode.decode(decoder, params | {"layers": layers}, *args)
+
+    with jax.set_mesh(mesh):
+        found = in_the_loop(
+            jax.jit(program), params, np.float32(1), -1, 1, np.ones(1, np.int32), slots, mesh=mesh
+        )
 
     assert any("fsdp" in c.axes for c in found)
     with pytest.raises(AssertionError):

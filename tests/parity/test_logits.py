@@ -174,16 +174,19 @@ def score_logits(params, config, *rows):
     return logits.logits(hidden, transformer.head_kernel(params))
 
 
+def by_layer(params, config):
+    return params | {"layers": transformer.unstacked(params["layers"], config)}
+
+
 @compiled
 def prefill_logits(params, config, *rows):
-    hidden, cache = transformer.prefill(params, config, *rows)
+    hidden, cache = transformer.prefill(by_layer(params, config), config, *rows)
     return logits.logits(hidden, transformer.head_kernel(params)), cache
 
 
 @compiled
 def decode_logits(params, config, *state):
-    layers = transformer.unstack_layers(params, config)
-    hidden, own = transformer.decode_token(params, layers, config, *state)
+    hidden, own = transformer.decode_token(by_layer(params, config), config, *state)
     return logits.logits(hidden, transformer.head_kernel(params)), own
 
 
