@@ -252,25 +252,29 @@ def by_head_shard(mesh: Mesh, f: Callable, axes: Sequence, out_axes: Sequence) -
     return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
 
 
-def gathered(mesh: Mesh, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Inside `by_data_shard`: a parameter whole along the fsdp axis, once for all that follows.
+def gathered(
+    mesh: Mesh, x: jax.Array, axes: tuple[str | None, ...], split: tuple[str, ...]
+) -> jax.Array:
+    """Inside `by_data_shard`: a parameter split along `split` alone, once for what follows.
 
     Its gradient is summed into the shards that the parameter is kept in. Where a loop reads a
     parameter, XLA otherwise gathers it, and sums its gradient, in every iteration.
     """
-    if mesh.shape["fsdp"] == 1:
-        return x
     kept = sharding_of(mesh, axes, x.shape)
-    whole = [None if axis and "fsdp" in LOGICAL_AXES[axis] else axis for axis in axes]
+    placed = sharding_of(mesh, tuple(a if a in split else None for a in axes), x.shape)
+    if placed.is_equivalent_to(kept, x.ndim):
+        return x
 
     @jax.custom_vjp
     def gather(x: jax.Array) -> jax.Array:
-        placed = sharding_of(mesh, tuple(whole), x.shape)
         return jax.lax.with_sharding_constraint(x, placed)
 
     gather.defvjp(
         lambda x: (gather(x), None),
-        lambda _, grad: (jax.lax.with_sharding_constraint(grad, kept),),
+        # In two steps, or XLA gathers what it is a product of to compute its shards alone.
+        lambda _, grad: (
+            jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(grad, placed), kept),
+        ),
     )
     return gather(x)
 

@@ -83,6 +83,17 @@ class Scorer:
     def row_axis(self) -> str:
         return sharding.row_axis(self.mesh, self.model.num_kv_heads)
 
+    @property
+    def apart(self) -> transformer.ByRow | None:
+        """How the devices that share the MLP have rows of attention each; None: they share heads.
+
+        XLA would send activations in place of the weights, which it is therefore told to gather.
+        """
+        if self.parts == 1:
+            return None
+        gather = functools.partial(sharding.gathered, self.mesh, split=("mlp", "vocab"))
+        return transformer.ByRow(self.row_axis, gather)
+
     def rows_of_vocabulary(self, x: Array) -> Array:
         """Values by row of attention [D, E, ...], those that share the head one after another."""
         if self.parts == 1:
@@ -117,14 +128,15 @@ class Scorer:
             dtype=self.dtype,
             remat=self.remat,
             place=self.place,
-            row_axis=self.row_axis,
+            apart=self.apart,
             kernels=self.kernels,
         )
         return hidden if layout is not None else hidden.reshape(-1, *hidden.shape[2:])
 
     def head(self, params: Params) -> Array:
         """The LM head [D, V], gathered once for all chunks of the vocabulary's sweep."""
-        return sharding.gathered(self.mesh, transformer.head_kernel(params), ("embed", "vocab"))
+        head_DV = transformer.head_kernel(params)
+        return sharding.gathered(self.mesh, head_DV, ("embed", "vocab"), ("vocab",))
 
 
 @dataclasses.dataclass(frozen=True)

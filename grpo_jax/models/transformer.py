@@ -45,9 +45,24 @@ class Rows(NamedTuple):
 
     whole: Callable[[Array], Array] = lambda x: x
     split: Callable[[Array], Array] = lambda x: x
+    wide: Callable[[Array], Array] = lambda x: x  # what is inside the MLP, [tokens, F]
+
+    @staticmethod
+    def placed(place: Place, row_axis: str) -> Rows:
+        by = lambda axis: lambda x: place(x, (axis,) + (None,) * (x.ndim - 1))  # noqa: E731
+        return Rows(by("shard_rows"), by(row_axis), lambda x: place(x, ("shard_rows", "mlp")))
 
 
 UNDIVIDED = Rows()
+
+
+class ByRow(NamedTuple):
+    """Devices that share the MLP and have the attention of rows of their own each."""
+
+    axis: str  # the logical axis of the rows
+    gather: Callable[[Array, tuple[str, ...]], Array]  # a parameter of these logical axes
+
+
 Kernels = Any  # `attention`, or what has its `causal` and `shared_prefix`
 
 
@@ -137,15 +152,18 @@ class MLP(nn.Module):
     config: ModelConfig
     dtype: Any
 
+    rows: Rows
+
     @nn.compact
     def __call__(self, x: Array) -> Array:
         return _by_token(self._tokens, x)
 
     def _tokens(self, x: Array) -> Array:
+        x = self.rows.whole(x)
         gate = _dense(self.config.mlp_width, ("embed", "mlp"), "gate", self.dtype)(x)
         up = _dense(self.config.mlp_width, ("embed", "mlp"), "up", self.dtype)(x)
-        y = nn.silu(gate) * up
-        return _dense(self.config.width, ("mlp", "embed"), "down", self.dtype)(y)
+        y = self.rows.wide(nn.silu(self.rows.wide(gate)) * self.rows.wide(up))
+        return self.rows.split(_dense(self.config.width, ("mlp", "embed"), "down", self.dtype)(y))
 
 
 class Block(nn.Module):
@@ -162,8 +180,7 @@ class Block(nn.Module):
         y, kept = Attention(self.config, self.dtype, name="attention")(y, cos_sin, attend)
         x = x + y
         y = _norm(self.config, self.dtype, "mlp_norm")(x)
-        y = MLP(self.config, self.dtype, name="mlp")(rows.whole(y))
-        return x + rows.split(y), kept
+        return x + MLP(self.config, self.dtype, rows, name="mlp")(y), kept
 
 
 def _boxed_block(config: ModelConfig, key: Array) -> Params:
@@ -267,7 +284,7 @@ def score(
     dtype=jnp.float32,
     remat: str = "none",
     place: Place = lambda x, axes: x,
-    row_axis: str = "shard_rows",
+    apart: ByRow | None = None,
     kernels: Kernels = attention,
 ) -> Array:
     """The hidden states that predict the completions' tokens; every prompt is computed once.
@@ -276,8 +293,8 @@ def score(
     (token_RX, lane_PLT) of `algorithm/packing.py`, [R, M * G + X, D] for R rows of M prompts: first
     the states that predict each completion's first token, which are the prompts' last, then those
     of the row's entries. Prompts and completions are padded on the right; the states of padding
-    and of empty entries mean nothing. `place` is given activations with their logical axes,
-    `row_axis` that of the rows outside of MLPs; `kernels` compute the attention.
+    and of empty entries mean nothing. `place` is given activations with their logical axes;
+    `kernels` compute the attention.
     """
     num_prompts, group, tokens = completion_PGC.shape
     if layout is None:  # a row for each prompt, a lane for each completion
@@ -301,15 +318,23 @@ def score(
     angles = attention.rotary(position, rotary_frequencies(config))
     ids = jnp.concatenate([by_row(prompt_PQ, -1), input_RX], axis=1)
     begin, block = ids.shape[1] - token_RX.shape[1], Block(config, dtype)
+    row_axis = apart.axis if apart else "shard_rows"
     by_token, by_head = (row_axis, "tokens"), (row_axis, None, "attention_heads", None)
     split = lambda x: place(x, (*by_token, None))  # noqa: E731
-    whole = lambda x: place(x, ("shard_rows", "tokens", None))  # noqa: E731
-    rows = UNDIVIDED if row_axis == "shard_rows" else Rows(whole, split)
+    rows = Rows.placed(place, row_axis) if apart else UNDIVIDED
+    axes = logical_axes(config)
+    layer_axes = jax.tree.map(
+        lambda names: names[1:], axes["layers"], is_leaf=lambda x: isinstance(x, tuple)
+    )
     to_heads = lambda x: place(place(x, (*by_token, "heads", None)), by_head)  # noqa: E731
     to_tokens = lambda x: place(place(x, by_head), (*by_token, "heads", None))  # noqa: E731
 
+    def gathered(params: Params, axes: Params) -> Params:
+        return jax.tree.map(apart.gather, params, axes) if apart else params
+
     def layer(x, layer_and_window):
         params, window = layer_and_window
+        params = gathered(params, layer_axes)
 
         def attend(q, k, v):
             q, k, v = map(to_heads, (q, k, v))
@@ -331,7 +356,9 @@ def score(
         x, _ = block.apply({"params": params}, split(x), angles, attend, rows)
         return split(x), None
 
-    x, _ = _scan_layers(layer, _embed(params, ids, dtype), params, config, remat)
+    embed = gathered(params["embed"], axes["embed"])
+    x = rows.split(rows.whole(_embed({"embed": embed}, ids, dtype)))
+    x, _ = _scan_layers(layer, x, params, config, remat)
     x_PQD = x[:, :begin].reshape(*prompt_PQ.shape, -1)
     last_PD = jnp.take_along_axis(x_PQD, (prompt_length_P - 1)[:, None, None], axis=1)[:, 0]
     first_PGD = jnp.broadcast_to(last_PD[:, None], (num_prompts, group, config.width))

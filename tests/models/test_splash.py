@@ -74,11 +74,16 @@ def test_completions_after_their_prompt():
     assert not np.asarray(got[2])[~(SEGMENT_PLT > 0)].any()  # keys of padding learn nothing
 
 
-def test_an_update_over_devices():
-    """Rows, heads and a sequence over eight devices; two key-value heads for four of them."""
+@pytest.mark.parametrize("shape", [(2, 1, 2, 2), (1, 2, 4, 1)], ids=str)
+def test_an_update_over_devices(shape):
+    """Rows, heads and a sequence over eight devices; two key-value heads for four of them.
+
+    Or rows alone, over those of the tensor axis too.
+    """
     rollouts, losses_and_grads = tiny.rollouts(4, 3, 9), []
-    mesh = sharding.make_mesh(2, 1, 2, 2)
-    kernels = Splash(interpret=True, mesh=mesh)
+    mesh = sharding.make_mesh(*shape)
+    rows = sharding.row_axis(mesh, tiny.MODEL.num_kv_heads)
+    kernels = Splash(interpret=True, mesh=mesh, rows=rows)
     for scorer in (
         Scorer(tiny.MODEL, tiny.one_device(), Sampling()),
         Scorer(tiny.MODEL, mesh, Sampling(), kernels=kernels),
@@ -112,7 +117,11 @@ def test_the_choice():
     assert choose("auto", tiny.MODEL, mesh) is attention  # on a CPU
     with pytest.raises(ValueError, match=r'model\.attention = "splash": they are for TPUs.*"xla"'):
         choose("splash", tiny.MODEL, mesh)
-    tpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]), size=1, shape={})
+    tpu = SimpleNamespace(
+        devices=np.array([SimpleNamespace(platform="tpu")]),
+        size=1,
+        shape={"tensor": 1, "sequence": 1},
+    )
     assert isinstance(choose("auto", tiny.MODEL, tpu), Splash)
     assert choose("xla", tiny.MODEL, tpu) is attention
     windows = dataclasses.replace(tiny.MODEL, window_per_layer=(4, None))
