@@ -285,6 +285,14 @@ def say(text: str) -> None:
     console.print(Text(_printable(hidden(text))), soft_wrap=True)
 
 
+def one_line(text: str, limit: int = 2000) -> str:
+    """A message as a program ends with it: like what `say` prints, in one line, long ones cut.
+
+    Names in files and data stand in messages; they may hold what a terminal would obey.
+    """
+    return _cut(" ".join(_printable(hidden(text)).split()), limit)
+
+
 def print_title(text: str) -> None:
     """Prints a heading across the terminal."""
     console.print(Rule(Text(_printable(text), style="bold"), align="left"))

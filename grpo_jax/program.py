@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from grpo_jax import config as config_lib
 from grpo_jax import disk, hosts
 from grpo_jax.credentials import hidden
-from grpo_jax.metrics import console, say
+from grpo_jax.metrics import console, one_line, say
 from grpo_jax.workdir import Stopped
 
 
@@ -147,8 +147,8 @@ def main(run: Callable[[list[str]], None]) -> None:
                 sys.excepthook = _show_traceback
                 raise
             _show_traceback(type(error), error, error.__traceback__)
-            _end(hidden(message or f"{type(error).__name__}: {error}"), 1)
-        message = hidden(message)
+            _end(one_line(message or f"{type(error).__name__}: {error}"), 1)
+        message = one_line(message)
         print(f"error: {message}", file=sys.stderr)
         print("(GRPO_JAX_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
         _end(message, 1)

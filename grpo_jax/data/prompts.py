@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,8 +52,8 @@ def encode(
     "truncate" keeps the last tokens: a chat loses its opening and system message first.
 
     Raises ValueError, naming the problem by its file and row, when a prompt is messages and the
-    tokenizer has no template for them, when one encodes to no tokens, when one is too long and
-    `overlong` is "refuse", and when "drop" would leave nothing.
+    tokenizer has no template for them, when one holds half of a character or encodes to no tokens,
+    when one is too long and `overlong` is "refuse", and when "drop" would leave nothing.
     """
     rows = _encode_all(problems, tokenizer)
     for problem, ids in zip(problems, rows):
@@ -82,6 +83,13 @@ def _encode_all(problems: Sequence[Problem], tokenizer: Any) -> list[list[int]]:
         # A template writes the special tokens itself.
         (chats, _render([problems[i] for i in chats], tokenizer) if chats else [], False),
     ):
+        for i, text in zip(index, rendered):
+            if half := re.search("[\ud800-\udfff]", text):
+                raise ValueError(
+                    f"The prompt of {_name(problems[i])} holds {half[0]!r}, half of a character, "
+                    f"which has no tokens. It starts {_start(problems[i].prompt)}. Write the whole "
+                    "character."
+                )
         if index:
             encoded = tokenizer(rendered, add_special_tokens=special, verbose=False)
             for i, ids in zip(index, encoded["input_ids"]):

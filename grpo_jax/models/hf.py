@@ -226,7 +226,11 @@ def _weight_files(folder: Path) -> list[Path]:
     if index.exists():
         placed = _read_json(index).get("weight_map")
         if not isinstance(placed, dict) or not all(
-            isinstance(name, str) and Path(name).name == name for name in placed.values()
+            isinstance(name, str)
+            and Path(name).name == name
+            and name.isprintable()  # half of a character, or NUL, is no name of a file
+            and len(name.encode()) < 256
+            for name in placed.values()
         ):
             raise ValueError(f"{index}: weight_map must give a file of the folder for each tensor.")
         names = sorted(set(placed.values()))
@@ -511,8 +515,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         # For qwen2, AutoTokenizer puts Qwen2's own splitting in the place of any other that
         # tokenizer.json describes, and words come out as nothing.
         if _is_generic(folder):
-            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            found = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        else:
+            found = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+        found(["a b"], verbose=False)  # settings are only looked at when they are used
+        found.decode([0], skip_special_tokens=True)
+        return found
     except Exception as error:  # the tokenizers library raises bare Exception for a broken file
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(f"{folder}: the tokenizer cannot be loaded ({reason}).") from error

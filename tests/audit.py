@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# The arguments of each event that are paths it changes.
+# Where an event's arguments hold the paths it changes, and the open folder each is relative to.
 _CHANGED = {
-    "os.mkdir": (0,), "os.rename": (0, 1), "os.remove": (0,), "os.rmdir": (0,), "os.link": (1,),
-    "os.symlink": (1,), "os.truncate": (0,), "os.chmod": (0,), "os.utime": (0,),
-    "shutil.copyfile": (1,), "shutil.move": (1,), "shutil.rmtree": (0,),
+    "os.mkdir": [(0, 2)], "os.rename": [(0, 2), (1, 3)], "os.remove": [(0, 1)],
+    "os.rmdir": [(0, 1)], "os.link": [(1, 3)], "os.symlink": [(1, 2)], "os.truncate": [(0, None)],
+    "os.chmod": [(0, 2)], "os.utime": [(0, 3)],
 }  # fmt: skip
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
@@ -50,11 +50,11 @@ def _hook(event: str, arguments: tuple) -> None:
         return
     if event == "open":
         path, _, flags = arguments
-        changed = [path] if flags & _WRITING else []
-    elif event in _CHANGED:
-        changed = [arguments[i] for i in _CHANGED[event]]
+        changed = [(path, -1)] if flags & _WRITING else []
     else:
-        return
-    for path in changed:
+        places = _CHANGED.get(event, ())
+        changed = [(arguments[i], -1 if j is None else arguments[j]) for i, j in places]
+    for path, folder in changed:
         if isinstance(path, (str, bytes, os.PathLike)):  # a number is a file that is open already
-            _found.add(os.path.realpath(os.fsdecode(path)))
+            base = f"/proc/self/fd/{folder}" if folder >= 0 else ""
+            _found.add(os.path.realpath(os.path.join(base, os.fsdecode(path))))

@@ -1,0 +1,166 @@
+"""Reads random input of every kind, and counts what comes of it.
+
+    python tests/fuzz/campaign.py --cases 10000 [--seed N] [--kind NAME]
+
+A case runs, or is refused by one clear ValueError of our own; anything else is a failure, is shown,
+and ends the program with status 1: another exception, one of a library, a message of many lines, a
+case that takes longer than its limit, a file written outside of the case's folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import faulthandler
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # pytest has conftest.py for this
+    sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
+    os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import audit
+import hypothesis
+from kinds import KINDS, Kind
+
+import grpo_jax
+from grpo_jax import metrics
+
+OURS = Path(grpo_jax.__file__).parent
+LIMIT_S = 60  # of a case, on a machine that may have other work; most take milliseconds
+
+
+@dataclasses.dataclass
+class Count:
+    """What became of the cases of one kind."""
+
+    cases: int = 0
+    runs: int = 0
+    refusals: int = 0
+    seconds: float = 0.0
+    slowest_s: float = 0.0
+    failures: dict[str, str] = dataclasses.field(default_factory=dict)  # by place; the first case
+
+
+class TooSlow(BaseException):
+    """Raised in a case when its time is over; a BaseException, which nothing catches."""
+
+
+def run(kind: Kind, cases: int, seed: int | None) -> Count:
+    """Reads `cases` random cases; the same ones each time where `seed` is None."""
+    count = Count()
+
+    @hypothesis.settings(
+        max_examples=cases,
+        database=None,
+        deadline=None,
+        derandomize=seed is None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=[hypothesis.Phase.generate],
+    )
+    @hypothesis.given(kind.cases)
+    def one(case: Any) -> None:
+        count.cases += 1
+        start = time.monotonic()
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                outcome(kind.read, case, Path(folder), count)
+        finally:
+            spent = time.monotonic() - start
+            count.seconds += spent
+            count.slowest_s = max(count.slowest_s, spent)
+
+    (one if seed is None else hypothesis.seed(seed)(one))()
+    return count
+
+
+def outcome(read: Callable[[Any, Path], None], case: Any, folder: Path, count: Count) -> None:
+    """Reads one case and adds what came of it."""
+    before = signal.signal(signal.SIGALRM, _time_is_over)
+    signal.alarm(LIMIT_S)
+    faulthandler.dump_traceback_later(3 * LIMIT_S, exit=True)  # where no signal is heard
+    place, shown, refused = "", "", False
+    try:
+        with audit.writes() as written:
+            read(case, folder)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is one
+        refused = isinstance(error, ValueError)
+        name = type(error).__name__
+        place = unclear(error) if refused else f"{name} at {_last_frame(error)}"
+        shown = "".join(traceback.format_exception(error))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        faulthandler.cancel_dump_traceback_later()
+    elsewhere = audit.outside(written, folder.resolve())
+    if elsewhere and not place:
+        place = f"wrote {elsewhere[0]}"
+    if place:
+        count.failures.setdefault(place, f"{repr(case)[:2000]}\n{shown}")
+    else:
+        count.refusals += refused
+        count.runs += not refused
+
+
+def unclear(error: ValueError) -> str:
+    """What is wrong with a refusal; "" where it is one clear message of our own."""
+    message = metrics.one_line(str(error))
+    if not Path(_last_frame(error).partition(":")[0]).is_relative_to(OURS):
+        return f"{type(error).__name__} at {_last_frame(error)}: {message[:200]}"
+    if type(error).__name__ not in ("ValueError", "TemplateError"):
+        return f"{type(error).__name__} is passed on: {message[:200]}"
+    if not 20 <= len(message) <= 2100 or not message.isprintable():
+        return f"a message of {len(message)} characters at {_last_frame(error)}: {message[:200]}"
+    return ""
+
+
+def _last_frame(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].filename}:{frames[-1].lineno}"
+
+
+def _time_is_over(number: int, frame: Any) -> None:
+    raise TooSlow(f"longer than {LIMIT_S} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", help="only this one, by the beginning of its name")
+    args = parser.parse_args()
+    kinds = [k for k in KINDS if k.name.startswith(args.kind or "")]
+    whole = sum(k.share for k in kinds)
+    total = Count()
+    print("| kind | cases | runs | refusals | failures | seconds | slowest s |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for kind in kinds:
+        count = run(kind, round(args.cases * kind.share / whole), args.seed)
+        print(_row(kind.name, count), flush=True)
+        for field in ("cases", "runs", "refusals", "seconds"):
+            setattr(total, field, getattr(total, field) + getattr(count, field))
+        total.slowest_s = max(total.slowest_s, count.slowest_s)
+        total.failures |= count.failures
+    print(_row("all", total))
+    for place, shown in total.failures.items():
+        print(f"\n--- {place}\n{shown}")
+    sys.exit(bool(total.failures))
+
+
+def _row(name: str, count: Count) -> str:
+    failed = count.cases - count.runs - count.refusals
+    cells = (name, count.cases, count.runs, count.refusals, failed)
+    return f"| {' | '.join(map(str, cells))} | {count.seconds:.0f} | {count.slowest_s:.1f} |"
+
+
+if __name__ == "__main__":
+    main()

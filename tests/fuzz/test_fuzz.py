@@ -1,0 +1,51 @@
+"""Random input of every kind ends in a run or one clear message; the same cases each time.
+
+`python tests/fuzz/campaign.py --cases 10000` reads more, and others with another `--seed`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import campaign
+import pytest
+from hypothesis import strategies as st
+from kinds import KINDS, Kind
+
+CASES = 300
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=[k.name.replace(" ", "-") for k in KINDS])
+def test_every_case_runs_or_is_refused(kind):
+    count = campaign.run(kind, max(3, round(CASES * kind.share)), seed=None)
+    assert not count.failures, "\n".join(f"{p}: {s[:3000]}" for p, s in count.failures.items())
+    assert count.runs and count.refusals and count.cases == count.runs + count.refusals
+
+
+def _fails(value: int, folder: Path) -> None:
+    if value == 0:
+        raise KeyError("not for the user")
+    if value == 1:
+        json.loads("{")  # a ValueError, but not of ours
+    if value == 2:
+        (folder.parent / "elsewhere").touch()
+
+
+def test_what_is_no_clear_message_is_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(campaign.tempfile, "tempdir", str(tmp_path))
+    count = campaign.run(Kind("bad", 1.0, st.integers(0, 2), _fails), 20, seed=None)
+    places = sorted(count.failures)
+    assert len(places) == 3 and count.runs == count.refusals == 0
+    assert places[0].startswith("JSONDecodeError at ") and places[1].startswith("KeyError at ")
+    assert places[2] == f"wrote {tmp_path.resolve() / 'elsewhere'}"
+
+
+def test_a_case_that_does_not_end_is_counted(monkeypatch):
+    def endless(value, folder):
+        while True:
+            pass
+
+    monkeypatch.setattr(campaign, "LIMIT_S", 1)
+    count = campaign.run(Kind("endless", 1.0, st.just(0), endless), 1, seed=None)
+    assert [place.partition(" ")[0] for place in count.failures] == ["TooSlow"]
