@@ -31,7 +31,7 @@ def get_config():
     c.rollout.max_tokens = 32
     c.algorithm.kl_coef = 0.01  # so that the reference is computed too
     c.optim.learning_rate = 1e-4
-    c.optim.max_skipped = 1  # the first update that is not finite ends the run
+    c.guards.max_skipped = 1  # the first update that is not finite ends the run
     c.loop.num_steps = 3
     c.evaluation.every_steps = 1
     c.checkpoint.every_steps = 0

@@ -20,7 +20,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import path as ocp_path
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    BestN,
+    EveryNSteps,
+    LatestN,
+)
 
 from grpo_jax import checksums, disk, hosts, sharding
 from grpo_jax.metrics import say
@@ -41,15 +46,17 @@ class Checkpoints:
     before it are untouched.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int, max_failed: int = 1):
+    def __init__(self, folder: str | Path, *, keep: int, due_every: int = 0, max_failed: int = 1):
         """`folder`: a local one, or an address that Orbax knows, as gs://BUCKET/PATH.
 
-        `max_failed` saves in a row may fail before `NotSaved` is raised. Raises ValueError when the
-        folder cannot be used.
+        `due_every`: the newest two with multiples of this as their numbers are kept too, whatever
+        was saved besides them. `max_failed` saves in a row may fail before `NotSaved` is raised.
+        Raises ValueError when the folder cannot be used.
         """
         folder = epath.Path(folder)
         self._folder = folder if "://" in str(folder) else folder.absolute()
-        self._keep, self._max_failed, self._num_failed = keep, max_failed, 0
+        self._keep, self._due_every = keep, due_every
+        self._max_failed, self._num_failed = max_failed, 0
         self._saving: int | None = None  # the number of what is being written
         self._num_bytes = 0  # of its arrays
         self._fault = ""  # why the newest save has failed, where it has
@@ -57,13 +64,14 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         accuracy = lambda metrics: metrics["accuracy"]  # noqa: E731
+        kept = [
+            LatestN(n=self._keep),
+            BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False),
+        ]
+        if self._due_every:
+            kept.append(EveryNSteps(interval_steps=self._due_every, max_to_keep=2))
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(
-                [
-                    LatestN(n=self._keep),
-                    BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False),
-                ]
-            ),
+            preservation_policy=AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
             temporary_path_class=_sealing(self._folder),
         )
@@ -210,6 +218,20 @@ class Checkpoints:
             + ("There is none before it" if before is None else f"The one before is {before}")
             + f": {lost} update{'' if lost == 1 else 's'} must be computed again."
         )
+
+    def numbers(self) -> list[int]:
+        """Of all whole checkpoints, the oldest first, once what was begun is written."""
+        self.wait()
+        return sorted(self._manager.all_steps())
+
+    def delete(self, number: int) -> None:
+        """Deletes that checkpoint."""
+        self._manager.delete(number)
+
+    @property
+    def folder(self) -> str:
+        """Where they are."""
+        return str(self._manager.directory)
 
     def facts(self, number: int) -> dict[str, Any]:
         """Where the run stood at that checkpoint."""

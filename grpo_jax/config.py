@@ -72,7 +72,7 @@ def default() -> ConfigDict:
     c.rewards.time_limit_s = 10.0  # of a reward for one completion; a process that hangs is killed
     c.rewards.memory_gb = 4.0  # memory limit of each process, GiB; 0: none
     c.rewards.bad_rows = "refuse"  # problems whose columns no reward can read: "refuse" or "drop"
-    c.rewards.max_failed_share = 1.0  # the run ends when more of a step's completions fail
+    c.rewards.max_failed_share = 1.0  # more of a step's completions: guards.failed_rewards
 
     c.batch = ConfigDict()
     c.batch.prompts = 32  # prompts per step
@@ -121,7 +121,6 @@ def default() -> ConfigDict:
     c.optim.moments = "float32"  # how they are kept: "float32", "bfloat16" or "int8" in blocks
     c.optim.float32_copy = False  # of bfloat16 parameters, kept beside the moments
     c.optim.offload = False  # GRPO keeps the optimizer's state in host memory between its steps
-    c.optim.max_skipped = 5  # stop after this many non-finite updates in a row
 
     c.loop = ConfigDict()
     c.loop.num_steps = 100  # rollouts
@@ -129,6 +128,25 @@ def default() -> ConfigDict:
     # Sample a step's rollouts before the updates of the step before: rewards are then computed
     # while the device updates. Needs algorithm.importance_correction
     c.loop.async_rollouts = False
+
+    # What is done where a step's numbers are out of bounds: "warn"; "skip" its updates; "roll_back"
+    # to the last checkpoint, and on with other prompts; or "stop"
+    c.guards = ConfigDict()
+    c.guards.nonfinite = "skip"  # a loss, gradient or reward; but never "warn"
+    c.guards.failed_rewards = "stop"  # more than rewards.max_failed_share
+    c.guards.reward = "warn"  # the mean reward fell below its best
+    c.guards.reward_drop = 0.5  # by more than this share of it; 0: not watched
+    c.guards.window = 10  # steps that both are means of
+    c.guards.equal_groups = "warn"  # the rewards of each group were equal
+    c.guards.equal_groups_steps = 10  # in this many steps in a row; 0: not watched
+    c.guards.kl = "warn"  # an update's policy/kl
+    c.guards.kl_max = 0.0  # is above this, nats per token; 0: not watched
+    c.guards.entropy = "warn"  # an update's policy/entropy
+    c.guards.entropy_min = 0.0  # is below this, nats per token; 0: not watched
+    c.guards.entropy_max = 0.0  # or above this; 0: not watched
+    c.guards.max_skipped = 5  # refused updates in a row, after which the run does
+    c.guards.after_skips = "stop"  # this: "roll_back" or "stop"
+    c.guards.max_roll_backs = 3  # of a run; where one more is asked for it stops
 
     c.hosts = ConfigDict()  # of a run of several processes
     c.hosts.start_limit_s = 300.0  # until all must have started
@@ -298,6 +316,7 @@ def check(config: ConfigDict) -> None:
     _check_choices(config)
     _check_batch(config)
     _check_loop(config)
+    _check_guards(config)
     _check_sources(config)
 
 
@@ -330,9 +349,10 @@ _LARGEST = 2**31 - 1  # what devices count with
 _POSITIVE = (
     "batch.prompts batch.minibatches algorithm.num_iterations rollout.max_tokens loop.num_steps "
     "data.max_prompt_tokens data.num_train model.num_layers model.width model.mlp_width "
-    "model.num_heads model.num_kv_heads optim.learning_rate optim.max_skipped optim.eps "
+    "model.num_heads model.num_kv_heads optim.learning_rate optim.eps "
     "sft.batch sft.learning_rate sft.max_tokens checkpoint.keep rewards.time_limit_s "
-    "checkpoint.max_failed hosts.start_limit_s hosts.lost_limit_s algorithm.importance_cap"
+    "checkpoint.max_failed hosts.start_limit_s hosts.lost_limit_s algorithm.importance_cap "
+    "guards.window guards.max_skipped"
 ).split()
 _NOT_NEGATIVE = (
     "seed rollout.temperature rollout.top_k rollout.num_slots algorithm.clip_low "
@@ -341,7 +361,9 @@ _NOT_NEGATIVE = (
     "evaluation.temperature checkpoint.every_steps logging.samples_every_steps logging.num_samples "
     "data.num_eval sft.num_steps sft.microbatch sft.warmup_steps sft.weight_decay "
     "sft.checkpoint_every_steps rewards.num_workers rewards.memory_gb rewards.max_failed_share "
-    "loop.stall_limit_s batch.memory_limit_gib checkpoint.save_before_s"
+    "loop.stall_limit_s batch.memory_limit_gib checkpoint.save_before_s "
+    "guards.reward_drop guards.equal_groups_steps guards.kl_max guards.entropy_min "
+    "guards.entropy_max guards.max_roll_backs"
 ).split()
 
 
@@ -420,6 +442,35 @@ def _check_loop(config: ConfigDict) -> None:
             "loop.async_rollouts = True samples with weights that are a step old, and "
             'algorithm.importance_correction = "none" leaves that uncorrected. Set it to '
             '"token_truncate" or another correction, or loop.async_rollouts = False.'
+        )
+
+
+def _check_guards(config: ConfigDict) -> None:
+    guards, every = config.guards, config.checkpoint.every_steps
+    actions = ("warn", "skip", "roll_back", "stop")
+    choices = {"nonfinite": actions[1:], "after_skips": actions[2:]}
+    choices |= dict.fromkeys("failed_rewards reward equal_groups kl entropy".split(), actions)
+    for name, allowed in choices.items():
+        if guards[name] not in allowed:
+            raise ValueError(
+                f"guards.{name} = {guards[name]!r} must be one of {', '.join(allowed)}."
+            )
+        if guards[name] == "roll_back" and not every:
+            raise ValueError(
+                f'guards.{name} = "roll_back" goes back to the last checkpoint, and '
+                "checkpoint.every_steps = 0 writes none before the end. Set that above 0, or the "
+                "guard to another action."
+            )
+    if guards.kl_max and not config.algorithm.kl_coef:
+        raise ValueError(
+            f"guards.kl_max = {guards.kl_max}, but algorithm.kl_coef = 0 runs without the "
+            "reference that policy/kl is measured from. Set it above 0 (1e-6 changes next to "
+            "nothing), or guards.kl_max = 0."
+        )
+    if guards.entropy_max and guards.entropy_max <= guards.entropy_min:
+        raise ValueError(
+            f"guards.entropy_max = {guards.entropy_max} must be above guards.entropy_min = "
+            f"{guards.entropy_min}, or 0 for no bound."
         )
 
 
@@ -565,7 +616,7 @@ def needs_old_pass(config: ConfigDict) -> bool:
 _FREE = (
     "loop.num_steps evaluation. checkpoint. logging. profile. debug. mesh. compile_cache "
     "rollout.num_slots rollout.compact batch.microbatch sft.microbatch model.remat model.attention "
-    "optim.offload model.offload_reference optim.max_skipped sft.checkpoint_every_steps "
+    "optim.offload model.offload_reference guards. sft.checkpoint_every_steps "
     "rewards.num_workers rewards.time_limit_s rewards.memory_gb rewards.max_failed_share "
     "loop.stall_limit_s hosts. batch.memory_limit_gib"
 ).split()

@@ -12,8 +12,9 @@ from grpo_jax import metrics as metrics_lib
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.judge import Judge
 from grpo_jax.lines import Lines
-from grpo_jax.parts import Parts, Position
+from grpo_jax.parts import Parts
 from grpo_jax.phases import phase
+from grpo_jax.position import Position
 from grpo_jax.rewards.score import Scores
 from grpo_jax.structs import Rollouts, TrainState
 from grpo_jax.watchdog import Watchdog
@@ -29,17 +30,27 @@ class Drawn:
     seconds: float  # that sampling took
 
 
-def draw(parts: Parts, state: TrainState, step: int, lines: Lines, watchdog: Watchdog) -> Drawn:
-    """Samples a step's completions, and writes the line that is open once the device is busy."""
-    started = time.monotonic()
-    questions = parts.train.take(_indices(parts, step))
-    judge = _judge(parts, questions, step)
+def draw(
+    parts: Parts,
+    state: TrainState,
+    at: Position,
+    lines: Lines,
+    watchdog: Watchdog,
+    *,
+    ahead: int = 0,
+) -> Drawn:
+    """Samples the completions of the step `ahead` of where the run stands.
+
+    Once the device is busy it writes the line that is open.
+    """
+    started, step = time.monotonic(), at.step + ahead
+    questions, judge = _begin(parts, at, step)
     with phase("rollout"):
         rollouts = parts.engine.generate(
             parts.engine.publish(state.params),
             questions.prompt_ids,
             group=parts.config.batch.group,
-            key=keys.key_for(parts.config.seed, "rollout", step),
+            key=keys.key_for(parts.config.seed, "rollout", at.draw_of(step)),
             temperature=parts.config.rollout.temperature,
             on_group=judge.add,
             meanwhile=lines.close,
@@ -52,8 +63,7 @@ def draw(parts: Parts, state: TrainState, step: int, lines: Lines, watchdog: Wat
 def drawn_before(parts: Parts, at: Position, rollouts: Rollouts) -> Drawn:
     """Completions that a checkpoint held, given to a judge as if just sampled."""
     step = at.step + bool(at.update)
-    questions = parts.train.take(_indices(parts, step))
-    judge = _judge(parts, questions, step)
+    questions, judge = _begin(parts, at, step)
     for number, (completion_GC, length_G) in enumerate(
         zip(rollouts.completion_PGC, rollouts.length_PG)
     ):
@@ -98,18 +108,16 @@ def show(
     metrics_lib.print_samples(f"Completions of step {step}", rows)
 
 
-def _indices(parts: Parts, step: int) -> np.ndarray:
-    config = parts.config
-    return prompts_lib.prompt_indices(
-        config.seed, step, len(parts.train.problems), config.batch.prompts
+def _begin(parts: Parts, at: Position, step: int) -> tuple[evaluation.Questions, Judge]:
+    """What the completions of a step are to answer, and who judges them."""
+    config, draw, num_problems = parts.config, at.draw_of(step), len(parts.train.problems)
+    questions = parts.train.take(
+        prompts_lib.prompt_indices(config.seed, draw, num_problems, config.batch.prompts)
     )
-
-
-def _judge(parts: Parts, questions, step: int) -> Judge:
-    config = parts.config
     seen = {
         "global_step": step,
         "max_steps": config.loop.num_steps,
-        "epoch": step * config.batch.prompts / len(parts.train.problems),
+        "epoch": draw * config.batch.prompts / num_problems,
     }
-    return Judge(parts.rewards, parts.policy, questions.problems, config.batch.group, seen)
+    judge = Judge(parts.rewards, parts.policy, questions.problems, config.batch.group, seen)
+    return questions, judge

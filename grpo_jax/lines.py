@@ -12,15 +12,13 @@ import numpy as np
 from grpo_jax import chips, floor, memory
 from grpo_jax import config as config_lib
 from grpo_jax.compiling import Compiling
+from grpo_jax.guards import Guards
 from grpo_jax.metrics import Progress, Writers
-from grpo_jax.parts import Parts, Position
+from grpo_jax.parts import Parts
 from grpo_jax.phases import phase
+from grpo_jax.position import Position
 from grpo_jax.rewards import score as score_lib
 from grpo_jax.structs import Rollouts, TrainState
-
-
-class Diverged(ValueError):  # noqa: N818
-    """Too many updates in a row were not finite."""
 
 
 class Lines:
@@ -31,12 +29,19 @@ class Lines:
     """
 
     def __init__(
-        self, parts: Parts, at: Position, writers: Writers, bar: Progress, compiling: Compiling
+        self,
+        parts: Parts,
+        at: Position,
+        guards: Guards,
+        writers: Writers,
+        bar: Progress,
+        compiling: Compiling,
     ):
-        self._parts, self._at, self._compiling = parts, at, compiling
+        self._parts, self._at, self._guards, self._compiling = parts, at, guards, compiling
         self._writers, self._bar = writers, bar
         self._unread: tuple[dict, list, int] | None = None  # an update's, where they go, its step
         self._line: Callable[[dict], tuple[int, dict[str, float]]] | None = None
+        self._read_at = 0.0  # time.monotonic() after the newest update
         self.closed_at = 0.0  # time.monotonic() when the newest line was written
 
     def learned(self, values: dict) -> None:
@@ -45,23 +50,14 @@ class Lines:
         self._unread = values, self._at.update_metrics, self._at.step + 1
 
     def read(self) -> None:
-        """Waits for the newest update; ends the run when too many in a row were refused."""
+        """Waits for the newest update, and has the guards look at it."""
         if self._unread is None:
             return
         (values, learned, step), self._unread = self._unread, None
         with phase("update"):
             values = {name: float(value) for name, value in jax.device_get(values).items()}
-        at, parts = self._at, self._parts
-        at.skipped_in_row = at.skipped_in_row + 1 if values.pop("skipped") else 0
-        if at.skipped_in_row >= parts.config.optim.max_skipped:
-            parts.checkpoints.wait()
-            raise Diverged(
-                f"{at.skipped_in_row} updates in a row had a loss or gradient that is not finite "
-                f"(loss {values['policy/loss']}, gradient norm {values['policy/grad_norm']} at "
-                f"step {step}). They were refused, so the policy is the one from before. Lower "
-                "optim.learning_rate, set optim.clip_norm, or use model.dtype = float32; "
-                f"{parts.folder / 'checkpoints'} holds the last checkpoint."
-            )
+        refused = bool(values.pop("skipped"))
+        self._guards.look_at_update(step, values, refused=refused)
         learned.append(values)
         self._read_at = time.monotonic()
 
@@ -77,15 +73,17 @@ class Lines:
         counters = {"tokens/generated": at.tokens} | memory.usage()
 
         def line(evaluated: dict[str, float]) -> tuple[int, dict[str, float]]:
-            times["time/update_s"] = self._read_at - learning
+            ended = max(self._read_at, learning)  # the latter where no update was made
+            times["time/update_s"] = ended - learning
             times["time/step_s"] = time.monotonic() - started
             values = known | _combined(learned) | counters | evaluated | times
             values |= self._compiling.since_last() | {
                 "policy/skipped_updates": int(state.num_skipped),
                 "policy/learning_rate": float(parts.schedule(max(int(state.num_updates) - 1, 0))),
             }
-            if "time/rollout_s" in times:  # not where the run was stopped after the rollout
-                step_s = self._read_at - started
+            # Not where the run was stopped after the rollout, nor where nothing was learned.
+            if "time/rollout_s" in times and learned:
+                step_s = ended - started
                 values |= _rates(parts, lengths, times["time/rollout_s"], step_s)
             return step, values
 

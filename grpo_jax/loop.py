@@ -13,14 +13,15 @@ import functools
 import shlex
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from grpo_jax import config as config_lib
-from grpo_jax import drawing, evaluation, hosts, keys, report, sharding, workdir
+from grpo_jax import drawing, evaluation, hosts, keys, position, report, sharding, workdir
+from grpo_jax import guards as guards_lib
 from grpo_jax import lines as lines_lib
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import parts as parts_lib
@@ -31,9 +32,10 @@ from grpo_jax.drawing import Drawn
 from grpo_jax.judge import Complaints
 from grpo_jax.lines import Lines
 from grpo_jax.models import hf
-from grpo_jax.parts import Parts, Position
+from grpo_jax.parts import Parts
 from grpo_jax.phases import Trace, phase
 from grpo_jax.planning import fit
+from grpo_jax.position import Position
 from grpo_jax.rewards import score as score_lib
 from grpo_jax.structs import Experience, Rollouts, TrainState
 from grpo_jax.watchdog import Watchdog
@@ -45,7 +47,7 @@ def run(
     """Trains the model at `model_path`, or goes on with the run in `folder`; returns its summary.
 
     `spent_s`: seconds that went into making the model, counted as part of the run. Raises
-    ValueError for what a user can mend, `lines.Diverged` when updates stay non-finite, and
+    ValueError for what a user can mend, `guards.Diverged` where a guard ends the run, and
     `workdir.Stopped` once the run was asked to stop and has saved.
     """
     began = time.monotonic() - spent_s
@@ -56,10 +58,34 @@ def run(
 
 
 def _run(parts: Parts, began: float) -> dict[str, Any]:
+    with phase("start"):
+        at = position.newest(parts)
+    began -= at.wall_s
+    with workdir.StopSignal() as stop, Compiling() as compiling:
+        while True:
+            try:
+                state = _train(parts, at, stop, compiling, began)
+                break
+            except guards_lib.RollBack as order:
+                metrics_lib.say(f"warning: {order}")
+                undone = order.step
+            except guards_lib.Diverged:
+                parts.checkpoints.close()
+                raise
+            with phase("start"):  # the state that went wrong has made room
+                at = position.roll_back(parts, at, undone)
+    with Watchdog(parts.config.loop.stall_limit_s) as watchdog:
+        watchdog.phase("The end of the run")
+        return _finish(parts, state, at, time.monotonic() - began)
+
+
+def _train(
+    parts: Parts, at: Position, stop: workdir.StopSignal, compiling: Compiling, began: float
+) -> TrainState:
+    """The state after the last step; `at` goes along. Raises `guards.RollBack` beside the rest."""
     config, folder = parts.config, parts.folder
     with phase("start"):
-        state, at, experience, ahead = parts_lib.start(parts)
-    began -= at.wall_s
+        state, experience, ahead = position.load(parts, at)
     writers = metrics_lib.Writers(
         folder,
         first_step=at.step + 1 if at.step else 0,
@@ -71,9 +97,9 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
     )
     num_steps, updates = config.loop.num_steps, config_lib.num_updates_per_step(config)
     with (
+        closing(writers),
         workdir.StopSignal(config.checkpoint.save_before_s) as stop,
         metrics_lib.Progress(num_steps, first_step=at.step) as bar,
-        Compiling() as compiling,
         Watchdog(config.loop.stall_limit_s) as watchdog,
         Trace(folder, config.profile.steps) as trace,
     ):
@@ -84,7 +110,8 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
                 at.accuracy_before = at.first_evaluation["eval/accuracy"]
             if at.first_evaluation:  # again where the run was stopped in its first step
                 writers.scalars(0, at.first_evaluation)
-        lines = Lines(parts, at, writers, bar, compiling)
+        guards = guards_lib.Guards(config, at.history, parts.checkpoints.folder)
+        lines = Lines(parts, at, guards, writers, bar, compiling)
         complaints = Complaints()
         times: dict[str, float] = {}
         if ahead is not None:
@@ -94,23 +121,29 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
             started, now = time.monotonic(), f"step {at.step + 1}"
             if experience is None:
                 watchdog.phase(f"The rollout of {now}")
-                drawn, ahead = ahead or drawing.draw(parts, state, at.step, lines, watchdog), None
+                drawn, ahead = ahead or drawing.draw(parts, state, at, lines, watchdog), None
                 if config.loop.async_rollouts and at.step + 1 < num_steps:
                     # With the weights from before this step's updates; meanwhile this step's
                     # rewards are computed, and the next one's while the device updates.
-                    ahead = drawing.draw(parts, state, at.step + 1, lines, watchdog)
+                    ahead = drawing.draw(parts, state, at, lines, watchdog, ahead=1)
                 lines.close()  # the last step may have sampled nothing
+                guards.obey()
                 started = time.monotonic() - drawn.seconds  # of this step, whenever it was sampled
                 times["time/rollout_s"] = drawn.seconds
                 if stop.asked():
                     _stop(parts, state, at, None, drawn, stop, began)
                 watchdog.phase(f"The rewards of {now}")
-                scored = functools.partial(_score, parts, state, at, drawn, began, times)
+                scored = functools.partial(_score, parts, guards, state, at, drawn, began, times)
                 with phase("scoring"):
                     experience, scores = _prepare(parts, state, drawn.rollouts, scored)
                 complaints.note(now, scores)
                 at.rollout_metrics = lines_lib.of_rollout(parts, drawn.rollouts, scores, times)
                 drawing.show(parts, writers, at.step + 1, drawn, scores)
+                guards.look_at_rollout(at.step + 1, at.rollout_metrics)
+                if guards.leaves_out:
+                    state, at.update = update_lib.refuse(state, updates), updates
+                    guards.left_out(at.step + 1, updates)
+                guards.obey()
             learning = time.monotonic()
             while at.update < updates:
                 watchdog.phase(f"Update {at.update + 1} of {now}")
@@ -118,9 +151,11 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
                 with phase("update"):
                     state, values = parts.update(state, experience, index)
                 lines.learned(values)
+                guards.obey()
                 at.update += 1
                 if at.update < updates and stop.asked():
                     lines.read()
+                    guards.obey()
                     _stop(parts, state, at, experience, ahead, stop, began)
             rollouts = experience.rollouts
             lengths = sharding.to_host((rollouts.prompt_length_P, rollouts.length_PG))
@@ -133,6 +168,7 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
             parts.checkpoints.poll()
             if stops or _saves(parts, at) or _evaluates(parts, at):
                 lines.read()
+                guards.obey(before=lines.close)  # before anything is saved
                 watchdog.phase(f"The evaluation after {now}")
                 evaluated = _evaluate_if_due(parts, state, at, watchdog)
                 lines.close(evaluated)  # before saving: a resumed run finds the line there
@@ -143,30 +179,26 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
                         _save(parts, state, at, None, ahead, began, accuracy)
                 if stops and at.step < num_steps:
                     _stop(parts, state, at, None, ahead, stop, began)
-    writers.close()
-    with Watchdog(config.loop.stall_limit_s) as watchdog:
-        watchdog.phase("The end of the run")
-        return _finish(parts, state, at, time.monotonic() - began)
+    return state
 
 
 # --- The pieces of a step -------------------------------------------------------------------------
 
 
 def _score(
-    parts: Parts, state: TrainState, at: Position, drawn: Drawn, began: float, times: dict
+    parts: Parts,
+    guards: guards_lib.Guards,
+    state: TrainState,
+    at: Position,
+    drawn: Drawn,
+    began: float,
+    times: dict,
 ) -> score_lib.Scores:
     """The rewards of a step's completions; failing too often, they end the run, with all saved."""
     try:
         with phase("rewards"), _timed(times, "time/reward_s"):
             scores = drawn.judge.scores()
-        for name, failed_B in scores.failed.items():
-            if failed_B.mean() > parts.config.rewards.max_failed_share:
-                first = next(f for f in scores.failures if f.reward == name)
-                raise score_lib.RewardError(
-                    f"{failed_B.sum()} of {len(failed_B)} completions of step {at.step + 1} have "
-                    f"no reward {name!r}, more than rewards.max_failed_share = "
-                    f"{parts.config.rewards.max_failed_share}. The first: {first.message}"
-                )
+        guards.look_at_scores(at.step + 1, scores)
     except score_lib.RewardError:
         if at.step:
             _save(parts, state, at, None, drawn, began)

@@ -1,4 +1,4 @@
-"""What a run is made of, read, checked and put together from its config; and where it stands."""
+"""What a run is made of, read, checked and put together from its config."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax import config as config_lib
-from grpo_jax import evaluation, optim, sharding, workdir
+from grpo_jax import evaluation, guards, optim, sharding, workdir
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import policy as policy_lib
 from grpo_jax.algorithm import losses
@@ -27,29 +27,7 @@ from grpo_jax.rewards import reward as reward_lib
 from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
-from grpo_jax.structs import Experience, ModelConfig, Params, Rollouts, Sampling, TrainState
-
-
-@dataclasses.dataclass
-class Position:
-    """Where a run stands, besides its train state; what a checkpoint keeps of it as JSON.
-
-    Metrics of step n, counted from 1, describe its rollout and the policy after its updates; step 0
-    is the model as it was given.
-    """
-
-    step: int = 0  # rollouts finished
-    update: int = 0  # updates done on the rollout of `step`
-    prompts: int = 0  # consumed
-    tokens: int = 0  # generated
-    wall_s: float = 0.0
-    ahead_s: float = 0.0  # that sampling the completions took that wait in the checkpoint
-    skipped_in_row: int = 0
-    accuracy_before: float | None = None
-    accuracy: float | None = None  # newest
-    first_evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
-    rollout_metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of `step`
-    update_metrics: list[dict[str, float]] = dataclasses.field(default_factory=list)  # the same
+from grpo_jax.structs import ModelConfig, Params, Sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +197,9 @@ def build(
             config.checkpoint.folder or folder / "checkpoints",
             keep=config.checkpoint.keep,
             max_failed=config.checkpoint.max_failed,
+            due_every=guards.may_roll_back(config)
+            * config.checkpoint.every_steps
+            * config_lib.num_updates_per_step(config),
         ),
         rewards=start_rewards(config, rewards),  # last: nothing is refused from here on
     )
@@ -316,6 +297,7 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: Fit = 
             optimizer,
             num_minibatches=config.batch.minibatches,
             offload=config.optim.offload,
+            bounds=guards.refusing_bounds(config),
         ),
     )
 
@@ -352,39 +334,3 @@ def make_engine(
 
 def _sampling(config: ConfigDict) -> Sampling:
     return Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p)
-
-
-def start(parts: Parts) -> tuple[TrainState, Position, Experience | None, Rollouts | None]:
-    """The state to go on from: the newest checkpoint's, or the model as it was given.
-
-    With it what the run was learning from, and completions that were sampled for the step after, if
-    it stopped with such.
-    """
-    model, mesh, optimizer = parts.policy.model, parts.mesh, parts.optimizer
-    dtype, number = jnp.dtype(parts.config.model.param_dtype), parts.checkpoints.latest()
-    if number is None:
-        params = policy_lib.load_params(parts.policy, mesh, parts.config.seed, dtype)
-        state = update_lib.start(params, model, mesh, optimizer)
-        return _offloaded(parts, state), Position(), None, None
-    facts = parts.checkpoints.facts(number)
-    if facts["config"] != config_lib.fingerprint(parts.config):  # the workdir may be another
-        raise ValueError(
-            f"checkpoint.folder = {parts.config.checkpoint.folder!r} holds checkpoints of a "
-            "different config. Give the run a folder of its own, or the options it was started "
-            "with."
-        )
-    at = Position(**facts["position"])
-    like = update_lib.state_like(model, mesh, optimizer, dtype)
-    state = parts.checkpoints.restore(number, like)
-    experience = parts.checkpoints.experience(number, mesh)
-    ahead = parts.checkpoints.ahead(number, mesh)
-    assert (experience is not None) == (at.update > 0), f"checkpoint {number} lacks its rollout"
-    middle = f", between updates {at.update} and {at.update + 1}" if at.update else ""
-    metrics_lib.say(f"Continuing {parts.folder} after step {at.step}{middle}.")
-    return _offloaded(parts, state), at, experience, ahead
-
-
-def _offloaded(parts: Parts, state: TrainState) -> TrainState:
-    if not parts.config.optim.offload:
-        return state
-    return state.replace(opt_state=sharding.to_host_memory(state.opt_state))

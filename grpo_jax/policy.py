@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,15 +86,42 @@ def new(options: ConfigDict, tokenizer: PreTrainedTokenizerBase) -> Policy:
 
 
 def load_params(policy: Policy, mesh: Mesh, seed: int, dtype=jnp.float32) -> Params:
-    """The policy's weights, each device holding its shards: read from its source, or fresh."""
+    """The policy's weights, each device holding its shards: read from its source, or fresh.
+
+    Raises ValueError naming the array where one that was read is not finite.
+    """
     if policy.source is not None:
-        return hf.load_params(policy.source, policy.model, mesh, dtype)
+        params = hf.load_params(policy.source, policy.model, mesh, dtype)
+        refuse_nonfinite(params, mesh, f"{policy.source}", "Get its files again.")
+        return params
     shardings = jax.tree.map(lambda x: x.sharding, param_like(policy.model, mesh))
 
     def init(key: Array) -> Params:
         return jax.tree.map(lambda x: x.astype(dtype), transformer.init(policy.model, key))
 
     return jax.jit(init, out_shardings=shardings)(keys.key_for(seed, "init"))
+
+
+def refuse_nonfinite(tree: Any, mesh: Mesh, source: str, remedy: str) -> None:
+    """Raises ValueError where arrays of a tree, which `source` holds, have NaN or infinities."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    floats = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in leaves
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    }
+    count = jax.jit(
+        lambda arrays: {name: (~jnp.isfinite(x)).sum() for name, x in arrays.items()},
+        out_shardings=sharding.replicated(mesh),
+    )
+    wrong = {name: int(n) for name, n in jax.device_get(count(floats)).items() if n}
+    if wrong:
+        name = min(wrong, key=lambda n: (not n.startswith("params/"), n))
+        more = f", and {len(wrong) - 1} more arrays have such" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"{source}: {wrong[name]} of the {floats[name].size} values of {name} are NaN or "
+            f"infinite{more}. {remedy}"
+        )
 
 
 def param_like(model: ModelConfig, mesh: Mesh) -> Params:

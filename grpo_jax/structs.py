@@ -117,7 +117,7 @@ class TrainState:
     params: Params  # the weights that learn, in `config.model.param_dtype`
     opt_state: Any
     num_updates: Array  # int32 scalar: updates attempted, skipped ones included
-    num_skipped: Array  # int32 scalar: updates refused because loss or gradient was not finite
+    num_skipped: Array  # int32 scalar: updates refused, as not finite or by a guard
 
 
 def pad_rows(rows: list[list[int]], width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -387,25 +388,38 @@ def make_adding(
 
 @jax.named_scope("optimizer")
 def apply_gradient(
-    state: TrainState, optimizer: optax.GradientTransformation, grads: Params, loss: Array
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    grads: Params,
+    loss: Array,
+    wanted: Array | bool = True,
 ) -> tuple[TrainState, dict[str, Array]]:
     """The state after one optimizer step, or unchanged but for its counters.
 
-    A loss or gradient that is not finite leaves parameters and optimizer as they were and counts in
-    `num_skipped`.
+    A loss or gradient that is not finite, and one that is not `wanted`, leaves parameters and
+    optimizer as they were and counts in `num_skipped`.
     """
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    accepted = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & wanted
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)  # noqa: E731
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(accepted, n, o), new, old)  # noqa: E731
     state = TrainState(
         params=keep(params, state.params),
         opt_state=keep(opt_state, state.opt_state),
         num_updates=state.num_updates + 1,
-        num_skipped=state.num_skipped + ~finite,
+        num_skipped=state.num_skipped + ~accepted,
     )
-    return state, {"policy/grad_norm": grad_norm, "skipped": ~finite}
+    return state, {"policy/grad_norm": grad_norm, "skipped": ~accepted}
+
+
+def refuse(state: TrainState, number: int) -> TrainState:
+    """The state as after so many updates that were refused: only its counters move."""
+    moved = [
+        jax.device_put(np.int32(int(count) + number), count.sharding)
+        for count in (state.num_updates, state.num_skipped)
+    ]
+    return state.replace(num_updates=moved[0], num_skipped=moved[1])
 
 
 def make_update(
@@ -415,12 +429,14 @@ def make_update(
     *,
     num_minibatches: int,
     offload: bool = False,
+    bounds: Mapping[str, tuple[float, float]] = MappingProxyType({}),
 ):
     """A function `(state, experience, minibatch index) -> (state, metrics)`; it donates the state.
 
     Minibatch i of n holds prompts i, i + n, ... With `offload` the optimizer's state comes to the
     devices for its own step alone, and lies in the host's memory otherwise. Metrics are float32
-    scalars by their logged names, and `skipped`, True where the update was refused.
+    scalars by their logged names, and `skipped`, True where the update was refused: one that is not
+    finite, or of a metric out of its `bounds`, lowest and highest value by name.
     """
 
     like = state_like(scorer.model, scorer.mesh, optimizer)
@@ -457,9 +473,11 @@ def make_update(
         tokens = jnp.maximum(sums.pop("tokens"), 1.0)
         loss = sums.pop("loss") / count
         grads = jax.tree.map(lambda g: g / count, grads)
-        state, metrics = apply_gradient(state, optimizer, grads, loss)
-        metrics |= {name: value / tokens for name, value in sums.items()}
-        return state, metrics | maxima | {"policy/loss": loss}
+        means = {name: value / tokens for name, value in sums.items()}
+        outside = [(means[n] < low) | (means[n] > high) for n, (low, high) in bounds.items()]
+        wanted = ~functools.reduce(jnp.logical_or, outside, jnp.bool_(False))
+        state, metrics = apply_gradient(state, optimizer, grads, loss, wanted)
+        return state, metrics | means | maxima | {"policy/loss": loss}
 
     def update(state: TrainState, experience: Experience, index: int):
         groups_P = np.arange(scorer.groups_in_shard(experience.rollouts))[index::num_minibatches]

@@ -248,7 +248,7 @@ def test_a_run_of_bad_updates_ends(tmp_path, model, monkeypatch, compile_cache):
     path = f"--config.model.path={model}"
     more = [*TWO_STEPS, "--config.loop.num_steps=9", "--config.checkpoint.every_steps=1"]
     message = _refused(tmp_path / "run", path, *more)
-    assert "5 updates in a row" in message and "loss nan" in message and "step 3" in message
+    assert "5 updates in a row" in message and "loss nan" in message and "Step 3" in message
     for option in ("optim.learning_rate", "optim.clip_norm", "model.dtype = float32"):
         assert option in message
     state = final_state(tmp_path / "run")  # of step 2: its checkpoint holds the weights of step 1

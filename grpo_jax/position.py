@@ -1,0 +1,134 @@
+"""Where a run stands: at its start, at a checkpoint, or back at one that it was rolled back to."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from grpo_jax import config as config_lib
+from grpo_jax import metrics as metrics_lib
+from grpo_jax import policy as policy_lib
+from grpo_jax import sharding
+from grpo_jax.algorithm import update as update_lib
+from grpo_jax.guards import History
+from grpo_jax.parts import Parts
+from grpo_jax.structs import Experience, Rollouts, TrainState
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a run stands, besides its train state; what a checkpoint keeps of it as JSON.
+
+    Metrics of step n, counted from 1, describe its rollout and the policy after its updates; step 0
+    is the model as it was given.
+    """
+
+    step: int = 0  # rollouts finished
+    update: int = 0  # updates done on the rollout of `step`
+    prompts: int = 0  # consumed
+    tokens: int = 0  # generated
+    wall_s: float = 0.0
+    ahead_s: float = 0.0  # that sampling the completions took that wait in the checkpoint
+    checkpoint: int = -1  # number of the one that this was read from; -1: none
+    passed_over: int = 0  # draws that were undone: their prompts and keys do not come again
+    rolled_back_to: int = -1  # the same of the last roll-back
+    history: History = dataclasses.field(default_factory=History)
+    accuracy_before: float | None = None
+    accuracy: float | None = None  # newest
+    first_evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
+    rollout_metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of `step`
+    update_metrics: list[dict[str, float]] = dataclasses.field(default_factory=list)  # the same
+
+    def draw_of(self, step: int) -> int:
+        """The number of the draw that gives a step its prompts and its random key."""
+        return step + self.passed_over
+
+
+def newest(parts: Parts) -> Position:
+    """Where the run stands: at its newest checkpoint, or where there is none at its start.
+
+    Raises ValueError where the checkpoint is of another config.
+    """
+    number = parts.checkpoints.latest()
+    if number is None:
+        return Position()
+    at, config = _read(parts, number)
+    if config != config_lib.fingerprint(parts.config):  # the workdir may be another
+        raise ValueError(
+            f"checkpoint.folder = {parts.config.checkpoint.folder!r} holds checkpoints of a "
+            "different config. Give the run a folder of its own, or the options it was started "
+            "with."
+        )
+    middle = f", between updates {at.update} and {at.update + 1}" if at.update else ""
+    metrics_lib.say(f"Continuing {parts.folder} after step {at.step}{middle}.")
+    return at
+
+
+def roll_back(parts: Parts, at: Position, undone: int) -> Position:
+    """Where to go on from once the steps up to `undone` went wrong: at a checkpoint before them.
+
+    That is the newest one that was due, since one that a stop wrote would not be there in a run
+    that was never stopped; or where that has been rolled back to before, the one before it, if it
+    is kept. Without any the run begins again. What is newer is deleted. The draws of the undone
+    steps are passed over, so that what led there does not come again (as Chowdhery et al. 2022,
+    arXiv:2204.02311, section 5.1, do where the loss spikes).
+    """
+    every = parts.config.checkpoint.every_steps * config_lib.num_updates_per_step(parts.config)
+    numbers = parts.checkpoints.numbers()
+    due = [number for number in numbers if number % every == 0]
+    if len(due) > 1 and due[-1] == at.rolled_back_to:
+        due.pop()
+    if due:
+        back, where = _read(parts, due[-1])[0], f"checkpoint {due[-1]}"
+    else:
+        back, where = Position(first_evaluation=at.first_evaluation), "the start"
+        back.accuracy_before = back.accuracy = at.accuracy_before
+    for newer in (number for number in numbers if number > back.checkpoint):
+        parts.checkpoints.delete(newer)
+    back.passed_over = at.draw_of(undone) - back.step
+    back.rolled_back_to, back.tokens = back.checkpoint, at.tokens
+    back.history.roll_backs = at.history.roll_backs + 1
+    metrics_lib.say(f"Rolled back to {where}; steps {back.step + 1} to {undone} are undone.")
+    return back
+
+
+def load(parts: Parts, at: Position) -> tuple[TrainState, Experience | None, Rollouts | None]:
+    """The state there, what the run was learning from, and what it had sampled for the next step.
+
+    The latter two where it was stopped with such; a roll-back leaves them. Raises ValueError where
+    the state has numbers that are not finite.
+    """
+    model, mesh, optimizer = parts.policy.model, parts.mesh, parts.optimizer
+    dtype, number = jnp.dtype(parts.config.model.param_dtype), at.checkpoint
+    if number < 0:
+        params = policy_lib.load_params(parts.policy, mesh, parts.config.seed, dtype)
+        return _offloaded(parts, update_lib.start(params, model, mesh, optimizer)), None, None
+    like = update_lib.state_like(model, mesh, optimizer, dtype)
+    state = parts.checkpoints.restore(number, like)
+    policy_lib.refuse_nonfinite(
+        state,
+        mesh,
+        f"Checkpoint {number} in {parts.checkpoints.folder}",
+        "Delete that, and the run goes on from the one before.",
+    )
+    state = _offloaded(parts, state)
+    if number == at.rolled_back_to:
+        return state, None, None
+    experience = parts.checkpoints.experience(number, mesh)
+    assert (experience is not None) == (at.update > 0), f"checkpoint {number} lacks its rollout"
+    return state, experience, parts.checkpoints.ahead(number, mesh)
+
+
+def _read(parts: Parts, number: int) -> tuple[Position, str]:
+    """The position that a checkpoint holds, and the name of its config."""
+    facts = parts.checkpoints.facts(number)
+    history = History(**facts["position"].pop("history"))
+    at = Position(**facts["position"] | {"history": history, "checkpoint": number})
+    return at, facts["config"]
+
+
+def _offloaded(parts: Parts, state: TrainState) -> TrainState:
+    if not parts.config.optim.offload:
+        return state
+    return state.replace(opt_state=sharding.to_host_memory(state.opt_state))
