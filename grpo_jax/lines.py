@@ -79,6 +79,7 @@ class Lines:
             values = known | _combined(learned) | counters | evaluated | times
             values |= self._compiling.since_last() | {
                 "policy/skipped_updates": int(state.num_skipped),
+                "guards/roll_backs": at.history.roll_backs,
                 "policy/learning_rate": float(parts.schedule(max(int(state.num_updates) - 1, 0))),
             }
             # Not where the run was stopped after the rollout, nor where nothing was learned.

@@ -323,6 +323,7 @@ def _finish(parts: Parts, state: TrainState, at: Position, wall_s: float) -> dic
         "steps": at.step,
         "generated_tokens": at.tokens,
         "skipped_updates": int(state.num_skipped),
+        "roll_backs": at.history.roll_backs,
         "parameters": parts.policy.model.num_params,
     }
     if parts.config.checkpoint.export:

@@ -83,9 +83,8 @@ METRICS: dict[str, Metric] = {
     "policy/importance_capped_share": Metric(
         "share", "tokens whose ratio of policy to sampler was above algorithm.importance_cap"
     ),
-    "policy/skipped_updates": Metric(
-        "updates", "refused so far because loss or gradient was not finite"
-    ),
+    "policy/skipped_updates": Metric("updates", "refused so far, as not finite or by a guard"),
+    "guards/roll_backs": Metric("", "times so far that a guard went back to a checkpoint"),
     "time/rollout_s": Metric("s", "sampling the completions"),
     "time/reward_s": Metric("s", "waiting for rewards after the last completion"),
     "time/update_s": Metric("s", "updating the policy"),

@@ -79,17 +79,21 @@ def roll_back(parts: Parts, at: Position, undone: int) -> Position:
     due = [number for number in numbers if number % every == 0]
     if len(due) > 1 and due[-1] == at.rolled_back_to:
         due.pop()
-    if due:
-        back, where = _read(parts, due[-1])[0], f"checkpoint {due[-1]}"
-    else:
-        back, where = Position(first_evaluation=at.first_evaluation), "the start"
-        back.accuracy_before = back.accuracy = at.accuracy_before
-    for newer in (number for number in numbers if number > back.checkpoint):
+    for newer in (n for n in numbers if not due or n > due[-1]):
         parts.checkpoints.delete(newer)
+    while (number := parts.checkpoints.latest() or 0) % every:  # where those due are damaged
+        parts.checkpoints.delete(number)
+    if not number:
+        back = Position(first_evaluation=at.first_evaluation)
+        back.accuracy_before = back.accuracy = at.accuracy_before
+    else:
+        back, _ = _read(parts, number)
     back.passed_over = at.draw_of(undone) - back.step
     back.rolled_back_to, back.tokens = back.checkpoint, at.tokens
     back.history.roll_backs = at.history.roll_backs + 1
-    metrics_lib.say(f"Rolled back to {where}; steps {back.step + 1} to {undone} are undone.")
+    metrics_lib.say(
+        f"Going on after step {back.step}: steps {back.step + 1} to {undone} are undone."
+    )
     return back
 
 

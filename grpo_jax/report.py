@@ -255,6 +255,7 @@ _SUMMARY = {
     "generated_tokens_per_s": ("sampling speed", "{:,.0f} tokens/s"),
     "generated_tokens": ("tokens sampled", "{:,}"),
     "skipped_updates": ("updates skipped", "{:,}"),
+    "roll_backs": ("roll-backs", "{:,}"),
     "mfu": ("of peak arithmetic", "{:.1%}"),
     "seed": ("seed", "{}"),
 }

@@ -325,6 +325,18 @@ def test_every_number_has_a_range():
         ({**_DATASET, "data__columns": ("question",)}, ["data.columns: 'question'", "ours=theirs"]),
         ({**_DATASET, "data__template": "{}"}, ["data.template = '{}'", "{{ and }}"]),
         ({"data__overlong": "cut"}, ["data.overlong = 'cut'", "refuse, drop, truncate"]),
+        ({"guards__kl": "ignore"}, ["guards.kl = 'ignore'", "warn, skip, roll_back, stop"]),
+        ({"guards__nonfinite": "warn"}, ["guards.nonfinite = 'warn'", "skip, roll_back, stop"]),
+        ({"guards__after_skips": "skip"}, ["guards.after_skips = 'skip'", "of roll_back, stop"]),
+        (
+            {"guards__reward": "roll_back", "checkpoint__every_steps": 0},
+            ['guards.reward = "roll_back"', "checkpoint.every_steps = 0", "another action"],
+        ),
+        ({"guards__kl_max": 0.5}, ["guards.kl_max = 0.5", "algorithm.kl_coef = 0", "reference"]),
+        (
+            {"guards__entropy_min": 1.0, "guards__entropy_max": 1.0},
+            ["guards.entropy_max = 1.0", "above guards.entropy_min = 1.0"],
+        ),
         ({"rewards__weights": (1.0, 2.0)}, ["rewards.names has 1", "rewards.weights 2"]),
         ({"rewards__weights": (), "rewards__names": ()}, ["at least one reward"]),
         ({"checkpoint__folder": "gs://b/r"}, ["checkpoint.folder = 'gs://b/r'", "model.path"]),
@@ -362,6 +374,8 @@ def test_rules(changes, parts):
         {"mesh__data": 1, "mesh__tensor": -1},
         {"model__param_dtype": "bfloat16", "optim__float32_copy": True},
         {"loop__async_rollouts": True, "algorithm__importance_correction": "token_mask"},
+        {"guards__kl_max": 0.5, "algorithm__kl_coef": 1e-6, "guards__kl": "roll_back"},
+        {"guards__entropy_min": 1.0},
     ],
 )  # fmt: skip
 def test_what_the_rules_allow(changes):
@@ -452,6 +466,7 @@ def test_what_changes_the_result_binds(changes, tmp_path):
         {"debug__nans": True},
         {"batch__microbatch": 4},
         {"batch__microbatch": -1, "model__remat": "auto", "batch__memory_limit_gib": 8.0},
+        {"guards__reward": "stop"},
         {"sft__checkpoint_every_steps": 4},
     ],
 )

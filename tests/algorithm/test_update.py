@@ -20,6 +20,7 @@ from grpo_jax.algorithm.update import (
     action_mask,
     make_prepare,
     make_update,
+    refuse,
     start,
 )
 from grpo_jax.structs import Experience, Sampling
@@ -396,6 +397,26 @@ def test_an_update_that_is_not_finite_is_refused(experience, where):
     assert (after.num_updates, after.num_skipped) == (2, 1)
     jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
     jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
+
+
+def test_an_update_of_metrics_out_of_bounds_is_refused(experience, plain):
+    """Refused on the device, or left out on the host: but for its counters the state stays."""
+    once, metrics = plain(fresh(), experience, 0)
+    kl, once = float(metrics["policy/kl"]), jax.device_get(once)
+    moved = float(plain(jax.tree.map(jnp.array, once), experience, 0)[1]["policy/kl"])
+    bounds = {"policy/kl": (-np.inf, kl) if moved > kl else (kl, np.inf), "policy/entropy": (0, 99)}
+    bounded = make_update(
+        scorer(microbatch=P), FULL, optax.sgd(RATE), num_minibatches=1, bounds=bounds
+    )
+    state, metrics = bounded(fresh(), experience, 0)
+    assert not metrics["skipped"]  # the bound itself is within
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), once)
+
+    state, metrics = bounded(state, experience, 0)
+    assert metrics["skipped"] and metrics["policy/kl"] == moved != kl
+    for refused in (state, refuse(jax.tree.map(jnp.array, once), 1)):
+        assert (refused.num_updates, refused.num_skipped) == (2, 1)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(refused.params), once.params)
 
 
 def test_an_optimizer_state_in_host_memory_changes_nothing(experience):

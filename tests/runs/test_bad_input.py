@@ -219,6 +219,13 @@ CASES: list[Case] = [
         ("model.norm.weight", "[31]", "[32]"),
     ),
     (
+        "model with a weight that is NaN",
+        lambda tmp, model: [
+            _changed_model(tmp / "m", lambda t: t["model.norm.weight"].put(3, float("nan"))),
+        ],
+        ("1 of the 32 values of norm/scale are NaN", "Get its files again"),
+    ),
+    (
         "unknown reward",
         lambda tmp, model: _reward("exact_anser"),
         ("rewards.names", "exact_anser", "Did you mean exact_answer"),

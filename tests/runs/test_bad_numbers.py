@@ -1,0 +1,186 @@
+"""Numbers that are planted in a run: what becomes of them, and of the run after them.
+
+It equals, bit for bit, one in which nothing was planted and what was undone was left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from kill_and_resume import final_state, log_differences, logged, state_differences
+from test_bad_input import TINY, make_model, refusal
+
+from grpo_jax import loop, position, train
+from grpo_jax.guards import Guards
+
+REWARD = """
+import os
+
+def planted(completions, trainer_state, **columns):
+    if trainer_state.global_step == 1 and os.environ.get("PLANTED"):
+        return [float(os.environ["PLANTED"])] * len(completions)
+    return [len(c) % 3 / 2 for c in completions]
+"""
+OPTIONS = [
+    "--config.rewards.names=planted_reward:planted",
+    "--config.rewards.weights=1.0",
+    "--config.rewards.max_failed_share=0.5",
+    "--config.guards.failed_rewards=skip",
+    "--config.evaluation.num_problems=0",
+    "--config.loop.num_steps=3",
+    "--config.checkpoint.export=False",
+    "--config.logging.tensorboard=False",
+]
+MESH = ["--config.mesh.data=2", "--config.mesh.tensor=-1"]
+
+
+@pytest.fixture(scope="module")
+def rewards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("rewards")
+    (folder / "planted_reward.py").write_text(REWARD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("planted") / "model")
+
+
+@pytest.fixture
+def runs(tmp_path, model, rewards, monkeypatch, compile_cache):
+    """A function that runs a job of a name, and gives its folder."""
+    monkeypatch.syspath_prepend(rewards)
+
+    def run(name: str, *more: str) -> Path:
+        argv = ["--config", str(TINY), "--workdir", str(tmp_path / name), *OPTIONS, *MESH]
+        status, message = refusal(train.main, [*argv, f"--config.model.path={model}", *more])
+        assert status is None, message
+        return tmp_path / name
+
+    yield run
+    sys.modules.pop("planted_reward", None)
+
+
+def test_a_step_of_bad_numbers_is_as_if_it_had_been_left_out(runs, monkeypatch):
+    """In the rewards, or behind them in the gradient: of step 2 of 3 nothing is learned."""
+    with monkeypatch.context() as here:
+        here.setenv("PLANTED", "nan")
+        reward = runs("reward")
+    with monkeypatch.context() as here:
+        prepare, count = loop._prepare, iter(range(10))
+
+        def poisoned(*args):
+            experience, scores = prepare(*args)
+            factor = jnp.inf if next(count) == 1 else 1.0
+            return experience.replace(advantage_PG=experience.advantage_PG * factor), scores
+
+        here.setattr(loop, "_prepare", poisoned)
+        gradient = runs("gradient")
+    with monkeypatch.context() as here:
+
+        def look(guards, step, values):
+            guards.leaves_out = step == 2
+
+        here.setattr(Guards, "look_at_rollout", look)
+        left_out = runs("left out")
+
+    for folder in (reward, gradient):
+        assert not state_differences(left_out, folder)
+        assert [log_differences(left_out, folder)[0].split(":")[1]] == [" step 2"]
+    state = final_state(left_out)
+    assert int(state["/num_updates"]) == 12 and int(state["/num_skipped"]) == 4
+    rows = logged(reward)
+    assert [row["rewards/failed/planted"] for row in rows] == [0, 16, 0]
+    assert [row["policy/skipped_updates"] for row in rows] == [0, 4, 4]
+    assert "policy/loss" not in rows[1] and logged(gradient)[1]["policy/loss"] is None
+
+
+@pytest.mark.slow
+def test_a_bad_weight_is_rolled_back(runs, monkeypatch):
+    """It comes in step 3; of step 2 there is a checkpoint. Steps 3 to 5 then have other prompts."""
+    more = ["guards.after_skips=roll_back", "guards.max_skipped=3", "loop.num_steps=5"]
+    more = [f"--config.{option}" for option in more]
+    build, count = loop.parts_lib.build, iter(range(100))
+
+    def planting(*args):
+        parts = build(*args)
+
+        def update(state, experience, index):
+            if next(count) == 9:
+                kernel = state.params["norm"]["scale"]
+                state.params["norm"]["scale"] = kernel.at[0].set(jnp.nan)
+            return parts.update(state, experience, index)
+
+        return dataclasses.replace(parts, update=update)
+
+    with monkeypatch.context() as here:
+        here.setattr(loop.parts_lib, "build", planting)
+        planted = runs("planted", *more)
+    summary = json.loads((planted / "summary.json").read_text())
+    assert summary["roll_backs"] == 1 and summary["skipped_updates"] == 0
+    assert [row["step"] for row in logged(planted)] == [1, 2, 3, 4, 5]
+    with monkeypatch.context() as here:
+        here.setattr(position.Position, "draw_of", lambda at, step: step + (step >= 2))
+        without = runs("without", *more)
+    assert not state_differences(planted, without)
+    assert log_differences(planted, without) == [
+        f"metrics.jsonl: step {n}: guards/roll_backs, tokens/generated" for n in (3, 4, 5)
+    ]
+    plain = runs("plain", *more)
+    assert "/params/norm/scale" in state_differences(planted, plain)
+
+
+# --- Roll-backs of runs that are stopped ----------------------------------------------------------
+
+HERE = Path(__file__).parent
+CLIMBING = [
+    "--config.optim.learning_rate=0.003",
+    "--config.loop.num_steps=9",
+    "--config.guards.kl=roll_back",
+    "--config.guards.kl_max=0.05",
+    "--config.guards.max_roll_backs=2",
+    "--config.checkpoint.keep=1",
+    "--config.evaluation.num_problems=0",
+]
+STOPS = (5, 12, 9)  # after so many updates, 4 to a step, each time in a new process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [False, True], ids=["in step", "a step ahead"])
+def test_a_stopped_run_rolls_back_as_the_whole_one(tmp_path, alone, model, ahead):
+    def job(name, **stop):
+        argv = ["--config", str(TINY), "--workdir", str(tmp_path / name), *CLIMBING]
+        argv += [f"--config.model.path={model}"]
+        if ahead:
+            argv += ["--config.loop.async_rollouts=True"]
+            argv += ["--config.algorithm.importance_correction=token_truncate"]
+        return {"argv": argv, **stop}
+
+    stopped = [job("stopped", of="update", after=after) for after in STOPS]
+    ends = []
+    for jobs in ([job("whole"), stopped[0]], [stopped[1]], [stopped[2]], [job("stopped")]):
+        done = subprocess.run(
+            [sys.executable, str(HERE / "drive.py"), json.dumps(jobs)],
+            env=alone | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        found = [line for line in done.stdout.splitlines() if line.startswith('{"end"')]
+        ends += [json.loads(line)["end"] for line in found]
+    whole, *stops, last = ends
+    assert all(end.startswith("Stopped by SIGTEST") for end in stops), ends
+    assert "rolled back guards.max_roll_backs = 2 times already" in whole
+    assert last.replace("/stopped/", "/whole/") == whole
+    assert not state_differences(tmp_path / "whole", tmp_path / "stopped")
+    assert not log_differences(tmp_path / "whole", tmp_path / "stopped")
+
+
+# --- A checkpoint whose state is not finite -------------------------------------------------------
