@@ -61,7 +61,8 @@ def _run(parts: Parts, began: float) -> dict[str, Any]:
     with phase("start"):
         at = position.newest(parts)
     began -= at.wall_s
-    with workdir.StopSignal() as stop, Compiling() as compiling:
+    limit_s = parts.config.checkpoint.save_before_s
+    with workdir.StopSignal(limit_s) as stop, Compiling() as compiling:
         while True:
             try:
                 state = _train(parts, at, stop, compiling, began)
@@ -98,7 +99,6 @@ def _train(
     num_steps, updates = config.loop.num_steps, config_lib.num_updates_per_step(config)
     with (
         closing(writers),
-        workdir.StopSignal(config.checkpoint.save_before_s) as stop,
         metrics_lib.Progress(num_steps, first_step=at.step) as bar,
         Watchdog(config.loop.stall_limit_s) as watchdog,
         Trace(folder, config.profile.steps) as trace,
