@@ -1,6 +1,7 @@
 """Rows of a data set: from a file, a folder, or the Hugging Face hub.
 
-JSONL is read here, so that a broken line is named by its number. All else goes through `datasets`,
+JSONL and JSON are read here: a broken line is named by its number, and Arrow's own reader, which
+`datasets` uses, ends the process at values that nest without end. All else goes through `datasets`,
 which is imported where it is needed: that takes seconds.
 """
 
@@ -18,7 +19,8 @@ from typing import Any
 Row = tuple[str, dict[str, Any]]  # where it stands, such as "train.jsonl, line 3"; its columns
 
 # Kinds of file by suffix, as `datasets` calls them.
-_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".json": "json"}
+_KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
+_SUFFIXES = (".jsonl", ".json", *_KINDS)
 
 # What is read into memory at once is bounded: a row of text, a whole JSON file, and a block of
 # Parquet rows as its own header gives it, unpacked.
@@ -73,10 +75,12 @@ def read(source: Source) -> Iterator[Row]:
 def _file_rows(path: Path, option: str) -> Iterator[Row]:
     if path.suffix == ".jsonl":
         yield from _json_lines(path, option)
+    elif path.suffix == ".json":
+        yield from _json_rows(path, option)
     elif path.suffix not in _KINDS:
         raise ValueError(
             f"{option}: {path} is not a kind of file that is read. Give one whose name ends in "
-            f".jsonl, {', '.join(_KINDS)}."
+            f"{', '.join(_SUFFIXES)}."
         )
     elif path.stat().st_size:
         kind = _KINDS[path.suffix]
@@ -101,12 +105,39 @@ def _json_lines(path: Path, option: str) -> Iterator[Row]:
                 f"{option}: {where} is not JSON ({error}): {_shorten(line)}. Each line needs one "
                 "JSON object."
             ) from error
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{option}: {where} is a {type(row).__name__}, not a JSON object: "
-                f'{_shorten(line)}. Write {{"prompt": ..., "answer": ...}}.'
-            )
-        yield where, row
+        yield where, _as_row(row, where, option)
+
+
+def _json_rows(path: Path, option: str) -> Iterator[Row]:
+    """Rows of a list of objects, of one object, or of lines as in JSONL."""
+    size = path.stat().st_size
+    if size > MAX_BLOCK_BYTES:
+        raise ValueError(
+            f"{option}: {path} has {size} bytes, and a .json file, which is read as a whole, at "
+            f"most {MAX_BLOCK_BYTES}. Write it as .jsonl, one JSON object a line."
+        )
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+        value = json.loads(text) if text else []
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            yield from _json_lines(path, option)
+            return
+        raise ValueError(f"{option}: {path} cannot be read as json ({error}).") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{option}: {path} cannot be read as json ({error}).") from error
+    for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
+        where = f"{path}, row {number}"
+        yield where, _as_row(row, where, option)
+
+
+def _as_row(row: Any, where: str, option: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"{option}: {where} is a {type(row).__name__}, not a JSON object: "
+            f'{_shorten(repr(row))}. Write {{"prompt": ..., "answer": ...}}.'
+        )
+    return row
 
 
 def _lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
@@ -132,11 +163,6 @@ def _lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
 
 def _refuse_large(path: Path, kind: str, option: str) -> None:
     """Raises ValueError for a file of which too much would have to be held at once."""
-    if kind == "json" and path.stat().st_size > MAX_BLOCK_BYTES:
-        raise ValueError(
-            f"{option}: {path} has {path.stat().st_size} bytes, and a .json file, which is read as "
-            f"a whole, at most {MAX_BLOCK_BYTES}. Write it as .jsonl, one JSON object a line."
-        )
     if kind == "csv":
         with path.open("rb") as file:
             lines = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
@@ -169,6 +195,9 @@ def _saved_rows(path: Path, source: Source) -> Iterator[Row]:
     with _explained(f"{source} cannot be read as a saved dataset"), _quiet() as datasets:
         _refuse_saved_outside(path)
         saved = datasets.load_from_disk(path)
+        parts = saved.values() if isinstance(saved, datasets.DatasetDict) else [saved]
+        for part in parts:  # Arrow itself reads at whatever address a damaged file gives
+            part.data.table.validate(full=True)
     if isinstance(saved, datasets.DatasetDict):
         split = _chosen(source, list(saved))
         saved, where = saved[split], f"{where} ({split})"
@@ -195,7 +224,7 @@ def _hub_rows(source: Source) -> Iterator[Row]:
     path, file = source.path, Path(source.path)
     missing = f"{source}: there is no such file or folder"
     hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path)
-    is_file = file.suffix in (".jsonl", *_KINDS)
+    is_file = file.suffix in _SUFFIXES
     if not hub_id or is_file or ("/" in path and Path(file.parts[0]).is_dir()):
         seen = "" if file.is_absolute() else f", as seen from {Path.cwd()}"
         raise ValueError(
@@ -259,8 +288,12 @@ def _chosen(source: Source, names: list[str], slices: bool = False) -> str:
 
 
 def _dataset_rows(dataset: Any, where: str) -> Iterator[Row]:
-    number = 0
-    for batch in dataset.iter(batch_size=1000):  # row by row would take ten times as long
+    number, batches = 0, dataset.iter(batch_size=1000)  # row by row would take ten times as long
+    while True:
+        with _explained(f"{where} cannot be read after row {number}"):
+            batch = next(batches, None)
+        if batch is None:
+            return
         for values in zip(*batch.values()):
             number += 1
             yield f"{where}, row {number}", dict(zip(batch, values))

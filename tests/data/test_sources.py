@@ -5,10 +5,12 @@ import json
 import logging
 import os
 import shutil
+import struct
 import tracemalloc
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pytest
 
 from grpo_jax.data import sources
@@ -131,7 +133,9 @@ def test_a_cut_parquet_file_is_named(tmp_path):
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "p.txt").write_text("1+1?")
-    assert all(w in refusal(tmp_path / "p.txt") for w in ["p.txt is not a kind", ".jsonl, .parq"])
+    assert all(
+        w in refusal(tmp_path / "p.txt") for w in ["p.txt is not a kind", ".jsonl, .json, .parq"]
+    )
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
@@ -178,10 +182,12 @@ def test_compressed_files_are_refused(tmp_path):
     assert "train.jsonl.gz is not a kind of file that is read" in refusal(tmp_path, split="train")
 
 
-def test_json_nested_without_end_is_refused(tmp_path):
-    path = tmp_path / "p.jsonl"
-    path.write_text("[" * 10**6 + "\n")
-    assert f"{path}, line 1 is not JSON" in refusal(path)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_json_nested_without_end_is_refused(tmp_path, suffix):
+    path = tmp_path / f"p{suffix}"
+    path.write_text('[{"a":' * 10**6 + "\n")
+    words = {".jsonl": "line 1 is not JSON (", ".json": f"{path} cannot be read as json ("}
+    assert words[suffix] in refusal(path)
 
 
 # --- What would lead elsewhere, or run ------------------------------------------------------------
@@ -262,6 +268,30 @@ def test_a_damaged_saved_dataset_is_named(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     next((tmp_path / "saved").glob("*.arrow")).write_bytes(b"nonsense")
     assert "saved' cannot be read as a saved dataset (" in refusal(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("kind", ["saved", "p.arrow"])
+def test_arrow_files_that_point_elsewhere_are_refused(tmp_path, kind):
+    """Reading where this one points would end the process."""
+    datasets.Dataset.from_dict({"prompt": ["abcd", "efgh"]}).save_to_disk(tmp_path / "saved")
+    [file] = (tmp_path / "saved").glob("*.arrow")
+    sound, far = struct.pack("<iii", 0, 4, 8), struct.pack("<iii", 0, 2**30, 2**31 - 1)
+    assert sound in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(sound, far))
+    if kind != "saved":
+        file.rename(tmp_path / kind)
+    message = refusal(tmp_path / kind)
+    assert "cannot be read as" in message and "offset" in message.lower()
+
+
+def test_a_json_file_of_lines_or_of_one_object(tmp_path):
+    path = tmp_path / "p.json"
+    path.write_text("\ufeff" + json.dumps(ROWS[1], indent=1))
+    assert list(read(Source(str(path)))) == [(f"{path}, row 1", ROWS[1])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    assert list(read(Source(str(path))))[2] == (f"{path}, line 3", ROWS[2])
+    path.write_text('[{"prompt": "a"}, 3]')
+    assert f"{path}, row 2 is a int, not a JSON object: 3" in refusal(path)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])

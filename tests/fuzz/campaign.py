@@ -1,6 +1,7 @@
 """Reads random input of every kind, and counts what comes of it.
 
     python tests/fuzz/campaign.py --cases 10000 [--seed N] [--kind NAME]
+    python tests/fuzz/campaign.py --steps 30
 
 A case runs, or is refused by one clear ValueError of our own; anything else is a failure, is shown,
 and ends the program with status 1: another exception, one of a library, a message of many lines, a
@@ -35,6 +36,7 @@ from grpo_jax import metrics
 
 OURS = Path(grpo_jax.__file__).parent
 LIMIT_S = 60  # of a case, on a machine that may have other work; most take milliseconds
+STEP_LIMIT_S = 600  # of a case that compiles
 
 
 @dataclasses.dataclass
@@ -53,8 +55,11 @@ class TooSlow(BaseException):
     """Raised in a case when its time is over; a BaseException, which nothing catches."""
 
 
-def run(kind: Kind, cases: int, seed: int | None) -> Count:
-    """Reads `cases` random cases; the same ones each time where `seed` is None."""
+def run(kind: Kind, cases: int, seed: int | None, limit_s: int = LIMIT_S) -> Count:
+    """Reads `cases` random cases; the same ones each time where `seed` is None.
+
+    `limit_s`: of one case.
+    """
     count = Count()
 
     @hypothesis.settings(
@@ -71,7 +76,7 @@ def run(kind: Kind, cases: int, seed: int | None) -> Count:
         start = time.monotonic()
         try:
             with tempfile.TemporaryDirectory() as folder:
-                outcome(kind.read, case, Path(folder), count)
+                outcome(kind.read, case, Path(folder), count, limit_s)
         finally:
             spent = time.monotonic() - start
             count.seconds += spent
@@ -81,11 +86,13 @@ def run(kind: Kind, cases: int, seed: int | None) -> Count:
     return count
 
 
-def outcome(read: Callable[[Any, Path], None], case: Any, folder: Path, count: Count) -> None:
+def outcome(
+    read: Callable[[Any, Path], None], case: Any, folder: Path, count: Count, limit_s: int
+) -> None:
     """Reads one case and adds what came of it."""
     before = signal.signal(signal.SIGALRM, _time_is_over)
-    signal.alarm(LIMIT_S)
-    faulthandler.dump_traceback_later(3 * LIMIT_S, exit=True)  # where no signal is heard
+    signal.alarm(limit_s)
+    faulthandler.dump_traceback_later(3 * limit_s, exit=True)  # where no signal is heard
     place, shown, refused = "", "", False
     try:
         with audit.writes() as written:
@@ -129,7 +136,7 @@ def _last_frame(error: BaseException) -> str:
 
 
 def _time_is_over(number: int, frame: Any) -> None:
-    raise TooSlow(f"longer than {LIMIT_S} s")
+    raise TooSlow("longer than its limit")
 
 
 def main() -> None:
@@ -137,14 +144,20 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kind", help="only this one, by the beginning of its name")
+    parser.add_argument("--steps", type=int, help="in place of these, so many runs of one step")
     args = parser.parse_args()
     kinds = [k for k in KINDS if k.name.startswith(args.kind or "")]
+    if args.steps:
+        from steps import STEPS
+
+        kinds, args.cases = [STEPS], args.steps
+    limit_s = STEP_LIMIT_S if args.steps else LIMIT_S
     whole = sum(k.share for k in kinds)
     total = Count()
     print("| kind | cases | runs | refusals | failures | seconds | slowest s |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for kind in kinds:
-        count = run(kind, round(args.cases * kind.share / whole), args.seed)
+        count = run(kind, round(args.cases * kind.share / whole), args.seed, limit_s)
         print(_row(kind.name, count), flush=True)
         for field in ("cases", "runs", "refusals", "seconds"):
             setattr(total, field, getattr(total, field) + getattr(count, field))

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import tokenizers
 import transformers
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from grpo_jax import config as config_lib
 from grpo_jax.data import prompts
@@ -182,11 +184,32 @@ def _csv(rows: list) -> bytes:
     return "\n".join(["prompt,answer", *texts]).encode("utf-8", "surrogatepass")
 
 
+def _table(rows: list, suffix: str) -> bytes:
+    """The rows that Arrow can hold as one of its two kinds of file."""
+    try:
+        table = pa.Table.from_pylist([row for row in rows if isinstance(row, dict)])
+        sink = pa.BufferOutputStream()
+        if suffix == "parquet":
+            parquet.write_table(table, sink)
+        else:
+            with pa.ipc.new_stream(sink, table.schema) as writer:
+                writer.write_table(table)
+    except (pa.ArrowException, UnicodeEncodeError, OverflowError):
+        return b""
+    return sink.getvalue().to_pybytes()
+
+
+TABLES = st.sampled_from(["parquet", "arrow"]).flatmap(
+    lambda suffix: st.tuples(
+        st.just(f"p.{suffix}"), damaged(ROWS.map(lambda rows: _table(rows, suffix)))
+    )
+)
 FILES = st.one_of(
     *[st.tuples(st.just("p.jsonl"), damaged(ROWS.map(_jsonl)))] * 18,
     st.tuples(st.just("p.jsonl"), st.sampled_from([nested(9999), nested(9999, '{"a":')])),
-    st.tuples(st.just("p.json"), damaged(as_json(ROWS))),
+    st.tuples(st.just("p.json"), damaged(as_json(ROWS)) | st.just(nested(99999))),
     st.tuples(st.just("p.csv"), damaged(ROWS.map(_csv))),
+    TABLES,
     st.tuples(st.sampled_from(["p.parquet", "p.arrow", "p.txt", "p.jsonl.gz"]), st.binary()),
 )
 

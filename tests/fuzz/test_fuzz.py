@@ -23,6 +23,14 @@ def test_every_case_runs_or_is_refused(kind):
     assert count.runs and count.refusals and count.cases == count.runs + count.refusals
 
 
+@pytest.mark.slow
+def test_what_the_config_accepts_runs():
+    from steps import STEPS
+
+    count = campaign.run(STEPS, 3, seed=None, limit_s=campaign.STEP_LIMIT_S)
+    assert not count.failures, "\n".join(f"{p}: {s[:3000]}" for p, s in count.failures.items())
+
+
 def _fails(value: int, folder: Path) -> None:
     if value == 0:
         raise KeyError("not for the user")
@@ -41,11 +49,10 @@ def test_what_is_no_clear_message_is_counted(tmp_path, monkeypatch):
     assert places[2] == f"wrote {tmp_path.resolve() / 'elsewhere'}"
 
 
-def test_a_case_that_does_not_end_is_counted(monkeypatch):
+def test_a_case_that_does_not_end_is_counted():
     def endless(value, folder):
         while True:
             pass
 
-    monkeypatch.setattr(campaign, "LIMIT_S", 1)
-    count = campaign.run(Kind("endless", 1.0, st.just(0), endless), 1, seed=None)
+    count = campaign.run(Kind("endless", 1.0, st.just(0), endless), 1, seed=None, limit_s=1)
     assert [place.partition(" ")[0] for place in count.failures] == ["TooSlow"]
