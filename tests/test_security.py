@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -106,3 +108,27 @@ def test_nothing_dangerous_without_a_reason():
             seen[(str(file.relative_to(ROOT)), name)] = count
     assert len(FILES) > 60
     assert seen == {place: count for place, (count, _) in REASONS.items()}
+
+
+def test_every_promise_names_tests_that_exist():
+    """SECURITY.md names tests with or without their file, and files of which all tests count."""
+    text = (ROOT / "SECURITY.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    assert len(rows) > 9
+    files = {path.name: path for path in (ROOT / "tests").rglob("test_*.py")}
+    defined = {
+        node.name: name
+        for name, path in files.items()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    for row in rows:
+        named = re.findall(r"`([^`]*test_[^`]*)`", row.split(" | ")[-1])
+        assert named, row
+        for name in named:
+            file, _, function = name.rpartition("/")[2].partition("::")
+            if not file.endswith(".py"):
+                file, function = "", file
+            assert not file or file in files, name
+            known = [d for d, f in defined.items() if not file or f == file]
+            assert not function or fnmatch.filter(known, function), name

@@ -10,7 +10,6 @@ import tracemalloc
 from pathlib import Path
 
 import datasets
-import pyarrow as pa
 import pytest
 
 from grpo_jax.data import sources

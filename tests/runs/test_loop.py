@@ -52,11 +52,15 @@ def test_what_a_run_leaves(tmp_path, compile_cache, cache_folder, monkeypatch):
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
+    secret = "q7Z" * 12
+    monkeypatch.setenv("HF_TOKEN", secret)
     options = ["--config.evaluation.num_samples=2", "--config.profile.steps=(3,3)"]
     with audit.writes() as written:
         rows = _runs(folder, *options)
     assert not audit.outside(written, folder, Path(cache_folder))
     assert str(folder / "config.json.new") in written and not list(elsewhere.iterdir())
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 20 and not [f for f in files if secret.encode() in f.read_bytes()]
     summary = json.loads((folder / "summary.json").read_text())
     needed = "accuracy_before accuracy_after train_wall_s generated_tokens_per_s seed steps".split()
     assert set(needed) <= summary.keys()
