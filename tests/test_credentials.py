@@ -72,13 +72,15 @@ def test_what_a_run_records_has_no_environment(environment):
 def test_messages_hide_secrets(environment, capsys):
     def run(argv):
         metrics.say(f"asked with {OF_ENVIRONMENT}")
-        raise ValueError(f"refused {SHAPED[4]}")
+        raise ValueError(f"refused {SHAPED[4]} \x1b[2J\nthen " + "x" * 9999)
 
     with pytest.raises(SystemExit):
         program.main(run)
     out, err = capsys.readouterr()
     assert out == "asked with ***\n"
-    assert err.startswith("error: refused https://***@host/data.jsonl")
+    first = err.splitlines()[0]  # what a terminal would obey is spelled out
+    assert first.startswith("error: refused https://***@host/data.jsonl \\x1b[2J then xxx")
+    assert len(first) < 2100 and first.endswith("xxx")
 
 
 def test_tracebacks_hide_secrets(environment, capsys, monkeypatch):

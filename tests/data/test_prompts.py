@@ -105,6 +105,12 @@ def test_encode_refuses_what_gives_no_tokens():
         encode(texts([{"role": "tool", "content": "x"}]), WordTokenizer(), 3)
 
 
+def test_encode_refuses_half_of_a_character():
+    """JSON can write it, and no tokenizer takes it."""
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 2 holds '\\ud83d', half of a character"):
+        encode(texts("a", "b \ud83d", "c"), WordTokenizer(), 3)
+
+
 def tokenizer_of(shared, name):
     from transformers import AutoTokenizer
 
