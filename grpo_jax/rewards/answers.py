@@ -64,7 +64,8 @@ def answer_fault(value: Any) -> str | None:
         return "is null"
     if isinstance(value, bool) or not isinstance(value, (numbers.Number, str)):
         return f"is a {type(value).__name__}, not a number or text"
-    if isinstance(value, numbers.Real) and not math.isfinite(value):
+    is_whole = isinstance(value, int)  # of any length; floats cannot hold 10**400
+    if isinstance(value, numbers.Real) and not is_whole and not math.isfinite(value):
         return "is not a finite number"
     text = str(value)
     if not text.strip():

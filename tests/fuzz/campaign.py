@@ -3,9 +3,10 @@
     python tests/fuzz/campaign.py --cases 10000 [--seed N] [--kind NAME]
     python tests/fuzz/campaign.py --steps 30
 
-A case runs, or is refused by one clear ValueError of our own; anything else is a failure, is shown,
-and ends the program with status 1: another exception, one of a library, a message of many lines, a
-case that takes longer than its limit, a file written outside of the case's folder.
+A case runs, or is refused by one clear ValueError of our own; anything else is a failure, is shown
+on standard error, and ends the program with status 1: another exception, one of a library, a
+message with control characters, a case that takes longer than its limit, a file written outside of
+the case's folder.
 """
 
 from __future__ import annotations
@@ -112,6 +113,8 @@ def outcome(
     if elsewhere and not place:
         place = f"wrote {elsewhere[0]}"
     if place:
+        if place not in count.failures:
+            print(f"--- {place}\n{repr(case)[:2000]}\n{shown}", file=sys.stderr, flush=True)
         count.failures.setdefault(place, f"{repr(case)[:2000]}\n{shown}")
     else:
         count.refusals += refused
@@ -164,8 +167,6 @@ def main() -> None:
         total.slowest_s = max(total.slowest_s, count.slowest_s)
         total.failures |= count.failures
     print(_row("all", total))
-    for place, shown in total.failures.items():
-        print(f"\n--- {place}\n{shown}")
     sys.exit(bool(total.failures))
 
 

@@ -452,11 +452,11 @@ def read_weights(files: dict[str, bytes], folder: Path) -> None:
 
 
 KINDS = [
-    Kind("config overrides", 0.26, OVERRIDES, read_overrides),
+    Kind("config overrides", 0.275, OVERRIDES, read_overrides),
     Kind("dataset rows", 0.26, st.tuples(FILES, FORM), read_rows),
     Kind("tokenizer texts", 0.12, TEXTS, read_text),
     Kind("tokenizer files", 0.06, TOKENIZER_FILES, read_tokenizer),
-    Kind("chat templates", 0.02, st.tuples(TEMPLATES, CHATS), read_template),
+    Kind("chat templates", 0.005, st.tuples(TEMPLATES, CHATS), read_template),
     Kind("config.json", 0.14, damaged(as_json(MODELS)) | st.just(nested(9999)), read_model),
     Kind("safetensors headers", 0.14, WEIGHTS, read_weights),
 ]
