@@ -127,6 +127,13 @@ def test_tokenizers_outside_of_the_folder_are_not_read(folder, key):
         assert hf.load_tokenizer(folder)("two").input_ids == [4]
 
 
+@pytest.mark.parametrize("changes", [{"model_max_length": []}, {"padding_side": 3}])
+def test_settings_of_a_tokenizer_that_are_none_are_refused(folder, changes):
+    """transformers looks at some of them when a text comes."""
+    edit(folder / "tokenizer_config.json", **changes)
+    assert "the tokenizer cannot be loaded" in refused(hf.load_tokenizer, folder)
+
+
 # --- What would fill the memory, or never end -----------------------------------------------------
 
 
