@@ -96,7 +96,7 @@ def run(name: str, root: Path, model: Path) -> Path:
         f"model.path={model}", "sft.num_steps=0", f"loop.num_steps={STEPS}",
         "evaluation.num_problems=0", "checkpoint.every_steps=0", "checkpoint.export=False",
         "logging.tensorboard=False", "optim.schedule=constant",
-        "guards.window=5", "guards.entropy_min=0.02", "guards.entropy_max=1.5",
+        "guards.window=5", "guards.entropy_min=0.005", "guards.entropy_max=1.5",
         *(() if name == "length" else ("guards.kl_max=0.5",)),
         "rewards.max_failed_share=0.1", "guards.failed_rewards=warn", *CAUSES[name].options,
     ]  # fmt: skip

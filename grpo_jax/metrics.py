@@ -64,7 +64,7 @@ METRICS: dict[str, Metric] = {
     ),
     "completion/truncated_share": Metric("share", "completions cut at the token limit"),
     "policy/loss": Metric(
-        "", "the objective, negated; near 0 is normal, since advantages of a group sum to 0"
+        "", "the objective, negated; no sign of progress, since advantages of a group sum to 0"
     ),
     "policy/entropy": Metric("nats/token", "mean entropy of the policy at the tokens it chose"),
     "policy/kl": Metric("nats/token", "mean divergence from the frozen reference (k3)"),

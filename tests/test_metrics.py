@@ -3,6 +3,7 @@ import json
 import math
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -66,6 +67,12 @@ def test_every_metric_has_a_meaning():
     for name, metric in METRICS.items():
         assert metric.meaning, name
         assert metric.unit in ("s", "tokens/s") or not name.endswith("_s"), name
+
+
+def test_the_docs_have_every_metric():
+    file = Path(metrics.__file__).parents[1] / "docs" / "metrics.md"
+    rows = [line for line in file.read_text().splitlines() if line.startswith("| `")]
+    assert rows == [f"| `{n}` | {m.unit} | {m.meaning} |" for n, m in METRICS.items()]
 
 
 # --- Files ----------------------------------------------------------------------------------------

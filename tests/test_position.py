@@ -1,0 +1,122 @@
+"""Where a run goes on: at its newest checkpoint, or at the one that it is rolled back to."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_checkpoints import MODEL, OPTIMIZER, _same_bits, _state
+
+from grpo_jax import config as config_lib
+from grpo_jax import position, sharding
+from grpo_jax.checkpoints import Checkpoints
+from grpo_jax.position import Position
+
+EVERY, UPDATES = 2, 3  # steps between checkpoints; updates a step
+
+
+@pytest.fixture(scope="module")
+def state():
+    return _state(sharding.make_mesh(2, 4, 1), updates=0)
+
+
+@pytest.fixture
+def parts(tmp_path, state):
+    """Of a run that keeps one checkpoint, and those that a roll-back needs."""
+    config = config_lib.default()
+    config.checkpoint.every_steps, config.batch.minibatches = EVERY, UPDATES
+    checkpoints = Checkpoints(tmp_path, keep=1, due_every=EVERY * UPDATES)
+    yield types.SimpleNamespace(
+        config=config,
+        folder=tmp_path,
+        mesh=sharding.make_mesh(2, 4, 1),
+        policy=types.SimpleNamespace(model=MODEL),
+        optimizer=OPTIMIZER,
+        checkpoints=checkpoints,
+    )
+    checkpoints.close()
+
+
+def _save(parts, state, *steps: int, update: int = 0, **known) -> None:
+    for step in steps:
+        number = jax.device_put(jnp.int32(step * UPDATES + update), state.num_updates.sharding)
+        at = Position(step=step, update=update, prompts=100 * step, **known)
+        facts = {
+            "position": dataclasses.asdict(at),
+            "config": config_lib.fingerprint(parts.config),
+        }
+        parts.checkpoints.save(state.replace(num_updates=number), facts)
+
+
+def test_a_roll_back_goes_to_the_newest_checkpoint_that_was_due(parts, state):
+    """The one in the middle of step 9 is from a stop; a run that was left alone has none there."""
+    _save(parts, state, 2, 4, 6, 8)
+    _save(parts, state, 8, update=1)
+    assert parts.checkpoints.numbers() == [18, 24, 25]  # though keep = 1
+    at = Position(step=8, update=1, passed_over=5, tokens=1234)
+
+    back = position.roll_back(parts, at, undone=9)
+    assert (back.step, back.update, back.prompts, back.checkpoint) == (8, 0, 800, 24)
+    assert parts.checkpoints.numbers() == [18, 24]
+    # Step 9 had draw 8 + 5, as steps are counted from 0 there; now it has the next one.
+    assert at.draw_of(8) == 13 and back.draw_of(8) == 14
+    assert (back.tokens, back.history.roll_backs) == (1234, 1)
+    loaded, experience, ahead = position.load(parts, back)
+    assert experience is None and ahead is None
+    _same_bits(loaded.params, state.params)
+
+    # Led astray from there again, at step 10: now the one before. Then nothing older is kept.
+    back.step = 9
+    again = position.roll_back(parts, back, undone=10)
+    assert (again.step, again.checkpoint) == (6, 18) and parts.checkpoints.numbers() == [18]
+    assert again.draw_of(6) == back.draw_of(9) + 1 == 16
+    assert again.history.roll_backs == 2
+    assert position.roll_back(parts, again, undone=7).checkpoint == 18
+
+
+def test_without_a_checkpoint_that_was_due_it_begins_again(parts, state):
+    _save(parts, state, 1)
+    before = {"eval/accuracy": 0.25}
+    at = Position(step=1, first_evaluation=before, accuracy_before=0.25, accuracy=0.5)
+    back = position.roll_back(parts, at, undone=2)
+    assert (back.step, back.checkpoint, back.draw_of(0)) == (0, -1, 2)
+    assert (back.first_evaluation, back.accuracy) == (before, 0.25)
+    assert parts.checkpoints.numbers() == []
+
+
+def test_a_damaged_checkpoint_is_passed_over(parts, state, capsys):
+    _save(parts, state, 6, 8)
+    assert parts.checkpoints.numbers() == [18, 24]
+    facts = parts.folder / "24" / "facts" / "metadata"
+    facts.write_bytes(facts.read_bytes() + b" ")
+    assert position.roll_back(parts, Position(step=8), undone=9).checkpoint == 18
+    assert "checkpoint 24" in capsys.readouterr().out
+
+
+def test_the_newest_checkpoint_is_where_the_run_stands(parts, state):
+    assert position.newest(parts) == Position()
+    _save(parts, state, 4, rollout_metrics={"reward": 0.5})
+    at = position.newest(parts)
+    assert at == Position(step=4, prompts=400, checkpoint=12, rollout_metrics={"reward": 0.5})
+
+
+@pytest.mark.parametrize("where", ["params", "opt_state"])
+def test_a_checkpoint_that_is_not_finite_is_refused(parts, state, where):
+    tree = getattr(state, where)
+    leaves, structure = jax.tree.flatten(tree)
+    index = max(range(len(leaves)), key=lambda i: leaves[i].size)
+    path = jax.tree_util.tree_leaves_with_path(tree)[index][0]
+    name = f"{where}/{jax.tree_util.keystr(path, simple=True, separator='/')}"
+    bad = np.array(leaves[index])
+    bad.flat[[3, 5]] = np.nan, -np.inf
+    leaves[index] = jax.device_put(bad, leaves[index].sharding)
+    _save(parts, state.replace(**{where: structure.unflatten(leaves)}), 4)
+    with pytest.raises(ValueError) as info:
+        position.load(parts, position.newest(parts))
+    message = str(info.value)
+    assert f"Checkpoint 12 in {parts.folder}: 2 of the {bad.size} values of {name}" in message
+    assert "Delete that" in message
