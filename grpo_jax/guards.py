@@ -93,12 +93,11 @@ class Guards:
                 continue
             first = next(f for f in scores.failures if f.reward == name)
             text = (
-                f"{failed_B.sum()} of {len(failed_B)} completions of step {step} have no reward "
-                f"{name!r}, more than rewards.max_failed_share = {limit}. The first: "
-                f"{first.message}"
+                f"{failed_B.sum()} of {len(failed_B)} completions have no reward {name!r}, more "
+                f"than rewards.max_failed_share = {limit}. The first: {first.message}"
             )
             if self._actions["failed_rewards"] == "stop":
-                raise RewardError(text)
+                raise RewardError(f"Step {step}: {text}")
             self._found("failed_rewards", step, text, "Its updates are left out.")
 
     def look_at_rollout(self, step: int, values: Mapping[str, float]) -> None:
@@ -188,7 +187,7 @@ class Guards:
     def _found(self, guard: str, step: int, text: str, skipping: str) -> None:
         """Tells what a guard found, or orders what its action says."""
         action = self._actions[guard]
-        message = f'Step {step}: {text} (guards.{guard} = "{action}").'
+        message = f'Step {step}: {text.rstrip(".")} (guards.{guard} = "{action}").'
         if action in ("roll_back", "stop"):
             self._order_at_least(action, step, message)
             return
