@@ -143,8 +143,8 @@ class Guards:
             text = f"the loss is {loss:g} and the norm of its gradient {grad_norm:g}"
             self._found("nonfinite", step, text, "The update was refused.")
         for metric, (low, high) in bounds(self._config).items():
-            value = np.float32(values[metric])  # as the device compares
-            if value < np.float32(low) or value > np.float32(high):
+            value = np.float32(values[metric])  # so it is compared as on the device
+            if value < low or value > high:
                 side, bound = ("below", low) if value < low else ("above", high)
                 option = f"guards.{_guard(metric)}_{'min' if side == 'below' else 'max'}"
                 text = f"{metric} is {value:.4g} {METRICS[metric].unit}, {side} {option} = {bound}"

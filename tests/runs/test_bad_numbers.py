@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -179,8 +180,8 @@ def test_a_stopped_run_rolls_back_as_the_whole_one(tmp_path, alone, model, ahead
     assert all(end.startswith("Stopped by SIGTEST") for end in stops), ends
     assert "rolled back guards.max_roll_backs = 2 times already" in whole
     assert last.replace("/stopped/", "/whole/") == whole
+    for checkpoint in (tmp_path / "stopped" / "checkpoints").glob("[0-9]*"):
+        if int(checkpoint.name) % 8:  # of a stop, and the run did not come to the next one due
+            shutil.rmtree(checkpoint)
     assert not state_differences(tmp_path / "whole", tmp_path / "stopped")
     assert not log_differences(tmp_path / "whole", tmp_path / "stopped")
-
-
-# --- A checkpoint whose state is not finite -------------------------------------------------------
