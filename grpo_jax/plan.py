@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,27 +39,32 @@ def main(argv: list[str]) -> None:
     model = read_shape(args.model_shape) if args.model_shape else parts.model_shape(config)
     lengths = step_lib.Lengths.of(config, args.prompt_tokens, args.mean_tokens)
 
+    known: step_lib.Known = {}
+
     def make(config: ConfigDict) -> step_lib.Plan:
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
         fitted = fit.choose(config, model, mesh, lengths, chip.usable)
-        return step_lib.plan(config, model, args.topology, chip, devices, lengths, fitted)
+        return step_lib.plan(
+            config, model, args.topology, chip, devices, lengths, fitted, known=known
+        )
 
-    def arrays_alone(config: ConfigDict) -> float:
+    def held(config: ConfigDict) -> dict[str, float]:
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
-        held = step_lib.Step(config, model, mesh, lengths).held()
-        always = held["weights"] + held["optimizer"] + held["reference"]
-        return always + max(held["rollout weights"] + held["cache"], held["gradients"])
+        return step_lib.Step(config, model, mesh, lengths).held()
 
     began = time.monotonic()
     plan = make(config)
     show(plan)
     report: dict[str, Any] = plan.as_json()
+    config = advice.changed(config, advice.mesh_options(plan.mesh))
+    trial = advice.Trial(config, model, make, held, plan.room)
     if not plan.fits:
-        tried = advice.smallest_fit(make, config, plan, model)
+        tried = _told(advice.smallest_fit(trial, plan))
         _show_tried("Changes tried until one fits", tried)
         report["tried"] = [_tried_json(t) for t in tried]
     if args.search:
-        ranked = advice.search(make, arrays_alone, config, plan, model, args.search)
+        own = advice.Tried(advice.mesh_options(plan.mesh), plan)
+        ranked = advice.ranked([own, *_told(advice.search(trial, args.search))])
         _show_tried("Meshes, the best first", ranked)
         report["search"] = [_tried_json(t) for t in ranked]
     say(f"Compiled in {time.monotonic() - began:.0f} s.")
@@ -160,15 +166,32 @@ def show(plan: step_lib.Plan) -> None:
     )
 
 
+def _told(tries: Iterator[advice.Tried]) -> list[advice.Tried]:
+    """All of them, each told of as it comes: compiling takes a while."""
+    found, began = [], time.monotonic()
+    for tried in tries:
+        found.append(tried)
+        took_s, began = time.monotonic() - began, time.monotonic()
+        say(f"{tried.words}: {_verdict(tried)} ({took_s:.0f} s)")
+    return found
+
+
+def _verdict(tried: advice.Tried) -> str:
+    if tried.plan is None:
+        return tried.refusal
+    return f"{'fits' if tried.fits else 'does not fit'}, {_gib(tried.plan.peak)} GiB at its peak"
+
+
 def _show_tried(title: str, tried: list[advice.Tried]) -> None:
     table = Table(title=title, title_justify="left")
     for name in ("change", "fits", "peak GiB", "least s a step"):
         table.add_column(name, justify="left" if name == "change" else "right")
     for t in tried:
         if t.plan is None:
-            table.add_row(t.words, "refused", "", "")
+            arrays = f"over {_gib(t.arrays)}" if math.isfinite(t.arrays) else ""
+            table.add_row(t.words, "no" if arrays else "refused", arrays, "")
         else:
-            fits = "yes" if t.plan.fits else "no"
+            fits = "yes" if t.fits else "no"
             table.add_row(t.words, fits, _gib(t.plan.peak), f"{t.plan.step_s:,.1f}")
     console.print(table)
 

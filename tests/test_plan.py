@@ -208,34 +208,98 @@ def test_a_program_of_a_tpu():
     assert cost.bytes == pytest.approx(3 * 2 * 8 * 64 * 4 + (8 + 2) * 64 * 4, rel=0.01)  # counters
 
 
-def test_the_smallest_change_that_fits(config, step):
-    """A chip with room for the arrays but not for the gradient's activations."""
+ROOM = 60.0
+HELD = {"weights": 8.0, "optimizer": 16.0, "reference": 4.0, "gradients": 8.0}
+HELD |= {"rollout weights": 8.0, "cache": 2.0, "rollouts": 0.0}
+
+
+def tries_of(config, step, beside: dict[str, float], held=lambda config: HELD):
+    """What is tried where the programs need so much beside the arrays of some config."""
+    chip = chips.Chip("small", chips.RESERVED + ROOM, 1.0, 1.0, 1.0, 1.0, "", "")
 
     def make(config) -> step_lib.Plan:
-        full = config.model.remat == "full"
-        size = 50.0 if full and config.batch.microbatch else 90.0 if full else 200.0
-        program = step_lib.Compiled("gradient", "update", 1, 0, 0, 0, size, hlo.Cost(), 0.0)
-        return step_lib.Plan("v5e:2x4", chip, dict(step.mesh.shape), 1, {}, [program])
+        sizes, arrays = dict(beside), held(config)
+        if "gradient" in sizes:
+            sizes["gradient"] /= 2 if config.batch.microbatch else 1
+            sizes["gradient"] /= 4 if config.model.remat == "full" else 1
+        always = arrays["weights"] + arrays["optimizer"] + arrays["reference"]
+        programs = [
+            step_lib.Compiled(name, "", 1, always, 0, 0, size, hlo.Cost(), 0.0)
+            for name, size in sizes.items()
+        ]
+        return step_lib.Plan("v5e:2x4", chip, dict(config.mesh), 1, arrays, programs)
 
-    chip = chips.Chip("small", chips.RESERVED + 60, 1.0, 1.0, 1.0, 1.0, "", "")
-    plan = make(config)
-    assert not plan.fits
-    tried = advice.smallest_fit(make, config, plan, step.model)
+    trial = advice.Trial(config, step.model, make, held, ROOM)
+    return list(advice.smallest_fit(trial, make(config)))
+
+
+def test_the_smallest_change_that_fits(config, step):
+    """28 bytes of arrays and a gradient of 160, 80, 20: of a limit of 60."""
+    tried = tries_of(config, step, {"gradient": 160.0})
     assert [t.change for t in tried] == [
         {"batch.microbatch": 4},
         {"batch.microbatch": 4, "model.remat": "full"},
     ]
-    assert [t.plan.fits for t in tried] == [False, True]
+    assert [t.fits for t in tried] == [False, True]
+
+
+def offloaded(config) -> dict[str, float]:
+    """What devices hold, the optimizer's state by its width; meshes change nothing."""
+    share = {"float32": 1, "bfloat16": 1 / 2, "int8": 1 / 4}[config.optim.moments]
+    held = HELD | {"optimizer": 16.0 * share}
+    if config.optim.offload:
+        held["optimizer"] = 0.0
+    if config.model.offload_reference:
+        held["reference"] = 0.0
+    return held
+
+
+def test_what_changes_no_number_comes_first(config, step):
+    """28 and 40 beside them: slots and memory of the host are tried, and the optimizer's helps."""
+    changes = [t.change for t in tries_of(config, step, {"decode": 40.0}, offloaded)]
+    assert [list(change) for change in changes] == [["rollout.num_slots"], ["optim.offload"]]
+
+
+def test_numbers_are_rounded_last_and_by_little_first(config, step):
+    """8 of weights and 58 beside them: nothing fits, and what helps nothing is dropped again."""
+    changes = [t.change for t in tries_of(config, step, {"decode": 58.0}, offloaded)]
+    helped = {"optim.offload": True, "model.offload_reference": True}
+    on_meshes = [c for c in changes if "mesh.tensor" in c]
+    assert on_meshes and all(helped.items() <= c.items() for c in on_meshes)
+    after = changes[changes.index(on_meshes[-1]) + 1 :]
+    assert [c.keys() - helped.keys() for c in after] == [
+        {"rollout.num_slots"},
+        {"rollout.cache"},
+        {"rollout.weights"},
+        {"model.param_dtype"},
+    ]
+    never = lambda config: offloaded(config) | {"weights": 70.0}  # noqa: E731
+    refused = tries_of(config, step, {"optimizer": 1.0}, never)
+    assert all(t.plan is None and "arrays alone" in t.refusal for t in refused)
+    assert {"optim.moments": "int8"}.items() <= refused[-2].change.items()
 
 
 def test_meshes_split_heads_and_groups(config, step):
-    plan = step_lib.Plan("v5e:2x4", chips.CHIPS["v5e"], dict(step.mesh.shape), 1, {}, [])
     found = [
         tuple(m[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor"))
-        for m in advice.meshes(config, plan, step.model)
+        for m in advice.meshes(config, step.model)
     ]
     assert (8, 1, 1) in found and (1, 2, 4) in found  # four heads
     assert (2, 2, 2) not in found and all(math.prod(m) == 8 and m[2] <= 4 for m in found)
+
+
+def test_a_program_is_compiled_once(config, step):
+    """Where the optimizer's state lies changes no program, but what is beside it."""
+    known, found = {}, []
+    for offload in (False, True):
+        changed = advice.changed(config, {"optim.offload": offload})
+        there = step_lib.Step(changed, step.model, step.mesh, step.lengths, known=known)
+        found += there.compile(lambda name: name == "score")
+    here, offloaded = found
+    assert here.beside - offloaded.beside == step.held()["optimizer"] > 0
+    assert there.held()["optimizer"] == 0
+    assert offloaded.cost == here.cost and offloaded.temporary == here.temporary > 0
+    assert len(known) == 1
 
 
 def test_lengths_follow_their_mean():

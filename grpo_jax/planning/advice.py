@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from grpo_jax import config as config_lib
+from grpo_jax.planning import step as step_lib
 from grpo_jax.planning.step import Plan
 from grpo_jax.structs import ModelConfig
 
@@ -23,11 +25,30 @@ class Tried:
 
     change: Change
     plan: Plan | None
+    arrays: float = math.inf  # bytes that a device needs for arrays alone; inf: not known
     refusal: str = ""
 
     @property
     def words(self) -> str:
-        return ", ".join(f"{name} = {value}" for name, value in self.change.items())
+        return ", ".join(f"{name} = {value}" for name, value in self.change.items()) or "as it is"
+
+    @property
+    def fits(self) -> bool:
+        return self.plan is not None and self.plan.fits
+
+    @property
+    def over(self) -> set[str]:
+        """Names of the programs that do not fit; of all where nothing was compiled."""
+        if self.plan is None:
+            return {"publish", "admit", "decode", "score", "gradient", "optimizer"}
+        return {p.name for p in self.plan.programs if p.peak > self.plan.room}
+
+    @property
+    def lack(self) -> tuple[float, float]:
+        """How far it is from fitting: bytes over the limit in all programs, and those of arrays."""
+        if self.plan is None:
+            return math.inf, self.arrays
+        return sum(max(p.peak - self.plan.room, 0.0) for p in self.plan.programs), self.arrays
 
 
 def changed(config: ConfigDict, change: Change) -> ConfigDict:
@@ -40,71 +61,133 @@ def changed(config: ConfigDict, change: Change) -> ConfigDict:
     return new.lock()
 
 
-def attempt(make: Callable[[ConfigDict], Plan], config: ConfigDict, change: Change) -> Tried:
-    """The plan with a change; a combination that the config refuses is told, not raised."""
-    try:
-        return Tried(change, make(changed(config, change)))
-    except ValueError as error:
-        return Tried(change, None, str(error))
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """Tries changes of a config of a model on devices, whose memory has `room`."""
+
+    config: ConfigDict
+    model: ModelConfig
+    make: Callable[[ConfigDict], Plan]
+    held: Callable[[ConfigDict], dict[str, float]]  # bytes of arrays by what they hold
+    room: float
+
+    def of(self, change: Change) -> Tried:
+        """The plan with a change; a combination that the config refuses is told, not raised.
+
+        Nothing is compiled where the arrays alone do not fit.
+        """
+        try:
+            config = changed(self.config, change)
+            arrays = step_lib.arrays_alone(self.held(config))
+            if arrays > self.room:
+                why = f"its arrays alone take {arrays / 2**30:,.2f} GiB"
+                return Tried(change, None, arrays, why)
+            return Tried(change, self.make(config), arrays)
+        except ValueError as error:
+            return Tried(change, None, refusal=str(error))
 
 
-def smallest_fit(
-    make: Callable[[ConfigDict], Plan], config: ConfigDict, plan: Plan, model: ModelConfig
-) -> list[Tried]:
+def smallest_fit(trial: Trial, plan: Plan) -> Iterator[Tried]:
     """Changes tried one after the other until one fits; the last one does, or none does.
 
     Those that cost least come first: what changes nothing of the result (smaller microbatches, more
-    computed again, fewer slots at once), then meshes that split the weights further.
+    computed again, fewer slots at once, state in the host's memory), then meshes that split the
+    weights further, and again the first ones on the best of these. What changes the numbers of a
+    run comes last, the least first. What helps nothing is left out of what follows.
     """
-    tried = []
-    for change in _smaller(config, plan, model):
-        tried.append(attempt(make, config, change))
-        if tried[-1].plan is not None and tried[-1].plan.fits:
-            break
-    return tried
+    best = Tried({}, plan, step_lib.arrays_alone(plan.held))
+    for stage in (_exact, _on_meshes, _exact, _rounded):
+        seen: list[Change] = []
+        start = best
+        while True:
+            base = start if stage is _on_meshes else best  # one mesh replaces the other
+            config = changed(trial.config, base.change)
+            possible = stage(config, base.over, trial.held(config), trial.model)
+            change = next((c for c in possible if c not in seen), None)
+            if change is None:
+                break
+            seen.append(change)
+            tried = trial.of(base.change | change)
+            yield tried
+            if tried.fits:
+                return
+            best = min(best, tried, key=lambda t: t.lack)
 
 
-def _smaller(config: ConfigDict, plan: Plan, model: ModelConfig) -> Iterator[Change]:
-    over = {p.phase for p in plan.programs if p.peak > plan.room}
-    shards = plan.mesh["data"] * plan.mesh["fsdp"]
-    change: Change = {}
-    if "update" in over:
-        groups = config_lib.groups_at_once(config)
-        if groups > shards:
-            change["batch.microbatch"] = shards
-            yield dict(change)
-        if config.model.remat != "full":
-            change["model.remat"] = "full"
-            yield dict(change)
-    if "rollout" in over:
-        at_once = config.rollout.num_slots or config.batch.prompts * config.batch.group
-        for part in (2, 4):
-            if at_once % (part * shards) == 0:
-                yield change | {"rollout.num_slots": at_once // part}
-    for mesh in meshes(config, plan, model):
-        if mesh["mesh.tensor"] >= plan.mesh["tensor"] and mesh["mesh.fsdp"] >= plan.mesh["fsdp"]:
-            rows = mesh["mesh.data"] * mesh["mesh.fsdp"]
-            smaller = {"batch.microbatch": rows} if "batch.microbatch" in change else {}
-            yield change | smaller | mesh
+# What may help, in the order in which it is tried: of a config, by names of the programs that do
+# not fit and by what devices hold.
 
 
-def meshes(config: ConfigDict, plan: Plan, model: ModelConfig) -> list[Change]:
-    """Other meshes of the same devices over which the config's groups and the heads split.
+def _exact(
+    config: ConfigDict, over: set[str], held: dict[str, float], model: ModelConfig
+) -> Iterator[Change]:
+    shards = config.mesh.data * config.mesh.fsdp
+    if over & {"gradient", "score"} and config_lib.groups_at_once(config) > shards:
+        yield {"batch.microbatch": shards}
+    if "gradient" in over and config.model.remat != "full":
+        yield {"model.remat": "full"}
+    if over & {"admit", "decode"}:
+        whole = config.batch.prompts * config.batch.group
+        half, uneven = divmod(config.rollout.num_slots or whole, 2)
+        if not uneven and half % shards == 0 and 4 * half >= whole:
+            yield {"rollout.num_slots": half}
+    if over - {"optimizer"} and held["optimizer"]:
+        yield {"optim.offload": True}
+    if over - {"score"} and held["reference"]:
+        yield {"model.offload_reference": True}
 
-    Those that hold most copies of the weights come first.
+
+def _on_meshes(
+    config: ConfigDict, over: set[str], held: dict[str, float], model: ModelConfig
+) -> Iterator[Change]:
+    for mesh in meshes(config, model):
+        further = ("mesh.tensor", "mesh.fsdp")
+        if all(mesh[name] >= config.mesh[name.removeprefix("mesh.")] for name in further):
+            yield mesh
+
+
+def _rounded(
+    config: ConfigDict, over: set[str], held: dict[str, float], model: ModelConfig
+) -> Iterator[Change]:
+    if held["optimizer"] or "optimizer" in over:
+        fewer = {"float32": ("bfloat16", "int8"), "bfloat16": ("int8",), "int8": ()}
+        for kind in fewer[config.optim.moments]:
+            yield {"optim.moments": kind}
+    if over & {"admit", "decode"}:
+        for part in ("cache", "weights"):
+            if config.rollout[part] != "int8":
+                yield {f"rollout.{part}": "int8"}
+    if config.model.param_dtype != "bfloat16":
+        yield {"model.param_dtype": "bfloat16"}
+
+
+def mesh_options(sizes: dict[str, int]) -> Change:
+    return {f"mesh.{name}": size for name, size in sizes.items()}
+
+
+def meshes(config: ConfigDict, model: ModelConfig) -> list[Change]:
+    """Other meshes of the same devices over which the config's groups and the MLPs split.
+
+    Those that hold most copies of the weights come first. `config.mesh` has no -1. Microbatches
+    that do not split over a mesh become the smallest that do.
     """
-    found, sequence = [], plan.mesh["sequence"]
-    devices = math.prod(plan.mesh.values()) // sequence
+    found, sequence = [], config.mesh.sequence
+    devices = math.prod(config.mesh.values()) // sequence
     for tensor in _powers(min(devices, model.num_heads)):
-        if model.num_heads % tensor or devices % tensor:
+        if model.mlp_width % tensor or devices % tensor:
+            continue
+        if sequence > 1 and model.num_heads % (sequence * tensor):
             continue
         for fsdp in _powers(devices // tensor):
             data = devices // tensor // fsdp
             own = {"data": data, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
             splits = data * fsdp * tensor == devices
             groups = config.batch.prompts // config.batch.minibatches
-            if splits and groups % (data * fsdp) == 0 and own != plan.mesh:
-                found.append({f"mesh.{name}": size for name, size in own.items()})
+            if splits and groups % (data * fsdp) == 0 and own != dict(config.mesh):
+                smaller = {}
+                if config.batch.microbatch > 0 and config.batch.microbatch % (data * fsdp):
+                    smaller = {"batch.microbatch": data * fsdp}
+                found.append(mesh_options(own) | smaller)
     return sorted(found, key=lambda m: (m["mesh.tensor"], m["mesh.fsdp"]))
 
 
@@ -115,26 +198,12 @@ def _powers(most: int) -> Iterator[int]:
         n *= 2
 
 
-def search(
-    make: Callable[[ConfigDict], Plan],
-    lower_bound: Callable[[ConfigDict], float],
-    config: ConfigDict,
-    plan: Plan,
-    model: ModelConfig,
-    most: int,
-) -> list[Tried]:
-    """Up to `most` other meshes, compiled and ranked: those that fit first, then by least seconds.
+def search(trial: Trial, most: int) -> Iterator[Tried]:
+    """Up to `most` other meshes, compiled; those whose arrays alone do not fit are left out."""
+    tries = map(trial.of, meshes(trial.config, trial.model))
+    yield from itertools.islice((t for t in tries if t.plan is not None), most)
 
-    Meshes whose arrays alone (`lower_bound`, bytes) do not fit are left out without compiling.
-    """
-    tried = [Tried({f"mesh.{name}": size for name, size in plan.mesh.items()}, plan)]
-    for mesh in meshes(config, plan, model):
-        rows = mesh["mesh.data"] * mesh["mesh.fsdp"]
-        if config.batch.microbatch > 0 and config.batch.microbatch % rows:
-            mesh |= {"batch.microbatch": rows}
-        if len(tried) > most:
-            break
-        if lower_bound(changed(config, mesh)) <= plan.room:
-            tried.append(attempt(make, config, mesh))
-    rank = lambda t: (not t.plan.fits, t.plan.step_s, t.plan.peak)  # noqa: E731
-    return sorted((t for t in tried if t.plan is not None), key=rank)
+
+def ranked(tries: Iterable[Tried]) -> list[Tried]:
+    """The best first: those that fit, then by least seconds a step."""
+    return sorted(tries, key=lambda t: (not t.fits, t.plan.step_s, t.plan.peak))

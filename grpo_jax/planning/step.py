@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -115,6 +116,10 @@ def bytes_per_device(tree: Any) -> float:
     )
 
 
+# Programs by what they are compiled from: a change of the config seldom changes all of a step's.
+Known = dict[str, Compiled]
+
+
 class Step:
     """The programs of one step of a config, with a model of some shape, on a mesh."""
 
@@ -125,10 +130,16 @@ class Step:
         mesh: Mesh,
         lengths: Lengths,
         fit: parts.Fit = parts.USUAL,
+        *,
+        known: Known | None = None,
     ):
-        """Raises ValueError where the config's groups do not split over the mesh."""
+        """Raises ValueError where the config's groups do not split over the mesh.
+
+        Programs that are in `known` are not compiled again; others are added.
+        """
         config_lib.check_devices(config, sharding.num_row_shards(mesh))
         self.config, self.model, self.mesh, self.lengths = config, model, mesh, lengths
+        self.known = {} if known is None else known
         self.learner = parts.make_learner(config, model, mesh, fit)
         self.engine = parts.make_engine(config, model, _STOP_IDS, mesh)
         dtype = jnp.dtype(config.model.dtype)
@@ -143,12 +154,15 @@ class Step:
         self.carry = self.learner.update.empty.eval_shape()
 
     def held(self) -> dict[str, float]:
-        """Bytes on each device by what they hold, before a program's own."""
+        """Bytes on each device by what they hold, before a program's own.
+
+        What lies in the host's memory but for one program, which then needs it, is left out.
+        """
         shared = bytes_per_device(self._shared())
         return {
             "weights": bytes_per_device(self.state.params),
-            "optimizer": bytes_per_device(self.state.opt_state),
-            "reference": bytes_per_device(self.reference),
+            "optimizer": bytes_per_device(self._kept_state().opt_state),
+            "reference": bytes_per_device(self._kept_reference()),
             "rollout weights": bytes_per_device(self.published) - shared,
             "cache": bytes_per_device((self.slots.prefix, self.slots.own)),
             "gradients": bytes_per_device(self.carry[0]),
@@ -165,33 +179,46 @@ class Step:
 
     def _compile(self, program: _Program) -> Compiled:
         began = time.monotonic()
-        known = dict(
-            name=program.name, phase=program.phase, runs=program.runs, beside=program.beside
+        lowered = program.lower()
+        text = f"{dict(self.mesh.shape)} {program.loops} {lowered.as_text()}"
+        key = hashlib.sha256(text.encode()).hexdigest()
+        if key not in self.known:
+            self.known[key] = self._measured(program, lowered)
+        once = self.known[key]
+        return dataclasses.replace(
+            once,
+            name=program.name,
+            phase=program.phase,
+            runs=program.runs,
+            beside=program.beside,
+            cost=once.cost.times(program.runs),
+            compile_s=time.monotonic() - began,
         )
-        nothing = dict(arguments=0.0, results=0.0, temporary=0.0, cost=hlo.Cost())
+
+    def _measured(self, program: _Program, lowered: jax.stages.Lowered) -> Compiled:
+        """What one run needs and costs."""
+        nothing = Compiled(program.name, program.phase, 1, 0.0, 0.0, 0.0, 0.0, hlo.Cost(), 0.0)
         try:
-            compiled = program.lower().compile()
+            compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            message = str(error).splitlines()[0]
-            return Compiled(**known, **nothing, compile_s=time.monotonic() - began, error=message)
+            return dataclasses.replace(nothing, error=str(error).splitlines()[0])
         memory = compiled.memory_analysis()
-        cost = hlo.cost(compiled.as_text(), self.mesh, program.loops).times(program.runs)
-        return Compiled(
-            **known,
+        return dataclasses.replace(
+            nothing,
             arguments=memory.argument_size_in_bytes,
             results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
             temporary=memory.temp_size_in_bytes,
-            cost=cost,
-            compile_s=time.monotonic() - began,
+            cost=hlo.cost(compiled.as_text(), self.mesh, program.loops),
         )
 
     def _programs(self) -> list[_Program]:
         config, length_PG = self.config, self.lengths.completion_PG
         state, params, published = self.state, self.state.params, self.published
         size = bytes_per_device
-        learning = size((state, self.reference))  # held through the whole step
+        reference = self._kept_reference()
+        learning = size((self._kept_state(), reference))  # held through the whole step
         sampling = learning - size(self._shared())
         temperature = np.float32(config.rollout.temperature)
         shards, lanes = self.slots.live_RW.shape[0] // self.engine.shards, self._lanes
@@ -247,7 +274,7 @@ class Step:
                     ),
                     scored,
                     1,
-                    learning - size(read),
+                    learning - size(params if self.reference is None else reference),
                 )
             )
         update, minibatches = self.learner.update, config.batch.minibatches
@@ -270,9 +297,16 @@ class Step:
                 ),
                 runs,
                 1,
-                size((self.reference, self.experience)) - size(self.experience.action_PGC),
+                size((reference, self.experience)) - size(self.experience.action_PGC),
             ),
         ]
+
+    def _kept_state(self) -> Any:
+        """The state as it lies on the devices while it is not updated."""
+        return self.state.replace(opt_state=()) if self.config.optim.offload else self.state
+
+    def _kept_reference(self) -> Any:
+        return None if self.config.model.offload_reference else self.reference
 
     def _shared(self) -> list[Any]:
         """Weights that sampling reads where they are: nothing about them changes."""
@@ -328,6 +362,12 @@ class Step:
     def _packed(self, groups_P: np.ndarray) -> tuple[np.ndarray, ...]:
         known = self.experience.rollouts.replace(length_PG=self.lengths.completion_PG)
         return self.learner.scorer.microbatches(known, groups_P).arrays
+
+
+def arrays_alone(held: dict[str, float]) -> float:
+    """Bytes of a device that arrays take at the least, whatever the programs need beside them."""
+    always = held["weights"] + held["optimizer"] + held["reference"]
+    return always + max(held["rollout weights"] + held["cache"], held["gradients"])
 
 
 def _cast(params: Any, dtype) -> Any:
@@ -431,11 +471,13 @@ def plan(
     devices: list[jax.Device],
     lengths: Lengths,
     fit: parts.Fit = parts.USUAL,
+    *,
+    known: Known | None = None,
     only: Callable[[str], bool] = lambda name: True,
 ) -> Plan:
     """The plan of a config's step on the devices; ValueError where the mesh or the batch is not."""
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
-    step = Step(config, model, mesh, lengths, fit)
+    step = Step(config, model, mesh, lengths, fit, known=known)
     shape = dict(mesh.shape)
     held, programs = step.held(), step.compile(only)
     return Plan(topology, chip, shape, model.num_params, held, programs)
