@@ -22,7 +22,7 @@ from grpo_jax.structs import Experience, ModelConfig, Sampling
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 TOKENS = 1000.0  # how often the decode loop runs: by it what stands in the loop is known
-SLOTS, LANES, LIMIT = 4, 2, 6
+SLOTS, LANES, LIMIT = 8, 2, 6
 MODEL = dataclasses.replace(tiny.MODEL, vocab_size=2048)  # wider than any activation
 
 
@@ -49,7 +49,11 @@ def refuse_weights(collectives: list[hlo.Collective], rows: int) -> None:
         assert c.sent <= 2 * 4 * rows * widest, c
 
 
-def test_decoding_sends_activations_over_tensor_and_nothing_else(mesh, decoder):
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_decoding_sends_activations_over_tensor_and_nothing_else(tensor):
+    """Four devices to two key-value heads do not share heads: attention is each row's own."""
+    mesh = sharding.make_mesh(-1, 2, tensor)
+    decoder = decode.Decoder(MODEL, mesh, Sampling(), (tiny.STOP,), LIMIT)
     engine = Engine(decoder, compact=False)
     params = engine.published_like(update.state_like(MODEL, mesh, optax.sgd(0.1)).params)
     slots = engine.empty.eval_shape(SLOTS // engine.shards, LANES, 8)
@@ -58,8 +62,9 @@ def test_decoding_sends_activations_over_tensor_and_nothing_else(mesh, decoder):
 
     found = in_the_loop(engine.decode, *arguments, mesh=mesh)
 
-    assert len(found) >= 2 * MODEL.num_layers  # after attention and after the MLP
-    refuse_weights(found, SLOTS // engine.shards * LANES)
+    assert len(found) >= 2 * MODEL.num_layers  # after attention and after the MLP, or round that
+    assert any("/attention/" in c.where for c in found) == (tensor == 2)
+    refuse_weights(found, SLOTS // sharding.num_slot_shards(mesh) * LANES)
 
 
 def test_the_check_fails_on_weights_that_are_not_published(mesh, decoder):

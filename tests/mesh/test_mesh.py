@@ -112,17 +112,21 @@ def test_a_row_is_split_over_its_devices():
 
 
 def test_slots_are_refilled_and_compacted_in_each_shard():
-    """Fourteen prompts on two devices, eight completions at once; and all at once, compacted."""
+    """Fourteen prompts on two devices, eight completions at once; and all at once, compacted.
+
+    The same where four devices of one shard have slots of their own each, and share the MLP.
+    """
     prompts, stops = PROMPTS + PROMPTS[:6], (tiny.STOP, 4, 17)
-    two = sharding.make_mesh(devices=jax.devices()[:2])
+    one, two = tiny.one_device(), sharding.make_mesh(devices=jax.devices()[:2])
+    four = sharding.make_mesh(1, 1, 4, devices=jax.devices()[:4])
     key, got, shapes = keys.key_for(0, "rollout", 0), [], []
-    for mesh, num_slots in ((tiny.one_device(), 0), (two, 8), (two, 0)):
+    for mesh, num_slots in ((one, 0), (two, 8), (two, 0), (four, 16), (four, 0)):
         decoder = Decoder(tiny.MODEL, mesh, Sampling(), stops, 16)
-        engine = Engine(decoder, num_slots=num_slots, compact=num_slots == 0 and mesh is two)
+        engine = Engine(decoder, num_slots=num_slots, compact=num_slots == 0 and mesh is not one)
         params = engine.publish(place(mesh))
         got.append(engine.generate(params, prompts, group=4, key=key, temperature=1.0))
         shapes.append({shape[:2] for shape in engine.shapes})
-    assert shapes == [{(14, 4)}, {(1, 4)}, {(7, 4), (14, 1)}]
+    assert shapes == [{(14, 4)}, {(1, 4)}, {(7, 4), (14, 1)}, {(1, 4)}, {(4, 4), (8, 1)}]
     for rollouts in got[1:]:
         for name in ("completion_PGC", "length_PG", "stopped_PG"):
             np.testing.assert_array_equal(getattr(rollouts, name), getattr(got[0], name), name)
