@@ -16,7 +16,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from grpo_jax import hosts, memory, workdir
+from grpo_jax import hosts, memory, sharding, workdir
 from grpo_jax.algorithm.update import usual_tokens
 from grpo_jax.metrics import say
 from grpo_jax.parts import USUAL, Fit
@@ -79,7 +79,7 @@ def choose(
         (program,) = Step(config, model, mesh, lengths, fit).compile(lambda n: n == "gradient")
         return program.peak
 
-    sizes = _sizes(config, mesh, lengths) if config.batch.microbatch == -1 else [0]
+    sizes = _sizes(config, model, mesh, lengths) if config.batch.microbatch == -1 else [0]
     usual = max((n for n in sizes if n <= usual_tokens(mesh)), default=sizes[0])
     remats = _REMAT if config.model.remat == "auto" else (config.model.remat,)
     remat = next((r for r in remats if peak(Fit(r, usual)) <= limit), remats[-1])
@@ -93,12 +93,12 @@ def choose(
     return fit
 
 
-def _sizes(config: ConfigDict, mesh: Mesh, lengths: Lengths) -> list[int]:
+def _sizes(config: ConfigDict, model: ModelConfig, mesh: Mesh, lengths: Lengths) -> list[int]:
     """Tokens of a row worth trying: one completion's, powers of two, and those of all groups."""
     longest = max(int(lengths.completion_PG.max()) - 1, 1)
     groups = config.batch.prompts // config.batch.minibatches // mesh.shape["data"]
     least = lengths.prompt + longest
-    rows = mesh.shape["fsdp"]
+    rows = mesh.shape["fsdp"] * sharding.attention_parts(mesh, model.num_kv_heads)
     most = -(-groups // rows) * (lengths.prompt + config.batch.group * longest)
     between = (usual_tokens(mesh) * 2**k // 8 for k in range(32))
     return [least, *(n for n in between if least < n < most), most]
