@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,29 @@ def test_a_signal_to_one_stops_all_and_four_go_on(one, tmp_path, environment):
     then = Launched(4, run.folder, *more, *mesh, environment=environment)
     assert then.status() == 0 and "Continuing" in then.output, then.output
     assert differences(one, run.folder) == []
+
+
+@pytest.mark.slow
+def test_one_and_two_processes_go_on_where_four_stopped(one, tmp_path, environment):
+    """Four of two devices each; then eight devices of one, and of two processes one each."""
+    more = [
+        f"--config.model.path={one / 'bootstrap' / 'export'}",
+        "--config.evaluation.num_problems=0",
+        "--config.checkpoint.every_steps=0",
+    ]
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=4"]
+    slowly = environment | {"SLEEP_S": "0.5"}
+    run = Launched(4, tmp_path / "four", *more, *mesh, environment=slowly, devices=2)
+    run.wait_until(lambda: run.has_step(1))
+    os.kill(run.pid(0), signal.SIGTERM)
+    assert run.status() == 0, run.output
+    stopped = re.search(r"^\[0\] Stopped by SIGTERM at step (\d)", run.output, re.M)
+    assert stopped and 1 <= int(stopped[1]) < STEPS, run.output
+    for num, devices, mesh in ((1, 8, ["--config.mesh.fsdp=8"]), (2, 1, [])):
+        folder = shutil.copytree(run.folder, tmp_path / f"{num}")
+        then = Launched(num, folder, *more, *mesh, environment=environment, devices=devices)
+        assert then.status() == 0 and "Continuing" in then.output, then.output
+        assert differences(one, folder) == []
 
 
 @pytest.mark.slow
