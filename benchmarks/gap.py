@@ -18,6 +18,7 @@ import numpy as np
 
 from grpo_jax import keys, policy, sharding
 from grpo_jax.algorithm.update import Scorer, make_prepare
+from grpo_jax.models import attention
 from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Sampling
@@ -29,7 +30,14 @@ def gaps(ours: policy.Policy, params, prompts, args, dtype, weights: str, cache:
     """Scorer's minus sampler's log-probability of every token that was drawn, float32 [tokens]."""
     mesh, sampling = sharding.make_mesh(data=jax.device_count()), Sampling()
     decoder = Decoder(
-        ours.model, mesh, sampling, ours.stop_ids, args.tokens, dtype, weights=weights, cache=cache
+        ours.model,
+        mesh,
+        sampling,
+        ours.stop_ids,
+        args.tokens,
+        dtype,
+        weights=weights,
+        caching=attention.Ring(int8=cache == "int8"),
     )
     engine = Engine(decoder)
     rollouts = engine.generate(

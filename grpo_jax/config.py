@@ -92,6 +92,7 @@ def default() -> ConfigDict:
     c.rollout.num_slots = 0  # completions decoded at once; 0: all of a step
     c.rollout.weights = "same"  # as model.dtype; "int8" with a scale for each output of a layer
     c.rollout.cache = "same"  # keys and values; "int8" with a scale for each position and head
+    c.rollout.attention = "xla"  # or the kernel "ragged" of TPUs, which reads what is there alone
     c.rollout.compact = True  # finished rows leave the batch when no prompts wait
 
     c.algorithm = ConfigDict()
@@ -415,6 +416,7 @@ def _check_choices(config: ConfigDict) -> None:
         "optim.moments": (config.optim.moments, ("float32", "bfloat16", "int8")),
         "model.remat": (config.model.remat, ("none", "dots", "full", "auto")),
         "model.attention": (config.model.attention, ("auto", "xla", "splash")),
+        "rollout.attention": (config.rollout.attention, ("xla", "ragged")),
         "rollout.weights": (config.rollout.weights, ("same", "int8")),
         "rollout.cache": (config.rollout.cache, ("same", "int8")),
         "data.overlong": (config.data.overlong, ("refuse", "drop", "truncate")),
@@ -618,7 +620,7 @@ _FREE = (
     "rollout.num_slots rollout.compact batch.microbatch sft.microbatch model.remat model.attention "
     "optim.offload model.offload_reference guards. sft.checkpoint_every_steps "
     "rewards.num_workers rewards.time_limit_s rewards.memory_gb rewards.max_failed_share "
-    "loop.stall_limit_s hosts. batch.memory_limit_gib"
+    "loop.stall_limit_s hosts. batch.memory_limit_gib rollout.attention"
 ).split()
 
 

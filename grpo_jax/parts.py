@@ -22,7 +22,7 @@ from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import tasks
-from grpo_jax.models import hf, splash
+from grpo_jax.models import hf, paged, splash
 from grpo_jax.rewards import reward as reward_lib
 from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.sampling import decode
@@ -323,7 +323,7 @@ def make_engine(
         rollout.max_tokens,
         jnp.dtype(config.model.dtype),
         weights="same" if exact else rollout.weights,
-        cache="same" if exact else rollout.cache,
+        caching=paged.choose(rollout.attention, "same" if exact else rollout.cache, model, mesh),
     )
     return Engine(
         decoder,

@@ -135,9 +135,10 @@ def by_slot_shard(mesh: Mesh, f: Callable, num_whole: int) -> Callable:
 
     The first `num_whole` arguments are given to all shards, the others and the results are split
     along their first axis. Nothing passes between the shards, so each may run its loops as often as
-    it needs. The tensor axis is left to XLA.
+    it needs. The tensor axis is left to XLA, where it splits anything: it divides no kernel.
     """
-    return _by_hand(mesh, f, num_whole, SLOT_AXES, SLOT_AXES)
+    manual = MESH_AXES if mesh.shape["tensor"] == 1 else SLOT_AXES
+    return _by_hand(mesh, f, num_whole, SLOT_AXES, manual)
 
 
 def num_shards_of(mesh: Mesh, axis: str, size: int) -> int:

@@ -64,7 +64,7 @@ def test_memory_is_what_the_devices_really_hold(config, step):
         "optimizer": state.opt_state,
         "reference": reference,
         "rollout weights": own,
-        "cache": (slots.prefix, slots.own),
+        "cache": slots.cache,
         "gradients": gradients,
     }
     for name, arrays in really.items():

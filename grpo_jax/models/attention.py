@@ -8,6 +8,9 @@ concatenated. Softmax is float32 whatever the dtype of queries and keys.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -203,3 +206,61 @@ def decode(
     out += product("rkwns,rkwsh->rkwnh", weight_own.astype(dtype), own_v)
     out = jnp.swapaxes(out / total[..., None], 1, 2)
     return out.astype(q_RWNH.dtype).reshape(q_RWNH.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """How a layer's cache of slots and lanes is kept, written and read, in plain XLA.
+
+    A pair: the prompts', keys [R, K, H, Q] and values [R, K, Q, H], and the completions', keys
+    [R, K, W, H, S] and values [R, K, W, S, H], S = C columns that are written round and round.
+    """
+
+    int8: bool = False
+
+    def empty(
+        self, slots: int, lanes: int, prompt_tokens: int, limit: int, heads: int, size: int, dtype
+    ) -> tuple[Cache, Cache]:
+        make = functools.partial(empty_cache, size=size, dtype=dtype, int8=self.int8)
+        return make((slots, heads), prompt_tokens), make((slots, heads, lanes), limit)
+
+    def of_prompt(self, k_RQKH: Array, v_RQKH: Array) -> Cache:
+        """A prompt's part of the cache."""
+        return prefix_cache(k_RQKH, v_RQKH, int8=self.int8)
+
+    def admit(
+        self, cache: tuple[Cache, Cache], prompt: Cache, slot_A: Array, length_A: Array, lanes: int
+    ) -> tuple[Cache, Cache]:
+        """The cache with prompts in their slots; a slot past the last is dropped."""
+        put = lambda old, new: old.at[slot_A].set(new, mode="drop")  # noqa: E731
+        return jax.tree.map(put, cache[0], prompt), cache[1]
+
+    def extend(
+        self,
+        cache: tuple[Cache, Cache],
+        q_RWNH: Array,
+        k_RWKH: Array,
+        v_RWKH: Array,
+        prompt_length_R: Array,
+        time_RW: Array,
+        live_RW: Array,
+        column: Array,
+        limit: int,
+        window: int | None,
+    ) -> tuple[Array, tuple[Cache, Cache]]:
+        """One new token per lane: what it attends to [R, W, N, H], and the cache with it."""
+        prefix, own = cache[0], write(cache[1], k_RWKH, v_RWKH, column)
+        out = decode(q_RWNH, prefix, own, prompt_length_R, time_RW, column, window)
+        return out, (prefix, own)
+
+    def compact(
+        self, cache: tuple[Cache, Cache], slot_R: Array, lane_RW: Array, lanes: int, limit: int
+    ) -> tuple[Cache, Cache]:
+        """New slot r has old slot `slot_R[r]`'s prompt, and its lanes `lane_RW[r]`."""
+        swapped = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
+        lanes_of = lambda x: swapped(swapped(x)[slot_R[:, None], lane_RW])  # noqa: E731
+        prefix, own = cache
+        return jax.tree.map(lambda x: x[slot_R], prefix), jax.tree.map(lanes_of, own)
+
+
+RING = Ring()

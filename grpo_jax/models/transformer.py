@@ -431,8 +431,8 @@ def prefill(
     length_R: Array,
     *,
     dtype=jnp.float32,
-    int8_cache: bool = False,
     rows: Rows = UNDIVIDED,
+    caching: Any = attention.RING,
 ) -> tuple[Array, tuple]:
     """Hidden state of each prompt's last token [R, D], and the prompts' cache by layer."""
     t_Q = jnp.arange(prompt_RQ.shape[1])
@@ -445,7 +445,7 @@ def prefill(
 
         def attend(q, k, v, window=window):
             out = attention.causal(q, k, v, length_R, window)
-            return out, attention.prefix_cache(k, v, int8=int8_cache)
+            return out, caching.of_prompt(k, v)
 
         x_RQD, kept = block.apply({"params": layer}, x_RQD, angles, attend, rows)
         cache.append(kept)
@@ -457,32 +457,33 @@ def decode_token(
     params: Params,
     config: ModelConfig,
     token_RW: Array,
-    prefix: tuple,
-    own: tuple,
+    cache: tuple,
     prompt_length_R: Array,
     time_RW: Array,
+    live_RW: Array,
     column: Array,
+    limit: int,
     *,
     dtype=jnp.float32,
     rows: Rows = UNDIVIDED,
+    caching: Any = attention.RING,
 ) -> tuple[Array, tuple]:
-    """Hidden state after one more token per lane [R, W, D], and the completions' cache with it.
+    """Hidden state after one more token per lane [R, W, D], and the cache by layer with it.
 
-    `token_RW` stands at position `time_RW` of its completion, and goes into `column` of the cache.
+    `token_RW` stands at position `time_RW` of its completion of at most `limit` tokens, and goes
+    into `column` of a ring. What lanes give that are not live means nothing.
     """
     angles = attention.rotary(prompt_length_R[:, None] + time_RW, rotary_frequencies(config))
     windows = config.window_per_layer or (None,) * config.num_layers
     block = Block(config, dtype)
     x_RWD = rows.split(_embed(params, token_RW, dtype))
-    own = list(own)
+    cache = list(cache)
     for i, layer in enumerate(params["layers"]):
 
         def attend(q, k, v, i=i):
-            own[i] = attention.write(own[i], k, v, column)
-            out = attention.decode(
-                q, prefix[i], own[i], prompt_length_R, time_RW, column, windows[i]
-            )
+            where = prompt_length_R, time_RW, live_RW, column, limit, windows[i]
+            out, cache[i] = caching.extend(cache[i], q, k, v, *where)
             return out, None
 
         x_RWD, _ = block.apply({"params": layer}, x_RWD, angles, attend, rows)
-    return rows.whole(_final_norm(params, config, x_RWD, dtype)), tuple(own)
+    return rows.whole(_final_norm(params, config, x_RWD, dtype)), tuple(cache)

@@ -7,11 +7,13 @@ not be attached. Nothing is allocated: every argument is a shape with its shardi
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -140,6 +142,7 @@ class Step:
         config_lib.check_devices(config, sharding.num_row_shards(mesh))
         self.config, self.model, self.mesh, self.lengths = config, model, mesh, lengths
         self.known = {} if known is None else known
+        self._device = mesh.devices.flat[0]
         self.learner = parts.make_learner(config, model, mesh, fit)
         self.engine = parts.make_engine(config, model, _STOP_IDS, mesh)
         dtype = jnp.dtype(config.model.dtype)
@@ -164,7 +167,7 @@ class Step:
             "optimizer": bytes_per_device(self._kept_state().opt_state),
             "reference": bytes_per_device(self._kept_reference()),
             "rollout weights": bytes_per_device(self.published) - shared,
-            "cache": bytes_per_device((self.slots.prefix, self.slots.own)),
+            "cache": bytes_per_device(self.slots.cache),
             "gradients": bytes_per_device(self.carry[0]),
             "rollouts": bytes_per_device(self.experience),
         }
@@ -179,7 +182,8 @@ class Step:
 
     def _compile(self, program: _Program) -> Compiled:
         began = time.monotonic()
-        lowered = program.lower()
+        with self._compiler_device():
+            lowered = program.lower()
         text = f"{dict(self.mesh.shape)} {program.loops} {lowered.as_text()}"
         key = hashlib.sha256(text.encode()).hexdigest()
         if key not in self.known:
@@ -195,11 +199,17 @@ class Step:
             compile_s=time.monotonic() - began,
         )
 
+    def _compiler_device(self) -> AbstractContextManager:
+        """A kernel asks the default device for which TPU it is made."""
+        absent = jax.default_backend() != self._device.platform
+        return jax.default_device(self._device) if absent else contextlib.nullcontext()
+
     def _measured(self, program: _Program, lowered: jax.stages.Lowered) -> Compiled:
         """What one run needs and costs."""
         nothing = Compiled(program.name, program.phase, 1, 0.0, 0.0, 0.0, 0.0, hlo.Cost(), 0.0)
         try:
-            compiled = lowered.compile()
+            with self._compiler_device():
+                compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

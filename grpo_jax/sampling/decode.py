@@ -13,7 +13,6 @@ do not divide, the slots in as many equal parts, one after the other; slots are 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -38,7 +37,7 @@ class Decoder:
     max_tokens: int  # C: completion limit
     dtype: Any = jnp.float32  # of activations, and of weights and cache that are the "same"
     weights: str = "same"  # or "int8"
-    cache: str = "same"  # or "int8"
+    caching: Any = attention.RING  # how the cache is kept and attended to, or `paged.Paged()`
 
     @property
     def parts(self) -> int:
@@ -57,9 +56,8 @@ class Decoder:
 class Slots:
     """Completions in progress. A lane that is not live holds nothing that is read again."""
 
-    prefix: tuple  # per layer: keys [R, K, H, Q], values [R, K, Q, H]; `attention.Cache`
-    own: tuple  # per layer: keys [R, K, W, H, S], values [R, K, W, S, H]; S = C columns, a ring
-    column_1: Array  # where the next token of every lane goes
+    cache: tuple  # per layer, as `Decoder.caching` keeps it
+    column_1: Array  # of a ring, where the next token of every lane goes
     prompt_length_R: Array
     key_RW2: Array  # uint32: the completion's random key
     token_RW: Array  # last token
@@ -73,16 +71,10 @@ class Slots:
 def empty(decoder: Decoder, slots: int, lanes: int, prompt_tokens: int) -> Slots:
     """Slots with no completion in them."""
     model = decoder.model
-    heads, limit, layers = model.num_kv_heads, decoder.max_tokens, range(model.num_layers)
-    empty_cache = functools.partial(
-        attention.empty_cache,
-        size=model.head_size,
-        dtype=decoder.dtype,
-        int8=decoder.cache == "int8",
-    )
+    limit = decoder.max_tokens
+    sizes = slots, lanes, prompt_tokens, limit, model.num_kv_heads, model.head_size
     return Slots(
-        prefix=tuple(empty_cache((slots, heads), prompt_tokens) for _ in layers),
-        own=tuple(empty_cache((slots, heads, lanes), limit) for _ in layers),
+        cache=tuple(decoder.caching.empty(*sizes, decoder.dtype) for _ in range(model.num_layers)),
         column_1=jnp.zeros(1, jnp.int32),
         prompt_length_R=jnp.ones(slots, jnp.int32),
         key_RW2=jnp.zeros((slots, lanes, 2), jnp.uint32),
@@ -169,8 +161,8 @@ def admit(
         prompt_AQ,
         length_A,
         dtype=decoder.dtype,
-        int8_cache=decoder.cache == "int8",
         rows=decoder.rows,
+        caching=decoder.caching,
     )
     lanes = used_AW.shape
     hidden_AWD = jnp.broadcast_to(hidden_AD[:, None], (*lanes, hidden_AD.shape[-1]))
@@ -182,9 +174,10 @@ def admit(
     by_part = functools.partial(_by_part, decoder.parts)
     put_all = by_part(lambda old, new, slot_A: old.at[slot_A].set(new, mode="drop"))
     put = lambda old, new: put_all(old, new, slot_A)  # noqa: E731
+    put_cache = by_part(functools.partial(decoder.caching.admit, lanes=lanes[1]))
     put_first = by_part(lambda old, new, slot_A: old.at[slot_A, :, 0].set(new, mode="drop"))
     return slots.replace(
-        prefix=jax.tree.map(put, slots.prefix, fresh),
+        cache=tuple(put_cache(*pair, slot_A, length_A) for pair in zip(slots.cache, fresh)),
         prompt_length_R=put(slots.prompt_length_R, length_A),
         key_RW2=put(slots.key_RW2, key_AW2),
         token_RW=put(slots.token_RW, token_AW),
@@ -231,17 +224,19 @@ def decode(
 
     def one_token(slots: Slots) -> Slots:
         live_RW = slots.live_RW
-        hidden_RWD, own = transformer.decode_token(
+        hidden_RWD, cache = transformer.decode_token(
             params,
             decoder.model,
             slots.token_RW,
-            slots.prefix,
-            slots.own,
+            slots.cache,
             slots.prompt_length_R,
             slots.time_RW,
+            live_RW,
             slots.column_1[0],
+            decoder.max_tokens,
             dtype=decoder.dtype,
             rows=decoder.rows,
+            caching=decoder.caching,
         )
         time_RW = slots.time_RW + live_RW
         token_RW, logp_RW = _choose(
@@ -250,7 +245,7 @@ def decode(
         at = jnp.where(live_RW, time_RW, decoder.max_tokens)  # past the end: dropped
         stop_RW = live_RW & _is_stop(decoder, token_RW)
         return slots.replace(
-            own=own,
+            cache=cache,
             column_1=(slots.column_1 + 1) % decoder.max_tokens,
             token_RW=jnp.where(live_RW, token_RW, slots.token_RW),
             time_RW=time_RW,
@@ -266,14 +261,13 @@ def decode(
 @jax.named_scope("rollout/compact")
 def compact(decoder: Decoder, slots: Slots, slot_R: Array, lane_RW: Array, live_RW: Array) -> Slots:
     """A smaller batch: new slot r has old slot `slot_R[r]`'s prompt, and its lanes `lane_RW[r]`."""
+    _, *sizes = slots.completion_RWC.shape
 
     def moved(slots: Slots, slot_R: Array, lane_RW: Array) -> Slots:
         lanes_of = lambda x: x[slot_R[:, None], lane_RW]  # noqa: E731
-        cache_of = lambda x: jnp.swapaxes(lanes_of(jnp.swapaxes(x, 1, 2)), 1, 2)  # noqa: E731
-        by_lane = slots.replace(prefix=(), own=(), prompt_length_R=())
+        by_lane = slots.replace(cache=(), prompt_length_R=())
         return jax.tree.map(lanes_of, by_lane).replace(
-            own=jax.tree.map(cache_of, slots.own),
-            prefix=jax.tree.map(lambda x: x[slot_R], slots.prefix),
+            cache=tuple(decoder.caching.compact(x, slot_R, lane_RW, *sizes) for x in slots.cache),
             prompt_length_R=slots.prompt_length_R[slot_R],
         )
 

@@ -160,9 +160,8 @@ class Engine:
 
             return jax.tree.map(one, tree)
 
-        by_slot = place(("slots",), like.replace(prefix=(), own=()))
-        caches = place((rows, heads), {"prefix": like.prefix, "own": like.own})
-        return by_slot.replace(**caches)
+        by_slot = place(("slots",), like.replace(cache=()))
+        return by_slot.replace(cache=place((rows, heads), like.cache))
 
     def generate(
         self,

@@ -155,13 +155,14 @@ def test_prefill_and_decoding_equal_transformers(models, first):
     lead = (num_slots, config.num_kv_heads, num_lanes)
     keys = np.zeros((*lead, config.head_size, num_tokens), np.float32)
     values = np.zeros((*lead, num_tokens, config.head_size), np.float32)
-    own = ((keys, values),) * config.num_layers
+    cache = tuple((layer, (keys, values)) for layer in prefix)
+    live_RW = np.ones((num_slots, num_lanes), bool)
     for t in range(num_tokens):
         time_RW = np.full((num_slots, num_lanes), t, np.int32)
         token_RW = completion_RWC[..., t]
         column = (t + first) % num_tokens
-        got_RWV, own = decode_logits(
-            params, config, token_RW, prefix, own, length_R, time_RW, column
+        got_RWV, cache = decode_logits(
+            params, config, token_RW, cache, length_R, time_RW, live_RW, column, num_tokens
         )
         for (r, w), rows in want.items():
             if t < COMPLETION_LENGTHS[r][w]:
@@ -186,8 +187,8 @@ def prefill_logits(params, config, *rows):
 
 @compiled
 def decode_logits(params, config, *state):
-    hidden, own = transformer.decode_token(by_layer(params, config), config, *state)
-    return logits.logits(hidden, transformer.head_kernel(params)), own
+    hidden, cache = transformer.decode_token(by_layer(params, config), config, *state)
+    return logits.logits(hidden, transformer.head_kernel(params)), cache
 
 
 def test_stories260k_equals_transformers(shared):

@@ -12,8 +12,8 @@ import tiny
 
 from grpo_jax import keys
 from grpo_jax.algorithm.update import Scorer
+from grpo_jax.models import attention, quantize, transformer
 from grpo_jax.models import logits as logits_lib
-from grpo_jax.models import quantize, transformer
 from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Sampling
@@ -305,7 +305,7 @@ def in_int8(num_slots=0, compact=True, weights="int8", cache="int8", mesh=None) 
         STOPS,
         LIMIT,
         weights=weights,
-        cache=cache,
+        caching=attention.Ring(int8=cache == "int8"),
     )
     return Engine(decoder, num_slots=num_slots, compact=compact)
 
