@@ -38,8 +38,8 @@ def default() -> ConfigDict:
     # products of dense layers, "auto" the least that fits into memory. Where that is not known, and
     # in supervised training, "auto" is "dots"
     c.model.remat = "dots"
-    # In scoring and training: "xla", or the kernels "splash" of TPUs, or "auto", those where they
-    # can be had
+    # In scoring and training: "xla", or the kernels "splash" of TPUs or "cudnn" of NVIDIA GPUs, or
+    # "auto", on TPUs theirs where they can be had
     c.model.attention = "auto"
     c.model.offload_reference = False  # to host memory, but while it scores
     c.model.num_layers = 2  # shape of a new model (Qwen2), read when model.path is ""
@@ -415,7 +415,7 @@ def _check_choices(config: ConfigDict) -> None:
         "model.param_dtype": (config.model.param_dtype, ("float32", "bfloat16")),
         "optim.moments": (config.optim.moments, ("float32", "bfloat16", "int8")),
         "model.remat": (config.model.remat, ("none", "dots", "full", "auto")),
-        "model.attention": (config.model.attention, ("auto", "xla", "splash")),
+        "model.attention": (config.model.attention, ("auto", "xla", "splash", "cudnn")),
         "rollout.attention": (config.rollout.attention, ("xla", "ragged")),
         "rollout.weights": (config.rollout.weights, ("same", "int8")),
         "rollout.cache": (config.rollout.cache, ("same", "int8")),

@@ -22,7 +22,7 @@ from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import tasks
-from grpo_jax.models import hf, paged, splash
+from grpo_jax.models import hf, kernels, paged
 from grpo_jax.rewards import reward as reward_lib
 from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.sampling import decode
@@ -243,7 +243,7 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: Fit = 
         _sampling(config),
         jnp.dtype(config.model.dtype),
         remat=fit.remat if config.model.remat == "auto" else config.model.remat,
-        kernels=splash.choose(config.model.attention, model, mesh),
+        kernels=kernels.choose(config.model.attention, model, mesh, jnp.dtype(config.model.dtype)),
         microbatch=max(config.batch.microbatch, 0),
         tokens=fit.tokens if config.batch.microbatch == -1 else 0,
     )

@@ -30,7 +30,7 @@ from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import tasks
-from grpo_jax.models import hf, splash, transformer
+from grpo_jax.models import hf, kernels, transformer
 from grpo_jax.phases import phase
 from grpo_jax.structs import Array, Params, Rollouts, Sampling, TrainState, pad_rows
 from grpo_jax.watchdog import Watchdog
@@ -80,7 +80,9 @@ def run(config: ConfigDict, folder: Path) -> Path:
         Sampling(),
         jnp.dtype(config.model.dtype),
         remat="dots" if config.model.remat == "auto" else config.model.remat,
-        kernels=splash.choose(config.model.attention, policy.model, mesh),
+        kernels=kernels.choose(
+            config.model.attention, policy.model, mesh, jnp.dtype(config.model.dtype)
+        ),
     )
     update = _make_update(scorer, optimizer, config.sft.microbatch or config.sft.batch, config)
     checkpoints = Checkpoints(

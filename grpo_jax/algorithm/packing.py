@@ -60,11 +60,13 @@ def pack(
     at_once: int,
     devices: int = 1,
     multiple: int = 1,
+    share_lanes: bool = True,
 ) -> Microbatches:
     """The groups of numbers `groups_P` of each shard in microbatches of at most `at_once` tokens.
 
     That is the size of a row, prompts (padded to `prompt_tokens`) included; a single completion
-    always fits. It is then rounded up to a `multiple`. A function of the lengths alone, so that a
+    always fits. It is then rounded up to a `multiple`. Without `share_lanes` each completion has a
+    lane of its own. A function of the lengths alone, so that a
     resumed run sums in the same order.
     """
     num_shards, _, group = length_SPG.shape
@@ -78,7 +80,12 @@ def pack(
     entries += -(size * prompt_tokens + entries) % multiple
     count = len(rows_S[0]) // devices
     lanes_SU = [
-        [_fill(length_SPG[s, u.prompt] - 1, u.completions, width) for u in units]
+        [
+            _fill(length_SPG[s, u.prompt] - 1, u.completions, width)
+            if share_lanes
+            else [[g] for g in u.completions]
+            for u in units
+        ]
         for s, units in enumerate(units_S)
     ]
     lanes = max(len(lanes) for lanes_U in lanes_SU for lanes in lanes_U)

@@ -73,6 +73,7 @@ class Scorer:
             at_once=self.microbatch * whole // (shards * devices) or tokens_at_once,
             devices=devices,
             multiple=sequence,
+            share_lanes=self.kernels.shares_lanes,
         )
 
     @property

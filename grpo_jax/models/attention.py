@@ -18,6 +18,8 @@ from grpo_jax.models import quantize
 from grpo_jax.models.quantize import Int8
 from grpo_jax.structs import Array
 
+shares_lanes = True  # a lane may hold several completions
+
 # Far below any score and finite: a row with no key to see gives zeros, not NaN.
 _HIDDEN = -1e30
 

@@ -63,7 +63,7 @@ class ByRow(NamedTuple):
     gather: Callable[[Array, tuple[str, ...]], Array]  # a parameter of these logical axes
 
 
-Kernels = Any  # `attention`, or what has its `causal` and `shared_prefix`
+Kernels = Any  # `attention`, or what has its `causal`, `shared_prefix` and `shares_lanes`
 
 
 def rotary_frequencies(config: ModelConfig) -> np.ndarray:

@@ -13,6 +13,7 @@ do not divide, the slots in as many equal parts, one after the other; slots are 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax

@@ -124,6 +124,17 @@ def test_a_group_of_too_many_tokens_is_split():
     assert made.lane_NMLT.shape == (2, 1, 2, 7)
 
 
+def test_lanes_of_their_own():
+    """By hand: completions of 3, 2 and 1 tokens share a lane of 16 places, or have one each."""
+    args = np.array([[[3, 2, 1]]]), np.arange(1)
+    sizes = {"prompt_tokens": 4, "completion_tokens": 17, "at_once": 100}
+    shared_LT = packing.pack(*args, **sizes).lane_SNMLT[0, 0, 0]
+    assert shared_LT[:, :4].tolist() == [[0, 1, 2, -1]]
+    own_LT = packing.pack(*args, **sizes, share_lanes=False).lane_SNMLT[0, 0, 0]
+    assert own_LT[:, :2].tolist() == [[0, 1], [2, -1], [-1, -1]]
+    assert own_LT.max() == 2
+
+
 def test_data_shards_have_one_shape():
     """By hand: a group of shard 0 needs four lanes, all others one."""
     length_SPG = np.array([[[8, 8, 8, 8], [2, 2, 2, 2]], [[3, 3, 1, 1], [2, 2, 2, 2]]])

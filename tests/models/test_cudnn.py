@@ -1,0 +1,160 @@
+"""cuDNN's attention: what is made of its results, and the program that asks for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from grpo_jax.models import attention, cudnn, kernels
+
+P, L, T, Q, N, K, H = 2, 2, 6, 5, 4, 2, 16
+LENGTH_P = np.array([5, 3])
+# Each lane has one completion or none; the whole width, one token.
+SEGMENT_PLT = (np.arange(T) < np.array([[4, 6], [0, 1]])[..., None]) * np.array([3, 7])[
+    :, None, None
+]
+
+
+def normal(*shape: int, seed: int, dtype=jnp.float32) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def arrays(dtype=jnp.float32):
+    """Queries, keys and values of completions, then keys and values of their prompts."""
+    shapes = (P, L, T, N, H), *((P, L, T, K, H),) * 2, *((P, Q, K, H),) * 2
+    return [normal(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+
+
+def attend(by, q, k, v, prefix_k, prefix_v):
+    """Prompts by themselves, and completions after them; zeros where nothing is."""
+    position_PLT = np.zeros_like(SEGMENT_PLT)  # for windows alone
+    where = SEGMENT_PLT, prefix_k, prefix_v, LENGTH_P, position_PLT, None
+    own = by.shared_prefix(q, k, v, *where)
+    prompt = by.causal(q[:, 0, :Q], prefix_k, prefix_v, LENGTH_P, None)
+    there = (np.arange(Q) < LENGTH_P[:, None])[..., None, None]
+    return jnp.where(SEGMENT_PLT[..., None, None] > 0, own, 0), jnp.where(there, prompt, 0)
+
+
+def values_and_gradients(by, *arrays):
+    def total(*arrays):
+        outs = attend(by, *arrays)
+        sums = [jnp.sum(x * normal(*x.shape, seed=9, dtype=x.dtype)) for x in outs]
+        return sum(sums).astype(jnp.float32), outs
+
+    return jax.jit(jax.grad(total, range(5), has_aux=True))(*arrays)
+
+
+def _past(length_B: jax.Array, x: jax.Array) -> jax.Array:
+    """True [B, 1, T, ...] for what lies past the rows' lengths."""
+    past_BT = jnp.arange(x.shape[2])[None] >= length_B[:, None]
+    return past_BT.reshape(x.shape[0], 1, x.shape[2], *(1,) * (x.ndim - 3))
+
+
+def forward_by_xla(causal, q, k, v, length_B, of_keys_B):
+    """As `cudnn._forward`, with NaN past the queries' lengths."""
+    swap = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
+    out, lse = jax.nn.dot_product_attention(
+        *map(swap, (q, k, v)), scale=1.0, is_causal=causal, implementation="xla",
+        key_value_seq_lengths=of_keys_B, return_residual=True,
+    )  # fmt: skip
+    return tuple(jnp.where(_past(length_B, x), jnp.nan, x) for x in map(swap, (out, lse)))
+
+
+def backward_by_hand(causal, q, k, v, length_B, of_keys_B, out, lse, by_out):
+    """As `cudnn._backward`: the formulas of FlashAttention-2 (arXiv:2307.08691, algorithm 2)."""
+    group = q.shape[1] // k.shape[1]
+    k_all, v_all = (jnp.repeat(x, group, axis=1) for x in (k, v))
+    score = jnp.einsum("bnth,bnsh->bnts", q, k_all)
+    hidden = _past(of_keys_B, k)[:, :, None, :, 0]
+    if causal:
+        hidden |= ~jnp.tri(q.shape[2], k.shape[2], dtype=bool)[None, None]
+    hidden |= _past(length_B, q)
+    weight = jnp.where(hidden, 0, jnp.exp(score - lse[..., None]))
+    by_weight = jnp.einsum("bnth,bnsh->bnts", by_out, v_all)
+    by_score = weight * (by_weight - jnp.sum(by_out * out, -1, keepdims=True))
+    by_k = jnp.einsum("bnts,bnth->bnsh", by_score, q)
+    by_v = jnp.einsum("bnts,bnth->bnsh", weight, by_out)
+    by_k, by_v = (x.reshape(*k.shape[:2], group, *k.shape[2:]).sum(2) for x in (by_k, by_v))
+    grads = jnp.einsum("bnts,bnsh->bnth", by_score, k_all), by_k, by_v
+    lengths = length_B, of_keys_B, of_keys_B
+    return tuple(jnp.where(_past(n, x), jnp.nan, x) for n, x in zip(lengths, grads))
+
+
+def test_outputs_and_gradients(monkeypatch):
+    monkeypatch.setattr(cudnn, "_forward", forward_by_xla)
+    monkeypatch.setattr(cudnn, "_backward", backward_by_hand)
+
+    want, got = (values_and_gradients(by, *arrays()) for by in (attention, cudnn.Cudnn()))
+
+    for wanted, have in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+        assert np.abs(wanted).max() > 1e-2
+        np.testing.assert_allclose(have, wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_the_program_for_a_gpu_asks_for_the_kernel_without_a_mask(monkeypatch):
+    monkeypatch.setattr(cudnn.fused, "check_cudnn_version", lambda: 91000)
+    run = jax.jit(lambda *x: values_and_gradients(cudnn.Cudnn(), *x))
+
+    text = run.trace(*arrays(jnp.bfloat16)).lower(lowering_platforms=("cuda",)).as_text()
+
+    calls = [line for line in text.splitlines() if "__cudnn$fmha" in line]
+    names = sorted(line.split("@")[1].split("(")[0] for line in calls)
+    assert len(names) == 6 and {n.strip('"') for n in names} == {
+        "__cudnn$fmhaSoftmax",
+        "__cudnn$fmhaSoftmaxBackward",
+    }
+    masks = [line.split("mask_type")[1][:40] for line in calls]
+    assert sum("PADDING_CAUSAL" in mask for mask in masks) == 4
+    assert sum("PADDING" in mask for mask in masks) == 6
+
+
+def compare_on_a_gpu() -> None:
+    """In bfloat16 against XLA's in float32."""
+    exact = values_and_gradients(attention, *(x.astype(jnp.float32) for x in arrays(jnp.bfloat16)))
+    got = values_and_gradients(cudnn.Cudnn(), *arrays(jnp.bfloat16))
+    for want, have in zip(jax.tree.leaves(exact), jax.tree.leaves(got), strict=True):
+        assert np.linalg.norm(have.astype(jnp.float32) - want) < 0.02 * np.linalg.norm(want)
+
+
+def test_on_a_gpu():
+    """In a process of its own: this one has been told to use the CPU."""
+    if shutil.which("nvidia-smi") is None:
+        pytest.skip("needs an NVIDIA GPU")
+    environment = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, __file__], env=environment, check=True, timeout=300)
+
+
+def test_the_choice(monkeypatch):
+    def choice(platform="gpu", model=tiny.MODEL, dtype=jnp.bfloat16):
+        mesh = SimpleNamespace(
+            devices=np.array([SimpleNamespace(platform=platform)]),
+            shape={"tensor": 1, "sequence": 1},
+        )
+        return kernels.choose("cudnn", model, mesh, dtype)
+
+    assert isinstance(choice(), cudnn.Cudnn) and not choice().shares_lanes
+    for words, refused in (
+        ("it is for GPUs", {"platform": "cpu"}),
+        ("sliding windows", {"model": dataclasses.replace(tiny.MODEL, window_per_layer=(4, None))}),
+        ("it takes bfloat16", {"dtype": jnp.float32}),
+        ("heads are of size 12", {"model": dataclasses.replace(tiny.MODEL, head_size=12)}),
+    ):
+        with pytest.raises(ValueError, match=rf'model\.attention = "cudnn": .*{words}.*"xla"'):
+            choice(**refused)
+    monkeypatch.setattr(cudnn, "_READ_IN", ((0, 9),))
+    with pytest.warns(UserWarning, match="not tested with JAX"):
+        assert choice() is attention
+
+
+if __name__ == "__main__":
+    compare_on_a_gpu()
