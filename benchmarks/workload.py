@@ -8,38 +8,37 @@ completion's length and certain at it. A length is drawn from the completion's o
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from grpo_jax import config as config_lib
-from grpo_jax import keys, optim, program, sharding
-from grpo_jax.algorithm import losses
+from grpo_jax import keys, parts, program, sharding
 from grpo_jax.algorithm import update as update_lib
 from grpo_jax.models import transformer
 from grpo_jax.sampling import decode
-from grpo_jax.sampling.engine import Engine
-from grpo_jax.structs import ModelConfig, Rollouts, Sampling
+from grpo_jax.structs import ModelConfig, Rollouts
 
 STOP = 1
 _LENGTH_FOLD = 2**31 - 1  # no token stands there: the fold that a completion's length comes from
 
 
-def shape(layers, width, heads, kv, size, mlp, vocab, tied) -> ModelConfig:
-    """A decoder as Qwen2.5's, of these sizes."""
+def shape(layers, width, heads, kv, size, mlp, vocab, tied, family="qwen2") -> ModelConfig:
+    """A decoder as Qwen2.5's, or of "qwen3", of these sizes."""
     return ModelConfig(
-        family="qwen2", vocab_size=vocab, width=width, mlp_width=mlp, num_layers=layers,
+        family=family, vocab_size=vocab, width=width, mlp_width=mlp, num_layers=layers,
         num_heads=heads, num_kv_heads=kv, head_size=size, rope_theta=1e6, norm_eps=1e-6,
-        max_position=32768, tied_head=tied, qkv_bias=True,
+        max_position=32768, tied_head=tied, qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
     )  # fmt: skip
 
 
 SHAPES = {
     "tiny": shape(4, 256, 4, 2, 64, 688, 512, True),
     "qwen2.5-0.5b": shape(24, 896, 14, 2, 64, 4864, 151936, True),
+    "qwen3-0.6b": shape(28, 1024, 16, 8, 128, 3072, 151936, True, "qwen3"),
     "qwen2.5-1.5b": shape(28, 1536, 12, 2, 128, 8960, 151936, True),
     "qwen2.5-7b": shape(28, 3584, 28, 4, 128, 18944, 152064, False),
 }
@@ -59,10 +58,28 @@ class Work:
     dtype: str = "float32"
     microbatch: int = 0  # prompts; 0: as the program chooses
     remat: str = "dots"
+    attention: str = "auto"
+    param_dtype: str = "float32"
+    moments: str = "float32"
+    float32_copy: bool = False
+    offload: bool = False
 
     @property
     def shape(self) -> ModelConfig:
         return SHAPES[self.model]
+
+    def config(self) -> ConfigDict:
+        """The options of `grpo_jax.train` that make this step."""
+        config = config_lib.default()
+        config.batch.prompts, config.batch.group = self.prompts, self.group
+        config.batch.microbatch = self.microbatch
+        config.rollout.max_tokens = self.completion_tokens
+        config.algorithm.kl_coef = 0.04 * self.kl
+        config.model.dtype, config.model.param_dtype = self.dtype, self.param_dtype
+        config.model.remat, config.model.attention = self.remat, self.attention
+        config.optim.moments, config.optim.float32_copy = self.moments, self.float32_copy
+        config.optim.offload = self.offload
+        return config
 
 
 def lengths_of(key_B2: Any, work: Work) -> Any:
@@ -107,9 +124,7 @@ _CHOOSE = decode._choose
 
 def use_all_cores(work: Work) -> None:
     """What `grpo_jax.train` does with a CPU; call it before anything uses JAX."""
-    config = config_lib.default()
-    config.batch.prompts, config.batch.microbatch = work.prompts, work.microbatch
-    program.use_all_cores(config, work.shape.num_params)
+    program.use_all_cores(work.config(), work.shape.num_params)
 
 
 class Step:
@@ -119,31 +134,26 @@ class Step:
         self.work = work
         use_all_cores(work)
         self.mesh = mesh = sharding.make_mesh()
-        dtype = jnp.dtype(work.dtype)
-        model = work.shape
+        config, model = work.config(), work.shape
         force_lengths(work)
-        sampling = Sampling()
-        decoder = decode.Decoder(model, mesh, sampling, (STOP,), work.completion_tokens, dtype)
-        self.engine = Engine(decoder, num_slots=work.prompts * work.group)
-        scorer = update_lib.Scorer(model, mesh, sampling, dtype, work.remat, work.microbatch)
-        schedule = optim.schedule(
-            1e-6, warmup_steps=0, kind="constant", num_updates=1, end_fraction=0.0
-        )
-        optimizer = optim.adamw(
-            schedule, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0
-        )
-        objective = losses.Objective(0.2, 0.2, 0.04 * work.kl, 0.0, "token", work.completion_tokens)
-        self._prepare = update_lib.make_prepare(
-            scorer, by_std=True, mask_truncated=False, with_old=False
-        )
-        self._update = update_lib.make_update(scorer, objective, optimizer, num_minibatches=1)
+        self.engine = parts.make_engine(config, model, (STOP,), mesh)
+        learner = parts.make_learner(config, model, mesh)
+        self._prepare, self._update = learner.prepare, learner.update
         if params is None:
-            params = jax.jit(functools.partial(transformer.init, model))(keys.key_for(0, "init"))
-            shardings = sharding.tree_shardings(mesh, transformer.logical_axes(model), params)
-            params = jax.device_put(params, shardings)
-        ref = jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p))(params)
-        self.ref_params = ref if work.kl else None
-        self.state = update_lib.start(params, model, mesh, optimizer)
+            dtype = jnp.dtype(work.param_dtype)
+            like = update_lib.state_like(model, mesh, learner.optimizer, dtype).params
+            init = lambda key: jax.tree.map(  # noqa: E731
+                lambda x: x.astype(dtype), transformer.init(model, key)
+            )
+            shardings = jax.tree.map(lambda x: x.sharding, like)
+            params = jax.jit(init, out_shardings=shardings)(keys.key_for(0, "init"))
+        self.ref_params = None
+        if work.kl:
+            copy = lambda x: jnp.array(x, work.dtype, copy=True)  # noqa: E731
+            self.ref_params = jax.tree.map(copy, params)
+        self.state = update_lib.start(params, model, mesh, learner.optimizer)
+        if work.offload:
+            self.state = self.state.replace(opt_state=sharding.to_host_memory(self.state.opt_state))
 
     def prompts(self, n: int) -> list[list[int]]:
         """Random prompts of step n."""
@@ -160,8 +170,7 @@ class Step:
     def prepare(self, rollouts: Rollouts):
         """Advantages for a reward that costs nothing, and the reference's log-probabilities."""
         limit = rollouts.completion_PGC.shape[-1]
-        quarter = -(-limit // 4)
-        longest = min(limit, -(-int(rollouts.length_PG.max()) // quarter) * quarter)
+        longest = update_lib.cut_to(limit, int(rollouts.length_PG.max()))
         rollouts = rollouts.replace(
             completion_PGC=rollouts.completion_PGC[..., :longest],
             logp_PGC=rollouts.logp_PGC[..., :longest],
