@@ -75,13 +75,10 @@ def roll_back(parts: Parts, at: Position, undone: int) -> Position:
     arXiv:2204.02311, section 5.1, do where the loss spikes).
     """
     every = parts.config.checkpoint.every_steps * config_lib.num_updates_per_step(parts.config)
-    numbers = parts.checkpoints.numbers()
-    due = [number for number in numbers if number % every == 0]
+    due = [number for number in parts.checkpoints.numbers() if number % every == 0]
     if len(due) > 1 and due[-1] == at.rolled_back_to:
-        due.pop()
-    for newer in (n for n in numbers if not due or n > due[-1]):
-        parts.checkpoints.delete(newer)
-    while (number := parts.checkpoints.latest() or 0) % every:  # where those due are damaged
+        parts.checkpoints.delete(due[-1])
+    while (number := parts.checkpoints.latest() or 0) % every:  # of a stop
         parts.checkpoints.delete(number)
     if not number:
         back = Position(first_evaluation=at.first_evaluation)
