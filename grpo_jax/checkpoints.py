@@ -162,13 +162,19 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            self._let_go()
         if self._fault:
             raise NotSaved(self._fault)
 
+    def _let_go(self) -> None:
+        try:
+            self._manager.close()
+        except Exception as error:  # once more what has failed, of a writer that was not asked
+            self._fault = self._fault or _reason(error)
+
     def _discard(self, number: int) -> None:
         """Deletes what a failed save has written, and forgets it."""
-        self._manager.close()
+        self._let_go()
         if hosts.is_first():  # Orbax would do it too, but later: what is free then is told
             for partial in self._folder.glob(f"{number}{ocp_path.atomicity.TMP_DIR_SUFFIX}*"):
                 partial.rmtree()

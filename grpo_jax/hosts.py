@@ -12,10 +12,13 @@ import dataclasses
 import json
 import os
 import re
+import secrets
 import socket
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -51,6 +54,8 @@ class Limits:
 
 
 _limits = Limits()
+_listener: threading.Thread | None = None
+_witness: subprocess.Popen | None = None
 _num_asked = 0  # questions put to all, which number their answers
 
 
@@ -128,7 +133,7 @@ def start(address: Address, limits: Limits) -> None:
     Ends the process with a message when they have not within `limits.start_s`; raises ValueError
     when the port of process 0 is taken.
     """
-    global _limits
+    global _limits, _listener
     _limits = limits
     if address.process == 0:
         _refuse_taken(int(address.coordinator.rpartition(":")[2]))
@@ -151,11 +156,56 @@ def start(address: Address, limits: Limits) -> None:
         address.process,
         local_device_ids=address.local_devices,
         initialization_timeout=int(limits.start_s) + 60,  # it aborts without a word
-        heartbeat_timeout_seconds=max(int(limits.lost_s), 1),
+        heartbeat_timeout_seconds=int(1.5 * limits.lost_s) + 5,  # the witness comes before
     )
     late.cancel()
     _client().key_value_set(f"{_SPACE}/host/{address.process}", socket.gethostname())
-    threading.Thread(target=_listen, name="hosts", daemon=True).start()
+    _listener = threading.Thread(target=_listen, name="hosts", daemon=True)
+    _listener.start()
+    _start_witness(address, limits)
+
+
+def _start_witness(address: Address, limits: Limits) -> None:
+    """Starts the process that says who was lost (`witness.py`), and gives it signs of life."""
+    global _witness
+    hub, token, key = None, secrets.token_hex(16), f"{_SPACE}/witness"
+    if address.process:
+        answer = _client().blocking_key_value_get(key, int(limits.start_s * 1000))
+        port, token = json.loads(answer)
+        hub = [address.coordinator.rpartition(":")[0].strip("[]"), port]
+    _witness = subprocess.Popen(
+        [sys.executable, "-I", str(Path(__file__).with_name("witness.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    setting = {
+        "hub": hub,
+        "process": address.process,
+        "name": name(address.process),
+        "parent": os.getpid(),
+        "lost_s": limits.lost_s,
+        "token": token,
+    }
+    _tell_witness(json.dumps(setting))
+    if hub is None:
+        port = int(_witness.stdout.readline())
+        _client().key_value_set(key, json.dumps([port, token]))
+
+    def live() -> None:
+        while _tell_witness("alive"):
+            time.sleep(min(1.0, limits.lost_s / 4))
+
+    threading.Thread(target=live, name="sign of life", daemon=True).start()
+
+
+def _tell_witness(line: str) -> bool:
+    """Whether there is one to hear it."""
+    try:
+        _witness.stdin.write(line.encode() + b"\n")
+        _witness.stdin.flush()
+    except (OSError, ValueError, AttributeError):  # it has ended, or never was
+        return False
+    return True
 
 
 def _refuse_taken(port: int) -> None:
@@ -208,7 +258,10 @@ def finish() -> None:
     """Waits until all processes are done, and lets go of them."""
     if count() > 1:
         meet("the end of the run")
+        _tell_witness("bye")
         jax.distributed.shutdown()
+        # It hears of that. Inside JAX when the interpreter ends, it would abort the process.
+        _listener.join(timeout=10)
 
 
 def end(message: str, status: int = 1) -> NoReturn:
@@ -216,6 +269,7 @@ def end(message: str, status: int = 1) -> NoReturn:
 
     An exception would not do: JAX would wait for the others' ends, and they for this process.
     """
+    _tell_witness("bye")
     if count() > 1:
         own = number()
         try:
@@ -247,6 +301,7 @@ def _listen() -> None:
 
 
 def _exit(message: str) -> NoReturn:
+    _tell_witness("bye")
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(1)
 

@@ -100,6 +100,26 @@ def log_differences(a: Path, b: Path) -> list[str]:
     return found
 
 
+def differences_beyond(tolerance: float, a: Path, b: Path) -> list[str]:
+    """Where two runs differ by more than that: parameters, optimizer, metrics; texts at all."""
+    left, right = final_state(a), final_state(b)
+    assert left.keys() == right.keys()
+    found = [n for n in left if not np.allclose(left[n], right[n], rtol=0, atol=tolerance)]
+    steps = [[row for row in logged(f) if "reward" in row] for f in (a, b)]
+    for one, other in zip(*steps, strict=True):
+        names = {n for n in one.keys() | other.keys() if not n.startswith("eval/")}
+        found += [
+            f"step {one['step']}: {n}"
+            for n in sorted(names)
+            if not np.isclose(one[n], other[n], rtol=0, atol=tolerance)
+        ]
+    texts = [
+        [(row["step"], row["completion"], row["rewards"]) for row in logged(f, "samples.jsonl")]
+        for f in (a, b)
+    ]
+    return found + [f"sample {x}" for x, y in zip(*texts, strict=True) if x != y]
+
+
 # --- Killing --------------------------------------------------------------------------------------
 
 

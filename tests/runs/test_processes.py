@@ -18,9 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from kill_and_resume import final_state, logged
+from kill_and_resume import differences_beyond, logged
 
 HERE = Path(__file__).parent
 LAUNCH = HERE.parents[1] / "launch" / "local_multiprocess.sh"
@@ -109,26 +108,6 @@ class Launched:
         )
 
 
-def differences(a: Path, b: Path) -> list[str]:
-    """Where two runs differ by more than 1e-5: parameters, optimizer, metrics; texts at all."""
-    left, right = final_state(a), final_state(b)
-    assert left.keys() == right.keys()
-    found = [n for n in left if not np.allclose(left[n], right[n], rtol=0, atol=1e-5)]
-    steps = [[row for row in logged(f) if "reward" in row] for f in (a, b)]
-    for one, other in zip(*steps, strict=True):
-        names = {n for n in one.keys() | other.keys() if not n.startswith("eval/")}
-        found += [
-            f"step {one['step']}: {n}"
-            for n in sorted(names)
-            if not np.isclose(one[n], other[n], rtol=0, atol=1e-5)
-        ]
-    texts = [
-        [(row["step"], row["completion"], row["rewards"]) for row in logged(f, "samples.jsonl")]
-        for f in (a, b)
-    ]
-    return found + [f"sample {x}" for x, y in zip(*texts, strict=True) if x != y]
-
-
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory, alone) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("rewards")
@@ -151,7 +130,7 @@ def one(tmp_path_factory, environment) -> Path:
 def test_two_processes_do_what_one_does(one, tmp_path, environment):
     run = Launched(2, tmp_path / "two", environment=environment)
     assert run.status() == 0, run.output
-    assert differences(one, run.folder) == []
+    assert differences_beyond(1e-5, one, run.folder) == []
     norms = [row["policy/grad_norm"] for row in logged(run.folder) if "reward" in row]
     assert len(norms) == STEPS and min(norms) > 1e-3  # there was something to differ in
     for name in ("evaluations", "export", "bootstrap/export"):
@@ -184,7 +163,7 @@ def test_a_signal_to_one_stops_all_and_four_go_on(one, tmp_path, environment):
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.rollout.compact=False"]
     then = Launched(4, run.folder, *more, *mesh, environment=environment)
     assert then.status() == 0 and "Continuing" in then.output, then.output
-    assert differences(one, run.folder) == []
+    assert differences_beyond(1e-5, one, run.folder) == []
 
 
 @pytest.mark.slow
