@@ -42,10 +42,10 @@ class Source:
             data = os.read(self.file if isinstance(self.file, int) else self.file.fileno(), 65536)
         except OSError:
             data = b""
+        *lines, self._rest = (self._rest + data).split(b"\n")
         if not data or len(self._rest) > _MAX_LINE:
             return None
         self.silent_s = 0.0
-        *lines, self._rest = (self._rest + data).split(b"\n")
         return [line.decode(errors="replace") for line in lines]
 
     def send(self, line: str) -> None:
@@ -95,7 +95,7 @@ class Witness:
 
     def run(self) -> None:
         """Returns when the run is over."""
-        before = time.monotonic()
+        before = speak_at = time.monotonic()
         while True:
             for key, _ in self._selector.select(_TICK_S):
                 if key.data is None:
@@ -109,8 +109,10 @@ class Witness:
                 source.silent_s += passed_s
                 if source.silent_s > self._lost_s and not self._seen:
                     self._silent(source)
-            for other in self._others:
-                other.send("alive")
+            if now >= speak_at:  # and not for each word that comes, which would be answered
+                speak_at = now + _TICK_S
+                for other in self._others:
+                    other.send("alive")
             if now > self._verdict_by:
                 self._act(self._number, self._seen)
 
@@ -136,11 +138,13 @@ class Witness:
                 if line == "bye":
                     self._leave()
             elif source.process is None:
-                self._meet(source, line)
+                if not self._meet(source, line):
+                    return
             elif line == "bye":
                 if source.process == 0:
                     sys.exit()
                 self._forget(source)
+                return
             elif line.startswith("fault "):
                 culprit, text = json.loads(line.removeprefix("fault "))
                 if self._server:
@@ -148,7 +152,8 @@ class Witness:
                 else:
                     self._act(culprit, text)
 
-    def _meet(self, source: Source, line: str) -> None:
+    def _meet(self, source: Source, line: str) -> bool:
+        """Whether a connection is of this run; another is closed."""
         try:
             token, process, name = json.loads(line)
             known = isinstance(token, str) and secrets.compare_digest(token, self._token)
@@ -158,6 +163,7 @@ class Witness:
             source.process, source.name = int(process), str(name)
         else:
             self._forget(source)
+        return known
 
     def _forget(self, source: Source) -> None:
         self._selector.unregister(source.file)

@@ -31,6 +31,7 @@ from kill_and_resume import differences_beyond, log_differences, place, state_di
 HERE = Path(__file__).resolve().parent
 LAUNCH = HERE.parents[1] / "launch" / "local_multiprocess.sh"
 STEPS = 40
+NUM_KILLS = 50  # four of five of the only process, the others of one of four and of all
 EVERY = 3  # steps between saves
 LOST_LIMIT_S = 10
 OPTIONS = [
@@ -129,6 +130,9 @@ class Run:
     def wait_for_words(self, words: str) -> bool:
         return self._wait(lambda: words in self.said())
 
+    def wait_for_progress(self) -> bool:
+        return self._wait(lambda: re.search(r"Continuing|step \d+/", self.said()) is not None)
+
     def wait_for_save(self) -> bool:
         return self._wait(self.is_saving, every_s=0.001)
 
@@ -226,12 +230,14 @@ def shown(lines: list[str], *words: str) -> str:
 
 def kills(root: Path, whole: Whole, rng: random.Random) -> Iterator[Row]:
     """kill -9 of the only process at random moments, every second one inside a save."""
-    yield from _kills(root, whole, rng, [(1, "the only process", 40)])
+    yield from _kills(root, whole, rng, [(1, "the only process", NUM_KILLS * 4 // 5)])
 
 
 def kills_of_four(root: Path, whole: Whole, rng: random.Random) -> Iterator[Row]:
     """The same of one of four, and of all four."""
-    yield from _kills(root, whole, rng, [(4, "one of four", 5), (4, "all four", 5)])
+    yield from _kills(
+        root, whole, rng, [(4, whom, NUM_KILLS // 10) for whom in ("one of four", "all four")]
+    )
 
 
 def _kills(root: Path, whole: Whole, rng: random.Random, cases: list) -> Iterator[Row]:
@@ -240,9 +246,8 @@ def _kills(root: Path, whole: Whole, rng: random.Random, cases: list) -> Iterato
         lost, seconds, inside, left, lines, at = [], [], 0, 0, [], 0
         for number in range(count):
             run.start(sleep_s=0.05)
-            if number:
-                run.wait_for_words("Continuing")
-                lost.append(max(at - run.continued_from(), 0))
+            if number and run.wait_for_progress():
+                lost.append(at - run.continued_from())
             target = STEPS * (number + rng.uniform(0.0, 0.7)) / count
             if not run.wait_for_step(target):
                 break
@@ -261,7 +266,7 @@ def _kills(root: Path, whole: Whole, rng: random.Random, cases: list) -> Iterato
             left += run.is_saving()
             at, lines = run.step(), run.told() or lines
         run.finish()
-        lost.append(max(at - run.continued_from(), 0))
+        lost.append(at - run.continued_from())
         message = shown(lines) if num > 1 else "Killed, says the shell; then: " + re.search(
             "Continuing .*", run.said())[0]  # fmt: skip
         yield Row(

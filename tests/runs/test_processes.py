@@ -197,7 +197,8 @@ def test_a_killed_process_ends_all_and_is_named(tmp_path, environment):
     os.kill(run.pid(1), signal.SIGKILL)
     assert run.status() == 137, run.output
     assert "local_multiprocess: process 1 of 2 was ended by SIGKILL" in run.output
-    assert re.search(r"^\[0\] error: process 0 \(.+\) lost another process", run.output, re.M)
+    told = r"^\[0\] error: process 0 \(.+\) ends, because process 1 \(.+\) died without a word"
+    assert re.search(told, run.output, re.M), run.output
     assert not Path("/proc", str(other)).exists()
 
 
