@@ -40,7 +40,7 @@ def test_the_docs_name_every_built_in():
         ("odd_rewards:", ["odd_rewards:", "lacks"]),
         (":half", ["lacks"]),
         ("odd_rewards:times(factor=", ["cannot be read", "name=value"]),
-        ("odd_rewards:times(" + "(" * 10**5, ["cannot be read"]),
+        ("odd_rewards:times(factor=" + "-" * 10**5 + "1)", ["cannot be read"]),
         ("odd_rewards:times(2)", ["arguments must be written name=value"]),
         ("odd_rewards:times(factor=open('x'))", ["cannot be read"]),
         ("odd_rewards:times(factr=2)(1)", ["cannot be read"]),
