@@ -11,7 +11,10 @@ import pytest
 @pytest.fixture(scope="session")
 def cache_folder(tmp_path_factory) -> str:
     """A cache folder of the session's own; GRPO_JAX_TEST_CACHE keeps one between sessions."""
-    return os.environ.get("GRPO_JAX_TEST_CACHE") or str(tmp_path_factory.mktemp("cache"))
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the workers' folders lie in the session's
+        folder = folder.parent
+    return os.environ.get("GRPO_JAX_TEST_CACHE") or str(folder / "cache")
 
 
 @pytest.fixture
