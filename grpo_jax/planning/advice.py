@@ -140,9 +140,10 @@ def _exact(
 def _on_meshes(
     config: ConfigDict, over: set[str], held: dict[str, float], model: ModelConfig
 ) -> Iterator[Change]:
+    """Meshes that split the rollout's weights as far as now, and the learner's."""
+    tensor, learner = config.mesh.tensor, config.mesh.tensor * config.mesh.fsdp
     for mesh in meshes(config, model):
-        further = ("mesh.tensor", "mesh.fsdp")
-        if all(mesh[name] >= config.mesh[name.removeprefix("mesh.")] for name in further):
+        if mesh["mesh.tensor"] >= tensor and mesh["mesh.tensor"] * mesh["mesh.fsdp"] >= learner:
             yield mesh
 
 
