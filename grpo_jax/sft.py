@@ -239,9 +239,6 @@ def _microbatches(rows: Rows, size: int, shards: int, config: ConfigDict) -> Ite
 
 # --- The update -----------------------------------------------------------------------------------
 
-# Launches at once: CPU devices of several processes wait for each other forever with 100 in flight.
-_IN_FLIGHT = 16
-
 
 def _loss_sums(params: Params, scorer: update_lib.Scorer, part: Rollouts):
     """Summed cross-entropy of one microbatch, with (count, sum) for the mean."""
@@ -295,7 +292,7 @@ def _make_update(scorer: update_lib.Scorer, optimizer, size: int, config: Config
         carry = empty()
         for number, part in enumerate(_microbatches(rows, size, shards, config), 1):
             carry = add(state.params, carry, sharding.shard_rows(scorer.mesh, part))
-            if number % _IN_FLIGHT == 0:
+            if number % hosts.MAX_IN_FLIGHT == 0:
                 jax.block_until_ready(carry)
         state, values = apply(state, carry)
         return state, {name: float(value) for name, value in jax.device_get(values).items()}

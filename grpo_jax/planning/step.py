@@ -215,12 +215,20 @@ class Step:
                 raise
             return dataclasses.replace(nothing, error=str(error).splitlines()[0])
         memory = compiled.memory_analysis()
+        try:
+            text = compiled.as_text()
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError(
+                f"JAX {jax.__version__} cannot read the compiled {program.name}: it is of "
+                'another libtpu than this JAX is made for. python -m pip install -e ".[plan]" '
+                f"brings that one. It says: {str(error).splitlines()[0]}"
+            ) from error
         return dataclasses.replace(
             nothing,
             arguments=memory.argument_size_in_bytes,
             results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
             temporary=memory.temp_size_in_bytes,
-            cost=hlo.cost(compiled.as_text(), self.mesh, program.loops),
+            cost=hlo.cost(text, self.mesh, program.loops),
         )
 
     def _programs(self) -> list[_Program]:
@@ -239,10 +247,10 @@ class Step:
             _Program(
                 "publish",
                 "rollout",
-                lambda: self.engine.unstack.lower(params["layers"]),
+                lambda: self.engine.publish_layer.lower(params["layers"], np.int32(0)),
+                self.model.num_layers,
                 1,
-                1,
-                learning - size(params["layers"]) + size(published) - size(published["layers"]),
+                learning - size(params["layers"]) + size(published) - size(published["layers"][-1]),
             ),
             _Program(
                 "admit",

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from grpo_jax import compiling, sharding
+from grpo_jax import compiling, hosts, sharding
 from grpo_jax.models import quantize, transformer
 from grpo_jax.sampling import decode
 from grpo_jax.structs import Array, ModelConfig, Params, Rollouts, pad_rows
@@ -96,7 +96,7 @@ class Engine:
         self._compact = jit(by_shard(with_decoder(decode.compact), 0))
         published = self.published_like(transformer.param_shapes(decoder.model))
         placed = jax.tree.map(lambda x: x.sharding, published)
-        self.unstack = jax.jit(self._layers, out_shardings=placed["layers"])
+        self.publish_layer = jax.jit(self._layer, out_shardings=placed["layers"][0])
         self._to_int8 = jax.jit(
             functools.partial(quantize.weights, dtype=decoder.dtype),
             out_shardings={name: placed[name] for name in placed if name != "layers"},
@@ -115,7 +115,7 @@ class Engine:
         """
         rest = {name: params[name] for name in params if name != "layers"}
         if self.decoder.weights == "int8":
-            return self._to_int8(rest) | {"layers": self.unstack(params["layers"])}
+            return self._to_int8(rest) | {"layers": self._publish_layers(params["layers"])}
 
         def place(x: Array, like: jax.ShapeDtypeStruct) -> Array:
             if x.dtype == like.dtype and x.sharding.is_equivalent_to(like.sharding, x.ndim):
@@ -124,25 +124,34 @@ class Engine:
 
         like = self.published_like(params)
         rest = {name: jax.tree.map(place, rest[name], like[name]) for name in rest}
-        return rest | {"layers": self.unstack(params["layers"])}
+        return rest | {"layers": self._publish_layers(params["layers"])}
 
-    def _layers(self, layers: Params) -> list[Params]:
-        by_layer = transformer.unstacked(layers, self.decoder.model)
+    def _publish_layers(self, layers: Params) -> list[Params]:
+        """One after the other: of all at once in a program XLA holds a second copy."""
+        published: list[Params] = []
+        for i in range(self.decoder.model.num_layers):
+            if i >= hosts.MAX_IN_FLIGHT:
+                jax.block_until_ready(published[i - hosts.MAX_IN_FLIGHT])
+            published.append(self.publish_layer(layers, np.int32(i)))
+        return published
+
+    def _layer(self, layers: Params, i: Array) -> Params:
+        one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), layers)
         if self.decoder.weights == "int8":
-            return quantize.weights(by_layer, self.decoder.dtype)
-        return jax.tree.map(lambda x: x.astype(self.decoder.dtype), by_layer)
+            return quantize.weights(one, self.decoder.dtype)
+        return jax.tree.map(lambda x: x.astype(self.decoder.dtype), one)
 
     def published_like(self, params: Params) -> Params:
         """Shape, dtype and sharding of what `publish` gives, of arrays or their shapes."""
         mesh, model, dtype = self.decoder.mesh, self.decoder.model, self.decoder.dtype
         axes, like = _axes_in_decoding(model, self.decoder.parts), dict(params)
-        layers = jax.eval_shape(self._layers, like.pop("layers"))
+        layer = jax.eval_shape(self._layer, like.pop("layers"), np.int32(0))
         if self.decoder.weights == "int8":
             axes = quantize.weight_axes(axes)
             like = jax.eval_shape(functools.partial(quantize.weights, dtype=dtype), like)
         else:
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), like)
-        like["layers"] = layers
+        like["layers"] = [layer] * model.num_layers
         placed = sharding.tree_shardings(mesh, axes, like)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, placed

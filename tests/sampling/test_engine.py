@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from grpo_jax import keys
+from grpo_jax import hosts, keys
 from grpo_jax.algorithm.update import Scorer
 from grpo_jax.models import attention, quantize, transformer
 from grpo_jax.models import logits as logits_lib
@@ -371,3 +372,17 @@ def test_publish_casts_to_the_compute_dtype(params):
     published = Engine(decoder).publish(params)
 
     assert {x.dtype for x in jax.tree.leaves(published)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_publish_takes_the_layers_apart():
+    """Of more layers than may be in flight."""
+    model = dataclasses.replace(tiny.MODEL, num_layers=hosts.MAX_IN_FLIGHT + 3)
+    params = transformer.init(model, jax.random.key(0))
+
+    published = Engine(Decoder(model, tiny.one_device(), Sampling(), STOPS, LIMIT)).publish(params)
+
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        published["layers"],
+        transformer.unstacked(params["layers"], model),
+    )
