@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax import credentials
 from grpo_jax.data.problems import Form
+from grpo_jax.messages import shown
 
 
 def default() -> ConfigDict:
@@ -236,17 +237,12 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
         name, equals, text = argument.partition("=")
         if not name.startswith("--config.") or not equals:
             raise ValueError(
-                f"Unknown argument {_shorten(argument)}. Options of the run are written "
+                f"Unknown argument {shown(argument)}. Options of the run are written "
                 "--config.name=value, for example --config.optim.learning_rate=1e-5."
             )
         _override(config, name.removeprefix("--config."), text)
     check(config)
     return ConfigDict(config).lock()
-
-
-def _shorten(value: Any, limit: int = 200) -> str:
-    text = repr(value) if type(value) is not int or value.bit_length() < 999 else "10^300 or more"
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -292,7 +288,7 @@ def _parse(name: str, text: str, old: Any) -> Any:
     if type(value) is not kind:
         wanted = {int: "a whole number", float: "a number", bool: "True or False"}
         raise ValueError(
-            f"{name} = {_shorten(text)} is not {wanted.get(kind, 'a tuple')}. "
+            f"{name} = {shown(text)} is not {wanted.get(kind, 'a tuple')}. "
             f"It is {old!r} now; give a value of that type."
         )
     return value
@@ -307,7 +303,7 @@ def check(config: ConfigDict) -> None:
     for name, kind in ((n, type(v)) for n, v in flatten(default()).items()):
         if name not in flat or type(flat[name]) is not kind:
             raise ValueError(
-                f"{name} = {_shorten(flat.get(name))} is not of type {kind.__name__}, which it "
+                f"{name} = {shown(flat.get(name))} is not of type {kind.__name__}, which it "
                 "needs to be."
             )
     for name, value in flat.items():
@@ -327,7 +323,7 @@ def _check_value(name: str, value: Any) -> None:
         for entry in value:
             if type(entry) not in (str, int, float):
                 raise ValueError(
-                    f"{name}: {_shorten(entry)} must be a text or a number, not a "
+                    f"{name}: {shown(entry)} must be a text or a number, not a "
                     f"{type(entry).__name__}."
                 )
             _check_value(name, entry)
@@ -339,11 +335,11 @@ def _check_value(name: str, value: Any) -> None:
                 "passwords in the environment, such as HF_TOKEN, and nowhere else."
             )
         if re.search("[\0\ud800-\udfff]", value):
-            raise ValueError(f"{name} = {_shorten(value)} holds what is no character of a text.")
+            raise ValueError(f"{name} = {shown(value)} holds what is no character of a text.")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} = {value} must be a finite number.")
     elif abs(value) > _LARGEST and (type(value) is int or name.endswith(("_s", "_gb"))):
-        raise ValueError(f"{name} = {_shorten(value)} must be at most {_LARGEST}.")
+        raise ValueError(f"{name} = {shown(value)} must be at most {_LARGEST}.")
 
 
 _LARGEST = 2**31 - 1  # what devices count with

@@ -23,6 +23,7 @@ from grpo_jax import metrics as metrics_lib
 from grpo_jax import parts, program
 from grpo_jax.data.problems import Problem
 from grpo_jax.judge import as_reply
+from grpo_jax.messages import shown
 from grpo_jax.models import hf
 from grpo_jax.rewards import reward as reward_lib
 from grpo_jax.rewards.pool import Pool
@@ -82,7 +83,7 @@ def _column(problems: list[Problem], name: str) -> list[str]:
         if not isinstance(problem.columns[name], str):
             raise ValueError(
                 f"--completion_column {name}: {problem.where} holds "
-                f"{reward_lib.shorten(problem.columns[name], 80)} there, not a text."
+                f"{shown(problem.columns[name], 80)} there, not a text."
             )
     return [problem.columns[name] for problem in problems]
 
@@ -100,7 +101,7 @@ def _file(path: str, num_problems: int) -> list[str]:
         except (ValueError, KeyError, TypeError, AssertionError):
             raise ValueError(
                 f"--completions: {path}, line {number} is not a JSON object with a text "
-                f'"completion": {reward_lib.shorten(line, 80)}.'
+                f'"completion": {shown(line, 80)}.'
             ) from None
         texts.append(text)
     if len(texts) != num_problems:

@@ -335,7 +335,7 @@ def test_the_program_writes_what_it_prints(tmp_path, capsys):
 
     report = json.loads(file.read_text())
     assert [p["name"] for p in report["programs"]] == [
-        *("publish", "admit", "decode"),
+        *("publish layer", "admit", "decode"),
         *("gradient", "optimizer"),
     ]
     assert report["mesh"] == {"data": 8, "fsdp": 1, "sequence": 1, "tensor": 1}

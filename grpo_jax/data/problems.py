@@ -14,6 +14,7 @@ from typing import Any
 
 from grpo_jax.data import sources
 from grpo_jax.data.sources import Source
+from grpo_jax.messages import cut
 
 Messages = list[dict[str, Any]]  # chat: each with a "role" and a "content"
 
@@ -57,7 +58,7 @@ class Form:
                 raise ValueError(f"data.columns = {self.columns}: {twice[0]!r} stands there twice.")
         if self.template and not self.fields:
             raise ValueError(
-                f"data.template = {_shorten(repr(self.template))} has no {{column}}, so that all "
+                f"data.template = {cut(repr(self.template))} has no {{column}}, so that all "
                 'prompts would be the same. Put the column in, such as "{prompt}".'
             )
 
@@ -69,7 +70,7 @@ class Form:
     @functools.cached_property
     def fields(self) -> tuple[str, ...]:
         """The columns that the template names."""
-        shown = f"data.template = {_shorten(repr(self.template))}"
+        shown = f"data.template = {cut(repr(self.template))}"
         rule = "Write {column} for a column, and {{ and }} for braces of the text."
         try:
             parts = list(string.Formatter().parse(self.template))
@@ -169,7 +170,7 @@ def _problem(row: dict[str, Any], where: str, option: str, form: Form) -> Proble
     fault = _prompt_fault(prompt)
     if fault:
         raise ValueError(
-            f"{option}: {where}: `prompt` {fault}: {_shorten(json.dumps(prompt, default=str))}. It "
+            f"{option}: {where}: `prompt` {fault}: {cut(json.dumps(prompt, default=str))}. It "
             'must be a text, or a list of messages such as {"role": "user", "content": "..."}.'
         )
     return Problem(_as_chat(prompt, where, form), columns, where)
@@ -203,7 +204,7 @@ def _filled(columns: dict[str, Any], where: str, form: Form) -> str:
             kind = "null" if value is None else f"a {type(value).__name__}"
             raise ValueError(
                 f"data.template names {{{name}}}, but in {where} `{name}` is {kind}: "
-                f"{_shorten(json.dumps(value, default=str))}. A template takes texts and numbers; "
+                f"{cut(json.dumps(value, default=str))}. A template takes texts and numbers; "
                 "leave out data.template where prompts are chat messages."
             )
     if not any(str(columns[name]).strip() for name in form.fields):
@@ -240,7 +241,3 @@ def _prompt_fault(prompt: Any) -> str | None:
             if not isinstance(message.get(key), str):
                 return f"has no text as `{key}` of message {i}"
     return None if any(m["content"].strip() for m in prompt) else "holds no text"
-
-
-def _shorten(text: str, limit: int = 80) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."

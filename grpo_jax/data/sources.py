@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.messages import cut
+
 Row = tuple[str, dict[str, Any]]  # where it stands, such as "train.jsonl, line 3"; its columns
 
 # Kinds of file by suffix, as `datasets` calls them.
@@ -102,7 +104,7 @@ def _json_lines(path: Path, option: str) -> Iterator[Row]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(
-                f"{option}: {where} is not JSON ({error}): {_shorten(line)}. Each line needs one "
+                f"{option}: {where} is not JSON ({error}): {cut(line)}. Each line needs one "
                 "JSON object."
             ) from error
         yield where, _as_row(row, where, option)
@@ -135,7 +137,7 @@ def _as_row(row: Any, where: str, option: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(
             f"{option}: {where} is a {type(row).__name__}, not a JSON object: "
-            f'{_shorten(repr(row))}. Write {{"prompt": ..., "answer": ...}}.'
+            f'{cut(repr(row))}. Write {{"prompt": ..., "answer": ...}}.'
         )
     return row
 
@@ -324,7 +326,3 @@ def _quiet() -> Iterator[Any]:
         datasets.logging.set_verbosity(level)
         if not bars:
             datasets.enable_progress_bars()
-
-
-def _shorten(text: str, limit: int = 80) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from grpo_jax.messages import shown
 from grpo_jax.structs import ModelConfig, RopeScaling
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
@@ -156,7 +157,7 @@ class _Keys:
 
     def unsupported(self, key: str, value: Any, supported: str) -> ValueError:
         return ValueError(
-            f"{self.source}: {key} = {_shorten(value)} is not supported. Supported: {supported}."
+            f"{self.source}: {key} = {shown(value)} is not supported. Supported: {supported}."
         )
 
     def get(self, key: str) -> Any:
@@ -172,11 +173,11 @@ class _Keys:
             return null
         if type(value) is not int or value <= 0:
             raise ValueError(
-                f"{self.source}: {key} = {_shorten(value)} must be a whole number above 0."
+                f"{self.source}: {key} = {shown(value)} must be a whole number above 0."
             )
         largest = _LARGEST.get(key, _LARGEST_SIZE)
         if value > largest:
-            raise ValueError(f"{self.source}: {key} = {_shorten(value)} must be at most {largest}.")
+            raise ValueError(f"{self.source}: {key} = {shown(value)} must be at most {largest}.")
         return value
 
     def number(self, key: str, holder: dict[str, Any], name: str | None = None) -> float:
@@ -186,14 +187,14 @@ class _Keys:
             raise ValueError(f"{self.source}: the key {name} is missing.")
         value = holder[key]
         if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
-            raise ValueError(f"{self.source}: {name} = {_shorten(value)} must be a number above 0.")
+            raise ValueError(f"{self.source}: {name} = {shown(value)} must be a number above 0.")
         return float(value)
 
     def flag(self, key: str) -> bool:
         """True or false; false where absent, as in all families."""
         value = self.hf.get(key, False)
         if type(value) is not bool:
-            raise ValueError(f"{self.source}: {key} = {_shorten(value)} must be true or false.")
+            raise ValueError(f"{self.source}: {key} = {shown(value)} must be true or false.")
         return value
 
 
@@ -203,7 +204,7 @@ def _rope(keys: _Keys, max_position: int) -> tuple[float, RopeScaling | None]:
     old, new = hf.get("rope_scaling"), hf.get("rope_parameters")
     if old and new and old != new:
         raise ValueError(
-            f"{keys.source}: rope_scaling = {_shorten(old)} and rope_parameters = {_shorten(new)} "
+            f"{keys.source}: rope_scaling = {shown(old)} and rope_parameters = {shown(new)} "
             "contradict each other. Keep one of them."
         )
     name, rope = ("rope_scaling", old) if old else ("rope_parameters", new or {})
@@ -255,7 +256,7 @@ def _windows(keys: _Keys, family: str, num_layers: int) -> tuple[int | None, ...
         first = keys.get("max_window_layers")
         if type(first) is not int or first < 0:
             raise ValueError(
-                f"{keys.source}: max_window_layers = {_shorten(first)} must be a whole number, "
+                f"{keys.source}: max_window_layers = {shown(first)} must be a whole number, "
                 "0 or more."
             )
     sliding = [window is not None and i >= first for i in range(num_layers)]
@@ -283,8 +284,3 @@ def _windows(keys: _Keys, family: str, num_layers: int) -> tuple[int | None, ...
     if not any(sliding):
         return None
     return tuple(window if slides else None for slides in sliding)
-
-
-def _shorten(value: Any, limit: int = 200) -> str:
-    text = repr(value) if type(value) is not int or value.bit_length() < 999 else "10^300 or more"
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -357,7 +357,10 @@ def score(
         return split(x), None
 
     embed = gathered(params["embed"], axes["embed"])
-    x = rows.split(rows.whole(_embed({"embed": embed}, ids, dtype)))
+    x = _embed({"embed": embed}, ids, dtype)
+    if not apart:  # as the table is split; else XLA may send all shards' tokens to all
+        x = place(x, (None, "tokens", "embed"))
+    x = rows.split(rows.whole(x))
     x, _ = _scan_layers(layer, x, params, config, remat)
     x_PQD = x[:, :begin].reshape(*prompt_PQ.shape, -1)
     last_PD = jnp.take_along_axis(x_PQD, (prompt_length_P - 1)[:, None, None], axis=1)[:, 0]

@@ -40,7 +40,7 @@ class Tried:
     def over(self) -> set[str]:
         """Names of the programs that do not fit; of all where nothing was compiled."""
         if self.plan is None:
-            return {"publish", "admit", "decode", "score", "gradient", "optimizer"}
+            return {"publish layer", "admit", "decode", "score", "gradient", "optimizer"}
         return {p.name for p in self.plan.programs if p.peak > self.plan.room}
 
     @property

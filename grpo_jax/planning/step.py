@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import time
@@ -27,7 +28,7 @@ from grpo_jax import parts, policy, sharding
 from grpo_jax.algorithm import update as update_lib
 from grpo_jax.planning import hlo
 from grpo_jax.planning.chips import Chip
-from grpo_jax.structs import Experience, ModelConfig, Rollouts
+from grpo_jax.structs import Experience, ModelConfig, Params, Rollouts
 
 _STOP_IDS = (0,)  # which tokens end a completion changes no shape
 
@@ -243,15 +244,8 @@ class Step:
         admitted = shards * self.engine.shards
         waves = -(-length_PG.size // (admitted * lanes))
         tokens = max(length_PG.max(), -(-length_PG.sum() // (admitted * lanes))) - 1
-        programs = [
-            _Program(
-                "publish",
-                "rollout",
-                lambda: self.engine.publish_layer.lower(params["layers"], np.int32(0)),
-                self.model.num_layers,
-                1,
-                learning - size(params["layers"]) + size(published) - size(published["layers"][-1]),
-            ),
+        programs = self._publishing(learning)
+        programs += [
             _Program(
                 "admit",
                 "rollout",
@@ -319,6 +313,26 @@ class Step:
             ),
         ]
 
+    def _publishing(self, learning: float) -> list[_Program]:
+        """What makes the rollout's weights, beside so many bytes: part by part, then by layer."""
+        engine, params, published = self.engine, self.state.params, self.published
+        programs = []
+
+        def add(name: str, lower: Callable, part: Params, runs: int, made: Any) -> None:
+            beside = learning - bytes_per_device(part) + bytes_per_device(made)
+            programs.append(_Program(name, "rollout", lower, runs, 1, beside))
+
+        changed = engine.changed_parts(params)
+        for i, name in enumerate(changed):
+            lower = functools.partial(engine.publish_part[name].lower, params[name])
+            made = [published[name] for name in changed[:i]]
+            add(f"publish {name}", lower, params[name], 1, made)
+        layers, last = params["layers"], np.int32(self.model.num_layers - 1)
+        made = [published[name] for name in changed] + published["layers"][:-1]
+        lower = functools.partial(engine.publish_layer.lower, layers, last)
+        add("publish layer", lower, layers, self.model.num_layers, made)
+        return programs
+
     def _kept_state(self) -> Any:
         """The state as it lies on the devices while it is not updated."""
         return self.state.replace(opt_state=()) if self.config.optim.offload else self.state
@@ -328,13 +342,8 @@ class Step:
 
     def _shared(self) -> list[Any]:
         """Weights that sampling reads where they are: nothing about them changes."""
-        apart = lambda params: [params[name] for name in sorted(params) if name != "layers"]  # noqa: E731
-        pairs = zip(*map(jax.tree.leaves, map(apart, (self.state.params, self.published))))
-        return [
-            own
-            for own, p in pairs
-            if own.dtype == p.dtype and own.sharding.is_equivalent_to(p.sharding, own.ndim)
-        ]
+        changed = ["layers", *self.engine.changed_parts(self.state.params)]
+        return [part for name, part in self.state.params.items() if name not in changed]
 
     def _slots(self):
         config = self.config

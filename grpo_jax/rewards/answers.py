@@ -10,6 +10,8 @@ import numbers
 import re
 from typing import Any
 
+from grpo_jax.messages import shown
+
 # \boxed{ and \fbox{ open a box; so does \boxed before a bare token. Escaped braces are text.
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s{0,9}\{|\\(?:boxed|fbox)(?![a-zA-Z{])|\\[{}]|[{}]")
 _BARE = re.compile(r"\s{0,9}([^\s${}]\S{0,99})")
@@ -53,7 +55,7 @@ def stated_answer(value: Any) -> str:
     Raises ValueError, saying what is wrong, where it holds none.
     """
     if fault := answer_fault(value):
-        raise ValueError(f"`answer` {fault}: {_shorten(value)}")
+        raise ValueError(f"`answer` {fault}: {shown(value)}")
     text = str(value)
     return (extract_answer(text) if _is_solution(text) else text) or ""
 
@@ -146,8 +148,3 @@ def _after_phrase(text: str) -> list[_Place]:
                 return _place(last.end(), rest[len(opening) : end])
     line = rest.partition("\n")[0]
     return _place(last.end(), _SENTENCE_END.split(line, maxsplit=1)[0])
-
-
-def _shorten(value: Any, limit: int = 200) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -27,6 +27,8 @@ import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from grpo_jax.messages import shown
+
 _BY_MODULE = {
     "exact": ("exact_answer",),
     "math_answer": ("math_answer",),
@@ -131,7 +133,7 @@ def _split(spec: str) -> tuple[str, dict[str, Any] | None]:
         arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(
-            f"rewards.names: {shorten(spec)} cannot be read ({error}). Write NAME, or "
+            f"rewards.names: {shown(spec)} cannot be read ({error}). Write NAME, or "
             "NAME(name=value), with numbers, texts or lists as values."
         ) from error
     return name.strip(), arguments
@@ -222,14 +224,7 @@ def faulty_rows(rewards: Sequence[Reward], problems: Sequence[Any]) -> dict[int,
                 fault = fault_of(value) if name in problem.columns and i not in wrong else None
                 if fault:
                     wrong[i] = (
-                        f"{problem.where}: column `{name}` {fault}: {shorten(value, 80)}. The "
+                        f"{problem.where}: column `{name}` {fault}: {shown(value, 80)}. The "
                         f"reward {reward.name!r} reads it."
                     )
     return dict(sorted(wrong.items()))
-
-
-def shorten(value: Any, limit: int = 200) -> str:
-    """A value's repr, cut; cheap for long texts."""
-    cut = isinstance(value, str) and len(value) > limit
-    text = repr(value[:limit] if cut else value)
-    return text if len(text) <= limit and not cut else f"{text[: limit - 3]}..."

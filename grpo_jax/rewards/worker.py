@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from grpo_jax.messages import shown
 from grpo_jax.rewards import reward as reward_lib
-from grpo_jax.rewards.reward import shorten
 
 _METRIC = re.compile(r"[\w.:\-]{1,100}")  # reward_log/NAME stands among the run's metrics
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -119,7 +119,7 @@ def answer(found: Callable, name: str, call: Call, max_completion_tokens: int) -
         message = (
             f"The reward {name!r} raised {type(error).__name__}: {str(error)[:300]}. It was called "
             f"with {len(call.completions)} completions and the columns {sorted(call.columns)}; the "
-            f"first completion was {shorten(call.completions[0])}."
+            f"first completion was {shown(call.completions[0])}."
         )
         return Answer(None, time.monotonic() - began, "error", message)
     num = len(numbers_B)
@@ -158,9 +158,9 @@ def _number(name: str, row: int, value: Any, completion: Any) -> float:
         return float(value)
     what = "beyond finite float32" if is_number else "not a number"
     raise WrongValuesError(
-        f"The reward {name!r} returned {shorten(value)} ({type(value).__name__}) for row {row}, "
+        f"The reward {name!r} returned {shown(value)} ({type(value).__name__}) for row {row}, "
         f"which is {what}. Return a finite number, or None to give no reward. Its completion was "
-        f"{shorten(completion)}."
+        f"{shown(completion)}."
     )
 
 

@@ -65,6 +65,16 @@ def _axes_in_decoding(model: ModelConfig, parts: int) -> Params:
     return axes | {"layers": [axes["layers"]] * model.num_layers}
 
 
+def _is_like(part: Params, like: Params) -> bool:
+    """Whether the arrays have these dtypes and lie so."""
+    if jax.tree.structure(part) != jax.tree.structure(like):
+        return False
+    return all(
+        x.dtype == y.dtype and x.sharding.is_equivalent_to(y.sharding, x.ndim)
+        for x, y in zip(jax.tree.leaves(part), jax.tree.leaves(like))
+    )
+
+
 class Engine:
     """Continuous batching over `num_slots` completions at once."""
 
@@ -97,10 +107,11 @@ class Engine:
         published = self.published_like(transformer.param_shapes(decoder.model))
         placed = jax.tree.map(lambda x: x.sharding, published)
         self.publish_layer = jax.jit(self._layer, out_shardings=placed["layers"][0])
-        self._to_int8 = jax.jit(
-            functools.partial(quantize.weights, dtype=decoder.dtype),
-            out_shardings={name: placed[name] for name in placed if name != "layers"},
-        )
+        self.publish_part = {
+            name: jax.jit(self._sampled_from, out_shardings=placed[name])
+            for name in placed
+            if name != "layers"
+        }
         self._row_keys = jax.jit(
             lambda key, rows: jax.random.key_data(
                 jax.vmap(lambda r: jax.random.fold_in(key, r))(rows)
@@ -111,47 +122,41 @@ class Engine:
         """Weights for sampling: by layer, in the compute dtype or 8 bits, whole along FSDP's axis.
 
         So decoding never gathers parameters token by token, and no program of it takes the layers
-        apart. Besides those, arrays without a change are shared.
+        apart. Besides those, parts without a change are shared.
         """
-        rest = {name: params[name] for name in params if name != "layers"}
-        if self.decoder.weights == "int8":
-            return self._to_int8(rest) | {"layers": self._publish_layers(params["layers"])}
-
-        def place(x: Array, like: jax.ShapeDtypeStruct) -> Array:
-            if x.dtype == like.dtype and x.sharding.is_equivalent_to(like.sharding, x.ndim):
-                return x
-            return jax.device_put(x.astype(like.dtype), like.sharding)
-
-        like = self.published_like(params)
-        rest = {name: jax.tree.map(place, rest[name], like[name]) for name in rest}
-        return rest | {"layers": self._publish_layers(params["layers"])}
-
-    def _publish_layers(self, layers: Params) -> list[Params]:
-        """One after the other: of all at once in a program XLA holds a second copy."""
-        published: list[Params] = []
+        published = {name: part for name, part in params.items() if name != "layers"}
+        for name in self.changed_parts(params):
+            published[name] = self.publish_part[name](params[name])
+        layers: list[Params] = []  # one by one: of all in one program XLA holds a second copy
         for i in range(self.decoder.model.num_layers):
             if i >= hosts.MAX_IN_FLIGHT:
-                jax.block_until_ready(published[i - hosts.MAX_IN_FLIGHT])
-            published.append(self.publish_layer(layers, np.int32(i)))
-        return published
+                jax.block_until_ready(layers[i - hosts.MAX_IN_FLIGHT])
+            layers.append(self.publish_layer(params["layers"], np.int32(i)))
+        return published | {"layers": layers}
+
+    def _sampled_from(self, part: Params) -> Params:
+        if self.decoder.weights == "int8":
+            return quantize.weights(part, self.decoder.dtype)
+        return jax.tree.map(lambda x: x.astype(self.decoder.dtype), part)
 
     def _layer(self, layers: Params, i: Array) -> Params:
-        one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), layers)
-        if self.decoder.weights == "int8":
-            return quantize.weights(one, self.decoder.dtype)
-        return jax.tree.map(lambda x: x.astype(self.decoder.dtype), one)
+        at_i = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
+        return self._sampled_from(jax.tree.map(at_i, layers))
+
+    def changed_parts(self, params: Params) -> list[str]:
+        """Names of the parts besides the layers that sampling cannot read where they are."""
+        like = self.published_like(params)
+        return [n for n in params if n != "layers" and not _is_like(params[n], like[n])]
 
     def published_like(self, params: Params) -> Params:
         """Shape, dtype and sharding of what `publish` gives, of arrays or their shapes."""
-        mesh, model, dtype = self.decoder.mesh, self.decoder.model, self.decoder.dtype
-        axes, like = _axes_in_decoding(model, self.decoder.parts), dict(params)
-        layer = jax.eval_shape(self._layer, like.pop("layers"), np.int32(0))
+        mesh, model = self.decoder.mesh, self.decoder.model
+        axes = _axes_in_decoding(model, self.decoder.parts)
         if self.decoder.weights == "int8":
             axes = quantize.weight_axes(axes)
-            like = jax.eval_shape(functools.partial(quantize.weights, dtype=dtype), like)
-        else:
-            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), like)
-        like["layers"] = [layer] * model.num_layers
+        rest = {name: params[name] for name in params if name != "layers"}
+        layer = jax.eval_shape(self._layer, params["layers"], np.int32(0))
+        like = jax.eval_shape(self._sampled_from, rest) | {"layers": [layer] * model.num_layers}
         placed = sharding.tree_shardings(mesh, axes, like)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, placed

@@ -1,0 +1,19 @@
+"""Values and texts of any size as a message shows them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def shown(value: Any, limit: int = 200) -> str:
+    """A value's repr, cut; cheap for long texts and large numbers."""
+    if type(value) is int and value.bit_length() > 998:  # Python refuses to write the largest
+        return "10^300 or more"
+    long = isinstance(value, str) and len(value) > limit
+    text = repr(value[:limit] if long else value)
+    return cut(f"{text}..." if long else text, limit)
+
+
+def cut(text: str, limit: int = 80) -> str:
+    """The beginning of a text, at most so many characters."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
