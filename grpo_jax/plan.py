@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
 
     def make(config: ConfigDict) -> step_lib.Plan:
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
-        fitted = fit.choose(config, model, mesh, lengths, chip.usable)
+        fitted = fit.choose(config, model, mesh, lengths, chip.usable, known)
         return step_lib.plan(
             config, model, args.topology, chip, devices, lengths, fitted, known=known
         )

@@ -37,7 +37,7 @@ class _Once(Step):
 
     compiled: ClassVar = {}
 
-    def __init__(self, *args):
+    def __init__(self, *args, known):
         self._args = args
 
     def compile(self, only):

@@ -279,6 +279,17 @@ def test_numbers_are_rounded_last_and_by_little_first(config, step):
     assert {"optim.moments": "int8"}.items() <= refused[-2].change.items()
 
 
+def test_a_mesh_is_tried_with_its_smallest_microbatch(config, step):
+    changes = [t.change for t in tries_of(config, step, {"gradient": 1e6, "decode": 1e6})]
+    sizes: dict[tuple, list] = {}
+    for change in changes:
+        if "mesh.tensor" in change:
+            mesh = change["mesh.data"] * change["mesh.fsdp"], change["mesh.tensor"]
+            sizes.setdefault(mesh, []).append(change.get("batch.microbatch"))
+    assert (2, 4) in sizes and len(sizes) > 1
+    assert all(shards in found for (shards, _), found in sizes.items())
+
+
 def test_meshes_split_heads_and_groups(config, step):
     found = [
         tuple(m[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor"))

@@ -140,11 +140,18 @@ def _exact(
 def _on_meshes(
     config: ConfigDict, over: set[str], held: dict[str, float], model: ModelConfig
 ) -> Iterator[Change]:
-    """Meshes that split the rollout's weights as far as now, and the learner's."""
+    """Meshes that split the rollout's weights as far as now, and the learner's.
+
+    Those with fewer shards of rows allow smaller microbatches, which are tried with them.
+    """
     tensor, learner = config.mesh.tensor, config.mesh.tensor * config.mesh.fsdp
     for mesh in meshes(config, model):
-        if mesh["mesh.tensor"] >= tensor and mesh["mesh.tensor"] * mesh["mesh.fsdp"] >= learner:
-            yield mesh
+        if mesh["mesh.tensor"] < tensor or mesh["mesh.tensor"] * mesh["mesh.fsdp"] < learner:
+            continue
+        yield mesh
+        shards = mesh["mesh.data"] * mesh["mesh.fsdp"]
+        if over & {"gradient", "score"} and config_lib.groups_at_once(config) > shards:
+            yield mesh | {"batch.microbatch": shards}
 
 
 def _rounded(

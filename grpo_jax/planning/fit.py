@@ -20,7 +20,7 @@ from grpo_jax import hosts, memory, sharding, workdir
 from grpo_jax.algorithm.update import usual_tokens
 from grpo_jax.metrics import say
 from grpo_jax.parts import USUAL, Fit
-from grpo_jax.planning.step import Lengths, Step
+from grpo_jax.planning.step import Known, Lengths, Step
 from grpo_jax.structs import ModelConfig
 
 _REMAT = ("none", "dots", "full")  # the fastest first
@@ -61,13 +61,19 @@ def of_run(config: ConfigDict, model: ModelConfig, mesh: Mesh, longest: int, fol
 
 
 def choose(
-    config: ConfigDict, model: ModelConfig, mesh: Mesh, lengths: Lengths, limit: float | None
+    config: ConfigDict,
+    model: ModelConfig,
+    mesh: Mesh,
+    lengths: Lengths,
+    limit: float | None,
+    known: Known | None = None,
 ) -> Fit:
     """The fit whose gradient needs at most `limit` bytes of each device, by its compiled program.
 
     `config.batch.memory_limit_gib` holds before `limit`; without either the usual is taken. Of the
     ways of computing again that with the least for which the usual number of tokens fits; then as
     many tokens as fit. Where nothing fits it is the smallest, and the run will say what it lacks.
+    Programs in `known` are not compiled again.
     """
     if config.batch.memory_limit_gib:
         limit = config.batch.memory_limit_gib * _GIB
@@ -76,7 +82,8 @@ def choose(
 
     @functools.cache
     def peak(fit: Fit) -> float:
-        (program,) = Step(config, model, mesh, lengths, fit).compile(lambda n: n == "gradient")
+        step = Step(config, model, mesh, lengths, fit, known=known)
+        (program,) = step.compile(lambda name: name == "gradient")
         return program.peak
 
     sizes = _sizes(config, model, mesh, lengths) if config.batch.microbatch == -1 else [0]
