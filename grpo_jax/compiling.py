@@ -1,10 +1,12 @@
-"""How XLA is asked for programs, how many it was asked for, and how long a run waited for them."""
+"""How XLA is asked for programs, how many at once, and how long a run waited for them."""
 
 from __future__ import annotations
 
 import jax
 from jax.sharding import Mesh
 
+# Launches at once: CPU devices of several processes wait for each other forever with 100 in flight.
+MAX_IN_FLIGHT = 16
 _EVENT = "/jax/core/compile/backend_compile_duration"
 
 

@@ -28,8 +28,6 @@ from jax.experimental import multihost_utils
 
 _SPACE = "grpo_jax"  # of our keys and barriers, beside those of JAX and Orbax
 _PORT = re.compile(r"(.+):(\d+)")
-# Launches at once: CPU devices of several processes wait for each other forever with 100 in flight.
-MAX_IN_FLIGHT = 16
 
 
 class Lost(ValueError):  # noqa: N818

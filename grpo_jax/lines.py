@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from grpo_jax import chips, floor, memory
-from grpo_jax import config as config_lib
+from grpo_jax import chips, floor, memory, rules
 from grpo_jax.compiling import Compiling
 from grpo_jax.guards import Guards
 from grpo_jax.metrics import Progress, Writers
@@ -171,7 +170,7 @@ def _rates(
         itemsize = np.dtype(parts.engine.decoder.dtype).itemsize
         sampling = floor.rollout(model, *lengths, itemsize, weight_shards=mesh.shape["tensor"])
         passes = 3 * iterations + (parts.ref_params is not None)
-        passes += config_lib.needs_old_pass(config)
+        passes += rules.needs_old_pass(config)
         learning = floor.forward(model, *lengths).times(passes)
         least = [
             w.seconds(chip.bf16_flops, chip.hbm_bytes_per_s, mesh.size)

@@ -20,7 +20,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from grpo_jax import config as config_lib
-from grpo_jax import drawing, evaluation, hosts, keys, position, report, sharding, workdir
+from grpo_jax import (
+    drawing,
+    evaluation,
+    hosts,
+    keys,
+    options,
+    position,
+    report,
+    rules,
+    sharding,
+    workdir,
+)
 from grpo_jax import guards as guards_lib
 from grpo_jax import lines as lines_lib
 from grpo_jax import metrics as metrics_lib
@@ -93,10 +104,10 @@ def _train(
         first_sample_step=at.step + 1 + bool(at.update),  # shown before a rollout's first update
         tensorboard=config.logging.tensorboard,
         wandb_project=config.logging.wandb_project,
-        config=config_lib.flatten(config),
+        config=options.flatten(config),
         enabled=hosts.is_first(),
     )
-    num_steps, updates = config.loop.num_steps, config_lib.num_updates_per_step(config)
+    num_steps, updates = config.loop.num_steps, rules.num_updates_per_step(config)
     with (
         closing(writers),
         metrics_lib.Progress(num_steps, first_step=at.step) as bar,
@@ -239,9 +250,9 @@ def _evaluate(
     parts: Parts, state: TrainState, at: Position, watchdog: Watchdog, *, final: bool
 ) -> dict[str, float]:
     """Greedy accuracy, and with `final` the sampled metrics too where the config asks for them."""
-    options = parts.config.evaluation
+    asked = parts.config.evaluation
     values: dict[str, float] = {}
-    for num_samples in (1, options.num_samples if final else 0):
+    for num_samples in (1, asked.num_samples if final else 0):
         if num_samples:
             kind = "greedy" if num_samples == 1 else f"sampled_{num_samples}"
             values |= evaluation.run(
@@ -251,7 +262,7 @@ def _evaluate(
                 parts.held_out,
                 parts.rewards,
                 num_samples=num_samples,
-                temperature=options.temperature,
+                temperature=asked.temperature,
                 key=keys.key_for(parts.config.seed, "evaluate", at.step),
                 file=parts.folder / "evaluations" / f"step_{at.step:06d}_{kind}.jsonl",
                 on_answer=watchdog.alive,

@@ -12,8 +12,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from grpo_jax import config as config_lib
-from grpo_jax import evaluation, guards, optim, sharding, workdir
+from grpo_jax import evaluation, guards, optim, rules, sharding, workdir
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import policy as policy_lib
 from grpo_jax.algorithm import losses
@@ -54,13 +53,13 @@ class Parts:
 def refuse_early(config: ConfigDict, folder: Path) -> None:
     """Raises ValueError for what `run` would refuse of a new model only once that is trained."""
     mesh = sharding.make_mesh(**config.mesh)
-    config_lib.check_devices(config, sharding.num_row_shards(mesh))
+    rules.check_devices(config, sharding.num_row_shards(mesh))
     _check_host_memory(config, mesh)
     rewards = reward_lib.load(config.rewards.names, config.rewards.weights)
     for problems in load_problems(config):
         answerable(config, rewards, problems)
     policy = policy_lib.new(config.model, tasks.load(config.data.task).make_tokenizer())
-    config_lib.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
+    rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
     policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
     workdir.open_for(config, folder)
 
@@ -163,11 +162,11 @@ def build(
     `fit` is asked how the update of prompts of at most so many tokens is cut.
     """
     mesh = sharding.make_mesh(**config.mesh)
-    config_lib.check_devices(config, sharding.num_row_shards(mesh))
+    rules.check_devices(config, sharding.num_row_shards(mesh))
     _check_host_memory(config, mesh)
     rewards = reward_lib.load(config.rewards.names, config.rewards.weights)
     policy = policy_lib.read(model_path)
-    config_lib.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
+    rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
     policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
     train, held_out = (answerable(config, rewards, part) for part in load_problems(config))
     held_out = held_out[: config.evaluation.num_problems]
@@ -199,7 +198,7 @@ def build(
             max_failed=config.checkpoint.max_failed,
             due_every=guards.may_roll_back(config)
             * config.checkpoint.every_steps
-            * config_lib.num_updates_per_step(config),
+            * rules.num_updates_per_step(config),
         ),
         rewards=start_rewards(config, rewards),  # last: nothing is refused from here on
     )
@@ -247,7 +246,7 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: Fit = 
         microbatch=max(config.batch.microbatch, 0),
         tokens=fit.tokens if config.batch.microbatch == -1 else 0,
     )
-    algorithm, updates = config.algorithm, config_lib.num_updates_per_step(config)
+    algorithm, updates = config.algorithm, rules.num_updates_per_step(config)
     schedule = optim.schedule(
         config.optim.learning_rate,
         warmup_steps=config.optim.warmup_steps,
@@ -289,7 +288,7 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: Fit = 
             scorer,
             by_std=algorithm.scale_by_std,
             mask_truncated=algorithm.mask_truncated,
-            with_old=config_lib.needs_old_pass(config),
+            with_old=rules.needs_old_pass(config),
         ),
         update=update_lib.make_update(
             scorer,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from grpo_jax import config as config_lib
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import policy as policy_lib
-from grpo_jax import sharding
+from grpo_jax import rules, sharding
 from grpo_jax.algorithm import update as update_lib
 from grpo_jax.guards import History
 from grpo_jax.parts import Parts
@@ -74,7 +74,7 @@ def roll_back(parts: Parts, at: Position, undone: int) -> Position:
     steps are passed over, so that what led there does not come again (as Chowdhery et al. 2022,
     arXiv:2204.02311, section 5.1, do where the loss spikes).
     """
-    every = parts.config.checkpoint.every_steps * config_lib.num_updates_per_step(parts.config)
+    every = parts.config.checkpoint.every_steps * rules.num_updates_per_step(parts.config)
     due = [number for number in parts.checkpoints.numbers() if number % every == 0]
     if len(due) > 1 and due[-1] == at.rolled_back_to:
         parts.checkpoints.delete(due[-1])

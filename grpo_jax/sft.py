@@ -19,8 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from grpo_jax import compiling, hosts, optim, program, sharding, workdir
-from grpo_jax import config as config_lib
+from grpo_jax import compiling, hosts, optim, options, program, sharding, workdir
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import parts as parts_lib
 from grpo_jax import policy as policy_lib
@@ -98,7 +97,7 @@ def run(config: ConfigDict, folder: Path) -> Path:
         first_step=first + 1,
         tensorboard=config.logging.tensorboard,
         wandb_project="",
-        config=config_lib.flatten(config),
+        config=options.flatten(config),
         enabled=hosts.is_first(),
     )
     with (
@@ -292,7 +291,7 @@ def _make_update(scorer: update_lib.Scorer, optimizer, size: int, config: Config
         carry = empty()
         for number, part in enumerate(_microbatches(rows, size, shards, config), 1):
             carry = add(state.params, carry, sharding.shard_rows(scorer.mesh, part))
-            if number % hosts.MAX_IN_FLIGHT == 0:
+            if number % compiling.MAX_IN_FLIGHT == 0:
                 jax.block_until_ready(carry)
         state, values = apply(state, carry)
         return state, {name: float(value) for name, value in jax.device_get(values).items()}

@@ -22,7 +22,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from grpo_jax import config as config_lib
-from grpo_jax import hosts
+from grpo_jax import hosts, options
 
 
 def open_for(config: ConfigDict, folder: Path) -> Path:
@@ -55,7 +55,7 @@ def _record(config: ConfigDict, folder: Path, record: Path) -> None:
         config_lib.refuse_other_config(config, record)
         return
     text = json.dumps(
-        {"binding": config_lib.binding(config), "options": config_lib.flatten(config)}, indent=1
+        {"binding": config_lib.binding(config), "options": options.flatten(config)}, indent=1
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from grpo_jax import config as config_lib
+from grpo_jax import options, rules
 
 ROOT = Path(config_lib.__file__).parent
 CONFIGS = sorted((ROOT.parent / "configs").glob("*.py"))
-OPTIONS = config_lib.flatten(config_lib.default())
+OPTIONS = options.flatten(config_lib.default())
 
 
 def _valid(**changes):
@@ -33,7 +34,7 @@ _DATASET = {"data__task": "", "data__path": "owner/name", "model__path": "m"}
 
 def _refusal(config) -> str:
     with pytest.raises(ValueError) as info:
-        config_lib.check(config)
+        rules.check(config, config_lib.default())
     return str(info.value)
 
 
@@ -126,7 +127,7 @@ def test_every_option_has_one_line_and_what_it_means_is_near():
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.name)
 def test_files_in_configs_load(file):
     config = config_lib.load(str(file), [])
-    assert config_lib.flatten(config).keys() == OPTIONS.keys()
+    assert options.flatten(config).keys() == OPTIONS.keys()
 
 
 def test_there_are_config_files():
@@ -173,7 +174,7 @@ def test_overrides_of_each_type(file, argument, value):
     if argument.startswith("data"):
         more = ["--config.data.task=", "--config.data.path=p", "--config.model.path=m"]
     config = config_lib.load(file, [*more, f"--config.{argument}"])
-    found = config_lib.flatten(config)[argument.partition("=")[0]]
+    found = options.flatten(config)[argument.partition("=")[0]]
     assert found == value and type(found) is type(value)
 
 
@@ -225,17 +226,17 @@ def test_a_file_that_misspells_an_option_is_refused(file):
 
 
 def test_the_base_of_these_tests_is_valid():
-    config_lib.check(_valid())
+    rules.check(_valid(), config_lib.default())
 
 
-@pytest.mark.parametrize("name", config_lib._POSITIVE)
+@pytest.mark.parametrize("name", rules._POSITIVE)
 def test_positive_options(name):
     key = name.replace(".", "__")
     zero = type(OPTIONS[name])(0)
     assert _refusal(_valid(**{key: zero})).startswith(f"{name} = {zero} must be above 0")
 
 
-@pytest.mark.parametrize("name", config_lib._NOT_NEGATIVE)
+@pytest.mark.parametrize("name", rules._NOT_NEGATIVE)
 def test_options_that_are_not_negative(name):
     minus = type(OPTIONS[name])(-1)
     message = _refusal(_valid(**{name.replace(".", "__"): minus}))
@@ -249,7 +250,7 @@ def test_every_number_has_a_range():
     others |= {"mesh.data", "mesh.fsdp", "mesh.sequence", "mesh.tensor"}
     others |= {"batch.microbatch"}
     numbers = {n for n, v in OPTIONS.items() if type(v) in (int, float)}
-    ruled = set(config_lib._POSITIVE) | set(config_lib._NOT_NEGATIVE)
+    ruled = set(rules._POSITIVE) | set(rules._NOT_NEGATIVE)
     assert numbers == ruled | others
 
 
@@ -379,7 +380,7 @@ def test_rules(changes, parts):
     ],
 )  # fmt: skip
 def test_what_the_rules_allow(changes):
-    config_lib.check(_valid(**changes))
+    rules.check(_valid(**changes), config_lib.default())
 
 
 def test_types_are_checked():
@@ -399,20 +400,20 @@ def test_a_missing_option_is_named():
 
 def test_groups_split_over_devices():
     config = _valid(batch__prompts=12, batch__minibatches=3)
-    config_lib.check_devices(config, 4)
+    rules.check_devices(config, 4)
     with pytest.raises(ValueError, match=r"give 4 prompts at once.*= 8 devices.*multiple of 8"):
-        config_lib.check_devices(config, 8)
+        rules.check_devices(config, 8)
     with pytest.raises(ValueError, match=r"batch.microbatch = 2 give 2 prompts at once"):
-        config_lib.check_devices(_valid(batch__prompts=12, batch__microbatch=2), 4)
+        rules.check_devices(_valid(batch__prompts=12, batch__microbatch=2), 4)
 
 
 def test_heads_split_over_the_devices_of_a_row():
-    config_lib.check_heads(4, sequence=2, tensor=2)
-    config_lib.check_heads(3, sequence=1, tensor=2)  # tensor alone: by column
+    rules.check_heads(4, sequence=2, tensor=2)
+    rules.check_heads(3, sequence=1, tensor=2)  # tensor alone: by column
     with pytest.raises(
         ValueError, match=r"mesh\.sequence = 4 and mesh\.tensor = 2.*a divisor of 4"
     ):
-        config_lib.check_heads(4, sequence=4, tensor=2)
+        rules.check_heads(4, sequence=4, tensor=2)
 
 
 # --- What resumed runs agree on -------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from test_config import _refusal, _valid
 
 from grpo_jax import config as config_lib
-from grpo_jax import credentials, metrics, program
+from grpo_jax import credentials, metrics, options, program
 
 OF_ENVIRONMENT = "0123456789abcdef0123456789abcdef01234567"  # as Weights & Biases shapes them
 SHAPED = [
@@ -65,7 +65,7 @@ def test_an_option_that_holds_a_secret_is_refused(environment):
 
 def test_what_a_run_records_has_no_environment(environment):
     config = _valid()
-    record = json.dumps([config_lib.binding(config), config_lib.flatten(config)])
+    record = json.dumps([config_lib.binding(config), options.flatten(config)])
     assert OF_ENVIRONMENT not in record
 
 

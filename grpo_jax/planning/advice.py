@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from grpo_jax import config as config_lib
+from grpo_jax import rules
 from grpo_jax.planning import step as step_lib
 from grpo_jax.planning.step import Plan
 from grpo_jax.structs import ModelConfig
@@ -57,7 +58,7 @@ def changed(config: ConfigDict, change: Change) -> ConfigDict:
     for name, value in change.items():
         section, _, leaf = name.rpartition(".")
         new[section][leaf] = value
-    config_lib.check(new)
+    rules.check(new, config_lib.default())
     return new.lock()
 
 
@@ -122,7 +123,7 @@ def _exact(
     config: ConfigDict, over: set[str], held: dict[str, float], model: ModelConfig
 ) -> Iterator[Change]:
     shards = config.mesh.data * config.mesh.fsdp
-    if over & {"gradient", "score"} and config_lib.groups_at_once(config) > shards:
+    if over & {"gradient", "score"} and rules.groups_at_once(config) > shards:
         yield {"batch.microbatch": shards}
     if "gradient" in over and config.model.remat != "full":
         yield {"model.remat": "full"}
@@ -150,7 +151,7 @@ def _on_meshes(
             continue
         yield mesh
         shards = mesh["mesh.data"] * mesh["mesh.fsdp"]
-        if over & {"gradient", "score"} and config_lib.groups_at_once(config) > shards:
+        if over & {"gradient", "score"} and rules.groups_at_once(config) > shards:
             yield mesh | {"batch.microbatch": shards}
 
 

@@ -23,8 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from grpo_jax import config as config_lib
-from grpo_jax import parts, policy, sharding
+from grpo_jax import parts, policy, rules, sharding
 from grpo_jax.algorithm import update as update_lib
 from grpo_jax.planning import hlo
 from grpo_jax.planning.chips import Chip
@@ -140,7 +139,7 @@ class Step:
 
         Programs that are in `known` are not compiled again; others are added.
         """
-        config_lib.check_devices(config, sharding.num_row_shards(mesh))
+        rules.check_devices(config, sharding.num_row_shards(mesh))
         self.config, self.model, self.mesh, self.lengths = config, model, mesh, lengths
         self.known = {} if known is None else known
         self._device = mesh.devices.flat[0]
@@ -273,7 +272,7 @@ class Step:
             ),
         ]
         everything = np.arange(self.learner.scorer.groups_in_shard(self.experience.rollouts))
-        scored = int(self.reference is not None) + int(config_lib.num_updates_per_step(config) > 1)
+        scored = int(self.reference is not None) + int(rules.num_updates_per_step(config) > 1)
         if scored:
             read = self.reference if self.reference is not None else params
             packed = self._packed(everything)
@@ -290,7 +289,7 @@ class Step:
                 )
             )
         update, minibatches = self.learner.update, config.batch.minibatches
-        runs = config_lib.num_updates_per_step(config)
+        runs = rules.num_updates_per_step(config)
         first = self._packed(everything[::minibatches])
         return programs + [
             _Program(
@@ -377,7 +376,7 @@ class Step:
             length_PG=rows((prompts, group), jnp.int32),
             stopped_PG=rows((prompts, group), jnp.bool_),
         )
-        with_old = config_lib.num_updates_per_step(self.config) > 1
+        with_old = rules.num_updates_per_step(self.config) > 1
         return Experience(
             rollouts=rollouts,
             advantage_PG=rows((prompts, group), jnp.float32),

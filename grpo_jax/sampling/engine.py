@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from grpo_jax import compiling, hosts, sharding
+from grpo_jax import compiling, sharding
 from grpo_jax.models import quantize, transformer
 from grpo_jax.sampling import decode
 from grpo_jax.structs import Array, ModelConfig, Params, Rollouts, pad_rows
@@ -129,8 +129,8 @@ class Engine:
             published[name] = self.publish_part[name](params[name])
         layers: list[Params] = []  # one by one: of all in one program XLA holds a second copy
         for i in range(self.decoder.model.num_layers):
-            if i >= hosts.MAX_IN_FLIGHT:
-                jax.block_until_ready(layers[i - hosts.MAX_IN_FLIGHT])
+            if i >= compiling.MAX_IN_FLIGHT:
+                jax.block_until_ready(layers[i - compiling.MAX_IN_FLIGHT])
             layers.append(self.publish_layer(params["layers"], np.int32(i)))
         return published | {"layers": layers}
 

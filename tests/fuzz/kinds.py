@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from grpo_jax import config as config_lib
+from grpo_jax import options
 from grpo_jax.data import prompts
 from grpo_jax.data.problems import Form, Problem, load
 from grpo_jax.data.sources import Source
@@ -101,7 +102,7 @@ def nested(depth: int, opening: str = "[") -> bytes:
 
 # --- Overrides of a config ------------------------------------------------------------------------
 
-OPTIONS = config_lib.flatten(config_lib.default())
+OPTIONS = options.flatten(config_lib.default())
 _CHOICES = (
     "float32 bfloat16 int8 none full dots auto xla splash same refuse drop truncate token sequence "
     "constant linear cosine token_truncate sequence_mask exact_answer math_answer arithmetic "
@@ -147,7 +148,7 @@ OVERRIDES = st.lists(st.one_of(*[OVERRIDE] * 18, TEXT, TEXT.map("--config.{}".fo
 def read_overrides(arguments: list[str], folder: Path) -> None:
     config = config_lib.load(str(TINY), arguments)
     reward_lib.load(config.rewards.names, config.rewards.weights)
-    json.dumps({"binding": config_lib.binding(config), "options": config_lib.flatten(config)})
+    json.dumps({"binding": config_lib.binding(config), "options": options.flatten(config)})
 
 
 # --- Rows of a dataset ----------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from grpo_jax import config as config_lib
-from grpo_jax import parts, policy, program, sft, sharding, train
+from grpo_jax import options, parts, policy, program, sft, sharding, train
 from grpo_jax.data import tasks
 from grpo_jax.models import hf
 from grpo_jax.planning import fit
@@ -103,7 +103,7 @@ def _used_workdir(folder: Path) -> list[str]:
     config = config_lib.load(str(TINY), ["--config.optim.learning_rate=0.5"])
     workdir = folder / "used"
     workdir.mkdir()
-    record = {"binding": config_lib.binding(config), "options": config_lib.flatten(config)}
+    record = {"binding": config_lib.binding(config), "options": options.flatten(config)}
     (workdir / "config.json").write_text(json.dumps(record))
     (workdir / "metrics.jsonl").write_text('{"step": 0, "reward": 0.0}\n')
     return ["--workdir", str(workdir)]

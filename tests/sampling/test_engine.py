@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from grpo_jax import hosts, keys
+from grpo_jax import compiling, keys
 from grpo_jax.algorithm.update import Scorer
 from grpo_jax.models import attention, quantize, transformer
 from grpo_jax.models import logits as logits_lib
@@ -376,7 +376,7 @@ def test_publish_casts_to_the_compute_dtype(params):
 
 def test_publish_takes_the_layers_apart():
     """Of more layers than may be in flight."""
-    model = dataclasses.replace(tiny.MODEL, num_layers=hosts.MAX_IN_FLIGHT + 3)
+    model = dataclasses.replace(tiny.MODEL, num_layers=compiling.MAX_IN_FLIGHT + 3)
     params = transformer.init(model, jax.random.key(0))
 
     published = Engine(Decoder(model, tiny.one_device(), Sampling(), STOPS, LIMIT)).publish(params)
