@@ -61,6 +61,8 @@ def main(argv: list[str]) -> None:
     if not plan.fits:
         tried = _told(advice.smallest_fit(trial, plan))
         _show_tried("Changes tried until one fits", tried)
+        fitting = [t for t in tried if t.fits]
+        say(f"It fits with {fitting[-1].words}." if fitting else "None of them makes it fit.")
         report["tried"] = [_tried_json(t) for t in tried]
     if args.search:
         own = advice.Tried(advice.mesh_options(plan.mesh), plan)

@@ -234,13 +234,23 @@ def tries_of(config, step, beside: dict[str, float], held=lambda config: HELD):
 
 
 def test_the_smallest_change_that_fits(config, step):
-    """28 bytes of arrays and a gradient of 160, 80, 20: of a limit of 60."""
+    """28 bytes of arrays and a gradient of 160, 80, 20, and 40 with the second alone: of 60."""
     tried = tries_of(config, step, {"gradient": 160.0})
     assert [t.change for t in tried] == [
         {"batch.microbatch": 4},
         {"batch.microbatch": 4, "model.remat": "full"},
+        {"model.remat": "full"},
     ]
-    assert [t.fits for t in tried] == [False, True]
+    assert [t.fits for t in tried] == [False, True, False]
+
+
+def test_what_is_needless_in_the_end_is_left_out(config, step):
+    """Of a gradient of 100 computing more again leaves 25: smaller microbatches are not needed."""
+    tried = tries_of(config, step, {"gradient": 100.0})
+    assert [(t.change, t.fits) for t in tried[1:]] == [
+        ({"batch.microbatch": 4, "model.remat": "full"}, True),
+        ({"model.remat": "full"}, True),
+    ]
 
 
 def offloaded(config) -> dict[str, float]:

@@ -89,14 +89,16 @@ class Trial:
 
 
 def smallest_fit(trial: Trial, plan: Plan) -> Iterator[Tried]:
-    """Changes tried one after the other until one fits; the last one does, or none does.
+    """Changes tried one after the other until one fits: the last that does is the smallest found.
 
     Those that cost least come first: what changes nothing of the result (smaller microbatches, more
     computed again, fewer slots at once, state in the host's memory), then meshes that split the
     weights further, and again the first ones on the best of these. What changes the numbers of a
-    run comes last, the least first. What helps nothing is left out of what follows.
+    run comes last, the least first. What helps nothing is left out of what follows, and in the end
+    what the others make needless.
     """
     best = Tried({}, plan, step_lib.arrays_alone(plan.held))
+    tries: list[Change] = []
     for stage in (_exact, _on_meshes, _exact, _rounded):
         seen: list[Change] = []
         start = best
@@ -109,10 +111,22 @@ def smallest_fit(trial: Trial, plan: Plan) -> Iterator[Tried]:
                 break
             seen.append(change)
             tried = trial.of(base.change | change)
+            tries.append(tried.change)
             yield tried
             if tried.fits:
+                yield from _without_each(trial, tried, tries)
                 return
             best = min(best, tried, key=lambda t: t.lack)
+
+
+def _without_each(trial: Trial, fitting: Tried, known: list[Change]) -> Iterator[Tried]:
+    """The change without what it can do without; those in `known` are not tried again."""
+    for name in fitting.change:
+        fewer = {n: v for n, v in fitting.change.items() if n != name}
+        if fewer and not name.startswith("mesh.") and fewer not in known:
+            tried = trial.of(fewer)
+            yield tried
+            fitting = tried if tried.fits else fitting
 
 
 # What may help, in the order in which it is tried: of a config, by names of the programs that do
