@@ -110,7 +110,7 @@ def _words(scope: str) -> list[str]:
 
 
 _STRUCTURE = re.compile(
-    r"jit\(.*|while|body|cond|closed_call|checkpoint|rematted_computation|shard_map|"
+    r"jit\(.*|while|body|cond|closed_call|eval_jaxpr|checkpoint|rematted_computation|shard_map|"
     r"branch_\d+_fun|.*<.*|\w+\._\w+"
 )
 

@@ -22,7 +22,7 @@ from grpo_jax.models import attention
 from grpo_jax.models.merged import Merged
 from grpo_jax.structs import Array, ModelConfig
 
-_READ_IN = ((0, 10),)
+_READ_IN = ((0, 10), (0, 12))
 
 
 def choose(model: ModelConfig, mesh: Mesh, dtype: Any) -> Any:
@@ -112,7 +112,9 @@ def _backward(
     """The gradients by queries, keys and values."""
     none = jnp.zeros(0, q_BNTH.dtype)
     arrays = q_BNTH, k_BKSH, v_BKSH, none, length_B, of_keys_B, none, none, none, none
+    # A function that changes scores, and what it is given, came with 0.12.
+    given, function = (((),), (None,)) if jax.__version_info__ >= (0, 12) else ((), ())
     return fused._dot_product_attention_bwd_rule(
-        1.0, 42, 0.0, (False, False), _mask(causal), fused.AttentionLayout.BNTH.value, None, True,
-        False, (*arrays, lse_BNT, out_BNTH), by_out_BNTH,
+        1.0, 42, 0.0, (False, False), _mask(causal), fused.AttentionLayout.BNTH.value, None,
+        *function, True, False, (*arrays, *given, lse_BNT, out_BNTH), by_out_BNTH,
     )[:3]  # fmt: skip
