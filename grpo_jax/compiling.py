@@ -17,7 +17,9 @@ def options(mesh: Mesh) -> dict[str, int]:
     time, and no program was measured to be slower.
     """
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return {"xla_backend_optimization_level": 1} if on_cpu else {}
+    # JAX may have been asked for less still.
+    least = jax.config.values["jax_disable_most_optimizations"]
+    return {"xla_backend_optimization_level": 1} if on_cpu and not least else {}
 
 
 class Compiling:

@@ -113,10 +113,7 @@ def environment(tmp_path_factory, alone) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("rewards")
     (folder / "slow_reward.py").write_text(SLOW)
     paths = [str(folder), os.environ.get("PYTHONPATH", "")]
-    return alone | {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # it is compiling that takes the time
-    }
+    return alone | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 @pytest.fixture(scope="module")
