@@ -6,6 +6,7 @@ import os
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +27,7 @@ def compile_cache(cache_folder, monkeypatch):
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+    compilation_cache.reset_cache()  # it goes on writing where it began to
 
 
 @pytest.fixture(scope="session")
