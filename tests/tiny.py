@@ -89,3 +89,8 @@ def logp(scorer, params, rollouts: Rollouts):
     head = transformer.head_kernel(params)
     logp_BT, _ = logprobs.score(scorer.hidden(params, rollouts), head, target_BT, scorer.sampling)
     return logp_BT.reshape(completion_PGC.shape)
+
+
+def unstacked(layers, config: ModelConfig) -> list:
+    """Each layer's own parameters, as sampling reads them."""
+    return [jax.tree.map(lambda x: x[i], layers) for i in range(config.num_layers)]  # noqa: B023

@@ -7,6 +7,7 @@ given the merged output and log-sum-exp, as in ring attention (Liu et al. 2023, 
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ _SEGMENTS_OF_PROMPT, _SEGMENTS_OF_LANES = (_ROWS, None), (_ROWS, None, None)
 
 
 @dataclasses.dataclass(frozen=True)
-class Merged:
+class Merged(abc.ABC):
     """Kernels that stand for the functions of the same names in `attention.py`."""
 
     shares_lanes = True  # whether a lane may hold several completions
@@ -34,6 +35,7 @@ class Merged:
     mesh: Mesh | None = None  # whose devices share the rows and heads; None: one device
     rows: str = _ROWS  # the logical axis by which they share the rows
 
+    @abc.abstractmethod
     def part(self, *, causal: bool) -> Any:
         """One kernel: attention of queries [B, N, T, H] to keys and values [B, K, S, H].
 
@@ -42,7 +44,6 @@ class Merged:
         those by q, k and v, where `out` and `lse` may be of more keys than it has. Queries see keys
         of their own segment; those of segment 0 are padding, and so are keys.
         """
-        raise NotImplementedError
 
     def causal(self, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, length_B: Array, window) -> Array:
         """As `attention.causal`, of models whose `window` is None."""

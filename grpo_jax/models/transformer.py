@@ -228,14 +228,6 @@ def param_shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init(config, jax.random.key(0)))
 
 
-def unstacked(layers: Params, config: ModelConfig) -> list[Params]:
-    """Each layer's own parameters, as sampling reads them.
-
-    Taken out of the stacked ones inside its programs they would be a second copy of the weights.
-    """
-    return [jax.tree.map(lambda x: x[i], layers) for i in range(config.num_layers)]  # noqa: B023
-
-
 def head_kernel(params: Params) -> Array:
     """The LM head [D, V]: the embedding transposed where the model ties them."""
     if "head" in params:

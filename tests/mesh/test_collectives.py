@@ -13,7 +13,6 @@ import tiny
 
 from grpo_jax import sharding
 from grpo_jax.algorithm import logprobs, losses, update
-from grpo_jax.models import transformer
 from grpo_jax.planning import hlo
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
@@ -73,7 +72,7 @@ def test_the_check_fails_on_weights_that_are_not_published(mesh, decoder):
     slots = jax.eval_shape(functools.partial(decode.empty, decoder, SLOTS, LANES, 8))
 
     def program(params, *args):
-        layers = transformer.unstacked(params["layers"], MODEL)
+        layers = tiny.unstacked(params["layers"], MODEL)
         return decode.decode(decoder, params | {"layers": layers}, *args)
 
     with jax.set_mesh(mesh):

@@ -7,6 +7,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+import tiny
 import torch
 import transformers
 
@@ -176,7 +177,7 @@ def score_logits(params, config, *rows):
 
 
 def by_layer(params, config):
-    return params | {"layers": transformer.unstacked(params["layers"], config)}
+    return params | {"layers": tiny.unstacked(params["layers"], config)}
 
 
 @compiled

@@ -384,5 +384,5 @@ def test_publish_takes_the_layers_apart():
     jax.tree.map(
         np.testing.assert_array_equal,
         published["layers"],
-        transformer.unstacked(params["layers"], model),
+        tiny.unstacked(params["layers"], model),
     )
