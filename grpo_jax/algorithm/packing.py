@@ -120,8 +120,14 @@ def pack(
 
 
 def _units(prompt: int, entries_G: np.ndarray, room: int) -> list[_Unit]:
-    """The group whole, or in parts where it has more entries than `room`."""
+    """The group whole, or in parts where it has more entries than `room`.
+
+    As few parts as have room, of like size: rows are as large as the largest needs.
+    """
     parts = _fill(entries_G, range(len(entries_G)), room)
+    alike = _spread(entries_G.tolist(), len(parts), len(entries_G))
+    if all(entries_G[part].sum() <= room for part in alike):
+        parts = alike
     return [_Unit(prompt, part, int(entries_G[part].sum())) for part in parts]
 
 
@@ -133,11 +139,16 @@ def _rows(
     As few rows as `at_once` allows, alike for all shards.
     """
     most = -(-max(map(len, units_S)) // devices)
-    for total in _steps(max(sum(u.entries for u in units) for units in units_S) // devices):
+    weights_S = [sorted(u.entries for u in units) for units in units_S]
+    for total in _steps(max(map(sum, weights_S)) // devices):
         for count in (*(n for n in _COUNTS if n < most), most):
             size = -(-most // count)
             entries = min(-(-total // count), size * group_entries)
-            if size * prompt_tokens + entries <= at_once:
+            # A row has the heaviest unit, and another no fewer than so many of the lightest.
+            least = max(
+                max(sum(w[-1:]), sum(w[: -(-len(w) // (count * devices))])) for w in weights_S
+            )
+            if least <= entries and size * prompt_tokens + entries <= at_once:
                 break
         rows_S = [_spread([u.entries for u in units], count * devices, size) for units in units_S]
         if all(

@@ -119,9 +119,17 @@ def test_a_group_of_too_many_tokens_is_split():
     """By hand: 4 * 7 tokens, and 16 places after the prompt: two completions stand together."""
     made = pack(np.array([[8, 8, 8, 8]]), np.arange(1), tokens=8, at_once=20)
     assert made.groups_NM.tolist() == [[0], [0]]
-    assert made.own_NMG.astype(int).tolist() == [[[1, 1, 0, 0]], [[0, 0, 1, 1]]]
-    assert made.token_NDX[1, 0, :14].tolist() == [*range(17, 24), *range(25, 32)]
+    assert made.own_NMG.astype(int).tolist() == [[[1, 0, 1, 0]], [[0, 1, 0, 1]]]
+    assert made.token_NDX[1, 0, :14].tolist() == [*range(9, 16), *range(25, 32)]
     assert made.lane_NMLT.shape == (2, 1, 2, 7)
+
+
+def test_parts_of_a_group_are_alike():
+    """Eight full completions and room for seven: 4 + 4 in two rows, nothing padded."""
+    for prompts in (1, 8):
+        made = pack(np.full((prompts, 8), 17), np.arange(prompts), tokens=17, at_once=4 + 7 * 16)
+        assert made.own_NMG.sum(axis=(1, 2)).tolist() == [4] * 2 * prompts
+        assert made.token_NDX.shape == (2 * prompts, 1, 4 * 16)
 
 
 def test_lanes_of_their_own():
