@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import shutil
 import sys
 import time
@@ -332,6 +333,24 @@ def test_saving_the_same_state_again_does_nothing(tmp_path, mesh):
     checkpoints.wait()
     assert checkpoints.facts(1) == {"a": 1}
     checkpoints.close()
+
+
+def test_a_save_leaves_nothing_behind(tmp_path, mesh):
+    """TensorStore keeps each list of metrics that Orbax asks it for; see `_ask_for_no_metrics`."""
+    state = _state(mesh, 0)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+
+    def lists_after(*numbers: int) -> int:
+        for number in numbers:
+            checkpoints.save(state.replace(num_updates=jnp.int32(number)), {})
+        checkpoints.wait()
+        gc.collect()
+        return sum(type(x) is list for x in gc.get_objects())
+
+    before = lists_after(1, 2, 3, 4)
+    after = lists_after(*range(5, 15))
+    checkpoints.close()
+    assert after - before < 30  # 24 a save, where they are kept
 
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path, mesh):
