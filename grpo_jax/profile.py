@@ -54,8 +54,11 @@ def operations(trace: Path) -> list[Operation]:
     calls: dict[tuple[str, str], int] = collections.Counter()
     nanoseconds: dict[tuple[str, str], float] = collections.Counter()
     for plane in jax.profiler.ProfileData.from_serialized_xspace(content).planes:
+        of_gpu = plane.name.startswith(
+            "/device:GPU"
+        )  # kernels, side by side: none is inside another
         for line in plane.lines:
-            for key, duration_ns in _alone(line.events):
+            for key, duration_ns in _alone(line.events, nested=not of_gpu):
                 calls[key] += 1
                 nanoseconds[key] += duration_ns
     found = [
@@ -63,7 +66,7 @@ def operations(trace: Path) -> list[Operation]:
             phase_of.get(program, _OTHER),
             program,
             name,
-            _part(scopes.get(program, {}).get(name, "")),
+            _part(_scope(scopes.get(program, {}), name)),
             calls[program, name],
             duration_ns / 1e9,
         )
@@ -72,8 +75,11 @@ def operations(trace: Path) -> list[Operation]:
     return sorted(found, key=lambda o: -o.seconds)
 
 
-def _alone(events: Any) -> Iterator[tuple[tuple[str, str], float]]:
-    """(program, operation) of each event on a line of a trace, and nanoseconds in it alone."""
+def _alone(events: Any, *, nested: bool) -> Iterator[tuple[tuple[str, str], float]]:
+    """(program, operation) of each event on a line of a trace, and nanoseconds in it alone.
+
+    `nested`: one that begins during another is inside of it.
+    """
     open_events: list[list[Any]] = []  # [end, key, ns alone]: each lies in the one before
     device_events = (e for e in events if e.duration_ns > 0)
     for event in sorted(device_events, key=lambda e: (e.start_ns, -e.duration_ns)):
@@ -82,9 +88,12 @@ def _alone(events: Any) -> Iterator[tuple[tuple[str, str], float]]:
             continue
         while open_events and open_events[-1][0] <= event.start_ns:
             yield tuple(open_events.pop()[1:])
-        if open_events:
+        if open_events and nested:
             open_events[-1][2] -= event.duration_ns
-        key = f"{stats.get('hlo_module')}({stats.get('program_id')})", str(stats["hlo_op"])
+        name = str(stats["hlo_op"])
+        if name.startswith("command_buffer"):  # a graph of kernels, each an event of this one name
+            name = event.name
+        key = f"{stats.get('hlo_module')}({stats.get('program_id')})", name
         open_events.append([event.start_ns + event.duration_ns, key, event.duration_ns])
     for _, key, duration_ns in open_events:
         yield key, duration_ns
@@ -113,6 +122,11 @@ _STRUCTURE = re.compile(
     r"jit\(.*|while|body|cond|closed_call|eval_jaxpr|checkpoint|rematted_computation|shard_map|"
     r"branch_\d+_fun|.*<.*|\w+\._\w+"
 )
+
+
+def _scope(scopes: Mapping[str, str], name: str) -> str:
+    """The scope of an operation, or of the one that a kernel on a GPU is called after."""
+    return scopes.get(name) or scopes.get(re.sub(r"_+(\d+)$", r".\1", name), "")
 
 
 def _part(scope: str) -> str:

@@ -84,6 +84,7 @@ class _Event(NamedTuple):
     start_ns: float
     duration_ns: float
     op: str
+    name: str = ""
 
     @property
     def stats(self):
@@ -98,11 +99,25 @@ def test_an_operation_is_counted_without_those_inside_it():
         _Event(0, 100, "while"), _Event(10, 20, "a"), _Event(12, 5, "c"), _Event(50, 40, "b"),
         _Event(55, 9, ""), _Event(100, 10, "after"),
     ]  # fmt: skip
-    alone = dict(profile._alone(reversed(events)))
+    alone = dict(profile._alone(reversed(events), nested=True))
     assert {name: ns for (_, name), ns in alone.items()} == {
         "while": 40, "a": 15, "c": 5, "b": 40, "after": 10
     }  # fmt: skip
     assert {program for program, _ in alone} == {"m(7)"}
+
+
+def test_kernels_of_a_graph_on_a_gpu():
+    """They overlap, and one is called after the operation that it computes, if after any."""
+    events = [
+        _Event(0, 50, "command_buffer_8", "nvjet_sm90"),
+        _Event(40, 20, "command_buffer_8", "loop_add_fusion_2"),
+    ]
+    alone = dict(profile._alone(events, nested=False))
+    assert alone == {("m(7)", "nvjet_sm90"): 50, ("m(7)", "loop_add_fusion_2"): 20}
+    scopes = {"loop_add_fusion.2": "jit(f)/update/mlp/add", "while": "jit(f)/update/while"}
+    assert profile._scope(scopes, "loop_add_fusion_2") == "jit(f)/update/mlp/add"
+    assert profile._scope(scopes, "while") == "jit(f)/update/while"
+    assert profile._scope(scopes, "nvjet_sm90") == ""
 
 
 @pytest.mark.parametrize(
