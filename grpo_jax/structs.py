@@ -82,6 +82,11 @@ class Sampling:
     top_k: int = 0  # keep the k most likely tokens; 0: all
     top_p: float = 1.0  # keep the most likely tokens that together reach this probability
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether some tokens are never drawn."""
+        return self.top_k > 0 or self.top_p < 1.0
+
 
 @struct.dataclass
 class Rollouts:

@@ -63,13 +63,38 @@ def _join(x: Array, tokens: int) -> Array:
     return jnp.moveaxis(x, 0, 1).reshape(rows, chunks * width, *rest)[:, :tokens]
 
 
-def _statistics(hidden: Array, head_DV: Array, target: Array, sampling: Sampling):
-    """Log-probability of `target` and entropy [...], and all log-probabilities [..., V]."""
-    scores = logits_lib.logits(hidden, head_DV)
-    log_prob = logits_lib.log_probs(scores, sampling, always=target)
-    logp = jnp.take_along_axis(log_prob, target[..., None], axis=-1)[..., 0]
-    plogp = jnp.where(log_prob > -jnp.inf, jnp.exp(log_prob) * log_prob, 0.0)
-    return logp, -plogp.sum(-1), log_prob
+class _Statistics(NamedTuple):
+    """Of tokens [...] and their scores over the vocabulary [..., V], as `weighed` gives them."""
+
+    scores: Array
+    is_drawn: Array | None  # bool [..., V]: within top-k and top-p; None: everywhere
+    normalizer: Array  # log-sum-exp of the scores
+    logp: Array
+    entropy: Array
+
+    def log_prob(self) -> Array:
+        """[..., V], 0 where the probability is none."""
+        log_prob = self.scores - self.normalizer[..., None]
+        return log_prob if self.is_drawn is None else jnp.where(self.is_drawn, log_prob, 0.0)
+
+    def prob(self) -> Array:
+        return jnp.exp(self.scores - self.normalizer[..., None])
+
+
+def _statistics(hidden: Array, head: Array, target: Array, sampling: Sampling) -> _Statistics:
+    """The scores are read twice: for their maximum, and for the sums that all else is made of."""
+    scores = logits_lib.logits(hidden, head)
+    scores = logits_lib.weighed(scores, sampling, always=target)
+    is_drawn = scores > -jnp.inf if sampling.is_cut else None
+    peak = scores.max(-1, keepdims=True)
+    below = scores - peak
+    weight = jnp.exp(below)
+    if is_drawn is not None:
+        below = jnp.where(is_drawn, below, 0.0)
+    mass, moment = weight.sum(-1), (weight * below).sum(-1)
+    normalizer = peak[..., 0] + jnp.log(mass)
+    logp = jnp.take_along_axis(scores, target[..., None], axis=-1)[..., 0] - normalizer
+    return _Statistics(scores, is_drawn, normalizer, logp, jnp.log(mass) - moment / mass)
 
 
 @jax.named_scope("vocabulary")
@@ -82,11 +107,12 @@ def score(
     Not meant to be differentiated; see `loss`.
     """
     width = _chunk_width(*target_BT.shape, head_DV.shape[-1], along.devices)
+    head = head_DV.astype(hidden_BTD.dtype)  # once, not in every chunk
 
     def chunk(carry, xs):
         hidden, target = map(along.split, xs)
-        logp, entropy, _ = _statistics(hidden, head_DV, target, sampling)
-        return carry, (logp, entropy)
+        found = _statistics(hidden, head, target, sampling)
+        return carry, (found.logp, found.entropy)
 
     _, (logp, entropy) = jax.lax.scan(
         chunk, None, (_split(hidden_BTD, width), _split(target_BT, width))
@@ -122,31 +148,31 @@ def _loss_forward(token_loss, sampling, along, hidden_BTD, head_DV, target_BT, w
     tokens = target_BT.shape[1]
     width = _chunk_width(*target_BT.shape, head_DV.shape[-1], along.devices)
     temperature = sampling.temperature or 1.0
+    head = head_DV.astype(hidden_BTD.dtype)
 
     def chunk(carry, xs):
         total, grad_head = carry
         hidden, target, weight, terms = jax.tree.map(along.split, xs)
-        logp, entropy, log_prob = _statistics(hidden, head_DV, target, sampling)
+        found = _statistics(hidden, head, target, sampling)
 
         def weighted(logp, entropy):
             per_token = jnp.where(weight != 0, token_loss(logp, entropy, terms), 0.0)
             return jnp.sum(weight * per_token)
 
-        part, by_both = jax.value_and_grad(weighted, argnums=(0, 1))(logp, entropy)
+        part, by_both = jax.value_and_grad(weighted, argnums=(0, 1))(found.logp, found.entropy)
         # A token of weight 0 has a cotangent of 0; times an infinite term that is not a number.
         by_logp, by_entropy = (jnp.where(weight != 0, g, 0.0) for g in by_both)
         # d logp / d logits = onehot - p;  d entropy / d logits = -p (log p + entropy)
-        prob = jnp.exp(log_prob)
+        prob = found.prob()
         chosen = jax.nn.one_hot(target, prob.shape[-1])
-        finite = jnp.where(log_prob > -jnp.inf, log_prob, 0.0)
         by_logits = by_logp[..., None] * (chosen - prob)
-        by_logits -= by_entropy[..., None] * prob * (finite + entropy[..., None])
+        by_logits -= by_entropy[..., None] * prob * (found.log_prob() + found.entropy[..., None])
         by_logits = (by_logits / temperature).astype(hidden.dtype)
-        by_hidden = jnp.einsum("btv,dv->btd", by_logits, head_DV.astype(hidden.dtype))
+        by_hidden = jnp.einsum("btv,dv->btd", by_logits, head)
         grad_head += jnp.einsum(
             "btd,btv->dv", hidden, by_logits, preferred_element_type=jnp.float32
         )
-        return (total + part, grad_head), (logp, entropy, by_hidden)
+        return (total + part, grad_head), (found.logp, found.entropy, by_hidden)
 
     xs = jax.tree.map(lambda x: _split(x, width), (hidden_BTD, target_BT, weight_BT, terms))
     start = jnp.float32(0), jnp.zeros(head_DV.shape, jnp.float32)

@@ -233,6 +233,7 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
 
     @jax.named_scope("scoring")
     def fill_shard(params, rollouts: Rollouts, *microbatches_1: Array) -> Array:
+        params = transformer.with_layers_in(params, scorer.dtype)
         step = lambda logp, where: (one(params, rollouts, logp, *where), None)  # noqa: E731
         start = jnp.zeros_like(rollouts.logp_PGC)
         return jax.lax.scan(step, start, tuple(x[0] for x in microbatches_1))[0]
@@ -375,6 +376,7 @@ def make_adding(
 
     @jax.named_scope("update")
     def add_shard(params: Params, carry: Carry, *rows: Any) -> Carry:
+        params = transformer.with_layers_in(params, scorer.dtype)
         carry = through(params, jax.tree.map(lambda x: x[0], carry), *rows)
         return jax.tree.map(lambda x: x[None], carry)
 
