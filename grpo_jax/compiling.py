@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 from jax.sharding import Mesh
 
+from grpo_jax import sharding
+
 # Launches at once: CPU devices of several processes wait for each other forever with 100 in flight.
 MAX_IN_FLIGHT = 16
 _EVENT = "/jax/core/compile/backend_compile_duration"
@@ -20,6 +22,15 @@ def options(mesh: Mesh) -> dict[str, int]:
     # JAX may have been asked for less still.
     least = jax.config.values["jax_disable_most_optimizations"]
     return {"xla_backend_optimization_level": 1} if on_cpu and not least else {}
+
+
+def options_of_decoding(mesh: Mesh) -> dict[str, int]:
+    """The same of programs that decode.
+
+    XLA for GPUs makes one product of two that share an operand, and for that puts their weights
+    side by side anew for every token: a seventh of the time of a layer of 1.5B on an H200.
+    """
+    return options(mesh) | ({"xla_gpu_dot_merger_threshold_mb": 0} if sharding.is_gpu(mesh) else {})
 
 
 class Compiling:

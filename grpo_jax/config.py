@@ -89,7 +89,9 @@ def default() -> ConfigDict:
     c.rollout.num_slots = 0  # completions decoded at once; 0: all of a step
     c.rollout.weights = "same"  # as model.dtype; "int8" with a scale for each output of a layer
     c.rollout.cache = "same"  # keys and values; "int8" with a scale for each position and head
-    c.rollout.attention = "xla"  # or the kernel "ragged" of TPUs, which reads what is there alone
+    # "xla", or a kernel that reads of the cache what is there: "streamed" of NVIDIA GPUs, which
+    # "auto" takes where it can, or "ragged" of TPUs
+    c.rollout.attention = "auto"
     c.rollout.compact = True  # finished rows leave the batch when no prompts wait
 
     c.algorithm = ConfigDict()

@@ -21,7 +21,7 @@ from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import tasks
-from grpo_jax.models import hf, kernels, paged
+from grpo_jax.models import hf, kernels
 from grpo_jax.rewards import reward as reward_lib
 from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.sampling import decode
@@ -322,7 +322,10 @@ def make_engine(
         rollout.max_tokens,
         jnp.dtype(config.model.dtype),
         weights="same" if exact else rollout.weights,
-        caching=paged.choose(rollout.attention, "same" if exact else rollout.cache, model, mesh),
+        join_qkv=sharding.is_gpu(mesh) and mesh.shape["tensor"] == 1,
+        caching=kernels.choose_decoding(
+            rollout.attention, "same" if exact else rollout.cache, model, mesh
+        ),
     )
     return Engine(
         decoder,

@@ -135,7 +135,7 @@ def _check_choices(config: ConfigDict) -> None:
         "optim.moments": (config.optim.moments, ("float32", "bfloat16", "int8")),
         "model.remat": (config.model.remat, ("none", "dots", "full", "auto")),
         "model.attention": (config.model.attention, ("auto", "xla", "splash", "cudnn")),
-        "rollout.attention": (config.rollout.attention, ("xla", "ragged")),
+        "rollout.attention": (config.rollout.attention, ("auto", "xla", "ragged", "streamed")),
         "rollout.weights": (config.rollout.weights, ("same", "int8")),
         "rollout.cache": (config.rollout.cache, ("same", "int8")),
         "data.overlong": (config.data.overlong, ("refuse", "drop", "truncate")),

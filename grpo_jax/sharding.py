@@ -45,6 +45,11 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
 }
 
 
+def is_gpu(mesh: Mesh) -> bool:
+    """Whether its devices are GPUs."""
+    return mesh.devices.flat[0].platform in ("gpu", "cuda")
+
+
 def make_mesh(
     data: int = -1,
     fsdp: int = 1,

@@ -22,26 +22,24 @@ from grpo_jax.models import attention
 from grpo_jax.models.merged import Merged
 from grpo_jax.structs import Array, ModelConfig
 
-_READ_IN = ((0, 10), (0, 12))
+_READ_IN = ((0, 10), (0, 11), (0, 12))
 
 
-def choose(model: ModelConfig, mesh: Mesh, dtype: Any) -> Any:
-    """The functions of `model.attention = "cudnn"`, or plain XLA's, with a warning, where JAX is of
-    a version that was not read.
+def obstacle(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
+    """Why the kernel cannot be had, or nothing."""
+    if not sharding.is_gpu(mesh):
+        return f"it is for GPUs, and the devices are {mesh.devices.flat[0].platform}s"
+    if model.window_per_layer is not None:
+        return "the model has sliding windows, which it does not take layer by layer"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"it takes bfloat16, and model.dtype is {jnp.dtype(dtype)}"
+    if model.head_size % 8 or model.head_size > 128:
+        return f"the heads are of size {model.head_size}, and it takes multiples of 8 up to 128"
+    return ""
 
-    Raises ValueError where the kernel cannot be had.
-    """
-    obstacle = ""
-    if mesh.devices.flat[0].platform not in ("gpu", "cuda"):
-        obstacle = f"it is for GPUs, and the devices are {mesh.devices.flat[0].platform}s"
-    elif model.window_per_layer is not None:
-        obstacle = "the model has sliding windows, which it does not take layer by layer"
-    elif jnp.dtype(dtype) != jnp.bfloat16:
-        obstacle = f"it takes bfloat16, and model.dtype is {jnp.dtype(dtype)}"
-    elif model.head_size % 8 or model.head_size > 128:
-        obstacle = f"the heads are of size {model.head_size}, and it takes multiples of 8 up to 128"
-    if obstacle:
-        raise ValueError(f'model.attention = "cudnn": {obstacle}. Set it to "xla".')
+
+def choose(model: ModelConfig, mesh: Mesh) -> Any:
+    """The functions, or plain XLA's, with a warning, where this version of JAX was not read."""
     if jax.__version_info__[:2] not in _READ_IN:
         warnings.warn(
             f"Attention by XLA in place of cuDNN, whose backward pass was not tested with JAX "
@@ -57,6 +55,7 @@ class Cudnn(Merged):
     """The kernel, on CUDA alone."""
 
     shares_lanes = False
+    keeps = True
 
     def part(self, *, causal: bool) -> _Part:
         return _Part(causal)
@@ -70,19 +69,21 @@ class _Part:
 
     def with_lse(self, q: Array, k: Array, v: Array, segment_BT: Array, segment_BS: Array):
         lengths = _length(segment_BT), _length(segment_BS)
-        out, lse = _forward(self.causal, q, k, v, *lengths)
-        there_B1T = segment_BT[:, None] > 0  # the kernel writes nothing of use elsewhere
-        return jnp.where(there_B1T[..., None], out, 0), jnp.where(there_B1T, lse, -jnp.inf)
+        out, lse_BNT = _forward(self.causal, q, k, v, *lengths)
+        there_BT1 = segment_BT[..., None] > 0  # the kernel writes nothing of use elsewhere
+        lse = jnp.where(there_BT1, jnp.swapaxes(lse_BNT, 1, 2), -jnp.inf)
+        return jnp.where(there_BT1[..., None], out, 0), lse
 
     def gradients(
         self, q: Array, k: Array, v: Array, segment_BT: Array, segment_BS: Array, out, lse, by_out
     ) -> tuple[Array, Array, Array]:
         lengths = _length(segment_BT), _length(segment_BS)
-        lse = jnp.where(segment_BT[:, None] > 0, lse, 1e30)  # no weight for what is not there
-        grads = _backward(self.causal, q, k, v, *lengths, out, lse, by_out)
+        lse = jnp.where(segment_BT[..., None] > 0, lse, 1e30)  # no weight for what is not there
+        lse_BNT = jnp.swapaxes(lse, 1, 2)
+        grads = _backward(self.causal, q, k, v, *lengths, out, lse_BNT, by_out)
         theres = segment_BT > 0, segment_BS > 0, segment_BS > 0
         return tuple(
-            jnp.where(there[:, None, :, None], grad, 0) for there, grad in zip(theres, grads)
+            jnp.where(there[..., None, None], grad, 0) for there, grad in zip(theres, grads)
         )
 
 
@@ -96,25 +97,25 @@ def _mask(causal: bool) -> fused.MaskType:
 
 
 def _forward(
-    causal: bool, q_BNTH: Array, k_BKSH: Array, v_BKSH: Array, length_B: Array, of_keys_B: Array
+    causal: bool, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, length_B: Array, of_keys_B: Array
 ) -> tuple[Array, Array]:
-    """The output and the log-sum-exp of the scores, float32 [B, N, T]."""
+    """The output [B, T, N, H] and the log-sum-exp of the scores, float32 [B, N, T]."""
     return fused.dot_product_attention(
-        q_BNTH, k_BKSH, v_BKSH, q_seqlen=length_B, kv_seqlen=of_keys_B, mask_type=_mask(causal),
-        qkv_layout="BNTH", return_residual=True,
+        q_BTNH, k_BSKH, v_BSKH, q_seqlen=length_B, kv_seqlen=of_keys_B, mask_type=_mask(causal),
+        qkv_layout="BTNH", return_residual=True,
     )  # fmt: skip
 
 
 def _backward(
-    causal: bool, q_BNTH: Array, k_BKSH: Array, v_BKSH: Array, length_B: Array, of_keys_B: Array,
-    out_BNTH: Array, lse_BNT: Array, by_out_BNTH: Array,
+    causal: bool, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, length_B: Array, of_keys_B: Array,
+    out_BTNH: Array, lse_BNT: Array, by_out_BTNH: Array,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """The gradients by queries, keys and values."""
-    none = jnp.zeros(0, q_BNTH.dtype)
-    arrays = q_BNTH, k_BKSH, v_BKSH, none, length_B, of_keys_B, none, none, none, none
+    none = jnp.zeros(0, q_BTNH.dtype)
+    arrays = q_BTNH, k_BSKH, v_BSKH, none, length_B, of_keys_B, none, none, none, none
     # A function that changes scores, and what it is given, came with 0.12.
     given, function = (((),), (None,)) if jax.__version_info__ >= (0, 12) else ((), ())
     return fused._dot_product_attention_bwd_rule(
-        1.0, 42, 0.0, (False, False), _mask(causal), fused.AttentionLayout.BNTH.value, None,
-        *function, True, False, (*arrays, *given, lse_BNT, out_BNTH), by_out_BNTH,
+        1.0, 42, 0.0, (False, False), _mask(causal), fused.AttentionLayout.BTNH.value, None,
+        *function, True, False, (*arrays, *given, lse_BNT, out_BTNH), by_out_BTNH,
     )[:3]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which kernels compute the attention of scoring and training."""
+"""Which kernels compute the attention of scoring and training, and that of decoding."""
 
 from __future__ import annotations
 
@@ -6,15 +6,38 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from grpo_jax.models import cudnn, splash
+from grpo_jax.models import attention, cudnn, paged, splash, streamed
 from grpo_jax.structs import ModelConfig
 
 
 def choose(option: str, model: ModelConfig, mesh: Mesh, dtype: Any) -> Any:
-    """What `config.model.attention` names, with activations of `dtype`; see `splash.choose`.
+    """What `config.model.attention` names, with activations of `dtype`; see `splash.choose` too.
 
-    Raises ValueError where it cannot be had.
+    "auto" takes cuDNN's kernel on GPUs where it can be had. Raises ValueError where what is named
+    cannot be had.
     """
-    if option == "cudnn":
-        return cudnn.choose(model, mesh, dtype)
+    obstacle = cudnn.obstacle(model, mesh, dtype)
+    if option == "cudnn" and obstacle:
+        raise ValueError(f'model.attention = "cudnn": {obstacle}. Set it to "auto" or "xla".')
+    if option == "cudnn" or (option == "auto" and not obstacle):
+        return cudnn.choose(model, mesh)
     return splash.choose(option, model, mesh)
+
+
+def choose_decoding(option: str, cache: str, model: ModelConfig, mesh: Mesh) -> Any:
+    """How `config.rollout.attention` keeps the cache, of `config.rollout.cache`, and attends to it.
+
+    "auto" takes the streamed kernel where it can be had. Raises ValueError where what is named
+    cannot be had.
+    """
+    int8 = cache == "int8"
+    obstacle = ""
+    if option == "ragged":
+        obstacle = paged.obstacle(cache, model, mesh)
+    elif option != "xla":
+        obstacle = streamed.obstacle(model, mesh)
+    if option == "xla" or (option == "auto" and obstacle):
+        return attention.Ring(int8)
+    if obstacle:
+        raise ValueError(f'rollout.attention = "{option}": {obstacle}. Set it to "auto" or "xla".')
+    return paged.Paged() if option == "ragged" else streamed.Streamed(int8)

@@ -15,10 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from grpo_jax import sharding
 from grpo_jax.structs import Array
+
+KEPT = "attention"  # for the policy that chooses what is computed again
 
 # Logical axes of queries, keys and values of prompts and of lanes, and of what has no heads.
 _ROWS, _HEADS = "shard_rows", "attention_heads"
@@ -31,16 +34,17 @@ class Merged(abc.ABC):
     """Kernels that stand for the functions of the same names in `attention.py`."""
 
     shares_lanes = True  # whether a lane may hold several completions
+    keeps = False  # whether what the backward pass reads of the forward one is kept with the dots
 
     mesh: Mesh | None = None  # whose devices share the rows and heads; None: one device
     rows: str = _ROWS  # the logical axis by which they share the rows
 
     @abc.abstractmethod
     def part(self, *, causal: bool) -> Any:
-        """One kernel: attention of queries [B, N, T, H] to keys and values [B, K, S, H].
+        """One kernel: attention of queries [B, T, N, H] to keys and values [B, S, K, H].
 
         `with_lse(q, k, v, segment_BT, segment_BS)` gives the output and the log-sum-exp of the
-        scores, float32 [B, N, T]; `gradients(q, k, v, segment_BT, segment_BS, out, lse, by_out)`
+        scores, float32 [B, T, N]; `gradients(q, k, v, segment_BT, segment_BS, out, lse, by_out)`
         those by q, k and v, where `out` and `lse` may be of more keys than it has. Queries see keys
         of their own segment; those of segment 0 are padding, and so are keys.
         """
@@ -73,6 +77,11 @@ class Merged(abc.ABC):
             self, _scaled(q_PLTNH), *keys, segment_PLT, there_PQ.astype(jnp.int32)
         )
 
+    def kept(self, out: Array, lse: Array) -> tuple[Array, Array]:
+        """By the name of KEPT where `keeps` says so."""
+        name = functools.partial(checkpoint_name, name=KEPT)
+        return (name(out), name(lse)) if self.keeps else (out, lse)
+
     def _divisible(self, k: Array, q: Array) -> Array:
         """Keys or values with as many heads as split over the devices as the queries' do."""
         shards = sharding.num_head_shards(self.mesh) if self.mesh and self.rows == _ROWS else 1
@@ -93,11 +102,6 @@ def _scaled(q: Array) -> Array:
     return q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
 
 
-def _heads_first(x: Array) -> Array:
-    """[B, T, heads, ...] as [B, heads, T, ...], and back."""
-    return jnp.swapaxes(x, 1, 2)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _causal(kernels: Merged, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, there_BT: Array) -> Array:
     return _causal_forward(kernels, q_BTNH, k_BTKH, v_BTKH, there_BT)[0]
@@ -107,11 +111,11 @@ def _causal_forward(kernels: Merged, *arrays: Array):
     part = kernels.part(causal=True)
 
     def forward(q, k, v, there_BT):
-        out, lse = part.with_lse(*map(_heads_first, (q, k, v)), there_BT, there_BT)
-        return _heads_first(out), _heads_first(lse)
+        return part.with_lse(q, k, v, there_BT, there_BT)
 
     axes = *(_OF_PROMPT,) * 3, _SEGMENTS_OF_PROMPT
-    out, lse = kernels.by_device(forward, axes, (_OF_PROMPT, _OF_PROMPT[:-1]), *arrays)
+    found = kernels.by_device(forward, axes, (_OF_PROMPT, _OF_PROMPT[:-1]), *arrays)
+    out, lse = kernels.kept(*found)
     return out, (*arrays, out, lse)
 
 
@@ -119,10 +123,7 @@ def _causal_backward(kernels: Merged, residuals, by_out: Array):
     part = kernels.part(causal=True)
 
     def backward(q, k, v, there_BT, out, lse, by_out):
-        q, k, v, out, lse, by_out = map(_heads_first, (q, k, v, out, lse, by_out))
-        return tuple(
-            map(_heads_first, part.gradients(q, k, v, there_BT, there_BT, out, lse, by_out))
-        )
+        return part.gradients(q, k, v, there_BT, there_BT, out, lse, by_out)
 
     axes = *(_OF_PROMPT,) * 3, _SEGMENTS_OF_PROMPT, _OF_PROMPT, _OF_PROMPT[:-1], _OF_PROMPT
     return *kernels.by_device(backward, axes, (_OF_PROMPT,) * 3, *residuals, by_out), None
@@ -150,18 +151,17 @@ _AXES = *(_OF_LANES,) * 3, *(_OF_PROMPT,) * 2, _SEGMENTS_OF_LANES, _SEGMENTS_OF_
 
 
 def _by_lane(x: Array) -> Array:
-    """[P, L, T, heads, ...] as [P * L, heads, T, ...]."""
-    return _heads_first(x.reshape(-1, *x.shape[2:]))
+    """[P, L, T, ...] as [P * L, T, ...]."""
+    return x.reshape(-1, *x.shape[2:])
 
 
 def _by_prompt(x: Array) -> Array:
-    """[P, L, T, heads, ...] as [P, heads, L * T, ...]."""
-    return _heads_first(x.reshape(x.shape[0], -1, *x.shape[3:]))
+    """[P, L, T, ...] as [P, L * T, ...]."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 def _to_lanes(x: Array, like_PLT: Array) -> Array:
     """The inverse of both."""
-    x = _heads_first(x)
     return x.reshape(*like_PLT.shape[:3], *x.shape[2:])
 
 
@@ -169,7 +169,7 @@ def _two_parts(kernels: Merged, q, k, v, prefix_k, prefix_v, segment_PLT, there_
     """Each part, how it sees arrays of the queries, and its arguments."""
     own = _by_lane(q), _by_lane(k), _by_lane(v)
     segment_BT = segment_PLT.reshape(-1, segment_PLT.shape[2])
-    prompt = _by_prompt(q), _heads_first(prefix_k), _heads_first(prefix_v)
+    prompt = _by_prompt(q), prefix_k, prefix_v
     ones = jnp.ones((q.shape[0], q.shape[1] * q.shape[2]), jnp.int32)
     return (
         (kernels.part(causal=True), _by_lane, (*own, segment_BT, segment_BT)),
@@ -187,7 +187,8 @@ def _shared_prefix_forward(kernels: Merged, *arrays: Array):
         out = sum(w * part.astype(jnp.float32) for w, part in zip(weights, outs))
         return out.astype(q.dtype), lse
 
-    out, lse = kernels.by_device(forward, _AXES, (_OF_LANES, _OF_LANES[:-1]), *arrays)
+    found = kernels.by_device(forward, _AXES, (_OF_LANES, _OF_LANES[:-1]), *arrays)
+    out, lse = kernels.kept(*found)
     return out, (*arrays, out, lse)
 
 
@@ -199,7 +200,7 @@ def _shared_prefix_backward(kernels: Merged, residuals, by_out: Array):
         by_prompt = prompt.gradients(*prompt_args, *map(rows, (out, lse, by_out)))
         q = arrays[0]
         by_q = _to_lanes(by_own[0], q) + _to_lanes(by_prompt[0], q)
-        return by_q, *(_to_lanes(x, q) for x in by_own[1:]), *map(_heads_first, by_prompt[1:])
+        return by_q, *(_to_lanes(x, q) for x in by_own[1:]), *by_prompt[1:]
 
     axes = *_AXES, _OF_LANES, _OF_LANES[:-1], _OF_LANES
     return *kernels.by_device(backward, axes, _AXES[:5], *residuals, by_out), None, None

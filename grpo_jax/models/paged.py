@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
@@ -26,30 +25,22 @@ PAGE = 16  # positions; the engine pads prompts to a multiple of it
 _PAGES_AT_ONCE, _LANES_AT_ONCE = 16, 8  # in a block of the kernel
 
 
-def choose(option: str, cache: str, model: ModelConfig, mesh: Mesh) -> Any:
-    """How `config.rollout.attention` keeps the cache and attends to it.
-
-    Raises ValueError where the kernel is asked for and cannot be had.
-    """
-    if option == "xla":
-        return attention.Ring(int8=cache == "int8")
-    obstacle = ""
+def obstacle(cache: str, model: ModelConfig, mesh: Mesh) -> str:
+    """Why `rollout.attention = "ragged"` cannot be had, or nothing."""
     if mesh.devices.flat[0].platform != "tpu":
-        obstacle = f"it is for TPUs, and the devices are {mesh.devices.flat[0].platform}s"
-    elif mesh.shape["tensor"] > 1:
-        obstacle = (
+        return f"it is for TPUs, and the devices are {mesh.devices.flat[0].platform}s"
+    if mesh.shape["tensor"] > 1:
+        return (
             f"mesh.tensor = {mesh.shape['tensor']} splits the heads, which XLA does with no kernel"
         )
-    elif model.head_size % 128 or model.num_kv_heads not in (1, 2, 4, 8, 16):
-        obstacle = (
+    if model.head_size % 128 or model.num_kv_heads not in (1, 2, 4, 8, 16):
+        return (
             f"the model has {model.num_kv_heads} key-value heads of size {model.head_size}, and it "
             "takes 1, 2, 4, 8 or 16 of multiples of 128"
         )
-    elif cache != "same":
-        obstacle = f'rollout.cache = "{cache}" keeps a scale for each position, and it takes one'
-    if obstacle:
-        raise ValueError(f'rollout.attention = "ragged": {obstacle}. Set it to "xla".')
-    return Paged()
+    if cache != "same":
+        return f'rollout.cache = "{cache}" keeps a scale for each position, and it takes one'
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)

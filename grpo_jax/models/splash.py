@@ -22,7 +22,7 @@ from grpo_jax.models import attention
 from grpo_jax.models.merged import Merged
 from grpo_jax.structs import Array, ModelConfig
 
-_READ_IN = ((0, 10), (0, 12))
+_READ_IN = ((0, 10), (0, 11), (0, 12))
 _LANES = 128  # queries and keys come in multiples of it
 
 
@@ -63,25 +63,21 @@ class Splash(Merged):
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Attention of queries [B, N, T, H] to keys and values [B, K, S, H] of their own segment.
-
-    Queries and keys are numbered by segment, [B, T] and [B, S]. Both are filled up with what no
-    query sees to lengths that the kernel takes.
-    """
+    """As `Merged.part`. Both are filled up with what no query sees to lengths the kernel takes."""
 
     causal: bool
     interpret: bool
 
     def with_lse(self, q: Array, k: Array, v: Array, segment_BT: Array, segment_BS: Array):
-        """The output and the log-sum-exp of the scores, float32 [B, N, T]."""
+        q, k, v = map(_heads_first, (q, k, v))
         rows = _padded(q, k, v), _segments(segment_BT, segment_BS)
         out, (lse,) = jax.vmap(self._kernel(q, k))(*rows[0], rows[1])
-        return out[:, :, : q.shape[2]], lse[:, :, : q.shape[2]]
+        return tuple(_heads_first(x)[:, : q.shape[2]] for x in (out, lse))
 
     def gradients(
         self, q: Array, k: Array, v: Array, segment_BT: Array, segment_BS: Array, out, lse, by_out
     ) -> tuple[Array, Array, Array]:
-        """By q, k and v, where `out` and `lse` may be of more keys than this part has."""
+        q, k, v, out, lse, by_out = map(_heads_first, (q, k, v, out, lse, by_out))
         kernel = self._kernel(q, k)
         names = "save_residuals mask_value is_mqa block_sizes residual_checkpoint_name"
         names += " mask_function attn_logits_soft_cap interpret"
@@ -93,8 +89,8 @@ class _Part:
             return kernel_lib._splash_attention_bwd(*options, residuals, by_out)[3:6]
 
         rows = *_padded(q, k, v), _segments(segment_BT, segment_BS), *_padded(out, lse, by_out)
-        by_q, by_k, by_v = jax.vmap(row)(*rows)
-        return by_q[:, :, : q.shape[2]], by_k[:, :, : k.shape[2]], by_v[:, :, : k.shape[2]]
+        lengths = q.shape[2], k.shape[2], k.shape[2]
+        return tuple(_heads_first(x)[:, :n] for x, n in zip(jax.vmap(row)(*rows), lengths))
 
     def _kernel(self, q: Array, k: Array) -> kernel_lib.SplashAttentionKernel:
         queries, keys = (-(-x.shape[2] // _LANES) * _LANES for x in (q, k))
@@ -115,6 +111,11 @@ class _Part:
             save_residuals=True,
             interpret=self.interpret,
         )
+
+
+def _heads_first(x: Array) -> Array:
+    """[B, T, heads, ...] as [B, heads, T, ...], and back."""
+    return jnp.swapaxes(x, 1, 2)
 
 
 def _block(length: int) -> int:

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.models import attention, quantize
+from grpo_jax.models import attention, merged, quantize
 from grpo_jax.structs import Array, ModelConfig, Params
 
 # Queries, keys and values to the attention's output and whatever the caller wants kept of them.
@@ -131,14 +131,19 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, cos_sin: tuple[Array, Array], attend: Attend):
         c = self.config
-        heads = {"q": ("heads", c.num_heads), "k": ("kv_heads", c.num_kv_heads)}
-        heads["v"] = heads["k"]
-        qkv = []
-        for name, (axis, count) in heads.items():
-            dense = _dense(count * c.head_size, ("embed", axis), name, self.dtype, c.qkv_bias)
-            y = _by_token(dense, x)
-            qkv.append(y.reshape(*y.shape[:-1], count, c.head_size))
-        q, k, v = qkv
+        counts = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
+        if self.has_variable("params", "qkv"):  # of `with_joined_qkv`
+            features = sum(counts.values()) * c.head_size
+            dense = _dense(features, ("embed", "heads"), "qkv", self.dtype, c.qkv_bias)
+            ends = np.cumsum([n * c.head_size for n in counts.values()])[:-1]
+            qkv = jnp.split(_by_token(dense, x), ends, axis=-1)
+        else:
+            qkv = []
+            for name, count in counts.items():
+                axes = ("embed", "heads" if name == "q" else "kv_heads")
+                dense = _dense(count * c.head_size, axes, name, self.dtype, c.qkv_bias)
+                qkv.append(_by_token(dense, x))
+        q, k, v = (y.reshape(*y.shape[:-1], n, c.head_size) for y, n in zip(qkv, counts.values()))
         if c.qk_norm:
             q = _norm(c, self.dtype, "q_norm")(q)
             k = _norm(c, self.dtype, "k_norm")(k)
@@ -235,6 +240,33 @@ def head_kernel(params: Params) -> Array:
     return params["embed"]["embedding"].T
 
 
+def with_layers_in(params: Params, dtype) -> Params:
+    """The layers' kernels and biases as they are computed with, once for all microbatches.
+
+    The embedding, the head and the norms stay: gradients of many tokens are summed into them.
+    """
+
+    def one(path, x: Array) -> Array:
+        return x.astype(dtype) if path[-1].key in ("kernel", "bias") else x
+
+    return params | {"layers": jax.tree_util.tree_map_with_path(one, params["layers"])}
+
+
+def with_joined_qkv(params: Params) -> Params:
+    """Weights by layer, as sampling has them, with those of queries, keys and values side by side.
+
+    One product where few tokens would have three small ones.
+    """
+
+    def join(layer: Params) -> Params:
+        parts = dict(layer["attention"])
+        qkv = [parts.pop(name) for name in "qkv"]
+        joined = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=-1), *qkv)
+        return layer | {"attention": parts | {"qkv": joined}}
+
+    return params | {"layers": [join(layer) for layer in params["layers"]]}
+
+
 def _embed(params: Params, ids: Array, dtype) -> Array:
     table = params["embed"]["embedding"]
     if isinstance(table, quantize.Int8):
@@ -258,7 +290,11 @@ def _scan_layers(body, carry, params: Params, config: ModelConfig, remat: str = 
     """The layers one after the other; `remat` as in `config.model.remat`."""
     if remat != "none":
         # Inside a scan nothing else could be merged with what is computed again.
-        dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable  # attention's have some
+        policies = jax.checkpoint_policies
+        dots = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable,  # attention's have some
+            policies.save_only_these_names(merged.KEPT),
+        )
         policy = dots if remat == "dots" else None
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     layers = (params["layers"], _layer_windows(config))

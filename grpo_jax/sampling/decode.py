@@ -38,7 +38,9 @@ class Decoder:
     max_tokens: int  # C: completion limit
     dtype: Any = jnp.float32  # of activations, and of weights and cache that are the "same"
     weights: str = "same"  # or "int8"
-    caching: Any = attention.RING  # how the cache is kept and attended to, or `paged.Paged()`
+    join_qkv: bool = False  # see `transformer.with_joined_qkv`; for devices that hold all heads
+    steps: int = 1  # tokens between two looks at whether the host is needed
+    caching: Any = attention.RING  # how the cache is kept and attended to: see `kernels`
 
     @property
     def parts(self) -> int:
@@ -214,6 +216,8 @@ def decode(
     live lane, or when the live completions of each fit `next_slots` slots of `next_lanes` lanes.
     The donated cache is updated in place.
     """
+    if decoder.join_qkv:
+        params = transformer.with_joined_qkv(params)
     head_DV = transformer.head_kernel(params)
     r, w = jnp.meshgrid(*(jnp.arange(n) for n in slots.live_RW.shape), indexing="ij")
 
@@ -256,7 +260,10 @@ def decode(
             logp_RWC=slots.logp_RWC.at[r, w, at].set(logp_RW, mode="drop"),
         )
 
-    return jax.lax.while_loop(go_on, one_token, slots)
+    def some_tokens(slots: Slots) -> Slots:
+        return jax.lax.fori_loop(0, decoder.steps, lambda _, slots: one_token(slots), slots)
+
+    return jax.lax.while_loop(go_on, one_token if decoder.steps == 1 else some_tokens, slots)
 
 
 @jax.named_scope("rollout/compact")

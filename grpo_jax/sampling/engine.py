@@ -99,7 +99,9 @@ class Engine:
         placed = self._slot_shardings(jax.eval_shape(lambda: empty(1, 1, _PROMPT_STEP)))
         self.empty = jax.jit(empty, static_argnums=(0, 1, 2), out_shardings=placed)
         jit = functools.partial(
-            jax.jit, out_shardings=placed, compiler_options=compiling.options(decoder.mesh)
+            jax.jit,
+            out_shardings=placed,
+            compiler_options=compiling.options_of_decoding(decoder.mesh),
         )
         self.admit = jit(by_shard(with_decoder(decode.admit), 2), donate_argnums=2)
         self.decode = jit(by_shard(with_decoder(decode.decode), 4), donate_argnums=5)

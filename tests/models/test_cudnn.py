@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import tiny
 
-from grpo_jax.models import attention, cudnn, kernels
+from grpo_jax.models import attention, cudnn, kernels, transformer
 
+MODEL = dataclasses.replace(tiny.MODEL, head_size=16)
 P, L, T, Q, N, K, H = 2, 2, 6, 5, 4, 2, 16
 LENGTH_P = np.array([5, 3])
 # Each lane has one completion or none; the whole width, one token.
@@ -54,38 +55,41 @@ def values_and_gradients(by, *arrays):
     return jax.jit(jax.grad(total, range(5), has_aux=True))(*arrays)
 
 
-def _past(length_B: jax.Array, x: jax.Array) -> jax.Array:
-    """True [B, 1, T, ...] for what lies past the rows' lengths."""
-    past_BT = jnp.arange(x.shape[2])[None] >= length_B[:, None]
-    return past_BT.reshape(x.shape[0], 1, x.shape[2], *(1,) * (x.ndim - 3))
+def _past(length_B: jax.Array, x: jax.Array, axis: int = 1) -> jax.Array:
+    """True, of x's rank, for what lies past the rows' lengths along an axis."""
+    shape = [x.shape[0]] + [1] * (x.ndim - 1)
+    shape[axis] = x.shape[axis]
+    return (jnp.arange(x.shape[axis])[None] >= length_B[:, None]).reshape(shape)
 
 
 def forward_by_xla(causal, q, k, v, length_B, of_keys_B):
     """As `cudnn._forward`, with NaN past the queries' lengths."""
-    swap = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
-    out, lse = jax.nn.dot_product_attention(
-        *map(swap, (q, k, v)), scale=1.0, is_causal=causal, implementation="xla",
+    out, lse_BTN = jax.nn.dot_product_attention(
+        q, k, v, scale=1.0, is_causal=causal, implementation="xla",
         key_value_seq_lengths=of_keys_B, return_residual=True,
     )  # fmt: skip
-    return tuple(jnp.where(_past(length_B, x), jnp.nan, x) for x in map(swap, (out, lse)))
+    lse = jnp.swapaxes(lse_BTN, 1, 2)
+    return tuple(
+        jnp.where(_past(length_B, x, axis), jnp.nan, x) for x, axis in ((out, 1), (lse, 2))
+    )
 
 
 def backward_by_hand(causal, q, k, v, length_B, of_keys_B, out, lse, by_out):
     """As `cudnn._backward`: the formulas of FlashAttention-2 (arXiv:2307.08691, algorithm 2)."""
-    group = q.shape[1] // k.shape[1]
-    k_all, v_all = (jnp.repeat(x, group, axis=1) for x in (k, v))
-    score = jnp.einsum("bnth,bnsh->bnts", q, k_all)
-    hidden = _past(of_keys_B, k)[:, :, None, :, 0]
+    group = q.shape[2] // k.shape[2]
+    k_all, v_all = (jnp.repeat(x, group, axis=2) for x in (k, v))
+    score = jnp.einsum("btnh,bsnh->bnts", q, k_all)
+    hidden = _past(of_keys_B, score, 3) | _past(length_B, score, 2)
     if causal:
-        hidden |= ~jnp.tri(q.shape[2], k.shape[2], dtype=bool)[None, None]
-    hidden |= _past(length_B, q)
+        hidden |= ~jnp.tri(q.shape[1], k.shape[1], dtype=bool)[None, None]
     weight = jnp.where(hidden, 0, jnp.exp(score - lse[..., None]))
-    by_weight = jnp.einsum("bnth,bnsh->bnts", by_out, v_all)
-    by_score = weight * (by_weight - jnp.sum(by_out * out, -1, keepdims=True))
-    by_k = jnp.einsum("bnts,bnth->bnsh", by_score, q)
-    by_v = jnp.einsum("bnts,bnth->bnsh", weight, by_out)
-    by_k, by_v = (x.reshape(*k.shape[:2], group, *k.shape[2:]).sum(2) for x in (by_k, by_v))
-    grads = jnp.einsum("bnts,bnsh->bnth", by_score, k_all), by_k, by_v
+    by_weight = jnp.einsum("btnh,bsnh->bnts", by_out, v_all)
+    mean_BNT1 = jnp.swapaxes(jnp.sum(by_out * out, -1), 1, 2)[..., None]
+    by_score = weight * (by_weight - mean_BNT1)
+    by_k = jnp.einsum("bnts,btnh->bsnh", by_score, q)
+    by_v = jnp.einsum("bnts,btnh->bsnh", weight, by_out)
+    by_k, by_v = (x.reshape(*k.shape[:3], group, k.shape[-1]).sum(3) for x in (by_k, by_v))
+    grads = jnp.einsum("bnts,bsnh->btnh", by_score, k_all), by_k, by_v
     lengths = length_B, of_keys_B, of_keys_B
     return tuple(jnp.where(_past(n, x), jnp.nan, x) for n, x in zip(lengths, grads))
 
@@ -116,6 +120,30 @@ def test_the_program_for_a_gpu_asks_for_the_kernel_without_a_mask(monkeypatch):
     masks = [line.split("mask_type")[1][:40] for line in calls]
     assert sum("PADDING_CAUSAL" in mask for mask in masks) == 4
     assert sum("PADDING" in mask for mask in masks) == 6
+
+
+def test_the_backward_pass_runs_no_kernel_of_the_forward_one_again(monkeypatch):
+    """Where the products of dense layers are kept, so is what the kernels gave."""
+    monkeypatch.setattr(cudnn.fused, "check_cudnn_version", lambda: 91000)
+    params = jax.eval_shape(lambda key: transformer.init(MODEL, key), jax.random.key(0))
+    prompt_PQ, completion_PGC = jnp.ones((2, 8), jnp.int32), jnp.ones((2, 2, 6), jnp.int32)
+
+    def calls(remat: str) -> list[str]:
+        def total(params):
+            hidden = transformer.score(
+                params, MODEL, prompt_PQ, jnp.full(2, 8), completion_PGC,
+                dtype=jnp.bfloat16, remat=remat, kernels=cudnn.Cudnn(),
+            )  # fmt: skip
+            return hidden.astype(jnp.float32).sum()
+
+        traced = jax.jit(jax.grad(total)).trace(params)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        return [line.split("@")[1].split("(")[0] for line in text.splitlines() if "fmha" in line]
+
+    for remat, times in (("none", 1), ("dots", 1), ("full", 2)):
+        names = [name.strip('"') for name in calls(remat)]
+        assert names.count("__cudnn$fmhaSoftmax") == 3 * times
+        assert names.count("__cudnn$fmhaSoftmaxBackward") == 3
 
 
 def compare_on_a_gpu() -> None:

@@ -14,7 +14,8 @@ from jax._src.literals import TypedInt
 
 from grpo_jax import keys
 from grpo_jax.models import attention, transformer
-from grpo_jax.models.paged import PAGE, Paged, choose
+from grpo_jax.models.kernels import choose_decoding
+from grpo_jax.models.paged import PAGE, Paged
 from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Sampling
@@ -101,7 +102,7 @@ def test_the_choice():
     def choice(model=tiny.MODEL, platform="tpu", option="ragged", cache="same", tensor=1):
         devices = np.array([SimpleNamespace(platform=platform)])
         mesh = SimpleNamespace(devices=devices, shape={"tensor": tensor})
-        return choose(option, cache, model, mesh)
+        return choose_decoding(option, cache, model, mesh)
 
     assert choice(MODEL) == Paged()
     assert choice(option="xla", cache="int8", platform="cpu") == attention.Ring(int8=True)

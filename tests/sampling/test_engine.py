@@ -298,6 +298,17 @@ def test_a_longer_padding_changes_nothing(params, unstoppable, whole):
     np.testing.assert_array_equal(got.completion_PGC[:5], want.completion_PGC[:5])
 
 
+@pytest.mark.parametrize(
+    "changes", [{"join_qkv": True}, {"steps": 4}, {"steps": 3, "join_qkv": True}]
+)
+@pytest.mark.parametrize("num_slots", [0, 8])
+def test_how_a_device_decodes_does_not_change_the_completions(whole, params, num_slots, changes):
+    """Products joined, and several tokens between two looks at whether the host is needed."""
+    plain = engine(num_slots)
+    ours = Engine(dataclasses.replace(plain.decoder, **changes), num_slots=num_slots)
+    assert_same(generate(ours, params), whole, params)
+
+
 def in_int8(num_slots=0, compact=True, weights="int8", cache="int8", mesh=None) -> Engine:
     decoder = Decoder(
         tiny.MODEL,
