@@ -19,7 +19,10 @@ def measured_flops(dtype: str, repeats: int = 20) -> float:
     if jax.default_backend() != "cpu":
         sizes = [(4096, 4096, 4096), (8192, 8192, 8192)]
     for m, k, n in sizes:
-        a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
+        # Of random numbers: zeros and ones take less power, and a GPU is faster on them.
+        a, b = (
+            jax.random.normal(jax.random.key(i), x, dtype) for i, x in ((0, (m, k)), (1, (k, n)))
+        )
         product = jax.jit(lambda a, b: a @ b)
         product(a, b).block_until_ready()
         for _ in range(repeats):
@@ -29,9 +32,10 @@ def measured_flops(dtype: str, repeats: int = 20) -> float:
     return best
 
 
-def measured_bandwidth(megabytes: int = 256, repeats: int = 20) -> float:
-    """Bytes per second of a copy, read and written ones."""
-    x = jnp.ones(megabytes << 18, jnp.float32)
+def measured_bandwidth(megabytes: int = 0, repeats: int = 20) -> float:
+    """Bytes per second of a copy, read and written ones; of far more than any cache holds."""
+    megabytes = megabytes or (256 if jax.default_backend() == "cpu" else 2048)
+    x = jax.random.normal(jax.random.key(0), (megabytes << 18,), jnp.float32)
     scale = jax.jit(lambda x: x * 1.5)
     scale(x).block_until_ready()
     best = 0.0

@@ -1,11 +1,12 @@
 """All that is measured on one GPU, in one call: `python benchmarks/gpu.py --part all --out DIR`.
 
-Part A tells what the machine is, compares its numbers with the CPU's, trains the quickstart, makes
-a table of a trace and times updates on sequences of 16,384 tokens, by cuDNN and by XLA. Part B
-times steps of 0.5B and 1.5B shapes, completions of full length and of mean 200, and PyTorch on the
-same shape. Part C times 7B and looks for the longest completion that can be trained on. A part ends
-within `--minutes` (25 in all): a piece that has no time left, or fails, is told as such. Pieces are
-processes of their own, so that each has the whole memory.
+Part A tells what the machine is, compares its numbers with the CPU's and its kernels with plain
+XLA, times the ways to attend in decoding, trains the quickstart and times updates on sequences of
+16,384 tokens. Part B times and traces steps of the 0.5B and 1.5B shapes, completions of full length
+and of mean 200, and PyTorch on the same shape. Part C times 7B and looks for the longest completion
+that can be trained on. A part ends within `--minutes` (25 in all): a piece that has no time left,
+or fails, is told as such, with what it had found. Pieces are processes of their own, so that each
+has the whole memory; `--pieces "step middle auto" ...` runs these alone.
 
 Writes DIR/gpu.json and, from it, DIR/gpu.md; what another part left there stays. `--shape tiny`
 runs every piece with a tiny network, on a CPU too, where no number means anything.
@@ -15,12 +16,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,30 +45,33 @@ KEPT = {"large": {"param_dtype": "bfloat16", "float32_copy": True, "moments": "i
 LONG = 16384  # tokens of a prompt and its completion
 MEAN = 200  # tokens, of the completions that are not of full length
 LIMIT_S = 270  # of a piece
+OUT = Path()  # where pieces leave files
+
+# Prompts of a microbatch: about as many tokens as leave room for what the backward pass keeps.
+MICROBATCH = {"small": 8, "middle": 4, "large": 2}
 
 # Name, and the arguments that it is called with.
 PIECES: dict[str, list[tuple[str, list[str]]]] = {
     "A": [
         ("environment", []),
+        ("parity", []),
         ("numerics", []),
+        ("decoding", ["middle"]),
         ("quickstart", []),
-        ("trace", ["small"]),
         ("sequence", ["long", "cudnn"]),
         ("sequence", ["long", "xla"]),
     ],
     "B": [
-        ("step", ["small", "full"]),
-        ("step", ["small", "spread"]),
-        ("step", ["middle", "full"]),
-        ("step", ["middle", "spread"]),
+        ("step", ["middle", "auto"]),
+        ("rollout", ["middle", "auto", "same", "4"]),
+        ("rollout", ["middle", "auto", "int8", "1"]),
+        ("step", ["small", "auto"]),
         ("torch", ["middle"]),
     ],
     "C": [
-        ("step", ["large", "full"]),
-        ("step", ["large", "spread"]),
+        ("step", ["large", "auto"]),
         ("longest", ["middle"]),
         ("longest", ["large"]),
-        ("trace", ["middle"]),
     ],
 }
 
@@ -76,13 +83,14 @@ def _work(size: str, tiny: bool, **changes: Any):
     if tiny:
         workload.SHAPES["tiny"] = workload.shape(2, 32, 4, 2, 8, 48, 64, True)
         return workload.Work(**TINY_SIZES | changes)
-    full = {"model": MODELS[size], "dtype": "bfloat16"}
+    full = {"model": MODELS[size], "dtype": "bfloat16", "attention": "cudnn"}
+    full["microbatch"] = MICROBATCH.get(size, 0)
     if size in ("long", "large"):
         full["remat"] = "full"
     return workload.Work(**full | SIZES | changes)
 
 
-# --- The pieces: each returns what goes into the JSON ---------------------------------------------
+# --- The pieces: each returns what goes into the JSON, or yields it as it grows -------------------
 
 
 def environment(tiny: bool) -> dict[str, Any]:
@@ -105,8 +113,6 @@ def environment(tiny: bool) -> dict[str, Any]:
 
 def numerics(tiny: bool) -> dict[str, Any]:
     """Relative differences of a small network on this device from the CPU's, in float32 there."""
-    import functools
-
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -146,7 +152,6 @@ def numerics(tiny: bool) -> dict[str, Any]:
     found = {}
     for name, dtype, precision in (
         ("float32, highest precision", jnp.float32, "highest"),
-        ("float32", jnp.float32, "default"),
         ("bfloat16", jnp.bfloat16, "default"),
     ):
         try:
@@ -174,14 +179,179 @@ def quickstart(tiny: bool) -> dict[str, Any]:
         return json.loads((Path(folder) / "summary.json").read_text())
 
 
-def step(size: str, lengths: str, tiny: bool) -> dict[str, Any]:
-    """Seconds of rollout, reference and update beside their floors, and the peak of memory."""
-    import timing
+def parity(tiny: bool) -> dict[str, Any]:
+    """Kernels of this device against plain XLA, by the tests that need one."""
+    found = {}
+    for test in () if tiny else ("test_cudnn.py", "test_streamed.py"):
+        file = HERE.parent / "tests" / "models" / test
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(file.parents[1])])}
+        done = subprocess.run(
+            [sys.executable, str(file)], env=env, capture_output=True, text=True, timeout=120
+        )
+        print(done.stdout, done.stderr, file=sys.stderr)
+        found[test] = (done.stderr.strip().splitlines() or [""])[-1] if done.returncode else "equal"
+    return found
 
-    mean = {"full": 0, "spread": 3 if tiny else MEAN}[lengths]
-    return timing.measure(
-        _work(size, tiny, mean_tokens=mean), ("rollout", "prepare", "update"), steps=3
-    )
+
+def rollout(size: str, decoding: str, cache: str, steps: str, tiny: bool) -> dict[str, Any]:
+    """Tokens per second of rollouts of full length."""
+    import timing
+    import workload
+
+    kinds = {} if tiny else {"decoding": decoding, "cache": cache}
+    work = _work(size, tiny, decode_steps=int(steps), **kinds)
+    runner = workload.Step(work)
+    _, first = timing.timed(lambda: runner.rollout(0, mean=-4))
+    runner.rollout(0, mean=-4)
+    rollouts, seconds = timing.timed(lambda: runner.rollout(1))
+    tokens = int(rollouts.length_PG.sum())
+    return {"first_s": first, "seconds": seconds, "tokens_per_s": tokens / seconds}
+
+
+def decoding(size: str, tiny: bool) -> Iterator[dict[str, Any]]:
+    """Microseconds of one layer's attention for a token of each lane, and the cache's GB/s."""
+    from grpo_jax.models import attention, streamed
+
+    kinds = {"xla": attention.Ring(), "xla, int8": attention.Ring(True)}
+    if not tiny:
+        kinds |= {"streamed": streamed.Streamed(), "streamed, int8": streamed.Streamed(True)}
+    yield from _decoding(_work(size, tiny), kinds)
+
+
+def _decoding(work: Any, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    model, limit = work.shape, work.completion_tokens
+    slots, lanes, prompt = work.prompts, work.group, work.prompt_tokens
+    heads, kv, width = model.num_heads, model.num_kv_heads, model.head_size
+    repeats, found = 50, {}
+    for name, kind in kinds.items():
+
+        @jax.jit
+        def begin(kind=kind):
+            keys = iter(jax.random.split(jax.random.key(0), 16))
+
+            def drawn(x):
+                y = jax.random.normal(next(keys), x.shape, jnp.float32)
+                return (100 * y if x.dtype == jnp.int8 else y).astype(x.dtype)
+
+            cache = kind.empty(slots, lanes, prompt, limit, kv, width, jnp.bfloat16)
+            qkv = [jnp.empty((slots, lanes, n, width), jnp.bfloat16) for n in (heads, kv, kv)]
+            return jax.tree.map(drawn, (cache, *qkv))
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def run(cache, q, k, v, last, kind=kind):
+            where = jnp.full(slots, prompt), jnp.full((slots, lanes), last)
+            live = jnp.ones((slots, lanes), bool)
+
+            def one(i, carry):
+                q, cache = carry
+                out, cache = kind.extend(cache, q, k, v, *where, live, last, limit, None)
+                return out.astype(q.dtype), cache
+
+            return jax.lax.fori_loop(0, repeats, one, (q, cache))
+
+        (cache, *qkv), rows = begin(), {}
+        for last in (limit // 8 - 1, limit // 2 - 1, limit - 1):
+            seconds = []
+            for _ in range(3):
+                began = time.perf_counter()
+                _, cache = jax.block_until_ready(run(cache, *qkv, np.int32(last)))
+                seconds.append((time.perf_counter() - began) / repeats)
+            read = 2 * slots * kv * width * (lanes * (last + 1) + prompt) * (2 - kind.int8)
+            best = min(seconds)
+            rows[f"{last + 1} tokens"] = {"us": 1e6 * best, "gb_per_s": read / best / 1e9}
+        found[name] = rows
+        yield found
+
+
+def step(size: str, decoding: str, tiny: bool) -> Iterator[dict[str, Any]]:
+    """Each phase beside its floor, completions of full length and of a mean, and traces of it."""
+    import jax
+    import timing
+    import workload
+
+    from grpo_jax import chips, floor, memory
+
+    mean = 3 if tiny else MEAN
+    work = _work(size, tiny, **{} if tiny else {"decoding": decoding})
+    runner, began = workload.Step(work), time.monotonic()
+    found: dict[str, Any] = {"work": dataclasses.asdict(work)}
+    found["environment"] = timing.environment()
+    rates = chips.chip(jax.devices()[0].device_kind)
+    table, experience = timing.Phases(work), None
+    for name, tokens, brief in (("full", 0, -4), ("spread", mean, 2 if tiny else 8)):
+        for _ in range(2):
+            runner.rollout(0, mean=brief)  # compiles
+        first, table = time.monotonic() - began, table.begun()
+        rollouts, seconds = timing.timed(lambda n=tokens: runner.rollout(1, mean=n))
+        lengths = rollouts.prompt_length_P, rollouts.length_PG
+        itemsize = jax.numpy.dtype(work.dtype).itemsize
+        table.add("rollout", seconds, floor.rollout(work.shape, *lengths, itemsize))
+        forward, number = floor.forward(work.shape, *lengths), int(rollouts.length_PG.sum())
+        done = found[name] = {"completion_tokens": number, "rollout_tokens_per_s": number / seconds}
+        done["first_rollouts_s"] = first
+        found[name] |= table.medians(number) | {"work": None}
+        yield found
+        for phase, call, times in (
+            ("prepare", lambda r=rollouts: runner.prepare(r), 1),
+            ("update", lambda: runner.update(experience), 3),  # noqa: B023
+        ):
+            value, first = timing.timed(call)  # compiles
+            done[f"first_{phase}_s"] = first
+            value, seconds = timing.timed(call)
+            experience = value if phase == "prepare" else experience
+            table.add(phase, seconds, forward.times(times))
+            if rates:
+                flops = forward.flops * times
+                done[f"{phase}_mfu"] = flops / seconds / rates.bf16_flops
+            done |= table.medians(number) | {"work": None}
+            yield found
+        began = time.monotonic()
+        if name == "full":
+            at_once = rollouts, experience
+    found["memory"] = memory.usage()
+    yield found
+    yield found | {"traces": _traces(runner, *at_once)}
+
+
+def trace(size: str, decoding: str, tiny: bool) -> dict[str, Any]:
+    """The longest operations of each phase, completions of full length."""
+    import workload
+
+    runner = workload.Step(_work(size, tiny, **{} if tiny else {"decoding": decoding}))
+    rollouts = runner.rollout(1)
+    experience = runner.prepare(rollouts)
+    runner.update(experience)
+    return {"traces": _traces(runner, rollouts, experience)}
+
+
+def _traces(runner: Any, rollouts: Any, experience: Any) -> list[dict[str, Any]]:
+    """The longest operations of 32 tokens of a rollout, of the reference and of an update."""
+    import gzip
+    import tempfile
+
+    import jax
+
+    from grpo_jax import profile
+
+    rows = []
+    for name, call in (
+        ("rollout", lambda: runner.rollout(2, mean=-32)),
+        ("prepare", lambda: runner.prepare(rollouts)),
+        ("update", lambda: runner.update(experience)),
+    ):
+        call()
+        with tempfile.TemporaryDirectory() as folder:
+            # Begun while the device works, a trace can end the program on it.
+            with jax.profiler.trace(folder):
+                call()
+            trace = profile.newest_trace(Path(folder))
+            (OUT / f"{name}.xplane.pb.gz").write_bytes(gzip.compress(trace.read_bytes()))
+            rows += profile.rows(profile.operations(trace), top=15)
+    return rows
 
 
 def longest(size: str, tiny: bool) -> dict[str, Any]:
@@ -248,24 +418,6 @@ def _one_update(work: Any) -> dict[str, Any]:
     return found | {"tokens_per_s": trained / seconds} | memory.usage()
 
 
-def trace(size: str, tiny: bool) -> list[dict[str, Any]]:
-    """The ten longest operations of rollout, reference and update, completions of 128 tokens."""
-    import tempfile
-
-    import workload
-
-    from grpo_jax import profile
-    from grpo_jax.phases import Trace
-
-    runner = workload.Step(_work(size, tiny, **{} if tiny else {"completion_tokens": 128}))
-    with tempfile.TemporaryDirectory() as folder, Trace(Path(folder), (2, 2)) as traced:
-        for n in (1, 2, 3):
-            traced.begin(n, lambda: None)  # a step ends when its update has
-            if n < 3:
-                runner.update(runner.prepare(runner.rollout(n)))
-        return profile.rows(profile.operations(profile.newest_trace(Path(folder))), top=10)
-
-
 def torch(size: str, tiny: bool) -> dict[str, Any]:
     import torch_step
 
@@ -275,11 +427,13 @@ def torch(size: str, tiny: bool) -> dict[str, Any]:
 # --- The run --------------------------------------------------------------------------------------
 
 
-def run(part: str, out: Path, tiny: bool, minutes: float) -> dict[str, Any]:
-    """Runs the pieces of a part; returns and writes everything measured so far."""
+def run(
+    pieces: list[tuple[str, list[str]]], out: Path, tiny: bool, minutes: float
+) -> dict[str, Any]:
+    """Runs some pieces; returns and writes everything measured so far."""
     file, ends = out / "gpu.json", time.monotonic() + 60 * minutes
     found = json.loads(file.read_text()) if file.exists() else {}
-    for name, arguments in PIECES[part]:
+    for name, arguments in pieces:
         title = " ".join([name, *arguments])
         left = min(LIMIT_S, ends - time.monotonic())
         print(f"{title} ...", file=sys.stderr, flush=True)
@@ -298,30 +452,42 @@ def _piece(name: str, arguments: list[str], out: Path, tiny: bool, left_s: float
     command += ["--shape", "tiny"] * tiny
     # Most of the memory from the start, as launch/gpu.sh has it.
     env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".92"} | os.environ
-    try:
-        with log.open("w") as errors:
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=left_s, env=env
-            )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {left_s:.0f} s"}
-    if done.returncode:
-        return {"failed": (log.read_text().strip().splitlines() or ["no message"])[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+    failed, printed = {}, log.with_suffix(".json")
+    with log.open("w") as errors, printed.open("w") as output:
+        try:
+            done = subprocess.run(command, stdout=output, stderr=errors, timeout=left_s, env=env)
+        except subprocess.TimeoutExpired:
+            failed = {"failed": f"not done after {left_s:.0f} s"}
+        else:
+            if done.returncode:
+                failed = {"failed": _message(log.read_text())}
+    lines = printed.read_text().splitlines()
+    printed.unlink()
+    return (json.loads(lines[-1]) if lines else {}) | failed
+
+
+def _message(log: str) -> str:
+    """The last line that begins with an error's name, or the last one."""
+    lines = log.strip().splitlines() or ["no message"]
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|OutOfMemory)\b", line)]
+    return (errors or lines)[-1]
 
 
 def table(found: dict[str, Any]) -> str:
     """The measurements as Markdown."""
     forms: dict[str, Callable[[Any], list[str]]] = {
         "step": _step_lines, "trace": _trace_lines, "longest": _longest_lines,
+        "decoding": _decoding_lines,
     }  # fmt: skip
     lines = ["# One GPU", ""]
     for title, value in found.items():
         lines += [f"## {title}", ""]
         if "failed" in value:
             lines += [f"Failed: {value['failed']}", ""]
-            continue
-        lines += [*forms.get(title.split()[0], _plain_lines)(value), ""]
+        try:
+            lines += [*forms.get(title.split()[0], _plain_lines)(value), ""]
+        except (KeyError, IndexError, AttributeError, TypeError):
+            lines += [json.dumps(value), ""]  # it failed before there was as much
     return "\n".join(lines)
 
 
@@ -335,21 +501,43 @@ def _plain_lines(value: dict[str, Any]) -> list[str]:
 
 
 def _step_lines(value: dict[str, Any]) -> list[str]:
-    names = ["phase", "seconds", "floor", "share"]
+    lines = []
+    for name in ("full", "spread"):
+        if name not in value:
+            continue
+        done = value[name]
+        rows = [
+            [
+                phase,
+                row["seconds"],
+                row["floor_seconds"],
+                f"{row['share']:.0%}",
+                done.get(f"{phase}_mfu", ""),
+            ]
+            for phase, row in done["phases"].items()
+        ]
+        lines += ["", f"### {name}: {done['completion_tokens']:,} completion tokens", ""]
+        lines += _grid(["phase", "seconds", "floor", "share", "MFU"], rows)
+        lines += ["", f"rollout {done['rollout_tokens_per_s']:,.0f} tokens per second"]
+        first = [f"{key} {done[key]:.1f}" for key in done if key.startswith("first_")]
+        lines += ["Compiling too: " + ", ".join(first)]
+        lines += [", ".join(f"{n} {gib:.1f}" for n, gib in done["memory"].items())]
+    return [*lines, "", *_trace_lines(value)]
+
+
+def _decoding_lines(value: dict[str, Any]) -> list[str]:
     rows = [
-        [name, row["seconds"], row["floor_seconds"], f"{row['share']:.0%}"]
-        for name, row in value["phases"].items()
+        [name, tokens, row["us"], row["gb_per_s"]]
+        for name, by_tokens in value.items()
+        for tokens, row in by_tokens.items()
     ]
-    speed = f"{value['completion_tokens_per_s']:,.0f} completion tokens per second"
-    memory = ", ".join(f"{name} {gib:.1f}" for name, gib in value["memory"].items())
-    return [*_grid(names, rows), "", f"{speed}; {memory}"]
+    return _grid(["attention", "up to", "us", "GB/s"], rows)
 
 
-def _trace_lines(value: list[dict[str, Any]]) -> list[str]:
+def _trace_lines(value: dict[str, Any]) -> list[str]:
     rows = [
         [r["phase"], r["name"], r["part"], r["calls"], 1e3 * r["seconds"], f"{r['share']:.1%}"]
-        for r in value
-        if r["phase"] != "other"
+        for r in value.get("traces", [])
     ]
     return _grid(["phase", "operation", "part", "calls", "ms", "share"], rows)
 
@@ -368,16 +556,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of gpu.json and gpu.md")
     parser.add_argument("--shape", choices=["full", "tiny"], default="full")
     parser.add_argument("--minutes", type=float, default=8.3, help="of each part")
+    parser.add_argument("--pieces", nargs="+", help="these alone, such as 'step middle streamed'")
     parser.add_argument("--piece", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tiny = args.shape == "tiny"
     if args.piece:
         name, *arguments = args.piece
-        print(json.dumps(globals()[name](*arguments, tiny=tiny)))
+        globals()["OUT"] = args.out
+        found = globals()[name](*arguments, tiny=tiny)
+        for so_far in found if inspect.isgenerator(found) else [found]:
+            print(json.dumps(so_far), flush=True)
         return
-    for part in PIECES if args.part == "all" else [args.part]:
-        found = run(part, args.out, tiny, args.minutes)
+    parts = list(PIECES.values()) if args.part == "all" else [PIECES[args.part]]
+    if args.pieces:
+        parts = [[(name, rest) for name, *rest in map(str.split, args.pieces)]]
+    for pieces in parts:
+        found = run(pieces, args.out, tiny, args.minutes)
     print(table(found))
 
 

@@ -99,7 +99,11 @@ def serve_trl(folder: str, case: str, threads: int) -> None:
         key = keys.key_for(0, "rollout", lengths["step"])
         rows = np.arange(ids.shape[0])
         row_keys = jax.vmap(lambda r: jax.random.fold_in(key, r))(rows)
-        length_B = np.asarray(workload.lengths_of(jax.random.key_data(row_keys), work))
+        length_B = np.asarray(
+            workload.lengths_of(
+                jax.random.key_data(row_keys), work.completion_tokens, work.mean_tokens
+            )
+        )
         processor = EndAtLength(ids.shape[1], length_B)
         began = time.perf_counter()
         out = generate(*args, **kwargs, logits_processor=[processor])

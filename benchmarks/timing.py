@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import datetime
 import json
@@ -72,6 +73,12 @@ class Phases:
         self.seconds: dict[str, list[float]] = {}
         self.floor: dict[str, list[float]] = {}
         self.products: dict[str, list[float]] = {}
+
+    def begun(self) -> Phases:
+        """An empty table of the same rates."""
+        new = copy.copy(self)
+        new.seconds, new.floor, new.products = {}, {}, {}
+        return new
 
     def add(self, name: str, seconds: float, work: floor.Work) -> None:
         self.seconds.setdefault(name, []).append(seconds)

@@ -14,7 +14,7 @@ from typing import Any
 from workload import Work
 
 
-def measure(work: Work, steps: int = 2, microbatch: int = 8) -> dict[str, Any]:
+def measure(work: Work, steps: int = 1, microbatch: int = 8) -> dict[str, Any]:
     """Seconds of rollout, reference and update, medians of `steps`, and the peak of memory, GiB."""
     import torch
     import transformers
@@ -39,13 +39,23 @@ def measure(work: Work, steps: int = 2, microbatch: int = 8) -> dict[str, Any]:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def rollout(prompt):
+    class Early(transformers.StoppingCriteria):
+        """Ends all rows after so many tokens in all."""
+
+        def __init__(self, tokens: int):
+            self.tokens = tokens
+
+        def __call__(self, ids, scores, **kwargs):
+            return torch.full((len(ids),), ids.shape[1] >= self.tokens, device=ids.device)
+
+    def rollout(prompt, early: int = 0):
         net.eval()
         with torch.no_grad():
             return net.generate(
                 prompt, attention_mask=torch.ones_like(prompt), do_sample=True, top_k=0,
                 max_new_tokens=work.completion_tokens, min_new_tokens=work.completion_tokens,
                 cache_implementation="static", pad_token_id=0,
+                stopping_criteria=[Early(prompt.shape[1] + early)] if early else None,
             )  # fmt: skip
 
     def logp(net, ids):
@@ -72,7 +82,12 @@ def measure(work: Work, steps: int = 2, microbatch: int = 8) -> dict[str, Any]:
 
     seconds: dict[str, list[float]] = {"rollout": [], "prepare": [], "update": []}
     shape = (work.prompts, work.prompt_tokens)
-    for n in range(steps + 1):  # the first warms up
+    began = wait()
+    prompt = torch.randint(2, model.vocab_size, shape, device=device)
+    for _ in range(2):  # compiles, and captures what it compiled
+        rollout(prompt.repeat_interleave(work.group, 0), early=4)
+    found: dict[str, Any] = {"first_rollouts_s": wait() - began}
+    for _ in range(steps):
         prompt = torch.randint(2, model.vocab_size, shape, device=device)
         times = [wait()]
         ids = rollout(prompt.repeat_interleave(work.group, 0))
@@ -82,10 +97,9 @@ def measure(work: Work, steps: int = 2, microbatch: int = 8) -> dict[str, Any]:
         update(ids, ref, torch.randn(rows, 1, device=device))
         times.append(wait())
         for name, begin, end in zip(seconds, times, times[1:]):
-            if n:
-                seconds[name].append(end - begin)
-    found = {name: statistics.median(values) for name, values in seconds.items()}
-    found["step"] = sum(found.values())
+            seconds[name].append(end - begin)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    found |= medians | {"step": sum(medians.values())}
     found["completion_tokens_per_s"] = rows * work.completion_tokens / found["step"]
     if device == "cuda":
         found["memory_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30

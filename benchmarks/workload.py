@@ -2,7 +2,9 @@
 
 Everything but the lengths of completions is what `grpo_jax.train` runs. Lengths are forced, so that
 two programs, or two versions of one, do the same work: the stop token is impossible before a
-completion's length and certain at it. A length is drawn from the completion's own random key.
+completion's length and certain at it. A length is drawn from the completion's own random key, and
+the mean of lengths is told to the programs in the temperature's last bits, so that the same ones
+serve all.
 """
 
 from __future__ import annotations
@@ -20,10 +22,12 @@ from grpo_jax import keys, parts, program, sharding
 from grpo_jax.algorithm import update as update_lib
 from grpo_jax.models import transformer
 from grpo_jax.sampling import decode
+from grpo_jax.sampling import engine as engine_lib
 from grpo_jax.structs import ModelConfig, Rollouts
 
 STOP = 1
 _LENGTH_FOLD = 2**31 - 1  # no token stands there: the fold that a completion's length comes from
+_MEAN_BIT = 2.0**-20  # of the temperature: a mean of m tokens makes it 1 + m * 2 ** -20
 
 
 def shape(layers, width, heads, kv, size, mlp, vocab, tied, family="qwen2") -> ModelConfig:
@@ -59,10 +63,14 @@ class Work:
     microbatch: int = 0  # prompts; 0: as the program chooses
     remat: str = "dots"
     attention: str = "auto"
+    decoding: str = "xla"  # its attention
+    cache: str = "same"
+    decode_steps: int = 1  # tokens between two looks of the device at whether the host is needed
     param_dtype: str = "float32"
     moments: str = "float32"
     float32_copy: bool = False
     offload: bool = False
+    compact: bool = True
 
     @property
     def shape(self) -> ModelConfig:
@@ -74,6 +82,8 @@ class Work:
         config.batch.prompts, config.batch.group = self.prompts, self.group
         config.batch.microbatch = self.microbatch
         config.rollout.max_tokens = self.completion_tokens
+        config.rollout.compact, config.rollout.cache = self.compact, self.cache
+        config.rollout.attention = self.decoding
         config.algorithm.kl_coef = 0.04 * self.kl
         config.model.dtype, config.model.param_dtype = self.dtype, self.param_dtype
         config.model.remat, config.model.attention = self.remat, self.attention
@@ -82,19 +92,21 @@ class Work:
         return config
 
 
-def lengths_of(key_B2: Any, work: Work) -> Any:
-    """The forced length of each completion, int32 [B], from its key's data uint32 [B, 2]."""
-    limit, mean = work.completion_tokens, work.mean_tokens
-    if not mean:
-        return jnp.full(key_B2.shape[0], limit, jnp.int32)
+def lengths_of(key_B2: Any, limit: int, mean: Any) -> Any:
+    """The forced length of each completion, int32 [B], from its key's data uint32 [B, 2].
+
+    Geometric of that mean, from 1 and cut at the limit; all at the limit for a mean of 0, all of n
+    tokens for one of -n.
+    """
 
     def uniform(key_2):
         key = jax.random.wrap_key_data(key_2, impl="threefry2x32")
         return jax.random.uniform(jax.random.fold_in(key, _LENGTH_FOLD))
 
-    u_B = jax.vmap(uniform)(key_B2)
-    length_B = 1 + jnp.floor(jnp.log1p(-u_B) / np.log1p(-1.0 / mean))  # geometric, from 1
-    return jnp.clip(length_B, 1, limit).astype(jnp.int32)
+    u_B, mean = jax.vmap(uniform)(key_B2), jnp.float32(mean)
+    length_B = 1 + jnp.floor(jnp.log1p(-u_B) / jnp.log1p(-1.0 / jnp.maximum(mean, 1.5)))
+    alike = jnp.where(mean == 0, limit, -mean)
+    return jnp.where(mean > 0, jnp.clip(length_B, 1, limit), alike).astype(jnp.int32)
 
 
 def force_lengths(work: Work) -> None:
@@ -102,7 +114,8 @@ def force_lengths(work: Work) -> None:
     original = decode.logits_lib.weighed
 
     def choose(decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature):
-        length_B = lengths_of(key_RW2.reshape(-1, 2), work)
+        mean = jnp.round((temperature - 1) / _MEAN_BIT)
+        length_B = lengths_of(key_RW2.reshape(-1, 2), work.completion_tokens, mean)
         ends_B = time_RW.reshape(-1) + 1 >= length_B
 
         def forced(logits, sampling, **more):
@@ -137,6 +150,9 @@ class Step:
         config, model = work.config(), work.shape
         force_lengths(work)
         self.engine = parts.make_engine(config, model, (STOP,), mesh)
+        if work.decode_steps > 1:
+            decoder = dataclasses.replace(self.engine.decoder, steps=work.decode_steps)
+            self.engine = engine_lib.Engine(decoder, num_slots=self.engine.num_slots)
         learner = parts.make_learner(config, model, mesh)
         self._prepare, self._update = learner.prepare, learner.update
         if params is None:
@@ -161,10 +177,12 @@ class Step:
         shape = (self.work.prompts, self.work.prompt_tokens)
         return rng.integers(2, self.work.shape.vocab_size, shape).tolist()
 
-    def rollout(self, n: int) -> Rollouts:
+    def rollout(self, n: int, mean: int | None = None) -> Rollouts:
+        """Step n's rollouts; `mean` overrides the work's mean length."""
+        mean = self.work.mean_tokens if mean is None else mean
         return self.engine.generate(
             self.engine.publish(self.state.params), self.prompts(n), group=self.work.group,
-            key=keys.key_for(0, "rollout", n), temperature=1.0,
+            key=keys.key_for(0, "rollout", n), temperature=1 + mean * _MEAN_BIT,
         )  # fmt: skip
 
     def prepare(self, rollouts: Rollouts):
