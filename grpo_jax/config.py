@@ -36,7 +36,7 @@ def default() -> ConfigDict:
     # in supervised training, "auto" is "dots"
     c.model.remat = "dots"
     # In scoring and training: "xla", or the kernels "splash" of TPUs or "cudnn" of NVIDIA GPUs, or
-    # "auto", on TPUs theirs where they can be had
+    # "auto", theirs where they can be had
     c.model.attention = "auto"
     c.model.offload_reference = False  # to host memory, but while it scores
     c.model.num_layers = 2  # shape of a new model (Qwen2), read when model.path is ""

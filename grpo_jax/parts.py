@@ -324,7 +324,11 @@ def make_engine(
         weights="same" if exact else rollout.weights,
         join_qkv=sharding.is_gpu(mesh) and mesh.shape["tensor"] == 1,
         caching=kernels.choose_decoding(
-            rollout.attention, "same" if exact else rollout.cache, model, mesh
+            rollout.attention,
+            "same" if exact else rollout.cache,
+            model,
+            mesh,
+            jnp.dtype(config.model.dtype),
         ),
     )
     return Engine(

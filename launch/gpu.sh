@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains on the GPUs of one machine:  launch/gpu.sh --config configs/qwen_jsonl.py [--config.NAME=VALUE ...]
 #
-# A flag that is set already is left as it is. None of these was measured with this trainer yet:
-# they follow what XLA's documentation and its issues say of them.
+# A flag that is set already is left as it is. Those for several GPUs were not measured with this
+# trainer: they follow what XLA's documentation and its issues say of them.
 set -eu
 
 # Most of the memory for JAX from the start: growing step by step fragments it. The rest is for
@@ -28,9 +28,9 @@ flag xla_gpu_enable_pipelined_reduce_scatter true
 flag xla_gpu_enable_pipelined_all_reduce true
 
 # Left at XLA's own choice:
-#   xla_gpu_enable_command_buffer=+WHILE would replay the whole loop over tokens as one CUDA graph, in
-#     place of one for each token. It crashed at the second run until January 2026 (openxla/xla
-#     issue 35760). Graphs of what stands inside the loop are on by default.
+#   xla_gpu_enable_command_buffer=+WHILE replays the whole loop over tokens as one CUDA graph, in
+#     place of one for each token: 0.97 of the speed on an H200 (benchmarks/RESULTS.md). Graphs of
+#     what stands inside the loop are on by default.
 #   xla_gpu_enable_triton_gemm is on by default; cuBLAS alone was slower for others.
 #   xla_gpu_deterministic_ops=true makes runs repeatable bit for bit on one kind of GPU, and slower.
 

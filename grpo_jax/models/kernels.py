@@ -24,7 +24,7 @@ def choose(option: str, model: ModelConfig, mesh: Mesh, dtype: Any) -> Any:
     return splash.choose(option, model, mesh)
 
 
-def choose_decoding(option: str, cache: str, model: ModelConfig, mesh: Mesh) -> Any:
+def choose_decoding(option: str, cache: str, model: ModelConfig, mesh: Mesh, dtype: Any) -> Any:
     """How `config.rollout.attention` keeps the cache, of `config.rollout.cache`, and attends to it.
 
     "auto" takes the streamed kernel where it can be had. Raises ValueError where what is named
@@ -35,7 +35,7 @@ def choose_decoding(option: str, cache: str, model: ModelConfig, mesh: Mesh) -> 
     if option == "ragged":
         obstacle = paged.obstacle(cache, model, mesh)
     elif option != "xla":
-        obstacle = streamed.obstacle(model, mesh)
+        obstacle = streamed.obstacle(model, mesh, dtype)
     if option == "xla" or (option == "auto" and obstacle):
         return attention.Ring(int8)
     if obstacle:

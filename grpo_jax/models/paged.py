@@ -18,7 +18,6 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as kernel_lib
 from jax.sharding import Mesh
 
-from grpo_jax.models import attention
 from grpo_jax.structs import Array, ModelConfig
 
 PAGE = 16  # positions; the engine pads prompts to a multiple of it

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,7 +31,7 @@ _LEAST, _MOST = 16, 64  # queries of a program
 _HIDDEN = -1e30
 
 
-def obstacle(model: ModelConfig, mesh: Mesh) -> str:
+def obstacle(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
     """Why the kernel cannot be had, or nothing."""
     if not sharding.is_gpu(mesh):
         return f"it is for NVIDIA GPUs, and the devices are {mesh.devices.flat[0].platform}s"
@@ -44,6 +43,12 @@ def obstacle(model: ModelConfig, mesh: Mesh) -> str:
         return "the model has sliding windows"
     if model.head_size not in (32, 64, 128, 256):
         return f"the heads are of size {model.head_size}, and it takes 32, 64, 128 or 256"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"it takes bfloat16, and model.dtype is {jnp.dtype(dtype)}"
+    try:
+        _triton()
+    except ImportError:
+        return f"JAX {jax.__version__} has no Pallas for Triton"
     return ""
 
 
@@ -137,57 +142,52 @@ def _attend(
     """
     slots, lanes, heads, queries, size = q_RWKnH.shape
     of_lanes = after is not None
-    together = 1  # lanes of a program
-    rows = _power_of_two(queries)
+    rows, together = _power_of_two(queries), 1  # queries of a lane, and lanes of a program
     if not of_lanes:
         together = min(_power_of_two(lanes), max(1, _MOST // rows))
     rows = max(rows, _LEAST // together)
     kept = [x for y in (k, v) for x in ((y.codes, y.scale) if isinstance(y, Int8) else (y,))]
-    positions = kept[-1].shape[2 + of_lanes] if not isinstance(v, Int8) else kept[-1].shape[-1]
-    block = next(b for b in _BLOCKS if positions % b == 0)
-    lane = None if of_lanes else together
+    positions = kept[0].shape[-2]
 
-    def spec(block_shape: tuple[int | None, ...], place: Callable) -> pl.BlockSpec:
-        return pl.BlockSpec(block_shape, place)
+    def by_query(*end: int) -> pl.BlockSpec:
+        lane, zeros = None if of_lanes else together, (0,) * len(end)
+        return pl.BlockSpec((None, lane, None, rows, *end), lambda r, w, h: (r, w, h, 0, *zeros))
 
-    by_query = lambda *end: spec(  # noqa: E731
-        (None, lane, None, rows, *end), lambda r, w, h: (r, w, h, 0, *(0,) * len(end))
-    )
-    if of_lanes:
-        by_key = (
-            lambda x: spec(  # noqa: E731
-                (None, None, None, *x.shape[3:]), lambda r, w, h: (r, h, w, *(0,) * (x.ndim - 3))
-            )
+    def by_key(x: Array) -> pl.BlockSpec:
+        lead = 3 if of_lanes else 2
+        rest, zeros = x.shape[lead:], (0,) * (x.ndim - lead)
+        return pl.BlockSpec(
+            (None,) * lead + rest, lambda r, w, h: ((r, h, w) if of_lanes else (r, h)) + zeros
         )
-        ranges = spec((None, None, 2), lambda r, w, h: (r, w, 0))
-    else:
-        by_key = (
-            lambda x: spec(  # noqa: E731
-                (None, None, *x.shape[2:]), lambda r, w, h: (r, h, *(0,) * (x.ndim - 2))
-            )
-        )
-        ranges = spec((None, None, 2), lambda r, w, h: (r, 0, 0))
-    there = (queries,) if of_lanes else (lanes, queries)
+
+    ranges = pl.BlockSpec((None, None, 2), lambda r, w, h: (r, w if of_lanes else 0, 0))
+    outs = [(by_query(size), q_RWKnH.shape), (by_query(), q_RWKnH.shape[:-1])]
+    outs = outs[: 1 if of_lanes else 2]
     dtype = q_RWKnH.dtype if of_lanes else jnp.float32
-    out_like = jax.ShapeDtypeStruct(q_RWKnH.shape, dtype)
-    lse_like = jax.ShapeDtypeStruct(q_RWKnH.shape[:-1], jnp.float32)
     options: dict[str, Any] = {"interpret": True}
     if not interpret:
         triton = _triton().CompilerParams(num_warps=_WARPS, num_stages=_STAGES)
         options = {"compiler_params": triton}
-    return pl.pallas_call(
-        functools.partial(_kernel, there=there, block=block, limit=limit, int8=isinstance(k, Int8)),
+    found = pl.pallas_call(
+        functools.partial(
+            _kernel,
+            there=(queries,) if of_lanes else (lanes, queries),
+            block=next(b for b in _BLOCKS if positions % b == 0),
+            limit=limit,
+            int8=isinstance(k, Int8),
+        ),
         grid=(slots, -(-lanes // together), heads),
         in_specs=[
             *(ranges, by_query(size)),
             *map(by_key, kept),
             *((by_query(size), by_query()) if of_lanes else ()),
         ],
-        out_specs=by_query(size) if of_lanes else [by_query(size), by_query()],
-        out_shape=out_like if of_lanes else [out_like, lse_like],
+        out_specs=[spec for spec, _ in outs],
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _, shape in outs],
         name="attend",
         **options,
     )(range_RX2.astype(jnp.int32), q_RWKnH, *kept, *(after or ()))
+    return found[0] if of_lanes else tuple(found)
 
 
 def _power_of_two(number: int) -> int:

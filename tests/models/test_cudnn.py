@@ -163,14 +163,16 @@ def test_on_a_gpu():
 
 
 def test_the_choice(monkeypatch):
-    def choice(platform="gpu", model=tiny.MODEL, dtype=jnp.bfloat16):
+    def choice(platform="gpu", model=tiny.MODEL, dtype=jnp.bfloat16, option="cudnn"):
         mesh = SimpleNamespace(
             devices=np.array([SimpleNamespace(platform=platform)]),
             shape={"tensor": 1, "sequence": 1},
         )
-        return kernels.choose("cudnn", model, mesh, dtype)
+        return kernels.choose(option, model, mesh, dtype)
 
     assert isinstance(choice(), cudnn.Cudnn) and not choice().shares_lanes
+    assert isinstance(choice(option="auto"), cudnn.Cudnn)
+    assert choice(option="auto", dtype=jnp.float32) is attention
     for words, refused in (
         ("it is for GPUs", {"platform": "cpu"}),
         ("sliding windows", {"model": dataclasses.replace(tiny.MODEL, window_per_layer=(4, None))}),

@@ -102,7 +102,7 @@ def test_the_choice():
     def choice(model=tiny.MODEL, platform="tpu", option="ragged", cache="same", tensor=1):
         devices = np.array([SimpleNamespace(platform=platform)])
         mesh = SimpleNamespace(devices=devices, shape={"tensor": tensor})
-        return choose_decoding(option, cache, model, mesh)
+        return choose_decoding(option, cache, model, mesh, jnp.float32)
 
     assert choice(MODEL) == Paged()
     assert choice(option="xla", cache="int8", platform="cpu") == attention.Ring(int8=True)

@@ -89,18 +89,24 @@ def test_the_program_for_a_gpu_has_the_kernel():
 
 
 def test_the_choice():
-    def choice(platform="gpu", model=tiny.MODEL, tensor=1, cache="same"):
+    def choice(
+        platform="gpu", model=tiny.MODEL, tensor=1, cache="same", dtype=jnp.bfloat16,
+        option="streamed",
+    ):  # fmt: skip
         devices = np.array([SimpleNamespace(platform=platform)])
         mesh = SimpleNamespace(devices=devices, shape={"tensor": tensor})
-        return choose_decoding("streamed", cache, model, mesh)
+        return choose_decoding(option, cache, model, mesh, dtype)
 
     model = dataclasses.replace(tiny.MODEL, head_size=64)
     assert choice(model=model, cache="int8") == Streamed(True)
+    assert choice(model=model, option="auto") == Streamed()
+    assert choice(model=model, option="auto", dtype=jnp.float32) == attention.Ring()
     for words, refused in (
         ("it is for NVIDIA GPUs", {"platform": "cpu"}),
         ("heads are of size 8", {}),
         ("sliding windows", {"model": dataclasses.replace(model, window_per_layer=(4, None))}),
         ("mesh.tensor = 2", {"model": model, "tensor": 2}),
+        ("it takes bfloat16", {"model": model, "dtype": jnp.float32}),
     ):
         with pytest.raises(ValueError, match=rf'rollout\.attention = "streamed": .*{words}.*"xla"'):
             choice(**refused)
