@@ -87,9 +87,10 @@ def watch(folder: Path, steps: int) -> list[dict[str, float]]:
     return looks
 
 
-def compare(folder: Path, looks: list[dict[str, float]], steps: int) -> dict[str, list[float]]:
+def compare(
+    rows: list[dict[str, float]], looks: list[dict[str, float]], steps: int
+) -> dict[str, list[float]]:
     """Each measure, in the second tenth of the steps and in the last."""
-    rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "reward" in row]
     spans = [(steps // 10, 2 * steps // 10), (steps - steps // 10, steps)]
 
     def both(of: Callable[[int, int], float]) -> list[float]:
@@ -111,6 +112,17 @@ def compare(folder: Path, looks: list[dict[str, float]], steps: int) -> dict[str
     return dict(sorted(found.items()))
 
 
+def by_tenth(
+    rows: list[dict[str, float]], looks: list[dict[str, float]], steps: int
+) -> dict[str, list[float]]:
+    """Medians of what a new program adds to, in each tenth of the steps."""
+    found = {}
+    for name, of in (("memory, MiB", looks), ("programs", rows)):
+        tenths = [[x[name] for x in of if x["step"] * 10 // steps == i] for i in range(10)]
+        found[name] = [float(np.median(tenth)) for tenth in tenths]
+    return found
+
+
 def main() -> None:
     """Prints the table; ends with status 1 where something grew."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -120,14 +132,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "run"
         looks = watch(folder, args.steps)
-        found = compare(folder, looks, args.steps)
+        rows = [row for row in read_jsonl(folder / "metrics.jsonl") if "reward" in row]
+        found = compare(rows, looks, args.steps)
     print(
         f"| {args.steps:,} steps | second tenth | last tenth | ratio |\n| --- | --- | --- | --- |"
     )
     for name, (before, after) in found.items():
         print(f"| {name} | {before:.4g} | {after:.4g} | {after / before:.3f} |")
+    tenths = by_tenth(looks, rows, args.steps)
+    for name, values in tenths.items():
+        print(f"{name} by tenths of the run: {', '.join(f'{x:.4g}' for x in values)}")
     if args.json:
-        args.json.write_text(json.dumps({"found": found, "looks": looks}) + "\n")
+        content = {"found": found, "tenths": tenths, "looks": looks}
+        args.json.write_text(json.dumps(content) + "\n")
     grown = [n for n, (before, after) in found.items() if after > LIMIT * before]
     if grown:
         sys.exit(f"grown: {', '.join(grown)}")

@@ -16,6 +16,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -89,6 +90,7 @@ class Engine:
         self.shards = sharding.num_slot_shards(decoder.mesh) * decoder.parts
         # (slots, lanes, prompt tokens) of a shard that were decoded: each is compiled once.
         self.shapes: set[tuple[int, int, int]] = set()
+        self._changed_parts: dict[Any, list[str]] = {}
         by_shard = functools.partial(sharding.by_slot_shard, decoder.mesh)
         with_decoder = lambda f: functools.partial(f, decoder)  # noqa: E731
 
@@ -147,8 +149,13 @@ class Engine:
 
     def changed_parts(self, params: Params) -> list[str]:
         """Names of the parts besides the layers that sampling cannot read where they are."""
-        like = self.published_like(params)
-        return [n for n in params if n != "layers" and not _is_like(params[n], like[n])]
+        rest = {name: part for name, part in params.items() if name != "layers"}
+        leaves, structure = jax.tree.flatten(rest)
+        kind = structure, tuple((x.dtype, x.sharding) for x in leaves)
+        if kind not in self._changed_parts:  # asked at every rollout, and traced for an answer
+            like = self.published_like(params)
+            self._changed_parts[kind] = [n for n in rest if not _is_like(rest[n], like[n])]
+        return self._changed_parts[kind]
 
     def published_like(self, params: Params) -> Params:
         """Shape, dtype and sharding of what `publish` gives, of arrays or their shapes."""
