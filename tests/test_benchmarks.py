@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,17 +15,33 @@ import gpu
 
 @pytest.mark.slow
 def test_a_piece_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "PIECES", {"A": [("lunch", []), ("step", ["small", "spread"])]})
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # a process of one device
-    found = gpu.run("A", tmp_path, tiny=True, minutes=5)
+    pieces = [("lunch", []), ("step", ["small", "auto"])]
+    found = gpu.run(pieces, tmp_path, tiny=True, minutes=5)
     assert found == json.loads((tmp_path / "gpu.json").read_text())
     assert found["lunch"] == {"failed": "KeyError: 'lunch'"}
-    step = found["step small spread"]
-    assert step["work"]["mean_tokens"] == 3 and step["memory"]["memory/process_gib"] > 0
-    assert {"rollout", "prepare", "update"} == step["phases"].keys()
-    assert all(0 < row["floor_seconds"] for row in step["phases"].values())
+    step = found["step small auto"]
+    assert "failed" not in step and step["memory"]["memory/process_gib"] > 0
+    assert 0 < step["spread"]["completion_tokens"] < step["full"]["completion_tokens"]
+    for lengths in ("full", "spread"):
+        assert {"rollout", "prepare", "update"} == step[lengths]["phases"].keys()
+        assert all(0 < row["floor_seconds"] for row in step[lengths]["phases"].values())
+    assert {"rollout", "scoring", "update"} <= {row["phase"] for row in step["traces"]}
     text = (tmp_path / "gpu.md").read_text()
     assert "Failed: KeyError: 'lunch'" in text and "| update |" in text
-    late = gpu.run("A", tmp_path, tiny=True, minutes=0)
-    assert late["step small spread"] == {"failed": "no time was left for it"}
+    late = gpu.run(pieces[1:], tmp_path, tiny=True, minutes=0)
+    assert late["step small auto"] == {"failed": "no time was left for it"}
+
+
+def test_what_a_piece_had_found_stays_when_its_time_is_over(tmp_path, monkeypatch):
+    def run(command, stdout, stderr, timeout, env):
+        stdout.write('{"full": 1}\n{"full": 1, "spread": 2}\n')
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    found = gpu.run([("step", ["small", "auto"])], tmp_path, tiny=True, minutes=1)
+    assert found["step small auto"] == {
+        "full": 1, "spread": 2, "failed": "not done after 60 s"
+    }  # fmt: skip
+    assert '"spread": 2' in (tmp_path / "gpu.md").read_text()
