@@ -139,7 +139,7 @@ def main() -> None:
     )
     for name, (before, after) in found.items():
         print(f"| {name} | {before:.4g} | {after:.4g} | {after / before:.3f} |")
-    tenths = by_tenth(looks, rows, args.steps)
+    tenths = by_tenth(rows, looks, args.steps)
     for name, values in tenths.items():
         print(f"{name} by tenths of the run: {', '.join(f'{x:.4g}' for x in values)}")
     if args.json:
