@@ -246,7 +246,7 @@ def _kernel(range_ref, q_ref, *refs, there: tuple[int, ...], block: int, limit: 
         at_B = start + jnp.arange(block)
         seen_B = jnp.where(
             is_past,
-            (at_B >= jnp.maximum(limit - past, column + 1)) & (at_B < limit),
+            (at_B >= limit - past) & (at_B < limit),
             (at_B >= column - last) & (at_B <= column),
         )
         here = pl.ds(start, block)

@@ -23,6 +23,7 @@ from grpo_jax.algorithm.update import (
     refuse,
     start,
 )
+from grpo_jax.models import transformer
 from grpo_jax.structs import Experience, Sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
@@ -178,6 +179,24 @@ def test_bfloat16_stays_near_float32(experience, reference_run):
     assert 1e-4 < np.linalg.norm(got - want) / np.linalg.norm(want) < 0.1
     assert abs(metrics["policy/loss"] - want_metrics["policy/loss"]) < 0.05
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
+
+
+def test_weights_cast_once_are_those_cast_in_every_microbatch(experience, monkeypatch):
+    once, _ = run(program(dtype=jnp.bfloat16, microbatches=2), experience)
+    monkeypatch.setattr(transformer, "with_layers_in", lambda params, dtype: params)
+    each, _ = run(program(dtype=jnp.bfloat16, microbatches=2), experience)
+    difference = np.linalg.norm(gradient(once) - gradient(each)) / np.linalg.norm(gradient(each))
+    assert difference < 5e-3  # XLA may round a kernel's gradient to eight bits or not
+
+
+def test_prepared_log_probabilities_are_those_of_the_network():
+    prepare = make_prepare(scorer(microbatch=2), by_std=True, mask_truncated=False, with_old=True)
+    rollouts = tiny.rollouts(P, G, C)
+    made = prepare(tiny.params(), tiny.params(7), rollouts, jnp.zeros((P, G)))
+    there = np.arange(C) < rollouts.length_PG[..., None]
+    for got, params in ((made.old_logp_PGC, tiny.params()), (made.ref_logp_PGC, tiny.params(7))):
+        want = tiny.logp(scorer(), params, rollouts)
+        np.testing.assert_allclose(got[there], want[there], atol=2e-5)
 
 
 def test_what_padding_holds_changes_nothing(plain, experience, reference_run):
