@@ -41,7 +41,7 @@ def rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
     return turned.astype(x.dtype)
 
 
-def _grouped(q: Array, num_kv_heads: int) -> Array:
+def grouped(q: Array, num_kv_heads: int) -> Array:
     """Queries [..., N, H] by the key-value head they read, [..., K, N/K, H], over sqrt(H)."""
     *lead, num_heads, size = q.shape
     q = q * jnp.asarray(size**-0.5, q.dtype)
@@ -54,7 +54,7 @@ def causal(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, length_B: Array, window)
     Rows are padded on the right; keys past `length_B` are never seen. `window`: how many keys a
     query looks back over, itself included; None for all.
     """
-    q_BTKnH = _grouped(q_BTNH, k_BTKH.shape[-2])
+    q_BTKnH = grouped(q_BTNH, k_BTKH.shape[-2])
     score = jnp.einsum("btknh,bskh->bknts", q_BTKnH, k_BTKH, preferred_element_type=jnp.float32)
     t = jnp.arange(score.shape[-1])
     seen_TT = t[None, :] <= t[:, None]
@@ -91,7 +91,7 @@ def shared_prefix(
     `position_PLT` counts from its first token. The queries of a whole group meet the prompt's keys
     in one product.
     """
-    q = _grouped(q_PLTNH, k_PLTKH.shape[-2])
+    q = grouped(q_PLTNH, k_PLTKH.shape[-2])
     prefix = jnp.einsum("pgtknh,pqkh->pkgntq", q, prefix_k_PQKH, preferred_element_type=jnp.float32)
     own = jnp.einsum("pgtknh,pgskh->pkgnts", q, k_PLTKH, preferred_element_type=jnp.float32)
     t, s_1Q = jnp.arange(own.shape[-1]), jnp.arange(prefix.shape[-1])[None]
@@ -177,7 +177,7 @@ def decode(
     already, and those before it in the columns before, round the end.
     """
     (prefix_k, prefix_v), (own_k, own_v) = prefix, own
-    q_RKWnH = jnp.swapaxes(_grouped(q_RWNH, prefix_k.shape[1]), 1, 2)
+    q_RKWnH = jnp.swapaxes(grouped(q_RWNH, prefix_k.shape[1]), 1, 2)
     dtype = q_RWNH.dtype
 
     def product(spec: str, x: Array, kept: Array | Int8) -> Array:

@@ -95,7 +95,7 @@ class Streamed(attention.Ring):
             cache[0],
             tuple(self._write(kept, new, column) for kept, new in zip(cache[1], (k_RWKH, v_RWKH))),
         )
-        q_RWKnH = attention._grouped(q_RWNH, k_RWKH.shape[2])
+        q_RWKnH = attention.grouped(q_RWNH, k_RWKH.shape[2])
         # What a lane that is not live gives means nothing: it reads one block.
         last_RW = jnp.where(live_RW, time_RW, 0)
         run = functools.partial(_attend, q_RWKnH, interpret=self.interpret)
