@@ -54,9 +54,7 @@ def operations(trace: Path) -> list[Operation]:
     calls: dict[tuple[str, str], int] = collections.Counter()
     nanoseconds: dict[tuple[str, str], float] = collections.Counter()
     for plane in jax.profiler.ProfileData.from_serialized_xspace(content).planes:
-        of_gpu = plane.name.startswith(
-            "/device:GPU"
-        )  # kernels, side by side: none is inside another
+        of_gpu = plane.name.startswith("/device:GPU")  # kernels: none is inside another
         for line in plane.lines:
             for key, duration_ns in _alone(line.events, nested=not of_gpu):
                 calls[key] += 1

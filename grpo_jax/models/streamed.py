@@ -209,15 +209,10 @@ def _kernel(range_ref, q_ref, *refs, there: tuple[int, ...], block: int, limit: 
     """
     triton = _triton()
     *shape, size = q_ref.shape
-    is_there = functools.reduce(
-        jnp.logical_and,
-        (
-            jax.lax.broadcasted_iota(jnp.int32, tuple(shape), axis)
-            + (0 if len(shape) == 1 or axis else pl.program_id(1) * shape[0])
-            < number
-            for axis, number in enumerate(there)
-        ),
-    )
+    at = [jax.lax.broadcasted_iota(jnp.int32, tuple(shape), axis) for axis in range(len(shape))]
+    if len(shape) == 2:  # the lanes of this program
+        at[0] += pl.program_id(1) * shape[0]
+    is_there = functools.reduce(jnp.logical_and, [x < n for x, n in zip(at, there)])
     is_there_H = jnp.broadcast_to(is_there[..., None], (*shape, size))
     rows = math.prod(shape)
     read = lambda ref, *end: triton.load(  # noqa: E731
@@ -226,8 +221,9 @@ def _kernel(range_ref, q_ref, *refs, there: tuple[int, ...], block: int, limit: 
     q_MH = read(q_ref, size)
     number_of_kept = 4 if int8 else 2
     kept, refs = refs[:number_of_kept], refs[number_of_kept:]
-    if len(refs) == 3:
-        out_MH, top_M = read(refs[0], size), read(refs[1])
+    *after, out_ref, lse_ref = refs if len(refs) == 2 else (*refs, None)
+    if after:
+        out_MH, top_M = read(after[0], size), read(after[1])
         start = out_MH, top_M, jnp.ones((rows,), jnp.float32)
     else:
         zeros = jnp.zeros((rows, size), jnp.float32)
@@ -266,7 +262,6 @@ def _kernel(range_ref, q_ref, *refs, there: tuple[int, ...], block: int, limit: 
 
     out_MH, top_M, sum_M = jax.lax.fori_loop(0, blocks, one_block, start)
     out = (out_MH / sum_M[:, None]).reshape(*shape, size)
-    *_, out_ref = refs if len(refs) == 3 else refs[:1]
     triton.store(out_ref, out.astype(out_ref.dtype), mask=is_there_H)
-    if len(refs) == 2:
-        triton.store(refs[1], (top_M + jnp.log(sum_M)).reshape(shape), mask=is_there)
+    if lse_ref is not None:
+        triton.store(lse_ref, (top_M + jnp.log(sum_M)).reshape(shape), mask=is_there)

@@ -69,7 +69,7 @@ def test_tokens_after_a_shared_prompt(limit, begin, int8):
 
 
 def test_the_program_for_a_gpu_has_the_kernel():
-    """One for the prompt's keys and one for the lanes' own, and the cache is written in place."""
+    """One for the prompt's keys and one for the lanes' own."""
     from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")

@@ -338,6 +338,14 @@ def test_slots_do_not_change_completions_in_int8(whole_in_int8, params, num_slot
     np.testing.assert_allclose(got.logp_PGC, whole_in_int8.logp_PGC, atol=1e-4, rtol=0)
 
 
+def test_joined_products_do_not_change_completions_in_int8(whole_in_int8, params):
+    plain = in_int8(compact=False)
+    ours = Engine(dataclasses.replace(plain.decoder, join_qkv=True), compact=False)
+    got = generate(ours, params)
+    np.testing.assert_array_equal(got.completion_PGC, whole_in_int8.completion_PGC)
+    np.testing.assert_allclose(got.logp_PGC, whole_in_int8.logp_PGC, atol=1e-4, rtol=0)
+
+
 def test_int8_weights_are_those_that_the_codes_stand_for(params):
     own = in_int8(weights="int8", cache="same", compact=False)
     published = own.publish(params)
