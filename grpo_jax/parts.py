@@ -242,6 +242,7 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: Fit = 
         _sampling(config),
         jnp.dtype(config.model.dtype),
         remat=fit.remat if config.model.remat == "auto" else config.model.remat,
+        scan_layers=config.model.scan_layers,
         kernels=kernels.choose(config.model.attention, model, mesh, jnp.dtype(config.model.dtype)),
         microbatch=max(config.batch.microbatch, 0),
         tokens=fit.tokens if config.batch.microbatch == -1 else 0,

@@ -135,7 +135,8 @@ def show(plan: step_lib.Plan) -> None:
         memory.add_row(name, _gib(size))
     console.print(memory)
     table = Table(title="Programs of a step, on each device", title_justify="left")
-    for name in ("program", "runs", "peak GiB", "TFLOP", "GB", "sent GB", "least s", "bound"):
+    names = "program", "runs", "peak GiB", "TFLOP", "GB", "sent GB", "least s", "bound", "in turn"
+    for name in names:
         table.add_column(name, justify="left" if name == "program" else "right", no_wrap=True)
     for p in plan.programs:
         seconds = p.seconds(plan.chip)
@@ -149,6 +150,7 @@ def show(plan: step_lib.Plan) -> None:
             f"{sum(p.cost.sent.values()) / 1e9:,.2f}",
             f"{least:,.3f}" if seconds else "",
             name,
+            f"{seconds['in turn']:,.3f}" if seconds else "",
         )
     console.print(table)
     sent = Table(title="Sent by each device in a step, GB", title_justify="left")
@@ -164,7 +166,8 @@ def show(plan: step_lib.Plan) -> None:
     verdict = "fits" if plan.fits else "does not fit"
     say(
         f"It {verdict}: {_gib(plan.peak)} GiB at its peak, {_gib(plan.room)} GiB usable of a "
-        f"{plan.chip.name}. A step takes at least {plan.step_s:,.1f} s."
+        f"{plan.chip.name}. A step takes at least {plan.step_s:,.1f} s, and {plan.in_turn_s:,.1f} s "
+        "at these rates where one kernel follows another."
     )
 
 

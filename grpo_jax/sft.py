@@ -79,6 +79,7 @@ def run(config: ConfigDict, folder: Path) -> Path:
         Sampling(),
         jnp.dtype(config.model.dtype),
         remat="dots" if config.model.remat == "auto" else config.model.remat,
+        scan_layers=config.model.scan_layers,
         kernels=kernels.choose(
             config.model.attention, policy.model, mesh, jnp.dtype(config.model.dtype)
         ),

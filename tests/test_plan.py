@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from grpo_jax import config as config_lib
 from grpo_jax import parts, plan, policy, sharding
 from grpo_jax.algorithm import update as update_lib
-from grpo_jax.planning import advice, chips, hlo
+from grpo_jax.planning import advice, chips, gpus, hlo
 from grpo_jax.planning import step as step_lib
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
@@ -208,6 +213,47 @@ def test_a_program_of_a_tpu():
     assert cost.bytes == pytest.approx(3 * 2 * 8 * 64 * 4 + (8 + 2) * 64 * 4, rel=0.01)  # counters
 
 
+# A GPU's program: a product, which is a fusion, and its result copied into a part of an array.
+GPU = """
+%product (a: bf16[128,64], b: bf16[64,32]) -> bf16[128,32] {
+  %a = bf16[128,64]{1,0} parameter(0)
+  %b = bf16[64,32]{1,0} parameter(1)
+  ROOT %dot = bf16[128,32]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%into (all: bf16[28,128,32], at: s32[], one: bf16[128,32]) -> bf16[28,128,32] {
+  %all = bf16[28,128,32]{2,1,0} parameter(0)
+  %one = bf16[128,32]{1,0} parameter(2)
+  %part = bf16[1,128,32]{2,1,0} bitcast(%one)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %update = bf16[28,128,32]{2,1,0} dynamic-update-slice(%all, %part, %at, %zero, %zero)
+}
+
+ENTRY %main (a: bf16[128,64], b: bf16[64,32], all: bf16[28,128,32], at: s32[]) -> bf16[28,128,32] {
+  %a = bf16[128,64]{1,0} parameter(0)
+  %b = bf16[64,32]{1,0} parameter(1)
+  %all = bf16[28,128,32]{2,1,0} parameter(2)
+  %at = s32[] parameter(3)
+  %y = bf16[128,32]{1,0} fusion(%a, %b), kind=kCustom, calls=%product
+  %start = ((bf16[28,128,32]{2,1,0}, s32[], bf16[128,32]{1,0}), bf16[28,128,32]{2,1,0}, u32[]) \
+fusion-start(%all, %at, %y), kind=kLoop, calls=%into
+  ROOT %done = bf16[28,128,32]{2,1,0} fusion-done(%start)
+}
+""".replace("\\\n", "")
+
+
+def test_a_program_of_a_gpu():
+    cost = hlo.cost(GPU, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    product, copy = (128 * 64 + 64 * 32 + 128 * 32) * 2, 2 * 128 * 32 * 2
+    assert cost.flops == 2 * 128 * 64 * 32
+    assert cost.bytes == pytest.approx(product + copy, abs=16)  # and where it goes
+    assert [k.flops for k in cost.kernels] == [cost.flops, 0.0]
+    # The product as long as its arithmetic, then the copy, in both of two runs.
+    in_turn = cost.times(2.0).in_turn(flops=1.0, bandwidth=10.0)
+    assert in_turn == pytest.approx(2 * (cost.flops + copy / 10), abs=4)
+
+
 ROOM = 60.0
 HELD = {"weights": 8.0, "optimizer": 16.0, "reference": 4.0, "gradients": 8.0}
 HELD |= {"rollout weights": 8.0, "cache": 2.0, "rollouts": 0.0}
@@ -215,7 +261,7 @@ HELD |= {"rollout weights": 8.0, "cache": 2.0, "rollouts": 0.0}
 
 def tries_of(config, step, beside: dict[str, float], held=lambda config: HELD):
     """What is tried where the programs need so much beside the arrays of some config."""
-    chip = chips.Chip("small", chips.RESERVED + ROOM, 1.0, 1.0, 1.0, 1.0, "", "")
+    chip = chips.Chip("small", ROOM + 1, 1.0, 1.0, 1.0, 1.0, "", ROOM, "")
 
     def make(config) -> step_lib.Plan:
         sizes, arrays = dict(beside), held(config)
@@ -330,10 +376,57 @@ def test_lengths_follow_their_mean():
     assert (step_lib.Lengths.of(config).completion_PG == 50).all()
 
 
-@pytest.mark.parametrize("topology", ["v5e", "v5e:8", "v9:2x2", "cpu:0", "v5e:2x2x2x2"])
+@pytest.mark.parametrize(
+    "topology", ["v5e", "v5e:8", "v9:2x2", "cpu:0", "v5e:2x2x2x2", "h100", "h100:3", "h100:2x4"]
+)
 def test_a_topology_that_is_none_is_refused(topology):
     with pytest.raises(ValueError, match=r"--topology .*expected one of v4, v5e"):
         chips.devices(topology)
+
+
+@pytest.mark.parametrize("name", gpus.NAMES)
+def test_a_gpu_as_the_compiler_is_told_of_it(name):
+    told = dict(re.findall(r"^  (\w+): (\S+)$", gpus.target(name), re.M))
+    chip = gpus.chip(name)
+    # The published rate is all multiprocessors' at some clock: dense bfloat16, 512 to 4,096 sums a
+    # cycle of each, consumer's halved where they add in float32.
+    sums = chip.bf16_flops / 2 / int(told["core_count"]) / float(told["clock_rate_ghz"]) / 1e9
+    assert 240 < sums < 4096 * 1.1
+    assert float(told["device_memory_size"]) == chip.hbm_bytes
+    assert chips.GPUS[name].usable == pytest.approx(0.92 * chip.hbm_bytes)
+    assert int(told["shared_memory_per_block_optin"]) < int(told["shared_memory_per_core"])
+
+
+def _no_cuda() -> bool:
+    return importlib.util.find_spec("jax_cuda13_plugin") is None
+
+
+@pytest.mark.skipif(not _no_cuda(), reason="the compiler is installed")
+def test_what_gpus_need_is_named():
+    with pytest.raises(ValueError, match=r"h200:1: the CUDA compiler .*\.\[gpu\]"):
+        chips.devices("h200:1")
+
+
+@pytest.mark.skipif(_no_cuda(), reason="needs the extra gpu, but no GPU")
+@pytest.mark.parametrize("topology", ["h200:1", "a100:8", "b200:8", "l4:4", "rtx5090:1"])
+def test_a_step_is_compiled_for_gpus_that_are_not_there(topology, tmp_path):
+    """With the kernels of GPUs, which are compiled too; memory is that of the same step on a CPU."""
+    options = ["model.dtype=bfloat16", "model.width=256", "batch.prompts=16"]
+    memory = {}
+    for name in (topology, "cpu:" + topology[-1]):
+        file = tmp_path / "plan.json"
+        subprocess.run(
+            [sys.executable, "-m", "grpo_jax.plan", "--config", TINY, "--topology", name]
+            + ["--json", str(file), *(f"--config.{o}" for o in options)],
+            check=True,
+            env=os.environ | {"PYTHONPATH": os.getcwd(), "XLA_FLAGS": ""},
+        )
+        memory[name] = json.loads(file.read_text())["bytes_per_device"]
+    here, there = memory.values()
+    arrays = here.keys() - {"activations", "cache"}
+    assert {name: here[name] for name in arrays} == {name: there[name] for name in arrays}
+    assert here["cache"] >= there["cache"]  # in whole blocks of the kernel
+    assert 0.2 < here["activations"] / there["activations"] < 5
 
 
 def test_shapes_are_those_of_their_models():

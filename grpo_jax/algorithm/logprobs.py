@@ -21,8 +21,13 @@ from grpo_jax.structs import Array, Sampling
 # Per-token loss [..., tokens] of log-probability, entropy and fixed terms of the same shape.
 TokenLoss = Callable[[Array, Array, Any], Array]
 
-_MAX_LOGITS = 2**27  # elements of one chunk's logits: 512 MiB of float32
+# Elements of one chunk's logits: 512 MiB of float32; or for each element of the hidden states so
+# many that they take no more room than the backward pass of a layer's MLP, some four times as wide.
+# A chunk reads the head and adds to its gradient whole, so few chunks are fast.
+_MAX_LOGITS = 2**27
+_LOGITS_FOR_HIDDEN = 8
 _MAX_TOKENS = 4096  # past this a larger product is no faster anywhere
+_TILE = 64  # tokens that products go by; GPUs copy what is no multiple of 8
 
 
 class Along(NamedTuple):
@@ -38,10 +43,18 @@ class Along(NamedTuple):
 ALONE = Along()
 
 
-def _chunk_width(rows: int, tokens: int, vocab: int, devices: int) -> int:
-    """Tokens of each row in a chunk, so that its logits stay under both limits on each device."""
-    most = min(_MAX_LOGITS // vocab, _MAX_TOKENS) * devices // rows
-    return -(-max(1, min(tokens, most)) // devices) * devices
+def _chunk_width(hidden_BTD: Array, vocab: int, devices: int) -> int:
+    """Tokens of each row in a chunk, so that its logits stay under both limits on each device.
+
+    The chunks of a row are about equally long.
+    """
+    rows, tokens, _ = hidden_BTD.shape
+    logits = max(_MAX_LOGITS, _LOGITS_FOR_HIDDEN * hidden_BTD.size // devices)
+    most = max(min(logits // vocab, _MAX_TOKENS) * devices // rows, 1)
+    if most < tokens:
+        width, tile = -(-tokens // -(-tokens // most)), _TILE * devices
+        most = -(-width // tile) * tile if most >= tile else most
+    return -(-min(tokens, most) // devices) * devices
 
 
 def _split(x_BT: Array, width: int) -> Array:
@@ -106,7 +119,7 @@ def score(
     Under the distribution of `sampling`: temperature, top-k and top-p as the sampler applied them.
     Not meant to be differentiated; see `loss`.
     """
-    width = _chunk_width(*target_BT.shape, head_DV.shape[-1], along.devices)
+    width = _chunk_width(hidden_BTD, head_DV.shape[-1], along.devices)
     head = head_DV.astype(hidden_BTD.dtype)  # once, not in every chunk
 
     def chunk(carry, xs):
@@ -146,7 +159,7 @@ def loss(
 @jax.named_scope("vocabulary")
 def _loss_forward(token_loss, sampling, along, hidden_BTD, head_DV, target_BT, weight_BT, terms):
     tokens = target_BT.shape[1]
-    width = _chunk_width(*target_BT.shape, head_DV.shape[-1], along.devices)
+    width = _chunk_width(hidden_BTD, head_DV.shape[-1], along.devices)
     temperature = sampling.temperature or 1.0
     head = head_DV.astype(hidden_BTD.dtype)
 

@@ -54,6 +54,7 @@ class Scorer:
     sampling: Sampling
     dtype: Any = jnp.float32  # of activations
     remat: str = "dots"  # as in `config.model.remat`
+    scan_layers: bool = True
     microbatch: int = 0  # groups at once, more where completions are short; 0: by their tokens
     kernels: transformer.Kernels = attention  # compute the attention
     tokens: int = 0  # of a row of a microbatch, where that is 0; 0: the usual number
@@ -129,6 +130,7 @@ class Scorer:
             layout,
             dtype=self.dtype,
             remat=self.remat,
+            scan=self.scan_layers,
             place=self.place,
             apart=self.apart,
             kernels=self.kernels,
@@ -215,6 +217,7 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
     `ref_params` None: no KL term. What needs no rewards is dispatched first: `reward_PG` may be a
     function that waits for them.
     """
+    scorer = dataclasses.replace(scorer, scan_layers=True)  # nothing of a layer is kept
 
     def one(params, rollouts: Rollouts, logp_PGC: Array, groups_M: Array, *where: Array) -> Array:
         part = _rows(scorer, rollouts, groups_M)

@@ -286,19 +286,23 @@ def _layer_windows(config: ModelConfig) -> Array | None:
     return jnp.array([whole if w is None else w for w in config.window_per_layer], jnp.int32)
 
 
-def _scan_layers(body, carry, params: Params, config: ModelConfig, remat: str = "none"):
-    """The layers one after the other; `remat` as in `config.model.remat`."""
+def _run_layers(body, carry, params: Params, config: ModelConfig, remat: str, scan: bool):
+    """The layers one after the other; `remat` and `scan` as in `config.model`.
+
+    A loop copies what it keeps of each layer into arrays of all, which it begins with zeros.
+    """
     if remat != "none":
-        # Inside a scan nothing else could be merged with what is computed again.
+        # Inside a scan nothing else could be merged with what is computed again; else XLA would
+        # keep what it is not to.
         policies = jax.checkpoint_policies
         dots = policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable,  # attention's have some
             policies.save_only_these_names(merged.KEPT),
         )
         policy = dots if remat == "dots" else None
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        body = jax.checkpoint(body, policy=policy, prevent_cse=not scan)
     layers = (params["layers"], _layer_windows(config))
-    return jax.lax.scan(body, carry, layers)
+    return jax.lax.scan(body, carry, layers, unroll=1 if scan else config.num_layers)
 
 
 def score(
@@ -311,6 +315,7 @@ def score(
     *,
     dtype=jnp.float32,
     remat: str = "none",
+    scan: bool = True,
     place: Place = lambda x, axes: x,
     apart: ByRow | None = None,
     kernels: Kernels = attention,
@@ -389,7 +394,7 @@ def score(
     if not apart:  # as the table is split; else XLA may send all shards' tokens to all
         x = place(x, (None, "tokens", "embed"))
     x = rows.split(rows.whole(x))
-    x, _ = _scan_layers(layer, x, params, config, remat)
+    x, _ = _run_layers(layer, x, params, config, remat, scan)
     x_PQD = x[:, :begin].reshape(*prompt_PQ.shape, -1)
     last_PD = jnp.take_along_axis(x_PQD, (prompt_length_P - 1)[:, None, None], axis=1)[:, 0]
     first_PGD = jnp.broadcast_to(last_PD[:, None], (num_prompts, group, config.width))

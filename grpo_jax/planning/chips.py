@@ -13,6 +13,7 @@ import jax
 from jax.experimental import topologies
 
 from grpo_jax import chips
+from grpo_jax.planning import gpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +27,8 @@ class Chip:
     link: float | None  # bytes per second sent along one dimension of the torus, both ways round
     clock: float | None  # cycles per second: the peak over the operations of the matrix units
     accelerator: str  # a value of TPU_ACCELERATOR_TYPE that lets the compiler start
+    usable: float | None  # bytes of its memory that programs may use
     source: str
-
-    @property
-    def usable(self) -> float | None:
-        """Bytes of its memory that programs may use."""
-        return None if self.memory is None else self.memory - RESERVED
 
 
 def _tpu(name: str, kind: str, dimensions: int, clock: float, accelerator: str) -> Chip:
@@ -44,9 +41,31 @@ def _tpu(name: str, kind: str, dimensions: int, clock: float, accelerator: str) 
         rates.ici_bytes_per_s / dimensions,
         clock,
         accelerator,
+        rates.hbm_bytes - _RESERVED,
         rates.source,
     )
 
+
+def _gpu(name: str) -> Chip:
+    """All links of a GPU serve whichever axis of the mesh sends."""
+    rates = gpus.chip(name)
+    return Chip(
+        name,
+        rates.hbm_bytes,
+        rates.bf16_flops,
+        rates.hbm_bytes_per_s,
+        rates.ici_bytes_per_s,
+        None,
+        "",
+        _GPU_FRACTION * rates.hbm_bytes,
+        rates.source,
+    )
+
+
+# Of a TPU's memory the runtime keeps some: compilers for v5e report 15.75 of 16 GiB as usable. Of a
+# GPU's, `launch/gpu.sh` gives JAX this share.
+_RESERVED = 2**28
+_GPU_FRACTION = 0.92
 
 CHIPS = {
     "v4": _tpu("v4", "TPU v4", 3, 1.05e9, "v4-128"),
@@ -54,26 +73,27 @@ CHIPS = {
     "v5p": _tpu("v5p", "TPU v5p", 3, 1.75e9, "v5p-128"),
     "v6e": _tpu("v6e", "TPU v6e", 2, 1.75e9, "v6e-64"),
 }
-CPU = Chip("cpu", None, None, None, None, None, "", "simulated: no rates")
-
-# Of a chip's memory the runtime keeps some: compilers for v5e report 15.75 of 16 GiB as usable.
-RESERVED = 2**28
+GPUS = {name: _gpu(name) for name in gpus.NAMES}
+CPU = Chip("cpu", None, None, None, None, None, "", None, "simulated: no rates")
 
 
 def devices(topology: str) -> tuple[Chip, list[jax.Device]]:
-    """The chip and the devices of a topology such as "v5e:16x16", or of "cpu:8", simulated.
+    """The chip and the devices of a topology: "v5e:16x16", "h100:8", or "cpu:8", simulated.
 
-    No TPU need be there; the extra `plan` brings its compiler. Sets the environment that the
-    compiler reads, so it must come before anything else uses JAX. Raises ValueError for a topology
-    that there is not.
+    Nothing of it need be there; the extras `plan` and `gpu` bring the compilers. Sets the
+    environment that they read, so it must come before anything else uses JAX. Raises ValueError for
+    a topology that there is not.
     """
     kind, _, shape = topology.partition(":")
     if kind == "cpu" and re.fullmatch(r"[1-9]\d*", shape):
         return CPU, _cpus(int(shape))
+    if kind in GPUS and shape in ("1", "2", "4", "8"):
+        return GPUS[kind], _gpus(topology, kind, shape)
     if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
         raise ValueError(
             f"--topology {topology}: expected one of {', '.join(CHIPS)} and the chips along each "
-            "dimension, such as v5e:16x16 or v5p:4x4x4, or cpu:8 for simulated devices."
+            f"dimension, such as v5e:16x16 or v5p:4x4x4; one of {', '.join(GPUS)} and 1, 2, 4 or 8 "
+            "of them in one machine, such as h100:8; or cpu:8 for simulated devices."
         )
     chip = CHIPS[kind]
     # The least effort of the compiler takes a quarter of its time. On a 7B shape the operations are
@@ -87,14 +107,24 @@ def devices(topology: str) -> tuple[Chip, list[jax.Device]]:
         TPU_ACCELERATOR_TYPE=chip.accelerator,
     )
     jax.config.update("jax_platforms", "cpu")  # else JAX looks for TPUs, and prints what it misses
+    return chip, _described(topology, "TPU", "plan", platform="tpu", topology_name=topology)
+
+
+def _gpus(topology: str, kind: str, number: str) -> list[jax.Device]:
+    jax.config.update("jax_platforms", "cpu")
+    # One slice of one host.
+    asked = {"target_config": gpus.target(kind), "topology": f"1x1x{number}"}
+    return _described(topology, "CUDA", "gpu", platform="cuda", **asked)
+
+
+def _described(name: str, what: str, extra: str, **asked: str) -> list[jax.Device]:
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    except Exception as error:  # the compiler's own errors are of several kinds
+        return list(topologies.get_topology_desc(**asked).devices)
+    except Exception as error:  # the compilers' own errors are of several kinds
         raise ValueError(
-            f"--topology {topology}: the TPU compiler does not know it, or is not installed "
-            f'(python -m pip install -e ".[plan]"). It says: {str(error).splitlines()[0]}'
+            f"--topology {name}: the {what} compiler does not know it, or is not installed "
+            f'(python -m pip install -e ".[{extra}]"). It says: {str(error).splitlines()[0]}'
         ) from error
-    return chip, list(described.devices)
 
 
 def _cpus(number: int) -> list[jax.Device]:

@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -28,6 +28,9 @@ _FREE = frozenset(  # move no bytes by themselves
     "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id "
     "add-dependency opt-barrier copy-done domain iota".split()
 )
+
+_FUSIONS = ("fusion", "fusion-start")  # GPUs copy between arrays beside what they compute
+_CALLING = ("while", "conditional", "call", "async-start")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,14 @@ class Collective:
     channel: str = ""  # by which the compiler knows it
 
 
+class Kernel(NamedTuple):
+    """What is launched at once: an operation, or some that are one fusion."""
+
+    flops: float
+    bytes: float
+    times: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """Of one device, in one run of the program."""
@@ -51,6 +62,7 @@ class Cost:
     bytes: float = 0.0
     cycles: float = 0.0  # the compiler's own estimate, where it makes one; without collectives
     collectives: tuple[Collective, ...] = ()
+    kernels: tuple[Kernel, ...] = ()
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -58,11 +70,17 @@ class Cost:
             self.bytes + other.bytes,
             self.cycles + other.cycles,
             self.collectives + other.collectives,
+            self.kernels + other.kernels,
         )
 
     def times(self, n: float) -> Cost:
         each = (dataclasses.replace(c, times=c.times * n) for c in self.collectives)
-        return Cost(self.flops * n, self.bytes * n, self.cycles * n, tuple(each))
+        kernels = (k._replace(times=k.times * n) for k in self.kernels)
+        return Cost(self.flops * n, self.bytes * n, self.cycles * n, tuple(each), tuple(kernels))
+
+    def in_turn(self, flops: float, bandwidth: float) -> float:
+        """Seconds at these rates where each kernel begins when the one before it has ended."""
+        return math.fsum(k.times * max(k.flops / flops, k.bytes / bandwidth) for k in self.kernels)
 
     @property
     def sent(self) -> dict[tuple[str, tuple[str, ...]], float]:
@@ -195,9 +213,16 @@ class _Program:
 
     def _of(self, name: str) -> Cost:
         if name not in self._known:
-            parts = [self._instruction(i, name) for i in self.computations[name].values()]
+            parts = [self._launched(i, name) for i in self.computations[name].values()]
             self._known[name] = _sum(parts, _once(c for p in parts for c in p.collectives))
         return self._known[name]
+
+    def _launched(self, i: _Instruction, inside: str) -> Cost:
+        """An instruction's cost, with that of its kernel."""
+        cost = self._instruction(i, inside)
+        if i.opcode in _CALLING or not (cost.flops or cost.bytes):
+            return cost
+        return dataclasses.replace(cost, kernels=(Kernel(cost.flops, cost.bytes, 1.0),))
 
     def _instruction(self, i: _Instruction, inside: str) -> Cost:
         if i.opcode in _FREE or i.opcode.endswith(("-done", "-update")):
@@ -215,9 +240,9 @@ class _Program:
             called = i.attribute("to_apply") or i.attribute("calls")
             return self._of(called) if called in self.computations else Cost()
         whole = Cost(bytes=self._bytes(i, inside), cycles=_cycles(i))
-        called = i.attribute("calls") if i.opcode == "fusion" else None
+        called = i.attribute("calls") if i.opcode in _FUSIONS else None
         if called:
-            inner = self._of(called)
+            inner = self._of(called)  # of its kernels it is one
             return whole + Cost(flops=inner.flops, collectives=self._fused(called, inner))
         if i.opcode == "dot":
             whole += Cost(flops=self._dot(i, inside))
@@ -337,7 +362,7 @@ class _Program:
             return 2 * written
         if i.opcode == "dynamic-update-slice":
             return 2 * read[1]
-        if i.opcode == "fusion" and i.attribute("calls") in self.computations:
+        if i.opcode in _FUSIONS and i.attribute("calls") in self.computations:
             return self._fusion_bytes(self.computations[i.attribute("calls")], read, written)
         return sum(read) + written
 
@@ -388,6 +413,7 @@ def _sum(parts: list[Cost], collectives: Iterable[Collective]) -> Cost:
         math.fsum(p.bytes for p in parts),
         math.fsum(p.cycles for p in parts),
         tuple(collectives),
+        tuple(k for p in parts for k in p.kernels),
     )
 
 

@@ -91,21 +91,25 @@ class Compiled:
         return math.inf if self.error else total
 
     def seconds(self, chip: Chip) -> dict[str, float]:
-        """The least time by each of the chip's rates, and by the compiler's estimate of cycles.
+        """The least time by each of the chip's rates, and other estimates.
 
-        Every axis of the mesh is taken to have one dimension of the torus to itself.
+        "in turn": arithmetic and memory where one kernel follows another, as on a GPU; "compiler":
+        by the compiler's estimate of cycles, of a TPU.
+
+        Every axis of the mesh is taken to have one dimension of a TPU's torus to itself.
         """
         if chip.flops is None:
             return {}
         by_axes: dict[tuple[str, ...], float] = {}
         for (_, axes), sent in self.cost.sent.items():
             by_axes[axes] = by_axes.get(axes, 0.0) + sent
-        return {
+        seconds = {
             "compute": self.cost.flops / chip.flops,
             "memory": self.cost.bytes / chip.bandwidth,
             "network": sum(by_axes.values()) / chip.link,
-            "compiler": self.cost.cycles / chip.clock,
+            "in turn": self.cost.in_turn(chip.flops, chip.bandwidth),
         }
+        return seconds | ({"compiler": self.cost.cycles / chip.clock} if chip.clock else {})
 
 
 def bytes_per_device(tree: Any) -> float:
@@ -445,6 +449,12 @@ class Plan:
         """The least seconds of a step: each program as long as its slowest resource."""
         return sum(bound(p.seconds(self.chip))[1] for p in self.programs)
 
+    @property
+    def in_turn_s(self) -> float:
+        """The same where one kernel follows another, and nothing is sent meanwhile."""
+        seconds = [p.seconds(self.chip) for p in self.programs]
+        return sum(s["in turn"] + s["network"] for s in seconds if s)
+
     def as_json(self) -> dict[str, Any]:
         number = lambda x: x if math.isfinite(x) else None  # noqa: E731
         programs = []
@@ -479,13 +489,14 @@ class Plan:
             "bytes": self.cost.bytes,
             "sent_bytes": hlo.as_json(self.cost.sent),
             "step_s": self.step_s if self.chip.flops else None,
+            "in_turn_s": self.in_turn_s if self.chip.flops else None,
             "programs": programs,
         }
 
 
 def bound(seconds: dict[str, float]) -> tuple[str, float]:
-    """The resource that a program needs longest, and how long; the compiler's estimate is none."""
-    resources = {name: s for name, s in seconds.items() if name != "compiler"}
+    """The resource that a program needs longest, and how long."""
+    resources = {name: s for name, s in seconds.items() if name in ("compute", "memory", "network")}
     return max(resources.items(), key=lambda item: item[1], default=("", 0.0))
 
 

@@ -47,6 +47,22 @@ def numpy_log_probs(scores_V: np.ndarray, sampling: Sampling, target: int) -> np
     return masked - (peak + np.log(np.exp(masked - peak).sum()))
 
 
+@pytest.mark.parametrize(
+    ("shape", "vocab", "devices", "width"),
+    [
+        ((1, 500, 1536), 152_000, 1, 500),  # all at once
+        ((1, 2000, 1536), 152_000, 1, 704),  # 882 at most: three of 667, by tiles
+        ((1, 32_768, 1536), 152_000, 1, 2560),  # 8 * 1,536 for each token: 2,648, 13 of 2,521
+        ((1, 32_768, 1536), 152_000, 4, 3328),  # of which each device has a quarter
+        ((8, 600, 256), 512, 1, 320),  # 4,096 tokens of eight rows
+        ((8, 5, 4), 2**27, 1, 1),
+    ],
+)
+def test_chunks_of_the_vocabulary(shape, vocab, devices, width):
+    hidden = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    assert logprobs._chunk_width(hidden, vocab, devices) == width
+
+
 @pytest.fixture(scope="module")
 def batch():
     """Hidden states, head, targets, ragged weights and terms; half of the ratios are clipped."""

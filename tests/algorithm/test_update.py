@@ -170,6 +170,16 @@ def test_recomputing_changes_nothing(experience, reference_run):
         assert_same(run(update, experience), reference_run)
 
 
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_layers_one_by_one_are_those_of_the_loop(remat, experience, reference_run):
+    """And what is computed again stays so, with no loop to keep it from being merged."""
+    update = program(remat=remat, scan_layers=False)
+    assert_same(run(update, experience), reference_run)
+    text = str(update.add.trace(*adding(update, experience)).jaxpr)
+    assert f"unroll={tiny.MODEL.num_layers}" in text
+    assert ("prevent_cse=True" in text) == (remat != "none") and "prevent_cse=False" not in text
+
+
 def test_bfloat16_stays_near_float32(experience, reference_run):
     state, metrics = run(program(dtype=jnp.bfloat16), experience)
 
