@@ -114,11 +114,12 @@ def scale_by_adam(
         del params
         count = state.count + 1
         leaves, tree = jax.tree.flatten(grads)
-        bits = random_bits(keys.key_for(seed, "moments", count), leaves)
+        key = keys.key_for(seed, "moments", count)
         moved, mus, nus = [], [], []
-        for grad, mu, nu, bit in zip(
-            leaves, tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu), bits
+        for grad, mu, nu in zip(
+            leaves, tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu)
         ):
+            bit = random_bits(key, grad.shape, after=nus)
             mu = beta1 * get(mu) + (1 - beta1) * grad
             nu = beta2 * get(nu) + (1 - beta2) * grad**2
             mean, square = mu / (1 - beta1**count), nu / (1 - beta2**count)
@@ -131,6 +132,13 @@ def scale_by_adam(
     return optax.GradientTransformation(init, update)
 
 
-def random_bits(key: Array, leaves: list[Array]) -> list[Array]:
-    """A random uint32 for each entry of each array: two roundings of 16 bits."""
-    return [jax.random.bits(jax.random.fold_in(key, i), x.shape) for i, x in enumerate(leaves)]
+def random_bits(key: Array, shape: tuple[int, ...], after: list) -> Array:
+    """A random uint32 for each entry of the next array, two roundings of 16 bits.
+
+    `after`: what the arrays before it became. They come first: XLA would draw the bits of all
+    arrays at once, and hold 4 bytes for each parameter.
+    """
+    key = jax.random.fold_in(key, len(after))
+    if after:
+        key, _ = jax.lax.optimization_barrier((key, after[-1]))
+    return jax.random.bits(key, shape)

@@ -80,14 +80,12 @@ def rounded(inner: optax.GradientTransformation, seed: int) -> optax.GradientTra
         count = state.count + 1
         updates, inner_state = inner.update(grads, state.inner, params)
         leaves, tree = jax.tree.flatten(params)
-        bits = moments.random_bits(keys.key_for(seed, "parameters", count), leaves)
-
-        def change(old: Array, update: Array, bits: Array) -> Array:
+        key, changes = keys.key_for(seed, "parameters", count), []
+        for old, update in zip(leaves, tree.flatten_up_to(updates)):
+            bits = moments.random_bits(key, old.shape, after=changes)
             old = old.astype(jnp.float32)
             new = moments.to_bfloat16(old + update, bits & 0xFFFF)
-            return new.astype(jnp.float32) - old
-
-        changes = map(change, leaves, tree.flatten_up_to(updates), bits)
+            changes.append(new.astype(jnp.float32) - old)
         return tree.unflatten(changes), RoundedState(count, inner_state)
 
     return optax.GradientTransformation(init, update)

@@ -37,12 +37,13 @@ def main(argv: list[str]) -> None:
     config = config_lib.load(args.config, overrides)
     chip, devices = chips.devices(args.topology)
     model = read_shape(args.model_shape) if args.model_shape else parts.model_shape(config)
-    lengths = step_lib.Lengths.of(config, args.prompt_tokens, args.mean_tokens)
-
     known: step_lib.Known = {}
 
+    def lengths_of(config: ConfigDict) -> step_lib.Lengths:
+        return step_lib.Lengths.of(config, args.prompt_tokens, args.mean_tokens)
+
     def make(config: ConfigDict) -> step_lib.Plan:
-        mesh = sharding.make_mesh(**config.mesh, devices=devices)
+        mesh, lengths = sharding.make_mesh(**config.mesh, devices=devices), lengths_of(config)
         fitted = fit.choose(config, model, mesh, lengths, chip.usable, known)
         return step_lib.plan(
             config, model, args.topology, chip, devices, lengths, fitted, known=known
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
 
     def held(config: ConfigDict) -> dict[str, float]:
         mesh = sharding.make_mesh(**config.mesh, devices=devices)
-        return step_lib.Step(config, model, mesh, lengths).held()
+        return step_lib.Step(config, model, mesh, lengths_of(config)).held()
 
     began = time.monotonic()
     plan = make(config)
@@ -58,7 +59,15 @@ def main(argv: list[str]) -> None:
     report: dict[str, Any] = plan.as_json()
     config = advice.changed(config, advice.mesh_options(plan.mesh))
     trial = advice.Trial(config, model, make, held, plan.room)
-    if not plan.fits:
+    if args.longest:
+        most = model.max_position - (args.prompt_tokens or config.data.max_prompt_tokens)
+        own = advice.Tried({"rollout.max_tokens": config.rollout.max_tokens}, plan)
+        tried = [own, *_told(advice.longest(trial, plan, most))]
+        _show_tried("Completions, the shortest first", sorted(tried, key=lambda t: t.tokens))
+        fitting = max((t.tokens for t in tried if t.fits), default=0)
+        say(f"Completions of {fitting:,} tokens fit." if fitting else "None of them fits.")
+        report["longest"] = [_tried_json(t) for t in tried]
+    elif not plan.fits:
         tried = _told(advice.smallest_fit(trial, plan))
         _show_tried("Changes tried until one fits", tried)
         fitting = [t for t in tried if t.fits]
@@ -95,6 +104,9 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument(
         "--search", nargs="?", type=int, const=6, default=0, metavar="N", help="ranks N meshes (6)"
+    )
+    parser.add_argument(
+        "--longest", action="store_true", help="looks for the longest completion that fits"
     )
     parser.add_argument("--json", metavar="FILE", help="writes the plan there too")
     parser.usage = f"{parser.prog} --config FILE --topology NAME [...] [--config.NAME=VALUE ...]"
@@ -166,8 +178,8 @@ def show(plan: step_lib.Plan) -> None:
     verdict = "fits" if plan.fits else "does not fit"
     say(
         f"It {verdict}: {_gib(plan.peak)} GiB at its peak, {_gib(plan.room)} GiB usable of a "
-        f"{plan.chip.name}. A step takes at least {plan.step_s:,.1f} s, and {plan.in_turn_s:,.1f} s "
-        "at these rates where one kernel follows another."
+        f"{plan.chip.name}. A step takes at least {plan.step_s:,.1f} s, and {plan.in_turn_s:,.1f} "
+        "s at these rates where one kernel follows another."
     )
 
 

@@ -335,6 +335,30 @@ def test_numbers_are_rounded_last_and_by_little_first(config, step):
     assert {"optim.moments": "int8"}.items() <= refused[-2].change.items()
 
 
+@pytest.mark.parametrize(
+    ("fits", "tries"),
+    [
+        (100, [16, 32, 64, 128, 96, 112, 104]),  # 96 fits and 104 does not: within an eighth
+        (3, [4, 2, 3]),  # 8 does not
+        (10**9, [16, 32, 64, 128, 256, 300]),  # no more are there
+        (0, [4, 2, 1]),
+    ],
+)
+def test_the_longest_completion_that_fits(config, step, fits, tries):
+    chip = chips.Chip("small", ROOM, 1.0, 1.0, 1.0, 1.0, "", ROOM, "")
+
+    def make(config) -> step_lib.Plan:
+        size = 2 * ROOM if config.rollout.max_tokens > fits else 0.0
+        only = step_lib.Compiled("decode", "", 1, 0, 0, 0, size, hlo.Cost(), 0.0)
+        return step_lib.Plan("v5e:2x4", chip, dict(config.mesh), 1, HELD, [only])
+
+    trial = advice.Trial(config, step.model, make, lambda config: HELD, ROOM)
+    assert config.rollout.max_tokens == 8
+    found = list(advice.longest(trial, make(config), most=300))
+    assert [t.tokens for t in found] == tries
+    assert [t.fits for t in found] == [n <= fits for n in tries]
+
+
 def test_a_mesh_is_tried_with_its_smallest_microbatch(config, step):
     changes = [t.change for t in tries_of(config, step, {"gradient": 1e6, "decode": 1e6})]
     sizes: dict[tuple, list] = {}
@@ -410,7 +434,7 @@ def test_what_gpus_need_is_named():
 @pytest.mark.skipif(_no_cuda(), reason="needs the extra gpu, but no GPU")
 @pytest.mark.parametrize("topology", ["h200:1", "a100:8", "b200:8", "l4:4", "rtx5090:1"])
 def test_a_step_is_compiled_for_gpus_that_are_not_there(topology, tmp_path):
-    """With the kernels of GPUs, which are compiled too; memory is that of the same step on a CPU."""
+    """With the kernels of GPUs, which are compiled too; arrays are those of the step on a CPU."""
     options = ["model.dtype=bfloat16", "model.width=256", "batch.prompts=16"]
     memory = {}
     for name in (topology, "cpu:" + topology[-1]):

@@ -38,6 +38,11 @@ class Tried:
         return self.plan is not None and self.plan.fits
 
     @property
+    def tokens(self) -> int:
+        """Of a completion, where the change says how many."""
+        return self.change["rollout.max_tokens"]
+
+    @property
     def over(self) -> set[str]:
         """Names of the programs that do not fit; of all where nothing was compiled."""
         if self.plan is None:
@@ -225,6 +230,23 @@ def search(trial: Trial, most: int) -> Iterator[Tried]:
     """Up to `most` other meshes, compiled; those whose arrays alone do not fit are left out."""
     tries = map(trial.of, meshes(trial.config, trial.model))
     yield from itertools.islice((t for t in tries if t.plan is not None), most)
+
+
+def longest(trial: Trial, plan: Plan, most: int) -> Iterator[Tried]:
+    """Completions up to `most` tokens, to within an eighth of the longest for which the step fits.
+
+    From the config's own on twice as long until it does not fit, or half as long until it does; then
+    between the two.
+    """
+    tokens = trial.config.rollout.max_tokens
+    fits, fails = (tokens, math.inf) if plan.fits else (0, tokens)
+    while fails - fits > max(fits // 8, 1):
+        longer = min(2 * fits, most) if fails == math.inf else int(fits + fails) // 2
+        if longer in (0, fits):
+            return
+        tried = trial.of({"rollout.max_tokens": longer})
+        yield tried
+        fits, fails = (longer, fails) if tried.fits else (fits, longer)
 
 
 def ranked(tries: Iterable[Tried]) -> list[Tried]:
