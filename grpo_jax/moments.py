@@ -116,9 +116,7 @@ def scale_by_adam(
         leaves, tree = jax.tree.flatten(grads)
         key = keys.key_for(seed, "moments", count)
         moved, mus, nus = [], [], []
-        for grad, mu, nu in zip(
-            leaves, tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu)
-        ):
+        for grad, mu, nu in zip(leaves, tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu)):
             bit = random_bits(key, grad.shape, after=nus)
             mu = beta1 * get(mu) + (1 - beta1) * grad
             nu = beta2 * get(nu) + (1 - beta2) * grad**2

@@ -114,3 +114,11 @@ def test_a_run_keeps_its_choice(config, tmp_path, monkeypatch):
     assert of_run(changed(config, {LIMIT: 1.0})) == parts.Fit("full", 200)
     closed = changed(config, {"batch.microbatch": 2, "model.remat": "none"})
     assert of_run(closed) == parts.Fit() and len(asked) == 2
+
+
+def test_layers_one_by_one_where_the_config_says_so(config):
+    for scan in (True, False):
+        learner = parts.make_learner(
+            changed(config, {"model.scan_layers": scan}), tiny.MODEL, tiny.one_device()
+        )
+        assert learner.scorer.scan_layers == scan

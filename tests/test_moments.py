@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from grpo_jax import keys, moments
+from grpo_jax import keys, moments, optim
 
 OPTIONS = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
 
@@ -126,5 +127,32 @@ def test_the_chance_follows_from_seed_and_count():
     np.testing.assert_array_equal(codes(0, 2), codes(0, 2))
     assert (codes(0, 1) != codes(1, 1)).any()
     key, other = (keys.key_for(0, "moments", count) for count in (1, 2))
-    bits = [moments.random_bits(k, [jnp.zeros(3), jnp.zeros(3)]) for k in (key, other)]
-    assert len({int(x) for both in bits for each in both for x in each}) == 12
+    bits = [moments.random_bits(k, (3,), after) for k in (key, other) for after in ([], [key])]
+    assert len({int(x) for each in bits for x in each}) == 12
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        moments.scale_by_adam(**OPTIONS, kept="int8", seed=0),
+        optim.rounded(optax.sgd(0.1), seed=0),
+    ],
+    ids=["moments", "parameters"],
+)
+def test_bits_of_an_array_are_drawn_after_the_array_before_it(transform):
+    """What is drawn for the second array waits for what the first became."""
+    params = {name: jnp.zeros((2, 128), jnp.bfloat16) for name in "ab"}
+
+    def second(first):
+        grads = {"a": first, "b": jnp.ones((2, 128))}
+        return transform.update(grads, transform.init(params), params)
+
+    jaxpr = jax.make_jaxpr(second)(jnp.ones((2, 128))).jaxpr
+    (barrier,) = [e for e in jaxpr.eqns if e.primitive.name == "optimization_barrier"]
+    reached = {jaxpr.invars[0]}
+    for eqn in jaxpr.eqns[: jaxpr.eqns.index(barrier)]:
+        if reached & {v for v in eqn.invars if isinstance(v, jax.extend.core.Var)}:
+            reached |= set(eqn.outvars)
+    assert reached & set(barrier.invars)
+    after = jaxpr.eqns[jaxpr.eqns.index(barrier) :]
+    assert any(barrier.outvars[0] in e.invars for e in after)  # the key

@@ -235,8 +235,8 @@ def search(trial: Trial, most: int) -> Iterator[Tried]:
 def longest(trial: Trial, plan: Plan, most: int) -> Iterator[Tried]:
     """Completions up to `most` tokens, to within an eighth of the longest for which the step fits.
 
-    From the config's own on twice as long until it does not fit, or half as long until it does; then
-    between the two.
+    From the config's own on twice as long until it does not fit, or half as long until it does;
+    then between the two.
     """
     tokens = trial.config.rollout.max_tokens
     fits, fails = (tokens, math.inf) if plan.fits else (0, tokens)

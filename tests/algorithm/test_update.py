@@ -180,6 +180,16 @@ def test_layers_one_by_one_are_those_of_the_loop(remat, experience, reference_ru
     assert ("prevent_cse=True" in text) == (remat != "none") and "prevent_cse=False" not in text
 
 
+def test_scoring_keeps_the_loop():
+    """It keeps nothing of a layer, so that it would only take longer to compile."""
+    options = dict(by_std=True, mask_truncated=False, with_old=False)
+    prepare = make_prepare(scorer(scan_layers=False, microbatch=P), **options)
+    rollouts = tiny.rollouts(P, G, C)
+    microbatches = scorer(microbatch=P).microbatches(rollouts, np.arange(P))
+    text = str(prepare.fill.trace(tiny.params(), rollouts, *microbatches.arrays).jaxpr)
+    assert "unroll=1" in text and f"unroll={tiny.MODEL.num_layers}" not in text
+
+
 def test_bfloat16_stays_near_float32(experience, reference_run):
     state, metrics = run(program(dtype=jnp.bfloat16), experience)
 
