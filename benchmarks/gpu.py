@@ -62,14 +62,15 @@ PIECES: dict[str, list[tuple[str, list[str]]]] = {
         ("sequence", ["long", "xla"]),
     ],
     "B": [
-        ("step", ["middle", "auto"]),
+        ("step", ["middle", "auto", "apart"]),
         ("rollout", ["middle", "auto", "same", "4"]),
-        ("rollout", ["middle", "auto", "int8", "1"]),
-        ("step", ["small", "auto"]),
+        ("update", ["middle", "loop"]),
         ("torch", ["middle"]),
+        ("rollout", ["middle", "auto", "int8", "1"]),
+        ("step", ["small", "auto", "apart"]),
     ],
     "C": [
-        ("step", ["large", "auto"]),
+        ("step", ["large", "auto", "loop"]),
         ("longest", ["middle"]),
         ("longest", ["large"]),
     ],
@@ -267,8 +268,11 @@ def _decoding(work: Any, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield found
 
 
-def step(size: str, decoding: str, tiny: bool) -> Iterator[dict[str, Any]]:
-    """Each phase beside its floor, completions of full length and of a mean, and traces of it."""
+def step(size: str, decoding: str, layers: str, tiny: bool) -> Iterator[dict[str, Any]]:
+    """Each phase beside its floor, completions of full length and of a mean, and traces of it.
+
+    `layers`: "loop", or "apart", each compiled by itself in the update.
+    """
     import jax
     import timing
     import workload
@@ -276,7 +280,8 @@ def step(size: str, decoding: str, tiny: bool) -> Iterator[dict[str, Any]]:
     from grpo_jax import chips, floor, memory
 
     mean = 3 if tiny else MEAN
-    work = _work(size, tiny, **{} if tiny else {"decoding": decoding})
+    kinds = {} if tiny else {"decoding": decoding}
+    work = _work(size, tiny, scan_layers=layers == "loop", **kinds)
     runner, began = workload.Step(work), time.monotonic()
     found: dict[str, Any] = {"work": dataclasses.asdict(work)}
     found["environment"] = timing.environment()
@@ -362,7 +367,8 @@ def longest(size: str, tiny: bool) -> dict[str, Any]:
     tokens = 8 if tiny else 1024
     while tokens <= (16 if tiny else 2**17) and time.monotonic() - began < 0.6 * LIMIT_S:
         try:
-            rows.append(_one_update(_work(size, tiny, completion_tokens=tokens)))
+            work = _work(size, tiny, completion_tokens=tokens, prompts=1, kl=False)
+            rows.append(_one_update(work))
         except memory.OutOfMemory as error:
             return {"fits": rows, "fails": {"completion_tokens": tokens, "message": str(error)}}
         tokens *= 2
@@ -376,7 +382,7 @@ def sequence(size: str, attention: str, tiny: bool) -> dict[str, Any]:
 
     from grpo_jax import chips, floor
 
-    work = _work(size, tiny)
+    work = _work(size, tiny, prompts=1, kl=False)
     if not tiny:
         tokens = LONG - work.prompt_tokens
         work = dataclasses.replace(work, completion_tokens=tokens, attention=attention)
@@ -387,8 +393,13 @@ def sequence(size: str, attention: str, tiny: bool) -> dict[str, Any]:
     return found | ({"mfu": done.flops / found["seconds"] / rates.bf16_flops} if rates else {})
 
 
+def update(size: str, layers: str, tiny: bool) -> dict[str, Any]:
+    """An update alone, completions of full length; `layers` as in `step`."""
+    return _one_update(_work(size, tiny, scan_layers=layers == "loop"))
+
+
 def _one_update(work: Any) -> dict[str, Any]:
-    """Seconds, tokens per second and memory of an update on one group of full length, no KL."""
+    """Seconds, tokens per second and memory of an update on completions of full length."""
     import numpy as np
     import timing
     import workload
@@ -397,12 +408,11 @@ def _one_update(work: Any) -> dict[str, Any]:
     from grpo_jax.phases import phase
     from grpo_jax.structs import Rollouts
 
-    work = dataclasses.replace(work, prompts=1, kl=False)
-    shape = (1, work.group, work.completion_tokens)
+    shape = (work.prompts, work.group, work.completion_tokens)
     rng = np.random.default_rng(0)
     rollouts = Rollouts(
-        prompt_PQ=rng.integers(2, work.shape.vocab_size, (1, work.prompt_tokens)),
-        prompt_length_P=np.full(1, work.prompt_tokens, np.int32),
+        prompt_PQ=rng.integers(2, work.shape.vocab_size, (work.prompts, work.prompt_tokens)),
+        prompt_length_P=np.full(work.prompts, work.prompt_tokens, np.int32),
         completion_PGC=rng.integers(2, work.shape.vocab_size, shape, np.int32),
         logp_PGC=np.zeros(shape, np.float32),
         length_PG=np.full(shape[:2], work.completion_tokens, np.int32),

@@ -169,8 +169,12 @@ def show(plan: step_lib.Plan) -> None:
     sent.add_column("kind")
     sent.add_column("mesh axes")
     sent.add_column("GB", justify="right")
-    for (kind, axes), size in sorted(plan.cost.sent.items(), key=lambda item: -item[1]):
-        sent.add_row(kind, " ".join(axes), f"{size / 1e9:,.3f}")
+    sent.add_column("waited for, s", justify="right")
+    waited = plan.waited
+    for key, size in sorted(plan.cost.sent.items(), key=lambda item: -item[1]):
+        kind, axes = key
+        seconds = f"{waited[key]:,.3f}" if waited else ""
+        sent.add_row(kind, " ".join(axes), f"{size / 1e9:,.3f}", seconds)
     console.print(sent)
     if plan.chip.memory is None:
         say("Simulated devices have no limits: whether it fits is not known.")

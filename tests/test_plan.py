@@ -254,6 +254,38 @@ def test_a_program_of_a_gpu():
     assert in_turn == pytest.approx(2 * (cost.flops + copy / 10), abs=4)
 
 
+@pytest.mark.parametrize(("after", "beside"), [("%w", False), ("%y", True)])
+def test_what_is_sent_while_products_are_computed(after, beside):
+    """Weights are gathered, waited for at once or after a product."""
+    gathered = "%w = bf16[128,64]{1,0} all-gather-done(%start)"
+    product = (
+        "%y = bf16[32,128]{1,0} dot(%a, %v), lhs_contracting_dims={1}, rhs_contracting_dims={1}"
+    )
+    lines = [gathered, product] if after == "%w" else [product, gathered]
+    text = f"""
+ENTRY %main (a: bf16[32,64], v: bf16[128,64], own: bf16[32,64]) -> bf16[128,64] {{
+  %a = bf16[32,64]{{1,0}} parameter(0)
+  %v = bf16[128,64]{{1,0}} parameter(1)
+  %own = bf16[32,64]{{1,0}} parameter(2)
+  %start = (bf16[32,64]{{1,0}}, bf16[128,64]{{1,0}}) all-gather-start(%own), \
+replica_groups=[2,4]<=[8], dimensions={{0}}
+  {lines[0]}
+  {lines[1]}
+  ROOT %z = bf16[128,64]{{1,0}} copy(%w)
+}}
+"""
+    cost = hlo.cost(text, sharding.make_mesh(2, 4, 1))
+    sent, product = 3 * 32 * 64 * 2, 2 * 32 * 128 * 64
+    assert cost.sent == {("all-gather", ("fsdp",)): sent}
+    # A second for each byte, and half of that time for the product.
+    waited = sent - sent / 2 if beside else sent
+    found = cost.times(2.0).waited(flops=2 * product / sent, link=1.0)
+    assert found == {("all-gather", ("fsdp",)): pytest.approx(2 * waited)}
+    assert sum(cost.waited(flops=0.1 * product / sent, link=1.0).values()) == (
+        0.0 if beside else sent
+    )
+
+
 ROOM = 60.0
 HELD = {"weights": 8.0, "optimizer": 16.0, "reference": 4.0, "gradients": 8.0}
 HELD |= {"rollout weights": 8.0, "cache": 2.0, "rollouts": 0.0}

@@ -15,11 +15,13 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
+
+from grpo_jax import sharding
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
@@ -44,6 +46,7 @@ class Collective:
     times: float
     where: str  # the name that it has from the source
     channel: str = ""  # by which the compiler knows it
+    beside: float = 0.0  # operations of products between its start and its end, each time
 
 
 class Kernel(NamedTuple):
@@ -85,10 +88,23 @@ class Cost:
     @property
     def sent(self) -> dict[tuple[str, tuple[str, ...]], float]:
         """Bytes sent by kind and mesh axes."""
-        total: dict[tuple[str, tuple[str, ...]], float] = collections.defaultdict(float)
-        for c in self.collectives:
-            total[c.kind, c.axes] += c.sent * c.times
-        return dict(total)
+        return _totals(self.collectives, lambda c: c.sent)
+
+    def waited(self, flops: float, link: float) -> dict[tuple[str, tuple[str, ...]], float]:
+        """Seconds at these rates, by kind and axes, in which no product is computed meanwhile.
+
+        At the least: what is sent at once shares the products and the links.
+        """
+        return _totals(self.collectives, lambda c: max(c.sent / link - c.beside / flops, 0.0))
+
+
+def _totals(
+    collectives: Iterable[Collective], of: Callable[[Collective], float]
+) -> dict[tuple[str, tuple[str, ...]], float]:
+    total: dict[tuple[str, tuple[str, ...]], float] = collections.defaultdict(float)
+    for c in collectives:
+        total[c.kind, c.axes] += of(c) * c.times
+    return dict(total)
 
 
 def cost(text: str, mesh: Mesh, loops: float = 1.0) -> Cost:
@@ -205,7 +221,7 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
 class _Program:
     def __init__(self, text: str, mesh: Mesh, loops: float):
         self.computations, self.entry = _parse(text)
-        self.mesh, self.loops = mesh, loops
+        self.mesh, self.loops, self.gpu = mesh, loops, sharding.is_gpu(mesh)
         self._known: dict[str, Cost] = {}
 
     def cost(self) -> Cost:
@@ -213,9 +229,27 @@ class _Program:
 
     def _of(self, name: str) -> Cost:
         if name not in self._known:
-            parts = [self._launched(i, name) for i in self.computations[name].values()]
-            self._known[name] = _sum(parts, _once(c for p in parts for c in p.collectives))
+            parts = self._in_order(name)
+            collectives = [c for p in parts for c in p.collectives]
+            self._known[name] = _sum(parts, collectives if self.gpu else _once(collectives))
         return self._known[name]
+
+    def _in_order(self, name: str) -> list[Cost]:
+        """The costs of a computation's instructions, which are in the order that they run in."""
+        instructions = list(self.computations[name].values())
+        parts = [self._launched(i, name) for i in instructions]
+        ends = {
+            started: n
+            for n, i in enumerate(instructions)
+            if i.opcode.endswith("-done")
+            for started in i.operands
+        }
+        for n, (i, part) in enumerate(zip(instructions, parts)):
+            if part.collectives and i.opcode.endswith("-start"):
+                beside = math.fsum(p.flops for p in parts[n + 1 : ends.get(i.name)])
+                each = (dataclasses.replace(c, beside=beside) for c in part.collectives)
+                parts[n] = dataclasses.replace(part, collectives=tuple(each))
+        return parts
 
     def _launched(self, i: _Instruction, inside: str) -> Cost:
         """An instruction's cost, with that of its kernel."""

@@ -450,10 +450,15 @@ class Plan:
         return sum(bound(p.seconds(self.chip))[1] for p in self.programs)
 
     @property
+    def waited(self) -> dict[tuple[str, tuple[str, ...]], float]:
+        """Seconds of a step that products wait for what is sent, by kind and axes, at the least."""
+        return self.cost.waited(self.chip.flops, self.chip.link) if self.chip.flops else {}
+
+    @property
     def in_turn_s(self) -> float:
-        """The same where one kernel follows another, and nothing is sent meanwhile."""
+        """The least seconds where one kernel follows another, and what is sent is waited for."""
         seconds = [p.seconds(self.chip) for p in self.programs]
-        return sum(s["in turn"] + s["network"] for s in seconds if s)
+        return sum(s["in turn"] for s in seconds if s) + sum(self.waited.values())
 
     def as_json(self) -> dict[str, Any]:
         number = lambda x: x if math.isfinite(x) else None  # noqa: E731
@@ -488,6 +493,7 @@ class Plan:
             "flops": self.cost.flops,
             "bytes": self.cost.bytes,
             "sent_bytes": hlo.as_json(self.cost.sent),
+            "waited_s": hlo.as_json(self.waited),
             "step_s": self.step_s if self.chip.flops else None,
             "in_turn_s": self.in_turn_s if self.chip.flops else None,
             "programs": programs,
