@@ -428,10 +428,11 @@ def _one_update(work: Any) -> dict[str, Any]:
     return found | {"tokens_per_s": trained / seconds} | memory.usage()
 
 
-def torch(size: str, tiny: bool) -> dict[str, Any]:
+def torch(size: str, tiny: bool) -> Iterator[dict[str, Any]]:
+    """PyTorch's step of the same work, beside the rollout, reference and update of `step`."""
     import torch_step
 
-    return torch_step.measure(_work(size, tiny))
+    yield from torch_step.measure(_work(size, tiny))
 
 
 # --- The run --------------------------------------------------------------------------------------

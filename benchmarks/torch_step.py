@@ -7,15 +7,18 @@ beforehand, the clipped loss with its KL term, and AdamW on the weights in the d
 
 from __future__ import annotations
 
-import statistics
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from workload import Work
 
 
-def measure(work: Work, steps: int = 1, microbatch: int = 8) -> dict[str, Any]:
-    """Seconds of rollout, reference and update, medians of `steps`, and the peak of memory, GiB."""
+def measure(work: Work, microbatch: int = 8) -> Iterator[dict[str, Any]]:
+    """Seconds of update, reference and rollout and the peak of memory, GiB, as they become known.
+
+    The rollout comes last: compiling `generate` can take minutes.
+    """
     import torch
     import transformers
 
@@ -80,27 +83,33 @@ def measure(work: Work, steps: int = 1, microbatch: int = 8) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    seconds: dict[str, list[float]] = {"rollout": [], "prepare": [], "update": []}
-    shape = (work.prompts, work.prompt_tokens)
-    began = wait()
-    prompt = torch.randint(2, model.vocab_size, shape, device=device)
+    def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+        began = wait()
+        value = call()
+        return value, wait() - began
+
+    tokens = work.prompt_tokens + work.completion_tokens
+    ids = torch.randint(2, model.vocab_size, (rows, tokens), device=device)
+    advantage = torch.randn(rows, 1, device=device)
+    prompt = ids[:: work.group, : work.prompt_tokens].repeat_interleave(work.group, 0)
+    found: dict[str, Any] = {"device": device, "torch": torch.__version__, "microbatch": microbatch}
+
+    scored(ids[:microbatch])
+    ref, found["prepare"] = timed(lambda: scored(ids))
+    yield found
+    first = slice(microbatch)
+    update(ids[first], ref[first], advantage[first])
+    _, found["update"] = timed(lambda: update(ids, ref, advantage))
+    if device == "cuda":
+        found["memory_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    yield found
     for _ in range(2):  # compiles, and captures what it compiled
-        rollout(prompt.repeat_interleave(work.group, 0), early=4)
-    found: dict[str, Any] = {"first_rollouts_s": wait() - began}
-    for _ in range(steps):
-        prompt = torch.randint(2, model.vocab_size, shape, device=device)
-        times = [wait()]
-        ids = rollout(prompt.repeat_interleave(work.group, 0))
-        times.append(wait())
-        ref = scored(ids) if work.kl else torch.zeros(rows, work.completion_tokens, device=device)
-        times.append(wait())
-        update(ids, ref, torch.randn(rows, 1, device=device))
-        times.append(wait())
-        for name, begin, end in zip(seconds, times, times[1:]):
-            seconds[name].append(end - begin)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    found |= medians | {"step": sum(medians.values())}
+        _, seconds = timed(lambda: rollout(prompt, early=4))
+        found["first_rollouts_s"] = found.get("first_rollouts_s", 0.0) + seconds
+        yield found
+    _, found["rollout"] = timed(lambda: rollout(prompt))
+    found["step"] = sum(found[phase] for phase in ("rollout", "prepare", "update"))
     found["completion_tokens_per_s"] = rows * work.completion_tokens / found["step"]
     if device == "cuda":
         found["memory_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    return found | {"device": device, "torch": torch.__version__, "microbatch": microbatch}
+    yield found
