@@ -231,19 +231,51 @@ class Learner:
     update: Callable
 
 
+def make_scorer(
+    config: ConfigDict, model: ModelConfig, mesh: Mesh, sampling: Sampling, fit: Fit = USUAL
+) -> update_lib.Scorer:
+    """How the config runs a model of this shape over given completions."""
+    dtype = jnp.dtype(config.model.dtype)
+    return update_lib.Scorer(
+        model,
+        mesh,
+        sampling,
+        dtype,
+        remat=fit.remat if config.model.remat == "auto" else config.model.remat,
+        scan_layers=config.model.scan_layers,
+        kernels=kernels.choose(config.model.attention, model, mesh, dtype),
+    )
+
+
+def make_optimizer(
+    config: ConfigDict, schedule: optax.Schedule, weight_decay: float, clip_norm: float
+) -> optax.GradientTransformation:
+    """The config's AdamW, in its precision."""
+    optimizer = optim.adamw(
+        schedule,
+        beta1=config.optim.beta1,
+        beta2=config.optim.beta2,
+        eps=config.optim.eps,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
+        kept=config.optim.moments,
+        seed=config.seed,
+    )
+    return optim.for_params(
+        optimizer,
+        config.model.param_dtype,
+        float32_copy=config.optim.float32_copy,
+        seed=config.seed,
+    )
+
+
 def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: Fit = USUAL) -> Learner:
     """The config's update of a model of this shape; nothing is compiled or allocated yet.
 
     `fit` holds where the config names no microbatch or no way of computing again.
     """
-    scorer = update_lib.Scorer(
-        model,
-        mesh,
-        _sampling(config),
-        jnp.dtype(config.model.dtype),
-        remat=fit.remat if config.model.remat == "auto" else config.model.remat,
-        scan_layers=config.model.scan_layers,
-        kernels=kernels.choose(config.model.attention, model, mesh, jnp.dtype(config.model.dtype)),
+    scorer = dataclasses.replace(
+        make_scorer(config, model, mesh, _sampling(config), fit),
         microbatch=max(config.batch.microbatch, 0),
         tokens=fit.tokens if config.batch.microbatch == -1 else 0,
     )
@@ -255,22 +287,7 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: Fit = 
         num_updates=config.loop.num_steps * updates,
         end_fraction=config.optim.end_fraction,
     )
-    optimizer = optim.adamw(
-        schedule,
-        beta1=config.optim.beta1,
-        beta2=config.optim.beta2,
-        eps=config.optim.eps,
-        weight_decay=config.optim.weight_decay,
-        clip_norm=config.optim.clip_norm,
-        kept=config.optim.moments,
-        seed=config.seed,
-    )
-    optimizer = optim.for_params(
-        optimizer,
-        config.model.param_dtype,
-        float32_copy=config.optim.float32_copy,
-        seed=config.seed,
-    )
+    optimizer = make_optimizer(config, schedule, config.optim.weight_decay, config.optim.clip_norm)
     objective = losses.Objective(
         algorithm.clip_low,
         algorithm.clip_high,

@@ -29,7 +29,7 @@ from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import tasks
-from grpo_jax.models import hf, kernels, transformer
+from grpo_jax.models import hf, transformer
 from grpo_jax.phases import phase
 from grpo_jax.structs import Array, Params, Rollouts, Sampling, TrainState, pad_rows
 from grpo_jax.watchdog import Watchdog
@@ -57,33 +57,8 @@ def run(config: ConfigDict, folder: Path) -> Path:
         num_updates=num_steps,
         end_fraction=0.0,
     )
-    optimizer = optim.adamw(
-        schedule,
-        beta1=config.optim.beta1,
-        beta2=config.optim.beta2,
-        eps=config.optim.eps,
-        weight_decay=config.sft.weight_decay,
-        clip_norm=1.0,
-        kept=config.optim.moments,
-        seed=config.seed,
-    )
-    optimizer = optim.for_params(
-        optimizer,
-        config.model.param_dtype,
-        float32_copy=config.optim.float32_copy,
-        seed=config.seed,
-    )
-    scorer = update_lib.Scorer(
-        policy.model,
-        mesh,
-        Sampling(),
-        jnp.dtype(config.model.dtype),
-        remat="dots" if config.model.remat == "auto" else config.model.remat,
-        scan_layers=config.model.scan_layers,
-        kernels=kernels.choose(
-            config.model.attention, policy.model, mesh, jnp.dtype(config.model.dtype)
-        ),
-    )
+    optimizer = parts_lib.make_optimizer(config, schedule, config.sft.weight_decay, clip_norm=1.0)
+    scorer = parts_lib.make_scorer(config, policy.model, mesh, Sampling())
     update = _make_update(scorer, optimizer, config.sft.microbatch or config.sft.batch, config)
     checkpoints = Checkpoints(
         config.checkpoint.folder or folder / "checkpoints",

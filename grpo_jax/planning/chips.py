@@ -31,8 +31,14 @@ class Chip:
     source: str
 
 
-def _tpu(name: str, kind: str, dimensions: int, clock: float, accelerator: str) -> Chip:
-    rates = chips.chip(kind)
+def _chip(
+    name: str,
+    rates: chips.Chip,
+    usable: float,
+    dimensions: int = 1,
+    clock: float | None = None,
+    accelerator: str = "",
+) -> Chip:
     return Chip(
         name,
         rates.hbm_bytes,
@@ -41,25 +47,20 @@ def _tpu(name: str, kind: str, dimensions: int, clock: float, accelerator: str) 
         rates.ici_bytes_per_s / dimensions,
         clock,
         accelerator,
-        rates.hbm_bytes - _RESERVED,
+        usable,
         rates.source,
     )
+
+
+def _tpu(name: str, kind: str, dimensions: int, clock: float, accelerator: str) -> Chip:
+    rates = chips.chip(kind)
+    return _chip(name, rates, rates.hbm_bytes - _RESERVED, dimensions, clock, accelerator)
 
 
 def _gpu(name: str) -> Chip:
     """All links of a GPU serve whichever axis of the mesh sends."""
     rates = gpus.chip(name)
-    return Chip(
-        name,
-        rates.hbm_bytes,
-        rates.bf16_flops,
-        rates.hbm_bytes_per_s,
-        rates.ici_bytes_per_s,
-        None,
-        "",
-        _GPU_FRACTION * rates.hbm_bytes,
-        rates.source,
-    )
+    return _chip(name, rates, _GPU_FRACTION * rates.hbm_bytes)
 
 
 # Of a TPU's memory the runtime keeps some: compilers for v5e report 15.75 of 16 GiB as usable. Of a
