@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
 
     def make(config: ConfigDict) -> step_lib.Plan:
         mesh, lengths = sharding.make_mesh(**config.mesh, devices=devices), lengths_of(config)
-        fitted = fit.choose(config, model, mesh, lengths, chip.usable, known)
+        fitted = fit.choose(config, model, mesh, lengths, chip.usable, chip, known)
         return step_lib.plan(
             config, model, args.topology, chip, devices, lengths, fitted, known=known
         )

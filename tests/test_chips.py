@@ -6,6 +6,7 @@ import pytest
 
 from grpo_jax import chips
 from grpo_jax.chips import chip
+from grpo_jax.planning import chips as planning_chips
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,18 @@ def test_a_device_is_found_by_its_kind(device_kind, name, flops):
 )
 def test_no_chip_is_guessed(device_kind):
     assert chip(device_kind) is None
+
+
+def test_the_rates_of_a_device_that_a_run_has():
+    class Device:
+        device_kind = "TPU v4"
+
+    found = planning_chips.of_device(Device)
+    assert (found.flops, found.bandwidth, found.link) == (275e12, 1200e9, 100e9)
+    Device.device_kind = "NVIDIA H200"
+    assert planning_chips.of_device(Device).link == 450e9
+    Device.device_kind = "cpu"
+    assert planning_chips.of_device(Device) is None
 
 
 @pytest.mark.parametrize("one", [c for _, c in chips._CHIPS], ids=lambda c: c.name)

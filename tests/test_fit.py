@@ -12,9 +12,9 @@ import tiny
 
 from grpo_jax import config as config_lib
 from grpo_jax import parts, sharding
-from grpo_jax.planning import fit
+from grpo_jax.planning import chips, fit, hlo
 from grpo_jax.planning.advice import changed
-from grpo_jax.planning.step import Lengths, Step
+from grpo_jax.planning.step import Compiled, Lengths, Step
 from grpo_jax.structs import Experience
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
@@ -71,6 +71,48 @@ def test_a_smaller_limit_computes_more_again_then_takes_fewer_tokens(config, mon
     assert choose(None) == parts.Fit()
 
 
+@pytest.mark.parametrize(
+    ("flops", "bandwidth", "resource"), [(1.0, 1e30, "flops"), (1e30, 1.0, "bytes")]
+)
+def test_the_fastest_on_the_chip_is_taken(config, monkeypatch, flops, bandwidth, resource):
+    """Where arithmetic takes all the time that with the least of it, and so for memory."""
+    monkeypatch.setattr(fit, "Step", _Once)
+    chip = chips.Chip("slow", 1e12, flops, bandwidth, 1.0, None, "", 1e12, "")
+    arguments = config, tiny.MODEL, tiny.one_device(), Lengths.of(config), 1e12
+
+    chosen = fit.choose(*arguments, chip)
+
+    spent = {f: getattr(p.cost, resource) for f, (p,) in _Once.compiled.items() if f.tokens == ALL}
+    assert {f.remat for f in spent} == {"none", "dots", "full"}
+    assert spent[chosen] == min(spent.values()) < max(spent.values())
+    assert chosen.remat == "none" or resource == "bytes"
+
+
+def test_more_tokens_are_taken_while_that_is_faster(config, monkeypatch):
+    """Of 100 bytes: a size of 8 would be faster, but one of 4 is not."""
+    seconds, sizes = {1: 5.0, 2: 4.0, 4: 4.5, 8: 1.0}, [1, 2, 4, 8]
+
+    class Measured(Step):
+        def __init__(self, *args, known):
+            self.fit = args[-1]
+
+        def compile(self, only):
+            kernel = hlo.Kernel(seconds[self.fit.tokens], 0.0, 1.0)
+            cost = hlo.Cost(kernels=(kernel,))
+            return [Compiled("gradient", "", 1, 10.0 * self.fit.tokens, 0, 0, 0, cost, 0.0)]
+
+    monkeypatch.setattr(fit, "Step", Measured)
+    monkeypatch.setattr(fit, "_sizes", lambda *_: sizes)
+    monkeypatch.setattr(fit, "usual_tokens", lambda _: 1)
+    chip = chips.Chip("some", 1e12, 1.0, 1.0, 1.0, None, "", 1e12, "")
+    arguments = config, tiny.MODEL, tiny.one_device(), Lengths.of(config)
+    assert fit.choose(*arguments, 100.0, chip).tokens == 2
+    assert fit.choose(*arguments, 15.0, chip).tokens == 1
+    assert fit.choose(*arguments, 100.0).tokens == 8  # rates are not known
+    seconds[4] = 3.0
+    assert fit.choose(*arguments, 100.0, chip).tokens == 8
+
+
 def test_the_gradient_is_the_same(config):
     rollouts = tiny.rollouts(P, G, C)
     mesh = tiny.one_device()
@@ -106,6 +148,7 @@ def test_a_run_keeps_its_choice(config, tmp_path, monkeypatch):
 
     first = of_run(config)
     assert first == of_run(config) == parts.Fit("full", 100)
+    assert asked[0][5] is None  # the rates of a CPU
     assert json.loads((tmp_path / "fit.json").read_text())["chosen"] == {
         "remat": "full",
         "tokens": 100,

@@ -281,6 +281,9 @@ replica_groups=[2,4]<=[8], dimensions={{0}}
     waited = sent - sent / 2 if beside else sent
     found = cost.times(2.0).waited(flops=2 * product / sent, link=1.0)
     assert found == {("all-gather", ("fsdp",)): pytest.approx(2 * waited)}
+    chip = chips.Chip("slow", None, 2 * product / sent, 1e30, 1.0, None, "", None, "")
+    seconds = step_lib.Compiled("", "", 1, 0, 0, 0, 0, cost, 0.0).seconds(chip)
+    assert seconds["in turn"] == pytest.approx(sent / 2 + waited)
     assert sum(cost.waited(flops=0.1 * product / sent, link=1.0).values()) == (
         0.0 if beside else sent
     )

@@ -74,8 +74,17 @@ CHIPS = {
     "v5p": _tpu("v5p", "TPU v5p", 3, 1.75e9, "v5p-128"),
     "v6e": _tpu("v6e", "TPU v6e", 2, 1.75e9, "v6e-64"),
 }
+_DIMENSIONS = {"TPU v4": 3, "TPU v5p": 3, "TPU v5e": 2, "TPU v6e": 2, "TPU v7x": 3}  # of the torus
 GPUS = {name: _gpu(name) for name in gpus.NAMES}
 CPU = Chip("cpu", None, None, None, None, None, "", None, "simulated: no rates")
+
+
+def of_device(device: jax.Device) -> Chip | None:
+    """The chip that a device is; None where none is known, as for a CPU."""
+    rates = chips.chip(device.device_kind)
+    if rates is None:
+        return None
+    return _chip(rates.name, rates, rates.hbm_bytes, _DIMENSIONS.get(rates.name, 1))
 
 
 def devices(topology: str) -> tuple[Chip, list[jax.Device]]:

@@ -1,8 +1,9 @@
 """How an update is cut to a device's memory: found by compiling, and kept with the run.
 
-What is larger is faster: fewer microbatches gather and read the weights less often, and what the
-backward pass has kept it need not compute again. Neither changes what is computed, but for the
-order of sums; so a run that goes on takes what it began with.
+What is larger is faster in the main: fewer microbatches gather and read the weights less often,
+and what the backward pass has kept it need not compute again. But to keep it takes time too: where
+the chip's rates are known, the compiled programs say what is faster. Neither changes what is
+computed, but for the order of sums; so a run that goes on takes what it began with.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from grpo_jax import hosts, memory, sharding, workdir
 from grpo_jax.algorithm.update import usual_tokens
 from grpo_jax.metrics import say
 from grpo_jax.parts import USUAL, Fit
-from grpo_jax.planning.step import Known, Lengths, Step
+from grpo_jax.planning import chips
+from grpo_jax.planning.step import Compiled, Known, Lengths, Step
 from grpo_jax.structs import ModelConfig
 
 _REMAT = ("none", "dots", "full")  # the fastest first
@@ -52,7 +54,8 @@ def of_run(config: ConfigDict, model: ModelConfig, mesh: Mesh, longest: int, fol
     if known is None or known["asked"] != asked:
         limits = hosts.gather(memory.limit(), "the choice of a microbatch")
         limit = None if None in limits else min(limits)
-        own = choose(config, model, mesh, Lengths.of(config, longest), limit)
+        chip = chips.of_device(mesh.devices.flat[0])
+        own = choose(config, model, mesh, Lengths.of(config, longest), limit, chip)
         chosen = hosts.gather(dataclasses.asdict(own), "the choice of a microbatch")[0]
         known = {"asked": asked, "chosen": chosen}
         if hosts.is_first():
@@ -66,13 +69,16 @@ def choose(
     mesh: Mesh,
     lengths: Lengths,
     limit: float | None,
+    chip: chips.Chip | None = None,
     known: Known | None = None,
 ) -> Fit:
     """The fit whose gradient needs at most `limit` bytes of each device, by its compiled program.
 
     `config.batch.memory_limit_gib` holds before `limit`; without either the usual is taken. Of the
-    ways of computing again that with the least for which the usual number of tokens fits; then as
-    many tokens as fit. Where nothing fits it is the smallest, and the run will say what it lacks.
+    ways of computing again for which the usual number of tokens fits that which is the fastest on
+    the chip, or computes the least where its rates are not known; then as many tokens as fit, or
+    twice as many for as long as that is faster. Where nothing fits it is the smallest, and the run
+    will say what it lacks.
     Programs in `known` are not compiled again.
     """
     if config.batch.memory_limit_gib:
@@ -81,20 +87,33 @@ def choose(
         return USUAL
 
     @functools.cache
-    def peak(fit: Fit) -> float:
+    def program(fit: Fit) -> Compiled:
         step = Step(config, model, mesh, lengths, fit, known=known)
-        (program,) = step.compile(lambda name: name == "gradient")
-        return program.peak
+        return step.compile(lambda name: name == "gradient")[0]
+
+    peak = lambda fit: program(fit).peak  # noqa: E731
+    seconds = lambda fit: program(fit).seconds(chip)["in turn"] if rated else 0.0  # noqa: E731
+    rated = chip is not None and chip.flops is not None
 
     sizes = _sizes(config, model, mesh, lengths) if config.batch.microbatch == -1 else [0]
     usual = max((n for n in sizes if n <= usual_tokens(mesh)), default=sizes[0])
     remats = _REMAT if config.model.remat == "auto" else (config.model.remat,)
-    remat = next((r for r in remats if peak(Fit(r, usual)) <= limit), remats[-1])
-    fitting = bisect.bisect_right(sizes, limit, key=lambda tokens: peak(Fit(remat, tokens)))
-    fit = Fit(remat, sizes[max(fitting - 1, 0)])
+    fitting = (Fit(r, usual) for r in remats if peak(Fit(r, usual)) <= limit)
+    if rated and len(remats) > 1:
+        fit = min(fitting, key=seconds, default=Fit(remats[-1], usual))
+    else:
+        fit = next(fitting, Fit(remats[-1], usual))
+    of_size = [dataclasses.replace(fit, tokens=tokens) for tokens in sizes]
+    if rated and peak(fit) <= limit:
+        for larger in of_size[sizes.index(usual) + 1 :]:
+            if peak(larger) > limit or seconds(larger) >= seconds(fit):
+                break
+            fit = larger
+    else:
+        fit = of_size[max(bisect.bisect_right(of_size, limit, key=peak) - 1, 0)]
     tokens = f" and microbatches of {fit.tokens:,} tokens a row" if fit.tokens else ""
     say(
-        f'The update takes model.remat = "{remat}"{tokens}: {peak(fit) / _GIB:.2f} GiB of each '
+        f'The update takes model.remat = "{fit.remat}"{tokens}: {peak(fit) / _GIB:.2f} GiB of each '
         f"device, of {limit / _GIB:.2f}."
     )
     return fit

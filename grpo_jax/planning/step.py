@@ -93,8 +93,9 @@ class Compiled:
     def seconds(self, chip: Chip) -> dict[str, float]:
         """The least time by each of the chip's rates, and other estimates.
 
-        "in turn": arithmetic and memory where one kernel follows another, as on a GPU; "compiler":
-        by the compiler's estimate of cycles, of a TPU.
+        "in turn": arithmetic and memory where one kernel follows another, as on a GPU, and products
+        wait for what is sent and not hidden by others; "compiler": by the compiler's estimate of
+        cycles, of a TPU.
 
         Every axis of the mesh is taken to have one dimension of a TPU's torus to itself.
         """
@@ -107,7 +108,8 @@ class Compiled:
             "compute": self.cost.flops / chip.flops,
             "memory": self.cost.bytes / chip.bandwidth,
             "network": sum(by_axes.values()) / chip.link,
-            "in turn": self.cost.in_turn(chip.flops, chip.bandwidth),
+            "in turn": self.cost.in_turn(chip.flops, chip.bandwidth)
+            + math.fsum(self.cost.waited(chip.flops, chip.link).values()),
         }
         return seconds | ({"compiler": self.cost.cycles / chip.clock} if chip.clock else {})
 
@@ -457,8 +459,7 @@ class Plan:
     @property
     def in_turn_s(self) -> float:
         """The least seconds where one kernel follows another, and what is sent is waited for."""
-        seconds = [p.seconds(self.chip) for p in self.programs]
-        return sum(s["in turn"] for s in seconds if s) + sum(self.waited.values())
+        return sum(p.seconds(self.chip).get("in turn", 0.0) for p in self.programs)
 
     def as_json(self) -> dict[str, Any]:
         number = lambda x: x if math.isfinite(x) else None  # noqa: E731
