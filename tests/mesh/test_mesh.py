@@ -32,13 +32,13 @@ def place(mesh):
     return jax.device_put(params, sharding.tree_shardings(mesh, axes, params))
 
 
-def steps(mesh):
+def steps(mesh, **scoring):
     """Rollouts and loss of each of some GRPO steps, and the state after them.
 
     The optimizer is plain descent: one like Adam makes whole steps of what is rounding.
     """
     engine = Engine(Decoder(tiny.MODEL, mesh, Sampling(), (tiny.STOP,), LIMIT), compact=False)
-    scorer, optimizer = Scorer(tiny.MODEL, mesh, Sampling()), optax.sgd(RATE, momentum=0.9)
+    scorer, optimizer = Scorer(tiny.MODEL, mesh, Sampling(), **scoring), optax.sgd(RATE, 0.9)
     reference = jax.tree.map(lambda x: x * 1.1, place(mesh))
     prepare = make_prepare(scorer, by_std=True, mask_truncated=False, with_old=True)
     objective = losses.Objective(kl_coef=0.1, entropy_coef=0.01)
@@ -62,13 +62,15 @@ def alone():
     return rollouts, loss, jax.device_get(state.params)
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_a_mesh_changes_nothing(alone, shape):
+@pytest.mark.parametrize(
+    ("shape", "scan_layers"), [*((shape, True) for shape in MESHES), ((2, 2, 2, 1), False)], ids=str
+)
+def test_a_mesh_changes_nothing(alone, shape, scan_layers):
     wanted, want_loss, want_params = alone
     mesh = sharding.make_mesh(*shape)
     assert mesh.devices.shape == (*shape[:2], shape[3], shape[2])
 
-    rollouts, loss, state = steps(mesh)
+    rollouts, loss, state = steps(mesh, scan_layers=scan_layers)
     params = state.params
 
     for got, want in zip(rollouts, wanted, strict=True):
