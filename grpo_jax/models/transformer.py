@@ -449,6 +449,8 @@ def _moved(x: Array, source: Array, target: Array) -> Array:
     The gradient moves back by the inverse: of a plain lookup it is a sum into places, which is slow
     everywhere and in no certain order on a GPU.
     """
+    if not x.shape[1]:  # completions of one token have no entries
+        return jnp.zeros((*source.shape, *x.shape[2:]), x.dtype)
     y = jax.vmap(lambda row, at: row[at])(x, jnp.maximum(source, 0))
     there = (source >= 0).reshape(*source.shape, *(1,) * (x.ndim - 2))
     return jnp.where(there, y, 0)

@@ -170,6 +170,17 @@ def test_recomputing_changes_nothing(experience, reference_run):
         assert_same(run(update, experience), reference_run)
 
 
+def test_completions_of_one_token():
+    """Nothing but what follows the prompts is predicted; lanes there are none to fill."""
+    rollouts = tiny.rollouts(P, G, 1)
+    prepare = make_prepare(scorer(), by_std=True, mask_truncated=False, with_old=True)
+    made = prepare(tiny.params(), tiny.params(7), rollouts, jnp.arange(P * G).reshape(P, G) % 2.0)
+    for got, params in ((made.old_logp_PGC, tiny.params()), (made.ref_logp_PGC, tiny.params(7))):
+        np.testing.assert_allclose(got, tiny.logp(scorer(), params, rollouts), atol=2e-5)
+    state, metrics = run(program(), made)
+    assert np.isfinite(metrics["policy/loss"]) and np.abs(gradient(state)).max() > 1e-4
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_layers_one_by_one_are_those_of_the_loop(remat, experience, reference_run):
     """And what is computed again stays so, with no loop to keep it from being merged."""
