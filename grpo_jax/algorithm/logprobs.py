@@ -134,6 +134,21 @@ def score(
     return _join(logp, tokens), _join(entropy, tokens)
 
 
+def _summed_product(hidden_BTD: Array, by_logits_BTV: Array) -> Array:
+    """Over all tokens, float32 [D, V]."""
+
+    def product(x: Array, y: Array) -> Array:
+        return jnp.einsum("btd,btv->dv", x, y, preferred_element_type=jnp.float32)
+
+    def in_float32(x: Array, y: Array) -> Array:
+        return product(x.astype(jnp.float32), y.astype(jnp.float32))
+
+    if hidden_BTD.dtype == jnp.float32:
+        return product(hidden_BTD, by_logits_BTV)
+    # XLA for CPU (jaxlib 0.10.2) has no such product of bfloat16 where the head is transposed.
+    return jax.lax.platform_dependent(hidden_BTD, by_logits_BTV, cpu=in_float32, default=product)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def loss(
     token_loss: TokenLoss,
@@ -182,9 +197,7 @@ def _loss_forward(token_loss, sampling, along, hidden_BTD, head_DV, target_BT, w
         by_logits -= by_entropy[..., None] * prob * (found.log_prob() + found.entropy[..., None])
         by_logits = (by_logits / temperature).astype(hidden.dtype)
         by_hidden = jnp.einsum("btv,dv->btd", by_logits, head)
-        grad_head += jnp.einsum(
-            "btd,btv->dv", hidden, by_logits, preferred_element_type=jnp.float32
-        )
+        grad_head += _summed_product(hidden, by_logits)
         return (total + part, grad_head), (found.logp, found.entropy, by_hidden)
 
     xs = jax.tree.map(lambda x: _split(x, width), (hidden_BTD, target_BT, weight_BT, terms))
