@@ -2,9 +2,9 @@
 
     python -m grpo_jax.plan --config configs/gsm8k.py --topology v5e:8x8
 
-The programs of one step are compiled ahead of time for a TPU topology (`pip install -e ".[plan]"`
-brings the compiler), or for simulated CPU devices, `cpu:8`; nothing is allocated. The report says
-whether the step fits, what lies in each device's memory, and how long each program takes at least.
+The programs of one step are compiled ahead of time for TPUs (`pip install -e ".[plan]"` brings the
+compiler), for GPUs of one machine, `h100:8` (`".[gpu]"`), or for simulated CPU devices, `cpu:8`;
+nothing is allocated. The report says whether the step fits, what lies in each device's memory, and how long each program takes at least.
 Where it does not fit, changes of the config are compiled until one does.
 """
 
@@ -89,7 +89,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="a file as in configs/")
     parser.add_argument(
-        "--topology", required=True, help="such as v5e:16x16, v5p:4x4x4, v6e:8x8, or cpu:8"
+        "--topology", required=True, help="such as v5e:16x16, v5p:4x4x4, h100:8, b200:1, or cpu:8"
     )
     parser.add_argument(
         "--model-shape",

@@ -9,7 +9,7 @@ from grpo_jax import chips
 
 @dataclasses.dataclass(frozen=True)
 class _Generation:
-    """Limits of a compute capability, from the CUDA C++ Programming Guide, table 27 ff."""
+    """Limits of a compute capability, from the CUDA C++ Programming Guide's table of them."""
 
     major: int
     minor: int
