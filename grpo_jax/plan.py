@@ -4,8 +4,9 @@
 
 The programs of one step are compiled ahead of time for TPUs (`pip install -e ".[plan]"` brings the
 compiler), for GPUs of one machine, `h100:8` (`".[gpu]"`), or for simulated CPU devices, `cpu:8`;
-nothing is allocated. The report says whether the step fits, what lies in each device's memory, and how long each program takes at least.
-Where it does not fit, changes of the config are compiled until one does.
+nothing is allocated. The report says whether the step fits, what lies in each device's memory, and
+how long each program takes at least. Where it does not fit, changes of the config are compiled
+until one does.
 """
 
 from __future__ import annotations
