@@ -92,8 +92,8 @@ def choose(
         return step.compile(lambda name: name == "gradient")[0]
 
     peak = lambda fit: program(fit).peak  # noqa: E731
-    seconds = lambda fit: program(fit).seconds(chip)["in turn"] if rated else 0.0  # noqa: E731
     rated = chip is not None and chip.flops is not None
+    seconds = lambda fit: program(fit).seconds(chip)["in turn"]  # noqa: E731
 
     sizes = _sizes(config, model, mesh, lengths) if config.batch.microbatch == -1 else [0]
     usual = max((n for n in sizes if n <= usual_tokens(mesh)), default=sizes[0])
