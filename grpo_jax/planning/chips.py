@@ -35,16 +35,16 @@ def _chip(
     name: str,
     rates: chips.Chip,
     usable: float,
-    dimensions: int = 1,
     clock: float | None = None,
     accelerator: str = "",
 ) -> Chip:
+    """All links of a GPU serve whichever axis of the mesh sends; a TPU's a dimension each."""
     return Chip(
         name,
         rates.hbm_bytes,
         rates.bf16_flops,
         rates.hbm_bytes_per_s,
-        rates.ici_bytes_per_s / dimensions,
+        rates.ici_bytes_per_s / _DIMENSIONS.get(rates.name, 1),
         clock,
         accelerator,
         usable,
@@ -52,13 +52,12 @@ def _chip(
     )
 
 
-def _tpu(name: str, kind: str, dimensions: int, clock: float, accelerator: str) -> Chip:
+def _tpu(name: str, kind: str, clock: float, accelerator: str) -> Chip:
     rates = chips.chip(kind)
-    return _chip(name, rates, rates.hbm_bytes - _RESERVED, dimensions, clock, accelerator)
+    return _chip(name, rates, rates.hbm_bytes - _RESERVED, clock, accelerator)
 
 
 def _gpu(name: str) -> Chip:
-    """All links of a GPU serve whichever axis of the mesh sends."""
     rates = gpus.chip(name)
     return _chip(name, rates, _GPU_FRACTION * rates.hbm_bytes)
 
@@ -67,14 +66,14 @@ def _gpu(name: str) -> Chip:
 # GPU's, `launch/gpu.sh` gives JAX this share.
 _RESERVED = 2**28
 _GPU_FRACTION = 0.92
+_DIMENSIONS = {"TPU v4": 3, "TPU v5p": 3, "TPU v5e": 2, "TPU v6e": 2, "TPU v7x": 3}  # of the torus
 
 CHIPS = {
-    "v4": _tpu("v4", "TPU v4", 3, 1.05e9, "v4-128"),
-    "v5e": _tpu("v5e", "TPU v5e", 2, 1.5e9, "v5litepod-256"),
-    "v5p": _tpu("v5p", "TPU v5p", 3, 1.75e9, "v5p-128"),
-    "v6e": _tpu("v6e", "TPU v6e", 2, 1.75e9, "v6e-64"),
+    "v4": _tpu("v4", "TPU v4", 1.05e9, "v4-128"),
+    "v5e": _tpu("v5e", "TPU v5e", 1.5e9, "v5litepod-256"),
+    "v5p": _tpu("v5p", "TPU v5p", 1.75e9, "v5p-128"),
+    "v6e": _tpu("v6e", "TPU v6e", 1.75e9, "v6e-64"),
 }
-_DIMENSIONS = {"TPU v4": 3, "TPU v5p": 3, "TPU v5e": 2, "TPU v6e": 2, "TPU v7x": 3}  # of the torus
 GPUS = {name: _gpu(name) for name in gpus.NAMES}
 CPU = Chip("cpu", None, None, None, None, None, "", None, "simulated: no rates")
 
@@ -84,7 +83,7 @@ def of_device(device: jax.Device) -> Chip | None:
     rates = chips.chip(device.device_kind)
     if rates is None:
         return None
-    return _chip(rates.name, rates, rates.hbm_bytes, _DIMENSIONS.get(rates.name, 1))
+    return _chip(rates.name, rates, rates.hbm_bytes)
 
 
 def devices(topology: str) -> tuple[Chip, list[jax.Device]]:
