@@ -62,17 +62,17 @@ PIECES: dict[str, list[tuple[str, list[str]]]] = {
         ("sequence", ["long", "xla"]),
     ],
     "B": [
-        ("step", ["middle", "auto", "apart"]),
-        ("rollout", ["middle", "auto", "same", "4"]),
+        ("step", ["middle", "auto", "apart", "both"]),
+        ("rollout", ["middle", "auto", "same", "1"]),
         ("update", ["middle", "loop"]),
         ("torch", ["middle"]),
-        ("rollout", ["middle", "auto", "int8", "1"]),
-        ("step", ["small", "auto", "apart"]),
+        ("rollout", ["middle", "auto", "int8", "0"]),
+        ("step", ["small", "auto", "apart", "full"]),
     ],
     "C": [
-        ("step", ["large", "auto", "loop"]),
-        ("longest", ["middle"]),
-        ("longest", ["large"]),
+        ("step", ["large", "auto", "loop", "full"]),
+        ("longest", ["middle", "32768", "65536"]),
+        ("longest", ["large", "32768", "32768"]),
     ],
 }
 
@@ -195,7 +195,10 @@ def parity(tiny: bool) -> dict[str, Any]:
 
 
 def rollout(size: str, decoding: str, cache: str, steps: str, tiny: bool) -> dict[str, Any]:
-    """Tokens per second of rollouts of full length."""
+    """Tokens per second of rollouts of full length.
+
+    `steps`: tokens between two looks at the host, 0 for as many as the program chooses.
+    """
     import timing
     import workload
 
@@ -268,16 +271,19 @@ def _decoding(work: Any, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield found
 
 
-def step(size: str, decoding: str, layers: str, tiny: bool) -> Iterator[dict[str, Any]]:
-    """Each phase beside its floor, completions of full length and of a mean, and traces of it.
+def step(
+    size: str, decoding: str, layers: str, lengths: str, tiny: bool
+) -> Iterator[dict[str, Any]]:
+    """Each phase beside its floor: completions of "full" length, or "both" these and of a mean.
 
-    `layers`: "loop", or "apart", each compiled by itself in the update.
+    `layers`: "loop", or "apart", each compiled by itself in the update. With "both" come traces. Of
+    the large shape, scoring and the update run once, and the compiler's seconds are taken off.
     """
     import jax
     import timing
     import workload
 
-    from grpo_jax import chips, floor, memory
+    from grpo_jax import chips, compiling, floor, memory
 
     mean = 3 if tiny else MEAN
     kinds = {} if tiny else {"decoding": decoding}
@@ -287,7 +293,8 @@ def step(size: str, decoding: str, layers: str, tiny: bool) -> Iterator[dict[str
     found["environment"] = timing.environment()
     rates = chips.chip(jax.devices()[0].device_kind)
     table, experience = timing.Phases(work), None
-    for name, tokens, brief in (("full", 0, -4), ("spread", mean, 2 if tiny else 8)):
+    runs = (("full", 0, -4), ("spread", mean, 2 if tiny else 8))
+    for name, tokens, brief in runs[: 2 if lengths == "both" else 1]:
         for _ in range(2):
             runner.rollout(0, mean=brief)  # compiles
         first, table = time.monotonic() - began, table.begun()
@@ -304,9 +311,11 @@ def step(size: str, decoding: str, layers: str, tiny: bool) -> Iterator[dict[str
             ("prepare", lambda r=rollouts: runner.prepare(r), 1),
             ("update", lambda: runner.update(experience), 3),  # noqa: B023
         ):
-            value, first = timing.timed(call)  # compiles
-            done[f"first_{phase}_s"] = first
-            value, seconds = timing.timed(call)
+            with compiling.Compiling() as compiled:
+                value, first = timing.timed(call)
+            done[f"first_{phase}_s"], seconds = first, first - compiled.seconds
+            if size != "large":
+                value, seconds = timing.timed(call)
             experience = value if phase == "prepare" else experience
             table.add(phase, seconds, forward.times(times))
             if rates:
@@ -319,7 +328,8 @@ def step(size: str, decoding: str, layers: str, tiny: bool) -> Iterator[dict[str
             at_once = rollouts, experience
     found["memory"] = memory.usage()
     yield found
-    yield found | {"traces": _traces(runner, *at_once)}
+    if lengths == "both":
+        yield found | {"traces": _traces(runner, *at_once)}
 
 
 def trace(size: str, decoding: str, tiny: bool) -> dict[str, Any]:
@@ -359,20 +369,30 @@ def _traces(runner: Any, rollouts: Any, experience: Any) -> list[dict[str, Any]]
     return rows
 
 
-def longest(size: str, tiny: bool) -> dict[str, Any]:
-    """Updates on one group of 8 completions of doubling length, until memory or time runs out."""
+def longest(size: str, first: str, last: str, tiny: bool) -> Iterator[dict[str, Any]]:
+    """One update on a group of 8 completions of `first` tokens, twice as many, up to `last`.
+
+    It ends when memory or time runs out. The seconds are with the compiler's taken off.
+    """
     from grpo_jax import memory
 
     began, rows = time.monotonic(), []
-    tokens = 8 if tiny else 1024
-    while tokens <= (16 if tiny else 2**17) and time.monotonic() - began < 0.6 * LIMIT_S:
+    tokens, last_tokens = (8, 16) if tiny else (int(first), int(last))
+    while tokens <= last_tokens and time.monotonic() - began < 0.6 * LIMIT_S:
         try:
-            work = _work(size, tiny, completion_tokens=tokens, prompts=1, kl=False)
-            rows.append(_one_update(work))
+            work = _work(
+                size, tiny, completion_tokens=tokens, prompts=1, kl=False, microbatch=0,
+                remat="full",
+            )  # fmt: skip
+            rows.append(_one_update(work, once=True))
         except memory.OutOfMemory as error:
-            return {"fits": rows, "fails": {"completion_tokens": tokens, "message": str(error)}}
+            yield {
+                "fits": rows,
+                "fails": {"completion_tokens": tokens, "message": str(error)},
+            }
+            return
+        yield {"fits": rows}
         tokens *= 2
-    return {"fits": rows}
 
 
 def sequence(size: str, attention: str, tiny: bool) -> dict[str, Any]:
@@ -398,13 +418,16 @@ def update(size: str, layers: str, tiny: bool) -> dict[str, Any]:
     return _one_update(_work(size, tiny, scan_layers=layers == "loop"))
 
 
-def _one_update(work: Any) -> dict[str, Any]:
-    """Seconds, tokens per second and memory of an update on completions of full length."""
+def _one_update(work: Any, once: bool = False) -> dict[str, Any]:
+    """Seconds, tokens per second and memory of an update on completions of full length.
+
+    `once`: of its first run, with the compiler's seconds taken off.
+    """
     import numpy as np
     import timing
     import workload
 
-    from grpo_jax import memory
+    from grpo_jax import compiling, memory
     from grpo_jax.phases import phase
     from grpo_jax.structs import Rollouts
 
@@ -421,7 +444,10 @@ def _one_update(work: Any) -> dict[str, Any]:
     with phase("update"):
         runner = workload.Step(work)
         experience = runner.prepare(rollouts)
-        for _ in range(2):  # the first compiles
+        with compiling.Compiling() as compiled:
+            _, seconds = timing.timed(lambda: runner.update(experience))
+        seconds -= compiled.seconds
+        if not once:
             _, seconds = timing.timed(lambda: runner.update(experience))
     trained = int(np.prod(shape)) + rollouts.prompt_PQ.size
     found = {"completion_tokens": work.completion_tokens, "seconds": seconds}

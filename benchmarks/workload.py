@@ -66,7 +66,7 @@ class Work:
     attention: str = "auto"
     decoding: str = "xla"  # its attention
     cache: str = "same"
-    decode_steps: int = 1  # tokens between two looks of the device at whether the host is needed
+    decode_steps: int = 0  # tokens between two looks at the host; 0: as the program chooses
     param_dtype: str = "float32"
     moments: str = "float32"
     float32_copy: bool = False
@@ -152,7 +152,7 @@ class Step:
         config, model = work.config(), work.shape
         force_lengths(work)
         self.engine = parts.make_engine(config, model, (STOP,), mesh)
-        if work.decode_steps > 1:
+        if work.decode_steps:
             decoder = dataclasses.replace(self.engine.decoder, steps=work.decode_steps)
             self.engine = engine_lib.Engine(decoder, num_slots=self.engine.num_slots)
         learner = parts.make_learner(config, model, mesh)

@@ -341,6 +341,7 @@ def make_engine(
         jnp.dtype(config.model.dtype),
         weights="same" if exact else rollout.weights,
         join_qkv=sharding.is_gpu(mesh) and mesh.shape["tensor"] == 1,
+        steps=decode.STEPS_ON_GPU if sharding.is_gpu(mesh) else 1,
         caching=kernels.choose_decoding(
             rollout.attention,
             "same" if exact else rollout.cache,

@@ -90,6 +90,8 @@ class Split(NamedTuple):
 
 
 ALONE = Split()
+_ALIGNED = 32  # a block's tokens are a multiple of this, where no block is padded
+_UNEVEN = 8  # and at most so many times more, or fewer, than if there were as many as blocks
 
 
 def draw(score_BV: Array, uniform_B: Array, split: Split = ALONE) -> tuple[Array, Array]:
@@ -105,12 +107,14 @@ def draw(score_BV: Array, uniform_B: Array, split: Split = ALONE) -> tuple[Array
     """
     rows, vocab = score_BV.shape
     part = vocab // split.devices
-    width = 1 << (math.isqrt(part - 1)).bit_length()  # about as many blocks as tokens in each
+    width = _block_width(part)
     peak_B1 = score_BV.max(-1, keepdims=True)
     pad = [(0, 0), (0, 0), (0, -part % width)]
     parts = jnp.pad(score_BV.reshape(rows, -1, part), pad, constant_values=-jnp.inf)
     blocks_BNW = parts.reshape(rows, -1, width)
     mass_BN = split.whole(jnp.exp(blocks_BNW - peak_B1[..., None]).sum(-1))
+    # Else XLA takes the sum over blocks from the scores, and reads the vocabulary once more.
+    mass_BN = jax.lax.optimization_barrier(mass_BN)
     target_B1 = uniform_B[:, None] * mass_BN.sum(-1, keepdims=True)
     block_B1, below_B1 = _first_beyond(mass_BN, target_B1)
     score_BW = split.whole(jnp.take_along_axis(blocks_BNW, block_B1[..., None], axis=1)[:, 0])
@@ -120,6 +124,19 @@ def draw(score_BV: Array, uniform_B: Array, split: Split = ALONE) -> tuple[Array
     blocks = blocks_BNW.shape[1] // split.devices  # of a part
     token_B1 = block_B1 // blocks * part + block_B1 % blocks * width + inside_B1
     return token_B1[:, 0], log_prob_B1[:, 0]
+
+
+def _block_width(vocab: int) -> int:
+    """Tokens of a block: about as many as there are blocks, and all blocks full where that can be.
+
+    A last block that is padded makes each of them slower to sum on a GPU.
+    """
+    root = math.sqrt(vocab)
+    near = range(_ALIGNED, int(_UNEVEN * root) + 1, _ALIGNED)
+    whole = [width for width in near if vocab % width == 0 and width * _UNEVEN >= root]
+    if whole:
+        return min(whole, key=lambda width: max(width / root, root / width))
+    return 1 << math.isqrt(vocab - 1).bit_length()
 
 
 def _first_beyond(mass_BN: Array, target_B1: Array) -> tuple[Array, Array]:

@@ -273,7 +273,7 @@ class Step:
                     self.slots,
                 ),
                 1,
-                float(tokens),
+                tokens / self.engine.decoder.steps,
                 sampling,
             ),
         ]

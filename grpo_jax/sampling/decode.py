@@ -27,6 +27,10 @@ from grpo_jax.models import logits as logits_lib
 from grpo_jax.structs import Array, ModelConfig, Params, Sampling
 
 
+# A GPU waits at every look until the host has read the answer and launched the next token.
+STEPS_ON_GPU = 8
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """What the compiled programs of an engine have in common."""
@@ -39,7 +43,7 @@ class Decoder:
     dtype: Any = jnp.float32  # of activations, and of weights and cache that are the "same"
     weights: str = "same"  # or "int8"
     join_qkv: bool = False  # see `transformer.with_joined_qkv`; for devices that hold all heads
-    steps: int = 1  # tokens between two looks at whether the host is needed
+    steps: int = 1  # tokens between two looks at whether the host is needed: see `STEPS_ON_GPU`
     caching: Any = attention.RING  # how the cache is kept and attended to: see `kernels`
 
     @property
@@ -213,7 +217,8 @@ def decode(
     """Slots decoded on until the host has something to do; no host round trip per token.
 
     A shard returns when none of its lanes is live, when `enough_P` of the slots of a part have no
-    live lane, or when the live completions of each fit `next_slots` slots of `next_lanes` lanes.
+    live lane, or when the live completions of each fit `next_slots` slots of `next_lanes` lanes;
+    it looks every `decoder.steps` tokens.
     The donated cache is updated in place.
     """
     if decoder.join_qkv:
