@@ -272,12 +272,12 @@ def _decoding(work: Any, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def step(
-    size: str, decoding: str, layers: str, lengths: str, tiny: bool
+    size: str, decoding: str, layers: str, which: str, tiny: bool
 ) -> Iterator[dict[str, Any]]:
     """Each phase beside its floor: completions of "full" length, or "both" these and of a mean.
 
-    `layers`: "loop", or "apart", each compiled by itself in the update. With "both" come traces. Of
-    the large shape, scoring and the update run once, and the compiler's seconds are taken off.
+    `layers`: as `config.model.layers`. With "both" come traces. Of the large shape, scoring and the
+    update run once, and the compiler's seconds are taken off.
     """
     import jax
     import timing
@@ -287,14 +287,14 @@ def step(
 
     mean = 3 if tiny else MEAN
     kinds = {} if tiny else {"decoding": decoding}
-    work = _work(size, tiny, scan_layers=layers == "loop", **kinds)
+    work = _work(size, tiny, layers=layers, **kinds)
     runner, began = workload.Step(work), time.monotonic()
     found: dict[str, Any] = {"work": dataclasses.asdict(work)}
     found["environment"] = timing.environment()
     rates = chips.chip(jax.devices()[0].device_kind)
     table, experience = timing.Phases(work), None
     runs = (("full", 0, -4), ("spread", mean, 2 if tiny else 8))
-    for name, tokens, brief in runs[: 2 if lengths == "both" else 1]:
+    for name, tokens, brief in runs[: 2 if which == "both" else 1]:
         for _ in range(2):
             runner.rollout(0, mean=brief)  # compiles
         first, table = time.monotonic() - began, table.begun()
@@ -328,7 +328,7 @@ def step(
             at_once = rollouts, experience
     found["memory"] = memory.usage()
     yield found
-    if lengths == "both":
+    if which == "both":
         yield found | {"traces": _traces(runner, *at_once)}
 
 
@@ -415,7 +415,7 @@ def sequence(size: str, attention: str, tiny: bool) -> dict[str, Any]:
 
 def update(size: str, layers: str, tiny: bool) -> dict[str, Any]:
     """An update alone, completions of full length; `layers` as in `step`."""
-    return _one_update(_work(size, tiny, scan_layers=layers == "loop"))
+    return _one_update(_work(size, tiny, layers=layers))
 
 
 def _one_update(work: Any, once: bool = False) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class Work:
     dtype: str = "float32"
     microbatch: int = 0  # prompts; 0: as the program chooses
     remat: str = "dots"
-    scan_layers: bool = True
+    layers: str = "auto"  # as `config.model.layers`
     attention: str = "auto"
     decoding: str = "xla"  # its attention
     cache: str = "same"
@@ -88,7 +88,7 @@ class Work:
         config.algorithm.kl_coef = 0.04 * self.kl
         config.model.dtype, config.model.param_dtype = self.dtype, self.param_dtype
         config.model.remat, config.model.attention = self.remat, self.attention
-        config.model.scan_layers = self.scan_layers
+        config.model.layers = self.layers
         config.optim.moments, config.optim.float32_copy = self.moments, self.float32_copy
         config.optim.offload = self.offload
         return config

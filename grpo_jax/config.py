@@ -35,9 +35,9 @@ def default() -> ConfigDict:
     # products of dense layers, "auto" the least that fits into memory. Where that is not known, and
     # in supervised training, "auto" is "dots"
     c.model.remat = "dots"
-    # One compiled layer for all, in a loop. False: each its own, which copies less of what the
-    # backward pass keeps and takes several times as long to compile
-    c.model.scan_layers = True
+    # In the update: "loop", one compiled layer for all; "apart", each its own, which copies less of
+    # what the backward pass keeps and takes longer to compile; "auto", apart on a GPU
+    c.model.layers = "auto"
     # In scoring and training: "xla", or the kernels "splash" of TPUs or "cudnn" of NVIDIA GPUs, or
     # "auto", theirs where they can be had
     c.model.attention = "auto"
@@ -252,7 +252,7 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
 _FREE = (
     "loop.num_steps evaluation. checkpoint. logging. profile. debug. mesh. compile_cache "
     "rollout.num_slots rollout.compact batch.microbatch sft.microbatch model.remat model.attention "
-    "model.scan_layers "
+    "model.layers "
     "optim.offload model.offload_reference guards. sft.checkpoint_every_steps "
     "rewards.num_workers rewards.time_limit_s rewards.memory_gb rewards.max_failed_share "
     "loop.stall_limit_s hosts. batch.memory_limit_gib rollout.attention"

@@ -235,14 +235,15 @@ def make_scorer(
     config: ConfigDict, model: ModelConfig, mesh: Mesh, sampling: Sampling, fit: Fit = USUAL
 ) -> update_lib.Scorer:
     """How the config runs a model of this shape over given completions."""
-    dtype = jnp.dtype(config.model.dtype)
+    dtype, layers = jnp.dtype(config.model.dtype), config.model.layers
+    in_a_loop = not sharding.is_gpu(mesh) if layers == "auto" else layers == "loop"
     return update_lib.Scorer(
         model,
         mesh,
         sampling,
         dtype,
         remat=fit.remat if config.model.remat == "auto" else config.model.remat,
-        scan_layers=config.model.scan_layers,
+        scan_layers=in_a_loop,
         kernels=kernels.choose(config.model.attention, model, mesh, dtype),
     )
 

@@ -134,6 +134,7 @@ def _check_choices(config: ConfigDict) -> None:
         "model.param_dtype": (config.model.param_dtype, ("float32", "bfloat16")),
         "optim.moments": (config.optim.moments, ("float32", "bfloat16", "int8")),
         "model.remat": (config.model.remat, ("none", "dots", "full", "auto")),
+        "model.layers": (config.model.layers, ("auto", "loop", "apart")),
         "model.attention": (config.model.attention, ("auto", "xla", "splash", "cudnn")),
         "rollout.attention": (config.rollout.attention, ("auto", "xla", "ragged", "streamed")),
         "rollout.weights": (config.rollout.weights, ("same", "int8")),

@@ -282,6 +282,7 @@ def test_every_number_has_a_range():
         ),
         ({"optim__moments": "int4"}, ["optim.moments = 'int4'", "float32, bfloat16, int8"]),
         ({"model__param_dtype": "int8"}, ["model.param_dtype = 'int8'", "float32, bfloat16"]),
+        ({"model__layers": "scan"}, ["model.layers = 'scan'", "auto, loop, apart"]),
         ({"optim__float32_copy": True}, ["optim.float32_copy = True", "model.param_dtype"]),
         ({"rollout__weights": "int4"}, ["rollout.weights = 'int4'", "same, int8"]),
         ({"rollout__cache": "fp8"}, ["rollout.cache = 'fp8'", "same, int8"]),

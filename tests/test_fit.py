@@ -15,7 +15,7 @@ from grpo_jax import parts, sharding
 from grpo_jax.planning import chips, fit, hlo
 from grpo_jax.planning.advice import changed
 from grpo_jax.planning.step import Compiled, Lengths, Step
-from grpo_jax.structs import Experience
+from grpo_jax.structs import Experience, Sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
@@ -159,9 +159,15 @@ def test_a_run_keeps_its_choice(config, tmp_path, monkeypatch):
     assert of_run(closed) == parts.Fit() and len(asked) == 2
 
 
-def test_layers_one_by_one_where_the_config_says_so(config):
-    for scan in (True, False):
-        learner = parts.make_learner(
-            changed(config, {"model.scan_layers": scan}), tiny.MODEL, tiny.one_device()
-        )
-        assert learner.scorer.scan_layers == scan
+@pytest.mark.parametrize(
+    ("layers", "on_gpu", "in_a_loop"),
+    [("loop", True, True), ("apart", False, False), ("auto", False, True), ("auto", True, False)],
+)
+def test_layers_in_a_loop_or_apart(config, monkeypatch, layers, on_gpu, in_a_loop):
+    monkeypatch.setattr(parts.sharding, "is_gpu", lambda mesh: on_gpu)
+
+    scorer = parts.make_scorer(
+        changed(config, {"model.layers": layers}), tiny.MODEL, tiny.one_device(), Sampling()
+    )
+
+    assert scorer.scan_layers == in_a_loop

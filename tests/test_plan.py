@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -21,6 +22,7 @@ from grpo_jax import parts, plan, policy, sharding
 from grpo_jax.algorithm import update as update_lib
 from grpo_jax.planning import advice, chips, gpus, hlo
 from grpo_jax.planning import step as step_lib
+from grpo_jax.sampling.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
@@ -454,6 +456,19 @@ def test_a_gpu_as_the_compiler_is_told_of_it(name):
     assert float(told["device_memory_size"]) == chip.hbm_bytes
     assert chips.GPUS[name].usable == pytest.approx(0.92 * chip.hbm_bytes)
     assert int(told["shared_memory_per_block_optin"]) < int(told["shared_memory_per_core"])
+
+
+def test_tokens_between_two_looks_at_the_host_change_no_count(config, step):
+    """Of a program with a loop inside the loop that ends by what it computes."""
+    there = step_lib.Step(config, step.model, step.mesh, step.lengths)
+    decoder = dataclasses.replace(there.engine.decoder, steps=5)
+    there.engine = Engine(decoder, num_slots=there.engine.num_slots)
+
+    one, five = (
+        found.compile(lambda name: name == "decode")[0].cost.flops for found in (step, there)
+    )
+
+    assert five == pytest.approx(one, rel=1e-3)
 
 
 def _no_cuda() -> bool:

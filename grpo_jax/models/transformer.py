@@ -287,7 +287,7 @@ def _layer_windows(config: ModelConfig) -> Array | None:
 
 
 def _run_layers(body, carry, params: Params, config: ModelConfig, remat: str, scan: bool):
-    """The layers one after the other; `remat` and `scan` as in `config.model`.
+    """The layers one after the other; `remat` as in `config.model`; `scan`: in a loop.
 
     A loop copies what it keeps of each layer into arrays of all, which it begins with zeros.
     """

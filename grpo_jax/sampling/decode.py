@@ -26,7 +26,6 @@ from grpo_jax.models import attention, transformer
 from grpo_jax.models import logits as logits_lib
 from grpo_jax.structs import Array, ModelConfig, Params, Sampling
 
-
 # A GPU waits at every look until the host has read the answer and launched the next token.
 STEPS_ON_GPU = 8
 

@@ -31,7 +31,7 @@ _VALUES = {
     "model.dtype": ["float32", "bfloat16"],
     "model.param_dtype": ["float32", "bfloat16"],
     "model.remat": ["none", "dots", "full"],
-    "model.scan_layers": [True, False],
+    "model.layers": ["loop", "apart"],
     "model.attention": ["auto", "xla"],
     "model.width": [8, 24, 32],
     "model.num_kv_heads": [1, 2, 4],

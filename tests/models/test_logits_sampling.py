@@ -80,7 +80,7 @@ def draw(*args):
     return draw_both(*args)[0]
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 5, 64, 1000])
+@pytest.mark.parametrize("vocab", [1, 2, 5, 64, 1000, 1536])
 def test_drawn_log_probability_is_the_softmax(vocab):
     score_BV = 3 * jax.random.normal(jax.random.key(0), (B, vocab)) + 50
     uniform_B = jax.random.uniform(jax.random.key(1), (B,))
@@ -93,6 +93,15 @@ def test_drawn_log_probability_is_the_softmax(vocab):
     below_B = np.where(token_B > 0, sum_BV[np.arange(B), token_B - 1], 0)
     assert (below_B <= uniform_B + 1e-5).all()
     assert (uniform_B - 1e-5 <= sum_BV[np.arange(B), token_B]).all()
+
+
+@pytest.mark.parametrize(
+    ("vocab", "width"),
+    [(151_936, 128), (152_064, 384), (128_256, 384), (32_000, 160), (50_257, 256), (1, 1)],
+)
+def test_blocks_are_full_where_a_width_near_the_square_root_divides(vocab, width):
+    """Of Qwen2.5, its 7B, Llama 3, Llama 2 and GPT-2, whose vocabulary nothing divides."""
+    assert logits_lib._block_width(vocab) == width
 
 
 def test_draw_by_hand():
