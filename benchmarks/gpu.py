@@ -271,9 +271,7 @@ def _decoding(work: Any, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield found
 
 
-def step(
-    size: str, decoding: str, layers: str, which: str, tiny: bool
-) -> Iterator[dict[str, Any]]:
+def step(size: str, decoding: str, layers: str, which: str, tiny: bool) -> Iterator[dict[str, Any]]:
     """Each phase beside its floor: completions of "full" length, or "both" these and of a mean.
 
     `layers`: as `config.model.layers`. With "both" come traces. Of the large shape, scoring and the

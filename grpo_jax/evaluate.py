@@ -202,7 +202,9 @@ def _evaluate(
     dtype = jnp.dtype(args.dtype)
     policy, params = generate.open_model(path, mesh, dtype)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
-    decoder = decode.Decoder(policy.model, mesh, sampling, policy.stop_ids, args.max_tokens, dtype)
+    decoder = decode.decoder_for(
+        policy.model, mesh, sampling, policy.stop_ids, args.max_tokens, dtype
+    )
     num_slots = config.rollout.num_slots or _NUM_SLOTS
     engine = Engine(decoder, num_slots=num_slots, compact=config.rollout.compact)
     params = engine.publish(params)

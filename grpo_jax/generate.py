@@ -72,7 +72,9 @@ def complete(
     dtype=jnp.float32,
 ) -> Rollouts:
     """`num_samples` completions of one prompt (token ids), as the engine gives them."""
-    decoder = decode.Decoder(policy.model, mesh, sampling, policy.stop_ids, max_tokens, dtype)
+    decoder = decode.decoder_for(
+        policy.model, mesh, sampling, policy.stop_ids, max_tokens, jnp.dtype(dtype)
+    )
     engine = Engine(decoder)
     return engine.generate(
         engine.publish(params),

@@ -333,7 +333,7 @@ def make_engine(
     `exact`: without the 8 bits of weights or cache that the config may ask for.
     """
     rollout = config.rollout
-    decoder = decode.Decoder(
+    decoder = decode.decoder_for(
         model,
         mesh,
         _sampling(config),
@@ -341,15 +341,8 @@ def make_engine(
         rollout.max_tokens,
         jnp.dtype(config.model.dtype),
         weights="same" if exact else rollout.weights,
-        join_qkv=sharding.is_gpu(mesh) and mesh.shape["tensor"] == 1,
-        steps=decode.STEPS_ON_GPU if sharding.is_gpu(mesh) else 1,
-        caching=kernels.choose_decoding(
-            rollout.attention,
-            "same" if exact else rollout.cache,
-            model,
-            mesh,
-            jnp.dtype(config.model.dtype),
-        ),
+        cache="same" if exact else rollout.cache,
+        attention=rollout.attention,
     )
     return Engine(
         decoder,

@@ -22,12 +22,12 @@ from flax import struct
 from jax.sharding import Mesh
 
 from grpo_jax import sharding
-from grpo_jax.models import attention, transformer
+from grpo_jax.models import attention, kernels, transformer
 from grpo_jax.models import logits as logits_lib
 from grpo_jax.structs import Array, ModelConfig, Params, Sampling
 
 # A GPU waits at every look until the host has read the answer and launched the next token.
-STEPS_ON_GPU = 8
+_STEPS_ON_GPU = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Decoder:
     dtype: Any = jnp.float32  # of activations, and of weights and cache that are the "same"
     weights: str = "same"  # or "int8"
     join_qkv: bool = False  # see `transformer.with_joined_qkv`; for devices that hold all heads
-    steps: int = 1  # tokens between two looks at whether the host is needed: see `STEPS_ON_GPU`
+    steps: int = 1  # tokens between two looks at whether the host is needed
     caching: Any = attention.RING  # how the cache is kept and attended to: see `kernels`
 
     @property
@@ -56,6 +56,38 @@ class Decoder:
             return transformer.UNDIVIDED
         place = functools.partial(sharding.place_in_slots, self.mesh)
         return transformer.Rows(place, functools.partial(place, split=True))
+
+
+def decoder_for(
+    model: ModelConfig,
+    mesh: Mesh,
+    sampling: Sampling,
+    stop_ids: tuple[int, ...],
+    max_tokens: int,
+    dtype: Any,
+    *,
+    weights: str = "same",
+    cache: str = "same",
+    attention: str = "auto",
+) -> Decoder:
+    """The decoder that suits the devices of a mesh.
+
+    `weights`, `cache` and `attention` as in `config.rollout`. Raises ValueError where these devices
+    do not have the attention that is named.
+    """
+    on_gpu = sharding.is_gpu(mesh)
+    return Decoder(
+        model,
+        mesh,
+        sampling,
+        stop_ids,
+        max_tokens,
+        dtype,
+        weights=weights,
+        join_qkv=on_gpu and mesh.shape["tensor"] == 1,
+        steps=_STEPS_ON_GPU if on_gpu else 1,
+        caching=kernels.choose_decoding(attention, cache, model, mesh, dtype),
+    )
 
 
 @struct.dataclass

@@ -15,6 +15,7 @@ from grpo_jax import compiling, keys
 from grpo_jax.algorithm.update import Scorer
 from grpo_jax.models import attention, quantize, transformer
 from grpo_jax.models import logits as logits_lib
+from grpo_jax.sampling import decode
 from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Sampling
@@ -307,6 +308,16 @@ def test_how_a_device_decodes_does_not_change_the_completions(whole, params, num
     plain = engine(num_slots)
     ours = Engine(dataclasses.replace(plain.decoder, **changes), num_slots=num_slots)
     assert_same(generate(ours, params), whole, params)
+
+
+def test_a_gpu_joins_products_and_looks_at_the_host_more_rarely(monkeypatch):
+    plain, shape = engine().decoder, (tiny.MODEL, tiny.one_device(), Sampling(), STOPS, LIMIT)
+    assert decode.decoder_for(*shape, jnp.float32) == plain
+
+    monkeypatch.setattr(decode.sharding, "is_gpu", lambda mesh: True)
+
+    faster = dataclasses.replace(plain, join_qkv=True, steps=8)
+    assert decode.decoder_for(*shape, jnp.float32) == faster
 
 
 def in_int8(num_slots=0, compact=True, weights="int8", cache="int8", mesh=None) -> Engine:
