@@ -37,18 +37,28 @@ MODELS = {
     "small": "qwen2.5-0.5b",
     "long": "qwen3-0.6b",
     "middle": "qwen2.5-1.5b",
+    "lean": "qwen2.5-1.5b",
     "large": "qwen2.5-7b",
 }
 # What lets all weights of 7B learn on one card of 141 GB: 2 + 4 + 2.06 bytes of each are kept, 4 of
-# its gradient and 2 of the reference. The others keep the usual 12.
-KEPT = {"large": {"param_dtype": "bfloat16", "float32_copy": True, "moments": "int8"}}
+# its gradient and 2 of the reference. "lean" is as little memory as PyTorch's precision takes. The
+# others keep the usual 12.
+KEPT = {
+    "large": {"param_dtype": "bfloat16", "float32_copy": True, "moments": "int8"},
+    "lean": {
+        "param_dtype": "bfloat16",
+        "moments": "bfloat16",
+        "offload_reference": True,
+        "num_slots": SIZES["prompts"] * SIZES["group"] // 2,
+    },
+}
 LONG = 16384  # tokens of a prompt and its completion
 MEAN = 200  # tokens, of the completions that are not of full length
 LIMIT_S = 270  # of a piece
 OUT = Path()  # where pieces leave files
 
 # Prompts of a microbatch: about as many tokens as leave room for what the backward pass keeps.
-MICROBATCH = {"small": 8, "middle": 4, "large": 2}
+MICROBATCH = {"small": 8, "middle": 4, "lean": 1, "large": 2}
 
 # Name, and the arguments that it is called with.
 PIECES: dict[str, list[tuple[str, list[str]]]] = {
@@ -68,6 +78,7 @@ PIECES: dict[str, list[tuple[str, list[str]]]] = {
         ("torch", ["middle"]),
         ("rollout", ["middle", "auto", "int8", "0"]),
         ("step", ["small", "auto", "apart", "full"]),
+        ("step", ["lean", "auto", "apart", "full"]),
     ],
     "C": [
         ("step", ["large", "auto", "loop", "full"]),
@@ -86,7 +97,7 @@ def _work(size: str, tiny: bool, **changes: Any):
         return workload.Work(**TINY_SIZES | changes)
     full = {"model": MODELS[size], "dtype": "bfloat16", "attention": "cudnn"}
     full["microbatch"] = MICROBATCH.get(size, 0)
-    if size in ("long", "large"):
+    if size in ("long", "lean", "large"):
         full["remat"] = "full"
     return workload.Work(**full | SIZES | changes)
 

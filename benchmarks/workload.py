@@ -70,7 +70,9 @@ class Work:
     param_dtype: str = "float32"
     moments: str = "float32"
     float32_copy: bool = False
-    offload: bool = False
+    offload: bool = False  # the optimizer's state
+    offload_reference: bool = False
+    num_slots: int = 0  # completions decoded at once; 0: all
     compact: bool = True
 
     @property
@@ -91,6 +93,8 @@ class Work:
         config.model.layers = self.layers
         config.optim.moments, config.optim.float32_copy = self.moments, self.float32_copy
         config.optim.offload = self.offload
+        config.model.offload_reference = self.offload_reference
+        config.rollout.num_slots = self.num_slots
         return config
 
 
@@ -169,6 +173,8 @@ class Step:
         if work.kl:
             copy = lambda x: jnp.array(x, work.dtype, copy=True)  # noqa: E731
             self.ref_params = jax.tree.map(copy, params)
+            if work.offload_reference:
+                self.ref_params = sharding.to_host_memory(self.ref_params)
         self.state = update_lib.start(params, model, mesh, learner.optimizer)
         if work.offload:
             self.state = self.state.replace(opt_state=sharding.to_host_memory(self.state.opt_state))
@@ -199,7 +205,7 @@ class Step:
         return jax.block_until_ready(
             self._prepare(
                 self.state.params,
-                self.ref_params,
+                sharding.to_device_memory(self.ref_params),
                 *sharding.shard_rows(self.mesh, (rollouts, reward_PG)),
             )
         )

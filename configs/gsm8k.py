@@ -15,7 +15,7 @@ def get_config():
     c = config_lib.default()
     c.model.path = "Qwen/Qwen2.5-0.5B-Instruct"
     c.model.dtype = "bfloat16"
-    c.model.remat = "full"
+    c.model.remat = "dots"
 
     c.data.path = "openai/gsm8k"
     c.data.name = "main"
@@ -30,7 +30,7 @@ def get_config():
 
     c.batch.prompts = 64
     c.batch.group = 8
-    c.batch.microbatch = 2
+    c.batch.microbatch = 4
     c.rollout.max_tokens = 1024
     c.rollout.temperature = 1.0
     c.algorithm.kl_coef = 0.001

@@ -16,12 +16,12 @@ def get_config():
     c = config_lib.default()
     c.model.path = "Qwen/Qwen2.5-0.5B-Instruct"
     c.model.dtype = "bfloat16"
-    c.model.remat = "full"
+    c.model.remat = "dots"
     c.data.path = "train.jsonl"
     c.data.max_prompt_tokens = 512
     c.batch.prompts = 64
     c.batch.group = 8
-    c.batch.microbatch = 2
+    c.batch.microbatch = 4
     c.rollout.max_tokens = 1024
     c.algorithm.kl_coef = 0.001
     c.optim.learning_rate = 1e-6

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from grpo_jax import config as config_lib
 from grpo_jax import parts, plan, policy, sharding
 from grpo_jax.algorithm import update as update_lib
+from grpo_jax.models import streamed
 from grpo_jax.planning import advice, chips, gpus, hlo
 from grpo_jax.planning import step as step_lib
 from grpo_jax.sampling.engine import Engine
@@ -256,6 +257,23 @@ def test_a_program_of_a_gpu():
     assert in_turn == pytest.approx(2 * (cost.flops + copy / 10), abs=4)
 
 
+def test_a_kernel_that_reads_a_part_of_an_operand():
+    text = """
+ENTRY %main (q: bf16[8,64], kept: bf16[8,128,64]) -> bf16[8,64] {
+  %q = bf16[8,64]{1,0} parameter(0)
+  %kept = bf16[8,128,64]{2,1,0} parameter(1)
+  %copy = bf16[8,128,64]{2,1,0} copy(%kept)
+  %once = bf16[8,64]{1,0} custom-call(%q, %copy), custom_call_target="a_kernel"
+  ROOT %out = bf16[8,64]{1,0} custom-call(%once, %copy), custom_call_target="a_kernel"
+}
+"""
+    mesh = sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    cost = lambda **more: hlo.cost(text, mesh, **more).bytes  # noqa: E731
+    others, kept = 4 * 2 * 8 * 64, 2 * 8 * 128 * 64
+    assert cost() == others + 4 * kept
+    assert cost(read={(8, 128, 64): 0.25}) == others + 2.5 * kept  # a copy takes all of it
+
+
 @pytest.mark.parametrize(("after", "beside"), [("%w", False), ("%y", True)])
 def test_what_is_sent_while_products_are_computed(after, beside):
     """Weights are gathered, waited for at once or after a product."""
@@ -469,6 +487,25 @@ def test_tokens_between_two_looks_at_the_host_change_no_count(config, step):
     )
 
     assert five == pytest.approx(one, rel=1e-3)
+
+
+def test_of_the_cache_of_a_kernel_that_skips_a_share_is_read(config, step):
+    """Half of it and half a block, where all completions are of the limit's length."""
+    there = step_lib.Step(config, step.model, step.mesh, step.lengths)
+    there.engine = Engine(
+        dataclasses.replace(there.engine.decoder, caching=streamed.Streamed(), max_tokens=1024)
+    )
+    there.config = config_lib.load(TINY, ["--config.rollout.max_tokens=1024"])
+    there.lengths = step_lib.Lengths.of(there.config)
+    there.slots = there._slots()
+
+    read = there._read_of_cache(1023, there.lengths.completion_PG.size)
+
+    size = step.model.num_kv_heads, step.model.head_size
+    (shape,) = read
+    assert math.prod(shape) * 8 == there.lengths.completion_PG.size * 1024 * math.prod(size)
+    assert read[shape] == pytest.approx(0.5 + 32 / 1024, rel=2e-3)
+    assert step._read_of_cache(1023, 8) == {}
 
 
 def _no_cuda() -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.sharding import Mesh
 
@@ -68,7 +69,7 @@ class Streamed(attention.Ring):
             codes = Int8(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1]))
             return codes, codes
 
-        own = -(-limit // _BLOCKS[0]) * _BLOCKS[0]
+        own = _blocks(limit) * _BLOCKS[0]
         return make((slots, heads), prompt_tokens), make((slots, heads, lanes), own)
 
     def of_prompt(self, k_RQKH: Array, v_RQKH: Array) -> Cache:
@@ -111,6 +112,23 @@ class Streamed(attention.Ring):
             new = quantize.int8(new, 4)
             return Int8(put(kept.codes, new.codes), put(kept.scale, new.scale))
         return put(kept, new)
+
+
+def share_read(tokens_B: np.ndarray, steps: int, lanes: int, limit: int) -> float:
+    """The mean share of the lanes' own cache that one step reads, of so many steps.
+
+    `tokens_B`: how many tokens each completion decodes in some lane; what is left is idle, and
+    reads one block.
+    """
+    whole_B, rest_B = np.divmod(tokens_B.astype(np.int64), _BLOCKS[0])
+    blocks_B = _BLOCKS[0] * whole_B * (whole_B + 1) // 2 + rest_B * (whole_B + 1)
+    idle = max(steps * lanes - int(tokens_B.sum()), 0)
+    return (int(blocks_B.sum()) + idle) / max(steps * lanes * _blocks(limit), 1)
+
+
+def _blocks(limit: int) -> int:
+    """Of a lane's own cache."""
+    return -(-limit // _BLOCKS[0])
 
 
 def _positions(cache: Cache) -> int:

@@ -107,9 +107,15 @@ def _totals(
     return dict(total)
 
 
-def cost(text: str, mesh: Mesh, loops: float = 1.0) -> Cost:
-    """The cost of a program's `as_text()`; loops of unknown length run `loops` times each."""
-    return _Program(text, mesh, loops).cost()
+def cost(
+    text: str, mesh: Mesh, loops: float = 1.0, read: Mapping[tuple[int, ...], float] | None = None
+) -> Cost:
+    """The cost of a program's `as_text()`; loops of unknown length run `loops` times each.
+
+    `read`: by shape, the share that kernels which are not XLA's read of an operand in the mean, of
+    others all.
+    """
+    return _Program(text, mesh, loops, read or {}).cost()
 
 
 # --- The text -------------------------------------------------------------------------------------
@@ -219,9 +225,10 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
 
 
 class _Program:
-    def __init__(self, text: str, mesh: Mesh, loops: float):
+    def __init__(self, text: str, mesh: Mesh, loops: float, read: Mapping[tuple[int, ...], float]):
         self.computations, self.entry = _parse(text)
         self.mesh, self.loops, self.gpu = mesh, loops, sharding.is_gpu(mesh)
+        self.read = read
         self._known: dict[str, Cost] = {}
 
     def cost(self) -> Cost:
@@ -388,7 +395,8 @@ class _Program:
     def _bytes(self, i: _Instruction, inside: str) -> float:
         scope = self.computations[inside]
         operands = [scope[o].arrays for o in i.operands if o in scope]
-        read = [sum(a.moved for a in arrays) for arrays in operands]
+        share = self.read if i.opcode == "custom-call" else {}
+        read = [sum(a.moved * share.get(a.shape, 1.0) for a in arrays) for arrays in operands]
         written = sum(a.moved for a in i.arrays)
         if i.opcode.endswith("-start"):  # its result repeats the operands
             written = max(written - sum(read), 0.0)

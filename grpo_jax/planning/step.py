@@ -13,7 +13,7 @@ import functools
 import hashlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax import parts, policy, rules, sharding
 from grpo_jax.algorithm import update as update_lib
+from grpo_jax.models import streamed
 from grpo_jax.planning import hlo
 from grpo_jax.planning.chips import Chip
 from grpo_jax.structs import Experience, ModelConfig, Params, Rollouts
@@ -64,6 +65,8 @@ class _Program:
     runs: int  # in a step
     loops: float  # how often a loop that ends by what it computes runs
     beside: float  # bytes on each device, besides its arguments, while it runs
+    # As `hlo.cost` has it
+    read: Mapping[tuple[int, ...], float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +193,8 @@ class Step:
         began = time.monotonic()
         with self._compiler_device():
             lowered = program.lower()
-        text = f"{dict(self.mesh.shape)} {program.loops} {lowered.as_text()}"
+        asked = dict(self.mesh.shape), program.loops, dict(program.read)
+        text = f"{asked} {lowered.as_text()}"
         key = hashlib.sha256(text.encode()).hexdigest()
         if key not in self.known:
             self.known[key] = self._measured(program, lowered)
@@ -234,7 +238,7 @@ class Step:
             arguments=memory.argument_size_in_bytes,
             results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
             temporary=memory.temp_size_in_bytes,
-            cost=hlo.cost(text, self.mesh, program.loops),
+            cost=hlo.cost(text, self.mesh, program.loops, program.read),
         )
 
     def _programs(self) -> list[_Program]:
@@ -275,6 +279,7 @@ class Step:
                 1,
                 tokens / self.engine.decoder.steps,
                 sampling,
+                self._read_of_cache(int(tokens), admitted * lanes),
             ),
         ]
         everything = np.arange(self.learner.scorer.groups_in_shard(self.experience.rollouts))
@@ -349,6 +354,21 @@ class Step:
         """Weights that sampling reads where they are: nothing about them changes."""
         changed = ["layers", *self.engine.changed_parts(self.state.params)]
         return [part for name, part in self.state.params.items() if name not in changed]
+
+    def _read_of_cache(self, tokens: int, lanes: int) -> dict[tuple[int, ...], float]:
+        """By shape on a device, the share of a cache that a token reads, where a kernel skips.
+
+        Of so many lanes that decode so many tokens each, the mean.
+        """
+        caching = self.engine.decoder.caching
+        if not isinstance(caching, streamed.Streamed):
+            return {}
+        arrays = [x for _, own in self.slots.cache for x in jax.tree.leaves(own)]
+        shapes = {x.sharding.shard_shape(x.shape) for x in arrays}
+        share = streamed.share_read(
+            self.lengths.completion_PG.ravel() - 1, tokens, lanes, self.config.rollout.max_tokens
+        )
+        return dict.fromkeys(shapes, share)
 
     def _slots(self):
         config = self.config

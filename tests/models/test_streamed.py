@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 
-from grpo_jax.models import attention, quantize
+from grpo_jax.models import attention, quantize, streamed
 from grpo_jax.models.kernels import choose_decoding
 from grpo_jax.models.streamed import Streamed
 
@@ -140,6 +140,16 @@ def compare_on_a_gpu() -> None:
         error = jnp.linalg.norm(outs[1] - outs[0]) / jnp.linalg.norm(outs[0])
         print(f"int8 {int8}: {error:.5f}")
         assert error < (0.03 if int8 else 0.01)
+
+
+def test_share_of_the_cache_that_a_step_reads():
+    """By hand: of 200 positions in four blocks, and of lanes that end at unlike times."""
+    share = lambda tokens, steps, lanes: streamed.share_read(  # noqa: E731
+        np.array(tokens), steps, lanes, 200
+    )
+    assert share([199], 199, 1) == (64 * (1 + 2 + 3) + 7 * 4) / (199 * 4)
+    assert share([199, 65], 199, 2) == (412 + 64 + 2 + 134) / (2 * 199 * 4)
+    assert share([0, 0], 0, 2) == 0
 
 
 def test_on_a_gpu():
