@@ -395,10 +395,7 @@ def longest(size: str, first: str, last: str, tiny: bool) -> Iterator[dict[str, 
             )  # fmt: skip
             rows.append(_one_update(work, once=True))
         except memory.OutOfMemory as error:
-            yield {
-                "fits": rows,
-                "fails": {"completion_tokens": tokens, "message": str(error)},
-            }
+            yield {"fits": rows, "fails": {"completion_tokens": tokens, "message": str(error)}}
             return
         yield {"fits": rows}
         tokens *= 2

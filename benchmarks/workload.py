@@ -158,7 +158,8 @@ class Step:
         self.engine = parts.make_engine(config, model, (STOP,), mesh)
         if work.decode_steps:
             decoder = dataclasses.replace(self.engine.decoder, steps=work.decode_steps)
-            self.engine = engine_lib.Engine(decoder, num_slots=self.engine.num_slots)
+            old = self.engine
+            self.engine = engine_lib.Engine(decoder, num_slots=old.num_slots, compact=old.compact)
         learner = parts.make_learner(config, model, mesh)
         self._prepare, self._update = learner.prepare, learner.update
         if params is None:
