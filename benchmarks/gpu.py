@@ -194,7 +194,7 @@ def quickstart(tiny: bool) -> dict[str, Any]:
 def parity(tiny: bool) -> dict[str, Any]:
     """Kernels of this device against plain XLA, by the tests that need one."""
     found = {}
-    for test in () if tiny else ("test_cudnn.py", "test_streamed.py"):
+    for test in () if tiny else ("test_cudnn.py", "test_streamed.py", "test_peaks.py"):
         file = HERE.parent / "tests" / "models" / test
         env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(file.parents[1])])}
         done = subprocess.run(

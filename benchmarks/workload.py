@@ -1,10 +1,10 @@
 """A GRPO step of a given shape on random weights and prompts, in the pieces that are timed.
 
 Everything but the lengths of completions is what `grpo_jax.train` runs. Lengths are forced, so that
-two programs, or two versions of one, do the same work: the stop token is impossible before a
-completion's length and certain at it. A length is drawn from the completion's own random key, and
-the mean of lengths is told to the programs in the temperature's last bits, so that the same ones
-serve all.
+two programs, or two versions of one, do the same work: the stop token stands in place of the drawn
+one at a completion's length, and another in its own before. A length is drawn from the completion's
+own random key, and the mean of lengths is told to the programs in the temperature's last bits, so
+that the same ones serve all.
 """
 
 from __future__ import annotations
@@ -117,23 +117,14 @@ def lengths_of(key_B2: Any, limit: int, mean: Any) -> Any:
 
 def force_lengths(work: Work) -> None:
     """From here on, completions of this process end at their forced lengths."""
-    original = decode.logits_lib.weighed
 
     def choose(decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature):
         mean = jnp.round((temperature - 1) / _MEAN_BIT)
         length_B = lengths_of(key_RW2.reshape(-1, 2), work.completion_tokens, mean)
-        ends_B = time_RW.reshape(-1) + 1 >= length_B
-
-        def forced(logits, sampling, **more):
-            is_stop_1V = (jnp.arange(logits.shape[-1]) == STOP)[None]
-            logits = jnp.where(is_stop_1V == ends_B[:, None], logits, -jnp.inf)
-            return original(logits, sampling, **more)
-
-        decode.logits_lib.weighed = forced
-        try:
-            return _CHOOSE(decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature)
-        finally:
-            decode.logits_lib.weighed = original
+        ends_RW = time_RW + 1 >= length_B.reshape(time_RW.shape)
+        token_RW, logp_RW = _CHOOSE(decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature)
+        other_RW = jnp.where(token_RW == STOP, STOP + 1, token_RW)
+        return jnp.where(ends_RW, STOP, other_RW), logp_RW
 
     decode._choose = choose
 

@@ -1,4 +1,4 @@
-"""Which kernels compute the attention of scoring and training, and that of decoding."""
+"""Which kernels compute the attention of scoring and training, and decode."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from grpo_jax.models import attention, cudnn, paged, splash, streamed
+from grpo_jax.models import attention, cudnn, logits, paged, peaks, splash, streamed
 from grpo_jax.structs import ModelConfig
 
 
@@ -41,3 +41,8 @@ def choose_decoding(option: str, cache: str, model: ModelConfig, mesh: Mesh, dty
     if obstacle:
         raise ValueError(f'rollout.attention = "{option}": {obstacle}. Set it to "auto" or "xla".')
     return paged.Paged() if option == "ragged" else streamed.Streamed(int8)
+
+
+def choose_sums(mesh: Mesh, dtype: Any) -> logits.Sums:
+    """How `logits.draw` finds the sums of blocks."""
+    return logits.sums_of_blocks if streamed.no_kernel(mesh, dtype) else peaks.SumsOfBlocks()

@@ -1,7 +1,7 @@
 """From hidden states to the distribution that tokens are drawn from.
 
-Sampler and scorer both go through `weighed`, so temperature, top-k and top-p cannot differ
-between them.
+Sampler and scorer both go through `weighed`, so temperature, top-k and top-p cannot differ between
+them; where every token may be drawn, which leaves the temperature, `draw` divides by it.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ def support(logits: Array, sampling: Sampling) -> Array | None:
         within = logits >= edge
         keep = within if keep is None else keep & within
     return keep
+
+
+def takes_all(sampling: Sampling, vocab: int) -> bool:
+    """Whether every token of the vocabulary may be drawn."""
+    return not 0 < sampling.top_k < vocab and sampling.top_p >= 1.0
 
 
 def weighed(
@@ -94,13 +99,34 @@ _ALIGNED = 32  # a block's tokens are a multiple of this, where no block is padd
 _UNEVEN = 8  # and at most so many times more, or fewer, than if there were as many as blocks
 
 
-def draw(score_BV: Array, uniform_B: Array, split: Split = ALONE) -> tuple[Array, Array]:
+def sums_of_blocks(blocks_BNW: Array, temperature: Array | float) -> tuple[Array, Array]:
+    """The sum of each block's exponentials [B, N], and what was taken off first, [B, N] or [B, 1].
+
+    That is the maximum, here of all blocks.
+    """
+    blocks_BNW = blocks_BNW / temperature
+    peak_B1 = blocks_BNW.max((1, 2), keepdims=True)[..., 0]
+    return jnp.exp(blocks_BNW - peak_B1[..., None]).sum(-1), peak_B1
+
+
+Sums = Callable[[Array, Array | float], tuple[Array, Array]]
+
+
+def draw(
+    score_BV: Array,
+    uniform_B: Array,
+    split: Split = ALONE,
+    *,
+    temperature: Array | float = 1.0,
+    sums: Sums = sums_of_blocks,
+) -> tuple[Array, Array]:
     """The token at each row's uniform number in [0, 1), and its log-probability, both [B].
 
-    By the inverse cumulative distribution of the scores' softmax, in two levels: the sum of each
-    block of tokens, then the tokens of the block where the number falls. So the vocabulary is read
-    twice (its maximum, its sums) and nothing of its size is written; Gumbel noise needs a random
-    number for each token too. A token of probability 0 is never drawn.
+    By the inverse cumulative distribution of the softmax of the scores over the temperature, in two
+    levels: the sum of each block of tokens, then the tokens of the block where the number falls. So
+    the vocabulary is read twice (its maximum, its sums; `sums` may do it in one) and nothing of its
+    size is written; Gumbel noise needs a random number for each token too. A token of probability 0
+    is never drawn.
 
     No block lies on two devices: they tell each other the blocks' sums and the one block that is
     looked into, 500 times less than the scores of a vocabulary of 150,000.
@@ -108,16 +134,18 @@ def draw(score_BV: Array, uniform_B: Array, split: Split = ALONE) -> tuple[Array
     rows, vocab = score_BV.shape
     part = vocab // split.devices
     width = _block_width(part)
-    peak_B1 = score_BV.max(-1, keepdims=True)
     pad = [(0, 0), (0, 0), (0, -part % width)]
     parts = jnp.pad(score_BV.reshape(rows, -1, part), pad, constant_values=-jnp.inf)
     blocks_BNW = parts.reshape(rows, -1, width)
-    mass_BN = split.whole(jnp.exp(blocks_BNW - peak_B1[..., None]).sum(-1))
+    mass_BN, off_BN = map(split.whole, sums(blocks_BNW, temperature))
+    peak_B1 = off_BN.max(-1, keepdims=True)
+    mass_BN = mass_BN * jnp.exp(off_BN - peak_B1)
     # Else XLA takes the sum over blocks from the scores, and reads the vocabulary once more.
     mass_BN = jax.lax.optimization_barrier(mass_BN)
     target_B1 = uniform_B[:, None] * mass_BN.sum(-1, keepdims=True)
     block_B1, below_B1 = _first_beyond(mass_BN, target_B1)
     score_BW = split.whole(jnp.take_along_axis(blocks_BNW, block_B1[..., None], axis=1)[:, 0])
+    score_BW = score_BW / temperature
     inside_B1, _ = _first_beyond(jnp.exp(score_BW - peak_B1), target_B1 - below_B1)
     chosen_B1 = jnp.take_along_axis(score_BW, inside_B1, axis=1)
     log_prob_B1 = chosen_B1 - peak_B1 - jnp.log(mass_BN.sum(-1, keepdims=True))

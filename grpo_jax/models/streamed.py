@@ -3,7 +3,8 @@
 Plain XLA writes the scores of all columns to memory and reads them several times; here a block of
 keys goes through the softmax while it is on the chip (Dao et al. 2022, arXiv:2205.14135), and
 columns without a token are not read. The prompt's part, whose keys all lanes of a slot share, and
-each lane's own are merged by their log-sum-exp. Written in Pallas for Triton.
+each lane's own are merged by their log-sum-exp. The new token's key and value are put into the
+cache on the way. Written in Pallas for Triton.
 """
 
 from __future__ import annotations
@@ -34,20 +35,27 @@ _HIDDEN = -1e30
 
 def obstacle(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
     """Why the kernel cannot be had, or nothing."""
+    if in_general := no_kernel(mesh, dtype):
+        return in_general
+    if model.window_per_layer is not None:
+        return "the model has sliding windows"
+    if model.head_size not in (32, 64, 128, 256):
+        return f"the heads are of size {model.head_size}, and it takes 32, 64, 128 or 256"
+    return ""
+
+
+def no_kernel(mesh: Mesh, dtype: Any) -> str:
+    """Why no kernel in Triton can be had, whatever the model, or nothing."""
     if not sharding.is_gpu(mesh):
         return f"it is for NVIDIA GPUs, and the devices are {mesh.devices.flat[0].platform}s"
     if mesh.shape["tensor"] > 1:
         return (
             f"mesh.tensor = {mesh.shape['tensor']} splits the heads, which XLA does with no kernel"
         )
-    if model.window_per_layer is not None:
-        return "the model has sliding windows"
-    if model.head_size not in (32, 64, 128, 256):
-        return f"the heads are of size {model.head_size}, and it takes 32, 64, 128 or 256"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"it takes bfloat16, and model.dtype is {jnp.dtype(dtype)}"
     try:
-        _triton()
+        triton()
     except ImportError:
         return f"JAX {jax.__version__} has no Pallas for Triton"
     return ""
@@ -92,26 +100,16 @@ class Streamed(attention.Ring):
     ) -> tuple[Array, tuple[Cache, Cache]]:
         """One new token per lane: what it attends to [R, W, N, H], and the cache with it."""
         assert window is None, "there is no window in the kernel"
-        prefix, own = (
-            cache[0],
-            tuple(self._write(kept, new, column) for kept, new in zip(cache[1], (k_RWKH, v_RWKH))),
-        )
-        q_RWKnH = attention.grouped(q_RWNH, k_RWKH.shape[2])
-        # What a lane that is not live gives means nothing: it reads one block.
+        prefix, own = cache
+        # In one array XLA rotates and writes all three at once.
+        scaled = q_RWNH * jnp.asarray(q_RWNH.shape[-1] ** -0.5, q_RWNH.dtype)
+        heads = jnp.concatenate([scaled, k_RWKH, v_RWKH], axis=2)
+        # What a lane that is not live gives means nothing: it reads at most one block.
         last_RW = jnp.where(live_RW, time_RW, 0)
-        run = functools.partial(_attend, q_RWKnH, interpret=self.interpret)
-        first = run(*prefix, _range(prompt_length_R[:, None] - 1), _positions(prefix))
-        out_RWKnH = run(*own, _range(last_RW, column), limit, after=first)
+        run = functools.partial(_attend, heads, interpret=self.interpret)
+        first, _ = run(prefix, _range(prompt_length_R[:, None] - 1), _positions(prefix))
+        (out_RWKnH,), own = run(own, _range(last_RW, column), limit, after=first)
         return out_RWKnH.reshape(q_RWNH.shape), (prefix, own)
-
-    def _write(self, kept: Array | Int8, new_RWKH: Array, column: Array) -> Array | Int8:
-        """With one position more in every lane, the same for all."""
-        new = jnp.swapaxes(new_RWKH, 1, 2)[..., None, :]
-        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=column, axis=3)
-        if isinstance(kept, Int8):
-            new = quantize.int8(new, 4)
-            return Int8(put(kept.codes, new.codes), put(kept.scale, new.scale))
-        return put(kept, new)
 
 
 def share_read(tokens_B: np.ndarray, steps: int, lanes: int, limit: int) -> float:
@@ -142,33 +140,36 @@ def _range(last: Array, column: Array | None = None) -> Array:
 
 
 def _attend(
-    q_RWKnH: Array,
-    k: Array | Int8,
-    v: Array | Int8,
+    heads_RWNH: Array,
+    cache: Cache,
     range_RX2: Array,
     limit: int,
     *,
     after: tuple[Array, Array] | None = None,
     interpret: bool,
-) -> Any:
-    """Queries over the positions of a range, which goes round the end at `limit`.
+) -> tuple[tuple[Array, ...], Cache]:
+    """Queries over the positions of a range, which goes round the end at `limit`, and the cache.
 
-    Without `after` those are their slot's, keys and values [R, K, positions, H] and ranges
-    [R, 1, 2], and what is returned is an output, float32 [R, W, K, n, H], and the log-sum-exp of
-    the scores [R, W, K, n]. `after` is that: the positions are each lane's, [R, K, W, positions, H]
-    and [R, W, 2], and the output of both together is returned, as the queries are.
+    `heads_RWNH`: a new token's queries, then its keys, then its values. Without `after` the
+    positions are their slot's, keys and values [R, K, positions, H] and ranges [R, 1, 2], and what
+    is returned is an output, float32 [R, W, K, n, H], and the log-sum-exp of the scores
+    [R, W, K, n]. `after` is that: the positions are each lane's, [R, K, W, positions, H] and
+    [R, W, 2], and the output of both and of the new token is returned, as the queries are, and the
+    cache with the new token in it.
     """
-    slots, lanes, heads, queries, size = q_RWKnH.shape
+    slots, lanes, number, size = heads_RWNH.shape
     of_lanes = after is not None
+    kept, structure = jax.tree.flatten(cache)
+    heads, positions = kept[0].shape[1], kept[0].shape[-2]
+    queries = (number - 2 * heads) // heads
     rows, together = _power_of_two(queries), 1  # queries of a lane, and lanes of a program
     if not of_lanes:
         together = min(_power_of_two(lanes), max(1, _MOST // rows))
     rows = max(rows, _LEAST // together)
-    kept = [x for y in (k, v) for x in ((y.codes, y.scale) if isinstance(y, Int8) else (y,))]
-    positions = kept[0].shape[-2]
+    lane = None if of_lanes else together
 
     def by_query(*end: int) -> pl.BlockSpec:
-        lane, zeros = None if of_lanes else together, (0,) * len(end)
+        zeros = (0,) * len(end)
         return pl.BlockSpec((None, lane, None, rows, *end), lambda r, w, h: (r, w, h, 0, *zeros))
 
     def by_key(x: Array) -> pl.BlockSpec:
@@ -178,34 +179,56 @@ def _attend(
             (None,) * lead + rest, lambda r, w, h: ((r, h, w) if of_lanes else (r, h)) + zeros
         )
 
-    ranges = pl.BlockSpec((None, None, 2), lambda r, w, h: (r, w if of_lanes else 0, 0))
-    outs = [(by_query(size), q_RWKnH.shape), (by_query(), q_RWKnH.shape[:-1])]
-    outs = outs[: 1 if of_lanes else 2]
-    dtype = q_RWKnH.dtype if of_lanes else jnp.float32
+    of_kept = [by_key(x) for x in kept]
+    in_specs = [
+        pl.BlockSpec((None, None, 2), lambda r, w, h: (r, w if of_lanes else 0, 0)),
+        pl.BlockSpec((None, lane, number, size), lambda r, w, h: (r, w, 0, 0)),
+        *of_kept,
+    ]
+    like = jax.ShapeDtypeStruct
+    shape = (slots, lanes, heads, queries)
+    if of_lanes:
+        in_specs += [by_query(size), by_query()]
+        out_specs = [by_query(size), *of_kept]
+        out_shape = [
+            like((*shape, size), heads_RWNH.dtype),
+            *(like(x.shape, x.dtype) for x in kept),
+        ]
+    else:
+        out_specs = [by_query(size), by_query()]
+        out_shape = [like((*shape, size), jnp.float32), like(shape, jnp.float32)]
     options: dict[str, Any] = {"interpret": True}
     if not interpret:
-        triton = _triton().CompilerParams(num_warps=_WARPS, num_stages=_STAGES)
-        options = {"compiler_params": triton}
+        options = {"compiler_params": triton().CompilerParams(num_warps=_WARPS, num_stages=_STAGES)}
     found = pl.pallas_call(
         functools.partial(
             _kernel,
             there=(queries,) if of_lanes else (lanes, queries),
+            rows=rows,
+            heads=heads,
             block=next(b for b in _BLOCKS if positions % b == 0),
             limit=limit,
-            int8=isinstance(k, Int8),
+            number_of_kept=len(kept),
         ),
         grid=(slots, -(-lanes // together), heads),
-        in_specs=[
-            *(ranges, by_query(size)),
-            *map(by_key, kept),
-            *((by_query(size), by_query()) if of_lanes else ()),
-        ],
-        out_specs=[spec for spec, _ in outs],
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _, shape in outs],
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        input_output_aliases={2 + i: 1 + i for i in range(len(kept))} if of_lanes else {},
         name="attend",
         **options,
-    )(range_RX2.astype(jnp.int32), q_RWKnH, *kept, *(after or ()))
-    return found[0] if of_lanes else tuple(found)
+    )(range_RX2.astype(jnp.int32), heads_RWNH, *kept, *(after or ()))
+    if not of_lanes:
+        return tuple(found), cache
+    return tuple(found[:1]), jax.tree.unflatten(structure, found[1:])
+
+
+def _codes(x_H: Array) -> tuple[Array, Array]:
+    """As `quantize.int8`, of which a kernel has no rounding."""
+    x_H = x_H.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x_H)) / 127
+    steps_H = x_H / jnp.where(scale == 0, 1.0, scale)
+    return jnp.floor(steps_H + 0.5).astype(jnp.int8), scale
 
 
 def _power_of_two(number: int) -> int:
@@ -213,44 +236,75 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _triton() -> Any:
+def triton() -> Any:
+    """The module of JAX in which kernels are written."""
     with warnings.catch_warnings():  # deprecated, and what there is
         warnings.simplefilter("ignore", DeprecationWarning)
         from jax.experimental.pallas import triton
     return triton
 
 
-def _kernel(range_ref, q_ref, *refs, there: tuple[int, ...], block: int, limit: int, int8: bool):
+def _kernel(
+    range_ref,
+    heads_ref,
+    *refs,
+    there: tuple[int, ...],
+    rows: int,
+    heads: int,
+    block: int,
+    limit: int,
+    number_of_kept: int,
+):
     """One program: all queries of some positions, block by block.
 
     `there`: queries, or lanes and queries of each, that the blocks of queries are padded from.
     """
-    triton = _triton()
-    *shape, size = q_ref.shape
-    at = [jax.lax.broadcasted_iota(jnp.int32, tuple(shape), axis) for axis in range(len(shape))]
-    if len(shape) == 2:  # the lanes of this program
-        at[0] += pl.program_id(1) * shape[0]
+    gpu = triton()
+    int8, of_lanes = number_of_kept == 4, len(there) == 1
+    *lanes, number, size = heads_ref.shape
+    shape = (*lanes, rows)
+    at = [jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(len(shape))]
+    if lanes:  # of this program
+        at[0] += pl.program_id(1) * lanes[0]
     is_there = functools.reduce(jnp.logical_and, [x < n for x, n in zip(at, there)])
     is_there_H = jnp.broadcast_to(is_there[..., None], (*shape, size))
-    rows = math.prod(shape)
-    read = lambda ref, *end: triton.load(  # noqa: E731
+    queries = math.prod(shape)
+    read = lambda ref, *end: gpu.load(  # noqa: E731
         ref, mask=is_there_H if end else is_there, other=0.0
-    ).reshape(rows, *end)
-    q_MH = read(q_ref, size)
-    number_of_kept = 4 if int8 else 2
+    ).reshape(queries, *end)
+    head, everything = pl.program_id(2), (slice(None),) * len(lanes)
+    of_head = pl.ds(head * there[-1], rows)
+    q_MH = read(heads_ref.at[(*everything, of_head, slice(None))], size)
     kept, refs = refs[:number_of_kept], refs[number_of_kept:]
-    *after, out_ref, lse_ref = refs if len(refs) == 2 else (*refs, None)
-    if after:
-        out_MH, top_M = read(after[0], size), read(after[1])
-        start = out_MH, top_M, jnp.ones((rows,), jnp.float32)
-    else:
-        zeros = jnp.zeros((rows, size), jnp.float32)
-        start = zeros, jnp.full((rows,), _HIDDEN, jnp.float32), jnp.zeros((rows,), jnp.float32)
     last, column = range_ref[0], range_ref[1]
+    if of_lanes:
+        first_ref, lse_ref, out_ref, *written = refs
+        # Its key is not looked for in the cache, where it stands once the program has ended.
+        new = [heads_ref[number - (2 - i) * heads + head] for i in range(2)]
+        if int8:
+            new = [x for new_H in new for x in _codes(new_H)]
+        for ref, value in zip(written, new):
+            ref[column] = value
+        k_H, v_H = (new[i].astype(jnp.float32) for i in (0, number_of_kept // 2))
+        if int8:
+            k_H, v_H = k_H * new[1], v_H * new[3]
+        score_M = jnp.sum(q_MH.astype(jnp.float32) * k_H[None], axis=1)
+        lse_M = read(lse_ref)
+        top_M = jnp.maximum(lse_M, score_M)
+        before_M, weight_M = jnp.exp(lse_M - top_M), jnp.exp(score_M - top_M)
+        out_MH = before_M[:, None] * read(first_ref, size) + weight_M[:, None] * v_H[None]
+        begin_with = out_MH, top_M, before_M + weight_M
+        end = column  # the first position that is not looked at
+    else:
+        out_ref, lse_ref = refs
+        zeros = jnp.zeros((queries, size), jnp.float32)
+        hidden = jnp.full((queries,), _HIDDEN, jnp.float32)
+        begin_with = zeros, hidden, jnp.zeros((queries,), jnp.float32)
+        end = column + 1
     past = jnp.maximum(last - column, 0)  # how many stand before the ring's end
     first = jnp.maximum(column - last, 0) // block
     begin = (limit - past) // block
-    upto = column // block + 1 - first
+    upto = pl.cdiv(end, block) - first
     blocks = upto + jnp.where(past > 0, (limit - 1) // block + 1 - begin, 0)
 
     def one_block(i, carry):
@@ -259,12 +313,10 @@ def _kernel(range_ref, q_ref, *refs, there: tuple[int, ...], block: int, limit: 
         start = jnp.where(is_past, begin + i - upto, first + i) * block
         at_B = start + jnp.arange(block)
         seen_B = jnp.where(
-            is_past,
-            (at_B >= limit - past) & (at_B < limit),
-            (at_B >= column - last) & (at_B <= column),
+            is_past, (at_B >= limit - past) & (at_B < limit), (at_B >= column - last) & (at_B < end)
         )
         here = pl.ds(start, block)
-        score_MB = triton.dot(q_MH, kept[0][here, :].astype(q_MH.dtype).T)
+        score_MB = gpu.dot(q_MH, kept[0][here, :].astype(q_MH.dtype).T)
         if int8:
             score_MB *= kept[1][here][None]
         score_MB = jnp.where(seen_B[None], score_MB, _HIDDEN)
@@ -275,11 +327,11 @@ def _kernel(range_ref, q_ref, *refs, there: tuple[int, ...], block: int, limit: 
         if int8:
             weight_MB *= kept[3][here][None]
         values_BH = kept[number_of_kept // 2][here, :].astype(q_MH.dtype)
-        out_MH = less_M[:, None] * out_MH + triton.dot(weight_MB.astype(q_MH.dtype), values_BH)
+        out_MH = less_M[:, None] * out_MH + gpu.dot(weight_MB.astype(q_MH.dtype), values_BH)
         return out_MH, new_top_M, sum_M
 
-    out_MH, top_M, sum_M = jax.lax.fori_loop(0, blocks, one_block, start)
+    out_MH, top_M, sum_M = jax.lax.fori_loop(0, blocks, one_block, begin_with)
     out = (out_MH / sum_M[:, None]).reshape(*shape, size)
-    triton.store(out_ref, out.astype(out_ref.dtype), mask=is_there_H)
-    if lse_ref is not None:
-        triton.store(lse_ref, (top_M + jnp.log(sum_M)).reshape(shape), mask=is_there)
+    gpu.store(out_ref, out.astype(out_ref.dtype), mask=is_there_H)
+    if not of_lanes:
+        gpu.store(lse_ref, (top_M + jnp.log(sum_M)).reshape(shape), mask=is_there)

@@ -132,7 +132,7 @@ class Attention(nn.Module):
     def __call__(self, x: Array, cos_sin: tuple[Array, Array], attend: Attend):
         c = self.config
         counts = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
-        if self.has_variable("params", "qkv"):  # of `with_joined_qkv`
+        if self.has_variable("params", "qkv"):  # of `joined`
             features = sum(counts.values()) * c.head_size
             dense = _dense(features, ("embed", "heads"), "qkv", self.dtype, c.qkv_bias)
             ends = np.cumsum([n * c.head_size for n in counts.values()])[:-1]
@@ -164,9 +164,13 @@ class MLP(nn.Module):
         return _by_token(self._tokens, x)
 
     def _tokens(self, x: Array) -> Array:
-        x = self.rows.whole(x)
-        gate = _dense(self.config.mlp_width, ("embed", "mlp"), "gate", self.dtype)(x)
-        up = _dense(self.config.mlp_width, ("embed", "mlp"), "up", self.dtype)(x)
+        x, width = self.rows.whole(x), self.config.mlp_width
+        if self.has_variable("params", "gate_up"):  # of `joined`
+            both = _dense(2 * width, ("embed", "mlp"), "gate_up", self.dtype)(x)
+            gate, up = jnp.split(both, 2, axis=-1)
+        else:
+            gate = _dense(width, ("embed", "mlp"), "gate", self.dtype)(x)
+            up = _dense(width, ("embed", "mlp"), "up", self.dtype)(x)
         y = self.rows.wide(nn.silu(self.rows.wide(gate)) * self.rows.wide(up))
         return self.rows.split(_dense(self.config.width, ("mlp", "embed"), "down", self.dtype)(y))
 
@@ -252,19 +256,24 @@ def with_layers_in(params: Params, dtype) -> Params:
     return params | {"layers": jax.tree_util.tree_map_with_path(one, params["layers"])}
 
 
-def with_joined_qkv(params: Params) -> Params:
-    """Weights by layer, as sampling has them, with those of queries, keys and values side by side.
+# By module, what `joined` makes of which dense layers.
+_JOINED = {"attention": ("qkv", ("q", "k", "v")), "mlp": ("gate_up", ("gate", "up"))}
 
-    One product where few tokens would have three small ones.
+
+def joined(
+    layer: Params, join: Callable[..., Any] = lambda *xs: jnp.concatenate(xs, axis=-1)
+) -> Params:
+    """One layer's weights, those that are multiplied with the same states side by side.
+
+    Of few tokens one product is faster than its parts. `join` puts arrays of all parts together.
     """
-
-    def join(layer: Params) -> Params:
-        parts = dict(layer["attention"])
-        qkv = [parts.pop(name) for name in "qkv"]
-        joined = jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=-1), *qkv)
-        return layer | {"attention": parts | {"qkv": joined}}
-
-    return params | {"layers": [join(layer) for layer in params["layers"]]}
+    for module, (name, parts) in _JOINED.items():
+        dense = dict(layer[module])
+        trees = [dense.pop(part) for part in parts]
+        is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+        joined = jax.tree.map(join, *trees, is_leaf=is_axes)
+        layer = layer | {module: dense | {name: joined}}
+    return layer
 
 
 def _embed(params: Params, ids: Array, dtype) -> Array:

@@ -32,7 +32,7 @@ _FREE = frozenset(  # move no bytes by themselves
 )
 
 _FUSIONS = ("fusion", "fusion-start")  # GPUs copy between arrays beside what they compute
-_CALLING = ("while", "conditional", "call", "async-start")
+_CALLING = ("while", "call", "async-start")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,12 +271,6 @@ class _Program:
         if i.opcode == "while":
             body, condition = i.attribute("body"), i.attribute("condition")
             return (self._of(body) + self._of(condition)).times(self._trips(i))
-        if i.opcode == "conditional":
-            # `lax.cond` puts what it does for False first; the one in this project asks whether
-            # the temperature is 0, which it never is in a rollout.
-            branches = re.search(r"branch_computations=\{([^}]*)\}", i.attributes)
-            first = branches[1].split(",")[0].strip(" %") if branches else None
-            return self._of(first or i.attribute("false_computation"))
         if i.opcode in ("call", "async-start"):
             called = i.attribute("to_apply") or i.attribute("calls")
             return self._of(called) if called in self.computations else Cost()

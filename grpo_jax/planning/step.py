@@ -248,7 +248,7 @@ class Step:
         reference = self._kept_reference()
         learning = size((self._kept_state(), reference))  # held through the whole step
         sampling = learning - size(self._shared())
-        temperature = np.float32(config.rollout.temperature)
+        temperature = np.float32(config.rollout.temperature) or None
         shards, lanes = self.slots.live_RW.shape[0] // self.engine.shards, self._lanes
         admitted = shards * self.engine.shards
         waves = -(-length_PG.size // (admitted * lanes))

@@ -36,14 +36,15 @@ class Decoder:
 
     model: ModelConfig
     mesh: Mesh
-    sampling: Sampling  # top-k and top-p; the temperature is an argument of each call
+    sampling: Sampling  # top-k and top-p; the temperature is an argument of each call, None for 0
     stop_ids: tuple[int, ...]
     max_tokens: int  # C: completion limit
     dtype: Any = jnp.float32  # of activations, and of weights and cache that are the "same"
     weights: str = "same"  # or "int8"
-    join_qkv: bool = False  # see `transformer.with_joined_qkv`; for devices that hold all heads
+    join: bool = False  # see `transformer.joined`; for devices that hold a layer whole
     steps: int = 1  # tokens between two looks at whether the host is needed
     caching: Any = attention.RING  # how the cache is kept and attended to: see `kernels`
+    sums: logits_lib.Sums = logits_lib.sums_of_blocks  # of a draw
 
     @property
     def parts(self) -> int:
@@ -84,9 +85,10 @@ def decoder_for(
         max_tokens,
         dtype,
         weights=weights,
-        join_qkv=on_gpu and mesh.shape["tensor"] == 1,
+        join=on_gpu and mesh.shape["tensor"] == 1,
         steps=_STEPS_ON_GPU if on_gpu else 1,
         caching=kernels.choose_decoding(attention, cache, model, mesh, dtype),
+        sums=kernels.choose_sums(mesh, dtype),
     )
 
 
@@ -129,30 +131,30 @@ def empty(decoder: Decoder, slots: int, lanes: int, prompt_tokens: int) -> Slots
 def _choose(decoder: Decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature):
     """The token at position `time_RW` of each lane and its log-probability, both [R, W].
 
-    Temperature 0 takes the highest logit. The uniform number of a draw is a function of the
-    completion's key and the token's position.
+    Without a temperature that is the one of the highest logit. The uniform number of a draw is a
+    function of the completion's key and the token's position.
     """
     lanes = key_RW2.shape[:2]
     scores = logits_lib.logits(hidden_RWD, head_DV)
     scores_BV = scores.reshape(-1, scores.shape[-1])
-    key_B2, time_B = key_RW2.reshape(-1, 2), time_RW.reshape(-1)
+    if temperature is None:
+        token_B = jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
+        logp_B1 = jnp.take_along_axis(jax.nn.log_softmax(scores_BV), token_B[:, None], axis=-1)
+        return token_B.reshape(lanes), logp_B1.reshape(lanes)
 
-    def greedy():
-        token_B1 = jnp.argmax(scores_BV, axis=-1, keepdims=True).astype(jnp.int32)
-        logp_B1 = jnp.take_along_axis(jax.nn.log_softmax(scores_BV), token_B1, axis=-1)
-        return token_B1[:, 0], logp_B1[:, 0]
+    def uniform(key_2, time):
+        key = jax.random.wrap_key_data(key_2, impl="threefry2x32")
+        return jax.random.uniform(jax.random.fold_in(key, time))
 
-    def sampled():
-        def uniform(key_2, time):
-            key = jax.random.wrap_key_data(key_2, impl="threefry2x32")
-            return jax.random.uniform(jax.random.fold_in(key, time))
-
-        weighed_BV = logits_lib.weighed(scores_BV, decoder.sampling, temperature=temperature)
-        devices = sharding.num_shards_of(decoder.mesh, "vocab", scores.shape[-1])
-        split = logits_lib.Split(devices, functools.partial(sharding.place_in_slots, decoder.mesh))
-        return logits_lib.draw(weighed_BV, jax.vmap(uniform)(key_B2, time_B), split)
-
-    token_B, logp_B = jax.lax.cond(temperature == 0, greedy, sampled)
+    uniform_B = jax.vmap(uniform)(key_RW2.reshape(-1, 2), time_RW.reshape(-1))
+    if not logits_lib.takes_all(decoder.sampling, scores.shape[-1]):
+        scores_BV = logits_lib.weighed(scores_BV, decoder.sampling, temperature=temperature)
+        temperature = 1.0
+    devices = sharding.num_shards_of(decoder.mesh, "vocab", scores.shape[-1])
+    split = logits_lib.Split(devices, functools.partial(sharding.place_in_slots, decoder.mesh))
+    token_B, logp_B = logits_lib.draw(
+        scores_BV, uniform_B, split, temperature=temperature, sums=decoder.sums
+    )
     return token_B.reshape(lanes), logp_B.reshape(lanes)
 
 
@@ -180,7 +182,7 @@ def _is_stop(decoder: Decoder, token: Array) -> Array:
 def admit(
     decoder: Decoder,
     params: Params,
-    temperature: Array,
+    temperature: Array | None,
     slots: Slots,
     prompt_AQ: Array,
     length_A: Array,
@@ -239,7 +241,7 @@ def slots_needed(live_PRW: Array, lanes: int) -> Array:
 def decode(
     decoder: Decoder,
     params: Params,
-    temperature: Array,
+    temperature: Array | None,
     next_slots: Array,
     next_lanes: Array,
     enough_P: Array,
@@ -252,8 +254,6 @@ def decode(
     it looks every `decoder.steps` tokens.
     The donated cache is updated in place.
     """
-    if decoder.join_qkv:
-        params = transformer.with_joined_qkv(params)
     head_DV = transformer.head_kernel(params)
     r, w = jnp.meshgrid(*(jnp.arange(n) for n in slots.live_RW.shape), indexing="ij")
 

@@ -145,7 +145,8 @@ class Engine:
 
     def _layer(self, layers: Params, i: Array) -> Params:
         at_i = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
-        return self._sampled_from(jax.tree.map(at_i, layers))
+        layer = jax.tree.map(at_i, layers)
+        return self._sampled_from(transformer.joined(layer) if self.decoder.join else layer)
 
     def changed_parts(self, params: Params) -> list[str]:
         """Names of the parts besides the layers that sampling cannot read where they are."""
@@ -161,6 +162,9 @@ class Engine:
         """Shape, dtype and sharding of what `publish` gives, of arrays or their shapes."""
         mesh, model = self.decoder.mesh, self.decoder.model
         axes = _axes_in_decoding(model, self.decoder.parts)
+        if self.decoder.join:  # they are whole, and all alike
+            first = lambda *names: names[0]  # noqa: E731
+            axes["layers"] = [transformer.joined(layer, first) for layer in axes["layers"]]
         if self.decoder.weights == "int8":
             axes = quantize.weight_axes(axes)
         rest = {name: params[name] for name in params if name != "layers"}
@@ -280,7 +284,7 @@ class Engine:
         waiting = self._queues(len(prompts), group, lanes)
         board = _Board.empty(self.shards, num_slots, lanes)
         slots = self.empty(num_slots, lanes, width)
-        temperature = np.float32(temperature)
+        temperature = np.float32(temperature) if temperature else None
         # Refills wait until a quarter of the slots is free: each one interrupts all lanes.
         refill = max(1, num_slots // 4)
         finished: list[tuple[np.ndarray, ...]] = []

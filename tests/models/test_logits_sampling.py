@@ -80,6 +80,18 @@ def draw(*args):
     return draw_both(*args)[0]
 
 
+def test_a_draw_divides_by_the_temperature():
+    score_BV = 3 * jax.random.normal(jax.random.key(0), (B, 1000))
+    uniform_B = jax.random.uniform(jax.random.key(1), (B,))
+    want = draw_both(score_BV / 0.7, uniform_B)
+
+    got = jax.jit(logits_lib.draw)(score_BV, uniform_B, temperature=0.7)
+
+    assert (want[0] != draw(score_BV, uniform_B)).any()
+    np.testing.assert_array_equal(got[0], want[0])
+    np.testing.assert_allclose(got[1], want[1], atol=1e-6)
+
+
 @pytest.mark.parametrize("vocab", [1, 2, 5, 64, 1000, 1536])
 def test_drawn_log_probability_is_the_softmax(vocab):
     score_BV = 3 * jax.random.normal(jax.random.key(0), (B, vocab)) + 50
