@@ -238,6 +238,8 @@ def _decoding(work: Any, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
     import jax.numpy as jnp
     import numpy as np
 
+    from grpo_jax.models import attention, transformer
+
     model, limit = work.shape, work.completion_tokens
     slots, lanes, prompt = work.prompts, work.group, work.prompt_tokens
     heads, kv, width = model.num_heads, model.num_kv_heads, model.head_size
@@ -259,11 +261,13 @@ def _decoding(work: Any, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
         @functools.partial(jax.jit, donate_argnums=0)
         def run(cache, q, k, v, last, kind=kind):
             where = jnp.full(slots, prompt), jnp.full((slots, lanes), last)
+            frequencies = transformer.rotary_frequencies(model)
+            angles = attention.rotary(where[0][:, None] + where[1], frequencies)
             live = jnp.ones((slots, lanes), bool)
 
             def one(i, carry):
                 q, cache = carry
-                out, cache = kind.extend(cache, q, k, v, *where, live, last, limit, None)
+                out, cache = kind.extend(cache, q, k, v, angles, *where, live, last, limit, None)
                 return out.astype(q.dtype), cache
 
             return jax.lax.fori_loop(0, repeats, one, (q, cache))

@@ -243,6 +243,7 @@ class Ring:
         q_RWNH: Array,
         k_RWKH: Array,
         v_RWKH: Array,
+        cos_sin: tuple[Array, Array],
         prompt_length_R: Array,
         time_RW: Array,
         live_RW: Array,
@@ -250,7 +251,11 @@ class Ring:
         limit: int,
         window: int | None,
     ) -> tuple[Array, tuple[Cache, Cache]]:
-        """One new token per lane: what it attends to [R, W, N, H], and the cache with it."""
+        """One new token per lane: what it attends to [R, W, N, H], and the cache with it.
+
+        Queries and keys are still to be rotated by their angles, `cos_sin` [R, W, H/2].
+        """
+        q_RWNH, k_RWKH = (rotate(x, cos_sin) for x in (q_RWNH, k_RWKH))
         prefix, own = cache[0], write(cache[1], k_RWKH, v_RWKH, column)
         out = decode(q_RWNH, prefix, own, prompt_length_R, time_RW, column, window)
         return out, (prefix, own)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import flax.linen as nn
 from jax.sharding import Mesh
 
-from grpo_jax.models import attention, cudnn, logits, paged, peaks, splash, streamed
+from grpo_jax.models import attention, cudnn, logits, norms, paged, peaks, splash, streamed
 from grpo_jax.structs import ModelConfig
 
 
@@ -41,6 +42,11 @@ def choose_decoding(option: str, cache: str, model: ModelConfig, mesh: Mesh, dty
     if obstacle:
         raise ValueError(f'rollout.attention = "{option}": {obstacle}. Set it to "auto" or "xla".')
     return paged.Paged() if option == "ragged" else streamed.Streamed(int8)
+
+
+def choose_norm(mesh: Mesh, dtype: Any) -> Any:
+    """What norms the states of a token."""
+    return nn.RMSNorm if streamed.no_kernel(mesh, dtype) else norms.FusedNorm
 
 
 def choose_sums(mesh: Mesh, dtype: Any) -> logits.Sums:

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as kernel_lib
 from jax.sharding import Mesh
 
+from grpo_jax.models import attention
 from grpo_jax.structs import Array, ModelConfig
 
 PAGE = 16  # positions; the engine pads prompts to a multiple of it
@@ -81,6 +82,7 @@ class Paged:
         q_RWNH: Array,
         k_RWKH: Array,
         v_RWKH: Array,
+        cos_sin: tuple[Array, Array],
         prompt_length_R: Array,
         time_RW: Array,
         live_RW: Array,
@@ -88,7 +90,11 @@ class Paged:
         limit: int,
         window: int | None,
     ) -> tuple[Array, Array]:
-        """One new token per lane: what it attends to [R, W, N, H], and the pages with it."""
+        """One new token per lane: what it attends to [R, W, N, H], and the pages with it.
+
+        Queries and keys are still to be rotated by their angles, `cos_sin` [R, W, H/2].
+        """
+        q_RWNH, k_RWKH = (attention.rotate(x, cos_sin) for x in (q_RWNH, k_RWKH))
         slots, lanes = time_RW.shape
         flat = pages.reshape(-1, *pages.shape[2:])
         table_BE = _table(prompt_length_R, lanes, pages.shape[1], _own_pages(limit))

@@ -91,6 +91,7 @@ class Streamed(attention.Ring):
         q_RWNH: Array,
         k_RWKH: Array,
         v_RWKH: Array,
+        cos_sin: tuple[Array, Array],
         prompt_length_R: Array,
         time_RW: Array,
         live_RW: Array,
@@ -98,15 +99,16 @@ class Streamed(attention.Ring):
         limit: int,
         window: int | None,
     ) -> tuple[Array, tuple[Cache, Cache]]:
-        """One new token per lane: what it attends to [R, W, N, H], and the cache with it."""
+        """One new token per lane: what it attends to [R, W, N, H], and the cache with it.
+
+        Queries and keys are still to be rotated by their angles, `cos_sin` [R, W, H/2].
+        """
         assert window is None, "there is no window in the kernel"
         prefix, own = cache
-        # In one array XLA rotates and writes all three at once.
-        scaled = q_RWNH * jnp.asarray(q_RWNH.shape[-1] ** -0.5, q_RWNH.dtype)
-        heads = jnp.concatenate([scaled, k_RWKH, v_RWKH], axis=2)
+        heads = jnp.concatenate([q_RWNH, k_RWKH, v_RWKH], axis=2)  # as one product gives them
         # What a lane that is not live gives means nothing: it reads at most one block.
         last_RW = jnp.where(live_RW, time_RW, 0)
-        run = functools.partial(_attend, heads, interpret=self.interpret)
+        run = functools.partial(_attend, heads, cos_sin, interpret=self.interpret)
         first, _ = run(prefix, _range(prompt_length_R[:, None] - 1), _positions(prefix))
         (out_RWKnH,), own = run(own, _range(last_RW, column), limit, after=first)
         return out_RWKnH.reshape(q_RWNH.shape), (prefix, own)
@@ -141,6 +143,7 @@ def _range(last: Array, column: Array | None = None) -> Array:
 
 def _attend(
     heads_RWNH: Array,
+    cos_sin: tuple[Array, Array],
     cache: Cache,
     range_RX2: Array,
     limit: int,
@@ -150,12 +153,12 @@ def _attend(
 ) -> tuple[tuple[Array, ...], Cache]:
     """Queries over the positions of a range, which goes round the end at `limit`, and the cache.
 
-    `heads_RWNH`: a new token's queries, then its keys, then its values. Without `after` the
-    positions are their slot's, keys and values [R, K, positions, H] and ranges [R, 1, 2], and what
-    is returned is an output, float32 [R, W, K, n, H], and the log-sum-exp of the scores
-    [R, W, K, n]. `after` is that: the positions are each lane's, [R, K, W, positions, H] and
-    [R, W, 2], and the output of both and of the new token is returned, as the queries are, and the
-    cache with the new token in it.
+    `heads_RWNH`: a new token's queries, then its keys, then its values, to be rotated by its angles
+    `cos_sin` [R, W, H/2]. Without `after` the positions are their slot's, keys and values
+    [R, K, positions, H] and ranges [R, 1, 2], and what is returned is an output, float32
+    [R, W, K, n, H], and the log-sum-exp of the scores [R, W, K, n]. `after` is that: the positions
+    are each lane's, [R, K, W, positions, H] and [R, W, 2], and the output of both and of the new
+    token is returned, as the queries are, and the cache with the new token in it.
     """
     slots, lanes, number, size = heads_RWNH.shape
     of_lanes = after is not None
@@ -183,6 +186,7 @@ def _attend(
     in_specs = [
         pl.BlockSpec((None, None, 2), lambda r, w, h: (r, w if of_lanes else 0, 0)),
         pl.BlockSpec((None, lane, number, size), lambda r, w, h: (r, w, 0, 0)),
+        *[pl.BlockSpec((None, lane, size // 2), lambda r, w, h: (r, w, 0))] * 2,
         *of_kept,
     ]
     like = jax.ShapeDtypeStruct
@@ -214,21 +218,20 @@ def _attend(
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=out_shape,
-        input_output_aliases={2 + i: 1 + i for i in range(len(kept))} if of_lanes else {},
+        input_output_aliases={4 + i: 1 + i for i in range(len(kept))} if of_lanes else {},
         name="attend",
         **options,
-    )(range_RX2.astype(jnp.int32), heads_RWNH, *kept, *(after or ()))
+    )(range_RX2.astype(jnp.int32), heads_RWNH, *cos_sin, *kept, *(after or ()))
     if not of_lanes:
         return tuple(found), cache
     return tuple(found[:1]), jax.tree.unflatten(structure, found[1:])
 
 
-def _codes(x_H: Array) -> tuple[Array, Array]:
-    """As `quantize.int8`, of which a kernel has no rounding."""
-    x_H = x_H.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(x_H)) / 127
-    steps_H = x_H / jnp.where(scale == 0, 1.0, scale)
-    return jnp.floor(steps_H + 0.5).astype(jnp.int8), scale
+def _codes(parts: list[Array]) -> tuple[list[Array], Array]:
+    """As `quantize.int8` of a vector in parts; a kernel has no rounding."""
+    scale = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x)) for x in parts]) / 127
+    step = jnp.where(scale == 0, 1.0, scale)
+    return [jnp.floor(x / step + 0.5).astype(jnp.int8) for x in parts], scale
 
 
 def _power_of_two(number: int) -> int:
@@ -247,6 +250,8 @@ def triton() -> Any:
 def _kernel(
     range_ref,
     heads_ref,
+    cos_ref,
+    sin_ref,
     *refs,
     there: tuple[int, ...],
     rows: int,
@@ -258,41 +263,63 @@ def _kernel(
     """One program: all queries of some positions, block by block.
 
     `there`: queries, or lanes and queries of each, that the blocks of queries are padded from.
+    Queries and keys are dealt with in halves, [..., H/2] each, which a rotation mixes.
     """
     gpu = triton()
     int8, of_lanes = number_of_kept == 4, len(there) == 1
     *lanes, number, size = heads_ref.shape
+    dtype, halves = heads_ref.dtype, (pl.ds(0, size // 2), pl.ds(size // 2, size // 2))
     shape = (*lanes, rows)
     at = [jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(len(shape))]
     if lanes:  # of this program
         at[0] += pl.program_id(1) * lanes[0]
     is_there = functools.reduce(jnp.logical_and, [x < n for x, n in zip(at, there)])
-    is_there_H = jnp.broadcast_to(is_there[..., None], (*shape, size))
     queries = math.prod(shape)
-    read = lambda ref, *end: gpu.load(  # noqa: E731
-        ref, mask=is_there_H if end else is_there, other=0.0
-    ).reshape(queries, *end)
+
+    def read(ref, *end: int) -> Array:
+        mask = jnp.broadcast_to(is_there[..., None], (*shape, *end)) if end else is_there
+        return gpu.load(ref, mask=mask, other=0.0)
+
+    def rotated(parts: list[Array], cos: Array, sin: Array) -> list[Array]:
+        one, other = (x.astype(jnp.float32) for x in parts)
+        return [one * cos - other * sin, other * cos + one * sin]
+
     head, everything = pl.program_id(2), (slice(None),) * len(lanes)
     of_head = pl.ds(head * there[-1], rows)
-    q_MH = read(heads_ref.at[(*everything, of_head, slice(None))], size)
+    parts = [read(heads_ref.at[(*everything, of_head, half)], size // 2) for half in halves]
+    if lanes:
+        lane_W = pl.program_id(1) * lanes[0] + jnp.arange(lanes[0])
+        of_lane = jnp.broadcast_to((lane_W < there[0])[:, None], cos_ref.shape)
+        angles = [gpu.load(ref, mask=of_lane, other=0.0) for ref in (cos_ref, sin_ref)]
+    else:
+        angles = [cos_ref[...], sin_ref[...]]
+    parts = rotated(parts, *(x[..., None, :] for x in angles))
+    q = [(x * size**-0.5).astype(dtype).reshape(queries, size // 2) for x in parts]
     kept, refs = refs[:number_of_kept], refs[number_of_kept:]
     last, column = range_ref[0], range_ref[1]
     if of_lanes:
         first_ref, lse_ref, out_ref, *written = refs
-        # Its key is not looked for in the cache, where it stands once the program has ended.
-        new = [heads_ref[number - (2 - i) * heads + head] for i in range(2)]
+        # The new token is not looked for in the cache, where it stands once the program has ended.
+        k = [heads_ref[number - 2 * heads + head, half] for half in halves]
+        k = [x.astype(dtype).astype(jnp.float32) for x in rotated(k, *angles)]
+        v_H = heads_ref[number - heads + head].astype(jnp.float32)
         if int8:
-            new = [x for new_H in new for x in _codes(new_H)]
-        for ref, value in zip(written, new):
-            ref[column] = value
-        k_H, v_H = (new[i].astype(jnp.float32) for i in (0, number_of_kept // 2))
-        if int8:
-            k_H, v_H = k_H * new[1], v_H * new[3]
-        score_M = jnp.sum(q_MH.astype(jnp.float32) * k_H[None], axis=1)
-        lse_M = read(lse_ref)
+            codes, scale = _codes(k)
+            (v_codes_H,), v_scale = _codes([v_H])
+            written[1][column], written[3][column] = scale, v_scale
+            written[2][column] = v_codes_H
+            k, v_H = [x * scale for x in codes], v_codes_H * v_scale
+        else:
+            codes = [x.astype(dtype) for x in k]
+            written[1][column] = v_H.astype(dtype)
+        for half, x in zip(halves, codes):
+            written[0][column, half] = x
+        score_M = sum(jnp.sum(x.astype(jnp.float32) * y[None], axis=1) for x, y in zip(q, k))
+        lse_M = read(lse_ref).reshape(queries)
         top_M = jnp.maximum(lse_M, score_M)
         before_M, weight_M = jnp.exp(lse_M - top_M), jnp.exp(score_M - top_M)
-        out_MH = before_M[:, None] * read(first_ref, size) + weight_M[:, None] * v_H[None]
+        first_MH = read(first_ref, size).reshape(queries, size)
+        out_MH = before_M[:, None] * first_MH + weight_M[:, None] * v_H[None]
         begin_with = out_MH, top_M, before_M + weight_M
         end = column  # the first position that is not looked at
     else:
@@ -316,7 +343,9 @@ def _kernel(
             is_past, (at_B >= limit - past) & (at_B < limit), (at_B >= column - last) & (at_B < end)
         )
         here = pl.ds(start, block)
-        score_MB = gpu.dot(q_MH, kept[0][here, :].astype(q_MH.dtype).T)
+        score_MB = sum(
+            gpu.dot(x, kept[0][here, half].astype(dtype).T) for x, half in zip(q, halves)
+        )
         if int8:
             score_MB *= kept[1][here][None]
         score_MB = jnp.where(seen_B[None], score_MB, _HIDDEN)
@@ -326,12 +355,13 @@ def _kernel(
         sum_M = less_M * sum_M + weight_MB.sum(axis=1)
         if int8:
             weight_MB *= kept[3][here][None]
-        values_BH = kept[number_of_kept // 2][here, :].astype(q_MH.dtype)
-        out_MH = less_M[:, None] * out_MH + gpu.dot(weight_MB.astype(q_MH.dtype), values_BH)
+        values_BH = kept[number_of_kept // 2][here, :].astype(dtype)
+        out_MH = less_M[:, None] * out_MH + gpu.dot(weight_MB.astype(dtype), values_BH)
         return out_MH, new_top_M, sum_M
 
     out_MH, top_M, sum_M = jax.lax.fori_loop(0, blocks, one_block, begin_with)
     out = (out_MH / sum_M[:, None]).reshape(*shape, size)
-    gpu.store(out_ref, out.astype(out_ref.dtype), mask=is_there_H)
+    of_query = jnp.broadcast_to(is_there[..., None], out.shape)
+    gpu.store(out_ref, out.astype(out_ref.dtype), mask=of_query)
     if not of_lanes:
         gpu.store(lse_ref, (top_M + jnp.log(sum_M)).reshape(shape), mask=is_there)

@@ -20,6 +20,7 @@ kernels are [in, out], heads contiguous:
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,9 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.models import attention, merged, quantize
+from grpo_jax.models.norms import Sum
 from grpo_jax.structs import Array, ModelConfig, Params
 
-# Queries, keys and values to the attention's output and whatever the caller wants kept of them.
+# Queries, keys and values, none of them rotated yet, to the attention's output and whatever the
+# caller wants kept of them.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 # An activation and the logical axes of its dimensions to the same, placed over the devices.
 Place = Callable[[Array, tuple[str | None, ...]], Array]
@@ -115,8 +118,8 @@ def _by_token(dense: Callable[[Array], Array], x: Array) -> Array:
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _norm(config: ModelConfig, dtype, name: str | None = None) -> nn.RMSNorm:
-    return nn.RMSNorm(
+def _norm(config: ModelConfig, dtype, name: str | None = None, kind: Any = nn.RMSNorm) -> Any:
+    return kind(
         epsilon=config.norm_eps,
         dtype=dtype,
         scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
@@ -124,30 +127,36 @@ def _norm(config: ModelConfig, dtype, name: str | None = None) -> nn.RMSNorm:
     )
 
 
+def _normed(norm: Callable[..., Any], x: Array | Sum) -> tuple[Array, Array]:
+    """States that may still be to be added, and their norm."""
+    return norm(x) if isinstance(x, Sum) else (x, norm(x))
+
+
 class Attention(nn.Module):
     config: ModelConfig
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, cos_sin: tuple[Array, Array], attend: Attend):
+    def __call__(self, x: Array, attend: Attend):
         c = self.config
         counts = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
+        by_head = lambda y: y.reshape(*y.shape[:-1], -1, c.head_size)  # noqa: E731
         if self.has_variable("params", "qkv"):  # of `joined`
             features = sum(counts.values()) * c.head_size
             dense = _dense(features, ("embed", "heads"), "qkv", self.dtype, c.qkv_bias)
-            ends = np.cumsum([n * c.head_size for n in counts.values()])[:-1]
-            qkv = jnp.split(_by_token(dense, x), ends, axis=-1)
+            ends = np.cumsum(list(counts.values()))[:-1]
+            q, k, v = jnp.split(by_head(_by_token(dense, x)), ends, axis=-2)
         else:
             qkv = []
             for name, count in counts.items():
                 axes = ("embed", "heads" if name == "q" else "kv_heads")
                 dense = _dense(count * c.head_size, axes, name, self.dtype, c.qkv_bias)
-                qkv.append(_by_token(dense, x))
-        q, k, v = (y.reshape(*y.shape[:-1], n, c.head_size) for y, n in zip(qkv, counts.values()))
+                qkv.append(by_head(_by_token(dense, x)))
+            q, k, v = qkv
         if c.qk_norm:
             q = _norm(c, self.dtype, "q_norm")(q)
             k = _norm(c, self.dtype, "k_norm")(k)
-        out, kept = attend(attention.rotate(q, cos_sin), attention.rotate(k, cos_sin), v)
+        out, kept = attend(q, k, v)
         out = out.reshape(*x.shape[:-1], c.num_heads * c.head_size)
         dense = _dense(c.width, ("heads", "embed"), "o", self.dtype, c.out_bias)
         return _by_token(dense, out), kept
@@ -176,27 +185,26 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer on hidden states [..., D] with rotary angles [..., H/2]; any leading axes."""
+    """One layer on hidden states [..., D]; any leading axes."""
 
     config: ModelConfig
     dtype: Any = jnp.float32
+    norm: Any = nn.RMSNorm  # or `FusedNorm`, and what is returned is still to be added
 
     @nn.compact
-    def __call__(
-        self, x: Array, cos_sin: tuple[Array, Array], attend: Attend, rows: Rows = UNDIVIDED
-    ):
-        y = _norm(self.config, self.dtype, "attention_norm")(x)
-        y, kept = Attention(self.config, self.dtype, name="attention")(y, cos_sin, attend)
-        x = x + y
-        y = _norm(self.config, self.dtype, "mlp_norm")(x)
-        return x + MLP(self.config, self.dtype, rows, name="mlp")(y), kept
+    def __call__(self, x: Array | Sum, attend: Attend, rows: Rows = UNDIVIDED):
+        norm = functools.partial(_norm, self.config, self.dtype, kind=self.norm)
+        plus = jnp.add if self.norm is nn.RMSNorm else Sum
+        x, y = _normed(norm("attention_norm"), x)
+        y, kept = Attention(self.config, self.dtype, name="attention")(y, attend)
+        x, y = _normed(norm("mlp_norm"), plus(x, y))
+        return plus(x, MLP(self.config, self.dtype, rows, name="mlp")(y)), kept
 
 
 def _boxed_block(config: ModelConfig, key: Array) -> Params:
     """One layer's parameters in the boxes that carry their logical axes."""
     x = jnp.zeros((1, config.width))
-    cos_sin = (jnp.zeros((1, config.head_size // 2)),) * 2
-    return Block(config).init(key, x, cos_sin, lambda q, k, v: (q, None))["params"]
+    return Block(config).init(key, x, lambda q, k, v: (q, None))["params"]
 
 
 def init(config: ModelConfig, key: Array) -> Params:
@@ -283,8 +291,11 @@ def _embed(params: Params, ids: Array, dtype) -> Array:
     return table[ids].astype(dtype)
 
 
-def _final_norm(params: Params, config: ModelConfig, x: Array, dtype) -> Array:
-    return _norm(config, dtype).apply({"params": params["norm"]}, x)
+def _final_norm(
+    params: Params, config: ModelConfig, x: Array | Sum, dtype, kind: Any = nn.RMSNorm
+) -> Array:
+    norm = functools.partial(_norm(config, dtype, kind=kind).apply, {"params": params["norm"]})
+    return _normed(norm, x)[1]
 
 
 def _layer_windows(config: ModelConfig) -> Array | None:
@@ -379,6 +390,7 @@ def score(
         params = gathered(params, layer_axes)
 
         def attend(q, k, v):
+            q, k = (attention.rotate(y, angles) for y in (q, k))
             q, k, v = map(to_heads, (q, k, v))
             prompts = [y[:, :begin].reshape(*prompt_PQ.shape, *y.shape[2:]) for y in (q, k, v)]
             out_PQNH = kernels.causal(*prompts, prompt_length_P, window)
@@ -395,7 +407,7 @@ def score(
                 out = jnp.concatenate([out, lanes.gather(out_PLTNH)], axis=1)
             return to_tokens(out), None
 
-        x, _ = block.apply({"params": params}, split(x), angles, attend, rows)
+        x, _ = block.apply({"params": params}, split(x), attend, rows)
         return split(x), None
 
     embed = gathered(params["embed"], axes["embed"])
@@ -491,10 +503,11 @@ def prefill(
     for layer, window in zip(params["layers"], windows, strict=True):
 
         def attend(q, k, v, window=window):
+            q, k = (attention.rotate(y, angles) for y in (q, k))
             out = attention.causal(q, k, v, length_R, window)
             return out, caching.of_prompt(k, v)
 
-        x_RQD, kept = block.apply({"params": layer}, x_RQD, angles, attend, rows)
+        x_RQD, kept = block.apply({"params": layer}, x_RQD, attend, rows)
         cache.append(kept)
     last_RD = jnp.take_along_axis(x_RQD, (length_R - 1)[:, None, None], axis=1)[:, 0]
     return rows.whole(_final_norm(params, config, last_RD, dtype)), tuple(cache)
@@ -514,6 +527,7 @@ def decode_token(
     dtype=jnp.float32,
     rows: Rows = UNDIVIDED,
     caching: Any = attention.RING,
+    norm: Any = nn.RMSNorm,
 ) -> tuple[Array, tuple]:
     """Hidden state after one more token per lane [R, W, D], and the cache by layer with it.
 
@@ -522,15 +536,15 @@ def decode_token(
     """
     angles = attention.rotary(prompt_length_R[:, None] + time_RW, rotary_frequencies(config))
     windows = config.window_per_layer or (None,) * config.num_layers
-    block = Block(config, dtype)
+    block = Block(config, dtype, norm)
     x_RWD = rows.split(_embed(params, token_RW, dtype))
     cache = list(cache)
     for i, layer in enumerate(params["layers"]):
 
         def attend(q, k, v, i=i):
             where = prompt_length_R, time_RW, live_RW, column, limit, windows[i]
-            out, cache[i] = caching.extend(cache[i], q, k, v, *where)
+            out, cache[i] = caching.extend(cache[i], q, k, v, angles, *where)
             return out, None
 
-        x_RWD, _ = block.apply({"params": layer}, x_RWD, angles, attend, rows)
-    return rows.whole(_final_norm(params, config, x_RWD, dtype)), tuple(cache)
+        x_RWD, _ = block.apply({"params": layer}, x_RWD, attend, rows)
+    return rows.whole(_final_norm(params, config, x_RWD, dtype, norm)), tuple(cache)

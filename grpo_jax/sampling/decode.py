@@ -16,6 +16,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -44,6 +45,7 @@ class Decoder:
     join: bool = False  # see `transformer.joined`; for devices that hold a layer whole
     steps: int = 1  # tokens between two looks at whether the host is needed
     caching: Any = attention.RING  # how the cache is kept and attended to: see `kernels`
+    norm: Any = nn.RMSNorm  # of a token's states
     sums: logits_lib.Sums = logits_lib.sums_of_blocks  # of a draw
 
     @property
@@ -88,6 +90,7 @@ def decoder_for(
         join=on_gpu and mesh.shape["tensor"] == 1,
         steps=_STEPS_ON_GPU if on_gpu else 1,
         caching=kernels.choose_decoding(attention, cache, model, mesh, dtype),
+        norm=kernels.choose_norm(mesh, dtype),
         sums=kernels.choose_sums(mesh, dtype),
     )
 
@@ -278,6 +281,7 @@ def decode(
             dtype=decoder.dtype,
             rows=decoder.rows,
             caching=decoder.caching,
+            norm=decoder.norm,
         )
         time_RW = slots.time_RW + live_RW
         token_RW, logp_RW = _choose(

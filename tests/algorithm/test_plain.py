@@ -24,6 +24,8 @@ NORMALIZERS = ("token", "sequence", "constant")
 def plain_attention(q, k, v):
     """Causal, each query head with a copy of its keys and values."""
     length, heads = q.shape[0], q.shape[1]
+    angles = attention.rotary(jnp.arange(length), transformer.rotary_frequencies(MODEL))
+    q, k = (attention.rotate(x, angles) for x in (q, k))
     k, v = (jnp.repeat(x, heads // k.shape[1], axis=1) for x in (k, v))
     score = jnp.einsum("tnh,snh->nts", q, k) / np.sqrt(q.shape[-1])
     score = jnp.where(np.tril(np.ones((length, length), bool))[None], score, -jnp.inf)
@@ -32,11 +34,10 @@ def plain_attention(q, k, v):
 
 def plain_log_probs(params, ids):
     """Log-probabilities over the vocabulary after each token of one row, [T, V]."""
-    angles = attention.rotary(jnp.arange(len(ids)), transformer.rotary_frequencies(MODEL))
     x = params["embed"]["embedding"][ids]
     for i in range(MODEL.num_layers):
         layer = jax.tree.map(lambda a, i=i: a[i], params["layers"])
-        x, _ = transformer.Block(MODEL).apply({"params": layer}, x, angles, plain_attention)
+        x, _ = transformer.Block(MODEL).apply({"params": layer}, x, plain_attention)
     scale = params["norm"]["scale"]
     x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + MODEL.norm_eps) * scale[None]
     return jax.nn.log_softmax(x @ transformer.head_kernel(params))

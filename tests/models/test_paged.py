@@ -23,6 +23,7 @@ from grpo_jax.structs import Sampling
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 R, W, Q, C, N, K, H = 2, 3, 2 * PAGE, 20, 4, 2, 128
+FREQUENCIES = 10_000.0 ** (-np.arange(0, H, 2) / H)
 STOPS = tuple(range(0, 40, 6))
 MODEL = dataclasses.replace(tiny.MODEL, head_size=H, num_layers=1)
 
@@ -63,8 +64,9 @@ def test_tokens_after_a_shared_prompt(window):
                 )
                 live_RW = t <= last_RW
                 time_RW = jnp.minimum(t, last_RW)
+                angles = attention.rotary(length_R[:, None] + time_RW, FREQUENCIES)
                 where = length_R, time_RW, live_RW, t, C, window
-                out, new = kind.extend(cache, q, k, v, *where)  # noqa: B023
+                out, new = kind.extend(cache, q, k, v, angles, *where)  # noqa: B023
                 return new, jnp.where(live_RW[..., None, None], out, 0)
 
             outs.append(jax.lax.scan(step, cache, jnp.arange(C))[1])

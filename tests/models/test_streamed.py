@@ -22,6 +22,7 @@ from grpo_jax.models.streamed import Streamed
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 R, W, Q, N, K, H = 2, 3, 32, 6, 2, 32
+FREQUENCIES = 10_000.0 ** (-np.arange(0, H, 2) / H)
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
@@ -55,8 +56,9 @@ def test_tokens_after_a_shared_prompt(limit, begin, int8):
                 time_RW = t - first_RW
                 live_RW = time_RW >= 0
                 time_RW = jnp.maximum(time_RW, 0)
+                angles = attention.rotary(length_R[:, None] + time_RW, FREQUENCIES)
                 where = length_R, time_RW, live_RW, (begin + t) % limit, limit, None
-                out, new = kind.extend(cache, q, k, v, *where)  # noqa: B023
+                out, new = kind.extend(cache, q, k, v, angles, *where)  # noqa: B023
                 return new, jnp.where(live_RW[..., None, None], out, 0)
 
             cache, out = jax.lax.scan(step, cache, jnp.arange(limit))
@@ -81,6 +83,7 @@ def test_the_program_for_a_gpu_has_the_kernel():
         return kind.extend(cache, *where, 64, None)
 
     heads = [like(jnp.bfloat16, R, W, n, H) for n in (N, K, K)]
+    heads.append((like(jnp.float32, R, W, H // 2),) * 2)
     whole = [like(jnp.int32, R), like(jnp.int32, R, W), like(bool, R, W), like(jnp.int32)]
     with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
         cache = jax.eval_shape(lambda: kind.empty(R, W, Q, 64, K, H, jnp.bfloat16))
@@ -134,7 +137,9 @@ def compare_on_a_gpu() -> None:
             elif int8:
                 k, v = (quantize.int8(x, 4) for x in (k, v))
             cache = kind.of_prompt(*(x.astype(dtype) for x in prompts)), (k, v)
-            where = length_R, time_RW, jnp.ones_like(time_RW, bool), 600, limit, None
+            frequencies = 10_000.0 ** (-jnp.arange(0, size, 2) / size)
+            angles = attention.rotary(length_R[:, None] + time_RW, frequencies)
+            where = angles, length_R, time_RW, jnp.ones_like(time_RW, bool), 600, limit, None
             extend = jax.jit(lambda cache, *new: kind.extend(cache, *new, *where)[0])  # noqa: B023
             outs.append(extend(cache, *(x.astype(dtype) for x in new)).astype(jnp.float32))
         error = jnp.linalg.norm(outs[1] - outs[0]) / jnp.linalg.norm(outs[0])
