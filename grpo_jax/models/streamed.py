@@ -106,7 +106,7 @@ class Streamed(attention.Ring):
         assert window is None, "there is no window in the kernel"
         prefix, own = cache
         heads = jnp.concatenate([q_RWNH, k_RWKH, v_RWKH], axis=2)  # as one product gives them
-        # What a lane that is not live gives means nothing: it reads at most one block.
+        # What a lane that is not live gives means nothing: it reads nothing of its own.
         last_RW = jnp.where(live_RW, time_RW, 0)
         run = functools.partial(_attend, heads, cos_sin, interpret=self.interpret)
         first, _ = run(prefix, _range(prompt_length_R[:, None] - 1), _positions(prefix))
@@ -117,13 +117,12 @@ class Streamed(attention.Ring):
 def share_read(tokens_B: np.ndarray, steps: int, lanes: int, limit: int) -> float:
     """The mean share of the lanes' own cache that one step reads, of so many steps.
 
-    `tokens_B`: how many tokens each completion decodes in some lane; what is left is idle, and
-    reads one block.
+    `tokens_B`: how many tokens each completion decodes in some lane. The first of them finds
+    nothing there, nor does an idle lane.
     """
-    whole_B, rest_B = np.divmod(tokens_B.astype(np.int64), _BLOCKS[0])
+    whole_B, rest_B = np.divmod(np.maximum(tokens_B.astype(np.int64) - 1, 0), _BLOCKS[0])
     blocks_B = _BLOCKS[0] * whole_B * (whole_B + 1) // 2 + rest_B * (whole_B + 1)
-    idle = max(steps * lanes - int(tokens_B.sum()), 0)
-    return (int(blocks_B.sum()) + idle) / max(steps * lanes * _blocks(limit), 1)
+    return int(blocks_B.sum()) / max(steps * lanes * _blocks(limit), 1)
 
 
 def _blocks(limit: int) -> int:
@@ -329,9 +328,9 @@ def _kernel(
         begin_with = zeros, hidden, jnp.zeros((queries,), jnp.float32)
         end = column + 1
     past = jnp.maximum(last - column, 0)  # how many stand before the ring's end
-    first = jnp.maximum(column - last, 0) // block
-    begin = (limit - past) // block
-    upto = pl.cdiv(end, block) - first
+    from_here = jnp.maximum(column - last, 0)
+    first, begin = from_here // block, (limit - past) // block
+    upto = jnp.where(end > from_here, pl.cdiv(end, block) - first, 0)
     blocks = upto + jnp.where(past > 0, (limit - 1) // block + 1 - begin, 0)
 
     def one_block(i, carry):

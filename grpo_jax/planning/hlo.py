@@ -113,7 +113,7 @@ def cost(
     """The cost of a program's `as_text()`; loops of unknown length run `loops` times each.
 
     `read`: by shape, the share that kernels which are not XLA's read of an operand in the mean, of
-    others all.
+    others all; where they change it in place, what they write is not counted.
     """
     return _Program(text, mesh, loops, read or {}).cost()
 
@@ -151,6 +151,12 @@ class _Instruction:
     @functools.cached_property
     def arrays(self) -> tuple[_Array, ...]:
         return _arrays(self.type)
+
+    @property
+    def in_place(self) -> tuple[int, ...]:
+        """Which results are operands, changed."""
+        found = re.search(r"output_to_operand_aliasing={(.*?\))}", self.attributes)
+        return tuple(int(n or 0) for n in re.findall(r"{(\d*)}: ", found[1])) if found else ()
 
     def attribute(self, name: str) -> str | None:
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
@@ -391,7 +397,10 @@ class _Program:
         operands = [scope[o].arrays for o in i.operands if o in scope]
         share = self.read if i.opcode == "custom-call" else {}
         read = [sum(a.moved * share.get(a.shape, 1.0) for a in arrays) for arrays in operands]
-        written = sum(a.moved for a in i.arrays)
+        # What such a kernel changes in place is one position of many.
+        written = sum(
+            a.moved for n, a in enumerate(i.arrays) if not (a.shape in share and n in i.in_place)
+        )
         if i.opcode.endswith("-start"):  # its result repeats the operands
             written = max(written - sum(read), 0.0)
         if i.opcode in ("dynamic-slice", "slice", "gather"):

@@ -152,8 +152,8 @@ def test_share_of_the_cache_that_a_step_reads():
     share = lambda tokens, steps, lanes: streamed.share_read(  # noqa: E731
         np.array(tokens), steps, lanes, 200
     )
-    assert share([199], 199, 1) == (64 * (1 + 2 + 3) + 7 * 4) / (199 * 4)
-    assert share([199, 65], 199, 2) == (412 + 64 + 2 + 134) / (2 * 199 * 4)
+    assert share([199], 199, 1) == (64 * (1 + 2 + 3) + 6 * 4) / (199 * 4)
+    assert share([199, 65], 199, 2) == (408 + 64) / (2 * 199 * 4)
     assert share([0, 0], 0, 2) == 0
 
 
