@@ -100,12 +100,9 @@ _UNEVEN = 8  # and at most so many times more, or fewer, than if there were as m
 
 
 def sums_of_blocks(blocks_BNW: Array, temperature: Array | float) -> tuple[Array, Array]:
-    """The sum of each block's exponentials [B, N], and what was taken off first, [B, N] or [B, 1].
-
-    That is the maximum, here of all blocks.
-    """
+    """The sum of each block's exponentials [B, N], their maximum [B, 1] taken off first."""
     blocks_BNW = blocks_BNW / temperature
-    peak_B1 = blocks_BNW.max((1, 2), keepdims=True)[..., 0]
+    peak_B1 = blocks_BNW.max((1, 2))[:, None]
     return jnp.exp(blocks_BNW - peak_B1[..., None]).sum(-1), peak_B1
 
 
@@ -137,11 +134,9 @@ def draw(
     pad = [(0, 0), (0, 0), (0, -part % width)]
     parts = jnp.pad(score_BV.reshape(rows, -1, part), pad, constant_values=-jnp.inf)
     blocks_BNW = parts.reshape(rows, -1, width)
-    mass_BN, off_BN = map(split.whole, sums(blocks_BNW, temperature))
-    peak_B1 = off_BN.max(-1, keepdims=True)
-    mass_BN = mass_BN * jnp.exp(off_BN - peak_B1)
+    mass_BN, peak_B1 = sums(blocks_BNW, temperature)
     # Else XLA takes the sum over blocks from the scores, and reads the vocabulary once more.
-    mass_BN = jax.lax.optimization_barrier(mass_BN)
+    mass_BN = jax.lax.optimization_barrier(split.whole(mass_BN))
     target_B1 = uniform_B[:, None] * mass_BN.sum(-1, keepdims=True)
     block_B1, below_B1 = _first_beyond(mass_BN, target_B1)
     score_BW = split.whole(jnp.take_along_axis(blocks_BNW, block_B1[..., None], axis=1)[:, 0])

@@ -23,7 +23,7 @@ _LEAST = float(jnp.finfo(jnp.float32).min)
 
 @dataclasses.dataclass(frozen=True)
 class SumsOfBlocks:
-    """As `logits.sums_of_blocks`, the maxima [B, N] of each block."""
+    """As `logits.sums_of_blocks`."""
 
     interpret: bool = False  # anywhere, for a test
 
@@ -35,7 +35,7 @@ class SumsOfBlocks:
         if not self.interpret:
             options = {"compiler_params": triton().CompilerParams(num_warps=_WARPS)}
         out = pl.BlockSpec((None, together), lambda b, n: (b, n))
-        return pl.pallas_call(
+        mass_BN, peak_BN = pl.pallas_call(
             functools.partial(_kernel, number=number, width=width),
             grid=(rows, pl.cdiv(number, together)),
             in_specs=[
@@ -47,6 +47,8 @@ class SumsOfBlocks:
             name="sums_of_blocks",
             **options,
         )(jnp.asarray(temperature, jnp.float32).reshape(1), blocks_BNW)
+        peak_B1 = peak_BN.max(-1, keepdims=True)
+        return mass_BN * jnp.exp(peak_BN - peak_B1), peak_B1
 
 
 def _kernel(temperature_ref, score_ref, mass_ref, peak_ref, *, number: int, width: int):
