@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 from jax.sharding import Mesh
 
@@ -31,11 +33,21 @@ def options_of_decoding(mesh: Mesh) -> dict[str, int]:
     side by side anew for every token. And it takes products of few rows apart along what is summed,
     in float32 parts that another kernel adds; cuBLAS does so by itself where it pays.
     """
-    of_gpus = {
-        "xla_gpu_dot_merger_threshold_mb": 0,
-        "xla_gpu_experimental_force_split_k": 1,
-    }
-    return options(mesh) | (of_gpus if sharding.is_gpu(mesh) else {})
+    if not sharding.is_gpu(mesh):
+        return options(mesh)
+    wanted = {"xla_gpu_dot_merger_threshold_mb": 0, "xla_gpu_experimental_force_split_k": 1}
+    return options(mesh) | {name: value for name, value in wanted.items() if _is_known(name)}
+
+
+@functools.cache
+def _is_known(option: str) -> bool:
+    """Whether the XLA that is here has an option: programs with another cannot be compiled."""
+    program = jax.jit(lambda x: x + 1, compiler_options={option: 1})
+    try:
+        program.lower(1.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 class Compiling:

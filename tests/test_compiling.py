@@ -1,11 +1,28 @@
-"""Programs are counted once, and not after the end."""
+"""Programs are counted once, and not after the end; options are those that XLA has."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import tiny
 
+from grpo_jax import compiling
 from grpo_jax.compiling import Compiling
+
+
+def test_options_of_gpus_are_asked_for_where_xla_has_them(monkeypatch):
+    """A program with an option that is unknown is an error of XLA's."""
+    mesh = tiny.one_device()
+    own = compiling.options(mesh)
+    assert compiling.options_of_decoding(mesh) == own
+    monkeypatch.setattr(compiling.sharding, "is_gpu", lambda mesh: True)
+    merger, split = "xla_gpu_dot_merger_threshold_mb", "xla_gpu_experimental_force_split_k"
+    assert compiling.options_of_decoding(mesh) == own | {merger: 0, split: 1}
+
+    assert not compiling._is_known("xla_gpu_there_is_no_such_option")
+
+    monkeypatch.setattr(compiling, "_is_known", lambda name: name == merger)
+    assert compiling.options_of_decoding(mesh) == own | {merger: 0}
 
 
 def test_programs_are_counted_where_they_are_compiled():

@@ -279,8 +279,8 @@ def joined(
         dense = dict(layer[module])
         trees = [dense.pop(part) for part in parts]
         is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
-        joined = jax.tree.map(join, *trees, is_leaf=is_axes)
-        layer = layer | {module: dense | {name: joined}}
+        dense[name] = jax.tree.map(join, *trees, is_leaf=is_axes)
+        layer = layer | {module: dense}
     return layer
 
 
