@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
+import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import Mesh
 
 from grpo_jax import sharding
@@ -94,3 +99,11 @@ def logp(scorer, params, rollouts: Rollouts):
 def unstacked(layers, config: ModelConfig) -> list:
     """Each layer's own parameters, as sampling reads them."""
     return [jax.tree.map(lambda x: x[i], layers) for i in range(config.num_layers)]  # noqa: B023
+
+
+def run_on_a_gpu(file: str) -> None:
+    """Runs a test's file as a program: this process has been told to use the CPU."""
+    if shutil.which("nvidia-smi") is None:
+        pytest.skip("needs an NVIDIA GPU")
+    environment = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, file], env=environment, check=True, timeout=300)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import flax.linen as nn
@@ -78,11 +74,7 @@ def test_the_choice(platform, kernel):
 
 
 def test_on_a_gpu():
-    """In a process of its own: this one has been told to use the CPU."""
-    if shutil.which("nvidia-smi") is None:
-        pytest.skip("needs an NVIDIA GPU")
-    environment = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, __file__], env=environment, check=True, timeout=300)
+    tiny.run_on_a_gpu(__file__)
 
 
 if __name__ == "__main__":

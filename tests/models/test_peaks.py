@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from grpo_jax.models import kernels, logits, peaks
 
@@ -72,11 +69,7 @@ def test_the_choice(platform, tensor, dtype, kernel):
 
 
 def test_on_a_gpu():
-    """In a process of its own: this one has been told to use the CPU."""
-    if shutil.which("nvidia-smi") is None:
-        pytest.skip("needs an NVIDIA GPU")
-    environment = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, __file__], env=environment, check=True, timeout=300)
+    tiny.run_on_a_gpu(__file__)
 
 
 if __name__ == "__main__":

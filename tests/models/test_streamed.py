@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import jax
@@ -158,11 +154,7 @@ def test_share_of_the_cache_that_a_step_reads():
 
 
 def test_on_a_gpu():
-    """In a process of its own: this one has been told to use the CPU."""
-    if shutil.which("nvidia-smi") is None:
-        pytest.skip("needs an NVIDIA GPU")
-    environment = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, __file__], env=environment, check=True, timeout=300)
+    tiny.run_on_a_gpu(__file__)
 
 
 if __name__ == "__main__":
