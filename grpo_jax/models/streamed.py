@@ -164,9 +164,9 @@ def _attend(
     kept, structure = jax.tree.flatten(cache)
     heads, positions = kept[0].shape[1], kept[0].shape[-2]
     queries = (number - 2 * heads) // heads
-    rows, together = _power_of_two(queries), 1  # queries of a lane, and lanes of a program
+    rows, together = pl.next_power_of_2(queries), 1  # queries of a lane, and lanes of a program
     if not of_lanes:
-        together = min(_power_of_two(lanes), max(1, _MOST // rows))
+        together = min(pl.next_power_of_2(lanes), max(1, _MOST // rows))
     rows = max(rows, _LEAST // together)
     lane = None if of_lanes else together
 
@@ -231,11 +231,6 @@ def _codes(parts: list[Array]) -> tuple[list[Array], Array]:
     scale = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x)) for x in parts]) / 127
     step = jnp.where(scale == 0, 1.0, scale)
     return [jnp.floor(x / step + 0.5).astype(jnp.int8) for x in parts], scale
-
-
-def _power_of_two(number: int) -> int:
-    """The first that is no less."""
-    return 1 << (number - 1).bit_length()
 
 
 def triton() -> Any:
