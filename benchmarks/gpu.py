@@ -52,6 +52,7 @@ KEPT = {
         "num_slots": SIZES["prompts"] * SIZES["group"] // 2,
     },
 }
+KERNEL_TESTS = ("test_cudnn.py", "test_streamed.py", "test_peaks.py", "test_norms.py")
 LONG = 16384  # tokens of a prompt and its completion
 MEAN = 200  # tokens, of the completions that are not of full length
 LIMIT_S = 270  # of a piece
@@ -194,7 +195,7 @@ def quickstart(tiny: bool) -> dict[str, Any]:
 def parity(tiny: bool) -> dict[str, Any]:
     """Kernels of this device against plain XLA, by the tests that need one."""
     found = {}
-    for test in () if tiny else ("test_cudnn.py", "test_streamed.py", "test_peaks.py"):
+    for test in () if tiny else KERNEL_TESTS:
         file = HERE.parent / "tests" / "models" / test
         env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(file.parents[1])])}
         done = subprocess.run(

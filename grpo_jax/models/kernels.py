@@ -7,7 +7,17 @@ from typing import Any
 import flax.linen as nn
 from jax.sharding import Mesh
 
-from grpo_jax.models import attention, cudnn, logits, norms, paged, peaks, splash, streamed
+from grpo_jax.models import (
+    attention,
+    cudnn,
+    logits,
+    norms,
+    paged,
+    peaks,
+    splash,
+    streamed,
+    triton,
+)
 from grpo_jax.structs import ModelConfig
 
 
@@ -46,9 +56,9 @@ def choose_decoding(option: str, cache: str, model: ModelConfig, mesh: Mesh, dty
 
 def choose_norm(mesh: Mesh, dtype: Any) -> Any:
     """What norms the states of a token."""
-    return nn.RMSNorm if streamed.no_kernel(mesh, dtype) else norms.FusedNorm
+    return nn.RMSNorm if triton.obstacle(mesh, dtype) else norms.FusedNorm
 
 
 def choose_sums(mesh: Mesh, dtype: Any) -> logits.Sums:
     """How `logits.draw` finds the sums of blocks."""
-    return logits.sums_of_blocks if streamed.no_kernel(mesh, dtype) else peaks.SumsOfBlocks()
+    return logits.sums_of_blocks if triton.obstacle(mesh, dtype) else peaks.SumsOfBlocks()

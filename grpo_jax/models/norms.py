@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from grpo_jax.models.streamed import triton
+from grpo_jax.models import triton
 from grpo_jax.structs import Array
 
 _WARPS = 4  # of a program: groups of 32 threads
@@ -46,9 +46,6 @@ class FusedNorm(nn.Module):
         padded = pl.next_power_of_2(width)
         row, whole = pl.BlockSpec((None, padded), lambda i: (i, 0)), lambda i: (0,)
         outs = [self.dtype] if len(parts) == 1 else [parts[0].dtype, self.dtype]
-        options: dict[str, Any] = {"interpret": True}
-        if not self.interpret:
-            options = {"compiler_params": triton().CompilerParams(num_warps=_WARPS)}
         found = pl.pallas_call(
             functools.partial(_kernel, width=width, epsilon=self.epsilon),
             grid=(rows,),
@@ -56,14 +53,14 @@ class FusedNorm(nn.Module):
             out_specs=[row] * len(outs),
             out_shape=[jax.ShapeDtypeStruct((rows, width), dtype) for dtype in outs],
             name="norm",
-            **options,
+            **triton.options(self.interpret, num_warps=_WARPS),
         )(scale_D, *parts)
         found = tuple(y.reshape(shape) for y in found)
         return found if isinstance(x, Sum) else found[0]
 
 
 def _kernel(scale_ref, *refs, width: int, epsilon: float):
-    gpu = triton()
+    gpu = triton.module()
     there_D = jnp.arange(scale_ref.shape[0]) < width
     read = lambda ref: gpu.load(ref, mask=there_D, other=0.0)  # noqa: E731
     if len(refs) == 2:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from grpo_jax.models.streamed import triton
+from grpo_jax.models import triton
 from grpo_jax.structs import Array
 
 _SCORES, _WARPS = 8192, 4  # of a program: scores at most, and groups of 32 threads
@@ -31,9 +30,6 @@ class SumsOfBlocks:
         rows, number, width = blocks_BNW.shape
         columns = pl.next_power_of_2(width)
         together = min(max(1, _SCORES // columns), pl.next_power_of_2(number))
-        options: dict[str, Any] = {"interpret": True}
-        if not self.interpret:
-            options = {"compiler_params": triton().CompilerParams(num_warps=_WARPS)}
         out = pl.BlockSpec((None, together), lambda b, n: (b, n))
         mass_BN, peak_BN = pl.pallas_call(
             functools.partial(_kernel, number=number, width=width),
@@ -45,14 +41,14 @@ class SumsOfBlocks:
             out_specs=[out, out],
             out_shape=[jax.ShapeDtypeStruct((rows, number), jnp.float32)] * 2,
             name="sums_of_blocks",
-            **options,
+            **triton.options(self.interpret, num_warps=_WARPS),
         )(jnp.asarray(temperature, jnp.float32).reshape(1), blocks_BNW)
         peak_B1 = peak_BN.max(-1, keepdims=True)
         return mass_BN * jnp.exp(peak_BN - peak_B1), peak_B1
 
 
 def _kernel(temperature_ref, score_ref, mass_ref, peak_ref, *, number: int, width: int):
-    gpu = triton()
+    gpu = triton.module()
     together, columns = score_ref.shape
     there_N = pl.program_id(1) * together + jnp.arange(together) < number
     there_NW = there_N[:, None] & (jnp.arange(columns) < width)[None]

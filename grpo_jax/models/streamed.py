@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import warnings
 from typing import Any
 
 import jax
@@ -21,8 +20,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.sharding import Mesh
 
-from grpo_jax import sharding
-from grpo_jax.models import attention, quantize
+from grpo_jax.models import attention, quantize, triton
 from grpo_jax.models.attention import Cache
 from grpo_jax.models.quantize import Int8
 from grpo_jax.structs import Array, ModelConfig
@@ -35,29 +33,12 @@ _HIDDEN = -1e30
 
 def obstacle(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
     """Why the kernel cannot be had, or nothing."""
-    if in_general := no_kernel(mesh, dtype):
+    if in_general := triton.obstacle(mesh, dtype):
         return in_general
     if model.window_per_layer is not None:
         return "the model has sliding windows"
     if model.head_size not in (32, 64, 128, 256):
         return f"the heads are of size {model.head_size}, and it takes 32, 64, 128 or 256"
-    return ""
-
-
-def no_kernel(mesh: Mesh, dtype: Any) -> str:
-    """Why no kernel in Triton can be had, whatever the model, or nothing."""
-    if not sharding.is_gpu(mesh):
-        return f"it is for NVIDIA GPUs, and the devices are {mesh.devices.flat[0].platform}s"
-    if mesh.shape["tensor"] > 1:
-        return (
-            f"mesh.tensor = {mesh.shape['tensor']} splits the heads, which XLA does with no kernel"
-        )
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return f"it takes bfloat16, and model.dtype is {jnp.dtype(dtype)}"
-    try:
-        triton()
-    except ImportError:
-        return f"JAX {jax.__version__} has no Pallas for Triton"
     return ""
 
 
@@ -200,9 +181,6 @@ def _attend(
     else:
         out_specs = [by_query(size), by_query()]
         out_shape = [like((*shape, size), jnp.float32), like(shape, jnp.float32)]
-    options: dict[str, Any] = {"interpret": True}
-    if not interpret:
-        options = {"compiler_params": triton().CompilerParams(num_warps=_WARPS, num_stages=_STAGES)}
     found = pl.pallas_call(
         functools.partial(
             _kernel,
@@ -219,7 +197,7 @@ def _attend(
         out_shape=out_shape,
         input_output_aliases={4 + i: 1 + i for i in range(len(kept))} if of_lanes else {},
         name="attend",
-        **options,
+        **triton.options(interpret, num_warps=_WARPS, num_stages=_STAGES),
     )(range_RX2.astype(jnp.int32), heads_RWNH, *cos_sin, *kept, *(after or ()))
     if not of_lanes:
         return tuple(found), cache
@@ -231,14 +209,6 @@ def _codes(parts: list[Array]) -> tuple[list[Array], Array]:
     scale = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x)) for x in parts]) / 127
     step = jnp.where(scale == 0, 1.0, scale)
     return [jnp.floor(x / step + 0.5).astype(jnp.int8) for x in parts], scale
-
-
-def triton() -> Any:
-    """The module of JAX in which kernels are written."""
-    with warnings.catch_warnings():  # deprecated, and what there is
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from jax.experimental.pallas import triton
-    return triton
 
 
 def _kernel(
@@ -259,7 +229,7 @@ def _kernel(
     `there`: queries, or lanes and queries of each, that the blocks of queries are padded from.
     Queries and keys are dealt with in halves, [..., H/2] each, which a rotation mixes.
     """
-    gpu = triton()
+    gpu = triton.module()
     int8, of_lanes = number_of_kept == 4, len(there) == 1
     *lanes, number, size = heads_ref.shape
     dtype, halves = heads_ref.dtype, (pl.ds(0, size // 2), pl.ds(size // 2, size // 2))
