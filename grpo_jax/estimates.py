@@ -14,7 +14,6 @@ from collections.abc import Callable
 from math import comb
 
 import numpy as np
-from scipy import stats
 
 CONFIDENCE = 0.95
 NUM_RESAMPLES = 2000  # the ends of an interval are then known to about 3 % of its half-width
@@ -166,6 +165,8 @@ def estimate(tally: Tally) -> Estimate:
     1934, for none of n), and the others might lie anywhere between `low` and `high`. For a share of
     0 or 1 that is the Clopper-Pearson interval itself.
     """
+    from scipy import stats  # a second, which a run that asks for no interval does not wait
+
     value, num_problems = tally.value, len(tally.part_PX)
     if np.isnan(value):
         return Estimate(value, value, value)
@@ -189,6 +190,8 @@ def estimate(tally: Tally) -> Estimate:
 
 
 def _bootstrap(tally: Tally, method: str, num_resamples: int = NUM_RESAMPLES, before=None):
+    from scipy import stats
+
     num_problems, num_parts = tally.part_PX.shape
     return stats.bootstrap(
         (np.arange(num_problems),),

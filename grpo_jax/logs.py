@@ -6,17 +6,16 @@ line is torn and none is missing.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import socket
 import struct
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import masked_crc32c
+from typing import Any, NamedTuple
 
 from grpo_jax import disk
 
@@ -59,6 +58,37 @@ class Log:
         self._file.close()
 
 
+class _TensorBoard(NamedTuple):
+    """What is used of tensorboardX."""
+
+    event_pb2: Any
+    summary: Any
+    masked_crc32c: Callable[[bytes], int]
+
+
+@functools.cache
+def _tensorboard() -> _TensorBoard:
+    """Without PyTorch, which tensorboardX imports where it is there: seconds, for a type's name."""
+    with _hidden("torch"):
+        from tensorboardX import summary
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.record_writer import masked_crc32c
+    return _TensorBoard(event_pb2, summary, masked_crc32c)
+
+
+@contextlib.contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """A module that is not imported yet cannot be, meanwhile."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
 class EventLog:
     """Scalars and texts for TensorBoard.
 
@@ -74,21 +104,23 @@ class EventLog:
         now = time.time_ns()
         name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
         self._log = Log(folder / name, say)
-        self._add(Event(file_version="brain.Event:2"))
-        self._add(Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
+        pb = _tensorboard().event_pb2
+        self._add(file_version="brain.Event:2")
+        start = pb.SessionLog(status=pb.SessionLog.START)
+        self._add(step=first_step, session_log=start)
 
     def scalar(self, name: str, value: float, step: int) -> None:
-        self._add(Event(step=step, summary=summary.scalar(name, value)))
+        self._add(step=step, summary=_tensorboard().summary.scalar(name, value))
 
     def text(self, name: str, text: str, step: int) -> None:
         """A text in Markdown."""
-        self._add(Event(step=step, summary=summary.text(name, text)))
+        self._add(step=step, summary=_tensorboard().summary.text(name, text))
 
-    def _add(self, event: Event) -> None:
-        event.wall_time = time.time()
-        data = event.SerializeToString()
+    def _add(self, **fields: Any) -> None:
+        board = _tensorboard()
+        data = board.event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
         header = struct.pack("<Q", len(data))
-        sums = [struct.pack("<I", masked_crc32c(part)) for part in (header, data)]
+        sums = [struct.pack("<I", board.masked_crc32c(part)) for part in (header, data)]
         self._log.append(header + sums[0] + data + sums[1])
 
     def close(self) -> None:

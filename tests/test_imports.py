@@ -117,14 +117,23 @@ def test_no_file_is_a_drawer():
     assert not {p.name for p in FILES.values()} & {"utils.py", "util.py", "helpers.py", "common.py"}
 
 
-def test_importing_touches_no_device():
-    """Every module imported, no backend started: a program chooses its devices afterwards."""
+def test_importing_touches_no_device(tmp_path):
+    """Every module imported, no backend started: a program chooses its devices afterwards.
+
+    Nor does any wait for what takes seconds to import and only some runs need.
+    """
     code = f"""
-import importlib, jax
+import importlib.util, sys, jax
+from pathlib import Path
 for module in {sorted(FILES)}:
     importlib.import_module(module)
 import jax._src.xla_bridge as bridge
 assert not bridge._backends, bridge._backends
+assert not {{"torch", "scipy.stats", "datasets", "tensorboardX"}} & set(sys.modules)
+from grpo_jax.logs import EventLog
+EventLog(Path({str(tmp_path)!r}), 0, print).close()
+assert "tensorboardX" in sys.modules and "torch" not in sys.modules
+assert importlib.util.find_spec("torch")  # it is there, and can still be imported
 jax.devices()
 assert bridge._backends  # the check above sees a backend
 """

@@ -22,7 +22,7 @@ import safetensors
 import safetensors.numpy
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from grpo_jax import sharding
 from grpo_jax.models import families, transformer
@@ -512,11 +512,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             _refuse_odd(file, _MAX_TOKENIZER_BYTES)
     _refuse_paths(folder)
     try:
-        # For qwen2, AutoTokenizer puts Qwen2's own splitting in the place of any other that
-        # tokenizer.json describes, and words come out as nothing.
-        if _is_generic(folder):
-            found = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        if known := _tokenizer_class(folder):
+            found = known.from_pretrained(folder, local_files_only=True)
         else:
+            from transformers import AutoTokenizer  # and PyTorch with it, where that is installed
+
             found = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
@@ -543,14 +543,23 @@ def _refuse_paths(folder: Path) -> None:
             )
 
 
-def _is_generic(folder: Path) -> bool:
-    """Whether the tokenizer is what tokenizer.json says and no more."""
+def _tokenizer_class(folder: Path) -> type[PreTrainedTokenizerBase] | None:
+    """The class of the folder's tokenizer, or None where `AutoTokenizer` is to choose it."""
     file = folder / "tokenizer_config.json"
     if not file.exists() or not (folder / "tokenizer.json").exists():
-        return False
+        return None
     settings = _read_json(file)
+    if "auto_map" in settings:
+        return None
+    # What tokenizer.json says and no more. For qwen2, AutoTokenizer puts Qwen2's own splitting in
+    # the place of any other that is described there, and words come out as nothing.
     generic = ("PreTrainedTokenizerFast", "TokenizersBackend")  # transformers 4 and 5
-    return settings.get("tokenizer_class") in generic and "auto_map" not in settings
+    if settings.get("tokenizer_class") in generic:
+        return PreTrainedTokenizerFast
+    config = folder / "config.json"
+    if settings.get("tokenizer_class") != "Qwen2Tokenizer" or not config.exists():
+        return None
+    return Qwen2Tokenizer if _read_json(config).get("model_type") in ("qwen2", "qwen3") else None
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -229,6 +229,11 @@ def init(config: ModelConfig, key: Array) -> Params:
 
 def logical_axes(config: ModelConfig) -> Params:
     """The logical axes of every parameter, a tuple of names for each; see `sharding.py`."""
+    return jax.tree.map(lambda name: name, _logical_axes(config))
+
+
+@functools.cache  # asked for by each program, and a trace each time
+def _logical_axes(config: ModelConfig) -> Params:
     boxed = jax.eval_shape(lambda: _boxed_block(config, jax.random.key(0)))
     axes = {
         "embed": {"embedding": ("vocab", "embed")},
@@ -242,6 +247,11 @@ def logical_axes(config: ModelConfig) -> Params:
 
 def param_shapes(config: ModelConfig) -> Params:
     """Shape and dtype of every parameter, without making any."""
+    return jax.tree.map(lambda shape: shape, _param_shapes(config))
+
+
+@functools.cache
+def _param_shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init(config, jax.random.key(0)))
 
 

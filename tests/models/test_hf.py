@@ -506,6 +506,21 @@ def test_stop_ids_that_are_none_or_no_ids_are_refused(folder, tokenizer):
         hf.stop_ids(folder, bare)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_a_tokenizer_is_the_one_that_transformers_chooses(shared, tmp_path, family):
+    folder = Path(shutil.copytree(shared / "tokenizers" / "qwen2.5-instruct", tmp_path / "model"))
+    (folder / "config.json").write_text(json.dumps({"model_type": family}))
+    want = transformers.AutoTokenizer.from_pretrained(folder)
+    got = hf.load_tokenizer(folder)
+    assert type(got) is type(want)
+    assert got.special_tokens_map == want.special_tokens_map and len(got) == len(want)
+    chat = [
+        {"role": "user", "content": "How many are 12345 + 678?\n\n\tAnd don't  guess: ½ é 东京"}
+    ]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for tokenizer in (got, want)]
+    assert texts[0] == texts[1] and got(texts[0]).input_ids == want(texts[1]).input_ids
+
+
 # --- Memory -------------------------------------------------------------------------------------
 
 
