@@ -81,12 +81,14 @@ def run(config: ConfigDict, folder: Path) -> Path:
         Watchdog(config.loop.stall_limit_s) as watchdog,
         metrics_lib.Progress(num_steps, first_step=first, every_steps=100, noun="sft") as bar,
     ):
-        stops = False
+        stops, rows = False, batches(first)
         for step in range(first, num_steps):
             started = time.monotonic()
             watchdog.phase(f"Supervised update {step + 1}")
             with phase("sft"):
-                state, values = update(state, batches(step))
+                state, values = update(state, rows)
+                rows = batches(step + 1) if step + 1 < num_steps else []  # meanwhile
+                values = {name: float(value) for name, value in jax.device_get(values).items()}
             values["sft/tokens_per_s"] = values.pop("tokens") / (time.monotonic() - started)
             if values.pop("skipped"):
                 raise ValueError(
@@ -233,7 +235,7 @@ def _loss_sums(params: Params, scorer: update_lib.Scorer, part: Rollouts):
 
 
 def _make_update(scorer: update_lib.Scorer, optimizer, size: int, config: ConfigDict):
-    """A function `(state, rows) -> (state, metrics as numbers)`; microbatches differ in length."""
+    """A function `(state, rows) -> (state, metrics)`; microbatches differ in length."""
     shards = sharding.num_row_shards(scorer.mesh) * scorer.parts
 
     def through(params: Params, carry: update_lib.Carry, part: Rollouts) -> update_lib.Carry:
@@ -263,14 +265,13 @@ def _make_update(scorer: update_lib.Scorer, optimizer, size: int, config: Config
         state, values = update_lib.apply_gradient(state, optimizer, grads, loss)
         return state, values | {"sft/loss": loss, "tokens": sums["count"]}
 
-    def update(state: TrainState, rows: Rows) -> tuple[TrainState, dict[str, float]]:
+    def update(state: TrainState, rows: Rows) -> tuple[TrainState, dict[str, Array]]:
         carry = empty()
         for number, part in enumerate(_microbatches(rows, size, shards, config), 1):
             carry = add(state.params, carry, sharding.shard_rows(scorer.mesh, part))
             if number % compiling.MAX_IN_FLIGHT == 0:
                 jax.block_until_ready(carry)
-        state, values = apply(state, carry)
-        return state, {name: float(value) for name, value in jax.device_get(values).items()}
+        return apply(state, carry)
 
     return update
 
