@@ -35,12 +35,13 @@ def get_config():
     c.batch.prompts = 32
     c.batch.group = 8
     c.rollout.max_tokens = 40
+    c.rollout.compact = False  # a rollout takes less time than compiling for smaller batches
     c.algorithm.kl_coef = 0.001
     c.optim.learning_rate = 2e-4
     c.optim.warmup_steps = 5
     c.optim.schedule = "linear"
     c.optim.end_fraction = 0.1
-    c.loop.num_steps = 120
+    c.loop.num_steps = 60
 
     c.evaluation.every_steps = 20
     c.evaluation.num_samples = 8

@@ -200,7 +200,8 @@ def default() -> ConfigDict:
     c.sft.max_tokens = 256  # of a worked solution, stop token included
     c.sft.checkpoint_every_steps = 500
 
-    c.compile_cache = True  # keep compiled programs in the user's cache folder between runs
+    # Keep compiled programs in the user's cache folder, or JAX_COMPILATION_CACHE_DIR, between runs.
+    c.compile_cache = True
     return c.lock()
 
 

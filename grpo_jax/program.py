@@ -103,10 +103,18 @@ def use_all_cores(config: ConfigDict, num_params: int) -> None:
 
 
 def use_compile_cache() -> None:
-    """Compiled programs are kept in the user's cache folder and found again by the next run."""
+    """Compiled programs are kept in the user's cache folder and found again by the next run.
+
+    JAX's own variables may name another folder, such as a bucket that all hosts share, and how long
+    a program must have taken to be kept.
+    """
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(Path(base) / "grpo_jax" / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    for variable, value in (
+        ("JAX_COMPILATION_CACHE_DIR", str(Path(base) / "grpo_jax" / "compiled")),
+        ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 0.5),
+    ):
+        if not os.environ.get(variable):
+            jax.config.update(variable.lower(), value)
 
 
 def use_nan_checks(check: bool) -> None:

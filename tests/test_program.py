@@ -51,6 +51,37 @@ def test_flags_that_say_how_many_devices_there_are_hold():
     assert _run("--xla_force_host_platform_device_count=3") == ["-1"] * 5 + ["3 -1"]
 
 
+@pytest.mark.parametrize(
+    ("variables", "folder", "seconds"),
+    [
+        ({"XDG_CACHE_HOME": "/of/user"}, "/of/user/grpo_jax/compiled", 0.5),
+        ({"XDG_CACHE_HOME": "/of/user", "JAX_COMPILATION_CACHE_DIR": "gs://shared"}, None, 0.5),
+        (
+            {
+                "XDG_CACHE_HOME": "/of/user",
+                "JAX_COMPILATION_CACHE_DIR": "",
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "3",
+            },
+            "/of/user/grpo_jax/compiled",
+            None,
+        ),
+    ],
+)
+def test_jaxs_own_variables_say_where_programs_are_kept(variables, folder, seconds, monkeypatch):
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    updated = {}
+    monkeypatch.setattr(program.jax.config, "update", updated.__setitem__)
+    program.use_compile_cache()
+    want = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": seconds,
+    }
+    assert updated == {name: value for name, value in want.items() if value is not None}
+
+
 def test_a_stopped_run_has_a_status_of_its_own(capsys):
     def run(argv):
         raise workdir.Stopped("Stopped by SIGTERM at step 3")
