@@ -28,7 +28,7 @@ def compile_cache(cache_folder, monkeypatch):
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_disable_most_optimizations": True,
     }
-    before = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", *here)}
+    before = {name: jax.config.values[name] for name in ("jax_compilation_cache_dir", *here)}
     for name, value in here.items():
         jax.config.update(name, value)
     monkeypatch.setenv("XDG_CACHE_HOME", cache_folder)
