@@ -102,12 +102,16 @@ def use_all_cores(config: ConfigDict, num_params: int) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
 
 
-def use_compile_cache() -> None:
+def use_compile_cache(*, traced: bool = False) -> None:
     """Compiled programs are kept in the user's cache folder and found again by the next run.
 
     JAX's own variables may name another folder, such as a bucket that all hosts share, and how long
-    a program must have taken to be kept.
+    a program must have taken to be kept. A run that is to be `traced` on a CPU compiles its own: of
+    a program that was kept, the trace does not tell which part of the network an operation is of.
     """
+    if traced and jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     for variable, value in (
         ("JAX_COMPILATION_CACHE_DIR", str(Path(base) / "grpo_jax" / "compiled")),

@@ -82,6 +82,13 @@ def test_jaxs_own_variables_say_where_programs_are_kept(variables, folder, secon
     assert updated == {name: value for name, value in want.items() if value is not None}
 
 
+def test_a_traced_run_compiles_its_own_programs(monkeypatch):
+    updated = {}
+    monkeypatch.setattr(program.jax.config, "update", updated.__setitem__)
+    program.use_compile_cache(traced=True)
+    assert updated == {"jax_enable_compilation_cache": False}
+
+
 def test_a_stopped_run_has_a_status_of_its_own(capsys):
     def run(argv):
         raise workdir.Stopped("Stopped by SIGTERM at step 3")

@@ -20,19 +20,14 @@ def cache_folder(tmp_path_factory) -> str:
 
 @pytest.fixture
 def compile_cache(cache_folder, monkeypatch):
-    """Programs of this process compile into the session's folder, and no longer after the test.
-
-    They compile quickly, and all are kept: runs are short, and many need the same.
-    """
-    here = {
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in ("jax_compilation_cache_dir", *here)}
-    for name, value in here.items():
-        jax.config.update(name, value)
+    """Programs of this process compile into the session's folder, and no longer after the test."""
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_enable_compilation_cache",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    before = {name: jax.config.values[name] for name in names}
     monkeypatch.setenv("XDG_CACHE_HOME", cache_folder)
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     yield
     for name, value in before.items():
         jax.config.update(name, value)
