@@ -334,7 +334,7 @@ def _report(
 def main(argv: list[str]) -> None:
     args, config = _arguments(argv)
     if config.compile_cache:
-        program.use_compile_cache()
+        program.use_compile_cache(config.mesh)
     mesh = sharding.make_mesh(**config.mesh)
     rewards = reward_lib.load(config.rewards.names, config.rewards.weights)
     problems = parts_lib.answerable(config, rewards, _problems(args, config))

@@ -102,14 +102,19 @@ def use_all_cores(config: ConfigDict, num_params: int) -> None:
         jax.config.update("jax_num_cpu_devices", devices)
 
 
-def use_compile_cache(*, traced: bool = False) -> None:
+def use_compile_cache(mesh: ConfigDict | None = None, *, traced: bool = False) -> None:
     """Compiled programs are kept in the user's cache folder and found again by the next run.
 
     JAX's own variables may name another folder, such as a bucket that all hosts share, and how long
-    a program must have taken to be kept. A run that is to be `traced` on a CPU compiles its own: of
-    a program that was kept, the trace does not tell which part of the network an operation is of.
+    a program must have taken to be kept.
+
+    Not on a CPU for a run that is to be `traced`: of a program that was kept, a trace does not tell
+    which part of the network an operation is of. Nor where the config's `mesh` splits the network
+    over its devices: in such a program that was kept, devices may come to meetings in another
+    order, and wait for each other until the process is ended (jaxlib 0.10.2).
     """
-    if traced and jax.default_backend() == "cpu":
+    split = mesh is not None and (mesh.fsdp, mesh.sequence, mesh.tensor) != (1, 1, 1)
+    if (traced or split) and jax.default_backend() == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
         return
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

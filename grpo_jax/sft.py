@@ -283,7 +283,7 @@ def main(argv: list[str]) -> None:
     program.use_all_cores(config, parts_lib.model_shape(config).num_params)
     program.use_nan_checks(config.debug.nans)
     if config.compile_cache:
-        program.use_compile_cache()
+        program.use_compile_cache(config.mesh)
     metrics_lib.say(f"The trained model is in {run(config, folder)}.")
 
 

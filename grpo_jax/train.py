@@ -16,7 +16,7 @@ def main(argv: list[str]) -> None:
     program.use_all_cores(config, parts.model_shape(config).num_params)
     program.use_nan_checks(config.debug.nans)
     if config.compile_cache:
-        program.use_compile_cache(traced=bool(config.profile.steps))
+        program.use_compile_cache(config.mesh, traced=bool(config.profile.steps))
     model_path, began = config.model.path, time.monotonic()
     if not model_path:  # a new model learns the form of answers from worked solutions first
         parts.refuse_early(config, folder)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from grpo_jax import program, workdir
+from grpo_jax import config, program, workdir
 
 SCRIPT = """
 import os, jax
@@ -82,11 +82,22 @@ def test_jaxs_own_variables_say_where_programs_are_kept(variables, folder, secon
     assert updated == {name: value for name, value in want.items() if value is not None}
 
 
-def test_a_traced_run_compiles_its_own_programs(monkeypatch):
-    updated = {}
+@pytest.mark.parametrize(
+    ("axis", "traced", "kept"),
+    [
+        ("data", False, True),
+        ("data", True, False),
+        ("fsdp", False, False),
+        ("tensor", False, False),
+    ],
+)
+def test_what_a_cpu_does_not_keep(axis, traced, kept, monkeypatch):
+    mesh, updated = config.default().mesh, {}
+    mesh[axis] = 2
     monkeypatch.setattr(program.jax.config, "update", updated.__setitem__)
-    program.use_compile_cache(traced=True)
-    assert updated == {"jax_enable_compilation_cache": False}
+    program.use_compile_cache(mesh, traced=traced)
+    assert ("jax_compilation_cache_dir" in updated) == kept
+    assert updated.get("jax_enable_compilation_cache", True) == kept
 
 
 def test_a_stopped_run_has_a_status_of_its_own(capsys):
