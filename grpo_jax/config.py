@@ -200,7 +200,8 @@ def default() -> ConfigDict:
     c.sft.max_tokens = 256  # of a worked solution, stop token included
     c.sft.checkpoint_every_steps = 500
 
-    # Keep compiled programs in the user's cache folder, or JAX_COMPILATION_CACHE_DIR, between runs.
+    # Keep compiled programs in the user's cache folder, or JAX_COMPILATION_CACHE_DIR, between runs;
+    # on a CPU not of a network that its devices split, nor of a run that is profiled.
     c.compile_cache = True
     return c.lock()
 
