@@ -88,6 +88,7 @@ def test_jaxs_own_variables_say_where_programs_are_kept(variables, folder, secon
         ("data", False, True),
         ("data", True, False),
         ("fsdp", False, False),
+        ("sequence", False, False),
         ("tensor", False, False),
     ],
 )
