@@ -8,7 +8,6 @@ not been.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import shlex
 import time
@@ -19,7 +18,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from grpo_jax import config as config_lib
 from grpo_jax import (
     drawing,
     evaluation,
@@ -303,7 +301,7 @@ def _save(
     at.wall_s = time.monotonic() - began
     at.ahead_s = 0.0 if ahead is None else ahead.seconds
     rollouts = None if ahead is None else sharding.shard_rows(parts.mesh, ahead.rollouts)
-    facts = {"position": dataclasses.asdict(at), "config": config_lib.fingerprint(parts.config)}
+    facts = position.facts(parts, at)
     parts.checkpoints.save(state, facts, experience=experience, ahead=rollouts, accuracy=accuracy)
 
 

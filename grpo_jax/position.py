@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -34,6 +36,7 @@ class Position:
     passed_over: int = 0  # draws that were undone: their prompts and keys do not come again
     rolled_back_to: int = -1  # the same of the last roll-back
     history: History = dataclasses.field(default_factory=History)
+    sizes: dict[str, Any] = dataclasses.field(default_factory=dict)  # of packed rows, by program
     accuracy_before: float | None = None
     accuracy: float | None = None  # newest
     first_evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -100,6 +103,8 @@ def load(parts: Parts, at: Position) -> tuple[TrainState, Experience | None, Rol
     The latter two where it was stopped with such; a roll-back leaves them. Raises ValueError where
     the state has numbers that are not finite.
     """
+    for name, program in _packing(parts).items():
+        program.sizes.restore(at.sizes.get(name))
     model, mesh, optimizer = parts.policy.model, parts.mesh, parts.optimizer
     dtype, number = jnp.dtype(parts.config.model.param_dtype), at.checkpoint
     if number < 0:
@@ -119,6 +124,17 @@ def load(parts: Parts, at: Position) -> tuple[TrainState, Experience | None, Rol
     experience = parts.checkpoints.experience(number, mesh)
     assert (experience is not None) == (at.update > 0), f"checkpoint {number} lacks its rollout"
     return state, experience, parts.checkpoints.ahead(number, mesh)
+
+
+def facts(parts: Parts, at: Position) -> dict[str, Any]:
+    """What a checkpoint there keeps besides arrays."""
+    at.sizes = {name: program.sizes.as_json() for name, program in _packing(parts).items()}
+    return {"position": dataclasses.asdict(at), "config": config_lib.fingerprint(parts.config)}
+
+
+def _packing(parts: Parts) -> dict[str, Callable]:
+    """The programs that choose how completions are packed, by what they had before."""
+    return {"scoring": parts.prepare, "update": parts.update}
 
 
 def _read(parts: Parts, number: int) -> tuple[Position, str]:

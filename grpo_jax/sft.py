@@ -238,7 +238,7 @@ def _make_update(scorer: update_lib.Scorer, optimizer, size: int, config: Config
     """A function `(state, rows) -> (state, metrics)`; microbatches differ in length."""
     shards = sharding.num_row_shards(scorer.mesh) * scorer.parts
 
-    def through(params: Params, carry: update_lib.Carry, part: Rollouts) -> update_lib.Carry:
+    def through(params: Params, _, carry: update_lib.Carry, part: Rollouts) -> update_lib.Carry:
         sums_of = lambda params, part: _loss_sums(params, scorer, part)  # noqa: E731
         return update_lib.add_gradient(
             sums_of,
@@ -268,7 +268,7 @@ def _make_update(scorer: update_lib.Scorer, optimizer, size: int, config: Config
     def update(state: TrainState, rows: Rows) -> tuple[TrainState, dict[str, Array]]:
         carry = empty()
         for number, part in enumerate(_microbatches(rows, size, shards, config), 1):
-            carry = add(state.params, carry, sharding.shard_rows(scorer.mesh, part))
+            carry = add(state.params, np.int32(1), carry, sharding.shard_rows(scorer.mesh, part))
             if number % compiling.MAX_IN_FLIGHT == 0:
                 jax.block_until_ready(carry)
         return apply(state, carry)

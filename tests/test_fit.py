@@ -126,10 +126,12 @@ def test_the_gradient_is_the_same(config):
     found, counts = [], []
     for chosen in (parts.Fit("none", ALL), parts.Fit("full", ONE)):
         learner = parts.make_learner(config, tiny.MODEL, mesh, chosen)
-        microbatches = learner.scorer.microbatches(rollouts, np.arange(P)).arrays
-        counts.append(microbatches[0].shape[1])
+        microbatches = learner.scorer.microbatches(rollouts, np.arange(P))
+        counts.append(microbatches.number)
         carry = learner.update.empty()
-        grads, sums, _ = learner.update.add(tiny.params(), carry, experience, *microbatches)
+        grads, sums, _ = learner.update.add(
+            tiny.params(), microbatches.number, carry, experience, *microbatches.arrays
+        )
         found.append((grads, sums["loss"]))
     assert counts[0] == 1 and counts[1] > P
     assert np.abs(found[0][0]["layers"]["mlp"]["up"]["kernel"]).max() > 1e-2

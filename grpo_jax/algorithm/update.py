@@ -21,7 +21,7 @@ import optax
 from jax.sharding import Mesh
 
 from grpo_jax import compiling, sharding
-from grpo_jax.algorithm import advantages, logprobs, losses, packing
+from grpo_jax.algorithm import advantages, logprobs, losses, packing, rows
 from grpo_jax.models import attention, transformer
 from grpo_jax.structs import (
     Array,
@@ -59,8 +59,13 @@ class Scorer:
     kernels: transformer.Kernels = attention  # compute the attention
     tokens: int = 0  # of a row of a microbatch, where that is 0; 0: the usual number
 
-    def microbatches(self, rollouts: Rollouts, groups_P: np.ndarray) -> packing.Microbatches:
-        """Some groups of each data shard in microbatches of about equally many tokens."""
+    def microbatches(
+        self, rollouts: Rollouts, groups_P: np.ndarray, sizes: rows.Sizes | None = None
+    ) -> packing.Microbatches:
+        """Some groups of each data shard in microbatches of about equally many tokens.
+
+        `sizes`: of the program that they are for.
+        """
         prompt_tokens, (_, group, tokens) = rollouts.prompt_PQ.shape[1], rollouts.logp_PGC.shape
         shards, devices = self.mesh.shape["data"], self.mesh.shape["fsdp"] * self.parts
         sequence = self.mesh.shape["sequence"]
@@ -75,6 +80,7 @@ class Scorer:
             devices=devices,
             multiple=sequence,
             share_lanes=self.kernels.shares_lanes,
+            sizes=sizes,
         )
 
     @property
@@ -235,14 +241,14 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
         return packed.put(logp_PGC, logp_DE.reshape(target_DE.shape))
 
     @jax.named_scope("scoring")
-    def fill_shard(params, rollouts: Rollouts, *microbatches_1: Array) -> Array:
+    def fill_shard(params, number: Array, rollouts: Rollouts, *microbatches_1: Array) -> Array:
         params = transformer.with_layers_in(params, scorer.dtype)
-        step = lambda logp, where: (one(params, rollouts, logp, *where), None)  # noqa: E731
         start = jnp.zeros_like(rollouts.logp_PGC)
-        return jax.lax.scan(step, start, tuple(x[0] for x in microbatches_1))[0]
+        step = lambda logp, *where: one(params, rollouts, logp, *where)  # noqa: E731
+        return _through(number, step, start, microbatches_1)
 
     fill = jax.jit(
-        sharding.by_data_shard(scorer.mesh, fill_shard, 1),
+        sharding.by_data_shard(scorer.mesh, fill_shard, 2),
         compiler_options=compiling.options(scorer.mesh),
     )
 
@@ -262,9 +268,12 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
             ref_logp_PGC=None,
         )
 
+    sizes = rows.Sizes()
+
     def logp_of(params: Params, rollouts: Rollouts) -> Array:
         everything = np.arange(scorer.groups_in_shard(rollouts))
-        return fill(params, rollouts, *scorer.microbatches(rollouts, everything).arrays)
+        microbatches = scorer.microbatches(rollouts, everything, sizes)
+        return fill(params, microbatches.number, rollouts, *microbatches.arrays)
 
     def prepare(
         params, ref_params, rollouts: Rollouts, reward_PG: Array | Callable[[], Array]
@@ -277,7 +286,21 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
         )
 
     prepare.fill = fill  # the compiled program, for a look at what it holds
+    prepare.sizes = sizes
     return prepare
+
+
+def _through(number: Array, step: Callable, carry: Any, microbatches_1: tuple[Array, ...]) -> Any:
+    """`step(carry, *microbatch)` over so many of one data shard's microbatches.
+
+    How many is no part of what is compiled: an update may have more than the last.
+    """
+
+    def nth(n: Array, carry: Any) -> Any:
+        of = lambda x: jax.lax.dynamic_index_in_dim(x[0], n, keepdims=False)  # noqa: E731
+        return step(carry, *map(of, microbatches_1))
+
+    return jax.lax.fori_loop(0, number, nth, carry)
 
 
 def _row_by_row(scorer: Scorer, f: Callable, *rows: Any) -> Any:
@@ -360,10 +383,11 @@ def over_shards(scorer: Scorer, carry: Carry) -> Carry:
 def make_adding(
     scorer: Scorer, through: Callable[..., Carry], *, sums: Iterable[str], maxima: Iterable[str]
 ) -> tuple[Callable[[], Carry], Callable[..., Carry]]:
-    """Two programs: `empty() -> carry`, and `add(params, carry, *rows) -> carry`.
+    """Two programs: `empty() -> carry`, and `add(params, number, carry, *rows) -> carry`.
 
-    `through(params, carry, *rows)` adds one data shard's rows to its carry; its metrics have
-    the names `sums` and `maxima`. `add` takes its carry away.
+    `through(params, number, carry, *rows)` adds one data shard's rows to its carry; its metrics
+    have the names `sums` and `maxima`. `number` is the same for all shards. `add` takes its carry
+    away.
     """
     mesh, like = scorer.mesh, transformer.param_shapes(scorer.model)
     shards = mesh.shape["data"]
@@ -378,14 +402,14 @@ def make_adding(
         return grads, *({name: jnp.zeros(shards) for name in names} for names in (sums, maxima))
 
     @jax.named_scope("update")
-    def add_shard(params: Params, carry: Carry, *rows: Any) -> Carry:
+    def add_shard(params: Params, number: Array, carry: Carry, *rows: Any) -> Carry:
         params = transformer.with_layers_in(params, scorer.dtype)
-        carry = through(params, jax.tree.map(lambda x: x[0], carry), *rows)
+        carry = through(params, number, jax.tree.map(lambda x: x[0], carry), *rows)
         return jax.tree.map(lambda x: x[None], carry)
 
     add = jax.jit(
-        sharding.by_data_shard(mesh, add_shard, 1),
-        donate_argnums=1,
+        sharding.by_data_shard(mesh, add_shard, 2),
+        donate_argnums=2,
         out_shardings=shardings,
         compiler_options=compiling.options(scorer.mesh),
     )
@@ -453,11 +477,13 @@ def make_update(
         part = _rows(scorer, experience, groups_M)
         return _loss_sums(params, scorer, objective, part, packed)
 
-    def through(params, carry: Carry, experience: Experience, *microbatches_1: Array) -> Carry:
-        def step(carry, where):
-            return add_gradient(loss_sums, params, carry, experience, *where), None
+    def through(
+        params, number: Array, carry: Carry, experience: Experience, *microbatches_1: Array
+    ) -> Carry:
+        def step(carry, *where):
+            return add_gradient(loss_sums, params, carry, experience, *where)
 
-        return jax.lax.scan(step, carry, tuple(x[0] for x in microbatches_1))[0]
+        return _through(number, step, carry, microbatches_1)
 
     empty, add = make_adding(
         scorer, through, sums=(*losses.SUMS, "loss", "tokens"), maxima=losses.MAXIMA
@@ -485,10 +511,13 @@ def make_update(
         state, metrics = apply_gradient(state, optimizer, grads, loss, wanted)
         return state, metrics | means | maxima | {"policy/loss": loss}
 
+    sizes = rows.Sizes()
+
     def update(state: TrainState, experience: Experience, index: int):
         groups_P = np.arange(scorer.groups_in_shard(experience.rollouts))[index::num_minibatches]
-        microbatches = scorer.microbatches(experience.rollouts, groups_P)
-        carry = add(state.params, empty(), experience, *microbatches.arrays)
+        microbatches = scorer.microbatches(experience.rollouts, groups_P, sizes)
+        number, arrays = microbatches.number, microbatches.arrays
+        carry = add(state.params, number, empty(), experience, *arrays)
         if offload:
             state = state.replace(opt_state=sharding.to_device_memory(state.opt_state))
         state, metrics = finish(state, carry, experience.action_PGC, np.int32(index))
@@ -497,6 +526,7 @@ def make_update(
         return state, metrics
 
     update.empty, update.add, update.finish = empty, add, finish  # the compiled programs
+    update.sizes = sizes
     return update
 
 

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax import parts, policy, rules, sharding
+from grpo_jax.algorithm import packing
 from grpo_jax.algorithm import update as update_lib
 from grpo_jax.models import streamed
 from grpo_jax.planning import hlo
@@ -292,10 +293,10 @@ class Step:
                     "score",
                     "update",
                     lambda: self.learner.prepare.fill.lower(
-                        read, self.experience.rollouts, *packed
+                        read, packed.number, self.experience.rollouts, *packed.arrays
                     ),
                     scored,
-                    1,
+                    int(packed.number),
                     learning - size(params if self.reference is None else reference),
                 )
             )
@@ -306,9 +307,11 @@ class Step:
             _Program(
                 "gradient",
                 "update",
-                lambda: update.add.lower(params, self.carry, self.experience, *first),
+                lambda: update.add.lower(
+                    params, first.number, self.carry, self.experience, *first.arrays
+                ),
                 runs,
-                1,
+                int(first.number),
                 learning - size(params),
             ),
             _Program(
@@ -411,9 +414,9 @@ class Step:
             ref_logp_PGC=per_token(jnp.float32) if self.reference is not None else None,
         )
 
-    def _packed(self, groups_P: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _packed(self, groups_P: np.ndarray) -> packing.Microbatches:
         known = self.experience.rollouts.replace(length_PG=self.lengths.completion_PG)
-        return self.learner.scorer.microbatches(known, groups_P).arrays
+        return self.learner.scorer.microbatches(known, groups_P)
 
 
 def arrays_alone(held: dict[str, float]) -> float:

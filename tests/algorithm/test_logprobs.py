@@ -265,14 +265,14 @@ def test_no_array_holds_the_logits_of_a_batch(monkeypatch):
         rollouts,
     )
     full = rollouts.replace(length_PG=np.full((4, 4), 16))
-    where = scorer.microbatches(full, np.arange(4)).arrays
+    where = scorer.microbatches(full, np.arange(4))
     carry = jax.eval_shape(update.empty)
 
     def largest_of_both():
         jax.clear_caches()  # the limit is read while tracing
         return (
-            largest(prepare.fill, state.params, rollouts, *where),
-            largest(update.add, state.params, carry, experience, *where),
+            largest(prepare.fill, state.params, where.number, rollouts, *where.arrays),
+            largest(update.add, state.params, where.number, carry, experience, *where.arrays),
         )
 
     assert min(largest_of_both()) >= size  # one chunk: the walk sees the logits

@@ -15,8 +15,8 @@ def lengths(prompts: int, group: int, mean: float, tokens: int, seed: int = 0) -
     return np.clip(rng.geometric(1 / mean, (prompts, group)), 1, tokens)
 
 
-def pack(length_PG, groups_P, *, tokens, at_once, prompt_tokens=4, devices=1):
-    """The microbatches of one shard."""
+def pack(length_PG, groups_P, *, tokens, at_once, prompt_tokens=4, devices=1, sizes=None):
+    """The microbatches of one shard, without those that hold nothing."""
     made = packing.pack(
         length_PG[None],
         groups_P,
@@ -24,8 +24,12 @@ def pack(length_PG, groups_P, *, tokens, at_once, prompt_tokens=4, devices=1):
         completion_tokens=tokens,
         at_once=at_once,
         devices=devices,
+        sizes=sizes,
     )
-    return Shard(*(x[0] for x in made.arrays))
+    assert len(made.groups_SNM[0]) <= max(3 * made.number, 4)
+    for x in made.arrays:
+        assert (x[0, made.number :] <= (-1 if x.dtype == np.int32 else 0)).all()
+    return Shard(*(x[0, : made.number] for x in made.arrays))
 
 
 class Shard(NamedTuple):
@@ -83,9 +87,8 @@ def test_rows_are_full_and_keep_their_limit(mean, at_once):
     token_NX = made.token_NDX[:, 0]
     used_N = (token_NX >= 0).sum(1)
     assert (size * 4 + used_N <= max(at_once, 4 + 63)).all()
-    assert token_NX.shape[1] <= max(used_N.max() * 1.25, used_N.max() + 16)
-    if at_once == 1000:  # where there is something to choose from
-        assert (token_NX >= 0).mean() > 0.75
+    if at_once > 64:  # where there is something to choose from
+        assert (token_NX >= 0).mean() > 0.8
 
 
 def test_full_completions_have_a_lane_each():
@@ -105,14 +108,17 @@ def test_microbatches_hold_as_many_groups_as_their_tokens_allow():
 
 
 def test_short_completions_share_lanes():
-    """By hand: 7 places a lane. Groups 0 and 1 fill one lane, group 2 needs four."""
+    """By hand: 7 places a lane. Groups 0 and 1 fill one lane; group 2, in halves, two and two."""
     length_PG = np.array([[4, 4, 1, 2], [4, 1, 1, 1], [8, 8, 8, 8]])
     made = pack(length_PG, np.arange(3), tokens=8, at_once=49)
-    assert made.groups_NM.tolist() == [[2, -1], [0, 1]]  # 28 entries, and 7 + 3
-    assert made.lane_NMLT.shape == (2, 2, 4, 7) and made.token_NDX.shape == (2, 1, 32)
-    assert made.lane_NMLT[1, :, 0].tolist() == [[*range(7)], [7, 8, 9, -1, -1, -1, -1]]
-    assert made.token_NDX[1, 0, :10].tolist() == [1, 2, 3, 9, 10, 11, 25, 33, 34, 35]
-    assert (made.lane_NMLT[1, :, 1:] == -1).all()
+    assert made.groups_NM.tolist() == [[2, 0], [2, 1]]  # 14 + 7 entries, and 14 + 3
+    assert made.own_NMG[:, 0].astype(int).tolist() == [[1, 0, 1, 0], [0, 1, 0, 1]]
+    assert made.lane_NMLT.shape == (2, 2, 2, 7) and made.token_NDX.shape == (2, 1, 22)
+    assert made.lane_NMLT[:, 0].tolist() == [[[*range(7)], [*range(7, 14)]]] * 2
+    assert made.lane_NMLT[0, 1, 0].tolist() == [*range(14, 21)]
+    assert made.lane_NMLT[1, 1, 0].tolist() == [14, 15, 16, -1, -1, -1, -1]
+    assert made.token_NDX[0, 0, 14:].tolist() == [33, 34, 35, 41, 42, 43, 57, -1]
+    assert (made.lane_NMLT[:, 1, 1:] == -1).all()
 
 
 def test_a_group_of_too_many_tokens_is_split():
@@ -144,23 +150,15 @@ def test_lanes_of_their_own():
 
 
 def test_data_shards_have_one_shape():
-    """By hand: a group of shard 0 needs four lanes, all others one."""
+    """By hand: a group of shard 0 has 28 entries, all others 4; it is halved, with two lanes."""
     length_SPG = np.array([[[8, 8, 8, 8], [2, 2, 2, 2]], [[3, 3, 1, 1], [2, 2, 2, 2]]])
     made = packing.pack(length_SPG, np.arange(2), prompt_tokens=4, completion_tokens=8, at_once=36)
-    assert made.groups_SNM.tolist() == [[[0], [1]], [[0], [1]]]
-    assert made.lane_SNMLT.shape == (2, 2, 1, 4, 7)
-    assert made.token_SNDX[1, :, 0, :5].tolist() == [[1, 2, 9, 10, -1], [1, 9, 17, 25, -1]]
+    assert made.number == 2
+    assert made.groups_SNM[:, :2].tolist() == [[[0, 1], [0, -1]], [[0, -1], [1, -1]]]
+    assert made.lane_SNMLT.shape == (2, 4, 2, 2, 7)
+    assert made.token_SNDX[1, :2, 0, :5].tolist() == [[1, 2, 9, 10, -1], [1, 9, 17, 25, -1]]
 
 
 def test_completions_of_one_token():
     made = pack(np.ones((1, 3), int), np.arange(1), tokens=1, at_once=8)
     assert (made.lane_NMLT == -1).all() and (made.token_NDX == -1).all() and made.own_NMG.all()
-
-
-def test_shapes_are_few():
-    shapes = {
-        tuple(x.shape for x in pack(length_PG, np.arange(16), tokens=64, at_once=768))
-        for seed in range(50)
-        for length_PG in [lengths(16, 8, 16, 64, seed)]
-    }
-    assert len(shapes) <= 6

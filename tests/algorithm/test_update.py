@@ -145,7 +145,8 @@ def test_the_reference_is_asked_for_before_the_rewards(monkeypatch):
 def adding(update, experience):
     """What the update's program for microbatches is called with."""
     microbatches = scorer(microbatch=P).microbatches(experience.rollouts, np.arange(P))
-    return fresh().params, update.empty(), experience, *microbatches.arrays
+    number, arrays = microbatches.number, microbatches.arrays
+    return fresh().params, number, update.empty(), experience, *arrays
 
 
 def test_recomputing_changes_nothing(experience, reference_run):
@@ -197,7 +198,8 @@ def test_scoring_keeps_the_loop():
     prepare = make_prepare(scorer(scan_layers=False, microbatch=P), **options)
     rollouts = tiny.rollouts(P, G, C)
     microbatches = scorer(microbatch=P).microbatches(rollouts, np.arange(P))
-    text = str(prepare.fill.trace(tiny.params(), rollouts, *microbatches.arrays).jaxpr)
+    args = tiny.params(), microbatches.number, rollouts, *microbatches.arrays
+    text = str(prepare.fill.trace(*args).jaxpr)
     assert "unroll=1" in text and f"unroll={tiny.MODEL.num_layers}" not in text
 
 
@@ -524,6 +526,6 @@ def test_the_state_is_donated(experience):
     memory = update.add.lower(*args).compile().memory_analysis()
     size = sum(x.nbytes for x in jax.tree.leaves(state.params))
     assert memory.alias_size_in_bytes >= size  # the gradient is summed in place
-    finish = update.finish.lower(state, args[1], experience.action_PGC, 0)
+    finish = update.finish.lower(state, args[2], experience.action_PGC, 0)
     memory = finish.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state))

@@ -105,10 +105,12 @@ def test_a_row_is_split_over_its_devices():
             old_logp_PGC=None,
             ref_logp_PGC=None,
         )
-        rows = scorer.microbatches(rollouts, np.arange(8)).arrays
+        rows = scorer.microbatches(rollouts, np.arange(8))
+        assert rows.number == 1
         state = state_like(tiny.MODEL, mesh, optimizer)
         carry = jax.eval_shape(update.empty)
-        program = update.add.trace(state.params, carry, experience, *rows).lower().compile()
+        args = state.params, rows.number, carry, experience, *rows.arrays
+        program = update.add.trace(*args).lower().compile()
         operations.append(program.cost_analysis()["flops"])
     assert operations[1] < operations[0] / 3
 
