@@ -308,6 +308,7 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: Fit = 
             by_std=algorithm.scale_by_std,
             mask_truncated=algorithm.mask_truncated,
             with_old=rules.needs_old_pass(config),
+            num_minibatches=config.batch.minibatches,
         ),
         update=update_lib.make_update(
             scorer,

@@ -312,6 +312,24 @@ def shard_rows(mesh: Mesh, tree: Any, axis: str = "rows") -> Any:
     return jax.tree.map(put, tree)
 
 
+def reorder_rows(mesh: Mesh, tree: Any, order: np.ndarray) -> Any:
+    """Arrays whose row n is row order[n] of the given global arrays, split over the mesh alike."""
+    return _reordering(mesh)(tree, order)
+
+
+@functools.cache
+def _reordering(mesh: Mesh) -> Callable:
+    @jax.jit
+    def reorder(tree: Any, order: jax.Array) -> Any:
+        def rows(x: jax.Array) -> jax.Array:
+            axes = ("rows",) + (None,) * (x.ndim - 1)
+            return jax.lax.with_sharding_constraint(x[order], sharding_of(mesh, axes, x.shape))
+
+        return jax.tree.map(rows, tree)
+
+    return reorder
+
+
 def to_host(tree: Any) -> Any:
     """Arrays as NumPy arrays, whole on every process, wherever their shards are."""
 

@@ -300,6 +300,22 @@ def _units(prompt: int, entries_G: np.ndarray, room: int) -> list[Unit]:
     return [Unit(prompt, part, int(entries_G[part].sum())) for part in parts]
 
 
+def balance(length_PG: np.ndarray, shards: int, minibatches: int = 1) -> np.ndarray:
+    """The order of prompts in which data shards have like many tokens, int [P].
+
+    Shards are consecutive parts of that order. A prompt p of minibatch p % minibatches stays there.
+    """
+    entries_P = (length_PG - 1).sum(1)
+    order_P = np.empty(len(entries_P), int)
+    for i in range(minibatches):
+        members = np.arange(len(entries_P))[i::minibatches]
+        share = len(members) // shards
+        for s, part in enumerate(spread(entries_P[members].tolist(), shards, share)):
+            begin = s * share * minibatches + i
+            order_P[begin : begin + share * minibatches : minibatches] = members[sorted(part)]
+    return order_P
+
+
 def spread(weights: list[int], bins: int, most: int) -> list[list[int]]:
     """Indices in so many bins of like weight, at most `most` in each.
 

@@ -215,9 +215,18 @@ def _rows(scorer: Scorer, tree: Any, groups_M: Array) -> Any:
     return sharding.split_within_shard(scorer.mesh, part, scorer.row_axis)
 
 
-def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old: bool):
+def make_prepare(
+    scorer: Scorer,
+    *,
+    by_std: bool,
+    mask_truncated: bool,
+    with_old: bool,
+    num_minibatches: int = 1,
+):
     """A function `(params, ref_params | None, rollouts, reward_PG) -> Experience`.
 
+    Where there are several data shards the experience has the prompts in another order: within its
+    minibatch a prompt goes where shards then have like much to compute.
     `with_old`: the policy's log-probabilities before the first update are computed, by the scorer
     itself, since the rollout is updated on more than once or the loss weighs whole completions.
     `ref_params` None: no KL term. What needs no rewards is dispatched first: `reward_PG` may be a
@@ -278,9 +287,16 @@ def make_prepare(scorer: Scorer, *, by_std: bool, mask_truncated: bool, with_old
     def prepare(
         params, ref_params, rollouts: Rollouts, reward_PG: Array | Callable[[], Array]
     ) -> Experience:
+        order_P = None
+        if (shards := scorer.mesh.shape["data"]) > 1:
+            length_PG = sharding.to_host(rollouts.length_PG)
+            order_P = rows.balance(length_PG, shards, num_minibatches)
+            rollouts = sharding.reorder_rows(scorer.mesh, rollouts, order_P)
         old_logp_PGC = logp_of(params, rollouts) if with_old else None
         ref_logp_PGC = None if ref_params is None else logp_of(ref_params, rollouts)
         reward_PG = reward_PG() if callable(reward_PG) else reward_PG
+        if order_P is not None:
+            reward_PG = sharding.reorder_rows(scorer.mesh, reward_PG, order_P)
         return base(rollouts, reward_PG).replace(
             old_logp_PGC=old_logp_PGC, ref_logp_PGC=ref_logp_PGC
         )
@@ -463,10 +479,11 @@ def make_update(
 ):
     """A function `(state, experience, minibatch index) -> (state, metrics)`; it donates the state.
 
-    Minibatch i of n holds prompts i, i + n, ... With `offload` the optimizer's state comes to the
-    devices for its own step alone, and lies in the host's memory otherwise. Metrics are float32
-    scalars by their logged names, and `skipped`, True where the update was refused: one that is not
-    finite, or of a metric out of its `bounds`, lowest and highest value by name.
+    Minibatch i of n holds prompts i, i + n, ... of the experience. With `offload` the optimizer's
+    state comes to the devices for its own step alone, and lies in the host's memory otherwise.
+    Metrics are float32 scalars by their logged names, and `skipped`, True where the update was
+    refused: one that is not finite, or of a metric out of its `bounds`, lowest and highest value by
+    name.
     """
 
     like = state_like(scorer.model, scorer.mesh, optimizer)

@@ -164,3 +164,29 @@ def test_a_resumed_run_chooses_alike():
     assert [forgetful.fill(one) for one in given[8:]] != sizes[8:]
     resumed.restore(None)
     assert resumed.as_json() == rows.Sizes().as_json()
+
+
+# --- Data shards ----------------------------------------------------------------------------------
+
+
+def test_shards_have_like_much_to_do():
+    """By hand: 100, 90, 20 and 10 entries are 110 and 110."""
+    length_PG = np.array([[100, 2], [89, 3], [20, 2], [10, 2]])
+    order = rows.balance(length_PG, 2)
+    assert sorted(map(sorted, order.reshape(2, 2).tolist())) == [[0, 3], [1, 2]]
+
+
+@pytest.mark.parametrize("minibatches", [1, 2, 4])
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_balanced_prompts_stay_in_their_minibatch(minibatches, shards):
+    """Each shard's prompts i, i + n, ... are of minibatch i of n, as they were before."""
+    length_PG = lengths(0, prompts=32, spread=0.8)[0]
+    order_P = rows.balance(length_PG, shards, minibatches)
+    assert sorted(order_P) == list(range(32))
+    by_minibatch_SJN = order_P.reshape(shards, -1, minibatches)
+    assert (by_minibatch_SJN % minibatches == np.arange(minibatches)).all()
+    entries_P = (length_PG - 1).sum(1)
+    uneven = lambda order_P: np.ptp(entries_P[order_P].reshape(shards, -1, minibatches).sum(1), 0)  # noqa: E731
+    assert (uneven(order_P) <= uneven(np.arange(32))).all()
+    if shards > 1:
+        assert uneven(order_P).sum() < 0.5 * uneven(np.arange(32)).sum()

@@ -149,6 +149,19 @@ def adding(update, experience):
     return fresh().params, number, update.empty(), experience, *arrays
 
 
+def test_no_more_microbatches_are_computed_than_there_are(experience):
+    """The program takes more rows than an update has; what lies past their number is not read."""
+    update = program(microbatches=2)
+    microbatches = scorer(microbatch=P // 2).microbatches(experience.rollouts, np.arange(P))
+    assert microbatches.number < len(microbatches.groups_SNM[0])
+    tokens = []
+    for number in (1, microbatches.number):
+        carry = update.empty()
+        _, sums, _ = update.add(fresh().params, number, carry, experience, *microbatches.arrays)
+        tokens.append(float(sums["tokens"][0]))
+    assert 0 < tokens[0] < tokens[1] == experience.action_PGC.sum()
+
+
 def test_recomputing_changes_nothing(experience, reference_run):
     def primitives(update):
         def walk(jaxpr):
