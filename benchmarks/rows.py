@@ -1,22 +1,29 @@
 """Counts what the rows of updates compute, and how many sizes of them a run compiles.
 
     python benchmarks/rows.py
+    python benchmarks/rows.py --seconds
 
-No model runs and nothing is timed: lengths are drawn, packed as the trainer packs them, and
+No model runs without `--seconds`: lengths are drawn, packed as the trainer packs them, and
 counted. A problem has a length of its own, about which its completions differ, as those of a model
 do; "alike" has geometric lengths instead, the same for all problems. Shares are of the tokens that
 must be computed, each prompt once and each completion but its last token. Beside it what the usual
 ways compute: every completion with its prompt and padding to the longest of its microbatch, in the
 order of the batch ("padded"), or without any padding ("own prompts").
+
+`--seconds` times the reference and the update of four such batches on this machine, three times
+over, the first with compiling: to be run with two versions of the package, in turns.
 """
 
+import argparse
 import dataclasses
+import time
 
-import jax  # noqa: F401  # before the package, whose modules expect it
 import numpy as np
+import workload
 
-from grpo_jax.algorithm import packing, rows
+from grpo_jax.algorithm import packing
 from grpo_jax.algorithm.update import cut_to
+from grpo_jax.structs import Rollouts
 
 STEPS, GROUP, PADDED_AT_ONCE = 100, 8, 8
 
@@ -62,6 +69,8 @@ CASES = (
 
 def count(case: Case) -> list[float]:
     """Excess of rows in the mean and at most, of the usual ways; sizes of rows."""
+    from grpo_jax.algorithm import rows  # here: a version to compare with may lack it
+
     sizes = rows.Sizes()
     excess, padded, unpadded, programs = [], [], [], set()
     for step in range(STEPS):
@@ -92,7 +101,46 @@ def count(case: Case) -> list[float]:
     return [np.mean(excess), np.max(excess), np.mean(unpadded), np.mean(padded), len(programs)]
 
 
+def seconds(spread: float) -> list[float]:
+    """Of the reference and the update of four batches: with compiling, and twice without."""
+    case = Case("", 16, 48, 256, 60, 60, spread)
+    work = workload.Work(
+        prompts=case.prompts,
+        group=GROUP,
+        prompt_tokens=case.prompt_tokens,
+        completion_tokens=case.limit,
+    )
+    workload.use_all_cores(work)
+    step, batches, passes = workload.Step(work), [], []
+    for n in range(4):
+        rng, length_PG = np.random.default_rng([n, 13]), case.lengths(n)[0]
+        ids = lambda *shape: rng.integers(2, work.shape.vocab_size, shape, dtype=np.int32)  # noqa: B023, E731
+        completion_PGC = ids(*length_PG.shape, case.limit)
+        batches.append(
+            Rollouts(
+                prompt_PQ=ids(case.prompts, case.prompt_tokens),
+                prompt_length_P=np.full(case.prompts, case.prompt_tokens, np.int32),
+                completion_PGC=completion_PGC,
+                logp_PGC=np.full(completion_PGC.shape, -1.0, np.float32),
+                length_PG=length_PG,
+                stopped_PG=np.ones(length_PG.shape, bool),
+            )
+        )
+    for _ in range(3):
+        began = time.perf_counter()
+        for rollouts in batches:
+            step.update(step.prepare(rollouts))
+        passes.append(time.perf_counter() - began)
+    return passes
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", action="store_true")
+    if parser.parse_args().seconds:
+        for spread in (0.4, 0.0):
+            print(spread, *(f"{s:.1f} s" for s in seconds(spread)), flush=True)
+        return
     print("| completions | more than needed | at most | own prompts | padded | sizes |")
     print("| --- | --- | --- | --- | --- | --- |")
     for case in CASES:

@@ -90,6 +90,12 @@ class Work:
                 found.setdefault(tuple(map(len, cut.units_S)), cut)
         return list(found.values())
 
+    def allows(self, size: Size) -> bool:
+        """Whether a size that a run had before, on another mesh perhaps, still is one."""
+        tokens = size.prompts * self.prompt_tokens + size.entries
+        fits = tokens < self.largest + self.multiple and tokens % self.multiple == 0
+        return fits and size.tokens == self.tokens
+
     def lanes_of(self, entries_G: np.ndarray, completions: list[int]) -> list[list[int]]:
         """Completions that share a lane."""
         if self.share_lanes:
@@ -182,7 +188,7 @@ class Sizes:
     def fill(self, work: Work) -> Filled:
         """The rows of an update: of a size in use, or of the best one, which then is in use."""
         best = _best(work)
-        known = _cheapest(work, [size for size in self._used if size.tokens == work.tokens])
+        known = _cheapest(work, [size for size in self._used if work.allows(size)])
         if known is not None:
             wasted = max(known.cost / best.cost - 1 - _NOTHING, 0.0)
             if self._wasted + wasted <= _ENOUGH:

@@ -149,6 +149,17 @@ def test_completions_that_fit_in_no_size_get_one():
     assert sizes.as_json()["used"] == [list(small), list(filled.size)]
 
 
+@pytest.mark.parametrize("change", [{"multiple": 16}, {"at_once": AT_ONCE // 2}], ids=str)
+def test_a_run_resumed_otherwise_has_sizes_that_it_can_use(change):
+    """On a mesh that splits rows in more parts, or with smaller microbatches."""
+    sizes, length_SPG = rows.Sizes(), lengths(0)
+    before = sizes.fill(work(length_SPG, at_once=AT_ONCE + 1, multiple=3)).size
+    given = work(length_SPG, **change)
+    after = sizes.fill(given)
+    check(given, after)
+    assert after.size != before and given.allows(after.size) and not given.allows(before)
+
+
 def test_a_resumed_run_chooses_alike():
     """Through JSON, as a checkpoint keeps it; without, another size is chosen."""
     means = [100, 90, 80, 70, 60, 50, 45, 40, 38, 35] * 2
