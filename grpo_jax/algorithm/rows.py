@@ -1,9 +1,10 @@
 """How many rows the completions of an update stand in, and of what size: few sizes, little padding.
 
 A row has places for some prompts and for some entries, the tokens of their completions. What it
-computes is what it has places for, so the size that leaves the fewest empty is looked for: groups
-are spread over rows whole, or in parts where one of many tokens would leave no room beside it, at
-the price of its prompt once more. The program takes any number of rows up to a limit, but another
+computes is what it has places for, so the size that leaves the fewest empty is looked for. Groups
+are spread over rows whole, or in parts where one of many tokens would leave no room beside it; or
+they are poured into row after row, and what a row has no room for goes on in the next. A part costs
+its prompt once more. The program takes any number of rows up to a limit, but another
 size of a row is another program to compile. So a run goes on with the sizes that it has, for as
 long as another one would not have saved about a whole update's work.
 """
@@ -48,6 +49,9 @@ class Size(NamedTuple):
     rows: int  # on a device, at most
 
 
+Rows = tuple[list[list[Unit]], list[list[list[int]]]]  # as `Filled` has them
+
+
 class Filled(NamedTuple):
     """The rows of one update."""
 
@@ -79,8 +83,8 @@ class Work:
         return max(self.at_once, self.prompt_tokens + self.width)
 
     @functools.cached_property
-    def cuts(self) -> list[_Cut]:
-        """The groups whole, where they can be, and in ever smaller parts."""
+    def ways(self) -> list[_Cut | _Poured]:
+        """The groups whole, where they can be, and in ever smaller parts; and poured."""
         longest = int(self.entries_SPG[:, self.groups_P].max())
         found: dict[tuple[int, ...], _Cut] = {}
         for parts in _PARTS:
@@ -88,7 +92,18 @@ class Work:
             if room >= max(longest, 1):
                 cut = _Cut.of(self, room)
                 found.setdefault(tuple(map(len, cut.units_S)), cut)
-        return list(found.values())
+        whole = next(iter(found.values()))
+        num_groups = -(-len(self.groups_P) // self.devices)
+        poured = _Poured(whole.lanes, longest, num_groups, whole.entries)
+        return [*found.values(), poured]
+
+    def most_lanes(self, units_S: Iterable[list[Unit]]) -> int:
+        """Lanes of a prompt, at most."""
+        return max(
+            len(self.lanes_of(self.entries_SPG[s, u.prompt], u.completions))
+            for s, units in enumerate(units_S)
+            for u in units
+        )
 
     def allows(self, size: Size) -> bool:
         """Whether a size that a run had before, on another mesh perhaps, still is one."""
@@ -112,57 +127,72 @@ class _Cut(NamedTuple):
     units: int  # of a device, at least
     entries: int  # of a device, at least
 
+    def rows(self, work: Work, size: Size, number: int) -> Rows | None:
+        """The units in so many rows a device, or None where `spread` finds no way."""
+        rows_S = []
+        for units in self.units_S:
+            rows = spread([u.entries for u in units], number * work.devices, size.prompts)
+            if any(sum(units[i].entries for i in row) > size.entries for row in rows):
+                return None
+            rows_S.append(rows)
+        return self.units_S, rows_S
+
     @staticmethod
     def of(work: Work, room: int) -> _Cut:
         units_S = [
             [unit for p in work.groups_P for unit in _units(int(p), entries_PG[p], room)]
             for entries_PG in work.entries_SPG
         ]
-        lanes = max(
-            len(work.lanes_of(work.entries_SPG[s, u.prompt], u.completions))
-            for s, units in enumerate(units_S)
-            for u in units
-        )
         totals = [sum(u.entries for u in units) for units in units_S]
         return _Cut(
             units_S,
-            lanes,
+            work.most_lanes(units_S),
             max(u.entries for units in units_S for u in units),
             -(-max(map(len, units_S)) // work.devices),
             -(-max(totals) // work.devices),
         )
 
-    def rows(self, work: Work, size: Size, number: int) -> list[list[list[int]]] | None:
-        """The units in so many rows a device, or None where `spread` finds no way."""
-        found = []
-        for units in self.units_S:
-            rows = spread([u.entries for u in units], number * work.devices, size.prompts)
-            if any(sum(units[i].entries for i in row) > size.entries for row in rows):
-                return None
-            found.append(rows)
-        return found
+
+class _Poured(NamedTuple):
+    """Groups poured into row after row; as `_Cut`, but what stands together the rows decide."""
+
+    lanes: int
+    heaviest: int  # entries of a completion
+    units: int
+    entries: int
+
+    def rows(self, work: Work, size: Size, number: int) -> Rows | None:
+        """The groups in as many rows as they take, or None where they take more lanes."""
+        units_S, rows_S = zip(
+            *(_pour(entries_PG, work.groups_P, size) for entries_PG in work.entries_SPG)
+        )
+        if work.most_lanes(units_S) > size.lanes:
+            return None
+        count = max(map(len, rows_S))
+        count += -count % work.devices
+        return list(units_S), [rows + [[] for _ in range(count - len(rows))] for rows in rows_S]
 
 
 class _Choice(NamedTuple):
-    """A size for one of the cuts, with the cost of the fewest rows that could do."""
+    """A size for one way to divide, with the cost of the fewest rows that could do."""
 
     bound: float
     number: int
     row_cost: float
     size: Size
-    cut: _Cut
+    way: _Cut | _Poured
 
 
 class _Found(NamedTuple):
     cost: float
     number: int
     size: Size
-    cut: _Cut
+    units_S: list[list[Unit]]
     rows_S: list[list[list[int]]]
 
     @property
     def filled(self) -> Filled:
-        return Filled(self.size, self.cut.units_S, self.rows_S)
+        return Filled(self.size, self.units_S, self.rows_S)
 
 
 class Sizes:
@@ -216,7 +246,7 @@ def _best(work: Work) -> _Found:
         key=lambda one: (
             -one.size.prompts * work.prompt_tokens - one.size.entries,
             one.size[1:],
-            len(one.cut.units_S[0]),
+            len(one.units_S[0]),
         ),
     )
     rows = max(1 << (best.number * 3 // 2 - 1).bit_length(), _ROWS)
@@ -227,20 +257,25 @@ def _cheapest(work: Work, sizes: list[Size]) -> _Found | None:
     """The rows that compute the least, of some sizes; None where the completions fit in none."""
     best = None
     for size in sizes:
-        for cut in work.cuts:
-            if cut.heaviest <= size.entries and cut.lanes <= size.lanes:
+        for way in work.ways:
+            if way.heaviest <= size.entries and way.lanes <= size.lanes:
                 limit = float("inf") if best is None else best.cost
-                best = _filled(work, _choice(work, size, cut), limit, size.rows) or best
+                best = _filled(work, _choice(work, size, way), limit, size.rows) or best
     return best
 
 
 def _filled(work: Work, choice: _Choice, limit: float, most: int | None = None) -> _Found | None:
     """The fewest rows that hold the units at a cost below `limit`, `most` of them a device."""
     number = choice.number
-    while number * choice.row_cost <= limit and (most is None or number <= most):
-        rows_S = choice.cut.rows(work, choice.size, number)
-        if rows_S is not None:
-            return _Found(number * choice.row_cost, number, choice.size, choice.cut, rows_S)
+    fits = lambda number: number * choice.row_cost <= limit and number <= (most or number)  # noqa: E731
+    while fits(number):
+        rows = choice.way.rows(work, choice.size, number)
+        if rows is not None:
+            number = len(rows[1][0]) // work.devices
+            cost = number * choice.row_cost
+            return _Found(cost, number, choice.size, *rows) if fits(number) else None
+        if isinstance(choice.way, _Poured):
+            return None
         number += 1
     return None
 
@@ -248,26 +283,26 @@ def _filled(work: Work, choice: _Choice, limit: float, most: int | None = None) 
 def _choices(work: Work) -> Iterator[_Choice]:
     """All sizes worth a look: up to the largest, in eighths of it and of its halves."""
     group = work.entries_SPG.shape[2]
-    for cut in work.cuts:
-        lanes = min(1 << (cut.lanes - 1).bit_length(), group)
-        for prompts in _counts(cut.units):
+    for way in work.ways:
+        lanes = min(1 << (way.lanes - 1).bit_length(), group)
+        for prompts in _counts(way.units):
             places = prompts * lanes * work.width
             if prompts > 1 and places > _MOST_LANES * work.largest:
                 break
             for tokens in _eighths(work.largest):
                 entries = min(tokens - prompts * work.prompt_tokens, places)
-                if entries < max(cut.heaviest, 1):
+                if entries < max(way.heaviest, 1):
                     break
                 entries += -(prompts * work.prompt_tokens + entries) % work.multiple
-                yield _choice(work, Size(work.tokens, prompts, entries, lanes, 0), cut)
+                yield _choice(work, Size(work.tokens, prompts, entries, lanes, 0), way)
 
 
-def _choice(work: Work, size: Size, cut: _Cut) -> _Choice:
+def _choice(work: Work, size: Size, way: _Cut | _Poured) -> _Choice:
     places = size.prompts * size.lanes * work.width
     tokens = size.prompts * work.prompt_tokens + size.entries
     row_cost = tokens + _LANE_COST * places + _ROW_COST * work.largest
-    number = max(-(-cut.units // size.prompts), -(-cut.entries // size.entries))
-    return _Choice(number * row_cost, number, row_cost, size, cut)
+    number = max(-(-way.units // size.prompts), -(-way.entries // size.entries))
+    return _Choice(number * row_cost, number, row_cost, size, way)
 
 
 def _counts(most: int) -> Iterator[int]:
@@ -289,6 +324,32 @@ def _eighths(largest: int) -> Iterator[int]:
             size = largest * eighths // 8
             yield size - size % 16 if eighths < 8 and size >= 256 else size
         largest //= 2
+
+
+def _pour(
+    entries_PG: np.ndarray, groups_P: np.ndarray, size: Size
+) -> tuple[list[Unit], list[list[int]]]:
+    """Units in rows of that size: of each group in turn what has room, the longest first."""
+    units: list[Unit] = []
+    rows: list[list[int]] = [[]]
+    room = size.entries
+    for p in groups_P:
+        entries_G = entries_PG[p]
+        waiting = sorted(range(len(entries_G)), key=lambda g: (-entries_G[g], g))
+        while waiting:
+            taken, rest, had = [], [], room
+            for g in waiting:
+                fits = entries_G[g] <= room and len(rows[-1]) < size.prompts
+                (taken if fits else rest).append(g)
+                room -= int(entries_G[g]) * fits
+            if taken:
+                rows[-1].append(len(units))
+                units.append(Unit(int(p), sorted(taken), had - room))
+            if rest:
+                rows.append([])
+                room = size.entries
+            waiting = rest
+    return units, rows
 
 
 def _units(prompt: int, entries_G: np.ndarray, room: int) -> list[Unit]:

@@ -102,6 +102,15 @@ def test_one_long_group_does_not_make_all_rows_as_long():
     assert computed(filled) < 1.35 * (31 * (64 + 80) + 2104)
 
 
+def test_what_a_row_has_no_room_for_goes_on_in_the_next():
+    """Groups of 8 x 110 entries: a row of 1,500 tokens holds one whole, and half of another."""
+    length_SPG = np.full((1, 16, 8), 101)
+    length_SPG[0, :, 1::2] = 121
+    filled = rows.Sizes().fill(work(length_SPG, tokens=1024, at_once=1500))
+    assert filled.size.prompts == 2 and len(filled.rows_S[0]) == 11
+    assert excess(length_SPG, filled) < 0.12
+
+
 def test_full_completions_leave_nothing_empty():
     """Two groups of 8 x 255 entries and two prompts are a row of 4,208 tokens."""
     length_SPG = np.full((1, 32, 8), TOKENS)
@@ -125,8 +134,8 @@ def test_a_run_has_few_sizes():
 
 
 def test_a_better_size_is_taken_once_enough_was_wasted():
-    """Completions of 20 tokens in rows that were made for 200 waste more at every step."""
-    sizes, first, short = rows.Sizes(), lengths(0, 200), lengths(1, 20)
+    """Completions of 20 tokens in rows that were made for 60 waste more at every step."""
+    sizes, first, short = rows.Sizes(), lengths(0, 60), lengths(1, 20)
     size = sizes.fill(work(first)).size
     best = rows.Sizes().fill(work(short))
     wasted = steps = 0.0
