@@ -17,6 +17,7 @@ from grpo_jax import metrics as metrics_lib
 from grpo_jax import policy as policy_lib
 from grpo_jax.algorithm import losses
 from grpo_jax.algorithm import update as update_lib
+from grpo_jax.algorithm.rows import Sizes
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
@@ -31,7 +32,7 @@ from grpo_jax.structs import ModelConfig, Params, Sampling
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """What a run is made of; none of it changes while it runs."""
+    """What a run is made of; none of it changes while it runs but for `sizes`."""
 
     config: ConfigDict
     folder: Path
@@ -46,6 +47,7 @@ class Parts:
     schedule: optax.Schedule
     prepare: Callable
     update: Callable
+    sizes: dict[str, Sizes]  # of packed rows, of the programs of these two
     ref_params: Params | None
     checkpoints: Checkpoints
 
@@ -191,6 +193,7 @@ def build(
         schedule=learner.schedule,
         prepare=learner.prepare,
         update=learner.update,
+        sizes=learner.sizes,
         ref_params=_reference(config, policy, mesh) if config.algorithm.kl_coef else None,
         checkpoints=Checkpoints(
             config.checkpoint.folder or folder / "checkpoints",
@@ -229,6 +232,10 @@ class Learner:
     schedule: optax.Schedule
     prepare: Callable
     update: Callable
+
+    @property
+    def sizes(self) -> dict[str, Sizes]:
+        return {"scoring": self.prepare.sizes, "update": self.update.sizes}
 
 
 def make_scorer(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -103,8 +102,8 @@ def load(parts: Parts, at: Position) -> tuple[TrainState, Experience | None, Rol
     The latter two where it was stopped with such; a roll-back leaves them. Raises ValueError where
     the state has numbers that are not finite.
     """
-    for name, program in _packing(parts).items():
-        program.sizes.restore(at.sizes.get(name))
+    for name, sizes in parts.sizes.items():
+        sizes.restore(at.sizes.get(name))
     model, mesh, optimizer = parts.policy.model, parts.mesh, parts.optimizer
     dtype, number = jnp.dtype(parts.config.model.param_dtype), at.checkpoint
     if number < 0:
@@ -128,13 +127,8 @@ def load(parts: Parts, at: Position) -> tuple[TrainState, Experience | None, Rol
 
 def facts(parts: Parts, at: Position) -> dict[str, Any]:
     """What a checkpoint there keeps besides arrays."""
-    at.sizes = {name: program.sizes.as_json() for name, program in _packing(parts).items()}
+    at.sizes = {name: sizes.as_json() for name, sizes in parts.sizes.items()}
     return {"position": dataclasses.asdict(at), "config": config_lib.fingerprint(parts.config)}
-
-
-def _packing(parts: Parts) -> dict[str, Callable]:
-    """The programs that choose how completions are packed, by what they had before."""
-    return {"scoring": parts.prepare, "update": parts.update}
 
 
 def _read(parts: Parts, number: int) -> tuple[Position, str]:

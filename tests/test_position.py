@@ -13,6 +13,7 @@ from test_checkpoints import MODEL, OPTIMIZER, _same_bits, _state
 
 from grpo_jax import config as config_lib
 from grpo_jax import position, sharding
+from grpo_jax.algorithm.rows import Sizes
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.position import Position
 
@@ -36,6 +37,7 @@ def parts(tmp_path, state):
         mesh=sharding.make_mesh(2, 4, 1),
         policy=types.SimpleNamespace(model=MODEL),
         optimizer=OPTIMIZER,
+        sizes={"update": Sizes()},
         checkpoints=checkpoints,
     )
     checkpoints.close()
@@ -102,6 +104,17 @@ def test_the_newest_checkpoint_is_where_the_run_stands(parts, state):
     _save(parts, state, 4, rollout_metrics={"reward": 0.5})
     at = position.newest(parts)
     assert at == Position(step=4, prompts=400, checkpoint=12, rollout_metrics={"reward": 0.5})
+
+
+def test_sizes_of_rows_go_along(parts, state):
+    kept = {"used": [[8, 2, 14, 1, 4]], "wasted": 0.5}
+    parts.sizes["update"].restore(kept)
+    number = jax.device_put(jnp.int32(4 * UPDATES), state.num_updates.sharding)
+    facts = position.facts(parts, Position(step=4))
+    parts.checkpoints.save(state.replace(num_updates=number), facts)
+    parts.sizes["update"].restore(None)
+    assert position.load(parts, position.newest(parts))[1:] == (None, None)
+    assert parts.sizes["update"].as_json() == kept
 
 
 @pytest.mark.parametrize("where", ["params", "opt_state"])

@@ -4,9 +4,9 @@ A row has places for some prompts and for some entries, the tokens of their comp
 computes is what it has places for, so the size that leaves the fewest empty is looked for. Groups
 are spread over rows whole, or in parts where one of many tokens would leave no room beside it; or
 they are poured into row after row, and what a row has no room for goes on in the next. A part costs
-its prompt once more. The program takes any number of rows up to a limit, but another
-size of a row is another program to compile. So a run goes on with the sizes that it has, for as
-long as another one would not have saved about a whole update's work.
+its prompt once more. The program takes any number of rows up to a limit, but another size of a row
+is another program to compile. So a run goes on with the sizes that it has, for as long as another
+one would not have saved the work of two updates.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ import numpy as np
 
 _PARTS = (1, 2, 3, 4, 6, 8)  # of a row's room: the most that completions of a group take together
 _LANE_COST = 1 / 8  # of a place in attention's lanes, where a token of a row costs 1
-_ROW_COST = (
-    1 / 32
-)  # of a row, as a share of the largest one's tokens: weights read, gradients added
+_ROW_COST = 1 / 32  # of any row, in tokens of the largest: weights are read, gradients added
 _ROWS = 4  # that a program takes at the least; what it does not have costs nothing
 _MOST_LANES = 4  # places in lanes for a token of the largest row; more take too much memory
 _ALIKE = 0.02  # sizes of costs that differ by less: the one that comes first is taken
