@@ -466,6 +466,7 @@ def test_an_update_that_is_not_finite_is_refused(experience, where):
 
 def test_an_update_of_metrics_out_of_bounds_is_refused(experience, plain):
     """Refused on the device, or left out on the host: but for its counters the state stays."""
+    plain.sizes.restore(None)  # as it began: what other tests gave it may be packed otherwise
     once, metrics = plain(fresh(), experience, 0)
     kl, once = float(metrics["policy/kl"]), jax.device_get(once)
     moved = float(plain(jax.tree.map(jnp.array, once), experience, 0)[1]["policy/kl"])
