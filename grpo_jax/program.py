@@ -114,6 +114,7 @@ def use_compile_cache(mesh: ConfigDict | None = None, *, traced: bool = False) -
     order, and wait for each other until the process is ended (jaxlib 0.10.2).
     """
     split = mesh is not None and (mesh.fsdp, mesh.sequence, mesh.tensor) != (1, 1, 1)
+    split = split and len(jax.devices()) > 1
     if (traced or split) and jax.default_backend() == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
         return

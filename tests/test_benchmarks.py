@@ -17,6 +17,7 @@ import gpu
 def test_a_piece_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # a process of one device
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     pieces = [("lunch", []), ("step", ["small", "auto", "apart", "both"])]
     found = gpu.run(pieces, tmp_path, tiny=True, minutes=5)
     assert found == json.loads((tmp_path / "gpu.json").read_text())

@@ -11,18 +11,28 @@ from grpo_jax.compiling import Compiling
 
 
 def test_options_of_gpus_are_asked_for_where_xla_has_them(monkeypatch):
-    """A program with an option that is unknown is an error of XLA's."""
+    """A program with an option that is unknown cannot be compiled."""
     mesh = tiny.one_device()
     own = compiling.options(mesh)
+    assert own == {"xla_backend_optimization_level": 1}
     assert compiling.options_of_decoding(mesh) == own
     monkeypatch.setattr(compiling.sharding, "is_gpu", lambda mesh: True)
     merger, split = "xla_gpu_dot_merger_threshold_mb", "xla_gpu_experimental_force_split_k"
     assert compiling.options_of_decoding(mesh) == own | {merger: 0, split: 1}
 
-    assert not compiling._is_known("xla_gpu_there_is_no_such_option")
+    assert not compiling._is_known("xla_gpu_there_is_no_such_option", 1)
 
-    monkeypatch.setattr(compiling, "_is_known", lambda name: name == merger)
+    monkeypatch.setattr(compiling, "_is_known", lambda name, value: name == merger)
     assert compiling.options_of_decoding(mesh) == own | {merger: 0}
+
+
+def test_a_cpu_compiles_more_quickly_where_jax_was_asked_to(quick_compiling):
+    quick = compiling.options(tiny.one_device())
+    assert quick == {
+        "xla_cpu_use_fusion_emitters": False,
+        "xla_cpu_parallel_codegen_split_count": 1,
+    }
+    jax.jit(lambda x: x + 1, compiler_options=quick)(1.0)
 
 
 def test_programs_are_counted_where_they_are_compiled():

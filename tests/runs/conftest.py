@@ -25,6 +25,7 @@ def compile_cache(cache_folder, monkeypatch):
         "jax_compilation_cache_dir",
         "jax_enable_compilation_cache",
         "jax_persistent_cache_min_compile_time_secs",
+        "jax_disable_most_optimizations",
     )
     before = {name: jax.config.values[name] for name in names}
     monkeypatch.setenv("XDG_CACHE_HOME", cache_folder)
@@ -32,6 +33,19 @@ def compile_cache(cache_folder, monkeypatch):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # it goes on writing where it began to
+
+
+@pytest.fixture
+def one_device(compile_cache, monkeypatch):
+    """This process sees one of its devices, and compiles as the processes that are `alone` do.
+
+    So most programs of a run are in the session's folder already, whichever test compiled them.
+    """
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *backend: first)
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

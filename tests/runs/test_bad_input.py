@@ -20,6 +20,7 @@ if __name__ == "__main__":  # pytest has conftest.py for this
     os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
+import jax
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -52,7 +53,7 @@ def make_model(folder: Path) -> Path:
     options = config_lib.load(str(TINY), []).model
     tokenizer = tasks.load("arithmetic").make_tokenizer()
     new = policy.new(options, tokenizer)
-    params = policy.load_params(new, sharding.make_mesh(1, 1, -1), seed=0)
+    params = policy.load_params(new, sharding.make_mesh(devices=jax.devices()[:1]), seed=0)
     hf.save(folder, params, new.model, source=None, dtype="float32", tokenizer=tokenizer)
     return folder
 
@@ -167,7 +168,7 @@ CASES: list[Case] = [
         ("batch.microbatch = 4", "a multiple of 8"),
     ),
     (
-        "rows do not split over the devices",
+        "rows do not split over the mesh",
         lambda tmp, model: ["--config.mesh.data=8", "--config.mesh.tensor=1"],
         ("batch.prompts = 4", "mesh.data * mesh.fsdp = 8", "multiple of 8"),
     ),
@@ -494,14 +495,15 @@ def _assert_clear(status: int | None, message: str, parts: tuple[str, ...]) -> N
 
 
 @pytest.mark.parametrize("case", CASES, ids=[name.replace(" ", "-") for name, _, _ in CASES])
-def test_a_mistake_gets_one_message(case, tmp_path, model, importable, compile_cache):
+def test_a_mistake_gets_one_message(case, tmp_path, model, importable, request):
+    request.getfixturevalue("compile_cache" if "mesh" in case[0] else "one_device")
     start = time.monotonic()
     status, message = refusal(train.main, arguments(case, tmp_path, model))
     _assert_clear(status, message, case[2])
     assert time.monotonic() - start < LIMIT_S
 
 
-def test_a_refused_run_leaves_its_workdir_free(tmp_path, model, importable, compile_cache):
+def test_a_refused_run_leaves_its_workdir_free(tmp_path, model, importable, one_device):
     """The mended command runs in the same folder, though the options differ."""
     base = [
         "--config", str(TINY), "--workdir", str(tmp_path / "run"),

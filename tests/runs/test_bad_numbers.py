@@ -41,7 +41,6 @@ OPTIONS = [
     "--config.checkpoint.export=False",
     "--config.logging.tensorboard=False",
 ]
-MESH = ["--config.mesh.data=2", "--config.mesh.tensor=-1"]
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +56,12 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def runs(tmp_path, model, rewards, monkeypatch, compile_cache):
+def runs(tmp_path, model, rewards, monkeypatch, one_device):
     """A function that runs a job of a name, and gives its folder."""
     monkeypatch.syspath_prepend(rewards)
 
     def run(name: str, *more: str) -> Path:
-        argv = ["--config", str(TINY), "--workdir", str(tmp_path / name), *OPTIONS, *MESH]
+        argv = ["--config", str(TINY), "--workdir", str(tmp_path / name), *OPTIONS]
         status, message = refusal(train.main, [*argv, f"--config.model.path={model}", *more])
         assert status is None, message
         return tmp_path / name
@@ -152,7 +151,7 @@ CLIMBING = [
     "--config.checkpoint.keep=1",
     "--config.evaluation.num_problems=0",
 ]
-STOPS = (5, 12, 9)  # after so many updates, 4 to a step, each time in a new process
+STOPS = (5, 12, 9)  # after so many updates, 4 to a step; after the first in a new process
 
 
 @pytest.mark.slow
@@ -168,7 +167,7 @@ def test_a_stopped_run_rolls_back_as_the_whole_one(tmp_path, alone, model, ahead
 
     stopped = [job("stopped", of="update", after=after) for after in STOPS]
     ends = []
-    for jobs in ([job("whole"), stopped[0]], [stopped[1]], [stopped[2]], [job("stopped")]):
+    for jobs in ([job("whole"), stopped[0]], [*stopped[1:], job("stopped")]):
         done = subprocess.run(
             [sys.executable, str(HERE / "drive.py"), json.dumps(jobs)],
             env=alone | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},

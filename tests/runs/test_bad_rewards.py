@@ -45,7 +45,7 @@ def importable(tmp_path, monkeypatch):
     sys.modules.pop("awful_rewards", None)
 
 
-def test_a_run_survives_its_rewards(tmp_path, importable, compile_cache):
+def test_a_run_survives_its_rewards(tmp_path, importable, one_device):
     model = make_model(tmp_path / "model")
     names = [f"awful_rewards:{name}" for name in (*NAMES, "how_many")]
     folder = tmp_path / "run"
@@ -56,7 +56,6 @@ def test_a_run_survives_its_rewards(tmp_path, importable, compile_cache):
             f"--config.rewards.names={names}", "--config.rewards.weights=[1,1,1,1,0]",
             "--config.rewards.time_limit_s=0.5", "--config.rewards.num_workers=2",
             "--config.loop.num_steps=3", "--config.evaluation.num_problems=0",
-            "--config.mesh.data=1", "--config.mesh.tensor=-1",
         ],
     )  # fmt: skip
     assert status is None, message

@@ -32,7 +32,7 @@ def model(tmp_path_factory):
 
 
 def _argv(folder, *more: str) -> list[str]:
-    return ["--config", str(TINY), "--workdir", str(folder), *MESH, *more]
+    return ["--config", str(TINY), "--workdir", str(folder), *more]
 
 
 def _refused(folder, *more: str) -> str:
@@ -56,7 +56,7 @@ def test_what_a_run_leaves(tmp_path, compile_cache, cache_folder, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", secret)
     options = ["--config.evaluation.num_samples=2", "--config.profile.steps=(3,3)"]
     with audit.writes() as written:
-        rows = _runs(folder, *options)
+        rows = _runs(folder, *MESH, *options)
     assert not audit.outside(written, folder, Path(cache_folder))
     assert str(folder / "config.json.new") in written and not list(elsewhere.iterdir())
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -165,7 +165,7 @@ def _check_export(folder):
     np.testing.assert_allclose(found, expected[: len(ids) - 1], atol=1e-4)
 
 
-def test_the_device_has_work_while_metrics_are_read(tmp_path, model, monkeypatch, compile_cache):
+def test_the_device_has_work_while_metrics_are_read(tmp_path, model, monkeypatch, one_device):
     """Those of an update once the next is under way, those of a step's last while it samples on."""
     events = []
 
@@ -198,11 +198,11 @@ def test_the_device_has_work_while_metrics_are_read(tmp_path, model, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_debugging_run(tmp_path, model, compile_cache):
+def test_a_debugging_run(tmp_path, model, one_device):
     """configs/debug_gpu.py, shorter: it checks for NaN, and shows what each step did."""
     debug = TINY.parents[2] / "configs" / "debug_gpu.py"
     options = ["sft.num_steps=0", "loop.num_steps=2", "evaluation.num_problems=0"]
-    options += [f"model.path={model}", "mesh.tensor=-1", "compile_cache=True"]
+    options += [f"model.path={model}", "compile_cache=True"]
     options += ["algorithm.kl_coef=0", "rollout.max_tokens=8", "batch.group=2"]  # fewer programs
     argv = ["--config", str(debug), "--workdir", str(tmp_path / "run")]
     try:
@@ -234,7 +234,7 @@ def _poisoned(bad_steps: set[int]):
     return call
 
 
-def test_a_bad_update_is_skipped_and_counted(tmp_path, model, monkeypatch, compile_cache):
+def test_a_bad_update_is_skipped_and_counted(tmp_path, model, monkeypatch, one_device):
     """Rollout 0 is poisoned: its 4 updates are refused, and those of rollout 1 are not."""
     monkeypatch.setattr(loop, "_prepare", _poisoned({0}))
     path = f"--config.model.path={model}"
@@ -247,7 +247,7 @@ def test_a_bad_update_is_skipped_and_counted(tmp_path, model, monkeypatch, compi
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["skipped_updates"] == 4
 
 
-def test_a_run_of_bad_updates_ends(tmp_path, model, monkeypatch, compile_cache):
+def test_a_run_of_bad_updates_ends(tmp_path, model, monkeypatch, one_device):
     monkeypatch.setattr(loop, "_prepare", _poisoned(set(range(1, 100))))
     path = f"--config.model.path={model}"
     more = [*TWO_STEPS, "--config.loop.num_steps=9", "--config.checkpoint.every_steps=1"]
@@ -269,7 +269,7 @@ def shortness(prompts, completions, wish, **columns):
 """
 
 
-def test_a_problem_file_and_a_reward_of_ones_own(tmp_path, model, monkeypatch, compile_cache):
+def test_a_problem_file_and_a_reward_of_ones_own(tmp_path, model, monkeypatch, one_device):
     (tmp_path / "own_reward.py").write_text(REWARD)
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("train", "eval"):
@@ -289,7 +289,7 @@ def test_a_problem_file_and_a_reward_of_ones_own(tmp_path, model, monkeypatch, c
     assert json.loads(items.splitlines()[5])["prompt"] == "5+4="
 
 
-def test_bfloat16(tmp_path, model, compile_cache):
+def test_bfloat16(tmp_path, model, one_device):
     """Weights stay float32; sampler and scorer agree as far as bfloat16 does."""
     more = [f"--config.model.path={model}", "--config.model.dtype=bfloat16", *TWO_STEPS]
     rows = _runs(tmp_path / "run", *more)
@@ -302,7 +302,7 @@ def test_bfloat16(tmp_path, model, compile_cache):
     assert summary["accuracy_before"] is None  # no evaluation at all
 
 
-def test_checkpoints_may_lie_elsewhere(tmp_path, model, compile_cache):
+def test_checkpoints_may_lie_elsewhere(tmp_path, model, one_device):
     """A run without its workdir, as a new machine is, goes on from them; another run does not."""
     kept = tmp_path / "kept"
     more = [

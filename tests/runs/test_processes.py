@@ -34,6 +34,7 @@ OPTIONS = [
     "--config.sft.warmup_steps=0",
     "--config.checkpoint.every_steps=1",
     "--config.logging.tensorboard=False",
+    "--config.rollout.compact=False",
 ]
 # A reward that can be slowed down without changing the config, so that a run lasts.
 SLOW = """
@@ -158,15 +159,15 @@ def test_a_signal_to_one_stops_all_and_four_go_on(one, tmp_path, environment):
     assert run.status() == 75, run.output
     stopped = re.search(r"^\[0\] Stopped by SIGTERM at step (\d)", run.output, re.M)
     assert stopped and 1 <= int(stopped[1]) < STEPS, run.output
-    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.rollout.compact=False"]
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
     then = Launched(4, run.folder, *more, *mesh, environment=environment)
     assert then.status() == 0 and "Continuing" in then.output, then.output
     assert differences_beyond(1e-5, one, run.folder) == []
 
 
 @pytest.mark.slow
-def test_one_and_two_processes_go_on_where_four_stopped(one, tmp_path, environment):
-    """Four of two devices each; then eight devices of one, and of two processes one each."""
+def test_one_process_and_two_go_on_where_two_of_four_devices_stopped(one, tmp_path, environment):
+    """Then eight devices of one, and of two processes one each."""
     more = [
         f"--config.model.path={one / 'bootstrap' / 'export'}",
         "--config.evaluation.num_problems=0",
@@ -174,7 +175,7 @@ def test_one_and_two_processes_go_on_where_four_stopped(one, tmp_path, environme
     ]
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=4"]
     slowly = environment | {"SLEEP_S": "0.5"}
-    run = Launched(4, tmp_path / "four", *more, *mesh, environment=slowly, devices=2)
+    run = Launched(2, tmp_path / "eight", *more, *mesh, environment=slowly, devices=4)
     run.wait_until(lambda: run.has_step(1))
     os.kill(run.pid(0), signal.SIGTERM)
     assert run.status() == 75, run.output

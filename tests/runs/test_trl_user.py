@@ -94,14 +94,13 @@ def _train(tmp_path, chat_model, dataset, names):
             f"--config.rewards.names={list(names)}",
             f"--config.rewards.weights={[1.0] * len(names)}",
             "--config.loop.num_steps=2", "--config.rewards.time_limit_s=120",
-            "--config.mesh.data=1", "--config.mesh.tensor=-1",
         ],
     )  # fmt: skip
     assert status is None, message
     return list(read_jsonl(folder / "metrics.jsonl")), folder
 
 
-def test_own_rewards(tmp_path, chat_model, dataset, monkeypatch, compile_cache):
+def test_own_rewards(tmp_path, chat_model, dataset, monkeypatch, one_device):
     (tmp_path / "user_rewards.py").write_text(REWARDS)
     monkeypatch.syspath_prepend(tmp_path)
     names = [f"user_rewards:{name}" for name in OWN]
@@ -120,7 +119,7 @@ def test_own_rewards(tmp_path, chat_model, dataset, monkeypatch, compile_cache):
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="needs trl")
-def test_the_rewards_that_trl_ships(tmp_path, chat_model, dataset, compile_cache):
+def test_the_rewards_that_trl_ships(tmp_path, chat_model, dataset, one_device):
     rows, _ = _train(tmp_path, chat_model, dataset, SHIPPED)
     for row in rows:
         assert not any(value for key, value in row.items() if key.startswith("rewards/failed"))
