@@ -110,7 +110,7 @@ def use_compile_cache(mesh: ConfigDict | None = None, *, traced: bool = False) -
 
     Not on a CPU for a run that is to be `traced`: of a program that was kept, a trace does not tell
     which part of the network an operation is of. Nor where the config's `mesh` splits the network
-    over its devices: in such a program that was kept, devices may come to meetings in another
+    over several devices: in such a program that was kept, devices may come to meetings in another
     order, and wait for each other until the process is ended (jaxlib 0.10.2).
     """
     split = mesh is not None and (mesh.fsdp, mesh.sequence, mesh.tensor) != (1, 1, 1)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from grpo_jax import config, program, workdir
@@ -83,18 +84,23 @@ def test_jaxs_own_variables_say_where_programs_are_kept(variables, folder, secon
 
 
 @pytest.mark.parametrize(
-    ("axis", "traced", "kept"),
+    ("axis", "size", "traced", "kept"),
     [
-        ("data", False, True),
-        ("data", True, False),
-        ("fsdp", False, False),
-        ("sequence", False, False),
-        ("tensor", False, False),
+        ("data", 2, False, True),
+        ("data", 2, True, False),
+        ("fsdp", 2, False, False),
+        ("sequence", 2, False, False),
+        ("tensor", 2, False, False),
+        ("tensor", -1, False, False),
+        ("tensor", -1, False, "with one device"),
     ],
 )
-def test_what_a_cpu_does_not_keep(axis, traced, kept, monkeypatch):
+def test_what_a_cpu_does_not_keep(axis, size, traced, kept, monkeypatch):
     mesh, updated = config.default().mesh, {}
-    mesh[axis] = 2
+    mesh[axis] = size
+    if kept == "with one device":
+        first, kept = jax.devices()[:1], True
+        monkeypatch.setattr(program.jax, "devices", lambda: first)
     monkeypatch.setattr(program.jax.config, "update", updated.__setitem__)
     program.use_compile_cache(mesh, traced=traced)
     assert ("jax_compilation_cache_dir" in updated) == kept
