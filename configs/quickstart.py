@@ -1,4 +1,4 @@
-"""A reasoner from nothing, on a laptop CPU in four to five minutes, with no download.
+"""A reasoner from nothing, on a laptop CPU in about four minutes, with no download.
 
     python -m grpo_jax.train --config configs/quickstart.py
 
