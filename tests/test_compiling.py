@@ -26,13 +26,15 @@ def test_options_of_gpus_are_asked_for_where_xla_has_them(monkeypatch):
     assert compiling.options_of_decoding(mesh) == own | {merger: 0}
 
 
-def test_a_cpu_compiles_more_quickly_where_jax_was_asked_to(quick_compiling):
+def test_a_cpu_compiles_more_quickly_where_jax_was_asked_to(quick_compiling, monkeypatch):
     quick = compiling.options(tiny.one_device())
-    assert quick == {
-        "xla_cpu_use_fusion_emitters": False,
-        "xla_cpu_parallel_codegen_split_count": 1,
-    }
     jax.jit(lambda x: x + 1, compiler_options=quick)(1.0)
+    assert quick["xla_cpu_parallel_codegen_split_count"] == 1
+    emitters = "xla_cpu_use_fusion_emitters"  # jaxlib 0.11.2 has no such option any more
+    assert quick.get(emitters, False) is False
+
+    monkeypatch.setattr(compiling, "_is_known", lambda name, value: name == emitters)
+    assert compiling.options(tiny.one_device()) == {emitters: False}
 
 
 def test_programs_are_counted_where_they_are_compiled():
