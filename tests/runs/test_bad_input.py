@@ -496,6 +496,7 @@ def _assert_clear(status: int | None, message: str, parts: tuple[str, ...]) -> N
 
 @pytest.mark.parametrize("case", CASES, ids=[name.replace(" ", "-") for name, _, _ in CASES])
 def test_a_mistake_gets_one_message(case, tmp_path, model, importable, request):
+    # What is wrong with a mesh shows where there are devices to split over.
     request.getfixturevalue("compile_cache" if "mesh" in case[0] else "one_device")
     start = time.monotonic()
     status, message = refusal(train.main, arguments(case, tmp_path, model))
@@ -507,8 +508,8 @@ def test_a_refused_run_leaves_its_workdir_free(tmp_path, model, importable, one_
     """The mended command runs in the same folder, though the options differ."""
     base = [
         "--config", str(TINY), "--workdir", str(tmp_path / "run"),
-        "--config.mesh.data=1", "--config.mesh.tensor=-1", f"--config.model.path={model}",
-        "--config.loop.num_steps=1", "--config.evaluation.num_problems=0",
+        f"--config.model.path={model}", "--config.loop.num_steps=1",
+        "--config.evaluation.num_problems=0",
     ]  # fmt: skip
     status, message = refusal(train.main, [*base, "--config.data.max_prompt_tokens=4"])
     _assert_clear(status, message, ("data.max_prompt_tokens = 4",))

@@ -21,8 +21,6 @@ from test_bad_input import TINY, make_model, refusal
 from grpo_jax import loop, position, train
 from grpo_jax.guards import Guards
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 REWARD = """
 import os
 
