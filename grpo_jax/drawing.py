@@ -119,5 +119,7 @@ def _begin(parts: Parts, at: Position, step: int) -> tuple[evaluation.Questions,
         "max_steps": config.loop.num_steps,
         "epoch": draw * config.batch.prompts / num_problems,
     }
-    judge = Judge(parts.rewards, parts.policy, questions.problems, config.batch.group, seen)
+    judge = Judge(
+        parts.rewards, parts.policy, questions.problems, questions.texts, config.batch.group, seen
+    )
     return questions, judge

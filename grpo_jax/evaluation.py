@@ -89,7 +89,7 @@ def answer(
     `params` come from `engine.publish`. A completion is right when the first reward gives it 1.
     `on_answer` is called whenever a question has all its completions.
     """
-    judge = Judge(pool, policy, questions.problems, num_samples)
+    judge = Judge(pool, policy, questions.problems, questions.texts, num_samples)
 
     def take(number: int, completions: list[list[int]]) -> None:
         judge.add(number, completions)

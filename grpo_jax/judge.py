@@ -25,11 +25,16 @@ class Judge:
         pool: Pool,
         policy: Policy,
         problems: list[Problem],
+        prompt_texts: list[str],
         group: int,
         trainer_state: dict[str, Any] | None = None,
     ):
-        """`trainer_state`: what reward functions see of the run under that name."""
+        """`prompt_texts`: the problems' prompts as the model reads them, chat template included.
+
+        `trainer_state`: what reward functions see of the run under that name.
+        """
         self._pool, self._policy, self._problems = pool, policy, problems
+        self._prompt_texts = prompt_texts
         self._group, self._trainer_state = group, trainer_state
         self._tickets: dict[int, Ticket] = {}
         self._texts: dict[int, list[str]] = {}
@@ -44,6 +49,7 @@ class Judge:
             [as_reply(problem, text) for text in texts],
             {name: [value] * len(texts) for name, value in problem.columns.items()},
             completion_ids=completions,
+            rendered_prompts=[self._prompt_texts[number]] * len(texts),
             group=self._group,
             trainer_state=self._trainer_state,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from rich.table import Table
 from grpo_jax import config as config_lib
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import parts, program
+from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data.problems import Problem
 from grpo_jax.judge import as_reply
 from grpo_jax.messages import shown
@@ -114,17 +116,44 @@ def _file(path: str, num_problems: int) -> list[str]:
 
 def _token_ids(config: ConfigDict, rewards, texts: list[str]) -> list[list[int]] | None:
     """Of the completions, with the tokenizer of `model.path`, if a reward reads them."""
-    if not reward_lib.needs_token_ids(rewards) or not config.model.path:
+    if not reward_lib.reads(rewards, "completion_ids") or not config.model.path:
         return None
     tokenizer = hf.load_tokenizer(hf.resolve(config.model.path))
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def _rendered(config: ConfigDict, rewards, problems: list[Problem]) -> list[str] | None:
+    """The prompts as the model of `model.path` reads them, if a reward asks for them.
+
+    None where that model is not at hand, or its chat template does not take the prompts: scoring
+    needs no model, but only the rendered prompt tells whether it leaves thinking open.
+    """
+    if not reward_lib.reads(rewards, "rendered_prompts"):
+        return None
+    if all(isinstance(p.prompt, str) for p in problems):
+        return [p.prompt for p in problems]
+    folder = hf.at_hand(config.model.path)
+    if folder is None:
+        return None
+    tokenizer = hf.load_tokenizer(folder)
+    try:
+        encoded = prompts_lib.encode(problems, tokenizer, sys.maxsize)
+    except ValueError as error:
+        metrics_lib.say(f"The rewards do not see the prompts as the model reads them: {error}")
+        return None
+    return [tokenizer.decode(ids) for ids in encoded.prompt_ids]
 
 
 # --- What comes of it -----------------------------------------------------------------------------
 
 
 def _score(
-    pool: Pool, problems: list[Problem], texts: list[str], ids: list | None, batch: int
+    pool: Pool,
+    problems: list[Problem],
+    texts: list[str],
+    ids: list | None,
+    rendered: list[str] | None,
+    batch: int,
 ) -> tuple[Scores, float]:
     """The scores, and the seconds that they took once the workers were there."""
     pool.wait_ready()
@@ -134,6 +163,7 @@ def _score(
         [as_reply(p, text) for p, text in zip(problems, texts)],
         {name: [p.columns[name] for p in problems] for name in problems[0].columns},
         completion_ids=ids,
+        rendered_prompts=rendered,
         group=batch,
     )
     metrics_lib.show_progress("scoring", ticket.progress)
@@ -210,8 +240,9 @@ def main(argv: list[str]) -> None:
         texts = _column(problems, args.completion_column)
     reward_lib.refuse_columns(rewards, problems)
     ids = _token_ids(config, rewards, texts)
+    rendered = _rendered(config, rewards, problems)
     with parts.start_rewards(config, rewards, device_is_busy=False) as pool:
-        scores, seconds = _score(pool, problems, texts, ids, args.batch)
+        scores, seconds = _score(pool, problems, texts, ids, rendered, args.batch)
     found = figures(scores, seconds)
     _show(args, problems, texts, scores, found)
     for path, text in (

@@ -31,11 +31,15 @@ def seen(prompts, completions, completion_ids, level, trainer_state, **columns):
     return [v + trainer_state.global_step for v in values]
 
 
+def rendered(prompts, completions, rendered_prompts, **columns):
+    return [float(text.endswith("<think>\n")) for text in rendered_prompts]
+
+
 def test_groups_may_finish_in_any_order():
     problems = [Problem("p", {"level": 10}), Problem(CHAT, {"level": 20})]
     with Pool(load(("test_judge:seen",), (1.0,))) as pool:
         state = {"global_step": 100, "max_steps": 9, "epoch": 0.0}
-        judge = Judge(pool, _Policy(), problems, 2, state)
+        judge = Judge(pool, _Policy(), problems, ["p", "chat"], 2, state)
         judge.add(1, [[0, 1, 3], [3]])
         judge.add(0, [[2, 3], [0, 0, 0, 0]])
         got = judge.scores()
@@ -43,9 +47,19 @@ def test_groups_may_finish_in_any_order():
     np.testing.assert_array_equal(got.reward_B, [112, 114, 123.5, 121.5])
 
 
+def test_rewards_see_the_prompts_as_the_model_reads_them():
+    problems = [Problem(CHAT, {"level": 0}), Problem(CHAT, {"level": 0})]
+    texts = ["[user] hi [assistant]\n", "[user] hi [assistant]<think>\n"]
+    with Pool(load(("test_judge:rendered",), (1.0,))) as pool:
+        judge = Judge(pool, _Policy(), problems, texts, 2)
+        judge.add(1, [[3], [3]])
+        judge.add(0, [[3], [3]])
+        assert judge.scores().reward_B.tolist() == [0, 0, 1, 1]
+
+
 def test_a_group_that_is_missing_is_noticed():
     with Pool(load(("test_judge:seen",), (1.0,))) as pool:
-        judge = Judge(pool, _Policy(), [Problem("p", {"level": 1})], 1)
+        judge = Judge(pool, _Policy(), [Problem("p", {"level": 1})], ["p"], 1)
         with pytest.raises(AssertionError, match="did not finish"):
             judge.scores()
 

@@ -77,6 +77,17 @@ def resolve(path: str) -> Path:
     return Path(found)
 
 
+def at_hand(path: str) -> Path | None:
+    """The folder of a model that `resolve` would give without the hub; None where it cannot."""
+    folder = Path(path).expanduser()
+    if not path or folder.is_dir():
+        return folder if path else None
+    try:
+        return Path(huggingface_hub.snapshot_download(path, local_files_only=True))
+    except (ValueError, OSError):  # the hub library's errors of names and of what is not cached
+        return None
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.exists():
         raise ValueError(f"{file}: there is no such file.")

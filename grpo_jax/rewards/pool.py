@@ -207,6 +207,7 @@ class Pool:
         columns: dict[str, list],
         *,
         completion_ids: list[list[int]] | None = None,
+        rendered_prompts: list[str] | None = None,
         group: int = 1,
         trainer_state: dict[str, Any] | None = None,
     ) -> Ticket:
@@ -231,6 +232,7 @@ class Pool:
                     None if completion_ids is None else completion_ids[pick],
                     {name: values[pick] for name, values in columns.items()},
                     state,
+                    None if rendered_prompts is None else rendered_prompts[pick],
                 )
                 tasks.append(_Task(call, ticket, part))
         with self._lock:

@@ -5,6 +5,7 @@ completion: `f(prompts, completions, **columns) -> list[float | None]`. `columns
 columns of the problems; None says that the function has no opinion on a row. Where a prompt is a
 list of chat messages, its completion is one too. Besides the columns there are
 
+    rendered_prompts        each prompt as the model read it: a text, chat template included
     completion_ids          token ids of each completion, stop token included
     max_completion_tokens   the run's limit, tokens
     trainer_state           with `global_step` (rollouts done), `max_steps` and `epoch`
@@ -46,6 +47,7 @@ BUILT_IN: dict[str, str] = {
 GIVEN = (
     "prompts",
     "completions",
+    "rendered_prompts",
     "completion_ids",
     "max_completion_tokens",
     "trainer_state",
@@ -190,9 +192,9 @@ def _needed(found: Callable) -> list[str]:
     ]
 
 
-def needs_token_ids(rewards: Sequence[Reward]) -> bool:
-    """Whether a reward reads the completions' token ids."""
-    return any("completion_ids" in inspect.signature(function(r.spec)).parameters for r in rewards)
+def reads(rewards: Sequence[Reward], name: str) -> bool:
+    """Whether a reward function names this argument."""
+    return any(name in inspect.signature(function(r.spec)).parameters for r in rewards)
 
 
 def refuse_columns(rewards: Sequence[Reward], problems: Sequence[Any]) -> None:

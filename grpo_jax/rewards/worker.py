@@ -51,6 +51,7 @@ class Call:
     completion_ids: list[list[int]] | None
     columns: dict[str, list]
     trainer_state: dict[str, Any]
+    rendered_prompts: list[str] | None = None
 
     def row(self, i: int) -> Call:
         """The same for one completion alone."""
@@ -60,6 +61,7 @@ class Call:
             completions=[self.completions[i]],
             completion_ids=None if self.completion_ids is None else [self.completion_ids[i]],
             columns={name: [values[i]] for name, values in self.columns.items()},
+            rendered_prompts=None if self.rendered_prompts is None else [self.rendered_prompts[i]],
         )
 
 
@@ -104,6 +106,8 @@ def answer(found: Callable, name: str, call: Call, max_completion_tokens: int) -
     }
     if call.completion_ids is not None:
         given["completion_ids"] = call.completion_ids
+    if call.rendered_prompts is not None:
+        given["rendered_prompts"] = list(call.rendered_prompts)
     began = time.monotonic()
     try:
         values = found(**{n: given[n] for n in reward_lib.accepted(found, given)})

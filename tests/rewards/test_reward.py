@@ -87,9 +87,11 @@ def test_a_function_is_given_what_it_takes():
     assert accepted("only_named") == {"completions", "answer", "trainer_state"}
 
 
-def test_token_ids_are_needed_where_they_are_named():
-    assert reward_lib.needs_token_ids(load(("odd_rewards:num_tokens",), (1.0,)))
-    assert not reward_lib.needs_token_ids(load(("exact_answer",), (1.0,)))
+def test_arguments_are_read_where_they_are_named():
+    rewards = load(("odd_rewards:num_tokens",), (1.0,))
+    assert reward_lib.reads(rewards, "completion_ids")
+    assert not reward_lib.reads(rewards, "rendered_prompts")  # nor by **columns
+    assert not reward_lib.reads(load(("exact_answer",), (1.0,)), "completion_ids")
 
 
 def test_a_missing_column_is_named_with_its_file():

@@ -1,5 +1,6 @@
 """One call of a reward function, whatever it gives back."""
 
+import dataclasses
 import decimal
 import math
 
@@ -107,4 +108,6 @@ def test_a_metric_of_a_name_that_is_none_is_refused():
 def test_one_row_of_a_call():
     whole = call(("a", "bb"), [[1], [2, 3]], answer=[4, 5])
     assert whole.row(1) == Call(0, ["p"], ["bb"], [[2, 3]], {"answer": [5]}, STATE)
-    assert call().row(0).completion_ids is None
+    assert call().row(0).completion_ids is None and call().row(0).rendered_prompts is None
+    rendered = dataclasses.replace(whole, rendered_prompts=["<s>p", "<s>q"])
+    assert rendered.row(1).rendered_prompts == ["<s>q"]
