@@ -40,7 +40,7 @@ class NotSaved(ValueError):  # noqa: N818
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep`, and besides them the most accurate.
+    """The checkpoints of one run: the newest `keep`, and besides them the one of best quality.
 
     Of several processes each writes and reads its own parts of the arrays, and every one must make
     each call. A save that fails, as for a full disk, is told, and what it wrote is deleted; those
@@ -64,10 +64,10 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        accuracy = lambda metrics: metrics["accuracy"]  # noqa: E731
+        quality = lambda metrics: metrics["quality"]  # noqa: E731
         kept = [
             LatestN(n=self._keep),
-            BestN(get_metric_fn=accuracy, n=1, keep_checkpoints_without_metrics=False),
+            BestN(get_metric_fn=quality, n=1, keep_checkpoints_without_metrics=False),
         ]
         if self._due_every:
             kept.append(EveryNSteps(interval_steps=self._due_every, max_to_keep=2))
@@ -101,12 +101,12 @@ class Checkpoints:
         *,
         experience: Experience | None = None,
         ahead: Rollouts | None = None,
-        accuracy: float | None = None,
+        quality: float | None = None,
     ) -> None:
         """Starts writing; returns as soon as the values are copied off the device.
 
-        It waits for the save before. `accuracy`: held-out accuracy of these very parameters, where
-        it was measured.
+        It waits for the save before. `quality`: held-out accuracy of these very parameters, or
+        their held-out reward where no reward tells right from wrong, if it was measured.
         """
         self.wait()
         number, self._fault = int(state.num_updates), ""
@@ -117,7 +117,7 @@ class Checkpoints:
             items["experience"] = ocp.args.StandardSave(experience)
         if ahead is not None:
             items["ahead"] = ocp.args.StandardSave(ahead)
-        metrics = None if accuracy is None else {"accuracy": accuracy}
+        metrics = None if quality is None else {"quality": quality}
         self._saving = number
         self._num_bytes = sum(x.nbytes for x in jax.tree.leaves((state, experience, ahead)))
         try:

@@ -68,6 +68,9 @@ def default() -> ConfigDict:
     c.rewards = ConfigDict()
     c.rewards.names = ("exact_answer",)  # built-in or "module:function", or NAME(argument=value)
     c.rewards.weights = (1.0,)  # one per name; the reward is the weighted sum
+    # The reward that gives 1 for right and 0 for wrong, which accuracy, pass@k and maj@k read. "":
+    # the first built-in one that does; without such there is no accuracy
+    c.rewards.accuracy = ""
     c.rewards.num_workers = 0  # processes that compute rewards; 0: half of the CPUs, at most 16
     c.rewards.time_limit_s = 10.0  # of a reward for one completion; a process that hangs is killed
     c.rewards.memory_gb = 4.0  # memory limit of each process, GiB; 0: none
@@ -156,7 +159,7 @@ def default() -> ConfigDict:
     c.hosts.lost_limit_s = 100.0  # without a sign of life of one, after which all end
 
     c.evaluation = ConfigDict()
-    c.evaluation.every_steps = 0  # greedy accuracy on held-out problems; 0: at start and end only
+    c.evaluation.every_steps = 0  # greedy, on held-out problems; 0: at start and end only
     c.evaluation.num_problems = 512  # at most; 0: no evaluation at all
     c.evaluation.num_samples = 0  # per problem, for pass@k and maj@k at start and end; 0: none
     c.evaluation.temperature = 1.0  # of those samples
@@ -165,7 +168,7 @@ def default() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.folder = ""  # where they are kept, gs://BUCKET/PATH too; "": in the workdir
     c.checkpoint.every_steps = 50  # 0: at the end only
-    c.checkpoint.keep = 2  # the newest this many, and besides them the one of best accuracy
+    c.checkpoint.keep = 2  # the newest this many, and besides them the one that did best held out
     # Seconds after its start at which the program saves and ends, as before the end of a queue's
     # time; leave some for a rollout, an update and the save. 0: never
     c.checkpoint.save_before_s = 0.0
@@ -257,6 +260,7 @@ _FREE = (
     "model.layers "
     "optim.offload model.offload_reference guards. sft.checkpoint_every_steps "
     "rewards.num_workers rewards.time_limit_s rewards.memory_gb rewards.max_failed_share "
+    "rewards.accuracy "
     "loop.stall_limit_s hosts. batch.memory_limit_gib rollout.attention"
 ).split()
 

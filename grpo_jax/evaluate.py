@@ -38,7 +38,6 @@ from grpo_jax.data.problems import Problem
 from grpo_jax.estimates import Estimate, Tally
 from grpo_jax.judge import Complaints
 from grpo_jax.metrics import Progress, console, print_title, say
-from grpo_jax.rewards import reward as reward_lib
 from grpo_jax.rewards.pool import Pool
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
@@ -217,8 +216,8 @@ def _evaluate(
                 policy,
                 questions,
                 pool,
-                num_samples=num_samples or 1,
-                temperature=args.temperature if num_samples else 0.0,
+                num_samples=num_samples,
+                temperature=args.temperature,
                 key=keys.key_for(args.seed, "evaluate"),
                 on_answer=counter.add,
             )
@@ -269,17 +268,18 @@ def _powers(n: int) -> list[int]:
 def _cell(metric: str, estimate: Estimate, *, signed: bool = False) -> str:
     if math.isnan(estimate.value):
         return "-"
-    scale = 1 if metric in (*_POINTS, *_TOKENS) else 100
-    sign = "+" if signed else ""
+    is_reward = metric.split("/")[0] == "reward"
+    scale = 1 if is_reward or metric in (*_POINTS, *_TOKENS) else 100
+    form = "+" * signed + (".3f" if is_reward else ".1f")
     value, low, high = (
-        f"{scale * x:{sign}.1f}" for x in (estimate.value, estimate.low, estimate.high)
+        f"{scale * x:{form}}" for x in (estimate.value, estimate.low, estimate.high)
     )
     unit = " %" if scale == 100 and not signed else ""
     return f"{value}{unit} [{low}, {high}]"
 
 
 def _table(names: list[str], metrics: list[dict[str, Estimate]], differences: list[dict]) -> Table:
-    """One row per metric, one column per model; accuracies also as differences to the first."""
+    """One row per metric, one column per model; accuracy and reward also as differences."""
     table = Table()
     table.add_column("")
     for name in names:
@@ -289,9 +289,9 @@ def _table(names: list[str], metrics: list[dict[str, Estimate]], differences: li
             table.add_section()
         label = metric.replace("_", " ") + (", tokens" if metric in _TOKENS else "")
         table.add_row(label, *(Text(_cell(metric, m[metric])) for m in metrics))
-        if differences and (metric == "accuracy" or metric.startswith("mean@")):
+        if differences and (metric in ("accuracy", "reward") or metric.startswith("mean@")):
             cells = [Text(_cell(metric, d[metric], signed=True)) for d in differences]
-            label = f"  difference to {names[0]}, points"
+            label = f"  difference to {names[0]}" + ", points" * (metric != "reward")
             table.add_row(Text(label, style="dim", overflow="fold"), "", *cells)
     return table
 
@@ -336,7 +336,8 @@ def main(argv: list[str]) -> None:
     if config.compile_cache:
         program.use_compile_cache(config.mesh)
     mesh = sharding.make_mesh(**config.mesh)
-    rewards = reward_lib.load(config.rewards.names, config.rewards.weights)
+    rewards = parts_lib.load_rewards(config)
+    evaluation.refuse_samples(rewards, args.num_samples, "--num_samples")
     problems = parts_lib.answerable(config, rewards, _problems(args, config))
     _references(config, problems)  # it may refuse
     questions = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from grpo_jax.rewards import score as score_lib
 from grpo_jax.rewards.answers import extract_answer
 from grpo_jax.rewards.exact import same_answer
 from grpo_jax.rewards.pool import Pool
+from grpo_jax.rewards.reward import Reward
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Array, Params
 from grpo_jax.workdir import write_whole
@@ -50,7 +51,8 @@ class Answered:
     completions: list[str]
     scores: score_lib.Scores
     answers: list[str | None]  # as extracted; None where there is none
-    correct_PG: np.ndarray  # bool: the first reward is 1
+    correct_PG: np.ndarray | None  # bool: right, as `Pool.accuracy` has it; None: no reward says so
+    judged_PG: np.ndarray | None  # bool: completions to which that reward applies
     length_PG: np.ndarray  # int32: tokens, stop token included
     stopped_PG: np.ndarray  # bool: ended by a stop token
 
@@ -84,12 +86,12 @@ def answer(
     key: Array,
     on_answer: Callable[[], None] = lambda: None,
 ) -> Answered:
-    """`num_samples` completions of every question with their rewards.
+    """`num_samples` completions of every question with their rewards; 0: a greedy one.
 
-    `params` come from `engine.publish`. A completion is right when the first reward gives it 1.
-    `on_answer` is called whenever a question has all its completions.
+    `params` come from `engine.publish`; `temperature` is that of samples. `on_answer` is
+    called whenever a question has all its completions.
     """
-    judge = Judge(pool, policy, questions.problems, questions.texts, num_samples)
+    judge = Judge(pool, policy, questions.problems, questions.texts, num_samples or 1)
 
     def take(number: int, completions: list[list[int]]) -> None:
         judge.add(number, completions)
@@ -99,18 +101,20 @@ def answer(
         rollouts = engine.generate(
             params,
             questions.prompt_ids,
-            group=num_samples,
+            group=num_samples or 1,
             key=key,
-            temperature=temperature,
+            temperature=temperature if num_samples else 0.0,
             on_group=take,
         )
     scores, texts = judge.scores(), judge.texts()
+    shape, verdict = rollouts.length_PG.shape, pool.accuracy
     return Answered(
         questions=questions,
         completions=texts,
         scores=scores,
         answers=[extract_answer(text) for text in texts],
-        correct_PG=scores.correct(pool.names[0]).reshape(rollouts.length_PG.shape),
+        correct_PG=None if verdict is None else scores.correct(verdict).reshape(shape),
+        judged_PG=None if verdict is None else scores.judged(verdict).reshape(shape),
         length_PG=rollouts.length_PG,
         stopped_PG=rollouts.stopped_PG,
     )
@@ -121,8 +125,14 @@ def greedy_tallies(answered: Answered, max_tokens: int) -> dict[str, Tally]:
     length_PG, stopped_PG = answered.length_PG, answered.stopped_PG
     found_PG = np.array([a is not None for a in answered.answers]).reshape(length_PG.shape)
     limit = float(max_tokens)
-    return {
-        "accuracy": estimates.mean(answered.correct_PG.mean(axis=1)),
+    tallies = {}
+    if answered.correct_PG is not None:
+        judged_P = answered.judged_PG.sum(axis=1)
+        tallies["accuracy"] = estimates.ratio(answered.correct_PG.sum(axis=1), judged_P)
+    tallies["reward"] = _mean(answered.scores.reward_B.reshape(length_PG.shape))
+    for name, value_B in answered.scores.by_name.items():
+        tallies[f"reward/{name}"] = _mean(value_B.reshape(length_PG.shape))
+    return tallies | {
         "answer_found_share": estimates.mean(found_PG.mean(axis=1)),
         "truncated_share": estimates.mean(1 - stopped_PG.mean(axis=1)),
         "length": estimates.mean(length_PG.mean(axis=1), 1.0, limit),
@@ -132,8 +142,29 @@ def greedy_tallies(answered: Answered, max_tokens: int) -> dict[str, Tally]:
     }
 
 
+def _mean(value_PG: np.ndarray) -> Tally:
+    """The mean of the known ones of some rewards; where all are equal, others lie in [0, 1]."""
+    known_PG = ~np.isnan(value_PG)
+    value_PG = np.where(known_PG, value_PG, 0.0).astype(np.float64)
+    low, high = min(0.0, value_PG.min()), max(1.0, value_PG.max())
+    return estimates.ratio(value_PG.sum(axis=1), known_PG.sum(axis=1), low, high)
+
+
+def refuse_samples(rewards: Sequence[Reward], num_samples: int, option: str) -> None:
+    """Raises ValueError where samples are asked for, and no reward tells which are right."""
+    if num_samples and not any(reward.gives_accuracy for reward in rewards):
+        raise ValueError(
+            f"{option} = {num_samples} asks for pass@k and maj@k, and none of the rewards "
+            f"({', '.join(reward.name for reward in rewards)}) is known to give 1 for right and 0 "
+            f"for wrong. Name the one that does in rewards.accuracy, or set {option} to 0."
+        )
+
+
 def sampled_tallies(answered: Answered, ks: list[int]) -> dict[str, Tally]:
-    """pass@k and maj@k of each k, and the mean accuracy, of several samples per problem."""
+    """pass@k and maj@k of each k, and the mean accuracy, of several samples per problem.
+
+    A completion to which the reward does not apply counts as not right.
+    """
     correct_PG, answers = answered.correct_PG, answered.answers
     n = correct_PG.shape[1]
     vote_PG = np.stack([votes(answers[i : i + n]) for i in range(0, len(answers), n)])
@@ -158,11 +189,10 @@ def run(
 ) -> dict[str, float]:
     """Metrics of the policy on the questions, by the names that a run logs.
 
-    `num_samples` 1 is greedy accuracy; more, pass@k, maj@k and the mean by sampling at
-    `temperature`. Every item goes to `file` as one JSON object a line. `on_answer` is called
+    `num_samples` 0 is one greedy completion of each; more, pass@k, maj@k and the mean by sampling
+    at `temperature`. Every item goes to `file` as one JSON object a line. `on_answer` is called
     whenever a question has all its completions.
     """
-    greedy = num_samples == 1
     answered = answer(
         engine,
         params,
@@ -170,7 +200,7 @@ def run(
         questions,
         pool,
         num_samples=num_samples,
-        temperature=0.0 if greedy else temperature,
+        temperature=temperature,
         key=key,
         on_answer=on_answer,
     )
@@ -181,12 +211,13 @@ def run(
             if not disk.is_full(error):
                 raise
             say(f"warning: {file} cannot be written, the disk is full. It is left out.")
-    if greedy:
+    if not num_samples:
         tallies = greedy_tallies(answered, int(answered.length_PG.max()))
         tallies.pop("stopped_length")  # undefined where none stopped
     else:
         tallies = sampled_tallies(answered, [num_samples])
     values = {f"eval/{name}": tally.value for name, tally in tallies.items()}
+    values = {name: value for name, value in values.items() if not np.isnan(value)}
     if answered.scores.failures:
         values["eval/failed_rewards"] = float(len(answered.scores.failures))
     return values
@@ -210,10 +241,11 @@ def write_items(file: Path, answered: Answered, further: dict[str, np.ndarray] |
             "completion": completion,
             "rewards": {n: None if np.isnan(v) else v for n, v in by_name.items()},
             "answer": answered.answers[row],
-            "correct": bool(answered.correct_PG[p, g]),
             "length": int(answered.length_PG[p, g]),
             "stopped": bool(answered.stopped_PG[p, g]),
         }
+        if answered.correct_PG is not None:
+            item["correct"] = bool(answered.correct_PG[p, g])
         item |= {name: float(value_B[row]) for name, value_B in (further or {}).items()}
         lines.append(json.dumps(item, default=str))
     file.parent.mkdir(parents=True, exist_ok=True)

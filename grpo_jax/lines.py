@@ -117,9 +117,10 @@ def of_rollout(
     values: dict[str, Any] = {}
     if not np.isnan(reward_PG).all():
         values = {"reward": np.nanmean(reward_PG), "reward_std": np.nanstd(reward_PG)}
-    accuracy = scores.accuracy(parts.rewards.names[0])
-    if not np.isnan(accuracy):
-        values["accuracy"] = accuracy
+    if parts.rewards.accuracy is not None:
+        accuracy = scores.accuracy(parts.rewards.accuracy)
+        if not np.isnan(accuracy):
+            values["accuracy"] = accuracy
     values |= {
         "groups/equal_share": (_spread(reward_PG) < 1e-4).mean(),
         "rewards/unscored": np.isnan(reward_PG).sum(),

@@ -116,7 +116,8 @@ def _train(
             if parts.held_out and not at.update and not at.first_evaluation:
                 watchdog.phase("The evaluation before the first step")
                 at.first_evaluation = _evaluate(parts, state, at, watchdog, final=True)
-                at.accuracy_before = at.first_evaluation["eval/accuracy"]
+                at.accuracy_before = at.accuracy
+                at.held_out_reward_before = at.held_out_reward
             if at.first_evaluation:  # again where the run was stopped in its first step
                 writers.scalars(0, at.first_evaluation)
         guards = guards_lib.Guards(config, at.history, parts.checkpoints.folder)
@@ -184,8 +185,8 @@ def _train(
                 watchdog.phase(f"The checkpoint after {now}")
                 with phase("checkpoint"), _timed(times, "time/checkpoint_s"):
                     if _saves(parts, at):  # its time stands in the next step's line
-                        accuracy = evaluated.get("eval/accuracy")
-                        _save(parts, state, at, None, ahead, began, accuracy)
+                        quality = evaluated.get("eval/accuracy", evaluated.get("eval/reward"))
+                        _save(parts, state, at, None, ahead, began, quality)
                 if stops and at.step < num_steps:
                     _stop(parts, state, at, None, ahead, stop, began)
     return state
@@ -247,26 +248,25 @@ def _prepare(
 def _evaluate(
     parts: Parts, state: TrainState, at: Position, watchdog: Watchdog, *, final: bool
 ) -> dict[str, float]:
-    """Greedy accuracy, and with `final` the sampled metrics too where the config asks for them."""
-    asked = parts.config.evaluation
+    """Metrics of greedy completions, and with `final` of samples where the config asks for them."""
+    asked, began = parts.config.evaluation, time.monotonic()
     values: dict[str, float] = {}
-    for num_samples in (1, asked.num_samples if final else 0):
-        if num_samples:
-            kind = "greedy" if num_samples == 1 else f"sampled_{num_samples}"
-            values |= evaluation.run(
-                parts.evaluator,
-                parts.evaluator.publish(state.params),
-                parts.policy,
-                parts.held_out,
-                parts.rewards,
-                num_samples=num_samples,
-                temperature=asked.temperature,
-                key=keys.key_for(parts.config.seed, "evaluate", at.step),
-                file=parts.folder / "evaluations" / f"step_{at.step:06d}_{kind}.jsonl",
-                on_answer=watchdog.alive,
-            )
-    at.accuracy = values["eval/accuracy"]
-    return values
+    for num_samples in (0, asked.num_samples) if final and asked.num_samples else (0,):
+        kind = f"sampled_{num_samples}" if num_samples else "greedy"
+        values |= evaluation.run(
+            parts.evaluator,
+            parts.evaluator.publish(state.params),
+            parts.policy,
+            parts.held_out,
+            parts.rewards,
+            num_samples=num_samples,
+            temperature=asked.temperature,
+            key=keys.key_for(parts.config.seed, "evaluate", at.step),
+            file=parts.folder / "evaluations" / f"step_{at.step:06d}_{kind}.jsonl",
+            on_answer=watchdog.alive,
+        )
+    at.accuracy, at.held_out_reward = values.get("eval/accuracy"), values.get("eval/reward")
+    return values | {"time/evaluation_s": time.monotonic() - began}
 
 
 def _evaluate_if_due(
@@ -295,14 +295,14 @@ def _save(
     experience: Experience | None,
     ahead: Drawn | None,
     began: float,
-    accuracy: float | None = None,
+    quality: float | None = None,
 ) -> None:
     """Saves where the run stands; `ahead`: what was sampled and is not in `experience` yet."""
     at.wall_s = time.monotonic() - began
     at.ahead_s = 0.0 if ahead is None else ahead.seconds
     rollouts = None if ahead is None else sharding.shard_rows(parts.mesh, ahead.rollouts)
     facts = position.facts(parts, at)
-    parts.checkpoints.save(state, facts, experience=experience, ahead=rollouts, accuracy=accuracy)
+    parts.checkpoints.save(state, facts, experience=experience, ahead=rollouts, quality=quality)
 
 
 def _stop(parts: Parts, state, at: Position, experience, ahead, stop, began: float) -> None:
@@ -327,6 +327,8 @@ def _finish(parts: Parts, state: TrainState, at: Position, wall_s: float) -> dic
     summary = {
         "accuracy_before": at.accuracy_before,
         "accuracy_after": at.accuracy,
+        "held_out_reward_before": at.held_out_reward_before,
+        "held_out_reward_after": at.held_out_reward,
         "train_wall_s": round(wall_s, 1),
         "seed": parts.config.seed,
         "steps": at.step,

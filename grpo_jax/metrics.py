@@ -52,7 +52,9 @@ METRICS: dict[str, Metric] = {
     ),
     "reward_log/NAME": Metric("", "what a reward function logged by log_metric, mean over calls"),
     "reward/NAME_std": Metric("", "standard deviation of one reward over those completions"),
-    "accuracy": Metric("share", "mean of the first reward: the share right if it gives 1 or 0"),
+    "accuracy": Metric(
+        "share", "completions to which rewards.accuracy gives 1, of those that it applies to"
+    ),
     "groups/equal_share": Metric(
         "share", "groups whose rewards are all equal, from which nothing is learned"
     ),
@@ -90,7 +92,7 @@ METRICS: dict[str, Metric] = {
     "time/update_s": Metric("s", "updating the policy"),
     "time/evaluation_s": Metric("s", "evaluating on held-out problems"),
     "time/checkpoint_s": Metric("s", "writing a checkpoint"),
-    "time/step_s": Metric("s", "the whole step"),
+    "time/step_s": Metric("s", "the whole step, with the evaluation after it"),
     "memory/device_gib": Metric("GiB", "in use on the fullest device after the step's updates"),
     "memory/device_peak_gib": Metric("GiB", "most that was in use there since the program began"),
     "memory/process_gib": Metric("GiB", "main memory that the process holds (resident)"),
@@ -116,7 +118,9 @@ METRICS: dict[str, Metric] = {
     ),
     "floor/step_share": Metric("share", "the same of all of these, of the step's time"),
     "tokens/generated": Metric("tokens", "sampled since the run began"),
-    "eval/accuracy": Metric("share", "held-out problems answered right, greedy"),
+    "eval/accuracy": Metric("share", "the same of one greedy completion of each held-out problem"),
+    "eval/reward": Metric("", "mean over these of the weighted sum of the rewards"),
+    "eval/reward/NAME": Metric("", "mean over these of one reward"),
     "eval/answer_found_share": Metric("share", "greedy completions in which an answer was found"),
     "eval/truncated_share": Metric("share", "greedy completions cut at the token limit"),
     "eval/length": Metric("tokens", "mean length of greedy completions"),

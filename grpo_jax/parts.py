@@ -57,7 +57,8 @@ def refuse_early(config: ConfigDict, folder: Path) -> None:
     mesh = sharding.make_mesh(**config.mesh)
     rules.check_devices(config, sharding.num_row_shards(mesh))
     _check_host_memory(config, mesh)
-    rewards = reward_lib.load(config.rewards.names, config.rewards.weights)
+    rewards = load_rewards(config)
+    evaluation.refuse_samples(rewards, config.evaluation.num_samples, "evaluation.num_samples")
     for problems in load_problems(config):
         answerable(config, rewards, problems)
     policy = policy_lib.new(config.model, tasks.load(config.data.task).make_tokenizer())
@@ -79,6 +80,12 @@ def load_problems(config: ConfigDict) -> tuple[list, list]:
     if data.task:
         return tasks.load(data.task).generate(data.num_train, data.num_eval, config.seed)
     return problems_lib.load_train(data), problems_lib.load_held_out(data)
+
+
+def load_rewards(config: ConfigDict) -> list[reward_lib.Reward]:
+    """The config's reward functions; ValueError where one cannot be had."""
+    options = config.rewards
+    return reward_lib.load(options.names, options.weights, options.accuracy)
 
 
 def answerable(config: ConfigDict, rewards: list[reward_lib.Reward], problems: list) -> list:
@@ -166,7 +173,8 @@ def build(
     mesh = sharding.make_mesh(**config.mesh)
     rules.check_devices(config, sharding.num_row_shards(mesh))
     _check_host_memory(config, mesh)
-    rewards = reward_lib.load(config.rewards.names, config.rewards.weights)
+    rewards = load_rewards(config)
+    evaluation.refuse_samples(rewards, config.evaluation.num_samples, "evaluation.num_samples")
     policy = policy_lib.read(model_path)
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
     policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)

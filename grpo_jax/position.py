@@ -38,6 +38,8 @@ class Position:
     sizes: dict[str, Any] = dataclasses.field(default_factory=dict)  # of packed rows, by program
     accuracy_before: float | None = None
     accuracy: float | None = None  # newest
+    held_out_reward_before: float | None = None
+    held_out_reward: float | None = None  # newest
     first_evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
     rollout_metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of `step`
     update_metrics: list[dict[str, float]] = dataclasses.field(default_factory=list)  # the same
@@ -85,6 +87,7 @@ def roll_back(parts: Parts, at: Position, undone: int) -> Position:
     if not number:
         back = Position(first_evaluation=at.first_evaluation)
         back.accuracy_before = back.accuracy = at.accuracy_before
+        back.held_out_reward_before = back.held_out_reward = at.held_out_reward_before
     else:
         back, _ = _read(parts, number)
     back.passed_over = at.draw_of(undone) - back.step

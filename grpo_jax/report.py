@@ -153,6 +153,9 @@ def _reward(ax: Axes, by_step: Mapping) -> None:
     _line(ax, _series(by_step, "reward"), _COLORS[0], "reward")
     _line(ax, _series(by_step, "accuracy"), _COLORS[1], "accuracy")
     step, value = _series(by_step, "eval/accuracy")
+    form = "{:.0%} to {:.0%}"
+    if not len(step):
+        (step, value), form = _series(by_step, "eval/reward"), "{:.3g} to {:.3g}"
     if len(step):
         ax.plot(
             step,
@@ -162,7 +165,7 @@ def _reward(ax: Axes, by_step: Mapping) -> None:
             linewidth=1.2,
             markersize=7,
             markeredgecolor="white",
-            label=f"held out, greedy: {value[0]:.0%} to {value[-1]:.0%}",
+            label=f"held out, greedy: {form.format(value[0], value[-1])}",
         )
 
 
@@ -250,6 +253,8 @@ def _as_share(ax: Axes) -> None:
 _SUMMARY = {
     "accuracy_before": ("held-out accuracy before", "{:.1%}"),
     "accuracy_after": ("held-out accuracy after", "{:.1%}"),
+    "held_out_reward_before": ("held-out reward before", "{:.3f}"),
+    "held_out_reward_after": ("held-out reward after", "{:.3f}"),
     "num_steps": ("steps", "{:,}"),
     "train_wall_s": ("training time", "{:,.1f} s"),
     "generated_tokens_per_s": ("sampling speed", "{:,.0f} tokens/s"),

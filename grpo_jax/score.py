@@ -231,7 +231,7 @@ def _item(i: int, problem: Problem, text: str, scores: Scores) -> dict[str, Any]
 
 def main(argv: list[str]) -> None:
     args, config = _arguments(argv)
-    rewards = reward_lib.load(config.rewards.names, config.rewards.weights)
+    rewards = parts.load_rewards(config)
     # Rows that a reward cannot read are not refused here: to find them is what this is for.
     problems = _problems(config, args.split, args.limit)
     if args.completions:

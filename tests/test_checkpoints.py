@@ -184,7 +184,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, mesh):
     accuracies = [None, 0.5, 0.9, 0.7, None, 0.2, None]
     for number, accuracy in enumerate(accuracies):
         numbered = dataclasses.replace(state, num_updates=jnp.int32(number))
-        checkpoints.save(numbered, {}, accuracy=accuracy)
+        checkpoints.save(numbered, {}, quality=accuracy)
     checkpoints.close()
     kept = sorted(int(p.name) for p in (tmp_path / "c").iterdir() if p.name.isdigit())
     assert kept == [2, 5, 6]

@@ -15,7 +15,6 @@ from grpo_jax import evaluate, evaluation, generate, keys, policy, sharding
 from grpo_jax.data import tasks
 from grpo_jax.models import hf
 from grpo_jax.rewards.pool import Pool
-from grpo_jax.rewards.reward import load
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Sampling
@@ -33,6 +32,7 @@ def get_config():
     c.data.max_prompt_tokens = {prompt_tokens}
     c.rollout.max_tokens = 6
     c.rewards.names = ("{reward}",)
+    c.rewards.accuracy = "{reward}"
     c.compile_cache = False
     return c
 """
@@ -133,6 +133,8 @@ def test_two_models_side_by_side(config, models, capsys):
     cell = f"{100 * one['value']:.1f} % [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
     assert cell in shown
     assert f"{100 * gain['value']:+.1f} [{100 * gain['low']:+.1f}," in shown
+    reward = found["models"][0]["metrics"]["reward/short"]
+    assert f"{reward['value']:.3f} [{reward['low']:.3f}, {reward['high']:.3f}]" in shown
     assert "difference to one" in shown and "Every completion: evaluations/sums" in shown
 
 
@@ -162,16 +164,23 @@ def test_a_run_logs_what_the_program_finds(config, models, mesh, tmp_path):
     engine = Engine(decoder)
     read = config_lib.load(config, [])
     problems = evaluate.parts_lib.load_problems(read)[0]
-    with Pool(load(read.rewards.names, (1.0,))) as pool:
+    with Pool(evaluate.parts_lib.load_rewards(read)) as pool:
         values = evaluation.run(
             engine, engine.publish(params), ours,
             evaluate.parts_lib.questions(problems, ours, read, "problems"),
-            pool, num_samples=1, temperature=1.0,
+            pool, num_samples=0, temperature=1.0,
             key=keys.key_for(0, "evaluate"), file=tmp_path / "in_run.jsonl",
         )  # fmt: skip
     (model,) = json.loads(open("x").read())["models"]
-    assert len(problems) == 4 and len(values) == 4
-    names = ("accuracy", "answer_found_share", "truncated_share", "length")
+    assert len(problems) == 4
+    names = (
+        "accuracy",
+        "reward",
+        "reward/short",
+        "answer_found_share",
+        "truncated_share",
+        "length",
+    )
     assert values == {f"eval/{n}": model["metrics"][n]["value"] for n in names}
     assert (tmp_path / "in_run.jsonl").read_text() == open(model["items"]["greedy"]).read()
 

@@ -68,6 +68,15 @@ QUESTIONS = evaluation.Questions(
 SEVEN = ("#### 1", "#### 2", "#### 2", "#### 9", "#### 2", "#### 9")
 
 
+def odd_lengths(prompts, completions, **columns):
+    """2 or 0.5, and no opinion on what does not begin by "#"."""
+    return [(2.0 if len(c) % 2 else 0.5) if c[0] == "#" else None for c in completions]
+
+
+def always_fails(prompts, completions, **columns):
+    raise ValueError("as asked")
+
+
 def silent(prompts, completions, **columns):
     return [None] * len(completions)
 
@@ -87,10 +96,10 @@ def _run(engine, file, num_samples, pool):
 
 def test_greedy(tmp_path, pool):
     engine = _Engine([["#### 1"], ["#### 10"]], [[True], [False]])
-    values = _run(engine, tmp_path / "deep" / "e.jsonl", 1, pool)
-    assert values == {
-        "eval/accuracy": 0.5, "eval/answer_found_share": 1.0, "eval/truncated_share": 0.5,
-        "eval/length": 6.5,
+    values = _run(engine, tmp_path / "deep" / "e.jsonl", 0, pool)
+    assert values == {  # nothing of the reward that gave no number
+        "eval/accuracy": 0.5, "eval/reward": 0.5, "eval/reward/exact_answer": 0.5,
+        "eval/answer_found_share": 1.0, "eval/truncated_share": 0.5, "eval/length": 6.5,
     }  # fmt: skip
     assert all(map(metrics.is_known, values))
     assert engine.calls == [([[1], [2]], 1, 0.0)]
@@ -126,15 +135,72 @@ def test_votes_are_counted_by_problem(pool):
     assert values["eval/maj@3"] == 0.5 and values["eval/mean@3"] == pytest.approx(3 / 6)
 
 
+def test_one_sample_is_not_the_greedy_one(tmp_path, pool):
+    engine = _Engine([["#### 1"], ["#### 3"]], [[True], [True]])
+    values = _run(engine, None, 1, pool)
+    assert values == {"eval/pass@1": 0.5, "eval/maj@1": 0.5, "eval/mean@1": 0.5}
+    assert engine.calls == [([[1], [2]], 1, 0.7)]
+
+
+def test_without_a_right_or_wrong_there_is_no_accuracy(tmp_path):
+    """A reward of any other numbers is logged as what it is."""
+    with Pool(load(("test_evaluation:odd_lengths",), (2.0,))) as pool:
+        engine = _Engine([["#### 1"], ["#### 10"]], [[True], [True]])
+        values = _run(engine, tmp_path / "e.jsonl", 0, pool)
+    assert not [name for name in values if "accuracy" in name]
+    assert values["eval/reward/odd_lengths"] == 1.25 and values["eval/reward"] == 2.5
+    assert '"correct"' not in (tmp_path / "e.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("names", "accuracy", "expected"),
+    [
+        (("answer_format", "math_answer", "exact_answer"), "", "math_answer"),  # the first that is
+        (("answer_format", "exact_match"), "answer_format", "answer_format"),  # by the option
+        (("test_evaluation:silent",), "test_evaluation:silent", "silent"),
+        (("soft_overlong(buffer=3)", "test_evaluation:silent"), "", None),
+    ],
+)
+def test_which_reward_says_what_is_right(names, accuracy, expected):
+    rewards = load(names, (1.0,) * len(names), accuracy)
+    assert [r.name for r in rewards if r.gives_accuracy] == [expected] * bool(expected)
+
+
+def test_a_reward_for_accuracy_that_is_not_there():
+    with pytest.raises(ValueError, match=r"rewards.accuracy = 'right' is none of the rewards, wh"):
+        load(("exact_answer",), (1.0,), "right")
+
+
+def test_samples_need_a_right_and_a_wrong():
+    rewards = load(("test_evaluation:silent",), (1.0,))
+    with pytest.raises(ValueError, match=r"evaluation.num_samples = 4 asks for .*rewards.accuracy"):
+        evaluation.refuse_samples(rewards, 4, "evaluation.num_samples")
+    evaluation.refuse_samples(rewards, 0, "evaluation.num_samples")
+
+
+def test_accuracy_means_the_same_in_training_and_evaluation():
+    """Of the completions that a reward applies to, those to which it gives 1; failed is wrong."""
+    texts = [["#### 1"], ["12"]]  # lengths 6: 0.5, and none
+    for name, expected in (("odd_lengths", 0.0), ("always_fails", 0.0), ("silent", None)):
+        with Pool(load((f"test_evaluation:{name}",), (1.0,), name)) as pool:
+            engine = _Engine(texts, [[True], [True]])
+            args = (engine, None, _Policy(), QUESTIONS, pool)
+            answered = evaluation.answer(*args, num_samples=0, temperature=0.0, key=None)
+        in_training = answered.scores.accuracy(name)
+        in_evaluation = evaluation.greedy_tallies(answered, 8)["accuracy"].value
+        np.testing.assert_array_equal(in_training, in_evaluation)
+        np.testing.assert_array_equal(in_training, np.nan if expected is None else expected)
+
+
 def test_no_answer_found(pool):
-    values = _run(_Engine([["12"], ["#### 2"]], [[True], [True]]), None, 1, pool)
+    values = _run(_Engine([["12"], ["#### 2"]], [[True], [True]]), None, 0, pool)
     assert values["eval/answer_found_share"] == 0.5 and values["eval/accuracy"] == 0.5
 
 
 def test_lengths_of_the_stopped(pool):
     engine = _Engine([["#### 1"], ["#### 10"]], [[True], [False]])
     answered = evaluation.answer(
-        engine, None, _Policy(), QUESTIONS, pool, num_samples=1, temperature=0.0, key=None
+        engine, None, _Policy(), QUESTIONS, pool, num_samples=0, temperature=0.0, key=None
     )
     tallies = evaluation.greedy_tallies(answered, 8)
     assert tallies["stopped_length"].value == 6.0 and tallies["length"].value == 6.5

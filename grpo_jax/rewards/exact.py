@@ -51,6 +51,7 @@ def exact_answer(
 
 
 exact_answer.column_faults = {"answer": answer_fault}
+exact_answer.right_or_wrong = True
 
 
 def same_answer(one: str, other: str) -> bool:

@@ -101,6 +101,7 @@ def math_answer(
 
 
 math_answer.column_faults = {"answer": answer_fault}
+math_answer.right_or_wrong = True
 
 
 def same_mathematics(expected: str, found: str) -> bool:

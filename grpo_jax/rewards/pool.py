@@ -195,6 +195,11 @@ class Pool:
         """The rewards' names, in the config's order."""
         return [reward.name for reward in self.rewards]
 
+    @property
+    def accuracy(self) -> str | None:
+        """The name of the reward that says what is right and wrong; None where none does."""
+        return next((reward.name for reward in self.rewards if reward.gives_accuracy), None)
+
     def wait_ready(self) -> None:
         """Until the workers have imported their functions, or it is known that they cannot."""
         while not self._ready.wait(timeout=1.0):

@@ -63,13 +63,18 @@ class Reward:
     name: str  # as metrics show it: a built-in name, or the function's own
     spec: str  # as the config has it: a built-in name or "module:function", arguments included
     weight: float
+    gives_accuracy: bool = False  # 1 is right and 0 is wrong; at most one of a run's is such
 
 
-def load(names: Sequence[str], weights: Sequence[float]) -> list[Reward]:
+def load(names: Sequence[str], weights: Sequence[float], accuracy: str = "") -> list[Reward]:
     """The rewards of `names`, each a built-in name or "module:function", arguments in brackets.
 
+    `accuracy` names the one that says what is right (1) and wrong (0); "" takes the first function
+    that says so of itself by an attribute `right_or_wrong`, if there is one.
+
     Raises ValueError naming `rewards.names` where a name leads to no function, or to one whose
-    short name another has, and `rewards.weights` where a weight is no finite number.
+    short name another has, `rewards.weights` where a weight is no finite number, and
+    `rewards.accuracy` where that is none of the rewards.
     """
     if len(names) != len(weights):
         raise ValueError(
@@ -88,7 +93,25 @@ def load(names: Sequence[str], weights: Sequence[float]) -> list[Reward]:
                 "could not tell apart. Name each once, or rename one function."
             )
         rewards[short] = Reward(short, spec, float(weight))
-    return list(rewards.values())
+    chosen = _which_gives_accuracy(rewards, accuracy)
+    return [dataclasses.replace(r, gives_accuracy=r.name == chosen) for r in rewards.values()]
+
+
+def _which_gives_accuracy(rewards: dict[str, Reward], chosen: str) -> str | None:
+    if chosen:
+        short = _split(chosen)[0].rpartition(":")[2]
+        if short not in rewards:
+            raise ValueError(
+                f"rewards.accuracy = {chosen!r} is none of the rewards, which are "
+                f"{', '.join(rewards)}. Name the one that gives 1 for right and 0 for wrong, or "
+                'leave rewards.accuracy "".'
+            )
+        return short
+    for reward in rewards.values():
+        found = function(reward.spec)
+        if getattr(getattr(found, "func", found), "right_or_wrong", False):
+            return reward.name
+    return None
 
 
 # --- By name --------------------------------------------------------------------------------------

@@ -52,10 +52,17 @@ class Scores:
         """Which completions got the whole of a reward that is 1 for a right answer, bool [B]."""
         return self.by_name[name] >= 1.0
 
+    def judged(self, name: str) -> np.ndarray:
+        """Which completions a reward applies to, bool [B]: it gave a number there, or failed."""
+        return ~np.isnan(self.by_name[name]) | self.failed[name]
+
     def accuracy(self, name: str) -> float:
-        """Mean of one reward over the completions it applies to; what failed counts as 0."""
-        value_B = np.where(self.failed[name], 0.0, self.by_name[name])
-        return float(np.nanmean(value_B)) if not np.isnan(value_B).all() else float("nan")
+        """The share right of the completions that a reward applies to; NaN where it is none.
+
+        What failed counts as wrong. Training and evaluation mean the same by it.
+        """
+        judged = self.judged(name).sum()
+        return float(self.correct(name).sum() / judged) if judged else float("nan")
 
     def as_json(self) -> dict[str, Any]:
         """The same as JSON, NaN included, for `from_json`."""

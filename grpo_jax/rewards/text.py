@@ -107,6 +107,7 @@ def words_fault(value: Any) -> str | None:
 
 
 exact_match.column_faults = {"answer": text_fault}
+exact_match.right_or_wrong = True
 token_f1.column_faults = {"answer": text_fault}
 mentions.column_faults = {"words": words_fault}
 

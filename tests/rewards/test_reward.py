@@ -14,7 +14,7 @@ from grpo_jax.rewards.reward import Reward, load
 def test_built_in_and_own():
     rewards = load(("exact_answer", "odd_rewards:half"), (1.0, 2))
     assert rewards == [
-        Reward("exact_answer", "exact_answer", 1.0),
+        Reward("exact_answer", "exact_answer", 1.0, gives_accuracy=True),
         Reward("half", "odd_rewards:half", 2.0),
     ]
     assert reward_lib.function("odd_rewards:half") is half

@@ -36,7 +36,8 @@ def test_the_sum_counts_missing_rewards_as_zero():
 
 def test_accuracy_counts_failures_and_leaves_out_none():
     got = scores([1, 0, NAN, NAN], [0, 0, 0, 0], [False, False, False, True])
-    assert got.accuracy("a") == np.float32(1 / 3)  # one right, one wrong, one failed
+    assert got.accuracy("a") == 1 / 3  # one right, one wrong, one failed
+    assert scores([2, 0.5, 0, 1], [0] * 4).accuracy("a") == 0.5  # a share, not a mean
     np.testing.assert_array_equal(got.correct("a"), [True, False, False, False])
     assert np.isnan(scores([NAN], [1]).accuracy("a"))
 

@@ -284,7 +284,10 @@ def test_a_problem_file_and_a_reward_of_ones_own(tmp_path, model, monkeypatch, o
     )  # fmt: skip
     sys.modules.pop("own_reward")
     assert rows[-1]["reward/shortness"] < 0 and -16 <= rows[-1]["reward"] < 0
-    assert [row["eval/accuracy"] for row in rows if "eval/accuracy" in row] == [0.0, 0.0]
+    evaluated = [row for row in rows if "eval/reward" in row]
+    assert [row["step"] for row in evaluated] == [0, 1]
+    assert all(row["eval/reward"] == 2 * row["eval/reward/shortness"] < 0 for row in evaluated)
+    assert not [name for row in rows for name in row if "accuracy" in name]  # lengths are no shares
     items = (tmp_path / "run" / "evaluations" / "step_000001_greedy.jsonl").read_text()
     assert json.loads(items.splitlines()[5])["prompt"] == "5+4="
 
