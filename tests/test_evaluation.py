@@ -186,6 +186,8 @@ def test_accuracy_means_the_same_in_training_and_evaluation():
             engine = _Engine(texts, [[True], [True]])
             args = (engine, None, _Policy(), QUESTIONS, pool)
             answered = evaluation.answer(*args, num_samples=0, temperature=0.0, key=None)
+            run = _run(_Engine(texts, [[True], [True]]), None, 0, pool)
+        assert run.get("eval/failed_rewards") == (2.0 if name == "always_fails" else None)
         in_training = answered.scores.accuracy(name)
         in_evaluation = evaluation.greedy_tallies(answered, 8)["accuracy"].value
         np.testing.assert_array_equal(in_training, in_evaluation)

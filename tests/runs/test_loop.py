@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
+import types
 from pathlib import Path
 
 import audit
@@ -16,10 +18,14 @@ from kill_and_resume import final_state, logged
 from test_bad_input import TINY, make_model, refusal
 
 from grpo_jax import lines as lines_lib
-from grpo_jax import loop, metrics, profile, train
+from grpo_jax import loop, memory, metrics, profile, train
 from grpo_jax.chips import Chip
 from grpo_jax.models import hf
+from grpo_jax.rewards import reward
+from grpo_jax.rewards.pool import Pool
+from grpo_jax.rewards.score import Failure, Scores
 from grpo_jax.sampling.engine import Engine
+from grpo_jax.structs import Rollouts
 
 CHIP = Chip("slow", 1e9, 1e30, 2**30, 1e9, "made up: its memory takes no time")
 MESH = ["--config.mesh.data=2", "--config.mesh.tensor=-1"]
@@ -68,8 +74,7 @@ def test_what_a_run_leaves(tmp_path, compile_cache, cache_folder, monkeypatch):
     assert 0 <= summary["accuracy_before"] <= 1 and 0 <= summary["accuracy_after"] <= 1
     assert summary["generated_tokens_per_s"] > 0
 
-    unknown = {n for row in rows for n in row if n != "step" and not metrics.is_known(n)}
-    assert not unknown
+    _check_names(folder)
     every_step = {"reward", "accuracy", "policy/loss", "policy/kl", "policy/grad_norm"}
     steps = [row for row in rows if "reward" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
@@ -106,6 +111,26 @@ def test_what_a_run_leaves(tmp_path, compile_cache, cache_folder, monkeypatch):
 
 def _rows_with_times(folder) -> list[dict]:
     return list(metrics.read_jsonl(folder / "metrics.jsonl"))
+
+
+# What a run emits only where something went wrong, or where its devices or rewards have it:
+# test_metrics_of_what_this_run_has_not makes each of them.
+NOT_HERE = {f"rewards/failed_by_{how}" for how in ("timeout", "error", "values", "memory", "died")}
+NOT_HERE |= {"reward_log/NAME", "eval/failed_rewards"}
+NOT_HERE |= {"memory/device_gib", "memory/device_peak_gib"}
+
+
+def _check_names(folder):
+    """What is emitted is documented, and what is documented is emitted."""
+    rows = [*_rows_with_times(folder), *_rows_with_times(folder / "bootstrap")]
+    emitted = {n for row in rows for n in row if n != "step"}
+    assert not {n for n in emitted if not metrics.is_known(n)}
+    assert {n for n in metrics.METRICS if not _among(n, emitted)} == NOT_HERE
+
+
+def _among(documented: str, names) -> bool:
+    pattern = re.escape(documented).replace("NAME", r"\w+").replace("@K", r"@\d+")
+    return any(re.fullmatch(pattern, name) for name in names)
 
 
 def _check_trace(folder):
@@ -163,6 +188,35 @@ def _check_export(folder):
     )[0, 0]  # fmt: skip
     found = jax.nn.log_softmax(hidden @ transformer.head_kernel(params), -1)
     np.testing.assert_allclose(found, expected[: len(ids) - 1], atol=1e-4)
+
+
+class _Device:
+    def memory_stats(self):
+        return {"bytes_in_use": 2**30, "peak_bytes_in_use": 2**31}
+
+
+def test_metrics_of_what_this_run_has_not(monkeypatch):
+    """Rewards that fail in each way, what they log, and devices that tell of their memory."""
+    kinds = ("timeout", "error", "values", "memory", "died")
+    failures = tuple(Failure("r", i, kind, "as asked") for i, kind in enumerate(kinds))
+    value_B, failed_B = np.full(6, np.nan, np.float32), np.arange(6) < 5
+    scores = Scores(
+        np.zeros(6, np.float32), {"r": value_B}, {"r": failed_B}, {"r": value_B}, failures,
+        metrics={"depth": (3.0, 2)},
+    )  # fmt: skip
+    ones = np.ones((3, 2), np.int32)
+    rollouts = Rollouts(ones, ones[:, 0], ones[..., None], ones[..., None], ones, ones > 0)
+    with Pool(reward.load(("exact_answer",), (1.0,))) as pool:
+        pool.rewards[0] = dataclasses.replace(pool.rewards[0], name="r")
+        parts = types.SimpleNamespace(rewards=pool)
+        values = lines_lib.of_rollout(parts, rollouts, scores, {"time/rollout_s": 1.0})
+    assert values["accuracy"] == 0.0 and values["reward_log/depth"] == 1.5
+    assert all(values[f"rewards/failed_by_{kind}"] == 1 for kind in kinds)
+    monkeypatch.setattr(memory.jax, "local_devices", lambda: [_Device()])
+    values |= memory.usage()
+    assert (values["memory/device_gib"], values["memory/device_peak_gib"]) == (1.0, 2.0)
+    assert all(metrics.is_known(name) for name in values)
+    assert {name for name in NOT_HERE if not _among(name, values)} == {"eval/failed_rewards"}
 
 
 def test_the_device_has_work_while_metrics_are_read(tmp_path, model, monkeypatch, one_device):
