@@ -19,7 +19,7 @@ import pytest
 import tiny
 
 from grpo_jax import config as config_lib
-from grpo_jax import drawing, evaluation, loop, parts, rules, sft
+from grpo_jax import drawing, evaluation, keys, loop, parts, rules, sft
 from grpo_jax.algorithm import update as update_lib
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompts import prompt_indices
@@ -629,3 +629,73 @@ def test_a_worked_solution_ends_with_the_stop_token():
             assert policy.tokenizer.decode(prompt_ids) == problems[i].prompt
             assert ids[-1] == policy.tokenizer.eos_token_id and ids[-1] not in ids[:-1]
             assert policy.tokenizer.decode(ids[:-1]).partition("#### ")[1]
+
+
+class _Enough(Exception):  # noqa: N818
+    """The test has seen what it wanted to."""
+
+
+def test_what_supervised_training_is_given(monkeypatch, tmp_path):
+    """Its own rate, warm-up, decay and batch; the run's AdamW else; no cut probabilities."""
+    given = {}
+
+    def noted(scorer, optimizer, size, config):
+        given.update(scorer=scorer, optimizer=optimizer, size=size)
+        raise _Enough
+
+    monkeypatch.setattr(sft, "_make_update", noted)
+    options = {
+        "data.task": "arithmetic", "data.num_train": 20, "data.num_eval": 2,
+        "data.max_prompt_tokens": 16, "model.width": 32, "mesh.data": 1, "mesh.tensor": -1,
+        "sft.num_steps": 6, "sft.learning_rate": 0.01, "sft.warmup_steps": 2, "sft.batch": 12,
+        "sft.weight_decay": 0.3, "optim.beta1": 0.6, "optim.beta2": 0.8, "optim.eps": 1e-3,
+        "rollout.temperature": 0.5, "rollout.top_k": 3,
+    }  # fmt: skip
+    for microbatch, size in ((0, 12), (4, 4)):
+        with pytest.raises(_Enough):
+            sft.run(config_of(options | {"sft.microbatch": microbatch}), tmp_path / str(size))
+        assert given["size"] == size
+    assert given["scorer"].sampling == Sampling()
+
+    params = {"layer": {"kernel": np.full((2, 2), 3.0), "bias": np.full(2, 3.0)}}
+    config = config_of({"optim.beta1": 0.6, "optim.beta2": 0.8, "optim.eps": 1e-3,
+                        "optim.weight_decay": 0.3, "optim.clip_norm": 1.0})  # fmt: skip
+    plain, optimizer = AdamW(config.optim, params), given["optimizer"]
+    got = jax.tree.map(jnp.float32, params)
+    state = optimizer.init(got)
+    # Half of the peak, the peak, and from there half a cosine over the four updates that are left.
+    for rate in [0.005, 0.01, *(0.005 * (1 + np.cos(np.pi * i / 4)) for i in range(4))]:
+        grads = jax.tree.map(lambda p: 0.9 * p - 0.7, params)
+        params, _ = plain.step(params, grads, rate)
+        updates, state = optimizer.update(jax.tree.map(jnp.float32, grads), state, got)
+        got = optax.apply_updates(got, updates)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, params)
+
+
+def test_what_an_evaluation_is_given(monkeypatch, tmp_path):
+    """The evaluator, with the weights that it publishes; greedy always, samples at the end."""
+    calls = []
+
+    def noted(*args, **options):
+        calls.append((args, options))
+        return {"eval/accuracy": 0.25, "eval/reward": 0.5}
+
+    monkeypatch.setattr(loop.evaluation, "run", noted)
+    config = config_of({"evaluation.num_samples": 3, "evaluation.temperature": 0.6, "seed": 11})
+    evaluator = SimpleNamespace(publish=lambda params: ("published", params))
+    run = SimpleNamespace(
+        config=config, engine=None, evaluator=evaluator, policy="policy", held_out="held out",
+        train=None, rewards="rewards", folder=tmp_path,
+    )  # fmt: skip
+    at, watchdog = Position(step=2), SimpleNamespace(alive="alive")
+    state = SimpleNamespace(params="params")
+    values = loop._evaluate(run, state, at, watchdog, final=True)
+    assert len(calls) == 2 and at.accuracy == values["eval/accuracy"] == 0.25
+    for (args, options), num_samples in zip(calls, (0, 3)):
+        assert args == (evaluator, ("published", "params"), "policy", "held out", "rewards")
+        assert options["num_samples"] == num_samples and options["temperature"] == 0.6
+        assert options["key"] == keys.key_for(11, "evaluate", 2)
+        kind = f"sampled_{num_samples}" if num_samples else "greedy"
+        assert options["file"] == tmp_path / "evaluations" / f"step_000002_{kind}.jsonl"
+    loop._evaluate(run, state, at, watchdog, final=False)
+    assert len(calls) == 3 and calls[-1][1]["num_samples"] == 0
