@@ -48,7 +48,10 @@ def gaps(ours: policy.Policy, params, prompts, args, dtype, weights: str, cache:
         temperature=1.0,
     )
     prepare = make_prepare(
-        Scorer(ours.model, mesh, sampling, dtype), by_std=False, mask_truncated=False, with_old=True
+        Scorer(ours.model, mesh, sampling, dtype),
+        scale_by="none",
+        mask_truncated=False,
+        with_old=True,
     )
     placed = sharding.shard_rows(mesh, (rollouts, np.zeros_like(rollouts.length_PG, np.float32)))
     experience = jax.device_get(prepare(params, None, *placed))

@@ -102,10 +102,15 @@ def default() -> ConfigDict:
 
     c.algorithm = ConfigDict()
     c.algorithm.num_iterations = 1  # passes over a step's rollouts
-    c.algorithm.scale_by_std = True  # advantages in group standard deviations; False: reward units
+    # Unit of advantages: "none" that of the reward, "std" the group's standard deviation,
+    # "sample_std" the larger one that is estimated from a sample, G - 1, as in TRL
+    c.algorithm.scale_by = "std"
     c.algorithm.clip_low = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
     c.algorithm.clip_high = 0.2
     c.algorithm.kl_coef = 0.0  # weight of the KL to the frozen reference (k3), per token
+    # Of what it has the gradient: "reference_policy" of KL(reference||policy), k3 as it stands;
+    # "policy_reference" of KL(policy||reference), k3 times the ratio to the old policy, as in TRL
+    c.algorithm.kl_gradient = "reference_policy"
     c.algorithm.entropy_coef = 0.0  # weight of the entropy bonus, per token
     c.algorithm.normalizer = "token"  # mean over "token"s of the batch, "sequence"s, or "constant"
     c.algorithm.mask_truncated = False  # leave completions that were cut out of the loss

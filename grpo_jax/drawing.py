@@ -9,6 +9,7 @@ import numpy as np
 
 from grpo_jax import evaluation, keys
 from grpo_jax import metrics as metrics_lib
+from grpo_jax.algorithm import advantages
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.judge import Judge
 from grpo_jax.lines import Lines
@@ -81,9 +82,8 @@ def show(
     group = parts.config.batch.group
     # Of rewards that are unknown, this shows what a 0 would be worth.
     reward_PG = np.nan_to_num(scores.reward_B, nan=0.0).reshape(-1, group)
-    relative_PG = reward_PG - reward_PG.mean(1, keepdims=True)
-    if parts.config.algorithm.scale_by_std:
-        relative_PG /= np.maximum(reward_PG.std(1, keepdims=True), 1e-4)
+    scale_by = parts.config.algorithm.scale_by
+    relative_PG = np.asarray(advantages.group_advantages(reward_PG, scale_by=scale_by))
     # Of the most divided group: what the policy is about to learn from.
     p = int(reward_PG.std(1).argmax())
     texts = drawn.judge.texts([p])

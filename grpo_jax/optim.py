@@ -74,7 +74,8 @@ def rounded(inner: optax.GradientTransformation, seed: int) -> optax.GradientTra
     """
 
     def init(params: Params) -> RoundedState:
-        return RoundedState(jnp.int32(0), inner.init(params))
+        # What optax keeps has the dtype of what it is given; a bfloat16 moment would stand still.
+        return RoundedState(jnp.int32(0), inner.init(_in_float32(params)))
 
     def update(grads: Params, state: RoundedState, params: Params) -> tuple[Params, RoundedState]:
         count = state.count + 1
@@ -100,7 +101,7 @@ def with_float32_copy(inner: optax.GradientTransformation) -> optax.GradientTran
     """`inner` on a float32 copy of bfloat16 parameters, which are its values to the nearest."""
 
     def init(params: Params) -> CopyState:
-        copy = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+        copy = _in_float32(params)
         return CopyState(copy, inner.init(copy))
 
     def update(grads: Params, state: CopyState, params: Params) -> tuple[Params, CopyState]:
@@ -123,6 +124,10 @@ def for_params(
     if dtype == "float32":
         return optimizer
     return with_float32_copy(optimizer) if float32_copy else rounded(optimizer, seed)
+
+
+def _in_float32(params: Params) -> Params:
+    return jax.tree.map(lambda p: p.astype(jnp.float32), params)
 
 
 def _is_matrix(params: Params) -> Params:

@@ -313,6 +313,7 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: Fit = 
         config.rollout.max_tokens,
         algorithm.importance_correction,
         algorithm.importance_cap,
+        algorithm.kl_gradient,
     )
     return Learner(
         scorer=scorer,
@@ -320,7 +321,7 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: Fit = 
         schedule=schedule,
         prepare=update_lib.make_prepare(
             scorer,
-            by_std=algorithm.scale_by_std,
+            scale_by=algorithm.scale_by,
             mask_truncated=algorithm.mask_truncated,
             with_old=rules.needs_old_pass(config),
             num_minibatches=config.batch.minibatches,

@@ -140,6 +140,11 @@ def _check_choices(config: ConfigDict) -> None:
         "rollout.weights": (config.rollout.weights, ("same", "int8")),
         "rollout.cache": (config.rollout.cache, ("same", "int8")),
         "data.overlong": (config.data.overlong, ("refuse", "drop", "truncate")),
+        "algorithm.scale_by": (config.algorithm.scale_by, ("none", "std", "sample_std")),
+        "algorithm.kl_gradient": (
+            config.algorithm.kl_gradient,
+            ("reference_policy", "policy_reference"),
+        ),
         "algorithm.normalizer": (config.algorithm.normalizer, ("token", "sequence", "constant")),
         "algorithm.importance_correction": (
             config.algorithm.importance_correction,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-from grpo_jax import loop, parts, program, report, sft
+from grpo_jax import definitions, loop, parts, program, report, sft
 from grpo_jax.metrics import print_title, say
 
 
@@ -23,6 +23,8 @@ def main(argv: list[str]) -> None:
         print_title(f"Supervised start: {config.sft.num_steps} updates on worked solutions")
         model_path = str(sft.run(config, folder / "bootstrap"))
     print_title(f"GRPO: {config.loop.num_steps} steps of {config.batch.prompts} prompts")
+    for line in definitions.in_force(config):
+        say(line)
     summary = loop.run(config, folder, model_path, spent_s=time.monotonic() - began)
     ask = summary.pop("ask", None)
     report.summary_table(summary)

@@ -1,6 +1,6 @@
 """A run's folder, which belongs to one config, and the asking of a run to stop.
 
-config.json      options the run was started with     evaluations/   every evaluated item
+config.json      options and what they come to        evaluations/   every evaluated item
 metrics.jsonl    scalars of every step                checkpoints/   Orbax
 samples.jsonl    completions that were shown          export/        the trained model
 tensorboard/     both, for TensorBoard                summary.json, curves.png
@@ -22,7 +22,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from grpo_jax import config as config_lib
-from grpo_jax import hosts, options
+from grpo_jax import definitions, hosts, options
 
 
 def open_for(config: ConfigDict, folder: Path) -> Path:
@@ -54,9 +54,12 @@ def _record(config: ConfigDict, folder: Path, record: Path) -> None:
     if record.exists() and _has_results(folder):
         config_lib.refuse_other_config(config, record)
         return
-    text = json.dumps(
-        {"binding": config_lib.binding(config), "options": options.flatten(config)}, indent=1
-    )
+    facts = {
+        "definitions": definitions.in_force(config),
+        "binding": config_lib.binding(config),
+        "options": options.flatten(config),
+    }
+    text = json.dumps(facts, indent=1)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(record, text + "\n")

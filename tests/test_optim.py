@@ -110,3 +110,22 @@ def test_parameters_are_their_copy_to_the_nearest():
     assert (state.params["kernel"] != now["kernel"].astype(jnp.float32)).any()
     unchanged = optim.for_params(optax.sgd(1.0), "float32", float32_copy=False, seed=0)
     assert unchanged.init(params) == optax.sgd(1.0).init(params)
+
+
+def test_moments_of_bfloat16_parameters_are_float32():
+    """A second moment in bfloat16 would stand still: the decay of 0.1 % is under half its last bit.
+
+    After n equal gradients g it is (1 - 0.999^n) g^2.
+    """
+    params = {"kernel": jnp.ones((4, 8), jnp.bfloat16)}
+    inner = adamw(beta2=0.999)
+    optimizer = optim.for_params(inner, "bfloat16", float32_copy=False, seed=0)
+    state, gradient = optimizer.init(params), 0.5
+    kept = [x.dtype for x in jax.tree.leaves(state) if x.ndim]
+    assert kept == [jnp.float32] * 2
+    update = jax.jit(optimizer.update)
+    for _ in range(400):
+        _, state = update({"kernel": jnp.full((4, 8), gradient)}, state, params)
+    assert [x.dtype for x in jax.tree.leaves(state) if x.ndim] == kept
+    (found,) = optax.tree.get_all_with_path(state, "nu")
+    np.testing.assert_allclose(found[1]["kernel"], (1 - 0.999**400) * gradient**2, rtol=1e-4)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from grpo_jax import config as config_lib
-from grpo_jax import options, workdir
+from grpo_jax import definitions, options, workdir
 
 
 def _config(**optim):
@@ -26,6 +26,7 @@ def test_a_new_folder_records_its_config(tmp_path):
     record = json.loads((folder / "config.json").read_text())
     assert record["options"]["optim.learning_rate"] == 1e-6
     assert record["options"].keys() == options.flatten(config_lib.default()).keys()
+    assert record["definitions"] == definitions.in_force(_config())
     assert "loop.num_steps" in record["options"] and "loop.num_steps" not in record["binding"]
 
 

@@ -9,13 +9,14 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 
 from grpo_jax import sharding
 from grpo_jax.algorithm import logprobs
-from grpo_jax.models import transformer
+from grpo_jax.models import attention, transformer
 from grpo_jax.structs import ModelConfig, Rollouts
 
 STOP = 1
@@ -54,7 +55,7 @@ def _host_params(seed: int):
 
 def params(seed: int = 0):
     """Fresh float32 parameters whose logits have a deviation near 1."""
-    return jax.tree.map(jax.numpy.array, _host_params(seed))
+    return jax.tree.map(jnp.array, _host_params(seed))
 
 
 def rollouts(prompts: int = 4, group: int = 3, tokens: int = 5, seed: int = 0) -> Rollouts:
@@ -89,11 +90,33 @@ def rollouts(prompts: int = 4, group: int = 3, tokens: int = 5, seed: int = 0) -
 
 def logp(scorer, params, rollouts: Rollouts):
     """Log-probabilities of the completions, float32 [P, G, C], one completion per row."""
-    completion_PGC = jax.numpy.asarray(rollouts.completion_PGC)
+    completion_PGC = jnp.asarray(rollouts.completion_PGC)
     target_BT = completion_PGC.reshape(-1, completion_PGC.shape[-1])
     head = transformer.head_kernel(params)
     logp_BT, _ = logprobs.score(scorer.hidden(params, rollouts), head, target_BT, scorer.sampling)
     return logp_BT.reshape(completion_PGC.shape)
+
+
+def _plain_attention(q, k, v):
+    """Causal, each query head with a copy of its keys and values."""
+    length, heads = q.shape[0], q.shape[1]
+    angles = attention.rotary(jnp.arange(length), transformer.rotary_frequencies(MODEL))
+    q, k = (attention.rotate(x, angles) for x in (q, k))
+    k, v = (jnp.repeat(x, heads // k.shape[1], axis=1) for x in (k, v))
+    score = jnp.einsum("tnh,snh->nts", q, k) / np.sqrt(q.shape[-1])
+    score = jnp.where(np.tril(np.ones((length, length), bool))[None], score, -jnp.inf)
+    return jnp.einsum("nts,snh->tnh", jax.nn.softmax(score), v), None
+
+
+def plain_log_probs(params, ids):
+    """Log-probabilities over the vocabulary after each token of one row, [T, V]."""
+    x = params["embed"]["embedding"][ids]
+    for i in range(MODEL.num_layers):
+        layer = jax.tree.map(lambda a, i=i: a[i], params["layers"])
+        x, _ = transformer.Block(MODEL).apply({"params": layer}, x, _plain_attention)
+    scale = params["norm"]["scale"]
+    x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + MODEL.norm_eps) * scale[None]
+    return jax.nn.log_softmax(x @ transformer.head_kernel(params))
 
 
 def unstacked(layers, config: ModelConfig) -> list:

@@ -26,6 +26,7 @@ class Objective:
     max_tokens: int = 1  # completion limit, the "constant" normalizer's length of every sequence
     importance_correction: str = "none"
     importance_cap: float = 2.0
+    kl_gradient: str = "reference_policy"
 
     @property
     def sums_sequences(self) -> bool:
@@ -87,10 +88,24 @@ def kl_k3(logp: Array, ref_logp: Array) -> Array:
     """Estimate of KL(policy ‖ reference) at each sampled token, never below 0.
 
     exp(d) - d - 1 with d = ref - policy (Schulman's k3; arXiv:2402.03300, equation 4). Its gradient
-    pulls towards the reference; that of the plain difference (k1) is zero on average on-policy.
+    on-policy is on average that of KL(reference ‖ policy), which pulls towards the reference too;
+    that of the plain difference (k1) is zero.
     """
     d = ref_logp - logp
     return jnp.expm1(d) - d
+
+
+def kl_loss(objective: Objective, logp: Array, terms: dict[str, Array | None]) -> Array:
+    """The KL's term of the loss at each token, without its coefficient.
+
+    "reference_policy": k3. "policy_reference": k3 times the ratio to the old policy, whose gradient
+    is on average that of KL(policy ‖ reference) (DeepSeek-V3.2, arXiv:2512.02556; TRL's since 1.10,
+    `use_bias_correction_kl`). With one update a rollout both have one value, not one gradient.
+    """
+    kl = kl_k3(logp, terms["ref_logp"])
+    if objective.kl_gradient == "policy_reference":
+        kl *= jnp.exp(log_ratio(logp, terms["old_logp"]))
+    return kl
 
 
 def token_loss(
@@ -111,7 +126,7 @@ def token_loss(
     if objective.importance_correction != "none":
         loss *= importance(objective, logp, terms)
     if objective.kl_coef:
-        loss += objective.kl_coef * kl_k3(logp, terms["ref_logp"])
+        loss += objective.kl_coef * kl_loss(objective, logp, terms)
     if objective.entropy_coef:
         loss -= objective.entropy_coef * entropy
     return loss

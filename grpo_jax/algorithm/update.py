@@ -218,7 +218,7 @@ def _rows(scorer: Scorer, tree: Any, groups_M: Array) -> Any:
 def make_prepare(
     scorer: Scorer,
     *,
-    by_std: bool,
+    scale_by: str,
     mask_truncated: bool,
     with_old: bool,
     num_minibatches: int = 1,
@@ -266,7 +266,7 @@ def make_prepare(
     def base(rollouts: Rollouts, reward_PG: Array) -> Experience:
         return Experience(
             rollouts=rollouts,
-            advantage_PG=advantages.group_advantages(reward_PG, by_std=by_std),
+            advantage_PG=advantages.group_advantages(reward_PG, scale_by=scale_by),
             action_PGC=action_mask(
                 rollouts.length_PG,
                 rollouts.stopped_PG,

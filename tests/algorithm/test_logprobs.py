@@ -251,7 +251,7 @@ def test_no_array_holds_the_logits_of_a_batch(monkeypatch):
     scorer = Scorer(model, tiny.one_device(), sampling, microbatch=4)
     optimizer = optax.sgd(0.1)
     state = state_like(model, scorer.mesh, optimizer)
-    prepare = make_prepare(scorer, by_std=True, mask_truncated=False, with_old=True)
+    prepare = make_prepare(scorer, scale_by="std", mask_truncated=False, with_old=True)
     update = make_update(
         scorer,
         losses.Objective(kl_coef=0.1, entropy_coef=0.1),

@@ -69,6 +69,44 @@ def test_k3_pulls_towards_the_reference_on_policy():
     assert kl(jnp.log(policy) - 0.1 * gradient) < kl(jnp.log(policy))
 
 
+def test_k3_times_the_ratio_has_the_gradient_of_the_other_kl():
+    # The same two distributions. Of KL(policy || reference) = sum p log(p / ref) the gradient in
+    # the logits is p (log(p / ref) - KL), which sums to 0.
+    policy, ref = jnp.float32([0.5, 0.3, 0.2]), jnp.float32([0.2, 0.3, 0.5])
+    objective = losses.Objective(kl_gradient="policy_reference")
+
+    def expected(logits):
+        logp = jax.nn.log_softmax(logits)
+        given = terms(jnp.zeros(3), ref_logp=jnp.log(ref))
+        return jnp.sum(policy * losses.kl_loss(objective, logp, given))
+
+    log_ratio = np.log(np.float64([2.5, 1.0, 0.4]))
+    kl = np.sum(np.float64([0.5, 0.3, 0.2]) * log_ratio)
+    want = np.float64([0.5, 0.3, 0.2]) * (log_ratio - kl)
+    np.testing.assert_allclose(jax.grad(expected)(jnp.log(policy)), want, atol=1e-6)
+    # Of KL(reference || policy) it is p - ref, see above.
+    assert np.abs(want - [0.3, 0.0, -0.3]).max() > 0.01
+
+
+@pytest.mark.parametrize("kl_gradient", ["reference_policy", "policy_reference"])
+def test_the_kl_off_policy_is_as_trl_has_it(kl_gradient):
+    """TRL 1.16, grpo_trainer.py, `use_bias_correction_kl` False and True; float64, by hand."""
+    rng = np.random.default_rng(0)
+    logp, old, ref = (rng.uniform(-4, -0.1, 50) for _ in range(3))
+    d, ratio = ref - logp, np.exp(logp - old)
+    k3 = np.exp(d) - d - 1
+    corrected = kl_gradient == "policy_reference"
+    want = k3 * ratio if corrected else k3
+    slope = ratio * (1 - np.exp(d)) + k3 * ratio if corrected else 1 - np.exp(d)
+    objective = losses.Objective(kl_gradient=kl_gradient)
+    given = terms(jnp.zeros(50), jnp.float32(old), jnp.float32(ref))
+    loss = lambda logp: losses.kl_loss(objective, logp, given)  # noqa: E731
+
+    np.testing.assert_allclose(loss(jnp.float32(logp)), want, rtol=1e-5, atol=1e-6)
+    got = jax.grad(lambda x: loss(x).sum())(jnp.float32(logp))
+    np.testing.assert_allclose(got, slope, rtol=1e-5, atol=1e-5)
+
+
 def terms(advantage, old_logp=None, ref_logp=None, sampler_logp=None, sequence_log_ratio=None):
     return {
         "advantage": advantage,

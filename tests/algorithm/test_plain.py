@@ -12,7 +12,6 @@ import pytest
 import tiny
 
 from grpo_jax.algorithm import losses, update
-from grpo_jax.models import attention, transformer
 from grpo_jax.structs import Experience, Rollouts, Sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
@@ -23,28 +22,6 @@ FULL = losses.Objective(0.2, 0.3, kl_coef=0.2, entropy_coef=0.05, max_tokens=C)
 NORMALIZERS = ("token", "sequence", "constant")
 
 
-def plain_attention(q, k, v):
-    """Causal, each query head with a copy of its keys and values."""
-    length, heads = q.shape[0], q.shape[1]
-    angles = attention.rotary(jnp.arange(length), transformer.rotary_frequencies(MODEL))
-    q, k = (attention.rotate(x, angles) for x in (q, k))
-    k, v = (jnp.repeat(x, heads // k.shape[1], axis=1) for x in (k, v))
-    score = jnp.einsum("tnh,snh->nts", q, k) / np.sqrt(q.shape[-1])
-    score = jnp.where(np.tril(np.ones((length, length), bool))[None], score, -jnp.inf)
-    return jnp.einsum("nts,snh->tnh", jax.nn.softmax(score), v), None
-
-
-def plain_log_probs(params, ids):
-    """Log-probabilities over the vocabulary after each token of one row, [T, V]."""
-    x = params["embed"]["embedding"][ids]
-    for i in range(MODEL.num_layers):
-        layer = jax.tree.map(lambda a, i=i: a[i], params["layers"])
-        x, _ = transformer.Block(MODEL).apply({"params": layer}, x, plain_attention)
-    scale = params["norm"]["scale"]
-    x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + MODEL.norm_eps) * scale[None]
-    return jax.nn.log_softmax(x @ transformer.head_kernel(params))
-
-
 def plain_loss(params, experience, normalizer: str):
     """The objective from the papers' formulas, every completion after a prompt of its own."""
     rollouts, tokens = experience.rollouts, experience.action_PGC
@@ -53,7 +30,7 @@ def plain_loss(params, experience, normalizer: str):
     for p, g in np.ndindex(P, G):
         ids[p, g, : at[p, 0, 0]] = rollouts.prompt_PQ[p, : at[p, 0, 0]]
         ids[p, g, at[p, 0]] = rollouts.completion_PGC[p, g]
-    each = jax.vmap(jax.vmap(lambda row: plain_log_probs(params, row)))
+    each = jax.vmap(jax.vmap(lambda row: tiny.plain_log_probs(params, row)))
     p, g = np.arange(P)[:, None, None], np.arange(G)[None, :, None]
     log_prob = each(jnp.asarray(ids))[p, g, at - 1]
     logp = log_prob[p, g, np.arange(C)[None, None], rollouts.completion_PGC]

@@ -59,7 +59,9 @@ def program(objective=FULL, optimizer=optax.sgd(RATE), *, minibatches=1, microba
 @pytest.fixture(scope="module")
 def experience() -> Experience:
     """Rewarded rollouts with the log-probabilities of an older policy and of a reference."""
-    prepare = make_prepare(scorer(microbatch=2), by_std=True, mask_truncated=False, with_old=True)
+    prepare = make_prepare(
+        scorer(microbatch=2), scale_by="std", mask_truncated=False, with_old=True
+    )
     rollouts = tiny.rollouts(P, G, C)
     reward_PG = jnp.float32(np.random.default_rng(1).uniform(size=(P, G)))
     made = jax.device_get(prepare(tiny.params(), tiny.params(7), rollouts, reward_PG))
@@ -136,7 +138,7 @@ def test_the_reference_is_asked_for_before_the_rewards(monkeypatch):
         return jnp.zeros((P, G))
 
     monkeypatch.setattr(packing, "pack", noted)
-    prepare = make_prepare(scorer(), by_std=True, mask_truncated=False, with_old=False)
+    prepare = make_prepare(scorer(), scale_by="std", mask_truncated=False, with_old=False)
     made = prepare(tiny.params(), tiny.params(7), tiny.rollouts(P, G, C), rewards)
     assert events == ["reference", "rewards"]
     assert not made.advantage_PG.any() and made.ref_logp_PGC.any()
@@ -187,7 +189,7 @@ def test_recomputing_changes_nothing(experience, reference_run):
 def test_completions_of_one_token():
     """Nothing but what follows the prompts is predicted; lanes there are none to fill."""
     rollouts = tiny.rollouts(P, G, 1)
-    prepare = make_prepare(scorer(), by_std=True, mask_truncated=False, with_old=True)
+    prepare = make_prepare(scorer(), scale_by="std", mask_truncated=False, with_old=True)
     made = prepare(tiny.params(), tiny.params(7), rollouts, jnp.arange(P * G).reshape(P, G) % 2.0)
     for got, params in ((made.old_logp_PGC, tiny.params()), (made.ref_logp_PGC, tiny.params(7))):
         np.testing.assert_allclose(got, tiny.logp(scorer(), params, rollouts), atol=2e-5)
@@ -207,7 +209,7 @@ def test_layers_one_by_one_are_those_of_the_loop(remat, experience, reference_ru
 
 def test_scoring_keeps_the_loop():
     """It keeps nothing of a layer, so that it would only take longer to compile."""
-    options = dict(by_std=True, mask_truncated=False, with_old=False)
+    options = dict(scale_by="std", mask_truncated=False, with_old=False)
     prepare = make_prepare(scorer(scan_layers=False, microbatch=P), **options)
     rollouts = tiny.rollouts(P, G, C)
     microbatches = scorer(microbatch=P).microbatches(rollouts, np.arange(P))
@@ -236,7 +238,9 @@ def test_weights_cast_once_are_those_cast_in_every_microbatch(experience, monkey
 
 
 def test_prepared_log_probabilities_are_those_of_the_network():
-    prepare = make_prepare(scorer(microbatch=2), by_std=True, mask_truncated=False, with_old=True)
+    prepare = make_prepare(
+        scorer(microbatch=2), scale_by="std", mask_truncated=False, with_old=True
+    )
     rollouts = tiny.rollouts(P, G, C)
     made = prepare(tiny.params(), tiny.params(7), rollouts, jnp.zeros((P, G)))
     there = np.arange(C) < rollouts.length_PG[..., None]
@@ -302,7 +306,7 @@ def test_the_first_ratio_is_one(sampling):
     for with_old in (False, True):
         prepare = make_prepare(
             scorer(sampling, microbatch=1),  # other shapes than the update's
-            by_std=True,
+            scale_by="std",
             mask_truncated=False,
             with_old=with_old,
         )
@@ -421,7 +425,9 @@ def test_truncated_completions_can_be_left_out(plain):
     reward_PG = jnp.float32(np.random.default_rng(1).uniform(size=(P, G)))
 
     def gradients(mask_truncated: bool):
-        prepare = make_prepare(scorer(), by_std=True, mask_truncated=mask_truncated, with_old=True)
+        prepare = make_prepare(
+            scorer(), scale_by="std", mask_truncated=mask_truncated, with_old=True
+        )
         for completion_PGC in (rollouts.completion_PGC, other):
             given = rollouts.replace(completion_PGC=completion_PGC)
             experience = prepare(tiny.params(), tiny.params(7), given, reward_PG)

@@ -40,7 +40,7 @@ def steps(mesh, **scoring):
     engine = Engine(Decoder(tiny.MODEL, mesh, Sampling(), (tiny.STOP,), LIMIT), compact=False)
     scorer, optimizer = Scorer(tiny.MODEL, mesh, Sampling(), **scoring), optax.sgd(RATE, 0.9)
     reference = jax.tree.map(lambda x: x * 1.1, place(mesh))
-    prepare = make_prepare(scorer, by_std=True, mask_truncated=False, with_old=True)
+    prepare = make_prepare(scorer, scale_by="std", mask_truncated=False, with_old=True)
     objective = losses.Objective(kl_coef=0.1, entropy_coef=0.01)
     update = make_update(scorer, objective, optimizer, num_minibatches=1)
     state = start(place(mesh), tiny.MODEL, mesh, optimizer)

@@ -61,6 +61,7 @@ def test_what_a_run_leaves(tmp_path, compile_cache, cache_folder, monkeypatch):
     secret = "q7Z" * 12
     monkeypatch.setenv("HF_TOKEN", secret)
     options = ["--config.evaluation.num_samples=2", "--config.profile.steps=(3,3)"]
+    options += ["--config.optim.warmup_steps=16"]  # as many as there are updates, 4 to a step
     with audit.writes() as written:
         rows = _runs(folder, *MESH, *options)
     assert not audit.outside(written, folder, Path(cache_folder))
@@ -79,6 +80,9 @@ def test_what_a_run_leaves(tmp_path, compile_cache, cache_folder, monkeypatch):
     steps = [row for row in rows if "reward" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     assert all(every_step <= row.keys() and None not in row.values() for row in steps)
+    # Of the step's last update, the 4th, 8th, 12th and 16th.
+    rates = [row["policy/learning_rate"] for row in steps]
+    assert rates == pytest.approx([0.00025, 0.0005, 0.00075, 0.001])
     assert summary["generated_tokens"] == steps[-1]["tokens/generated"]
     assert 16 * 4 < summary["generated_tokens"] <= 16 * 4 * 8
 
