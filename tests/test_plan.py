@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_jax import config as config_lib
@@ -492,6 +493,34 @@ def test_a_gpu_as_the_compiler_is_told_of_it(name):
     assert float(told["device_memory_size"]) == chip.hbm_bytes
     assert chips.GPUS[name].usable == pytest.approx(0.92 * chip.hbm_bytes)
     assert int(told["shared_memory_per_block_optin"]) < int(told["shared_memory_per_core"])
+
+
+@pytest.mark.parametrize(
+    ("correction", "iterations", "kl_coef", "passes"),
+    [
+        ("none", 1, 0.0, 0),
+        ("none", 1, 0.05, 1),  # of the reference
+        ("none", 2, 0.05, 2),  # and of the policy before its first update
+        ("token_mask", 1, 0.0, 0),
+        ("sequence_mask", 1, 0.0, 1),  # a completion is weighed whole before its first update
+        ("sequence_truncate", 1, 0.05, 2),
+    ],
+)
+def test_passes_before_the_first_update(correction, iterations, kl_coef, passes):
+    """As many as a run makes; and the gradient is given what they find, or it could not be made."""
+    values = {"importance_correction": correction, "num_iterations": iterations, "kl_coef": kl_coef}
+    options = [f"algorithm.{name}={value}" for name, value in values.items()]
+    options += ["batch.minibatches=1"]
+    config = config_lib.load(TINY, [f"--config.{option}" for option in options])
+    model, mesh = parts.model_shape(config), tiny.one_device()
+    step = step_lib.Step(config, model, mesh, step_lib.Lengths.of(config))
+
+    programs = {program.name: program for program in step._programs()}
+
+    assert (programs["score"].runs if "score" in programs else 0) == passes
+    needs_old = passes - bool(kl_coef)
+    assert (step.experience.old_logp_PGC is not None) == bool(needs_old)
+    programs["gradient"].lower()
 
 
 def test_tokens_between_two_looks_at_the_host_change_no_count(config, step):

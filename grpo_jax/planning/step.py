@@ -284,7 +284,7 @@ class Step:
             ),
         ]
         everything = np.arange(self.learner.scorer.groups_in_shard(self.experience.rollouts))
-        scored = int(self.reference is not None) + int(rules.num_updates_per_step(config) > 1)
+        scored = (self.reference is not None) + rules.needs_old_pass(config)
         if scored:
             read = self.reference if self.reference is not None else params
             packed = self._packed(everything)
@@ -405,12 +405,11 @@ class Step:
             length_PG=rows((prompts, group), jnp.int32),
             stopped_PG=rows((prompts, group), jnp.bool_),
         )
-        with_old = rules.num_updates_per_step(self.config) > 1
         return Experience(
             rollouts=rollouts,
             advantage_PG=rows((prompts, group), jnp.float32),
             action_PGC=per_token(jnp.bool_),
-            old_logp_PGC=per_token(jnp.float32) if with_old else None,
+            old_logp_PGC=per_token(jnp.float32) if rules.needs_old_pass(self.config) else None,
             ref_logp_PGC=per_token(jnp.float32) if self.reference is not None else None,
         )
 
