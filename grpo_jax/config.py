@@ -147,7 +147,7 @@ def default() -> ConfigDict:
     c.guards.entropy = "warn"  # an update's policy/entropy
     c.guards.entropy_min = 0.0  # is below this, nats per token; 0: not watched
     c.guards.entropy_max = 0.0  # or above this; 0: not watched
-    c.guards.max_skipped = 5  # refused updates in a row, after which the run does
+    c.guards.max_skipped = 5  # steps; as many refused updates in a row, and the run does
     c.guards.after_skips = "stop"  # this: "roll_back" or "stop"
     c.guards.max_roll_backs = 3  # of a run; where one more is asked for it stops
 
