@@ -114,7 +114,9 @@ def default() -> ConfigDict:
     c.optim = ConfigDict()
     c.optim.learning_rate = 1e-6  # peak
     c.optim.warmup_steps = 0  # updates of linear warm-up
-    c.optim.schedule = "constant"  # after warm-up: "constant", "linear" or "cosine"
+    # After warm-up: "constant", "linear" or "cosine", by the updates that were made; those that are
+    # refused do not count
+    c.optim.schedule = "constant"
     c.optim.end_fraction = 0.0  # learning rate at the end of a decay, as a fraction of the peak
     c.optim.beta1 = 0.9
     c.optim.beta2 = 0.99

@@ -79,7 +79,7 @@ class Lines:
             values |= self._compiling.since_last() | {
                 "policy/skipped_updates": int(state.num_skipped),
                 "guards/roll_backs": at.history.roll_backs,
-                "policy/learning_rate": float(parts.schedule(max(int(state.num_updates) - 1, 0))),
+                "policy/learning_rate": float(parts.schedule(max(int(state.num_made) - 1, 0))),
             }
             # Not where the run was stopped after the rollout, nor where nothing was learned.
             if "time/rollout_s" in times and learned:

@@ -72,7 +72,7 @@ METRICS: dict[str, Metric] = {
     "policy/clip_high_share": Metric("share", "tokens whose ratio was clipped from above"),
     "policy/ratio_max": Metric("", "largest ratio of policy to old policy at a token"),
     "policy/grad_norm": Metric("", "global norm of the gradient, before clipping"),
-    "policy/learning_rate": Metric("", "learning rate of the step's last update"),
+    "policy/learning_rate": Metric("", "learning rate of the last update that was made"),
     "policy/sampler_gap_mean": Metric(
         "nats", "mean absolute difference of the sampler's and the scorer's log-probability"
     ),
