@@ -83,9 +83,9 @@ def test_a_checkpoint_was_due_by_the_config_that_wrote_it(parts, state):
     """Of a run that goes on with other `checkpoint.every_steps`, which 18 and 12 are no part of."""
     _save(parts, state, 2, 4, 6)
     parts.config.checkpoint.every_steps = 5
+    _save(parts, state, 7, last_due=18)  # of a stop
     at = position.newest(parts)
-    assert (at.step, at.last_due) == (6, 18)
-    at.step = 7
+    assert (at.step, at.last_due) == (7, 18)
     back = position.roll_back(parts, at, undone=8)
     assert (back.step, back.checkpoint) == (6, 18)
     assert parts.checkpoints.numbers() == [12, 18]  # nothing older is deleted
