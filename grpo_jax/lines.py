@@ -167,8 +167,7 @@ def _rates(
     }
     chip = chips.chip(mesh.devices.flat[0].device_kind)
     if chip:
-        itemsize = np.dtype(parts.engine.decoder.dtype).itemsize
-        sampling = floor.rollout(model, *lengths, itemsize, weight_shards=mesh.shape["tensor"])
+        sampling = floor.rollout(model, *lengths, **parts.engine.traffic)
         passes = 3 * iterations + (parts.ref_params is not None)
         passes += rules.needs_old_pass(config)
         learning = floor.forward(model, *lengths).times(passes)
