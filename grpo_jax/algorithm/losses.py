@@ -39,16 +39,28 @@ def log_ratio(logp: Array, old_logp: Array | None) -> Array:
     Without `old_logp` the old policy is the current one: the ratio is exactly 1 and its gradient
     that of log π.
     """
-    return logp - (jax.lax.stop_gradient(logp) if old_logp is None else old_logp)
+    return logp - _old(logp, old_logp)
+
+
+def _old(logp: Array, old_logp: Array | None) -> Array:
+    """The log-probability before the rollout's updates; of the first one it is the current one."""
+    return jax.lax.stop_gradient(logp) if old_logp is None else old_logp
+
+
+# The largest log-ratio that is exponentiated, in nats: exp(89) is beyond float32, and one token of
+# it made loss or gradient infinite, or 0 times that no number, and so refused the whole update. A
+# token beyond counts as exp(20) and has no gradient. verl clips both log-ratios so (Sheng et al.
+# 2024, arXiv:2409.19256, `core_algos.py`); below there is nothing to clip.
+_MOST = 20.0
 
 
 def clipped_surrogate(log_ratio: Array, advantage: Array, low: float, high: float) -> Array:
     """Loss of each token, -min(ρA, clip(ρ, 1 - low, 1 + high)A).
 
     Shao et al. 2024, arXiv:2402.03300, equation 3; a `high` above `low` is the clip-higher of DAPO
-    (Yu et al. 2025, arXiv:2503.14476, section 3.1).
+    (Yu et al. 2025, arXiv:2503.14476, section 3.1). Log-ratios above 20 nats count as 20.
     """
-    ratio = jnp.exp(log_ratio)
+    ratio = jnp.exp(jnp.minimum(log_ratio, _MOST))
     return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
 
 
@@ -78,9 +90,7 @@ def importance(objective: Objective, logp: Array, terms: dict[str, Array | None]
 def _sampler_log_ratio(objective: Objective, logp: Array, terms: dict) -> Array:
     if objective.sums_sequences:
         return terms["sequence_log_ratio"]
-    # With one update per rollout the old policy is the current one, here as in `log_ratio`.
-    old_logp = jax.lax.stop_gradient(logp) if terms["old_logp"] is None else terms["old_logp"]
-    return old_logp - terms["sampler_logp"]
+    return _old(logp, terms["old_logp"]) - terms["sampler_logp"]
 
 
 def kl_k3(logp: Array, ref_logp: Array) -> Array:
@@ -88,8 +98,9 @@ def kl_k3(logp: Array, ref_logp: Array) -> Array:
 
     exp(d) - d - 1 with d = ref - policy (Schulman's k3; arXiv:2402.03300, equation 4). Its gradient
     pulls towards the reference; that of the plain difference (k1) is zero on average on-policy.
+    A d above 20 nats counts as 20.
     """
-    d = ref_logp - logp
+    d = jnp.minimum(ref_logp - logp, _MOST)
     return jnp.expm1(d) - d
 
 
@@ -139,11 +150,12 @@ SUMS = (
     "policy/kl",
     "policy/clip_low_share",
     "policy/clip_high_share",
+    "policy/drift_mean",
     "policy/sampler_gap_mean",
     "policy/importance_mean",
     "policy/importance_capped_share",
 )
-MAXIMA = ("policy/ratio_max", "policy/sampler_gap_max")
+MAXIMA = ("policy/ratio_max", "policy/drift_max", "policy/sampler_gap_max")
 
 
 def diagnostics(
@@ -153,20 +165,25 @@ def diagnostics(
     terms: dict,
     action: Array,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """What explains an update: sums over action tokens, and maxima over them; all scalars."""
+    """What explains an update: sums over action tokens, and maxima over them; all scalars.
+
+    The drift is what updates on this rollout have changed; the sampler's gap is none of that, but
+    what scorer and sampler made of the same policy, or of one a step older.
+    """
     kept = action.astype(jnp.float32)
-    ratio = jnp.exp(log_ratio(logp, terms["old_logp"]))
+    change = log_ratio(logp, terms["old_logp"])
+    ratio = jnp.exp(jnp.minimum(change, _MOST))
     advantage = terms["advantage"]
     # Clipped tokens are those whose gradient the clip cuts off.
     low = (ratio < 1 - objective.clip_low) & (advantage < 0)
     high = (ratio > 1 + objective.clip_high) & (advantage > 0)
-    gap = jnp.abs(logp - terms["sampler_logp"])
+    drift, gap = jnp.abs(change), jnp.abs(_old(logp, terms["old_logp"]) - terms["sampler_logp"])
     kl = jnp.zeros_like(logp) if terms["ref_logp"] is None else kl_k3(logp, terms["ref_logp"])
     weight, capped = importance(objective, logp, terms), jnp.zeros_like(logp)
     if objective.importance_correction != "none":
         log_cap = jnp.log(objective.importance_cap)
         capped = _sampler_log_ratio(objective, logp, terms) > log_cap
-    values = entropy, kl, low, high, gap, weight, capped
+    values = entropy, kl, low, high, drift, gap, weight, capped
     sums = [jnp.sum(jnp.where(action, value, 0) * kept) for value in values]
-    maxima = [jnp.max(jnp.where(action, value, 0)) for value in (ratio, gap)]
+    maxima = [jnp.max(jnp.where(action, value, 0)) for value in (ratio, drift, gap)]
     return dict(zip(SUMS, sums)), dict(zip(MAXIMA, maxima))
