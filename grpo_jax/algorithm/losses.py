@@ -47,11 +47,19 @@ def _old(logp: Array, old_logp: Array | None) -> Array:
     return jax.lax.stop_gradient(logp) if old_logp is None else old_logp
 
 
-# The largest log-ratio that is exponentiated, in nats: exp(89) is beyond float32, and one token of
-# it made loss or gradient infinite, or 0 times that no number, and so refused the whole update. A
-# token beyond counts as exp(20) and has no gradient. verl clips both log-ratios so (Sheng et al.
-# 2024, arXiv:2409.19256, `core_algos.py`); below there is nothing to clip.
+# The largest log-ratio that is exponentiated, in nats: exp(89) is beyond float32, and one such
+# token would make loss or gradient infinite, or with 0 no number, and so refuse the whole update. A
+# token beyond counts as exp(20), and `token_loss` takes its gradient away. So does verl, which
+# clips both log-ratios (Sheng et al. 2024, arXiv:2409.19256, `core_algos.py`); a low one needs none.
 _MOST = 20.0
+
+
+def _at_most(log_ratio: Array) -> Array:
+    """The log-ratio, 20 nats where it is above that; its gradient is 1 there too.
+
+    A `minimum` in the middle of a gradient would round what is not cut otherwise than without it.
+    """
+    return log_ratio - jax.lax.stop_gradient(jnp.maximum(log_ratio - _MOST, 0.0))
 
 
 def clipped_surrogate(log_ratio: Array, advantage: Array, low: float, high: float) -> Array:
@@ -60,7 +68,7 @@ def clipped_surrogate(log_ratio: Array, advantage: Array, low: float, high: floa
     Shao et al. 2024, arXiv:2402.03300, equation 3; a `high` above `low` is the clip-higher of DAPO
     (Yu et al. 2025, arXiv:2503.14476, section 3.1). Log-ratios above 20 nats count as 20.
     """
-    ratio = jnp.exp(jnp.minimum(log_ratio, _MOST))
+    ratio = jnp.exp(_at_most(log_ratio))
     return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
 
 
@@ -100,7 +108,7 @@ def kl_k3(logp: Array, ref_logp: Array) -> Array:
     pulls towards the reference; that of the plain difference (k1) is zero on average on-policy.
     A d above 20 nats counts as 20.
     """
-    d = jnp.minimum(ref_logp - logp, _MOST)
+    d = _at_most(ref_logp - logp)
     return jnp.expm1(d) - d
 
 
@@ -111,8 +119,14 @@ def token_loss(
 
     `terms` holds `advantage` and `sampler_logp`, and, each an array or None, `old_logp`, `ref_logp`
     and `sequence_log_ratio`. The importance weighs the surrogate alone, as in TRL: the KL and the
-    entropy are of the policy, whoever drew the tokens.
+    entropy are of the policy, whoever drew the tokens. A token more than 20 nats likelier than
+    under the old policy, or less likely than under the reference of a KL term, has no gradient in
+    `logp`.
     """
+    far = log_ratio(logp, terms["old_logp"]) > _MOST
+    if objective.kl_coef:
+        far |= terms["ref_logp"] - logp > _MOST
+    logp = jnp.where(far, jax.lax.stop_gradient(logp), logp)
     loss = clipped_surrogate(
         log_ratio(logp, terms["old_logp"]),
         terms["advantage"],
@@ -172,7 +186,7 @@ def diagnostics(
     """
     kept = action.astype(jnp.float32)
     change = log_ratio(logp, terms["old_logp"])
-    ratio = jnp.exp(jnp.minimum(change, _MOST))
+    ratio = jnp.exp(_at_most(change))
     advantage = terms["advantage"]
     # Clipped tokens are those whose gradient the clip cuts off.
     low = (ratio < 1 - objective.clip_low) & (advantage < 0)
