@@ -50,7 +50,7 @@ def _old(logp: Array, old_logp: Array | None) -> Array:
 # The largest log-ratio that is exponentiated, in nats: exp(89) is beyond float32, and one such
 # token would make loss or gradient infinite, or with 0 no number, and so refuse the whole update. A
 # token beyond counts as exp(20), and `token_loss` takes its gradient away. So does verl, which
-# clips both log-ratios (Sheng et al. 2024, arXiv:2409.19256, `core_algos.py`); a low one needs none.
+# clips both log-ratios (Sheng et al. 2024, arXiv:2409.19256, `core_algos.py`).
 _MOST = 20.0
 
 
