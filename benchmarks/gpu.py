@@ -314,8 +314,8 @@ def step(size: str, decoding: str, layers: str, which: str, tiny: bool) -> Itera
         first, table = time.monotonic() - began, table.begun()
         rollouts, seconds = timing.timed(lambda n=tokens: runner.rollout(1, mean=n))
         lengths = rollouts.prompt_length_P, rollouts.length_PG
-        itemsize = jax.numpy.dtype(work.dtype).itemsize
-        table.add("rollout", seconds, floor.rollout(work.shape, *lengths, itemsize))
+        least = floor.rollout(work.shape, *lengths, **runner.engine.traffic)
+        table.add("rollout", seconds, least)
         forward, number = floor.forward(work.shape, *lengths), int(rollouts.length_PG.sum())
         done = found[name] = {"completion_tokens": number, "rollout_tokens_per_s": number / seconds}
         done["first_rollouts_s"] = first

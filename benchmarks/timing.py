@@ -131,7 +131,7 @@ def run(description: str, phases: tuple[str, ...]) -> None:
 def measure(work: Work, phases: tuple[str, ...], steps: int) -> dict[str, Any]:
     """Seconds and floors of the phases of a step, medians of `steps` after two that warm up."""
     step, table = workload.Step(work), Phases(work)
-    model, itemsize = work.shape, jax.numpy.dtype(work.dtype).itemsize
+    model = work.shape
     tokens = []
     for n in range(steps + 2):
         rollouts, rollout_s = timed(lambda n=n: step.rollout(n))
@@ -143,7 +143,8 @@ def measure(work: Work, phases: tuple[str, ...], steps: int) -> dict[str, Any]:
         tokens.append(float(length_PG.sum()))
         forward = floor.forward(model, rollouts.prompt_length_P, length_PG)
         if "rollout" in phases:
-            sampling = floor.rollout(model, rollouts.prompt_length_P, length_PG, itemsize)
+            lengths = rollouts.prompt_length_P, length_PG
+            sampling = floor.rollout(model, *lengths, **step.engine.traffic)
             table.add("rollout", rollout_s, sampling)
         if "prepare" in phases:
             table.add("prepare", prepare_s, forward.times(work.kl))

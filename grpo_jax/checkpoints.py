@@ -192,20 +192,25 @@ class Checkpoints:
         )
 
     def latest(self) -> int | None:
-        """Number of the newest checkpoint that is as it was written; None if there is none.
-
-        All its files are read, by each process a share. One that is damaged is told and set aside,
-        under a name that is no number, and the one before is taken.
-        """
+        """Number of the newest checkpoint that is `whole`; None if there is none."""
         self.wait()
         while (number := self._manager.latest_step()) is not None:
-            wrong = hosts.first_of(
-                _damage(self._manager.directory / str(number), hosts.number(), hosts.count())
-            )
-            if not wrong:
+            if self.whole(number):
                 return number
-            self._set_aside(number, wrong)
         return None
+
+    def whole(self, number: int) -> bool:
+        """Whether that checkpoint is as it was written.
+
+        All its files are read, by each process a share. One that is damaged is told and set aside,
+        under a name that is no number.
+        """
+        wrong = hosts.first_of(
+            _damage(self._manager.directory / str(number), hosts.number(), hosts.count())
+        )
+        if wrong:
+            self._set_aside(number, wrong)
+        return not wrong
 
     def _set_aside(self, number: int, wrong: str) -> None:
         folder = self._manager.directory
@@ -218,7 +223,7 @@ class Checkpoints:
             (folder / str(number)).rename(aside)
         hosts.meet("the reading of the checkpoint before")
         self._manager.reload()
-        before = self._manager.latest_step()
+        before = max((n for n in self._manager.all_steps() if n < number), default=None)
         lost = number - (before or 0)
         say(
             f"warning: checkpoint {number} in {folder} is damaged: {wrong}. It is not used; it "

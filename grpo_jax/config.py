@@ -122,7 +122,9 @@ def default() -> ConfigDict:
     c.optim = ConfigDict()
     c.optim.learning_rate = 1e-6  # peak
     c.optim.warmup_steps = 0  # updates of linear warm-up
-    c.optim.schedule = "constant"  # after warm-up: "constant", "linear" or "cosine"
+    # After warm-up: "constant", "linear" or "cosine", by the updates that were made; those that are
+    # refused do not count
+    c.optim.schedule = "constant"
     c.optim.end_fraction = 0.0  # learning rate at the end of a decay, as a fraction of the peak
     c.optim.beta1 = 0.9
     c.optim.beta2 = 0.99
@@ -155,7 +157,7 @@ def default() -> ConfigDict:
     c.guards.entropy = "warn"  # an update's policy/entropy
     c.guards.entropy_min = 0.0  # is below this, nats per token; 0: not watched
     c.guards.entropy_max = 0.0  # or above this; 0: not watched
-    c.guards.max_skipped = 5  # refused updates in a row, after which the run does
+    c.guards.max_skipped = 5  # steps; as many refused updates in a row, and the run does
     c.guards.after_skips = "stop"  # this: "roll_back" or "stop"
     c.guards.max_roll_backs = 3  # of a run; where one more is asked for it stops
 

@@ -46,23 +46,24 @@ def rollout(
     model: ModelConfig,
     prompt_length_P: Array,
     length_PG: Array,
-    itemsize: int,
+    *,
+    weights: float,
+    cache: float,
     weight_shards: int = 1,
 ) -> Work:
     """Sampling these completions, all at once: weights are read once for each token position.
 
-    `itemsize`: bytes of a weight and of a number in the cache; `weight_shards`: devices that hold
-    the weights between them, each a part. A prompt's cache is read once for
-    the tokens of its group, and logits are written and read three times, in float32.
+    `weights`: bytes of all that a token is multiplied with; `cache`: of a token's keys and values
+    in all layers, as sampling keeps both; `weight_shards`: devices that hold the weights between
+    them, each a part. A prompt's cache is read once for the tokens of its group, and logits are
+    written and read three times, in float32.
     """
     prompt_P, length_PG = (np.asarray(x, np.float64) for x in (prompt_length_P, length_PG))
-    cache = 2 * model.num_layers * model.num_kv_heads * model.head_size * itemsize  # of a token
     own = cache * (length_PG**2 / 2).sum()
     prefix = cache * (prompt_P * length_PG.max(axis=1)).sum()
     logits = 3 * 4.0 * model.vocab_size * length_PG.sum()
-    weights = (_body(model) + _head(model)) * itemsize * length_PG.max()
     flops = forward(model, prompt_length_P, length_PG).flops
-    return Work(flops, own + prefix + logits, weights / weight_shards)
+    return Work(flops, own + prefix + logits, weights * length_PG.max() / weight_shards)
 
 
 def _head(model: ModelConfig) -> int:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from ml_collections import ConfigDict
 
+from grpo_jax import rules
 from grpo_jax.metrics import METRICS, say
 from grpo_jax.rewards.score import RewardError, Scores
 
@@ -156,14 +157,18 @@ class Guards:
         self._count(step, updates, "")
 
     def _count(self, step: int, refused: int, last: str) -> None:
-        """Counts updates that were refused in a row; 0: one was made."""
+        """Counts updates that were refused in a row; 0: one was made.
+
+        As many as `max_skipped` steps have are too many: of a step that is left out all are refused
+        at once, however many it has.
+        """
         options, history = self._config.guards, self._history
         history.skipped_in_row = history.skipped_in_row + refused if refused else 0
-        if history.skipped_in_row >= options.max_skipped:
+        if history.skipped_in_row >= options.max_skipped * rules.num_updates_per_step(self._config):
             text = (
-                f"Step {step}: {history.skipped_in_row} updates in a row were refused{last}, and "
-                f"guards.max_skipped = {options.max_skipped}. The policy is the one from before. "
-                "Where loss or gradient are not finite, lower optim.learning_rate, set "
+                f"Step {step}: {history.skipped_in_row} updates in a row were refused{last}: those "
+                f"of guards.max_skipped = {options.max_skipped} steps. The policy is the one from "
+                "before. Where loss or gradient are not finite, lower optim.learning_rate, set "
                 "optim.clip_norm, or use model.dtype = float32; else see the warnings above, and "
                 f'the guards that gave them (guards.after_skips = "{options.after_skips}").'
             )

@@ -79,7 +79,7 @@ class Lines:
             values |= self._compiling.since_last() | {
                 "policy/skipped_updates": int(state.num_skipped),
                 "guards/roll_backs": at.history.roll_backs,
-                "policy/learning_rate": float(parts.schedule(max(int(state.num_updates) - 1, 0))),
+                "policy/learning_rate": float(parts.schedule(max(int(state.num_made) - 1, 0))),
             }
             # Not where the run was stopped after the rollout, nor where nothing was learned.
             if "time/rollout_s" in times and learned:
@@ -168,8 +168,7 @@ def _rates(
     }
     chip = chips.chip(mesh.devices.flat[0].device_kind)
     if chip:
-        itemsize = np.dtype(parts.engine.decoder.dtype).itemsize
-        sampling = floor.rollout(model, *lengths, itemsize, weight_shards=mesh.shape["tensor"])
+        sampling = floor.rollout(model, *lengths, **parts.engine.traffic)
         passes = 3 * iterations + (parts.ref_params is not None)
         passes += rules.needs_old_pass(config)
         learning = floor.forward(model, *lengths).times(passes)

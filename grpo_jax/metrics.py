@@ -74,9 +74,16 @@ METRICS: dict[str, Metric] = {
     "policy/clip_high_share": Metric("share", "tokens whose ratio was clipped from above"),
     "policy/ratio_max": Metric("", "largest ratio of policy to old policy at a token"),
     "policy/grad_norm": Metric("", "global norm of the gradient, before clipping"),
-    "policy/learning_rate": Metric("", "learning rate of the step's last update"),
+    "policy/learning_rate": Metric("", "learning rate of the last update that was made"),
+    "policy/drift_mean": Metric(
+        "nats",
+        "mean absolute change of log-probabilities by the updates before on the same rollout",
+    ),
+    "policy/drift_max": Metric("nats", "largest such change"),
     "policy/sampler_gap_mean": Metric(
-        "nats", "mean absolute difference of the sampler's and the scorer's log-probability"
+        "nats",
+        "mean absolute difference of the sampler's and the scorer's log-probability, the latter of "
+        "the policy before the step's updates",
     ),
     "policy/sampler_gap_max": Metric("nats", "largest such difference"),
     "policy/importance_mean": Metric(

@@ -15,7 +15,12 @@ from grpo_jax.structs import Array, Params
 def schedule(
     peak: float, *, warmup_steps: int, kind: str, num_updates: int, end_fraction: float
 ) -> optax.Schedule:
-    """Learning rate of each update: linear warm-up, then constant, or a decay to the run's end."""
+    """Learning rate of each update: linear warm-up, then constant, or a decay to the run's end.
+
+    Updates that are refused do not count, nor does the optimizer count them: what follows has the
+    rate that they would have had, as where Hugging Face's trainer skips one. A decay then ends that
+    many updates before its end.
+    """
     decay_steps = max(num_updates - warmup_steps, 1)
     after = {
         "constant": lambda: optax.constant_schedule(peak),

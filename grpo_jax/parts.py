@@ -187,7 +187,6 @@ def build(
         config, policy.model, mesh, fit(config, policy.model, mesh, longest, folder)
     )
     engine = make_engine(config, policy.model, policy.stop_ids, mesh)
-    exact = make_engine(config, policy.model, policy.stop_ids, mesh, exact=True)
     return Parts(
         config=config,
         folder=folder,
@@ -196,7 +195,7 @@ def build(
         train=train,
         held_out=questions(held_out, policy, config, "held-out problems") if held_out else None,
         engine=engine,
-        evaluator=engine if exact.decoder == engine.decoder else exact,
+        evaluator=make_evaluator(config, engine),
         optimizer=learner.optimizer,
         schedule=learner.schedule,
         prepare=learner.prepare,
@@ -366,6 +365,13 @@ def make_engine(
         num_slots=rollout.num_slots or config.batch.prompts * config.batch.group,
         compact=rollout.compact,
     )
+
+
+def make_evaluator(config: ConfigDict, engine: Engine) -> Engine:
+    """The sampler by which the policy is judged: the config's own where that is exact."""
+    decoder = engine.decoder
+    exact = make_engine(config, decoder.model, decoder.stop_ids, decoder.mesh, exact=True)
+    return engine if exact.decoder == decoder else exact
 
 
 def _sampling(config: ConfigDict) -> Sampling:

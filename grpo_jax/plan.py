@@ -2,11 +2,11 @@
 
     python -m grpo_jax.plan --config configs/gsm8k.py --topology v5e:8x8
 
-The programs of one step are compiled ahead of time for TPUs (`pip install -e ".[plan]"` brings the
-compiler), for GPUs of one machine, `h100:8` (`".[gpu]"`), or for simulated CPU devices, `cpu:8`;
-nothing is allocated. The report says whether the step fits, what lies in each device's memory, and
-how long each program takes at least. Where it does not fit, changes of the config are compiled
-until one does.
+The programs of one step, and of an evaluation, are compiled ahead of time for TPUs (`pip install -e
+".[plan]"` brings the compiler), for GPUs of one machine, `h100:8` (`".[gpu]"`), or for simulated
+CPU devices, `cpu:8`; nothing is allocated. The report says whether they fit, what lies in each
+device's memory, and how long each program takes at least. Where they do not fit, changes of the
+config are compiled until one does.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ def show(plan: step_lib.Plan) -> None:
     for name, size in (*plan.held.items(), ("activations", plan.activations), ("peak", plan.peak)):
         memory.add_row(name, _gib(size))
     console.print(memory)
-    table = Table(title="Programs of a step, on each device", title_justify="left")
+    title = "Programs of a step, on each device; an evaluation is not run in it"
+    table = Table(title=title, title_justify="left")
     names = "program", "runs", "peak GiB", "TFLOP", "GB", "sent GB", "least s", "bound", "in turn"
     for name in names:
         table.add_column(name, justify="left" if name == "program" else "right", no_wrap=True)

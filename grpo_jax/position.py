@@ -32,6 +32,7 @@ class Position:
     wall_s: float = 0.0
     ahead_s: float = 0.0  # that sampling the completions took that wait in the checkpoint
     checkpoint: int = -1  # number of the one that this was read from; -1: none
+    last_due: int = -1  # the same of the newest that checkpoint.every_steps asked for
     passed_over: int = 0  # draws that were undone: their prompts and keys do not come again
     rolled_back_to: int = -1  # the same of the last roll-back
     history: History = dataclasses.field(default_factory=History)
@@ -72,25 +73,23 @@ def newest(parts: Parts) -> Position:
 def roll_back(parts: Parts, at: Position, undone: int) -> Position:
     """Where to go on from once the steps up to `undone` went wrong: at a checkpoint before them.
 
-    That is the newest one that was due, since one that a stop wrote would not be there in a run
-    that was never stopped; or where that has been rolled back to before, the one before it, if it
-    is kept. Without any the run begins again. What is newer is deleted. The draws of the undone
-    steps are passed over, so that what led there does not come again (as Chowdhery et al. 2022,
-    arXiv:2204.02311, section 5.1, do where the loss spikes).
+    That is the newest one that was due when it was written, since one that a stop wrote would not
+    be there in a run that was never stopped; or where that has been rolled back to before, the one
+    before it, if it is kept. Where those that were due are gone it is the newest there is. Where
+    none was due so far the run begins again. What is newer is deleted, nothing else. The draws of
+    the undone steps are passed over, so that what led there does not come again (as Chowdhery et
+    al. 2022, arXiv:2204.02311, section 5.1, do where the loss spikes).
     """
-    every = parts.config.checkpoint.every_steps * rules.num_updates_per_step(parts.config)
-    due = [number for number in parts.checkpoints.numbers() if number % every == 0]
-    if len(due) > 1 and due[-1] == at.rolled_back_to:
-        parts.checkpoints.delete(due[-1])
-    while (number := parts.checkpoints.latest() or 0) % every:  # of a stop
-        parts.checkpoints.delete(number)
-    if not number:
+    back = _to_go_back_to(parts, at)
+    if back is None:
         back = Position(first_evaluation=at.first_evaluation)
         back.accuracy_before = back.accuracy = at.accuracy_before
         back.held_out_reward_before = back.held_out_reward = at.held_out_reward_before
-    else:
-        back, _ = _read(parts, number)
-    back.passed_over = at.draw_of(undone) - back.step
+    for number in parts.checkpoints.numbers():
+        if number > back.checkpoint:
+            parts.checkpoints.delete(number)
+    following = back.step + bool(back.update)  # step, from 0, that draws next
+    back.passed_over = at.draw_of(undone) - following
     back.rolled_back_to, back.tokens = back.checkpoint, at.tokens
     back.history.roll_backs = at.history.roll_backs + 1
     metrics_lib.say(
@@ -99,11 +98,26 @@ def roll_back(parts: Parts, at: Position, undone: int) -> Position:
     return back
 
 
+def _to_go_back_to(parts: Parts, at: Position) -> Position | None:
+    """The position of an undamaged checkpoint, as `roll_back` chooses it; None: the start."""
+    newest = again = None
+    for number in reversed(parts.checkpoints.numbers()):
+        if not parts.checkpoints.whole(number):
+            continue
+        found, _ = _read(parts, number)
+        newest = newest or found
+        if found.last_due == number:
+            if number != at.rolled_back_to:
+                return found
+            again = found
+    return again or (newest if at.last_due >= 0 else None)
+
+
 def load(parts: Parts, at: Position) -> tuple[TrainState, Experience | None, Rollouts | None]:
     """The state there, what the run was learning from, and what it had sampled for the next step.
 
-    The latter two where it was stopped with such; a roll-back leaves them. Raises ValueError where
-    the state has numbers that are not finite.
+    The latter two where it was stopped with such; a roll-back leaves the last. Raises ValueError
+    where the state has numbers that are not finite.
     """
     for name, sizes in parts.sizes.items():
         sizes.restore(at.sizes.get(name))
@@ -121,15 +135,17 @@ def load(parts: Parts, at: Position) -> tuple[TrainState, Experience | None, Rol
         "Delete that, and the run goes on from the one before.",
     )
     state = _offloaded(parts, state)
-    if number == at.rolled_back_to:
-        return state, None, None
     experience = parts.checkpoints.experience(number, mesh)
     assert (experience is not None) == (at.update > 0), f"checkpoint {number} lacks its rollout"
-    return state, experience, parts.checkpoints.ahead(number, mesh)
+    undone = number == at.rolled_back_to
+    return state, experience, None if undone else parts.checkpoints.ahead(number, mesh)
 
 
 def facts(parts: Parts, at: Position) -> dict[str, Any]:
     """What a checkpoint there keeps besides arrays."""
+    every = parts.config.checkpoint.every_steps
+    if at.step and not at.update and every and at.step % every == 0:
+        at.last_due = at.step * rules.num_updates_per_step(parts.config)
     at.sizes = {name: sizes.as_json() for name, sizes in parts.sizes.items()}
     return {"position": dataclasses.asdict(at), "config": config_lib.fingerprint(parts.config)}
 

@@ -124,6 +124,11 @@ class TrainState:
     num_updates: Array  # int32 scalar: updates attempted, skipped ones included
     num_skipped: Array  # int32 scalar: updates refused, as not finite or by a guard
 
+    @property
+    def num_made(self) -> Array:
+        """int32 scalar: updates that moved the parameters, as the optimizer counts them."""
+        return self.num_updates - self.num_skipped
+
 
 def pad_rows(rows: list[list[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
     """Token rows as one int32 array [B, width], padded with zeros on the right, and lengths [B]."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from grpo_jax import floor
-from grpo_jax.structs import ModelConfig
+from grpo_jax.sampling import decode
+from grpo_jax.sampling.engine import Engine
+from grpo_jax.structs import ModelConfig, Sampling
 
 # Width 4, 1 head of 2: q, k, v, o are 4 x 2, gate, up, down 4 x 3, norms 3 x 4.
 # Body: 4 * 8 + 3 * 12 + 12 = 80 weights; head 5 * 4 = 20.
@@ -26,15 +32,37 @@ def test_a_pass_computes_each_prompt_once():
 
 
 def test_decoding_reads_weights_once_a_position_and_prompts_once_a_group():
-    # Cache: 2 * 1 * 2 numbers of 2 bytes a token = 8 bytes. Own: 8 * 9; of prompts: 2 tokens for
-    # 3 positions, 4 for 2: 8 * 14. Logits: 3 * 4 bytes * 5 * 8 tokens. Weights: 100 * 2 bytes, 3
-    # positions.
-    work = floor.rollout(MODEL, PROMPTS, COMPLETIONS, itemsize=2)
+    # Cache: 8 bytes a token. Own: 8 * 9; of prompts: 2 tokens for 3 positions, 4 for 2: 8 * 14.
+    # Logits: 3 * 4 bytes * 5 * 8 tokens. Weights: 200 bytes, 3 positions.
+    read = {"weights": 200, "cache": 8}
+    work = floor.rollout(MODEL, PROMPTS, COMPLETIONS, **read)
     assert work == floor.Work(
         floor.forward(MODEL, PROMPTS, COMPLETIONS).flops, 8 * 9 + 8 * 14 + 480, 600
     )
-    halves = floor.rollout(MODEL, PROMPTS, COMPLETIONS, itemsize=2, weight_shards=2)
+    halves = floor.rollout(MODEL, PROMPTS, COMPLETIONS, **read, weight_shards=2)
     assert halves == floor.Work(work.flops, work.bytes_shared, 300)
+
+
+@pytest.mark.parametrize(
+    ("kept", "tied", "weights", "cache"),
+    [
+        # Of tiny.MODEL a layer has 7,680 weights in kernels and 80 in norms; then 32 of the last
+        # norm and a head of 32 * 40. Two layers of 2 heads have keys and values of 8 numbers.
+        ("same", False, (2 * 7760 + 32 + 1280) * 2, 2 * 2 * 2 * 8 * 2),
+        ("same", True, (2 * 7760 + 32 + 1280) * 2, 2 * 2 * 2 * 8 * 2),
+        # In 8 bits with a scale of 4 bytes for each of 224 outputs of a layer and 40 of the head,
+        # and for each position's keys and values of a head; norms stay.
+        ("int8", False, 2 * (7680 + 4 * 224 + 2 * 80) + 2 * 32 + 1280 + 4 * 40, 2 * 2 * 2 * 12),
+    ],
+)
+def test_what_decoding_reads_is_what_sampling_keeps(kept, tied, weights, cache):
+    model = dataclasses.replace(tiny.MODEL, tied_head=tied)
+    decoder = decode.decoder_for(
+        model, tiny.one_device(), Sampling(), (tiny.STOP,), 8, jnp.bfloat16,
+        weights=kept, cache=kept,
+    )  # fmt: skip
+    traffic = Engine(decoder).traffic
+    assert traffic == {"weights": weights, "cache": cache, "weight_shards": 1}
 
 
 def test_a_head_that_is_the_embedding_is_no_part_of_the_body():

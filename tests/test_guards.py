@@ -179,7 +179,23 @@ def test_refused_updates_in_a_row():
         guards.look_at_update(1, _update(loss=math.nan), refused=refused)
         guards.obey()
     guards.left_out(2, 1)
-    with pytest.raises(Diverged, match=r"Step 2: 3 updates in a row were refused"):
+    with pytest.raises(Diverged, match=r"Step 2: 3 updates in a row were refused: those of guards"):
+        guards.obey()
+
+
+def test_a_step_of_many_updates_that_is_left_out_counts_as_one():
+    """Eight updates each: of five steps the first four are passed, whoever refused them."""
+    config = _config(max_skipped=5)
+    config.batch.minibatches, config.algorithm.num_iterations = 4, 2
+    guards = Guards(config, History(), "DIR/checkpoints")
+    for step in (1, 2, 3):
+        guards.left_out(step, 8)
+        guards.obey()
+    for _ in range(15):  # those of step 4, and all but the last of step 5
+        guards.look_at_update(4, _update(loss=math.nan), refused=True)
+        guards.obey()
+    guards.look_at_update(5, _update(loss=math.nan), refused=True)
+    with pytest.raises(Diverged, match=r"40 updates in a row.*guards.max_skipped = 5 steps"):
         guards.obey()
 
 

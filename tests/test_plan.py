@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import NamedSharding, PartitionSpec
 
 from grpo_jax import config as config_lib
@@ -329,7 +330,7 @@ replica_groups=[2,4]<=[8], dimensions={{0}}
 
 ROOM = 60.0
 HELD = {"weights": 8.0, "optimizer": 16.0, "reference": 4.0, "gradients": 8.0}
-HELD |= {"rollout weights": 8.0, "cache": 2.0, "rollouts": 0.0}
+HELD |= {"rollout weights": 8.0, "cache": 2.0, "rollouts": 0.0, "evaluation": 10.0}
 
 
 def tries_of(config, step, beside: dict[str, float], held=lambda config: HELD):
@@ -494,6 +495,78 @@ def test_a_gpu_as_the_compiler_is_told_of_it(name):
     assert int(told["shared_memory_per_block_optin"]) < int(told["shared_memory_per_core"])
 
 
+@pytest.mark.parametrize(
+    ("correction", "iterations", "kl_coef", "passes"),
+    [
+        ("none", 1, 0.0, 0),
+        ("none", 1, 0.05, 1),  # of the reference
+        ("none", 2, 0.05, 2),  # and of the policy before its first update
+        ("token_mask", 1, 0.0, 0),
+        ("sequence_mask", 1, 0.0, 1),  # a completion is weighed whole before its first update
+        ("sequence_truncate", 1, 0.05, 2),
+    ],
+)
+def test_passes_before_the_first_update(correction, iterations, kl_coef, passes):
+    """As many as a run makes; and the gradient is given what they find, or it could not be made."""
+    values = {"importance_correction": correction, "num_iterations": iterations, "kl_coef": kl_coef}
+    options = [f"algorithm.{name}={value}" for name, value in values.items()]
+    options += ["batch.minibatches=1"]
+    config = config_lib.load(TINY, [f"--config.{option}" for option in options])
+    model, mesh = parts.model_shape(config), tiny.one_device()
+    step = step_lib.Step(config, model, mesh, step_lib.Lengths.of(config))
+
+    programs = {program.name: program for program in step._programs()}
+
+    assert (programs["score"].runs if "score" in programs else 0) == passes
+    needs_old = passes - bool(kl_coef)
+    assert (step.experience.old_logp_PGC is not None) == bool(needs_old)
+    programs["gradient"].lower()
+
+
+@pytest.mark.parametrize(
+    ("options", "drawn", "weights"),
+    [
+        # 8 held-out problems, one lane a slot, of the rollout's 4 x 4 slots as many as are needed;
+        # the rollout's weights are those that learn, and so are the evaluation's.
+        ([], {"evaluation": (8, 1)}, "same"),
+        (["rollout.num_slots=4"], {"evaluation": (4, 1)}, "same"),
+        (["evaluation.num_problems=3"], {"evaluation": (3, 1)}, "same"),
+        # Samples share their prompt: 16 completions in slots of 4 lanes.
+        (["evaluation.num_samples=4"], {"evaluation": (8, 1), "samples": (4, 4)}, "same"),
+        # A rollout in 8 bits is not what is evaluated.
+        (["rollout.cache=int8", "rollout.weights=int8"], {"evaluation": (8, 1)}, "exact"),
+        (["evaluation.num_problems=0"], {}, None),
+        (["data.num_eval=0"], {}, None),
+    ],
+)
+def test_an_evaluation_must_fit_too(options, drawn, weights):
+    config = config_lib.load(TINY, [f"--config.{option}" for option in options])
+    model, mesh = parts.model_shape(config), tiny.one_device()
+    step = step_lib.Step(config, model, mesh, step_lib.Lengths.of(config))
+
+    assert {n: d.slots.live_RW.shape for n, d in step.evaluations.items()} == drawn
+    names = [program.name for program in step._programs()]
+    for name in drawn:
+        assert {f"{name} admit", f"{name} decode"} < set(names)
+    assert len([name for name in names if "admit" in name]) == 1 + len(drawn)
+    # Float32: a token's keys and values of one layer of 2 heads of 8; 8 tokens of a completion and
+    # 16 of its prompt.
+    per_slot = lambda lanes: 2 * 2 * 8 * 4 * (16 + lanes * 8)  # noqa: E731
+    caches = [slots * per_slot(lanes) for slots, lanes in drawn.values()]
+    # Layers are copied one by one for sampling; the rest is read where it is.
+    copied = step.held()["evaluation"] - max(caches, default=0)
+    layer = sum(x.size for x in jax.tree.leaves(step.state.params["layers"]))
+    assert copied == (4 * layer if drawn else 0)
+    if weights == "exact":
+        assert step.held()["rollout weights"] < copied
+    for program in step._programs():
+        if program.name.startswith("evaluation"):
+            program.lower()
+            assert program.runs == 0  # in a step
+    arrays = step_lib.arrays_alone({name: 0.0 for name in step.held()} | {"evaluation": 7.0})
+    assert arrays == 7.0
+
+
 def test_tokens_between_two_looks_at_the_host_change_no_count(config, step):
     """Of a program with a loop inside the loop that ends by what it computes."""
     there = step_lib.Step(config, step.model, step.mesh, step.lengths)
@@ -581,6 +654,7 @@ def test_the_program_writes_what_it_prints(tmp_path, capsys):
     assert [p["name"] for p in report["programs"]] == [
         *("publish layer", "admit", "decode"),
         *("gradient", "optimizer"),
+        *("evaluation admit", "evaluation decode"),
     ]
     assert report["mesh"] == {"data": 8, "fsdp": 1, "sequence": 1, "tensor": 1}
     assert report["peak_bytes"] == max(p["peak_bytes"] for p in report["programs"])

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from test_checkpoints import MODEL, OPTIMIZER, _same_bits, _state
 
 from grpo_jax import config as config_lib
@@ -16,6 +17,7 @@ from grpo_jax import position, sharding
 from grpo_jax.algorithm.rows import Sizes
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.position import Position
+from grpo_jax.structs import Experience
 
 EVERY, UPDATES = 2, 3  # steps between checkpoints; updates a step
 
@@ -43,15 +45,12 @@ def parts(tmp_path, state):
     checkpoints.close()
 
 
-def _save(parts, state, *steps: int, update: int = 0, **known) -> None:
+def _save(parts, state, *steps: int, update: int = 0, experience=None, **known) -> None:
     for step in steps:
         number = jax.device_put(jnp.int32(step * UPDATES + update), state.num_updates.sharding)
         at = Position(step=step, update=update, prompts=100 * step, **known)
-        facts = {
-            "position": dataclasses.asdict(at),
-            "config": config_lib.fingerprint(parts.config),
-        }
-        parts.checkpoints.save(state.replace(num_updates=number), facts)
+        facts = position.facts(parts, at)
+        parts.checkpoints.save(state.replace(num_updates=number), facts, experience=experience)
 
 
 def test_a_roll_back_goes_to_the_newest_checkpoint_that_was_due(parts, state):
@@ -80,6 +79,43 @@ def test_a_roll_back_goes_to_the_newest_checkpoint_that_was_due(parts, state):
     assert position.roll_back(parts, again, undone=7).checkpoint == 18
 
 
+def test_a_checkpoint_was_due_by_the_config_that_wrote_it(parts, state):
+    """Of a run that goes on with other `checkpoint.every_steps`, which 18 and 12 are no part of."""
+    _save(parts, state, 2, 4, 6)
+    parts.config.checkpoint.every_steps = 5
+    _save(parts, state, 7, last_due=18)  # of a stop
+    at = position.newest(parts)
+    assert (at.step, at.last_due) == (7, 18)
+    back = position.roll_back(parts, at, undone=8)
+    assert (back.step, back.checkpoint) == (6, 18)
+    assert parts.checkpoints.numbers() == [12, 18]  # nothing older is deleted
+    _save(parts, state, 8, last_due=18)
+    _save(parts, state, 10, last_due=18)
+    assert position.newest(parts).last_due == 30  # of the new config
+    assert position.roll_back(parts, Position(step=11), undone=12).checkpoint == 30
+
+
+def test_where_those_that_were_due_are_gone_it_goes_back_to_one_of_a_stop(parts, state):
+    """As where no guard needed them when they were written; in the middle of step 10."""
+    mesh, rollouts = parts.mesh, tiny.rollouts(prompts=8)
+    experience = Experience(
+        rollouts=sharding.shard_rows(mesh, rollouts),
+        advantage_PG=sharding.shard_rows(mesh, rollouts.length_PG.astype(np.float32)),
+        action_PGC=sharding.shard_rows(mesh, rollouts.logp_PGC < 0),
+        old_logp_PGC=None,
+        ref_logp_PGC=None,
+    )
+    _save(parts, state, 9, update=2, experience=experience, last_due=24, passed_over=5)
+    at = position.newest(parts)
+    back = position.roll_back(parts, dataclasses.replace(at, step=10, update=1), undone=11)
+    assert (back.step, back.update, back.checkpoint) == (9, 2, 29)
+    assert parts.checkpoints.numbers() == [29]
+    # Its own completions are learned from first; step 11 has the draw after the one undone.
+    assert back.draw_of(10) == at.draw_of(10) + 1
+    _, again, _ = position.load(parts, back)
+    np.testing.assert_array_equal(again.advantage_PG, experience.advantage_PG)
+
+
 def test_without_a_checkpoint_that_was_due_it_begins_again(parts, state):
     _save(parts, state, 1)
     before = {"eval/accuracy": 0.25}
@@ -103,7 +139,8 @@ def test_the_newest_checkpoint_is_where_the_run_stands(parts, state):
     assert position.newest(parts) == Position()
     _save(parts, state, 4, rollout_metrics={"reward": 0.5})
     at = position.newest(parts)
-    assert at == Position(step=4, prompts=400, checkpoint=12, rollout_metrics={"reward": 0.5})
+    own = {"checkpoint": 12, "last_due": 12, "sizes": {"update": Sizes().as_json()}}
+    assert at == Position(step=4, prompts=400, rollout_metrics={"reward": 0.5}, **own)
 
 
 def test_sizes_of_rows_go_along(parts, state):

@@ -40,16 +40,36 @@ def log_ratio(logp: Array, old_logp: Array | None) -> Array:
     Without `old_logp` the old policy is the current one: the ratio is exactly 1 and its gradient
     that of log π.
     """
-    return logp - (jax.lax.stop_gradient(logp) if old_logp is None else old_logp)
+    return logp - _old(logp, old_logp)
+
+
+def _old(logp: Array, old_logp: Array | None) -> Array:
+    """The log-probability before the rollout's updates; of the first one it is the current one."""
+    return jax.lax.stop_gradient(logp) if old_logp is None else old_logp
+
+
+# The largest log-ratio that is exponentiated, in nats: exp(89) is beyond float32, and one such
+# token would make loss or gradient infinite, or with 0 no number, and so refuse the whole update. A
+# token beyond counts as exp(20), and `token_loss` takes its gradient away. So does verl, which
+# clips both log-ratios (Sheng et al. 2024, arXiv:2409.19256, `core_algos.py`).
+_MOST = 20.0
+
+
+def _at_most(log_ratio: Array) -> Array:
+    """The log-ratio, 20 nats where it is above that; its gradient is 1 there too.
+
+    A `minimum` in the middle of a gradient would round what is not cut otherwise than without it.
+    """
+    return log_ratio - jax.lax.stop_gradient(jnp.maximum(log_ratio - _MOST, 0.0))
 
 
 def clipped_surrogate(log_ratio: Array, advantage: Array, low: float, high: float) -> Array:
     """Loss of each token, -min(ρA, clip(ρ, 1 - low, 1 + high)A).
 
     Shao et al. 2024, arXiv:2402.03300, equation 3; a `high` above `low` is the clip-higher of DAPO
-    (Yu et al. 2025, arXiv:2503.14476, section 3.1).
+    (Yu et al. 2025, arXiv:2503.14476, section 3.1). Log-ratios above 20 nats count as 20.
     """
-    ratio = jnp.exp(log_ratio)
+    ratio = jnp.exp(_at_most(log_ratio))
     return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
 
 
@@ -79,9 +99,7 @@ def importance(objective: Objective, logp: Array, terms: dict[str, Array | None]
 def _sampler_log_ratio(objective: Objective, logp: Array, terms: dict) -> Array:
     if objective.sums_sequences:
         return terms["sequence_log_ratio"]
-    # With one update per rollout the old policy is the current one, here as in `log_ratio`.
-    old_logp = jax.lax.stop_gradient(logp) if terms["old_logp"] is None else terms["old_logp"]
-    return old_logp - terms["sampler_logp"]
+    return _old(logp, terms["old_logp"]) - terms["sampler_logp"]
 
 
 def kl_k3(logp: Array, ref_logp: Array) -> Array:
@@ -90,8 +108,9 @@ def kl_k3(logp: Array, ref_logp: Array) -> Array:
     exp(d) - d - 1 with d = ref - policy (Schulman's k3; arXiv:2402.03300, equation 4). Its gradient
     on-policy is on average that of KL(reference ‖ policy), which pulls towards the reference too;
     that of the plain difference (k1) is zero.
+    A d above 20 nats counts as 20.
     """
-    d = ref_logp - logp
+    d = _at_most(ref_logp - logp)
     return jnp.expm1(d) - d
 
 
@@ -104,7 +123,7 @@ def kl_loss(objective: Objective, logp: Array, terms: dict[str, Array | None]) -
     """
     kl = kl_k3(logp, terms["ref_logp"])
     if objective.kl_gradient == "policy_reference":
-        kl *= jnp.exp(log_ratio(logp, terms["old_logp"]))
+        kl *= jnp.exp(_at_most(log_ratio(logp, terms["old_logp"])))
     return kl
 
 
@@ -115,8 +134,14 @@ def token_loss(
 
     `terms` holds `advantage` and `sampler_logp`, and, each an array or None, `old_logp`, `ref_logp`
     and `sequence_log_ratio`. The importance weighs the surrogate alone, as in TRL: the KL and the
-    entropy are of the policy, whoever drew the tokens.
+    entropy are of the policy, whoever drew the tokens. A token more than 20 nats likelier than
+    under the old policy, or less likely than under the reference of a KL term, has no gradient in
+    `logp`.
     """
+    far = log_ratio(logp, terms["old_logp"]) > _MOST
+    if objective.kl_coef:
+        far |= terms["ref_logp"] - logp > _MOST
+    logp = jnp.where(far, jax.lax.stop_gradient(logp), logp)
     loss = clipped_surrogate(
         log_ratio(logp, terms["old_logp"]),
         terms["advantage"],
@@ -154,11 +179,12 @@ SUMS = (
     "policy/kl",
     "policy/clip_low_share",
     "policy/clip_high_share",
+    "policy/drift_mean",
     "policy/sampler_gap_mean",
     "policy/importance_mean",
     "policy/importance_capped_share",
 )
-MAXIMA = ("policy/ratio_max", "policy/sampler_gap_max")
+MAXIMA = ("policy/ratio_max", "policy/drift_max", "policy/sampler_gap_max")
 
 
 def diagnostics(
@@ -168,20 +194,25 @@ def diagnostics(
     terms: dict,
     action: Array,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """What explains an update: sums over action tokens, and maxima over them; all scalars."""
+    """What explains an update: sums over action tokens, and maxima over them; all scalars.
+
+    The drift is what updates on this rollout have changed; the sampler's gap is none of that, but
+    what scorer and sampler made of the same policy, or of one a step older.
+    """
     kept = action.astype(jnp.float32)
-    ratio = jnp.exp(log_ratio(logp, terms["old_logp"]))
+    change = log_ratio(logp, terms["old_logp"])
+    ratio = jnp.exp(_at_most(change))
     advantage = terms["advantage"]
     # Clipped tokens are those whose gradient the clip cuts off.
     low = (ratio < 1 - objective.clip_low) & (advantage < 0)
     high = (ratio > 1 + objective.clip_high) & (advantage > 0)
-    gap = jnp.abs(logp - terms["sampler_logp"])
+    drift, gap = jnp.abs(change), jnp.abs(_old(logp, terms["old_logp"]) - terms["sampler_logp"])
     kl = jnp.zeros_like(logp) if terms["ref_logp"] is None else kl_k3(logp, terms["ref_logp"])
     weight, capped = importance(objective, logp, terms), jnp.zeros_like(logp)
     if objective.importance_correction != "none":
         log_cap = jnp.log(objective.importance_cap)
         capped = _sampler_log_ratio(objective, logp, terms) > log_cap
-    values = entropy, kl, low, high, gap, weight, capped
+    values = entropy, kl, low, high, drift, gap, weight, capped
     sums = [jnp.sum(jnp.where(action, value, 0) * kept) for value in values]
-    maxima = [jnp.max(jnp.where(action, value, 0)) for value in (ratio, gap)]
+    maxima = [jnp.max(jnp.where(action, value, 0)) for value in (ratio, drift, gap)]
     return dict(zip(SUMS, sums)), dict(zip(MAXIMA, maxima))

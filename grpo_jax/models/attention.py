@@ -20,7 +20,8 @@ from grpo_jax.structs import Array
 
 shares_lanes = True  # a lane may hold several completions
 
-# Far below any score and finite: a row with no key to see gives zeros, not NaN.
+# Far below any score and finite: a row with no key to see gives the mean of the values, not NaN.
+# Nothing reads such a row.
 _HIDDEN = -1e30
 
 

@@ -19,6 +19,10 @@ from grpo_jax.structs import ModelConfig
 
 Change = dict[str, Any]  # options by their dotted names
 
+# Programs that draw completions; fewer slots make all of them smaller.
+_ROLLOUT = {"admit", "decode"}
+_DRAWING = {f"{of}{name}" for of in ("", "evaluation ", "samples ") for name in _ROLLOUT}
+
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
@@ -46,7 +50,7 @@ class Tried:
     def over(self) -> set[str]:
         """Names of the programs that do not fit; of all where nothing was compiled."""
         if self.plan is None:
-            return {"publish layer", "admit", "decode", "score", "gradient", "optimizer"}
+            return {"publish layer", *_DRAWING, "score", "gradient", "optimizer"}
         return {p.name for p in self.plan.programs if p.peak > self.plan.room}
 
     @property
@@ -146,7 +150,7 @@ def _exact(
         yield {"batch.microbatch": shards}
     if "gradient" in over and config.model.remat != "full":
         yield {"model.remat": "full"}
-    if over & {"admit", "decode"}:
+    if over & _DRAWING:
         whole = config.batch.prompts * config.batch.group
         half, uneven = divmod(config.rollout.num_slots or whole, 2)
         if not uneven and half % shards == 0 and 4 * half >= whole:
@@ -181,7 +185,7 @@ def _rounded(
         fewer = {"float32": ("bfloat16", "int8"), "bfloat16": ("int8",), "int8": ()}
         for kind in fewer[config.optim.moments]:
             yield {"optim.moments": kind}
-    if over & {"admit", "decode"}:
+    if over & _ROLLOUT:  # an evaluation is exact
         for part in ("cache", "weights"):
             if config.rollout[part] != "int8":
                 yield {f"rollout.{part}": "int8"}

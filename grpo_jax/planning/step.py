@@ -1,4 +1,4 @@
-"""The compiled programs of one step, from shapes alone, and what they need and cost.
+"""The compiled programs of one step and an evaluation, from shapes alone: what they need and cost.
 
 The sampler's and the learner's own jitted programs are compiled for the devices of a mesh that need
 not be attached. Nothing is allocated: every argument is a shape with its sharding.
@@ -29,6 +29,8 @@ from grpo_jax.algorithm import update as update_lib
 from grpo_jax.models import streamed
 from grpo_jax.planning import hlo
 from grpo_jax.planning.chips import Chip
+from grpo_jax.sampling.decode import Slots
+from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Experience, ModelConfig, Params, Rollouts
 
 _STOP_IDS = (0,)  # which tokens end a completion changes no shape
@@ -132,8 +134,30 @@ def bytes_per_device(tree: Any) -> float:
 Known = dict[str, Compiled]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Drawing:
+    """Completions that an engine draws at once."""
+
+    engine: Engine
+    published: Params
+    slots: Slots
+    lanes: int  # of a slot
+    temperature: np.float32 | None
+
+
+def num_held_out(config: ConfigDict) -> int:
+    """Problems of an evaluation, at most."""
+    data, most = config.data, config.evaluation.num_problems
+    if data.task:
+        return min(data.num_eval, most)
+    return most if data.eval_path or data.eval_split else 0
+
+
 class Step:
-    """The programs of one step of a config, with a model of some shape, on a mesh."""
+    """The programs of one step of a config, with a model of some shape, on a mesh.
+
+    And those of its evaluations, which must fit too: a run with held-out problems begins with one.
+    """
 
     def __init__(
         self,
@@ -163,6 +187,7 @@ class Step:
             self.reference = None
         self.published = self.engine.published_like(self.state.params)
         self.slots = self._slots()
+        self.evaluations = self._evaluations()
         self.experience = self._experience()
         self.carry = self.learner.update.empty.eval_shape()
 
@@ -171,13 +196,20 @@ class Step:
 
         What lies in the host's memory but for one program, which then needs it, is left out.
         """
-        shared = bytes_per_device(self._shared())
+        shared = bytes_per_device(self._shared(self.engine))
+        evaluated = [
+            bytes_per_device(d.published)
+            - bytes_per_device(self._shared(d.engine))
+            + bytes_per_device(d.slots.cache)
+            for d in self.evaluations.values()
+        ]
         return {
             "weights": bytes_per_device(self.state.params),
             "optimizer": bytes_per_device(self._kept_state().opt_state),
             "reference": bytes_per_device(self._kept_reference()),
             "rollout weights": bytes_per_device(self.published) - shared,
             "cache": bytes_per_device(self.slots.cache),
+            "evaluation": max(evaluated, default=0.0),  # weights and cache
             "gradients": bytes_per_device(self.carry[0]),
             "rollouts": bytes_per_device(self.experience),
         }
@@ -244,47 +276,23 @@ class Step:
 
     def _programs(self) -> list[_Program]:
         config, length_PG = self.config, self.lengths.completion_PG
-        state, params, published = self.state, self.state.params, self.published
+        state, params = self.state, self.state.params
         size = bytes_per_device
         reference = self._kept_reference()
         learning = size((self._kept_state(), reference))  # held through the whole step
-        sampling = learning - size(self._shared())
+        lanes = self.slots.live_RW.size
+        waves = -(-length_PG.size // lanes)
+        tokens = max(length_PG.max(), -(-length_PG.sum() // lanes)) - 1
         temperature = np.float32(config.rollout.temperature) or None
-        shards, lanes = self.slots.live_RW.shape[0] // self.engine.shards, self._lanes
-        admitted = shards * self.engine.shards
-        waves = -(-length_PG.size // (admitted * lanes))
-        tokens = max(length_PG.max(), -(-length_PG.sum() // (admitted * lanes))) - 1
-        programs = self._publishing(learning)
-        programs += [
-            _Program(
-                "admit",
-                "rollout",
-                lambda: self.engine.admit.lower(
-                    published, temperature, self.slots, *self._prompts(admitted, lanes)
-                ),
-                waves,
-                1,
-                sampling,
-            ),
-            _Program(
-                "decode",
-                "rollout",
-                lambda: self.engine.decode.lower(
-                    published,
-                    temperature,
-                    -1,
-                    1,
-                    self._rows((self.engine.shards,), jnp.int32, "slots"),
-                    self.slots,
-                ),
-                1,
-                tokens / self.engine.decoder.steps,
-                sampling,
-                self._read_of_cache(int(tokens), admitted * lanes),
-            ),
+        drawing = _Drawing(self.engine, self.published, self.slots, self._lanes, temperature)
+        admit, decode = self._sampling("", "rollout", drawing, learning)
+        loops, read = tokens / self.engine.decoder.steps, self._read_of_cache(int(tokens), lanes)
+        programs = self._publishing(learning) + [
+            dataclasses.replace(admit, runs=waves),
+            dataclasses.replace(decode, runs=1, loops=loops, read=read),
         ]
         everything = np.arange(self.learner.scorer.groups_in_shard(self.experience.rollouts))
-        scored = int(self.reference is not None) + int(rules.num_updates_per_step(config) > 1)
+        scored = (self.reference is not None) + rules.needs_old_pass(config)
         if scored:
             read = self.reference if self.reference is not None else params
             packed = self._packed(everything)
@@ -303,7 +311,7 @@ class Step:
         update, minibatches = self.learner.update, config.batch.minibatches
         runs = rules.num_updates_per_step(config)
         first = self._packed(everything[::minibatches])
-        return programs + [
+        programs += [
             _Program(
                 "gradient",
                 "update",
@@ -323,6 +331,37 @@ class Step:
                 runs,
                 1,
                 size((reference, self.experience)) - size(self.experience.action_PGC),
+            ),
+        ]
+        for name, drawing in self.evaluations.items():
+            programs += self._sampling(f"{name} ", "evaluation", drawing, learning)
+        return programs
+
+    def _sampling(
+        self, prefix: str, phase: str, drawing: _Drawing, learning: float
+    ) -> list[_Program]:
+        """What draws completions, beside what is held for learning; not run in a step."""
+        engine, slots = drawing.engine, drawing.slots
+        beside = learning - bytes_per_device(self._shared(engine))
+        start = drawing.published, drawing.temperature
+        prompts = self._prompts(slots.live_RW.shape[0], drawing.lanes)
+        enough = self._rows((engine.shards,), jnp.int32, "slots")
+        return [
+            _Program(
+                f"{prefix}admit",
+                phase,
+                lambda: engine.admit.lower(*start, slots, *prompts),
+                0,
+                1,
+                beside,
+            ),
+            _Program(
+                f"{prefix}decode",
+                phase,
+                lambda: engine.decode.lower(*start, -1, 1, enough, slots),
+                0,
+                1,
+                beside,
             ),
         ]
 
@@ -353,9 +392,9 @@ class Step:
     def _kept_reference(self) -> Any:
         return None if self.config.model.offload_reference else self.reference
 
-    def _shared(self) -> list[Any]:
+    def _shared(self, engine: Engine) -> list[Any]:
         """Weights that sampling reads where they are: nothing about them changes."""
-        changed = ["layers", *self.engine.changed_parts(self.state.params)]
+        changed = ["layers", *engine.changed_parts(self.state.params)]
         return [part for name, part in self.state.params.items() if name not in changed]
 
     def _read_of_cache(self, tokens: int, lanes: int) -> dict[tuple[int, ...], float]:
@@ -378,6 +417,23 @@ class Step:
         (slots, self._lanes), *_ = self.engine.layouts(config.batch.prompts, config.batch.group)
         width = self.engine.padded(self.lengths.prompt)
         return self.engine.empty.eval_shape(slots, self._lanes, width)
+
+    def _evaluations(self) -> dict[str, _Drawing]:
+        """By name: held-out problems answered once greedily, and if asked for by samples."""
+        asked, number = self.config.evaluation, num_held_out(self.config)
+        engine = parts.make_evaluator(self.config, self.engine)
+        published = engine.published_like(self.state.params)
+        width = engine.padded(self.lengths.prompt)
+        kinds = {"evaluation": (1, None)} if number else {}
+        if number and asked.num_samples:
+            temperature = np.float32(asked.temperature) or None
+            kinds["samples"] = (asked.num_samples, temperature)
+        found = {}
+        for name, (group, temperature) in kinds.items():
+            (slots, lanes), *_ = engine.layouts(number, group)
+            like = engine.empty.eval_shape(slots, lanes, width)
+            found[name] = _Drawing(engine, published, like, lanes, temperature)
+        return found
 
     def _prompts(self, number: int, lanes: int) -> tuple[Any, ...]:
         width = self.engine.padded(self.lengths.prompt)
@@ -405,12 +461,11 @@ class Step:
             length_PG=rows((prompts, group), jnp.int32),
             stopped_PG=rows((prompts, group), jnp.bool_),
         )
-        with_old = rules.num_updates_per_step(self.config) > 1
         return Experience(
             rollouts=rollouts,
             advantage_PG=rows((prompts, group), jnp.float32),
             action_PGC=per_token(jnp.bool_),
-            old_logp_PGC=per_token(jnp.float32) if with_old else None,
+            old_logp_PGC=per_token(jnp.float32) if rules.needs_old_pass(self.config) else None,
             ref_logp_PGC=per_token(jnp.float32) if self.reference is not None else None,
         )
 
@@ -422,7 +477,8 @@ class Step:
 def arrays_alone(held: dict[str, float]) -> float:
     """Bytes of a device that arrays take at the least, whatever the programs need beside them."""
     always = held["weights"] + held["optimizer"] + held["reference"]
-    return always + max(held["rollout weights"] + held["cache"], held["gradients"])
+    sampling = max(held["rollout weights"] + held["cache"], held["evaluation"])
+    return always + max(sampling, held["gradients"])
 
 
 def _cast(params: Any, dtype) -> Any:

@@ -29,6 +29,7 @@ from grpo_jax.structs import Array, ModelConfig, Params, Rollouts, pad_rows
 
 _PROMPT_STEP = 16  # prompts are padded to a multiple of this: few shapes to compile
 _NEVER = 2**30
+_PROMPTS = 1024, 2048  # tokens: whole pages and blocks of any kernel's cache
 
 
 @dataclasses.dataclass
@@ -74,6 +75,10 @@ def _is_like(part: Params, like: Params) -> bool:
         x.dtype == y.dtype and x.sharding.is_equivalent_to(y.sharding, x.ndim)
         for x, y in zip(jax.tree.leaves(part), jax.tree.leaves(like))
     )
+
+
+def _num_bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 class Engine:
@@ -174,6 +179,20 @@ class Engine:
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, placed
         )
+
+    @functools.cached_property
+    def traffic(self) -> dict[str, float]:
+        """What decoding must read, as `floor.rollout` takes it, in bytes; scales included."""
+        decoder, model = self.decoder, self.decoder.model
+        like = self.published_like(transformer.param_shapes(model))
+        read = [x for name, x in like.items() if name != "embed" or model.tied_head]
+        # Of one prompt more tokens than of the other, and nothing else.
+        few, many = (jax.eval_shape(lambda n=n: decode.empty(decoder, 1, 1, n)) for n in _PROMPTS)
+        return {
+            "weights": _num_bytes(read),
+            "cache": (_num_bytes(many.cache) - _num_bytes(few.cache)) / (_PROMPTS[1] - _PROMPTS[0]),
+            "weight_shards": decoder.mesh.shape["tensor"],
+        }
 
     def _slot_shardings(self, like: decode.Slots) -> decode.Slots:
         """Where slots lie; their caches over the devices of a shard by head, or by slot."""

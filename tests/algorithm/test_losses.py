@@ -232,7 +232,7 @@ def test_diagnostics_by_hand():
     old = old.at[5].set(-2 - np.log(100.0))
     advantage = jnp.float32([-1, 1, 1, 1, -1, np.inf])
     entropy = jnp.float32([0.5, 0.5, 1, 1, 2, np.nan])
-    sampler = logp + jnp.float32([0.25, -0.5, 0, 0, 0, 9])
+    sampler = old + jnp.float32([0.25, -0.5, 0, 0, 0, 9])
     ref = logp + jnp.float32([np.log(2), 0, 0, 0, 0, np.nan])
     action = jnp.array([1, 1, 1, 1, 1, 0], bool)
 
@@ -245,7 +245,8 @@ def test_diagnostics_by_hand():
         "policy/kl": 0.30685282,  # k3 of ln 2
         "policy/clip_low_share": 1.0,  # ratio 0.5 with A < 0; with A > 0 it is not clipped
         "policy/clip_high_share": 1.0,  # ratio 2 with A > 0; with A < 0 it is not clipped
-        "policy/sampler_gap_mean": 0.75,
+        "policy/drift_mean": 4 * 0.69314718,  # ln 2, down or up
+        "policy/sampler_gap_mean": 0.75,  # of the old policy: what was learned since is no part
         "policy/importance_mean": 5.0,  # no correction
         "policy/importance_capped_share": 0.0,
     }
@@ -253,4 +254,51 @@ def test_diagnostics_by_hand():
     for name, want in want_sums.items():
         np.testing.assert_allclose(sums[name], want, rtol=1e-5, err_msg=name)
     np.testing.assert_allclose(maxima["policy/ratio_max"], 2.0, rtol=1e-6)
-    assert maxima["policy/sampler_gap_max"] == 0.5
+    np.testing.assert_allclose(maxima["policy/drift_max"], 0.69314718, rtol=1e-6)
+    np.testing.assert_allclose(maxima["policy/sampler_gap_max"], 0.5, rtol=1e-6)
+    # Where there is one update the current policy is the old one.
+    sums, maxima = losses.diagnostics(
+        losses.Objective(), old, entropy, terms(advantage, None, ref, sampler), action
+    )
+    np.testing.assert_allclose(sums["policy/sampler_gap_mean"], 0.75, rtol=1e-6)
+    assert sums["policy/drift_mean"] == maxima["policy/drift_max"] == 0
+
+
+@pytest.mark.parametrize("advantage", [0.0, 1.0, -1.0])
+def test_a_token_far_from_the_policy_does_not_refuse_an_update(advantage):
+    """90 nats, of which no exponential is finite, beside a token with ratio 1.1."""
+    logp = jnp.float32([-0.5, -1.0])
+    old = logp - jnp.float32([90.0, np.log(1.1)])
+    given = terms(jnp.float32([advantage] * 2), old, logp + jnp.float32([90.0, 0.0]))
+    objective = losses.Objective(kl_coef=0.1)
+
+    def loss(logp):
+        return losses.token_loss(objective, logp, jnp.zeros(2), given)
+
+    value, slope = loss(logp), jax.grad(lambda x: loss(x).sum())(logp)
+
+    # The token counts as exp(20) = 485,165,195.4 and has no gradient; with A > 0 the clip cuts it
+    # to 1.2. Its k3 is exp(20) - 21.
+    far = {0.0: 0.0, 1.0: -1.2, -1.0: 485165195.4}[advantage] + 0.1 * 485165174.4
+    np.testing.assert_allclose(value, [far, -1.1 * advantage], rtol=1e-6)
+    np.testing.assert_allclose(slope, [0.0, -1.1 * advantage], rtol=1e-5)
+    given["sampler_logp"] = old
+    sums, maxima = losses.diagnostics(objective, logp, jnp.zeros(2), given, jnp.ones(2, bool))
+    assert np.isfinite([*sums.values(), *maxima.values()]).all()
+
+
+def test_nearer_log_ratios_are_exponentiated_as_they_are():
+    """To the last bit, and with their gradient: 20 nats are left alone, 20.1 are not."""
+    d = jnp.float32([-90.0, -20.0, -0.3, 0.0, 0.3, 19.9, 20.1])
+
+    given = terms(jnp.zeros(7), ref_logp=d)
+    objective = losses.Objective(kl_coef=1.0)
+
+    surrogate = losses.clipped_surrogate(d, jnp.float32(-1.0), 0.2, 0.2)
+    k3 = losses.kl_k3(jnp.zeros(7), d)
+    slope = jax.grad(lambda x: losses.token_loss(objective, x, x, given).sum())(jnp.zeros(7))
+
+    np.testing.assert_array_equal(surrogate[3:6], jnp.exp(d)[3:6])
+    np.testing.assert_array_equal(k3[:6], (jnp.expm1(d) - d)[:6])
+    np.testing.assert_allclose(slope[:6], -jnp.expm1(d)[:6], rtol=1e-6)
+    assert surrogate[6] < jnp.exp(d[6]) and slope[6] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -10,9 +11,11 @@ import pytest
 import tiny
 import torch
 import transformers
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from grpo_jax import sharding
 from grpo_jax.models import hf, logits, transformer
+from grpo_jax.structs import RopeScaling
 
 SIZES = {
     "vocab_size": 48,
@@ -205,3 +208,25 @@ def test_stories260k_equals_transformers(shared):
 
     np.testing.assert_allclose(got, want[2:-1], atol=1e-4, rtol=0)
     assert hf.stop_ids(folder, tokenizer) == (1, 2)
+
+
+@pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, 1.0, 4.0, 8192)])
+@pytest.mark.parametrize(
+    ("theta", "size"), [(1e4, 64), (1e4, 80), (5e5, 128), (1e6, 64), (1e6, 128)]
+)
+def test_rotary_frequencies_to_the_last_bit(theta, size, scaling):
+    """All but one at most, which is next to theirs: torch's power is not rounded exactly."""
+    rope = {"rope_type": "default", "rope_theta": theta}
+    if scaling is not None:
+        rope |= LLAMA3 | {"rope_theta": theta, "original_max_position_embeddings": 8192}
+    config = transformers.LlamaConfig(
+        head_dim=size, rope_parameters=rope, max_position_embeddings=65_536
+    )
+    theirs = LlamaRotaryEmbedding(config).inv_freq.numpy()
+    changed = {"head_size": size, "rope_theta": theta, "rope_scaling": scaling}
+
+    ours = transformer.rotary_frequencies(dataclasses.replace(tiny.MODEL, **changed))
+
+    assert ours.dtype == theirs.dtype == np.float32
+    units = np.abs(ours.view(np.int32) - theirs.view(np.int32))  # in the last place
+    assert units.max() <= 1 and units.sum() <= 1

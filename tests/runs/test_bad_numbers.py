@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from kill_and_resume import final_state, log_differences, logged, state_differences
 from test_bad_input import TINY, make_model, refusal
@@ -70,9 +71,10 @@ def runs(tmp_path, model, rewards, monkeypatch, one_device):
 
 def test_a_step_of_bad_numbers_is_as_if_it_had_been_left_out(runs, monkeypatch):
     """In the rewards, or behind them in the gradient: of step 2 of 3 nothing is learned."""
+    more = ["--config.optim.schedule=linear"]
     with monkeypatch.context() as here:
         here.setenv("PLANTED", "nan")
-        reward = runs("reward")
+        reward = runs("reward", *more)
     with monkeypatch.context() as here:
         prepare, count = loop._prepare, iter(range(10))
 
@@ -82,21 +84,26 @@ def test_a_step_of_bad_numbers_is_as_if_it_had_been_left_out(runs, monkeypatch):
             return experience.replace(advantage_PG=experience.advantage_PG * factor), scores
 
         here.setattr(loop, "_prepare", poisoned)
-        gradient = runs("gradient")
+        gradient = runs("gradient", *more)
     with monkeypatch.context() as here:
 
         def look(guards, step, values):
             guards.leaves_out = step == 2
 
         here.setattr(Guards, "look_at_rollout", look)
-        left_out = runs("left out")
+        left_out = runs("left out", *more)
 
     for folder in (reward, gradient):
         assert not state_differences(left_out, folder)
         assert [log_differences(left_out, folder)[0].split(":")[1]] == [" step 2"]
     state = final_state(left_out)
     assert int(state["/num_updates"]) == 12 and int(state["/num_skipped"]) == 4
+    made = [int(value) for name, value in state.items() if name.endswith("/count")]
+    assert made and set(made) == {8}
     rows = logged(reward)
+    # From 1e-3 to 0 in 12 updates: the rate of the 4th is that of its 3/12, and so for the 8th.
+    rates = [row["policy/learning_rate"] for row in rows]
+    np.testing.assert_allclose(rates, [9e-3 / 12, 9e-3 / 12, 5e-3 / 12], rtol=1e-6)
     assert [row["rewards/failed/planted"] for row in rows] == [0, 16, 0]
     assert [row["policy/skipped_updates"] for row in rows] == [0, 4, 4]
     assert "policy/loss" not in rows[1] and logged(gradient)[1]["policy/loss"] is None
@@ -105,7 +112,7 @@ def test_a_step_of_bad_numbers_is_as_if_it_had_been_left_out(runs, monkeypatch):
 @pytest.mark.slow
 def test_a_bad_weight_is_rolled_back(runs, monkeypatch):
     """It comes in step 3; of step 2 there is a checkpoint. Steps 3 to 5 then have other prompts."""
-    more = ["guards.after_skips=roll_back", "guards.max_skipped=3", "loop.num_steps=5"]
+    more = ["guards.after_skips=roll_back", "guards.max_skipped=1", "loop.num_steps=5"]
     more = [f"--config.{option}" for option in more]
     build, count = loop.parts_lib.build, iter(range(100))
 
@@ -113,7 +120,7 @@ def test_a_bad_weight_is_rolled_back(runs, monkeypatch):
         parts = build(*args)
 
         def update(state, experience, index):
-            if next(count) == 9:
+            if next(count) == 8:
                 kernel = state.params["norm"]["scale"]
                 state.params["norm"]["scale"] = kernel.at[0].set(jnp.nan)
             return parts.update(state, experience, index)
