@@ -95,7 +95,7 @@ def _file_rows(path: Path, option: str) -> Iterator[Row]:
 
 
 def _json_lines(path: Path, option: str) -> Iterator[Row]:
-    for number, line in _lines(path, option):
+    for number, line in lines(path, option):
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
@@ -139,12 +139,12 @@ def _as_row(row: Any, where: str, option: str) -> dict[str, Any]:
     return row
 
 
-def _lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
+def lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
     """Lines that are not blank with their numbers from 1, read one at a time."""
     try:
         with path.open("rb") as file:
-            lines = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
-            for number, line in enumerate(lines, start=1):
+            pieces = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
+            for number, line in enumerate(pieces, start=1):
                 if len(line) > MAX_ROW_BYTES:
                     raise _too_large(option, f"{path}, line {number}", MAX_ROW_BYTES)
                 try:
