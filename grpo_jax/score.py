@@ -187,8 +187,9 @@ def _hint(column: str, texts: list[str], scores: Scores) -> None:
     if 2 * bare > len(texts) and _READ_ANSWERS & scores.by_name.keys():
         metrics_lib.say(
             f"{bare:,} of the {len(texts):,} texts of the column `{column}` state no answer: a "
-            "bare one earns nothing. A completion states it after ####, in \\boxed{} or in <answer>. "
-            "Score worked solutions (--completion_column), or write the answers so (--completions)."
+            "bare one earns nothing. A completion states its answer after ####, in \\boxed{} or in "
+            "<answer>. Score worked solutions (--completion_column), or write the answers so "
+            "(--completions)."
         )
 
 

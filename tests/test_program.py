@@ -195,11 +195,14 @@ def test_modules_of_rewards_are_found_beside_the_config_and_in_the_current_folde
     monkeypatch.setattr(sys, "path", [*before])
     monkeypatch.setattr(sys, "modules", {**sys.modules})
     file = "../there/c.py"
-    program.load_config(file, ["--config.rewards.names=numpy:mean"])
+    load = lambda names: program.load_config(  # noqa: E731
+        file, [f"--config.rewards.names={names}", "--config.rewards.weights=1.0"]
+    )
+    load("numpy:mean")
     assert sys.path == before
-    program.load_config(file, ["--config.rewards.names=near_rewards:f"])
+    load("near_rewards:f")
     assert sys.path == [*before, str(there), str(here)]
-    program.load_config(file, ["--config.rewards.names=far_rewards.x:f(a='b:c')"])
+    load("far_rewards.x:f(a='b:c')")
     assert sys.path == [*before, str(there), str(here)]
     places = [importlib.import_module(f"{name}_rewards").PLACE for name in ("near", "far", "both")]
     assert places == ["here", "there", "there"]
