@@ -1,3 +1,29 @@
 """grpo_jax: train reasoning language models by Group Relative Policy Optimization, in JAX."""
 
+import os
+import sys
+
 __version__ = "0.1.0"
+
+
+def _leave_current_folder() -> None:
+    """Takes the current folder off the path of a program that is started by `python -m grpo_jax.`.
+
+    Python puts it first there: files beside a model or a data set would be imported in the place of
+    libraries. Where this package itself was found there, as in a checkout, it is searched last.
+    """
+    try:
+        folder = os.getcwd()
+    except OSError:  # it is gone, and not on the path
+        return
+    if sys.path[:1] == [folder]:
+        del sys.path[0]
+        if os.path.dirname(os.path.dirname(os.path.abspath(__file__))) == folder:
+            sys.path.append(folder)
+
+
+# While Python looks for the module of `-m`, that is the program's name; the module is the last of
+# orig_argv before the program's own arguments. An import by any other program changes nothing.
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
+    if "grpo_jax." in sys.orig_argv[-len(sys.argv)]:
+        _leave_current_folder()

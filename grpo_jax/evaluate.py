@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 from rich.table import Table
 from rich.text import Text
 
-from grpo_jax import config as config_lib
 from grpo_jax import (
     estimates,
     evaluation,
@@ -92,7 +91,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     add("--json", metavar="FILE", help="all values and intervals")
     program.add_processes(parser)
     args, overrides = parser.parse_known_args(program.joined(argv))
-    config = config_lib.load(args.config, overrides)
+    config = program.load_config(args.config, overrides)
     for name, value in {
         "num_problems": config.evaluation.num_problems or math.inf,
         "num_samples": config.evaluation.num_samples,

@@ -22,7 +22,6 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from grpo_jax import config as config_lib
 from grpo_jax import parts, program, sharding
 from grpo_jax.metrics import console, print_title, say
 from grpo_jax.models import families
@@ -35,7 +34,7 @@ _GIB = 2**30
 
 def main(argv: list[str]) -> None:
     args, overrides = _arguments(argv)
-    config = config_lib.load(args.config, overrides)
+    config = program.load_config(args.config, overrides)
     chip, devices = chips.devices(args.topology)
     model = read_shape(args.model_shape) if args.model_shape else parts.model_shape(config)
     known: step_lib.Known = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import traceback
@@ -35,9 +36,30 @@ def run_arguments(argv: list[str], description: str) -> tuple[ConfigDict, Path]:
     parser.usage = f"{parser.prog} --config FILE [--workdir DIR] [--config.NAME=VALUE ...]"
     add_processes(parser)
     known, overrides = parser.parse_known_args(joined(argv))
-    config = config_lib.load(known.config, overrides)
+    config = load_config(known.config, overrides)
     start_processes(known, config)
     return config, Path(known.workdir or Path("runs") / Path(known.config).stem)
+
+
+def load_config(path: str, overrides: list[str]) -> ConfigDict:
+    """The config of a file with overrides, as `config.load`; its reward functions can be imported.
+
+    A module that is found nowhere else is looked for in the config's folder, then the current one.
+    """
+    config = config_lib.load(path, overrides)
+    specs = [spec.partition("(")[0] for spec in config.rewards.names]
+    modules = {spec.partition(":")[0].partition(".")[0].strip() for spec in specs if ":" in spec}
+    if any(map(_is_missing, modules)):
+        folders = [str(Path(path).resolve().parent), os.getcwd()]
+        sys.path += [folder for folder in folders if folder not in sys.path]
+    return config
+
+
+def _is_missing(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is None
+    except ValueError:  # no name of a module
+        return False
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

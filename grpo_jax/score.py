@@ -19,20 +19,22 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from grpo_jax import config as config_lib
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import parts, program
 from grpo_jax.data import prompts as prompts_lib
+from grpo_jax.data import sources
 from grpo_jax.data.problems import Problem
 from grpo_jax.judge import as_reply
 from grpo_jax.messages import shown
 from grpo_jax.models import hf
 from grpo_jax.rewards import reward as reward_lib
+from grpo_jax.rewards.answers import extract_answer
 from grpo_jax.rewards.pool import Pool
 from grpo_jax.rewards.score import Scores
 from grpo_jax.workdir import write_whole
 
 _MAX_FAILURES = 20  # shown
+_READ_ANSWERS = {"exact_answer", "math_answer"}  # rewards of what a completion states
 
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
@@ -58,7 +60,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     for name, least in (("limit", 0), ("batch", 1), ("samples", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}.")
-    return args, config_lib.load(args.config, overrides)
+    return args, program.load_config(args.config, overrides)
 
 
 # --- What is scored -------------------------------------------------------------------------------
@@ -92,15 +94,11 @@ def _column(problems: list[Problem], name: str) -> list[str]:
 
 def _file(path: str, num_problems: int) -> list[str]:
     texts = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--completions: cannot read {path}: {error}.") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in sources.lines(Path(path), "--completions"):
         try:
             text = json.loads(line)["completion"]
             assert isinstance(text, str)
-        except (ValueError, KeyError, TypeError, AssertionError):
+        except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
             raise ValueError(
                 f"--completions: {path}, line {number} is not a JSON object with a text "
                 f'"completion": {shown(line, 80)}.'
@@ -213,6 +211,18 @@ def _show(args, problems: list[Problem], texts: list[str], scores: Scores, found
     metrics_lib.say(f"{found['rows_per_second']:,.0f} rows per second")
 
 
+def _hint(column: str, texts: list[str], scores: Scores) -> None:
+    """Says why the dataset's own answers may earn nothing: a bare answer is no completion."""
+    bare = sum(extract_answer(text) is None for text in texts)
+    if 2 * bare > len(texts) and _READ_ANSWERS & scores.by_name.keys():
+        metrics_lib.say(
+            f"{bare:,} of the {len(texts):,} texts of the column `{column}` state no answer: a "
+            "bare one earns nothing. A completion states its answer after ####, in \\boxed{} or in "
+            "<answer>. Score worked solutions (--completion_column), or write the answers so "
+            "(--completions)."
+        )
+
+
 def _item(i: int, problem: Problem, text: str, scores: Scores) -> dict[str, Any]:
     prompt = problem.prompt
     if not isinstance(prompt, str):
@@ -245,6 +255,8 @@ def main(argv: list[str]) -> None:
         scores, seconds = _score(pool, problems, texts, ids, rendered, args.batch)
     found = figures(scores, seconds)
     _show(args, problems, texts, scores, found)
+    if not args.completions:
+        _hint(args.completion_column, texts, scores)
     for path, text in (
         (args.json, json.dumps(found, indent=1)),
         (args.out, "\n".join(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -78,15 +79,17 @@ def _chains(tree: ast.AST) -> set[str]:
 
 
 def _reads() -> set[str]:
-    """What the package reads outside config.py, whose checks alone do not use an option."""
-    found = set()
+    """What the package reads outside of config.py and rules.py: a check does not use an option."""
+    rules, found, called = ROOT / "rules.py", set(), set()
     for file in ROOT.rglob("*.py"):
-        if file != ROOT / "config.py":
-            found |= _chains(ast.parse(file.read_text()))
-    # Of config.py, the functions that other modules call to use an option.
-    for node in ast.parse((ROOT / "config.py").read_text()).body:
-        if isinstance(node, ast.FunctionDef) and node.name == "num_updates_per_step":
-            found |= _chains(node)
+        if file not in (ROOT / "config.py", rules):
+            tree = ast.parse(file.read_text())
+            found |= _chains(tree)
+            called |= set(re.findall(r"\brules\.(\w+)\(", ast.unparse(tree)))
+    # Of rules.py, the functions that other modules call to use an option, not to check it.
+    for node in ast.parse(rules.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name in called:
+            found |= set() if node.name.startswith("check") else _chains(node)
     return found
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
 
+import grpo_jax
 from grpo_jax import config, program, workdir
 
 SCRIPT = """
@@ -125,3 +130,79 @@ def test_a_full_disk_is_one_message(capsys):
         program.main(run)
     assert info.value.code == 1
     assert capsys.readouterr().err.startswith("error: the disk is full ([Errno 28] No space left")
+
+
+# --- Which folders are searched -------------------------------------------------------------------
+
+
+def _path_of(folder, *command: str, **variables: str) -> list[str]:
+    """sys.path of a Python that is started in a folder."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | variables
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with this package's beginning, a program in it, and another program that uses it."""
+    show = "import json, sys; print(json.dumps(sys.path))"
+    folder = tmp_path.resolve() / "checkout"
+    for name, text in {
+        "grpo_jax/__init__.py": Path(grpo_jax.__file__).read_text(),
+        "grpo_jax/show.py": show,
+        "grpo_jax_user/__init__.py": "import grpo_jax",
+        "grpo_jax_user/show.py": show,
+        "show_all.py": f"import grpo_jax\n{show}",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_a_program_leaves_the_current_folder(checkout, tmp_path):
+    elsewhere, start = str(tmp_path.resolve()), ("-m", "grpo_jax.show")
+    found = _path_of(elsewhere, *start, PYTHONPATH=str(checkout))
+    assert found[0] == str(checkout) and elsewhere not in found
+    assert _path_of(elsewhere, "-mgrpo_jax.show", "-m", PYTHONPATH=str(checkout)) == found
+    assert _path_of(elsewhere, *start, PYTHONPATH=str(checkout), PYTHONSAFEPATH="1") == found
+    # In a checkout that is not installed it is found by no other way, and comes last.
+    found = _path_of(checkout, *start)
+    assert found[-1] == str(checkout) and found.count(str(checkout)) == 1
+
+
+def test_an_import_changes_no_path(checkout):
+    assert _path_of(checkout, "-c", "import grpo_jax.show")[0] == ""
+    assert _path_of(checkout, "show_all.py")[0] == str(checkout)
+    assert _path_of(checkout, "-m", "grpo_jax_user.show")[0] == str(checkout)
+    assert _path_of(checkout, "-m", "show_all", "grpo_jax.show")[0] == str(checkout)
+
+
+def test_modules_of_rewards_are_found_beside_the_config_and_in_the_current_folder(
+    tmp_path, monkeypatch
+):
+    """After everything else, and only where a name is found nowhere else."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder, names in ((here, ("near", "both", "numpy")), (there, ("far", "both"))):
+        folder.mkdir()
+        for name in names:
+            (folder / f"{name}_rewards.py").write_text(f"PLACE = {folder.name!r}")
+    (here / "numpy.py").write_text("raise SystemExit")
+    shutil.copy(Path(__file__).parent / "runs" / "tiny_config.py", there / "c.py")
+    monkeypatch.chdir(here)
+    before = [*sys.path]
+    monkeypatch.setattr(sys, "path", [*before])
+    monkeypatch.setattr(sys, "modules", {**sys.modules})
+    file = "../there/c.py"
+    load = lambda names: program.load_config(  # noqa: E731
+        file, [f"--config.rewards.names={names}", "--config.rewards.weights=1.0"]
+    )
+    load("numpy:mean")
+    assert sys.path == before
+    load("near_rewards:f")
+    assert sys.path == [*before, str(there), str(here)]
+    load("far_rewards.x:f(a='b:c')")
+    assert sys.path == [*before, str(there), str(here)]
+    places = [importlib.import_module(f"{name}_rewards").PLACE for name in ("near", "far", "both")]
+    assert places == ["here", "there", "there"]

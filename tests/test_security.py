@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import importlib.metadata
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -108,6 +112,23 @@ def test_nothing_dangerous_without_a_reason():
             seen[(str(file.relative_to(ROOT)), name)] = count
     assert len(FILES) > 60
     assert seen == {place: count for place, (count, _) in REASONS.items()}
+
+
+def test_files_beside_a_model_are_not_imported(tmp_path):
+    """Each library by name, and each module of Python that no part of it imports by then."""
+    early = {"argparse", "pickle", "random", "string", "token", "queue"}
+    for name in importlib.metadata.packages_distributions().keys() | early:
+        if name.isidentifier() and name != "grpo_jax":
+            (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    done = subprocess.run(
+        [sys.executable, "-m", "grpo_jax.generate", "--model", ".", "--prompt", "hi"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert "config.json: there is no such file" in done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 def test_every_promise_names_tests_that_exist():

@@ -1,8 +1,10 @@
 """Rows of a data set: from a file, a folder, or the Hugging Face hub.
 
 JSONL and JSON are read here: a broken line is named by its number, and Arrow's own reader, which
-`datasets` uses, ends the process at values that nest without end. All else goes through `datasets`,
-which is imported where it is needed: that takes seconds.
+`datasets` uses, ends the process at values that nest without end. Files of tables are read in a
+process of their own (`tables.py`), so that what they unpack to is bounded, and each time anew: a
+file is never taken for an older one of its name and date. Only what a folder's files are for, and
+the hub, is left to `datasets`, which is imported where it is needed: that takes seconds.
 """
 
 from __future__ import annotations
@@ -16,18 +18,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.data import tables
 from grpo_jax.messages import cut
+from grpo_jax.paths import expanded
 
 Row = tuple[str, dict[str, Any]]  # where it stands, such as "train.jsonl, line 3"; its columns
 
-# Kinds of file by suffix, as `datasets` calls them.
+# Kinds of file by suffix, as `tables` calls them.
 _KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 _SUFFIXES = (".jsonl", ".json", *_KINDS)
 
-# What is read into memory at once is bounded: a row of text, a whole JSON file, and a block of
-# Parquet rows as its own header gives it, unpacked.
-MAX_ROW_BYTES = 2**26
-MAX_BLOCK_BYTES = 2**31
+# What is read into memory at once is bounded: a row of text, and a whole JSON file.
+MAX_ROW_BYTES = tables.MAX_ROW_BYTES
+MAX_JSON_BYTES = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Source:
 
 def has_splits(path: str) -> bool:
     """Whether a split can be asked for: a file and a saved `Dataset` have none."""
-    local = Path(path).expanduser()
+    local = expanded(path, "data.path")
     return not local.is_file() and not (local / "state.json").is_file()
 
 
@@ -57,7 +60,8 @@ def read(source: Source) -> Iterator[Row]:
     or block beyond the limits at the top of this module. Files lie where the source does: what one
     of its own files says of others is not followed out of a folder or a hub dataset.
     """
-    path, option = Path(source.path).expanduser(), source.options[0]
+    option = source.options[0]
+    path = expanded(source.path, option)
     if path.is_file():
         yield from _file_rows(path, option)
     elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -86,19 +90,12 @@ def _file_rows(path: Path, option: str) -> Iterator[Row]:
         )
     elif path.stat().st_size:
         kind = _KINDS[path.suffix]
-        _refuse_large(path, kind, option)
-        try:
-            with _explained(f"{option}: {path} cannot be read as {kind}"), _quiet() as datasets:
-                dataset = datasets.load_dataset(kind, data_files=str(path), split="train")
-        except ValueError as error:
-            if "corresponds to no data" in str(error):  # columns, but no rows
-                return
-            raise
-        yield from _dataset_rows(dataset, str(path))
+        trouble = f"{option}: {path} cannot be read as {kind}"
+        yield from _numbered(tables.rows(path, kind), str(path), trouble)
 
 
 def _json_lines(path: Path, option: str) -> Iterator[Row]:
-    for number, line in _lines(path, option):
+    for number, line in lines(path, option):
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
@@ -113,10 +110,10 @@ def _json_lines(path: Path, option: str) -> Iterator[Row]:
 def _json_rows(path: Path, option: str) -> Iterator[Row]:
     """Rows of a list of objects, of one object, or of lines as in JSONL."""
     size = path.stat().st_size
-    if size > MAX_BLOCK_BYTES:
+    if size > MAX_JSON_BYTES:
         raise ValueError(
             f"{option}: {path} has {size} bytes, and a .json file, which is read as a whole, at "
-            f"most {MAX_BLOCK_BYTES}. Write it as .jsonl, one JSON object a line."
+            f"most {MAX_JSON_BYTES}. Write it as .jsonl, one JSON object a line."
         )
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
@@ -142,12 +139,12 @@ def _as_row(row: Any, where: str, option: str) -> dict[str, Any]:
     return row
 
 
-def _lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
+def lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
     """Lines that are not blank with their numbers from 1, read one at a time."""
     try:
         with path.open("rb") as file:
-            lines = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
-            for number, line in enumerate(lines, start=1):
+            pieces = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
+            for number, line in enumerate(pieces, start=1):
                 if len(line) > MAX_ROW_BYTES:
                     raise _too_large(option, f"{path}, line {number}", MAX_ROW_BYTES)
                 try:
@@ -163,24 +160,6 @@ def _lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
         raise ValueError(f"{option}: cannot read {path}: {error.strerror}.") from error
 
 
-def _refuse_large(path: Path, kind: str, option: str) -> None:
-    """Raises ValueError for a file of which too much would have to be held at once."""
-    if kind == "csv":
-        with path.open("rb") as file:
-            lines = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
-            for number, line in enumerate(lines, start=1):
-                if len(line) > MAX_ROW_BYTES:
-                    raise _too_large(option, f"{path}, line {number}", MAX_ROW_BYTES)
-    if kind == "parquet":
-        from pyarrow import parquet
-
-        with _explained(f"{option}: {path} cannot be read as parquet"):
-            blocks = parquet.ParquetFile(path).metadata
-            sizes = [blocks.row_group(i).total_byte_size for i in range(blocks.num_row_groups)]
-        if max(sizes, default=0) > MAX_BLOCK_BYTES:
-            raise _too_large(option, f"a row group of {path}", MAX_BLOCK_BYTES)
-
-
 def _too_large(option: str, what: str, most_bytes: int) -> ValueError:
     return ValueError(
         f"{option}: {what} is longer than {most_bytes} bytes, the most that is read at once. "
@@ -193,33 +172,45 @@ def _too_large(option: str, what: str, most_bytes: int) -> ValueError:
 
 def _saved_rows(path: Path, source: Source) -> Iterator[Row]:
     """Rows of what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
-    where = source.path
-    with _explained(f"{source} cannot be read as a saved dataset"), _quiet() as datasets:
-        _refuse_saved_outside(path)
-        saved = datasets.load_from_disk(path)
-        parts = saved.values() if isinstance(saved, datasets.DatasetDict) else [saved]
-        for part in parts:  # Arrow itself reads at whatever address a damaged file gives
-            part.data.table.validate(full=True)
-    if isinstance(saved, datasets.DatasetDict):
-        split = _chosen(source, list(saved))
-        saved, where = saved[split], f"{where} ({split})"
-    yield from _dataset_rows(saved, where)
+    where, trouble = source.path, f"{source} cannot be read as a saved dataset"
+    with _explained(trouble):
+        splits = _saved_splits(path)
+    if splits is not None:
+        split = _chosen(source, splits)
+        path, where = path / split, f"{where} ({split})"
+    with _explained(trouble):
+        _refuse_files_outside(path / "state.json")
+    yield from _numbered(tables.rows(path, "saved"), where, trouble)
 
 
-def _refuse_saved_outside(folder: Path) -> None:
-    """Raises ValueError where a saved dataset names files or splits that are not in its folder."""
-    splits, state = folder / "dataset_dict.json", folder / "state.json"
-    if splits.is_file():
-        names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
-                raise ValueError(f"{splits} names the split {str(name)[:80]!r}, which is no folder")
-            _refuse_saved_outside(folder / name)
-    elif state.is_file():
-        for file in json.loads(state.read_text(encoding="utf-8"))["_data_files"]:
-            name = file["filename"]
-            if not isinstance(name, str) or Path(name).name != name:
-                raise ValueError(f"{state} names {str(name)[:80]!r}, which is not a file beside it")
+def _saved_splits(folder: Path) -> list[str] | None:
+    """The splits of a saved dictionary of datasets, each a folder in it; None of one dataset."""
+    file = folder / "dataset_dict.json"
+    if not file.is_file():
+        return None
+    names = _small_json(file)["splits"]
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+            raise ValueError(f"{file} names the split {str(name)[:80]!r}, which is no folder")
+    return list(names)
+
+
+def _refuse_files_outside(state: Path) -> None:
+    """Raises ValueError where a saved dataset names what is no file of its folder."""
+    for file in _small_json(state)["_data_files"]:
+        name = file["filename"]
+        beside = isinstance(name, str) and Path(name).name == name
+        if not beside or not (state.parent / name).is_file():
+            raise ValueError(f"{state} names {str(name)[:80]!r}, which is not a file beside it")
+
+
+def _small_json(file: Path) -> dict[str, Any]:
+    if not file.is_file() or file.stat().st_size > MAX_ROW_BYTES:
+        raise ValueError(f"{file} is not a file of at most {MAX_ROW_BYTES} bytes")
+    value = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds a {type(value).__name__}, not a JSON object")
+    return value
 
 
 def _hub_rows(source: Source) -> Iterator[Row]:
@@ -246,8 +237,13 @@ def _hub_rows(source: Source) -> Iterator[Row]:
 
 def _splits(source: Source, trouble: str, hint: str = "") -> dict[str, list[str]]:
     """The files of each split; of a dataset in the cache and no connection, the names alone."""
-    local = Path(source.path).expanduser()
+    local = expanded(source.path, source.options[0])
     path = str(local) if local.is_dir() else source.path
+    if local.is_dir() and set("[*?") & set(str(local.resolve())):
+        raise ValueError(
+            f"{source} lies at {local.resolve()}, and `datasets`, which finds the files of a "
+            "folder, takes the characters [ * ? for a pattern. Give one of its files, or rename it."
+        )
     try:
         with _explained(trouble, hint), _quiet() as datasets:
             builder = datasets.load_dataset_builder(path, source.name or None)
@@ -264,8 +260,10 @@ def _splits(source: Source, trouble: str, hint: str = "") -> dict[str, list[str]
     files = builder.config.data_files or {split: [] for split in builder.info.splits or ()}
     splits = {str(split): list(map(str, paths)) for split, paths in files.items()}
     for name in (name for names in splits.values() for name in names):
-        # A README.md may name patterns of files that lie anywhere.
-        inside = Path(os.path.abspath(name)).is_relative_to(os.path.abspath(path))
+        # A README.md may name patterns of files that lie anywhere. With one, `datasets` gives their
+        # names as ours begins, without it from where the folder really lies behind a link.
+        file, folders = Path(os.path.abspath(name)), (os.path.abspath(path), local.resolve())
+        inside = any(map(file.is_relative_to, folders))
         if not (inside if local.is_dir() else name.startswith(f"hf://datasets/{path}@")):
             raise ValueError(
                 f"{source} names the file {name[:200]}, which does not belong to it. Only files of "
@@ -286,19 +284,30 @@ def _chosen(source: Source, names: list[str], slices: bool = False) -> str:
     raise ValueError(f"{option} = {split!r}: {source} has {known}. Set {option} to one of them.")
 
 
-# --- What `datasets` gives ------------------------------------------------------------------------
+# --- What `tables` and `datasets` give ------------------------------------------------------------
+
+
+def _numbered(rows: Iterator[dict[str, Any]], where: str, trouble: str) -> Iterator[Row]:
+    number = 0
+    try:
+        for number, row in enumerate(rows, start=1):
+            yield f"{where}, row {number}", row
+    except tables.TableError as error:
+        after = f" after row {number}" * bool(number)
+        raise ValueError(f"{trouble}{after} ({error}).") from error
 
 
 def _dataset_rows(dataset: Any, where: str) -> Iterator[Row]:
-    number, batches = 0, dataset.iter(batch_size=1000)  # row by row would take ten times as long
+    """Rows as they are stored: the files that a picture's column names are not opened."""
+    number, batches = 0, dataset.with_format("arrow").iter(batch_size=1000)
     while True:
         with _explained(f"{where} cannot be read after row {number}"):
             batch = next(batches, None)
         if batch is None:
             return
-        for values in zip(*batch.values()):
+        for row in tables.values(batch):
             number += 1
-            yield f"{where}, row {number}", dict(zip(batch, values))
+            yield f"{where}, row {number}", row
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2
 
 from grpo_jax import sharding
 from grpo_jax.models import families, transformer
+from grpo_jax.paths import expanded
 from grpo_jax.structs import Array, ModelConfig, Params
 
 INDEX = "model.safetensors.index.json"
@@ -50,7 +51,7 @@ def resolve(path: str) -> Path:
 
     Raises ValueError when there is no such folder, or the hub does not give it.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path, "model.path")
     if path and folder.is_dir():
         return folder
     missing = f"model.path = {path!r}: there is no such folder"

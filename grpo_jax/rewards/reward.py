@@ -190,7 +190,8 @@ def _unknown(name: str, what: str, candidates: list[str]) -> ValueError:
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     return ValueError(
         f"rewards.names: {name!r} {what}.{hint} Give a built-in reward ({', '.join(BUILT_IN)}) or "
-        '"module:function" with a module that Python can import from the current folder.'
+        '"module:function" with a module that is installed, or lies in the current folder or the '
+        "config file's."
     )
 
 

@@ -74,8 +74,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix, capfd):
     capfd.readouterr()
     found = list(read(Source(str(path), "", "ignored")))
     assert [row for _, row in found] == ROWS
-    place = "line" if suffix == ".jsonl" else "row"
-    assert [where for where, _ in found] == [f"{path}, {place} {i}" for i in (1, 2, 3)]
+    assert [where for where, _ in found] == [f"{path}, {_place(path)} {i}" for i in (1, 2, 3)]
     assert capfd.readouterr() == ("", "")  # no progress bars
 
 
@@ -84,11 +83,39 @@ def test_a_csv_file(tmp_path):
     assert rows_of(path) == [{"prompt": "a, b", "answer": 3, "note": None}]
 
 
-def test_a_changed_file_is_read_anew(tmp_path):
-    path = write(tmp_path / "p.parquet", [{"prompt": "old"}])
-    assert rows_of(path) == [{"prompt": "old"}]
-    write(path, [{"prompt": "new"}])
-    assert rows_of(path) == [{"prompt": "new"}]
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".arrow", ".csv"])
+def test_a_changed_file_is_read_anew(tmp_path, suffix):
+    """Also where its date of change is the old one, as `rsync -t` and images of containers do."""
+    for word in ("old", "new"):
+        path = write(tmp_path / f"p{suffix}", [{"prompt": word}])
+        os.utime(path, (1e9, 1e9))
+        assert rows_of(path) == [{"prompt": word}]
+
+
+@pytest.mark.parametrize("name", ["d[1].csv", "d*.csv", "d?.csv", "d[1].jsonl", "d*.parquet"])
+def test_no_character_of_a_files_name_is_a_pattern(tmp_path, name):
+    mine = write(tmp_path / name, [{"prompt": "mine"}])
+    write(tmp_path / f"d1{mine.suffix}", [{"prompt": "another's"}])
+    assert list(read(Source(str(mine)))) == [(f"{mine}, {_place(mine)} 1", {"prompt": "mine"})]
+
+
+def _place(path: Path) -> str:
+    return "line" if path.suffix == ".jsonl" else "row"
+
+
+def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path):
+    """`datasets` would read d1."""
+    write(tmp_path / "d1" / "train.jsonl", ROWS)
+    write(tmp_path / "d[1]" / "train.jsonl", ROWS)
+    message = refusal(tmp_path / "d[1]", split="train")
+    assert f"lies at {tmp_path}/d[1]" in message and "rename it" in message
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/p.jsonl", "~nosuchuser/maths"])
+def test_a_user_that_is_not_there_is_named(path):
+    assert f"data.path = {path!r}: ~nosuchuser stands for nobody's" in refusal(path)
+    with pytest.raises(ValueError, match="stands for nobody's"):
+        has_splits(path)
 
 
 def test_many_rows_are_numbered_across_batches(tmp_path):
@@ -160,20 +187,14 @@ def test_a_line_without_end_is_refused_unread(tmp_path, suffix):
         assert tracemalloc.get_traced_memory()[1] < 4 * sources.MAX_ROW_BYTES
     finally:
         tracemalloc.stop()
-    assert f"{path}, line {number} is longer than {sources.MAX_ROW_BYTES} bytes" in message
+    words = f"line {number} is longer than {sources.MAX_ROW_BYTES} bytes"
+    assert str(path) in message and words in message
 
 
 def test_a_json_file_that_is_too_large_as_a_whole_is_refused(tmp_path):
     path = write(tmp_path / "p.json", ROWS)
-    os.truncate(path, sources.MAX_BLOCK_BYTES + 1)
+    os.truncate(path, sources.MAX_JSON_BYTES + 1)
     assert all(word in refusal(path) for word in [f"{path} has 2147483649 bytes", ".jsonl"])
-
-
-def test_a_parquet_block_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
-    path = write(tmp_path / "p.parquet", [{"prompt": "x" * 10**6}])
-    assert path.stat().st_size < 10**5  # packed
-    monkeypatch.setattr(sources, "MAX_BLOCK_BYTES", 10**5)
-    assert f"a row group of {path} is longer than 100000 bytes" in refusal(path)
 
 
 def test_compressed_files_are_refused(tmp_path):
@@ -224,6 +245,45 @@ def test_files_that_a_saved_dataset_names_elsewhere_are_refused(tmp_path):
     assert "the split '../secret', which is no folder" in message
 
 
+@pytest.mark.parametrize("above", [False, True])
+@pytest.mark.parametrize("readme", [False, True])
+def test_a_folder_behind_a_link_is_read(tmp_path, above, readme):
+    folder = tmp_path / "real" / "clone"
+    write(folder / "main" / "train.jsonl", ROWS)
+    (folder / "main" / "train.jsonl").rename(tmp_path / "blob")
+    (folder / "main" / "train.jsonl").symlink_to(tmp_path / "blob")  # as the hub's cache has it
+    if readme:
+        (folder / "README.md").write_text(CONFIGURATIONS.partition("  - split: test")[0] + "---\n")
+    (tmp_path / "link").symlink_to(folder.parent if above else folder)
+    path = tmp_path / "link" / "clone" if above else tmp_path / "link"
+    assert rows_of(path, split="train") == ROWS
+
+
+def test_what_a_readme_behind_a_link_names_elsewhere_is_refused(tmp_path):
+    folder = clone_of_a_hub_dataset(tmp_path / "real" / "clone")
+    write(tmp_path / "real" / "secret.jsonl", ROWS)
+    (tmp_path / "link").symlink_to(folder)
+    for name in ("../secret.jsonl", "main/../../secret.jsonl", f"{tmp_path}/real/secret.jsonl"):
+        (folder / "README.md").write_text(CONFIGURATIONS.replace("main/train*", name))
+        assert "secret.jsonl, which does not belong" in refusal(tmp_path / "link", "main", "train")
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.parquet"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    assert "there is no such file" in refusal(tmp_path / name)
+    message = refusal(tmp_path, split="train")
+    assert "cannot be read as a folder of data" in message
+
+
+def test_a_pipe_in_a_saved_dataset_is_not_waited_for(tmp_path):
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    [file] = (tmp_path / "saved").glob("*.arrow")
+    file.unlink()
+    os.mkfifo(file)
+    assert "which is not a file beside it" in refusal(tmp_path / "saved")
+
+
 def test_a_script_beside_the_data_is_not_run(tmp_path):
     folder, mark = tmp_path / "maths", tmp_path / "ran"
     write(folder / "train.jsonl", ROWS)
@@ -251,6 +311,13 @@ def test_a_saved_dataset(tmp_path):
 def test_a_saved_dataset_with_shuffled_rows(tmp_path):
     datasets.Dataset.from_list(ROWS).select([2, 0]).save_to_disk(tmp_path / "saved")
     assert rows_of(tmp_path / "saved") == [ROWS[2], ROWS[0]]
+
+
+def test_a_saved_dataset_shows_the_columns_of_its_format(tmp_path):
+    made = datasets.Dataset.from_list(ROWS)
+    made.set_format(columns=["answer", "prompt"])
+    made.save_to_disk(tmp_path / "saved")
+    assert rows_of(tmp_path / "saved") == [{k: r[k] for k in ("answer", "prompt")} for r in ROWS]
 
 
 def test_a_saved_dictionary_of_splits(tmp_path):
@@ -404,6 +471,15 @@ def test_a_hub_dataset(hub):
     assert where == "own/maths (test), row 1" and row == ROWS[2]
     assert rows_of(hub, "main", "train[:1]+test") == [ROWS[0], ROWS[2]]
     assert has_splits(hub)
+
+
+def test_pictures_of_a_hub_dataset_are_not_opened(hub, monkeypatch):
+    picture = {"bytes": None, "path": "/etc/hostname"}
+    features = datasets.Features(prompt=datasets.Value("string"), picture=datasets.Image())
+    row = {"prompt": "hi", "picture": picture}
+    made = datasets.Dataset.from_list([row], features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: made)
+    assert rows_of(hub, "main", "train") == [row]
 
 
 def test_a_hub_datasets_splits_and_configurations_are_named(hub):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from grpo_jax.data import templates
@@ -62,10 +60,8 @@ def test_a_template_that_does_not_end_is_stopped(monkeypatch):
         Problem([*CHAT, *CHAT], {}, "p.jsonl, line 2"),
     ]
     tokenizer = Tokenizer("{% if messages | length > 1 %}" + endless + "{% endif %}x")
-    start = time.monotonic()
     with pytest.raises(ValueError, match=r"p\.jsonl, line 2 .* not done after 1 s"):
         encode(problems, tokenizer, 8)
-    assert time.monotonic() - start < 60
     assert "not done after 1 s" in reason("{{ 9**(9**(9**9)) }}")  # in C, and while it is compiled
 
 

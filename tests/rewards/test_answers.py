@@ -1,7 +1,6 @@
-import time
-
 import numpy as np
 import pytest
+from growth import assert_linear
 
 from grpo_jax.rewards.answers import answer_fault, extract_answer, stated_answer
 
@@ -76,30 +75,28 @@ def test_only_what_follows_the_thinking_counts(text, answer):
 
 
 @pytest.mark.parametrize(
-    "text",
+    "text_of",
     [
-        "{" * 10**6,
-        "}" * 10**6,
-        "\\boxed{" * 10**5,
-        "\\boxed{" * 3 * 10**5 + " " + "}" * 3 * 10**5,
-        "\\boxed{}" * 10**5,
-        "\\boxed{{" * 10**5 + "}" * 2 * 10**5,
-        "\\boxed 7 " * 10**5,
-        "<answer>" * 10**5,
-        "</answer>" * 10**5,
-        "####" * 2 * 10**5,
-        "the answer is " * 10**5,
-        "answer to " * 10**5,
-        "answer" + " " * 10**6,
-        "answer is $" + "a" * 10**6,
-        "<think>" * 10**5,
-        "<think></think>" * 10**5,
+        lambda n: "{" * 10 * n,
+        lambda n: "}" * 10 * n,
+        lambda n: "\\boxed{" * n,
+        lambda n: "\\boxed{" * 3 * n + " " + "}" * 3 * n,
+        lambda n: "\\boxed{}" * n,
+        lambda n: "\\boxed{{" * n + "}" * 2 * n,
+        lambda n: "\\boxed 7 " * n,
+        lambda n: "<answer>" * n,
+        lambda n: "</answer>" * n,
+        lambda n: "####" * 2 * n,
+        lambda n: "the answer is " * n,
+        lambda n: "answer to " * n,
+        lambda n: "answer" + " " * 10 * n,
+        lambda n: "answer is $" + "a" * 10 * n,
+        lambda n: "<think>" * n,
+        lambda n: "<think></think>" * n,
     ],
 )
-def test_extraction_is_one_pass(text):
-    start = time.monotonic()
-    extract_answer(text)
-    assert time.monotonic() - start < 4  # one pass takes under one; quadratic takes minutes
+def test_extraction_is_one_pass(text_of):
+    assert_linear(lambda n: extract_answer(text_of(n)), 25_000)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,11 @@ import json
 import re
 import subprocess
 import sys
-import time
 from fractions import Fraction
 
 import adversarial
 import pytest
+from growth import processor_s
 
 from grpo_jax.rewards.answers import answer_fault, extract_answer
 from grpo_jax.rewards.exact import exact_answer
@@ -227,12 +227,11 @@ def test_adversarial_cases_are_the_same_every_time():
 @pytest.mark.parametrize("reward", [math_answer, exact_answer])
 def test_adversarial_completions(reward):
     for case in adversarial.make():
-        start = time.monotonic()
-        (value,) = reward(prompts=[""], completions=[case.completion], answer=["72"])
-        what = f"{case.kind}: {case.completion[:100]!r}"
+        what, values = f"{case.kind}: {case.completion[:100]!r}", []
+        run = lambda: values.extend(reward([""], [case.completion], answer=["72"]))  # noqa: B023, E731
+        assert processor_s(run) < 10, what
         if reward is math_answer or case.expected == 0.0:
-            assert value == case.expected, what
-        assert time.monotonic() - start < 10, what
+            assert values == [case.expected], what
 
 
 # --- Real data ------------------------------------------------------------------------------------

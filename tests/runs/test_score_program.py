@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from test_bad_input import refusal
@@ -11,7 +12,7 @@ from grpo_jax import score
 
 ROWS = [
     {"prompt": "1+1=", "answer": "#### 2", "guess": "#### 2", "level": 1},
-    {"prompt": "2+2=", "answer": "#### 4", "guess": "#### 5", "level": 2},
+    {"prompt": "2+2=", "answer": "#### 4", "guess": "5", "level": 2},
     {"prompt": "3+3=", "answer": "so #### 6", "guess": "?", "level": 3},
 ]
 
@@ -60,16 +61,35 @@ def test_another_column_and_the_first_rows(config, tmp_path, capsys):
     assert found["rows"] == 2 and found["rewards"]["exact_answer"]["mean"] == 0.5
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["rewards"]["exact_answer"] for row in rows] == [1, 0]
-    assert [row["completion"] for row in rows] == ["#### 2", "#### 5"]
+    assert [row["completion"] for row in rows] == ["#### 2", "5"]
     assert rows[1]["where"].endswith("sums.jsonl, line 2") and rows[1]["failed"] == []
 
 
 def test_a_file_of_completions(config, tmp_path, capsys):
+    """A line feed ends a line, as in data files; no other separator does."""
     file = tmp_path / "given.jsonl"
-    file.write_text("".join(json.dumps({"completion": c}) + "\n" for c in ("2", "#### 4", "")))
-    run(capsys, config, "--completions", str(file), "--json", str(tmp_path / "f.json"))
+    texts = ["2", "a\u2028\u0085b\x0b\r #### 4", ""]
+    lines = [json.dumps({"completion": text}, ensure_ascii=False) for text in texts]
+    file.write_text("\ufeff" + lines[0] + "\r\n\n" + "\n".join(lines[1:]))
+    files = ["--json", str(tmp_path / "f.json"), "--out", str(tmp_path / "rows.jsonl")]
+    out = run(capsys, config, "--completions", str(file), *files)
     found = json.loads((tmp_path / "f.json").read_text())
     assert found["rewards"]["exact_answer"]["ones"] == 1
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert [json.loads(row)["completion"] for row in rows] == texts
+    assert "state no answer" not in out
+
+
+def test_bare_answers_are_told(config, capsys):
+    """Two of three guesses are bare, or none at all."""
+    out = run(capsys, config, "--completion_column", "guess").replace("\n", " ")
+    assert "2 of the 3 texts of the column `guess` state no answer" in out
+    assert "state no answer" not in run(capsys, config).replace("\n", " ")
+    out = run(
+        capsys, config, "--completion_column", "guess", "--config.rewards.names=answer_format",
+        "--config.rewards.weights=1.0",
+    )  # fmt: skip
+    assert "state no answer" not in out.replace("\n", " ")
 
 
 def test_failures_are_shown(config, tmp_path, capsys, monkeypatch):
@@ -79,7 +99,7 @@ def test_failures_are_shown(config, tmp_path, capsys, monkeypatch):
         "    time.sleep(1000 * (level[0] == 2))\n"
         "    return [None if n == 3 else 1.0 for n in level]\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # it lies beside the config
     out = run(
         capsys, config, "--json", str(tmp_path / "f.json"),
         "--config.rewards.names=hanging:waits", "--config.rewards.weights=1.0",

@@ -1,0 +1,327 @@
+"""Tables of files that may come from strangers: Parquet, Arrow, CSV, saved datasets.
+
+Few bytes of such a file may unpack to any number, which its own header need not tell, and a damaged
+one may end the process that reads it. So they are read in a process of their own with a limit of
+memory, which passes on plain values, a few rows at a time, as a stream of Arrow. What a column says
+of pictures or sounds at other places is passed on as it stands: nothing is opened for it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# A file may unpack to this many bytes in any case, and to so many times its own.
+MAX_UNPACKED_BYTES = 2**31
+MAX_UNPACKED_TIMES = 1000
+MAX_ROW_BYTES = 2**26  # of text
+MEMORY_BYTES = 2**32  # of the process that unpacks
+_BATCH_ROWS = 256
+_VALUE_BYTES = 32  # that a value takes here at least, whatever it takes in the file
+
+
+class TableError(ValueError):
+    """A file could not be read as a table; its text is the reason."""
+
+
+def rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file ("parquet", "arrow", "csv") or a folder ("saved", of `save_to_disk`).
+
+    Raises TableError for what is not of the kind, unpacks to more than the limits at the top of
+    this module, or has a row of text of more than MAX_ROW_BYTES.
+    """
+    import pyarrow as pa
+
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; from grpo_jax.data import tables; tables.main()"
+    )
+    size = sum(f.stat().st_size for f in ([path] if path.is_file() else path.glob("*.arrow")))
+    most_bytes = MAX_UNPACKED_BYTES + MAX_UNPACKED_TIMES * size
+    limits = {"all": most_bytes, "row": MAX_ROW_BYTES, "memory": MEMORY_BYTES}
+    with tempfile.TemporaryFile() as told:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, kind, str(path), json.dumps(limits)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=told,
+            # Arrow's other allocators reserve more than they use, and the limit counts it.
+            env=os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system", "OMP_NUM_THREADS": "1"},
+        )
+        try:
+            try:
+                if process.stdout.peek(1):  # nothing is written of a table without rows
+                    with pa.ipc.open_stream(process.stdout) as stream:
+                        for batch in stream:
+                            yield from values(batch)
+            except (pa.ArrowInvalid, OSError):  # cut off; the process says why
+                if not process.wait():
+                    raise
+            if process.wait():
+                told.seek(0)
+                raise TableError(_end(process.returncode, told.read().decode(errors="replace")))
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def values(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a record batch or table of Arrow as values of Python."""
+    columns = {
+        name: _from_json(column.to_pylist(), column.type)
+        for name, column in zip(batch.schema.names, batch.columns)
+    }
+    return (dict(zip(columns, row)) for row in zip(*columns.values()))
+
+
+def _from_json(column: list, kind: Any) -> list:
+    """A column whose values, or parts of them, `datasets` keeps as texts of JSON."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.JsonType):
+        return [None if value is None else json.loads(value) for value in column]
+    if pa.types.is_struct(kind):
+        for field in kind:
+            parts = _from_json([v and v[field.name] for v in column], field.type)
+            for value, part in zip(column, parts):
+                if value is not None:
+                    value[field.name] = part
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [v and _from_json(v, kind.value_type) for v in column]
+    return column
+
+
+def _end(status: int, told: str) -> str:
+    """What ended the process before it was done."""
+    if status == 1 and told.strip():
+        return told.strip().splitlines()[-1]
+    if status == -signal.SIGKILL:
+        return "the process that reads it was killed; is the memory full?"
+    return f"the process that reads it ended with status {status}"
+
+
+# --- The process ----------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Writes the table that the arguments name to standard output; an error ends with status 1."""
+    kind, path, limits = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is not part of the table
+    try:
+        resource.setrlimit(resource.RLIMIT_DATA, (limits["memory"], limits["memory"]))
+        _pass_on(_READERS[kind](path, limits["row"]), out, limits["all"])
+        out.close()
+    except MemoryError:
+        most = f"{limits['memory'] / 2**30:g} GiB"
+        _fail(
+            f"it asked for more than {most} of memory. Write it as .jsonl, one JSON object a line"
+        )
+    except TableError as error:
+        _fail(str(error))
+    except BrokenPipeError:  # nobody reads on
+        os._exit(0)
+    except Exception as error:  # of Arrow, pandas, datasets: no common base
+        cause = error.__cause__ or error
+        _fail(f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
+
+
+def _fail(reason: str) -> None:
+    print("", reason, sep="\n", file=sys.stderr, flush=True)
+    os._exit(1)  # at once: what the memory has no room for is not tidied up
+
+
+def _pass_on(batches: Iterator[Any], out: Any, most_bytes: int) -> None:
+    """Writes record batches with the schema of the first, in parts of a few plain rows."""
+    import pyarrow as pa
+
+    schema, writer, total = None, None, 0
+    for whole in batches:
+        whole.validate(full=True)  # Arrow itself reads at whatever address a damaged file gives
+        for start in range(0, whole.num_rows, _BATCH_ROWS):
+            batch = whole.slice(start, _BATCH_ROWS)
+            if schema is None:
+                names = batch.schema.names
+                twice = [name for name in names if names.count(name) > 1]
+                if twice:
+                    raise TableError(f"two of its columns are called {twice[0][:80]!r}")
+                schema = pa.schema([pa.field(f.name, _plain(f.type)) for f in batch.schema])
+                writer = pa.ipc.new_stream(out, schema)
+            if batch.schema.types != schema.types:
+                batch = batch.cast(schema)
+            total += batch.nbytes + _VALUE_BYTES * sum(map(_num_values, batch.columns))
+            if total > most_bytes:
+                raise TableError(
+                    f"it unpacks to more than {most_bytes} bytes, the most that is read of a file "
+                    "of its size. Write it as .jsonl, one JSON object a line"
+                )
+            writer.write_batch(batch)
+    if writer:
+        writer.close()
+
+
+def _plain(kind: Any) -> Any:
+    """The type with each value where it stands, in place of what holds one for many rows.
+
+    Raises TableError for types of which Arrow cannot write that out.
+    """
+    import pyarrow as pa
+
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType) and not isinstance(kind, pa.JsonType):
+        return _plain(kind.storage_type)
+    if types.is_string_view(kind):
+        return pa.large_string()
+    if types.is_binary_view(kind):
+        return pa.large_binary()
+    if types.is_struct(kind):
+        return pa.struct([pa.field(f.name, _plain(f.type)) for f in kind])
+    if types.is_list(kind):
+        return pa.list_(_plain(kind.value_type))
+    if types.is_large_list(kind):
+        return pa.large_list(_plain(kind.value_type))
+    if types.is_fixed_size_list(kind):
+        return pa.list_(_plain(kind.value_type), kind.list_size)
+    if types.is_nested(kind) or types.is_run_end_encoded(kind):
+        raise TableError(f"a column of the type {str(kind)[:80]} is not read")
+    return kind
+
+
+def _num_values(array: Any) -> int:
+    """How many values of Python an array becomes, those in lists and structs included."""
+    import pyarrow as pa
+
+    parts = []
+    if pa.types.is_struct(array.type):
+        parts = array.flatten()
+    elif pa.types.is_nested(array.type):  # lists, of one kind or another
+        parts = [array.flatten()]
+    return len(array) + sum(_num_values(part) for part in parts)
+
+
+# --- Kinds ----------------------------------------------------------------------------------------
+
+
+def _parquet(path: str, row_bytes: int) -> Iterator[Any]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path, pre_buffer=False) as file:
+        yield from file.iter_batches(_BATCH_ROWS, use_threads=False)
+
+
+def _arrow(path: str, row_bytes: int) -> Iterator[Any]:
+    """Batches of a file of Arrow, of either of its two forms."""
+    import pyarrow as pa
+
+    with pa.memory_map(path) as file:
+        try:
+            stream = pa.ipc.open_stream(file)
+        except pa.ArrowInvalid:
+            file.seek(0)
+            whole = pa.ipc.open_file(file)
+            yield from (whole.get_batch(i) for i in range(whole.num_record_batches))
+        else:
+            yield from stream
+
+
+def _saved(path: str, row_bytes: int) -> Iterator[Any]:
+    """Batches of what `Dataset.save_to_disk` wrote, with the columns that its format shows."""
+    import datasets
+
+    saved = datasets.load_from_disk(path)
+    saved.data.table.validate(full=True)
+    shown = {name: saved.format[name] for name in ("columns", "output_all_columns")}
+    for table in saved.with_format("arrow", **shown).iter(_BATCH_ROWS):
+        yield from table.to_batches()
+
+
+def _csv(path: str, row_bytes: int) -> Iterator[Any]:
+    """Batches of a CSV file, each column of the type that pandas finds in its first rows."""
+    import pandas
+    import pyarrow as pa
+
+    with (
+        open(path, encoding="utf-8-sig", newline="") as file,
+        pandas.read_csv(_Rows(file, row_bytes), chunksize=10_000) as frames,
+    ):
+        for frame in frames:
+            if not isinstance(frame.index, pandas.RangeIndex):
+                raise TableError("its rows have more values than its first line has names")
+            columns = {}
+            for name in frame.columns:
+                try:
+                    columns[str(name)] = pa.array(frame[name], from_pandas=True)
+                except OverflowError:
+                    raise TableError(
+                        f"column {str(name)[:80]!r} holds a whole number of more than 64 bits. "
+                        "Write the rows as .jsonl, which takes any"
+                    ) from None
+            yield pa.record_batch(columns)
+
+
+class _Rows:
+    """A file of CSV that pandas reads by whole rows, of which none is longer than a limit.
+
+    A row may have many lines, in quotes: `csv` knows where it ends by the same rules as pandas.
+    """
+
+    def __init__(self, file: Any, most_bytes: int):
+        self._file, self._most_bytes = file, most_bytes
+        self._number = 0  # of the line
+        self._row_bytes = 0
+        self._text: list[str] = []
+        csv.field_size_limit(most_bytes)
+        self._rows = csv.reader(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        while line := self._line():
+            self._number += 1
+            self._row_bytes += len(line) if line.isascii() else len(line.encode())
+            if self._row_bytes > self._most_bytes:
+                raise TableError(
+                    f"the row of line {self._number} is longer than {self._most_bytes} bytes, the "
+                    "most that is read at once"
+                )
+            if "\0" in line:
+                raise TableError(f"line {self._number} holds a NUL byte: is the file packed?")
+            self._text.append(line)
+            yield line
+
+    def _line(self) -> str:
+        try:
+            return self._file.readline(self._most_bytes + 1)
+        except UnicodeDecodeError:
+            raise TableError(
+                f"it is not UTF-8 from about line {self._number + 1} on: is the file packed?"
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:  # pandas asks whether there is one
+        return iter(lambda: self.read(1), "")
+
+    def read(self, size: int = -1) -> str:
+        """The text of whole rows, of about so many characters; "" at the end."""
+        self._text.clear()
+        length = 0
+        while length < max(size, 1) and next(self._rows, None) is not None:
+            length += self._row_bytes
+            self._row_bytes = 0
+        return "".join(self._text)
+
+
+_READERS: dict[str, Callable[[str, int], Iterator[Any]]] = {
+    "parquet": _parquet,
+    "arrow": _arrow,
+    "saved": _saved,
+    "csv": _csv,
+}
