@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo_jax import sharding
@@ -41,6 +44,24 @@ def options_of_decoding(mesh: Mesh) -> dict[str, int | bool]:
     wanted = {"xla_gpu_dot_merger_threshold_mb": 0, "xla_gpu_experimental_force_split_k": 1}
     known = {name: value for name, value in wanted.items() if _is_known(name, value)}
     return options(mesh) | known
+
+
+def exact(dtype: Any, f: Callable) -> Callable:
+    """`f`, its float32 products in full precision where a network's `dtype` is float32.
+
+    Left to itself XLA multiplies float32 with 11 bits of each number on GPUs since Ampere (TF32)
+    and with 8 on TPUs, which is bfloat16 for twice its memory. Kernels in `f` follow. A CPU has
+    full precision in any case.
+    """
+    if jnp.dtype(dtype) != jnp.float32:
+        return f
+
+    @functools.wraps(f)
+    def in_full(*args: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return f(*args)
+
+    return in_full
 
 
 @functools.cache

@@ -364,6 +364,8 @@ def make_engine(
         decoder,
         num_slots=rollout.num_slots or config.batch.prompts * config.batch.group,
         compact=rollout.compact,
+        # An evaluation, with one lane a slot, reads no more prompts at once than a rollout does.
+        num_read=config.batch.prompts,
     )
 
 

@@ -28,7 +28,7 @@ from grpo_jax.algorithm import update as update_lib
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
-from grpo_jax.data import tasks
+from grpo_jax.data import streams, tasks
 from grpo_jax.models import hf, transformer
 from grpo_jax.phases import phase
 from grpo_jax.structs import Array, Params, Rollouts, Sampling, TrainState, pad_rows
@@ -169,7 +169,7 @@ def _source(config: ConfigDict):
 
     def rows(step: int) -> Rows:
         index = prompts_lib.prompt_indices(config.seed, step, len(problems), config.sft.batch)
-        rng = np.random.default_rng([config.seed, 1, step])
+        rng = streams.stream(config.seed, "solutions", step)
         texts = [solution(problems[i], rng) for i in index]
         encoded = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
         for i, ids in zip(index, encoded):

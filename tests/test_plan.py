@@ -560,11 +560,31 @@ def test_an_evaluation_must_fit_too(options, drawn, weights):
     if weights == "exact":
         assert step.held()["rollout weights"] < copied
     for program in step._programs():
+        if program.name in ("admit", "evaluation admit"):  # 4 prompts at once, or 3
+            (main,) = re.findall(r"func.func public @main\(.*", program.lower().as_text())
+            (read,) = re.findall(r"tensor<(\d+)x16xi32>", main)
+            assert int(read) == (4 if program.name == "admit" else min(4, drawn["evaluation"][0]))
         if program.name.startswith("evaluation"):
             program.lower()
             assert program.runs == 0  # in a step
     arrays = step_lib.arrays_alone({name: 0.0 for name in step.held()} | {"evaluation": 7.0})
     assert arrays == 7.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_of_a_float32_network_are_exact(dtype):
+    """On every device: by default a GPU takes 11 bits of each number, and a TPU 8."""
+    config = config_lib.load(TINY, [f"--config.model.dtype={dtype}"])
+    model, mesh = parts.model_shape(config), tiny.one_device()
+    step = step_lib.Step(config, model, mesh, step_lib.Lengths.of(config))
+    asked = {}
+    for program in step._programs():
+        text = program.lower().as_text()
+        products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+        if products:
+            asked[program.name] = {"precision = [HIGHEST, HIGHEST]" in line for line in products}
+    names = {"admit", "decode", "score", "gradient", "evaluation admit", "evaluation decode"}
+    assert asked == {name: {dtype == "float32"} for name in names}
 
 
 def test_tokens_between_two_looks_at_the_host_change_no_count(config, step):

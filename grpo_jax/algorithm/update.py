@@ -257,7 +257,7 @@ def make_prepare(
         return _through(number, step, start, microbatches_1)
 
     fill = jax.jit(
-        sharding.by_data_shard(scorer.mesh, fill_shard, 2),
+        sharding.by_data_shard(scorer.mesh, compiling.exact(scorer.dtype, fill_shard), 2),
         compiler_options=compiling.options(scorer.mesh),
     )
 
@@ -424,7 +424,7 @@ def make_adding(
         return jax.tree.map(lambda x: x[None], carry)
 
     add = jax.jit(
-        sharding.by_data_shard(mesh, add_shard, 2),
+        sharding.by_data_shard(mesh, compiling.exact(scorer.dtype, add_shard), 2),
         donate_argnums=2,
         out_shardings=shardings,
         compiler_options=compiling.options(scorer.mesh),

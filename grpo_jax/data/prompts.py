@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.data import templates
+from grpo_jax.data import streams, templates
 from grpo_jax.data.problems import Messages, Problem
 
 
@@ -26,8 +26,7 @@ def prompt_indices(seed: int, step: int, num_problems: int, per_step: int) -> np
     epoch, place = np.divmod(position, num_problems)
     index = np.empty(per_step, np.int64)
     for e in np.unique(epoch):
-        # The stream is named after the seed and the epoch, so that a resumed run rebuilds it.
-        order = np.random.default_rng([seed, int(e)]).permutation(num_problems)
+        order = streams.stream(seed, "order", int(e)).permutation(num_problems)
         index[epoch == e] = order[place[epoch == e]]
     return index
 

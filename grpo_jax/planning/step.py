@@ -344,7 +344,8 @@ class Step:
         engine, slots = drawing.engine, drawing.slots
         beside = learning - bytes_per_device(self._shared(engine))
         start = drawing.published, drawing.temperature
-        prompts = self._prompts(slots.live_RW.shape[0], drawing.lanes)
+        at_once = engine.read_at_once(slots.live_RW.shape[0] // engine.shards)
+        prompts = self._prompts(at_once * engine.shards, drawing.lanes)
         enough = self._rows((engine.shards,), jnp.int32, "slots")
         return [
             _Program(

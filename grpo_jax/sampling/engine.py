@@ -84,20 +84,31 @@ def _num_bytes(tree: Any) -> int:
 class Engine:
     """Continuous batching over `num_slots` completions at once."""
 
-    def __init__(self, decoder: decode.Decoder, *, num_slots: int = 0, compact: bool = True):
+    def __init__(
+        self,
+        decoder: decode.Decoder,
+        *,
+        num_slots: int = 0,
+        compact: bool = True,
+        num_read: int = 0,
+    ):
         """`num_slots`: completions decoded at once, 0 for all that are asked for.
 
-        `compact`: live completions move into a smaller batch once no prompt waits.
+        `compact`: live completions move into a smaller batch once no prompt waits. `num_read`:
+        prompts that are read at once, at most; 0: as many as there are slots.
         """
         self.decoder = decoder
         self.num_slots = num_slots
         self.compact = compact
+        self.num_read = num_read
         self.shards = sharding.num_slot_shards(decoder.mesh) * decoder.parts
         # (slots, lanes, prompt tokens) of a shard that were decoded: each is compiled once.
         self.shapes: set[tuple[int, int, int]] = set()
         self._changed_parts: dict[Any, list[str]] = {}
         by_shard = functools.partial(sharding.by_slot_shard, decoder.mesh)
-        with_decoder = lambda f: functools.partial(f, decoder)  # noqa: E731
+        with_decoder = lambda f: functools.partial(  # noqa: E731
+            compiling.exact(decoder.dtype, f), decoder
+        )
 
         def empty(slots: int, lanes: int, prompt_tokens: int) -> decode.Slots:
             slots *= decoder.parts
@@ -274,6 +285,10 @@ class Engine:
         """To how many tokens prompts of at most `longest` are padded."""
         return -(-longest // _PROMPT_STEP) * _PROMPT_STEP
 
+    def read_at_once(self, num_slots: int) -> int:
+        """Prompts of a shard with so many slots that are read at once, when all are free."""
+        return min(-(-self.num_read // self.shards) or num_slots, num_slots)
+
     def layouts(self, num_prompts: int, group: int) -> list[tuple[int, int]]:
         """(slots, lanes) of a shard to start with, and smaller ones to move to, largest first.
 
@@ -304,11 +319,12 @@ class Engine:
         board = _Board.empty(self.shards, num_slots, lanes)
         slots = self.empty(num_slots, lanes, width)
         temperature = np.float32(temperature) if temperature else None
+        at_once = self.read_at_once(num_slots)
         # Refills wait until a quarter of the slots is free: each one interrupts all lanes.
         refill = max(1, num_slots // 4)
         finished: list[tuple[np.ndarray, ...]] = []
         while any(waiting) or (board.row_SRW >= 0).any():
-            size = num_slots if board.free_SR.all() else refill
+            size = at_once if board.free_SR.all() else min(refill, at_once)
             while any(queue and free_R.any() for queue, free_R in zip(waiting, board.free_SR)):
                 args = self._next_prompts(waiting, board, prompts, group, size, width, row_keys)
                 slots = self.admit(params, temperature, slots, *args)

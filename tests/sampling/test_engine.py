@@ -163,6 +163,23 @@ def test_a_group_is_handed_over_while_others_are_decoded(params):
     assert "harvest" in events[events.index("group") :]
 
 
+def test_prompts_are_read_a_few_at_a_time(whole, params, monkeypatch):
+    """Four of six, then the rest; the compiled program has one size."""
+    few, read = Engine(engine().decoder, compact=False, num_read=4), []
+    admit = few.admit
+
+    def counting(*args):
+        read.append(args[3].shape[0])
+        return admit(*args)
+
+    monkeypatch.setattr(few, "admit", counting)
+
+    rollouts = generate(few, params)
+
+    assert read == [4, 4]
+    assert_same(rollouts, whole, params)
+
+
 def test_completions_end_with_their_stop_token(whole):
     for p, g in np.ndindex(whole.length_PG.shape):
         n = whole.length_PG[p, g]

@@ -14,6 +14,7 @@ import numpy as np
 from transformers import Qwen2Tokenizer
 
 from grpo_jax.data.problems import Problem
+from grpo_jax.data.streams import stream
 
 MIN_TERMS, MAX_TERMS = 4, 5  # of a problem, its first number included
 MAX_TOTAL = 20  # running totals stay within 0 and this
@@ -34,7 +35,7 @@ def _problem(rng: np.random.Generator) -> Problem:
 
 def generate(num_train: int, num_eval: int, seed: int) -> tuple[list[Problem], list[Problem]]:
     """Training and held-out problems, all different from each other."""
-    rng = np.random.default_rng([seed, 0])
+    rng = stream(seed, "problems")
     unique: dict[str, Problem] = {}
     while len(unique) < num_train + num_eval:
         problem = _problem(rng)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
-
 from grpo_jax.data.problems import Problem
+from grpo_jax.data.streams import stream
 
 _ADJECTIVES = "little big brave shy clever funny kind young quiet happy hungry sleepy".split()
 _HEROES = "girl boy dog cat bird bear bunny frog mouse fish duck fox pony turtle".split()
@@ -34,7 +33,7 @@ def generate(num_train: int, num_eval: int, seed: int) -> tuple[list[Problem], l
             f"data.num_train + data.num_eval = {num_train} + {num_eval}: the task stories has "
             f"{len(choices):,} beginnings. Ask for fewer."
         )
-    order = np.random.default_rng([seed, 0]).permutation(len(choices))
+    order = stream(seed, "problems").permutation(len(choices))
     problems = [
         Problem(_beginning(*choices[i]), {}, f"task stories, problem {n}")
         for n, i in enumerate(order[: num_train + num_eval])
