@@ -1,6 +1,7 @@
 """Files of tables, read in a process of their own: what they unpack to is bounded."""
 
 import bz2
+import csv
 import gzip
 import io
 import json
@@ -156,11 +157,10 @@ def test_packed_text_is_refused_whatever_its_name(tmp_path, pack):
 # --- CSV ------------------------------------------------------------------------------------------
 
 
-def read_csv(tmp_path, text: str | bytes, most_bytes: int = 10**6) -> list[dict]:
-    """The rows of a CSV file, read here."""
+def read_csv(tmp_path, text: str | bytes) -> list[dict]:
     path = tmp_path / "p.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return [row for batch in tables._csv(str(path), most_bytes) for row in tables.values(batch)]
+    return rows(path)
 
 
 @pytest.mark.parametrize(
@@ -173,15 +173,25 @@ def read_csv(tmp_path, text: str | bytes, most_bytes: int = 10**6) -> list[dict]
         ("a," + "ä" * 600, 2),  # 1,202 bytes
     ],
 )
-def test_a_row_without_end_is_refused(tmp_path, rows, line):
+def test_a_row_without_end_is_refused(tmp_path, monkeypatch, rows, line):
+    monkeypatch.setattr(tables, "MAX_ROW_BYTES", 1000)
+    before = csv.field_size_limit()
     with pytest.raises(tables.TableError, match=f"row of line {line} is longer than 1000 bytes"):
-        read_csv(tmp_path, f"prompt,answer\n{rows}\n", 1000)
+        read_csv(tmp_path, f"prompt,answer\n{rows}\n")
+    assert csv.field_size_limit() == before
 
 
-def test_rows_of_csv(tmp_path):
+def test_more_columns_than_rows_could_fill_are_refused(tmp_path):
+    assert len(read_csv(tmp_path, ",".join(["a"] * 100) + "\n1\n")[0]) == 100
+    with pytest.raises(tables.TableError, match="the row of line 1 has more than 10000 values"):
+        read_csv(tmp_path, "," * 10_000 + "\n1\n")
+
+
+def test_rows_of_csv(tmp_path, monkeypatch):
     """Quotes, line ends, blank lines and a byte-order mark, as pandas reads them."""
     text = '\ufeffprompt,answer\r\n"a\n""b"", c",1\r\n\r\n5" pipe,2\r"x"y,3\n' + "d,4\n" * 500
-    found = read_csv(tmp_path, text, 30)  # more than 30 bytes, but no row of them
+    monkeypatch.setattr(tables, "MAX_ROW_BYTES", 30)  # no row has more
+    found = read_csv(tmp_path, text)
     assert [row["prompt"] for row in found[:4]] == ['a\n"b", c', '5" pipe', "xy", "d"]
     assert [row["answer"] for row in found] == [1, 2, 3, *[4] * 500]
     assert read_csv(tmp_path, "prompt,answer\n") == []
@@ -242,6 +252,13 @@ def test_values_of_json_are_read(tmp_path):
     assert rows(tmp_path / "p.parquet") == [{"x": value, "y": value} for value in values]
 
 
+@pytest.mark.parametrize("text", ["{", "[" * 10**5])
+def test_what_is_no_json_in_a_column_of_json_is_refused(text):
+    batch = pa.record_batch({"x": pa.array([text], pa.json_())})
+    with pytest.raises(tables.TableError, match="a column of JSON holds what is none"):
+        list(tables.values(batch))
+
+
 def test_two_columns_of_a_name_are_refused(tmp_path):
     table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
     parquet.write_table(table, tmp_path / "p.parquet")
@@ -263,9 +280,9 @@ def test_it_ends_when_nobody_reads_on(tmp_path, monkeypatch):
     monkeypatch.setattr(
         tables.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[0]
     )
-    path = tmp_path / "p.csv"
-    path.write_text("prompt\n" + "x\n" * 10**6)
-    some = tables.rows(path, "csv")
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pa.table({"prompt": ["x"] * 10**6}), path)
+    some = tables.rows(path, "parquet")
     assert next(some) == {"prompt": "x"} and started[0].poll() is None
     some.close()
     assert started[0].returncode == -signal.SIGKILL
