@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.messages import shown
+
 # A file may unpack to this many bytes in any case, and to so many times its own.
 MAX_UNPACKED_BYTES = 2**31
 MAX_UNPACKED_TIMES = 1000
@@ -150,11 +152,20 @@ def _csv(path: Path) -> Iterator[Any]:
                 try:
                     columns[str(name)] = pa.array(frame[name], from_pandas=True)
                 except OverflowError:
-                    raise TableError(
-                        f"column {str(name)[:80]!r} holds a whole number of more than 64 bits. "
-                        "Write the rows as .jsonl, which takes any"
-                    ) from None
+                    raise _large_number(frame[name]) from None
             yield pa.record_batch(columns)
+
+
+def _large_number(column: Any) -> TableError:
+    """Names the first number of a column that Arrow has no bits for."""
+    for number, value in column.items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return TableError(
+                f"row {number + 1} has {shown(value, 80)} as `{str(column.name)[:80]}`, and whole "
+                "numbers of a CSV file have at most 64 bits. Write the file as JSONL, with that "
+                "number as a text"
+            )
+    return TableError(f"`{str(column.name)[:80]}` has a whole number of more than 64 bits")
 
 
 class _Rows:
