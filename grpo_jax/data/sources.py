@@ -303,9 +303,10 @@ def _dataset_rows(dataset: Any, where: str) -> Iterator[Row]:
     while True:
         with _explained(f"{where} cannot be read after row {number}"):
             batch = next(batches, None)
-        if batch is None:
+            rows = None if batch is None else list(tables.values(batch))
+        if rows is None:
             return
-        for row in tables.values(batch):
+        for row in rows:
             number += 1
             yield f"{where}, row {number}", row
 

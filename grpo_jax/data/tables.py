@@ -1,9 +1,10 @@
-"""Tables of files that may come from strangers: Parquet, Arrow, CSV, saved datasets.
+"""Tables of files that may come from strangers: Parquet, Arrow, saved datasets, CSV.
 
-Few bytes of such a file may unpack to any number, which its own header need not tell, and a damaged
-one may end the process that reads it. So they are read in a process of their own with a limit of
-memory, which passes on plain values, a few rows at a time, as a stream of Arrow. What a column says
-of pictures or sounds at other places is passed on as it stands: nothing is opened for it.
+Few bytes of the first three may unpack to any number, which a file's own header need not tell, and
+a damaged one may end the process that reads it. So they are read in a process of their own with a
+limit of memory, which passes on plain values, a few rows at a time, as a stream of Arrow. What a
+column says of pictures or sounds at other places is passed on as it stands: nothing is opened for
+it. CSV is not packed, and is read here, each row bounded.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ import resource
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.messages import shown
+
 # A file may unpack to this many bytes in any case, and to so many times its own.
 MAX_UNPACKED_BYTES = 2**31
 MAX_UNPACKED_TIMES = 1000
-MAX_ROW_BYTES = 2**26  # of text
+MAX_ROW_BYTES = 2**26  # of CSV
+MAX_COLUMNS = 10_000  # of CSV: an empty one takes a byte there, and a thousand here
 MEMORY_BYTES = 2**32  # of the process that unpacks
 _BATCH_ROWS = 256
 _VALUE_BYTES = 32  # that a value takes here at least, whatever it takes in the file
@@ -36,9 +39,27 @@ class TableError(ValueError):
 def rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
     """The rows of a file ("parquet", "arrow", "csv") or a folder ("saved", of `save_to_disk`).
 
-    Raises TableError for what is not of the kind, unpacks to more than the limits at the top of
-    this module, or has a row of text of more than MAX_ROW_BYTES.
+    Raises TableError for what is not of the kind, or goes beyond the limits at the top of this
+    module.
     """
+    if kind != "csv":
+        yield from _from_process(path, kind)
+        return
+    try:
+        for batch in _csv(path):
+            yield from values(batch)
+    except TableError:
+        raise
+    except Exception as error:  # of Arrow and pandas: no common base
+        raise TableError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+
+
+def _from_process(path: Path, kind: str) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
 
     code = (
@@ -46,32 +67,31 @@ def rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
     )
     size = sum(f.stat().st_size for f in ([path] if path.is_file() else path.glob("*.arrow")))
     most_bytes = MAX_UNPACKED_BYTES + MAX_UNPACKED_TIMES * size
-    limits = {"all": most_bytes, "row": MAX_ROW_BYTES, "memory": MEMORY_BYTES}
-    with tempfile.TemporaryFile() as told:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, kind, str(path), json.dumps(limits)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=told,
-            # Arrow's other allocators reserve more than they use, and the limit counts it.
-            env=os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system", "OMP_NUM_THREADS": "1"},
-        )
+    limits = {"all": most_bytes, "memory": MEMORY_BYTES}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, kind, str(path), json.dumps(limits)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Arrow's other allocators reserve more than they use, and the limit counts it.
+        env=os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system", "OMP_NUM_THREADS": "1"},
+    )
+    try:
         try:
-            try:
-                if process.stdout.peek(1):  # nothing is written of a table without rows
-                    with pa.ipc.open_stream(process.stdout) as stream:
-                        for batch in stream:
-                            yield from values(batch)
-            except (pa.ArrowInvalid, OSError):  # cut off; the process says why
-                if not process.wait():
-                    raise
-            if process.wait():
-                told.seek(0)
-                raise TableError(_end(process.returncode, told.read().decode(errors="replace")))
-        finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()
+            if process.stdout.peek(1):  # nothing is written of a table without rows
+                with pa.ipc.open_stream(process.stdout) as stream:
+                    for batch in stream:
+                        yield from values(batch)
+        except (pa.ArrowInvalid, OSError):  # cut off; the process says why
+            if not process.wait():
+                raise
+        if process.wait():
+            raise TableError(_end(process.returncode, process.stderr.read().decode()))
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
 
 
 def values(batch: Any) -> Iterator[dict[str, Any]]:
@@ -88,7 +108,10 @@ def _from_json(column: list, kind: Any) -> list:
     import pyarrow as pa
 
     if isinstance(kind, pa.JsonType):
-        return [None if value is None else json.loads(value) for value in column]
+        try:
+            return [None if value is None else json.loads(value) for value in column]
+        except (ValueError, RecursionError) as error:
+            raise TableError(f"a column of JSON holds what is none: {error}") from error
     if pa.types.is_struct(kind):
         for field in kind:
             parts = _from_json([v and v[field.name] for v in column], field.type)
@@ -103,10 +126,101 @@ def _from_json(column: list, kind: Any) -> list:
 def _end(status: int, told: str) -> str:
     """What ended the process before it was done."""
     if status == 1 and told.strip():
-        return told.strip().splitlines()[-1]
+        return told.strip().splitlines()[-1]  # of a traceback, the error
     if status == -signal.SIGKILL:
         return "the process that reads it was killed; is the memory full?"
     return f"the process that reads it ended with status {status}"
+
+
+# --- CSV ------------------------------------------------------------------------------------------
+
+
+def _csv(path: Path) -> Iterator[Any]:
+    """Batches of a CSV file, each column of the type that pandas finds in its first rows."""
+    import pandas
+    import pyarrow as pa
+
+    with (
+        path.open(encoding="utf-8-sig", newline="") as file,
+        pandas.read_csv(_Rows(file), chunksize=10_000) as frames,
+    ):
+        for frame in frames:
+            if not isinstance(frame.index, pandas.RangeIndex):
+                raise TableError("its rows have more values than its first line has names")
+            columns = {}
+            for name in frame.columns:
+                try:
+                    columns[str(name)] = pa.array(frame[name], from_pandas=True)
+                except OverflowError:
+                    raise _large_number(frame[name]) from None
+            yield pa.record_batch(columns)
+
+
+def _large_number(column: Any) -> TableError:
+    """Names the first number of a column that Arrow has no bits for."""
+    for number, value in column.items():
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return TableError(
+                f"row {number + 1} has {shown(value, 80)} as `{str(column.name)[:80]}`, and whole "
+                "numbers of a CSV file have at most 64 bits. Write the file as JSONL, with that "
+                "number as a text"
+            )
+    return TableError(f"`{str(column.name)[:80]}` has a whole number of more than 64 bits")
+
+
+class _Rows:
+    """A file of CSV that pandas reads by whole rows, of which none is longer than a limit.
+
+    A row may have many lines, in quotes: `csv` knows where it ends by the same rules as pandas.
+    """
+
+    def __init__(self, file: Any):
+        self._file = file
+        self._number = 0  # of the line
+        self._row_bytes = 0
+        self._text: list[str] = []
+        self._rows = csv.reader(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        while line := self._line():
+            self._number += 1
+            self._row_bytes += len(line) if line.isascii() else len(line.encode())
+            if self._row_bytes > MAX_ROW_BYTES:
+                raise TableError(
+                    f"the row of line {self._number} is longer than {MAX_ROW_BYTES} bytes, the "
+                    "most that is read at once"
+                )
+            if "\0" in line:
+                raise TableError(f"line {self._number} holds a NUL byte: is the file packed?")
+            self._text.append(line)
+            yield line
+
+    def _line(self) -> str:
+        try:
+            return self._file.readline(MAX_ROW_BYTES + 1)
+        except UnicodeDecodeError:
+            raise TableError(
+                f"it is not UTF-8 from about line {self._number + 1} on: is the file packed?"
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:  # pandas asks whether there is one
+        return iter(lambda: self.read(1), "")
+
+    def read(self, size: int = -1) -> str:
+        """The text of whole rows, of about so many characters; "" at the end."""
+        self._text.clear()
+        length, before = 0, csv.field_size_limit(MAX_ROW_BYTES)
+        try:
+            while length < max(size, 1) and (row := next(self._rows, None)) is not None:
+                if len(row) > MAX_COLUMNS:
+                    raise TableError(
+                        f"the row of line {self._number} has more than {MAX_COLUMNS} values"
+                    )
+                length += self._row_bytes
+                self._row_bytes = 0
+        finally:
+            csv.field_size_limit(before)
+        return "".join(self._text)
 
 
 # --- The process ----------------------------------------------------------------------------------
@@ -115,29 +229,27 @@ def _end(status: int, told: str) -> str:
 def main() -> None:
     """Writes the table that the arguments name to standard output; an error ends with status 1."""
     kind, path, limits = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is not part of the table
+    out, told = os.fdopen(os.dup(1), "wb"), os.fdopen(os.dup(2), "w", encoding="utf-8")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for said in (1, 2):  # what libraries print is neither the table nor an error
+        os.dup2(nowhere, said)
+    reason = ""
     try:
         resource.setrlimit(resource.RLIMIT_DATA, (limits["memory"], limits["memory"]))
-        _pass_on(_READERS[kind](path, limits["row"]), out, limits["all"])
+        _pass_on(_READERS[kind](path), out, limits["all"])
         out.close()
     except MemoryError:
-        most = f"{limits['memory'] / 2**30:g} GiB"
-        _fail(
-            f"it asked for more than {most} of memory. Write it as .jsonl, one JSON object a line"
-        )
+        most = f"{limits['memory'] / 2**30:g} GiB of memory"
+        reason = f"it asked for more than {most}. Write it as .jsonl, one JSON object a line"
     except TableError as error:
-        _fail(str(error))
+        reason = str(error)
     except BrokenPipeError:  # nobody reads on
-        os._exit(0)
-    except Exception as error:  # of Arrow, pandas, datasets: no common base
-        cause = error.__cause__ or error
-        _fail(f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
-
-
-def _fail(reason: str) -> None:
-    print("", reason, sep="\n", file=sys.stderr, flush=True)
-    os._exit(1)  # at once: what the memory has no room for is not tidied up
+        pass
+    except Exception as error:  # of Arrow and datasets: no common base
+        reason = _reason(error)
+    told.write(reason.encode(errors="replace").decode())
+    told.flush()
+    os._exit(bool(reason))  # at once: what the memory has no room for is not tidied up
 
 
 def _pass_on(batches: Iterator[Any], out: Any, most_bytes: int) -> None:
@@ -213,14 +325,14 @@ def _num_values(array: Any) -> int:
 # --- Kinds ----------------------------------------------------------------------------------------
 
 
-def _parquet(path: str, row_bytes: int) -> Iterator[Any]:
+def _parquet(path: str) -> Iterator[Any]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path, pre_buffer=False) as file:
         yield from file.iter_batches(_BATCH_ROWS, use_threads=False)
 
 
-def _arrow(path: str, row_bytes: int) -> Iterator[Any]:
+def _arrow(path: str) -> Iterator[Any]:
     """Batches of a file of Arrow, of either of its two forms."""
     import pyarrow as pa
 
@@ -235,7 +347,7 @@ def _arrow(path: str, row_bytes: int) -> Iterator[Any]:
             yield from stream
 
 
-def _saved(path: str, row_bytes: int) -> Iterator[Any]:
+def _saved(path: str) -> Iterator[Any]:
     """Batches of what `Dataset.save_to_disk` wrote, with the columns that its format shows."""
     import datasets
 
@@ -246,82 +358,8 @@ def _saved(path: str, row_bytes: int) -> Iterator[Any]:
         yield from table.to_batches()
 
 
-def _csv(path: str, row_bytes: int) -> Iterator[Any]:
-    """Batches of a CSV file, each column of the type that pandas finds in its first rows."""
-    import pandas
-    import pyarrow as pa
-
-    with (
-        open(path, encoding="utf-8-sig", newline="") as file,
-        pandas.read_csv(_Rows(file, row_bytes), chunksize=10_000) as frames,
-    ):
-        for frame in frames:
-            if not isinstance(frame.index, pandas.RangeIndex):
-                raise TableError("its rows have more values than its first line has names")
-            columns = {}
-            for name in frame.columns:
-                try:
-                    columns[str(name)] = pa.array(frame[name], from_pandas=True)
-                except OverflowError:
-                    raise TableError(
-                        f"column {str(name)[:80]!r} holds a whole number of more than 64 bits. "
-                        "Write the rows as .jsonl, which takes any"
-                    ) from None
-            yield pa.record_batch(columns)
-
-
-class _Rows:
-    """A file of CSV that pandas reads by whole rows, of which none is longer than a limit.
-
-    A row may have many lines, in quotes: `csv` knows where it ends by the same rules as pandas.
-    """
-
-    def __init__(self, file: Any, most_bytes: int):
-        self._file, self._most_bytes = file, most_bytes
-        self._number = 0  # of the line
-        self._row_bytes = 0
-        self._text: list[str] = []
-        csv.field_size_limit(most_bytes)
-        self._rows = csv.reader(self._lines())
-
-    def _lines(self) -> Iterator[str]:
-        while line := self._line():
-            self._number += 1
-            self._row_bytes += len(line) if line.isascii() else len(line.encode())
-            if self._row_bytes > self._most_bytes:
-                raise TableError(
-                    f"the row of line {self._number} is longer than {self._most_bytes} bytes, the "
-                    "most that is read at once"
-                )
-            if "\0" in line:
-                raise TableError(f"line {self._number} holds a NUL byte: is the file packed?")
-            self._text.append(line)
-            yield line
-
-    def _line(self) -> str:
-        try:
-            return self._file.readline(self._most_bytes + 1)
-        except UnicodeDecodeError:
-            raise TableError(
-                f"it is not UTF-8 from about line {self._number + 1} on: is the file packed?"
-            ) from None
-
-    def __iter__(self) -> Iterator[str]:  # pandas asks whether there is one
-        return iter(lambda: self.read(1), "")
-
-    def read(self, size: int = -1) -> str:
-        """The text of whole rows, of about so many characters; "" at the end."""
-        self._text.clear()
-        length = 0
-        while length < max(size, 1) and next(self._rows, None) is not None:
-            length += self._row_bytes
-            self._row_bytes = 0
-        return "".join(self._text)
-
-
-_READERS: dict[str, Callable[[str, int], Iterator[Any]]] = {
+_READERS: dict[str, Callable[[str], Iterator[Any]]] = {
     "parquet": _parquet,
     "arrow": _arrow,
     "saved": _saved,
-    "csv": _csv,
 }

@@ -1,6 +1,7 @@
 """Files of tables, read in a process of their own: what they unpack to is bounded."""
 
 import bz2
+import csv
 import gzip
 import io
 import json
@@ -11,6 +12,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import audit
 import datasets
 import pyarrow as pa
 import pytest
@@ -156,11 +158,10 @@ def test_packed_text_is_refused_whatever_its_name(tmp_path, pack):
 # --- CSV ------------------------------------------------------------------------------------------
 
 
-def read_csv(tmp_path, text: str | bytes, most_bytes: int = 10**6) -> list[dict]:
-    """The rows of a CSV file, read here."""
+def read_csv(tmp_path, text: str | bytes) -> list[dict]:
     path = tmp_path / "p.csv"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return [row for batch in tables._csv(str(path), most_bytes) for row in tables.values(batch)]
+    return rows(path)
 
 
 @pytest.mark.parametrize(
@@ -173,25 +174,43 @@ def read_csv(tmp_path, text: str | bytes, most_bytes: int = 10**6) -> list[dict]
         ("a," + "ä" * 600, 2),  # 1,202 bytes
     ],
 )
-def test_a_row_without_end_is_refused(tmp_path, rows, line):
+def test_a_row_without_end_is_refused(tmp_path, monkeypatch, rows, line):
+    monkeypatch.setattr(tables, "MAX_ROW_BYTES", 1000)
+    before = csv.field_size_limit()
     with pytest.raises(tables.TableError, match=f"row of line {line} is longer than 1000 bytes"):
-        read_csv(tmp_path, f"prompt,answer\n{rows}\n", 1000)
+        read_csv(tmp_path, f"prompt,answer\n{rows}\n")
+    assert csv.field_size_limit() == before
 
 
-def test_rows_of_csv(tmp_path):
+def test_more_columns_than_rows_could_fill_are_refused(tmp_path):
+    assert len(read_csv(tmp_path, ",".join(["a"] * 100) + "\n1\n")[0]) == 100
+    with pytest.raises(tables.TableError, match="the row of line 1 has more than 10000 values"):
+        read_csv(tmp_path, "," * 10_000 + "\n1\n")
+
+
+def test_rows_of_csv(tmp_path, monkeypatch):
     """Quotes, line ends, blank lines and a byte-order mark, as pandas reads them."""
     text = '\ufeffprompt,answer\r\n"a\n""b"", c",1\r\n\r\n5" pipe,2\r"x"y,3\n' + "d,4\n" * 500
-    found = read_csv(tmp_path, text, 30)  # more than 30 bytes, but no row of them
+    monkeypatch.setattr(tables, "MAX_ROW_BYTES", 30)  # no row has more
+    found = read_csv(tmp_path, text)
     assert [row["prompt"] for row in found[:4]] == ['a\n"b", c', '5" pipe', "xy", "d"]
     assert [row["answer"] for row in found] == [1, 2, 3, *[4] * 500]
     assert read_csv(tmp_path, "prompt,answer\n") == []
 
 
 def test_types_of_csv(tmp_path):
-    text = "i,f,b,s,gap,none\n1,0.5,True,x,1,\n2,1e3,False,7,,\n"
+    text = f"i,f,b,s,gap,none,big\n1,0.5,True,x,1,,{2**63}\n2,1e3,False,7,,,{2**62}\n"
     first, second = read_csv(tmp_path, text)
-    assert first == {"i": 1, "f": 0.5, "b": True, "s": "x", "gap": 1.0, "none": None}
-    assert second == {"i": 2, "f": 1000.0, "b": False, "s": "7", "gap": None, "none": None}
+    assert first == {"i": 1, "f": 0.5, "b": True, "s": "x", "gap": 1.0, "none": None, "big": 2**63}
+    assert second == {
+        "i": 2,
+        "f": 1000.0,
+        "b": False,
+        "s": "7",
+        "gap": None,
+        "none": None,
+        "big": 2**62,
+    }
 
 
 @pytest.mark.parametrize(
@@ -199,7 +218,7 @@ def test_types_of_csv(tmp_path):
     [
         (b"prompt\n\xff\n", "it is not UTF-8 from about line 1 on"),
         ("prompt\na\0b\n", "line 2 holds a NUL byte"),
-        ("prompt,answer\na,1\na," + "9" * 40, "column 'answer' holds a whole number of more than"),
+        (f'prompt,answer\n"a,\nb",{2**62}\na,{2**70}\n', f"row 2 has {2**70} as `answer`, and"),
         ("prompt,answer\na,1,2\n", "rows have more values than its first line has names"),
     ],
 )
@@ -242,6 +261,13 @@ def test_values_of_json_are_read(tmp_path):
     assert rows(tmp_path / "p.parquet") == [{"x": value, "y": value} for value in values]
 
 
+@pytest.mark.parametrize("text", ["{", "[" * 10**5])
+def test_what_is_no_json_in_a_column_of_json_is_refused(text):
+    batch = pa.record_batch({"x": pa.array([text], pa.json_())})
+    with pytest.raises(tables.TableError, match="a column of JSON holds what is none"):
+        list(tables.values(batch))
+
+
 def test_two_columns_of_a_name_are_refused(tmp_path):
     table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
     parquet.write_table(table, tmp_path / "p.parquet")
@@ -249,6 +275,18 @@ def test_two_columns_of_a_name_are_refused(tmp_path):
 
 
 # --- The process ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "saved"])
+def test_it_writes_nothing(tmp_path, kind):
+    made = datasets.Dataset.from_dict({"prompt": ["a"]})
+    made.save_to_disk(tmp_path / "saved")
+    made.to_parquet(tmp_path / "p.parquet")
+    [arrow] = (tmp_path / "saved").glob("*.arrow")
+    path = {"parquet": tmp_path / "p.parquet", "arrow": arrow, "saved": tmp_path / "saved"}[kind]
+    with audit.writes() as written:
+        [batch] = tables._READERS[kind](str(path))
+    assert batch.to_pylist() == [{"prompt": "a"}] and not audit.outside(written)
 
 
 def test_what_ended_the_process_is_said():
@@ -263,9 +301,9 @@ def test_it_ends_when_nobody_reads_on(tmp_path, monkeypatch):
     monkeypatch.setattr(
         tables.subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[0]
     )
-    path = tmp_path / "p.csv"
-    path.write_text("prompt\n" + "x\n" * 10**6)
-    some = tables.rows(path, "csv")
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pa.table({"prompt": ["x"] * 10**6}), path)
+    some = tables.rows(path, "parquet")
     assert next(some) == {"prompt": "x"} and started[0].poll() is None
     some.close()
     assert started[0].returncode == -signal.SIGKILL
