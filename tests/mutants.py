@@ -165,7 +165,7 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST, ast.AST | str]]:
             yield "statement", node, "pass"
         case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
             yield "statement", node, "pass"
-        case ast.Call():
+        case ast.Call() if ast.unparse(node.func) != "isinstance":  # which would only raise
             yield from _swapped(node)
 
 
