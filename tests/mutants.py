@@ -54,7 +54,7 @@ NEAREST = {
     "config": ("tests/test_config.py",),
     "data/problems": ("tests/data/test_problems.py", "tests/data/test_sources.py"),
     "data/tasks": ("tests/data/test_tasks.py",),
-    "drawing": (WIRING,),
+    "drawing": ("tests/test_drawing.py", WIRING),
     "evaluation": ("tests/test_evaluation.py", "tests/test_evaluate.py"),
     "keys": ("tests/test_keys.py", WIRING),
     "lines": ("tests/test_metrics.py", "tests/test_guards.py", RUNS[0]),
