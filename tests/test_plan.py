@@ -563,6 +563,11 @@ def test_an_evaluation_must_fit_too(options, drawn, weights):
         if program.name.startswith("evaluation"):
             program.lower()
             assert program.runs == 0  # in a step
+            # Beside it lies what learns and the reference, but for what it reads where it is.
+            held = step.held()
+            learning = held["weights"] + held["optimizer"] + held["reference"]
+            read = held["weights"] - 4 * layer
+            assert program.beside == pytest.approx(learning - read, abs=64)  # and counters
     arrays = step_lib.arrays_alone({name: 0.0 for name in step.held()} | {"evaluation": 7.0})
     assert arrays == 7.0
 
