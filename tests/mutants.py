@@ -299,6 +299,8 @@ class Tests:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             return "stopped", ""
+        if process.returncode == 4:
+            raise RuntimeError(f"pytest did not start in {self.copy}: {text}")
         if process.returncode in (0, 5):  # 5: all are marked slow
             return "alive", ""
         failed = [x for x in text.splitlines() if x.startswith(("FAILED", "ERROR"))]
