@@ -3,13 +3,15 @@
     python tests/mutants.py --number 300 --out mutants.jsonl
     python tests/mutants.py --out mutants.jsonl --report
     python tests/mutants.py --out mutants.jsonl --again      # those alive, after tests were written
+    python tests/mutants.py --out mutants.jsonl --again --slow --jobs 2
 
 It is no part of the suite: a mutant takes as long as the tests nearest to its file, half a minute
-in the mean. Mutants are drawn by lot over all of `grpo_jax/`. The lot follows from the seed and the
-text of what is broken, so that it stays the same when other lines change, and a larger number adds
-to a smaller one. Each is written into a copy of the repository, where the nearest test files run
-(`NEAREST`, or the file of the same name), the shortest first, until one test fails. Results are
-appended to `--out` as they come; the same command goes on where it was stopped.
+of a core in the mean; `--jobs` tries several at once. Mutants are drawn by lot over all of
+`grpo_jax/`. The lot follows from the seed and the text of what is broken, so that it stays the same
+when other lines change, and a larger number adds to a smaller one. Each is written into a copy of
+the repository, where the nearest test files run (`NEAREST`, or the file of the same name), the
+shortest first, until one test fails. Results are appended to `--out` as they come; the same command
+goes on where it was stopped.
 
 Files of tests run unbroken once before they count, for how long they take and whether they pass. A
 mutant that takes much longer than that is stopped, and counts as killed. `--slow` adds the tests
@@ -27,6 +29,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import queue
 import shutil
 import signal
 import subprocess
@@ -35,6 +38,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,12 +50,11 @@ NEAREST = {
     "algorithm/logprobs": ("tests/algorithm/test_logprobs.py", WIRING),
     "algorithm/rows": ("tests/algorithm/test_rows.py", "tests/algorithm/test_packing.py"),
     "algorithm/packing": ("tests/algorithm/test_packing.py", "tests/algorithm/test_plain.py"),
-    "cli": ("tests/test_program.py",),
     "compiling": ("tests/test_compiling.py", "tests/test_program.py"),
     "config": ("tests/test_config.py",),
     "data/problems": ("tests/data/test_problems.py", "tests/data/test_sources.py"),
     "data/tasks": ("tests/data/test_tasks.py",),
-    "drawing": (WIRING,),
+    "drawing": ("tests/test_drawing.py", WIRING),
     "evaluation": ("tests/test_evaluation.py", "tests/test_evaluate.py"),
     "keys": ("tests/test_keys.py", WIRING),
     "lines": ("tests/test_metrics.py", "tests/test_guards.py", RUNS[0]),
@@ -162,7 +165,7 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, ast.AST, ast.AST | str]]:
             yield "statement", node, "pass"
         case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
             yield "statement", node, "pass"
-        case ast.Call():
+        case ast.Call() if ast.unparse(node.func) != "isinstance":  # which would only raise
             yield from _swapped(node)
 
 
@@ -259,9 +262,9 @@ def nearest(path: str, slow: bool) -> list[str]:
 class Tests:
     """Runs files of tests in a copy of the repository, and knows them unbroken."""
 
-    def __init__(self, copy: Path, slow: bool, out: Path):
-        self.copy, self.slow, self.known = copy, slow, out.with_suffix(".tests.json")
-        self.seconds = json.loads(self.known.read_text()) if self.known.exists() else {}
+    def __init__(self, copy: Path, slow: bool, seconds: dict[str, float], known: Path):
+        """`seconds`: of each file unbroken, shared by all copies and kept in the file `known`."""
+        self.copy, self.slow, self.seconds, self.known = copy, slow, seconds, known
         listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT,
                                 capture_output=True, text=True, check=True)  # fmt: skip
         for name in listed.stdout.splitlines():
@@ -296,6 +299,8 @@ class Tests:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
             return "stopped", ""
+        if process.returncode == 4:
+            raise RuntimeError(f"pytest did not start in {self.copy}: {text}")
         if process.returncode in (0, 5):  # 5: all are marked slow
             return "alive", ""
         failed = [x for x in text.splitlines() if x.startswith(("FAILED", "ERROR"))]
@@ -349,7 +354,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the lot")
     parser.add_argument("--only", default="", help="files with this in their path")
     parser.add_argument("--out", type=Path, required=True, help="results, one JSON object a line")
-    parser.add_argument("--copy", type=Path, help="folder for the copy that is broken")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants that are tried at once")
     parser.add_argument("--again", action="store_true", help="those of --out that are alive")
     parser.add_argument("--slow", action="store_true", help="slow tests and whole runs too")
     parser.add_argument("--list", action="store_true", help="show the lot and break nothing")
@@ -368,14 +373,27 @@ def main() -> None:
         for m in chosen:
             print(f"{m.path}:{m.line} {m.where} [{m.kind}] {m.old}  ->  {m.new}")
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        tests = Tests(args.copy or Path(folder), args.slow, args.out)
-        for m in chosen:
-            result = tests.verdict(m)
+    known = args.out.with_suffix(".tests.json")
+    seconds = json.loads(known.read_text()) if known.exists() else {}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        free: queue.SimpleQueue[Tests] = queue.SimpleQueue()
+        for i in range(args.jobs):
+            free.put(Tests(Path(folder) / str(i), args.slow, seconds, known))
+
+        def one(mutant: Mutant) -> dict:
+            tests = free.get()
+            try:
+                return tests.verdict(mutant)
+            finally:
+                free.put(tests)
+
+        for done in as_completed([pool.submit(one, m) for m in chosen]):
+            result = done.result()
             with args.out.open("a") as out:
                 out.write(json.dumps(result) + "\n")
-            print(f"{result['end']:8}{result['seconds']:6.0f} s  {m.path}:{m.line} [{m.kind}] "
-                  f"{m.old[:60]}  ->  {m.new[:60]}  {result['by']}", flush=True)  # fmt: skip
+            print(f"{result['end']:8}{result['seconds']:6.0f} s  {result['path']}:{result['line']} "
+                  f"[{result['kind']}] {result['old'][:60]}  ->  {result['new'][:60]}  "
+                  f"{result['by']}", flush=True)  # fmt: skip
     return report(results(args.out))
 
 

@@ -491,3 +491,25 @@ def test_many_changes_are_counted(tmp_path):
                    rollout__top_k=3, optim__beta1=0.5)  # fmt: skip
     with pytest.raises(ValueError, match="and 2 more"):
         config_lib.refuse_other_config(other, _recorded(_valid(), tmp_path))
+
+
+def test_what_a_run_is_that_changes_nothing():
+    """What a run has unless its config says otherwise; docs/definitions.md compares it with TRL."""
+    flat = options.flatten(config_lib.default())
+    groups = ("algorithm.", "optim.", "batch.", "rollout.")
+    assert {n: v for n, v in flat.items() if n.startswith(groups)} == {
+        "batch.prompts": 32, "batch.group": 8, "batch.minibatches": 1, "batch.microbatch": 0,
+        "batch.memory_limit_gib": 0.0,
+        "rollout.max_tokens": 256, "rollout.temperature": 1.0, "rollout.top_k": 0,
+        "rollout.top_p": 1.0, "rollout.num_slots": 0, "rollout.weights": "same",
+        "rollout.cache": "same", "rollout.attention": "auto", "rollout.compact": True,
+        "algorithm.num_iterations": 1, "algorithm.scale_by": "std", "algorithm.clip_low": 0.2,
+        "algorithm.clip_high": 0.2, "algorithm.kl_coef": 0.0,
+        "algorithm.kl_gradient": "reference_policy", "algorithm.entropy_coef": 0.0,
+        "algorithm.normalizer": "token", "algorithm.mask_truncated": False,
+        "algorithm.importance_correction": "none", "algorithm.importance_cap": 2.0,
+        "optim.learning_rate": 1e-6, "optim.warmup_steps": 0, "optim.schedule": "constant",
+        "optim.end_fraction": 0.0, "optim.beta1": 0.9, "optim.beta2": 0.99, "optim.eps": 1e-8,
+        "optim.weight_decay": 0.0, "optim.clip_norm": 1.0, "optim.moments": "float32",
+        "optim.float32_copy": False, "optim.offload": False,
+    }  # fmt: skip

@@ -493,6 +493,18 @@ def test_a_gpu_as_the_compiler_is_told_of_it(name):
     assert float(told["device_memory_size"]) == chip.hbm_bytes
     assert chips.GPUS[name].usable == pytest.approx(0.92 * chip.hbm_bytes)
     assert int(told["shared_memory_per_block_optin"]) < int(told["shared_memory_per_core"])
+    # 2 operations a lane and cycle give the published rate of float32, in 1e12 a second.
+    lanes = int(told["core_count"]) * int(told["fpus_per_core"])
+    float32 = lanes * 2 * float(told["clock_rate_ghz"]) / 1e3
+    published = {"a100-40gb": 19.5, "a100": 19.5, "h100": 67, "h200": 67, "b200": 75, "l4": 30.3,
+                 "l40s": 91.6, "rtx4090": 82.6, "rtx5090": 104.8}  # fmt: skip
+    assert float32 == pytest.approx(published[name], rel=0.01)
+    # KiB of a multiprocessor and its threads, CUDA programming guide, by compute capability.
+    major, minor = re.search(r"major: (\d+) minor: (\d+)", gpus.target(name)).groups()
+    kib, threads = {"8.0": (164, 2048), "8.9": (100, 1536), "9.0": (228, 2048),
+                    "10.0": (228, 2048), "12.0": (100, 1536)}[f"{major}.{minor}"]  # fmt: skip
+    assert int(told["shared_memory_per_core"]) == kib * 1024
+    assert int(told["threads_per_core_limit"]) == threads
 
 
 @pytest.mark.parametrize(
@@ -567,6 +579,11 @@ def test_an_evaluation_must_fit_too(options, drawn, weights):
         if program.name.startswith("evaluation"):
             program.lower()
             assert program.runs == 0  # in a step
+            # Beside it lies what learns and the reference, but for what it reads where it is.
+            held = step.held()
+            learning = held["weights"] + held["optimizer"] + held["reference"]
+            read = held["weights"] - 4 * layer
+            assert program.beside == pytest.approx(learning - read, abs=64)  # and counters
     arrays = step_lib.arrays_alone({name: 0.0 for name in step.held()} | {"evaluation": 7.0})
     assert arrays == 7.0
 
