@@ -23,7 +23,6 @@ from grpo_jax import (
     evaluation,
     hosts,
     keys,
-    optim,
     options,
     position,
     report,
@@ -339,8 +338,7 @@ def _finish(parts: Parts, state: TrainState, at: Position, wall_s: float) -> dic
         "parameters": parts.policy.model.num_params,
     }
     if parts.config.checkpoint.export:
-        params = sharding.to_device_memory(optim.trained(state.params, state.opt_state))
-        policy_lib.export(parts.policy, export, params, parts.config.checkpoint.export_dtype)
+        policy_lib.export(parts.policy, export, state, parts.config.checkpoint.export_dtype)
         summary["export"] = str(export)
         summary["ask"] = _ask(parts, export)
     if hosts.is_first():

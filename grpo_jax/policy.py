@@ -13,14 +13,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from grpo_jax import keys, sharding
+from grpo_jax import keys, optim, sharding
 from grpo_jax.metrics import say
 from grpo_jax.models import transformer
 from grpo_jax.models.hf import export as export_lib
 from grpo_jax.models.hf import folder as folder_lib
 from grpo_jax.models.hf import tokenizer as tokenizer_lib
 from grpo_jax.models.hf import weights
-from grpo_jax.structs import Array, ModelConfig, Params
+from grpo_jax.structs import Array, ModelConfig, Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,11 +120,12 @@ def keep(policy: Policy, folder: Path) -> Policy:
     return dataclasses.replace(policy, kept=folder)
 
 
-def export(policy: Policy, folder: Path, params: Params, asked_dtype: str) -> None:
-    """Writes the policy with these weights as a Hugging Face folder; tells where that rounds them.
+def export(policy: Policy, folder: Path, state: TrainState, asked_dtype: str) -> None:
+    """Writes the policy as it was trained as a Hugging Face folder; tells where that rounds it.
 
     `asked_dtype`: "auto" or a name, as in `checkpoint.export_dtype`. Every process must call this.
     """
+    params = sharding.to_device_memory(optim.trained(state.params, state.opt_state))
     trained = jax.tree.leaves(params)[0].dtype
     dtype = asked_dtype
     if dtype == "auto":

@@ -110,8 +110,7 @@ def run(config: ConfigDict, folder: Path) -> Path:
                 raise _stopped(stop, step + 1, folder)
     checkpoints.close()
     writers.close()
-    params = optim.trained(state.params, state.opt_state)
-    policy_lib.export(policy, export, params, config.checkpoint.export_dtype)
+    policy_lib.export(policy, export, state, config.checkpoint.export_dtype)
     if stops:  # at the last step: what comes after this training is asked to stop, too
         raise _stopped(stop, num_steps, folder)
     return export
