@@ -32,7 +32,7 @@ from grpo_jax.models.hf import export
 from grpo_jax.models.hf.export import save
 from grpo_jax.models.hf.folder import read_config
 from grpo_jax.models.hf.tokenizer import load_tokenizer, stop_ids
-from grpo_jax.structs import ModelConfig
+from grpo_jax.structs import ModelConfig, TrainState
 
 # --- Saving -------------------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ def exported(source: Path, out: Path, dtype: str = "auto", change=lambda params:
     params = policy_lib.load_params(read, sharding.make_mesh(), seed=0)
     read = policy_lib.keep(read, out.with_name(f"{out.name}_kept"))
     source.rename(source.with_name("moved"))
-    policy_lib.export(read, out, change(params), dtype)
+    policy_lib.export(read, out, TrainState(change(params), (), 0, 0), dtype)
     source.with_name("moved").rename(source)
     return out
 
@@ -292,12 +292,42 @@ def test_an_export_is_as_wide_as_source_and_training(
     assert dtype_of(out) == {dtype}
 
 
-def test_a_float32_copy_is_what_is_exported():
-    params = {"w": {"kernel": jnp.ones((2, 2), jnp.bfloat16)}}
-    grads = jax.tree.map(lambda x: jnp.full(x.shape, 1.0, jnp.float32), params)
-    for copy_kept, dtype in ((True, "float32"), (False, "bfloat16")):
-        optimizer = optim.for_params(optax.sgd(1e-4), "bfloat16", float32_copy=copy_kept, seed=0)
-        _, state = optimizer.update(grads, optimizer.init(params), params)
-        found = optim.trained(params, state)["w"]["kernel"]
-        assert found.dtype == dtype
-        assert (found == (jnp.float32(1 - 1e-4) if copy_kept else params["w"]["kernel"])).all()
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_float32_copy_is_what_is_exported(tmp_path, tokenizer, copied):
+    """A step of 1e-6 is in the copy alone."""
+    save_random_model(tmp_path / "source", "Llama", {}, torch.bfloat16)
+    tokenizer.save_pretrained(tmp_path / "source")
+    read = policy_lib.read(str(tmp_path / "source"))
+    params = policy_lib.load_params(read, sharding.make_mesh(), seed=0, dtype=jnp.bfloat16)
+    optimizer = optim.with_float32_copy(optax.sgd(1e-6)) if copied else optax.sgd(1e-6)
+    grads = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), params)
+    _, opt_state = optimizer.update(grads, optimizer.init(params), params)
+    policy_lib.export(read, tmp_path / "out", TrainState(params, opt_state, 1, 0), "auto")
+    was, found = (tensors_of(tmp_path / f)[K_PROJ] for f in ("source", "out"))
+    assert dtype_of(tmp_path / "out") == {"float32" if copied else "bfloat16"}
+    changed = (found.astype(np.float32) != was.astype(np.float32)).mean()
+    assert changed > 0.9 if copied else changed == 0
+
+
+# --- A model that goes away -----------------------------------------------------------------------
+
+
+def test_a_run_goes_on_where_its_model_is_gone(tmp_path, tokenizer, capsys):
+    source, kept = tmp_path / "source", tmp_path / "kept"
+    save_random_model(source, "Llama", {}, torch.bfloat16)
+    tokenizer.save_pretrained(source)
+    edit_json(source / "config.json", dtype=None)  # the weights tell, which are not kept
+    before = policy_lib.keep(policy_lib.read(str(source)), kept)
+    assert before.source == source and before.kept == kept
+    source.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="there is no such folder"):
+        policy_lib.read(str(source), kept=tmp_path / "of_another_run")
+    capsys.readouterr()
+    after = policy_lib.read(str(source), kept=kept)
+    assert "is not there any more" in " ".join(capsys.readouterr().out.split())
+    assert (after.model, after.stop_ids) == (before.model, before.stop_ids)
+    assert after.stored == before.stored == "bfloat16"
+    assert after.tokenizer("one two").input_ids == [3, 4]
+    assert policy_lib.keep(after, kept) is after  # it is kept already
+    with pytest.raises(ValueError, match="has no weights"):
+        policy_lib.load_params(after, sharding.make_mesh(), seed=0)

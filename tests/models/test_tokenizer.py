@@ -11,7 +11,9 @@ import pytest
 import transformers
 from hf_model import edit_json
 
-from grpo_jax import policy
+from grpo_jax import config as config_lib
+from grpo_jax import generate, parts, policy
+from grpo_jax.data.problems import Problem
 from grpo_jax.models.hf.tokenizer import load_tokenizer, stop_ids
 
 # --- Tokenizer ----------------------------------------------------------------------------------
@@ -103,3 +105,18 @@ def test_a_token_without_an_embedding_is_refused_where_a_text_holds_it(folder, t
     edit_json(folder / "config.json", vocab_size=4)
     with pytest.raises(ValueError, match="They do not belong together"):
         policy.read(str(folder))
+
+
+def test_prompts_and_solutions_with_such_a_token_are_refused_by_their_place(folder, tokenizer):
+    added = copy.deepcopy(tokenizer)
+    added.add_tokens([f"word{i}" for i in range(44)])
+    added.save_pretrained(folder)
+    read, config = policy.read(str(folder)), config_lib.default()
+    problems = [Problem(text, {}, f"f.jsonl, row {i}") for i, text in enumerate(["one", "word43"])]
+    with pytest.raises(
+        ValueError, match=r"prompt of f\.jsonl, row 1 holds the token 'word43' \(id"
+    ):
+        parts.encode(problems, read, config, "training problems")
+    assert parts.encode(problems[:1], read, config, "training problems").prompt_ids == [[3]]
+    with pytest.raises(ValueError, match="--prompt holds the token 'word43'"):
+        generate._encode(read, "one word43", False, 4)

@@ -24,6 +24,7 @@ import transformers
 from grpo_jax import config as config_lib
 from grpo_jax import policy, sharding
 from grpo_jax.data import tasks
+from grpo_jax.structs import TrainState
 
 pytestmark = pytest.mark.slow
 
@@ -136,9 +137,8 @@ def export(source: Path, folder: Path) -> None:
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     read = policy.read(str(source))
     params = policy.load_params(read, mesh, seed=0)
-    policy.export(
-        policy.keep(read, folder.with_name(f"{folder.name}_kept")), folder, params, "auto"
-    )
+    kept = policy.keep(read, folder.with_name(f"{folder.name}_kept"))
+    policy.export(kept, folder, TrainState(params, (), 0, 0), "auto")
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,8 @@ def exports(tmp_path_factory, shared) -> dict[str, tuple[Path, Path]]:
         export(source, folder)
     mesh, options = sharding.make_mesh(devices=jax.devices()[:1]), config_lib.default().model
     new = policy.new(options, tasks.load("arithmetic").make_tokenizer())
-    policy.export(new, base / "quickstart", policy.load_params(new, mesh, seed=0), "auto")
+    state = TrainState(policy.load_params(new, mesh, seed=0), (), 0, 0)
+    policy.export(new, base / "quickstart", state, "auto")
     return made | {"quickstart": (base / "quickstart", base / "quickstart")}
 
 
