@@ -45,7 +45,7 @@ def run(config: ConfigDict, folder: Path) -> Path:
     """
     export = folder / "export"
     mesh = sharding.make_mesh(**config.mesh)
-    policy, batches = _source(config, folder)
+    policy, batches = _source(config, folder / "source")
     workdir.open_for(config, folder)
     if (export / "config.json").exists():
         return export
@@ -135,11 +135,11 @@ def _start(checkpoints: Checkpoints, policy, mesh: Mesh, optimizer, config) -> T
 # --- Data -----------------------------------------------------------------------------------------
 
 
-def _source(config: ConfigDict, folder: Path):
+def _source(config: ConfigDict, kept: Path | None = None):
     """The policy to train, and a function from a step to its rows: a function of (seed, step)."""
     task = tasks.load(config.data.task) if config.data.task else None
     if config.model.path:
-        policy = policy_lib.read(config.model.path, kept=folder / "source")
+        policy = policy_lib.read(config.model.path, kept=kept)
     else:
         policy = policy_lib.new(config.model, task.make_tokenizer())
     policy.check_length(config.data.max_prompt_tokens, config.sft.max_tokens, "sft.max_tokens")
