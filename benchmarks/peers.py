@@ -44,11 +44,11 @@ def serve_ours(folder: str, case: str) -> None:
     import workload
 
     from grpo_jax import sharding
-    from grpo_jax.models import hf
+    from grpo_jax.models.hf.weights import load_params
 
     work = workload.Work(**CASES[case])
     workload.use_all_cores(work)
-    params = hf.load_params(Path(folder), work.shape, sharding.make_mesh())
+    params = load_params(Path(folder), work.shape, sharding.make_mesh())
     runner = workload.Step(work, params)
 
     def step(n: int) -> dict:
@@ -179,11 +179,12 @@ def _make_model(folder: Path) -> None:
     import workload
 
     from grpo_jax import keys
-    from grpo_jax.models import hf, transformer
+    from grpo_jax.models import transformer
+    from grpo_jax.models.hf.export import save
 
     model = dataclasses.replace(workload.SHAPES["tiny"], max_position=1024)
     params = jax.jit(functools.partial(transformer.init, model))(keys.key_for(0, "init"))
-    hf.save(folder, params, model, source=None, dtype="float32", tokenizer=_tokenizer())
+    save(folder, params, model, source=None, dtype="float32", tokenizer=_tokenizer())
 
 
 def main() -> None:

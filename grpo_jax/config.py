@@ -181,6 +181,9 @@ def default() -> ConfigDict:
     c.checkpoint.save_before_s = 0.0
     c.checkpoint.max_failed = 3  # the run ends when this many in a row cannot be written
     c.checkpoint.export = True  # write a Hugging Face folder at the end
+    # Of its weights: "float32", "bfloat16" or "float16"; or "auto", the wider of what the source is
+    # kept in and what was trained, which rounds nothing
+    c.checkpoint.export_dtype = "auto"
 
     c.logging = ConfigDict()
     c.logging.tensorboard = True  # scalars and samples for TensorBoard in the workdir

@@ -35,15 +35,15 @@ def find_model(path: str) -> tuple[policy_lib.Policy, Path | None]:
     """
     folder = Path(path)
     if (folder / "export" / "config.json").exists():
-        return policy_lib.read(str(folder / "export")), None
+        return policy_lib.read(str(folder / "export"), "--model"), None
     if (folder / "checkpoints").is_dir():
         record = json.loads((folder / "config.json").read_text())["options"]
         source = record["model.path"] or str(folder / "bootstrap" / "export")
-        return policy_lib.read(source), folder / "checkpoints"
+        return policy_lib.read(source, kept=folder / "source"), folder / "checkpoints"
     if (folder / "config.json").exists() and not (folder / "tokenizer_config.json").exists():
         if "binding" in json.loads((folder / "config.json").read_text()):
             raise ValueError(f"--model {folder} is the folder of a run that has no checkpoint yet.")
-    return policy_lib.read(path), None
+    return policy_lib.read(path, "--model"), None
 
 
 def open_model(path: str, mesh: Mesh, dtype) -> tuple[policy_lib.Policy, Params]:
@@ -124,6 +124,7 @@ def _encode(policy: policy_lib.Policy, prompt: str, chat: bool, max_tokens: int)
         [{"role": "user", "content": prompt}] if chat else prompt, {}, "the argument --prompt"
     )
     ids = encode([problem], policy.tokenizer, sys.maxsize).prompt_ids[0]
+    policy.refuse_unknown(ids, "--prompt")
     if len(ids) + max_tokens > policy.model.max_position:
         raise ValueError(
             f"--prompt has {len(ids)} tokens, and with --max_tokens {max_tokens} that is more than "

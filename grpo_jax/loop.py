@@ -34,13 +34,13 @@ from grpo_jax import guards as guards_lib
 from grpo_jax import lines as lines_lib
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import parts as parts_lib
+from grpo_jax import policy as policy_lib
 from grpo_jax.algorithm import update as update_lib
 from grpo_jax.checkpoints import NotSaved
 from grpo_jax.compiling import Compiling
 from grpo_jax.drawing import Drawn
 from grpo_jax.judge import Complaints
 from grpo_jax.lines import Lines
-from grpo_jax.models import hf
 from grpo_jax.parts import Parts
 from grpo_jax.phases import Trace, phase
 from grpo_jax.planning import fit
@@ -338,14 +338,7 @@ def _finish(parts: Parts, state: TrainState, at: Position, wall_s: float) -> dic
         "parameters": parts.policy.model.num_params,
     }
     if parts.config.checkpoint.export:
-        hf.save(
-            export,
-            state.params,
-            parts.policy.model,
-            source=parts.policy.source,
-            dtype=hf.stored_dtype(parts.policy.source),
-            tokenizer=parts.policy.tokenizer,
-        )
+        policy_lib.export(parts.policy, export, state, parts.config.checkpoint.export_dtype)
         summary["export"] = str(export)
         summary["ask"] = _ask(parts, export)
     if hosts.is_first():

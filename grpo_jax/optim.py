@@ -135,6 +135,11 @@ def _in_float32(params: Params) -> Params:
     return jax.tree.map(lambda p: p.astype(jnp.float32), params)
 
 
+def trained(params: Params, state: optax.OptState) -> Params:
+    """The parameters as exactly as they were trained: of a float32 copy that, else `params`."""
+    return state.params if isinstance(state, CopyState) else params
+
+
 def _is_matrix(params: Params) -> Params:
     """True for weights that decay: kernels and embeddings, not norms and biases."""
     return jax.tree_util.tree_map_with_path(

@@ -22,7 +22,8 @@ from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import tasks
-from grpo_jax.models import hf, kernels
+from grpo_jax.models import kernels
+from grpo_jax.models.hf import folder as folder_lib
 from grpo_jax.rewards import reward as reward_lib
 from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.sampling import decode
@@ -67,10 +68,12 @@ def refuse_early(config: ConfigDict, folder: Path) -> None:
     workdir.open_for(config, folder)
 
 
-def model_shape(config: ConfigDict) -> ModelConfig:
-    """The shape of the model that the config trains."""
+def model_shape(config: ConfigDict, folder: Path | None = None) -> ModelConfig:
+    """The shape of the model that the config trains, in a run's folder if one is given."""
     if config.model.path:
-        return hf.read_config(hf.resolve(config.model.path))
+        kept = None if folder is None else folder / "source"
+        path = config.model.path
+        return folder_lib.read_config(policy_lib.find(path, kept=kept), folder_lib.as_given(path))
     return policy_lib.new(config.model, tasks.load(config.data.task).make_tokenizer()).model
 
 
@@ -127,6 +130,8 @@ def encode(
     """The problems' prompts as tokens; prints how many were dropped or truncated, if any."""
     limit, overlong = config.data.max_prompt_tokens, config.data.overlong
     encoded = prompts_lib.encode(problems, policy.tokenizer, limit, overlong)
+    for problem, ids in zip(encoded.problems, encoded.prompt_ids):
+        policy.refuse_unknown(ids, f"The prompt of {problem.where or 'an unnamed problem'}")
     number = encoded.num_dropped or encoded.num_truncated
     if number:
         done = "dropped" if encoded.num_dropped else "truncated"
@@ -175,12 +180,13 @@ def build(
     _check_host_memory(config, mesh)
     rewards = load_rewards(config)
     evaluation.refuse_samples(rewards, config.evaluation.num_samples, "evaluation.num_samples")
-    policy = policy_lib.read(model_path)
+    policy = policy_lib.read(model_path, kept=folder / "source")
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
     policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
     train, held_out = (answerable(config, rewards, part) for part in load_problems(config))
     held_out = held_out[: config.evaluation.num_problems]
     workdir.open_for(config, folder)
+    policy = policy_lib.keep(policy, folder / "source")
     train = questions(train, policy, config, "training problems")
     longest = max(map(len, train.prompt_ids))
     learner = make_learner(

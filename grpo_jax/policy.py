@@ -13,9 +13,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from grpo_jax import keys, sharding
-from grpo_jax.models import hf, transformer
-from grpo_jax.structs import Array, ModelConfig, Params
+from grpo_jax import keys, optim, sharding
+from grpo_jax.metrics import say
+from grpo_jax.models import transformer
+from grpo_jax.models.hf import export as export_lib
+from grpo_jax.models.hf import folder as folder_lib
+from grpo_jax.models.hf import tokenizer as tokenizer_lib
+from grpo_jax.models.hf import weights
+from grpo_jax.structs import Array, ModelConfig, Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Policy:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
     source: Path | None  # Hugging Face folder it was read from; None: a new model
+    stored: str | None = None  # the dtype that its weights are kept in there
+    kept: Path | None = None  # a copy of what its export needs of that; None: there is none
 
     def text(self, ids, after: Sequence[int] = ()) -> str:
         """Completion ids as text, special tokens left out.
@@ -37,6 +44,22 @@ class Policy:
         ids, before = [int(i) for i in ids], decode(list(after)) if after else ""
         whole = decode([*after, *ids])
         return whole[len(before) :] if whole.startswith(before) else decode(ids)
+
+    def refuse_unknown(self, ids: Sequence[int], where: str) -> None:
+        """Raises ValueError where a token is past the model's vocabulary; `where` names the text.
+
+        Such are tokens that were added to the tokenizer, while the model was not resized. Lookups
+        in the embedding would take its last row.
+        """
+        if not len(ids) or max(ids) < self.model.vocab_size:
+            return
+        unknown = max(ids)
+        raise ValueError(
+            f"{where} holds the token {self.tokenizer.convert_ids_to_tokens(unknown)!r} (id "
+            f"{unknown}), for which the model has no embedding: the tokenizer has "
+            f"{len(self.tokenizer)} tokens, and the model's vocab_size is {self.model.vocab_size}. "
+            "Leave the token out, or resize the model's embeddings."
+        )
 
     def check_length(
         self, prompt_tokens: int, max_tokens: int, option: str = "rollout.max_tokens"
@@ -53,16 +76,74 @@ class Policy:
             )
 
 
-def read(path: str) -> Policy:
-    """The policy of a Hugging Face folder or hub id; ValueError for what is wrong with it."""
-    folder = hf.resolve(path)
-    model, tokenizer = hf.read_config(folder), hf.load_tokenizer(folder)
-    if len(tokenizer) > model.vocab_size:  # an id past the embedding would be read as its last row
-        raise ValueError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model's vocab_size is "
-            f"{model.vocab_size}. They do not belong together."
+def find(path: str, option: str = "model.path", kept: Path | None = None) -> Path:
+    """The folder of a model, or `kept`, what a run has kept of it, where that is gone.
+
+    `option` is where the user gave the path. Raises ValueError when there is neither.
+    """
+    try:
+        return folder_lib.resolve(path, option)
+    except ValueError:
+        if kept is None or not (kept / "config.json").exists():
+            raise
+        return kept
+
+
+def read(path: str, option: str = "model.path", kept: Path | None = None) -> Policy:
+    """The policy of a Hugging Face folder or hub id; ValueError for what is wrong with it.
+
+    `option` and `kept` as in `find`; of what was kept, the policy has no weights.
+    """
+    folder = find(path, option, kept)
+    if folder == kept:
+        say(
+            f"warning: {folder_lib.as_given(path, option)} is not there any more. Its config and "
+            f"tokenizer are those that the run has kept in {kept}."
         )
-    return Policy(model, tokenizer, hf.stop_ids(folder, tokenizer), folder)
+    model = folder_lib.read_config(folder, folder_lib.as_given(path, option))
+    tokenizer = tokenizer_lib.load_tokenizer(folder)
+    if tokenizer.vocab_size > model.vocab_size:  # without what was added to it
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model's vocab_size "
+            f"is {model.vocab_size}. They do not belong together."
+        )
+    stop_ids = tokenizer_lib.stop_ids(folder, tokenizer, model.vocab_size)
+    return Policy(model, tokenizer, stop_ids, folder, weights.stored_dtype(folder))
+
+
+def keep(policy: Policy, folder: Path) -> Policy:
+    """The policy with a copy in `folder` of what its export needs of the one it was read from."""
+    if policy.source is None or policy.source == folder:
+        return policy
+    if jax.process_index() == 0:  # the one that exports
+        export_lib.keep(folder, policy.model, policy.source, policy.stored, policy.tokenizer)
+    return dataclasses.replace(policy, kept=folder)
+
+
+def export(policy: Policy, folder: Path, state: TrainState, asked_dtype: str) -> None:
+    """Writes the policy as it was trained as a Hugging Face folder; tells where that rounds it.
+
+    `asked_dtype`: "auto" or a name, as in `checkpoint.export_dtype`. Every process must call this.
+    """
+    params = sharding.to_device_memory(optim.trained(state.params, state.opt_state))
+    trained = jax.tree.leaves(params)[0].dtype
+    dtype = asked_dtype
+    if dtype == "auto":
+        dtype = jnp.promote_types(policy.stored or trained, trained).name
+    if jnp.promote_types(dtype, trained) != dtype:
+        say(
+            f"warning: {folder} holds the weights rounded from {trained.name} to {dtype}, as "
+            "checkpoint.export_dtype asks for. Small changes of this training are lost in it; "
+            '"auto" keeps all.'
+        )
+    export_lib.save(
+        folder,
+        params,
+        policy.model,
+        source=policy.kept or policy.source,
+        dtype=dtype,
+        tokenizer=policy.tokenizer,
+    )
 
 
 def new(options: ConfigDict, tokenizer: PreTrainedTokenizerBase) -> Policy:
@@ -91,7 +172,7 @@ def load_params(policy: Policy, mesh: Mesh, seed: int, dtype=jnp.float32) -> Par
     Raises ValueError naming the array where one that was read is not finite.
     """
     if policy.source is not None:
-        params = hf.load_params(policy.source, policy.model, mesh, dtype)
+        params = weights.load_params(policy.source, policy.model, mesh, dtype)
         refuse_nonfinite(params, mesh, f"{policy.source}", "Get its files again.")
         return params
     shardings = jax.tree.map(lambda x: x.sharding, param_like(policy.model, mesh))

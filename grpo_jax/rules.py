@@ -151,6 +151,10 @@ def _check_choices(config: ConfigDict) -> None:
             ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
         ),
         "rewards.bad_rows": (config.rewards.bad_rows, ("refuse", "drop")),
+        "checkpoint.export_dtype": (
+            config.checkpoint.export_dtype,
+            ("auto", "float32", "bfloat16", "float16"),
+        ),
         "optim.schedule": (config.optim.schedule, ("constant", "linear", "cosine")),
     }
     for name, (value, allowed) in choices.items():

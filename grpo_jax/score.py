@@ -26,7 +26,8 @@ from grpo_jax.data import sources
 from grpo_jax.data.problems import Problem
 from grpo_jax.judge import as_reply
 from grpo_jax.messages import shown
-from grpo_jax.models import hf
+from grpo_jax.models.hf import folder as folder_lib
+from grpo_jax.models.hf.tokenizer import load_tokenizer
 from grpo_jax.rewards import reward as reward_lib
 from grpo_jax.rewards.answers import extract_answer
 from grpo_jax.rewards.pool import Pool
@@ -116,7 +117,7 @@ def _token_ids(config: ConfigDict, rewards, texts: list[str]) -> list[list[int]]
     """Of the completions, with the tokenizer of `model.path`, if a reward reads them."""
     if not reward_lib.reads(rewards, "completion_ids") or not config.model.path:
         return None
-    tokenizer = hf.load_tokenizer(hf.resolve(config.model.path))
+    tokenizer = load_tokenizer(folder_lib.resolve(config.model.path))
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
@@ -130,10 +131,10 @@ def _rendered(config: ConfigDict, rewards, problems: list[Problem]) -> list[str]
         return None
     if all(isinstance(p.prompt, str) for p in problems):
         return [p.prompt for p in problems]
-    folder = hf.at_hand(config.model.path)
+    folder = folder_lib.at_hand(config.model.path)
     if folder is None:
         return None
-    tokenizer = hf.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     try:
         encoded = prompts_lib.encode(problems, tokenizer, sys.maxsize)
     except ValueError as error:

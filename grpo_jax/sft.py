@@ -29,7 +29,7 @@ from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import streams, tasks
-from grpo_jax.models import hf, transformer
+from grpo_jax.models import transformer
 from grpo_jax.phases import phase
 from grpo_jax.structs import Array, Params, Rollouts, Sampling, TrainState, pad_rows
 from grpo_jax.watchdog import Watchdog
@@ -45,10 +45,11 @@ def run(config: ConfigDict, folder: Path) -> Path:
     """
     export = folder / "export"
     mesh = sharding.make_mesh(**config.mesh)
-    policy, batches = _source(config)
+    policy, batches = _source(config, folder / "source")
     workdir.open_for(config, folder)
     if (export / "config.json").exists():
         return export
+    policy = policy_lib.keep(policy, folder / "source")
     num_steps = config.sft.num_steps
     schedule = optim.schedule(
         config.sft.learning_rate,
@@ -109,14 +110,7 @@ def run(config: ConfigDict, folder: Path) -> Path:
                 raise _stopped(stop, step + 1, folder)
     checkpoints.close()
     writers.close()
-    hf.save(
-        export,
-        state.params,
-        policy.model,
-        source=policy.source,
-        dtype=hf.stored_dtype(policy.source),
-        tokenizer=policy.tokenizer,
-    )
+    policy_lib.export(policy, export, state, config.checkpoint.export_dtype)
     if stops:  # at the last step: what comes after this training is asked to stop, too
         raise _stopped(stop, num_steps, folder)
     return export
@@ -141,11 +135,11 @@ def _start(checkpoints: Checkpoints, policy, mesh: Mesh, optimizer, config) -> T
 # --- Data -----------------------------------------------------------------------------------------
 
 
-def _source(config: ConfigDict):
+def _source(config: ConfigDict, kept: Path | None = None):
     """The policy to train, and a function from a step to its rows: a function of (seed, step)."""
     task = tasks.load(config.data.task) if config.data.task else None
     if config.model.path:
-        policy = policy_lib.read(config.model.path)
+        policy = policy_lib.read(config.model.path, kept=kept)
     else:
         policy = policy_lib.new(config.model, task.make_tokenizer())
     policy.check_length(config.data.max_prompt_tokens, config.sft.max_tokens, "sft.max_tokens")
@@ -173,6 +167,7 @@ def _source(config: ConfigDict):
         texts = [solution(problems[i], rng) for i in index]
         encoded = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
         for i, ids in zip(index, encoded):
+            policy.refuse_unknown(ids, f"The worked solution of {problems[i].where}")
             if len(ids) >= config.sft.max_tokens:
                 raise ValueError(
                     f"sft.max_tokens = {config.sft.max_tokens}, but the worked solution of "
@@ -280,7 +275,7 @@ def main(argv: list[str]) -> None:
     config, folder = program.run_arguments(argv, "Trains a model on worked solutions.")
     if not config.sft.num_steps:
         raise ValueError("sft.num_steps = 0: nothing to train. Set it above 0.")
-    program.use_all_cores(config, parts_lib.model_shape(config).num_params)
+    program.use_all_cores(config, parts_lib.model_shape(config, folder).num_params)
     program.use_nan_checks(config.debug.nans)
     if config.compile_cache:
         program.use_compile_cache(config.mesh)

@@ -13,7 +13,7 @@ from grpo_jax.metrics import print_title, say
 
 def main(argv: list[str]) -> None:
     config, folder = program.run_arguments(argv, "Trains a policy by GRPO.")
-    program.use_all_cores(config, parts.model_shape(config).num_params)
+    program.use_all_cores(config, parts.model_shape(config, folder).num_params)
     program.use_nan_checks(config.debug.nans)
     if config.compile_cache:
         program.use_compile_cache(config.mesh, traced=bool(config.profile.steps))

@@ -5,6 +5,7 @@ metrics.jsonl    scalars of every step                checkpoints/   Orbax
 samples.jsonl    completions that were shown          export/        the trained model
 tensorboard/     both, for TensorBoard                summary.json, curves.png
 fit.json         how an update was cut to the memory, where that was left open
+source/          config and tokenizer files of the model that it began with, for the export
 bootstrap/       the same for the supervised training of a new model
 """
 

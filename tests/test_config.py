@@ -284,6 +284,10 @@ def test_every_number_has_a_range():
             ["algorithm.normalizer = 'mean'", "token, sequence, constant"],
         ),
         ({"optim__moments": "int4"}, ["optim.moments = 'int4'", "float32, bfloat16, int8"]),
+        (
+            {"checkpoint__export_dtype": "int8"},
+            ["checkpoint.export_dtype = 'int8'", "auto, float32, bfloat16, float16"],
+        ),
         ({"model__param_dtype": "int8"}, ["model.param_dtype = 'int8'", "float32, bfloat16"]),
         ({"model__layers": "scan"}, ["model.layers = 'scan'", "auto, loop, apart"]),
         ({"optim__float32_copy": True}, ["optim.float32_copy = True", "model.param_dtype"]),

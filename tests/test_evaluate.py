@@ -13,7 +13,7 @@ import pytest
 from grpo_jax import config as config_lib
 from grpo_jax import evaluate, evaluation, generate, keys, policy, sharding
 from grpo_jax.data import tasks
-from grpo_jax.models import hf
+from grpo_jax.models.hf.export import save
 from grpo_jax.rewards.pool import Pool
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
@@ -58,7 +58,7 @@ def models(tmp_path_factory, mesh):
     for seed, name in enumerate(("one", "two")):
         params = policy.load_params(new, mesh, seed)
         params = jax.tree.map(lambda x: 8.0 * x if x.ndim > 1 else x, params)
-        hf.save(folder / name, params, new.model, source=None, dtype="float32", tokenizer=tokenizer)
+        save(folder / name, params, new.model, source=None, dtype="float32", tokenizer=tokenizer)
     return [str(folder / "one"), str(folder / "two")]
 
 

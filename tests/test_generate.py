@@ -15,7 +15,7 @@ from grpo_jax import generate, optim, policy, sharding, workdir
 from grpo_jax.algorithm import update as update_lib
 from grpo_jax.checkpoints import Checkpoints
 from grpo_jax.data import tasks
-from grpo_jax.models import hf
+from grpo_jax.models.hf.export import save
 from grpo_jax.structs import Sampling
 
 
@@ -38,7 +38,7 @@ def model(tmp_path_factory, mesh):
     tokenizer = tasks.load("arithmetic").make_tokenizer()
     new = policy.new(_config().model, tokenizer)
     params = policy.load_params(new, mesh, seed=0)
-    hf.save(folder, params, new.model, source=None, dtype="float32", tokenizer=tokenizer)
+    save(folder, params, new.model, source=None, dtype="float32", tokenizer=tokenizer)
     return folder
 
 

@@ -66,7 +66,7 @@ def test_the_parser_sees_imports():
     assert "jax" in roots(imports("grpo_jax.keys"))
     assert "grpo_jax.models.attention" in imports("grpo_jax.models.transformer")
     assert "optax" in roots(reached("grpo_jax.loop"))
-    assert {"grpo_jax.models.hf", "grpo_jax.sharding"} <= reached("grpo_jax.policy")
+    assert {"grpo_jax.models.hf.export", "grpo_jax.sharding"} <= reached("grpo_jax.policy")
 
 
 @pytest.mark.parametrize("module", in_part("rewards", "data"))

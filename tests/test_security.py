@@ -127,7 +127,7 @@ def test_files_beside_a_model_are_not_imported(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert "config.json: there is no such file" in done.stderr
+    assert "--model '.' has no config.json" in done.stderr
     assert not (tmp_path / "ran").exists()
 
 

@@ -42,10 +42,10 @@ def model_config(hf: dict[str, Any], source: str) -> ModelConfig:
     if family not in FAMILIES:
         raise keys.unsupported("model_type", family, f"one of {', '.join(FAMILIES)}")
     keys.absent = _ABSENT[family]
+    _refuse_quantized(keys)
     for key, only in {
         "hidden_act": "silu",
         "mlp_bias": False,
-        "quantization_config": None,
         "use_mrope": False,
         "partial_rotary_factor": 1.0,
     }.items():
@@ -149,6 +149,19 @@ def hf_config(
     return hf
 
 
+def _refuse_quantized(keys: _Keys) -> None:
+    for key in ("quantization_config", "compression_config", "quantization"):
+        if (said := keys.hf.get(key)) is None:
+            continue
+        method = said.get("quant_method") if isinstance(said, dict) else None
+        raise ValueError(
+            f"{keys.source}: {key} = {shown(said)}: the weights are quantized"
+            f"{f' by {shown(method)}' if method else ''}, and training starts from whole ones. "
+            "Give the model that they were made from, such as the id without its -bnb-4bit, -AWQ, "
+            "-GPTQ-Int4 or -FP8."
+        )
+
+
 class _Keys:
     """The keys of one config.json, with the file's name in every message."""
 
@@ -198,36 +211,62 @@ class _Keys:
         return value
 
 
-def _rope(keys: _Keys, max_position: int) -> tuple[float, RopeScaling | None]:
-    """The base of the rotary frequencies and their Llama-3 scaling, if any."""
-    hf = keys.hf
-    old, new = hf.get("rope_scaling"), hf.get("rope_parameters")
-    if old and new and old != new:
-        raise ValueError(
-            f"{keys.source}: rope_scaling = {shown(old)} and rope_parameters = {shown(new)} "
-            "contradict each other. Keep one of them."
-        )
-    name, rope = ("rope_scaling", old) if old else ("rope_parameters", new or {})
-    if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
-        raise keys.unsupported(name, rope, "one flat set of rotary parameters for all layers")
+def in_every_spelling(hf: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with its rotary settings where transformers 4 looks too, not only version 5.
 
-    holders = [(f"{name}.rope_theta", rope), ("rope_theta", hf)]
+    Version 4 passes over `rope_parameters` without a word, and takes a base of 10,000.
+    """
+    rope = hf.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return hf
+    hf = dict(hf)
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if hf.get("rope_theta") is None and rope.get("rope_theta") is not None:
+        hf["rope_theta"] = rope["rope_theta"]
+    if not hf.get("rope_scaling"):
+        hf["rope_scaling"] = None if _rope_kind(rope) == "default" else scaling
+    return hf
+
+
+def _rope(keys: _Keys, max_position: int) -> tuple[float, RopeScaling | None]:
+    """The base of the rotary frequencies and their Llama-3 scaling, if any.
+
+    Both may stand in several places; what counts is that they mean the same.
+    """
+    hf = keys.hf
+    holders = {name: hf[name] for name in ("rope_scaling", "rope_parameters") if hf.get(name)}
+    scalings = [_scaling(keys, name, rope, max_position) for name, rope in holders.items()]
+    if len(set(scalings)) > 1:
+        said = " and ".join(f"{name} = {shown(rope)}" for name, rope in holders.items())
+        raise ValueError(f"{keys.source}: {said} contradict each other. Keep one of them.")
+    places = [(f"{name}.rope_theta", rope) for name, rope in holders.items()]
     thetas = {
         key: keys.number("rope_theta", holder, key)
-        for key, holder in holders
+        for key, holder in [*places, ("rope_theta", hf)]
         if holder.get("rope_theta") is not None
     }
     if len(set(thetas.values())) > 1:
         said = " and ".join(f"{key} = {theta}" for key, theta in thetas.items())
         raise ValueError(f"{keys.source}: {said} contradict each other. Keep one of them.")
     theta = next(iter(thetas.values()), 10_000.0)  # the Llama of 2023 does not write it
+    return theta, next(iter(scalings), None)
 
+
+def _rope_kind(rope: dict[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _scaling(keys: _Keys, name: str, rope: Any, max_position: int) -> RopeScaling | None:
+    """What the set of rotary parameters called `name` says of scaling; None: there is none."""
+    hf = keys.hf
+    if not isinstance(rope, dict) or any(isinstance(v, dict) for v in rope.values()):
+        raise keys.unsupported(name, rope, "one flat set of rotary parameters for all layers")
     if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
         key = f"{name}.partial_rotary_factor"
         raise keys.unsupported(key, rope["partial_rotary_factor"], "1.0")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = _rope_kind(rope)
     if kind == "default":
-        return theta, None
+        return None
     if kind != "llama3":
         raise keys.unsupported(f"{name}.rope_type", kind, "default, llama3")
     values = {
@@ -242,7 +281,7 @@ def _rope(keys: _Keys, max_position: int) -> tuple[float, RopeScaling | None]:
     original = "original_max_position_embeddings"  # beside the dict it wins, as in transformers
     holder = hf if original in hf else {original: max_position} | rope
     position = keys.number(original, holder)
-    return theta, RopeScaling(original_max_position=int(position), **values)
+    return RopeScaling(original_max_position=int(position), **values)
 
 
 def _windows(keys: _Keys, family: str, num_layers: int) -> tuple[int | None, ...] | None:

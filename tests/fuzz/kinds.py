@@ -25,7 +25,11 @@ from grpo_jax import options
 from grpo_jax.data import prompts
 from grpo_jax.data.problems import Form, Problem, load
 from grpo_jax.data.sources import Source
-from grpo_jax.models import hf
+from grpo_jax.models.families import in_every_spelling
+from grpo_jax.models.hf import weights
+from grpo_jax.models.hf.folder import read_config, read_json
+from grpo_jax.models.hf.tokenizer import load_tokenizer, stop_ids
+from grpo_jax.models.hf.weights import stored_dtype
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import reward as reward_lib
 
@@ -309,8 +313,8 @@ TOKENIZER_FILES = st.fixed_dictionaries(
 def read_tokenizer(files: dict[str, bytes], folder: Path) -> None:
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    tokenizer = hf.load_tokenizer(folder)
-    hf.stop_ids(folder, tokenizer)
+    tokenizer = load_tokenizer(folder)
+    stop_ids(folder, tokenizer, 300)
     prompts.encode([Problem("1+1=", {}, "row 0")], tokenizer, 64)
 
 
@@ -390,11 +394,12 @@ MODELS = st.one_of(
 
 def read_model(content: bytes, folder: Path) -> None:
     (folder / "config.json").write_bytes(content)
-    config = hf.read_config(folder)
-    hf.stored_dtype(folder)
-    hf.stop_ids(folder, TOKENIZER)
+    config = read_config(folder)
     assert config.num_params > 0
-    hf._leaves(config)
+    weights.leaves_of(config)
+    stop_ids(folder, TOKENIZER, config.vocab_size)
+    in_every_spelling(read_json(folder / "config.json"))
+    stored_dtype(folder)
 
 
 _TENSOR = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
@@ -431,7 +436,7 @@ SAFETENSORS = st.builds(
 WEIGHTS = st.fixed_dictionaries(
     {"model.safetensors": damaged(SAFETENSORS)},
     optional={
-        hf.INDEX: damaged(
+        weights.INDEX: damaged(
             as_json(
                 st.fixed_dictionaries(
                     {
@@ -448,7 +453,7 @@ WEIGHTS = st.fixed_dictionaries(
 def read_weights(files: dict[str, bytes], folder: Path) -> None:
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    for tensor in hf._open(folder).values():
+    for tensor in weights._open(folder).values():
         tensor.slices[()] if tensor.shape == () else tensor.slices[:1]
 
 

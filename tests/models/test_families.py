@@ -45,6 +45,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+WHOLE = {"factor": 8, "low_freq_factor": 1.0, "high_freq_factor": 4,
+         "original_max_position_embeddings": 16.0}  # fmt: skip
 SLIDE, FULL = "sliding_attention", "full_attention"
 
 
@@ -74,6 +76,17 @@ def read(hf: dict) -> ModelConfig:
          {"rope_theta": 5e5, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 16)}),
         (LLAMA | {"rope_scaling": {k: v for k, v in LLAMA3.items() if "original" not in k}},
          {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 64)}),
+        # Several places, which agree: what counts is what they mean.
+        (LLAMA | {"rope_theta": 5e5, "rope_scaling": LLAMA3,
+                  "rope_parameters": LLAMA3 | {"rope_theta": 500_000}},
+         {"rope_theta": 5e5, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 16)}),
+        (LLAMA | {"rope_scaling": {"type": "llama3", **WHOLE}, "rope_parameters": LLAMA3},
+         {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 16)}),
+        (LLAMA | {"rope_scaling": {"type": "default", "rope_theta": 5e5},
+                  "rope_parameters": {"rope_type": "default"}}, {"rope_theta": 5e5}),
+        (LLAMA | {"rope_scaling": None, "rope_theta": None,
+                  "rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+         {"rope_theta": 5e5, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 16)}),
         (QWEN2, {"family": "qwen2", "qkv_bias": True}),
         (QWEN2 | {"use_sliding_window": False, "sliding_window": 4, "max_window_layers": 0},
          {"family": "qwen2", "qkv_bias": True}),
@@ -108,7 +121,11 @@ def test_reads(hf, changes):
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported. Supported: 'silu'"),
         (LLAMA | {"mlp_bias": True}, "mlp_bias = True is not supported. Supported: False"),
         (LLAMA | {"quantization_config": {"bits": 4}},
-         "quantization_config = {'bits': 4} is not supported"),
+         "quantization_config = {'bits': 4}: the weights are quantized, and"),
+        (LLAMA | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+         "the weights are quantized by 'bitsandbytes', and training starts from whole ones. Give "
+         "the model that they were made from, such as the id without its -bnb-4bit"),
+        (LLAMA | {"quantization": {"group_size": 64, "bits": 4}}, "the weights are quantized"),
         (QWEN2 | {"use_mrope": True}, "use_mrope = True is not supported"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
         (LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.5}},

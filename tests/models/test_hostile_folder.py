@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -14,7 +15,9 @@ import safetensors.numpy
 import tokenizers
 import transformers
 
-from grpo_jax.models import hf
+from grpo_jax.models.hf import weights
+from grpo_jax.models.hf.folder import read_config
+from grpo_jax.models.hf.tokenizer import load_tokenizer, stop_ids
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
@@ -65,11 +68,11 @@ def test_code_of_a_model_is_not_run(folder, tmp_path):
     (folder / "own.py").write_text(code)
     for name in ("config.json", "tokenizer_config.json"):
         edit(folder / name, auto_map={f"Auto{k}": "own.Own" for k in ("Config", "Tokenizer")})
-    assert hf.read_config(folder).family == "llama"
+    assert read_config(folder).family == "llama"
     for changes in ({}, {"tokenizer_class": "Own"}):
         edit(folder / "tokenizer_config.json", **changes)
         try:
-            tokenizer = hf.load_tokenizer(folder)
+            tokenizer = load_tokenizer(folder)
         except ValueError as error:
             assert "the tokenizer cannot be loaded" in str(error)
         else:
@@ -80,13 +83,13 @@ def test_code_of_a_model_is_not_run(folder, tmp_path):
 def test_only_safetensors_are_weights(folder):
     for name in ("pytorch_model.bin", "model.pt"):
         (folder / name).write_bytes(b"\x80\x04.")
-    assert set(hf._open(folder)) == {"model.norm.weight"}
+    assert set(weights._open(folder)) == {"model.norm.weight"}
     (folder / "model.safetensors").unlink()
-    message = refused(hf._open, folder)
+    message = refused(weights._open, folder)
     assert "model.pt, pytorch_model.bin" in message or "pytorch_model.bin, model.pt" in message
     assert "pickles can run code and are not read" in message
     (folder / "pytorch_model.bin").rename(folder / "model.safetensors")  # under a false name
-    assert "not a whole safetensors file" in refused(hf._open, folder)
+    assert "not a whole safetensors file" in refused(weights._open, folder)
 
 
 # --- Paths ----------------------------------------------------------------------------------------
@@ -95,8 +98,8 @@ def test_only_safetensors_are_weights(folder):
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/../../x.safetensors", 3])
 def test_shards_outside_of_the_folder_are_refused(folder, name):
     (folder.parent / "x.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    (folder / hf.INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
-    assert "weight_map must give a file of the folder" in refused(hf._open, folder)
+    (folder / weights.INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    assert "weight_map must give a file of the folder" in refused(weights._open, folder)
 
 
 def test_links_are_followed_as_the_hubs_cache_needs(folder, tmp_path):
@@ -106,9 +109,9 @@ def test_links_are_followed_as_the_hubs_cache_needs(folder, tmp_path):
     for number, file in enumerate(sorted(folder.iterdir())):
         file.rename(blobs / str(number))
         file.symlink_to(f"../blobs/{number}")
-    assert hf.read_config(folder).width == 8
-    assert hf.load_tokenizer(folder)("two").input_ids == [4]
-    assert hf._open(folder)["model.norm.weight"].shape == (8,)
+    assert read_config(folder).width == 8
+    assert load_tokenizer(folder)("two").input_ids == [4]
+    assert weights._open(folder)["model.norm.weight"].shape == (8,)
 
 
 @pytest.mark.parametrize("key", ["fast_tokenizer_files", "tokenizer_file", "vocab_file"])
@@ -122,16 +125,16 @@ def test_tokenizers_outside_of_the_folder_are_not_read(folder, key):
     files = {"fast_tokenizer_files": ["../tokenizer.1.json"]}
     edit(folder / "tokenizer_config.json", **files if key in files else {key: str(other)})
     if key in files:
-        assert "'../tokenizer.1.json' is not one" in refused(hf.load_tokenizer, folder)
+        assert "'../tokenizer.1.json' is not one" in refused(load_tokenizer, folder)
     else:
-        assert hf.load_tokenizer(folder)("two").input_ids == [4]
+        assert load_tokenizer(folder)("two").input_ids == [4]
 
 
 @pytest.mark.parametrize("changes", [{"model_max_length": []}, {"padding_side": 3}])
 def test_settings_of_a_tokenizer_that_are_none_are_refused(folder, changes):
     """transformers looks at some of them when a text comes."""
     edit(folder / "tokenizer_config.json", **changes)
-    assert "the tokenizer cannot be loaded" in refused(hf.load_tokenizer, folder)
+    assert "the tokenizer cannot be loaded" in refused(load_tokenizer, folder)
 
 
 # --- What would fill the memory, or never end -----------------------------------------------------
@@ -153,14 +156,91 @@ def test_files_of_absurd_sizes_are_refused(folder, name):
 
 
 def _all_of(folder: Path) -> None:
-    hf.read_config(folder)
-    hf.stop_ids(folder, hf.load_tokenizer(folder))
+    read_config(folder)
+    stop_ids(folder, load_tokenizer(folder), 5)
+
+
+_TWICE = {"type": "Replace", "pattern": {"String": "t"}, "content": "tt"}
+_NOTHING = {"type": "Replace", "pattern": {"Regex": ""}, "content": "x" * 999}  # at each place
+_UNTYPED = {"pattern": {"String": "t"}, "content": "tt"}
+_BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+_COPIES = [{"Sequence": {"id": "A", "type_id": 0}}] * 32
+_MANY = {"<x>": {"id": "<x>", "ids": [1] * 999, "tokens": ["<x>"] * 999}}
+
+
+def _template(pieces: list, tokens: dict) -> dict:
+    return {"type": "TemplateProcessing", "single": pieces, "pair": [], "special_tokens": tokens}
+
+
+@pytest.mark.parametrize(
+    ("stage", "rule", "times"),
+    [
+        ("normalizer", {"type": "Sequence", "normalizers": [_TWICE] * 40}, "1.1e+12"),
+        ("normalizer", {"normalizers": [{"normalizers": [_UNTYPED] * 20}] * 2}, "1.1e+12"),
+        ("normalizer", {"type": "Sequence", "normalizers": [_TWICE, _NOTHING]}, "2e+03"),
+        ("normalizer", {"type": "Prepend", "prepend": "t" * 10**6}, "1e+06"),
+        ("normalizer", {"type": "Sequence", "normalizers": [_TWICE] * 10**4}, "inf"),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [_BYTES] * 6}, "4.1e+03"),
+        ("post_processor", {"type": "Sequence", "processors": [_template(_COPIES, {})] * 2},
+         "1.02e+03"),
+        ("post_processor",
+         _template([{"SpecialToken": {"id": "<x>", "type_id": 0}}] * 99, _MANY), "9.89e+04"),
+        ("decoder", {"type": "Sequence", "decoders": [_TWICE] * 40}, "1.1e+12"),
+    ],
+)  # fmt: skip
+def test_rules_that_lengthen_texts_without_measure_are_refused(folder, stage, rule, times):
+    """Rust would end the process once the memory is full."""
+    edit(folder / "tokenizer.json", **{stage: rule})
+    message = refused(load_tokenizer, folder)
+    assert f"{stage}" in message and f"may make a text {times} times as long" in message
+
+
+def test_a_table_that_lengthens_texts_is_refused(folder):
+    """SentencePiece's: what characters turn into stands after a trie, here an empty one."""
+    table = struct.pack("<I", 4) + bytes(4) + b"t" * 5000 + b"\0"
+    rule = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+    edit(folder / "tokenizer.json", normalizer=rule)
+    assert "may make a text 5e+03 times as long" in refused(load_tokenizer, folder)
+
+
+def test_rules_that_stand_twice_are_refused(folder):
+    """Of a rule and a null after it Rust takes the rule, and Python the null."""
+    file = folder / "tokenizer.json"
+    rule = json.dumps({"type": "Sequence", "normalizers": [_TWICE] * 40})
+    text = file.read_text().replace(
+        '"normalizer": null', f'"normalizer": {rule}, "normalizer": null'
+    )
+    assert rule in text
+    file.write_text(text)
+    assert "a key stands twice" in refused(load_tokenizer, folder)
+
+
+def test_rules_of_common_tokenizers_are_taken(folder):
+    """Llama's way with spaces, and bytes after Qwen's splitting."""
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    llama = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, space]}
+    edit(folder / "tokenizer.json", normalizer=llama)
+    load_tokenizer(folder)
+    splits = {"type": "Split", "pattern": {"Regex": " ?[a-z]+"}, "behavior": "Isolated",
+              "invert": False}  # fmt: skip
+    edit(folder / "tokenizer.json", normalizer={"type": "NFC"}, decoder=_BYTES,
+         post_processor=_BYTES,
+         pre_tokenizer={"type": "Sequence", "pretokenizers": [splits, _BYTES]})  # fmt: skip
+    load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_pipe_among_a_tokenizers_files_is_refused(folder, folded):
+    name = "additional_chat_templates/x.jinja" if folded else "chat_template.jinja"
+    (folder / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(folder / name)
+    assert f"{name} is not a plain file" in refused(load_tokenizer, folder)
 
 
 @pytest.mark.parametrize("text", ["[" * 10**6, '{"a":' * 10**6])
 def test_deeply_nested_json_is_refused(folder, text):
     (folder / "config.json").write_text(text)
-    assert "config.json cannot be read as JSON" in refused(hf.read_config, folder)
+    assert "config.json cannot be read as JSON" in refused(read_config, folder)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +261,7 @@ def test_deeply_nested_json_is_refused(folder, text):
 )
 def test_absurd_values_of_a_config_are_refused(folder, changes, said):
     edit(folder / "config.json", **changes)
-    assert said in refused(hf.read_config, folder)
+    assert said in refused(read_config, folder)
 
 
 # --- Headers that lie -----------------------------------------------------------------------------
@@ -217,5 +297,5 @@ def _header(length: int | None = None, **tensors: object) -> bytes:
 )
 def test_a_header_that_lies_is_refused(folder, content):
     (folder / "model.safetensors").write_bytes(content)
-    message = refused(hf._open, folder)
+    message = refused(weights._open, folder)
     assert "model.safetensors is not a whole safetensors file" in message

@@ -14,7 +14,10 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from grpo_jax import sharding
-from grpo_jax.models import hf, logits, transformer
+from grpo_jax.models import logits, transformer
+from grpo_jax.models.hf.folder import read_config
+from grpo_jax.models.hf.tokenizer import load_tokenizer, stop_ids
+from grpo_jax.models.hf.weights import load_params
 from grpo_jax.structs import RopeScaling
 
 SIZES = {
@@ -91,8 +94,8 @@ def models(request, tmp_path_factory):
     theirs = random_model(*CASES[request.param])
     folder = tmp_path_factory.mktemp("model")
     theirs.save_pretrained(folder)
-    config = hf.read_config(folder)
-    params = hf.load_params(folder, config, one_device())
+    config = read_config(folder)
+    params = load_params(folder, config, one_device())
     return theirs, config, params
 
 
@@ -198,16 +201,16 @@ def decode_logits(params, config, *state):
 def test_stories260k_equals_transformers(shared):
     folder = shared / "models" / "stories260K"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = hf.load_tokenizer(folder)
-    config = hf.read_config(folder)
-    params = hf.load_params(folder, config, one_device())
+    tokenizer = load_tokenizer(folder)
+    config = read_config(folder)
+    params = load_params(folder, config, one_device())
     ids = np.array(tokenizer("Once upon a time, there was a little girl").input_ids, np.int32)
 
     (want,) = torch_logits(theirs, [ids])
     got = score_logits(params, config, ids[None, :3], np.array([3]), ids[None, None, 3:])[0, 0]
 
     np.testing.assert_allclose(got, want[2:-1], atol=1e-4, rtol=0)
-    assert hf.stop_ids(folder, tokenizer) == (1, 2)
+    assert stop_ids(folder, tokenizer, config.vocab_size) == (1, 2)
 
 
 @pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, 1.0, 4.0, 8192)])

@@ -29,7 +29,7 @@ from safetensors.numpy import load_file, save_file
 from grpo_jax import config as config_lib
 from grpo_jax import options, parts, policy, program, sft, sharding, train
 from grpo_jax.data import tasks
-from grpo_jax.models import hf
+from grpo_jax.models.hf.export import save
 from grpo_jax.planning import fit
 
 TINY = Path(__file__).with_name("tiny_config.py")
@@ -58,7 +58,7 @@ def make_model(folder: Path) -> Path:
     tokenizer = tasks.load("arithmetic").make_tokenizer()
     new = policy.new(options, tokenizer)
     params = policy.load_params(new, sharding.make_mesh(devices=jax.devices()[:1]), seed=0)
-    hf.save(folder, params, new.model, source=None, dtype="float32", tokenizer=tokenizer)
+    save(folder, params, new.model, source=None, dtype="float32", tokenizer=tokenizer)
     return folder
 
 

@@ -20,7 +20,7 @@ from test_bad_input import TINY, make_model, refusal
 from grpo_jax import lines as lines_lib
 from grpo_jax import loop, memory, metrics, profile, train
 from grpo_jax.chips import Chip
-from grpo_jax.models import hf
+from grpo_jax.models.hf.weights import stored_dtype
 from grpo_jax.rewards import reward
 from grpo_jax.rewards.pool import Pool
 from grpo_jax.rewards.score import Failure, Scores
@@ -356,12 +356,13 @@ def test_a_problem_file_and_a_reward_of_ones_own(tmp_path, model, monkeypatch, o
 def test_bfloat16(tmp_path, model, one_device):
     """Weights stay float32; sampler and scorer agree as far as bfloat16 does."""
     more = [f"--config.model.path={model}", "--config.model.dtype=bfloat16", *TWO_STEPS]
+    more += ["--config.checkpoint.export_dtype=bfloat16"]
     rows = _runs(tmp_path / "run", *more)
     assert len(rows) == 2 and all(row["policy/loss"] is not None for row in rows)
     state = final_state(tmp_path / "run")
     assert {a.dtype.name for n, a in state.items() if "params" in n} == {"float32"}
     assert rows[0]["policy/sampler_gap_max"] > 0
-    assert hf.stored_dtype(tmp_path / "run" / "export") in ("float32", "F32")
+    assert stored_dtype(tmp_path / "run" / "export") == "bfloat16"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["accuracy_before"] is None  # no evaluation at all
 

@@ -4,7 +4,7 @@ A task is a module here with three functions:
 
     generate(num_train, num_eval, seed) -> (train, held_out)     lists of Problem, no prompt in both
     worked_solution(problem, rng) -> str                         one imperfect demonstration
-    make_tokenizer() -> Qwen2Tokenizer                           for a model made from scratch
+    make_tokenizer() -> PreTrainedTokenizerFast                  for a model made from scratch
 """
 
 import importlib

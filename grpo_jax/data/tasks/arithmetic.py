@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from transformers import Qwen2Tokenizer
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.streams import stream
@@ -65,17 +65,26 @@ def worked_solution(problem: Problem, rng: np.random.Generator) -> str:
     return "\n".join([*lines, f"#### {total}"])
 
 
-def make_tokenizer() -> Qwen2Tokenizer:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character, and one for the answer marker.
 
-    Of Qwen2's kind, like the model: transformers gives every folder of that family Qwen2's way of
-    splitting text, whatever else the folder says.
+    A plain tokenizer, which every transformers reads as it is written; but it splits text as Qwen2
+    does, which the model is of: version 5 gives every folder of that family Qwen2's way of
+    splitting, whatever else the folder says.
     """
     tokens = ["<pad>", "<eos>", *"0123456789+-=#", "Ġ", "Ċ", "##", "####"]  # Ġ a space, Ċ a newline
-    return Qwen2Tokenizer(
+    rules = Qwen2Tokenizer(
         vocab={token: i for i, token in enumerate(tokens)},
         merges=[("#", "#"), ("##", "##")],
         pad_token="<pad>",
         eos_token="<eos>",
         unk_token="<pad>",
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=rules.backend_tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<pad>",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],  # decoders take no token types
     )

@@ -1,0 +1,245 @@
+"""A model as a Hugging Face folder, written shard by shard: no host ever holds a whole one.
+
+What is not trained stays as it came: the configs and the tokenizer's files of the folder that the
+model was read from. They are changed only where a transformers before version 5 would read them
+otherwise than version 5 does, or stop at them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jax.experimental import multihost_utils
+from transformers import PreTrainedTokenizerBase
+
+from grpo_jax.models import families
+from grpo_jax.models.hf.folder import read_json
+from grpo_jax.models.hf.weights import INDEX, Leaf, is_leaf, leaves_of
+from grpo_jax.structs import Array, ModelConfig, Params
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+# Names of the files that a tokenizer may consist of, in transformers 4 and 5.
+_TOKENIZER_FILES = (
+    *("*tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model"),
+    *("chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+)
+
+
+def save(
+    folder: Path,
+    params: Params,
+    config: ModelConfig,
+    *,
+    source: Path | None,
+    dtype: Any,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Writes the model as a folder that transformers loads; an interrupted call leaves none.
+
+    `source` is the folder the model came from, or one of `keep`, whose configs and tokenizer are
+    kept; None: a new model with this tokenizer, which ends with its end-of-text token. `dtype`:
+    float32, bfloat16 or float16. An older export at `folder` is replaced. Every process must call
+    this; the first writes. Raises ValueError when `folder` holds something that is not a model.
+
+    transformers reads a qwen2 folder's text as Qwen2 splits it, whatever tokenizer.json says; give
+    a new model with a tokenizer of its own another family.
+    """
+    dtype = jnp.dtype(dtype)
+    if folder.exists() and not (folder / "config.json").exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no model. Export to another folder.")
+    if jax.process_index() == 0:
+        with _replacing(folder) as partial:
+            _save_tensors(partial, params, config, dtype)
+            _save_configs(partial, config, source, dtype.name, tokenizer)
+    else:
+        _save_tensors(None, params, config, dtype)
+    multihost_utils.sync_global_devices("export")  # it is there for all who go on
+
+
+def keep(
+    folder: Path,
+    config: ModelConfig,
+    source: Path,
+    dtype: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Writes what an export will need of `source` besides weights, as `folder` for `save`.
+
+    So a run does not need the folder that it began with to end. `dtype`: of the source's weights.
+    """
+    with _replacing(folder) as partial:
+        _save_configs(partial, config, source, dtype, tokenizer)
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` once all is written."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a time that was interrupted
+    partial.mkdir(parents=True)
+    yield partial
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# --- Weights ------------------------------------------------------------------------------------
+
+
+def _save_tensors(folder: Path | None, params: Params, config: ModelConfig, dtype: Any) -> None:
+    """Writes the weights shard by shard; with None, only takes part in gathering them."""
+    leaves = jax.tree.leaves(leaves_of(config), is_leaf=is_leaf)
+    sources = {
+        name: (leaf, i, array)
+        for leaf, array in zip(leaves, jax.tree.leaves(params), strict=True)
+        for i, name in enumerate(leaf.names)
+    }
+    sizes = {
+        name: int(np.prod(leaf.shape)) * dtype.itemsize for name, (leaf, _, _) in sources.items()
+    }
+    shards = list(_shards(sizes))
+    placed = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for name in names:
+            value = _gather(*sources[name], dtype)  # every process takes part
+            if folder is not None:
+                tensors[name] = value
+        placed |= dict.fromkeys(names, file)
+        if folder is not None:
+            (folder / file).touch()
+            mode = (folder / file).stat().st_mode  # as the user has it for new files
+            safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(mode)  # it leaves one that only its owner may read
+    if folder is not None and len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": placed}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(sizes: dict[str, int]) -> Iterator[list[str]]:
+    """Tensor names in groups of at most MAX_SHARD_BYTES; a larger tensor has its own."""
+    shard, total = [], 0
+    for name, size in sizes.items():
+        if shard and total + size > MAX_SHARD_BYTES:
+            yield shard
+            shard, total = [], 0
+        shard.append(name)
+        total += size
+    yield shard
+
+
+def _gather(leaf: Leaf, layer: int, array: Array, dtype: Any) -> np.ndarray:
+    """One tensor as the checkpoint has it, whole on every process."""
+    value = (array[layer] if leaf.stacked else array).astype(dtype)
+    if jax.process_count() > 1:
+        value = multihost_utils.process_allgather(value, tiled=True)
+    value = np.asarray(value)
+    return np.ascontiguousarray(value.T) if leaf.transposed else value
+
+
+# --- Configs and tokenizer ----------------------------------------------------------------------
+
+
+def _save_configs(
+    folder: Path,
+    config: ModelConfig,
+    source: Path | None,
+    dtype: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Writes everything but the weights."""
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if source is None:
+        eos_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        hf = families.hf_config(
+            config,
+            bos_id=tokenizer.bos_token_id,
+            eos_ids=eos_ids,
+            pad_id=tokenizer.pad_token_id,
+            dtype=dtype,
+        )
+        tokenizer.save_pretrained(folder)
+    else:
+        hf = families.in_every_spelling(read_json(source / "config.json"))
+        hf.pop("auto_map", None)  # code of the source, which is not read here and not handed on
+        ids |= {key: hf[key] for key in ids if hf.get(key) is not None}
+        hf |= {"dtype": dtype, "torch_dtype": dtype}  # the name of 5, and that of all before 4.56
+        _copy_tokenizer(source, folder)
+    _write_json(folder / "config.json", hf)
+    generation = {key: value for key, value in ids.items() if value is not None}
+    if source is not None and (source / "generation_config.json").exists():
+        generation = read_json(source / "generation_config.json")
+    _write_json(folder / "generation_config.json", generation)
+    _make_portable(folder)
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for pattern in _TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)  # and not its rights: a cache's may be read-only
+
+
+# What transformers 5 notes of the machine that a tokenizer was loaded on, and of itself; and code.
+_NOT_HANDED_ON = ("is_local", "local_files_only", "backend", "auto_map")
+
+
+def _make_portable(folder: Path) -> None:
+    """Changes the folder's tokenizer_config.json where transformers 4 could not read it.
+
+    Version 5 writes a class and a list of tokens that version 4 stops at, and leaves out the list
+    of added tokens; programs that read the file alone look for the chat template in it.
+    """
+    file = folder / "tokenizer_config.json"
+    if not file.exists():
+        return
+    before = read_json(file)
+    after = {key: value for key, value in before.items() if key not in _NOT_HANDED_ON}
+    extra, template = after.get("extra_special_tokens"), folder / "chat_template.jinja"
+    if after.get("tokenizer_class") == "TokenizersBackend":
+        after["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(extra, list):
+        del after["extra_special_tokens"]
+        after["additional_special_tokens"] = extra
+    if (folder / "tokenizer.json").exists() and "added_tokens_decoder" not in after:
+        if before.keys() & {"backend", "is_local"} or isinstance(extra, list):
+            after["added_tokens_decoder"] = _added_tokens(folder / "tokenizer.json")
+    if template.exists() and not after.get("chat_template"):
+        after["chat_template"] = template.read_text(encoding="utf-8")
+    if after != before:
+        _write_json(file, after)
+
+
+def _added_tokens(file: Path) -> dict[str, dict[str, Any]]:
+    """By their ids, as tokenizer_config.json has them."""
+    return {
+        str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+        for token in read_json(file).get("added_tokens", [])
+    }

@@ -1,0 +1,304 @@
+"""The weights of a Hugging Face folder: names of tensors, and reading them.
+
+Every process reads only the slices of each tensor that its own devices hold, so no host ever holds
+a whole model. Pickles are not read.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from jax.sharding import Mesh
+
+from grpo_jax import sharding
+from grpo_jax.models import transformer
+from grpo_jax.models.hf.folder import read_json, refuse_odd, some
+from grpo_jax.structs import Array, ModelConfig, Params
+
+INDEX = "model.safetensors.index.json"
+
+# safetensors' names of the dtypes that checkpoints of weights come in, and NumPy's.
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+# --- Names --------------------------------------------------------------------------------------
+
+_OUTER = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+_IN_LAYER = {
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    **{f"attention/{p}": f"self_attn.{p}_proj" for p in "qkvo"},
+    "attention/q_norm": "self_attn.q_norm",
+    "attention/k_norm": "self_attn.k_norm",
+    **{f"mlp/{p}": f"mlp.{p}_proj" for p in ("gate", "up", "down")},
+}
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+class Leaf(NamedTuple):
+    """One array of the parameters and the tensors of a checkpoint that it consists of."""
+
+    names: tuple[str, ...]  # one per layer where `stacked`, else a single one
+    stacked: bool  # along a leading axis of layers
+    transposed: bool  # kernels are [out, in] in a checkpoint, [in, out] here
+    shape: tuple[int, ...]  # of each tensor in the checkpoint
+
+
+def leaves_of(config: ModelConfig) -> Any:
+    """A `Leaf` for every parameter, as a pytree like the parameters."""
+
+    def leaf(path, array) -> Leaf:
+        *module, kind = (part.key for part in path)
+        stacked, transposed = module[0] == "layers", kind == "kernel"
+        suffix = "bias" if kind == "bias" else "weight"
+        if stacked:
+            name = f"{_IN_LAYER['/'.join(module[1:])]}.{suffix}"
+            names = tuple(f"model.layers.{i}.{name}" for i in range(config.num_layers))
+        else:
+            names = (f"{_OUTER[module[0]]}.{suffix}",)
+        shape = array.shape[1:] if stacked else array.shape
+        return Leaf(names, stacked, transposed, shape[::-1] if transposed else shape)
+
+    return jax.tree_util.tree_map_with_path(leaf, transformer.param_shapes(config))
+
+
+def is_leaf(x: Any) -> bool:
+    return isinstance(x, Leaf)
+
+
+# --- Reading ------------------------------------------------------------------------------------
+
+
+def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype=jnp.float32) -> Params:
+    """The checkpoint's parameters as `dtype`, laid out over the mesh (see `transformer.py`).
+
+    Each device's slices are read tensor by tensor. Raises ValueError before any is read when a
+    tensor is missing, unused, repeated or of another shape, or a file is broken.
+    """
+    leaves = leaves_of(config)
+    tensors = _renamed(_open(folder), config)
+    _check(folder, tensors, leaves, config)
+    shapes = transformer.param_shapes(config)
+    shardings = sharding.tree_shardings(mesh, transformer.logical_axes(config), shapes)
+
+    def load(leaf: Leaf, shape: jax.ShapeDtypeStruct, placed: jax.sharding.Sharding) -> Array:
+        return _filled(shape.shape, placed, _reader(leaf, shape.shape, tensors, dtype))
+
+    return jax.tree.map(load, leaves, shapes, shardings, is_leaf=is_leaf)
+
+
+def _filled(shape: tuple[int, ...], placed: jax.sharding.Sharding, read: Callable) -> Array:
+    """The array of which `read(index)` gives parts; the host holds one part at a time.
+
+    A part that several devices hold is read once.
+    """
+    parts, held = [], None
+    indices = placed.addressable_devices_indices_map(shape)
+    for device, index in sorted(indices.items(), key=lambda item: str(item[1])):
+        if index != held:
+            part, held = read(index), index
+        parts.append(jax.block_until_ready(jax.device_put(part, device)))
+    return jax.make_array_from_single_device_arrays(shape, placed, parts)
+
+
+class _Tensor(NamedTuple):
+    """A tensor in a file, not read yet."""
+
+    file: Path
+    slices: Any  # safetensors' slice object: indexing reads
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name
+
+
+def _reader(
+    leaf: Leaf, shape: tuple[int, ...], tensors: dict[str, _Tensor], dtype: Any
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """What reads a part of one parameter."""
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        layers = range(*bounds[0]) if leaf.stacked else (0,)
+        within = [slice(*b) for b in (bounds[1:] if leaf.stacked else bounds)]
+        within = tuple(within[::-1] if leaf.transposed else within)
+        part = np.empty([stop - start for start, stop in bounds], dtype)
+        for row, layer in enumerate(layers):
+            value = tensors[leaf.names[layer]].slices[within]
+            value = value.T if leaf.transposed else value
+            part[row if leaf.stacked else ...] = value
+        return part
+
+    return read
+
+
+def _renamed(tensors: dict[str, _Tensor], config: ModelConfig) -> dict[str, _Tensor]:
+    """The tensors by the names that the decoder has for them, where transformers has others too.
+
+    A decoder that was saved without its head has no "model." before its names; and of a head that
+    is the embedding, safetensors' `save_model` may keep the head's name.
+    """
+    if "embed_tokens.weight" in tensors and not any(n.startswith("model.") for n in tensors):
+        tensors = {name if name == _HEAD else f"model.{name}": t for name, t in tensors.items()}
+    if config.tied_head and _HEAD in tensors and _EMBEDDING not in tensors:
+        tensors = {_EMBEDDING if name == _HEAD else name: t for name, t in tensors.items()}
+    return tensors
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype that the folder's weights are kept in: as its config.json says, else as they are.
+
+    Where they are of several, the one that holds the values of all.
+    """
+    settings = read_json(folder / "config.json")
+    said = settings.get("dtype") or settings.get("torch_dtype")
+    if isinstance(said, str) and said in _DTYPES.values():
+        return said
+    kept = {_DTYPES[t.dtype] for t in _open(folder).values() if t.dtype in _DTYPES}
+    widest = jnp.dtype("float32") if not kept else functools.reduce(jnp.promote_types, kept)
+    return jnp.dtype(widest).name
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers would read, and all that would compete with them."""
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if index.exists():
+        placed = read_json(index).get("weight_map")
+        if not isinstance(placed, dict) or not all(
+            isinstance(name, str)
+            and Path(name).name == name
+            and name.isprintable()  # half of a character, or NUL, is no name of a file
+            and len(name.encode()) < 256
+            for name in placed.values()
+        ):
+            raise ValueError(f"{index}: weight_map must give a file of the folder for each tensor.")
+        names = sorted(set(placed.values()))
+        absent = [name for name in names if not (folder / name).exists()]
+        if absent:
+            raise ValueError(
+                f"{index} names {some(absent)}, which {folder} does not hold. "
+                "Download or export the model again."
+            )
+        files = [folder / name for name in names]
+        return files if single in files or not single.exists() else [single, *files]
+    files = sorted(folder.glob("model-*-of-*.safetensors"))
+    if single.exists():
+        files.insert(0, single)
+    if not files:
+        pickles = sorted(p.name for p in [*folder.glob("*.bin"), *folder.glob("*.pt*")])
+        only = f" It has {some(pickles)}, but pickles can run code and are not read." * bool(
+            pickles
+        )
+        raise ValueError(
+            f"{folder} has no weights: no model.safetensors, no model-*-of-*.safetensors.{only} "
+            "Save the model with transformers' save_pretrained, which writes safetensors."
+        )
+    return files
+
+
+def _open(folder: Path) -> dict[str, _Tensor]:
+    """The tensors of all weight files by name; only headers are read."""
+    tensors: dict[str, _Tensor] = {}
+    repeated = []
+    for file in _weight_files(folder):
+        refuse_odd(file)
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise ValueError(f"{file} cannot be read: {error.strerror}.") from error
+        try:
+            opened = safetensors.safe_open(file, framework="numpy")
+            for name in opened.keys():
+                if name in tensors:
+                    repeated.append(f"{name} ({tensors[name].file.name} and {file.name})")
+                s = opened.get_slice(name)
+                tensors[name] = _Tensor(file, s, tuple(s.get_shape()), s.get_dtype())
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(
+                f"{file} is not a whole safetensors file ({error}). "
+                "It may be cut off: download or export the model again."
+            ) from error
+    if repeated:
+        raise ValueError(
+            f"{folder}: {_count(repeated, 'tensor')} in more than one file: {some(repeated)}. "
+            "Keep the files of one model in the folder."
+        )
+    return tensors
+
+
+def _check(folder: Path, tensors: dict[str, _Tensor], leaves: Any, config: ModelConfig) -> None:
+    """Raises ValueError unless the files hold what the config needs and nothing else."""
+    needed = {
+        name: leaf.shape for leaf in jax.tree.leaves(leaves, is_leaf=is_leaf) for name in leaf.names
+    }
+    allowed = {_HEAD} if config.tied_head else set()
+    unused = [
+        f"{name} {list(t.shape)} ({t.file.name})"
+        for name, t in tensors.items()
+        # Old exports keep the rotary frequencies, which follow from the config.
+        if name not in needed.keys() | allowed and not name.endswith("rotary_emb.inv_freq")
+    ]
+    missing = [f"{name} {list(shape)}" for name, shape in needed.items() if name not in tensors]
+    found = {name: tensors[name] for name in needed if name in tensors}
+    misshaped = [
+        f"{name} is {list(t.shape)}, needed {list(needed[name])} ({t.file.name})"
+        for name, t in found.items()
+        if t.shape != needed[name]
+    ]
+    other_dtype = [
+        f"{name} is {t.dtype} ({t.file.name})"
+        for name, t in found.items()
+        if t.dtype not in _DTYPES
+    ]
+    wrong = {
+        "missing": missing,
+        "not used by the model": unused,
+        "of another shape": misshaped,
+        f"of a dtype that is not {', '.join(_DTYPES)}": other_dtype,
+    }
+    said = [
+        f"{_count(names, 'tensor')} {what}: {some(names)}" for what, names in wrong.items() if names
+    ]
+    if said:
+        remedy = ""
+        if _HEAD in needed and _HEAD not in tensors and _EMBEDDING in tensors:
+            remedy = (
+                " If the head is the embedding, set tie_word_embeddings to true in config.json."
+            )
+        elif other_dtype:
+            remedy = " Quantized weights are not read: take the model that they were made from."
+        raise ValueError(
+            f"{folder}: the weights do not fit config.json ({config.family}). "
+            f"{'; '.join(said)}.{remedy}"
+        )
+    if config.tied_head and _HEAD in tensors:
+        _check_tied_head(folder, tensors[_HEAD], tensors[_EMBEDDING])
+
+
+_COMPARED_ROWS = 4096  # at once: a whole embedding may be gigabytes
+
+
+def _check_tied_head(folder: Path, head: _Tensor, embedding: _Tensor) -> None:
+    """Raises ValueError when a head stored beside a tied embedding is not its copy, bit for bit."""
+    same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+    num_rows = head.shape[0]
+    parts = [
+        slice(i, min(i + _COMPARED_ROWS, num_rows)) for i in range(0, num_rows, _COMPARED_ROWS)
+    ]
+    same = same and all(
+        head.slices[part].tobytes() == embedding.slices[part].tobytes() for part in parts
+    )
+    if not same:
+        raise ValueError(
+            f"{folder}: tie_word_embeddings is true in config.json, but {_HEAD} {list(head.shape)} "
+            f"{head.dtype} ({head.file.name}) differs from {_EMBEDDING} {list(embedding.shape)} "
+            f"{embedding.dtype}. Set tie_word_embeddings to false to use the head, or remove it."
+        )
+
+
+def _count(items: list[str], noun: str) -> str:
+    return f"{len(items)} {noun}{'s' * (len(items) != 1)}"
