@@ -46,7 +46,7 @@ WIRING = "tests/test_wiring.py"
 RUNS = ("tests/runs/test_loop.py", "tests/runs/test_bad_numbers.py", "tests/runs/test_resume.py")
 # Test files of files without one of their own, or in need of more; shortest first.
 NEAREST = {
-    "algorithm/update": ("tests/algorithm/test_plain.py", "tests/algorithm/test_update.py", WIRING),
+    "algorithm/update": ("tests/algorithm/test_plain.py", WIRING, "tests/algorithm/test_update.py"),
     "algorithm/logprobs": ("tests/algorithm/test_logprobs.py", WIRING),
     "algorithm/rows": ("tests/algorithm/test_rows.py", "tests/algorithm/test_packing.py"),
     "algorithm/packing": ("tests/algorithm/test_packing.py", "tests/algorithm/test_plain.py"),
