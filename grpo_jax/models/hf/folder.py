@@ -74,7 +74,7 @@ def resolve(path: str, option: str = "model.path") -> Path:
 
 def at_hand(path: str) -> Path | None:
     """The folder of a model that `resolve` would give without the hub; None where it cannot."""
-    folder = Path(path).expanduser()
+    folder = expanded(path, "model.path")
     if not path or folder.is_dir():
         return folder if path else None
     try:
