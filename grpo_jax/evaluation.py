@@ -27,6 +27,8 @@ from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Array, Params
 from grpo_jax.workdir import write_whole
 
+_VOTING_LIMIT_S = 60.0  # for comparing the answers of one problem's samples
+
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
@@ -114,7 +116,7 @@ def _votes(pool: Pool, questions: Questions, texts: list[str], n: int) -> np.nda
     if reward is None or votes_lib.same_answer_of(reward.spec) is None:
         return None
     prompts = [text for text in questions.texts for _ in range(n)]
-    return votes_lib.count_votes(reward, prompts, texts, prompts, n, Limits())
+    return votes_lib.count_votes(reward, prompts, texts, prompts, n, Limits(_VOTING_LIMIT_S))
 
 
 def greedy_tallies(answered: Answered, max_tokens: int) -> dict[str, Tally]:
