@@ -18,15 +18,16 @@ from grpo_jax.metrics import say
 from grpo_jax.phases import phase
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import score as score_lib
+from grpo_jax.rewards import votes as votes_lib
 from grpo_jax.rewards.answers import extract_answer
-from grpo_jax.rewards.exact import same_answer
-from grpo_jax.rewards.pool import Pool
+from grpo_jax.rewards.completions import opens_thinking
+from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.rewards.reward import Reward
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Array, Params
 from grpo_jax.workdir import write_whole
 
-_MAX_COMPARED = 64  # different answers of one problem that a further one is compared with
+_VOTING_LIMIT_S = 60.0  # for comparing the answers of one problem's samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,25 +54,9 @@ class Answered:
     answers: list[str | None]  # as extracted; None where there is none
     correct_PG: np.ndarray | None  # bool: right, as `Pool.accuracy` has it; None: no reward says so
     judged_PG: np.ndarray | None  # bool: completions to which that reward applies
+    vote_PG: np.ndarray | None  # int64: of samples, see `count_votes`; None: no answers to compare
     length_PG: np.ndarray  # int32: tokens, stop token included
     stopped_PG: np.ndarray  # bool: ended by a stop token
-
-
-def votes(answers: list[str | None]) -> np.ndarray:
-    """The number of the first sample with an equal answer, -1 where there is none; int64 [K].
-
-    Equal as `same_answer` has it: 0.5 and 1/2 are one vote. A problem's first 64 different answers
-    are compared so; later ones, which would cost the square of their number, only as they stand.
-    """
-    first_of: dict[str, int] = {}
-    different: list[str] = []
-    for i, answer in enumerate(answers):
-        if answer is not None and answer not in first_of:
-            equal = next((a for a in different[:_MAX_COMPARED] if same_answer(a, answer)), None)
-            if equal is None:
-                different.append(answer)
-            first_of[answer] = i if equal is None else first_of[equal]
-    return np.array([-1 if a is None else first_of[a] for a in answers], np.int64)
 
 
 def answer(
@@ -108,16 +93,30 @@ def answer(
         )
     scores, texts = judge.scores(), judge.texts()
     shape, verdict = rollouts.length_PG.shape, pool.accuracy
+    open_B = np.repeat([opens_thinking(text) for text in questions.texts], shape[1])
     return Answered(
         questions=questions,
         completions=texts,
         scores=scores,
-        answers=[extract_answer(text) for text in texts],
+        answers=[extract_answer(t, thinking) for t, thinking in zip(texts, open_B)],
         correct_PG=None if verdict is None else scores.correct(verdict).reshape(shape),
         judged_PG=None if verdict is None else scores.judged(verdict).reshape(shape),
+        vote_PG=_votes(pool, questions, texts, num_samples) if num_samples else None,
         length_PG=rollouts.length_PG,
         stopped_PG=rollouts.stopped_PG,
     )
+
+
+def _votes(pool: Pool, questions: Questions, texts: list[str], n: int) -> np.ndarray | None:
+    """The votes of all samples, equal as the reward that says what is right has it; int64 [P, G].
+
+    None where there is no such reward, or it reads no answer.
+    """
+    reward = next((reward for reward in pool.rewards if reward.gives_accuracy), None)
+    if reward is None or votes_lib.same_answer_of(reward.spec) is None:
+        return None
+    prompts = [text for text in questions.texts for _ in range(n)]
+    return votes_lib.count_votes(reward, prompts, texts, prompts, n, Limits(_VOTING_LIMIT_S))
 
 
 def greedy_tallies(answered: Answered, max_tokens: int) -> dict[str, Tally]:
@@ -163,13 +162,14 @@ def refuse_samples(rewards: Sequence[Reward], num_samples: int, option: str) -> 
 def sampled_tallies(answered: Answered, ks: list[int]) -> dict[str, Tally]:
     """pass@k and maj@k of each k, and the mean accuracy, of several samples per problem.
 
+    There is no maj@k where the reward reads no answer that could be voted for.
     A completion to which the reward does not apply counts as not right.
     """
-    correct_PG, answers = answered.correct_PG, answered.answers
+    correct_PG, vote_PG = answered.correct_PG, answered.vote_PG
     n = correct_PG.shape[1]
-    vote_PG = np.stack([votes(answers[i : i + n]) for i in range(0, len(answers), n)])
     values = {f"pass@{k}": estimates.pass_at_k(correct_PG.sum(axis=1), n, k) for k in ks}
-    values |= {f"maj@{k}": estimates.maj_at_k(vote_PG, correct_PG, k) for k in ks}
+    if vote_PG is not None:
+        values |= {f"maj@{k}": estimates.maj_at_k(vote_PG, correct_PG, k) for k in ks}
     values[f"mean@{n}"] = correct_PG.mean(axis=1)
     return {name: estimates.mean(value_P) for name, value_P in values.items()}
 

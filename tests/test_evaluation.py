@@ -1,4 +1,4 @@
-"""Equal answers, metrics by hand, and the items on disk."""
+"""Metrics by hand, and the items on disk."""
 
 from __future__ import annotations
 
@@ -12,28 +12,6 @@ from grpo_jax.data.problems import Problem
 from grpo_jax.rewards.pool import Pool
 from grpo_jax.rewards.reward import load
 from grpo_jax.structs import Rollouts
-
-
-@pytest.mark.parametrize(
-    ("answers", "votes"),
-    [
-        (["3", "4", "3"], [0, 1, 0]),
-        (["0.5", "7", r"\frac{1}{2}", "1/2", "7.0"], [0, 1, 0, 0, 1]),
-        (["Yes", None, "no", " yes"], [0, -1, 2, 0]),
-        ([None, None], [-1, -1]),
-    ],
-)
-def test_equal_answers_are_one_vote(answers, votes):
-    assert evaluation.votes(answers).tolist() == votes
-
-
-def test_votes_compare_few_answers(monkeypatch):
-    """300 answers, all different: not 300 * 299 / 2 comparisons. Equal texts remain one vote."""
-    calls = []
-    monkeypatch.setattr(evaluation, "same_answer", lambda a, b: bool(calls.append((a, b))))
-    answers = [str(i) for i in range(300)] * 2
-    assert evaluation.votes(answers).tolist() == list(range(300)) * 2
-    assert len(calls) < 300 * 64
 
 
 class _Policy:
@@ -71,6 +49,10 @@ SEVEN = ("#### 1", "#### 2", "#### 2", "#### 9", "#### 2", "#### 9")
 def odd_lengths(prompts, completions, **columns):
     """2 or 0.5, and no opinion on what does not begin by "#"."""
     return [(2.0 if len(c) % 2 else 0.5) if c[0] == "#" else None for c in completions]
+
+
+def right(prompts, completions, answer, **columns):
+    return [float(c.endswith(a)) for c, a in zip(completions, answer)]
 
 
 def always_fails(prompts, completions, **columns):
@@ -133,6 +115,25 @@ def test_votes_are_counted_by_problem(pool):
     texts = [["#### 1", "#### 1", "#### 2"], ["#### 1", "#### 2", "#### 1"]]
     values = _run(_Engine(texts, [[True] * 3] * 2), None, 3, pool)
     assert values["eval/maj@3"] == 0.5 and values["eval/mean@3"] == pytest.approx(3 / 6)
+
+
+def test_votes_are_equal_as_the_reward_has_it():
+    texts = [["#### 3", "#### 1", "#### 3"], ["#### 2", "#### 02", "#### 9"]]
+    values = {}
+    for name in ("math_answer", "test_evaluation:right"):
+        with Pool(load((name,), (1.0,), name)) as pool:
+            values[name] = _run(_Engine(texts, [[True] * 3] * 2), None, 3, pool)
+    assert values["math_answer"]["eval/maj@3"] == 0.5
+    # A reward that reads no answer has nothing to vote for.
+    assert set(values["test_evaluation:right"]) == {"eval/pass@3", "eval/mean@3"}
+
+
+def test_an_answer_inside_of_thinking_that_the_prompt_opened(pool):
+    questions = evaluation.Questions(QUESTIONS.problems, [[1], [2]], ["a<think>", "b"])
+    args = (_Engine([["#### 1"], ["#### 2"]], [[True], [True]]), None, _Policy(), questions, pool)
+    answered = evaluation.answer(*args, num_samples=0, temperature=0.0, key=None)
+    assert answered.answers == [None, "2"]
+    assert answered.scores.by_name["exact_answer"].tolist() == [0.0, 1.0]
 
 
 def test_one_sample_is_not_the_greedy_one(tmp_path, pool):

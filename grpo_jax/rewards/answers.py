@@ -5,42 +5,69 @@ A completion may hold anything, a megabyte of braces included; every search here
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 import re
+from collections.abc import Callable
 from typing import Any
 
 from grpo_jax.messages import shown
+from grpo_jax.rewards.completions import after_thinking
 
 # \boxed{ and \fbox{ open a box; so does \boxed before a bare token. Escaped braces are text.
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s{0,9}\{|\\(?:boxed|fbox)(?![a-zA-Z{])|\\[{}]|[{}]")
 _BARE = re.compile(r"\s{0,9}([^\s${}]\S{0,99})")
+_PHANTOM = re.compile(r"\\phantom\s{0,9}\{[^{}]{0,99}\}")  # an empty box to fill in
+# What stands between the boxes of one list, and what takes the earlier box back.
+_CLOSE, _NEAR = 10, 70  # characters; as Math-Verify has it
+_SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b")
+_CORRECTION = re.compile(
+    r"\b(?:rather|wait|no|not|instead|actually|correct\w*|wrong|sorry|mistake|(?:and|,) then)\b",
+    re.IGNORECASE,
+)
+_MAX_BOXES = 16  # of one list that are compared with each other
 # "answer is", "answer: ", "**Final Answer**:", "answer to the question is". Every repeat is
 # bounded, so the cost is that of one pass.
 _ANSWER_IS = re.compile(
     r"answer(?: (?:to|of|for) [^.:\n]{0,60}?)?[*_ \t]{0,4}(?:(?:is|equals)\b:?|[:=])", re.IGNORECASE
+)
+_HEADING = re.compile(
+    r"^[#*_ \t]{1,9}(?:final[ \t]{1,9})?answer[*_: \t]{0,9}$", re.IGNORECASE | re.MULTILINE
+)
+# "The largest n is": what follows the first verb of a sentence.
+_SUBJECT = re.compile(
+    r"(?:the|it|its|this|our|so|thus|hence|therefore)\b(?:(?!\b(?:is|are|equals|not|if)\b).){1,99}"
+    r"\b(?:is|are|equals)\b:?",
+    re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"\.\s")
 _MATH_MODE = (("$$", "$$"), ("\\[", "\\]"), ("\\(", "\\)"), ("$", "$"))
 _STATED = ("####", "\\boxed", "\\fbox", "<answer>")  # a column that holds one is a worked solution
 
 _Place = tuple[int, str]  # where an answer starts, and its text
+Same = Callable[[str, str], bool]  # whether two answers are equal
 
 
-def extract_answer(text: str) -> str | None:
+def extract_answer(text: str, thinking: bool = False, same: Same | None = None) -> str | None:
     """The final answer that a completion states, or None.
 
     Of the answers after "####" on a line, inside `\\boxed{}` or `\\fbox{}` (also `\\boxed 5`) and
-    inside <answer></answer>, the one that starts last and is not blank. After "answer is",
-    "answer:" and the like an answer counts only where there is neither box nor tag: prose after
-    a box speaks of the answer without stating it. Only what follows the last </think> is read; a
-    <think> that is never closed has no answer. Comes without surrounding spaces, dollar signs,
-    asterisks and colons, the brackets of math mode, and the trailing period.
+    inside <answer></answer>, the one that starts last and is not blank. Boxes that stand together
+    are one list: "2, 3" for `\\boxed{2}` and `\\boxed{3}`, without a box that repeats a later one
+    in the same words or as `same` has it. Boxes stand together with fewer than 10 characters
+    between them, or fewer than 70 with a comma, a semicolon, "and" or "or", unless the words take
+    the earlier back ("or rather", "no"). After "answer is", "answer:" and the like an answer
+    counts only where there is neither box nor tag: prose after a box speaks of the answer without
+    stating it. Only what follows the last </think> is read; a <think> that is never closed has no
+    answer, and neither has a completion that begins inside of `thinking` and does not close it.
+    Comes without surrounding spaces, dollar signs, asterisks, backticks and colons, the brackets
+    of math mode, and the trailing period.
     """
-    text = text.rpartition("</think>")[2]
-    if "<think>" in text:
+    text = after_thinking(text, thinking)
+    if text is None:
         return None
-    places = [*_in_boxes(text), *_in_tags(text)]
+    places = [*_in_boxes(text, same), *_in_tags(text)]
     places += _after_marker(text) if places else [*_after_marker(text), *_after_phrase(text)]
     if not places:
         return None
@@ -49,82 +76,114 @@ def extract_answer(text: str) -> str | None:
     return inner[0][1] if inner else found
 
 
-def stated_answer(value: Any) -> str:
+def stated_answer(value: Any, same: Same | None = None) -> str:
     """The answer that a value of the column `answer` holds: a number, a text, a worked solution.
 
-    Raises ValueError, saying what is wrong, where it holds none.
+    `same` as in `extract_answer`. Raises ValueError, saying what is wrong, where it holds none.
     """
-    if fault := answer_fault(value):
+    fault, answer = _stated(value, same)
+    if fault:
         raise ValueError(f"`answer` {fault}: {shown(value)}")
-    text = str(value)
-    return (extract_answer(text) if _is_solution(text) else text) or ""
+    return answer
 
 
 def answer_fault(value: Any) -> str | None:
     """What keeps a value of the column `answer` from being an answer, or None."""
+    return _stated(value, None)[0]
+
+
+def _stated(value: Any, same: Same | None) -> tuple[str | None, str]:
+    """What keeps a value from being an answer, or None; and the answer."""
     if value is None:
-        return "is null"
+        return "is null", ""
     if isinstance(value, bool) or not isinstance(value, (numbers.Number, str)):
-        return f"is a {type(value).__name__}, not a number or text"
+        return f"is a {type(value).__name__}, not a number or text", ""
     is_whole = isinstance(value, int)  # of any length; floats cannot hold 10**400
     if isinstance(value, numbers.Real) and not is_whole and not math.isfinite(value):
-        return "is not a finite number"
+        return "is not a finite number", ""
     text = str(value)
     if not text.strip():
-        return "is blank"
-    if _is_solution(text) and extract_answer(text) is None:
-        mark = next(mark for mark in _STATED if mark in text)
-        return f"holds {mark!r} with nothing after it" if mark == "####" else f"has an empty {mark}"
-    return None if strip(text) else "holds nothing but punctuation"
+        return "is blank", ""
+    mark = next((mark for mark in _STATED if mark in text), None)
+    if mark is None:
+        return None if strip(text) else "holds nothing but punctuation", text
+    answer = extract_answer(text, same=same)
+    if answer is None:
+        nothing = f"holds {mark!r} with nothing after it"
+        return nothing if mark == "####" else f"has an empty {mark}", ""
+    return None, answer
 
 
 def strip(text: str) -> str:
-    """A text without what surrounds an answer: spaces, $, *, :, math mode, the last period."""
-    text = text.strip(" \t\r\n$*:").rstrip(".").strip(" \t\r\n$*")
+    """A text without what surrounds an answer: spaces, $, *, `, :, math mode, the last period."""
+    text = text.strip(" \t\r\n$*`:").rstrip(".").strip(" \t\r\n$*`")
     for opening, closing in (("\\(", "\\)"), ("\\[", "\\]")):
         if text.startswith(opening) and text.endswith(closing) and len(text) >= 4:
             text = text[2:-2].strip()
     return text
 
 
-def _is_solution(text: str) -> bool:
-    return any(mark in text for mark in _STATED)
-
-
 def _place(start: int, text: str) -> list[_Place]:
     text = strip(text)
     is_answer = text and "\\boxed" not in text and "\\fbox" not in text  # else an empty box
-    return [(start, text)] if is_answer else []
+    return [(start, text)] if is_answer and not _PHANTOM.fullmatch(text) else []
 
 
 def _after_marker(text: str) -> list[_Place]:
     start = text.rfind("####") + len("####")
-    return _place(start, text[start:].partition("\n")[0]) if start >= len("####") else []
+    if start < len("####"):
+        return []
+    line = text[start:].partition("\n")[0]
+    return [] if _HEADING.fullmatch(f"#{line}") else _place(start, line)
 
 
-def _in_boxes(text: str) -> list[_Place]:
-    """The box that opens last, of those that are closed and not blank; one pass over the braces."""
-    open_braces: list[tuple[bool, int]] = []
-    best: list[_Place] = []
+def _in_boxes(text: str, same: Same | None) -> list[_Place]:
+    """The last list of boxes that are closed and not blank; one pass over the braces."""
+    first = text.find("\\boxed") if "\\fbox" not in text else 0  # braces before it do not matter
+    if first < 0:
+        return []
+    open_braces: list[tuple[int, int]] = []  # where a box begins, -1 for no box; after the brace
+    boxes: list[tuple[int, int, str]] = []  # where it begins, where it ends, its text
     latest = -1
-    for match in _BRACES.finditer(text):
-        brace, place = match.group(), []
+    for match in _BRACES.finditer(text, first):
+        brace, place, begin, end = match.group(), [], match.start(), match.end()
         if brace in ("\\{", "\\}"):
             continue
         if brace == "{" or brace.endswith("{"):
-            open_braces.append((brace != "{", match.end()))
+            open_braces.append((begin if brace != "{" else -1, match.end()))
         elif brace != "}":
-            if bare := _BARE.match(text, match.end()):
-                place = _place(match.end(), bare[1].partition("$")[0])
+            if bare := _BARE.match(text, end):
+                token = bare[1].partition("$")[0]
+                place, end = _place(begin, token), bare.start(1) + len(token)
         elif open_braces:
-            is_box, start = open_braces.pop()
+            begin, start = open_braces.pop()
             # Boxes close inside out. A box around one that is done is no answer, and reading it
             # again would make the cost quadratic.
-            if is_box and start > latest:
-                place, latest = _place(start, text[start : match.start()]), start
-        if place and (not best or place > best):
-            best = place
-    return best
+            if begin >= 0 and start > latest:
+                place, latest = _place(begin, text[start : match.start()]), start
+        if place and (not boxes or begin > boxes[-1][0]):
+            boxes.append((begin, end, place[0][1]))
+    return [(boxes[-1][0], _list(text, boxes, same))] if boxes else []
+
+
+def _list(text: str, boxes: list[tuple[int, int, str]], same: Same | None) -> str:
+    """The last box with those that stand together with it, separated by commas."""
+    answers = {boxes[-1][2]: None}
+    for box, following in zip(boxes[-2::-1], boxes[:0:-1]):
+        if not _stand_together(text[box[1] : following[0]]):
+            break
+        if box[2] in answers:
+            continue
+        compared = itertools.islice(answers, _MAX_BOXES if same else 0)
+        if not any(same(box[2], answer) for answer in compared):
+            answers[box[2]] = None
+    return ", ".join(reversed(answers))
+
+
+def _stand_together(between: str) -> bool:
+    if len(between) >= _NEAR or _CORRECTION.search(between):
+        return False
+    return len(between) < _CLOSE or bool(_SEPARATOR.search(between))
 
 
 def _in_tags(text: str) -> list[_Place]:
@@ -134,17 +193,27 @@ def _in_tags(text: str) -> list[_Place]:
 
 
 def _after_phrase(text: str) -> list[_Place]:
+    if "answer" not in text.lower():
+        return []
     last = None
-    for last in _ANSWER_IS.finditer(text):  # noqa: B007
-        pass
+    for phrase in (_ANSWER_IS, _HEADING):
+        for match in phrase.finditer(text):
+            last = match if last is None or match.end() > last.end() else last
     if last is None:
         return []
     rest = text[last.end() :].lstrip(" :\t\n*")
+    sentence = _value(rest)
+    if subject := _SUBJECT.match(sentence):  # Final answer: the largest n is 34
+        sentence = _value(rest[subject.end() :].lstrip())
+    return _place(last.end(), sentence)
+
+
+def _value(rest: str) -> str:
+    """What is stated first: inside math mode, else up to the end of the sentence or line."""
     for opening, closing in _MATH_MODE:
         if rest.startswith(opening):
             end = rest.find(closing, len(opening))
             # "$5 and $6" is money: math has no space before its closing dollar.
             if end > len(opening) and (closing != "$" or not rest[end - 1].isspace()):
-                return _place(last.end(), rest[len(opening) : end])
-    line = rest.partition("\n")[0]
-    return _place(last.end(), _SENTENCE_END.split(line, maxsplit=1)[0])
+                return rest[len(opening) : end]
+    return _SENTENCE_END.split(rest.partition("\n")[0], maxsplit=1)[0]

@@ -1,4 +1,4 @@
-"""The text of a completion, which is a text or a chat."""
+"""The text of a completion, which is a text or a chat, and whether it begins inside of thinking."""
 
 from __future__ import annotations
 
@@ -28,6 +28,32 @@ def last_text_of(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return _text_of_content(prompt[-1]["content"]) if prompt else ""
+
+
+def opens_thinking(text: str) -> bool:
+    """Whether a text leaves thinking open: after its last <think> no </think> follows."""
+    return text.rfind("<think>") > text.rfind("</think>")
+
+
+def begin_in_thinking(prompts: list[Any], rendered_prompts: list[str] | None) -> list[bool]:
+    """Which completions begin inside of thinking that the end of their prompt opened.
+
+    `rendered_prompts` are the prompts as the model read them, chat template included: some
+    templates end in <think>. Without them the end of the prompt itself counts: a text that asks
+    to write <think> opens nothing.
+    """
+    if rendered_prompts is None:
+        return [last_text_of(prompt).rstrip().endswith("<think>") for prompt in prompts]
+    return [opens_thinking(text) for text in rendered_prompts]
+
+
+def after_thinking(text: str, thinking: bool = False) -> str | None:
+    """What a completion says after its last </think>; None where its thinking does not end.
+
+    `thinking`: it begins inside of thinking.
+    """
+    _, closed, rest = text.rpartition("</think>")
+    return None if "<think>" in rest or (thinking and not closed) else rest
 
 
 def _text_of_content(content: Any) -> str:

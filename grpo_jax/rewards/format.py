@@ -4,37 +4,59 @@ from __future__ import annotations
 
 from typing import Any
 
-from grpo_jax.rewards.completions import last_text_of, text_of
+from grpo_jax.rewards.completions import after_thinking, begin_in_thinking, text_of
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-def answer_format(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+def answer_format(
+    prompts: list[Any],
+    completions: list[Any],
+    rendered_prompts: list[str] | None = None,
+    **columns: Any,
+) -> list[float]:
     """1.0 for each completion whose last line, and no other place, says "#### answer", else 0.0.
 
-    Text may stand before the marker on that line. Blank lines after it are no offence.
+    Text may stand before the marker on that line. Blank lines after it are no offence. Thinking
+    that does not end has no answer, also where the prompt opened it.
     """
-    return [float(_is_well_formed(text_of(completion))) for completion in completions]
+    thinking = begin_in_thinking(prompts, rendered_prompts)
+    texts = [text_of(completion) for completion in completions]
+    return [
+        float(after_thinking(text, inside) is not None and _is_well_formed(text))
+        for text, inside in zip(texts, thinking)
+    ]
 
 
-def think_format(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+def think_format(
+    prompts: list[Any],
+    completions: list[Any],
+    rendered_prompts: list[str] | None = None,
+    **columns: Any,
+) -> list[float]:
     """1.0 for each completion of the form "<think>...</think> answer", else 0.0.
 
     Exactly one pair of tags; the completion opens with the first and has text after the second.
-    TRL's `think_format_reward` also takes an empty answer and a second </think>. Some chat
-    templates write <think> at the end of the prompt; there the completion opens without it.
+    TRL's `think_format_reward` also takes an empty answer and a second </think>. Where the prompt
+    as the model read it, in `rendered_prompts`, leaves a <think> open, as some chat templates do,
+    the completion goes on from there.
     """
-    texts = _with_opening(prompts, completions)
+    texts = _with_opening(prompts, completions, rendered_prompts)
     return [float(_thought(text) is not None) for text in texts]
 
 
-def think_answer_format(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+def think_answer_format(
+    prompts: list[Any],
+    completions: list[Any],
+    rendered_prompts: list[str] | None = None,
+    **columns: Any,
+) -> list[float]:
     """1.0 for "<think>...</think><answer>...</answer>" and nothing besides but spaces, else 0.0.
 
     The form of DeepSeek-R1-Zero (DeepSeek-AI 2025, arXiv:2501.12948, table 1): exactly one of each
-    tag, and an answer that is not blank. A prompt may end in <think>, as in `think_format`.
+    tag, and an answer that is not blank. A prompt may open the thinking, as in `think_format`.
     """
-    texts = _with_opening(prompts, completions)
+    texts = _with_opening(prompts, completions, rendered_prompts)
     return [float(_is_tagged(_thought(text))) for text in texts]
 
 
@@ -44,12 +66,12 @@ def _is_well_formed(completion: str) -> bool:
     return bool(answer) and "####" not in answer and "\n" not in answer and answer[0] != "#"
 
 
-def _with_opening(prompts: list[Any], completions: list[Any]) -> list[str]:
+def _with_opening(
+    prompts: list[Any], completions: list[Any], rendered_prompts: list[str] | None
+) -> list[str]:
     """Texts of the completions, with the <think> that the end of a prompt wrote for them."""
-    return [
-        "<think>" * last_text_of(prompt).rstrip().endswith("<think>") + text_of(completion)
-        for prompt, completion in zip(prompts, completions)
-    ]
+    thinking = begin_in_thinking(prompts, rendered_prompts)
+    return ["<think>" * inside + text_of(c) for c, inside in zip(completions, thinking)]
 
 
 def _thought(text: str) -> str | None:

@@ -2,7 +2,7 @@
 
 `exact_match` and `token_f1` are those of SQuAD (Rajpurkar et al. 2016, arXiv:1606.05250, section
 6.1, and its evaluation script). They read the whole completion after the last </think>, so a
-config asks for short answers.
+config asks for short answers. Thinking that does not end, the prompt's included, has no answer.
 """
 
 from __future__ import annotations
@@ -13,37 +13,47 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_jax.rewards.completions import text_of
+from grpo_jax.rewards.completions import after_thinking, begin_in_thinking, text_of
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def exact_match(
-    prompts: list[Any], completions: list[Any], answer: list[Any], **columns: Any
+    prompts: list[Any],
+    completions: list[Any],
+    answer: list[Any],
+    rendered_prompts: list[str] | None = None,
+    **columns: Any,
 ) -> list[float]:
     """1.0 for each completion that equals the answer, or one of a list of answers, else 0.0.
 
     Equal without case, punctuation, the articles a, an and the, and repeated spaces. Raises
     ValueError where a row holds no answer.
     """
+    texts = _answers(prompts, completions, rendered_prompts)
     return [
-        max(float(_tokens(text_of(c)) == _tokens(a)) for a in _accepted(value))
-        for c, value in zip(completions, answer)
+        max(float(text is not None and _tokens(text) == _tokens(a)) for a in _accepted(value))
+        for text, value in zip(texts, answer)
     ]
 
 
 def token_f1(
-    prompts: list[Any], completions: list[Any], answer: list[Any], **columns: Any
+    prompts: list[Any],
+    completions: list[Any],
+    answer: list[Any],
+    rendered_prompts: list[str] | None = None,
+    **columns: Any,
 ) -> list[float]:
     """F1 between the words of each completion and of its answer, the best of a list of answers.
 
     Words are those left by the normalization of `exact_match`; one that both have twice counts
     twice. Raises ValueError where a row holds no answer.
     """
+    texts = _answers(prompts, completions, rendered_prompts)
     return [
-        max(_f1(_tokens(text_of(c)), _tokens(a)) for a in _accepted(value))
-        for c, value in zip(completions, answer)
+        max(_f1(_tokens(text or ""), _tokens(a)) for a in _accepted(value))
+        for text, value in zip(texts, answer)
     ]
 
 
@@ -51,6 +61,7 @@ def mentions(
     prompts: list[Any],
     completions: list[Any],
     words: Sequence[str] | list[Sequence[str]],
+    rendered_prompts: list[str] | None = None,
     **columns: Any,
 ) -> list[float]:
     """Share of the words that each completion mentions, as whole words and in any case.
@@ -62,7 +73,8 @@ def mentions(
     # A column has a list in every row; a bound parameter has none.
     is_column = len(words) == len(completions) and all(isinstance(w, (list, tuple)) for w in words)
     rows = words if is_column else [words] * len(completions)
-    return [_share(text_of(c), wanted) for c, wanted in zip(completions, rows)]
+    texts = _answers(prompts, completions, rendered_prompts)
+    return [_share(text or "", wanted) for text, wanted in zip(texts, rows)]
 
 
 def repetition_penalty(
@@ -112,6 +124,14 @@ token_f1.column_faults = {"answer": text_fault}
 mentions.column_faults = {"words": words_fault}
 
 
+def _answers(
+    prompts: list[Any], completions: list[Any], rendered_prompts: list[str] | None
+) -> list[str | None]:
+    """What each completion says after its thinking; None where that does not end."""
+    thinking = begin_in_thinking(prompts, rendered_prompts)
+    return [after_thinking(text_of(c), inside) for c, inside in zip(completions, thinking)]
+
+
 def _accepted(value: Any) -> Sequence[str]:
     if fault := text_fault(value):
         raise ValueError(f"`answer` {fault}: {value!r}")
@@ -119,7 +139,7 @@ def _accepted(value: Any) -> Sequence[str]:
 
 
 def _tokens(text: str) -> list[str]:
-    text = text.rpartition("</think>")[2].lower().translate(_WITHOUT_PUNCTUATION)
+    text = text.lower().translate(_WITHOUT_PUNCTUATION)
     return _ARTICLES.sub(" ", text).split() or text.split()  # the answer may be the choice A
 
 
@@ -141,7 +161,7 @@ def _share(text: str, words: Sequence[str]) -> float:
         raise ValueError(f"`words` {fault}")
     if not words:
         return 1.0
-    text = text.rpartition("</think>")[2].casefold()
+    text = text.casefold()
     # Not \b: a word such as "C++" ends in no word character.
     found = [re.search(rf"(?<!\w){re.escape(w.strip().casefold())}(?!\w)", text) for w in words]
     return sum(match is not None for match in found) / len(words)

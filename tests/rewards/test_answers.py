@@ -3,6 +3,7 @@ import pytest
 from growth import assert_linear
 
 from grpo_jax.rewards.answers import answer_fault, extract_answer, stated_answer
+from grpo_jax.rewards.exact import same_answer
 
 
 @pytest.mark.parametrize(
@@ -46,6 +47,23 @@ from grpo_jax.rewards.answers import answer_fault, extract_answer, stated_answer
         ("\\boxed{12}. The answer is therefore found.", "12"),
         ("<answer>1</answer> \\boxed{2}", "2"),
         ("The answer is 1 <answer>2</answer>", "2"),
+        ("$\\boxed{2}$, $\\boxed{3}$ and $\\boxed{5}$", "2, 3, 5"),
+        ("\\boxed{1}\\boxed 2", "1, 2"),
+        ("\\boxed{1} papers and \\boxed{2} bins", "1, 2"),
+        ("\\boxed{1}, \\boxed{2}, \\boxed{1}", "2, 1"),  # what repeats a later one is left out
+        ("\\boxed{1} of the many that there are \\boxed{2}", "2"),
+        ("\\boxed{1}, " + "and on " * 10 + "\\boxed{2}", "2"),
+        ("\\boxed{1}, \\boxed{2} or rather \\boxed{3}, \\boxed{4}", "3, 4"),
+        ("\\boxed{\\phantom{2}}, then \\boxed{4}", "4"),
+        ("Final Answer: The least $n$ is 34. It works.", "34"),
+        ("Final answer: the sum of 3 and 4 is $7$ as it should be", "7"),
+        ("Answer: it is not 5", "not 5"),
+        ("The answer is: the least $n$ is 34 if $m$ is 5", "34 if $m$ is 5"),
+        ("Answer: `$13$`", "13"),
+        ("### Final Answer\n\n13\n", "13"),
+        ("**Answer**\n$$13$$", "13"),
+        ("#### Final Answer\n13", "13"),
+        ("\\boxed{13}\n#### Final answer:\n", "13"),
         ("#### \nThe answer is 4", "4"),
         ("so the answer is $\\boxed{}$.", None),
         ("####", None),
@@ -75,6 +93,35 @@ def test_only_what_follows_the_thinking_counts(text, answer):
 
 
 @pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("\\boxed{1}", None),
+        ("#### 1", None),
+        ("\\boxed{1}</think>", None),
+        ("\\boxed{1}</think>\\boxed{2}", "2"),
+        ("a</think>#### 1<think>b", None),
+    ],
+)
+def test_a_completion_that_begins_inside_of_thinking(text, answer):
+    assert extract_answer(text, thinking=True) == answer
+
+
+def test_a_box_that_repeats_a_later_one_in_another_form():
+    text = "$\\boxed{0.5}$ or $\\boxed{1/2}$ or $\\boxed{3}$"
+    assert extract_answer(text) == "0.5, 1/2, 3"
+    assert extract_answer(text, same=same_answer) == stated_answer(text, same_answer) == "1/2, 3"
+
+
+def test_few_boxes_are_compared():
+    """Of 300 different boxes in a list each with 16, not 300 * 299 / 2 pairs."""
+    calls = []
+    boxes = ", ".join(f"\\boxed{{{i}}}" for i in range(300))
+    found = extract_answer(boxes, same=lambda a, b: bool(calls.append((a, b))))
+    assert found == ", ".join(map(str, range(300)))
+    assert len(calls) < 300 * 17
+
+
+@pytest.mark.parametrize(
     "text_of",
     [
         lambda n: "{" * 10 * n,
@@ -82,6 +129,9 @@ def test_only_what_follows_the_thinking_counts(text, answer):
         lambda n: "\\boxed{" * n,
         lambda n: "\\boxed{" * 3 * n + " " + "}" * 3 * n,
         lambda n: "\\boxed{}" * n,
+        lambda n: "\\boxed{1},\\boxed{2}," * n,
+        lambda n: "the answer: the sum " * n,
+        lambda n: "# answer\n" * n,
         lambda n: "\\boxed{{" * n + "}" * 2 * n,
         lambda n: "\\boxed 7 " * n,
         lambda n: "<answer>" * n,

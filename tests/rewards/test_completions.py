@@ -1,6 +1,12 @@
 import pytest
 
-from grpo_jax.rewards.completions import last_text_of, text_of
+from grpo_jax.rewards.completions import (
+    after_thinking,
+    begin_in_thinking,
+    last_text_of,
+    opens_thinking,
+    text_of,
+)
 
 
 def message(content, role="assistant"):
@@ -35,3 +41,39 @@ def test_last_text_of():
     assert last_text_of("a") == "a"
     assert last_text_of([message("a", "system"), message("b", "user")]) == "b"
     assert last_text_of([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "is_open"),
+    [
+        ("a<think>", True),
+        ("a<think>\nLet me", True),
+        ("a<think></think>", False),
+        ("a<think></think><think>", True),
+        ("Write <think> and </think>.<assistant>", False),
+        ("a", False),
+    ],
+)
+def test_a_prompt_that_leaves_thinking_open(text, is_open):
+    assert opens_thinking(text) == is_open
+    assert begin_in_thinking([[message("a", "user")]], [text]) == [is_open]
+
+
+def test_without_rendered_prompts_only_the_end_of_a_prompt_opens_thinking():
+    prompts = ["2 + 3?<think>\n", [message("a", "user"), message("<think>")], "Use <think>. 2 + 3?"]
+    assert begin_in_thinking(prompts, None) == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking", "rest"),
+    [
+        ("a", False, "a"),
+        ("a", True, None),
+        ("a</think>b", True, "b"),
+        ("a</think>b", False, "b"),
+        ("<think>a</think>b<think>", False, None),
+        ("<think>a", False, None),
+    ],
+)
+def test_after_thinking(text, thinking, rest):
+    assert after_thinking(text, thinking) == rest

@@ -25,6 +25,11 @@ from grpo_jax.rewards.exact import exact_answer, same_answer
         ("\\sqrt2", "\\sqrt{2}"),
         ("\\left(1, 2\\right)", "(1,2)"),
         ("10" * 60, "10" * 60),
+        ("1,\\! 234", "1234"),
+        ("５½", "5\\frac{1}{2}"),
+        ("Α και Ω", "α και ω"),
+        ("\\text{Yes}", "\\text{yes}"),
+        ("b", "B"),
     ],
 )
 def test_equal_answers(one, other):
@@ -45,6 +50,12 @@ def test_equal_answers(one, other):
         ("7 2", "7"),
         ("7 2", "72"),
         ("1 1/2", "11/2"),
+        ("1, 234", "1234"),
+        ("1, 234", "1,234"),
+        ("\\pi", "\\Pi"),
+        ("2R", "2r"),
+        ("A\\rightarrow B", "A\\leftarrow B"),
+        ("5²", "52"),
     ],
 )
 def test_different_answers(one, other):

@@ -71,3 +71,16 @@ def test_the_prompt_may_open_the_thinking():
     assert think_format(prompts, completions, answer=["5"] * 3) == [1.0, 1.0, 0.0]
     # Opened twice.
     assert think_format(["<think>"], ["<think>hm</think>5"]) == [0.0]
+
+
+def test_the_rendered_prompt_may_open_the_thinking():
+    """Under a chat template that does, which the messages do not show."""
+    chat = [[{"role": "user", "content": "2 + 3?"}]] * 3
+    rendered = ["2 + 3?<think>\n", "2 + 3?<think></think>", "2 + 3?<think>Let us see"]
+    completions = ["hm</think>5", "hm</think>5", "hm 5"]
+    assert think_format(chat, completions, rendered_prompts=rendered) == [1.0, 0.0, 0.0]
+    tagged = ["hm</think><answer>5</answer>"] * 3
+    assert think_answer_format(chat, tagged, rendered_prompts=rendered) == [1.0, 0.0, 1.0]
+    marked = ["hm\n#### 5", "hm\n#### 5", "hm</think>\n#### 5"]
+    assert answer_format(chat, marked, rendered_prompts=rendered) == [0.0, 1.0, 1.0]
+    assert answer_format([""], ["<think>hm\n#### 5"]) == [0.0]

@@ -5,6 +5,7 @@ import sys
 from fractions import Fraction
 
 import adversarial
+import perturbed
 import pytest
 from growth import processor_s
 
@@ -286,6 +287,16 @@ def test_math(shared):
         (r"21\text{ dogs}", "21"),
         (r"18 \text{ degrees}", "18"),
     }
+
+
+@pytest.mark.slow
+def test_perturbed_answers_of_math_are_not_paid(shared):
+    """A share of the 6,000 that `python tests/rewards/perturbed.py 6000` makes."""
+    cases = perturbed.make([extract_answer(s) for s in math_solutions(shared)], 900)
+    assert {case.kind for case in cases} == set(perturbed.KINDS)
+    completions = [f"So it is $\\boxed{{{case.changed}}}$." for case in cases]
+    paid = math_answer([""] * len(cases), completions, answer=[case.answer for case in cases])
+    assert [case for case, reward in zip(cases, paid) if reward] == []
 
 
 FRAC = re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}")

@@ -127,3 +127,24 @@ def test_repetition_penalty(text, ngram, value):
 def test_repetition_penalty_needs_words():
     with pytest.raises(ValueError, match="ngram = 0"):
         repetition_penalty(["p"], ["a"], 0)
+
+
+@pytest.mark.parametrize(
+    ("reward", "columns"),
+    [
+        (exact_match, {"answer": ["Paris"]}),
+        (token_f1, {"answer": ["Paris"]}),
+        (mentions, {"words": [["Paris"]]}),
+    ],
+)
+def test_thinking_that_does_not_end_says_nothing(reward, columns):
+    def value(completion, prompt):
+        (value,) = reward([""], [completion], rendered_prompts=[prompt], **columns)
+        return value
+
+    assert value("Paris", "Where?") == 1.0
+    assert value("Paris", "Where?<think>") == 0.0
+    assert value("Rome?</think>Paris", "Where?<think>") == 1.0
+    assert value("Paris?</think>Rome", "Where?<think>") == 0.0
+    assert value("<think>Paris", "Where?") == 0.0
+    assert reward(["Where?<think>"], ["Paris"], **columns) == [0.0]
