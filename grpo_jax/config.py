@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from grpo_jax import rules
 from grpo_jax.messages import shown
 from grpo_jax.options import flatten, override
+from grpo_jax.rewards import reward as reward_lib
 
 
 def default() -> ConfigDict:
@@ -71,11 +72,15 @@ def default() -> ConfigDict:
     # The reward that gives 1 for right and 0 for wrong, which accuracy, pass@k and maj@k read. "":
     # the first built-in one that does; without such there is no accuracy
     c.rewards.accuracy = ""
-    c.rewards.num_workers = 0  # processes that compute rewards; 0: half of the CPUs, at most 16
+    # Processes that compute rewards; 0: half of the CPUs that the run may use, at most 16
+    c.rewards.num_workers = 0
     c.rewards.time_limit_s = 10.0  # of a reward for one completion; a process that hangs is killed
-    c.rewards.memory_gb = 4.0  # memory limit of each process, GiB; 0: none
+    # To import the functions, and of each function's first answer in a process: models are loaded
+    c.rewards.start_limit_s = 120.0
+    c.rewards.memory_gb = 4.0  # of each process with all that it starts, GiB; 0: no limit
     c.rewards.bad_rows = "refuse"  # problems whose columns no reward can read: "refuse" or "drop"
-    c.rewards.max_failed_share = 1.0  # more of a step's completions: guards.failed_rewards
+    # More of a step's completions that have no reward: guards.failed_rewards; 1: never
+    c.rewards.max_failed_share = 0.5
 
     c.batch = ConfigDict()
     c.batch.prompts = 32  # prompts per step
@@ -239,7 +244,7 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except Exception as error:  # a user's file may fail in any way
+    except (Exception, SystemExit) as error:  # a user's file may fail in any way
         raise ValueError(
             f"--config: {path} does not give a config ({type(error).__name__}: {error}). It needs "
             "a function get_config() that changes and returns grpo_jax.config.default()."
@@ -249,6 +254,9 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
             f"--config: get_config() of {path} returns a {type(config).__name__}, not a config. "
             "Let it return the one that it got from grpo_jax.config.default()."
         )
+    config.rewards.names = tuple(
+        reward_lib.spec_of(name) if callable(name) else name for name in config.rewards.names
+    )
     for argument in overrides:
         name, equals, text = argument.partition("=")
         if not name.startswith("--config.") or not equals:
@@ -269,7 +277,8 @@ _FREE = (
     "rollout.num_slots rollout.compact batch.microbatch sft.microbatch model.remat model.attention "
     "model.layers "
     "optim.offload model.offload_reference guards. sft.checkpoint_every_steps "
-    "rewards.num_workers rewards.time_limit_s rewards.memory_gb rewards.max_failed_share "
+    "rewards.num_workers rewards.time_limit_s rewards.start_limit_s rewards.memory_gb "
+    "rewards.max_failed_share "
     "rewards.accuracy "
     "loop.stall_limit_s hosts. batch.memory_limit_gib rollout.attention"
 ).split()

@@ -1,32 +1,47 @@
 """Keys and passwords in texts: they belong in the environment alone.
 
 Where a run's options are read they are refused, since a run records its options; in messages to the
-terminal they are hidden.
+terminal they are hidden, in each form in which Python may write them.
 """
 
 from __future__ import annotations
 
+import base64
+import functools
 import os
 import re
 
-# Names of environment variables that hold one, such as HF_TOKEN and WANDB_API_KEY.
-_NAMES = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$")
+# Names of environment variables that hold one: HF_TOKEN, WANDB_API_KEY, PGPASSWORD, a second
+# OPENAI_APIKEY_2. Not PWD and OLDPWD, which are folders, nor what ends in KEY by chance.
+_NAMES = re.compile(
+    r"(TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIAL|CONNECTION_?STRING"
+    r"|(^|_|API|ACCESS|SECRET|PRIVATE|ACCOUNT)KEY|(^|_)(PASS|PAT|AUTH|DSN|SAS|COOKIE)|_PWD"
+    r"|WEBHOOK(_URL)?)S?(_?[0-9]+)?$"
+)
+_FOLDERS = {"OLDPWD", "OLD_PWD"}
 _LEAST_CHARS = 12  # a shorter value stands in texts by chance
 
-# What the services call theirs begins in a way of its own; of an address, the user and password
-# before the host, and the signature among its arguments.
-_SHAPES = re.compile(
-    r"\bhf_[A-Za-z0-9]{20,}"
-    r"|\bgithub_pat_\w{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bglpat-[\w-]{20,}"
-    r"|\bsk-[\w-]{20,}"
-    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bAIza[\w-]{35}|\bya29\.[\w-]{20,}"
-    r"|\bxox[abprs]-[\w-]{10,}"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-    r"|\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]*"
-    r"|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
-    r"|(?i:(?<=[?&](?:sig|key)=)|(?<=[?&]token=)|(?<=[?&]api_key=)|(?<=[?&]access_token=)"
-    r"|(?<=[?&]x-amz-signature=)|(?<=[?&]x-goog-signature=))[^&\s'\"]{8,}"
+# What the services call theirs begins in a way of its own.
+_KEYS = re.compile(
+    r"\b(?:(?:hf|api_org|gsk|esecret|ntn|npm|r8|fw|gh[pousr])_[A-Za-z0-9]{20,}"
+    r"|(?:github_pat|wandb_v1|lsv2_[a-z]{2})_\w{20,}|[sr]k_(?:live|test)_[A-Za-z0-9]{16,}"
+    r"|(?:sk|xai|nvapi|pplx|tvly|glpat|GOCSPX|pypi)-[\w-]{20,}|xox[abeoprs]-[\w-]{10,}"
+    r"|dop_v1_[0-9a-f]{40,}|dapi[0-9a-f]{32}|(?:AKIA|ASIA)[A-Z0-9]{16}\b|AIza[\w-]{35}"
+    r"|ya29\.[\w-]{20,}|SG\.[\w-]{16,}\.[\w-]{16,}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]*)"
 )
+# Of an address the user and password before the host; what a name before it says to be one.
+_IN_ADDRESSES = re.compile(r"(://)[^/\s:@]*:[^/\s@]+(?=@)|(hooks\.slack\.com/services/)[\w/]{20,}")
+_NAMED = re.compile(
+    r"((?:[?&](?:sig|key|token|api_key|access_token|x-amz-signature|x-goog-signature)|password|pwd"
+    r"|accountkey|sharedaccesskey)=|authorization['\"]?: ?['\"]?(?:basic|bearer) )"
+    r"[^;&\s'\",)]{8,}",
+    re.IGNORECASE,
+)
+_PRIVATE_KEY = re.compile(  # the whole of it, its line ends as they are or escaped
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:(?:\s|\\+[nr]){0,9}[A-Za-z0-9+/=]{16,})*"
+    r"(?:(?:\s|\\+[nr]){0,9}[A-Za-z0-9+/=]*(?:\s|\\+[nr]){0,9}-----END [A-Z ]*PRIVATE KEY-----)?"
+)
+_SHAPES = (_KEYS, _IN_ADDRESSES, _NAMED, _PRIVATE_KEY)
 
 
 def stands_in(text: str) -> str | None:
@@ -36,9 +51,9 @@ def stands_in(text: str) -> str | None:
     key of a service or an address with a password.
     """
     for name, value in _of_environment():
-        if value in text:
+        if _written(value).search(text):
             return f"the value of the environment variable {name}"
-    if _SHAPES.search(text):
+    if any(shape.search(text) for shape in _SHAPES):
         return "what looks like a key, or an address with a password"
     return None
 
@@ -46,11 +61,67 @@ def stands_in(text: str) -> str | None:
 def hidden(text: str) -> str:
     """A text with *** in the place of every secret that `stands_in` knows."""
     for _, value in _of_environment():
-        text = text.replace(value, "***")
-    return _SHAPES.sub("***", text)
+        text = _written(value).sub("***", text)
+    for shape in _SHAPES:  # a group is what stands before the secret
+        text = shape.sub(lambda found: "".join(filter(None, found.groups())) + "***", text)
+    return text
 
 
 def _of_environment() -> list[tuple[str, str]]:
     """Environment variables that hold secrets, the longest first: one may stand in another."""
-    found = [(n, v.strip()) for n, v in os.environ.items() if _NAMES.search(n.upper())]
+    found = [(n, v.strip()) for n, v in os.environ.items() if _is_named_as_one(n.upper())]
     return sorted((f for f in found if len(f[1]) >= _LEAST_CHARS), key=lambda f: -len(f[1]))
+
+
+def _is_named_as_one(name: str) -> bool:
+    return bool(_NAMES.search(name)) and name not in _FOLDERS
+
+
+# --- How a secret may be written ------------------------------------------------------------------
+
+
+@functools.lru_cache(64)
+def _written(value: str) -> re.Pattern[str]:
+    """A secret as it is, in Python's and JSON's escapes, percent-encoded, or within base64.
+
+    Escapes may be escaped again, as where an error's text holds the repr of another's.
+    """
+    parts = re.findall(r"\\+|[^\\]", value, re.DOTALL)
+    return re.compile("|".join(["".join(map(_part, parts)), *map(re.escape, _base64(value))]))
+
+
+def _part(part: str) -> str:
+    """A pattern of the ways to write a character, or some backslashes.
+
+    Backslashes are taken as many as there are, and never given back: no text costs more than its
+    length.
+    """
+    if part.isascii() and part.isalnum():
+        return part
+    num = len(part)
+    if part[0] == "\\":
+        return rf"(?:\\{{{num},{8 * num}}}+|(?i:%5c){{{num}}})"
+    pairs = part.encode("utf-16-be", "surrogatepass")
+    octets = part.encode("utf-8", "surrogatepass")
+    escapes = [
+        r"\\{1,8}+".join(f"u{pairs[i : i + 2].hex()}" for i in range(0, len(pairs), 2)),
+        r"\\{1,8}+".join(f"x{octet:02x}" for octet in octets),
+        f"x{ord(part):02x}",
+        f"u{ord(part):08x}",  # of U, as case is not looked at
+    ]
+    ways = [re.escape(part), *([_SHORT[part]] if part in _SHORT else []), *escapes]
+    percent = "".join(f"%{octet:02x}" for octet in octets) + (r"|\+" if part == " " else "")
+    return rf"(?i:\\{{0,8}}+(?:{'|'.join(ways)})|{percent})"
+
+
+_SHORT = {"\n": "n", "\r": "r", "\t": "t"}  # escapes of one letter
+
+
+def _base64(value: str) -> list[str]:
+    """The parts of base64 that a text leaves wherever it stands in what is encoded."""
+    raw, found = value.encode("utf-8", "surrogatepass"), []
+    for before in range(3):
+        text = base64.b64encode(bytes(before) + raw).decode()
+        sure = text[-(-before * 8 // 6) : (before + len(raw)) * 8 // 6]
+        found += [sure, sure.translate(str.maketrans("+/", "-_"))]
+    return list(dict.fromkeys(found))

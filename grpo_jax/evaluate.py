@@ -38,6 +38,7 @@ from grpo_jax.estimates import Estimate, Tally
 from grpo_jax.judge import Complaints
 from grpo_jax.metrics import Progress, console, print_title, say
 from grpo_jax.rewards.pool import Pool
+from grpo_jax.rewards.score import RewardError
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Sampling
@@ -234,6 +235,8 @@ def _evaluate(
         files[kind] = Path(args.out) / f"{_file_name(name)}_{args.split}_{kind}.jsonl"
         if hosts.is_first():
             evaluation.write_items(files[kind], answered, further)
+        for text in answered.scores.broken(config.rewards.max_failed_share).values():
+            raise RewardError(f"{name}: {text}")
     return Evaluated(path, name, tallies, files)
 
 

@@ -83,20 +83,25 @@ class Guards:
         self._actions = _actions(config)
         self._order: tuple[str, int, str] | None = None  # action, step and message
         self._times: dict[str, int] = {}
+        self._worked: set[str] = set()  # rewards that a completion got since the program began
         self.leaves_out = False  # whether the updates on the newest rollout shall not be made
 
     def look_at_scores(self, step: int, scores: Scores) -> None:
         """Looks for rewards that failed too often; raises `RewardError` where that ends the run."""
         self.leaves_out = False
-        limit = self._config.rewards.max_failed_share
+        broken = scores.broken(self._config.rewards.max_failed_share)
         for name, failed_B in scores.failed.items():
-            if failed_B.mean() <= limit:
+            text = broken.get(name)
+            if not failed_B.all():
+                self._worked.add(name)
+            elif name not in self._worked:
+                never = f"no completion has got the reward {name!r} since the start"
+                if text is None:  # the limit is 1
+                    say(f"warning: Step {step}: {never}.")
+                else:
+                    text = f"{never}: {text}"
+            if text is None:
                 continue
-            first = next(f for f in scores.failures if f.reward == name)
-            text = (
-                f"{failed_B.sum()} of {len(failed_B)} completions have no reward {name!r}, more "
-                f"than rewards.max_failed_share = {limit}. The first: {first.message}"
-            )
             if self._actions["failed_rewards"] == "stop":
                 raise RewardError(f"Step {step}: {text}")
             self._found("failed_rewards", step, text, "Its updates are left out.")
@@ -108,7 +113,8 @@ class Guards:
         if math.isinf(reward):
             each = ", ".join(f"{n} {v:g}" for n, v in values.items() if n.startswith("reward/"))
             text = f"the mean reward is {reward}: weighted, rewards are beyond float32 ({each})"
-            self._found("nonfinite", step, text, "The updates on it are refused.")
+            self._found("nonfinite", step, text, "Its updates are left out.")
+            self.leaves_out |= self._actions["nonfinite"] == "skip"
         elif not math.isnan(reward):
             history.rewards = [*history.rewards, reward][-options.window :]
             self._look_at_fall(step)

@@ -10,7 +10,8 @@ from grpo_jax.data.problems import Problem
 from grpo_jax.metrics import say
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import score as score_lib
-from grpo_jax.rewards.pool import Pool, Ticket
+from grpo_jax.rewards.pool import Pool
+from grpo_jax.rewards.ticket import Ticket
 
 
 class Judge:
@@ -85,7 +86,8 @@ class Judge:
         if fault:
             raise score_lib.RewardError(fault)
         assert len(everyones) == len(self._problems), "the engine did not finish every group"
-        return score_lib.join([everyones[n] for n in range(len(self._problems))])
+        parts = [everyones[n] for n in range(len(self._problems))]
+        return score_lib.join(parts, self._pool.rewards)
 
 
 def as_reply(problem: Problem, text: str) -> Any:
@@ -102,12 +104,20 @@ class Complaints:
     def note(self, when: str, scores: score_lib.Scores) -> None:
         """Says what failed in `scores`, in one line per reward, with an example."""
         for name, failed_B in scores.failed.items():
-            if not failed_B.any():
+            retried, why = scores.retried.get(name, (0, ""))
+            if not failed_B.any() and not retried:
                 continue
             times = self._times[name] = self._times.get(name, 0) + 1
-            if times & (times - 1) == 0:
+            if times & (times - 1):
+                continue
+            if failed_B.any():
                 first = next(f for f in scores.failures if f.reward == name)
                 say(
                     f"warning: {when}: {failed_B.sum()} of {len(failed_B)} completions have no "
-                    f"reward {name!r} and count as 0 there. {first.message}"
+                    f"reward {name!r}, and are worth the least of the step there. {first.message}"
+                )
+            else:
+                say(
+                    f"warning: {when}: {retried} calls of the reward {name!r} failed for a group, "
+                    f"and not for its completions each alone, which count. {why}"
                 )

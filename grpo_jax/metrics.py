@@ -27,6 +27,7 @@ from rich.text import Text
 
 from grpo_jax.credentials import hidden
 from grpo_jax.logs import EventLog, Log
+from grpo_jax.messages import cut
 
 
 class Metric(NamedTuple):
@@ -40,7 +41,7 @@ METRICS: dict[str, Metric] = {
     "reward_std": Metric("", "standard deviation of that sum over all completions of the step"),
     "reward/NAME": Metric("", "mean of one reward over the completions it was given to"),
     "rewards/failed/NAME": Metric(
-        "completions", "of the step for which one reward failed, and counts as 0"
+        "completions", "of the step for which one reward failed, worth the least of the step, or 0"
     ),
     "rewards/failed_by_timeout": Metric("completions", "rewards that took too long"),
     "rewards/failed_by_error": Metric("completions", "rewards that raised"),
@@ -131,7 +132,7 @@ METRICS: dict[str, Metric] = {
     "eval/answer_found_share": Metric("share", "greedy completions in which an answer was found"),
     "eval/truncated_share": Metric("share", "greedy completions cut at the token limit"),
     "eval/length": Metric("tokens", "mean length of greedy completions"),
-    "eval/failed_rewards": Metric("completions", "rewards that failed, each counted as 0"),
+    "eval/failed_rewards": Metric("completions", "rewards that failed, each counted as wrong"),
     "eval/pass@K": Metric("share", "held-out problems that at least one of K samples solves"),
     "eval/maj@K": Metric("share", "held-out problems that the commonest answer of K solves"),
     "eval/mean@K": Metric("share", "mean accuracy of K samples per held-out problem"),
@@ -258,8 +259,10 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
     parts = []
     for row in rows:
         parts.append("**" + " · ".join(_facts(row)) + "**")
-        for title in ("prompt", "completion"):
-            lines = _visible(row[title]).split("\n")
+        texts = {title: row[title] for title in ("prompt", "completion")} | row.get("extras", {})
+        for title, text in texts.items():
+            title = re.sub(r"[^\w .-]", "?", title)  # of an extra column, by a reward function
+            lines = _visible(str(text)).split("\n")
             parts.append(f"{title}:\n\n" + "\n".join("    " + line for line in lines))
     return "\n\n".join(parts)
 
@@ -288,6 +291,7 @@ def _start_wandb(workdir: Path, project: str, config: dict[str, Any]) -> Any:
 # --- Terminal -------------------------------------------------------------------------------------
 
 console = Console(highlight=False)
+_MAX_EXTRA_CHARS = 40  # of what a reward function added to a sample: texts keep their width
 
 
 def say(text: str) -> None:
@@ -312,7 +316,7 @@ def print_samples(title: str, rows: list[dict[str, Any]], max_chars: int = 600) 
     """Prints a table of completions (the keys stand at the top of this module).
 
     Texts are shown as they are, with control characters spelled out, and cut in their middle to
-    `max_chars`: beginning and answer stay.
+    `max_chars`: beginning and answer stay. What reward functions added is cut to a line of its own.
     """
     table = Table(title=title, title_justify="left", show_lines=True)
     table.add_column("prompt", ratio=2, overflow="fold")
@@ -320,7 +324,11 @@ def print_samples(title: str, rows: list[dict[str, Any]], max_chars: int = 600) 
     table.add_column("", no_wrap=True)  # one column of facts leaves the texts their width
     for row in rows:
         texts = [Text(_printable(_cut(row[t], max_chars))) for t in ("prompt", "completion")]
-        table.add_row(*texts, Text("\n".join(_facts(row))))
+        extras = [
+            cut(" ".join(f"{name} {value}".split()), _MAX_EXTRA_CHARS)
+            for name, value in row.get("extras", {}).items()
+        ]
+        table.add_row(*texts, Text(_printable("\n".join(_facts(row) + extras))))
     console.print(table)
 
 
@@ -329,7 +337,7 @@ def _facts(row: dict[str, Any]) -> list[str]:
     facts = [f"{name} {_number(value)}" for name, value in row["rewards"].items()]
     if "advantage" in row:
         facts += [f"advantage {_number(row['advantage'])}", f"{row['length']} tokens"]
-    return facts + [f"{name} {value}" for name, value in row.get("extras", {}).items()]
+    return facts
 
 
 def show_progress(noun: str, state: Callable[[], tuple[int, int]]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from grpo_jax import cpus as cpus_lib
 from grpo_jax import evaluation, guards, optim, rules, sharding, workdir
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import policy as policy_lib
@@ -88,7 +88,9 @@ def load_problems(config: ConfigDict) -> tuple[list, list]:
 def load_rewards(config: ConfigDict) -> list[reward_lib.Reward]:
     """The config's reward functions; ValueError where one cannot be had."""
     options = config.rewards
-    return reward_lib.load(options.names, options.weights, options.accuracy)
+    return reward_lib.load(
+        options.names, options.weights, options.accuracy, start_limit_s=options.start_limit_s
+    )
 
 
 def answerable(config: ConfigDict, rewards: list[reward_lib.Reward], problems: list) -> list:
@@ -115,12 +117,12 @@ def start_rewards(
     config: ConfigDict, rewards: list[reward_lib.Reward], *, device_is_busy: bool = True
 ) -> Pool:
     """The rewards' worker processes: on half of the CPUs, or all while no device computes."""
-    options, cpus = config.rewards, os.cpu_count() or 1
+    options, cpus = config.rewards, cpus_lib.usable()
     return Pool(
         rewards,
         max_completion_tokens=config.rollout.max_tokens,
         num_workers=options.num_workers or min(max(cpus // (1 + device_is_busy), 1), 16),
-        limits=Limits(options.time_limit_s, int(options.memory_gb * 2**30)),
+        limits=Limits(options.time_limit_s, int(options.memory_gb * 2**30), options.start_limit_s),
     )
 
 

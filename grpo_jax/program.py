@@ -16,7 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from grpo_jax import config as config_lib
-from grpo_jax import disk, hosts, rules
+from grpo_jax import cpus, disk, hosts, rules
 from grpo_jax.credentials import hidden
 from grpo_jax.metrics import console, one_line, say
 from grpo_jax.workdir import Stopped
@@ -116,10 +116,8 @@ def use_all_cores(config: ConfigDict, num_params: int) -> None:
     asked = asked or mesh.data != -1 or mesh.fsdp * mesh.sequence * mesh.tensor != 1
     if asked or num_params > _SMALL or hosts.count() > 1:
         return
-    known = hasattr(os, "sched_getaffinity")  # not everywhere
-    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     groups = rules.groups_at_once(config)
-    devices = max(n for n in range(1, cores + 1) if groups % n == 0)
+    devices = max(n for n in range(1, cpus.usable() + 1) if groups % n == 0)
     if jax.config.jax_num_cpu_devices != devices:
         jax.config.update("jax_num_cpu_devices", devices)
 

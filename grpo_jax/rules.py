@@ -71,8 +71,8 @@ _POSITIVE = (
     "data.max_prompt_tokens data.num_train model.num_layers model.width model.mlp_width "
     "model.num_heads model.num_kv_heads optim.learning_rate optim.eps "
     "sft.batch sft.learning_rate sft.max_tokens checkpoint.keep rewards.time_limit_s "
-    "checkpoint.max_failed hosts.start_limit_s hosts.lost_limit_s algorithm.importance_cap "
-    "guards.window guards.max_skipped"
+    "rewards.start_limit_s checkpoint.max_failed hosts.start_limit_s hosts.lost_limit_s "
+    "algorithm.importance_cap guards.window guards.max_skipped"
 ).split()
 _NOT_NEGATIVE = (
     "seed rollout.temperature rollout.top_k rollout.num_slots algorithm.clip_low "

@@ -39,6 +39,31 @@ def _refusal(config) -> str:
     return str(info.value)
 
 
+def test_a_reward_function_may_stand_in_place_of_its_name(tmp_path, monkeypatch):
+    """Where a worker can import it; one of the config file itself is refused by a message."""
+    (tmp_path / "own_rewards.py").write_text("def words(completions, **columns):\n    return []\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = (
+        "from own_rewards import words\n"
+        "from grpo_jax import config as config_lib\n"
+        "def here(completions, **columns):\n    return []\n"
+        "def get_config():\n"
+        "    c = config_lib.default()\n"
+        "    c.data.task, c.sft.num_steps = 'arithmetic', 1\n"
+        "    c.rewards.names, c.rewards.weights = ('exact_answer', words), (1.0, 1.0)\n"
+        "    return c\n"
+    )
+    file = tmp_path / "named.py"
+    file.write_text(text)
+    assert config_lib.load(str(file), []).rewards.names == ("exact_answer", "own_rewards:words")
+    file.write_text(text.replace(", words)", ", here)"))
+    with pytest.raises(ValueError, match=r"rewards.names holds the function 'here' itself"):
+        config_lib.load(str(file), [])
+    file.write_text("import sys\nsys.exit()\n")
+    with pytest.raises(ValueError, match=r"does not give a config \(SystemExit"):
+        config_lib.load(str(file), [])
+
+
 # --- Every option has a reader --------------------------------------------------------------------
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
+import urllib.parse
 
 import pytest
 from test_config import _refusal, _valid
@@ -21,6 +23,19 @@ SHAPED = [
     "https://bucket/data.jsonl?X-Amz-Signature=0123456789abcdef",
     "https://host/d?a=b&token=0123456789",
     "-----BEGIN RSA PRIVATE KEY-----",
+    "-----BEGIN PRIVATE KEY-----\\n"
+    + "Zz9" * 21
+    + "\n"
+    + "aB3" * 7
+    + "\n-----END PRIVATE KEY-----",
+    "gsk_" + "aB3" * 12,
+    "sk_live_" + "aB3" * 8,
+    "xai-" + "aB3" * 8,
+    "SG." + "aB3" * 7 + "." + "Zz9" * 9,
+    "https://hooks.slack.com/services/T00/B00/" + "aB3" * 8,
+    "Server=tcp:db;Password=hunter2pass;Port=1",
+    "AccountName=a;AccountKey=" + "aB3" * 8 + "==;EndpointSuffix=x",
+    "{'Authorization': 'Bearer 0123456789abcdef'}",
 ]
 PLAIN = [
     "", "Qwen/Qwen2.5-0.5B", "/home/me/hf_models/sk-learn", "gs://bucket/runs/1", "a:b@c",
@@ -48,6 +63,44 @@ def test_a_secret_is_found_and_hidden(text, environment):
 @pytest.mark.parametrize("text", PLAIN)
 def test_other_texts_are_left_alone(text, environment):
     assert credentials.stands_in(text) is None and credentials.hidden(text) == text
+
+
+@pytest.mark.parametrize(
+    "secret",
+    ["pa\\ss\"w'ordé-1234 ü\U0001f600\n/x", '\\x\\\\n"-ord1234567', "correct horse=1-ord+"],
+)
+def test_a_secret_is_hidden_however_python_writes_it(secret, monkeypatch):
+    monkeypatch.setenv("MY_PASSWORD", secret)
+    raw = secret.encode()
+    for written in (
+        repr(secret), ascii(secret), repr('"' + secret), repr(KeyError(repr(secret))),
+        json.dumps(secret), json.dumps(secret, ensure_ascii=False), json.dumps(repr(secret)),
+        repr(raw), ascii(repr(secret)), str({"a": secret}),
+        urllib.parse.quote(secret), urllib.parse.quote(secret, safe=""),
+        urllib.parse.quote_plus(secret), urllib.parse.urlencode({"p": secret}),
+        *(base64.b64encode(before + raw).decode() for before in (b"", b"u:", b"me:", b"user:")),
+        base64.urlsafe_b64encode(b"user:" + raw + b"xy").decode(),
+    ):  # fmt: skip
+        clean = credentials.hidden(f"before {written} after")
+        assert credentials.stands_in(written) == "the value of the environment variable MY_PASSWORD"
+        assert clean.startswith("before ") and clean.endswith(" after") and "***" in clean, written
+        assert "ord" not in clean.removeprefix("before "), clean
+    assert credentials.hidden("\\" * 100_000).count("\\") == 100_000  # in time, too
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        ("OPENAI_APIKEY", True), ("PGPASSWORD", True), ("AZURE_STORAGE_CONNECTION_STRING", True),
+        ("OPENAI_API_KEY_2", True), ("HF_TOKEN", True), ("MYSQL_PWD", True), ("SENTRY_DSN", True),
+        ("AWS_SECRET_ACCESS_KEY", True), ("CLIENTSECRET", True), ("DB_PASS", True),
+        ("PWD", False), ("OLDPWD", False), ("MONKEY", False), ("COMPASS", False),
+        ("TOKENIZERS_PARALLELISM", False), ("SSH_AUTH_SOCK", False), ("XDG_SESSION_PATH", False),
+    ],
+)  # fmt: skip
+def test_which_variables_hold_secrets(name, is_one, monkeypatch):
+    monkeypatch.setenv(name, "a-value-of-some-length")
+    assert ("***" == credentials.hidden("a-value-of-some-length")) == is_one
 
 
 def test_an_option_that_holds_a_secret_is_refused(environment):

@@ -15,7 +15,7 @@ from grpo_jax.rewards.score import Failure, RewardError, Scores
 
 def _config(**options):
     config = config_lib.default()
-    config.rewards.max_failed_share = 0.5
+    assert config.rewards.max_failed_share == 0.5
     config.guards.update({"window": 2, "equal_groups_steps": 2} | options)
     return config
 
@@ -136,6 +136,7 @@ def test_rewards_beyond_float32_are_named():
     with pytest.raises(RollBack, match=r"Step 3: the mean reward is inf.*reward/f inf"):
         guards.obey()
     assert not guards._history.rewards  # nothing could be compared with it
+    assert _rollout(_guards(nonfinite="skip"), 3, math.inf)  # left out, as it is told
 
 
 def test_rewards_that_fail_too_often(capsys):
@@ -151,6 +152,21 @@ def test_rewards_that_fail_too_often(capsys):
     assert not guards.leaves_out
     with pytest.raises(RewardError, match=r"rewards.max_failed_share = 0.5\. The first: It gave"):
         _guards(failed_rewards="stop").look_at_scores(2, _scores(3))
+
+
+def test_rewards_that_never_worked(capsys):
+    """It is said first; where no share of failures is too large, it is said at least."""
+    with pytest.raises(RewardError, match=r"Step 1: no completion has got the reward 'f' since"):
+        _guards().look_at_scores(1, _scores(4))
+    guards = _guards()
+    guards.look_at_scores(1, _scores(2))
+    with pytest.raises(RewardError, match=r"Step 2: 4 of 4 completions"):  # it has worked before
+        guards.look_at_scores(2, _scores(4))
+    guards = _guards()
+    guards._config.rewards.max_failed_share = 1.0
+    guards.look_at_scores(1, _scores(4))
+    assert "Step 1: no completion has got the reward 'f' since the start" in capsys.readouterr().out
+    assert not guards.leaves_out
 
 
 # --- What is done ---------------------------------------------------------------------------------

@@ -64,11 +64,19 @@ def test_a_group_that_is_missing_is_noticed():
             judge.scores()
 
 
-def _scores(failed):
+def _scores(failed, **more):
     failed_B = np.array(failed)
     failures = tuple(Failure("r", int(i), "error", "It broke.") for i in np.flatnonzero(failed_B))
     nan_B = np.where(failed_B, np.nan, 1.0)
-    return Scores(nan_B, {"r": nan_B}, {"r": failed_B}, {"r": nan_B}, failures)
+    return Scores(nan_B, {"r": nan_B}, {"r": failed_B}, {"r": nan_B}, failures, **more)
+
+
+def test_what_failed_for_groups_alone_is_told(monkeypatch):
+    said = []
+    monkeypatch.setattr(judge_lib, "say", said.append)
+    Complaints().note("step 1", _scores([False, False], retried={"r": (3, "It broke.")}))
+    assert "step 1: 3 calls of the reward 'r' failed for a group" in said[0]
+    assert said[0].endswith("It broke.")
 
 
 def test_complaints_become_rare(monkeypatch):

@@ -194,6 +194,19 @@ def test_samples_show_texts_as_they_are(monkeypatch):
     assert "\x1b" not in text and "\u202e" not in text and text.count("x") < 1000
 
 
+def test_what_reward_functions_add_to_samples(monkeypatch, tmp_path):
+    """Control characters are spelled out, and long texts leave the others their width."""
+    extras = {"judge\x1b[2J": "\x1b[31mRED\u202e " + "word " * 400, "n": None}
+    raw = terminal(monkeypatch)
+    metrics.print_samples("Completions of step 3", [SAMPLE | {"extras": extras}])
+    text = raw.getvalue().decode()
+    assert "\x1b" not in text and "\u202e" not in text
+    assert "judge\\x1b[2J \\x1b[31mRED\\u202e word" in text and text.count("word") < 10
+    assert "#### 2" in text and "n None" in text
+    board = metrics._markdown([SAMPLE | {"extras": {"a*b": "<b>x\n* y</b>"}}])
+    assert board.endswith("a?b:\n\n    <b>x\n    * y</b>")
+
+
 def test_a_terminal_without_unicode(monkeypatch):
     raw = terminal(monkeypatch, encoding="ascii")
     metrics.print_samples("Completions of step 0", [SAMPLE | {"completion": "naïve \ud800 ∑"}])

@@ -36,7 +36,7 @@ REASONS = {
     ("configs/sft.py", "exec_module"): (1, "a config file that changes another"),
     ("grpo_jax/data/tasks/__init__.py", "import_module"): (1, "a name among those of its folder"),
     ("grpo_jax/rewards/reward.py", "import_module"): (1, "the user's own reward functions"),
-    ("grpo_jax/rewards/pool.py", "Pipe"): (
+    ("grpo_jax/rewards/process.py", "Pipe"): (
         1,
         "pickles between the trainer and a process that it started; no file and no network",
     ),

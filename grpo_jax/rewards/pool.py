@@ -1,8 +1,9 @@
 """Rewards computed in worker processes, so that no reward function can hang or break a run.
 
 A worker that takes too long is killed with everything it started, and replaced; the completion
-counts as failed. Calls hold the completions of one prompt. When a call fails, its completions are
-tried again one by one, so that one bad completion costs no other its reward.
+counts as failed. Calls hold the completions of one prompt. When a call raises, hangs or dies, its
+completions are tried again one by one, so that one bad completion costs no other its reward; one
+that returns another number of values is wrong about all of them, and is not.
 """
 
 from __future__ import annotations
@@ -10,23 +11,19 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from multiprocessing import connection
 from typing import Any
 
-import numpy as np
-
-from grpo_jax.rewards import score as score_lib
+from grpo_jax.rewards import keeper, sources
+from grpo_jax.rewards.process import Worker
 from grpo_jax.rewards.reward import Reward
-from grpo_jax.rewards.score import Failure, RewardError, Scores
+from grpo_jax.rewards.score import RewardError, Scores
+from grpo_jax.rewards.ticket import Ticket
 from grpo_jax.rewards.worker import Answer, Call, Setup
 
-_START_LIMIT_S = 300.0  # for a worker to import its reward functions
 _MAX_FALSE_STARTS = 3  # workers in a row that end before they answer anything
 
 
@@ -35,73 +32,10 @@ class Limits:
     """What one completion may cost."""
 
     seconds: float = 10.0  # of a reward function for one completion
-    memory_bytes: int = 4 << 30  # of a worker process; 0: no limit
-
-
-class Ticket:
-    """Scores that are being computed."""
-
-    def __init__(self, rewards: Sequence[Reward], rows: int):
-        self._rewards, self._rows = rewards, rows
-        shape = (len(rewards), rows)
-        self._values = np.full(shape, np.nan, np.float32)
-        self._failed = np.zeros(shape, bool)
-        self._seconds = np.zeros(shape)
-        self._failures: list[Failure] = []
-        self._metrics: dict[str, tuple[float, int]] = {}
-        self._extras: dict[str, list] = {}
-        self._open = len(rewards) * rows
-        self._done = threading.Event()
-        self._fault: str | None = None
-        if not self._open:
-            self._done.set()
-
-    def result(self) -> Scores:
-        """The scores, once all are there. Raises RewardError when no worker can be started."""
-        while not self._done.wait(timeout=1.0):  # in turns, so that signals are heard
-            pass
-        if self._fault:
-            raise RewardError(self._fault)
-        named = lambda array: {r.name: array[i] for i, r in enumerate(self._rewards)}  # noqa: E731
-        by_name, failed = named(self._values), named(self._failed)
-        order = sorted(self._failures, key=lambda f: (f.row, f.reward))
-        return Scores(
-            reward_B=score_lib.combine(self._rewards, by_name, failed),
-            by_name=by_name,
-            failed=failed,
-            seconds=named(self._seconds),
-            failures=tuple(order),
-            metrics=self._metrics,
-            extras=self._extras,
-        )
-
-    def progress(self) -> tuple[int, int]:
-        """Rewards that are there, and those that were asked for."""
-        total = len(self._rewards) * self._rows
-        return (total if self._done.is_set() else total - self._open), total
-
-    def _fill(self, reward: int, rows: range, answer: Answer) -> None:
-        """The outcome of one call (of one completion, if it failed)."""
-        self._seconds[reward, rows] = answer.seconds / len(rows)
-        if answer.values is None:
-            self._failed[reward, rows] = True
-            name = self._rewards[reward].name
-            self._failures += [Failure(name, r, answer.failure, answer.message) for r in rows]
-        else:
-            self._values[reward, rows] = answer.values
-        for name, (total, count) in answer.metrics.items():
-            before = self._metrics.get(name, (0.0, 0))
-            self._metrics[name] = (before[0] + total, before[1] + count)
-        for name, values in answer.extras.items():
-            column = self._extras.setdefault(name, [None] * self._rows)
-            column[rows.start : rows.stop] = values
-        self._open -= len(rows)
-        if not self._open:
-            self._done.set()
-
-    def _end(self, fault: str) -> None:
-        self._fault = fault
-        self._done.set()
+    memory_bytes: int = 4 << 30  # of a worker process and all that it starts; 0: no limit
+    # For a worker to import its functions, and for the first answer of each there: it may load a
+    # model
+    start_seconds: float = 120.0
 
 
 @dataclasses.dataclass
@@ -109,45 +43,8 @@ class _Task:
     call: Call
     ticket: Ticket
     rows: range
-
-
-class _Worker:
-    """One process and its pipe; `task` is what it works on."""
-
-    def __init__(self, setup: Setup):
-        self.pipe, theirs = connection.Pipe()
-        code = (
-            f"import sys; sys.path[:] = {sys.path!r}; from grpo_jax.rewards import worker; "
-            f"worker.main({theirs.fileno()})"
-        )
-        alone = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            stdout=2,  # a program's own output stays clean
-            # An accelerator belongs to the trainer; a worker's JAX, if any, runs on the CPU.
-            env=alone | os.environ | {"JAX_PLATFORMS": "cpu"},
-            start_new_session=True,  # Ctrl-C is not for it; its children die with it
-        )
-        theirs.close()
-        self.task: _Task | None = None
-        self.is_ready = False
-        self.deadline = time.monotonic() + _START_LIMIT_S
-        self.pipe.send(setup)
-
-    @property
-    def is_idle(self) -> bool:
-        return self.is_ready and self.task is None
-
-    def kill(self) -> None:
-        """The process and all that it started, at once."""
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self.process.wait()
-        self.pipe.close()
+    number: int = 0  # by which its answer is known
+    is_again: bool = False  # it was lost with its worker before, and not by its own fault
 
 
 class Pool:
@@ -173,9 +70,12 @@ class Pool:
             tuple(r.name for r in rewards),
             limits.memory_bytes,
             max_completion_tokens,
+            sources.held(),
         )
         self._typical_s = [0.0] * len(rewards)  # of a completion, in calls that went well
+        self._first_s: list[float | None] = [None] * len(rewards)  # of a worker's first answer
         self._false_starts = 0
+        self._num_calls = 0
         self._queue: collections.deque[_Task] = collections.deque()
         self._lock = threading.Lock()
         self._closing = False
@@ -184,7 +84,8 @@ class Pool:
         self._bell, self._ring = os.pipe()
         os.set_blocking(self._ring, False)
         # Started by the thread that waits for them: Linux ends a worker with its parent thread.
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
+        self._tasks: dict[Worker, _Task] = {}  # what they work on
         self._thread = threading.Thread(
             target=self._serve, args=(num_workers,), name="rewards", daemon=True
         )
@@ -243,7 +144,7 @@ class Pool:
         with self._lock:
             assert not self._closing, "the pool is closed"
             if self._fault:
-                ticket._end(self._fault)
+                ticket.end(self._fault)
             self._queue.extend(tasks)
         self._wake()
         return ticket
@@ -279,65 +180,85 @@ class Pool:
 
     def _serve(self, num_workers: int) -> None:
         try:
-            self._workers = [_Worker(self._setup) for _ in range(num_workers)]
+            self._workers = [self._new_worker() for _ in range(num_workers)]
             while not self._closing:
                 self._hand_out()
                 self._wait()
         except BaseException as error:
-            self._give_up(f"The reward workers failed: {type(error).__name__}: {error}")
-            if not isinstance(error, RewardError):
+            if isinstance(error, RewardError):
+                self._give_up(str(error))
+            else:
+                self._give_up(f"The reward workers failed: {type(error).__name__}: {error}")
                 raise
         finally:
             for worker in self._workers:
-                worker.kill()
+                worker.ask_to_end()
+            for worker in self._workers:
+                worker.end()
             self._give_up("The reward workers were ended.")
+
+    def _new_worker(self) -> Worker:
+        return Worker(self._setup, self._limits.start_seconds)
 
     def _give_up(self, fault: str) -> None:
         with self._lock:
             self._fault = self._fault or fault
-            tasks = [*self._queue, *(w.task for w in self._workers if w.task)]
+            tasks = [*self._queue, *self._tasks.values()]
             self._queue.clear()
         for task in tasks:
-            task.ticket._end(self._fault)
+            task.ticket.end(self._fault)
         self._ready.set()
 
+    def _is_idle(self, worker: Worker) -> bool:
+        return worker.is_ready and worker not in self._tasks
+
     def _hand_out(self) -> None:
-        for i, worker in enumerate(self._workers):
-            if not worker.is_idle:
+        for worker in list(self._workers):
+            if not self._is_idle(worker):
                 continue
             with self._lock:
                 if not self._queue:
                     return
-                task = self._queue.popleft()
-            worker.task = task
-            worker.deadline = time.monotonic() + self._limits.seconds
-            if len(task.rows) > 1:  # slow by nature is not hanging: time for what such calls take
-                worker.deadline += 4 * len(task.rows) * self._typical_s[task.call.reward]
+                task = self._tasks[worker] = self._queue.popleft()
+            self._num_calls += 1
+            task.number = self._num_calls
+            worker.called = time.monotonic()
+            worker.deadline = worker.called + self._limit_s(worker, task)
             try:
-                worker.pipe.send(task.call)
+                worker.pipe.send((task.number, task.call))
             except OSError:
-                self._replace(i, "died")
+                self._lost(worker, "died")
+
+    def _limit_s(self, worker: Worker, task: _Task) -> float:
+        """What a call may take: slow by nature is not hanging, nor is it to load a model first."""
+        i, limit_s = task.call.reward, self._limits.seconds
+        if len(task.rows) > 1:  # time for what such calls take
+            limit_s += 4 * len(task.rows) * self._typical_s[i]
+        if i in worker.answered:
+            return limit_s
+        if self._first_s[i] is None:  # in no worker so far
+            return max(limit_s, self._limits.start_seconds)
+        return limit_s + 4 * self._first_s[i]
 
     def _wait(self) -> None:
         """Until a worker answers, dies or is late, or there is something new to do."""
-        busy = [w for w in self._workers if not w.is_idle]
-        late = min((w.deadline for w in busy), default=None)
+        late = min((w.deadline for w in self._workers if not self._is_idle(w)), default=None)
         timeout = None if late is None else max(late - time.monotonic(), 0.0)
         ready = connection.wait([self._bell, *(w.pipe for w in self._workers)], timeout)
         if self._bell in ready:
             os.read(self._bell, 4096)
-        for i, worker in enumerate(list(self._workers)):
+        for worker in list(self._workers):
             if worker.pipe in ready:
                 try:
                     message = worker.pipe.recv()
                 except (EOFError, OSError):
-                    self._replace(i, "died")
+                    self._lost(worker, "died")
                     continue
                 self._heard(worker, message)
-            elif not worker.is_idle and time.monotonic() >= worker.deadline:
-                self._replace(i, "timeout")
+            elif not self._is_idle(worker) and time.monotonic() >= worker.deadline:
+                self._lost(worker, "timeout")
 
-    def _heard(self, worker: _Worker, message: Any) -> None:
+    def _heard(self, worker: Worker, message: Any) -> None:
         if not worker.is_ready:
             if message is not None:
                 raise RewardError(f"A reward worker could not start: {message}")
@@ -345,48 +266,97 @@ class Pool:
             if all(w.is_ready for w in self._workers):
                 self._ready.set()
             return
-        task, worker.task = worker.task, None
-        self._finish(task, message)
-
-    def _finish(self, task: _Task, answer: Answer) -> None:
-        if answer.values is None and len(task.rows) > 1:  # which of them was it?
-            singles = [
-                _Task(task.call.row(i), task.ticket, range(row, row + 1))
-                for i, row in enumerate(task.rows)
-            ]
-            with self._lock:
-                self._queue.extendleft(reversed(singles))
+        number, answer = message
+        task = self._tasks.get(worker)
+        if task is None or task.number != number:  # of no call that it was given: not to be trusted
+            self._lost(worker, "stray")
             return
-        if answer.values is not None:
-            i = task.call.reward
+        del self._tasks[worker]
+        i = task.call.reward
+        if answer.values is not None and i in worker.answered:
             mean_s = answer.seconds / len(task.rows)
             self._typical_s[i] = max(mean_s, 0.9 * self._typical_s[i])
-        task.ticket._fill(task.call.reward, task.rows, answer)
+        elif i not in worker.answered:
+            self._first_s[i] = max(answer.seconds, self._first_s[i] or 0.0)
+        if answer.is_spent:
+            self._replace(worker)
+        self._finish(task, answer, may_repeat=answer.failure == "memory" and worker.num_answered)
+        worker.answered.add(i)
+        worker.num_answered += 1
 
-    def _replace(self, i: int, kind: str) -> None:
-        """A new worker in the place of one that died or is late; its task has failed."""
-        worker = self._workers[i]
-        task, status = worker.task, worker.process.poll()
-        worker.kill()
-        status = worker.process.returncode if status is None else status
+    def _finish(self, task: _Task, answer: Answer, *, may_repeat: bool) -> None:
+        """Notes the outcome of a call, or makes it again: whole, or for each completion alone.
+
+        `may_repeat`: the call may have failed by what calls before it left in their worker.
+        """
+        if may_repeat and not task.is_again:
+            task.is_again = True
+            with self._lock:
+                self._queue.appendleft(task)
+            return
+        if answer.values is not None or answer.failure == "values" or len(task.rows) == 1:
+            task.ticket.fill(task.call.reward, task.rows, answer)
+            return
+        task.ticket.note_retry(task.call.reward, answer.message)  # which of them was it?
+        singles = [
+            _Task(task.call.row(i), task.ticket, range(row, row + 1))
+            for i, row in enumerate(task.rows)
+        ]
+        with self._lock:
+            self._queue.extendleft(reversed(singles))
+
+    def _replace(self, worker: Worker, *, is_dead: bool = False) -> int:
+        """A new worker in the place of one; the exit code of that."""
+        status = worker.end(is_dead=is_dead)
+        self._workers[self._workers.index(worker)] = self._new_worker()
+        return status
+
+    def _lost(self, worker: Worker, kind: str) -> None:
+        """Replaces a worker that died, is late, or told of what it was not asked."""
+        task = self._tasks.pop(worker, None)
+        status = self._replace(worker, is_dead=kind == "died")
         if not worker.is_ready:
-            self._false_starts += 1
-            if self._false_starts >= _MAX_FALSE_STARTS:
-                what = f"ended with status {status}" if kind == "died" else "did not get ready"
-                raise RewardError(
-                    f"Reward workers {what} before they answered anything, {self._false_starts} "
-                    "in a row. Try the reward functions with python -m grpo_jax.score, or raise "
-                    "rewards.memory_gb."
-                )
-        self._workers[i] = _Worker(self._setup)
+            self._count_false_start(kind, status)
         if task is None:
             return
-        name = self._setup.names[task.call.reward]
+        i, name = task.call.reward, self._setup.names[task.call.reward]
         if kind == "timeout":
+            message = self._too_long(i, name, is_first=i not in worker.answered)
+        elif status == keeper.OUT_OF_MEMORY:
+            kind = "memory"
             message = (
-                f"The reward {name!r} took longer than rewards.time_limit_s = "
-                f"{self._limits.seconds:g} s and was killed."
+                f"The reward {name!r}, with all that it started, held more memory than "
+                "rewards.memory_gb allows."
             )
         else:
+            kind = "died"
             message = f"The process of the reward {name!r} ended with status {status}."
-        self._finish(task, Answer(None, self._limits.seconds, kind, message))
+        answer = Answer(None, time.monotonic() - worker.called, kind, message)
+        may_repeat = kind == "stray" or (kind == "memory" and worker.num_answered > 0)
+        self._finish(task, answer, may_repeat=may_repeat)
+
+    def _too_long(self, i: int, name: str, *, is_first: bool) -> str:
+        if is_first and self._first_s[i] is None:
+            self._first_s[i] = 0.0  # it does not load for so long, it hangs
+            return (
+                f"The reward {name!r} took longer than rewards.start_limit_s = "
+                f"{self._limits.start_seconds:g} s to answer for the first time, and was killed."
+            )
+        return (
+            f"The reward {name!r} took longer than rewards.time_limit_s = "
+            f"{self._limits.seconds:g} s and was killed."
+        )
+
+    def _count_false_start(self, kind: str, status: int) -> None:
+        """Raises RewardError where workers do not even start."""
+        self._false_starts += 1
+        if self._false_starts < _MAX_FALSE_STARTS:
+            return
+        if kind == "timeout":
+            what = f"were not ready after rewards.start_limit_s = {self._limits.start_seconds:g} s"
+        else:
+            what = f"ended with status {status} before they answered anything"
+        raise RewardError(
+            f"Reward workers {what}, {self._false_starts} in a row. Try the reward functions with "
+            "python -m grpo_jax.score, or raise rewards.start_limit_s or rewards.memory_gb."
+        )

@@ -18,6 +18,7 @@ of which a function is given those that it names, or all if it takes `**columns`
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -25,10 +26,16 @@ import importlib
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable, Sequence
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from grpo_jax.messages import shown
+from grpo_jax.rewards import place
+
+_TOLD_AFTER_S = 10.0  # of an import that takes long
 
 _BY_MODULE = {
     "exact": ("exact_answer",),
@@ -66,7 +73,13 @@ class Reward:
     gives_accuracy: bool = False  # 1 is right and 0 is wrong; at most one of a run's is such
 
 
-def load(names: Sequence[str], weights: Sequence[float], accuracy: str = "") -> list[Reward]:
+def load(
+    names: Sequence[str],
+    weights: Sequence[float],
+    accuracy: str = "",
+    *,
+    start_limit_s: float = 120.0,
+) -> list[Reward]:
     """The rewards of `names`, each a built-in name or "module:function", arguments in brackets.
 
     `accuracy` names the one that says what is right (1) and wrong (0); "" takes the first function
@@ -74,7 +87,8 @@ def load(names: Sequence[str], weights: Sequence[float], accuracy: str = "") -> 
 
     Raises ValueError naming `rewards.names` where a name leads to no function, or to one whose
     short name another has, `rewards.weights` where a weight is no finite number, and
-    `rewards.accuracy` where that is none of the rewards.
+    `rewards.accuracy` where that is none of the rewards. A module that is not imported after
+    `start_limit_s` ends the process, with a message.
     """
     if len(names) != len(weights):
         raise ValueError(
@@ -85,7 +99,8 @@ def load(names: Sequence[str], weights: Sequence[float], accuracy: str = "") -> 
     for spec, weight in zip(names, weights):
         if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
             raise ValueError(f"rewards.weights: {weight!r} for {spec!r} is not a finite number.")
-        function(spec)
+        with _limited(spec, start_limit_s):
+            function(spec)
         short = _split(spec)[0].rpartition(":")[2]
         if short in rewards:
             raise ValueError(
@@ -133,7 +148,7 @@ def function(spec: str) -> Callable:
             inspect.signature(found).bind_partial(**arguments)
             return functools.partial(found, **arguments)
         made = found(**arguments)
-    except Exception as error:  # a user's factory may fail in any way
+    except (Exception, SystemExit) as error:  # a user's factory may fail in any way
         raise ValueError(
             f"rewards.names: {spec!r} does not take these arguments "
             f"({type(error).__name__}: {error})."
@@ -172,10 +187,11 @@ def _find(name: str) -> Callable:
         raise _unknown(name, "lacks the module or the function", [])
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may fail in any way
-        raise _unknown(
-            name, f"cannot be imported ({type(error).__name__}: {error})", list(BUILT_IN)
-        ) from error
+    except (Exception, SystemExit) as error:  # a user's module may fail in any way
+        what = f"cannot be imported ({type(error).__name__}: {error})"
+        if isinstance(error, SystemExit):
+            what += ': what a script does belongs under `if __name__ == "__main__":`'
+        raise _unknown(name, what, list(BUILT_IN)) from error
     if not hasattr(module, attribute):
         callables = [n for n, v in vars(module).items() if callable(v)]
         raise _unknown(name, f"names nothing: {module_name} has no {attribute!r}", callables)
@@ -183,6 +199,55 @@ def _find(name: str) -> Callable:
     if not callable(found):
         raise _unknown(name, f"is a {type(found).__name__}, not a function", [])
     return found
+
+
+@contextlib.contextmanager
+def _limited(spec: str, limit_s: float) -> Iterator[None]:
+    """Tells of an import that takes long, and ends the process where it never ends.
+
+    No error could be raised from outside in what a module does there.
+    """
+    done, importing = threading.Event(), threading.get_ident()
+
+    def watch() -> None:
+        told_s = min(_TOLD_AFTER_S, limit_s)
+        if done.wait(told_s):
+            return
+        at = place.of_thread(importing)
+        print(f"rewards.names: {spec!r} is still being imported: {at}", file=sys.stderr)
+        if done.wait(limit_s - told_s):
+            return
+        print(
+            f"error: rewards.names: {spec!r} was not imported after rewards.start_limit_s = "
+            f"{limit_s:g} s. Let the module end its import, or raise the limit. It waits here: "
+            f"{place.of_thread(importing)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    threading.Thread(target=watch, name="import", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def spec_of(found: Callable) -> str:
+    """The name, "module:function", of a function that a config gives in its place.
+
+    Raises ValueError where a worker process could not import it by that: one of the config file
+    itself, one within another, or one that was bound.
+    """
+    module, name = getattr(found, "__module__", None), getattr(found, "__qualname__", "")
+    if found is getattr(sys.modules.get(module), name, None) and module != "__main__":
+        return f"{module}:{name}"
+    name = getattr(found, "__name__", type(found).__name__)
+    raise ValueError(
+        f"rewards.names holds the function {name!r} itself, which the processes of rewards could "
+        "not import. Put it into a module that Python can import from the current folder, such as "
+        f'my_rewards.py, and write "my_rewards:{name}".'
+    )
 
 
 def _unknown(name: str, what: str, candidates: list[str]) -> ValueError:

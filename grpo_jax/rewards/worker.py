@@ -1,6 +1,6 @@
 """The process in which reward functions run: it can be killed, and holds a bounded memory.
 
-Started by `pool.Pool` with one end of a pipe. It is told the rewards once, then answers one call
+Started by its keeper with one end of a pipe. It is told the rewards once, then answers one call
 after the other; nothing here limits time, since a function may hold the interpreter for good.
 """
 
@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import inspect
+import io
 import math
-import numbers
 import os
 import re
 import resource
-import signal
 import sys
+import threading
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
-
-from grpo_jax.messages import shown
+from grpo_jax.credentials import hidden
+from grpo_jax.messages import cut, shown
+from grpo_jax.rewards import keeper, place, sources, values
 from grpo_jax.rewards import reward as reward_lib
 
 _METRIC = re.compile(r"[\w.:\-]{1,100}")  # reward_log/NAME stands among the run's metrics
-FLOAT32_MAX = float(np.finfo(np.float32).max)
+_MAX_EXTRA_CHARS = 10_000  # of a text in the table of samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Setup:
     names: tuple[str, ...]
     memory_bytes: int  # 0: no limit
     max_completion_tokens: int
+    sources: dict[str, sources.Source]  # of the user's modules, by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,35 +69,66 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What became of a call."""
+    """What became of a call, in Python's own types: it can be told whatever the function gave."""
 
     values: list[float] | None  # NaN where the function gave None; None: it failed
     seconds: float
     failure: str = ""  # "error", "values" or "memory"; the pool adds "timeout" and "died"
     message: str = ""
+    faults: dict[int, str] = dataclasses.field(default_factory=dict)  # rows whose value is none
     metrics: dict[str, tuple[float, int]] = dataclasses.field(default_factory=dict)  # sum, count
     extras: dict[str, list] = dataclasses.field(default_factory=dict)
-
-
-class WrongValuesError(ValueError):
-    """A reward function gave what is not one finite number, or None, per completion."""
+    is_spent: bool = False  # the process should answer no other call
 
 
 def answer(found: Callable, name: str, call: Call, max_completion_tokens: int) -> Answer:
     """The outcome of one call, whatever the function does, as long as it returns or raises."""
     metrics: dict[str, tuple[float, int]] = {}
     extras: dict[str, list] = {}
+    given = _given(call, max_completion_tokens, metrics, extras)
+    began = time.monotonic()
+    try:
+        got = found(**{n: given[n] for n in reward_lib.accepted(found, given)})
+        if inspect.isawaitable(got):
+            got = _waited_for(got)
+        numbers_B, faults = values.read(name, got, call.completions)
+    except values.WrongValuesError as error:
+        return Answer(None, time.monotonic() - began, "values", f"{error}{_stands(found)}")
+    except MemoryError:
+        message = f"The reward {name!r} asked for more memory than rewards.memory_gb allows."
+        return Answer(None, time.monotonic() - began, "memory", message, is_spent=True)
+    except BaseException as error:  # a user's function may fail in any way, SystemExit included
+        message = _told(error, found, name, call)
+        return Answer(None, time.monotonic() - began, "error", message)
+    num = len(numbers_B)
+    return Answer(
+        numbers_B,
+        time.monotonic() - began,
+        faults={row: f"{fault}{_stands(found)}" for row, fault in faults.items()},
+        metrics=metrics,
+        extras={n: v for n, v in extras.items() if len(v) == num},
+    )
+
+
+def _given(
+    call: Call,
+    max_completion_tokens: int,
+    metrics: dict[str, tuple[float, int]],
+    extras: dict[str, list],
+) -> dict[str, Any]:
+    """All that a function may take, by name; what it logs goes to `metrics` and `extras`."""
 
     def log_metric(name: str, value: float) -> None:
-        if not _METRIC.fullmatch(str(name)):
+        name = _text(name)
+        if not _METRIC.fullmatch(name):
             raise ValueError(f"log_metric takes names of letters, digits and _.:-, not {name!r}.")
         total, count = metrics.get(name, (0.0, 0))
-        metrics[str(name)] = (total + float(value), count + 1)
+        metrics[name] = (total + float(value), count + 1)
 
     def log_extra(column: str, values: list) -> None:
-        extras[str(column)] = [v if isinstance(v, (int, float)) else str(v) for v in values]
+        extras[_text(column)] = [_extra(v) for v in values]
 
-    given = {name: list(values) for name, values in call.columns.items()}  # its own to change
+    given = {name: list(column) for name, column in call.columns.items()}  # its own to change
     given |= {
         "prompts": list(call.prompts),
         "completions": list(call.completions),
@@ -108,64 +141,80 @@ def answer(found: Callable, name: str, call: Call, max_completion_tokens: int) -
         given["completion_ids"] = call.completion_ids
     if call.rendered_prompts is not None:
         given["rendered_prompts"] = list(call.rendered_prompts)
-    began = time.monotonic()
-    try:
-        values = found(**{n: given[n] for n in reward_lib.accepted(found, given)})
-        if inspect.isawaitable(values):
-            values = asyncio.run(_awaited(values))
-        numbers_B = _numbers(name, values, call.completions)
-    except WrongValuesError as error:
-        return Answer(None, time.monotonic() - began, "values", str(error))
-    except MemoryError:
-        message = f"The reward {name!r} asked for more memory than rewards.memory_gb allows."
-        return Answer(None, time.monotonic() - began, "memory", message)
-    except BaseException as error:  # a user's function may fail in any way, SystemExit included
-        message = (
-            f"The reward {name!r} raised {type(error).__name__}: {str(error)[:300]}. It was called "
-            f"with {len(call.completions)} completions and the columns {sorted(call.columns)}; the "
-            f"first completion was {shown(call.completions[0])}."
-        )
-        return Answer(None, time.monotonic() - began, "error", message)
-    num = len(numbers_B)
-    extras = {n: v for n, v in extras.items() if len(v) == num}
-    return Answer(numbers_B, time.monotonic() - began, metrics=metrics, extras=extras)
+    return given
 
 
-async def _awaited(values: Any) -> Any:
-    return await values
-
-
-def _numbers(name: str, values: Any, completions: list[Any]) -> list[float]:
-    if isinstance(values, np.ndarray) and values.ndim == 1:
-        values = list(values)
-    if not isinstance(values, (list, tuple)):
-        raise WrongValuesError(
-            f"The reward {name!r} returned a {type(values).__name__}; it must return a list "
-            "of one number, or None, per completion."
-        )
-    if len(values) != len(completions):
-        raise WrongValuesError(
-            f"The reward {name!r} returned {len(values)} values for {len(completions)} "
-            "completions; it must return one number, or None, for each."
-        )
-    return [_number(name, i, v, completions[i]) for i, v in enumerate(values)]
-
-
-def _number(name: str, row: int, value: Any, completion: Any) -> float:
-    if value is None:
-        return math.nan
-    is_number = isinstance(value, (numbers.Real, np.bool_))
-    if isinstance(value, np.generic):
-        value = value.item()
-    # Compared before converting: what float32 cannot hold would become an infinity.
-    if is_number and abs(value) <= FLOAT32_MAX:
+def _extra(value: Any) -> Any:
+    """A value for the table of samples: None, a number that JSON has, or a text, cut."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return shown(int(value)) if value.bit_length() > 998 else int(value)
+    if isinstance(value, float) and math.isfinite(value):
         return float(value)
-    what = "beyond finite float32" if is_number else "not a number"
-    raise WrongValuesError(
-        f"The reward {name!r} returned {shown(value)} ({type(value).__name__}) for row {row}, "
-        f"which is {what}. Return a finite number, or None to give no reward. Its completion was "
-        f"{shown(completion)}."
+    return _text(value)
+
+
+def _text(value: Any) -> str:
+    """A text of Python's own type: one of the user's might not pass through the pipe."""
+    return cut("".join([str(value)]), _MAX_EXTRA_CHARS)
+
+
+# --- What goes wrong ------------------------------------------------------------------------------
+
+
+def _told(error: BaseException, found: Callable, name: str, call: Call) -> str:
+    """What a function raised, where, and what it was called with."""
+    where = place.of_error(error, found)
+    return (
+        f"The reward {name!r} raised {type(error).__name__}: {_said(error)}"
+        f"{f' ({where})' if where else ''}. It was called with {len(call.completions)} "
+        f"completions and the columns {sorted(call.columns)}; the first completion was "
+        f"{shown(call.completions[0])}."
     )
+
+
+def _said(error: BaseException, limit: int = 300) -> str:
+    """An error's own text, cut, without keys and passwords: half of one would not be known."""
+    try:
+        text = str(error)
+    except Exception as second:  # texts are made by the user's code, too
+        return f"(its text cannot be had: {type(second).__name__})"
+    return hidden(text[:5000])[:limit]
+
+
+def _stands(found: Callable) -> str:
+    where = place.of_function(found)
+    return f" The function: {where}" if where else ""
+
+
+# --- Asynchronous functions -----------------------------------------------------------------------
+
+
+def _waited_for(awaitable: Awaitable) -> Any:
+    """What an awaitable gives, or raises."""
+    result, error = asyncio.run_coroutine_threadsafe(_outcome(awaitable), _loop()).result()
+    if error is not None:
+        raise error
+    return result
+
+
+async def _outcome(awaitable: Awaitable) -> tuple[Any, BaseException | None]:
+    try:
+        return await awaitable, None
+    except BaseException as error:  # SystemExit would end the loop
+        return None, error
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """The one event loop of this process, as in TRL: a client that is kept stays connected.
+
+    It runs in a thread of its own, between the calls as well.
+    """
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="asynchronous rewards", daemon=True).start()
+    return loop
 
 
 # --- The process ----------------------------------------------------------------------------------
@@ -173,34 +222,68 @@ def _number(name: str, row: int, value: Any, completion: Any) -> float:
 
 def main(descriptor: int) -> None:
     """Answers the calls that come through the pipe until it is closed."""
-    _die_with_parent()
+    _hide_secrets()
     pipe = Connection(descriptor)
+    os.set_inheritable(descriptor, False)  # what a function starts cannot answer in its place,
+    os.register_at_fork(after_in_child=pipe.close)  # nor can a copy of this process
     setup: Setup = pipe.recv()
     if setup.memory_bytes:
         # Memory that can be written, not address space: libraries reserve far more than they use.
+        # It tells the function; what it does not count, the keeper does.
         resource.setrlimit(resource.RLIMIT_DATA, (setup.memory_bytes, setup.memory_bytes))
+    sys.meta_path.insert(0, sources.Finder(setup.sources))
     try:
         functions = [reward_lib.function(spec) for spec in setup.specs]
     except BaseException as error:
-        pipe.send(f"{type(error).__name__}: {error}")
+        pipe.send(f"{type(error).__name__}: {_said(error, 1000)}")
         return
     pipe.send(None)  # ready
+    try:
+        _serve(pipe, functions, setup)
+    except (EOFError, ConnectionError):  # the pool is gone
+        os._exit(0)
+    except MemoryError:  # too little is left for a call or its answer
+        os._exit(keeper.OUT_OF_MEMORY)
+
+
+def _serve(pipe: Connection, functions: list[Callable], setup: Setup) -> None:
     while True:
-        try:
-            call: Call = pipe.recv()
-        except EOFError:  # the pool is gone
-            os._exit(0)
+        number, call = pipe.recv()
         name = setup.names[call.reward]
         done = answer(functions[call.reward], name, call, setup.max_completion_tokens)
+        if pipe.closed:  # a copy that the function made of this process has come back
+            os._exit(0)
         del call
-        pipe.send(done)
+        pipe.send((number, dataclasses.replace(done, is_spent=done.is_spent or not _can_speak())))
 
 
-def _die_with_parent() -> None:
-    """A worker that hangs must not outlive a trainer that was killed (Linux; elsewhere it may)."""
-    if sys.platform != "linux":
-        return
-    import ctypes
+def _can_speak() -> bool:
+    """Whether what a function prints still goes somewhere; it may have closed that."""
+    try:
+        os.fstat(1), os.fstat(2)
+        return not (sys.stdout.closed or sys.stderr.closed)
+    except (OSError, AttributeError, ValueError):
+        return False
 
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+class _Hiding(io.TextIOWrapper):
+    """A stream that shows no keys and passwords: tracebacks of any thread, and what is printed.
+
+    That it cannot be written, as where nobody reads it any more, is no failure of a reward.
+    """
+
+    def write(self, text: str) -> int:
+        try:
+            super().write(hidden(text))
+        except OSError:
+            pass
+        return len(text)
+
+
+def _hide_secrets() -> None:
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        encoding, errors = stream.encoding, stream.errors
+        hiding = _Hiding(stream.detach(), encoding=encoding, errors=errors, line_buffering=True)
+        setattr(sys, name, hiding)
+        setattr(sys, f"__{name}__", hiding)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import mmap
 import os
 import subprocess
 import sys
+import threading
 import time
+from multiprocessing.connection import Connection
 
 not_callable = 3
 
@@ -114,12 +118,132 @@ def prints(completions, **columns):
     return [1.0] * len(completions)
 
 
-def leaves_a_child(completions, child_file, **columns):
-    """Starts a process that outlives the call and hangs with it."""
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
-    with open(child_file[0], "w") as file:
-        file.write(f"{os.getpid()} {child.pid}")
-    child.wait()
+def leaves_children(completions, child_file, **columns):
+    """Starts processes that outlive the call, in three ways, and holds the interpreter for good."""
+    if child_file[0]:
+        child = subprocess.Popen(["sleep", "1000"])
+        apart = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+        orphan = subprocess.run(
+            ["sh", "-c", "setsid sleep 1000 >&2 & echo $!"], stdout=subprocess.PIPE, text=True
+        ).stdout
+        with open(child_file[0], "w") as file:
+            file.write(f"{os.getpid()} {child.pid} {apart.pid} {orphan}")
+        exec("9**9**9**9")
+    return [1.0] * len(completions)
+
+
+def forks(completions, **columns):
+    """A copy of the process comes back from the call, too."""
+    if "bad" in completions:
+        os.fork()
+    return [float(len(c)) for c in completions]
+
+
+def speaks_out_of_turn(completions, **columns):
+    """Answers a call that nobody made."""
+    if "bad" in completions:
+        pipe = next(o for o in gc.get_objects() if isinstance(o, Connection) and not o.closed)
+        pipe.send((10**6, None))
+    return [1.0] * len(completions)
+
+
+_leaked = []
+
+
+def leaks(completions, **columns):
+    _leaked.append(bytearray(150 << 20))
+    return [float(len(_leaked))] * len(completions)
+
+
+def closes_output(completions, **columns):
+    if "bad" in completions:
+        sys.stdout.close()
+    print("still heard")
+    return [1.0] * len(completions)
+
+
+def shares_memory(completions, **columns):
+    """Memory that a limit of the process's own data does not count."""
+    if "bad" in completions:
+        block = mmap.mmap(-1, 512 << 20)
+        for _ in range(16):
+            block.write(b"1" * (32 << 20))
+        time.sleep(1000)
+    return [1.0] * len(completions)
+
+
+def children_hold_memory(completions, **columns):
+    """Each less than the limit, all of them more."""
+    if "bad" in completions:
+        code = "import time; block = bytearray(150 << 20); time.sleep(1000)"
+        for _ in range(3):
+            subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+        time.sleep(1000)
+    return [1.0] * len(completions)
+
+
+_loaded = []
+
+
+def loads(completions, **columns):
+    """Takes its time for the first call in a process."""
+    if "bad" in completions:
+        os._exit(1)
+    if not _loaded:
+        time.sleep(1.0)
+        _loaded.append("a model")
+    return [1.0] * len(completions)
+
+
+def only_alone(completions, **columns):
+    (completion,) = completions
+    return [float(len(completion))]
+
+
+_client = {}
+
+
+async def keeps_a_client(completions, **columns):
+    """Asks a client that the first call made, as those of an API are kept."""
+
+    async def serve(requests):
+        while True:
+            text, answered = await requests.get()
+            answered.set_result(float(len(text)))
+
+    if not _client:
+        _client["requests"] = asyncio.Queue()
+        _client["server"] = asyncio.create_task(serve(_client["requests"]))
+    values = []
+    for completion in completions:
+        answered = asyncio.get_running_loop().create_future()
+        await _client["requests"].put((completion, answered))
+        values.append(await asyncio.wait_for(answered, 5))
+    return values
+
+
+async def exits_later(completions, **columns):
+    await asyncio.sleep(0)
+    sys.exit("no")
+
+
+def knows_libraries(completions, **columns):
+    """How many large libraries a worker has imported by itself."""
+    return [float(len({"jax", "torch", "pandas"} & set(sys.modules)))] * len(completions)
+
+
+class NoText(Exception):  # noqa: N818
+    def __str__(self):
+        raise RuntimeError(os.environ["JUDGE_API_KEY"])
+
+
+def raises_without_text(completions, log_extra, **columns):
+    """What it logs and raises cannot be told as it is, and a thread of it shows a key."""
+    thread = threading.Thread(target=lambda: exec("raise KeyError(os.environ['JUDGE_API_KEY'])"))
+    thread.start()
+    thread.join()
+    log_extra("judge", [NoText for _ in completions])
+    raise NoText
 
 
 def slow(completions, **columns):

@@ -11,6 +11,7 @@ import adversarial
 import numpy as np
 import pytest
 
+from grpo_jax.rewards import keeper
 from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.rewards.reward import load
 from grpo_jax.rewards.score import RewardError
@@ -19,13 +20,15 @@ NAN = float("nan")
 BAD = ["x", "bad", "y", "z"]
 
 
-def pool(*names, seconds=5.0, memory_bytes=2 << 30, num_workers=1, max_tokens=8):
+def pool(
+    *names, seconds=5.0, memory_bytes=2 << 30, num_workers=1, max_tokens=8, start_seconds=120.0
+):
     rewards = load([n if ":" not in n else f"odd_rewards{n}" for n in names], [1.0] * len(names))
     return Pool(
         rewards,
         max_completion_tokens=max_tokens,
         num_workers=num_workers,
-        limits=Limits(seconds, memory_bytes),
+        limits=Limits(seconds, memory_bytes, start_seconds),
     )
 
 
@@ -95,7 +98,6 @@ def test_a_reward_does_not_spoil_the_others():
         (":computes", "timeout", ["longer than"]),
         (":raises", "error", ["KeyError: 'gold'"]),
         (":exits", "error", ["SystemExit"]),
-        (":too_few", "values", ["returned 0 values for 1 completions"]),
         (":not_numbers", "values", ["'1' (str)"]),
         (":eats", "memory", ["rewards.memory_gb"]),
         (":dies", "died", ["status 7"]),
@@ -103,6 +105,7 @@ def test_a_reward_does_not_spoil_the_others():
 )
 def test_one_bad_completion_costs_no_other_its_reward(name, kind, words):
     with pool(name, ":half", seconds=1.0) as p:
+        score(p, ["x"])  # what hangs in its first call may be loading a model
         got = score(p, BAD, group=4)
         np.testing.assert_array_equal(got.by_name[name[1:]], [1, NAN, 1, 1])
         np.testing.assert_array_equal(got.failed[name[1:]], [False, True, False, False])
@@ -118,12 +121,30 @@ def test_one_bad_completion_costs_no_other_its_reward(name, kind, words):
 def test_all_of_them_in_one_batch():
     names = ("sleeps", "computes", "raises", "too_few", "not_numbers", "eats", "dies")
     with pool(*(f":{n}" for n in names), seconds=1.0, num_workers=2) as p:
-        got = score(p, BAD * 3, group=4)
+        score(p, ["x"] * 8)
+        got = score(p, BAD * 2, group=4)
     for name in names:
-        np.testing.assert_array_equal(got.failed[name], [False, True, False, False] * 3)
+        bad = [name == "too_few", True] + [name == "too_few"] * 2
+        np.testing.assert_array_equal(got.failed[name], bad * 2)
     assert [got.num_failed(k) for k in ("timeout", "error", "values", "memory", "died")] == [
-        6, 3, 6, 3, 3
+        4, 2, 10, 2, 2
     ]  # fmt: skip
+
+
+def test_a_wrong_number_of_values_is_not_healed():
+    """One by one, the function would return one value, which is right by chance."""
+    with pool(":too_few") as p:
+        got = score(p, ["x", "y", *BAD], group=3)  # x, y, x; bad, y, z
+    np.testing.assert_array_equal(got.by_name["too_few"], [1, 1, 1, NAN, NAN, NAN])
+    assert {f.kind for f in got.failures} == {"values"} and not got.retried
+
+
+def test_what_fails_for_a_group_alone_is_told():
+    with pool(":only_alone") as p:
+        got = score(p, ["a", "bb", "ccc"], group=2)
+    np.testing.assert_array_equal(got.reward_B, [1, 2, 3])
+    ((count, message),) = got.retried.values()
+    assert count == 1 and "ValueError: too many values to unpack" in message
 
 
 def test_a_slow_function_is_not_a_hanging_one():
@@ -135,16 +156,133 @@ def test_a_slow_function_is_not_a_hanging_one():
 
 
 def test_what_a_killed_worker_started_is_killed_too(tmp_path):
+    """In its session, in another, and orphaned; at once, not in time."""
     file = tmp_path / "pids"
-    with pool(":leaves_a_child", seconds=2.0) as p:
+    with pool(":leaves_children", seconds=2.0) as p:
+        score(p, ["a"], {"child_file": [""]})
         got = score(p, ["a"], {"child_file": [str(file)]})
         assert got.num_failed("timeout") == 1
-        for pid in map(int, file.read_text().split()):
-            for _ in range(100):
-                if not _is_alive(pid):
-                    break
-                time.sleep(0.05)
-            assert not _is_alive(pid)
+        pids = file.read_text().split()
+        assert len(pids) == 4 and not any(_is_alive(int(pid)) for pid in pids)
+
+
+# --- Answers, memory and output that are not as they should be ------------------------------------
+
+
+def test_an_answer_belongs_to_its_call():
+    texts = ["x" * (i % 7) for i in range(20)]
+    texts[5] = "bad"
+    with pool(":forks", ":half") as p:
+        got = score(p, texts, group=2)
+    np.testing.assert_array_equal(got.by_name["forks"], [len(t) for t in texts])
+    np.testing.assert_array_equal(got.by_name["half"], [0.5] * 20)
+    assert not got.failures
+
+
+def test_an_answer_to_no_call_costs_the_worker_alone():
+    with pool(":speaks_out_of_turn", ":letters", num_workers=2) as p:
+        got = score(p, ["a", "bad", "ccc", "dd"])
+    np.testing.assert_array_equal(got.failed["speaks_out_of_turn"], [False, True, False, False])
+    np.testing.assert_array_equal(got.by_name["letters"], [1, 3, 3, 2])
+
+
+def test_a_worker_whose_memory_is_used_up_is_replaced():
+    """Three calls fill it; the one that finds no more is made again in the next."""
+    with pool(":leaks", ":half", memory_bytes=600 << 20) as p:
+        got = score(p, ["a"] * 8)
+    assert not got.failures
+    counted = got.by_name["leaks"]
+    assert counted.min() == 1 and (counted == 1).sum() > 1 and counted.max() < 5
+
+
+def test_a_worker_whose_output_was_closed_is_replaced(capfd):
+    with pool(":closes_output") as p:
+        got = score(p, ["a", "bad", "b", "c"])
+    np.testing.assert_array_equal(got.failed["closes_output"], [False, True, False, False])
+    assert capfd.readouterr().err.count("still heard") == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("name", ["shares_memory", "children_hold_memory"])
+def test_the_memory_limit_holds_for_all_that_a_worker_uses(name):
+    with pool(f":{name}", memory_bytes=350 << 20, seconds=100.0) as p:
+        got = score(p, ["a", "bad", "b"], group=1)
+    np.testing.assert_array_equal(got.failed[name], [False, True, False])
+    (failure,) = got.failures
+    assert failure.kind == "memory" and "with all that it started, held more" in failure.message
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_mapped_files_and_shared_pages_are_not_counted_as_memory(tmp_path):
+    """A file of 64 MiB that is mapped, and read, in this process, and memory of a hundred times."""
+    file = tmp_path / "weights"
+    file.write_bytes(b"1" * (64 << 20))
+    mapped = np.memmap(file, mode="r")
+    mapped.sum()
+    held = keeper._held_bytes(os.getpid())
+    assert keeper._resident_bytes(os.getpid()) > held + (64 << 20)
+    memory = keeper.Memory(held + (32 << 20))
+    assert not memory.is_beyond([os.getpid()])
+    block = bytearray(b"1" * (96 << 20))
+    assert memory.is_beyond([os.getpid()]) and len(block)
+
+
+def test_a_model_may_be_loaded_in_a_first_call():
+    """In the worker that takes the place of another as well."""
+    with pool(":loads", seconds=0.5) as p:
+        got = score(p, ["a", "bad", "b", "c"], group=1)
+    np.testing.assert_array_equal(got.failed["loads"], [False, True, False, False])
+
+
+def test_a_function_that_hangs_from_the_first_call_is_told_of():
+    with pool(":sleeps", seconds=0.5, start_seconds=4.0) as p:
+        got = score(p, ["bad", "bad", "a"], group=1)
+    np.testing.assert_array_equal(got.failed["sleeps"], [True, True, False])
+    first, second = (f.message for f in got.failures)
+    assert "rewards.start_limit_s = 4 s to answer for the first time" in first
+    assert "rewards.time_limit_s = 0.5 s" in second
+
+
+def test_asynchronous_functions_share_an_event_loop():
+    with pool(":keeps_a_client", ":later", ":exits_later") as p:
+        got = score(p, ["a", "bb", "ccc", "dddd"], group=2)
+    np.testing.assert_array_equal(got.by_name["keeps_a_client"], [1, 2, 3, 4])
+    assert got.failed["exits_later"].all() and not got.failed["later"].any()
+
+
+def test_a_worker_imports_no_large_library():
+    with pool(":knows_libraries") as p:
+        assert score(p, ["a"]).reward_B == [0]
+
+
+def test_keys_are_hidden_in_what_a_worker_says(capfd, monkeypatch):
+    key = "correct-horse-battery"
+    monkeypatch.setenv("JUDGE_API_KEY", key)
+    with pool(":raises_without_text") as p:
+        (failure,) = score(p, ["a"]).failures
+    assert failure.kind == "error" and "raised NoText: (its text cannot be had" in failure.message
+    err = capfd.readouterr().err
+    assert "KeyError: '***'" in err and key not in err
+
+
+def test_the_sources_of_the_start_hold(monkeypatch, tmp_path):
+    """A module and what it imports; a worker that starts later imports what is there no more."""
+    part = tmp_path / "held_part.py"
+    part.write_text("ONE = 1.0\n")
+    file = tmp_path / "held_rewards.py"
+    file.write_text(
+        "import os\nfrom held_part import ONE\ndef f(completions, **columns):\n"
+        "    if 'bad' in completions:\n        os._exit(1)\n    return [ONE for c in completions]\n"
+        "def g(completions, **columns):\n    raise KeyError('here')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with Pool(load(["held_rewards:f", "held_rewards:g"], [1.0, 1.0])) as p:
+        file.write_text("def f(completions, **columns):\n    return [-7.0] * len(completions)\n")
+        part.unlink()
+        got = score(p, ["a", "bad", "b"])
+    np.testing.assert_array_equal(got.by_name["f"], [1, NAN, 1])
+    last = [f.message for f in got.failures if f.reward == "g"][-1]
+    assert "held_rewards.py, line 8, in g: raise KeyError('here')" in last
 
 
 def _is_alive(pid: int) -> bool:
@@ -169,38 +307,42 @@ def test_the_end_of_the_pool_ends_its_workers_and_its_waiters():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's parent-death signal")
 def test_workers_die_with_a_trainer_that_was_killed(tmp_path):
-    """Even one that holds its interpreter in one long computation."""
+    """With all that they started; even one that holds its interpreter in one long computation."""
+    file = tmp_path / "pids"
     code = f"""
 import sys; sys.path[:] = {sys.path!r}
 from test_pool import pool
-p = pool(":computes", seconds=1000.0)
-p.wait_ready()
-p.submit(["p"], ["bad"], {{}})
-print(p._workers[0].process.pid, flush=True)
-p._thread.join()
+p = pool(":leaves_children", seconds=1000.0)
+p.submit(["p"], ["a"], {{"child_file": [{str(file)!r}]}})
+print(p._thread.join())
 """
-    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    worker = int(trainer.stdout.readline())
-    assert _is_alive(worker)
-    time.sleep(0.5)
+    trainer = subprocess.Popen([sys.executable, "-c", code])
+    while not file.exists() or len(file.read_text().split()) < 4:
+        assert trainer.poll() is None
+        time.sleep(0.05)
+    pids = [int(pid) for pid in file.read_text().split()]
+    assert all(map(_is_alive, pids))
     trainer.send_signal(signal.SIGKILL)
     trainer.wait()
-    for _ in range(100):
-        if not _is_alive(worker):
+    for _ in range(200):
+        if not any(map(_is_alive, pids)):
             break
         time.sleep(0.05)
-    assert not _is_alive(worker)
+    assert not any(map(_is_alive, pids))
 
 
 def test_a_worker_that_cannot_start_is_an_error_not_a_hang(monkeypatch, tmp_path):
-    """A module that this process has, and a new one cannot import."""
+    """A module that this process can import, and a new one cannot."""
     file = tmp_path / "fleeting.py"
-    file.write_text("def f(completions, **columns):\n    return [1.0] * len(completions)\n")
+    file.write_text(
+        "import os\nassert os.environ['HERE'] == str(os.getpid())\n"
+        "def f(completions, **columns):\n    return [1.0] * len(completions)\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("HERE", str(os.getpid()))
     rewards = load(["fleeting:f"], [1.0])
-    file.unlink()
     with Pool(rewards) as p:
-        with pytest.raises(RewardError, match=r"could not start.*fleeting"):
+        with pytest.raises(RewardError, match=r"^A reward worker could not start.*AssertionError"):
             score(p, ["a"])
         with pytest.raises(RewardError):  # later ones, too
             score(p, ["a"])
@@ -242,7 +384,7 @@ def test_a_thousand_adversarial_completions(capsys):
         began = time.monotonic()
         got = score(p, [c.completion for c in cases], {"answer": ["72"] * len(cases)}, group=8)
         seconds = time.monotonic() - began
-        peaks = [_peak_bytes(w.process.pid) for w in p._workers]
+        peaks = [_peak_bytes(pid) for w in p._workers for pid in keeper.below(w.process.pid)]
     with capsys.disabled():
         print(f"\n{len(cases) / seconds:,.0f} adversarial completions per second, four rewards")
     assert not got.failures

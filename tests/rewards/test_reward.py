@@ -1,10 +1,13 @@
 """Reward functions by name, with arguments, and against the data's columns."""
 
 import functools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from odd_rewards import half
+from odd_rewards import at_least, half
 
 from grpo_jax.data.problems import Problem
 from grpo_jax.rewards import reward as reward_lib
@@ -60,6 +63,53 @@ def test_a_module_that_fails_is_refused(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"rewards\.names.*ZeroDivisionError"):
         load(("broken_rewards:f",), (1.0,))
+
+
+@pytest.mark.parametrize("text", ["import sys\nsys.exit()", "raise SystemExit('usage: ...')"])
+def test_a_module_that_exits_is_refused(monkeypatch, tmp_path, text):
+    """As a script does that parses its arguments: the program would end with status 0."""
+    (tmp_path / "exiting_rewards.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"'exiting_rewards:f' cannot.*SystemExit.*__main__"):
+        load(("exiting_rewards:f",), (1.0,))
+
+
+def test_a_factory_that_exits_is_refused():
+    with pytest.raises(ValueError, match=r"'sys:exit\(status=0\)' does not take"):
+        load(("sys:exit(status=0)",), (1.0,))
+
+
+def test_a_module_that_does_not_end_its_import_ends_the_program(tmp_path):
+    """With a message that says where it waits; first a word that it takes long."""
+    (tmp_path / "endless_rewards.py").write_text("import time\ntime.sleep(1000)\n")
+    code = (
+        "from grpo_jax.rewards import reward; reward._TOLD_AFTER_S = 0.1; "
+        "reward.load(('endless_rewards:f',), (1.0,), start_limit_s=0.5)"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 1 and not done.stdout
+    told, error = done.stderr.splitlines()
+    where = "endless_rewards.py, line 2, in <module>: time.sleep(1000)"
+    assert told.startswith("rewards.names: 'endless_rewards:f' is still") and where in told
+    assert error.startswith("error: rewards.names: 'endless_rewards:f' was not imported")
+    assert "rewards.start_limit_s = 0.5 s" in error and where in error
+
+
+def test_a_function_in_place_of_its_name():
+    assert reward_lib.spec_of(half) == "odd_rewards:half"
+    assert reward_lib.function(reward_lib.spec_of(reward_lib.function("exact_answer"))) is (
+        reward_lib.function("exact_answer")
+    )
+    for found in (lambda completions: [], functools.partial(half, level=1), at_least(low=1)):
+        with pytest.raises(ValueError, match=r'rewards.names holds the.*"my_rewards:\w+|<lambda>"'):
+            reward_lib.spec_of(found)
 
 
 def test_weights_and_doubles_are_refused():

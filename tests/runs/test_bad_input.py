@@ -119,11 +119,7 @@ def _blocked_workdir(folder: Path) -> list[str]:
 
 
 def _strict(model: Path, name: str) -> list[str]:
-    return [
-        f"--config.model.path={model}",
-        "--config.rewards.max_failed_share=0.5",
-        *_reward(name),
-    ]
+    return [f"--config.model.path={model}", *_reward(name)]
 
 
 def _reward(name: str) -> list[str]:
@@ -243,7 +239,14 @@ CASES: list[Case] = [
     (
         "reward that raises",
         lambda tmp, model: _strict(model, "bad_rewards:raises"),
-        ("'raises'", "KeyError", "gold", "rewards.max_failed_share = 0.5"),
+        (
+            "'raises'",
+            "KeyError",
+            "gold",
+            "rewards.max_failed_share = 0.5",
+            "bad_rewards.py, line ",
+            "Step 1: no completion has got the reward",
+        ),
     ),
     (
         "reward of the wrong length",

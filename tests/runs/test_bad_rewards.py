@@ -34,7 +34,7 @@ def computes(completions, **columns):
 def how_many(completions, **columns):
     return [float(_bad(c)) for c in completions]
 """
-NAMES = ("sleeps", "raises", "too_few", "computes")
+NAMES = ("sleeps", "raises", "computes")  # which fail for the bad completions, and for no other
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def importable(tmp_path, monkeypatch):
 
 def test_a_run_survives_its_rewards(tmp_path, importable, one_device):
     model = make_model(tmp_path / "model")
-    names = [f"awful_rewards:{name}" for name in (*NAMES, "how_many")]
+    names = [f"awful_rewards:{name}" for name in (*NAMES, "too_few", "how_many")]
     folder = tmp_path / "run"
     status, message = refusal(
         train.main,
@@ -55,6 +55,7 @@ def test_a_run_survives_its_rewards(tmp_path, importable, one_device):
             "--config", str(TINY), "--workdir", str(folder), f"--config.model.path={model}",
             f"--config.rewards.names={names}", "--config.rewards.weights=[1,1,1,1,0]",
             "--config.rewards.time_limit_s=0.5", "--config.rewards.num_workers=2",
+            "--config.rewards.start_limit_s=6", "--config.rewards.max_failed_share=1.0",
             "--config.loop.num_steps=3", "--config.evaluation.num_problems=0",
         ],
     )  # fmt: skip
@@ -63,13 +64,17 @@ def test_a_run_survives_its_rewards(tmp_path, importable, one_device):
     rows = list(read_jsonl(folder / "metrics.jsonl"))
     bad = [round(16 * row["reward/how_many"]) for row in rows]
     assert len(bad) == 3 and sum(bad) > 0
-    for name in NAMES:  # each failed for the bad completions and for no other
+    for name in NAMES:
         assert [row[f"rewards/failed/{name}"] for row in rows] == bad, name
         assert all(row[f"reward/{name}"] == 1.0 for row in rows)
+    # A wrong number of values is that of a whole group of 4, in which one at least is bad.
+    few = [int(row["rewards/failed/too_few"]) for row in rows]
+    assert all(n % 4 == 0 and m / 4 <= n / 4 <= m for n, m in zip(few, bad))
     kinds = [
         [row.get(f"rewards/failed_by_{kind}", 0) for row in rows]
         for kind in ("timeout", "error", "values")
     ]
-    assert kinds == [[2 * n for n in bad], bad, bad]
-    # 4 of 4 rewards where all is well, none where all fail; nothing else was summed.
-    assert [row["reward"] for row in rows] == pytest.approx([4 * (16 - n) / 16 for n in bad])
+    assert kinds == [[2 * n for n in bad], bad, few]
+    # 3 of 3 rewards where all is well, none where all fail, and the fourth; nothing else is summed.
+    expected = [(3 * (16 - n) + 16 - m) / 16 for n, m in zip(bad, few)]
+    assert [row["reward"] for row in rows] == pytest.approx(expected)

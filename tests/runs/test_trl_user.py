@@ -36,6 +36,25 @@ async def async_reward_func(prompts, completions, log_metric=None, log_extra=Non
     log_extra("first_char", [c[0]["content"][:1] for c in completions])
     return [0.5] * len(completions)
 
+client = {}
+
+async def asks_a_client(completions, **kwargs):
+    client.setdefault("lock", asyncio.Lock())  # of the event loop in which it was first waited for
+    async with client["lock"]:
+        waiting = asyncio.create_task(client["lock"].acquire())
+        await asyncio.sleep(0)
+    await waiting
+    client["lock"].release()
+    return [1.0] * len(completions)
+
+def array_reward(completions, **kwargs):
+    import jax.numpy as jnp
+    return jnp.ones(len(completions))
+
+def tensor_rewards(completions, **kwargs):
+    import torch
+    return [torch.tensor(1.0, requires_grad=True) for _ in completions]
+
 def length_reward(completion_ids, trainer_state, **kwargs):
     assert 0 <= trainer_state.global_step < trainer_state.max_steps == 2
     return [-float(len(ids)) for ids in completion_ids]
@@ -45,6 +64,9 @@ OWN = (
     "correctness_reward_func",
     "math_reward_func",
     "async_reward_func",
+    "asks_a_client",
+    "array_reward",
+    "tensor_rewards",
     "length_reward",
 )
 SHIPPED = (
@@ -110,6 +132,8 @@ def test_own_rewards(tmp_path, chat_model, dataset, monkeypatch, one_device):
     for row in rows:
         assert not any(value for key, value in row.items() if key.startswith("rewards/failed"))
         assert row["reward/async_reward_func"] == 0.5
+        for name in ("asks_a_client", "array_reward", "tensor_rewards"):
+            assert row[f"reward/{name}"] == 1.0
         assert row["reward/length_reward"] == -row["completion/length"]
         assert row["reward_log/mean_chars"] > 0
         assert row.get("reward/math_reward_func", 1.0) == 1.0  # None elsewhere

@@ -1,0 +1,75 @@
+"""The numbers that a reward function gave, read from whatever it returned."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.messages import shown
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+class WrongValuesError(ValueError):
+    """A reward function did not return a list, or an array, of one entry per completion."""
+
+
+def read(name: str, values: Any, completions: list[Any]) -> tuple[list[float], dict[int, str]]:
+    """One number for each completion, NaN where there is none; what is wrong with some, by row.
+
+    `values` is a list or an array of any library that can be read as a list: of numbers, of arrays
+    of one number without axes, and of None, which says that there is no opinion. Raises
+    WrongValuesError where it is none, or has not one entry for each completion.
+    """
+    shape = getattr(values, "shape", None)
+    has_axes = isinstance(shape, tuple) and len(shape) != 1
+    entries = _plain(values)
+    if has_axes or not isinstance(entries, (list, tuple)):
+        what = f"a {type(values).__name__}{f' of shape {tuple(shape)}' if has_axes else ''}"
+        raise WrongValuesError(
+            f"The reward {name!r} returned {what}; it must return a list of one number, or None, "
+            "per completion."
+        )
+    if len(entries) != len(completions):
+        raise WrongValuesError(
+            f"The reward {name!r} returned {len(entries)} values for {len(completions)} "
+            "completions; it must return one number, or None, for each."
+        )
+    found, faults = [], {}
+    for row, entry in enumerate(entries):
+        if type(entry) is not float:
+            entry = _plain(entry)
+        if entry is None:
+            found.append(math.nan)
+            continue
+        is_number = isinstance(entry, numbers.Real)
+        # Compared before converting: what float32 cannot hold would become an infinity.
+        if is_number and abs(entry) <= FLOAT32_MAX:
+            found.append(float(entry))
+            continue
+        what = "beyond finite float32" if is_number else "not a number"
+        faults[row] = (
+            f"The reward {name!r} returned {shown(entry)} ({type(entry).__name__}) for row {row}, "
+            f"which is {what}. Return a finite number, or None to give no reward. Its completion "
+            f"was {shown(completions[row])}."
+        )
+        found.append(math.nan)
+    return found, faults
+
+
+def _plain(value: Any) -> Any:
+    """An array as a list of Python's numbers, one without axes as its number; else the value.
+
+    Arrays of NumPy, JAX, PyTorch, pandas and CuPy say themselves what they are as a list, wherever
+    they lie and whether or not they have a gradient; others are read by NumPy.
+    """
+    if isinstance(value, (float, int, list, tuple, str, type(None))):
+        return value
+    if callable(as_list := getattr(value, "tolist", None)):
+        return as_list()
+    if hasattr(value, "__array__"):
+        return np.asarray(value).tolist()
+    return value
