@@ -40,6 +40,7 @@ def parts(tmp_path, state):
         policy=types.SimpleNamespace(model=MODEL),
         optimizer=OPTIMIZER,
         sizes={"update": Sizes()},
+        read={"training problems": {"number": 3}},
         checkpoints=checkpoints,
     )
     checkpoints.close()
@@ -51,6 +52,15 @@ def _save(parts, state, *steps: int, update: int = 0, experience=None, **known) 
         at = Position(step=step, update=update, prompts=100 * step, **known)
         facts = position.facts(parts, at)
         parts.checkpoints.save(state.replace(num_updates=number), facts, experience=experience)
+
+
+def test_a_run_that_reads_something_else_does_not_go_on(parts, state):
+    """Where checkpoint.folder is elsewhere, the workdir may be new and know of nothing."""
+    _save(parts, state, 2)
+    assert position.newest(parts).step == 2
+    parts.read = {"training problems": {"number": 4}}
+    with pytest.raises(ValueError, match="3 training problems there, 4 now"):
+        position.newest(parts)
 
 
 def test_a_roll_back_goes_to_the_newest_checkpoint_that_was_due(parts, state):
