@@ -65,7 +65,7 @@ def test_a_run_begins_with_them(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train.loop, "run", begun)
     monkeypatch.setattr(train.program, "use_all_cores", lambda *given: None)
     monkeypatch.setattr(train.program, "use_compile_cache", lambda *given, **more: None)
-    monkeypatch.setattr(train.parts, "model_shape", lambda config: _Shape())
+    monkeypatch.setattr(train.parts, "model_shape", lambda *given: _Shape())
     with pytest.raises(KeyboardInterrupt):
         train.main(["--config", str(config), "--workdir", str(tmp_path / "run")])
     shown = capsys.readouterr().out
