@@ -333,6 +333,7 @@ DIFFERENT = [
     ("x", "y"),
     (r"\text{A}", r"\text{B}"),
     ("A", "A and C"),
+    ("A", "A) 3 or B) 4"),
     ("A", "(A), (B)"),
     ("A", r"\text{A or B}"),
     ("A", "A) or B)"),
