@@ -18,7 +18,6 @@ _NAMES = re.compile(
     r"|(^|_|API|ACCESS|SECRET|PRIVATE|ACCOUNT)KEY|(^|_)(PASS|PAT|AUTH|DSN|SAS|COOKIE)|_PWD"
     r"|WEBHOOK(_URL)?)S?(_?[0-9]+)?$"
 )
-_FOLDERS = {"OLDPWD", "OLD_PWD"}
 _LEAST_CHARS = 12  # a shorter value stands in texts by chance
 
 # What the services call theirs begins in a way of its own.
@@ -69,12 +68,8 @@ def hidden(text: str) -> str:
 
 def _of_environment() -> list[tuple[str, str]]:
     """Environment variables that hold secrets, the longest first: one may stand in another."""
-    found = [(n, v.strip()) for n, v in os.environ.items() if _is_named_as_one(n.upper())]
+    found = [(n, v.strip()) for n, v in os.environ.items() if _NAMES.search(n.upper())]
     return sorted((f for f in found if len(f[1]) >= _LEAST_CHARS), key=lambda f: -len(f[1]))
-
-
-def _is_named_as_one(name: str) -> bool:
-    return bool(_NAMES.search(name)) and name not in _FOLDERS
 
 
 # --- How a secret may be written ------------------------------------------------------------------
