@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,19 @@ from orbax.checkpoint.checkpoint_managers import (
     LatestN,
 )
 
-from grpo_jax import checksums, disk, hosts, sharding
+from grpo_jax import checksums, disk, hosts, integrity, sharding
 from grpo_jax.metrics import say
 from grpo_jax.structs import Experience, Params, Rollouts, TrainState
 
-_WRITTEN_LAST = ("commit_success.txt",)  # by Orbax, with nothing in it that is read
+_ROLLOUTS = ("experience", "ahead")  # items that not every checkpoint has
 
 
 class NotSaved(ValueError):  # noqa: N818
     """A checkpoint could not be written."""
+
+
+class NoneWhole(ValueError):  # noqa: N818
+    """A folder holds no whole checkpoint."""
 
 
 class Checkpoints:
@@ -47,21 +52,37 @@ class Checkpoints:
     before it are untouched.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int, due_every: int = 0, max_failed: int = 1):
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep: int,
+        due_every: int = 0,
+        max_failed: int = 1,
+        on_saved: Callable[[int], None] = lambda number: None,
+    ):
         """`folder`: a local one, or an address that Orbax knows, as gs://BUCKET/PATH.
 
         `due_every`: the newest two with multiples of this as their numbers are kept too, whatever
         was saved besides them. `max_failed` saves in a row may fail before `NotSaved` is raised.
-        Raises ValueError when the folder cannot be used.
+        `on_saved(number)` is called on the first process once a checkpoint is known to be whole.
+        Raises ValueError when the folder cannot be used, as it holds something else.
         """
         folder = epath.Path(folder)
         self._folder = folder if "://" in str(folder) else folder.absolute()
+        integrity.refuse_pattern(self._folder)
+        self._on_saved = on_saved
         self._keep, self._due_every = keep, due_every
         self._max_failed, self._num_failed = max_failed, 0
         self._saving: int | None = None  # the number of what is being written
         self._num_bytes = 0  # of its arrays
         self._fault = ""  # why the newest save has failed, where it has
         self._manager = self._open()
+        try:
+            integrity.refuse_strangers(self._folder)
+        except ValueError:
+            self._manager.close()
+            raise
 
     def _open(self) -> ocp.CheckpointManager:
         quality = lambda metrics: metrics["quality"]  # noqa: E731
@@ -80,9 +101,7 @@ class Checkpoints:
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
             "facts": ocp.JsonCheckpointHandler(),
-            "experience": ocp.StandardCheckpointHandler(),
-            "ahead": ocp.StandardCheckpointHandler(),
-        }
+        } | {name: ocp.StandardCheckpointHandler() for name in _ROLLOUTS}
         logging.getLogger("absl").addFilter(_is_news)
         _ask_for_no_metrics()
         try:
@@ -110,8 +129,11 @@ class Checkpoints:
         """
         self.wait()
         number, self._fault = int(state.num_updates), ""
-        if number in self._manager.all_steps():  # the same state, saved a moment ago
-            return
+        numbers = self._manager.all_steps()
+        if number in numbers:  # the same state, saved a moment ago
+            if quality is None or len(numbers) == 1:
+                return
+            self._manager.delete(number)  # by a stop, before it was evaluated
         items = {"state": ocp.args.StandardSave(state), "facts": ocp.args.JsonSave(facts)}
         if experience is not None:
             items["experience"] = ocp.args.StandardSave(experience)
@@ -123,7 +145,7 @@ class Checkpoints:
         try:
             self._manager.save(number, args=ocp.args.Composite(**items), metrics=metrics)
         except Exception as error:  # as in `_open`
-            self._fault = _reason(error)
+            self._fault = integrity.reason(error)
 
     def poll(self) -> None:
         """Tells of a save that has failed, and frees what it wrote; does not wait for one."""
@@ -144,10 +166,12 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # as in `_open`
-            self._fault = _reason(error)
+            self._fault = integrity.reason(error)
         self._fault = hosts.first_of(self._fault)
         if not self._fault:
             self._num_failed = 0
+            if hosts.is_first():
+                self._on_saved(number)
             return
         self._num_failed += 1
         self._discard(number)
@@ -172,14 +196,15 @@ class Checkpoints:
         try:
             self._manager.close()
         except Exception as error:  # once more what has failed, of a writer that was not asked
-            self._fault = self._fault or _reason(error)
+            self._fault = self._fault or integrity.reason(error)
 
     def _discard(self, number: int) -> None:
         """Deletes what a failed save has written, and forgets it."""
         self._let_go()
         if hosts.is_first():  # Orbax would do it too, but later: what is free then is told
-            for partial in self._folder.glob(f"{number}{ocp_path.atomicity.TMP_DIR_SUFFIX}*"):
-                partial.rmtree()
+            for partial in list(self._folder.iterdir()):
+                if partial.name.startswith(f"{number}{ocp_path.atomicity.TMP_DIR_SUFFIX}"):
+                    partial.rmtree()
         hosts.meet("the end of a failed save")
         self._manager = self._open()
 
@@ -191,13 +216,30 @@ class Checkpoints:
             + ("There is no checkpoint yet." if before is None else f"The newest is {before}.")
         )
 
-    def latest(self) -> int | None:
-        """Number of the newest checkpoint that is `whole`; None if there is none."""
+    def latest(self, *, begin_again: bool = False) -> int | None:
+        """Number of the newest checkpoint that is as it was written; None if there is none.
+
+        All its files are read, by each process a share. Those that are newer and damaged are told
+        and set aside, under a name that is no number. Where all are damaged, ValueError is raised
+        and none is touched, unless the run may `begin_again`. It is also raised for one that cannot
+        be read.
+        """
         self.wait()
-        while (number := self._manager.latest_step()) is not None:
-            if self.whole(number):
-                return number
-        return None
+        damaged: dict[int, str] = {}
+        for number in sorted(self._manager.all_steps(), reverse=True):
+            wrong = self._damage(number)
+            if not wrong:
+                break
+            damaged[number] = wrong
+        if damaged and len(damaged) == len(self._manager.all_steps()) and not begin_again:
+            told = "; ".join(f"{number}: {wrong}" for number, wrong in list(damaged.items())[:3])
+            raise ValueError(
+                f"All checkpoints in {self._folder} are damaged ({told}). Nothing was changed. "
+                "Bring one back, or begin at step 0 with --config.checkpoint.begin_again=True."
+            )
+        for number, wrong in damaged.items():
+            self._set_aside(number, wrong)
+        return self._manager.latest_step()
 
     def whole(self, number: int) -> bool:
         """Whether that checkpoint is as it was written.
@@ -205,12 +247,15 @@ class Checkpoints:
         All its files are read, by each process a share. One that is damaged is told and set aside,
         under a name that is no number.
         """
-        wrong = hosts.first_of(
-            _damage(self._manager.directory / str(number), hosts.number(), hosts.count())
-        )
+        wrong = self._damage(number)
         if wrong:
             self._set_aside(number, wrong)
         return not wrong
+
+    def _damage(self, number: int) -> str:
+        """What any process finds wrong with its share of a checkpoint."""
+        folder = self._manager.directory / str(number)
+        return hosts.first_of(integrity.damage(folder, hosts.number(), hosts.count()))
 
     def _set_aside(self, number: int, wrong: str) -> None:
         folder = self._manager.directory
@@ -291,28 +336,68 @@ class Checkpoints:
         return dict(self._manager.restore(number, args=args)[name])
 
 
-def newest_params(folder: Path, like: Params) -> Params:
-    """Only the parameters of a run's newest undamaged checkpoint, shaped and sharded as `like`.
+class Newest:
+    """A run's newest undamaged checkpoint, to read from. Nothing is renamed: the run may go on.
 
-    Raises ValueError when there is none, or it is of another model. Nothing is renamed: the run may
-    be going on.
+    A context manager.
     """
-    handlers = {"state": ocp.PyTreeCheckpointHandler()}
-    with ocp.CheckpointManager(folder.absolute(), item_handlers=handlers) as manager:
-        for number in sorted(manager.all_steps(), reverse=True):
-            wrong = _damage(manager.directory / str(number))
+
+    def __init__(self, folder: str | Path, number: int | None = None):
+        """`number`: of one that is known to be undamaged.
+
+        Raises `NoneWhole` where there is none, ValueError where it cannot be read.
+        """
+        path = epath.Path(folder)
+        self._folder = path if "://" in str(path) else path.absolute()
+        self.number = -1 if number is None else number  # updates that it holds
+        handlers = {name: ocp.PyTreeCheckpointHandler() for name in ("state", *_ROLLOUTS)}
+        handlers["facts"] = ocp.JsonCheckpointHandler()
+        self._manager = ocp.CheckpointManager(self._folder, item_handlers=handlers)
+        if number is not None:
+            return
+        strangers = {int(name) for name in integrity.strangers(self._folder)}
+        for number in sorted({*self._manager.all_steps()} - strangers, reverse=True):
+            wrong = integrity.damage(self._manager.directory / str(number))
             if not wrong:
-                break
+                self.number = number
+                return
             say(f"warning: checkpoint {number} in {folder} is damaged and passed over: {wrong}.")
-        else:
-            raise ValueError(f"{folder} holds no whole checkpoint.")
-        _check_fits(manager, number, {"params": like})
+        self._manager.close()
+        raise NoneWhole(f"{folder} holds no whole checkpoint.")
+
+    def facts(self) -> dict[str, Any]:
+        """Where the run stood."""
+        args = ocp.args.Composite(facts=ocp.args.JsonRestore())
+        return self._manager.restore(self.number, args=args)["facts"]
+
+    def params(self, like: Params) -> Params:
+        """The parameters alone, shaped and sharded as `like`.
+
+        Raises ValueError where they are of another model.
+        """
+        _check_fits(self._manager, self.number, {"params": like})
         restore = ocp.args.PyTreeRestore(
             item={"params": like},
             restore_args=ocp.checkpoint_utils.construct_restore_args({"params": like}),
             partial_restore=True,
         )
-        return manager.restore(number, args=ocp.args.Composite(state=restore))["state"]["params"]
+        args = ocp.args.Composite(state=restore)
+        return self._manager.restore(self.number, args=args)["state"]["params"]
+
+    def __enter__(self) -> Newest:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._manager.close()
+
+
+def newest_params(folder: str | Path, like: Params) -> Params:
+    """The parameters of a run's newest undamaged checkpoint, shaped and sharded as `like`.
+
+    Raises ValueError where there is none, or it is of another model.
+    """
+    with Newest(folder) as newest:
+        return newest.params(like)
 
 
 def _sealing(folder: epath.Path) -> type:
@@ -331,7 +416,10 @@ def _sealing(folder: epath.Path) -> type:
                 metadata = self.get() / "_CHECKPOINT_METADATA"
                 store.update(metadata, commit_timestamp_nsecs=time.time_ns())
                 store.wait_until_finished()
-                checksums.write(self.get(), leave_out=_WRITTEN_LAST)
+                lacking = integrity.unmerged(self.get())
+                if lacking:
+                    raise OSError(f"its arrays were not written whole: {'; '.join(lacking)}")
+                checksums.write(self.get(), leave_out=integrity.WRITTEN_LAST)
             await super().finalize()
 
     return Sealing
@@ -352,23 +440,6 @@ def _ask_for_no_metrics() -> None:
 def _is_news(record: logging.LogRecord) -> bool:
     """False for the tracebacks of Orbax's threads: what failed there is told by `Checkpoints`."""
     return not (record.exc_info and "orbax" in record.pathname)
-
-
-def _reason(error: Exception) -> str:
-    """Why a save has failed, in one line."""
-    if disk.is_full(error):
-        return "no space is left on the disk"
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error!r}"[:300]
-
-
-def _damage(folder: epath.Path, part: int = 0, parts: int = 1) -> str:
-    """What is wrong with a checkpoint's files, in words; "" for nothing."""
-    try:
-        found = checksums.faults(folder, leave_out=_WRITTEN_LAST, part=part, parts=parts)
-    except OSError as error:
-        found = [f"it cannot be read ({error})"]
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return "; ".join(found[:3]) + more
 
 
 def _check_fits(manager: ocp.CheckpointManager, number: int, like: Any) -> None:

@@ -32,14 +32,15 @@ def faults(
 ) -> list[str]:
     """What is wrong with the files of a folder, in a few words each; empty when nothing is.
 
-    One of several processes may read only its `part` of `parts` of the files.
+    One of several processes may read only its `part` of `parts` of the files. What cannot be read
+    raises OSError: nobody knows what is wrong with it.
     """
     try:
         text = (folder / NAME).read_text()
     except FileNotFoundError:
         return [f"{NAME} is missing"]
-    except (OSError, UnicodeDecodeError) as error:
-        return [f"{NAME} cannot be read ({error})"]
+    except UnicodeDecodeError:
+        return [f"{NAME} is damaged"]
     try:
         known = {path: (one["bytes"], one["sha256"]) for path, one in json.loads(text).items()}
     except (ValueError, AttributeError, TypeError, KeyError):
@@ -54,10 +55,7 @@ def faults(
 
 
 def _compared(folder: epath.Path, path: str, size: int, wanted: str) -> str:
-    try:
-        found, text = _size_and_sum(folder / path)
-    except OSError as error:
-        return f"{path} cannot be read ({error})"
+    found, text = _size_and_sum(folder / path)
     if found < size:
         return f"{path} is truncated, {found:,} bytes of {size:,}"
     if (found, text) != (size, wanted):

@@ -7,7 +7,6 @@ What cannot work is refused (`rules.py`) before anything is loaded or compiled.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -195,6 +194,10 @@ def default() -> ConfigDict:
     # Of its weights: "float32", "bfloat16" or "float16"; or "auto", the wider of what the source is
     # kept in and what was trained, which rounds nothing
     c.checkpoint.export_dtype = "auto"
+    # Options, by name, that a run may go on with though it was started with others, such as
+    # ("optim.learning_rate",); config.json notes them
+    c.checkpoint.accept_changes = ()
+    c.checkpoint.begin_again = False  # at step 0 where a run's checkpoints are gone or all damaged
 
     c.logging = ConfigDict()
     c.logging.tensorboard = True  # scalars and samples for TensorBoard in the workdir
@@ -298,22 +301,3 @@ def binding(config: ConfigDict) -> dict[str, Any]:
     if config.optim.schedule != "constant" or config.loop.async_rollouts:
         bound["loop.num_steps"] = config.loop.num_steps
     return json.loads(json.dumps(bound))  # tuples as the lists that a file gives back
-
-
-def refuse_other_config(config: ConfigDict, file: Path) -> None:
-    """Raises ValueError when the workdir's recorded config (a JSON file) belongs to another run."""
-    then, now = json.loads(file.read_text())["binding"], binding(config)
-    names = sorted(n for n in then.keys() | now.keys() if then.get(n) != now.get(n))
-    if names:
-        changes = "; ".join(f"{n}: {then.get(n)!r} there, {now.get(n)!r} now" for n in names[:5])
-        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-        raise ValueError(
-            f"--workdir {file.parent} holds a run of a different config ({changes}{more}). "
-            "Give the run its own --workdir, or the options it was started with."
-        )
-
-
-def fingerprint(config: ConfigDict) -> str:
-    """A short name of what the run computes, equal for configs that may resume each other."""
-    text = json.dumps(binding(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

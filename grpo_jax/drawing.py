@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -18,7 +19,6 @@ from grpo_jax.phases import phase
 from grpo_jax.position import Position
 from grpo_jax.rewards.score import Scores
 from grpo_jax.structs import Rollouts, TrainState
-from grpo_jax.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +36,14 @@ def draw(
     state: TrainState,
     at: Position,
     lines: Lines,
-    watchdog: Watchdog,
+    on_harvest: Callable[[], None],
     *,
     ahead: int = 0,
 ) -> Drawn:
     """Samples the completions of the step `ahead` of where the run stands.
 
-    Once the device is busy it writes the line that is open.
+    Once the device is busy it writes the line that is open. `on_harvest` is called whenever some
+    completions have finished, on all processes alike.
     """
     started, step = time.monotonic(), at.step + ahead
     questions, judge = _begin(parts, at, step)
@@ -55,7 +56,7 @@ def draw(
             temperature=parts.config.rollout.temperature,
             on_group=judge.add,
             meanwhile=lines.close,
-            on_harvest=watchdog.alive,
+            on_harvest=on_harvest,
         )
     seconds = time.monotonic() - max(started, lines.closed_at)
     return Drawn(questions, judge, rollouts, seconds)

@@ -29,6 +29,7 @@ from grpo_jax import (
     inputs,
     keys,
     program,
+    rules,
     sharding,
     text_metrics,
     workdir,
@@ -117,7 +118,7 @@ def _check(args: argparse.Namespace) -> None:
         ("num_problems", args.num_problems >= 1, "at least 1"),
         ("num_samples", 0 <= args.num_samples <= 1000, "from 0, greedy only, to 1000"),
         ("max_tokens", args.max_tokens > 0, "above 0"),
-        ("seed", args.seed >= 0, "0 or more"),
+        ("seed", 0 <= args.seed <= rules.LARGEST, f"from 0 to {rules.LARGEST}"),
         ("top_k", args.top_k >= 0, "0 or more"),
         ("temperature", args.temperature >= 0 and math.isfinite(args.temperature), "0 or more"),
         ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
@@ -193,6 +194,7 @@ def _evaluate(
     args: argparse.Namespace,
     config: ConfigDict,
     mesh: Mesh,
+    found: generate.Found,
     path: str,
     name: str,
     questions: evaluation.Questions,
@@ -201,7 +203,7 @@ def _evaluate(
 ) -> Evaluated:
     """One model's answers, judged and written."""
     dtype = jnp.dtype(args.dtype)
-    policy, params = generate.open_model(path, mesh, dtype)
+    policy, params = found.policy, generate.load_params(found, mesh, dtype)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     decoder = decode.decoder_for(
         policy.model, mesh, sampling, policy.stop_ids, args.max_tokens, dtype
@@ -343,6 +345,7 @@ def _report(
 
 def main(argv: list[str]) -> None:
     args, config = _arguments(argv)
+    program.show_devices()
     if config.compile_cache:
         program.use_compile_cache(config.mesh)
     mesh = sharding.make_mesh(**config.mesh)
@@ -350,9 +353,10 @@ def main(argv: list[str]) -> None:
     evaluation.refuse_samples(rewards, args.num_samples, "--num_samples")
     problems = parts_lib.answerable(config, rewards, _problems(args, config))
     _references(config, problems)  # it may refuse
-    questions, now = [], inputs.date(config.data.date)
+    questions, models, now = [], [], inputs.date(config.data.date)
     for path in args.models:  # all are refused before the first is asked
-        policy, _ = generate.find_model(path)
+        models.append(generate.find_model(path))
+        policy = models[-1].policy
         limit = config.data.max_prompt_tokens
         policy.check_length(limit, args.max_tokens, "--max_tokens")
         questions.append(parts_lib.questions(problems, policy, config, "problems", now))
@@ -368,13 +372,17 @@ def main(argv: list[str]) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"{folder} cannot be made: {error.strerror}.") from error
-    models = []
+    evaluated = []
     with parts_lib.start_rewards(config, rewards) as pool:
-        for path, name, asked in zip(args.models, _names(args.models), questions):
+        for found, path, name, asked in zip(models, args.models, _names(args.models), questions):
             references = _references(config, asked.problems)
             print_title(f"{name}: {len(asked.problems)} problems")
-            models.append(_evaluate(args, config, mesh, path, name, asked, references, pool))
-    title, table, values = _report(args, questions[0].problems, models)
+            if found.said:
+                say(f"{found.said} answers.")
+            evaluated.append(
+                _evaluate(args, config, mesh, found, path, name, asked, references, pool)
+            )
+    title, table, values = _report(args, questions[0].problems, evaluated)
     say(f"\n{title}")  # not the table's own, which would be folded to its width
     console.print(table)
     say("In brackets: the 95 % bootstrap interval over problems, equal prompts drawn together.")

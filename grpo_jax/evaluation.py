@@ -70,11 +70,13 @@ def answer(
     temperature: float,
     key: Array,
     on_answer: Callable[[], None] = lambda: None,
+    on_harvest: Callable[[], None] = lambda: None,
 ) -> Answered:
     """`num_samples` completions of every question with their rewards; 0: a greedy one.
 
-    `params` come from `engine.publish`; `temperature` is that of samples. `on_answer` is
-    called whenever a question has all its completions.
+    `params` come from `engine.publish`; `temperature` is that of samples. `on_answer` is called
+    whenever a question has all its completions, on the process that judges it; `on_harvest`
+    whenever some completions have finished, on all alike.
     """
     judge = Judge(pool, policy, questions.problems, questions.texts, num_samples or 1)
 
@@ -90,6 +92,7 @@ def answer(
             key=key,
             temperature=temperature if num_samples else 0.0,
             on_group=take,
+            on_harvest=on_harvest,
         )
     scores, texts = judge.scores(), judge.texts()
     shape, verdict = rollouts.length_PG.shape, pool.accuracy
@@ -185,13 +188,13 @@ def run(
     temperature: float,
     key: Array,
     file: Path | None,
-    on_answer: Callable[[], None] = lambda: None,
+    on_harvest: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Metrics of the policy on the questions, by the names that a run logs.
 
     `num_samples` 0 is one greedy completion of each; more, pass@k, maj@k and the mean by sampling
-    at `temperature`. Every item goes to `file` as one JSON object a line. `on_answer` is called
-    whenever a question has all its completions.
+    at `temperature`. Every item goes to `file` as one JSON object a line. `on_harvest` is called
+    whenever some completions have finished.
     """
     answered = answer(
         engine,
@@ -202,7 +205,7 @@ def run(
         num_samples=num_samples,
         temperature=temperature,
         key=key,
-        on_answer=on_answer,
+        on_harvest=on_harvest,
     )
     if file is not None and hosts.is_first():
         try:

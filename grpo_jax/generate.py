@@ -8,6 +8,8 @@ message.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import math
 import sys
@@ -17,46 +19,76 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from grpo_jax import checkpoints, keys, program, sharding
+from grpo_jax import checkpoints, keys, program, record, rules, sharding, workdir
 from grpo_jax import policy as policy_lib
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompts import encode
-from grpo_jax.metrics import say
+from grpo_jax.metrics import console, one_line, visible
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Params, Rollouts, Sampling
 
 
-def find_model(path: str) -> tuple[policy_lib.Policy, Path | None]:
-    """Policy of a Hugging Face folder or hub id, or of a run's folder; and where its weights are.
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A model that was asked for."""
 
-    That is a folder of checkpoints, for a run that is unfinished; None stands for the folder that
-    the policy was read from. Raises ValueError when there is no model.
+    policy: policy_lib.Policy
+    saved: tuple[str | Path, int] | None  # folder and number of its checkpoint; None: the policy's
+    said: str  # of a run: which step of it answers; "": not of a run
+
+
+def find_model(path: str) -> Found:
+    """The model of a Hugging Face folder or hub id, or of a run's folder.
+
+    Of a run it is what it exported or its newest checkpoint, whichever is of a later step. Raises
+    ValueError when there is no model.
     """
     folder = Path(path)
-    if (folder / "export" / "config.json").exists():
-        return policy_lib.read(str(folder / "export"), "--model"), None
-    if (folder / "checkpoints").is_dir():
-        record = json.loads((folder / "config.json").read_text())["options"]
-        source = record["model.path"] or str(folder / "bootstrap" / "export")
-        return policy_lib.read(source, kept=folder / "source"), folder / "checkpoints"
-    if (folder / "config.json").exists() and not (folder / "tokenizer_config.json").exists():
-        if "binding" in json.loads((folder / "config.json").read_text()):
-            raise ValueError(f"--model {folder} is the folder of a run that has no checkpoint yet.")
-    return policy_lib.read(path, "--model"), None
+    if not _is_run(folder):
+        return Found(policy_lib.read(path, "--model"), None, "")
+    options = record.read(folder / "config.json")["options"]
+    export, saved = folder / "export", options["checkpoint.folder"] or folder / "checkpoints"
+    exported = workdir.exported(export) if (export / "config.json").exists() else None
+    if "://" in str(saved) or Path(saved).is_dir():
+        with contextlib.suppress(checkpoints.NoneWhole), checkpoints.Newest(saved) as newest:
+            if exported is None or newest.number > exported["updates"]:
+                source = options["model.path"] or str(folder / "bootstrap" / "export")
+                step = newest.facts().get("position", {}).get("step", newest.number)
+                said = f"{folder}: checkpoint of step {step}"
+                policy = policy_lib.read(source, kept=folder / "source")
+                return Found(policy, (saved, newest.number), said)
+    if exported is None and not (export / "config.json").exists():
+        raise ValueError(f"--model {folder} is the folder of a run that has no checkpoint yet.")
+    step = "an unknown step" if exported is None else f"step {exported['step']}"
+    return Found(policy_lib.read(str(export), "--model"), None, f"{folder}: export of {step}")
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, by its record."""
+    file = folder / "config.json"
+    if not file.is_file() or (folder / "tokenizer_config.json").exists():
+        return (folder / "checkpoints").is_dir()
+    try:
+        return "binding" in json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return (folder / "checkpoints").is_dir()
+
+
+def load_params(found: Found, mesh: Mesh, dtype) -> Params:
+    """The weights of a model that was found."""
+    if found.saved is None:
+        return policy_lib.load_params(found.policy, mesh, seed=0, dtype=dtype)
+    like = policy_lib.param_like(found.policy.model, mesh)
+    with checkpoints.Newest(*found.saved) as newest:
+        params = newest.params(like)
+    return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def open_model(path: str, mesh: Mesh, dtype) -> tuple[policy_lib.Policy, Params]:
-    """Policy and weights of a Hugging Face folder or hub id, or of a run's folder.
-
-    Of a run: what it exported, or, while it is unfinished, its newest checkpoint. Raises ValueError
-    when there is neither.
-    """
-    policy, saved = find_model(path)
-    if saved is None:
-        return policy, policy_lib.load_params(policy, mesh, seed=0, dtype=dtype)
-    params = checkpoints.newest_params(saved, policy_lib.param_like(policy.model, mesh))
-    return policy, jax.tree.map(lambda x: x.astype(dtype), params)
+    """Policy and weights of what `find_model` finds."""
+    found = find_model(path)
+    return found.policy, load_params(found, mesh, dtype)
 
 
 def complete(
@@ -104,7 +136,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     for name, fine, needed in (
         ("max_tokens", args.max_tokens > 0, "above 0"),
         ("num_samples", args.num_samples > 0, "above 0"),
-        ("seed", args.seed >= 0, "0 or more"),
+        ("seed", 0 <= args.seed <= rules.LARGEST, f"from 0 to {rules.LARGEST}"),
         ("top_k", args.top_k >= 0, "0 or more"),
         ("temperature", args.temperature >= 0 and math.isfinite(args.temperature), "0 or more"),
         ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
@@ -137,11 +169,28 @@ def _encode(policy: policy_lib.Policy, prompt: str, chat: bool, max_tokens: int)
     return ids
 
 
+def note(text: str) -> None:
+    """Says something on standard error: what the model says alone goes to standard output."""
+    with contextlib.suppress(OSError):
+        print(one_line(text), file=sys.stderr)
+
+
+def show(text: str) -> None:
+    """Prints a model's text: into a pipe or a file as it is, on a terminal what that shows."""
+    text = visible(text) if console.is_terminal else text
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
 def main(argv: list[str]) -> None:
     args = _arguments(argv)
+    program.show_devices(note)
     program.use_compile_cache()
     mesh, dtype = sharding.make_mesh(), jnp.dtype(args.dtype)
-    policy, params = open_model(args.model, mesh, dtype)
+    found = find_model(args.model)
+    if found.said:
+        note(f"{found.said} answers.")
+    policy, params = found.policy, load_params(found, mesh, dtype)
     prompt = _encode(policy, args.prompt, args.chat, args.max_tokens)
     rollouts = complete(
         policy,
@@ -164,9 +213,7 @@ def main(argv: list[str]) -> None:
             fields = {"text": text, "token_ids": ids, "logprobs": logps, "stopped": stopped}
             print(json.dumps(fields), flush=True)
         else:
-            if g:
-                say("")
-            say(args.prompt + text)
+            show(("\n" if g else "") + args.prompt + text)
 
 
 if __name__ == "__main__":

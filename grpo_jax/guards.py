@@ -86,6 +86,11 @@ class Guards:
         self._worked: set[str] = set()  # rewards that a completion got since the program began
         self.leaves_out = False  # whether the updates on the newest rollout shall not be made
 
+    @property
+    def has_orders(self) -> bool:
+        """Whether `obey` would raise."""
+        return self._order is not None
+
     def look_at_scores(self, step: int, scores: Scores) -> None:
         """Looks for rewards that failed too often; raises `RewardError` where that ends the run."""
         self.leaves_out = False

@@ -8,6 +8,7 @@ say who is missing; this file alone uses what lies beneath them (checked with JA
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -265,45 +267,41 @@ def finish() -> None:
 
 
 def end(message: str, status: int = 1) -> NoReturn:
-    """Ends this process at once, and all others, which print the message as this one's.
+    """Ends this process at once, and all others with its status, which print its message.
 
     An exception would not do: JAX would wait for the others' ends, and they for this process.
     """
     _tell_witness("bye")
     if count() > 1:
         own = number()
+        told = json.dumps([own, status, f"{name(own)} ended: {message}"])
         try:
-            _client().key_value_set(f"{_SPACE}/fault", f"{name(own)} ended: {message}")
+            _client().key_value_set(f"{_SPACE}/fault", told)
         except jax.errors.JaxRuntimeError:  # another was first, or process 0 is gone
             pass
         if own == 0:
             time.sleep(1.0)  # the service ends with this process: the others hear of it before
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a log on a full disk, a pipe that nobody reads
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
 
 
 def _listen() -> None:
     """Ends this process when another told that it ends."""
-    while True:
-        try:
-            message = _client().blocking_key_value_get(f"{_SPACE}/fault", 60_000)
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" in str(error):
-                continue
-            return  # the service is gone, and JAX ends the process
-        except AttributeError:  # no client any more: the run is over
-            return
-        own = f"process {number()} "
-        if not message.startswith(own):
-            _exit(f"{own}ends, because {message}")
-        return
+    try:
+        told = _waited_for(f"{_SPACE}/fault")
+    except (jax.errors.JaxRuntimeError, AttributeError):
+        return  # the service is gone, and JAX ends the process; or the run is over
+    process, status, message = json.loads(told)
+    if process != number():
+        _exit(f"process {number()} ends, because {message}", status)
 
 
-def _exit(message: str) -> NoReturn:
+def _exit(message: str, status: int = 1) -> NoReturn:
     _tell_witness("bye")
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(status)
 
 
 # --- Meeting --------------------------------------------------------------------------------------
@@ -352,6 +350,69 @@ def first_of(text: str) -> str:
     meet(f"check {_num_asked} for a stop")
     said = _client().key_value_dir_get(answers)
     return min(said)[1] if said else ""
+
+
+class Word:
+    """A text that any process may give; all hear it at the same of the points where they ask.
+
+    Before it is given, asking costs nothing. When it is, each process tells how often it has asked
+    so far, and all hear the word when they ask once more than the one that has asked most often.
+    """
+
+    def __init__(self, name: str, on_given: Callable[[str], None]):
+        """`on_given(text)` is called on every process as soon as it knows, from another thread."""
+        self._name, self._number, self._on_given = f"{_SPACE}/{name}", number(), on_given
+        self._num_asked, self._text, self._heard_at = 0, "", 0
+        self._lock, self._agreed = threading.Lock(), threading.Event()
+        if count() > 1:
+            threading.Thread(target=self._listen, name=name, daemon=True).start()
+
+    def give(self, text: str) -> None:
+        """Gives the word; of several that are given the first counts."""
+        if count() == 1:
+            self._take(text)
+            self._agreed.set()
+            return
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first
+            _client().key_value_set(self._name, text)
+
+    def heard(self) -> str:
+        """The word, once all hear it; "" before. All must ask equally often, in the same order."""
+        with self._lock:
+            self._num_asked += 1
+            if not self._text:
+                return ""
+        self._agreed.wait()  # others tell how often they have asked, whatever they are doing
+        return self._text if self._num_asked >= self._heard_at else ""
+
+    def _take(self, text: str) -> int:
+        with self._lock:
+            first = not self._text
+            self._text = self._text or text
+            num_asked = self._num_asked
+        if first:
+            self._on_given(text)
+        return num_asked
+
+    def _listen(self) -> None:
+        try:
+            own = self._take(_waited_for(self._name))
+            _client().key_value_set(f"{self._name}/{self._number}", str(own))
+            asked = [int(_waited_for(f"{self._name}/{p}")) for p in range(count())]
+        except (jax.errors.JaxRuntimeError, AttributeError):  # the run is over
+            return
+        self._heard_at = max(asked) + 1
+        self._agreed.set()
+
+
+def _waited_for(key: str) -> str:
+    """The value of a key, once some process has set it."""
+    while True:
+        try:
+            return _client().blocking_key_value_get(key, 60_000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
 
 
 def gather(value: Any, what: str) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -39,8 +40,11 @@ class Lines:
         self._parts, self._at, self._guards, self._compiling = parts, at, guards, compiling
         self._writers, self._bar = writers, bar
         self._unread: tuple[dict, list, int] | None = None  # an update's, where they go, its step
-        self._line: Callable[[dict], tuple[int, dict[str, float]]] | None = None
+        self._line: Callable[[], dict[str, float]] | None = None  # the values of what is open
+        self._step, self._started = 0, 0.0  # its step, and time.monotonic() at that one's start
+        self._lock = threading.RLock()  # a stop closes it from another thread
         self._read_at = 0.0  # time.monotonic() after the newest update
+        self.waited_s = 0.0  # for the newest update that was read
         self.closed_at = 0.0  # time.monotonic() when the newest line was written
 
     def learned(self, values: dict) -> None:
@@ -50,15 +54,18 @@ class Lines:
 
     def read(self) -> None:
         """Waits for the newest update, and has the guards look at it."""
-        if self._unread is None:
-            return
-        (values, learned, step), self._unread = self._unread, None
-        with phase("update"):
-            values = {name: float(value) for name, value in jax.device_get(values).items()}
-        refused = bool(values.pop("skipped"))
-        self._guards.look_at_update(step, values, refused=refused)
-        learned.append(values)
-        self._read_at = time.monotonic()
+        with self._lock:
+            if self._unread is None:
+                return
+            (values, learned, step), self._unread = self._unread, None
+            began = time.monotonic()
+            with phase("update"):
+                values = {name: float(value) for name, value in jax.device_get(values).items()}
+            self.waited_s = time.monotonic() - began
+            refused = bool(values.pop("skipped"))
+            self._guards.look_at_update(step, values, refused=refused)
+            learned.append(values)
+            self._read_at = time.monotonic()
 
     def open(
         self, state: TrainState, lengths: tuple, started: float, learning: float, times: dict
@@ -71,11 +78,10 @@ class Lines:
         step, known, learned = at.step + 1, at.rollout_metrics, at.update_metrics
         counters = {"tokens/generated": at.tokens} | memory.usage()
 
-        def line(evaluated: dict[str, float]) -> tuple[int, dict[str, float]]:
+        def line() -> dict[str, float]:
             ended = max(self._read_at, learning)  # the latter where no update was made
             times["time/update_s"] = ended - learning
-            times["time/step_s"] = time.monotonic() - started
-            values = known | _combined(learned) | counters | evaluated | times
+            values = known | _combined(learned) | counters | times
             values |= self._compiling.since_last() | {
                 "policy/skipped_updates": int(state.num_skipped),
                 "guards/roll_backs": at.history.roll_backs,
@@ -85,19 +91,32 @@ class Lines:
             if "time/rollout_s" in times and learned:
                 step_s = ended - started
                 values |= _rates(parts, lengths, times["time/rollout_s"], step_s)
-            return step, values
+            return values
 
-        self._line = line
+        self._step, self._line, self._started = step, line, started
+
+    def reopen(self, step: int, values: dict[str, float]) -> None:
+        """Opens a line again that `values` gave, in a process before this one."""
+        self._step, self._line = step, lambda: dict(values)
+        self._started = time.monotonic() - values.get("time/step_s", 0.0)
+
+    def values(self) -> dict[str, float]:
+        """What stands in the line that is open, without an evaluation."""
+        with self._lock:
+            self.read()
+            settled = self._line() | {"time/step_s": time.monotonic() - self._started}
+            self._line = lambda: dict(settled)
+            return dict(settled)
 
     def close(self, evaluated: dict[str, float] | None = None) -> None:
         """Writes the line that is open, if one is, with what an evaluation found beside it."""
-        if self._line is None:
-            return
-        self.read()
-        (step, values), self._line = self._line(evaluated or {}), None
-        self._writers.scalars(step, values)
-        self._bar.update(step, values)
-        self.closed_at = time.monotonic()
+        with self._lock:
+            if self._line is None:
+                return
+            values, self._line = self.values() | (evaluated or {}), None
+            self._writers.scalars(self._step, values)
+            self._bar.update(self._step, values)
+            self.closed_at = time.monotonic()
 
 
 def _combined(learned: list[dict[str, float]]) -> dict[str, float]:

@@ -62,6 +62,7 @@ class _TensorBoard(NamedTuple):
     """What is used of tensorboardX."""
 
     event_pb2: Any
+    summary_pb2: Any
     summary: Any
     masked_crc32c: Callable[[bytes], int]
 
@@ -71,9 +72,9 @@ def _tensorboard() -> _TensorBoard:
     """Without PyTorch, which tensorboardX imports where it is there: seconds, for a type's name."""
     with _hidden("torch"):
         from tensorboardX import summary
-        from tensorboardX.proto import event_pb2
+        from tensorboardX.proto import event_pb2, summary_pb2
         from tensorboardX.record_writer import masked_crc32c
-    return _TensorBoard(event_pb2, summary, masked_crc32c)
+    return _TensorBoard(event_pb2, summary_pb2, summary, masked_crc32c)
 
 
 @contextlib.contextmanager
@@ -110,7 +111,9 @@ class EventLog:
         self._add(step=first_step, session_log=start)
 
     def scalar(self, name: str, value: float, step: int) -> None:
-        self._add(step=step, summary=_tensorboard().summary.scalar(name, value))
+        summary = _tensorboard().summary_pb2.Summary()  # its own function would change the name
+        summary.value.add(tag=name, simple_value=value)
+        self._add(step=step, summary=summary)
 
     def text(self, name: str, text: str, step: int) -> None:
         """A text in Markdown."""

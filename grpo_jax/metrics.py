@@ -8,12 +8,13 @@ reward functions added).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
+import sys
 import time
-import unicodedata
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -262,7 +263,7 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
         texts = {title: row[title] for title in ("prompt", "completion")} | row.get("extras", {})
         for title, text in texts.items():
             title = re.sub(r"[^\w .-]", "?", title)  # of an extra column, by a reward function
-            lines = _visible(str(text)).split("\n")
+            lines = visible(str(text)).split("\n")
             parts.append(f"{title}:\n\n" + "\n".join("    " + line for line in lines))
     return "\n\n".join(parts)
 
@@ -290,7 +291,27 @@ def _start_wandb(workdir: Path, project: str, config: dict[str, Any]) -> Any:
 
 # --- Terminal -------------------------------------------------------------------------------------
 
-console = Console(highlight=False)
+
+class _Output:
+    """Standard output as it is now; what it does not take is lost, and ends no run.
+
+    As where a disk that a log goes to is full, or whoever read a pipe has gone.
+    """
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stdout, name)
+
+
+console = Console(file=_Output(), highlight=False)
 _MAX_EXTRA_CHARS = 40  # of what a reward function added to a sample: texts keep their width
 
 
@@ -436,15 +457,20 @@ def _cut(text: str, limit: int) -> str:
     return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 
-def _visible(text: str) -> str:
-    """`text` with control, formatting and private characters spelled out; line ends remain."""
-    return "".join(
-        c if c == "\n" or unicodedata.category(c)[0] != "C" else c.encode("unicode_escape").decode()
-        for c in text
-    )
+# What a terminal or a page obeys: controls, the order of writing, and invisible marks; not tabs,
+# nor the joiners of Persian, of Indic scripts and of emoji.
+_OBEYED = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069"
+    "\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+
+
+def visible(text: str) -> str:
+    """`text` with the characters spelled out that a terminal would obey; ends of lines remain."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def _printable(text: str) -> str:
-    """`_visible`, and what the terminal's encoding lacks spelled out as well."""
+    """`visible`, and what the terminal's encoding lacks spelled out as well."""
     encoding = console.encoding
-    return _visible(text).encode(encoding, "backslashreplace").decode(encoding)
+    return visible(text).encode(encoding, "backslashreplace").decode(encoding)

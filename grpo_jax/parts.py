@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -262,6 +263,7 @@ def build(
             config.checkpoint.folder or folder / "checkpoints",
             keep=config.checkpoint.keep,
             max_failed=config.checkpoint.max_failed,
+            on_saved=functools.partial(workdir.note_saved, folder),
             due_every=guards.may_roll_back(config)
             * config.checkpoint.every_steps
             * rules.num_updates_per_step(config),

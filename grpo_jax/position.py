@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from grpo_jax import config as config_lib
-from grpo_jax import inputs, rules, sharding
+from grpo_jax import inputs, record, rules, sharding, workdir
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import policy as policy_lib
 from grpo_jax.algorithm import update as update_lib
@@ -44,6 +44,8 @@ class Position:
     first_evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
     rollout_metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of `step`
     update_metrics: list[dict[str, float]] = dataclasses.field(default_factory=list)  # the same
+    # Where the run was stopped before the evaluation after `step`: what that step's line has so far
+    unevaluated: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def draw_of(self, step: int) -> int:
         """The number of the draw that gives a step its prompts and its random key."""
@@ -53,21 +55,23 @@ class Position:
 def newest(parts: Parts) -> Position:
     """Where the run stands: at its newest checkpoint, or where there is none at its start.
 
-    Raises ValueError where the checkpoint is of another config.
+    Raises ValueError where the checkpoint is of another config, and where the run had checkpoints
+    that are gone.
     """
-    number = parts.checkpoints.latest()
+    again, folder = parts.config.checkpoint.begin_again, parts.checkpoints.folder
+    number = parts.checkpoints.latest(begin_again=again)
     if number is None:
+        workdir.begin(parts.folder, folder, again=again)
         return Position()
-    at, config = _read(parts, number)
-    if config != config_lib.fingerprint(parts.config):  # the workdir may be another
-        raise ValueError(
-            f"checkpoint.folder = {parts.config.checkpoint.folder!r} holds checkpoints of a "
-            "different config. Give the run a folder of its own, or the options it was started "
-            "with."
-        )
+    at, binding = _read(parts, number)
+    record.refuse(  # the workdir may be another
+        record.not_accepted(binding, parts.config, workdir.accepted(parts.folder)),
+        f"checkpoint.folder = {folder!r}",
+        "Give the run a folder of its own",
+    )
     before = parts.checkpoints.facts(number).get("read")
     if before:
-        inputs.refuse_other(before, parts.read, f"{parts.checkpoints.folder}")
+        inputs.refuse_other(before, parts.read, f"{folder}")
     middle = f", between updates {at.update} and {at.update + 1}" if at.update else ""
     metrics_lib.say(f"Continuing {parts.folder} after step {at.step}{middle}.")
     return at
@@ -85,6 +89,7 @@ def roll_back(parts: Parts, at: Position, undone: int) -> Position:
     """
     back = _to_go_back_to(parts, at)
     if back is None:
+        workdir.note_saved(parts.folder, None)
         back = Position(first_evaluation=at.first_evaluation)
         back.accuracy_before = back.accuracy = at.accuracy_before
         back.held_out_reward_before = back.held_out_reward = at.held_out_reward_before
@@ -144,18 +149,23 @@ def load(parts: Parts, at: Position) -> tuple[TrainState, Experience | None, Rol
     return state, experience, None if undone else parts.checkpoints.ahead(number, mesh)
 
 
-def facts(parts: Parts, at: Position) -> dict[str, Any]:
-    """What a checkpoint there keeps besides arrays."""
+def sizes(parts: Parts) -> dict[str, Any]:
+    """The sizes of packed rows that the run's programs are compiled for so far, by program."""
+    return {name: used.as_json() for name, used in parts.sizes.items()}
+
+
+def facts(parts: Parts, at: Position, sizes_then: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a checkpoint there keeps besides arrays; `sizes_then`: in place of those of now."""
     every = parts.config.checkpoint.every_steps
     if at.step and not at.update and every and at.step % every == 0:
         at.last_due = at.step * rules.num_updates_per_step(parts.config)
-    at.sizes = {name: sizes.as_json() for name, sizes in parts.sizes.items()}
-    config = config_lib.fingerprint(parts.config)
-    return {"position": dataclasses.asdict(at), "config": config, "read": parts.read}
+    at.sizes = sizes(parts) if sizes_then is None else sizes_then
+    binding = config_lib.binding(parts.config)
+    return {"position": dataclasses.asdict(at), "config": binding, "read": parts.read}
 
 
-def _read(parts: Parts, number: int) -> tuple[Position, str]:
-    """The position that a checkpoint holds, and the name of its config."""
+def _read(parts: Parts, number: int) -> tuple[Position, dict[str, Any]]:
+    """The position that a checkpoint holds, and the options that bind it."""
     facts = parts.checkpoints.facts(number)
     history = History(**facts["position"].pop("history"))
     at = Position(**facts["position"] | {"history": history, "checkpoint": number})

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
 import importlib.util
 import os
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +20,9 @@ import jax
 from ml_collections import ConfigDict
 
 from grpo_jax import config as config_lib
-from grpo_jax import cpus, disk, hosts, rules
+from grpo_jax import cpus, disk, hosts, rules, stop
 from grpo_jax.credentials import hidden
 from grpo_jax.metrics import console, one_line, say
-from grpo_jax.workdir import Stopped
 
 
 def run_arguments(argv: list[str], description: str) -> tuple[ConfigDict, Path]:
@@ -138,13 +141,54 @@ def use_compile_cache(mesh: ConfigDict | None = None, *, traced: bool = False) -
     if (traced or split) and jax.default_backend() == "cpu":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a home, as in containers
+        if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+            jax.config.update("jax_enable_compilation_cache", False)
+            return
+        base = ""  # not read
     for variable, value in (
         ("JAX_COMPILATION_CACHE_DIR", str(Path(base) / "grpo_jax" / "compiled")),
         ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 0.5),
     ):
         if not os.environ.get(variable):
             jax.config.update(variable.lower(), value)
+
+
+# What JAX's variables would make of every number.
+_SETTINGS = {
+    "jax_enable_x64": False,
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_softmax_custom_jvp": False,
+    "jax_disable_jit": False,
+}
+
+
+def hold_settings() -> None:
+    """Settings of JAX that change what is computed are as they are here, whatever variables say."""
+    for name, value in _SETTINGS.items():
+        if jax.config.values[name] != value:
+            jax.config.update(name, value)
+
+
+def show_devices(show: Callable[[str], None] = say) -> None:
+    """Says what the program runs on. Raises ValueError where JAX has no such devices."""
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter without a word
+        why = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise ValueError(
+            f"JAX finds no device of JAX_PLATFORMS = {os.environ.get('JAX_PLATFORMS', '')!r}{why}. "
+            "Install what such devices need, as pip install 'grpo_jax[gpu]' or 'grpo_jax[tpu]', or "
+            "unset that variable to run on what is there."
+        ) from error
+    kinds = collections.Counter(device.device_kind for device in devices)
+    named = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    show(f"Runs on {named} ({devices[0].platform}).")
 
 
 def use_nan_checks(check: bool) -> None:
@@ -155,7 +199,7 @@ def use_nan_checks(check: bool) -> None:
     jax.config.update("jax_debug_nans", check)
 
 
-STOPPED = 75  # "try again", EX_TEMPFAIL of sysexits.h
+_LINGER_S = 5.0  # for threads to end
 
 
 def main(run: Callable[[list[str]], None]) -> None:
@@ -164,14 +208,17 @@ def main(run: Callable[[list[str]], None]) -> None:
     One that was asked to stop, and has saved, ends with status 75, by which a launcher knows that
     there is more to do. Of several processes, what ends one ends all.
     """
+    before = set(threading.enumerate())
+    hold_settings()
     try:
         status = 0
         try:
             run(sys.argv[1:])
-        except Stopped as stopped:
+        except stop.Stopped as stopped:
             say(str(stopped))
-            status = STOPPED
+            status = stop.STATUS
         hosts.finish()
+        _let_go(status, before)
         if status:
             sys.exit(status)
     except KeyboardInterrupt:
@@ -187,14 +234,37 @@ def main(run: Callable[[list[str]], None]) -> None:
             _show_traceback(type(error), error, error.__traceback__)
             _end(one_line(message or f"{type(error).__name__}: {error}"), 1)
         message = one_line(message)
-        print(f"error: {message}", file=sys.stderr)
-        print("(GRPO_JAX_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody listens
+            print(f"error: {message}", file=sys.stderr)
+            print("(GRPO_JAX_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
+        _let_go(1, before)
         _end(message, 1)
 
 
 def _show_traceback(kind: type, error: BaseException, trace: TracebackType | None) -> None:
     text = "".join(traceback.format_exception(kind, error, trace))
     print(hidden(text), end="", file=sys.stderr)
+
+
+def _let_go(status: int, before: set[threading.Thread]) -> None:
+    """Ends the process where threads would keep it, as Orbax's do for minutes after a failed save.
+
+    `before`: those that ran before the program did.
+    """
+    with contextlib.suppress(AttributeError, ValueError):
+        try:
+            sys.stdout.flush()
+        except OSError:  # the interpreter would try again, and end with a status of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    until = time.monotonic() + _LINGER_S
+    left = [t for t in threading.enumerate() if t not in before and not t.daemon]
+    for thread in left:
+        thread.join(max(until - time.monotonic(), 0.0))
+    if any(thread.is_alive() for thread in left):
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+        if hosts.count() == 1:
+            os._exit(status)
 
 
 def _end(message: str, status: int) -> NoReturn:

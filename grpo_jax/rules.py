@@ -37,6 +37,9 @@ def check(config: ConfigDict, default: ConfigDict) -> None:
     _check_choices(config)
     _check_batch(config)
     _check_loop(config)
+    for name in config.checkpoint.accept_changes:
+        if name not in flat:
+            raise ValueError(f"checkpoint.accept_changes: there is no option {shown(name)}.")
     _check_guards(config)
     _check_sources(config)
 
@@ -62,11 +65,11 @@ def _check_value(name: str, value: Any) -> None:
             raise ValueError(f"{name} = {shown(value)} holds what is no character of a text.")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} = {value} must be a finite number.")
-    elif abs(value) > _LARGEST and (type(value) is int or name.endswith(("_s", "_gb"))):
-        raise ValueError(f"{name} = {shown(value)} must be at most {_LARGEST}.")
+    elif abs(value) > LARGEST and (type(value) is int or name.endswith(("_s", "_gb"))):
+        raise ValueError(f"{name} = {shown(value)} must be at most {LARGEST}.")
 
 
-_LARGEST = 2**31 - 1  # what devices count with
+LARGEST = 2**31 - 1  # what devices count with
 _POSITIVE = (
     "batch.prompts batch.minibatches algorithm.num_iterations rollout.max_tokens loop.num_steps "
     "data.max_prompt_tokens data.num_train model.num_layers model.width model.mlp_width "

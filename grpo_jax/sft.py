@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
@@ -20,10 +21,11 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from grpo_jax import compiling, hosts, inputs, optim, options, program, sharding, workdir
+from grpo_jax import claim, compiling, hosts, inputs, optim, options, program, sharding, workdir
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import parts as parts_lib
 from grpo_jax import policy as policy_lib
+from grpo_jax import stop as stop_lib
 from grpo_jax.algorithm import logprobs
 from grpo_jax.algorithm import update as update_lib
 from grpo_jax.checkpoints import Checkpoints
@@ -38,41 +40,56 @@ from grpo_jax.watchdog import Watchdog
 Rows = list[tuple[list[int], list[int]]]  # prompt ids, completion ids
 
 
-def run(config: ConfigDict, folder: Path) -> Path:
+def run(config: ConfigDict, folder: Path, stop: stop_lib.StopSignal | None = None) -> Path:
     """Trains, or goes on with the training in `folder`; returns the Hugging Face folder it exports.
 
-    Raises ValueError for what a user can mend, and `workdir.Stopped` once the run was asked to stop
-    and has saved.
+    `stop`: as the caller hears of it; without, the training listens itself. Raises ValueError for
+    what a user can mend, and `stop.Stopped` once the run was asked to stop and has saved.
     """
+    with claim.held(), stop or stop_lib.StopSignal(config.checkpoint.save_before_s) as stop:
+        return _run(config, folder, stop)
+
+
+def _run(config: ConfigDict, folder: Path, stop: stop_lib.StopSignal) -> Path:
     export = folder / "export"
     mesh = sharding.make_mesh(**config.mesh)
-    workdir.open_for(config, folder)
-    policy, batches, read = _source(
-        config, folder / "source", inputs.date(config.data.date, folder)
-    )
-    inputs.hold(folder, read)
-    if (export / "config.json").exists():
-        return export
-    policy = policy_lib.keep(policy, folder / "source")
-    num_steps = config.sft.num_steps
-    schedule = optim.schedule(
-        config.sft.learning_rate,
-        warmup_steps=config.sft.warmup_steps,
-        kind="cosine",
-        num_updates=num_steps,
-        end_fraction=0.0,
-    )
-    optimizer = parts_lib.make_optimizer(config, schedule, config.sft.weight_decay, clip_norm=1.0)
-    scorer = parts_lib.make_scorer(config, policy.model, mesh, Sampling())
-    update = _make_update(scorer, optimizer, config.sft.microbatch or config.sft.batch, config)
-    checkpoints = Checkpoints(
-        config.checkpoint.folder or folder / "checkpoints",
-        keep=2,
-        max_failed=config.checkpoint.max_failed,
-    )
-    with phase("start"):
-        state = _start(checkpoints, policy, mesh, optimizer, config)
-    first = int(state.num_updates)
+    with phase("start"), stop.nothing_to_lose():
+        workdir.open_for(config, folder)
+        now = inputs.date(config.data.date, folder)
+        policy, batches, read = _source(config, folder / "source", now)
+        inputs.hold(folder, read)
+        if (export / "config.json").exists():
+            return export
+        policy = policy_lib.keep(policy, folder / "source")
+        optimizer, update = _learner(config, policy, mesh)
+        checkpoints = Checkpoints(
+            config.checkpoint.folder or folder / "checkpoints",
+            keep=2,
+            max_failed=config.checkpoint.max_failed,
+            on_saved=functools.partial(workdir.note_saved, folder),
+        )
+        state = _start(checkpoints, policy, mesh, optimizer, config, folder)
+    state = _train(config, folder, stop, checkpoints, state, update, batches)
+    with stop.nothing_to_lose(stop_lib.PATIENCE_S):
+        policy_lib.export(policy, export, state, config.checkpoint.export_dtype)
+        updates = int(state.num_updates)
+        workdir.note_export(export, step=updates, updates=updates)
+        if stop.asked():  # what comes after this training is asked to stop, too
+            raise stop_lib.Stopped(_stopped(stop, config.sft.num_steps, folder))
+    return export
+
+
+def _train(
+    config: ConfigDict,
+    folder: Path,
+    stop: stop_lib.StopSignal,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    update: Callable,
+    batches: Callable[[int], Rows],
+) -> TrainState:
+    """The state after the last step. Raises `stop.Stopped` once all is saved."""
+    num_steps, first = config.sft.num_steps, int(state.num_updates)
     writers = metrics_lib.Writers(
         folder,
         first_step=first + 1,
@@ -82,16 +99,18 @@ def run(config: ConfigDict, folder: Path) -> Path:
         enabled=hosts.is_first(),
     )
     with (
-        workdir.StopSignal(config.checkpoint.save_before_s) as stop,
+        closing(writers),
         Watchdog(config.loop.stall_limit_s) as watchdog,
         metrics_lib.Progress(num_steps, first_step=first, every_steps=100, noun="sft") as bar,
     ):
-        stops, rows = False, batches(first)
+        rows = batches(first)
         for step in range(first, num_steps):
             started = time.monotonic()
             watchdog.phase(f"Supervised update {step + 1}")
+            leave = functools.partial(_saved, checkpoints, state, stop, step, folder)
             with phase("sft"):
-                state, values = update(state, rows)
+                with stop.leaving(leave) as over:
+                    state, values = update(state, rows, over)
                 rows = batches(step + 1) if step + 1 < num_steps else []  # meanwhile
                 values = {name: float(value) for name, value in jax.device_get(values).items()}
             values["sft/tokens_per_s"] = values.pop("tokens") / (time.monotonic() - started)
@@ -104,32 +123,44 @@ def run(config: ConfigDict, folder: Path) -> Path:
             writers.scalars(step + 1, values)
             bar.update(step + 1, values)
             every = config.sft.checkpoint_every_steps
-            due = every and (step + 1) % every == 0
-            stops = stop.asked()
             checkpoints.poll()
-            if step + 1 < num_steps and (stops or due):
+            if step + 1 == num_steps:
+                break
+            if stop.asked():
+                raise stop_lib.Stopped(_saved(checkpoints, state, stop, step + 1, folder))
+            if every and (step + 1) % every == 0:
+                claim.check()
                 checkpoints.save(state, {})
-            if stops and step + 1 < num_steps:
-                checkpoints.close()
-                raise _stopped(stop, step + 1, folder)
+        checkpoints.close()
+    return state
+
+
+def _saved(
+    checkpoints: Checkpoints, state: TrainState, stop: stop_lib.StopSignal, step: int, folder: Path
+) -> str:
+    """Saves what the run holds after `step`, and says so."""
+    if step:
+        claim.check()
+        checkpoints.save(state, {})
     checkpoints.close()
-    writers.close()
-    policy_lib.export(policy, export, state, config.checkpoint.export_dtype)
-    if stops:  # at the last step: what comes after this training is asked to stop, too
-        raise _stopped(stop, num_steps, folder)
-    return export
+    return _stopped(stop, step, folder)
 
 
-def _stopped(stop: workdir.StopSignal, step: int, folder: Path) -> workdir.Stopped:
-    return workdir.Stopped(
+def _stopped(stop: stop_lib.StopSignal, step: int, folder: Path) -> str:
+    return (
         f"Stopped by {stop.name} at supervised step {step}; all is saved in {folder}. "
         "The same command continues the run."
     )
 
 
-def _start(checkpoints: Checkpoints, policy, mesh: Mesh, optimizer, config) -> TrainState:
-    dtype, number = jnp.dtype(config.model.param_dtype), checkpoints.latest()
-    if number is not None:
+def _start(
+    checkpoints: Checkpoints, policy, mesh: Mesh, optimizer, config: ConfigDict, folder: Path
+) -> TrainState:
+    again = config.checkpoint.begin_again
+    dtype, number = jnp.dtype(config.model.param_dtype), checkpoints.latest(begin_again=again)
+    if number is None:
+        workdir.begin(folder, checkpoints.folder, again=again)
+    else:
         like = update_lib.state_like(policy.model, mesh, optimizer, dtype)
         return checkpoints.restore(number, like)
     params = policy_lib.load_params(policy, mesh, config.seed, dtype)
@@ -224,6 +255,21 @@ def _microbatches(rows: Rows, size: int, shards: int, config: ConfigDict) -> Ite
 # --- The update -----------------------------------------------------------------------------------
 
 
+def _learner(config: ConfigDict, policy: policy_lib.Policy, mesh: Mesh):
+    """The optimizer, and the update as `_make_update` gives it."""
+    schedule = optim.schedule(
+        config.sft.learning_rate,
+        warmup_steps=config.sft.warmup_steps,
+        kind="cosine",
+        num_updates=config.sft.num_steps,
+        end_fraction=0.0,
+    )
+    optimizer = parts_lib.make_optimizer(config, schedule, config.sft.weight_decay, clip_norm=1.0)
+    scorer = parts_lib.make_scorer(config, policy.model, mesh, Sampling())
+    size = config.sft.microbatch or config.sft.batch
+    return optimizer, _make_update(scorer, optimizer, size, config)
+
+
 def _loss_sums(params: Params, scorer: update_lib.Scorer, part: Rollouts):
     """Summed cross-entropy of one microbatch, with (count, sum) for the mean."""
     target_BT = part.completion_PGC[:, 0]
@@ -242,7 +288,10 @@ def _loss_sums(params: Params, scorer: update_lib.Scorer, part: Rollouts):
 
 
 def _make_update(scorer: update_lib.Scorer, optimizer, size: int, config: ConfigDict):
-    """A function `(state, rows) -> (state, metrics)`; microbatches differ in length."""
+    """A function `(state, rows) -> (state, metrics)`; microbatches differ in length.
+
+    Its `before_donating()` is called once it has the gradients; until then the state is whole.
+    """
     shards = sharding.num_row_shards(scorer.mesh) * scorer.parts
 
     def through(params: Params, _, carry: update_lib.Carry, part: Rollouts) -> update_lib.Carry:
@@ -272,12 +321,22 @@ def _make_update(scorer: update_lib.Scorer, optimizer, size: int, config: Config
         state, values = update_lib.apply_gradient(state, optimizer, grads, loss)
         return state, values | {"sft/loss": loss, "tokens": sums["count"]}
 
-    def update(state: TrainState, rows: Rows) -> tuple[TrainState, dict[str, Array]]:
+    is_compiled = False
+
+    def update(
+        state: TrainState, rows: Rows, before_donating: Callable[[], None] = lambda: None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        nonlocal is_compiled
         carry = empty()
         for number, part in enumerate(_microbatches(rows, size, shards, config), 1):
             carry = add(state.params, np.int32(1), carry, sharding.shard_rows(scorer.mesh, part))
             if number % compiling.MAX_IN_FLIGHT == 0:
                 jax.block_until_ready(carry)
+        if not is_compiled:  # by now: it takes long, and may be given up
+            apply.lower(state, carry).compile()
+            is_compiled = True
+        jax.block_until_ready(carry)
+        before_donating()
         return apply(state, carry)
 
     return update
@@ -288,10 +347,12 @@ def main(argv: list[str]) -> None:
     if not config.sft.num_steps:
         raise ValueError("sft.num_steps = 0: nothing to train. Set it above 0.")
     program.use_all_cores(config, parts_lib.model_shape(config, folder).num_params)
+    program.show_devices()
     program.use_nan_checks(config.debug.nans)
     if config.compile_cache:
         program.use_compile_cache(config.mesh)
-    metrics_lib.say(f"The trained model is in {run(config, folder)}.")
+    with stop_lib.StopSignal(config.checkpoint.save_before_s, may_exit=True) as stop:
+        metrics_lib.say(f"The trained model is in {run(config, folder, stop)}.")
 
 
 if __name__ == "__main__":

@@ -7,25 +7,35 @@ from __future__ import annotations
 
 import time
 
-from grpo_jax import definitions, loop, parts, program, report, sft
+from grpo_jax import claim, definitions, loop, parts, program, report, sft
 from grpo_jax.metrics import print_title, say
+from grpo_jax.stop import StopSignal
 
 
 def main(argv: list[str]) -> None:
-    config, folder = program.run_arguments(argv, "Trains a policy by GRPO.")
-    program.use_all_cores(config, parts.model_shape(config, folder).num_params)
-    program.use_nan_checks(config.debug.nans)
-    if config.compile_cache:
-        program.use_compile_cache(config.mesh, traced=bool(config.profile.steps))
-    model_path, began = config.model.path, time.monotonic()
+    with claim.held(), StopSignal(may_exit=True) as stop:
+        _run(argv, stop)
+
+
+def _run(argv: list[str], stop: StopSignal) -> None:
+    with stop.nothing_to_lose():
+        config, folder = program.run_arguments(argv, "Trains a policy by GRPO.")
+        stop.save_before_s = config.checkpoint.save_before_s
+        program.use_all_cores(config, parts.model_shape(config, folder).num_params)
+        program.show_devices()
+        program.use_nan_checks(config.debug.nans)
+        if config.compile_cache:
+            program.use_compile_cache(config.mesh, traced=bool(config.profile.steps))
+        model_path, began = config.model.path, time.monotonic()
+        if not model_path:
+            parts.refuse_early(config, folder)
     if not model_path:  # a new model learns the form of answers from worked solutions first
-        parts.refuse_early(config, folder)
         print_title(f"Supervised start: {config.sft.num_steps} updates on worked solutions")
-        model_path = str(sft.run(config, folder / "bootstrap"))
+        model_path = str(sft.run(config, folder / "bootstrap", stop))
     print_title(f"GRPO: {config.loop.num_steps} steps of {config.batch.prompts} prompts")
     for line in definitions.in_force(config):
         say(line)
-    summary = loop.run(config, folder, model_path, spent_s=time.monotonic() - began)
+    summary = loop.run(config, folder, model_path, spent_s=time.monotonic() - began, stop=stop)
     ask = summary.pop("ask", None)
     report.summary_table(summary)
     if ask:

@@ -16,7 +16,7 @@ class Watchdog:
     """Ends the run when a phase of it does not get on, and says which. A context manager.
 
     It watches from a thread of its own, so it sees what waits on a device, a disk or another
-    process.
+    process. Time in which that thread was stopped too, as by Ctrl-Z, is nobody's silence.
     """
 
     def __init__(self, limit_s: float, on_stall: Callable[[str], None] | None = None):
@@ -43,10 +43,14 @@ class Watchdog:
         self._over.set()
 
     def _watch(self) -> None:
-        left_s = self._limit_s
-        while not self._over.wait(left_s):
-            left_s = self._since + self._limit_s - time.monotonic()
-            if left_s <= 0:
+        tick_s = min(self._limit_s / 8, 1.0)
+        before, silent_s, since = time.monotonic(), 0.0, self._since
+        while not self._over.wait(tick_s):
+            now = time.monotonic()
+            passed_s, before = min(now - before, 2 * tick_s), now
+            silent_s = silent_s + passed_s if since == self._since else 0.0
+            since = self._since
+            if silent_s >= self._limit_s:
                 self._on_stall(
                     f"{self._phase}: no progress for loop.stall_limit_s = {self._limit_s:g} s."
                 )

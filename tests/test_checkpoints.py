@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import gc
+import os
+import re
 import shutil
 import sys
 import time
@@ -13,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
-from grpo_jax import optim, sharding
+from grpo_jax import checksums, integrity, optim, sharding
 from grpo_jax.algorithm import update as update_lib
-from grpo_jax.checkpoints import Checkpoints, NotSaved, newest_params
+from grpo_jax.checkpoints import Checkpoints, Newest, NotSaved, newest_params
 from grpo_jax.models import transformer
 from grpo_jax.structs import Experience, ModelConfig, Rollouts, TrainState
 
@@ -269,16 +273,104 @@ def test_a_checkpoint_whose_record_is_not_its_own_is_set_aside(tmp_path, two, ca
     again.close()
 
 
-def test_when_all_are_damaged_the_run_begins_again(tmp_path, two, capsys):
-    shutil.copytree(two, tmp_path / "c")
+def test_when_all_are_damaged_the_run_asks(tmp_path, two, capsys):
+    """None is renamed, unless it may begin again."""
+    folder = tmp_path / "c"
+    shutil.copytree(two, folder)
     for number in ("1", "2"):
-        _damage(tmp_path / "c" / number / "facts" / "metadata", "has changed")
-    again = Checkpoints(tmp_path / "c", keep=2)
-    assert again.latest() is None
+        _damage(folder / number / "facts" / "metadata", "has changed")
+    again = Checkpoints(folder, keep=2)
+    with pytest.raises(ValueError, match=r"All checkpoints in .* are damaged \(2: facts/metadata"):
+        again.latest()
+    assert sorted(p.name for p in folder.iterdir()) == ["1", "2"]
+    assert again.latest(begin_again=True) is None
     assert "There is none before it: 1 update must be computed again." in _said(capsys)
     again.close()
+    assert sorted(p.name for p in folder.iterdir()) == ["damaged_1", "damaged_2"]
     with pytest.raises(ValueError, match="holds no whole checkpoint"):
-        newest_params(tmp_path / "c", {})
+        newest_params(folder, {})
+
+
+@pytest.mark.parametrize("fault", [errno.ESTALE, errno.EACCES, errno.EIO])
+def test_what_cannot_be_read_is_not_damaged(tmp_path, mesh, two, monkeypatch, fault):
+    """It is tried again; at last the run ends, and nothing was renamed."""
+    folder, times = tmp_path / "c", []
+    shutil.copytree(two, folder)
+    read = checksums._size_and_sum
+
+    def unreadable(file):
+        if len(times) < faults:
+            times.append(file)
+            raise OSError(fault, os.strerror(fault), str(file))
+        return read(file)
+
+    monkeypatch.setattr(checksums, "_size_and_sum", unreadable)
+    monkeypatch.setattr(integrity, "_TRY_AGAIN_S", (0.0, 0.0))
+    again = Checkpoints(folder, keep=2)
+    faults = 1
+    assert again.latest() == 2
+    times.clear()
+    faults = 10**6
+    with pytest.raises(ValueError, match=rf"The checkpoint {folder}/2 cannot be read .*{fault}"):
+        again.latest()
+    with pytest.raises(ValueError, match=r"Nothing was changed"):
+        newest_params(folder, _like(mesh).params)
+    again.close()
+    assert sorted(p.name for p in folder.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize("name", ["lr[1e-5]", "[", "]", "*", "a?", "back\\slash"])
+def test_a_path_that_is_a_pattern_is_refused(tmp_path, name):
+    """Orbax looks for what its processes wrote by such patterns."""
+    with pytest.raises(ValueError, match=r"cannot be kept in .*is a pattern.*checkpoint\.folder"):
+        Checkpoints(tmp_path / name / "c", keep=1)
+
+
+@pytest.mark.parametrize("name", ["a b", "%41", "é", "{a}", "#", "run=1,2", "'q\"", "$HOME"])
+def test_any_other_path_keeps_checkpoints(tmp_path, name):
+    folder = tmp_path / name / "c"
+    first = Checkpoints(folder, keep=1)
+    first.save(_tiny(1), {})
+    first.close()
+    again = Checkpoints(folder, keep=1)
+    _same_bits(again.restore(again.latest(), _tiny(0)), _tiny(1))
+    again.close()
+
+
+def test_a_checkpoint_that_could_not_be_restored_gets_no_name(tmp_path, monkeypatch):
+    """As where Orbax finds nothing to merge, and does not mind."""
+    monkeypatch.setattr(integrity, "_PATTERNS", re.compile("(?!)"))  # refuses nothing
+    folder = tmp_path / "lr[1e-5]"
+    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints.save(_tiny(1), {})
+    with pytest.raises(NotSaved, match=r"not written whole: state/manifest.ocdbt is missing"):
+        checkpoints.wait()
+    assert checkpoints.latest() is None and not list(folder.iterdir())
+
+
+def test_a_checkpoint_whose_sums_are_right_may_lack_its_arrays(tmp_path, two, capsys):
+    """One of before that was looked at."""
+    shutil.copytree(two, tmp_path / "c")
+    newest = epath.Path(tmp_path / "c" / "2")
+    (newest / "state" / "manifest.ocdbt").unlink()
+    checksums.write(newest, leave_out=integrity.WRITTEN_LAST)
+    again = Checkpoints(tmp_path / "c", keep=2)
+    assert again.latest() == 1 and "state/manifest.ocdbt is missing" in _said(capsys)
+    again.close()
+
+
+def test_folders_that_are_no_checkpoints_are_not_touched(tmp_path, mesh, two):
+    """Orbax would take their names for steps, and delete the oldest of them."""
+    folder = tmp_path / "by_year"
+    shutil.copytree(two, folder)
+    for year in ("2023", "2024"):
+        (folder / year).mkdir()
+        (folder / year / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"by_year holds 2023, 2024, which have the name of"):
+        Checkpoints(folder, keep=2)
+    assert {p.name for p in folder.iterdir()} == {"1", "2", "2023", "2024"}
+    with Newest(folder) as newest:
+        assert newest.number == 2
 
 
 def _tiny(number: int) -> TrainState:
@@ -334,6 +426,18 @@ def test_saving_the_same_state_again_does_nothing(tmp_path, mesh):
     checkpoints.save(_state(mesh, 1), {"a": 2})
     checkpoints.wait()
     assert checkpoints.facts(1) == {"a": 1}
+    checkpoints.close()
+
+
+def test_a_state_that_was_saved_before_it_was_evaluated_is_saved_again(tmp_path):
+    """As by a stop in the evaluation: with its accuracy it may be the best."""
+    told = []
+    checkpoints = Checkpoints(tmp_path / "c", keep=1, on_saved=told.append)
+    for number, accuracy in [(1, 0.1), (2, None), (2, 0.9), (3, 0.2), (4, 0.3)]:
+        checkpoints.save(_tiny(number), {"accuracy": accuracy}, quality=accuracy)
+    checkpoints.wait()
+    assert checkpoints.numbers() == [2, 4] and checkpoints.facts(2) == {"accuracy": 0.9}
+    assert told == [1, 2, 2, 3, 4]
     checkpoints.close()
 
 

@@ -77,4 +77,12 @@ def test_a_record_that_is_not_one(folder, text, fault):
 
 def test_a_record_that_is_not_text(folder):
     (folder / "sha256.json").write_bytes(b"\xff\xfe")
-    assert "sha256.json cannot be read" in faults(folder)[0]
+    assert faults(folder) == ["sha256.json is damaged"]
+
+
+def test_what_cannot_be_read_has_no_known_fault(folder):
+    """Here a folder in the place of a file, which cannot be opened."""
+    (folder / "sha256.json").unlink()
+    (folder / "sha256.json").mkdir()
+    with pytest.raises(OSError):
+        faults(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from grpo_jax import config as config_lib
-from grpo_jax import options, rules
+from grpo_jax import options, record, rules
 
 ROOT = Path(config_lib.__file__).parent
 CONFIGS = sorted((ROOT.parent / "configs").glob("*.py"))
@@ -454,7 +454,7 @@ def test_heads_split_over_the_devices_of_a_row():
 
 def _recorded(config, folder: Path) -> Path:
     file = folder / "config.json"
-    file.write_text(json.dumps({"binding": config_lib.binding(config)}))
+    file.write_text(json.dumps(record.new(config)))
     return file
 
 
@@ -475,16 +475,15 @@ def _recorded(config, folder: Path) -> Path:
 )
 def test_what_changes_the_result_binds(changes, tmp_path):
     file = _recorded(_valid(), tmp_path)
-    config_lib.refuse_other_config(_valid(), file)
+    assert record.continued(file, _valid()) is None
     (key, value), name = next(iter(changes.items())), next(iter(changes)).replace("__", ".")
     then, now = OPTIONS[name], value
     if isinstance(then, tuple):
         then, now = list(then), list(now)
     with pytest.raises(ValueError) as info:
-        config_lib.refuse_other_config(_valid(**{key: value}), file)
+        record.continued(file, _valid(**{key: value}))
     assert f"{name}: {then!r} there, {now!r} now" in str(info.value)
     assert str(tmp_path) in str(info.value)
-    assert config_lib.fingerprint(_valid()) != config_lib.fingerprint(_valid(**changes))
 
 
 @pytest.mark.parametrize(
@@ -505,21 +504,20 @@ def test_what_changes_the_result_binds(changes, tmp_path):
     ],
 )
 def test_what_only_carries_it_out_does_not_bind(changes, tmp_path):
-    config_lib.refuse_other_config(_valid(**changes), _recorded(_valid(), tmp_path))
-    assert config_lib.fingerprint(_valid()) == config_lib.fingerprint(_valid(**changes))
+    assert record.continued(_recorded(_valid(), tmp_path), _valid(**changes)) is None
 
 
 def test_the_length_of_a_run_binds_where_the_schedule_ends_with_it(tmp_path):
     file = _recorded(_valid(optim__schedule="cosine"), tmp_path)
     with pytest.raises(ValueError, match=r"loop.num_steps: 100 there, 7 now"):
-        config_lib.refuse_other_config(_valid(optim__schedule="cosine", loop__num_steps=7), file)
+        record.continued(file, _valid(optim__schedule="cosine", loop__num_steps=7))
 
 
 def test_many_changes_are_counted(tmp_path):
     other = _valid(seed=1, model__width=64, batch__group=4, batch__prompts=8, data__num_train=5,
                    rollout__top_k=3, optim__beta1=0.5)  # fmt: skip
     with pytest.raises(ValueError, match="and 2 more"):
-        config_lib.refuse_other_config(other, _recorded(_valid(), tmp_path))
+        record.continued(_recorded(_valid(), tmp_path), other)
 
 
 def test_what_a_run_is_that_changes_nothing():

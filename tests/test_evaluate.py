@@ -234,7 +234,7 @@ def test_references(config, shared, capsys):
         (["--top_p", "0"], "--top_p 0.0 must be above 0"),
         (["--top_k", "-1"], "--top_k -1 must be 0 or more"),
         (["--max_tokens", "0"], "--max_tokens 0 must be above 0"),
-        (["--seed", "-1"], "--seed -1 must be 0 or more"),
+        (["--seed", "-1"], "--seed -1 must be from 0 to"),
         (["--num_sample", "4"], "Unknown argument '--num_sample'"),
         (["--config.batch.promts", "4"], "There is no option batch.promts"),
         (["--model", "gone"], r"gone.*there is no such folder"),

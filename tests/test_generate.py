@@ -58,7 +58,7 @@ def _ask(capsys, *argv: str) -> tuple[str, str]:
     [
         (["--max_tokens", "0"], r"--max_tokens 0 must be above 0"),
         (["--num_samples", "0"], r"--num_samples 0 must be above 0"),
-        (["--seed", "-1"], r"--seed -1 must be 0 or more"),
+        (["--seed", "-1"], r"--seed -1 must be from 0 to"),
         (["--top_k", "-1"], r"--top_k -1 must be 0 or more"),
         (["--temperature", "-1"], r"--temperature -1.0 must be 0 or more"),
         (["--temperature", "nan"], r"--temperature nan must be"),
@@ -119,7 +119,8 @@ def _run_folder(folder, mesh, model, number: int):
     params = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), params)
     state = update_lib.start(params, read.model, mesh, optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
-    checkpoints.save(state.replace(num_updates=jnp.int32(number)), {})
+    facts = {"position": {"step": 7}}
+    checkpoints.save(state.replace(num_updates=jnp.int32(number)), facts)
     checkpoints.close()
     return read, jax.device_get(state.params)
 
@@ -140,13 +141,59 @@ def test_the_folder_of_an_unfinished_run(tmp_path, mesh, model, capsys):
     assert out.startswith("1+1=")
 
 
-def test_the_folder_of_a_finished_run(tmp_path, mesh, model):
-    """What it exported, not its checkpoint."""
+@pytest.mark.parametrize(("updates", "answers"), [(3, "export"), (2, "checkpoint")])
+def test_the_folder_of_a_run_that_has_exported(tmp_path, mesh, model, capsys, updates, answers):
+    """What it exported, unless it went on after that and has a newer checkpoint."""
     _, params = _run_folder(tmp_path, mesh, model, 3)
     shutil.copytree(model, tmp_path / "export")
+    workdir.note_export(tmp_path / "export", step=1, updates=updates)
     _, found = generate.open_model(str(tmp_path), mesh, jnp.float32)
     exported = policy.load_params(policy.read(str(model)), mesh, seed=0)
-    assert _same(found, exported) and not _same(found, params)
+    assert not _same(exported, params)
+    assert _same(found, exported if answers == "export" else params)
+    out, err = _ask(capsys, "--model", str(tmp_path), "--prompt", "1+1=", "--max_tokens", "1")
+    step = {"export": "export of step 1", "checkpoint": "checkpoint of step 7"}[answers]
+    assert f"{tmp_path}: {step} answers." in err and out.startswith("1+1=")
+    assert "WARNING" not in err
+
+
+def test_an_export_of_an_unknown_step_is_older_than_a_checkpoint(tmp_path, mesh, model):
+    _run_folder(tmp_path, mesh, model, 3)
+    shutil.copytree(model, tmp_path / "export")
+    assert generate.find_model(str(tmp_path)).said.endswith("checkpoint of step 7")
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert generate.find_model(str(tmp_path)).said.endswith("export of an unknown step")
+
+
+def test_the_checkpoints_of_a_run_may_lie_elsewhere(tmp_path, mesh, model):
+    _, params = _run_folder(tmp_path / "run", mesh, model, 3)
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    record["options"]["checkpoint.folder"] = str(tmp_path / "elsewhere")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+    _, found = generate.open_model(str(tmp_path / "run"), mesh, jnp.float32)
+    assert _same(found, params)
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**31), str(2**63)])
+def test_a_seed_that_no_device_holds_is_refused(seed):
+    with pytest.raises(ValueError, match=rf"--seed {seed} must be from 0 to 2147483647"):
+        generate.main(["--model", "any", "--prompt", "1", "--temperature", "1", "--seed", seed])
+
+
+TEXT = "می\u200cخواهم\tx \U0001f468\u200d\U0001f469 \x1b[31m\u202e"
+
+
+def test_a_model_s_text_goes_into_a_pipe_as_it_is(capsys):
+    generate.show(TEXT)
+    assert capsys.readouterr().out == TEXT + "\n"
+
+
+def test_a_terminal_shows_what_it_would_obey(capsys, monkeypatch):
+    monkeypatch.setattr(type(generate.console), "is_terminal", property(lambda console: True))
+    generate.show(TEXT)
+    shown = TEXT.replace("\x1b", "\\x1b").replace("\u202e", "\\u202e")
+    assert capsys.readouterr().out == shown + "\n"
 
 
 def test_the_folder_of_a_run_that_has_saved_nothing(tmp_path, mesh, model):

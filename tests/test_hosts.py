@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import socket
+import threading
+import time
 
+import jax
 import pytest
 
 from grpo_jax import hosts
@@ -100,3 +103,61 @@ def test_who_did_not_come_is_named(monkeypatch, service_says, told):
     """In the words that JAX 0.10.2 has for it."""
     monkeypatch.setattr(hosts, "name", lambda process: f"process {process}")
     assert re.search(told, hosts._explained("the rewards", service_says))
+
+
+class Service:
+    """What is used of JAX's service of keys."""
+
+    def __init__(self):
+        self._values, self._changed = {}, threading.Condition()
+
+    def key_value_set(self, key: str, value: str) -> None:
+        with self._changed:
+            if key in self._values:
+                raise jax.errors.JaxRuntimeError(f"ALREADY_EXISTS: {key}")
+            self._values[key] = value
+            self._changed.notify_all()
+
+    def blocking_key_value_get(self, key: str, timeout_ms: int) -> str:
+        with self._changed:
+            self._changed.wait_for(lambda: key in self._values)
+            return self._values[key]
+
+
+@pytest.mark.parametrize("given_at", [[1, None, None], [None, 9, None], [5, 5, 30]])
+def test_all_hear_a_word_at_the_same_point(monkeypatch, given_at):
+    """However far ahead one of them is, and whoever gives it."""
+    service, told = Service(), []
+    monkeypatch.setattr(hosts, "_client", lambda: service)
+    monkeypatch.setattr(hosts, "count", lambda: 3)
+    words = []
+    for process in range(3):
+        monkeypatch.setattr(hosts, "number", lambda process=process: process)
+        words.append(hosts.Word("stop", told.append))
+    heard: list[int | None] = [None] * 3
+
+    def process(number: int) -> None:
+        for point in range(1, 10_000):
+            if point == given_at[number]:
+                words[number].give(f"SIGTERM to {number}")
+            if words[number].heard():
+                heard[number] = point
+                return
+            time.sleep(0.001 * (1 + number))
+
+    threads = [threading.Thread(target=process, args=[number]) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert heard[0] is not None and len(set(heard)) == 1, heard
+    assert len(told) == 3 and len(set(told)) == 1
+
+
+def test_a_word_of_one_process_is_heard_at_once():
+    told = []
+    word = hosts.Word("stop", told.append)
+    assert word.heard() == ""
+    word.give("SIGTERM")
+    word.give("SIGINT")
+    assert word.heard() == "SIGTERM" and told == ["SIGTERM"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import struct
 
 import pytest
 
@@ -62,6 +64,26 @@ def test_tensorboard_waits_for_space(small_disk):
     board.close()
     (file,) = (small_disk / "tensorboard").iterdir()
     assert len(said) == 1 and file.read_bytes().count(b"text_summary") == 200
+
+
+def test_tensorboard_has_the_names_that_the_log_has(tmp_path, capfd):
+    """And numbers that are none, without a word."""
+    from tensorboardX.proto import event_pb2
+
+    board = EventLog(tmp_path, 0, print)
+    for name, value in (("eval/pass@8", 0.5), ("policy/loss", math.nan)):
+        board.scalar(name, value, 3)
+    board.close()
+    (file,) = tmp_path.iterdir()
+    content, events = file.read_bytes(), []
+    while content:
+        (size,) = struct.unpack("<Q", content[:8])
+        events.append(event_pb2.Event.FromString(content[12 : 12 + size]))
+        content = content[16 + size :]
+    scalars = [(v.tag, v.simple_value, e.step) for e in events for v in e.summary.value]
+    assert scalars[0] == ("eval/pass@8", 0.5, 3)
+    assert scalars[1][0] == "policy/loss" and math.isnan(scalars[1][1])
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_run_s_writers_go_on_with_a_full_disk(small_disk, capsys):

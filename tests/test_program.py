@@ -14,7 +14,7 @@ import jax
 import pytest
 
 import grpo_jax
-from grpo_jax import config, program, workdir
+from grpo_jax import config, program, stop
 
 SCRIPT = """
 import os, jax
@@ -114,7 +114,7 @@ def test_what_a_cpu_does_not_keep(axis, size, traced, kept, monkeypatch):
 
 def test_a_stopped_run_has_a_status_of_its_own(capsys):
     def run(argv):
-        raise workdir.Stopped("Stopped by SIGTERM at step 3")
+        raise stop.Stopped("Stopped by SIGTERM at step 3")
 
     with pytest.raises(SystemExit) as info:
         program.main(run)
@@ -206,3 +206,116 @@ def test_modules_of_rewards_are_found_beside_the_config_and_in_the_current_folde
     assert sys.path == [*before, str(there), str(here)]
     places = [importlib.import_module(f"{name}_rewards").PLACE for name in ("near", "far", "both")]
     assert places == ["here", "there", "there"]
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch):
+    """A user of a container, in no passwd."""
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(program.Path, "home", home)
+    for name in ("XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    updated = {}
+    monkeypatch.setattr(program.jax.config, "update", updated.__setitem__)
+    program.use_compile_cache()
+    assert updated == {"jax_enable_compilation_cache": False}
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://shared")
+    updated.clear()
+    program.use_compile_cache()
+    assert updated == {"jax_persistent_cache_min_compile_time_secs": 0.5}
+
+
+NUMBERS = """
+import jax
+from grpo_jax import keys, program
+def run(argv):
+    draws = jax.random.uniform(keys.key_for(0, "rollout"), 3)
+    print(draws, draws.dtype, jax.jit(lambda x: x * 1.5)(jax.numpy.arange(3)).dtype)
+program.main(run)
+"""
+VARIABLES = {
+    "JAX_ENABLE_X64": "1",
+    "JAX_THREEFRY_PARTITIONABLE": "0",
+    "JAX_RANDOM_SEED_OFFSET": "7",
+    "JAX_DEFAULT_PRNG_IMPL": "rbg",
+    "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+    "JAX_DISABLE_JIT": "1",
+}
+
+
+def test_no_variable_of_jax_changes_a_number():
+    def numbers(more: dict[str, str]) -> str:
+        kept = {n: v for n, v in os.environ.items() if n not in VARIABLES}
+        done = subprocess.run(
+            [sys.executable, "-c", NUMBERS], env=kept | more, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "float32 float32" in numbers({})
+    assert numbers(VARIABLES) == numbers({})
+
+
+def test_devices_are_told_and_those_that_are_not_there(monkeypatch):
+    told = []
+    program.show_devices(told.append)
+    assert told == ["Runs on 8 x cpu (cpu)."]
+
+    def devices():
+        raise AssertionError  # what JAX 0.10.2 has to say of CUDA without its plugin
+
+    monkeypatch.setattr(program.jax, "devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    with pytest.raises(ValueError, match=r"no device of JAX_PLATFORMS = 'cuda'\. Install.*\[gpu\]"):
+        program.show_devices(told.append)
+
+
+PRINTS = """
+import sys, time
+from grpo_jax import program
+from grpo_jax.metrics import say
+def run(argv):
+    for i in range(2000):
+        say(f"line {i} " + "x" * 100)
+    open(sys.argv[1], "w").write("to its end")
+program.main(run)
+"""
+
+
+@pytest.mark.parametrize("gone", ["a reader", "the space"])
+def test_what_cannot_be_printed_ends_no_run(tmp_path, gone):
+    command = [sys.executable, "-c", PRINTS, str(tmp_path / "out")]
+    if gone == "a reader":
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.readline()
+        process.stdout.close()
+    else:
+        full = open("/dev/full", "w")
+        process = subprocess.Popen(command, stdout=full, stderr=subprocess.PIPE)
+    assert process.stderr.read() == b"" and process.wait(timeout=60) == 0
+    assert (tmp_path / "out").read_text() == "to its end"
+
+
+LINGERS = """
+import sys, threading, time
+from grpo_jax import program
+program._LINGER_S = 0.2
+def run(argv):
+    threading.Thread(target=time.sleep, args=[300]).start()
+    print("done")
+    if sys.argv[1] == "refuses":
+        raise ValueError("refused")
+program.main(run)
+"""
+
+
+@pytest.mark.parametrize(("how", "status"), [("ends", 0), ("refuses", 1)])
+def test_no_thread_keeps_a_program_that_has_ended(how, status):
+    """As Orbax's do, which wait for each other for 300 s after a save that failed."""
+    done = subprocess.run(
+        [sys.executable, "-c", LINGERS, how], capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stdout) == (status, "done\n")
+    assert ("error: refused" in done.stderr) == bool(status)

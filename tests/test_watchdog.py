@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -55,3 +56,33 @@ with Watchdog(0.2) as watchdog:
     assert done.returncode == 1
     assert "error: Update 3 of step 7: no progress" in done.stderr
     assert "wait_forever" in done.stderr
+
+
+def test_time_in_which_all_was_stopped_is_nobody_s_silence():
+    """SIGSTOP for twice the limit, as by Ctrl-Z or a scheduler's suspend; then it stalls."""
+    code = """
+import time
+from grpo_jax.watchdog import Watchdog
+with Watchdog(2.0) as watchdog:
+    watchdog.phase("Update 1")
+    print("ready", flush=True)
+    while not input():
+        pass
+    watchdog.phase("Update 2")
+    print("went on", flush=True)
+    time.sleep(60)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGSTOP)
+    threading.Event().wait(4.5)
+    process.send_signal(signal.SIGCONT)
+    threading.Event().wait(0.5)  # a watchdog that counts the time ends it here
+    process.stdin.write("on\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "went on\n"
+    _, told = process.communicate(timeout=50)
+    assert process.returncode == 1 and "error: Update 2: no progress" in told

@@ -481,10 +481,9 @@ def drawn_at(step: int, passed_over: int, prompts: list[list[int]], ahead: int =
         rewards=pool,
     )
     lines = SimpleNamespace(close=lambda: None, closed_at=0.0)
-    watchdog = SimpleNamespace(alive=lambda: None)
     at = Position(step=step, passed_over=passed_over)
     state = SimpleNamespace(params=tiny.params())
-    return drawing.draw(run, state, at, lines, watchdog, ahead=ahead), pool
+    return drawing.draw(run, state, at, lines, lambda: None, ahead=ahead), pool
 
 
 def test_the_sampler_draws_as_its_options_say():
@@ -688,15 +687,16 @@ def test_what_an_evaluation_is_given(monkeypatch, tmp_path):
         config=config, engine=None, evaluator=evaluator, policy="policy", held_out="held out",
         train=None, rewards="rewards", folder=tmp_path,
     )  # fmt: skip
-    at, watchdog = Position(step=2), SimpleNamespace(alive="alive")
+    at = Position(step=2)
     state = SimpleNamespace(params="params")
-    values = loop._evaluate(run, state, at, watchdog, final=True)
+    values = loop._evaluate(run, state, at, "alive", final=True)
     assert len(calls) == 2 and at.accuracy == values["eval/accuracy"] == 0.25
     for (args, options), num_samples in zip(calls, (0, 3)):
         assert args == (evaluator, ("published", "params"), "policy", "held out", "rewards")
         assert options["num_samples"] == num_samples and options["temperature"] == 0.6
         assert options["key"] == keys.key_for(11, "evaluate", 2)
+        assert options["on_harvest"] == "alive"  # where a stop gives the evaluation up
         kind = f"sampled_{num_samples}" if num_samples else "greedy"
         assert options["file"] == tmp_path / "evaluations" / f"step_000002_{kind}.jsonl"
-    loop._evaluate(run, state, at, watchdog, final=False)
+    loop._evaluate(run, state, at, "alive", final=False)
     assert len(calls) == 3 and calls[-1][1]["num_samples"] == 0

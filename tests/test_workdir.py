@@ -1,11 +1,9 @@
-"""A run's folder: whose it is, files written whole, and the signal to stop."""
+"""A run's folder: whose it is, what was saved of it, and files written whole."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -82,31 +80,37 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_is_noted(number):
-    before = signal.getsignal(number)
-    with workdir.StopSignal() as stop:
-        assert not stop.asked()
-        signal.raise_signal(number)
-        assert stop.asked() and stop.name == signal.Signals(number).name
-    assert signal.getsignal(number) is before
+# --- Runs whose checkpoints are gone --------------------------------------------------------------
 
 
-def test_the_end_of_its_time_is_noted(monkeypatch):
-    now = time.monotonic()
-    monkeypatch.setattr(workdir, "_STARTED", now)
-    with workdir.StopSignal(0) as never, workdir.StopSignal(1e4) as later:
-        assert not never.asked() and not later.asked()
-    with workdir.StopSignal(100) as stop:
-        assert not stop.asked()
-        monkeypatch.setattr(workdir, "_STARTED", now - 101)
-        assert stop.asked() and stop.name == "checkpoint.save_before_s = 100"
+@pytest.fixture
+def logged(tmp_path):
+    """The folder of a run of 6 steps, before any checkpoint."""
+    for name in ("metrics", "samples"):
+        lines = "".join(f'{{"step": {step}}}\n' for step in range(1, 7))
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    return tmp_path
 
 
-def test_a_second_interrupt_ends_at_once():
-    with workdir.StopSignal() as stop:
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        assert stop.asked() and stop.name == "SIGTERM"
+def test_a_run_that_has_saved_nothing_begins_again(logged, capsys):
+    workdir.begin(logged, "DISK", again=False)
+    assert "no checkpoint yet: its 6 steps are computed again" in capsys.readouterr().out
+
+
+def test_a_run_whose_checkpoints_are_gone_asks(logged, capsys):
+    """Nothing is changed; with the option its logs are kept."""
+    workdir.note_saved(logged, 4)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"of 6 steps .* DISK holds none.*begin_again=True"):
+            workdir.begin(logged, "DISK", again=False)
+    before = (logged / "metrics.jsonl").read_text()
+    workdir.begin(logged, "DISK", again=True)
+    assert (logged / "metrics_1.jsonl").read_text() == before
+    assert (logged / "samples_1.jsonl").exists() and not (logged / "samples.jsonl").exists()
+    workdir.begin(logged, "DISK", again=False)  # it is a run without checkpoints again
+
+
+def test_a_run_that_was_rolled_back_to_its_start_has_none(logged):
+    workdir.note_saved(logged, 4)
+    workdir.note_saved(logged, None)
+    workdir.begin(logged, "DISK", again=False)

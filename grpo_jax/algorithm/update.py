@@ -479,6 +479,9 @@ def make_update(
 ):
     """A function `(state, experience, minibatch index) -> (state, metrics)`; it donates the state.
 
+    `before_donating(carry)` is called once all but the optimizer's step is launched; `carry` holds
+    the gradients. Until it returns the state is whole.
+
     Minibatch i of n holds prompts i, i + n, ... of the experience. With `offload` the optimizer's
     state comes to the devices for its own step alone, and lies in the host's memory otherwise.
     Metrics are float32 scalars by their logged names, and `skipped`, True where the update was
@@ -528,16 +531,26 @@ def make_update(
         state, metrics = apply_gradient(state, optimizer, grads, loss, wanted)
         return state, metrics | means | maxima | {"policy/loss": loss}
 
-    sizes = rows.Sizes()
+    sizes, compiled = rows.Sizes(), set()
 
-    def update(state: TrainState, experience: Experience, index: int):
+    def update(
+        state: TrainState,
+        experience: Experience,
+        index: int,
+        before_donating: Callable[[Carry], None] = lambda carry: None,
+    ):
         groups_P = np.arange(scorer.groups_in_shard(experience.rollouts))[index::num_minibatches]
         microbatches = scorer.microbatches(experience.rollouts, groups_P, sizes)
         number, arrays = microbatches.number, microbatches.arrays
         carry = add(state.params, number, empty(), experience, *arrays)
+        action_PGC = experience.action_PGC
+        if action_PGC.shape not in compiled:  # by now: it takes long, and may be given up
+            finish.lower(state, carry, action_PGC, np.int32(index)).compile()
+            compiled.add(action_PGC.shape)
+        before_donating(carry)
         if offload:
             state = state.replace(opt_state=sharding.to_device_memory(state.opt_state))
-        state, metrics = finish(state, carry, experience.action_PGC, np.int32(index))
+        state, metrics = finish(state, carry, action_PGC, np.int32(index))
         if offload:
             state = state.replace(opt_state=sharding.to_host_memory(state.opt_state))
         return state, metrics

@@ -27,7 +27,16 @@ STOPS = {
     "within a step": ("update", 6),
     "in supervised training": ("sft", 2),
     "at the last supervised step": ("sft", 3),
+    "before an evaluation": ("update", 8),
 }
+# Left while it was at something, after so many updates.
+LEFT = {
+    "in the first rollout": ("rollout", 0),
+    "in rewards": ("rewards", 4),
+    "in an update": ("update", 5),
+    "in the last evaluation": ("evaluation", 16),
+}
+ALL = [*STOPS, *LEFT]
 SLOW = """
 import os, time
 from grpo_jax.rewards.exact import exact_answer
@@ -80,29 +89,33 @@ def runs(tmp_path_factory, slow_reward):
         {"argv": _argv(root / name), "of": kind, "after": count}
         for name, (kind, count) in STOPS.items()
     ]
+    stopped += [
+        {"argv": _argv(root / name), "in": phase, "after": count}
+        for name, (phase, count) in LEFT.items()
+    ]
     alone = [
         {"argv": _argv(root / "whole")},
         {"argv": _argv(root / "longer", "--config.loop.num_steps=6")},
     ]
     first = _drive(alone + stopped, slow_reward)
-    for name in STOPS:
+    for name in ALL:
         shutil.copytree(root / name, root / f"{name}, then")
     shutil.copytree(root / "whole", root / "extended")
     changed = _argv(root / "whole", "--config.optim.learning_rate=0.5")
     second = _drive(
-        [{"argv": _argv(root / name)} for name in STOPS]
+        [{"argv": _argv(root / name)} for name in ALL]
         + [{"argv": _argv(root / "extended", "--config.loop.num_steps=6")}, {"argv": changed}],
         slow_reward,
     )
-    ends = dict(zip(["whole", "longer", *STOPS], first))
-    return root, ends, dict(zip([*STOPS, "extended", "changed"], second))
+    ends = dict(zip(["whole", "longer", *ALL], first))
+    return root, ends, dict(zip([*ALL, "extended", "changed"], second))
 
 
-@pytest.mark.parametrize("name", STOPS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_stopped_run_continues_as_if_it_had_not_been(runs, name):
     root, first, second = runs
     assert first["whole"] == "finished" and second[name] == "finished"
-    assert first[name].startswith("Stopped by SIGTEST at ") and "continues" in first[name]
+    assert first[name].startswith("Stopped by SIGTEST "), first[name]
     assert not state_differences(root / "whole", root / name)
     assert not log_differences(root / "whole", root / name)
     sft, weights = "bootstrap", Path("bootstrap", "export", "model.safetensors")
@@ -126,7 +139,22 @@ def test_a_stop_comes_where_it_was_asked_for(runs, name):
     if part:
         assert int(final_state(part)["/num_updates"]) == count
         steps = {row["step"] for row in logged(part) if "reward" in row or "sft/loss" in row}
-        assert steps == set(range(1, 1 + (count // 4 if kind == "update" else count)))
+        done = count if kind == "sft" else count // 4 - ("evaluation" in name)  # with their lines
+        assert steps == set(range(1, 1 + done))
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_a_run_that_does_not_hear_is_left_saved(runs, name):
+    """All that was computed before the phase is there; the phase itself is computed again."""
+    root, first, _ = runs
+    phase, count = LEFT[name]
+    assert first[name].endswith("(status 75)")
+    then = root / f"{name}, then"
+    assert int(final_state(then)["/num_updates"]) == count
+    rows = logged(then)
+    assert {row["step"] for row in rows if "reward" in row} == set(
+        range(1, 1 + count // 4 - (phase == "evaluation"))
+    )
 
 
 def test_every_step_is_logged_once(runs):
