@@ -57,10 +57,16 @@ def default() -> ConfigDict:
     c.data.eval_path = ""  # held-out problems; "": those of data.path in data.eval_split
     c.data.eval_name = ""  # the same of data.eval_path; without eval_path data.name holds
     c.data.eval_split = ""  # no eval_path: "" for no evaluation; with one: "" for its only split
-    c.data.columns = ()  # renames "ours=theirs", such as ("prompt=question", "answer=solution")
+    # Renames "ours=theirs", such as ("prompt=question", "answer=reward_model.ground_truth"); a dot
+    # reaches into a struct
+    c.data.columns = ()
     c.data.template = ""  # text of the prompt, columns as {name}, braces as {{ }}; "": as it is
     c.data.chat = False  # a text prompt is a user's message, written by the model's chat template
     c.data.system = ""  # system message before a chat that has none; "": none
+    # What the chat template is given besides messages, "name=value", such as
+    # ("enable_thinking=False",)
+    c.data.template_arguments = ()
+    c.data.date = ""  # that chat templates are told, 2026-11-28; "": when the run was started
     c.data.num_train = 10_000  # training problems that a task generates
     c.data.num_eval = 512  # held-out problems that a task generates
     c.data.max_prompt_tokens = 512  # of a prompt, chat template included
@@ -273,7 +279,7 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
 
 # Options that change how a run is carried out or shown, not what it computes.
 _FREE = (
-    "loop.num_steps evaluation. checkpoint. logging. profile. debug. mesh. compile_cache "
+    "loop.num_steps data.date evaluation. checkpoint. logging. profile. debug. mesh. compile_cache "
     "rollout.num_slots rollout.compact batch.microbatch sft.microbatch model.remat model.attention "
     "model.layers "
     "optim.offload model.offload_reference guards. sft.checkpoint_every_steps "

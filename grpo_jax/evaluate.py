@@ -26,6 +26,7 @@ from grpo_jax import (
     evaluation,
     generate,
     hosts,
+    inputs,
     keys,
     program,
     sharding,
@@ -153,6 +154,7 @@ def _file_name(name: str) -> str:
 
 def _problems(args: argparse.Namespace, config: ConfigDict) -> list[Problem]:
     train, held_out = parts_lib.load_problems(config)
+    parts_lib.tell_of(config, train, held_out)
     problems = held_out if args.split == "eval" else train
     if not problems:
         raise ValueError(
@@ -237,6 +239,8 @@ def _evaluate(
             evaluation.write_items(files[kind], answered, further)
         for text in answered.scores.broken(config.rewards.max_failed_share).values():
             raise RewardError(f"{name}: {text}")
+    asked_P = estimates.groups([problem.question for problem in questions.problems])
+    tallies = {name: tally.grouped(asked_P) for name, tally in tallies.items()}
     return Evaluated(path, name, tallies, files)
 
 
@@ -306,9 +310,10 @@ def _as_json(estimates_by_name: dict[str, Estimate]) -> dict[str, Any]:
 
 
 def _report(
-    args: argparse.Namespace, num_problems: int, models: list[Evaluated]
+    args: argparse.Namespace, problems: list[Problem], models: list[Evaluated]
 ) -> tuple[str, Table, dict[str, Any]]:
     """Title and table for the terminal, and the same for a file."""
+    num_problems, num_prompts = len(problems), len({p.question for p in problems})
     first, *others = models
     metrics = [{n: estimates.estimate(t) for n, t in m.tallies.items()} for m in models]
     differences = [
@@ -319,11 +324,14 @@ def _report(
         for m in others
     ]
     title = f"{num_problems} {_SPLITS[args.split]} problems of {args.config}"
+    if num_prompts < num_problems:
+        title += f", {num_prompts} different"
     if args.num_samples:
         title += f"; {args.num_samples} samples of each at temperature {args.temperature:g}"
     options = "config split num_samples temperature top_p top_k max_tokens seed dtype".split()
     values: dict[str, Any] = {name: getattr(args, name) for name in options}
-    values |= {"num_problems": num_problems, "confidence": estimates.CONFIDENCE, "models": []}
+    values |= {"num_problems": num_problems, "num_prompts": num_prompts}
+    values |= {"confidence": estimates.CONFIDENCE, "models": []}
     for i, model in enumerate(models):
         row = {"model": model.path, "name": model.name, "metrics": _as_json(metrics[i])}
         if i:
@@ -342,12 +350,12 @@ def main(argv: list[str]) -> None:
     evaluation.refuse_samples(rewards, args.num_samples, "--num_samples")
     problems = parts_lib.answerable(config, rewards, _problems(args, config))
     _references(config, problems)  # it may refuse
-    questions = []
+    questions, now = [], inputs.date(config.data.date)
     for path in args.models:  # all are refused before the first is asked
         policy, _ = generate.find_model(path)
         limit = config.data.max_prompt_tokens
         policy.check_length(limit, args.max_tokens, "--max_tokens")
-        questions.append(parts_lib.questions(problems, policy, config, "problems"))
+        questions.append(parts_lib.questions(problems, policy, config, "problems", now))
         first, this = questions[0].problems, questions[-1].problems
         if this != first:
             raise ValueError(
@@ -366,10 +374,10 @@ def main(argv: list[str]) -> None:
             references = _references(config, asked.problems)
             print_title(f"{name}: {len(asked.problems)} problems")
             models.append(_evaluate(args, config, mesh, path, name, asked, references, pool))
-    title, table, values = _report(args, len(questions[0].problems), models)
+    title, table, values = _report(args, questions[0].problems, models)
     say(f"\n{title}")  # not the table's own, which would be folded to its width
     console.print(table)
-    say("In brackets: the 95 % bootstrap interval over problems.")
+    say("In brackets: the 95 % bootstrap interval over problems, equal prompts drawn together.")
     say(f"Every completion: {args.out}")
     if args.json and hosts.is_first():
         workdir.write_json(Path(args.json), values)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,16 +14,16 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax import cpus as cpus_lib
-from grpo_jax import evaluation, guards, optim, rules, sharding, workdir
+from grpo_jax import evaluation, guards, inputs, optim, rules, sharding, workdir
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import policy as policy_lib
 from grpo_jax.algorithm import losses
 from grpo_jax.algorithm import update as update_lib
 from grpo_jax.algorithm.rows import Sizes
 from grpo_jax.checkpoints import Checkpoints
+from grpo_jax.data import notes, tasks
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
-from grpo_jax.data import tasks
 from grpo_jax.models import kernels
 from grpo_jax.models.hf import folder as folder_lib
 from grpo_jax.rewards import reward as reward_lib
@@ -51,6 +53,7 @@ class Parts:
     sizes: dict[str, Sizes]  # of packed rows, of the programs of these two
     ref_params: Params | None
     checkpoints: Checkpoints
+    read: inputs.Sums  # what the run reads
 
 
 def refuse_early(config: ConfigDict, folder: Path) -> None:
@@ -93,6 +96,12 @@ def load_rewards(config: ConfigDict) -> list[reward_lib.Reward]:
     )
 
 
+def tell_of(config: ConfigDict, train: list, held_out: list) -> None:
+    """Says what a person should know of the problems, such as that some stand there twice."""
+    for note in notes.of_problems(train, held_out, problems_lib.form_of(config.data)):
+        metrics_lib.say(f"warning: {note}")
+
+
 def answerable(config: ConfigDict, rewards: list[reward_lib.Reward], problems: list) -> list:
     """The problems that all rewards can score.
 
@@ -127,13 +136,25 @@ def start_rewards(
 
 
 def encode(
-    problems: list, policy: policy_lib.Policy, config: ConfigDict, noun: str
+    problems: list,
+    policy: policy_lib.Policy,
+    config: ConfigDict,
+    noun: str,
+    now: datetime,
 ) -> prompts_lib.Encoded:
-    """The problems' prompts as tokens; prints how many were dropped or truncated, if any."""
+    """The problems' prompts as tokens; prints how many were dropped or truncated, if any.
+
+    `now`: the time that chat templates are told.
+    """
     limit, overlong = config.data.max_prompt_tokens, config.data.overlong
-    encoded = prompts_lib.encode(problems, policy.tokenizer, limit, overlong)
+    encoded = prompts_lib.encode(
+        problems, policy.tokenizer, limit, overlong, now=now, on_text=_Slow().tell
+    )
     for problem, ids in zip(encoded.problems, encoded.prompt_ids):
         policy.refuse_unknown(ids, f"The prompt of {problem.where or 'an unnamed problem'}")
+    form = problems_lib.form_of(config.data)
+    for note in notes.of_template(encoded.problems, encoded.reads, form):
+        metrics_lib.say(f"warning: {note}")
     number = encoded.num_dropped or encoded.num_truncated
     if number:
         done = "dropped" if encoded.num_dropped else "truncated"
@@ -144,11 +165,32 @@ def encode(
     return encoded
 
 
+class _Slow:
+    """Says how far a chat template is that takes long."""
+
+    _EVERY_S = 10.0
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def tell(self, done: int, total: int) -> None:
+        if time.monotonic() - self._last > self._EVERY_S:
+            self._last = time.monotonic()
+            metrics_lib.say(f"The chat template has written {done:,} of {total:,} prompts.")
+
+
 def questions(
-    problems: list, policy: policy_lib.Policy, config: ConfigDict, noun: str
+    problems: list,
+    policy: policy_lib.Policy,
+    config: ConfigDict,
+    noun: str,
+    now: datetime,
 ) -> evaluation.Questions:
-    """The problems as the policy reads them, those with a prompt that is too long dealt with."""
-    encoded = encode(problems, policy, config, noun)
+    """The problems as the policy reads them, those with a prompt that is too long dealt with.
+
+    `now` as for `encode`.
+    """
+    encoded = encode(problems, policy, config, noun, now)
     texts = [
         p.prompt if isinstance(p.prompt, str) else policy.tokenizer.decode(ids)
         for p, ids in zip(encoded.problems, encoded.prompt_ids)
@@ -186,10 +228,16 @@ def build(
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
     policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
     train, held_out = (answerable(config, rewards, part) for part in load_problems(config))
-    held_out = held_out[: config.evaluation.num_problems]
+    tell_of(config, train, held_out)
     workdir.open_for(config, folder)
+    now = inputs.date(config.data.date, folder)
+    train = questions(train, policy, config, "training problems", now)
+    read = inputs.of_run(train.problems, train.prompt_ids, held_out, policy, rewards)
+    inputs.hold(folder, read)
     policy = policy_lib.keep(policy, folder / "source")
-    train = questions(train, policy, config, "training problems")
+    held_out = held_out[: config.evaluation.num_problems]
+    if held_out:
+        held_out = questions(held_out, policy, config, "held-out problems", now)
     longest = max(map(len, train.prompt_ids))
     learner = make_learner(
         config, policy.model, mesh, fit(config, policy.model, mesh, longest, folder)
@@ -201,7 +249,7 @@ def build(
         mesh=mesh,
         policy=policy,
         train=train,
-        held_out=questions(held_out, policy, config, "held-out problems") if held_out else None,
+        held_out=held_out or None,
         engine=engine,
         evaluator=make_evaluator(config, engine),
         optimizer=learner.optimizer,
@@ -218,6 +266,7 @@ def build(
             * config.checkpoint.every_steps
             * rules.num_updates_per_step(config),
         ),
+        read=read,
         rewards=start_rewards(config, rewards),  # last: nothing is refused from here on
     )
 

@@ -8,9 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from grpo_jax import config as config_lib
+from grpo_jax import inputs, rules, sharding
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import policy as policy_lib
-from grpo_jax import rules, sharding
 from grpo_jax.algorithm import update as update_lib
 from grpo_jax.guards import History
 from grpo_jax.parts import Parts
@@ -65,6 +65,9 @@ def newest(parts: Parts) -> Position:
             "different config. Give the run a folder of its own, or the options it was started "
             "with."
         )
+    before = parts.checkpoints.facts(number).get("read")
+    if before:
+        inputs.refuse_other(before, parts.read, f"{parts.checkpoints.folder}")
     middle = f", between updates {at.update} and {at.update + 1}" if at.update else ""
     metrics_lib.say(f"Continuing {parts.folder} after step {at.step}{middle}.")
     return at
@@ -147,7 +150,8 @@ def facts(parts: Parts, at: Position) -> dict[str, Any]:
     if at.step and not at.update and every and at.step % every == 0:
         at.last_due = at.step * rules.num_updates_per_step(parts.config)
     at.sizes = {name: sizes.as_json() for name, sizes in parts.sizes.items()}
-    return {"position": dataclasses.asdict(at), "config": config_lib.fingerprint(parts.config)}
+    config = config_lib.fingerprint(parts.config)
+    return {"position": dataclasses.asdict(at), "config": config, "read": parts.read}
 
 
 def _read(parts: Parts, number: int) -> tuple[Position, str]:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import re
+from datetime import datetime
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from grpo_jax import credentials
-from grpo_jax.data.problems import Form
+from grpo_jax.data.problems import form_of
 from grpo_jax.messages import shown
 from grpo_jax.options import flatten
 
@@ -253,7 +254,8 @@ def _check_sources(config: ConfigDict) -> None:
             "set exactly one of them, a generated task or a dataset."
         )
     if config.data.task:
-        for name in ("name eval_path eval_name eval_split columns template chat system").split():
+        names = "name eval_path eval_name eval_split columns template chat system"
+        for name in f"{names} template_arguments date".split():
             if config.data[name]:
                 raise ValueError(
                     f"data.{name} goes with data.path; a task makes its own problems and held-out "
@@ -264,7 +266,8 @@ def _check_sources(config: ConfigDict) -> None:
             f"data.eval_name = {config.data.eval_name!r} goes with data.eval_path. Set that too; "
             "for a split of data.path, data.eval_split alone."
         )
-    Form(config.data.columns, config.data.template, config.data.chat, config.data.system)
+    form_of(config.data)
+    _check_date(config.data.date)
     if len(config.rewards.names) != len(config.rewards.weights) or not config.rewards.names:
         raise ValueError(
             f"rewards.names has {len(config.rewards.names)} entries and rewards.weights "
@@ -298,6 +301,17 @@ def _check_sources(config: ConfigDict) -> None:
                 f"model.width = {config.model.width} must be a multiple of 2 * model.num_heads = "
                 f"{2 * config.model.num_heads}: rotary positions need an even head size."
             )
+
+
+def _check_date(date: str) -> None:
+    try:
+        if date:
+            datetime.fromisoformat(date)
+    except ValueError as error:
+        raise ValueError(
+            f"data.date = {shown(date)} is no date. Write one such as 2026-11-28 or "
+            "2026-11-28T20:15:00, or nothing for the day on which the run starts."
+        ) from error
 
 
 def groups_at_once(config: ConfigDict) -> int:

@@ -19,8 +19,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from rich.table import Table
 
+from grpo_jax import inputs, parts, program
 from grpo_jax import metrics as metrics_lib
-from grpo_jax import parts, program
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import sources
 from grpo_jax.data.problems import Problem
@@ -69,6 +69,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
 
 def _problems(config: ConfigDict, split: str, limit: int) -> list[Problem]:
     train, held_out = parts.load_problems(config)
+    parts.tell_of(config, train, held_out)
     problems = held_out if split == "eval" else train
     if not problems:
         raise ValueError(
@@ -136,7 +137,8 @@ def _rendered(config: ConfigDict, rewards, problems: list[Problem]) -> list[str]
         return None
     tokenizer = load_tokenizer(folder)
     try:
-        encoded = prompts_lib.encode(problems, tokenizer, sys.maxsize)
+        now = inputs.date(config.data.date)
+        encoded = prompts_lib.encode(problems, tokenizer, sys.maxsize, now=now)
     except ValueError as error:
         metrics_lib.say(f"The rewards do not see the prompts as the model reads them: {error}")
         return None
@@ -227,7 +229,7 @@ def _hint(column: str, texts: list[str], scores: Scores) -> None:
 def _item(i: int, problem: Problem, text: str, scores: Scores) -> dict[str, Any]:
     prompt = problem.prompt
     if not isinstance(prompt, str):
-        prompt = "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        prompt = "\n".join(f"{m['role']}: {m.get('content', '')}" for m in prompt)
     values = {name: float(value_B[i]) for name, value_B in scores.by_name.items()}
     return {
         "where": problem.where,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import jax
@@ -19,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from grpo_jax import compiling, hosts, optim, options, program, sharding, workdir
+from grpo_jax import compiling, hosts, inputs, optim, options, program, sharding, workdir
 from grpo_jax import metrics as metrics_lib
 from grpo_jax import parts as parts_lib
 from grpo_jax import policy as policy_lib
@@ -45,8 +46,10 @@ def run(config: ConfigDict, folder: Path) -> Path:
     """
     export = folder / "export"
     mesh = sharding.make_mesh(**config.mesh)
-    policy, batches = _source(config, folder / "source")
     workdir.open_for(config, folder)
+    now = inputs.date(config.data.date, folder)
+    policy, batches, read = _source(config, now, folder / "source")
+    inputs.hold(folder, read)
     if (export / "config.json").exists():
         return export
     policy = policy_lib.keep(policy, folder / "source")
@@ -135,8 +138,11 @@ def _start(checkpoints: Checkpoints, policy, mesh: Mesh, optimizer, config) -> T
 # --- Data -----------------------------------------------------------------------------------------
 
 
-def _source(config: ConfigDict, kept: Path | None = None):
-    """The policy to train, and a function from a step to its rows: a function of (seed, step)."""
+def _source(config: ConfigDict, now: datetime, kept: Path | None = None):
+    """The policy to train, a function from a step to its rows, and the sums of what is read.
+
+    The rows follow from the seed and the step. `now`: the time that chat templates are told.
+    """
     task = tasks.load(config.data.task) if config.data.task else None
     if config.model.path:
         policy = policy_lib.read(config.model.path, kept=kept)
@@ -156,8 +162,12 @@ def _source(config: ConfigDict, kept: Path | None = None):
                     "such as completion=solution."
                 )
         solution = lambda problem, rng: problem.columns["completion"]  # noqa: E731
-    encoded = parts_lib.encode(problems, policy, config, "training problems")
+    encoded = parts_lib.encode(problems, policy, config, "training problems", now)
     problems, prompt_ids = encoded.problems, encoded.prompt_ids
+    read = {
+        "training problems": inputs.of_problems(problems, prompt_ids),
+        "model": inputs.of_model(policy),
+    }
     stop = policy.tokenizer.eos_token_id
     stop = policy.stop_ids[0] if stop is None else stop
 
@@ -176,7 +186,7 @@ def _source(config: ConfigDict, kept: Path | None = None):
                 )
         return [(prompt_ids[i], [*ids, stop]) for i, ids in zip(index, encoded)]
 
-    return policy, rows
+    return policy, rows, read
 
 
 def _bucket(longest: int, limit: int, parts: int = 4) -> int:

@@ -1,6 +1,6 @@
 """A run's folder, which belongs to one config, and the asking of a run to stop.
 
-config.json      options and what they come to        evaluations/   every evaluated item
+config.json      options, date and sums of a run      evaluations/   every evaluated item
 metrics.jsonl    scalars of every step                checkpoints/   Orbax
 samples.jsonl    completions that were shown          export/        the trained model
 tensorboard/     both, for TensorBoard                summary.json, curves.png
@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import time
+from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -56,6 +57,7 @@ def _record(config: ConfigDict, folder: Path, record: Path) -> None:
         config_lib.refuse_other_config(config, record)
         return
     facts = {
+        "date": datetime.now().isoformat(timespec="seconds"),
         "definitions": definitions.in_force(config),
         "binding": config_lib.binding(config),
         "options": options.flatten(config),

@@ -168,6 +168,26 @@ def test_paired_problems_tell_more_than_unpaired_ones():
     assert found.high - found.low < 0.6 * min(e.high - e.low for e in apart)
 
 
+def test_what_stands_several_times_counts_once():
+    """Six problems of three prompts: as three of 1, 1/2 and 0 right, of weights 3, 2 and 1."""
+    right_P = np.array([1, 1, 1, 1, 0, 0.0])
+    group_P = estimates.groups(["a", "a", "b", "a", "b", "c"])
+    assert group_P.tolist() == [0, 0, 1, 0, 1, 2]
+    grouped = estimates.mean(right_P).grouped(group_P)
+    assert grouped.value == estimates.mean(right_P).value == 4 / 6
+    byhand = estimates.ratio(np.array([3, 1, 0.0]), np.array([3, 2, 1.0]))
+    np.testing.assert_array_equal(grouped.part_PX, byhand.part_PX)
+    wide, narrow = estimates.estimate(byhand), estimates.estimate(estimates.mean(right_P))
+    assert estimates.estimate(grouped) == wide
+    assert wide.high - wide.low > narrow.high - narrow.low
+
+
+def test_problems_that_all_differ_are_as_they_were():
+    right_P = np.array([1, 0, 1, 1.0])
+    tally = estimates.mean(right_P)
+    np.testing.assert_array_equal(tally.grouped(estimates.groups("dabc")).part_PX, tally.part_PX)
+
+
 def test_the_same_data_give_the_same_interval():
     assert _share(30, 70) == _share(30, 70)
 

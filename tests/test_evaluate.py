@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import datetime
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import config as config_lib
-from grpo_jax import evaluate, evaluation, generate, keys, policy, sharding
+from grpo_jax import estimates, evaluate, evaluation, generate, keys, policy, sharding
 from grpo_jax.data import tasks
 from grpo_jax.models.hf.export import save
 from grpo_jax.rewards.pool import Pool
@@ -92,7 +93,7 @@ def test_two_models_side_by_side(config, models, capsys):
     found = json.loads(open("deep/all.json").read())
     options = {"split": "eval", "num_problems": 12, "num_samples": 3, "temperature": 1.5,
                "top_k": 9, "top_p": 1.0, "max_tokens": 6, "seed": 7, "dtype": "float32",
-               "confidence": 0.95, "config": config}  # fmt: skip
+               "num_prompts": 12, "confidence": 0.95, "config": config}  # fmt: skip
     assert {k: v for k, v in found.items() if k != "models"} == options
     correct = []
     for model, path, name in zip(found["models"], models, ("one", "two"), strict=True):
@@ -156,7 +157,10 @@ def test_slots_change_no_item_and_are_few(config, models, monkeypatch):
     assert {shape[:2] for shape in engines[1].shapes} == {(1, 1)}
 
 
-def test_a_run_logs_what_the_program_finds(config, models, mesh, tmp_path):
+def test_a_run_logs_what_the_program_finds(config, models, mesh, tmp_path, capsys):
+    """Of four prompts that stand twice each: intervals know them once."""
+    once = open("train.jsonl").read()
+    open("train.jsonl", "w").write(f"{once}\n{once}")
     evaluate.main(["--config", config, "--model", models[1], "--split", "train", "--json", "x"])
     path = models[1]
     ours, params = generate.open_model(path, mesh, jnp.float32)
@@ -167,12 +171,12 @@ def test_a_run_logs_what_the_program_finds(config, models, mesh, tmp_path):
     with Pool(evaluate.parts_lib.load_rewards(read)) as pool:
         values = evaluation.run(
             engine, engine.publish(params), ours,
-            evaluate.parts_lib.questions(problems, ours, read, "problems"),
+            evaluate.parts_lib.questions(problems, ours, read, "problems", datetime.now()),
             pool, num_samples=0, temperature=1.0,
             key=keys.key_for(0, "evaluate"), file=tmp_path / "in_run.jsonl",
         )  # fmt: skip
     (model,) = json.loads(open("x").read())["models"]
-    assert len(problems) == 4
+    assert len(problems) == 8
     names = (
         "accuracy",
         "reward",
@@ -182,7 +186,16 @@ def test_a_run_logs_what_the_program_finds(config, models, mesh, tmp_path):
         "length",
     )
     assert values == {f"eval/{n}": model["metrics"][n]["value"] for n in names}
-    assert (tmp_path / "in_run.jsonl").read_text() == open(model["items"]["greedy"]).read()
+    items = open(model["items"]["greedy"]).read()
+    assert (tmp_path / "in_run.jsonl").read_text() == items
+    lengths = [json.loads(line)["length"] for line in items.splitlines()]
+    alone = estimates.estimate(estimates.mean(np.array(lengths[:4]), 1.0, 6.0))
+    assert lengths[:4] == lengths[4:] and len(set(lengths)) > 1
+    found = model["metrics"]["length"]
+    assert [found["low"], found["high"]] == pytest.approx([alone.low, alone.high])
+    shown = capsys.readouterr().out
+    assert "the 8 training problems have 4 different prompts, one of them 2 times" in shown
+    assert "8 training problems of" in shown and ", 4 different" in shown
 
 
 def test_references(config, shared, capsys):

@@ -40,6 +40,7 @@ def parts(tmp_path, state):
         policy=types.SimpleNamespace(model=MODEL),
         optimizer=OPTIMIZER,
         sizes={"update": Sizes()},
+        read={"training problems": {"number": 3}},
         checkpoints=checkpoints,
     )
     checkpoints.close()

@@ -12,14 +12,18 @@ import json
 import string
 from typing import Any
 
-from grpo_jax.data import sources
+from grpo_jax.data import chats, sources
+from grpo_jax.data.chats import Messages
 from grpo_jax.data.sources import Source
 from grpo_jax.messages import cut
 
-Messages = list[dict[str, Any]]  # chat: each with a "role" and a "content"
-
 # Names that a reward function's own arguments have.
 _RESERVED = ("prompts", "completions")
+
+# Columns of what the models here do not read: a prompt without it would be another question.
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+
+_MISSING = object()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,20 +33,31 @@ class Problem:
     prompt: str | Messages
     columns: dict[str, Any]
     where: str = dataclasses.field(default="", compare=False)  # "train.jsonl, line 3", for messages
+    # What the chat template is given besides messages: "tools", and values such as enable_thinking.
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def question(self) -> str:
+        """What the model is asked, as one text; equal where a model cannot tell two apart."""
+        if isinstance(self.prompt, str):
+            return self.prompt
+        return json.dumps([self.prompt, self.arguments], sort_keys=True, default=str)
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
     """How a row becomes a problem: the options `data.*` of these names.
 
-    Raises ValueError for renames that are not "ours=theirs" or contradict each other, and for a
-    template that is not text with names of columns in braces.
+    A column within a struct has a dotted name, such as reward_model.ground_truth. Raises ValueError
+    for renames that are not "ours=theirs" or contradict each other, for a template that is not text
+    with names of columns in braces, and for arguments that are not "name=value".
     """
 
     columns: tuple[str, ...] = ()
     template: str = ""
     chat: bool = False
     system: str = ""
+    template_arguments: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for entry in self.columns:
@@ -61,6 +76,10 @@ class Form:
                 f"data.template = {cut(repr(self.template))} has no {{column}}, so that all "
                 'prompts would be the same. Put the column in, such as "{prompt}".'
             )
+        try:
+            chats.refuse_reserved(self.arguments, "data.template_arguments")
+        except ValueError as error:
+            raise ValueError(f"{error}.") from error
 
     @functools.cached_property
     def renames(self) -> dict[str, str]:
@@ -68,23 +87,44 @@ class Form:
         return {theirs: ours for ours, theirs in (entry.split("=") for entry in self.columns)}
 
     @functools.cached_property
-    def fields(self) -> tuple[str, ...]:
-        """The columns that the template names."""
+    def arguments(self) -> dict[str, Any]:
+        """What every chat template is given, by name; values are JSON or Python, else texts."""
+        found: dict[str, Any] = {}
+        for entry in self.template_arguments:
+            name, equals, text = entry.partition("=") if isinstance(entry, str) else ("", "", "")
+            if not equals or not name.isidentifier() or name in found:
+                fault = "stands there twice" if name in found else 'is not "name=value"'
+                raise ValueError(
+                    f"data.template_arguments: {entry!r} {fault}. Write one text for each argument "
+                    'of the chat template, such as ("enable_thinking=False",).'
+                )
+            value = chats.literal(text)
+            plain = value is None or isinstance(value, (str, int, float, list, dict))
+            found[name] = value if plain else text
+        return found
+
+    @functools.cached_property
+    def pieces(self) -> list[tuple[str, str | None]]:
+        """The template as texts, each with the name of the column that follows it."""
         shown = f"data.template = {cut(repr(self.template))}"
         rule = "Write {column} for a column, and {{ and }} for braces of the text."
         try:
             parts = list(string.Formatter().parse(self.template))
         except ValueError as error:
             raise ValueError(f"{shown}: {error}. {rule}") from error
-        found = []
         for _, field, spec, conversion in parts:
-            if field is None:
-                continue
-            if not field.strip() or spec or conversion or set(field) & set(".[]{}"):
+            named = field is None or (
+                all(name.strip() for name in field.split(".")) and not set(field) & set("[]{}")
+            )
+            if not named or spec or conversion:
                 mark = f"!{conversion}" * bool(conversion) + f":{spec}" * bool(spec)
                 raise ValueError(f"{shown}: {{{field}{mark}}} is not the name of a column. {rule}")
-            found.append(field)
-        return tuple(dict.fromkeys(found))
+        return [(text, field) for text, field, _, _ in parts]
+
+    @functools.cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The columns that the template names."""
+        return tuple(dict.fromkeys(field for _, field in self.pieces if field is not None))
 
 
 # --- What a run reads -----------------------------------------------------------------------------
@@ -92,7 +132,7 @@ class Form:
 
 def load_train(data: Any) -> list[Problem]:
     """The training problems that a config's section `data` names."""
-    return load(Source(data.path, data.name, data.split), _form(data))
+    return load(Source(data.path, data.name, data.split), form_of(data))
 
 
 def load_held_out(data: Any) -> list[Problem]:
@@ -110,11 +150,12 @@ def load_held_out(data: Any) -> list[Problem]:
         source = Source(data.path, data.name, data.eval_split, options)
     else:
         return []
-    return load(source, _form(data))
+    return load(source, form_of(data))
 
 
-def _form(data: Any) -> Form:
-    return Form(data.columns, data.template, data.chat, data.system)
+def form_of(data: Any) -> Form:
+    """The form that a config's section `data` gives its rows."""
+    return Form(data.columns, data.template, data.chat, data.system, data.template_arguments)
 
 
 def load(source: Source, form: Form = Form()) -> list[Problem]:
@@ -152,12 +193,16 @@ def load(source: Source, form: Form = Form()) -> list[Problem]:
 
 def _problem(row: dict[str, Any], where: str, option: str, form: Form) -> Problem:
     columns = _renamed(row, where, form.renames) if form.renames else dict(row)
-    taken = [name for name in _RESERVED if name in columns]
-    if taken:
-        raise ValueError(
-            f"{option}: {where} has a column `{taken[0]}`, which is an argument of every reward "
-            "function. Rename the column, as data.columns can."
-        )
+    _refuse_columns(columns, where, option)
+    padded = isinstance(row, sources.Padded)
+    if isinstance(columns.get("prompt"), str):
+        try:
+            columns["prompt"] = chats.in_text(columns["prompt"])
+        except ValueError as error:
+            raise ValueError(
+                f"{option}: {where}: `prompt` {error}: {cut(columns['prompt'])}. Write the "
+                "messages as JSON."
+            ) from error
     if form.template:
         columns["prompt"] = _filled(columns, where, form)
     if "prompt" not in columns:
@@ -167,39 +212,94 @@ def _problem(row: dict[str, Any], where: str, option: str, form: Form) -> Proble
             "data.template."
         )
     prompt = columns.pop("prompt")
+    if padded:
+        prompt = chats.without_nulls(prompt)
     fault = _prompt_fault(prompt)
     if fault:
         raise ValueError(
             f"{option}: {where}: `prompt` {fault}: {cut(json.dumps(prompt, default=str))}. It "
             'must be a text, or a list of messages such as {"role": "user", "content": "..."}.'
         )
-    return Problem(_as_chat(prompt, where, form), columns, where)
+    prompt = _as_chat(prompt, where, form)
+    if isinstance(prompt, str):
+        return Problem(prompt, columns, where)
+    try:
+        given = chats.given(columns, padded)
+    except ValueError as error:
+        raise ValueError(f"{option}: {where}: {error}.") from error
+    if chats.TOOLS in given:
+        columns[chats.TOOLS] = given[chats.TOOLS]
+    return Problem(prompt, columns, where, form.arguments | given)
+
+
+def _refuse_columns(columns: dict[str, Any], where: str, option: str) -> None:
+    taken = [name for name in _RESERVED if name in columns]
+    if taken:
+        raise ValueError(
+            f"{option}: {where} has a column `{taken[0]}`, which is an argument of every reward "
+            "function. Rename the column, as data.columns can."
+        )
+    for name in _MEDIA:
+        if columns.get(name):
+            raise ValueError(
+                f"{option}: {where} has a column `{name}`, and the models here read text alone. "
+                "Take problems that are whole without it; where they are, rename the column in "
+                f"data.columns, such as left_out={name}."
+            )
+
+
+def _value(columns: dict[str, Any], name: str) -> Any:
+    """What a column holds, or with a dotted name a value within its structs; else _MISSING."""
+    if name in columns:
+        return columns[name]
+    for i in (i for i, letter in enumerate(name) if letter == "."):
+        inner = columns.get(name[:i], _MISSING)
+        if inner is None:
+            return None
+        if isinstance(inner, dict):
+            found = _value(inner, name[i + 1 :])
+            if found is not _MISSING:
+                return found
+    return _MISSING
+
+
+def _names(columns: dict[str, Any], name: str) -> str:
+    """The columns that there are, for a message; of a struct that `name` begins with, its keys."""
+    head = name.partition(".")[0]
+    if head != name and isinstance(columns.get(head), dict):
+        columns = {f"{head}.{key}": None for key in columns[head]}
+    return cut(", ".join(columns), 200) or "no columns"
 
 
 def _renamed(row: dict[str, Any], where: str, renames: dict[str, str]) -> dict[str, Any]:
+    """The row with our names; what is taken out of a struct stands there besides."""
+    within = {}
     for theirs, ours in renames.items():
-        if theirs not in row:
+        value = _value(row, theirs)
+        if value is _MISSING:
             raise ValueError(
                 f"data.columns: {where} has no column `{theirs}` that could become `{ours}`; it "
-                f"has {', '.join(row) or 'no columns'}."
+                f"has {_names(row, theirs)}."
             )
         if ours in row and ours not in renames:
             raise ValueError(
                 f"data.columns makes `{theirs}` the column `{ours}`, but {where} has a `{ours}` "
                 f"already. Rename that one too, such as old_{ours}={ours}."
             )
-    return {renames.get(name, name): value for name, value in row.items()}
+        if theirs not in row:
+            within[ours] = value
+    return {renames.get(name, name): value for name, value in row.items()} | within
 
 
 def _filled(columns: dict[str, Any], where: str, form: Form) -> str:
     """The template with the row's values."""
-    for name in form.fields:
-        if name not in columns:
+    values = {name: _value(columns, name) for name in form.fields}
+    for name, value in values.items():
+        if value is _MISSING:
             raise ValueError(
                 f"data.template names {{{name}}}, but {where} has no such column; it has "
-                f"{', '.join(columns) or 'no columns'}."
+                f"{_names(columns, name)}."
             )
-        value = columns[name]
         if value is None or isinstance(value, (list, dict)):
             kind = "null" if value is None else f"a {type(value).__name__}"
             raise ValueError(
@@ -207,22 +307,28 @@ def _filled(columns: dict[str, Any], where: str, form: Form) -> str:
                 f"{cut(json.dumps(value, default=str))}. A template takes texts and numbers; "
                 "leave out data.template where prompts are chat messages."
             )
-    if not any(str(columns[name]).strip() for name in form.fields):
+    if not any(str(value).strip() for value in values.values()):
         raise ValueError(f"data.template: in {where} `{'`, `'.join(form.fields)}` is blank.")
-    return form.template.format_map(columns)
+    return "".join(text + ("" if name is None else str(values[name])) for text, name in form.pieces)
 
 
 def _as_chat(prompt: str | Messages, where: str, form: Form) -> str | Messages:
     """The prompt as messages where the form wants them, its system message first."""
     if isinstance(prompt, str):
         if not form.chat:
-            if form.system:
-                raise ValueError(
-                    f"data.system is set, but the prompt of {where} is a plain text, which has no "
-                    "system message. Set data.chat to True, or data.system to nothing."
-                )
+            for option, value in (
+                ("system", form.system),
+                ("template_arguments", form.template_arguments),
+            ):
+                if value:
+                    raise ValueError(
+                        f"data.{option} is set, but the prompt of {where} is a plain text, which "
+                        f"no chat template writes. Set data.chat to True, or data.{option} to "
+                        "nothing."
+                    )
             return prompt
         prompt = [{"role": "user", "content": prompt}]
+    prompt = chats.plain(prompt)
     if form.system and not any(message["role"] == "system" for message in prompt):
         return [{"role": "system", "content": form.system}, *prompt]
     return prompt
@@ -232,12 +338,4 @@ def _prompt_fault(prompt: Any) -> str | None:
     """What is wrong with a prompt, or None."""
     if isinstance(prompt, str):
         return None if prompt.strip() else "is blank"
-    if not isinstance(prompt, list):
-        return f"is a {type(prompt).__name__}"
-    for i, message in enumerate(prompt):
-        if not isinstance(message, dict):
-            return f"has a {type(message).__name__} as message {i}"
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                return f"has no text as `{key}` of message {i}"
-    return None if any(m["content"].strip() for m in prompt) else "holds no text"
+    return chats.fault(prompt) if isinstance(prompt, list) else f"is a {type(prompt).__name__}"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
 
 from grpo_jax.data import streams, templates
-from grpo_jax.data.problems import Messages, Problem
+from grpo_jax.data.chats import Messages
+from grpo_jax.data.problems import Problem
+from grpo_jax.messages import cut
 
 
 def prompt_indices(seed: int, step: int, num_problems: int, per_step: int) -> np.ndarray:
@@ -39,22 +42,32 @@ class Encoded:
     prompt_ids: list[list[int]]
     num_dropped: int = 0
     num_truncated: int = 0
+    reads: frozenset[str] | None = None  # names that the chat template reads; None: none was used
 
 
 def encode(
-    problems: Sequence[Problem], tokenizer: Any, max_prompt_tokens: int, overlong: str = "refuse"
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    max_prompt_tokens: int,
+    overlong: str = "refuse",
+    *,
+    now: datetime | None = None,
+    on_text: Callable[[int, int], None] = lambda done, total: None,
 ) -> Encoded:
     """The problems with their prompts as tokens: texts as the tokenizer encodes them, messages by
-    its chat template with the opening of the assistant's turn.
+    its chat template with the opening of the assistant's turn, or where that has begun already,
+    without its end. A text that begins with the begin-of-text token does not get it again.
 
     Of prompts longer than `max_prompt_tokens`, `overlong` "drop" leaves the problem out, and
-    "truncate" keeps the last tokens: a chat loses its opening and system message first.
+    "truncate" keeps the last tokens: a chat loses its opening and system message first. `now`: the
+    time that a template is told; None: the time. `on_text` is called as chats become texts, with
+    how many are done and how many there are.
 
     Raises ValueError, naming the problem by its file and row, when a prompt is messages and the
     tokenizer has no template for them, when one holds half of a character or encodes to no tokens,
     when one is too long and `overlong` is "refuse", and when "drop" would leave nothing.
     """
-    rows = _encode_all(problems, tokenizer)
+    rows, reads = _encode_all(problems, tokenizer, now, on_text)
     for problem, ids in zip(problems, rows):
         if not ids:
             raise ValueError(
@@ -65,24 +78,38 @@ def encode(
     too_long = [i for i, ids in enumerate(rows) if len(ids) > max_prompt_tokens]
     if overlong == "truncate":
         kept = [ids[-max_prompt_tokens:] for ids in rows]
-        return Encoded(list(problems), kept, num_truncated=len(too_long))
+        return Encoded(list(problems), kept, num_truncated=len(too_long), reads=reads)
     if too_long and (overlong == "refuse" or len(too_long) == len(rows)):
         raise _too_long(problems, rows, too_long, max_prompt_tokens, overlong)
     kept = [i for i, ids in enumerate(rows) if len(ids) <= max_prompt_tokens]
-    return Encoded([problems[i] for i in kept], [rows[i] for i in kept], num_dropped=len(too_long))
+    return Encoded(
+        [problems[i] for i in kept],
+        [rows[i] for i in kept],
+        num_dropped=len(too_long),
+        reads=reads,
+    )
 
 
-def _encode_all(problems: Sequence[Problem], tokenizer: Any) -> list[list[int]]:
-    """Ids of every prompt; each kind in one call, which fast tokenizers spread over the cores."""
+def _encode_all(
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    now: datetime | None,
+    on_text: Callable[[int, int], None],
+) -> tuple[list[list[int]], frozenset[str] | None]:
+    """Ids of every prompt, and the names that the chat template reads; None where none is used.
+
+    Each kind of prompt in one call, which fast tokenizers spread over the cores.
+    """
     rows: list[list[int]] = [[]] * len(problems)
     texts = [i for i, p in enumerate(problems) if isinstance(p.prompt, str)]
     chats = [i for i, p in enumerate(problems) if not isinstance(p.prompt, str)]
-    for index, rendered, special in (
+    rendered = _render([problems[i] for i in chats], tokenizer, now, on_text) if chats else None
+    for index, prompts, special in (
         (texts, [problems[i].prompt for i in texts], True),
         # A template writes the special tokens itself.
-        (chats, _render([problems[i] for i in chats], tokenizer) if chats else [], False),
+        (chats, rendered.texts if rendered else [], False),
     ):
-        for i, text in zip(index, rendered):
+        for i, text in zip(index, prompts):
             if half := re.search("[\ud800-\udfff]", text):
                 raise ValueError(
                     f"The prompt of {_name(problems[i])} holds {half[0]!r}, half of a character, "
@@ -90,24 +117,58 @@ def _encode_all(problems: Sequence[Problem], tokenizer: Any) -> list[list[int]]:
                     "character."
                 )
         if index:
-            encoded = tokenizer(rendered, add_special_tokens=special, verbose=False)
+            encoded = tokenizer(prompts, add_special_tokens=special, verbose=False)
             for i, ids in zip(index, encoded["input_ids"]):
                 rows[i] = list(ids)
-    return rows
+    begin = tokenizer.bos_token
+    for i in texts if begin else ():
+        if problems[i].prompt.startswith(begin) and rows[i][:1] == rows[i][1:2]:
+            rows[i] = rows[i][1:]  # the text has its own, having been rendered beforehand
+    return rows, rendered.reads if rendered else None
 
 
-def _render(problems: list[Problem], tokenizer: Any) -> list[str]:
+def _render(
+    problems: list[Problem],
+    tokenizer: Any,
+    now: datetime | None,
+    on_text: Callable[[int, int], None],
+) -> templates.Rendered:
     """Chats as the tokenizer's template writes them."""
     try:
-        return templates.render(tokenizer, [problem.prompt for problem in problems])
+        return templates.render(
+            tokenizer,
+            [problem.prompt for problem in problems],
+            [problem.arguments for problem in problems],
+            now=now,
+            on_text=lambda done: on_text(done, len(problems)),
+        )
     except templates.TemplateError as error:
         problem = problems[error.number]
         raise ValueError(
-            f"The prompt of {_name(problem)} is a list of messages, which the "
-            f"tokenizer's template did not take ({error}). It starts {_start(problem.prompt)}. Use "
-            "a tokenizer with a chat template, or write each prompt as one text and leave "
-            "data.chat False."
+            f"The prompt of {_name(problem)} is a list of messages, which the tokenizer's template "
+            f"did not take ({error}). It starts {_start(problem.prompt)}. {_remedy(problem, error)}"
         ) from error
+
+
+def _remedy(problem: Problem, error: templates.TemplateError) -> str:
+    if error.missing:
+        return (
+            "Use a tokenizer with a chat template, or write each prompt as one text and leave "
+            "data.chat False."
+        )
+    system = next((m for m in problem.prompt if m["role"] == "system"), None)
+    if system and "system" in str(error).lower():
+        text = str(system.get("content")).replace("{", "{{").replace("}", "}}")
+        text = cut(repr(f"{text}\n\n{{prompt}}"), 200)
+        return (
+            "A template without system messages takes that text in the user's message: leave "
+            f"data.system empty, and set data.template = {text}; where the rows are messages, move "
+            "it there."
+        )
+    return (
+        "Mend the row, or give the template what it asks for in data.template_arguments or a "
+        "column `tools` or `chat_template_kwargs`."
+    )
 
 
 def _too_long(

@@ -287,11 +287,15 @@ def _chosen(source: Source, names: list[str], slices: bool = False) -> str:
 # --- What `tables` and `datasets` give ------------------------------------------------------------
 
 
+class Padded(dict):
+    """A row of Arrow, in whose structs a key that one row has stands in all, with null."""
+
+
 def _numbered(rows: Iterator[dict[str, Any]], where: str, trouble: str) -> Iterator[Row]:
     number = 0
     try:
         for number, row in enumerate(rows, start=1):
-            yield f"{where}, row {number}", row
+            yield f"{where}, row {number}", Padded(row)
     except tables.TableError as error:
         after = f" after row {number}" * bool(number)
         raise ValueError(f"{trouble}{after} ({error}).") from error
@@ -308,7 +312,7 @@ def _dataset_rows(dataset: Any, where: str) -> Iterator[Row]:
             return
         for row in rows:
             number += 1
-            yield f"{where}, row {number}", row
+            yield f"{where}, row {number}", Padded(row)
 
 
 @contextlib.contextmanager

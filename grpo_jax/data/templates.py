@@ -1,25 +1,32 @@
 """Chat templates, which are programs that come with a model, rendered where they can do no harm.
 
-transformers renders them in Jinja's sandbox, which keeps them from everything but the messages, but
-not from looping for ever or filling the memory; neither can be stopped from a thread. So they run
-in a process of their own, with a limit of time, memory and text. What passes to it and back are
-lines of JSON.
+transformers renders them in Jinja's sandbox, which keeps them from everything but what they are
+given, but not from looping for ever or filling the memory; neither can be stopped from a thread. So
+they run in a process of their own, with a limit of time, memory and text. What passes to it and
+back are lines of JSON. What they write follows from what they are given: a template that asks for
+the time is told the date of the run, and one that draws by lot draws the same at each start.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
 import sys
-from typing import Any
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import IO, Any
 
-from grpo_jax.data.problems import Messages
+from grpo_jax.data.chats import TOOLS, Messages
 
 TIME_LIMIT_S = 10  # for one conversation; usual templates take less than a millisecond
 MAX_CHARS = 2**20  # of one rendered conversation
+MAX_CHARS_OF_ALL = 2**30  # of all together, which the trainer holds until they are tokens
 _MEMORY_BYTES = 2**31  # of the whole process, which takes a tenth of it
 _START_LIMIT_S = 120  # the libraries are read from a disk that may be slow
 
@@ -27,29 +34,48 @@ _START_LIMIT_S = 120  # the libraries are read from a disk that may be slow
 class TemplateError(ValueError):
     """A template did not render a conversation; `number` says which, from 0."""
 
-    def __init__(self, number: int, reason: str):
+    def __init__(self, number: int, reason: str, *, missing: bool = False):
         super().__init__(reason)
         self.number = number
+        self.missing = missing  # there is no template
 
 
-def render(tokenizer: Any, conversations: list[Messages]) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """Conversations as texts, and what their templates read by name but for special tokens."""
+
+    texts: list[str]
+    reads: frozenset[str]
+
+
+def render(
+    tokenizer: Any,
+    conversations: Sequence[Messages],
+    arguments: Sequence[dict[str, Any]] | None = None,
+    *,
+    now: datetime | None = None,
+    on_text: Callable[[int], None] = lambda done: None,
+) -> Rendered:
     """Each conversation as the tokenizer's chat template writes it, with the assistant's opening.
+
+    A conversation whose last message is the assistant's is continued: nothing closes that message
+    (`continue_final_message` of transformers). `arguments`: what each one's template is given
+    besides, "tools" among them. `now`: what a template is told that asks for the time; None: the
+    time. `on_text` is called with the number of texts that are there after each.
 
     Raises TemplateError for the first that the template does not take, or that needs more than the
     limits at the top of this module, and where the tokenizer has no template.
     """
-    try:
-        template = tokenizer.get_chat_template()
-    except Exception as error:  # of no template, or of several without a default
-        raise TemplateError(0, _one_line(error)) from error
+    arguments = arguments or [{}] * len(conversations)
+    templates, chosen = _templates(tokenizer, arguments)
     job = {
-        "template": template,
+        "templates": templates,
         "limit_s": TIME_LIMIT_S,
+        "now": (now or datetime.now()).isoformat(),
         "special": _as_text(tokenizer.special_tokens_map),
-        # As in transformers' apply_chat_template: a key without a value is one that is not there.
         "conversations": [
-            [{k: v for k, v in message.items() if v is not None} for message in messages]
-            for messages in conversations
+            {"messages": messages, "template": index, "arguments": given}
+            for messages, index, given in zip(conversations, chosen, arguments)
         ],
     }
     code = (
@@ -57,23 +83,75 @@ def render(tokenizer: Any, conversations: list[Messages]) -> list[str]:
         "templates.main()"
     )
     single = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        input=json.dumps(job, default=str),
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        env=os.environ | single,
-    )
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            encoding="utf-8",
+            env=os.environ | single,
+        ) as process,
+    ):
+        try:
+            return _conversation_with(process, errors, job, on_text)
+        finally:
+            process.kill()
+
+
+def _templates(tokenizer: Any, arguments: Sequence[dict[str, Any]]) -> tuple[list[str], list[int]]:
+    """The templates that are used, and which of them each conversation has.
+
+    Some tokenizers have one of its own for conversations with tools.
+    """
+    templates: list[str] = []
+    number_of: dict[bool, int] = {}
+    chosen = []
+    for number, given in enumerate(arguments):
+        tools = TOOLS in given
+        if tools not in number_of:
+            try:
+                asked = {"tools": given[TOOLS]} if tools else {}
+                templates.append(tokenizer.get_chat_template(**asked))
+            except Exception as error:  # of no template, or of several without a default
+                raise TemplateError(number, _one_line(error), missing=True) from error
+            number_of[tools] = len(templates) - 1
+        chosen.append(number_of[tools])
+    return templates, chosen
+
+
+def _conversation_with(
+    process: subprocess.Popen, errors: IO[str], job: dict[str, Any], on_text: Callable[[int], None]
+) -> Rendered:
+    try:
+        with process.stdin:
+            process.stdin.write(json.dumps(job, default=str))
+    except BrokenPipeError:  # it ended before it had read all; its own words come below
+        pass
     texts: list[str] = []
-    for line in done.stdout.splitlines():
+    num_chars = 0
+    for line in process.stdout:
         answer = json.loads(line)
         if "error" in answer:
             raise TemplateError(len(texts), answer["error"])
+        if "reads" in answer:
+            return Rendered(texts, frozenset(answer["reads"]))
+        num_chars += len(answer["text"])
+        if num_chars > MAX_CHARS_OF_ALL:
+            raise TemplateError(
+                len(texts),
+                f"with it, the texts of {len(texts) + 1} prompts have {num_chars} characters, and "
+                f"all together may have {MAX_CHARS_OF_ALL}",
+            )
         texts.append(answer["text"])
-    if len(texts) < len(conversations):
-        raise TemplateError(len(texts), _end(done))
-    return texts
+        on_text(len(texts))
+    process.wait()
+    errors.seek(0)
+    raise TemplateError(
+        min(len(texts), len(job["conversations"]) - 1), _end(process.returncode, errors.read())
+    )
 
 
 def _as_text(tokens: dict[str, Any]) -> dict[str, Any]:
@@ -84,11 +162,11 @@ def _as_text(tokens: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _end(done: subprocess.CompletedProcess) -> str:
+def _end(status: int, errors: str) -> str:
     """What ended the process before it was done."""
-    if done.returncode == -signal.SIGALRM:
+    if status == -signal.SIGALRM:
         return f"it was not done after {TIME_LIMIT_S} s"
-    last = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
+    last = errors.strip().splitlines()[-1:] or [f"status {status}"]
     return f"the process that renders it ended: {last[0][:200]}"
 
 
@@ -99,32 +177,69 @@ def _one_line(error: BaseException) -> str:
 # --- The process ----------------------------------------------------------------------------------
 
 
+class _Clock:
+    """In the place of `datetime`: it stands still."""
+
+    def __init__(self, now: datetime):
+        self._now = now
+
+    def now(self) -> datetime:
+        return self._now
+
+
 def main() -> None:
-    """Renders the job on standard input: a line for each conversation, up to the first error."""
+    """Renders the job on standard input: a line for each conversation, up to the first error.
+
+    A last line has the names that the templates read.
+    """
     signal.alarm(_START_LIMIT_S)  # what is not done by then is ended by the system, in any state
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from transformers.utils import chat_template_utils as library
 
     job = json.load(sys.stdin)
     out, sys.stdout = sys.stdout, sys.stderr
+    library.datetime = _Clock(datetime.fromisoformat(job["now"]))
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, _MEMORY_BYTES))
-    for messages in job["conversations"]:
+
+    def answer(make: Callable[[], dict[str, Any]]) -> None:
         signal.alarm(job["limit_s"])
         try:
-            (text,), _ = render_jinja_template(
-                [messages],
-                chat_template=job["template"],
-                add_generation_prompt=True,
-                **job["special"],
-            )
+            line = make()
         except MemoryError:
-            answer = {"error": f"it asked for more than {_MEMORY_BYTES / 2**30:.0f} GiB of memory"}
+            line = {"error": f"it asked for more than {_MEMORY_BYTES / 2**30:.0f} GiB of memory"}
         except Exception as error:  # templates are programs, and raise what they like
-            answer = {"error": _one_line(error)}
-        else:
-            answer = {"text": text}
-            if len(text) > MAX_CHARS:
-                answer = {"error": f"it made a text of {len(text)} characters, {MAX_CHARS} at most"}
-        out.write(json.dumps(answer) + "\n")
+            line = {"error": _one_line(error)}
+        out.write(json.dumps(line) + "\n")
         out.flush()
-        if "error" in answer:
-            return
+        if "error" in line:
+            sys.exit()
+
+    for item in job["conversations"]:
+        answer(lambda item=item: _rendered(library, job, item))
+    answer(lambda: {"reads": sorted(_names_read(library, job) - job["special"].keys())})
+
+
+def _rendered(library: Any, job: dict[str, Any], item: dict[str, Any]) -> dict[str, Any]:
+    random.seed(0)  # which Jinja's filter `random` draws from
+    continues = item["messages"][-1]["role"] == "assistant"
+    (text,), _ = library.render_jinja_template(
+        [item["messages"]],
+        chat_template=job["templates"][item["template"]],
+        add_generation_prompt=not continues,
+        continue_final_message=continues,
+        **job["special"] | item["arguments"],
+    )
+    if len(text) > MAX_CHARS:
+        return {"error": f"it made a text of {len(text)} characters, {MAX_CHARS} at most"}
+    return {"text": text}
+
+
+def _names_read(library: Any, job: dict[str, Any]) -> set[str]:
+    """The names that templates read and do not set themselves, but for Jinja's own."""
+    from jinja2 import meta
+
+    names = set()
+    for template in job["templates"]:
+        environment = library._compile_jinja_template(template).environment
+        read = meta.find_undeclared_variables(environment.parse(template))
+        names |= read - environment.globals.keys()
+    return names

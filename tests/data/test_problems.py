@@ -1,10 +1,17 @@
 import json
 
+import datasets
 import pytest
 
 from grpo_jax import config as config_lib
 from grpo_jax.data.problems import Form, Problem, load, load_held_out, load_train
 from grpo_jax.data.sources import Source
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """What `datasets` converts lies in a folder of the test's own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def write(tmp_path, *lines, name="problems.jsonl"):
@@ -117,6 +124,28 @@ def test_renaming_onto_another_column(tmp_path):
         assert word in message
 
 
+NESTED = {"prompt": "1+1?", "reward_model": {"ground_truth": "2", "x": {"y": 3}}, "a.b": 4}
+
+
+def test_columns_within_structs(tmp_path):
+    """As verl's data sets have them; the struct stays, for rewards that read it."""
+    form = Form(("answer=reward_model.ground_truth", "deep=reward_model.x.y", "plain=a.b"))
+    form = Form(form.columns, "{prompt} ({reward_model.x.y}, {answer})")
+    [problem] = load_lines(tmp_path, rows(NESTED), form)
+    assert problem.prompt == "1+1? (3, 2)"
+    assert problem.columns == {
+        "answer": "2", "deep": 3, "plain": 4, "reward_model": NESTED["reward_model"],
+    }  # fmt: skip
+    assert load_lines(tmp_path, rows({"prompt": "a", "x": None}), Form(("y=x.z",)))[0].columns == {
+        "x": None, "y": None,
+    }  # fmt: skip
+
+
+def test_a_struct_without_the_column(tmp_path):
+    message = refusal(tmp_path, rows(NESTED), Form(("answer=reward_model.truth",)))
+    assert "`reward_model.truth`" in message and "it has reward_model.ground_truth" in message
+
+
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
@@ -154,7 +183,9 @@ def test_a_template_sees_renamed_columns_and_may_extend_the_prompt(tmp_path):
     ("template", "row", "words"),
     [
         ("{question}", {"prompt": "a", "x": 1}, ["{question}", "line 1", "prompt, x"]),
+        ("{prompt.upper}", {"prompt": "a"}, ["{prompt.upper}", "no such column; it has prompt"]),
         ("{prompt}", {"prompt": MESSAGES}, ["`prompt` is a list", "leave out data.template"]),
+        ("{prompt}", {"prompt": json.dumps(MESSAGES)}, ["`prompt` is a list"]),
         ("{x}", {"x": None}, ["`x` is null", "line 1"]),
         ("{x}", {"x": {"a": 1}}, ["`x` is a dict"]),
         ("Q: {x}{y}", {"x": " ", "y": ""}, ["line 1 `x`, `y` is blank"]),
@@ -171,7 +202,7 @@ def test_a_row_that_a_template_does_not_fit(tmp_path, template, row, words):
         ("no column", ["no {column}"]),
         ("{{prompt}}", ["no {column}"]),
         ("{prompt} \\boxed{}", ["{} is not the name of a column", "{{ and }}"]),
-        ("{prompt.upper}", ["{prompt.upper} is not"]),
+        ("{prompt.}", ["{prompt.} is not"]),
         ("{prompt[0]}", ["{prompt[0]} is not"]),
         ("{prompt:>9}", ["{prompt:>9} is not"]),
         ("{prompt!r}", ["{prompt!r} is not"]),
@@ -207,6 +238,89 @@ def test_chats(tmp_path, prompt, form, expected):
 def test_a_system_message_needs_a_chat(tmp_path):
     message = refusal(tmp_path, rows({"prompt": "1+1?"}), Form(system="Think."))
     assert all(word in message for word in ["data.system", "line 1", "data.chat to True"])
+
+
+# --- Chats of other forms -------------------------------------------------------------------------
+
+
+def test_messages_as_text(tmp_path):
+    quoted = json.dumps(MESSAGES).replace('"', '""')
+    path = write(tmp_path, "prompt,answer", f'"{quoted}",2', name="p.csv")
+    assert load(Source(str(path))) == [Problem(MESSAGES, {"answer": 2})]
+    message = refusal(tmp_path, rows({"prompt": json.dumps(MESSAGES)[:-2]}))
+    assert all(w in message for w in ["line 1: `prompt` begins as", "Write the messages as JSON"])
+
+
+CALLS = [
+    {"role": "user", "content": "weather?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"arguments": {"city": "Ulm"}}]},
+    {"role": "tool", "content": "12"},
+]
+TOOLS = [{"name": "weather", "parameters": {"city": "a town"}}]
+
+
+def test_keys_that_arrow_added_are_left_out(tmp_path):
+    """Two rows with other arguments and tools: Arrow gives each the keys of both."""
+    other = json.loads(json.dumps([CALLS, TOOLS]).replace("city", "zone"))
+    lines = [{"prompt": p, "tools": t, "facts": {"a": None}} for p, t in ([CALLS, TOOLS], other)]
+    datasets.Dataset.from_list(lines).to_parquet(tmp_path / "p.parquet")
+    [stored, _] = datasets.Dataset.from_list(lines)
+    assert stored["prompt"][1]["tool_calls"][0]["arguments"] == {"city": "Ulm", "zone": None}
+    first, second = load(Source(str(tmp_path / "p.parquet")))
+    assert first.prompt == [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "tool_calls": [{"arguments": {"city": "Ulm"}}]},
+        {"role": "tool", "content": "12"},
+    ]
+    assert first.arguments == {"tools": TOOLS} and first.columns["tools"] == TOOLS
+    assert second.arguments == {"tools": other[1]}
+    assert first.columns["facts"] == {"a": None}  # of rewards, which see the row as it is
+    assert load_lines(tmp_path, rows(*lines)) == [first, second]
+
+
+def test_null_that_stands_in_a_line_of_json_is_data(tmp_path):
+    call = {"role": "assistant", "tool_calls": [{"arguments": {"city": None}}], "name": None}
+    [problem] = load_lines(tmp_path, rows({"prompt": [*MESSAGES, call, *MESSAGES]}))
+    assert problem.prompt[1] == {"role": "assistant", "tool_calls": call["tool_calls"]}
+
+
+@pytest.mark.parametrize("column", ["image", "images", "audio", "videos"])
+def test_what_is_no_text_is_refused_by_name(tmp_path, column):
+    message = refusal(tmp_path, rows({"prompt": "What is this?", column: [{"path": "x.png"}]}))
+    assert f"line 1 has a column `{column}`" in message and f"left_out={column}" in message
+    assert len(load_lines(tmp_path, rows({"prompt": "a", column: None}))) == 1
+    form = Form((f"left_out={column}",))
+    assert len(load_lines(tmp_path, rows({"prompt": "a", column: "x"}), form)) == 1
+
+
+def test_arguments_of_the_chat_template(tmp_path):
+    """The run's, and over them the row's."""
+    form = Form(template_arguments=("enable_thinking=False", "effort=low", "n=[1, 2]"))
+    own = {"prompt": MESSAGES, "chat_template_kwargs": {"effort": "high"}}
+    other = {"prompt": MESSAGES, "chat_template_kwargs": None}
+    first, second = load_lines(tmp_path, rows(own, other), form)
+    assert first.arguments == {"enable_thinking": False, "effort": "high", "n": [1, 2]}
+    assert second.arguments == {"enable_thinking": False, "effort": "low", "n": [1, 2]}
+    message = refusal(tmp_path, rows({"prompt": "text"}), form)
+    assert "data.template_arguments is set, but the prompt of" in message
+    own["chat_template_kwargs"] = {"add_generation_prompt": False}
+    assert "line 1: `chat_template_kwargs` has `add_gener" in refusal(tmp_path, rows(own), form)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("enable_thinking",), ["'enable_thinking' is not", "name=value"]),
+        (("a-b=1",), ["'a-b=1' is not"]),
+        ((3,), ["3 is not"]),
+        (("a=1", "a=2"), ["'a=2' stands there twice"]),
+        (("messages=[]",), ["has `messages`", "the program gives"]),
+    ],
+)
+def test_arguments_of_another_form(arguments, words):
+    with pytest.raises(ValueError) as error:
+        Form(template_arguments=arguments)
+    assert all(word in str(error.value) for word in ["data.template_arguments", *words])
 
 
 # --- What a config names --------------------------------------------------------------------------

@@ -39,8 +39,9 @@ class WordTokenizer:
         return {"input_ids": [[1] * add_special_tokens + row if row else [] for row in rows]}
 
     special_tokens_map: ClassVar = {"eos_token": "."}
+    bos_token = "<s>"
 
-    def get_chat_template(self):
+    def get_chat_template(self, tools=None):
         return """{%- for m in messages %}
             {%- if m.role == "tool" %}{{ raise_exception("no\ntools") }}{% endif %}
             {{- m.role + " " + m.content }}
@@ -136,6 +137,80 @@ def test_encode_with_a_real_chat_template(shared):
         assert ids == whole["input_ids"]
     assert tokenizer.decode(encoded[0]).endswith("1+1?<|im_end|>\n<|im_start|>assistant\n")
     assert all(type(i) is int for i in encoded[0] + text) and tokenizer.decode(text) == "1+1?"
+
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "d", "parameters": {"type": "object"}},
+}
+
+
+def test_encode_as_transformers_does(shared):
+    """A message that is continued, tools, parts of text, and calls without content."""
+    tokenizer = tokenizer_of(shared, "qwen2.5-instruct")
+    asked = {"role": "user", "content": "1+1?"}
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    chats = [
+        [asked, {"role": "assistant", "content": "<think>\nIt is"}],
+        [asked],
+        [
+            asked,
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "content": "2"},
+        ],
+    ]
+    arguments = [{}, {"tools": [TOOL]}, {"tools": [TOOL]}]
+    problems = [Problem(c, {}, arguments=given) for c, given in zip(chats, arguments)]
+    encoded = encode(problems, tokenizer, 512)
+    for chat, given, ids in zip(chats, arguments, encoded.prompt_ids):
+        continues = chat[-1]["role"] == "assistant"
+        text = tokenizer.apply_chat_template(
+            chat,
+            tokenize=False,
+            continue_final_message=continues,
+            add_generation_prompt=not continues,
+            **given,
+        )
+        assert ids == tokenizer(text)["input_ids"]
+    first, second, third = map(tokenizer.decode, encoded.prompt_ids)
+    assert first.endswith("<|im_start|>assistant\n<think>\nIt is")
+    assert '"name": "f"' in second and "<tool_response>\n2\n" in third
+    assert encoded.reads == {"messages", "tools", "add_generation_prompt"}
+
+
+def test_a_text_that_was_rendered_begins_once(shared):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "stories260K")
+    begin = tokenizer.bos_token_id
+    problems = texts("<s>[user] hi", "[user] hi", "<s>", "<s><s>hi")
+    rendered, plain, alone, twice = encode(problems, tokenizer, 64).prompt_ids
+    assert rendered[0] == begin and begin not in rendered[1:]
+    assert plain[0] == begin and begin not in plain[1:]
+    assert alone == [begin] and twice[:2] == [begin] * 2 != twice[1:3]
+    assert rendered == tokenizer("<s>[user] hi", add_special_tokens=False)["input_ids"]
+
+
+def test_a_template_without_system_messages(shared):
+    class NoSystem(WordTokenizer):
+        def get_chat_template(self, tools=None):
+            return "{{ raise_exception('System role not supported') }}"
+
+    chat = [{"role": "system", "content": "Be {short}."}, {"role": "user", "content": "hi"}]
+    with pytest.raises(ValueError) as error:
+        encode(texts("a", chat), NoSystem(), 64)
+    for words in ("p.jsonl, line 2", "System role not supported", "leave data.system empty"):
+        assert words in str(error.value)
+    assert r"data.template = 'Be {{short}}.\n\n{prompt}'" in str(error.value)
+    with pytest.raises(ValueError, match="Mend the row, or give the template what it asks for"):
+        encode(texts(chat[1:]), NoSystem(), 64)
+
+
+def test_templates_tell_how_far_they_are():
+    told = []
+    chats = texts(*[[{"role": "user", "content": "hi"}]] * 3)
+    encode(chats, WordTokenizer(), 9, on_text=lambda done, total: told.append((done, total)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
 
 
 def test_encode_of_messages_without_a_chat_template(shared):

@@ -118,6 +118,15 @@ def test_a_user_that_is_not_there_is_named(path):
         has_splits(path)
 
 
+def test_a_number_that_a_csv_reader_has_no_bits_for_is_named(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text(f'prompt,answer\n"a,\nb",{2**62}\n2^70?,{2**70}\n')
+    message = refusal(path)
+    assert "row 2: column 'answer' holds a whole number of more than 64 bits" in message
+    path.write_text(f"prompt,answer\na,{2**62}\n2^70?,x{2**70}\n")
+    assert rows_of(path)[1]["answer"] == f"x{2**70}"
+
+
 def test_many_rows_are_numbered_across_batches(tmp_path):
     path = write(tmp_path / "p.parquet", [{"prompt": str(i)} for i in range(2500)])
     where, row = list(read(Source(str(path))))[2345]

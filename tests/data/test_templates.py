@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import pytest
 
 from grpo_jax.data import templates
@@ -15,9 +17,9 @@ class Tokenizer:
     """Only what a template needs of one."""
 
     def __init__(self, template: str, **special: object):
-        self.template, self.special_tokens_map = template, special
+        self.template, self.special_tokens_map, self.bos_token = template, special, None
 
-    def get_chat_template(self) -> str:
+    def get_chat_template(self, tools=None) -> str:
         return self.template
 
 
@@ -32,13 +34,62 @@ def test_conversations_in_their_order():
     template += "{{ 'A' if add_generation_prompt }}{{ messages[0].name is defined }}"
     tokenizer = Tokenizer(template, bos_token="<s>", extra=["x", "\ud800"])
     chats = [
-        [{"role": "user", "content": "a\u2028b", "name": None}, {"role": "user", "content": "c"}],
+        [{"role": "user", "content": "a\u2028b"}, {"role": "user", "content": "c"}],
         [{"role": "user", "content": "", "name": "d"}],
     ]
-    assert templates.render(tokenizer, chats) == [
+    assert templates.render(tokenizer, chats).texts == [
         "<s>a\u2028b\ud800c\ud800AFalse",
         "<s>\ud800ATrue",
     ]
+
+
+def test_the_assistants_message_is_continued():
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }};{% endfor %}"
+        "{{ '[assistant]' if add_generation_prompt }}"
+    )
+    begun = {"role": "assistant", "content": "Once "}
+    chats = [CHAT, [*CHAT, begun], [*CHAT, begun, *CHAT]]
+    assert templates.render(Tokenizer(template), chats).texts == [
+        "[user]hi;[assistant]",
+        "[user]hi;[assistant]Once",  # the template trims
+        "[user]hi;[assistant]Once;[user]hi;[assistant]",
+    ]
+    assert "does not appear in the chat" in reason(
+        "{{ messages[0].content }}{{ messages[1] and 'content' }}", [[*CHAT, begun]]
+    )
+
+
+def test_what_templates_are_given_besides():
+    template = "{{ tools }}{{ enable_thinking | default('unset') }}{{ bos_token }}{{ range(2) }}"
+    rendered = templates.render(
+        Tokenizer(template, bos_token="<s>"),
+        [CHAT, CHAT],
+        [{"tools": [{"name": "f"}], "enable_thinking": False}, {}],
+    )
+    assert rendered.texts == ["[{'name': 'f'}]False<s>range(0, 2)", "Noneunset<s>range(0, 2)"]
+    assert rendered.reads == {"tools", "enable_thinking"}
+
+
+def test_a_template_of_its_own_for_tools():
+    class Several(Tokenizer):
+        def get_chat_template(self, tools=None):
+            return self.template if tools is None else "tools: {{ tools | length }}"
+
+    given = [{}, {"tools": [{}, {}]}, {}]
+    rendered = templates.render(Several("plain {{ x }}"), [CHAT] * 3, given)
+    assert rendered.texts == ["plain ", "tools: 2", "plain "]
+    assert rendered.reads == {"tools", "x"}
+
+
+def test_a_template_does_the_same_at_each_start():
+    """It is told the time that it is given, and draws the same by lot."""
+    template = "{{ strftime_now('%d %b %Y %H:%M:%S') }} {{ range(99999) | random }}"
+    now = datetime(2026, 11, 28, 20, 15, 7)
+    first, second = (templates.render(Tokenizer(template), [CHAT] * 2, now=now) for _ in range(2))
+    assert first == second and first.texts[0].startswith("28 Nov 2026 20:15:07 ")
+    later = templates.render(Tokenizer(template), [CHAT], now=datetime(2027, 1, 1))
+    assert later.texts == [first.texts[0].replace("28 Nov 2026 20:15:07", "01 Jan 2027 00:00:00")]
 
 
 @pytest.mark.parametrize(
@@ -69,5 +120,18 @@ def test_a_template_holds_bounded_memory():
     assert "asked for more than 2 GiB" in reason("{{ ('x' * 2500000000) | length }}")
 
 
-def test_a_template_writes_a_bounded_text():
+def test_a_template_writes_a_bounded_text(monkeypatch):
     assert "a text of 1048577 characters, 1048576 at most" in reason("{{ 'x' * 1048577 }}")
+    monkeypatch.setattr(templates, "MAX_CHARS_OF_ALL", 25)
+    told = []
+    with pytest.raises(templates.TemplateError) as error:
+        templates.render(Tokenizer("{{ 'x' * 10 }}"), [CHAT] * 5, on_text=told.append)
+    words = "with it, the texts of 3 prompts have 30 characters, and all together may have 25"
+    assert str(error.value) == words and error.value.number == 2 and told == [1, 2]
+
+
+def test_a_conversation_larger_than_a_pipe():
+    """What is written to the process and read from it waits for neither."""
+    text = "x" * 300_000
+    chats = [[{"role": "user", "content": text}]] * 8
+    assert templates.render(Tokenizer("{{ messages[0].content }}"), chats).texts == [text] * 8

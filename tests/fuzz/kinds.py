@@ -341,8 +341,9 @@ class Templated:
 
     chat_template: str
     special_tokens_map = TOKENIZER.special_tokens_map
+    bos_token = TOKENIZER.bos_token
 
-    def get_chat_template(self) -> str:
+    def get_chat_template(self, tools=None) -> str:
         return self.chat_template
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shutil
 import sys
+from datetime import datetime
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -82,8 +85,8 @@ def chat_model(tmp_path):
     folder = make_model(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ '#' + m['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %}={% endif %}"
+        "{% for m in messages %}{{ '#' + m['content'] }}{% endfor %}#{{ tools | length }}"
+        "#{{ strftime_now('%M%S') }}{% if add_generation_prompt %}={% endif %}"
     )
     tokenizer.save_pretrained(folder)
     return folder
@@ -97,6 +100,7 @@ def dataset(tmp_path):
             "prompt": [{"role": "system", "content": "1"}, {"role": "user", "content": f"{i}+1"}],
             "solution": str(i + 1),
             "task": "math" if i % 2 else "other",
+            "tools": [{"name": "f"}, {"name": "g"}],
             "extra_info": {"index": i},
         }
         for i in range(12)
@@ -106,6 +110,14 @@ def dataset(tmp_path):
     return folder
 
 
+def _rewards(names):
+    return [
+        f"--config.rewards.names={list(names)}",
+        f"--config.rewards.weights={[1.0] * len(names)}",
+        "--config.loop.num_steps=2", "--config.rewards.time_limit_s=120",
+    ]  # fmt: skip
+
+
 def _train(tmp_path, chat_model, dataset, names):
     folder = tmp_path / "run"
     status, message = refusal(
@@ -113,9 +125,7 @@ def _train(tmp_path, chat_model, dataset, names):
         [
             "--config", str(TINY), "--workdir", str(folder), f"--config.model.path={chat_model}",
             "--config.data.task=", f"--config.data.path={dataset}",
-            f"--config.rewards.names={list(names)}",
-            f"--config.rewards.weights={[1.0] * len(names)}",
-            "--config.loop.num_steps=2", "--config.rewards.time_limit_s=120",
+            *_rewards(names),
         ],
     )  # fmt: skip
     assert status is None, message
@@ -127,7 +137,6 @@ def test_own_rewards(tmp_path, chat_model, dataset, monkeypatch, one_device):
     monkeypatch.syspath_prepend(tmp_path)
     names = [f"user_rewards:{name}" for name in OWN]
     rows, folder = _train(tmp_path, chat_model, dataset, names)
-    sys.modules.pop("user_rewards")
     assert len(rows) == 2
     for row in rows:
         assert not any(value for key, value in row.items() if key.startswith("rewards/failed"))
@@ -139,7 +148,29 @@ def test_own_rewards(tmp_path, chat_model, dataset, monkeypatch, one_device):
         assert row.get("reward/math_reward_func", 1.0) == 1.0  # None elsewhere
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert all(s["extras"]["first_char"] == s["completion"][:1] for s in samples)
-    assert samples[0]["prompt"].startswith("#1#")  # system and user, by the template
+    record = json.loads((folder / "config.json").read_text())
+    now = datetime.fromisoformat(record["date"])
+    for sample in samples:  # system and user, tools and the run's date, by the template
+        assert re.fullmatch(rf"#1#\d+\+1#2#{now:%M%S}=", sample["prompt"])
+    read = record["read"]
+    assert read["training problems"]["number"] == 12 and "user_rewards" in read["reward modules"]
+    _refuses_other_files(folder, chat_model, dataset, names)
+    sys.modules.pop("user_rewards")
+
+
+def _refuses_other_files(folder, chat_model, dataset, names):
+    """The run goes on with what it has read, and with nothing else."""
+    saved = DatasetDict.load_from_disk(dataset)
+    other = dataset.parent / "other"
+    saved.map(lambda row: {"solution": row["solution"] + "0"}).save_to_disk(other)
+    shutil.rmtree(dataset)
+    other.rename(dataset)
+    argv = [
+        "--config", str(TINY), "--workdir", str(folder), f"--config.model.path={chat_model}",
+        "--config.data.task=", f"--config.data.path={dataset}",
+    ]  # fmt: skip
+    status, message = refusal(train.main, [*argv, *_rewards(names)])
+    assert status == 1 and "read something else: columns of the training problems." in message
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="needs trl")

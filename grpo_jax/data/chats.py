@@ -1,0 +1,150 @@
+"""Chats: prompts that are lists of messages, from the forms in which data sets hold them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from typing import Any
+
+from grpo_jax.messages import cut
+
+Messages = list[dict[str, Any]]  # each with a "role", and with a "content" or "tool_calls"
+
+# What a row's own column gives the chat template, by its name there; of transformers and TRL.
+TOOLS, ARGUMENTS = "tools", "chat_template_kwargs"
+
+# What every template is given by the program, and no row or option may give in its place.
+_RESERVED = {
+    *("messages", "conversation", "conversations", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "return_assistant_tokens_mask", "tokenize", TOOLS),
+}
+
+_LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
+
+
+def in_text(text: str) -> Any:
+    """The messages that a text spells out, as CSV has them; any other text as it is.
+
+    As JSON or as Python writes a list. Raises ValueError for a text that begins as a list of
+    messages does and cannot be read as one: it is not what the model is to be asked.
+    """
+    if "role" not in text or text.lstrip()[:1] != "[":
+        return text
+    value = literal(text)
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(m, dict) and "role" in m for m in value)
+    ):
+        return value
+    if _LIKE_MESSAGES.match(text):
+        raise ValueError(
+            "begins as a list of messages written as text, and cannot be read as one, neither as "
+            "JSON nor as Python"
+        )
+    return text
+
+
+def literal(text: str) -> Any:
+    """The value that a text spells out as JSON or as Python; the text itself where it does not."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+    return text
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the keys whose value is null, at every depth."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def fault(messages: list) -> str | None:
+    """What is wrong with a list of messages, or None."""
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            return f"has a {type(message).__name__} as message {i}"
+        if not isinstance(message.get("role"), str):
+            return f"has no text as `role` of message {i}"
+        content = message.get("content")
+        if isinstance(content, list):
+            for part in content:
+                kind = part.get("type", "text") if isinstance(part, dict) else part
+                if kind != "text":
+                    shown = cut(repr(kind), 40)
+                    return f"has {shown} in `content` of message {i}, and text alone is read"
+                if not isinstance(part.get("text"), str):
+                    return f"has a part without `text` in `content` of message {i}"
+        elif not isinstance(content, str) and (content is not None or not _calls(message)):
+            return f"has no text as `content` of message {i}"
+    if messages and _calls(messages[-1]) and messages[-1]["role"] == "assistant":
+        return "ends in the assistant's tool calls, with no message of a tool after them"
+    return None if any(_text(m.get("content")).strip() for m in messages) else "holds no text"
+
+
+def _calls(message: dict[str, Any]) -> bool:
+    calls = message.get("tool_calls")
+    return isinstance(calls, list) and bool(calls)
+
+
+def _text(content: Any) -> str:
+    """Parts of text as one text, a line feed between them, as servers give them to templates."""
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content)
+    return content or ""
+
+
+def plain(messages: Messages) -> Messages:
+    """Messages without fault as chat templates take them: contents are texts, no key is null."""
+    return [
+        {k: _text(v) if k == "content" else v for k, v in message.items() if v is not None}
+        for message in messages
+    ]
+
+
+def given(columns: dict[str, Any], padded: bool) -> dict[str, Any]:
+    """What a row's own columns give the chat template besides messages, by the template's names.
+
+    `padded`: the row is of a kind of file in which a key that one row has stands in all, with null.
+    Raises ValueError for columns of another form.
+    """
+    found: dict[str, Any] = {}
+    arguments = _read(columns.get(ARGUMENTS), padded)
+    if arguments is not None:
+        if not isinstance(arguments, dict):
+            raise ValueError(
+                f"`{ARGUMENTS}` is a {type(arguments).__name__}: {cut(repr(arguments))}. It must "
+                'be an object with arguments of the chat template, such as {"enable_thinking": '
+                "false}"
+            )
+        refuse_reserved(arguments, f"`{ARGUMENTS}`")
+        found |= arguments
+    tools = _read(columns.get(TOOLS), padded)
+    if tools is not None:
+        if isinstance(tools, list):
+            tools = [_read(tool, padded) for tool in tools]
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise ValueError(
+                f"`{TOOLS}` is {cut(repr(tools))}. It must be a list of JSON schemas of functions, "
+                "or null; rename the column in data.columns if it holds something else"
+            )
+        found[TOOLS] = tools
+    return found
+
+
+def _read(value: Any, padded: bool) -> Any:
+    if isinstance(value, str):
+        return literal(value)
+    return without_nulls(value) if padded else value
+
+
+def refuse_reserved(names: Any, where: str) -> None:
+    """Raises ValueError for arguments of a template that the program itself gives."""
+    taken = sorted(_RESERVED.intersection(names))
+    if taken:
+        remedy = f"Give tools in a column `{TOOLS}`" if taken == [TOOLS] else "Leave it out"
+        raise ValueError(f"{where} has `{taken[0]}`, which the program gives itself. {remedy}")
