@@ -55,7 +55,7 @@ def model(tmp_path):
     rng = np.random.default_rng(0)
     tensors = {"a": rng.random((64, 32), np.float32), "b": rng.random(3, np.float32)}
     save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text('{"width": 32, "transformers_version": "5.0"}')
+    (folder / "config.json").write_text('{"width": 32, "depth": 2, "transformers_version": "5.0"}')
     return types.SimpleNamespace(source=folder)
 
 
@@ -79,9 +79,9 @@ def test_a_model_that_learnt_is_another(model):
 def test_another_configuration_of_the_same_weights(model):
     before = inputs.of_model(model)
     config = model.source / "config.json"
-    config.write_text('{"transformers_version": "4.57", "width": 32}')
+    config.write_text('{"transformers_version": "4.57", "depth": 2, "width": 32}')
     assert inputs.of_model(model) == before  # who wrote it, and in what order, means nothing
-    config.write_text('{"width": 32, "rope_theta": 1e6}')
+    config.write_text('{"width": 32, "depth": 2, "rope_theta": 1e6}')
     after = inputs.of_model(model)
     assert after["configuration"] != before["configuration"]
     assert after["weights"] == before["weights"]
