@@ -97,11 +97,12 @@ def of_model(policy: Policy) -> dict[str, Any]:
 def of_rewards(rewards: Sequence[Reward]) -> dict[str, str]:
     """Sums of the files that a user's reward functions stand in, by their modules' names."""
     found = {}
-    for module in {r.spec.partition("(")[0].partition(":")[0] for r in rewards if ":" in r.spec}:
+    for reward in rewards:
+        module, colon, _ = reward.spec.partition("(")[0].partition(":")
         try:
-            spec = importlib.util.find_spec(module)
+            spec = importlib.util.find_spec(module) if colon else None
         except (ImportError, ValueError):  # made while the program runs
-            continue
+            spec = None
         if spec is not None and spec.origin and Path(spec.origin).is_file():
             found[module] = _sum([Path(spec.origin).read_bytes()])
     return found

@@ -109,7 +109,7 @@ def test_modules_of_rewards(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     file = tmp_path / "kept_rewards.py"
     file.write_text("def f(completions): pass\n")
-    specs = ("kept_rewards:f(a=1)", "exact_answer", "no_such_module:f", "sys:exit")
+    specs = ("kept_rewards:f(a=1)", "mentions(words=['json:'])", "no_such_module:f", "sys:exit")
     rewards = [Reward(s, s, 1.0) for s in specs]
     known = inputs.of_rewards(rewards)
     assert known.keys() == {"kept_rewards"} and "kept_rewards" not in sys.modules
