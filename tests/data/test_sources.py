@@ -122,7 +122,7 @@ def test_a_number_that_a_csv_reader_has_no_bits_for_is_named(tmp_path):
     path = tmp_path / "p.csv"
     path.write_text(f'prompt,answer\n"a,\nb",{2**62}\n2^70?,{2**70}\n')
     message = refusal(path)
-    assert "row 2: column 'answer' holds a whole number of more than 64 bits" in message
+    assert f"row 2 has {2**70} as `answer`" in message and "JSONL" in message
     path.write_text(f"prompt,answer\na,{2**62}\n2^70?,x{2**70}\n")
     assert rows_of(path)[1]["answer"] == f"x{2**70}"
 
