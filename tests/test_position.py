@@ -54,6 +54,15 @@ def _save(parts, state, *steps: int, update: int = 0, experience=None, **known) 
         parts.checkpoints.save(state.replace(num_updates=number), facts, experience=experience)
 
 
+def test_a_run_that_reads_something_else_does_not_go_on(parts, state):
+    """Where checkpoint.folder is elsewhere, the workdir may be new and know of nothing."""
+    _save(parts, state, 2)
+    assert position.newest(parts).step == 2
+    parts.read = {"training problems": {"number": 4}}
+    with pytest.raises(ValueError, match="3 training problems there, 4 now"):
+        position.newest(parts)
+
+
 def test_a_roll_back_goes_to_the_newest_checkpoint_that_was_due(parts, state):
     """The one in the middle of step 9 is from a stop; a run that was left alone has none there."""
     _save(parts, state, 2, 4, 6, 8)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from datetime import datetime
 from types import SimpleNamespace
 
 import jax
@@ -621,7 +622,7 @@ def test_a_worked_solution_ends_with_the_stop_token():
         {"data.task": "arithmetic", "data.num_train": 20, "data.num_eval": 2, "sft.batch": 6,
          "data.max_prompt_tokens": 16, "sft.max_tokens": 56, "model.width": 32}
     )  # fmt: skip
-    policy, batches = sft._source(config)
+    policy, batches, _ = sft._source(config, datetime.now())
     problems = parts.load_problems(config)[0]
     for step in (0, 3):
         index = prompt_indices(0, step, 20, 6)
