@@ -188,10 +188,10 @@ def test_a_run_logs_what_the_program_finds(config, models, mesh, tmp_path, capsy
     assert values == {f"eval/{n}": model["metrics"][n]["value"] for n in names}
     items = open(model["items"]["greedy"]).read()
     assert (tmp_path / "in_run.jsonl").read_text() == items
-    lengths = [json.loads(line)["length"] for line in items.splitlines()]
-    alone = estimates.estimate(estimates.mean(np.array(lengths[:4]), 1.0, 6.0))
-    assert lengths[:4] == lengths[4:] and len(set(lengths)) > 1
-    found = model["metrics"]["length"]
+    correct = [json.loads(line)["correct"] for line in items.splitlines()]
+    alone = estimates.estimate(estimates.mean(np.array(correct[:4])))
+    assert correct[:4] == correct[4:] and len(set(correct)) == 2
+    found = model["metrics"]["accuracy"]
     assert [found["low"], found["high"]] == pytest.approx([alone.low, alone.high])
     shown = capsys.readouterr().out
     assert "the 8 training problems have 4 different prompts, one of them 2 times" in shown
