@@ -163,13 +163,10 @@ def hold(folder: Path, found: Sums) -> None:
             )
     if hosts.is_first():
         record = _record(folder)
-        before = record.get("read")
-        if before is not None:
-            refuse_other(before, found, f"--workdir {folder}")
-            _tell_of_edited(before, found)
-        known = {
-            k: (before or {}).get(k, {}) | found.get(k, {}) for k in {**(before or {}), **found}
-        }
+        before = record.get("read", {})
+        refuse_other(before, found, f"--workdir {folder}")
+        _tell_of_edited(before, found)
+        known = {k: before.get(k, {}) | found.get(k, {}) for k in before | found}
         if before != known:
             workdir.write_json(folder / "config.json", record | {"read": known})
     hosts.meet("the sums of what is read")
