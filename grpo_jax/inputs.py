@@ -77,15 +77,18 @@ def of_problems(
 
 
 def of_model(policy: Policy) -> dict[str, Any]:
-    """Sums of a model's configuration and weights; nothing of one that is new, or has gone.
+    """Sums of a model's configuration and weights; nothing of one that is new or without weights.
 
     Of weights the headers of their files, which have names, shapes and sizes, and a few bytes of
     each tensor: whole files would take as long as loading them.
     """
     folder = policy.source
-    if folder is None or not any(folder.glob("*.safetensors")):
+    if folder is None:
         return {}
-    found = {"configuration": _sum(_configs(folder)), "weights": _sum(_weights(folder))}
+    weights = list(_weights(folder))
+    if not weights:  # of a model that is not there any more the run has kept its files but these
+        return {}
+    found = {"configuration": _sum(_configs(folder)), "weights": _sum(weights)}
     if folder.parent.name == "snapshots":  # of the hub's cache
         found["revision"] = folder.name
     return found
@@ -160,11 +163,10 @@ def hold(folder: Path, found: Sums) -> None:
             )
     if hosts.is_first():
         record = _record(folder)
-        before = record.get("read")
-        if before is not None:
-            refuse_other(before, found, f"--workdir {folder}")
-            _tell_of_edited(before, found)
-        known = (before or {}) | {thing: sums for thing, sums in found.items() if sums}
+        before = record.get("read", {})
+        refuse_other(before, found, f"--workdir {folder}")
+        _tell_of_edited(before, found)
+        known = {k: before.get(k, {}) | found.get(k, {}) for k in before | found}
         if before != known:
             workdir.write_json(folder / "config.json", record | {"read": known})
     hosts.meet("the sums of what is read")

@@ -100,7 +100,9 @@ def test_the_hubs_revision_is_known(model):
     folder.parent.mkdir()
     model.source.rename(folder)
     assert inputs.of_model(types.SimpleNamespace(source=folder))["revision"] == "0a1b"
-    assert inputs.of_model(types.SimpleNamespace(source=None)) == {}
+    (folder / "model.safetensors").unlink()  # what a run has kept of a model that is gone
+    for source in (folder, None):
+        assert inputs.of_model(types.SimpleNamespace(source=source)) == {}
 
 
 def test_modules_of_rewards(tmp_path, monkeypatch):
@@ -171,13 +173,14 @@ def test_something_else_is_refused_by_name(folder, now, words):
     [
         _with("model", revision="another, of the same weights"),
         {k: v for k, v in READ.items() if k != "held-out problems"},
-        READ | {"more": {"number": 1}},
+        READ | {"more": {"number": 1}, "model": {}},
         _with("reward modules", new="j"),
     ],
 )
 def test_what_cannot_be_compared_is_taken_and_recorded(folder, now, capsys):
     inputs.hold(folder, now)
-    assert _recorded(folder)["read"] == now and "edited" not in capsys.readouterr().out
+    known = {thing: READ.get(thing, {}) | now.get(thing, {}) for thing in READ | now}
+    assert _recorded(folder)["read"] == known and "edited" not in capsys.readouterr().out
 
 
 def test_edited_rewards_are_told_once(folder, capsys):
