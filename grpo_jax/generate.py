@@ -184,10 +184,10 @@ def show(text: str) -> None:
 
 def main(argv: list[str]) -> None:
     args = _arguments(argv)
+    found = find_model(args.model)
     program.show_devices(note)
     program.use_compile_cache()
     mesh, dtype = sharding.make_mesh(), jnp.dtype(args.dtype)
-    found = find_model(args.model)
     if found.said:
         note(f"{found.said} answers.")
     policy, params = found.policy, load_params(found, mesh, dtype)

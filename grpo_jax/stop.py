@@ -24,9 +24,7 @@ from grpo_jax.metrics import console, say
 STATUS = 75  # "try again", EX_TEMPFAIL of sysexits.h
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _STARTED = time.monotonic()  # of the program, but for a few seconds of imports
-_FINISH_S = (
-    2.0  # after which a rollout or an evaluation is given up; computed again, it is the same
-)
+_FINISH_S = 2.0  # after which a rollout or an evaluation is given up; it can be computed again
 PATIENCE_S = 5.0  # after which the run is left where it is
 
 

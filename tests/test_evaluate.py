@@ -119,7 +119,7 @@ def test_two_models_side_by_side(config, models, capsys):
         assert value["pass@1"] == pytest.approx(right_PK.mean())
         assert value["pass@3"] == pytest.approx(right_PK.any(axis=1).mean())
         assert value["pass@1"] < value["pass@2"] < value["pass@3"]
-        assert {"maj@1", "maj@2", "maj@3"} < value.keys()
+        assert not [n for n in value if n.startswith("maj@")]  # brevity compares no answers
         assert all(
             v["low"] <= v["value"] <= v["high"]
             for v in model["metrics"].values() if v["value"] is not None
@@ -287,6 +287,8 @@ def test_names_tell_models_apart(paths, names):
 
 def test_a_runs_folder(config, models, tmp_path):
     shutil.copytree(models[0], tmp_path / "run" / "export")
+    record = {"binding": {}, "options": {"model.path": models[0], "checkpoint.folder": ""}}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
     evaluate.main(["--config", config, "--model", "run", "--model", models[0], "--json", "x.json"])
     run, exported = json.loads(open("x.json").read())["models"]
     assert run["metrics"] == exported["metrics"] and run["name"] == "run"

@@ -544,12 +544,12 @@ def make_update(
         number, arrays = microbatches.number, microbatches.arrays
         carry = add(state.params, number, empty(), experience, *arrays)
         action_PGC = experience.action_PGC
+        if offload:  # a copy: that of the caller stays where it is
+            state = state.replace(opt_state=sharding.to_device_memory(state.opt_state))
         if action_PGC.shape not in compiled:  # by now: it takes long, and may be given up
             finish.lower(state, carry, action_PGC, np.int32(index)).compile()
             compiled.add(action_PGC.shape)
         before_donating(carry)
-        if offload:
-            state = state.replace(opt_state=sharding.to_device_memory(state.opt_state))
         state, metrics = finish(state, carry, action_PGC, np.int32(index))
         if offload:
             state = state.replace(opt_state=sharding.to_host_memory(state.opt_state))

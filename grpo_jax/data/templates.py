@@ -17,10 +17,11 @@ import resource
 import signal
 import subprocess
 import sys
-import tempfile
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from typing import IO, Any
+from typing import Any
 
 from grpo_jax.data.chats import TOOLS, Messages
 
@@ -84,21 +85,25 @@ def render(
     )
     single = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
     with (
-        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
         subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=errors,
+            stderr=subprocess.PIPE,
             text=True,
             encoding="utf-8",
+            errors="replace",
             env=os.environ | single,
         ) as process,
     ):
+        last_lines: deque[str] = deque(maxlen=1)  # read as they come: a full pipe would stop it
+        listener = threading.Thread(target=last_lines.extend, args=[process.stderr], daemon=True)
+        listener.start()
         try:
-            return _conversation_with(process, errors, job, on_text)
+            return _conversation_with(process, listener, last_lines, job, on_text)
         finally:
             process.kill()
+            listener.join()
 
 
 def _templates(tokenizer: Any, arguments: Sequence[dict[str, Any]]) -> tuple[list[str], list[int]]:
@@ -123,7 +128,11 @@ def _templates(tokenizer: Any, arguments: Sequence[dict[str, Any]]) -> tuple[lis
 
 
 def _conversation_with(
-    process: subprocess.Popen, errors: IO[str], job: dict[str, Any], on_text: Callable[[int], None]
+    process: subprocess.Popen,
+    listener: threading.Thread,
+    last_lines: deque[str],
+    job: dict[str, Any],
+    on_text: Callable[[int], None],
 ) -> Rendered:
     try:
         with process.stdin:
@@ -148,9 +157,10 @@ def _conversation_with(
         texts.append(answer["text"])
         on_text(len(texts))
     process.wait()
-    errors.seek(0)
+    listener.join()
     raise TemplateError(
-        min(len(texts), len(job["conversations"]) - 1), _end(process.returncode, errors.read())
+        min(len(texts), len(job["conversations"]) - 1),
+        _end(process.returncode, "".join(last_lines)),
     )
 
 
@@ -162,12 +172,11 @@ def _as_text(tokens: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _end(status: int, errors: str) -> str:
+def _end(status: int, last_line: str) -> str:
     """What ended the process before it was done."""
     if status == -signal.SIGALRM:
         return f"it was not done after {TIME_LIMIT_S} s"
-    last = errors.strip().splitlines()[-1:] or [f"status {status}"]
-    return f"the process that renders it ended: {last[0][:200]}"
+    return f"the process that renders it ended: {last_line.strip()[:200] or f'status {status}'}"
 
 
 def _one_line(error: BaseException) -> str:

@@ -66,11 +66,12 @@ def test_students_are_sloppy(problems):
     rng = np.random.default_rng(0)
     texts = [arithmetic.worked_solution(p, rng) for p in problems[0]]
     answers = [p.columns["answer"] for p in problems[0]]
-    right = np.array(exact_answer(prompts=[], completions=texts, answer=answers))
+    prompts = [p.prompt for p in problems[0]]
+    right = np.array(exact_answer(prompts=prompts, completions=texts, answer=answers))
     works = np.array(["\n" in text for text in texts])
     assert 0.3 < works.mean() < 0.5
     assert right[~works].mean() < 0.2 < 0.7 < right[works].mean() < 1.0
-    assert all(answer_format(prompts=[], completions=texts))
+    assert all(answer_format(prompts=prompts, completions=texts))
 
 
 def test_tokenizer_keeps_every_text_within_the_quickstarts_limits(problems):

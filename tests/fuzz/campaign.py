@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import faulthandler
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -38,6 +39,10 @@ from grpo_jax import metrics
 OURS = Path(grpo_jax.__file__).parent
 LIMIT_S = 60  # of a case, on a machine that may have other work; most take milliseconds
 STEP_LIMIT_S = 600  # of a case that compiles
+
+
+# What a terminal obeys, or no file can hold; all else stands in messages as it is.
+_OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclasses.dataclass
@@ -128,7 +133,7 @@ def unclear(error: ValueError) -> str:
         return f"{type(error).__name__} at {_last_frame(error)}: {message[:200]}"
     if type(error).__name__ not in ("ValueError", "TemplateError"):
         return f"{type(error).__name__} is passed on: {message[:200]}"
-    if not 20 <= len(message) <= 2100 or not message.isprintable():
+    if not 20 <= len(message) <= 2100 or _OBEYED.search(message):
         return f"a message of {len(message)} characters at {_last_frame(error)}: {message[:200]}"
     return ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,9 @@ def test_prompts_and_solutions_with_such_a_token_are_refused_by_their_place(fold
     read, config = policy.read(str(folder)), config_lib.default()
     problems = [Problem(text, {}, f"f.jsonl, row {i}") for i, text in enumerate(["one", "word43"])]
     with pytest.raises(ValueError, match=r"of f\.jsonl, row 1 holds the token 'word43' \(id"):
-        parts.encode(problems, read, config, "training problems")
-    assert parts.encode(problems[:1], read, config, "training problems").prompt_ids == [[3]]
+        parts.encode(problems, read, config, "training problems", datetime.now())
+    assert parts.encode(
+        problems[:1], read, config, "training problems", datetime.now()
+    ).prompt_ids == [[3]]
     with pytest.raises(ValueError, match="--prompt holds the token 'word43'"):
         generate._encode(read, "one word43", False, 4)

@@ -72,4 +72,4 @@ def test_a_comparison_without_end_costs_its_problem_only():
     (reward,) = load(("test_votes:hanging",), (1.0,))
     completions = ["#### 9", "#### 9", "#### 8", "#### 3", "#### 4", "#### 3"]
     count = functools.partial(votes.count_votes, reward, [""] * 6, completions, [""] * 6, 3)
-    assert count(Limits(seconds=3.0)).tolist() == [[0, 1, 2], [0, 1, 0]]
+    assert count(Limits(seconds=3.0, start_seconds=10.0)).tolist() == [[0, 1, 2], [0, 1, 0]]

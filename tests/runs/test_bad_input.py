@@ -251,7 +251,7 @@ CASES: list[Case] = [
     (
         "reward of the wrong length",
         lambda tmp, model: _strict(model, "bad_rewards:too_short"),
-        ("'too_short'", "returned 0 values", "one number"),
+        ("'too_short'", "returned 3 values", "one number"),
     ),
     (
         "reward that is no number",

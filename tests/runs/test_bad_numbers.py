@@ -119,11 +119,11 @@ def test_a_bad_weight_is_rolled_back(runs, monkeypatch):
     def planting(*args):
         parts = build(*args)
 
-        def update(state, experience, index):
+        def update(state, experience, index, before_donating):
             if next(count) == 8:
                 kernel = state.params["norm"]["scale"]
                 state.params["norm"]["scale"] = kernel.at[0].set(jnp.nan)
-            return parts.update(state, experience, index)
+            return parts.update(state, experience, index, before_donating)
 
         return dataclasses.replace(parts, update=update)
 

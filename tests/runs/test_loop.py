@@ -313,11 +313,11 @@ def test_a_run_of_bad_updates_ends(tmp_path, model, monkeypatch, one_device):
     path = f"--config.model.path={model}"
     more = [*TWO_STEPS, "--config.loop.num_steps=9", "--config.checkpoint.every_steps=1"]
     message = _refused(tmp_path / "run", path, *more)
-    assert "5 updates in a row" in message and "loss nan" in message and "Step 3" in message
+    assert "20 updates in a row" in message and "loss nan" in message and "Step 6" in message
     for option in ("optim.learning_rate", "optim.clip_norm", "model.dtype = float32"):
         assert option in message
-    state = final_state(tmp_path / "run")  # of step 2: its checkpoint holds the weights of step 1
-    assert int(state["/num_updates"]) == 8 and int(state["/num_skipped"]) == 4
+    state = final_state(tmp_path / "run")  # of step 5: its checkpoint holds the weights of step 1
+    assert int(state["/num_updates"]) == 20 and int(state["/num_skipped"]) == 16
     assert all(np.isfinite(array).all() for array in state.values())
 
 
@@ -380,4 +380,4 @@ def test_checkpoints_may_lie_elsewhere(tmp_path, model, one_device):
     assert kept.is_dir() and not (tmp_path / "a" / "checkpoints").exists()
     assert [row["step"] for row in _runs(tmp_path / "b", *more)] == [2]
     message = _refused(tmp_path / "c", *more, "--config.optim.learning_rate=0.5")
-    assert f"checkpoint.folder = '{kept}' holds checkpoints of a different config" in message
+    assert f"checkpoint.folder = '{kept}' holds a run of a different config" in message

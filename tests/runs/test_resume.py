@@ -160,8 +160,8 @@ def test_a_run_that_does_not_hear_is_left_saved(runs, name):
 def test_every_step_is_logged_once(runs):
     rows = logged(runs[0] / "within a step")
     assert [row["step"] for row in rows if "reward" in row] == [1, 2, 3, 4]
-    accuracies = [row["step"] for row in rows if "eval/accuracy" in row]
-    assert accuracies == [0, 2, 4]  # before the first step, and after every second
+    evaluated = [row["step"] for row in rows if "eval/reward" in row]
+    assert evaluated == [0, 2, 4]  # before the first step, and after every second
 
 
 def test_comparison_sees_another_run(runs):
