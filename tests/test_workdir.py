@@ -114,3 +114,4 @@ def test_a_run_that_was_rolled_back_to_its_start_has_none(logged):
     workdir.note_saved(logged, 4)
     workdir.note_saved(logged, None)
     workdir.begin(logged, "DISK", again=False)
+    assert (logged / "metrics.jsonl").exists() and not (logged / "metrics_1.jsonl").exists()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo_jax.messages import shown
-from grpo_jax.rewards.completions import after_thinking
+from grpo_jax.rewards.completions import after_thinking, begin_in_thinking, text_of
 
 # \boxed{ and \fbox{ open a box; so does \boxed before a bare token. Escaped braces are text.
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s{0,9}\{|\\(?:boxed|fbox)(?![a-zA-Z{])|\\[{}]|[{}]")
@@ -74,6 +74,26 @@ def extract_answer(text: str, thinking: bool = False, same: Same | None = None) 
     found = max(places)[1]
     inner = _after_phrase(found)  # <answer>The answer is 5</answer>
     return inner[0][1] if inner else found
+
+
+def right_or_wrong(
+    prompts: list[Any],
+    completions: list[Any],
+    answer: list[Any],
+    rendered_prompts: list[str] | None,
+    same: Same,
+) -> list[float]:
+    """1.0 for each completion whose extracted answer is the `same` as that of its row, else 0.0.
+
+    Raises ValueError, saying what is wrong, where `answer` holds none.
+    """
+    rewards = []
+    thinking = begin_in_thinking(prompts, rendered_prompts)
+    for completion, value, inside in zip(completions, answer, thinking):
+        expected = stated_answer(value, same)
+        found = extract_answer(text_of(completion), inside, same)
+        rewards.append(float(found is not None and same(expected, found)))
+    return rewards
 
 
 def stated_answer(value: Any, same: Same | None = None) -> str:

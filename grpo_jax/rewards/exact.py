@@ -10,9 +10,12 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from grpo_jax.rewards.answers import answer_fault, extract_answer, stated_answer, strip
+from grpo_jax.rewards.answers import (
+    answer_fault,
+    right_or_wrong,
+    strip,
+)
 from grpo_jax.rewards.characters import as_latex
-from grpo_jax.rewards.completions import begin_in_thinking, text_of
 
 _PLAIN = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 _DECIMAL = re.compile(rf"[+-]?{_PLAIN}(?:[eE][+-]?[0-9]{{1,3}})?")
@@ -53,13 +56,7 @@ def exact_answer(
     `\\boxed{72}`. `rendered_prompts` are the prompts as the model read them: one may leave thinking
     open. Raises ValueError, saying what is wrong, where `answer` holds none.
     """
-    rewards = []
-    thinking = begin_in_thinking(prompts, rendered_prompts)
-    for completion, value, inside in zip(completions, answer, thinking):
-        expected = stated_answer(value, same_answer)
-        found = extract_answer(text_of(completion), inside, same_answer)
-        rewards.append(float(found is not None and same_answer(expected, found)))
-    return rewards
+    return right_or_wrong(prompts, completions, answer, rendered_prompts, same_answer)
 
 
 def same_answer(one: str, other: str) -> bool:

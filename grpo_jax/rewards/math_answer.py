@@ -12,8 +12,7 @@ import re
 from typing import Any
 
 from grpo_jax.rewards import shapes
-from grpo_jax.rewards.answers import answer_fault, extract_answer, stated_answer
-from grpo_jax.rewards.completions import begin_in_thinking, text_of
+from grpo_jax.rewards.answers import answer_fault, right_or_wrong
 from grpo_jax.rewards.exact import normalise, number, same_answer
 from grpo_jax.rewards.expressions import is_shallow, same_expression
 from grpo_jax.rewards.spelling import in_radians, tidy, without_degrees
@@ -40,13 +39,7 @@ def math_answer(
     open. Raises ValueError, saying what is wrong, where `answer` holds none. Nothing in a
     completion raises.
     """
-    rewards = []
-    thinking = begin_in_thinking(prompts, rendered_prompts)
-    for completion, value, inside in zip(completions, answer, thinking):
-        expected = stated_answer(value, same_mathematics)
-        found = extract_answer(text_of(completion), inside, same_mathematics)
-        rewards.append(float(found is not None and same_mathematics(expected, found)))
-    return rewards
+    return right_or_wrong(prompts, completions, answer, rendered_prompts, same_mathematics)
 
 
 def same_mathematics(expected: str, found: str) -> bool:
