@@ -11,10 +11,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
+import selectors
 import threading
 import time
 from collections.abc import Sequence
-from multiprocessing import connection
 from typing import Any
 
 from grpo_jax.rewards import keeper, sources
@@ -85,6 +85,8 @@ class Pool:
         os.set_blocking(self._ring, False)
         # Started by the thread that waits for them: Linux ends a worker with its parent thread.
         self._workers: list[Worker] = []
+        self._selector = selectors.DefaultSelector()  # of the bell and the workers' pipes
+        self._selector.register(self._bell, selectors.EVENT_READ)
         self._tasks: dict[Worker, _Task] = {}  # what they work on
         self._thread = threading.Thread(
             target=self._serve, args=(num_workers,), name="rewards", daemon=True
@@ -161,6 +163,7 @@ class Pool:
             self._closing = True
         self._wake()
         self._thread.join()
+        self._selector.close()
         os.close(self._bell)
         os.close(self._ring)
 
@@ -198,7 +201,9 @@ class Pool:
             self._give_up("The reward workers were ended.")
 
     def _new_worker(self) -> Worker:
-        return Worker(self._setup, self._limits.start_seconds)
+        worker = Worker(self._setup, self._limits.start_seconds)
+        self._selector.register(worker.pipe, selectors.EVENT_READ)
+        return worker
 
     def _give_up(self, fault: str) -> None:
         with self._lock:
@@ -244,7 +249,7 @@ class Pool:
         """Until a worker answers, dies or is late, or there is something new to do."""
         late = min((w.deadline for w in self._workers if not self._is_idle(w)), default=None)
         timeout = None if late is None else max(late - time.monotonic(), 0.0)
-        ready = connection.wait([self._bell, *(w.pipe for w in self._workers)], timeout)
+        ready = {key.fileobj for key, _ in self._selector.select(timeout)}
         if self._bell in ready:
             os.read(self._bell, 4096)
         for worker in list(self._workers):
@@ -307,6 +312,7 @@ class Pool:
 
     def _replace(self, worker: Worker, *, is_dead: bool = False) -> int:
         """A new worker in the place of one; the exit code of that."""
+        self._selector.unregister(worker.pipe)
         status = worker.end(is_dead=is_dead)
         self._workers[self._workers.index(worker)] = self._new_worker()
         return status

@@ -265,10 +265,22 @@ def _unknown(name: str, what: str, candidates: list[str]) -> ValueError:
 
 def accepted(found: Callable, given: Iterable[str]) -> set[str]:
     """Those of the given names that the function takes."""
+    try:
+        hash(found)
+    except TypeError:  # not every object with __call__ can be a key
+        names = _parameters.__wrapped__(found)
+    else:
+        names = _parameters(found)
+    return set(given) if names is None else names & set(given)
+
+
+@functools.lru_cache(maxsize=64)  # a tenth of what a call of a worker costs
+def _parameters(found: Callable) -> frozenset[str] | None:
+    """The names that a function takes; None where it takes any."""
     parameters = inspect.signature(found).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return set(given)
-    return {p.name for p in parameters} & set(given)
+        return None
+    return frozenset(p.name for p in parameters)
 
 
 def _needed(found: Callable) -> list[str]:

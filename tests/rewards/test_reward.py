@@ -1,5 +1,6 @@
 """Reward functions by name, with arguments, and against the data's columns."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -135,6 +136,16 @@ def test_a_function_is_given_what_it_takes():
     accepted = lambda name: reward_lib.accepted(reward_lib.function(f"odd_rewards:{name}"), given)  # noqa: E731
     assert accepted("half") == given
     assert accepted("only_named") == {"completions", "answer", "trainer_state"}
+
+    @dataclasses.dataclass  # without a hash
+    class Level:
+        level: float
+
+        def __call__(self, completions, level):
+            return [self.level] * len(completions)
+
+    for _ in range(2):
+        assert reward_lib.accepted(Level(1.0), given) == {"completions", "level"}
 
 
 def test_arguments_are_read_where_they_are_named():
