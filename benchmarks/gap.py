@@ -54,7 +54,7 @@ def gaps(ours: policy.Policy, params, prompts, args, dtype, weights: str, cache:
         with_old=True,
     )
     placed = sharding.shard_rows(mesh, (rollouts, np.zeros_like(rollouts.length_PG, np.float32)))
-    experience = jax.device_get(prepare(params, None, *placed))
+    experience = jax.device_get(prepare(prepare.log_probs(params, None, placed[0]), placed[1]))
     return (experience.old_logp_PGC - rollouts.logp_PGC)[experience.action_PGC]
 
 

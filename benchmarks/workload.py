@@ -194,13 +194,10 @@ class Step:
             logp_PGC=rollouts.logp_PGC[..., :longest],
         )
         reward_PG = (rollouts.completion_PGC[..., 0] % 2).astype(np.float32)
-        return jax.block_until_ready(
-            self._prepare(
-                self.state.params,
-                sharding.to_device_memory(self.ref_params),
-                *sharding.shard_rows(self.mesh, (rollouts, reward_PG)),
-            )
-        )
+        rollouts, reward_PG = sharding.shard_rows(self.mesh, (rollouts, reward_PG))
+        reference = sharding.to_device_memory(self.ref_params)
+        log_probs = self._prepare.log_probs(self.state.params, reference, rollouts)
+        return jax.block_until_ready(self._prepare(log_probs, reward_PG))
 
     def update(self, experience) -> None:
         self.state, metrics = self._update(self.state, experience, 0)

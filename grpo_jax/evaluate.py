@@ -37,8 +37,8 @@ from grpo_jax import (
 from grpo_jax import parts as parts_lib
 from grpo_jax.data.problems import Problem
 from grpo_jax.estimates import Estimate, Tally
-from grpo_jax.judge import Complaints
 from grpo_jax.metrics import Progress, console, print_title, say
+from grpo_jax.rewarding import FailureReports
 from grpo_jax.rewards.pool import Pool
 from grpo_jax.rewards.score import RewardError
 from grpo_jax.sampling import decode
@@ -211,7 +211,7 @@ def _evaluate(
     num_slots = config.rollout.num_slots or _NUM_SLOTS
     engine = Engine(decoder, num_slots=num_slots, compact=config.rollout.compact)
     params = engine.publish(params)
-    tallies, files, complaints = {}, {}, Complaints()
+    tallies, files, reports = {}, {}, FailureReports()
     for num_samples in (0, args.num_samples) if args.num_samples else (0,):
         with _Counter(len(questions.problems)) as counter:
             answered = evaluation.answer(
@@ -225,7 +225,7 @@ def _evaluate(
                 key=keys.key_for(args.seed, "evaluate"),
                 on_answer=counter.add,
             )
-        complaints.note(f"{name}, {'sampled' if num_samples else 'greedy'}", answered.scores)
+        reports.tell(f"{name}, {'sampled' if num_samples else 'greedy'}", answered.scores)
         further = {}
         if num_samples:
             tallies |= evaluation.sampled_tallies(answered, _powers(num_samples))

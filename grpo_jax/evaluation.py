@@ -13,10 +13,10 @@ import numpy as np
 from grpo_jax import disk, estimates, hosts
 from grpo_jax.data.problems import Problem
 from grpo_jax.estimates import Tally
-from grpo_jax.judge import Judge
 from grpo_jax.metrics import say
 from grpo_jax.phases import phase
 from grpo_jax.policy import Policy
+from grpo_jax.rewarding import RewardCollector
 from grpo_jax.rewards import score as score_lib
 from grpo_jax.rewards import votes as votes_lib
 from grpo_jax.rewards.answers import extract_answer
@@ -24,7 +24,7 @@ from grpo_jax.rewards.completions import opens_thinking
 from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.rewards.reward import Reward
 from grpo_jax.sampling.engine import Engine
-from grpo_jax.structs import Array, Params
+from grpo_jax.structs import Array, Params, Rollouts
 from grpo_jax.workdir import write_whole
 
 _VOTING_LIMIT_S = 60.0  # for comparing the answers of one problem's samples
@@ -42,6 +42,16 @@ class Questions:
         """Some of them, by number."""
         pick = lambda items: [items[i] for i in index]  # noqa: E731
         return Questions(pick(self.problems), pick(self.prompt_ids), pick(self.texts))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """The completions of one step, on the host, and what collects their rewards."""
+
+    questions: Questions
+    rewards: RewardCollector
+    completions: Rollouts
+    seconds: float  # that sampling took
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +85,13 @@ def answer(
     """`num_samples` completions of every question with their rewards; 0: a greedy one.
 
     `params` come from `engine.publish`; `temperature` is that of samples. `on_answer` is called
-    whenever a question has all its completions, on the process that judges it; `on_harvest`
+    whenever a question has all its completions, on the process that collects its rewards; `on_harvest`
     whenever some completions have finished, on all alike.
     """
-    judge = Judge(pool, policy, questions.problems, questions.texts, num_samples or 1)
+    collector = RewardCollector(pool, policy, questions.problems, questions.texts, num_samples or 1)
 
     def take(number: int, completions: list[list[int]]) -> None:
-        judge.add(number, completions)
+        collector.add(number, completions)
         on_answer()
 
     with phase("evaluation"):
@@ -94,7 +104,7 @@ def answer(
             on_group=take,
             on_harvest=on_harvest,
         )
-    scores, texts = judge.scores(), judge.texts()
+    scores, texts = collector.scores(), collector.texts()
     shape, verdict = rollouts.length_PG.shape, pool.accuracy
     open_B = np.repeat([opens_thinking(text) for text in questions.texts], shape[1])
     return Answered(

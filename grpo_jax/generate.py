@@ -54,7 +54,7 @@ def find_model(path: str) -> Found:
         with contextlib.suppress(checkpoints.NoneWhole), checkpoints.Newest(saved) as newest:
             if exported is None or newest.number > exported["updates"]:
                 source = options["model.path"] or str(folder / "bootstrap" / "export")
-                step = newest.facts().get("position", {}).get("step", newest.number)
+                step = newest.facts().get("state", {}).get("step", newest.number)
                 said = f"{folder}: checkpoint of step {step}"
                 policy = policy_lib.read(source, kept=folder / "source")
                 return Found(policy, (saved, newest.number), said)

@@ -72,7 +72,7 @@ def may_roll_back(config: ConfigDict) -> bool:
 
 
 class Guards:
-    """Looks at the numbers of each step; `obey` then raises what they ask for.
+    """Looks at the numbers of each step; `enforce` then raises what they ask for.
 
     What is only told, is told the 1st, 2nd, 4th, 8th ... time.
     """
@@ -84,16 +84,16 @@ class Guards:
         self._order: tuple[str, int, str] | None = None  # action, step and message
         self._times: dict[str, int] = {}
         self._worked: set[str] = set()  # rewards that a completion got since the program began
-        self.leaves_out = False  # whether the updates on the newest rollout shall not be made
+        self.skips_rollout = False  # whether the updates on the newest rollout shall not be made
 
     @property
     def has_orders(self) -> bool:
-        """Whether `obey` would raise."""
+        """Whether `enforce` would raise."""
         return self._order is not None
 
-    def look_at_scores(self, step: int, scores: Scores) -> None:
+    def check_scores(self, step: int, scores: Scores) -> None:
         """Looks for rewards that failed too often; raises `RewardError` where that ends the run."""
-        self.leaves_out = False
+        self.skips_rollout = False
         broken = scores.broken(self._config.rewards.max_failed_share)
         for name, failed_B in scores.failed.items():
             text = broken.get(name)
@@ -111,7 +111,7 @@ class Guards:
                 raise RewardError(f"Step {step}: {text}")
             self._found("failed_rewards", step, text, "Its updates are left out.")
 
-    def look_at_rollout(self, step: int, values: Mapping[str, float]) -> None:
+    def check_rollout(self, step: int, values: Mapping[str, float]) -> None:
         """Looks at the metrics of a step's rollout, before its updates."""
         options, history = self._config.guards, self._history
         reward = values.get("reward", math.nan)  # absent where nothing was scored
@@ -119,10 +119,10 @@ class Guards:
             each = ", ".join(f"{n} {v:g}" for n, v in values.items() if n.startswith("reward/"))
             text = f"the mean reward is {reward}: weighted, rewards are beyond float32 ({each})"
             self._found("nonfinite", step, text, "Its updates are left out.")
-            self.leaves_out |= self._actions["nonfinite"] == "skip"
+            self.skips_rollout |= self._actions["nonfinite"] == "skip"
         elif not math.isnan(reward):
             history.rewards = [*history.rewards, reward][-options.window :]
-            self._look_at_fall(step)
+            self._check_fall(step)
         all_equal = values["groups/equal_share"] == 1
         history.equal_steps = history.equal_steps + 1 if all_equal else 0
         if options.equal_groups_steps and history.equal_steps >= options.equal_groups_steps:
@@ -132,7 +132,7 @@ class Guards:
             )
             self._found("equal_groups", step, text, "Its updates are left out.")
 
-    def _look_at_fall(self, step: int) -> None:
+    def _check_fall(self, step: int) -> None:
         """Whether the mean reward of the newest steps has fallen too far below its best."""
         options, history = self._config.guards, self._history
         if not options.reward_drop or len(history.rewards) < options.window:
@@ -148,7 +148,7 @@ class Guards:
             )
             self._found("reward", step, text, "Its updates are left out.")
 
-    def look_at_update(self, step: int, values: Mapping[str, float], *, refused: bool) -> None:
+    def check_update(self, step: int, values: Mapping[str, float], *, refused: bool) -> None:
         """Looks at the metrics of an update; `refused`: the device did not make it."""
         loss, grad_norm = values["policy/loss"], values["policy/grad_norm"]
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
@@ -163,8 +163,8 @@ class Guards:
                 self._found(_guard(metric), step, text, "The update was refused.")
         self._count(step, 1 if refused else 0, f" (loss {loss:g}, gradient norm {grad_norm:g})")
 
-    def left_out(self, step: int, updates: int) -> None:
-        """Notes updates on a rollout that were not made, as `leaves_out` asked."""
+    def skipped(self, step: int, updates: int) -> None:
+        """Notes updates on a rollout that were not made, as `skips_rollout` asked."""
         self._count(step, updates, "")
 
     def _count(self, step: int, refused: int, last: str) -> None:
@@ -185,7 +185,7 @@ class Guards:
             )
             self._order_at_least(options.after_skips, step, text)
 
-    def obey(self, before: Callable[[], None] = lambda: None) -> None:
+    def enforce(self, before: Callable[[], None] = lambda: None) -> None:
         """Raises `RollBack` or `Diverged`, after calling `before`, where the numbers ask for it."""
         if self._order is None:
             return
@@ -208,7 +208,7 @@ class Guards:
             self._order_at_least(action, step, message)
             return
         if action == "skip" and guard in ("failed_rewards", "reward", "equal_groups"):
-            self.leaves_out = True
+            self.skips_rollout = True
         times = self._times[guard] = self._times.get(guard, 0) + 1
         if times & (times - 1) == 0:
             say(f"warning: {message}{f' {skipping}' if action == 'skip' else ''}")

@@ -35,7 +35,7 @@ from grpo_jax.structs import ModelConfig, Params, Sampling
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class Run:
     """What a run is made of; none of it changes while it runs but for `sizes`."""
 
     config: ConfigDict
@@ -49,12 +49,26 @@ class Parts:
     evaluator: Engine  # the policy is judged as it is, however rollouts are drawn
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
-    prepare: Callable
+    prepare: update_lib.Prepare
     update: Callable
     sizes: dict[str, Sizes]  # of packed rows, of the programs of these two
     ref_params: Params | None
     checkpoints: Checkpoints
     read: inputs.Sums  # what the run reads
+
+    @property
+    def updates_per_step(self) -> int:
+        return rules.num_updates_per_step(self.config)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the policy is evaluated after a step."""
+        every, is_last = self.config.evaluation.every_steps, step == self.config.loop.num_steps
+        return bool(self.held_out) and (is_last or bool(every and step % every == 0))
+
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint is due after a step."""
+        every, is_last = self.config.checkpoint.every_steps, step == self.config.loop.num_steps
+        return is_last or bool(every and step % every == 0)
 
 
 def refuse_early(config: ConfigDict, folder: Path) -> None:
@@ -215,7 +229,7 @@ def build(
     folder: Path,
     model_path: str,
     fit: Callable[[ConfigDict, ModelConfig, Mesh, int, Path], Fit],
-) -> Parts:
+) -> Run:
     """Everything read, checked and set up; the policy's weights are not.
 
     `fit` is asked how the update of prompts of at most so many tokens is cut.
@@ -244,7 +258,7 @@ def build(
         config, policy.model, mesh, fit(config, policy.model, mesh, longest, folder)
     )
     engine = make_engine(config, policy.model, policy.stop_ids, mesh)
-    return Parts(
+    return Run(
         config=config,
         folder=folder,
         mesh=mesh,
@@ -296,7 +310,7 @@ class Learner:
     scorer: update_lib.Scorer
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
-    prepare: Callable
+    prepare: update_lib.Prepare
     update: Callable
 
     @property

@@ -24,10 +24,10 @@ from grpo_jax import metrics as metrics_lib
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import sources
 from grpo_jax.data.problems import Problem
-from grpo_jax.judge import as_reply
 from grpo_jax.messages import shown
 from grpo_jax.models.hf import folder as folder_lib
 from grpo_jax.models.hf.tokenizer import load_tokenizer
+from grpo_jax.rewarding import as_reply
 from grpo_jax.rewards import reward as reward_lib
 from grpo_jax.rewards.answers import extract_answer
 from grpo_jax.rewards.pool import Pool

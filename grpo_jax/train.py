@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-from grpo_jax import claim, definitions, loop, parts, program, report, sft
+from grpo_jax import claim, definitions, grpo, parts, program, report, sft
 from grpo_jax.metrics import print_title, say
 from grpo_jax.stop import StopSignal
 
@@ -35,7 +35,7 @@ def _run(argv: list[str], stop: StopSignal) -> None:
     print_title(f"GRPO: {config.loop.num_steps} steps of {config.batch.prompts} prompts")
     for line in definitions.in_force(config):
         say(line)
-    summary = loop.run(config, folder, model_path, spent_s=time.monotonic() - began, stop=stop)
+    summary = grpo.run(config, folder, model_path, spent_s=time.monotonic() - began, stop=stop)
     ask = summary.pop("ask", None)
     report.summary_table(summary)
     if ask:

@@ -35,9 +35,9 @@ def _update(loss=0.1, grad_norm=1.0, kl=0.1, entropy=1.0) -> dict[str, float]:
 
 def _rollout(guards: Guards, step: int, reward: float | None, equal: float = 0.0) -> bool:
     known = {} if reward is None else {"reward": reward, "reward/f": reward}
-    guards.leaves_out = False
-    guards.look_at_rollout(step, known | {"groups/equal_share": equal})
-    return guards.leaves_out
+    guards.skips_rollout = False
+    guards.check_rollout(step, known | {"groups/equal_share": equal})
+    return guards.skips_rollout
 
 
 def _scores(num_failed: int, of: int = 4) -> Scores:
@@ -67,11 +67,11 @@ def _scores(num_failed: int, of: int = 4) -> Scores:
 def test_an_update_out_of_bounds(values, options, parts):
     guard = "nonfinite" if not options else next(iter(options)).split("_")[0]
     guards = _guards(**options, **{guard: "stop"})
-    guards.look_at_update(6, _update(), refused=False)
-    guards.obey()
-    guards.look_at_update(7, _update(**values), refused=False)
+    guards.check_update(6, _update(), refused=False)
+    guards.enforce()
+    guards.check_update(7, _update(**values), refused=False)
     with pytest.raises(Diverged) as info:
-        guards.obey()
+        guards.enforce()
     told = str(info.value)
     for part in ("Step 7", f'guards.{guard} = "stop"', "DIR/checkpoints holds the last", *parts):
         assert part in told, told
@@ -82,14 +82,14 @@ def test_a_bound_itself_is_not_out_of_bounds(values):
     """As the device has it, in float32, where 0.02 is 0.0199999996."""
     guards = _guards(kl_max=0.5, entropy_min=0.02, entropy_max=2.5, kl="stop", entropy="stop")
     on_device = {name: float(np.float32(value)) for name, value in values.items()}
-    guards.look_at_update(1, _update(**on_device), refused=False)
-    guards.obey()
+    guards.check_update(1, _update(**on_device), refused=False)
+    guards.enforce()
 
 
 def test_without_bounds_nothing_is_out_of_them():
     guards = _guards(kl="stop", entropy="stop")
-    guards.look_at_update(1, _update(kl=1e9, entropy=0.0), refused=False)
-    guards.obey()
+    guards.check_update(1, _update(kl=1e9, entropy=0.0), refused=False)
+    guards.enforce()
 
 
 @pytest.mark.parametrize(
@@ -134,39 +134,39 @@ def test_rewards_beyond_float32_are_named():
     guards = _guards(nonfinite="roll_back")
     _rollout(guards, 3, math.inf)
     with pytest.raises(RollBack, match=r"Step 3: the mean reward is inf.*reward/f inf"):
-        guards.obey()
+        guards.enforce()
     assert not guards._history.rewards  # nothing could be compared with it
     assert _rollout(_guards(nonfinite="skip"), 3, math.inf)  # left out, as it is told
 
 
 def test_rewards_that_fail_too_often(capsys):
     guards = _guards(failed_rewards="skip")
-    guards.look_at_scores(1, _scores(2))  # a share of 0.5 is not more
-    assert not guards.leaves_out
-    guards.look_at_scores(2, _scores(3))
-    assert guards.leaves_out
+    guards.check_scores(1, _scores(2))  # a share of 0.5 is not more
+    assert not guards.skips_rollout
+    guards.check_scores(2, _scores(3))
+    assert guards.skips_rollout
     told = capsys.readouterr().out
     assert "Step 2: 3 of 4 completions have no reward 'f', more than rewards.max_" in told
     assert 'It gave nan (guards.failed_rewards = "skip"). Its updates are left out.' in told
-    guards.look_at_scores(3, _scores(0))
-    assert not guards.leaves_out
+    guards.check_scores(3, _scores(0))
+    assert not guards.skips_rollout
     with pytest.raises(RewardError, match=r"rewards.max_failed_share = 0.5\. The first: It gave"):
-        _guards(failed_rewards="stop").look_at_scores(2, _scores(3))
+        _guards(failed_rewards="stop").check_scores(2, _scores(3))
 
 
 def test_rewards_that_never_worked(capsys):
     """It is said first; where no share of failures is too large, it is said at least."""
     with pytest.raises(RewardError, match=r"Step 1: no completion has got the reward 'f' since"):
-        _guards().look_at_scores(1, _scores(4))
+        _guards().check_scores(1, _scores(4))
     guards = _guards()
-    guards.look_at_scores(1, _scores(2))
+    guards.check_scores(1, _scores(2))
     with pytest.raises(RewardError, match=r"Step 2: 4 of 4 completions"):  # it has worked before
-        guards.look_at_scores(2, _scores(4))
+        guards.check_scores(2, _scores(4))
     guards = _guards()
     guards._config.rewards.max_failed_share = 1.0
-    guards.look_at_scores(1, _scores(4))
+    guards.check_scores(1, _scores(4))
     assert "Step 1: no completion has got the reward 'f' since the start" in capsys.readouterr().out
-    assert not guards.leaves_out
+    assert not guards.skips_rollout
 
 
 # --- What is done ---------------------------------------------------------------------------------
@@ -175,8 +175,8 @@ def test_rewards_that_never_worked(capsys):
 def test_what_is_only_told_is_told_ever_less(capsys):
     guards = _guards(kl_max=0.5)
     for step in range(1, 10):
-        guards.look_at_update(step, _update(kl=0.7), refused=False)
-        guards.obey()
+        guards.check_update(step, _update(kl=0.7), refused=False)
+        guards.enforce()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[1] for line in lines] == [f" Step {n}" for n in (1, 2, 4, 8)]
     assert lines[0].endswith('guards.kl_max = 0.5 (guards.kl = "warn").')
@@ -192,11 +192,11 @@ def test_what_the_device_refuses():
 def test_refused_updates_in_a_row():
     guards = _guards(max_skipped=3)
     for refused in (True, True, False, True, True):
-        guards.look_at_update(1, _update(loss=math.nan), refused=refused)
-        guards.obey()
-    guards.left_out(2, 1)
+        guards.check_update(1, _update(loss=math.nan), refused=refused)
+        guards.enforce()
+    guards.skipped(2, 1)
     with pytest.raises(Diverged, match=r"Step 2: 3 updates in a row were refused: those of guards"):
-        guards.obey()
+        guards.enforce()
 
 
 def test_a_step_of_many_updates_that_is_left_out_counts_as_one():
@@ -205,34 +205,34 @@ def test_a_step_of_many_updates_that_is_left_out_counts_as_one():
     config.batch.minibatches, config.algorithm.num_iterations = 4, 2
     guards = Guards(config, History(), "DIR/checkpoints")
     for step in (1, 2, 3):
-        guards.left_out(step, 8)
-        guards.obey()
+        guards.skipped(step, 8)
+        guards.enforce()
     for _ in range(15):  # those of step 4, and all but the last of step 5
-        guards.look_at_update(4, _update(loss=math.nan), refused=True)
-        guards.obey()
-    guards.look_at_update(5, _update(loss=math.nan), refused=True)
+        guards.check_update(4, _update(loss=math.nan), refused=True)
+        guards.enforce()
+    guards.check_update(5, _update(loss=math.nan), refused=True)
     with pytest.raises(Diverged, match=r"40 updates in a row.*guards.max_skipped = 5 steps"):
-        guards.obey()
+        guards.enforce()
 
 
 def test_roll_backs_are_counted_and_bounded():
     guards = _guards(History(roll_backs=1), kl_max=0.5, kl="roll_back", max_roll_backs=2)
-    guards.look_at_update(8, _update(kl=0.7), refused=False)
+    guards.check_update(8, _update(kl=0.7), refused=False)
     called = []
     with pytest.raises(RollBack, match=r"policy/kl is 0.7.*Roll-back 2 of guards.max_") as info:
-        guards.obey(before=lambda: called.append(1))
+        guards.enforce(before=lambda: called.append(1))
     assert info.value.step == 8 and called == [1]
     guards = _guards(History(roll_backs=2), kl_max=0.5, kl="roll_back", max_roll_backs=2)
-    guards.look_at_update(9, _update(kl=0.7), refused=False)
+    guards.check_update(9, _update(kl=0.7), refused=False)
     with pytest.raises(Diverged, match=r"rolled back guards.max_roll_backs = 2 times already"):
-        guards.obey()
+        guards.enforce()
 
 
 def test_a_stop_goes_before_a_roll_back():
     guards = _guards(kl_max=0.5, kl="roll_back", entropy_min=0.5, entropy="stop")
-    guards.look_at_update(8, _update(kl=0.7, entropy=0.1), refused=False)
+    guards.check_update(8, _update(kl=0.7, entropy=0.1), refused=False)
     with pytest.raises(Diverged, match=r"policy/entropy"):
-        guards.obey()
+        guards.enforce()
 
 
 @pytest.mark.parametrize("guard", ["nonfinite", "failed_rewards", "after_skips", "kl"])

@@ -65,7 +65,7 @@ def ours(names: set[str]) -> set[str]:
 def test_the_parser_sees_imports():
     assert "jax" in roots(imports("grpo_jax.keys"))
     assert "grpo_jax.models.attention" in imports("grpo_jax.models.transformer")
-    assert "optax" in roots(reached("grpo_jax.loop"))
+    assert "optax" in roots(reached("grpo_jax.grpo"))
     assert {"grpo_jax.models.hf.export", "grpo_jax.sharding"} <= reached("grpo_jax.policy")
 
 
@@ -103,9 +103,9 @@ def test_only_programs_read_flags():
 
     assert {m.removeprefix("grpo_jax.") for m in readers} <= PROGRAMS
     for module in FILES:
-        if module.removeprefix("grpo_jax.") not in PROGRAMS | {"loop"}:
+        if module.removeprefix("grpo_jax.") not in PROGRAMS | {"results"}:
             assert not ours(imports(module)) & PROGRAMS, module
-    assert ours(imports("grpo_jax.loop")) & PROGRAMS <= {"report"}  # its pictures
+    assert ours(imports("grpo_jax.results")) & PROGRAMS <= {"report"}  # its pictures
 
 
 def test_no_two_modules_import_each_other():

@@ -7,6 +7,7 @@ values that differ from the defaults and from each other, so that none can stand
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from datetime import datetime
@@ -20,14 +21,14 @@ import pytest
 import tiny
 
 from grpo_jax import config as config_lib
-from grpo_jax import drawing, evaluation, keys, loop, parts, rules, sft
+from grpo_jax import evaluation, grpo, keys, parts, results, rollout, rules, sft
 from grpo_jax.algorithm import update as update_lib
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompts import prompt_indices
 from grpo_jax.models import attention
 from grpo_jax.options import override
-from grpo_jax.position import Position
 from grpo_jax.rewards.score import Scores
+from grpo_jax.run_state import RunState
 from grpo_jax.structs import Rollouts, Sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
@@ -251,8 +252,9 @@ def rollouts_of(case: str) -> Rollouts:
 def _prepared(case: str):
     """(experience, old policy's and reference's log-probabilities as they must be)."""
     learner, rollouts = learner_of(case), rollouts_of(case)
+    prepare = learner.prepare
     experience = jax.device_get(
-        learner.prepare(tiny.params(), tiny.params(7), rollouts, jnp.float32(REWARD_PG))
+        prepare(prepare.log_probs(tiny.params(), tiny.params(7), rollouts), jnp.float32(REWARD_PG))
     )
     old, ref = (
         plain_logp(p, rollouts, learner.scorer.sampling) for p in (tiny.params(), tiny.params(7))
@@ -419,14 +421,25 @@ def test_the_reward_of_a_row_meets_its_tokens(longest):
     reward_B = np.float32([_worth(ids) for ids in shown_PGC.reshape(-1, C)])
     scores = Scores(reward_B, {}, {}, {})
     run = SimpleNamespace(
-        mesh=tiny.one_device(), ref_params=None, prepare=learner_of("constant").prepare
+        mesh=tiny.one_device(), ref_params=None, prepare=learner_of("constant").prepare,
+        config=config_lib.default(),
+    )  # fmt: skip
+    state = RunState(
+        train=SimpleNamespace(params=tiny.params()),
+        next_rollout=evaluation.Rollout(None, None, rollouts, 0.0),
+    )
+    monitor = SimpleNamespace(
+        phase=lambda name, state: contextlib.nullcontext(),
+        sampled=lambda *given: None,
+        rewards=lambda *given: scores,
+        scored=lambda *given: None,
+        guards=SimpleNamespace(skips_rollout=False),
     )
 
-    experience, got = loop._prepare(
-        run, SimpleNamespace(params=tiny.params()), rollouts, lambda: scores
-    )
+    grpo._sample_and_reward(run, state, monitor)
 
-    assert got is scores
+    assert state.next_rollout is None
+    experience = state.experience
     assert experience.rollouts.completion_PGC.shape[-1] == (4 if longest == 3 else 8)
     own_PG = np.array([[_worth(ids) for ids in ids_GC] for ids_GC in
                        np.asarray(experience.rollouts.completion_PGC)])  # fmt: skip
@@ -470,7 +483,7 @@ class Pool:
 
 
 def drawn_at(step: int, passed_over: int, prompts: list[list[int]], ahead: int = 0):
-    """What `drawing.draw` draws there, from a file of these prompts, and what is judged."""
+    """What `rollout.sample` draws there, from a file of these prompts, and what is judged."""
     problems = [Problem("", {"number": n}, f"line {n}") for n in range(len(prompts))]
     pool, policy = Pool(), SimpleNamespace(text=lambda ids: "")
     run = SimpleNamespace(
@@ -481,15 +494,15 @@ def drawn_at(step: int, passed_over: int, prompts: list[list[int]], ahead: int =
         rewards=pool,
     )
     lines = SimpleNamespace(close=lambda: None, closed_at=0.0)
-    at = Position(step=step, passed_over=passed_over)
-    state = SimpleNamespace(params=tiny.params())
-    return drawing.draw(run, state, at, lines, lambda: None, ahead=ahead), pool
+    state = RunState(step=step, passed_over=passed_over)
+    state.train = SimpleNamespace(params=tiny.params())
+    return rollout.sample(run, state, lines, lambda: None, ahead=ahead), pool
 
 
 def test_the_sampler_draws_as_its_options_say():
     rollouts, sampling = tiny.rollouts(P, G, C), Sampling(0.7, 6, 0.8)
     prompts = [ids[:n].tolist() for ids, n in zip(rollouts.prompt_PQ, rollouts.prompt_length_P)]
-    drawn = drawn_at(0, 0, prompts)[0].rollouts
+    drawn = drawn_at(0, 0, prompts)[0].completions
     order = prompt_indices(11, 0, P, P)
 
     assert drawn.completion_PGC.shape == (P, G, C)
@@ -517,7 +530,7 @@ def test_two_steps_draw_differently_from_equal_prompts():
         drawn_at(step, 0, [[7, 8, 9]] * P, ahead)
         for step, ahead in ((0, 0), (0, 0), (1, 0), (0, 1))
     )
-    ids = [x.rollouts.completion_PGC for x in (first, again, second, ahead)]
+    ids = [x.completions.completion_PGC for x in (first, again, second, ahead)]
     np.testing.assert_array_equal(ids[0], ids[1])
     np.testing.assert_array_equal(ids[2], ids[3])
     assert (ids[0] != ids[2]).any(axis=-1).mean() > 0.5
@@ -533,13 +546,13 @@ def test_what_is_drawn_after_a_roll_back_does_not_come_again():
     undone, _ = drawn_at(3, 0, prompts)
     index = prompt_indices(11, 5, 10, P)
     want = [[2 + n, 3 + n] for n in index]
-    assert back.rollouts.prompt_PQ[:, :2].tolist() == want
-    assert undone.rollouts.prompt_PQ[:, :2].tolist() != want
-    np.testing.assert_array_equal(back.rollouts.completion_PGC, never.rollouts.completion_PGC)
+    assert back.completions.prompt_PQ[:, :2].tolist() == want
+    assert undone.completions.prompt_PQ[:, :2].tolist() != want
+    np.testing.assert_array_equal(back.completions.completion_PGC, never.completions.completion_PGC)
     # Each group is judged beside its own problem, as of step 3.
     for number, completion_ids, seen in pool.seen:
         g = index.tolist().index(number)
-        rollouts = back.rollouts
+        rollouts = back.completions
         want = [
             ids[:n].tolist() for ids, n in zip(rollouts.completion_PGC[g], rollouts.length_PG[g])
         ]
@@ -680,17 +693,16 @@ def test_what_an_evaluation_is_given(monkeypatch, tmp_path):
         calls.append((args, options))
         return {"eval/accuracy": 0.25, "eval/reward": 0.5}
 
-    monkeypatch.setattr(loop.evaluation, "run", noted)
+    monkeypatch.setattr(results.evaluation, "run", noted)
     config = config_of({"evaluation.num_samples": 3, "evaluation.temperature": 0.6, "seed": 11})
     evaluator = SimpleNamespace(publish=lambda params: ("published", params))
     run = SimpleNamespace(
         config=config, engine=None, evaluator=evaluator, policy="policy", held_out="held out",
         train=None, rewards="rewards", folder=tmp_path,
     )  # fmt: skip
-    at = Position(step=2)
-    state = SimpleNamespace(params="params")
-    values = loop._evaluate(run, state, at, "alive", final=True)
-    assert len(calls) == 2 and at.accuracy == values["eval/accuracy"] == 0.25
+    state = RunState(step=2, train=SimpleNamespace(params="params"))
+    values = results.evaluate(run, state, "alive", final=True)
+    assert len(calls) == 2 and state.accuracy == values["eval/accuracy"] == 0.25
     for (args, options), num_samples in zip(calls, (0, 3)):
         assert args == (evaluator, ("published", "params"), "policy", "held out", "rewards")
         assert options["num_samples"] == num_samples and options["temperature"] == 0.6
@@ -698,5 +710,5 @@ def test_what_an_evaluation_is_given(monkeypatch, tmp_path):
         assert options["on_harvest"] == "alive"  # where a stop gives the evaluation up
         kind = f"sampled_{num_samples}" if num_samples else "greedy"
         assert options["file"] == tmp_path / "evaluations" / f"step_000002_{kind}.jsonl"
-    loop._evaluate(run, state, at, "alive", final=False)
+    results.evaluate(run, state, "alive", final=False)
     assert len(calls) == 3 and calls[-1][1]["num_samples"] == 0

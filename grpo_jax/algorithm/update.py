@@ -1,8 +1,8 @@
 """From rewarded rollouts to new parameters: two jitted programs.
 
-`make_prepare` gives what stays fixed for a rollout: advantages, and the log-probabilities of the
-reference and of the policy before its first update, each computed only where the loss reads it.
-`make_update` gives one optimizer update on a minibatch. Both go through packed microbatches in one
+`Prepare` computes what stays fixed for a rollout: advantages, and the log-probabilities of the
+reference and of the policy before its first update, each only where the loss reads it. `Update` is
+one optimizer update on a minibatch. Both go through packed microbatches in one
 program; gradients are summed and divided once.
 """
 
@@ -215,6 +215,56 @@ def _rows(scorer: Scorer, tree: Any, groups_M: Array) -> Any:
     return sharding.split_within_shard(scorer.mesh, part, scorer.row_axis)
 
 
+@dataclasses.dataclass(frozen=True)
+class LogProbs:
+    """Completions on the device, with log-probabilities [P, G, C] where the loss reads them."""
+
+    rollouts: Rollouts
+    order_P: np.ndarray | None  # in which the prompts stand; None: as they were given
+    old_logp_PGC: Array | None
+    ref_logp_PGC: Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """What stays fixed for a rollout: its advantages and log-probabilities, in two steps.
+
+    Where there are several data shards the experience has the prompts in another order: within its
+    minibatch a prompt goes where shards then have like much to compute.
+    """
+
+    scorer: Scorer
+    with_old: bool  # the policy's log-probabilities before the first update
+    num_minibatches: int
+    fill: Callable  # program: log-probabilities of microbatches, filled in
+    base: Callable  # program: the experience without them
+    sizes: rows.Sizes  # of packed rows, of `fill`; a run adds to them
+
+    def log_probs(self, params: Params, ref_params: Params | None, rollouts: Rollouts) -> LogProbs:
+        """Launches what needs no rewards. `ref_params` None: no KL term."""
+        order_P = None
+        if (shards := self.scorer.mesh.shape["data"]) > 1:
+            length_PG = sharding.to_host(rollouts.length_PG)
+            order_P = rows.balance(length_PG, shards, self.num_minibatches)
+            rollouts = sharding.reorder_rows(self.scorer.mesh, rollouts, order_P)
+        old_logp_PGC = self._log_probs(params, rollouts) if self.with_old else None
+        ref_logp_PGC = None if ref_params is None else self._log_probs(ref_params, rollouts)
+        return LogProbs(rollouts, order_P, old_logp_PGC, ref_logp_PGC)
+
+    def _log_probs(self, params: Params, rollouts: Rollouts) -> Array:
+        everything = np.arange(self.scorer.groups_in_shard(rollouts))
+        microbatches = self.scorer.microbatches(rollouts, everything, self.sizes)
+        return self.fill(params, microbatches.number, rollouts, *microbatches.arrays)
+
+    def __call__(self, given: LogProbs, reward_PG: Array) -> Experience:
+        """The experience, once the rewards are known."""
+        if given.order_P is not None:
+            reward_PG = sharding.reorder_rows(self.scorer.mesh, reward_PG, given.order_P)
+        return self.base(given.rollouts, reward_PG).replace(
+            old_logp_PGC=given.old_logp_PGC, ref_logp_PGC=given.ref_logp_PGC
+        )
+
+
 def make_prepare(
     scorer: Scorer,
     *,
@@ -222,15 +272,11 @@ def make_prepare(
     mask_truncated: bool,
     with_old: bool,
     num_minibatches: int = 1,
-):
-    """A function `(params, ref_params | None, rollouts, reward_PG) -> Experience`.
+) -> Prepare:
+    """The preparation of rollouts; nothing is compiled or allocated yet.
 
-    Where there are several data shards the experience has the prompts in another order: within its
-    minibatch a prompt goes where shards then have like much to compute.
     `with_old`: the policy's log-probabilities before the first update are computed, by the scorer
     itself, since the rollout is updated on more than once or the loss weighs whole completions.
-    `ref_params` None: no KL term. What needs no rewards is dispatched first: `reward_PG` may be a
-    function that waits for them.
     """
     scorer = dataclasses.replace(scorer, scan_layers=True)  # nothing of a layer is kept
 
@@ -277,33 +323,7 @@ def make_prepare(
             ref_logp_PGC=None,
         )
 
-    sizes = rows.Sizes()
-
-    def logp_of(params: Params, rollouts: Rollouts) -> Array:
-        everything = np.arange(scorer.groups_in_shard(rollouts))
-        microbatches = scorer.microbatches(rollouts, everything, sizes)
-        return fill(params, microbatches.number, rollouts, *microbatches.arrays)
-
-    def prepare(
-        params, ref_params, rollouts: Rollouts, reward_PG: Array | Callable[[], Array]
-    ) -> Experience:
-        order_P = None
-        if (shards := scorer.mesh.shape["data"]) > 1:
-            length_PG = sharding.to_host(rollouts.length_PG)
-            order_P = rows.balance(length_PG, shards, num_minibatches)
-            rollouts = sharding.reorder_rows(scorer.mesh, rollouts, order_P)
-        old_logp_PGC = logp_of(params, rollouts) if with_old else None
-        ref_logp_PGC = None if ref_params is None else logp_of(ref_params, rollouts)
-        reward_PG = reward_PG() if callable(reward_PG) else reward_PG
-        if order_P is not None:
-            reward_PG = sharding.reorder_rows(scorer.mesh, reward_PG, order_P)
-        return base(rollouts, reward_PG).replace(
-            old_logp_PGC=old_logp_PGC, ref_logp_PGC=ref_logp_PGC
-        )
-
-    prepare.fill = fill  # the compiled program, for a look at what it holds
-    prepare.sizes = sizes
-    return prepare
+    return Prepare(scorer, with_old, num_minibatches, fill, base, rows.Sizes())
 
 
 def _through(number: Array, step: Callable, carry: Any, microbatches_1: tuple[Array, ...]) -> Any:
@@ -468,6 +488,54 @@ def refuse(state: TrainState, number: int) -> TrainState:
     return state.replace(num_updates=moved[0], num_skipped=moved[1])
 
 
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """One optimizer update on a minibatch; it donates the state that it is given.
+
+    Minibatch i of n holds prompts i, i + n, ... of the experience. With `offload` the optimizer's
+    state comes to the devices for its own step alone, and lies in the host's memory otherwise.
+    """
+
+    scorer: Scorer
+    num_minibatches: int
+    offload: bool
+    empty: Callable[[], Carry]  # programs: no gradients yet,
+    add: Callable[..., Carry]  # those of some microbatches added,
+    finish: Callable[..., tuple[TrainState, dict[str, Array]]]  # and the optimizer's step
+    sizes: rows.Sizes  # of packed rows, of `add`; a run adds to them
+    compiled: set[tuple[int, ...]]  # shapes for which `finish` was compiled so far
+
+    def __call__(
+        self,
+        state: TrainState,
+        experience: Experience,
+        index: int,
+        before_donating: Callable[[Carry], None] = lambda carry: None,
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """The state after the update on minibatch `index`, and metrics.
+
+        `before_donating(carry)` is called once all but the optimizer's step is launched; `carry`
+        holds the gradients. Until it returns the state is whole. Metrics are float32 scalars by
+        their logged names, and `skipped`, True where the update was refused.
+        """
+        num_groups = self.scorer.groups_in_shard(experience.rollouts)
+        groups_P = np.arange(num_groups)[index :: self.num_minibatches]
+        microbatches = self.scorer.microbatches(experience.rollouts, groups_P, self.sizes)
+        number, arrays = microbatches.number, microbatches.arrays
+        carry = self.add(state.params, number, self.empty(), experience, *arrays)
+        action_PGC = experience.action_PGC
+        if self.offload:  # a copy: that of the caller stays where it is
+            state = state.replace(opt_state=sharding.to_device_memory(state.opt_state))
+        if action_PGC.shape not in self.compiled:  # by now: it takes long, and may be given up
+            self.finish.lower(state, carry, action_PGC, np.int32(index)).compile()
+            self.compiled.add(action_PGC.shape)
+        before_donating(carry)
+        state, metrics = self.finish(state, carry, action_PGC, np.int32(index))
+        if self.offload:
+            state = state.replace(opt_state=sharding.to_host_memory(state.opt_state))
+        return state, metrics
+
+
 def make_update(
     scorer: Scorer,
     objective: losses.Objective,
@@ -476,19 +544,12 @@ def make_update(
     num_minibatches: int,
     offload: bool = False,
     bounds: Mapping[str, tuple[float, float]] = MappingProxyType({}),
-):
-    """A function `(state, experience, minibatch index) -> (state, metrics)`; it donates the state.
+) -> Update:
+    """The update of a policy; nothing is compiled or allocated yet.
 
-    `before_donating(carry)` is called once all but the optimizer's step is launched; `carry` holds
-    the gradients. Until it returns the state is whole.
-
-    Minibatch i of n holds prompts i, i + n, ... of the experience. With `offload` the optimizer's
-    state comes to the devices for its own step alone, and lies in the host's memory otherwise.
-    Metrics are float32 scalars by their logged names, and `skipped`, True where the update was
-    refused: one that is not finite, or of a metric out of its `bounds`, lowest and highest value by
-    name.
+    It refuses what is not finite, and what has a metric out of its `bounds`, lowest and highest
+    value by name.
     """
-
     like = state_like(scorer.model, scorer.mesh, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, like)
 
@@ -531,33 +592,7 @@ def make_update(
         state, metrics = apply_gradient(state, optimizer, grads, loss, wanted)
         return state, metrics | means | maxima | {"policy/loss": loss}
 
-    sizes, compiled = rows.Sizes(), set()
-
-    def update(
-        state: TrainState,
-        experience: Experience,
-        index: int,
-        before_donating: Callable[[Carry], None] = lambda carry: None,
-    ):
-        groups_P = np.arange(scorer.groups_in_shard(experience.rollouts))[index::num_minibatches]
-        microbatches = scorer.microbatches(experience.rollouts, groups_P, sizes)
-        number, arrays = microbatches.number, microbatches.arrays
-        carry = add(state.params, number, empty(), experience, *arrays)
-        action_PGC = experience.action_PGC
-        if offload:  # a copy: that of the caller stays where it is
-            state = state.replace(opt_state=sharding.to_device_memory(state.opt_state))
-        if action_PGC.shape not in compiled:  # by now: it takes long, and may be given up
-            finish.lower(state, carry, action_PGC, np.int32(index)).compile()
-            compiled.add(action_PGC.shape)
-        before_donating(carry)
-        state, metrics = finish(state, carry, action_PGC, np.int32(index))
-        if offload:
-            state = state.replace(opt_state=sharding.to_host_memory(state.opt_state))
-        return state, metrics
-
-    update.empty, update.add, update.finish = empty, add, finish  # the compiled programs
-    update.sizes = sizes
-    return update
+    return Update(scorer, num_minibatches, offload, empty, add, finish, rows.Sizes(), set())
 
 
 def _param_shardings(model: ModelConfig, mesh: Mesh) -> Any:

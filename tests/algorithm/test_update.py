@@ -64,7 +64,9 @@ def experience() -> Experience:
     )
     rollouts = tiny.rollouts(P, G, C)
     reward_PG = jnp.float32(np.random.default_rng(1).uniform(size=(P, G)))
-    made = jax.device_get(prepare(tiny.params(), tiny.params(7), rollouts, reward_PG))
+    made = jax.device_get(
+        prepare(prepare.log_probs(tiny.params(), tiny.params(7), rollouts), reward_PG)
+    )
     drift = np.random.default_rng(2).normal(0, 0.3, made.old_logp_PGC.shape).astype(np.float32)
     return made.replace(old_logp_PGC=made.old_logp_PGC + drift)
 
@@ -139,7 +141,9 @@ def test_the_reference_is_asked_for_before_the_rewards(monkeypatch):
 
     monkeypatch.setattr(packing, "pack", noted)
     prepare = make_prepare(scorer(), scale_by="std", mask_truncated=False, with_old=False)
-    made = prepare(tiny.params(), tiny.params(7), tiny.rollouts(P, G, C), rewards)
+    made = prepare(
+        prepare.log_probs(tiny.params(), tiny.params(7), tiny.rollouts(P, G, C)), rewards
+    )
     assert events == ["reference", "rewards"]
     assert not made.advantage_PG.any() and made.ref_logp_PGC.any()
 
@@ -190,7 +194,10 @@ def test_completions_of_one_token():
     """Nothing but what follows the prompts is predicted; lanes there are none to fill."""
     rollouts = tiny.rollouts(P, G, 1)
     prepare = make_prepare(scorer(), scale_by="std", mask_truncated=False, with_old=True)
-    made = prepare(tiny.params(), tiny.params(7), rollouts, jnp.arange(P * G).reshape(P, G) % 2.0)
+    made = prepare(
+        prepare.log_probs(tiny.params(), tiny.params(7), rollouts),
+        jnp.arange(P * G).reshape(P, G) % 2.0,
+    )
     for got, params in ((made.old_logp_PGC, tiny.params()), (made.ref_logp_PGC, tiny.params(7))):
         np.testing.assert_allclose(got, tiny.logp(scorer(), params, rollouts), atol=2e-5)
     state, metrics = run(program(), made)
@@ -242,7 +249,7 @@ def test_prepared_log_probabilities_are_those_of_the_network():
         scorer(microbatch=2), scale_by="std", mask_truncated=False, with_old=True
     )
     rollouts = tiny.rollouts(P, G, C)
-    made = prepare(tiny.params(), tiny.params(7), rollouts, jnp.zeros((P, G)))
+    made = prepare(prepare.log_probs(tiny.params(), tiny.params(7), rollouts), jnp.zeros((P, G)))
     there = np.arange(C) < rollouts.length_PG[..., None]
     for got, params in ((made.old_logp_PGC, tiny.params()), (made.ref_logp_PGC, tiny.params(7))):
         want = tiny.logp(scorer(), params, rollouts)
@@ -310,7 +317,7 @@ def test_the_first_ratio_is_one(sampling):
             mask_truncated=False,
             with_old=with_old,
         )
-        experience = prepare(tiny.params(), None, rollouts, reward_PG)
+        experience = prepare(prepare.log_probs(tiny.params(), None, rollouts), reward_PG)
         assert (experience.old_logp_PGC is not None) == with_old
 
         _, metrics = run(update, experience)
@@ -430,7 +437,7 @@ def test_truncated_completions_can_be_left_out(plain):
         )
         for completion_PGC in (rollouts.completion_PGC, other):
             given = rollouts.replace(completion_PGC=completion_PGC)
-            experience = prepare(tiny.params(), tiny.params(7), given, reward_PG)
+            experience = prepare(prepare.log_probs(tiny.params(), tiny.params(7), given), reward_PG)
             yield gradient(run(plain, experience)[0])
 
     kept, changed = gradients(False)

@@ -51,7 +51,9 @@ def steps(mesh, **scoring):
         action_PGC = np.arange(LIMIT) < rollouts[-1].length_PG[..., None]
         reward_PG = (action_PGC * (rollouts[-1].completion_PGC % 3)).sum(-1).astype(np.float32)
         placed = sharding.shard_rows(mesh, (rollouts[-1], reward_PG))
-        state, metrics = update(state, prepare(state.params, reference, *placed), 0)
+        state, metrics = update(
+            state, prepare(prepare.log_probs(state.params, reference, placed[0]), placed[1]), 0
+        )
         loss.append(float(metrics["policy/loss"]))
     return rollouts, loss, state
 

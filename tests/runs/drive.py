@@ -13,8 +13,9 @@ import json
 import sys
 import threading
 
-from grpo_jax import lines, loop, metrics, saving, train
+from grpo_jax import grpo, metrics, monitor, results, train
 from grpo_jax import stop as stop_lib
+from grpo_jax.step_metrics import StepLog
 
 
 class Count:
@@ -75,26 +76,16 @@ class CountingWriters(metrics.Writers):
         super().__init__(folder, **kwargs)
 
 
-class LeavingSaver(saving.Saver):
-    """Tells the stop signal of updates, once their gradients are launched."""
+class LeavingMonitor(monitor.Monitor):
+    """Tells the stop signal of what the run comes to."""
 
-    def may_stop_update(self, *args):
-        context, stop = super().may_stop_update(*args), self._stop
+    def donates(self, gradients):
+        self._stop.leave("update")
+        super().donates(gradients)
 
-        class Told:
-            def __enter__(self):
-                before_donating = context.__enter__()
-
-                def told(gradients):
-                    stop.leave("update")
-                    before_donating(gradients)
-
-                return told
-
-            def __exit__(self, *error):
-                return context.__exit__(*error)
-
-        return Told()
+    def rewards(self, *args):
+        self._stop.leave("rewards")
+        return super().rewards(*args)
 
 
 def _evaluate(*args, **kwargs):
@@ -105,18 +96,12 @@ def _evaluate(*args, **kwargs):
         Count.evaluating = False
 
 
-def _score(parts, guards, saver, *args):
-    saver._stop.leave("rewards")
-    return score(parts, guards, saver, *args)
-
-
-evaluate, score = loop._evaluate, loop._score
+evaluate = results.evaluate
 
 
 def main(jobs: list[dict]) -> None:
-    train.StopSignal, loop.Saver = StopAfter, LeavingSaver
-    loop._evaluate, loop._score = _evaluate, _score
-    lines.Lines.learned = _counted(lines.Lines.learned, "update")
+    train.StopSignal, grpo.Monitor, results.evaluate = StopAfter, LeavingMonitor, _evaluate
+    StepLog.add_update = _counted(StepLog.add_update, "update")
     CountingWriters.scalars = _counted(metrics.Writers.scalars, "sft")
     metrics.Writers = CountingWriters
     for job in jobs:

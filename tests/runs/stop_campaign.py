@@ -80,20 +80,21 @@ def stretch(phase: str) -> None:
     """Makes a phase long."""
     import jax._src.compiler as compiler
 
-    from grpo_jax import checksums, loop, policy, saving, sft
-    from grpo_jax.models import hf
+    from grpo_jax import checksums, policy, results, sft
+    from grpo_jax.models.hf import export
+    from grpo_jax.monitor import Monitor
     from grpo_jax.sampling.engine import Engine
 
     steps = [0]
-    end_step = loop._end_step
+    finished = Monitor.finished
 
     def counted(*args):
         steps[0] += 1
-        return end_step(*args)
+        return finished(*args)
 
-    loop._end_step = counted
+    Monitor.finished = counted
     evaluating = [False]
-    evaluate = loop._evaluate
+    evaluate = results.evaluate
 
     def evaluates(*args, **kwargs):
         evaluating[0] = True
@@ -102,7 +103,7 @@ def stretch(phase: str) -> None:
         finally:
             evaluating[0] = False
 
-    loop._evaluate = evaluates
+    results.evaluate = evaluates
 
     def launched(function):
         def call(*args):
@@ -135,31 +136,13 @@ def stretch(phase: str) -> None:
     elif phase == "rollout":
         before(Engine, "_harvest", lambda: steps[0] == 1 and not evaluating[0])
     elif phase == "update":
-        update = saving.Saver.may_stop_update
-
-        def slow_update(self, *args):
-            context = update(self, *args)
-            enter = context.__enter__
-
-            class Slow:
-                def __enter__(self):
-                    before_donating = enter()
-                    if steps[0] < 1:
-                        return before_donating
-                    return lambda gradients: (sleep(), before_donating(gradients))
-
-                def __exit__(self, *error):
-                    return context.__exit__(*error)
-
-            return Slow()
-
-        saving.Saver.may_stop_update = slow_update
+        before(Monitor, "donates", lambda: steps[0] >= 1)
     elif phase == "evaluation":
         before(Engine, "_harvest", lambda: steps[0] == 2 and evaluating[0])
     elif phase == "save":
         before(checksums, "write", lambda: steps[0] == 4)
     elif phase == "export":
-        before(hf, "_save_tensors", lambda: steps[0] == 4)
+        before(export, "_save_tensors", lambda: steps[0] == 4)
 
 
 def child(phase: str, arguments: list[str]) -> None:

@@ -19,8 +19,10 @@ import pytest
 from kill_and_resume import final_state, log_differences, logged, state_differences
 from test_bad_input import TINY, make_model, refusal
 
-from grpo_jax import loop, position, train
+from grpo_jax import grpo, train
+from grpo_jax.algorithm.update import Prepare
 from grpo_jax.guards import Guards
+from grpo_jax.run_state import RunState
 
 REWARD = """
 import os
@@ -76,21 +78,21 @@ def test_a_step_of_bad_numbers_is_as_if_it_had_been_left_out(runs, monkeypatch):
         here.setenv("PLANTED", "nan")
         reward = runs("reward", *more)
     with monkeypatch.context() as here:
-        prepare, count = loop._prepare, iter(range(10))
+        prepare, count = Prepare.__call__, iter(range(10))
 
         def poisoned(*args):
-            experience, scores = prepare(*args)
+            experience = prepare(*args)
             factor = jnp.inf if next(count) == 1 else 1.0
-            return experience.replace(advantage_PG=experience.advantage_PG * factor), scores
+            return experience.replace(advantage_PG=experience.advantage_PG * factor)
 
-        here.setattr(loop, "_prepare", poisoned)
+        here.setattr(Prepare, "__call__", poisoned)
         gradient = runs("gradient", *more)
     with monkeypatch.context() as here:
 
         def look(guards, step, values):
-            guards.leaves_out = step == 2
+            guards.skips_rollout = step == 2
 
-        here.setattr(Guards, "look_at_rollout", look)
+        here.setattr(Guards, "check_rollout", look)
         left_out = runs("left out", *more)
 
     for folder in (reward, gradient):
@@ -114,7 +116,7 @@ def test_a_bad_weight_is_rolled_back(runs, monkeypatch):
     """It comes in step 3; of step 2 there is a checkpoint. Steps 3 to 5 then have other prompts."""
     more = ["guards.after_skips=roll_back", "guards.max_skipped=1", "loop.num_steps=5"]
     more = [f"--config.{option}" for option in more]
-    build, count = loop.parts_lib.build, iter(range(100))
+    build, count = grpo.parts.build, iter(range(100))
 
     def planting(*args):
         parts = build(*args)
@@ -128,13 +130,13 @@ def test_a_bad_weight_is_rolled_back(runs, monkeypatch):
         return dataclasses.replace(parts, update=update)
 
     with monkeypatch.context() as here:
-        here.setattr(loop.parts_lib, "build", planting)
+        here.setattr(grpo.parts, "build", planting)
         planted = runs("planted", *more)
     summary = json.loads((planted / "summary.json").read_text())
     assert summary["roll_backs"] == 1 and summary["skipped_updates"] == 0
     assert [row["step"] for row in logged(planted)] == [1, 2, 3, 4, 5]
     with monkeypatch.context() as here:
-        here.setattr(position.Position, "draw_of", lambda at, step: step + (step >= 2))
+        here.setattr(RunState, "draw_of", lambda at, step: step + (step >= 2))
         without = runs("without", *more)
     assert not state_differences(planted, without)
     assert log_differences(planted, without) == [

@@ -17,8 +17,8 @@ import pytest
 from kill_and_resume import final_state, logged
 from test_bad_input import TINY, make_model, refusal
 
-from grpo_jax import lines as lines_lib
-from grpo_jax import loop, memory, metrics, profile, train
+from grpo_jax import grpo, memory, metrics, profile, step_metrics, train
+from grpo_jax.algorithm.update import Prepare
 from grpo_jax.chips import Chip
 from grpo_jax.models.hf.weights import stored_dtype
 from grpo_jax.rewards import reward
@@ -54,7 +54,7 @@ def _runs(folder, *more: str) -> list[dict]:
 
 
 def test_what_a_run_leaves(tmp_path, compile_cache, cache_folder, monkeypatch):
-    monkeypatch.setattr(lines_lib.chips, "chip", lambda kind: CHIP)
+    monkeypatch.setattr(step_metrics.chips, "chip", lambda kind: CHIP)
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -216,7 +216,7 @@ def test_metrics_of_what_this_run_has_not(monkeypatch):
     with Pool(reward.load(("exact_answer",), (1.0,))) as pool:
         pool.rewards[0] = dataclasses.replace(pool.rewards[0], name="r")
         parts = types.SimpleNamespace(rewards=pool)
-        values = lines_lib.of_rollout(parts, rollouts, scores, {"time/rollout_s": 1.0})
+        values = step_metrics.rollout_metrics(parts, rollouts, scores, {"time/rollout_s": 1.0})
     assert values["accuracy"] == 0.0 and values["reward_log/depth"] == 1.5
     assert all(values[f"rewards/failed_by_{kind}"] == 1 for kind in kinds)
     monkeypatch.setattr(memory.jax, "local_devices", lambda: [_Device()])
@@ -238,14 +238,14 @@ def test_the_device_has_work_while_metrics_are_read(tmp_path, model, monkeypatch
 
         return call
 
-    build = loop.parts_lib.build
+    build = grpo.parts.build
 
     def watched(*args):
         parts = build(*args)
         return dataclasses.replace(parts, update=noted("update", parts.update))
 
-    monkeypatch.setattr(loop.parts_lib, "build", watched)
-    monkeypatch.setattr(lines_lib.Lines, "read", noted("read", lines_lib.Lines.read))
+    monkeypatch.setattr(grpo.parts, "build", watched)
+    monkeypatch.setattr(step_metrics.StepLog, "fetch", noted("fetch", step_metrics.StepLog.fetch))
     monkeypatch.setattr(Engine, "_next_prompts", noted("admit", Engine._next_prompts))
     every = ["--config.checkpoint.every_steps=0", "--config.rollout.num_slots=0"]
     _runs(tmp_path / "run", f"--config.model.path={model}", *TWO_STEPS, *every)
@@ -283,21 +283,21 @@ def test_a_debugging_run(tmp_path, model, one_device):
 
 
 def _poisoned(bad_steps: set[int]):
-    """`loop._prepare` with one advantage of those rollouts made NaN."""
-    prepare, count = loop._prepare, iter(range(10**6))
+    """`Prepare` with the advantages of those rollouts made NaN."""
+    prepare, count = Prepare.__call__, iter(range(10**6))
 
     def call(*args):
-        experience, scores = prepare(*args)
+        experience = prepare(*args)
         if next(count) not in bad_steps:
-            return experience, scores
-        return experience.replace(advantage_PG=experience.advantage_PG * jnp.nan), scores
+            return experience
+        return experience.replace(advantage_PG=experience.advantage_PG * jnp.nan)
 
     return call
 
 
 def test_a_bad_update_is_skipped_and_counted(tmp_path, model, monkeypatch, one_device):
     """Rollout 0 is poisoned: its 4 updates are refused, and those of rollout 1 are not."""
-    monkeypatch.setattr(loop, "_prepare", _poisoned({0}))
+    monkeypatch.setattr(Prepare, "__call__", _poisoned({0}))
     path = f"--config.model.path={model}"
     rows = _runs(tmp_path / "run", path, *TWO_STEPS)
     assert [row["policy/skipped_updates"] for row in rows] == [4, 4]
@@ -309,7 +309,7 @@ def test_a_bad_update_is_skipped_and_counted(tmp_path, model, monkeypatch, one_d
 
 
 def test_a_run_of_bad_updates_ends(tmp_path, model, monkeypatch, one_device):
-    monkeypatch.setattr(loop, "_prepare", _poisoned(set(range(1, 100))))
+    monkeypatch.setattr(Prepare, "__call__", _poisoned(set(range(1, 100))))
     path = f"--config.model.path={model}"
     more = [*TWO_STEPS, "--config.loop.num_steps=9", "--config.checkpoint.every_steps=1"]
     message = _refused(tmp_path / "run", path, *more)

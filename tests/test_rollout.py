@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from grpo_jax import config as config_lib
-from grpo_jax import drawing
+from grpo_jax import rollout
+from grpo_jax.evaluation import Rollout
 from grpo_jax.rewards.score import Scores
 
 # Of two prompts with four completions each the second is the more divided; one reward is unknown,
@@ -28,17 +29,17 @@ def shown(step: int, scale_by: str = "none", **options) -> list[dict] | None:
         {},
         extras={"note": list("abcdefgh")},
     )
-    drawn = drawing.Drawn(
+    sampled = Rollout(
         questions=SimpleNamespace(texts=["first", "second"]),
-        judge=SimpleNamespace(
+        rewards=SimpleNamespace(
             texts=lambda numbers: [f"{p}-{g}" for p in numbers for g in range(4)]
         ),
-        rollouts=SimpleNamespace(length_PG=LENGTH_PG),
+        completions=SimpleNamespace(length_PG=LENGTH_PG),
         seconds=1.0,
     )
     written = []
     writers = SimpleNamespace(samples=lambda step, rows: written.append((step, rows)))
-    drawing.show(SimpleNamespace(config=config), writers, step, drawn, scores)
+    rollout.show(SimpleNamespace(config=config), writers, step, sampled, scores)
     if not written:
         return None
     ((at, rows),) = written

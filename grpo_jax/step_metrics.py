@@ -14,30 +14,24 @@ from grpo_jax import chips, floor, memory, rules
 from grpo_jax.compiling import Compiling
 from grpo_jax.guards import Guards
 from grpo_jax.metrics import Progress, Writers
-from grpo_jax.parts import Parts
+from grpo_jax.parts import Run
 from grpo_jax.phases import phase
-from grpo_jax.position import Position
 from grpo_jax.rewards import score as score_lib
-from grpo_jax.structs import Rollouts, TrainState
+from grpo_jax.run_state import RunState
+from grpo_jax.structs import Rollouts
 
 
-class Lines:
-    """The metrics of updates, and of them and their rollout the line of each step.
+class StepLog:
+    """Collects the metrics of a step's updates, and writes them in one line with its rollout's.
 
-    The loop does not wait for them: an update's are read once the next one is under way, and those
-    of a step's last, with which its line is closed, while the next rollout is.
+    The loop does not wait for them: an update's are fetched once the next one is under way, and
+    those of a step's last, with which its line is closed, while the next rollout is.
     """
 
     def __init__(
-        self,
-        parts: Parts,
-        at: Position,
-        guards: Guards,
-        writers: Writers,
-        bar: Progress,
-        compiling: Compiling,
+        self, run: Run, guards: Guards, writers: Writers, bar: Progress, compiling: Compiling
     ):
-        self._parts, self._at, self._guards, self._compiling = parts, at, guards, compiling
+        self._run, self._guards, self._compiling = run, guards, compiling
         self._writers, self._bar = writers, bar
         self._unread: tuple[dict, list, int] | None = None  # an update's, where they go, its step
         self._line: Callable[[], dict[str, float]] | None = None  # the values of what is open
@@ -47,53 +41,57 @@ class Lines:
         self.waited_s = 0.0  # for the newest update that was read
         self.closed_at = 0.0  # time.monotonic() when the newest line was written
 
-    def learned(self, values: dict) -> None:
-        """Takes an update's metrics, on the device, and reads those of the update before."""
-        self.read()
-        self._unread = values, self._at.update_metrics, self._at.step + 1
+    def add_update(self, state: RunState, values: dict) -> None:
+        """Takes an update's metrics, on the device, and fetches those of the update before."""
+        self.fetch()
+        self._unread = values, state.update_metrics, state.step + 1
 
-    def read(self) -> None:
-        """Waits for the newest update, and has the guards look at it."""
+    def fetch(self) -> None:
+        """Waits for the newest update, and has the guards check it."""
         with self._lock:
             if self._unread is None:
                 return
-            (values, learned, step), self._unread = self._unread, None
+            (values, update_metrics, step), self._unread = self._unread, None
             began = time.monotonic()
             with phase("update"):
                 values = {name: float(value) for name, value in jax.device_get(values).items()}
             self.waited_s = time.monotonic() - began
             refused = bool(values.pop("skipped"))
-            self._guards.look_at_update(step, values, refused=refused)
-            learned.append(values)
+            self._guards.check_update(step, values, refused=refused)
+            update_metrics.append(values)
             self._read_at = time.monotonic()
 
     def open(
-        self, state: TrainState, lengths: tuple, started: float, learning: float, times: dict
+        self, state: RunState, lengths: tuple, started: float, learning: float, seconds: dict
     ) -> None:
-        """Begins the line of the step that `at` stands in; `started`, `learning`: since when.
+        """Begins the line of the step that `state` is in; `started`, `learning`: since when.
 
-        `lengths`: of its prompts [P] and completions [P, G].
+        `lengths`: of its prompts [P] and completions [P, G]. `seconds`: of its phases, as metrics;
+        more may come while the line is open.
         """
-        at, parts = self._at, self._parts
-        step, known, learned = at.step + 1, at.rollout_metrics, at.update_metrics
-        counters = {"tokens/generated": at.tokens} | memory.usage()
+        run, roll_backs = self._run, state.history.roll_backs
+        updates, skipped = state.train.num_updates, state.train.num_skipped
+        rollout_metrics, update_metrics = state.rollout_metrics, state.update_metrics
+        counters = {"tokens/generated": state.tokens} | memory.usage()
 
         def line() -> dict[str, float]:
             ended = max(self._read_at, learning)  # the latter where no update was made
-            times["time/update_s"] = ended - learning
-            values = known | _combined(learned) | counters | times
+            seconds["time/update_s"] = ended - learning
+            values = rollout_metrics | _combined(update_metrics) | counters | seconds
             values |= self._compiling.since_last() | {
-                "policy/skipped_updates": int(state.num_skipped),
-                "guards/roll_backs": at.history.roll_backs,
-                "policy/learning_rate": float(parts.schedule(max(int(state.num_made) - 1, 0))),
+                "policy/skipped_updates": int(skipped),
+                "guards/roll_backs": roll_backs,
+                "policy/learning_rate": float(
+                    run.schedule(max(int(updates) - int(skipped) - 1, 0))
+                ),
             }
             # Not where the run was stopped after the rollout, nor where nothing was learned.
-            if "time/rollout_s" in times and learned:
+            if "time/rollout_s" in seconds and update_metrics:
                 step_s = ended - started
-                values |= _rates(parts, lengths, times["time/rollout_s"], step_s)
+                values |= _rates(run, lengths, seconds["time/rollout_s"], step_s)
             return values
 
-        self._step, self._line, self._started = step, line, started
+        self._step, self._line, self._started = state.step + 1, line, started
 
     def reopen(self, step: int, values: dict[str, float]) -> None:
         """Opens a line again that `values` gave, in a process before this one."""
@@ -103,7 +101,7 @@ class Lines:
     def values(self) -> dict[str, float]:
         """What stands in the line that is open, without an evaluation."""
         with self._lock:
-            self.read()
+            self.fetch()
             settled = self._line() | {"time/step_s": time.monotonic() - self._started}
             self._line = lambda: dict(settled)
             return dict(settled)
@@ -119,16 +117,16 @@ class Lines:
             self.closed_at = time.monotonic()
 
 
-def _combined(learned: list[dict[str, float]]) -> dict[str, float]:
+def _combined(updates: list[dict[str, float]]) -> dict[str, float]:
     """Metrics of a step's updates as one: the largest of maxima, the mean of the rest."""
-    names = learned[0] if learned else ()
+    names = updates[0] if updates else ()
     return {
-        n: float((max if n.endswith("_max") else np.mean)([v[n] for v in learned])) for n in names
+        n: float((max if n.endswith("_max") else np.mean)([v[n] for v in updates])) for n in names
     }
 
 
-def of_rollout(
-    parts: Parts, rollouts: Rollouts, scores: score_lib.Scores, times: dict
+def rollout_metrics(
+    run: Run, rollouts: Rollouts, scores: score_lib.Scores, rollout_s: float
 ) -> dict[str, float]:
     """What there is to know of a rollout before anything is learned from it."""
     length_PG, stopped_PG = rollouts.length_PG, rollouts.stopped_PG
@@ -136,8 +134,8 @@ def of_rollout(
     values: dict[str, Any] = {}
     if not np.isnan(reward_PG).all():
         values = {"reward": np.nanmean(reward_PG), "reward_std": np.nanstd(reward_PG)}
-    if parts.rewards.accuracy is not None:
-        accuracy = scores.accuracy(parts.rewards.accuracy)
+    if run.rewards.accuracy is not None:
+        accuracy = scores.accuracy(run.rewards.accuracy)
         if not np.isnan(accuracy):
             values["accuracy"] = accuracy
     values |= {
@@ -147,7 +145,7 @@ def of_rollout(
         "completion/length_min": length_PG.min(),
         "completion/length_max": length_PG.max(),
         "completion/truncated_share": 1 - stopped_PG.mean(),
-        "throughput/generated_tokens_per_s": length_PG.sum() / times["time/rollout_s"],
+        "throughput/generated_tokens_per_s": length_PG.sum() / rollout_s,
     }
     if stopped_PG.any():
         values["completion/stopped_length"] = length_PG[stopped_PG].mean()
@@ -172,13 +170,13 @@ def _spread(reward_PG: np.ndarray) -> np.ndarray:
 
 
 def _rates(
-    parts: Parts, lengths: tuple[np.ndarray, np.ndarray], rollout_s: float, step_s: float
+    run: Run, lengths: tuple[np.ndarray, np.ndarray], rollout_s: float, step_s: float
 ) -> dict[str, float]:
     """Tokens per second of a step, and beside what the devices could do where that is known.
 
     `lengths`: of its prompts [P] and completions [P, G]. `step_s` ends with the last update.
     """
-    config, model, mesh = parts.config, parts.policy.model, parts.mesh
+    config, model, mesh = run.config, run.policy.model, run.mesh
     learning_s, generated = step_s - rollout_s, lengths[1].sum()
     iterations = config.algorithm.num_iterations
     rates = {
@@ -187,8 +185,8 @@ def _rates(
     }
     chip = chips.chip(mesh.devices.flat[0].device_kind)
     if chip:
-        sampling = floor.rollout(model, *lengths, **parts.engine.traffic)
-        passes = 3 * iterations + (parts.ref_params is not None)
+        sampling = floor.rollout(model, *lengths, **run.engine.traffic)
+        passes = 3 * iterations + (run.ref_params is not None)
         passes += rules.needs_old_pass(config)
         learning = floor.forward(model, *lengths).times(passes)
         least = [

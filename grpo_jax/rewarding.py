@@ -14,7 +14,7 @@ from grpo_jax.rewards.pool import Pool
 from grpo_jax.rewards.ticket import Ticket
 
 
-class Judge:
+class RewardCollector:
     """Has the completions of some problems scored, each group as soon as it is finished.
 
     Give `add` to the engine as `on_group`, and read `scores` when it is done. Of several processes
@@ -95,13 +95,13 @@ def as_reply(problem: Problem, text: str) -> Any:
     return text if isinstance(problem.prompt, str) else [{"role": "assistant", "content": text}]
 
 
-class Complaints:
+class FailureReports:
     """Tells the terminal of rewards that fail: of each reward, the 1st, 2nd, 4th, 8th ... time."""
 
     def __init__(self) -> None:
         self._times: dict[str, int] = {}
 
-    def note(self, when: str, scores: score_lib.Scores) -> None:
+    def tell(self, when: str, scores: score_lib.Scores) -> None:
         """Says what failed in `scores`, in one line per reward, with an example."""
         for name, failed_B in scores.failed.items():
             retried, why = scores.retried.get(name, (0, ""))

@@ -13,10 +13,10 @@ import tiny
 from test_checkpoints import MODEL, OPTIMIZER, _same_bits, _state
 
 from grpo_jax import config as config_lib
-from grpo_jax import position, sharding
+from grpo_jax import run_state, sharding
 from grpo_jax.algorithm.rows import Sizes
 from grpo_jax.checkpoints import Checkpoints
-from grpo_jax.position import Position
+from grpo_jax.run_state import RunState
 from grpo_jax.structs import Experience
 
 EVERY, UPDATES = 2, 3  # steps between checkpoints; updates a step
@@ -49,18 +49,19 @@ def parts(tmp_path, state):
 def _save(parts, state, *steps: int, update: int = 0, experience=None, **known) -> None:
     for step in steps:
         number = jax.device_put(jnp.int32(step * UPDATES + update), state.num_updates.sharding)
-        at = Position(step=step, update=update, prompts=100 * step, **known)
-        facts = position.facts(parts, at)
-        parts.checkpoints.save(state.replace(num_updates=number), facts, experience=experience)
+        train = state.replace(num_updates=number)
+        known |= {"train": train, "experience": experience}
+        at = RunState(step=step, update=update, prompts=100 * step, **known)
+        run_state.save(parts, at)
 
 
 def test_a_run_that_reads_something_else_does_not_go_on(parts, state):
     """Where checkpoint.folder is elsewhere, the workdir may be new and know of nothing."""
     _save(parts, state, 2)
-    assert position.newest(parts).step == 2
+    assert run_state.newest(parts).step == 2
     parts.read = {"training problems": {"number": 4}}
     with pytest.raises(ValueError, match="3 training problems there, 4 now"):
-        position.newest(parts)
+        run_state.newest(parts)
 
 
 def test_a_roll_back_goes_to_the_newest_checkpoint_that_was_due(parts, state):
@@ -68,25 +69,24 @@ def test_a_roll_back_goes_to_the_newest_checkpoint_that_was_due(parts, state):
     _save(parts, state, 2, 4, 6, 8)
     _save(parts, state, 8, update=1)
     assert parts.checkpoints.numbers() == [18, 24, 25]  # though keep = 1
-    at = Position(step=8, update=1, passed_over=5, tokens=1234)
+    at = RunState(step=8, update=1, passed_over=5, tokens=1234)
 
-    back = position.roll_back(parts, at, undone=9)
+    back = run_state.roll_back(parts, at, undone=9)
     assert (back.step, back.update, back.prompts, back.checkpoint) == (8, 0, 800, 24)
     assert parts.checkpoints.numbers() == [18, 24]
     # Step 9 had draw 8 + 5, as steps are counted from 0 there; now it has the next one.
     assert at.draw_of(8) == 13 and back.draw_of(8) == 14
     assert (back.tokens, back.history.roll_backs) == (1234, 1)
-    loaded, experience, ahead = position.load(parts, back)
-    assert experience is None and ahead is None
-    _same_bits(loaded.params, state.params)
+    assert run_state.load(parts, back) is None and back.experience is None
+    _same_bits(back.train.params, state.params)
 
     # Led astray from there again, at step 10: now the one before. Then nothing older is kept.
     back.step = 9
-    again = position.roll_back(parts, back, undone=10)
+    again = run_state.roll_back(parts, back, undone=10)
     assert (again.step, again.checkpoint) == (6, 18) and parts.checkpoints.numbers() == [18]
     assert again.draw_of(6) == back.draw_of(9) + 1 == 16
     assert again.history.roll_backs == 2
-    assert position.roll_back(parts, again, undone=7).checkpoint == 18
+    assert run_state.roll_back(parts, again, undone=7).checkpoint == 18
 
 
 def test_a_checkpoint_was_due_by_the_config_that_wrote_it(parts, state):
@@ -94,15 +94,15 @@ def test_a_checkpoint_was_due_by_the_config_that_wrote_it(parts, state):
     _save(parts, state, 2, 4, 6)
     parts.config.checkpoint.every_steps = 5
     _save(parts, state, 7, last_due=18)  # of a stop
-    at = position.newest(parts)
+    at = run_state.newest(parts)
     assert (at.step, at.last_due) == (7, 18)
-    back = position.roll_back(parts, at, undone=8)
+    back = run_state.roll_back(parts, at, undone=8)
     assert (back.step, back.checkpoint) == (6, 18)
     assert parts.checkpoints.numbers() == [12, 18]  # nothing older is deleted
     _save(parts, state, 8, last_due=18)
     _save(parts, state, 10, last_due=18)
-    assert position.newest(parts).last_due == 30  # of the new config
-    assert position.roll_back(parts, Position(step=11), undone=12).checkpoint == 30
+    assert run_state.newest(parts).last_due == 30  # of the new config
+    assert run_state.roll_back(parts, RunState(step=11), undone=12).checkpoint == 30
 
 
 def test_where_those_that_were_due_are_gone_it_goes_back_to_one_of_a_stop(parts, state):
@@ -116,21 +116,21 @@ def test_where_those_that_were_due_are_gone_it_goes_back_to_one_of_a_stop(parts,
         ref_logp_PGC=None,
     )
     _save(parts, state, 9, update=2, experience=experience, last_due=24, passed_over=5)
-    at = position.newest(parts)
-    back = position.roll_back(parts, dataclasses.replace(at, step=10, update=1), undone=11)
+    at = run_state.newest(parts)
+    back = run_state.roll_back(parts, dataclasses.replace(at, step=10, update=1), undone=11)
     assert (back.step, back.update, back.checkpoint) == (9, 2, 29)
     assert parts.checkpoints.numbers() == [29]
     # Its own completions are learned from first; step 11 has the draw after the one undone.
     assert back.draw_of(10) == at.draw_of(10) + 1
-    _, again, _ = position.load(parts, back)
-    np.testing.assert_array_equal(again.advantage_PG, experience.advantage_PG)
+    run_state.load(parts, back)
+    np.testing.assert_array_equal(back.experience.advantage_PG, experience.advantage_PG)
 
 
 def test_without_a_checkpoint_that_was_due_it_begins_again(parts, state):
     _save(parts, state, 1)
     before = {"eval/accuracy": 0.25}
-    at = Position(step=1, first_evaluation=before, accuracy_before=0.25, accuracy=0.5)
-    back = position.roll_back(parts, at, undone=2)
+    at = RunState(step=1, first_evaluation=before, accuracy_before=0.25, accuracy=0.5)
+    back = run_state.roll_back(parts, at, undone=2)
     assert (back.step, back.checkpoint, back.draw_of(0)) == (0, -1, 2)
     assert (back.first_evaluation, back.accuracy) == (before, 0.25)
     assert parts.checkpoints.numbers() == []
@@ -141,26 +141,26 @@ def test_a_damaged_checkpoint_is_passed_over(parts, state, capsys):
     assert parts.checkpoints.numbers() == [18, 24]
     facts = parts.folder / "24" / "facts" / "metadata"
     facts.write_bytes(facts.read_bytes() + b" ")
-    assert position.roll_back(parts, Position(step=8), undone=9).checkpoint == 18
+    assert run_state.roll_back(parts, RunState(step=8), undone=9).checkpoint == 18
     assert "checkpoint 24" in capsys.readouterr().out
 
 
 def test_the_newest_checkpoint_is_where_the_run_stands(parts, state):
-    assert position.newest(parts) == Position()
+    assert run_state.newest(parts) == RunState()
     _save(parts, state, 4, rollout_metrics={"reward": 0.5})
-    at = position.newest(parts)
+    at = run_state.newest(parts)
     own = {"checkpoint": 12, "last_due": 12, "sizes": {"update": Sizes().as_json()}}
-    assert at == Position(step=4, prompts=400, rollout_metrics={"reward": 0.5}, **own)
+    assert at == RunState(step=4, prompts=400, rollout_metrics={"reward": 0.5}, **own)
 
 
 def test_sizes_of_rows_go_along(parts, state):
     kept = {"used": [[8, 2, 14, 1, 4]], "wasted": 0.5}
     parts.sizes["update"].restore(kept)
     number = jax.device_put(jnp.int32(4 * UPDATES), state.num_updates.sharding)
-    facts = position.facts(parts, Position(step=4))
-    parts.checkpoints.save(state.replace(num_updates=number), facts)
+    run_state.save(parts, RunState(step=4, train=state.replace(num_updates=number)))
     parts.sizes["update"].restore(None)
-    assert position.load(parts, position.newest(parts))[1:] == (None, None)
+    at = run_state.newest(parts)
+    assert run_state.load(parts, at) is None and at.experience is None
     assert parts.sizes["update"].as_json() == kept
 
 
@@ -176,7 +176,7 @@ def test_a_checkpoint_that_is_not_finite_is_refused(parts, state, where):
     leaves[index] = jax.device_put(bad, leaves[index].sharding)
     _save(parts, state.replace(**{where: structure.unflatten(leaves)}), 4)
     with pytest.raises(ValueError) as info:
-        position.load(parts, position.newest(parts))
+        run_state.load(parts, run_state.newest(parts))
     message = str(info.value)
     assert f"Checkpoint 12 in {parts.folder}: 2 of the {bad.size} values of {name}" in message
     assert "Delete that" in message
