@@ -62,7 +62,7 @@ def test_a_run_begins_with_them(monkeypatch, tmp_path, capsys):
         "from grpo_jax import config\n\n\ndef get_config():\n    c = config.default()\n"
         '    c.data.task = "arithmetic"\n    c.model.path = "some/model"\n    return c\n'
     )
-    monkeypatch.setattr(train.loop, "run", begun)
+    monkeypatch.setattr(train.grpo, "run", begun)
     monkeypatch.setattr(train.program, "use_all_cores", lambda *given: None)
     monkeypatch.setattr(train.program, "use_compile_cache", lambda *given, **more: None)
     monkeypatch.setattr(train.parts, "model_shape", lambda *given: _Shape())
