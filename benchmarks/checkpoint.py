@@ -20,9 +20,9 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from grpo_jax import checksums
-from grpo_jax.checkpoints import Checkpoints
-from grpo_jax.metrics import say
+from grpo_jax.messages.console import say
+from grpo_jax.run import checksums
+from grpo_jax.run.checkpoints import Checkpoints
 from grpo_jax.structs import TrainState
 
 LAYERS = 24

@@ -1,7 +1,7 @@
 """What the device at hand reaches with a plain product and a plain copy.
 
-`grpo_jax/floor.py` turns these rates into the least time that a step can take. Each is the best of
-several in the same run; products are larger where the device is no CPU.
+`grpo_jax/devices/roofline.py` turns these rates into the least time that a step can take. Each is
+the best of several in the same run; products are larger where the device is no CPU.
 """
 
 from __future__ import annotations

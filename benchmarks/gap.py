@@ -16,9 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax import keys, policy, sharding
-from grpo_jax.algorithm.update import Scorer, make_prepare
-from grpo_jax.models import attention
+from grpo_jax import keys
+from grpo_jax.devices import sharding, transfer
+from grpo_jax.kernels.kv_cache import Ring
+from grpo_jax.learner.experience import make_prepare
+from grpo_jax.learner.scoring import Scorer
+from grpo_jax.models import policy
 from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Sampling
@@ -37,7 +40,7 @@ def gaps(ours: policy.Policy, params, prompts, args, dtype, weights: str, cache:
         args.tokens,
         dtype,
         weights=weights,
-        caching=attention.Ring(int8=cache == "int8"),
+        caching=Ring(int8=cache == "int8"),
     )
     engine = Engine(decoder)
     rollouts = engine.generate(
@@ -53,7 +56,7 @@ def gaps(ours: policy.Policy, params, prompts, args, dtype, weights: str, cache:
         mask_truncated=False,
         with_old=True,
     )
-    placed = sharding.shard_rows(mesh, (rollouts, np.zeros_like(rollouts.length_PG, np.float32)))
+    placed = transfer.shard_rows(mesh, (rollouts, np.zeros_like(rollouts.length_PG, np.float32)))
     experience = jax.device_get(prepare(prepare.log_probs(params, None, placed[0]), placed[1]))
     return (experience.old_logp_PGC - rollouts.logp_PGC)[experience.action_PGC]
 

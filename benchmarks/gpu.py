@@ -52,7 +52,12 @@ KEPT = {
         "num_slots": SIZES["prompts"] * SIZES["group"] // 2,
     },
 }
-KERNEL_TESTS = ("test_cudnn.py", "test_streamed.py", "test_peaks.py", "test_norms.py")
+KERNEL_TESTS = (
+    "test_gpu_cudnn.py",
+    "test_gpu_decode.py",
+    "test_gpu_block_sums.py",
+    "test_gpu_norm.py",
+)
 LONG = 16384  # tokens of a prompt and its completion
 MEAN = 200  # tokens, of the completions that are not of full length
 LIMIT_S = 270  # of a piece
@@ -110,7 +115,7 @@ def environment(tiny: bool) -> dict[str, Any]:
     import floors
     import timing
 
-    from grpo_jax import memory
+    from grpo_jax.devices import memory
 
     found = timing.environment() | {"cpus": os.cpu_count()}
     found["tflops_of_a_product"] = floors.measured_flops("float32" if tiny else "bfloat16") / 1e12
@@ -131,8 +136,8 @@ def numerics(tiny: bool) -> dict[str, Any]:
     import numpy as np
     import workload
 
-    from grpo_jax.algorithm import logprobs
-    from grpo_jax.models import transformer
+    from grpo_jax.learner import logprobs
+    from grpo_jax.models import parameters, transformer
     from grpo_jax.structs import Sampling
 
     model, rng = workload.SHAPES["tiny"], np.random.default_rng(0)
@@ -146,7 +151,7 @@ def numerics(tiny: bool) -> dict[str, Any]:
         )
         hidden_BTD = hidden_PGCD.reshape(-1, *hidden_PGCD.shape[2:])
         target_BT = completion_PGC.reshape(hidden_BTD.shape[:2])
-        head_DV = transformer.head_kernel(params)
+        head_DV = parameters.head_kernel(params)
         total, logp_BT, _ = logprobs.loss(
             lambda logp, entropy, terms: -logp, Sampling(), logprobs.Along(), hidden_BTD, head_DV,
             target_BT, jnp.ones(target_BT.shape), {},
@@ -155,7 +160,7 @@ def numerics(tiny: bool) -> dict[str, Any]:
 
     def on(device, dtype, precision):
         with jax.default_device(device), jax.default_matmul_precision(precision):
-            params = jax.jit(functools.partial(transformer.init, model))(jax.random.key(0))
+            params = jax.jit(functools.partial(parameters.init, model))(jax.random.key(0))
             both = jax.jit(jax.value_and_grad(functools.partial(loss, dtype=dtype), has_aux=True))
             (total, logp_BT), grads = both(params)
             flat = np.concatenate([np.ravel(g) for g in jax.tree.leaves(grads)])
@@ -196,8 +201,10 @@ def parity(tiny: bool) -> dict[str, Any]:
     """Kernels of this device against plain XLA, by the tests that need one."""
     found = {}
     for test in () if tiny else KERNEL_TESTS:
-        file = HERE.parent / "tests" / "models" / test
-        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(file.parents[1])])}
+        file = HERE.parent / "tests" / "kernels" / test
+        env = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(file.parents[1] / "helpers")])
+        }
         done = subprocess.run(
             [sys.executable, str(file)], env=env, capture_output=True, text=True, timeout=120
         )
@@ -226,11 +233,12 @@ def rollout(size: str, decoding: str, cache: str, steps: str, tiny: bool) -> dic
 
 def decoding(size: str, tiny: bool) -> Iterator[dict[str, Any]]:
     """Microseconds of one layer's attention for a token of each lane, and the cache's GB/s."""
-    from grpo_jax.models import attention, streamed
+    from grpo_jax.kernels.gpu_decode import Streamed
+    from grpo_jax.kernels.kv_cache import Ring
 
-    kinds = {"xla": attention.Ring(), "xla, int8": attention.Ring(True)}
+    kinds = {"xla": Ring(), "xla, int8": Ring(True)}
     if not tiny:
-        kinds |= {"streamed": streamed.Streamed(), "streamed, int8": streamed.Streamed(True)}
+        kinds |= {"streamed": Streamed(), "streamed, int8": Streamed(True)}
     yield from _decoding(_work(size, tiny), kinds)
 
 
@@ -239,7 +247,8 @@ def _decoding(work: Any, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
     import jax.numpy as jnp
     import numpy as np
 
-    from grpo_jax.models import attention, transformer
+    from grpo_jax.kernels import rotary
+    from grpo_jax.models import transformer
 
     model, limit = work.shape, work.completion_tokens
     slots, lanes, prompt = work.prompts, work.group, work.prompt_tokens
@@ -263,7 +272,7 @@ def _decoding(work: Any, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
         def run(cache, q, k, v, last, kind=kind):
             where = jnp.full(slots, prompt), jnp.full((slots, lanes), last)
             frequencies = transformer.rotary_frequencies(model)
-            angles = attention.rotary(where[0][:, None] + where[1], frequencies)
+            angles = rotary.rotary(where[0][:, None] + where[1], frequencies)
             live = jnp.ones((slots, lanes), bool)
 
             def one(i, carry):
@@ -297,7 +306,7 @@ def step(size: str, decoding: str, layers: str, which: str, tiny: bool) -> Itera
     import timing
     import workload
 
-    from grpo_jax import chips, compiling, floor, memory
+    from grpo_jax.devices import chips, compiling, memory, roofline
 
     mean = 3 if tiny else MEAN
     kinds = {} if tiny else {"decoding": decoding}
@@ -314,9 +323,9 @@ def step(size: str, decoding: str, layers: str, which: str, tiny: bool) -> Itera
         first, table = time.monotonic() - began, table.begun()
         rollouts, seconds = timing.timed(lambda n=tokens: runner.rollout(1, mean=n))
         lengths = rollouts.prompt_length_P, rollouts.length_PG
-        least = floor.rollout(work.shape, *lengths, **runner.engine.traffic)
+        least = roofline.rollout(work.shape, *lengths, **runner.engine.traffic)
         table.add("rollout", seconds, least)
-        forward, number = floor.forward(work.shape, *lengths), int(rollouts.length_PG.sum())
+        forward, number = roofline.forward(work.shape, *lengths), int(rollouts.length_PG.sum())
         done = found[name] = {"completion_tokens": number, "rollout_tokens_per_s": number / seconds}
         done["first_rollouts_s"] = first
         found[name] |= table.medians(number) | {"work": None}
@@ -364,7 +373,7 @@ def _traces(runner: Any, rollouts: Any, experience: Any) -> list[dict[str, Any]]
 
     import jax
 
-    from grpo_jax import profile
+    from grpo_jax.metrics import trace as trace_lib
 
     rows = []
     for name, call in (
@@ -377,9 +386,9 @@ def _traces(runner: Any, rollouts: Any, experience: Any) -> list[dict[str, Any]]
             # Begun while the device works, a trace can end the program on it.
             with jax.profiler.trace(folder):
                 call()
-            trace = profile.newest_trace(Path(folder))
+            trace = trace_lib.newest_trace(Path(folder))
             (OUT / f"{name}.xplane.pb.gz").write_bytes(gzip.compress(trace.read_bytes()))
-            rows += profile.rows(profile.operations(trace), top=15)
+            rows += trace_lib.rows(trace_lib.operations(trace), top=15)
     return rows
 
 
@@ -388,7 +397,7 @@ def longest(size: str, first: str, last: str, tiny: bool) -> Iterator[dict[str, 
 
     It ends when memory or time runs out. The seconds are with the compiler's taken off.
     """
-    from grpo_jax import memory
+    from grpo_jax.devices import memory
 
     began, rows = time.monotonic(), []
     tokens, last_tokens = (8, 16) if tiny else (int(first), int(last))
@@ -411,7 +420,7 @@ def sequence(size: str, attention: str, tiny: bool) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from grpo_jax import chips, floor
+    from grpo_jax.devices import chips, roofline
 
     work = _work(size, tiny, prompts=1, kl=False)
     if not tiny:
@@ -419,7 +428,7 @@ def sequence(size: str, attention: str, tiny: bool) -> dict[str, Any]:
         work = dataclasses.replace(work, completion_tokens=tokens, attention=attention)
     found = _one_update(work)
     lengths = [work.prompt_tokens], [[work.completion_tokens] * work.group]
-    done = floor.forward(work.shape, *map(np.array, lengths)).times(3)
+    done = roofline.forward(work.shape, *map(np.array, lengths)).times(3)
     rates = chips.chip(jax.devices()[0].device_kind)
     return found | ({"mfu": done.flops / found["seconds"] / rates.bf16_flops} if rates else {})
 
@@ -438,8 +447,8 @@ def _one_update(work: Any, once: bool = False) -> dict[str, Any]:
     import timing
     import workload
 
-    from grpo_jax import compiling, memory
-    from grpo_jax.phases import phase
+    from grpo_jax.devices import compiling, memory
+    from grpo_jax.devices.phases import phase
     from grpo_jax.structs import Rollouts
 
     shape = (work.prompts, work.group, work.completion_tokens)

@@ -43,7 +43,7 @@ def serve_ours(folder: str, case: str) -> None:
     import timing
     import workload
 
-    from grpo_jax import sharding
+    from grpo_jax.devices import sharding
     from grpo_jax.models.hf.weights import load_params
 
     work = workload.Work(**CASES[case])
@@ -179,11 +179,11 @@ def _make_model(folder: Path) -> None:
     import workload
 
     from grpo_jax import keys
-    from grpo_jax.models import transformer
+    from grpo_jax.models import parameters
     from grpo_jax.models.hf.export import save
 
     model = dataclasses.replace(workload.SHAPES["tiny"], max_position=1024)
-    params = jax.jit(functools.partial(transformer.init, model))(keys.key_for(0, "init"))
+    params = jax.jit(functools.partial(parameters.init, model))(keys.key_for(0, "init"))
     save(folder, params, model, source=None, dtype="float32", tokenizer=_tokenizer())
 
 

@@ -128,7 +128,7 @@ def draw(name: str, root: Path) -> Path:
     """The cause's metrics beside those of the run without it."""
     from matplotlib.figure import Figure
 
-    from grpo_jax.metrics import read_jsonl
+    from grpo_jax.run.append_log import read_jsonl
 
     cause, names = CAUSES[name], [HEALTHY] if name == HEALTHY else [HEALTHY, name]
     figure = Figure(figsize=(9, 2.3), dpi=100, layout="constrained", facecolor="white")

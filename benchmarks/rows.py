@@ -21,8 +21,8 @@ import time
 import numpy as np
 import workload
 
-from grpo_jax.algorithm import packing
-from grpo_jax.algorithm.update import cut_to
+from grpo_jax.learner import packing
+from grpo_jax.learner.scoring import cut_to
 from grpo_jax.structs import Rollouts
 
 STEPS, GROUP, PADDED_AT_ONCE = 100, 8, 8
@@ -69,14 +69,15 @@ CASES = (
 
 def count(case: Case) -> list[float]:
     """Excess of rows in the mean and at most, of the usual ways; sizes of rows."""
-    from grpo_jax.algorithm import rows  # here: a version to compare with may lack it
+    from grpo_jax.learner import row_sizes
+    from grpo_jax.learner.row_sizes import Sizes  # here: a version to compare with may lack it
 
-    sizes = rows.Sizes()
+    sizes = Sizes()
     excess, padded, unpadded, programs = [], [], [], set()
     for step in range(STEPS):
         length_SPG = case.lengths(step)
         flat_PG = length_SPG.reshape(-1, GROUP)
-        order_P = rows.balance(flat_PG, case.shards, case.minibatches)
+        order_P = row_sizes.balance(flat_PG, case.shards, case.minibatches)
         length_SPG = flat_PG[order_P].reshape(length_SPG.shape)
         for index in range(case.minibatches):
             groups_P = np.arange(length_SPG.shape[1])[index :: case.minibatches]

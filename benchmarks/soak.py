@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from grpo_jax.metrics import read_jsonl
+from grpo_jax.run.append_log import read_jsonl
 
-CONFIG = Path(__file__).parents[1] / "tests" / "runs" / "tiny_config.py"
+CONFIG = Path(__file__).parents[1] / "tests" / "helpers" / "tiny_config.py"
 EVERY = 20
 LIMIT = 1.05  # times what it was
 

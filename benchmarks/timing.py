@@ -23,7 +23,7 @@ import jaxlib
 import workload
 from workload import Work
 
-from grpo_jax import floor, memory
+from grpo_jax.devices import memory, roofline
 
 
 def arguments(description: str) -> tuple[Work, argparse.Namespace]:
@@ -80,7 +80,7 @@ class Phases:
         new.seconds, new.floor, new.products = {}, {}, {}
         return new
 
-    def add(self, name: str, seconds: float, work: floor.Work) -> None:
+    def add(self, name: str, seconds: float, work: roofline.Work) -> None:
         self.seconds.setdefault(name, []).append(seconds)
         self.floor.setdefault(name, []).append(work.seconds(self.rate, self.bandwidth))
         self.products.setdefault(name, []).append(work.flops / self.rate)
@@ -141,10 +141,10 @@ def measure(work: Work, phases: tuple[str, ...], steps: int) -> dict[str, Any]:
         if n < 2:
             continue
         tokens.append(float(length_PG.sum()))
-        forward = floor.forward(model, rollouts.prompt_length_P, length_PG)
+        forward = roofline.forward(model, rollouts.prompt_length_P, length_PG)
         if "rollout" in phases:
             lengths = rollouts.prompt_length_P, length_PG
-            sampling = floor.rollout(model, *lengths, **step.engine.traffic)
+            sampling = roofline.rollout(model, *lengths, **step.engine.traffic)
             table.add("rollout", rollout_s, sampling)
         if "prepare" in phases:
             table.add("prepare", prepare_s, forward.times(work.kl))

@@ -17,11 +17,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from grpo_jax import config as config_lib
-from grpo_jax import plan as plan_program
-from grpo_jax.metrics import say
-from grpo_jax.planning import chips
-from grpo_jax.planning import step as step_lib
+from grpo_jax import plan as plan_lib
+from grpo_jax.config import options
+from grpo_jax.messages.console import say
+from grpo_jax.planning import plan as planning_plan
+from grpo_jax.planning import topologies as topologies_lib
+from grpo_jax.planning.programs import Lengths
 
 TOPOLOGIES = ("v5p:2x2x2", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x16", "v5p:16x16x16")
 SHAPE, LAYERS, FSDP = "configs/shapes/qwen2.5-0.5b.json", 4, 8
@@ -32,15 +33,15 @@ MEASURES = {"flops": "operations", "bytes": "bytes of memory", "sent": "bytes se
 
 def compiled(topology: str) -> dict:
     """Costs of a step on each device of a topology, by measure and program."""
-    chip, devices = chips.devices(topology)
-    config = config_lib.default()
+    chip, devices = topologies_lib.devices(topology)
+    config = options.default()
     config.model.dtype, config.model.remat = "bfloat16", "full"
     config.algorithm.kl_coef, config.rollout.max_tokens = 0.001, COMPLETION
     config.data.max_prompt_tokens, config.mesh.fsdp = PROMPT, FSDP
     config.batch.prompts = config.batch.microbatch = len(devices)
-    model = dataclasses.replace(plan_program.read_shape(SHAPE), num_layers=LAYERS)
-    lengths = step_lib.Lengths.of(config)
-    plan = step_lib.plan(config, model, topology, chip, devices, lengths)
+    model = dataclasses.replace(plan_lib.read_shape(SHAPE), num_layers=LAYERS)
+    lengths = Lengths.of(config)
+    plan = planning_plan.plan(config, model, topology, chip, devices, lengths)
     programs = {
         p.name: {"flops": p.cost.flops, "bytes": p.cost.bytes, "sent": sum(p.cost.sent.values())}
         for p in plan.programs

@@ -17,12 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from grpo_jax import config as config_lib
-from grpo_jax import keys, parts, program, sharding
-from grpo_jax.algorithm import update as update_lib
-from grpo_jax.models import transformer
-from grpo_jax.sampling import decode
-from grpo_jax.sampling import engine as engine_lib
+from grpo_jax import cli, keys
+from grpo_jax.config import options
+from grpo_jax.devices import sharding, transfer
+from grpo_jax.learner import scoring, train_state
+from grpo_jax.models import parameters
+from grpo_jax.sampling import decode, engine
+from grpo_jax.setup.engine import make_engine
+from grpo_jax.setup.learner import make_learner
 from grpo_jax.structs import ModelConfig, Rollouts
 
 STOP = 1
@@ -81,7 +83,7 @@ class Work:
 
     def config(self) -> ConfigDict:
         """The options of `grpo_jax.train` that make this step."""
-        config = config_lib.default()
+        config = options.default()
         config.batch.prompts, config.batch.group = self.prompts, self.group
         config.batch.microbatch = self.microbatch
         config.rollout.max_tokens = self.completion_tokens
@@ -134,7 +136,7 @@ _CHOOSE = decode._choose
 
 def use_all_cores(work: Work) -> None:
     """What `grpo_jax.train` does with a CPU; call it before anything uses JAX."""
-    program.use_all_cores(work.config(), work.shape.num_params)
+    cli.use_all_cores(work.config(), work.shape.num_params)
 
 
 class Step:
@@ -146,18 +148,18 @@ class Step:
         self.mesh = mesh = sharding.make_mesh()
         config, model = work.config(), work.shape
         force_lengths(work)
-        self.engine = parts.make_engine(config, model, (STOP,), mesh)
+        self.engine = make_engine(config, model, (STOP,), mesh)
         if work.decode_steps:
             decoder = dataclasses.replace(self.engine.decoder, steps=work.decode_steps)
             old = self.engine
-            self.engine = engine_lib.Engine(decoder, num_slots=old.num_slots, compact=old.compact)
-        learner = parts.make_learner(config, model, mesh)
+            self.engine = engine.Engine(decoder, num_slots=old.num_slots, compact=old.compact)
+        learner = make_learner(config, model, mesh)
         self._prepare, self._update = learner.prepare, learner.update
         if params is None:
             dtype = jnp.dtype(work.param_dtype)
-            like = update_lib.state_like(model, mesh, learner.optimizer, dtype).params
+            like = train_state.state_like(model, mesh, learner.optimizer, dtype).params
             init = lambda key: jax.tree.map(  # noqa: E731
-                lambda x: x.astype(dtype), transformer.init(model, key)
+                lambda x: x.astype(dtype), parameters.init(model, key)
             )
             shardings = jax.tree.map(lambda x: x.sharding, like)
             params = jax.jit(init, out_shardings=shardings)(keys.key_for(0, "init"))
@@ -166,10 +168,10 @@ class Step:
             copy = lambda x: jnp.array(x, work.dtype, copy=True)  # noqa: E731
             self.ref_params = jax.tree.map(copy, params)
             if work.offload_reference:
-                self.ref_params = sharding.to_host_memory(self.ref_params)
-        self.state = update_lib.start(params, model, mesh, learner.optimizer)
+                self.ref_params = transfer.to_host_memory(self.ref_params)
+        self.state = train_state.start(params, model, mesh, learner.optimizer)
         if work.offload:
-            self.state = self.state.replace(opt_state=sharding.to_host_memory(self.state.opt_state))
+            self.state = self.state.replace(opt_state=transfer.to_host_memory(self.state.opt_state))
 
     def prompts(self, n: int) -> list[list[int]]:
         """Random prompts of step n."""
@@ -188,14 +190,14 @@ class Step:
     def prepare(self, rollouts: Rollouts):
         """Advantages for a reward that costs nothing, and the reference's log-probabilities."""
         limit = rollouts.completion_PGC.shape[-1]
-        longest = update_lib.cut_to(limit, int(rollouts.length_PG.max()))
+        longest = scoring.cut_to(limit, int(rollouts.length_PG.max()))
         rollouts = rollouts.replace(
             completion_PGC=rollouts.completion_PGC[..., :longest],
             logp_PGC=rollouts.logp_PGC[..., :longest],
         )
         reward_PG = (rollouts.completion_PGC[..., 0] % 2).astype(np.float32)
-        rollouts, reward_PG = sharding.shard_rows(self.mesh, (rollouts, reward_PG))
-        reference = sharding.to_device_memory(self.ref_params)
+        rollouts, reward_PG = transfer.shard_rows(self.mesh, (rollouts, reward_PG))
+        reference = transfer.to_device_memory(self.ref_params)
         log_probs = self._prepare.log_probs(self.state.params, reference, rollouts)
         return jax.block_until_ready(self._prepare(log_probs, reward_PG))
 

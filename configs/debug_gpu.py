@@ -8,11 +8,11 @@ minutes. It is too short to learn anything. Another model: --config.model.path=D
 --config.sft.num_steps=0.
 """
 
-from grpo_jax import config as config_lib
+from grpo_jax.config import options
 
 
 def get_config():
-    c = config_lib.default()
+    c = options.default()
     c.data.task = "arithmetic"
     c.data.num_train = 64
     c.data.num_eval = 8

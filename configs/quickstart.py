@@ -8,11 +8,11 @@ GRPO with a reward for right answers teaches it to work, and to work carefully: 
 100 % with the seeds 0 and 1.
 """
 
-from grpo_jax import config as config_lib
+from grpo_jax.config import options
 
 
 def get_config():
-    c = config_lib.default()
+    c = options.default()
     c.data.task = "arithmetic"
     c.data.num_train = 20_000
     c.data.num_eval = 512

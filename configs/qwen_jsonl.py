@@ -9,11 +9,11 @@ and other files, folders and hub datasets do as well. The sizes fit a GPU of 80 
 recorded for this config yet.
 """
 
-from grpo_jax import config as config_lib
+from grpo_jax.config import options
 
 
 def get_config():
-    c = config_lib.default()
+    c = options.default()
     c.model.path = "Qwen/Qwen2.5-0.5B-Instruct"
     c.model.dtype = "bfloat16"
     c.model.remat = "dots"

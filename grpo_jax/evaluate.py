@@ -10,7 +10,6 @@ config's.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -19,46 +18,34 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.table import Table
-from rich.text import Text
 
-from grpo_jax import (
-    estimates,
-    evaluation,
-    generate,
-    hosts,
-    inputs,
-    keys,
-    program,
-    rules,
-    sharding,
-    text_metrics,
-    workdir,
-)
-from grpo_jax import parts as parts_lib
+from grpo_jax import cli, keys
+from grpo_jax.cli import load_config
+from grpo_jax.config import rules
 from grpo_jax.data.problems import Problem
-from grpo_jax.estimates import Estimate, Tally
-from grpo_jax.metrics import Progress, console, print_title, say
-from grpo_jax.rewarding import FailureReports
+from grpo_jax.devices import sharding
+from grpo_jax.environments import single_turn
+from grpo_jax.environments.questions import Questions
+from grpo_jax.environments.rewarding import FailureReports
+from grpo_jax.evaluation import compare, estimates, text_metrics
+from grpo_jax.evaluation import held_out as held_out_lib
+from grpo_jax.evaluation import tallies as tallies_lib
+from grpo_jax.evaluation.compare import Counter, Evaluated
+from grpo_jax.hosts import processes
+from grpo_jax.messages.console import console, print_title, say
 from grpo_jax.rewards.pool import Pool
-from grpo_jax.rewards.score import RewardError
+from grpo_jax.rewards.scores import RewardError
+from grpo_jax.run.whole_files import write_json
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
+from grpo_jax.setup import data, inputs
+from grpo_jax.setup.data import answerable, load_problems, tell_of
+from grpo_jax.setup.model import Found, find_model, load_params
+from grpo_jax.setup.rewards import load_rewards, refuse_samples, start_rewards
 from grpo_jax.structs import Sampling
 
 _NUM_SLOTS = 256  # completions decoded at once where rollout.num_slots is 0
 _SPLITS = {"eval": "held-out", "train": "training"}
-_POINTS = ("bleu",)  # metrics of 0 to 100; the others are shares
-_TOKENS = ("length", "stopped_length")
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluated:
-    """One model's metrics, and where its completions were written."""
-
-    path: str  # as given by --model
-    name: str  # short, for the table and file names
-    tallies: dict[str, Tally]
-    files: dict[str, Path]
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -92,9 +79,9 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     add("--dtype", choices=("float32", "bfloat16"), help="default model.dtype")
     add("--out", metavar="DIR", help="every completion; default evaluations/NAME_OF_CONFIG")
     add("--json", metavar="FILE", help="all values and intervals")
-    program.add_processes(parser)
-    args, overrides = parser.parse_known_args(program.joined(argv))
-    config = program.load_config(args.config, overrides)
+    cli.add_processes(parser)
+    args, overrides = parser.parse_known_args(cli.joined(argv))
+    config = load_config(args.config, overrides)
     for name, value in {
         "num_problems": config.evaluation.num_problems or math.inf,
         "num_samples": config.evaluation.num_samples,
@@ -109,7 +96,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
         if getattr(args, name) is None:
             setattr(args, name, value)
     _check(args)
-    program.start_processes(args, config)
+    cli.start_processes(args, config)
     return args, config
 
 
@@ -135,27 +122,12 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--model {again[0]} is given twice.")
 
 
-def _names(paths: list[str]) -> list[str]:
-    """The shortest ends of the paths that tell them apart, as file names too."""
-    parts = [Path(path).parts for path in paths]
-    shortest = 2 if any(p[-1] == "export" for p in parts) else 1
-    for n in range(shortest, max(map(len, parts)) + 1):
-        names = ["/".join(p[-n:]).lstrip("/") for p in parts]
-        if len({_file_name(name) for name in names}) == len(names):
-            return names
-    return [f"{i}_{Path(path).name}" for i, path in enumerate(paths, start=1)]
-
-
-def _file_name(name: str) -> str:
-    return name.replace("/", "_")
-
-
 # --- Problems -------------------------------------------------------------------------------------
 
 
 def _problems(args: argparse.Namespace, config: ConfigDict) -> list[Problem]:
-    train, held_out = parts_lib.load_problems(config)
-    parts_lib.tell_of(config, train, held_out)
+    train, held_out = load_problems(config)
+    tell_of(config, train, held_out)
     problems = held_out if args.split == "eval" else train
     if not problems:
         raise ValueError(
@@ -194,16 +166,16 @@ def _evaluate(
     args: argparse.Namespace,
     config: ConfigDict,
     mesh: Mesh,
-    found: generate.Found,
+    found: Found,
     path: str,
     name: str,
-    questions: evaluation.Questions,
+    questions: Questions,
     references: list[str] | None,
     pool: Pool,
 ) -> Evaluated:
     """One model's answers, judged and written."""
     dtype = jnp.dtype(args.dtype)
-    policy, params = found.policy, generate.load_params(found, mesh, dtype)
+    policy, params = found.policy, load_params(found, mesh, dtype)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     decoder = decode.decoder_for(
         policy.model, mesh, sampling, policy.stop_ids, args.max_tokens, dtype
@@ -213,8 +185,8 @@ def _evaluate(
     params = engine.publish(params)
     tallies, files, reports = {}, {}, FailureReports()
     for num_samples in (0, args.num_samples) if args.num_samples else (0,):
-        with _Counter(len(questions.problems)) as counter:
-            answered = evaluation.answer(
+        with Counter(len(questions.problems)) as counter:
+            answered = single_turn.answer(
                 engine,
                 params,
                 policy,
@@ -228,17 +200,17 @@ def _evaluate(
         reports.tell(f"{name}, {'sampled' if num_samples else 'greedy'}", answered.scores)
         further = {}
         if num_samples:
-            tallies |= evaluation.sampled_tallies(answered, _powers(num_samples))
+            tallies |= tallies_lib.sampled_tallies(answered, compare.powers(num_samples))
         else:
-            tallies |= evaluation.greedy_tallies(answered, args.max_tokens)
+            tallies |= tallies_lib.greedy_tallies(answered, args.max_tokens)
             if references:
                 scores = text_metrics.score(answered.completions, references)
                 tallies |= scores.tallies()
                 further = scores.by_name
         kind = f"sampled_{num_samples}" if num_samples else "greedy"
-        files[kind] = Path(args.out) / f"{_file_name(name)}_{args.split}_{kind}.jsonl"
-        if hosts.is_first():
-            evaluation.write_items(files[kind], answered, further)
+        files[kind] = Path(args.out) / f"{compare.file_name(name)}_{args.split}_{kind}.jsonl"
+        if processes.is_first():
+            held_out_lib.write_items(files[kind], answered, further)
         for text in answered.scores.broken(config.rewards.max_failed_share).values():
             raise RewardError(f"{name}: {text}")
     asked_P = estimates.groups([problem.question for problem in questions.problems])
@@ -246,69 +218,7 @@ def _evaluate(
     return Evaluated(path, name, tallies, files)
 
 
-class _Counter:
-    """Shows how many problems are answered: a bar on a terminal, elsewhere up to twenty lines."""
-
-    def __init__(self, total: int):
-        self._total, self._done = total, 0
-        self._bar = Progress(total, noun="problem", every_steps=max(1, total // 20))
-
-    def add(self) -> None:
-        self._done += 1
-        self._bar.update(self._done, {})
-
-    def __enter__(self) -> _Counter:
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.__exit__(*error)
-
-
-def _powers(n: int) -> list[int]:
-    """1, 2, 4, ... up to n, and n."""
-    return sorted({2**i for i in range(n.bit_length())} | {n})
-
-
 # --- Showing --------------------------------------------------------------------------------------
-
-
-def _cell(metric: str, estimate: Estimate, *, signed: bool = False) -> str:
-    if math.isnan(estimate.value):
-        return "-"
-    is_reward = metric.split("/")[0] == "reward"
-    scale = 1 if is_reward or metric in (*_POINTS, *_TOKENS) else 100
-    form = "+" * signed + (".3f" if is_reward else ".1f")
-    value, low, high = (
-        f"{scale * x:{form}}" for x in (estimate.value, estimate.low, estimate.high)
-    )
-    unit = " %" if scale == 100 and not signed else ""
-    return f"{value}{unit} [{low}, {high}]"
-
-
-def _table(names: list[str], metrics: list[dict[str, Estimate]], differences: list[dict]) -> Table:
-    """One row per metric, one column per model; accuracy and reward also as differences."""
-    table = Table()
-    table.add_column("")
-    for name in names:
-        table.add_column(Text(name, overflow="fold"), justify="right")
-    for metric in metrics[0]:
-        if metric == "pass@1":  # from here on of the samples, above of the greedy completions
-            table.add_section()
-        label = metric.replace("_", " ") + (", tokens" if metric in _TOKENS else "")
-        table.add_row(label, *(Text(_cell(metric, m[metric])) for m in metrics))
-        if differences and (metric in ("accuracy", "reward") or metric.startswith("mean@")):
-            cells = [Text(_cell(metric, d[metric], signed=True)) for d in differences]
-            label = f"  difference to {names[0]}" + ", points" * (metric != "reward")
-            table.add_row(Text(label, style="dim", overflow="fold"), "", *cells)
-    return table
-
-
-def _as_json(estimates_by_name: dict[str, Estimate]) -> dict[str, Any]:
-    return {
-        name: {k: None if math.isnan(v) else v for k, v in dataclasses.asdict(estimate).items()}
-        for name, estimate in estimates_by_name.items()
-    }
 
 
 def _report(
@@ -335,31 +245,31 @@ def _report(
     values |= {"num_problems": num_problems, "num_prompts": num_prompts}
     values |= {"confidence": estimates.CONFIDENCE, "models": []}
     for i, model in enumerate(models):
-        row = {"model": model.path, "name": model.name, "metrics": _as_json(metrics[i])}
+        row = {"model": model.path, "name": model.name, "metrics": compare.as_json(metrics[i])}
         if i:
-            row["difference_to_first"] = _as_json(differences[i - 1])
+            row["difference_to_first"] = compare.as_json(differences[i - 1])
         row["items"] = {kind: str(file) for kind, file in model.files.items()}
         values["models"].append(row)
-    return title, _table([m.name for m in models], metrics, differences), values
+    return title, compare.table([m.name for m in models], metrics, differences), values
 
 
 def main(argv: list[str]) -> None:
     args, config = _arguments(argv)
-    program.show_devices()
+    cli.show_devices()
     if config.compile_cache:
-        program.use_compile_cache(config.mesh)
+        cli.use_compile_cache(config.mesh)
     mesh = sharding.make_mesh(**config.mesh)
-    rewards = parts_lib.load_rewards(config)
-    evaluation.refuse_samples(rewards, args.num_samples, "--num_samples")
-    problems = parts_lib.answerable(config, rewards, _problems(args, config))
+    rewards = load_rewards(config)
+    refuse_samples(rewards, args.num_samples, "--num_samples")
+    problems = answerable(config, rewards, _problems(args, config))
     _references(config, problems)  # it may refuse
     questions, models, now = [], [], inputs.date(config.data.date)
     for path in args.models:  # all are refused before the first is asked
-        models.append(generate.find_model(path))
+        models.append(find_model(path))
         policy = models[-1].policy
         limit = config.data.max_prompt_tokens
         policy.check_length(limit, args.max_tokens, "--max_tokens")
-        questions.append(parts_lib.questions(problems, policy, config, "problems", now))
+        questions.append(data.questions(problems, policy, config, "problems", now))
         first, this = questions[0].problems, questions[-1].problems
         if this != first:
             raise ValueError(
@@ -373,8 +283,10 @@ def main(argv: list[str]) -> None:
         except OSError as error:
             raise ValueError(f"{folder} cannot be made: {error.strerror}.") from error
     evaluated = []
-    with parts_lib.start_rewards(config, rewards) as pool:
-        for found, path, name, asked in zip(models, args.models, _names(args.models), questions):
+    with start_rewards(config, rewards) as pool:
+        for found, path, name, asked in zip(
+            models, args.models, compare.names(args.models), questions
+        ):
             references = _references(config, asked.problems)
             print_title(f"{name}: {len(asked.problems)} problems")
             if found.said:
@@ -387,10 +299,10 @@ def main(argv: list[str]) -> None:
     console.print(table)
     say("In brackets: the 95 % bootstrap interval over problems, equal prompts drawn together.")
     say(f"Every completion: {args.out}")
-    if args.json and hosts.is_first():
-        workdir.write_json(Path(args.json), values)
+    if args.json and processes.is_first():
+        write_json(Path(args.json), values)
         say(f"All values: {args.json}")
 
 
 if __name__ == "__main__":
-    program.main(main)
+    cli.main(main)

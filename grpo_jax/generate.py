@@ -9,86 +9,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import sys
-from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from grpo_jax import checkpoints, keys, program, record, rules, sharding, workdir
-from grpo_jax import policy as policy_lib
+from grpo_jax import cli, keys
+from grpo_jax.config import rules
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompts import encode
-from grpo_jax.metrics import console, one_line, visible
+from grpo_jax.devices import sharding
+from grpo_jax.messages.console import console, one_line, visible
+from grpo_jax.models import policy as policy_lib
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
+from grpo_jax.setup.model import find_model, load_params
 from grpo_jax.structs import Params, Rollouts, Sampling
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """A model that was asked for."""
-
-    policy: policy_lib.Policy
-    saved: tuple[str | Path, int] | None  # folder and number of its checkpoint; None: the policy's
-    said: str  # of a run: which step of it answers; "": not of a run
-
-
-def find_model(path: str) -> Found:
-    """The model of a Hugging Face folder or hub id, or of a run's folder.
-
-    Of a run it is what it exported or its newest checkpoint, whichever is of a later step. Raises
-    ValueError when there is no model.
-    """
-    folder = Path(path)
-    if not _is_run(folder):
-        return Found(policy_lib.read(path, "--model"), None, "")
-    options = record.read(folder / "config.json")["options"]
-    export, saved = folder / "export", options["checkpoint.folder"] or folder / "checkpoints"
-    exported = workdir.exported(export) if (export / "config.json").exists() else None
-    if "://" in str(saved) or Path(saved).is_dir():
-        with contextlib.suppress(checkpoints.NoneWhole), checkpoints.Newest(saved) as newest:
-            if exported is None or newest.number > exported["updates"]:
-                source = options["model.path"] or str(folder / "bootstrap" / "export")
-                step = newest.facts().get("state", {}).get("step", newest.number)
-                said = f"{folder}: checkpoint of step {step}"
-                policy = policy_lib.read(source, kept=folder / "source")
-                return Found(policy, (saved, newest.number), said)
-    if exported is None and not (export / "config.json").exists():
-        raise ValueError(f"--model {folder} is the folder of a run that has no checkpoint yet.")
-    step = "an unknown step" if exported is None else f"step {exported['step']}"
-    return Found(policy_lib.read(str(export), "--model"), None, f"{folder}: export of {step}")
-
-
-def _is_run(folder: Path) -> bool:
-    """Whether a folder is a run's, by its record."""
-    file = folder / "config.json"
-    if not file.is_file() or (folder / "tokenizer_config.json").exists():
-        return (folder / "checkpoints").is_dir()
-    try:
-        return "binding" in json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return (folder / "checkpoints").is_dir()
-
-
-def load_params(found: Found, mesh: Mesh, dtype) -> Params:
-    """The weights of a model that was found."""
-    if found.saved is None:
-        return policy_lib.load_params(found.policy, mesh, seed=0, dtype=dtype)
-    like = policy_lib.param_like(found.policy.model, mesh)
-    with checkpoints.Newest(*found.saved) as newest:
-        params = newest.params(like)
-    return jax.tree.map(lambda x: x.astype(dtype), params)
-
-
-def open_model(path: str, mesh: Mesh, dtype) -> tuple[policy_lib.Policy, Params]:
-    """Policy and weights of what `find_model` finds."""
-    found = find_model(path)
-    return found.policy, load_params(found, mesh, dtype)
 
 
 def complete(
@@ -185,8 +123,8 @@ def show(text: str) -> None:
 def main(argv: list[str]) -> None:
     args = _arguments(argv)
     found = find_model(args.model)
-    program.show_devices(note)
-    program.use_compile_cache()
+    cli.show_devices(note)
+    cli.use_compile_cache()
     mesh, dtype = sharding.make_mesh(), jnp.dtype(args.dtype)
     if found.said:
         note(f"{found.said} answers.")
@@ -217,4 +155,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    program.main(main)
+    cli.main(main)

@@ -11,28 +11,29 @@ import argparse
 import json
 import os
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 from rich.table import Table
 
-from grpo_jax import inputs, parts, program
-from grpo_jax import metrics as metrics_lib
-from grpo_jax.data import prompts as prompts_lib
-from grpo_jax.data import sources
+from grpo_jax import cli
+from grpo_jax.cli import load_config
+from grpo_jax.data import prompts, sources
 from grpo_jax.data.problems import Problem
-from grpo_jax.messages import shown
+from grpo_jax.messages import console
+from grpo_jax.messages.console import say
+from grpo_jax.messages.values import shown
+from grpo_jax.metrics.samples import print_samples
 from grpo_jax.models.hf import folder as folder_lib
 from grpo_jax.models.hf.tokenizer import load_tokenizer
-from grpo_jax.rewarding import as_reply
-from grpo_jax.rewards import reward as reward_lib
+from grpo_jax.rewards import registry, trial
 from grpo_jax.rewards.answers import extract_answer
-from grpo_jax.rewards.pool import Pool
-from grpo_jax.rewards.score import Scores
-from grpo_jax.workdir import write_whole
+from grpo_jax.rewards.scores import Scores
+from grpo_jax.run.whole_files import write_whole
+from grpo_jax.setup import inputs
+from grpo_jax.setup.data import load_problems, tell_of
+from grpo_jax.setup.rewards import load_rewards, start_rewards
 
 _MAX_FAILURES = 20  # shown
 _READ_ANSWERS = {"exact_answer", "math_answer"}  # rewards of what a completion states
@@ -57,19 +58,19 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     parser.add_argument("--samples", type=int, default=4, metavar="N", help="rows to show")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     parser.add_argument("--out", metavar="FILE", help="write every row with its rewards here")
-    args, overrides = parser.parse_known_args(program.joined(argv))
+    args, overrides = parser.parse_known_args(cli.joined(argv))
     for name, least in (("limit", 0), ("batch", 1), ("samples", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}.")
-    return args, program.load_config(args.config, overrides)
+    return args, load_config(args.config, overrides)
 
 
 # --- What is scored -------------------------------------------------------------------------------
 
 
 def _problems(config: ConfigDict, split: str, limit: int) -> list[Problem]:
-    train, held_out = parts.load_problems(config)
-    parts.tell_of(config, train, held_out)
+    train, held_out = load_problems(config)
+    tell_of(config, train, held_out)
     problems = held_out if split == "eval" else train
     if not problems:
         raise ValueError(
@@ -116,7 +117,7 @@ def _file(path: str, num_problems: int) -> list[str]:
 
 def _token_ids(config: ConfigDict, rewards, texts: list[str]) -> list[list[int]] | None:
     """Of the completions, with the tokenizer of `model.path`, if a reward reads them."""
-    if not reward_lib.reads(rewards, "completion_ids") or not config.model.path:
+    if not registry.reads(rewards, "completion_ids") or not config.model.path:
         return None
     tokenizer = load_tokenizer(folder_lib.resolve(config.model.path))
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -128,7 +129,7 @@ def _rendered(config: ConfigDict, rewards, problems: list[Problem]) -> list[str]
     None where that model is not at hand, or its chat template does not take the prompts: scoring
     needs no model, but only the rendered prompt tells whether it leaves thinking open.
     """
-    if not reward_lib.reads(rewards, "rendered_prompts"):
+    if not registry.reads(rewards, "rendered_prompts"):
         return None
     if all(isinstance(p.prompt, str) for p in problems):
         return [p.prompt for p in problems]
@@ -138,53 +139,14 @@ def _rendered(config: ConfigDict, rewards, problems: list[Problem]) -> list[str]
     tokenizer = load_tokenizer(folder)
     try:
         now = inputs.date(config.data.date)
-        encoded = prompts_lib.encode(problems, tokenizer, sys.maxsize, now=now)
+        encoded = prompts.encode(problems, tokenizer, sys.maxsize, now=now)
     except ValueError as error:
-        metrics_lib.say(f"The rewards do not see the prompts as the model reads them: {error}")
+        say(f"The rewards do not see the prompts as the model reads them: {error}")
         return None
     return [tokenizer.decode(ids) for ids in encoded.prompt_ids]
 
 
 # --- What comes of it -----------------------------------------------------------------------------
-
-
-def _score(
-    pool: Pool,
-    problems: list[Problem],
-    texts: list[str],
-    ids: list | None,
-    rendered: list[str] | None,
-    batch: int,
-) -> tuple[Scores, float]:
-    """The scores, and the seconds that they took once the workers were there."""
-    pool.wait_ready()
-    began = time.monotonic()
-    ticket = pool.submit(
-        [p.prompt for p in problems],
-        [as_reply(p, text) for p, text in zip(problems, texts)],
-        {name: [p.columns[name] for p in problems] for name in problems[0].columns},
-        completion_ids=ids,
-        rendered_prompts=rendered,
-        group=batch,
-    )
-    metrics_lib.show_progress("scoring", ticket.progress)
-    return ticket.result(), time.monotonic() - began
-
-
-def figures(scores: Scores, seconds: float) -> dict[str, Any]:
-    """The numbers of `--json`: per reward its mean and spread over the rows that have one."""
-    rewards = {}
-    for name, value_B in scores.by_name.items():
-        known_B = value_B[~np.isnan(value_B)]
-        rewards[name] = {
-            "mean": float(known_B.mean()) if len(known_B) else None,
-            "std": float(known_B.std()) if len(known_B) else None,
-            "ones": int((value_B == 1.0).sum()),
-            "failed": int(scores.failed[name].sum()),
-            "none": int((np.isnan(value_B) & ~scores.failed[name]).sum()),
-        }
-    rows = len(scores.reward_B)
-    return {"rows": rows, "rewards": rewards, "rows_per_second": rows / max(seconds, 1e-9)}
 
 
 def _show(args, problems: list[Problem], texts: list[str], scores: Scores, found: dict) -> None:
@@ -195,30 +157,30 @@ def _show(args, problems: list[Problem], texts: list[str], scores: Scores, found
         mean, std = ("-" if v is None else f"{v:.4f}" for v in (numbers["mean"], numbers["std"]))
         counts = (f"{numbers[key]:,}" for key in ("ones", "failed", "none"))
         table.add_row(name, mean, std, *counts)
-    metrics_lib.console.print(table)
+    console.console.print(table)
     order = np.argsort(np.nan_to_num(scores.reward_B, nan=-np.inf), kind="stable")
     low = order[: -(-args.samples // 2)]
     high = [i for i in order[::-1][: args.samples // 2] if i not in low]
-    rows = [_item(i, problems[i], texts[i], scores) for i in [*low, *high]]
+    rows = [trial.item(i, problems[i], texts[i], scores) for i in [*low, *high]]
     if rows:
-        metrics_lib.print_samples("The lowest and the highest", rows)
+        print_samples("The lowest and the highest", rows)
     for name, seconds_B in scores.seconds.items():
         slowest = np.argsort(-seconds_B, kind="stable")[:3]
         rows = [f"{seconds_B[i]:.3f} s {problems[i].where}" for i in slowest]
-        metrics_lib.say(f"Slowest of {name}: {'; '.join(rows)}.")
+        say(f"Slowest of {name}: {'; '.join(rows)}.")
     for failure in scores.failures[:_MAX_FAILURES]:
         message = failure.message if len(failure.message) < 300 else f"{failure.message[:300]}..."
-        metrics_lib.say(f"Failed at {problems[failure.row].where}: {message}")
+        say(f"Failed at {problems[failure.row].where}: {message}")
     if len(scores.failures) > _MAX_FAILURES:
-        metrics_lib.say(f"... and {len(scores.failures) - _MAX_FAILURES:,} more (--out).")
-    metrics_lib.say(f"{found['rows_per_second']:,.0f} rows per second")
+        say(f"... and {len(scores.failures) - _MAX_FAILURES:,} more (--out).")
+    say(f"{found['rows_per_second']:,.0f} rows per second")
 
 
 def _hint(column: str, texts: list[str], scores: Scores) -> None:
     """Says why the dataset's own answers may earn nothing: a bare answer is no completion."""
     bare = sum(extract_answer(text) is None for text in texts)
     if 2 * bare > len(texts) and _READ_ANSWERS & scores.by_name.keys():
-        metrics_lib.say(
+        say(
             f"{bare:,} of the {len(texts):,} texts of the column `{column}` state no answer: a "
             "bare one earns nothing. A completion states its answer after ####, in \\boxed{} or in "
             "<answer>. Score worked solutions (--completion_column), or write the answers so "
@@ -226,44 +188,28 @@ def _hint(column: str, texts: list[str], scores: Scores) -> None:
         )
 
 
-def _item(i: int, problem: Problem, text: str, scores: Scores) -> dict[str, Any]:
-    prompt = problem.prompt
-    if not isinstance(prompt, str):
-        prompt = "\n".join(f"{m['role']}: {m.get('content', '')}" for m in prompt)
-    values = {name: float(value_B[i]) for name, value_B in scores.by_name.items()}
-    return {
-        "where": problem.where,
-        "prompt": prompt,
-        "completion": text,
-        "rewards": {name: None if np.isnan(v) else v for name, v in values.items()},
-        "failed": [name for name, failed_B in scores.failed.items() if failed_B[i]],
-        "seconds": {name: float(seconds_B[i]) for name, seconds_B in scores.seconds.items()},
-        "extras": {name: column[i] for name, column in scores.extras.items()},
-    }
-
-
 def main(argv: list[str]) -> None:
     args, config = _arguments(argv)
-    rewards = parts.load_rewards(config)
+    rewards = load_rewards(config)
     # Rows that a reward cannot read are not refused here: to find them is what this is for.
     problems = _problems(config, args.split, args.limit)
     if args.completions:
         texts = _file(args.completions, len(problems))
     else:
         texts = _column(problems, args.completion_column)
-    reward_lib.refuse_columns(rewards, problems)
+    registry.refuse_columns(rewards, problems)
     ids = _token_ids(config, rewards, texts)
     rendered = _rendered(config, rewards, problems)
-    with parts.start_rewards(config, rewards, device_is_busy=False) as pool:
-        scores, seconds = _score(pool, problems, texts, ids, rendered, args.batch)
-    found = figures(scores, seconds)
+    with start_rewards(config, rewards, device_is_busy=False) as pool:
+        scores, seconds = trial.score(pool, problems, texts, ids, rendered, args.batch)
+    found = trial.figures(scores, seconds)
     _show(args, problems, texts, scores, found)
     if not args.completions:
         _hint(args.completion_column, texts, scores)
     for path, text in (
         (args.json, json.dumps(found, indent=1)),
         (args.out, "\n".join(
-            json.dumps(_item(i, *row, scores)) for i, row in enumerate(zip(problems, texts))
+            json.dumps(trial.item(i, *row, scores)) for i, row in enumerate(zip(problems, texts))
         ) if args.out else ""),
     ):  # fmt: skip
         if path:
@@ -272,4 +218,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    program.main(main)
+    cli.main(main)

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import time
 
-from grpo_jax import claim, definitions, grpo, parts, program, report, sft
-from grpo_jax.metrics import print_title, say
-from grpo_jax.stop import StopSignal
+from grpo_jax import cli
+from grpo_jax.config import definitions
+from grpo_jax.messages.console import print_title, say
+from grpo_jax.metrics.summary import summary_table
+from grpo_jax.run import claim
+from grpo_jax.run.stop import StopSignal
+from grpo_jax.setup import model
+from grpo_jax.trainers import grpo, grpo_run, sft
 
 
 def main(argv: list[str]) -> None:
@@ -19,16 +24,16 @@ def main(argv: list[str]) -> None:
 
 def _run(argv: list[str], stop: StopSignal) -> None:
     with stop.nothing_to_lose():
-        config, folder = program.run_arguments(argv, "Trains a policy by GRPO.")
+        config, folder = cli.run_arguments(argv, "Trains a policy by GRPO.")
         stop.save_before_s = config.checkpoint.save_before_s
-        program.use_all_cores(config, parts.model_shape(config, folder).num_params)
-        program.show_devices()
-        program.use_nan_checks(config.debug.nans)
+        cli.use_all_cores(config, model.model_shape(config, folder).num_params)
+        cli.show_devices()
+        cli.use_nan_checks(config.debug.nans)
         if config.compile_cache:
-            program.use_compile_cache(config.mesh, traced=bool(config.profile.steps))
+            cli.use_compile_cache(config.mesh, traced=bool(config.profile.steps))
         model_path, began = config.model.path, time.monotonic()
         if not model_path:
-            parts.refuse_early(config, folder)
+            grpo_run.refuse_early(config, folder)
     if not model_path:  # a new model learns the form of answers from worked solutions first
         print_title(f"Supervised start: {config.sft.num_steps} updates on worked solutions")
         model_path = str(sft.run(config, folder / "bootstrap", stop))
@@ -37,10 +42,10 @@ def _run(argv: list[str], stop: StopSignal) -> None:
         say(line)
     summary = grpo.run(config, folder, model_path, spent_s=time.monotonic() - began, stop=stop)
     ask = summary.pop("ask", None)
-    report.summary_table(summary)
+    summary_table(summary)
     if ask:
         say(f"Ask it:\n{ask}")
 
 
 if __name__ == "__main__":
-    program.main(main)
+    cli.main(main)

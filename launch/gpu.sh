@@ -2,7 +2,7 @@
 # Trains on the GPUs of one machine:  launch/gpu.sh --config configs/qwen_jsonl.py [--config.NAME=VALUE ...]
 #
 # XLA_FLAGS is left as it is: no flag was found that helps all programs. Those that decode are compiled
-# with two of their own (grpo_jax/compiling.py). benchmarks/RESULTS.md has the numbers.
+# with two of their own (grpo_jax/devices/compiling.py). benchmarks/RESULTS.md has the numbers.
 #   xla_gpu_enable_command_buffer=+WHILE replays the whole loop over tokens as one CUDA graph, in
 #     place of one for each token: 0.97 of the speed on an H200. Graphs of what stands inside the
 #     loop are on by default.

@@ -10,12 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax import config as config_lib
-from grpo_jax import generate, optim, policy, sharding, workdir
-from grpo_jax.algorithm import update as update_lib
-from grpo_jax.checkpoints import Checkpoints
+from grpo_jax import cli, generate
+from grpo_jax.config import options
 from grpo_jax.data import tasks
+from grpo_jax.devices import sharding
+from grpo_jax.learner import optim, train_state
+from grpo_jax.models import policy
 from grpo_jax.models.hf.export import save
+from grpo_jax.run import workdir
+from grpo_jax.run.checkpoints import Checkpoints
+from grpo_jax.setup import model as model_lib
+from grpo_jax.setup.model import find_model, open_model
+from grpo_jax.setup.run_folder import open_for
 from grpo_jax.structs import Sampling
 
 
@@ -25,7 +31,7 @@ def mesh():
 
 
 def _config():
-    config = config_lib.default()
+    config = options.default()
     config.data.task = "arithmetic"
     config.model.update(num_layers=1, width=32, mlp_width=48)
     return config
@@ -36,7 +42,7 @@ def model(tmp_path_factory, mesh):
     """A random model's folder."""
     folder = tmp_path_factory.mktemp("model") / "m"
     tokenizer = tasks.load("arithmetic").make_tokenizer()
-    new = policy.new(_config().model, tokenizer)
+    new = model_lib.new(_config().model, tokenizer)
     params = policy.load_params(new, mesh, seed=0)
     save(folder, params, new.model, source=None, dtype="float32", tokenizer=tokenizer)
     return folder
@@ -44,7 +50,7 @@ def model(tmp_path_factory, mesh):
 
 @pytest.fixture(autouse=True)
 def no_cache(monkeypatch):
-    monkeypatch.setattr(generate.program, "use_compile_cache", lambda: None)
+    monkeypatch.setattr(cli, "use_compile_cache", lambda: None)
 
 
 def _ask(capsys, *argv: str) -> tuple[str, str]:
@@ -111,13 +117,13 @@ def _run_folder(folder, mesh, model, number: int):
     config = _config()
     with config.unlocked():
         config.model.path = str(model)
-    workdir.open_for(config, folder)
+    open_for(config, folder)
     read = policy.read(str(model))
     optimizer = optim.adamw(lambda step: 0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0,
                             clip_norm=0.0)  # fmt: skip
     params = policy.load_params(read, mesh, seed=0)
     params = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), params)
-    state = update_lib.start(params, read.model, mesh, optimizer)
+    state = train_state.start(params, read.model, mesh, optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
     facts = {"position": {"step": 7}}
     checkpoints.save(state.replace(num_updates=jnp.int32(number)), facts)
@@ -132,9 +138,9 @@ def _same(a, b) -> bool:
 
 def test_the_folder_of_an_unfinished_run(tmp_path, mesh, model, capsys):
     read, params = _run_folder(tmp_path, mesh, model, 3)
-    opened, found = generate.open_model(str(tmp_path), mesh, jnp.float32)
+    opened, found = open_model(str(tmp_path), mesh, jnp.float32)
     assert opened.model == read.model and _same(found, params)
-    assert jax.tree.leaves(generate.open_model(str(tmp_path), mesh, jnp.bfloat16)[1])[0].dtype == (
+    assert jax.tree.leaves(open_model(str(tmp_path), mesh, jnp.bfloat16)[1])[0].dtype == (
         jnp.bfloat16
     )
     out, _ = _ask(capsys, "--model", str(tmp_path), "--prompt", "1+1=", "--max_tokens", "3")
@@ -147,7 +153,7 @@ def test_the_folder_of_a_run_that_has_exported(tmp_path, mesh, model, capsys, up
     _, params = _run_folder(tmp_path, mesh, model, 3)
     shutil.copytree(model, tmp_path / "export")
     workdir.note_export(tmp_path / "export", step=1, updates=updates)
-    _, found = generate.open_model(str(tmp_path), mesh, jnp.float32)
+    _, found = open_model(str(tmp_path), mesh, jnp.float32)
     exported = policy.load_params(policy.read(str(model)), mesh, seed=0)
     assert not _same(exported, params)
     assert _same(found, exported if answers == "export" else params)
@@ -160,9 +166,9 @@ def test_the_folder_of_a_run_that_has_exported(tmp_path, mesh, model, capsys, up
 def test_an_export_of_an_unknown_step_is_older_than_a_checkpoint(tmp_path, mesh, model):
     _run_folder(tmp_path, mesh, model, 3)
     shutil.copytree(model, tmp_path / "export")
-    assert generate.find_model(str(tmp_path)).said.endswith("checkpoint of step 7")
+    assert find_model(str(tmp_path)).said.endswith("checkpoint of step 7")
     shutil.rmtree(tmp_path / "checkpoints")
-    assert generate.find_model(str(tmp_path)).said.endswith("export of an unknown step")
+    assert find_model(str(tmp_path)).said.endswith("export of an unknown step")
 
 
 def test_the_checkpoints_of_a_run_may_lie_elsewhere(tmp_path, mesh, model):
@@ -171,7 +177,7 @@ def test_the_checkpoints_of_a_run_may_lie_elsewhere(tmp_path, mesh, model):
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     record["options"]["checkpoint.folder"] = str(tmp_path / "elsewhere")
     (tmp_path / "run" / "config.json").write_text(json.dumps(record))
-    _, found = generate.open_model(str(tmp_path / "run"), mesh, jnp.float32)
+    _, found = open_model(str(tmp_path / "run"), mesh, jnp.float32)
     assert _same(found, params)
 
 
@@ -200,12 +206,12 @@ def test_the_folder_of_a_run_that_has_saved_nothing(tmp_path, mesh, model):
     config = _config()
     with config.unlocked():
         config.model.path = str(model)
-    workdir.open_for(config, tmp_path)
+    open_for(config, tmp_path)
     with pytest.raises(ValueError, match=r"no checkpoint"):
-        generate.open_model(str(tmp_path), mesh, jnp.float32)
+        open_model(str(tmp_path), mesh, jnp.float32)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match=r"no .*checkpoint"):
-        generate.open_model(str(tmp_path), mesh, jnp.float32)
+        open_model(str(tmp_path), mesh, jnp.float32)
 
 
 def test_a_story_as_transformers_tells_it(shared, mesh):
@@ -215,7 +221,7 @@ def test_a_story_as_transformers_tells_it(shared, mesh):
     path = shared / "models" / "stories260K"
     if not (path / "config.json").exists():
         pytest.skip(f"needs {path}")
-    ours, params = generate.open_model(str(path), mesh, jnp.float32)
+    ours, params = open_model(str(path), mesh, jnp.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     prompt = ours.tokenizer("Once upon a time")["input_ids"]
     rollouts = generate.complete(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +17,66 @@ FILES = {
     ): path
     for path in sorted(ROOT.rglob("*.py"))
 }
-PROGRAMS = {
-    *("program", "train", "sft", "generate", "evaluate", "report", "score", "profile", "plan")
-}
-PARTS = ("models", "sampling", "algorithm", "rewards", "data")
+PROGRAMS = {*("cli", "train", "sft", "generate", "evaluate", "report", "score", "profile", "plan")}
+# A room, or file of the root, and the rooms it may import besides itself. They stand in blocks
+# above its own: what stands side by side in a block does not know of each other.
+TABLE = """
+    structs
+    keys
+    messages
+    hosts
+
+    devices      structs
+    data         messages hosts
+    algorithm    structs
+
+    kernels      structs devices
+    rewards      messages data
+    config       messages data
+
+    models       structs keys messages hosts devices kernels
+    run          structs messages hosts devices
+
+    sampling     structs devices kernels models
+    learner      structs keys devices algorithm kernels models
+    metrics      messages devices run
+
+    environments structs messages hosts devices data rewards models sampling
+
+    setup        structs messages hosts devices data algorithm kernels rewards config models run
+                 sampling learner environments
+
+    evaluation   structs messages hosts rewards models run sampling environments
+    planning     structs messages hosts devices kernels config models run sampling learner setup
+
+    trainers     structs keys messages hosts devices data algorithm rewards config models run
+                 sampling learner metrics environments setup evaluation planning
+
+    programs     structs keys messages hosts devices data rewards config models run sampling metrics
+                 environments setup evaluation planning trainers
+"""
+SEE_THE_CONFIG = {"config", "setup", "planning", "trainers", "programs"}
 
 
-def imports(module: str) -> set[str]:
+def blocks() -> list[dict[str, set[str]]]:
+    """The table, block by block: what each room may import."""
+    found = []
+    for block in TABLE.strip("\n").split("\n\n"):
+        rooms: dict[str, set[str]] = {}
+        for line in block.splitlines():
+            words = line.split()
+            if not line.startswith(" " * 5):
+                room = words.pop(0)
+            rooms.setdefault(room, set()).update(words)
+        found.append(rooms)
+    return found
+
+
+MAY_IMPORT = {room: named for block in blocks() for room, named in block.items()}
+
+
+@functools.cache
+def imports(module: str) -> frozenset[str]:
     """Names that a module imports anywhere in it; our modules by their full name."""
     found = set()
     for node in ast.walk(ast.parse(FILES[module].read_text())):
@@ -33,7 +87,7 @@ def imports(module: str) -> set[str]:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             inside = {name for name in names if name in FILES}
             found |= inside if inside else {node.module}
-    return found
+    return frozenset(found)
 
 
 def reached(module: str) -> set[str]:
@@ -49,63 +103,78 @@ def reached(module: str) -> set[str]:
     return seen
 
 
-def in_part(*parts: str) -> list[str]:
-    prefixes = tuple(f"grpo_jax.{part}" for part in parts)
-    return [m for m in FILES if m.startswith(tuple(f"{p}." for p in prefixes)) or m in prefixes]
+def room(module: str) -> str:
+    """The room that a module of ours lies in; "programs" for one at the root that is run."""
+    name = module.split(".")[1]
+    return "programs" if name in PROGRAMS else name
+
+
+def in_room(*rooms: str) -> list[str]:
+    return [m for m in FILES if m != "grpo_jax" and room(m) in rooms]
 
 
 def roots(names: set[str]) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-def ours(names: set[str]) -> set[str]:
-    return {name.split(".")[1] for name in names if name.startswith("grpo_jax.")}
+def rooms(names: set[str]) -> set[str]:
+    return {room(name) for name in names if name.startswith("grpo_jax.")}
 
 
 def test_the_parser_sees_imports():
     assert "jax" in roots(imports("grpo_jax.keys"))
-    assert "grpo_jax.models.attention" in imports("grpo_jax.models.transformer")
-    assert "optax" in roots(reached("grpo_jax.grpo"))
-    assert {"grpo_jax.models.hf.export", "grpo_jax.sharding"} <= reached("grpo_jax.policy")
+    assert "grpo_jax.kernels.attention" in imports("grpo_jax.models.transformer")
+    assert "optax" in roots(reached("grpo_jax.trainers.grpo"))
+    assert "grpo_jax.devices.transfer" in reached("grpo_jax.learner.optim") | reached(
+        "grpo_jax.run.checkpoints"
+    )
+    assert rooms(imports("grpo_jax.train")) >= {"config", "trainers", "programs"}
 
 
-@pytest.mark.parametrize("module", in_part("rewards", "data"))
+def test_the_table_only_points_up():
+    above: set[str] = set()
+    for block in blocks():
+        for name, named in block.items():
+            assert named <= above, name
+        above |= block.keys()
+
+
+def test_every_module_lies_in_a_room():
+    assert {room(m) for m in FILES if m != "grpo_jax"} == MAY_IMPORT.keys()
+    files = {path.stem for path in ROOT.glob("*.py")}
+    assert files == {"__init__", "structs", "keys"} | PROGRAMS
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_rooms_import_what_the_table_says(name):
+    found = {m: rooms(imports(m)) - {name} for m in in_room(name)}
+    for module, named in found.items():
+        assert named <= MAY_IMPORT[name], module
+    assert set().union(*found.values()) == MAY_IMPORT[name], "the table allows what nobody does"
+
+
+@pytest.mark.parametrize("module", in_room("rewards", "data", "messages"))
 def test_rewards_and_data_know_no_jax(module):
     assert not roots(reached(module)) & {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 
-@pytest.mark.parametrize("module", in_part("algorithm.losses", "algorithm.advantages"))
-def test_losses_know_no_model(module):
-    assert ours(reached(module)) <= {"structs"}
+@pytest.mark.parametrize("module", in_room("algorithm"))
+def test_the_algorithm_knows_no_model(module):
+    assert rooms(reached(module)) <= {"structs"}
 
 
-@pytest.mark.parametrize("part", PARTS)
-def test_parts_do_not_import_their_siblings(part):
-    allowed = {  # besides themselves
-        "models": {"sharding"},
-        "sampling": {"sharding", "compiling", "models"},
-        "algorithm": {"sharding", "compiling", "models"},
-        "rewards": {"credentials"},
-        "data": set(),
-    }[part]
-    for module in in_part(part):
-        assert ours(imports(module)) <= allowed | {part, "structs", "messages", "paths"}, module
-
-
-@pytest.mark.parametrize("module", in_part(*PARTS, "structs", "keys", "sharding", "optim"))
-def test_only_programs_open_the_config_or_read_flags(module):
-    assert not roots(reached(module)) & {"argparse", "absl", "ml_collections"}
-    assert "config" not in ours(reached(module))
+@pytest.mark.parametrize("module", in_room(*(MAY_IMPORT.keys() - SEE_THE_CONFIG)))
+def test_only_some_rooms_see_a_config(module):
+    assert not roots(reached(module)) & {"ml_collections"}
+    assert "config" not in rooms(reached(module))
 
 
 def test_only_programs_read_flags():
     readers = {m for m in FILES if roots(imports(m)) & {"argparse", "absl"}}
 
     assert {m.removeprefix("grpo_jax.") for m in readers} <= PROGRAMS
-    for module in FILES:
-        if module.removeprefix("grpo_jax.") not in PROGRAMS | {"results"}:
-            assert not ours(imports(module)) & PROGRAMS, module
-    assert ours(imports("grpo_jax.results")) & PROGRAMS <= {"report"}  # its pictures
+    for module in in_room("programs"):  # what they share alone
+        assert imports(module) & set(in_room("programs")) <= {"grpo_jax.cli"}, module
 
 
 def test_no_two_modules_import_each_other():
@@ -130,7 +199,7 @@ for module in {sorted(FILES)}:
 import jax._src.xla_bridge as bridge
 assert not bridge._backends, bridge._backends
 assert not {{"torch", "scipy.stats", "datasets", "tensorboardX"}} & set(sys.modules)
-from grpo_jax.logs import EventLog
+from grpo_jax.metrics.tensorboard import EventLog
 EventLog(Path({str(tmp_path)!r}), 0, print).close()
 assert "tensorboardX" in sys.modules and "torch" not in sys.modules
 assert importlib.util.find_spec("torch")  # it is there, and can still be imported

@@ -32,15 +32,18 @@ CALLS = {
 
 # What is there all the same, how often, and why.
 REASONS = {
-    ("grpo_jax/config.py", "exec_module"): (1, "the user's own config file, which is Python"),
+    ("grpo_jax/config/loading.py", "exec_module"): (
+        1,
+        "the user's own config file, which is Python",
+    ),
     ("configs/sft.py", "exec_module"): (1, "a config file that changes another"),
     ("grpo_jax/data/tasks/__init__.py", "import_module"): (1, "a name among those of its folder"),
-    ("grpo_jax/rewards/reward.py", "import_module"): (1, "the user's own reward functions"),
+    ("grpo_jax/rewards/registry.py", "import_module"): (1, "the user's own reward functions"),
     ("grpo_jax/rewards/process.py", "Pipe"): (
         1,
         "pickles between the trainer and a process that it started; no file and no network",
     ),
-    ("grpo_jax/text_metrics.py", "__import__"): (
+    ("grpo_jax/evaluation/text_metrics.py", "__import__"): (
         1,
         "whether two packages of fixed names are there",
     ),

@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any
 
-from grpo_jax.messages import cut
+from grpo_jax.messages.values import cut
 
 Messages = list[dict[str, Any]]  # each with a "role", and with a "content" or "tool_calls"
 

@@ -15,7 +15,7 @@ from typing import Any
 from grpo_jax.data import chats, sources
 from grpo_jax.data.chats import Messages
 from grpo_jax.data.sources import Source
-from grpo_jax.messages import cut
+from grpo_jax.messages.values import cut
 
 # Names that a reward function's own arguments have.
 _RESERVED = ("prompts", "completions")
@@ -339,3 +339,8 @@ def _prompt_fault(prompt: Any) -> str | None:
     if isinstance(prompt, str):
         return None if prompt.strip() else "is blank"
     return chats.fault(prompt) if isinstance(prompt, list) else f"is a {type(prompt).__name__}"
+
+
+def as_reply(problem: Problem, text: str) -> Any:
+    """A completion as reward functions get it: chat messages where the prompt is, else the text."""
+    return text if isinstance(problem.prompt, str) else [{"role": "assistant", "content": text}]

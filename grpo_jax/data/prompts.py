@@ -13,7 +13,7 @@ import numpy as np
 from grpo_jax.data import streams, templates
 from grpo_jax.data.chats import Messages
 from grpo_jax.data.problems import Problem
-from grpo_jax.messages import cut
+from grpo_jax.messages.values import cut
 
 
 def prompt_indices(seed: int, step: int, num_problems: int, per_step: int) -> np.ndarray:

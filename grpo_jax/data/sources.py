@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.data import tables
-from grpo_jax.messages import cut
-from grpo_jax.paths import expanded
+from grpo_jax.hosts.paths import expanded
+from grpo_jax.messages.values import cut
 
 Row = tuple[str, dict[str, Any]]  # where it stands, such as "train.jsonl, line 3"; its columns
 

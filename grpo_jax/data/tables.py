@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.messages import shown
+from grpo_jax.messages.values import shown
 
 # A file may unpack to this many bytes in any case, and to so many times its own.
 MAX_UNPACKED_BYTES = 2**31

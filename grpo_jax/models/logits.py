@@ -13,7 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.models import quantize
+from grpo_jax.kernels import quantize
+from grpo_jax.kernels.block_sums import Sums, sums_of_blocks
 from grpo_jax.structs import Array, Sampling
 
 
@@ -97,16 +98,6 @@ class Split(NamedTuple):
 ALONE = Split()
 _ALIGNED = 32  # a block's tokens are a multiple of this, where no block is padded
 _UNEVEN = 8  # and at most so many times more, or fewer, than if there were as many as blocks
-
-
-def sums_of_blocks(blocks_BNW: Array, temperature: Array | float) -> tuple[Array, Array]:
-    """The sum of each block's exponentials [B, N], their maximum [B, 1] taken off first."""
-    blocks_BNW = blocks_BNW / temperature
-    peak_B1 = blocks_BNW.max((1, 2))[:, None]
-    return jnp.exp(blocks_BNW - peak_B1[..., None]).sum(-1), peak_B1
-
-
-Sums = Callable[[Array, Array | float], tuple[Array, Array]]
 
 
 def draw(

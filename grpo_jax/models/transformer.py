@@ -5,66 +5,25 @@ prompts and keeps their keys and values, `decode_token` adds one token per compl
 apply the same `Block`; only the attention that it is handed differs. Layers are stacked along a
 leading axis of every parameter and scanned, except in sampling, where a scan would copy the cache:
 `prefill` and `decode_token` take their layers one by one, in a list.
-
-Parameters, float32 unless the caller cast them, for sampling also those of `quantize.weights`;
-kernels are [in, out], heads contiguous:
-
-    embed/embedding [V, D]      norm/scale [D]      head/kernel [D, V] (untied models only)
-    layers/ (all with a leading L)
-        attention_norm/scale [D]      mlp_norm/scale [D]
-        attention/{q,k,v,o}/kernel    attention/{q,k,v,o}/bias (where the family has them)
-        attention/{q_norm,k_norm}/scale [H] (Qwen3)
-        mlp/{gate,up,down}/kernel
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.models import attention, merged, quantize
-from grpo_jax.models.norms import Sum
+from grpo_jax.kernels import attention, fused_attention, kv_cache, quantize, rotary
+from grpo_jax.kernels.gpu_norm import Sum
+from grpo_jax.models import block as block_lib
+from grpo_jax.models import parameters
+from grpo_jax.models.block import Block, ByRow, Place, Rows
+from grpo_jax.models.lanes import Lanes
 from grpo_jax.structs import Array, ModelConfig, Params
-
-# Queries, keys and values, none of them rotated yet, to the attention's output and whatever the
-# caller wants kept of them.
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-# An activation and the logical axes of its dimensions to the same, placed over the devices.
-Place = Callable[[Array, tuple[str | None, ...]], Array]
-
-
-class Rows(NamedTuple):
-    """How rows that devices divide between them become whole on each for the MLP, and the inverse.
-
-    It is split by width over devices that have the attention of other rows each.
-    """
-
-    whole: Callable[[Array], Array] = lambda x: x
-    split: Callable[[Array], Array] = lambda x: x
-    wide: Callable[[Array], Array] = lambda x: x  # what is inside the MLP, [tokens, F]
-
-    @staticmethod
-    def placed(place: Place, row_axis: str) -> Rows:
-        by = lambda axis: lambda x: place(x, (axis,) + (None,) * (x.ndim - 1))  # noqa: E731
-        return Rows(by("shard_rows"), by(row_axis), lambda x: place(x, ("shard_rows", "mlp")))
-
-
-UNDIVIDED = Rows()
-
-
-class ByRow(NamedTuple):
-    """Devices that share the MLP and have the attention of rows of their own each."""
-
-    axis: str  # the logical axis of the rows
-    gather: Callable[[Array, tuple[str, ...]], Array]  # a parameter of these logical axes
-
 
 Kernels = Any  # `attention`, or what has its `causal`, `shared_prefix` and `shares_lanes`
 
@@ -96,216 +55,6 @@ def rotary_frequencies(config: ModelConfig) -> np.ndarray:
     return np.where(wavelength < original / high, freq, slow)
 
 
-class Dense(nn.Module):
-    """A dense layer whose kernel may be in 8 bits."""
-
-    features: int
-    axes: tuple[str, str]
-    dtype: Any
-    bias: bool = False
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        normal = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
-        kernel = self.param("kernel", normal, (x.shape[-1], self.features))
-        y = quantize.product(x.astype(self.dtype), kernel, self.dtype)
-        if self.bias:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
-            bias = self.param("bias", zeros, (self.features,))
-            y += bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-        return y
-
-
-def _dense(features: int, axes: tuple[str, str], name: str, dtype, bias: bool = False) -> Dense:
-    return Dense(features, axes, dtype, bias, name=name)
-
-
-def _by_token(dense: Callable[[Array], Array], x: Array) -> Array:
-    """A dense layer on [..., D] as one product over [tokens, D].
-
-    With more axes the gradient of the kernel contracts over several at once, for which XLA on CPU
-    first turns the incoming gradient round: 1.25 times the time of the product alone.
-    """
-    y = dense(x.reshape(-1, x.shape[-1]))
-    return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def _norm(config: ModelConfig, dtype, name: str | None = None, kind: Any = nn.RMSNorm) -> Any:
-    return kind(
-        epsilon=config.norm_eps,
-        dtype=dtype,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
-        name=name,
-    )
-
-
-def _normed(norm: Callable[..., Any], x: Array | Sum) -> tuple[Array, Array]:
-    """States that may still be to be added, and their norm."""
-    return norm(x) if isinstance(x, Sum) else (x, norm(x))
-
-
-class Attention(nn.Module):
-    config: ModelConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Array, attend: Attend):
-        c = self.config
-        counts = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
-        by_head = lambda y: y.reshape(*y.shape[:-1], -1, c.head_size)  # noqa: E731
-        if self.has_variable("params", "qkv"):  # of `joined`
-            features = sum(counts.values()) * c.head_size
-            dense = _dense(features, ("embed", "heads"), "qkv", self.dtype, c.qkv_bias)
-            ends = np.cumsum(list(counts.values()))[:-1]
-            q, k, v = jnp.split(by_head(_by_token(dense, x)), ends, axis=-2)
-        else:
-            qkv = []
-            for name, count in counts.items():
-                axes = ("embed", "heads" if name == "q" else "kv_heads")
-                dense = _dense(count * c.head_size, axes, name, self.dtype, c.qkv_bias)
-                qkv.append(by_head(_by_token(dense, x)))
-            q, k, v = qkv
-        if c.qk_norm:
-            q = _norm(c, self.dtype, "q_norm")(q)
-            k = _norm(c, self.dtype, "k_norm")(k)
-        out, kept = attend(q, k, v)
-        out = out.reshape(*x.shape[:-1], c.num_heads * c.head_size)
-        dense = _dense(c.width, ("heads", "embed"), "o", self.dtype, c.out_bias)
-        return _by_token(dense, out), kept
-
-
-class MLP(nn.Module):
-    config: ModelConfig
-    dtype: Any
-
-    rows: Rows
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return _by_token(self._tokens, x)
-
-    def _tokens(self, x: Array) -> Array:
-        x, width = self.rows.whole(x), self.config.mlp_width
-        if self.has_variable("params", "gate_up"):  # of `joined`
-            both = _dense(2 * width, ("embed", "mlp"), "gate_up", self.dtype)(x)
-            gate, up = jnp.split(both, 2, axis=-1)
-        else:
-            gate = _dense(width, ("embed", "mlp"), "gate", self.dtype)(x)
-            up = _dense(width, ("embed", "mlp"), "up", self.dtype)(x)
-        y = self.rows.wide(nn.silu(self.rows.wide(gate)) * self.rows.wide(up))
-        return self.rows.split(_dense(self.config.width, ("mlp", "embed"), "down", self.dtype)(y))
-
-
-class Block(nn.Module):
-    """One layer on hidden states [..., D]; any leading axes."""
-
-    config: ModelConfig
-    dtype: Any = jnp.float32
-    norm: Any = nn.RMSNorm  # or `FusedNorm`, and what is returned is still to be added
-
-    @nn.compact
-    def __call__(self, x: Array | Sum, attend: Attend, rows: Rows = UNDIVIDED):
-        norm = functools.partial(_norm, self.config, self.dtype, kind=self.norm)
-        plus = jnp.add if self.norm is nn.RMSNorm else Sum
-        x, y = _normed(norm("attention_norm"), x)
-        y, kept = Attention(self.config, self.dtype, name="attention")(y, attend)
-        x, y = _normed(norm("mlp_norm"), plus(x, y))
-        return plus(x, MLP(self.config, self.dtype, rows, name="mlp")(y)), kept
-
-
-def _boxed_block(config: ModelConfig, key: Array) -> Params:
-    """One layer's parameters in the boxes that carry their logical axes."""
-    x = jnp.zeros((1, config.width))
-    return Block(config).init(key, x, lambda q, k, v: (q, None))["params"]
-
-
-def init(config: ModelConfig, key: Array) -> Params:
-    """Fresh float32 parameters: normals of deviation 0.02, norms at 1.
-
-    Call it under jit with the shardings of `logical_axes` as `out_shardings`, so that no device
-    holds the whole model.
-    """
-    layers_key, embed_key, head_key = jax.random.split(key, 3)
-    normal = nn.initializers.normal(0.02)
-    params = {
-        "embed": {"embedding": normal(embed_key, (config.vocab_size, config.width))},
-        "layers": jax.vmap(lambda k: nn.unbox(_boxed_block(config, k)))(
-            jax.random.split(layers_key, config.num_layers)
-        ),
-        "norm": {"scale": jnp.ones(config.width)},
-    }
-    if not config.tied_head:
-        params["head"] = {"kernel": normal(head_key, (config.width, config.vocab_size))}
-    return params
-
-
-def logical_axes(config: ModelConfig) -> Params:
-    """The logical axes of every parameter, a tuple of names for each; see `sharding.py`."""
-    return jax.tree.map(lambda name: name, _logical_axes(config))
-
-
-@functools.cache  # asked for by each program, and a trace each time
-def _logical_axes(config: ModelConfig) -> Params:
-    boxed = jax.eval_shape(lambda: _boxed_block(config, jax.random.key(0)))
-    axes = {
-        "embed": {"embedding": ("vocab", "embed")},
-        "layers": jax.tree.map(lambda spec: ("layers", *spec), nn.get_partition_spec(boxed)),
-        "norm": {"scale": ("norm",)},
-    }
-    if not config.tied_head:
-        axes["head"] = {"kernel": ("embed", "vocab")}
-    return axes
-
-
-def param_shapes(config: ModelConfig) -> Params:
-    """Shape and dtype of every parameter, without making any."""
-    return jax.tree.map(lambda shape: shape, _param_shapes(config))
-
-
-@functools.cache
-def _param_shapes(config: ModelConfig) -> Params:
-    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
-
-
-def head_kernel(params: Params) -> Array:
-    """The LM head [D, V]: the embedding transposed where the model ties them."""
-    if "head" in params:
-        return params["head"]["kernel"]
-    return params["embed"]["embedding"].T
-
-
-def with_layers_in(params: Params, dtype) -> Params:
-    """The layers' kernels and biases as they are computed with, once for all microbatches.
-
-    The embedding, the head and the norms stay: gradients of many tokens are summed into them.
-    """
-
-    def one(path, x: Array) -> Array:
-        return x.astype(dtype) if path[-1].key in ("kernel", "bias") else x
-
-    return params | {"layers": jax.tree_util.tree_map_with_path(one, params["layers"])}
-
-
-# By module, what `joined` makes of which dense layers.
-_JOINED = {"attention": ("qkv", ("q", "k", "v")), "mlp": ("gate_up", ("gate", "up"))}
-
-
-def joined(
-    layer: Params, join: Callable[..., Any] = lambda *xs: jnp.concatenate(xs, axis=-1)
-) -> Params:
-    """One layer's weights, those that are multiplied with the same states side by side.
-
-    Of few tokens one product is faster than its parts. `join` puts arrays of all parts together.
-    """
-    for module, (name, parts) in _JOINED.items():
-        dense = dict(layer[module])
-        trees = [dense.pop(part) for part in parts]
-        is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
-        dense[name] = jax.tree.map(join, *trees, is_leaf=is_axes)
-        layer = layer | {module: dense}
-    return layer
-
-
 def _embed(params: Params, ids: Array, dtype) -> Array:
     table = params["embed"]["embedding"]
     if isinstance(table, quantize.Int8):
@@ -316,8 +65,10 @@ def _embed(params: Params, ids: Array, dtype) -> Array:
 def _final_norm(
     params: Params, config: ModelConfig, x: Array | Sum, dtype, kind: Any = nn.RMSNorm
 ) -> Array:
-    norm = functools.partial(_norm(config, dtype, kind=kind).apply, {"params": params["norm"]})
-    return _normed(norm, x)[1]
+    norm = functools.partial(
+        block_lib.rms_norm(config, dtype, kind=kind).apply, {"params": params["norm"]}
+    )
+    return block_lib.normed(norm, x)[1]
 
 
 def _layer_windows(config: ModelConfig) -> Array | None:
@@ -339,7 +90,7 @@ def _run_layers(body, carry, params: Params, config: ModelConfig, remat: str, sc
         policies = jax.checkpoint_policies
         dots = policies.save_from_both_policies(
             policies.dots_with_no_batch_dims_saveable,  # attention's have some
-            policies.save_only_these_names(merged.KEPT),
+            policies.save_only_these_names(fused_attention.KEPT),
         )
         policy = dots if remat == "dots" else None
         body = jax.checkpoint(body, policy=policy, prevent_cse=not scan)
@@ -365,7 +116,7 @@ def score(
     """The hidden states that predict the completions' tokens; every prompt is computed once.
 
     Without a layout [P, G, C, D]: entry [p, g, c] predicts completion token c. With one, the
-    (token_RX, lane_PLT) of `algorithm/packing.py`, [R, M * G + X, D] for R rows of M prompts: first
+    (token_RX, lane_PLT) of `learner/packing.py`, [R, M * G + X, D] for R rows of M prompts: first
     the states that predict each completion's first token, which are the prompts' last, then those
     of the row's entries. Prompts and completions are padded on the right; the states of padding
     and of empty entries mean nothing. `place` is given activations with their logical axes;
@@ -375,10 +126,10 @@ def score(
     if layout is None:  # a row for each prompt, a lane for each completion
         own_GT = np.arange(group)[:, None] * tokens + np.arange(1, tokens)
         token_RX = jnp.broadcast_to(own_GT.reshape(1, -1), (num_prompts, own_GT.size))
-        lanes = _Lanes(num_prompts, (num_prompts, group, tokens - 1))
+        lanes = Lanes(num_prompts, (num_prompts, group, tokens - 1))
     else:
         token_RX, lane_PLT = layout
-        lanes = _Lanes.of(lane_PLT, *token_RX.shape)
+        lanes = Lanes.of(lane_PLT, *token_RX.shape)
     by_row = lambda x, *shape: x.reshape(token_RX.shape[0], *shape)  # noqa: E731
     place_RX = jnp.maximum(token_RX - 1, 0)  # of the token that an entry reads
     input_RX = jnp.take_along_axis(by_row(completion_PGC, -1), place_RX, axis=1)
@@ -390,14 +141,14 @@ def score(
     segment_PLT = lanes.spread(place_RX // tokens + 1)  # 0: none
     at_PQ = jnp.broadcast_to(jnp.arange(prompt_PQ.shape[1]), prompt_PQ.shape)
     position = jnp.concatenate([by_row(at_PQ, -1), length_RX + position_RX], axis=1)
-    angles = attention.rotary(position, rotary_frequencies(config))
+    angles = rotary.rotary(position, rotary_frequencies(config))
     ids = jnp.concatenate([by_row(prompt_PQ, -1), input_RX], axis=1)
     begin, block = ids.shape[1] - token_RX.shape[1], Block(config, dtype)
     row_axis = apart.axis if apart else "shard_rows"
     by_token, by_head = (row_axis, "tokens"), (row_axis, None, "attention_heads", None)
     split = lambda x: place(x, (*by_token, None))  # noqa: E731
-    rows = Rows.placed(place, row_axis) if apart else UNDIVIDED
-    axes = logical_axes(config)
+    rows = Rows.placed(place, row_axis) if apart else block_lib.UNDIVIDED
+    axes = parameters.logical_axes(config)
     layer_axes = jax.tree.map(
         lambda names: names[1:], axes["layers"], is_leaf=lambda x: isinstance(x, tuple)
     )
@@ -412,7 +163,7 @@ def score(
         params = gathered(params, layer_axes)
 
         def attend(q, k, v):
-            q, k = (attention.rotate(y, angles) for y in (q, k))
+            q, k = (rotary.rotate(y, angles) for y in (q, k))
             q, k, v = map(to_heads, (q, k, v))
             prompts = [y[:, :begin].reshape(*prompt_PQ.shape, *y.shape[2:]) for y in (q, k, v)]
             out_PQNH = kernels.causal(*prompts, prompt_length_P, window)
@@ -449,62 +200,6 @@ def score(
     return _final_norm(params, config, states, dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Lanes:
-    """Between the entries of rows [R, X, ...] and the lanes [P, L, T, ...] that attention sees."""
-
-    rows: int
-    shape: tuple[int, int, int]  # P, L, T
-    entry_RY: Array | None = None  # of each place in a row's lanes, Y = P / R * L * T; -1: none
-    place_RX: Array | None = None  # of each entry, the inverse. None for both: they are the same
-
-    @staticmethod
-    def of(lane_PLT: Array, rows: int, entries: int) -> _Lanes:
-        if lane_PLT.size == rows * entries:  # an entry is a place
-            return _Lanes(rows, lane_PLT.shape)
-        entry_RY = lane_PLT.reshape(rows, -1)
-
-        def inverse(entry_Y: Array) -> Array:
-            at_Y = jnp.where(entry_Y < 0, entries, entry_Y)  # past the end: dropped
-            place_Y = jnp.arange(len(entry_Y), dtype=jnp.int32)
-            return jnp.full(entries, -1, jnp.int32).at[at_Y].set(place_Y, mode="drop")
-
-        return _Lanes(rows, lane_PLT.shape, entry_RY, jax.vmap(inverse)(entry_RY))
-
-    def spread(self, x: Array) -> Array:
-        """Entries [R, X, ...] laid out in lanes, zeros where there is none."""
-        if self.entry_RY is not None:
-            x = _moved(x, self.entry_RY, self.place_RX)
-        return x.reshape(*self.shape, *x.shape[2:])
-
-    def gather(self, x: Array) -> Array:
-        """The inverse: what stands in lanes by entry [R, X, ...], zeros for empty ones."""
-        if self.entry_RY is None:
-            return x.reshape(self.rows, -1, *x.shape[3:])
-        x = x.reshape(*self.entry_RY.shape, *x.shape[3:])
-        return _moved(x, self.place_RX, self.entry_RY)
-
-
-@jax.custom_vjp
-def _moved(x: Array, source: Array, target: Array) -> Array:
-    """Entry `source[r, y]` of x [R, X, ...] at y, zeros for -1; `target` is the inverse.
-
-    The gradient moves back by the inverse: of a plain lookup it is a sum into places, which is slow
-    everywhere and in no certain order on a GPU.
-    """
-    if not x.shape[1]:  # completions of one token have no entries
-        return jnp.zeros((*source.shape, *x.shape[2:]), x.dtype)
-    y = jax.vmap(lambda row, at: row[at])(x, jnp.maximum(source, 0))
-    there = (source >= 0).reshape(*source.shape, *(1,) * (x.ndim - 2))
-    return jnp.where(there, y, 0)
-
-
-_moved.defvjp(
-    lambda x, source, target: (_moved(x, source, target), (source, target)),
-    lambda where, y: (_moved(y, *where[::-1]), None, None),
-)
-
-
 def prefill(
     params: Params,
     config: ModelConfig,
@@ -512,12 +207,12 @@ def prefill(
     length_R: Array,
     *,
     dtype=jnp.float32,
-    rows: Rows = UNDIVIDED,
-    caching: Any = attention.RING,
+    rows: Rows = block_lib.UNDIVIDED,
+    caching: Any = kv_cache.RING,
 ) -> tuple[Array, tuple]:
     """Hidden state of each prompt's last token [R, D], and the prompts' cache by layer."""
     t_Q = jnp.arange(prompt_RQ.shape[1])
-    angles = attention.rotary(t_Q[None], rotary_frequencies(config))
+    angles = rotary.rotary(t_Q[None], rotary_frequencies(config))
     block = Block(config, dtype)
 
     windows = config.window_per_layer or (None,) * config.num_layers
@@ -525,7 +220,7 @@ def prefill(
     for layer, window in zip(params["layers"], windows, strict=True):
 
         def attend(q, k, v, window=window):
-            q, k = (attention.rotate(y, angles) for y in (q, k))
+            q, k = (rotary.rotate(y, angles) for y in (q, k))
             out = attention.causal(q, k, v, length_R, window)
             return out, caching.of_prompt(k, v)
 
@@ -547,8 +242,8 @@ def decode_token(
     limit: int,
     *,
     dtype=jnp.float32,
-    rows: Rows = UNDIVIDED,
-    caching: Any = attention.RING,
+    rows: Rows = block_lib.UNDIVIDED,
+    caching: Any = kv_cache.RING,
     norm: Any = nn.RMSNorm,
 ) -> tuple[Array, tuple]:
     """Hidden state after one more token per lane [R, W, D], and the cache by layer with it.
@@ -556,7 +251,7 @@ def decode_token(
     `token_RW` stands at position `time_RW` of its completion of at most `limit` tokens, and goes
     into `column` of a ring. What lanes give that are not live means nothing.
     """
-    angles = attention.rotary(prompt_length_R[:, None] + time_RW, rotary_frequencies(config))
+    angles = rotary.rotary(prompt_length_R[:, None] + time_RW, rotary_frequencies(config))
     windows = config.window_per_layer or (None,) * config.num_layers
     block = Block(config, dtype, norm)
     x_RWD = rows.split(_embed(params, token_RW, dtype))

@@ -11,10 +11,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from grpo_jax import config as config_lib
-from grpo_jax import rules
-from grpo_jax.planning import step as step_lib
-from grpo_jax.planning.step import Plan
+from grpo_jax.config import derived, options, rules
+from grpo_jax.planning import plan as plan_lib
+from grpo_jax.planning.plan import Plan
 from grpo_jax.structs import ModelConfig
 
 Change = dict[str, Any]  # options by their dotted names
@@ -67,7 +66,7 @@ def changed(config: ConfigDict, change: Change) -> ConfigDict:
     for name, value in change.items():
         section, _, leaf = name.rpartition(".")
         new[section][leaf] = value
-    rules.check(new, config_lib.default())
+    rules.check(new, options.default())
     return new.lock()
 
 
@@ -88,7 +87,7 @@ class Trial:
         """
         try:
             config = changed(self.config, change)
-            arrays = step_lib.arrays_alone(self.held(config))
+            arrays = plan_lib.arrays_alone(self.held(config))
             if arrays > self.room:
                 why = f"its arrays alone take {arrays / 2**30:,.2f} GiB"
                 return Tried(change, None, arrays, why)
@@ -106,7 +105,7 @@ def smallest_fit(trial: Trial, plan: Plan) -> Iterator[Tried]:
     run comes last, the least first. What helps nothing is left out of what follows, and in the end
     what the others make needless.
     """
-    best = Tried({}, plan, step_lib.arrays_alone(plan.held))
+    best = Tried({}, plan, plan_lib.arrays_alone(plan.held))
     tries: list[Change] = []
     for stage in (_exact, _on_meshes, _exact, _rounded):
         seen: list[Change] = []
@@ -140,13 +139,11 @@ def _without_each(trial: Trial, fitting: Tried, known: list[Change]) -> Iterator
 
 # What may help, in the order in which it is tried: of a config, by names of the programs that do
 # not fit and by what devices hold.
-
-
 def _exact(
     config: ConfigDict, over: set[str], held: dict[str, float], model: ModelConfig
 ) -> Iterator[Change]:
     shards = config.mesh.data * config.mesh.fsdp
-    if over & {"gradient", "score"} and rules.groups_at_once(config) > shards:
+    if over & {"gradient", "score"} and derived.groups_at_once(config) > shards:
         yield {"batch.microbatch": shards}
     if "gradient" in over and config.model.remat != "full":
         yield {"model.remat": "full"}
@@ -174,7 +171,7 @@ def _on_meshes(
             continue
         yield mesh
         shards = mesh["mesh.data"] * mesh["mesh.fsdp"]
-        if over & {"gradient", "score"} and rules.groups_at_once(config) > shards:
+        if over & {"gradient", "score"} and derived.groups_at_once(config) > shards:
             yield mesh | {"batch.microbatch": shards}
 
 

@@ -17,12 +17,16 @@ from pathlib import Path
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from grpo_jax import hosts, memory, sharding, workdir
-from grpo_jax.algorithm.update import usual_tokens
-from grpo_jax.metrics import say
-from grpo_jax.parts import USUAL, Fit
-from grpo_jax.planning import chips
-from grpo_jax.planning.step import Compiled, Known, Lengths, Step
+from grpo_jax.devices import memory, sharding
+from grpo_jax.hosts import processes
+from grpo_jax.learner.scoring import usual_tokens
+from grpo_jax.messages.console import say
+from grpo_jax.planning import topologies
+from grpo_jax.planning.compiled import Compiled, Known
+from grpo_jax.planning.programs import Lengths, Step
+from grpo_jax.planning.topologies import Chip
+from grpo_jax.run.whole_files import write_json
+from grpo_jax.setup.learner import USUAL, Fit
 from grpo_jax.structs import ModelConfig
 
 _REMAT = ("none", "dots", "full")  # the fastest first
@@ -49,17 +53,17 @@ def of_run(config: ConfigDict, model: ModelConfig, mesh: Mesh, longest: int, fol
         "mesh": dict(mesh.shape),
     }
     file = folder / "fit.json"
-    known = json.loads(file.read_text()) if hosts.is_first() and file.exists() else None
-    known = hosts.gather(known, "the choice of a microbatch")[0]
+    known = json.loads(file.read_text()) if processes.is_first() and file.exists() else None
+    known = processes.gather(known, "the choice of a microbatch")[0]
     if known is None or known["asked"] != asked:
-        limits = hosts.gather(memory.limit(), "the choice of a microbatch")
+        limits = processes.gather(memory.limit(), "the choice of a microbatch")
         limit = None if None in limits else min(limits)
-        chip = chips.of_device(mesh.devices.flat[0])
+        chip = topologies.of_device(mesh.devices.flat[0])
         own = choose(config, model, mesh, Lengths.of(config, longest), limit, chip)
-        chosen = hosts.gather(dataclasses.asdict(own), "the choice of a microbatch")[0]
+        chosen = processes.gather(dataclasses.asdict(own), "the choice of a microbatch")[0]
         known = {"asked": asked, "chosen": chosen}
-        if hosts.is_first():
-            workdir.write_json(file, known)
+        if processes.is_first():
+            write_json(file, known)
     return Fit(**known["chosen"])
 
 
@@ -69,7 +73,7 @@ def choose(
     mesh: Mesh,
     lengths: Lengths,
     limit: float | None,
-    chip: chips.Chip | None = None,
+    chip: Chip | None = None,
     known: Known | None = None,
 ) -> Fit:
     """The fit whose gradient needs at most `limit` bytes of each device, by its compiled program.

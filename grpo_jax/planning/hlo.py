@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import json
 import math
 import re
@@ -21,11 +20,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from grpo_jax import sharding
+from grpo_jax.devices import sharding
+from grpo_jax.planning import hlo_text
+from grpo_jax.planning.hlo_text import Instruction
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-
-_BYTES = {"pred": 1, "token": 0, "opaque": 0}
 _FREE = frozenset(  # move no bytes by themselves
     "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id "
     "add-dependency opt-barrier copy-done domain iota".split()
@@ -118,121 +117,12 @@ def cost(
     return _Program(text, mesh, loops, read or {}).cost()
 
 
-# --- The text -------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Array:
-    dtype: str
-    shape: tuple[int, ...]
-    on_chip: bool  # in a memory space other than the device's main memory
-
-    @property
-    def bytes(self) -> float:
-        bits = re.search(r"\d+", self.dtype)
-        each = _BYTES.get(self.dtype, int(bits[0]) / 8 if bits else 0)
-        return math.prod(self.shape) * each
-
-    @property
-    def moved(self) -> float:
-        return 0.0 if self.on_chip else self.bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    name: str
-    type: str
-    opcode: str
-    operands: tuple[str, ...]
-    attributes: str
-    root: bool
-    literal: str  # what stands between the parentheses
-
-    @functools.cached_property
-    def arrays(self) -> tuple[_Array, ...]:
-        return _arrays(self.type)
-
-    @property
-    def in_place(self) -> tuple[int, ...]:
-        """Which results are operands, changed."""
-        found = re.search(r"output_to_operand_aliasing={(.*?\))}", self.attributes)
-        return tuple(int(n or 0) for n in re.findall(r"{(\d*)}: ", found[1])) if found else ()
-
-    def attribute(self, name: str) -> str | None:
-        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
-        return found[1] if found else None
-
-    def sizes(self, name: str) -> tuple[int, ...]:
-        found = re.search(rf"\b{name}={{([\d,]*)}}", self.attributes)
-        return tuple(int(n) for n in found[1].split(",") if n) if found else ()
-
-
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
-
-
-def _arrays(text: str) -> tuple[_Array, ...]:
-    found = []
-    for dtype, shape, layout in _ARRAY.findall(text):
-        sizes = tuple(int(n.strip("<=")) for n in shape.split(",") if n)
-        space = re.search(r"S\((\d+)\)", layout)
-        found.append(_Array(dtype, sizes, bool(space) and space[1] != "0"))
-    return tuple(found)
-
-
-def _balanced(text: str, start: int) -> int:
-    """The index after the parenthesis that closes the one at `start`."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == "(") - (text[i] == ")")
-        if depth == 0:
-            return i + 1
-    return len(text)
-
-
-_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
-
-
-def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
-    """Computations by name, each its instructions by name; and with which one it begins."""
-    computations: dict[str, dict[str, _Instruction]] = {}
-    entry, current = "", {}
-    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
-        if line[:1] not in (" ", "}", ""):
-            head = _HEAD.match(line)
-            if head:
-                current = computations.setdefault(head[2], {})
-                entry = head[2] if head[1] else entry
-            continue
-        found = _LINE.match(line)
-        if not found:
-            continue
-        rest = found[3]
-        end = _balanced(rest, 0) if rest.startswith("(") else rest.find(" ")
-        opcode = re.match(r"\s*([\w\-]+)\(", rest[end:])
-        if not opcode:
-            continue
-        begin = end + opcode.end() - 1
-        close = _balanced(rest, begin)
-        inside = rest[begin + 1 : close - 1]
-        current[found[2]] = _Instruction(
-            name=found[2],
-            type=rest[:end],
-            opcode=opcode[1],
-            operands=tuple(re.findall(r"%([\w.\-]+)", inside)),
-            attributes=rest[close:],
-            root=bool(found[1]),
-            literal=inside,
-        )
-    return computations, entry
-
-
 # --- Costs ----------------------------------------------------------------------------------------
 
 
 class _Program:
     def __init__(self, text: str, mesh: Mesh, loops: float, read: Mapping[tuple[int, ...], float]):
-        self.computations, self.entry = _parse(text)
+        self.computations, self.entry = hlo_text.parse(text)
         self.mesh, self.loops, self.gpu = mesh, loops, sharding.is_gpu(mesh)
         self.read = read
         self._known: dict[str, Cost] = {}
@@ -264,14 +154,14 @@ class _Program:
                 parts[n] = dataclasses.replace(part, collectives=tuple(each))
         return parts
 
-    def _launched(self, i: _Instruction, inside: str) -> Cost:
+    def _launched(self, i: Instruction, inside: str) -> Cost:
         """An instruction's cost, with that of its kernel."""
         cost = self._instruction(i, inside)
         if i.opcode in _CALLING or not (cost.flops or cost.bytes):
             return cost
         return dataclasses.replace(cost, kernels=(Kernel(cost.flops, cost.bytes, 1.0),))
 
-    def _instruction(self, i: _Instruction, inside: str) -> Cost:
+    def _instruction(self, i: Instruction, inside: str) -> Cost:
         if i.opcode in _FREE or i.opcode.endswith(("-done", "-update")):
             return Cost()
         if i.opcode == "while":
@@ -305,7 +195,7 @@ class _Program:
             for c in inner.collectives
         )
 
-    def _trips(self, loop: _Instruction) -> float:
+    def _trips(self, loop: Instruction) -> float:
         """How often a loop runs: as XLA noted, or up to the constant that its counter is below."""
         noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if noted:
@@ -321,7 +211,7 @@ class _Program:
         step = self._added(body[root.operands[counter]], body, {}) or 1  # an unrolled one's is more
         return float(-(-limit // step))
 
-    def _limit(self, i: _Instruction, inside: Mapping, outer: Mapping) -> tuple[int, int] | None:
+    def _limit(self, i: Instruction, inside: Mapping, outer: Mapping) -> tuple[int, int] | None:
         """The constant that a loop's counter is compared with, and its place in the loop's state.
 
         The comparison may stand in a fusion, whose arguments are `outer`.
@@ -343,7 +233,7 @@ class _Program:
             return None
         return int(right.literal), int(index)
 
-    def _added(self, i: _Instruction, inside: Mapping, outer: Mapping) -> int | None:
+    def _added(self, i: Instruction, inside: Mapping, outer: Mapping) -> int | None:
         """By how much a loop's body moves its counter on; None where it is not a sum."""
         if i.opcode == "get-tuple-element":
             return 0
@@ -361,12 +251,12 @@ class _Program:
 
     # Matrix products.
 
-    def _dot(self, i: _Instruction, inside: str) -> float:
+    def _dot(self, i: Instruction, inside: str) -> float:
         left = self.computations[inside][i.operands[0]].arrays[0].shape
         summed = math.prod(left[d] for d in i.sizes("lhs_contracting_dims"))
         return 2.0 * math.prod(i.arrays[0].shape) * summed
 
-    def _convolution(self, i: _Instruction, inside: str) -> float:
+    def _convolution(self, i: Instruction, inside: str) -> float:
         """A TPU's products are convolutions; axes of a batch are windows of which most is padding.
 
         So for each spatial axis the pairs of output and kernel positions that meet an input.
@@ -378,7 +268,7 @@ class _Program:
         flops = 2.0 * out[outputs.index("b")] * out[outputs.index("f")] * right[kernel.index("i")]
         window = {
             key: value.split("x")
-            for key, value in re.findall(r"(\w+)=([\dx_\-]+)", _window(i.attributes))
+            for key, value in re.findall(r"(\w+)=([\dx_\-]+)", hlo_text.window(i.attributes))
         }
         for n, axis in enumerate(c for c in outputs if c.isdigit()):
             number = lambda key, default, n=n: int(window.get(key, [default] * (n + 1))[n])  # noqa: E731
@@ -392,7 +282,7 @@ class _Program:
 
     # Bytes between memory and cores.
 
-    def _bytes(self, i: _Instruction, inside: str) -> float:
+    def _bytes(self, i: Instruction, inside: str) -> float:
         scope = self.computations[inside]
         operands = [scope[o].arrays for o in i.operands if o in scope]
         share = self.read if i.opcode == "custom-call" else {}
@@ -413,7 +303,7 @@ class _Program:
 
     def _fusion_bytes(self, body: Mapping, read: list[float], written: float) -> float:
         """Of an operand that is only sliced the slices; of a result that is updated the update."""
-        users: dict[str, list[_Instruction]] = collections.defaultdict(list)
+        users: dict[str, list[Instruction]] = collections.defaultdict(list)
         for i in body.values():
             for operand in i.operands:
                 users[operand].append(i)
@@ -433,11 +323,11 @@ class _Program:
 
     # Collectives.
 
-    def _collective(self, i: _Instruction, kind: str, inside: str) -> Collective:
+    def _collective(self, i: Instruction, kind: str, inside: str) -> Collective:
         scope = self.computations[inside]
         arrays = [a for o in i.operands if o in scope for a in scope[o].arrays]
         payload = sum(a.bytes for a in arrays)
-        groups = _groups(i.attributes, kind, self.mesh.size)
+        groups = hlo_text.groups(i.attributes, kind, self.mesh.size)
         size = groups.shape[1]
         ring = (size - 1) / max(size, 1)
         sent = {
@@ -472,17 +362,12 @@ def _once(collectives: Iterable[Collective]) -> list[Collective]:
     return list(found.values())
 
 
-def _cycles(i: _Instruction) -> float:
+def _cycles(i: Instruction) -> float:
     found = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
     return float(found[1]) if found else 0.0
 
 
-def _window(attributes: str) -> str:
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    return found[1] if found else ""
-
-
-def _touched(i: _Instruction, users: Mapping[str, list[_Instruction]]) -> float:
+def _touched(i: Instruction, users: Mapping[str, list[Instruction]]) -> float:
     """Bytes of a fusion's parameter that are looked at."""
     total = 0.0
     for user in users[i.name]:
@@ -498,64 +383,6 @@ def _touched(i: _Instruction, users: Mapping[str, list[_Instruction]]) -> float:
 
 
 # --- Who takes part -------------------------------------------------------------------------------
-
-
-def _groups(attributes: str, kind: str, devices: int) -> np.ndarray:
-    """Groups of devices [groups, size], numbered as the mesh has them, from any of XLA's notations.
-
-    Lists, {{0,1},{2,3}}; a reshaped and transposed count, [2,4]<=[4,2]T(1,0); or axes of a mesh of
-    the compiler's own, mesh['a'=2,'b'=4] {'a'}.
-    """
-    if kind == "collective-permute":
-        pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes)
-        found = [tuple(map(int, p.split(","))) for p in re.findall(r"\{([\d,]+)\}", pairs[1])]
-        return np.array([p for p in found if p[0] != p[1]] or [[0, 0]])
-    at = attributes.find("replica_groups=")
-    text = attributes[at + len("replica_groups=") :]
-    if text.startswith("{{"):
-        lists = text[: text.index("}}") + 1]
-        return np.array([_ints(g) for g in re.findall(r"\{([\d,]+)\}", lists)])
-    if text.startswith("["):
-        shape, rest = re.match(r"\[([\d,]+)\](?:<=(\S*))?", text).groups()
-        return _count(rest.rstrip(",")).reshape(_ints(shape))
-    if text.startswith("mesh["):
-        names = re.match(r"mesh\[([^\]]*)\]", text)[1]
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", names)}
-        order = re.search(r"device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?)\)", text.split("{")[0])
-        ids = _count(order[1]) if order else np.arange(math.prod(sizes.values()))
-        chosen = re.search(r"\{([^}]*)\}", text)[1]
-        chosen = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen)
-        return _of_axes(ids.reshape(tuple(sizes.values())), list(sizes), chosen)
-    return np.arange(devices)[None]
-
-
-def _ints(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
-
-
-def _count(text: str) -> np.ndarray:
-    """[4,2]T(1,0): eight counted up in that shape, transposed, and flattened."""
-    shape, turned = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
-    ids = np.arange(math.prod(_ints(shape))).reshape(_ints(shape))
-    return (ids.transpose(_ints(turned)) if turned else ids).reshape(-1)
-
-
-def _of_axes(ids: np.ndarray, names: list[str], chosen: list[tuple[str, str, str]]) -> np.ndarray:
-    """Groups along some axes; of an axis written 'a':(2)4 the part of size 4 inside those of 2."""
-    shape, inside = [], []
-    for name, size in zip(names, ids.shape):
-        part = next((c for c in chosen if c[0] == name), None)
-        if part is None:
-            shape.append(size)
-        elif part[1]:
-            before, own = int(part[1]), int(part[2])
-            inside.append(len(shape) + 1)
-            shape += [before, own, size // (before * own)]
-        else:
-            inside.append(len(shape))
-            shape.append(size)
-    ids = np.moveaxis(ids.reshape(shape), inside, range(-len(inside), 0))
-    return ids.reshape(-1, math.prod(ids.shape[len(shape) - len(inside) :]))
 
 
 def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from grpo_jax.messages import shown
+from grpo_jax.messages.values import shown
 from grpo_jax.rewards.completions import after_thinking, begin_in_thinking, text_of
 
 # \boxed{ and \fbox{ open a box; so does \boxed before a bare token. Escaped braces are text.

@@ -10,11 +10,7 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from grpo_jax.rewards.answers import (
-    answer_fault,
-    right_or_wrong,
-    strip,
-)
+from grpo_jax.rewards.answers import answer_fault, right_or_wrong, strip
 from grpo_jax.rewards.characters import as_latex
 
 _PLAIN = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"

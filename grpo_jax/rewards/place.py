@@ -10,8 +10,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from grpo_jax.credentials import hidden
-from grpo_jax.messages import cut
+from grpo_jax.messages.credentials import hidden
+from grpo_jax.messages.values import cut
 
 _FRAMES = 4  # shown of an error
 _MAX_CHARS = 100  # of a line of code

@@ -19,8 +19,8 @@ from typing import Any
 
 from grpo_jax.rewards import keeper, sources
 from grpo_jax.rewards.process import Worker
-from grpo_jax.rewards.reward import Reward
-from grpo_jax.rewards.score import RewardError, Scores
+from grpo_jax.rewards.registry import Reward
+from grpo_jax.rewards.scores import RewardError, Scores
 from grpo_jax.rewards.ticket import Ticket
 from grpo_jax.rewards.worker import Answer, Call, Setup
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from grpo_jax.rewards import score as score_lib
-from grpo_jax.rewards.reward import Reward
-from grpo_jax.rewards.score import Failure, RewardError, Scores
+from grpo_jax.rewards import scores
+from grpo_jax.rewards.registry import Reward
+from grpo_jax.rewards.scores import Failure, RewardError, Scores
 from grpo_jax.rewards.worker import Answer
 
 
@@ -42,7 +42,7 @@ class Ticket:
         by_name, failed = named(self._values), named(self._failed)
         order = sorted(self._failures, key=lambda f: (f.row, f.reward))
         return Scores(
-            reward_B=score_lib.combine(self._rewards, by_name, failed),
+            reward_B=scores.combine(self._rewards, by_name, failed),
             by_name=by_name,
             failed=failed,
             seconds=named(self._seconds),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.messages import shown
+from grpo_jax.messages.values import shown
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 

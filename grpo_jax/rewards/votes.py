@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.rewards import reward as reward_lib
+from grpo_jax.rewards import registry
 from grpo_jax.rewards.answers import Same, extract_answer
 from grpo_jax.rewards.completions import begin_in_thinking, text_of
 from grpo_jax.rewards.pool import Limits, Pool
-from grpo_jax.rewards.reward import Reward
+from grpo_jax.rewards.registry import Reward
 
 _MAX_COMPARED = 64  # different answers of one problem that a further one is compared with
 _MAX_WORKERS = 4
@@ -27,7 +27,7 @@ def same_answer_of(spec: str) -> Same | None:
 
     A function of two answers as `extract_answer` gives them; a reward without it reads no answer.
     """
-    found: Callable = reward_lib.function(spec)
+    found: Callable = registry.function(spec)
     return getattr(getattr(found, "func", found), "same_answer", None)
 
 

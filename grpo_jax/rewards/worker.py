@@ -23,10 +23,10 @@ from collections.abc import Awaitable, Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from grpo_jax.credentials import hidden
-from grpo_jax.messages import cut, shown
-from grpo_jax.rewards import keeper, place, sources, values
-from grpo_jax.rewards import reward as reward_lib
+from grpo_jax.messages.credentials import hidden
+from grpo_jax.messages.values import cut, shown
+from grpo_jax.rewards import keeper, place, registry, sources
+from grpo_jax.rewards import values as values_lib
 
 _METRIC = re.compile(r"[\w.:\-]{1,100}")  # reward_log/NAME stands among the run's metrics
 _MAX_EXTRA_CHARS = 10_000  # of a text in the table of samples
@@ -88,11 +88,11 @@ def answer(found: Callable, name: str, call: Call, max_completion_tokens: int) -
     given = _given(call, max_completion_tokens, metrics, extras)
     began = time.monotonic()
     try:
-        got = found(**{n: given[n] for n in reward_lib.accepted(found, given)})
+        got = found(**{n: given[n] for n in registry.accepted(found, given)})
         if inspect.isawaitable(got):
             got = _waited_for(got)
-        numbers_B, faults = values.read(name, got, call.completions)
-    except values.WrongValuesError as error:
+        numbers_B, faults = values_lib.read(name, got, call.completions)
+    except values_lib.WrongValuesError as error:
         return Answer(None, time.monotonic() - began, "values", f"{error}{_stands(found)}")
     except MemoryError:
         message = f"The reward {name!r} asked for more memory than rewards.memory_gb allows."
@@ -233,7 +233,7 @@ def main(descriptor: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (setup.memory_bytes, setup.memory_bytes))
     sys.meta_path.insert(0, sources.Finder(setup.sources))
     try:
-        functions = [reward_lib.function(spec) for spec in setup.specs]
+        functions = [registry.function(spec) for spec in setup.specs]
     except BaseException as error:
         pipe.send(f"{type(error).__name__}: {_said(error, 1000)}")
         return

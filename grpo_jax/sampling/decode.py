@@ -22,9 +22,11 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
-from grpo_jax import sharding
-from grpo_jax.models import attention, kernels, transformer
-from grpo_jax.models import logits as logits_lib
+from grpo_jax.devices import by_shard, sharding
+from grpo_jax.kernels import choice, kv_cache
+from grpo_jax.kernels.block_sums import Sums, sums_of_blocks
+from grpo_jax.models import block, logits, parameters, transformer
+from grpo_jax.models.block import Rows
 from grpo_jax.structs import Array, ModelConfig, Params, Sampling
 
 # A GPU waits at every look until the host has read the answer and launched the next token.
@@ -42,11 +44,11 @@ class Decoder:
     max_tokens: int  # C: completion limit
     dtype: Any = jnp.float32  # of activations, and of weights and cache that are the "same"
     weights: str = "same"  # or "int8"
-    join: bool = False  # see `transformer.joined`; for devices that hold a layer whole
+    join: bool = False  # see `parameters.joined`; for devices that hold a layer whole
     steps: int = 1  # tokens between two looks at whether the host is needed
-    caching: Any = attention.RING  # how the cache is kept and attended to: see `kernels`
+    caching: Any = kv_cache.RING  # how the cache is kept and attended to: see `kernels`
     norm: Any = nn.RMSNorm  # of a token's states
-    sums: logits_lib.Sums = logits_lib.sums_of_blocks  # of a draw
+    sums: Sums = sums_of_blocks  # of a draw
 
     @property
     def parts(self) -> int:
@@ -54,11 +56,11 @@ class Decoder:
         return sharding.attention_parts(self.mesh, self.model.num_kv_heads)
 
     @property
-    def rows(self) -> transformer.Rows:
+    def rows(self) -> Rows:
         if self.parts == 1:
-            return transformer.UNDIVIDED
-        place = functools.partial(sharding.place_in_slots, self.mesh)
-        return transformer.Rows(place, functools.partial(place, split=True))
+            return block.UNDIVIDED
+        place = functools.partial(by_shard.place_in_slots, self.mesh)
+        return Rows(place, functools.partial(place, split=True))
 
 
 def decoder_for(
@@ -89,9 +91,9 @@ def decoder_for(
         weights=weights,
         join=on_gpu and mesh.shape["tensor"] == 1,
         steps=_STEPS_ON_GPU if on_gpu else 1,
-        caching=kernels.choose_decoding(attention, cache, model, mesh, dtype),
-        norm=kernels.choose_norm(mesh, dtype),
-        sums=kernels.choose_sums(mesh, dtype),
+        caching=choice.choose_decoding(attention, cache, model, mesh, dtype),
+        norm=choice.choose_norm(mesh, dtype),
+        sums=choice.choose_sums(mesh, dtype),
     )
 
 
@@ -138,7 +140,7 @@ def _choose(decoder: Decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature
     function of the completion's key and the token's position.
     """
     lanes = key_RW2.shape[:2]
-    scores = logits_lib.logits(hidden_RWD, head_DV)
+    scores = logits.logits(hidden_RWD, head_DV)
     scores_BV = scores.reshape(-1, scores.shape[-1])
     if temperature is None:
         token_B = jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
@@ -150,12 +152,12 @@ def _choose(decoder: Decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature
         return jax.random.uniform(jax.random.fold_in(key, time))
 
     uniform_B = jax.vmap(uniform)(key_RW2.reshape(-1, 2), time_RW.reshape(-1))
-    if not logits_lib.takes_all(decoder.sampling, scores.shape[-1]):
-        scores_BV = logits_lib.weighed(scores_BV, decoder.sampling, temperature=temperature)
+    if not logits.takes_all(decoder.sampling, scores.shape[-1]):
+        scores_BV = logits.weighed(scores_BV, decoder.sampling, temperature=temperature)
         temperature = 1.0
     devices = sharding.num_shards_of(decoder.mesh, "vocab", scores.shape[-1])
-    split = logits_lib.Split(devices, functools.partial(sharding.place_in_slots, decoder.mesh))
-    token_B, logp_B = logits_lib.draw(
+    split = logits.Split(devices, functools.partial(by_shard.place_in_slots, decoder.mesh))
+    token_B, logp_B = logits.draw(
         scores_BV, uniform_B, split, temperature=temperature, sums=decoder.sums
     )
     return token_B.reshape(lanes), logp_B.reshape(lanes)
@@ -211,7 +213,7 @@ def admit(
     hidden_AWD = jnp.broadcast_to(hidden_AD[:, None], (*lanes, hidden_AD.shape[-1]))
     time_AW = jnp.zeros(lanes, jnp.int32)
     token_AW, logp_AW = _choose(
-        decoder, hidden_AWD, transformer.head_kernel(params), key_AW2, time_AW, temperature
+        decoder, hidden_AWD, parameters.head_kernel(params), key_AW2, time_AW, temperature
     )
     stop_AW = _is_stop(decoder, token_AW)
     by_part = functools.partial(_by_part, decoder.parts)
@@ -257,7 +259,7 @@ def decode(
     it looks every `decoder.steps` tokens.
     The donated cache is updated in place.
     """
-    head_DV = transformer.head_kernel(params)
+    head_DV = parameters.head_kernel(params)
     r, w = jnp.meshgrid(*(jnp.arange(n) for n in slots.live_RW.shape), indexing="ij")
 
     def go_on(slots: Slots) -> Array:

@@ -22,10 +22,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from grpo_jax import compiling, sharding
-from grpo_jax.models import quantize, transformer
-from grpo_jax.sampling import decode
-from grpo_jax.structs import Array, ModelConfig, Params, Rollouts, pad_rows
+from grpo_jax.devices import by_shard as by_shard_lib
+from grpo_jax.devices import compiling, sharding, transfer
+from grpo_jax.kernels import quantize
+from grpo_jax.models import parameters
+from grpo_jax.sampling import decode, publish
+from grpo_jax.structs import Array, Params, Rollouts, pad_rows
 
 _PROMPT_STEP = 16  # prompts are padded to a multiple of this: few shapes to compile
 _NEVER = 2**30
@@ -51,30 +53,6 @@ class _Board:
     def free_SR(self) -> np.ndarray:  # noqa: N802
         """True for slots without a completion."""
         return (self.row_SRW < 0).all(axis=2)
-
-
-def _axes_in_decoding(model: ModelConfig, parts: int) -> Params:
-    """The logical axes of weights by layer that every device has whole along FSDP's axis.
-
-    And those of attention whole, where devices split its rows in `parts` and not its heads.
-    """
-    whole = ("embed", "heads", "kv_heads") if parts > 1 else ("embed",)
-    axes = jax.tree.map(
-        lambda names: tuple(None if n in whole else n for n in names if n != "layers"),
-        transformer.logical_axes(model),
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-    return axes | {"layers": [axes["layers"]] * model.num_layers}
-
-
-def _is_like(part: Params, like: Params) -> bool:
-    """Whether the arrays have these dtypes and lie so."""
-    if jax.tree.structure(part) != jax.tree.structure(like):
-        return False
-    return all(
-        x.dtype == y.dtype and x.sharding.is_equivalent_to(y.sharding, x.ndim)
-        for x, y in zip(jax.tree.leaves(part), jax.tree.leaves(like))
-    )
 
 
 def _num_bytes(tree: Any) -> int:
@@ -105,7 +83,7 @@ class Engine:
         # (slots, lanes, prompt tokens) of a shard that were decoded: each is compiled once.
         self.shapes: set[tuple[int, int, int]] = set()
         self._changed_parts: dict[Any, list[str]] = {}
-        by_shard = functools.partial(sharding.by_slot_shard, decoder.mesh)
+        by_shard = functools.partial(by_shard_lib.by_slot_shard, decoder.mesh)
         with_decoder = lambda f: functools.partial(  # noqa: E731
             compiling.exact(decoder.dtype, f), decoder
         )
@@ -124,7 +102,7 @@ class Engine:
         self.admit = jit(by_shard(with_decoder(decode.admit), 2), donate_argnums=2)
         self.decode = jit(by_shard(with_decoder(decode.decode), 4), donate_argnums=5)
         self._compact = jit(by_shard(with_decoder(decode.compact), 0))
-        published = self.published_like(transformer.param_shapes(decoder.model))
+        published = self.published_like(parameters.param_shapes(decoder.model))
         placed = jax.tree.map(lambda x: x.sharding, published)
         self.publish_layer = jax.jit(self._layer, out_shardings=placed["layers"][0])
         self.publish_part = {
@@ -162,7 +140,7 @@ class Engine:
     def _layer(self, layers: Params, i: Array) -> Params:
         at_i = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
         layer = jax.tree.map(at_i, layers)
-        return self._sampled_from(transformer.joined(layer) if self.decoder.join else layer)
+        return self._sampled_from(parameters.joined(layer) if self.decoder.join else layer)
 
     def changed_parts(self, params: Params) -> list[str]:
         """Names of the parts besides the layers that sampling cannot read where they are."""
@@ -171,16 +149,16 @@ class Engine:
         kind = structure, tuple((x.dtype, x.sharding) for x in leaves)
         if kind not in self._changed_parts:  # asked at every rollout, and traced for an answer
             like = self.published_like(params)
-            self._changed_parts[kind] = [n for n in rest if not _is_like(rest[n], like[n])]
+            self._changed_parts[kind] = [n for n in rest if not publish.is_like(rest[n], like[n])]
         return self._changed_parts[kind]
 
     def published_like(self, params: Params) -> Params:
         """Shape, dtype and sharding of what `publish` gives, of arrays or their shapes."""
         mesh, model = self.decoder.mesh, self.decoder.model
-        axes = _axes_in_decoding(model, self.decoder.parts)
+        axes = publish.axes_in_decoding(model, self.decoder.parts)
         if self.decoder.join:  # they are whole, and all alike
             first = lambda *names: names[0]  # noqa: E731
-            axes["layers"] = [transformer.joined(layer, first) for layer in axes["layers"]]
+            axes["layers"] = [parameters.joined(layer, first) for layer in axes["layers"]]
         if self.decoder.weights == "int8":
             axes = quantize.weight_axes(axes)
         rest = {name: params[name] for name in params if name != "layers"}
@@ -193,9 +171,9 @@ class Engine:
 
     @functools.cached_property
     def traffic(self) -> dict[str, float]:
-        """What decoding must read, as `floor.rollout` takes it, in bytes; scales included."""
+        """What decoding must read, as `roofline.rollout` takes it, in bytes; scales included."""
         decoder, model = self.decoder, self.decoder.model
-        like = self.published_like(transformer.param_shapes(model))
+        like = self.published_like(parameters.param_shapes(model))
         read = [x for name, x in like.items() if name != "embed" or model.tied_head]
         # Of one prompt more tokens than of the other, and nothing else.
         few, many = (jax.eval_shape(lambda n=n: decode.empty(decoder, 1, 1, n)) for n in _PROMPTS)
@@ -251,8 +229,8 @@ class Engine:
         missing_P = np.full(len(prompts), group)
         # The parts of a shard are held alike by all its processes.
         shard_P = self._shard_of(len(prompts)) // self.decoder.parts
-        held_P = sharding.shards_held(self.decoder.mesh)[shard_P]
-        own_P = sharding.shard_owners(self.decoder.mesh)[shard_P] == jax.process_index()
+        held_P = transfer.shards_held(self.decoder.mesh)[shard_P]
+        own_P = transfer.shard_owners(self.decoder.mesh)[shard_P] == jax.process_index()
         for rows, completion, logp, time, stopped in self._finished(
             params, prompts, group, key, temperature, meanwhile
         ):
@@ -374,7 +352,7 @@ class Engine:
         if any(waiting):
             for s, queue in enumerate(waiting):
                 enough_S[s] = min(refill, len(queue)) if queue else free_S[s] + refill
-        return sharding.shard_rows(self.decoder.mesh, enough_S, "slots")
+        return transfer.shard_rows(self.decoder.mesh, enough_S, "slots")
 
     def _next_prompts(self, waiting, board: _Board, prompts, group, size, width, row_keys):
         """Arguments of `decode.admit` for up to `size` prompts a shard, taken from its queue."""
@@ -396,21 +374,21 @@ class Engine:
             board.row_SRW[s, free[s][a], : len(rows)] = rows
         fields = prompt_SAQ, length_SA, slot_SA, key_SAW2, used_SAW
         rows = tuple(x.reshape(-1, *x.shape[2:]) for x in fields)
-        return sharding.shard_rows(self.decoder.mesh, rows, "slots")
+        return transfer.shard_rows(self.decoder.mesh, rows, "slots")
 
     def _harvest(self, slots: decode.Slots, board: _Board) -> tuple[np.ndarray, ...]:
         """What finished since the last look, tokens only of what this process's devices hold.
 
         Its lanes are free afterwards.
         """
-        live_RW, row_RW = sharding.to_host(slots.live_RW), board.row_RW
+        live_RW, row_RW = transfer.to_host(slots.live_RW), board.row_RW
         done = (row_RW >= 0) & ~live_RW
         rows = row_RW[done]
         row_RW[done] = -1
         if not len(rows):
             return (rows,) + (np.zeros((0,)),) * 4
-        tokens = sharding.rows_held((slots.completion_RWC, slots.logp_RWC))
-        ends = sharding.to_host((slots.time_RW, slots.stopped_RW))
+        tokens = transfer.rows_held((slots.completion_RWC, slots.logp_RWC))
+        ends = transfer.to_host((slots.time_RW, slots.stopped_RW))
         return rows, *(x[done] for x in (*tokens, *ends))
 
     def _shrink(self, slots: decode.Slots, board: _Board, layouts: list[tuple[int, int]]):
@@ -435,5 +413,5 @@ class Engine:
                     new.row_SRW[s, at, : len(part)] = rows[part]
                     at += 1
         moves = slot_SR.reshape(-1), lane_SRW.reshape(-1, lanes), new.row_RW >= 0
-        slots = self._compact(slots, *sharding.shard_rows(self.decoder.mesh, moves, "slots"))
+        slots = self._compact(slots, *transfer.shard_rows(self.decoder.mesh, moves, "slots"))
         return slots, new, layouts[fitting[-1] :]

@@ -3,7 +3,7 @@ import json
 import datasets
 import pytest
 
-from grpo_jax import config as config_lib
+from grpo_jax.config import options
 from grpo_jax.data.problems import Form, Problem, load, load_held_out, load_train
 from grpo_jax.data.sources import Source
 
@@ -329,7 +329,7 @@ def test_arguments_of_another_form(arguments, words):
 @pytest.fixture
 def data(tmp_path):
     """The section of a config whose dataset is a folder of two splits and two columns."""
-    data = config_lib.default().data
+    data = options.default().data
     for split in ("train", "test"):
         write(tmp_path, json.dumps({"question": split, "gold": 1}), name=f"{split}.jsonl")
     data.path, data.columns = str(tmp_path), ("prompt=question",)
@@ -375,7 +375,7 @@ def test_a_file_has_no_held_out_split(data, tmp_path):
 
 
 def test_gsm8k(shared):
-    data = config_lib.default().data
+    data = options.default().data
     data.path, data.eval_split = str(shared / "data" / "gsm8k"), "test"
     data.columns, data.chat = ("prompt=question",), True
     data.template = "{prompt}\nReason, and end with #### and the number."

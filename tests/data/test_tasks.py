@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from grpo_jax import config as config_lib
+from grpo_jax.config import loading
 from grpo_jax.data import tasks
 from grpo_jax.data.tasks import arithmetic
 from grpo_jax.rewards.exact import exact_answer
@@ -75,7 +75,7 @@ def test_students_are_sloppy(problems):
 
 
 def test_tokenizer_keeps_every_text_within_the_quickstarts_limits(problems):
-    config = config_lib.load(str(QUICKSTART), [])
+    config = loading.load(str(QUICKSTART), [])
     tokenizer = arithmetic.make_tokenizer()
     rng = np.random.default_rng(1)
     for problem in problems[0]:

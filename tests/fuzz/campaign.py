@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # pytest has conftest.py for this
-    sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
+    root = Path(__file__).resolve().parents[2]
+    sys.path[:0] = [str(root / "tests" / "helpers"), str(root)]
     os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 import audit
@@ -34,7 +35,7 @@ import hypothesis
 from kinds import KINDS, Kind
 
 import grpo_jax
-from grpo_jax import metrics
+from grpo_jax.messages.console import one_line
 
 OURS = Path(grpo_jax.__file__).parent
 LIMIT_S = 60  # of a case, on a machine that may have other work; most take milliseconds
@@ -128,7 +129,7 @@ def outcome(
 
 def unclear(error: ValueError) -> str:
     """What is wrong with a refusal; "" where it is one clear message of our own."""
-    message = metrics.one_line(str(error))
+    message = one_line(str(error))
     if not Path(_last_frame(error).partition(":")[0]).is_relative_to(OURS):
         return f"{type(error).__name__} at {_last_frame(error)}: {message[:200]}"
     if type(error).__name__ not in ("ValueError", "TemplateError"):

@@ -20,8 +20,8 @@ import transformers
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from grpo_jax import config as config_lib
-from grpo_jax import options
+from grpo_jax.config import loading, options, record
+from grpo_jax.config.dotted import flatten
 from grpo_jax.data import prompts
 from grpo_jax.data.problems import Form, Problem, load
 from grpo_jax.data.sources import Source
@@ -30,10 +30,10 @@ from grpo_jax.models.hf import weights
 from grpo_jax.models.hf.folder import read_config, read_json
 from grpo_jax.models.hf.tokenizer import load_tokenizer, stop_ids
 from grpo_jax.models.hf.weights import stored_dtype
-from grpo_jax.policy import Policy
-from grpo_jax.rewards import reward as reward_lib
+from grpo_jax.models.policy import Policy
+from grpo_jax.rewards import registry
 
-TINY = Path(__file__).resolve().parents[1] / "runs" / "tiny_config.py"
+TINY = Path(__file__).resolve().parents[1] / "helpers" / "tiny_config.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def nested(depth: int, opening: str = "[") -> bytes:
 
 # --- Overrides of a config ------------------------------------------------------------------------
 
-OPTIONS = options.flatten(config_lib.default())
+OPTIONS = flatten(options.default())
 _CHOICES = (
     "float32 bfloat16 int8 none full dots auto xla splash same refuse drop truncate token sequence "
     "constant linear cosine token_truncate sequence_mask exact_answer math_answer arithmetic "
@@ -150,9 +150,9 @@ OVERRIDES = st.lists(st.one_of(*[OVERRIDE] * 18, TEXT, TEXT.map("--config.{}".fo
 
 
 def read_overrides(arguments: list[str], folder: Path) -> None:
-    config = config_lib.load(str(TINY), arguments)
-    reward_lib.load(config.rewards.names, config.rewards.weights)
-    json.dumps({"binding": config_lib.binding(config), "options": options.flatten(config)})
+    config = loading.load(str(TINY), arguments)
+    registry.load(config.rewards.names, config.rewards.weights)
+    json.dumps({"binding": record.binding(config), "options": flatten(config)})
 
 
 # --- Rows of a dataset ----------------------------------------------------------------------------
@@ -224,15 +224,15 @@ def read_rows(case: tuple[tuple[str, bytes], dict], folder: Path) -> None:
     (folder / name).write_bytes(content)
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
     problems = load(Source(str(folder / name)), Form(**form))
-    rewards = reward_lib.load(("exact_answer", "math_answer"), (1.0, 1.0))
-    reward_lib.refuse_columns(rewards, problems)
-    wrong = reward_lib.faulty_rows(rewards, problems)
+    rewards = registry.load(("exact_answer", "math_answer"), (1.0, 1.0))
+    registry.refuse_columns(rewards, problems)
+    wrong = registry.faulty_rows(rewards, problems)
     texts = [p for i, p in enumerate(problems) if i not in wrong and isinstance(p.prompt, str)]
     prompts.encode(texts, TOKENIZER, 64, "truncate")
     for problem in texts:  # scoring must take what was let in
         columns = {"answer": [problem.columns["answer"]]}
         for reward in rewards:
-            function = reward_lib.function(reward.spec)
+            function = registry.function(reward.spec)
             assert function([problem.prompt], ["It is #### 2"], **columns)[0] in (0.0, 1.0)
 
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from grpo_jax.planning import chips
+from grpo_jax.planning import topologies
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "gpu.sh"
 
@@ -27,7 +27,7 @@ def test_jax_is_given_the_memory_that_plans_count_on(tmp_path):
     given = _launched(tmp_path)
     assert given["arguments"] == "-m grpo_jax.train --config a b.py"
     share = float(given["XLA_PYTHON_CLIENT_MEM_FRACTION"])
-    assert all(chip.usable == share * chip.memory for chip in chips.GPUS.values())
+    assert all(chip.usable == share * chip.memory for chip in topologies.GPUS.values())
     assert "XLA_FLAGS" not in given
 
 

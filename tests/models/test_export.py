@@ -25,14 +25,15 @@ from hf_model import (
     tensors_of,
 )
 
-from grpo_jax import optim, sharding
-from grpo_jax import policy as policy_lib
-from grpo_jax.models import transformer
+from grpo_jax.devices import sharding
+from grpo_jax.learner import optim
+from grpo_jax.models import parameters, policy
 from grpo_jax.models.hf import export
 from grpo_jax.models.hf.export import save
 from grpo_jax.models.hf.folder import read_config
 from grpo_jax.models.hf.tokenizer import load_tokenizer, stop_ids
 from grpo_jax.structs import ModelConfig, TrainState
+from grpo_jax.trainers import exporting
 
 # --- Saving -------------------------------------------------------------------------------------
 
@@ -74,7 +75,7 @@ def new_model() -> tuple[ModelConfig, dict]:
         num_kv_heads=2, head_size=8, rope_theta=10_000.0, norm_eps=1e-6, max_position=64,
         tied_head=True, qkv_bias=True,
     )  # fmt: skip
-    return config, jax.jit(lambda: transformer.init(config, jax.random.key(0)))()
+    return config, jax.jit(lambda: parameters.init(config, jax.random.key(0)))()
 
 
 def test_a_new_model_is_exported_in_shards(tmp_path, tokenizer, monkeypatch):
@@ -150,11 +151,11 @@ def test_export_does_not_replace_what_is_no_model(tmp_path, tokenizer):
 
 def exported(source: Path, out: Path, dtype: str = "auto", change=lambda params: params) -> Path:
     """The export of a run that began with `source`, which is gone before it ends."""
-    read = policy_lib.read(str(source))
-    params = policy_lib.load_params(read, sharding.make_mesh(), seed=0)
-    read = policy_lib.keep(read, out.with_name(f"{out.name}_kept"))
+    read = policy.read(str(source))
+    params = policy.load_params(read, sharding.make_mesh(), seed=0)
+    read = policy.keep(read, out.with_name(f"{out.name}_kept"))
     source.rename(source.with_name("moved"))
-    policy_lib.export(read, out, TrainState(change(params), (), 0, 0), dtype)
+    exporting.export(read, out, TrainState(change(params), (), 0, 0), dtype)
     source.with_name("moved").rename(source)
     return out
 
@@ -297,12 +298,12 @@ def test_a_float32_copy_is_what_is_exported(tmp_path, tokenizer, copied):
     """A step of 1e-6 is in the copy alone."""
     save_random_model(tmp_path / "source", "Llama", {}, torch.bfloat16)
     tokenizer.save_pretrained(tmp_path / "source")
-    read = policy_lib.read(str(tmp_path / "source"))
-    params = policy_lib.load_params(read, sharding.make_mesh(), seed=0, dtype=jnp.bfloat16)
+    read = policy.read(str(tmp_path / "source"))
+    params = policy.load_params(read, sharding.make_mesh(), seed=0, dtype=jnp.bfloat16)
     optimizer = optim.with_float32_copy(optax.sgd(1e-6)) if copied else optax.sgd(1e-6)
     grads = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), params)
     _, opt_state = optimizer.update(grads, optimizer.init(params), params)
-    policy_lib.export(read, tmp_path / "out", TrainState(params, opt_state, 1, 0), "auto")
+    exporting.export(read, tmp_path / "out", TrainState(params, opt_state, 1, 0), "auto")
     was, found = (tensors_of(tmp_path / f)[K_PROJ] for f in ("source", "out"))
     assert dtype_of(tmp_path / "out") == {"float32" if copied else "bfloat16"}
     changed = (found.astype(np.float32) != was.astype(np.float32)).mean()
@@ -317,17 +318,17 @@ def test_a_run_goes_on_where_its_model_is_gone(tmp_path, tokenizer, capsys):
     save_random_model(source, "Llama", {}, torch.bfloat16)
     tokenizer.save_pretrained(source)
     edit_json(source / "config.json", dtype=None)  # the weights tell, which are not kept
-    before = policy_lib.keep(policy_lib.read(str(source)), kept)
+    before = policy.keep(policy.read(str(source)), kept)
     assert before.source == source and before.kept == kept
     source.rename(tmp_path / "moved")
     with pytest.raises(ValueError, match="there is no such folder"):
-        policy_lib.read(str(source), kept=tmp_path / "of_another_run")
+        policy.read(str(source), kept=tmp_path / "of_another_run")
     capsys.readouterr()
-    after = policy_lib.read(str(source), kept=kept)
+    after = policy.read(str(source), kept=kept)
     assert "is not there any more" in " ".join(capsys.readouterr().out.split())
     assert (after.model, after.stop_ids) == (before.model, before.stop_ids)
     assert after.stored == before.stored == "bfloat16"
     assert after.tokenizer("one two").input_ids == [3, 4]
-    assert policy_lib.keep(after, kept) is after  # it is kept already
+    assert policy.keep(after, kept) is after  # it is kept already
     with pytest.raises(ValueError, match="has no weights"):
-        policy_lib.load_params(after, sharding.make_mesh(), seed=0)
+        policy.load_params(after, sharding.make_mesh(), seed=0)

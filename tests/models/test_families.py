@@ -8,6 +8,7 @@ import pytest
 import transformers
 
 from grpo_jax.models import families
+from grpo_jax.models.families import model_config
 from grpo_jax.structs import ModelConfig, RopeScaling
 
 LLAMA = {
@@ -51,7 +52,7 @@ SLIDE, FULL = "sliding_attention", "full_attention"
 
 
 def read(hf: dict) -> ModelConfig:
-    return families.model_config(hf, "m/config.json")
+    return model_config(hf, "m/config.json")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import time
 import huggingface_hub
 import pytest
 
-from grpo_jax import policy
+from grpo_jax.models import policy
 from grpo_jax.models.hf.folder import read_config, resolve
 
 # --- Where a model lies -------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from grpo_jax.models import logits as logits_lib
+from grpo_jax.models import logits
 from grpo_jax.structs import Sampling
 
 B, V = 64, 50
@@ -28,9 +28,7 @@ def test_support_equals_transformers(top_k, top_p, temperature):
         theirs = TopPLogitsWarper(top_p)(None, theirs)
     want_BV = torch.log_softmax(theirs, dim=-1).numpy()
 
-    got_BV = np.asarray(
-        logits_lib.log_probs(jnp.array(scores_BV), Sampling(temperature, top_k, top_p))
-    )
+    got_BV = np.asarray(logits.log_probs(jnp.array(scores_BV), Sampling(temperature, top_k, top_p)))
 
     np.testing.assert_array_equal(got_BV > -np.inf, want_BV > -np.inf)
     kept = want_BV > -np.inf
@@ -40,7 +38,7 @@ def test_support_equals_transformers(top_k, top_p, temperature):
 def test_support_by_hand():
     # Probabilities 0.5, 0.3, 0.15, 0.05: 0.5 alone does not reach 0.6, with 0.3 it does.
     scores_V = jnp.log(jnp.float32([0.05, 0.5, 0.15, 0.3]))
-    keep = lambda **kw: logits_lib.support(scores_V, Sampling(**kw)).tolist()  # noqa: E731
+    keep = lambda **kw: logits.support(scores_V, Sampling(**kw)).tolist()  # noqa: E731
 
     assert keep(top_p=0.6) == [False, True, False, True]
     assert keep(top_p=0.4) == [False, True, False, False]
@@ -49,14 +47,14 @@ def test_support_by_hand():
     # Of the three left by top-k, 0.5 / 0.95 = 0.526 does not reach 0.53, 0.8 / 0.95 does.
     assert keep(top_k=3, top_p=0.53) == [False, True, False, True]
     assert keep(top_k=3, top_p=0.52) == [False, True, False, False]
-    assert logits_lib.support(scores_V, Sampling()) is None
+    assert logits.support(scores_V, Sampling()) is None
 
 
 def test_always_keeps_one_token_more():
     scores_V = jnp.log(jnp.float32([0.05, 0.5, 0.15, 0.3]))
 
-    inside = logits_lib.log_probs(scores_V, Sampling(top_k=2), always=jnp.int32(3))
-    outside = logits_lib.log_probs(scores_V, Sampling(top_k=2), always=jnp.int32(0))
+    inside = logits.log_probs(scores_V, Sampling(top_k=2), always=jnp.int32(3))
+    outside = logits.log_probs(scores_V, Sampling(top_k=2), always=jnp.int32(0))
 
     np.testing.assert_allclose(np.exp(inside), [0, 0.625, 0, 0.375], atol=1e-6)
     np.testing.assert_allclose(np.exp(outside), [1 / 17, 10 / 17, 0, 6 / 17], atol=1e-6)
@@ -66,14 +64,14 @@ def test_temperature_zero_leaves_the_logits_and_an_argument_overrides():
     scores_V = jnp.float32([0.0, 1.0, 3.0])
     log_softmax = lambda x: np.asarray(jax.nn.log_softmax(x))  # noqa: E731
 
-    zero = logits_lib.log_probs(scores_V, Sampling(temperature=0.0))
-    two = logits_lib.log_probs(scores_V, Sampling(temperature=0.5), temperature=2.0)
+    zero = logits.log_probs(scores_V, Sampling(temperature=0.0))
+    two = logits.log_probs(scores_V, Sampling(temperature=0.5), temperature=2.0)
 
     np.testing.assert_array_equal(zero, log_softmax(scores_V))
     np.testing.assert_array_equal(two, log_softmax(scores_V / 2))
 
 
-draw_both = jax.jit(logits_lib.draw)
+draw_both = jax.jit(logits.draw)
 
 
 def draw(*args):
@@ -85,7 +83,7 @@ def test_a_draw_divides_by_the_temperature():
     uniform_B = jax.random.uniform(jax.random.key(1), (B,))
     want = draw_both(score_BV / 0.7, uniform_B)
 
-    got = jax.jit(logits_lib.draw)(score_BV, uniform_B, temperature=0.7)
+    got = jax.jit(logits.draw)(score_BV, uniform_B, temperature=0.7)
 
     assert (want[0] != draw(score_BV, uniform_B)).any()
     np.testing.assert_array_equal(got[0], want[0])
@@ -113,7 +111,7 @@ def test_drawn_log_probability_is_the_softmax(vocab):
 )
 def test_blocks_are_full_where_a_width_near_the_square_root_divides(vocab, width):
     """Of Qwen2.5, its 7B, Llama 3, Llama 2 and GPT-2, whose vocabulary nothing divides."""
-    assert logits_lib._block_width(vocab) == width
+    assert logits._block_width(vocab) == width
 
 
 def test_draw_by_hand():

@@ -12,10 +12,12 @@ import pytest
 import transformers
 from hf_model import edit_json
 
-from grpo_jax import config as config_lib
-from grpo_jax import generate, parts, policy
+from grpo_jax import generate
+from grpo_jax.config import options
 from grpo_jax.data.problems import Problem
+from grpo_jax.models import policy
 from grpo_jax.models.hf.tokenizer import load_tokenizer, stop_ids
+from grpo_jax.setup.data import encode
 
 # --- Tokenizer ----------------------------------------------------------------------------------
 
@@ -112,12 +114,12 @@ def test_prompts_and_solutions_with_such_a_token_are_refused_by_their_place(fold
     added = copy.deepcopy(tokenizer)
     added.add_tokens([f"word{i}" for i in range(44)])
     added.save_pretrained(folder)
-    read, config = policy.read(str(folder)), config_lib.default()
+    read, config = policy.read(str(folder)), options.default()
     problems = [Problem(text, {}, f"f.jsonl, row {i}") for i, text in enumerate(["one", "word43"])]
     with pytest.raises(ValueError, match=r"of f\.jsonl, row 1 holds the token 'word43' \(id"):
-        parts.encode(problems, read, config, "training problems", datetime.now())
-    assert parts.encode(
-        problems[:1], read, config, "training problems", datetime.now()
-    ).prompt_ids == [[3]]
+        encode(problems, read, config, "training problems", datetime.now())
+    assert encode(problems[:1], read, config, "training problems", datetime.now()).prompt_ids == [
+        [3]
+    ]
     with pytest.raises(ValueError, match="--prompt holds the token 'word43'"):
         generate._encode(read, "one word43", False, 4)

@@ -29,7 +29,7 @@ from hf_model import (
     tensors_of,
 )
 
-from grpo_jax.models import transformer
+from grpo_jax.models import parameters
 from grpo_jax.models.hf import weights
 
 # --- Loading ------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def test_a_mesh_holds_what_one_device_holds(case, tmp_path):
     _, split = load(tmp_path, data=2, fsdp=2, tensor=2)
 
     assert_trees_equal(whole, split)
-    shapes = transformer.param_shapes(config)
+    shapes = parameters.param_shapes(config)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), split) == jax.tree.map(
         lambda a: (a.shape, a.dtype), shapes
     )

@@ -13,8 +13,8 @@ import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from grpo_jax import sharding
-from grpo_jax.models import logits, transformer
+from grpo_jax.devices import sharding
+from grpo_jax.models import logits, parameters, transformer
 from grpo_jax.models.hf.folder import read_config
 from grpo_jax.models.hf.tokenizer import load_tokenizer, stop_ids
 from grpo_jax.models.hf.weights import load_params
@@ -179,7 +179,7 @@ def test_prefill_and_decoding_equal_transformers(models, first):
 @compiled
 def score_logits(params, config, *rows):
     hidden = transformer.score(params, config, *rows)
-    return logits.logits(hidden, transformer.head_kernel(params))
+    return logits.logits(hidden, parameters.head_kernel(params))
 
 
 def by_layer(params, config):
@@ -189,13 +189,13 @@ def by_layer(params, config):
 @compiled
 def prefill_logits(params, config, *rows):
     hidden, cache = transformer.prefill(by_layer(params, config), config, *rows)
-    return logits.logits(hidden, transformer.head_kernel(params)), cache
+    return logits.logits(hidden, parameters.head_kernel(params)), cache
 
 
 @compiled
 def decode_logits(params, config, *state):
     hidden, cache = transformer.decode_token(by_layer(params, config), config, *state)
-    return logits.logits(hidden, transformer.head_kernel(params)), cache
+    return logits.logits(hidden, parameters.head_kernel(params)), cache
 
 
 def test_stories260k_equals_transformers(shared):

@@ -21,10 +21,13 @@ import tokenizers
 import torch
 import transformers
 
-from grpo_jax import config as config_lib
-from grpo_jax import policy, sharding
+from grpo_jax.config import options as options_lib
 from grpo_jax.data import tasks
+from grpo_jax.devices import sharding
+from grpo_jax.models import policy
+from grpo_jax.setup import model
 from grpo_jax.structs import TrainState
+from grpo_jax.trainers import exporting
 
 pytestmark = pytest.mark.slow
 
@@ -138,7 +141,7 @@ def export(source: Path, folder: Path) -> None:
     read = policy.read(str(source))
     params = policy.load_params(read, mesh, seed=0)
     kept = policy.keep(read, folder.with_name(f"{folder.name}_kept"))
-    policy.export(kept, folder, TrainState(params, (), 0, 0), "auto")
+    exporting.export(kept, folder, TrainState(params, (), 0, 0), "auto")
 
 
 @pytest.fixture(scope="module")
@@ -162,10 +165,10 @@ def exports(tmp_path_factory, shared) -> dict[str, tuple[Path, Path]]:
     made = {name: (source, base / f"{name}_export") for name, source in made.items()}
     for source, folder in made.values():
         export(source, folder)
-    mesh, options = sharding.make_mesh(devices=jax.devices()[:1]), config_lib.default().model
-    new = policy.new(options, tasks.load("arithmetic").make_tokenizer())
+    mesh, options = sharding.make_mesh(devices=jax.devices()[:1]), options_lib.default().model
+    new = model.new(options, tasks.load("arithmetic").make_tokenizer())
     state = TrainState(policy.load_params(new, mesh, seed=0), (), 0, 0)
-    policy.export(new, base / "quickstart", state, "auto")
+    exporting.export(new, base / "quickstart", state, "auto")
     return made | {"quickstart": (base / "quickstart", base / "quickstart")}
 
 

@@ -291,7 +291,7 @@ def test_math(shared):
 
 @pytest.mark.slow
 def test_perturbed_answers_of_math_are_not_paid(shared):
-    """A share of the 6,000 that `python tests/rewards/perturbed.py 6000` makes."""
+    """A share of the 6,000 that `python tests/helpers/perturbed.py 6000` makes."""
     cases = perturbed.make([extract_answer(s) for s in math_solutions(shared)], 900)
     assert {case.kind for case in cases} == set(perturbed.KINDS)
     completions = [f"So it is $\\boxed{{{case.changed}}}$." for case in cases]

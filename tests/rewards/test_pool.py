@@ -13,8 +13,8 @@ import pytest
 
 from grpo_jax.rewards import keeper
 from grpo_jax.rewards.pool import Limits, Pool
-from grpo_jax.rewards.reward import load
-from grpo_jax.rewards.score import RewardError
+from grpo_jax.rewards.registry import load
+from grpo_jax.rewards.scores import RewardError
 
 NAN = float("nan")
 BAD = ["x", "bad", "y", "z"]

@@ -9,7 +9,7 @@ from grpo_jax.rewards import votes
 from grpo_jax.rewards.exact import same_answer
 from grpo_jax.rewards.math_answer import same_mathematics
 from grpo_jax.rewards.pool import Limits
-from grpo_jax.rewards.reward import load
+from grpo_jax.rewards.registry import load
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.rewards import reward as reward_lib
+from grpo_jax.rewards import registry
 from grpo_jax.rewards.worker import Call, answer
 
 STATE = {"global_step": 7, "max_steps": 9, "epoch": 0.5}
@@ -27,7 +27,7 @@ def run(function, *args, **columns):
 
 
 def named(name):
-    return reward_lib.function(f"odd_rewards:{name}")
+    return registry.function(f"odd_rewards:{name}")
 
 
 @pytest.mark.parametrize(

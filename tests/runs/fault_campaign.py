@@ -87,7 +87,13 @@ class Run:
     def start(self, num: int | None = None, sleep_s: float = 0.0) -> None:
         self._seen = self.log.stat().st_size if self.log.exists() else 0
         self.num = num or self.num
-        command = [sys.executable, "-m", "grpo_jax.train", "--config", str(HERE / "tiny_config.py")]
+        command = [
+            sys.executable,
+            "-m",
+            "grpo_jax.train",
+            "--config",
+            str(HERE.parent / "helpers" / "tiny_config.py"),
+        ]
         command += ["--workdir", str(self.folder), *OPTIONS, *self._more]
         command += ["--config.model.path", str(self._root / "model" / "export")]
         if self.num > 1:
@@ -487,7 +493,13 @@ def main(argv: list[str] | None = None) -> None:
         root = (args.root or Path(temporary)).absolute()
         root.mkdir(parents=True, exist_ok=True)
         (root / "slow_reward.py").write_text(SLOW)
-        make = [sys.executable, "-m", "grpo_jax.sft", "--config", str(HERE / "tiny_config.py")]
+        make = [
+            sys.executable,
+            "-m",
+            "grpo_jax.sft",
+            "--config",
+            str(HERE.parent / "helpers" / "tiny_config.py"),
+        ]
         environment = os.environ | {"XDG_CACHE_HOME": str(root / "cache")}
         subprocess.run([*make, "--workdir", str(root / "model")], env=environment, check=True)
         whole = Whole(root)

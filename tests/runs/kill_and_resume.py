@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import orbax.checkpoint as ocp
 
-from grpo_jax import metrics
+from grpo_jax.run.append_log import read_jsonl
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.py"
 # Metrics that differ from run to run.
@@ -80,7 +80,7 @@ def state_differences(a: Path, b: Path) -> list[str]:
 
 def logged(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """A log's lines in their order, without times, throughput and memory."""
-    rows = metrics.read_jsonl(folder / name)
+    rows = read_jsonl(folder / name)
     return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
 
 
@@ -142,7 +142,7 @@ def place(folder: Path) -> Place:
     """How far the logs say that a run is."""
 
     def written(file: Path) -> int:
-        rows = list(metrics.read_jsonl(file)) if file.exists() else []
+        rows = list(read_jsonl(file)) if file.exists() else []
         return max((row["step"] for row in rows if "eval/accuracy" not in row or len(row) > 9),
                    default=0)  # fmt: skip
 

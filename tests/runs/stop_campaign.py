@@ -44,7 +44,7 @@ def slow(trainer_state, **columns):
 
 def argv(folder: Path) -> list[str]:
     return [
-        "--config", str(HERE / "tiny_config.py"), "--workdir", str(folder),
+        "--config", str(HERE.parent / "helpers" / "tiny_config.py"), "--workdir", str(folder),
         "--config.rewards.names=['slow_reward:slow','answer_format']",
         "--config.rewards.weights=[1.0,0.5]", "--config.rewards.time_limit_s=600",
         "--config.checkpoint.every_steps=0",
@@ -80,10 +80,12 @@ def stretch(phase: str) -> None:
     """Makes a phase long."""
     import jax._src.compiler as compiler
 
-    from grpo_jax import checksums, policy, results, sft
+    from grpo_jax.models import policy
     from grpo_jax.models.hf import export
-    from grpo_jax.monitor import Monitor
+    from grpo_jax.run import checksums
     from grpo_jax.sampling.engine import Engine
+    from grpo_jax.trainers import results, sft
+    from grpo_jax.trainers.monitor import Monitor
 
     steps = [0]
     finished = Monitor.finished
@@ -146,11 +148,11 @@ def stretch(phase: str) -> None:
 
 
 def child(phase: str, arguments: list[str]) -> None:
-    from grpo_jax import program, train
+    from grpo_jax import cli, train
 
     stretch(phase)
     sys.argv[1:] = arguments
-    program.main(train.main)
+    cli.main(train.main)
 
 
 # --- The campaign ---------------------------------------------------------------------------------

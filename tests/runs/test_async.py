@@ -34,7 +34,7 @@ IN_HOST_MEMORY = ["--config.optim.offload=True", "--config.model.offload_referen
 
 def _drive(jobs: list[dict], environment: dict[str, str]) -> list[str]:
     done = subprocess.run(
-        [sys.executable, str(HERE / "drive.py"), json.dumps(jobs)],
+        [sys.executable, str(HERE.parent / "helpers" / "drive.py"), json.dumps(jobs)],
         env=environment,
         capture_output=True,
         text=True,
@@ -50,7 +50,12 @@ def runs(tmp_path_factory, alone):
     root = tmp_path_factory.mktemp("async")
 
     def job(name, *more, **stop):
-        argv = ["--config", str(HERE / "tiny_config.py"), "--workdir", str(root / name)]
+        argv = [
+            "--config",
+            str(HERE.parent / "helpers" / "tiny_config.py"),
+            "--workdir",
+            str(root / name),
+        ]
         more += tuple(IN_HOST_MEMORY) if name == "within" else ()
         return {"argv": [*argv, *OPTIONS, *more], **stop}
 

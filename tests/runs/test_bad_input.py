@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import subprocess
@@ -17,22 +15,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 if __name__ == "__main__":  # pytest has conftest.py for this
-    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "helpers"))
     os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
-import jax
 import pytest
 from growth import processor_s
+from mistakes import TINY, make_model, refusal
 from safetensors.numpy import load_file, save_file
 
-from grpo_jax import config as config_lib
-from grpo_jax import options, parts, policy, program, sft, sharding, train
-from grpo_jax.data import tasks
-from grpo_jax.models.hf.export import save
+from grpo_jax import cli, sft
+from grpo_jax import train as train_lib
+from grpo_jax.config import loading
+from grpo_jax.config import record as record_lib
+from grpo_jax.config.dotted import flatten
 from grpo_jax.planning import fit
+from grpo_jax.trainers import grpo_run
 
-TINY = Path(__file__).with_name("tiny_config.py")
 # Of the processor, in this thread: most take less than one second, those that sample first must
 # compile.
 LIMIT_S = 30
@@ -47,19 +46,6 @@ def too_short(prompts, completions, **columns):
 def words(prompts, completions, **columns):
     return ["good"] * len(completions)
 """
-
-
-# --- The files that the mistakes need -------------------------------------------------------------
-
-
-def make_model(folder: Path) -> Path:
-    """A random model of the tiny config's shape as a Hugging Face folder."""
-    options = config_lib.load(str(TINY), []).model
-    tokenizer = tasks.load("arithmetic").make_tokenizer()
-    new = policy.new(options, tokenizer)
-    params = policy.load_params(new, sharding.make_mesh(devices=jax.devices()[:1]), seed=0)
-    save(folder, params, new.model, source=None, dtype="float32", tokenizer=tokenizer)
-    return folder
 
 
 def _changed_model(folder: Path, change: Callable[[dict], None]) -> str:
@@ -105,10 +91,10 @@ def _rows(**columns) -> str:
 
 def _used_workdir(folder: Path) -> list[str]:
     """Arguments for the workdir of a run that did something with another learning rate."""
-    config = config_lib.load(str(TINY), ["--config.optim.learning_rate=0.5"])
+    config = loading.load(str(TINY), ["--config.optim.learning_rate=0.5"])
     workdir = folder / "used"
     workdir.mkdir()
-    record = {"binding": config_lib.binding(config), "options": options.flatten(config)}
+    record = {"binding": record_lib.binding(config), "options": flatten(config)}
     (workdir / "config.json").write_text(json.dumps(record))
     (workdir / "metrics.jsonl").write_text('{"step": 0, "reward": 0.0}\n')
     return ["--workdir", str(workdir)]
@@ -461,20 +447,6 @@ def arguments(case: Case, folder: Path, model: Path) -> list[str]:
     return [*base, *case[1](folder, str(model))]
 
 
-def refusal(run: Callable[[list[str]], None], argv: list[str]) -> tuple[int | None, str]:
-    """Exit status and standard error of a program that runs in this process."""
-    stderr, before = io.StringIO(), sys.argv
-    sys.argv = ["program", *argv]
-    try:
-        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
-            program.main(run)
-    except SystemExit as end:
-        return end.code, stderr.getvalue()
-    finally:
-        sys.argv = before
-    return None, stderr.getvalue()
-
-
 # --- Tests ----------------------------------------------------------------------------------------
 
 
@@ -507,7 +479,7 @@ def test_a_mistake_gets_one_message(case, tmp_path, model, importable, request):
     request.getfixturevalue("compile_cache" if "mesh" in case[0] else "one_device")
     found = []
     spent_s = processor_s(
-        lambda: found.extend(refusal(train.main, arguments(case, tmp_path, model)))
+        lambda: found.extend(refusal(train_lib.main, arguments(case, tmp_path, model)))
     )
     _assert_clear(*found, case[2])
     assert spent_s < LIMIT_S
@@ -520,13 +492,13 @@ def test_a_refused_run_leaves_its_workdir_free(tmp_path, model, importable, one_
         f"--config.model.path={model}", "--config.loop.num_steps=1",
         "--config.evaluation.num_problems=0",
     ]  # fmt: skip
-    status, message = refusal(train.main, [*base, "--config.data.max_prompt_tokens=4"])
+    status, message = refusal(train_lib.main, [*base, "--config.data.max_prompt_tokens=4"])
     _assert_clear(status, message, ("data.max_prompt_tokens = 4",))
-    status, message = refusal(train.main, [*base, *_strict(model, "bad_rewards:raises")])
+    status, message = refusal(train_lib.main, [*base, *_strict(model, "bad_rewards:raises")])
     _assert_clear(status, message, ("'raises'",))
-    status, message = refusal(train.main, base)
+    status, message = refusal(train_lib.main, base)
     assert status is None, message
-    status, message = refusal(train.main, [*base, *_reward("answer_format")])
+    status, message = refusal(train_lib.main, [*base, *_reward("answer_format")])
     _assert_clear(status, message, ("rewards.names", "different config"))
 
 
@@ -543,8 +515,8 @@ def test_prompts_over_the_limit_are_counted(overlong, words, tmp_path, model, ca
     file = _jsonl(tmp_path / "p.jsonl", *lines, _rows(prompt="1+" * 20 + "1=", answer="21"))
     argv = ["--config", str(TINY), "--workdir", str(tmp_path / "run"), *file]
     argv += ["--config.mesh.data=1", "--config.mesh.tensor=-1", f"--config.model.path={model}"]
-    config, folder = program.run_arguments([*argv, f"--config.data.overlong={overlong}"], "")
-    train = parts.build(config, folder, str(model), fit.of_run).train
+    config, folder = cli.run_arguments([*argv, f"--config.data.overlong={overlong}"], "")
+    train = grpo_run.build(config, folder, str(model), fit.of_run).train
     assert words in capsys.readouterr().out
     lengths = [len(ids) for ids in train.prompt_ids]
     assert lengths == [4] * 4 + [16] * (overlong == "truncate")
@@ -565,7 +537,7 @@ def test_sft_refuses_a_file_without_solutions(tmp_path, model):
 def test_a_traceback_is_given_on_request(tmp_path, monkeypatch):
     monkeypatch.setenv("GRPO_JAX_TRACEBACK", "1")
     with pytest.raises(ValueError, match="there is no file"):
-        refusal(train.main, ["--config", str(tmp_path / "gone.py")])
+        refusal(train_lib.main, ["--config", str(tmp_path / "gone.py")])
 
 
 @pytest.mark.parametrize("module", ["train", "generate"])
@@ -600,7 +572,7 @@ def main() -> None:
             folder = Path(root) / str(number)
             folder.mkdir()
             start = time.monotonic()
-            status, stderr = refusal(train.main, arguments(case, folder, model))
+            status, stderr = refusal(train_lib.main, arguments(case, folder, model))
             message = stderr.splitlines()[0] if stderr else "nothing"
             message = (
                 message.removeprefix("error: ").replace(str(folder), "DIR").replace(root, "DIR")

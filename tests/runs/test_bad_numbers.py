@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kill_and_resume import final_state, log_differences, logged, state_differences
-from test_bad_input import TINY, make_model, refusal
+from mistakes import TINY, make_model, refusal
 
-from grpo_jax import grpo, train
-from grpo_jax.algorithm.update import Prepare
-from grpo_jax.guards import Guards
-from grpo_jax.run_state import RunState
+from grpo_jax import train
+from grpo_jax.learner.experience import Prepare
+from grpo_jax.trainers import grpo_run
+from grpo_jax.trainers.guards import Guards
+from grpo_jax.trainers.run_state import RunState
 
 REWARD = """
 import os
@@ -116,7 +117,7 @@ def test_a_bad_weight_is_rolled_back(runs, monkeypatch):
     """It comes in step 3; of step 2 there is a checkpoint. Steps 3 to 5 then have other prompts."""
     more = ["guards.after_skips=roll_back", "guards.max_skipped=1", "loop.num_steps=5"]
     more = [f"--config.{option}" for option in more]
-    build, count = grpo.parts.build, iter(range(100))
+    build, count = grpo_run.build, iter(range(100))
 
     def planting(*args):
         parts = build(*args)
@@ -130,7 +131,7 @@ def test_a_bad_weight_is_rolled_back(runs, monkeypatch):
         return dataclasses.replace(parts, update=update)
 
     with monkeypatch.context() as here:
-        here.setattr(grpo.parts, "build", planting)
+        here.setattr(grpo_run, "build", planting)
         planted = runs("planted", *more)
     summary = json.loads((planted / "summary.json").read_text())
     assert summary["roll_backs"] == 1 and summary["skipped_updates"] == 0
@@ -176,7 +177,7 @@ def test_a_stopped_run_rolls_back_as_the_whole_one(tmp_path, alone, model, ahead
     ends = []
     for jobs in ([job("whole"), stopped[0]], [*stopped[1:], job("stopped")]):
         done = subprocess.run(
-            [sys.executable, str(HERE / "drive.py"), json.dumps(jobs)],
+            [sys.executable, str(HERE.parent / "helpers" / "drive.py"), json.dumps(jobs)],
             env=alone | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             capture_output=True,
             text=True,

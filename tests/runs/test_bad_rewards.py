@@ -6,10 +6,10 @@ import json
 import sys
 
 import pytest
-from test_bad_input import TINY, make_model, refusal
+from mistakes import TINY, make_model, refusal
 
 from grpo_jax import train
-from grpo_jax.metrics import read_jsonl
+from grpo_jax.run.append_log import read_jsonl
 
 REWARDS = """
 import time, zlib

@@ -15,17 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kill_and_resume import final_state, logged
-from test_bad_input import TINY, make_model, refusal
+from mistakes import TINY, make_model, refusal
 
-from grpo_jax import grpo, memory, metrics, profile, step_metrics, train
-from grpo_jax.algorithm.update import Prepare
-from grpo_jax.chips import Chip
+from grpo_jax import train
+from grpo_jax.devices import chips, memory
+from grpo_jax.devices.chips import Chip
+from grpo_jax.learner.experience import Prepare
+from grpo_jax.metrics import trace as trace_lib
+from grpo_jax.metrics.names import METRICS, is_known
 from grpo_jax.models.hf.weights import stored_dtype
-from grpo_jax.rewards import reward
+from grpo_jax.rewards import registry
 from grpo_jax.rewards.pool import Pool
-from grpo_jax.rewards.score import Failure, Scores
+from grpo_jax.rewards.scores import Failure, Scores
+from grpo_jax.run.append_log import read_jsonl
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Rollouts
+from grpo_jax.trainers import grpo_run, step_metrics
 
 CHIP = Chip("slow", 1e9, 1e30, 2**30, 1e9, "made up: its memory takes no time")
 MESH = ["--config.mesh.data=2", "--config.mesh.tensor=-1"]
@@ -54,7 +59,7 @@ def _runs(folder, *more: str) -> list[dict]:
 
 
 def test_what_a_run_leaves(tmp_path, compile_cache, cache_folder, monkeypatch):
-    monkeypatch.setattr(step_metrics.chips, "chip", lambda kind: CHIP)
+    monkeypatch.setattr(chips, "chip", lambda kind: CHIP)
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -114,7 +119,7 @@ def test_what_a_run_leaves(tmp_path, compile_cache, cache_folder, monkeypatch):
 
 
 def _rows_with_times(folder) -> list[dict]:
-    return list(metrics.read_jsonl(folder / "metrics.jsonl"))
+    return list(read_jsonl(folder / "metrics.jsonl"))
 
 
 # What a run emits only where something went wrong, or where its devices or rewards have it:
@@ -128,8 +133,8 @@ def _check_names(folder):
     """What is emitted is documented, and what is documented is emitted."""
     rows = [*_rows_with_times(folder), *_rows_with_times(folder / "bootstrap")]
     emitted = {n for row in rows for n in row if n != "step"}
-    assert not {n for n in emitted if not metrics.is_known(n)}
-    assert {n for n in metrics.METRICS if not _among(n, emitted)} == NOT_HERE
+    assert not {n for n in emitted if not is_known(n)}
+    assert {n for n in METRICS if not _among(n, emitted)} == NOT_HERE
 
 
 def _among(documented: str, names) -> bool:
@@ -139,12 +144,12 @@ def _among(documented: str, names) -> bool:
 
 def _check_trace(folder):
     """Step 3 alone, its phases on the host, and those that its programs name."""
-    trace = profile.newest_trace(folder)
+    trace = trace_lib.newest_trace(folder)
     data = jax.profiler.ProfileData.from_file(str(trace))
     events = [event for plane in data.planes for line in plane.lines for event in line.events]
     assert [dict(e.stats)["step_num"] for e in events if e.name == "step"] == [3]
     assert {"rollout", "scoring", "rewards", "update"} <= {e.name for e in events}
-    found = profile.operations(trace)
+    found = trace_lib.operations(trace)
     parts = {(o.phase, word) for o in found for word in o.part.split(" ")[0].split("/")}
     scopes = {
         "rollout": ["admit", "decode", "choose", "attention", "mlp"],
@@ -177,9 +182,9 @@ def _check_export(folder):
     """transformers reads the export, and computes with it what we compute with the checkpoint."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from grpo_jax import policy, sharding
-    from grpo_jax.checkpoints import newest_params
-    from grpo_jax.models import transformer
+    from grpo_jax.devices import sharding
+    from grpo_jax.models import parameters, policy, transformer
+    from grpo_jax.run.checkpoints import newest_params
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "export").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "export")
@@ -193,7 +198,7 @@ def _check_export(folder):
         params, ours.model, np.array([ids[:1]]), np.array([1]), np.array([[ids[1:]]]),
         dtype=jnp.float32,
     )[0, 0]  # fmt: skip
-    found = jax.nn.log_softmax(hidden @ transformer.head_kernel(params), -1)
+    found = jax.nn.log_softmax(hidden @ parameters.head_kernel(params), -1)
     np.testing.assert_allclose(found, expected[: len(ids) - 1], atol=1e-4)
 
 
@@ -213,16 +218,16 @@ def test_metrics_of_what_this_run_has_not(monkeypatch):
     )  # fmt: skip
     ones = np.ones((3, 2), np.int32)
     rollouts = Rollouts(ones, ones[:, 0], ones[..., None], ones[..., None], ones, ones > 0)
-    with Pool(reward.load(("exact_answer",), (1.0,))) as pool:
+    with Pool(registry.load(("exact_answer",), (1.0,))) as pool:
         pool.rewards[0] = dataclasses.replace(pool.rewards[0], name="r")
         parts = types.SimpleNamespace(rewards=pool)
-        values = step_metrics.rollout_metrics(parts, rollouts, scores, {"time/rollout_s": 1.0})
+        values = step_metrics.rollout_metrics(parts, rollouts, scores, 1.0)
     assert values["accuracy"] == 0.0 and values["reward_log/depth"] == 1.5
     assert all(values[f"rewards/failed_by_{kind}"] == 1 for kind in kinds)
     monkeypatch.setattr(memory.jax, "local_devices", lambda: [_Device()])
     values |= memory.usage()
     assert (values["memory/device_gib"], values["memory/device_peak_gib"]) == (1.0, 2.0)
-    assert all(metrics.is_known(name) for name in values)
+    assert all(is_known(name) for name in values)
     assert {name for name in NOT_HERE if not _among(name, values)} == {"eval/failed_rewards"}
 
 
@@ -232,25 +237,25 @@ def test_the_device_has_work_while_metrics_are_read(tmp_path, model, monkeypatch
 
     def noted(name, function):
         def call(*args, **kwargs):
-            if name != "read" or args[0]._unread:
+            if name != "fetch" or args[0]._unread:
                 events.append(name)
             return function(*args, **kwargs)
 
         return call
 
-    build = grpo.parts.build
+    build = grpo_run.build
 
     def watched(*args):
         parts = build(*args)
         return dataclasses.replace(parts, update=noted("update", parts.update))
 
-    monkeypatch.setattr(grpo.parts, "build", watched)
+    monkeypatch.setattr(grpo_run, "build", watched)
     monkeypatch.setattr(step_metrics.StepLog, "fetch", noted("fetch", step_metrics.StepLog.fetch))
     monkeypatch.setattr(Engine, "_next_prompts", noted("admit", Engine._next_prompts))
     every = ["--config.checkpoint.every_steps=0", "--config.rollout.num_slots=0"]
     _runs(tmp_path / "run", f"--config.model.path={model}", *TWO_STEPS, *every)
-    updates = ["update", "update", "read", "update", "read", "update", "read"]
-    assert events == ["admit", *updates, "admit", "read", *updates, "read"]
+    updates = ["update", "update", "fetch", "update", "fetch", "update", "fetch"]
+    assert events == ["admit", *updates, "admit", "fetch", *updates, "fetch"]
     rows = _rows_with_times(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2]
     assert all(0 < row["time/update_s"] < row["time/step_s"] for row in rows)
@@ -276,7 +281,7 @@ def test_a_debugging_run(tmp_path, model, one_device):
         jax.config.update("jax_debug_nans", False)
     samples = [json.loads(x) for x in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert [s["step"] for s in samples] == [1, 1, 2, 2]
-    assert profile.operations(profile.newest_trace(tmp_path / "run"))
+    assert trace_lib.operations(trace_lib.newest_trace(tmp_path / "run"))
 
 
 # --- Numbers that are not finite ------------------------------------------------------------------

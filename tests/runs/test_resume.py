@@ -18,7 +18,7 @@ import pytest
 from kill_and_resume import final_state, log_differences, logged, state_differences
 
 HERE = Path(__file__).parent
-TINY = HERE / "tiny_config.py"
+TINY = HERE.parent / "helpers" / "tiny_config.py"
 
 # Stopped after so many updates (4 to a step: 2 minibatches, twice), or supervised steps.
 STOPS = {
@@ -59,7 +59,7 @@ def _argv(folder: Path, *more: str) -> list[str]:
 def _drive(jobs: list[dict], environment: dict[str, str]) -> list[str]:
     """How each job ended."""
     done = subprocess.run(
-        [sys.executable, str(HERE / "drive.py"), json.dumps(jobs)],
+        [sys.executable, str(HERE.parent / "helpers" / "drive.py"), json.dumps(jobs)],
         env=environment,
         capture_output=True,
         text=True,

@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from test_bad_input import refusal
+from mistakes import refusal
 
 from grpo_jax import score
 
@@ -24,7 +24,7 @@ def config(tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     file = tmp_path / "sums.py"
     file.write_text(
-        "from grpo_jax import config as config_lib\n"
+        "from grpo_jax.config import options as config_lib\n"
         "def get_config():\n"
         "    c = config_lib.default()\n"
         f"    c.data.path = {str(data)!r}\n"

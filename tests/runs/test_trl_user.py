@@ -11,11 +11,11 @@ from datetime import datetime
 
 import pytest
 from datasets import Dataset, DatasetDict
-from test_bad_input import TINY, make_model, refusal
+from mistakes import TINY, make_model, refusal
 from transformers import AutoTokenizer
 
 from grpo_jax import train
-from grpo_jax.metrics import read_jsonl
+from grpo_jax.run.append_log import read_jsonl
 
 # As in TRL's documentation of GRPOTrainer: a reward of texts, one of a column, one that declines,
 # one that is asynchronous and logs, one that reads token ids and the trainer's state.

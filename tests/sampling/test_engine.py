@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import tiny
 
-from grpo_jax import compiling, keys
-from grpo_jax.algorithm.update import Scorer
-from grpo_jax.models import attention, quantize, transformer
-from grpo_jax.models import logits as logits_lib
+from grpo_jax import keys
+from grpo_jax.devices import compiling, sharding
+from grpo_jax.kernels import quantize
+from grpo_jax.kernels.kv_cache import Ring
+from grpo_jax.learner.scoring import Scorer
+from grpo_jax.models import logits, parameters, transformer
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
@@ -48,7 +50,7 @@ def generate(engine, params, prompts=PROMPTS, group=GROUP, key=KEY, temperature=
 def scores_of(params, prompt_PQ, prompt_length_P, completion_PGC):
     """Scores over the vocabulary at each completion token, by one full pass, [P, G, C, V]."""
     hidden = transformer.score(params, tiny.MODEL, prompt_PQ, prompt_length_P, completion_PGC)
-    return logits_lib.logits(hidden, transformer.head_kernel(params))
+    return logits.logits(hidden, parameters.head_kernel(params))
 
 
 def scores(params, rollouts):
@@ -329,7 +331,7 @@ def test_a_gpu_joins_products_and_looks_at_the_host_more_rarely(monkeypatch):
     plain, shape = engine().decoder, (tiny.MODEL, tiny.one_device(), Sampling(), STOPS, LIMIT)
     assert decode.decoder_for(*shape, jnp.float32) == plain
 
-    monkeypatch.setattr(decode.sharding, "is_gpu", lambda mesh: True)
+    monkeypatch.setattr(sharding, "is_gpu", lambda mesh: True)
 
     faster = dataclasses.replace(plain, join=True, steps=8)
     assert decode.decoder_for(*shape, jnp.float32) == faster
@@ -343,7 +345,7 @@ def in_int8(num_slots=0, compact=True, weights="int8", cache="int8", mesh=None) 
         STOPS,
         LIMIT,
         weights=weights,
-        caching=attention.Ring(int8=cache == "int8"),
+        caching=Ring(int8=cache == "int8"),
     )
     return Engine(decoder, num_slots=num_slots, compact=compact)
 
@@ -432,7 +434,7 @@ def test_publishing_again_traces_nothing(params, monkeypatch):
 def test_publish_takes_the_layers_apart():
     """Of more layers than may be in flight."""
     model = dataclasses.replace(tiny.MODEL, num_layers=compiling.MAX_IN_FLIGHT + 3)
-    params = transformer.init(model, jax.random.key(0))
+    params = parameters.init(model, jax.random.key(0))
 
     published = Engine(Decoder(model, tiny.one_device(), Sampling(), STOPS, LIMIT)).publish(params)
 

@@ -12,15 +12,17 @@ from typing import Any
 
 import huggingface_hub
 
-from grpo_jax.messages import shown
-from grpo_jax.models import families
-from grpo_jax.paths import expanded
+from grpo_jax.hosts.paths import expanded
+from grpo_jax.messages.values import shown
+from grpo_jax.models.families import model_config
 from grpo_jax.structs import ModelConfig
 
 # Hundreds of times what the largest models have.
 _MAX_JSON_BYTES = 2**28
 
+
 # --- Where a model lies -------------------------------------------------------------------------
+
 
 # No pickles; and not the second copy of the weights that some repositories hold.
 _ALLOWED = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
@@ -84,6 +86,7 @@ def at_hand(path: str) -> Path | None:
 
 
 # --- What a folder is ---------------------------------------------------------------------------
+
 
 _ORIGINAL = (
     "Give the Hugging Face folder or hub id of the original weights, in safetensors, that it was "
@@ -167,7 +170,7 @@ def read_config(folder: Path, given: str = "") -> ModelConfig:
         raise ValueError(
             f"{given or folder} is the folder of a run. Give the model in it, {folder}/export."
         )
-    return families.model_config(settings, str(file))
+    return model_config(settings, str(file))
 
 
 # --- Files --------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from grpo_jax.messages import shown
+from grpo_jax.messages.values import shown
 from grpo_jax.models.hf import growth
 from grpo_jax.models.hf.folder import read_json, refuse_odd
 

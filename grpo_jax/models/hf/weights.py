@@ -17,8 +17,8 @@ import numpy as np
 import safetensors
 from jax.sharding import Mesh
 
-from grpo_jax import sharding
-from grpo_jax.models import transformer
+from grpo_jax.devices import sharding
+from grpo_jax.models import parameters
 from grpo_jax.models.hf.folder import read_json, refuse_odd, some
 from grpo_jax.structs import Array, ModelConfig, Params
 
@@ -27,7 +27,9 @@ INDEX = "model.safetensors.index.json"
 # safetensors' names of the dtypes that checkpoints of weights come in, and NumPy's.
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
+
 # --- Names --------------------------------------------------------------------------------------
+
 
 _OUTER = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 _IN_LAYER = {
@@ -65,7 +67,7 @@ def leaves_of(config: ModelConfig) -> Any:
         shape = array.shape[1:] if stacked else array.shape
         return Leaf(names, stacked, transposed, shape[::-1] if transposed else shape)
 
-    return jax.tree_util.tree_map_with_path(leaf, transformer.param_shapes(config))
+    return jax.tree_util.tree_map_with_path(leaf, parameters.param_shapes(config))
 
 
 def is_leaf(x: Any) -> bool:
@@ -84,8 +86,8 @@ def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype=jnp.float32
     leaves = leaves_of(config)
     tensors = _renamed(_open(folder), config)
     _check(folder, tensors, leaves, config)
-    shapes = transformer.param_shapes(config)
-    shardings = sharding.tree_shardings(mesh, transformer.logical_axes(config), shapes)
+    shapes = parameters.param_shapes(config)
+    shardings = sharding.tree_shardings(mesh, parameters.logical_axes(config), shapes)
 
     def load(leaf: Leaf, shape: jax.ShapeDtypeStruct, placed: jax.sharding.Sharding) -> Array:
         return _filled(shape.shape, placed, _reader(leaf, shape.shape, tensors, dtype))

@@ -1,0 +1,277 @@
+"""What the programs share: their arguments, and how a mistake ends them."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import importlib.util
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+import jax
+from ml_collections import ConfigDict
+
+from grpo_jax.config import derived, loading
+from grpo_jax.hosts import cpus, processes
+from grpo_jax.hosts.processes import Limits
+from grpo_jax.messages.console import console, one_line, say
+from grpo_jax.messages.credentials import hidden
+from grpo_jax.run import disk, stop
+
+
+def run_arguments(argv: list[str], description: str) -> tuple[ConfigDict, Path]:
+    """The config and the workdir of a run's command line; of several processes all have started.
+
+    Everything but `--config`, `--workdir` and what `add_processes` adds must be an override,
+    `--config.name=value`.
+    """
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="FILE", help="a file as in configs/")
+    parser.add_argument(
+        "--workdir", metavar="DIR", help="folder of the run; default runs/NAME_OF_CONFIG"
+    )
+    parser.usage = f"{parser.prog} --config FILE [--workdir DIR] [--config.NAME=VALUE ...]"
+    add_processes(parser)
+    known, overrides = parser.parse_known_args(joined(argv))
+    config = load_config(known.config, overrides)
+    start_processes(known, config)
+    return config, Path(known.workdir or Path("runs") / Path(known.config).stem)
+
+
+def load_config(path: str, overrides: list[str]) -> ConfigDict:
+    """The config of a file with overrides, as `loading.load`; its reward functions can be imported.
+
+    A module that is found nowhere else is looked for in the config's folder, then the current one.
+    """
+    config = loading.load(path, overrides)
+    specs = [spec.partition("(")[0] for spec in config.rewards.names]
+    modules = {spec.partition(":")[0].partition(".")[0].strip() for spec in specs if ":" in spec}
+    if any(map(_is_missing, modules)):
+        folders = [str(Path(path).resolve().parent), os.getcwd()]
+        sys.path += [folder for folder in folders if folder not in sys.path]
+    return config
+
+
+def _is_missing(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is None
+    except ValueError:  # no name of a module
+        return False
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Adds the options by which a process of several finds the others."""
+    group = parser.add_argument_group(
+        "a run of several processes",
+        "Found by itself on TPU pods, GKE and SLURM; elsewhere each process needs all three, or "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in its environment.",
+    )
+    group.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0")
+    group.add_argument("--num-processes", type=int, metavar="N")
+    group.add_argument("--process-id", type=int, metavar="I", help="from 0")
+
+
+def start_processes(args: argparse.Namespace, config: ConfigDict) -> None:
+    """Returns when all processes of the run have started. Call it before anything uses JAX."""
+    address = processes.find(args.coordinator, args.num_processes, args.process_id)
+    if address is None or jax.distributed.is_initialized():
+        return
+    # A process that waits for another at a meeting is not what stalls.
+    meeting_s = 1.1 * config.loop.stall_limit_s + 60 if config.loop.stall_limit_s else 1e6
+    limits = Limits(config.hosts.start_limit_s, config.hosts.lost_limit_s, meeting_s)
+    processes.start(address, limits)
+    console.quiet = not processes.is_first()  # what is said is the same for all
+
+
+def joined(argv: list[str]) -> list[str]:
+    """`--config.name value` as `--config.name=value`."""
+    joined: list[str] = []
+    for argument in argv:
+        waits = joined and joined[-1].startswith("--config.") and "=" not in joined[-1]
+        if waits and not argument.startswith("--"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+_SMALL = 50_000_000  # parameters; a larger model's products are worth several threads
+
+
+def use_all_cores(config: ConfigDict, num_params: int) -> None:
+    """Makes each core of a CPU a device of its own, for a small model on the devices there are.
+
+    Not for a run of several processes, each of which has one, or what XLA_FLAGS say.
+
+    Two devices that decode and learn for themselves are faster than one on two threads, which wait
+    for each other after every product; but each holds the model. As many as the groups of an update
+    split over. No effect on accelerators, nor where XLA_FLAGS say how many devices there are. Call
+    it before anything uses JAX.
+    """
+    mesh = config.mesh
+    asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    asked = asked or mesh.data != -1 or mesh.fsdp * mesh.sequence * mesh.tensor != 1
+    if asked or num_params > _SMALL or processes.count() > 1:
+        return
+    groups = derived.groups_at_once(config)
+    devices = max(n for n in range(1, cpus.usable() + 1) if groups % n == 0)
+    if jax.config.jax_num_cpu_devices != devices:
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def use_compile_cache(mesh: ConfigDict | None = None, *, traced: bool = False) -> None:
+    """Compiled programs are kept in the user's cache folder and found again by the next run.
+
+    JAX's own variables may name another folder, such as a bucket that all hosts share, and how long
+    a program must have taken to be kept.
+
+    Not on a CPU for a run that is to be `traced`: of a program that was kept, a trace does not tell
+    which part of the network an operation is of. Nor where the config's `mesh` splits the network
+    over several devices: in such a program that was kept, devices may come to meetings in another
+    order, and wait for each other until the process is ended (jaxlib 0.10.2).
+    """
+    split = mesh is not None and (mesh.fsdp, mesh.sequence, mesh.tensor) != (1, 1, 1)
+    split = split and len(jax.devices()) > 1
+    if (traced or split) and jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # a user without a home, as in containers
+        if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+            jax.config.update("jax_enable_compilation_cache", False)
+            return
+        base = ""  # not read
+    for variable, value in (
+        ("JAX_COMPILATION_CACHE_DIR", str(Path(base) / "grpo_jax" / "compiled")),
+        ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 0.5),
+    ):
+        if not os.environ.get(variable):
+            jax.config.update(variable.lower(), value)
+
+
+# What JAX's variables would make of every number.
+_SETTINGS = {
+    "jax_enable_x64": False,
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_softmax_custom_jvp": False,
+    "jax_disable_jit": False,
+}
+
+
+def hold_settings() -> None:
+    """Settings of JAX that change what is computed are as they are here, whatever variables say."""
+    for name, value in _SETTINGS.items():
+        if jax.config.values[name] != value:
+            jax.config.update(name, value)
+
+
+def show_devices(show: Callable[[str], None] = say) -> None:
+    """Says what the program runs on. Raises ValueError where JAX has no such devices."""
+    try:
+        devices = jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter without a word
+        why = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise ValueError(
+            f"JAX finds no device of JAX_PLATFORMS = {os.environ.get('JAX_PLATFORMS', '')!r}{why}. "
+            "Install what such devices need, as pip install 'grpo_jax[gpu]' or 'grpo_jax[tpu]', or "
+            "unset that variable to run on what is there."
+        ) from error
+    kinds = collections.Counter(device.device_kind for device in devices)
+    named = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    show(f"Runs on {named} ({devices[0].platform}).")
+
+
+def use_nan_checks(check: bool) -> None:
+    """With `check`, JAX stops at the operation that gave the first NaN.
+
+    Infinities are not looked for: the logits that a sampler may not choose from are.
+    """
+    jax.config.update("jax_debug_nans", check)
+
+
+_LINGER_S = 5.0  # for threads to end
+
+
+def main(run: Callable[[list[str]], None]) -> None:
+    """Runs a program; a user's mistake ends it with one message and status 1.
+
+    One that was asked to stop, and has saved, ends with status 75, by which a launcher knows that
+    there is more to do. Of several processes, what ends one ends all.
+    """
+    before = set(threading.enumerate())
+    hold_settings()
+    try:
+        status = 0
+        try:
+            run(sys.argv[1:])
+        except stop.Stopped as stopped:
+            say(str(stopped))
+            status = stop.STATUS
+        processes.finish()
+        _let_go(status, before)
+        if status:
+            sys.exit(status)
+    except KeyboardInterrupt:
+        _end("interrupted", 130)
+    except Exception as error:
+        message = processes.lost_another(error) or (
+            str(error) if isinstance(error, ValueError) else ""
+        )
+        if disk.is_full(error) and not message:
+            message = f"the disk is full ({error}). Make space; the same command continues a run."
+        if os.environ.get("GRPO_JAX_TRACEBACK") or not message:
+            if processes.count() == 1:
+                sys.excepthook = _show_traceback
+                raise
+            _show_traceback(type(error), error, error.__traceback__)
+            _end(one_line(message or f"{type(error).__name__}: {error}"), 1)
+        message = one_line(message)
+        with contextlib.suppress(OSError):  # nobody listens
+            print(f"error: {message}", file=sys.stderr)
+            print("(GRPO_JAX_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
+        _let_go(1, before)
+        _end(message, 1)
+
+
+def _show_traceback(kind: type, error: BaseException, trace: TracebackType | None) -> None:
+    text = "".join(traceback.format_exception(kind, error, trace))
+    print(hidden(text), end="", file=sys.stderr)
+
+
+def _let_go(status: int, before: set[threading.Thread]) -> None:
+    """Ends the process where threads would keep it, as Orbax's do for minutes after a failed save.
+
+    `before`: those that ran before the program did.
+    """
+    with contextlib.suppress(AttributeError, ValueError):
+        try:
+            sys.stdout.flush()
+        except OSError:  # the interpreter would try again, and end with a status of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    until = time.monotonic() + _LINGER_S
+    left = [t for t in threading.enumerate() if t not in before and not t.daemon]
+    for thread in left:
+        thread.join(max(until - time.monotonic(), 0.0))
+    if any(thread.is_alive() for thread in left):
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+        if processes.count() == 1:
+            os._exit(status)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    if processes.count() > 1:
+        processes.end(message, status)
+    sys.exit(status)

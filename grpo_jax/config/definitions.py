@@ -1,0 +1,58 @@
+"""What a run optimizes, told as formulas: which of the definitions that the field has is in force.
+
+`docs/definitions.md` sets each beside TRL's.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from grpo_jax.config import derived
+
+_ADVANTAGE = {
+    "none": "reward - mean of its group",
+    "std": "(reward - mean of its group) / the group's standard deviation, 0 where that is <= 1e-4",
+    "sample_std": "(reward - mean of its group) / (the group's sample standard deviation + 1e-4)",
+}
+_KL = {
+    "reference_policy": "k3, gradient of KL(reference || policy)",
+    "policy_reference": "r k3, gradient of KL(policy || reference)",
+}
+_MEAN = {
+    "token": "mean over an update's tokens",
+    "sequence": "mean over an update's completions of the mean over their tokens",
+    "constant": "sum over an update's tokens / (completions x {max_tokens})",
+}
+
+
+def in_force(config: ConfigDict) -> list[str]:
+    """Three lines: the advantage A, the loss of a token with ratio r, and the optimizer."""
+    algorithm, optim, rollout = config.algorithm, config.optim, config.rollout
+    weight = "" if algorithm.importance_correction == "none" else "w "
+    loss = f"-{weight}min(r A, clip(r, {1 - algorithm.clip_low:g}, {1 + algorithm.clip_high:g}) A)"
+    if algorithm.kl_coef:
+        loss += f" + {algorithm.kl_coef:g} ({_KL[algorithm.kl_gradient]})"
+    if algorithm.entropy_coef:
+        loss += f" - {algorithm.entropy_coef:g} entropy"
+    loss += f", {_MEAN[algorithm.normalizer].format(max_tokens=rollout.max_tokens)}"
+    if weight:
+        kind, cap = algorithm.importance_correction, algorithm.importance_cap
+        loss += f"; w = policy / sampler, {kind} above {cap:g}"
+    if algorithm.mask_truncated:
+        loss += "; completions that were cut are left out"
+    cuts = [f"top_k {rollout.top_k}"] * (rollout.top_k > 0)
+    cuts += [f"top_p {rollout.top_p:g}"] * (rollout.top_p < 1)
+    if cuts:
+        loss += f"; probabilities within {' and '.join(cuts)}"
+    rate = f"learning rate {optim.learning_rate:g}"
+    if optim.warmup_steps:
+        rate += f" after {optim.warmup_steps} updates"
+    if optim.schedule != "constant":
+        updates = config.loop.num_steps * derived.num_updates_per_step(config)
+        end = optim.end_fraction * optim.learning_rate
+        rate += f", {optim.schedule} to {end:g} at update {updates}"
+    return [
+        f"Advantage A: {_ADVANTAGE[algorithm.scale_by]}",
+        f"Loss: {loss}",
+        f"AdamW({optim.beta1:g}, {optim.beta2:g}), {rate}",
+    ]

@@ -1,0 +1,23 @@
+"""What follows from the options of a run."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+
+def groups_at_once(config: ConfigDict) -> int:
+    """Groups that the devices share between them: a microbatch, or an update's where it is free."""
+    if config.batch.microbatch > 0:
+        return config.batch.microbatch
+    return config.batch.prompts // config.batch.minibatches
+
+
+def num_updates_per_step(config: ConfigDict) -> int:
+    """Optimizer updates after each rollout."""
+    return config.algorithm.num_iterations * config.batch.minibatches
+
+
+def needs_old_pass(config: ConfigDict) -> bool:
+    """Whether a rollout is scored before its first update, besides what that update computes."""
+    sequences = config.algorithm.importance_correction.startswith("sequence")
+    return sequences or num_updates_per_step(config) > 1

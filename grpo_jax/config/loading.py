@@ -1,0 +1,73 @@
+"""A config file read, with the overrides of the command line."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from grpo_jax.config import options, rules
+from grpo_jax.config.dotted import override
+from grpo_jax.messages.values import shown
+
+
+def load(path: str, overrides: list[str]) -> ConfigDict:
+    """The config of a file with `--config.name=value` arguments applied, checked and frozen.
+
+    Raises ValueError, naming the option and the remedy, for anything that is wrong with it.
+    """
+    file = Path(path)
+    if not file.is_file():
+        known = sorted(str(p) for p in Path("configs").glob("*.py"))
+        hint = f" Files in configs/: {', '.join(known)}." if known else ""
+        raise ValueError(f"--config: there is no file {path!r}.{hint}")
+    if file.suffix != ".py":
+        raise ValueError(f"--config: {path} is not a Python file, NAME.py, as in configs/.")
+    spec = importlib.util.spec_from_file_location("grpo_jax_config_file", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except (Exception, SystemExit) as error:  # a user's file may fail in any way
+        raise ValueError(
+            f"--config: {path} does not give a config ({type(error).__name__}: {error}). It needs "
+            "a function get_config() that changes and returns grpo_jax.config.options.default()."
+        ) from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"--config: get_config() of {path} returns a {type(config).__name__}, not a config. "
+            "Let it return the one that it got from grpo_jax.config.options.default()."
+        )
+    config.rewards.names = tuple(
+        spec_of(name) if callable(name) else name for name in config.rewards.names
+    )
+    for argument in overrides:
+        name, equals, text = argument.partition("=")
+        if not name.startswith("--config.") or not equals:
+            raise ValueError(
+                f"Unknown argument {shown(argument)}. Options of the run are written "
+                "--config.name=value, for example --config.optim.learning_rate=1e-5."
+            )
+        override(config, name.removeprefix("--config."), text)
+    rules.check(config, options.default())
+    return ConfigDict(config).lock()
+
+
+def spec_of(found: Callable) -> str:
+    """The name, "module:function", of a function that a config gives in its place.
+
+    Raises ValueError where a worker process could not import it by that: one of the config file
+    itself, one within another, or one that was bound.
+    """
+    module, name = getattr(found, "__module__", None), getattr(found, "__qualname__", "")
+    if found is getattr(sys.modules.get(module), name, None) and module != "__main__":
+        return f"{module}:{name}"
+    name = getattr(found, "__name__", type(found).__name__)
+    raise ValueError(
+        f"rewards.names holds the function {name!r} itself, which the processes of rewards could "
+        "not import. Put it into a module that Python can import from the current folder, such as "
+        f'my_rewards.py, and write "my_rewards:{name}".'
+    )

@@ -1,0 +1,114 @@
+"""Arrays between the host and the devices, and between shards."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from grpo_jax.devices import sharding as sharding_lib
+
+_HOST_MEMORY = "pinned_host"
+
+
+def shard_owners(mesh: Mesh) -> np.ndarray:
+    """The process that answers for each shard of the slots, the first that holds it, int [S]."""
+    devices_SD = mesh.devices.reshape(sharding_lib.num_slot_shards(mesh), -1)
+    return np.array([min(d.process_index for d in devices_D) for devices_D in devices_SD])
+
+
+def shards_held(mesh: Mesh) -> np.ndarray:
+    """Which shards of the slots lie on devices of this process, bool [S]."""
+    devices_SD = mesh.devices.reshape(sharding_lib.num_slot_shards(mesh), -1)
+    own = jax.process_index()
+    return np.array([any(d.process_index == own for d in devices_D) for devices_D in devices_SD])
+
+
+def shard_rows(mesh: Mesh, tree: Any, axis: str = "rows") -> Any:
+    """Host arrays as global arrays, split along their first axis, which is of that logical kind.
+
+    They have their whole shape on every process, but only the rows that its devices hold are read.
+    """
+
+    def put(x: np.ndarray) -> jax.Array:
+        x = np.asarray(x)
+        sharding = sharding_lib.sharding_of(mesh, (axis,) + (None,) * (x.ndim - 1), x.shape)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree)
+
+
+def reorder_rows(mesh: Mesh, tree: Any, order: np.ndarray) -> Any:
+    """Arrays whose row n is row order[n] of the given global arrays, split over the mesh alike."""
+    return _reordering(mesh)(tree, order)
+
+
+@functools.cache
+def _reordering(mesh: Mesh) -> Callable:
+    @jax.jit
+    def reorder(tree: Any, order: jax.Array) -> Any:
+        def rows(x: jax.Array) -> jax.Array:
+            axes = ("rows",) + (None,) * (x.ndim - 1)
+            return jax.lax.with_sharding_constraint(
+                x[order], sharding_lib.sharding_of(mesh, axes, x.shape)
+            )
+
+        return jax.tree.map(rows, tree)
+
+    return reorder
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays as NumPy arrays, whole on every process, wherever their shards are."""
+
+    def whole(x: jax.Array) -> np.ndarray:
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(whole, tree)
+
+
+def rows_held(tree: Any) -> Any:
+    """Arrays as NumPy arrays of their whole shape, with the rows that this process's devices hold.
+
+    Nothing is moved between processes. The other rows are zero, and take no memory.
+    """
+
+    def held(x: jax.Array) -> np.ndarray:
+        if x.is_fully_addressable:
+            return np.asarray(x)
+        whole = np.zeros(x.shape, x.dtype)
+        for shard in x.addressable_shards:
+            whole[shard.index] = shard.data
+        return whole
+
+    return jax.tree.map(held, tree)
+
+
+def check_host_memory(mesh: Mesh, option: str) -> None:
+    """Raises ValueError when the devices reach no memory of their host, which `option` asks for."""
+    device = mesh.devices.flat[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if _HOST_MEMORY not in kinds:
+        raise ValueError(
+            f"{option} = True needs memory of the kind {_HOST_MEMORY}, and {device.device_kind} "
+            f"has {', '.join(kinds)}. Set it to False."
+        )
+
+
+def to_host_memory(tree: Any) -> Any:
+    """Copies of arrays in the memory of their devices' host, split there as they are."""
+    return jax.tree.map(
+        lambda x: jax.device_put(x, x.sharding.with_memory_kind(_HOST_MEMORY)), tree
+    )
+
+
+def to_device_memory(tree: Any) -> Any:
+    """Arrays in the memory of their devices: those that are there already, copies of others."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")), tree)

@@ -1,0 +1,117 @@
+"""Rewards of a rollout, begun while the rest of it is still being sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from grpo_jax.data.problems import Problem, as_reply
+from grpo_jax.hosts import processes
+from grpo_jax.messages.console import say
+from grpo_jax.models.policy import Policy
+from grpo_jax.rewards import scores as scores_lib
+from grpo_jax.rewards.pool import Pool
+from grpo_jax.rewards.scores import RewardError, Scores
+from grpo_jax.rewards.ticket import Ticket
+
+
+class RewardCollector:
+    """Has the completions of some problems scored, each group as soon as it is finished.
+
+    Give `add` to the engine as `on_group`, and read `scores` when it is done. Of several processes
+    each scores the groups that its engine gives it, and all come to know all scores.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        policy: Policy,
+        problems: list[Problem],
+        prompt_texts: list[str],
+        group: int,
+        trainer_state: dict[str, Any] | None = None,
+    ):
+        """`prompt_texts`: the problems' prompts as the model reads them, chat template included.
+
+        `trainer_state`: what reward functions see of the run under that name.
+        """
+        self._pool, self._policy, self._problems = pool, policy, problems
+        self._prompt_texts = prompt_texts
+        self._group, self._trainer_state = group, trainer_state
+        self._tickets: dict[int, Ticket] = {}
+        self._texts: dict[int, list[str]] = {}
+
+    def add(self, number: int, completions: list[list[int]]) -> None:
+        """Submits the finished completions (token ids) of problem `number`."""
+        problem = self._problems[number]
+        texts = [self._policy.text(ids) for ids in completions]
+        self._texts[number] = texts
+        self._tickets[number] = self._pool.submit(
+            [problem.prompt] * len(texts),
+            [as_reply(problem, text) for text in texts],
+            {name: [value] * len(texts) for name, value in problem.columns.items()},
+            completion_ids=completions,
+            rendered_prompts=[self._prompt_texts[number]] * len(texts),
+            group=self._group,
+            trainer_state=self._trainer_state,
+        )
+
+    def texts(self, numbers: Iterable[int] | None = None) -> list[str]:
+        """The completions of some problems as text, one problem after the other; None: of all.
+
+        Every process must call it.
+        """
+        numbers = range(len(self._problems)) if numbers is None else list(numbers)
+        own = [(n, self._texts[n]) for n in numbers if n in self._texts]
+        everyones = dict(pair for pairs in processes.gather(own, "the texts") for pair in pairs)
+        return [text for n in numbers for text in everyones[n]]
+
+    def scores(self) -> Scores:
+        """All rewards, prompt by prompt. Raises RewardError when none can be computed.
+
+        Every process must call it.
+        """
+        own, fault = {}, ""
+        try:
+            own = {n: ticket.result() for n, ticket in self._tickets.items()}
+        except RewardError as error:  # all must hear of it, or they would wait for us
+            fault = str(error)
+        everyones = own
+        if processes.count() > 1:
+            told = [(n, scores.as_json()) for n, scores in own.items()]
+            answers = processes.gather((fault, told), "the rewards")
+            fault = next((text for text, _ in answers if text), "")
+            everyones = {n: Scores.from_json(scores) for _, told in answers for n, scores in told}
+        if fault:
+            raise RewardError(fault)
+        assert len(everyones) == len(self._problems), "the engine did not finish every group"
+        parts = [everyones[n] for n in range(len(self._problems))]
+        return scores_lib.join(parts, self._pool.rewards)
+
+
+class FailureReports:
+    """Tells the terminal of rewards that fail: of each reward, the 1st, 2nd, 4th, 8th ... time."""
+
+    def __init__(self) -> None:
+        self._times: dict[str, int] = {}
+
+    def tell(self, when: str, scores: Scores) -> None:
+        """Says what failed in `scores`, in one line per reward, with an example."""
+        for name, failed_B in scores.failed.items():
+            retried, why = scores.retried.get(name, (0, ""))
+            if not failed_B.any() and not retried:
+                continue
+            times = self._times[name] = self._times.get(name, 0) + 1
+            if times & (times - 1):
+                continue
+            if failed_B.any():
+                first = next(f for f in scores.failures if f.reward == name)
+                say(
+                    f"warning: {when}: {failed_B.sum()} of {len(failed_B)} completions have no "
+                    f"reward {name!r}, and are worth the least of the step there. {first.message}"
+                )
+            else:
+                say(
+                    f"warning: {when}: {retried} calls of the reward {name!r} failed for a group, "
+                    f"and not for its completions each alone, which count. {why}"
+                )

@@ -1,0 +1,106 @@
+"""How close texts are to reference texts, for problems whose answer no rule can check.
+
+Words in common (F1), n-grams in common (BLEU) and what a summary keeps of its source (ROUGE). BLEU
+and ROUGE are computed by sacrebleu and rouge-score, so that they compare with published values.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+import string
+
+import numpy as np
+
+from grpo_jax.evaluation import estimates
+from grpo_jax.evaluation.estimates import Tally
+
+_ROUGES = ("rouge1", "rouge2", "rougeL")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextScores:
+    """What B texts have in common with their references."""
+
+    by_name: dict[
+        str, np.ndarray
+    ]  # float64 [B]: f1, rouge1, rouge2, rougeL in 0..1, bleu in 0..100
+    bleu_part_BX: np.ndarray  # n-grams in common and n-grams, n = 1..4 each, and the two lengths
+
+    def tallies(self) -> dict[str, Tally]:
+        """F1 and ROUGE as means over the texts, BLEU of all of them together."""
+        means = {n: estimates.mean(v) for n, v in self.by_name.items() if n != "bleu"}
+        return means | {"bleu": Tally(self.bleu_part_BX, _bleu_of_sums, 0.0, 100.0)}
+
+
+def require() -> None:
+    """Raises ValueError, saying what to install, where sacrebleu or rouge-score is missing."""
+    missing = []
+    for package, module in (
+        ("sacrebleu", "sacrebleu"),
+        ("rouge-score", "rouge_score.rouge_scorer"),
+    ):
+        try:
+            __import__(module)
+        except ImportError:
+            missing.append(package)
+    if missing:
+        raise ValueError(
+            f"evaluation.reference needs {' and '.join(missing)}, not installed: "
+            "pip install grpo_jax[text], or set evaluation.reference to ''."
+        )
+
+
+def score(texts: list[str], references: list[str]) -> TextScores:
+    """F1, BLEU and ROUGE of each text against its reference; ValueError as for `require`.
+
+    BLEU is sacrebleu's with its defaults (13a tokens, exponential smoothing), for single texts of
+    effective order, as it recommends for them. ROUGE is the F-measure of rouge-score without
+    stemming; its tokens are the letters a-z and digits, so other scripts score 0.
+    """
+    require()
+    from rouge_score import rouge_scorer
+    from sacrebleu.metrics import BLEU
+
+    corpus, single = BLEU(), BLEU(effective_order=True)
+    scorer = rouge_scorer.RougeScorer(list(_ROUGES))
+    rows: dict[str, list[float]] = {name: [] for name in ("f1", "bleu", *_ROUGES)}
+    parts = []
+    for text, reference in zip(texts, references, strict=True):
+        rows["f1"].append(token_f1(text, reference))
+        rows["bleu"].append(single.sentence_score(text, [reference]).score)
+        for name, value in scorer.score(reference, text).items():
+            rows[name].append(value.fmeasure)
+        found = corpus.corpus_score([text], [[reference]])
+        parts.append([*found.counts, *found.totals, found.sys_len, found.ref_len])
+    return TextScores({n: np.array(v) for n, v in rows.items()}, np.array(parts))
+
+
+def token_f1(text: str, reference: str) -> float:
+    """Harmonic mean of precision and recall of words, as SQuAD counts them.
+
+    Rajpurkar et al. 2016 (arXiv:1606.05250), section 6.1: without case, punctuation and articles.
+    Where one of the two has no words left, 1 if the other has none either, else 0 (SQuAD 2.0).
+    """
+    words, reference_words = _words(text), _words(reference)
+    if not words or not reference_words:
+        return float(words == reference_words)
+    common = (collections.Counter(words) & collections.Counter(reference_words)).total()
+    return 2 * common / (len(words) + len(reference_words))
+
+
+def _words(text: str) -> list[str]:
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
+def _bleu_of_sums(sums: np.ndarray) -> np.ndarray:
+    from sacrebleu.metrics import BLEU
+
+    def bleu(row: np.ndarray) -> float:
+        counts = [int(x) for x in row]
+        return BLEU.compute_bleu(counts[:4], counts[4:8], counts[8], counts[9]).score
+
+    return np.apply_along_axis(bleu, -1, sums)

@@ -1,0 +1,99 @@
+"""Grouped-query attention of scoring and training, in plain XLA.
+
+It has one softmax over two sets of keys, the prompt's and the completion's own: a prompt is
+computed once for its whole group, and every completion of the group attends to it and to itself.
+The two parts are merged by their common maximum and denominator, so nothing is copied or
+concatenated. Softmax is float32 whatever the dtype of queries and keys. Decoding (`kv_cache.py`)
+merges its two parts in the same way.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.structs import Array
+
+shares_lanes = True  # a lane may hold several completions
+
+# Far below any score and finite: a row with no key to see gives the mean of the values, not NaN.
+# Nothing reads such a row.
+HIDDEN = -1e30
+
+
+def grouped(q: Array, num_kv_heads: int) -> Array:
+    """Queries [..., N, H] by the key-value head they read, [..., K, N/K, H], over sqrt(H)."""
+    *lead, num_heads, size = q.shape
+    q = q * jnp.asarray(size**-0.5, q.dtype)
+    return q.reshape(*lead, num_kv_heads, num_heads // num_kv_heads, size)
+
+
+def causal(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, length_B: Array, window) -> Array:
+    """Each token attends to itself and what came before it in its row, [B, T, N, H].
+
+    Rows are padded on the right; keys past `length_B` are never seen. `window`: how many keys a
+    query looks back over, itself included; None for all.
+    """
+    q_BTKnH = grouped(q_BTNH, k_BTKH.shape[-2])
+    score = jnp.einsum("btknh,bskh->bknts", q_BTKnH, k_BTKH, preferred_element_type=jnp.float32)
+    t = jnp.arange(score.shape[-1])
+    seen_TT = t[None, :] <= t[:, None]
+    if window is not None:
+        seen_TT &= t[:, None] - t[None, :] < window
+    seen_BT = t[None, :] < length_B[:, None]
+    seen = seen_TT[None, None, None] & seen_BT[:, None, None, None, :]
+    weight = jax.nn.softmax(jnp.where(seen, score, HIDDEN), axis=-1).astype(v_BTKH.dtype)
+    return jnp.einsum("bknts,bskh->btknh", weight, v_BTKH).reshape(q_BTNH.shape)
+
+
+def merged_weights(prefix: Array, own: Array) -> tuple[Array, Array, Array]:
+    """Unnormalised softmax weights of two score blocks, and their joint denominator."""
+    peak = jnp.maximum(prefix.max(-1, keepdims=True), own.max(-1, keepdims=True))
+    peak = jax.lax.stop_gradient(peak)
+    prefix, own = jnp.exp(prefix - peak), jnp.exp(own - peak)
+    return prefix, own, prefix.sum(-1) + own.sum(-1)
+
+
+def shared_prefix(
+    q_PLTNH: Array,
+    k_PLTKH: Array,
+    v_PLTKH: Array,
+    segment_PLT: Array,
+    prefix_k_PQKH: Array,
+    prefix_v_PQKH: Array,
+    prefix_length_P: Array,
+    position_PLT: Array,
+    window,
+) -> Array:
+    """Every completion attends to its group's prompt and, causally, to itself, [P, L, T, N, H].
+
+    A lane holds completions one after the other: tokens of equal `segment_PLT` are one completion,
+    `position_PLT` counts from its first token. The queries of a whole group meet the prompt's keys
+    in one product.
+    """
+    q = grouped(q_PLTNH, k_PLTKH.shape[-2])
+    prefix = jnp.einsum("pgtknh,pqkh->pkgntq", q, prefix_k_PQKH, preferred_element_type=jnp.float32)
+    own = jnp.einsum("pgtknh,pgskh->pkgnts", q, k_PLTKH, preferred_element_type=jnp.float32)
+    t, s_1Q = jnp.arange(own.shape[-1]), jnp.arange(prefix.shape[-1])[None]
+    seen_own = t[None, :] <= t[:, None]
+    if window is not None:
+        seen_own &= t[:, None] - t[None, :] < window
+    seen_own = seen_own[None, None] & (segment_PLT[..., :, None] == segment_PLT[..., None, :])
+    seen_prefix = (s_1Q < prefix_length_P[:, None])[:, None, None, :]  # [P, 1, 1, Q]
+    if window is not None:
+        past_PLT1 = (prefix_length_P[:, None, None] + position_PLT)[..., None]
+        seen_prefix = seen_prefix & (past_PLT1 - s_1Q[None, None] < window)
+    prefix = jnp.where(seen_prefix[:, None, :, None], prefix, HIDDEN)
+    own = jnp.where(seen_own[:, None, :, None], own, HIDDEN)
+    prefix, own, total = merged_weights(prefix, own)
+    dtype = v_PLTKH.dtype
+    out = jnp.einsum(
+        "pkgntq,pqkh->pgtknh",
+        prefix.astype(dtype),
+        prefix_v_PQKH,
+        preferred_element_type=jnp.float32,
+    ) + jnp.einsum(
+        "pkgnts,pgskh->pgtknh", own.astype(dtype), v_PLTKH, preferred_element_type=jnp.float32
+    )
+    out = out / jnp.transpose(total, (0, 2, 4, 1, 3))[..., None]
+    return out.astype(q_PLTNH.dtype).reshape(q_PLTNH.shape)

@@ -1,0 +1,19 @@
+"""Sums of blocks of the vocabulary's exponentials, in plain XLA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from grpo_jax.structs import Array
+
+
+def sums_of_blocks(blocks_BNW: Array, temperature: Array | float) -> tuple[Array, Array]:
+    """The sum of each block's exponentials [B, N], their maximum [B, 1] taken off first."""
+    blocks_BNW = blocks_BNW / temperature
+    peak_B1 = blocks_BNW.max((1, 2))[:, None]
+    return jnp.exp(blocks_BNW - peak_B1[..., None]).sum(-1), peak_B1
+
+
+Sums = Callable[[Array, Array | float], tuple[Array, Array]]

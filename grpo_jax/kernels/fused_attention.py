@@ -1,0 +1,209 @@
+"""Attention of completions to their prompt and to themselves, by a kernel for each, merged.
+
+A kernel returns the output and the log-sum-exp of the scores, by which two outputs are merged. What
+returns that is not differentiated, or wrongly, so the merge has its own backward pass: each part's,
+given the merged output and log-sum-exp, as in ring attention (Liu et al. 2023, arXiv:2310.01889).
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+
+from grpo_jax.devices import by_shard, sharding
+from grpo_jax.structs import Array
+
+KEPT = "attention"  # for the policy that chooses what is computed again
+
+# Logical axes of queries, keys and values of prompts and of lanes, and of what has no heads.
+_ROWS, _HEADS = "shard_rows", "attention_heads"
+_OF_PROMPT, _OF_LANES = (_ROWS, None, _HEADS, None), (_ROWS, None, None, _HEADS, None)
+_SEGMENTS_OF_PROMPT, _SEGMENTS_OF_LANES = (_ROWS, None), (_ROWS, None, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged(abc.ABC):
+    """Kernels that stand for the functions of the same names in `attention.py`."""
+
+    shares_lanes = True  # whether a lane may hold several completions
+    keeps = False  # whether what the backward pass reads of the forward one is kept with the dots
+
+    mesh: Mesh | None = None  # whose devices share the rows and heads; None: one device
+    rows: str = _ROWS  # the logical axis by which they share the rows
+
+    @abc.abstractmethod
+    def part(self, *, causal: bool) -> Any:
+        """One kernel: attention of queries [B, T, N, H] to keys and values [B, S, K, H].
+
+        `with_lse(q, k, v, segment_BT, segment_BS)` gives the output and the log-sum-exp of the
+        scores, float32 [B, T, N]; `gradients(q, k, v, segment_BT, segment_BS, out, lse, by_out)`
+        those by q, k and v, where `out` and `lse` may be of more keys than it has. Queries see keys
+        of their own segment; those of segment 0 are padding, and so are keys.
+        """
+
+    def causal(self, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, length_B: Array, window) -> Array:
+        """As `attention.causal`, of models whose `window` is None."""
+        assert window is None, "the kernel's windows are fixed when it is made"
+        there_BT = jnp.arange(q_BTNH.shape[1])[None] < length_B[:, None]
+        k_BTKH, v_BTKH = (self._divisible(x, q_BTNH) for x in (k_BTKH, v_BTKH))
+        return _causal(self, _scaled(q_BTNH), k_BTKH, v_BTKH, there_BT.astype(jnp.int32))
+
+    def shared_prefix(
+        self,
+        q_PLTNH: Array,
+        k_PLTKH: Array,
+        v_PLTKH: Array,
+        segment_PLT: Array,
+        prefix_k_PQKH: Array,
+        prefix_v_PQKH: Array,
+        prefix_length_P: Array,
+        position_PLT: Array,
+        window,
+    ) -> Array:
+        """As `attention.shared_prefix`, of models whose `window` is None."""
+        assert window is None, "the kernel's windows are fixed when it is made"
+        there_PQ = jnp.arange(prefix_k_PQKH.shape[1])[None] < prefix_length_P[:, None]
+        keys = k_PLTKH, v_PLTKH, prefix_k_PQKH, prefix_v_PQKH
+        keys = (self._divisible(x, q_PLTNH) for x in keys)
+        return _shared_prefix(
+            self, _scaled(q_PLTNH), *keys, segment_PLT, there_PQ.astype(jnp.int32)
+        )
+
+    def kept(self, out: Array, lse: Array) -> tuple[Array, Array]:
+        """By the name of KEPT where `keeps` says so."""
+        name = functools.partial(checkpoint_name, name=KEPT)
+        return (name(out), name(lse)) if self.keeps else (out, lse)
+
+    def _divisible(self, k: Array, q: Array) -> Array:
+        """Keys or values with as many heads as split over the devices as the queries' do."""
+        shards = sharding.num_head_shards(self.mesh) if self.mesh and self.rows == _ROWS else 1
+        return k if k.shape[-2] % shards == 0 else jnp.repeat(k, q.shape[-2] // k.shape[-2], -2)
+
+    def by_device(self, f: Callable, axes: Sequence, out_axes: Sequence, *arrays: Array):
+        """`f` on each device's parts of the arrays; XLA does not divide a kernel by itself."""
+        if self.mesh is None:
+            return f(*arrays)
+        axes, out_axes = (
+            [tuple(self.rows if name == _ROWS else name for name in names) for names in of]
+            for of in (axes, out_axes)
+        )
+        return by_shard.by_head_shard(self.mesh, f, axes, out_axes)(*arrays)
+
+
+def _scaled(q: Array) -> Array:
+    return q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _causal(kernels: Merged, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, there_BT: Array) -> Array:
+    return _causal_forward(kernels, q_BTNH, k_BTKH, v_BTKH, there_BT)[0]
+
+
+def _causal_forward(kernels: Merged, *arrays: Array):
+    part = kernels.part(causal=True)
+
+    def forward(q, k, v, there_BT):
+        return part.with_lse(q, k, v, there_BT, there_BT)
+
+    axes = *(_OF_PROMPT,) * 3, _SEGMENTS_OF_PROMPT
+    found = kernels.by_device(forward, axes, (_OF_PROMPT, _OF_PROMPT[:-1]), *arrays)
+    out, lse = kernels.kept(*found)
+    return out, (*arrays, out, lse)
+
+
+def _causal_backward(kernels: Merged, residuals, by_out: Array):
+    part = kernels.part(causal=True)
+
+    def backward(q, k, v, there_BT, out, lse, by_out):
+        return part.gradients(q, k, v, there_BT, there_BT, out, lse, by_out)
+
+    axes = *(_OF_PROMPT,) * 3, _SEGMENTS_OF_PROMPT, _OF_PROMPT, _OF_PROMPT[:-1], _OF_PROMPT
+    return *kernels.by_device(backward, axes, (_OF_PROMPT,) * 3, *residuals, by_out), None
+
+
+_causal.defvjp(_causal_forward, _causal_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _shared_prefix(
+    kernels: Merged,
+    q_PLTNH: Array,
+    k_PLTKH: Array,
+    v_PLTKH: Array,
+    prefix_k_PQKH: Array,
+    prefix_v_PQKH: Array,
+    segment_PLT: Array,
+    there_PQ: Array,
+) -> Array:
+    arrays = q_PLTNH, k_PLTKH, v_PLTKH, prefix_k_PQKH, prefix_v_PQKH, segment_PLT, there_PQ
+    return _shared_prefix_forward(kernels, *arrays)[0]
+
+
+_AXES = *(_OF_LANES,) * 3, *(_OF_PROMPT,) * 2, _SEGMENTS_OF_LANES, _SEGMENTS_OF_PROMPT
+
+
+def _by_lane(x: Array) -> Array:
+    """[P, L, T, ...] as [P * L, T, ...]."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _by_prompt(x: Array) -> Array:
+    """[P, L, T, ...] as [P, L * T, ...]."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _to_lanes(x: Array, like_PLT: Array) -> Array:
+    """The inverse of both."""
+    return x.reshape(*like_PLT.shape[:3], *x.shape[2:])
+
+
+def _two_parts(kernels: Merged, q, k, v, prefix_k, prefix_v, segment_PLT, there_PQ):
+    """Each part, how it sees arrays of the queries, and its arguments."""
+    own = _by_lane(q), _by_lane(k), _by_lane(v)
+    segment_BT = segment_PLT.reshape(-1, segment_PLT.shape[2])
+    prompt = _by_prompt(q), prefix_k, prefix_v
+    ones = jnp.ones((q.shape[0], q.shape[1] * q.shape[2]), jnp.int32)
+    return (
+        (kernels.part(causal=True), _by_lane, (*own, segment_BT, segment_BT)),
+        (kernels.part(causal=False), _by_prompt, (*prompt, ones, there_PQ)),
+    )
+
+
+def _shared_prefix_forward(kernels: Merged, *arrays: Array):
+    def forward(q, *others):
+        parts = _two_parts(kernels, q, *others)
+        found = [part.with_lse(*args) for part, _, args in parts]
+        outs, lses = zip(*(tuple(_to_lanes(x, q) for x in pair) for pair in found))
+        lse = jnp.logaddexp(*lses)
+        weights = [jnp.exp(part - lse)[..., None] for part in lses]
+        out = sum(w * part.astype(jnp.float32) for w, part in zip(weights, outs))
+        return out.astype(q.dtype), lse
+
+    found = kernels.by_device(forward, _AXES, (_OF_LANES, _OF_LANES[:-1]), *arrays)
+    out, lse = kernels.kept(*found)
+    return out, (*arrays, out, lse)
+
+
+def _shared_prefix_backward(kernels: Merged, residuals, by_out: Array):
+    def backward(*arrays_and_results):
+        *arrays, out, lse, by_out = arrays_and_results
+        (own, lanes, own_args), (prompt, rows, prompt_args) = _two_parts(kernels, *arrays)
+        by_own = own.gradients(*own_args, *map(lanes, (out, lse, by_out)))
+        by_prompt = prompt.gradients(*prompt_args, *map(rows, (out, lse, by_out)))
+        q = arrays[0]
+        by_q = _to_lanes(by_own[0], q) + _to_lanes(by_prompt[0], q)
+        return by_q, *(_to_lanes(x, q) for x in by_own[1:]), *by_prompt[1:]
+
+    axes = *_AXES, _OF_LANES, _OF_LANES[:-1], _OF_LANES
+    return *kernels.by_device(backward, axes, _AXES[:5], *residuals, by_out), None, None
+
+
+_shared_prefix.defvjp(_shared_prefix_forward, _shared_prefix_backward)

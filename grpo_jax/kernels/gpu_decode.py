@@ -1,0 +1,331 @@
+"""Decoding's attention on NVIDIA GPUs, by a kernel that reads each key and value once.
+
+Plain XLA writes the scores of all columns to memory and reads them several times; here a block of
+keys goes through the softmax while it is on the chip (Dao et al. 2022, arXiv:2205.14135), and
+columns without a token are not read. The prompt's part, whose keys all lanes of a slot share, and
+each lane's own are merged by their log-sum-exp. The new token's key and value are put into the
+cache on the way. Written in Pallas for Triton.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.sharding import Mesh
+
+from grpo_jax.kernels import pallas_triton, quantize
+from grpo_jax.kernels.kv_cache import Cache, Ring
+from grpo_jax.kernels.quantize import Int8
+from grpo_jax.structs import Array, ModelConfig
+
+_BLOCKS = (64, 32, 16)  # positions in a block; the first that divides
+_WARPS, _STAGES = 4, 3  # of a program: groups of 32 threads, and blocks on their way
+_LEAST, _MOST = 16, 64  # queries of a program
+_HIDDEN = -1e30
+
+
+def obstacle(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
+    """Why the kernel cannot be had, or nothing."""
+    if in_general := pallas_triton.obstacle(mesh, dtype):
+        return in_general
+    if model.window_per_layer is not None:
+        return "the model has sliding windows"
+    if model.head_size not in (32, 64, 128, 256):
+        return f"the heads are of size {model.head_size}, and it takes 32, 64, 128 or 256"
+    return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed(Ring):
+    """As `kv_cache.Ring`, but keys stand as values do, [..., positions, H]; no windows."""
+
+    interpret: bool = False  # anywhere, for a test
+
+    def empty(
+        self, slots: int, lanes: int, prompt_tokens: int, limit: int, heads: int, size: int, dtype
+    ) -> tuple[Cache, Cache]:
+        def make(shape: tuple[int, ...], positions: int) -> Cache:
+            shape = (*shape, positions, size)
+            if not self.int8:
+                return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+            codes = Int8(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1]))
+            return codes, codes
+
+        own = _blocks(limit) * _BLOCKS[0]
+        return make((slots, heads), prompt_tokens), make((slots, heads, lanes), own)
+
+    def of_prompt(self, k_RQKH: Array, v_RQKH: Array) -> Cache:
+        """A prompt's keys and values [R, K, Q, H]."""
+        keys, values = (jnp.swapaxes(x, 1, 2) for x in (k_RQKH, v_RQKH))
+        return (quantize.int8(keys, 3), quantize.int8(values, 3)) if self.int8 else (keys, values)
+
+    def extend(
+        self,
+        cache: tuple[Cache, Cache],
+        q_RWNH: Array,
+        k_RWKH: Array,
+        v_RWKH: Array,
+        cos_sin: tuple[Array, Array],
+        prompt_length_R: Array,
+        time_RW: Array,
+        live_RW: Array,
+        column: Array,
+        limit: int,
+        window: int | None,
+    ) -> tuple[Array, tuple[Cache, Cache]]:
+        """One new token per lane: what it attends to [R, W, N, H], and the cache with it.
+
+        Queries and keys are still to be rotated by their angles, `cos_sin` [R, W, H/2].
+        """
+        assert window is None, "there is no window in the kernel"
+        prefix, own = cache
+        heads = jnp.concatenate([q_RWNH, k_RWKH, v_RWKH], axis=2)  # as one product gives them
+        # What a lane that is not live gives means nothing: it reads nothing of its own.
+        last_RW = jnp.where(live_RW, time_RW, 0)
+        run = functools.partial(_attend, heads, cos_sin, interpret=self.interpret)
+        first, _ = run(prefix, _range(prompt_length_R[:, None] - 1), _positions(prefix))
+        (out_RWKnH,), own = run(own, _range(last_RW, column), limit, after=first)
+        return out_RWKnH.reshape(q_RWNH.shape), (prefix, own)
+
+
+def share_read(tokens_B: np.ndarray, steps: int, lanes: int, limit: int) -> float:
+    """The mean share of the lanes' own cache that one step reads, of so many steps.
+
+    `tokens_B`: how many tokens each completion decodes in some lane. The first of them finds
+    nothing there, nor does an idle lane.
+    """
+    whole_B, rest_B = np.divmod(np.maximum(tokens_B.astype(np.int64) - 1, 0), _BLOCKS[0])
+    blocks_B = _BLOCKS[0] * whole_B * (whole_B + 1) // 2 + rest_B * (whole_B + 1)
+    return int(blocks_B.sum()) / max(steps * lanes * _blocks(limit), 1)
+
+
+def _blocks(limit: int) -> int:
+    """Of a lane's own cache."""
+    return -(-limit // _BLOCKS[0])
+
+
+def _positions(cache: Cache) -> int:
+    values = cache[1]
+    return (values.codes if isinstance(values, Int8) else values).shape[-2]
+
+
+def _range(last: Array, column: Array | None = None) -> Array:
+    """The last of some positions, counted from the first, and the column where it stands."""
+    return jnp.stack(jnp.broadcast_arrays(last, last if column is None else column), axis=-1)
+
+
+def _attend(
+    heads_RWNH: Array,
+    cos_sin: tuple[Array, Array],
+    cache: Cache,
+    range_RX2: Array,
+    limit: int,
+    *,
+    after: tuple[Array, Array] | None = None,
+    interpret: bool,
+) -> tuple[tuple[Array, ...], Cache]:
+    """Queries over the positions of a range, which goes round the end at `limit`, and the cache.
+
+    `heads_RWNH`: a new token's queries, then its keys, then its values, to be rotated by its angles
+    `cos_sin` [R, W, H/2]. Without `after` the positions are their slot's, keys and values
+    [R, K, positions, H] and ranges [R, 1, 2], and what is returned is an output, float32
+    [R, W, K, n, H], and the log-sum-exp of the scores [R, W, K, n]. `after` is that: the positions
+    are each lane's, [R, K, W, positions, H] and [R, W, 2], and the output of both and of the new
+    token is returned, as the queries are, and the cache with the new token in it.
+    """
+    slots, lanes, number, size = heads_RWNH.shape
+    of_lanes = after is not None
+    kept, structure = jax.tree.flatten(cache)
+    heads, positions = kept[0].shape[1], kept[0].shape[-2]
+    queries = (number - 2 * heads) // heads
+    rows, together = pl.next_power_of_2(queries), 1  # queries of a lane, and lanes of a program
+    if not of_lanes:
+        together = min(pl.next_power_of_2(lanes), max(1, _MOST // rows))
+    rows = max(rows, _LEAST // together)
+    lane = None if of_lanes else together
+
+    def by_query(*end: int) -> pl.BlockSpec:
+        zeros = (0,) * len(end)
+        return pl.BlockSpec((None, lane, None, rows, *end), lambda r, w, h: (r, w, h, 0, *zeros))
+
+    def by_key(x: Array) -> pl.BlockSpec:
+        lead = 3 if of_lanes else 2
+        rest, zeros = x.shape[lead:], (0,) * (x.ndim - lead)
+        return pl.BlockSpec(
+            (None,) * lead + rest, lambda r, w, h: ((r, h, w) if of_lanes else (r, h)) + zeros
+        )
+
+    of_kept = [by_key(x) for x in kept]
+    in_specs = [
+        pl.BlockSpec((None, None, 2), lambda r, w, h: (r, w if of_lanes else 0, 0)),
+        pl.BlockSpec((None, lane, number, size), lambda r, w, h: (r, w, 0, 0)),
+        *[pl.BlockSpec((None, lane, size // 2), lambda r, w, h: (r, w, 0))] * 2,
+        *of_kept,
+    ]
+    like = jax.ShapeDtypeStruct
+    shape = (slots, lanes, heads, queries)
+    if of_lanes:
+        in_specs += [by_query(size), by_query()]
+        out_specs = [by_query(size), *of_kept]
+        out_shape = [
+            like((*shape, size), heads_RWNH.dtype),
+            *(like(x.shape, x.dtype) for x in kept),
+        ]
+    else:
+        out_specs = [by_query(size), by_query()]
+        out_shape = [like((*shape, size), jnp.float32), like(shape, jnp.float32)]
+    found = pl.pallas_call(
+        functools.partial(
+            _kernel,
+            there=(queries,) if of_lanes else (lanes, queries),
+            rows=rows,
+            heads=heads,
+            block=next(b for b in _BLOCKS if positions % b == 0),
+            limit=limit,
+            number_of_kept=len(kept),
+        ),
+        grid=(slots, -(-lanes // together), heads),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        input_output_aliases={4 + i: 1 + i for i in range(len(kept))} if of_lanes else {},
+        name="attend",
+        **pallas_triton.options(interpret, num_warps=_WARPS, num_stages=_STAGES),
+    )(range_RX2.astype(jnp.int32), heads_RWNH, *cos_sin, *kept, *(after or ()))
+    if not of_lanes:
+        return tuple(found), cache
+    return tuple(found[:1]), jax.tree.unflatten(structure, found[1:])
+
+
+def _codes(parts: list[Array]) -> tuple[list[Array], Array]:
+    """As `quantize.int8` of a vector in parts; a kernel has no rounding."""
+    scale = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x)) for x in parts]) / 127
+    step = jnp.where(scale == 0, 1.0, scale)
+    return [jnp.floor(x / step + 0.5).astype(jnp.int8) for x in parts], scale
+
+
+def _kernel(
+    range_ref,
+    heads_ref,
+    cos_ref,
+    sin_ref,
+    *refs,
+    there: tuple[int, ...],
+    rows: int,
+    heads: int,
+    block: int,
+    limit: int,
+    number_of_kept: int,
+):
+    """One program: all queries of some positions, block by block.
+
+    `there`: queries, or lanes and queries of each, that the blocks of queries are padded from.
+    Queries and keys are dealt with in halves, [..., H/2] each, which a rotation mixes.
+    """
+    gpu = pallas_triton.module()
+    int8, of_lanes = number_of_kept == 4, len(there) == 1
+    *lanes, number, size = heads_ref.shape
+    dtype, halves = heads_ref.dtype, (pl.ds(0, size // 2), pl.ds(size // 2, size // 2))
+    shape = (*lanes, rows)
+    at = [jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(len(shape))]
+    if lanes:  # of this program
+        at[0] += pl.program_id(1) * lanes[0]
+    is_there = functools.reduce(jnp.logical_and, [x < n for x, n in zip(at, there)])
+    queries = math.prod(shape)
+
+    def read(ref, *end: int) -> Array:
+        mask = jnp.broadcast_to(is_there[..., None], (*shape, *end)) if end else is_there
+        return gpu.load(ref, mask=mask, other=0.0)
+
+    def rotated(parts: list[Array], cos: Array, sin: Array) -> list[Array]:
+        one, other = (x.astype(jnp.float32) for x in parts)
+        return [one * cos - other * sin, other * cos + one * sin]
+
+    head, everything = pl.program_id(2), (slice(None),) * len(lanes)
+    of_head = pl.ds(head * there[-1], rows)
+    parts = [read(heads_ref.at[(*everything, of_head, half)], size // 2) for half in halves]
+    if lanes:
+        lane_W = pl.program_id(1) * lanes[0] + jnp.arange(lanes[0])
+        of_lane = jnp.broadcast_to((lane_W < there[0])[:, None], cos_ref.shape)
+        angles = [gpu.load(ref, mask=of_lane, other=0.0) for ref in (cos_ref, sin_ref)]
+    else:
+        angles = [cos_ref[...], sin_ref[...]]
+    parts = rotated(parts, *(x[..., None, :] for x in angles))
+    q = [(x * size**-0.5).astype(dtype).reshape(queries, size // 2) for x in parts]
+    kept, refs = refs[:number_of_kept], refs[number_of_kept:]
+    last, column = range_ref[0], range_ref[1]
+    if of_lanes:
+        first_ref, lse_ref, out_ref, *written = refs
+        # The new token is not looked for in the cache, where it stands once the program has ended.
+        k = [heads_ref[number - 2 * heads + head, half] for half in halves]
+        k = [x.astype(dtype).astype(jnp.float32) for x in rotated(k, *angles)]
+        v_H = heads_ref[number - heads + head].astype(jnp.float32)
+        if int8:
+            codes, scale = _codes(k)
+            (v_codes_H,), v_scale = _codes([v_H])
+            written[1][column], written[3][column] = scale, v_scale
+            written[2][column] = v_codes_H
+            k, v_H = [x * scale for x in codes], v_codes_H * v_scale
+        else:
+            codes = [x.astype(dtype) for x in k]
+            written[1][column] = v_H.astype(dtype)
+        for half, x in zip(halves, codes):
+            written[0][column, half] = x
+        score_M = sum(jnp.sum(x.astype(jnp.float32) * y[None], axis=1) for x, y in zip(q, k))
+        lse_M = read(lse_ref).reshape(queries)
+        top_M = jnp.maximum(lse_M, score_M)
+        before_M, weight_M = jnp.exp(lse_M - top_M), jnp.exp(score_M - top_M)
+        first_MH = read(first_ref, size).reshape(queries, size)
+        out_MH = before_M[:, None] * first_MH + weight_M[:, None] * v_H[None]
+        begin_with = out_MH, top_M, before_M + weight_M
+        end = column  # the first position that is not looked at
+    else:
+        out_ref, lse_ref = refs
+        zeros = jnp.zeros((queries, size), jnp.float32)
+        hidden = jnp.full((queries,), _HIDDEN, jnp.float32)
+        begin_with = zeros, hidden, jnp.zeros((queries,), jnp.float32)
+        end = column + 1
+    past = jnp.maximum(last - column, 0)  # how many stand before the ring's end
+    from_here = jnp.maximum(column - last, 0)
+    first, begin = from_here // block, (limit - past) // block
+    upto = jnp.where(end > from_here, pl.cdiv(end, block) - first, 0)
+    blocks = upto + jnp.where(past > 0, (limit - 1) // block + 1 - begin, 0)
+
+    def one_block(i, carry):
+        out_MH, top_M, sum_M = carry
+        is_past = i >= upto
+        start = jnp.where(is_past, begin + i - upto, first + i) * block
+        at_B = start + jnp.arange(block)
+        seen_B = jnp.where(
+            is_past, (at_B >= limit - past) & (at_B < limit), (at_B >= column - last) & (at_B < end)
+        )
+        here = pl.ds(start, block)
+        score_MB = sum(
+            gpu.dot(x, kept[0][here, half].astype(dtype).T) for x, half in zip(q, halves)
+        )
+        if int8:
+            score_MB *= kept[1][here][None]
+        score_MB = jnp.where(seen_B[None], score_MB, _HIDDEN)
+        new_top_M = jnp.maximum(top_M, score_MB.max(axis=1))
+        weight_MB = jnp.exp(score_MB - new_top_M[:, None])
+        less_M = jnp.exp(top_M - new_top_M)
+        sum_M = less_M * sum_M + weight_MB.sum(axis=1)
+        if int8:
+            weight_MB *= kept[3][here][None]
+        values_BH = kept[number_of_kept // 2][here, :].astype(dtype)
+        out_MH = less_M[:, None] * out_MH + gpu.dot(weight_MB.astype(dtype), values_BH)
+        return out_MH, new_top_M, sum_M
+
+    out_MH, top_M, sum_M = jax.lax.fori_loop(0, blocks, one_block, begin_with)
+    out = (out_MH / sum_M[:, None]).reshape(*shape, size)
+    of_query = jnp.broadcast_to(is_there[..., None], out.shape)
+    gpu.store(out_ref, out.astype(out_ref.dtype), mask=of_query)
+    if not of_lanes:
+        gpu.store(lse_ref, (top_M + jnp.log(sum_M)).reshape(shape), mask=is_there)

@@ -1,0 +1,164 @@
+"""The cache of keys and values, and how a new token attends to it, in plain XLA."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.kernels import attention, quantize, rotary
+from grpo_jax.kernels.quantize import Int8
+from grpo_jax.structs import Array
+
+# Decoding. Keys are stored transposed, [..., K, H, positions]: 1.4 times the speed of positions
+# first on CPU, where one query meets many keys.
+Cache = tuple[
+    Array | Int8, Array | Int8
+]  # keys and values; in 8 bits a scale per head and position
+
+
+def prefix_cache(k_RQKH: Array, v_RQKH: Array, *, int8: bool = False) -> Cache:
+    """A prompt's keys [R, K, H, Q] and values [R, K, Q, H] as decoding reads them."""
+    keys, values = jnp.transpose(k_RQKH, (0, 2, 3, 1)), jnp.transpose(v_RQKH, (0, 2, 1, 3))
+    return (quantize.int8(keys, 2), quantize.int8(values, 3)) if int8 else (keys, values)
+
+
+def empty_cache(shape: tuple[int, ...], positions: int, size: int, dtype, *, int8: bool) -> Cache:
+    """Zeros: keys [*shape, H, positions] and values [*shape, positions, H]."""
+    keys, values = (*shape, size, positions), (*shape, positions, size)
+    if not int8:
+        return jnp.zeros(keys, dtype), jnp.zeros(values, dtype)
+    scale = jnp.zeros((*shape, positions))
+    return Int8(jnp.zeros(keys, jnp.int8), scale), Int8(jnp.zeros(values, jnp.int8), scale)
+
+
+def write(cache: Cache, k_RWKH: Array, v_RWKH: Array, column: Array) -> Cache:
+    """The completions' cache (keys [R, K, W, H, S], values [R, K, W, S, H]) with one token added.
+
+    Every lane writes the same column, whatever the position of its token: one slice, where a column
+    for each lane is a scatter.
+    """
+    k, v = cache
+    k_new = jnp.swapaxes(k_RWKH, 1, 2)[..., None]
+    v_new = jnp.swapaxes(v_RWKH, 1, 2)[..., None, :]
+    put = jax.lax.dynamic_update_slice_in_dim
+    if isinstance(k, Int8):
+        k_new, v_new = quantize.int8(k_new, 3), quantize.int8(v_new, 4)
+        return (
+            Int8(put(k.codes, k_new.codes, column, 4), put(k.scale, k_new.scale, column, 3)),
+            Int8(put(v.codes, v_new.codes, column, 3), put(v.scale, v_new.scale, column, 3)),
+        )
+    return put(k, k_new, column, 4), put(v, v_new, column, 3)
+
+
+def decode(
+    q_RWNH: Array,
+    prefix: Cache,
+    own: Cache,
+    prefix_length_R: Array,
+    time_RW: Array,
+    column: Array,
+    window: int | None,
+) -> Array:
+    """One new token per lane attends to its slot's prompt and to its own past, [R, W, N, H].
+
+    `time_RW` is the new token's position in its completion; its key stands in `column` of `own`
+    already, and those before it in the columns before, round the end.
+    """
+    (prefix_k, prefix_v), (own_k, own_v) = prefix, own
+    q_RKWnH = jnp.swapaxes(attention.grouped(q_RWNH, prefix_k.shape[1]), 1, 2)
+    dtype = q_RWNH.dtype
+
+    def product(spec: str, x: Array, kept: Array | Int8) -> Array:
+        codes = kept.codes if isinstance(kept, Int8) else kept
+        return jnp.einsum(spec, x, codes.astype(dtype), preferred_element_type=jnp.float32)
+
+    # The heads stand before the lanes in all of them: in any other order XLA turns the cache round.
+    score_prefix = product("rkwnh,rkhq->rkwnq", q_RKWnH, prefix_k)
+    score_own = product("rkwnh,rkwhs->rkwns", q_RKWnH, own_k)
+    if isinstance(own_k, Int8):
+        score_prefix *= prefix_k.scale[:, :, None, None]  # [R, K, 1, 1, Q]
+        score_own *= own_k.scale[:, :, :, None]  # [R, K, W, 1, S]
+    s_11Q = jnp.arange(prefix_k.shape[-1])[None, None]
+    age_11S = ((column - jnp.arange(own_k.shape[-1])) % own_k.shape[-1])[None, None]
+    seen_prefix = s_11Q < prefix_length_R[:, None, None]  # [R, 1, Q]
+    seen_own = age_11S <= time_RW[..., None]  # [R, W, S]
+    if window is not None:
+        position_RW = prefix_length_R[:, None] + time_RW
+        seen_prefix = seen_prefix & (position_RW[..., None] - s_11Q < window)
+        seen_own &= age_11S < window
+    score_prefix = jnp.where(seen_prefix[:, None, :, None], score_prefix, attention.HIDDEN)
+    score_own = jnp.where(seen_own[:, None, :, None], score_own, attention.HIDDEN)
+    weight_prefix, weight_own, total = attention.merged_weights(score_prefix, score_own)
+    if isinstance(own_v, Int8):
+        weight_prefix *= prefix_v.scale[:, :, None, None]
+        weight_own *= own_v.scale[:, :, :, None]
+    out = product("rkwnq,rkqh->rkwnh", weight_prefix.astype(dtype), prefix_v)
+    out += product("rkwns,rkwsh->rkwnh", weight_own.astype(dtype), own_v)
+    out = jnp.swapaxes(out / total[..., None], 1, 2)
+    return out.astype(q_RWNH.dtype).reshape(q_RWNH.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """How a layer's cache of slots and lanes is kept, written and read, in plain XLA.
+
+    A pair: the prompts', keys [R, K, H, Q] and values [R, K, Q, H], and the completions', keys
+    [R, K, W, H, S] and values [R, K, W, S, H], S = C columns that are written round and round.
+    """
+
+    int8: bool = False
+
+    def empty(
+        self, slots: int, lanes: int, prompt_tokens: int, limit: int, heads: int, size: int, dtype
+    ) -> tuple[Cache, Cache]:
+        make = functools.partial(empty_cache, size=size, dtype=dtype, int8=self.int8)
+        return make((slots, heads), prompt_tokens), make((slots, heads, lanes), limit)
+
+    def of_prompt(self, k_RQKH: Array, v_RQKH: Array) -> Cache:
+        """A prompt's part of the cache."""
+        return prefix_cache(k_RQKH, v_RQKH, int8=self.int8)
+
+    def admit(
+        self, cache: tuple[Cache, Cache], prompt: Cache, slot_A: Array, length_A: Array, lanes: int
+    ) -> tuple[Cache, Cache]:
+        """The cache with prompts in their slots; a slot past the last is dropped."""
+        put = lambda old, new: old.at[slot_A].set(new, mode="drop")  # noqa: E731
+        return jax.tree.map(put, cache[0], prompt), cache[1]
+
+    def extend(
+        self,
+        cache: tuple[Cache, Cache],
+        q_RWNH: Array,
+        k_RWKH: Array,
+        v_RWKH: Array,
+        cos_sin: tuple[Array, Array],
+        prompt_length_R: Array,
+        time_RW: Array,
+        live_RW: Array,
+        column: Array,
+        limit: int,
+        window: int | None,
+    ) -> tuple[Array, tuple[Cache, Cache]]:
+        """One new token per lane: what it attends to [R, W, N, H], and the cache with it.
+
+        Queries and keys are still to be rotated by their angles, `cos_sin` [R, W, H/2].
+        """
+        q_RWNH, k_RWKH = (rotary.rotate(x, cos_sin) for x in (q_RWNH, k_RWKH))
+        prefix, own = cache[0], write(cache[1], k_RWKH, v_RWKH, column)
+        out = decode(q_RWNH, prefix, own, prompt_length_R, time_RW, column, window)
+        return out, (prefix, own)
+
+    def compact(
+        self, cache: tuple[Cache, Cache], slot_R: Array, lane_RW: Array, lanes: int, limit: int
+    ) -> tuple[Cache, Cache]:
+        """New slot r has old slot `slot_R[r]`'s prompt, and its lanes `lane_RW[r]`."""
+        swapped = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
+        lanes_of = lambda x: swapped(swapped(x)[slot_R[:, None], lane_RW])  # noqa: E731
+        prefix, own = cache
+        return jax.tree.map(lambda x: x[slot_R], prefix), jax.tree.map(lanes_of, own)
+
+
+RING = Ring()

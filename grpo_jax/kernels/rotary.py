@@ -1,0 +1,24 @@
+"""Rotary position embeddings."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from grpo_jax.structs import Array
+
+
+def rotary(position: Array, inv_freq: Array) -> tuple[Array, Array]:
+    """Cosine and sine of the rotary angles, float32 [..., H/2], for positions [...]."""
+    angle = jnp.multiply.outer(position.astype(jnp.float32), inv_freq)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
+    """Heads [..., heads, H] turned by their rotary angles (Su et al. 2021, arXiv:2104.09864).
+
+    Pairs are (i, i + H/2), the layout of the Hugging Face checkpoints.
+    """
+    cos, sin = (t[..., None, :] for t in cos_sin)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)

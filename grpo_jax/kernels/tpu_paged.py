@@ -1,0 +1,152 @@
+"""Decoding's attention by the ragged paged attention kernel that JAX ships for TPUs.
+
+The cache of a slot is pages of 16 positions: those of its prompt, which its lanes share, and those
+of each lane's completion. A lane's keys are its prompt's full pages and then its own pages, of
+which the first begins with what is left of the prompt: less than a page is copied, once a lane. The
+kernel takes the pages of a lane by their numbers and reads no more of them than hold its tokens,
+to a block of pages; it reads a prompt once for each of its lanes, where `kv_cache.decode` reads it
+once for all of them, but a completion's cache up to the limit. It does not write the new token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as kernel_lib
+from jax.sharding import Mesh
+
+from grpo_jax.kernels import rotary
+from grpo_jax.structs import Array, ModelConfig
+
+PAGE = 16  # positions; the engine pads prompts to a multiple of it
+_PAGES_AT_ONCE, _LANES_AT_ONCE = 16, 8  # in a block of the kernel
+
+
+def obstacle(cache: str, model: ModelConfig, mesh: Mesh) -> str:
+    """Why `rollout.attention = "ragged"` cannot be had, or nothing."""
+    if mesh.devices.flat[0].platform != "tpu":
+        return f"it is for TPUs, and the devices are {mesh.devices.flat[0].platform}s"
+    if mesh.shape["tensor"] > 1:
+        return (
+            f"mesh.tensor = {mesh.shape['tensor']} splits the heads, which XLA does with no kernel"
+        )
+    if model.head_size % 128 or model.num_kv_heads not in (1, 2, 4, 8, 16):
+        return (
+            f"the model has {model.num_kv_heads} key-value heads of size {model.head_size}, and it "
+            "takes 1, 2, 4, 8 or 16 of multiples of 128"
+        )
+    if cache != "same":
+        return f'rollout.cache = "{cache}" keeps a scale for each position, and it takes one'
+    return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Paged:
+    """As `kv_cache.Ring`: how a layer's cache is kept, written and read; one array of pages.
+
+    [R, pages of a slot, PAGE, 2 * K, H], of a slot the prompt's first, then each lane's; keys and
+    values of a head lie beside each other.
+    """
+
+    interpret: bool = False  # anywhere, for a test
+
+    def empty(
+        self, slots: int, lanes: int, prompt_tokens: int, limit: int, heads: int, size: int, dtype
+    ) -> Array:
+        pages = prompt_tokens // PAGE + lanes * _own_pages(limit)
+        return jnp.zeros((slots, pages, PAGE, 2 * heads, size), dtype)
+
+    def of_prompt(self, k_RQKH: Array, v_RQKH: Array) -> Array:
+        """A prompt's pages [R, Q / PAGE, PAGE, 2 * K, H]."""
+        rows, tokens, heads, size = k_RQKH.shape
+        return _beside(k_RQKH, v_RQKH).reshape(rows, tokens // PAGE, PAGE, 2 * heads, size)
+
+    def admit(
+        self, pages: Array, prompt: Array, slot_A: Array, length_A: Array, lanes: int
+    ) -> Array:
+        """The pages with those of prompts in their slots; a slot past the last is dropped."""
+        num_prompt = prompt.shape[1]
+        per_lane = (pages.shape[1] - num_prompt) // lanes
+        pages = pages.at[slot_A, :num_prompt].set(prompt, mode="drop")
+        last_A = jnp.minimum(length_A // PAGE, num_prompt - 1)
+        rest_A1 = prompt[jnp.arange(len(slot_A)), last_A][:, None]
+        first_W = num_prompt + per_lane * jnp.arange(lanes)
+        return pages.at[slot_A[:, None], first_W[None]].set(rest_A1, mode="drop")
+
+    def extend(
+        self,
+        pages: Array,
+        q_RWNH: Array,
+        k_RWKH: Array,
+        v_RWKH: Array,
+        cos_sin: tuple[Array, Array],
+        prompt_length_R: Array,
+        time_RW: Array,
+        live_RW: Array,
+        column: Array,
+        limit: int,
+        window: int | None,
+    ) -> tuple[Array, Array]:
+        """One new token per lane: what it attends to [R, W, N, H], and the pages with it.
+
+        Queries and keys are still to be rotated by their angles, `cos_sin` [R, W, H/2].
+        """
+        q_RWNH, k_RWKH = (rotary.rotate(x, cos_sin) for x in (q_RWNH, k_RWKH))
+        slots, lanes = time_RW.shape
+        flat = pages.reshape(-1, *pages.shape[2:])
+        table_BE = _table(prompt_length_R, lanes, pages.shape[1], _own_pages(limit))
+        at_B = (prompt_length_R[:, None] + time_RW).reshape(-1)
+        page_B = jnp.take_along_axis(table_BE, at_B[:, None] // PAGE, axis=1)[:, 0]
+        new = _beside(k_RWKH, v_RWKH).reshape(slots * lanes, *flat.shape[2:])
+        flat = flat.at[page_B, at_B % PAGE].set(new)
+        length_B = jnp.where(live_RW.reshape(-1), at_B + 1, 1)  # an idle lane reads one block
+        with pltpu.force_tpu_interpret_mode(True) if self.interpret else contextlib.nullcontext():
+            out = kernel_lib.ragged_paged_attention(
+                q_RWNH.reshape(slots * lanes, *q_RWNH.shape[2:]),
+                flat,
+                length_B,
+                table_BE,
+                jnp.arange(slots * lanes + 1, dtype=jnp.int32),
+                jnp.full(1, slots * lanes, jnp.int32),
+                sm_scale=q_RWNH.shape[-1] ** -0.5,
+                sliding_window=window,
+                num_kv_pages_per_block=min(_PAGES_AT_ONCE, table_BE.shape[1]),
+                num_queries_per_block=min(_LANES_AT_ONCE, slots * lanes),
+            )
+        return out.reshape(q_RWNH.shape), flat.reshape(pages.shape)
+
+    def compact(self, pages: Array, slot_R: Array, lane_RW: Array, lanes: int, limit: int) -> Array:
+        """New slot r has old slot `slot_R[r]`'s prompt, and its lanes `lane_RW[r]`."""
+        num_prompt = pages.shape[1] - lanes * _own_pages(limit)
+        prompt, own = pages[:, :num_prompt], pages[:, num_prompt:]
+        own = own.reshape(own.shape[0], lanes, -1, *own.shape[2:])[slot_R[:, None], lane_RW]
+        own = own.reshape(own.shape[0], -1, *own.shape[3:])
+        return jnp.concatenate([prompt[slot_R], own], axis=1)
+
+
+def _own_pages(limit: int) -> int:
+    """Pages of a completion of at most `limit` tokens, with what is left of its prompt."""
+    return -(-(PAGE - 1 + limit) // PAGE)
+
+
+def _beside(k: Array, v: Array) -> Array:
+    """Keys and values [..., K, H] as [..., 2 * K, H], those of a head beside each other."""
+    return jnp.stack([k, v], axis=-2).reshape(*k.shape[:-2], -1, k.shape[-1])
+
+
+def _table(length_R: Array, lanes: int, pages: int, own: int) -> Array:
+    """The numbers of each lane's pages in their order, int32 [R * W, E], over all slots' pages.
+
+    A slot has so many `pages`, of which each lane has `own`.
+    """
+    num_prompt = pages - lanes * own
+    full_R11 = (length_R // PAGE)[:, None, None]
+    entry_11E = jnp.arange(num_prompt + own)[None, None]
+    first_1W1 = (num_prompt + own * jnp.arange(lanes))[None, :, None]
+    own_RWE = first_1W1 + jnp.clip(entry_11E - full_R11, 0, own - 1)
+    page_RWE = jnp.where(entry_11E < full_R11, entry_11E, own_RWE)
+    start_R11 = (pages * jnp.arange(len(length_R)))[:, None, None]
+    return (start_R11 + page_RWE).reshape(-1, num_prompt + own).astype(jnp.int32)

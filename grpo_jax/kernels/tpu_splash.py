@@ -1,0 +1,142 @@
+"""Attention of scoring and training by the splash kernels that JAX ships for TPUs.
+
+The scores of a block of queries with a block of keys never leave the chip, and blocks that the
+causal mask hides are left out. `fused_attention.py` has what is made of two runs of the kernel. Its
+backward pass is no public function of JAX; `_READ_IN` has the versions in which it was read and
+tested.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel_lib
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
+from jax.sharding import Mesh
+
+from grpo_jax.devices import sharding
+from grpo_jax.kernels import attention
+from grpo_jax.kernels.fused_attention import Merged
+from grpo_jax.structs import Array, ModelConfig
+
+_READ_IN = ((0, 10), (0, 11), (0, 12))
+_LANES = 128  # queries and keys come in multiples of it
+
+
+def choose(option: str, model: ModelConfig, mesh: Mesh) -> Any:
+    """The functions that `config.model.attention` names: these kernels, or plain XLA's.
+
+    "auto" takes the kernels on TPUs. Raises ValueError where they are asked for and cannot be had.
+    """
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    obstacle = ""
+    if not on_tpu:
+        obstacle = f"they are for TPUs, and the devices are {mesh.devices.flat[0].platform}s"
+    elif model.window_per_layer is not None:
+        obstacle = "the model has sliding windows, which they do not take layer by layer"
+    elif jax.__version_info__[:2] not in _READ_IN:
+        obstacle = f"their backward pass was not tested with JAX {jax.__version__}"
+    if option == "splash" and obstacle:
+        raise ValueError(
+            f'model.attention = "splash": {obstacle}. Set it to "xla", or to "auto", which takes '
+            "them where they can be had."
+        )
+    if option == "xla" or obstacle:
+        if on_tpu and option == "auto":
+            warnings.warn(f"Attention by XLA without kernels: {obstacle}.", stacklevel=2)
+        return attention
+    return Splash(mesh=mesh, rows=sharding.row_axis(mesh, model.num_kv_heads))
+
+
+@dataclasses.dataclass(frozen=True)
+class Splash(Merged):
+    """The kernels, compiled for a TPU, or interpreted anywhere for a test."""
+
+    interpret: bool = False
+
+    def part(self, *, causal: bool) -> _Part:
+        return _Part(causal, self.interpret)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """As `Merged.part`. Both are filled up with what no query sees to lengths the kernel takes."""
+
+    causal: bool
+    interpret: bool
+
+    def with_lse(self, q: Array, k: Array, v: Array, segment_BT: Array, segment_BS: Array):
+        q, k, v = map(_heads_first, (q, k, v))
+        rows = _padded(q, k, v), _segments(segment_BT, segment_BS)
+        out, (lse,) = jax.vmap(self._kernel(q, k))(*rows[0], rows[1])
+        return tuple(_heads_first(x)[:, : q.shape[2]] for x in (out, lse))
+
+    def gradients(
+        self, q: Array, k: Array, v: Array, segment_BT: Array, segment_BS: Array, out, lse, by_out
+    ) -> tuple[Array, Array, Array]:
+        q, k, v, out, lse, by_out = map(_heads_first, (q, k, v, out, lse, by_out))
+        kernel = self._kernel(q, k)
+        names = "save_residuals mask_value is_mqa block_sizes residual_checkpoint_name"
+        names += " mask_function attn_logits_soft_cap interpret"
+        options = [kernel.kwargs[name] for name in names.split()]
+
+        def row(q, k, v, segments, out, lse, by_out):
+            masks = kernel.dq_mask_info, kernel.dkv_mask_info
+            residuals = q, k, v, segments, None, out, lse, *masks
+            return kernel_lib._splash_attention_bwd(*options, residuals, by_out)[3:6]
+
+        rows = *_padded(q, k, v), _segments(segment_BT, segment_BS), *_padded(out, lse, by_out)
+        lengths = q.shape[2], k.shape[2], k.shape[2]
+        return tuple(_heads_first(x)[:, :n] for x, n in zip(jax.vmap(row)(*rows), lengths))
+
+    def _kernel(self, q: Array, k: Array) -> kernel_lib.SplashAttentionKernel:
+        queries, keys = (-(-x.shape[2] // _LANES) * _LANES for x in (q, k))
+        mask = (mask_lib.CausalMask if self.causal else mask_lib.FullMask)((queries, keys))
+        block_q, block_kv = map(_block, (queries, keys))
+        return kernel_lib.make_splash_mha(
+            mask=mask_lib.MultiHeadMask([mask] * q.shape[1]),
+            block_sizes=kernel_lib.BlockSizes(
+                block_q=block_q,
+                block_kv=block_kv,
+                block_q_dkv=block_q,
+                block_kv_dkv=block_kv,
+                block_q_dq=block_q,
+                block_kv_dq=block_kv,
+            ),
+            head_shards=1,
+            q_seq_shards=1,
+            save_residuals=True,
+            interpret=self.interpret,
+        )
+
+
+def _heads_first(x: Array) -> Array:
+    """[B, T, heads, ...] as [B, heads, T, ...], and back."""
+    return jnp.swapaxes(x, 1, 2)
+
+
+def _block(length: int) -> int:
+    """Queries or keys that the kernel takes at once."""
+    return next(size for size in (512, 256, _LANES) if length % size == 0)
+
+
+def _padded(*arrays: Array) -> tuple[Array, ...]:
+    """Arrays [B, heads, T, ...] with zeros after their tokens."""
+
+    def pad(x: Array) -> Array:
+        more = -x.shape[2] % _LANES
+        return jnp.pad(x, [(0, 0), (0, 0), (0, more)] + [(0, 0)] * (x.ndim - 3))
+
+    return tuple(map(pad, arrays))
+
+
+def _segments(segment_BT: Array, segment_BS: Array) -> kernel_lib.SegmentIds:
+    """The same, -1 after the queries and -2 after the keys, which see nothing of each other."""
+    fill = lambda x, value: jnp.pad(  # noqa: E731
+        x, ((0, 0), (0, -x.shape[1] % _LANES)), constant_values=value
+    )
+    return kernel_lib.SegmentIds(fill(segment_BT, -1), fill(segment_BS, -2))

@@ -1,0 +1,119 @@
+"""Gradients summed over microbatches, and one step of the optimizer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from grpo_jax.devices import by_shard, compiling, sharding
+from grpo_jax.learner import train_state
+from grpo_jax.learner.scoring import Scorer
+from grpo_jax.models import parameters
+from grpo_jax.structs import Array, Params, TrainState
+
+
+def through(number: Array, step: Callable, carry: Any, microbatches_1: tuple[Array, ...]) -> Any:
+    """`step(carry, *microbatch)` over so many of one data shard's microbatches.
+
+    How many is no part of what is compiled: an update may have more than the last.
+    """
+
+    def nth(n: Array, carry: Any) -> Any:
+        of = lambda x: jax.lax.dynamic_index_in_dim(x[0], n, keepdims=False)  # noqa: E731
+        return step(carry, *map(of, microbatches_1))
+
+    return jax.lax.fori_loop(0, number, nth, carry)
+
+
+# Gradient sums in float32, metric sums, metric maxima; inside a program for microbatches those of
+# one data shard, between programs [shards, ...]: the shards meet once, at the end of an update.
+Carry = tuple[Params, dict, dict]
+
+
+def add_gradient(loss_sums, params: Params, carry: Carry, *part: Any) -> Carry:
+    """The carry with one microbatch more; `loss_sums(params, *part) -> (total, (sums, maxima))`."""
+    grads, sums, maxima = carry
+    (_, (new_sums, new_maxima)), new_grads = jax.value_and_grad(loss_sums, has_aux=True)(
+        params, *part
+    )
+    grads = jax.tree.map(lambda g, n: g + n.astype(jnp.float32), grads, new_grads)
+    sums = jax.tree.map(jnp.add, sums, new_sums)
+    return grads, sums, jax.tree.map(jnp.maximum, maxima, new_maxima)
+
+
+def over_shards(scorer: Scorer, carry: Carry) -> Carry:
+    """The carries of all data shards, [shards, ...], as one; gradients lie as moments do."""
+    grads, sums, maxima = carry
+    grads, sums = jax.tree.map(lambda x: x.sum(0), (grads, sums))
+    grads = jax.lax.with_sharding_constraint(
+        grads, train_state.spread_shardings(scorer.model, scorer.mesh)
+    )
+    return grads, sums, jax.tree.map(lambda x: x.max(0), maxima)
+
+
+def make_adding(
+    scorer: Scorer, through: Callable[..., Carry], *, sums: Iterable[str], maxima: Iterable[str]
+) -> tuple[Callable[[], Carry], Callable[..., Carry]]:
+    """Two programs: `empty() -> carry`, and `add(params, number, carry, *rows) -> carry`.
+
+    `through(params, number, carry, *rows)` adds one data shard's rows to its carry; its metrics
+    have the names `sums` and `maxima`. `number` is the same for all shards. `add` takes its carry
+    away.
+    """
+    mesh, like = scorer.mesh, parameters.param_shapes(scorer.model)
+    shards = mesh.shape["data"]
+    stacked = functools.partial(sharding.stacked, mesh)
+    placed = train_state.param_shardings(scorer.model, mesh)
+    scalar = stacked(sharding.replicated(mesh))
+    shardings = (jax.tree.map(stacked, placed), *(dict.fromkeys(n, scalar) for n in (sums, maxima)))
+
+    @functools.partial(jax.jit, out_shardings=shardings)
+    def empty() -> Carry:
+        grads = jax.tree.map(lambda x: jnp.zeros((shards, *x.shape), jnp.float32), like)
+        return grads, *({name: jnp.zeros(shards) for name in names} for names in (sums, maxima))
+
+    @jax.named_scope("update")
+    def add_shard(params: Params, number: Array, carry: Carry, *rows: Any) -> Carry:
+        params = parameters.with_layers_in(params, scorer.dtype)
+        carry = through(params, number, jax.tree.map(lambda x: x[0], carry), *rows)
+        return jax.tree.map(lambda x: x[None], carry)
+
+    add = jax.jit(
+        by_shard.by_data_shard(mesh, compiling.exact(scorer.dtype, add_shard), 2),
+        donate_argnums=2,
+        out_shardings=shardings,
+        compiler_options=compiling.options(scorer.mesh),
+    )
+    return empty, add
+
+
+@jax.named_scope("optimizer")
+def apply_gradient(
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    grads: Params,
+    loss: Array,
+    wanted: Array | bool = True,
+) -> tuple[TrainState, dict[str, Array]]:
+    """The state after one optimizer step, or unchanged but for its counters.
+
+    A loss or gradient that is not finite, and one that is not `wanted`, leaves parameters and
+    optimizer as they were and counts in `num_skipped`.
+    """
+    grad_norm = optax.tree.norm(grads)
+    accepted = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & wanted
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(accepted, n, o), new, old)  # noqa: E731
+    state = TrainState(
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        num_updates=state.num_updates + 1,
+        num_skipped=state.num_skipped + ~accepted,
+    )
+    return state, {"policy/grad_norm": grad_norm, "skipped": ~accepted}

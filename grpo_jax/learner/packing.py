@@ -1,0 +1,102 @@
+"""Microbatches without padding: the completions of some groups, token after token in one row.
+
+Everything in the network that works token by token sees the row: its prompts, each once for its
+group, and then the completions' tokens with nothing between them. Attention alone needs to know
+which tokens belong together: for it a prompt has some lanes of equal width, each holding one
+completion or several. Where each token stands is two arrays of integers, made on the host from the
+completions' lengths. An entry of the row predicts the token that it is numbered by and reads the
+one before it; a completion's first token is predicted by the prompt, so a completion of n tokens
+takes n - 1 entries. Where a row has as many entries as its lanes have places, as with completions
+of like length, an entry is a place: nothing moves between them, and the shapes alone tell.
+
+`row_sizes.py` says how large rows are and what stands in which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from grpo_jax.learner.row_sizes import Sizes, Work
+
+
+@dataclasses.dataclass(frozen=True)
+class Microbatches:
+    """Microbatches of each data shard S, N at most; each has a row on every device D of the shard.
+
+    A microbatch has M prompts, the same number on each device. A group of more tokens than a
+    microbatch may hold stands in several, each with the prompt and some of its completions.
+    """
+
+    number: np.int32  # of N, the first; in the others there is nothing
+    groups_SNM: np.ndarray  # int32: which of the shard's prompts; -1 for none, to fill a shape
+    own_SNMG: np.ndarray  # bool: completions of that group that this microbatch has
+    token_SNDX: np.ndarray  # int32: (m * G + g) * C + c, m counted on the device; -1: no token
+    lane_SNMLT: np.ndarray  # int32: which entry of its row stands here; -1: none
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        return self.groups_SNM, self.own_SNMG, self.token_SNDX, self.lane_SNMLT
+
+
+def pack(
+    length_SPG: np.ndarray,
+    groups_P: np.ndarray,
+    *,
+    prompt_tokens: int,
+    completion_tokens: int,
+    at_once: int,
+    devices: int = 1,
+    multiple: int = 1,
+    share_lanes: bool = True,
+    sizes: Sizes | None = None,
+) -> Microbatches:
+    """The groups of numbers `groups_P` of each shard in microbatches of at most `at_once` tokens.
+
+    That is the size of a row, prompts (padded to `prompt_tokens`) included; a single completion
+    always fits. It is then rounded up to a `multiple`. Without `share_lanes` each completion has a
+    lane of its own. `sizes` are those that a run has in use; None: it begins.
+    """
+    num_shards, _, group = length_SPG.shape
+    work = Work(
+        length_SPG - 1,
+        groups_P,
+        prompt_tokens,
+        completion_tokens,
+        at_once,
+        devices,
+        multiple,
+        share_lanes,
+    )
+    size, units_S, rows_S = (sizes or Sizes()).fill(work)
+    num_prompts, entries, num_lanes, width = size.prompts, size.entries, size.lanes, work.width
+    whole = entries == num_prompts * num_lanes * width
+    groups = np.full((num_shards, size.rows, devices, num_prompts), -1, np.int32)
+    own = np.zeros((*groups.shape, group), bool)
+    token = np.full((num_shards, size.rows, devices, entries), -1, np.int32)
+    lane = np.full((*groups.shape, num_lanes, width), -1, np.int32)
+    for s, shard_rows in enumerate(rows_S):
+        for r, row in enumerate(shard_rows):
+            n, d = divmod(r, devices)
+            at = 0
+            for j, i in enumerate(row):
+                unit = units_S[s][i]
+                entries_G = work.entries_SPG[s, unit.prompt]
+                groups[s, n, d, j] = unit.prompt
+                own[s, n, d, j, unit.completions] = True
+                for k, completions in enumerate(work.lanes_of(entries_G, unit.completions)):
+                    begin = at = (j * num_lanes + k) * width if whole else at
+                    for g in completions:
+                        more = int(entries_G[g])
+                        first = (j * group + g) * completion_tokens + 1
+                        token[s, n, d, at : at + more] = np.arange(first, first + more)
+                        at += more
+                    lane[s, n, d, j, k, : at - begin] = np.arange(begin, at)
+    return Microbatches(
+        np.int32(len(rows_S[0]) // devices),
+        groups.reshape(num_shards, size.rows, -1),
+        own.reshape(num_shards, size.rows, -1, group),
+        token,
+        lane.reshape(num_shards, size.rows, devices * num_prompts, num_lanes, width),
+    )

@@ -1,0 +1,382 @@
+"""How many rows the completions of an update stand in, and of what size: few sizes, little padding.
+
+A row has places for some prompts and for some entries, the tokens of their completions. What it
+computes is what it has places for, so the size that leaves the fewest empty is looked for. Groups
+are spread over rows whole, or in parts where one of many tokens would leave no room beside it; or
+they are poured into row after row, and what a row has no room for goes on in the next. A part costs
+its prompt once more. The program takes any number of rows up to a limit, but another size of a row
+is another program to compile. So a run goes on with the sizes that it has, for as long as another
+one would not have saved the work of two updates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from grpo_jax.learner import bins
+
+_PARTS = (1, 2, 3, 4, 6, 8)  # of a row's room: the most that completions of a group take together
+_LANE_COST = 1 / 8  # of a place in attention's lanes, where a token of a row costs 1
+_ROW_COST = 1 / 32  # of any row, in tokens of the largest: weights are read, gradients added
+_ROWS = 4  # that a program takes at the least; what it does not have costs nothing
+_MOST_LANES = 4  # places in lanes for a token of the largest row; more take too much memory
+_ALIKE = 0.02  # sizes of costs that differ by less: the one that comes first is taken
+_NOTHING = 0.05  # more work than at the best size that a run is content with
+_ENOUGH = 2.0  # work beyond that, in updates, for which it takes a better size
+
+
+class Unit(NamedTuple):
+    """A group or a part of one, which stays together."""
+
+    prompt: int
+    completions: list[int]
+    entries: int
+
+
+class Size(NamedTuple):
+    """What a program is compiled for; each row stands on one device."""
+
+    tokens: int  # to which completions are padded
+    prompts: int  # in a row
+    entries: int  # in a row
+    lanes: int  # of a prompt
+    rows: int  # on a device, at most
+
+
+Rows = tuple[list[list[Unit]], list[list[list[int]]]]  # as `Filled` has them
+
+
+class Filled(NamedTuple):
+    """The rows of one update."""
+
+    size: Size
+    units_S: list[list[Unit]]  # of each data shard
+    rows_S: list[list[list[int]]]  # which of them stand in which row; alike many in all shards
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The completions of an update, and what bounds its rows."""
+
+    entries_SPG: np.ndarray
+    groups_P: np.ndarray  # prompts of each shard that are meant
+    prompt_tokens: int  # to which prompts are padded
+    tokens: int  # to which completions are padded
+    at_once: int  # tokens of a row, prompts included; one of a single completion may have more
+    devices: int  # with a row each, of a shard
+    multiple: int  # of a row's tokens, to which it is rounded up
+    share_lanes: bool  # completions share lanes; else each has its own
+
+    @property
+    def width(self) -> int:
+        """Places of a lane: the entries of the longest completion."""
+        return max(self.tokens - 1, 1)
+
+    @property
+    def largest(self) -> int:
+        return max(self.at_once, self.prompt_tokens + self.width)
+
+    @functools.cached_property
+    def ways(self) -> list[_Cut | _Poured]:
+        """The groups whole, where they can be, and in ever smaller parts; and poured."""
+        longest = int(self.entries_SPG[:, self.groups_P].max())
+        found: dict[tuple[int, ...], _Cut] = {}
+        for parts in _PARTS:
+            room = (self.largest - self.prompt_tokens) // parts
+            if room >= max(longest, 1):
+                cut = _Cut.of(self, room)
+                found.setdefault(tuple(map(len, cut.units_S)), cut)
+        whole = next(iter(found.values()))
+        num_groups = -(-len(self.groups_P) // self.devices)
+        poured = _Poured(whole.lanes, longest, num_groups, whole.entries)
+        return [*found.values(), poured]
+
+    def most_lanes(self, units_S: Iterable[list[Unit]]) -> int:
+        """Lanes of a prompt, at most."""
+        return max(
+            len(self.lanes_of(self.entries_SPG[s, u.prompt], u.completions))
+            for s, units in enumerate(units_S)
+            for u in units
+        )
+
+    def allows(self, size: Size) -> bool:
+        """Whether a size that a run had before, on another mesh perhaps, still is one."""
+        tokens = size.prompts * self.prompt_tokens + size.entries
+        fits = tokens < self.largest + self.multiple and tokens % self.multiple == 0
+        return fits and size.tokens == self.tokens
+
+    def lanes_of(self, entries_G: np.ndarray, completions: list[int]) -> list[list[int]]:
+        """Completions that share a lane."""
+        if self.share_lanes:
+            return bins.fill(entries_G, completions, self.width)
+        return [[g] for g in completions]
+
+
+class _Cut(NamedTuple):
+    """One way to divide the groups, with what it asks of rows."""
+
+    units_S: list[list[Unit]]
+    lanes: int  # of a prompt, at most
+    heaviest: int  # entries of a unit
+    units: int  # of a device, at least
+    entries: int  # of a device, at least
+
+    def rows(self, work: Work, size: Size, number: int) -> Rows | None:
+        """The units in so many rows a device, or None where `spread` finds no way."""
+        rows_S = []
+        for units in self.units_S:
+            rows = bins.spread([u.entries for u in units], number * work.devices, size.prompts)
+            if any(sum(units[i].entries for i in row) > size.entries for row in rows):
+                return None
+            rows_S.append(rows)
+        return self.units_S, rows_S
+
+    @staticmethod
+    def of(work: Work, room: int) -> _Cut:
+        units_S = [
+            [unit for p in work.groups_P for unit in _units(int(p), entries_PG[p], room)]
+            for entries_PG in work.entries_SPG
+        ]
+        totals = [sum(u.entries for u in units) for units in units_S]
+        return _Cut(
+            units_S,
+            work.most_lanes(units_S),
+            max(u.entries for units in units_S for u in units),
+            -(-max(map(len, units_S)) // work.devices),
+            -(-max(totals) // work.devices),
+        )
+
+
+class _Poured(NamedTuple):
+    """Groups poured into row after row; as `_Cut`, but what stands together the rows decide."""
+
+    lanes: int
+    heaviest: int  # entries of a completion
+    units: int
+    entries: int
+
+    def rows(self, work: Work, size: Size, number: int) -> Rows | None:
+        """The groups in as many rows as they take, or None where they take more lanes."""
+        units_S, rows_S = zip(
+            *(_pour(entries_PG, work.groups_P, size) for entries_PG in work.entries_SPG)
+        )
+        if work.most_lanes(units_S) > size.lanes:
+            return None
+        count = max(map(len, rows_S))
+        count += -count % work.devices
+        return list(units_S), [rows + [[] for _ in range(count - len(rows))] for rows in rows_S]
+
+
+class _Choice(NamedTuple):
+    """A size for one way to divide, with the cost of the fewest rows that could do."""
+
+    bound: float
+    number: int
+    row_cost: float
+    size: Size
+    way: _Cut | _Poured
+
+
+class _Found(NamedTuple):
+    cost: float
+    number: int
+    size: Size
+    units_S: list[list[Unit]]
+    rows_S: list[list[list[int]]]
+
+    @property
+    def filled(self) -> Filled:
+        return Filled(self.size, self.units_S, self.rows_S)
+
+
+class Sizes:
+    """The sizes of rows that one program of a run is compiled for.
+
+    What is chosen next depends on lengths and on what was chosen before, so a run keeps this with
+    its checkpoints: where it goes on it sums in the same order.
+    """
+
+    def __init__(self):
+        self._used: list[Size] = []
+        self._wasted = 0.0  # updates' work, by those that are used, since the last was added
+
+    def as_json(self) -> dict[str, Any]:
+        return {"used": [list(size) for size in self._used], "wasted": self._wasted}
+
+    def restore(self, kept: dict[str, Any] | None) -> None:
+        """Goes on from what `as_json` gave, or begins again."""
+        kept = kept or {"used": [], "wasted": 0.0}
+        self._used = [Size(*size) for size in kept["used"]]
+        self._wasted = kept["wasted"]
+
+    def fill(self, work: Work) -> Filled:
+        """The rows of an update: of a size in use, or of the best one, which then is in use."""
+        best = _best(work)
+        known = _cheapest(work, [size for size in self._used if work.allows(size)])
+        if known is not None:
+            wasted = max(known.cost / best.cost - 1 - _NOTHING, 0.0)
+            if self._wasted + wasted <= _ENOUGH:
+                self._wasted += wasted
+                return known.filled
+        self._used.append(best.size)
+        self._wasted = 0.0
+        return best.filled
+
+
+def _best(work: Work) -> _Found:
+    """The rows that compute the least, of all sizes; of those alike the largest."""
+    choices = sorted(_choices(work), key=lambda choice: choice.bound)
+    found: list[_Found] = []
+    least = float("inf")
+    for choice in choices:
+        if choice.bound > least * (1 + _ALIKE):
+            break
+        one = _filled(work, choice, least * (1 + _ALIKE))
+        if one is not None:
+            least = min(least, one.cost)
+            found.append(one)
+    best = min(
+        (one for one in found if one.cost <= least * (1 + _ALIKE)),
+        key=lambda one: (
+            -one.size.prompts * work.prompt_tokens - one.size.entries,
+            one.size[1:],
+            len(one.units_S[0]),
+        ),
+    )
+    rows = max(1 << (best.number * 3 // 2 - 1).bit_length(), _ROWS)
+    return best._replace(size=best.size._replace(rows=rows))
+
+
+def _cheapest(work: Work, sizes: list[Size]) -> _Found | None:
+    """The rows that compute the least, of some sizes; None where the completions fit in none."""
+    best = None
+    for size in sizes:
+        for way in work.ways:
+            if way.heaviest <= size.entries and way.lanes <= size.lanes:
+                limit = float("inf") if best is None else best.cost
+                best = _filled(work, _choice(work, size, way), limit, size.rows) or best
+    return best
+
+
+def _filled(work: Work, choice: _Choice, limit: float, most: int | None = None) -> _Found | None:
+    """The fewest rows that hold the units at a cost below `limit`, `most` of them a device."""
+    number = choice.number
+    fits = lambda number: number * choice.row_cost <= limit and number <= (most or number)  # noqa: E731
+    while fits(number):
+        rows = choice.way.rows(work, choice.size, number)
+        if rows is not None:
+            number = len(rows[1][0]) // work.devices
+            cost = number * choice.row_cost
+            return _Found(cost, number, choice.size, *rows) if fits(number) else None
+        if isinstance(choice.way, _Poured):
+            return None
+        number += 1
+    return None
+
+
+def _choices(work: Work) -> Iterator[_Choice]:
+    """All sizes worth a look: up to the largest, in eighths of it and of its halves."""
+    group = work.entries_SPG.shape[2]
+    for way in work.ways:
+        lanes = min(1 << (way.lanes - 1).bit_length(), group)
+        for prompts in _counts(way.units):
+            places = prompts * lanes * work.width
+            if prompts > 1 and places > _MOST_LANES * work.largest:
+                break
+            for tokens in _eighths(work.largest):
+                entries = min(tokens - prompts * work.prompt_tokens, places)
+                if entries < max(way.heaviest, 1):
+                    break
+                entries += -(prompts * work.prompt_tokens + entries) % work.multiple
+                yield _choice(work, Size(work.tokens, prompts, entries, lanes, 0), way)
+
+
+def _choice(work: Work, size: Size, way: _Cut | _Poured) -> _Choice:
+    places = size.prompts * size.lanes * work.width
+    tokens = size.prompts * work.prompt_tokens + size.entries
+    row_cost = tokens + _LANE_COST * places + _ROW_COST * work.largest
+    number = max(-(-way.units // size.prompts), -(-way.entries // size.entries))
+    return _Choice(number * row_cost, number, row_cost, size, way)
+
+
+def _counts(most: int) -> Iterator[int]:
+    """1, 2, 3, 4, 6, 8, 12, 16, ... up to the first that is no less than `most`."""
+    count = 1
+    while True:
+        yield count
+        if count >= most:
+            return
+        power = 1 << (count.bit_length() - 1)
+        between = count == power and count > 1
+        count = count * 3 // 2 if between else power * 2
+
+
+def _eighths(largest: int) -> Iterator[int]:
+    """From the largest on, four sizes between it and its half, and so on; large ones by 16."""
+    while largest:
+        for eighths in (8, 7, 6, 5):
+            size = largest * eighths // 8
+            yield size - size % 16 if eighths < 8 and size >= 256 else size
+        largest //= 2
+
+
+def _pour(
+    entries_PG: np.ndarray, groups_P: np.ndarray, size: Size
+) -> tuple[list[Unit], list[list[int]]]:
+    """Units in rows of that size: of each group in turn what has room, the longest first."""
+    units: list[Unit] = []
+    rows: list[list[int]] = [[]]
+    room = size.entries
+    for p in groups_P:
+        entries_G = entries_PG[p]
+        waiting = sorted(range(len(entries_G)), key=lambda g: (-entries_G[g], g))
+        while waiting:
+            taken, rest, had = [], [], room
+            for g in waiting:
+                fits = entries_G[g] <= room and len(rows[-1]) < size.prompts
+                (taken if fits else rest).append(g)
+                room -= int(entries_G[g]) * fits
+            if taken:
+                rows[-1].append(len(units))
+                units.append(Unit(int(p), sorted(taken), had - room))
+            if rest:
+                rows.append([])
+                room = size.entries
+            waiting = rest
+    return units, rows
+
+
+def _units(prompt: int, entries_G: np.ndarray, room: int) -> list[Unit]:
+    """The group whole, or in parts where it has more entries than `room`.
+
+    As few parts as have room, of like size.
+    """
+    total = int(entries_G.sum())
+    if total <= room:
+        return [Unit(prompt, list(range(len(entries_G))), total)]
+    parts = bins.fill(entries_G, range(len(entries_G)), room)
+    alike = bins.spread(entries_G.tolist(), len(parts), len(entries_G))
+    if all(entries_G[part].sum() <= room for part in alike):
+        parts = alike
+    return [Unit(prompt, part, int(entries_G[part].sum())) for part in parts]
+
+
+def balance(length_PG: np.ndarray, shards: int, minibatches: int = 1) -> np.ndarray:
+    """The order of prompts in which data shards have like many tokens, int [P].
+
+    Shards are consecutive parts of that order. A prompt p of minibatch p % minibatches stays there.
+    """
+    entries_P = (length_PG - 1).sum(1)
+    order_P = np.empty(len(entries_P), int)
+    for i in range(minibatches):
+        members = np.arange(len(entries_P))[i::minibatches]
+        share = len(members) // shards
+        for s, part in enumerate(bins.spread(entries_P[members].tolist(), shards, share)):
+            begin = s * share * minibatches + i
+            order_P[begin : begin + share * minibatches : minibatches] = members[sorted(part)]
+    return order_P

@@ -1,0 +1,82 @@
+"""The state that learns: made, placed, and passed over."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from grpo_jax.devices import sharding
+from grpo_jax.models import parameters
+from grpo_jax.structs import ModelConfig, Params, TrainState
+
+
+def refuse(state: TrainState, number: int) -> TrainState:
+    """The state as after so many updates that were refused: only its counters move."""
+    moved = [
+        jax.device_put(np.int32(int(count) + number), count.sharding)
+        for count in (state.num_updates, state.num_skipped)
+    ]
+    return state.replace(num_updates=moved[0], num_skipped=moved[1])
+
+
+def param_shardings(model: ModelConfig, mesh: Mesh) -> Any:
+    shapes = parameters.param_shapes(model)
+    return sharding.tree_shardings(mesh, parameters.logical_axes(model), shapes)
+
+
+def spread_shardings(model: ModelConfig, mesh: Mesh) -> Any:
+    """Where moments and summed gradients lie: as parameters, and split over data shards."""
+    return jax.tree.map(
+        lambda x, placed: sharding.spread(mesh, placed, x.shape),
+        parameters.param_shapes(model),
+        param_shardings(model, mesh),
+    )
+
+
+def _state_shardings(like: TrainState, model: ModelConfig, mesh: Mesh, optimizer) -> TrainState:
+    """Where each part of the state lives."""
+    whole = sharding.replicated(mesh)
+    opt_state = optax.tree_map_params(
+        optimizer,
+        # A moment may be several arrays of the parameter's axes, some shorter.
+        lambda kept, placed: jax.tree.map(lambda x: sharding.along(mesh, placed, x.shape), kept),
+        like.opt_state,
+        spread_shardings(model, mesh),
+        transform_non_params=lambda _: whole,
+        is_leaf=lambda x: not isinstance(x, dict),
+    )
+    return TrainState(param_shardings(model, mesh), opt_state, whole, whole)
+
+
+def state_like(
+    model: ModelConfig, mesh: Mesh, optimizer: optax.GradientTransformation, dtype=jnp.float32
+) -> TrainState:
+    """Shapes, dtypes and shardings of the train state, parameters of `dtype`; none is made."""
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype), parameters.param_shapes(model)
+    )
+    like = jax.eval_shape(functools.partial(_init_state, optimizer=optimizer), params)
+    return jax.tree.map(
+        lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
+        like,
+        _state_shardings(like, model, mesh, optimizer),
+    )
+
+
+def start(
+    params: Params, model: ModelConfig, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state before the first update; `params` are given away."""
+    shardings = jax.tree.map(lambda x: x.sharding, state_like(model, mesh, optimizer))
+    init = functools.partial(_init_state, optimizer=optimizer)
+    return jax.jit(init, donate_argnums=0, out_shardings=shardings)(params)
+
+
+def _init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    return TrainState(params, optimizer.init(params), jnp.int32(0), jnp.int32(0))

@@ -1,0 +1,172 @@
+"""One optimizer update on a minibatch: `Update`.
+
+It goes through packed microbatches in one program; gradients are summed and divided once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from grpo_jax.algorithm import losses
+from grpo_jax.devices import compiling, transfer
+from grpo_jax.learner import accumulate, logprobs, scoring, train_state
+from grpo_jax.learner.accumulate import Carry
+from grpo_jax.learner.row_sizes import Sizes
+from grpo_jax.learner.scoring import Packed, Scorer
+from grpo_jax.structs import Array, Experience, Params, TrainState
+
+
+def _loss_sums(
+    params: Params, scorer: Scorer, objective: losses.Objective, part: Experience, packed: Packed
+):
+    """Summed loss of one microbatch, and (sums, maxima) of what explains it."""
+    rollouts, action_PGC = part.rollouts, part.action_PGC
+    take = lambda x: None if x is None else packed.take(x)  # noqa: E731
+    terms = {
+        "advantage": packed.take_of_completion(part.advantage_PG),
+        "old_logp": take(part.old_logp_PGC),
+        "ref_logp": take(part.ref_logp_PGC),
+        "sampler_logp": take(rollouts.logp_PGC),
+        "sequence_log_ratio": None,
+    }
+    if objective.sums_sequences:
+        log_ratio_PG = losses.sequence_log_ratio(part.old_logp_PGC, rollouts.logp_PGC, action_PGC)
+        terms["sequence_log_ratio"] = packed.take_of_completion(log_ratio_PG)
+    weight_BC, _ = losses.weights(action_PGC.reshape(-1, packed.tokens), objective)
+    weight_DE = jnp.where(packed.there_DE, take(weight_BC.reshape(action_PGC.shape)), 0.0)
+    action_DE = take(action_PGC) & packed.there_DE
+    head = scorer.head(params)
+
+    def loss(hidden, target, weight, terms):
+        token_loss = functools.partial(losses.token_loss, objective)
+        return logprobs.loss(
+            token_loss, scorer.sampling, scorer.along, hidden, head, target, weight, terms
+        )
+
+    hidden_DED = scorer.hidden(params, rollouts, packed.layout)
+    total, logp_DE, entropy_DE = scoring.row_by_row(
+        scorer, loss, hidden_DED, take(rollouts.completion_PGC), weight_DE, terms
+    )
+    total, logp_DE, entropy_DE = (
+        total.sum(),
+        logp_DE.reshape(weight_DE.shape),
+        entropy_DE.reshape(weight_DE.shape),
+    )
+    sums, maxima = losses.diagnostics(objective, logp_DE, entropy_DE, terms, action_DE)
+    sums |= {"loss": total, "tokens": action_DE.sum().astype(jnp.float32)}
+    return total, (sums, maxima)
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """One optimizer update on a minibatch; it donates the state that it is given.
+
+    Minibatch i of n holds prompts i, i + n, ... of the experience. With `offload` the optimizer's
+    state comes to the devices for its own step alone, and lies in the host's memory otherwise.
+    """
+
+    scorer: Scorer
+    num_minibatches: int
+    offload: bool
+    empty: Callable[[], Carry]  # programs: no gradients yet,
+    add: Callable[..., Carry]  # those of some microbatches added,
+    finish: Callable[..., tuple[TrainState, dict[str, Array]]]  # and the optimizer's step
+    sizes: Sizes  # of packed rows, of `add`; a run adds to them
+    compiled: set[tuple[int, ...]]  # shapes for which `finish` was compiled so far
+
+    def __call__(
+        self,
+        state: TrainState,
+        experience: Experience,
+        index: int,
+        before_donating: Callable[[Carry], None] = lambda carry: None,
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """The state after the update on minibatch `index`, and metrics.
+
+        `before_donating(carry)` is called once all but the optimizer's step is launched; `carry`
+        holds the gradients. Until it returns the state is whole. Metrics are float32 scalars by
+        their logged names, and `skipped`, True where the update was refused.
+        """
+        num_groups = self.scorer.groups_in_shard(experience.rollouts)
+        groups_P = np.arange(num_groups)[index :: self.num_minibatches]
+        microbatches = self.scorer.microbatches(experience.rollouts, groups_P, self.sizes)
+        number, arrays = microbatches.number, microbatches.arrays
+        carry = self.add(state.params, number, self.empty(), experience, *arrays)
+        action_PGC = experience.action_PGC
+        if self.offload:  # a copy: that of the caller stays where it is
+            state = state.replace(opt_state=transfer.to_device_memory(state.opt_state))
+        if action_PGC.shape not in self.compiled:  # by now: it takes long, and may be given up
+            self.finish.lower(state, carry, action_PGC, np.int32(index)).compile()
+            self.compiled.add(action_PGC.shape)
+        before_donating(carry)
+        state, metrics = self.finish(state, carry, action_PGC, np.int32(index))
+        if self.offload:
+            state = state.replace(opt_state=transfer.to_host_memory(state.opt_state))
+        return state, metrics
+
+
+def make_update(
+    scorer: Scorer,
+    objective: losses.Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_minibatches: int,
+    offload: bool = False,
+    bounds: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+) -> Update:
+    """The update of a policy; nothing is compiled or allocated yet.
+
+    It refuses what is not finite, and what has a metric out of its `bounds`, lowest and highest
+    value by name.
+    """
+    like = train_state.state_like(scorer.model, scorer.mesh, optimizer)
+    shardings = jax.tree.map(lambda x: x.sharding, like)
+
+    def loss_sums(params, experience: Experience, groups_M: Array, *where: Array):
+        packed = Packed.of(experience.action_PGC.shape[-1], groups_M, *where)
+        part = scoring.rows(scorer, experience, groups_M)
+        return _loss_sums(params, scorer, objective, part, packed)
+
+    def through(
+        params, number: Array, carry: Carry, experience: Experience, *microbatches_1: Array
+    ) -> Carry:
+        def step(carry, *where):
+            return accumulate.add_gradient(loss_sums, params, carry, experience, *where)
+
+        return accumulate.through(number, step, carry, microbatches_1)
+
+    empty, add = accumulate.make_adding(
+        scorer, through, sums=(*losses.SUMS, "loss", "tokens"), maxima=losses.MAXIMA
+    )
+
+    @functools.partial(
+        jax.jit,
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+        compiler_options=compiling.options(scorer.mesh),
+    )
+    @jax.named_scope("update")
+    def finish(state: TrainState, carry: Carry, action_PGC: Array, index: Array):
+        grads, sums, maxima = accumulate.over_shards(scorer, carry)
+        _, group, tokens = action_PGC.shape
+        action_BC = action_PGC.reshape(-1, num_minibatches, group, tokens)[:, index]
+        action_BC = action_BC.reshape(-1, tokens)
+        count = jnp.maximum(losses.weights(action_BC, objective)[1], 1.0)
+        tokens = jnp.maximum(sums.pop("tokens"), 1.0)
+        loss = sums.pop("loss") / count
+        grads = jax.tree.map(lambda g: g / count, grads)
+        means = {name: value / tokens for name, value in sums.items()}
+        outside = [(means[n] < low) | (means[n] > high) for n, (low, high) in bounds.items()]
+        wanted = ~functools.reduce(jnp.logical_or, outside, jnp.bool_(False))
+        state, metrics = accumulate.apply_gradient(state, optimizer, grads, loss, wanted)
+        return state, metrics | means | maxima | {"policy/loss": loss}
+
+    return Update(scorer, num_minibatches, offload, empty, add, finish, Sizes(), set())

@@ -1,0 +1,96 @@
+"""How far something is: a bar on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+from rich import progress
+
+from grpo_jax.messages import console
+from grpo_jax.messages.console import say
+
+
+def show_progress(noun: str, state: Callable[[], tuple[int, int]]) -> None:
+    """A bar on a terminal until `state()`, (done, total), is done; elsewhere it only waits."""
+    bar = progress.Progress(
+        progress.TextColumn(noun),
+        progress.MofNCompleteColumn(),
+        progress.BarColumn(),
+        progress.TimeRemainingColumn(),
+        console=console.console,
+        transient=True,
+        disable=not console.console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task(noun, total=None)
+        while (now := state())[0] < now[1]:
+            bar.update(task, completed=now[0], total=now[1])
+            time.sleep(0.02)
+
+
+class Progress:
+    """Shows how far a run is: a bar on a terminal, elsewhere a line every `every_steps` steps.
+
+    A context manager; `update` is called after each step.
+    """
+
+    def __init__(
+        self, total_steps: int, *, first_step: int = 0, every_steps: int = 10, noun: str = "step"
+    ):
+        self._total, self._first, self._every = total_steps, first_step, every_steps
+        self._noun = noun
+        self._bar = None
+
+    def __enter__(self) -> Progress:
+        self._start = time.monotonic()
+        self._after_first: float | None = None
+        if console.console.is_terminal:
+            self._bar = progress.Progress(
+                progress.TextColumn(self._noun),
+                progress.MofNCompleteColumn(),
+                progress.BarColumn(bar_width=None),
+                progress.TextColumn("{task.fields[facts]}", markup=False),
+                console=console.console,
+                expand=True,
+            )
+            self._task = self._bar.add_task(
+                "", total=self._total, completed=self._first, facts="compiling"
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, num_steps_done: int, values: Mapping[str, float]) -> None:
+        """Shows that `num_steps_done` of the run's steps are done, with metrics of the newest."""
+        now = time.monotonic()
+        facts = self._facts(num_steps_done, values, now)
+        if self._bar:
+            self._bar.update(self._task, completed=num_steps_done, facts=facts)
+        elif num_steps_done % self._every == 0 or num_steps_done in (self._first + 1, self._total):
+            say(f"{self._noun} {num_steps_done}/{self._total}  {facts}")
+
+    def _facts(self, done: int, values: Mapping[str, float], now: float) -> str:
+        facts = []
+        for name in ("reward", "accuracy", "sft/loss"):
+            if name in values:
+                facts.append(f"{name.removeprefix('sft/')} {values[name]:.3f}")
+        if "throughput/generated_tokens_per_s" in values:
+            facts.append(f"{values['throughput/generated_tokens_per_s']:,.0f} tokens/s")
+        facts.append(f"elapsed {_duration(now - self._start)}")
+        # The first step compiles, and says nothing about the time of the others.
+        if self._after_first is None:
+            self._after_first, self._done_first = now, done
+        elif done > self._done_first:
+            per_step_s = (now - self._after_first) / (done - self._done_first)
+            facts.append(f"left {_duration(per_step_s * (self._total - done))}")
+        return "  ".join(facts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

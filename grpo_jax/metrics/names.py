@@ -1,0 +1,129 @@
+"""What a run measures: the names with their units."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    unit: str  # "": a plain number
+    meaning: str
+
+
+# NAME stands for the name of a reward, K for a number of samples per problem.
+METRICS: dict[str, Metric] = {
+    "reward": Metric("", "mean over completions of the weighted sum of the rewards"),
+    "reward_std": Metric("", "standard deviation of that sum over all completions of the step"),
+    "reward/NAME": Metric("", "mean of one reward over the completions it was given to"),
+    "rewards/failed/NAME": Metric(
+        "completions", "of the step for which one reward failed, worth the least of the step, or 0"
+    ),
+    "rewards/failed_by_timeout": Metric("completions", "rewards that took too long"),
+    "rewards/failed_by_error": Metric("completions", "rewards that raised"),
+    "rewards/failed_by_values": Metric("completions", "rewards that returned no fitting numbers"),
+    "rewards/failed_by_memory": Metric("completions", "rewards that asked for too much memory"),
+    "rewards/failed_by_died": Metric("completions", "rewards whose process ended"),
+    "rewards/unscored": Metric(
+        "completions", "to which no reward function gave a number; nothing is learned from them"
+    ),
+    "reward_log/NAME": Metric("", "what a reward function logged by log_metric, mean over calls"),
+    "reward/NAME_std": Metric("", "standard deviation of one reward over those completions"),
+    "accuracy": Metric(
+        "share", "completions to which rewards.accuracy gives 1, of those that it applies to"
+    ),
+    "groups/equal_share": Metric(
+        "share", "groups whose rewards are all equal, from which nothing is learned"
+    ),
+    "completion/length": Metric("tokens", "mean length, stop token included"),
+    "completion/length_min": Metric("tokens", "shortest completion"),
+    "completion/length_max": Metric("tokens", "longest completion"),
+    "completion/stopped_length": Metric(
+        "tokens", "mean length of those that stopped by themselves"
+    ),
+    "completion/truncated_share": Metric("share", "completions cut at the token limit"),
+    "policy/loss": Metric(
+        "", "the objective, negated; no sign of progress, since advantages of a group sum to 0"
+    ),
+    "policy/entropy": Metric("nats/token", "mean entropy of the policy at the tokens it chose"),
+    "policy/kl": Metric("nats/token", "mean divergence from the frozen reference (k3)"),
+    "policy/clip_low_share": Metric("share", "tokens whose ratio was clipped from below"),
+    "policy/clip_high_share": Metric("share", "tokens whose ratio was clipped from above"),
+    "policy/ratio_max": Metric("", "largest ratio of policy to old policy at a token"),
+    "policy/grad_norm": Metric("", "global norm of the gradient, before clipping"),
+    "policy/learning_rate": Metric("", "learning rate of the last update that was made"),
+    "policy/drift_mean": Metric(
+        "nats",
+        "mean absolute change of log-probabilities by the updates before on the same rollout",
+    ),
+    "policy/drift_max": Metric("nats", "largest such change"),
+    "policy/sampler_gap_mean": Metric(
+        "nats",
+        "mean absolute difference of the sampler's and the scorer's log-probability, the latter of "
+        "the policy before the step's updates",
+    ),
+    "policy/sampler_gap_max": Metric("nats", "largest such difference"),
+    "policy/importance_mean": Metric(
+        "", "mean weight that corrects for the sampler's distribution; 1 without a correction"
+    ),
+    "policy/importance_capped_share": Metric(
+        "share", "tokens whose ratio of policy to sampler was above algorithm.importance_cap"
+    ),
+    "policy/skipped_updates": Metric("updates", "refused so far, as not finite or by a guard"),
+    "guards/roll_backs": Metric("", "times so far that a guard went back to a checkpoint"),
+    "time/rollout_s": Metric("s", "sampling the completions"),
+    "time/reward_s": Metric("s", "waiting for rewards after the last completion"),
+    "time/update_s": Metric("s", "updating the policy"),
+    "time/evaluation_s": Metric("s", "evaluating on held-out problems"),
+    "time/checkpoint_s": Metric("s", "writing a checkpoint"),
+    "time/step_s": Metric("s", "the whole step, with the evaluation after it"),
+    "memory/device_gib": Metric("GiB", "in use on the fullest device after the step's updates"),
+    "memory/device_peak_gib": Metric("GiB", "most that was in use there since the program began"),
+    "memory/process_gib": Metric("GiB", "main memory that the process holds (resident)"),
+    "time/compile_s": Metric(
+        "s", "compiling programs, or reading them from the cache, of the step"
+    ),
+    "programs": Metric("", "compiled programs since the program was started"),
+    "throughput/generated_tokens_per_s": Metric("tokens/s", "sampled, over the rollout's time"),
+    "throughput/step_tokens_per_s": Metric("tokens/s", "sampled, over the whole step's time"),
+    "throughput/learned_tokens_per_s": Metric(
+        "tokens/s",
+        "prompts and completions learned from, over the time from the last completion to the last "
+        "update",
+    ),
+    "throughput/mfu": Metric(
+        "share", "of the devices' published peak arithmetic that the step used (bfloat16)"
+    ),
+    "floor/rollout_share": Metric(
+        "share", "the least time that sampling can take on these devices, of what it took"
+    ),
+    "floor/learning_share": Metric(
+        "share", "the same of reference and updates, of the time after the last completion"
+    ),
+    "floor/step_share": Metric("share", "the same of all of these, of the step's time"),
+    "tokens/generated": Metric("tokens", "sampled since the run began"),
+    "eval/accuracy": Metric("share", "the same of one greedy completion of each held-out problem"),
+    "eval/reward": Metric("", "mean over these of the weighted sum of the rewards"),
+    "eval/reward/NAME": Metric("", "mean over these of one reward"),
+    "eval/answer_found_share": Metric("share", "greedy completions in which an answer was found"),
+    "eval/truncated_share": Metric("share", "greedy completions cut at the token limit"),
+    "eval/length": Metric("tokens", "mean length of greedy completions"),
+    "eval/failed_rewards": Metric("completions", "rewards that failed, each counted as wrong"),
+    "eval/pass@K": Metric("share", "held-out problems that at least one of K samples solves"),
+    "eval/maj@K": Metric("share", "held-out problems that the commonest answer of K solves"),
+    "eval/mean@K": Metric("share", "mean accuracy of K samples per held-out problem"),
+    "sft/loss": Metric("nats/token", "mean cross-entropy of the worked solutions"),
+    "sft/tokens_per_s": Metric("tokens/s", "trained on, prompts and padding left out"),
+}
+
+
+def _pattern(name: str) -> str:
+    return re.escape(name).replace("NAME", r"[\w.:\-]+").replace("@K", "@[0-9]+")
+
+
+_KNOWN = re.compile("|".join(_pattern(name) for name in METRICS))
+
+
+def is_known(name: str) -> bool:
+    """Whether METRICS describes a metric of this name."""
+    return _KNOWN.fullmatch(name) is not None

@@ -1,0 +1,118 @@
+"""The decoder's parameters: made, named by their axes, and as decoding reads them.
+
+They are float32 unless the caller cast them, for sampling also those of `quantize.weights`;
+kernels are [in, out], heads contiguous:
+
+    embed/embedding [V, D]      norm/scale [D]      head/kernel [D, V] (untied models only)
+    layers/ (all with a leading L)
+        attention_norm/scale [D]      mlp_norm/scale [D]
+        attention/{q,k,v,o}/kernel    attention/{q,k,v,o}/bias (where the family has them)
+        attention/{q_norm,k_norm}/scale [H] (Qwen3)
+        mlp/{gate,up,down}/kernel
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.models.block import Block
+from grpo_jax.structs import Array, ModelConfig, Params
+
+
+def _boxed_block(config: ModelConfig, key: Array) -> Params:
+    """One layer's parameters in the boxes that carry their logical axes."""
+    x = jnp.zeros((1, config.width))
+    return Block(config).init(key, x, lambda q, k, v: (q, None))["params"]
+
+
+def init(config: ModelConfig, key: Array) -> Params:
+    """Fresh float32 parameters: normals of deviation 0.02, norms at 1.
+
+    Call it under jit with the shardings of `logical_axes` as `out_shardings`, so that no device
+    holds the whole model.
+    """
+    layers_key, embed_key, head_key = jax.random.split(key, 3)
+    normal = nn.initializers.normal(0.02)
+    params = {
+        "embed": {"embedding": normal(embed_key, (config.vocab_size, config.width))},
+        "layers": jax.vmap(lambda k: nn.unbox(_boxed_block(config, k)))(
+            jax.random.split(layers_key, config.num_layers)
+        ),
+        "norm": {"scale": jnp.ones(config.width)},
+    }
+    if not config.tied_head:
+        params["head"] = {"kernel": normal(head_key, (config.width, config.vocab_size))}
+    return params
+
+
+def logical_axes(config: ModelConfig) -> Params:
+    """The logical axes of every parameter, a tuple of names for each; see `devices/sharding.py`."""
+    return jax.tree.map(lambda name: name, _logical_axes(config))
+
+
+@functools.cache  # asked for by each program, and a trace each time
+def _logical_axes(config: ModelConfig) -> Params:
+    boxed = jax.eval_shape(lambda: _boxed_block(config, jax.random.key(0)))
+    axes = {
+        "embed": {"embedding": ("vocab", "embed")},
+        "layers": jax.tree.map(lambda spec: ("layers", *spec), nn.get_partition_spec(boxed)),
+        "norm": {"scale": ("norm",)},
+    }
+    if not config.tied_head:
+        axes["head"] = {"kernel": ("embed", "vocab")}
+    return axes
+
+
+def param_shapes(config: ModelConfig) -> Params:
+    """Shape and dtype of every parameter, without making any."""
+    return jax.tree.map(lambda shape: shape, _param_shapes(config))
+
+
+@functools.cache
+def _param_shapes(config: ModelConfig) -> Params:
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
+def head_kernel(params: Params) -> Array:
+    """The LM head [D, V]: the embedding transposed where the model ties them."""
+    if "head" in params:
+        return params["head"]["kernel"]
+    return params["embed"]["embedding"].T
+
+
+def with_layers_in(params: Params, dtype) -> Params:
+    """The layers' kernels and biases as they are computed with, once for all microbatches.
+
+    The embedding, the head and the norms stay: gradients of many tokens are summed into them.
+    """
+
+    def one(path, x: Array) -> Array:
+        return x.astype(dtype) if path[-1].key in ("kernel", "bias") else x
+
+    return params | {"layers": jax.tree_util.tree_map_with_path(one, params["layers"])}
+
+
+# By module, what `joined` makes of which dense layers.
+_JOINED = {"attention": ("qkv", ("q", "k", "v")), "mlp": ("gate_up", ("gate", "up"))}
+
+
+def joined(
+    layer: Params, join: Callable[..., Any] = lambda *xs: jnp.concatenate(xs, axis=-1)
+) -> Params:
+    """One layer's weights, those that are multiplied with the same states side by side.
+
+    Of few tokens one product is faster than its parts. `join` puts arrays of all parts together.
+    """
+    for module, (name, parts) in _JOINED.items():
+        dense = dict(layer[module])
+        trees = [dense.pop(part) for part in parts]
+        is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
+        dense[name] = jax.tree.map(join, *trees, is_leaf=is_axes)
+        layer = layer | {module: dense}
+    return layer

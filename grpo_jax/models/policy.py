@@ -1,0 +1,167 @@
+"""The model that a run trains: its shape, its tokenizer, and the tokens that end a completion."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from grpo_jax import keys
+from grpo_jax.devices import sharding
+from grpo_jax.messages.console import say
+from grpo_jax.models import parameters
+from grpo_jax.models.hf import export, weights
+from grpo_jax.models.hf import folder as folder_lib
+from grpo_jax.models.hf import tokenizer as tokenizer_lib
+from grpo_jax.structs import Array, ModelConfig, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What all programs need of a model besides its weights."""
+
+    model: ModelConfig
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+    source: Path | None  # Hugging Face folder it was read from; None: a new model
+    stored: str | None = None  # the dtype that its weights are kept in there
+    kept: Path | None = None  # a copy of what its export needs of that; None: there is none
+
+    def text(self, ids, after: Sequence[int] = ()) -> str:
+        """Completion ids as text, special tokens left out.
+
+        Some tokenizers drop the space that a text begins with; with the prompt's ids as `after` it
+        is there.
+        """
+        decode = lambda row: self.tokenizer.decode(row, skip_special_tokens=True)  # noqa: E731
+        ids, before = [int(i) for i in ids], decode(list(after)) if after else ""
+        whole = decode([*after, *ids])
+        return whole[len(before) :] if whole.startswith(before) else decode(ids)
+
+    def refuse_unknown(self, ids: Sequence[int], where: str) -> None:
+        """Raises ValueError where a token is past the model's vocabulary; `where` names the text.
+
+        Such are tokens that were added to the tokenizer, while the model was not resized. Lookups
+        in the embedding would take its last row.
+        """
+        if not len(ids) or max(ids) < self.model.vocab_size:
+            return
+        unknown = max(ids)
+        raise ValueError(
+            f"{where} holds the token {self.tokenizer.convert_ids_to_tokens(unknown)!r} (id "
+            f"{unknown}), for which the model has no embedding: the tokenizer has "
+            f"{len(self.tokenizer)} tokens, and the model's vocab_size is {self.model.vocab_size}. "
+            "Leave the token out, or resize the model's embeddings."
+        )
+
+    def check_length(
+        self, prompt_tokens: int, max_tokens: int, option: str = "rollout.max_tokens"
+    ) -> None:
+        """Raises ValueError when prompt and completion are longer than the model was made for.
+
+        `option` names where `max_tokens` comes from.
+        """
+        if prompt_tokens + max_tokens > self.model.max_position:
+            raise ValueError(
+                f"A prompt of {prompt_tokens} tokens (data.max_prompt_tokens) and a completion of "
+                f"{max_tokens} ({option}) are {prompt_tokens + max_tokens} tokens, and "
+                f"the model takes {self.model.max_position}. Make one of the limits smaller."
+            )
+
+
+def find(path: str, option: str = "model.path", kept: Path | None = None) -> Path:
+    """The folder of a model, or `kept`, what a run has kept of it, where that is gone.
+
+    `option` is where the user gave the path. Raises ValueError when there is neither.
+    """
+    try:
+        return folder_lib.resolve(path, option)
+    except ValueError:
+        if kept is None or not (kept / "config.json").exists():
+            raise
+        return kept
+
+
+def read(path: str, option: str = "model.path", kept: Path | None = None) -> Policy:
+    """The policy of a Hugging Face folder or hub id; ValueError for what is wrong with it.
+
+    `option` and `kept` as in `find`; of what was kept, the policy has no weights.
+    """
+    folder = find(path, option, kept)
+    if folder == kept:
+        say(
+            f"warning: {folder_lib.as_given(path, option)} is not there any more. Its config and "
+            f"tokenizer are those that the run has kept in {kept}."
+        )
+    model = folder_lib.read_config(folder, folder_lib.as_given(path, option))
+    tokenizer = tokenizer_lib.load_tokenizer(folder)
+    if tokenizer.vocab_size > model.vocab_size:  # without what was added to it
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model's vocab_size "
+            f"is {model.vocab_size}. They do not belong together."
+        )
+    stop_ids = tokenizer_lib.stop_ids(folder, tokenizer, model.vocab_size)
+    return Policy(model, tokenizer, stop_ids, folder, weights.stored_dtype(folder))
+
+
+def keep(policy: Policy, folder: Path) -> Policy:
+    """The policy with a copy in `folder` of what its export needs of the one it was read from."""
+    if policy.source is None or policy.source == folder:
+        return policy
+    if jax.process_index() == 0:  # the one that exports
+        export.keep(folder, policy.model, policy.source, policy.stored, policy.tokenizer)
+    return dataclasses.replace(policy, kept=folder)
+
+
+def load_params(policy: Policy, mesh: Mesh, seed: int, dtype=jnp.float32) -> Params:
+    """The policy's weights, each device holding its shards: read from its source, or fresh.
+
+    Raises ValueError naming the array where one that was read is not finite.
+    """
+    if policy.source is not None:
+        params = weights.load_params(policy.source, policy.model, mesh, dtype)
+        refuse_nonfinite(params, mesh, f"{policy.source}", "Get its files again.")
+        return params
+    shardings = jax.tree.map(lambda x: x.sharding, param_like(policy.model, mesh))
+
+    def init(key: Array) -> Params:
+        return jax.tree.map(lambda x: x.astype(dtype), parameters.init(policy.model, key))
+
+    return jax.jit(init, out_shardings=shardings)(keys.key_for(seed, "init"))
+
+
+def refuse_nonfinite(tree: Any, mesh: Mesh, source: str, remedy: str) -> None:
+    """Raises ValueError where arrays of a tree, which `source` holds, have NaN or infinities."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    floats = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in leaves
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    }
+    count = jax.jit(
+        lambda arrays: {name: (~jnp.isfinite(x)).sum() for name, x in arrays.items()},
+        out_shardings=sharding.replicated(mesh),
+    )
+    wrong = {name: int(n) for name, n in jax.device_get(count(floats)).items() if n}
+    if wrong:
+        name = min(wrong, key=lambda n: (not n.startswith("params/"), n))
+        more = f", and {len(wrong) - 1} more arrays have such" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"{source}: {wrong[name]} of the {floats[name].size} values of {name} are NaN or "
+            f"infinite{more}. {remedy}"
+        )
+
+
+def param_like(model: ModelConfig, mesh: Mesh) -> Params:
+    """Shape, dtype (float32) and sharding of every parameter, without making any."""
+    shapes = parameters.param_shapes(model)
+    placed = sharding.tree_shardings(mesh, parameters.logical_axes(model), shapes)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
+    )

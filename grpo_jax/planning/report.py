@@ -1,0 +1,112 @@
+"""A plan as the terminal shows it, and as JSON."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.table import Table
+
+from grpo_jax.messages.console import console, print_title, say
+from grpo_jax.planning import advice
+from grpo_jax.planning import plan as plan_lib
+from grpo_jax.planning.plan import Plan
+
+_GIB = 2**30
+
+
+# --- What is printed ------------------------------------------------------------------------------
+
+
+def show(plan: Plan) -> None:
+    """Prints the plan: what lies in memory, and the programs of a step."""
+    devices = math.prod(plan.mesh.values())
+    mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    print_title(f"{plan.num_params:,} parameters on {devices} devices of {plan.topology}: {mesh}")
+    memory = Table(title="Memory of each device", title_justify="left")
+    memory.add_column("held for")
+    memory.add_column("GiB", justify="right")
+    for name, size in (*plan.held.items(), ("activations", plan.activations), ("peak", plan.peak)):
+        memory.add_row(name, _gib(size))
+    console.print(memory)
+    title = "Programs of a step, on each device; an evaluation is not run in it"
+    table = Table(title=title, title_justify="left")
+    names = "program", "runs", "peak GiB", "TFLOP", "GB", "sent GB", "least s", "bound", "in turn"
+    for name in names:
+        table.add_column(name, justify="left" if name == "program" else "right", no_wrap=True)
+    for p in plan.programs:
+        seconds = p.seconds(plan.chip)
+        name, least = plan_lib.bound(seconds)
+        table.add_row(
+            p.name,
+            str(p.runs),
+            _gib(p.peak),
+            f"{p.cost.flops / 1e12:,.2f}",
+            f"{p.cost.bytes / 1e9:,.0f}",
+            f"{sum(p.cost.sent.values()) / 1e9:,.2f}",
+            f"{least:,.3f}" if seconds else "",
+            name,
+            f"{seconds['in turn']:,.3f}" if seconds else "",
+        )
+    console.print(table)
+    sent = Table(title="Sent by each device in a step, GB", title_justify="left")
+    sent.add_column("kind")
+    sent.add_column("mesh axes")
+    sent.add_column("GB", justify="right")
+    sent.add_column("waited for, s", justify="right")
+    waited = plan.waited
+    for key, size in sorted(plan.cost.sent.items(), key=lambda item: -item[1]):
+        kind, axes = key
+        seconds = f"{waited[key]:,.3f}" if waited else ""
+        sent.add_row(kind, " ".join(axes), f"{size / 1e9:,.3f}", seconds)
+    console.print(sent)
+    if plan.chip.memory is None:
+        say("Simulated devices have no limits: whether it fits is not known.")
+        return
+    verdict = "fits" if plan.fits else "does not fit"
+    say(
+        f"It {verdict}: {_gib(plan.peak)} GiB at its peak, {_gib(plan.room)} GiB usable of a "
+        f"{plan.chip.name}. A step takes at least {plan.step_s:,.1f} s, and {plan.in_turn_s:,.1f} "
+        "s at these rates where one kernel follows another."
+    )
+
+
+def told(tries: Iterator[advice.Tried]) -> list[advice.Tried]:
+    """All of them, each told of as it comes: compiling takes a while."""
+    found, began = [], time.monotonic()
+    for tried in tries:
+        found.append(tried)
+        took_s, began = time.monotonic() - began, time.monotonic()
+        say(f"{tried.words}: {_verdict(tried)} ({took_s:.0f} s)")
+    return found
+
+
+def _verdict(tried: advice.Tried) -> str:
+    if tried.plan is None:
+        return tried.refusal
+    return f"{'fits' if tried.fits else 'does not fit'}, {_gib(tried.plan.peak)} GiB at its peak"
+
+
+def show_tried(title: str, tried: list[advice.Tried]) -> None:
+    table = Table(title=title, title_justify="left")
+    for name in ("change", "fits", "peak GiB", "least s a step"):
+        table.add_column(name, justify="left" if name == "change" else "right")
+    for t in tried:
+        if t.plan is None:
+            arrays = f"over {_gib(t.arrays)}" if math.isfinite(t.arrays) else ""
+            table.add_row(t.words, "no" if arrays else "refused", arrays, "")
+        else:
+            fits = "yes" if t.fits else "no"
+            table.add_row(t.words, fits, _gib(t.plan.peak), f"{t.plan.step_s:,.1f}")
+    console.print(table)
+
+
+def tried_json(tried: advice.Tried) -> dict[str, Any]:
+    plan = tried.plan.as_json() if tried.plan else None
+    return {"change": tried.change, "plan": plan, "refusal": tried.refusal}
+
+
+def _gib(size: float) -> str:
+    return f"{size / _GIB:,.2f}" if math.isfinite(size) else "too much"

@@ -1,0 +1,148 @@
+"""The topologies that programs are compiled for, and the rates of their chips.
+
+A chip is one JAX device. Rates are peaks: a plan's seconds are a floor, not a forecast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+from grpo_jax.devices import chips
+from grpo_jax.planning import gpu_targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Rates of one chip; None where there are none, as for a simulated CPU."""
+
+    name: str
+    memory: float | None  # bytes
+    flops: float | None  # dense bfloat16 operations per second
+    bandwidth: float | None  # bytes per second between memory and cores
+    link: float | None  # bytes per second sent along one dimension of the torus, both ways round
+    clock: float | None  # cycles per second: the peak over the operations of the matrix units
+    accelerator: str  # a value of TPU_ACCELERATOR_TYPE that lets the compiler start
+    usable: float | None  # bytes of its memory that programs may use
+    source: str
+
+
+def _chip(
+    name: str,
+    rates: chips.Chip,
+    usable: float,
+    clock: float | None = None,
+    accelerator: str = "",
+) -> Chip:
+    """All links of a GPU serve whichever axis of the mesh sends; a TPU's a dimension each."""
+    return Chip(
+        name,
+        rates.hbm_bytes,
+        rates.bf16_flops,
+        rates.hbm_bytes_per_s,
+        rates.ici_bytes_per_s / _DIMENSIONS.get(rates.name, 1),
+        clock,
+        accelerator,
+        usable,
+        rates.source,
+    )
+
+
+def _tpu(name: str, kind: str, clock: float, accelerator: str) -> Chip:
+    rates = chips.chip(kind)
+    return _chip(name, rates, rates.hbm_bytes - _RESERVED, clock, accelerator)
+
+
+def _gpu(name: str) -> Chip:
+    rates = gpu_targets.chip(name)
+    return _chip(name, rates, _GPU_FRACTION * rates.hbm_bytes)
+
+
+# Of a TPU's memory the runtime keeps some: compilers for v5e report 15.75 of 16 GiB as usable. Of a
+# GPU's, `launch/gpu.sh` gives JAX this share.
+_RESERVED = 2**28
+_GPU_FRACTION = 0.92
+_DIMENSIONS = {"TPU v4": 3, "TPU v5p": 3, "TPU v5e": 2, "TPU v6e": 2, "TPU v7x": 3}  # of the torus
+
+CHIPS = {
+    "v4": _tpu("v4", "TPU v4", 1.05e9, "v4-128"),
+    "v5e": _tpu("v5e", "TPU v5e", 1.5e9, "v5litepod-256"),
+    "v5p": _tpu("v5p", "TPU v5p", 1.75e9, "v5p-128"),
+    "v6e": _tpu("v6e", "TPU v6e", 1.75e9, "v6e-64"),
+}
+GPUS = {name: _gpu(name) for name in gpu_targets.NAMES}
+CPU = Chip("cpu", None, None, None, None, None, "", None, "simulated: no rates")
+
+
+def of_device(device: jax.Device) -> Chip | None:
+    """The chip that a device is; None where none is known, as for a CPU."""
+    rates = chips.chip(device.device_kind)
+    if rates is None:
+        return None
+    return _chip(rates.name, rates, rates.hbm_bytes)
+
+
+def devices(topology: str) -> tuple[Chip, list[jax.Device]]:
+    """The chip and the devices of a topology: "v5e:16x16", "h100:8", or "cpu:8", simulated.
+
+    Nothing of it need be there; the extras `plan` and `gpu` bring the compilers. Sets the
+    environment that they read, so it must come before anything else uses JAX. Raises ValueError for
+    a topology that there is not.
+    """
+    kind, _, shape = topology.partition(":")
+    if kind == "cpu" and re.fullmatch(r"[1-9]\d*", shape):
+        return CPU, _cpus(int(shape))
+    if kind in GPUS and shape in ("1", "2", "4", "8"):
+        return GPUS[kind], _gpus(topology, kind, shape)
+    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+        raise ValueError(
+            f"--topology {topology}: expected one of {', '.join(CHIPS)} and the chips along each "
+            f"dimension, such as v5e:16x16 or v5p:4x4x4; one of {', '.join(GPUS)} and 1, 2, 4 or 8 "
+            "of them in one machine, such as h100:8; or cpu:8 for simulated devices."
+        )
+    chip = CHIPS[kind]
+    # The least effort of the compiler takes a quarter of its time. On a 7B shape the operations are
+    # the same, and memory is within a tenth of what it finds with the usual effort.
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    jax.config.update("jax_memory_fitting_effort", -1.0)
+    os.environ.update(
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # nothing is run: two plans do not disturb each other
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_ACCELERATOR_TYPE=chip.accelerator,
+    )
+    jax.config.update("jax_platforms", "cpu")  # else JAX looks for TPUs, and prints what it misses
+    return chip, _described(topology, "TPU", "plan", platform="tpu", topology_name=topology)
+
+
+def _gpus(topology: str, kind: str, number: str) -> list[jax.Device]:
+    jax.config.update("jax_platforms", "cpu")
+    # One slice of one host.
+    asked = {"target_config": gpu_targets.target(kind), "topology": f"1x1x{number}"}
+    return _described(topology, "CUDA", "gpu", platform="cuda", **asked)
+
+
+def _described(name: str, what: str, extra: str, **asked: str) -> list[jax.Device]:
+    try:
+        return list(topologies.get_topology_desc(**asked).devices)
+    except Exception as error:  # the compilers' own errors are of several kinds
+        raise ValueError(
+            f"--topology {name}: the {what} compiler does not know it, or is not installed "
+            f'(python -m pip install -e ".[{extra}]"). It says: {str(error).splitlines()[0]}'
+        ) from error
+
+
+def _cpus(number: int) -> list[jax.Device]:
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        jax.config.update("jax_num_cpu_devices", number)
+    except RuntimeError:  # JAX has started: what it has must do
+        pass
+    there = jax.devices("cpu")
+    if len(there) < number:
+        raise ValueError(f"--topology cpu:{number}: JAX has started with {len(there)} devices.")
+    return there[:number]

@@ -1,0 +1,316 @@
+"""Reward functions by name: what the config says, looked up, bound and checked against the data.
+
+A reward function has the signature that TRL uses, called by keyword with lists of one entry per
+completion: `f(prompts, completions, **columns) -> list[float | None]`. `columns` are the further
+columns of the problems; None says that the function has no opinion on a row. Where a prompt is a
+list of chat messages, its completion is one too. Besides the columns there are
+
+    rendered_prompts        each prompt as the model read it: a text, chat template included
+    completion_ids          token ids of each completion, stop token included
+    max_completion_tokens   the run's limit, tokens
+    trainer_state           with `global_step` (rollouts done), `max_steps` and `epoch`
+    log_metric(name, value) adds a number to the run's metrics, averaged over a step
+    log_extra(name, values) adds a column to the table of samples
+
+of which a function is given those that it names, or all if it takes `**columns`.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import math
+import numbers
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from grpo_jax.messages.values import shown
+from grpo_jax.rewards import place
+
+_TOLD_AFTER_S = 10.0  # of an import that takes long
+
+_BY_MODULE = {
+    "exact": ("exact_answer",),
+    "math_answer": ("math_answer",),
+    "text": ("exact_match", "token_f1", "mentions", "repetition_penalty"),
+    "format": ("answer_format", "think_format", "think_answer_format"),
+    "length": ("soft_overlong",),
+}
+BUILT_IN: dict[str, str] = {
+    name: f"grpo_jax.rewards.{module}:{name}"
+    for module, names in _BY_MODULE.items()
+    for name in names
+}
+
+# What a function gets besides the dataset's columns.
+GIVEN = (
+    "prompts",
+    "completions",
+    "rendered_prompts",
+    "completion_ids",
+    "max_completion_tokens",
+    "trainer_state",
+    "log_metric",
+    "log_extra",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reward:
+    """One reward function and its share in the sum."""
+
+    name: str  # as metrics show it: a built-in name, or the function's own
+    spec: str  # as the config has it: a built-in name or "module:function", arguments included
+    weight: float
+    gives_accuracy: bool = False  # 1 is right and 0 is wrong; at most one of a run's is such
+
+
+def load(
+    names: Sequence[str],
+    weights: Sequence[float],
+    accuracy: str = "",
+    *,
+    start_limit_s: float = 120.0,
+) -> list[Reward]:
+    """The rewards of `names`, each a built-in name or "module:function", arguments in brackets.
+
+    `accuracy` names the one that says what is right (1) and wrong (0); "" takes the first function
+    that says so of itself by an attribute `right_or_wrong`, if there is one.
+
+    Raises ValueError naming `rewards.names` where a name leads to no function, or to one whose
+    short name another has, `rewards.weights` where a weight is no finite number, and
+    `rewards.accuracy` where that is none of the rewards. A module that is not imported after
+    `start_limit_s` ends the process, with a message.
+    """
+    if len(names) != len(weights):
+        raise ValueError(
+            f"rewards.names has {len(names)} entries and rewards.weights {len(weights)}; "
+            "give one weight for each reward."
+        )
+    rewards: dict[str, Reward] = {}
+    for spec, weight in zip(names, weights):
+        if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
+            raise ValueError(f"rewards.weights: {weight!r} for {spec!r} is not a finite number.")
+        with _limited(spec, start_limit_s):
+            function(spec)
+        short = _split(spec)[0].rpartition(":")[2]
+        if short in rewards:
+            raise ValueError(
+                f"rewards.names = {tuple(names)!r} has two rewards called {short!r}, which metrics "
+                "could not tell apart. Name each once, or rename one function."
+            )
+        rewards[short] = Reward(short, spec, float(weight))
+    chosen = _which_gives_accuracy(rewards, accuracy)
+    return [dataclasses.replace(r, gives_accuracy=r.name == chosen) for r in rewards.values()]
+
+
+def _which_gives_accuracy(rewards: dict[str, Reward], chosen: str) -> str | None:
+    if chosen:
+        short = _split(chosen)[0].rpartition(":")[2]
+        if short not in rewards:
+            raise ValueError(
+                f"rewards.accuracy = {chosen!r} is none of the rewards, which are "
+                f"{', '.join(rewards)}. Name the one that gives 1 for right and 0 for wrong, or "
+                'leave rewards.accuracy "".'
+            )
+        return short
+    for reward in rewards.values():
+        found = function(reward.spec)
+        if getattr(getattr(found, "func", found), "right_or_wrong", False):
+            return reward.name
+    return None
+
+
+# --- By name --------------------------------------------------------------------------------------
+
+
+def function(spec: str) -> Callable:
+    """The function that a name in `rewards.names` stands for.
+
+    Arguments in brackets, which are literals, are bound to a reward function, and given to a
+    factory, a function without `completions`, that returns one:
+    "trl.rewards:get_soft_overlong_punishment(max_completion_len=1024, soft_punish_cache=128)".
+    """
+    name, arguments = _split(spec)
+    found = _find(name)
+    if arguments is None:
+        return found
+    try:
+        if {"completions", "completion_ids"} & set(inspect.signature(found).parameters):
+            inspect.signature(found).bind_partial(**arguments)
+            return functools.partial(found, **arguments)
+        made = found(**arguments)
+    except (Exception, SystemExit) as error:  # a user's factory may fail in any way
+        raise ValueError(
+            f"rewards.names: {spec!r} does not take these arguments "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    if not callable(made):
+        raise ValueError(
+            f"rewards.names: {spec!r} gives a {type(made).__name__}, not a function; it takes no "
+            "`completions` itself."
+        )
+    return made
+
+
+def _split(spec: str) -> tuple[str, dict[str, Any] | None]:
+    """A name and the arguments in its brackets; None without brackets."""
+    name, bracket, _ = spec.partition("(")
+    if not bracket:
+        return spec.strip(), None
+    try:
+        call = ast.parse(f"f({spec.partition('(')[2]}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError("arguments must be written name=value")
+        arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
+        raise ValueError(
+            f"rewards.names: {shown(spec)} cannot be read ({error}). Write NAME, or "
+            "NAME(name=value), with numbers, texts or lists as values."
+        ) from error
+    return name.strip(), arguments
+
+
+def _find(name: str) -> Callable:
+    module_name, colon, attribute = BUILT_IN.get(name, name).partition(":")
+    if not colon:
+        raise _unknown(name, "is not a built-in reward", list(BUILT_IN))
+    if not module_name or not attribute:
+        raise _unknown(name, "lacks the module or the function", [])
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # a user's module may fail in any way
+        what = f"cannot be imported ({type(error).__name__}: {error})"
+        if isinstance(error, SystemExit):
+            what += ': what a script does belongs under `if __name__ == "__main__":`'
+        raise _unknown(name, what, list(BUILT_IN)) from error
+    if not hasattr(module, attribute):
+        callables = [n for n, v in vars(module).items() if callable(v)]
+        raise _unknown(name, f"names nothing: {module_name} has no {attribute!r}", callables)
+    found = getattr(module, attribute)
+    if not callable(found):
+        raise _unknown(name, f"is a {type(found).__name__}, not a function", [])
+    return found
+
+
+@contextlib.contextmanager
+def _limited(spec: str, limit_s: float) -> Iterator[None]:
+    """Tells of an import that takes long, and ends the process where it never ends.
+
+    No error could be raised from outside in what a module does there.
+    """
+    done, importing = threading.Event(), threading.get_ident()
+
+    def watch() -> None:
+        told_s = min(_TOLD_AFTER_S, limit_s)
+        if done.wait(told_s):
+            return
+        at = place.of_thread(importing)
+        print(f"rewards.names: {spec!r} is still being imported: {at}", file=sys.stderr)
+        if done.wait(limit_s - told_s):
+            return
+        print(
+            f"error: rewards.names: {spec!r} was not imported after rewards.start_limit_s = "
+            f"{limit_s:g} s. Let the module end its import, or raise the limit. It waits here: "
+            f"{place.of_thread(importing)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    threading.Thread(target=watch, name="import", daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _unknown(name: str, what: str, candidates: list[str]) -> ValueError:
+    close = difflib.get_close_matches(name.rpartition(":")[2], candidates, n=3)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    return ValueError(
+        f"rewards.names: {name!r} {what}.{hint} Give a built-in reward ({', '.join(BUILT_IN)}) or "
+        '"module:function" with a module that is installed, or lies in the current folder or the '
+        "config file's."
+    )
+
+
+# --- What a function takes ------------------------------------------------------------------------
+
+
+def accepted(found: Callable, given: Iterable[str]) -> set[str]:
+    """Those of the given names that the function takes."""
+    try:
+        hash(found)
+    except TypeError:  # not every object with __call__ can be a key
+        names = _parameters.__wrapped__(found)
+    else:
+        names = _parameters(found)
+    return set(given) if names is None else names & set(given)
+
+
+@functools.lru_cache(maxsize=64)  # a tenth of what a call of a worker costs
+def _parameters(found: Callable) -> frozenset[str] | None:
+    """The names that a function takes; None where it takes any."""
+    parameters = inspect.signature(found).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return frozenset(p.name for p in parameters)
+
+
+def _needed(found: Callable) -> list[str]:
+    """Names of columns without which the function cannot be called."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [
+        p.name
+        for p in inspect.signature(found).parameters.values()
+        if p.kind in kinds and p.default is p.empty and p.name not in GIVEN
+    ]
+
+
+def reads(rewards: Sequence[Reward], name: str) -> bool:
+    """Whether a reward function names this argument."""
+    return any(name in inspect.signature(function(r.spec)).parameters for r in rewards)
+
+
+def refuse_columns(rewards: Sequence[Reward], problems: Sequence[Any]) -> None:
+    """Raises ValueError, naming the file, where a reward needs a column that is not there."""
+    for reward in rewards:
+        for name in _needed(function(reward.spec)):
+            if problems and name not in problems[0].columns:
+                has = ", ".join(["prompt", *problems[0].columns])
+                raise ValueError(
+                    f"The reward {reward.name!r} needs a column `{name}`, and {problems[0].where} "
+                    f'has {has}. Name it with data.columns = ("{name}=ITS_NAME_THERE",), or choose '
+                    "another reward."
+                )
+
+
+def faulty_rows(rewards: Sequence[Reward], problems: Sequence[Any]) -> dict[int, str]:
+    """Problems that a reward could not score, by number, with what is wrong: file, row and column.
+
+    A function says what it takes in its attribute `column_faults`, a dict from a column's name to a
+    function of one value that returns what is wrong with it, or None.
+    """
+    wrong: dict[int, str] = {}
+    for reward in rewards:
+        found = function(reward.spec)
+        faults = getattr(getattr(found, "func", found), "column_faults", {})
+        for name, fault_of in faults.items():
+            for i, problem in enumerate(problems):
+                value = problem.columns.get(name)
+                fault = fault_of(value) if name in problem.columns and i not in wrong else None
+                if fault:
+                    wrong[i] = (
+                        f"{problem.where}: column `{name}` {fault}: {shown(value, 80)}. The "
+                        f"reward {reward.name!r} reads it."
+                    )
+    return dict(sorted(wrong.items()))

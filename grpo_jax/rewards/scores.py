@@ -1,0 +1,163 @@
+"""What completions earned: the weighted sum of their rewards, and each reward by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.rewards.registry import Reward
+
+FAILURES = ("timeout", "error", "values", "memory", "died")
+"""Why a reward may be missing: too slow; raised; returned no fitting list of numbers; asked for too
+much memory; or its process ended."""
+
+
+_ARRAYS = {"by_name": np.float32, "failed": bool, "seconds": np.float64}  # of each reward, [B]
+
+
+class RewardError(ValueError):
+    """Rewards cannot be computed at all, or too many of them failed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """One completion whose reward could not be computed."""
+
+    reward: str
+    row: int
+    kind: str  # one of FAILURES
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What B completions earned.
+
+    A reward that failed counts as the least that its function gave another of them, and at most as
+    0: text that breaks its grader must not be worth more than a wrong answer, nor escape a penalty.
+    Where every reward function gave None, `reward_B` is NaN: nothing is known.
+    """
+
+    reward_B: np.ndarray  # float32: the weighted sum; a reward that is None counts as 0
+    by_name: dict[str, np.ndarray]  # float32 [B] of each reward, unweighted; NaN: None or failed
+    failed: dict[str, np.ndarray]  # bool [B]
+    seconds: dict[str, np.ndarray]  # float64 [B] that each took; rows called together share alike
+    failures: tuple[Failure, ...] = ()
+    metrics: dict[str, tuple[float, int]] = dataclasses.field(default_factory=dict)  # sum, count
+    extras: dict[str, list] = dataclasses.field(default_factory=dict)  # [B]; None where not given
+    # By reward: how often a call for a whole group failed and was made for each completion alone,
+    # and what the first of them said
+    retried: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
+
+    def correct(self, name: str) -> np.ndarray:
+        """Which completions got the whole of a reward that is 1 for a right answer, bool [B]."""
+        return self.by_name[name] >= 1.0
+
+    def judged(self, name: str) -> np.ndarray:
+        """Which completions a reward applies to, bool [B]: it gave a number there, or failed."""
+        return ~np.isnan(self.by_name[name]) | self.failed[name]
+
+    def accuracy(self, name: str) -> float:
+        """The share right of the completions that a reward applies to; NaN where it is none.
+
+        What failed counts as wrong. Training and evaluation mean the same by it.
+        """
+        judged = self.judged(name).sum()
+        return float(self.correct(name).sum() / judged) if judged else float("nan")
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as JSON, NaN included, for `from_json`."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["failures"] = [dataclasses.asdict(failure) for failure in self.failures]
+        values["reward_B"] = self.reward_B.tolist()
+        for name in _ARRAYS:
+            values[name] = {n: value_B.tolist() for n, value_B in values[name].items()}
+        return values
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Scores:
+        """What `as_json` gave, every number as it was."""
+        arrays = {
+            name: {n: np.array(value, dtype) for n, value in values[name].items()}
+            for name, dtype in _ARRAYS.items()
+        }
+        return Scores(
+            reward_B=np.array(values["reward_B"], np.float32),
+            failures=tuple(Failure(**failure) for failure in values["failures"]),
+            metrics={n: tuple(sum_count) for n, sum_count in values["metrics"].items()},
+            retried={n: tuple(told) for n, told in values["retried"].items()},
+            extras=values["extras"],
+            **arrays,
+        )
+
+    def broken(self, limit: float) -> dict[str, str]:
+        """Rewards that more than this share of the completions lacks, by name, and what to say."""
+        return {
+            name: (
+                f"{failed_B.sum()} of {len(failed_B)} completions have no reward {name!r}, more "
+                f"than rewards.max_failed_share = {limit}. The first: "
+                f"{next(f.message for f in self.failures if f.reward == name)}"
+            )
+            for name, failed_B in self.failed.items()
+            if failed_B.mean() > limit
+        }
+
+    def num_failed(self, kind: str) -> int:
+        """Rewards that failed in one way."""
+        return sum(failure.kind == kind for failure in self.failures)
+
+
+def combine(
+    rewards: Sequence[Reward], by_name: dict[str, np.ndarray], failed: dict[str, np.ndarray]
+) -> np.ndarray:
+    """The weighted sum, float32 [B]: of what was given; NaN where no function had an opinion.
+
+    What failed counts, weighted, as the least that its function gave to another row, at most 0.
+    """
+    total_B, known_B = 0.0, False
+    for reward in rewards:
+        value_B, failed_B = by_name[reward.name], failed[reward.name]
+        share_B = reward.weight * value_B.astype(np.float64)
+        least = np.fmin.reduce(share_B, initial=0.0)
+        total_B = total_B + np.where(failed_B, least, np.where(np.isnan(share_B), 0.0, share_B))
+        known_B = known_B | ~np.isnan(value_B) | failed_B
+    return np.where(known_B, total_B, np.nan).astype(np.float32)
+
+
+def join(parts: Sequence[Scores], rewards: Sequence[Reward]) -> Scores:
+    """The scores of several batches as those of one, in their order: summed up as one, too."""
+    start = np.cumsum([0, *(len(p.reward_B) for p in parts)])
+    names = list(parts[0].by_name)
+    stack = lambda pick: {n: np.concatenate([pick(p)[n] for p in parts]) for n in names}  # noqa: E731
+    metrics: dict[str, tuple[float, int]] = {}
+    for part in parts:
+        for name, (total, count) in part.metrics.items():
+            before = metrics.get(name, (0.0, 0))
+            metrics[name] = (before[0] + total, before[1] + count)
+    retried: dict[str, tuple[int, str]] = {}
+    for part in parts:
+        for name, (count, message) in part.retried.items():
+            before = retried.get(name, (0, message))
+            retried[name] = (before[0] + count, before[1])
+    columns = dict.fromkeys(name for part in parts for name in part.extras)
+    by_name, failed = stack(lambda p: p.by_name), stack(lambda p: p.failed)
+    return Scores(
+        reward_B=combine(rewards, by_name, failed),
+        by_name=by_name,
+        failed=failed,
+        seconds=stack(lambda p: p.seconds),
+        failures=tuple(
+            dataclasses.replace(f, row=f.row + int(at))
+            for at, p in zip(start, parts)
+            for f in p.failures
+        ),
+        metrics=metrics,
+        extras={
+            name: [v for p in parts for v in p.extras.get(name, [None] * len(p.reward_B))]
+            for name in columns
+        },
+        retried=retried,
+    )

@@ -1,0 +1,64 @@
+"""Files that grow while a run goes on, and outlive a full disk.
+
+What cannot be written waits in memory and is written first when there is space again, so that no
+line is torn and none is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.run import disk
+
+
+class Log:
+    """A file that records are appended to."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]):
+        """`say` gets the warnings."""
+        self._path, self._say, self._waiting, self._told = path, say, bytearray(), False
+        self._file = path.open("ab", buffering=0)  # a killed run leaves all but what it was writing
+
+    def line(self, row: dict[str, Any]) -> None:
+        """Appends an object as a line of JSON."""
+        self.append(json.dumps(row).encode() + b"\n")
+
+    def append(self, record: bytes) -> None:
+        """Appends bytes, or keeps them until there is space, and says so once."""
+        self._waiting += record
+        try:
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+            self._told = False
+        except OSError as error:
+            if not disk.is_full(error):
+                raise
+            if not self._told:
+                self._say(
+                    f"warning: {self._path} cannot be written, the disk is full. The run goes on; "
+                    "what belongs there is kept in memory until there is space."
+                )
+            self._told = True
+
+    def close(self) -> None:
+        """Closes the file; says what could not be written to the end."""
+        self.append(b"")
+        if self._waiting:
+            size = disk.size(len(self._waiting))
+            self._say(f"warning: the last {size} of {self._path} are lost, the disk is full.")
+        self._file.close()
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a log with their "step"; what a crash left of a line is passed over."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                yield row

@@ -1,0 +1,435 @@
+"""Checkpoints of a run, through Orbax: written while training goes on, whole or not at all.
+
+A checkpoint is numbered by the optimizer updates it holds and has up to four items: `state`
+(parameters, optimizer, counters), `facts` (a JSON object: where the run stands), where it was
+stopped between two updates on one rollout that rollout as `experience`, and rollouts that were
+sampled and not learned from yet as `ahead`. Beside them stands the SHA-256 of each of its files
+(`run/checksums.py`), written before Orbax gives the checkpoint its name: what has a name is whole,
+and what has changed since is found before it is restored. Orbax itself restores flipped bits
+silently.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import Mesh
+from orbax.checkpoint import path as ocp_path
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSteps, LatestN
+
+from grpo_jax.devices import sharding, transfer
+from grpo_jax.hosts import processes
+from grpo_jax.messages.console import say
+from grpo_jax.run import disk, integrity, orbax_internals
+from grpo_jax.structs import Experience, Params, Rollouts, TrainState
+
+_ROLLOUTS = ("experience", "ahead")  # items that not every checkpoint has
+
+
+class NotSaved(ValueError):  # noqa: N818
+    """A checkpoint could not be written."""
+
+
+class NoneWhole(ValueError):  # noqa: N818
+    """A folder holds no whole checkpoint."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest `keep`, and besides them the one of best quality.
+
+    Of several processes each writes and reads its own parts of the arrays, and every one must make
+    each call. A save that fails, as for a full disk, is told, and what it wrote is deleted; those
+    before it are untouched.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep: int,
+        due_every: int = 0,
+        max_failed: int = 1,
+        on_saved: Callable[[int], None] = lambda number: None,
+    ):
+        """`folder`: a local one, or an address that Orbax knows, as gs://BUCKET/PATH.
+
+        `due_every`: the newest two with multiples of this as their numbers are kept too, whatever
+        was saved besides them. `max_failed` saves in a row may fail before `NotSaved` is raised.
+        `on_saved(number)` is called on the first process once a checkpoint is known to be whole.
+        Raises ValueError when the folder cannot be used, as it holds something else.
+        """
+        folder = epath.Path(folder)
+        self._folder = folder if "://" in str(folder) else folder.absolute()
+        integrity.refuse_pattern(self._folder)
+        self._on_saved = on_saved
+        self._keep, self._due_every = keep, due_every
+        self._max_failed, self._num_failed = max_failed, 0
+        self._saving: int | None = None  # the number of what is being written
+        self._num_bytes = 0  # of its arrays
+        self._fault = ""  # why the newest save has failed, where it has
+        self._manager = self._open()
+        try:
+            integrity.refuse_strangers(self._folder)
+        except ValueError:
+            self._manager.close()
+            raise
+
+    def _open(self) -> ocp.CheckpointManager:
+        quality = lambda metrics: metrics["quality"]  # noqa: E731
+        kept = [
+            LatestN(n=self._keep),
+            BestN(get_metric_fn=quality, n=1, keep_checkpoints_without_metrics=False),
+        ]
+        if self._due_every:
+            kept.append(EveryNSteps(interval_steps=self._due_every, max_to_keep=2))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=True,
+            temporary_path_class=orbax_internals.sealing(self._folder),
+        )
+        # Named: a manager that has not saved a rollout itself would find none in a checkpoint.
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "facts": ocp.JsonCheckpointHandler(),
+        } | {name: ocp.StandardCheckpointHandler() for name in _ROLLOUTS}
+        logging.getLogger("absl").addFilter(orbax_internals.is_news)
+        orbax_internals.ask_for_no_metrics()
+        try:
+            return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+        except Exception as error:  # of the storage, its library and the disk: no common base
+            raise ValueError(
+                f"The checkpoint folder {self._folder} cannot be used ({type(error).__name__}: "
+                f"{error}). Check checkpoint.folder and the rights to it; gs:// needs pip install "
+                "grpo_jax[gcs], and the machine's access to the bucket."
+            ) from error
+
+    def save(
+        self,
+        state: TrainState,
+        facts: dict[str, Any],
+        *,
+        experience: Experience | None = None,
+        ahead: Rollouts | None = None,
+        quality: float | None = None,
+    ) -> None:
+        """Starts writing; returns as soon as the values are copied off the device.
+
+        It waits for the save before. `quality`: held-out accuracy of these very parameters, or
+        their held-out reward where no reward tells right from wrong, if it was measured.
+        """
+        self.wait()
+        number, self._fault = int(state.num_updates), ""
+        numbers = self._manager.all_steps()
+        if number in numbers:  # the same state, saved a moment ago
+            if quality is None or len(numbers) == 1:
+                return
+            self._manager.delete(number)  # by a stop, before it was evaluated
+        items = {"state": ocp.args.StandardSave(state), "facts": ocp.args.JsonSave(facts)}
+        if experience is not None:
+            items["experience"] = ocp.args.StandardSave(experience)
+        if ahead is not None:
+            items["ahead"] = ocp.args.StandardSave(ahead)
+        metrics = None if quality is None else {"quality": quality}
+        self._saving = number
+        self._num_bytes = sum(x.nbytes for x in jax.tree.leaves((state, experience, ahead)))
+        try:
+            self._manager.save(number, args=ocp.args.Composite(**items), metrics=metrics)
+        except Exception as error:  # as in `_open`
+            self._fault = integrity.reason(error)
+
+    def poll(self) -> None:
+        """Tells of a save that has failed, and frees what it wrote; does not wait for one."""
+        if self._saving is None:
+            return
+        busy = self._manager.is_saving_in_progress()
+        if not processes.first_of("busy" if busy else ""):
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when what was started is on disk, or has failed and is told.
+
+        Raises `NotSaved` when as many have failed in a row as may.
+        """
+        if self._saving is None:
+            return
+        number, self._saving = self._saving, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # as in `_open`
+            self._fault = integrity.reason(error)
+        self._fault = processes.first_of(self._fault)
+        if not self._fault:
+            self._num_failed = 0
+            if processes.is_first():
+                self._on_saved(number)
+            return
+        self._num_failed += 1
+        self._discard(number)
+        self._fault = self._told(number)
+        if self._num_failed >= self._max_failed:
+            raise NotSaved(self._fault)
+        say(
+            f"warning: {self._fault} The run goes on and tries again at the next save; it ends "
+            f"when checkpoint.max_failed = {self._max_failed} fail in a row."
+        )
+
+    def close(self) -> None:
+        """Waits, then lets go of the folder. Raises `NotSaved` when the newest save has failed."""
+        try:
+            self.wait()
+        finally:
+            self._let_go()
+        if self._fault:
+            raise NotSaved(self._fault)
+
+    def _let_go(self) -> None:
+        try:
+            self._manager.close()
+        except Exception as error:  # once more what has failed, of a writer that was not asked
+            self._fault = self._fault or integrity.reason(error)
+
+    def _discard(self, number: int) -> None:
+        """Deletes what a failed save has written, and forgets it."""
+        self._let_go()
+        if processes.is_first():  # Orbax would do it too, but later: what is free then is told
+            for partial in list(self._folder.iterdir()):
+                if partial.name.startswith(f"{number}{ocp_path.atomicity.TMP_DIR_SUFFIX}"):
+                    partial.rmtree()
+        processes.meet("the end of a failed save")
+        self._manager = self._open()
+
+    def _told(self, number: int) -> str:
+        before, free = self._manager.latest_step(), disk.free(self._folder)
+        return (
+            f"checkpoint {number} could not be written to {self._folder}: {self._fault}. It has "
+            f"{disk.size(self._num_bytes)} before compression{free and f', and {free} are free'}. "
+            + ("There is no checkpoint yet." if before is None else f"The newest is {before}.")
+        )
+
+    def latest(self, *, begin_again: bool = False) -> int | None:
+        """Number of the newest checkpoint that is as it was written; None if there is none.
+
+        All its files are read, by each process a share. Those that are newer and damaged are told
+        and set aside, under a name that is no number. Where all are damaged, ValueError is raised
+        and none is touched, unless the run may `begin_again`. It is also raised for one that cannot
+        be read.
+        """
+        self.wait()
+        damaged: dict[int, str] = {}
+        for number in sorted(self._manager.all_steps(), reverse=True):
+            wrong = self._damage(number)
+            if not wrong:
+                break
+            damaged[number] = wrong
+        if damaged and len(damaged) == len(self._manager.all_steps()) and not begin_again:
+            told = "; ".join(f"{number}: {wrong}" for number, wrong in list(damaged.items())[:3])
+            raise ValueError(
+                f"All checkpoints in {self._folder} are damaged ({told}). Nothing was changed. "
+                "Bring one back, or begin at step 0 with --config.checkpoint.begin_again=True."
+            )
+        for number, wrong in damaged.items():
+            self._set_aside(number, wrong)
+        return self._manager.latest_step()
+
+    def whole(self, number: int) -> bool:
+        """Whether that checkpoint is as it was written.
+
+        All its files are read, by each process a share. One that is damaged is told and set aside,
+        under a name that is no number.
+        """
+        wrong = self._damage(number)
+        if wrong:
+            self._set_aside(number, wrong)
+        return not wrong
+
+    def _damage(self, number: int) -> str:
+        """What any process finds wrong with its share of a checkpoint."""
+        folder = self._manager.directory / str(number)
+        return processes.first_of(integrity.damage(folder, processes.number(), processes.count()))
+
+    def _set_aside(self, number: int, wrong: str) -> None:
+        folder = self._manager.directory
+        aside, count = folder / f"damaged_{number}", 1
+        while aside.exists():  # of another time
+            count += 1
+            aside = folder / f"damaged_{number}_{count}"
+        processes.meet(
+            "the setting aside of a damaged checkpoint"
+        )  # all have seen which name is free
+        if processes.is_first():
+            (folder / str(number)).rename(aside)
+        processes.meet("the reading of the checkpoint before")
+        self._manager.reload()
+        before = max((n for n in self._manager.all_steps() if n < number), default=None)
+        lost = number - (before or 0)
+        say(
+            f"warning: checkpoint {number} in {folder} is damaged: {wrong}. It is not used; it "
+            f"was renamed to {aside.name}, which may be deleted. "
+            + ("There is none before it" if before is None else f"The one before is {before}")
+            + f": {lost} update{'' if lost == 1 else 's'} must be computed again."
+        )
+
+    def numbers(self) -> list[int]:
+        """Of all whole checkpoints, the oldest first, once what was begun is written."""
+        self.wait()
+        return sorted(self._manager.all_steps())
+
+    def delete(self, number: int) -> None:
+        """Deletes that checkpoint."""
+        self._manager.delete(number)
+
+    @property
+    def folder(self) -> str:
+        """Where they are."""
+        return str(self._manager.directory)
+
+    def facts(self, number: int) -> dict[str, Any]:
+        """Where the run stood at that checkpoint."""
+        args = ocp.args.Composite(facts=ocp.args.JsonRestore())
+        return self._manager.restore(number, args=args)["facts"]
+
+    def restore(self, number: int, like: TrainState) -> TrainState:
+        """The state at that checkpoint, with the shapes and shardings of `like`.
+
+        `like` may hold `jax.ShapeDtypeStruct`s. Raises ValueError, before any array is read, when
+        the checkpoint is of another model or optimizer.
+        """
+        self.wait()
+        _check_fits(self._manager, number, like)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        return self._manager.restore(number, args=args)["state"]
+
+    def experience(self, number: int, mesh: Mesh) -> Experience | None:
+        """The rollout that was being trained on, its rows split over the mesh; None if none was."""
+        fields = self._rows(number, "experience", mesh)
+        if fields is None:
+            return None
+        rollouts = Rollouts(**fields.pop("rollouts"))
+        absent = {"old_logp_PGC": None, "ref_logp_PGC": None}
+        return Experience(rollouts=rollouts, **(absent | fields))
+
+    def ahead(self, number: int, mesh: Mesh) -> Rollouts | None:
+        """Rollouts that waited to be learned from, on the host; None if none did."""
+        fields = self._rows(number, "ahead", mesh)
+        return None if fields is None else transfer.to_host(Rollouts(**fields))
+
+    def _rows(self, number: int, name: str, mesh: Mesh) -> dict[str, Any] | None:
+        items = dict(self._manager.item_metadata(number))
+        if items.get(name) is None:
+            return None
+
+        def like(leaf: Any) -> jax.ShapeDtypeStruct:
+            axes = ("rows",) + (None,) * (len(leaf.shape) - 1)
+            placed = sharding.sharding_of(mesh, axes, leaf.shape)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
+
+        restore = ocp.args.StandardRestore(jax.tree.map(like, items[name].tree))
+        args = ocp.args.Composite(**{name: restore})
+        return dict(self._manager.restore(number, args=args)[name])
+
+
+class Newest:
+    """A run's newest undamaged checkpoint, to read from. Nothing is renamed: the run may go on.
+
+    A context manager.
+    """
+
+    def __init__(self, folder: str | Path, number: int | None = None):
+        """`number`: of one that is known to be undamaged.
+
+        Raises `NoneWhole` where there is none, ValueError where it cannot be read.
+        """
+        path = epath.Path(folder)
+        self._folder = path if "://" in str(path) else path.absolute()
+        self.number = -1 if number is None else number  # updates that it holds
+        handlers = {name: ocp.PyTreeCheckpointHandler() for name in ("state", *_ROLLOUTS)}
+        handlers["facts"] = ocp.JsonCheckpointHandler()
+        self._manager = ocp.CheckpointManager(self._folder, item_handlers=handlers)
+        if number is not None:
+            return
+        strangers = {int(name) for name in integrity.strangers(self._folder)}
+        for number in sorted({*self._manager.all_steps()} - strangers, reverse=True):
+            wrong = integrity.damage(self._manager.directory / str(number))
+            if not wrong:
+                self.number = number
+                return
+            say(f"warning: checkpoint {number} in {folder} is damaged and passed over: {wrong}.")
+        self._manager.close()
+        raise NoneWhole(f"{folder} holds no whole checkpoint.")
+
+    def facts(self) -> dict[str, Any]:
+        """Where the run stood."""
+        args = ocp.args.Composite(facts=ocp.args.JsonRestore())
+        return self._manager.restore(self.number, args=args)["facts"]
+
+    def params(self, like: Params) -> Params:
+        """The parameters alone, shaped and sharded as `like`.
+
+        Raises ValueError where they are of another model.
+        """
+        _check_fits(self._manager, self.number, {"params": like})
+        restore = ocp.args.PyTreeRestore(
+            item={"params": like},
+            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": like}),
+            partial_restore=True,
+        )
+        args = ocp.args.Composite(state=restore)
+        return self._manager.restore(self.number, args=args)["state"]["params"]
+
+    def __enter__(self) -> Newest:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._manager.close()
+
+
+def newest_params(folder: str | Path, like: Params) -> Params:
+    """The parameters of a run's newest undamaged checkpoint, shaped and sharded as `like`.
+
+    Raises ValueError where there is none, or it is of another model.
+    """
+    with Newest(folder) as newest:
+        return newest.params(like)
+
+
+def _check_fits(manager: ocp.CheckpointManager, number: int, like: Any) -> None:
+    """Raises ValueError unless the checkpoint's state holds the arrays of `like`, in their shapes.
+
+    Only the top-level parts that `like` has are compared. Orbax's own refusal comes in the middle
+    of reading and leaves failed tasks behind.
+    """
+    stored, needed = _shapes(manager.item_metadata(number)["state"].tree), _shapes(like)
+    parts = {name.split("/")[0] for name in needed}
+    wrong = [f"{name} is missing" for name in needed.keys() - stored.keys()]
+    wrong += [
+        f"{name} has no place"
+        for name in stored.keys() - needed.keys()
+        if name.split("/")[0] in parts
+    ]
+    wrong += [
+        f"{name} is {list(stored[name])}, needed {list(needed[name])}"
+        for name in stored.keys() & needed.keys()
+        if stored[name] != needed[name]
+    ]
+    if wrong:
+        wrong.sort(key=lambda text: (not text.startswith("params/"), text))
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"Checkpoint {number} in {manager.directory} does not fit this model and optimizer: "
+            f"{'; '.join(wrong[:3])}{more}."
+        )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each array of a tree, by its path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in leaves
+    }

@@ -1,0 +1,54 @@
+"""What of Orbax's own insides the checkpoints change."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+
+from etils import epath
+from orbax.checkpoint import path as ocp_path
+
+from grpo_jax.run import checksums, integrity
+
+
+def sealing(folder: epath.Path) -> type:
+    """What Orbax makes the folder of a checkpoint with; before giving it its name, it sums it up.
+
+    That happens in the thread that writes, on the first process, when all have written.
+    """
+
+    class Sealing(ocp_path.atomicity_defaults.get_default_temporary_path_class(folder)):
+        async def finalize(self) -> None:
+            # The items of a checkpoint, which come here too and before it, have no such store. It
+            # writes the time of the end, Orbax's last change of a file: done before the sums.
+            store, self._checkpoint_metadata_store = self._checkpoint_metadata_store, None
+            if store is not None:
+                store.wait_until_finished()
+                metadata = self.get() / "_CHECKPOINT_METADATA"
+                store.update(metadata, commit_timestamp_nsecs=time.time_ns())
+                store.wait_until_finished()
+                lacking = integrity.unmerged(self.get())
+                if lacking:
+                    raise OSError(f"its arrays were not written whole: {'; '.join(lacking)}")
+                checksums.write(self.get(), leave_out=integrity.WRITTEN_LAST)
+            await super().finalize()
+
+    return Sealing
+
+
+def ask_for_no_metrics() -> None:
+    """Orbax logs how fast TensorStore wrote, from a list of metrics that is never freed.
+
+    TensorStore 0.1.86 keeps what it hands to Python: 16 kB and more a save, without end.
+    """
+    with contextlib.suppress(ImportError):
+        from orbax.checkpoint._src.serialization import tensorstore_utils
+
+        if hasattr(tensorstore_utils, "get_tensorstore_raw_bytes"):
+            tensorstore_utils.get_tensorstore_raw_bytes = lambda *_, **__: 0  # none: not logged
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """False for the tracebacks of Orbax's threads: what failed there is told by `Checkpoints`."""
+    return not (record.exc_info and "orbax" in record.pathname)

@@ -1,0 +1,232 @@
+"""The asking of a run to stop: SIGTERM, SIGUSR1, Ctrl-C, or the end of its time.
+
+It is heard at once, by a thread of its own, whatever the run is doing. A run that comes to its next
+boundary soon saves there, and raises `Stopped`. One that does not, as in a compiler, in a reward
+or in a long rollout, is left: that thread saves where the run stood, and ends the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import NamedTuple, NoReturn
+
+from grpo_jax.hosts import processes
+from grpo_jax.hosts.processes import Word
+from grpo_jax.messages.console import console, say
+from grpo_jax.run import claim
+
+STATUS = 75  # "try again", EX_TEMPFAIL of sysexits.h
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_STARTED = time.monotonic()  # of the program, but for a few seconds of imports
+_FINISH_S = 2.0  # after which a rollout or an evaluation is given up; it can be computed again
+PATIENCE_S = 5.0  # after which the run is left where it is
+
+
+class Stopped(Exception):  # noqa: N818  (not an error)
+    """The run was asked to stop, and has saved what it needs to continue."""
+
+
+class Asked(Exception):  # noqa: N818
+    """What is being done is given up, as the run was asked to stop."""
+
+
+class _WayOut(NamedTuple):
+    save: Callable[[], str]  # saves what there is to save, and says what became of it
+    patience_s: float
+
+
+class StopSignal:
+    """Whether the run was asked to stop, and how it is left. A context manager; may be nested.
+
+    Outside it the signals do what they did before. A second Ctrl-C ends the program at once. In a
+    thread that is not the main one no signals are heard, as Python has it.
+    """
+
+    def __init__(self, save_before_s: float = 0.0, *, may_exit: bool = False) -> None:
+        """`save_before_s`: after the program's start the time is over; 0: never.
+
+        `may_exit`: the process may be ended from here, as a program's own; else `Stopped` alone
+        ends the run.
+        """
+        self.name = ""  # of the signal, or option, that this process knows of
+        self.save_before_s = save_before_s
+        self._may_exit = may_exit
+        self._own, self._handled = "", False  # what this process itself was sent
+        self._since, self._quit_at = float("inf"), float("inf")  # time.monotonic()
+        self._word: Word | None = None
+        self._way_out: _WayOut | None = None  # None: what is done now is waited for
+        self._depth = 0
+        self._lock, self._word_lock = threading.RLock(), threading.RLock()
+
+    def __enter__(self) -> StopSignal:
+        self._depth += 1
+        if self._depth > 1:
+            return self
+        self._hears = threading.current_thread() is threading.main_thread()
+        self._ear, self._bell = os.pipe()
+        os.set_blocking(self._bell, False)
+        if self._hears:
+            self._before = {n: signal.signal(n, self._note) for n in _SIGNALS}
+            self._bell_before = signal.set_wakeup_fd(self._bell, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._listen, name="stop", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._depth -= 1
+        if self._depth:
+            return
+        if self._hears:
+            signal.set_wakeup_fd(self._bell_before)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+        os.close(self._bell)
+        self._thread.join()
+        os.close(self._ear)
+
+    # --- For the run ---
+
+    def asked(self) -> bool:
+        """Whether any process got a signal or is out of time; all must ask, and hear the same."""
+        if self._time_left_s() <= 0:
+            self._own = self._own or f"checkpoint.save_before_s = {self.save_before_s:g}"
+        self._tell_all()
+        return bool(self._the_word().heard())
+
+    def look(self) -> None:
+        """Raises `Asked` where what is being done shall be given up for a stop; all must call it.
+
+        It is given a moment to come to its end.
+        """
+        if self.asked() and (processes.count() > 1 or time.monotonic() - self._since > _FINISH_S):
+            raise Asked
+
+    @contextlib.contextmanager
+    def leaving(
+        self, save: Callable[[], str], patience_s: float = PATIENCE_S
+    ) -> Iterator[Callable[[], None]]:
+        """While entered, a stop is obeyed by `save()` after `patience_s`; what it returns is said.
+
+        `save` is called from another thread, and the process ends after it. It is no longer once
+        the context is left, or what it gives is called: from then on `save` may not hold. Not where
+        there are several processes, since all would have to be at one point.
+        """
+        with self._lock:
+            before, self._way_out = self._way_out, _WayOut(save, patience_s)
+
+        def over() -> None:
+            with self._lock:  # where it is being left, for good
+                self._way_out = None
+
+        try:
+            yield over
+        finally:
+            with self._lock:
+                self._way_out = before
+
+    @contextlib.contextmanager
+    def nothing_to_lose(self, patience_s: float = 0.0) -> Iterator[None]:
+        """While entered, a stop ends the run after `patience_s`: what it has computed is saved."""
+
+        def message() -> str:
+            return (
+                f"Stopped by {self.name}; what the run has computed is saved. The same command "
+                "continues it."
+            )
+
+        with self.leaving(message, patience_s):
+            try:
+                yield
+            except Asked:
+                raise Stopped(message()) from None
+
+    # --- What hears ---
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        """The handler, in the main thread; it may run long after the signal came."""
+        if self._handled and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._handled, self._own = True, self._own or signal.Signals(number).name
+
+    def _the_word(self) -> Word:
+        with self._word_lock:  # made late: the processes of the run must have started
+            if self._word is None:
+                self._word = Word("stop", self._given)
+            return self._word
+
+    def _tell_all(self) -> None:
+        if self._own and not self.name:
+            self._the_word().give(self._own)
+
+    def _given(self, name: str) -> None:
+        self.name, self._since = name, time.monotonic()
+        again = " once more" if name == "SIGINT" else ""
+        say(f"{name}: stopping, and saving first. Ctrl-C{again} ends it without.")
+
+    def _time_left_s(self) -> float:
+        if not self.save_before_s:
+            return float("inf")
+        return _STARTED + self.save_before_s - time.monotonic()
+
+    def _listen(self) -> None:
+        while True:
+            now = time.monotonic()
+            limit_s = min(self._time_left_s(), self._quit_at - now)
+            if self._own:
+                limit_s = 0.1
+            ready, _, _ = select.select([self._ear], [], [], min(max(limit_s, 0.0), 3600.0))
+            if ready:
+                numbers = os.read(self._ear, 64)
+                if not numbers:  # the context is left
+                    return
+                for number in numbers:
+                    self._hear(number)
+            if self._time_left_s() <= 0:
+                self._own = self._own or f"checkpoint.save_before_s = {self.save_before_s:g}"
+            self._tell_all()
+            if time.monotonic() >= self._quit_at:
+                _end("interrupted", 128 + signal.SIGINT)
+            self._leave_if_due()
+
+    def _hear(self, number: int) -> None:
+        if number not in _SIGNALS:
+            return
+        if self._own and self._since < float("inf") and number == signal.SIGINT and self._may_exit:
+            self._quit_at = time.monotonic() + _FINISH_S  # where the handler does not end it
+        self._own = self._own or signal.Signals(number).name
+
+    def _leave_if_due(self) -> None:
+        if not self._may_exit or self._since == float("inf"):
+            return
+        with self._lock:
+            way_out = self._way_out
+            if way_out is None or time.monotonic() - self._since < way_out.patience_s:
+                return
+            if way_out.patience_s and processes.count() > 1:  # all come to where they look
+                return
+            self._leave(way_out)
+
+    def _leave(self, way_out: _WayOut) -> None:
+        try:
+            message, status = way_out.save(), STATUS
+        except Exception as error:  # of the storage, its library and the disk: no common base
+            message, status = f"error: what was computed could not be saved: {error}", 1
+        say(message)
+        _end(message, status)
+
+
+def _end(message: str, status: int) -> NoReturn:
+    """Ends the process from a thread that is not the main one."""
+    claim.release()
+    with contextlib.suppress(OSError, ValueError):
+        console.show_cursor(True)
+        sys.stdout.flush()
+    processes.end(message, status)

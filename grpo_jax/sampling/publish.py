@@ -1,0 +1,32 @@
+"""Weights as sampling reads them."""
+
+from __future__ import annotations
+
+import jax
+
+from grpo_jax.models import parameters
+from grpo_jax.structs import ModelConfig, Params
+
+
+def axes_in_decoding(model: ModelConfig, parts: int) -> Params:
+    """The logical axes of weights by layer that every device has whole along FSDP's axis.
+
+    And those of attention whole, where devices split its rows in `parts` and not its heads.
+    """
+    whole = ("embed", "heads", "kv_heads") if parts > 1 else ("embed",)
+    axes = jax.tree.map(
+        lambda names: tuple(None if n in whole else n for n in names if n != "layers"),
+        parameters.logical_axes(model),
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    return axes | {"layers": [axes["layers"]] * model.num_layers}
+
+
+def is_like(part: Params, like: Params) -> bool:
+    """Whether the arrays have these dtypes and lie so."""
+    if jax.tree.structure(part) != jax.tree.structure(like):
+        return False
+    return all(
+        x.dtype == y.dtype and x.sharding.is_equivalent_to(y.sharding, x.ndim)
+        for x, y in zip(jax.tree.leaves(part), jax.tree.leaves(like))
+    )

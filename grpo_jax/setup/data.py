@@ -1,0 +1,113 @@
+"""A config's problems: read, checked and encoded."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+
+from ml_collections import ConfigDict
+
+from grpo_jax.data import notes, prompts, tasks
+from grpo_jax.data import problems as problems_lib
+from grpo_jax.environments.questions import Questions
+from grpo_jax.messages.console import say
+from grpo_jax.models import policy as policy_lib
+from grpo_jax.rewards import registry
+from grpo_jax.rewards.registry import Reward
+
+
+def load_problems(config: ConfigDict) -> tuple[list, list]:
+    """Training and held-out problems of the config's task or files; the second may be empty."""
+    data = config.data
+    if data.task:
+        return tasks.load(data.task).generate(data.num_train, data.num_eval, config.seed)
+    return problems_lib.load_train(data), problems_lib.load_held_out(data)
+
+
+def tell_of(config: ConfigDict, train: list, held_out: list) -> None:
+    """Says what a person should know of the problems, such as that some stand there twice."""
+    for note in notes.of_problems(train, held_out, problems_lib.form_of(config.data)):
+        say(f"warning: {note}")
+
+
+def answerable(config: ConfigDict, rewards: list[Reward], problems: list) -> list:
+    """The problems that all rewards can score.
+
+    Raises ValueError where there are others and `rewards.bad_rows` refuses them, where none is
+    left, and where a column is missing.
+    """
+    registry.refuse_columns(rewards, problems)
+    faults = registry.faulty_rows(rewards, problems)
+    if not faults:
+        return problems
+    first = next(iter(faults.values()))
+    if config.rewards.bad_rows == "refuse" or len(faults) == len(problems):
+        raise ValueError(
+            f"{first} {len(faults)} of {len(problems)} rows are such. Mend them, or leave them out "
+            'with rewards.bad_rows = "drop".'
+        )
+    say(f"{len(faults)} of {len(problems)} problems are left out. The first: {first}")
+    return [problem for i, problem in enumerate(problems) if i not in faults]
+
+
+def encode(
+    problems: list,
+    policy: policy_lib.Policy,
+    config: ConfigDict,
+    noun: str,
+    now: datetime,
+) -> prompts.Encoded:
+    """The problems' prompts as tokens; prints how many were dropped or truncated, if any.
+
+    `now`: the time that chat templates are told.
+    """
+    limit, overlong = config.data.max_prompt_tokens, config.data.overlong
+    encoded = prompts.encode(
+        problems, policy.tokenizer, limit, overlong, now=now, on_text=_Slow().tell
+    )
+    for problem, ids in zip(encoded.problems, encoded.prompt_ids):
+        policy.refuse_unknown(ids, f"The prompt of {problem.where or 'an unnamed problem'}")
+    form = problems_lib.form_of(config.data)
+    for note in notes.of_template(encoded.problems, encoded.reads, form):
+        say(f"warning: {note}")
+    number = encoded.num_dropped or encoded.num_truncated
+    if number:
+        done = "dropped" if encoded.num_dropped else "truncated"
+        say(
+            f"{number:,} of {len(problems):,} {noun} have prompts of more than "
+            f"data.max_prompt_tokens = {limit} tokens: {done}."
+        )
+    return encoded
+
+
+class _Slow:
+    """Says how far a chat template is that takes long."""
+
+    _EVERY_S = 10.0
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def tell(self, done: int, total: int) -> None:
+        if time.monotonic() - self._last > self._EVERY_S:
+            self._last = time.monotonic()
+            say(f"The chat template has written {done:,} of {total:,} prompts.")
+
+
+def questions(
+    problems: list,
+    policy: policy_lib.Policy,
+    config: ConfigDict,
+    noun: str,
+    now: datetime,
+) -> Questions:
+    """The problems as the policy reads them, those with a prompt that is too long dealt with.
+
+    `now` as for `encode`.
+    """
+    encoded = encode(problems, policy, config, noun, now)
+    texts = [
+        p.prompt if isinstance(p.prompt, str) else policy.tokenizer.decode(ids)
+        for p, ids in zip(encoded.problems, encoded.prompt_ids)
+    ]
+    return Questions(encoded.problems, encoded.prompt_ids, texts)

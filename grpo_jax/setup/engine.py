@@ -1,0 +1,55 @@
+"""A config's samplers."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from grpo_jax.sampling import decode
+from grpo_jax.sampling.engine import Engine
+from grpo_jax.structs import ModelConfig, Sampling
+
+
+def make_engine(
+    config: ConfigDict,
+    model: ModelConfig,
+    stop_ids: tuple[int, ...],
+    mesh: Mesh,
+    *,
+    exact: bool = False,
+) -> Engine:
+    """The config's sampler of a model of this shape; nothing is compiled or allocated yet.
+
+    `exact`: without the 8 bits of weights or cache that the config may ask for.
+    """
+    rollout = config.rollout
+    decoder = decode.decoder_for(
+        model,
+        mesh,
+        sampling(config),
+        stop_ids,
+        rollout.max_tokens,
+        jnp.dtype(config.model.dtype),
+        weights="same" if exact else rollout.weights,
+        cache="same" if exact else rollout.cache,
+        attention=rollout.attention,
+    )
+    return Engine(
+        decoder,
+        num_slots=rollout.num_slots or config.batch.prompts * config.batch.group,
+        compact=rollout.compact,
+        # An evaluation, with one lane a slot, reads no more prompts at once than a rollout does.
+        num_read=config.batch.prompts,
+    )
+
+
+def make_evaluator(config: ConfigDict, engine: Engine) -> Engine:
+    """The sampler by which the policy is judged: the config's own where that is exact."""
+    decoder = engine.decoder
+    exact = make_engine(config, decoder.model, decoder.stop_ids, decoder.mesh, exact=True)
+    return engine if exact.decoder == decoder else exact
+
+
+def sampling(config: ConfigDict) -> Sampling:
+    return Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p)

@@ -1,0 +1,227 @@
+"""What a run reads, as sums: a run that goes on reads what it began with.
+
+Prompts are drawn by number, so one row more changes all of them; another model is another reference
+for the KL; and a chat template that is told the date writes other prompts tomorrow. So the first
+start of a run records its date and the sums of what it reads, in the workdir; checkpoints have the
+sums, too. Later starts are told that date, and are refused where a sum differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.data.problems import Problem
+from grpo_jax.hosts import processes
+from grpo_jax.messages.console import say
+from grpo_jax.models.policy import Policy
+from grpo_jax.rewards.registry import Reward
+from grpo_jax.run.whole_files import write_json
+
+Sums = dict[str, dict[str, Any]]  # of each thing that is read, its parts: numbers and sums
+
+_MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as safetensors itself has it
+_SAMPLE_BYTES = 256  # read of each tensor: training changes some of any so many
+_REWARDS = "reward modules"
+
+
+# --- The date -------------------------------------------------------------------------------------
+
+
+def date(chosen: str, folder: Path | None = None) -> datetime:
+    """The time that chat templates are told: `chosen` (data.date), or when the run was started.
+
+    `folder` is the run's, opened; without one it is the time, on all processes that of the first.
+    Every process must call it.
+    """
+    if chosen:
+        return datetime.fromisoformat(chosen)
+    own = datetime.now().isoformat(timespec="seconds") if processes.is_first() else ""
+    if own and folder is not None:
+        record = _record(folder)
+        if "date" not in record:  # of a version that did not write it
+            write_json(folder / "config.json", record | {"date": own})
+        own = record.get("date", own)
+    return datetime.fromisoformat(processes.first_of(own))
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+# --- Sums -----------------------------------------------------------------------------------------
+
+
+def of_problems(
+    problems: Sequence[Problem], prompt_ids: Sequence[Sequence[int]] | None = None
+) -> dict[str, Any]:
+    """How many problems there are, and sums of their prompts and columns.
+
+    Of prompts as tokens where `prompt_ids` are given, which a template or tokenizer changes, too.
+    """
+    if prompt_ids is None:
+        prompts = [json.dumps([p.prompt, p.arguments], default=str) for p in problems]
+        prompt_sum = _sum(text.encode() for text in prompts)
+    else:
+        lengths = np.fromiter(map(len, prompt_ids), np.int64, len(prompt_ids))
+        ids = np.fromiter((i for row in prompt_ids for i in row), np.int64, int(lengths.sum()))
+        prompt_sum = _sum([lengths.tobytes(), ids.tobytes()])
+    columns = (json.dumps(p.columns, default=str).encode() for p in problems)
+    return {"number": len(problems), "prompts": prompt_sum, "columns": _sum(columns)}
+
+
+def of_model(policy: Policy) -> dict[str, Any]:
+    """Sums of a model's configuration and weights; nothing of one that is new or without weights.
+
+    Of weights the headers of their files, which have names, shapes and sizes, and a few bytes of
+    each tensor: whole files would take as long as loading them.
+    """
+    folder = policy.source
+    if folder is None:
+        return {}
+    weights = list(_weights(folder))
+    if not weights:  # of a model that is not there any more the run has kept its files but these
+        return {}
+    found = {"configuration": _sum(_configs(folder)), "weights": _sum(weights)}
+    if folder.parent.name == "snapshots":  # of the hub's cache
+        found["revision"] = folder.name
+    return found
+
+
+def of_rewards(rewards: Sequence[Reward]) -> dict[str, str]:
+    """Sums of the files that a user's reward functions stand in, by their modules' names."""
+    found = {}
+    for reward in rewards:
+        module, colon, _ = reward.spec.partition("(")[0].partition(":")
+        try:
+            spec = importlib.util.find_spec(module) if colon else None
+        except (ImportError, ValueError):  # made while the program runs
+            spec = None
+        if spec is not None and spec.origin and Path(spec.origin).is_file():
+            found[module] = _sum([Path(spec.origin).read_bytes()])
+    return found
+
+
+def _sum(parts: Any) -> str:
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(len(part).to_bytes(8, "little"))
+        whole.update(part)
+    return whole.hexdigest()[:16]
+
+
+def _configs(folder: Path) -> Iterator[bytes]:
+    """What decides how the weights are used, whoever wrote the file."""
+    for name in ("config.json", "generation_config.json"):
+        file = folder / name
+        if file.is_file():
+            known = json.loads(file.read_text(encoding="utf-8"))
+            for name in ("transformers_version", "_name_or_path"):
+                known.pop(name, None)
+            yield json.dumps(known, sort_keys=True).encode()
+
+
+def _weights(folder: Path) -> Iterator[bytes]:
+    for file in sorted(f for f in folder.glob("*.safetensors") if f.is_file()):
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = stream.read(min(size, _MAX_HEADER_BYTES))
+            yield header
+            try:
+                tensors = json.loads(header)
+                tensors.pop("__metadata__", None)
+                spans = sorted(tuple(tensor["data_offsets"]) for tensor in tensors.values())
+            except (ValueError, TypeError, KeyError, AttributeError):
+                continue  # a damaged file, which loading refuses by name
+            for begin, end in spans:
+                middle = (begin + end) // 2
+                stream.seek(8 + size + middle)
+                yield stream.read(min(_SAMPLE_BYTES, end - middle))
+
+
+# --- Then and now ---------------------------------------------------------------------------------
+
+
+def hold(folder: Path, found: Sums) -> None:
+    """Records what a run reads at its first start, and refuses another thing at a later one.
+
+    Every process must call it, after `run_folder.open_for`. Raises ValueError naming what differs,
+    from the first start or between the processes. Reward modules that were edited are only told.
+    """
+    for process, theirs in enumerate(processes.gather(found, "the sums of what is read")):
+        differs = _differences(found, theirs)
+        if differs:
+            raise ValueError(
+                f"{processes.name(process)} reads something else than "
+                f"{processes.name(processes.number())}: "
+                f"{'; '.join(differs)}. Give all the same files."
+            )
+    if processes.is_first():
+        record = _record(folder)
+        before = record.get("read", {})
+        refuse_other(before, found, f"--workdir {folder}")
+        _tell_of_edited(before, found)
+        known = {k: before.get(k, {}) | found.get(k, {}) for k in before | found}
+        if before != known:
+            write_json(folder / "config.json", record | {"read": known})
+    processes.meet("the sums of what is read")
+
+
+def refuse_other(before: Sums, now: Sums, where: str) -> None:
+    """Raises ValueError where a run began with other things than those that are read `now`.
+
+    `where` holds the run, for the message.
+    """
+    differs = _differences(before, now)
+    if differs:
+        raise ValueError(
+            f"{where} holds a run that read something else: {'; '.join(differs)}. Give the run its "
+            "own --workdir, or what it was started with."
+        )
+
+
+def _tell_of_edited(before: Sums, now: Sums) -> None:
+    then, new = before.get(_REWARDS, {}), now.get(_REWARDS, {})
+    for name in sorted(n for n in then.keys() & new.keys() if then[n] != new[n]):
+        say(
+            f"warning: the file of {name!r} in rewards.names was edited since the run began: its "
+            "rewards may mean something else from here on."
+        )
+
+
+def _differences(before: Sums, now: Sums) -> list[str]:
+    """What is not the same, in words; a part that one of them lacks is not compared."""
+    found = []
+    for thing in before.keys() & now.keys() - {_REWARDS}:
+        then, new = before[thing], now[thing]
+        parts = [p for p in then if p != "revision" and p in new and then[p] != new[p]]
+        if "number" in parts:
+            found.append(f"{then['number']:,} {thing} there, {new['number']:,} now")
+        elif parts:
+            revisions = {r["revision"] for r in (then, new) if "revision" in r}
+            hint = f" (hub revisions {', '.join(sorted(revisions))})" if len(revisions) > 1 else ""
+            found.append(f"{' and '.join(parts)} of the {thing}{hint}")
+    return sorted(found)
+
+
+def of_run(
+    train: Sequence[Problem],
+    prompt_ids: Sequence[Sequence[int]],
+    held_out: Sequence[Problem],
+    policy: Policy,
+    rewards: Sequence[Reward],
+) -> Sums:
+    """The sums of all that a run reads."""
+    found = {
+        "training problems": of_problems(train, prompt_ids),
+        "model": of_model(policy),
+        _REWARDS: of_rewards(rewards),
+    }
+    return found | ({"held-out problems": of_problems(held_out)} if held_out else {})

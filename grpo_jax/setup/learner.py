@@ -1,0 +1,139 @@
+"""What turns rollouts into new parameters, put together from a config."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from grpo_jax.algorithm import losses
+from grpo_jax.config import derived, guard_rules
+from grpo_jax.devices import sharding
+from grpo_jax.kernels import choice
+from grpo_jax.learner import optim, update
+from grpo_jax.learner.experience import Prepare, make_prepare
+from grpo_jax.learner.row_sizes import Sizes
+from grpo_jax.learner.scoring import Scorer
+from grpo_jax.setup import engine
+from grpo_jax.structs import ModelConfig, Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How an update is cut to a device's memory, where the config leaves that to the memory."""
+
+    remat: str = "dots"
+    tokens: int = 0  # of a row of a microbatch; 0: the usual number
+
+
+USUAL = Fit()
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """What turns rollouts into new parameters."""
+
+    scorer: Scorer
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    prepare: Prepare
+    update: Callable
+
+    @property
+    def sizes(self) -> dict[str, Sizes]:
+        return {"scoring": self.prepare.sizes, "update": self.update.sizes}
+
+
+def make_scorer(
+    config: ConfigDict, model: ModelConfig, mesh: Mesh, sampling: Sampling, fit: Fit = USUAL
+) -> Scorer:
+    """How the config runs a model of this shape over given completions."""
+    dtype, layers = jnp.dtype(config.model.dtype), config.model.layers
+    in_a_loop = not sharding.is_gpu(mesh) if layers == "auto" else layers == "loop"
+    return Scorer(
+        model,
+        mesh,
+        sampling,
+        dtype,
+        remat=fit.remat if config.model.remat == "auto" else config.model.remat,
+        scan_layers=in_a_loop,
+        kernels=choice.choose(config.model.attention, model, mesh, dtype),
+    )
+
+
+def make_optimizer(
+    config: ConfigDict, schedule: optax.Schedule, weight_decay: float, clip_norm: float
+) -> optax.GradientTransformation:
+    """The config's AdamW, in its precision."""
+    optimizer = optim.adamw(
+        schedule,
+        beta1=config.optim.beta1,
+        beta2=config.optim.beta2,
+        eps=config.optim.eps,
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
+        kept=config.optim.moments,
+        seed=config.seed,
+    )
+    return optim.for_params(
+        optimizer,
+        config.model.param_dtype,
+        float32_copy=config.optim.float32_copy,
+        seed=config.seed,
+    )
+
+
+def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: Fit = USUAL) -> Learner:
+    """The config's update of a model of this shape; nothing is compiled or allocated yet.
+
+    `fit` holds where the config names no microbatch or no way of computing again.
+    """
+    scorer = dataclasses.replace(
+        make_scorer(config, model, mesh, engine.sampling(config), fit),
+        microbatch=max(config.batch.microbatch, 0),
+        tokens=fit.tokens if config.batch.microbatch == -1 else 0,
+    )
+    algorithm, updates = config.algorithm, derived.num_updates_per_step(config)
+    schedule = optim.schedule(
+        config.optim.learning_rate,
+        warmup_steps=config.optim.warmup_steps,
+        kind=config.optim.schedule,
+        num_updates=config.loop.num_steps * updates,
+        end_fraction=config.optim.end_fraction,
+    )
+    optimizer = make_optimizer(config, schedule, config.optim.weight_decay, config.optim.clip_norm)
+    objective = losses.Objective(
+        algorithm.clip_low,
+        algorithm.clip_high,
+        algorithm.kl_coef,
+        algorithm.entropy_coef,
+        algorithm.normalizer,
+        config.rollout.max_tokens,
+        algorithm.importance_correction,
+        algorithm.importance_cap,
+        algorithm.kl_gradient,
+    )
+    return Learner(
+        scorer=scorer,
+        optimizer=optimizer,
+        schedule=schedule,
+        prepare=make_prepare(
+            scorer,
+            scale_by=algorithm.scale_by,
+            mask_truncated=algorithm.mask_truncated,
+            with_old=derived.needs_old_pass(config),
+            num_minibatches=config.batch.minibatches,
+        ),
+        update=update.make_update(
+            scorer,
+            objective,
+            optimizer,
+            num_minibatches=config.batch.minibatches,
+            offload=config.optim.offload,
+            bounds=guard_rules.refusing_bounds(config),
+        ),
+    )

@@ -1,0 +1,112 @@
+"""The model of a config, or one that a person names."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from transformers import PreTrainedTokenizerBase
+
+from grpo_jax.config import record
+from grpo_jax.data import tasks
+from grpo_jax.models import policy as policy_lib
+from grpo_jax.models.hf import folder as folder_lib
+from grpo_jax.models.policy import Policy
+from grpo_jax.run import checkpoints, workdir
+from grpo_jax.structs import ModelConfig, Params
+
+
+def model_shape(config: ConfigDict, folder: Path | None = None) -> ModelConfig:
+    """The shape of the model that the config trains, in a run's folder if one is given."""
+    if config.model.path:
+        kept = None if folder is None else folder / "source"
+        path = config.model.path
+        return folder_lib.read_config(policy_lib.find(path, kept=kept), folder_lib.as_given(path))
+    return new(config.model, tasks.load(config.data.task).make_tokenizer()).model
+
+
+def new(options: ConfigDict, tokenizer: PreTrainedTokenizerBase) -> Policy:
+    """A Qwen2-shaped policy of the sizes in `config.model`, without weights yet."""
+    model = ModelConfig(
+        family="qwen2",
+        vocab_size=len(tokenizer),
+        width=options.width,
+        mlp_width=options.mlp_width,
+        num_layers=options.num_layers,
+        num_heads=options.num_heads,
+        num_kv_heads=options.num_kv_heads,
+        head_size=options.width // options.num_heads,
+        rope_theta=100.0,  # rows are short: every frequency turns within them
+        norm_eps=1e-6,
+        max_position=1024,
+        tied_head=True,
+        qkv_bias=True,
+    )
+    return Policy(model, tokenizer, (tokenizer.eos_token_id,), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A model that was asked for."""
+
+    policy: policy_lib.Policy
+    saved: tuple[str | Path, int] | None  # folder and number of its checkpoint; None: the policy's
+    said: str  # of a run: which step of it answers; "": not of a run
+
+
+def find_model(path: str) -> Found:
+    """The model of a Hugging Face folder or hub id, or of a run's folder.
+
+    Of a run it is what it exported or its newest checkpoint, whichever is of a later step. Raises
+    ValueError when there is no model.
+    """
+    folder = Path(path)
+    if not _is_run(folder):
+        return Found(policy_lib.read(path, "--model"), None, "")
+    options = record.read(folder / "config.json")["options"]
+    export, saved = folder / "export", options["checkpoint.folder"] or folder / "checkpoints"
+    exported = workdir.exported(export) if (export / "config.json").exists() else None
+    if "://" in str(saved) or Path(saved).is_dir():
+        with contextlib.suppress(checkpoints.NoneWhole), checkpoints.Newest(saved) as newest:
+            if exported is None or newest.number > exported["updates"]:
+                source = options["model.path"] or str(folder / "bootstrap" / "export")
+                step = newest.facts().get("state", {}).get("step", newest.number)
+                said = f"{folder}: checkpoint of step {step}"
+                policy = policy_lib.read(source, kept=folder / "source")
+                return Found(policy, (saved, newest.number), said)
+    if exported is None and not (export / "config.json").exists():
+        raise ValueError(f"--model {folder} is the folder of a run that has no checkpoint yet.")
+    step = "an unknown step" if exported is None else f"step {exported['step']}"
+    return Found(policy_lib.read(str(export), "--model"), None, f"{folder}: export of {step}")
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is a run's, by its record."""
+    file = folder / "config.json"
+    if not file.is_file() or (folder / "tokenizer_config.json").exists():
+        return (folder / "checkpoints").is_dir()
+    try:
+        return "binding" in json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return (folder / "checkpoints").is_dir()
+
+
+def load_params(found: Found, mesh: Mesh, dtype) -> Params:
+    """The weights of a model that was found."""
+    if found.saved is None:
+        return policy_lib.load_params(found.policy, mesh, seed=0, dtype=dtype)
+    like = policy_lib.param_like(found.policy.model, mesh)
+    with checkpoints.Newest(*found.saved) as newest:
+        params = newest.params(like)
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def open_model(path: str, mesh: Mesh, dtype) -> tuple[policy_lib.Policy, Params]:
+    """Policy and weights of what `find_model` finds."""
+    found = find_model(path)
+    return found.policy, load_params(found, mesh, dtype)

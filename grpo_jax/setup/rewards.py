@@ -1,0 +1,43 @@
+"""A config's rewards, and the processes that compute them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from grpo_jax.hosts import cpus as cpus_lib
+from grpo_jax.rewards import registry
+from grpo_jax.rewards.pool import Limits, Pool
+from grpo_jax.rewards.registry import Reward
+
+
+def load_rewards(config: ConfigDict) -> list[Reward]:
+    """The config's reward functions; ValueError where one cannot be had."""
+    options = config.rewards
+    return registry.load(
+        options.names, options.weights, options.accuracy, start_limit_s=options.start_limit_s
+    )
+
+
+def start_rewards(
+    config: ConfigDict, rewards: list[Reward], *, device_is_busy: bool = True
+) -> Pool:
+    """The rewards' worker processes: on half of the CPUs, or all while no device computes."""
+    options, cpus = config.rewards, cpus_lib.usable()
+    return Pool(
+        rewards,
+        max_completion_tokens=config.rollout.max_tokens,
+        num_workers=options.num_workers or min(max(cpus // (1 + device_is_busy), 1), 16),
+        limits=Limits(options.time_limit_s, int(options.memory_gb * 2**30), options.start_limit_s),
+    )
+
+
+def refuse_samples(rewards: Sequence[Reward], num_samples: int, option: str) -> None:
+    """Raises ValueError where samples are asked for, and no reward tells which are right."""
+    if num_samples and not any(reward.gives_accuracy for reward in rewards):
+        raise ValueError(
+            f"{option} = {num_samples} asks for pass@k and maj@k, and none of the rewards "
+            f"({', '.join(reward.name for reward in rewards)}) is known to give 1 for right and 0 "
+            f"for wrong. Name the one that does in rewards.accuracy, or set {option} to 0."
+        )

@@ -1,0 +1,164 @@
+"""Group Relative Policy Optimization: sample groups, reward them, move the policy to the better.
+
+Shao et al. 2024, "DeepSeekMath", arXiv:2402.03300, section 4.1 and algorithm 1. A step asks
+`batch.prompts` questions and samples `batch.group` completions of each; a completion's advantage is
+its reward relative to its group's; `num_iterations` times `minibatches` updates then learn from
+them. Everything that a step computes follows from the config, the step's number and the state
+before it, so a run that was stopped anywhere goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from grpo_jax.devices import transfer
+from grpo_jax.devices.compiling import Compiling
+from grpo_jax.devices.phases import phase
+from grpo_jax.hosts.watchdog import Watchdog
+from grpo_jax.learner import train_state
+from grpo_jax.messages.console import say
+from grpo_jax.planning import fit
+from grpo_jax.run import claim
+from grpo_jax.run import stop as stop_lib
+from grpo_jax.trainers import grpo_run, guards, results, rollout, run_state
+from grpo_jax.trainers.grpo_run import Run
+from grpo_jax.trainers.monitor import Monitor
+from grpo_jax.trainers.run_state import RunState
+
+
+def train(run: Run, state: RunState, monitor: Monitor) -> None:
+    """Trains until the last step; `state` goes along. Raises `guards.RollBack` beside the rest."""
+    if state.step == 0:
+        _evaluate_first(run, state, monitor)
+    if state.unevaluated:  # stopped before the evaluation that was due
+        monitor.log.reopen(state.step, state.unevaluated)
+        _evaluate_and_save(run, state, monitor)
+    while state.step < run.config.loop.num_steps:
+        monitor.begin_step(state)
+        if state.experience is None:  # else: stopped between two updates
+            _sample_and_reward(run, state, monitor)
+        monitor.begin_updates()
+        while state.update < run.updates_per_step:
+            minibatch = state.update % run.config.batch.minibatches
+            with monitor.phase("update", state):
+                state.train, values = run.update(
+                    state.train, state.experience, minibatch, monitor.donates
+                )
+            monitor.updated(state, values)
+        monitor.learned(state)
+        state.finish_step()
+        monitor.finished(state)
+        _evaluate_and_save(run, state, monitor)
+
+
+def _sample_and_reward(run: Run, state: RunState, monitor: Monitor) -> None:
+    """Gives the state the experience of its step, and where sampling is ahead the next rollout."""
+    if state.next_rollout is None:
+        with monitor.phase("rollout", state):
+            state.next_rollout = rollout.sample(run, state, monitor.log, monitor.alive)
+    sampled, following = state.next_rollout, None
+    if run.config.loop.async_rollouts and state.step + 1 < run.config.loop.num_steps:
+        # With the weights from before this step's updates; meanwhile this step's rewards are
+        # computed, and the next one's while the device updates.
+        with monitor.phase("rollout", state):
+            following = rollout.sample(run, state, monitor.log, monitor.alive, ahead=1)
+    monitor.sampled(state, sampled)
+    with monitor.phase("scoring", state):
+        completions = rollout.device_rows(run, sampled.completions)
+        reference = transfer.to_device_memory(run.ref_params)  # a copy of one that is elsewhere
+        log_probs = run.prepare.log_probs(state.train.params, reference, completions)
+        scores = monitor.rewards(state, sampled)  # while the device computes these
+        reward_PG = scores.reward_B.reshape(sampled.completions.length_PG.shape)
+        state.experience = run.prepare(log_probs, transfer.shard_rows(run.mesh, reward_PG))
+        state.next_rollout = following
+    monitor.scored(state, sampled, scores)
+    if monitor.guards.skips_rollout:
+        state.train = train_state.refuse(state.train, run.updates_per_step)
+        state.update = run.updates_per_step
+
+
+def _evaluate_first(run: Run, state: RunState, monitor: Monitor) -> None:
+    if run.held_out and not state.update and not state.first_evaluation:
+        with monitor.first_evaluation():
+            state.first_evaluation = results.evaluate(run, state, monitor.alive, final=True)
+        state.accuracy_before = state.accuracy
+        state.held_out_reward_before = state.held_out_reward
+    if state.first_evaluation:
+        monitor.evaluated_at_start(state)
+
+
+def _evaluate_and_save(run: Run, state: RunState, monitor: Monitor) -> None:
+    """Evaluates and saves, as is due after the step that was just done, and writes its line."""
+    evaluated: dict[str, float] = {}
+    if run.evaluates_after(state.step):
+        state.unevaluated = monitor.log.values()
+        with monitor.phase("evaluation", state):
+            is_last = state.step == run.config.loop.num_steps
+            evaluated = results.evaluate(run, state, monitor.alive, final=is_last)
+        state.unevaluated = {}
+    if not evaluated and not run.saves_after(state.step):
+        return
+    monitor.log.close(evaluated)  # before saving: a resumed run finds the line there
+    if run.saves_after(state.step):
+        monitor.checkpoint(state, evaluated.get("eval/accuracy", evaluated.get("eval/reward")))
+
+
+def run(
+    config: ConfigDict,
+    folder: Path,
+    model_path: str,
+    *,
+    spent_s: float = 0.0,
+    stop: stop_lib.StopSignal | None = None,
+) -> dict[str, Any]:
+    """Trains the model at `model_path`, or goes on with the run in `folder`; returns its summary.
+
+    `spent_s`: seconds that went into making the model, counted as part of the run. `stop`: as the
+    caller hears of it; without, the run listens itself. Raises ValueError for what a user can mend,
+    `guards.Diverged` where a guard ends the run, and `stop.Stopped` once the run was asked to stop
+    and has saved.
+    """
+    began = time.monotonic() - spent_s
+    with claim.held(), stop or stop_lib.StopSignal(config.checkpoint.save_before_s) as stop:
+        with phase("start"), stop.nothing_to_lose():
+            run = grpo_run.build(config, folder, model_path, fit.of_run)
+        with run.rewards:
+            return _run(run, stop, began)
+
+
+def _run(run: Run, stop: stop_lib.StopSignal, began: float) -> dict[str, Any]:
+    with phase("start"), stop.nothing_to_lose():
+        state = run_state.newest(run)
+    began -= state.wall_s
+    with Compiling() as compiling:
+        while True:
+            try:
+                _train_from(run, state, stop, compiling, began)
+                break
+            except guards.RollBack as order:
+                say(f"warning: {order}")
+                undone = order.step
+            except guards.Diverged:
+                run.checkpoints.close()
+                raise
+            with phase("start"):
+                state.train = state.experience = None  # what went wrong makes room
+                state = run_state.roll_back(run, state, undone)
+    with Watchdog(run.config.loop.stall_limit_s) as watchdog:
+        watchdog.phase("The end of the run")
+        return results.finish(run, state, stop, time.monotonic() - began)
+
+
+def _train_from(
+    run: Run, state: RunState, stop: stop_lib.StopSignal, compiling: Compiling, began: float
+) -> None:
+    with phase("start"), stop.nothing_to_lose():
+        waiting = run_state.load(run, state)
+    with Monitor(run, state, stop, compiling, began) as monitor:
+        if waiting is not None:
+            state.next_rollout = rollout.sampled_before(run, state, waiting)
+        train(run, state, monitor)

@@ -1,0 +1,163 @@
+"""What a run is made of, read, checked and put together from its config."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from grpo_jax.config import derived, guard_rules, rules
+from grpo_jax.data import tasks
+from grpo_jax.devices import sharding, transfer
+from grpo_jax.environments.questions import Questions
+from grpo_jax.learner.experience import Prepare
+from grpo_jax.learner.row_sizes import Sizes
+from grpo_jax.models import policy as policy_lib
+from grpo_jax.rewards.pool import Pool
+from grpo_jax.run import workdir
+from grpo_jax.run.checkpoints import Checkpoints
+from grpo_jax.sampling.engine import Engine
+from grpo_jax.setup import inputs, model
+from grpo_jax.setup.data import answerable, load_problems, questions, tell_of
+from grpo_jax.setup.engine import make_engine, make_evaluator
+from grpo_jax.setup.learner import Fit, make_learner
+from grpo_jax.setup.rewards import load_rewards, refuse_samples, start_rewards
+from grpo_jax.setup.run_folder import open_for
+from grpo_jax.structs import ModelConfig, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run is made of; none of it changes while it runs but for `sizes`."""
+
+    config: ConfigDict
+    folder: Path
+    mesh: Mesh
+    policy: policy_lib.Policy
+    train: Questions
+    held_out: Questions | None
+    rewards: Pool
+    engine: Engine
+    evaluator: Engine  # the policy is judged as it is, however rollouts are drawn
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    prepare: Prepare
+    update: Callable
+    sizes: dict[str, Sizes]  # of packed rows, of the programs of these two
+    ref_params: Params | None
+    checkpoints: Checkpoints
+    read: inputs.Sums  # what the run reads
+
+    @property
+    def updates_per_step(self) -> int:
+        return derived.num_updates_per_step(self.config)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the policy is evaluated after a step."""
+        every, is_last = self.config.evaluation.every_steps, step == self.config.loop.num_steps
+        return bool(self.held_out) and (is_last or bool(every and step % every == 0))
+
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint is due after a step."""
+        every, is_last = self.config.checkpoint.every_steps, step == self.config.loop.num_steps
+        return is_last or bool(every and step % every == 0)
+
+
+def refuse_early(config: ConfigDict, folder: Path) -> None:
+    """Raises ValueError for what `run` would refuse of a new model only once that is trained."""
+    mesh = sharding.make_mesh(**config.mesh)
+    rules.check_devices(config, sharding.num_row_shards(mesh))
+    _check_host_memory(config, mesh)
+    rewards = load_rewards(config)
+    refuse_samples(rewards, config.evaluation.num_samples, "evaluation.num_samples")
+    for problems in load_problems(config):
+        answerable(config, rewards, problems)
+    policy = model.new(config.model, tasks.load(config.data.task).make_tokenizer())
+    rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
+    policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
+    open_for(config, folder)
+
+
+def build(
+    config: ConfigDict,
+    folder: Path,
+    model_path: str,
+    fit: Callable[[ConfigDict, ModelConfig, Mesh, int, Path], Fit],
+) -> Run:
+    """Everything read, checked and set up; the policy's weights are not.
+
+    `fit` is asked how the update of prompts of at most so many tokens is cut.
+    """
+    mesh = sharding.make_mesh(**config.mesh)
+    rules.check_devices(config, sharding.num_row_shards(mesh))
+    _check_host_memory(config, mesh)
+    rewards = load_rewards(config)
+    refuse_samples(rewards, config.evaluation.num_samples, "evaluation.num_samples")
+    policy = policy_lib.read(model_path, kept=folder / "source")
+    rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
+    policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
+    train, held_out = (answerable(config, rewards, part) for part in load_problems(config))
+    tell_of(config, train, held_out)
+    open_for(config, folder)
+    now = inputs.date(config.data.date, folder)
+    train = questions(train, policy, config, "training problems", now)
+    read = inputs.of_run(train.problems, train.prompt_ids, held_out, policy, rewards)
+    inputs.hold(folder, read)
+    policy = policy_lib.keep(policy, folder / "source")
+    held_out = held_out[: config.evaluation.num_problems]
+    if held_out:
+        held_out = questions(held_out, policy, config, "held-out problems", now)
+    longest = max(map(len, train.prompt_ids))
+    learner = make_learner(
+        config, policy.model, mesh, fit(config, policy.model, mesh, longest, folder)
+    )
+    engine = make_engine(config, policy.model, policy.stop_ids, mesh)
+    return Run(
+        config=config,
+        folder=folder,
+        mesh=mesh,
+        policy=policy,
+        train=train,
+        held_out=held_out or None,
+        engine=engine,
+        evaluator=make_evaluator(config, engine),
+        optimizer=learner.optimizer,
+        schedule=learner.schedule,
+        prepare=learner.prepare,
+        update=learner.update,
+        sizes=learner.sizes,
+        ref_params=_reference(config, policy, mesh) if config.algorithm.kl_coef else None,
+        checkpoints=Checkpoints(
+            config.checkpoint.folder or folder / "checkpoints",
+            keep=config.checkpoint.keep,
+            max_failed=config.checkpoint.max_failed,
+            on_saved=functools.partial(workdir.note_saved, folder),
+            due_every=guard_rules.may_roll_back(config)
+            * config.checkpoint.every_steps
+            * derived.num_updates_per_step(config),
+        ),
+        read=read,
+        rewards=start_rewards(config, rewards),  # last: nothing is refused from here on
+    )
+
+
+def _reference(config: ConfigDict, policy: policy_lib.Policy, mesh: Mesh) -> Params:
+    dtype = jnp.dtype(config.model.dtype)
+    params = policy_lib.load_params(policy, mesh, config.seed, dtype)
+    return transfer.to_host_memory(params) if config.model.offload_reference else params
+
+
+def _check_host_memory(config: ConfigDict, mesh: Mesh) -> None:
+    wanted = {
+        "optim.offload": config.optim.offload,
+        "model.offload_reference": config.model.offload_reference,
+    }
+    for option, value in wanted.items():
+        if value:
+            transfer.check_host_memory(mesh, option)

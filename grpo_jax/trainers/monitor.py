@@ -1,0 +1,278 @@
+"""All that goes on beside the algorithm while a run trains, so that the loop need not say it.
+
+`with monitor.phase("rollout", state)` names a phase once, for everyone who asks: the profiler's
+scope, the watchdog, the seconds in the step's line, what is said where a device's memory is too
+small, and a stop, which gives the phase up and saves `state` as it was. As the phase ends, the
+guards are enforced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import jax
+
+from grpo_jax.config.dotted import flatten
+from grpo_jax.devices import transfer
+from grpo_jax.devices.compiling import Compiling
+from grpo_jax.devices.phases import Trace, phase
+from grpo_jax.environments.rewarding import FailureReports
+from grpo_jax.environments.single_turn import Rollout
+from grpo_jax.hosts import processes
+from grpo_jax.hosts.watchdog import Watchdog
+from grpo_jax.messages.progress import Progress
+from grpo_jax.metrics import writers
+from grpo_jax.rewards.scores import RewardError, Scores
+from grpo_jax.run import claim
+from grpo_jax.run.stop import Asked, Stopped, StopSignal
+from grpo_jax.trainers import guards, rollout, run_state, step_metrics
+from grpo_jax.trainers.grpo_run import Run
+from grpo_jax.trainers.run_state import RunState
+from grpo_jax.trainers.step_metrics import StepLog
+
+_SLOW_S = 1.0  # to wait for an update
+
+_WHAT = {  # for the watchdog; steps are counted from 1
+    "rollout": "The rollout of step {following}",
+    "scoring": "The rewards of step {following}",
+    "update": "Update {update} of step {following}",
+    "evaluation": "The evaluation after step {step}",
+}
+
+
+class Monitor:
+    """Watches, logs, guards and stops one run. A context manager."""
+
+    def __init__(
+        self, run: Run, state: RunState, stop: StopSignal, compiling: Compiling, began: float
+    ):
+        """`began`: time.monotonic() at the run's start, had it never been stopped."""
+        self._run, self._stop, self._began = run, stop, began
+        self._num_steps = run.config.loop.num_steps
+        self._open = contextlib.ExitStack()
+        enter = self._open.enter_context
+        self._writers = enter(
+            contextlib.closing(
+                writers.Writers(
+                    run.folder,
+                    first_step=state.step + (not state.unevaluated) if state.step else 0,
+                    first_sample_step=state.step + 1 + bool(state.update),  # before any update
+                    tensorboard=run.config.logging.tensorboard,
+                    wandb_project=run.config.logging.wandb_project,
+                    config=flatten(run.config),
+                    enabled=processes.is_first(),
+                )
+            )
+        )
+        bar = enter(Progress(self._num_steps, first_step=state.step))
+        self._watchdog = enter(Watchdog(run.config.loop.stall_limit_s))
+        self._trace = enter(Trace(run.folder, run.config.profile.steps))
+        self.guards = guards.Guards(run.config, state.history, run.checkpoints.folder)
+        self.log = StepLog(run, self.guards, self._writers, bar, compiling)
+        self._failures = FailureReports()
+        self._seconds: dict[str, float] = {}  # of the phases of this step, as metrics
+        self._started = self._learning = 0.0  # time.monotonic() as the step and its updates began
+        self._over: Callable[[], None] = lambda: None
+        self._slow = True  # whether updates take seconds; nobody knows of the first
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *error: object) -> bool | None:
+        return self._open.__exit__(*error)
+
+    # --- Phases -----------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def phase(self, name: str, state: RunState) -> Iterator[None]:
+        """A phase of the run, one of `phases.PHASES`; a stop in it saves `state` as it is now.
+
+        Raises `memory.OutOfMemory` where a device has too little, `Stopped` once a stop has saved,
+        and on leaving what a guard orders.
+        """
+        where = {"step": state.step, "following": state.step + 1, "update": state.update + 1}
+        self._watchdog.phase(_WHAT[name].format(**where))
+        with phase(name), self._may_stop(state) as self._over:
+            yield
+        self.guards.enforce()
+
+    @contextlib.contextmanager
+    def first_evaluation(self) -> Iterator[None]:
+        """The evaluation before the first step, which is not kept where the run is stopped."""
+        self._watchdog.phase("The evaluation before the first step")
+        with self._stop.nothing_to_lose():
+            yield
+
+    def alive(self) -> None:
+        """Notes that a phase gets on, and gives it up where the run is to stop."""
+        self._watchdog.alive()
+        self._stop.look()
+
+    def donates(self, gradients: Any) -> None:
+        """Called in the phase of an update: from now on the state before it cannot be saved.
+
+        Where updates take seconds it waits for the gradients: what a device was given cannot be
+        taken back, and only before the optimizer's step there is a state to save.
+        """
+        began = time.monotonic()
+        if self._slow:
+            jax.block_until_ready(gradients)
+        self._slow = time.monotonic() - began + self.log.waited_s > _SLOW_S
+        self._over()
+
+    @contextlib.contextmanager
+    def _timed(self, metric: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self._seconds[metric] = self._seconds.get(metric, 0.0) + time.monotonic() - start
+
+    # --- The parts of a step, as they are done ----------------------------------------------------
+
+    def begin_step(self, state: RunState) -> None:
+        """The next step of the loop begins."""
+        self._trace.begin(state.step + 1, self.log.close)
+        self._started, self._learning = time.monotonic(), 0.0
+
+    def sampled(self, state: RunState, sampled: Rollout) -> None:
+        """The completions of a step are there, whenever they were sampled."""
+        self.log.close()  # the last step may have sampled nothing
+        self.guards.enforce()
+        self._started = time.monotonic() - sampled.seconds
+        self._seconds["time/rollout_s"] = sampled.seconds
+        if self._stop.asked():
+            self._stop_with(state)
+
+    def rewards(self, state: RunState, sampled: Rollout) -> Scores:
+        """Waits for the rewards; where they failed too often, saves and raises RewardError."""
+        step = state.step + 1
+        try:
+            with phase("rewards"), self._timed("time/reward_s"):
+                scores = sampled.rewards.scores()
+            self.guards.check_scores(step, scores)
+        except RewardError:
+            self._over()
+            if state.step:
+                self.save(state)
+            self._run.checkpoints.close()
+            raise
+        self._failures.tell(f"step {step}", scores)
+        return scores
+
+    def scored(self, state: RunState, sampled: Rollout, scores: Scores) -> None:
+        """A step's rewards are known; `guards.skips_rollout` then says whether to learn from it."""
+        state.rollout_metrics = step_metrics.rollout_metrics(
+            self._run, sampled.completions, scores, sampled.seconds
+        )
+        rollout.show(self._run, self._writers, state.step + 1, sampled, scores)
+        self.guards.check_rollout(state.step + 1, state.rollout_metrics)
+        if self.guards.skips_rollout:
+            self.guards.skipped(state.step + 1, self._run.updates_per_step)
+        self.guards.enforce()
+
+    def begin_updates(self) -> None:
+        """The updates of a step begin, or go on."""
+        self._learning = time.monotonic()
+
+    def updated(self, state: RunState, values: dict[str, Any]) -> None:
+        """An update is launched; `values`: its metrics, on the device."""
+        self.log.add_update(state, values)
+        self.guards.enforce()
+        state.update += 1
+        if state.update < self._run.updates_per_step and self._stop.asked():
+            self.log.fetch()
+            self.guards.enforce()
+            self._stop_with(state)
+
+    def learned(self, state: RunState) -> None:
+        """A step's updates are launched: its line begins."""
+        rollouts = state.experience.rollouts
+        lengths = transfer.to_host((rollouts.prompt_length_P, rollouts.length_PG))
+        state.tokens += int(lengths[1].sum())
+        state.prompts += self._run.config.batch.prompts
+        self.log.open(state, lengths, self._started, self._learning, self._seconds)
+        self._seconds = {}
+
+    def finished(self, state: RunState) -> None:
+        """A step is done; where something is due after it, its numbers are waited for."""
+        run, is_last = self._run, state.step == self._num_steps
+        stops = self._stop.asked() and not is_last
+        run.checkpoints.poll()
+        if stops or run.evaluates_after(state.step) or run.saves_after(state.step):
+            self.log.fetch()
+            self.guards.enforce(before=self.log.close)  # before anything is saved
+        if stops:
+            state.unevaluated = self.log.values() if run.evaluates_after(state.step) else {}
+            self._stop_with(state)
+
+    def evaluated_at_start(self, state: RunState) -> None:
+        """Writes the evaluation before the first step: again where that was stopped."""
+        self._writers.scalars(0, state.first_evaluation)
+
+    # --- Saving -----------------------------------------------------------------------------------
+
+    def checkpoint(self, state: RunState, quality: float | None) -> None:
+        """Begins the checkpoint that is due; its time stands in the next step's line."""
+        self._watchdog.phase(f"The checkpoint after step {state.step}")
+        with phase("checkpoint"), self._timed("time/checkpoint_s"):
+            self.save(state, quality)
+
+    def save(self, state: RunState, quality: float | None = None, **options: Any) -> None:
+        """Begins a checkpoint; arguments as of `run_state.save`.
+
+        Raises ValueError where the folder is another run's by now.
+        """
+        claim.check()
+        state.wall_s = time.monotonic() - self._began
+        run_state.save(self._run, state, quality=quality, **options)
+
+    @contextlib.contextmanager
+    def _may_stop(self, state: RunState) -> Iterator[Callable[[], None]]:
+        """While entered, a stop gives up what is being done, and saves the state as it is now.
+
+        From the call of what it gives on, the train state may be donated, and a stop waits.
+        """
+        state, sizes = dataclasses.replace(state), run_state.sizes(self._run)
+
+        def leave() -> str:
+            self.log.fetch()
+            if self.guards.has_orders:  # it would be undone: better computed again
+                return (
+                    f"Stopped by {self._stop.name} at step {state.step}, where a guard has "
+                    "orders; nothing is saved. The same command continues the run."
+                )
+            return self._saved(state, sizes)
+
+        with self._stop.leaving(leave) as over:
+            try:
+                yield over
+            except Asked:
+                self.log.fetch()
+                self.guards.enforce(before=self.log.close)
+                raise Stopped(self._saved(state, sizes)) from None
+
+    def _stop_with(self, state: RunState) -> NoReturn:
+        raise Stopped(self._saved(state, None))
+
+    def _saved(self, state: RunState, sizes: dict[str, Any] | None) -> str:
+        """Saves, and says so."""
+        run, name = self._run, self._stop.name
+        has_begun = state.step or state.update or state.first_evaluation
+        if not has_begun and state.next_rollout is None:
+            run.checkpoints.close()
+            return (
+                f"Stopped by {name} in the first rollout; there is nothing to save. The "
+                "same command begins again."
+            )
+        if not state.unevaluated:
+            self.log.close()  # before saving: a resumed run finds the line there
+        self.save(state, sizes_then=sizes)
+        run.checkpoints.close()
+        middle = f", after {state.update} of its updates" if state.update else ""
+        return (
+            f"Stopped by {name} at step {state.step}{middle}; all is saved in {run.folder}. The "
+            "same command continues the run."
+        )

@@ -1,0 +1,102 @@
+"""What a run has come to: its evaluations; at its end the export, the curves and the summary."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from grpo_jax import keys
+from grpo_jax.evaluation import held_out
+from grpo_jax.hosts import processes
+from grpo_jax.metrics import curves
+from grpo_jax.run import claim, workdir
+from grpo_jax.run import stop as stop_lib
+from grpo_jax.run.checkpoints import NotSaved
+from grpo_jax.run.whole_files import write_json
+from grpo_jax.trainers import exporting
+from grpo_jax.trainers.grpo_run import Run
+from grpo_jax.trainers.run_state import RunState
+
+
+def evaluate(
+    run: Run, state: RunState, on_harvest: Callable[[], None], *, final: bool
+) -> dict[str, float]:
+    """Metrics of greedy completions, and with `final` of samples where the config asks for them.
+
+    `on_harvest` is called whenever some completions have finished, on all processes alike.
+    """
+    asked, began = run.config.evaluation, time.monotonic()
+    values: dict[str, float] = {}
+    for num_samples in (0, asked.num_samples) if final and asked.num_samples else (0,):
+        kind = f"sampled_{num_samples}" if num_samples else "greedy"
+        values |= held_out.run(
+            run.evaluator,
+            run.evaluator.publish(state.train.params),
+            run.policy,
+            run.held_out,
+            run.rewards,
+            num_samples=num_samples,
+            temperature=asked.temperature,
+            key=keys.key_for(run.config.seed, "evaluate", state.step),
+            file=run.folder / "evaluations" / f"step_{state.step:06d}_{kind}.jsonl",
+            on_harvest=on_harvest,
+        )
+    state.accuracy, state.held_out_reward = values.get("eval/accuracy"), values.get("eval/reward")
+    return values | {"time/evaluation_s": time.monotonic() - began}
+
+
+def finish(run: Run, state: RunState, stop: stop_lib.StopSignal, wall_s: float) -> dict[str, Any]:
+    """Exports the model, draws the curves, and writes the summary, which it returns."""
+    unsaved = None
+    try:
+        run.checkpoints.close()
+    except NotSaved as error:  # the model is at hand still
+        unsaved = error
+    waiting = nullcontext() if unsaved else stop.nothing_to_lose(stop_lib.PATIENCE_S)
+    with waiting:
+        claim.check()
+        summary = _summary(run, state, wall_s)
+    if unsaved:
+        raise unsaved
+    return summary
+
+
+def _summary(run: Run, state: RunState, wall_s: float) -> dict[str, Any]:
+    export = run.folder / "export"
+    summary = {
+        "accuracy_before": state.accuracy_before,
+        "accuracy_after": state.accuracy,
+        "held_out_reward_before": state.held_out_reward_before,
+        "held_out_reward_after": state.held_out_reward,
+        "train_wall_s": round(wall_s, 1),
+        "seed": run.config.seed,
+        "steps": state.step,
+        "generated_tokens": state.tokens,
+        "skipped_updates": int(state.train.num_skipped),
+        "roll_backs": state.history.roll_backs,
+        "parameters": run.policy.model.num_params,
+    }
+    if run.config.checkpoint.export:
+        exporting.export(run.policy, export, state.train, run.config.checkpoint.export_dtype)
+        workdir.note_export(export, step=state.step, updates=int(state.train.num_updates))
+        summary["export"] = str(export)
+        summary["ask"] = _command_to_ask(run, export)
+    if processes.is_first():
+        summary["generated_tokens_per_s"] = round(curves.mean_throughput(run.folder), 1)
+        summary["curves"] = str(curves.curves(run.folder))
+        write_json(run.folder / "summary.json", summary)
+    return summary
+
+
+def _command_to_ask(run: Run, export: Path) -> str:
+    """The command that asks the trained model a question, one it was not trained on if there is."""
+    questions = run.held_out or run.train
+    prompt = questions.problems[0].prompt
+    chat = "" if isinstance(prompt, str) else " --chat"
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    model, prompt = shlex.quote(str(export)), shlex.quote(text)
+    return f"python -m grpo_jax.generate --model {model}{chat} --prompt {prompt}"

@@ -1,0 +1,125 @@
+"""The completions of a step: sampled, held on the host until they are learned from, and shown."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from grpo_jax import keys
+from grpo_jax.algorithm import advantages
+from grpo_jax.data import prompts
+from grpo_jax.devices import transfer
+from grpo_jax.environments.questions import Questions
+from grpo_jax.environments.rewarding import RewardCollector
+from grpo_jax.environments.single_turn import Rollout
+from grpo_jax.learner import scoring
+from grpo_jax.metrics import writers as writers_lib
+from grpo_jax.metrics.samples import print_samples
+from grpo_jax.rewards.scores import Scores
+from grpo_jax.structs import Rollouts
+from grpo_jax.trainers.grpo_run import Run
+from grpo_jax.trainers.run_state import RunState
+from grpo_jax.trainers.step_metrics import StepLog
+
+
+def sample(
+    run: Run, state: RunState, log: StepLog, on_harvest: Callable[[], None], *, ahead: int = 0
+) -> Rollout:
+    """Samples the completions of the step `ahead` of the state's.
+
+    Once the device is busy it writes the line that is open. `on_harvest` is called whenever some
+    completions have finished, on all processes alike.
+    """
+    started, step = time.monotonic(), state.step + ahead
+    questions, rewards = _begin(run, state, step)
+    completions = run.engine.generate(
+        run.engine.publish(state.train.params),
+        questions.prompt_ids,
+        group=run.config.batch.group,
+        key=keys.key_for(run.config.seed, "rollout", state.draw_of(step)),
+        temperature=run.config.rollout.temperature,
+        on_group=rewards.add,
+        meanwhile=log.close,
+        on_harvest=on_harvest,
+    )
+    seconds = time.monotonic() - max(started, log.closed_at)
+    return Rollout(questions, rewards, completions, seconds)
+
+
+def sampled_before(run: Run, state: RunState, completions: Rollouts) -> Rollout:
+    """Completions that a checkpoint held, given to the rewards as if just sampled."""
+    step = state.step + bool(state.update)
+    questions, rewards = _begin(run, state, step)
+    for number, (completion_GC, length_G) in enumerate(
+        zip(completions.completion_PGC, completions.length_PG)
+    ):
+        rewards.add(number, [ids[:n].tolist() for ids, n in zip(completion_GC, length_G)])
+    return Rollout(questions, rewards, completions, state.next_rollout_s)
+
+
+def device_rows(run: Run, completions: Rollouts) -> Rollouts:
+    """The completions on the device, cut to about the longest."""
+    limit = completions.completion_PGC.shape[-1]
+    longest = scoring.cut_to(limit, int(completions.length_PG.max()))
+    return transfer.shard_rows(
+        run.mesh,
+        completions.replace(
+            completion_PGC=completions.completion_PGC[..., :longest],
+            logp_PGC=completions.logp_PGC[..., :longest],
+        ),
+    )
+
+
+def show(
+    run: Run, writers: writers_lib.Writers, step: int, rollout: Rollout, scores: Scores
+) -> None:
+    """Writes and prints completions of the step, where logging.samples_every_steps asks for it."""
+    every = run.config.logging.samples_every_steps
+    if not every or (step - 1) % every:
+        return
+    group = run.config.batch.group
+    # Of rewards that are unknown, this shows what a 0 would be worth.
+    reward_PG = np.nan_to_num(scores.reward_B, nan=0.0).reshape(-1, group)
+    scale_by = run.config.algorithm.scale_by
+    relative_PG = np.asarray(advantages.group_advantages(reward_PG, scale_by=scale_by))
+    # Of the most divided group: what the policy is about to learn from.
+    p = int(reward_PG.std(1).argmax())
+    texts = rollout.rewards.texts([p])
+    best_first = np.argsort(-reward_PG[p], kind="stable")
+    num_best = -(-run.config.logging.num_samples // 2)
+    num_worst = min(run.config.logging.num_samples - num_best, group - num_best)
+    rows = []
+    for g in [*best_first[:num_best], *best_first[group - max(num_worst, 0) :]]:
+        row = p * group + g
+        by_name = {n: float(v[row]) for n, v in scores.by_name.items()}
+        rows.append(
+            {
+                "prompt": rollout.questions.texts[p],
+                "completion": texts[g],
+                "rewards": {n: None if np.isnan(v) else v for n, v in by_name.items()},
+                "extras": {n: v[row] for n, v in scores.extras.items()},
+                "advantage": float(relative_PG[p, g]),
+                "length": int(rollout.completions.length_PG[p, g]),
+            }
+        )
+    writers.samples(step, rows)
+    print_samples(f"Completions of step {step}", rows)
+
+
+def _begin(run: Run, state: RunState, step: int) -> tuple[Questions, RewardCollector]:
+    """What the completions of a step are to answer, and what collects their rewards."""
+    config, draw, num_problems = run.config, state.draw_of(step), len(run.train.problems)
+    questions = run.train.take(
+        prompts.prompt_indices(config.seed, draw, num_problems, config.batch.prompts)
+    )
+    seen = {
+        "global_step": step,
+        "max_steps": config.loop.num_steps,
+        "epoch": draw * config.batch.prompts / num_problems,
+    }
+    rewards = RewardCollector(
+        run.rewards, run.policy, questions.problems, questions.texts, config.batch.group, seen
+    )
+    return questions, rewards

@@ -1,0 +1,205 @@
+"""The line of metrics that each step writes, put together from its rollout and its updates."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from grpo_jax.config import derived
+from grpo_jax.devices import chips, memory, roofline
+from grpo_jax.devices.compiling import Compiling
+from grpo_jax.devices.phases import phase
+from grpo_jax.messages.progress import Progress
+from grpo_jax.metrics.writers import Writers
+from grpo_jax.rewards.scores import Scores
+from grpo_jax.structs import Rollouts
+from grpo_jax.trainers.grpo_run import Run
+from grpo_jax.trainers.guards import Guards
+from grpo_jax.trainers.run_state import RunState
+
+
+class StepLog:
+    """Collects the metrics of a step's updates, and writes them in one line with its rollout's.
+
+    The loop does not wait for them: an update's are fetched once the next one is under way, and
+    those of a step's last, with which its line is closed, while the next rollout is.
+    """
+
+    def __init__(
+        self, run: Run, guards: Guards, writers: Writers, bar: Progress, compiling: Compiling
+    ):
+        self._run, self._guards, self._compiling = run, guards, compiling
+        self._writers, self._bar = writers, bar
+        self._unread: tuple[dict, list, int] | None = None  # an update's, where they go, its step
+        self._line: Callable[[], dict[str, float]] | None = None  # the values of what is open
+        self._step, self._started = 0, 0.0  # its step, and time.monotonic() at that one's start
+        self._lock = threading.RLock()  # a stop closes it from another thread
+        self._read_at = 0.0  # time.monotonic() after the newest update
+        self.waited_s = 0.0  # for the newest update that was read
+        self.closed_at = 0.0  # time.monotonic() when the newest line was written
+
+    def add_update(self, state: RunState, values: dict) -> None:
+        """Takes an update's metrics, on the device, and fetches those of the update before."""
+        self.fetch()
+        self._unread = values, state.update_metrics, state.step + 1
+
+    def fetch(self) -> None:
+        """Waits for the newest update, and has the guards check it."""
+        with self._lock:
+            if self._unread is None:
+                return
+            (values, update_metrics, step), self._unread = self._unread, None
+            began = time.monotonic()
+            with phase("update"):
+                values = {name: float(value) for name, value in jax.device_get(values).items()}
+            self.waited_s = time.monotonic() - began
+            refused = bool(values.pop("skipped"))
+            self._guards.check_update(step, values, refused=refused)
+            update_metrics.append(values)
+            self._read_at = time.monotonic()
+
+    def open(
+        self, state: RunState, lengths: tuple, started: float, learning: float, seconds: dict
+    ) -> None:
+        """Begins the line of the step that `state` is in; `started`, `learning`: since when.
+
+        `lengths`: of its prompts [P] and completions [P, G]. `seconds`: of its phases, as metrics;
+        more may come while the line is open.
+        """
+        run, roll_backs = self._run, state.history.roll_backs
+        updates, skipped = state.train.num_updates, state.train.num_skipped
+        rollout_metrics, update_metrics = state.rollout_metrics, state.update_metrics
+        counters = {"tokens/generated": state.tokens} | memory.usage()
+
+        def line() -> dict[str, float]:
+            ended = max(self._read_at, learning)  # the latter where no update was made
+            seconds["time/update_s"] = ended - learning
+            values = rollout_metrics | _combined(update_metrics) | counters | seconds
+            values |= self._compiling.since_last() | {
+                "policy/skipped_updates": int(skipped),
+                "guards/roll_backs": roll_backs,
+                "policy/learning_rate": float(
+                    run.schedule(max(int(updates) - int(skipped) - 1, 0))
+                ),
+            }
+            # Not where the run was stopped after the rollout, nor where nothing was learned.
+            if "time/rollout_s" in seconds and update_metrics:
+                step_s = ended - started
+                values |= _rates(run, lengths, seconds["time/rollout_s"], step_s)
+            return values
+
+        self._step, self._line, self._started = state.step + 1, line, started
+
+    def reopen(self, step: int, values: dict[str, float]) -> None:
+        """Opens a line again that `values` gave, in a process before this one."""
+        self._step, self._line = step, lambda: dict(values)
+        self._started = time.monotonic() - values.get("time/step_s", 0.0)
+
+    def values(self) -> dict[str, float]:
+        """What stands in the line that is open, without an evaluation."""
+        with self._lock:
+            self.fetch()
+            settled = self._line() | {"time/step_s": time.monotonic() - self._started}
+            self._line = lambda: dict(settled)
+            return dict(settled)
+
+    def close(self, evaluated: dict[str, float] | None = None) -> None:
+        """Writes the line that is open, if one is, with what an evaluation found beside it."""
+        with self._lock:
+            if self._line is None:
+                return
+            values, self._line = self.values() | (evaluated or {}), None
+            self._writers.scalars(self._step, values)
+            self._bar.update(self._step, values)
+            self.closed_at = time.monotonic()
+
+
+def _combined(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics of a step's updates as one: the largest of maxima, the mean of the rest."""
+    names = updates[0] if updates else ()
+    return {
+        n: float((max if n.endswith("_max") else np.mean)([v[n] for v in updates])) for n in names
+    }
+
+
+def rollout_metrics(
+    run: Run, rollouts: Rollouts, scores: Scores, rollout_s: float
+) -> dict[str, float]:
+    """What there is to know of a rollout before anything is learned from it."""
+    length_PG, stopped_PG = rollouts.length_PG, rollouts.stopped_PG
+    reward_PG = scores.reward_B.reshape(length_PG.shape)
+    values: dict[str, Any] = {}
+    if not np.isnan(reward_PG).all():
+        values = {"reward": np.nanmean(reward_PG), "reward_std": np.nanstd(reward_PG)}
+    if run.rewards.accuracy is not None:
+        accuracy = scores.accuracy(run.rewards.accuracy)
+        if not np.isnan(accuracy):
+            values["accuracy"] = accuracy
+    values |= {
+        "groups/equal_share": (_spread(reward_PG) < 1e-4).mean(),
+        "rewards/unscored": np.isnan(reward_PG).sum(),
+        "completion/length": length_PG.mean(),
+        "completion/length_min": length_PG.min(),
+        "completion/length_max": length_PG.max(),
+        "completion/truncated_share": 1 - stopped_PG.mean(),
+        "throughput/generated_tokens_per_s": length_PG.sum() / rollout_s,
+    }
+    if stopped_PG.any():
+        values["completion/stopped_length"] = length_PG[stopped_PG].mean()
+    for name, value_B in scores.by_name.items():
+        if not np.isnan(value_B).all():
+            values[f"reward/{name}"] = np.nanmean(value_B)
+            values[f"reward/{name}_std"] = np.nanstd(value_B)
+        values[f"rewards/failed/{name}"] = scores.failed[name].sum()
+    for kind in {failure.kind for failure in scores.failures}:
+        values[f"rewards/failed_by_{kind}"] = scores.num_failed(kind)
+    for name, (total, count) in scores.metrics.items():
+        values[f"reward_log/{name}"] = total / count
+    return {name: float(value) for name, value in values.items()}
+
+
+def _spread(reward_PG: np.ndarray) -> np.ndarray:
+    """Largest minus smallest known reward of each group; 0 where none is known."""
+    known_PG = ~np.isnan(reward_PG)
+    high_P = np.where(known_PG, reward_PG, -np.inf).max(axis=1)
+    low_P = np.where(known_PG, reward_PG, np.inf).min(axis=1)
+    return np.where(known_PG.any(axis=1), high_P - low_P, 0.0)
+
+
+def _rates(
+    run: Run, lengths: tuple[np.ndarray, np.ndarray], rollout_s: float, step_s: float
+) -> dict[str, float]:
+    """Tokens per second of a step, and beside what the devices could do where that is known.
+
+    `lengths`: of its prompts [P] and completions [P, G]. `step_s` ends with the last update.
+    """
+    config, model, mesh = run.config, run.policy.model, run.mesh
+    learning_s, generated = step_s - rollout_s, lengths[1].sum()
+    iterations = config.algorithm.num_iterations
+    rates = {
+        "throughput/step_tokens_per_s": generated / step_s,
+        "throughput/learned_tokens_per_s": iterations * (lengths[0].sum() + generated) / learning_s,
+    }
+    chip = chips.chip(mesh.devices.flat[0].device_kind)
+    if chip:
+        sampling = roofline.rollout(model, *lengths, **run.engine.traffic)
+        passes = 3 * iterations + (run.ref_params is not None)
+        passes += derived.needs_old_pass(config)
+        learning = roofline.forward(model, *lengths).times(passes)
+        least = [
+            w.seconds(chip.bf16_flops, chip.hbm_bytes_per_s, mesh.size)
+            for w in (sampling, learning)
+        ]
+        done = sampling.flops + learning.flops
+        rates |= {
+            "throughput/mfu": done / (step_s * chip.bf16_flops * mesh.size),
+            "floor/rollout_share": least[0] / rollout_s,
+            "floor/learning_share": least[1] / learning_s,
+            "floor/step_share": sum(least) / step_s,
+        }
+    return {name: float(value) for name, value in rates.items()}

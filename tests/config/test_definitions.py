@@ -1,0 +1,101 @@
+"""What a run says of its own formulas, and that the docs say it too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from grpo_jax import cli, train
+from grpo_jax.config import definitions, rules
+from grpo_jax.config import options as options_lib
+from grpo_jax.config.dotted import override
+from grpo_jax.setup import model
+from grpo_jax.trainers import grpo
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "definitions.md"
+
+
+def lines(**options) -> list[str]:
+    config = options_lib.default()
+    for name, value in options.items():
+        override(config, name.replace("__", "."), str(value))
+    return definitions.in_force(config)
+
+
+def test_the_defaults():
+    assert lines() == [
+        "Advantage A: (reward - mean of its group) / the group's standard deviation, 0 where that "
+        "is <= 1e-4",
+        "Loss: -min(r A, clip(r, 0.8, 1.2) A), mean over an update's tokens",
+        "AdamW(0.9, 0.99), learning rate 1e-06",
+    ]
+
+
+def test_everything_that_differs_is_told():
+    told = lines(
+        algorithm__scale_by="sample_std", algorithm__clip_low=0.1, algorithm__clip_high=0.28,
+        algorithm__kl_coef=0.04, algorithm__kl_gradient="policy_reference",
+        algorithm__entropy_coef=0.01, algorithm__normalizer="constant", rollout__max_tokens=64,
+        algorithm__importance_correction="sequence_mask", algorithm__importance_cap=3.0,
+        algorithm__mask_truncated=True, rollout__top_k=20, rollout__top_p=0.95,
+        optim__beta2=0.999, optim__warmup_steps=5, optim__schedule="linear",
+        optim__end_fraction=0.1, optim__learning_rate=2e-4, loop__num_steps=30,
+        batch__minibatches=2,
+    )  # fmt: skip
+    assert told == [
+        "Advantage A: (reward - mean of its group) / (the group's sample standard deviation + "
+        "1e-4)",
+        "Loss: -w min(r A, clip(r, 0.9, 1.28) A) + 0.04 (r k3, gradient of KL(policy || "
+        "reference)) - 0.01 entropy, sum over an update's tokens / (completions x 64); w = policy "
+        "/ sampler, sequence_mask above 3; completions that were cut are left out; probabilities "
+        "within top_k 20 and top_p 0.95",
+        "AdamW(0.9, 0.999), learning rate 0.0002 after 5 updates, linear to 2e-05 at update 60",
+    ]
+
+
+def test_a_run_begins_with_them(monkeypatch, tmp_path, capsys):
+    """Before anything of it is computed."""
+
+    def begun(config, *rest, **more):
+        raise KeyboardInterrupt
+
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from grpo_jax.config import options\n\n\ndef get_config():\n    c = options.default()\n"
+        '    c.data.task = "arithmetic"\n    c.model.path = "some/model"\n    return c\n'
+    )
+    monkeypatch.setattr(grpo, "run", begun)
+    monkeypatch.setattr(cli, "use_all_cores", lambda *given: None)
+    monkeypatch.setattr(cli, "use_compile_cache", lambda *given, **more: None)
+    monkeypatch.setattr(model, "model_shape", lambda *given: _Shape())
+    with pytest.raises(KeyboardInterrupt):
+        train.main(["--config", str(config), "--workdir", str(tmp_path / "run")])
+    shown = capsys.readouterr().out
+    assert all(line in shown for line in lines())
+
+
+class _Shape:
+    num_params = 0
+
+
+@pytest.mark.parametrize("option", ["scale_by", "kl_gradient", "normalizer"])
+def test_every_choice_is_told_and_documented(option):
+    """Another line for each, and none that is refused."""
+    text, told = DOCS.read_text(), set()
+    choices = {
+        "scale_by": ("none", "std", "sample_std"),
+        "kl_gradient": ("reference_policy", "policy_reference"),
+        "normalizer": ("token", "sequence", "constant"),
+    }[option]
+    for choice in choices:
+        given = {"algorithm__kl_coef": 0.1, f"algorithm__{option}": choice}
+        config = options_lib.default()
+        config.data.task, config.model.path = "arithmetic", "some/model"
+        for name, value in given.items():
+            override(config, name.replace("__", "."), str(value))
+        rules.check(config, options_lib.default())
+        told.add(tuple(lines(**given)))
+        assert f'"{choice}"' in text
+    assert len(told) == len(choices)
+    assert f"algorithm.{option}" in text

@@ -1,0 +1,191 @@
+"""The same completions and the same update on any mesh of eight devices and on one device alone."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+from jax.sharding import PartitionSpec
+
+from grpo_jax import keys
+from grpo_jax.algorithm import losses
+from grpo_jax.devices import sharding, transfer
+from grpo_jax.learner.experience import make_prepare
+from grpo_jax.learner.scoring import Scorer
+from grpo_jax.learner.train_state import start, state_like
+from grpo_jax.learner.update import make_update
+from grpo_jax.models import parameters
+from grpo_jax.sampling.decode import Decoder
+from grpo_jax.sampling.engine import Engine
+from grpo_jax.structs import Experience, Sampling
+
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
+PROMPTS = [[7], [5, 6, 7, 8], [30, 2], [11, 12, 13], [3, 3], [39], [9, 8, 7], [20]]
+GROUP, LIMIT, RATE, STEPS = 2, 6, 0.5, 5
+# data, fsdp, tensor, sequence
+MESHES = [(8, 1, 1, 1), (2, 4, 1, 1), (1, 2, 4, 1), (2, 2, 2, 1), (1, 2, 2, 2), (2, 1, 1, 4)]
+
+
+def place(mesh):
+    """The tiny model's parameters where this mesh wants them."""
+    axes = parameters.logical_axes(tiny.MODEL)
+    params = tiny.params()
+    return jax.device_put(params, sharding.tree_shardings(mesh, axes, params))
+
+
+def steps(mesh, **scoring):
+    """Rollouts and loss of each of some GRPO steps, and the state after them.
+
+    The optimizer is plain descent: one like Adam makes whole steps of what is rounding.
+    """
+    engine = Engine(Decoder(tiny.MODEL, mesh, Sampling(), (tiny.STOP,), LIMIT), compact=False)
+    scorer, optimizer = Scorer(tiny.MODEL, mesh, Sampling(), **scoring), optax.sgd(RATE, 0.9)
+    reference = jax.tree.map(lambda x: x * 1.1, place(mesh))
+    prepare = make_prepare(scorer, scale_by="std", mask_truncated=False, with_old=True)
+    objective = losses.Objective(kl_coef=0.1, entropy_coef=0.01)
+    update = make_update(scorer, objective, optimizer, num_minibatches=1)
+    state = start(place(mesh), tiny.MODEL, mesh, optimizer)
+    rollouts, loss = [], []
+    for n in range(STEPS):
+        params, key = engine.publish(state.params), keys.key_for(0, "rollout", n)
+        rollouts.append(engine.generate(params, PROMPTS, group=GROUP, key=key, temperature=1.0))
+        action_PGC = np.arange(LIMIT) < rollouts[-1].length_PG[..., None]
+        reward_PG = (action_PGC * (rollouts[-1].completion_PGC % 3)).sum(-1).astype(np.float32)
+        placed = transfer.shard_rows(mesh, (rollouts[-1], reward_PG))
+        state, metrics = update(
+            state, prepare(prepare.log_probs(state.params, reference, placed[0]), placed[1]), 0
+        )
+        loss.append(float(metrics["policy/loss"]))
+    return rollouts, loss, state
+
+
+@pytest.fixture(scope="module")
+def alone():
+    rollouts, loss, state = steps(tiny.one_device())
+    return rollouts, loss, jax.device_get(state.params)
+
+
+@pytest.mark.parametrize(
+    ("shape", "scan_layers"), [*((shape, True) for shape in MESHES), ((2, 2, 2, 1), False)], ids=str
+)
+def test_a_mesh_changes_nothing(alone, shape, scan_layers):
+    wanted, want_loss, want_params = alone
+    mesh = sharding.make_mesh(*shape)
+    assert mesh.devices.shape == (*shape[:2], shape[3], shape[2])
+
+    rollouts, loss, state = steps(mesh, scan_layers=scan_layers)
+    params = state.params
+
+    for got, want in zip(rollouts, wanted, strict=True):
+        for name in ("completion_PGC", "length_PG", "stopped_PG"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
+        np.testing.assert_allclose(got.logp_PGC, want.logp_PGC, atol=2e-5, rtol=0)
+    np.testing.assert_allclose(loss, want_loss, atol=1e-5, rtol=0)
+    kernel = params["layers"]["mlp"]["up"]["kernel"]  # [L, D, F]: fsdp splits D, tensor F
+    assert kernel.addressable_shards[0].data.shape == (2, 32 // shape[1], 48 // shape[2])
+    moment = state.opt_state[0].trace["layers"]["mlp"]["up"]["kernel"]  # over all devices
+    assert moment.addressable_shards[0].data.size * 8 == moment.size
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), tiny.params(), want_params)
+    assert min(jax.tree.leaves(moved)) > 1e-4
+    jax.tree.map(
+        lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5, rtol=1e-5),
+        jax.device_get(params),
+        want_params,
+    )
+
+
+def test_a_row_is_split_over_its_devices():
+    """Four devices of one row compute a quarter of it each."""
+    operations = []
+    for mesh in (tiny.one_device(), sharding.make_mesh(1, 1, 1, 4, devices=jax.devices()[:4])):
+        scorer, optimizer = Scorer(tiny.MODEL, mesh, Sampling()), optax.sgd(RATE)
+        update = make_update(scorer, losses.Objective(), optimizer, num_minibatches=1)
+        rollouts = tiny.rollouts(8, 4, 32)
+        experience = Experience(
+            rollouts=transfer.shard_rows(mesh, rollouts),
+            advantage_PG=rollouts.length_PG.astype(np.float32),
+            action_PGC=rollouts.logp_PGC < 0,
+            old_logp_PGC=None,
+            ref_logp_PGC=None,
+        )
+        rows = scorer.microbatches(rollouts, np.arange(8))
+        assert rows.number == 1
+        state = state_like(tiny.MODEL, mesh, optimizer)
+        carry = jax.eval_shape(update.empty)
+        args = state.params, rows.number, carry, experience, *rows.arrays
+        program = update.add.trace(*args).lower().compile()
+        operations.append(program.cost_analysis()["flops"])
+    assert operations[1] < operations[0] / 3
+
+
+def test_slots_are_refilled_and_compacted_in_each_shard():
+    """Fourteen prompts on two devices, eight completions at once; and all at once, compacted.
+
+    The same where four devices of one shard have slots of their own each, and share the MLP.
+    """
+    prompts, stops = PROMPTS + PROMPTS[:6], (tiny.STOP, 4, 17)
+    one, two = tiny.one_device(), sharding.make_mesh(devices=jax.devices()[:2])
+    four = sharding.make_mesh(1, 1, 4, devices=jax.devices()[:4])
+    key, got, shapes = keys.key_for(0, "rollout", 0), [], []
+    for mesh, num_slots in ((one, 0), (two, 8), (two, 0), (four, 16), (four, 0)):
+        decoder = Decoder(tiny.MODEL, mesh, Sampling(), stops, 16)
+        engine = Engine(decoder, num_slots=num_slots, compact=num_slots == 0 and mesh is not one)
+        params = engine.publish(place(mesh))
+        got.append(engine.generate(params, prompts, group=4, key=key, temperature=1.0))
+        shapes.append({shape[:2] for shape in engine.shapes})
+    assert shapes == [{(14, 4)}, {(1, 4)}, {(7, 4), (14, 1)}, {(1, 4)}, {(4, 4), (8, 1)}]
+    for rollouts in got[1:]:
+        for name in ("completion_PGC", "length_PG", "stopped_PG"):
+            np.testing.assert_array_equal(getattr(rollouts, name), getattr(got[0], name), name)
+        np.testing.assert_allclose(rollouts.logp_PGC, got[0].logp_PGC, atol=1e-5, rtol=0)
+
+
+def test_a_group_waits_for_the_shard_that_trains_on_it():
+    """Eight prompts, of which each of four shards is given two, in both places the same two."""
+    mesh = sharding.make_mesh(2, 2, 2)
+    engine = Engine(Decoder(tiny.MODEL, mesh, Sampling(), (tiny.STOP,), LIMIT))
+
+    queues = engine._queues(8, group=3, lanes=2)
+
+    trained = {
+        s.device: set(np.asarray(s.data).tolist())
+        for s in transfer.shard_rows(mesh, np.arange(8)).addressable_shards
+    }
+    for queue, devices in zip(queues, mesh.devices.reshape(4, 2), strict=True):
+        assert [len(rows) for rows in queue] == [2, 1, 2, 1]
+        assert [{row // 3 for rows in queue for row in rows}] * 2 == [trained[d] for d in devices]
+    # One prompt alone is spread over all.
+    assert [list(queue) for queue in engine._queues(1, 8, 2)] == [
+        [[0, 1]],
+        [[2, 3]],
+        [[4, 5]],
+        [[6, 7]],
+    ]
+
+
+def test_one_size_may_be_the_rest():
+    assert sharding.make_mesh().shape == {"data": 8, "fsdp": 1, "sequence": 1, "tensor": 1}
+    assert sharding.make_mesh(2, -1, 2).shape["fsdp"] == 2
+    assert sharding.make_mesh(2, 1, 1, -1).shape["sequence"] == 4
+    assert sharding.num_slot_shards(sharding.make_mesh(2, 1, 2, 2)) == 4
+    assert sharding.num_row_shards(sharding.make_mesh(2, 2, 2)) == 4
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (4, 1, 1), (16, 1, 1), (-1, 3, 1), (-1, 16, 1)])
+def test_a_mesh_of_other_devices_than_there_are_is_refused(shape):
+    with pytest.raises(ValueError, match=r"mesh\.data = .* the 8 devices"):
+        sharding.make_mesh(*shape)
+
+
+def test_an_axis_that_does_not_divide_is_left_out():
+    mesh = sharding.make_mesh(2, 2, 2)
+    spec = lambda *args: sharding.sharding_of(mesh, *args).spec  # noqa: E731
+
+    assert spec(("embed", "heads"), (6, 8)) == PartitionSpec("fsdp", "tensor")
+    assert spec(("embed", "heads"), (6, 7)) == PartitionSpec("fsdp", None)
+    assert spec(("rows", None), (4, 8)) == PartitionSpec(("data", "fsdp"), None)
+    assert spec(("rows", None), (6, 8)) == PartitionSpec("data", None)  # 6 is no multiple of 4
+    assert spec(("rows", None), (3, 8)) == PartitionSpec(None, None)

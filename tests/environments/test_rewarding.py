@@ -1,0 +1,91 @@
+"""What reward functions are given of a rollout, and what the terminal hears of their failures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from grpo_jax.data.problems import Problem
+from grpo_jax.environments import rewarding
+from grpo_jax.environments.rewarding import FailureReports, RewardCollector
+from grpo_jax.rewards.pool import Pool
+from grpo_jax.rewards.registry import load
+from grpo_jax.rewards.scores import Failure, Scores
+
+CHAT = [{"role": "user", "content": "hi"}]
+
+
+class _Policy:
+    def text(self, ids):
+        return "".join("abc."[i] for i in ids)
+
+
+def seen(prompts, completions, completion_ids, level, trainer_state, **columns):
+    """A number that tells what arrived."""
+    values = []
+    for prompt, completion, ids, base in zip(prompts, completions, completion_ids, level):
+        text = completion if isinstance(prompt, str) else completion[0]["content"]
+        assert isinstance(prompt, str) or completion[0]["role"] == "assistant"
+        assert len(text) == len(ids)
+        values.append(base + len(text) + 0.5 * (not isinstance(prompt, str)))
+    return [v + trainer_state.global_step for v in values]
+
+
+def rendered(prompts, completions, rendered_prompts, **columns):
+    return [float(text.endswith("<think>\n")) for text in rendered_prompts]
+
+
+def test_groups_may_finish_in_any_order():
+    problems = [Problem("p", {"level": 10}), Problem(CHAT, {"level": 20})]
+    with Pool(load(("test_rewarding:seen",), (1.0,))) as pool:
+        state = {"global_step": 100, "max_steps": 9, "epoch": 0.0}
+        collector = RewardCollector(pool, _Policy(), problems, ["p", "chat"], 2, state)
+        collector.add(1, [[0, 1, 3], [3]])
+        collector.add(0, [[2, 3], [0, 0, 0, 0]])
+        got = collector.scores()
+    assert collector.texts() == ["c.", "aaaa", "ab.", "."]
+    np.testing.assert_array_equal(got.reward_B, [112, 114, 123.5, 121.5])
+
+
+def test_rewards_see_the_prompts_as_the_model_reads_them():
+    problems = [Problem(CHAT, {"level": 0}), Problem(CHAT, {"level": 0})]
+    texts = ["[user] hi [assistant]\n", "[user] hi [assistant]<think>\n"]
+    with Pool(load(("test_rewarding:rendered",), (1.0,))) as pool:
+        collector = RewardCollector(pool, _Policy(), problems, texts, 2)
+        collector.add(1, [[3], [3]])
+        collector.add(0, [[3], [3]])
+        assert collector.scores().reward_B.tolist() == [0, 0, 1, 1]
+
+
+def test_a_group_that_is_missing_is_noticed():
+    with Pool(load(("test_rewarding:seen",), (1.0,))) as pool:
+        collector = RewardCollector(pool, _Policy(), [Problem("p", {"level": 1})], ["p"], 1)
+        with pytest.raises(AssertionError, match="did not finish"):
+            collector.scores()
+
+
+def _scores(failed, **more):
+    failed_B = np.array(failed)
+    failures = tuple(Failure("r", int(i), "error", "It broke.") for i in np.flatnonzero(failed_B))
+    nan_B = np.where(failed_B, np.nan, 1.0)
+    return Scores(nan_B, {"r": nan_B}, {"r": failed_B}, {"r": nan_B}, failures, **more)
+
+
+def test_what_failed_for_groups_alone_is_told(monkeypatch):
+    said = []
+    monkeypatch.setattr(rewarding, "say", said.append)
+    FailureReports().tell("step 1", _scores([False, False], retried={"r": (3, "It broke.")}))
+    assert "step 1: 3 calls of the reward 'r' failed for a group" in said[0]
+    assert said[0].endswith("It broke.")
+
+
+def test_reports_become_rare(monkeypatch):
+    said = []
+    monkeypatch.setattr(rewarding, "say", said.append)
+    reports = FailureReports()
+    reports.tell("step 0", _scores([False, False]))
+    assert not said
+    for step in range(1, 9):
+        reports.tell(f"step {step}", _scores([True, False]))
+    assert [line.split(":")[1] for line in said] == [" step 1", " step 2", " step 4", " step 8"]
+    assert "1 of 2 completions have no reward 'r'" in said[0] and "It broke." in said[0]

@@ -1,0 +1,124 @@
+"""Runs the training program several times in one process, stopping it at chosen moments.
+
+`python drive.py JOBS` where JOBS is a JSON list of {"argv": [...], "after": N, "of": "update" or
+"sft"}: the run is asked to stop after N updates of GRPO or N supervised steps in this process;
+without "after" it runs to its end. With "in", "rollout", "rewards", "update" or "evaluation", it
+does not hear that, and is left in the next such phase, as one that does not come to its end.
+Prints one JSON line per job: how it ended.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+
+from grpo_jax import train
+from grpo_jax.metrics import writers
+from grpo_jax.run import stop
+from grpo_jax.trainers import grpo, monitor, results
+from grpo_jax.trainers.step_metrics import StepLog
+
+
+class Count:
+    """What this process has done since the job began."""
+
+    update = 0
+    sft = 0
+    grpo = False  # whether its supervised training is over
+    evaluating = False
+
+
+class StopAfter(stop.StopSignal):
+    """A stop signal that arrives after a number of updates, and not before."""
+
+    of = "update"
+    after: int | None = None
+    within = ""  # the phase in which the run is left
+
+    def asked(self):
+        self.name = "SIGTEST"
+        return not self.within and self._is_due()
+
+    def look(self):
+        self.leave("evaluation" if Count.evaluating else "rollout")
+
+    def _is_due(self):
+        if self.after is None or (self.of == "update" and not Count.grpo):
+            return False
+        return getattr(Count, self.of) >= self.after
+
+    def leave(self, phase: str) -> None:
+        """Leaves the run as the thread that hears signals does, where that is due."""
+        if self.within != phase or not self._is_due():
+            return
+        ends: list[str] = []
+        stop._end = lambda message, status: ends.append(f"{message} (status {status})")
+        thread = threading.Thread(target=self._leave, args=[self._way_out])
+        thread.start()
+        thread.join()
+        raise stop.Stopped(ends[0])
+
+
+def _counted(function, kind):
+    def call(*args, **kwargs):
+        if kind == "update" or str(args[0].folder).endswith("bootstrap"):
+            setattr(Count, kind, getattr(Count, kind) + 1)
+        return function(*args, **kwargs)
+
+    return call
+
+
+class CountingWriters(writers.Writers):
+    """Counts the supervised steps that are written."""
+
+    def __init__(self, folder, **kwargs):
+        self.folder = folder
+        Count.grpo = not str(folder).endswith("bootstrap")
+        super().__init__(folder, **kwargs)
+
+
+class LeavingMonitor(monitor.Monitor):
+    """Tells the stop signal of what the run comes to."""
+
+    def donates(self, gradients):
+        self._stop.leave("update")
+        super().donates(gradients)
+
+    def rewards(self, *args):
+        self._stop.leave("rewards")
+        return super().rewards(*args)
+
+
+def _evaluate(*args, **kwargs):
+    Count.evaluating = True
+    try:
+        return evaluate(*args, **kwargs)
+    finally:
+        Count.evaluating = False
+
+
+evaluate = results.evaluate
+
+
+def main(jobs: list[dict]) -> None:
+    train.StopSignal, grpo.Monitor, results.evaluate = StopAfter, LeavingMonitor, _evaluate
+    StepLog.add_update = _counted(StepLog.add_update, "update")
+    CountingWriters.scalars = _counted(writers.Writers.scalars, "sft")
+    writers.Writers = CountingWriters
+    for job in jobs:
+        Count.update, Count.sft, Count.grpo = 0, 0, False
+        StopAfter.after, StopAfter.of = job.get("after"), job.get("of", "update")
+        StopAfter.within = job.get("in", "")
+        try:
+            train.main(job["argv"])
+            end = "finished"
+        except stop.Stopped as stopped:
+            end = str(stopped)
+        except ValueError as error:
+            end = f"error: {error}"
+        print(json.dumps({"end": end}), flush=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

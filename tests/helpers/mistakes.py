@@ -1,0 +1,45 @@
+"""A program that refuses: its status and message; and the model it is given."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from grpo_jax import cli
+from grpo_jax.config import loading
+from grpo_jax.data import tasks
+from grpo_jax.devices import sharding
+from grpo_jax.models import policy
+from grpo_jax.models.hf.export import save
+from grpo_jax.setup import model
+
+TINY = Path(__file__).with_name("tiny_config.py")
+
+
+def make_model(folder: Path) -> Path:
+    """A random model of the tiny config's shape as a Hugging Face folder."""
+    options = loading.load(str(TINY), []).model
+    tokenizer = tasks.load("arithmetic").make_tokenizer()
+    new = model.new(options, tokenizer)
+    params = policy.load_params(new, sharding.make_mesh(devices=jax.devices()[:1]), seed=0)
+    save(folder, params, new.model, source=None, dtype="float32", tokenizer=tokenizer)
+    return folder
+
+
+def refusal(run: Callable[[list[str]], None], argv: list[str]) -> tuple[int | None, str]:
+    """Exit status and standard error of a program that runs in this process."""
+    stderr, before = io.StringIO(), sys.argv
+    sys.argv = ["program", *argv]
+    try:
+        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+            cli.main(run)
+    except SystemExit as end:
+        return end.code, stderr.getvalue()
+    finally:
+        sys.argv = before
+    return None, stderr.getvalue()

@@ -1,0 +1,134 @@
+"""A tiny random model and rollouts for the tests of several folders."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from grpo_jax.devices import sharding
+from grpo_jax.kernels import rotary
+from grpo_jax.learner import logprobs
+from grpo_jax.models import parameters, transformer
+from grpo_jax.models.block import Block
+from grpo_jax.structs import ModelConfig, Rollouts
+
+STOP = 1
+
+MODEL = ModelConfig(
+    family="qwen3",
+    vocab_size=40,
+    width=32,
+    mlp_width=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=8,
+    rope_theta=10_000.0,
+    norm_eps=1e-6,
+    max_position=64,
+    tied_head=False,
+    qk_norm=True,
+)
+
+
+def one_device() -> Mesh:
+    """A mesh of the first device alone: eight that compute the same take eight times as long."""
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+@functools.cache
+def _host_params(seed: int):
+    params = jax.jit(functools.partial(parameters.init, MODEL))(jax.random.key(seed))
+    # Initialized kernels give nearly uniform logits; these make tokens and layers matter.
+    scale = {"kernel": 8.0, "embedding": 40.0, "scale": 1.0}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: np.asarray(x) * np.float32(scale[path[-1].key]), params
+    )
+
+
+def params(seed: int = 0):
+    """Fresh float32 parameters whose logits have a deviation near 1."""
+    return jax.tree.map(jnp.array, _host_params(seed))
+
+
+def rollouts(prompts: int = 4, group: int = 3, tokens: int = 5, seed: int = 0) -> Rollouts:
+    """Random prompts of 1 to 6 tokens and completions of 1 to `tokens`, with zeros in the padding.
+
+    The first completion of all is its stop token alone; the last one is cut at the limit. The
+    sampler's log-probabilities are random: nothing but a metric may read them.
+    """
+    rng = np.random.default_rng(seed)
+    prompt_length_P = rng.integers(1, 7, prompts, dtype=np.int32)
+    prompt_length_P[0] = 1
+    length_PG = rng.integers(1, tokens + 1, (prompts, group), dtype=np.int32)
+    length_PG[0, 0], length_PG[-1, -1] = 1, tokens
+    stopped_PG = np.ones((prompts, group), bool)
+    stopped_PG[-1, -1] = False
+    t_Q, t_C = np.arange(6), np.arange(tokens)
+    prompt_PQ = rng.integers(2, MODEL.vocab_size, (prompts, 6), dtype=np.int32)
+    completion_PGC = rng.integers(2, MODEL.vocab_size, (prompts, group, tokens), dtype=np.int32)
+    is_stop = stopped_PG[..., None] & (t_C == length_PG[..., None] - 1)
+    completion_PGC = np.where(is_stop, STOP, completion_PGC)
+    action_PGC = t_C < length_PG[..., None]
+    logp_PGC = rng.uniform(-4, -1, completion_PGC.shape).astype(np.float32)
+    return Rollouts(
+        prompt_PQ=np.where(t_Q < prompt_length_P[:, None], prompt_PQ, 0).astype(np.int32),
+        prompt_length_P=prompt_length_P,
+        completion_PGC=np.where(action_PGC, completion_PGC, 0).astype(np.int32),
+        logp_PGC=np.where(action_PGC, logp_PGC, 0).astype(np.float32),
+        length_PG=length_PG,
+        stopped_PG=stopped_PG,
+    )
+
+
+def logp(scorer, params, rollouts: Rollouts):
+    """Log-probabilities of the completions, float32 [P, G, C], one completion per row."""
+    completion_PGC = jnp.asarray(rollouts.completion_PGC)
+    target_BT = completion_PGC.reshape(-1, completion_PGC.shape[-1])
+    head = parameters.head_kernel(params)
+    logp_BT, _ = logprobs.score(scorer.hidden(params, rollouts), head, target_BT, scorer.sampling)
+    return logp_BT.reshape(completion_PGC.shape)
+
+
+def _plain_attention(q, k, v):
+    """Causal, each query head with a copy of its keys and values."""
+    length, heads = q.shape[0], q.shape[1]
+    angles = rotary.rotary(jnp.arange(length), transformer.rotary_frequencies(MODEL))
+    q, k = (rotary.rotate(x, angles) for x in (q, k))
+    k, v = (jnp.repeat(x, heads // k.shape[1], axis=1) for x in (k, v))
+    score = jnp.einsum("tnh,snh->nts", q, k) / np.sqrt(q.shape[-1])
+    score = jnp.where(np.tril(np.ones((length, length), bool))[None], score, -jnp.inf)
+    return jnp.einsum("nts,snh->tnh", jax.nn.softmax(score), v), None
+
+
+def plain_log_probs(params, ids):
+    """Log-probabilities over the vocabulary after each token of one row, [T, V]."""
+    x = params["embed"]["embedding"][ids]
+    for i in range(MODEL.num_layers):
+        layer = jax.tree.map(lambda a, i=i: a[i], params["layers"])
+        x, _ = Block(MODEL).apply({"params": layer}, x, _plain_attention)
+    scale = params["norm"]["scale"]
+    x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + MODEL.norm_eps) * scale[None]
+    return jax.nn.log_softmax(x @ parameters.head_kernel(params))
+
+
+def unstacked(layers, config: ModelConfig) -> list:
+    """Each layer's own parameters, as sampling reads them."""
+    return [jax.tree.map(lambda x: x[i], layers) for i in range(config.num_layers)]  # noqa: B023
+
+
+def run_on_a_gpu(file: str) -> None:
+    """Runs a test's file as a program: this process has been told to use the CPU."""
+    if shutil.which("nvidia-smi") is None:
+        pytest.skip("needs an NVIDIA GPU")
+    environment = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, file], env=environment, check=True, timeout=300)

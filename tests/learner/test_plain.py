@@ -1,0 +1,128 @@
+"""Loss and gradient against a plain implementation: a row for each completion, nothing shared."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from grpo_jax.algorithm import losses
+from grpo_jax.learner import scoring, train_state, update
+from grpo_jax.learner.scoring import Scorer
+from grpo_jax.structs import Experience, Rollouts, Sampling
+
+pytestmark = pytest.mark.usefixtures("quick_compiling")
+
+P, G, C = 4, 5, 9
+MODEL = tiny.MODEL
+FULL = losses.Objective(0.2, 0.3, kl_coef=0.2, entropy_coef=0.05, max_tokens=C)
+NORMALIZERS = ("token", "sequence", "constant")
+
+
+def plain_loss(params, experience, normalizer: str):
+    """The objective from the papers' formulas, every completion after a prompt of its own."""
+    rollouts, tokens = experience.rollouts, experience.action_PGC
+    ids = np.zeros((P, G, rollouts.prompt_PQ.shape[1] + C), np.int32)  # padding is never seen
+    at = rollouts.prompt_length_P[:, None, None] + np.arange(C)[None, None]
+    for p, g in np.ndindex(P, G):
+        ids[p, g, : at[p, 0, 0]] = rollouts.prompt_PQ[p, : at[p, 0, 0]]
+        ids[p, g, at[p, 0]] = rollouts.completion_PGC[p, g]
+    each = jax.vmap(jax.vmap(lambda row: tiny.plain_log_probs(params, row)))
+    p, g = np.arange(P)[:, None, None], np.arange(G)[None, :, None]
+    log_prob = each(jnp.asarray(ids))[p, g, at - 1]
+    logp = log_prob[p, g, np.arange(C)[None, None], rollouts.completion_PGC]
+    ratio = jnp.exp(logp - experience.old_logp_PGC)
+    advantage = experience.advantage_PG[..., None]
+    loss = -jnp.minimum(ratio * advantage, jnp.clip(ratio, 0.8, 1.3) * advantage)
+    difference = experience.ref_logp_PGC - logp
+    loss += 0.2 * (jnp.exp(difference) - difference - 1)
+    loss += 0.05 * (jnp.exp(log_prob) * log_prob).sum(-1)
+    loss = jnp.where(tokens, loss, 0.0)
+    if normalizer == "sequence":
+        return (loss.sum(-1) / tokens.sum(-1)).mean()
+    return loss.sum() / {"token": tokens.sum(), "constant": tokens.size}[normalizer]
+
+
+def experience_of(rollouts: Rollouts) -> Experience:
+    rng = np.random.default_rng(0)
+    near = lambda: (rollouts.logp_PGC + rng.normal(0, 0.5, (P, G, C))).astype(np.float32)  # noqa: E731
+    return Experience(
+        rollouts=rollouts,
+        advantage_PG=rng.normal(size=(P, G)).astype(np.float32),
+        action_PGC=np.arange(C) < rollouts.length_PG[..., None],
+        old_logp_PGC=near(),
+        ref_logp_PGC=near(),
+    )
+
+
+def wanted_of(experience: Experience, normalizer: str):
+    loss = lambda params: plain_loss(params, experience, normalizer)  # noqa: E731
+    return jax.jit(jax.value_and_grad(loss))(tiny.params())
+
+
+@pytest.fixture(scope="module")
+def experience() -> Experience:
+    return experience_of(tiny.rollouts(P, G, C))
+
+
+@pytest.fixture(scope="module")
+def wanted(experience):
+    return {name: wanted_of(experience, name) for name in NORMALIZERS}
+
+
+def check_update(experience: Experience, wanted, normalizer: str, scorer: Scorer) -> None:
+    """One update with a learning rate of 1 gives the loss and moves by the gradient."""
+    optimizer = optax.sgd(1.0)
+    objective = dataclasses.replace(FULL, normalizer=normalizer)
+    program = update.make_update(scorer, objective, optimizer, num_minibatches=1)
+    state = jax.tree.map(jnp.array, tiny.params())
+    state = train_state.start(state, MODEL, scorer.mesh, optimizer)
+    state, metrics = program(state, experience, 0)
+    loss, grads = wanted
+    np.testing.assert_allclose(metrics["policy/loss"], loss, rtol=1e-5)
+    got = jax.tree.map(lambda old, new: np.asarray(old - new), tiny.params(), state.params)
+    largest = max(np.abs(g).max() for g in jax.tree.leaves(grads))
+    assert largest > 1e-3
+    jax.tree.map(
+        lambda g, w: np.testing.assert_allclose(g, w, rtol=0, atol=1e-5 * largest), got, grads
+    )
+
+
+# Tokens of a row: all prompts and completions in one, two groups, one, and less than a group.
+CASES = [("token", 1000), ("sequence", 100), ("constant", 40), ("token", 40), ("sequence", 16)]
+
+
+@pytest.mark.parametrize(("normalizer", "at_once"), CASES)
+def test_packed_rows_give_the_plain_loss_and_gradient(
+    experience, wanted, normalizer, at_once, monkeypatch
+):
+    monkeypatch.setattr(scoring, "_TOKENS_AT_ONCE_ON_CPU", at_once)
+    scorer = Scorer(MODEL, tiny.one_device(), Sampling())
+    packed = scorer.microbatches(experience.rollouts, np.arange(P))
+    rows, lanes = packed.groups_SNM[0, : packed.number], packed.lane_SNMLT[0, : packed.number]
+    assert rows.shape == {1000: (1, 4), 100: (3, 2), 40: (4, 1)}.get(at_once, rows.shape)
+    assert ((rows >= 0).sum() > P) == (at_once == 16)  # groups are split
+    heads = packed.token_SNDX[0, : packed.number, 0] % C == 1  # entries that begin a completion
+    if at_once > 16:  # some share a lane
+        assert heads.sum() > (lanes.reshape(len(rows), -1, C - 1)[..., 0] >= 0).sum()
+    check_update(experience, wanted[normalizer], normalizer, scorer)
+
+
+@pytest.mark.parametrize("at_once", [184, 46])
+def test_completions_of_like_length_stay_where_attention_sees_them(at_once, monkeypatch):
+    monkeypatch.setattr(scoring, "_TOKENS_AT_ONCE_ON_CPU", at_once)
+    rollouts, rng = tiny.rollouts(P, G, C), np.random.default_rng(1)
+    length_PG = rng.integers(C - 1, C + 1, (P, G), dtype=np.int32)
+    length_PG[1, 2] = 1
+    experience = experience_of(rollouts.replace(length_PG=length_PG))
+    scorer = Scorer(MODEL, tiny.one_device(), Sampling())
+    packed = scorer.microbatches(experience.rollouts, np.arange(P))
+    entry = packed.lane_SNMLT[0].reshape(packed.token_SNDX[0, :, 0].shape)[: packed.number]
+    assert ((entry == np.arange(entry.shape[1])) | (entry < 0)).all()
+    assert (entry < 0).any()
+    check_update(experience, wanted_of(experience, "token"), "token", scorer)

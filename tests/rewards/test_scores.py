@@ -1,0 +1,109 @@
+"""The weighted sum of rewards, by hand."""
+
+import json
+
+import numpy as np
+
+from grpo_jax.rewards import scores as scores_lib
+from grpo_jax.rewards.registry import Reward
+from grpo_jax.rewards.scores import Failure, Scores
+
+NAN = float("nan")
+REWARDS = [Reward("a", "a", 2.0), Reward("b", "b", -1.0)]
+
+
+def scores(a, b, failed_a=None, failures=(), **more):
+    by_name = {"a": np.array(a, np.float32), "b": np.array(b, np.float32)}
+    failed = {"a": np.zeros(len(a), bool), "b": np.zeros(len(a), bool)}
+    if failed_a:
+        failed["a"] = np.array(failed_a)
+    return Scores(
+        reward_B=scores_lib.combine(REWARDS, by_name, failed),
+        by_name=by_name,
+        failed=failed,
+        seconds={"a": np.ones(len(a)), "b": np.zeros(len(a))},
+        failures=tuple(failures),
+        **more,
+    )
+
+
+def test_the_sum_counts_missing_rewards_as_zero():
+    # 2 * 3 - 0.5; None for a: -0.5; None for both: unknown; a failed, None for b: 0, not unknown
+    got = scores([3, NAN, NAN, NAN], [0.5, 0.5, NAN, NAN], [False, False, False, True])
+    np.testing.assert_array_equal(got.reward_B, np.array([5.5, -0.5, NAN, 0], np.float32))
+    assert got.reward_B.dtype == np.float32
+
+
+def test_a_failure_is_worth_no_more_than_what_others_got():
+    """The least that the function gave another, weighted, and at most 0."""
+    failed = [False, False, True]
+    gain = lambda a: scores_lib.combine(  # noqa: E731
+        [Reward("a", "a", 2.0)], {"a": np.array(a, np.float32)}, {"a": np.array(failed)}
+    )
+    np.testing.assert_array_equal(gain([1, 0.5, NAN]), [2, 1, 0])  # as a wrong answer
+    np.testing.assert_array_equal(gain([-1, 0, NAN]), [-2, 0, -2])  # a penalty, as the worst
+    np.testing.assert_array_equal(gain([-1, NAN, NAN]), np.array([-2, NAN, -2], np.float32))
+    np.testing.assert_array_equal(gain([NAN, NAN, NAN])[2], 0)
+    # With a weight below 0 what is worst is the largest: b of 0.5 and 3 counts -0.5 and -3.
+    got = scores([0, 0, 0], [0.5, 3, NAN])
+    got.failed["b"][2] = True
+    np.testing.assert_array_equal(
+        scores_lib.combine(REWARDS, got.by_name, got.failed), [-0.5, -3, -3]
+    )
+
+
+def test_accuracy_counts_failures_and_leaves_out_none():
+    got = scores([1, 0, NAN, NAN], [0, 0, 0, 0], [False, False, False, True])
+    assert got.accuracy("a") == 1 / 3  # one right, one wrong, one failed
+    assert scores([2, 0.5, 0, 1], [0] * 4).accuracy("a") == 0.5  # a share, not a mean
+    np.testing.assert_array_equal(got.correct("a"), [True, False, False, False])
+    assert np.isnan(scores([NAN], [1]).accuracy("a"))
+
+
+def test_join_keeps_rows_in_order():
+    fail = Failure("a", 0, "timeout", "slow")
+    one = scores([1], [2], metrics={"m": (3.0, 1)}, extras={"x": ["u"]}, retried={"a": (1, "A")})
+    two = scores([NAN, 4], [5, 6], [True, False], [fail], metrics={"m": (1.0, 2), "n": (1.0, 1)})
+    got = scores_lib.join([one, two], REWARDS)
+    np.testing.assert_array_equal(got.reward_B, [0, -5, 2])
+    assert got.retried == {"a": (1, "A")}
+    # What failed is worth the least of all parts.
+    three = scores([-4], [0])
+    np.testing.assert_array_equal(
+        scores_lib.join([two, three], REWARDS).reward_B, [-8 - 5, 8 - 6, -8]
+    )
+    np.testing.assert_array_equal(got.by_name["a"], [1, NAN, 4])
+    np.testing.assert_array_equal(got.failed["a"], [False, True, False])
+    np.testing.assert_array_equal(got.seconds["a"], [1, 1, 1])
+    assert got.failures == (Failure("a", 1, "timeout", "slow"),)
+    assert got.num_failed("timeout") == 1 and got.num_failed("error") == 0
+    assert got.metrics == {"m": (4.0, 3), "n": (1.0, 1)}
+    assert got.extras == {"x": ["u", None, None]}
+
+
+def test_scores_pass_between_processes_as_they_are():
+    """Through JSON: thirds in float32, NaN, what failed, and what functions added."""
+    third = np.array([1 / 3, np.nan], np.float32)
+    told = Scores(
+        reward_B=third,
+        by_name={"a": third, "b": np.zeros(2, np.float32)},
+        failed={"a": np.array([False, True]), "b": np.zeros(2, bool)},
+        seconds={"a": np.array([0.1, 0.2]), "b": np.zeros(2)},
+        failures=(Failure("a", 1, "timeout", "too slow"),),
+        metrics={"m": (1.5, 2)},
+        extras={"note": ["x", 3]},
+        retried={"a": (2, "It raised.")},
+    )
+    got = Scores.from_json(json.loads(json.dumps(told.as_json())))
+    np.testing.assert_array_equal(got.reward_B, third)
+    assert got.reward_B.dtype == np.float32
+    for name in ("by_name", "failed", "seconds"):
+        for n, value_B in getattr(told, name).items():
+            np.testing.assert_array_equal(getattr(got, name)[n], value_B)
+            assert getattr(got, name)[n].dtype == value_B.dtype
+    assert (got.failures, got.metrics, got.extras, got.retried) == (
+        told.failures,
+        told.metrics,
+        told.extras,
+        told.retried,
+    )

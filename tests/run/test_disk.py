@@ -1,0 +1,40 @@
+"""What is said of a full disk."""
+
+from __future__ import annotations
+
+import pytest
+
+from grpo_jax.run import disk
+
+
+def test_a_full_disk_is_known_by_its_number_and_by_its_words():
+    with open("/dev/full", "wb", buffering=0) as file:
+        with pytest.raises(OSError) as info:
+            file.write(b"x")
+    assert disk.is_full(info.value)
+    assert disk.is_full(OSError(info.value.errno, "in another language"))
+    assert disk.is_full(ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device"))
+    assert not disk.is_full(ValueError("RESOURCE_EXHAUSTED: out of memory"))
+    assert not disk.is_full(FileNotFoundError(2, "No such file"))
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "words"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1 kB"),
+        (257_800, "258 kB"),
+        (3_141_592_653, "3.14 GB"),
+        (5e15, "5e+03 TB"),
+    ],
+)
+def test_sizes_in_words(num_bytes, words):
+    assert disk.size(num_bytes) == words
+
+
+def test_what_is_free(small_disk, tmp_path):
+    assert disk.free(small_disk) == "1.05 MB"
+    (small_disk / "ballast").write_bytes(bytes(1 << 19))
+    assert disk.free(small_disk) == "524 kB"
+    assert disk.free(tmp_path / "absent") == ""

@@ -1,0 +1,83 @@
+"""The completions of a step that are shown."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from grpo_jax.config import options as options_lib
+from grpo_jax.environments.single_turn import Rollout
+from grpo_jax.rewards.scores import Scores
+from grpo_jax.trainers import rollout
+
+# Of two prompts with four completions each the second is the more divided; one reward is unknown,
+# and stands for 0. Its mean is 0.5, its deviation 0.5.
+REWARD_B = np.float32([0.5, 0.5, 0.5, 0.25, 1.0, np.nan, 1.0, 0.0])
+LENGTH_PG = np.arange(8, dtype=np.int32).reshape(2, 4)
+
+
+def shown(step: int, scale_by: str = "none", **options) -> list[dict] | None:
+    config = options_lib.default()
+    config.batch.group, config.algorithm.scale_by = 4, scale_by
+    config.logging.update({"samples_every_steps": 1, "num_samples": 3} | options)
+    scores = Scores(
+        REWARD_B,
+        {"right": REWARD_B, "long": 2 * REWARD_B},
+        {},
+        {},
+        extras={"note": list("abcdefgh")},
+    )
+    sampled = Rollout(
+        questions=SimpleNamespace(texts=["first", "second"]),
+        rewards=SimpleNamespace(
+            texts=lambda numbers: [f"{p}-{g}" for p in numbers for g in range(4)]
+        ),
+        completions=SimpleNamespace(length_PG=LENGTH_PG),
+        seconds=1.0,
+    )
+    written = []
+    writers = SimpleNamespace(samples=lambda step, rows: written.append((step, rows)))
+    rollout.show(SimpleNamespace(config=config), writers, step, sampled, scores)
+    if not written:
+        return None
+    ((at, rows),) = written
+    assert at == step
+    return rows
+
+
+def test_the_best_and_the_worst_of_the_most_divided_group():
+    rows = shown(1)
+    # Of rewards 1, ?, 1, 0 the two best, then the last.
+    assert [row["completion"] for row in rows] == ["1-0", "1-2", "1-3"]
+    assert [row["advantage"] for row in rows] == [0.5, 0.5, -0.5]
+    assert [row["length"] for row in rows] == [4, 6, 7]
+    assert [row["extras"] for row in rows] == [{"note": "e"}, {"note": "g"}, {"note": "h"}]
+    assert {row["prompt"] for row in rows} == {"second"}
+    assert rows[0]["rewards"] == {"right": 1.0, "long": 2.0}
+
+
+def test_an_unknown_reward_is_shown_as_none():
+    rows = shown(1, num_samples=4)
+    assert [row["completion"] for row in rows] == ["1-0", "1-2", "1-1", "1-3"]
+    assert rows[2]["rewards"] == {"right": None, "long": None} and rows[2]["advantage"] == -0.5
+    assert len(shown(1, num_samples=9)) == 4
+    assert [row["completion"] for row in shown(1, num_samples=1)] == ["1-0"]
+
+
+@pytest.mark.parametrize(
+    ("scale_by", "unit"), [("none", 1), ("std", 2), ("sample_std", 1 / (np.sqrt(1 / 3) + 1e-4))]
+)
+def test_the_advantage_is_in_the_units_that_are_learned_from(scale_by, unit):
+    rows = shown(1, scale_by)
+    assert [row["advantage"] for row in rows] == pytest.approx(
+        [0.5 * unit, 0.5 * unit, -0.5 * unit]
+    )
+
+
+def test_steps_that_are_shown():
+    assert [bool(shown(step, samples_every_steps=3)) for step in range(1, 6)] == [
+        True, False, False, True, False,
+    ]  # fmt: skip
+    assert shown(1, samples_every_steps=0) is None

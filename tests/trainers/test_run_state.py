@@ -1,0 +1,183 @@
+"""Where a run goes on: at its newest checkpoint, or at the one that it is rolled back to."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from states import MODEL, OPTIMIZER, same_bits, train_state
+
+from grpo_jax.config import options
+from grpo_jax.devices import sharding, transfer
+from grpo_jax.learner.row_sizes import Sizes
+from grpo_jax.run.checkpoints import Checkpoints
+from grpo_jax.structs import Experience
+from grpo_jax.trainers import run_state
+from grpo_jax.trainers.run_state import RunState
+
+EVERY, UPDATES = 2, 3  # steps between checkpoints; updates a step
+
+
+@pytest.fixture(scope="module")
+def state():
+    return train_state(sharding.make_mesh(2, 4, 1), updates=0)
+
+
+@pytest.fixture
+def parts(tmp_path, state):
+    """Of a run that keeps one checkpoint, and those that a roll-back needs."""
+    config = options.default()
+    config.checkpoint.every_steps, config.batch.minibatches = EVERY, UPDATES
+    checkpoints = Checkpoints(tmp_path, keep=1, due_every=EVERY * UPDATES)
+    yield types.SimpleNamespace(
+        config=config,
+        folder=tmp_path,
+        mesh=sharding.make_mesh(2, 4, 1),
+        policy=types.SimpleNamespace(model=MODEL),
+        optimizer=OPTIMIZER,
+        sizes={"update": Sizes()},
+        read={"training problems": {"number": 3}},
+        checkpoints=checkpoints,
+    )
+    checkpoints.close()
+
+
+def _save(parts, state, *steps: int, update: int = 0, experience=None, **known) -> None:
+    for step in steps:
+        number = jax.device_put(jnp.int32(step * UPDATES + update), state.num_updates.sharding)
+        train = state.replace(num_updates=number)
+        known |= {"train": train, "experience": experience}
+        at = RunState(step=step, update=update, prompts=100 * step, **known)
+        run_state.save(parts, at)
+
+
+def test_a_run_that_reads_something_else_does_not_go_on(parts, state):
+    """Where checkpoint.folder is elsewhere, the workdir may be new and know of nothing."""
+    _save(parts, state, 2)
+    assert run_state.newest(parts).step == 2
+    parts.read = {"training problems": {"number": 4}}
+    with pytest.raises(ValueError, match="3 training problems there, 4 now"):
+        run_state.newest(parts)
+
+
+def test_a_roll_back_goes_to_the_newest_checkpoint_that_was_due(parts, state):
+    """The one in the middle of step 9 is from a stop; a run that was left alone has none there."""
+    _save(parts, state, 2, 4, 6, 8)
+    _save(parts, state, 8, update=1)
+    assert parts.checkpoints.numbers() == [18, 24, 25]  # though keep = 1
+    at = RunState(step=8, update=1, passed_over=5, tokens=1234)
+
+    back = run_state.roll_back(parts, at, undone=9)
+    assert (back.step, back.update, back.prompts, back.checkpoint) == (8, 0, 800, 24)
+    assert parts.checkpoints.numbers() == [18, 24]
+    # Step 9 had draw 8 + 5, as steps are counted from 0 there; now it has the next one.
+    assert at.draw_of(8) == 13 and back.draw_of(8) == 14
+    assert (back.tokens, back.history.roll_backs) == (1234, 1)
+    assert run_state.load(parts, back) is None and back.experience is None
+    same_bits(back.train.params, state.params)
+
+    # Led astray from there again, at step 10: now the one before. Then nothing older is kept.
+    back.step = 9
+    again = run_state.roll_back(parts, back, undone=10)
+    assert (again.step, again.checkpoint) == (6, 18) and parts.checkpoints.numbers() == [18]
+    assert again.draw_of(6) == back.draw_of(9) + 1 == 16
+    assert again.history.roll_backs == 2
+    assert run_state.roll_back(parts, again, undone=7).checkpoint == 18
+
+
+def test_a_checkpoint_was_due_by_the_config_that_wrote_it(parts, state):
+    """Of a run that goes on with other `checkpoint.every_steps`, which 18 and 12 are no part of."""
+    _save(parts, state, 2, 4, 6)
+    parts.config.checkpoint.every_steps = 5
+    _save(parts, state, 7, last_due=18)  # of a stop
+    at = run_state.newest(parts)
+    assert (at.step, at.last_due) == (7, 18)
+    back = run_state.roll_back(parts, at, undone=8)
+    assert (back.step, back.checkpoint) == (6, 18)
+    assert parts.checkpoints.numbers() == [12, 18]  # nothing older is deleted
+    _save(parts, state, 8, last_due=18)
+    _save(parts, state, 10, last_due=18)
+    assert run_state.newest(parts).last_due == 30  # of the new config
+    assert run_state.roll_back(parts, RunState(step=11), undone=12).checkpoint == 30
+
+
+def test_where_those_that_were_due_are_gone_it_goes_back_to_one_of_a_stop(parts, state):
+    """As where no guard needed them when they were written; in the middle of step 10."""
+    mesh, rollouts = parts.mesh, tiny.rollouts(prompts=8)
+    experience = Experience(
+        rollouts=transfer.shard_rows(mesh, rollouts),
+        advantage_PG=transfer.shard_rows(mesh, rollouts.length_PG.astype(np.float32)),
+        action_PGC=transfer.shard_rows(mesh, rollouts.logp_PGC < 0),
+        old_logp_PGC=None,
+        ref_logp_PGC=None,
+    )
+    _save(parts, state, 9, update=2, experience=experience, last_due=24, passed_over=5)
+    at = run_state.newest(parts)
+    back = run_state.roll_back(parts, dataclasses.replace(at, step=10, update=1), undone=11)
+    assert (back.step, back.update, back.checkpoint) == (9, 2, 29)
+    assert parts.checkpoints.numbers() == [29]
+    # Its own completions are learned from first; step 11 has the draw after the one undone.
+    assert back.draw_of(10) == at.draw_of(10) + 1
+    run_state.load(parts, back)
+    np.testing.assert_array_equal(back.experience.advantage_PG, experience.advantage_PG)
+
+
+def test_without_a_checkpoint_that_was_due_it_begins_again(parts, state):
+    _save(parts, state, 1)
+    before = {"eval/accuracy": 0.25}
+    at = RunState(step=1, first_evaluation=before, accuracy_before=0.25, accuracy=0.5)
+    back = run_state.roll_back(parts, at, undone=2)
+    assert (back.step, back.checkpoint, back.draw_of(0)) == (0, -1, 2)
+    assert (back.first_evaluation, back.accuracy) == (before, 0.25)
+    assert parts.checkpoints.numbers() == []
+
+
+def test_a_damaged_checkpoint_is_passed_over(parts, state, capsys):
+    _save(parts, state, 6, 8)
+    assert parts.checkpoints.numbers() == [18, 24]
+    facts = parts.folder / "24" / "facts" / "metadata"
+    facts.write_bytes(facts.read_bytes() + b" ")
+    assert run_state.roll_back(parts, RunState(step=8), undone=9).checkpoint == 18
+    assert "checkpoint 24" in capsys.readouterr().out
+
+
+def test_the_newest_checkpoint_is_where_the_run_stands(parts, state):
+    assert run_state.newest(parts) == RunState()
+    _save(parts, state, 4, rollout_metrics={"reward": 0.5})
+    at = run_state.newest(parts)
+    own = {"checkpoint": 12, "last_due": 12, "sizes": {"update": Sizes().as_json()}}
+    assert at == RunState(step=4, prompts=400, rollout_metrics={"reward": 0.5}, **own)
+
+
+def test_sizes_of_rows_go_along(parts, state):
+    kept = {"used": [[8, 2, 14, 1, 4]], "wasted": 0.5}
+    parts.sizes["update"].restore(kept)
+    number = jax.device_put(jnp.int32(4 * UPDATES), state.num_updates.sharding)
+    run_state.save(parts, RunState(step=4, train=state.replace(num_updates=number)))
+    parts.sizes["update"].restore(None)
+    at = run_state.newest(parts)
+    assert run_state.load(parts, at) is None and at.experience is None
+    assert parts.sizes["update"].as_json() == kept
+
+
+@pytest.mark.parametrize("where", ["params", "opt_state"])
+def test_a_checkpoint_that_is_not_finite_is_refused(parts, state, where):
+    tree = getattr(state, where)
+    leaves, structure = jax.tree.flatten(tree)
+    index = max(range(len(leaves)), key=lambda i: leaves[i].size)
+    path = jax.tree_util.tree_leaves_with_path(tree)[index][0]
+    name = f"{where}/{jax.tree_util.keystr(path, simple=True, separator='/')}"
+    bad = np.array(leaves[index])
+    bad.flat[[3, 5]] = np.nan, -np.inf
+    leaves[index] = jax.device_put(bad, leaves[index].sharding)
+    _save(parts, state.replace(**{where: structure.unflatten(leaves)}), 4)
+    with pytest.raises(ValueError) as info:
+        run_state.load(parts, run_state.newest(parts))
+    message = str(info.value)
+    assert f"Checkpoint 12 in {parts.folder}: 2 of the {bad.size} values of {name}" in message
+    assert "Delete that" in message
