@@ -36,7 +36,7 @@ def _run(argv: list[str], stop: StopSignal) -> None:
             grpo_run.refuse_early(config, folder)
     if not model_path:  # a new model learns the form of answers from worked solutions first
         print_title(f"Supervised start: {config.sft.num_steps} updates on worked solutions")
-        model_path = str(sft.run(config, folder / "bootstrap", stop))
+        model_path = str(sft.run(config, folder / "bootstrap", stop, is_start=True))
     print_title(f"GRPO: {config.loop.num_steps} steps of {config.batch.prompts} prompts")
     for line in definitions.in_force(config):
         say(line)

@@ -10,6 +10,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from grpo_jax.structs import Array
 
@@ -32,6 +33,17 @@ class Objective:
     def sums_sequences(self) -> bool:
         """Whether the correction needs a whole completion's log-probability before its loss."""
         return self.importance_correction.startswith("sequence")
+
+
+@struct.dataclass
+class TokenTerms:
+    """What the loss of each token knows besides its log-probability; arrays of one shape."""
+
+    advantage: Array
+    sampler_logp: Array
+    old_logp: Array | None  # None: one update, so the current
+    ref_logp: Array | None  # None: no KL term
+    sequence_log_ratio: Array | None  # of its whole completion; None: the loss reads none
 
 
 def log_ratio(logp: Array, old_logp: Array | None) -> Array:
@@ -79,7 +91,7 @@ def sequence_log_ratio(old_logp_PGC: Array, sampler_logp_PGC: Array, action_PGC:
     return difference_PGC.sum(axis=-1)
 
 
-def importance(objective: Objective, logp: Array, terms: dict[str, Array | None]) -> Array:
+def importance(objective: Objective, logp: Array, terms: TokenTerms) -> Array:
     """Weight of each token for what sampler and scorer make of it differently; no gradient.
 
     The ratio π_old / π_sampler, of the token or of its whole completion, where π_old is the policy
@@ -96,10 +108,10 @@ def importance(objective: Objective, logp: Array, terms: dict[str, Array | None]
     return jnp.where(ratio > objective.importance_cap, beyond, ratio)
 
 
-def _sampler_log_ratio(objective: Objective, logp: Array, terms: dict) -> Array:
+def _sampler_log_ratio(objective: Objective, logp: Array, terms: TokenTerms) -> Array:
     if objective.sums_sequences:
-        return terms["sequence_log_ratio"]
-    return _old(logp, terms["old_logp"]) - terms["sampler_logp"]
+        return terms.sequence_log_ratio
+    return _old(logp, terms.old_logp) - terms.sampler_logp
 
 
 def kl_k3(logp: Array, ref_logp: Array) -> Array:
@@ -114,37 +126,34 @@ def kl_k3(logp: Array, ref_logp: Array) -> Array:
     return jnp.expm1(d) - d
 
 
-def kl_loss(objective: Objective, logp: Array, terms: dict[str, Array | None]) -> Array:
+def kl_loss(objective: Objective, logp: Array, terms: TokenTerms) -> Array:
     """The KL's term of the loss at each token, without its coefficient.
 
     "reference_policy": k3. "policy_reference": k3 times the ratio to the old policy, whose gradient
     is on average that of KL(policy ‖ reference) (DeepSeek-V3.2, arXiv:2512.02556; TRL's since 1.10,
     `use_bias_correction_kl`). With one update a rollout both have one value, not one gradient.
     """
-    kl = kl_k3(logp, terms["ref_logp"])
+    kl = kl_k3(logp, terms.ref_logp)
     if objective.kl_gradient == "policy_reference":
-        kl *= jnp.exp(_at_most(log_ratio(logp, terms["old_logp"])))
+        kl *= jnp.exp(_at_most(log_ratio(logp, terms.old_logp)))
     return kl
 
 
-def token_loss(
-    objective: Objective, logp: Array, entropy: Array, terms: dict[str, Array | None]
-) -> Array:
+def token_loss(objective: Objective, logp: Array, entropy: Array, terms: TokenTerms) -> Array:
     """Loss of each token before weighting.
 
-    `terms` holds `advantage` and `sampler_logp`, and, each an array or None, `old_logp`, `ref_logp`
-    and `sequence_log_ratio`. The importance weighs the surrogate alone, as in TRL: the KL and the
+    The importance weighs the surrogate alone, as in TRL: the KL and the
     entropy are of the policy, whoever drew the tokens. A token more than 20 nats likelier than
     under the old policy, or less likely than under the reference of a KL term, has no gradient in
     `logp`.
     """
-    far = log_ratio(logp, terms["old_logp"]) > _MOST
+    far = log_ratio(logp, terms.old_logp) > _MOST
     if objective.kl_coef:
-        far |= terms["ref_logp"] - logp > _MOST
+        far |= terms.ref_logp - logp > _MOST
     logp = jnp.where(far, jax.lax.stop_gradient(logp), logp)
     loss = clipped_surrogate(
-        log_ratio(logp, terms["old_logp"]),
-        terms["advantage"],
+        log_ratio(logp, terms.old_logp),
+        terms.advantage,
         objective.clip_low,
         objective.clip_high,
     )
@@ -191,7 +200,7 @@ def diagnostics(
     objective: Objective,
     logp: Array,
     entropy: Array,
-    terms: dict,
+    terms: TokenTerms,
     action: Array,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """What explains an update: sums over action tokens, and maxima over them; all scalars.
@@ -200,14 +209,14 @@ def diagnostics(
     what scorer and sampler made of the same policy, or of one a step older.
     """
     kept = action.astype(jnp.float32)
-    change = log_ratio(logp, terms["old_logp"])
+    change = log_ratio(logp, terms.old_logp)
     ratio = jnp.exp(_at_most(change))
-    advantage = terms["advantage"]
+    advantage = terms.advantage
     # Clipped tokens are those whose gradient the clip cuts off.
     low = (ratio < 1 - objective.clip_low) & (advantage < 0)
     high = (ratio > 1 + objective.clip_high) & (advantage > 0)
-    drift, gap = jnp.abs(change), jnp.abs(_old(logp, terms["old_logp"]) - terms["sampler_logp"])
-    kl = jnp.zeros_like(logp) if terms["ref_logp"] is None else kl_k3(logp, terms["ref_logp"])
+    drift, gap = jnp.abs(change), jnp.abs(_old(logp, terms.old_logp) - terms.sampler_logp)
+    kl = jnp.zeros_like(logp) if terms.ref_logp is None else kl_k3(logp, terms.ref_logp)
     weight, capped = importance(objective, logp, terms), jnp.zeros_like(logp)
     if objective.importance_correction != "none":
         log_cap = jnp.log(objective.importance_cap)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from grpo_jax.algorithm import losses
+from grpo_jax.algorithm.components import LossComponent
 from grpo_jax.devices import compiling, transfer
 from grpo_jax.learner import accumulate, logprobs, scoring, train_state
 from grpo_jax.learner.accumulate import Carry
@@ -25,42 +25,31 @@ from grpo_jax.structs import Array, Experience, Params, TrainState
 
 
 def _loss_sums(
-    params: Params, scorer: Scorer, objective: losses.Objective, part: Experience, packed: Packed
+    params: Params, scorer: Scorer, component: LossComponent, part: Experience, packed: Packed
 ):
     """Summed loss of one microbatch, and (sums, maxima) of what explains it."""
     rollouts, action_PGC = part.rollouts, part.action_PGC
-    take = lambda x: None if x is None else packed.take(x)  # noqa: E731
-    terms = {
-        "advantage": packed.take_of_completion(part.advantage_PG),
-        "old_logp": take(part.old_logp_PGC),
-        "ref_logp": take(part.ref_logp_PGC),
-        "sampler_logp": take(rollouts.logp_PGC),
-        "sequence_log_ratio": None,
-    }
-    if objective.sums_sequences:
-        log_ratio_PG = losses.sequence_log_ratio(part.old_logp_PGC, rollouts.logp_PGC, action_PGC)
-        terms["sequence_log_ratio"] = packed.take_of_completion(log_ratio_PG)
-    weight_BC, _ = losses.weights(action_PGC.reshape(-1, packed.tokens), objective)
-    weight_DE = jnp.where(packed.there_DE, take(weight_BC.reshape(action_PGC.shape)), 0.0)
-    action_DE = take(action_PGC) & packed.there_DE
+    terms = component.terms(part, packed.take, packed.take_of_completion)
+    weight_BC, _ = component.weights(action_PGC.reshape(-1, packed.tokens))
+    weight_DE = jnp.where(packed.there_DE, packed.take(weight_BC.reshape(action_PGC.shape)), 0.0)
+    action_DE = packed.take(action_PGC) & packed.there_DE
     head = scorer.head(params)
 
     def loss(hidden, target, weight, terms):
-        token_loss = functools.partial(losses.token_loss, objective)
         return logprobs.loss(
-            token_loss, scorer.sampling, scorer.along, hidden, head, target, weight, terms
+            component.token_loss, scorer.sampling, scorer.along, hidden, head, target, weight, terms
         )
 
     hidden_DED = scorer.hidden(params, rollouts, packed.layout)
     total, logp_DE, entropy_DE = scoring.row_by_row(
-        scorer, loss, hidden_DED, take(rollouts.completion_PGC), weight_DE, terms
+        scorer, loss, hidden_DED, packed.take(rollouts.completion_PGC), weight_DE, terms
     )
     total, logp_DE, entropy_DE = (
         total.sum(),
         logp_DE.reshape(weight_DE.shape),
         entropy_DE.reshape(weight_DE.shape),
     )
-    sums, maxima = losses.diagnostics(objective, logp_DE, entropy_DE, terms, action_DE)
+    sums, maxima = component.diagnostics(logp_DE, entropy_DE, terms, action_DE)
     sums |= {"loss": total, "tokens": action_DE.sum().astype(jnp.float32)}
     return total, (sums, maxima)
 
@@ -74,6 +63,7 @@ class Update:
     """
 
     scorer: Scorer
+    component: LossComponent
     num_minibatches: int
     offload: bool
     empty: Callable[[], Carry]  # programs: no gradients yet,
@@ -115,14 +105,14 @@ class Update:
 
 def make_update(
     scorer: Scorer,
-    objective: losses.Objective,
+    component: LossComponent,
     optimizer: optax.GradientTransformation,
     *,
     num_minibatches: int,
     offload: bool = False,
     bounds: Mapping[str, tuple[float, float]] = MappingProxyType({}),
 ) -> Update:
-    """The update of a policy; nothing is compiled or allocated yet.
+    """The update that minimizes a component; nothing is compiled or allocated yet.
 
     It refuses what is not finite, and what has a metric out of its `bounds`, lowest and highest
     value by name.
@@ -133,7 +123,7 @@ def make_update(
     def loss_sums(params, experience: Experience, groups_M: Array, *where: Array):
         packed = Packed.of(experience.action_PGC.shape[-1], groups_M, *where)
         part = scoring.rows(scorer, experience, groups_M)
-        return _loss_sums(params, scorer, objective, part, packed)
+        return _loss_sums(params, scorer, component, part, packed)
 
     def through(
         params, number: Array, carry: Carry, experience: Experience, *microbatches_1: Array
@@ -144,7 +134,7 @@ def make_update(
         return accumulate.through(number, step, carry, microbatches_1)
 
     empty, add = accumulate.make_adding(
-        scorer, through, sums=(*losses.SUMS, "loss", "tokens"), maxima=losses.MAXIMA
+        scorer, through, sums=(*component.sums, "loss", "tokens"), maxima=component.maxima
     )
 
     @functools.partial(
@@ -159,7 +149,7 @@ def make_update(
         _, group, tokens = action_PGC.shape
         action_BC = action_PGC.reshape(-1, num_minibatches, group, tokens)[:, index]
         action_BC = action_BC.reshape(-1, tokens)
-        count = jnp.maximum(losses.weights(action_BC, objective)[1], 1.0)
+        count = jnp.maximum(component.weights(action_BC)[1], 1.0)
         tokens = jnp.maximum(sums.pop("tokens"), 1.0)
         loss = sums.pop("loss") / count
         grads = jax.tree.map(lambda g: g / count, grads)
@@ -167,6 +157,6 @@ def make_update(
         outside = [(means[n] < low) | (means[n] > high) for n, (low, high) in bounds.items()]
         wanted = ~functools.reduce(jnp.logical_or, outside, jnp.bool_(False))
         state, metrics = accumulate.apply_gradient(state, optimizer, grads, loss, wanted)
-        return state, metrics | means | maxima | {"policy/loss": loss}
+        return state, metrics | means | maxima | {component.metric: loss}
 
-    return Update(scorer, num_minibatches, offload, empty, add, finish, Sizes(), set())
+    return Update(scorer, component, num_minibatches, offload, empty, add, finish, Sizes(), set())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from grpo_jax.algorithm import losses
+from grpo_jax.algorithm import components, losses
 from grpo_jax.config import derived, guard_rules
 from grpo_jax.devices import sharding
 from grpo_jax.kernels import choice
@@ -41,7 +40,7 @@ class Learner:
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     prepare: Prepare
-    update: Callable
+    update: update.Update
 
     @property
     def sizes(self) -> dict[str, Sizes]:
@@ -130,10 +129,41 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: Fit = 
         ),
         update=update.make_update(
             scorer,
-            objective,
+            components.PolicyLoss(objective),
             optimizer,
             num_minibatches=config.batch.minibatches,
             offload=config.optim.offload,
             bounds=guard_rules.refusing_bounds(config),
+        ),
+    )
+
+
+def make_supervised_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Learner:
+    """The config's supervised update of a model of this shape; nothing is compiled yet.
+
+    Of a batch, completions that did not stop are left out: they fill it up.
+    """
+    schedule = optim.schedule(
+        config.sft.learning_rate,
+        warmup_steps=config.sft.warmup_steps,
+        kind="cosine",
+        num_updates=config.sft.num_steps,
+        end_fraction=0.0,
+    )
+    optimizer = make_optimizer(config, schedule, config.sft.weight_decay, clip_norm=1.0)
+    scorer = dataclasses.replace(
+        make_scorer(config, model, mesh, Sampling()), microbatch=config.sft.microbatch
+    )
+    return Learner(
+        scorer=scorer,
+        optimizer=optimizer,
+        schedule=schedule,
+        prepare=make_prepare(scorer, scale_by="none", mask_truncated=True, with_old=False),
+        update=update.make_update(
+            scorer,
+            components.NLLLoss(),
+            optimizer,
+            num_minibatches=1,
+            offload=config.optim.offload,
         ),
     )

@@ -10,40 +10,44 @@ before it, so a run that was stopped anywhere goes on as if it had not been.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from grpo_jax.devices import transfer
-from grpo_jax.devices.compiling import Compiling
 from grpo_jax.devices.phases import phase
-from grpo_jax.hosts.watchdog import Watchdog
 from grpo_jax.learner import train_state
-from grpo_jax.messages.console import say
 from grpo_jax.planning import fit
 from grpo_jax.run import claim
 from grpo_jax.run import stop as stop_lib
-from grpo_jax.trainers import grpo_run, guards, results, rollout, run_state
-from grpo_jax.trainers.grpo_run import Run
+from grpo_jax.trainers import grpo_run, restarts, results, rollout
 from grpo_jax.trainers.monitor import Monitor
 from grpo_jax.trainers.run_state import RunState
+from grpo_jax.trainers.runs import Run
+
+Gather = Callable[[Run, RunState, Monitor], None]
 
 
-def train(run: Run, state: RunState, monitor: Monitor) -> None:
-    """Trains until the last step; `state` goes along. Raises `guards.RollBack` beside the rest."""
+def train(run: Run, state: RunState, monitor: Monitor, gather: Gather | None = None) -> None:
+    """Trains until the last step; `state` goes along. Raises `guards.RollBack` beside the rest.
+
+    `gather` gives the state the experience of its step: by default it samples and rewards.
+    """
+    gather = gather or sample_and_reward
     if state.step == 0:
         _evaluate_first(run, state, monitor)
     if state.unevaluated:  # stopped before the evaluation that was due
         monitor.log.reopen(state.step, state.unevaluated)
         _evaluate_and_save(run, state, monitor)
-    while state.step < run.config.loop.num_steps:
+    while state.step < run.course.num_steps:
         monitor.begin_step(state)
         if state.experience is None:  # else: stopped between two updates
-            _sample_and_reward(run, state, monitor)
+            gather(run, state, monitor)
         monitor.begin_updates()
-        while state.update < run.updates_per_step:
-            minibatch = state.update % run.config.batch.minibatches
+        while state.update < run.course.updates:
+            minibatch = state.update % run.course.minibatches
             with monitor.phase("update", state):
                 state.train, values = run.update(
                     state.train, state.experience, minibatch, monitor.donates
@@ -55,13 +59,13 @@ def train(run: Run, state: RunState, monitor: Monitor) -> None:
         _evaluate_and_save(run, state, monitor)
 
 
-def _sample_and_reward(run: Run, state: RunState, monitor: Monitor) -> None:
+def sample_and_reward(run: Run, state: RunState, monitor: Monitor) -> None:
     """Gives the state the experience of its step, and where sampling is ahead the next rollout."""
     if state.next_rollout is None:
         with monitor.phase("rollout", state):
             state.next_rollout = rollout.sample(run, state, monitor.log, monitor.alive)
     sampled, following = state.next_rollout, None
-    if run.config.loop.async_rollouts and state.step + 1 < run.config.loop.num_steps:
+    if run.course.is_asynchronous and state.step + 1 < run.course.num_steps:
         # With the weights from before this step's updates; meanwhile this step's rewards are
         # computed, and the next one's while the device updates.
         with monitor.phase("rollout", state):
@@ -77,8 +81,8 @@ def _sample_and_reward(run: Run, state: RunState, monitor: Monitor) -> None:
         state.next_rollout = following
     monitor.scored(state, sampled, scores)
     if monitor.guards.skips_rollout:
-        state.train = train_state.refuse(state.train, run.updates_per_step)
-        state.update = run.updates_per_step
+        state.train = train_state.refuse(state.train, run.course.updates)
+        state.update = run.course.updates
 
 
 def _evaluate_first(run: Run, state: RunState, monitor: Monitor) -> None:
@@ -97,7 +101,7 @@ def _evaluate_and_save(run: Run, state: RunState, monitor: Monitor) -> None:
     if run.evaluates_after(state.step):
         state.unevaluated = monitor.log.values()
         with monitor.phase("evaluation", state):
-            is_last = state.step == run.config.loop.num_steps
+            is_last = state.step == run.course.num_steps
             evaluated = results.evaluate(run, state, monitor.alive, final=is_last)
         state.unevaluated = {}
     if not evaluated and not run.saves_after(state.step):
@@ -127,38 +131,4 @@ def run(
         with phase("start"), stop.nothing_to_lose():
             run = grpo_run.build(config, folder, model_path, fit.of_run)
         with run.rewards:
-            return _run(run, stop, began)
-
-
-def _run(run: Run, stop: stop_lib.StopSignal, began: float) -> dict[str, Any]:
-    with phase("start"), stop.nothing_to_lose():
-        state = run_state.newest(run)
-    began -= state.wall_s
-    with Compiling() as compiling:
-        while True:
-            try:
-                _train_from(run, state, stop, compiling, began)
-                break
-            except guards.RollBack as order:
-                say(f"warning: {order}")
-                undone = order.step
-            except guards.Diverged:
-                run.checkpoints.close()
-                raise
-            with phase("start"):
-                state.train = state.experience = None  # what went wrong makes room
-                state = run_state.roll_back(run, state, undone)
-    with Watchdog(run.config.loop.stall_limit_s) as watchdog:
-        watchdog.phase("The end of the run")
-        return results.finish(run, state, stop, time.monotonic() - began)
-
-
-def _train_from(
-    run: Run, state: RunState, stop: stop_lib.StopSignal, compiling: Compiling, began: float
-) -> None:
-    with phase("start"), stop.nothing_to_lose():
-        waiting = run_state.load(run, state)
-    with Monitor(run, state, stop, compiling, began) as monitor:
-        if waiting is not None:
-            state.next_rollout = rollout.sampled_before(run, state, waiting)
-        train(run, state, monitor)
+            return restarts.carry_out(run, stop, began, train, results.finish)

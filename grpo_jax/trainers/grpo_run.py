@@ -1,28 +1,21 @@
-"""What a run is made of, read, checked and put together from its config."""
+"""A run of GRPO, read, checked and put together from its config."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax.config import derived, guard_rules, rules
 from grpo_jax.data import tasks
 from grpo_jax.devices import sharding, transfer
-from grpo_jax.environments.questions import Questions
-from grpo_jax.learner.experience import Prepare
-from grpo_jax.learner.row_sizes import Sizes
 from grpo_jax.models import policy as policy_lib
-from grpo_jax.rewards.pool import Pool
 from grpo_jax.run import workdir
 from grpo_jax.run.checkpoints import Checkpoints
-from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup import inputs, model
 from grpo_jax.setup.data import answerable, load_problems, questions, tell_of
 from grpo_jax.setup.engine import make_engine, make_evaluator
@@ -30,43 +23,7 @@ from grpo_jax.setup.learner import Fit, make_learner
 from grpo_jax.setup.rewards import load_rewards, refuse_samples, start_rewards
 from grpo_jax.setup.run_folder import open_for
 from grpo_jax.structs import ModelConfig, Params
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What a run is made of; none of it changes while it runs but for `sizes`."""
-
-    config: ConfigDict
-    folder: Path
-    mesh: Mesh
-    policy: policy_lib.Policy
-    train: Questions
-    held_out: Questions | None
-    rewards: Pool
-    engine: Engine
-    evaluator: Engine  # the policy is judged as it is, however rollouts are drawn
-    optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
-    prepare: Prepare
-    update: Callable
-    sizes: dict[str, Sizes]  # of packed rows, of the programs of these two
-    ref_params: Params | None
-    checkpoints: Checkpoints
-    read: inputs.Sums  # what the run reads
-
-    @property
-    def updates_per_step(self) -> int:
-        return derived.num_updates_per_step(self.config)
-
-    def evaluates_after(self, step: int) -> bool:
-        """Whether the policy is evaluated after a step."""
-        every, is_last = self.config.evaluation.every_steps, step == self.config.loop.num_steps
-        return bool(self.held_out) and (is_last or bool(every and step % every == 0))
-
-    def saves_after(self, step: int) -> bool:
-        """Whether a checkpoint is due after a step."""
-        every, is_last = self.config.checkpoint.every_steps, step == self.config.loop.num_steps
-        return is_last or bool(every and step % every == 0)
+from grpo_jax.trainers.runs import Course, Run
 
 
 def refuse_early(config: ConfigDict, folder: Path) -> None:
@@ -120,6 +77,17 @@ def build(
     engine = make_engine(config, policy.model, policy.stop_ids, mesh)
     return Run(
         config=config,
+        course=Course(
+            num_steps=config.loop.num_steps,
+            prompts=config.batch.prompts,
+            minibatches=config.batch.minibatches,
+            updates=derived.num_updates_per_step(config),
+            evaluate_every=config.evaluation.every_steps,
+            save_every=config.checkpoint.every_steps,
+            is_asynchronous=config.loop.async_rollouts,
+            profiled=config.profile.steps,
+            wandb_project=config.logging.wandb_project,
+        ),
         folder=folder,
         mesh=mesh,
         policy=policy,

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from ml_collections import ConfigDict
 
-from grpo_jax.config import derived, guard_rules
+from grpo_jax.config import guard_rules
 from grpo_jax.messages.console import say
 from grpo_jax.metrics.names import METRICS
 from grpo_jax.rewards.scores import RewardError, Scores
@@ -58,8 +58,21 @@ class Guards:
     What is only told, is told the 1st, 2nd, 4th, 8th ... time.
     """
 
-    def __init__(self, config: ConfigDict, history: History, kept_in: str):
-        """`kept_in`: where the checkpoints are, to be told."""
+    def __init__(
+        self,
+        config: ConfigDict,
+        history: History,
+        kept_in: str,
+        *,
+        updates_per_step: int,
+        loss: str = "policy/loss",
+        learning_rate: str = "optim.learning_rate",
+    ):
+        """`kept_in`: where the checkpoints are, to be told; `learning_rate`: the option, too.
+
+        `loss`: the metric that must be finite.
+        """
+        self._updates, self._loss, self._learning_rate = updates_per_step, loss, learning_rate
         self._config, self._history, self._kept_in = config, history, kept_in
         self._actions = guard_rules.actions_of(config)
         self._order: tuple[str, int, str] | None = None  # action, step and message
@@ -131,11 +144,13 @@ class Guards:
 
     def check_update(self, step: int, values: Mapping[str, float], *, refused: bool) -> None:
         """Looks at the metrics of an update; `refused`: the device did not make it."""
-        loss, grad_norm = values["policy/loss"], values["policy/grad_norm"]
+        loss, grad_norm = values[self._loss], values["policy/grad_norm"]
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             text = f"the loss is {loss:g} and the norm of its gradient {grad_norm:g}"
             self._found("nonfinite", step, text, "The update was refused.")
         for metric, (low, high) in guard_rules.bounds(self._config).items():
+            if metric not in values:  # of a loss that has none
+                continue
             value = np.float32(values[metric])  # so it is compared as on the device
             if value < low or value > high:
                 side, bound = ("below", low) if value < low else ("above", high)
@@ -156,13 +171,11 @@ class Guards:
         """
         options, history = self._config.guards, self._history
         history.skipped_in_row = history.skipped_in_row + refused if refused else 0
-        if history.skipped_in_row >= options.max_skipped * derived.num_updates_per_step(
-            self._config
-        ):
+        if history.skipped_in_row >= options.max_skipped * self._updates:
             text = (
                 f"Step {step}: {history.skipped_in_row} updates in a row were refused{last}: those "
                 f"of guards.max_skipped = {options.max_skipped} steps. The policy is the one from "
-                "before. Where loss or gradient are not finite, lower optim.learning_rate, set "
+                f"before. Where loss or gradient are not finite, lower {self._learning_rate}, set "
                 "optim.clip_norm, or use model.dtype = float32; else see the warnings above, and "
                 f'the guards that gave them (guards.after_skips = "{options.after_skips}").'
             )

@@ -30,17 +30,17 @@ from grpo_jax.rewards.scores import RewardError, Scores
 from grpo_jax.run import claim
 from grpo_jax.run.stop import Asked, Stopped, StopSignal
 from grpo_jax.trainers import guards, rollout, run_state, step_metrics
-from grpo_jax.trainers.grpo_run import Run
 from grpo_jax.trainers.run_state import RunState
+from grpo_jax.trainers.runs import Run
 from grpo_jax.trainers.step_metrics import StepLog
 
 _SLOW_S = 1.0  # to wait for an update
 
 _WHAT = {  # for the watchdog; steps are counted from 1
-    "rollout": "The rollout of step {following}",
-    "scoring": "The rewards of step {following}",
-    "update": "Update {update} of step {following}",
-    "evaluation": "The evaluation after step {step}",
+    "rollout": "The rollout of {noun} {following}",
+    "scoring": "The rewards of {noun} {following}",
+    "update": "Update {update} of {noun} {following}",
+    "evaluation": "The evaluation after {noun} {step}",
 }
 
 
@@ -52,7 +52,7 @@ class Monitor:
     ):
         """`began`: time.monotonic() at the run's start, had it never been stopped."""
         self._run, self._stop, self._began = run, stop, began
-        self._num_steps = run.config.loop.num_steps
+        course = run.course
         self._open = contextlib.ExitStack()
         enter = self._open.enter_context
         self._writers = enter(
@@ -62,16 +62,30 @@ class Monitor:
                     first_step=state.step + (not state.unevaluated) if state.step else 0,
                     first_sample_step=state.step + 1 + bool(state.update),  # before any update
                     tensorboard=run.config.logging.tensorboard,
-                    wandb_project=run.config.logging.wandb_project,
+                    wandb_project=course.wandb_project,
                     config=flatten(run.config),
                     enabled=processes.is_first(),
                 )
             )
         )
-        bar = enter(Progress(self._num_steps, first_step=state.step))
+        bar = enter(
+            Progress(
+                course.num_steps,
+                first_step=state.step,
+                every_steps=course.shown_every,
+                noun=course.bar,
+            )
+        )
         self._watchdog = enter(Watchdog(run.config.loop.stall_limit_s))
-        self._trace = enter(Trace(run.folder, run.config.profile.steps))
-        self.guards = guards.Guards(run.config, state.history, run.checkpoints.folder)
+        self._trace = enter(Trace(run.folder, course.profiled))
+        self.guards = guards.Guards(
+            run.config,
+            state.history,
+            run.checkpoints.folder,
+            updates_per_step=course.updates,
+            loss=course.loss,
+            learning_rate=course.learning_rate,
+        )
         self.log = StepLog(run, self.guards, self._writers, bar, compiling)
         self._failures = FailureReports()
         self._seconds: dict[str, float] = {}  # of the phases of this step, as metrics
@@ -94,9 +108,11 @@ class Monitor:
         Raises `memory.OutOfMemory` where a device has too little, `Stopped` once a stop has saved,
         and on leaving what a guard orders.
         """
+        course = self._run.course
         where = {"step": state.step, "following": state.step + 1, "update": state.update + 1}
-        self._watchdog.phase(_WHAT[name].format(**where))
-        with phase(name), self._may_stop(state) as self._over:
+        self._watchdog.phase(_WHAT[name].format(noun=course.step, **where))
+        scope = course.update_phase if name == "update" else name
+        with phase(scope), self._may_stop(state) as self._over:
             yield
         self.guards.enforce()
 
@@ -170,8 +186,14 @@ class Monitor:
         rollout.show(self._run, self._writers, state.step + 1, sampled, scores)
         self.guards.check_rollout(state.step + 1, state.rollout_metrics)
         if self.guards.skips_rollout:
-            self.guards.skipped(state.step + 1, self._run.updates_per_step)
+            self.guards.skipped(state.step + 1, self._run.course.updates)
         self.guards.enforce()
+
+    def given(self, state: RunState, rows: Callable[[], list[dict[str, Any]]]) -> None:
+        """The completions of a step are given, not sampled; `rows()` are shown, as samples."""
+        self.log.close()
+        self.guards.enforce()
+        rollout.show_rows(self._run, self._writers, state.step + 1, rows)
 
     def begin_updates(self) -> None:
         """The updates of a step begin, or go on."""
@@ -182,7 +204,7 @@ class Monitor:
         self.log.add_update(state, values)
         self.guards.enforce()
         state.update += 1
-        if state.update < self._run.updates_per_step and self._stop.asked():
+        if state.update < self._run.course.updates and self._stop.asked():
             self.log.fetch()
             self.guards.enforce()
             self._stop_with(state)
@@ -192,13 +214,13 @@ class Monitor:
         rollouts = state.experience.rollouts
         lengths = transfer.to_host((rollouts.prompt_length_P, rollouts.length_PG))
         state.tokens += int(lengths[1].sum())
-        state.prompts += self._run.config.batch.prompts
+        state.prompts += self._run.course.prompts
         self.log.open(state, lengths, self._started, self._learning, self._seconds)
         self._seconds = {}
 
     def finished(self, state: RunState) -> None:
         """A step is done; where something is due after it, its numbers are waited for."""
-        run, is_last = self._run, state.step == self._num_steps
+        run, is_last = self._run, state.step == self._run.course.num_steps
         stops = self._stop.asked() and not is_last
         run.checkpoints.poll()
         if stops or run.evaluates_after(state.step) or run.saves_after(state.step):
@@ -216,7 +238,7 @@ class Monitor:
 
     def checkpoint(self, state: RunState, quality: float | None) -> None:
         """Begins the checkpoint that is due; its time stands in the next step's line."""
-        self._watchdog.phase(f"The checkpoint after step {state.step}")
+        self._watchdog.phase(f"The checkpoint after {self._run.course.step} {state.step}")
         with phase("checkpoint"), self._timed("time/checkpoint_s"):
             self.save(state, quality)
 
@@ -273,6 +295,6 @@ class Monitor:
         run.checkpoints.close()
         middle = f", after {state.update} of its updates" if state.update else ""
         return (
-            f"Stopped by {name} at step {state.step}{middle}; all is saved in {run.folder}. The "
-            "same command continues the run."
+            f"Stopped by {name} at {run.course.step} {state.step}{middle}; all is saved in "
+            f"{run.folder}. The same command continues the run."
         )

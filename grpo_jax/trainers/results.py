@@ -18,8 +18,8 @@ from grpo_jax.run import stop as stop_lib
 from grpo_jax.run.checkpoints import NotSaved
 from grpo_jax.run.whole_files import write_json
 from grpo_jax.trainers import exporting
-from grpo_jax.trainers.grpo_run import Run
 from grpo_jax.trainers.run_state import RunState
+from grpo_jax.trainers.runs import Run
 
 
 def evaluate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -19,8 +20,8 @@ from grpo_jax.metrics import writers as writers_lib
 from grpo_jax.metrics.samples import print_samples
 from grpo_jax.rewards.scores import Scores
 from grpo_jax.structs import Rollouts
-from grpo_jax.trainers.grpo_run import Run
 from grpo_jax.trainers.run_state import RunState
+from grpo_jax.trainers.runs import Run
 from grpo_jax.trainers.step_metrics import StepLog
 
 
@@ -76,9 +77,11 @@ def show(
     run: Run, writers: writers_lib.Writers, step: int, rollout: Rollout, scores: Scores
 ) -> None:
     """Writes and prints completions of the step, where logging.samples_every_steps asks for it."""
-    every = run.config.logging.samples_every_steps
-    if not every or (step - 1) % every:
-        return
+    show_rows(run, writers, step, lambda: _rows(run, rollout, scores))
+
+
+def _rows(run: Run, rollout: Rollout, scores: Scores) -> list[dict[str, Any]]:
+    """The best and the worst completions of the most divided group."""
     group = run.config.batch.group
     # Of rewards that are unknown, this shows what a 0 would be worth.
     reward_PG = np.nan_to_num(scores.reward_B, nan=0.0).reshape(-1, group)
@@ -104,8 +107,22 @@ def show(
                 "length": int(rollout.completions.length_PG[p, g]),
             }
         )
-    writers.samples(step, rows)
-    print_samples(f"Completions of step {step}", rows)
+    return rows
+
+
+def show_rows(
+    run: Run, writers: writers_lib.Writers, step: int, rows: Callable[[], list[dict[str, Any]]]
+) -> None:
+    """Writes and prints `rows()`, as `writers.samples` has them, where it is asked for."""
+    if _is_shown(run, step):
+        made = rows()
+        writers.samples(step, made)
+        print_samples(f"Completions of {run.course.step} {step}", made)
+
+
+def _is_shown(run: Run, step: int) -> bool:
+    every = run.config.logging.samples_every_steps
+    return bool(every) and (step - 1) % every == 0
 
 
 def _begin(run: Run, state: RunState, step: int) -> tuple[Questions, RewardCollector]:
@@ -116,7 +133,7 @@ def _begin(run: Run, state: RunState, step: int) -> tuple[Questions, RewardColle
     )
     seen = {
         "global_step": step,
-        "max_steps": config.loop.num_steps,
+        "max_steps": run.course.num_steps,
         "epoch": draw * config.batch.prompts / num_problems,
     }
     rewards = RewardCollector(

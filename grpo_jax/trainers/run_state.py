@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from grpo_jax.config import derived, record
+from grpo_jax.config import record
 from grpo_jax.devices import transfer
 from grpo_jax.environments.single_turn import Rollout
 from grpo_jax.learner import train_state
@@ -16,8 +16,8 @@ from grpo_jax.models import policy
 from grpo_jax.run import workdir
 from grpo_jax.setup import inputs
 from grpo_jax.structs import Experience, Rollouts, TrainState
-from grpo_jax.trainers.grpo_run import Run
 from grpo_jax.trainers.guards import History
+from grpo_jax.trainers.runs import Run
 
 
 @dataclasses.dataclass
@@ -187,9 +187,9 @@ def save(
     `quality`: as `Checkpoints.save` has it. `sizes_then`: of packed rows, where they are not those
     of now.
     """
-    every = run.config.checkpoint.every_steps
+    every = run.course.save_every
     if state.step and not state.update and every and state.step % every == 0:
-        state.last_due = state.step * derived.num_updates_per_step(run.config)
+        state.last_due = state.step * run.course.updates
     state.sizes = sizes(run) if sizes_then is None else sizes_then
     waiting = state.next_rollout
     state.next_rollout_s = 0.0 if waiting is None else waiting.seconds

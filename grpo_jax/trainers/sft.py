@@ -1,349 +1,295 @@
 """Supervised training on worked solutions, the usual start before reinforcement learning.
 
 It trains the model of the config, or a new one, on a task's demonstrations or on a dataset with
-`prompt` and `completion`. `grpo_jax.train` runs it first when `model.path` is empty. The loss is
-the mean cross-entropy of the completions' tokens, stop token included.
+`prompt` and `completion`, in the loop of `grpo.py`: here the completions of a step are given, and
+the loss is the mean cross-entropy of their tokens, stop token included. `grpo_jax.train` runs it
+first when `model.path` is empty.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from grpo_jax.config.dotted import flatten
+from grpo_jax.config import guard_rules, rules
 from grpo_jax.data import problems as problems_lib
-from grpo_jax.data import prompts, streams, tasks
-from grpo_jax.devices import by_shard, compiling, sharding, transfer
+from grpo_jax.data import prompts as prompts_lib
+from grpo_jax.data import streams, tasks
+from grpo_jax.data.problems import Problem
+from grpo_jax.data.prompts import Encoded
+from grpo_jax.devices import sharding, transfer
 from grpo_jax.devices.phases import phase
-from grpo_jax.hosts import processes
-from grpo_jax.hosts.watchdog import Watchdog
-from grpo_jax.learner import accumulate, logprobs, optim, train_state
-from grpo_jax.learner.accumulate import Carry
-from grpo_jax.learner.scoring import Scorer
-from grpo_jax.messages.progress import Progress
-from grpo_jax.metrics import writers as writers_lib
-from grpo_jax.models import parameters
+from grpo_jax.environments.questions import Questions
+from grpo_jax.messages.console import say
 from grpo_jax.models import policy as policy_lib
+from grpo_jax.models.policy import Policy
+from grpo_jax.rewards.registry import Reward
 from grpo_jax.run import claim, workdir
-from grpo_jax.run import stop as stop_lib
 from grpo_jax.run.checkpoints import Checkpoints
+from grpo_jax.run.stop import PATIENCE_S, Stopped, StopSignal
 from grpo_jax.setup import inputs, model
-from grpo_jax.setup.data import encode
-from grpo_jax.setup.learner import make_optimizer, make_scorer
+from grpo_jax.setup.data import answerable, encode, load_problems, questions
+from grpo_jax.setup.engine import make_engine, make_evaluator
+from grpo_jax.setup.learner import make_supervised_learner
+from grpo_jax.setup.rewards import load_rewards, start_rewards
 from grpo_jax.setup.run_folder import open_for
-from grpo_jax.structs import Array, Params, Rollouts, Sampling, TrainState, pad_rows
-from grpo_jax.trainers import exporting
+from grpo_jax.structs import Rollouts, pad_rows
+from grpo_jax.trainers import exporting, grpo, restarts, rollout
+from grpo_jax.trainers.monitor import Monitor
+from grpo_jax.trainers.run_state import RunState
+from grpo_jax.trainers.runs import Course, Run
 
-Rows = list[tuple[list[int], list[int]]]  # prompt ids, completion ids
+
+class Demonstration(NamedTuple):
+    """One completion that is imitated, and its prompt; the stop token is its last."""
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
 
 
-def run(config: ConfigDict, folder: Path, stop: stop_lib.StopSignal | None = None) -> Path:
+Demonstrations = Callable[[int], list[Demonstration]]
+"""Those of a draw, by its number; they follow from that and the config's seed."""
+
+Solution = Callable[[Problem, np.random.Generator], str]
+
+
+def run(
+    config: ConfigDict, folder: Path, stop: StopSignal | None = None, *, is_start: bool = False
+) -> Path:
     """Trains, or goes on with the training in `folder`; returns the Hugging Face folder it exports.
 
-    `stop`: as the caller hears of it; without, the training listens itself. Raises ValueError for
-    what a user can mend, and `stop.Stopped` once the run was asked to stop and has saved.
+    `stop`: as the caller hears of it; without, the training listens itself. `is_start`: what comes
+    after it evaluates the model. Raises ValueError for what a user can mend, `guards.Diverged`
+    where a guard ends it, and `stop.Stopped` once it was asked to stop and has saved.
     """
-    with claim.held(), stop or stop_lib.StopSignal(config.checkpoint.save_before_s) as stop:
-        return _run(config, folder, stop)
+    began = time.monotonic()
+    with claim.held(), stop or StopSignal(config.checkpoint.save_before_s) as stop:
+        with phase("start"), stop.nothing_to_lose():
+            open_for(config, folder)
+            made, demonstrations = _build(config, folder, evaluates=not is_start)
+            if made is None:
+                return folder / "export"
+        gather = functools.partial(_gather, demonstrations)
+        train = functools.partial(grpo.train, gather=gather)
+        try:
+            return restarts.carry_out(made, stop, began, train, _finish)
+        finally:
+            if made.rewards is not None:
+                made.rewards.close()
 
 
-def _run(config: ConfigDict, folder: Path, stop: stop_lib.StopSignal) -> Path:
-    export = folder / "export"
+def _gather(demonstrations: Demonstrations, run: Run, state: RunState, monitor: Monitor) -> None:
+    """Gives the state the demonstrations of its step."""
+    rows = demonstrations(state.draw_of(state.step))
+    monitor.given(state, lambda: _as_samples(rows, run))
+    shards = sharding.num_row_shards(run.mesh)
+    given = rollout.device_rows(run, _as_rollouts(rows, shards, run.config))
+    no_reward = transfer.shard_rows(run.mesh, np.zeros(given.length_PG.shape, np.float32))
+    log_probs = run.prepare.log_probs(state.train.params, None, given)  # none are needed
+    state.experience = run.prepare(log_probs, no_reward)
+
+
+def _as_rollouts(rows: list[Demonstration], shards: int, config: ConfigDict) -> Rollouts:
+    """Demonstrations as groups of one; what fills them up to the shards did not stop.
+
+    Prompts are padded to the next quarter of their limit, so that few widths are compiled.
+    """
+    given = len(rows)
+    rows = rows + [Demonstration([0], [0])] * (-given % shards)
+    longest = max(len(row.prompt_ids) for row in rows)
+    quarter = -(-config.data.max_prompt_tokens // 4)
+    width = min(config.data.max_prompt_tokens, -(-longest // quarter) * quarter)
+    prompt_PQ, prompt_length_P = pad_rows([row.prompt_ids for row in rows], width)
+    limit = config.sft.max_tokens
+    completion_PC, length_P = pad_rows([row.completion_ids for row in rows], limit)
+    return Rollouts(
+        prompt_PQ,
+        prompt_length_P,
+        completion_PC[:, None],
+        np.zeros(completion_PC[:, None].shape, np.float32),
+        length_P[:, None],
+        (np.arange(len(rows)) < given)[:, None],
+    )
+
+
+def _as_samples(rows: list[Demonstration], run: Run) -> list[dict[str, Any]]:
+    """A few demonstrations as the table of samples has them."""
+    return [
+        {
+            "prompt": run.policy.tokenizer.decode(row.prompt_ids),
+            "completion": run.policy.tokenizer.decode(row.completion_ids),
+            "rewards": {},
+            "extras": {},
+            "length": len(row.completion_ids),
+        }
+        for row in rows[: run.config.logging.num_samples]
+    ]
+
+
+def _finish(run: Run, state: RunState, stop: StopSignal, wall_s: float) -> Path:
+    """Exports the model."""
+    run.checkpoints.close()
+    export = run.folder / "export"
+    with stop.nothing_to_lose(PATIENCE_S):
+        claim.check()
+        exporting.export(run.policy, export, state.train, run.config.checkpoint.export_dtype)
+        workdir.note_export(export, step=state.step, updates=int(state.train.num_updates))
+        if stop.asked():  # what comes after this training is asked to stop, too
+            raise Stopped(
+                f"Stopped by {stop.name} at {run.course.step} {state.step}; all is saved in "
+                f"{run.folder}. The same command continues the run."
+            )
+    return export
+
+
+# --- What the run is made of ----------------------------------------------------------------------
+
+
+def _build(
+    config: ConfigDict, folder: Path, *, evaluates: bool
+) -> tuple[Run | None, Demonstrations]:
+    """The run, everything read and checked; None where the folder has its export already."""
     mesh = sharding.make_mesh(**config.mesh)
-    with phase("start"), stop.nothing_to_lose():
-        open_for(config, folder)
-        now = inputs.date(config.data.date, folder)
-        policy, batches, read = _source(config, folder / "source", now)
-        inputs.hold(folder, read)
-        if (export / "config.json").exists():
-            return export
-        policy = policy_lib.keep(policy, folder / "source")
-        optimizer, update = _learner(config, policy, mesh)
-        checkpoints = Checkpoints(
+    now = inputs.date(config.data.date, folder)
+    task = tasks.load(config.data.task) if config.data.task else None
+    if config.model.path:
+        policy = policy_lib.read(config.model.path, kept=folder / "source")
+    else:
+        policy = model.new(config.model, task.make_tokenizer())
+    rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
+    policy.check_length(config.data.max_prompt_tokens, config.sft.max_tokens, "sft.max_tokens")
+    problems, solution = _solved(config, task)
+    encoded = encode(problems, policy, config, "training problems", now)
+    sums = {
+        "training problems": inputs.of_problems(encoded.problems, encoded.prompt_ids),
+        "model": inputs.of_model(policy),
+    }
+    inputs.hold(folder, sums)
+    demonstrations = functools.partial(_demonstrations, config, policy, encoded, solution)
+    if (folder / "export" / "config.json").exists():
+        return None, demonstrations
+    policy = policy_lib.keep(policy, folder / "source")
+    learner = make_supervised_learner(config, policy.model, mesh)
+    held_out, rewards, engine = None, None, None
+    if evaluates:
+        held_out, rewards = _held_out(config, policy, now)
+    if held_out:
+        engine = make_engine(config, policy.model, policy.stop_ids, mesh)
+    course = Course(
+        num_steps=config.sft.num_steps,
+        prompts=config.sft.batch,
+        save_every=config.sft.checkpoint_every_steps,
+        step="supervised step",
+        bar="sft",
+        shown_every=100,
+        update_phase="sft",
+        loss="sft/loss",
+        learning_rate="sft.learning_rate",
+    )
+    return Run(
+        config=config,
+        course=course,
+        folder=folder,
+        mesh=mesh,
+        policy=policy,
+        train=Questions(encoded.problems, encoded.prompt_ids, []),
+        held_out=held_out,
+        engine=None,
+        evaluator=None if engine is None else make_evaluator(config, engine),
+        optimizer=learner.optimizer,
+        schedule=learner.schedule,
+        prepare=learner.prepare,
+        update=learner.update,
+        sizes=learner.sizes,
+        ref_params=None,
+        checkpoints=Checkpoints(
             config.checkpoint.folder or folder / "checkpoints",
             keep=2,
             max_failed=config.checkpoint.max_failed,
             on_saved=functools.partial(workdir.note_saved, folder),
-        )
-        state = _start(checkpoints, policy, mesh, optimizer, config, folder)
-    state = _train(config, folder, stop, checkpoints, state, update, batches)
-    with stop.nothing_to_lose(stop_lib.PATIENCE_S):
-        exporting.export(policy, export, state, config.checkpoint.export_dtype)
-        updates = int(state.num_updates)
-        workdir.note_export(export, step=updates, updates=updates)
-        if stop.asked():  # what comes after this training is asked to stop, too
-            raise stop_lib.Stopped(_stopped(stop, config.sft.num_steps, folder))
-    return export
+            due_every=guard_rules.may_roll_back(config) * course.save_every,
+        ),
+        read=sums,
+        rewards=start_rewards(config, rewards) if held_out else None,  # last: nothing is refused
+    ), demonstrations
 
 
-def _train(
-    config: ConfigDict,
-    folder: Path,
-    stop: stop_lib.StopSignal,
-    checkpoints: Checkpoints,
-    state: TrainState,
-    update: Callable,
-    batches: Callable[[int], Rows],
-) -> TrainState:
-    """The state after the last step. Raises `stop.Stopped` once all is saved."""
-    num_steps, first = config.sft.num_steps, int(state.num_updates)
-    writers = writers_lib.Writers(
-        folder,
-        first_step=first + 1,
-        tensorboard=config.logging.tensorboard,
-        wandb_project="",
-        config=flatten(config),
-        enabled=processes.is_first(),
-    )
-    with (
-        closing(writers),
-        Watchdog(config.loop.stall_limit_s) as watchdog,
-        Progress(num_steps, first_step=first, every_steps=100, noun="sft") as bar,
-    ):
-        rows = batches(first)
-        for step in range(first, num_steps):
-            started = time.monotonic()
-            watchdog.phase(f"Supervised update {step + 1}")
-            leave = functools.partial(_saved, checkpoints, state, stop, step, folder)
-            with phase("sft"):
-                with stop.leaving(leave) as over:
-                    state, values = update(state, rows, over)
-                rows = batches(step + 1) if step + 1 < num_steps else []  # meanwhile
-                values = {name: float(value) for name, value in jax.device_get(values).items()}
-            values["sft/tokens_per_s"] = values.pop("tokens") / (time.monotonic() - started)
-            if values.pop("skipped"):
-                raise ValueError(
-                    f"sft: loss or gradient of update {step} is not finite "
-                    f"(loss {values['sft/loss']}). Lower sft.learning_rate = "
-                    f"{config.sft.learning_rate}."
-                )
-            writers.scalars(step + 1, values)
-            bar.update(step + 1, values)
-            every = config.sft.checkpoint_every_steps
-            checkpoints.poll()
-            if step + 1 == num_steps:
-                break
-            if stop.asked():
-                raise stop_lib.Stopped(_saved(checkpoints, state, stop, step + 1, folder))
-            if every and (step + 1) % every == 0:
-                claim.check()
-                checkpoints.save(state, {})
-        checkpoints.close()
-    return state
-
-
-def _saved(
-    checkpoints: Checkpoints, state: TrainState, stop: stop_lib.StopSignal, step: int, folder: Path
-) -> str:
-    """Saves what the run holds after `step`, and says so."""
-    if step:
-        claim.check()
-        checkpoints.save(state, {})
-    checkpoints.close()
-    return _stopped(stop, step, folder)
-
-
-def _stopped(stop: stop_lib.StopSignal, step: int, folder: Path) -> str:
-    return (
-        f"Stopped by {stop.name} at supervised step {step}; all is saved in {folder}. "
-        "The same command continues the run."
-    )
-
-
-def _start(
-    checkpoints: Checkpoints, policy, mesh: Mesh, optimizer, config: ConfigDict, folder: Path
-) -> TrainState:
-    again = config.checkpoint.begin_again
-    dtype, number = jnp.dtype(config.model.param_dtype), checkpoints.latest(begin_again=again)
-    if number is None:
-        workdir.begin(folder, checkpoints.folder, again=again)
-    else:
-        like = train_state.state_like(policy.model, mesh, optimizer, dtype)
-        return checkpoints.restore(number, like)
-    params = policy_lib.load_params(policy, mesh, config.seed, dtype)
-    return train_state.start(params, policy.model, mesh, optimizer)
-
-
-# --- Data -----------------------------------------------------------------------------------------
-
-
-def _source(config: ConfigDict, kept: Path, now: datetime):
-    """The policy to train, a function from a step to its rows, and the sums of what is read.
-
-    The rows follow from the seed and the step. `kept`: what the run keeps of its
-    source; `now`: the time that chat templates are told.
-    """
-    task = tasks.load(config.data.task) if config.data.task else None
-    if config.model.path:
-        policy = policy_lib.read(config.model.path, kept=kept)
-    else:
-        policy = model.new(config.model, task.make_tokenizer())
-    policy.check_length(config.data.max_prompt_tokens, config.sft.max_tokens, "sft.max_tokens")
+def _solved(config: ConfigDict, task: Any) -> tuple[list[Problem], Solution]:
+    """The problems that have a completion to imitate, and the function that gives it."""
     if task:
         problems, _ = task.generate(config.data.num_train, config.data.num_eval, config.seed)
-        solution = task.worked_solution
-    else:
-        problems = problems_lib.load_train(config.data)
-        for problem in problems:
-            if not isinstance(problem.columns.get("completion"), str):
-                raise ValueError(
-                    f"data.path: {problem.where} has no text as column `completion` to train on; "
-                    f"it has prompt, {', '.join(problem.columns)}. data.columns can rename one, "
-                    "such as completion=solution."
-                )
-        solution = lambda problem, rng: problem.columns["completion"]  # noqa: E731
-    encoded = encode(problems, policy, config, "training problems", now)
-    problems, prompt_ids = encoded.problems, encoded.prompt_ids
-    read = {
-        "training problems": inputs.of_problems(problems, prompt_ids),
-        "model": inputs.of_model(policy),
-    }
+        return problems, task.worked_solution
+    problems = [_with_completion(problem) for problem in problems_lib.load_train(config.data)]
+    return problems, lambda problem, rng: problem.columns["completion"]
+
+
+def _with_completion(problem: Problem) -> Problem:
+    """A problem whose column `completion` is a text.
+
+    It may be the answer of an assistant, as a list of that one message; and where there is none the
+    last message of the prompt, if that is an assistant's.
+    """
+    completion, prompt = problem.columns.get("completion"), problem.prompt
+    if isinstance(completion, str):
+        return problem
+    if completion is None and isinstance(prompt, list) and len(prompt) > 1:
+        prompt, completion = prompt[:-1], prompt[-1:]
+    if _is_answer(completion):
+        columns = problem.columns | {"completion": completion[0]["content"]}
+        return dataclasses.replace(problem, prompt=prompt, columns=columns)
+    raise ValueError(
+        f"data.path: {problem.where} has no text as column `completion` to train on, and no "
+        "message of an assistant at the end; it has prompt, "
+        f"{', '.join(problem.columns)}. data.columns can rename one, such as completion=solution."
+    )
+
+
+def _is_answer(messages: Any) -> bool:
+    if not isinstance(messages, list) or len(messages) != 1 or not isinstance(messages[0], dict):
+        return False
+    return messages[0].get("role") == "assistant" and isinstance(messages[0].get("content"), str)
+
+
+def _demonstrations(
+    config: ConfigDict, policy: Policy, encoded: Encoded, solution: Solution, draw: int
+) -> list[Demonstration]:
+    """The demonstrations of a draw."""
     stop = policy.tokenizer.eos_token_id
     stop = policy.stop_ids[0] if stop is None else stop
-
-    def rows(step: int) -> Rows:
-        index = prompts.prompt_indices(config.seed, step, len(problems), config.sft.batch)
-        rng = streams.stream(config.seed, "solutions", step)
-        texts = [solution(problems[i], rng) for i in index]
-        encoded = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        for i, ids in zip(index, encoded):
-            policy.refuse_unknown(ids, f"The worked solution of {problems[i].where}")
-            if len(ids) >= config.sft.max_tokens:
-                raise ValueError(
-                    f"sft.max_tokens = {config.sft.max_tokens}, but the worked solution of "
-                    f"{problems[i].where} has {len(ids) + 1} tokens with its stop token. "
-                    "Raise the limit."
-                )
-        return [(prompt_ids[i], [*ids, stop]) for i, ids in zip(index, encoded)]
-
-    return policy, rows, read
+    problems, limit = encoded.problems, config.sft.max_tokens
+    index = prompts_lib.prompt_indices(config.seed, draw, len(problems), config.sft.batch)
+    rng = streams.stream(config.seed, "solutions", draw)
+    texts = [solution(problems[i], rng) for i in index]
+    rows = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    for i, ids in zip(index, rows):
+        policy.refuse_unknown(ids, f"The worked solution of {problems[i].where}")
+        if len(ids) >= limit:
+            raise ValueError(
+                f"sft.max_tokens = {limit}, but the worked solution of {problems[i].where} has "
+                f"{len(ids) + 1} tokens with its stop token. Raise the limit."
+            )
+    return [Demonstration(encoded.prompt_ids[i], [*ids, stop]) for i, ids in zip(index, rows)]
 
 
-def _bucket(longest: int, limit: int, parts: int = 4) -> int:
-    """`longest` rounded up to a quarter of the limit: few lengths, each compiled once."""
-    step = -(-limit // parts)
-    return min(limit, -(-longest // step) * step)
-
-
-def _microbatches(rows: Rows, size: int, shards: int, config: ConfigDict) -> Iterator[Rollouts]:
-    """The rows, those of like length together, each part padded to its longest completion.
-
-    A part that does not split into `shards` is filled with rows of no completion.
-    """
-    rows = sorted(rows, key=lambda row: len(row[1]))
-    longest_prompt = max(len(prompt) for prompt, _ in rows)
-    width = _bucket(longest_prompt, config.data.max_prompt_tokens)
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        tokens = _bucket(len(part[-1][1]), config.sft.max_tokens)
-        part = part + [([0], [])] * (-len(part) % shards)
-        prompt_PQ, prompt_length_P = pad_rows([prompt for prompt, _ in part], width)
-        completion_PC, length_P = pad_rows([completion for _, completion in part], tokens)
-        yield Rollouts(
-            prompt_PQ,
-            prompt_length_P,
-            completion_PC[:, None],
-            np.zeros(completion_PC[:, None].shape, np.float32),
-            length_P[:, None],
-            np.ones((len(part), 1), bool),
-        )
-
-
-# --- The update -----------------------------------------------------------------------------------
-
-
-def _learner(config: ConfigDict, policy: policy_lib.Policy, mesh: Mesh):
-    """The optimizer, and the update as `_make_update` gives it."""
-    schedule = optim.schedule(
-        config.sft.learning_rate,
-        warmup_steps=config.sft.warmup_steps,
-        kind="cosine",
-        num_updates=config.sft.num_steps,
-        end_fraction=0.0,
-    )
-    optimizer = make_optimizer(config, schedule, config.sft.weight_decay, clip_norm=1.0)
-    scorer = make_scorer(config, policy.model, mesh, Sampling())
-    size = config.sft.microbatch or config.sft.batch
-    return optimizer, _make_update(scorer, optimizer, size, config)
-
-
-def _loss_sums(params: Params, scorer: Scorer, part: Rollouts):
-    """Summed cross-entropy of one microbatch, with (count, sum) for the mean."""
-    target_BT = part.completion_PGC[:, 0]
-    weight_BT = (jnp.arange(target_BT.shape[1])[None] < part.length_PG).astype(jnp.float32)
-    total, _, _ = logprobs.loss(
-        lambda logp, entropy, terms: -logp,
-        scorer.sampling,
-        scorer.along,
-        scorer.hidden(params, part),
-        parameters.head_kernel(params),
-        target_BT,
-        weight_BT,
-        {},
-    )
-    return total, ({"loss": total, "count": weight_BT.sum()}, {})
-
-
-def _make_update(scorer: Scorer, optimizer, size: int, config: ConfigDict):
-    """A function `(state, rows) -> (state, metrics)`; microbatches differ in length.
-
-    Its `before_donating()` is called once it has the gradients; until then the state is whole.
-    """
-    shards = sharding.num_row_shards(scorer.mesh) * scorer.parts
-
-    def through(params: Params, _, carry: Carry, part: Rollouts) -> Carry:
-        sums_of = lambda params, part: _loss_sums(params, scorer, part)  # noqa: E731
-        return accumulate.add_gradient(
-            sums_of,
-            params,
-            carry,
-            by_shard.split_within_shard(scorer.mesh, part, scorer.row_axis),
-        )
-
-    empty, add = accumulate.make_adding(scorer, through, sums=("loss", "count"), maxima=())
-
-    like = train_state.state_like(scorer.model, scorer.mesh, optimizer)
-    shardings = jax.tree.map(lambda x: x.sharding, like)
-
-    @functools.partial(
-        jax.jit,
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-        compiler_options=compiling.options(scorer.mesh),
-    )
-    def apply(state: TrainState, carry) -> tuple[TrainState, dict[str, Array]]:
-        grads, sums, _ = accumulate.over_shards(scorer, carry)
-        loss = sums["loss"] / sums["count"]
-        grads = jax.tree.map(lambda g: g / sums["count"], grads)
-        state, values = accumulate.apply_gradient(state, optimizer, grads, loss)
-        return state, values | {"sft/loss": loss, "tokens": sums["count"]}
-
-    is_compiled = False
-
-    def update(
-        state: TrainState, rows: Rows, before_donating: Callable[[], None] = lambda: None
-    ) -> tuple[TrainState, dict[str, Array]]:
-        nonlocal is_compiled
-        carry = empty()
-        for number, part in enumerate(_microbatches(rows, size, shards, config), 1):
-            carry = add(state.params, np.int32(1), carry, transfer.shard_rows(scorer.mesh, part))
-            if number % compiling.MAX_IN_FLIGHT == 0:
-                jax.block_until_ready(carry)
-        if not is_compiled:  # by now: it takes long, and may be given up
-            apply.lower(state, carry).compile()
-            is_compiled = True
-        jax.block_until_ready(carry)
-        before_donating()
-        return apply(state, carry)
-
-    return update
+def _held_out(
+    config: ConfigDict, policy: Policy, now: datetime
+) -> tuple[Questions | None, list[Reward]]:
+    """Held-out problems that the rewards can score, with these; None where there are none."""
+    rewards = load_rewards(config)
+    problems = load_problems(config)[1][: config.evaluation.num_problems]
+    try:
+        problems = answerable(config, rewards, problems)
+    except ValueError as error:
+        say(f"warning: The model is not evaluated: {error}")
+        return None, rewards
+    if not problems:
+        return None, rewards
+    return questions(problems, policy, config, "held-out problems", now), rewards

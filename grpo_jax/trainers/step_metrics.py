@@ -18,9 +18,9 @@ from grpo_jax.messages.progress import Progress
 from grpo_jax.metrics.writers import Writers
 from grpo_jax.rewards.scores import Scores
 from grpo_jax.structs import Rollouts
-from grpo_jax.trainers.grpo_run import Run
 from grpo_jax.trainers.guards import Guards
 from grpo_jax.trainers.run_state import RunState
+from grpo_jax.trainers.runs import Run
 
 
 class StepLog:
@@ -74,7 +74,9 @@ class StepLog:
         run, roll_backs = self._run, state.history.roll_backs
         updates, skipped = state.train.num_updates, state.train.num_skipped
         rollout_metrics, update_metrics = state.rollout_metrics, state.update_metrics
-        counters = {"tokens/generated": state.tokens} | memory.usage()
+        counters = memory.usage()
+        if run.engine is not None:
+            counters |= {"tokens/generated": state.tokens}
 
         def line() -> dict[str, float]:
             ended = max(self._read_at, learning)  # the latter where no update was made
@@ -87,8 +89,10 @@ class StepLog:
                     run.schedule(max(int(updates) - int(skipped) - 1, 0))
                 ),
             }
+            if run.engine is None:
+                values["sft/tokens_per_s"] = float(lengths[1].sum() / (ended - started))
             # Not where the run was stopped after the rollout, nor where nothing was learned.
-            if "time/rollout_s" in seconds and update_metrics:
+            elif "time/rollout_s" in seconds and update_metrics:
                 step_s = ended - started
                 values |= _rates(run, lengths, seconds["time/rollout_s"], step_s)
             return values

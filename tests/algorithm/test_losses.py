@@ -108,13 +108,7 @@ def test_the_kl_off_policy_is_as_trl_has_it(kl_gradient):
 
 
 def terms(advantage, old_logp=None, ref_logp=None, sampler_logp=None, sequence_log_ratio=None):
-    return {
-        "advantage": advantage,
-        "old_logp": old_logp,
-        "ref_logp": ref_logp,
-        "sampler_logp": sampler_logp,
-        "sequence_log_ratio": sequence_log_ratio,
-    }
+    return losses.TokenTerms(advantage, sampler_logp, old_logp, ref_logp, sequence_log_ratio)
 
 
 def test_token_loss_adds_its_terms_by_hand():
@@ -282,7 +276,7 @@ def test_a_token_far_from_the_policy_does_not_refuse_an_update(advantage):
     far = {0.0: 0.0, 1.0: -1.2, -1.0: 485165195.4}[advantage] + 0.1 * 485165174.4
     np.testing.assert_allclose(value, [far, -1.1 * advantage], rtol=1e-6)
     np.testing.assert_allclose(slope, [0.0, -1.1 * advantage], rtol=1e-5)
-    given["sampler_logp"] = old
+    given = given.replace(sampler_logp=old)
     sums, maxima = losses.diagnostics(objective, logp, jnp.zeros(2), given, jnp.ones(2, bool))
     assert np.isfinite([*sums.values(), *maxima.values()]).all()
 

@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from grpo_jax.algorithm import losses
+from grpo_jax.algorithm.components import PolicyLoss
 from grpo_jax.devices import sharding
 from grpo_jax.learner import logprobs, train_state, update
 from grpo_jax.learner.scoring import Scorer
@@ -97,7 +98,7 @@ def test_an_update_sends_what_fsdp_must(monkeypatch):
     mesh, prompts, group, tokens, width = sharding.make_mesh(1, 8, 1), 16, 2, 4, 16
     scorer = Scorer(model, mesh, Sampling(), remat="full", microbatch=8)
     optimizer = optax.sgd(0.1)
-    learn = update.make_update(scorer, losses.Objective(), optimizer, num_minibatches=1)
+    learn = update.make_update(scorer, PolicyLoss(losses.Objective()), optimizer, num_minibatches=1)
     rollouts = tiny.rollouts(prompts, group, tokens).replace(
         prompt_PQ=np.zeros((prompts, width), np.int32),
         length_PG=np.full((prompts, group), tokens, np.int32),

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from grpo_jax import keys
 from grpo_jax.algorithm import losses
+from grpo_jax.algorithm.components import PolicyLoss
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.learner.experience import make_prepare
 from grpo_jax.learner.scoring import Scorer
@@ -46,7 +47,7 @@ def steps(mesh, **scoring):
     reference = jax.tree.map(lambda x: x * 1.1, place(mesh))
     prepare = make_prepare(scorer, scale_by="std", mask_truncated=False, with_old=True)
     objective = losses.Objective(kl_coef=0.1, entropy_coef=0.01)
-    update = make_update(scorer, objective, optimizer, num_minibatches=1)
+    update = make_update(scorer, PolicyLoss(objective), optimizer, num_minibatches=1)
     state = start(place(mesh), tiny.MODEL, mesh, optimizer)
     rollouts, loss = [], []
     for n in range(STEPS):
@@ -102,7 +103,7 @@ def test_a_row_is_split_over_its_devices():
     operations = []
     for mesh in (tiny.one_device(), sharding.make_mesh(1, 1, 1, 4, devices=jax.devices()[:4])):
         scorer, optimizer = Scorer(tiny.MODEL, mesh, Sampling()), optax.sgd(RATE)
-        update = make_update(scorer, losses.Objective(), optimizer, num_minibatches=1)
+        update = make_update(scorer, PolicyLoss(losses.Objective()), optimizer, num_minibatches=1)
         rollouts = tiny.rollouts(8, 4, 32)
         experience = Experience(
             rollouts=transfer.shard_rows(mesh, rollouts),

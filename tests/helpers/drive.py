@@ -14,9 +14,8 @@ import sys
 import threading
 
 from grpo_jax import train
-from grpo_jax.metrics import writers
 from grpo_jax.run import stop
-from grpo_jax.trainers import grpo, monitor, results
+from grpo_jax.trainers import monitor, restarts, results
 from grpo_jax.trainers.step_metrics import StepLog
 
 
@@ -60,26 +59,21 @@ class StopAfter(stop.StopSignal):
         raise stop.Stopped(ends[0])
 
 
-def _counted(function, kind):
-    def call(*args, **kwargs):
-        if kind == "update" or str(args[0].folder).endswith("bootstrap"):
-            setattr(Count, kind, getattr(Count, kind) + 1)
-        return function(*args, **kwargs)
+class CountingLog(StepLog):
+    """Counts updates, as they are launched."""
 
-    return call
-
-
-class CountingWriters(writers.Writers):
-    """Counts the supervised steps that are written."""
-
-    def __init__(self, folder, **kwargs):
-        self.folder = folder
-        Count.grpo = not str(folder).endswith("bootstrap")
-        super().__init__(folder, **kwargs)
+    def add_update(self, *args):
+        kind = "sft" if self._run.course.bar == "sft" else "update"
+        setattr(Count, kind, getattr(Count, kind) + 1)
+        return super().add_update(*args)
 
 
 class LeavingMonitor(monitor.Monitor):
     """Tells the stop signal of what the run comes to."""
+
+    def __init__(self, run, *args):
+        Count.grpo = run.course.bar != "sft"
+        super().__init__(run, *args)
 
     def donates(self, gradients):
         self._stop.leave("update")
@@ -102,10 +96,8 @@ evaluate = results.evaluate
 
 
 def main(jobs: list[dict]) -> None:
-    train.StopSignal, grpo.Monitor, results.evaluate = StopAfter, LeavingMonitor, _evaluate
-    StepLog.add_update = _counted(StepLog.add_update, "update")
-    CountingWriters.scalars = _counted(writers.Writers.scalars, "sft")
-    writers.Writers = CountingWriters
+    train.StopSignal, results.evaluate = StopAfter, _evaluate
+    restarts.Monitor, monitor.StepLog = LeavingMonitor, CountingLog
     for job in jobs:
         Count.update, Count.sft, Count.grpo = 0, 0, False
         StopAfter.after, StopAfter.of = job.get("after"), job.get("of", "update")

@@ -13,6 +13,7 @@ import pytest
 import tiny
 
 from grpo_jax.algorithm import losses
+from grpo_jax.algorithm.components import PolicyLoss
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.kernels import attention
 from grpo_jax.kernels.tpu_splash import Splash, choose
@@ -93,7 +94,9 @@ def test_an_update_over_devices(shape):
         Scorer(tiny.MODEL, tiny.one_device(), Sampling()),
         Scorer(tiny.MODEL, mesh, Sampling(), kernels=kernels),
     ):
-        update = make_update(scorer, losses.Objective(), optax.sgd(1.0), num_minibatches=1)
+        update = make_update(
+            scorer, PolicyLoss(losses.Objective()), optax.sgd(1.0), num_minibatches=1
+        )
         like = policy.param_like(tiny.MODEL, scorer.mesh)
         params = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), tiny.params(), like)
         state = start(params, tiny.MODEL, scorer.mesh, optax.sgd(1.0))

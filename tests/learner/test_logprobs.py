@@ -14,6 +14,8 @@ import pytest
 import tiny
 
 from grpo_jax.algorithm import losses
+from grpo_jax.algorithm.components import PolicyLoss
+from grpo_jax.algorithm.losses import TokenTerms
 from grpo_jax.learner import logprobs
 from grpo_jax.learner.experience import make_prepare
 from grpo_jax.learner.scoring import Scorer
@@ -98,7 +100,7 @@ def batch():
     hidden_BTD, head_DV = draw(B, T, D), draw(D, V)
     target_BT = rng.integers(0, V, (B, T))
     weight_BT = (np.arange(T) < np.array([[7], [1], [4]])) * rng.uniform(0.2, 2, (B, T))
-    terms = {"advantage": draw(B, T), "old_logp": -3 + draw(B, T), "ref_logp": -3 + draw(B, T)}
+    terms = TokenTerms(draw(B, T), None, -3 + draw(B, T), -3 + draw(B, T), None)
     return hidden_BTD, head_DV, target_BT, weight_BT.astype(np.float32), terms
 
 
@@ -223,8 +225,9 @@ def test_loss_alone_equals_loss_with_gradient(batch):
 @pytest.mark.parametrize("term", ["advantage", "old_logp", "ref_logp"])
 def test_garbage_in_tokens_of_weight_0_is_harmless(batch, term, garbage):
     *rest, weight_BT, terms = batch
-    spoiled = {**terms, term: np.where(weight_BT == 0, np.float32(garbage), terms[term])}
-    assert not np.array_equal(spoiled[term], terms[term])
+    before = getattr(terms, term)
+    spoiled = terms.replace(**{term: np.where(weight_BT == 0, np.float32(garbage), before)})
+    assert not np.array_equal(getattr(spoiled, term), before)
     want, want_grads = value_and_grads(batch, SAMPLINGS["plain"])
 
     got, got_grads = value_and_grads((*rest, weight_BT, spoiled), SAMPLINGS["plain"])
@@ -258,7 +261,7 @@ def test_no_array_holds_the_logits_of_a_batch(monkeypatch):
     prepare = make_prepare(scorer, scale_by="std", mask_truncated=False, with_old=True)
     update = make_update(
         scorer,
-        losses.Objective(kl_coef=0.1, entropy_coef=0.1),
+        PolicyLoss(losses.Objective(kl_coef=0.1, entropy_coef=0.1)),
         optimizer,
         num_minibatches=1,
     )

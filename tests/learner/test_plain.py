@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from grpo_jax.algorithm import losses
+from grpo_jax.algorithm.components import PolicyLoss
 from grpo_jax.learner import scoring, train_state, update
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.structs import Experience, Rollouts, Sampling
@@ -79,7 +80,7 @@ def check_update(experience: Experience, wanted, normalizer: str, scorer: Scorer
     """One update with a learning rate of 1 gives the loss and moves by the gradient."""
     optimizer = optax.sgd(1.0)
     objective = dataclasses.replace(FULL, normalizer=normalizer)
-    program = update.make_update(scorer, objective, optimizer, num_minibatches=1)
+    program = update.make_update(scorer, PolicyLoss(objective), optimizer, num_minibatches=1)
     state = jax.tree.map(jnp.array, tiny.params())
     state = train_state.start(state, MODEL, scorer.mesh, optimizer)
     state, metrics = program(state, experience, 0)

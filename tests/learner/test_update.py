@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from grpo_jax.algorithm import losses
+from grpo_jax.algorithm.components import PolicyLoss
 from grpo_jax.devices import transfer
 from grpo_jax.learner import optim, packing
 from grpo_jax.learner.experience import action_mask, make_prepare
@@ -47,7 +48,7 @@ def fresh(optimizer=optax.sgd(RATE)):  # noqa: B008
 def program(objective=FULL, optimizer=optax.sgd(RATE), *, minibatches=1, microbatches=1, **scoring):  # noqa: B008
     return make_update(
         scorer(microbatch=P // minibatches // microbatches, **scoring),
-        objective,
+        PolicyLoss(objective),
         optimizer,
         num_minibatches=minibatches,
     )
@@ -482,7 +483,7 @@ def test_an_update_of_metrics_out_of_bounds_is_refused(experience, plain):
     moved = float(plain(jax.tree.map(jnp.array, once), experience, 0)[1]["policy/kl"])
     bounds = {"policy/kl": (-np.inf, kl) if moved > kl else (kl, np.inf), "policy/entropy": (0, 99)}
     bounded = make_update(
-        scorer(microbatch=P), FULL, optax.sgd(RATE), num_minibatches=1, bounds=bounds
+        scorer(microbatch=P), PolicyLoss(FULL), optax.sgd(RATE), num_minibatches=1, bounds=bounds
     )
     state, metrics = bounded(fresh(), experience, 0)
     assert not metrics["skipped"]  # the bound itself is within
@@ -498,7 +499,9 @@ def test_an_update_of_metrics_out_of_bounds_is_refused(experience, plain):
 def test_an_optimizer_state_in_host_memory_changes_nothing(experience):
     optimizer = optax.adam(0.01)
     update = program(optimizer=optimizer)
-    offloaded = make_update(scorer(microbatch=P), FULL, optimizer, num_minibatches=1, offload=True)
+    offloaded = make_update(
+        scorer(microbatch=P), PolicyLoss(FULL), optimizer, num_minibatches=1, offload=True
+    )
     state, other = fresh(optimizer), fresh(optimizer)
     other = other.replace(opt_state=transfer.to_host_memory(other.opt_state))
     kinds = lambda tree: {x.sharding.memory_kind for x in jax.tree.leaves(tree)}  # noqa: E731

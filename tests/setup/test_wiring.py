@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from datetime import datetime
 from types import SimpleNamespace
 
 import jax
@@ -32,13 +31,16 @@ from grpo_jax.evaluation import held_out
 from grpo_jax.kernels import attention
 from grpo_jax.learner import train_state
 from grpo_jax.learner import update as update_lib
+from grpo_jax.learner.update import make_update
 from grpo_jax.rewards.scores import Scores
+from grpo_jax.setup import run_folder
 from grpo_jax.setup.data import load_problems
 from grpo_jax.setup.engine import make_engine
-from grpo_jax.setup.learner import Fit, make_learner
+from grpo_jax.setup.learner import Fit, make_learner, make_supervised_learner
 from grpo_jax.structs import Rollouts, Sampling
 from grpo_jax.trainers import grpo, results, rollout, sft
 from grpo_jax.trainers.run_state import RunState
+from grpo_jax.trainers.runs import Course
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
@@ -431,7 +433,7 @@ def test_the_reward_of_a_row_meets_its_tokens(longest):
     scores = Scores(reward_B, {}, {}, {})
     run = SimpleNamespace(
         mesh=tiny.one_device(), ref_params=None, prepare=learner_of("constant").prepare,
-        config=options_lib.default(),
+        course=Course(9, P),
     )  # fmt: skip
     state = RunState(
         train=SimpleNamespace(params=tiny.params()),
@@ -445,7 +447,7 @@ def test_the_reward_of_a_row_meets_its_tokens(longest):
         guards=SimpleNamespace(skips_rollout=False),
     )
 
-    grpo._sample_and_reward(run, state, monitor)
+    grpo.sample_and_reward(run, state, monitor)
 
     assert state.next_rollout is None
     experience = state.experience
@@ -497,6 +499,7 @@ def drawn_at(step: int, passed_over: int, prompts: list[list[int]], ahead: int =
     pool, policy = Pool(), SimpleNamespace(text=lambda ids: "")
     run = SimpleNamespace(
         config=config_of(SAMPLING),
+        course=Course(100, P),
         train=Questions(problems, prompts, [""] * len(prompts)),
         engine=engine(),
         policy=policy,
@@ -604,16 +607,28 @@ def test_the_supervised_gradient_is_the_plain_one():
     rollouts, scorer = tiny.rollouts(P, G, C), learner_of("constant").scorer
     scorer = dataclasses.replace(scorer, sampling=Sampling())
     rows = [
-        (rollouts.prompt_PQ[p, : rollouts.prompt_length_P[p]].tolist(),
-         rollouts.completion_PGC[p, g, : rollouts.length_PG[p, g]].tolist())
+        sft.Demonstration(rollouts.prompt_PQ[p, : rollouts.prompt_length_P[p]].tolist(),
+                          rollouts.completion_PGC[p, g, : rollouts.length_PG[p, g]].tolist())
         for p, g in np.ndindex(P, G)
     ]  # fmt: skip
-    config = config_of({"data.max_prompt_tokens": Q, "sft.max_tokens": C})
-    optimizer = optax.sgd(1.0)
-    update = sft._make_update(scorer, optimizer, P * G, config)
-    state = train_state.start(tiny.params(), MODEL, scorer.mesh, optimizer)
+    config = config_of(
+        {
+            "data.max_prompt_tokens": Q,
+            "sft.max_tokens": C,
+            "sft.num_steps": 1,
+            "sft.warmup_steps": 0,
+        }
+    )
+    config.mesh.update(data=1, fsdp=1)
+    learner = make_supervised_learner(config, MODEL, scorer.mesh)
+    sgd = optax.sgd(1.0)
+    update = make_update(learner.scorer, learner.update.component, sgd, num_minibatches=1)
+    state = train_state.start(tiny.params(), MODEL, scorer.mesh, sgd)
+    given = sft._as_rollouts(rows, P * G + 2, config)  # two fill it up, and are not learned from
+    prepared = learner.prepare.log_probs(state.params, None, given)
+    experience = learner.prepare(prepared, jnp.zeros(given.length_PG.shape))
 
-    state, metrics = update(state, rows)
+    state, metrics = update(state, experience, 0)
 
     ids, at = _rows(rollouts)
     action_PGC = np.arange(C) < rollouts.length_PG[..., None]
@@ -628,7 +643,7 @@ def test_the_supervised_gradient_is_the_plain_one():
     }  # fmt: skip
     (_, (logp, _, _)), grads = plain_loss(params, given)
     np.testing.assert_allclose(metrics["sft/loss"], -logp[action_PGC].mean(), rtol=1e-5)
-    assert metrics["tokens"] == action_PGC.sum()
+    assert experience.action_PGC.sum() == action_PGC.sum()
     largest = max(np.abs(g).max() for g in jax.tree.leaves(grads))
     jax.tree.map(
         lambda p, new, g: np.testing.assert_allclose(p - new, g, rtol=0, atol=1e-4 * largest),
@@ -643,7 +658,9 @@ def test_a_worked_solution_ends_with_the_stop_token(tmp_path):
         {"data.task": "arithmetic", "data.num_train": 20, "data.num_eval": 2, "sft.batch": 6,
          "data.max_prompt_tokens": 16, "sft.max_tokens": 56, "model.width": 32}
     )  # fmt: skip
-    policy, batches, _ = sft._source(config, tmp_path / "source", datetime.now())
+    run_folder.open_for(config, tmp_path)
+    run, batches = sft._build(config, tmp_path, evaluates=False)
+    policy = run.policy
     problems = load_problems(config)[0]
     for step in (0, 3):
         index = prompt_indices(0, step, 20, 6)
@@ -653,36 +670,20 @@ def test_a_worked_solution_ends_with_the_stop_token(tmp_path):
             assert policy.tokenizer.decode(ids[:-1]).partition("#### ")[1]
 
 
-class _Enough(Exception):  # noqa: N818
-    """The test has seen what it wanted to."""
-
-
-def test_what_supervised_training_is_given(monkeypatch, tmp_path):
+def test_what_supervised_training_is_given():
     """Its own rate, warm-up, decay and batch; the run's AdamW else; no cut probabilities."""
-    given = {}
-
-    def noted(scorer, optimizer, size, config):
-        given.update(scorer=scorer, optimizer=optimizer, size=size)
-        raise _Enough
-
-    monkeypatch.setattr(sft, "_make_update", noted)
     options = {
-        "data.task": "arithmetic", "data.num_train": 20, "data.num_eval": 2,
-        "data.max_prompt_tokens": 16, "model.width": 32, "mesh.data": 1, "mesh.tensor": -1,
         "sft.num_steps": 6, "sft.learning_rate": 0.01, "sft.warmup_steps": 2, "sft.batch": 12,
-        "sft.weight_decay": 0.3, "optim.beta1": 0.6, "optim.beta2": 0.8, "optim.eps": 1e-3,
-        "rollout.temperature": 0.5, "rollout.top_k": 3,
+        "sft.weight_decay": 0.3, "sft.microbatch": 4, "optim.beta1": 0.6, "optim.beta2": 0.8,
+        "optim.eps": 1e-3, "rollout.temperature": 0.5, "rollout.top_k": 3,
     }  # fmt: skip
-    for microbatch, size in ((0, 12), (4, 4)):
-        with pytest.raises(_Enough):
-            sft.run(config_of(options | {"sft.microbatch": microbatch}), tmp_path / str(size))
-        assert given["size"] == size
-    assert given["scorer"].sampling == Sampling()
+    learner = make_supervised_learner(config_of(options), MODEL, tiny.one_device())
+    assert learner.scorer.sampling == Sampling() and learner.scorer.microbatch == 4
 
     params = {"layer": {"kernel": np.full((2, 2), 3.0), "bias": np.full(2, 3.0)}}
     config = config_of({"optim.beta1": 0.6, "optim.beta2": 0.8, "optim.eps": 1e-3,
                         "optim.weight_decay": 0.3, "optim.clip_norm": 1.0})  # fmt: skip
-    plain, optimizer = AdamW(config.optim, params), given["optimizer"]
+    plain, optimizer = AdamW(config.optim, params), learner.optimizer
     got = jax.tree.map(jnp.float32, params)
     state = optimizer.init(got)
     # Half of the peak, the peak, and from there half a cosine over the four updates that are left.

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from grpo_jax.config import guard_rules
+from grpo_jax.config import derived, guard_rules
 from grpo_jax.config import options as options_lib
 from grpo_jax.rewards.scores import Failure, RewardError, Scores
 from grpo_jax.trainers.guards import Diverged, Guards, History, RollBack
@@ -21,7 +21,9 @@ def _config(**options):
 
 
 def _guards(history=None, **options) -> Guards:
-    return Guards(_config(**options), history or History(), "DIR/checkpoints")
+    config = _config(**options)
+    updates = derived.num_updates_per_step(config)
+    return Guards(config, history or History(), "DIR/checkpoints", updates_per_step=updates)
 
 
 def _update(loss=0.1, grad_norm=1.0, kl=0.1, entropy=1.0) -> dict[str, float]:
@@ -203,7 +205,12 @@ def test_a_step_of_many_updates_that_is_left_out_counts_as_one():
     """Eight updates each: of five steps the first four are passed, whoever refused them."""
     config = _config(max_skipped=5)
     config.batch.minibatches, config.algorithm.num_iterations = 4, 2
-    guards = Guards(config, History(), "DIR/checkpoints")
+    guards = Guards(
+        config,
+        History(),
+        "DIR/checkpoints",
+        updates_per_step=derived.num_updates_per_step(config),
+    )
     for step in (1, 2, 3):
         guards.skipped(step, 8)
         guards.enforce()

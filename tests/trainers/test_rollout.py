@@ -11,6 +11,7 @@ from grpo_jax.config import options as options_lib
 from grpo_jax.environments.single_turn import Rollout
 from grpo_jax.rewards.scores import Scores
 from grpo_jax.trainers import rollout
+from grpo_jax.trainers.runs import Course
 
 # Of two prompts with four completions each the second is the more divided; one reward is unknown,
 # and stands for 0. Its mean is 0.5, its deviation 0.5.
@@ -39,7 +40,9 @@ def shown(step: int, scale_by: str = "none", **options) -> list[dict] | None:
     )
     written = []
     writers = SimpleNamespace(samples=lambda step, rows: written.append((step, rows)))
-    rollout.show(SimpleNamespace(config=config), writers, step, sampled, scores)
+    rollout.show(
+        SimpleNamespace(config=config, course=Course(9, 2)), writers, step, sampled, scores
+    )
     if not written:
         return None
     ((at, rows),) = written

@@ -19,6 +19,7 @@ from grpo_jax.run.checkpoints import Checkpoints
 from grpo_jax.structs import Experience
 from grpo_jax.trainers import run_state
 from grpo_jax.trainers.run_state import RunState
+from grpo_jax.trainers.runs import Course
 
 EVERY, UPDATES = 2, 3  # steps between checkpoints; updates a step
 
@@ -36,6 +37,7 @@ def parts(tmp_path, state):
     checkpoints = Checkpoints(tmp_path, keep=1, due_every=EVERY * UPDATES)
     yield types.SimpleNamespace(
         config=config,
+        course=Course(100, 8, updates=UPDATES, save_every=EVERY),
         folder=tmp_path,
         mesh=sharding.make_mesh(2, 4, 1),
         policy=types.SimpleNamespace(model=MODEL),
@@ -93,7 +95,7 @@ def test_a_roll_back_goes_to_the_newest_checkpoint_that_was_due(parts, state):
 def test_a_checkpoint_was_due_by_the_config_that_wrote_it(parts, state):
     """Of a run that goes on with other `checkpoint.every_steps`, which 18 and 12 are no part of."""
     _save(parts, state, 2, 4, 6)
-    parts.config.checkpoint.every_steps = 5
+    parts.course = dataclasses.replace(parts.course, save_every=5)
     _save(parts, state, 7, last_due=18)  # of a stop
     at = run_state.newest(parts)
     assert (at.step, at.last_due) == (7, 18)
