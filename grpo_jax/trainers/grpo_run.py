@@ -28,17 +28,37 @@ from grpo_jax.trainers.runs import Course, Run
 
 def refuse_early(config: ConfigDict, folder: Path) -> None:
     """Raises ValueError for what `run` would refuse of a new model only once that is trained."""
-    mesh = sharding.make_mesh(**config.mesh)
-    rules.check_devices(config, sharding.num_row_shards(mesh))
-    _check_host_memory(config, mesh)
-    rewards = load_rewards(config)
-    refuse_samples(rewards, config.evaluation.num_samples, "evaluation.num_samples")
+    mesh, rewards = _devices_and_rewards(config)
     for problems in load_problems(config):
         answerable(config, rewards, problems)
     policy = model.new(config.model, tasks.load(config.data.task).make_tokenizer())
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
     policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
     open_for(config, folder)
+
+
+def _devices_and_rewards(config: ConfigDict) -> tuple[Mesh, list[Reward]]:
+    """The mesh and the reward functions; ValueError where one cannot be had or does not fit."""
+    mesh = sharding.make_mesh(**config.mesh)
+    rules.check_devices(config, sharding.num_row_shards(mesh))
+    _check_host_memory(config, mesh)
+    rewards = load_rewards(config)
+    refuse_samples(rewards, config.evaluation.num_samples, "evaluation.num_samples")
+    return mesh, rewards
+
+
+def _course(config: ConfigDict) -> Course:
+    return Course(
+        num_steps=config.loop.num_steps,
+        prompts=config.batch.prompts,
+        minibatches=config.batch.minibatches,
+        updates=derived.num_updates_per_step(config),
+        evaluate_every=config.evaluation.every_steps,
+        save_every=config.checkpoint.every_steps,
+        is_asynchronous=config.loop.async_rollouts,
+        profiled=config.profile.steps,
+        wandb_project=config.logging.wandb_project,
+    )
 
 
 def build(
@@ -51,11 +71,7 @@ def build(
 
     `fit` is asked how the update of prompts of at most so many tokens is cut.
     """
-    mesh = sharding.make_mesh(**config.mesh)
-    rules.check_devices(config, sharding.num_row_shards(mesh))
-    _check_host_memory(config, mesh)
-    rewards = load_rewards(config)
-    refuse_samples(rewards, config.evaluation.num_samples, "evaluation.num_samples")
+    mesh, rewards = _devices_and_rewards(config)
     policy = policy_lib.read(model_path, kept=folder / "source")
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
     policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
@@ -77,17 +93,7 @@ def build(
     engine = make_engine(config, policy.model, policy.stop_ids, mesh)
     return Run(
         config=config,
-        course=Course(
-            num_steps=config.loop.num_steps,
-            prompts=config.batch.prompts,
-            minibatches=config.batch.minibatches,
-            updates=derived.num_updates_per_step(config),
-            evaluate_every=config.evaluation.every_steps,
-            save_every=config.checkpoint.every_steps,
-            is_asynchronous=config.loop.async_rollouts,
-            profiled=config.profile.steps,
-            wandb_project=config.logging.wandb_project,
-        ),
+        course=_course(config),
         folder=folder,
         mesh=mesh,
         policy=policy,
