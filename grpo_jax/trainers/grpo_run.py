@@ -14,6 +14,7 @@ from grpo_jax.config import derived, guard_rules, rules
 from grpo_jax.data import tasks
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.models import policy as policy_lib
+from grpo_jax.rewards.registry import Reward
 from grpo_jax.run import workdir
 from grpo_jax.run.checkpoints import Checkpoints
 from grpo_jax.setup import inputs, model
