@@ -70,7 +70,7 @@ def silent(prompts, completions, **columns):
 
 @pytest.fixture(scope="module")
 def pool():
-    with Pool(load(("exact_answer", "test_evaluation:silent"), (1.0, 1.0))) as pool:
+    with Pool(load(("exact_answer", "test_held_out:silent"), (1.0, 1.0))) as pool:
         yield pool
 
 
@@ -125,12 +125,12 @@ def test_votes_are_counted_by_problem(pool):
 def test_votes_are_equal_as_the_reward_has_it():
     texts = [["#### 3", "#### 1", "#### 3"], ["#### 2", "#### 02", "#### 9"]]
     values = {}
-    for name in ("math_answer", "test_evaluation:right"):
+    for name in ("math_answer", "test_held_out:right"):
         with Pool(load((name,), (1.0,), name)) as pool:
             values[name] = _run(_Engine(texts, [[True] * 3] * 2), None, 3, pool)
     assert values["math_answer"]["eval/maj@3"] == 0.5
     # A reward that reads no answer has nothing to vote for.
-    assert set(values["test_evaluation:right"]) == {"eval/pass@3", "eval/mean@3"}
+    assert set(values["test_held_out:right"]) == {"eval/pass@3", "eval/mean@3"}
 
 
 def test_an_answer_inside_of_thinking_that_the_prompt_opened(pool):
@@ -150,7 +150,7 @@ def test_one_sample_is_not_the_greedy_one(tmp_path, pool):
 
 def test_without_a_right_or_wrong_there_is_no_accuracy(tmp_path):
     """A reward of any other numbers is logged as what it is."""
-    with Pool(load(("test_evaluation:odd_lengths",), (2.0,))) as pool:
+    with Pool(load(("test_held_out:odd_lengths",), (2.0,))) as pool:
         engine = _Engine([["#### 1"], ["#### 10"]], [[True], [True]])
         values = _run(engine, tmp_path / "e.jsonl", 0, pool)
     assert not [name for name in values if "accuracy" in name]
@@ -163,8 +163,8 @@ def test_without_a_right_or_wrong_there_is_no_accuracy(tmp_path):
     [
         (("answer_format", "math_answer", "exact_answer"), "", "math_answer"),  # the first that is
         (("answer_format", "exact_match"), "answer_format", "answer_format"),  # by the option
-        (("test_evaluation:silent",), "test_evaluation:silent", "silent"),
-        (("soft_overlong(buffer=3)", "test_evaluation:silent"), "", None),
+        (("test_held_out:silent",), "test_held_out:silent", "silent"),
+        (("soft_overlong(buffer=3)", "test_held_out:silent"), "", None),
     ],
 )
 def test_which_reward_says_what_is_right(names, accuracy, expected):
@@ -178,7 +178,7 @@ def test_a_reward_for_accuracy_that_is_not_there():
 
 
 def test_samples_need_a_right_and_a_wrong():
-    rewards = load(("test_evaluation:silent",), (1.0,))
+    rewards = load(("test_held_out:silent",), (1.0,))
     with pytest.raises(ValueError, match=r"evaluation.num_samples = 4 asks for .*rewards.accuracy"):
         refuse_samples(rewards, 4, "evaluation.num_samples")
     refuse_samples(rewards, 0, "evaluation.num_samples")
@@ -188,7 +188,7 @@ def test_accuracy_means_the_same_in_training_and_evaluation():
     """Of the completions that a reward applies to, those to which it gives 1; failed is wrong."""
     texts = [["#### 1"], ["12"]]  # lengths 6: 0.5, and none
     for name, expected in (("odd_lengths", 0.0), ("always_fails", 0.0), ("silent", None)):
-        with Pool(load((f"test_evaluation:{name}",), (1.0,), name)) as pool:
+        with Pool(load((f"test_held_out:{name}",), (1.0,), name)) as pool:
             engine = _Engine(texts, [[True], [True]])
             args = (engine, None, _Policy(), QUESTIONS, pool)
             answered = single_turn.answer(*args, num_samples=0, temperature=0.0, key=None)
