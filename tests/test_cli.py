@@ -287,16 +287,18 @@ program.main(run)
 """
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # "": what is printed is lost by a flush
 @pytest.mark.parametrize("gone", ["a reader", "the space"])
-def test_what_cannot_be_printed_ends_no_run(tmp_path, gone):
+def test_what_cannot_be_printed_ends_no_run(tmp_path, gone, unbuffered):
     command = [sys.executable, "-c", PRINTS, str(tmp_path / "out")]
+    given = {"stderr": subprocess.PIPE, "env": os.environ | {"PYTHONUNBUFFERED": unbuffered}}
     if gone == "a reader":
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, **given)
         process.stdout.readline()
         process.stdout.close()
     else:
-        full = open("/dev/full", "w")
-        process = subprocess.Popen(command, stdout=full, stderr=subprocess.PIPE)
+        with open("/dev/full", "w") as full:
+            process = subprocess.Popen(command, stdout=full, **given)
     assert process.stderr.read() == b"" and process.wait(timeout=60) == 0
     assert (tmp_path / "out").read_text() == "to its end"
 

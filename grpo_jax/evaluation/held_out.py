@@ -17,6 +17,7 @@ from grpo_jax.hosts import processes
 from grpo_jax.messages.console import say
 from grpo_jax.models.policy import Policy
 from grpo_jax.rewards.pool import Pool
+from grpo_jax.rewards.scores import Scores
 from grpo_jax.run import disk
 from grpo_jax.run.whole_files import write_whole
 from grpo_jax.sampling.engine import Engine
@@ -35,12 +36,13 @@ def run(
     key: Array,
     file: Path | None,
     on_harvest: Callable[[], None] = lambda: None,
+    on_scores: Callable[[Scores], None] = lambda scores: None,
 ) -> dict[str, float]:
     """Metrics of the policy on the questions, by the names that a run logs.
 
     `num_samples` 0 is one greedy completion of each; more, pass@k, maj@k and the mean by sampling
     at `temperature`. Every item goes to `file` as one JSON object a line. `on_harvest` is called
-    whenever some completions have finished.
+    whenever some completions have finished, `on_scores` with the rewards once items are written.
     """
     answered = single_turn.answer(
         engine,
@@ -60,6 +62,7 @@ def run(
             if not disk.is_full(error):
                 raise
             say(f"warning: {file} cannot be written, the disk is full. It is left out.")
+    on_scores(answered.scores)
     if not num_samples:
         tallies = tallies_lib.greedy_tallies(answered, int(answered.length_PG.max()))
         tallies.pop("stopped_length")  # undefined where none stopped

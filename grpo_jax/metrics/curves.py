@@ -51,10 +51,15 @@ def curves(workdir: str | Path) -> Path:
 
 
 def mean_throughput(workdir: str | Path) -> float:
-    """Tokens sampled per second of sampling, over the run; 0 where nothing was measured."""
-    rows = list(_by_step(Path(workdir) / "metrics.jsonl").values())
-    tokens = max((row.get("tokens/generated") or 0 for row in rows), default=0)
-    seconds = sum(row.get("time/rollout_s") or 0.0 for row in rows)
+    """Tokens sampled per second of sampling, over the run; 0 where nothing was measured.
+
+    Of the steps that are logged: those that were rolled back have neither tokens nor seconds.
+    """
+    tokens = seconds = 0.0
+    for row in _by_step(Path(workdir) / "metrics.jsonl").values():
+        rate, rollout_s = row.get("throughput/generated_tokens_per_s"), row.get("time/rollout_s")
+        if rate is not None and rollout_s is not None:
+            tokens, seconds = tokens + rate * rollout_s, seconds + rollout_s
     return tokens / seconds if seconds else 0.0
 
 

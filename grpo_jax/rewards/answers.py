@@ -89,7 +89,7 @@ def right_or_wrong(
     """
     rewards = []
     thinking = begin_in_thinking(prompts, rendered_prompts)
-    for completion, value, inside in zip(completions, answer, thinking):
+    for completion, value, inside in zip(completions, answer, thinking, strict=True):
         expected = stated_answer(value, same)
         found = extract_answer(text_of(completion), inside, same)
         rewards.append(float(found is not None and same(expected, found)))

@@ -24,7 +24,7 @@ def answer_format(
     texts = [text_of(completion) for completion in completions]
     return [
         float(after_thinking(text, inside) is not None and _is_well_formed(text))
-        for text, inside in zip(texts, thinking)
+        for text, inside in zip(texts, thinking, strict=True)
     ]
 
 
@@ -71,7 +71,9 @@ def _with_opening(
 ) -> list[str]:
     """Texts of the completions, with the <think> that the end of a prompt wrote for them."""
     thinking = begin_in_thinking(prompts, rendered_prompts)
-    return ["<think>" * inside + text_of(c) for c, inside in zip(completions, thinking)]
+    return [
+        "<think>" * inside + text_of(c) for c, inside in zip(completions, thinking, strict=True)
+    ]
 
 
 def _thought(text: str) -> str | None:

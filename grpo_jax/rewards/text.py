@@ -129,7 +129,9 @@ def _answers(
 ) -> list[str | None]:
     """What each completion says after its thinking; None where that does not end."""
     thinking = begin_in_thinking(prompts, rendered_prompts)
-    return [after_thinking(text_of(c), inside) for c, inside in zip(completions, thinking)]
+    return [
+        after_thinking(text_of(c), inside) for c, inside in zip(completions, thinking, strict=True)
+    ]
 
 
 def _accepted(value: Any) -> Sequence[str]:

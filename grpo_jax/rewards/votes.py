@@ -77,7 +77,9 @@ def first_equal(
     """
     same = same_answer_of(reward)
     thinking = begin_in_thinking(prompts, rendered_prompts)
-    answers = [extract_answer(text_of(c), t, same) for c, t in zip(completions, thinking)]
+    answers = [
+        extract_answer(text_of(c), t, same) for c, t in zip(completions, thinking, strict=True)
+    ]
     return [None if first < 0 else float(sample[first]) for first in votes(answers, same)]
 
 

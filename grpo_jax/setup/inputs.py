@@ -3,7 +3,8 @@
 Prompts are drawn by number, so one row more changes all of them; another model is another reference
 for the KL; and a chat template that is told the date writes other prompts tomorrow. So the first
 start of a run records its date and the sums of what it reads, in the workdir; checkpoints have the
-sums, too. Later starts are told that date, and are refused where a sum differs.
+sums, too. Later starts are told that date, and are refused where a sum differs, unless the change
+is accepted by name (`checkpoint.accept_changes`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,11 @@ Sums = dict[str, dict[str, Any]]  # of each thing that is read, its parts: numbe
 _MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as safetensors itself has it
 _SAMPLE_BYTES = 256  # read of each tensor: training changes some of any so many
 _REWARDS = "reward modules"
+_OPTIONS = {  # that name what is read
+    "training problems": "data.path",
+    "held-out problems": "data.eval_path",
+    "model": "model.path",
+}
 
 
 # --- The date -------------------------------------------------------------------------------------
@@ -149,11 +156,13 @@ def _weights(folder: Path) -> Iterator[bytes]:
 # --- Then and now ---------------------------------------------------------------------------------
 
 
-def hold(folder: Path, found: Sums) -> None:
+def hold(folder: Path, found: Sums, accept: Collection[str] = ()) -> None:
     """Records what a run reads at its first start, and refuses another thing at a later one.
 
-    Every process must call it, after `run_folder.open_for`. Raises ValueError naming what differs,
-    from the first start or between the processes. Reward modules that were edited are only told.
+    What options that are named in `accept` lead to may be another; it is noted, and the run's own
+    from then on. Every process must call it, after `run_folder.open_for`. Raises ValueError naming
+    what differs, from the first start or between the processes. Reward modules that were edited are
+    only told.
     """
     for process, theirs in enumerate(processes.gather(found, "the sums of what is read")):
         differs = _differences(found, theirs)
@@ -166,25 +175,52 @@ def hold(folder: Path, found: Sums) -> None:
     if processes.is_first():
         record = _record(folder)
         before = record.get("read", {})
-        refuse_other(before, found, f"--workdir {folder}")
+        refuse_other(before, found, f"--workdir {folder}", accept)
         _tell_of_edited(before, found)
         known = {k: before.get(k, {}) | found.get(k, {}) for k in before | found}
         if before != known:
-            write_json(folder / "config.json", record | {"read": known})
+            noted = [*record.get("changes", []), *_changes(before, found)]
+            new = {"read": known} | ({"changes": noted} if noted else {})
+            write_json(folder / "config.json", record | new)
     processes.meet("the sums of what is read")
 
 
-def refuse_other(before: Sums, now: Sums, where: str) -> None:
+def refuse_other(before: Sums, now: Sums, where: str, accept: Collection[str] = ()) -> None:
     """Raises ValueError where a run began with other things than those that are read `now`.
 
-    `where` holds the run, for the message.
+    `where` holds the run, for the message; `accept` as for `hold`.
     """
-    differs = _differences(before, now)
+    held = {thing: sums for thing, sums in before.items() if not _may_change(thing, accept)}
+    differs = _differences(held, now)
     if differs:
+        names = [option for thing, option in _OPTIONS.items() if _differs(thing, held, now)]
+        value = names[0] if len(names) == 1 else '"(' + ",".join(f"'{n}'" for n in names) + ')"'
         raise ValueError(
             f"{where} holds a run that read something else: {'; '.join(differs)}. Give the run its "
-            "own --workdir, or what it was started with."
+            "own --workdir, or what it was started with. To go on with what there is now, add "
+            f"--config.checkpoint.accept_changes={value}."
         )
+
+
+def _may_change(thing: str, accept: Collection[str]) -> bool:
+    """Whether options were accepted that decide on it: of problems any of `data`."""
+    option = _OPTIONS.get(thing, "")
+    of_data = option.startswith("data.") and any(name.startswith("data.") for name in accept)
+    return of_data or option in accept
+
+
+def _differs(thing: str, before: Sums, now: Sums) -> bool:
+    return bool(_differences({thing: before.get(thing, {})}, now))
+
+
+def _changes(before: Sums, now: Sums) -> list[dict[str, Any]]:
+    """What to note of a run that goes on with other things, as `record.continued` notes options."""
+    when = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    return [
+        {"option": option, "from": before[thing], "to": now[thing], "when": when}
+        for thing, option in _OPTIONS.items()
+        if _differs(thing, before, now)
+    ]
 
 
 def _tell_of_edited(before: Sums, now: Sums) -> None:

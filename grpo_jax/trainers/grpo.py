@@ -88,7 +88,7 @@ def sample_and_reward(run: Run, state: RunState, monitor: Monitor) -> None:
 def _evaluate_first(run: Run, state: RunState, monitor: Monitor) -> None:
     if run.held_out and not state.update and not state.first_evaluation:
         with monitor.first_evaluation():
-            state.first_evaluation = results.evaluate(run, state, monitor.alive, final=True)
+            state.first_evaluation = results.evaluate(run, state, monitor, final=True)
         state.accuracy_before = state.accuracy
         state.held_out_reward_before = state.held_out_reward
     if state.first_evaluation:
@@ -96,13 +96,16 @@ def _evaluate_first(run: Run, state: RunState, monitor: Monitor) -> None:
 
 
 def _evaluate_and_save(run: Run, state: RunState, monitor: Monitor) -> None:
-    """Evaluates and saves, as is due after the step that was just done, and writes its line."""
+    """Evaluates and saves, as is due after the step that was just done, and writes its line.
+
+    Where an evaluation is given up, all is saved: the run goes on by evaluating again.
+    """
     evaluated: dict[str, float] = {}
     if run.evaluates_after(state.step):
         state.unevaluated = monitor.log.values()
         with monitor.phase("evaluation", state):
             is_last = state.step == run.course.num_steps
-            evaluated = results.evaluate(run, state, monitor.alive, final=is_last)
+            evaluated = results.evaluate(run, state, monitor, final=is_last)
         state.unevaluated = {}
     if not evaluated and not run.saves_after(state.step):
         return

@@ -82,7 +82,7 @@ def build(
     now = inputs.date(config.data.date, folder)
     train = questions(train, policy, config, "training problems", now)
     read = inputs.of_run(train.problems, train.prompt_ids, held_out, policy, rewards)
-    inputs.hold(folder, read)
+    inputs.hold(folder, read, config.checkpoint.accept_changes)
     policy = policy_lib.keep(policy, folder / "source")
     held_out = held_out[: config.evaluation.num_problems]
     if held_out:

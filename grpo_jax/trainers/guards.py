@@ -88,6 +88,16 @@ class Guards:
     def check_scores(self, step: int, scores: Scores) -> None:
         """Looks for rewards that failed too often; raises `RewardError` where that ends the run."""
         self.skips_rollout = False
+        for text in self._broken(f"Step {step}", scores):
+            self._found("failed_rewards", step, text, "Its updates are left out.")
+
+    def check_evaluation(self, when: str, scores: Scores) -> None:
+        """The same of an evaluation; what does not end the run there is left to its metrics."""
+        self._broken(when, scores)
+
+    def _broken(self, when: str, scores: Scores) -> list[str]:
+        """What to say of rewards that failed too often; raises it where that ends the run."""
+        told = []
         broken = scores.broken(self._config.rewards.max_failed_share)
         for name, failed_B in scores.failed.items():
             text = broken.get(name)
@@ -96,14 +106,15 @@ class Guards:
             elif name not in self._worked:
                 never = f"no completion has got the reward {name!r} since the start"
                 if text is None:  # the limit is 1
-                    say(f"warning: Step {step}: {never}.")
+                    say(f"warning: {when}: {never}.")
                 else:
                     text = f"{never}: {text}"
             if text is None:
                 continue
             if self._actions["failed_rewards"] == "stop":
-                raise RewardError(f"Step {step}: {text}")
-            self._found("failed_rewards", step, text, "Its updates are left out.")
+                raise RewardError(f"{when}: {text}")
+            told.append(text)
+        return told
 
     def check_rollout(self, step: int, values: Mapping[str, float]) -> None:
         """Looks at the metrics of a step's rollout, before its updates."""

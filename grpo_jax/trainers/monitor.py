@@ -105,15 +105,22 @@ class Monitor:
     def phase(self, name: str, state: RunState) -> Iterator[None]:
         """A phase of the run, one of `phases.PHASES`; a stop in it saves `state` as it is now.
 
-        Raises `memory.OutOfMemory` where a device has too little, `Stopped` once a stop has saved,
-        and on leaving what a guard orders.
+        So does a RewardError in it. Raises `memory.OutOfMemory` where a device has too little,
+        `Stopped` once a stop has saved, and on leaving what a guard orders.
         """
         course = self._run.course
         where = {"step": state.step, "following": state.step + 1, "update": state.update + 1}
         self._watchdog.phase(_WHAT[name].format(noun=course.step, **where))
         scope = course.update_phase if name == "update" else name
         with phase(scope), self._may_stop(state) as self._over:
-            yield
+            try:
+                yield
+            except RewardError:
+                self._over()
+                if state.step:
+                    self.save(state)
+                self._run.checkpoints.close()
+                raise
         self.guards.enforce()
 
     @contextlib.contextmanager
@@ -163,18 +170,11 @@ class Monitor:
             self._stop_with(state)
 
     def rewards(self, state: RunState, sampled: Rollout) -> Scores:
-        """Waits for the rewards; where they failed too often, saves and raises RewardError."""
+        """Waits for the rewards; raises RewardError where they failed too often."""
         step = state.step + 1
-        try:
-            with phase("rewards"), self._timed("time/reward_s"):
-                scores = sampled.rewards.scores()
-            self.guards.check_scores(step, scores)
-        except RewardError:
-            self._over()
-            if state.step:
-                self.save(state)
-            self._run.checkpoints.close()
-            raise
+        with phase("rewards"), self._timed("time/reward_s"):
+            scores = sampled.rewards.scores()
+        self.guards.check_scores(step, scores)
         self._failures.tell(f"step {step}", scores)
         return scores
 
@@ -229,6 +229,11 @@ class Monitor:
         if stops:
             state.unevaluated = self.log.values() if run.evaluates_after(state.step) else {}
             self._stop_with(state)
+
+    def evaluated(self, when: str, scores: Scores) -> None:
+        """Held-out completions are rewarded; raises RewardError where that failed too often."""
+        self.guards.check_evaluation(when, scores)
+        self._failures.tell(when, scores)
 
     def evaluated_at_start(self, state: RunState) -> None:
         """Writes the evaluation before the first step: again where that was stopped."""

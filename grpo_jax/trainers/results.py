@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,18 @@ from grpo_jax.run import stop as stop_lib
 from grpo_jax.run.checkpoints import NotSaved
 from grpo_jax.run.whole_files import write_json
 from grpo_jax.trainers import exporting
+from grpo_jax.trainers.monitor import Monitor
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Run
 
 
-def evaluate(
-    run: Run, state: RunState, on_harvest: Callable[[], None], *, final: bool
-) -> dict[str, float]:
+def evaluate(run: Run, state: RunState, monitor: Monitor, *, final: bool) -> dict[str, float]:
     """Metrics of greedy completions, and with `final` of samples where the config asks for them.
 
-    `on_harvest` is called whenever some completions have finished, on all processes alike.
+    Raises `RewardError` where rewards fail too often for them to mean anything.
     """
     asked, began = run.config.evaluation, time.monotonic()
+    after = f"after {run.course.step} {state.step}" if state.step else "at the start"
     values: dict[str, float] = {}
     for num_samples in (0, asked.num_samples) if final and asked.num_samples else (0,):
         kind = f"sampled_{num_samples}" if num_samples else "greedy"
@@ -43,7 +43,8 @@ def evaluate(
             temperature=asked.temperature,
             key=keys.key_for(run.config.seed, "evaluate", state.step),
             file=run.folder / "evaluations" / f"step_{state.step:06d}_{kind}.jsonl",
-            on_harvest=on_harvest,
+            on_harvest=monitor.alive,
+            on_scores=functools.partial(monitor.evaluated, f"The evaluation {after}"),
         )
     state.accuracy, state.held_out_reward = values.get("eval/accuracy"), values.get("eval/reward")
     return values | {"time/evaluation_s": time.monotonic() - began}

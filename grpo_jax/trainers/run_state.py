@@ -85,14 +85,16 @@ def newest(run: Run) -> RunState:
         workdir.begin(run.folder, folder, again=again)
         return RunState()
     state, binding = _read(run, number)
+    accepted = record.accepted(run.folder)
     record.refuse(  # the workdir may be another
-        record.not_accepted(binding, run.config, record.accepted(run.folder)),
+        record.not_accepted(binding, run.config, accepted),
         f"checkpoint.folder = {folder!r}",
         "Give the run a folder of its own",
     )
     before = run.checkpoints.facts(number).get("read")
     if before:
-        inputs.refuse_other(before, run.read, f"{folder}")
+        accepted = (*run.config.checkpoint.accept_changes, *accepted)
+        inputs.refuse_other(before, run.read, f"{folder}", accepted)
     middle = f", between updates {state.update} and {state.update + 1}" if state.update else ""
     say(f"Continuing {run.folder} after step {state.step}{middle}.")
     return state

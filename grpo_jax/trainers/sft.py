@@ -172,7 +172,7 @@ def _build(
         "training problems": inputs.of_problems(encoded.problems, encoded.prompt_ids),
         "model": inputs.of_model(policy),
     }
-    inputs.hold(folder, sums)
+    inputs.hold(folder, sums, config.checkpoint.accept_changes)
     demonstrations = functools.partial(_demonstrations, config, policy, encoded, solution)
     if (folder / "export" / "config.json").exists():
         return None, demonstrations

@@ -74,23 +74,25 @@ def pool():
         yield pool
 
 
-def _run(engine, file, num_samples, pool):
+def _run(engine, file, num_samples, pool, **more):
     return held_out.run(
         engine, None, _Policy(), QUESTIONS, pool,
-        num_samples=num_samples, temperature=0.7, key=None, file=file,
+        num_samples=num_samples, temperature=0.7, key=None, file=file, **more,
     )  # fmt: skip
 
 
 def test_greedy(tmp_path, pool):
     engine = _Engine([["#### 1"], ["#### 10"]], [[True], [False]])
-    values = _run(engine, tmp_path / "deep" / "e.jsonl", 0, pool)
+    file, judged = tmp_path / "deep" / "e.jsonl", []
+    values = _run(engine, file, 0, pool, on_scores=lambda s: judged.append((file.exists(), s)))
+    assert [(there, s.reward_B.tolist()) for there, s in judged] == [(True, [1.0, 0.0])]
     assert values == {  # nothing of the reward that gave no number
         "eval/accuracy": 0.5, "eval/reward": 0.5, "eval/reward/exact_answer": 0.5,
         "eval/answer_found_share": 1.0, "eval/truncated_share": 0.5, "eval/length": 6.5,
     }  # fmt: skip
     assert all(map(is_known, values))
     assert engine.calls == [([[1], [2]], 1, 0.0)]
-    rows = [json.loads(line) for line in (tmp_path / "deep" / "e.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert rows == [
         {"prompt": "a", "columns": {"answer": "1"}, "sample": 0, "completion": "#### 1",
          "rewards": {"exact_answer": 1.0, "silent": None}, "answer": "1",

@@ -69,7 +69,7 @@ _VALUES = {
     "optim.float32_copy": [True, False],
     "optim.clip_norm": [0.0, 1e-30, 1.0],
     "optim.weight_decay": [0.0, 10.0],
-    "optim.max_skipped": [1, 5],
+    "guards.max_skipped": [1, 5],
     "loop.async_rollouts": [True, False],
     "loop.stall_limit_s": [0.0, 3600.0],
     "evaluation.num_samples": [0, 2],
@@ -79,6 +79,8 @@ _VALUES = {
     "sft.microbatch": [0, 2, 3],
     "sft.max_tokens": [1, 56],
 }  # fmt: skip
+
+OPTIONS_OF_STEPS = _VALUES.keys() | _ONE_STEP.keys()
 
 OPTIONS = st.lists(st.sampled_from(sorted(_VALUES)), max_size=6, unique=True).flatmap(
     lambda names: st.fixed_dictionaries({n: st.sampled_from(_VALUES[n]) for n in names})

@@ -13,6 +13,9 @@ import pytest
 from hypothesis import strategies as st
 from kinds import KINDS, Kind
 
+from grpo_jax.config import options
+from grpo_jax.config.dotted import flatten
+
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 CASES = 300
@@ -31,6 +34,13 @@ def test_what_the_config_accepts_runs():
 
     count = campaign.run(STEPS, 3, seed=None, limit_s=campaign.STEP_LIMIT_S)
     assert not count.failures, "\n".join(f"{p}: {s[:3000]}" for p, s in count.failures.items())
+
+
+def test_steps_name_options_that_there_are():
+    """One that there is not is refused, as if its value did not fit."""
+    from steps import OPTIONS_OF_STEPS
+
+    assert OPTIONS_OF_STEPS <= flatten(options.default()).keys()
 
 
 def _fails(value: int, folder: Path) -> None:

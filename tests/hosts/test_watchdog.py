@@ -63,7 +63,7 @@ def test_time_in_which_all_was_stopped_is_nobody_s_silence():
     code = """
 import time
 from grpo_jax.hosts.watchdog import Watchdog
-with Watchdog(2.0) as watchdog:
+with Watchdog(3.0) as watchdog:
     watchdog.phase("Update 1")
     print("ready", flush=True)
     while not input():
@@ -77,8 +77,9 @@ with Watchdog(2.0) as watchdog:
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout.readline() == "ready\n"
+    threading.Event().wait(0.8)  # until it has looked: what it looks at for the first time is new
     process.send_signal(signal.SIGSTOP)
-    threading.Event().wait(4.5)
+    threading.Event().wait(6.5)
     process.send_signal(signal.SIGCONT)
     threading.Event().wait(0.5)  # a watchdog that counts the time ends it here
     process.stdin.write("on\n")

@@ -91,6 +91,18 @@ def test_main_prints_where_the_picture_is(tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'curves.png'}\n"
 
 
+def test_the_speed_of_a_run_that_was_rolled_back(tmp_path):
+    """Six steps at 1,000 tokens a second, or 3,000 in the last of them, after four were undone."""
+    rows = [
+        {"step": n, "tokens/generated": 4000 + 1000 * n, "time/rollout_s": 1.0 if n < 6 else 2.0,
+         "throughput/generated_tokens_per_s": 1000.0 if n < 6 else 3000.0}
+        for n in range(1, 7)
+    ]  # fmt: skip
+    without = [{"step": 0}, {"step": 7, "throughput/generated_tokens_per_s": 9e9}]  # no seconds
+    assert curves.mean_throughput(write(tmp_path, [*rows, *without])) == 11_000 / 7
+    assert curves.mean_throughput(write(tmp_path, without)) == 0.0
+
+
 def test_smooth_keeps_length_and_mean_of_a_window():
     value = np.arange(48.0)  # 48 // 24 = 2 on either side
     smooth = curves._smooth(value)

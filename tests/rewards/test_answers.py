@@ -57,6 +57,8 @@ from grpo_jax.rewards.exact import same_answer
         ("\\boxed{\\phantom{2}}, then \\boxed{4}", "4"),
         ("Final Answer: The least $n$ is 34. It works.", "34"),
         ("Final answer: the sum of 3 and 4 is $7$ as it should be", "7"),
+        ("Final answer: the total, if k is 3", "the total, if k is 3"),  # nothing is said of it
+        ("Final answer: our n, not above 5, is 4", "our n, not above 5, is 4"),
         ("Answer: it is not 5", "not 5"),
         ("The answer is: the least $n$ is 34 if $m$ is 5", "34 if $m$ is 5"),
         ("Answer: `$13$`", "13"),

@@ -7,6 +7,10 @@ from grpo_jax.rewards.completions import (
     opens_thinking,
     text_of,
 )
+from grpo_jax.rewards.exact import exact_answer
+from grpo_jax.rewards.format import answer_format, think_format
+from grpo_jax.rewards.text import exact_match
+from grpo_jax.rewards.votes import first_equal
 
 
 def message(content, role="assistant"):
@@ -77,3 +81,15 @@ def test_without_rendered_prompts_only_the_end_of_a_prompt_opens_thinking():
 )
 def test_after_thinking(text, thinking, rest):
     assert after_thinking(text, thinking) == rest
+
+
+@pytest.mark.parametrize(
+    "function", [answer_format, think_format, exact_answer, exact_match, first_equal]
+)
+@pytest.mark.parametrize("given", [{}, {"rendered_prompts": ["a"]}])
+def test_a_prompt_that_lacks_is_noticed(function, given):
+    """Fewer prompts than completions would be fewer rewards."""
+    prompts = ["a"] * (1 + bool(given))
+    columns = {"answer": ["1", "1"], "sample": [0, 1], "reward": "exact_answer"}
+    with pytest.raises(ValueError, match="shorter"):
+        function(prompts, ["#### 1", "#### 2"], **columns, **given)

@@ -44,7 +44,9 @@ def test_a_second_process_is_refused_with_who_holds_it(tmp_path, holder):
     assert _record(tmp_path)["process"] == holder.pid
 
 
-def test_what_a_killed_process_left_is_taken_over_and_told(tmp_path, holder, capsys):
+def test_what_a_killed_process_left_is_taken_over_and_told(tmp_path, holder, capsys, monkeypatch):
+    """At once: the system's lock was let go of, and no sign of life needs to be waited for."""
+    monkeypatch.setattr(claim, "_lives", lambda *given: pytest.fail("it waited for a sign"))
     holder.kill()
     holder.wait()
     with claim.held():

@@ -231,13 +231,13 @@ CASES: list[Case] = [
             "gold",
             "rewards.max_failed_share = 0.5",
             "bad_rewards.py, line ",
-            "Step 1: no completion has got the reward",
+            "The evaluation at the start: no completion has got the reward",
         ),
     ),
     (
         "reward of the wrong length",
         lambda tmp, model: _strict(model, "bad_rewards:too_short"),
-        ("'too_short'", "returned 3 values", "one number"),
+        ("'too_short'", "returned 0 values", "one number"),
     ),
     (
         "reward that is no number",

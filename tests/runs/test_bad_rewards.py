@@ -12,7 +12,9 @@ from grpo_jax import train
 from grpo_jax.run.append_log import read_jsonl
 
 REWARDS = """
-import time, zlib
+import os, time, zlib
+
+FLAG = os.path.join(os.path.dirname(__file__), "away")
 
 def _bad(completion):  # about one of six
     return zlib.crc32(completion.encode()) % 6 == 0
@@ -30,6 +32,13 @@ def too_few(completions, **columns):
 
 def computes(completions, **columns):
     return [eval("9**9**9**9") if _bad(c) else 1.0 for c in completions]
+
+def held_out(completions, trainer_state, **columns):  # fails there once step 2 was scored
+    if trainer_state.max_steps == 0 and os.path.exists(FLAG):
+        raise ConnectionError("the judge is away")
+    if trainer_state.max_steps and trainer_state.global_step == 1:
+        open(FLAG, "w").close()
+    return [len(c) % 3 / 2 for c in completions]
 
 def how_many(completions, **columns):
     return [float(_bad(c)) for c in completions]
@@ -78,3 +87,24 @@ def test_a_run_survives_its_rewards(tmp_path, importable, one_device):
     # 3 of 3 rewards where all is well, none where all fail, and the fourth; nothing else is summed.
     expected = [(3 * (16 - n) + 16 - m) / 16 for n, m in zip(bad, few)]
     assert [row["reward"] for row in rows] == pytest.approx(expected)
+
+
+def test_rewards_that_fail_in_an_evaluation_end_the_run_saved(tmp_path, importable, one_device):
+    """After step 2 of 4; once they work, the same command goes on by that evaluation."""
+    folder, flag = tmp_path / "run", tmp_path / "away"
+    argv = [
+        "--config", str(TINY), "--workdir", str(folder),
+        f"--config.model.path={make_model(tmp_path / 'model')}",
+        "--config.rewards.names=awful_rewards:held_out", "--config.rewards.weights=1.0",
+        "--config.evaluation.every_steps=2", "--config.checkpoint.every_steps=0",
+    ]  # fmt: skip
+    status, message = refusal(train.main, argv)
+    assert status == 1 and "The evaluation after step 2: 8 of 8 completions have no" in message
+    assert "the judge is away" in message
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["8"]
+    flag.unlink()
+    status, message = refusal(train.main, argv)
+    assert status is None, message
+    rows = list(read_jsonl(folder / "metrics.jsonl"))
+    assert [row["step"] for row in rows if "reward" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "eval/reward" in row] == [0, 2, 4]

@@ -171,6 +171,9 @@ def _refuses_other_files(folder, chat_model, dataset, names):
     ]  # fmt: skip
     status, message = refusal(train.main, [*argv, *_rewards(names)])
     assert status == 1 and "read something else: columns of the training problems." in message
+    accepted = "--config.checkpoint.accept_changes=data.path"
+    status, message = refusal(train.main, [*argv, *_rewards(names), accepted])
+    assert status is None, message
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="needs trl")

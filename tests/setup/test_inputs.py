@@ -170,6 +170,40 @@ def test_something_else_is_refused_by_name(folder, now, words):
 
 
 @pytest.mark.parametrize(
+    ("thing", "accept", "other"),
+    [
+        ("training problems", "data.path", "model.path"),
+        ("training problems", "data.split", "model.dtype"),  # any option of data decides on them
+        ("held-out problems", "data.eval_path", "seed"),
+        ("model", "model.path", "model.dtype"),
+    ],
+)
+def test_a_change_that_is_accepted_is_noted(folder, thing, accept, other):
+    """And is the run's from then on."""
+    now = _with(thing, **{part: 9 if part == "number" else "x" for part in READ[thing]})
+    named = {"training problems": "data.path", "held-out problems": "data.eval_path"}
+    option = named.get(thing, "model.path")
+    with pytest.raises(ValueError, match=rf"changes={option}\.$"):
+        inputs.hold(folder, now, (other,))
+    inputs.hold(folder, now, (accept,))
+    record = _recorded(folder)
+    assert record["read"] == now
+    noted = [(change["option"], change["from"], change["to"]) for change in record["changes"]]
+    assert noted == [(option, READ[thing], now[thing])]
+    inputs.hold(folder, now)
+    assert _recorded(folder) == record
+    with pytest.raises(ValueError, match="read something else"):
+        inputs.hold(folder, READ)
+
+
+def test_several_changes_are_accepted_together(folder):
+    now = _with("model", weights="x") | {"training problems": {"number": 1}}
+    with pytest.raises(ValueError, match=r"""changes="\('data.path','model.path'\)"\.$"""):
+        inputs.hold(folder, now)
+    inputs.hold(folder, now, ("data.path", "model.path"))
+
+
+@pytest.mark.parametrize(
     "now",
     [
         _with("model", revision="another, of the same weights"),

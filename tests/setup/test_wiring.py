@@ -708,10 +708,14 @@ def test_what_an_evaluation_is_given(monkeypatch, tmp_path):
     evaluator = SimpleNamespace(publish=lambda params: ("published", params))
     run = SimpleNamespace(
         config=config, engine=None, evaluator=evaluator, policy="policy", held_out="held out",
-        train=None, rewards="rewards", folder=tmp_path,
+        train=None, rewards="rewards", folder=tmp_path, course=Course(9, P),
     )  # fmt: skip
     state = RunState(step=2, train=SimpleNamespace(params="params"))
-    values = results.evaluate(run, state, "alive", final=True)
+    told = []
+    monitor = SimpleNamespace(
+        alive="alive", evaluated=lambda when, scores: told.append((when, scores))
+    )
+    values = results.evaluate(run, state, monitor, final=True)
     assert len(calls) == 2 and state.accuracy == values["eval/accuracy"] == 0.25
     for (args, options), num_samples in zip(calls, (0, 3)):
         assert args == (evaluator, ("published", "params"), "policy", "held out", "rewards")
@@ -720,5 +724,7 @@ def test_what_an_evaluation_is_given(monkeypatch, tmp_path):
         assert options["on_harvest"] == "alive"  # where a stop gives the evaluation up
         kind = f"sampled_{num_samples}" if num_samples else "greedy"
         assert options["file"] == tmp_path / "evaluations" / f"step_000002_{kind}.jsonl"
-    results.evaluate(run, state, "alive", final=False)
+        options["on_scores"](kind)
+        assert told[-1] == ("The evaluation after step 2", kind)
+    results.evaluate(run, state, monitor, final=False)
     assert len(calls) == 3 and calls[-1][1]["num_samples"] == 0

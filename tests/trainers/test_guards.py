@@ -171,6 +171,17 @@ def test_rewards_that_never_worked(capsys):
     assert not guards.skips_rollout
 
 
+def test_an_evaluation_of_rewards_that_fail_too_often():
+    guards = _guards(failed_rewards="stop")
+    guards.check_evaluation("At the start", _scores(2))  # a share of 0.5 is not more
+    with pytest.raises(RewardError, match=r"After step 2: 3 of 4 completions have no reward 'f'"):
+        guards.check_evaluation("After step 2", _scores(3))
+    guards = _guards(failed_rewards="skip")
+    guards.check_evaluation("After step 2", _scores(4))
+    guards.obey()
+    assert not guards.leaves_out  # nothing is learned from it
+
+
 # --- What is done ---------------------------------------------------------------------------------
 
 

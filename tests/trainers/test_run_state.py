@@ -65,6 +65,13 @@ def test_a_run_that_reads_something_else_does_not_go_on(parts, state):
     parts.read = {"training problems": {"number": 4}}
     with pytest.raises(ValueError, match="3 training problems there, 4 now"):
         run_state.newest(parts)
+    parts.config.checkpoint.accept_changes = ("data.path",)
+    assert run_state.newest(parts).step == 2
+    parts.config.checkpoint.accept_changes = ()
+    (parts.folder / "config.json").write_text(  # accepted before, when nothing was saved after it
+        '{"binding": {}, "options": {}, "changes": [{"option": "data.path"}]}'
+    )
+    assert run_state.newest(parts).step == 2
 
 
 def test_a_roll_back_goes_to_the_newest_checkpoint_that_was_due(parts, state):
