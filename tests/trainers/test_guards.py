@@ -178,8 +178,8 @@ def test_an_evaluation_of_rewards_that_fail_too_often():
         guards.check_evaluation("After step 2", _scores(3))
     guards = _guards(failed_rewards="skip")
     guards.check_evaluation("After step 2", _scores(4))
-    guards.obey()
-    assert not guards.leaves_out  # nothing is learned from it
+    guards.enforce()
+    assert not guards.skips_rollout  # nothing is learned from it
 
 
 # --- What is done ---------------------------------------------------------------------------------
