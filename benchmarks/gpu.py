@@ -138,6 +138,7 @@ def numerics(tiny: bool) -> dict[str, Any]:
 
     from grpo_jax.learner import logprobs
     from grpo_jax.models import parameters, transformer
+    from grpo_jax.models.lanes import PackedInputs
     from grpo_jax.structs import Sampling
 
     model, rng = workload.SHAPES["tiny"], np.random.default_rng(0)
@@ -146,9 +147,9 @@ def numerics(tiny: bool) -> dict[str, Any]:
     length_P = np.full(4, 16, np.int32)
 
     def loss(params, dtype):
-        hidden_PGCD = transformer.score(
-            params, model, prompt_PQ, length_P, completion_PGC, dtype=dtype
-        )
+        inputs = PackedInputs.of(prompt_PQ, length_P, completion_PGC)
+        states = transformer.completion_states(params, model, inputs, dtype=dtype)
+        hidden_PGCD = inputs.by_completion(states)
         hidden_BTD = hidden_PGCD.reshape(-1, *hidden_PGCD.shape[2:])
         target_BT = completion_PGC.reshape(hidden_BTD.shape[:2])
         head_DV = parameters.head_kernel(params)

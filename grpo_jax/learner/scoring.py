@@ -18,6 +18,7 @@ from grpo_jax.learner import logprobs, packing
 from grpo_jax.learner.row_sizes import Sizes
 from grpo_jax.models import parameters, transformer
 from grpo_jax.models.block import ByRow
+from grpo_jax.models.lanes import Layout, PackedInputs
 from grpo_jax.structs import Array, ModelConfig, Params, Rollouts, Sampling
 
 # Tokens of a microbatch on a device, where the config does not say: enough for full speed, so few
@@ -107,20 +108,17 @@ class Scorer:
     def groups_in_shard(self, rollouts: Rollouts) -> int:
         return len(rollouts.length_PG) // self.mesh.shape["data"]
 
-    def hidden(
-        self, params: Params, rollouts: Rollouts, layout: tuple[Array, Array] | None = None
-    ) -> Array:
-        """The hidden states that predict completion tokens, as `transformer.score` orders them.
+    def hidden(self, params: Params, rollouts: Rollouts, layout: Layout | None = None) -> Array:
+        """The hidden states that predict completion tokens, as `PackedInputs.predictors` has them.
 
         Without a layout as rows, [P * G, C, D].
         """
-        hidden = transformer.score(
+        prompts = rollouts.prompt_PQ, rollouts.prompt_length_P
+        inputs = PackedInputs.of(*prompts, rollouts.completion_PGC, layout)
+        hidden = transformer.completion_states(
             params,
             self.model,
-            rollouts.prompt_PQ,
-            rollouts.prompt_length_P,
-            rollouts.completion_PGC,
-            layout,
+            inputs,
             dtype=self.dtype,
             remat=self.remat,
             scan=self.scan_layers,
@@ -128,7 +126,10 @@ class Scorer:
             apart=self.apart,
             kernels=self.kernels,
         )
-        return hidden if layout is not None else hidden.reshape(-1, *hidden.shape[2:])
+        if layout is None:
+            hidden = inputs.by_completion(hidden)
+            hidden = hidden.reshape(-1, *hidden.shape[2:])
+        return hidden
 
     def head(self, params: Params) -> Array:
         """The LM head [D, V], gathered once for all chunks of the vocabulary's sweep."""
@@ -140,7 +141,7 @@ class Scorer:
 class Packed:
     """One microbatch of a data shard: whose tokens its rows' predictions [D, E] are.
 
-    E = M * G + X, ordered as `transformer.score` has them, M counted on one device.
+    E = M * G + X, ordered as `PackedInputs.predictors` has them, M counted on one device.
     """
 
     groups_DM: Array

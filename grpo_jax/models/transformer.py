@@ -1,10 +1,10 @@
 """One decoder for Llama, Qwen2, Qwen3 and Mistral, and the three ways it is run.
 
-`score` runs prompts once and their completions beside them (training and scoring), `prefill` runs
-prompts and keeps their keys and values, `decode_token` adds one token per completion. All three
-apply the same `Block`; only the attention that it is handed differs. Layers are stacked along a
-leading axis of every parameter and scanned, except in sampling, where a scan would copy the cache:
-`prefill` and `decode_token` take their layers one by one, in a list.
+`completion_states` runs prompts once and their completions beside them (training and scoring),
+`prefill` runs prompts and keeps their keys and values, `decode_token` adds one token per
+completion. All three apply the same `Block`; only the attention that it is handed differs. Layers
+are stacked along a leading axis of every parameter and scanned, except in sampling, where a scan
+would copy the cache: `prefill` and `decode_token` take their layers one by one, in a list.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from grpo_jax.kernels.gpu_norm import Sum
 from grpo_jax.models import block as block_lib
 from grpo_jax.models import parameters
 from grpo_jax.models.block import Block, ByRow, Place, Rows
-from grpo_jax.models.lanes import Lanes
+from grpo_jax.models.lanes import PackedInputs
 from grpo_jax.structs import Array, ModelConfig, Params
 
 Kernels = Any  # `attention`, or what has its `causal`, `shared_prefix` and `shares_lanes`
@@ -98,13 +98,10 @@ def _run_layers(body, carry, params: Params, config: ModelConfig, remat: str, sc
     return jax.lax.scan(body, carry, layers, unroll=1 if scan else config.num_layers)
 
 
-def score(
+def completion_states(
     params: Params,
     config: ModelConfig,
-    prompt_PQ: Array,
-    prompt_length_P: Array,
-    completion_PGC: Array,
-    layout: tuple[Array, Array] | None = None,
+    inputs: PackedInputs,
     *,
     dtype=jnp.float32,
     remat: str = "none",
@@ -115,35 +112,11 @@ def score(
 ) -> Array:
     """The hidden states that predict the completions' tokens; every prompt is computed once.
 
-    Without a layout [P, G, C, D]: entry [p, g, c] predicts completion token c. With one, the
-    (token_RX, lane_PLT) of `learner/packing.py`, [R, M * G + X, D] for R rows of M prompts: first
-    the states that predict each completion's first token, which are the prompts' last, then those
-    of the row's entries. Prompts and completions are padded on the right; the states of padding
-    and of empty entries mean nothing. `place` is given activations with their logical axes;
-    `kernels` compute the attention.
+    Ordered as `PackedInputs.predictors` has them. The states of padding and of empty entries mean
+    nothing. `place` is given activations with their logical axes; `kernels` compute the attention.
     """
-    num_prompts, group, tokens = completion_PGC.shape
-    if layout is None:  # a row for each prompt, a lane for each completion
-        own_GT = np.arange(group)[:, None] * tokens + np.arange(1, tokens)
-        token_RX = jnp.broadcast_to(own_GT.reshape(1, -1), (num_prompts, own_GT.size))
-        lanes = Lanes(num_prompts, (num_prompts, group, tokens - 1))
-    else:
-        token_RX, lane_PLT = layout
-        lanes = Lanes.of(lane_PLT, *token_RX.shape)
-    by_row = lambda x, *shape: x.reshape(token_RX.shape[0], *shape)  # noqa: E731
-    place_RX = jnp.maximum(token_RX - 1, 0)  # of the token that an entry reads
-    input_RX = jnp.take_along_axis(by_row(completion_PGC, -1), place_RX, axis=1)
-    length_RX = jnp.take_along_axis(
-        by_row(prompt_length_P, -1), place_RX // (group * tokens), axis=1
-    )
-    position_RX = place_RX % tokens
-    position_PLT = lanes.spread(position_RX)
-    segment_PLT = lanes.spread(place_RX // tokens + 1)  # 0: none
-    at_PQ = jnp.broadcast_to(jnp.arange(prompt_PQ.shape[1]), prompt_PQ.shape)
-    position = jnp.concatenate([by_row(at_PQ, -1), length_RX + position_RX], axis=1)
-    angles = rotary.rotary(position, rotary_frequencies(config))
-    ids = jnp.concatenate([by_row(prompt_PQ, -1), input_RX], axis=1)
-    begin, block = ids.shape[1] - token_RX.shape[1], Block(config, dtype)
+    angles = rotary.rotary(inputs.position_RT, rotary_frequencies(config))
+    block = Block(config, dtype)
     row_axis = apart.axis if apart else "shard_rows"
     by_token, by_head = (row_axis, "tokens"), (row_axis, None, "attention_heads", None)
     split = lambda x: place(x, (*by_token, None))  # noqa: E731
@@ -165,39 +138,38 @@ def score(
         def attend(q, k, v):
             q, k = (rotary.rotate(y, angles) for y in (q, k))
             q, k, v = map(to_heads, (q, k, v))
-            prompts = [y[:, :begin].reshape(*prompt_PQ.shape, *y.shape[2:]) for y in (q, k, v)]
-            out_PQNH = kernels.causal(*prompts, prompt_length_P, window)
-            out = by_row(out_PQNH, -1, *q.shape[2:])
-            if token_RX.shape[1]:
-                out_PLTNH = kernels.shared_prefix(
-                    *(lanes.spread(y[:, begin:]) for y in (q, k, v)),
-                    segment_PLT,
-                    *prompts[1:],
-                    prompt_length_P,
-                    position_PLT,
-                    window,
-                )
-                out = jnp.concatenate([out, lanes.gather(out_PLTNH)], axis=1)
-            return to_tokens(out), None
+            return to_tokens(_attend_packed(kernels, inputs, q, k, v, window)), None
 
         x, _ = block.apply({"params": params}, split(x), attend, rows)
         return split(x), None
 
     embed = gathered(params["embed"], axes["embed"])
-    x = _embed({"embed": embed}, ids, dtype)
+    x = _embed({"embed": embed}, inputs.ids_RT, dtype)
     if not apart:  # as the table is split; else XLA may send all shards' tokens to all
         x = place(x, (None, "tokens", "embed"))
     x = rows.split(rows.whole(x))
     x, _ = _run_layers(layer, x, params, config, remat, scan)
-    x_PQD = x[:, :begin].reshape(*prompt_PQ.shape, -1)
-    last_PD = jnp.take_along_axis(x_PQD, (prompt_length_P - 1)[:, None, None], axis=1)[:, 0]
-    first_PGD = jnp.broadcast_to(last_PD[:, None], (num_prompts, group, config.width))
-    if layout is None:
-        own_PGTD = x[:, begin:].reshape(num_prompts, group, tokens - 1, config.width)
-        states = jnp.concatenate([first_PGD[:, :, None], own_PGTD], axis=2)
-    else:
-        states = jnp.concatenate([by_row(first_PGD, -1, config.width), x[:, begin:]], axis=1)
-    return _final_norm(params, config, states, dtype)
+    return _final_norm(params, config, inputs.predictors(x), dtype)
+
+
+def _attend_packed(
+    kernels: Kernels, inputs: PackedInputs, q: Array, k: Array, v: Array, window
+) -> Array:
+    """Attention of packed rows [R, T, N, H]: of prompts, and of completions to theirs and own."""
+    length_P, lanes = inputs.prompt_length_P, inputs.lanes
+    prompts = [inputs.prompts(x) for x in (q, k, v)]
+    out_PQNH = kernels.causal(*prompts, length_P, window)
+    if not inputs.num_entries:
+        return inputs.rows(out_PQNH, None)
+    out_PLTNH = kernels.shared_prefix(
+        *(lanes.spread(inputs.entries(x)) for x in (q, k, v)),
+        inputs.segment_PLT,
+        *prompts[1:],
+        length_P,
+        inputs.position_PLT,
+        window,
+    )
+    return inputs.rows(out_PQNH, lanes.gather(out_PLTNH))
 
 
 def prefill(

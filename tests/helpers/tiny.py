@@ -19,6 +19,7 @@ from grpo_jax.kernels import rotary
 from grpo_jax.learner import logprobs
 from grpo_jax.models import parameters, transformer
 from grpo_jax.models.block import Block
+from grpo_jax.models.lanes import PackedInputs
 from grpo_jax.structs import ModelConfig, Rollouts
 
 STOP = 1
@@ -88,6 +89,13 @@ def rollouts(prompts: int = 4, group: int = 3, tokens: int = 5, seed: int = 0) -
         length_PG=length_PG,
         stopped_PG=stopped_PG,
     )
+
+
+def completion_states(params, config: ModelConfig, *rows, **options):
+    """Hidden states [P, G, C, D] that predict the tokens of completions padded to one length."""
+    inputs = PackedInputs.of(*rows)
+    states = transformer.completion_states(params, config, inputs, **options)
+    return inputs.by_completion(states)
 
 
 def logp(scorer, params, rollouts: Rollouts):

@@ -14,7 +14,7 @@ import tiny
 from grpo_jax.kernels import attention, gpu_cudnn
 from grpo_jax.kernels import choice as choice_lib
 from grpo_jax.kernels.gpu_cudnn import Cudnn
-from grpo_jax.models import parameters, transformer
+from grpo_jax.models import parameters
 
 MODEL = dataclasses.replace(tiny.MODEL, head_size=16)
 P, L, T, Q, N, K, H = 2, 2, 6, 5, 4, 2, 16
@@ -129,7 +129,7 @@ def test_the_backward_pass_runs_no_kernel_of_the_forward_one_again(monkeypatch):
 
     def calls(remat: str) -> list[str]:
         def total(params):
-            hidden = transformer.score(
+            hidden = tiny.completion_states(
                 params, MODEL, prompt_PQ, jnp.full(2, 8), completion_PGC,
                 dtype=jnp.bfloat16, remat=remat, kernels=Cudnn(),
             )  # fmt: skip

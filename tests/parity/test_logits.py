@@ -178,7 +178,7 @@ def test_prefill_and_decoding_equal_transformers(models, first):
 
 @compiled
 def score_logits(params, config, *rows):
-    hidden = transformer.score(params, config, *rows)
+    hidden = tiny.completion_states(params, config, *rows)
     return logits.logits(hidden, parameters.head_kernel(params))
 
 

@@ -16,7 +16,7 @@ from grpo_jax.devices import compiling, sharding
 from grpo_jax.kernels import quantize
 from grpo_jax.kernels.kv_cache import Ring
 from grpo_jax.learner.scoring import Scorer
-from grpo_jax.models import logits, parameters, transformer
+from grpo_jax.models import logits, parameters
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
@@ -49,7 +49,7 @@ def generate(engine, params, prompts=PROMPTS, group=GROUP, key=KEY, temperature=
 @jax.jit
 def scores_of(params, prompt_PQ, prompt_length_P, completion_PGC):
     """Scores over the vocabulary at each completion token, by one full pass, [P, G, C, V]."""
-    hidden = transformer.score(params, tiny.MODEL, prompt_PQ, prompt_length_P, completion_PGC)
+    hidden = tiny.completion_states(params, tiny.MODEL, prompt_PQ, prompt_length_P, completion_PGC)
     return logits.logits(hidden, parameters.head_kernel(params))
 
 
