@@ -8,16 +8,18 @@ import flax.linen as nn
 from jax.sharding import Mesh
 
 from grpo_jax.kernels import gpu_cudnn, gpu_decode, pallas_triton, tpu_paged, tpu_splash
+from grpo_jax.kernels.attention import AttentionKernels
 from grpo_jax.kernels.block_sums import Sums, sums_of_blocks
 from grpo_jax.kernels.gpu_block_sums import SumsOfBlocks
 from grpo_jax.kernels.gpu_decode import Streamed
 from grpo_jax.kernels.gpu_norm import FusedNorm
 from grpo_jax.kernels.kv_cache import Ring
+from grpo_jax.kernels.norm import AddNorm
 from grpo_jax.kernels.tpu_paged import Paged
 from grpo_jax.structs import ModelConfig
 
 
-def choose(option: str, model: ModelConfig, mesh: Mesh, dtype: Any) -> Any:
+def choose(option: str, model: ModelConfig, mesh: Mesh, dtype: Any) -> AttentionKernels:
     """What `config.model.attention` names, with activations of `dtype`.
 
     "auto" takes cuDNN's kernel on GPUs where it can be had; see `tpu_splash.choose` too. Raises
@@ -50,9 +52,9 @@ def choose_decoding(option: str, cache: str, model: ModelConfig, mesh: Mesh, dty
     return Paged() if option == "ragged" else Streamed(int8)
 
 
-def choose_norm(mesh: Mesh, dtype: Any) -> Any:
-    """What norms the states of a token."""
-    return nn.RMSNorm if pallas_triton.obstacle(mesh, dtype) else FusedNorm
+def choose_norm(mesh: Mesh, dtype: Any) -> type[nn.Module]:
+    """What adds to the states of a token and norms them."""
+    return AddNorm if pallas_triton.obstacle(mesh, dtype) else FusedNorm
 
 
 def choose_sums(mesh: Mesh, dtype: Any) -> Sums:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.devices import sharding
 from grpo_jax.kernels import attention
+from grpo_jax.kernels.attention import AttentionKernels
 from grpo_jax.kernels.fused_attention import Merged
 from grpo_jax.structs import Array, ModelConfig
 
@@ -39,7 +40,7 @@ def obstacle(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
     return ""
 
 
-def choose(model: ModelConfig, mesh: Mesh) -> Any:
+def choose(model: ModelConfig, mesh: Mesh) -> AttentionKernels:
     """The functions, or plain XLA's, with a warning, where this version of JAX was not read."""
     if jax.__version_info__[:2] not in _READ_IN:
         warnings.warn(

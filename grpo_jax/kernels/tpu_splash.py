@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.devices import sharding
 from grpo_jax.kernels import attention
+from grpo_jax.kernels.attention import AttentionKernels
 from grpo_jax.kernels.fused_attention import Merged
 from grpo_jax.structs import Array, ModelConfig
 
@@ -27,7 +27,7 @@ _READ_IN = ((0, 10), (0, 11), (0, 12))
 _LANES = 128  # queries and keys come in multiples of it
 
 
-def choose(option: str, model: ModelConfig, mesh: Mesh) -> Any:
+def choose(option: str, model: ModelConfig, mesh: Mesh) -> AttentionKernels:
     """The functions that `config.model.attention` names: these kernels, or plain XLA's.
 
     "auto" takes the kernels on TPUs. Raises ValueError where they are asked for and cannot be had.

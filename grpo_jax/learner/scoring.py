@@ -14,11 +14,12 @@ from jax.sharding import Mesh
 
 from grpo_jax.devices import by_shard, sharding, transfer
 from grpo_jax.kernels import attention
+from grpo_jax.kernels.attention import AttentionKernels
 from grpo_jax.learner import logprobs, packing
 from grpo_jax.learner.row_sizes import Sizes
 from grpo_jax.models import parameters, transformer
-from grpo_jax.models.block import ByRow
 from grpo_jax.models.lanes import Layout, PackedInputs
+from grpo_jax.models.placement import Placement
 from grpo_jax.structs import Array, ModelConfig, Params, Rollouts, Sampling
 
 # Tokens of a microbatch on a device, where the config does not say: enough for full speed, so few
@@ -44,7 +45,7 @@ class Scorer:
     remat: str = "dots"  # as in `config.model.remat`
     scan_layers: bool = True
     microbatch: int = 0  # groups at once, more where completions are short; 0: by their tokens
-    kernels: transformer.Kernels = attention  # compute the attention
+    kernels: AttentionKernels = attention  # compute the attention
     tokens: int = 0  # of a row of a microbatch, where that is 0; 0: the usual number
 
     def microbatches(
@@ -77,33 +78,25 @@ class Scorer:
         return sharding.attention_parts(self.mesh, self.model.num_kv_heads)
 
     @property
-    def row_axis(self) -> str:
-        return sharding.row_axis(self.mesh, self.model.num_kv_heads)
-
-    @property
-    def apart(self) -> ByRow | None:
-        """How the devices that share the MLP have rows of attention each; None: they share heads.
-
-        XLA would send activations in place of the weights, which it is therefore told to gather.
-        """
-        if self.parts == 1:
-            return None
-        gather = functools.partial(by_shard.gathered, self.mesh, split=("mlp", "vocab"))
-        return ByRow(self.row_axis, gather)
+    def placement(self) -> Placement:
+        """Where activations lie on the devices of a data shard."""
+        return Placement.of(self.mesh, self.model.num_kv_heads)
 
     def rows_of_vocabulary(self, x: Array) -> Array:
         """Values by row of attention [D, E, ...], those that share the head one after another."""
         if self.parts == 1:
             return x
-        axes = ("shard_rows",) + (None,) * (x.ndim - 1)
-        return self.place(x, axes).reshape(-1, self.parts * x.shape[1], *x.shape[2:])
-
-    def place(self, x: Array, axes: tuple[str | None, ...]) -> Array:
-        return by_shard.place_within_shard(self.mesh, x, axes)
+        x = self.placement.place(x, "shard_rows", *(None,) * (x.ndim - 1))
+        return x.reshape(-1, self.parts * x.shape[1], *x.shape[2:])
 
     @property
     def along(self) -> logprobs.Along:
-        return logprobs.Along(self.mesh.shape["sequence"], self.place)
+        place = functools.partial(by_shard.place_within_shard, self.mesh)
+        return logprobs.Along(self.mesh.shape["sequence"], place)
+
+    @property
+    def row_axis(self) -> str:
+        return self.placement.row_axis
 
     def groups_in_shard(self, rollouts: Rollouts) -> int:
         return len(rollouts.length_PG) // self.mesh.shape["data"]
@@ -122,8 +115,7 @@ class Scorer:
             dtype=self.dtype,
             remat=self.remat,
             scan=self.scan_layers,
-            place=self.place,
-            apart=self.apart,
+            placement=self.placement,
             kernels=self.kernels,
         )
         if layout is None:

@@ -21,13 +21,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.kernels.norm import Residual
 from grpo_jax.models.block import Block
 from grpo_jax.structs import Array, ModelConfig, Params
 
 
 def _boxed_block(config: ModelConfig, key: Array) -> Params:
     """One layer's parameters in the boxes that carry their logical axes."""
-    x = jnp.zeros((1, config.width))
+    x = Residual.of(jnp.zeros((1, config.width)))
     return Block(config).init(key, x, lambda q, k, v: (q, None))["params"]
 
 
@@ -86,7 +87,7 @@ def head_kernel(params: Params) -> Array:
     return params["embed"]["embedding"].T
 
 
-def with_layers_in(params: Params, dtype) -> Params:
+def cast_layers(params: Params, dtype) -> Params:
     """The layers' kernels and biases as they are computed with, once for all microbatches.
 
     The embedding, the head and the norms stay: gradients of many tokens are summed into them.
@@ -98,18 +99,18 @@ def with_layers_in(params: Params, dtype) -> Params:
     return params | {"layers": jax.tree_util.tree_map_with_path(one, params["layers"])}
 
 
-# By module, what `joined` makes of which dense layers.
-_JOINED = {"attention": ("qkv", ("q", "k", "v")), "mlp": ("gate_up", ("gate", "up"))}
+# By module, what `fuse_projections` makes of which dense layers.
+_FUSED = {"attention": ("qkv", ("q", "k", "v")), "mlp": ("gate_up", ("gate", "up"))}
 
 
-def joined(
+def fuse_projections(
     layer: Params, join: Callable[..., Any] = lambda *xs: jnp.concatenate(xs, axis=-1)
 ) -> Params:
     """One layer's weights, those that are multiplied with the same states side by side.
 
     Of few tokens one product is faster than its parts. `join` puts arrays of all parts together.
     """
-    for module, (name, parts) in _JOINED.items():
+    for module, (name, parts) in _FUSED.items():
         dense = dict(layer[module])
         trees = [dense.pop(part) for part in parts]
         is_axes = lambda x: isinstance(x, tuple)  # noqa: E731

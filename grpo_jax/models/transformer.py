@@ -9,7 +9,6 @@ would copy the cache: `prefill` and `decode_token` take their layers one by one,
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -18,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.kernels import attention, fused_attention, kv_cache, quantize, rotary
-from grpo_jax.kernels.gpu_norm import Sum
+from grpo_jax.kernels.attention import AttentionKernels
+from grpo_jax.kernels.norm import AddNorm, Residual
 from grpo_jax.models import block as block_lib
 from grpo_jax.models import parameters
-from grpo_jax.models.block import Block, ByRow, Place, Rows
+from grpo_jax.models.block import Block
 from grpo_jax.models.lanes import PackedInputs
+from grpo_jax.models.placement import ONE_DEVICE, REPLICATED, MlpPlacement, Placement
 from grpo_jax.structs import Array, ModelConfig, Params
-
-Kernels = Any  # `attention`, or what has its `causal`, `shared_prefix` and `shares_lanes`
 
 
 def rotary_frequencies(config: ModelConfig) -> np.ndarray:
@@ -63,12 +62,10 @@ def _embed(params: Params, ids: Array, dtype) -> Array:
 
 
 def _final_norm(
-    params: Params, config: ModelConfig, x: Array | Sum, dtype, kind: Any = nn.RMSNorm
+    params: Params, config: ModelConfig, x: Residual, dtype, kind: type[nn.Module] = AddNorm
 ) -> Array:
-    norm = functools.partial(
-        block_lib.rms_norm(config, dtype, kind=kind).apply, {"params": params["norm"]}
-    )
-    return block_lib.normed(norm, x)[1]
+    norm = block_lib.rms_norm(config, dtype, kind=kind)
+    return norm.apply({"params": params["norm"]}, x)[1]
 
 
 def _layer_windows(config: ModelConfig) -> Array | None:
@@ -106,54 +103,42 @@ def completion_states(
     dtype=jnp.float32,
     remat: str = "none",
     scan: bool = True,
-    place: Place = lambda x, axes: x,
-    apart: ByRow | None = None,
-    kernels: Kernels = attention,
+    placement: Placement = ONE_DEVICE,
+    kernels: AttentionKernels = attention,
 ) -> Array:
     """The hidden states that predict the completions' tokens; every prompt is computed once.
 
     Ordered as `PackedInputs.predictors` has them. The states of padding and of empty entries mean
-    nothing. `place` is given activations with their logical axes; `kernels` compute the attention.
+    nothing.
     """
     angles = rotary.rotary(inputs.position_RT, rotary_frequencies(config))
-    block = Block(config, dtype)
-    row_axis = apart.axis if apart else "shard_rows"
-    by_token, by_head = (row_axis, "tokens"), (row_axis, None, "attention_heads", None)
-    split = lambda x: place(x, (*by_token, None))  # noqa: E731
-    rows = Rows.placed(place, row_axis) if apart else block_lib.UNDIVIDED
-    axes = parameters.logical_axes(config)
+    block, axes = Block(config, dtype, mlp=placement.mlp), parameters.logical_axes(config)
     layer_axes = jax.tree.map(
         lambda names: names[1:], axes["layers"], is_leaf=lambda x: isinstance(x, tuple)
     )
-    to_heads = lambda x: place(place(x, (*by_token, "heads", None)), by_head)  # noqa: E731
-    to_tokens = lambda x: place(place(x, by_head), (*by_token, "heads", None))  # noqa: E731
 
-    def gathered(params: Params, axes: Params) -> Params:
-        return jax.tree.map(apart.gather, params, axes) if apart else params
-
-    def layer(x, layer_and_window):
+    def layer(x_RTD, layer_and_window):
         params, window = layer_and_window
-        params = gathered(params, layer_axes)
+        params = placement.gathered(params, layer_axes)
 
         def attend(q, k, v):
             q, k = (rotary.rotate(y, angles) for y in (q, k))
-            q, k, v = map(to_heads, (q, k, v))
-            return to_tokens(_attend_packed(kernels, inputs, q, k, v, window)), None
+            q, k, v = map(placement.to_heads, (q, k, v))
+            out = _attend_packed(kernels, inputs, q, k, v, window)
+            return placement.to_tokens(out), None
 
-        x, _ = block.apply({"params": params}, split(x), attend, rows)
-        return split(x), None
+        x = Residual.of(placement.states(x_RTD))
+        x, _ = block.apply({"params": params}, x, attend)
+        return placement.states(x.sum()), None
 
-    embed = gathered(params["embed"], axes["embed"])
-    x = _embed({"embed": embed}, inputs.ids_RT, dtype)
-    if not apart:  # as the table is split; else XLA may send all shards' tokens to all
-        x = place(x, (None, "tokens", "embed"))
-    x = rows.split(rows.whole(x))
-    x, _ = _run_layers(layer, x, params, config, remat, scan)
-    return _final_norm(params, config, inputs.predictors(x), dtype)
+    embed = placement.gathered(params["embed"], axes["embed"])
+    x_RTD = placement.embedded(_embed({"embed": embed}, inputs.ids_RT, dtype))
+    x_RTD, _ = _run_layers(layer, x_RTD, params, config, remat, scan)
+    return _final_norm(params, config, Residual.of(inputs.predictors(x_RTD)), dtype)
 
 
 def _attend_packed(
-    kernels: Kernels, inputs: PackedInputs, q: Array, k: Array, v: Array, window
+    kernels: AttentionKernels, inputs: PackedInputs, q: Array, k: Array, v: Array, window
 ) -> Array:
     """Attention of packed rows [R, T, N, H]: of prompts, and of completions to theirs and own."""
     length_P, lanes = inputs.prompt_length_P, inputs.lanes
@@ -179,16 +164,20 @@ def prefill(
     length_R: Array,
     *,
     dtype=jnp.float32,
-    rows: Rows = block_lib.UNDIVIDED,
+    fused: bool = False,
+    mlp: MlpPlacement = REPLICATED,
     caching: Any = kv_cache.RING,
 ) -> tuple[Array, tuple]:
-    """Hidden state of each prompt's last token [R, D], and the prompts' cache by layer."""
+    """Hidden state of each prompt's last token [R, D], and the prompts' cache by layer.
+
+    `fused`: the layers are those of `parameters.fuse_projections`.
+    """
     t_Q = jnp.arange(prompt_RQ.shape[1])
     angles = rotary.rotary(t_Q[None], rotary_frequencies(config))
-    block = Block(config, dtype)
+    block = Block(config, dtype, fused, mlp)
 
     windows = config.window_per_layer or (None,) * config.num_layers
-    x_RQD, cache = rows.split(_embed(params, prompt_RQ, dtype)), []
+    x, cache = Residual.of(mlp.scatter(_embed(params, prompt_RQ, dtype))), []
     for layer, window in zip(params["layers"], windows, strict=True):
 
         def attend(q, k, v, window=window):
@@ -196,10 +185,12 @@ def prefill(
             out = attention.causal(q, k, v, length_R, window)
             return out, caching.of_prompt(k, v)
 
-        x_RQD, kept = block.apply({"params": layer}, x_RQD, attend, rows)
+        x, kept = block.apply({"params": layer}, x, attend)
         cache.append(kept)
-    last_RD = jnp.take_along_axis(x_RQD, (length_R - 1)[:, None, None], axis=1)[:, 0]
-    return rows.whole(_final_norm(params, config, last_RD, dtype)), tuple(cache)
+    at_R11 = (length_R - 1)[:, None, None]
+    last_RD = jnp.take_along_axis(x.sum(), at_R11, axis=1)[:, 0]
+    hidden_RD = _final_norm(params, config, Residual.of(last_RD), dtype)
+    return mlp.gather(hidden_RD), tuple(cache)
 
 
 def decode_token(
@@ -214,19 +205,21 @@ def decode_token(
     limit: int,
     *,
     dtype=jnp.float32,
-    rows: Rows = block_lib.UNDIVIDED,
+    fused: bool = False,
+    mlp: MlpPlacement = REPLICATED,
     caching: Any = kv_cache.RING,
-    norm: Any = nn.RMSNorm,
+    norm: type[nn.Module] = AddNorm,
 ) -> tuple[Array, tuple]:
     """Hidden state after one more token per lane [R, W, D], and the cache by layer with it.
 
     `token_RW` stands at position `time_RW` of its completion of at most `limit` tokens, and goes
-    into `column` of a ring. What lanes give that are not live means nothing.
+    into `column` of a ring. What lanes give that are not live means nothing. `fused` as in
+    `prefill`.
     """
     angles = rotary.rotary(prompt_length_R[:, None] + time_RW, rotary_frequencies(config))
     windows = config.window_per_layer or (None,) * config.num_layers
-    block = Block(config, dtype, norm)
-    x_RWD = rows.split(_embed(params, token_RW, dtype))
+    block = Block(config, dtype, fused, mlp, norm)
+    x = Residual.of(mlp.scatter(_embed(params, token_RW, dtype)))
     cache = list(cache)
     for i, layer in enumerate(params["layers"]):
 
@@ -235,5 +228,5 @@ def decode_token(
             out, cache[i] = caching.extend(cache[i], q, k, v, angles, *where)
             return out, None
 
-        x_RWD, _ = block.apply({"params": layer}, x_RWD, attend, rows)
-    return rows.whole(_final_norm(params, config, x_RWD, dtype, norm)), tuple(cache)
+        x, _ = block.apply({"params": layer}, x, attend)
+    return mlp.gather(_final_norm(params, config, x, dtype, norm)), tuple(cache)

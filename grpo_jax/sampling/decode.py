@@ -25,8 +25,9 @@ from jax.sharding import Mesh
 from grpo_jax.devices import by_shard, sharding
 from grpo_jax.kernels import choice, kv_cache
 from grpo_jax.kernels.block_sums import Sums, sums_of_blocks
-from grpo_jax.models import block, logits, parameters, transformer
-from grpo_jax.models.block import Rows
+from grpo_jax.kernels.norm import AddNorm
+from grpo_jax.models import logits, parameters, transformer
+from grpo_jax.models.placement import REPLICATED, MlpOfSlots, MlpPlacement
 from grpo_jax.structs import Array, ModelConfig, Params, Sampling
 
 # A GPU waits at every look until the host has read the answer and launched the next token.
@@ -44,10 +45,10 @@ class Decoder:
     max_tokens: int  # C: completion limit
     dtype: Any = jnp.float32  # of activations, and of weights and cache that are the "same"
     weights: str = "same"  # or "int8"
-    join: bool = False  # see `parameters.joined`; for devices that hold a layer whole
+    fuse: bool = False  # `parameters.fuse_projections`; for devices that hold a layer whole
     steps: int = 1  # tokens between two looks at whether the host is needed
     caching: Any = kv_cache.RING  # how the cache is kept and attended to: see `kernels`
-    norm: Any = nn.RMSNorm  # of a token's states
+    norm: type[nn.Module] = AddNorm  # of a token's states
     sums: Sums = sums_of_blocks  # of a draw
 
     @property
@@ -56,11 +57,8 @@ class Decoder:
         return sharding.attention_parts(self.mesh, self.model.num_kv_heads)
 
     @property
-    def rows(self) -> Rows:
-        if self.parts == 1:
-            return block.UNDIVIDED
-        place = functools.partial(by_shard.place_in_slots, self.mesh)
-        return Rows(place, functools.partial(place, split=True))
+    def mlp(self) -> MlpPlacement:
+        return REPLICATED if self.parts == 1 else MlpOfSlots(self.mesh)
 
 
 def decoder_for(
@@ -89,7 +87,7 @@ def decoder_for(
         max_tokens,
         dtype,
         weights=weights,
-        join=on_gpu and mesh.shape["tensor"] == 1,
+        fuse=on_gpu and mesh.shape["tensor"] == 1,
         steps=_STEPS_ON_GPU if on_gpu else 1,
         caching=choice.choose_decoding(attention, cache, model, mesh, dtype),
         norm=choice.choose_norm(mesh, dtype),
@@ -206,7 +204,8 @@ def admit(
         prompt_AQ,
         length_A,
         dtype=decoder.dtype,
-        rows=decoder.rows,
+        fused=decoder.fuse,
+        mlp=decoder.mlp,
         caching=decoder.caching,
     )
     lanes = used_AW.shape
@@ -281,7 +280,8 @@ def decode(
             slots.column_1[0],
             decoder.max_tokens,
             dtype=decoder.dtype,
-            rows=decoder.rows,
+            fused=decoder.fuse,
+            mlp=decoder.mlp,
             caching=decoder.caching,
             norm=decoder.norm,
         )

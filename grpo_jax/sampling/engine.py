@@ -140,7 +140,9 @@ class Engine:
     def _layer(self, layers: Params, i: Array) -> Params:
         at_i = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
         layer = jax.tree.map(at_i, layers)
-        return self._sampled_from(parameters.joined(layer) if self.decoder.join else layer)
+        return self._sampled_from(
+            parameters.fuse_projections(layer) if self.decoder.fuse else layer
+        )
 
     def changed_parts(self, params: Params) -> list[str]:
         """Names of the parts besides the layers that sampling cannot read where they are."""
@@ -156,9 +158,9 @@ class Engine:
         """Shape, dtype and sharding of what `publish` gives, of arrays or their shapes."""
         mesh, model = self.decoder.mesh, self.decoder.model
         axes = publish.axes_in_decoding(model, self.decoder.parts)
-        if self.decoder.join:  # they are whole, and all alike
+        if self.decoder.fuse:  # they are whole, and all alike
             first = lambda *names: names[0]  # noqa: E731
-            axes["layers"] = [parameters.joined(layer, first) for layer in axes["layers"]]
+            axes["layers"] = [parameters.fuse_projections(layer, first) for layer in axes["layers"]]
         if self.decoder.weights == "int8":
             axes = quantize.weight_axes(axes)
         rest = {name: params[name] for name in params if name != "layers"}

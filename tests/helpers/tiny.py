@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.devices import sharding
 from grpo_jax.kernels import rotary
+from grpo_jax.kernels.norm import Residual
 from grpo_jax.learner import logprobs
 from grpo_jax.models import parameters, transformer
 from grpo_jax.models.block import Block
@@ -123,7 +124,7 @@ def plain_log_probs(params, ids):
     x = params["embed"]["embedding"][ids]
     for i in range(MODEL.num_layers):
         layer = jax.tree.map(lambda a, i=i: a[i], params["layers"])
-        x, _ = Block(MODEL).apply({"params": layer}, x, _plain_attention)
+        x = Block(MODEL).apply({"params": layer}, Residual.of(x), _plain_attention)[0].sum()
     scale = params["norm"]["scale"]
     x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + MODEL.norm_eps) * scale[None]
     return jax.nn.log_softmax(x @ parameters.head_kernel(params))

@@ -318,7 +318,7 @@ def test_a_longer_padding_changes_nothing(params, unstoppable, whole):
     np.testing.assert_array_equal(got.completion_PGC[:5], want.completion_PGC[:5])
 
 
-@pytest.mark.parametrize("changes", [{"join": True}, {"steps": 4}, {"steps": 3, "join": True}])
+@pytest.mark.parametrize("changes", [{"fuse": True}, {"steps": 4}, {"steps": 3, "fuse": True}])
 @pytest.mark.parametrize("num_slots", [0, 8])
 def test_how_a_device_decodes_does_not_change_the_completions(whole, params, num_slots, changes):
     """Products joined, and several tokens between two looks at whether the host is needed."""
@@ -333,7 +333,7 @@ def test_a_gpu_joins_products_and_looks_at_the_host_more_rarely(monkeypatch):
 
     monkeypatch.setattr(sharding, "is_gpu", lambda mesh: True)
 
-    faster = dataclasses.replace(plain, join=True, steps=8)
+    faster = dataclasses.replace(plain, fuse=True, steps=8)
     assert decode.decoder_for(*shape, jnp.float32) == faster
 
 
@@ -368,7 +368,7 @@ def test_slots_do_not_change_completions_in_int8(whole_in_int8, params, num_slot
 
 def test_joined_products_do_not_change_completions_in_int8(whole_in_int8, params):
     plain = in_int8(compact=False)
-    ours = Engine(dataclasses.replace(plain.decoder, join=True), compact=False)
+    ours = Engine(dataclasses.replace(plain.decoder, fuse=True), compact=False)
     got = generate(ours, params)
     np.testing.assert_array_equal(got.completion_PGC, whole_in_int8.completion_PGC)
     np.testing.assert_allclose(got.logp_PGC, whole_in_int8.logp_PGC, atol=1e-4, rtol=0)
