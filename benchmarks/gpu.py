@@ -234,12 +234,12 @@ def rollout(size: str, decoding: str, cache: str, steps: str, tiny: bool) -> dic
 
 def decoding(size: str, tiny: bool) -> Iterator[dict[str, Any]]:
     """Microseconds of one layer's attention for a token of each lane, and the cache's GB/s."""
-    from grpo_jax.kernels.gpu_decode import Streamed
-    from grpo_jax.kernels.kv_cache import Ring
+    from grpo_jax.kernels.gpu_decode import TritonDecode
+    from grpo_jax.kernels.kv_cache import RingCache
 
-    kinds = {"xla": Ring(), "xla, int8": Ring(True)}
+    kinds = {"xla": RingCache(), "xla, int8": RingCache(True)}
     if not tiny:
-        kinds |= {"streamed": Streamed(), "streamed, int8": Streamed(True)}
+        kinds |= {"streamed": TritonDecode(), "streamed, int8": TritonDecode(True)}
     yield from _decoding(_work(size, tiny), kinds)
 
 
@@ -249,6 +249,7 @@ def _decoding(work: Any, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
     import numpy as np
 
     from grpo_jax.kernels import rotary
+    from grpo_jax.kernels.kv_cache import CacheShape, DecodeStep
     from grpo_jax.models import transformer
 
     model, limit = work.shape, work.completion_tokens
@@ -265,7 +266,7 @@ def _decoding(work: Any, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 y = jax.random.normal(next(keys), x.shape, jnp.float32)
                 return (100 * y if x.dtype == jnp.int8 else y).astype(x.dtype)
 
-            cache = kind.empty(slots, lanes, prompt, limit, kv, width, jnp.bfloat16)
+            cache = kind.empty(CacheShape(slots, lanes, prompt, limit, kv, width), jnp.bfloat16)
             qkv = [jnp.empty((slots, lanes, n, width), jnp.bfloat16) for n in (heads, kv, kv)]
             return jax.tree.map(drawn, (cache, *qkv))
 
@@ -274,11 +275,11 @@ def _decoding(work: Any, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
             where = jnp.full(slots, prompt), jnp.full((slots, lanes), last)
             frequencies = transformer.rotary_frequencies(model)
             angles = rotary.rotary(where[0][:, None] + where[1], frequencies)
-            live = jnp.ones((slots, lanes), bool)
+            step = DecodeStep(*where, jnp.ones((slots, lanes), bool), last, limit, angles)
 
             def one(i, carry):
                 q, cache = carry
-                out, cache = kind.extend(cache, q, k, v, angles, *where, live, last, limit, None)
+                out, cache = kind.extend(cache, q, k, v, step)
                 return out.astype(q.dtype), cache
 
             return jax.lax.fori_loop(0, repeats, one, (q, cache))

@@ -11,11 +11,11 @@ from grpo_jax.kernels import gpu_cudnn, gpu_decode, pallas_triton, tpu_paged, tp
 from grpo_jax.kernels.attention import AttentionKernels
 from grpo_jax.kernels.block_sums import Sums, sums_of_blocks
 from grpo_jax.kernels.gpu_block_sums import SumsOfBlocks
-from grpo_jax.kernels.gpu_decode import Streamed
+from grpo_jax.kernels.gpu_decode import TritonDecode
 from grpo_jax.kernels.gpu_norm import FusedNorm
-from grpo_jax.kernels.kv_cache import Ring
+from grpo_jax.kernels.kv_cache import KVCache, RingCache
 from grpo_jax.kernels.norm import AddNorm
-from grpo_jax.kernels.tpu_paged import Paged
+from grpo_jax.kernels.tpu_paged import RaggedPagedDecode
 from grpo_jax.structs import ModelConfig
 
 
@@ -33,7 +33,7 @@ def choose(option: str, model: ModelConfig, mesh: Mesh, dtype: Any) -> Attention
     return tpu_splash.choose(option, model, mesh)
 
 
-def choose_decoding(option: str, cache: str, model: ModelConfig, mesh: Mesh, dtype: Any) -> Any:
+def choose_decoding(option: str, cache: str, model: ModelConfig, mesh: Mesh, dtype: Any) -> KVCache:
     """How `config.rollout.attention` keeps the cache, of `config.rollout.cache`, and attends to it.
 
     "auto" takes the streamed kernel where it can be had. Raises ValueError where what is named
@@ -46,10 +46,10 @@ def choose_decoding(option: str, cache: str, model: ModelConfig, mesh: Mesh, dty
     elif option != "xla":
         obstacle = gpu_decode.obstacle(model, mesh, dtype)
     if option == "xla" or (option == "auto" and obstacle):
-        return Ring(int8)
+        return RingCache(int8)
     if obstacle:
         raise ValueError(f'rollout.attention = "{option}": {obstacle}. Set it to "auto" or "xla".')
-    return Paged() if option == "ragged" else Streamed(int8)
+    return RaggedPagedDecode() if option == "ragged" else TritonDecode(int8)
 
 
 def choose_norm(mesh: Mesh, dtype: Any) -> type[nn.Module]:

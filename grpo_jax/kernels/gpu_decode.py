@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import Mesh
 
 from grpo_jax.kernels import pallas_triton, quantize
-from grpo_jax.kernels.kv_cache import Cache, Ring
+from grpo_jax.kernels.kv_cache import Cache, CacheShape, DecodeStep, RingCache
 from grpo_jax.kernels.quantize import Int8
 from grpo_jax.structs import Array, ModelConfig
 
@@ -43,23 +43,22 @@ def obstacle(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Streamed(Ring):
-    """As `kv_cache.Ring`, but keys stand as values do, [..., positions, H]; no windows."""
+class TritonDecode(RingCache):
+    """As `kv_cache.RingCache`, but keys stand as values do, [..., positions, H]; no windows."""
 
     interpret: bool = False  # anywhere, for a test
 
-    def empty(
-        self, slots: int, lanes: int, prompt_tokens: int, limit: int, heads: int, size: int, dtype
-    ) -> tuple[Cache, Cache]:
-        def make(shape: tuple[int, ...], positions: int) -> Cache:
-            shape = (*shape, positions, size)
+    def empty(self, shape: CacheShape, dtype: Any) -> tuple[Cache, Cache]:
+        def make(lead: tuple[int, ...], positions: int) -> Cache:
+            shape = (*lead, positions, head_size)
             if not self.int8:
                 return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
             codes = Int8(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1]))
             return codes, codes
 
-        own = _blocks(limit) * _BLOCKS[0]
-        return make((slots, heads), prompt_tokens), make((slots, heads, lanes), own)
+        head_size, slots = shape.head_size, (shape.slots, shape.num_kv_heads)
+        own = _blocks(shape.limit) * _BLOCKS[0]
+        return make(slots, shape.prompt_tokens), make((*slots, shape.lanes), own)
 
     def of_prompt(self, k_RQKH: Array, v_RQKH: Array) -> Cache:
         """A prompt's keys and values [R, K, Q, H]."""
@@ -72,26 +71,16 @@ class Streamed(Ring):
         q_RWNH: Array,
         k_RWKH: Array,
         v_RWKH: Array,
-        cos_sin: tuple[Array, Array],
-        prompt_length_R: Array,
-        time_RW: Array,
-        live_RW: Array,
-        column: Array,
-        limit: int,
-        window: int | None,
+        step: DecodeStep,
     ) -> tuple[Array, tuple[Cache, Cache]]:
-        """One new token per lane: what it attends to [R, W, N, H], and the cache with it.
-
-        Queries and keys are still to be rotated by their angles, `cos_sin` [R, W, H/2].
-        """
-        assert window is None, "there is no window in the kernel"
+        assert step.window is None, "there is no window in the kernel"
         prefix, own = cache
         heads = jnp.concatenate([q_RWNH, k_RWKH, v_RWKH], axis=2)  # as one product gives them
         # What a lane that is not live gives means nothing: it reads nothing of its own.
-        last_RW = jnp.where(live_RW, time_RW, 0)
-        run = functools.partial(_attend, heads, cos_sin, interpret=self.interpret)
-        first, _ = run(prefix, _range(prompt_length_R[:, None] - 1), _positions(prefix))
-        (out_RWKnH,), own = run(own, _range(last_RW, column), limit, after=first)
+        last_RW = jnp.where(step.live_RW, step.time_RW, 0)
+        run = functools.partial(_attend, heads, step.cos_sin, interpret=self.interpret)
+        first, _ = run(prefix, _range(step.prompt_length_R[:, None] - 1), _positions(prefix))
+        (out_RWKnH,), own = run(own, _range(last_RW, step.column), step.limit, after=first)
         return out_RWKnH.reshape(q_RWNH.shape), (prefix, own)
 
 

@@ -9,15 +9,14 @@ would copy the cache: `prefill` and `decode_token` take their layers one by one,
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.kernels import attention, fused_attention, kv_cache, quantize, rotary
+from grpo_jax.kernels import attention, fused_attention, quantize, rotary
 from grpo_jax.kernels.attention import AttentionKernels
+from grpo_jax.kernels.kv_cache import RING, DecodeStep, KVCache
 from grpo_jax.kernels.norm import AddNorm, Residual
 from grpo_jax.models import block as block_lib
 from grpo_jax.models import parameters
@@ -166,7 +165,7 @@ def prefill(
     dtype=jnp.float32,
     fused: bool = False,
     mlp: MlpPlacement = REPLICATED,
-    caching: Any = kv_cache.RING,
+    kv_cache: KVCache = RING,
 ) -> tuple[Array, tuple]:
     """Hidden state of each prompt's last token [R, D], and the prompts' cache by layer.
 
@@ -183,7 +182,7 @@ def prefill(
         def attend(q, k, v, window=window):
             q, k = (rotary.rotate(y, angles) for y in (q, k))
             out = attention.causal(q, k, v, length_R, window)
-            return out, caching.of_prompt(k, v)
+            return out, kv_cache.of_prompt(k, v)
 
         x, kept = block.apply({"params": layer}, x, attend)
         cache.append(kept)
@@ -198,34 +197,29 @@ def decode_token(
     config: ModelConfig,
     token_RW: Array,
     cache: tuple,
-    prompt_length_R: Array,
-    time_RW: Array,
-    live_RW: Array,
-    column: Array,
-    limit: int,
+    step: DecodeStep,
     *,
     dtype=jnp.float32,
     fused: bool = False,
     mlp: MlpPlacement = REPLICATED,
-    caching: Any = kv_cache.RING,
+    kv_cache: KVCache = RING,
     norm: type[nn.Module] = AddNorm,
 ) -> tuple[Array, tuple]:
     """Hidden state after one more token per lane [R, W, D], and the cache by layer with it.
 
-    `token_RW` stands at position `time_RW` of its completion of at most `limit` tokens, and goes
-    into `column` of a ring. What lanes give that are not live means nothing. `fused` as in
-    `prefill`.
+    `fused` as in `prefill`.
     """
-    angles = rotary.rotary(prompt_length_R[:, None] + time_RW, rotary_frequencies(config))
+    position_RW = step.prompt_length_R[:, None] + step.time_RW
+    angles = rotary.rotary(position_RW, rotary_frequencies(config))
     windows = config.window_per_layer or (None,) * config.num_layers
     block = Block(config, dtype, fused, mlp, norm)
     x = Residual.of(mlp.scatter(_embed(params, token_RW, dtype)))
     cache = list(cache)
     for i, layer in enumerate(params["layers"]):
+        of_layer = step.replace(cos_sin=angles, window=windows[i])
 
-        def attend(q, k, v, i=i):
-            where = prompt_length_R, time_RW, live_RW, column, limit, windows[i]
-            out, cache[i] = caching.extend(cache[i], q, k, v, angles, *where)
+        def attend(q, k, v, i=i, of_layer=of_layer):
+            out, cache[i] = kv_cache.extend(cache[i], q, k, v, of_layer)
             return out, None
 
         x, _ = block.apply({"params": layer}, x, attend)

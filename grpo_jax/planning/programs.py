@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from grpo_jax.config import derived, rules
 from grpo_jax.devices import sharding
 from grpo_jax.kernels import gpu_decode
-from grpo_jax.kernels.gpu_decode import Streamed
+from grpo_jax.kernels.gpu_decode import TritonDecode
 from grpo_jax.learner import packing, scoring, train_state
 from grpo_jax.models import policy
 from grpo_jax.planning import hlo
@@ -330,8 +330,7 @@ class Step:
 
         Of so many lanes that decode so many tokens each, the mean.
         """
-        caching = self.engine.decoder.caching
-        if not isinstance(caching, Streamed):
+        if not isinstance(self.engine.decoder.kv_cache, TritonDecode):
             return {}
         arrays = [x for _, own in self.slots.cache for x in jax.tree.leaves(own)]
         shapes = {x.sharding.shard_shape(x.shape) for x in arrays}

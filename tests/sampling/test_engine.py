@@ -14,7 +14,7 @@ import tiny
 from grpo_jax import keys
 from grpo_jax.devices import compiling, sharding
 from grpo_jax.kernels import quantize
-from grpo_jax.kernels.kv_cache import Ring
+from grpo_jax.kernels.kv_cache import RingCache
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.models import logits, parameters
 from grpo_jax.sampling import decode
@@ -345,7 +345,7 @@ def in_int8(num_slots=0, compact=True, weights="int8", cache="int8", mesh=None) 
         STOPS,
         LIMIT,
         weights=weights,
-        caching=Ring(int8=cache == "int8"),
+        kv_cache=RingCache(int8=cache == "int8"),
     )
     return Engine(decoder, num_slots=num_slots, compact=compact)
 
