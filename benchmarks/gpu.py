@@ -273,7 +273,7 @@ def _decoding(work: Any, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
         @functools.partial(jax.jit, donate_argnums=0)
         def run(cache, q, k, v, last, kind=kind):
             where = jnp.full(slots, prompt), jnp.full((slots, lanes), last)
-            frequencies = transformer.rotary_frequencies(model)
+            frequencies = transformer.rotary_frequencies(model.rotaries[0], width)
             angles = rotary.rotary(where[0][:, None] + where[1], frequencies)
             step = DecodeStep(*where, jnp.ones((slots, lanes), bool), last, limit, angles)
 

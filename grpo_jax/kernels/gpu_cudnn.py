@@ -31,7 +31,7 @@ def obstacle(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
     """Why the kernel cannot be had, or nothing."""
     if not sharding.is_gpu(mesh):
         return f"it is for GPUs, and the devices are {mesh.devices.flat[0].platform}s"
-    if model.window_per_layer is not None:
+    if model.has_windows:
         return "the model has sliding windows, which it does not take layer by layer"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"it takes bfloat16, and model.dtype is {jnp.dtype(dtype)}"

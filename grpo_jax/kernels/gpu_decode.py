@@ -35,7 +35,7 @@ def obstacle(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
     """Why the kernel cannot be had, or nothing."""
     if in_general := pallas_triton.obstacle(mesh, dtype):
         return in_general
-    if model.window_per_layer is not None:
+    if model.has_windows:
         return "the model has sliding windows"
     if model.head_size not in (32, 64, 128, 256):
         return f"the heads are of size {model.head_size}, and it takes 32, 64, 128 or 256"

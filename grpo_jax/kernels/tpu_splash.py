@@ -36,7 +36,7 @@ def choose(option: str, model: ModelConfig, mesh: Mesh) -> AttentionKernels:
     obstacle = ""
     if not on_tpu:
         obstacle = f"they are for TPUs, and the devices are {mesh.devices.flat[0].platform}s"
-    elif model.window_per_layer is not None:
+    elif model.has_windows:
         obstacle = "the model has sliding windows, which they do not take layer by layer"
     elif jax.__version_info__[:2] not in _READ_IN:
         obstacle = f"their backward pass was not tested with JAX {jax.__version__}"

@@ -12,7 +12,7 @@ import numpy as np
 from grpo_jax.kernels import quantize
 from grpo_jax.kernels.norm import AddNorm, Residual
 from grpo_jax.models.placement import REPLICATED, MlpPlacement
-from grpo_jax.structs import Array, ModelConfig
+from grpo_jax.structs import Array, Layer, ModelConfig
 
 # Queries, keys and values, none of them rotated yet, to the attention's output and whatever the
 # caller wants kept of them.
@@ -117,10 +117,15 @@ class MLP(nn.Module):
         return self.placement.scatter(down)
 
 
+_MIXERS = {"attention": Attention}  # by `Layer.mixer`
+_FFNS = {"dense": MLP}  # by `Layer.ffn`
+
+
 class Block(nn.Module):
     """One layer on a residual stream of states [..., D]; any leading axes."""
 
     config: ModelConfig
+    layer: Layer
     dtype: Any = jnp.float32
     fused: bool = False  # the parameters are those of `parameters.fuse_projections`
     mlp: MlpPlacement = REPLICATED
@@ -130,8 +135,9 @@ class Block(nn.Module):
     def __call__(self, x: Residual, attend: Attend) -> tuple[Residual, Any]:
         norm = lambda name: rms_norm(self.config, self.dtype, name, self.norm)  # noqa: E731
         states, normed = norm("attention_norm")(x)
-        attention = Attention(self.config, self.dtype, self.fused, name="attention")
-        branch, kept = attention(normed, attend)
+        mixer, ffn = _MIXERS[self.layer.mixer], _FFNS[self.layer.ffn]
+        sizes = self.config, self.dtype, self.fused
+        branch, kept = mixer(*sizes, name="attention")(normed, attend)
         states, normed = norm("mlp_norm")(Residual(states, branch))
-        branch = MLP(self.config, self.dtype, self.fused, self.mlp, name="mlp")(normed)
+        branch = ffn(*sizes, self.mlp, name="mlp")(normed)
         return Residual(states, branch), kept

@@ -3,39 +3,43 @@
 `completion_states` runs prompts once and their completions beside them (training and scoring),
 `prefill` runs prompts and keeps their keys and values, `decode_token` adds one token per
 completion. All three apply the same `Block`; only the attention that it is handed differs. Layers
-are stacked along a leading axis of every parameter and scanned, except in sampling, where a scan
+are stacked and scanned by runs of a pattern (`layer_runs.py`), except in sampling, where a scan
 would copy the cache: `prefill` and `decode_token` take their layers one by one, in a list.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.kernels import attention, fused_attention, quantize, rotary
+from grpo_jax.kernels import attention, fused_attention, quantize
+from grpo_jax.kernels import rotary as rotary_lib
 from grpo_jax.kernels.attention import AttentionKernels
 from grpo_jax.kernels.kv_cache import RING, DecodeStep, KVCache
 from grpo_jax.kernels.norm import AddNorm, Residual
 from grpo_jax.models import block as block_lib
-from grpo_jax.models import parameters
+from grpo_jax.models import layer_runs, parameters
 from grpo_jax.models.block import Block
 from grpo_jax.models.lanes import PackedInputs
 from grpo_jax.models.placement import ONE_DEVICE, REPLICATED, MlpPlacement, Placement
-from grpo_jax.structs import Array, ModelConfig, Params
+from grpo_jax.structs import Array, Layer, ModelConfig, Params, Rotary
 
 
-def rotary_frequencies(config: ModelConfig) -> np.ndarray:
+def rotary_frequencies(rotary: Rotary, head_size: int) -> np.ndarray:
     """Radians per position of each rotary pair, float32 [H/2]; Llama-3 scaling by wavelength.
 
     In the order of operations of Hugging Face, with which models were trained: at position 131,071
     an angle is off by up to 0.008 for each unit in the last place of its frequency.
     """
-    exponent = np.arange(0, config.head_size, 2, dtype=np.float32) / np.float32(config.head_size)
+    exponent = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
     # NumPy's power in float32 is up to two units off, torch's is rounded from more digits.
-    power = (config.rope_theta ** exponent.astype(np.float64)).astype(np.float32)
-    freq, scaling = np.float32(1) / power, config.rope_scaling
+    power = (rotary.theta ** exponent.astype(np.float64)).astype(np.float32)
+    freq, scaling = np.float32(1) / power, rotary.scaling
     if scaling is None:
         return freq
     original, low, high = (
@@ -67,31 +71,52 @@ def _final_norm(
     return norm.apply({"params": params["norm"]}, x)[1]
 
 
-def _layer_windows(config: ModelConfig) -> Array | None:
-    """Window of each layer, int32 [L], for a scan over layers; None when no layer has one."""
-    if config.window_per_layer is None:
-        return None
-    whole = np.iinfo(np.int32).max
-    return jnp.array([whole if w is None else w for w in config.window_per_layer], jnp.int32)
+def _angles(config: ModelConfig, position: Array) -> list[tuple[Array, Array]]:
+    """Cosines and sines of the angles at positions, by `Layer.rotary`."""
+    return [
+        rotary_lib.rotary(position, rotary_frequencies(rotary, config.head_size))
+        for rotary in config.rotaries
+    ]
 
 
-def _run_layers(body, carry, params: Params, config: ModelConfig, remat: str, scan: bool):
-    """The layers one after the other; `remat` as in `config.model`; `scan`: in a loop.
+def _run_layers(
+    apply: Callable[[Layer, Array, Params], Array],
+    x: Array,
+    params: Params,
+    config: ModelConfig,
+    remat: str,
+    scan: bool,
+) -> Array:
+    """`apply(layer, x, params)` of the layers one after the other, run by run.
 
-    A loop copies what it keeps of each layer into arrays of all, which it begins with zeros.
+    `remat` as in `config.model`; `scan`: in a loop, which copies what it keeps of each turn into
+    arrays of all, and begins these with zeros.
     """
-    if remat != "none":
-        # Inside a scan nothing else could be merged with what is computed again; else XLA would
-        # keep what it is not to.
-        policies = jax.checkpoint_policies
-        dots = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable,  # attention's have some
-            policies.save_only_these_names(fused_attention.KEPT),
-        )
-        policy = dots if remat == "dots" else None
-        body = jax.checkpoint(body, policy=policy, prevent_cse=not scan)
-    layers = (params["layers"], _layer_windows(config))
-    return jax.lax.scan(body, carry, layers, unroll=1 if scan else config.num_layers)
+    # Inside a scan nothing else could be merged with what is computed again; else XLA would keep
+    # what it is not to.
+    policies = jax.checkpoint_policies
+    dots = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable,  # attention's have some
+        policies.save_only_these_names(fused_attention.KEPT),
+    )
+    checkpoint = functools.partial(
+        jax.checkpoint, policy=dots if remat == "dots" else None, prevent_cse=not scan
+    )
+    for r, (pattern, count) in enumerate(layer_runs.runs(config.layers)):
+        bodies = [functools.partial(apply, layer) for layer in pattern]
+        bodies = bodies if remat == "none" else list(map(checkpoint, bodies))
+        stacks = [
+            layer_runs.slot_of(params["layers"], config.layers, r, slot)
+            for slot in range(len(pattern))
+        ]
+
+        def turn(x: Array, params: list[Params], bodies=bodies):
+            for body, of_layer in zip(bodies, params, strict=True):
+                x = body(x, of_layer)
+            return x, None
+
+        x, _ = jax.lax.scan(turn, x, stacks, unroll=1 if scan else count)
+    return x
 
 
 def completion_states(
@@ -110,34 +135,36 @@ def completion_states(
     Ordered as `PackedInputs.predictors` has them. The states of padding and of empty entries mean
     nothing.
     """
-    angles = rotary.rotary(inputs.position_RT, rotary_frequencies(config))
-    block, axes = Block(config, dtype, mlp=placement.mlp), parameters.logical_axes(config)
-    layer_axes = jax.tree.map(
-        lambda names: names[1:], axes["layers"], is_leaf=lambda x: isinstance(x, tuple)
-    )
+    angles = _angles(config, inputs.position_RT)
 
-    def layer(x_RTD, layer_and_window):
-        params, window = layer_and_window
-        params = placement.gathered(params, layer_axes)
+    def apply(layer: Layer, x_RTD: Array, params: Params) -> Array:
+        params = placement.gathered(params, parameters.layer_axes(config, layer))
 
         def attend(q, k, v):
-            q, k = (rotary.rotate(y, angles) for y in (q, k))
+            q, k = (rotary_lib.rotate(y, angles[layer.rotary]) for y in (q, k))
             q, k, v = map(placement.to_heads, (q, k, v))
-            out = _attend_packed(kernels, inputs, q, k, v, window)
+            out = _attend_packed(kernels, inputs, q, k, v, layer.window)
             return placement.to_tokens(out), None
 
         x = Residual.of(placement.states(x_RTD))
+        block = Block(config, layer, dtype, mlp=placement.mlp)
         x, _ = block.apply({"params": params}, x, attend)
-        return placement.states(x.sum()), None
+        return placement.states(x.sum())
 
+    axes = parameters.logical_axes(config)
     embed = placement.gathered(params["embed"], axes["embed"])
     x_RTD = placement.embedded(_embed({"embed": embed}, inputs.ids_RT, dtype))
-    x_RTD, _ = _run_layers(layer, x_RTD, params, config, remat, scan)
+    x_RTD = _run_layers(apply, x_RTD, params, config, remat, scan)
     return _final_norm(params, config, Residual.of(inputs.predictors(x_RTD)), dtype)
 
 
 def _attend_packed(
-    kernels: AttentionKernels, inputs: PackedInputs, q: Array, k: Array, v: Array, window
+    kernels: AttentionKernels,
+    inputs: PackedInputs,
+    q: Array,
+    k: Array,
+    v: Array,
+    window: int | None,
 ) -> Array:
     """Attention of packed rows [R, T, N, H]: of prompts, and of completions to theirs and own."""
     length_P, lanes = inputs.prompt_length_P, inputs.lanes
@@ -171,20 +198,16 @@ def prefill(
 
     `fused`: the layers are those of `parameters.fuse_projections`.
     """
-    t_Q = jnp.arange(prompt_RQ.shape[1])
-    angles = rotary.rotary(t_Q[None], rotary_frequencies(config))
-    block = Block(config, dtype, fused, mlp)
-
-    windows = config.window_per_layer or (None,) * config.num_layers
+    angles = _angles(config, jnp.arange(prompt_RQ.shape[1])[None])
     x, cache = Residual.of(mlp.scatter(_embed(params, prompt_RQ, dtype))), []
-    for layer, window in zip(params["layers"], windows, strict=True):
+    for layer, of_layer in zip(config.layers, params["layers"], strict=True):
 
-        def attend(q, k, v, window=window):
-            q, k = (rotary.rotate(y, angles) for y in (q, k))
-            out = attention.causal(q, k, v, length_R, window)
+        def attend(q, k, v, layer=layer):
+            q, k = (rotary_lib.rotate(y, angles[layer.rotary]) for y in (q, k))
+            out = attention.causal(q, k, v, length_R, layer.window)
             return out, kv_cache.of_prompt(k, v)
 
-        x, kept = block.apply({"params": layer}, x, attend)
+        x, kept = Block(config, layer, dtype, fused, mlp).apply({"params": of_layer}, x, attend)
         cache.append(kept)
     at_R11 = (length_R - 1)[:, None, None]
     last_RD = jnp.take_along_axis(x.sum(), at_R11, axis=1)[:, 0]
@@ -210,17 +233,16 @@ def decode_token(
     `fused` as in `prefill`.
     """
     position_RW = step.prompt_length_R[:, None] + step.time_RW
-    angles = rotary.rotary(position_RW, rotary_frequencies(config))
-    windows = config.window_per_layer or (None,) * config.num_layers
-    block = Block(config, dtype, fused, mlp, norm)
+    angles = _angles(config, position_RW)
     x = Residual.of(mlp.scatter(_embed(params, token_RW, dtype)))
     cache = list(cache)
-    for i, layer in enumerate(params["layers"]):
-        of_layer = step.replace(cos_sin=angles, window=windows[i])
+    for i, (layer, of_layer) in enumerate(zip(config.layers, params["layers"], strict=True)):
+        at_layer = step.replace(cos_sin=angles[layer.rotary], window=layer.window)
 
-        def attend(q, k, v, i=i, of_layer=of_layer):
-            out, cache[i] = kv_cache.extend(cache[i], q, k, v, of_layer)
+        def attend(q, k, v, i=i, at_layer=at_layer):
+            out, cache[i] = kv_cache.extend(cache[i], q, k, v, at_layer)
             return out, None
 
-        x, _ = block.apply({"params": layer}, x, attend)
+        block = Block(config, layer, dtype, fused, mlp, norm)
+        x, _ = block.apply({"params": of_layer}, x, attend)
     return mlp.gather(_final_norm(params, config, x, dtype, norm)), tuple(cache)

@@ -126,10 +126,10 @@ class Engine:
         for name in self.changed_parts(params):
             published[name] = self.publish_part[name](params[name])
         layers: list[Params] = []  # one by one: of all in one program XLA holds a second copy
-        for i in range(self.decoder.model.num_layers):
-            if i >= compiling.MAX_IN_FLIGHT:
-                jax.block_until_ready(layers[i - compiling.MAX_IN_FLIGHT])
-            layers.append(self.publish_layer(params["layers"], np.int32(i)))
+        for stack, turn in parameters.layer_stacks(params["layers"], self.decoder.model):
+            if len(layers) >= compiling.MAX_IN_FLIGHT:
+                jax.block_until_ready(layers[-compiling.MAX_IN_FLIGHT])
+            layers.append(self.publish_layer(stack, np.int32(turn)))
         return published | {"layers": layers}
 
     def _sampled_from(self, part: Params) -> Params:
@@ -137,9 +137,9 @@ class Engine:
             return quantize.weights(part, self.decoder.dtype)
         return jax.tree.map(lambda x: x.astype(self.decoder.dtype), part)
 
-    def _layer(self, layers: Params, i: Array) -> Params:
-        at_i = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
-        layer = jax.tree.map(at_i, layers)
+    def _layer(self, stack: Params, turn: Array) -> Params:
+        own = lambda x: jax.lax.dynamic_index_in_dim(x, turn, keepdims=False)  # noqa: E731
+        layer = jax.tree.map(own, stack)
         return self._sampled_from(
             parameters.fuse_projections(layer) if self.decoder.fuse else layer
         )
@@ -164,7 +164,8 @@ class Engine:
         if self.decoder.weights == "int8":
             axes = quantize.weight_axes(axes)
         rest = {name: params[name] for name in params if name != "layers"}
-        layer = jax.eval_shape(self._layer, params["layers"], np.int32(0))
+        stack, turn = parameters.layer_stacks(params["layers"], model)[0]
+        layer = jax.eval_shape(self._layer, stack, np.int32(turn))  # all are of the same shapes
         like = jax.eval_shape(self._sampled_from, rest) | {"layers": [layer] * model.num_layers}
         placed = sharding.tree_shardings(mesh, axes, like)
         return jax.tree.map(

@@ -21,7 +21,7 @@ from grpo_jax.learner import logprobs
 from grpo_jax.models import parameters, transformer
 from grpo_jax.models.block import Block
 from grpo_jax.models.lanes import PackedInputs
-from grpo_jax.structs import ModelConfig, Rollouts
+from grpo_jax.structs import Layer, ModelConfig, Rollouts, Rotary
 
 STOP = 1
 
@@ -30,11 +30,11 @@ MODEL = ModelConfig(
     vocab_size=40,
     width=32,
     mlp_width=48,
-    num_layers=2,
+    layers=(Layer(),) * 2,
     num_heads=4,
     num_kv_heads=2,
     head_size=8,
-    rope_theta=10_000.0,
+    rotaries=(Rotary(10_000.0),),
     norm_eps=1e-6,
     max_position=64,
     tied_head=False,
@@ -111,7 +111,8 @@ def logp(scorer, params, rollouts: Rollouts):
 def _plain_attention(q, k, v):
     """Causal, each query head with a copy of its keys and values."""
     length, heads = q.shape[0], q.shape[1]
-    angles = rotary.rotary(jnp.arange(length), transformer.rotary_frequencies(MODEL))
+    frequencies = transformer.rotary_frequencies(MODEL.rotaries[0], MODEL.head_size)
+    angles = rotary.rotary(jnp.arange(length), frequencies)
     q, k = (rotary.rotate(x, angles) for x in (q, k))
     k, v = (jnp.repeat(x, heads // k.shape[1], axis=1) for x in (k, v))
     score = jnp.einsum("tnh,snh->nts", q, k) / np.sqrt(q.shape[-1])
@@ -124,7 +125,8 @@ def plain_log_probs(params, ids):
     x = params["embed"]["embedding"][ids]
     for i in range(MODEL.num_layers):
         layer = jax.tree.map(lambda a, i=i: a[i], params["layers"])
-        x = Block(MODEL).apply({"params": layer}, Residual.of(x), _plain_attention)[0].sum()
+        block = Block(MODEL, MODEL.layers[i])
+        x = block.apply({"params": layer}, Residual.of(x), _plain_attention)[0].sum()
     scale = params["norm"]["scale"]
     x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + MODEL.norm_eps) * scale[None]
     return jax.nn.log_softmax(x @ parameters.head_kernel(params))
@@ -132,7 +134,8 @@ def plain_log_probs(params, ids):
 
 def unstacked(layers, config: ModelConfig) -> list:
     """Each layer's own parameters, as sampling reads them."""
-    return [jax.tree.map(lambda x: x[i], layers) for i in range(config.num_layers)]  # noqa: B023
+    stacks = parameters.layer_stacks(layers, config)
+    return [jax.tree.map(lambda x: x[turn], stack) for stack, turn in stacks]  # noqa: B023
 
 
 def run_on_a_gpu(file: str) -> None:

@@ -15,6 +15,7 @@ from grpo_jax.kernels import attention, gpu_cudnn
 from grpo_jax.kernels import choice as choice_lib
 from grpo_jax.kernels.gpu_cudnn import Cudnn
 from grpo_jax.models import parameters
+from grpo_jax.structs import Layer
 
 MODEL = dataclasses.replace(tiny.MODEL, head_size=16)
 P, L, T, Q, N, K, H = 2, 2, 6, 5, 4, 2, 16
@@ -170,7 +171,10 @@ def test_the_choice(monkeypatch):
     assert choice(option="auto", dtype=jnp.float32) is attention
     for words, refused in (
         ("it is for GPUs", {"platform": "cpu"}),
-        ("sliding windows", {"model": dataclasses.replace(tiny.MODEL, window_per_layer=(4, None))}),
+        (
+            "sliding windows",
+            {"model": dataclasses.replace(tiny.MODEL, layers=(Layer(window=4), Layer()))},
+        ),
         ("it takes bfloat16", {"dtype": jnp.float32}),
         ("heads are of size 12", {"model": dataclasses.replace(tiny.MODEL, head_size=12)}),
     ):

@@ -15,6 +15,7 @@ from grpo_jax.kernels import gpu_decode, quantize, rotary
 from grpo_jax.kernels.choice import choose_decoding
 from grpo_jax.kernels.gpu_decode import TritonDecode
 from grpo_jax.kernels.kv_cache import CacheShape, DecodeStep, RingCache
+from grpo_jax.structs import Layer
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
@@ -104,7 +105,10 @@ def test_the_choice():
     for words, refused in (
         ("it is for NVIDIA GPUs", {"platform": "cpu"}),
         ("heads are of size 8", {}),
-        ("sliding windows", {"model": dataclasses.replace(model, window_per_layer=(4, None))}),
+        (
+            "sliding windows",
+            {"model": dataclasses.replace(model, layers=(Layer(window=4), Layer()))},
+        ),
         ("mesh.tensor = 2", {"model": model, "tensor": 2}),
         ("it takes bfloat16", {"model": model, "dtype": jnp.float32}),
     ):

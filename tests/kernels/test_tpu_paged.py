@@ -20,14 +20,14 @@ from grpo_jax.kernels.tpu_paged import PAGE, RaggedPagedDecode
 from grpo_jax.models import parameters
 from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
-from grpo_jax.structs import Sampling
+from grpo_jax.structs import Layer, Sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 R, W, Q, C, N, K, H = 2, 3, 2 * PAGE, 20, 4, 2, 128
 FREQUENCIES = 10_000.0 ** (-np.arange(0, H, 2) / H)
 STOPS = tuple(range(0, 40, 6))
-MODEL = dataclasses.replace(tiny.MODEL, head_size=H, num_layers=1)
+MODEL = dataclasses.replace(tiny.MODEL, head_size=H, layers=(Layer(),))
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from grpo_jax.learner.scoring import Scorer
 from grpo_jax.learner.train_state import start
 from grpo_jax.learner.update import make_update
 from grpo_jax.models import policy
-from grpo_jax.structs import Experience, Sampling
+from grpo_jax.structs import Experience, Layer, Sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
@@ -129,7 +129,7 @@ def test_the_choice():
     )
     assert isinstance(choose("auto", tiny.MODEL, tpu), Splash)
     assert choose("xla", tiny.MODEL, tpu) is attention
-    windows = dataclasses.replace(tiny.MODEL, window_per_layer=(4, None))
+    windows = dataclasses.replace(tiny.MODEL, layers=(Layer(window=4), Layer()))
     with pytest.warns(UserWarning, match="sliding windows"):
         assert choose("auto", windows, tpu) is attention
     with pytest.raises(ValueError, match="sliding windows"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -18,7 +17,7 @@ from grpo_jax.models import logits, parameters, transformer
 from grpo_jax.models.hf.folder import read_config
 from grpo_jax.models.hf.tokenizer import load_tokenizer, stop_ids
 from grpo_jax.models.hf.weights import load_params
-from grpo_jax.structs import RopeScaling
+from grpo_jax.structs import RopeScaling, Rotary
 
 SIZES = {
     "vocab_size": 48,
@@ -226,9 +225,8 @@ def test_rotary_frequencies_to_the_last_bit(theta, size, scaling):
         head_dim=size, rope_parameters=rope, max_position_embeddings=65_536
     )
     theirs = LlamaRotaryEmbedding(config).inv_freq.numpy()
-    changed = {"head_size": size, "rope_theta": theta, "rope_scaling": scaling}
 
-    ours = transformer.rotary_frequencies(dataclasses.replace(tiny.MODEL, **changed))
+    ours = transformer.rotary_frequencies(Rotary(theta, scaling), size)
 
     assert ours.dtype == theirs.dtype == np.float32
     units = np.abs(ours.view(np.int32) - theirs.view(np.int32))  # in the last place

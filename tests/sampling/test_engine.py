@@ -20,7 +20,7 @@ from grpo_jax.models import logits, parameters
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
-from grpo_jax.structs import Sampling
+from grpo_jax.structs import Layer, Sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
@@ -433,7 +433,7 @@ def test_publishing_again_traces_nothing(params, monkeypatch):
 
 def test_publish_takes_the_layers_apart():
     """Of more layers than may be in flight."""
-    model = dataclasses.replace(tiny.MODEL, num_layers=compiling.MAX_IN_FLIGHT + 3)
+    model = dataclasses.replace(tiny.MODEL, layers=(Layer(),) * (compiling.MAX_IN_FLIGHT + 3))
     params = parameters.init(model, jax.random.key(0))
 
     published = Engine(Decoder(model, tiny.one_device(), Sampling(), STOPS, LIMIT)).publish(params)
