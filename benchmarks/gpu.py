@@ -154,7 +154,7 @@ def numerics(tiny: bool) -> dict[str, Any]:
         target_BT = completion_PGC.reshape(hidden_BTD.shape[:2])
         head_DV = parameters.head_kernel(params)
         total, logp_BT, _ = logprobs.loss(
-            lambda logp, entropy, terms: -logp, Sampling(), logprobs.Along(), hidden_BTD, head_DV,
+            lambda logp, entropy, terms: -logp, Sampling(), logprobs.UNSPLIT, hidden_BTD, head_DV,
             target_BT, jnp.ones(target_BT.shape), {},
         )  # fmt: skip
         return total, logp_BT

@@ -58,7 +58,9 @@ def grouped(q: Array, num_kv_heads: int) -> Array:
     return q.reshape(*lead, num_kv_heads, num_heads // num_kv_heads, size)
 
 
-def causal(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, length_B: Array, window) -> Array:
+def causal(
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, length_B: Array, window: int | None
+) -> Array:
     """Each token attends to itself and what came before it in its row, [B, T, N, H].
 
     Rows are padded on the right; keys past `length_B` are never seen. `window`: how many keys a
@@ -93,7 +95,7 @@ def shared_prefix(
     prefix_v_PQKH: Array,
     prefix_length_P: Array,
     position_PLT: Array,
-    window,
+    window: int | None,
 ) -> Array:
     """Every completion attends to its group's prompt and, causally, to itself, [P, L, T, N, H].
 

@@ -31,9 +31,9 @@ _LEAST, _MOST = 16, 64  # queries of a program
 _HIDDEN = -1e30
 
 
-def obstacle(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
+def why_unavailable(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
     """Why the kernel cannot be had, or nothing."""
-    if in_general := pallas_triton.obstacle(mesh, dtype):
+    if in_general := pallas_triton.why_unavailable(mesh, dtype):
         return in_general
     if model.has_windows:
         return "the model has sliding windows"

@@ -27,7 +27,7 @@ PAGE = 16  # positions; the engine pads prompts to a multiple of it
 _PAGES_AT_ONCE, _LANES_AT_ONCE = 16, 8  # in a block of the kernel
 
 
-def obstacle(cache: str, model: ModelConfig, mesh: Mesh) -> str:
+def why_unavailable(cache: str, model: ModelConfig, mesh: Mesh) -> str:
     """Why `rollout.attention = "ragged"` cannot be had, or nothing."""
     if mesh.devices.flat[0].platform != "tpu":
         return f"it is for TPUs, and the devices are {mesh.devices.flat[0].platform}s"

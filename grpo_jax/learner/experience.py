@@ -100,7 +100,7 @@ def make_prepare(
         target_DE, head = packed.take(part.completion_PGC), scorer.head(params)
         logp_DE = scoring.row_by_row(
             scorer,
-            lambda hidden, target: logprobs.score(
+            lambda hidden, target: logprobs.token_logprobs(
                 hidden, head, target, scorer.sampling, scorer.along
             )[0],
             hidden_DED,

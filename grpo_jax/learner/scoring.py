@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,8 @@ from jax.sharding import Mesh
 from grpo_jax.devices import by_shard, sharding, transfer
 from grpo_jax.kernels import attention
 from grpo_jax.kernels.attention import AttentionKernels
-from grpo_jax.learner import logprobs, packing
+from grpo_jax.learner import packing
+from grpo_jax.learner.logprobs import SequenceSplit
 from grpo_jax.learner.row_sizes import Sizes
 from grpo_jax.models import parameters, transformer
 from grpo_jax.models.lanes import Layout, PackedInputs
@@ -90,9 +90,8 @@ class Scorer:
         return x.reshape(-1, self.parts * x.shape[1], *x.shape[2:])
 
     @property
-    def along(self) -> logprobs.Along:
-        place = functools.partial(by_shard.place_within_shard, self.mesh)
-        return logprobs.Along(self.mesh.shape["sequence"], place)
+    def along(self) -> SequenceSplit:
+        return SequenceSplit(self.mesh)
 
     @property
     def row_axis(self) -> str:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
-from grpo_jax.devices import by_shard, sharding
+from grpo_jax.devices import sharding
 from grpo_jax.kernels import choice
 from grpo_jax.kernels.block_sums import Sums, sums_of_blocks
 from grpo_jax.kernels.kv_cache import RING, CacheShape, DecodeStep, KVCache
@@ -152,11 +152,11 @@ def _choose(decoder: Decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature
 
     uniform_B = jax.vmap(uniform)(key_RW2.reshape(-1, 2), time_RW.reshape(-1))
     if not logits.takes_all(decoder.sampling, scores.shape[-1]):
-        scores_BV = logits.weighed(scores_BV, decoder.sampling, temperature=temperature)
+        scores_BV = logits.sampling_logits(scores_BV, decoder.sampling, temperature=temperature)
         temperature = 1.0
     devices = sharding.num_shards_of(decoder.mesh, "vocab", scores.shape[-1])
-    split = logits.Split(devices, functools.partial(by_shard.place_in_slots, decoder.mesh))
-    token_B, logp_B = logits.draw(
+    split = logits.VocabSplit(devices, decoder.mesh)
+    token_B, logp_B = logits.sample(
         scores_BV, uniform_B, split, temperature=temperature, sums=decoder.sums
     )
     return token_B.reshape(lanes), logp_B.reshape(lanes)

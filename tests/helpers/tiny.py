@@ -104,7 +104,9 @@ def logp(scorer, params, rollouts: Rollouts):
     completion_PGC = jnp.asarray(rollouts.completion_PGC)
     target_BT = completion_PGC.reshape(-1, completion_PGC.shape[-1])
     head = parameters.head_kernel(params)
-    logp_BT, _ = logprobs.score(scorer.hidden(params, rollouts), head, target_BT, scorer.sampling)
+    logp_BT, _ = logprobs.token_logprobs(
+        scorer.hidden(params, rollouts), head, target_BT, scorer.sampling
+    )
     return logp_BT.reshape(completion_PGC.shape)
 
 
