@@ -13,6 +13,7 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from grpo_jax.devices import sharding
+from grpo_jax.kernels.kv_cache import DecodeStep
 from grpo_jax.models import logits, parameters, transformer
 from grpo_jax.models.hf.folder import read_config
 from grpo_jax.models.hf.tokenizer import load_tokenizer, stop_ids
@@ -167,9 +168,8 @@ def test_prefill_and_decoding_equal_transformers(models, first):
         time_RW = np.full((num_slots, num_lanes), t, np.int32)
         token_RW = completion_RWC[..., t]
         column = (t + first) % num_tokens
-        got_RWV, cache = decode_logits(
-            params, config, token_RW, cache, length_R, time_RW, live_RW, column, num_tokens
-        )
+        step = DecodeStep(length_R, time_RW, live_RW, column, num_tokens)
+        got_RWV, cache = decode_logits(params, config, token_RW, cache, step)
         for (r, w), rows in want.items():
             if t < COMPLETION_LENGTHS[r][w]:
                 np.testing.assert_allclose(got_RWV[r, w], rows[t + 1], atol=1e-4, rtol=0)
