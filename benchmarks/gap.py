@@ -18,7 +18,7 @@ import numpy as np
 
 from grpo_jax import keys
 from grpo_jax.devices import sharding, transfer
-from grpo_jax.kernels.kv_cache import Ring
+from grpo_jax.kernels.kv_cache import RingCache
 from grpo_jax.learner.experience import make_prepare
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.models import policy
@@ -40,7 +40,7 @@ def gaps(ours: policy.Policy, params, prompts, args, dtype, weights: str, cache:
         args.tokens,
         dtype,
         weights=weights,
-        caching=Ring(int8=cache == "int8"),
+        kv_cache=RingCache(int8=cache == "int8"),
     )
     engine = Engine(decoder)
     rollouts = engine.generate(

@@ -138,6 +138,7 @@ def numerics(tiny: bool) -> dict[str, Any]:
 
     from grpo_jax.learner import logprobs
     from grpo_jax.models import parameters, transformer
+    from grpo_jax.models.lanes import PackedInputs
     from grpo_jax.structs import Sampling
 
     model, rng = workload.SHAPES["tiny"], np.random.default_rng(0)
@@ -146,14 +147,14 @@ def numerics(tiny: bool) -> dict[str, Any]:
     length_P = np.full(4, 16, np.int32)
 
     def loss(params, dtype):
-        hidden_PGCD = transformer.score(
-            params, model, prompt_PQ, length_P, completion_PGC, dtype=dtype
-        )
+        inputs = PackedInputs.of(prompt_PQ, length_P, completion_PGC)
+        states = transformer.completion_states(params, model, inputs, dtype=dtype)
+        hidden_PGCD = inputs.by_completion(states)
         hidden_BTD = hidden_PGCD.reshape(-1, *hidden_PGCD.shape[2:])
         target_BT = completion_PGC.reshape(hidden_BTD.shape[:2])
         head_DV = parameters.head_kernel(params)
         total, logp_BT, _ = logprobs.loss(
-            lambda logp, entropy, terms: -logp, Sampling(), logprobs.Along(), hidden_BTD, head_DV,
+            lambda logp, entropy, terms: -logp, Sampling(), logprobs.UNSPLIT, hidden_BTD, head_DV,
             target_BT, jnp.ones(target_BT.shape), {},
         )  # fmt: skip
         return total, logp_BT
@@ -233,12 +234,12 @@ def rollout(size: str, decoding: str, cache: str, steps: str, tiny: bool) -> dic
 
 def decoding(size: str, tiny: bool) -> Iterator[dict[str, Any]]:
     """Microseconds of one layer's attention for a token of each lane, and the cache's GB/s."""
-    from grpo_jax.kernels.gpu_decode import Streamed
-    from grpo_jax.kernels.kv_cache import Ring
+    from grpo_jax.kernels.gpu_decode import TritonDecode
+    from grpo_jax.kernels.kv_cache import RingCache
 
-    kinds = {"xla": Ring(), "xla, int8": Ring(True)}
+    kinds = {"xla": RingCache(), "xla, int8": RingCache(True)}
     if not tiny:
-        kinds |= {"streamed": Streamed(), "streamed, int8": Streamed(True)}
+        kinds |= {"streamed": TritonDecode(), "streamed, int8": TritonDecode(True)}
     yield from _decoding(_work(size, tiny), kinds)
 
 
@@ -248,6 +249,7 @@ def _decoding(work: Any, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
     import numpy as np
 
     from grpo_jax.kernels import rotary
+    from grpo_jax.kernels.kv_cache import CacheShape, DecodeStep
     from grpo_jax.models import transformer
 
     model, limit = work.shape, work.completion_tokens
@@ -264,20 +266,20 @@ def _decoding(work: Any, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 y = jax.random.normal(next(keys), x.shape, jnp.float32)
                 return (100 * y if x.dtype == jnp.int8 else y).astype(x.dtype)
 
-            cache = kind.empty(slots, lanes, prompt, limit, kv, width, jnp.bfloat16)
+            cache = kind.empty(CacheShape(slots, lanes, prompt, limit, kv, width), jnp.bfloat16)
             qkv = [jnp.empty((slots, lanes, n, width), jnp.bfloat16) for n in (heads, kv, kv)]
             return jax.tree.map(drawn, (cache, *qkv))
 
         @functools.partial(jax.jit, donate_argnums=0)
         def run(cache, q, k, v, last, kind=kind):
             where = jnp.full(slots, prompt), jnp.full((slots, lanes), last)
-            frequencies = transformer.rotary_frequencies(model)
+            frequencies = transformer.rotary_frequencies(model.rotaries[0], width)
             angles = rotary.rotary(where[0][:, None] + where[1], frequencies)
-            live = jnp.ones((slots, lanes), bool)
+            step = DecodeStep(*where, jnp.ones((slots, lanes), bool), last, limit, angles)
 
             def one(i, carry):
                 q, cache = carry
-                out, cache = kind.extend(cache, q, k, v, angles, *where, live, last, limit, None)
+                out, cache = kind.extend(cache, q, k, v, step)
                 return out.astype(q.dtype), cache
 
             return jax.lax.fori_loop(0, repeats, one, (q, cache))

@@ -23,6 +23,7 @@ from grpo_jax.messages.console import say
 from grpo_jax.planning import plan as planning_plan
 from grpo_jax.planning import topologies as topologies_lib
 from grpo_jax.planning.programs import Lengths
+from grpo_jax.structs import Layer
 
 TOPOLOGIES = ("v5p:2x2x2", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x16", "v5p:16x16x16")
 SHAPE, LAYERS, FSDP = "configs/shapes/qwen2.5-0.5b.json", 4, 8
@@ -39,7 +40,7 @@ def compiled(topology: str) -> dict:
     config.algorithm.kl_coef, config.rollout.max_tokens = 0.001, COMPLETION
     config.data.max_prompt_tokens, config.mesh.fsdp = PROMPT, FSDP
     config.batch.prompts = config.batch.microbatch = len(devices)
-    model = dataclasses.replace(plan_lib.read_shape(SHAPE), num_layers=LAYERS)
+    model = dataclasses.replace(plan_lib.read_shape(SHAPE), layers=(Layer(),) * LAYERS)
     lengths = Lengths.of(config)
     plan = planning_plan.plan(config, model, topology, chip, devices, lengths)
     programs = {

@@ -25,7 +25,7 @@ from grpo_jax.models import parameters
 from grpo_jax.sampling import decode, engine
 from grpo_jax.setup.engine import make_engine
 from grpo_jax.setup.learner import make_learner
-from grpo_jax.structs import ModelConfig, Rollouts
+from grpo_jax.structs import Layer, ModelConfig, Rollouts, Rotary
 
 STOP = 1
 _LENGTH_FOLD = 2**31 - 1  # no token stands there: the fold that a completion's length comes from
@@ -35,8 +35,8 @@ _MEAN_BIT = 2.0**-20  # of the temperature: a mean of m tokens makes it 1 + m * 
 def shape(layers, width, heads, kv, size, mlp, vocab, tied, family="qwen2") -> ModelConfig:
     """A decoder as Qwen2.5's, or of "qwen3", of these sizes."""
     return ModelConfig(
-        family=family, vocab_size=vocab, width=width, mlp_width=mlp, num_layers=layers,
-        num_heads=heads, num_kv_heads=kv, head_size=size, rope_theta=1e6, norm_eps=1e-6,
+        family=family, vocab_size=vocab, width=width, mlp_width=mlp, layers=(Layer(),) * layers,
+        num_heads=heads, num_kv_heads=kv, head_size=size, rotaries=(Rotary(1e6),), norm_eps=1e-6,
         max_position=32768, tied_head=tied, qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
     )  # fmt: skip
 

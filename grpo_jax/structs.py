@@ -37,6 +37,24 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Rotary position embeddings."""
+
+    theta: float  # base of the frequencies
+    scaling: RopeScaling | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """What may differ between the layers of one decoder; all of it is fixed when it compiles."""
+
+    mixer: str = "attention"  # what tokens learn of each other by
+    window: int | None = None  # keys a query looks back over, itself included; None: all of them
+    rotary: int = 0  # which of `ModelConfig.rotaries`
+    ffn: str = "dense"  # what each token goes through by itself
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The shape of one decoder: Llama, Qwen2, Qwen3 and Mistral are settings of it."""
 
@@ -44,20 +62,25 @@ class ModelConfig:
     vocab_size: int
     width: int  # D
     mlp_width: int  # F
-    num_layers: int
+    layers: tuple[Layer, ...]
     num_heads: int  # N
     num_kv_heads: int  # K
     head_size: int  # H
-    rope_theta: float
+    rotaries: tuple[Rotary, ...]
     norm_eps: float
     max_position: int  # the longest row the model was made for, tokens
     tied_head: bool  # the LM head is the embedding, transposed
     qkv_bias: bool = False
     out_bias: bool = False  # bias of the attention's output projection
     qk_norm: bool = False  # RMS norm of every query and key head before rotation
-    rope_scaling: RopeScaling | None = None
-    # Keys a query may look back over, itself included, per layer; None: all of them.
-    window_per_layer: tuple[int | None, ...] | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def has_windows(self) -> bool:
+        return any(layer.window is not None for layer in self.layers)
 
     @property
     def num_params(self) -> int:

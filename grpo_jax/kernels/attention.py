@@ -9,12 +9,42 @@ merges its two parts in the same way.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
 
 from grpo_jax.structs import Array
 
-shares_lanes = True  # a lane may hold several completions
+
+class AttentionKernels(Protocol):
+    """What computes attention in scoring and training: this module, or a `FusedAttention`."""
+
+    @property
+    def shares_lanes(self) -> bool:
+        """Whether a lane may hold several completions."""
+
+    def causal(
+        self, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, length_B: Array, window: int | None
+    ) -> Array:
+        """As `causal`."""
+
+    def shared_prefix(
+        self,
+        q_PLTNH: Array,
+        k_PLTKH: Array,
+        v_PLTKH: Array,
+        segment_PLT: Array,
+        prefix_k_PQKH: Array,
+        prefix_v_PQKH: Array,
+        prefix_length_P: Array,
+        position_PLT: Array,
+        window: int | None,
+    ) -> Array:
+        """As `shared_prefix`."""
+
+
+shares_lanes = True
 
 # Far below any score and finite: a row with no key to see gives the mean of the values, not NaN.
 # Nothing reads such a row.
@@ -28,7 +58,9 @@ def grouped(q: Array, num_kv_heads: int) -> Array:
     return q.reshape(*lead, num_kv_heads, num_heads // num_kv_heads, size)
 
 
-def causal(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, length_B: Array, window) -> Array:
+def causal(
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, length_B: Array, window: int | None
+) -> Array:
     """Each token attends to itself and what came before it in its row, [B, T, N, H].
 
     Rows are padded on the right; keys past `length_B` are never seen. `window`: how many keys a
@@ -63,7 +95,7 @@ def shared_prefix(
     prefix_v_PQKH: Array,
     prefix_length_P: Array,
     position_PLT: Array,
-    window,
+    window: int | None,
 ) -> Array:
     """Every completion attends to its group's prompt and, causally, to itself, [P, L, T, N, H].
 

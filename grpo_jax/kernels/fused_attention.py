@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from grpo_jax.devices import by_shard, sharding
+from grpo_jax.kernels.masked_attention import MaskedAttention
 from grpo_jax.structs import Array
 
 KEPT = "attention"  # for the policy that chooses what is computed again
@@ -30,7 +31,7 @@ _SEGMENTS_OF_PROMPT, _SEGMENTS_OF_LANES = (_ROWS, None), (_ROWS, None, None)
 
 
 @dataclasses.dataclass(frozen=True)
-class Merged(abc.ABC):
+class FusedAttention(abc.ABC):
     """Kernels that stand for the functions of the same names in `attention.py`."""
 
     shares_lanes = True  # whether a lane may hold several completions
@@ -40,21 +41,24 @@ class Merged(abc.ABC):
     rows: str = _ROWS  # the logical axis by which they share the rows
 
     @abc.abstractmethod
-    def part(self, *, causal: bool) -> Any:
+    def kernel(self, *, causal: bool, window: int | None = None) -> Any:
         """One kernel: attention of queries [B, T, N, H] to keys and values [B, S, K, H].
 
+        With a `window`, which only a causal one has, a query sees so many keys, itself included.
         `with_lse(q, k, v, segment_BT, segment_BS)` gives the output and the log-sum-exp of the
         scores, float32 [B, T, N]; `gradients(q, k, v, segment_BT, segment_BS, out, lse, by_out)`
         those by q, k and v, where `out` and `lse` may be of more keys than it has. Queries see keys
         of their own segment; those of segment 0 are padding, and so are keys.
         """
 
-    def causal(self, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, length_B: Array, window) -> Array:
-        """As `attention.causal`, of models whose `window` is None."""
-        assert window is None, "the kernel's windows are fixed when it is made"
+    def causal(
+        self, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, length_B: Array, window: int | None
+    ) -> Array:
+        """As `attention.causal`."""
         there_BT = jnp.arange(q_BTNH.shape[1])[None] < length_B[:, None]
         k_BTKH, v_BTKH = (self._divisible(x, q_BTNH) for x in (k_BTKH, v_BTKH))
-        return _causal(self, _scaled(q_BTNH), k_BTKH, v_BTKH, there_BT.astype(jnp.int32))
+        arrays = _scaled(q_BTNH), k_BTKH, v_BTKH, there_BT.astype(jnp.int32)
+        return _causal(self, window, *arrays)
 
     def shared_prefix(
         self,
@@ -66,16 +70,15 @@ class Merged(abc.ABC):
         prefix_v_PQKH: Array,
         prefix_length_P: Array,
         position_PLT: Array,
-        window,
+        window: int | None,
     ) -> Array:
-        """As `attention.shared_prefix`, of models whose `window` is None."""
-        assert window is None, "the kernel's windows are fixed when it is made"
+        """As `attention.shared_prefix`."""
         there_PQ = jnp.arange(prefix_k_PQKH.shape[1])[None] < prefix_length_P[:, None]
         keys = k_PLTKH, v_PLTKH, prefix_k_PQKH, prefix_v_PQKH
         keys = (self._divisible(x, q_PLTNH) for x in keys)
-        return _shared_prefix(
-            self, _scaled(q_PLTNH), *keys, segment_PLT, there_PQ.astype(jnp.int32)
-        )
+        in_text_PLT = prefix_length_P[:, None, None] + position_PLT
+        where = segment_PLT, there_PQ.astype(jnp.int32), in_text_PLT
+        return _shared_prefix(self, window, _scaled(q_PLTNH), *keys, *where)
 
     def kept(self, out: Array, lse: Array) -> tuple[Array, Array]:
         """By the name of KEPT where `keeps` says so."""
@@ -102,16 +105,23 @@ def _scaled(q: Array) -> Array:
     return q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _causal(kernels: Merged, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, there_BT: Array) -> Array:
-    return _causal_forward(kernels, q_BTNH, k_BTKH, v_BTKH, there_BT)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _causal(
+    kernels: FusedAttention,
+    window: int | None,
+    q_BTNH: Array,
+    k_BTKH: Array,
+    v_BTKH: Array,
+    there_BT: Array,
+) -> Array:
+    return _causal_forward(kernels, window, q_BTNH, k_BTKH, v_BTKH, there_BT)[0]
 
 
-def _causal_forward(kernels: Merged, *arrays: Array):
-    part = kernels.part(causal=True)
+def _causal_forward(kernels: FusedAttention, window: int | None, *arrays: Array):
+    kernel = kernels.kernel(causal=True, window=window)
 
     def forward(q, k, v, there_BT):
-        return part.with_lse(q, k, v, there_BT, there_BT)
+        return kernel.with_lse(q, k, v, there_BT, there_BT)
 
     axes = *(_OF_PROMPT,) * 3, _SEGMENTS_OF_PROMPT
     found = kernels.by_device(forward, axes, (_OF_PROMPT, _OF_PROMPT[:-1]), *arrays)
@@ -119,11 +129,11 @@ def _causal_forward(kernels: Merged, *arrays: Array):
     return out, (*arrays, out, lse)
 
 
-def _causal_backward(kernels: Merged, residuals, by_out: Array):
-    part = kernels.part(causal=True)
+def _causal_backward(kernels: FusedAttention, window: int | None, residuals, by_out: Array):
+    kernel = kernels.kernel(causal=True, window=window)
 
     def backward(q, k, v, there_BT, out, lse, by_out):
-        return part.gradients(q, k, v, there_BT, there_BT, out, lse, by_out)
+        return kernel.gradients(q, k, v, there_BT, there_BT, out, lse, by_out)
 
     axes = *(_OF_PROMPT,) * 3, _SEGMENTS_OF_PROMPT, _OF_PROMPT, _OF_PROMPT[:-1], _OF_PROMPT
     return *kernels.by_device(backward, axes, (_OF_PROMPT,) * 3, *residuals, by_out), None
@@ -132,9 +142,10 @@ def _causal_backward(kernels: Merged, residuals, by_out: Array):
 _causal.defvjp(_causal_forward, _causal_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _shared_prefix(
-    kernels: Merged,
+    kernels: FusedAttention,
+    window: int | None,
     q_PLTNH: Array,
     k_PLTKH: Array,
     v_PLTKH: Array,
@@ -142,12 +153,20 @@ def _shared_prefix(
     prefix_v_PQKH: Array,
     segment_PLT: Array,
     there_PQ: Array,
+    in_text_PLT: Array,
 ) -> Array:
-    arrays = q_PLTNH, k_PLTKH, v_PLTKH, prefix_k_PQKH, prefix_v_PQKH, segment_PLT, there_PQ
-    return _shared_prefix_forward(kernels, *arrays)[0]
+    keys = k_PLTKH, v_PLTKH, prefix_k_PQKH, prefix_v_PQKH
+    arrays = q_PLTNH, *keys, segment_PLT, there_PQ, in_text_PLT
+    return _shared_prefix_forward(kernels, window, *arrays)[0]
 
 
-_AXES = *(_OF_LANES,) * 3, *(_OF_PROMPT,) * 2, _SEGMENTS_OF_LANES, _SEGMENTS_OF_PROMPT
+_AXES = (
+    *(_OF_LANES,) * 3,
+    *(_OF_PROMPT,) * 2,
+    _SEGMENTS_OF_LANES,
+    _SEGMENTS_OF_PROMPT,
+    _SEGMENTS_OF_LANES,
+)
 
 
 def _by_lane(x: Array) -> Array:
@@ -165,26 +184,42 @@ def _to_lanes(x: Array, like_PLT: Array) -> Array:
     return x.reshape(*like_PLT.shape[:3], *x.shape[2:])
 
 
-def _two_parts(kernels: Merged, q, k, v, prefix_k, prefix_v, segment_PLT, there_PQ):
-    """Each part, how it sees arrays of the queries, and its arguments."""
+def _two_kernels(
+    kernels: FusedAttention,
+    window: int | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    prefix_k: Array,
+    prefix_v: Array,
+    segment_PLT: Array,
+    there_PQ: Array,
+    in_text_PLT: Array,
+):
+    """The kernel of each part, how it sees arrays of the queries, and its arguments."""
     own = _by_lane(q), _by_lane(k), _by_lane(v)
     segment_BT = segment_PLT.reshape(-1, segment_PLT.shape[2])
     prompt = _by_prompt(q), prefix_k, prefix_v
     ones = jnp.ones((q.shape[0], q.shape[1] * q.shape[2]), jnp.int32)
+    if window is None:
+        to_prompt = kernels.kernel(causal=False)
+    else:
+        past_PTQ = _by_prompt(in_text_PLT)[..., None] - jnp.arange(prefix_k.shape[1])[None, None]
+        to_prompt = MaskedAttention((past_PTQ < window) & (there_PQ > 0)[:, None])
     return (
-        (kernels.part(causal=True), _by_lane, (*own, segment_BT, segment_BT)),
-        (kernels.part(causal=False), _by_prompt, (*prompt, ones, there_PQ)),
+        (kernels.kernel(causal=True, window=window), _by_lane, (*own, segment_BT, segment_BT)),
+        (to_prompt, _by_prompt, (*prompt, ones, there_PQ)),
     )
 
 
-def _shared_prefix_forward(kernels: Merged, *arrays: Array):
+def _shared_prefix_forward(kernels: FusedAttention, window: int | None, *arrays: Array):
     def forward(q, *others):
-        parts = _two_parts(kernels, q, *others)
-        found = [part.with_lse(*args) for part, _, args in parts]
+        both = _two_kernels(kernels, window, q, *others)
+        found = [kernel.with_lse(*args) for kernel, _, args in both]
         outs, lses = zip(*(tuple(_to_lanes(x, q) for x in pair) for pair in found))
         lse = jnp.logaddexp(*lses)
-        weights = [jnp.exp(part - lse)[..., None] for part in lses]
-        out = sum(w * part.astype(jnp.float32) for w, part in zip(weights, outs))
+        weights = [jnp.exp(own - lse)[..., None] for own in lses]
+        out = sum(w * own.astype(jnp.float32) for w, own in zip(weights, outs))
         return out.astype(q.dtype), lse
 
     found = kernels.by_device(forward, _AXES, (_OF_LANES, _OF_LANES[:-1]), *arrays)
@@ -192,10 +227,10 @@ def _shared_prefix_forward(kernels: Merged, *arrays: Array):
     return out, (*arrays, out, lse)
 
 
-def _shared_prefix_backward(kernels: Merged, residuals, by_out: Array):
+def _shared_prefix_backward(kernels: FusedAttention, window: int | None, residuals, by_out: Array):
     def backward(*arrays_and_results):
         *arrays, out, lse, by_out = arrays_and_results
-        (own, lanes, own_args), (prompt, rows, prompt_args) = _two_parts(kernels, *arrays)
+        (own, lanes, own_args), (prompt, rows, prompt_args) = _two_kernels(kernels, window, *arrays)
         by_own = own.gradients(*own_args, *map(lanes, (out, lse, by_out)))
         by_prompt = prompt.gradients(*prompt_args, *map(rows, (out, lse, by_out)))
         q = arrays[0]
@@ -203,7 +238,7 @@ def _shared_prefix_backward(kernels: Merged, residuals, by_out: Array):
         return by_q, *(_to_lanes(x, q) for x in by_own[1:]), *by_prompt[1:]
 
     axes = *_AXES, _OF_LANES, _OF_LANES[:-1], _OF_LANES
-    return *kernels.by_device(backward, axes, _AXES[:5], *residuals, by_out), None, None
+    return *kernels.by_device(backward, axes, _AXES[:5], *residuals, by_out), None, None, None
 
 
 _shared_prefix.defvjp(_shared_prefix_forward, _shared_prefix_backward)

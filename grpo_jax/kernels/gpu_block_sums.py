@@ -21,7 +21,7 @@ _LEAST = float(jnp.finfo(jnp.float32).min)
 
 
 @dataclasses.dataclass(frozen=True)
-class SumsOfBlocks:
+class TritonBlockSums:
     """As `block_sums.sums_of_blocks`."""
 
     interpret: bool = False  # anywhere, for a test

@@ -20,18 +20,17 @@ from jax.sharding import Mesh
 
 from grpo_jax.devices import sharding
 from grpo_jax.kernels import attention
-from grpo_jax.kernels.fused_attention import Merged
+from grpo_jax.kernels.attention import AttentionKernels
+from grpo_jax.kernels.fused_attention import FusedAttention
 from grpo_jax.structs import Array, ModelConfig
 
 _READ_IN = ((0, 10), (0, 11), (0, 12))
 
 
-def obstacle(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
+def why_unavailable(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
     """Why the kernel cannot be had, or nothing."""
     if not sharding.is_gpu(mesh):
         return f"it is for GPUs, and the devices are {mesh.devices.flat[0].platform}s"
-    if model.window_per_layer is not None:
-        return "the model has sliding windows, which it does not take layer by layer"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"it takes bfloat16, and model.dtype is {jnp.dtype(dtype)}"
     if model.head_size % 8 or model.head_size > 128:
@@ -39,7 +38,7 @@ def obstacle(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
     return ""
 
 
-def choose(model: ModelConfig, mesh: Mesh) -> Any:
+def choose(model: ModelConfig, mesh: Mesh) -> AttentionKernels:
     """The functions, or plain XLA's, with a warning, where this version of JAX was not read."""
     if jax.__version_info__[:2] not in _READ_IN:
         warnings.warn(
@@ -52,25 +51,26 @@ def choose(model: ModelConfig, mesh: Mesh) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cudnn(Merged):
+class Cudnn(FusedAttention):
     """The kernel, on CUDA alone."""
 
     shares_lanes = False
     keeps = True
 
-    def part(self, *, causal: bool) -> _Part:
-        return _Part(causal)
+    def kernel(self, *, causal: bool, window: int | None = None) -> _Kernel:
+        return _Kernel(causal, window)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """As `Merged.part`; what is there of a row stands at its beginning, in one segment."""
+class _Kernel:
+    """As `FusedAttention.kernel`. What a row holds is one segment at its beginning."""
 
     causal: bool
+    window: int | None
 
     def with_lse(self, q: Array, k: Array, v: Array, segment_BT: Array, segment_BS: Array):
         lengths = _length(segment_BT), _length(segment_BS)
-        out, lse_BNT = _forward(self.causal, q, k, v, *lengths)
+        out, lse_BNT = _forward(self.causal, self.window, q, k, v, *lengths)
         there_BT1 = segment_BT[..., None] > 0  # the kernel writes nothing of use elsewhere
         lse = jnp.where(there_BT1, jnp.swapaxes(lse_BNT, 1, 2), -jnp.inf)
         return jnp.where(there_BT1[..., None], out, 0), lse
@@ -81,7 +81,7 @@ class _Part:
         lengths = _length(segment_BT), _length(segment_BS)
         lse = jnp.where(segment_BT[..., None] > 0, lse, 1e30)  # no weight for what is not there
         lse_BNT = jnp.swapaxes(lse, 1, 2)
-        grads = _backward(self.causal, q, k, v, *lengths, out, lse_BNT, by_out)
+        grads = _backward(self.causal, self.window, q, k, v, *lengths, out, lse_BNT, by_out)
         theres = segment_BT > 0, segment_BS > 0, segment_BS > 0
         return tuple(
             jnp.where(there[..., None, None], grad, 0) for there, grad in zip(theres, grads)
@@ -98,18 +98,19 @@ def _mask(causal: bool) -> fused.MaskType:
 
 
 def _forward(
-    causal: bool, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, length_B: Array, of_keys_B: Array
-) -> tuple[Array, Array]:
+    causal: bool, window: int | None, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, length_B: Array,
+    of_keys_B: Array,
+) -> tuple[Array, Array]:  # fmt: skip
     """The output [B, T, N, H] and the log-sum-exp of the scores, float32 [B, N, T]."""
     return fused.dot_product_attention(
         q_BTNH, k_BSKH, v_BSKH, q_seqlen=length_B, kv_seqlen=of_keys_B, mask_type=_mask(causal),
-        qkv_layout="BTNH", return_residual=True,
+        qkv_layout="BTNH", sliding_window_length=window, return_residual=True,
     )  # fmt: skip
 
 
 def _backward(
-    causal: bool, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, length_B: Array, of_keys_B: Array,
-    out_BTNH: Array, lse_BNT: Array, by_out_BTNH: Array,
+    causal: bool, window: int | None, q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, length_B: Array,
+    of_keys_B: Array, out_BTNH: Array, lse_BNT: Array, by_out_BTNH: Array,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """The gradients by queries, keys and values."""
     none = jnp.zeros(0, q_BTNH.dtype)
@@ -117,6 +118,6 @@ def _backward(
     # A function that changes scores, and what it is given, came with 0.12.
     given, function = (((),), (None,)) if jax.__version_info__ >= (0, 12) else ((), ())
     return fused._dot_product_attention_bwd_rule(
-        1.0, 42, 0.0, (False, False), _mask(causal), fused.AttentionLayout.BTNH.value, None,
+        1.0, 42, 0.0, (False, False), _mask(causal), fused.AttentionLayout.BTNH.value, window,
         *function, True, False, (*arrays, *given, lse_BNT, out_BTNH), by_out_BTNH,
     )[:3]  # fmt: skip

@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import Mesh
 
 from grpo_jax.kernels import pallas_triton, quantize
-from grpo_jax.kernels.kv_cache import Cache, Ring
+from grpo_jax.kernels.kv_cache import Cache, CacheShape, DecodeStep, RingCache
 from grpo_jax.kernels.quantize import Int8
 from grpo_jax.structs import Array, ModelConfig
 
@@ -31,11 +32,11 @@ _LEAST, _MOST = 16, 64  # queries of a program
 _HIDDEN = -1e30
 
 
-def obstacle(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
+def why_unavailable(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
     """Why the kernel cannot be had, or nothing."""
-    if in_general := pallas_triton.obstacle(mesh, dtype):
+    if in_general := pallas_triton.why_unavailable(mesh, dtype):
         return in_general
-    if model.window_per_layer is not None:
+    if model.has_windows:
         return "the model has sliding windows"
     if model.head_size not in (32, 64, 128, 256):
         return f"the heads are of size {model.head_size}, and it takes 32, 64, 128 or 256"
@@ -43,23 +44,22 @@ def obstacle(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Streamed(Ring):
-    """As `kv_cache.Ring`, but keys stand as values do, [..., positions, H]; no windows."""
+class TritonDecode(RingCache):
+    """As `kv_cache.RingCache`, but keys stand as values do, [..., positions, H]; no windows."""
 
     interpret: bool = False  # anywhere, for a test
 
-    def empty(
-        self, slots: int, lanes: int, prompt_tokens: int, limit: int, heads: int, size: int, dtype
-    ) -> tuple[Cache, Cache]:
-        def make(shape: tuple[int, ...], positions: int) -> Cache:
-            shape = (*shape, positions, size)
+    def empty(self, shape: CacheShape, dtype: Any) -> tuple[Cache, Cache]:
+        def make(lead: tuple[int, ...], positions: int) -> Cache:
+            shape = (*lead, positions, head_size)
             if not self.int8:
                 return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
             codes = Int8(jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1]))
             return codes, codes
 
-        own = _blocks(limit) * _BLOCKS[0]
-        return make((slots, heads), prompt_tokens), make((slots, heads, lanes), own)
+        head_size, slots = shape.head_size, (shape.slots, shape.num_kv_heads)
+        own = _blocks(shape.limit) * _BLOCKS[0]
+        return make(slots, shape.prompt_tokens), make((*slots, shape.lanes), own)
 
     def of_prompt(self, k_RQKH: Array, v_RQKH: Array) -> Cache:
         """A prompt's keys and values [R, K, Q, H]."""
@@ -72,26 +72,16 @@ class Streamed(Ring):
         q_RWNH: Array,
         k_RWKH: Array,
         v_RWKH: Array,
-        cos_sin: tuple[Array, Array],
-        prompt_length_R: Array,
-        time_RW: Array,
-        live_RW: Array,
-        column: Array,
-        limit: int,
-        window: int | None,
+        step: DecodeStep,
     ) -> tuple[Array, tuple[Cache, Cache]]:
-        """One new token per lane: what it attends to [R, W, N, H], and the cache with it.
-
-        Queries and keys are still to be rotated by their angles, `cos_sin` [R, W, H/2].
-        """
-        assert window is None, "there is no window in the kernel"
+        assert step.window is None, "there is no window in the kernel"
         prefix, own = cache
         heads = jnp.concatenate([q_RWNH, k_RWKH, v_RWKH], axis=2)  # as one product gives them
         # What a lane that is not live gives means nothing: it reads nothing of its own.
-        last_RW = jnp.where(live_RW, time_RW, 0)
-        run = functools.partial(_attend, heads, cos_sin, interpret=self.interpret)
-        first, _ = run(prefix, _range(prompt_length_R[:, None] - 1), _positions(prefix))
-        (out_RWKnH,), own = run(own, _range(last_RW, column), limit, after=first)
+        last_RW = jnp.where(step.live_RW, step.time_RW, 0)
+        run = functools.partial(_attend, heads, step.cos_sin, interpret=self.interpret)
+        first, _ = run(prefix, _range(step.prompt_length_R[:, None] - 1), _positions(prefix))
+        (out_RWKnH,), own = run(own, _range(last_RW, step.column), step.limit, after=first)
         return out_RWKnH.reshape(q_RWNH.shape), (prefix, own)
 
 
@@ -150,37 +140,22 @@ def _attend(
         together = min(pl.next_power_of_2(lanes), max(1, _MOST // rows))
     rows = max(rows, _LEAST // together)
     lane = None if of_lanes else together
-
-    def by_query(*end: int) -> pl.BlockSpec:
-        zeros = (0,) * len(end)
-        return pl.BlockSpec((None, lane, None, rows, *end), lambda r, w, h: (r, w, h, 0, *zeros))
-
-    def by_key(x: Array) -> pl.BlockSpec:
-        lead = 3 if of_lanes else 2
-        rest, zeros = x.shape[lead:], (0,) * (x.ndim - lead)
-        return pl.BlockSpec(
-            (None,) * lead + rest, lambda r, w, h: ((r, h, w) if of_lanes else (r, h)) + zeros
-        )
-
-    of_kept = [by_key(x) for x in kept]
+    by_query = functools.partial(_by_query, lane, rows)
+    of_kept = [_by_key(x, of_lanes) for x in kept]
     in_specs = [
         pl.BlockSpec((None, None, 2), lambda r, w, h: (r, w if of_lanes else 0, 0)),
         pl.BlockSpec((None, lane, number, size), lambda r, w, h: (r, w, 0, 0)),
         *[pl.BlockSpec((None, lane, size // 2), lambda r, w, h: (r, w, 0))] * 2,
         *of_kept,
     ]
-    like = jax.ShapeDtypeStruct
-    shape = (slots, lanes, heads, queries)
+    like, shape = jax.ShapeDtypeStruct, (slots, lanes, heads, queries)
+    out_specs = [by_query(size), by_query()]
+    out_shape = [like((*shape, size), jnp.float32), like(shape, jnp.float32)]
     if of_lanes:
-        in_specs += [by_query(size), by_query()]
+        in_specs += out_specs
         out_specs = [by_query(size), *of_kept]
-        out_shape = [
-            like((*shape, size), heads_RWNH.dtype),
-            *(like(x.shape, x.dtype) for x in kept),
-        ]
-    else:
-        out_specs = [by_query(size), by_query()]
-        out_shape = [like((*shape, size), jnp.float32), like(shape, jnp.float32)]
+        out_shape = [like((*shape, size), heads_RWNH.dtype)]
+        out_shape += [like(x.shape, x.dtype) for x in kept]
     found = pl.pallas_call(
         functools.partial(
             _kernel,
@@ -204,11 +179,131 @@ def _attend(
     return tuple(found[:1]), jax.tree.unflatten(structure, found[1:])
 
 
+def _by_query(lanes: int | None, rows: int, *end: int) -> pl.BlockSpec:
+    """A program's part of an array with a value, [*end], for every query."""
+    zeros = (0,) * len(end)
+    return pl.BlockSpec((None, lanes, None, rows, *end), lambda r, w, h: (r, w, h, 0, *zeros))
+
+
+def _by_key(x: Array, of_lanes: bool) -> pl.BlockSpec:
+    """A program's part of a cache: all positions of its slot, or of its lane, and head."""
+    lead = 3 if of_lanes else 2
+    rest, zeros = x.shape[lead:], (0,) * (x.ndim - lead)
+    return pl.BlockSpec(
+        (None,) * lead + rest, lambda r, w, h: ((r, h, w) if of_lanes else (r, h)) + zeros
+    )
+
+
 def _codes(parts: list[Array]) -> tuple[list[Array], Array]:
     """As `quantize.int8` of a vector in parts; a kernel has no rounding."""
     scale = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x)) for x in parts]) / 127
     step = jnp.where(scale == 0, 1.0, scale)
     return [jnp.floor(x / step + 0.5).astype(jnp.int8) for x in parts], scale
+
+
+class _Queries(NamedTuple):
+    """The queries M of one program, rotated and scaled, and how they were read.
+
+    Queries and keys are dealt with in halves, [..., H/2] each, which a rotation mixes.
+    """
+
+    halves: list[Array]
+    cos_sin: list[Array]  # of the new token of each lane
+    is_there: Array  # bool [lanes, queries of each] or [queries]; their block is padded
+
+    def read(self, ref: Any, *end: int) -> Array:
+        """Of another array with the same queries, [..., *end], those that are there."""
+        mask = self.is_there
+        if end:
+            mask = jnp.broadcast_to(mask[..., None], (*mask.shape, *end))
+        return pallas_triton.module().load(ref, mask=mask, other=0.0)
+
+
+def _halves(size: int) -> tuple[Any, Any]:
+    return pl.ds(0, size // 2), pl.ds(size // 2, size // 2)
+
+
+def _rotated(halves: list[Array], cos: Array, sin: Array) -> list[Array]:
+    one, other = (x.astype(jnp.float32) for x in halves)
+    return [one * cos - other * sin, other * cos + one * sin]
+
+
+def _read_queries(heads_ref, cos_ref, sin_ref, there: tuple[int, ...], rows: int) -> _Queries:
+    *lanes, _, size = heads_ref.shape
+    shape = (*lanes, rows)
+    at = [jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(len(shape))]
+    if lanes:  # of this program
+        at[0] += pl.program_id(1) * lanes[0]
+    is_there = functools.reduce(jnp.logical_and, [x < n for x, n in zip(at, there)])
+    if lanes:
+        lane_W = pl.program_id(1) * lanes[0] + jnp.arange(lanes[0])
+        of_lane = jnp.broadcast_to((lane_W < there[0])[:, None], cos_ref.shape)
+        load = functools.partial(pallas_triton.module().load, mask=of_lane, other=0.0)
+        cos_sin = [load(ref) for ref in (cos_ref, sin_ref)]
+    else:
+        cos_sin = [cos_ref[...], sin_ref[...]]
+    raw = _Queries([], cos_sin, is_there)
+    of_head = (*(slice(None),) * len(lanes), pl.ds(pl.program_id(2) * there[-1], rows))
+    parts = [raw.read(heads_ref.at[(*of_head, half)], size // 2) for half in _halves(size)]
+    parts = _rotated(parts, *(x[..., None, :] for x in cos_sin))
+    scaled = [(x * size**-0.5).astype(heads_ref.dtype) for x in parts]
+    return raw._replace(halves=[x.reshape(math.prod(shape), size // 2) for x in scaled])
+
+
+def _add_token(
+    heads_ref, first_ref, lse_ref, written: list[Any], column: Array, heads: int, queries: _Queries
+) -> tuple[Array, Array, Array]:
+    """Puts the new token in its lane's cache; softmax over the prompt and it, as `_kernel` sums.
+
+    It is not looked for in the cache, where it stands once the program has ended.
+    """
+    (number, size), dtype, head = heads_ref.shape, heads_ref.dtype, pl.program_id(2)
+    k = [heads_ref[number - 2 * heads + head, half] for half in _halves(size)]
+    k = [x.astype(dtype).astype(jnp.float32) for x in _rotated(k, *queries.cos_sin)]
+    v_H = heads_ref[number - heads + head].astype(jnp.float32)
+    if len(written) == 4:  # in 8 bits
+        codes, scale = _codes(k)
+        (v_codes_H,), v_scale = _codes([v_H])
+        written[1][column], written[3][column] = scale, v_scale
+        written[2][column] = v_codes_H
+        k, v_H = [x * scale for x in codes], v_codes_H * v_scale
+    else:
+        codes = [x.astype(dtype) for x in k]
+        written[1][column] = v_H.astype(dtype)
+    for half, x in zip(_halves(size), codes):
+        written[0][column, half] = x
+    q = queries.halves
+    score_M = sum(jnp.sum(x.astype(jnp.float32) * y[None], axis=1) for x, y in zip(q, k))
+    lse_M = queries.read(lse_ref).reshape(score_M.shape)
+    top_M = jnp.maximum(lse_M, score_M)
+    before_M, weight_M = jnp.exp(lse_M - top_M), jnp.exp(score_M - top_M)
+    first_MH = queries.read(first_ref, size).reshape(*score_M.shape, size)
+    out_MH = before_M[:, None] * first_MH + weight_M[:, None] * v_H[None]
+    return out_MH, top_M, before_M + weight_M
+
+
+def _blocks_of_range(
+    last: Array, column: Array, end: Array, limit: int, size: int
+) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
+    """How many blocks a range of columns has, and of each its first column and which are in range.
+
+    The range ends at `column` and has `last` columns before it, round the ring's end at `limit`.
+    `end` is the first column past it: `column` itself, or the next.
+    """
+    past = jnp.maximum(last - column, 0)  # how many stand before the ring's end
+    from_here = jnp.maximum(column - last, 0)
+    first, begin = from_here // size, (limit - past) // size
+    upto = jnp.where(end > from_here, pl.cdiv(end, size) - first, 0)
+    number = upto + jnp.where(past > 0, (limit - 1) // size + 1 - begin, 0)
+
+    def columns(i: Array) -> tuple[Array, Array]:
+        is_past = i >= upto
+        start = jnp.where(is_past, begin + i - upto, first + i) * size
+        at_B = start + jnp.arange(size)
+        past_B = (at_B >= limit - past) & (at_B < limit)
+        return start, jnp.where(is_past, past_B, (at_B >= column - last) & (at_B < end))
+
+    return number, columns
 
 
 def _kernel(
@@ -226,89 +321,35 @@ def _kernel(
 ):
     """One program: all queries of some positions, block by block.
 
-    `there`: queries, or lanes and queries of each, that the blocks of queries are padded from.
-    Queries and keys are dealt with in halves, [..., H/2] each, which a rotation mixes.
+    `there`: queries, or lanes and queries of each, that the blocks of queries are padded from. What
+    is summed is the weighted values, the largest score, and the weights after it is taken off.
     """
     gpu = pallas_triton.module()
     int8, of_lanes = number_of_kept == 4, len(there) == 1
-    *lanes, number, size = heads_ref.shape
-    dtype, halves = heads_ref.dtype, (pl.ds(0, size // 2), pl.ds(size // 2, size // 2))
-    shape = (*lanes, rows)
-    at = [jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(len(shape))]
-    if lanes:  # of this program
-        at[0] += pl.program_id(1) * lanes[0]
-    is_there = functools.reduce(jnp.logical_and, [x < n for x, n in zip(at, there)])
-    queries = math.prod(shape)
-
-    def read(ref, *end: int) -> Array:
-        mask = jnp.broadcast_to(is_there[..., None], (*shape, *end)) if end else is_there
-        return gpu.load(ref, mask=mask, other=0.0)
-
-    def rotated(parts: list[Array], cos: Array, sin: Array) -> list[Array]:
-        one, other = (x.astype(jnp.float32) for x in parts)
-        return [one * cos - other * sin, other * cos + one * sin]
-
-    head, everything = pl.program_id(2), (slice(None),) * len(lanes)
-    of_head = pl.ds(head * there[-1], rows)
-    parts = [read(heads_ref.at[(*everything, of_head, half)], size // 2) for half in halves]
-    if lanes:
-        lane_W = pl.program_id(1) * lanes[0] + jnp.arange(lanes[0])
-        of_lane = jnp.broadcast_to((lane_W < there[0])[:, None], cos_ref.shape)
-        angles = [gpu.load(ref, mask=of_lane, other=0.0) for ref in (cos_ref, sin_ref)]
-    else:
-        angles = [cos_ref[...], sin_ref[...]]
-    parts = rotated(parts, *(x[..., None, :] for x in angles))
-    q = [(x * size**-0.5).astype(dtype).reshape(queries, size // 2) for x in parts]
+    dtype, size = heads_ref.dtype, heads_ref.shape[-1]
+    queries = _read_queries(heads_ref, cos_ref, sin_ref, there, rows)
     kept, refs = refs[:number_of_kept], refs[number_of_kept:]
     last, column = range_ref[0], range_ref[1]
     if of_lanes:
         first_ref, lse_ref, out_ref, *written = refs
-        # The new token is not looked for in the cache, where it stands once the program has ended.
-        k = [heads_ref[number - 2 * heads + head, half] for half in halves]
-        k = [x.astype(dtype).astype(jnp.float32) for x in rotated(k, *angles)]
-        v_H = heads_ref[number - heads + head].astype(jnp.float32)
-        if int8:
-            codes, scale = _codes(k)
-            (v_codes_H,), v_scale = _codes([v_H])
-            written[1][column], written[3][column] = scale, v_scale
-            written[2][column] = v_codes_H
-            k, v_H = [x * scale for x in codes], v_codes_H * v_scale
-        else:
-            codes = [x.astype(dtype) for x in k]
-            written[1][column] = v_H.astype(dtype)
-        for half, x in zip(halves, codes):
-            written[0][column, half] = x
-        score_M = sum(jnp.sum(x.astype(jnp.float32) * y[None], axis=1) for x, y in zip(q, k))
-        lse_M = read(lse_ref).reshape(queries)
-        top_M = jnp.maximum(lse_M, score_M)
-        before_M, weight_M = jnp.exp(lse_M - top_M), jnp.exp(score_M - top_M)
-        first_MH = read(first_ref, size).reshape(queries, size)
-        out_MH = before_M[:, None] * first_MH + weight_M[:, None] * v_H[None]
-        begin_with = out_MH, top_M, before_M + weight_M
-        end = column  # the first position that is not looked at
+        sums = _add_token(heads_ref, first_ref, lse_ref, written, column, heads, queries)
+        end = column
     else:
         out_ref, lse_ref = refs
-        zeros = jnp.zeros((queries, size), jnp.float32)
-        hidden = jnp.full((queries,), _HIDDEN, jnp.float32)
-        begin_with = zeros, hidden, jnp.zeros((queries,), jnp.float32)
+        number = math.prod(queries.is_there.shape)
+        zeros = jnp.zeros((number, size), jnp.float32)
+        hidden = jnp.full((number,), _HIDDEN, jnp.float32)
+        sums = zeros, hidden, jnp.zeros((number,), jnp.float32)
         end = column + 1
-    past = jnp.maximum(last - column, 0)  # how many stand before the ring's end
-    from_here = jnp.maximum(column - last, 0)
-    first, begin = from_here // block, (limit - past) // block
-    upto = jnp.where(end > from_here, pl.cdiv(end, block) - first, 0)
-    blocks = upto + jnp.where(past > 0, (limit - 1) // block + 1 - begin, 0)
+    number_of_blocks, columns = _blocks_of_range(last, column, end, limit, block)
 
-    def one_block(i, carry):
-        out_MH, top_M, sum_M = carry
-        is_past = i >= upto
-        start = jnp.where(is_past, begin + i - upto, first + i) * block
-        at_B = start + jnp.arange(block)
-        seen_B = jnp.where(
-            is_past, (at_B >= limit - past) & (at_B < limit), (at_B >= column - last) & (at_B < end)
-        )
+    def one_block(i, sums):
+        out_MH, top_M, sum_M = sums
+        start, seen_B = columns(i)
         here = pl.ds(start, block)
         score_MB = sum(
-            gpu.dot(x, kept[0][here, half].astype(dtype).T) for x, half in zip(q, halves)
+            gpu.dot(x, kept[0][here, half].astype(dtype).T)
+            for x, half in zip(queries.halves, _halves(size))
         )
         if int8:
             score_MB *= kept[1][here][None]
@@ -323,9 +364,10 @@ def _kernel(
         out_MH = less_M[:, None] * out_MH + gpu.dot(weight_MB.astype(dtype), values_BH)
         return out_MH, new_top_M, sum_M
 
-    out_MH, top_M, sum_M = jax.lax.fori_loop(0, blocks, one_block, begin_with)
-    out = (out_MH / sum_M[:, None]).reshape(*shape, size)
+    out_MH, top_M, sum_M = jax.lax.fori_loop(0, number_of_blocks, one_block, sums)
+    is_there = queries.is_there
+    out = (out_MH / sum_M[:, None]).reshape(*is_there.shape, size)
     of_query = jnp.broadcast_to(is_there[..., None], out.shape)
     gpu.store(out_ref, out.astype(out_ref.dtype), mask=of_query)
     if not of_lanes:
-        gpu.store(lse_ref, (top_M + jnp.log(sum_M)).reshape(shape), mask=is_there)
+        gpu.store(lse_ref, (top_M + jnp.log(sum_M)).reshape(is_there.shape), mask=is_there)

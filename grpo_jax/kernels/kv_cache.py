@@ -2,18 +2,79 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from grpo_jax.kernels import attention, quantize, rotary
 from grpo_jax.kernels.quantize import Int8
 from grpo_jax.structs import Array
 
-# Decoding. Keys are stored transposed, [..., K, H, positions]: 1.4 times the speed of positions
-# first on CPU, where one query meets many keys.
+
+class CacheShape(NamedTuple):
+    """How much the cache of a layer holds."""
+
+    slots: int
+    lanes: int  # of a slot
+    prompt_tokens: int
+    limit: int  # tokens of a completion, at most
+    num_kv_heads: int
+    head_size: int
+
+
+@struct.dataclass
+class DecodeStep:
+    """What the cache must know of the step that adds one token to every lane."""
+
+    prompt_length_R: Array
+    time_RW: Array  # int32: the new token's position in its completion
+    live_RW: Array  # bool; what a lane that is not live gives means nothing
+    column: Array  # int32: of a ring, where every lane's new token goes
+    limit: int = struct.field(pytree_node=False)  # tokens of a completion, at most
+    # Of one layer; `transformer.decode_token` fills them in.
+    cos_sin: tuple[Array, Array] | None = None  # rotary angles of the new tokens, [R, W, H/2]
+    window: int | None = struct.field(pytree_node=False, default=None)
+
+
+class KVCache(abc.ABC):
+    """How keys and values of a layer are kept, and how a new token attends to them.
+
+    The cache itself is a pytree of arrays, made by `empty`, whose first axis is the slots.
+    """
+
+    @abc.abstractmethod
+    def empty(self, shape: CacheShape, dtype: Any) -> Any:
+        """A cache with nothing in it."""
+
+    @abc.abstractmethod
+    def of_prompt(self, k_RQKH: Array, v_RQKH: Array) -> Any:
+        """Prompts' rotated keys, and values, as the cache keeps them."""
+
+    @abc.abstractmethod
+    def admit(self, cache: Any, prompt: Any, slot_A: Array, length_A: Array, lanes: int) -> Any:
+        """The cache with prompts in their slots; a slot past the last is dropped."""
+
+    @abc.abstractmethod
+    def extend(
+        self, cache: Any, q_RWNH: Array, k_RWKH: Array, v_RWKH: Array, step: DecodeStep
+    ) -> tuple[Array, Any]:
+        """What one new token per lane attends to [R, W, N, H], and the cache with it.
+
+        Queries and keys are still to be rotated by their angles.
+        """
+
+    @abc.abstractmethod
+    def compact(self, cache: Any, slot_R: Array, lane_RW: Array, lanes: int, limit: int) -> Any:
+        """A smaller cache: slot r has old slot `slot_R[r]`'s prompt, and its lanes `lane_RW[r]`."""
+
+
+# Keys are stored transposed, [..., K, H, positions]: 1.4 times the speed of positions first on CPU,
+# where one query meets many keys.
 Cache = tuple[
     Array | Int8, Array | Int8
 ]  # keys and values; in 8 bits a scale per head and position
@@ -53,20 +114,13 @@ def write(cache: Cache, k_RWKH: Array, v_RWKH: Array, column: Array) -> Cache:
     return put(k, k_new, column, 4), put(v, v_new, column, 3)
 
 
-def decode(
-    q_RWNH: Array,
-    prefix: Cache,
-    own: Cache,
-    prefix_length_R: Array,
-    time_RW: Array,
-    column: Array,
-    window: int | None,
-) -> Array:
+def decode(q_RWNH: Array, prefix: Cache, own: Cache, step: DecodeStep) -> Array:
     """One new token per lane attends to its slot's prompt and to its own past, [R, W, N, H].
 
-    `time_RW` is the new token's position in its completion; its key stands in `column` of `own`
-    already, and those before it in the columns before, round the end.
+    Its key stands in `step.column` of `own` already, and those before it in the columns before,
+    round the end.
     """
+    column, window = step.column, step.window
     (prefix_k, prefix_v), (own_k, own_v) = prefix, own
     q_RKWnH = jnp.swapaxes(attention.grouped(q_RWNH, prefix_k.shape[1]), 1, 2)
     dtype = q_RWNH.dtype
@@ -83,10 +137,10 @@ def decode(
         score_own *= own_k.scale[:, :, :, None]  # [R, K, W, 1, S]
     s_11Q = jnp.arange(prefix_k.shape[-1])[None, None]
     age_11S = ((column - jnp.arange(own_k.shape[-1])) % own_k.shape[-1])[None, None]
-    seen_prefix = s_11Q < prefix_length_R[:, None, None]  # [R, 1, Q]
-    seen_own = age_11S <= time_RW[..., None]  # [R, W, S]
+    seen_prefix = s_11Q < step.prompt_length_R[:, None, None]  # [R, 1, Q]
+    seen_own = age_11S <= step.time_RW[..., None]  # [R, W, S]
     if window is not None:
-        position_RW = prefix_length_R[:, None] + time_RW
+        position_RW = step.prompt_length_R[:, None] + step.time_RW
         seen_prefix = seen_prefix & (position_RW[..., None] - s_11Q < window)
         seen_own &= age_11S < window
     score_prefix = jnp.where(seen_prefix[:, None, :, None], score_prefix, attention.HIDDEN)
@@ -102,8 +156,8 @@ def decode(
 
 
 @dataclasses.dataclass(frozen=True)
-class Ring:
-    """How a layer's cache of slots and lanes is kept, written and read, in plain XLA.
+class RingCache(KVCache):
+    """The cache in plain XLA.
 
     A pair: the prompts', keys [R, K, H, Q] and values [R, K, Q, H], and the completions', keys
     [R, K, W, H, S] and values [R, K, W, S, H], S = C columns that are written round and round.
@@ -111,20 +165,17 @@ class Ring:
 
     int8: bool = False
 
-    def empty(
-        self, slots: int, lanes: int, prompt_tokens: int, limit: int, heads: int, size: int, dtype
-    ) -> tuple[Cache, Cache]:
-        make = functools.partial(empty_cache, size=size, dtype=dtype, int8=self.int8)
-        return make((slots, heads), prompt_tokens), make((slots, heads, lanes), limit)
+    def empty(self, shape: CacheShape, dtype: Any) -> tuple[Cache, Cache]:
+        make = functools.partial(empty_cache, size=shape.head_size, dtype=dtype, int8=self.int8)
+        slots = shape.slots, shape.num_kv_heads
+        return make(slots, shape.prompt_tokens), make((*slots, shape.lanes), shape.limit)
 
     def of_prompt(self, k_RQKH: Array, v_RQKH: Array) -> Cache:
-        """A prompt's part of the cache."""
         return prefix_cache(k_RQKH, v_RQKH, int8=self.int8)
 
     def admit(
         self, cache: tuple[Cache, Cache], prompt: Cache, slot_A: Array, length_A: Array, lanes: int
     ) -> tuple[Cache, Cache]:
-        """The cache with prompts in their slots; a slot past the last is dropped."""
         put = lambda old, new: old.at[slot_A].set(new, mode="drop")  # noqa: E731
         return jax.tree.map(put, cache[0], prompt), cache[1]
 
@@ -134,31 +185,19 @@ class Ring:
         q_RWNH: Array,
         k_RWKH: Array,
         v_RWKH: Array,
-        cos_sin: tuple[Array, Array],
-        prompt_length_R: Array,
-        time_RW: Array,
-        live_RW: Array,
-        column: Array,
-        limit: int,
-        window: int | None,
+        step: DecodeStep,
     ) -> tuple[Array, tuple[Cache, Cache]]:
-        """One new token per lane: what it attends to [R, W, N, H], and the cache with it.
-
-        Queries and keys are still to be rotated by their angles, `cos_sin` [R, W, H/2].
-        """
-        q_RWNH, k_RWKH = (rotary.rotate(x, cos_sin) for x in (q_RWNH, k_RWKH))
-        prefix, own = cache[0], write(cache[1], k_RWKH, v_RWKH, column)
-        out = decode(q_RWNH, prefix, own, prompt_length_R, time_RW, column, window)
-        return out, (prefix, own)
+        q_RWNH, k_RWKH = (rotary.rotate(x, step.cos_sin) for x in (q_RWNH, k_RWKH))
+        prefix, own = cache[0], write(cache[1], k_RWKH, v_RWKH, step.column)
+        return decode(q_RWNH, prefix, own, step), (prefix, own)
 
     def compact(
         self, cache: tuple[Cache, Cache], slot_R: Array, lane_RW: Array, lanes: int, limit: int
     ) -> tuple[Cache, Cache]:
-        """New slot r has old slot `slot_R[r]`'s prompt, and its lanes `lane_RW[r]`."""
         swapped = lambda x: jnp.swapaxes(x, 1, 2)  # noqa: E731
         lanes_of = lambda x: swapped(swapped(x)[slot_R[:, None], lane_RW])  # noqa: E731
         prefix, own = cache
         return jax.tree.map(lambda x: x[slot_R], prefix), jax.tree.map(lanes_of, own)
 
 
-RING = Ring()
+RING = RingCache()

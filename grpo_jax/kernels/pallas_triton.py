@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from grpo_jax.devices import sharding
 
 
-def obstacle(mesh: Mesh, dtype: Any) -> str:
+def why_unavailable(mesh: Mesh, dtype: Any) -> str:
     """Why no kernel can be had for activations of `dtype`, or nothing."""
     if not sharding.is_gpu(mesh):
         return f"it is for NVIDIA GPUs, and the devices are {mesh.devices.flat[0].platform}s"

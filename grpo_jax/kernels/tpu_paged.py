@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
@@ -19,13 +20,14 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as ker
 from jax.sharding import Mesh
 
 from grpo_jax.kernels import rotary
+from grpo_jax.kernels.kv_cache import CacheShape, DecodeStep, KVCache
 from grpo_jax.structs import Array, ModelConfig
 
 PAGE = 16  # positions; the engine pads prompts to a multiple of it
 _PAGES_AT_ONCE, _LANES_AT_ONCE = 16, 8  # in a block of the kernel
 
 
-def obstacle(cache: str, model: ModelConfig, mesh: Mesh) -> str:
+def why_unavailable(cache: str, model: ModelConfig, mesh: Mesh) -> str:
     """Why `rollout.attention = "ragged"` cannot be had, or nothing."""
     if mesh.devices.flat[0].platform != "tpu":
         return f"it is for TPUs, and the devices are {mesh.devices.flat[0].platform}s"
@@ -44,8 +46,8 @@ def obstacle(cache: str, model: ModelConfig, mesh: Mesh) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Paged:
-    """As `kv_cache.Ring`: how a layer's cache is kept, written and read; one array of pages.
+class RaggedPagedDecode(KVCache):
+    """The cache as one array of pages, read by the TPU's kernel.
 
     [R, pages of a slot, PAGE, 2 * K, H], of a slot the prompt's first, then each lane's; keys and
     values of a head lie beside each other.
@@ -53,11 +55,10 @@ class Paged:
 
     interpret: bool = False  # anywhere, for a test
 
-    def empty(
-        self, slots: int, lanes: int, prompt_tokens: int, limit: int, heads: int, size: int, dtype
-    ) -> Array:
-        pages = prompt_tokens // PAGE + lanes * _own_pages(limit)
-        return jnp.zeros((slots, pages, PAGE, 2 * heads, size), dtype)
+    def empty(self, shape: CacheShape, dtype: Any) -> Array:
+        pages = shape.prompt_tokens // PAGE + shape.lanes * _own_pages(shape.limit)
+        page = PAGE, 2 * shape.num_kv_heads, shape.head_size
+        return jnp.zeros((shape.slots, pages, *page), dtype)
 
     def of_prompt(self, k_RQKH: Array, v_RQKH: Array) -> Array:
         """A prompt's pages [R, Q / PAGE, PAGE, 2 * K, H]."""
@@ -67,7 +68,6 @@ class Paged:
     def admit(
         self, pages: Array, prompt: Array, slot_A: Array, length_A: Array, lanes: int
     ) -> Array:
-        """The pages with those of prompts in their slots; a slot past the last is dropped."""
         num_prompt = prompt.shape[1]
         per_lane = (pages.shape[1] - num_prompt) // lanes
         pages = pages.at[slot_A, :num_prompt].set(prompt, mode="drop")
@@ -82,27 +82,18 @@ class Paged:
         q_RWNH: Array,
         k_RWKH: Array,
         v_RWKH: Array,
-        cos_sin: tuple[Array, Array],
-        prompt_length_R: Array,
-        time_RW: Array,
-        live_RW: Array,
-        column: Array,
-        limit: int,
-        window: int | None,
+        step: DecodeStep,
     ) -> tuple[Array, Array]:
-        """One new token per lane: what it attends to [R, W, N, H], and the pages with it.
-
-        Queries and keys are still to be rotated by their angles, `cos_sin` [R, W, H/2].
-        """
-        q_RWNH, k_RWKH = (rotary.rotate(x, cos_sin) for x in (q_RWNH, k_RWKH))
+        prompt_length_R, time_RW = step.prompt_length_R, step.time_RW
+        q_RWNH, k_RWKH = (rotary.rotate(x, step.cos_sin) for x in (q_RWNH, k_RWKH))
         slots, lanes = time_RW.shape
         flat = pages.reshape(-1, *pages.shape[2:])
-        table_BE = _table(prompt_length_R, lanes, pages.shape[1], _own_pages(limit))
+        table_BE = _table(prompt_length_R, lanes, pages.shape[1], _own_pages(step.limit))
         at_B = (prompt_length_R[:, None] + time_RW).reshape(-1)
         page_B = jnp.take_along_axis(table_BE, at_B[:, None] // PAGE, axis=1)[:, 0]
         new = _beside(k_RWKH, v_RWKH).reshape(slots * lanes, *flat.shape[2:])
         flat = flat.at[page_B, at_B % PAGE].set(new)
-        length_B = jnp.where(live_RW.reshape(-1), at_B + 1, 1)  # an idle lane reads one block
+        length_B = jnp.where(step.live_RW.reshape(-1), at_B + 1, 1)  # an idle lane reads one block
         with pltpu.force_tpu_interpret_mode(True) if self.interpret else contextlib.nullcontext():
             out = kernel_lib.ragged_paged_attention(
                 q_RWNH.reshape(slots * lanes, *q_RWNH.shape[2:]),
@@ -112,14 +103,13 @@ class Paged:
                 jnp.arange(slots * lanes + 1, dtype=jnp.int32),
                 jnp.full(1, slots * lanes, jnp.int32),
                 sm_scale=q_RWNH.shape[-1] ** -0.5,
-                sliding_window=window,
+                sliding_window=step.window,
                 num_kv_pages_per_block=min(_PAGES_AT_ONCE, table_BE.shape[1]),
                 num_queries_per_block=min(_LANES_AT_ONCE, slots * lanes),
             )
         return out.reshape(q_RWNH.shape), flat.reshape(pages.shape)
 
     def compact(self, pages: Array, slot_R: Array, lane_RW: Array, lanes: int, limit: int) -> Array:
-        """New slot r has old slot `slot_R[r]`'s prompt, and its lanes `lane_RW[r]`."""
         num_prompt = pages.shape[1] - lanes * _own_pages(limit)
         prompt, own = pages[:, :num_prompt], pages[:, num_prompt:]
         own = own.reshape(own.shape[0], lanes, -1, *own.shape[2:])[slot_R[:, None], lane_RW]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,53 +19,56 @@ from jax.sharding import Mesh
 
 from grpo_jax.devices import sharding
 from grpo_jax.kernels import attention
-from grpo_jax.kernels.fused_attention import Merged
+from grpo_jax.kernels.attention import AttentionKernels
+from grpo_jax.kernels.fused_attention import FusedAttention
 from grpo_jax.structs import Array, ModelConfig
 
 _READ_IN = ((0, 10), (0, 11), (0, 12))
 _LANES = 128  # queries and keys come in multiples of it
 
 
-def choose(option: str, model: ModelConfig, mesh: Mesh) -> Any:
+def choose(option: str, model: ModelConfig, mesh: Mesh) -> AttentionKernels:
     """The functions that `config.model.attention` names: these kernels, or plain XLA's.
 
     "auto" takes the kernels on TPUs. Raises ValueError where they are asked for and cannot be had.
     """
     on_tpu = mesh.devices.flat[0].platform == "tpu"
-    obstacle = ""
+    reason = ""
     if not on_tpu:
-        obstacle = f"they are for TPUs, and the devices are {mesh.devices.flat[0].platform}s"
-    elif model.window_per_layer is not None:
-        obstacle = "the model has sliding windows, which they do not take layer by layer"
+        reason = f"they are for TPUs, and the devices are {mesh.devices.flat[0].platform}s"
     elif jax.__version_info__[:2] not in _READ_IN:
-        obstacle = f"their backward pass was not tested with JAX {jax.__version__}"
-    if option == "splash" and obstacle:
+        reason = f"their backward pass was not tested with JAX {jax.__version__}"
+    if option == "splash" and reason:
         raise ValueError(
-            f'model.attention = "splash": {obstacle}. Set it to "xla", or to "auto", which takes '
+            f'model.attention = "splash": {reason}. Set it to "xla", or to "auto", which takes '
             "them where they can be had."
         )
-    if option == "xla" or obstacle:
+    if option == "xla" or reason:
         if on_tpu and option == "auto":
-            warnings.warn(f"Attention by XLA without kernels: {obstacle}.", stacklevel=2)
+            warnings.warn(f"Attention by XLA without kernels: {reason}.", stacklevel=2)
         return attention
     return Splash(mesh=mesh, rows=sharding.row_axis(mesh, model.num_kv_heads))
 
 
 @dataclasses.dataclass(frozen=True)
-class Splash(Merged):
+class Splash(FusedAttention):
     """The kernels, compiled for a TPU, or interpreted anywhere for a test."""
 
     interpret: bool = False
 
-    def part(self, *, causal: bool) -> _Part:
-        return _Part(causal, self.interpret)
+    def kernel(self, *, causal: bool, window: int | None = None) -> _Kernel:
+        return _Kernel(causal, window, self.interpret)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """As `Merged.part`. Both are filled up with what no query sees to lengths the kernel takes."""
+class _Kernel:
+    """As `FusedAttention.kernel`.
+
+    Queries and keys are padded, with what no query sees, to lengths that the kernel takes.
+    """
 
     causal: bool
+    window: int | None
     interpret: bool
 
     def with_lse(self, q: Array, k: Array, v: Array, segment_BT: Array, segment_BS: Array):
@@ -95,7 +97,10 @@ class _Part:
 
     def _kernel(self, q: Array, k: Array) -> kernel_lib.SplashAttentionKernel:
         queries, keys = (-(-x.shape[2] // _LANES) * _LANES for x in (q, k))
-        mask = (mask_lib.CausalMask if self.causal else mask_lib.FullMask)((queries, keys))
+        if self.window is not None:
+            mask = mask_lib.LocalMask((queries, keys), (self.window - 1, 0), offset=0)
+        else:
+            mask = (mask_lib.CausalMask if self.causal else mask_lib.FullMask)((queries, keys))
         block_q, block_kv = map(_block, (queries, keys))
         return kernel_lib.make_splash_mha(
             mask=mask_lib.MultiHeadMask([mask] * q.shape[1]),

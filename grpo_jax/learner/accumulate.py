@@ -79,7 +79,7 @@ def make_adding(
 
     @jax.named_scope("update")
     def add_shard(params: Params, number: Array, carry: Carry, *rows: Any) -> Carry:
-        params = parameters.with_layers_in(params, scorer.dtype)
+        params = parameters.cast_layers(params, scorer.dtype)
         carry = through(params, number, jax.tree.map(lambda x: x[0], carry), *rows)
         return jax.tree.map(lambda x: x[None], carry)
 

@@ -100,7 +100,7 @@ def make_prepare(
         target_DE, head = packed.take(part.completion_PGC), scorer.head(params)
         logp_DE = scoring.row_by_row(
             scorer,
-            lambda hidden, target: logprobs.score(
+            lambda hidden, target: logprobs.token_logprobs(
                 hidden, head, target, scorer.sampling, scorer.along
             )[0],
             hidden_DED,
@@ -110,7 +110,7 @@ def make_prepare(
 
     @jax.named_scope("scoring")
     def fill_shard(params, number: Array, rollouts: Rollouts, *microbatches_1: Array) -> Array:
-        params = parameters.with_layers_in(params, scorer.dtype)
+        params = parameters.cast_layers(params, scorer.dtype)
         start = jnp.zeros_like(rollouts.logp_PGC)
         step = lambda logp, *where: one(params, rollouts, logp, *where)  # noqa: E731
         return accumulate.through(number, step, start, microbatches_1)

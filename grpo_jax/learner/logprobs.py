@@ -8,13 +8,16 @@ of the vocabulary costs no second product with the head.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from grpo_jax.devices import by_shard
 from grpo_jax.models import logits as logits_lib
 from grpo_jax.structs import Array, Sampling
 
@@ -30,17 +33,23 @@ _MAX_TOKENS = 4096  # past this a larger product is no faster anywhere
 _TILE = 64  # tokens that products go by; GPUs copy what is no multiple of 8
 
 
-class Along(NamedTuple):
-    """The devices that split each row, and how an array is placed by its logical axes."""
+@dataclasses.dataclass(frozen=True)
+class SequenceSplit:
+    """The devices that split each row along its tokens."""
 
-    devices: int = 1
-    place: Callable[[Array, tuple[str | None, ...]], Array] = lambda x, axes: x
+    mesh: Mesh | None = None  # None: one device
+
+    @property
+    def devices(self) -> int:
+        return 1 if self.mesh is None else self.mesh.shape["sequence"]
 
     def split(self, x: Array) -> Array:
-        return self.place(x, ("shard_rows", "tokens") + (None,) * (x.ndim - 2))
+        """Values by token [B, T, ...], each device with its part of every row."""
+        axes = ("shard_rows", "tokens") + (None,) * (x.ndim - 2)
+        return x if self.mesh is None else by_shard.place_within_shard(self.mesh, x, axes)
 
 
-ALONE = Along()
+UNSPLIT = SequenceSplit()
 
 
 def _chunk_width(hidden_BTD: Array, vocab: int, devices: int) -> int:
@@ -77,7 +86,7 @@ def _join(x: Array, tokens: int) -> Array:
 
 
 class _Statistics(NamedTuple):
-    """Of tokens [...] and their scores over the vocabulary [..., V], as `weighed` gives them."""
+    """Of tokens [...] and their `sampling_logits` over the vocabulary [..., V]."""
 
     scores: Array
     is_drawn: Array | None  # bool [..., V]: within top-k and top-p; None: everywhere
@@ -97,7 +106,7 @@ class _Statistics(NamedTuple):
 def _statistics(hidden: Array, head: Array, target: Array, sampling: Sampling) -> _Statistics:
     """The scores are read twice: for their maximum, and for the sums that all else is made of."""
     scores = logits_lib.logits(hidden, head)
-    scores = logits_lib.weighed(scores, sampling, always=target)
+    scores = logits_lib.sampling_logits(scores, sampling, always=target)
     is_drawn = scores > -jnp.inf if sampling.is_cut else None
     peak = scores.max(-1, keepdims=True)
     below = scores - peak
@@ -111,8 +120,12 @@ def _statistics(hidden: Array, head: Array, target: Array, sampling: Sampling) -
 
 
 @jax.named_scope("vocabulary")
-def score(
-    hidden_BTD: Array, head_DV: Array, target_BT: Array, sampling: Sampling, along: Along = ALONE
+def token_logprobs(
+    hidden_BTD: Array,
+    head_DV: Array,
+    target_BT: Array,
+    sampling: Sampling,
+    along: SequenceSplit = UNSPLIT,
 ) -> tuple[Array, Array]:
     """Log-probability of each target token and entropy at it, float32 [B, T], in nats.
 
@@ -153,7 +166,7 @@ def _summed_product(hidden_BTD: Array, by_logits_BTV: Array) -> Array:
 def loss(
     token_loss: TokenLoss,
     sampling: Sampling,
-    along: Along,
+    along: SequenceSplit,
     hidden_BTD: Array,
     head_DV: Array,
     target_BT: Array,
@@ -166,7 +179,7 @@ def loss(
     `token_loss(logp, entropy, terms)` sees arrays of one chunk; `terms` is a pytree of [B, T]
     arrays that stay fixed. Tokens of weight 0 contribute nothing, whatever they hold.
     """
-    logp_BT, entropy_BT = score(hidden_BTD, head_DV, target_BT, sampling, along)
+    logp_BT, entropy_BT = token_logprobs(hidden_BTD, head_DV, target_BT, sampling, along)
     per_token = jnp.where(weight_BT != 0, token_loss(logp_BT, entropy_BT, terms), 0.0)
     return jnp.sum(weight_BT * per_token), logp_BT, entropy_BT
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +13,13 @@ from jax.sharding import Mesh
 
 from grpo_jax.devices import by_shard, sharding, transfer
 from grpo_jax.kernels import attention
-from grpo_jax.learner import logprobs, packing
+from grpo_jax.kernels.attention import AttentionKernels
+from grpo_jax.learner import packing
+from grpo_jax.learner.logprobs import SequenceSplit
 from grpo_jax.learner.row_sizes import Sizes
 from grpo_jax.models import parameters, transformer
-from grpo_jax.models.block import ByRow
+from grpo_jax.models.lanes import Layout, PackedInputs
+from grpo_jax.models.placement import Placement
 from grpo_jax.structs import Array, ModelConfig, Params, Rollouts, Sampling
 
 # Tokens of a microbatch on a device, where the config does not say: enough for full speed, so few
@@ -43,7 +45,7 @@ class Scorer:
     remat: str = "dots"  # as in `config.model.remat`
     scan_layers: bool = True
     microbatch: int = 0  # groups at once, more where completions are short; 0: by their tokens
-    kernels: transformer.Kernels = attention  # compute the attention
+    kernels: AttentionKernels = attention  # compute the attention
     tokens: int = 0  # of a row of a microbatch, where that is 0; 0: the usual number
 
     def microbatches(
@@ -76,59 +78,49 @@ class Scorer:
         return sharding.attention_parts(self.mesh, self.model.num_kv_heads)
 
     @property
-    def row_axis(self) -> str:
-        return sharding.row_axis(self.mesh, self.model.num_kv_heads)
-
-    @property
-    def apart(self) -> ByRow | None:
-        """How the devices that share the MLP have rows of attention each; None: they share heads.
-
-        XLA would send activations in place of the weights, which it is therefore told to gather.
-        """
-        if self.parts == 1:
-            return None
-        gather = functools.partial(by_shard.gathered, self.mesh, split=("mlp", "vocab"))
-        return ByRow(self.row_axis, gather)
+    def placement(self) -> Placement:
+        """Where activations lie on the devices of a data shard."""
+        return Placement.of(self.mesh, self.model.num_kv_heads)
 
     def rows_of_vocabulary(self, x: Array) -> Array:
         """Values by row of attention [D, E, ...], those that share the head one after another."""
         if self.parts == 1:
             return x
-        axes = ("shard_rows",) + (None,) * (x.ndim - 1)
-        return self.place(x, axes).reshape(-1, self.parts * x.shape[1], *x.shape[2:])
-
-    def place(self, x: Array, axes: tuple[str | None, ...]) -> Array:
-        return by_shard.place_within_shard(self.mesh, x, axes)
+        x = self.placement.place(x, "shard_rows", *(None,) * (x.ndim - 1))
+        return x.reshape(-1, self.parts * x.shape[1], *x.shape[2:])
 
     @property
-    def along(self) -> logprobs.Along:
-        return logprobs.Along(self.mesh.shape["sequence"], self.place)
+    def along(self) -> SequenceSplit:
+        return SequenceSplit(self.mesh)
+
+    @property
+    def row_axis(self) -> str:
+        return self.placement.row_axis
 
     def groups_in_shard(self, rollouts: Rollouts) -> int:
         return len(rollouts.length_PG) // self.mesh.shape["data"]
 
-    def hidden(
-        self, params: Params, rollouts: Rollouts, layout: tuple[Array, Array] | None = None
-    ) -> Array:
-        """The hidden states that predict completion tokens, as `transformer.score` orders them.
+    def hidden(self, params: Params, rollouts: Rollouts, layout: Layout | None = None) -> Array:
+        """The hidden states that predict completion tokens, as `PackedInputs.predictors` has them.
 
         Without a layout as rows, [P * G, C, D].
         """
-        hidden = transformer.score(
+        prompts = rollouts.prompt_PQ, rollouts.prompt_length_P
+        inputs = PackedInputs.of(*prompts, rollouts.completion_PGC, layout)
+        hidden = transformer.completion_states(
             params,
             self.model,
-            rollouts.prompt_PQ,
-            rollouts.prompt_length_P,
-            rollouts.completion_PGC,
-            layout,
+            inputs,
             dtype=self.dtype,
             remat=self.remat,
             scan=self.scan_layers,
-            place=self.place,
-            apart=self.apart,
+            placement=self.placement,
             kernels=self.kernels,
         )
-        return hidden if layout is not None else hidden.reshape(-1, *hidden.shape[2:])
+        if layout is None:
+            hidden = inputs.by_completion(hidden)
+            hidden = hidden.reshape(-1, *hidden.shape[2:])
+        return hidden
 
     def head(self, params: Params) -> Array:
         """The LM head [D, V], gathered once for all chunks of the vocabulary's sweep."""
@@ -140,7 +132,7 @@ class Scorer:
 class Packed:
     """One microbatch of a data shard: whose tokens its rows' predictions [D, E] are.
 
-    E = M * G + X, ordered as `transformer.score` has them, M counted on one device.
+    E = M * G + X, ordered as `PackedInputs.predictors` has them, M counted on one device.
     """
 
     groups_DM: Array

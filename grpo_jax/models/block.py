@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.kernels import quantize
-from grpo_jax.kernels.gpu_norm import Sum
-from grpo_jax.structs import Array, ModelConfig
+from grpo_jax.kernels.norm import AddNorm, Residual
+from grpo_jax.models.placement import REPLICATED, MlpPlacement
+from grpo_jax.structs import Array, Layer, ModelConfig
 
 # Queries, keys and values, none of them rotated yet, to the attention's output and whatever the
 # caller wants kept of them.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
-# An activation and the logical axes of its dimensions to the same, placed over the devices.
-Place = Callable[[Array, tuple[str | None, ...]], Array]
-
-
-class Rows(NamedTuple):
-    """How rows that devices divide between them become whole on each for the MLP, and the inverse.
-
-    It is split by width over devices that have the attention of other rows each.
-    """
-
-    whole: Callable[[Array], Array] = lambda x: x
-    split: Callable[[Array], Array] = lambda x: x
-    wide: Callable[[Array], Array] = lambda x: x  # what is inside the MLP, [tokens, F]
-
-    @staticmethod
-    def placed(place: Place, row_axis: str) -> Rows:
-        by = lambda axis: lambda x: place(x, (axis,) + (None,) * (x.ndim - 1))  # noqa: E731
-        return Rows(by("shard_rows"), by(row_axis), lambda x: place(x, ("shard_rows", "mlp")))
-
-
-UNDIVIDED = Rows()
-
-
-class ByRow(NamedTuple):
-    """Devices that share the MLP and have the attention of rows of their own each."""
-
-    axis: str  # the logical axis of the rows
-    gather: Callable[[Array, tuple[str, ...]], Array]  # a parameter of these logical axes
 
 
 class Dense(nn.Module):
@@ -90,21 +62,17 @@ def rms_norm(config: ModelConfig, dtype, name: str | None = None, kind: Any = nn
     )
 
 
-def normed(norm: Callable[..., Any], x: Array | Sum) -> tuple[Array, Array]:
-    """States that may still be to be added, and their norm."""
-    return norm(x) if isinstance(x, Sum) else (x, norm(x))
-
-
 class Attention(nn.Module):
     config: ModelConfig
     dtype: Any
+    fused: bool  # the parameters are those of `parameters.fuse_projections`
 
     @nn.compact
     def __call__(self, x: Array, attend: Attend):
         c = self.config
         counts = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
         by_head = lambda y: y.reshape(*y.shape[:-1], -1, c.head_size)  # noqa: E731
-        if self.has_variable("params", "qkv"):  # of `joined`
+        if self.fused:
             features = sum(counts.values()) * c.head_size
             dense = _dense(features, ("embed", "heads"), "qkv", self.dtype, c.qkv_bias)
             ends = np.cumsum(list(counts.values()))[:-1]
@@ -128,37 +96,48 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     config: ModelConfig
     dtype: Any
-
-    rows: Rows
+    fused: bool  # the parameters are those of `parameters.fuse_projections`
+    placement: MlpPlacement
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         return _by_token(self._tokens, x)
 
     def _tokens(self, x: Array) -> Array:
-        x, width = self.rows.whole(x), self.config.mlp_width
-        if self.has_variable("params", "gate_up"):  # of `joined`
+        x, width = self.placement.gather(x), self.config.mlp_width
+        if self.fused:
             both = _dense(2 * width, ("embed", "mlp"), "gate_up", self.dtype)(x)
             gate, up = jnp.split(both, 2, axis=-1)
         else:
             gate = _dense(width, ("embed", "mlp"), "gate", self.dtype)(x)
             up = _dense(width, ("embed", "mlp"), "up", self.dtype)(x)
-        y = self.rows.wide(nn.silu(self.rows.wide(gate)) * self.rows.wide(up))
-        return self.rows.split(_dense(self.config.width, ("mlp", "embed"), "down", self.dtype)(y))
+        by_width = self.placement.by_width
+        y = by_width(nn.silu(by_width(gate)) * by_width(up))
+        down = _dense(self.config.width, ("mlp", "embed"), "down", self.dtype)(y)
+        return self.placement.scatter(down)
+
+
+_MIXERS = {"attention": Attention}  # by `Layer.mixer`
+_FFNS = {"dense": MLP}  # by `Layer.ffn`
 
 
 class Block(nn.Module):
-    """One layer on hidden states [..., D]; any leading axes."""
+    """One layer on a residual stream of states [..., D]; any leading axes."""
 
     config: ModelConfig
+    layer: Layer
     dtype: Any = jnp.float32
-    norm: Any = nn.RMSNorm  # or `FusedNorm`, and what is returned is still to be added
+    fused: bool = False  # the parameters are those of `parameters.fuse_projections`
+    mlp: MlpPlacement = REPLICATED
+    norm: type[nn.Module] = AddNorm  # or `gpu_norm.FusedNorm`
 
     @nn.compact
-    def __call__(self, x: Array | Sum, attend: Attend, rows: Rows = UNDIVIDED):
-        norm = functools.partial(rms_norm, self.config, self.dtype, kind=self.norm)
-        plus = jnp.add if self.norm is nn.RMSNorm else Sum
-        x, y = normed(norm("attention_norm"), x)
-        y, kept = Attention(self.config, self.dtype, name="attention")(y, attend)
-        x, y = normed(norm("mlp_norm"), plus(x, y))
-        return plus(x, MLP(self.config, self.dtype, rows, name="mlp")(y)), kept
+    def __call__(self, x: Residual, attend: Attend) -> tuple[Residual, Any]:
+        norm = lambda name: rms_norm(self.config, self.dtype, name, self.norm)  # noqa: E731
+        states, normed = norm("attention_norm")(x)
+        mixer, ffn = _MIXERS[self.layer.mixer], _FFNS[self.layer.ffn]
+        sizes = self.config, self.dtype, self.fused
+        branch, kept = mixer(*sizes, name="attention")(normed, attend)
+        states, normed = norm("mlp_norm")(Residual(states, branch))
+        branch = ffn(*sizes, self.mlp, name="mlp")(normed)
+        return Residual(states, branch), kept

@@ -1,4 +1,12 @@
-"""The lanes of packed completions, and how states move between them."""
+"""Packed rows: what the decoder reads of them, and how states reach the lanes of attention.
+
+A row holds the prompts of some groups and then entries, each a completion's token that is read to
+predict the next. Attention needs to know which entries belong together: every prompt has some lanes
+of equal width, which hold one completion or several. Axes beside those of `structs.py`:
+
+    X entries of a row          L lanes of a prompt         Y places in a row's lanes, P / R * L * T
+    R packed rows
+"""
 
 from __future__ import annotations
 
@@ -6,8 +14,23 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from grpo_jax.structs import Array
+
+# (token_RX, lane_PLT) of `learner/packing.py`: the completion token that an entry predicts,
+# (m * G + g) * C + c in its row or -1 for none, and the entry in a place of the lanes, -1 for none.
+Layout = tuple[Array, Array]
+
+
+def identity_layout(prompts: int, group: int, tokens: int) -> Layout:
+    """A row for each prompt and a lane for each of its completions, every place an entry."""
+    token_GT = np.arange(group)[:, None] * tokens + np.arange(1, tokens)
+    entry_GT = np.arange(token_GT.size).reshape(token_GT.shape)
+    return (
+        jnp.broadcast_to(token_GT.reshape(1, -1), (prompts, token_GT.size)),
+        jnp.broadcast_to(entry_GT[None], (prompts, *entry_GT.shape)),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +39,7 @@ class Lanes:
 
     rows: int
     shape: tuple[int, int, int]  # P, L, T
-    entry_RY: Array | None = None  # of each place in a row's lanes, Y = P / R * L * T; -1: none
+    entry_RY: Array | None = None  # which stands in a place; -1: none
     place_RX: Array | None = None  # of each entry, the inverse. None for both: they are the same
 
     @staticmethod
@@ -44,6 +67,95 @@ class Lanes:
             return x.reshape(self.rows, -1, *x.shape[3:])
         x = x.reshape(*self.entry_RY.shape, *x.shape[3:])
         return _moved(x, self.place_RX, self.entry_RY)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedInputs:
+    """What the decoder reads of packed rows [R, T]: their prompts, T - X tokens, then X entries."""
+
+    ids_RT: Array  # int32
+    position_RT: Array  # int32: in the text, its prompt included
+    prompt_length_P: Array
+    prompt_tokens: int  # Q: padded
+    group: int  # G
+    lanes: Lanes
+    segment_PLT: Array  # int32: equal for tokens of one completion; 0: none
+    position_PLT: Array  # int32: in the completion
+
+    @staticmethod
+    def of(
+        prompt_PQ: Array,
+        prompt_length_P: Array,
+        completion_PGC: Array,
+        layout: Layout | None = None,
+    ) -> PackedInputs:
+        """Prompts and completions, padded on the right, as a layout packs them; None: the identity.
+
+        Each row has as many prompts as the others, one after another.
+        """
+        num_prompts, group, tokens = completion_PGC.shape
+        token_RX, lane_PLT = layout or identity_layout(num_prompts, group, tokens)
+        lanes = Lanes.of(lane_PLT, *token_RX.shape)
+        by_row = lambda x: x.reshape(token_RX.shape[0], -1)  # noqa: E731
+        read_RX = jnp.maximum(token_RX - 1, 0)  # an entry reads the token before
+        input_RX = jnp.take_along_axis(by_row(completion_PGC), read_RX, axis=1)
+        length_RX = jnp.take_along_axis(
+            by_row(prompt_length_P), read_RX // (group * tokens), axis=1
+        )
+        position_RX = read_RX % tokens
+        position_PQ = jnp.broadcast_to(jnp.arange(prompt_PQ.shape[1]), prompt_PQ.shape)
+        return PackedInputs(
+            ids_RT=jnp.concatenate([by_row(prompt_PQ), input_RX], axis=1),
+            position_RT=jnp.concatenate([by_row(position_PQ), length_RX + position_RX], axis=1),
+            prompt_length_P=prompt_length_P,
+            prompt_tokens=prompt_PQ.shape[1],
+            group=group,
+            lanes=lanes,
+            segment_PLT=lanes.spread(read_RX // tokens + 1),
+            position_PLT=lanes.spread(position_RX),
+        )
+
+    @property
+    def num_entries(self) -> int:
+        """X."""
+        rows, prompts = self.ids_RT.shape[0], self.prompt_length_P.shape[0]
+        return self.ids_RT.shape[1] - prompts // rows * self.prompt_tokens
+
+    def prompts(self, x: Array) -> Array:
+        """The prompts' part of states by row [R, T, ...], as [P, Q, ...]."""
+        x = x[:, : x.shape[1] - self.num_entries]
+        return x.reshape(-1, self.prompt_tokens, *x.shape[2:])
+
+    def entries(self, x: Array) -> Array:
+        """The entries' part of states by row [R, T, ...], as [R, X, ...]."""
+        return x[:, x.shape[1] - self.num_entries :]
+
+    def rows(self, prompts: Array, entries: Array | None) -> Array:
+        """The inverse of both: [P, Q, ...] and [R, X, ...], None where X is 0, as [R, T, ...]."""
+        prompts = prompts.reshape(self.ids_RT.shape[0], -1, *prompts.shape[2:])
+        return prompts if entries is None else jnp.concatenate([prompts, entries], axis=1)
+
+    def predictors(self, x_RTD: Array) -> Array:
+        """The states that predict completions' tokens, [R, M * G + X, D] for R rows of M prompts.
+
+        First those that predict each completion's first token, which are the prompts' last, then
+        those of the entries.
+        """
+        x_PQD = self.prompts(x_RTD)
+        last_PD = jnp.take_along_axis(x_PQD, (self.prompt_length_P - 1)[:, None, None], axis=1)[
+            :, 0
+        ]
+        first_PGD = jnp.broadcast_to(
+            last_PD[:, None], (last_PD.shape[0], self.group, last_PD.shape[1])
+        )
+        first = first_PGD.reshape(x_RTD.shape[0], -1, x_RTD.shape[2])
+        return jnp.concatenate([first, self.entries(x_RTD)], axis=1)
+
+    def by_completion(self, states: Array) -> Array:
+        """`predictors` of the identity layout as [P, G, C, D]: entry c predicts token c."""
+        first, rest = states[:, : self.group, None], states[:, self.group :]
+        rest = rest.reshape(*first.shape[:2], self.num_entries // self.group, states.shape[2])
+        return jnp.concatenate([first, rest], axis=2)
 
 
 @jax.custom_vjp

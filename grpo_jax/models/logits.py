@@ -1,18 +1,20 @@
 """From hidden states to the distribution that tokens are drawn from.
 
-Sampler and scorer both go through `weighed`, so temperature, top-k and top-p cannot differ between
-them; where every token may be drawn, which leaves the temperature, `draw` divides by it.
+Sampler and scorer both go through `sampling_logits`, so temperature, top-k and top-p cannot differ
+between them. Where every token may be drawn only the temperature is left, and `sample` divides by
+it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from grpo_jax.devices import by_shard
 from grpo_jax.kernels import quantize
 from grpo_jax.kernels.block_sums import Sums, sums_of_blocks
 from grpo_jax.structs import Array, Sampling
@@ -23,7 +25,7 @@ def logits(hidden: Array, head_DV: Array) -> Array:
     return quantize.product(hidden, head_DV, jnp.float32)
 
 
-def support(logits: Array, sampling: Sampling) -> Array | None:
+def keep_mask(logits: Array, sampling: Sampling) -> Array | None:
     """True where a token may be drawn, bool [..., V]; None when every token may.
 
     `logits` are already divided by the temperature. Of equal logits at the edge all are kept.
@@ -49,7 +51,7 @@ def takes_all(sampling: Sampling, vocab: int) -> bool:
     return not 0 < sampling.top_k < vocab and sampling.top_p >= 1.0
 
 
-def weighed(
+def sampling_logits(
     logits: Array,
     sampling: Sampling,
     *,
@@ -64,7 +66,7 @@ def weighed(
     """
     temperature = sampling.temperature if temperature is None else temperature
     logits = logits / jnp.where(temperature == 0, 1.0, temperature)
-    keep = support(logits, sampling)
+    keep = keep_mask(logits, sampling)
     if keep is None:
         return logits
     if always is not None:
@@ -81,29 +83,34 @@ def log_probs(
 ) -> Array:
     """Log-probabilities float32 [..., V] of the distribution that tokens are drawn from.
 
-    Arguments are those of `weighed`.
+    Arguments are those of `sampling_logits`.
     """
     return jax.nn.log_softmax(
-        weighed(logits, sampling, temperature=temperature, always=always), axis=-1
+        sampling_logits(logits, sampling, temperature=temperature, always=always), axis=-1
     )
 
 
-class Split(NamedTuple):
-    """The devices that split a vocabulary equally, and how an array becomes whole on each."""
+@dataclasses.dataclass(frozen=True)
+class VocabSplit:
+    """The devices that split a vocabulary equally."""
 
     devices: int = 1
-    whole: Callable[[Array], Array] = lambda x: x
+    mesh: Mesh | None = None  # whose tensor axis they are
+
+    def whole(self, x: Array) -> Array:
+        """The same array, whole on each of them."""
+        return x if self.mesh is None else by_shard.place_in_slots(self.mesh, x)
 
 
-ALONE = Split()
+UNSPLIT = VocabSplit()
 _ALIGNED = 32  # a block's tokens are a multiple of this, where no block is padded
 _UNEVEN = 8  # and at most so many times more, or fewer, than if there were as many as blocks
 
 
-def draw(
+def sample(
     score_BV: Array,
     uniform_B: Array,
-    split: Split = ALONE,
+    split: VocabSplit = UNSPLIT,
     *,
     temperature: Array | float = 1.0,
     sums: Sums = sums_of_blocks,

@@ -4,7 +4,7 @@ They are float32 unless the caller cast them, for sampling also those of `quanti
 kernels are [in, out], heads contiguous:
 
     embed/embedding [V, D]      norm/scale [D]      head/kernel [D, V] (untied models only)
-    layers/ (all with a leading L)
+    layers/ (stacked by slot as in `layer_runs.py`, with a leading axis)
         attention_norm/scale [D]      mlp_norm/scale [D]
         attention/{q,k,v,o}/kernel    attention/{q,k,v,o}/bias (where the family has them)
         attention/{q_norm,k_norm}/scale [H] (Qwen3)
@@ -14,21 +14,24 @@ kernels are [in, out], heads contiguous:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from grpo_jax.kernels.norm import Residual
+from grpo_jax.models import layer_runs
 from grpo_jax.models.block import Block
-from grpo_jax.structs import Array, ModelConfig, Params
+from grpo_jax.structs import Array, Layer, ModelConfig, Params
 
 
-def _boxed_block(config: ModelConfig, key: Array) -> Params:
+def _boxed_block(config: ModelConfig, layer: Layer, key: Array) -> Params:
     """One layer's parameters in the boxes that carry their logical axes."""
-    x = jnp.zeros((1, config.width))
-    return Block(config).init(key, x, lambda q, k, v: (q, None))["params"]
+    x = Residual.of(jnp.zeros((1, config.width)))
+    return Block(config, layer).init(key, x, lambda q, k, v: (q, None))["params"]
 
 
 def init(config: ModelConfig, key: Array) -> Params:
@@ -38,12 +41,17 @@ def init(config: ModelConfig, key: Array) -> Params:
     holds the whole model.
     """
     layers_key, embed_key, head_key = jax.random.split(key, 3)
+    layer_keys = jax.random.split(layers_key, config.num_layers)
     normal = nn.initializers.normal(0.02)
+
+    def stack(run: int, slot: int, members: Sequence[int]) -> Params:
+        layer = config.layers[members[0]]
+        block = lambda key: nn.unbox(_boxed_block(config, layer, key))  # noqa: E731
+        return jax.vmap(block)(layer_keys[np.array(members)])
+
     params = {
         "embed": {"embedding": normal(embed_key, (config.vocab_size, config.width))},
-        "layers": jax.vmap(lambda k: nn.unbox(_boxed_block(config, k)))(
-            jax.random.split(layers_key, config.num_layers)
-        ),
+        "layers": layer_runs.by_slot(config.layers, stack),
         "norm": {"scale": jnp.ones(config.width)},
     }
     if not config.tied_head:
@@ -56,12 +64,27 @@ def logical_axes(config: ModelConfig) -> Params:
     return jax.tree.map(lambda name: name, _logical_axes(config))
 
 
+@functools.cache
+def layer_axes(config: ModelConfig, layer: Layer) -> Params:
+    """The logical axes of one layer's parameters, without that of the stack."""
+    boxed = jax.eval_shape(lambda: _boxed_block(config, layer, jax.random.key(0)))
+    return jax.tree.map(tuple, nn.get_partition_spec(boxed))
+
+
+def _is_axes(x: Any) -> bool:
+    return isinstance(x, tuple)
+
+
 @functools.cache  # asked for by each program, and a trace each time
 def _logical_axes(config: ModelConfig) -> Params:
-    boxed = jax.eval_shape(lambda: _boxed_block(config, jax.random.key(0)))
+
+    def stack(run: int, slot: int, members: Sequence[int]) -> Params:
+        axes = layer_axes(config, config.layers[members[0]])
+        return jax.tree.map(lambda names: ("layers", *names), axes, is_leaf=_is_axes)
+
     axes = {
         "embed": {"embedding": ("vocab", "embed")},
-        "layers": jax.tree.map(lambda spec: ("layers", *spec), nn.get_partition_spec(boxed)),
+        "layers": layer_runs.by_slot(config.layers, stack),
         "norm": {"scale": ("norm",)},
     }
     if not config.tied_head:
@@ -86,7 +109,7 @@ def head_kernel(params: Params) -> Array:
     return params["embed"]["embedding"].T
 
 
-def with_layers_in(params: Params, dtype) -> Params:
+def cast_layers(params: Params, dtype) -> Params:
     """The layers' kernels and biases as they are computed with, once for all microbatches.
 
     The embedding, the head and the norms stay: gradients of many tokens are summed into them.
@@ -98,21 +121,29 @@ def with_layers_in(params: Params, dtype) -> Params:
     return params | {"layers": jax.tree_util.tree_map_with_path(one, params["layers"])}
 
 
-# By module, what `joined` makes of which dense layers.
-_JOINED = {"attention": ("qkv", ("q", "k", "v")), "mlp": ("gate_up", ("gate", "up"))}
+def layer_stacks(layers: Params, config: ModelConfig) -> list[tuple[Params, int]]:
+    """Of every layer the parameters it is stacked with, and which of the stack it is.
+
+    `layers` may be anything with the structure of the parameters of layers.
+    """
+    places = layer_runs.places(config.layers)
+    return [(layer_runs.slot_of(layers, config.layers, r, s), turn) for r, s, turn in places]
 
 
-def joined(
+# By module, what `fuse_projections` makes of which dense layers.
+_FUSED = {"attention": ("qkv", ("q", "k", "v")), "mlp": ("gate_up", ("gate", "up"))}
+
+
+def fuse_projections(
     layer: Params, join: Callable[..., Any] = lambda *xs: jnp.concatenate(xs, axis=-1)
 ) -> Params:
     """One layer's weights, those that are multiplied with the same states side by side.
 
     Of few tokens one product is faster than its parts. `join` puts arrays of all parts together.
     """
-    for module, (name, parts) in _JOINED.items():
+    for module, (name, parts) in _FUSED.items():
         dense = dict(layer[module])
         trees = [dense.pop(part) for part in parts]
-        is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
-        dense[name] = jax.tree.map(join, *trees, is_leaf=is_axes)
+        dense[name] = jax.tree.map(join, *trees, is_leaf=_is_axes)
         layer = layer | {module: dense}
     return layer

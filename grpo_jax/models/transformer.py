@@ -1,43 +1,45 @@
 """One decoder for Llama, Qwen2, Qwen3 and Mistral, and the three ways it is run.
 
-`score` runs prompts once and their completions beside them (training and scoring), `prefill` runs
-prompts and keeps their keys and values, `decode_token` adds one token per completion. All three
-apply the same `Block`; only the attention that it is handed differs. Layers are stacked along a
-leading axis of every parameter and scanned, except in sampling, where a scan would copy the cache:
-`prefill` and `decode_token` take their layers one by one, in a list.
+`completion_states` runs prompts once and their completions beside them (training and scoring),
+`prefill` runs prompts and keeps their keys and values, `decode_token` adds one token per
+completion. All three apply the same `Block`; only the attention that it is handed differs. Layers
+are stacked and scanned by runs of a pattern (`layer_runs.py`), except in sampling, where a scan
+would copy the cache: `prefill` and `decode_token` take their layers one by one, in a list.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.kernels import attention, fused_attention, kv_cache, quantize, rotary
-from grpo_jax.kernels.gpu_norm import Sum
+from grpo_jax.kernels import attention, fused_attention, quantize
+from grpo_jax.kernels import rotary as rotary_lib
+from grpo_jax.kernels.attention import AttentionKernels
+from grpo_jax.kernels.kv_cache import RING, DecodeStep, KVCache
+from grpo_jax.kernels.norm import AddNorm, Residual
 from grpo_jax.models import block as block_lib
-from grpo_jax.models import parameters
-from grpo_jax.models.block import Block, ByRow, Place, Rows
-from grpo_jax.models.lanes import Lanes
-from grpo_jax.structs import Array, ModelConfig, Params
+from grpo_jax.models import layer_runs, parameters
+from grpo_jax.models.block import Block
+from grpo_jax.models.lanes import PackedInputs
+from grpo_jax.models.placement import ONE_DEVICE, REPLICATED, MlpPlacement, Placement
+from grpo_jax.structs import Array, Layer, ModelConfig, Params, Rotary
 
-Kernels = Any  # `attention`, or what has its `causal`, `shared_prefix` and `shares_lanes`
 
-
-def rotary_frequencies(config: ModelConfig) -> np.ndarray:
+def rotary_frequencies(rotary: Rotary, head_size: int) -> np.ndarray:
     """Radians per position of each rotary pair, float32 [H/2]; Llama-3 scaling by wavelength.
 
     In the order of operations of Hugging Face, with which models were trained: at position 131,071
     an angle is off by up to 0.008 for each unit in the last place of its frequency.
     """
-    exponent = np.arange(0, config.head_size, 2, dtype=np.float32) / np.float32(config.head_size)
+    exponent = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
     # NumPy's power in float32 is up to two units off, torch's is rounded from more digits.
-    power = (config.rope_theta ** exponent.astype(np.float64)).astype(np.float32)
-    freq, scaling = np.float32(1) / power, config.rope_scaling
+    power = (rotary.theta ** exponent.astype(np.float64)).astype(np.float32)
+    freq, scaling = np.float32(1) / power, rotary.scaling
     if scaling is None:
         return freq
     original, low, high = (
@@ -63,141 +65,122 @@ def _embed(params: Params, ids: Array, dtype) -> Array:
 
 
 def _final_norm(
-    params: Params, config: ModelConfig, x: Array | Sum, dtype, kind: Any = nn.RMSNorm
+    params: Params, config: ModelConfig, x: Residual, dtype, kind: type[nn.Module] = AddNorm
 ) -> Array:
-    norm = functools.partial(
-        block_lib.rms_norm(config, dtype, kind=kind).apply, {"params": params["norm"]}
-    )
-    return block_lib.normed(norm, x)[1]
+    norm = block_lib.rms_norm(config, dtype, kind=kind)
+    return norm.apply({"params": params["norm"]}, x)[1]
 
 
-def _layer_windows(config: ModelConfig) -> Array | None:
-    """Window of each layer, int32 [L], for a scan over layers; None when no layer has one."""
-    if config.window_per_layer is None:
-        return None
-    whole = np.iinfo(np.int32).max
-    return jnp.array([whole if w is None else w for w in config.window_per_layer], jnp.int32)
+def _angles(config: ModelConfig, position: Array) -> list[tuple[Array, Array]]:
+    """Cosines and sines of the angles at positions, by `Layer.rotary`."""
+    return [
+        rotary_lib.rotary(position, rotary_frequencies(rotary, config.head_size))
+        for rotary in config.rotaries
+    ]
 
 
-def _run_layers(body, carry, params: Params, config: ModelConfig, remat: str, scan: bool):
-    """The layers one after the other; `remat` as in `config.model`; `scan`: in a loop.
-
-    A loop copies what it keeps of each layer into arrays of all, which it begins with zeros.
-    """
-    if remat != "none":
-        # Inside a scan nothing else could be merged with what is computed again; else XLA would
-        # keep what it is not to.
-        policies = jax.checkpoint_policies
-        dots = policies.save_from_both_policies(
-            policies.dots_with_no_batch_dims_saveable,  # attention's have some
-            policies.save_only_these_names(fused_attention.KEPT),
-        )
-        policy = dots if remat == "dots" else None
-        body = jax.checkpoint(body, policy=policy, prevent_cse=not scan)
-    layers = (params["layers"], _layer_windows(config))
-    return jax.lax.scan(body, carry, layers, unroll=1 if scan else config.num_layers)
-
-
-def score(
+def _run_layers(
+    apply: Callable[[Layer, Array, Params], Array],
+    x: Array,
     params: Params,
     config: ModelConfig,
-    prompt_PQ: Array,
-    prompt_length_P: Array,
-    completion_PGC: Array,
-    layout: tuple[Array, Array] | None = None,
+    remat: str,
+    scan: bool,
+) -> Array:
+    """`apply(layer, x, params)` of the layers one after the other, run by run.
+
+    `remat` as in `config.model`; `scan`: in a loop, which copies what it keeps of each turn into
+    arrays of all, and begins these with zeros.
+    """
+    # Inside a scan nothing else could be merged with what is computed again; else XLA would keep
+    # what it is not to.
+    policies = jax.checkpoint_policies
+    dots = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable,  # attention's have some
+        policies.save_only_these_names(fused_attention.KEPT),
+    )
+    checkpoint = functools.partial(
+        jax.checkpoint, policy=dots if remat == "dots" else None, prevent_cse=not scan
+    )
+    for r, (pattern, count) in enumerate(layer_runs.runs(config.layers)):
+        bodies = [functools.partial(apply, layer) for layer in pattern]
+        bodies = bodies if remat == "none" else list(map(checkpoint, bodies))
+        stacks = [
+            layer_runs.slot_of(params["layers"], config.layers, r, slot)
+            for slot in range(len(pattern))
+        ]
+
+        def turn(x: Array, params: list[Params], bodies=bodies):
+            for body, of_layer in zip(bodies, params, strict=True):
+                x = body(x, of_layer)
+            return x, None
+
+        x, _ = jax.lax.scan(turn, x, stacks, unroll=1 if scan else count)
+    return x
+
+
+def completion_states(
+    params: Params,
+    config: ModelConfig,
+    inputs: PackedInputs,
     *,
     dtype=jnp.float32,
     remat: str = "none",
     scan: bool = True,
-    place: Place = lambda x, axes: x,
-    apart: ByRow | None = None,
-    kernels: Kernels = attention,
+    placement: Placement = ONE_DEVICE,
+    kernels: AttentionKernels = attention,
 ) -> Array:
     """The hidden states that predict the completions' tokens; every prompt is computed once.
 
-    Without a layout [P, G, C, D]: entry [p, g, c] predicts completion token c. With one, the
-    (token_RX, lane_PLT) of `learner/packing.py`, [R, M * G + X, D] for R rows of M prompts: first
-    the states that predict each completion's first token, which are the prompts' last, then those
-    of the row's entries. Prompts and completions are padded on the right; the states of padding
-    and of empty entries mean nothing. `place` is given activations with their logical axes;
-    `kernels` compute the attention.
+    Ordered as `PackedInputs.predictors` has them. The states of padding and of empty entries mean
+    nothing.
     """
-    num_prompts, group, tokens = completion_PGC.shape
-    if layout is None:  # a row for each prompt, a lane for each completion
-        own_GT = np.arange(group)[:, None] * tokens + np.arange(1, tokens)
-        token_RX = jnp.broadcast_to(own_GT.reshape(1, -1), (num_prompts, own_GT.size))
-        lanes = Lanes(num_prompts, (num_prompts, group, tokens - 1))
-    else:
-        token_RX, lane_PLT = layout
-        lanes = Lanes.of(lane_PLT, *token_RX.shape)
-    by_row = lambda x, *shape: x.reshape(token_RX.shape[0], *shape)  # noqa: E731
-    place_RX = jnp.maximum(token_RX - 1, 0)  # of the token that an entry reads
-    input_RX = jnp.take_along_axis(by_row(completion_PGC, -1), place_RX, axis=1)
-    length_RX = jnp.take_along_axis(
-        by_row(prompt_length_P, -1), place_RX // (group * tokens), axis=1
-    )
-    position_RX = place_RX % tokens
-    position_PLT = lanes.spread(position_RX)
-    segment_PLT = lanes.spread(place_RX // tokens + 1)  # 0: none
-    at_PQ = jnp.broadcast_to(jnp.arange(prompt_PQ.shape[1]), prompt_PQ.shape)
-    position = jnp.concatenate([by_row(at_PQ, -1), length_RX + position_RX], axis=1)
-    angles = rotary.rotary(position, rotary_frequencies(config))
-    ids = jnp.concatenate([by_row(prompt_PQ, -1), input_RX], axis=1)
-    begin, block = ids.shape[1] - token_RX.shape[1], Block(config, dtype)
-    row_axis = apart.axis if apart else "shard_rows"
-    by_token, by_head = (row_axis, "tokens"), (row_axis, None, "attention_heads", None)
-    split = lambda x: place(x, (*by_token, None))  # noqa: E731
-    rows = Rows.placed(place, row_axis) if apart else block_lib.UNDIVIDED
-    axes = parameters.logical_axes(config)
-    layer_axes = jax.tree.map(
-        lambda names: names[1:], axes["layers"], is_leaf=lambda x: isinstance(x, tuple)
-    )
-    to_heads = lambda x: place(place(x, (*by_token, "heads", None)), by_head)  # noqa: E731
-    to_tokens = lambda x: place(place(x, by_head), (*by_token, "heads", None))  # noqa: E731
+    angles = _angles(config, inputs.position_RT)
 
-    def gathered(params: Params, axes: Params) -> Params:
-        return jax.tree.map(apart.gather, params, axes) if apart else params
-
-    def layer(x, layer_and_window):
-        params, window = layer_and_window
-        params = gathered(params, layer_axes)
+    def apply(layer: Layer, x_RTD: Array, params: Params) -> Array:
+        params = placement.gathered(params, parameters.layer_axes(config, layer))
 
         def attend(q, k, v):
-            q, k = (rotary.rotate(y, angles) for y in (q, k))
-            q, k, v = map(to_heads, (q, k, v))
-            prompts = [y[:, :begin].reshape(*prompt_PQ.shape, *y.shape[2:]) for y in (q, k, v)]
-            out_PQNH = kernels.causal(*prompts, prompt_length_P, window)
-            out = by_row(out_PQNH, -1, *q.shape[2:])
-            if token_RX.shape[1]:
-                out_PLTNH = kernels.shared_prefix(
-                    *(lanes.spread(y[:, begin:]) for y in (q, k, v)),
-                    segment_PLT,
-                    *prompts[1:],
-                    prompt_length_P,
-                    position_PLT,
-                    window,
-                )
-                out = jnp.concatenate([out, lanes.gather(out_PLTNH)], axis=1)
-            return to_tokens(out), None
+            q, k = (rotary_lib.rotate(y, angles[layer.rotary]) for y in (q, k))
+            q, k, v = map(placement.to_heads, (q, k, v))
+            out = _attend_packed(kernels, inputs, q, k, v, layer.window)
+            return placement.to_tokens(out), None
 
-        x, _ = block.apply({"params": params}, split(x), attend, rows)
-        return split(x), None
+        x = Residual.of(placement.states(x_RTD))
+        block = Block(config, layer, dtype, mlp=placement.mlp)
+        x, _ = block.apply({"params": params}, x, attend)
+        return placement.states(x.sum())
 
-    embed = gathered(params["embed"], axes["embed"])
-    x = _embed({"embed": embed}, ids, dtype)
-    if not apart:  # as the table is split; else XLA may send all shards' tokens to all
-        x = place(x, (None, "tokens", "embed"))
-    x = rows.split(rows.whole(x))
-    x, _ = _run_layers(layer, x, params, config, remat, scan)
-    x_PQD = x[:, :begin].reshape(*prompt_PQ.shape, -1)
-    last_PD = jnp.take_along_axis(x_PQD, (prompt_length_P - 1)[:, None, None], axis=1)[:, 0]
-    first_PGD = jnp.broadcast_to(last_PD[:, None], (num_prompts, group, config.width))
-    if layout is None:
-        own_PGTD = x[:, begin:].reshape(num_prompts, group, tokens - 1, config.width)
-        states = jnp.concatenate([first_PGD[:, :, None], own_PGTD], axis=2)
-    else:
-        states = jnp.concatenate([by_row(first_PGD, -1, config.width), x[:, begin:]], axis=1)
-    return _final_norm(params, config, states, dtype)
+    axes = parameters.logical_axes(config)
+    embed = placement.gathered(params["embed"], axes["embed"])
+    x_RTD = placement.embedded(_embed({"embed": embed}, inputs.ids_RT, dtype))
+    x_RTD = _run_layers(apply, x_RTD, params, config, remat, scan)
+    return _final_norm(params, config, Residual.of(inputs.predictors(x_RTD)), dtype)
+
+
+def _attend_packed(
+    kernels: AttentionKernels,
+    inputs: PackedInputs,
+    q: Array,
+    k: Array,
+    v: Array,
+    window: int | None,
+) -> Array:
+    """Attention of packed rows [R, T, N, H]: of prompts, and of completions to theirs and own."""
+    length_P, lanes = inputs.prompt_length_P, inputs.lanes
+    prompts = [inputs.prompts(x) for x in (q, k, v)]
+    out_PQNH = kernels.causal(*prompts, length_P, window)
+    if not inputs.num_entries:
+        return inputs.rows(out_PQNH, None)
+    out_PLTNH = kernels.shared_prefix(
+        *(lanes.spread(inputs.entries(x)) for x in (q, k, v)),
+        inputs.segment_PLT,
+        *prompts[1:],
+        length_P,
+        inputs.position_PLT,
+        window,
+    )
+    return inputs.rows(out_PQNH, lanes.gather(out_PLTNH))
 
 
 def prefill(
@@ -207,27 +190,29 @@ def prefill(
     length_R: Array,
     *,
     dtype=jnp.float32,
-    rows: Rows = block_lib.UNDIVIDED,
-    caching: Any = kv_cache.RING,
+    fused: bool = False,
+    mlp: MlpPlacement = REPLICATED,
+    kv_cache: KVCache = RING,
 ) -> tuple[Array, tuple]:
-    """Hidden state of each prompt's last token [R, D], and the prompts' cache by layer."""
-    t_Q = jnp.arange(prompt_RQ.shape[1])
-    angles = rotary.rotary(t_Q[None], rotary_frequencies(config))
-    block = Block(config, dtype)
+    """Hidden state of each prompt's last token [R, D], and the prompts' cache by layer.
 
-    windows = config.window_per_layer or (None,) * config.num_layers
-    x_RQD, cache = rows.split(_embed(params, prompt_RQ, dtype)), []
-    for layer, window in zip(params["layers"], windows, strict=True):
+    `fused`: the layers are those of `parameters.fuse_projections`.
+    """
+    angles = _angles(config, jnp.arange(prompt_RQ.shape[1])[None])
+    x, cache = Residual.of(mlp.scatter(_embed(params, prompt_RQ, dtype))), []
+    for layer, of_layer in zip(config.layers, params["layers"], strict=True):
 
-        def attend(q, k, v, window=window):
-            q, k = (rotary.rotate(y, angles) for y in (q, k))
-            out = attention.causal(q, k, v, length_R, window)
-            return out, caching.of_prompt(k, v)
+        def attend(q, k, v, layer=layer):
+            q, k = (rotary_lib.rotate(y, angles[layer.rotary]) for y in (q, k))
+            out = attention.causal(q, k, v, length_R, layer.window)
+            return out, kv_cache.of_prompt(k, v)
 
-        x_RQD, kept = block.apply({"params": layer}, x_RQD, attend, rows)
+        x, kept = Block(config, layer, dtype, fused, mlp).apply({"params": of_layer}, x, attend)
         cache.append(kept)
-    last_RD = jnp.take_along_axis(x_RQD, (length_R - 1)[:, None, None], axis=1)[:, 0]
-    return rows.whole(_final_norm(params, config, last_RD, dtype)), tuple(cache)
+    at_R11 = (length_R - 1)[:, None, None]
+    last_RD = jnp.take_along_axis(x.sum(), at_R11, axis=1)[:, 0]
+    hidden_RD = _final_norm(params, config, Residual.of(last_RD), dtype)
+    return mlp.gather(hidden_RD), tuple(cache)
 
 
 def decode_token(
@@ -235,33 +220,29 @@ def decode_token(
     config: ModelConfig,
     token_RW: Array,
     cache: tuple,
-    prompt_length_R: Array,
-    time_RW: Array,
-    live_RW: Array,
-    column: Array,
-    limit: int,
+    step: DecodeStep,
     *,
     dtype=jnp.float32,
-    rows: Rows = block_lib.UNDIVIDED,
-    caching: Any = kv_cache.RING,
-    norm: Any = nn.RMSNorm,
+    fused: bool = False,
+    mlp: MlpPlacement = REPLICATED,
+    kv_cache: KVCache = RING,
+    norm: type[nn.Module] = AddNorm,
 ) -> tuple[Array, tuple]:
     """Hidden state after one more token per lane [R, W, D], and the cache by layer with it.
 
-    `token_RW` stands at position `time_RW` of its completion of at most `limit` tokens, and goes
-    into `column` of a ring. What lanes give that are not live means nothing.
+    `fused` as in `prefill`.
     """
-    angles = rotary.rotary(prompt_length_R[:, None] + time_RW, rotary_frequencies(config))
-    windows = config.window_per_layer or (None,) * config.num_layers
-    block = Block(config, dtype, norm)
-    x_RWD = rows.split(_embed(params, token_RW, dtype))
+    position_RW = step.prompt_length_R[:, None] + step.time_RW
+    angles = _angles(config, position_RW)
+    x = Residual.of(mlp.scatter(_embed(params, token_RW, dtype)))
     cache = list(cache)
-    for i, layer in enumerate(params["layers"]):
+    for i, (layer, of_layer) in enumerate(zip(config.layers, params["layers"], strict=True)):
+        at_layer = step.replace(cos_sin=angles[layer.rotary], window=layer.window)
 
-        def attend(q, k, v, i=i):
-            where = prompt_length_R, time_RW, live_RW, column, limit, windows[i]
-            out, cache[i] = caching.extend(cache[i], q, k, v, angles, *where)
+        def attend(q, k, v, i=i, at_layer=at_layer):
+            out, cache[i] = kv_cache.extend(cache[i], q, k, v, at_layer)
             return out, None
 
-        x_RWD, _ = block.apply({"params": layer}, x_RWD, attend, rows)
-    return rows.whole(_final_norm(params, config, x_RWD, dtype, norm)), tuple(cache)
+        block = Block(config, layer, dtype, fused, mlp, norm)
+        x, _ = block.apply({"params": of_layer}, x, attend)
+    return mlp.gather(_final_norm(params, config, x, dtype, norm)), tuple(cache)

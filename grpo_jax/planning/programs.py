@@ -25,9 +25,9 @@ from ml_collections import ConfigDict
 from grpo_jax.config import derived, rules
 from grpo_jax.devices import sharding
 from grpo_jax.kernels import gpu_decode
-from grpo_jax.kernels.gpu_decode import Streamed
+from grpo_jax.kernels.gpu_decode import TritonDecode
 from grpo_jax.learner import packing, scoring, train_state
-from grpo_jax.models import policy
+from grpo_jax.models import parameters, policy
 from grpo_jax.planning import hlo
 from grpo_jax.planning.compiled import Compiled, Known, Program, bytes_per_device
 from grpo_jax.sampling.decode import Slots
@@ -307,9 +307,9 @@ class Step:
             lower = functools.partial(engine.publish_part[name].lower, params[name])
             made = [published[name] for name in changed[:i]]
             add(f"publish {name}", lower, params[name], 1, made)
-        layers, last = params["layers"], np.int32(self.model.num_layers - 1)
+        layers, last = parameters.layer_stacks(params["layers"], self.model)[-1]
         made = [published[name] for name in changed] + published["layers"][:-1]
-        lower = functools.partial(engine.publish_layer.lower, layers, last)
+        lower = functools.partial(engine.publish_layer.lower, layers, np.int32(last))
         add("publish layer", lower, layers, self.model.num_layers, made)
         return programs
 
@@ -330,8 +330,7 @@ class Step:
 
         Of so many lanes that decode so many tokens each, the mean.
         """
-        caching = self.engine.decoder.caching
-        if not isinstance(caching, Streamed):
+        if not isinstance(self.engine.decoder.kv_cache, TritonDecode):
             return {}
         arrays = [x for _, own in self.slots.cache for x in jax.tree.leaves(own)]
         shapes = {x.sharding.shard_shape(x.shape) for x in arrays}

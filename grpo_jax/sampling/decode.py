@@ -22,11 +22,13 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh
 
-from grpo_jax.devices import by_shard, sharding
-from grpo_jax.kernels import choice, kv_cache
+from grpo_jax.devices import sharding
+from grpo_jax.kernels import choice
 from grpo_jax.kernels.block_sums import Sums, sums_of_blocks
-from grpo_jax.models import block, logits, parameters, transformer
-from grpo_jax.models.block import Rows
+from grpo_jax.kernels.kv_cache import RING, CacheShape, DecodeStep, KVCache
+from grpo_jax.kernels.norm import AddNorm
+from grpo_jax.models import logits, parameters, transformer
+from grpo_jax.models.placement import REPLICATED, MlpOfSlots, MlpPlacement
 from grpo_jax.structs import Array, ModelConfig, Params, Sampling
 
 # A GPU waits at every look until the host has read the answer and launched the next token.
@@ -44,10 +46,10 @@ class Decoder:
     max_tokens: int  # C: completion limit
     dtype: Any = jnp.float32  # of activations, and of weights and cache that are the "same"
     weights: str = "same"  # or "int8"
-    join: bool = False  # see `parameters.joined`; for devices that hold a layer whole
+    fuse: bool = False  # `parameters.fuse_projections`; for devices that hold a layer whole
     steps: int = 1  # tokens between two looks at whether the host is needed
-    caching: Any = kv_cache.RING  # how the cache is kept and attended to: see `kernels`
-    norm: Any = nn.RMSNorm  # of a token's states
+    kv_cache: KVCache = RING  # how keys and values are kept and attended to
+    norm: type[nn.Module] = AddNorm  # of a token's states
     sums: Sums = sums_of_blocks  # of a draw
 
     @property
@@ -56,11 +58,8 @@ class Decoder:
         return sharding.attention_parts(self.mesh, self.model.num_kv_heads)
 
     @property
-    def rows(self) -> Rows:
-        if self.parts == 1:
-            return block.UNDIVIDED
-        place = functools.partial(by_shard.place_in_slots, self.mesh)
-        return Rows(place, functools.partial(place, split=True))
+    def mlp(self) -> MlpPlacement:
+        return REPLICATED if self.parts == 1 else MlpOfSlots(self.mesh)
 
 
 def decoder_for(
@@ -89,9 +88,9 @@ def decoder_for(
         max_tokens,
         dtype,
         weights=weights,
-        join=on_gpu and mesh.shape["tensor"] == 1,
+        fuse=on_gpu and mesh.shape["tensor"] == 1,
         steps=_STEPS_ON_GPU if on_gpu else 1,
-        caching=choice.choose_decoding(attention, cache, model, mesh, dtype),
+        kv_cache=choice.choose_decoding(attention, cache, model, mesh, dtype),
         norm=choice.choose_norm(mesh, dtype),
         sums=choice.choose_sums(mesh, dtype),
     )
@@ -101,7 +100,7 @@ def decoder_for(
 class Slots:
     """Completions in progress. A lane that is not live holds nothing that is read again."""
 
-    cache: tuple  # per layer, as `Decoder.caching` keeps it
+    cache: tuple  # per layer, as `Decoder.kv_cache` keeps it
     column_1: Array  # of a ring, where the next token of every lane goes
     prompt_length_R: Array
     key_RW2: Array  # uint32: the completion's random key
@@ -117,9 +116,9 @@ def empty(decoder: Decoder, slots: int, lanes: int, prompt_tokens: int) -> Slots
     """Slots with no completion in them."""
     model = decoder.model
     limit = decoder.max_tokens
-    sizes = slots, lanes, prompt_tokens, limit, model.num_kv_heads, model.head_size
+    shape = CacheShape(slots, lanes, prompt_tokens, limit, model.num_kv_heads, model.head_size)
     return Slots(
-        cache=tuple(decoder.caching.empty(*sizes, decoder.dtype) for _ in range(model.num_layers)),
+        cache=tuple(decoder.kv_cache.empty(shape, decoder.dtype) for _ in range(model.num_layers)),
         column_1=jnp.zeros(1, jnp.int32),
         prompt_length_R=jnp.ones(slots, jnp.int32),
         key_RW2=jnp.zeros((slots, lanes, 2), jnp.uint32),
@@ -153,11 +152,11 @@ def _choose(decoder: Decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature
 
     uniform_B = jax.vmap(uniform)(key_RW2.reshape(-1, 2), time_RW.reshape(-1))
     if not logits.takes_all(decoder.sampling, scores.shape[-1]):
-        scores_BV = logits.weighed(scores_BV, decoder.sampling, temperature=temperature)
+        scores_BV = logits.sampling_logits(scores_BV, decoder.sampling, temperature=temperature)
         temperature = 1.0
     devices = sharding.num_shards_of(decoder.mesh, "vocab", scores.shape[-1])
-    split = logits.Split(devices, functools.partial(by_shard.place_in_slots, decoder.mesh))
-    token_B, logp_B = logits.draw(
+    split = logits.VocabSplit(devices, decoder.mesh)
+    token_B, logp_B = logits.sample(
         scores_BV, uniform_B, split, temperature=temperature, sums=decoder.sums
     )
     return token_B.reshape(lanes), logp_B.reshape(lanes)
@@ -206,8 +205,9 @@ def admit(
         prompt_AQ,
         length_A,
         dtype=decoder.dtype,
-        rows=decoder.rows,
-        caching=decoder.caching,
+        fused=decoder.fuse,
+        mlp=decoder.mlp,
+        kv_cache=decoder.kv_cache,
     )
     lanes = used_AW.shape
     hidden_AWD = jnp.broadcast_to(hidden_AD[:, None], (*lanes, hidden_AD.shape[-1]))
@@ -219,7 +219,7 @@ def admit(
     by_part = functools.partial(_by_part, decoder.parts)
     put_all = by_part(lambda old, new, slot_A: old.at[slot_A].set(new, mode="drop"))
     put = lambda old, new: put_all(old, new, slot_A)  # noqa: E731
-    put_cache = by_part(functools.partial(decoder.caching.admit, lanes=lanes[1]))
+    put_cache = by_part(functools.partial(decoder.kv_cache.admit, lanes=lanes[1]))
     put_first = by_part(lambda old, new, slot_A: old.at[slot_A, :, 0].set(new, mode="drop"))
     return slots.replace(
         cache=tuple(put_cache(*pair, slot_A, length_A) for pair in zip(slots.cache, fresh)),
@@ -270,19 +270,23 @@ def decode(
 
     def one_token(slots: Slots) -> Slots:
         live_RW = slots.live_RW
+        step = DecodeStep(
+            prompt_length_R=slots.prompt_length_R,
+            time_RW=slots.time_RW,
+            live_RW=live_RW,
+            column=slots.column_1[0],
+            limit=decoder.max_tokens,
+        )
         hidden_RWD, cache = transformer.decode_token(
             params,
             decoder.model,
             slots.token_RW,
             slots.cache,
-            slots.prompt_length_R,
-            slots.time_RW,
-            live_RW,
-            slots.column_1[0],
-            decoder.max_tokens,
+            step,
             dtype=decoder.dtype,
-            rows=decoder.rows,
-            caching=decoder.caching,
+            fused=decoder.fuse,
+            mlp=decoder.mlp,
+            kv_cache=decoder.kv_cache,
             norm=decoder.norm,
         )
         time_RW = slots.time_RW + live_RW
@@ -317,7 +321,7 @@ def compact(decoder: Decoder, slots: Slots, slot_R: Array, lane_RW: Array, live_
         lanes_of = lambda x: x[slot_R[:, None], lane_RW]  # noqa: E731
         by_lane = slots.replace(cache=(), prompt_length_R=())
         return jax.tree.map(lanes_of, by_lane).replace(
-            cache=tuple(decoder.caching.compact(x, slot_R, lane_RW, *sizes) for x in slots.cache),
+            cache=tuple(decoder.kv_cache.compact(x, slot_R, lane_RW, *sizes) for x in slots.cache),
             prompt_length_R=slots.prompt_length_R[slot_R],
         )
 

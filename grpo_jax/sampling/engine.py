@@ -126,10 +126,10 @@ class Engine:
         for name in self.changed_parts(params):
             published[name] = self.publish_part[name](params[name])
         layers: list[Params] = []  # one by one: of all in one program XLA holds a second copy
-        for i in range(self.decoder.model.num_layers):
-            if i >= compiling.MAX_IN_FLIGHT:
-                jax.block_until_ready(layers[i - compiling.MAX_IN_FLIGHT])
-            layers.append(self.publish_layer(params["layers"], np.int32(i)))
+        for stack, turn in parameters.layer_stacks(params["layers"], self.decoder.model):
+            if len(layers) >= compiling.MAX_IN_FLIGHT:
+                jax.block_until_ready(layers[-compiling.MAX_IN_FLIGHT])
+            layers.append(self.publish_layer(stack, np.int32(turn)))
         return published | {"layers": layers}
 
     def _sampled_from(self, part: Params) -> Params:
@@ -137,10 +137,12 @@ class Engine:
             return quantize.weights(part, self.decoder.dtype)
         return jax.tree.map(lambda x: x.astype(self.decoder.dtype), part)
 
-    def _layer(self, layers: Params, i: Array) -> Params:
-        at_i = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)  # noqa: E731
-        layer = jax.tree.map(at_i, layers)
-        return self._sampled_from(parameters.joined(layer) if self.decoder.join else layer)
+    def _layer(self, stack: Params, turn: Array) -> Params:
+        own = lambda x: jax.lax.dynamic_index_in_dim(x, turn, keepdims=False)  # noqa: E731
+        layer = jax.tree.map(own, stack)
+        return self._sampled_from(
+            parameters.fuse_projections(layer) if self.decoder.fuse else layer
+        )
 
     def changed_parts(self, params: Params) -> list[str]:
         """Names of the parts besides the layers that sampling cannot read where they are."""
@@ -156,13 +158,14 @@ class Engine:
         """Shape, dtype and sharding of what `publish` gives, of arrays or their shapes."""
         mesh, model = self.decoder.mesh, self.decoder.model
         axes = publish.axes_in_decoding(model, self.decoder.parts)
-        if self.decoder.join:  # they are whole, and all alike
+        if self.decoder.fuse:  # they are whole, and all alike
             first = lambda *names: names[0]  # noqa: E731
-            axes["layers"] = [parameters.joined(layer, first) for layer in axes["layers"]]
+            axes["layers"] = [parameters.fuse_projections(layer, first) for layer in axes["layers"]]
         if self.decoder.weights == "int8":
             axes = quantize.weight_axes(axes)
         rest = {name: params[name] for name in params if name != "layers"}
-        layer = jax.eval_shape(self._layer, params["layers"], np.int32(0))
+        stack, turn = parameters.layer_stacks(params["layers"], model)[0]
+        layer = jax.eval_shape(self._layer, stack, np.int32(turn))  # all are of the same shapes
         like = jax.eval_shape(self._sampled_from, rest) | {"layers": [layer] * model.num_layers}
         placed = sharding.tree_shardings(mesh, axes, like)
         return jax.tree.map(

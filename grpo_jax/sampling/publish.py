@@ -14,12 +14,12 @@ def axes_in_decoding(model: ModelConfig, parts: int) -> Params:
     And those of attention whole, where devices split its rows in `parts` and not its heads.
     """
     whole = ("embed", "heads", "kv_heads") if parts > 1 else ("embed",)
-    axes = jax.tree.map(
-        lambda names: tuple(None if n in whole else n for n in names if n != "layers"),
-        parameters.logical_axes(model),
+    layers = [parameters.layer_axes(model, layer) for layer in model.layers]
+    return jax.tree.map(
+        lambda names: tuple(None if n in whole else n for n in names),
+        parameters.logical_axes(model) | {"layers": layers},
         is_leaf=lambda x: isinstance(x, tuple),
     )
-    return axes | {"layers": [axes["layers"]] * model.num_layers}
 
 
 def is_like(part: Params, like: Params) -> bool:

@@ -18,7 +18,7 @@ from grpo_jax.models import policy as policy_lib
 from grpo_jax.models.hf import folder as folder_lib
 from grpo_jax.models.policy import Policy
 from grpo_jax.run import checkpoints, workdir
-from grpo_jax.structs import ModelConfig, Params
+from grpo_jax.structs import Layer, ModelConfig, Params, Rotary
 
 
 def model_shape(config: ConfigDict, folder: Path | None = None) -> ModelConfig:
@@ -37,11 +37,11 @@ def new(options: ConfigDict, tokenizer: PreTrainedTokenizerBase) -> Policy:
         vocab_size=len(tokenizer),
         width=options.width,
         mlp_width=options.mlp_width,
-        num_layers=options.num_layers,
+        layers=(Layer(),) * options.num_layers,
         num_heads=options.num_heads,
         num_kv_heads=options.num_kv_heads,
         head_size=options.width // options.num_heads,
-        rope_theta=100.0,  # rows are short: every frequency turns within them
+        rotaries=(Rotary(100.0),),  # rows are short: every frequency turns within them
         norm_eps=1e-6,
         max_position=1024,
         tied_head=True,

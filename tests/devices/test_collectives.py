@@ -19,7 +19,7 @@ from grpo_jax.learner.scoring import Scorer
 from grpo_jax.planning import hlo
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
-from grpo_jax.structs import Experience, ModelConfig, Sampling
+from grpo_jax.structs import Experience, Layer, ModelConfig, Rotary, Sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
@@ -94,7 +94,9 @@ def test_an_update_sends_what_fsdp_must(monkeypatch):
     The head is gathered once, and its gradient, made in two chunks of four tokens, reduced once.
     """
     monkeypatch.setattr(logprobs, "_MAX_TOKENS", 4)
-    model = ModelConfig("llama", 2048, 128, 512, 3, 4, 2, 32, 1e4, 1e-6, 64, False)
+    model = ModelConfig(
+        "llama", 2048, 128, 512, (Layer(),) * 3, 4, 2, 32, (Rotary(1e4),), 1e-6, 64, False
+    )
     mesh, prompts, group, tokens, width = sharding.make_mesh(1, 8, 1), 16, 2, 4, 16
     scorer = Scorer(model, mesh, Sampling(), remat="full", microbatch=8)
     optimizer = optax.sgd(0.1)

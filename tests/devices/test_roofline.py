@@ -13,13 +13,14 @@ from grpo_jax.devices import roofline
 from grpo_jax.devices.roofline import Work
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
-from grpo_jax.structs import ModelConfig, Sampling
+from grpo_jax.structs import Layer, ModelConfig, Rotary, Sampling
 
 # Width 4, 1 head of 2: q, k, v, o are 4 x 2, gate, up, down 4 x 3, norms 3 x 4.
 # Body: 4 * 8 + 3 * 12 + 12 = 80 weights; head 5 * 4 = 20.
 MODEL = ModelConfig(
-    family="llama", vocab_size=5, width=4, mlp_width=3, num_layers=1, num_heads=1, num_kv_heads=1,
-    head_size=2, rope_theta=1e4, norm_eps=1e-6, max_position=64, tied_head=False,
+    family="llama", vocab_size=5, width=4, mlp_width=3, layers=(Layer(),), num_heads=1,
+    num_kv_heads=1, head_size=2, rotaries=(Rotary(1e4),), norm_eps=1e-6, max_position=64,
+    tied_head=False,
 )  # fmt: skip
 PROMPTS, COMPLETIONS = np.array([2, 4]), np.array([[1, 3], [2, 2]])
 

@@ -9,11 +9,12 @@ import numpy as np
 from grpo_jax.learner import accumulate, optim
 from grpo_jax.learner import train_state as train_state_lib
 from grpo_jax.models import parameters
-from grpo_jax.structs import ModelConfig
+from grpo_jax.structs import Layer, ModelConfig, Rotary
 
 MODEL = ModelConfig(
-    family="qwen2", vocab_size=8, width=16, mlp_width=24, num_layers=1, num_heads=2,
-    num_kv_heads=1, head_size=8, rope_theta=1e4, norm_eps=1e-6, max_position=32, tied_head=True,
+    family="qwen2", vocab_size=8, width=16, mlp_width=24, layers=(Layer(),),
+    num_heads=2, num_kv_heads=1, head_size=8, rotaries=(Rotary(1e4),), norm_eps=1e-6,
+    max_position=32, tied_head=True,
 )  # fmt: skip
 OPTIMIZER = optim.adamw(
     lambda step: 0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, clip_norm=1.0

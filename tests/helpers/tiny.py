@@ -16,10 +16,12 @@ from jax.sharding import Mesh
 
 from grpo_jax.devices import sharding
 from grpo_jax.kernels import rotary
+from grpo_jax.kernels.norm import Residual
 from grpo_jax.learner import logprobs
 from grpo_jax.models import parameters, transformer
 from grpo_jax.models.block import Block
-from grpo_jax.structs import ModelConfig, Rollouts
+from grpo_jax.models.lanes import PackedInputs
+from grpo_jax.structs import Layer, ModelConfig, Rollouts, Rotary
 
 STOP = 1
 
@@ -28,11 +30,11 @@ MODEL = ModelConfig(
     vocab_size=40,
     width=32,
     mlp_width=48,
-    num_layers=2,
+    layers=(Layer(),) * 2,
     num_heads=4,
     num_kv_heads=2,
     head_size=8,
-    rope_theta=10_000.0,
+    rotaries=(Rotary(10_000.0),),
     norm_eps=1e-6,
     max_position=64,
     tied_head=False,
@@ -90,19 +92,29 @@ def rollouts(prompts: int = 4, group: int = 3, tokens: int = 5, seed: int = 0) -
     )
 
 
+def completion_states(params, config: ModelConfig, *rows, **options):
+    """Hidden states [P, G, C, D] that predict the tokens of completions padded to one length."""
+    inputs = PackedInputs.of(*rows)
+    states = transformer.completion_states(params, config, inputs, **options)
+    return inputs.by_completion(states)
+
+
 def logp(scorer, params, rollouts: Rollouts):
     """Log-probabilities of the completions, float32 [P, G, C], one completion per row."""
     completion_PGC = jnp.asarray(rollouts.completion_PGC)
     target_BT = completion_PGC.reshape(-1, completion_PGC.shape[-1])
     head = parameters.head_kernel(params)
-    logp_BT, _ = logprobs.score(scorer.hidden(params, rollouts), head, target_BT, scorer.sampling)
+    logp_BT, _ = logprobs.token_logprobs(
+        scorer.hidden(params, rollouts), head, target_BT, scorer.sampling
+    )
     return logp_BT.reshape(completion_PGC.shape)
 
 
 def _plain_attention(q, k, v):
     """Causal, each query head with a copy of its keys and values."""
     length, heads = q.shape[0], q.shape[1]
-    angles = rotary.rotary(jnp.arange(length), transformer.rotary_frequencies(MODEL))
+    frequencies = transformer.rotary_frequencies(MODEL.rotaries[0], MODEL.head_size)
+    angles = rotary.rotary(jnp.arange(length), frequencies)
     q, k = (rotary.rotate(x, angles) for x in (q, k))
     k, v = (jnp.repeat(x, heads // k.shape[1], axis=1) for x in (k, v))
     score = jnp.einsum("tnh,snh->nts", q, k) / np.sqrt(q.shape[-1])
@@ -115,7 +127,8 @@ def plain_log_probs(params, ids):
     x = params["embed"]["embedding"][ids]
     for i in range(MODEL.num_layers):
         layer = jax.tree.map(lambda a, i=i: a[i], params["layers"])
-        x, _ = Block(MODEL).apply({"params": layer}, x, _plain_attention)
+        block = Block(MODEL, MODEL.layers[i])
+        x = block.apply({"params": layer}, Residual.of(x), _plain_attention)[0].sum()
     scale = params["norm"]["scale"]
     x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + MODEL.norm_eps) * scale[None]
     return jax.nn.log_softmax(x @ parameters.head_kernel(params))
@@ -123,7 +136,8 @@ def plain_log_probs(params, ids):
 
 def unstacked(layers, config: ModelConfig) -> list:
     """Each layer's own parameters, as sampling reads them."""
-    return [jax.tree.map(lambda x: x[i], layers) for i in range(config.num_layers)]  # noqa: B023
+    stacks = parameters.layer_stacks(layers, config)
+    return [jax.tree.map(lambda x: x[turn], stack) for stack, turn in stacks]  # noqa: B023
 
 
 def run_on_a_gpu(file: str) -> None:

@@ -12,7 +12,7 @@ import tiny
 
 from grpo_jax.kernels import choice
 from grpo_jax.kernels.block_sums import sums_of_blocks
-from grpo_jax.kernels.gpu_block_sums import SumsOfBlocks
+from grpo_jax.kernels.gpu_block_sums import TritonBlockSums
 from grpo_jax.models import logits
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
@@ -28,10 +28,10 @@ def compare(vocab: int, rows: int = B, *, interpret: bool = False) -> None:
     hidden_BV |= jnp.arange(vocab)[None] < jnp.arange(rows)[:, None] * vocab // (rows + 1)
     score_BV = jnp.where(hidden_BV.at[:, -1].set(False), -jnp.inf, score_BV)
     uniform_B = jax.random.uniform(keys[2], (rows,))
-    draw = jax.jit(logits.draw, static_argnames="sums")
+    draw = jax.jit(logits.sample, static_argnames="sums")
     want = draw(score_BV, uniform_B, temperature=0.8)
 
-    got = draw(score_BV, uniform_B, temperature=0.8, sums=SumsOfBlocks(interpret=interpret))
+    got = draw(score_BV, uniform_B, temperature=0.8, sums=TritonBlockSums(interpret=interpret))
 
     np.testing.assert_array_equal(got[0], want[0])
     np.testing.assert_allclose(got[1], want[1], atol=1e-5)
@@ -50,7 +50,7 @@ def test_the_program_for_a_gpu_has_the_kernel():
     scores = jax.ShapeDtypeStruct((B, 4096), jnp.float32)
     uniform = jax.ShapeDtypeStruct((B,), jnp.float32)
     with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        draw = jax.jit(lambda *args: logits.draw(*args, sums=SumsOfBlocks()))
+        draw = jax.jit(lambda *args: logits.sample(*args, sums=TritonBlockSums()))
         text = draw.trace(scores, uniform).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("xla.gpu.triton") == 1
 
@@ -67,7 +67,7 @@ def test_the_program_for_a_gpu_has_the_kernel():
 def test_the_choice(platform, tensor, dtype, kernel):
     devices = np.array([SimpleNamespace(platform=platform)])
     mesh = SimpleNamespace(devices=devices, shape={"tensor": tensor})
-    want = SumsOfBlocks() if kernel else sums_of_blocks
+    want = TritonBlockSums() if kernel else sums_of_blocks
     assert choice.choose_sums(mesh, dtype) == want
 
 

@@ -14,7 +14,8 @@ import tiny
 from grpo_jax.kernels import attention, gpu_cudnn
 from grpo_jax.kernels import choice as choice_lib
 from grpo_jax.kernels.gpu_cudnn import Cudnn
-from grpo_jax.models import parameters, transformer
+from grpo_jax.models import parameters
+from grpo_jax.structs import Layer
 
 MODEL = dataclasses.replace(tiny.MODEL, head_size=16)
 P, L, T, Q, N, K, H = 2, 2, 6, 5, 4, 2, 16
@@ -35,19 +36,19 @@ def arrays(dtype=jnp.float32):
     return [normal(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
 
 
-def attend(by, q, k, v, prefix_k, prefix_v):
+def attend(by, window, q, k, v, prefix_k, prefix_v):
     """Prompts by themselves, and completions after them; zeros where nothing is."""
-    position_PLT = np.zeros_like(SEGMENT_PLT)  # for windows alone
-    where = SEGMENT_PLT, prefix_k, prefix_v, LENGTH_P, position_PLT, None
+    position_PLT = np.broadcast_to(np.arange(T), SEGMENT_PLT.shape)
+    where = SEGMENT_PLT, prefix_k, prefix_v, LENGTH_P, position_PLT, window
     own = by.shared_prefix(q, k, v, *where)
-    prompt = by.causal(q[:, 0, :Q], prefix_k, prefix_v, LENGTH_P, None)
+    prompt = by.causal(q[:, 0, :Q], prefix_k, prefix_v, LENGTH_P, window)
     there = (np.arange(Q) < LENGTH_P[:, None])[..., None, None]
     return jnp.where(SEGMENT_PLT[..., None, None] > 0, own, 0), jnp.where(there, prompt, 0)
 
 
-def values_and_gradients(by, *arrays):
+def values_and_gradients(by, *arrays, window=None):
     def total(*arrays):
-        outs = attend(by, *arrays)
+        outs = attend(by, window, *arrays)
         sums = [jnp.sum(x * normal(*x.shape, seed=9, dtype=x.dtype)) for x in outs]
         return sum(sums).astype(jnp.float32), outs
 
@@ -61,11 +62,12 @@ def _past(length_B: jax.Array, x: jax.Array, axis: int = 1) -> jax.Array:
     return (jnp.arange(x.shape[axis])[None] >= length_B[:, None]).reshape(shape)
 
 
-def forward_by_xla(causal, q, k, v, length_B, of_keys_B):
+def forward_by_xla(causal, window, q, k, v, length_B, of_keys_B):
     """As `gpu_cudnn._forward`, with NaN past the queries' lengths."""
     out, lse_BTN = jax.nn.dot_product_attention(
         q, k, v, scale=1.0, is_causal=causal, implementation="xla",
         key_value_seq_lengths=of_keys_B, return_residual=True,
+        local_window_size=None if window is None else (window - 1, 0),
     )  # fmt: skip
     lse = jnp.swapaxes(lse_BTN, 1, 2)
     return tuple(
@@ -73,7 +75,7 @@ def forward_by_xla(causal, q, k, v, length_B, of_keys_B):
     )
 
 
-def backward_by_hand(causal, q, k, v, length_B, of_keys_B, out, lse, by_out):
+def backward_by_hand(causal, window, q, k, v, length_B, of_keys_B, out, lse, by_out):
     """As `gpu_cudnn._backward`, by FlashAttention-2 (arXiv:2307.08691, algorithm 2)."""
     group = q.shape[2] // k.shape[2]
     k_all, v_all = (jnp.repeat(x, group, axis=2) for x in (k, v))
@@ -81,6 +83,8 @@ def backward_by_hand(causal, q, k, v, length_B, of_keys_B, out, lse, by_out):
     hidden = _past(of_keys_B, score, 3) | _past(length_B, score, 2)
     if causal:
         hidden |= ~jnp.tri(q.shape[1], k.shape[1], dtype=bool)[None, None]
+    if window is not None:
+        hidden |= jnp.tri(q.shape[1], k.shape[1], -window, dtype=bool)[None, None]
     weight = jnp.where(hidden, 0, jnp.exp(score - lse[..., None]))
     by_weight = jnp.einsum("btnh,bsnh->bnts", by_out, v_all)
     mean_BNT1 = jnp.swapaxes(jnp.sum(by_out * out, -1), 1, 2)[..., None]
@@ -93,11 +97,12 @@ def backward_by_hand(causal, q, k, v, length_B, of_keys_B, out, lse, by_out):
     return tuple(jnp.where(_past(n, x), jnp.nan, x) for n, x in zip(lengths, grads))
 
 
-def test_outputs_and_gradients(monkeypatch):
+@pytest.mark.parametrize("window", [None, 3])
+def test_outputs_and_gradients(monkeypatch, window):
     monkeypatch.setattr(gpu_cudnn, "_forward", forward_by_xla)
     monkeypatch.setattr(gpu_cudnn, "_backward", backward_by_hand)
 
-    want, got = (values_and_gradients(by, *arrays()) for by in (attention, Cudnn()))
+    want, got = (values_and_gradients(by, *arrays(), window=window) for by in (attention, Cudnn()))
 
     for wanted, have in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
         assert np.abs(wanted).max() > 1e-2
@@ -129,7 +134,7 @@ def test_the_backward_pass_runs_no_kernel_of_the_forward_one_again(monkeypatch):
 
     def calls(remat: str) -> list[str]:
         def total(params):
-            hidden = transformer.score(
+            hidden = tiny.completion_states(
                 params, MODEL, prompt_PQ, jnp.full(2, 8), completion_PGC,
                 dtype=jnp.bfloat16, remat=remat, kernels=Cudnn(),
             )  # fmt: skip
@@ -145,10 +150,11 @@ def test_the_backward_pass_runs_no_kernel_of_the_forward_one_again(monkeypatch):
         assert names.count("__cudnn$fmhaSoftmaxBackward") == 3
 
 
-def compare_on_a_gpu() -> None:
+def compare_on_a_gpu(window: int | None) -> None:
     """In bfloat16 against XLA's in float32."""
-    exact = values_and_gradients(attention, *(x.astype(jnp.float32) for x in arrays(jnp.bfloat16)))
-    got = values_and_gradients(Cudnn(), *arrays(jnp.bfloat16))
+    in_float32 = [x.astype(jnp.float32) for x in arrays(jnp.bfloat16)]
+    exact = values_and_gradients(attention, *in_float32, window=window)
+    got = values_and_gradients(Cudnn(), *arrays(jnp.bfloat16), window=window)
     for want, have in zip(jax.tree.leaves(exact), jax.tree.leaves(got), strict=True):
         assert np.linalg.norm(have.astype(jnp.float32) - want) < 0.02 * np.linalg.norm(want)
 
@@ -168,9 +174,11 @@ def test_the_choice(monkeypatch):
     assert isinstance(choice(), Cudnn) and not choice().shares_lanes
     assert isinstance(choice(option="auto"), Cudnn)
     assert choice(option="auto", dtype=jnp.float32) is attention
+    windows = dataclasses.replace(tiny.MODEL, layers=(Layer(window=4), Layer()))
+    assert isinstance(choice(model=windows), Cudnn)
+    assert choice(model=windows, option="auto") is attention  # until a GPU has compared them
     for words, refused in (
         ("it is for GPUs", {"platform": "cpu"}),
-        ("sliding windows", {"model": dataclasses.replace(tiny.MODEL, window_per_layer=(4, None))}),
         ("it takes bfloat16", {"dtype": jnp.float32}),
         ("heads are of size 12", {"model": dataclasses.replace(tiny.MODEL, head_size=12)}),
     ):
@@ -182,4 +190,5 @@ def test_the_choice(monkeypatch):
 
 
 if __name__ == "__main__":
-    compare_on_a_gpu()
+    for keys in (None, 3):
+        compare_on_a_gpu(keys)

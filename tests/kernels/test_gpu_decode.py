@@ -13,8 +13,9 @@ import tiny
 
 from grpo_jax.kernels import gpu_decode, quantize, rotary
 from grpo_jax.kernels.choice import choose_decoding
-from grpo_jax.kernels.gpu_decode import Streamed
-from grpo_jax.kernels.kv_cache import Ring
+from grpo_jax.kernels.gpu_decode import TritonDecode
+from grpo_jax.kernels.kv_cache import CacheShape, DecodeStep, RingCache
+from grpo_jax.structs import Layer
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
@@ -32,9 +33,9 @@ def test_tokens_after_a_shared_prompt(limit, begin, int8):
     """Prompts of unlike lengths, lanes at different tokens, round the end of the ring."""
     length_R = jnp.array([17, 32])
     first_RW = np.array([[0, 3, 1], [2, 0, limit - 4]])  # the step at which a lane begins
-    kinds, caches = (Ring(int8), Streamed(int8, interpret=True)), []
+    kinds, caches = (RingCache(int8), TritonDecode(int8, interpret=True)), []
     for kind in kinds:
-        cache = kind.empty(R, W, Q, limit, K, H, jnp.float32)
+        cache = kind.empty(CacheShape(R, W, Q, limit, K, H), jnp.float32)
         prompt = kind.of_prompt(normal(0, R, Q, K, H), normal(1, R, Q, K, H))
         order = jnp.array([1, 0])
         shuffled = jax.tree.map(lambda x: x[order], prompt)  # noqa: B023
@@ -54,8 +55,8 @@ def test_tokens_after_a_shared_prompt(limit, begin, int8):
                 live_RW = time_RW >= 0
                 time_RW = jnp.maximum(time_RW, 0)
                 angles = rotary.rotary(length_R[:, None] + time_RW, FREQUENCIES)
-                where = length_R, time_RW, live_RW, (begin + t) % limit, limit, None
-                out, new = kind.extend(cache, q, k, v, angles, *where)  # noqa: B023
+                now = DecodeStep(length_R, time_RW, live_RW, (begin + t) % limit, limit, angles)
+                out, new = kind.extend(cache, q, k, v, now)  # noqa: B023
                 return new, jnp.where(live_RW[..., None, None], out, 0)
 
             cache, out = jax.lax.scan(step, cache, jnp.arange(limit))
@@ -72,18 +73,18 @@ def test_the_program_for_a_gpu_has_the_kernel():
     from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
     device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
-    kind = Streamed()
+    kind = TritonDecode()
     like = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
 
     @jax.jit
-    def extend(cache, *where):
-        return kind.extend(cache, *where, 64, None)
+    def extend(cache, q, k, v, angles, *where):
+        return kind.extend(cache, q, k, v, DecodeStep(*where, 64, angles))
 
     heads = [like(jnp.bfloat16, R, W, n, H) for n in (N, K, K)]
     heads.append((like(jnp.float32, R, W, H // 2),) * 2)
     whole = [like(jnp.int32, R), like(jnp.int32, R, W), like(bool, R, W), like(jnp.int32)]
     with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        cache = jax.eval_shape(lambda: kind.empty(R, W, Q, 64, K, H, jnp.bfloat16))
+        cache = jax.eval_shape(lambda: kind.empty(CacheShape(R, W, Q, 64, K, H), jnp.bfloat16))
         text = extend.trace(cache, *heads, *whole).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("xla.gpu.triton") == 2
 
@@ -98,13 +99,16 @@ def test_the_choice():
         return choose_decoding(option, cache, model, mesh, dtype)
 
     model = dataclasses.replace(tiny.MODEL, head_size=64)
-    assert choice(model=model, cache="int8") == Streamed(True)
-    assert choice(model=model, option="auto") == Streamed()
-    assert choice(model=model, option="auto", dtype=jnp.float32) == Ring()
+    assert choice(model=model, cache="int8") == TritonDecode(True)
+    assert choice(model=model, option="auto") == TritonDecode()
+    assert choice(model=model, option="auto", dtype=jnp.float32) == RingCache()
     for words, refused in (
         ("it is for NVIDIA GPUs", {"platform": "cpu"}),
         ("heads are of size 8", {}),
-        ("sliding windows", {"model": dataclasses.replace(model, window_per_layer=(4, None))}),
+        (
+            "sliding windows",
+            {"model": dataclasses.replace(model, layers=(Layer(window=4), Layer()))},
+        ),
         ("mesh.tensor = 2", {"model": model, "tensor": 2}),
         ("it takes bfloat16", {"model": model, "dtype": jnp.float32}),
     ):
@@ -127,17 +131,18 @@ def compare_on_a_gpu() -> None:
     )  # up to 1023, past the ring's end
     for int8 in (False, True):
         outs = []
-        for kind, dtype in ((Ring(), jnp.float32), (Streamed(int8), jnp.bfloat16)):
+        for kind, dtype in ((RingCache(), jnp.float32), (TritonDecode(int8), jnp.bfloat16)):
             k, v = (x.astype(dtype) for x in own)
-            if not isinstance(kind, Streamed):
+            if not isinstance(kind, TritonDecode):
                 k = jnp.swapaxes(k, 3, 4)
             elif int8:
                 k, v = (quantize.int8(x, 4) for x in (k, v))
             cache = kind.of_prompt(*(x.astype(dtype) for x in prompts)), (k, v)
             frequencies = 10_000.0 ** (-jnp.arange(0, size, 2) / size)
             angles = rotary.rotary(length_R[:, None] + time_RW, frequencies)
-            where = angles, length_R, time_RW, jnp.ones_like(time_RW, bool), 600, limit, None
-            extend = jax.jit(lambda cache, *new: kind.extend(cache, *new, *where)[0])  # noqa: B023
+            live_RW = jnp.ones_like(time_RW, bool)
+            step = DecodeStep(length_R, time_RW, live_RW, jnp.int32(600), limit, angles)
+            extend = jax.jit(lambda cache, *new: kind.extend(cache, *new, step)[0])  # noqa: B023
             outs.append(extend(cache, *(x.astype(dtype) for x in new)).astype(jnp.float32))
         error = jnp.linalg.norm(outs[1] - outs[0]) / jnp.linalg.norm(outs[0])
         print(f"int8 {int8}: {error:.5f}")

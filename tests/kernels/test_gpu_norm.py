@@ -13,7 +13,8 @@ import pytest
 import tiny
 
 from grpo_jax.kernels import choice
-from grpo_jax.kernels.gpu_norm import FusedNorm, Sum
+from grpo_jax.kernels.gpu_norm import FusedNorm
+from grpo_jax.kernels.norm import AddNorm, Residual
 from grpo_jax.sampling import decode, engine
 from grpo_jax.structs import Sampling
 
@@ -24,18 +25,20 @@ def compare(width: int, dtype, *, interpret: bool = False) -> None:
     keys = jax.random.split(jax.random.key(width), 3)
     x, more = (3 * jax.random.normal(key, (4, 3, width), dtype) for key in keys[:2])
     params = {"params": {"scale": 1 + jax.random.normal(keys[2], (width,))}}
-    theirs = functools.partial(nn.RMSNorm(epsilon=1e-2, dtype=dtype).apply, params)
+    theirs = nn.RMSNorm(epsilon=1e-2, dtype=dtype).apply(params, x + more)
     ours = FusedNorm(epsilon=1e-2, dtype=dtype, interpret=interpret)
-    ours = jax.jit(functools.partial(ours.apply, params))
+    plain = AddNorm(epsilon=1e-2, dtype=dtype)
 
-    total, of_sum = ours(Sum(x, more))
+    total, of_sum = jax.jit(functools.partial(ours.apply, params))(Residual(x, more))
+    plain_total, of_plain_sum = plain.apply(params, Residual(x, more))
 
     close = functools.partial(
         np.testing.assert_allclose, rtol=1e-5 if dtype == jnp.float32 else 0.01
     )
-    close(*(np.float32(y) for y in (ours(x), theirs(x))), atol=1e-6)
     close(*(np.float32(y) for y in (total, x + more)))
-    close(*(np.float32(y) for y in (of_sum, theirs(x + more))), atol=1e-6)
+    close(*(np.float32(y) for y in (of_sum, theirs)), atol=1e-6)
+    np.testing.assert_array_equal(plain_total, x + more)
+    np.testing.assert_array_equal(of_plain_sum, theirs)
     assert total.dtype == of_sum.dtype == dtype
 
 
@@ -49,7 +52,7 @@ def test_layers_hand_on_what_is_still_to_be_added():
     """A rollout by it is the one by flax's norms."""
     params = tiny.params()
     found = []
-    for norm in (nn.RMSNorm, functools.partial(FusedNorm, interpret=True)):
+    for norm in (AddNorm, functools.partial(FusedNorm, interpret=True)):
         decoder = decode.Decoder(tiny.MODEL, tiny.one_device(), Sampling(), (1,), 6, norm=norm)
         own = engine.Engine(decoder)
         found.append(
@@ -71,7 +74,7 @@ def test_layers_hand_on_what_is_still_to_be_added():
 def test_the_choice(platform, kernel):
     devices = np.array([SimpleNamespace(platform=platform)])
     mesh = SimpleNamespace(devices=devices, shape={"tensor": 1})
-    assert choice.choose_norm(mesh, jnp.bfloat16) is (FusedNorm if kernel else nn.RMSNorm)
+    assert choice.choose_norm(mesh, jnp.bfloat16) is (FusedNorm if kernel else AddNorm)
 
 
 def test_on_a_gpu():

@@ -76,13 +76,14 @@ def test_attention_on_codes_is_attention_on_what_they_stand_for():
         keys, values = cache
         return keys.codes * keys.scale[..., None, :], values.codes * values.scale[..., None]
 
-    where = jnp.array([5, 2]), jnp.array([[2, 0, 1], [1, 2, 2]]), 2, None
+    time_RW = jnp.array([[2, 0, 1], [1, 2, 2]])
+    step = kv_cache.DecodeStep(jnp.array([5, 2]), time_RW, time_RW >= 0, 2, columns)
     query = draw(20, r, w, 4, size)
-    got = kv_cache.decode(query, in_codes, own, *where)
+    got = kv_cache.decode(query, in_codes, own, step)
 
-    want = kv_cache.decode(query, value(in_codes), value(own), *where)
+    want = kv_cache.decode(query, value(in_codes), value(own), step)
     np.testing.assert_allclose(got, want, atol=2e-6)
-    difference = np.abs(got - kv_cache.decode(query, prefix, exact, *where)).max()
+    difference = np.abs(got - kv_cache.decode(query, prefix, exact, step)).max()
     assert 1e-4 < difference < 0.1  # half of a 127th, of values up to 10
     for mine, theirs in zip((*value(in_codes), *value(own)), (*prefix, *exact)):
         np.testing.assert_allclose(mine, theirs, atol=np.abs(theirs).max() / 254 + 1e-6)

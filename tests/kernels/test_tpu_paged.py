@@ -15,19 +15,19 @@ from jax._src.literals import TypedInt
 from grpo_jax import keys
 from grpo_jax.kernels import rotary
 from grpo_jax.kernels.choice import choose_decoding
-from grpo_jax.kernels.kv_cache import Ring
-from grpo_jax.kernels.tpu_paged import PAGE, Paged
+from grpo_jax.kernels.kv_cache import CacheShape, DecodeStep, RingCache
+from grpo_jax.kernels.tpu_paged import PAGE, RaggedPagedDecode
 from grpo_jax.models import parameters
 from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
-from grpo_jax.structs import Sampling
+from grpo_jax.structs import Layer, Sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 R, W, Q, C, N, K, H = 2, 3, 2 * PAGE, 20, 4, 2, 128
 FREQUENCIES = 10_000.0 ** (-np.arange(0, H, 2) / H)
 STOPS = tuple(range(0, 40, 6))
-MODEL = dataclasses.replace(tiny.MODEL, head_size=H, num_layers=1)
+MODEL = dataclasses.replace(tiny.MODEL, head_size=H, layers=(Layer(),))
 
 
 @pytest.fixture(autouse=True)
@@ -45,9 +45,9 @@ def test_tokens_after_a_shared_prompt(window):
     """Prompts of a page and a bit and of two whole pages; lanes at different tokens."""
     length_R = jnp.array([PAGE + 3, Q])
     last_RW = np.array([[0, 19, 12], [15, 4, 1]])  # 12 and 15 end a page, 13 and 16 begin one
-    kinds, caches = (Ring(), Paged(interpret=True)), []
+    kinds, caches = (RingCache(), RaggedPagedDecode(interpret=True)), []
     for kind in kinds:
-        cache = kind.empty(R, W, Q, C, K, H, jnp.float32)
+        cache = kind.empty(CacheShape(R, W, Q, C, K, H), jnp.float32)
         prompt = kind.of_prompt(normal(0, R, Q, K, H), normal(1, R, Q, K, H))
         order = jnp.array([1, 0])
         shuffled = jax.tree.map(lambda x: x[order], prompt)  # noqa: B023
@@ -67,8 +67,8 @@ def test_tokens_after_a_shared_prompt(window):
                 live_RW = t <= last_RW
                 time_RW = jnp.minimum(t, last_RW)
                 angles = rotary.rotary(length_R[:, None] + time_RW, FREQUENCIES)
-                where = length_R, time_RW, live_RW, t, C, window
-                out, new = kind.extend(cache, q, k, v, angles, *where)  # noqa: B023
+                now = DecodeStep(length_R, time_RW, live_RW, t, C, angles, window)
+                out, new = kind.extend(cache, q, k, v, now)  # noqa: B023
                 return new, jnp.where(live_RW[..., None, None], out, 0)
 
             outs.append(jax.lax.scan(step, cache, jnp.arange(C))[1])
@@ -85,8 +85,8 @@ def test_a_rollout(monkeypatch):
     params = jax.jit(lambda key: parameters.init(MODEL, key))(jax.random.key(0))
     params["head"]["kernel"] *= 40  # else all tokens are about as likely
     found = []
-    for caching in (Ring(), Paged(interpret=True)):
-        decoder = Decoder(MODEL, tiny.one_device(), Sampling(), STOPS, 12, caching=caching)
+    for kv_cache in (RingCache(), RaggedPagedDecode(interpret=True)):
+        decoder = Decoder(MODEL, tiny.one_device(), Sampling(), STOPS, 12, kv_cache=kv_cache)
         engine = Engine(decoder, num_slots=8)
         monkeypatch.setattr(engine, "layouts", lambda *_: [(2, 3), (2, 2)])
         key = keys.key_for(0, "rollout", 6)
@@ -108,8 +108,8 @@ def test_the_choice():
         mesh = SimpleNamespace(devices=devices, shape={"tensor": tensor})
         return choose_decoding(option, cache, model, mesh, jnp.float32)
 
-    assert choice(MODEL) == Paged()
-    assert choice(option="xla", cache="int8", platform="cpu") == Ring(int8=True)
+    assert choice(MODEL) == RaggedPagedDecode()
+    assert choice(option="xla", cache="int8", platform="cpu") == RingCache(int8=True)
     for words, refused in (
         ("it is for TPUs", {"model": MODEL, "platform": "cpu"}),
         ("key-value heads of size 8", {}),

@@ -21,7 +21,7 @@ from grpo_jax.learner.scoring import Scorer
 from grpo_jax.learner.train_state import start
 from grpo_jax.learner.update import make_update
 from grpo_jax.models import policy
-from grpo_jax.structs import Experience, Sampling
+from grpo_jax.structs import Experience, Layer, Sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
@@ -31,6 +31,8 @@ LENGTH_P = np.array([9, 3])
 SEGMENT_PLT = np.zeros((P, L, T), np.int32)
 SEGMENT_PLT[0, 0, :7], SEGMENT_PLT[0, 0, 7:15] = 3, 5
 SEGMENT_PLT[0, 1], SEGMENT_PLT[1, 1, :1] = 2, 4
+POSITION_PLT = np.broadcast_to(np.arange(T), SEGMENT_PLT.shape) - 7 * (SEGMENT_PLT == 5)
+WINDOWS = [None, 4]  # 4: a token sees the prompt from the first three of its completion alone
 
 
 def normal(*shape: int, seed: int) -> jax.Array:
@@ -58,21 +60,22 @@ def compare(wanted, got):
         np.testing.assert_allclose(have, want, atol=2e-5, rtol=1e-4)
 
 
-def test_prompts():
+@pytest.mark.parametrize("window", WINDOWS)
+def test_prompts(window):
     q, k, v = (normal(P, Q, heads, H, seed=i) for i, heads in enumerate((N, K, K)))
     kept = (np.arange(Q) < LENGTH_P[:, None])[..., None, None] & np.ones((1, 1, N, 1), bool)
-    compare(*both(lambda by, *x: by.causal(*x, LENGTH_P, None), q, k, v, kept=kept))
+    compare(*both(lambda by, *x: by.causal(*x, LENGTH_P, window), q, k, v, kept=kept))
 
 
-def test_completions_after_their_prompt():
+@pytest.mark.parametrize("window", WINDOWS)
+def test_completions_after_their_prompt(window):
     q, k, v = (normal(P, L, T, heads, H, seed=i) for i, heads in enumerate((N, K, K)))
     prefix = [normal(P, Q, K, H, seed=i) for i in (3, 4)]
-    position_PLT = np.zeros_like(SEGMENT_PLT)  # for windows alone
     kept = (SEGMENT_PLT > 0)[..., None, None] & np.ones((1, 1, 1, N, 1), bool)
 
     def attend(by, q, k, v, prefix_k, prefix_v):
         return by.shared_prefix(
-            q, k, v, SEGMENT_PLT, prefix_k, prefix_v, LENGTH_P, position_PLT, None
+            q, k, v, SEGMENT_PLT, prefix_k, prefix_v, LENGTH_P, POSITION_PLT, window
         )
 
     wanted, got = both(attend, q, k, v, *prefix, kept=kept)
@@ -132,8 +135,5 @@ def test_the_choice():
     )
     assert isinstance(choose("auto", tiny.MODEL, tpu), Splash)
     assert choose("xla", tiny.MODEL, tpu) is attention
-    windows = dataclasses.replace(tiny.MODEL, window_per_layer=(4, None))
-    with pytest.warns(UserWarning, match="sliding windows"):
-        assert choose("auto", windows, tpu) is attention
-    with pytest.raises(ValueError, match="sliding windows"):
-        choose("splash", windows, tpu)
+    windows = dataclasses.replace(tiny.MODEL, layers=(Layer(window=4), Layer()))
+    assert isinstance(choose("auto", windows, tpu), Splash)

@@ -82,7 +82,7 @@ def test_a_tied_head_in_bfloat16():
             hidden = hidden_BTD.astype(dtype)
             ones = jnp.ones(target_BT.shape)
             return logprobs.loss(
-                lambda logp, entropy, terms: -logp, Sampling(), logprobs.Along(), hidden,
+                lambda logp, entropy, terms: -logp, Sampling(), logprobs.UNSPLIT, hidden,
                 table_VD.T, target_BT, ones, {},
             )[0]  # fmt: skip
 
@@ -139,7 +139,7 @@ def test_score_equals_log_softmax(batch, name, max_tokens, monkeypatch):
     prob_BTV = np.exp(log_prob_BTV)
     want_entropy = -np.sum(prob_BTV * np.where(prob_BTV > 0, log_prob_BTV, 0), axis=-1)
 
-    logp_BT, entropy_BT = jax.jit(logprobs.score, static_argnums=3)(
+    logp_BT, entropy_BT = jax.jit(logprobs.token_logprobs, static_argnums=3)(
         hidden_BTD, head_DV, target_BT, SAMPLINGS[name]
     )
 
@@ -169,7 +169,7 @@ def value_and_grads(batch, sampling: Sampling):
     @jax.jit
     def run(hidden, head, terms):
         total = lambda h, k: logprobs.loss(  # noqa: E731
-            token_loss, sampling, logprobs.Along(), h, k, target_BT, weight_BT, terms
+            token_loss, sampling, logprobs.UNSPLIT, h, k, target_BT, weight_BT, terms
         )[0]
         # Times 3, so that a backward pass that forgets its cotangent is seen.
         return jax.value_and_grad(lambda h, k: 3 * total(h, k), argnums=(0, 1))(hidden, head)
@@ -207,11 +207,11 @@ def test_chunks_do_not_change_the_loss(batch, max_tokens, monkeypatch):
 def test_loss_alone_equals_loss_with_gradient(batch):
     """Without a gradient the custom rule is not run: two programs, one value."""
     token_loss = functools.partial(losses.token_loss, OBJECTIVE)
-    alone, logp_BT, entropy_BT = logprobs.loss(token_loss, Sampling(), logprobs.Along(), *batch)
+    alone, logp_BT, entropy_BT = logprobs.loss(token_loss, Sampling(), logprobs.UNSPLIT, *batch)
 
     (total, aux), _ = jax.value_and_grad(
         lambda h: (lambda out: (out[0], out[1:]))(
-            logprobs.loss(token_loss, Sampling(), logprobs.Along(), h, *batch[1:])
+            logprobs.loss(token_loss, Sampling(), logprobs.UNSPLIT, h, *batch[1:])
         ),
         has_aux=True,
     )(batch[0])

@@ -236,7 +236,7 @@ def test_bfloat16_stays_near_float32(experience, reference_run):
 
 def test_weights_cast_once_are_those_cast_in_every_microbatch(experience, monkeypatch):
     once, _ = run(program(dtype=jnp.bfloat16, microbatches=2), experience)
-    monkeypatch.setattr(parameters, "with_layers_in", lambda params, dtype: params)
+    monkeypatch.setattr(parameters, "cast_layers", lambda params, dtype: params)
     each, _ = run(program(dtype=jnp.bfloat16, microbatches=2), experience)
     difference = np.linalg.norm(gradient(once) - gradient(each)) / np.linalg.norm(gradient(each))
     assert difference < 5e-3  # XLA may round a kernel's gradient to eight bits or not

@@ -32,7 +32,7 @@ from grpo_jax.models.hf import export
 from grpo_jax.models.hf.export import save
 from grpo_jax.models.hf.folder import read_config
 from grpo_jax.models.hf.tokenizer import load_tokenizer, stop_ids
-from grpo_jax.structs import ModelConfig, TrainState
+from grpo_jax.structs import Layer, ModelConfig, Rotary, TrainState
 from grpo_jax.trainers import exporting
 
 # --- Saving -------------------------------------------------------------------------------------
@@ -71,8 +71,8 @@ def test_export_gives_transformers_the_same_model(case, tmp_path, tokenizer):
 
 def new_model() -> tuple[ModelConfig, dict]:
     config = ModelConfig(
-        family="qwen2", vocab_size=48, width=32, mlp_width=56, num_layers=2, num_heads=4,
-        num_kv_heads=2, head_size=8, rope_theta=10_000.0, norm_eps=1e-6, max_position=64,
+        family="qwen2", vocab_size=48, width=32, mlp_width=56, layers=(Layer(),) * 2, num_heads=4,
+        num_kv_heads=2, head_size=8, rotaries=(Rotary(10_000.0),), norm_eps=1e-6, max_position=64,
         tied_head=True, qkv_bias=True,
     )  # fmt: skip
     return config, jax.jit(lambda: parameters.init(config, jax.random.key(0)))()

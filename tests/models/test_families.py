@@ -9,7 +9,7 @@ import transformers
 
 from grpo_jax.models import families
 from grpo_jax.models.families import model_config
-from grpo_jax.structs import ModelConfig, RopeScaling
+from grpo_jax.structs import Layer, ModelConfig, RopeScaling, Rotary
 
 LLAMA = {
     "model_type": "llama",
@@ -27,11 +27,11 @@ PLAIN = ModelConfig(
     vocab_size=48,
     width=32,
     mlp_width=56,
-    num_layers=2,
+    layers=(Layer(),) * 2,
     num_heads=4,
     num_kv_heads=2,
     head_size=8,
-    rope_theta=10_000.0,
+    rotaries=(Rotary(10_000.0),),
     norm_eps=1e-5,
     max_position=64,
     tied_head=False,
@@ -65,44 +65,46 @@ def read(hf: dict) -> ModelConfig:
         (LLAMA | {"num_key_value_heads": None}, {"num_kv_heads": 4}),
         (LLAMA | {"tie_word_embeddings": True}, {"tied_head": True}),
         (LLAMA | {"attention_bias": True}, {"qkv_bias": True, "out_bias": True}),
-        (LLAMA | {"rope_theta": 5e5}, {"rope_theta": 5e5}),
-        (LLAMA | {"rope_theta": 500_000}, {"rope_theta": 5e5}),
+        (LLAMA | {"rope_theta": 5e5}, {"rotaries": (Rotary(5e5),)}),
+        (LLAMA | {"rope_theta": 500_000}, {"rotaries": (Rotary(5e5),)}),
         (LLAMA | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
-         {"rope_theta": 5e5}),
-        (LLAMA | {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5}}, {"rope_theta": 5e5}),
-        (LLAMA | {"rope_theta": 5e5, "rope_scaling": {"type": "default"}}, {"rope_theta": 5e5}),
+         {"rotaries": (Rotary(5e5),)}),
+        (LLAMA | {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5}},
+         {"rotaries": (Rotary(5e5),)}),
+        (LLAMA | {"rope_theta": 5e5, "rope_scaling": {"type": "default"}},
+         {"rotaries": (Rotary(5e5),)}),
         (LLAMA | {"rope_theta": 5e5, "rope_scaling": LLAMA3},
-         {"rope_theta": 5e5, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 16)}),
+         {"rotaries": (Rotary(5e5, RopeScaling(8.0, 1.0, 4.0, 16)),)}),
         (LLAMA | {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
-         {"rope_theta": 5e5, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 16)}),
+         {"rotaries": (Rotary(5e5, RopeScaling(8.0, 1.0, 4.0, 16)),)}),
         (LLAMA | {"rope_scaling": {k: v for k, v in LLAMA3.items() if "original" not in k}},
-         {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 64)}),
+         {"rotaries": (Rotary(1e4, RopeScaling(8.0, 1.0, 4.0, 64)),)}),
         # Several places, which agree: what counts is what they mean.
         (LLAMA | {"rope_theta": 5e5, "rope_scaling": LLAMA3,
                   "rope_parameters": LLAMA3 | {"rope_theta": 500_000}},
-         {"rope_theta": 5e5, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 16)}),
+         {"rotaries": (Rotary(5e5, RopeScaling(8.0, 1.0, 4.0, 16)),)}),
         (LLAMA | {"rope_scaling": {"type": "llama3", **WHOLE}, "rope_parameters": LLAMA3},
-         {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 16)}),
+         {"rotaries": (Rotary(1e4, RopeScaling(8.0, 1.0, 4.0, 16)),)}),
         (LLAMA | {"rope_scaling": {"type": "default", "rope_theta": 5e5},
-                  "rope_parameters": {"rope_type": "default"}}, {"rope_theta": 5e5}),
+                  "rope_parameters": {"rope_type": "default"}}, {"rotaries": (Rotary(5e5),)}),
         (LLAMA | {"rope_scaling": None, "rope_theta": None,
                   "rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
-         {"rope_theta": 5e5, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 16)}),
+         {"rotaries": (Rotary(5e5, RopeScaling(8.0, 1.0, 4.0, 16)),)}),
         (QWEN2, {"family": "qwen2", "qkv_bias": True}),
         (QWEN2 | {"use_sliding_window": False, "sliding_window": 4, "max_window_layers": 0},
          {"family": "qwen2", "qkv_bias": True}),
         (QWEN2 | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-         {"family": "qwen2", "qkv_bias": True, "window_per_layer": (None, 4)}),
+         {"family": "qwen2", "qkv_bias": True, "layers": (Layer(), Layer(window=4))}),
         (QWEN2 | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
          {"family": "qwen2", "qkv_bias": True}),
         (QWEN2 | {"use_sliding_window": True, "sliding_window": 4, "layer_types": [SLIDE, FULL]},
-         {"family": "qwen2", "qkv_bias": True, "window_per_layer": (4, None)}),
+         {"family": "qwen2", "qkv_bias": True, "layers": (Layer(window=4), Layer())}),
         (QWEN3 | {"head_dim": 16}, {"family": "qwen3", "qk_norm": True, "head_size": 16}),
         (QWEN3, {"family": "qwen3", "qk_norm": True, "head_size": 128}),
         (QWEN3 | {"head_dim": 16, "attention_bias": True},
          {"family": "qwen3", "qk_norm": True, "head_size": 16, "qkv_bias": True, "out_bias": True}),
         (MISTRAL, {"family": "mistral"}),
-        (MISTRAL | {"sliding_window": 7}, {"family": "mistral", "window_per_layer": (7, 7)}),
+        (MISTRAL | {"sliding_window": 7}, {"family": "mistral", "layers": (Layer(window=7),) * 2}),
         (MISTRAL | {"layer_types": [FULL, FULL]}, {"family": "mistral"}),
     ],
 )  # fmt: skip
@@ -193,7 +195,7 @@ def test_the_defaults_of_absent_keys_are_those_of_transformers(kind):
     ours = read(sizes | {"model_type": theirs.model_type})
 
     assert ours == read(theirs.to_dict())
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.rotaries[0].theta == theirs.rope_parameters["rope_theta"]
     assert ours.tied_head == theirs.tie_word_embeddings
 
 
@@ -227,8 +229,8 @@ def test_a_new_model_is_read_by_transformers(family, changes):
         {"qkv_bias": False},
         {"out_bias": True},
         {"qk_norm": True},
-        {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 16)},
-        {"window_per_layer": (None, 4)},
+        {"rotaries": (Rotary(1e4, RopeScaling(8.0, 1.0, 4.0, 16)),)},
+        {"layers": (Layer(), Layer(window=4))},
     ],
 )
 def test_a_new_model_that_its_family_cannot_express_is_refused(changes):

@@ -38,7 +38,7 @@ def test_support_equals_transformers(top_k, top_p, temperature):
 def test_support_by_hand():
     # Probabilities 0.5, 0.3, 0.15, 0.05: 0.5 alone does not reach 0.6, with 0.3 it does.
     scores_V = jnp.log(jnp.float32([0.05, 0.5, 0.15, 0.3]))
-    keep = lambda **kw: logits.support(scores_V, Sampling(**kw)).tolist()  # noqa: E731
+    keep = lambda **kw: logits.keep_mask(scores_V, Sampling(**kw)).tolist()  # noqa: E731
 
     assert keep(top_p=0.6) == [False, True, False, True]
     assert keep(top_p=0.4) == [False, True, False, False]
@@ -47,7 +47,7 @@ def test_support_by_hand():
     # Of the three left by top-k, 0.5 / 0.95 = 0.526 does not reach 0.53, 0.8 / 0.95 does.
     assert keep(top_k=3, top_p=0.53) == [False, True, False, True]
     assert keep(top_k=3, top_p=0.52) == [False, True, False, False]
-    assert logits.support(scores_V, Sampling()) is None
+    assert logits.keep_mask(scores_V, Sampling()) is None
 
 
 def test_always_keeps_one_token_more():
@@ -71,7 +71,7 @@ def test_temperature_zero_leaves_the_logits_and_an_argument_overrides():
     np.testing.assert_array_equal(two, log_softmax(scores_V / 2))
 
 
-draw_both = jax.jit(logits.draw)
+draw_both = jax.jit(logits.sample)
 
 
 def draw(*args):
@@ -83,7 +83,7 @@ def test_a_draw_divides_by_the_temperature():
     uniform_B = jax.random.uniform(jax.random.key(1), (B,))
     want = draw_both(score_BV / 0.7, uniform_B)
 
-    got = jax.jit(logits.draw)(score_BV, uniform_B, temperature=0.7)
+    got = jax.jit(logits.sample)(score_BV, uniform_B, temperature=0.7)
 
     assert (want[0] != draw(score_BV, uniform_B)).any()
     np.testing.assert_array_equal(got[0], want[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -14,11 +13,12 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from grpo_jax.devices import sharding
+from grpo_jax.kernels.kv_cache import DecodeStep
 from grpo_jax.models import logits, parameters, transformer
 from grpo_jax.models.hf.folder import read_config
 from grpo_jax.models.hf.tokenizer import load_tokenizer, stop_ids
 from grpo_jax.models.hf.weights import load_params
-from grpo_jax.structs import RopeScaling
+from grpo_jax.structs import RopeScaling, Rotary
 
 SIZES = {
     "vocab_size": 48,
@@ -168,9 +168,8 @@ def test_prefill_and_decoding_equal_transformers(models, first):
         time_RW = np.full((num_slots, num_lanes), t, np.int32)
         token_RW = completion_RWC[..., t]
         column = (t + first) % num_tokens
-        got_RWV, cache = decode_logits(
-            params, config, token_RW, cache, length_R, time_RW, live_RW, column, num_tokens
-        )
+        step = DecodeStep(length_R, time_RW, live_RW, column, num_tokens)
+        got_RWV, cache = decode_logits(params, config, token_RW, cache, step)
         for (r, w), rows in want.items():
             if t < COMPLETION_LENGTHS[r][w]:
                 np.testing.assert_allclose(got_RWV[r, w], rows[t + 1], atol=1e-4, rtol=0)
@@ -178,7 +177,7 @@ def test_prefill_and_decoding_equal_transformers(models, first):
 
 @compiled
 def score_logits(params, config, *rows):
-    hidden = transformer.score(params, config, *rows)
+    hidden = tiny.completion_states(params, config, *rows)
     return logits.logits(hidden, parameters.head_kernel(params))
 
 
@@ -226,9 +225,8 @@ def test_rotary_frequencies_to_the_last_bit(theta, size, scaling):
         head_dim=size, rope_parameters=rope, max_position_embeddings=65_536
     )
     theirs = LlamaRotaryEmbedding(config).inv_freq.numpy()
-    changed = {"head_size": size, "rope_theta": theta, "rope_scaling": scaling}
 
-    ours = transformer.rotary_frequencies(dataclasses.replace(tiny.MODEL, **changed))
+    ours = transformer.rotary_frequencies(Rotary(theta, scaling), size)
 
     assert ours.dtype == theirs.dtype == np.float32
     units = np.abs(ours.view(np.int32) - theirs.view(np.int32))  # in the last place

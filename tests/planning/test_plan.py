@@ -22,7 +22,7 @@ from grpo_jax import plan
 from grpo_jax.config import loading
 from grpo_jax.data import tasks
 from grpo_jax.devices import sharding
-from grpo_jax.kernels.gpu_decode import Streamed
+from grpo_jax.kernels.gpu_decode import TritonDecode
 from grpo_jax.learner import train_state
 from grpo_jax.models import policy
 from grpo_jax.planning import advice, gpu_targets, hlo, hlo_text, topologies
@@ -631,7 +631,7 @@ def test_of_the_cache_of_a_kernel_that_skips_a_share_is_read(config, step):
     """About half of it, where all completions are of the limit's length."""
     there = Step(config, step.model, step.mesh, step.lengths)
     there.engine = Engine(
-        dataclasses.replace(there.engine.decoder, caching=Streamed(), max_tokens=1024)
+        dataclasses.replace(there.engine.decoder, kv_cache=TritonDecode(), max_tokens=1024)
     )
     there.config = loading.load(TINY, ["--config.rollout.max_tokens=1024"])
     there.lengths = Lengths.of(there.config)

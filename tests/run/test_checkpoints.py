@@ -25,7 +25,7 @@ from grpo_jax.learner import train_state as train_state_lib
 from grpo_jax.models import parameters
 from grpo_jax.run import checksums, integrity
 from grpo_jax.run.checkpoints import Checkpoints, Newest, NotSaved, newest_params
-from grpo_jax.structs import Experience, Rollouts, TrainState
+from grpo_jax.structs import Experience, Layer, Rollouts, TrainState
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
@@ -456,7 +456,7 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path, mesh):
     "change, told",
     [
         ({"width": 32, "head_size": 16}, r"embed/embedding is \[8, 16\], needed \[8, 32\]"),
-        ({"num_layers": 2}, r"k/kernel is \[1, 16, 8\], needed \[2, 16, 8\]"),
+        ({"layers": (Layer(),) * 2}, r"k/kernel is \[1, 16, 8\], needed \[2, 16, 8\]"),
         ({"tied_head": False}, r"params/head/\S* is missing"),
         ({"qkv_bias": True}, r"q/bias is missing"),
     ],

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from kill_and_resume import final_state, logged
 from mistakes import TINY, make_model, refusal
 
@@ -183,7 +184,7 @@ def _check_export(folder):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     from grpo_jax.devices import sharding
-    from grpo_jax.models import parameters, policy, transformer
+    from grpo_jax.models import parameters, policy
     from grpo_jax.run.checkpoints import newest_params
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "export").eval()
@@ -194,10 +195,8 @@ def _check_export(folder):
     mesh = sharding.make_mesh()
     ours = policy.read(str(folder / "export"))
     params = newest_params(folder / "checkpoints", policy.param_like(ours.model, mesh))
-    hidden = transformer.score(
-        params, ours.model, np.array([ids[:1]]), np.array([1]), np.array([[ids[1:]]]),
-        dtype=jnp.float32,
-    )[0, 0]  # fmt: skip
+    rows = np.array([ids[:1]]), np.array([1]), np.array([[ids[1:]]])
+    hidden = tiny.completion_states(params, ours.model, *rows, dtype=jnp.float32)[0, 0]
     found = jax.nn.log_softmax(hidden @ parameters.head_kernel(params), -1)
     np.testing.assert_allclose(found, expected[: len(ids) - 1], atol=1e-4)
 

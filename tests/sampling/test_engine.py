@@ -14,13 +14,13 @@ import tiny
 from grpo_jax import keys
 from grpo_jax.devices import compiling, sharding
 from grpo_jax.kernels import quantize
-from grpo_jax.kernels.kv_cache import Ring
+from grpo_jax.kernels.kv_cache import RingCache
 from grpo_jax.learner.scoring import Scorer
-from grpo_jax.models import logits, parameters, transformer
+from grpo_jax.models import logits, parameters
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
-from grpo_jax.structs import Sampling
+from grpo_jax.structs import Layer, Sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
@@ -49,7 +49,7 @@ def generate(engine, params, prompts=PROMPTS, group=GROUP, key=KEY, temperature=
 @jax.jit
 def scores_of(params, prompt_PQ, prompt_length_P, completion_PGC):
     """Scores over the vocabulary at each completion token, by one full pass, [P, G, C, V]."""
-    hidden = transformer.score(params, tiny.MODEL, prompt_PQ, prompt_length_P, completion_PGC)
+    hidden = tiny.completion_states(params, tiny.MODEL, prompt_PQ, prompt_length_P, completion_PGC)
     return logits.logits(hidden, parameters.head_kernel(params))
 
 
@@ -318,7 +318,7 @@ def test_a_longer_padding_changes_nothing(params, unstoppable, whole):
     np.testing.assert_array_equal(got.completion_PGC[:5], want.completion_PGC[:5])
 
 
-@pytest.mark.parametrize("changes", [{"join": True}, {"steps": 4}, {"steps": 3, "join": True}])
+@pytest.mark.parametrize("changes", [{"fuse": True}, {"steps": 4}, {"steps": 3, "fuse": True}])
 @pytest.mark.parametrize("num_slots", [0, 8])
 def test_how_a_device_decodes_does_not_change_the_completions(whole, params, num_slots, changes):
     """Products joined, and several tokens between two looks at whether the host is needed."""
@@ -333,7 +333,7 @@ def test_a_gpu_joins_products_and_looks_at_the_host_more_rarely(monkeypatch):
 
     monkeypatch.setattr(sharding, "is_gpu", lambda mesh: True)
 
-    faster = dataclasses.replace(plain, join=True, steps=8)
+    faster = dataclasses.replace(plain, fuse=True, steps=8)
     assert decode.decoder_for(*shape, jnp.float32) == faster
 
 
@@ -345,7 +345,7 @@ def in_int8(num_slots=0, compact=True, weights="int8", cache="int8", mesh=None) 
         STOPS,
         LIMIT,
         weights=weights,
-        caching=Ring(int8=cache == "int8"),
+        kv_cache=RingCache(int8=cache == "int8"),
     )
     return Engine(decoder, num_slots=num_slots, compact=compact)
 
@@ -368,7 +368,7 @@ def test_slots_do_not_change_completions_in_int8(whole_in_int8, params, num_slot
 
 def test_joined_products_do_not_change_completions_in_int8(whole_in_int8, params):
     plain = in_int8(compact=False)
-    ours = Engine(dataclasses.replace(plain.decoder, join=True), compact=False)
+    ours = Engine(dataclasses.replace(plain.decoder, fuse=True), compact=False)
     got = generate(ours, params)
     np.testing.assert_array_equal(got.completion_PGC, whole_in_int8.completion_PGC)
     np.testing.assert_allclose(got.logp_PGC, whole_in_int8.logp_PGC, atol=1e-4, rtol=0)
@@ -433,7 +433,7 @@ def test_publishing_again_traces_nothing(params, monkeypatch):
 
 def test_publish_takes_the_layers_apart():
     """Of more layers than may be in flight."""
-    model = dataclasses.replace(tiny.MODEL, num_layers=compiling.MAX_IN_FLIGHT + 3)
+    model = dataclasses.replace(tiny.MODEL, layers=(Layer(),) * (compiling.MAX_IN_FLIGHT + 3))
     params = parameters.init(model, jax.random.key(0))
 
     published = Engine(Decoder(model, tiny.one_device(), Sampling(), STOPS, LIMIT)).publish(params)

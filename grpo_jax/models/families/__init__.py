@@ -12,7 +12,7 @@ from typing import Any
 
 from grpo_jax.messages.values import shown
 from grpo_jax.models.families.keys import Keys
-from grpo_jax.structs import ModelConfig, RopeScaling
+from grpo_jax.structs import Layer, ModelConfig, RopeScaling, Rotary
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 
@@ -69,26 +69,24 @@ def model_config(hf: dict[str, Any], source: str) -> ModelConfig:
             "dimensions, so it must be even."
         )
     max_position = keys.size("max_position_embeddings")
-    rope_theta, rope_scaling = _rope(keys, max_position)
+    rotary = _rope(keys, max_position)
     attention_bias = family in ("llama", "qwen3") and keys.flag("attention_bias")
     return ModelConfig(
         family=family,
         vocab_size=keys.size("vocab_size"),
         width=width,
         mlp_width=keys.size("intermediate_size"),
-        num_layers=num_layers,
+        layers=_layers(keys, family, num_layers),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,
-        rope_theta=rope_theta,
+        rotaries=(rotary,),
         norm_eps=keys.number("rms_norm_eps", hf),
         max_position=max_position,
         tied_head=keys.flag("tie_word_embeddings"),
         qkv_bias=family == "qwen2" or attention_bias,
         out_bias=attention_bias,
         qk_norm=family == "qwen3",
-        rope_scaling=rope_scaling,
-        window_per_layer=_windows(keys, family, num_layers),
     )
 
 
@@ -124,7 +122,7 @@ def hf_config(
         "pad_token_id": pad_id,
         "rms_norm_eps": config.norm_eps,
         "rope_scaling": None,
-        "rope_theta": config.rope_theta,
+        "rope_theta": config.rotaries[0].theta,
         "sliding_window": None,
         "tie_word_embeddings": config.tied_head,
         "torch_dtype": dtype,  # transformers before 4.56 reads this name
@@ -174,7 +172,7 @@ def in_every_spelling(hf: dict[str, Any]) -> dict[str, Any]:
     return hf
 
 
-def _rope(keys: Keys, max_position: int) -> tuple[float, RopeScaling | None]:
+def _rope(keys: Keys, max_position: int) -> Rotary:
     """The base of the rotary frequencies and their Llama-3 scaling, if any.
 
     Both may stand in several places; what counts is that they mean the same.
@@ -195,7 +193,7 @@ def _rope(keys: Keys, max_position: int) -> tuple[float, RopeScaling | None]:
         said = " and ".join(f"{key} = {theta}" for key, theta in thetas.items())
         raise ValueError(f"{keys.source}: {said} contradict each other. Keep one of them.")
     theta = next(iter(thetas.values()), 10_000.0)  # the Llama of 2023 does not write it
-    return theta, next(iter(scalings), None)
+    return Rotary(theta, next(iter(scalings), None))
 
 
 def _rope_kind(rope: dict[str, Any]) -> Any:
@@ -230,8 +228,8 @@ def _scaling(keys: Keys, name: str, rope: Any, max_position: int) -> RopeScaling
     return RopeScaling(original_max_position=int(position), **values)
 
 
-def _windows(keys: Keys, family: str, num_layers: int) -> tuple[int | None, ...] | None:
-    """How far each layer looks back, None for a model whose layers all look back over the row."""
+def _layers(keys: Keys, family: str, num_layers: int) -> tuple[Layer, ...]:
+    """The layers, which differ in how far they look back."""
     first, window = 0, None  # layers from `first` on have the window
     if family == "mistral" and keys.get("sliding_window") is not None:
         window = keys.size("sliding_window")
@@ -266,6 +264,4 @@ def _windows(keys: Keys, family: str, num_layers: int) -> tuple[int | None, ...]
                 f"for {family} with a sliding window of {window}, "
                 f"{'sliding' if any(sliding) else 'full'}_attention for every layer",
             )
-    if not any(sliding):
-        return None
-    return tuple(window if slides else None for slides in sliding)
+    return tuple(Layer(window=window if slides else None) for slides in sliding)

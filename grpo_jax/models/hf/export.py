@@ -7,7 +7,9 @@ otherwise than version 5 does, or stop at them.
 
 from __future__ import annotations
 
+import collections
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +24,9 @@ from jax.experimental import multihost_utils
 from transformers import PreTrainedTokenizerBase
 
 from grpo_jax.models import families
+from grpo_jax.models.families.names import Tensor
 from grpo_jax.models.hf.folder import read_json
-from grpo_jax.models.hf.weights import INDEX, Leaf, is_leaf, leaves_of
+from grpo_jax.models.hf.weights import INDEX, is_leaf, leaves_of, tensor_shapes
 from grpo_jax.structs import Array, ModelConfig, Params
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -102,15 +105,13 @@ def _replacing(folder: Path) -> Iterator[Path]:
 
 def _save_tensors(folder: Path | None, params: Params, config: ModelConfig, dtype: Any) -> None:
     """Writes the weights shard by shard; with None, only takes part in gathering them."""
-    leaves = jax.tree.leaves(leaves_of(config), is_leaf=is_leaf)
-    sources = {
-        name: (leaf, i, array)
-        for leaf, array in zip(leaves, jax.tree.leaves(params), strict=True)
-        for i, name in enumerate(leaf.names)
-    }
-    sizes = {
-        name: int(np.prod(leaf.shape)) * dtype.itemsize for name, (leaf, _, _) in sources.items()
-    }
+    leaves = leaves_of(config)
+    shapes, parts = tensor_shapes(leaves), collections.defaultdict(list)
+    flat = jax.tree.leaves(leaves, is_leaf=is_leaf)
+    for leaf, array in zip(flat, jax.tree.leaves(params), strict=True):
+        for i, tensor in enumerate(leaf.tensors):
+            parts[tensor.name].append((tensor, array, i if leaf.stacked else None))
+    sizes = {name: math.prod(shapes[name]) * dtype.itemsize for name in parts}
     shards = list(_shards(sizes))
     placed = {}
     for number, names in enumerate(shards, 1):
@@ -119,7 +120,7 @@ def _save_tensors(folder: Path | None, params: Params, config: ModelConfig, dtyp
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}
         for name in names:
-            value = _gather(*sources[name], dtype)  # every process takes part
+            value = _assembled(shapes[name], parts[name], dtype)  # every process takes part
             if folder is not None:
                 tensors[name] = value
         placed |= dict.fromkeys(names, file)
@@ -145,13 +146,20 @@ def _shards(sizes: dict[str, int]) -> Iterator[list[str]]:
     yield shard
 
 
-def _gather(leaf: Leaf, layer: int, array: Array, dtype: Any) -> np.ndarray:
-    """One tensor as the checkpoint has it, whole on every process."""
-    value = (array[layer] if leaf.stacked else array).astype(dtype)
-    if jax.process_count() > 1:
-        value = multihost_utils.process_allgather(value, tiled=True)
-    value = np.asarray(value)
-    return np.ascontiguousarray(value.T) if leaf.transposed else value
+def _assembled(
+    shape: tuple[int, ...], parts: list[tuple[Tensor, Array, int | None]], dtype: Any
+) -> np.ndarray:
+    """One tensor as the checkpoint has it, whole on every process.
+
+    `parts`: the parameters in it, and which layer of them.
+    """
+    whole = np.empty(shape, dtype)
+    for tensor, array, layer in parts:
+        value = (array if layer is None else array[layer]).astype(dtype)
+        if jax.process_count() > 1:
+            value = multihost_utils.process_allgather(value, tiled=True)
+        tensor.write(np.asarray(value), whole)
+    return whole
 
 
 # --- Configs and tokenizer ----------------------------------------------------------------------

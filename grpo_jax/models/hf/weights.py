@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder: names of tensors, and reading them.
+"""The weights of a Hugging Face folder: which tensors they are, and reading them.
 
 Every process reads only the slices of each tensor that its own devices hold, so no host ever holds
 a whole model. Pickles are not read.
@@ -7,7 +7,7 @@ a whole model. Pickles are not read.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,9 @@ import safetensors
 from jax.sharding import Mesh
 
 from grpo_jax.devices import sharding
-from grpo_jax.models import parameters
+from grpo_jax.models import layer_runs, parameters
+from grpo_jax.models.families import names
+from grpo_jax.models.families.names import Tensor
 from grpo_jax.models.hf.folder import read_json, refuse_odd, some
 from grpo_jax.structs import Array, ModelConfig, Params
 
@@ -28,46 +30,47 @@ INDEX = "model.safetensors.index.json"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-# --- Names --------------------------------------------------------------------------------------
+# --- Which tensors ------------------------------------------------------------------------------
 
 
-_OUTER = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
-_IN_LAYER = {
-    "attention_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
-    **{f"attention/{p}": f"self_attn.{p}_proj" for p in "qkvo"},
-    "attention/q_norm": "self_attn.q_norm",
-    "attention/k_norm": "self_attn.k_norm",
-    **{f"mlp/{p}": f"mlp.{p}_proj" for p in ("gate", "up", "down")},
-}
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class Leaf(NamedTuple):
-    """One array of the parameters and the tensors of a checkpoint that it consists of."""
+    """One array of the parameters, and where it stands in a checkpoint."""
 
-    names: tuple[str, ...]  # one per layer where `stacked`, else a single one
+    tensors: tuple[Tensor, ...]  # one for each layer of the stack, else a single one
     stacked: bool  # along a leading axis of layers
-    transposed: bool  # kernels are [out, in] in a checkpoint, [in, out] here
-    shape: tuple[int, ...]  # of each tensor in the checkpoint
+    shape: tuple[int, ...]  # of the parameter, of one layer if it belongs to layers
 
 
 def leaves_of(config: ModelConfig) -> Any:
     """A `Leaf` for every parameter, as a pytree like the parameters."""
+    table, shapes = names.table(config), parameters.param_shapes(config)
 
-    def leaf(path, array) -> Leaf:
-        *module, kind = (part.key for part in path)
-        stacked, transposed = module[0] == "layers", kind == "kernel"
-        suffix = "bias" if kind == "bias" else "weight"
-        if stacked:
-            name = f"{_IN_LAYER['/'.join(module[1:])]}.{suffix}"
-            names = tuple(f"model.layers.{i}.{name}" for i in range(config.num_layers))
-        else:
-            names = (f"{_OUTER[module[0]]}.{suffix}",)
-        shape = array.shape[1:] if stacked else array.shape
-        return Leaf(names, stacked, transposed, shape[::-1] if transposed else shape)
+    def leaf(path: Sequence[Any], array: jax.ShapeDtypeStruct, layers: Sequence[int] | None):
+        tensor = table["/".join(part.key for part in path)]
+        if layers is None:
+            return Leaf((tensor,), False, array.shape)
+        return Leaf(tuple(tensor.of_layer(i) for i in layers), True, array.shape[1:])
 
-    return jax.tree_util.tree_map_with_path(leaf, parameters.param_shapes(config))
+    def slot(run: int, slot: int, layers: Sequence[int]) -> Any:
+        stack = layer_runs.slot_of(shapes["layers"], config.layers, run, slot)
+        return jax.tree_util.tree_map_with_path(functools.partial(leaf, layers=layers), stack)
+
+    outer = {name: part for name, part in shapes.items() if name != "layers"}
+    outer = jax.tree_util.tree_map_with_path(functools.partial(leaf, layers=None), outer)
+    return outer | {"layers": layer_runs.by_slot(config.layers, slot)}
+
+
+def tensor_shapes(leaves: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a checkpoint, by name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for leaf in jax.tree.leaves(leaves, is_leaf=is_leaf):
+        for tensor in leaf.tensors:  # the last of the parameters in one says how many rows it has
+            shape = tensor.shape(leaf.shape)
+            shapes[tensor.name] = max(shape, shapes.get(tensor.name, shape))
+    return shapes
 
 
 def is_leaf(x: Any) -> bool:
@@ -78,7 +81,7 @@ def is_leaf(x: Any) -> bool:
 
 
 def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype=jnp.float32) -> Params:
-    """The checkpoint's parameters as `dtype`, laid out over the mesh (see `transformer.py`).
+    """The checkpoint's parameters as `dtype`, laid out over the mesh.
 
     Each device's slices are read tensor by tensor. Raises ValueError before any is read when a
     tensor is missing, unused, repeated or of another shape, or a file is broken.
@@ -126,12 +129,10 @@ def _reader(
     def read(index: tuple[slice, ...]) -> np.ndarray:
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
         layers = range(*bounds[0]) if leaf.stacked else (0,)
-        within = [slice(*b) for b in (bounds[1:] if leaf.stacked else bounds)]
-        within = tuple(within[::-1] if leaf.transposed else within)
         part = np.empty([stop - start for start, stop in bounds], dtype)
         for row, layer in enumerate(layers):
-            value = tensors[leaf.names[layer]].slices[within]
-            value = value.T if leaf.transposed else value
+            tensor = leaf.tensors[layer]
+            value = tensor.read(tensors[tensor.name].slices, bounds[leaf.stacked :])
             part[row if leaf.stacked else ...] = value
         return part
 
@@ -234,9 +235,7 @@ def _open(folder: Path) -> dict[str, _Tensor]:
 
 def _check(folder: Path, tensors: dict[str, _Tensor], leaves: Any, config: ModelConfig) -> None:
     """Raises ValueError unless the files hold what the config needs and nothing else."""
-    needed = {
-        name: leaf.shape for leaf in jax.tree.leaves(leaves, is_leaf=is_leaf) for name in leaf.names
-    }
+    needed = tensor_shapes(leaves)
     allowed = {_HEAD} if config.tied_head else set()
     unused = [
         f"{name} {list(t.shape)} ({t.file.name})"

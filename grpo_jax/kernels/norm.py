@@ -1,0 +1,36 @@
+"""The residual stream and its RMS norms, in plain XLA."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from grpo_jax.structs import Array
+
+
+class Residual(NamedTuple):
+    """The residual stream [..., D], in two parts that stand for their sum.
+
+    So the norm that reads it next can add them on its way, as `gpu_norm.FusedNorm` does.
+    """
+
+    states: Array
+    branch: Array  # what attention or the MLP found last
+
+    @staticmethod
+    def of(states: Array) -> Residual:
+        """States with nothing to add; XLA drops the zeros."""
+        return Residual(states, jnp.zeros_like(states))
+
+    def sum(self) -> Array:
+        return self.states + self.branch
+
+
+class AddNorm(nn.RMSNorm):
+    """The sum of a residual stream, and its RMS norm."""
+
+    def __call__(self, x: Residual) -> tuple[Array, Array]:
+        total = x.sum()
+        return total, super().__call__(total)
