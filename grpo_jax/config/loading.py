@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from grpo_jax.config import options, rules
+from grpo_jax.config import rules
 from grpo_jax.config.dotted import override
 from grpo_jax.messages.values import shown
 
@@ -52,7 +52,7 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
                 "--config.name=value, for example --config.optim.learning_rate=1e-5."
             )
         override(config, name.removeprefix("--config."), text)
-    rules.check(config, options.default())
+    rules.check(config)
     return ConfigDict(config).lock()
 
 

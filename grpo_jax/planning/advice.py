@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from grpo_jax.config import derived, options, rules
+from grpo_jax.config import derived, rules
 from grpo_jax.planning import plan as plan_lib
 from grpo_jax.planning.plan import Plan
 from grpo_jax.structs import ModelConfig
@@ -66,7 +66,7 @@ def changed(config: ConfigDict, change: Change) -> ConfigDict:
     for name, value in change.items():
         section, _, leaf = name.rpartition(".")
         new[section][leaf] = value
-    rules.check(new, options.default())
+    rules.check(new)
     return new.lock()
 
 

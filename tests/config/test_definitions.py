@@ -94,7 +94,7 @@ def test_every_choice_is_told_and_documented(option):
         config.data.task, config.model.path = "arithmetic", "some/model"
         for name, value in given.items():
             override(config, name.replace("__", "."), str(value))
-        rules.check(config, options_lib.default())
+        rules.check(config)
         told.add(tuple(lines(**given)))
         assert f'"{choice}"' in text
     assert len(told) == len(choices)
