@@ -31,7 +31,8 @@ def override(config: ConfigDict, name: str, text: str) -> None:
         close += difflib.get_close_matches(name, flat, n=3)
         hint = f" Did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
         raise ValueError(
-            f"There is no option {name[:80]}.{hint} grpo_jax/config/options.py lists all options."
+            f"There is no option {name[:80]}.{hint} "
+            "`python -m grpo_jax.train --help` lists all options."
         )
     section, _, leaf = name.rpartition(".")
     holder = config[section] if section else config

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from grpo_jax.config import rules
+from grpo_jax.config import options, rules
 from grpo_jax.config.dotted import override
 from grpo_jax.messages.values import shown
 
@@ -19,6 +19,26 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
 
     Raises ValueError, naming the option and the remedy, for anything that is wrong with it.
     """
+    config = read(path, overrides)
+    rules.check(config)
+    return ConfigDict(config).lock()
+
+
+def read(path: str | None, overrides: list[str]) -> ConfigDict:
+    """The same before it is checked. Without a file: the defaults with the overrides."""
+    config = options.default() if path is None else _read_file(path)
+    for argument in overrides:
+        name, equals, text = argument.partition("=")
+        if not name.startswith("--config.") or not equals:
+            raise ValueError(
+                f"Unknown argument {shown(argument)}. Options of the run are written "
+                "--config.name=value, for example --config.optim.learning_rate=1e-5."
+            )
+        override(config, name.removeprefix("--config."), text)
+    return config
+
+
+def _read_file(path: str) -> ConfigDict:
     file = Path(path)
     if not file.is_file():
         known = sorted(str(p) for p in Path("configs").glob("*.py"))
@@ -44,16 +64,7 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
     config.rewards.names = tuple(
         spec_of(name) if callable(name) else name for name in config.rewards.names
     )
-    for argument in overrides:
-        name, equals, text = argument.partition("=")
-        if not name.startswith("--config.") or not equals:
-            raise ValueError(
-                f"Unknown argument {shown(argument)}. Options of the run are written "
-                "--config.name=value, for example --config.optim.learning_rate=1e-5."
-            )
-        override(config, name.removeprefix("--config."), text)
-    rules.check(config)
-    return ConfigDict(config).lock()
+    return config
 
 
 def spec_of(found: Callable) -> str:

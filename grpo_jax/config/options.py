@@ -46,7 +46,7 @@ SECTIONS = {
     "logging": "What is shown and written while the run goes on",
     "profile": "Traces of single steps",
     "debug": "Search for faults",
-    "mesh": "Devices along each axis of the mesh; their product is the number of devices",
+    "mesh": "Devices along each axis; their product is all devices",
     "sft": "Supervised training on worked solutions, before GRPO or alone",
 }
 
@@ -104,8 +104,8 @@ TABLE = (
          "Keep the reference model in host memory while it does not score", free=True),
     number("model.num_layers", 2, COUNT, "layers",
            "Shape of a new model (Qwen2); this and the next four count when model.path is \"\""),
-    number("model.width", 128, COUNT, "elements", "Hidden size of a new model"),
-    number("model.mlp_width", 384, COUNT, "elements", "Hidden size of a new model's MLPs"),
+    number("model.width", 128, COUNT, "", "Hidden size of a new model"),
+    number("model.mlp_width", 384, COUNT, "", "Hidden size of a new model's MLPs"),
     number("model.num_heads", 4, COUNT, "heads", "Query heads of a new model"),
     number("model.num_kv_heads", 2, COUNT, "heads", "Key and value heads of a new model"),
 
@@ -113,15 +113,15 @@ TABLE = (
          "A task that generates its problems. Set this or data.path"),
     text("data.path", "", "file (JSONL, Parquet, Arrow, CSV, JSON), folder or hub id",
          "A dataset. Set this or data.task"),
-    text("data.name", "", "configuration", "Of a hub dataset that has several, such as \"main\"; "
-         "otherwise not read"),
+    text("data.name", "", "configuration, such as \"main\"",
+         "The one to read of a hub dataset that has several; otherwise not read"),
     text("data.split", "train", "split",
-         "Of a folder or hub dataset; a file has none, and this is not read"),
+         "The one to read of a folder or hub dataset; a file has none, and this is not read"),
     text("data.eval_path", "", "as data.path", "Held-out problems",
          special={"": "those of data.path in data.eval_split"}),
     text("data.eval_name", "", "configuration",
-         "Of data.eval_path; without data.eval_path, data.name holds"),
-    text("data.eval_split", "", "split", "Of the held-out problems",
+         "The one to read of data.eval_path; without data.eval_path, data.name holds"),
+    text("data.eval_split", "", "split", "The one with the held-out problems",
          special={"": "with data.eval_path its only split; without it no evaluation"}),
     several("data.columns", (), "\"ours=theirs\"",
             "Columns of the dataset by other names, such as (\"prompt=question\", "
@@ -170,8 +170,8 @@ TABLE = (
                "refuse": "do not start",
                "drop": "leave the problem out"},
            "What is done with a problem whose columns a reward function cannot read"),
-    number("rewards.max_failed_share", 0.5, NOT_NEGATIVE, "share",
-           "Completions of a step that may be without a reward; with more, "
+    number("rewards.max_failed_share", 0.5, NOT_NEGATIVE, "",
+           "Share of a step's completions that may be without a reward; with more, "
            "guards.failed_rewards acts", special={1: "never"}, free=True),
 
     number("batch.prompts", 32, COUNT, "prompts", "Prompts in a step"),
@@ -193,8 +193,8 @@ TABLE = (
            why="0 gives a group of equal completions, and so no advantage. 1.0 is usual"),
     number("rollout.top_k", 0, COUNT, "tokens", "Sample from the k most likely tokens",
            special={0: "from all"}),
-    number("rollout.top_p", 1.0, Range(above=0, at_most=1), "probability",
-           "Sample from the most likely tokens up to this total"),
+    number("rollout.top_p", 1.0, Range(above=0, at_most=1), "",
+           "Sample from the most likely tokens up to this total probability"),
     number("rollout.num_slots", 0, COUNT, "completions", "Completions decoded at once",
            special={0: "all of a step"}, free=True),
     choice("rollout.weights", "same", {
@@ -252,10 +252,11 @@ TABLE = (
            "precision or age"),
     number("algorithm.importance_cap", 2.0, POSITIVE, "", "The largest such ratio"),
 
-    number("optim.learning_rate", 1e-6, POSITIVE, "", "The peak"),
-    number("optim.warmup_steps", 0, NOT_NEGATIVE, "updates", "Linear warm-up"),
+    number("optim.learning_rate", 1e-6, POSITIVE, "", "The peak, after warm-up"),
+    number("optim.warmup_steps", 0, NOT_NEGATIVE, "updates", "Linear warm-up of the learning rate"),
     choice("optim.schedule", "constant", ("constant", "linear", "cosine"),
-           "After warm-up. Refused updates do not count"),
+           "The learning rate after warm-up, over the updates that were made; refused ones do not "
+           "count"),
     number("optim.end_fraction", 0.0, NOT_NEGATIVE, "",
            "Learning rate at the end of a decay, as a fraction of the peak"),
     number("optim.beta1", 0.9, FRACTION, "", "Decay of the first moment"),
@@ -289,7 +290,7 @@ TABLE = (
             "When more than rewards.max_failed_share of a step's completions have no reward"),
     _action("guards.reward", "warn", "When the mean reward of guards.window steps fell below its "
             "best by more than guards.reward_drop"),
-    number("guards.reward_drop", 0.5, POSITIVE, "share", "Of the best; see guards.reward",
+    number("guards.reward_drop", 0.5, POSITIVE, "", "A share of the best; see guards.reward",
            special={0: "not watched"}, free=True),
     number("guards.window", 10, COUNT, "steps", "Steps of a mean; see guards.reward", free=True),
     _action("guards.equal_groups", "warn", "When in every group all rewards were equal, in "
@@ -317,7 +318,8 @@ TABLE = (
     number("hosts.lost_limit_s", 100.0, POSITIVE, "s",
            "A process without a sign of life for this long is lost, and all end", free=True),
 
-    number("evaluation.every_steps", 0, COUNT, "steps", "Greedy completions of held-out problems",
+    number("evaluation.every_steps", 0, COUNT, "steps",
+           "Steps between evaluations by greedy completions",
            special={0: "at the start and the end only"}, free=True),
     number("evaluation.num_problems", 512, COUNT, "problems", "Held-out problems, at most",
            special={0: "no evaluation at all"}, free=True),
@@ -354,9 +356,10 @@ TABLE = (
 
     flag("logging.tensorboard", True, "Scalars and samples for TensorBoard, in the workdir",
          free=True),
-    text("logging.wandb_project", "", "project", "Weights & Biases (extra \"wandb\")",
+    text("logging.wandb_project", "", "project",
+         "Write to Weights & Biases too (extra \"wandb\")",
          special={"": "none"}, free=True),
-    number("logging.samples_every_steps", 20, COUNT, "steps", "Show a table of completions",
+    number("logging.samples_every_steps", 20, COUNT, "steps", "Steps between tables of completions",
            special={0: "never"}, free=True),
     number("logging.num_samples", 4, NOT_NEGATIVE, "completions", "Completions in that table",
            free=True),
@@ -385,7 +388,7 @@ TABLE = (
            "Solutions computed at once, those of similar length together",
            special={0: "all of an update"}, free=True),
     number("sft.learning_rate", 1e-3, POSITIVE, "", "The peak; it falls to 0 along a cosine"),
-    number("sft.warmup_steps", 20, NOT_NEGATIVE, "updates", "Linear warm-up"),
+    number("sft.warmup_steps", 20, NOT_NEGATIVE, "updates", "Linear warm-up of the learning rate"),
     number("sft.weight_decay", 0.01, NOT_NEGATIVE, "", "Of matrices; norms and biases have none"),
     number("sft.max_tokens", 256, COUNT, "tokens",
            "Limit of a worked solution, stop token included"),

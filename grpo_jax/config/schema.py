@@ -71,30 +71,33 @@ class Option:
         if self.within is None or (type(value) is not bool and value in self.special):
             return None
         if value not in self.within:
-            others = [f"{written(v)} ({what})" for v, what in self.special.items()]
+            others = [
+                f"{written(v)} ({what})" for v, what in self.special.items() if v not in self.within
+            ]
             reason = f": {self.why}" if self.why else ""
             told = ", or ".join([f"must be {self.within}", *others])
             return f"{self.name} = {shown(value)} {told}{reason}."
         return None
 
-    def values(self) -> str:
-        """The values that it can have, in a few words; choices are told by `details`."""
-        if self.choices:
-            return "one of"
-        if isinstance(self.default, bool):
-            return "True or False"
-        if isinstance(self.default, str):
-            return f"text: {self.unit}"
-        if isinstance(self.default, tuple):
-            return f"tuple: {self.unit}"
-        number = "a whole number" if isinstance(self.default, int) else "a number"
-        parts = [f"{number} of {self.unit}" if self.unit else number, str(self.within)]
-        return ", ".join(part for part in parts if part)
+    def explanation(self) -> str:
+        """What it means and which values it can have, but for those that `details` explains."""
+        parts = [self.meaning]
+        if self.choices and not any(self.choices.values()):
+            parts.append(" or ".join(map(written, self.choices)))
+        elif self.within:
+            parts.append(str(self.within).capitalize())
+        elif isinstance(self.default, tuple):
+            parts.append(f"Tuple of {self.unit}")
+        elif self.unit:
+            parts.append(self.unit[0].upper() + self.unit[1:])
+        return " ".join(f"{part}." for part in parts if part)
 
-    def details(self) -> list[tuple[str, str]]:
-        """Single values as they are written, each with its meaning, "" where its name says it."""
-        single = {**self.choices, **self.special}
-        return [(written(value), what) for value, what in single.items()]
+    def details(self) -> list[str]:
+        """Single values as they are written, each with its meaning."""
+        if self.choices and not any(self.choices.values()):
+            return []
+        single = {**self.choices, **self.special}.items()
+        return [f"{written(value)}: {what}" if what else written(value) for value, what in single]
 
 
 def written(value: Any) -> str:
