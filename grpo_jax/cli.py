@@ -103,8 +103,8 @@ def start_processes(args: argparse.Namespace, config: ConfigDict) -> None:
     if address is None or jax.distributed.is_initialized():
         return
     # A process that waits for another at a meeting is not what stalls.
-    meeting_s = 1.1 * config.loop.stall_limit_s + 60 if config.loop.stall_limit_s else 1e6
-    limits = Limits(config.hosts.start_limit_s, config.hosts.lost_limit_s, meeting_s)
+    meeting_s = 1.1 * config.loop.stall_timeout_s + 60 if config.loop.stall_timeout_s else 1e6
+    limits = Limits(config.hosts.start_timeout_s, config.hosts.heartbeat_timeout_s, meeting_s)
     processes.start(address, limits)
     console.quiet = not processes.is_first()  # what is said is the same for all
 

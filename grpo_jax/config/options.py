@@ -37,6 +37,7 @@ SECTIONS = {
     "batch": "What a step and an update consist of",
     "rollout": "How completions are sampled",
     "algorithm": "The objective. docs/definitions.md has the formulas",
+    "rollout_correction": "Importance weights where the sampler differs from the policy",
     "optim": "The optimizer (AdamW), and its learning rate",
     "loop": "How long the run goes on, and what overlaps in it",
     "guards": "What is done when the numbers of a step are out of bounds",
@@ -78,7 +79,7 @@ TABLE = (
            "Precision of activations and of the weights in rollouts"),
     choice("model.param_dtype", "float32", {
                "float32": "",
-               "bfloat16": "with stochastic rounding, or with optim.float32_copy to the nearest"},
+               "bfloat16": "with stochastic rounding, or with optim.master_weights to the nearest"},
            "Precision of the weights that learn"),
     choice("model.remat", "dots", {
                "none": "nothing: every activation is kept",
@@ -88,12 +89,12 @@ TABLE = (
                        "and in supervised training"},
            "What the backward pass computes again, to save memory (gradient checkpointing)",
            free=True),
-    choice("model.layers", "auto", {
-               "auto": "apart on a GPU, a loop elsewhere",
-               "loop": "one layer is compiled, and run in a loop",
-               "apart": "each layer is compiled: fewer copies of what the backward pass keeps, "
-                        "but a longer compilation"},
-           "How an update runs the layers", free=True),
+    choice("model.scan_layers", "auto", {
+               "auto": "off on a GPU, on elsewhere",
+               "on": "one layer is compiled, and run for each",
+               "off": "every layer is compiled: fewer copies of what the backward pass keeps, "
+                      "but a longer compilation"},
+           "Run the layers of an update in a loop (jax.lax.scan)", free=True),
     choice("model.attention", "auto", {
                "auto": "a kernel where one can be used",
                "xla": "no kernel",
@@ -126,14 +127,14 @@ TABLE = (
     several("data.columns", (), "\"ours=theirs\"",
             "Columns of the dataset by other names, such as (\"prompt=question\", "
             "\"answer=reward_model.ground_truth\"); a dot reaches into a struct"),
-    text("data.template", "", "template of a text",
+    text("data.prompt_template", "", "template of a text",
          "The prompt's text, with columns as {name} and braces as {{ }}",
          special={"": "the column \"prompt\" as it is"}),
     flag("data.chat", False,
          "A prompt that is a text becomes a user's message in the model's chat template"),
-    text("data.system", "", "message", "System message of chats that have none",
+    text("data.system_prompt", "", "message", "System message of chats that have none",
          special={"": "none"}),
-    several("data.template_arguments", (), "\"name=value\"",
+    several("data.chat_template_kwargs", (), "\"name=value\"",
             "What the chat template is given besides messages, such as "
             "(\"enable_thinking=False\",)"),
     text("data.date", "", "date, such as 2026-11-28", "The date that chat templates are told",
@@ -159,12 +160,12 @@ TABLE = (
          free=True),
     number("rewards.num_workers", 0, COUNT, "processes", "Processes that compute rewards",
            special={0: "half of the CPUs that the run may use, at most 16"}, free=True),
-    number("rewards.time_limit_s", 10.0, POSITIVE, "s",
+    number("rewards.timeout_s", 10.0, POSITIVE, "s",
            "For the reward of one completion; a process that takes longer is killed", free=True),
-    number("rewards.start_limit_s", 120.0, POSITIVE, "s",
+    number("rewards.start_timeout_s", 120.0, POSITIVE, "s",
            "For importing the functions, and for each function's first answer in a process, which "
            "may load a model", free=True),
-    number("rewards.memory_gb", 4.0, POSITIVE, "GiB",
+    number("rewards.memory_limit_gib", 4.0, POSITIVE, "GiB",
            "Memory of each process, with all that it starts", special={0: "no limit"}, free=True),
     choice("rewards.bad_rows", "refuse", {
                "refuse": "do not start",
@@ -197,12 +198,12 @@ TABLE = (
            "Sample from the most likely tokens up to this total probability"),
     number("rollout.num_slots", 0, COUNT, "completions", "Completions decoded at once",
            special={0: "all of a step"}, free=True),
-    choice("rollout.weights", "same", {
-               "same": "as model.dtype",
+    choice("rollout.weights_dtype", "auto", {
+               "auto": "as model.dtype",
                "int8": "8 bits, with a scale for each output of a layer"},
            "Precision of the weights in rollouts"),
-    choice("rollout.cache", "same", {
-               "same": "as model.dtype",
+    choice("rollout.kv_cache_dtype", "auto", {
+               "auto": "as model.dtype",
                "int8": "8 bits, with a scale for each position and head"},
            "Precision of the KV cache"),
     choice("rollout.attention", "auto", {
@@ -242,15 +243,17 @@ TABLE = (
            "How the losses of tokens are averaged"),
     flag("algorithm.mask_truncated", False,
          "Leave completions that reached the token limit out of the loss"),
-    choice("algorithm.importance_correction", "none", {
+    choice("rollout_correction.level", "none", {
                "none": "no correction",
-               "token_truncate": "a ratio for each token, at most the cap",
-               "token_mask": "a ratio for each token, 0 above the cap",
-               "sequence_truncate": "a ratio for each completion, at most the cap",
-               "sequence_mask": "a ratio for each completion, 0 above the cap"},
-           "Weight by the ratio of policy to sampler, where the sampler differs in weights, "
-           "precision or age"),
-    number("algorithm.importance_cap", 2.0, POSITIVE, "", "The largest such ratio"),
+               "token": "the ratio of each token",
+               "sequence": "the ratio of each completion, the product of those of its tokens"},
+           "Ratio of policy to sampler that weights the loss, where the sampler has other weights, "
+           "another precision or is a step old. loop.async_rollouts needs it"),
+    choice("rollout_correction.bound", "truncate", {
+               "truncate": "it becomes the cap",
+               "mask": "it becomes 0: the token or completion does not count"},
+           "What is done with a ratio above the cap"),
+    number("rollout_correction.cap", 2.0, POSITIVE, "", "The largest ratio that is kept"),
 
     number("optim.learning_rate", 1e-6, POSITIVE, "", "The peak, after warm-up"),
     number("optim.warmup_steps", 0, NOT_NEGATIVE, "updates", "Linear warm-up of the learning rate"),
@@ -263,13 +266,13 @@ TABLE = (
     number("optim.beta2", 0.99, FRACTION, "", "Decay of the second moment"),
     number("optim.eps", 1e-8, POSITIVE, "", "Added to the root of the second moment"),
     number("optim.weight_decay", 0.0, NOT_NEGATIVE, "", "Of matrices; norms and biases have none"),
-    number("optim.clip_norm", 1.0, POSITIVE, "", "Largest global norm of the gradient",
+    number("optim.max_grad_norm", 1.0, POSITIVE, "", "Largest global norm of the gradient",
            special={0: "no clipping"}),
-    choice("optim.moments", "float32", {
+    choice("optim.moments_dtype", "float32", {
                "float32": "", "bfloat16": "stochastic rounding",
                "int8": "in blocks with a scale each, stochastic rounding"},
            "Precision of the moments"),
-    flag("optim.float32_copy", False,
+    flag("optim.master_weights", False,
          "Keep float32 weights beside the moments, for model.param_dtype = \"bfloat16\""),
     flag("optim.offload", False,
          "Keep the optimizer's state in host memory while GRPO samples and scores", free=True),
@@ -277,12 +280,12 @@ TABLE = (
     number("loop.num_steps", 100, COUNT, "steps",
            "Steps of the run, one rollout each. A resumed run may have more, but not with a "
            "decaying optim.schedule or loop.async_rollouts", free=True),
-    number("loop.stall_limit_s", 3600.0, POSITIVE, "s",
+    number("loop.stall_timeout_s", 3600.0, POSITIVE, "s",
            "The run ends when a phase of a step makes no progress for this long",
            special={0: "never"}, free=True),
     flag("loop.async_rollouts", False,
          "Sample a step's rollouts before the updates of the step before, so that rewards are "
-         "computed while the device updates. Needs algorithm.importance_correction"),
+         "computed while the device updates. Needs rollout_correction.level"),
 
     _action("guards.nonfinite", "skip", "When a loss, gradient or reward is not finite",
             "skip", "roll_back", "stop"),
@@ -313,10 +316,10 @@ TABLE = (
     number("guards.max_roll_backs", 3, NOT_NEGATIVE, "times",
            "Returns to a checkpoint in a run; it stops where one more is asked for", free=True),
 
-    number("hosts.start_limit_s", 300.0, POSITIVE, "s",
+    number("hosts.start_timeout_s", 300.0, POSITIVE, "s",
            "Within this all processes must have started", free=True),
-    number("hosts.lost_limit_s", 100.0, POSITIVE, "s",
-           "A process without a sign of life for this long is lost, and all end", free=True),
+    number("hosts.heartbeat_timeout_s", 100.0, POSITIVE, "s",
+           "A process without a heartbeat for this long is lost, and all end", free=True),
 
     number("evaluation.every_steps", 0, COUNT, "steps",
            "Steps between evaluations by greedy completions",

@@ -97,19 +97,19 @@ def _check_mesh(config: ConfigDict) -> None:
 
 
 def _check_precision(config: ConfigDict) -> None:
-    if config.optim.float32_copy and config.model.param_dtype == "float32":
+    if config.optim.master_weights and config.model.param_dtype == "float32":
         raise ValueError(
-            "optim.float32_copy = True, but the parameters are float32 themselves. Set "
-            'model.param_dtype = "bfloat16", or optim.float32_copy = False.'
+            "optim.master_weights = True, but the parameters are float32 themselves. Set "
+            'model.param_dtype = "bfloat16", or optim.master_weights = False.'
         )
 
 
 def _check_loop(config: ConfigDict) -> None:
-    if config.loop.async_rollouts and config.algorithm.importance_correction == "none":
+    if config.loop.async_rollouts and config.rollout_correction.level == "none":
         raise ValueError(
             "loop.async_rollouts = True samples with weights that are a step old, and "
-            'algorithm.importance_correction = "none" leaves that uncorrected. Set it to '
-            '"token_truncate" or another correction, or loop.async_rollouts = False.'
+            'rollout_correction.level = "none" leaves that uncorrected. Set it to "token" or '
+            '"sequence", or loop.async_rollouts = False.'
         )
 
 
@@ -173,8 +173,8 @@ def _check_sources(config: ConfigDict) -> None:
             "set exactly one of them, a generated task or a dataset."
         )
     if config.data.task:
-        names = "name eval_path eval_name eval_split columns template chat system"
-        for name in f"{names} template_arguments date".split():
+        names = "name eval_path eval_name eval_split columns prompt_template chat"
+        for name in f"{names} system_prompt chat_template_kwargs date".split():
             if config.data[name]:
                 raise ValueError(
                     f"data.{name} goes with data.path; a task makes its own problems and held-out "

@@ -32,7 +32,9 @@ def choose(option: str, model: ModelConfig, mesh: Mesh, dtype: Any) -> Any:
 
 
 def choose_decoding(option: str, cache: str, model: ModelConfig, mesh: Mesh, dtype: Any) -> Any:
-    """How `config.rollout.attention` keeps the cache, of `config.rollout.cache`, and attends to it.
+    """How `config.rollout.attention` keeps the cache and attends to it.
+
+    `cache`: as `config.rollout.kv_cache_dtype`.
 
     "auto" takes the streamed kernel where it can be had. Raises ValueError where what is named
     cannot be had.

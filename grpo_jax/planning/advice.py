@@ -180,10 +180,10 @@ def _rounded(
 ) -> Iterator[Change]:
     if held["optimizer"] or "optimizer" in over:
         fewer = {"float32": ("bfloat16", "int8"), "bfloat16": ("int8",), "int8": ()}
-        for kind in fewer[config.optim.moments]:
-            yield {"optim.moments": kind}
+        for kind in fewer[config.optim.moments_dtype]:
+            yield {"optim.moments_dtype": kind}
     if over & _ROLLOUT:  # an evaluation is exact
-        for part in ("cache", "weights"):
+        for part in ("kv_cache_dtype", "weights_dtype"):
             if config.rollout[part] != "int8":
                 yield {f"rollout.{part}": "int8"}
     if config.model.param_dtype != "bfloat16":

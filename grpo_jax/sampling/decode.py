@@ -42,8 +42,8 @@ class Decoder:
     sampling: Sampling  # top-k and top-p; the temperature is an argument of each call, None for 0
     stop_ids: tuple[int, ...]
     max_tokens: int  # C: completion limit
-    dtype: Any = jnp.float32  # of activations, and of weights and cache that are the "same"
-    weights: str = "same"  # or "int8"
+    dtype: Any = jnp.float32  # of activations, and of weights and cache that are "auto"
+    weights: str = "auto"  # or "int8"
     join: bool = False  # see `parameters.joined`; for devices that hold a layer whole
     steps: int = 1  # tokens between two looks at whether the host is needed
     caching: Any = kv_cache.RING  # how the cache is kept and attended to: see `kernels`
@@ -71,8 +71,8 @@ def decoder_for(
     max_tokens: int,
     dtype: Any,
     *,
-    weights: str = "same",
-    cache: str = "same",
+    weights: str = "auto",
+    cache: str = "auto",
     attention: str = "auto",
 ) -> Decoder:
     """The decoder that suits the devices of a mesh.

@@ -148,7 +148,7 @@ def _run(run: Run, stop: stop_lib.StopSignal, began: float) -> dict[str, Any]:
             with phase("start"):
                 state.train = state.experience = None  # what went wrong makes room
                 state = run_state.roll_back(run, state, undone)
-    with Watchdog(run.config.loop.stall_limit_s) as watchdog:
+    with Watchdog(run.config.loop.stall_timeout_s) as watchdog:
         watchdog.phase("The end of the run")
         return results.finish(run, state, stop, time.monotonic() - began)
 

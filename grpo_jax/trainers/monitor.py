@@ -69,7 +69,7 @@ class Monitor:
             )
         )
         bar = enter(Progress(self._num_steps, first_step=state.step))
-        self._watchdog = enter(Watchdog(run.config.loop.stall_limit_s))
+        self._watchdog = enter(Watchdog(run.config.loop.stall_timeout_s))
         self._trace = enter(Trace(run.folder, run.config.profile.steps))
         self.guards = guards.Guards(run.config, state.history, run.checkpoints.folder)
         self.log = StepLog(run, self.guards, self._writers, bar, compiling)

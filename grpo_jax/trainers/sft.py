@@ -107,7 +107,7 @@ def _train(
     )
     with (
         closing(writers),
-        Watchdog(config.loop.stall_limit_s) as watchdog,
+        Watchdog(config.loop.stall_timeout_s) as watchdog,
         Progress(num_steps, first_step=first, every_steps=100, noun="sft") as bar,
     ):
         rows = batches(first)

@@ -177,20 +177,35 @@ def test_an_option_without_a_reader_is_seen():
 def test_what_a_run_is_that_changes_nothing():
     """What a run has unless its config says otherwise; docs/definitions.md compares it with TRL."""
     flat = flatten(options.default())
-    groups = ("algorithm.", "optim.", "batch.", "rollout.")
+    groups = ("algorithm.", "optim.", "batch.", "rollout.", "rollout_correction.")
     assert {n: v for n, v in flat.items() if n.startswith(groups)} == {
         "batch.prompts": 32, "batch.group": 8, "batch.minibatches": 1, "batch.microbatch": 0,
         "batch.memory_limit_gib": 0.0,
         "rollout.max_tokens": 256, "rollout.temperature": 1.0, "rollout.top_k": 0,
-        "rollout.top_p": 1.0, "rollout.num_slots": 0, "rollout.weights": "same",
-        "rollout.cache": "same", "rollout.attention": "auto", "rollout.compact": True,
+        "rollout.top_p": 1.0, "rollout.num_slots": 0, "rollout.weights_dtype": "auto",
+        "rollout.kv_cache_dtype": "auto", "rollout.attention": "auto", "rollout.compact": True,
         "algorithm.num_iterations": 1, "algorithm.scale_by": "std", "algorithm.clip_low": 0.2,
         "algorithm.clip_high": 0.2, "algorithm.kl_coef": 0.0,
         "algorithm.kl_gradient": "reference_policy", "algorithm.entropy_coef": 0.0,
         "algorithm.normalizer": "token", "algorithm.mask_truncated": False,
-        "algorithm.importance_correction": "none", "algorithm.importance_cap": 2.0,
+        "rollout_correction.level": "none", "rollout_correction.bound": "truncate",
+        "rollout_correction.cap": 2.0,
         "optim.learning_rate": 1e-6, "optim.warmup_steps": 0, "optim.schedule": "constant",
         "optim.end_fraction": 0.0, "optim.beta1": 0.9, "optim.beta2": 0.99, "optim.eps": 1e-8,
-        "optim.weight_decay": 0.0, "optim.clip_norm": 1.0, "optim.moments": "float32",
-        "optim.float32_copy": False, "optim.offload": False,
+        "optim.weight_decay": 0.0, "optim.max_grad_norm": 1.0, "optim.moments_dtype": "float32",
+        "optim.master_weights": False, "optim.offload": False,
     }  # fmt: skip
+
+
+def test_the_options_of_random_runs_are_options():
+    """tests/fuzz/steps.py names them; one that is none would have every run of it refused."""
+    file = ROOT.parent / "tests" / "fuzz" / "steps.py"
+    tables = [n for n in ast.parse(file.read_text()).body if isinstance(n, ast.Assign)]
+    named = {n.targets[0].id: n.value for n in tables if isinstance(n.value, ast.Dict)}
+    keys = [ast.literal_eval(key) for name in named for key in named[name].keys]
+    assert named.keys() == {"_ONE_STEP", "_VALUES"} and len(keys) > 40
+    assert set(keys) <= options.BY_NAME.keys()
+    for key, values in zip(named["_VALUES"].keys, named["_VALUES"].values):
+        option = options.BY_NAME[ast.literal_eval(key)]
+        for value in ast.literal_eval(ast.unparse(values)) if option.choices else []:
+            assert option.refusal(value) is None

@@ -114,8 +114,8 @@ def _recorded(config, folder: Path) -> Path:
         {"model__width": 64},
         {"data__num_train": 5},
         {"data__overlong": "drop"},
-        {"optim__moments": "int8"},
-        {"rollout__cache": "int8"},
+        {"optim__moments_dtype": "int8"},
+        {"rollout__kv_cache_dtype": "int8"},
     ],
 )
 def test_what_changes_the_result_binds(changes, tmp_path):

@@ -85,8 +85,8 @@ def test_a_module_that_does_not_end_its_import_ends_the_program(tmp_path):
     """With a message that says where it waits; first a word that it takes long."""
     (tmp_path / "endless_rewards.py").write_text("import time\ntime.sleep(1000)\n")
     code = (
-        "from grpo_jax.rewards import reward; reward._TOLD_AFTER_S = 0.1; "
-        "reward.load(('endless_rewards:f',), (1.0,), start_limit_s=0.5)"
+        "from grpo_jax.rewards import registry; registry._TOLD_AFTER_S = 0.1; "
+        "registry.load(('endless_rewards:f',), (1.0,), start_limit_s=0.5)"
     )
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     done = subprocess.run(
@@ -101,7 +101,7 @@ def test_a_module_that_does_not_end_its_import_ends_the_program(tmp_path):
     where = "endless_rewards.py, line 2, in <module>: time.sleep(1000)"
     assert told.startswith("rewards.names: 'endless_rewards:f' is still") and where in told
     assert error.startswith("error: rewards.names: 'endless_rewards:f' was not imported")
-    assert "rewards.start_limit_s = 0.5 s" in error and where in error
+    assert "rewards.start_timeout_s = 0.5 s" in error and where in error
 
 
 def test_a_function_in_place_of_its_name():
