@@ -37,7 +37,7 @@ SECTIONS = {
     "batch": "What a step and an update consist of",
     "rollout": "How completions are sampled",
     "algorithm": "The objective. docs/definitions.md has the formulas",
-    "rollout_correction": "Importance weights where the sampler differs from the policy",
+    "rollout_correction": "Importance weights for where sampler and policy differ",
     "optim": "The optimizer (AdamW), and its learning rate",
     "loop": "How long the run goes on, and what overlaps in it",
     "guards": "What is done when the numbers of a step are out of bounds",

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from grpo_jax.config import derived, options
+from grpo_jax.config import derived, options, other_names
 from grpo_jax.config.dotted import flatten
 from grpo_jax.config.schema import Option
 from grpo_jax.data.problems import form_of
@@ -43,7 +43,7 @@ def check(config: ConfigDict) -> None:
     _check_loop(config)
     for name in config.checkpoint.accept_changes:
         if name not in flat:
-            raise ValueError(f"checkpoint.accept_changes: there is no option {shown(name)}.")
+            raise ValueError(f"checkpoint.accept_changes: {other_names.no_such(str(name))}")
     _check_guards(config)
     _check_sources(config)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.config import loading, options
+from grpo_jax.config import loading, options, other_names
 from grpo_jax.config.dotted import flatten
 
 ROOT = Path(options.__file__).parents[1]
@@ -134,4 +134,78 @@ def test_a_file_that_misspells_an_option_is_refused(file):
     Path(file).write_text(Path(file).read_text().replace("c.sft.num_steps", "c.sft.num_step"))
     with pytest.raises(ValueError, match="num_step") as info:
         loading.load(file, [])
-    assert file in str(info.value)
+    assert f"{file}, line 5: There is no option sft.num_step. Did you mean sft.num_steps" in str(
+        info.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (
+            "c.optim.lr = 1e-5",
+            "line 5: There is no option optim.lr. Did you mean optim.learning_rate?",
+        ),
+        ("c.rollout.n = 8", "There is no option rollout.n. Did you mean batch.group?"),
+        ("c.rollout.cache = 'int8'", "Did you mean rollout.kv_cache_dtype?"),
+        (
+            "print(c.optim.moments)",
+            "There is no option optim.moments. Did you mean optim.moments_d",
+        ),
+        (
+            "o = c.optim; o.clip_norm = 1.0",
+            "There is no option clip_norm. Did you mean optim.max_g",
+        ),
+        ("c.zzz = 1", "There is no option zzz. `python -m grpo_jax.train --help` lists all"),
+    ],
+)
+def test_a_name_that_a_file_has_from_elsewhere_is_told_by_ours(file, line, told, monkeypatch):
+    monkeypatch.chdir(Path(file).parent)
+    file = Path(file).name  # as one writes it
+    Path(file).write_text(Path(file).read_text().replace("c.sft.num_steps = 1", line))
+    with pytest.raises(ValueError) as info:
+        loading.load(file, [])
+    assert told in str(info.value) and len(str(info.value)) < 300
+
+
+@pytest.mark.parametrize("line", ["None.optim", "{}['beta']", "import nothing_of_this_name"])
+def test_other_errors_of_a_file_are_told_as_they_are(file, line):
+    Path(file).write_text(Path(file).read_text().replace("c.sft.num_steps = 1", line))
+    with pytest.raises(ValueError, match="does not give a config") as info:
+        loading.load(file, [])
+    assert "no option" not in str(info.value)
+
+
+# --- Names of TRL, of verl, and of before ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("num_generations", "batch.group"),  # TRL
+        ("batch.num_generations", "batch.group"),
+        ("algorithm.beta", "algorithm.kl_coef"),
+        ("epsilon_high", "algorithm.clip_high"),
+        ("vllm_importance_sampling_mode", "rollout_correction.level"),
+        ("max_completion_length", "rollout.max_tokens"),
+        ("actor_rollout_ref.rollout.n", "batch.group"),  # verl
+        ("actor_rollout_ref.rollout.val_kwargs.n", "evaluation.num_samples"),
+        ("actor_rollout_ref.actor.optim.lr", "optim.learning_rate"),
+        ("data.max_response_length", "rollout.max_tokens"),
+        ("actor_rollout_ref.actor.clip_ratio_low", "algorithm.clip_low"),
+        ("trainer.test_freq", "evaluation.every_steps"),
+        ("rewards.time_limit_s", "rewards.timeout_s"),  # ours of before
+        ("hosts.lost_limit_s", "hosts.heartbeat_timeout_s"),
+        ("algorithm.importance_correction", "rollout_correction.level"),
+    ],
+)
+def test_names_from_elsewhere_are_told_by_ours(file, name, ours):
+    with pytest.raises(ValueError) as info:
+        loading.load(file, [f"--config.{name}=1"])
+    assert f"There is no option {name}. Did you mean {ours}? " in str(info.value)
+
+
+def test_names_from_elsewhere_are_none_of_ours():
+    known = options.BY_NAME
+    assert set(other_names._ELSEWHERE.values()) | set(other_names._FORMERLY.values()) <= set(known)
+    assert not known.keys() & (other_names._ELSEWHERE.keys() | other_names._FORMERLY.keys())
