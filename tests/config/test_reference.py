@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from pathlib import Path
 
@@ -25,6 +26,17 @@ def test_the_page_is_up_to_date():
     page = (ROOT / "docs" / "options.md").read_text()
     assert page == reference.page(), "python -m grpo_jax.config.reference > docs/options.md"
     assert "docs/options.md" in (ROOT / "README.md").read_text()
+
+
+def test_pages_name_options_that_exist():
+    """README, docs, launch scripts and the numbers of benchmarks; names of files aside."""
+    sections = "|".join(name for name in options.SECTIONS if name)
+    pattern = re.compile(rf"(?<![\w/])({sections})\.(?!md\b|py\b)([a-z_0-9]+)\b(?!\.)")
+    files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/*")]
+    files += [ROOT / "benchmarks" / "RESULTS.md"]
+    found = {(file.name, m[0]) for file in files for m in pattern.finditer(file.read_text())}
+    assert len(found) > 100
+    assert {(file, name) for file, name in found if name not in options.BY_NAME} == set()
 
 
 @functools.cache
