@@ -26,7 +26,7 @@ from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Sampling
 
-CACHES = WEIGHTS = ("same", "int8")
+CACHES = WEIGHTS = ("auto", "int8")
 
 
 def gaps(ours: policy.Policy, params, prompts, args, dtype, weights: str, cache: str):

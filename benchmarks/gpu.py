@@ -78,16 +78,16 @@ PIECES: dict[str, list[tuple[str, list[str]]]] = {
         ("sequence", ["long", "xla"]),
     ],
     "B": [
-        ("step", ["middle", "auto", "apart", "both"]),
-        ("rollout", ["middle", "auto", "same", "1"]),
-        ("update", ["middle", "loop"]),
+        ("step", ["middle", "auto", "off", "both"]),
+        ("rollout", ["middle", "auto", "auto", "1"]),
+        ("update", ["middle", "on"]),
         ("torch", ["middle"]),
         ("rollout", ["middle", "auto", "int8", "0"]),
-        ("step", ["small", "auto", "apart", "full"]),
-        ("step", ["lean", "auto", "apart", "full"]),
+        ("step", ["small", "auto", "off", "full"]),
+        ("step", ["lean", "auto", "off", "full"]),
     ],
     "C": [
-        ("step", ["large", "auto", "loop", "full"]),
+        ("step", ["large", "auto", "on", "full"]),
         ("longest", ["middle", "32768", "65536"]),
         ("longest", ["large", "32768", "32768"]),
     ],
@@ -301,8 +301,8 @@ def _decoding(work: Any, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def step(size: str, decoding: str, layers: str, which: str, tiny: bool) -> Iterator[dict[str, Any]]:
     """Each phase beside its floor: completions of "full" length, or "both" these and of a mean.
 
-    `layers`: as `config.model.layers`. With "both" come traces. Of the large shape, scoring and the
-    update run once, and the compiler's seconds are taken off.
+    `layers`: as `config.model.scan_layers`. With "both" come traces. Of the large shape, scoring
+    and the update run once, and the compiler's seconds are taken off.
     """
     import jax
     import timing

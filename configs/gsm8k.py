@@ -21,7 +21,7 @@ def get_config():
     c.data.name = "main"
     c.data.eval_split = "test"
     c.data.columns = ("prompt=question",)
-    c.data.template = (
+    c.data.prompt_template = (
         '{prompt}\nLet\'s think step by step and end with "#### " and the final number.'
     )
     c.data.chat = True

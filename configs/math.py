@@ -21,7 +21,7 @@ def get_config():
     c.data.path = "DigitalLearningGmbH/MATH-lighteval"
     c.data.eval_split = "test"
     c.data.columns = ("prompt=problem", "answer=solution")
-    c.data.template = (
+    c.data.prompt_template = (
         "{prompt}\nLet's think step by step and put the final answer within \\boxed{{}}."
     )
     c.data.chat = True

@@ -7,6 +7,7 @@ import collections
 import contextlib
 import importlib.util
 import os
+import shutil
 import sys
 import threading
 import time
@@ -19,7 +20,7 @@ from typing import NoReturn
 import jax
 from ml_collections import ConfigDict
 
-from grpo_jax.config import derived, loading
+from grpo_jax.config import derived, loading, reference
 from grpo_jax.hosts import cpus, processes
 from grpo_jax.hosts.processes import Limits
 from grpo_jax.messages.console import console, one_line, say
@@ -31,19 +32,36 @@ def run_arguments(argv: list[str], description: str) -> tuple[ConfigDict, Path]:
     """The config and the workdir of a run's command line; of several processes all have started.
 
     Everything but `--config`, `--workdir` and what `add_processes` adds must be an override,
-    `--config.name=value`.
+    `--config.name=value`. `--help` lists all options, and ends the program.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.add_argument("--config", required=True, metavar="FILE", help="a file as in configs/")
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=False)
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="show this and all options with FILE's values"
+    )
+    parser.add_argument("--config", metavar="FILE", help="a file as in configs/")
     parser.add_argument(
         "--workdir", metavar="DIR", help="folder of the run; default runs/NAME_OF_CONFIG"
     )
     parser.usage = f"{parser.prog} --config FILE [--workdir DIR] [--config.NAME=VALUE ...]"
     add_processes(parser)
     known, overrides = parser.parse_known_args(joined(argv))
+    if known.help:
+        width = min(shutil.get_terminal_size().columns, 100)
+        listing = reference.listing(loading.read(known.config, overrides), width)
+        _print_and_exit(f"{parser.format_help()}\n{listing}")
+    if known.config is None:
+        parser.error("--config FILE is required; --help lists all options")
     config = load_config(known.config, overrides)
     start_processes(known, config)
     return config, Path(known.workdir or Path("runs") / Path(known.config).stem)
+
+
+def _print_and_exit(text: str) -> NoReturn:
+    try:
+        print(hidden(text), flush=True)
+    except BrokenPipeError:  # a pager that was left; Python would complain when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit()
 
 
 def load_config(path: str, overrides: list[str]) -> ConfigDict:
@@ -85,8 +103,8 @@ def start_processes(args: argparse.Namespace, config: ConfigDict) -> None:
     if address is None or jax.distributed.is_initialized():
         return
     # A process that waits for another at a meeting is not what stalls.
-    meeting_s = 1.1 * config.loop.stall_limit_s + 60 if config.loop.stall_limit_s else 1e6
-    limits = Limits(config.hosts.start_limit_s, config.hosts.lost_limit_s, meeting_s)
+    meeting_s = 1.1 * config.loop.stall_timeout_s + 60 if config.loop.stall_timeout_s else 1e6
+    limits = Limits(config.hosts.start_timeout_s, config.hosts.heartbeat_timeout_s, meeting_s)
     processes.start(address, limits)
     console.quiet = not processes.is_first()  # what is said is the same for all
 

@@ -8,7 +8,7 @@
 #     loop are on by default.
 #   xla_gpu_enable_pipelined_all_gather, _reduce_scatter and _all_reduce send for one layer while
 #     another computes (mesh.fsdp above 1). Compiled for eight H100, they take a quarter more
-#     activations and leave as much or more to wait for. config.model.layers = "apart" leaves less.
+#     activations and leave as much or more to wait for. config.model.scan_layers = "off" leaves less.
 #   xla_gpu_enable_latency_hiding_scheduler, which orders all else beside arithmetic, is on by default.
 #   xla_gpu_enable_triton_gemm is on by default; cuBLAS alone was slower for others.
 #   xla_gpu_deterministic_ops=true makes runs repeatable bit for bit on one kind of GPU, and slower.

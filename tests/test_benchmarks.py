@@ -18,7 +18,7 @@ def test_a_piece_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # a process of one device
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    pieces = [("lunch", []), ("step", ["small", "auto", "apart", "both"])]
+    pieces = [("lunch", []), ("step", ["small", "auto", "off", "both"])]
     found = gpu.run(pieces, tmp_path, tiny=True, minutes=5)
     assert found == json.loads((tmp_path / "gpu.json").read_text())
     assert found["lunch"] == {"failed": "KeyError: 'lunch'"}
@@ -41,7 +41,7 @@ def test_what_a_piece_had_found_stays_when_its_time_is_over(tmp_path, monkeypatc
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(gpu.subprocess, "run", run)
-    found = gpu.run([("step", ["small", "auto", "apart", "both"])], tmp_path, tiny=True, minutes=1)
+    found = gpu.run([("step", ["small", "auto", "off", "both"])], tmp_path, tiny=True, minutes=1)
     assert found["step small auto apart both"] == {
         "full": 1, "spread": 2, "failed": "not done after 60 s"
     }  # fmt: skip

@@ -25,14 +25,15 @@ class Objective:
     entropy_coef: float = 0.0
     normalizer: str = "token"
     max_tokens: int = 1  # completion limit, the "constant" normalizer's length of every sequence
-    importance_correction: str = "none"
+    importance_level: str = "none"  # or "token" or "sequence"; `config.rollout_correction`
+    importance_bound: str = "truncate"  # or "mask"
     importance_cap: float = 2.0
     kl_gradient: str = "reference_policy"
 
     @property
     def sums_sequences(self) -> bool:
         """Whether the correction needs a whole completion's log-probability before its loss."""
-        return self.importance_correction.startswith("sequence")
+        return self.importance_level == "sequence"
 
 
 @struct.dataclass
@@ -101,10 +102,10 @@ def importance(objective: Objective, logp: Array, terms: TokenTerms) -> Array:
     ("mask"). TRL's modes of the same names do the same. The ratio of the clip stays that of policy
     to old policy.
     """
-    if objective.importance_correction == "none":
+    if objective.importance_level == "none":
         return jnp.ones_like(logp)
     ratio = jnp.exp(_sampler_log_ratio(objective, logp, terms))
-    beyond = 0.0 if objective.importance_correction.endswith("mask") else objective.importance_cap
+    beyond = 0.0 if objective.importance_bound == "mask" else objective.importance_cap
     return jnp.where(ratio > objective.importance_cap, beyond, ratio)
 
 
@@ -157,7 +158,7 @@ def token_loss(objective: Objective, logp: Array, entropy: Array, terms: TokenTe
         objective.clip_low,
         objective.clip_high,
     )
-    if objective.importance_correction != "none":
+    if objective.importance_level != "none":
         loss *= importance(objective, logp, terms)
     if objective.kl_coef:
         loss += objective.kl_coef * kl_loss(objective, logp, terms)
@@ -218,7 +219,7 @@ def diagnostics(
     drift, gap = jnp.abs(change), jnp.abs(_old(logp, terms.old_logp) - terms.sampler_logp)
     kl = jnp.zeros_like(logp) if terms.ref_logp is None else kl_k3(logp, terms.ref_logp)
     weight, capped = importance(objective, logp, terms), jnp.zeros_like(logp)
-    if objective.importance_correction != "none":
+    if objective.importance_level != "none":
         log_cap = jnp.log(objective.importance_cap)
         capped = _sampler_log_ratio(objective, logp, terms) > log_cap
     values = entropy, kl, low, high, drift, gap, weight, capped

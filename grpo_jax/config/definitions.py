@@ -28,7 +28,8 @@ _MEAN = {
 def in_force(config: ConfigDict) -> list[str]:
     """Three lines: the advantage A, the loss of a token with ratio r, and the optimizer."""
     algorithm, optim, rollout = config.algorithm, config.optim, config.rollout
-    weight = "" if algorithm.importance_correction == "none" else "w "
+    correction = config.rollout_correction
+    weight = "" if correction.level == "none" else "w "
     loss = f"-{weight}min(r A, clip(r, {1 - algorithm.clip_low:g}, {1 + algorithm.clip_high:g}) A)"
     if algorithm.kl_coef:
         loss += f" + {algorithm.kl_coef:g} ({_KL[algorithm.kl_gradient]})"
@@ -36,8 +37,8 @@ def in_force(config: ConfigDict) -> list[str]:
         loss += f" - {algorithm.entropy_coef:g} entropy"
     loss += f", {_MEAN[algorithm.normalizer].format(max_tokens=rollout.max_tokens)}"
     if weight:
-        kind, cap = algorithm.importance_correction, algorithm.importance_cap
-        loss += f"; w = policy / sampler, {kind} above {cap:g}"
+        bound = {"truncate": "at most", "mask": "0 above"}[correction.bound]
+        loss += f"; w = policy / sampler of each {correction.level}, {bound} {correction.cap:g}"
     if algorithm.mask_truncated:
         loss += "; completions that were cut are left out"
     cuts = [f"top_k {rollout.top_k}"] * (rollout.top_k > 0)

@@ -19,5 +19,4 @@ def num_updates_per_step(config: ConfigDict) -> int:
 
 def needs_old_pass(config: ConfigDict) -> bool:
     """Whether a rollout is scored before its first update, besides what that update computes."""
-    sequences = config.algorithm.importance_correction.startswith("sequence")
-    return sequences or num_updates_per_step(config) > 1
+    return config.rollout_correction.level == "sequence" or num_updates_per_step(config) > 1

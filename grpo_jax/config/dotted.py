@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-import difflib
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from grpo_jax.config import other_names
 from grpo_jax.messages.values import shown
 
 
@@ -26,13 +26,7 @@ def override(config: ConfigDict, name: str, text: str) -> None:
     """Sets an option; ValueError where there is none, or its type is another."""
     flat = flatten(config)
     if name not in flat:
-        leaf = name.rpartition(".")[2]
-        close = [n for n in flat if n.rpartition(".")[2] == leaf]
-        close += difflib.get_close_matches(name, flat, n=3)
-        hint = f" Did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""
-        raise ValueError(
-            f"There is no option {name[:80]}.{hint} grpo_jax/config/options.py lists all options."
-        )
+        raise ValueError(other_names.no_such(name))
     section, _, leaf = name.rpartition(".")
     holder = config[section] if section else config
     holder[leaf] = _parse(name, text, flat[name])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from grpo_jax.config import options, rules
+from grpo_jax.config import options, other_names, rules
 from grpo_jax.config.dotted import override
 from grpo_jax.messages.values import shown
 
@@ -19,6 +21,26 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
 
     Raises ValueError, naming the option and the remedy, for anything that is wrong with it.
     """
+    config = read(path, overrides)
+    rules.check(config)
+    return ConfigDict(config).lock()
+
+
+def read(path: str | None, overrides: list[str]) -> ConfigDict:
+    """The same before it is checked. Without a file: the defaults with the overrides."""
+    config = options.default() if path is None else _read_file(path)
+    for argument in overrides:
+        name, equals, text = argument.partition("=")
+        if not name.startswith("--config.") or not equals:
+            raise ValueError(
+                f"Unknown argument {shown(argument)}. Options of the run are written "
+                "--config.name=value, for example --config.optim.learning_rate=1e-5."
+            )
+        override(config, name.removeprefix("--config."), text)
+    return config
+
+
+def _read_file(path: str) -> ConfigDict:
     file = Path(path)
     if not file.is_file():
         known = sorted(str(p) for p in Path("configs").glob("*.py"))
@@ -32,6 +54,9 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
         spec.loader.exec_module(module)
         config = module.get_config()
     except (Exception, SystemExit) as error:  # a user's file may fail in any way
+        named = _no_option(error, path)
+        if named:
+            raise ValueError(f"--config: {named}") from error
         raise ValueError(
             f"--config: {path} does not give a config ({type(error).__name__}: {error}). It needs "
             "a function get_config() that changes and returns grpo_jax.config.options.default()."
@@ -44,16 +69,21 @@ def load(path: str, overrides: list[str]) -> ConfigDict:
     config.rewards.names = tuple(
         spec_of(name) if callable(name) else name for name in config.rewards.names
     )
-    for argument in overrides:
-        name, equals, text = argument.partition("=")
-        if not name.startswith("--config.") or not equals:
-            raise ValueError(
-                f"Unknown argument {shown(argument)}. Options of the run are written "
-                "--config.name=value, for example --config.optim.learning_rate=1e-5."
-            )
-        override(config, name.removeprefix("--config."), text)
-    rules.check(config, options.default())
-    return ConfigDict(config).lock()
+    return config
+
+
+def _no_option(error: BaseException, path: str) -> str:
+    """What is said of an error by which a config tells a file that it has no such option, or ""."""
+    told = re.search(r'Key "(\w+)" does not exist', str(error))
+    name = told[1] if told else isinstance(error, AttributeError) and error.name
+    file = str(Path(path).absolute())
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    if not name or not frames or not (told or isinstance(error.obj, ConfigDict)):
+        return ""
+    section = re.search(rf"\b(\w+)\.{name}\b", frames[-1].line or "")
+    if section and section[1] in options.SECTIONS:
+        name = f"{section[1]}.{name}"
+    return f"{path}, line {frames[-1].lineno}: {other_names.no_such(name)}"
 
 
 def spec_of(found: Callable) -> str:

@@ -1,223 +1,414 @@
-"""Every option of a run, once, with its unit and meaning.
+"""Every option of a run, once: its default, range, unit and meaning.
 
 A file in `configs/` calls `default()`, changes a few values and returns the result from
 `get_config()`. The command line overrides single values: `--config.optim.learning_rate=1e-5`.
-What cannot work is refused (`config/rules.py`) before anything is loaded or compiled.
+What cannot work is refused before anything is loaded or compiled: here by the range of each option,
+in `config/rules.py` by the rules between options. `python -m grpo_jax.train --config FILE --help`
+lists the options with the values in force; docs/options.md is made from this table.
+
+A resumed run must have the values that it was started with, except of options marked `free`: those
+change how a run is carried out or shown, not what it computes.
 """
 
 from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from grpo_jax.config.schema import (
+    ANY,
+    COUNT,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Option,
+    Range,
+    choice,
+    flag,
+    number,
+    several,
+    text,
+)
+
+SECTIONS = {
+    "": "The run as a whole",
+    "model": "The network, and how it is computed",
+    "data": "Problems to train on, and held-out ones",
+    "rewards": "Reward functions, and the processes that compute them",
+    "batch": "What a step and an update consist of",
+    "rollout": "How completions are sampled",
+    "algorithm": "The objective. docs/definitions.md has the formulas",
+    "rollout_correction": "Importance weights for where sampler and policy differ",
+    "optim": "The optimizer (AdamW), and its learning rate",
+    "loop": "How long the run goes on, and what overlaps in it",
+    "guards": "What is done when the numbers of a step are out of bounds",
+    "hosts": "Runs of several processes",
+    "evaluation": "Accuracy on held-out problems",
+    "checkpoint": "What is saved, and how a run is continued",
+    "logging": "What is shown and written while the run goes on",
+    "profile": "Traces of single steps",
+    "debug": "Search for faults",
+    "mesh": "Devices along each axis; their product is all devices",
+    "sft": "Supervised training on worked solutions, before GRPO or alone",
+}
+
+_REST = {-1: "the rest of the devices"}
+_ACTIONS = {
+    "warn": "say so, and go on",
+    "skip": "leave out the step's updates",
+    "roll_back": "return to the last checkpoint, and go on with other prompts",
+    "stop": "end the run",
+}
+
+
+def _action(name: str, default: str, meaning: str, *allowed: str) -> Option:
+    """What a guard does; `allowed`: of _ACTIONS, or all of them."""
+    return choice(name, default, {a: _ACTIONS[a] for a in allowed or _ACTIONS}, meaning, free=True)
+
+
+# fmt: off
+TABLE = (
+    number("seed", 0, NOT_NEGATIVE, "", "Every random choice of the run follows from it"),
+    flag("compile_cache", True,
+         "Keep compiled programs between runs, in the user's cache folder or in "
+         "JAX_COMPILATION_CACHE_DIR. On a CPU not for a network that is split over devices, nor "
+         "for a run that is profiled", free=True),
+
+    text("model.path", "", "Hugging Face folder or hub id", "The model to train",
+         special={"": "make a new model, which is first trained as sft.* says"}),
+    choice("model.dtype", "float32", ("float32", "bfloat16"),
+           "Precision of activations and of the weights in rollouts"),
+    choice("model.param_dtype", "float32", {
+               "float32": "",
+               "bfloat16": "with stochastic rounding, or with optim.master_weights to the nearest"},
+           "Precision of the weights that learn"),
+    choice("model.remat", "dots", {
+               "none": "nothing: every activation is kept",
+               "dots": "everything except products of dense layers",
+               "full": "everything",
+               "auto": "the least that fits into memory; \"dots\" where the memory is not known, "
+                       "and in supervised training"},
+           "What the backward pass computes again, to save memory (gradient checkpointing)",
+           free=True),
+    choice("model.scan_layers", "auto", {
+               "auto": "off on a GPU, on elsewhere",
+               "on": "one layer is compiled, and run for each",
+               "off": "every layer is compiled: fewer copies of what the backward pass keeps, "
+                      "but a longer compilation"},
+           "Run the layers of an update in a loop (jax.lax.scan)", free=True),
+    choice("model.attention", "auto", {
+               "auto": "a kernel where one can be used",
+               "xla": "no kernel",
+               "splash": "TPU kernel",
+               "cudnn": "kernel of NVIDIA GPUs"},
+           "Attention in scoring and training", free=True),
+    flag("model.offload_reference", False,
+         "Keep the reference model in host memory while it does not score", free=True),
+    number("model.num_layers", 2, COUNT, "layers",
+           "Shape of a new model (Qwen2); this and the next four count when model.path is \"\""),
+    number("model.width", 128, COUNT, "", "Hidden size of a new model"),
+    number("model.mlp_width", 384, COUNT, "", "Hidden size of a new model's MLPs"),
+    number("model.num_heads", 4, COUNT, "heads", "Query heads of a new model"),
+    number("model.num_kv_heads", 2, COUNT, "heads", "Key and value heads of a new model"),
+
+    text("data.task", "", "module in grpo_jax.data.tasks",
+         "A task that generates its problems. Set this or data.path"),
+    text("data.path", "", "file (JSONL, Parquet, Arrow, CSV, JSON), folder or hub id",
+         "A dataset. Set this or data.task"),
+    text("data.name", "", "configuration, such as \"main\"",
+         "The one to read of a hub dataset that has several; otherwise not read"),
+    text("data.split", "train", "split",
+         "The one to read of a folder or hub dataset; a file has none, and this is not read"),
+    text("data.eval_path", "", "as data.path", "Held-out problems",
+         special={"": "those of data.path in data.eval_split"}),
+    text("data.eval_name", "", "configuration",
+         "The one to read of data.eval_path; without data.eval_path, data.name holds"),
+    text("data.eval_split", "", "split", "The one with the held-out problems",
+         special={"": "with data.eval_path its only split; without it no evaluation"}),
+    several("data.columns", (), "\"ours=theirs\"",
+            "Columns of the dataset by other names, such as (\"prompt=question\", "
+            "\"answer=reward_model.ground_truth\"); a dot reaches into a struct"),
+    text("data.prompt_template", "", "template of a text",
+         "The prompt's text, with columns as {name} and braces as {{ }}",
+         special={"": "the column \"prompt\" as it is"}),
+    flag("data.chat", False,
+         "A prompt that is a text becomes a user's message in the model's chat template"),
+    text("data.system_prompt", "", "message", "System message of chats that have none",
+         special={"": "none"}),
+    several("data.chat_template_kwargs", (), "\"name=value\"",
+            "What the chat template is given besides messages, such as "
+            "(\"enable_thinking=False\",)"),
+    text("data.date", "", "date, such as 2026-11-28", "The date that chat templates are told",
+         special={"": "the day on which the run was started"}, free=True),
+    number("data.num_train", 10_000, COUNT, "problems", "Training problems that a task generates"),
+    number("data.num_eval", 512, NOT_NEGATIVE, "problems",
+           "Held-out problems that a task generates"),
+    number("data.max_prompt_tokens", 512, COUNT, "tokens",
+           "Limit of a prompt, chat template included"),
+    choice("data.overlong", "refuse", {
+               "refuse": "do not start",
+               "drop": "leave the problem out",
+               "truncate": "cut the start of the prompt"},
+           "What is done with a longer prompt"),
+
+    several("rewards.names", ("exact_answer",), "\"name\", \"name(argument=value)\" or "
+            "\"module:function\"", "Reward functions: built-in ones (docs/rewards.md) or your own"),
+    several("rewards.weights", (1.0,), "numbers",
+            "One for each function; the reward is the weighted sum"),
+    text("rewards.accuracy", "", "one of rewards.names",
+         "The reward that is 1 for right and 0 for wrong, which accuracy, pass@k and maj@k count",
+         special={"": "the first built-in one of that kind; without one there is no accuracy"},
+         free=True),
+    number("rewards.num_workers", 0, COUNT, "processes", "Processes that compute rewards",
+           special={0: "half of the CPUs that the run may use, at most 16"}, free=True),
+    number("rewards.timeout_s", 10.0, POSITIVE, "s",
+           "For the reward of one completion; a process that takes longer is killed", free=True),
+    number("rewards.start_timeout_s", 120.0, POSITIVE, "s",
+           "For importing the functions, and for each function's first answer in a process, which "
+           "may load a model", free=True),
+    number("rewards.memory_limit_gib", 4.0, POSITIVE, "GiB",
+           "Memory of each process, with all that it starts", special={0: "no limit"}, free=True),
+    choice("rewards.bad_rows", "refuse", {
+               "refuse": "do not start",
+               "drop": "leave the problem out"},
+           "What is done with a problem whose columns a reward function cannot read"),
+    number("rewards.max_failed_share", 0.5, NOT_NEGATIVE, "",
+           "Share of a step's completions that may be without a reward; with more, "
+           "guards.failed_rewards acts", special={1: "never"}, free=True),
+
+    number("batch.prompts", 32, COUNT, "prompts", "Prompts in a step"),
+    number("batch.group", 8, Range(at_least=2), "completions", "Completions for each prompt",
+           why="advantages are relative to the other completions of a prompt. 8 is usual"),
+    number("batch.minibatches", 1, COUNT, "updates",
+           "Optimizer updates in one pass over a step's rollouts"),
+    number("batch.microbatch", 0, COUNT, "prompts",
+           "Prompts computed at once in an update; more of them where they are short",
+           special={0: "the usual number of tokens", -1: "as many tokens as fit into memory"},
+           free=True),
+    number("batch.memory_limit_gib", 0.0, POSITIVE, "GiB",
+           "Memory of a device, for batch.microbatch = -1 and model.remat = \"auto\"",
+           special={0: "what the device reports; a CPU reports none"}, free=True),
+
+    number("rollout.max_tokens", 256, COUNT, "tokens",
+           "Limit of a completion, stop token included"),
+    number("rollout.temperature", 1.0, POSITIVE, "", "In sampling and in scoring",
+           why="0 gives a group of equal completions, and so no advantage. 1.0 is usual"),
+    number("rollout.top_k", 0, COUNT, "tokens", "Sample from the k most likely tokens",
+           special={0: "from all"}),
+    number("rollout.top_p", 1.0, Range(above=0, at_most=1), "",
+           "Sample from the most likely tokens up to this total probability"),
+    number("rollout.num_slots", 0, COUNT, "completions", "Completions decoded at once",
+           special={0: "all of a step"}, free=True),
+    choice("rollout.weights_dtype", "auto", {
+               "auto": "as model.dtype",
+               "int8": "8 bits, with a scale for each output of a layer"},
+           "Precision of the weights in rollouts"),
+    choice("rollout.kv_cache_dtype", "auto", {
+               "auto": "as model.dtype",
+               "int8": "8 bits, with a scale for each position and head"},
+           "Precision of the KV cache"),
+    choice("rollout.attention", "auto", {
+               "auto": "\"streamed\" where it can be used, else \"xla\"",
+               "xla": "no kernel: the whole cache is read",
+               "streamed": "kernel of NVIDIA GPUs that reads the filled part of the cache",
+               "ragged": "the same for TPUs"},
+           "Attention in rollouts", free=True),
+    flag("rollout.compact", True,
+         "Make the batch smaller as completions finish and no prompts wait", free=True),
+
+    number("algorithm.num_iterations", 1, COUNT, "passes", "Passes over a step's rollouts"),
+    choice("algorithm.scale_by", "std", {
+               "none": "nothing: advantages have the reward's unit",
+               "std": "the group's standard deviation",
+               "sample_std": "the larger one that is estimated from a sample, with G - 1, as in "
+                             "TRL"},
+           "What advantages are divided by"),
+    number("algorithm.clip_low", 0.2, FRACTION, "",
+           "The ratio is clipped to [1 - clip_low, 1 + clip_high]"),
+    number("algorithm.clip_high", 0.2, NOT_NEGATIVE, "", "See algorithm.clip_low"),
+    number("algorithm.kl_coef", 0.0, NOT_NEGATIVE, "",
+           "Weight of the KL to the frozen reference (k3), per token",
+           special={0: "no reference is kept"}),
+    choice("algorithm.kl_gradient", "reference_policy", {
+               "reference_policy": "KL(reference || policy): k3 as it stands",
+               "policy_reference": "KL(policy || reference): k3 times the ratio to the old policy, "
+                                   "as in TRL"},
+           "The divergence whose gradient the KL term has"),
+    number("algorithm.entropy_coef", 0.0, ANY, "",
+           "Weight of the entropy bonus, per token; below 0 it is a penalty"),
+    choice("algorithm.normalizer", "token", {
+               "token": "mean over the tokens of the batch (DAPO)",
+               "sequence": "mean over completions of the mean over their tokens (GRPO)",
+               "constant": "sum over tokens, divided by completions times rollout.max_tokens "
+                           "(Dr. GRPO)"},
+           "How the losses of tokens are averaged"),
+    flag("algorithm.mask_truncated", False,
+         "Leave completions that reached the token limit out of the loss"),
+    choice("rollout_correction.level", "none", {
+               "none": "no correction",
+               "token": "the ratio of each token",
+               "sequence": "the ratio of each completion, the product of those of its tokens"},
+           "Ratio of policy to sampler that weights the loss, where the sampler has other weights, "
+           "another precision or is a step old. loop.async_rollouts needs it"),
+    choice("rollout_correction.bound", "truncate", {
+               "truncate": "it becomes the cap",
+               "mask": "it becomes 0: the token or completion does not count"},
+           "What is done with a ratio above the cap"),
+    number("rollout_correction.cap", 2.0, POSITIVE, "", "The largest ratio that is kept"),
+
+    number("optim.learning_rate", 1e-6, POSITIVE, "", "The peak, after warm-up"),
+    number("optim.warmup_steps", 0, NOT_NEGATIVE, "updates", "Linear warm-up of the learning rate"),
+    choice("optim.schedule", "constant", ("constant", "linear", "cosine"),
+           "The learning rate after warm-up, over the updates that were made; refused ones do not "
+           "count"),
+    number("optim.end_fraction", 0.0, NOT_NEGATIVE, "",
+           "Learning rate at the end of a decay, as a fraction of the peak"),
+    number("optim.beta1", 0.9, FRACTION, "", "Decay of the first moment"),
+    number("optim.beta2", 0.99, FRACTION, "", "Decay of the second moment"),
+    number("optim.eps", 1e-8, POSITIVE, "", "Added to the root of the second moment"),
+    number("optim.weight_decay", 0.0, NOT_NEGATIVE, "", "Of matrices; norms and biases have none"),
+    number("optim.max_grad_norm", 1.0, POSITIVE, "", "Largest global norm of the gradient",
+           special={0: "no clipping"}),
+    choice("optim.moments_dtype", "float32", {
+               "float32": "", "bfloat16": "stochastic rounding",
+               "int8": "in blocks with a scale each, stochastic rounding"},
+           "Precision of the moments"),
+    flag("optim.master_weights", False,
+         "Keep float32 weights beside the moments, for model.param_dtype = \"bfloat16\""),
+    flag("optim.offload", False,
+         "Keep the optimizer's state in host memory while GRPO samples and scores", free=True),
+
+    number("loop.num_steps", 100, COUNT, "steps",
+           "Steps of the run, one rollout each. A resumed run may have more, but not with a "
+           "decaying optim.schedule or loop.async_rollouts", free=True),
+    number("loop.stall_timeout_s", 3600.0, POSITIVE, "s",
+           "The run ends when a phase of a step makes no progress for this long",
+           special={0: "never"}, free=True),
+    flag("loop.async_rollouts", False,
+         "Sample a step's rollouts before the updates of the step before, so that rewards are "
+         "computed while the device updates. Needs rollout_correction.level"),
+
+    _action("guards.nonfinite", "skip", "When a loss, gradient or reward is not finite",
+            "skip", "roll_back", "stop"),
+    _action("guards.failed_rewards", "stop",
+            "When more than rewards.max_failed_share of a step's completions have no reward"),
+    _action("guards.reward", "warn", "When the mean reward of guards.window steps fell below its "
+            "best by more than guards.reward_drop"),
+    number("guards.reward_drop", 0.5, POSITIVE, "", "A share of the best; see guards.reward",
+           special={0: "not watched"}, free=True),
+    number("guards.window", 10, COUNT, "steps", "Steps of a mean; see guards.reward", free=True),
+    _action("guards.equal_groups", "warn", "When in every group all rewards were equal, in "
+            "guards.equal_groups_steps steps in a row"),
+    number("guards.equal_groups_steps", 10, COUNT, "steps", "See guards.equal_groups",
+           special={0: "not watched"}, free=True),
+    _action("guards.kl", "warn", "When policy/kl of an update is above guards.kl_max"),
+    number("guards.kl_max", 0.0, POSITIVE, "nats per token", "See guards.kl",
+           special={0: "not watched"}, free=True),
+    _action("guards.entropy", "warn", "When policy/entropy of an update is below "
+            "guards.entropy_min or above guards.entropy_max"),
+    number("guards.entropy_min", 0.0, POSITIVE, "nats per token", "See guards.entropy",
+           special={0: "not watched"}, free=True),
+    number("guards.entropy_max", 0.0, POSITIVE, "nats per token", "See guards.entropy",
+           special={0: "not watched"}, free=True),
+    number("guards.max_skipped", 5, COUNT, "steps",
+           "Steps in a row with refused updates, after which guards.after_skips acts", free=True),
+    _action("guards.after_skips", "stop", "When guards.max_skipped steps in a row were refused",
+            "roll_back", "stop"),
+    number("guards.max_roll_backs", 3, NOT_NEGATIVE, "times",
+           "Returns to a checkpoint in a run; it stops where one more is asked for", free=True),
+
+    number("hosts.start_timeout_s", 300.0, POSITIVE, "s",
+           "Within this all processes must have started", free=True),
+    number("hosts.heartbeat_timeout_s", 100.0, POSITIVE, "s",
+           "A process without a heartbeat for this long is lost, and all end", free=True),
+
+    number("evaluation.every_steps", 0, COUNT, "steps",
+           "Steps between evaluations by greedy completions",
+           special={0: "at the start and the end only"}, free=True),
+    number("evaluation.num_problems", 512, COUNT, "problems", "Held-out problems, at most",
+           special={0: "no evaluation at all"}, free=True),
+    number("evaluation.num_samples", 0, COUNT, "completions",
+           "Samples of each problem at the start and the end, for pass@k and maj@k",
+           special={0: "none"}, free=True),
+    number("evaluation.temperature", 1.0, NOT_NEGATIVE, "", "Of those samples", free=True),
+    text("evaluation.reference", "", "column",
+         "Texts that grpo_jax.evaluate compares completions with", special={"": "none"}, free=True),
+
+    text("checkpoint.folder", "", "folder, also gs://BUCKET/PATH", "Where checkpoints are kept",
+         special={"": "in the workdir"}, free=True),
+    number("checkpoint.every_steps", 50, COUNT, "steps", "Steps between checkpoints",
+           special={0: "at the end only"}, free=True),
+    number("checkpoint.keep", 2, COUNT, "checkpoints",
+           "The newest ones are kept, and besides them the one with the best held-out accuracy",
+           free=True),
+    number("checkpoint.save_before_s", 0.0, POSITIVE, "s",
+           "Time from the program's start after which it saves and ends, as before the end of a "
+           "queue's time; leave some for a rollout, an update and the save",
+           special={0: "never"}, free=True),
+    number("checkpoint.max_failed", 3, COUNT, "checkpoints",
+           "The run ends when this many in a row cannot be written", free=True),
+    flag("checkpoint.export", True, "Write a Hugging Face folder at the end", free=True),
+    choice("checkpoint.export_dtype", "auto", {
+               "auto": "the wider of the source's and model.param_dtype, which rounds nothing",
+               "float32": "", "bfloat16": "", "float16": ""},
+           "Precision of the exported weights", free=True),
+    several("checkpoint.accept_changes", (), "names of options",
+            "Options with which the run may go on although it was started with others, such as "
+            "(\"optim.learning_rate\",); config.json notes the change", free=True),
+    flag("checkpoint.begin_again", False,
+         "Begin at step 0 where a run's checkpoints are gone or all damaged", free=True),
+
+    flag("logging.tensorboard", True, "Scalars and samples for TensorBoard, in the workdir",
+         free=True),
+    text("logging.wandb_project", "", "project",
+         "Write to Weights & Biases too (extra \"wandb\")",
+         special={"": "none"}, free=True),
+    number("logging.samples_every_steps", 20, COUNT, "steps", "Steps between tables of completions",
+           special={0: "never"}, free=True),
+    number("logging.num_samples", 4, NOT_NEGATIVE, "completions", "Completions in that table",
+           free=True),
+
+    several("profile.steps", (), "first and last step, from 1",
+            "Write a trace of these steps to the workdir", special={(): "no trace"}, free=True),
+
+    flag("debug.nans", False,
+         "Stop at the operation that gives the first NaN; every program runs twice", free=True),
+
+    number("mesh.data", -1, COUNT, "devices",
+           "Devices that share the prompts, each with the whole model", special=_REST, free=True),
+    number("mesh.fsdp", 1, COUNT, "devices",
+           "Devices that share the prompts, and the weights and the optimizer's state too",
+           special=_REST, free=True),
+    number("mesh.sequence", 1, COUNT, "devices",
+           "Devices that split each row in scoring and update, and the rows in sampling",
+           special=_REST, free=True),
+    number("mesh.tensor", 1, COUNT, "devices", "Devices that split each layer",
+           special=_REST, free=True),
+
+    number("sft.num_steps", 0, NOT_NEGATIVE, "updates",
+           "Supervised updates of a new model before GRPO"),
+    number("sft.batch", 64, COUNT, "solutions", "Worked solutions in an update"),
+    number("sft.microbatch", 0, COUNT, "solutions",
+           "Solutions computed at once, those of similar length together",
+           special={0: "all of an update"}, free=True),
+    number("sft.learning_rate", 1e-3, POSITIVE, "", "The peak; it falls to 0 along a cosine"),
+    number("sft.warmup_steps", 20, NOT_NEGATIVE, "updates", "Linear warm-up of the learning rate"),
+    number("sft.weight_decay", 0.01, NOT_NEGATIVE, "", "Of matrices; norms and biases have none"),
+    number("sft.max_tokens", 256, COUNT, "tokens",
+           "Limit of a worked solution, stop token included"),
+    number("sft.checkpoint_every_steps", 500, COUNT, "updates", "Updates between checkpoints",
+           special={0: "at the end only"}, free=True),
+)
+# fmt: on
+
+BY_NAME = {option.name: option for option in TABLE}
+
 
 def default() -> ConfigDict:
     """All options with their defaults, locked: an unknown name is an error."""
-    c = ConfigDict()
-    c.seed = 0  # every random choice of the run follows from it
-
-    c.model = ConfigDict()
-    c.model.path = ""  # Hugging Face folder or hub id; "": make a new model (sft.* trains it first)
-    c.model.dtype = "float32"  # of activations and rollout weights: "float32" or "bfloat16"
-    # Of the weights that learn: "float32", or "bfloat16", rounded by chance, or with
-    # optim.float32_copy to the nearest
-    c.model.param_dtype = "float32"
-    # What the backward pass computes again: "none" nothing, "full" everything, "dots" all but the
-    # products of dense layers, "auto" the least that fits into memory. Where that is not known, and
-    # in supervised training, "auto" is "dots"
-    c.model.remat = "dots"
-    # In the update: "loop", one compiled layer for all; "apart", each its own, which copies less of
-    # what the backward pass keeps and takes longer to compile; "auto", apart on a GPU
-    c.model.layers = "auto"
-    # In scoring and training: "xla", or the kernels "splash" of TPUs or "cudnn" of NVIDIA GPUs, or
-    # "auto", theirs where they can be had
-    c.model.attention = "auto"
-    c.model.offload_reference = False  # to host memory, but while it scores
-    c.model.num_layers = 2  # shape of a new model (Qwen2), read when model.path is ""
-    c.model.width = 128
-    c.model.mlp_width = 384
-    c.model.num_heads = 4
-    c.model.num_kv_heads = 2
-
-    c.data = ConfigDict()
-    c.data.task = ""  # a generated task, module grpo_jax.data.tasks.<task>; or data.path
-    c.data.path = ""  # file (JSONL, Parquet, Arrow, CSV, JSON), folder or hub id of a dataset
-    c.data.name = ""  # configuration of a hub dataset that has several: "main"; else not read
-    c.data.split = "train"  # of a folder or hub dataset; a file has none, and this is not read
-    c.data.eval_path = ""  # held-out problems; "": those of data.path in data.eval_split
-    c.data.eval_name = ""  # the same of data.eval_path; without eval_path data.name holds
-    c.data.eval_split = ""  # no eval_path: "" for no evaluation; with one: "" for its only split
-    # Renames "ours=theirs", such as ("prompt=question", "answer=reward_model.ground_truth"); a dot
-    # reaches into a struct
-    c.data.columns = ()
-    c.data.template = ""  # text of the prompt, columns as {name}, braces as {{ }}; "": as it is
-    c.data.chat = False  # a text prompt is a user's message, written by the model's chat template
-    c.data.system = ""  # system message before a chat that has none; "": none
-    # What the chat template is given besides messages, "name=value", such as
-    # ("enable_thinking=False",)
-    c.data.template_arguments = ()
-    c.data.date = ""  # that chat templates are told, 2026-11-28; "": when the run was started
-    c.data.num_train = 10_000  # training problems that a task generates
-    c.data.num_eval = 512  # held-out problems that a task generates
-    c.data.max_prompt_tokens = 512  # of a prompt, chat template included
-    c.data.overlong = "refuse"  # a longer one: "refuse" to start, "drop" it, "truncate" its start
-
-    c.rewards = ConfigDict()
-    c.rewards.names = ("exact_answer",)  # built-in or "module:function", or NAME(argument=value)
-    c.rewards.weights = (1.0,)  # one per name; the reward is the weighted sum
-    # The reward that gives 1 for right and 0 for wrong, which accuracy, pass@k and maj@k read. "":
-    # the first built-in one that does; without such there is no accuracy
-    c.rewards.accuracy = ""
-    # Processes that compute rewards; 0: half of the CPUs that the run may use, at most 16
-    c.rewards.num_workers = 0
-    c.rewards.time_limit_s = 10.0  # of a reward for one completion; a process that hangs is killed
-    # To import the functions, and of each function's first answer in a process: models are loaded
-    c.rewards.start_limit_s = 120.0
-    c.rewards.memory_gb = 4.0  # of each process with all that it starts, GiB; 0: no limit
-    c.rewards.bad_rows = "refuse"  # problems whose columns no reward can read: "refuse" or "drop"
-    # More of a step's completions that have no reward: guards.failed_rewards; 1: never
-    c.rewards.max_failed_share = 0.5
-
-    c.batch = ConfigDict()
-    c.batch.prompts = 32  # prompts per step
-    c.batch.group = 8  # completions per prompt
-    c.batch.minibatches = 1  # optimizer updates per pass over a step's rollouts
-    # Prompts at once in an update, more where short; 0: by their tokens; -1: as many tokens as fit
-    # into memory
-    c.batch.microbatch = 0
-    # Of a device, GiB, to which -1 and "auto" keep; 0: what it says to have, on CPU nothing
-    c.batch.memory_limit_gib = 0.0
-
-    c.rollout = ConfigDict()
-    c.rollout.max_tokens = 256  # completion limit, tokens, stop token included
-    c.rollout.temperature = 1.0  # sampling and scoring alike
-    c.rollout.top_k = 0  # keep the k most likely tokens; 0: all
-    c.rollout.top_p = 1.0  # keep the most likely tokens up to this probability
-    c.rollout.num_slots = 0  # completions decoded at once; 0: all of a step
-    c.rollout.weights = "same"  # as model.dtype; "int8" with a scale for each output of a layer
-    c.rollout.cache = "same"  # keys and values; "int8" with a scale for each position and head
-    # "xla", or a kernel that reads of the cache what is there: "streamed" of NVIDIA GPUs, which
-    # "auto" takes where it can, or "ragged" of TPUs
-    c.rollout.attention = "auto"
-    c.rollout.compact = True  # finished rows leave the batch when no prompts wait
-
-    c.algorithm = ConfigDict()
-    c.algorithm.num_iterations = 1  # passes over a step's rollouts
-    # Unit of advantages: "none" that of the reward, "std" the group's standard deviation,
-    # "sample_std" the larger one that is estimated from a sample, G - 1, as in TRL
-    c.algorithm.scale_by = "std"
-    c.algorithm.clip_low = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    c.algorithm.clip_high = 0.2
-    c.algorithm.kl_coef = 0.0  # weight of the KL to the frozen reference (k3), per token
-    # Of what it has the gradient: "reference_policy" of KL(reference||policy), k3 as it stands;
-    # "policy_reference" of KL(policy||reference), k3 times the ratio to the old policy, as in TRL
-    c.algorithm.kl_gradient = "reference_policy"
-    c.algorithm.entropy_coef = 0.0  # weight of the entropy bonus, per token
-    c.algorithm.normalizer = "token"  # mean over "token"s of the batch, "sequence"s, or "constant"
-    c.algorithm.mask_truncated = False  # leave completions that were cut out of the loss
-    # What the sampler's weights, precision or age change is corrected by the ratio of policy to
-    # sampler: "none"; of each "token_" or whole "sequence_", above the cap "truncate"d or "mask"ed
-    c.algorithm.importance_correction = "none"
-    c.algorithm.importance_cap = 2.0  # the largest such ratio
-
-    c.optim = ConfigDict()
-    c.optim.learning_rate = 1e-6  # peak
-    c.optim.warmup_steps = 0  # updates of linear warm-up
-    # After warm-up: "constant", "linear" or "cosine", by the updates that were made; those that are
-    # refused do not count
-    c.optim.schedule = "constant"
-    c.optim.end_fraction = 0.0  # learning rate at the end of a decay, as a fraction of the peak
-    c.optim.beta1 = 0.9
-    c.optim.beta2 = 0.99
-    c.optim.eps = 1e-8
-    c.optim.weight_decay = 0.0  # of matrices; norms and biases have none
-    c.optim.clip_norm = 1.0  # global norm of the gradient; 0: no clipping
-    c.optim.moments = "float32"  # how they are kept: "float32", "bfloat16" or "int8" in blocks
-    c.optim.float32_copy = False  # of bfloat16 parameters, kept beside the moments
-    c.optim.offload = False  # GRPO keeps the optimizer's state in host memory between its steps
-
-    c.loop = ConfigDict()
-    c.loop.num_steps = 100  # rollouts
-    c.loop.stall_limit_s = 3600.0  # the run ends when a phase of a step does not get on; 0: never
-    # Sample a step's rollouts before the updates of the step before: rewards are then computed
-    # while the device updates. Needs algorithm.importance_correction
-    c.loop.async_rollouts = False
-
-    # What is done where a step's numbers are out of bounds: "warn"; "skip" its updates; "roll_back"
-    # to the last checkpoint, and on with other prompts; or "stop"
-    c.guards = ConfigDict()
-    c.guards.nonfinite = "skip"  # a loss, gradient or reward; but never "warn"
-    c.guards.failed_rewards = "stop"  # more than rewards.max_failed_share
-    c.guards.reward = "warn"  # the mean reward fell below its best
-    c.guards.reward_drop = 0.5  # by more than this share of it; 0: not watched
-    c.guards.window = 10  # steps that both are means of
-    c.guards.equal_groups = "warn"  # the rewards of each group were equal
-    c.guards.equal_groups_steps = 10  # in this many steps in a row; 0: not watched
-    c.guards.kl = "warn"  # an update's policy/kl
-    c.guards.kl_max = 0.0  # is above this, nats per token; 0: not watched
-    c.guards.entropy = "warn"  # an update's policy/entropy
-    c.guards.entropy_min = 0.0  # is below this, nats per token; 0: not watched
-    c.guards.entropy_max = 0.0  # or above this; 0: not watched
-    c.guards.max_skipped = 5  # steps; as many refused updates in a row, and the run does
-    c.guards.after_skips = "stop"  # this: "roll_back" or "stop"
-    c.guards.max_roll_backs = 3  # of a run; where one more is asked for it stops
-
-    c.hosts = ConfigDict()  # of a run of several processes
-    c.hosts.start_limit_s = 300.0  # until all must have started
-    c.hosts.lost_limit_s = 100.0  # without a sign of life of one, after which all end
-
-    c.evaluation = ConfigDict()
-    c.evaluation.every_steps = 0  # greedy, on held-out problems; 0: at start and end only
-    c.evaluation.num_problems = 512  # at most; 0: no evaluation at all
-    c.evaluation.num_samples = 0  # per problem, for pass@k and maj@k at start and end; 0: none
-    c.evaluation.temperature = 1.0  # of those samples
-    c.evaluation.reference = ""  # column of texts that grpo_jax.evaluate compares with; "": none
-
-    c.checkpoint = ConfigDict()
-    c.checkpoint.folder = ""  # where they are kept, gs://BUCKET/PATH too; "": in the workdir
-    c.checkpoint.every_steps = 50  # 0: at the end only
-    c.checkpoint.keep = 2  # the newest this many, and besides them the one that did best held out
-    # Seconds after its start at which the program saves and ends, as before the end of a queue's
-    # time; leave some for a rollout, an update and the save. 0: never
-    c.checkpoint.save_before_s = 0.0
-    c.checkpoint.max_failed = 3  # the run ends when this many in a row cannot be written
-    c.checkpoint.export = True  # write a Hugging Face folder at the end
-    # Of its weights: "float32", "bfloat16" or "float16"; or "auto", the wider of what the source is
-    # kept in and what was trained, which rounds nothing
-    c.checkpoint.export_dtype = "auto"
-    # Options, by name, that a run may go on with though it was started with others, such as
-    # ("optim.learning_rate",); config.json notes them
-    c.checkpoint.accept_changes = ()
-    c.checkpoint.begin_again = False  # at step 0 where a run's checkpoints are gone or all damaged
-
-    c.logging = ConfigDict()
-    c.logging.tensorboard = True  # scalars and samples for TensorBoard in the workdir
-    c.logging.wandb_project = ""  # Weights & Biases project (extra "wandb"); "": none
-    c.logging.samples_every_steps = 20  # show a table of completions; 0: never
-    c.logging.num_samples = 4  # completions in that table
-
-    c.profile = ConfigDict()
-    c.profile.steps = ()  # (first, last): a trace of these steps, from 1, in the workdir; (): none
-
-    c.debug = ConfigDict()
-    c.debug.nans = False  # stop at the operation that gives the first NaN; every program runs twice
-
-    c.mesh = ConfigDict()
-    c.mesh.data = -1  # devices along each axis; -1: the rest
-    c.mesh.fsdp = 1
-    c.mesh.sequence = 1  # devices that split each row in scoring and update, and rows in sampling
-    c.mesh.tensor = 1
-
-    c.sft = ConfigDict()
-    c.sft.num_steps = 0  # supervised updates of a new model before GRPO
-    c.sft.batch = 64  # worked solutions per update
-    c.sft.microbatch = 0  # solutions computed at once, those of like length together; 0: all
-    c.sft.learning_rate = 1e-3  # peak, cosine to 0
-    c.sft.warmup_steps = 20
-    c.sft.weight_decay = 0.01
-    c.sft.max_tokens = 256  # of a worked solution, stop token included
-    c.sft.checkpoint_every_steps = 500
-
-    # Keep compiled programs in the user's cache folder, or JAX_COMPILATION_CACHE_DIR, between runs;
-    # on a CPU not of a network that its devices split, nor of a run that is profiled.
-    c.compile_cache = True
-    return c.lock()
+    config = ConfigDict()
+    for option in TABLE:
+        section, _, leaf = option.name.rpartition(".")
+        if section and section not in config:
+            config[section] = ConfigDict()
+        (config[section] if section else config)[leaf] = option.default
+    return config.lock()

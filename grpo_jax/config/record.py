@@ -113,23 +113,10 @@ def continued(file: Path, config: ConfigDict) -> dict[str, Any] | None:
     return new(config) | begun | {"changes": [*found.get("changes", []), *told]}
 
 
-# Options that change how a run is carried out or shown, not what it computes.
-_FREE = (
-    "loop.num_steps data.date evaluation. checkpoint. logging. profile. debug. mesh. compile_cache "
-    "rollout.num_slots rollout.compact batch.microbatch sft.microbatch model.remat model.attention "
-    "model.layers "
-    "optim.offload model.offload_reference guards. sft.checkpoint_every_steps "
-    "rewards.num_workers rewards.time_limit_s rewards.start_limit_s rewards.memory_gb "
-    "rewards.max_failed_share "
-    "rewards.accuracy "
-    "loop.stall_limit_s hosts. batch.memory_limit_gib rollout.attention"
-).split()
-
-
 def binding(config: ConfigDict) -> dict[str, Any]:
     """The options that a resumed run must share with the one it continues."""
-    flat = flatten(config)
-    bound = {k: v for k, v in flat.items() if not any(k == f or k.startswith(f) for f in _FREE)}
+    free = {option.name for option in options.TABLE if option.free}
+    bound = {name: value for name, value in flatten(config).items() if name not in free}
     # The decay ends with the run, and the last step samples nothing ahead.
     if config.optim.schedule != "constant" or config.loop.async_rollouts:
         bound["loop.num_steps"] = config.loop.num_steps

@@ -1,4 +1,4 @@
-"""The rules that the options of a run follow, each alone and together.
+"""The rules that the options of a run follow together; those of single options are in `options`.
 
 Nothing is loaded or compiled before `check` has refused what cannot work.
 """
@@ -12,41 +12,45 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from grpo_jax.config import derived
+from grpo_jax.config import derived, options, other_names
 from grpo_jax.config.dotted import flatten
+from grpo_jax.config.schema import Option
 from grpo_jax.data.problems import form_of
 from grpo_jax.messages import credentials
 from grpo_jax.messages.values import shown
 
 
-def check(config: ConfigDict, default: ConfigDict) -> None:
-    """Raises ValueError for values that cannot work, alone or together.
-
-    `default` has every option, with a value of its type.
-    """
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for values that cannot work, alone or together."""
     flat = flatten(config)
-    for name, kind in ((n, type(v)) for n, v in flatten(default).items()):
-        if name not in flat or type(flat[name]) is not kind:
+    for option in options.TABLE:
+        kind, value = type(option.default), flat.get(option.name)
+        if type(value) is not kind:
             raise ValueError(
-                f"{name} = {shown(flat.get(name))} is not of type {kind.__name__}, which it "
+                f"{option.name} = {shown(value)} is not of type {kind.__name__}, which it "
                 "needs to be."
             )
-    for name, value in flat.items():
-        _check_value(name, value)
-    _check_ranges(flat)
-    _check_mesh(flat)
-    _check_choices(config)
+    for option in options.TABLE:
+        _check_value(option, flat[option.name])
+    for option in options.TABLE:
+        refusal = option.refusal(flat[option.name])
+        if refusal:
+            raise ValueError(refusal)
+    _check_profile(config)
+    _check_mesh(config)
+    _check_precision(config)
     _check_batch(config)
     _check_loop(config)
     for name in config.checkpoint.accept_changes:
         if name not in flat:
-            raise ValueError(f"checkpoint.accept_changes: there is no option {shown(name)}.")
+            raise ValueError(f"checkpoint.accept_changes: {other_names.no_such(str(name))}")
     _check_guards(config)
     _check_sources(config)
 
 
-def _check_value(name: str, value: Any) -> None:
+def _check_value(option: Option, value: Any) -> None:
     """Raises ValueError for a value that no option can have."""
+    name = option.name
     if isinstance(value, tuple):
         for entry in value:
             if type(entry) not in (str, int, float):
@@ -54,7 +58,7 @@ def _check_value(name: str, value: Any) -> None:
                     f"{name}: {shown(entry)} must be a text or a number, not a "
                     f"{type(entry).__name__}."
                 )
-            _check_value(name, entry)
+            _check_value(option, entry)
     elif isinstance(value, str):
         secret = credentials.stands_in(value)
         if secret:
@@ -66,43 +70,15 @@ def _check_value(name: str, value: Any) -> None:
             raise ValueError(f"{name} = {shown(value)} holds what is no character of a text.")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} = {value} must be a finite number.")
-    elif abs(value) > LARGEST and (type(value) is int or name.endswith(("_s", "_gb"))):
+    elif abs(value) > LARGEST and (type(value) is int or option.unit in ("s", "GiB")):
         raise ValueError(f"{name} = {shown(value)} must be at most {LARGEST}.")
 
 
 LARGEST = 2**31 - 1  # what devices count with
-_POSITIVE = (
-    "batch.prompts batch.minibatches algorithm.num_iterations rollout.max_tokens loop.num_steps "
-    "data.max_prompt_tokens data.num_train model.num_layers model.width model.mlp_width "
-    "model.num_heads model.num_kv_heads optim.learning_rate optim.eps "
-    "sft.batch sft.learning_rate sft.max_tokens checkpoint.keep rewards.time_limit_s "
-    "rewards.start_limit_s checkpoint.max_failed hosts.start_limit_s hosts.lost_limit_s "
-    "algorithm.importance_cap guards.window guards.max_skipped"
-).split()
-_NOT_NEGATIVE = (
-    "seed rollout.temperature rollout.top_k rollout.num_slots algorithm.clip_low "
-    "algorithm.clip_high algorithm.kl_coef optim.warmup_steps optim.weight_decay optim.clip_norm "
-    "optim.end_fraction evaluation.every_steps evaluation.num_problems evaluation.num_samples "
-    "evaluation.temperature checkpoint.every_steps logging.samples_every_steps logging.num_samples "
-    "data.num_eval sft.num_steps sft.microbatch sft.warmup_steps sft.weight_decay "
-    "sft.checkpoint_every_steps rewards.num_workers rewards.memory_gb rewards.max_failed_share "
-    "loop.stall_limit_s batch.memory_limit_gib checkpoint.save_before_s "
-    "guards.reward_drop guards.equal_groups_steps guards.kl_max guards.entropy_min "
-    "guards.entropy_max guards.max_roll_backs"
-).split()
 
 
-def _check_ranges(flat: dict[str, Any]) -> None:
-    for name in _POSITIVE:
-        if not flat[name] > 0:
-            raise ValueError(f"{name} = {flat[name]} must be above 0.")
-    for name in _NOT_NEGATIVE:
-        if not flat[name] >= 0:
-            raise ValueError(f"{name} = {flat[name]} must not be below 0.")
-    for name in ("optim.beta1", "optim.beta2", "algorithm.clip_low"):
-        if not 0 <= flat[name] < 1:
-            raise ValueError(f"{name} = {flat[name]} must be at least 0 and below 1.")
-    steps, last = flat["profile.steps"], flat["loop.num_steps"]
+def _check_profile(config: ConfigDict) -> None:
+    steps, last = config.profile.steps, config.loop.num_steps
     if steps and not (
         len(steps) == 2
         and all(type(step) is int for step in steps)
@@ -112,86 +88,35 @@ def _check_ranges(flat: dict[str, Any]) -> None:
             f"profile.steps = {steps} must be (first, last), two steps from 1 to loop.num_steps = "
             f"{last}, or () for no trace."
         )
-    if not 0 < flat["rollout.top_p"] <= 1:
-        raise ValueError(f"rollout.top_p = {flat['rollout.top_p']} must be above 0, at most 1.")
-    if flat["rollout.temperature"] == 0:
-        raise ValueError(
-            "rollout.temperature = 0 gives a group of equal completions, and so no advantage. "
-            "Set it above 0; 1.0 is usual."
-        )
 
 
-def _check_mesh(flat: dict[str, Any]) -> None:
-    sizes = {name: size for name, size in flat.items() if name.startswith("mesh.")}
-    for name, size in sizes.items():
-        if size < 1 and size != -1:
-            raise ValueError(
-                f"{name} = {size} must be a number of devices, at least 1, or -1 for the rest."
-            )
-    rest = [name for name, size in sizes.items() if size == -1]
+def _check_mesh(config: ConfigDict) -> None:
+    rest = [f"mesh.{name}" for name, size in config.mesh.items() if size == -1]
     if len(rest) > 1:
         raise ValueError(f"{' and '.join(rest)} are -1, the rest of the devices; only one can be.")
 
 
-def _check_choices(config: ConfigDict) -> None:
-    choices = {
-        "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
-        "model.param_dtype": (config.model.param_dtype, ("float32", "bfloat16")),
-        "optim.moments": (config.optim.moments, ("float32", "bfloat16", "int8")),
-        "model.remat": (config.model.remat, ("none", "dots", "full", "auto")),
-        "model.layers": (config.model.layers, ("auto", "loop", "apart")),
-        "model.attention": (config.model.attention, ("auto", "xla", "splash", "cudnn")),
-        "rollout.attention": (config.rollout.attention, ("auto", "xla", "ragged", "streamed")),
-        "rollout.weights": (config.rollout.weights, ("same", "int8")),
-        "rollout.cache": (config.rollout.cache, ("same", "int8")),
-        "data.overlong": (config.data.overlong, ("refuse", "drop", "truncate")),
-        "algorithm.scale_by": (config.algorithm.scale_by, ("none", "std", "sample_std")),
-        "algorithm.kl_gradient": (
-            config.algorithm.kl_gradient,
-            ("reference_policy", "policy_reference"),
-        ),
-        "algorithm.normalizer": (config.algorithm.normalizer, ("token", "sequence", "constant")),
-        "algorithm.importance_correction": (
-            config.algorithm.importance_correction,
-            ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
-        ),
-        "rewards.bad_rows": (config.rewards.bad_rows, ("refuse", "drop")),
-        "checkpoint.export_dtype": (
-            config.checkpoint.export_dtype,
-            ("auto", "float32", "bfloat16", "float16"),
-        ),
-        "optim.schedule": (config.optim.schedule, ("constant", "linear", "cosine")),
-    }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ValueError(f"{name} = {value!r} must be one of {', '.join(allowed)}.")
-    if config.optim.float32_copy and config.model.param_dtype == "float32":
+def _check_precision(config: ConfigDict) -> None:
+    if config.optim.master_weights and config.model.param_dtype == "float32":
         raise ValueError(
-            "optim.float32_copy = True, but the parameters are float32 themselves. Set "
-            'model.param_dtype = "bfloat16", or optim.float32_copy = False.'
+            "optim.master_weights = True, but the parameters are float32 themselves. Set "
+            'model.param_dtype = "bfloat16", or optim.master_weights = False.'
         )
 
 
 def _check_loop(config: ConfigDict) -> None:
-    if config.loop.async_rollouts and config.algorithm.importance_correction == "none":
+    if config.loop.async_rollouts and config.rollout_correction.level == "none":
         raise ValueError(
             "loop.async_rollouts = True samples with weights that are a step old, and "
-            'algorithm.importance_correction = "none" leaves that uncorrected. Set it to '
-            '"token_truncate" or another correction, or loop.async_rollouts = False.'
+            'rollout_correction.level = "none" leaves that uncorrected. Set it to "token" or '
+            '"sequence", or loop.async_rollouts = False.'
         )
 
 
 def _check_guards(config: ConfigDict) -> None:
-    guards, every = config.guards, config.checkpoint.every_steps
-    actions = ("warn", "skip", "roll_back", "stop")
-    choices = {"nonfinite": actions[1:], "after_skips": actions[2:]}
-    choices |= dict.fromkeys("failed_rewards reward equal_groups kl entropy".split(), actions)
-    for name, allowed in choices.items():
-        if guards[name] not in allowed:
-            raise ValueError(
-                f"guards.{name} = {guards[name]!r} must be one of {', '.join(allowed)}."
-            )
-        if guards[name] == "roll_back" and not every:
+    guards = config.guards
+    for name, value in guards.items():
+        if value == "roll_back" and not config.checkpoint.every_steps:
             raise ValueError(
                 f'guards.{name} = "roll_back" goes back to the last checkpoint, and '
                 "checkpoint.every_steps = 0 writes none before the end. Set that above 0, or the "
@@ -212,11 +137,6 @@ def _check_guards(config: ConfigDict) -> None:
 
 def _check_batch(config: ConfigDict) -> None:
     batch, updates = config.batch, derived.num_updates_per_step(config)
-    if batch.group < 2:
-        raise ValueError(
-            f"batch.group = {batch.group}: advantages are relative to the other completions of a "
-            "prompt, so a group needs at least 2. 8 is usual."
-        )
     if batch.prompts % batch.minibatches:
         raise ValueError(
             f"batch.prompts * batch.group = {batch.prompts} * {batch.group} = "
@@ -225,11 +145,6 @@ def _check_batch(config: ConfigDict) -> None:
             f"Make batch.prompts a multiple of {batch.minibatches}."
         )
     per_update = batch.prompts // batch.minibatches
-    if batch.microbatch < -1:
-        raise ValueError(
-            f"batch.microbatch = {batch.microbatch} must be a number of prompts, 0 for the usual "
-            "number of tokens, or -1 for as many as fit into memory."
-        )
     if batch.microbatch > 0 and per_update % batch.microbatch:
         raise ValueError(
             f"batch.prompts / batch.minibatches = {batch.prompts} / {batch.minibatches} = "
@@ -258,8 +173,8 @@ def _check_sources(config: ConfigDict) -> None:
             "set exactly one of them, a generated task or a dataset."
         )
     if config.data.task:
-        names = "name eval_path eval_name eval_split columns template chat system"
-        for name in f"{names} template_arguments date".split():
+        names = "name eval_path eval_name eval_split columns prompt_template chat"
+        for name in f"{names} system_prompt chat_template_kwargs date".split():
             if config.data[name]:
                 raise ValueError(
                     f"data.{name} goes with data.path; a task makes its own problems and held-out "

@@ -55,7 +55,7 @@ def _repeats(problems: Sequence[Problem], asked: list[str], noun: str) -> str:
 def _unread(problems: Sequence[Problem], form: Form) -> str:
     """On columns that look like inputs, but are no part of the prompt."""
     first = problems[0]
-    named = (*form.renames, *(form.fields if form.template else ()))
+    named = (*form.renames, *(form.fields if form.prompt_template else ()))
     used = {name.partition(".")[0] for name in named}
     is_chat = not isinstance(first.prompt, str)
     names = [
@@ -70,7 +70,7 @@ def _unread(problems: Sequence[Problem], form: Form) -> str:
     return (
         f"{_listed(names)} {'is' if len(names) == 1 else 'are'} no part of the prompt: of a row "
         "the model reads `prompt`, and reward functions the other columns. data.columns and "
-        "data.template make another prompt."
+        "data.prompt_template make another prompt."
     )
 
 
@@ -78,7 +78,7 @@ def of_template(problems: Sequence[Problem], reads: frozenset[str] | None, form:
     """Notes on what the chat template of the model does not read, or reads and does not get.
 
     `reads`: the names that it reads, None where no prompt is a chat. Raises ValueError for a name
-    in `data.template_arguments` that it does not read.
+    in `data.chat_template_kwargs` that it does not read.
     """
     if reads is None:
         return []
@@ -86,7 +86,7 @@ def of_template(problems: Sequence[Problem], reads: frozenset[str] | None, form:
     if unread:
         own = sorted(reads - {"messages", "add_generation_prompt"})
         raise ValueError(
-            f"data.template_arguments: the model's chat template does not read `{unread[0]}`. "
+            f"data.chat_template_kwargs: the model's chat template does not read `{unread[0]}`. "
             f"It reads {_listed(own) or 'messages alone'}. Take it out, or correct its name."
         )
     names = set(itertools.chain.from_iterable(p.arguments for p in problems))

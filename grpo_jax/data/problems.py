@@ -1,7 +1,7 @@
 """Problems: a prompt, and the further columns that reward functions read.
 
 A source's rows (`sources.py`) have a column `prompt`, a text or chat messages, or columns that
-`data.columns` and `data.template` make a prompt of; the same columns stand in every row.
+`data.columns` and `data.prompt_template` make a prompt of; the same columns stand in every row.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class Form:
     """
 
     columns: tuple[str, ...] = ()
-    template: str = ""
+    prompt_template: str = ""
     chat: bool = False
-    system: str = ""
-    template_arguments: tuple[str, ...] = ()
+    system_prompt: str = ""
+    chat_template_kwargs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for entry in self.columns:
@@ -71,13 +71,13 @@ class Form:
             twice = [name for name in names if names.count(name) > 1]
             if twice:
                 raise ValueError(f"data.columns = {self.columns}: {twice[0]!r} stands there twice.")
-        if self.template and not self.fields:
+        if self.prompt_template and not self.fields:
             raise ValueError(
-                f"data.template = {cut(repr(self.template))} has no {{column}}, so that all "
-                'prompts would be the same. Put the column in, such as "{prompt}".'
+                f"data.prompt_template = {cut(repr(self.prompt_template))} has no {{column}}, so "
+                'that all prompts would be the same. Put the column in, such as "{prompt}".'
             )
         try:
-            chats.refuse_reserved(self.arguments, "data.template_arguments")
+            chats.refuse_reserved(self.arguments, "data.chat_template_kwargs")
         except ValueError as error:
             raise ValueError(f"{error}.") from error
 
@@ -90,13 +90,13 @@ class Form:
     def arguments(self) -> dict[str, Any]:
         """What every chat template is given, by name; values are JSON or Python, else texts."""
         found: dict[str, Any] = {}
-        for entry in self.template_arguments:
+        for entry in self.chat_template_kwargs:
             name, equals, text = entry.partition("=") if isinstance(entry, str) else ("", "", "")
             if not equals or not name.isidentifier() or name in found:
                 fault = "stands there twice" if name in found else 'is not "name=value"'
                 raise ValueError(
-                    f"data.template_arguments: {entry!r} {fault}. Write one text for each argument "
-                    'of the chat template, such as ("enable_thinking=False",).'
+                    f"data.chat_template_kwargs: {entry!r} {fault}. Write one text for each "
+                    'argument of the chat template, such as ("enable_thinking=False",).'
                 )
             value = chats.literal(text)
             plain = value is None or isinstance(value, (str, int, float, list, dict))
@@ -106,10 +106,10 @@ class Form:
     @functools.cached_property
     def pieces(self) -> list[tuple[str, str | None]]:
         """The template as texts, each with the name of the column that follows it."""
-        shown = f"data.template = {cut(repr(self.template))}"
+        shown = f"data.prompt_template = {cut(repr(self.prompt_template))}"
         rule = "Write {column} for a column, and {{ and }} for braces of the text."
         try:
-            parts = list(string.Formatter().parse(self.template))
+            parts = list(string.Formatter().parse(self.prompt_template))
         except ValueError as error:
             raise ValueError(f"{shown}: {error}. {rule}") from error
         for _, field, spec, conversion in parts:
@@ -155,7 +155,9 @@ def load_held_out(data: Any) -> list[Problem]:
 
 def form_of(data: Any) -> Form:
     """The form that a config's section `data` gives its rows."""
-    return Form(data.columns, data.template, data.chat, data.system, data.template_arguments)
+    return Form(
+        data.columns, data.prompt_template, data.chat, data.system_prompt, data.chat_template_kwargs
+    )
 
 
 def load(source: Source, form: Form = Form()) -> list[Problem]:
@@ -203,13 +205,13 @@ def _problem(row: dict[str, Any], where: str, option: str, form: Form) -> Proble
                 f"{option}: {where}: `prompt` {error}: {cut(columns['prompt'])}. Write the "
                 "messages as JSON."
             ) from error
-    if form.template:
+    if form.prompt_template:
         columns["prompt"] = _filled(columns, where, form)
     if "prompt" not in columns:
         raise ValueError(
             f"{option}: {where} has no `prompt`; it has {', '.join(columns) or 'no columns'}. Name "
             "the column that holds it in data.columns, such as prompt=question, or make it by "
-            "data.template."
+            "data.prompt_template."
         )
     prompt = columns.pop("prompt")
     if padded:
@@ -297,18 +299,18 @@ def _filled(columns: dict[str, Any], where: str, form: Form) -> str:
     for name, value in values.items():
         if value is _MISSING:
             raise ValueError(
-                f"data.template names {{{name}}}, but {where} has no such column; it has "
+                f"data.prompt_template names {{{name}}}, but {where} has no such column; it has "
                 f"{_names(columns, name)}."
             )
         if value is None or isinstance(value, (list, dict)):
             kind = "null" if value is None else f"a {type(value).__name__}"
             raise ValueError(
-                f"data.template names {{{name}}}, but in {where} `{name}` is {kind}: "
+                f"data.prompt_template names {{{name}}}, but in {where} `{name}` is {kind}: "
                 f"{cut(json.dumps(value, default=str))}. A template takes texts and numbers; "
-                "leave out data.template where prompts are chat messages."
+                "leave out data.prompt_template where prompts are chat messages."
             )
     if not any(str(value).strip() for value in values.values()):
-        raise ValueError(f"data.template: in {where} `{'`, `'.join(form.fields)}` is blank.")
+        raise ValueError(f"data.prompt_template: in {where} `{'`, `'.join(form.fields)}` is blank.")
     return "".join(text + ("" if name is None else str(values[name])) for text, name in form.pieces)
 
 
@@ -317,8 +319,8 @@ def _as_chat(prompt: str | Messages, where: str, form: Form) -> str | Messages:
     if isinstance(prompt, str):
         if not form.chat:
             for option, value in (
-                ("system", form.system),
-                ("template_arguments", form.template_arguments),
+                ("system_prompt", form.system_prompt),
+                ("chat_template_kwargs", form.chat_template_kwargs),
             ):
                 if value:
                     raise ValueError(
@@ -329,8 +331,8 @@ def _as_chat(prompt: str | Messages, where: str, form: Form) -> str | Messages:
             return prompt
         prompt = [{"role": "user", "content": prompt}]
     prompt = chats.plain(prompt)
-    if form.system and not any(message["role"] == "system" for message in prompt):
-        return [{"role": "system", "content": form.system}, *prompt]
+    if form.system_prompt and not any(message["role"] == "system" for message in prompt):
+        return [{"role": "system", "content": form.system_prompt}, *prompt]
     return prompt
 
 

@@ -162,11 +162,11 @@ def _remedy(problem: Problem, error: templates.TemplateError) -> str:
         text = cut(repr(f"{text}\n\n{{prompt}}"), 200)
         return (
             "A template without system messages takes that text in the user's message: leave "
-            f"data.system empty, and set data.template = {text}; where the rows are messages, move "
-            "it there."
+            f"data.system_prompt empty, and set data.prompt_template = {text}; where the rows are "
+            "messages, move it there."
         )
     return (
-        "Mend the row, or give the template what it asks for in data.template_arguments or a "
+        "Mend the row, or give the template what it asks for in data.chat_template_kwargs or a "
         "column `tools` or `chat_template_kwargs`."
     )
 

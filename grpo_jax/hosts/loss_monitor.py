@@ -179,7 +179,7 @@ class Witness:
             process, name = source.process, source.name
         self._report(
             process,
-            f"{name} gave no sign of life for hosts.lost_limit_s = {self._lost_s:g} s: it is "
+            f"{name} sent no heartbeat for hosts.heartbeat_timeout_s = {self._lost_s:g} s: it is "
             "stopped, or its host hangs",
         )
 

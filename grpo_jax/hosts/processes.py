@@ -51,7 +51,7 @@ class Limits:
     """How long the others are waited for."""
 
     start_s: float = 300.0  # until all have started
-    lost_s: float = 100.0  # for a sign of life
+    lost_s: float = 100.0  # for a heartbeat
     meeting_s: float = 3600.0  # until all come to where they meet
 
 
@@ -146,7 +146,7 @@ def start(address: Address, limits: Limits) -> None:
         _exit,
         [
             f"process {address.process}: of {address.num_processes} processes not all came to "
-            f"{address.coordinator} within hosts.start_limit_s = {limits.start_s:g} s. See which "
+            f"{address.coordinator} within hosts.start_timeout_s = {limits.start_s:g} s. See which "
             "of them is missing, and whether that address is process 0's and can be reached."
         ],
     )
@@ -197,7 +197,7 @@ def _start_witness(address: Address, limits: Limits) -> None:
         while _tell_witness("alive"):
             time.sleep(min(1.0, limits.lost_s / 4))
 
-    threading.Thread(target=live, name="sign of life", daemon=True).start()
+    threading.Thread(target=live, name="heartbeat", daemon=True).start()
 
 
 def _tell_witness(line: str) -> bool:
@@ -329,8 +329,8 @@ def _explained(what: str, error: str) -> str:
     if late:
         names = " and ".join(name(int(number)) for number in late[1].split())
         return (
-            f"{names} did not come to {what} within loop.stall_limit_s = {_limits.meeting_s:g} s. "
-            "A stalled reward, file system or host may be the reason; its log says where it is."
+            f"{names} did not come to {what} within loop.stall_timeout_s = {_limits.meeting_s:g} "
+            "s. A stalled reward, file system or host may be the reason; its log says where it is."
         )
     return f"The processes could not meet at {what}: {error}"
 

@@ -52,7 +52,7 @@ class Watchdog:
             since = self._since
             if silent_s >= self._limit_s:
                 self._on_stall(
-                    f"{self._phase}: no progress for loop.stall_limit_s = {self._limit_s:g} s."
+                    f"{self._phase}: no progress for loop.stall_timeout_s = {self._limit_s:g} s."
                 )
                 return
 

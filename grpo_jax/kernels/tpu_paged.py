@@ -40,8 +40,10 @@ def why_unavailable(cache: str, model: ModelConfig, mesh: Mesh) -> str:
             f"the model has {model.num_kv_heads} key-value heads of size {model.head_size}, and it "
             "takes 1, 2, 4, 8 or 16 of multiples of 128"
         )
-    if cache != "same":
-        return f'rollout.cache = "{cache}" keeps a scale for each position, and it takes one'
+    if cache != "auto":
+        return (
+            f'rollout.kv_cache_dtype = "{cache}" keeps a scale for each position, and it takes one'
+        )
     return ""
 
 

@@ -67,7 +67,7 @@ METRICS: dict[str, Metric] = {
         "", "mean weight that corrects for the sampler's distribution; 1 without a correction"
     ),
     "policy/importance_capped_share": Metric(
-        "share", "tokens whose ratio of policy to sampler was above algorithm.importance_cap"
+        "share", "tokens whose ratio of policy to sampler was above rollout_correction.cap"
     ),
     "policy/skipped_updates": Metric("updates", "refused so far, as not finite or by a guard"),
     "guards/roll_backs": Metric("", "times so far that a guard went back to a checkpoint"),

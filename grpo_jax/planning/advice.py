@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from grpo_jax.config import derived, options, rules
+from grpo_jax.config import derived, rules
 from grpo_jax.planning import plan as plan_lib
 from grpo_jax.planning.plan import Plan
 from grpo_jax.structs import ModelConfig
@@ -66,7 +66,7 @@ def changed(config: ConfigDict, change: Change) -> ConfigDict:
     for name, value in change.items():
         section, _, leaf = name.rpartition(".")
         new[section][leaf] = value
-    rules.check(new, options.default())
+    rules.check(new)
     return new.lock()
 
 
@@ -180,10 +180,10 @@ def _rounded(
 ) -> Iterator[Change]:
     if held["optimizer"] or "optimizer" in over:
         fewer = {"float32": ("bfloat16", "int8"), "bfloat16": ("int8",), "int8": ()}
-        for kind in fewer[config.optim.moments]:
-            yield {"optim.moments": kind}
+        for kind in fewer[config.optim.moments_dtype]:
+            yield {"optim.moments_dtype": kind}
     if over & _ROLLOUT:  # an evaluation is exact
-        for part in ("cache", "weights"):
+        for part in ("kv_cache_dtype", "weights_dtype"):
             if config.rollout[part] != "int8":
                 yield {f"rollout.{part}": "int8"}
     if config.model.param_dtype != "bfloat16":

@@ -332,7 +332,7 @@ class Pool:
             kind = "memory"
             message = (
                 f"The reward {name!r}, with all that it started, held more memory than "
-                "rewards.memory_gb allows."
+                "rewards.memory_limit_gib allows."
             )
         else:
             kind = "died"
@@ -345,11 +345,11 @@ class Pool:
         if is_first and self._first_s[i] is None:
             self._first_s[i] = 0.0  # it does not load for so long, it hangs
             return (
-                f"The reward {name!r} took longer than rewards.start_limit_s = "
+                f"The reward {name!r} took longer than rewards.start_timeout_s = "
                 f"{self._limits.start_seconds:g} s to answer for the first time, and was killed."
             )
         return (
-            f"The reward {name!r} took longer than rewards.time_limit_s = "
+            f"The reward {name!r} took longer than rewards.timeout_s = "
             f"{self._limits.seconds:g} s and was killed."
         )
 
@@ -359,10 +359,13 @@ class Pool:
         if self._false_starts < _MAX_FALSE_STARTS:
             return
         if kind == "timeout":
-            what = f"were not ready after rewards.start_limit_s = {self._limits.start_seconds:g} s"
+            what = (
+                f"were not ready after rewards.start_timeout_s = {self._limits.start_seconds:g} s"
+            )
         else:
             what = f"ended with status {status} before they answered anything"
         raise RewardError(
             f"Reward workers {what}, {self._false_starts} in a row. Try the reward functions with "
-            "python -m grpo_jax.score, or raise rewards.start_limit_s or rewards.memory_gb."
+            "python -m grpo_jax.score, or raise rewards.start_timeout_s or "
+            "rewards.memory_limit_gib."
         )

@@ -218,7 +218,7 @@ def _limited(spec: str, limit_s: float) -> Iterator[None]:
         if done.wait(limit_s - told_s):
             return
         print(
-            f"error: rewards.names: {spec!r} was not imported after rewards.start_limit_s = "
+            f"error: rewards.names: {spec!r} was not imported after rewards.start_timeout_s = "
             f"{limit_s:g} s. Let the module end its import, or raise the limit. It waits here: "
             f"{place.of_thread(importing)}",
             file=sys.stderr,

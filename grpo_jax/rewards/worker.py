@@ -95,7 +95,7 @@ def answer(found: Callable, name: str, call: Call, max_completion_tokens: int) -
     except values_lib.WrongValuesError as error:
         return Answer(None, time.monotonic() - began, "values", f"{error}{_stands(found)}")
     except MemoryError:
-        message = f"The reward {name!r} asked for more memory than rewards.memory_gb allows."
+        message = f"The reward {name!r} asked for more memory than rewards.memory_limit_gib allows."
         return Answer(None, time.monotonic() - began, "memory", message, is_spent=True)
     except BaseException as error:  # a user's function may fail in any way, SystemExit included
         message = _told(error, found, name, call)

@@ -44,8 +44,8 @@ class Decoder:
     sampling: Sampling  # top-k and top-p; the temperature is an argument of each call, None for 0
     stop_ids: tuple[int, ...]
     max_tokens: int  # C: completion limit
-    dtype: Any = jnp.float32  # of activations, and of weights and cache that are the "same"
-    weights: str = "same"  # or "int8"
+    dtype: Any = jnp.float32  # of activations, and of weights and cache that are "auto"
+    weights: str = "auto"  # or "int8"
     fuse: bool = False  # `parameters.fuse_projections`; for devices that hold a layer whole
     steps: int = 1  # tokens between two looks at whether the host is needed
     kv_cache: KVCache = RING  # how keys and values are kept and attended to
@@ -70,8 +70,8 @@ def decoder_for(
     max_tokens: int,
     dtype: Any,
     *,
-    weights: str = "same",
-    cache: str = "same",
+    weights: str = "auto",
+    cache: str = "auto",
     attention: str = "auto",
 ) -> Decoder:
     """The decoder that suits the devices of a mesh.

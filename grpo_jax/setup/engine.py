@@ -31,8 +31,8 @@ def make_engine(
         stop_ids,
         rollout.max_tokens,
         jnp.dtype(config.model.dtype),
-        weights="same" if exact else rollout.weights,
-        cache="same" if exact else rollout.cache,
+        weights="auto" if exact else rollout.weights_dtype,
+        cache="auto" if exact else rollout.kv_cache_dtype,
         attention=rollout.attention,
     )
     return Engine(

@@ -51,8 +51,8 @@ def make_scorer(
     config: ConfigDict, model: ModelConfig, mesh: Mesh, sampling: Sampling, fit: Fit = USUAL
 ) -> Scorer:
     """How the config runs a model of this shape over given completions."""
-    dtype, layers = jnp.dtype(config.model.dtype), config.model.layers
-    in_a_loop = not sharding.is_gpu(mesh) if layers == "auto" else layers == "loop"
+    dtype, scan = jnp.dtype(config.model.dtype), config.model.scan_layers
+    in_a_loop = not sharding.is_gpu(mesh) if scan == "auto" else scan == "on"
     return Scorer(
         model,
         mesh,
@@ -75,13 +75,13 @@ def make_optimizer(
         eps=config.optim.eps,
         weight_decay=weight_decay,
         clip_norm=clip_norm,
-        kept=config.optim.moments,
+        kept=config.optim.moments_dtype,
         seed=config.seed,
     )
     return optim.for_params(
         optimizer,
         config.model.param_dtype,
-        float32_copy=config.optim.float32_copy,
+        float32_copy=config.optim.master_weights,
         seed=config.seed,
     )
 
@@ -96,7 +96,8 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: Fit = 
         microbatch=max(config.batch.microbatch, 0),
         tokens=fit.tokens if config.batch.microbatch == -1 else 0,
     )
-    algorithm, updates = config.algorithm, derived.num_updates_per_step(config)
+    algorithm, correction = config.algorithm, config.rollout_correction
+    updates = derived.num_updates_per_step(config)
     schedule = optim.schedule(
         config.optim.learning_rate,
         warmup_steps=config.optim.warmup_steps,
@@ -104,7 +105,9 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: Fit = 
         num_updates=config.loop.num_steps * updates,
         end_fraction=config.optim.end_fraction,
     )
-    optimizer = make_optimizer(config, schedule, config.optim.weight_decay, config.optim.clip_norm)
+    optimizer = make_optimizer(
+        config, schedule, config.optim.weight_decay, config.optim.max_grad_norm
+    )
     objective = losses.Objective(
         algorithm.clip_low,
         algorithm.clip_high,
@@ -112,8 +115,9 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: Fit = 
         algorithm.entropy_coef,
         algorithm.normalizer,
         config.rollout.max_tokens,
-        algorithm.importance_correction,
-        algorithm.importance_cap,
+        correction.level,
+        correction.bound,
+        correction.cap,
         algorithm.kl_gradient,
     )
     return Learner(

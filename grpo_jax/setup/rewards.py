@@ -16,7 +16,7 @@ def load_rewards(config: ConfigDict) -> list[Reward]:
     """The config's reward functions; ValueError where one cannot be had."""
     options = config.rewards
     return registry.load(
-        options.names, options.weights, options.accuracy, start_limit_s=options.start_limit_s
+        options.names, options.weights, options.accuracy, start_limit_s=options.start_timeout_s
     )
 
 
@@ -29,7 +29,9 @@ def start_rewards(
         rewards,
         max_completion_tokens=config.rollout.max_tokens,
         num_workers=options.num_workers or min(max(cpus // (1 + device_is_busy), 1), 16),
-        limits=Limits(options.time_limit_s, int(options.memory_gb * 2**30), options.start_limit_s),
+        limits=Limits(
+            options.timeout_s, int(options.memory_limit_gib * 2**30), options.start_timeout_s
+        ),
     )
 
 

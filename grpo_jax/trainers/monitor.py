@@ -76,7 +76,7 @@ class Monitor:
                 noun=course.bar,
             )
         )
-        self._watchdog = enter(Watchdog(run.config.loop.stall_limit_s))
+        self._watchdog = enter(Watchdog(run.config.loop.stall_timeout_s))
         self._trace = enter(Trace(run.folder, course.profiled))
         self.guards = guards.Guards(
             run.config,

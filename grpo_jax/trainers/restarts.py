@@ -43,7 +43,7 @@ def carry_out(run: Run, stop: StopSignal, began: float, train: Train, finish: Fi
             with phase("start"):
                 state.train = state.experience = None  # what went wrong makes room
                 state = run_state.roll_back(run, state, undone)
-    with Watchdog(run.config.loop.stall_limit_s) as watchdog:
+    with Watchdog(run.config.loop.stall_timeout_s) as watchdog:
         watchdog.phase("The end of the run")
         return finish(run, state, stop, time.monotonic() - began)
 

@@ -142,10 +142,13 @@ SAMPLER = OLD - jnp.log(jnp.float32([0.5, 1, 3]))
 )
 def test_importance_by_hand(correction, weight, capped):
     correction, _, other = correction.partition(" of ")
+    level, _, bound = correction.partition("_")
     summed = losses.sequence_log_ratio(OLD, SAMPLER, jnp.ones(3, bool))
     np.testing.assert_allclose(summed, np.log(1.5), rtol=1e-6)
     log_ratio = jnp.broadcast_to(jnp.log(float(other)) if other else summed, 3)
-    objective = losses.Objective(kl_coef=0.5, importance_correction=correction, importance_cap=2.0)
+    objective = losses.Objective(
+        kl_coef=0.5, importance_level=level, importance_bound=bound, importance_cap=2.0
+    )
     # Ratio 1.1 of policy to old policy, within the clip: -1.1 A = -2.2 a token, weighed; k3 of ln 2
     # times 0.5 is not.
     logp = OLD + jnp.log(1.1)
@@ -170,7 +173,7 @@ def test_importance_of_one_update_has_no_gradient():
     """Without an old policy of its own the weight is made of the current one, which is fixed."""
     logp = OLD + 0.0
     given = terms(jnp.float32([2.0] * 3), sampler_logp=SAMPLER)
-    objective = losses.Objective(importance_correction="token_truncate")
+    objective = losses.Objective(importance_level="token")
 
     slope = jax.grad(lambda x: losses.token_loss(objective, x, jnp.zeros(3), given).sum())(logp)
 

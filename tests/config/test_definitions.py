@@ -37,7 +37,8 @@ def test_everything_that_differs_is_told():
         algorithm__scale_by="sample_std", algorithm__clip_low=0.1, algorithm__clip_high=0.28,
         algorithm__kl_coef=0.04, algorithm__kl_gradient="policy_reference",
         algorithm__entropy_coef=0.01, algorithm__normalizer="constant", rollout__max_tokens=64,
-        algorithm__importance_correction="sequence_mask", algorithm__importance_cap=3.0,
+        rollout_correction__level="sequence", rollout_correction__bound="mask",
+        rollout_correction__cap=3.0,
         algorithm__mask_truncated=True, rollout__top_k=20, rollout__top_p=0.95,
         optim__beta2=0.999, optim__warmup_steps=5, optim__schedule="linear",
         optim__end_fraction=0.1, optim__learning_rate=2e-4, loop__num_steps=30,
@@ -48,8 +49,8 @@ def test_everything_that_differs_is_told():
         "1e-4)",
         "Loss: -w min(r A, clip(r, 0.9, 1.28) A) + 0.04 (r k3, gradient of KL(policy || "
         "reference)) - 0.01 entropy, sum over an update's tokens / (completions x 64); w = policy "
-        "/ sampler, sequence_mask above 3; completions that were cut are left out; probabilities "
-        "within top_k 20 and top_p 0.95",
+        "/ sampler of each sequence, 0 above 3; completions that were cut are left out; "
+        "probabilities within top_k 20 and top_p 0.95",
         "AdamW(0.9, 0.999), learning rate 0.0002 after 5 updates, linear to 2e-05 at update 60",
     ]
 
@@ -94,7 +95,7 @@ def test_every_choice_is_told_and_documented(option):
         config.data.task, config.model.path = "arithmetic", "some/model"
         for name, value in given.items():
             override(config, name.replace("__", "."), str(value))
-        rules.check(config, options_lib.default())
+        rules.check(config)
         told.add(tuple(lines(**given)))
         assert f'"{choice}"' in text
     assert len(told) == len(choices)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+from valid_config import valid
 
 import grpo_jax
 from grpo_jax.config import options, record
@@ -90,3 +92,83 @@ def test_more_steps_of_a_decay_are_accepted(run):
         open_for(decaying(9), run)
     open_for(decaying(9, ("loop.num_steps",)), run)
     assert record.read(run / "config.json")["binding"]["loop.num_steps"] == 9
+
+
+# --- What resumed runs agree on -------------------------------------------------------------------
+
+
+def _recorded(config, folder: Path) -> Path:
+    file = folder / "config.json"
+    file.write_text(json.dumps(record.new(config)))
+    return file
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"optim__learning_rate": 1.0},
+        {"rewards__weights": (0.5,)},
+        {"batch__group": 4},
+        {"rollout__temperature": 0.9},
+        {"model__width": 64},
+        {"data__num_train": 5},
+        {"data__overlong": "drop"},
+        {"optim__moments_dtype": "int8"},
+        {"rollout__kv_cache_dtype": "int8"},
+    ],
+)
+def test_what_changes_the_result_binds(changes, tmp_path):
+    file = _recorded(valid(), tmp_path)
+    assert record.continued(file, valid()) is None
+    (key, value), name = next(iter(changes.items())), next(iter(changes)).replace("__", ".")
+    then, now = options.BY_NAME[name].default, value
+    if isinstance(then, tuple):
+        then, now = list(then), list(now)
+    with pytest.raises(ValueError) as info:
+        record.continued(file, valid(**{key: value}))
+    assert f"{name}: {then!r} there, {now!r} now" in str(info.value)
+    assert str(tmp_path) in str(info.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loop__num_steps": 7},
+        {"evaluation__every_steps": 3},
+        {"checkpoint__keep": 9},
+        {"logging__tensorboard": False},
+        {"mesh__data": 1},
+        {"compile_cache": False},
+        {"profile__steps": (1, 2)},
+        {"debug__nans": True},
+        {"batch__microbatch": 4},
+        {"batch__microbatch": -1, "model__remat": "auto", "batch__memory_limit_gib": 8.0},
+        {"guards__reward": "stop"},
+        {"sft__checkpoint_every_steps": 4},
+    ],
+)
+def test_what_only_carries_it_out_does_not_bind(changes, tmp_path):
+    assert record.continued(_recorded(valid(), tmp_path), valid(**changes)) is None
+
+
+def test_the_length_of_a_run_binds_where_the_schedule_ends_with_it(tmp_path):
+    file = _recorded(valid(optim__schedule="cosine"), tmp_path)
+    with pytest.raises(ValueError, match=r"loop.num_steps: 100 there, 7 now"):
+        record.continued(file, valid(optim__schedule="cosine", loop__num_steps=7))
+
+
+def test_many_changes_are_counted(tmp_path):
+    other = valid(seed=1, model__width=64, batch__group=4, batch__prompts=8, data__num_train=5,
+                  rollout__top_k=3, optim__beta1=0.5)  # fmt: skip
+    with pytest.raises(ValueError, match="and 2 more"):
+        record.continued(_recorded(valid(), tmp_path), other)
+
+
+def test_an_option_binds_though_its_name_begins_like_a_free_one():
+    """Each is free by its own mark, not by the beginning of its name."""
+    config = valid()
+    with config.unlocked():
+        config.rollout.compact_rows = True
+    assert options.BY_NAME["rollout.compact"].free
+    assert record.binding(config)["rollout.compact_rows"] is True

@@ -40,8 +40,8 @@ def test_held_out_problems_among_the_training_ones():
     ("form", "told"),
     [
         (Form(), True),
-        (Form(template="{question}"), False),
-        (Form(template="{answer}"), True),
+        (Form(prompt_template="{question}"), False),
+        (Form(prompt_template="{answer}"), True),
         (Form(("prompt=question.text",)), False),
     ],
 )
@@ -66,13 +66,13 @@ READS = frozenset({"messages", "add_generation_prompt", "documents", "enable_thi
 
 
 def test_an_argument_that_the_template_does_not_read_is_refused():
-    form = Form(template_arguments=("enable_thinkin=False",))
+    form = Form(chat_template_kwargs=("enable_thinkin=False",))
     words = r"does not read `enable_thinkin`\. It reads `documents`, `enable_thinking`\."
     with pytest.raises(ValueError, match=words):
         notes.of_template([], READS, form)
     with pytest.raises(ValueError, match="It reads messages alone"):
         notes.of_template([], frozenset({"messages"}), form)
-    assert notes.of_template([], READS, Form(template_arguments=("enable_thinking=1",))) == []
+    assert notes.of_template([], READS, Form(chat_template_kwargs=("enable_thinking=1",))) == []
 
 
 def test_what_the_data_gives_and_the_template_does_not_read():

@@ -168,7 +168,7 @@ def test_renames_of_another_form(columns, words):
 
 
 def test_a_template_makes_the_prompt(tmp_path):
-    form = Form(template="{question} ({level})\nUse \\boxed{{}}. {question}")
+    form = Form(prompt_template="{question} ({level})\nUse \\boxed{{}}. {question}")
     [problem] = load_lines(tmp_path, rows({"question": "a{b}", "level": 3}), form)
     assert problem.prompt == "a{b} (3)\nUse \\boxed{}. a{b}"
     assert problem.columns == {"question": "a{b}", "level": 3}
@@ -184,7 +184,11 @@ def test_a_template_sees_renamed_columns_and_may_extend_the_prompt(tmp_path):
     [
         ("{question}", {"prompt": "a", "x": 1}, ["{question}", "line 1", "prompt, x"]),
         ("{prompt.upper}", {"prompt": "a"}, ["{prompt.upper}", "no such column; it has prompt"]),
-        ("{prompt}", {"prompt": MESSAGES}, ["`prompt` is a list", "leave out data.template"]),
+        (
+            "{prompt}",
+            {"prompt": MESSAGES},
+            ["`prompt` is a list", "leave out data.prompt_template"],
+        ),
         ("{prompt}", {"prompt": json.dumps(MESSAGES)}, ["`prompt` is a list"]),
         ("{x}", {"x": None}, ["`x` is null", "line 1"]),
         ("{x}", {"x": {"a": 1}}, ["`x` is a dict"]),
@@ -192,8 +196,8 @@ def test_a_template_sees_renamed_columns_and_may_extend_the_prompt(tmp_path):
     ],
 )
 def test_a_row_that_a_template_does_not_fit(tmp_path, template, row, words):
-    message = refusal(tmp_path, rows(row), Form(template=template))
-    assert all(word in message for word in ["data.template", *words]), message
+    message = refusal(tmp_path, rows(row), Form(prompt_template=template))
+    assert all(word in message for word in ["data.prompt_template", *words]), message
 
 
 @pytest.mark.parametrize(
@@ -212,8 +216,8 @@ def test_a_row_that_a_template_does_not_fit(tmp_path, template, row, words):
 )
 def test_templates_of_another_form(template, words):
     with pytest.raises(ValueError) as error:
-        Form(template=template)
-    assert all(word in str(error.value) for word in ["data.template", *words]), error.value
+        Form(prompt_template=template)
+    assert all(word in str(error.value) for word in ["data.prompt_template", *words]), error.value
 
 
 # --- Chat -----------------------------------------------------------------------------------------
@@ -223,11 +227,11 @@ def test_templates_of_another_form(template, words):
     ("prompt", "form", "expected"),
     [
         ("1+1?", Form(chat=True), MESSAGES),
-        ("1+1?", Form(chat=True, system="Think."), SYSTEM + MESSAGES),
+        ("1+1?", Form(chat=True, system_prompt="Think."), SYSTEM + MESSAGES),
         (MESSAGES, Form(chat=True), MESSAGES),
-        (MESSAGES, Form(system="Think."), SYSTEM + MESSAGES),
-        (SYSTEM + MESSAGES, Form(system="Guess."), SYSTEM + MESSAGES),
-        ("1+1", Form(template="{prompt}?", chat=True), MESSAGES),
+        (MESSAGES, Form(system_prompt="Think."), SYSTEM + MESSAGES),
+        (SYSTEM + MESSAGES, Form(system_prompt="Guess."), SYSTEM + MESSAGES),
+        ("1+1", Form(prompt_template="{prompt}?", chat=True), MESSAGES),
     ],
 )
 def test_chats(tmp_path, prompt, form, expected):
@@ -236,8 +240,8 @@ def test_chats(tmp_path, prompt, form, expected):
 
 
 def test_a_system_message_needs_a_chat(tmp_path):
-    message = refusal(tmp_path, rows({"prompt": "1+1?"}), Form(system="Think."))
-    assert all(word in message for word in ["data.system", "line 1", "data.chat to True"])
+    message = refusal(tmp_path, rows({"prompt": "1+1?"}), Form(system_prompt="Think."))
+    assert all(word in message for word in ["data.system_prompt", "line 1", "data.chat to True"])
 
 
 # --- Chats of other forms -------------------------------------------------------------------------
@@ -295,14 +299,14 @@ def test_what_is_no_text_is_refused_by_name(tmp_path, column):
 
 def test_arguments_of_the_chat_template(tmp_path):
     """The run's, and over them the row's."""
-    form = Form(template_arguments=("enable_thinking=False", "effort=low", "n=[1, 2]"))
+    form = Form(chat_template_kwargs=("enable_thinking=False", "effort=low", "n=[1, 2]"))
     own = {"prompt": MESSAGES, "chat_template_kwargs": {"effort": "high"}}
     other = {"prompt": MESSAGES, "chat_template_kwargs": None}
     first, second = load_lines(tmp_path, rows(own, other), form)
     assert first.arguments == {"enable_thinking": False, "effort": "high", "n": [1, 2]}
     assert second.arguments == {"enable_thinking": False, "effort": "low", "n": [1, 2]}
     message = refusal(tmp_path, rows({"prompt": "text"}), form)
-    assert "data.template_arguments is set, but the prompt of" in message
+    assert "data.chat_template_kwargs is set, but the prompt of" in message
     own["chat_template_kwargs"] = {"add_generation_prompt": False}
     assert "line 1: `chat_template_kwargs` has `add_gener" in refusal(tmp_path, rows(own), form)
 
@@ -319,8 +323,8 @@ def test_arguments_of_the_chat_template(tmp_path):
 )
 def test_arguments_of_another_form(arguments, words):
     with pytest.raises(ValueError) as error:
-        Form(template_arguments=arguments)
-    assert all(word in str(error.value) for word in ["data.template_arguments", *words])
+        Form(chat_template_kwargs=arguments)
+    assert all(word in str(error.value) for word in ["data.chat_template_kwargs", *words])
 
 
 # --- What a config names --------------------------------------------------------------------------
@@ -378,7 +382,7 @@ def test_gsm8k(shared):
     data = options.default().data
     data.path, data.eval_split = str(shared / "data" / "gsm8k"), "test"
     data.columns, data.chat = ("prompt=question",), True
-    data.template = "{prompt}\nReason, and end with #### and the number."
+    data.prompt_template = "{prompt}\nReason, and end with #### and the number."
     train, held_out = load_train(data), load_held_out(data)
     assert (len(train), len(held_out)) == (7473, 1319)
     [message] = held_out[0].prompt

@@ -199,9 +199,9 @@ def test_a_template_without_system_messages(shared):
     chat = [{"role": "system", "content": "Be {short}."}, {"role": "user", "content": "hi"}]
     with pytest.raises(ValueError) as error:
         encode(texts("a", chat), NoSystem(), 64)
-    for words in ("p.jsonl, line 2", "System role not supported", "leave data.system empty"):
+    for words in ("p.jsonl, line 2", "System role not supported", "leave data.system_prompt empty"):
         assert words in str(error.value)
-    assert r"data.template = 'Be {{short}}.\n\n{prompt}'" in str(error.value)
+    assert r"data.prompt_template = 'Be {{short}}.\n\n{prompt}'" in str(error.value)
     with pytest.raises(ValueError, match="Mend the row, or give the template what it asks for"):
         encode(texts(chat[1:]), NoSystem(), 64)
 

@@ -50,8 +50,8 @@ def test_decoding_reads_weights_once_a_position_and_prompts_once_a_group():
     [
         # Of tiny.MODEL a layer has 7,680 weights in kernels and 80 in norms; then 32 of the last
         # norm and a head of 32 * 40. Two layers of 2 heads have keys and values of 8 numbers.
-        ("same", False, (2 * 7760 + 32 + 1280) * 2, 2 * 2 * 2 * 8 * 2),
-        ("same", True, (2 * 7760 + 32 + 1280) * 2, 2 * 2 * 2 * 8 * 2),
+        ("auto", False, (2 * 7760 + 32 + 1280) * 2, 2 * 2 * 2 * 8 * 2),
+        ("auto", True, (2 * 7760 + 32 + 1280) * 2, 2 * 2 * 2 * 8 * 2),
         # In 8 bits with a scale of 4 bytes for each of 224 outputs of a layer and 40 of the head,
         # and for each position's keys and values of a head; norms stay.
         ("int8", False, 2 * (7680 + 4 * 224 + 2 * 80) + 2 * 32 + 1280 + 4 * 40, 2 * 2 * 2 * 12),

@@ -109,7 +109,7 @@ def nested(depth: int, opening: str = "[") -> bytes:
 OPTIONS = flatten(options.default())
 _CHOICES = (
     "float32 bfloat16 int8 none full dots auto xla splash same refuse drop truncate token sequence "
-    "constant linear cosine token_truncate sequence_mask exact_answer math_answer arithmetic "
+    "constant linear cosine token sequence truncate mask exact_answer math_answer arithmetic "
     "stories train test prompt=question question=q answer_format soft_overlong"
 ).split()
 
@@ -165,7 +165,7 @@ ROWS = st.lists(ROW | JSON, max_size=4) | st.builds(
     lambda row, times: [row] * times, ROW, st.integers(1, 3)
 )
 FORM = st.sampled_from(
-    [{}, {"chat": True}, {"template": "{prompt} {answer}"}]
+    [{}, {"chat": True}, {"prompt_template": "{prompt} {answer}"}]
 ) | st.fixed_dictionaries(
     {},
     optional={
@@ -173,9 +173,10 @@ FORM = st.sampled_from(
             st.sampled_from(["prompt=answer", "x=prompt", "answer=question", "a=b=c", "="]) | TEXT,
             max_size=2,
         ).map(tuple),
-        "template": st.sampled_from(["{prompt}", "{answer} is", "{prompt:9}", "{", "{a.b}"]) | TEXT,
+        "prompt_template": st.sampled_from(["{prompt}", "{answer} is", "{prompt:9}", "{", "{a.b}"])
+        | TEXT,
         "chat": st.booleans(),
-        "system": TEXT,
+        "system_prompt": TEXT,
     },
 )
 

@@ -21,5 +21,5 @@ def valid(**changes):
 
 def refusal_of(config) -> str:
     with pytest.raises(ValueError) as info:
-        rules.check(config, options.default())
+        rules.check(config)
     return str(info.value)

@@ -114,7 +114,7 @@ def test_one_that_is_stopped_is_named_and_all_end(three, lost):
         status, said = process.end()
         assert status == -(signal.SIGKILL if number == lost else signal.SIGABRT)
         assert (
-            f"process {lost} (here) gave no sign of life for hosts.lost_limit_s = 2 s: it is "
+            f"process {lost} (here) sent no heartbeat for hosts.heartbeat_timeout_s = 2 s: it is "
             "stopped, or its host hangs." in said
         )
     assert time.monotonic() - began >= LOST_S

@@ -18,7 +18,7 @@ def test_the_phase_that_stalls_is_named():
     with Watchdog(0.2, told.put) as watchdog:
         watchdog.phase("The rewards of step 7")
         message = told.get(timeout=10)
-    assert message == "The rewards of step 7: no progress for loop.stall_limit_s = 0.2 s."
+    assert message == "The rewards of step 7: no progress for loop.stall_timeout_s = 0.2 s."
 
 
 def test_what_gets_on_is_left_alone():

@@ -91,7 +91,7 @@ def test_the_program_for_a_gpu_has_the_kernel():
 
 def test_the_choice():
     def choice(
-        platform="gpu", model=tiny.MODEL, tensor=1, cache="same", dtype=jnp.bfloat16,
+        platform="gpu", model=tiny.MODEL, tensor=1, cache="auto", dtype=jnp.bfloat16,
         option="streamed",
     ):  # fmt: skip
         devices = np.array([SimpleNamespace(platform=platform)])

@@ -103,7 +103,7 @@ def test_a_rollout(monkeypatch):
 
 
 def test_the_choice():
-    def choice(model=tiny.MODEL, platform="tpu", option="ragged", cache="same", tensor=1):
+    def choice(model=tiny.MODEL, platform="tpu", option="ragged", cache="auto", tensor=1):
         devices = np.array([SimpleNamespace(platform=platform)])
         mesh = SimpleNamespace(devices=devices, shape={"tensor": tensor})
         return choose_decoding(option, cache, model, mesh, jnp.float32)
@@ -113,7 +113,7 @@ def test_the_choice():
     for words, refused in (
         ("it is for TPUs", {"model": MODEL, "platform": "cpu"}),
         ("key-value heads of size 8", {}),
-        ('rollout.cache = "int8"', {"model": MODEL, "cache": "int8"}),
+        ('rollout.kv_cache_dtype = "int8"', {"model": MODEL, "cache": "int8"}),
         ("mesh.tensor = 2", {"model": MODEL, "tensor": 2}),
     ):
         with pytest.raises(ValueError, match=rf'rollout\.attention = "ragged": .*{words}.*"xla"'):

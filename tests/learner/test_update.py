@@ -373,9 +373,7 @@ def test_importance_weighs_completions_as_larger_advantages_would(plain, experie
     parts_PG = np.log(ratio_PG) if level == "token" else np.log(ratio_PG) / rollouts.length_PG
     sampler_PGC = np.where(experience.action_PGC, experience.old_logp_PGC - parts_PG[..., None], 9)
     given = experience.replace(rollouts=rollouts.replace(logp_PGC=np.float32(sampler_PGC)))
-    objective = dataclasses.replace(
-        FULL, importance_correction=f"{level}_truncate", importance_cap=2.0
-    )
+    objective = dataclasses.replace(FULL, importance_level=level, importance_cap=2.0)
 
     got, metrics = run(program(objective, microbatches=4), given)
 

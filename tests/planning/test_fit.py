@@ -167,13 +167,13 @@ def test_a_run_keeps_its_choice(config, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("layers", "on_gpu", "in_a_loop"),
-    [("loop", True, True), ("apart", False, False), ("auto", False, True), ("auto", True, False)],
+    [("on", True, True), ("off", False, False), ("auto", False, True), ("auto", True, False)],
 )
 def test_layers_in_a_loop_or_apart(config, monkeypatch, layers, on_gpu, in_a_loop):
     monkeypatch.setattr(sharding, "is_gpu", lambda mesh: on_gpu)
 
     scorer = make_scorer(
-        changed(config, {"model.layers": layers}), tiny.MODEL, tiny.one_device(), Sampling()
+        changed(config, {"model.scan_layers": layers}), tiny.MODEL, tiny.one_device(), Sampling()
     )
 
     assert scorer.scan_layers == in_a_loop

@@ -383,7 +383,7 @@ def test_what_is_needless_in_the_end_is_left_out(config, step):
 
 def offloaded(config) -> dict[str, float]:
     """What devices hold, the optimizer's state by its width; meshes change nothing."""
-    share = {"float32": 1, "bfloat16": 1 / 2, "int8": 1 / 4}[config.optim.moments]
+    share = {"float32": 1, "bfloat16": 1 / 2, "int8": 1 / 4}[config.optim.moments_dtype]
     held = HELD | {"optimizer": 16.0 * share}
     if config.optim.offload:
         held["optimizer"] = 0.0
@@ -407,14 +407,14 @@ def test_numbers_are_rounded_last_and_by_little_first(config, step):
     after = changes[changes.index(on_meshes[-1]) + 1 :]
     assert [c.keys() - helped.keys() for c in after] == [
         {"rollout.num_slots"},
-        {"rollout.cache"},
-        {"rollout.weights"},
+        {"rollout.kv_cache_dtype"},
+        {"rollout.weights_dtype"},
         {"model.param_dtype"},
     ]
     never = lambda config: offloaded(config) | {"weights": 70.0}  # noqa: E731
     refused = tries_of(config, step, {"optimizer": 1.0}, never)
     assert all(t.plan is None and "arrays alone" in t.refusal for t in refused)
-    assert {"optim.moments": "int8"}.items() <= refused[-2].change.items()
+    assert {"optim.moments_dtype": "int8"}.items() <= refused[-2].change.items()
 
 
 @pytest.mark.parametrize(
@@ -516,21 +516,20 @@ def test_a_gpu_as_the_compiler_is_told_of_it(name):
 
 
 @pytest.mark.parametrize(
-    ("correction", "iterations", "kl_coef", "passes"),
+    ("level", "iterations", "kl_coef", "passes"),
     [
         ("none", 1, 0.0, 0),
         ("none", 1, 0.05, 1),  # of the reference
         ("none", 2, 0.05, 2),  # and of the policy before its first update
-        ("token_mask", 1, 0.0, 0),
-        ("sequence_mask", 1, 0.0, 1),  # a completion is weighed whole before its first update
-        ("sequence_truncate", 1, 0.05, 2),
+        ("token", 1, 0.0, 0),
+        ("sequence", 1, 0.0, 1),  # a completion is weighed whole before its first update
+        ("sequence", 1, 0.05, 2),
     ],
 )
-def test_passes_before_the_first_update(correction, iterations, kl_coef, passes):
+def test_passes_before_the_first_update(level, iterations, kl_coef, passes):
     """As many as a run makes; and the gradient is given what they find, or it could not be made."""
-    values = {"importance_correction": correction, "num_iterations": iterations, "kl_coef": kl_coef}
-    options = [f"algorithm.{name}={value}" for name, value in values.items()]
-    options += ["batch.minibatches=1"]
+    options = [f"rollout_correction.level={level}", f"algorithm.num_iterations={iterations}"]
+    options += [f"algorithm.kl_coef={kl_coef}", "batch.minibatches=1"]
     config = loading.load(TINY, [f"--config.{option}" for option in options])
     model, mesh = model_lib.model_shape(config), tiny.one_device()
     step = Step(config, model, mesh, Lengths.of(config))
@@ -554,7 +553,11 @@ def test_passes_before_the_first_update(correction, iterations, kl_coef, passes)
         # Samples share their prompt: 16 completions in slots of 4 lanes.
         (["evaluation.num_samples=4"], {"evaluation": (8, 1), "samples": (4, 4)}, "same"),
         # A rollout in 8 bits is not what is evaluated.
-        (["rollout.cache=int8", "rollout.weights=int8"], {"evaluation": (8, 1)}, "exact"),
+        (
+            ["rollout.kv_cache_dtype=int8", "rollout.weights_dtype=int8"],
+            {"evaluation": (8, 1)},
+            "exact",
+        ),
         (["evaluation.num_problems=0"], {}, None),
         (["data.num_eval=0"], {}, None),
     ],

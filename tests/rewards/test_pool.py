@@ -94,12 +94,12 @@ def test_a_reward_does_not_spoil_the_others():
 @pytest.mark.parametrize(
     ("name", "kind", "words"),
     [
-        (":sleeps", "timeout", ["longer than rewards.time_limit_s = 1 s"]),
+        (":sleeps", "timeout", ["longer than rewards.timeout_s = 1 s"]),
         (":computes", "timeout", ["longer than"]),
         (":raises", "error", ["KeyError: 'gold'"]),
         (":exits", "error", ["SystemExit"]),
         (":not_numbers", "values", ["'1' (str)"]),
-        (":eats", "memory", ["rewards.memory_gb"]),
+        (":eats", "memory", ["rewards.memory_limit_gib"]),
         (":dies", "died", ["status 7"]),
     ],
 )
@@ -245,8 +245,8 @@ def test_a_function_that_hangs_from_the_first_call_is_told_of():
         got = score(p, ["bad", "bad", "a"], group=1)
     np.testing.assert_array_equal(got.failed["sleeps"], [True, True, False])
     first, second = (f.message for f in got.failures)
-    assert "rewards.start_limit_s = 4 s to answer for the first time" in first
-    assert "rewards.time_limit_s = 0.5 s" in second
+    assert "rewards.start_timeout_s = 4 s to answer for the first time" in first
+    assert "rewards.timeout_s = 0.5 s" in second
 
 
 def test_asynchronous_functions_share_an_event_loop():

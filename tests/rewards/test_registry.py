@@ -101,7 +101,7 @@ def test_a_module_that_does_not_end_its_import_ends_the_program(tmp_path):
     where = "endless_rewards.py, line 2, in <module>: time.sleep(1000)"
     assert told.startswith("rewards.names: 'endless_rewards:f' is still") and where in told
     assert error.startswith("error: rewards.names: 'endless_rewards:f' was not imported")
-    assert "rewards.start_limit_s = 0.5 s" in error and where in error
+    assert "rewards.start_timeout_s = 0.5 s" in error and where in error
 
 
 def test_a_function_in_place_of_its_name():

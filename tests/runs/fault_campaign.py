@@ -43,7 +43,7 @@ OPTIONS = [
     "--config.optim.learning_rate=50.0",
     "--config.evaluation.num_problems=0",
     f"--config.checkpoint.every_steps={EVERY}",
-    f"--config.hosts.lost_limit_s={LOST_LIMIT_S}",
+    f"--config.hosts.heartbeat_timeout_s={LOST_LIMIT_S}",
     "--config.rewards.names=['slow_reward:slow','answer_format']",
     "--config.rewards.weights=[1.0,0.5]",
 ]
@@ -339,7 +339,7 @@ def stalls(root: Path, whole: Whole, rng: random.Random) -> Iterator[Row]:
             1,
             steps([at - run.continued_from()]),
             compared(whole[4], run),
-            f"{seconds:.1f} s, with hosts.lost_limit_s = {LOST_LIMIT_S}",
+            f"{seconds:.1f} s, with hosts.heartbeat_timeout_s = {LOST_LIMIT_S}",
             shown(told),
         )
 

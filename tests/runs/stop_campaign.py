@@ -46,7 +46,7 @@ def argv(folder: Path) -> list[str]:
     return [
         "--config", str(HERE.parent / "helpers" / "tiny_config.py"), "--workdir", str(folder),
         "--config.rewards.names=['slow_reward:slow','answer_format']",
-        "--config.rewards.weights=[1.0,0.5]", "--config.rewards.time_limit_s=600",
+        "--config.rewards.weights=[1.0,0.5]", "--config.rewards.timeout_s=600",
         "--config.checkpoint.every_steps=0",
     ]  # fmt: skip
 

@@ -395,14 +395,17 @@ CASES: list[Case] = [
         "template with an unknown column",
         lambda tmp, model: [
             f"--config.model.path={model}",
-            *_data(_splits(tmp / "data"), template="{question}="),
+            *_data(_splits(tmp / "data"), prompt_template="{question}="),
         ],
-        ("data.template", "{question}", "train.jsonl, line 1", "prompt, answer"),
+        ("data.prompt_template", "{question}", "train.jsonl, line 1", "prompt, answer"),
     ),
     (
         "template with empty braces",
-        lambda tmp, model: [f"--config.model.path={model}", *_data("p", template="{prompt}{}")],
-        ("data.template = '{prompt}{}'", "{{ and }}"),
+        lambda tmp, model: [
+            f"--config.model.path={model}",
+            *_data("p", prompt_template="{prompt}{}"),
+        ],
+        ("data.prompt_template = '{prompt}{}'", "{{ and }}"),
     ),
     (
         "chat with a tokenizer that has no template",

@@ -170,7 +170,7 @@ def test_a_stopped_run_rolls_back_as_the_whole_one(tmp_path, alone, model, ahead
         argv += [f"--config.model.path={model}"]
         if ahead:
             argv += ["--config.loop.async_rollouts=True"]
-            argv += ["--config.algorithm.importance_correction=token_truncate"]
+            argv += ["--config.rollout_correction.level=token"]
         return {"argv": argv, **stop}
 
     stopped = [job("stopped", of="update", after=after) for after in STOPS]

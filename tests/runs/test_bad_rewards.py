@@ -63,8 +63,8 @@ def test_a_run_survives_its_rewards(tmp_path, importable, one_device):
         [
             "--config", str(TINY), "--workdir", str(folder), f"--config.model.path={model}",
             f"--config.rewards.names={names}", "--config.rewards.weights=[1,1,1,1,0]",
-            "--config.rewards.time_limit_s=0.5", "--config.rewards.num_workers=2",
-            "--config.rewards.start_limit_s=6", "--config.rewards.max_failed_share=1.0",
+            "--config.rewards.timeout_s=0.5", "--config.rewards.num_workers=2",
+            "--config.rewards.start_timeout_s=6", "--config.rewards.max_failed_share=1.0",
             "--config.loop.num_steps=3", "--config.evaluation.num_problems=0",
         ],
     )  # fmt: skip

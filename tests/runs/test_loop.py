@@ -318,7 +318,7 @@ def test_a_run_of_bad_updates_ends(tmp_path, model, monkeypatch, one_device):
     more = [*TWO_STEPS, "--config.loop.num_steps=9", "--config.checkpoint.every_steps=1"]
     message = _refused(tmp_path / "run", path, *more)
     assert "20 updates in a row" in message and "loss nan" in message and "Step 6" in message
-    for option in ("optim.learning_rate", "optim.clip_norm", "model.dtype = float32"):
+    for option in ("optim.learning_rate", "optim.max_grad_norm", "model.dtype = float32"):
         assert option in message
     state = final_state(tmp_path / "run")  # of step 5: its checkpoint holds the weights of step 1
     assert int(state["/num_updates"]) == 20 and int(state["/num_skipped"]) == 16

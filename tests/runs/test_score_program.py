@@ -103,11 +103,11 @@ def test_failures_are_shown(config, tmp_path, capsys, monkeypatch):
     out = run(
         capsys, config, "--json", str(tmp_path / "f.json"),
         "--config.rewards.names=hanging:waits", "--config.rewards.weights=1.0",
-        "--config.rewards.time_limit_s=0.5",
+        "--config.rewards.timeout_s=0.5",
     )  # fmt: skip
     found = json.loads((tmp_path / "f.json").read_text())["rewards"]["waits"]
     assert found == {"mean": 1.0, "std": 0.0, "ones": 1, "failed": 1, "none": 1}
-    assert "longer than rewards.time_limit_s" in out.replace("\n", " ")
+    assert "longer than rewards.timeout_s" in out.replace("\n", " ")
     assert "sums.jsonl, line 2" in out.replace("\n", "")
 
 

@@ -114,7 +114,7 @@ def _rewards(names):
     return [
         f"--config.rewards.names={list(names)}",
         f"--config.rewards.weights={[1.0] * len(names)}",
-        "--config.loop.num_steps=2", "--config.rewards.time_limit_s=120",
+        "--config.loop.num_steps=2", "--config.rewards.timeout_s=120",
     ]  # fmt: skip
 
 

@@ -375,7 +375,7 @@ def test_joined_products_do_not_change_completions_in_int8(whole_in_int8, params
 
 
 def test_int8_weights_are_those_that_the_codes_stand_for(params):
-    own = in_int8(weights="int8", cache="same", compact=False)
+    own = in_int8(weights="int8", cache="auto", compact=False)
     published = own.publish(params)
 
     def value(path, kept):
@@ -401,7 +401,7 @@ def test_int8_weights_are_those_that_the_codes_stand_for(params):
 
 
 def test_an_int8_cache_is_near_the_exact_one(whole, params):
-    got = generate(in_int8(weights="same", cache="int8", compact=False), params)
+    got = generate(in_int8(weights="auto", cache="int8", compact=False), params)
 
     # The first token comes from the prefill, which reads no cache.
     np.testing.assert_array_equal(got.completion_PGC[..., 0], whole.completion_PGC[..., 0])

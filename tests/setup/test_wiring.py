@@ -60,8 +60,8 @@ CASES = {
         "algorithm.entropy_coef": 0.07,
         "algorithm.normalizer": "token",
         "algorithm.mask_truncated": True,
-        "algorithm.importance_correction": "token_truncate",
-        "algorithm.importance_cap": 1.3,
+        "rollout_correction.level": "token",
+        "rollout_correction.cap": 1.3,
         "batch.minibatches": 2,
         "rollout.temperature": 0.8,
         "optim.learning_rate": 0.02,
@@ -69,7 +69,7 @@ CASES = {
         "optim.beta2": 0.8,
         "optim.eps": 1e-3,
         "optim.weight_decay": 0.4,
-        "optim.clip_norm": 0.5,
+        "optim.max_grad_norm": 0.5,
         "optim.schedule": "linear",
         "optim.end_fraction": 0.25,
         "loop.num_steps": 2,
@@ -87,7 +87,7 @@ CASES = {
         "optim.learning_rate": 0.03,
         "optim.warmup_steps": 4,
         "optim.eps": 2e-3,
-        "optim.clip_norm": 0.0,
+        "optim.max_grad_norm": 0.0,
         "rates": [0.0075, 0.015, 0.0225],
     },
     "sequence": {
@@ -98,8 +98,9 @@ CASES = {
         "algorithm.kl_gradient": "policy_reference",
         "algorithm.normalizer": "sequence",
         "algorithm.num_iterations": 3,
-        "algorithm.importance_correction": "sequence_mask",
-        "algorithm.importance_cap": 3.0,
+        "rollout_correction.level": "sequence",
+        "rollout_correction.bound": "mask",
+        "rollout_correction.cap": 3.0,
         "optim.learning_rate": 0.01,
         "optim.warmup_steps": 1,
         "optim.schedule": "cosine",
@@ -108,7 +109,7 @@ CASES = {
         "optim.beta2": 0.9,
         "optim.eps": 4e-3,
         "optim.weight_decay": 0.2,
-        "optim.clip_norm": 0.2,
+        "optim.max_grad_norm": 0.2,
         "loop.num_steps": 1,
         # After one update of warm-up, half of it and half of (1 + cos(pi i / 2)) / 2 of it.
         "rates": [0.01, 0.01, 0.0075],
@@ -207,13 +208,13 @@ def plain_weights(action_PGC, config) -> np.ndarray:
 
 
 def plain_importance(old, sampler, action_PGC, config) -> np.ndarray:
-    kind, cap = config.algorithm.importance_correction, config.algorithm.importance_cap
-    if kind == "none":
+    correction, cap = config.rollout_correction, config.rollout_correction.cap
+    if correction.level == "none":
         return np.ones((P, G, C))
     log_ratio = np.where(action_PGC, old - sampler, 0)
-    if kind.startswith("sequence"):
+    if correction.level == "sequence":
         log_ratio = np.broadcast_to(log_ratio.sum(-1, keepdims=True), (P, G, C))
-    beyond = 0 if kind.endswith("mask") else cap
+    beyond = 0 if correction.bound == "mask" else cap
     return np.where(np.exp(log_ratio) > cap, beyond, np.exp(log_ratio))
 
 
@@ -229,9 +230,9 @@ class AdamW:
         o, self.count = self.options, self.count + 1
         grads = jax.tree.map(lambda g: np.asarray(g, np.float64), grads)
         norm = np.sqrt(sum((g**2).sum() for g in jax.tree.leaves(grads)))
-        if o.clip_norm:
-            assert norm > 1.5 * o.clip_norm  # else the case would not see it
-            grads = jax.tree.map(lambda g: g * o.clip_norm / norm, grads)
+        if o.max_grad_norm:
+            assert norm > 1.5 * o.max_grad_norm  # else the case would not see it
+            grads = jax.tree.map(lambda g: g * o.max_grad_norm / norm, grads)
         self.m = jax.tree.map(lambda m, g: o.beta1 * m + (1 - o.beta1) * g, self.m, grads)
         self.v = jax.tree.map(lambda v, g: o.beta2 * v + (1 - o.beta2) * g**2, self.v, grads)
 
@@ -380,8 +381,9 @@ def test_what_else_the_parts_of_an_update_are_given(monkeypatch):
     assert (usual.microbatch, usual.tokens, usual.kernels) == (0, 0, attention)
     assert not given["offload"] and not given["bounds"] and given["num_minibatches"] == 1
     other = learner(
-        model__dtype="bfloat16", model__remat="auto", model__layers="apart", batch__microbatch=-1,
-        batch__minibatches=2, optim__offload=True, guards__kl="skip", guards__kl_max=0.5,
+        model__dtype="bfloat16", model__remat="auto", model__scan_layers="off",
+        batch__microbatch=-1, batch__minibatches=2, optim__offload=True,
+        guards__kl="skip", guards__kl_max=0.5,
         guards__entropy="skip", guards__entropy_min=0.25, guards__entropy_max=3.0,
     ).scorer  # fmt: skip
     assert (other.dtype, other.remat, other.scan_layers) == (jnp.bfloat16, "full", False)
@@ -401,10 +403,10 @@ def test_how_the_optimizer_keeps_its_numbers():
         return sorted(str(x.dtype) for x in jax.tree.leaves(optimizer.init(params)) if x.ndim)
 
     assert kept() == ["float32"] * 2
-    assert kept(optim__moments="bfloat16") == ["bfloat16"] * 2
-    assert kept(optim__moments="int8").count("int8") == 1  # of the second moment uint8
+    assert kept(optim__moments_dtype="bfloat16") == ["bfloat16"] * 2
+    assert kept(optim__moments_dtype="int8").count("int8") == 1  # of the second moment uint8
     assert kept(model__param_dtype="bfloat16") == ["float32"] * 2
-    with_copy = kept(model__param_dtype="bfloat16", optim__float32_copy=True)
+    with_copy = kept(model__param_dtype="bfloat16", optim__master_weights=True)
     assert with_copy == ["float32"] * 3
 
 
@@ -575,8 +577,8 @@ def test_what_is_drawn_after_a_roll_back_does_not_come_again():
 
 def test_how_the_sampler_keeps_its_numbers_and_the_evaluator_not():
     """The policy is judged as it is, however rollouts are drawn."""
-    config = config_of({"rollout.weights": "int8", "rollout.cache": "int8", "rollout.num_slots": 5,
-                        "rollout.compact": False})  # fmt: skip
+    config = config_of({"rollout.weights_dtype": "int8", "rollout.kv_cache_dtype": "int8",
+                        "rollout.num_slots": 5, "rollout.compact": False})  # fmt: skip
 
     def kept(config, exact):
         made = make_engine(config, MODEL, STOPS, tiny.one_device(), exact=exact)
@@ -589,9 +591,9 @@ def test_how_the_sampler_keeps_its_numbers_and_the_evaluator_not():
     assert (made.num_slots, made.compact, made.decoder.stop_ids) == (5, False, STOPS)
     made, weights, cache = kept(config, True)
     assert weights == cache == {"float32"}
-    weights_alone = config_of({"rollout.weights": "int8"})
+    weights_alone = config_of({"rollout.weights_dtype": "int8"})
     assert kept(weights_alone, False)[2] == {"float32"}
-    assert kept(config_of({"rollout.cache": "int8"}), False)[1] == {"float32"}
+    assert kept(config_of({"rollout.kv_cache_dtype": "int8"}), False)[1] == {"float32"}
     bfloat16 = config_of({"model.dtype": "bfloat16", "batch.prompts": 6, "batch.group": 7})
     made, weights, cache = kept(bfloat16, True)
     assert weights == cache == {"bfloat16"}
@@ -682,7 +684,7 @@ def test_what_supervised_training_is_given():
 
     params = {"layer": {"kernel": np.full((2, 2), 3.0), "bias": np.full(2, 3.0)}}
     config = config_of({"optim.beta1": 0.6, "optim.beta2": 0.8, "optim.eps": 1e-3,
-                        "optim.weight_decay": 0.3, "optim.clip_norm": 1.0})  # fmt: skip
+                        "optim.weight_decay": 0.3, "optim.max_grad_norm": 1.0})  # fmt: skip
     plain, optimizer = AdamW(config.optim, params), learner.optimizer
     got = jax.tree.map(jnp.float32, params)
     state = optimizer.init(got)
