@@ -35,7 +35,9 @@ def choose(option: str, model: ModelConfig, mesh: Mesh, dtype: Any) -> Attention
 
 
 def choose_decoding(option: str, cache: str, model: ModelConfig, mesh: Mesh, dtype: Any) -> KVCache:
-    """How `config.rollout.attention` keeps the cache, of `config.rollout.kv_cache_dtype`, and attends to it.
+    """How `config.rollout.attention` keeps the cache and attends to it.
+
+    `cache`: as `config.rollout.kv_cache_dtype`.
 
     "auto" takes the streamed kernel where it can be had. Raises ValueError where what is named
     cannot be had.

@@ -187,8 +187,8 @@ class Guards:
                 f"Step {step}: {history.skipped_in_row} updates in a row were refused{last}: those "
                 f"of guards.max_skipped = {options.max_skipped} steps. The policy is the one from "
                 f"before. Where loss or gradient are not finite, lower {self._learning_rate}, set "
-                "optim.max_grad_norm, or use model.dtype = float32; else see the warnings above, and "
-                f'the guards that gave them (guards.after_skips = "{options.after_skips}").'
+                "optim.max_grad_norm, or use model.dtype = float32; else see the warnings above, "
+                f'and the guards that gave them (guards.after_skips = "{options.after_skips}").'
             )
             self._order_at_least(options.after_skips, step, text)
 
