@@ -1,4 +1,4 @@
-"""Sums of blocks of the vocabulary's exponentials, in plain XLA."""
+"""Sums of the vocabulary's exponentials, block by block, in plain XLA."""
 
 from __future__ import annotations
 

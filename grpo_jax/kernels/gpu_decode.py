@@ -33,7 +33,7 @@ _HIDDEN = -1e30
 
 
 def why_unavailable(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
-    """Why the kernel cannot be had, or nothing."""
+    """Why the kernel cannot be used, or ""."""
     if in_general := pallas_triton.why_unavailable(mesh, dtype):
         return in_general
     if model.has_windows:
@@ -45,7 +45,7 @@ def why_unavailable(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class TritonDecode(RingCache):
-    """As `kv_cache.RingCache`, but keys stand as values do, [..., positions, H]; no windows."""
+    """A `RingCache` whose keys are laid out as values are, [..., positions, H]; no windows."""
 
     interpret: bool = False  # anywhere, for a test
 
@@ -86,10 +86,10 @@ class TritonDecode(RingCache):
 
 
 def share_read(tokens_B: np.ndarray, steps: int, lanes: int, limit: int) -> float:
-    """The mean share of the lanes' own cache that one step reads, of so many steps.
+    """The share of the lanes' own cache that a decode step reads, the mean over `steps`.
 
-    `tokens_B`: how many tokens each completion decodes in some lane. The first of them finds
-    nothing there, nor does an idle lane.
+    `tokens_B`: how many tokens each completion decodes, in whatever lane. Its first token and an
+    idle lane read nothing.
     """
     whole_B, rest_B = np.divmod(np.maximum(tokens_B.astype(np.int64) - 1, 0), _BLOCKS[0])
     blocks_B = _BLOCKS[0] * whole_B * (whole_B + 1) // 2 + rest_B * (whole_B + 1)
@@ -107,7 +107,7 @@ def _positions(cache: Cache) -> int:
 
 
 def _range(last: Array, column: Array | None = None) -> Array:
-    """The last of some positions, counted from the first, and the column where it stands."""
+    """Packs (last position, its ring column) for the kernel."""
     return jnp.stack(jnp.broadcast_arrays(last, last if column is None else column), axis=-1)
 
 

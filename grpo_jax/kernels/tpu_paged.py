@@ -28,7 +28,7 @@ _PAGES_AT_ONCE, _LANES_AT_ONCE = 16, 8  # in a block of the kernel
 
 
 def why_unavailable(cache: str, model: ModelConfig, mesh: Mesh) -> str:
-    """Why `rollout.attention = "ragged"` cannot be had, or nothing."""
+    """Why `rollout.attention = "ragged"` cannot be used, or ""."""
     if mesh.devices.flat[0].platform != "tpu":
         return f"it is for TPUs, and the devices are {mesh.devices.flat[0].platform}s"
     if mesh.shape["tensor"] > 1:
