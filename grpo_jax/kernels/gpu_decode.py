@@ -4,7 +4,8 @@ Plain XLA writes the scores of all columns to memory and reads them several time
 keys goes through the softmax while it is on the chip (Dao et al. 2022, arXiv:2205.14135), and
 columns without a token are not read. The prompt's part, whose keys all lanes of a slot share, and
 each lane's own are merged by their log-sum-exp. The new token's key and value are put into the
-cache on the way. Written in Pallas for Triton.
+cache on the way. Inside a program, M are its queries and B the positions of a block of keys.
+Written in Pallas for Triton.
 """
 
 from __future__ import annotations

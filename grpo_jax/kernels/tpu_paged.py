@@ -6,6 +6,9 @@ which the first begins with what is left of the prompt: less than a page is copi
 kernel takes the pages of a lane by their numbers and reads no more of them than hold its tokens,
 to a block of pages; it reads a prompt once for each of its lanes, where `kv_cache.decode` reads it
 once for all of them, but a completion's cache up to the limit. It does not write the new token.
+
+Beside the axes of `structs.py`, B are the lanes of all slots here, E the pages of a lane in their
+order, and A prompts on their way into slots.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ slots do not change what it draws.
 Slots are split over the devices by row, and every shard decodes its own slots by itself: the
 functions here see the slots of one shard. Its devices split the heads. Where the key-value heads do
 not divide, they split the slots in equal parts, one after another; slots are numbered in a part.
+Beside the axes of `structs.py`, A are prompts on their way into slots, and P parts of a shard.
 """
 
 from __future__ import annotations
