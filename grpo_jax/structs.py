@@ -5,10 +5,13 @@ completion tokens]. A `1` marks a broadcast axis. The letters mean one thing eve
 
     P prompts in a step        G completions per prompt      B rows (of any grouping)
     Q prompt tokens            C completion tokens           T tokens in a row
-    R decode slots             W lanes (completions) per slot S cache positions
+    R decode slots             S cache positions             W lanes: of a slot, one completion
+                                                               each; of a packed prompt, several
     V vocabulary               D model width                 F MLP width
     N query heads              K key-value heads             H head size
     L layers                   M microbatches
+
+A file that needs more letters declares them at its top.
 
 A mask says what True means (`action_PGC`: a token the policy chose). Log-probabilities are float32
 nats. Lengths count tokens.

@@ -1,10 +1,10 @@
 """Grouped-query attention of scoring and training, in plain XLA.
 
-It has one softmax over two sets of keys, the prompt's and the completion's own: a prompt is
-computed once for its whole group, and every completion of the group attends to it and to itself.
-The two parts are merged by their common maximum and denominator, so nothing is copied or
-concatenated. Softmax is float32 whatever the dtype of queries and keys. Decoding (`kv_cache.py`)
-merges its two parts in the same way.
+One softmax covers two sets of keys, the prompt's and the completion's own: a prompt is computed
+once for its whole group, and every completion of the group attends to it and to itself. A common
+maximum and denominator merge the two parts, so nothing is copied or concatenated. Softmax is
+float32 whatever the dtype of queries and keys. Decoding (`kv_cache.py`) merges its two parts in the
+same way.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class AttentionKernels(Protocol):
 
     def shared_prefix(
         self,
-        q_PLTNH: Array,
-        k_PLTKH: Array,
-        v_PLTKH: Array,
-        segment_PLT: Array,
+        q_PWTNH: Array,
+        k_PWTKH: Array,
+        v_PWTKH: Array,
+        segment_PWT: Array,
         prefix_k_PQKH: Array,
         prefix_v_PQKH: Array,
         prefix_length_P: Array,
-        position_PLT: Array,
+        position_PWT: Array,
         window: int | None,
     ) -> Array:
         """As `shared_prefix`."""
@@ -87,45 +87,45 @@ def merged_weights(prefix: Array, own: Array) -> tuple[Array, Array, Array]:
 
 
 def shared_prefix(
-    q_PLTNH: Array,
-    k_PLTKH: Array,
-    v_PLTKH: Array,
-    segment_PLT: Array,
+    q_PWTNH: Array,
+    k_PWTKH: Array,
+    v_PWTKH: Array,
+    segment_PWT: Array,
     prefix_k_PQKH: Array,
     prefix_v_PQKH: Array,
     prefix_length_P: Array,
-    position_PLT: Array,
+    position_PWT: Array,
     window: int | None,
 ) -> Array:
-    """Every completion attends to its group's prompt and, causally, to itself, [P, L, T, N, H].
+    """Every completion attends to its group's prompt and, causally, to itself, [P, W, T, N, H].
 
-    A lane holds completions one after the other: tokens of equal `segment_PLT` are one completion,
-    `position_PLT` counts from its first token. The queries of a whole group meet the prompt's keys
+    A lane holds completions one after the other: tokens of equal `segment_PWT` are one completion,
+    `position_PWT` counts from its first token. The queries of a whole group meet the prompt's keys
     in one product.
     """
-    q = grouped(q_PLTNH, k_PLTKH.shape[-2])
+    q = grouped(q_PWTNH, k_PWTKH.shape[-2])
     prefix = jnp.einsum("pgtknh,pqkh->pkgntq", q, prefix_k_PQKH, preferred_element_type=jnp.float32)
-    own = jnp.einsum("pgtknh,pgskh->pkgnts", q, k_PLTKH, preferred_element_type=jnp.float32)
+    own = jnp.einsum("pgtknh,pgskh->pkgnts", q, k_PWTKH, preferred_element_type=jnp.float32)
     t, s_1Q = jnp.arange(own.shape[-1]), jnp.arange(prefix.shape[-1])[None]
     seen_own = t[None, :] <= t[:, None]
     if window is not None:
         seen_own &= t[:, None] - t[None, :] < window
-    seen_own = seen_own[None, None] & (segment_PLT[..., :, None] == segment_PLT[..., None, :])
+    seen_own = seen_own[None, None] & (segment_PWT[..., :, None] == segment_PWT[..., None, :])
     seen_prefix = (s_1Q < prefix_length_P[:, None])[:, None, None, :]  # [P, 1, 1, Q]
     if window is not None:
-        past_PLT1 = (prefix_length_P[:, None, None] + position_PLT)[..., None]
-        seen_prefix = seen_prefix & (past_PLT1 - s_1Q[None, None] < window)
+        past_PWT1 = (prefix_length_P[:, None, None] + position_PWT)[..., None]
+        seen_prefix = seen_prefix & (past_PWT1 - s_1Q[None, None] < window)
     prefix = jnp.where(seen_prefix[:, None, :, None], prefix, HIDDEN)
     own = jnp.where(seen_own[:, None, :, None], own, HIDDEN)
     prefix, own, total = merged_weights(prefix, own)
-    dtype = v_PLTKH.dtype
+    dtype = v_PWTKH.dtype
     out = jnp.einsum(
         "pkgntq,pqkh->pgtknh",
         prefix.astype(dtype),
         prefix_v_PQKH,
         preferred_element_type=jnp.float32,
     ) + jnp.einsum(
-        "pkgnts,pgskh->pgtknh", own.astype(dtype), v_PLTKH, preferred_element_type=jnp.float32
+        "pkgnts,pgskh->pgtknh", own.astype(dtype), v_PWTKH, preferred_element_type=jnp.float32
     )
     out = out / jnp.transpose(total, (0, 2, 4, 1, 3))[..., None]
-    return out.astype(q_PLTNH.dtype).reshape(q_PLTNH.shape)
+    return out.astype(q_PWTNH.dtype).reshape(q_PWTNH.shape)

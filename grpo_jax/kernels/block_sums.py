@@ -1,4 +1,7 @@
-"""Sums of blocks of the vocabulary's exponentials, in plain XLA."""
+"""Sums of the vocabulary's exponentials, block by block, in plain XLA.
+
+N are blocks of the vocabulary here, and W the tokens of one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which kernels compute the attention of scoring and training, and decode."""
+"""Chooses the kernels of scoring and training, and of decoding, that a mesh can run."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from grpo_jax.structs import ModelConfig
 
 
 def choose(option: str, model: ModelConfig, mesh: Mesh, dtype: Any) -> AttentionKernels:
-    """What `config.model.attention` names, with activations of `dtype`.
+    """The kernels that `config.model.attention` names, for activations of `dtype`.
 
-    "auto" takes cuDNN's kernel on GPUs where it can be had, except for models with windows, which
-    no GPU has computed by it yet; see `tpu_splash.choose` too. Raises ValueError where what is
-    named cannot be had.
+    "auto" takes cuDNN's on GPUs where it can be used, but not yet for models with windows, which
+    were not compared on a GPU; see `tpu_splash.choose` too. Raises ValueError where what is named
+    cannot be used.
     """
     reason = gpu_cudnn.why_unavailable(model, mesh, dtype)
     if option == "cudnn" and reason:
@@ -35,12 +35,12 @@ def choose(option: str, model: ModelConfig, mesh: Mesh, dtype: Any) -> Attention
 
 
 def choose_decoding(option: str, cache: str, model: ModelConfig, mesh: Mesh, dtype: Any) -> KVCache:
-    """How `config.rollout.attention` keeps the cache and attends to it.
+    """The cache that `config.rollout.attention` names, in its dtype.
 
     `cache`: as `config.rollout.kv_cache_dtype`.
 
-    "auto" takes the streamed kernel where it can be had. Raises ValueError where what is named
-    cannot be had.
+    "auto" takes Triton's kernel where it can be used. Raises ValueError where what is named cannot
+    be used.
     """
     int8 = cache == "int8"
     reason = ""

@@ -1,8 +1,9 @@
 """Attention of completions to their prompt and to themselves, by a kernel for each, merged.
 
-A kernel returns the output and the log-sum-exp of the scores, by which two outputs are merged. What
-returns that is not differentiated, or wrongly, so the merge has its own backward pass: each part's,
-given the merged output and log-sum-exp, as in ring attention (Liu et al. 2023, arXiv:2310.01889).
+A kernel returns its output and the log-sum-exp of its scores, which say how to merge two outputs.
+JAX does not differentiate such kernels, or gets it wrong, so the merge has its own backward pass:
+that of each part, given the merged output and log-sum-exp, as in ring attention (Liu et al. 2023,
+arXiv:2310.01889).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from grpo_jax.devices import by_shard, sharding
 from grpo_jax.kernels.masked_attention import MaskedAttention
 from grpo_jax.structs import Array
 
-KEPT = "attention"  # for the policy that chooses what is computed again
+KEPT = "attention"  # the name by which the remat policy knows a kernel's results
 
 # Logical axes of queries, keys and values of prompts and of lanes, and of what has no heads.
 _ROWS, _HEADS = "shard_rows", "attention_heads"
@@ -32,23 +33,23 @@ _SEGMENTS_OF_PROMPT, _SEGMENTS_OF_LANES = (_ROWS, None), (_ROWS, None, None)
 
 @dataclasses.dataclass(frozen=True)
 class FusedAttention(abc.ABC):
-    """Kernels that stand for the functions of the same names in `attention.py`."""
+    """`attention.py`'s functions by a kernel that returns the log-sum-exp too."""
 
-    shares_lanes = True  # whether a lane may hold several completions
-    keeps = False  # whether what the backward pass reads of the forward one is kept with the dots
+    shares_lanes = True
+    keeps = False  # remat "dots" keeps the kernel's output, so that it runs once
 
-    mesh: Mesh | None = None  # whose devices share the rows and heads; None: one device
-    rows: str = _ROWS  # the logical axis by which they share the rows
+    mesh: Mesh | None = None  # its devices share rows and heads; None: one device
+    rows: str = _ROWS  # the logical axis of the rows
 
     @abc.abstractmethod
     def kernel(self, *, causal: bool, window: int | None = None) -> Any:
         """One kernel: attention of queries [B, T, N, H] to keys and values [B, S, K, H].
 
         With a `window`, which only a causal one has, a query sees so many keys, itself included.
-        `with_lse(q, k, v, segment_BT, segment_BS)` gives the output and the log-sum-exp of the
-        scores, float32 [B, T, N]; `gradients(q, k, v, segment_BT, segment_BS, out, lse, by_out)`
-        those by q, k and v, where `out` and `lse` may be of more keys than it has. Queries see keys
-        of their own segment; those of segment 0 are padding, and so are keys.
+        `with_lse(q, k, v, segment_BT, segment_BS)` returns the output and the log-sum-exp of the
+        scores, float32 [B, T, N]. `gradients(q, k, v, segment_BT, segment_BS, out, lse, by_out)`
+        returns those by q, k and v; `out` and `lse` may be of more keys than these. A query sees
+        the keys of its own segment; segment 0 is padding.
         """
 
     def causal(
@@ -62,36 +63,36 @@ class FusedAttention(abc.ABC):
 
     def shared_prefix(
         self,
-        q_PLTNH: Array,
-        k_PLTKH: Array,
-        v_PLTKH: Array,
-        segment_PLT: Array,
+        q_PWTNH: Array,
+        k_PWTKH: Array,
+        v_PWTKH: Array,
+        segment_PWT: Array,
         prefix_k_PQKH: Array,
         prefix_v_PQKH: Array,
         prefix_length_P: Array,
-        position_PLT: Array,
+        position_PWT: Array,
         window: int | None,
     ) -> Array:
         """As `attention.shared_prefix`."""
         there_PQ = jnp.arange(prefix_k_PQKH.shape[1])[None] < prefix_length_P[:, None]
-        keys = k_PLTKH, v_PLTKH, prefix_k_PQKH, prefix_v_PQKH
-        keys = (self._divisible(x, q_PLTNH) for x in keys)
-        in_text_PLT = prefix_length_P[:, None, None] + position_PLT
-        where = segment_PLT, there_PQ.astype(jnp.int32), in_text_PLT
-        return _shared_prefix(self, window, _scaled(q_PLTNH), *keys, *where)
+        keys = k_PWTKH, v_PWTKH, prefix_k_PQKH, prefix_v_PQKH
+        keys = (self._divisible(x, q_PWTNH) for x in keys)
+        in_text_PWT = prefix_length_P[:, None, None] + position_PWT
+        where = segment_PWT, there_PQ.astype(jnp.int32), in_text_PWT
+        return _shared_prefix(self, window, _scaled(q_PWTNH), *keys, *where)
 
     def kept(self, out: Array, lse: Array) -> tuple[Array, Array]:
-        """By the name of KEPT where `keeps` says so."""
+        """Names the results KEPT, for remat, where `keeps` says so."""
         name = functools.partial(checkpoint_name, name=KEPT)
         return (name(out), name(lse)) if self.keeps else (out, lse)
 
     def _divisible(self, k: Array, q: Array) -> Array:
-        """Keys or values with as many heads as split over the devices as the queries' do."""
+        """Repeats KV heads that the head shards do not divide, so that keys shard like queries."""
         shards = sharding.num_head_shards(self.mesh) if self.mesh and self.rows == _ROWS else 1
         return k if k.shape[-2] % shards == 0 else jnp.repeat(k, q.shape[-2] // k.shape[-2], -2)
 
     def by_device(self, f: Callable, axes: Sequence, out_axes: Sequence, *arrays: Array):
-        """`f` on each device's parts of the arrays; XLA does not divide a kernel by itself."""
+        """Runs `f` on each device's parts of the arrays: XLA does not split a kernel itself."""
         if self.mesh is None:
             return f(*arrays)
         axes, out_axes = (
@@ -146,17 +147,17 @@ _causal.defvjp(_causal_forward, _causal_backward)
 def _shared_prefix(
     kernels: FusedAttention,
     window: int | None,
-    q_PLTNH: Array,
-    k_PLTKH: Array,
-    v_PLTKH: Array,
+    q_PWTNH: Array,
+    k_PWTKH: Array,
+    v_PWTKH: Array,
     prefix_k_PQKH: Array,
     prefix_v_PQKH: Array,
-    segment_PLT: Array,
+    segment_PWT: Array,
     there_PQ: Array,
-    in_text_PLT: Array,
+    in_text_PWT: Array,
 ) -> Array:
-    keys = k_PLTKH, v_PLTKH, prefix_k_PQKH, prefix_v_PQKH
-    arrays = q_PLTNH, *keys, segment_PLT, there_PQ, in_text_PLT
+    keys = k_PWTKH, v_PWTKH, prefix_k_PQKH, prefix_v_PQKH
+    arrays = q_PWTNH, *keys, segment_PWT, there_PQ, in_text_PWT
     return _shared_prefix_forward(kernels, window, *arrays)[0]
 
 
@@ -170,18 +171,18 @@ _AXES = (
 
 
 def _by_lane(x: Array) -> Array:
-    """[P, L, T, ...] as [P * L, T, ...]."""
+    """[P, W, T, ...] as [P * W, T, ...]."""
     return x.reshape(-1, *x.shape[2:])
 
 
 def _by_prompt(x: Array) -> Array:
-    """[P, L, T, ...] as [P, L * T, ...]."""
+    """[P, W, T, ...] as [P, W * T, ...]."""
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _to_lanes(x: Array, like_PLT: Array) -> Array:
+def _to_lanes(x: Array, like_PWT: Array) -> Array:
     """The inverse of both."""
-    return x.reshape(*like_PLT.shape[:3], *x.shape[2:])
+    return x.reshape(*like_PWT.shape[:3], *x.shape[2:])
 
 
 def _two_kernels(
@@ -192,19 +193,19 @@ def _two_kernels(
     v: Array,
     prefix_k: Array,
     prefix_v: Array,
-    segment_PLT: Array,
+    segment_PWT: Array,
     there_PQ: Array,
-    in_text_PLT: Array,
+    in_text_PWT: Array,
 ):
     """The kernel of each part, how it sees arrays of the queries, and its arguments."""
     own = _by_lane(q), _by_lane(k), _by_lane(v)
-    segment_BT = segment_PLT.reshape(-1, segment_PLT.shape[2])
+    segment_BT = segment_PWT.reshape(-1, segment_PWT.shape[2])
     prompt = _by_prompt(q), prefix_k, prefix_v
     ones = jnp.ones((q.shape[0], q.shape[1] * q.shape[2]), jnp.int32)
     if window is None:
         to_prompt = kernels.kernel(causal=False)
     else:
-        past_PTQ = _by_prompt(in_text_PLT)[..., None] - jnp.arange(prefix_k.shape[1])[None, None]
+        past_PTQ = _by_prompt(in_text_PWT)[..., None] - jnp.arange(prefix_k.shape[1])[None, None]
         to_prompt = MaskedAttention((past_PTQ < window) & (there_PQ > 0)[:, None])
     return (
         (kernels.kernel(causal=True, window=window), _by_lane, (*own, segment_BT, segment_BT)),

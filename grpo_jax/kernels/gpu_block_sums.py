@@ -1,7 +1,8 @@
-"""The sums that drawing a token needs, on NVIDIA GPUs by a kernel that reads each score once.
+"""The sums that sampling a token needs, by a kernel for NVIDIA GPUs that reads each score once.
 
 Plain XLA reads a vocabulary's scores for their maximum, and again for the sums of exponentials
-after it. Here a block's own maximum is taken off. Written in Pallas for Triton.
+after it. Here a block's own maximum is taken off. N are blocks of the vocabulary, W the tokens of
+one. Written in Pallas for Triton.
 """
 
 from __future__ import annotations

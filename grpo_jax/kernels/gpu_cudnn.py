@@ -1,10 +1,9 @@
 """Attention of scoring and training by cuDNN's fused kernel, for NVIDIA GPUs.
 
-It is given lengths and causality, never a mask, so each completion needs a lane of its own;
-`fused_attention.py` has what is made of two runs of the kernel. `jax.nn.dot_product_attention`
-rounds the log-sum-exp to the inputs' dtype and drops its gradient: called is what that calls, and
-its backward pass, which are no public functions of JAX. `_READ_IN` has the versions in which they
-were read.
+The kernel takes lengths and causality, never a mask, so each completion needs a lane of its own;
+`fused_attention.py` merges two runs of it. `jax.nn.dot_product_attention` rounds the log-sum-exp to
+the inputs' dtype and drops its gradient, so this file calls what that calls, and its backward pass.
+Neither is a public function of JAX; `_READ_IN` has the versions in which they were read.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _READ_IN = ((0, 10), (0, 11), (0, 12))
 
 
 def why_unavailable(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
-    """Why the kernel cannot be had, or nothing."""
+    """Why the kernel cannot be used, or ""."""
     if not sharding.is_gpu(mesh):
         return f"it is for GPUs, and the devices are {mesh.devices.flat[0].platform}s"
     if jnp.dtype(dtype) != jnp.bfloat16:
@@ -39,7 +38,7 @@ def why_unavailable(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
 
 
 def choose(model: ModelConfig, mesh: Mesh) -> AttentionKernels:
-    """The functions, or plain XLA's, with a warning, where this version of JAX was not read."""
+    """The kernel; plain XLA, with a warning, where this version of JAX was not read."""
     if jax.__version_info__[:2] not in _READ_IN:
         warnings.warn(
             f"Attention by XLA in place of cuDNN, whose backward pass was not tested with JAX "
@@ -89,7 +88,7 @@ class _Kernel:
 
 
 def _length(segment_BT: Array) -> Array:
-    """How much is there of each row, int32 [B]; at least 1, as no row may be empty."""
+    """The length of each row, int32 [B]; at least 1, since the kernel takes no empty row."""
     return jnp.maximum((segment_BT > 0).sum(1, dtype=jnp.int32), 1)
 
 

@@ -4,7 +4,8 @@ Plain XLA writes the scores of all columns to memory and reads them several time
 keys goes through the softmax while it is on the chip (Dao et al. 2022, arXiv:2205.14135), and
 columns without a token are not read. The prompt's part, whose keys all lanes of a slot share, and
 each lane's own are merged by their log-sum-exp. The new token's key and value are put into the
-cache on the way. Written in Pallas for Triton.
+cache on the way. Inside a program, M are its queries and B the positions of a block of keys.
+Written in Pallas for Triton.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _HIDDEN = -1e30
 
 
 def why_unavailable(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
-    """Why the kernel cannot be had, or nothing."""
+    """Why the kernel cannot be used, or ""."""
     if in_general := pallas_triton.why_unavailable(mesh, dtype):
         return in_general
     if model.has_windows:
@@ -45,7 +46,7 @@ def why_unavailable(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class TritonDecode(RingCache):
-    """As `kv_cache.RingCache`, but keys stand as values do, [..., positions, H]; no windows."""
+    """A `RingCache` whose keys are laid out as values are, [..., positions, H]; no windows."""
 
     interpret: bool = False  # anywhere, for a test
 
@@ -86,10 +87,10 @@ class TritonDecode(RingCache):
 
 
 def share_read(tokens_B: np.ndarray, steps: int, lanes: int, limit: int) -> float:
-    """The mean share of the lanes' own cache that one step reads, of so many steps.
+    """The share of the lanes' own cache that a decode step reads, the mean over `steps`.
 
-    `tokens_B`: how many tokens each completion decodes in some lane. The first of them finds
-    nothing there, nor does an idle lane.
+    `tokens_B`: how many tokens each completion decodes, in whatever lane. Its first token and an
+    idle lane read nothing.
     """
     whole_B, rest_B = np.divmod(np.maximum(tokens_B.astype(np.int64) - 1, 0), _BLOCKS[0])
     blocks_B = _BLOCKS[0] * whole_B * (whole_B + 1) // 2 + rest_B * (whole_B + 1)
@@ -107,7 +108,7 @@ def _positions(cache: Cache) -> int:
 
 
 def _range(last: Array, column: Array | None = None) -> Array:
-    """The last of some positions, counted from the first, and the column where it stands."""
+    """Packs (last position, its ring column) for the kernel."""
     return jnp.stack(jnp.broadcast_arrays(last, last if column is None else column), axis=-1)
 
 

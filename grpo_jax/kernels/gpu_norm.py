@@ -1,6 +1,6 @@
-"""RMS norms of few rows on NVIDIA GPUs, by a kernel that also adds what a layer has found.
+"""The residual stream's sum and its RMS norm in one kernel, for decoding on NVIDIA GPUs.
 
-Plain XLA has one kernel for the sums and one for the products, and of the few rows of a token a
+Plain XLA takes a kernel for the sums and one for the products. A decode step has so few rows that a
 kernel takes longer to start than to run. Written in Pallas for Triton.
 """
 

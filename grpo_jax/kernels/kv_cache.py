@@ -1,4 +1,7 @@
-"""The cache of keys and values, and how a new token attends to it, in plain XLA."""
+"""The cache of keys and values, and how a new token attends to it, in plain XLA.
+
+Beside the axes of `structs.py`, A are prompts on their way into slots.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What kernels in Pallas for Triton share: where they can be had, and how they are built."""
+"""What kernels in Pallas for Triton share: where they can be used, and how they are built."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grpo_jax.devices import sharding
 
 
 def why_unavailable(mesh: Mesh, dtype: Any) -> str:
-    """Why no kernel can be had for activations of `dtype`, or nothing."""
+    """Why no kernel can be used for activations of `dtype`, or ""."""
     if not sharding.is_gpu(mesh):
         return f"it is for NVIDIA GPUs, and the devices are {mesh.devices.flat[0].platform}s"
     if mesh.shape["tensor"] > 1:
@@ -38,7 +38,7 @@ def module() -> Any:
 
 
 def options(interpret: bool, **params: int) -> dict[str, Any]:
-    """Of `pallas_call`, with Triton's parameters; `interpret`: on any device, for a test."""
+    """`pallas_call`'s arguments with Triton's parameters; `interpret`: any device, for tests."""
     if interpret:
         return {"interpret": True}
     return {"compiler_params": module().CompilerParams(**params)}

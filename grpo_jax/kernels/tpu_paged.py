@@ -6,6 +6,9 @@ which the first begins with what is left of the prompt: less than a page is copi
 kernel takes the pages of a lane by their numbers and reads no more of them than hold its tokens,
 to a block of pages; it reads a prompt once for each of its lanes, where `kv_cache.decode` reads it
 once for all of them, but a completion's cache up to the limit. It does not write the new token.
+
+Beside the axes of `structs.py`, B are the lanes of all slots here, E the pages of a lane in their
+order, and A prompts on their way into slots.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ _PAGES_AT_ONCE, _LANES_AT_ONCE = 16, 8  # in a block of the kernel
 
 
 def why_unavailable(cache: str, model: ModelConfig, mesh: Mesh) -> str:
-    """Why `rollout.attention = "ragged"` cannot be had, or nothing."""
+    """Why `rollout.attention = "ragged"` cannot be used, or ""."""
     if mesh.devices.flat[0].platform != "tpu":
         return f"it is for TPUs, and the devices are {mesh.devices.flat[0].platform}s"
     if mesh.shape["tensor"] > 1:

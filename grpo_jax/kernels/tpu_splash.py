@@ -1,9 +1,8 @@
 """Attention of scoring and training by the splash kernels that JAX ships for TPUs.
 
-The scores of a block of queries with a block of keys never leave the chip, and blocks that the
-causal mask hides are left out. `fused_attention.py` has what is made of two runs of the kernel. Its
-backward pass is no public function of JAX; `_READ_IN` has the versions in which it was read and
-tested.
+The scores of a block of queries with a block of keys never leave the chip, and blocks that the mask
+hides are skipped. `fused_attention.py` merges two runs of the kernel. Its backward pass is not a
+public function of JAX; `_READ_IN` has the versions in which it was read and tested.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ from grpo_jax.structs import Array, Sampling
 # Per-token loss [..., tokens] of log-probability, entropy and fixed terms of the same shape.
 TokenLoss = Callable[[Array, Array, Any], Array]
 
-# Elements of one chunk's logits: 512 MiB of float32; or for each element of the hidden states so
-# many that they take no more room than the backward pass of a layer's MLP, some four times as wide.
+# Elements of one chunk's logits: 512 MiB of float32, or 8 per hidden element: no more memory than
+# the backward pass of one layer's MLP.
 # A chunk reads the head and adds to its gradient whole, so few chunks are fast.
 _MAX_LOGITS = 2**27
 _LOGITS_FOR_HIDDEN = 8

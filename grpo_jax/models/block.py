@@ -14,8 +14,8 @@ from grpo_jax.kernels.norm import AddNorm, Residual
 from grpo_jax.models.placement import REPLICATED, MlpPlacement
 from grpo_jax.structs import Array, Layer, ModelConfig
 
-# Queries, keys and values, none of them rotated yet, to the attention's output and whatever the
-# caller wants kept of them.
+# Maps queries, keys and values, not rotated yet, to the output of attention and whatever the caller
+# wants to keep of them.
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
@@ -44,10 +44,10 @@ def _dense(features: int, axes: tuple[str, str], name: str, dtype, bias: bool = 
 
 
 def _by_token(dense: Callable[[Array], Array], x: Array) -> Array:
-    """A dense layer on [..., D] as one product over [tokens, D].
+    """Applies a dense layer to [..., D] as one product over [tokens, D].
 
-    With more axes the gradient of the kernel contracts over several at once, for which XLA on CPU
-    first turns the incoming gradient round: 1.25 times the time of the product alone.
+    With more axes the kernel's gradient contracts over several at once, and XLA on CPU transposes
+    the incoming gradient first: 1.25 times the time of the product alone.
     """
     y = dense(x.reshape(-1, x.shape[-1]))
     return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -4,8 +4,7 @@ A row holds the prompts of some groups and then entries, each a completion's tok
 predict the next. Attention needs to know which entries belong together: every prompt has some lanes
 of equal width, which hold one completion or several. Axes beside those of `structs.py`:
 
-    X entries of a row          L lanes of a prompt         Y places in a row's lanes, P / R * L * T
-    R packed rows
+    X entries of a row         Y places in the lanes of a row, P / B * W * T
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import numpy as np
 
 from grpo_jax.structs import Array
 
-# (token_RX, lane_PLT) of `learner/packing.py`: the completion token that an entry predicts,
+# (token_BX, lane_PWT) of `learner/packing.py`: the completion token that an entry predicts,
 # (m * G + g) * C + c in its row or -1 for none, and the entry in a place of the lanes, -1 for none.
 Layout = tuple[Array, Array]
 
@@ -35,52 +34,52 @@ def identity_layout(prompts: int, group: int, tokens: int) -> Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Lanes:
-    """Between the entries of rows [R, X, ...] and the lanes [P, L, T, ...] that attention sees."""
+    """Between the entries of rows [B, X, ...] and the lanes [P, W, T, ...] that attention sees."""
 
     rows: int
-    shape: tuple[int, int, int]  # P, L, T
-    entry_RY: Array | None = None  # which stands in a place; -1: none
-    place_RX: Array | None = None  # of each entry, the inverse. None for both: they are the same
+    shape: tuple[int, int, int]  # P, W, T
+    entry_BY: Array | None = None  # which stands in a place; -1: none
+    place_BX: Array | None = None  # of each entry, the inverse. None for both: they are the same
 
     @staticmethod
-    def of(lane_PLT: Array, rows: int, entries: int) -> Lanes:
-        if lane_PLT.size == rows * entries:  # an entry is a place
-            return Lanes(rows, lane_PLT.shape)
-        entry_RY = lane_PLT.reshape(rows, -1)
+    def of(lane_PWT: Array, rows: int, entries: int) -> Lanes:
+        if lane_PWT.size == rows * entries:  # an entry is a place
+            return Lanes(rows, lane_PWT.shape)
+        entry_BY = lane_PWT.reshape(rows, -1)
 
         def inverse(entry_Y: Array) -> Array:
             at_Y = jnp.where(entry_Y < 0, entries, entry_Y)  # past the end: dropped
             place_Y = jnp.arange(len(entry_Y), dtype=jnp.int32)
             return jnp.full(entries, -1, jnp.int32).at[at_Y].set(place_Y, mode="drop")
 
-        return Lanes(rows, lane_PLT.shape, entry_RY, jax.vmap(inverse)(entry_RY))
+        return Lanes(rows, lane_PWT.shape, entry_BY, jax.vmap(inverse)(entry_BY))
 
     def spread(self, x: Array) -> Array:
-        """Entries [R, X, ...] laid out in lanes, zeros where there is none."""
-        if self.entry_RY is not None:
-            x = _moved(x, self.entry_RY, self.place_RX)
+        """Entries [B, X, ...] laid out in lanes, zeros where there is none."""
+        if self.entry_BY is not None:
+            x = _moved(x, self.entry_BY, self.place_BX)
         return x.reshape(*self.shape, *x.shape[2:])
 
     def gather(self, x: Array) -> Array:
-        """The inverse: what stands in lanes by entry [R, X, ...], zeros for empty ones."""
-        if self.entry_RY is None:
+        """The inverse: what stands in lanes by entry [B, X, ...], zeros for empty ones."""
+        if self.entry_BY is None:
             return x.reshape(self.rows, -1, *x.shape[3:])
-        x = x.reshape(*self.entry_RY.shape, *x.shape[3:])
-        return _moved(x, self.place_RX, self.entry_RY)
+        x = x.reshape(*self.entry_BY.shape, *x.shape[3:])
+        return _moved(x, self.place_BX, self.entry_BY)
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedInputs:
-    """What the decoder reads of packed rows [R, T]: their prompts, T - X tokens, then X entries."""
+    """What the decoder reads of packed rows [B, T]: their prompts, T - X tokens, then X entries."""
 
-    ids_RT: Array  # int32
-    position_RT: Array  # int32: in the text, its prompt included
+    ids_BT: Array  # int32
+    position_BT: Array  # int32: in the text, its prompt included
     prompt_length_P: Array
     prompt_tokens: int  # Q: padded
     group: int  # G
     lanes: Lanes
-    segment_PLT: Array  # int32: equal for tokens of one completion; 0: none
-    position_PLT: Array  # int32: in the completion
+    segment_PWT: Array  # int32: equal for tokens of one completion; 0: none
+    position_PWT: Array  # int32: in the completion
 
     @staticmethod
     def of(
@@ -94,62 +93,62 @@ class PackedInputs:
         Each row has as many prompts as the others, one after another.
         """
         num_prompts, group, tokens = completion_PGC.shape
-        token_RX, lane_PLT = layout or identity_layout(num_prompts, group, tokens)
-        lanes = Lanes.of(lane_PLT, *token_RX.shape)
-        by_row = lambda x: x.reshape(token_RX.shape[0], -1)  # noqa: E731
-        read_RX = jnp.maximum(token_RX - 1, 0)  # an entry reads the token before
-        input_RX = jnp.take_along_axis(by_row(completion_PGC), read_RX, axis=1)
-        length_RX = jnp.take_along_axis(
-            by_row(prompt_length_P), read_RX // (group * tokens), axis=1
+        token_BX, lane_PWT = layout or identity_layout(num_prompts, group, tokens)
+        lanes = Lanes.of(lane_PWT, *token_BX.shape)
+        by_row = lambda x: x.reshape(token_BX.shape[0], -1)  # noqa: E731
+        read_BX = jnp.maximum(token_BX - 1, 0)  # an entry reads the token before
+        input_BX = jnp.take_along_axis(by_row(completion_PGC), read_BX, axis=1)
+        length_BX = jnp.take_along_axis(
+            by_row(prompt_length_P), read_BX // (group * tokens), axis=1
         )
-        position_RX = read_RX % tokens
+        position_BX = read_BX % tokens
         position_PQ = jnp.broadcast_to(jnp.arange(prompt_PQ.shape[1]), prompt_PQ.shape)
         return PackedInputs(
-            ids_RT=jnp.concatenate([by_row(prompt_PQ), input_RX], axis=1),
-            position_RT=jnp.concatenate([by_row(position_PQ), length_RX + position_RX], axis=1),
+            ids_BT=jnp.concatenate([by_row(prompt_PQ), input_BX], axis=1),
+            position_BT=jnp.concatenate([by_row(position_PQ), length_BX + position_BX], axis=1),
             prompt_length_P=prompt_length_P,
             prompt_tokens=prompt_PQ.shape[1],
             group=group,
             lanes=lanes,
-            segment_PLT=lanes.spread(read_RX // tokens + 1),
-            position_PLT=lanes.spread(position_RX),
+            segment_PWT=lanes.spread(read_BX // tokens + 1),
+            position_PWT=lanes.spread(position_BX),
         )
 
     @property
     def num_entries(self) -> int:
         """X."""
-        rows, prompts = self.ids_RT.shape[0], self.prompt_length_P.shape[0]
-        return self.ids_RT.shape[1] - prompts // rows * self.prompt_tokens
+        rows, prompts = self.ids_BT.shape[0], self.prompt_length_P.shape[0]
+        return self.ids_BT.shape[1] - prompts // rows * self.prompt_tokens
 
     def prompts(self, x: Array) -> Array:
-        """The prompts' part of states by row [R, T, ...], as [P, Q, ...]."""
+        """The prompts' part of states by row [B, T, ...], as [P, Q, ...]."""
         x = x[:, : x.shape[1] - self.num_entries]
         return x.reshape(-1, self.prompt_tokens, *x.shape[2:])
 
     def entries(self, x: Array) -> Array:
-        """The entries' part of states by row [R, T, ...], as [R, X, ...]."""
+        """The entries' part of states by row [B, T, ...], as [B, X, ...]."""
         return x[:, x.shape[1] - self.num_entries :]
 
     def rows(self, prompts: Array, entries: Array | None) -> Array:
-        """The inverse of both: [P, Q, ...] and [R, X, ...], None where X is 0, as [R, T, ...]."""
-        prompts = prompts.reshape(self.ids_RT.shape[0], -1, *prompts.shape[2:])
+        """The inverse of both: [P, Q, ...] and [B, X, ...], None where X is 0, as [B, T, ...]."""
+        prompts = prompts.reshape(self.ids_BT.shape[0], -1, *prompts.shape[2:])
         return prompts if entries is None else jnp.concatenate([prompts, entries], axis=1)
 
-    def predictors(self, x_RTD: Array) -> Array:
-        """The states that predict completions' tokens, [R, M * G + X, D] for R rows of M prompts.
+    def predictors(self, x_BTD: Array) -> Array:
+        """The states that predict completions' tokens, [B, M * G + X, D] for B rows of M prompts.
 
         First those that predict each completion's first token, which are the prompts' last, then
         those of the entries.
         """
-        x_PQD = self.prompts(x_RTD)
+        x_PQD = self.prompts(x_BTD)
         last_PD = jnp.take_along_axis(x_PQD, (self.prompt_length_P - 1)[:, None, None], axis=1)[
             :, 0
         ]
         first_PGD = jnp.broadcast_to(
             last_PD[:, None], (last_PD.shape[0], self.group, last_PD.shape[1])
         )
-        first = first_PGD.reshape(x_RTD.shape[0], -1, x_RTD.shape[2])
-        return jnp.concatenate([first, self.entries(x_RTD)], axis=1)
+        first = first_PGD.reshape(x_BTD.shape[0], -1, x_BTD.shape[2])
+        return jnp.concatenate([first, self.entries(x_BTD)], axis=1)
 
     def by_completion(self, states: Array) -> Array:
         """`predictors` of the identity layout as [P, G, C, D]: entry c predicts token c."""
@@ -160,7 +159,7 @@ class PackedInputs:
 
 @jax.custom_vjp
 def _moved(x: Array, source: Array, target: Array) -> Array:
-    """Entry `source[r, y]` of x [R, X, ...] at y, zeros for -1; `target` is the inverse.
+    """Entry `source[r, y]` of x [B, X, ...] at y, zeros for -1; `target` is the inverse.
 
     The gradient moves back by the inverse: of a plain lookup it is a sum into places, which is slow
     everywhere and in no certain order on a GPU.

@@ -2,7 +2,7 @@
 
 Sampler and scorer both go through `sampling_logits`, so temperature, top-k and top-p cannot differ
 between them. Where every token may be drawn only the temperature is left, and `sample` divides by
-it.
+it. Beside the axes of `structs.py`, N are blocks of the vocabulary here, and W the tokens of one.
 """
 
 from __future__ import annotations
@@ -72,22 +72,6 @@ def sampling_logits(
     if always is not None:
         keep |= jax.nn.one_hot(always, logits.shape[-1], dtype=bool)
     return jnp.where(keep, logits, -jnp.inf)
-
-
-def log_probs(
-    logits: Array,
-    sampling: Sampling,
-    *,
-    temperature: Array | float | None = None,
-    always: Array | None = None,
-) -> Array:
-    """Log-probabilities float32 [..., V] of the distribution that tokens are drawn from.
-
-    Arguments are those of `sampling_logits`.
-    """
-    return jax.nn.log_softmax(
-        sampling_logits(logits, sampling, temperature=temperature, always=always), axis=-1
-    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""The decoder's parameters: made, named by their axes, and as decoding reads them.
+"""The decoder's parameters: how they are made, their logical axes, and how decoding reads them.
 
-They are float32 unless the caller cast them, for sampling also those of `quantize.weights`;
-kernels are [in, out], heads contiguous:
+They are float32 unless the caller casts or quantizes them (`quantize.weights`). Kernels are
+[in, out], heads contiguous:
 
     embed/embedding [V, D]      norm/scale [D]      head/kernel [D, V] (untied models only)
     layers/ (stacked by slot as in `layer_runs.py`, with a leading axis)
@@ -110,9 +110,9 @@ def head_kernel(params: Params) -> Array:
 
 
 def cast_layers(params: Params, dtype) -> Params:
-    """The layers' kernels and biases as they are computed with, once for all microbatches.
+    """Casts the layers' kernels and biases to the compute dtype, once for all microbatches.
 
-    The embedding, the head and the norms stay: gradients of many tokens are summed into them.
+    Embedding, head and norms stay as they are: the gradients of many tokens are summed into them.
     """
 
     def one(path, x: Array) -> Array:
@@ -137,9 +137,9 @@ _FUSED = {"attention": ("qkv", ("q", "k", "v")), "mlp": ("gate_up", ("gate", "up
 def fuse_projections(
     layer: Params, join: Callable[..., Any] = lambda *xs: jnp.concatenate(xs, axis=-1)
 ) -> Params:
-    """One layer's weights, those that are multiplied with the same states side by side.
+    """One layer's weights, with projections of the same states side by side in one kernel.
 
-    Of few tokens one product is faster than its parts. `join` puts arrays of all parts together.
+    With few tokens one product is faster than three. `join` concatenates the arrays of all parts.
     """
     for module, (name, parts) in _FUSED.items():
         dense = dict(layer[module])

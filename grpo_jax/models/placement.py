@@ -98,22 +98,22 @@ class Placement:
         """An activation where its logical axes say."""
         return x if self.mesh is None else by_shard.place_within_shard(self.mesh, x, axes)
 
-    def states(self, x_RTD: Array) -> Array:
+    def states(self, x_BTD: Array) -> Array:
         """States by token, between two layers."""
-        return self.place(x_RTD, self.row_axis, "tokens", None)
+        return self.place(x_BTD, self.row_axis, "tokens", None)
 
-    def embedded(self, x_RTD: Array) -> Array:
+    def embedded(self, x_BTD: Array) -> Array:
         """States as the embedding table is split; else XLA may send all shards' tokens to all."""
-        x_RTD = x_RTD if self.by_row else self.place(x_RTD, None, "tokens", "embed")
-        return self.mlp.scatter(self.mlp.gather(x_RTD))
+        x_BTD = x_BTD if self.by_row else self.place(x_BTD, None, "tokens", "embed")
+        return self.mlp.scatter(self.mlp.gather(x_BTD))
 
-    def to_heads(self, x_RTNH: Array) -> Array:
+    def to_heads(self, x_BTNH: Array) -> Array:
         """Queries, keys or values split along the row, split by head for attention."""
-        return self._by_head(self._by_token(x_RTNH))
+        return self._by_head(self._by_token(x_BTNH))
 
-    def to_tokens(self, x_RTNH: Array) -> Array:
+    def to_tokens(self, x_BTNH: Array) -> Array:
         """The inverse, of what attention gives."""
-        return self._by_token(self._by_head(x_RTNH))
+        return self._by_token(self._by_head(x_BTNH))
 
     def gathered(self, params: Params, axes: Params) -> Params:
         """Parameters that a layer reads, which devices with rows of their own each read whole.

@@ -1,10 +1,10 @@
-"""One decoder for Llama, Qwen2, Qwen3 and Mistral, and the three ways it is run.
+"""One decoder for all families, and the three ways it is run.
 
 `completion_states` runs prompts once and their completions beside them (training and scoring),
 `prefill` runs prompts and keeps their keys and values, `decode_token` adds one token per
-completion. All three apply the same `Block`; only the attention that it is handed differs. Layers
-are stacked and scanned by runs of a pattern (`layer_runs.py`), except in sampling, where a scan
-would copy the cache: `prefill` and `decode_token` take their layers one by one, in a list.
+completion. All three apply the same `Block` and hand it different attention. Layers are stacked and
+scanned by runs of a pattern (`layer_runs.py`), except in sampling, where a scan would copy the
+cache: `prefill` and `decode_token` take their layers one by one, in a list.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from grpo_jax.structs import Array, Layer, ModelConfig, Params, Rotary
 def rotary_frequencies(rotary: Rotary, head_size: int) -> np.ndarray:
     """Radians per position of each rotary pair, float32 [H/2]; Llama-3 scaling by wavelength.
 
-    In the order of operations of Hugging Face, with which models were trained: at position 131,071
-    an angle is off by up to 0.008 for each unit in the last place of its frequency.
+    The order of operations is Hugging Face's, with which models were trained: one unit in the last
+    place of a frequency moves its angle by up to 0.008 at position 131,071.
     """
     exponent = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
     # NumPy's power in float32 is up to two units off, torch's is rounded from more digits.
@@ -87,13 +87,12 @@ def _run_layers(
     remat: str,
     scan: bool,
 ) -> Array:
-    """`apply(layer, x, params)` of the layers one after the other, run by run.
+    """Runs `apply(layer, x, params)` for all layers, run by run.
 
-    `remat` as in `config.model`; `scan`: in a loop, which copies what it keeps of each turn into
-    arrays of all, and begins these with zeros.
+    `remat` as in `config.model`. `scan`: in a loop, which copies what it keeps of each turn into
+    arrays of all turns, and fills these with zeros first.
     """
-    # Inside a scan nothing else could be merged with what is computed again; else XLA would keep
-    # what it is not to.
+    # Outside a scan XLA would merge what is computed again with the first time, and so keep it.
     policies = jax.checkpoint_policies
     dots = policies.save_from_both_policies(
         policies.dots_with_no_batch_dims_saveable,  # attention's have some
@@ -135,9 +134,9 @@ def completion_states(
     Ordered as `PackedInputs.predictors` has them. The states of padding and of empty entries mean
     nothing.
     """
-    angles = _angles(config, inputs.position_RT)
+    angles = _angles(config, inputs.position_BT)
 
-    def apply(layer: Layer, x_RTD: Array, params: Params) -> Array:
+    def apply(layer: Layer, x_BTD: Array, params: Params) -> Array:
         params = placement.gathered(params, parameters.layer_axes(config, layer))
 
         def attend(q, k, v):
@@ -146,16 +145,16 @@ def completion_states(
             out = _attend_packed(kernels, inputs, q, k, v, layer.window)
             return placement.to_tokens(out), None
 
-        x = Residual.of(placement.states(x_RTD))
+        x = Residual.of(placement.states(x_BTD))
         block = Block(config, layer, dtype, mlp=placement.mlp)
         x, _ = block.apply({"params": params}, x, attend)
         return placement.states(x.sum())
 
     axes = parameters.logical_axes(config)
     embed = placement.gathered(params["embed"], axes["embed"])
-    x_RTD = placement.embedded(_embed({"embed": embed}, inputs.ids_RT, dtype))
-    x_RTD = _run_layers(apply, x_RTD, params, config, remat, scan)
-    return _final_norm(params, config, Residual.of(inputs.predictors(x_RTD)), dtype)
+    x_BTD = placement.embedded(_embed({"embed": embed}, inputs.ids_BT, dtype))
+    x_BTD = _run_layers(apply, x_BTD, params, config, remat, scan)
+    return _final_norm(params, config, Residual.of(inputs.predictors(x_BTD)), dtype)
 
 
 def _attend_packed(
@@ -166,21 +165,21 @@ def _attend_packed(
     v: Array,
     window: int | None,
 ) -> Array:
-    """Attention of packed rows [R, T, N, H]: of prompts, and of completions to theirs and own."""
+    """Attention of packed rows [B, T, N, H]: of prompts, and of completions to theirs and own."""
     length_P, lanes = inputs.prompt_length_P, inputs.lanes
     prompts = [inputs.prompts(x) for x in (q, k, v)]
     out_PQNH = kernels.causal(*prompts, length_P, window)
     if not inputs.num_entries:
         return inputs.rows(out_PQNH, None)
-    out_PLTNH = kernels.shared_prefix(
+    out_PWTNH = kernels.shared_prefix(
         *(lanes.spread(inputs.entries(x)) for x in (q, k, v)),
-        inputs.segment_PLT,
+        inputs.segment_PWT,
         *prompts[1:],
         length_P,
-        inputs.position_PLT,
+        inputs.position_PWT,
         window,
     )
-    return inputs.rows(out_PQNH, lanes.gather(out_PLTNH))
+    return inputs.rows(out_PQNH, lanes.gather(out_PWTNH))
 
 
 def prefill(

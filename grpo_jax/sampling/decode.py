@@ -5,9 +5,10 @@ prompt; the prompt is computed once and its cache is read by all lanes. Keys of 
 belong to the completion and its token positions, so a lane's neighbours, its slot and the number of
 slots do not change what it draws.
 
-Slots are split over the devices by row, and every shard of them decodes its own by itself: the
-functions here see the slots of one shard. Its devices split the heads, or where the key-value heads
-do not divide, the slots in as many equal parts, one after the other; slots are numbered in a part.
+Slots are split over the devices by row, and every shard decodes its own slots by itself: the
+functions here see the slots of one shard. Its devices split the heads. Where the key-value heads do
+not divide, they split the slots in equal parts, one after another; slots are numbered in a part.
+Beside the axes of `structs.py`, A are prompts on their way into slots, and P parts of a shard.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _STEPS_ON_GPU = 8
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """What the compiled programs of an engine have in common."""
+    """What all compiled programs of an engine share."""
 
     model: ModelConfig
     mesh: Mesh
@@ -163,7 +164,7 @@ def _choose(decoder: Decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature
 
 
 def _by_part(parts: int, f):
-    """`f` of the slots of each part by itself."""
+    """Applies `f` to the slots of each part by itself."""
     if parts == 1:
         return f
 

@@ -8,6 +8,9 @@ ids only, no text; rollouts, evaluation and `generate` all go through it.
 Of several processes each feeds the slots of its own devices and reads what they completed. Which
 slots are free, and how long a completion became, is told to all by the device; every decision
 follows from that, so they decide alike without talking.
+
+Beside the axes of `structs.py`, S are shards of the slots here, and A prompts on their way into
+slots.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ from grpo_jax.structs import ModelConfig, Params
 
 
 def axes_in_decoding(model: ModelConfig, parts: int) -> Params:
-    """The logical axes of weights by layer that every device has whole along FSDP's axis.
+    """Logical axes of the decode weights, layer by layer: not sharded over fsdp.
 
-    And those of attention whole, where devices split its rows in `parts` and not its heads.
+    Attention is replicated too where it is split by row, in `parts`, and not by head.
     """
     whole = ("embed", "heads", "kv_heads") if parts > 1 else ("embed",)
     layers = [parameters.layer_axes(model, layer) for layer in model.layers]

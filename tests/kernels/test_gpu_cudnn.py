@@ -18,10 +18,10 @@ from grpo_jax.models import parameters
 from grpo_jax.structs import Layer
 
 MODEL = dataclasses.replace(tiny.MODEL, head_size=16)
-P, L, T, Q, N, K, H = 2, 2, 6, 5, 4, 2, 16
+P, W, T, Q, N, K, H = 2, 2, 6, 5, 4, 2, 16
 LENGTH_P = np.array([5, 3])
 # Each lane has one completion or none; the whole width, one token.
-SEGMENT_PLT = (np.arange(T) < np.array([[4, 6], [0, 1]])[..., None]) * np.array([3, 7])[
+SEGMENT_PWT = (np.arange(T) < np.array([[4, 6], [0, 1]])[..., None]) * np.array([3, 7])[
     :, None, None
 ]
 
@@ -32,18 +32,18 @@ def normal(*shape: int, seed: int, dtype=jnp.float32) -> jax.Array:
 
 def arrays(dtype=jnp.float32):
     """Queries, keys and values of completions, then keys and values of their prompts."""
-    shapes = (P, L, T, N, H), *((P, L, T, K, H),) * 2, *((P, Q, K, H),) * 2
+    shapes = (P, W, T, N, H), *((P, W, T, K, H),) * 2, *((P, Q, K, H),) * 2
     return [normal(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
 
 
 def attend(by, window, q, k, v, prefix_k, prefix_v):
     """Prompts by themselves, and completions after them; zeros where nothing is."""
-    position_PLT = np.broadcast_to(np.arange(T), SEGMENT_PLT.shape)
-    where = SEGMENT_PLT, prefix_k, prefix_v, LENGTH_P, position_PLT, window
+    position_PWT = np.broadcast_to(np.arange(T), SEGMENT_PWT.shape)
+    where = SEGMENT_PWT, prefix_k, prefix_v, LENGTH_P, position_PWT, window
     own = by.shared_prefix(q, k, v, *where)
     prompt = by.causal(q[:, 0, :Q], prefix_k, prefix_v, LENGTH_P, window)
     there = (np.arange(Q) < LENGTH_P[:, None])[..., None, None]
-    return jnp.where(SEGMENT_PLT[..., None, None] > 0, own, 0), jnp.where(there, prompt, 0)
+    return jnp.where(SEGMENT_PWT[..., None, None] > 0, own, 0), jnp.where(there, prompt, 0)
 
 
 def values_and_gradients(by, *arrays, window=None):

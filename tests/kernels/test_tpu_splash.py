@@ -25,13 +25,13 @@ from grpo_jax.structs import Experience, Layer, Sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 
-P, L, T, Q, N, K, H = 2, 2, 20, 9, 4, 2, 16
+P, W, T, Q, N, K, H = 2, 2, 20, 9, 4, 2, 16
 LENGTH_P = np.array([9, 3])
 # A lane of two completions and padding, a full one, an empty one, and one of one token.
-SEGMENT_PLT = np.zeros((P, L, T), np.int32)
-SEGMENT_PLT[0, 0, :7], SEGMENT_PLT[0, 0, 7:15] = 3, 5
-SEGMENT_PLT[0, 1], SEGMENT_PLT[1, 1, :1] = 2, 4
-POSITION_PLT = np.broadcast_to(np.arange(T), SEGMENT_PLT.shape) - 7 * (SEGMENT_PLT == 5)
+SEGMENT_PWT = np.zeros((P, W, T), np.int32)
+SEGMENT_PWT[0, 0, :7], SEGMENT_PWT[0, 0, 7:15] = 3, 5
+SEGMENT_PWT[0, 1], SEGMENT_PWT[1, 1, :1] = 2, 4
+POSITION_PWT = np.broadcast_to(np.arange(T), SEGMENT_PWT.shape) - 7 * (SEGMENT_PWT == 5)
 WINDOWS = [None, 4]  # 4: a token sees the prompt from the first three of its completion alone
 
 
@@ -69,18 +69,18 @@ def test_prompts(window):
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_completions_after_their_prompt(window):
-    q, k, v = (normal(P, L, T, heads, H, seed=i) for i, heads in enumerate((N, K, K)))
+    q, k, v = (normal(P, W, T, heads, H, seed=i) for i, heads in enumerate((N, K, K)))
     prefix = [normal(P, Q, K, H, seed=i) for i in (3, 4)]
-    kept = (SEGMENT_PLT > 0)[..., None, None] & np.ones((1, 1, 1, N, 1), bool)
+    kept = (SEGMENT_PWT > 0)[..., None, None] & np.ones((1, 1, 1, N, 1), bool)
 
     def attend(by, q, k, v, prefix_k, prefix_v):
         return by.shared_prefix(
-            q, k, v, SEGMENT_PLT, prefix_k, prefix_v, LENGTH_P, POSITION_PLT, window
+            q, k, v, SEGMENT_PWT, prefix_k, prefix_v, LENGTH_P, POSITION_PWT, window
         )
 
     wanted, got = both(attend, q, k, v, *prefix, kept=kept)
     compare(wanted, got)
-    assert not np.asarray(got[2])[~(SEGMENT_PLT > 0)].any()  # keys of padding learn nothing
+    assert not np.asarray(got[2])[~(SEGMENT_PWT > 0)].any()  # keys of padding learn nothing
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 2, 2), (1, 2, 4, 1)], ids=str)

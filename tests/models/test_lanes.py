@@ -25,25 +25,25 @@ def test_a_packed_row_by_hand():
 
     # An entry reads the token before the one that it predicts, at its place after the prompt.
     ids = [5, 6, 0, 7, 8, 9, 10, 11, 13, 16, 17]
-    np.testing.assert_array_equal(inputs.ids_RT[:, :-1], [ids])
+    np.testing.assert_array_equal(inputs.ids_BT[:, :-1], [ids])
     positions = [0, 1, 2, 0, 1, 2, 2 + 0, 2 + 1, 2 + 0, 3 + 0, 3 + 1]
-    np.testing.assert_array_equal(inputs.position_RT[:, :-1], [positions])
-    np.testing.assert_array_equal(inputs.segment_PLT, [[[1, 1, 2, 0]], [[4, 4, 0, 0]]])
-    np.testing.assert_array_equal(inputs.position_PLT, [[[0, 1, 0, 0]], [[0, 1, 0, 0]]])
+    np.testing.assert_array_equal(inputs.position_BT[:, :-1], [positions])
+    np.testing.assert_array_equal(inputs.segment_PWT, [[[1, 1, 2, 0]], [[4, 4, 0, 0]]])
+    np.testing.assert_array_equal(inputs.position_PWT, [[[0, 1, 0, 0]], [[0, 1, 0, 0]]])
     assert inputs.num_entries == 6
 
 
 def test_which_states_predict_the_tokens_of_a_packed_row():
     inputs = PackedInputs.of(PROMPT_PQ, LENGTH_P, COMPLETION_PGC, LAYOUT)
-    x_RTD = jnp.arange(12.0).reshape(1, 12, 1)
+    x_BTD = jnp.arange(12.0).reshape(1, 12, 1)
 
-    predictors = inputs.predictors(x_RTD)
+    predictors = inputs.predictors(x_BTD)
 
     # The last token of each prompt, twice, since it has two completions; then the entries.
     np.testing.assert_array_equal(predictors[0, :, 0], [1, 1, 5, 5, 6, 7, 8, 9, 10, 11])
-    np.testing.assert_array_equal(inputs.prompts(x_RTD)[..., 0], [[0, 1, 2], [3, 4, 5]])
-    again = inputs.rows(inputs.prompts(x_RTD), inputs.entries(x_RTD))
-    np.testing.assert_array_equal(again, x_RTD)
+    np.testing.assert_array_equal(inputs.prompts(x_BTD)[..., 0], [[0, 1, 2], [3, 4, 5]])
+    again = inputs.rows(inputs.prompts(x_BTD), inputs.entries(x_BTD))
+    np.testing.assert_array_equal(again, x_BTD)
 
 
 def test_the_identity_layout_by_hand():
@@ -51,13 +51,13 @@ def test_the_identity_layout_by_hand():
     inputs = PackedInputs.of(PROMPT_PQ, LENGTH_P, COMPLETION_PGC)
 
     np.testing.assert_array_equal(
-        inputs.ids_RT, [[5, 6, 0, 10, 11, 13, 14], [7, 8, 9, 15, 0, 16, 17]]
+        inputs.ids_BT, [[5, 6, 0, 10, 11, 13, 14], [7, 8, 9, 15, 0, 16, 17]]
     )
     np.testing.assert_array_equal(
-        inputs.position_RT, [[0, 1, 2, 2, 3, 2, 3], [0, 1, 2, 3, 4, 3, 4]]
+        inputs.position_BT, [[0, 1, 2, 2, 3, 2, 3], [0, 1, 2, 3, 4, 3, 4]]
     )
-    np.testing.assert_array_equal(inputs.segment_PLT, [[[1, 1], [2, 2]]] * 2)
-    np.testing.assert_array_equal(inputs.position_PLT, [[[0, 1], [0, 1]]] * 2)
+    np.testing.assert_array_equal(inputs.segment_PWT, [[[1, 1], [2, 2]]] * 2)
+    np.testing.assert_array_equal(inputs.position_PWT, [[[0, 1], [0, 1]]] * 2)
     states = inputs.predictors(jnp.arange(14.0).reshape(2, 7, 1))
     np.testing.assert_array_equal(
         inputs.by_completion(states)[..., 0],
@@ -69,16 +69,16 @@ def test_completions_of_one_token_have_no_entries():
     inputs = PackedInputs.of(PROMPT_PQ, LENGTH_P, COMPLETION_PGC[..., :1])
 
     assert inputs.num_entries == 0
-    np.testing.assert_array_equal(inputs.ids_RT, PROMPT_PQ)
+    np.testing.assert_array_equal(inputs.ids_BT, PROMPT_PQ)
     states = inputs.predictors(jnp.arange(6.0).reshape(2, 3, 1))
     np.testing.assert_array_equal(inputs.by_completion(states)[..., 0], [[[1], [1]], [[5], [5]]])
 
 
 def test_states_go_to_the_lanes_and_back_and_so_do_their_gradients():
     lanes = Lanes.of(LAYOUT[1], 1, 6)
-    x_RXD = jnp.arange(1.0, 7.0).reshape(1, 6, 1)
+    x_BXD = jnp.arange(1.0, 7.0).reshape(1, 6, 1)
 
-    spread, back = jax.vjp(lanes.spread, x_RXD)
+    spread, back = jax.vjp(lanes.spread, x_BXD)
 
     np.testing.assert_array_equal(spread[..., 0], [[[1, 2, 3, 0]], [[4, 5, 0, 0]]])
     np.testing.assert_array_equal(lanes.gather(spread)[0, :, 0], [1, 2, 3, 4, 5, 0])

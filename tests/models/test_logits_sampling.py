@@ -15,6 +15,11 @@ from grpo_jax.structs import Sampling
 B, V = 64, 50
 
 
+def log_probs(scores, sampling: Sampling, **options) -> jax.Array:
+    """Log-probabilities [..., V] of the distribution that tokens are drawn from."""
+    return jax.nn.log_softmax(logits.sampling_logits(scores, sampling, **options))
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
 @pytest.mark.parametrize(
     ("top_k", "top_p"), [(0, 1.0), (1, 1.0), (5, 1.0), (0, 0.3), (0, 0.9), (12, 0.8), (50, 0.5)]
@@ -28,7 +33,7 @@ def test_support_equals_transformers(top_k, top_p, temperature):
         theirs = TopPLogitsWarper(top_p)(None, theirs)
     want_BV = torch.log_softmax(theirs, dim=-1).numpy()
 
-    got_BV = np.asarray(logits.log_probs(jnp.array(scores_BV), Sampling(temperature, top_k, top_p)))
+    got_BV = np.asarray(log_probs(jnp.array(scores_BV), Sampling(temperature, top_k, top_p)))
 
     np.testing.assert_array_equal(got_BV > -np.inf, want_BV > -np.inf)
     kept = want_BV > -np.inf
@@ -53,8 +58,8 @@ def test_support_by_hand():
 def test_always_keeps_one_token_more():
     scores_V = jnp.log(jnp.float32([0.05, 0.5, 0.15, 0.3]))
 
-    inside = logits.log_probs(scores_V, Sampling(top_k=2), always=jnp.int32(3))
-    outside = logits.log_probs(scores_V, Sampling(top_k=2), always=jnp.int32(0))
+    inside = log_probs(scores_V, Sampling(top_k=2), always=jnp.int32(3))
+    outside = log_probs(scores_V, Sampling(top_k=2), always=jnp.int32(0))
 
     np.testing.assert_allclose(np.exp(inside), [0, 0.625, 0, 0.375], atol=1e-6)
     np.testing.assert_allclose(np.exp(outside), [1 / 17, 10 / 17, 0, 6 / 17], atol=1e-6)
@@ -64,8 +69,8 @@ def test_temperature_zero_leaves_the_logits_and_an_argument_overrides():
     scores_V = jnp.float32([0.0, 1.0, 3.0])
     log_softmax = lambda x: np.asarray(jax.nn.log_softmax(x))  # noqa: E731
 
-    zero = logits.log_probs(scores_V, Sampling(temperature=0.0))
-    two = logits.log_probs(scores_V, Sampling(temperature=0.5), temperature=2.0)
+    zero = log_probs(scores_V, Sampling(temperature=0.0))
+    two = log_probs(scores_V, Sampling(temperature=0.5), temperature=2.0)
 
     np.testing.assert_array_equal(zero, log_softmax(scores_V))
     np.testing.assert_array_equal(two, log_softmax(scores_V / 2))

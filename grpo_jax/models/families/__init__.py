@@ -1,9 +1,9 @@
 """Between Hugging Face's config.json and the one decoder's `ModelConfig`.
 
-Llama, Qwen2, Qwen3 and Mistral differ in a few settings; this file knows which. A value that
-`transformer.py` would not compute exactly is refused, never approximated: a wrong rotary scaling
-trains without an error and ends in a worse model. Where a key may be absent, its value is the one
-that the family has in transformers.
+Llama, Qwen2, Qwen3 and Mistral differ in a few settings; this file knows which, and `names.py`
+knows their tensors. A value that `transformer.py` would not compute exactly is refused, never
+approximated: a wrong rotary scaling trains without an error and ends in a worse model. An absent
+key has the value that transformers gives it in this family.
 """
 
 from __future__ import annotations
