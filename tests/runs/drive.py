@@ -13,6 +13,8 @@ import json
 import sys
 import threading
 
+import shared_programs
+
 from grpo_jax import lines, loop, metrics, saving, train
 from grpo_jax import stop as stop_lib
 
@@ -114,6 +116,7 @@ evaluate, score = loop._evaluate, loop._score
 
 
 def main(jobs: list[dict]) -> None:
+    shared_programs.share()
     train.StopSignal, loop.Saver = StopAfter, LeavingSaver
     loop._evaluate, loop._score = _evaluate, _score
     lines.Lines.learned = _counted(lines.Lines.learned, "update")
