@@ -24,8 +24,6 @@ from grpo_jax.checkpoints import Checkpoints, Newest, NotSaved, newest_params
 from grpo_jax.models import transformer
 from grpo_jax.structs import Experience, ModelConfig, Rollouts, TrainState
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 MODEL = ModelConfig(
     family="qwen2", vocab_size=8, width=16, mlp_width=24, num_layers=1, num_heads=2,
     num_kv_heads=1, head_size=8, rope_theta=1e4, norm_eps=1e-6, max_position=32, tied_head=True,

@@ -20,8 +20,6 @@ from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 CONFIG = """
 from grpo_jax import config as config_lib
 

@@ -17,8 +17,6 @@ from grpo_jax.planning.advice import changed
 from grpo_jax.planning.step import Compiled, Lengths, Step
 from grpo_jax.structs import Experience, Sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 P, G, Q, C = 4, 4, 16, 8
 ALL, ONE = P * (Q + G * (C - 1)), Q + C - 1  # tokens of an update, and of one completion
 

@@ -26,8 +26,6 @@ from grpo_jax.planning import advice, chips, gpus, hlo
 from grpo_jax.planning import step as step_lib
 from grpo_jax.sampling.engine import Engine
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 TINY = "tests/runs/tiny_config.py"
 
 

@@ -30,8 +30,6 @@ from grpo_jax.position import Position
 from grpo_jax.rewards.score import Scores
 from grpo_jax.structs import Rollouts, Sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 P, G, C, Q = 4, 3, 5, 6
 MODEL = tiny.MODEL
 REWARD_PG = np.random.default_rng(3).normal(size=(P, G))

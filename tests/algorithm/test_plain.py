@@ -14,8 +14,6 @@ import tiny
 from grpo_jax.algorithm import losses, update
 from grpo_jax.structs import Experience, Rollouts, Sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 P, G, C = 4, 5, 9
 MODEL = tiny.MODEL
 FULL = losses.Objective(0.2, 0.3, kl_coef=0.2, entropy_coef=0.05, max_tokens=C)

@@ -26,8 +26,6 @@ from grpo_jax.algorithm.update import (
 from grpo_jax.models import transformer
 from grpo_jax.structs import Experience, Sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 P, G, C = 4, 3, 5
 RATE = 0.5  # of plain gradient descent: the change of the parameters is the gradient, times this
 FULL = losses.Objective(kl_coef=0.2, entropy_coef=0.05)

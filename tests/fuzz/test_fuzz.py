@@ -13,8 +13,6 @@ import pytest
 from hypothesis import strategies as st
 from kinds import KINDS, Kind
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 CASES = 300
 
 

@@ -16,8 +16,6 @@ from grpo_jax.models import kernels, norms
 from grpo_jax.sampling import decode, engine
 from grpo_jax.structs import Sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 
 def compare(width: int, dtype, *, interpret: bool = False) -> None:
     keys = jax.random.split(jax.random.key(width), 3)
@@ -73,8 +71,8 @@ def test_the_choice(platform, kernel):
     assert kernels.choose_norm(mesh, jnp.bfloat16) is (norms.FusedNorm if kernel else nn.RMSNorm)
 
 
-def test_on_a_gpu():
-    tiny.run_on_a_gpu(__file__)
+def test_on_a_gpu(optimized):
+    tiny.run_on_a_gpu(__file__, optimized)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ import tiny
 
 from grpo_jax.models import kernels, logits, peaks
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 B = 5
 
 
@@ -68,8 +66,8 @@ def test_the_choice(platform, tensor, dtype, kernel):
     assert kernels.choose_sums(mesh, dtype) == want
 
 
-def test_on_a_gpu():
-    tiny.run_on_a_gpu(__file__)
+def test_on_a_gpu(optimized):
+    tiny.run_on_a_gpu(__file__, optimized)
 
 
 if __name__ == "__main__":

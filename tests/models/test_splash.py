@@ -19,8 +19,6 @@ from grpo_jax.models import attention
 from grpo_jax.models.splash import Splash, choose
 from grpo_jax.structs import Experience, Sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 P, L, T, Q, N, K, H = 2, 2, 20, 9, 4, 2, 16
 LENGTH_P = np.array([9, 3])
 # A lane of two completions and padding, a full one, an empty one, and one of one token.

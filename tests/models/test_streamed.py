@@ -15,8 +15,6 @@ from grpo_jax.models import attention, quantize, streamed
 from grpo_jax.models.kernels import choose_decoding
 from grpo_jax.models.streamed import Streamed
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 R, W, Q, N, K, H = 2, 3, 32, 6, 2, 32
 FREQUENCIES = 10_000.0 ** (-np.arange(0, H, 2) / H)
 
@@ -153,8 +151,8 @@ def test_share_of_the_cache_that_a_step_reads():
     assert share([0, 0], 0, 2) == 0
 
 
-def test_on_a_gpu():
-    tiny.run_on_a_gpu(__file__)
+def test_on_a_gpu(optimized):
+    tiny.run_on_a_gpu(__file__, optimized)
 
 
 if __name__ == "__main__":
