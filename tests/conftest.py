@@ -1,4 +1,4 @@
-"""Eight CPU devices, no network, and the folder of shared data.
+"""Eight CPU devices, programs that compile quickly, no network, and the folder of shared data.
 
 The environment is set when pytest imports this file, before any test imports JAX. Test folders are
 not packages, so file names are unique.
@@ -10,6 +10,7 @@ import ipaddress
 import os
 import socket
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 _flags = os.environ.get("XLA_FLAGS", "").split()
 _flags = [flag for flag in _flags if "xla_force_host_platform_device_count" not in flag]
 os.environ["XLA_FLAGS"] = " ".join([*_flags, "--xla_force_host_platform_device_count=8"])
+# Programs of tests take longer to compile than to run. So, XLA takes a sixth of the time to compile
+# one, and a user's options compile the quickstart; GRPO_JAX_TEST_OPTIMIZED=1 has all as users do.
+_QUICK = ["--xla_cpu_parallel_codegen_split_count=1"]
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # later ones have no such option
+    _QUICK += ["--xla_cpu_use_fusion_emitters=false"]
+if not os.environ.get("GRPO_JAX_TEST_OPTIMIZED"):
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    os.environ["XLA_FLAGS"] = " ".join([os.environ["XLA_FLAGS"], *_QUICK])
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -70,11 +79,9 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.fixture(scope="module")
-def quick_compiling():
-    """Programs of tiny models take longer to compile than to run; half as long unoptimized."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+@pytest.fixture(scope="session")
+def optimized() -> dict[str, str]:
+    """The environment of a process that compiles programs as users do."""
+    kept = {n: v for n, v in os.environ.items() if n != "JAX_DISABLE_MOST_OPTIMIZATIONS"}
+    flags = [flag for flag in kept["XLA_FLAGS"].split() if flag not in _QUICK]
+    return kept | {"XLA_FLAGS": " ".join(flags)}

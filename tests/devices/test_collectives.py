@@ -21,8 +21,6 @@ from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Experience, Layer, ModelConfig, Rotary, Sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 TOKENS = 1000.0  # how often the decode loop runs: by it what stands in the loop is known
 SLOTS, LANES, LIMIT = 8, 2, 6
 MODEL = dataclasses.replace(tiny.MODEL, vocab_size=2048)  # wider than any activation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import pytest
 import tiny
 
 from grpo_jax.devices import compiling as compiling_lib
@@ -11,7 +12,17 @@ from grpo_jax.devices import sharding
 from grpo_jax.devices.compiling import Compiling
 
 
-def test_options_of_gpus_are_asked_for_where_xla_has_them(monkeypatch):
+@pytest.fixture
+def quickly(request):
+    """Whether JAX is asked to compile quickly."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", request.param)
+    yield request.param
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.mark.parametrize("quickly", [False], indirect=True)
+def test_options_of_gpus_are_asked_for_where_xla_has_them(quickly, monkeypatch):
     """A program with an option that is unknown cannot be compiled."""
     mesh = tiny.one_device()
     own = compiling_lib.options(mesh)
@@ -27,7 +38,8 @@ def test_options_of_gpus_are_asked_for_where_xla_has_them(monkeypatch):
     assert compiling_lib.options_of_decoding(mesh) == own | {merger: 0}
 
 
-def test_a_cpu_compiles_more_quickly_where_jax_was_asked_to(quick_compiling, monkeypatch):
+@pytest.mark.parametrize("quickly", [True], indirect=True)
+def test_a_cpu_compiles_more_quickly_where_jax_was_asked_to(quickly, monkeypatch):
     quick = compiling_lib.options(tiny.one_device())
     jax.jit(lambda x: x + 1, compiler_options=quick)(1.0)
     assert quick["xla_cpu_parallel_codegen_split_count"] == 1

@@ -22,8 +22,6 @@ from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Experience, Sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 PROMPTS = [[7], [5, 6, 7, 8], [30, 2], [11, 12, 13], [3, 3], [39], [9, 8, 7], [20]]
 GROUP, LIMIT, RATE, STEPS = 2, 6, 0.5, 5
 # data, fsdp, tensor, sequence

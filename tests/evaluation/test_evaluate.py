@@ -28,8 +28,6 @@ from grpo_jax.setup.model import open_model
 from grpo_jax.setup.rewards import load_rewards
 from grpo_jax.structs import Sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 CONFIG = """
 from grpo_jax.config import options as config_lib
 

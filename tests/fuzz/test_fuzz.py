@@ -16,8 +16,6 @@ from kinds import KINDS, Kind
 from grpo_jax.config import options
 from grpo_jax.config.dotted import flatten
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 CASES = 300
 
 

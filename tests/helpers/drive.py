@@ -13,6 +13,8 @@ import json
 import sys
 import threading
 
+import shared_programs
+
 from grpo_jax import train
 from grpo_jax.run import stop
 from grpo_jax.trainers import monitor, restarts, results
@@ -96,6 +98,7 @@ evaluate = results.evaluate
 
 
 def main(jobs: list[dict]) -> None:
+    shared_programs.share()
     train.StopSignal, results.evaluate = StopAfter, _evaluate
     restarts.Monitor, monitor.StepLog = LeavingMonitor, CountingLog
     for job in jobs:

@@ -140,9 +140,9 @@ def unstacked(layers, config: ModelConfig) -> list:
     return [jax.tree.map(lambda x: x[turn], stack) for stack, turn in stacks]  # noqa: B023
 
 
-def run_on_a_gpu(file: str) -> None:
+def run_on_a_gpu(file: str, optimized: dict[str, str]) -> None:
     """Runs a test's file as a program: this process has been told to use the CPU."""
     if shutil.which("nvidia-smi") is None:
         pytest.skip("needs an NVIDIA GPU")
-    environment = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = optimized | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, file], env=environment, check=True, timeout=300)

@@ -15,8 +15,6 @@ from grpo_jax.kernels.block_sums import sums_of_blocks
 from grpo_jax.kernels.gpu_block_sums import TritonBlockSums
 from grpo_jax.models import logits
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 B = 5
 
 
@@ -71,8 +69,8 @@ def test_the_choice(platform, tensor, dtype, kernel):
     assert choice.choose_sums(mesh, dtype) == want
 
 
-def test_on_a_gpu():
-    tiny.run_on_a_gpu(__file__)
+def test_on_a_gpu(optimized):
+    tiny.run_on_a_gpu(__file__, optimized)
 
 
 if __name__ == "__main__":

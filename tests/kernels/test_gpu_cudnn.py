@@ -159,8 +159,8 @@ def compare_on_a_gpu(window: int | None) -> None:
         assert np.linalg.norm(have.astype(jnp.float32) - want) < 0.02 * np.linalg.norm(want)
 
 
-def test_on_a_gpu():
-    tiny.run_on_a_gpu(__file__)
+def test_on_a_gpu(optimized):
+    tiny.run_on_a_gpu(__file__, optimized)
 
 
 def test_the_choice(monkeypatch):

@@ -17,8 +17,6 @@ from grpo_jax.kernels.gpu_decode import TritonDecode
 from grpo_jax.kernels.kv_cache import CacheShape, DecodeStep, RingCache
 from grpo_jax.structs import Layer
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 R, W, Q, N, K, H = 2, 3, 32, 6, 2, 32
 FREQUENCIES = 10_000.0 ** (-np.arange(0, H, 2) / H)
 
@@ -159,8 +157,8 @@ def test_share_of_the_cache_that_a_step_reads():
     assert share([0, 0], 0, 2) == 0
 
 
-def test_on_a_gpu():
-    tiny.run_on_a_gpu(__file__)
+def test_on_a_gpu(optimized):
+    tiny.run_on_a_gpu(__file__, optimized)
 
 
 if __name__ == "__main__":

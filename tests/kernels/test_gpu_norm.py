@@ -18,8 +18,6 @@ from grpo_jax.kernels.norm import AddNorm, Residual
 from grpo_jax.sampling import decode, engine
 from grpo_jax.structs import Sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 
 def compare(width: int, dtype, *, interpret: bool = False) -> None:
     keys = jax.random.split(jax.random.key(width), 3)
@@ -77,8 +75,8 @@ def test_the_choice(platform, kernel):
     assert choice.choose_norm(mesh, jnp.bfloat16) is (FusedNorm if kernel else AddNorm)
 
 
-def test_on_a_gpu():
-    tiny.run_on_a_gpu(__file__)
+def test_on_a_gpu(optimized):
+    tiny.run_on_a_gpu(__file__, optimized)
 
 
 if __name__ == "__main__":

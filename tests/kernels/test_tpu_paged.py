@@ -22,8 +22,6 @@ from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Layer, Sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 R, W, Q, C, N, K, H = 2, 3, 2 * PAGE, 20, 4, 2, 128
 FREQUENCIES = 10_000.0 ** (-np.arange(0, H, 2) / H)
 STOPS = tuple(range(0, 40, 6))

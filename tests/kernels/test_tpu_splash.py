@@ -23,8 +23,6 @@ from grpo_jax.learner.update import make_update
 from grpo_jax.models import policy
 from grpo_jax.structs import Experience, Layer, Sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 P, W, T, Q, N, K, H = 2, 2, 20, 9, 4, 2, 16
 LENGTH_P = np.array([9, 3])
 # A lane of two completions and padding, a full one, an empty one, and one of one token.

@@ -17,8 +17,6 @@ from grpo_jax.learner import scoring, train_state, update
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.structs import Experience, Rollouts, Sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 P, G, C = 4, 5, 9
 MODEL = tiny.MODEL
 FULL = losses.Objective(0.2, 0.3, kl_coef=0.2, entropy_coef=0.05, max_tokens=C)

@@ -16,15 +16,13 @@ import tiny
 from grpo_jax.algorithm import losses
 from grpo_jax.algorithm.components import PolicyLoss
 from grpo_jax.devices import transfer
-from grpo_jax.learner import optim, packing
+from grpo_jax.learner import optim
 from grpo_jax.learner.experience import action_mask, make_prepare
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.learner.train_state import refuse, start
 from grpo_jax.learner.update import make_update
 from grpo_jax.models import parameters
 from grpo_jax.structs import Experience, Sampling
-
-pytestmark = pytest.mark.usefixtures("quick_compiling")
 
 P, G, C = 4, 3, 5
 RATE = 0.5  # of plain gradient descent: the change of the parameters is the gradient, times this
@@ -123,27 +121,6 @@ def test_minibatches_are_strided_and_cover_the_batch(plain, experience):
     assert_same(first, run(plain, even))
     assert_same(second, run(plain, odd))
     assert np.abs(gradient(first[0]) - gradient(second[0])).max() > 1e-3
-
-
-def test_the_reference_is_asked_for_before_the_rewards(monkeypatch):
-    """Rewards may take long; the device has work meanwhile."""
-    events, pack = [], packing.pack
-
-    def noted(*args, **kwargs):
-        events.append("reference")
-        return pack(*args, **kwargs)
-
-    def rewards():
-        events.append("rewards")
-        return jnp.zeros((P, G))
-
-    monkeypatch.setattr(packing, "pack", noted)
-    prepare = make_prepare(scorer(), scale_by="std", mask_truncated=False, with_old=False)
-    made = prepare(
-        prepare.log_probs(tiny.params(), tiny.params(7), tiny.rollouts(P, G, C)), rewards
-    )
-    assert events == ["reference", "rewards"]
-    assert not made.advantage_PG.any() and made.ref_logp_PGC.any()
 
 
 def adding(update, experience):

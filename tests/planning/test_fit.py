@@ -21,8 +21,6 @@ from grpo_jax.planning.topologies import Chip
 from grpo_jax.setup.learner import Fit, make_learner, make_scorer
 from grpo_jax.structs import Experience, Sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 P, G, Q, C = 4, 4, 16, 8
 ALL, ONE = P * (Q + G * (C - 1)), Q + C - 1  # tokens of an update, and of one completion
 

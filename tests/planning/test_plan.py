@@ -34,8 +34,6 @@ from grpo_jax.planning.topologies import Chip
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup import model as model_lib
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 TINY = "tests/helpers/tiny_config.py"
 
 

@@ -27,8 +27,6 @@ from grpo_jax.run import checksums, integrity
 from grpo_jax.run.checkpoints import Checkpoints, Newest, NotSaved, newest_params
 from grpo_jax.structs import Experience, Layer, Rollouts, TrainState
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 
 @pytest.fixture(scope="module")
 def mesh():

@@ -22,8 +22,6 @@ from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Layer, Sampling
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 GROUP, LIMIT = 4, 16
 PROMPTS = [[7], [5, 6, 7, 8, 9], [30, 2], [11, 12, 13], [3, 3, 3, 3], [39]]
 STOPS = (1, 4, 17)  # a completion of about 13 tokens in the mean: some stop at once, some never

@@ -42,8 +42,6 @@ from grpo_jax.trainers import grpo, results, rollout, sft
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Course
 
-pytestmark = pytest.mark.usefixtures("quick_compiling")
-
 P, G, C, Q = 4, 3, 5, 6
 MODEL = tiny.MODEL
 REWARD_PG = np.random.default_rng(3).normal(size=(P, G))
@@ -432,9 +430,21 @@ def test_the_reward_of_a_row_meets_its_tokens(longest):
         completion_PGC=wider(shown_PGC), logp_PGC=wider(rollouts.logp_PGC), length_PG=length_PG
     )
     reward_B = np.float32([_worth(ids) for ids in shown_PGC.reshape(-1, C)])
-    scores = Scores(reward_B, {}, {}, {})
+    scores, events = Scores(reward_B, {}, {}, {}), []
+
+    class Noted:
+        def __init__(self, prepare):
+            self.prepare = prepare
+
+        def log_probs(self, *given):
+            events.append("log-probabilities")
+            return self.prepare.log_probs(*given)
+
+        def __call__(self, *given):
+            return self.prepare(*given)
+
     run = SimpleNamespace(
-        mesh=tiny.one_device(), ref_params=None, prepare=learner_of("constant").prepare,
+        mesh=tiny.one_device(), ref_params=None, prepare=Noted(learner_of("constant").prepare),
         course=Course(9, P),
     )  # fmt: skip
     state = RunState(
@@ -444,13 +454,14 @@ def test_the_reward_of_a_row_meets_its_tokens(longest):
     monitor = SimpleNamespace(
         phase=lambda name, state: contextlib.nullcontext(),
         sampled=lambda *given: None,
-        rewards=lambda *given: scores,
+        rewards=lambda *given: events.append("rewards") or scores,
         scored=lambda *given: None,
         guards=SimpleNamespace(skips_rollout=False),
     )
 
     grpo.sample_and_reward(run, state, monitor)
 
+    assert events == ["log-probabilities", "rewards"]  # these take long: the device has work
     assert state.next_rollout is None
     experience = state.experience
     assert experience.rollouts.completion_PGC.shape[-1] == (4 if longest == 3 else 8)

@@ -1,0 +1,51 @@
+"""What tiny runs of one process share, since tracing and compiling take most of such a run.
+
+Runs of the same options and model have the same programs, so the second takes those of the first.
+Each begins with sizes of rows of its own, as a new process does. The picture of a run, which takes
+a sixth of what is left, is drawn by the tests that look at it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.config.dotted import flatten
+from grpo_jax.metrics import curves
+from grpo_jax.trainers import grpo_run, sft
+
+_MADE: dict[tuple, Any] = {}
+# Options that no program reads; and those that sampling does not.
+_BESIDE = ("checkpoint", "logging", "rewards")
+_LEARNING = ("optim", "sft", "loop", "guards", "evaluation")
+
+
+def share(setattr: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Lets the runs of this process share their programs."""
+    engine = _kept(grpo_run.make_engine, *_BESIDE, *_LEARNING)
+    for trainer in (grpo_run, sft):
+        setattr(trainer, "make_engine", engine)
+    setattr(grpo_run, "make_learner", _kept(grpo_run.make_learner, *_BESIDE))
+    supervised = _kept(sft.make_supervised_learner, *_BESIDE)
+    setattr(sft, "make_supervised_learner", supervised)
+    setattr(curves, "curves", lambda folder: Path(folder) / "curves.png")
+
+
+def _kept(make: Callable, *beside: str) -> Callable:
+    """`make(config, ...)`, called once for options that differ in those sections alone."""
+
+    def call(config, *args, **kwargs):
+        read = {k: v for k, v in flatten(config).items() if k.split(".")[0] not in beside}
+        # A policy holds a tokenizer, of which no program knows.
+        with_model = (getattr(x, "model", x) for x in args)
+        key = (make.__name__, json.dumps(read, default=str), *with_model, *sorted(kwargs.items()))
+        if key not in _MADE:
+            _MADE[key] = make(config, *args, **kwargs)
+        made = _MADE[key]
+        for sizes in getattr(made, "sizes", {}).values():
+            sizes.restore(None)
+        return made
+
+    return call
