@@ -20,6 +20,7 @@ from grpo_jax.evaluation import compare, estimates, held_out
 from grpo_jax.models import policy
 from grpo_jax.models.hf.export import save
 from grpo_jax.rewards.pool import Pool
+from grpo_jax.rewards.scores import RewardError
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup import model as model_lib
@@ -46,6 +47,9 @@ def get_config():
 SHORT = """
 def short(prompts, completions, **columns):
     return [float(len(c) < 6) for c in completions]
+
+def mostly_fails(prompts, completions, answer, **columns):
+    return [1.0 / (int(a) > 9) for a in answer]
 """
 
 
@@ -143,6 +147,16 @@ def test_two_models_side_by_side(config, models, capsys):
     reward = found["models"][0]["metrics"]["reward/short"]
     assert f"{reward['value']:.3f} [{reward['low']:.3f}, {reward['high']:.3f}]" in shown
     assert "difference to one" in shown and "Every completion: evaluations/sums" in shown
+
+
+def test_rewards_that_fail_too_often_end_it_with_all_written(config, models, tmp_path):
+    """Eight of twelve: no share right follows from that. Half is not too many."""
+    argv = ["--model", models[0], "--config"]
+    config = _write_config(tmp_path / "fails.py", "brevity:mostly_fails")
+    with pytest.raises(RewardError, match=r"one: 8 of 12 completions have no reward 'mostly_"):
+        evaluate.main([*argv, config])
+    assert len(_items("evaluations/fails/one_eval_greedy.jsonl")) == 12
+    evaluate.main([*argv, config, "--config.rewards.max_failed_share", "0.7"])
 
 
 def test_slots_change_no_item_and_are_few(config, models, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import sys
 import types
 from pathlib import Path
@@ -31,7 +32,7 @@ from grpo_jax.rewards.scores import Failure, Scores
 from grpo_jax.run.append_log import read_jsonl
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Rollouts
-from grpo_jax.trainers import grpo_run, step_metrics
+from grpo_jax.trainers import grpo_run, results, step_metrics
 
 CHIP = Chip("slow", 1e9, 1e30, 2**30, 1e9, "made up: its memory takes no time")
 MESH = ["--config.mesh.data=2", "--config.mesh.tensor=-1"]
@@ -385,3 +386,14 @@ def test_checkpoints_may_lie_elsewhere(tmp_path, model, one_device):
     assert [row["step"] for row in _runs(tmp_path / "b", *more)] == [2]
     message = _refused(tmp_path / "c", *more, "--config.optim.learning_rate=0.5")
     assert f"checkpoint.folder = '{kept}' holds a run of a different config" in message
+
+
+@pytest.mark.parametrize("prompt", ["It's 1 + 1?", [{"role": "user", "content": "$HOME `ls`"}]])
+def test_the_command_that_asks_the_model_can_be_pasted(prompt):
+    questions = types.SimpleNamespace(problems=[types.SimpleNamespace(prompt=prompt)])
+    run = types.SimpleNamespace(held_out=None, train=questions)
+    command = shlex.split(results._command_to_ask(run, Path("/runs/my run/export")))
+    chat = [] if isinstance(prompt, str) else ["--chat"]
+    text = prompt if isinstance(prompt, str) else "$HOME `ls`"
+    model = ["--model", "/runs/my run/export"]
+    assert command == ["python", "-m", "grpo_jax.generate", *model, *chat, "--prompt", text]
