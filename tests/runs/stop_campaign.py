@@ -84,15 +84,16 @@ def stretch(phase: str) -> None:
     from grpo_jax.models.hf import export
     from grpo_jax.run import checksums
     from grpo_jax.sampling.engine import Engine
-    from grpo_jax.trainers import results, sft
+    from grpo_jax.trainers import results
     from grpo_jax.trainers.monitor import Monitor
 
-    steps = [0]
+    steps, supervised = [0], [0]
     finished = Monitor.finished
 
-    def counted(*args):
-        steps[0] += 1
-        return finished(*args)
+    def counted(monitor, *args):
+        count = supervised if monitor._run.engine is None else steps
+        count[0] += 1
+        return finished(monitor, *args)
 
     Monitor.finished = counted
     evaluating = [False]
@@ -107,30 +108,10 @@ def stretch(phase: str) -> None:
 
     results.evaluate = evaluates
 
-    def launched(function):
-        def call(*args):
-            result = function(*args)
-            sleep()
-            return result
-
-        return call
-
     if phase == "start":
         before(policy, "load_params")
     elif phase == "supervised training":
-        make = sft._make_update
-
-        def slow(*args):
-            update, calls = make(*args), []
-
-            def call(state, rows, before_donating):
-                calls.append(0)
-                told = before_donating if len(calls) < 3 else lambda: (sleep(), before_donating())
-                return update(state, rows, told)
-
-            return call
-
-        sft._make_update = slow
+        before(Monitor, "donates", lambda: supervised[0] >= 2)
     elif phase == "first evaluation":
         before(Engine, "_harvest", lambda: evaluating[0])
     elif phase == "compiling":
@@ -181,7 +162,7 @@ def stopped(phase: str, folder: Path, environment: dict[str, str], seconds: floa
     ended_after = time.monotonic() - began
     text = log.read_text()
     saved = 0
-    if (folder / "checkpoints").is_dir():
+    if any((folder / "checkpoints").glob("[0-9]*")):
         saved = int(final_state(folder)["/num_updates"])
     told = re.findall(r"^Stopped by .*", text, re.M)
     return {
