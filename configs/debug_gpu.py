@@ -8,11 +8,11 @@ minutes. It is too short to learn anything. Another model: --config.model.path=D
 --config.sft.num_steps=0.
 """
 
-from grpo_jax.config import options
+from grpo_jax import config
 
 
 def get_config():
-    c = options.default()
+    c = config.default()
     c.data.task = "arithmetic"
     c.data.num_train = 64
     c.data.num_eval = 8

@@ -8,11 +8,11 @@ greedy accuracy on all 1,319 of the test. Published for this model and test: ver
 goes from 49.6 % to 54.3 %, verl's PPO reaches 56.7 %. No score is recorded for this config yet.
 """
 
-from grpo_jax.config import options
+from grpo_jax import config
 
 
 def get_config():
-    c = options.default()
+    c = config.default()
     c.model.path = "Qwen/Qwen2.5-0.5B-Instruct"
     c.model.dtype = "bfloat16"
     c.model.remat = "dots"

@@ -9,11 +9,11 @@ be algebra alone. Prompts of more than 1,024 tokens, drawings for the most part,
 training, 2 of the test. No score is recorded for this config yet.
 """
 
-from grpo_jax.config import options
+from grpo_jax import config
 
 
 def get_config():
-    c = options.default()
+    c = config.default()
     c.model.path = "Qwen/Qwen2.5-0.5B-Instruct"
     c.model.dtype = "bfloat16"
     c.model.remat = "dots"

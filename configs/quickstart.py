@@ -8,11 +8,11 @@ GRPO with a reward for right answers teaches it to work, and to work carefully: 
 100 % with the seeds 0 and 1.
 """
 
-from grpo_jax.config import options
+from grpo_jax import config
 
 
 def get_config():
-    c = options.default()
+    c = config.default()
     c.data.task = "arithmetic"
     c.data.num_train = 20_000
     c.data.num_eval = 512

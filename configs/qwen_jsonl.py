@@ -9,11 +9,11 @@ and other files, folders and hub datasets do as well. The sizes fit a GPU of 80 
 recorded for this config yet.
 """
 
-from grpo_jax.config import options
+from grpo_jax import config
 
 
 def get_config():
-    c = options.default()
+    c = config.default()
     c.model.path = "Qwen/Qwen2.5-0.5B-Instruct"
     c.model.dtype = "bfloat16"
     c.model.remat = "dots"

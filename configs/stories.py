@@ -8,11 +8,11 @@ reward is the share of four words that a story mentions, less a penalty for repe
 that model it rises from 0.07 to 0.85 in under three minutes on two CPU cores.
 """
 
-from grpo_jax.config import options
+from grpo_jax import config
 
 
 def get_config():
-    c = options.default()
+    c = config.default()
     c.model.path = "stories260K"  # a folder of yours
     c.data.task = "stories"
     c.data.num_train = 4096

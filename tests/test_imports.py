@@ -94,11 +94,13 @@ def reached(module: str) -> set[str]:
     """Everything a module imports, through ours also indirectly."""
     seen, todo = set(), [module]
     while todo:
-        for name in imports(todo.pop()):
+        importer = todo.pop()
+        for name in imports(importer):
             if name not in seen:
                 seen.add(name)
-                # A package's own __init__ runs before its modules.
+                # A package's own __init__ runs before its modules, if it has not run already.
                 parents = [name.rsplit(".", i)[0] for i in range(1, name.count(".") + 1)]
+                parents = [p for p in parents if not f"{importer}.".startswith(f"{p}.")]
                 todo += [n for n in (name, *parents) if n in FILES]
     return seen
 

@@ -59,12 +59,12 @@ def _read_file(path: str) -> ConfigDict:
             raise ValueError(f"--config: {named}") from error
         raise ValueError(
             f"--config: {path} does not give a config ({type(error).__name__}: {error}). It needs "
-            "a function get_config() that changes and returns grpo_jax.config.options.default()."
+            "a function get_config() that changes and returns grpo_jax.config.default()."
         ) from error
     if not isinstance(config, ConfigDict):
         raise ValueError(
             f"--config: get_config() of {path} returns a {type(config).__name__}, not a config. "
-            "Let it return the one that it got from grpo_jax.config.options.default()."
+            "Let it return the one that it got from grpo_jax.config.default()."
         )
     config.rewards.names = tuple(
         spec_of(name) if callable(name) else name for name in config.rewards.names

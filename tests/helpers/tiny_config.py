@@ -5,11 +5,11 @@
 It takes seconds and learns nothing; the tests of whole runs use it.
 """
 
-from grpo_jax.config import options
+from grpo_jax import config
 
 
 def get_config():
-    c = options.default()
+    c = config.default()
     c.data.task = "arithmetic"
     c.data.num_train = 40
     c.data.num_eval = 8
