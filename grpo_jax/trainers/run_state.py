@@ -212,6 +212,12 @@ def save(
 def _read(run: Run, number: int) -> tuple[RunState, dict[str, Any]]:
     """The state that a checkpoint holds, without its arrays; and the options that bind it."""
     facts = run.checkpoints.facts(number)
+    if "state" not in facts:
+        raise ValueError(
+            f"Checkpoint {number} in {run.checkpoints.folder} is of an earlier version of grpo_jax, "
+            "whose runs this one cannot continue. Continue it with that version, or begin another "
+            "run with --workdir DIR."
+        )
     history = History(**facts["state"].pop("history"))
     state = RunState(**facts["state"] | {"history": history, "checkpoint": number})
     return state, facts["config"]

@@ -74,6 +74,12 @@ def test_a_run_that_reads_something_else_does_not_go_on(parts, state):
     assert run_state.newest(parts).step == 2
 
 
+def test_a_checkpoint_of_an_earlier_version_is_refused(parts, state):
+    parts.checkpoints.save(state, {"position": {"step": 2}, "config": {}})
+    with pytest.raises(ValueError, match="earlier version of grpo_jax.*--workdir"):
+        run_state.newest(parts)
+
+
 def test_a_roll_back_goes_to_the_newest_checkpoint_that_was_due(parts, state):
     """The one in the middle of step 9 is from a stop; a run that was left alone has none there."""
     _save(parts, state, 2, 4, 6, 8)
