@@ -214,9 +214,9 @@ def _read(run: Run, number: int) -> tuple[RunState, dict[str, Any]]:
     facts = run.checkpoints.facts(number)
     if "state" not in facts:
         raise ValueError(
-            f"Checkpoint {number} in {run.checkpoints.folder} is of an earlier version of grpo_jax, "
-            "whose runs this one cannot continue. Continue it with that version, or begin another "
-            "run with --workdir DIR."
+            f"Checkpoint {number} in {run.checkpoints.folder} is of an earlier version of "
+            "grpo_jax, whose runs this one cannot continue. Continue it with that version, or begin "
+            "another run with --workdir DIR."
         )
     history = History(**facts["state"].pop("history"))
     state = RunState(**facts["state"] | {"history": history, "checkpoint": number})

@@ -76,7 +76,7 @@ def test_a_run_that_reads_something_else_does_not_go_on(parts, state):
 
 def test_a_checkpoint_of_an_earlier_version_is_refused(parts, state):
     parts.checkpoints.save(state, {"position": {"step": 2}, "config": {}})
-    with pytest.raises(ValueError, match="earlier version of grpo_jax.*--workdir"):
+    with pytest.raises(ValueError, match=r"earlier version of grpo_jax.*--workdir"):
         run_state.newest(parts)
 
 
