@@ -215,8 +215,8 @@ def _read(run: Run, number: int) -> tuple[RunState, dict[str, Any]]:
     if "state" not in facts:
         raise ValueError(
             f"Checkpoint {number} in {run.checkpoints.folder} is of an earlier version of "
-            "grpo_jax, whose runs this one cannot continue. Continue it with that version, or begin "
-            "another run with --workdir DIR."
+            "grpo_jax, whose runs this one cannot continue. Continue it with that version, or "
+            "begin another run with --workdir DIR."
         )
     history = History(**facts["state"].pop("history"))
     state = RunState(**facts["state"] | {"history": history, "checkpoint": number})
