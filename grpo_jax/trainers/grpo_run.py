@@ -56,6 +56,7 @@ def _course(config: ConfigDict) -> Course:
         updates=derived.num_updates_per_step(config),
         evaluate_every=config.evaluation.every_steps,
         save_every=config.checkpoint.every_steps,
+        samples_every=config.logging.samples_every_steps,
         is_asynchronous=config.loop.async_rollouts,
         profiled=config.profile.steps,
         wandb_project=config.logging.wandb_project,

@@ -121,7 +121,7 @@ def show_rows(
 
 
 def _is_shown(run: Run, step: int) -> bool:
-    every = run.config.logging.samples_every_steps
+    every = run.course.samples_every
     return bool(every) and (step - 1) % every == 0
 
 

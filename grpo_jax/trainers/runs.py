@@ -31,6 +31,7 @@ class Course:
     updates: int = 1  # of a step
     evaluate_every: int = 0  # steps; 0: before the first and after the last alone
     save_every: int = 0  # steps; 0: after the last alone
+    samples_every: int = 0  # steps between those whose completions are shown; 0: none
     is_asynchronous: bool = False  # samples a step ahead
     profiled: tuple[int, ...] = ()  # first and last step of a trace
     wandb_project: str = ""

@@ -187,6 +187,8 @@ def _build(
         num_steps=config.sft.num_steps,
         prompts=config.sft.batch,
         save_every=config.sft.checkpoint_every_steps,
+        # The first alone: given completions do not change.
+        samples_every=config.sft.num_steps if config.logging.samples_every_steps else 0,
         step="supervised step",
         bar="sft",
         shown_every=100,

@@ -41,7 +41,13 @@ def shown(step: int, scale_by: str = "none", **options) -> list[dict] | None:
     written = []
     writers = SimpleNamespace(samples=lambda step, rows: written.append((step, rows)))
     rollout.show(
-        SimpleNamespace(config=config, course=Course(9, 2)), writers, step, sampled, scores
+        SimpleNamespace(
+            config=config, course=Course(9, 2, samples_every=config.logging.samples_every_steps)
+        ),
+        writers,
+        step,
+        sampled,
+        scores,
     )
     if not written:
         return None
