@@ -125,7 +125,7 @@ def _run_folder(folder, mesh, model, number: int):
     params = jax.tree.map(lambda x: x + 0.1 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), params)
     state = train_state.start(params, read.model, mesh, optimizer)
     checkpoints = Checkpoints(folder / "checkpoints", keep=1)
-    facts = {"position": {"step": 7}}
+    facts = {"state": {"step": 7}}
     checkpoints.save(state.replace(num_updates=jnp.int32(number)), facts)
     checkpoints.close()
     return read, jax.device_get(state.params)
