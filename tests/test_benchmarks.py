@@ -22,7 +22,7 @@ def test_a_piece_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
     found = gpu.run(pieces, tmp_path, tiny=True, minutes=5)
     assert found == json.loads((tmp_path / "gpu.json").read_text())
     assert found["lunch"] == {"failed": "KeyError: 'lunch'"}
-    step = found["step small auto apart both"]
+    step = found["step small auto off both"]
     assert "failed" not in step and step["memory"]["memory/process_gib"] > 0
     assert 0 < step["spread"]["completion_tokens"] < step["full"]["completion_tokens"]
     for lengths in ("full", "spread"):
@@ -32,7 +32,7 @@ def test_a_piece_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
     text = (tmp_path / "gpu.md").read_text()
     assert "Failed: KeyError: 'lunch'" in text and "| update |" in text
     late = gpu.run(pieces[1:], tmp_path, tiny=True, minutes=0)
-    assert late["step small auto apart both"] == {"failed": "no time was left for it"}
+    assert late["step small auto off both"] == {"failed": "no time was left for it"}
 
 
 def test_what_a_piece_had_found_stays_when_its_time_is_over(tmp_path, monkeypatch):
@@ -42,7 +42,7 @@ def test_what_a_piece_had_found_stays_when_its_time_is_over(tmp_path, monkeypatc
 
     monkeypatch.setattr(gpu.subprocess, "run", run)
     found = gpu.run([("step", ["small", "auto", "off", "both"])], tmp_path, tiny=True, minutes=1)
-    assert found["step small auto apart both"] == {
+    assert found["step small auto off both"] == {
         "full": 1, "spread": 2, "failed": "not done after 60 s"
     }  # fmt: skip
     assert '"spread": 2' in (tmp_path / "gpu.md").read_text()
