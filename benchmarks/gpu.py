@@ -44,7 +44,7 @@ MODELS = {
 # its gradient and 2 of the reference. "lean" is as little memory as PyTorch's precision takes. The
 # others keep the usual 12.
 KEPT = {
-    "large": {"param_dtype": "bfloat16", "float32_copy": True, "moments": "int8"},
+    "large": {"param_dtype": "bfloat16", "master_weights": True, "moments": "int8"},
     "lean": {
         "param_dtype": "bfloat16",
         "moments": "bfloat16",

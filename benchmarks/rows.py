@@ -70,9 +70,11 @@ CASES = (
 def count(case: Case) -> list[float]:
     """Excess of rows in the mean and at most, of the usual ways; sizes of rows."""
     from grpo_jax.learner import row_sizes
-    from grpo_jax.learner.row_sizes import Sizes  # here: a version to compare with may lack it
+    from grpo_jax.learner.row_sizes import (
+        CompiledSizes,  # here: a version to compare with may lack it
+    )
 
-    sizes = Sizes()
+    sizes = CompiledSizes()
     excess, padded, unpadded, programs = [], [], [], set()
     for step in range(STEPS):
         length_SPG = case.lengths(step)
@@ -89,8 +91,8 @@ def count(case: Case) -> list[float]:
                 at_once=case.at_once,
                 sizes=sizes,
             )
-            programs.add((made.groups_SNM.shape, made.token_SNDX.shape, made.lane_SNMLT.shape))
-            per_row = made.groups_SNM.shape[-1] * case.prompt_tokens + made.token_SNDX.shape[-1]
+            programs.add((made.groups_SMJ.shape, made.token_SMBX.shape, made.lane_SMJWT.shape))
+            per_row = made.groups_SMJ.shape[-1] * case.prompt_tokens + made.token_SMBX.shape[-1]
             length_B = length_SPG[:, groups_P].reshape(-1)
             prompts = length_B.size // GROUP * case.prompt_tokens
             needed = prompts + (length_B - 1).sum()
@@ -105,7 +107,7 @@ def count(case: Case) -> list[float]:
 def seconds(spread: float) -> list[float]:
     """Of the reference and the update of four batches: with compiling, and twice without."""
     case = Case("", 16, 48, 256, 60, 60, spread)
-    work = workload.Work(
+    work = workload.PackingProblem(
         prompts=case.prompts,
         group=GROUP,
         prompt_tokens=case.prompt_tokens,

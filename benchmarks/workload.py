@@ -71,7 +71,7 @@ class Work:
     decode_steps: int = 0  # tokens between two looks at the host; 0: as the program chooses
     param_dtype: str = "float32"
     moments: str = "float32"
-    float32_copy: bool = False
+    master_weights: bool = False
     offload: bool = False  # the optimizer's state
     offload_reference: bool = False
     num_slots: int = 0  # completions decoded at once; 0: all
@@ -93,7 +93,7 @@ class Work:
         config.model.dtype, config.model.param_dtype = self.dtype, self.param_dtype
         config.model.remat, config.model.attention = self.remat, self.attention
         config.model.scan_layers = self.layers
-        config.optim.moments_dtype, config.optim.master_weights = self.moments, self.float32_copy
+        config.optim.moments_dtype, config.optim.master_weights = self.moments, self.master_weights
         config.optim.offload = self.offload
         config.model.offload_reference = self.offload_reference
         config.rollout.num_slots = self.num_slots

@@ -24,7 +24,7 @@ from grpo_jax.config import derived, loading, reference
 from grpo_jax.hosts import cpus, processes
 from grpo_jax.hosts.processes import Limits
 from grpo_jax.messages.console import console, one_line, say
-from grpo_jax.messages.credentials import hidden
+from grpo_jax.messages.credentials import redact
 from grpo_jax.run import disk, stop
 
 
@@ -58,7 +58,7 @@ def run_arguments(argv: list[str], description: str) -> tuple[ConfigDict, Path]:
 
 def _print_and_exit(text: str) -> NoReturn:
     try:
-        print(hidden(text), flush=True)
+        print(redact(text), flush=True)
     except BrokenPipeError:  # a pager that was left; Python would complain when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit()
@@ -237,7 +237,7 @@ def main(run: Callable[[list[str]], None]) -> None:
         except stop.Stopped as stopped:
             say(str(stopped))
             status = stop.STATUS
-        processes.finish()
+        processes.shutdown()
         _let_go(status, before)
         if status:
             sys.exit(status)
@@ -265,7 +265,7 @@ def main(run: Callable[[list[str]], None]) -> None:
 
 def _show_traceback(kind: type, error: BaseException, trace: TracebackType | None) -> None:
     text = "".join(traceback.format_exception(kind, error, trace))
-    print(hidden(text), end="", file=sys.stderr)
+    print(redact(text), end="", file=sys.stderr)
 
 
 def _let_go(status: int, before: set[threading.Thread]) -> None:
@@ -291,5 +291,5 @@ def _let_go(status: int, before: set[threading.Thread]) -> None:
 
 def _end(message: str, status: int) -> NoReturn:
     if processes.count() > 1:
-        processes.end(message, status)
+        processes.abort(message, status)
     sys.exit(status)

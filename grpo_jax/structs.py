@@ -128,6 +128,8 @@ class Rollouts:
     logp_PGC: Array  # float32, under the distribution that the sampler drew from
     length_PG: Array  # int32, stop token included
     stopped_PG: Array  # bool: ended by a stop token; False: cut at the token limit
+    # bool: tokens the policy chose, or is to imitate; None: all that are there
+    chosen_PGC: Array | None = None
 
 
 @struct.dataclass

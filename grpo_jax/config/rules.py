@@ -60,7 +60,7 @@ def _check_value(option: Option, value: Any) -> None:
                 )
             _check_value(option, entry)
     elif isinstance(value, str):
-        secret = credentials.stands_in(value)
+        secret = credentials.find_secret(value)
         if secret:
             raise ValueError(
                 f"{name} holds {secret}. A run records its options, and shows them: set keys and "

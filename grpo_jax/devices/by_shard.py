@@ -47,7 +47,7 @@ def by_data_shard(mesh: Mesh, f: Callable, num_whole: int) -> Callable:
     # XLA sees one more batch axis. It aborts (jaxlib 0.10.2) on lookups in a table that is split
     # over two mesh axes where the third is handled by hand.
     def split(x: jax.Array) -> jax.Array:
-        x = x.reshape(shards, -1, *x.shape[1:])
+        x = x.reshape(shards, x.shape[0] // shards, *x.shape[1:])
         spec = PartitionSpec("data", *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1))
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 

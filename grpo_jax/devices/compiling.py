@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,22 +18,51 @@ MAX_IN_FLIGHT = 16
 _EVENT = "/jax/core/compile/backend_compile_duration"
 
 
-def options(mesh: Mesh) -> dict[str, int | bool]:
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A jitted program with its arguments: a run calls it, a plan compiles it for shapes alone."""
+
+    program: Callable
+    args: tuple[Any, ...]  # arrays, or their shapes with shardings
+    part: str = ""  # of what, where a program is called for several things
+    times: int = 1
+
+    @property
+    def name(self) -> str:
+        return f"{self.program.__name__} {self.part}".strip()
+
+    def __call__(self) -> Any:
+        return self.program(*self.args)
+
+    def lower(self) -> jax.stages.Lowered:
+        return self.program.lower(*self.args)
+
+    def result(self) -> Any:
+        """Shapes and shardings of what it gives."""
+        return self.program.eval_shape(*self.args)
+
+
+def options(mesh: Mesh) -> dict[str, int | str]:
     """Options of `jax.jit` for large programs on the devices of a mesh.
 
     On CPU less is tried with what stands between the matrix products: compiling takes 0.6 of the
-    time, and no program was measured to be slower. Where JAX was asked to compile quickly
-    (JAX_DISABLE_MOST_OPTIMIZATIONS) it takes half of what is left, and rollouts a fifth more time.
+    time, and no program was measured to be slower. The library YNNPACK computes products alone:
+    with sums by it too, an update of a small model takes a fifth more time. Where JAX was asked to
+    compile quickly (JAX_DISABLE_MOST_OPTIMIZATIONS) compiling takes half of what is left, and
+    rollouts a fifth more time.
     """
     if mesh.devices.flat[0].platform != "cpu":
         return {}
-    if not jax.config.values["jax_disable_most_optimizations"]:
-        return {"xla_backend_optimization_level": 1}
-    wanted = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+    wanted = {
+        "xla_backend_optimization_level": 1,
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT",
+    }
+    if jax.config.values["jax_disable_most_optimizations"]:
+        wanted = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
     return {name: value for name, value in wanted.items() if _is_known(name, value)}
 
 
-def options_of_decoding(mesh: Mesh) -> dict[str, int | bool]:
+def options_of_decoding(mesh: Mesh) -> dict[str, int | str]:
     """The same of programs that decode.
 
     XLA for GPUs makes one product of two that share an operand, and for that puts their weights
@@ -65,9 +95,9 @@ def exact(dtype: Any, f: Callable) -> Callable:
 
 
 @functools.cache
-def _is_known(option: str, value: int | bool) -> bool:
+def _is_known(option: str, value: int | str) -> bool:
     """Whether the XLA that is here has an option: programs with another cannot be compiled."""
-    program = jax.jit(lambda x: x + 1, compiler_options={option: value})
+    program = jax.jit(jnp.negative, compiler_options={option: value})
     try:
         program.lower(1.0).compile()
     except jax.errors.JaxRuntimeError:

@@ -157,7 +157,7 @@ def num_head_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[name] for name in LOGICAL_AXES["attention_heads"])
 
 
-def spread(mesh: Mesh, placed: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+def zero1_sharding(mesh: Mesh, placed: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     """`placed`, split over the data and sequence axes too, along the first dimensions they divide.
 
     For what is read once an update, as the optimizer's moments are: each shard keeps and computes
@@ -173,7 +173,7 @@ def spread(mesh: Mesh, placed: NamedSharding, shape: tuple[int, ...]) -> NamedSh
     return NamedSharding(mesh, PartitionSpec(*(names or None for names in spec)))
 
 
-def along(mesh: Mesh, placed: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+def like_parameter(mesh: Mesh, placed: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     """`placed` for an array of the same axes and other sizes, whole where it does not divide."""
     spec = list(placed.spec) + [None] * (len(shape) - len(placed.spec))
     for i, (names, size) in enumerate(zip(spec, shape, strict=True)):

@@ -43,13 +43,13 @@ def shard_rows(mesh: Mesh, tree: Any, axis: str = "rows") -> Any:
     return jax.tree.map(put, tree)
 
 
-def reorder_rows(mesh: Mesh, tree: Any, order: np.ndarray) -> Any:
-    """Arrays whose row n is row order[n] of the given global arrays, split over the mesh alike."""
-    return _reordering(mesh)(tree, order)
-
-
 @functools.cache
-def _reordering(mesh: Mesh) -> Callable:
+def reordering(mesh: Mesh) -> Callable:
+    """The program (tree, order) -> arrays whose row n is row order[n], split over the mesh alike.
+
+    Of global arrays, and the same order on every process.
+    """
+
     @jax.jit
     def reorder(tree: Any, order: jax.Array) -> Any:
         def rows(x: jax.Array) -> jax.Array:

@@ -256,17 +256,17 @@ def lost_another(error: Exception) -> str:
     )
 
 
-def finish() -> None:
+def shutdown() -> None:
     """Waits until all processes are done, and lets go of them."""
     if count() > 1:
-        meet("the end of the run")
+        barrier("the end of the run")
         _tell_witness("bye")
         jax.distributed.shutdown()
         # It hears of that. Inside JAX when the interpreter ends, it would abort the process.
         _listener.join(timeout=10)
 
 
-def end(message: str, status: int = 1) -> NoReturn:
+def abort(message: str, status: int = 1) -> NoReturn:
     """Ends this process at once, and all others with its status, which print its message.
 
     An exception would not do: JAX would wait for the others' ends, and they for this process.
@@ -307,7 +307,7 @@ def _exit(message: str, status: int = 1) -> NoReturn:
 # --- Meeting --------------------------------------------------------------------------------------
 
 
-def meet(what: str) -> None:
+def barrier(what: str) -> None:
     """Returns when all processes are here, `what` in words; raises `Lost` when one does not come.
 
     All must call this, and what builds on it, equally often and in the same order.
@@ -335,7 +335,7 @@ def _explained(what: str, error: str) -> str:
     return f"The processes could not meet at {what}: {error}"
 
 
-def first_of(text: str) -> str:
+def agree(text: str) -> str:
     """The text of the lowest process that gives one, on every process; "" where all give "".
 
     The device is not asked, so it goes on with what it has to do.
@@ -347,7 +347,7 @@ def first_of(text: str) -> str:
     answers = f"{_SPACE}/answer/{_num_asked:09}"
     if text:  # before the meeting, so that all find it after
         _client().key_value_set(f"{answers}/{number():06}", text)
-    meet(f"check {_num_asked} for a stop")
+    barrier(f"check {_num_asked} for a stop")
     said = _client().key_value_dir_get(answers)
     return min(said)[1] if said else ""
 
@@ -419,7 +419,7 @@ def gather(value: Any, what: str) -> list[Any]:
     """A value of each process, JSON that may hold NaN, on all of them, in their order."""
     if count() == 1:
         return [value]
-    meet(what)
+    barrier(what)
     own_B = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size_H = multihost_utils.process_allgather(np.int32(len(own_B)))
     # In powers of two, so that few sizes are compiled.

@@ -60,4 +60,4 @@ class Watchdog:
 def _end(message: str) -> NoReturn:
     print(f"error: {message} This is where it waits:", file=sys.stderr, flush=True)
     faulthandler.dump_traceback()
-    processes.end(message)
+    processes.abort(message)

@@ -25,7 +25,7 @@ class AttentionKernels(Protocol):
         """Whether a lane may hold several completions."""
 
     def causal(
-        self, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, length_B: Array, window: int | None
+        self, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_BT: Array, window: int | None
     ) -> Array:
         """As `causal`."""
 
@@ -58,13 +58,18 @@ def grouped(q: Array, num_kv_heads: int) -> Array:
     return q.reshape(*lead, num_kv_heads, num_heads // num_kv_heads, size)
 
 
-def causal(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, length_B: Array, window: int | None
-) -> Array:
-    """Each token attends to itself and what came before it in its row, [B, T, N, H].
+def segments(length_B: Array, tokens: int) -> Array:
+    """1 for the tokens of a row, 0 for the padding on its right, int32 [B, T]."""
+    return (jnp.arange(tokens)[None] < length_B[:, None]).astype(jnp.int32)
 
-    Rows are padded on the right; keys past `length_B` are never seen. `window`: how many keys a
-    query looks back over, itself included; None for all.
+
+def causal(
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_BT: Array, window: int | None
+) -> Array:
+    """Each token attends to itself and what came before it in its segment, [B, T, N, H].
+
+    Segments stand one after the other in a row; 0 is padding. `window`: how many keys a query looks
+    back over, itself included; None for all.
     """
     q_BTKnH = grouped(q_BTNH, k_BTKH.shape[-2])
     score = jnp.einsum("btknh,bskh->bknts", q_BTKnH, k_BTKH, preferred_element_type=jnp.float32)
@@ -72,8 +77,8 @@ def causal(
     seen_TT = t[None, :] <= t[:, None]
     if window is not None:
         seen_TT &= t[:, None] - t[None, :] < window
-    seen_BT = t[None, :] < length_B[:, None]
-    seen = seen_TT[None, None, None] & seen_BT[:, None, None, None, :]
+    seen_BTT = seen_TT[None] & (segment_BT[:, :, None] == segment_BT[:, None, :])
+    seen = seen_BTT[:, None, None]
     weight = jax.nn.softmax(jnp.where(seen, score, HIDDEN), axis=-1).astype(v_BTKH.dtype)
     return jnp.einsum("bknts,bskh->btknh", weight, v_BTKH).reshape(q_BTNH.shape)
 

@@ -53,13 +53,11 @@ class FusedAttention(abc.ABC):
         """
 
     def causal(
-        self, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, length_B: Array, window: int | None
+        self, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_BT: Array, window: int | None
     ) -> Array:
         """As `attention.causal`."""
-        there_BT = jnp.arange(q_BTNH.shape[1])[None] < length_B[:, None]
         k_BTKH, v_BTKH = (self._divisible(x, q_BTNH) for x in (k_BTKH, v_BTKH))
-        arrays = _scaled(q_BTNH), k_BTKH, v_BTKH, there_BT.astype(jnp.int32)
-        return _causal(self, window, *arrays)
+        return _causal(self, window, _scaled(q_BTNH), k_BTKH, v_BTKH, segment_BT)
 
     def shared_prefix(
         self,
@@ -113,16 +111,16 @@ def _causal(
     q_BTNH: Array,
     k_BTKH: Array,
     v_BTKH: Array,
-    there_BT: Array,
+    segment_BT: Array,
 ) -> Array:
-    return _causal_forward(kernels, window, q_BTNH, k_BTKH, v_BTKH, there_BT)[0]
+    return _causal_forward(kernels, window, q_BTNH, k_BTKH, v_BTKH, segment_BT)[0]
 
 
 def _causal_forward(kernels: FusedAttention, window: int | None, *arrays: Array):
     kernel = kernels.kernel(causal=True, window=window)
 
-    def forward(q, k, v, there_BT):
-        return kernel.with_lse(q, k, v, there_BT, there_BT)
+    def forward(q, k, v, segment_BT):
+        return kernel.with_lse(q, k, v, segment_BT, segment_BT)
 
     axes = *(_OF_PROMPT,) * 3, _SEGMENTS_OF_PROMPT
     found = kernels.by_device(forward, axes, (_OF_PROMPT, _OF_PROMPT[:-1]), *arrays)
@@ -133,8 +131,8 @@ def _causal_forward(kernels: FusedAttention, window: int | None, *arrays: Array)
 def _causal_backward(kernels: FusedAttention, window: int | None, residuals, by_out: Array):
     kernel = kernels.kernel(causal=True, window=window)
 
-    def backward(q, k, v, there_BT, out, lse, by_out):
-        return kernel.gradients(q, k, v, there_BT, there_BT, out, lse, by_out)
+    def backward(q, k, v, segment_BT, out, lse, by_out):
+        return kernel.gradients(q, k, v, segment_BT, segment_BT, out, lse, by_out)
 
     axes = *(_OF_PROMPT,) * 3, _SEGMENTS_OF_PROMPT, _OF_PROMPT, _OF_PROMPT[:-1], _OF_PROMPT
     return *kernels.by_device(backward, axes, (_OF_PROMPT,) * 3, *residuals, by_out), None

@@ -46,24 +46,24 @@ def add_gradient(loss_sums, params: Params, carry: Carry, *part: Any) -> Carry:
     return grads, sums, jax.tree.map(jnp.maximum, maxima, new_maxima)
 
 
-def over_shards(scorer: Scorer, carry: Carry) -> Carry:
+def reduce_shards(scorer: Scorer, carry: Carry) -> Carry:
     """The carries of all data shards, [shards, ...], as one; gradients lie as moments do."""
     grads, sums, maxima = carry
     grads, sums = jax.tree.map(lambda x: x.sum(0), (grads, sums))
     grads = jax.lax.with_sharding_constraint(
-        grads, train_state.spread_shardings(scorer.model, scorer.mesh)
+        grads, train_state.zero1_shardings(scorer.model, scorer.mesh)
     )
     return grads, sums, jax.tree.map(lambda x: x.max(0), maxima)
 
 
-def make_adding(
+def make_accumulate(
     scorer: Scorer, through: Callable[..., Carry], *, sums: Iterable[str], maxima: Iterable[str]
 ) -> tuple[Callable[[], Carry], Callable[..., Carry]]:
-    """Two programs: `empty() -> carry`, and `add(params, number, carry, *rows) -> carry`.
+    """Two programs: `zero_gradient() -> carry`, `gradient(params, number, carry, *rows) -> carry`.
 
     `through(params, number, carry, *rows)` adds one data shard's rows to its carry; its metrics
-    have the names `sums` and `maxima`. `number` is the same for all shards. `add` takes its carry
-    away.
+    have the names `sums` and `maxima`. `number` is the same for all shards. `gradient` takes its
+    carry away.
     """
     mesh, like = scorer.mesh, parameters.param_shapes(scorer.model)
     shards = mesh.shape["data"]
@@ -73,23 +73,23 @@ def make_adding(
     shardings = (jax.tree.map(stacked, placed), *(dict.fromkeys(n, scalar) for n in (sums, maxima)))
 
     @functools.partial(jax.jit, out_shardings=shardings)
-    def empty() -> Carry:
+    def zero_gradient() -> Carry:
         grads = jax.tree.map(lambda x: jnp.zeros((shards, *x.shape), jnp.float32), like)
         return grads, *({name: jnp.zeros(shards) for name in names} for names in (sums, maxima))
 
     @jax.named_scope("update")
-    def add_shard(params: Params, number: Array, carry: Carry, *rows: Any) -> Carry:
+    def gradient(params: Params, number: Array, carry: Carry, *rows: Any) -> Carry:
         params = parameters.cast_layers(params, scorer.dtype)
         carry = through(params, number, jax.tree.map(lambda x: x[0], carry), *rows)
         return jax.tree.map(lambda x: x[None], carry)
 
-    add = jax.jit(
-        by_shard.by_data_shard(mesh, compiling.exact(scorer.dtype, add_shard), 2),
+    gradient = jax.jit(
+        by_shard.by_data_shard(mesh, compiling.exact(scorer.dtype, gradient), 2),
         donate_argnums=2,
         out_shardings=shardings,
         compiler_options=compiling.options(scorer.mesh),
     )
-    return empty, add
+    return zero_gradient, gradient
 
 
 @jax.named_scope("optimizer")

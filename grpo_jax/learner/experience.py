@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.algorithm import advantages
+from grpo_jax.algorithm.advantages import group_advantages
 from grpo_jax.devices import by_shard, compiling, transfer
+from grpo_jax.devices.compiling import Call
 from grpo_jax.learner import accumulate, logprobs, row_sizes, scoring
-from grpo_jax.learner.row_sizes import Sizes
+from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.learner.scoring import Packed, Scorer
 from grpo_jax.models import parameters
 from grpo_jax.structs import Array, Experience, Params, Rollouts
@@ -49,33 +51,67 @@ class Prepare:
     scorer: Scorer
     with_old: bool  # the policy's log-probabilities before the first update
     num_minibatches: int
-    fill: Callable  # program: log-probabilities of microbatches, filled in
-    base: Callable  # program: the experience without them
-    sizes: Sizes  # of packed rows, of `fill`; a run adds to them
+    score: Callable  # program: log-probabilities of microbatches, filled in
+    advantages: Callable  # program: the experience without them
+    relative: Callable  # program: advantages of rewards alone, for people to read
+    sizes: CompiledSizes  # of packed rows, of `score`; a run adds to them
 
     def log_probs(self, params: Params, ref_params: Params | None, rollouts: Rollouts) -> LogProbs:
         """Launches what needs no rewards. `ref_params` None: no KL term."""
-        order_P = None
+        length_PG, order_P = transfer.to_host(rollouts.length_PG), None
         if (shards := self.scorer.mesh.shape["data"]) > 1:
-            length_PG = transfer.to_host(rollouts.length_PG)
             order_P = row_sizes.balance(length_PG, shards, self.num_minibatches)
-            rollouts = transfer.reorder_rows(self.scorer.mesh, rollouts, order_P)
-        old_logp_PGC = self._log_probs(params, rollouts) if self.with_old else None
-        ref_logp_PGC = None if ref_params is None else self._log_probs(ref_params, rollouts)
-        return LogProbs(rollouts, order_P, old_logp_PGC, ref_logp_PGC)
-
-    def _log_probs(self, params: Params, rollouts: Rollouts) -> Array:
-        everything = np.arange(self.scorer.groups_in_shard(rollouts))
-        microbatches = self.scorer.microbatches(rollouts, everything, self.sizes)
-        return self.fill(params, microbatches.number, rollouts, *microbatches.arrays)
+            rollouts, length_PG = self._reordering(rollouts, order_P)(), length_PG[order_P]
+        scored = self._scoring(params, ref_params, rollouts, length_PG)
+        logp = {call.part: call() for call in scored}
+        return LogProbs(rollouts, order_P, logp.get("policy"), logp.get("reference"))
 
     def __call__(self, given: LogProbs, reward_PG: Array) -> Experience:
         """The experience, once the rewards are known."""
         if given.order_P is not None:
-            reward_PG = transfer.reorder_rows(self.scorer.mesh, reward_PG, given.order_P)
-        return self.base(given.rollouts, reward_PG).replace(
+            reward_PG = self._reordering(reward_PG, given.order_P)()
+        return self._valuing(given.rollouts, reward_PG)().replace(
             old_logp_PGC=given.old_logp_PGC, ref_logp_PGC=given.ref_logp_PGC
         )
+
+    def calls(
+        self, params: Params, ref_params: Params | None, rollouts: Rollouts, length_PG: np.ndarray
+    ) -> list[Call]:
+        """The programs of `log_probs` and `__call__` in their order, for rollouts by their shapes.
+
+        `length_PG`: how long their completions are, which no shape tells.
+        """
+        reward_PG = jax.ShapeDtypeStruct(
+            length_PG.shape, np.float32, sharding=rollouts.length_PG.sharding
+        )
+        scored = self._scoring(params, ref_params, rollouts, length_PG)
+        valued = [self._valuing(rollouts, reward_PG)]
+        if self.scorer.mesh.shape["data"] == 1:
+            return scored + valued
+        order_P = np.arange(len(length_PG))
+        orders = [self._reordering(rollouts, order_P), self._reordering(reward_PG, order_P)]
+        return orders[:1] + scored + orders[1:] + valued
+
+    def _scoring(self, params, ref_params, rollouts, length_PG: np.ndarray) -> list[Call]:
+        read = {"policy": params} if self.with_old else {}
+        if ref_params is not None:
+            read["reference"] = ref_params
+        if not read:
+            return []
+        everything = np.arange(self.scorer.groups_in_shard(rollouts))
+        packed = self.scorer.microbatches(
+            rollouts.replace(length_PG=length_PG), everything, self.sizes
+        )
+        return [
+            Call(self.score, (weights, packed.number, rollouts, *packed.arrays), part)
+            for part, weights in read.items()
+        ]
+
+    def _reordering(self, rows: Any, order_P: np.ndarray) -> Call:
+        return Call(transfer.reordering(self.scorer.mesh), (rows, order_P))
+
+    def _valuing(self, rollouts: Rollouts, reward_PG: Array) -> Call:
+        return Call(self.advantages, (rollouts, reward_PG))
 
 
 def make_prepare(
@@ -93,47 +129,54 @@ def make_prepare(
     """
     scorer = dataclasses.replace(scorer, scan_layers=True)  # nothing of a layer is kept
 
-    def one(params, rollouts: Rollouts, logp_PGC: Array, groups_M: Array, *where: Array) -> Array:
-        part = scoring.rows(scorer, rollouts, groups_M)
-        packed = Packed.of(logp_PGC.shape[-1], groups_M, *where)
-        hidden_DED = scorer.hidden(params, part, packed.layout)
-        target_DE, head = packed.take(part.completion_PGC), scorer.head(params)
-        logp_DE = scoring.row_by_row(
+    def one(params, rollouts: Rollouts, logp_PGC: Array, groups_J: Array, *where: Array) -> Array:
+        part = scoring.rows(scorer, rollouts, groups_J)
+        packed = Packed.of(logp_PGC.shape[-1], groups_J, *where)
+        hidden_BED = scorer.hidden(params, part, packed.layout)
+        target_BE, head = packed.take(part.completion_PGC), scorer.head(params)
+        logp_BE = scoring.row_by_row(
             scorer,
             lambda hidden, target: logprobs.token_logprobs(
                 hidden, head, target, scorer.sampling, scorer.along
             )[0],
-            hidden_DED,
-            target_DE,
+            hidden_BED,
+            target_BE,
         )
-        return packed.put(logp_PGC, logp_DE.reshape(target_DE.shape))
+        return packed.put(logp_PGC, logp_BE.reshape(target_BE.shape))
 
     @jax.named_scope("scoring")
-    def fill_shard(params, number: Array, rollouts: Rollouts, *microbatches_1: Array) -> Array:
+    def score(params, number: Array, rollouts: Rollouts, *microbatches_1: Array) -> Array:
         params = parameters.cast_layers(params, scorer.dtype)
         start = jnp.zeros_like(rollouts.logp_PGC)
         step = lambda logp, *where: one(params, rollouts, logp, *where)  # noqa: E731
         return accumulate.through(number, step, start, microbatches_1)
 
-    fill = jax.jit(
-        by_shard.by_data_shard(scorer.mesh, compiling.exact(scorer.dtype, fill_shard), 2),
+    score = jax.jit(
+        by_shard.by_data_shard(scorer.mesh, compiling.exact(scorer.dtype, score), 2),
         compiler_options=compiling.options(scorer.mesh),
     )
 
     @jax.jit
     @jax.named_scope("scoring")
-    def base(rollouts: Rollouts, reward_PG: Array) -> Experience:
+    def advantages(rollouts: Rollouts, reward_PG: Array) -> Experience:
+        action_PGC = action_mask(
+            rollouts.length_PG,
+            rollouts.stopped_PG,
+            rollouts.completion_PGC.shape[-1],
+            mask_truncated,
+        )
+        if rollouts.chosen_PGC is not None:
+            action_PGC &= rollouts.chosen_PGC
         return Experience(
             rollouts=rollouts,
-            advantage_PG=advantages.group_advantages(reward_PG, scale_by=scale_by),
-            action_PGC=action_mask(
-                rollouts.length_PG,
-                rollouts.stopped_PG,
-                rollouts.completion_PGC.shape[-1],
-                mask_truncated,
-            ),
+            advantage_PG=group_advantages(reward_PG, scale_by=scale_by),
+            action_PGC=action_PGC,
             old_logp_PGC=None,
             ref_logp_PGC=None,
         )
 
-    return Prepare(scorer, with_old, num_minibatches, fill, base, Sizes())
+    @jax.jit
+    def relative(reward_PG: Array) -> Array:
+        return group_advantages(reward_PG, scale_by=scale_by)
+
+    return Prepare(scorer, with_old, num_minibatches, score, advantages, relative, CompiledSizes())

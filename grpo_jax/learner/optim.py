@@ -71,7 +71,9 @@ class RoundedState(NamedTuple):
     inner: optax.OptState
 
 
-def rounded(inner: optax.GradientTransformation, seed: int) -> optax.GradientTransformation:
+def stochastic_rounding(
+    inner: optax.GradientTransformation, seed: int
+) -> optax.GradientTransformation:
     """`inner` for bfloat16 parameters: each goes up or down by chance, and is right in the mean.
 
     To the nearest, an update under half of the parameter's last bit, 0.2 to 0.4 % of it, would be
@@ -103,7 +105,7 @@ class CopyState(NamedTuple):
     inner: optax.OptState
 
 
-def with_float32_copy(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def with_master_weights(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """`inner` on a float32 copy of bfloat16 parameters, which are its values to the nearest."""
 
     def init(params: Params) -> CopyState:
@@ -124,12 +126,14 @@ def with_float32_copy(inner: optax.GradientTransformation) -> optax.GradientTran
 
 
 def for_params(
-    optimizer: optax.GradientTransformation, dtype: str, *, float32_copy: bool, seed: int
+    optimizer: optax.GradientTransformation, dtype: str, *, master_weights: bool, seed: int
 ) -> optax.GradientTransformation:
     """The optimizer for parameters of this dtype: itself for "float32"."""
     if dtype == "float32":
         return optimizer
-    return with_float32_copy(optimizer) if float32_copy else rounded(optimizer, seed)
+    return (
+        with_master_weights(optimizer) if master_weights else stochastic_rounding(optimizer, seed)
+    )
 
 
 def _in_float32(params: Params) -> Params:

@@ -9,7 +9,10 @@ one before it; a completion's first token is predicted by the prompt, so a compl
 takes n - 1 entries. Where a row has as many entries as its lanes have places, as with completions
 of like length, an entry is a place: nothing moves between them, and the shapes alone tell.
 
-`row_sizes.py` says how large rows are and what stands in which.
+`row_sizes.py` says how large rows are and what stands in which. Axes beside those of `structs.py`:
+
+    S data shards       B rows of a microbatch, one on each device of the shard
+    X entries of a row  J prompts of a microbatch; of a row, those counted on its device
 """
 
 from __future__ import annotations
@@ -18,26 +21,26 @@ import dataclasses
 
 import numpy as np
 
-from grpo_jax.learner.row_sizes import Sizes, Work
+from grpo_jax.learner.row_sizes import CompiledSizes, PackingProblem
 
 
 @dataclasses.dataclass(frozen=True)
 class Microbatches:
-    """Microbatches of each data shard S, N at most; each has a row on every device D of the shard.
+    """Microbatches of each data shard.
 
-    A microbatch has M prompts, the same number on each device. A group of more tokens than a
-    microbatch may hold stands in several, each with the prompt and some of its completions.
+    All have the same number of prompts on each device. A group of more tokens than a microbatch may
+    hold stands in several, each with the prompt and some of its completions.
     """
 
-    number: np.int32  # of N, the first; in the others there is nothing
-    groups_SNM: np.ndarray  # int32: which of the shard's prompts; -1 for none, to fill a shape
-    own_SNMG: np.ndarray  # bool: completions of that group that this microbatch has
-    token_SNDX: np.ndarray  # int32: (m * G + g) * C + c, m counted on the device; -1: no token
-    lane_SNMLT: np.ndarray  # int32: which entry of its row stands here; -1: none
+    number: np.int32  # of M, the first; in the others there is nothing
+    groups_SMJ: np.ndarray  # int32: which of the shard's prompts; -1 for none, to fill a shape
+    own_SMJG: np.ndarray  # bool: completions of that group that this microbatch has
+    token_SMBX: np.ndarray  # int32: (j * G + g) * C + c, j counted on the device; -1: no token
+    lane_SMJWT: np.ndarray  # int32: which entry of its row stands here; -1: none
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
-        return self.groups_SNM, self.own_SNMG, self.token_SNDX, self.lane_SNMLT
+        return self.groups_SMJ, self.own_SMJG, self.token_SMBX, self.lane_SMJWT
 
 
 def pack(
@@ -50,7 +53,7 @@ def pack(
     devices: int = 1,
     multiple: int = 1,
     share_lanes: bool = True,
-    sizes: Sizes | None = None,
+    sizes: CompiledSizes | None = None,
 ) -> Microbatches:
     """The groups of numbers `groups_P` of each shard in microbatches of at most `at_once` tokens.
 
@@ -59,7 +62,7 @@ def pack(
     lane of its own. `sizes` are those that a run has in use; None: it begins.
     """
     num_shards, _, group = length_SPG.shape
-    work = Work(
+    work = PackingProblem(
         length_SPG - 1,
         groups_P,
         prompt_tokens,
@@ -69,7 +72,7 @@ def pack(
         multiple,
         share_lanes,
     )
-    size, units_S, rows_S = (sizes or Sizes()).fill(work)
+    size, units_S, rows_S = (sizes or CompiledSizes()).fill(work)
     num_prompts, entries, num_lanes, width = size.prompts, size.entries, size.lanes, work.width
     whole = entries == num_prompts * num_lanes * width
     groups = np.full((num_shards, size.rows, devices, num_prompts), -1, np.int32)

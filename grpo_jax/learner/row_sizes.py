@@ -3,7 +3,7 @@
 A row has places for some prompts and for some entries, the tokens of their completions. What it
 computes is what it has places for, so the size that leaves the fewest empty is looked for. Groups
 are spread over rows whole, or in parts where one of many tokens would leave no room beside it; or
-they are poured into row after row, and what a row has no room for goes on in the next. A part costs
+they are split into row after row, and what a row has no room for goes on in the next. A part costs
 its prompt once more. The program takes any number of rows up to a limit, but another size of a row
 is another program to compile. So a run goes on with the sizes that it has, for as long as another
 one would not have saved the work of two updates.
@@ -25,9 +25,9 @@ _LANE_COST = 1 / 8  # of a place in attention's lanes, where a token of a row co
 _ROW_COST = 1 / 32  # of any row, in tokens of the largest: weights are read, gradients added
 _ROWS = 4  # that a program takes at the least; what it does not have costs nothing
 _MOST_LANES = 4  # places in lanes for a token of the largest row; more take too much memory
-_ALIKE = 0.02  # sizes of costs that differ by less: the one that comes first is taken
-_NOTHING = 0.05  # more work than at the best size that a run is content with
-_ENOUGH = 2.0  # work beyond that, in updates, for which it takes a better size
+_TIE = 0.02  # sizes of costs that differ by less: the one that comes first is taken
+_FREE_WASTE = 0.05  # more work than at the best size that a run is content with
+_RECOMPILE_AT = 2.0  # work beyond that, in updates, for which it takes a better size
 
 
 class Unit(NamedTuple):
@@ -60,7 +60,7 @@ class Filled(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class PackingProblem:
     """The completions of an update, and what bounds its rows."""
 
     entries_SPG: np.ndarray
@@ -82,19 +82,19 @@ class Work:
         return max(self.at_once, self.prompt_tokens + self.width)
 
     @functools.cached_property
-    def ways(self) -> list[_Cut | _Poured]:
-        """The groups whole, where they can be, and in ever smaller parts; and poured."""
+    def strategies(self) -> list[_WholeGroups | _SplitAcrossRows]:
+        """The groups whole, where they can be, and in ever smaller parts; and split."""
         longest = int(self.entries_SPG[:, self.groups_P].max())
-        found: dict[tuple[int, ...], _Cut] = {}
+        found: dict[tuple[int, ...], _WholeGroups] = {}
         for parts in _PARTS:
             room = (self.largest - self.prompt_tokens) // parts
             if room >= max(longest, 1):
-                cut = _Cut.of(self, room)
+                cut = _WholeGroups.of(self, room)
                 found.setdefault(tuple(map(len, cut.units_S)), cut)
         whole = next(iter(found.values()))
         num_groups = -(-len(self.groups_P) // self.devices)
-        poured = _Poured(whole.lanes, longest, num_groups, whole.entries)
-        return [*found.values(), poured]
+        split = _SplitAcrossRows(whole.lanes, longest, num_groups, whole.entries)
+        return [*found.values(), split]
 
     def most_lanes(self, units_S: Iterable[list[Unit]]) -> int:
         """Lanes of a prompt, at most."""
@@ -117,7 +117,7 @@ class Work:
         return [[g] for g in completions]
 
 
-class _Cut(NamedTuple):
+class _WholeGroups(NamedTuple):
     """One way to divide the groups, with what it asks of rows."""
 
     units_S: list[list[Unit]]
@@ -126,7 +126,7 @@ class _Cut(NamedTuple):
     units: int  # of a device, at least
     entries: int  # of a device, at least
 
-    def rows(self, work: Work, size: Size, number: int) -> Rows | None:
+    def rows(self, work: PackingProblem, size: Size, number: int) -> Rows | None:
         """The units in so many rows a device, or None where `spread` finds no way."""
         rows_S = []
         for units in self.units_S:
@@ -137,13 +137,13 @@ class _Cut(NamedTuple):
         return self.units_S, rows_S
 
     @staticmethod
-    def of(work: Work, room: int) -> _Cut:
+    def of(work: PackingProblem, room: int) -> _WholeGroups:
         units_S = [
             [unit for p in work.groups_P for unit in _units(int(p), entries_PG[p], room)]
             for entries_PG in work.entries_SPG
         ]
         totals = [sum(u.entries for u in units) for units in units_S]
-        return _Cut(
+        return _WholeGroups(
             units_S,
             work.most_lanes(units_S),
             max(u.entries for units in units_S for u in units),
@@ -152,15 +152,15 @@ class _Cut(NamedTuple):
         )
 
 
-class _Poured(NamedTuple):
-    """Groups poured into row after row; as `_Cut`, but what stands together the rows decide."""
+class _SplitAcrossRows(NamedTuple):
+    """Groups split across rows; as `_WholeGroups`, but the rows decide what stands together."""
 
     lanes: int
     heaviest: int  # entries of a completion
     units: int
     entries: int
 
-    def rows(self, work: Work, size: Size, number: int) -> Rows | None:
+    def rows(self, work: PackingProblem, size: Size, number: int) -> Rows | None:
         """The groups in as many rows as they take, or None where they take more lanes."""
         units_S, rows_S = zip(
             *(_pour(entries_PG, work.groups_P, size) for entries_PG in work.entries_SPG)
@@ -179,7 +179,7 @@ class _Choice(NamedTuple):
     number: int
     row_cost: float
     size: Size
-    way: _Cut | _Poured
+    way: _WholeGroups | _SplitAcrossRows
 
 
 class _Found(NamedTuple):
@@ -194,7 +194,7 @@ class _Found(NamedTuple):
         return Filled(self.size, self.units_S, self.rows_S)
 
 
-class Sizes:
+class CompiledSizes:
     """The sizes of rows that one program of a run is compiled for.
 
     What is chosen next depends on lengths and on what was chosen before, so a run keeps this with
@@ -214,13 +214,13 @@ class Sizes:
         self._used = [Size(*size) for size in kept["used"]]
         self._wasted = kept["wasted"]
 
-    def fill(self, work: Work) -> Filled:
+    def fill(self, work: PackingProblem) -> Filled:
         """The rows of an update: of a size in use, or of the best one, which then is in use."""
         best = _best(work)
         known = _cheapest(work, [size for size in self._used if work.allows(size)])
         if known is not None:
-            wasted = max(known.cost / best.cost - 1 - _NOTHING, 0.0)
-            if self._wasted + wasted <= _ENOUGH:
+            wasted = max(known.cost / best.cost - 1 - _FREE_WASTE, 0.0)
+            if self._wasted + wasted <= _RECOMPILE_AT:
                 self._wasted += wasted
                 return known.filled
         self._used.append(best.size)
@@ -228,20 +228,20 @@ class Sizes:
         return best.filled
 
 
-def _best(work: Work) -> _Found:
+def _best(work: PackingProblem) -> _Found:
     """The rows that compute the least, of all sizes; of those alike the largest."""
     choices = sorted(_choices(work), key=lambda choice: choice.bound)
     found: list[_Found] = []
     least = float("inf")
     for choice in choices:
-        if choice.bound > least * (1 + _ALIKE):
+        if choice.bound > least * (1 + _TIE):
             break
-        one = _filled(work, choice, least * (1 + _ALIKE))
+        one = _filled(work, choice, least * (1 + _TIE))
         if one is not None:
             least = min(least, one.cost)
             found.append(one)
     best = min(
-        (one for one in found if one.cost <= least * (1 + _ALIKE)),
+        (one for one in found if one.cost <= least * (1 + _TIE)),
         key=lambda one: (
             -one.size.prompts * work.prompt_tokens - one.size.entries,
             one.size[1:],
@@ -252,18 +252,20 @@ def _best(work: Work) -> _Found:
     return best._replace(size=best.size._replace(rows=rows))
 
 
-def _cheapest(work: Work, sizes: list[Size]) -> _Found | None:
+def _cheapest(work: PackingProblem, sizes: list[Size]) -> _Found | None:
     """The rows that compute the least, of some sizes; None where the completions fit in none."""
     best = None
     for size in sizes:
-        for way in work.ways:
+        for way in work.strategies:
             if way.heaviest <= size.entries and way.lanes <= size.lanes:
                 limit = float("inf") if best is None else best.cost
                 best = _filled(work, _choice(work, size, way), limit, size.rows) or best
     return best
 
 
-def _filled(work: Work, choice: _Choice, limit: float, most: int | None = None) -> _Found | None:
+def _filled(
+    work: PackingProblem, choice: _Choice, limit: float, most: int | None = None
+) -> _Found | None:
     """The fewest rows that hold the units at a cost below `limit`, `most` of them a device."""
     number = choice.number
     fits = lambda number: number * choice.row_cost <= limit and number <= (most or number)  # noqa: E731
@@ -273,16 +275,16 @@ def _filled(work: Work, choice: _Choice, limit: float, most: int | None = None) 
             number = len(rows[1][0]) // work.devices
             cost = number * choice.row_cost
             return _Found(cost, number, choice.size, *rows) if fits(number) else None
-        if isinstance(choice.way, _Poured):
+        if isinstance(choice.way, _SplitAcrossRows):
             return None
         number += 1
     return None
 
 
-def _choices(work: Work) -> Iterator[_Choice]:
+def _choices(work: PackingProblem) -> Iterator[_Choice]:
     """All sizes worth a look: up to the largest, in eighths of it and of its halves."""
     group = work.entries_SPG.shape[2]
-    for way in work.ways:
+    for way in work.strategies:
         lanes = min(1 << (way.lanes - 1).bit_length(), group)
         for prompts in _counts(way.units):
             places = prompts * lanes * work.width
@@ -296,7 +298,7 @@ def _choices(work: Work) -> Iterator[_Choice]:
                 yield _choice(work, Size(work.tokens, prompts, entries, lanes, 0), way)
 
 
-def _choice(work: Work, size: Size, way: _Cut | _Poured) -> _Choice:
+def _choice(work: PackingProblem, size: Size, way: _WholeGroups | _SplitAcrossRows) -> _Choice:
     places = size.prompts * size.lanes * work.width
     tokens = size.prompts * work.prompt_tokens + size.entries
     row_cost = tokens + _LANE_COST * places + _ROW_COST * work.largest

@@ -1,4 +1,9 @@
-"""How the policy's network is run over given completions."""
+"""How the policy's network is run over given completions.
+
+Axes beside those of `structs.py`, as in `packing.py`:
+
+    J prompts of a microbatch   E predictions of a row: F completions' first tokens, then X entries
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,7 @@ from grpo_jax.kernels import attention
 from grpo_jax.kernels.attention import AttentionKernels
 from grpo_jax.learner import packing
 from grpo_jax.learner.logprobs import SequenceSplit
-from grpo_jax.learner.row_sizes import Sizes
+from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.models import parameters, transformer
 from grpo_jax.models.lanes import Layout, PackedInputs
 from grpo_jax.models.placement import Placement
@@ -49,7 +54,7 @@ class Scorer:
     tokens: int = 0  # of a row of a microbatch, where that is 0; 0: the usual number
 
     def microbatches(
-        self, rollouts: Rollouts, groups_P: np.ndarray, sizes: Sizes | None = None
+        self, rollouts: Rollouts, groups_P: np.ndarray, sizes: CompiledSizes | None = None
     ) -> packing.Microbatches:
         """Some groups of each data shard in microbatches of about equally many tokens.
 
@@ -83,7 +88,7 @@ class Scorer:
         return Placement.of(self.mesh, self.model.num_kv_heads)
 
     def rows_of_vocabulary(self, x: Array) -> Array:
-        """Values by row of attention [D, E, ...], those that share the head one after another."""
+        """Values by row of attention [B, E, ...], those that share the head one after another."""
         if self.parts == 1:
             return x
         x = self.placement.place(x, "shard_rows", *(None,) * (x.ndim - 1))
@@ -130,46 +135,46 @@ class Scorer:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """One microbatch of a data shard: whose tokens its rows' predictions [D, E] are.
+    """One microbatch of a data shard: whose tokens its rows' predictions [B, E] are.
 
-    E = M * G + X, ordered as `PackedInputs.predictors` has them, M counted on one device.
+    E = J * G + X, ordered as `PackedInputs.predictors` has them, J counted on one device.
     """
 
-    groups_DM: Array
-    index_DE: Array  # int32: (m * G + g) * C + c; 0 where there is none
-    there_DE: Array  # bool
+    groups_BJ: Array
+    index_BE: Array  # int32: (j * G + g) * C + c; 0 where there is none
+    there_BE: Array  # bool
     layout: tuple[Array, Array]  # for the network
     tokens: int  # C
 
     @staticmethod
-    def of(tokens: int, groups_M: Array, own_MG: Array, token_DX: Array, lane_MLT: Array):
-        own_DF = own_MG.reshape(len(token_DX), -1)  # each completion's first token
-        first_DF = jnp.broadcast_to(jnp.arange(own_DF.shape[1]) * tokens, own_DF.shape)
+    def of(tokens: int, groups_J: Array, own_JG: Array, token_BX: Array, lane_JWT: Array):
+        own_BF = own_JG.reshape(len(token_BX), -1)  # each completion's first token
+        first_BF = jnp.broadcast_to(jnp.arange(own_BF.shape[1]) * tokens, own_BF.shape)
         return Packed(
-            groups_M.reshape(len(token_DX), -1),
-            jnp.maximum(jnp.concatenate([first_DF, token_DX], axis=1), 0),
-            jnp.concatenate([own_DF, token_DX >= 0], axis=1),
-            (token_DX, lane_MLT),
+            groups_J.reshape(len(token_BX), -1),
+            jnp.maximum(jnp.concatenate([first_BF, token_BX], axis=1), 0),
+            jnp.concatenate([own_BF, token_BX >= 0], axis=1),
+            (token_BX, lane_JWT),
             tokens,
         )
 
-    def take(self, x_MGC: Array) -> Array:
+    def take(self, x_JGC: Array) -> Array:
         """Values by completion and token at the predictions; some value where there is none."""
-        flat = x_MGC.reshape(self.index_DE.shape[0], -1)
-        return jnp.take_along_axis(flat, self.index_DE, axis=1)
+        flat = x_JGC.reshape(self.index_BE.shape[0], -1)
+        return jnp.take_along_axis(flat, self.index_BE, axis=1)
 
-    def take_of_completion(self, x_MG: Array) -> Array:
+    def take_of_completion(self, x_JG: Array) -> Array:
         """Values by completion at its predictions."""
-        flat = x_MG.reshape(self.index_DE.shape[0], -1)
-        return jnp.take_along_axis(flat, self.index_DE // self.tokens, axis=1)
+        flat = x_JG.reshape(self.index_BE.shape[0], -1)
+        return jnp.take_along_axis(flat, self.index_BE // self.tokens, axis=1)
 
-    def put(self, x_PGC: Array, value_DE: Array) -> Array:
+    def put(self, x_PGC: Array, value_BE: Array) -> Array:
         """The shard's values with those of the predictions in their places."""
         per_group = x_PGC[0].size
-        group_DE = jnp.take_along_axis(self.groups_DM, self.index_DE // per_group, axis=1)
-        place_DE = group_DE * per_group + self.index_DE % per_group
-        place_DE = jnp.where(self.there_DE, place_DE, x_PGC.size)  # past the end: dropped
-        return x_PGC.reshape(-1).at[place_DE].set(value_DE, mode="drop").reshape(x_PGC.shape)
+        group_BE = jnp.take_along_axis(self.groups_BJ, self.index_BE // per_group, axis=1)
+        place_BE = group_BE * per_group + self.index_BE % per_group
+        place_BE = jnp.where(self.there_BE, place_BE, x_PGC.size)  # past the end: dropped
+        return x_PGC.reshape(-1).at[place_BE].set(value_BE, mode="drop").reshape(x_PGC.shape)
 
 
 def cut_to(limit: int, longest: int) -> int:
@@ -181,10 +186,10 @@ def cut_to(limit: int, longest: int) -> int:
     return min(limit, -(-longest // quarter) * quarter)
 
 
-def rows(scorer: Scorer, tree: Any, groups_M: Array) -> Any:
+def rows(scorer: Scorer, tree: Any, groups_J: Array) -> Any:
     """Some groups of a data shard's arrays [P, ...], over its devices by row; any group for -1."""
-    groups_M = jnp.maximum(groups_M, 0)
-    part = jax.tree.map(lambda x: x[groups_M], tree)
+    groups_J = jnp.maximum(groups_J, 0)
+    part = jax.tree.map(lambda x: x[groups_J], tree)
     return by_shard.split_within_shard(scorer.mesh, part, scorer.row_axis)
 
 

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from grpo_jax.devices import sharding
+from grpo_jax.devices.compiling import Call
 from grpo_jax.models import parameters
 from grpo_jax.structs import ModelConfig, Params, TrainState
 
@@ -30,10 +31,10 @@ def param_shardings(model: ModelConfig, mesh: Mesh) -> Any:
     return sharding.tree_shardings(mesh, parameters.logical_axes(model), shapes)
 
 
-def spread_shardings(model: ModelConfig, mesh: Mesh) -> Any:
+def zero1_shardings(model: ModelConfig, mesh: Mesh) -> Any:
     """Where moments and summed gradients lie: as parameters, and split over data shards."""
     return jax.tree.map(
-        lambda x, placed: sharding.spread(mesh, placed, x.shape),
+        lambda x, placed: sharding.zero1_sharding(mesh, placed, x.shape),
         parameters.param_shapes(model),
         param_shardings(model, mesh),
     )
@@ -45,9 +46,11 @@ def _state_shardings(like: TrainState, model: ModelConfig, mesh: Mesh, optimizer
     opt_state = optax.tree_map_params(
         optimizer,
         # A moment may be several arrays of the parameter's axes, some shorter.
-        lambda kept, placed: jax.tree.map(lambda x: sharding.along(mesh, placed, x.shape), kept),
+        lambda kept, placed: jax.tree.map(
+            lambda x: sharding.like_parameter(mesh, placed, x.shape), kept
+        ),
         like.opt_state,
-        spread_shardings(model, mesh),
+        zero1_shardings(model, mesh),
         transform_non_params=lambda _: whole,
         is_leaf=lambda x: not isinstance(x, dict),
     )
@@ -73,9 +76,20 @@ def start(
     params: Params, model: ModelConfig, mesh: Mesh, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """The state before the first update; `params` are given away."""
+    return starting(params, model, mesh, optimizer)()
+
+
+def starting(
+    params: Params, model: ModelConfig, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> Call:
+    """The program of `start`."""
     shardings = jax.tree.map(lambda x: x.sharding, state_like(model, mesh, optimizer))
-    init = functools.partial(_init_state, optimizer=optimizer)
-    return jax.jit(init, donate_argnums=0, out_shardings=shardings)(params)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
+    def init_state(params: Params) -> TrainState:
+        return _init_state(params, optimizer)
+
+    return Call(init_state, (params,))
 
 
 def _init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:

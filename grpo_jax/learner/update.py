@@ -17,9 +17,10 @@ import optax
 
 from grpo_jax.algorithm.components import LossComponent
 from grpo_jax.devices import compiling, transfer
+from grpo_jax.devices.compiling import Call
 from grpo_jax.learner import accumulate, logprobs, scoring, train_state
 from grpo_jax.learner.accumulate import Carry
-from grpo_jax.learner.row_sizes import Sizes
+from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.learner.scoring import Packed, Scorer
 from grpo_jax.structs import Array, Experience, Params, TrainState
 
@@ -31,8 +32,8 @@ def _loss_sums(
     rollouts, action_PGC = part.rollouts, part.action_PGC
     terms = component.terms(part, packed.take, packed.take_of_completion)
     weight_BC, _ = component.weights(action_PGC.reshape(-1, packed.tokens))
-    weight_DE = jnp.where(packed.there_DE, packed.take(weight_BC.reshape(action_PGC.shape)), 0.0)
-    action_DE = packed.take(action_PGC) & packed.there_DE
+    weight_BE = jnp.where(packed.there_BE, packed.take(weight_BC.reshape(action_PGC.shape)), 0.0)
+    action_BE = packed.take(action_PGC) & packed.there_BE
     head = scorer.head(params)
 
     def loss(hidden, target, weight, terms):
@@ -40,17 +41,17 @@ def _loss_sums(
             component.token_loss, scorer.sampling, scorer.along, hidden, head, target, weight, terms
         )
 
-    hidden_DED = scorer.hidden(params, rollouts, packed.layout)
-    total, logp_DE, entropy_DE = scoring.row_by_row(
-        scorer, loss, hidden_DED, packed.take(rollouts.completion_PGC), weight_DE, terms
+    hidden_BED = scorer.hidden(params, rollouts, packed.layout)
+    total, logp_BE, entropy_BE = scoring.row_by_row(
+        scorer, loss, hidden_BED, packed.take(rollouts.completion_PGC), weight_BE, terms
     )
-    total, logp_DE, entropy_DE = (
+    total, logp_BE, entropy_BE = (
         total.sum(),
-        logp_DE.reshape(weight_DE.shape),
-        entropy_DE.reshape(weight_DE.shape),
+        logp_BE.reshape(weight_BE.shape),
+        entropy_BE.reshape(weight_BE.shape),
     )
-    sums, maxima = component.diagnostics(logp_DE, entropy_DE, terms, action_DE)
-    sums |= {"loss": total, "tokens": action_DE.sum().astype(jnp.float32)}
+    sums, maxima = component.diagnostics(logp_BE, entropy_BE, terms, action_BE)
+    sums |= {"loss": total, "tokens": action_BE.sum().astype(jnp.float32)}
     return total, (sums, maxima)
 
 
@@ -66,11 +67,11 @@ class Update:
     component: LossComponent
     num_minibatches: int
     offload: bool
-    empty: Callable[[], Carry]  # programs: no gradients yet,
-    add: Callable[..., Carry]  # those of some microbatches added,
-    finish: Callable[..., tuple[TrainState, dict[str, Array]]]  # and the optimizer's step
-    sizes: Sizes  # of packed rows, of `add`; a run adds to them
-    compiled: set[tuple[int, ...]]  # shapes for which `finish` was compiled so far
+    zero_gradient: Callable[[], Carry]  # programs: no gradient yet,
+    gradient: Callable[..., Carry]  # that of some microbatches added,
+    optimizer_step: Callable[..., tuple[TrainState, dict[str, Array]]]
+    sizes: CompiledSizes  # of packed rows, of `gradient`; a run adds to them
+    compiled: set[tuple[int, ...]]  # shapes for which `optimizer_step` was compiled so far
 
     def __call__(
         self,
@@ -85,22 +86,48 @@ class Update:
         holds the gradients. Until it returns the state is whole. Metrics are float32 scalars by
         their logged names, and `skipped`, True where the update was refused.
         """
-        num_groups = self.scorer.groups_in_shard(experience.rollouts)
-        groups_P = np.arange(num_groups)[index :: self.num_minibatches]
-        microbatches = self.scorer.microbatches(experience.rollouts, groups_P, self.sizes)
-        number, arrays = microbatches.number, microbatches.arrays
-        carry = self.add(state.params, number, self.empty(), experience, *arrays)
-        action_PGC = experience.action_PGC
+        length_PG = transfer.to_host(experience.rollouts.length_PG)
+        carry = self._adding(state.params, self.zero_gradient(), experience, length_PG, index)()
         if self.offload:  # a copy: that of the caller stays where it is
             state = state.replace(opt_state=transfer.to_device_memory(state.opt_state))
-        if action_PGC.shape not in self.compiled:  # by now: it takes long, and may be given up
-            self.finish.lower(state, carry, action_PGC, np.int32(index)).compile()
-            self.compiled.add(action_PGC.shape)
+        step = self._step(state, carry, experience, index)
+        if (shape := experience.action_PGC.shape) not in self.compiled:
+            step.lower().compile()  # by now: it takes long, and may be given up
+            self.compiled.add(shape)
         before_donating(carry)
-        state, metrics = self.finish(state, carry, action_PGC, np.int32(index))
+        state, metrics = step()
         if self.offload:
             state = state.replace(opt_state=transfer.to_host_memory(state.opt_state))
         return state, metrics
+
+    def calls(self, state: TrainState, experience: Experience, length_PG: np.ndarray) -> list[Call]:
+        """The programs of an update in their order, for an experience by its shapes.
+
+        `length_PG`: how long its completions are, which no shape tells. `state` is on the devices.
+        """
+        zero = Call(self.zero_gradient, ())
+        carry = zero.result()
+        adding = self._adding(state.params, carry, experience, length_PG, 0)
+        return [zero, adding, self._step(state, carry, experience, 0)]
+
+    def _adding(
+        self,
+        params: Params,
+        carry: Carry,
+        experience: Experience,
+        length_PG: np.ndarray,
+        index: int,
+    ) -> Call:
+        rollouts = experience.rollouts
+        groups_P = np.arange(self.scorer.groups_in_shard(rollouts))[index :: self.num_minibatches]
+        packed = self.scorer.microbatches(
+            rollouts.replace(length_PG=length_PG), groups_P, self.sizes
+        )
+        return Call(self.gradient, (params, packed.number, carry, experience, *packed.arrays))
+
+    def _step(self, state: TrainState, carry: Carry, experience: Experience, index: int) -> Call:
+        args = state, carry, experience.action_PGC, np.int32(index)
+        return Call(self.optimizer_step, args)
 
 
 def make_update(
@@ -120,9 +147,9 @@ def make_update(
     like = train_state.state_like(scorer.model, scorer.mesh, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, like)
 
-    def loss_sums(params, experience: Experience, groups_M: Array, *where: Array):
-        packed = Packed.of(experience.action_PGC.shape[-1], groups_M, *where)
-        part = scoring.rows(scorer, experience, groups_M)
+    def loss_sums(params, experience: Experience, groups_J: Array, *where: Array):
+        packed = Packed.of(experience.action_PGC.shape[-1], groups_J, *where)
+        part = scoring.rows(scorer, experience, groups_J)
         return _loss_sums(params, scorer, component, part, packed)
 
     def through(
@@ -133,7 +160,7 @@ def make_update(
 
         return accumulate.through(number, step, carry, microbatches_1)
 
-    empty, add = accumulate.make_adding(
+    zero_gradient, gradient = accumulate.make_accumulate(
         scorer, through, sums=(*component.sums, "loss", "tokens"), maxima=component.maxima
     )
 
@@ -144,8 +171,8 @@ def make_update(
         compiler_options=compiling.options(scorer.mesh),
     )
     @jax.named_scope("update")
-    def finish(state: TrainState, carry: Carry, action_PGC: Array, index: Array):
-        grads, sums, maxima = accumulate.over_shards(scorer, carry)
+    def optimizer_step(state: TrainState, carry: Carry, action_PGC: Array, index: Array):
+        grads, sums, maxima = accumulate.reduce_shards(scorer, carry)
         _, group, tokens = action_PGC.shape
         action_BC = action_PGC.reshape(-1, num_minibatches, group, tokens)[:, index]
         action_BC = action_BC.reshape(-1, tokens)
@@ -159,4 +186,14 @@ def make_update(
         state, metrics = accumulate.apply_gradient(state, optimizer, grads, loss, wanted)
         return state, metrics | means | maxima | {component.metric: loss}
 
-    return Update(scorer, component, num_minibatches, offload, empty, add, finish, Sizes(), set())
+    return Update(
+        scorer,
+        component,
+        num_minibatches,
+        offload,
+        zero_gradient,
+        gradient,
+        optimizer_step,
+        CompiledSizes(),
+        set(),
+    )

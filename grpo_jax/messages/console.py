@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
-from grpo_jax.messages.credentials import hidden
+from grpo_jax.messages.credentials import redact
 
 
 class _Output:
@@ -38,7 +38,7 @@ console = Console(file=_Output(), highlight=False)
 
 def say(text: str) -> None:
     """Prints one line as it stands: no markup, no wrapping, no keys or passwords."""
-    console.print(Text(printable(hidden(text))), soft_wrap=True)
+    console.print(Text(printable(redact(text))), soft_wrap=True)
 
 
 def one_line(text: str, limit: int = 2000) -> str:
@@ -46,7 +46,7 @@ def one_line(text: str, limit: int = 2000) -> str:
 
     Names in files and data stand in messages; they may hold what a terminal would obey.
     """
-    return cut_middle(" ".join(printable(hidden(text)).split()), limit)
+    return cut_middle(" ".join(printable(redact(text)).split()), limit)
 
 
 def print_title(text: str) -> None:

@@ -43,7 +43,7 @@ _PRIVATE_KEY = re.compile(  # the whole of it, its line ends as they are or esca
 _SHAPES = (_KEYS, _IN_ADDRESSES, _NAMED, _PRIVATE_KEY)
 
 
-def stands_in(text: str) -> str | None:
+def find_secret(text: str) -> str | None:
     """What kind of secret a text holds, without the secret; None where it holds none.
 
     The value of an environment variable that is named as one, by that name; and what looks like a
@@ -57,8 +57,8 @@ def stands_in(text: str) -> str | None:
     return None
 
 
-def hidden(text: str) -> str:
-    """A text with *** in the place of every secret that `stands_in` knows."""
+def redact(text: str) -> str:
+    """A text with *** in the place of every secret that `find_secret` knows."""
     for _, value in _of_environment():
         text = _written(value).sub("***", text)
     for shape in _SHAPES:  # a group is what stands before the secret

@@ -94,13 +94,13 @@ METRICS: dict[str, Metric] = {
     "throughput/mfu": Metric(
         "share", "of the devices' published peak arithmetic that the step used (bfloat16)"
     ),
-    "floor/rollout_share": Metric(
+    "roofline/rollout_share": Metric(
         "share", "the least time that sampling can take on these devices, of what it took"
     ),
-    "floor/learning_share": Metric(
+    "roofline/learning_share": Metric(
         "share", "the same of reference and updates, of the time after the last completion"
     ),
-    "floor/step_share": Metric("share", "the same of all of these, of the step's time"),
+    "roofline/step_share": Metric("share", "the same of all of these, of the step's time"),
     "tokens/generated": Metric("tokens", "sampled since the run began"),
     "eval/accuracy": Metric("share", "the same of one greedy completion of each held-out problem"),
     "eval/reward": Metric("", "mean over these of the weighted sum of the rewards"),

@@ -18,7 +18,7 @@ import numpy as np
 from grpo_jax.structs import Array
 
 # (token_BX, lane_PWT) of `learner/packing.py`: the completion token that an entry predicts,
-# (m * G + g) * C + c in its row or -1 for none, and the entry in a place of the lanes, -1 for none.
+# (j * G + g) * C + c in its row or -1 for none, and the entry in a place of the lanes, -1 for none.
 Layout = tuple[Array, Array]
 
 
@@ -75,7 +75,7 @@ class PackedInputs:
     ids_BT: Array  # int32
     position_BT: Array  # int32: in the text, its prompt included
     prompt_length_P: Array
-    prompt_tokens: int  # Q: padded
+    prompt_tokens: int  # Q: padded; 0: completions stand alone, their first tokens unpredicted
     group: int  # G
     lanes: Lanes
     segment_PWT: Array  # int32: equal for tokens of one completion; 0: none
@@ -95,7 +95,8 @@ class PackedInputs:
         num_prompts, group, tokens = completion_PGC.shape
         token_BX, lane_PWT = layout or identity_layout(num_prompts, group, tokens)
         lanes = Lanes.of(lane_PWT, *token_BX.shape)
-        by_row = lambda x: x.reshape(token_BX.shape[0], -1)  # noqa: E731
+        rows = token_BX.shape[0]
+        by_row = lambda x: x.reshape(rows, x.size // rows)  # noqa: E731
         read_BX = jnp.maximum(token_BX - 1, 0)  # an entry reads the token before
         input_BX = jnp.take_along_axis(by_row(completion_PGC), read_BX, axis=1)
         length_BX = jnp.take_along_axis(
@@ -123,7 +124,7 @@ class PackedInputs:
     def prompts(self, x: Array) -> Array:
         """The prompts' part of states by row [B, T, ...], as [P, Q, ...]."""
         x = x[:, : x.shape[1] - self.num_entries]
-        return x.reshape(-1, self.prompt_tokens, *x.shape[2:])
+        return x.reshape(len(self.prompt_length_P), self.prompt_tokens, *x.shape[2:])
 
     def entries(self, x: Array) -> Array:
         """The entries' part of states by row [B, T, ...], as [B, X, ...]."""
@@ -135,11 +136,15 @@ class PackedInputs:
         return prompts if entries is None else jnp.concatenate([prompts, entries], axis=1)
 
     def predictors(self, x_BTD: Array) -> Array:
-        """The states that predict completions' tokens, [B, M * G + X, D] for B rows of M prompts.
+        """The states that predict completions' tokens, [B, J * G + X, D] for B rows of J prompts.
 
         First those that predict each completion's first token, which are the prompts' last, then
         those of the entries.
         """
+        if not self.prompt_tokens:
+            nothing = (x_BTD.shape[0], self.group * len(self.prompt_length_P) // x_BTD.shape[0])
+            first = jnp.zeros((*nothing, x_BTD.shape[2]), x_BTD.dtype)
+            return jnp.concatenate([first, x_BTD], axis=1)
         x_PQD = self.prompts(x_BTD)
         last_PD = jnp.take_along_axis(x_PQD, (self.prompt_length_P - 1)[:, None, None], axis=1)[
             :, 0

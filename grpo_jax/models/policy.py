@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_jax import keys
 from grpo_jax.devices import sharding
+from grpo_jax.devices.compiling import Call
 from grpo_jax.messages.console import say
 from grpo_jax.models import parameters
 from grpo_jax.models.hf import export, weights
@@ -128,27 +130,25 @@ def load_params(policy: Policy, mesh: Mesh, seed: int, dtype=jnp.float32) -> Par
         params = weights.load_params(policy.source, policy.model, mesh, dtype)
         refuse_nonfinite(params, mesh, f"{policy.source}", "Get its files again.")
         return params
-    shardings = jax.tree.map(lambda x: x.sharding, param_like(policy.model, mesh))
+    return drawing(policy.model, mesh, keys.key_for(seed, "init"), dtype)()
 
-    def init(key: Array) -> Params:
-        return jax.tree.map(lambda x: x.astype(dtype), parameters.init(policy.model, key))
 
-    return jax.jit(init, out_shardings=shardings)(keys.key_for(seed, "init"))
+def drawing(model: ModelConfig, mesh: Mesh, key: Array, dtype=jnp.float32) -> Call:
+    """The program that draws the weights of a new model."""
+    shardings = jax.tree.map(lambda x: x.sharding, param_like(model, mesh))
+
+    @functools.partial(jax.jit, out_shardings=shardings)
+    def init_params(key: Array) -> Params:
+        return jax.tree.map(lambda x: x.astype(dtype), parameters.init(model, key))
+
+    return Call(init_params, (key,))
 
 
 def refuse_nonfinite(tree: Any, mesh: Mesh, source: str, remedy: str) -> None:
     """Raises ValueError where arrays of a tree, which `source` holds, have NaN or infinities."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    floats = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in leaves
-        if jnp.issubdtype(leaf.dtype, jnp.inexact)
-    }
-    count = jax.jit(
-        lambda arrays: {name: (~jnp.isfinite(x)).sum() for name, x in arrays.items()},
-        out_shardings=sharding.replicated(mesh),
-    )
-    wrong = {name: int(n) for name, n in jax.device_get(count(floats)).items() if n}
+    counting = counting_nonfinite(tree, mesh)
+    (floats,) = counting.args
+    wrong = {name: int(n) for name, n in jax.device_get(counting()).items() if n}
     if wrong:
         name = min(wrong, key=lambda n: (not n.startswith("params/"), n))
         more = f", and {len(wrong) - 1} more arrays have such" if len(wrong) > 1 else ""
@@ -156,6 +156,22 @@ def refuse_nonfinite(tree: Any, mesh: Mesh, source: str, remedy: str) -> None:
             f"{source}: {wrong[name]} of the {floats[name].size} values of {name} are NaN or "
             f"infinite{more}. {remedy}"
         )
+
+
+def counting_nonfinite(tree: Any, mesh: Mesh) -> Call:
+    """The program that counts NaN and infinities, by the name of the array."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    floats = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in leaves
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+    }
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    def count_nonfinite(arrays: dict[str, Array]) -> dict[str, Array]:
+        return {name: (~jnp.isfinite(x)).sum() for name, x in arrays.items()}
+
+    return Call(count_nonfinite, (floats,))
 
 
 def param_like(model: ModelConfig, mesh: Mesh) -> Params:

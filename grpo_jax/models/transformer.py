@@ -19,7 +19,7 @@ import numpy as np
 
 from grpo_jax.kernels import attention, fused_attention, quantize
 from grpo_jax.kernels import rotary as rotary_lib
-from grpo_jax.kernels.attention import AttentionKernels
+from grpo_jax.kernels.attention import AttentionKernels, segments
 from grpo_jax.kernels.kv_cache import RING, DecodeStep, KVCache
 from grpo_jax.kernels.norm import AddNorm, Residual
 from grpo_jax.models import block as block_lib
@@ -167,8 +167,13 @@ def _attend_packed(
 ) -> Array:
     """Attention of packed rows [B, T, N, H]: of prompts, and of completions to theirs and own."""
     length_P, lanes = inputs.prompt_length_P, inputs.lanes
+    if not inputs.prompt_tokens:
+        by_lane = [x.reshape(-1, *x.shape[2:]) for x in (lanes.spread(x) for x in (q, k, v))]
+        segment_BT = inputs.segment_PWT.reshape(-1, inputs.segment_PWT.shape[2])
+        out = kernels.causal(*by_lane, segment_BT, window)
+        return lanes.gather(out.reshape(*inputs.segment_PWT.shape, *out.shape[2:]))
     prompts = [inputs.prompts(x) for x in (q, k, v)]
-    out_PQNH = kernels.causal(*prompts, length_P, window)
+    out_PQNH = kernels.causal(*prompts, segments(length_P, inputs.prompt_tokens), window)
     if not inputs.num_entries:
         return inputs.rows(out_PQNH, None)
     out_PWTNH = kernels.shared_prefix(
@@ -203,7 +208,7 @@ def prefill(
 
         def attend(q, k, v, layer=layer):
             q, k = (rotary_lib.rotate(y, angles[layer.rotary]) for y in (q, k))
-            out = attention.causal(q, k, v, length_R, layer.window)
+            out = attention.causal(q, k, v, segments(length_R, q.shape[1]), layer.window)
             return out, kv_cache.of_prompt(k, v)
 
         x, kept = Block(config, layer, dtype, fused, mlp).apply({"params": of_layer}, x, attend)

@@ -20,6 +20,7 @@ Change = dict[str, Any]  # options by their dotted names
 
 # Programs that draw completions; fewer slots make all of them smaller.
 _ROLLOUT = {"admit", "decode"}
+_PACKED = {"score policy", "score reference", "gradient"}  # in microbatches
 _DRAWING = {f"{of}{name}" for of in ("", "evaluation ", "samples ") for name in _ROLLOUT}
 
 
@@ -49,7 +50,7 @@ class Tried:
     def over(self) -> set[str]:
         """Names of the programs that do not fit; of all where nothing was compiled."""
         if self.plan is None:
-            return {"publish layer", *_DRAWING, "score", "gradient", "optimizer"}
+            return {"publish_layer", *_DRAWING, *_PACKED, "optimizer_step"}
         return {p.name for p in self.plan.programs if p.peak > self.plan.room}
 
     @property
@@ -143,7 +144,7 @@ def _exact(
     config: ConfigDict, over: set[str], held: dict[str, float], model: ModelConfig
 ) -> Iterator[Change]:
     shards = config.mesh.data * config.mesh.fsdp
-    if over & {"gradient", "score"} and derived.groups_at_once(config) > shards:
+    if over & _PACKED and derived.groups_at_once(config) > shards:
         yield {"batch.microbatch": shards}
     if "gradient" in over and config.model.remat != "full":
         yield {"model.remat": "full"}
@@ -152,9 +153,9 @@ def _exact(
         half, uneven = divmod(config.rollout.num_slots or whole, 2)
         if not uneven and half % shards == 0 and 4 * half >= whole:
             yield {"rollout.num_slots": half}
-    if over - {"optimizer"} and held["optimizer"]:
+    if over - {"optimizer_step"} and held["optimizer"]:
         yield {"optim.offload": True}
-    if over - {"score"} and held["reference"]:
+    if over - {"score reference"} and held["reference"]:
         yield {"model.offload_reference": True}
 
 
@@ -171,14 +172,14 @@ def _on_meshes(
             continue
         yield mesh
         shards = mesh["mesh.data"] * mesh["mesh.fsdp"]
-        if over & {"gradient", "score"} and derived.groups_at_once(config) > shards:
+        if over & _PACKED and derived.groups_at_once(config) > shards:
             yield mesh | {"batch.microbatch": shards}
 
 
 def _rounded(
     config: ConfigDict, over: set[str], held: dict[str, float], model: ModelConfig
 ) -> Iterator[Change]:
-    if held["optimizer"] or "optimizer" in over:
+    if held["optimizer"] or "optimizer_step" in over:
         fewer = {"float32": ("bfloat16", "int8"), "bfloat16": ("int8",), "int8": ()}
         for kind in fewer[config.optim.moments_dtype]:
             yield {"optim.moments_dtype": kind}

@@ -4,27 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 
+from grpo_jax.devices.compiling import Call
 from grpo_jax.planning import hlo
 from grpo_jax.planning.topologies import Chip
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function with the arguments it gets in a step."""
+    """A program with the arguments it gets in a step, and what is held besides them."""
 
     name: str
     phase: str
-    lower: Callable[[], Any]
+    call: Call
     runs: int  # in a step
     loops: float  # how often a loop that ends by what it computes runs
     beside: float  # bytes on each device, besides its arguments, while it runs
-    # As `hlo.cost` has it
-    read: Mapping[tuple[int, ...], float] = dataclasses.field(default_factory=dict)
+    read: Mapping[tuple[int, ...], float]  # as `hlo.cost` has it
+
+    @staticmethod
+    def of(
+        call: Call,
+        phase: str,
+        held: Any,
+        prefix: str = "",
+        runs: int = 1,
+        loops: float = 1.0,
+        read: Mapping[tuple[int, ...], float] = MappingProxyType({}),
+    ) -> Program:
+        """`held`: arrays by shape that lie on the devices while it runs, its arguments or not."""
+        beside = bytes_per_device(held, but=call.args)
+        return Program(prefix + call.name, phase, call, runs, loops, beside, read)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +90,15 @@ class Compiled:
         return seconds | ({"compiler": self.cost.cycles / chip.clock} if chip.clock else {})
 
 
-def bytes_per_device(tree: Any) -> float:
-    """Bytes that a device holds of arrays given by shape and sharding."""
+def bytes_per_device(tree: Any, but: Any = ()) -> float:
+    """Bytes that a device holds of arrays given by shape and sharding.
+
+    Each array counts once, and those that `but` has too do not.
+    """
+    others = {id(x) for x in jax.tree.leaves(but)}
+    arrays = {id(x): x for x in jax.tree.leaves(tree) if id(x) not in others}
     return float(
-        sum(
-            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-            for x in jax.tree.leaves(tree)
-        )
+        sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays.values())
     )
 
 

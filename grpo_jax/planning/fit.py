@@ -26,26 +26,28 @@ from grpo_jax.planning.compiled import Compiled, Known
 from grpo_jax.planning.programs import Lengths, Step
 from grpo_jax.planning.topologies import Chip
 from grpo_jax.run.whole_files import write_json
-from grpo_jax.setup.learner import USUAL, Fit
+from grpo_jax.setup.learner import DEFAULT, MemoryPlan
 from grpo_jax.structs import ModelConfig
 
 _REMAT = ("none", "dots", "full")  # the fastest first
 _GIB = 2**30
 
 
-def is_open(config: ConfigDict) -> bool:
+def is_auto(config: ConfigDict) -> bool:
     """Whether the config leaves anything to the memory."""
     return config.model.remat == "auto" or config.batch.microbatch == -1
 
 
-def of_run(config: ConfigDict, model: ModelConfig, mesh: Mesh, longest: int, folder: Path) -> Fit:
+def of_run(
+    config: ConfigDict, model: ModelConfig, mesh: Mesh, longest: int, folder: Path
+) -> MemoryPlan:
     """The fit of a run with prompts of at most `longest` tokens, the same on every process.
 
     What `fit.json` in its folder says for these options and this mesh; else it is chosen, and
     written there.
     """
-    if not is_open(config):
-        return USUAL
+    if not is_auto(config):
+        return DEFAULT
     asked = {
         "model.remat": config.model.remat,
         "batch.microbatch": config.batch.microbatch,
@@ -64,7 +66,7 @@ def of_run(config: ConfigDict, model: ModelConfig, mesh: Mesh, longest: int, fol
         known = {"asked": asked, "chosen": chosen}
         if processes.is_first():
             write_json(file, known)
-    return Fit(**known["chosen"])
+    return MemoryPlan(**known["chosen"])
 
 
 def choose(
@@ -75,7 +77,7 @@ def choose(
     limit: float | None,
     chip: Chip | None = None,
     known: Known | None = None,
-) -> Fit:
+) -> MemoryPlan:
     """The fit whose gradient needs at most `limit` bytes of each device, by its compiled program.
 
     `config.batch.memory_limit_gib` holds before `limit`; without either the usual is taken. Of the
@@ -87,11 +89,11 @@ def choose(
     """
     if config.batch.memory_limit_gib:
         limit = config.batch.memory_limit_gib * _GIB
-    if not is_open(config) or limit is None:
-        return USUAL
+    if not is_auto(config) or limit is None:
+        return DEFAULT
 
     @functools.cache
-    def program(fit: Fit) -> Compiled:
+    def program(fit: MemoryPlan) -> Compiled:
         step = Step(config, model, mesh, lengths, fit, known=known)
         return step.compile(lambda name: name == "gradient")[0]
 
@@ -102,11 +104,11 @@ def choose(
     sizes = _sizes(config, model, mesh, lengths) if config.batch.microbatch == -1 else [0]
     usual = max((n for n in sizes if n <= usual_tokens(mesh)), default=sizes[0])
     remats = _REMAT if config.model.remat == "auto" else (config.model.remat,)
-    fitting = (Fit(r, usual) for r in remats if peak(Fit(r, usual)) <= limit)
+    fitting = (MemoryPlan(r, usual) for r in remats if peak(MemoryPlan(r, usual)) <= limit)
     if rated and len(remats) > 1:
-        fit = min(fitting, key=seconds, default=Fit(remats[-1], usual))
+        fit = min(fitting, key=seconds, default=MemoryPlan(remats[-1], usual))
     else:
-        fit = next(fitting, Fit(remats[-1], usual))
+        fit = next(fitting, MemoryPlan(remats[-1], usual))
     of_size = [dataclasses.replace(fit, tokens=tokens) for tokens in sizes]
     if rated and peak(fit) <= limit:
         for larger in of_size[sizes.index(usual) + 1 :]:

@@ -15,7 +15,7 @@ from grpo_jax.planning import hlo
 from grpo_jax.planning.compiled import Compiled, Known
 from grpo_jax.planning.programs import Lengths, Step
 from grpo_jax.planning.topologies import Chip
-from grpo_jax.setup.learner import USUAL, Fit
+from grpo_jax.setup.learner import DEFAULT, MemoryPlan
 from grpo_jax.structs import ModelConfig
 
 
@@ -129,7 +129,7 @@ def plan(
     chip: Chip,
     devices: list[jax.Device],
     lengths: Lengths,
-    fit: Fit = USUAL,
+    fit: MemoryPlan = DEFAULT,
     *,
     known: Known | None = None,
     only: Callable[[str], bool] = lambda name: True,

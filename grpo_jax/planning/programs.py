@@ -9,7 +9,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import time
 from collections.abc import Callable
@@ -24,16 +23,17 @@ from ml_collections import ConfigDict
 
 from grpo_jax.config import derived, rules
 from grpo_jax.devices import sharding
+from grpo_jax.devices.compiling import Call
 from grpo_jax.kernels import gpu_decode
 from grpo_jax.kernels.gpu_decode import TritonDecode
-from grpo_jax.learner import packing, scoring, train_state
-from grpo_jax.models import parameters, policy
+from grpo_jax.learner import scoring, train_state
+from grpo_jax.models import policy
 from grpo_jax.planning import hlo
 from grpo_jax.planning.compiled import Compiled, Known, Program, bytes_per_device
 from grpo_jax.sampling.decode import Slots
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup.engine import make_engine, make_evaluator
-from grpo_jax.setup.learner import USUAL, Fit, make_learner
+from grpo_jax.setup.learner import DEFAULT, MemoryPlan, make_learner, make_supervised_learner
 from grpo_jax.structs import Experience, ModelConfig, Params, Rollouts
 
 _STOP_IDS = (0,)  # which tokens end a completion changes no shape
@@ -63,13 +63,14 @@ class Lengths:
 
 @dataclasses.dataclass(frozen=True)
 class _Drawing:
-    """Completions that an engine draws at once."""
+    """Completions that an engine draws at once: of some prompts, so many of each."""
 
     engine: Engine
     published: Params
+    prompts: int
+    group: int
+    temperature: float
     slots: Slots
-    lanes: int  # of a slot
-    temperature: np.float32 | None
 
 
 def num_held_out(config: ConfigDict) -> int:
@@ -92,7 +93,7 @@ class Step:
         model: ModelConfig,
         mesh: Mesh,
         lengths: Lengths,
-        fit: Fit = USUAL,
+        fit: MemoryPlan = DEFAULT,
         *,
         known: Known | None = None,
     ):
@@ -112,32 +113,31 @@ class Step:
         self.reference = _cast(policy.param_like(model, mesh), dtype)
         if not config.algorithm.kl_coef:
             self.reference = None
-        self.published = self.engine.published_like(self.state.params)
-        self.slots = self._slots()
+        self.rollout = self._drawing(
+            self.engine, config.batch.prompts, config.batch.group, config.rollout.temperature
+        )
         self.evaluations = self._evaluations()
         self.experience = self._experience()
-        self.carry = self.learner.update.empty.eval_shape()
 
     def held(self) -> dict[str, float]:
         """Bytes on each device by what they hold, before a program's own.
 
         What lies in the host's memory but for one program, which then needs it, is left out.
         """
-        shared = bytes_per_device(self._shared(self.engine))
+        params, rollout = self.state.params, self.rollout
         evaluated = [
-            bytes_per_device(d.published)
-            - bytes_per_device(self._shared(d.engine))
-            + bytes_per_device(d.slots.cache)
+            bytes_per_device(d.published, but=params) + bytes_per_device(d.slots.cache)
             for d in self.evaluations.values()
         ]
+        gradients, *_ = self.learner.update.zero_gradient.eval_shape()
         return {
-            "weights": bytes_per_device(self.state.params),
+            "weights": bytes_per_device(params),
             "optimizer": bytes_per_device(self._kept_state().opt_state),
             "reference": bytes_per_device(self._kept_reference()),
-            "rollout weights": bytes_per_device(self.published) - shared,
-            "cache": bytes_per_device(self.slots.cache),
+            "rollout weights": bytes_per_device(rollout.published, but=params),
+            "cache": bytes_per_device(rollout.slots.cache),
             "evaluation": max(evaluated, default=0.0),  # weights and cache
-            "gradients": bytes_per_device(self.carry[0]),
+            "gradients": bytes_per_device(gradients),
             "rollouts": bytes_per_device(self.experience),
         }
 
@@ -147,12 +147,12 @@ class Step:
         Two at a time: a compiler for TPUs uses one core.
         """
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            return list(pool.map(self._compile, (p for p in self._programs() if only(p.name))))
+            return list(pool.map(self._compile, (p for p in self.programs() if only(p.name))))
 
     def _compile(self, program: Program) -> Compiled:
         began = time.monotonic()
         with self._compiler_device():
-            lowered = program.lower()
+            lowered = program.call.lower()
         asked = dict(self.mesh.shape), program.loops, dict(program.read)
         text = f"{asked} {lowered.as_text()}"
         key = hashlib.sha256(text.encode()).hexdigest()
@@ -201,117 +201,99 @@ class Step:
             cost=hlo.cost(text, self.mesh, program.loops, program.read),
         )
 
-    def _programs(self) -> list[Program]:
-        config, length_PG = self.config, self.lengths.completion_PG
-        state, params = self.state, self.state.params
-        size = bytes_per_device
-        reference = self._kept_reference()
-        learning = size((self._kept_state(), reference))  # held through the whole step
-        lanes = self.slots.live_RW.size
-        waves = -(-length_PG.size // lanes)
-        tokens = max(length_PG.max(), -(-length_PG.sum() // lanes)) - 1
-        temperature = np.float32(config.rollout.temperature) or None
-        drawing = _Drawing(self.engine, self.published, self.slots, self._lanes, temperature)
-        admit, decode = self._sampling("", "rollout", drawing, learning)
-        loops, read = tokens / self.engine.decoder.steps, self._read_of_cache(int(tokens), lanes)
-        programs = self._publishing(learning) + [
-            dataclasses.replace(admit, runs=waves),
-            dataclasses.replace(decode, runs=1, loops=loops, read=read),
-        ]
-        everything = np.arange(self.learner.scorer.groups_in_shard(self.experience.rollouts))
-        scored = (self.reference is not None) + derived.needs_old_pass(config)
-        if scored:
-            read = self.reference if self.reference is not None else params
-            packed = self._packed(everything)
-            programs.append(
-                Program(
-                    "score",
-                    "update",
-                    lambda: self.learner.prepare.fill.lower(
-                        read, packed.number, self.experience.rollouts, *packed.arrays
-                    ),
-                    scored,
-                    int(packed.number),
-                    learning - size(params if self.reference is None else reference),
-                )
-            )
-        update, minibatches = self.learner.update, config.batch.minibatches
-        runs = derived.num_updates_per_step(config)
-        first = self._packed(everything[::minibatches])
-        programs += [
-            Program(
-                "gradient",
-                "update",
-                lambda: update.add.lower(
-                    params, first.number, self.carry, self.experience, *first.arrays
-                ),
-                runs,
-                int(first.number),
-                learning - size(params),
-            ),
-            Program(
-                "optimizer",
-                "update",
-                lambda: update.finish.lower(
-                    state, self.carry, self.experience.action_PGC, np.int32(0)
-                ),
-                runs,
-                1,
-                size((reference, self.experience)) - size(self.experience.action_PGC),
-            ),
-        ]
+    def programs(self) -> list[Program]:
+        """What the engine and the learner list, with what else is held while it runs."""
+        learning = self._kept_state(), self._kept_reference()
+        found = self._start() + self._supervised() + self._publishing(learning)
+        found += self._sampling("", "rollout", self.rollout, learning)
+        prepare, update, experience = self.learner.prepare, self.learner.update, self.experience
+        rollouts, length_PG = experience.rollouts, self.lengths.completion_PG
+        for call in prepare.calls(self.state.params, self.reference, rollouts, length_PG):
+            loops = int(call.args[1]) if call.program is prepare.score else 1
+            found.append(Program.of(call, "update", learning, loops=loops))
+        updates = derived.num_updates_per_step(self.config)
+        for call in update.calls(self.state, experience, length_PG):
+            loops = int(call.args[1]) if call.program is update.gradient else 1
+            beside = (*learning, experience) if call.program is update.optimizer_step else learning
+            found.append(Program.of(call, "update", beside, runs=updates, loops=loops))
+        shown = (
+            Call(self.learner.learning_rate, (np.int32(0),)),
+            Call(prepare.relative, (experience.advantage_PG,)),
+        )
+        found += [Program.of(call, "update", (*learning, experience)) for call in shown]
         for name, drawing in self.evaluations.items():
-            programs += self._sampling(f"{name} ", "evaluation", drawing, learning)
-        return programs
+            found += self._sampling(f"{name} ", "evaluation", drawing, learning)
+        return found
+
+    def _supervised(self) -> list[Program]:
+        """The update on worked solutions by which a new model begins: not run in a step."""
+        config = self.config
+        if config.model.path or not config.sft.num_steps:
+            return []
+        learner = make_supervised_learner(config, self.model, self.mesh)
+        kept = jnp.dtype(config.model.param_dtype)
+        state = train_state.state_like(self.model, self.mesh, learner.optimizer, kept)
+        shards = sharding.num_row_shards(self.mesh)
+        shape = -(-config.sft.batch // shards) * shards, 1
+        length_PG = np.full(shape, config.sft.max_tokens, np.int32)
+        width, tokens = config.data.max_prompt_tokens, config.sft.max_tokens
+        given = Experience(
+            rollouts=self._rollouts(shape, width, tokens),
+            advantage_PG=self._rows(shape, jnp.float32),
+            action_PGC=self._rows((*shape, tokens), jnp.bool_),
+            old_logp_PGC=None,
+            ref_logp_PGC=None,
+        )
+        calls = learner.prepare.calls(state.params, None, given.rollouts, length_PG)
+        calls += learner.update.calls(state, given, length_PG)
+        return [Program.of(c, "supervised", (state,), "supervised ", runs=0) for c in calls]
+
+    def _start(self) -> list[Program]:
+        """What makes the state before the first step: not run in one."""
+        model, mesh, state = self.model, self.mesh, self.state
+        calls = []
+        if not self.config.model.path:
+            key = jax.eval_shape(jax.random.key, 0)
+            dtype = jax.tree.leaves(state.params)[0].dtype
+            calls.append(policy.drawing(model, mesh, key, dtype))
+        calls.append(policy.counting_nonfinite(state.params, mesh))
+        calls.append(train_state.starting(state.params, model, mesh, self.learner.optimizer))
+        return [Program.of(call, "start", (), runs=0) for call in calls]
 
     def _sampling(
-        self, prefix: str, phase: str, drawing: _Drawing, learning: float
+        self, prefix: str, phase: str, drawing: _Drawing, learning: tuple
     ) -> list[Program]:
-        """What draws completions, beside what is held for learning; not run in a step."""
-        engine, slots = drawing.engine, drawing.slots
-        beside = learning - bytes_per_device(self._shared(engine))
-        start = drawing.published, drawing.temperature
-        at_once = engine.read_at_once(slots.live_RW.shape[0] // engine.shards)
-        prompts = self._prompts(at_once * engine.shards, drawing.lanes)
-        enough = self._rows((engine.shards,), jnp.int32, "slots")
-        return [
-            Program(
-                f"{prefix}admit",
-                phase,
-                lambda: engine.admit.lower(*start, slots, *prompts),
-                0,
-                1,
-                beside,
-            ),
-            Program(
-                f"{prefix}decode",
-                phase,
-                lambda: engine.decode.lower(*start, -1, 1, enough, slots),
-                0,
-                1,
-                beside,
-            ),
-        ]
+        """What draws completions, beside what is held for learning.
 
-    def _publishing(self, learning: float) -> list[Program]:
-        """What makes the rollout's weights, beside so many bytes: part by part, then by layer."""
-        engine, params, published = self.engine, self.state.params, self.published
-        programs = []
+        In a step all the slots' lanes decode as long as the longest completion, or as the mean
+        would take; an evaluation is not run in one.
+        """
+        engine, published, length_PG = drawing.engine, drawing.published, self.lengths.completion_PG
+        lanes = drawing.slots.live_RW.size
+        tokens = max(length_PG.max(), -(-length_PG.sum() // lanes)) - 1
+        in_step, found = phase == "rollout", []
+        for call in engine.sampling(
+            published, drawing.prompts, drawing.group, self.lengths.prompt, drawing.temperature
+        ):
+            waves = -(-length_PG.size // lanes) if call.program is engine.admit else 1
+            runs, loops, read = waves if in_step else 0, 1.0, {}
+            if in_step and call.program is engine.decode:
+                loops = tokens / engine.decoder.steps
+                read = self._read_of_cache(int(tokens), lanes)
+            found.append(Program.of(call, phase, (*learning, published), prefix, runs, loops, read))
+        return found
 
-        def add(name: str, lower: Callable, part: Params, runs: int, made: Any) -> None:
-            beside = learning - bytes_per_device(part) + bytes_per_device(made)
-            programs.append(Program(name, "rollout", lower, runs, 1, beside))
-
-        changed = engine.changed_parts(params)
-        for i, name in enumerate(changed):
-            lower = functools.partial(engine.publish_part[name].lower, params[name])
-            made = [published[name] for name in changed[:i]]
-            add(f"publish {name}", lower, params[name], 1, made)
-        layers, last = parameters.layer_stacks(params["layers"], self.model)[-1]
-        made = [published[name] for name in changed] + published["layers"][:-1]
-        lower = functools.partial(engine.publish_layer.lower, layers, np.int32(last))
-        add("publish layer", lower, layers, self.model.num_layers, made)
-        return programs
+    def _publishing(self, learning: tuple) -> list[Program]:
+        """What makes the rollout's weights: part by part, then by layer, beside those made."""
+        published, found, made = self.rollout.published, [], []
+        for call in self.engine.publish.calls(self.state.params):
+            if call.part:
+                found.append(Program.of(call, "rollout", (*learning, list(made))))
+                made.append(published[call.part])
+            else:
+                others = made, published["layers"][:-1]
+                found.append(Program.of(call, "rollout", (*learning, *others), runs=call.times))
+        return found
 
     def _kept_state(self) -> Any:
         """The state as it lies on the devices while it is not updated."""
@@ -320,11 +302,6 @@ class Step:
     def _kept_reference(self) -> Any:
         return None if self.config.model.offload_reference else self.reference
 
-    def _shared(self, engine: Engine) -> list[Any]:
-        """Weights that sampling reads where they are: nothing about them changes."""
-        changed = ["layers", *engine.changed_parts(self.state.params)]
-        return [part for name, part in self.state.params.items() if name not in changed]
-
     def _read_of_cache(self, tokens: int, lanes: int) -> dict[tuple[int, ...], float]:
         """By shape on a device, the share of a cache that a token reads, where a kernel skips.
 
@@ -332,44 +309,43 @@ class Step:
         """
         if not isinstance(self.engine.decoder.kv_cache, TritonDecode):
             return {}
-        arrays = [x for _, own in self.slots.cache for x in jax.tree.leaves(own)]
+        arrays = [x for _, own in self.rollout.slots.cache for x in jax.tree.leaves(own)]
         shapes = {x.sharding.shard_shape(x.shape) for x in arrays}
         share = gpu_decode.share_read(
             self.lengths.completion_PG.ravel() - 1, tokens, lanes, self.config.rollout.max_tokens
         )
         return dict.fromkeys(shapes, share)
 
-    def _slots(self):
-        config = self.config
-        (slots, self._lanes), *_ = self.engine.layouts(config.batch.prompts, config.batch.group)
-        width = self.engine.padded(self.lengths.prompt)
-        return self.engine.empty.eval_shape(slots, self._lanes, width)
+    def _drawing(self, engine: Engine, prompts: int, group: int, temperature: float) -> _Drawing:
+        params = self.state.params
+        like, changed = engine.publish.like(params), engine.publish.changed_parts(params)
+        shared = {n: part for n, part in params.items() if n not in ("layers", *changed)}
+        (slots, lanes), *_ = engine.layouts(prompts, group)
+        empty = engine.empty.eval_shape(slots, lanes, engine.padded(self.lengths.prompt))
+        return _Drawing(engine, like | shared, prompts, group, temperature, empty)
 
     def _evaluations(self) -> dict[str, _Drawing]:
         """By name: held-out problems answered once greedily, and if asked for by samples."""
         asked, number = self.config.evaluation, num_held_out(self.config)
         engine = make_evaluator(self.config, self.engine)
-        published = engine.published_like(self.state.params)
-        width = engine.padded(self.lengths.prompt)
-        kinds = {"evaluation": (1, None)} if number else {}
+        found = {"evaluation": self._drawing(engine, number, 1, 0.0)} if number else {}
         if number and asked.num_samples:
-            temperature = np.float32(asked.temperature) or None
-            kinds["samples"] = (asked.num_samples, temperature)
-        found = {}
-        for name, (group, temperature) in kinds.items():
-            (slots, lanes), *_ = engine.layouts(number, group)
-            like = engine.empty.eval_shape(slots, lanes, width)
-            found[name] = _Drawing(engine, published, like, lanes, temperature)
+            found["samples"] = self._drawing(engine, number, asked.num_samples, asked.temperature)
         return found
 
-    def _prompts(self, number: int, lanes: int) -> tuple[Any, ...]:
-        width = self.engine.padded(self.lengths.prompt)
-        shapes = (number, width), (number,), (number,), (number, lanes, 2), (number, lanes)
-        dtypes = jnp.int32, jnp.int32, jnp.int32, jnp.uint32, jnp.bool_
-        return tuple(self._rows(s, d, "slots") for s, d in zip(shapes, dtypes))
+    def _rollouts(self, shape_PG: tuple[int, int], width: int, tokens: int) -> Rollouts:
+        rows, (prompts, _) = self._rows, shape_PG
+        return Rollouts(
+            prompt_PQ=rows((prompts, width), jnp.int32),
+            prompt_length_P=rows((prompts,), jnp.int32),
+            completion_PGC=rows((*shape_PG, tokens), jnp.int32),
+            logp_PGC=rows((*shape_PG, tokens), jnp.float32),
+            length_PG=rows(shape_PG, jnp.int32),
+            stopped_PG=rows(shape_PG, jnp.bool_),
+        )
 
-    def _rows(self, shape: tuple[int, ...], dtype, axis: str = "rows") -> jax.ShapeDtypeStruct:
-        axes = (axis,) + (None,) * (len(shape) - 1)
+    def _rows(self, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+        axes = ("rows",) + (None,) * (len(shape) - 1)
         placed = sharding.sharding_of(self.mesh, axes, shape)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
 
@@ -380,25 +356,13 @@ class Step:
         rows = self._rows
         width = self.engine.padded(self.lengths.prompt)
         per_token = lambda dtype: rows((prompts, group, tokens), dtype)  # noqa: E731
-        rollouts = Rollouts(
-            prompt_PQ=rows((prompts, width), jnp.int32),
-            prompt_length_P=rows((prompts,), jnp.int32),
-            completion_PGC=per_token(jnp.int32),
-            logp_PGC=per_token(jnp.float32),
-            length_PG=rows((prompts, group), jnp.int32),
-            stopped_PG=rows((prompts, group), jnp.bool_),
-        )
         return Experience(
-            rollouts=rollouts,
+            rollouts=self._rollouts((prompts, group), width, tokens),
             advantage_PG=rows((prompts, group), jnp.float32),
             action_PGC=per_token(jnp.bool_),
             old_logp_PGC=per_token(jnp.float32) if derived.needs_old_pass(self.config) else None,
             ref_logp_PGC=per_token(jnp.float32) if self.reference is not None else None,
         )
-
-    def _packed(self, groups_P: np.ndarray) -> packing.Microbatches:
-        known = self.experience.rollouts.replace(length_PG=self.lengths.completion_PG)
-        return self.learner.scorer.microbatches(known, groups_P)
 
 
 def _cast(params: Any, dtype) -> Any:

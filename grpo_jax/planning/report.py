@@ -15,6 +15,7 @@ from grpo_jax.planning import plan as plan_lib
 from grpo_jax.planning.plan import Plan
 
 _GIB = 2**30
+_SMALL = 0.001  # of the largest program: what needs less is left out of the table
 
 
 # --- What is printed ------------------------------------------------------------------------------
@@ -31,12 +32,14 @@ def show(plan: Plan) -> None:
     for name, size in (*plan.held.items(), ("activations", plan.activations), ("peak", plan.peak)):
         memory.add_row(name, _gib(size))
     console.print(memory)
-    title = "Programs of a step, on each device; an evaluation is not run in it"
+    title = "Programs on each device; what has 0 runs is not run in a step"
     table = Table(title=title, title_justify="left")
     names = "program", "runs", "peak GiB", "TFLOP", "GB", "sent GB", "least s", "bound", "in turn"
     for name in names:
         table.add_column(name, justify="left" if name == "program" else "right", no_wrap=True)
-    for p in plan.programs:
+    size = lambda p: p.arguments + p.results + p.temporary  # noqa: E731
+    largest = max(map(size, plan.programs))
+    for p in (p for p in plan.programs if p.error or size(p) >= _SMALL * largest):
         seconds = p.seconds(plan.chip)
         name, least = plan_lib.bound(seconds)
         table.add_row(

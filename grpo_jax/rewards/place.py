@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from grpo_jax.messages.credentials import hidden
+from grpo_jax.messages.credentials import redact
 from grpo_jax.messages.values import cut
 
 _FRAMES = 4  # shown of an error
@@ -57,7 +57,7 @@ def _code(found: Callable):
 
 
 def _shown(file: str, line: int, name: str) -> str:
-    code = hidden(linecache.getline(file, line).strip())
+    code = redact(linecache.getline(file, line).strip())
     if code.startswith("@"):  # a decorator stands above the function's own line
         code = f"def {name}(...)"
     here = os.path.join(os.getcwd(), "")

@@ -23,7 +23,7 @@ from collections.abc import Awaitable, Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from grpo_jax.messages.credentials import hidden
+from grpo_jax.messages.credentials import redact
 from grpo_jax.messages.values import cut, shown
 from grpo_jax.rewards import keeper, place, registry, sources
 from grpo_jax.rewards import values as values_lib
@@ -180,7 +180,7 @@ def _said(error: BaseException, limit: int = 300) -> str:
         text = str(error)
     except Exception as second:  # texts are made by the user's code, too
         return f"(its text cannot be had: {type(second).__name__})"
-    return hidden(text[:5000])[:limit]
+    return redact(text[:5000])[:limit]
 
 
 def _stands(found: Callable) -> str:
@@ -274,7 +274,7 @@ class _Hiding(io.TextIOWrapper):
 
     def write(self, text: str) -> int:
         try:
-            super().write(hidden(text))
+            super().write(redact(text))
         except OSError:
             pass
         return len(text)

@@ -100,6 +100,7 @@ class Checkpoints:
         } | {name: ocp.StandardCheckpointHandler() for name in _ROLLOUTS}
         logging.getLogger("absl").addFilter(orbax_internals.is_news)
         orbax_internals.ask_for_no_metrics()
+        orbax_internals.write_arrays_whole()
         try:
             return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
         except Exception as error:  # of the storage, its library and the disk: no common base
@@ -148,7 +149,7 @@ class Checkpoints:
         if self._saving is None:
             return
         busy = self._manager.is_saving_in_progress()
-        if not processes.first_of("busy" if busy else ""):
+        if not processes.agree("busy" if busy else ""):
             self.wait()
 
     def wait(self) -> None:
@@ -163,7 +164,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:  # as in `_open`
             self._fault = integrity.reason(error)
-        self._fault = processes.first_of(self._fault)
+        self._fault = processes.agree(self._fault)
         if not self._fault:
             self._num_failed = 0
             if processes.is_first():
@@ -201,7 +202,7 @@ class Checkpoints:
             for partial in list(self._folder.iterdir()):
                 if partial.name.startswith(f"{number}{ocp_path.atomicity.TMP_DIR_SUFFIX}"):
                     partial.rmtree()
-        processes.meet("the end of a failed save")
+        processes.barrier("the end of a failed save")
         self._manager = self._open()
 
     def _told(self, number: int) -> str:
@@ -251,7 +252,7 @@ class Checkpoints:
     def _damage(self, number: int) -> str:
         """What any process finds wrong with its share of a checkpoint."""
         folder = self._manager.directory / str(number)
-        return processes.first_of(integrity.damage(folder, processes.number(), processes.count()))
+        return processes.agree(integrity.damage(folder, processes.number(), processes.count()))
 
     def _set_aside(self, number: int, wrong: str) -> None:
         folder = self._manager.directory
@@ -259,12 +260,12 @@ class Checkpoints:
         while aside.exists():  # of another time
             count += 1
             aside = folder / f"damaged_{number}_{count}"
-        processes.meet(
+        processes.barrier(
             "the setting aside of a damaged checkpoint"
         )  # all have seen which name is free
         if processes.is_first():
             (folder / str(number)).rename(aside)
-        processes.meet("the reading of the checkpoint before")
+        processes.barrier("the reading of the checkpoint before")
         self._manager.reload()
         before = max((n for n in self._manager.all_steps() if n < number), default=None)
         lost = number - (before or 0)

@@ -6,6 +6,8 @@ import contextlib
 import logging
 import time
 
+import jax
+import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import path as ocp_path
 
@@ -47,6 +49,17 @@ def ask_for_no_metrics() -> None:
 
         if hasattr(tensorstore_utils, "get_tensorstore_raw_bytes"):
             tensorstore_utils.get_tensorstore_raw_bytes = lambda *_, **__: 0  # none: not logged
+
+
+def write_arrays_whole() -> None:
+    """In a single process an array's copies on several devices are not written piece by piece.
+
+    By default each copy writes a part of it, which is cut off by a program of its own: a hundred
+    were compiled for a small model on 8 devices. That helps where the copies are of several hosts.
+    """
+    handler = ocp.type_handlers.get_type_handler(jax.Array)
+    if jax.process_count() == 1 and hasattr(handler, "_use_replica_parallel"):
+        handler._use_replica_parallel = False
 
 
 def is_news(record: logging.LogRecord) -> bool:

@@ -229,4 +229,4 @@ def _end(message: str, status: int) -> NoReturn:
     with contextlib.suppress(OSError, ValueError):
         console.show_cursor(True)
         sys.stdout.flush()
-    processes.end(message, status)
+    processes.abort(message, status)

@@ -27,14 +27,22 @@ from jax.sharding import NamedSharding
 
 from grpo_jax.devices import by_shard as by_shard_lib
 from grpo_jax.devices import compiling, sharding, transfer
-from grpo_jax.kernels import quantize
+from grpo_jax.devices.compiling import Call
 from grpo_jax.models import parameters
-from grpo_jax.sampling import decode, publish
+from grpo_jax.sampling import decode
+from grpo_jax.sampling.publish import Publisher
 from grpo_jax.structs import Array, Params, Rollouts, pad_rows
 
 _PROMPT_STEP = 16  # prompts are padded to a multiple of this: few shapes to compile
 _NEVER = 2**30
 _PROMPTS = 1024, 2048  # tokens: whole pages and blocks of any kernel's cache
+_NONE = -1, 1  # (slots, lanes) to move to: no others
+
+
+@jax.jit
+def row_keys(key: Array, rows: Array) -> Array:
+    """The data of a key for each row, uint32 [B, 2]."""
+    return jax.random.key_data(jax.vmap(lambda r: jax.random.fold_in(key, r))(rows))
 
 
 @dataclasses.dataclass
@@ -85,18 +93,17 @@ class Engine:
         self.shards = sharding.num_slot_shards(decoder.mesh) * decoder.parts
         # (slots, lanes, prompt tokens) of a shard that were decoded: each is compiled once.
         self.shapes: set[tuple[int, int, int]] = set()
-        self._changed_parts: dict[Any, list[str]] = {}
         by_shard = functools.partial(by_shard_lib.by_slot_shard, decoder.mesh)
         with_decoder = lambda f: functools.partial(  # noqa: E731
             compiling.exact(decoder.dtype, f), decoder
         )
 
-        def empty(slots: int, lanes: int, prompt_tokens: int) -> decode.Slots:
+        def empty_slots(slots: int, lanes: int, prompt_tokens: int) -> decode.Slots:
             slots *= decoder.parts
             return by_shard(lambda: decode.empty(decoder, slots, lanes, prompt_tokens), 0)()
 
-        placed = self._slot_shardings(jax.eval_shape(lambda: empty(1, 1, _PROMPT_STEP)))
-        self.empty = jax.jit(empty, static_argnums=(0, 1, 2), out_shardings=placed)
+        placed = self._slot_shardings(jax.eval_shape(lambda: empty_slots(1, 1, _PROMPT_STEP)))
+        self.empty = jax.jit(empty_slots, static_argnums=(0, 1, 2), out_shardings=placed)
         jit = functools.partial(
             jax.jit,
             out_shardings=placed,
@@ -105,81 +112,13 @@ class Engine:
         self.admit = jit(by_shard(with_decoder(decode.admit), 2), donate_argnums=2)
         self.decode = jit(by_shard(with_decoder(decode.decode), 4), donate_argnums=5)
         self._compact = jit(by_shard(with_decoder(decode.compact), 0))
-        published = self.published_like(parameters.param_shapes(decoder.model))
-        placed = jax.tree.map(lambda x: x.sharding, published)
-        self.publish_layer = jax.jit(self._layer, out_shardings=placed["layers"][0])
-        self.publish_part = {
-            name: jax.jit(self._sampled_from, out_shardings=placed[name])
-            for name in placed
-            if name != "layers"
-        }
-        self._row_keys = jax.jit(
-            lambda key, rows: jax.random.key_data(
-                jax.vmap(lambda r: jax.random.fold_in(key, r))(rows)
-            )
-        )
-
-    def publish(self, params: Params) -> Params:
-        """Weights for sampling: by layer, in the compute dtype or 8 bits, whole along FSDP's axis.
-
-        So decoding never gathers parameters token by token, and no program of it takes the layers
-        apart. Besides those, parts without a change are shared.
-        """
-        published = {name: part for name, part in params.items() if name != "layers"}
-        for name in self.changed_parts(params):
-            published[name] = self.publish_part[name](params[name])
-        layers: list[Params] = []  # one by one: of all in one program XLA holds a second copy
-        for stack, turn in parameters.layer_stacks(params["layers"], self.decoder.model):
-            if len(layers) >= compiling.MAX_IN_FLIGHT:
-                jax.block_until_ready(layers[-compiling.MAX_IN_FLIGHT])
-            layers.append(self.publish_layer(stack, np.int32(turn)))
-        return published | {"layers": layers}
-
-    def _sampled_from(self, part: Params) -> Params:
-        if self.decoder.weights == "int8":
-            return quantize.weights(part, self.decoder.dtype)
-        return jax.tree.map(lambda x: x.astype(self.decoder.dtype), part)
-
-    def _layer(self, stack: Params, turn: Array) -> Params:
-        own = lambda x: jax.lax.dynamic_index_in_dim(x, turn, keepdims=False)  # noqa: E731
-        layer = jax.tree.map(own, stack)
-        return self._sampled_from(
-            parameters.fuse_projections(layer) if self.decoder.fuse else layer
-        )
-
-    def changed_parts(self, params: Params) -> list[str]:
-        """Names of the parts besides the layers that sampling cannot read where they are."""
-        rest = {name: part for name, part in params.items() if name != "layers"}
-        leaves, structure = jax.tree.flatten(rest)
-        kind = structure, tuple((x.dtype, x.sharding) for x in leaves)
-        if kind not in self._changed_parts:  # asked at every rollout, and traced for an answer
-            like = self.published_like(params)
-            self._changed_parts[kind] = [n for n in rest if not publish.is_like(rest[n], like[n])]
-        return self._changed_parts[kind]
-
-    def published_like(self, params: Params) -> Params:
-        """Shape, dtype and sharding of what `publish` gives, of arrays or their shapes."""
-        mesh, model = self.decoder.mesh, self.decoder.model
-        axes = publish.axes_in_decoding(model, self.decoder.parts)
-        if self.decoder.fuse:  # they are whole, and all alike
-            first = lambda *names: names[0]  # noqa: E731
-            axes["layers"] = [parameters.fuse_projections(layer, first) for layer in axes["layers"]]
-        if self.decoder.weights == "int8":
-            axes = quantize.weight_axes(axes)
-        rest = {name: params[name] for name in params if name != "layers"}
-        stack, turn = parameters.layer_stacks(params["layers"], model)[0]
-        layer = jax.eval_shape(self._layer, stack, np.int32(turn))  # all are of the same shapes
-        like = jax.eval_shape(self._sampled_from, rest) | {"layers": [layer] * model.num_layers}
-        placed = sharding.tree_shardings(mesh, axes, like)
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, placed
-        )
+        self.publish = Publisher(decoder)
 
     @functools.cached_property
     def traffic(self) -> dict[str, float]:
         """What decoding must read, as `roofline.rollout` takes it, in bytes; scales included."""
         decoder, model = self.decoder, self.decoder.model
-        like = self.published_like(parameters.param_shapes(model))
+        like = self.publish.like(parameters.param_shapes(model))
         read = [x for name, x in like.items() if name != "embed" or model.tied_head]
         # Of one prompt more tokens than of the other, and nothing else.
         few, many = (jax.eval_shape(lambda n=n: decode.empty(decoder, 1, 1, n)) for n in _PROMPTS)
@@ -203,6 +142,61 @@ class Engine:
 
         by_slot = place(("slots",), like.replace(cache=()))
         return by_slot.replace(cache=place((rows, heads), like.cache))
+
+    def sampling(
+        self, params: Params, num_prompts: int, group: int, longest: int, temperature: float
+    ) -> list[Call]:
+        """The programs of `generate` in their order, for prompts of at most `longest` tokens.
+
+        `params`: as `publish` gives them, or their shapes. Slots that shrink, and prompts that are
+        read when some slots are free, have the same programs for fewer rows.
+        """
+        layouts, width = self.layouts(num_prompts, group), self.padded(longest)
+        num_slots, lanes = layouts[0]
+        rows = num_prompts * group
+        keys = Call(row_keys, (jax.eval_shape(jax.random.key, 0), np.arange(rows, dtype=np.int32)))
+        empty = Call(self.empty, (num_slots, lanes, width))
+        slots = empty.result()
+        temperature = np.float32(temperature) if temperature else None
+        number = self.read_at_once(num_slots) * self.shards
+        prompts = (
+            self._slot_rows((number, width), np.int32),
+            self._slot_rows((number,), np.int32),
+            self._slot_rows((number,), np.int32),
+            self._slot_rows((number, lanes, 2), np.uint32),
+            self._slot_rows((number, lanes), np.bool_),
+        )
+        following = layouts[1] if len(layouts) > 1 else _NONE
+        calls = [
+            keys,
+            empty,
+            self._admitting(params, temperature, slots, prompts),
+            self._decoding(
+                params, temperature, following, self._slot_rows((self.shards,), np.int32), slots
+            ),
+        ]
+        if len(layouts) > 1:
+            number, lanes = layouts[1][0] * self.shards, layouts[1][1]
+            moves = (
+                self._slot_rows((number,), np.int32),
+                self._slot_rows((number, lanes), np.int32),
+                self._slot_rows((number, lanes), np.bool_),
+            )
+            calls.append(Call(self._compact, (slots, *moves)))
+        return calls
+
+    def _admitting(self, params, temperature, slots: decode.Slots, prompts: tuple) -> Call:
+        return Call(self.admit, (params, temperature, slots, *prompts))
+
+    def _decoding(
+        self, params, temperature, following: tuple[int, int], enough_S, slots: decode.Slots
+    ) -> Call:
+        return Call(self.decode, (params, temperature, *following, enough_S, slots))
+
+    def _slot_rows(self, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+        axes = ("slots",) + (None,) * (len(shape) - 1)
+        placed = sharding.sharding_of(self.decoder.mesh, axes, shape)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
 
     def generate(
         self,
@@ -298,7 +292,7 @@ class Engine:
         layouts = self.layouts(len(prompts), group)
         num_slots, lanes = layouts[0]
         width = self.padded(max(map(len, prompts)))
-        row_keys = np.asarray(self._row_keys(key, np.arange(len(prompts) * group)))
+        key_B2 = np.asarray(row_keys(key, np.arange(len(prompts) * group, dtype=np.int32)))
         waiting = self._queues(len(prompts), group, lanes)
         board = _Board.empty(self.shards, num_slots, lanes)
         slots = self.empty(num_slots, lanes, width)
@@ -310,8 +304,8 @@ class Engine:
         while any(waiting) or (board.row_SRW >= 0).any():
             size = at_once if board.free_SR.all() else min(refill, at_once)
             while any(queue and free_R.any() for queue, free_R in zip(waiting, board.free_SR)):
-                args = self._next_prompts(waiting, board, prompts, group, size, width, row_keys)
-                slots = self.admit(params, temperature, slots, *args)
+                args = self._next_prompts(waiting, board, prompts, group, size, width, key_B2)
+                slots = self._admitting(params, temperature, slots, args)()
             if meanwhile is not None:  # the device has something to do
                 meanwhile()
                 meanwhile = None
@@ -321,9 +315,9 @@ class Engine:
             if (board.row_SRW < 0).all():
                 continue
             self.shapes.add((*board.row_SRW.shape[1:], width))
-            following = layouts[1] if not any(waiting) and len(layouts) > 1 else (-1, 1)
+            following = layouts[1] if not any(waiting) and len(layouts) > 1 else _NONE
             enough_S = self._enough(waiting, board, refill)
-            slots = self.decode(params, temperature, *following, enough_S, slots)
+            slots = self._decoding(params, temperature, following, enough_S, slots)()
             yield from finished  # dealt with while the device decodes
             finished = [self._harvest(slots, board)]
         yield from finished
@@ -360,7 +354,7 @@ class Engine:
                 enough_S[s] = min(refill, len(queue)) if queue else free_S[s] + refill
         return transfer.shard_rows(self.decoder.mesh, enough_S, "slots")
 
-    def _next_prompts(self, waiting, board: _Board, prompts, group, size, width, row_keys):
+    def _next_prompts(self, waiting, board: _Board, prompts, group, size, width, key_B2):
         """Arguments of `decode.admit` for up to `size` prompts a shard, taken from its queue."""
         shards, num_slots, lanes = board.row_SRW.shape
         slot_SA = np.full((shards, size), num_slots, np.int32)
@@ -376,7 +370,7 @@ class Engine:
             prompt = prompts[rows[0] // group]
             slot_SA[s, a] = free[s][a]
             prompt_SAQ[s, a, : len(prompt)], length_SA[s, a] = prompt, len(prompt)
-            key_SAW2[s, a, : len(rows)], used_SAW[s, a, : len(rows)] = row_keys[rows], True
+            key_SAW2[s, a, : len(rows)], used_SAW[s, a, : len(rows)] = key_B2[rows], True
             board.row_SRW[s, free[s][a], : len(rows)] = rows
         fields = prompt_SAQ, length_SA, slot_SA, key_SAW2, used_SAW
         rows = tuple(x.reshape(-1, *x.shape[2:]) for x in fields)

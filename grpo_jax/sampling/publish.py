@@ -1,14 +1,115 @@
-"""Weights as sampling reads them."""
+"""Weights as sampling reads them, made from those that learn: `Publisher`."""
 
 from __future__ import annotations
 
+import collections
+from typing import Any
+
 import jax
+import numpy as np
 
+from grpo_jax.devices import compiling, sharding
+from grpo_jax.devices.compiling import Call
+from grpo_jax.kernels import quantize
 from grpo_jax.models import parameters
-from grpo_jax.structs import ModelConfig, Params
+from grpo_jax.sampling.decode import Decoder
+from grpo_jax.structs import Array, ModelConfig, Params
 
 
-def axes_in_decoding(model: ModelConfig, parts: int) -> Params:
+class Publisher:
+    """Makes weights for sampling: by layer, in the compute dtype or 8 bits.
+
+    They are whole along FSDP's axis, so that decoding never gathers parameters token by token, and
+    no program of it takes the layers apart. Other parts are shared where nothing changes.
+    """
+
+    def __init__(self, decoder: Decoder):
+        self._decoder = decoder
+        self._changed_parts: dict[Any, list[str]] = {}
+        like = self.like(parameters.param_shapes(decoder.model))
+        placed = jax.tree.map(lambda x: x.sharding, like)
+
+        def publish_layer(stack: Params, turn: Array) -> Params:
+            return self._layer(stack, turn)
+
+        def publish_part(part: Params) -> Params:
+            return self._in_precision(part)
+
+        self._publish_layer = jax.jit(publish_layer, out_shardings=placed["layers"][0])
+        self._publish_part = {
+            name: jax.jit(publish_part, out_shardings=placed[name])
+            for name in placed
+            if name != "layers"
+        }
+
+    def __call__(self, params: Params) -> Params:
+        published = {name: part for name, part in params.items() if name != "layers"}
+        for name in self.changed_parts(params):
+            published[name] = self._part(params, name)()
+        layers: list[Params] = []  # one by one: of all in one program XLA holds a second copy
+        for stack, turn in parameters.layer_stacks(params["layers"], self._decoder.model):
+            if len(layers) >= compiling.MAX_IN_FLIGHT:
+                jax.block_until_ready(layers[-compiling.MAX_IN_FLIGHT])
+            layers.append(self._one_layer(stack, turn)())
+        return published | {"layers": layers}
+
+    def calls(self, params: Params) -> list[Call]:
+        """The programs in their order, for parameters by their shapes."""
+        calls = [self._part(params, name) for name in self.changed_parts(params)]
+        layers = parameters.layer_stacks(params["layers"], self._decoder.model)
+        kinds = [tuple((x.shape, x.dtype) for x in jax.tree.leaves(stack)) for stack, _ in layers]
+        for kind, times in collections.Counter(kinds).items():  # each is compiled once
+            calls.append(self._one_layer(*layers[kinds.index(kind)], times))
+        return calls
+
+    def _part(self, params: Params, name: str) -> Call:
+        return Call(self._publish_part[name], (params[name],), name)
+
+    def _one_layer(self, stack: Params, turn: int, times: int = 1) -> Call:
+        return Call(self._publish_layer, (stack, np.int32(turn)), times=times)
+
+    def _in_precision(self, part: Params) -> Params:
+        if self._decoder.weights == "int8":
+            return quantize.weights(part, self._decoder.dtype)
+        return jax.tree.map(lambda x: x.astype(self._decoder.dtype), part)
+
+    def _layer(self, stack: Params, turn: Array) -> Params:
+        own = lambda x: jax.lax.dynamic_index_in_dim(x, turn, keepdims=False)  # noqa: E731
+        layer = jax.tree.map(own, stack)
+        return self._in_precision(
+            parameters.fuse_projections(layer) if self._decoder.fuse else layer
+        )
+
+    def changed_parts(self, params: Params) -> list[str]:
+        """Names of the parts besides the layers that sampling cannot read where they are."""
+        rest = {name: part for name, part in params.items() if name != "layers"}
+        leaves, structure = jax.tree.flatten(rest)
+        kind = structure, tuple((x.dtype, x.sharding) for x in leaves)
+        if kind not in self._changed_parts:  # asked at every rollout, and traced for an answer
+            like = self.like(params)
+            self._changed_parts[kind] = [n for n in rest if not _is_like(rest[n], like[n])]
+        return self._changed_parts[kind]
+
+    def like(self, params: Params) -> Params:
+        """Shape, dtype and sharding of what is made, from arrays or their shapes."""
+        mesh, model = self._decoder.mesh, self._decoder.model
+        axes = _axes_in_decoding(model, self._decoder.parts)
+        if self._decoder.fuse:  # they are whole, and all alike
+            first = lambda *names: names[0]  # noqa: E731
+            axes["layers"] = [parameters.fuse_projections(layer, first) for layer in axes["layers"]]
+        if self._decoder.weights == "int8":
+            axes = quantize.weight_axes(axes)
+        rest = {name: params[name] for name in params if name != "layers"}
+        stack, turn = parameters.layer_stacks(params["layers"], model)[0]
+        layer = jax.eval_shape(self._layer, stack, np.int32(turn))  # all are of the same shapes
+        like = jax.eval_shape(self._in_precision, rest) | {"layers": [layer] * model.num_layers}
+        placed = sharding.tree_shardings(mesh, axes, like)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, placed
+        )
+
+
+def _axes_in_decoding(model: ModelConfig, parts: int) -> Params:
     """Logical axes of the decode weights, layer by layer: not sharded over fsdp.
 
     Attention is replicated too where it is split by row, in `parts`, and not by head.
@@ -22,7 +123,7 @@ def axes_in_decoding(model: ModelConfig, parts: int) -> Params:
     )
 
 
-def is_like(part: Params, like: Params) -> bool:
+def _is_like(part: Params, like: Params) -> bool:
     """Whether the arrays have these dtypes and lie so."""
     if jax.tree.structure(part) != jax.tree.structure(like):
         return False

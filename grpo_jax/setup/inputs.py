@@ -56,7 +56,7 @@ def date(chosen: str, folder: Path | None = None) -> datetime:
         if "date" not in record:  # of a version that did not write it
             write_json(folder / "config.json", record | {"date": own})
         own = record.get("date", own)
-    return datetime.fromisoformat(processes.first_of(own))
+    return datetime.fromisoformat(processes.agree(own))
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def hold(folder: Path, found: Sums, accept: Collection[str] = ()) -> None:
             noted = [*record.get("changes", []), *_changes(before, found)]
             new = {"read": known} | ({"changes": noted} if noted else {})
             write_json(folder / "config.json", record | new)
-    processes.meet("the sums of what is read")
+    processes.barrier("the sums of what is read")
 
 
 def refuse_other(before: Sums, now: Sums, where: str, accept: Collection[str] = ()) -> None:

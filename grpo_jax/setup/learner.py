@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
@@ -15,21 +17,21 @@ from grpo_jax.devices import sharding
 from grpo_jax.kernels import choice
 from grpo_jax.learner import optim, update
 from grpo_jax.learner.experience import Prepare, make_prepare
-from grpo_jax.learner.row_sizes import Sizes
+from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.setup import engine
-from grpo_jax.structs import ModelConfig, Sampling
+from grpo_jax.structs import Array, ModelConfig, Sampling
 
 
 @dataclasses.dataclass(frozen=True)
-class Fit:
+class MemoryPlan:
     """How an update is cut to a device's memory, where the config leaves that to the memory."""
 
     remat: str = "dots"
     tokens: int = 0  # of a row of a microbatch; 0: the usual number
 
 
-USUAL = Fit()
+DEFAULT = MemoryPlan()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +40,21 @@ class Learner:
 
     scorer: Scorer
     optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
+    learning_rate: Callable  # program: of an update by its number
     prepare: Prepare
     update: update.Update
 
     @property
-    def sizes(self) -> dict[str, Sizes]:
+    def sizes(self) -> dict[str, CompiledSizes]:
         return {"scoring": self.prepare.sizes, "update": self.update.sizes}
 
 
 def make_scorer(
-    config: ConfigDict, model: ModelConfig, mesh: Mesh, sampling: Sampling, fit: Fit = USUAL
+    config: ConfigDict,
+    model: ModelConfig,
+    mesh: Mesh,
+    sampling: Sampling,
+    fit: MemoryPlan = DEFAULT,
 ) -> Scorer:
     """How the config runs a model of this shape over given completions."""
     dtype, scan = jnp.dtype(config.model.dtype), config.model.scan_layers
@@ -81,12 +87,22 @@ def make_optimizer(
     return optim.for_params(
         optimizer,
         config.model.param_dtype,
-        float32_copy=config.optim.master_weights,
+        master_weights=config.optim.master_weights,
         seed=config.seed,
     )
 
 
-def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: Fit = USUAL) -> Learner:
+def _learning_rate(schedule: optax.Schedule) -> Callable:
+    @jax.jit
+    def learning_rate(update: Array) -> Array:
+        return schedule(update)
+
+    return learning_rate
+
+
+def make_learner(
+    config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: MemoryPlan = DEFAULT
+) -> Learner:
     """The config's update of a model of this shape; nothing is compiled or allocated yet.
 
     `fit` holds where the config names no microbatch or no way of computing again.
@@ -123,7 +139,7 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: Fit = 
     return Learner(
         scorer=scorer,
         optimizer=optimizer,
-        schedule=schedule,
+        learning_rate=_learning_rate(schedule),
         prepare=make_prepare(
             scorer,
             scale_by=algorithm.scale_by,
@@ -143,10 +159,7 @@ def make_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: Fit = 
 
 
 def make_supervised_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Learner:
-    """The config's supervised update of a model of this shape; nothing is compiled yet.
-
-    Of a batch, completions that did not stop are left out: they fill it up.
-    """
+    """The config's supervised update of a model of this shape; nothing is compiled yet."""
     schedule = optim.schedule(
         config.sft.learning_rate,
         warmup_steps=config.sft.warmup_steps,
@@ -155,14 +168,14 @@ def make_supervised_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh) 
         end_fraction=0.0,
     )
     optimizer = make_optimizer(config, schedule, config.sft.weight_decay, clip_norm=1.0)
-    scorer = dataclasses.replace(
-        make_scorer(config, model, mesh, Sampling()), microbatch=config.sft.microbatch
-    )
+    limit = config.data.max_prompt_tokens + config.sft.max_tokens
+    at_once = -(-config.sft.microbatch * limit // sharding.num_row_shards(mesh))
+    scorer = dataclasses.replace(make_scorer(config, model, mesh, Sampling()), tokens=at_once)
     return Learner(
         scorer=scorer,
         optimizer=optimizer,
-        schedule=schedule,
-        prepare=make_prepare(scorer, scale_by="none", mask_truncated=True, with_old=False),
+        learning_rate=_learning_rate(schedule),
+        prepare=make_prepare(scorer, scale_by="none", mask_truncated=False, with_old=False),
         update=update.make_update(
             scorer,
             components.NLLLoss(),

@@ -29,7 +29,7 @@ def open_for(config: ConfigDict, folder: Path) -> Path:
     record = folder / "config.json"
     if processes.is_first():
         _record(config, folder, record)
-    processes.meet("the opening of the workdir")
+    processes.barrier("the opening of the workdir")
     if not config.checkpoint.folder and not record.exists():
         raise ValueError(
             f"--workdir {folder} of this host is not that of process 0: what that one wrote is not "

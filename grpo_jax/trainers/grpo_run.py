@@ -20,7 +20,7 @@ from grpo_jax.run.checkpoints import Checkpoints
 from grpo_jax.setup import inputs, model
 from grpo_jax.setup.data import answerable, load_problems, questions, tell_of
 from grpo_jax.setup.engine import make_engine, make_evaluator
-from grpo_jax.setup.learner import Fit, make_learner
+from grpo_jax.setup.learner import MemoryPlan, make_learner
 from grpo_jax.setup.rewards import load_rewards, refuse_samples, start_rewards
 from grpo_jax.setup.run_folder import open_for
 from grpo_jax.structs import ModelConfig, Params
@@ -67,7 +67,7 @@ def build(
     config: ConfigDict,
     folder: Path,
     model_path: str,
-    fit: Callable[[ConfigDict, ModelConfig, Mesh, int, Path], Fit],
+    fit: Callable[[ConfigDict, ModelConfig, Mesh, int, Path], MemoryPlan],
 ) -> Run:
     """Everything read, checked and set up; the policy's weights are not.
 
@@ -104,7 +104,7 @@ def build(
         engine=engine,
         evaluator=make_evaluator(config, engine),
         optimizer=learner.optimizer,
-        schedule=learner.schedule,
+        learning_rate=learner.learning_rate,
         prepare=learner.prepare,
         update=learner.update,
         sizes=learner.sizes,

@@ -213,6 +213,8 @@ class Monitor:
         """A step's updates are launched: its line begins."""
         rollouts = state.experience.rollouts
         lengths = transfer.to_host((rollouts.prompt_length_P, rollouts.length_PG))
+        if rollouts.chosen_PGC is not None:
+            lengths = lengths[0], transfer.to_host(rollouts.chosen_PGC).sum(-1)
         state.tokens += int(lengths[1].sum())
         state.prompts += self._run.course.prompts
         self.log.open(state, lengths, self._started, self._learning, self._seconds)

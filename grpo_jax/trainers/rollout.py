@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from grpo_jax import keys
-from grpo_jax.algorithm import advantages
 from grpo_jax.data import prompts
 from grpo_jax.devices import transfer
 from grpo_jax.environments.questions import Questions
@@ -69,6 +68,9 @@ def device_rows(run: Run, completions: Rollouts) -> Rollouts:
         completions.replace(
             completion_PGC=completions.completion_PGC[..., :longest],
             logp_PGC=completions.logp_PGC[..., :longest],
+            chosen_PGC=None
+            if completions.chosen_PGC is None
+            else completions.chosen_PGC[..., :longest],
         ),
     )
 
@@ -85,8 +87,7 @@ def _rows(run: Run, rollout: Rollout, scores: Scores) -> list[dict[str, Any]]:
     group = run.config.batch.group
     # Of rewards that are unknown, this shows what a 0 would be worth.
     reward_PG = np.nan_to_num(scores.reward_B, nan=0.0).reshape(-1, group)
-    scale_by = run.config.algorithm.scale_by
-    relative_PG = np.asarray(advantages.group_advantages(reward_PG, scale_by=scale_by))
+    relative_PG = np.asarray(run.prepare.relative(reward_PG))
     # Of the most divided group: what the policy is about to learn from.
     p = int(reward_PG.std(1).argmax())
     texts = rollout.rewards.texts([p])

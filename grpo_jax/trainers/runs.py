@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import optax
@@ -11,7 +12,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax.environments.questions import Questions
 from grpo_jax.learner.experience import Prepare
-from grpo_jax.learner.row_sizes import Sizes
+from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.learner.update import Update
 from grpo_jax.models.policy import Policy
 from grpo_jax.rewards.pool import Pool
@@ -58,10 +59,10 @@ class Run:
     engine: Engine | None  # None: it learns from given completions
     evaluator: Engine | None  # the policy is judged as it is, however rollouts are drawn
     optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
+    learning_rate: Callable  # program: of an update by its number
     prepare: Prepare
     update: Update
-    sizes: dict[str, Sizes]  # of packed rows, of the programs of these two
+    sizes: dict[str, CompiledSizes]  # of packed rows, of the programs of these two
     ref_params: Params | None
     checkpoints: Checkpoints
     read: Sums  # what the run reads

@@ -98,25 +98,31 @@ def _gather(demonstrations: Demonstrations, run: Run, state: RunState, monitor: 
 
 
 def _as_rollouts(rows: list[Demonstration], shards: int, config: ConfigDict) -> Rollouts:
-    """Demonstrations as groups of one; what fills them up to the shards did not stop.
+    """Demonstrations as completions without a prompt, of which the answers are chosen.
 
-    Prompts are padded to the next quarter of their limit, so that few widths are compiled.
+    So rows of the learner hold them one after the other, whatever their lengths. Each of the
+    `shards` has a group of them; groups have about as many tokens, and what fills the last ones up
+    is not chosen.
     """
-    given = len(rows)
-    rows = rows + [Demonstration([0], [0])] * (-given % shards)
-    longest = max(len(row.prompt_ids) for row in rows)
-    quarter = -(-config.data.max_prompt_tokens // 4)
-    width = min(config.data.max_prompt_tokens, -(-longest // quarter) * quarter)
-    prompt_PQ, prompt_length_P = pad_rows([row.prompt_ids for row in rows], width)
-    limit = config.sft.max_tokens
-    completion_PC, length_P = pad_rows([row.completion_ids for row in rows], limit)
+    rows = rows + [Demonstration([0], [])] * (-len(rows) % shards)
+    longest_first = sorted(rows, key=lambda row: -len(row.prompt_ids) - len(row.completion_ids))
+    turns = [longest_first[i : i + shards] for i in range(0, len(rows), shards)]
+    groups = zip(*(turn if i % 2 == 0 else turn[::-1] for i, turn in enumerate(turns)))
+    rows = [row for group in groups for row in group]
+    limit = config.data.max_prompt_tokens + config.sft.max_tokens
+    text_BC, length_B = pad_rows([row.prompt_ids + row.completion_ids for row in rows], limit)
+    given_B = np.array([len(row.prompt_ids) for row in rows])
+    place_C = np.arange(limit)
+    chosen_BC = (given_B[:, None] <= place_C) & (place_C < length_B[:, None])
+    by_group = lambda x: x.reshape(shards, -1, *x.shape[1:])  # noqa: E731
     return Rollouts(
-        prompt_PQ,
-        prompt_length_P,
-        completion_PC[:, None],
-        np.zeros(completion_PC[:, None].shape, np.float32),
-        length_P[:, None],
-        (np.arange(len(rows)) < given)[:, None],
+        prompt_PQ=np.zeros((shards, 0), np.int32),
+        prompt_length_P=np.zeros(shards, np.int32),
+        completion_PGC=by_group(text_BC),
+        logp_PGC=by_group(np.zeros(text_BC.shape, np.float32)),
+        length_PG=by_group(length_B),
+        stopped_PG=by_group(np.ones(length_B.shape, bool)),
+        chosen_PGC=by_group(chosen_BC),
     )
 
 
@@ -207,7 +213,7 @@ def _build(
         engine=None,
         evaluator=None if engine is None else make_evaluator(config, engine),
         optimizer=learner.optimizer,
-        schedule=learner.schedule,
+        learning_rate=learner.learning_rate,
         prepare=learner.prepare,
         update=learner.update,
         sizes=learner.sizes,

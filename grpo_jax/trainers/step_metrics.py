@@ -86,7 +86,7 @@ class StepLog:
                 "policy/skipped_updates": int(skipped),
                 "guards/roll_backs": roll_backs,
                 "policy/learning_rate": float(
-                    run.schedule(max(int(updates) - int(skipped) - 1, 0))
+                    run.learning_rate(np.int32(max(int(updates) - int(skipped) - 1, 0)))
                 ),
             }
             if run.engine is None:
@@ -202,8 +202,8 @@ def _rates(
         done = sampling.flops + learning.flops
         rates |= {
             "throughput/mfu": done / (step_s * chip.bf16_flops * mesh.size),
-            "floor/rollout_share": least[0] / rollout_s,
-            "floor/learning_share": least[1] / learning_s,
-            "floor/step_share": sum(least) / step_s,
+            "roofline/rollout_share": least[0] / rollout_s,
+            "roofline/learning_share": least[1] / learning_s,
+            "roofline/step_share": sum(least) / step_s,
         }
     return {name: float(value) for name, value in rates.items()}

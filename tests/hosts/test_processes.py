@@ -77,9 +77,9 @@ def test_a_port_that_is_taken_is_refused():
 
 
 def test_one_process_meets_nobody():
-    processes.meet("anything")
+    processes.barrier("anything")
     assert processes.count() == 1 and processes.is_first()
-    assert processes.first_of("SIGTERM") == "SIGTERM" and processes.first_of("") == ""
+    assert processes.agree("SIGTERM") == "SIGTERM" and processes.agree("") == ""
     assert processes.gather({"a": 1.5}, "anything") == [{"a": 1.5}]
     assert processes.lost_another(ValueError("Gloo AllReduce failed")) == ""
 

@@ -41,7 +41,7 @@ def attend(by, window, q, k, v, prefix_k, prefix_v):
     position_PWT = np.broadcast_to(np.arange(T), SEGMENT_PWT.shape)
     where = SEGMENT_PWT, prefix_k, prefix_v, LENGTH_P, position_PWT, window
     own = by.shared_prefix(q, k, v, *where)
-    prompt = by.causal(q[:, 0, :Q], prefix_k, prefix_v, LENGTH_P, window)
+    prompt = by.causal(q[:, 0, :Q], prefix_k, prefix_v, attention.segments(LENGTH_P, Q), window)
     there = (np.arange(Q) < LENGTH_P[:, None])[..., None, None]
     return jnp.where(SEGMENT_PWT[..., None, None] > 0, own, 0), jnp.where(there, prompt, 0)
 

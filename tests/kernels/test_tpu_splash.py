@@ -61,8 +61,23 @@ def compare(wanted, got):
 @pytest.mark.parametrize("window", WINDOWS)
 def test_prompts(window):
     q, k, v = (normal(P, Q, heads, H, seed=i) for i, heads in enumerate((N, K, K)))
-    kept = (np.arange(Q) < LENGTH_P[:, None])[..., None, None] & np.ones((1, 1, N, 1), bool)
-    compare(*both(lambda by, *x: by.causal(*x, LENGTH_P, window), q, k, v, kept=kept))
+    segment_PQ = attention.segments(LENGTH_P, Q)
+    kept = (segment_PQ > 0)[..., None, None] & np.ones((1, 1, N, 1), bool)
+    compare(*both(lambda by, *x: by.causal(*x, segment_PQ, window), q, k, v, kept=kept))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_texts_in_one_row(window):
+    """Each sees itself alone, as in a row of its own."""
+    q, k, v = (normal(1, Q, heads, H, seed=i) for i, heads in enumerate((N, K, K)))
+    segment_1Q = np.repeat([1, 2, 3, 0], [Q // 4, Q // 2, 3, Q - Q // 4 - Q // 2 - 3])[None]
+    kept = (segment_1Q > 0)[..., None, None] & np.ones((1, 1, N, 1), bool)
+    xla, splash = both(lambda by, *x: by.causal(*x, segment_1Q, window), q, k, v, kept=kept)
+    compare(xla, splash)
+    for segment in (1, 2, 3):
+        own = segment_1Q[0] == segment
+        alone = attention.causal(q[:, own], k[:, own], v[:, own], segment_1Q[:, own], window)
+        np.testing.assert_allclose(xla[0][:, own], alone, atol=2e-6)
 
 
 @pytest.mark.parametrize("window", WINDOWS)

@@ -278,8 +278,8 @@ def test_no_array_holds_the_logits_of_a_batch(monkeypatch):
     def largest_of_both():
         jax.clear_caches()  # the limit is read while tracing
         return (
-            largest(prepare.fill, state.params, where.number, rollouts, *where.arrays),
-            largest(update.add, state.params, where.number, carry, experience, *where.arrays),
+            largest(prepare.score, state.params, where.number, rollouts, *where.arrays),
+            largest(update.gradient, state.params, where.number, carry, experience, *where.arrays),
         )
 
     assert min(largest_of_both()) >= size  # one chunk: the walk sees the logits

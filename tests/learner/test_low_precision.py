@@ -144,7 +144,7 @@ def test_the_chance_follows_from_seed_and_count():
     "transform",
     [
         low_precision.scale_by_adam(**OPTIONS, kept="int8", seed=0),
-        optim.rounded(optax.sgd(0.1), seed=0),
+        optim.stochastic_rounding(optax.sgd(0.1), seed=0),
     ],
     ids=["moments", "parameters"],
 )

@@ -67,9 +67,9 @@ def test_clipping_by_global_norm():
         np.testing.assert_allclose(moment[1]["layer"]["kernel"], want, rtol=1e-6)
 
 
-def low_precision(float32_copy: bool, rate: float):
+def low_precision(master_weights: bool, rate: float):
     sgd = optax.sgd(rate)
-    return optim.for_params(sgd, "bfloat16", float32_copy=float32_copy, seed=0)
+    return optim.for_params(sgd, "bfloat16", master_weights=master_weights, seed=0)
 
 
 def test_bfloat16_parameters_move_by_less_than_their_last_bit():
@@ -77,15 +77,15 @@ def test_bfloat16_parameters_move_by_less_than_their_last_bit():
     params = {"kernel": jnp.ones((64, 64), jnp.bfloat16)}
     grads = {"kernel": jnp.full((64, 64), -1 / 32 / 128)}
 
-    for float32_copy in (True, False):
-        optimizer = low_precision(float32_copy, 1.0)
+    for master_weights in (True, False):
+        optimizer = low_precision(master_weights, 1.0)
         state, now = optimizer.init(params), params
         for _ in range(8):
             updates, state = optimizer.update(grads, state, now)
             now = optax.apply_updates(now, updates)
 
         assert now["kernel"].dtype == jnp.bfloat16
-        if float32_copy:
+        if master_weights:
             np.testing.assert_array_equal(
                 state.params["kernel"], np.full((64, 64), 1 + 8 / 32 / 128)
             )
@@ -108,7 +108,7 @@ def test_parameters_are_their_copy_to_the_nearest():
         now = optax.apply_updates(now, updates)
     np.testing.assert_array_equal(now["kernel"], state.params["kernel"].astype(jnp.bfloat16))
     assert (state.params["kernel"] != now["kernel"].astype(jnp.float32)).any()
-    unchanged = optim.for_params(optax.sgd(1.0), "float32", float32_copy=False, seed=0)
+    unchanged = optim.for_params(optax.sgd(1.0), "float32", master_weights=False, seed=0)
     assert unchanged.init(params) == optax.sgd(1.0).init(params)
 
 
@@ -119,7 +119,7 @@ def test_moments_of_bfloat16_parameters_are_float32():
     """
     params = {"kernel": jnp.ones((4, 8), jnp.bfloat16)}
     inner = adamw(beta2=0.999)
-    optimizer = optim.for_params(inner, "bfloat16", float32_copy=False, seed=0)
+    optimizer = optim.for_params(inner, "bfloat16", master_weights=False, seed=0)
     state, gradient = optimizer.init(params), 0.5
     kept = [x.dtype for x in jax.tree.leaves(state) if x.ndim]
     assert kept == [jnp.float32] * 2

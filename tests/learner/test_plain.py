@@ -103,10 +103,10 @@ def test_packed_rows_give_the_plain_loss_and_gradient(
     monkeypatch.setattr(scoring, "_TOKENS_AT_ONCE_ON_CPU", at_once)
     scorer = Scorer(MODEL, tiny.one_device(), Sampling())
     packed = scorer.microbatches(experience.rollouts, np.arange(P))
-    rows, lanes = packed.groups_SNM[0, : packed.number], packed.lane_SNMLT[0, : packed.number]
+    rows, lanes = packed.groups_SMJ[0, : packed.number], packed.lane_SMJWT[0, : packed.number]
     assert rows.shape == {1000: (1, 4), 100: (3, 2), 40: (4, 1)}.get(at_once, rows.shape)
     assert ((rows >= 0).sum() > P) == (at_once == 16)  # groups are split
-    heads = packed.token_SNDX[0, : packed.number, 0] % C == 1  # entries that begin a completion
+    heads = packed.token_SMBX[0, : packed.number, 0] % C == 1  # entries that begin a completion
     if at_once > 16:  # some share a lane
         assert heads.sum() > (lanes.reshape(len(rows), -1, C - 1)[..., 0] >= 0).sum()
     check_update(experience, wanted[normalizer], normalizer, scorer)
@@ -121,7 +121,7 @@ def test_completions_of_like_length_stay_where_attention_sees_them(at_once, monk
     experience = experience_of(rollouts.replace(length_PG=length_PG))
     scorer = Scorer(MODEL, tiny.one_device(), Sampling())
     packed = scorer.microbatches(experience.rollouts, np.arange(P))
-    entry = packed.lane_SNMLT[0].reshape(packed.token_SNDX[0, :, 0].shape)[: packed.number]
+    entry = packed.lane_SMJWT[0].reshape(packed.token_SMBX[0, :, 0].shape)[: packed.number]
     assert ((entry == np.arange(entry.shape[1])) | (entry < 0)).all()
     assert (entry < 0).any()
     check_update(experience, wanted_of(experience, "token"), "token", scorer)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.learner import row_sizes
-from grpo_jax.learner.row_sizes import Filled, Size, Sizes, Work
+from grpo_jax.learner.row_sizes import CompiledSizes, Filled, PackingProblem, Size
 
 PROMPT, TOKENS, AT_ONCE = 64, 256, 2048
 
@@ -16,7 +16,9 @@ PROMPT, TOKENS, AT_ONCE = 64, 256, 2048
 def work(length_SPG, *, tokens=TOKENS, at_once=AT_ONCE, devices=1, multiple=1, share_lanes=True):
     groups_P = np.arange(length_SPG.shape[1])
     entries_SPG = length_SPG - 1
-    return Work(entries_SPG, groups_P, PROMPT, tokens, at_once, devices, multiple, share_lanes)
+    return PackingProblem(
+        entries_SPG, groups_P, PROMPT, tokens, at_once, devices, multiple, share_lanes
+    )
 
 
 def lengths(
@@ -41,7 +43,7 @@ def excess(length_SPG, filled: Filled) -> float:
     return computed(filled) / needed - 1
 
 
-def check(given: Work, filled: Filled) -> None:
+def check(given: PackingProblem, filled: Filled) -> None:
     """Every unit stands in one row, and every row keeps its size."""
     size = filled.size
     assert len({len(r) for r in filled.rows_S}) == 1
@@ -76,7 +78,7 @@ def check(given: Work, filled: Filled) -> None:
 def test_everything_stands_in_a_row(mean, options):
     for seed, shards in ((0, 1), (1, 2)):
         given = work(lengths(seed, mean, shards=shards), **options)
-        sizes = Sizes()
+        sizes = CompiledSizes()
         first = sizes.fill(given)
         check(given, first)
         tokens = first.size.prompts * PROMPT + first.size.entries
@@ -92,14 +94,14 @@ def test_little_is_padded_however_groups_differ(mean, spread):
     for seed in range(5):
         length_SPG = lengths(seed, mean, spread=spread)
         # A group in parts has its prompt more than once, which is the price of full rows.
-        assert excess(length_SPG, Sizes().fill(work(length_SPG))) < 0.3
+        assert excess(length_SPG, CompiledSizes().fill(work(length_SPG))) < 0.3
 
 
 def test_one_long_group_does_not_make_all_rows_as_long():
     """By hand: 31 groups of 8 x 10 entries take 31 * (64 + 80) tokens, one of 8 x 255 2,104."""
     length_SPG = np.full((1, 32, 8), 11)
     length_SPG[0, 5] = TOKENS
-    filled = Sizes().fill(work(length_SPG))
+    filled = CompiledSizes().fill(work(length_SPG))
     assert computed(filled) < 1.35 * (31 * (64 + 80) + 2104)
 
 
@@ -107,7 +109,7 @@ def test_what_a_row_has_no_room_for_goes_on_in_the_next():
     """Groups of 8 x 110 entries: a row of 1,500 tokens holds one whole, and half of another."""
     length_SPG = np.full((1, 16, 8), 101)
     length_SPG[0, :, 1::2] = 121
-    filled = Sizes().fill(work(length_SPG, tokens=1024, at_once=1500))
+    filled = CompiledSizes().fill(work(length_SPG, tokens=1024, at_once=1500))
     assert filled.size.prompts == 2 and len(filled.rows_S[0]) == 11
     assert excess(length_SPG, filled) < 0.12
 
@@ -115,28 +117,31 @@ def test_what_a_row_has_no_room_for_goes_on_in_the_next():
 def test_full_completions_leave_nothing_empty():
     """Two groups of 8 x 255 entries and two prompts are a row of 4,208 tokens."""
     length_SPG = np.full((1, 32, 8), TOKENS)
-    filled = Sizes().fill(work(length_SPG, at_once=2 * (64 + 8 * 255)))
+    filled = CompiledSizes().fill(work(length_SPG, at_once=2 * (64 + 8 * 255)))
     assert filled.size == Size(TOKENS, 2, 2 * 8 * 255, 8, 32)  # no more rows than 32
     assert len(filled.rows_S[0]) == 16
 
 
 def test_a_run_has_few_sizes():
     """Lengths vary by chance, grow and shrink; nearly every step finds its programs compiled."""
-    sizes, means = Sizes(), [*np.linspace(40, 100, 100), *np.linspace(100, 30, 100)]
+    sizes, means = CompiledSizes(), [*np.linspace(40, 100, 100), *np.linspace(100, 30, 100)]
     wasted = []
     for step, mean in enumerate(means):
         length_SPG = lengths(step, mean)
         wasted.append(excess(length_SPG, sizes.fill(work(length_SPG))))
     assert len(sizes.as_json()["used"]) <= 8
-    alone = [excess(lengths(s, m), Sizes().fill(work(lengths(s, m)))) for s, m in enumerate(means)]
+    alone = [
+        excess(lengths(s, m), CompiledSizes().fill(work(lengths(s, m))))
+        for s, m in enumerate(means)
+    ]
     assert np.mean(wasted) < np.mean(alone) + 0.1
 
 
 def test_a_better_size_is_taken_once_enough_was_wasted():
     """Completions of 20 tokens in rows that were made for 60 waste more at every step."""
-    sizes, first, short = Sizes(), lengths(0, 60), lengths(1, 20)
+    sizes, first, short = CompiledSizes(), lengths(0, 60), lengths(1, 20)
     size = sizes.fill(work(first)).size
-    best = Sizes().fill(work(short))
+    best = CompiledSizes().fill(work(short))
     wasted = steps = 0.0
     while (filled := sizes.fill(work(short))).size == size:
         wasted += computed(filled) / computed(best) - 1
@@ -148,7 +153,7 @@ def test_a_better_size_is_taken_once_enough_was_wasted():
 
 
 def test_completions_that_fit_in_no_size_get_one():
-    sizes = Sizes()
+    sizes = CompiledSizes()
     small = sizes.fill(work(lengths(0, 4)[:, :2])).size
     length_SPG = np.full((1, 8, 8), TOKENS)
     filled = sizes.fill(work(length_SPG))
@@ -160,7 +165,7 @@ def test_completions_that_fit_in_no_size_get_one():
 @pytest.mark.parametrize("change", [{"multiple": 16}, {"at_once": AT_ONCE // 2}], ids=str)
 def test_a_run_resumed_otherwise_has_sizes_that_it_can_use(change):
     """On a mesh that splits rows in more parts, or with smaller microbatches."""
-    sizes, length_SPG = Sizes(), lengths(0)
+    sizes, length_SPG = CompiledSizes(), lengths(0)
     before = sizes.fill(work(length_SPG, at_once=AT_ONCE + 1, multiple=3)).size
     given = work(length_SPG, **change)
     after = sizes.fill(given)
@@ -172,9 +177,9 @@ def test_a_resumed_run_chooses_alike():
     """Through JSON, as a checkpoint keeps it; without, another size is chosen."""
     means = [100, 90, 80, 70, 60, 50, 45, 40, 38, 35] * 2
     given = [work(lengths(step, mean)) for step, mean in enumerate(means)]
-    whole, resumed, forgetful = Sizes(), Sizes(), Sizes()
+    whole, resumed, forgetful = CompiledSizes(), CompiledSizes(), CompiledSizes()
     sizes = [whole.fill(one) for one in given]
-    begun = Sizes()
+    begun = CompiledSizes()
     for one in given[:8]:
         begun.fill(one)
     resumed.restore(json.loads(json.dumps(begun.as_json())))
@@ -182,7 +187,7 @@ def test_a_resumed_run_chooses_alike():
     assert resumed.as_json() == whole.as_json()
     assert [forgetful.fill(one) for one in given[8:]] != sizes[8:]
     resumed.restore(None)
-    assert resumed.as_json() == Sizes().as_json()
+    assert resumed.as_json() == CompiledSizes().as_json()
 
 
 # --- Data shards ----------------------------------------------------------------------------------

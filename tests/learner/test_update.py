@@ -134,7 +134,7 @@ def test_no_more_microbatches_are_computed_than_there_are(experience):
     """The program takes more rows than an update has; what lies past their number is not read."""
     update = program(microbatches=2)
     microbatches = scorer(microbatch=P // 2).microbatches(experience.rollouts, np.arange(P))
-    assert microbatches.number < len(microbatches.groups_SNM[0])
+    assert microbatches.number < len(microbatches.groups_SMJ[0])
     tokens = []
     for number in (1, microbatches.number):
         carry = update.empty()
@@ -196,7 +196,7 @@ def test_scoring_keeps_the_loop():
     rollouts = tiny.rollouts(P, G, C)
     microbatches = scorer(microbatch=P).microbatches(rollouts, np.arange(P))
     args = tiny.params(), microbatches.number, rollouts, *microbatches.arrays
-    text = str(prepare.fill.trace(*args).jaxpr)
+    text = str(prepare.score.trace(*args).jaxpr)
     assert "unroll=1" in text and f"unroll={tiny.MODEL.num_layers}" not in text
 
 
@@ -531,3 +531,15 @@ def test_the_state_is_donated(experience):
     finish = update.finish.lower(state, args[2], experience.action_PGC, 0)
     memory = finish.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+def test_tokens_that_were_not_chosen_are_no_actions():
+    """What stands in a completion and is given, as a prompt before an answer to imitate."""
+    prepare = make_prepare(scorer(), scale_by="none", mask_truncated=False, with_old=False)
+    rollouts = tiny.rollouts(P, G, C)
+    chosen_PGC = np.random.default_rng(0).random((P, G, C)) < 0.5
+    given = prepare.log_probs(tiny.params(), None, rollouts.replace(chosen_PGC=chosen_PGC))
+    experience = prepare(given, jnp.zeros((P, G)))
+    there_PGC = np.arange(C) < rollouts.length_PG[..., None]
+    np.testing.assert_array_equal(experience.action_PGC, chosen_PGC & there_PGC)
+    assert 0 < experience.action_PGC.sum() < there_PGC.sum()

@@ -15,7 +15,7 @@ from grpo_jax.config import record as record_lib
 from grpo_jax.config.dotted import flatten
 from grpo_jax.messages import credentials
 from grpo_jax.messages.console import say
-from grpo_jax.messages.credentials import hidden
+from grpo_jax.messages.credentials import redact
 
 OF_ENVIRONMENT = "0123456789abcdef0123456789abcdef01234567"  # as Weights & Biases shapes them
 SHAPED = [
@@ -57,16 +57,16 @@ def environment(monkeypatch):
 @pytest.mark.parametrize("text", [*SHAPED, OF_ENVIRONMENT])
 def test_a_secret_is_found_and_hidden(text, environment):
     around = f"before {text} after 1234"
-    assert credentials.stands_in(around)
-    clean = hidden(around)
+    assert credentials.find_secret(around)
+    clean = redact(around)
     assert clean.startswith("before ") and clean.endswith(" after 1234") and "***" in clean
     for part in ("aB3aB3", "Zz9_", "ABCDABCD", "hunter2", "0123456789"):
-        assert part not in clean and part not in credentials.stands_in(around)
+        assert part not in clean and part not in credentials.find_secret(around)
 
 
 @pytest.mark.parametrize("text", PLAIN)
 def test_other_texts_are_left_alone(text, environment):
-    assert credentials.stands_in(text) is None and hidden(text) == text
+    assert credentials.find_secret(text) is None and redact(text) == text
 
 
 @pytest.mark.parametrize(
@@ -85,11 +85,13 @@ def test_a_secret_is_hidden_however_python_writes_it(secret, monkeypatch):
         *(base64.b64encode(before + raw).decode() for before in (b"", b"u:", b"me:", b"user:")),
         base64.urlsafe_b64encode(b"user:" + raw + b"xy").decode(),
     ):  # fmt: skip
-        clean = hidden(f"before {written} after")
-        assert credentials.stands_in(written) == "the value of the environment variable MY_PASSWORD"
+        clean = redact(f"before {written} after")
+        assert (
+            credentials.find_secret(written) == "the value of the environment variable MY_PASSWORD"
+        )
         assert clean.startswith("before ") and clean.endswith(" after") and "***" in clean, written
         assert "ord" not in clean.removeprefix("before "), clean
-    assert hidden("\\" * 100_000).count("\\") == 100_000  # in time, too
+    assert redact("\\" * 100_000).count("\\") == 100_000  # in time, too
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_a_secret_is_hidden_however_python_writes_it(secret, monkeypatch):
 )  # fmt: skip
 def test_which_variables_hold_secrets(name, is_one, monkeypatch):
     monkeypatch.setenv(name, "a-value-of-some-length")
-    assert ("***" == hidden("a-value-of-some-length")) == is_one
+    assert ("***" == redact("a-value-of-some-length")) == is_one
 
 
 def test_an_option_that_holds_a_secret_is_refused(environment):
@@ -117,7 +119,7 @@ def test_an_option_that_holds_a_secret_is_refused(environment):
         message = refusal_of(valid(**{name: value}))
         option = name.replace("__", ".")
         assert message.startswith(f"{option} holds ") and "in the environment" in message
-        assert hidden(message) == message
+        assert redact(message) == message
 
 
 def test_what_a_run_records_has_no_environment(environment):

@@ -300,7 +300,7 @@ def test_a_float32_copy_is_what_is_exported(tmp_path, tokenizer, copied):
     tokenizer.save_pretrained(tmp_path / "source")
     read = policy.read(str(tmp_path / "source"))
     params = policy.load_params(read, sharding.make_mesh(), seed=0, dtype=jnp.bfloat16)
-    optimizer = optim.with_float32_copy(optax.sgd(1e-6)) if copied else optax.sgd(1e-6)
+    optimizer = optim.with_master_weights(optax.sgd(1e-6)) if copied else optax.sgd(1e-6)
     grads = jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), params)
     _, opt_state = optimizer.update(grads, optimizer.init(params), params)
     exporting.export(read, tmp_path / "out", TrainState(params, opt_state, 1, 0), "auto")

@@ -18,7 +18,7 @@ from grpo_jax.planning.advice import changed
 from grpo_jax.planning.compiled import Compiled
 from grpo_jax.planning.programs import Lengths, Step
 from grpo_jax.planning.topologies import Chip
-from grpo_jax.setup.learner import Fit, make_learner, make_scorer
+from grpo_jax.setup.learner import MemoryPlan, make_learner, make_scorer
 from grpo_jax.structs import Experience, Sampling
 
 P, G, Q, C = 4, 4, 16, 8
@@ -58,19 +58,19 @@ def test_a_smaller_limit_computes_more_again_then_takes_fewer_tokens(config, mon
     peak = lambda fit: _Once.compiled[fit][0].peak  # noqa: E731
 
     largest = choose(1e12)
-    assert largest == Fit("none", ALL)
+    assert largest == MemoryPlan("none", ALL)
     dots = choose(peak(largest) - 1)
-    assert dots == Fit("dots", ALL)
+    assert dots == MemoryPlan("dots", ALL)
     full = choose(peak(dots) - 1)
-    assert full == Fit("full", ALL)
+    assert full == MemoryPlan("full", ALL)
     least = choose(peak(full) - 1)
-    assert least == Fit("full", ONE)
+    assert least == MemoryPlan("full", ONE)
     assert peak(least) < peak(full) < peak(dots) < peak(largest)
     assert choose(1.0) == least  # nothing fits
     assert f'"full" and microbatches of {ONE} tokens a row' in capsys.readouterr().out
     # The option holds before what the device has; without either it is the usual.
     assert choose(1e12, changed(config, {LIMIT: peak(dots) / 2**30})) == dots
-    assert choose(None) == Fit()
+    assert choose(None) == MemoryPlan()
 
 
 @pytest.mark.parametrize(
@@ -126,12 +126,12 @@ def test_the_gradient_is_the_same(config):
         ref_logp_PGC=rollouts.logp_PGC,
     )
     found, counts = [], []
-    for chosen in (Fit("none", ALL), Fit("full", ONE)):
+    for chosen in (MemoryPlan("none", ALL), MemoryPlan("full", ONE)):
         learner = make_learner(config, tiny.MODEL, mesh, chosen)
         microbatches = learner.scorer.microbatches(rollouts, np.arange(P))
         counts.append(microbatches.number)
-        carry = learner.update.empty()
-        grads, sums, _ = learner.update.add(
+        carry = learner.update.zero_gradient()
+        grads, sums, _ = learner.update.gradient(
             tiny.params(), microbatches.number, carry, experience, *microbatches.arrays
         )
         found.append((grads, sums["loss"]))
@@ -145,22 +145,22 @@ def test_a_run_keeps_its_choice(config, tmp_path, monkeypatch):
 
     def choose(*args):
         asked.append(args)
-        return Fit("full", 100 * len(asked))
+        return MemoryPlan("full", 100 * len(asked))
 
     monkeypatch.setattr(fit_lib, "choose", choose)
     of_run = lambda config: fit_lib.of_run(config, tiny.MODEL, tiny.one_device(), Q, tmp_path)  # noqa: E731
 
     first = of_run(config)
-    assert first == of_run(config) == Fit("full", 100)
+    assert first == of_run(config) == MemoryPlan("full", 100)
     assert asked[0][5] is None  # the rates of a CPU
     assert json.loads((tmp_path / "fit.json").read_text())["chosen"] == {
         "remat": "full",
         "tokens": 100,
     }
     # Another limit asks for another choice; a config that leaves nothing open for none.
-    assert of_run(changed(config, {LIMIT: 1.0})) == Fit("full", 200)
+    assert of_run(changed(config, {LIMIT: 1.0})) == MemoryPlan("full", 200)
     closed = changed(config, {"batch.microbatch": 2, "model.remat": "none"})
-    assert of_run(closed) == Fit() and len(asked) == 2
+    assert of_run(closed) == MemoryPlan() and len(asked) == 2
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_memory_is_what_the_devices_really_hold(config, step):
     own = [x for x in jax.tree.leaves(published) if id(x) not in shared]
     lanes = config.batch.group
     slots = engine.empty(config.batch.prompts // engine.shards, lanes, 16)
-    gradients, *_ = learner.update.empty()
+    gradients, *_ = learner.update.zero_gradient()
 
     held = step.held()
 
@@ -89,7 +89,7 @@ def test_memory_is_what_the_devices_really_hold(config, step):
 
 def test_a_program_needs_its_arguments_and_what_lies_beside_them(step):
     """The optimizer's update takes the state and gives it back in the same place."""
-    (program,) = step.compile(lambda name: name == "optimizer")
+    (program,) = step.compile(lambda name: name == "optimizer_step")
     held = step.held()
 
     arguments = held["weights"] + held["optimizer"] + held["gradients"]
@@ -410,7 +410,7 @@ def test_numbers_are_rounded_last_and_by_little_first(config, step):
         {"model.param_dtype"},
     ]
     never = lambda config: offloaded(config) | {"weights": 70.0}  # noqa: E731
-    refused = tries_of(config, step, {"optimizer": 1.0}, never)
+    refused = tries_of(config, step, {"optimizer_step": 1.0}, never)
     assert all(t.plan is None and "arrays alone" in t.refusal for t in refused)
     assert {"optim.moments_dtype": "int8"}.items() <= refused[-2].change.items()
 
@@ -465,7 +465,7 @@ def test_a_program_is_compiled_once(config, step):
     for offload in (False, True):
         changed = advice.changed(config, {"optim.offload": offload})
         there = Step(changed, step.model, step.mesh, step.lengths, known=known)
-        found += there.compile(lambda name: name == "score")
+        found += there.compile(lambda name: name == "score reference")
     here, offloaded = found
     assert here.beside - offloaded.beside == step.held()["optimizer"] > 0
     assert there.held()["optimizer"] == 0
@@ -532,12 +532,13 @@ def test_passes_before_the_first_update(level, iterations, kl_coef, passes):
     model, mesh = model_lib.model_shape(config), tiny.one_device()
     step = Step(config, model, mesh, Lengths.of(config))
 
-    programs = {program.name: program for program in step._programs()}
+    programs = {program.name: program for program in step.programs()}
 
-    assert (programs["score"].runs if "score" in programs else 0) == passes
     needs_old = passes - bool(kl_coef)
+    assert ("score policy" in programs) == bool(needs_old)
+    assert ("score reference" in programs) == bool(kl_coef)
     assert (step.experience.old_logp_PGC is not None) == bool(needs_old)
-    programs["gradient"].lower()
+    programs["gradient"].call.lower()
 
 
 @pytest.mark.parametrize(
@@ -566,7 +567,7 @@ def test_an_evaluation_must_fit_too(options, drawn, weights):
     step = Step(config, model, mesh, Lengths.of(config))
 
     assert {n: d.slots.live_RW.shape for n, d in step.evaluations.items()} == drawn
-    names = [program.name for program in step._programs()]
+    names = [program.name for program in step.programs()]
     for name in drawn:
         assert {f"{name} admit", f"{name} decode"} < set(names)
     assert len([name for name in names if "admit" in name]) == 1 + len(drawn)
@@ -580,15 +581,15 @@ def test_an_evaluation_must_fit_too(options, drawn, weights):
     assert copied == (4 * layer if drawn else 0)
     if weights == "exact":
         assert step.held()["rollout weights"] < copied
-    for program in step._programs():
+    for program in step.programs():
         if program.name in ("admit", "evaluation admit"):  # as many prompts as there are slots
-            (main,) = re.findall(r"func.func public @main\(.*", program.lower().as_text())
+            (main,) = re.findall(r"func.func public @main\(.*", program.call.lower().as_text())
             (read,) = re.findall(r"tensor<(\d+)x16xi32>", main)
             of_rollout = 1 if "rollout.num_slots=4" in options else 4  # in groups of 4
             of_evaluation = min(4, drawn["evaluation"][0]) if drawn else 0
             assert int(read) == (of_rollout if program.name == "admit" else of_evaluation)
-        if program.name.startswith("evaluation"):
-            program.lower()
+        if program.name in ("evaluation admit", "evaluation decode"):
+            program.call.lower()
             assert program.runs == 0  # in a step
             # Beside it lies what learns and the reference, but for what it reads where it is.
             held = step.held()
@@ -606,12 +607,13 @@ def test_products_of_a_float32_network_are_exact(dtype):
     model, mesh = model_lib.model_shape(config), tiny.one_device()
     step = Step(config, model, mesh, Lengths.of(config))
     asked = {}
-    for program in step._programs():
-        text = program.lower().as_text()
+    for program in step.programs():
+        text = program.call.lower().as_text()
         products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
         if products:
             asked[program.name] = {"precision = [HIGHEST, HIGHEST]" in line for line in products}
-    names = {"admit", "decode", "score", "gradient", "evaluation admit", "evaluation decode"}
+    names = {"admit", "decode", "score policy", "score reference", "gradient"}
+    names |= {"evaluation admit", "evaluation decode", "supervised gradient"}
     assert asked == {name: {dtype == "float32"} for name in names}
 
 
@@ -619,7 +621,8 @@ def test_tokens_between_two_looks_at_the_host_change_no_count(config, step):
     """Of a program with a loop inside the loop that ends by what it computes."""
     there = Step(config, step.model, step.mesh, step.lengths)
     decoder = dataclasses.replace(there.engine.decoder, steps=5)
-    there.engine = Engine(decoder, num_slots=there.engine.num_slots)
+    engine = Engine(decoder, num_slots=there.engine.num_slots)
+    there.rollout = dataclasses.replace(there.rollout, engine=engine)
 
     one, five = (
         found.compile(lambda name: name == "decode")[0].cost.flops for found in (step, there)
@@ -636,7 +639,7 @@ def test_of_the_cache_of_a_kernel_that_skips_a_share_is_read(config, step):
     )
     there.config = loading.load(TINY, ["--config.rollout.max_tokens=1024"])
     there.lengths = Lengths.of(there.config)
-    there.slots = there._slots()
+    there.rollout = there._drawing(there.engine, *there.lengths.completion_PG.shape, 1.0)
 
     read = there._read_of_cache(1023, there.lengths.completion_PG.size)
 
@@ -700,9 +703,13 @@ def test_the_program_writes_what_it_prints(tmp_path, capsys):
 
     report = json.loads(file.read_text())
     assert [p["name"] for p in report["programs"]] == [
-        *("publish layer", "admit", "decode"),
-        *("gradient", "optimizer"),
-        *("evaluation admit", "evaluation decode"),
+        *("init_params", "count_nonfinite", "init_state"),
+        *(f"supervised {n}" for n in ("reorder", "reorder", "advantages")),
+        *(f"supervised {n}" for n in ("zero_gradient", "gradient", "optimizer_step")),
+        *("publish_layer", "row_keys", "empty_slots", "admit", "decode"),
+        *("reorder", "reorder", "advantages", "zero_gradient", "gradient", "optimizer_step"),
+        *("learning_rate", "relative"),
+        *("evaluation row_keys", "evaluation empty_slots", "evaluation admit", "evaluation decode"),
     ]
     assert report["mesh"] == {"data": 8, "fsdp": 1, "sequence": 1, "tensor": 1}
     assert report["peak_bytes"] == max(p["peak_bytes"] for p in report["programs"])

@@ -82,9 +82,9 @@ def test_a_state_comes_back_bit_for_bit(tmp_path, mesh):
 
 
 @pytest.mark.parametrize(
-    ("kept", "float32_copy"), [("int8", False), ("bfloat16", True)], ids=["rounded", "copy"]
+    ("kept", "master_weights"), [("int8", False), ("bfloat16", True)], ids=["rounded", "copy"]
 )
-def test_low_precision_continues_bit_for_bit(tmp_path, mesh, kept, float32_copy):
+def test_low_precision_continues_bit_for_bit(tmp_path, mesh, kept, master_weights):
     """Parameters, moments and chance are the same after a restore; on another mesh but for the
     rounding of its programs, which XLA does not promise to be alike."""
     optimizer = optim.for_params(
@@ -93,7 +93,7 @@ def test_low_precision_continues_bit_for_bit(tmp_path, mesh, kept, float32_copy)
             kept=kept, seed=5,
         ),
         "bfloat16",
-        float32_copy=float32_copy,
+        master_weights=master_weights,
         seed=5,
     )  # fmt: skip
     shapes = parameters.param_shapes(MODEL)

@@ -166,7 +166,9 @@ def _check_trace(folder):
 def _check_rates(steps):
     """Of a chip that is no faster than it must be: shares of the step's floor by their times."""
     for row in steps:
-        rollout, learning, step = (row[f"floor/{n}_share"] for n in ("rollout", "learning", "step"))
+        rollout, learning, step = (
+            row[f"roofline/{n}_share"] for n in ("rollout", "learning", "step")
+        )
         tokens = row["completion/length"] * 16
         step_s, rollout_s = tokens / row["throughput/step_tokens_per_s"], row["time/rollout_s"]
         assert rollout_s < step_s <= row["time/step_s"]
@@ -259,7 +261,7 @@ def test_the_device_has_work_while_metrics_are_read(tmp_path, model, monkeypatch
     rows = _rows_with_times(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2]
     assert all(0 < row["time/update_s"] < row["time/step_s"] for row in rows)
-    unknown = {"throughput/mfu", "floor/rollout_share", "memory/device_gib"}  # of a CPU
+    unknown = {"throughput/mfu", "roofline/rollout_share", "memory/device_gib"}  # of a CPU
     assert all(row["throughput/step_tokens_per_s"] > 0 and not unknown & row.keys() for row in rows)
 
 

@@ -36,7 +36,7 @@ from grpo_jax.rewards.scores import Scores
 from grpo_jax.setup import run_folder
 from grpo_jax.setup.data import load_problems
 from grpo_jax.setup.engine import make_engine
-from grpo_jax.setup.learner import Fit, make_learner, make_supervised_learner
+from grpo_jax.setup.learner import MemoryPlan, make_learner, make_supervised_learner
 from grpo_jax.structs import Rollouts, Sampling
 from grpo_jax.trainers import grpo, results, rollout, sft
 from grpo_jax.trainers.run_state import RunState
@@ -352,7 +352,7 @@ def test_three_updates_are_the_plain_ones(case):
             jax.device_get(state.params),
             params,
         )
-        np.testing.assert_allclose(learner.schedule(number), rate, rtol=1e-6)
+        np.testing.assert_allclose(learner.learning_rate(number), rate, rtol=1e-6)
     if case == "token":  # what the case is about was there to see
         ratio = np.exp(np.asarray(logp) - old)[action_PGC]
         assert (ratio < 0.9).any() and (ratio > 1.35).any()
@@ -368,7 +368,7 @@ def test_what_else_the_parts_of_an_update_are_given(monkeypatch):
         return make_update(*args, **options)
 
     monkeypatch.setattr(update_lib, "make_update", noted)
-    fit = Fit(remat="full", tokens=77)
+    fit = MemoryPlan(remat="full", tokens=77)
 
     def learner(**options):
         config = config_of({name.replace("__", "."): value for name, value in options.items()})
@@ -594,7 +594,7 @@ def test_how_the_sampler_keeps_its_numbers_and_the_evaluator_not():
     def kept(config, exact):
         made = make_engine(config, MODEL, STOPS, tiny.one_device(), exact=exact)
         cache = jax.eval_shape(lambda: made.empty(1, 1, 16)).cache
-        weights = made.published_like(tiny.params())["layers"]
+        weights = made.publish.like(tiny.params())["layers"]
         return made, *({str(x.dtype) for x in jax.tree.leaves(tree)} for tree in (weights, cache))
 
     made, weights, cache = kept(config, False)
@@ -637,7 +637,8 @@ def test_the_supervised_gradient_is_the_plain_one():
     sgd = optax.sgd(1.0)
     update = make_update(learner.scorer, learner.update.component, sgd, num_minibatches=1)
     state = train_state.start(tiny.params(), MODEL, scorer.mesh, sgd)
-    given = sft._as_rollouts(rows, P * G + 2, config)  # two fill it up, and are not learned from
+    given = sft._as_rollouts(rows, 5, config)  # groups; what fills them up is not learned from
+    assert given.length_PG.size > len(rows)
     prepared = learner.prepare.log_probs(state.params, None, given)
     experience = learner.prepare(prepared, jnp.zeros(given.length_PG.shape))
 
@@ -691,7 +692,9 @@ def test_what_supervised_training_is_given():
         "optim.eps": 1e-3, "rollout.temperature": 0.5, "rollout.top_k": 3,
     }  # fmt: skip
     learner = make_supervised_learner(config_of(options), MODEL, tiny.one_device())
-    assert learner.scorer.sampling == Sampling() and learner.scorer.microbatch == 4
+    assert learner.scorer.sampling == Sampling()
+    config = config_of(options)  # four of the longest demonstrations at once
+    assert learner.scorer.tokens == 4 * (config.data.max_prompt_tokens + config.sft.max_tokens)
 
     params = {"layer": {"kernel": np.full((2, 2), 3.0), "bias": np.full(2, 3.0)}}
     config = config_of({"optim.beta1": 0.6, "optim.beta2": 0.8, "optim.eps": 1e-3,

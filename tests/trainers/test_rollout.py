@@ -6,10 +6,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 
 from grpo_jax.config import options as options_lib
 from grpo_jax.environments.single_turn import Rollout
+from grpo_jax.learner.experience import make_prepare
+from grpo_jax.learner.scoring import Scorer
 from grpo_jax.rewards.scores import Scores
+from grpo_jax.structs import Sampling
 from grpo_jax.trainers import rollout
 from grpo_jax.trainers.runs import Course
 
@@ -40,9 +44,12 @@ def shown(step: int, scale_by: str = "none", **options) -> list[dict] | None:
     )
     written = []
     writers = SimpleNamespace(samples=lambda step, rows: written.append((step, rows)))
+    scorer = Scorer(tiny.MODEL, tiny.one_device(), Sampling())
     rollout.show(
         SimpleNamespace(
-            config=config, course=Course(9, 2, samples_every=config.logging.samples_every_steps)
+            config=config,
+            course=Course(9, 2, samples_every=config.logging.samples_every_steps),
+            prepare=make_prepare(scorer, scale_by=scale_by, mask_truncated=False, with_old=False),
         ),
         writers,
         step,

@@ -14,7 +14,7 @@ from states import MODEL, OPTIMIZER, same_bits, train_state
 
 from grpo_jax.config import options
 from grpo_jax.devices import sharding, transfer
-from grpo_jax.learner.row_sizes import Sizes
+from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.run.checkpoints import Checkpoints
 from grpo_jax.structs import Experience
 from grpo_jax.trainers import run_state
@@ -42,7 +42,7 @@ def parts(tmp_path, state):
         mesh=sharding.make_mesh(2, 4, 1),
         policy=types.SimpleNamespace(model=MODEL),
         optimizer=OPTIMIZER,
-        sizes={"update": Sizes()},
+        sizes={"update": CompiledSizes()},
         read={"training problems": {"number": 3}},
         checkpoints=checkpoints,
     )
@@ -165,7 +165,7 @@ def test_the_newest_checkpoint_is_where_the_run_stands(parts, state):
     assert run_state.newest(parts) == RunState()
     _save(parts, state, 4, rollout_metrics={"reward": 0.5})
     at = run_state.newest(parts)
-    own = {"checkpoint": 12, "last_due": 12, "sizes": {"update": Sizes().as_json()}}
+    own = {"checkpoint": 12, "last_due": 12, "sizes": {"update": CompiledSizes().as_json()}}
     assert at == RunState(step=4, prompts=400, rollout_metrics={"reward": 0.5}, **own)
 
 

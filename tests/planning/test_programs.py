@@ -1,0 +1,83 @@
+"""A run compiles the programs that its plan lists, since both ask the engine and the learner."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator
+
+import jax
+import pytest
+import tiny
+
+from grpo_jax import train
+from grpo_jax.config import loading
+from grpo_jax.devices import sharding
+from grpo_jax.planning.programs import Lengths, Step
+from grpo_jax.setup import model as model_lib
+
+TINY = "tests/helpers/tiny_config.py"
+# What JAX compiles of its own for single operations: random keys, and rows of an array.
+OF_JAX = {
+    *("stage", "_threefry_seed", "_threefry_fold_in", "convert_element_type"),
+    *("broadcast_in_dim", "gather", "slice", "negative"),
+}
+
+
+@contextlib.contextmanager
+def compiled() -> Iterator[set[str]]:
+    """The names of the programs that are compiled, or read from a cache, while it is entered."""
+    names: set[str] = set()
+
+    class Names(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if found := re.match(r"Finished XLA compilation of jit\((.+?)\)", record.getMessage()):
+                names.add(found[1])
+
+    logger, handler = logging.getLogger("jax._src.dispatch"), Names()
+    logger.addHandler(handler)
+    try:
+        with jax.log_compiles():
+            yield names
+    finally:
+        logger.removeHandler(handler)
+
+
+def listed(step: Step) -> set[str]:
+    return {program.call.program.__name__ for program in step.programs()}
+
+
+@pytest.mark.slow
+def test_a_run_compiles_what_its_plan_lists(tmp_path):
+    """On eight devices, with a reference, samples in evaluations and slots that shrink."""
+    options = ["batch.prompts=16", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+    options += ["rollout.max_tokens=24", "evaluation.num_samples=2", "loop.num_steps=1"]
+    overrides = [f"--config.{option}" for option in (*options, "compile_cache=False")]
+
+    with compiled() as names:
+        train.main(["--config", TINY, "--workdir", str(tmp_path), *overrides])
+
+    config = loading.load(TINY, overrides)
+    step = Step(
+        config, model_lib.model_shape(config), sharding.make_mesh(2, 2, 2), Lengths.of(config)
+    )
+    assert names - OF_JAX == listed(step)
+
+
+@pytest.mark.parametrize(
+    ("options", "without"),
+    [
+        (["algorithm.kl_coef=0.0", "algorithm.num_iterations=1", "batch.minibatches=1"], "score"),
+        (["model.path=somewhere"], "init_params"),
+        (["rollout.compact=False"], "compact"),
+    ],
+)
+def test_what_a_run_does_not_need_is_not_listed(options, without):
+    all_of_it = loading.load(TINY, ["--config.rollout.max_tokens=24"])
+    config = loading.load(
+        TINY, ["--config.rollout.max_tokens=24", *(f"--config.{o}" for o in options)]
+    )
+    model, mesh = model_lib.model_shape(all_of_it), tiny.one_device()
+    with_it, without_it = (listed(Step(c, model, mesh, Lengths.of(c))) for c in (all_of_it, config))
+    assert with_it - without_it == {without}
