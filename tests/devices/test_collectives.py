@@ -123,8 +123,8 @@ def test_an_update_sends_what_fsdp_must(monkeypatch):
     assert number == 2
     params = train_state.state_like(model, mesh, optimizer).params
 
-    args = params, number, learn.empty.eval_shape(), placed, *microbatches.arrays
-    program = learn.add.lower(*args)
+    args = params, number, learn.zero_gradient.eval_shape(), placed, *microbatches.arrays
+    program = learn.gradient.lower(*args)
     sent = hlo.cost(program.compile().as_text(), mesh, int(number)).sent
 
     layers = sum(x.size for x in jax.tree.leaves(params["layers"]))

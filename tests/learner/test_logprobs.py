@@ -273,7 +273,7 @@ def test_no_array_holds_the_logits_of_a_batch(monkeypatch):
     )
     full = rollouts.replace(length_PG=np.full((4, 4), 16))
     where = scorer.microbatches(full, np.arange(4))
-    carry = jax.eval_shape(update.empty)
+    carry = jax.eval_shape(update.zero_gradient)
 
     def largest_of_both():
         jax.clear_caches()  # the limit is read while tracing

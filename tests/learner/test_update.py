@@ -127,7 +127,7 @@ def adding(update, experience):
     """What the update's program for microbatches is called with."""
     microbatches = scorer(microbatch=P).microbatches(experience.rollouts, np.arange(P))
     number, arrays = microbatches.number, microbatches.arrays
-    return fresh().params, number, update.empty(), experience, *arrays
+    return fresh().params, number, update.zero_gradient(), experience, *arrays
 
 
 def test_no_more_microbatches_are_computed_than_there_are(experience):
@@ -137,8 +137,10 @@ def test_no_more_microbatches_are_computed_than_there_are(experience):
     assert microbatches.number < len(microbatches.groups_SMJ[0])
     tokens = []
     for number in (1, microbatches.number):
-        carry = update.empty()
-        _, sums, _ = update.add(fresh().params, number, carry, experience, *microbatches.arrays)
+        carry = update.zero_gradient()
+        _, sums, _ = update.gradient(
+            fresh().params, number, carry, experience, *microbatches.arrays
+        )
         tokens.append(float(sums["tokens"][0]))
     assert 0 < tokens[0] < tokens[1] == experience.action_PGC.sum()
 
@@ -151,7 +153,7 @@ def test_recomputing_changes_nothing(experience, reference_run):
                 for inner in jax.extend.core.jaxprs_in_params(eqn.params):
                     yield from walk(inner)
 
-        return list(walk(update.add.trace(*adding(update, experience)).jaxpr.jaxpr))
+        return list(walk(update.gradient.trace(*adding(update, experience)).jaxpr.jaxpr))
 
     programs = {remat: program(remat=remat) for remat in ("none", "dots", "full")}
     counts = {
@@ -184,7 +186,7 @@ def test_layers_one_by_one_are_those_of_the_loop(remat, experience, reference_ru
     """And what is computed again stays so, with no loop to keep it from being merged."""
     update = program(remat=remat, scan_layers=False)
     assert_same(run(update, experience), reference_run)
-    text = str(update.add.trace(*adding(update, experience)).jaxpr)
+    text = str(update.gradient.trace(*adding(update, experience)).jaxpr)
     assert f"unroll={tiny.MODEL.num_layers}" in text
     assert ("prevent_cse=True" in text) == (remat != "none") and "prevent_cse=False" not in text
 
@@ -525,10 +527,10 @@ def test_the_state_is_donated(experience):
 
     args = adding(update, experience)
 
-    memory = update.add.lower(*args).compile().memory_analysis()
+    memory = update.gradient.lower(*args).compile().memory_analysis()
     size = sum(x.nbytes for x in jax.tree.leaves(state.params))
     assert memory.alias_size_in_bytes >= size  # the gradient is summed in place
-    finish = update.finish.lower(state, args[2], experience.action_PGC, 0)
+    finish = update.optimizer_step.lower(state, args[2], experience.action_PGC, 0)
     memory = finish.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= sum(x.nbytes for x in jax.tree.leaves(state))
 

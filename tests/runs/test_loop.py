@@ -160,7 +160,13 @@ def _check_trace(folder):
     }
     assert {(phase, part) for phase, names in scopes.items() for part in names} <= parts
     programs = {o.program.split("(")[0] for o in found}
-    assert programs >= {"jit_admit", "jit_decode", "jit_fill_shard", "jit_add_shard", "jit_finish"}
+    assert programs >= {
+        "jit_admit",
+        "jit_decode",
+        "jit_score",
+        "jit_gradient",
+        "jit_optimizer_step",
+    }
 
 
 def _check_rates(steps):
