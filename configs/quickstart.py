@@ -28,7 +28,6 @@ def get_config():
 
     c.sft.num_steps = 1400
     c.sft.batch = 64
-    c.sft.microbatch = 16
     c.sft.learning_rate = 2e-3
     c.sft.max_tokens = 40
 

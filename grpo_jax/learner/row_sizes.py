@@ -28,6 +28,7 @@ _MOST_LANES = 4  # places in lanes for a token of the largest row; more take too
 _TIE = 0.02  # sizes of costs that differ by less: the one that comes first is taken
 _FREE_WASTE = 0.05  # more work than at the best size that a run is content with
 _RECOMPILE_AT = 2.0  # work beyond that, in updates, for which it takes a better size
+_RECOMPILE_AT_TOKENS = 100_000  # but no fewer tokens: to compile takes seconds of any device
 
 
 class Unit(NamedTuple):
@@ -220,7 +221,7 @@ class CompiledSizes:
         known = _cheapest(work, [size for size in self._used if work.allows(size)])
         if known is not None:
             wasted = max(known.cost / best.cost - 1 - _FREE_WASTE, 0.0)
-            if self._wasted + wasted <= _RECOMPILE_AT:
+            if self._wasted + wasted <= max(_RECOMPILE_AT, _RECOMPILE_AT_TOKENS / best.cost):
                 self._wasted += wasted
                 return known.filled
         self._used.append(best.size)
