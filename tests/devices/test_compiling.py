@@ -26,10 +26,9 @@ def test_options_of_gpus_are_asked_for_where_xla_has_them(quickly, monkeypatch):
     """A program with an option that is unknown cannot be compiled."""
     mesh = tiny.one_device()
     own = compiling_lib.options(mesh)
-    level, library = "xla_backend_optimization_level", "xla_cpu_experimental_ynn_fusion_type"
-    assert own[level] == 1
-    assert own.get(library, "LIBRARY_FUSION_TYPE_DOT") == "LIBRARY_FUSION_TYPE_DOT"
-    assert compiling_lib.options_of_decoding(mesh) == own
+    level, library = {"xla_backend_optimization_level": 1}, "xla_cpu_experimental_ynn_fusion_type"
+    assert own in (level, level | {library: "LIBRARY_FUSION_TYPE_DOT"})
+    assert compiling_lib.options_of_decoding(mesh) == level
     monkeypatch.setattr(sharding, "is_gpu", lambda mesh: True)
     merger, split = "xla_gpu_dot_merger_threshold_mb", "xla_gpu_experimental_force_split_k"
     assert compiling_lib.options_of_decoding(mesh) == own | {merger: 0, split: 1}
