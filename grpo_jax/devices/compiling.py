@@ -66,7 +66,9 @@ def options(mesh: Mesh) -> dict[str, int | str]:
 def options_of_decoding(mesh: Mesh) -> dict[str, int | str]:
     """The same of programs that decode.
 
-    On CPU YNNPACK sums there too, which takes a fifth less time. XLA for GPUs makes one product of two that share an operand, and for that puts their weights
+    On CPU YNNPACK sums there too, which takes a fifth less time.
+
+    XLA for GPUs makes one product of two that share an operand, and for that puts their weights
     side by side anew for every token. And it takes products of few rows apart along what is summed,
     in float32 parts that another kernel adds; cuBLAS does so by itself where it pays.
     """
