@@ -152,11 +152,6 @@ def _check_batch(config: ConfigDict) -> None:
             f"{batch.microbatch} prompts. Make batch.prompts a multiple of "
             f"{batch.minibatches * batch.microbatch}, or batch.microbatch divide {per_update}."
         )
-    if config.sft.microbatch and config.sft.batch % config.sft.microbatch:
-        raise ValueError(
-            f"sft.batch = {config.sft.batch} does not split into microbatches of sft.microbatch = "
-            f"{config.sft.microbatch}. Make it a multiple of {config.sft.microbatch}."
-        )
     if config.optim.schedule != "constant":
         total = config.loop.num_steps * updates
         if config.optim.warmup_steps >= total:
