@@ -1,11 +1,11 @@
-"""A reasoner from nothing, on a laptop CPU in about four minutes, with no download.
+"""A reasoner from nothing, on a laptop CPU in about five minutes, with no download.
 
     python -m grpo_jax.train --config configs/quickstart.py
 
 A model of 0.4 million parameters first imitates sloppy students on sums of four or five terms: most
-of them guess, some work step by step and slip. It then answers about a tenth of 512 held-out sums.
-GRPO with a reward for right answers teaches it to work, and to work carefully: 99.2 % and
-100 % with the seeds 0 and 1.
+of them guess, some work step by step and slip. It then answers about an eighth of 512 held-out
+sums. GRPO with a reward for right answers teaches it to work, and to work carefully: 100 % and
+99.8 % with the seeds 0 and 1.
 """
 
 from grpo_jax import config
