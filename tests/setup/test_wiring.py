@@ -660,7 +660,7 @@ def test_the_supervised_gradient_is_the_plain_one():
     assert experience.action_PGC.sum() == action_PGC.sum()
     largest = max(np.abs(g).max() for g in jax.tree.leaves(grads))
     jax.tree.map(
-        lambda p, new, g: np.testing.assert_allclose(p - new, g, rtol=0, atol=1e-4 * largest),
+        lambda p, new, g: np.testing.assert_allclose(p - new, g, rtol=0, atol=1e-5 * largest),
         params,
         jax.device_get(state.params),
         grads,
