@@ -58,8 +58,9 @@ class Prepare:
 
     def log_probs(self, params: Params, ref_params: Params | None, rollouts: Rollouts) -> LogProbs:
         """Launches what needs no rewards. `ref_params` None: no KL term."""
-        length_PG, order_P = transfer.to_host(rollouts.length_PG), None
+        length_PG, order_P = rollouts.length_PG, None
         if (shards := self.scorer.mesh.shape["data"]) > 1:
+            length_PG = transfer.to_host(length_PG)
             order_P = row_sizes.balance(length_PG, shards, self.num_minibatches)
             rollouts, length_PG = self._reordering(rollouts, order_P)(), length_PG[order_P]
         scored = self._scoring(params, ref_params, rollouts, length_PG)

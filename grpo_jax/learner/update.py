@@ -86,8 +86,8 @@ class Update:
         holds the gradients. Until it returns the state is whole. Metrics are float32 scalars by
         their logged names, and `skipped`, True where the update was refused.
         """
-        length_PG = transfer.to_host(experience.rollouts.length_PG)
-        carry = self._adding(state.params, self.zero_gradient(), experience, length_PG, index)()
+        length_PG, none = experience.rollouts.length_PG, self.zero_gradient()
+        carry = self._adding(state.params, none, experience, length_PG, index)()
         if self.offload:  # a copy: that of the caller stays where it is
             state = state.replace(opt_state=transfer.to_device_memory(state.opt_state))
         step = self._step(state, carry, experience, index)

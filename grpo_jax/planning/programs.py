@@ -234,11 +234,12 @@ class Step:
         kept = jnp.dtype(config.model.param_dtype)
         state = train_state.state_like(self.model, self.mesh, learner.optimizer, kept)
         shards = sharding.num_row_shards(self.mesh)
-        shape = -(-config.sft.batch // shards) * shards, 1
-        length_PG = np.full(shape, config.sft.max_tokens, np.int32)
-        width, tokens = config.data.max_prompt_tokens, config.sft.max_tokens
+        shape = shards, -(-config.sft.batch // shards)  # whole texts, a group for each shard
+        tokens = config.data.max_prompt_tokens + config.sft.max_tokens
+        length_PG = np.full(shape, tokens, np.int32)
+        chosen_PGC = self._rows((*shape, tokens), jnp.bool_)
         given = Experience(
-            rollouts=self._rollouts(shape, width, tokens),
+            rollouts=self._rollouts(shape, 0, tokens).replace(chosen_PGC=chosen_PGC),
             advantage_PG=self._rows(shape, jnp.float32),
             action_PGC=self._rows((*shape, tokens), jnp.bool_),
             old_logp_PGC=None,
