@@ -11,12 +11,14 @@ silently.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
@@ -131,11 +133,15 @@ class Checkpoints:
             if quality is None or len(numbers) == 1:
                 return
             self._manager.delete(number)  # by a stop, before it was evaluated
-        items = {"state": ocp.args.StandardSave(state), "facts": ocp.args.JsonSave(facts)}
-        if experience is not None:
-            items["experience"] = ocp.args.StandardSave(experience)
-        if ahead is not None:
-            items["ahead"] = ocp.args.StandardSave(ahead)
+        rollouts = {"experience": experience, "ahead": ahead}
+        rollouts = {name: arrays for name, arrays in rollouts.items() if arrays is not None}
+        empty = {name: orbax_internals.empty_arrays(arrays) for name, arrays in rollouts.items()}
+        items = {
+            "state": ocp.args.StandardSave(state),
+            "facts": ocp.args.JsonSave(facts | {"empty": empty}),
+        }
+        for name, arrays in rollouts.items():
+            items[name] = ocp.args.StandardSave(orbax_internals.without_empty(arrays))
         metrics = None if quality is None else {"quality": quality}
         self._saving = number
         self._num_bytes = sum(x.nbytes for x in jax.tree.leaves((state, experience, ahead)))
@@ -332,7 +338,12 @@ class Checkpoints:
 
         restore = ocp.args.StandardRestore(jax.tree.map(like, items[name].tree))
         args = ocp.args.Composite(**{name: restore})
-        return dict(self._manager.restore(number, args=args)[name])
+        fields = dict(self._manager.restore(number, args=args)[name])
+        for path, (shape, dtype) in self.facts(number).get("empty", {}).get(name, {}).items():
+            *parents, field = path.split("/")
+            holder = functools.reduce(dict.__getitem__, parents, fields)
+            holder[field] = like(jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype)))
+        return jax.tree.map(orbax_internals.filled, fields)
 
 
 class Newest:

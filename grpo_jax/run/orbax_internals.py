@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import path as ocp_path
@@ -60,6 +62,32 @@ def write_arrays_whole() -> None:
     handler = ocp.type_handlers.get_type_handler(jax.Array)
     if jax.process_count() == 1 and hasattr(handler, "_use_replica_parallel"):
         handler._use_replica_parallel = False
+
+
+def empty_arrays(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each array of a tree that has no element, by its path.
+
+    Orbax refuses to save such arrays: rollouts of texts without a prompt have one.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (leaf.shape, str(leaf.dtype))
+        for path, leaf in leaves
+        if not leaf.size
+    }
+
+
+def without_empty(tree: Any) -> Any:
+    """A tree of arrays with None in the place of each that `empty_arrays` names."""
+    return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
+
+
+def filled(leaf: Any) -> jax.Array:
+    """An array that was read as it is; one without elements in the place of its shape."""
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    part = np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: part)
 
 
 def is_news(record: logging.LogRecord) -> bool:

@@ -41,13 +41,13 @@ def _said(capsys) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-def _experience(mesh, *, old: bool, ref: bool) -> Experience:
+def _experience(mesh, *, old: bool, ref: bool, prompt: int = 5) -> Experience:
     rng = np.random.default_rng(0)
     shape = (4, 2, 3)
     floats = lambda: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     rollouts = Rollouts(
-        prompt_PQ=rng.integers(0, 8, (4, 5), np.int32),
-        prompt_length_P=np.array([5, 1, 2, 3], np.int32),
+        prompt_PQ=rng.integers(0, 8, (4, prompt), np.int32),
+        prompt_length_P=np.minimum([5, 1, 2, 3], prompt).astype(np.int32),
         completion_PGC=rng.integers(0, 8, shape, np.int32),
         logp_PGC=floats(),
         length_PG=rng.integers(1, 4, (4, 2), np.int32),
@@ -154,6 +154,21 @@ def test_a_rollout_comes_back_with_what_it_lacks(tmp_path, mesh, old, ref):
     assert found.advantage_PG.sharding == experience.advantage_PG.sharding
     assert again.experience(2, mesh) is None
     again.close()
+
+
+def test_rollouts_of_texts_without_a_prompt_come_back(tmp_path, mesh):
+    """Their array of prompts has no element, which Orbax does not save."""
+    experience = _experience(mesh, old=False, ref=False, prompt=0)
+    first = Checkpoints(tmp_path / "c", keep=2)
+    first.save(train_state(mesh, 1), {}, experience=experience, ahead=experience.rollouts)
+    first.close()
+    again = Checkpoints(tmp_path / "c", keep=2)
+    found, ahead = again.experience(1, mesh), again.ahead(1, mesh)
+    again.close()
+    assert found.rollouts.prompt_PQ.shape == (4, 0)
+    assert found.rollouts.prompt_PQ.sharding == experience.rollouts.prompt_PQ.sharding
+    same_bits(experience, found)
+    same_bits(experience.rollouts, ahead)
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path, mesh):
