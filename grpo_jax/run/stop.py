@@ -111,14 +111,18 @@ class StopSignal:
 
     @contextlib.contextmanager
     def leaving(
-        self, save: Callable[[], str], patience_s: float = PATIENCE_S
+        self, save: Callable[[], str], patience_s: float | None = None
     ) -> Iterator[Callable[[], None]]:
-        """While entered, a stop is obeyed by `save()` after `patience_s`; what it returns is said.
+        """While entered, a stop is obeyed by `save()`; what that returns is said.
+
+        It is obeyed after `patience_s`, by default `PATIENCE_S`. The context is not left while
+        `save` works: the process ends then.
 
         `save` is called from another thread, and the process ends after it. It is no longer once
         the context is left, or what it gives is called: from then on `save` may not hold. Not where
         there are several processes, since all would have to be at one point.
         """
+        patience_s = PATIENCE_S if patience_s is None else patience_s
         with self._lock:
             before, self._way_out = self._way_out, _WayOut(save, patience_s)
 
@@ -142,11 +146,11 @@ class StopSignal:
                 "continues it."
             )
 
-        with self.leaving(message, patience_s):
-            try:
+        try:
+            with self.leaving(message, patience_s):
                 yield
-            except Asked:
-                raise Stopped(message()) from None
+        except Asked:
+            raise Stopped(message()) from None
 
     # --- What hears ---
 

@@ -275,13 +275,14 @@ class Monitor:
                 )
             return self._saved(state, sizes)
 
-        with self._stop.leaving(leave) as over:
-            try:
+        # Outside the context, which waits where the other thread saves: the two never do at once.
+        try:
+            with self._stop.leaving(leave) as over:
                 yield over
-            except Asked:
-                self.log.fetch()
-                self.guards.enforce(before=self.log.close)
-                raise Stopped(self._saved(state, sizes)) from None
+        except Asked:
+            self.log.fetch()
+            self.guards.enforce(before=self.log.close)
+            raise Stopped(self._saved(state, sizes)) from None
 
     def _stop_with(self, state: RunState) -> NoReturn:
         raise Stopped(self._saved(state, None))

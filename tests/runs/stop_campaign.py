@@ -64,12 +64,12 @@ def sleep() -> None:
     time.sleep(float(os.environ["SECONDS"]))
 
 
-def before(holder, name: str, is_due=lambda: True) -> None:
+def before(holder, name: str, is_due=lambda *args: True) -> None:
     """Puts the sleep before a function's work."""
     function = getattr(holder, name)
 
     def call(*args, **kwargs):
-        if is_due():
+        if is_due(*args):
             sleep()
         return function(*args, **kwargs)
 
@@ -108,24 +108,29 @@ def stretch(phase: str) -> None:
 
     results.evaluate = evaluates
 
+    def is_gradient(backend, module, *_) -> bool:
+        """The largest program, which is compiled after the first rollout."""
+        is_policys = supervised[0] == 3
+        return is_policys and "gradient" in module.operation.attributes["sym_name"].value
+
     if phase == "start":
         before(policy, "load_params")
     elif phase == "supervised training":
-        before(Monitor, "donates", lambda: supervised[0] >= 2)
+        before(Monitor, "donates", lambda *_: supervised[0] >= 2)
     elif phase == "first evaluation":
-        before(Engine, "_harvest", lambda: evaluating[0])
+        before(Engine, "_harvest", lambda *_: evaluating[0])
     elif phase == "compiling":
-        before(compiler, "compile_or_get_cached", lambda: steps[0] == 1)
+        before(compiler, "compile_or_get_cached", is_gradient)
     elif phase == "rollout":
-        before(Engine, "_harvest", lambda: steps[0] == 1 and not evaluating[0])
+        before(Engine, "_harvest", lambda *_: steps[0] == 1 and not evaluating[0])
     elif phase == "update":
-        before(Monitor, "donates", lambda: steps[0] >= 1)
+        before(Monitor, "donates", lambda *_: steps[0] >= 1)
     elif phase == "evaluation":
-        before(Engine, "_harvest", lambda: steps[0] == 2 and evaluating[0])
+        before(Engine, "_harvest", lambda *_: steps[0] == 2 and evaluating[0])
     elif phase == "save":
-        before(checksums, "write", lambda: steps[0] == 4)
+        before(checksums, "write", lambda *_: steps[0] == 4)
     elif phase == "export":
-        before(export, "_save_tensors", lambda: steps[0] == 4)
+        before(export, "_save_tensors", lambda *_: steps[0] == 4)
 
 
 def child(phase: str, arguments: list[str]) -> None:
