@@ -60,7 +60,7 @@ class Monitor:
                 writers.Writers(
                     run.folder,
                     first_step=state.step + (not state.unevaluated) if state.step else 0,
-                    first_sample_step=state.step + 1 + bool(state.update),  # before any update
+                    first_sample_step=state.sampled + 1,  # before any update
                     tensorboard=run.config.logging.tensorboard,
                     wandb_project=course.wandb_project,
                     config=flatten(run.config),
@@ -290,7 +290,7 @@ class Monitor:
     def _saved(self, state: RunState, sizes: dict[str, Any] | None) -> str:
         """Saves, and says so."""
         run, name = self._run, self._stop.name
-        has_begun = state.step or state.update or state.first_evaluation
+        has_begun = state.sampled or state.first_evaluation
         if not has_begun and state.next_rollout is None:
             run.checkpoints.close()
             return (

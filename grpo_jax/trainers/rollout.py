@@ -50,8 +50,7 @@ def sample(
 
 def sampled_before(run: Run, state: RunState, completions: Rollouts) -> Rollout:
     """Completions that a checkpoint held, given to the rewards as if just sampled."""
-    step = state.step + bool(state.update)
-    questions, rewards = _begin(run, state, step)
+    questions, rewards = _begin(run, state, state.sampled)
     for number, (completion_GC, length_G) in enumerate(
         zip(completions.completion_PGC, completions.length_PG)
     ):

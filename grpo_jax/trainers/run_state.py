@@ -57,6 +57,11 @@ class RunState:
         """The number of the draw that gives a step its prompts and its random key."""
         return step + self.passed_over
 
+    @property
+    def sampled(self) -> int:
+        """Steps that have been sampled and rewarded: the finished ones, and one in its updates."""
+        return self.step + (self.experience is not None)
+
     def finish_step(self) -> None:
         """All updates on this rollout are done: what belongs to it goes."""
         self.step, self.update, self.experience = self.step + 1, 0, None
@@ -145,7 +150,8 @@ def _to_go_back_to(run: Run, state: RunState) -> RunState | None:
 def load(run: Run, state: RunState) -> Rollouts | None:
     """Reads the arrays of a state; gives the completions that were sampled for its next step.
 
-    None where none were, and after a roll-back. Raises ValueError where the parameters
+    None where none were, and after a roll-back, which undoes an experience too that nothing was
+    learned from. Raises ValueError where the parameters
     or the optimizer's state have numbers that are not finite.
     """
     for name, sizes in run.sizes.items():
@@ -165,10 +171,11 @@ def load(run: Run, state: RunState) -> Rollouts | None:
         "Delete that, and the run goes on from the one before.",
     )
     state.train = _offloaded(run, train)
-    state.experience = run.checkpoints.experience(number, mesh)
-    has = state.experience is not None
-    assert has == (state.update > 0), f"checkpoint {number} lacks its rollout"
     undone = number == state.rolled_back_to
+    if state.update or not undone:
+        state.experience = run.checkpoints.experience(number, mesh)
+    has = state.experience is not None
+    assert has or not state.update, f"checkpoint {number} lacks its rollout"
     return None if undone else run.checkpoints.ahead(number, mesh)
 
 

@@ -29,12 +29,14 @@ STOPS = {
     "at the last supervised step": ("sft", 3),
     "before an evaluation": ("update", 8),
 }
-# Left while it was at something, after so many updates.
+# Left while it was at something, after so many updates or supervised steps.
 LEFT = {
-    "in the first rollout": ("rollout", 0),
-    "in rewards": ("rewards", 4),
-    "in an update": ("update", 5),
-    "in the last evaluation": ("evaluation", 16),
+    "in a supervised update": ("update", "sft", 1),
+    "in the first rollout": ("rollout", "update", 0),
+    "in the first update": ("update", "update", 0),
+    "in rewards": ("rewards", "update", 4),
+    "in an update": ("update", "update", 5),
+    "in the last evaluation": ("evaluation", "update", 16),
 }
 ALL = [*STOPS, *LEFT]
 SLOW = """
@@ -90,8 +92,8 @@ def runs(tmp_path_factory, slow_reward):
         for name, (kind, count) in STOPS.items()
     ]
     stopped += [
-        {"argv": _argv(root / name), "in": phase, "after": count}
-        for name, (phase, count) in LEFT.items()
+        {"argv": _argv(root / name), "in": phase, "of": kind, "after": count}
+        for name, (phase, kind, count) in LEFT.items()
     ]
     alone = [
         {"argv": _argv(root / "whole")},
@@ -147,14 +149,13 @@ def test_a_stop_comes_where_it_was_asked_for(runs, name):
 def test_a_run_that_does_not_hear_is_left_saved(runs, name):
     """All that was computed before the phase is there; the phase itself is computed again."""
     root, first, _ = runs
-    phase, count = LEFT[name]
+    phase, kind, count = LEFT[name]
     assert first[name].endswith("(status 75)")
-    then = root / f"{name}, then"
+    then = root / f"{name}, then" / ("bootstrap" if kind == "sft" else "")
     assert int(final_state(then)["/num_updates"]) == count
-    rows = logged(then)
-    assert {row["step"] for row in rows if "reward" in row} == set(
-        range(1, 1 + count // 4 - (phase == "evaluation"))
-    )
+    steps = count if kind == "sft" else count // 4 - (phase == "evaluation")  # with their lines
+    written = {row["step"] for row in logged(then) if "reward" in row or "sft/loss" in row}
+    assert written == set(range(1, 1 + steps))
 
 
 def test_every_step_is_logged_once(runs):
