@@ -79,7 +79,7 @@ NEAREST = {
     "kernels/block_sums": ("tests/models/test_logits_sampling.py", WIRING),
     "kernels/choice": ("tests/kernels/test_tpu_splash.py", "tests/sampling/test_engine.py"),
     "kernels/fused_attention": (
-        "tests/kernels/test_gpu_decode.py", "tests/kernels/test_tpu_paged.py",
+        "tests/kernels/test_gpu_cudnn.py", "tests/kernels/test_tpu_splash.py",
     ),
     "kernels/kv_cache": ("tests/kernels/test_tpu_paged.py", "tests/sampling/test_engine.py"),
     "kernels/pallas_triton": ("tests/kernels/test_gpu_decode.py",),
@@ -108,6 +108,7 @@ NEAREST = {
         "tests/planning/test_programs.py",
     ),
     "rewards": ("tests/rewards/test_registry.py", "tests/rewards/test_pool.py"),
+    "rewards/worker": ("tests/rewards/test_worker.py", "tests/rewards/test_pool.py"),
     "rewards/trial": ("tests/runs/test_score_program.py",),
     "run": ("tests/run/test_workdir.py", "tests/run/test_checkpoints.py"),
     "run/append_log": ("tests/metrics/test_tensorboard.py", "tests/metrics/test_writers.py"),

@@ -136,10 +136,8 @@ class Checkpoints:
         rollouts = {"experience": experience, "ahead": ahead}
         rollouts = {name: arrays for name, arrays in rollouts.items() if arrays is not None}
         empty = {name: orbax_internals.empty_arrays(arrays) for name, arrays in rollouts.items()}
-        items = {
-            "state": ocp.args.StandardSave(state),
-            "facts": ocp.args.JsonSave(facts | {"empty": empty}),
-        }
+        facts = facts | ({"empty": empty} if any(empty.values()) else {})
+        items = {"state": ocp.args.StandardSave(state), "facts": ocp.args.JsonSave(facts)}
         for name, arrays in rollouts.items():
             items[name] = ocp.args.StandardSave(orbax_internals.without_empty(arrays))
         metrics = None if quality is None else {"quality": quality}

@@ -78,6 +78,15 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix, capfd):
     assert capfd.readouterr() == ("", "")  # no progress bars
 
 
+def test_the_library_talks_as_before_when_a_file_was_read(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
+    level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    assert level != datasets.logging.CRITICAL
+    assert len(list(read(Source(str(tmp_path / "rows.jsonl"))))) == 1
+    assert datasets.logging.get_verbosity() == level
+    assert datasets.are_progress_bars_disabled() == bars
+
+
 def test_a_csv_file(tmp_path):
     path = write(tmp_path / "p.csv", [{"prompt": "a, b", "answer": 3, "note": None}])
     assert rows_of(path) == [{"prompt": "a, b", "answer": 3, "note": None}]

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from grpo_jax import plan
 from grpo_jax.config import loading
 from grpo_jax.data import tasks
-from grpo_jax.devices import sharding
+from grpo_jax.devices import chips, sharding
 from grpo_jax.kernels.gpu_decode import TritonDecode
 from grpo_jax.learner import train_state
 from grpo_jax.models import policy
@@ -486,6 +486,19 @@ def test_lengths_follow_their_mean():
 def test_a_topology_that_is_none_is_refused(topology):
     with pytest.raises(ValueError, match=r"--topology .*expected one of v4, v5e"):
         topologies.devices(topology)
+
+
+@pytest.mark.parametrize(
+    ("name", "units", "side", "links"),
+    [("v4", 8, 128, 6), ("v5e", 4, 128, 4), ("v5p", 8, 128, 6), ("v6e", 4, 256, 4)],
+)
+def test_the_rates_of_a_tpu(name, units, side, links):
+    """Its matrix units give the published rate at its clock; it has two links a dimension."""
+    chip = topologies.CHIPS[name]
+    assert 2 * units * side**2 * chip.clock == pytest.approx(chip.flops, rel=0.005)
+    rates = chips.chip(f"TPU {name}")
+    assert chip.link * links / 2 == pytest.approx(rates.ici_bytes_per_s)
+    assert chip.usable == rates.hbm_bytes - 2**28 and chip.memory == rates.hbm_bytes
 
 
 @pytest.mark.parametrize("name", gpu_targets.NAMES)

@@ -65,6 +65,19 @@ def test_a_run_compiles_what_its_plan_lists(tmp_path):
     assert names - OF_JAX == listed(step)
 
 
+def test_how_often_a_step_decodes():
+    """A token a turn of the decoder's loop and lane, whatever fills the lanes."""
+    for slots, waves in ((0, 1), (4, 4)):
+        config = loading.load(
+            TINY, ["--config.rollout.max_tokens=24", f"--config.rollout.num_slots={slots}"]
+        )
+        model, mesh = model_lib.model_shape(config), tiny.one_device()
+        step = Step(config, model, mesh, Lengths.of(config))
+        sampling = [p for p in step.programs() if p.phase == "rollout"]
+        (decode,) = (p for p in sampling if p.call.program.__name__ == "decode")
+        assert decode.runs == 1 and decode.loops == 24 * waves - 1
+
+
 @pytest.mark.parametrize(
     ("options", "without"),
     [

@@ -105,6 +105,8 @@ def test_equal(one, other):
         ("(1,2)", r"\{1,2\}"),
         ("(1,2)", "1,2"),
         ("(1,2)", "(2,1)"),
+        ("(1,2)", "(1,2,3)"),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\\3\end{pmatrix}"),
         ("east", "seat"),
         ("0", "1 000"),
         ("0", r"5\,000"),

@@ -430,6 +430,14 @@ def test_a_state_that_was_saved_before_it_was_evaluated_is_saved_again(tmp_path)
     checkpoints.close()
 
 
+def test_closing_waits_for_the_newest_and_notes_it(tmp_path):
+    told = []
+    checkpoints = Checkpoints(tmp_path / "c", keep=1, on_saved=told.append)
+    checkpoints.save(_tiny(3), {})
+    checkpoints.close()
+    assert told == [3]
+
+
 def test_a_save_leaves_nothing_behind(tmp_path, mesh):
     """TensorStore keeps each list of metrics that Orbax asks it for; see `_ask_for_no_metrics`."""
     state = train_state(mesh, 0)

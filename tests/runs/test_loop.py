@@ -87,6 +87,9 @@ def test_what_a_run_leaves(tmp_path, compile_cache, cache_folder, monkeypatch):
     steps = [row for row in rows if "reward" in row]
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     assert all(every_step <= row.keys() and None not in row.values() for row in steps)
+    # The policy before the updates has drawn, and the reference is the model as it was given.
+    assert all(row["policy/sampler_gap_max"] < 1e-4 for row in steps)
+    assert steps[0]["policy/kl"] < steps[3]["policy/kl"]
     # Of the step's last update, the 4th, 8th, 12th and 16th.
     rates = [row["policy/learning_rate"] for row in steps]
     assert rates == pytest.approx([0.00025, 0.0005, 0.00075, 0.001])

@@ -6,9 +6,10 @@ import json
 import sys
 
 import pytest
-from mistakes import refusal
+from mistakes import make_model, refusal
 
 from grpo_jax import score
+from grpo_jax.models.hf.tokenizer import load_tokenizer
 
 ROWS = [
     {"prompt": "1+1=", "answer": "#### 2", "guess": "#### 2", "level": 1},
@@ -109,6 +110,28 @@ def test_failures_are_shown(config, tmp_path, capsys, monkeypatch):
     assert found == {"mean": 1.0, "std": 0.0, "ones": 1, "failed": 1, "none": 1}
     assert "longer than rewards.timeout_s" in out.replace("\n", " ")
     assert "sums.jsonl, line 2" in out.replace("\n", "")
+
+
+def test_a_reward_gets_the_tokens_and_the_prompts_as_the_model_reads_them(
+    config, tmp_path, capsys, monkeypatch
+):
+    model = make_model(tmp_path / "model")
+    (tmp_path / "reading.py").write_text(
+        "def tokens(completions, completion_ids, **columns):\n"
+        "    return [len(ids) for ids in completion_ids]\n"
+        "def prompt(completions, rendered_prompts, **columns):\n"
+        "    return [float(text[0]) for text in rendered_prompts]\n"
+    )
+    monkeypatch.setattr(sys, "path", [*sys.path])  # it lies beside the config
+    run(
+        capsys, config, "--out", str(tmp_path / "rows.jsonl"), f"--config.model.path={model}",
+        "--config.rewards.names=['reading:tokens','reading:prompt']",
+        "--config.rewards.weights=[1.0,1.0]",
+    )  # fmt: skip
+    rows = [json.loads(x)["rewards"] for x in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    lengths = [len(load_tokenizer(model)(row["answer"])["input_ids"]) for row in ROWS]
+    assert [row["tokens"] for row in rows] == lengths
+    assert [row["prompt"] for row in rows] == [1, 2, 3]
 
 
 def _given(tmp_path, *lines):
