@@ -1,9 +1,22 @@
 """grpo_jax: train reasoning language models by Group Relative Policy Optimization, in JAX."""
 
+from __future__ import annotations
+
+import importlib
 import os
 import sys
+from typing import Any
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`train` and `load`, which take seconds to import, once they are asked for."""
+    if name == "train":  # the program, which can be called
+        return importlib.import_module("grpo_jax.train")
+    if name == "load":
+        return importlib.import_module("grpo_jax.api.model").load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _leave_current_folder() -> None:

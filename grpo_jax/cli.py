@@ -99,7 +99,17 @@ def add_processes(parser: argparse.ArgumentParser) -> None:
 
 def start_processes(args: argparse.Namespace, config: ConfigDict) -> None:
     """Returns when all processes of the run have started. Call it before anything uses JAX."""
-    address = processes.find(args.coordinator, args.num_processes, args.process_id)
+    join_processes(config, args.coordinator, args.num_processes, args.process_id)
+
+
+def join_processes(
+    config: ConfigDict,
+    coordinator: str = "",
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """The same by values; what is left out is found by itself, where it can be."""
+    address = processes.find(coordinator, num_processes, process_id)
     if address is None or jax.distributed.is_initialized():
         return
     # A process that waits for another at a meeting is not what stalls.
@@ -142,7 +152,8 @@ def use_all_cores(config: ConfigDict, num_params: int) -> None:
     groups = derived.groups_at_once(config)
     devices = max(n for n in range(1, cpus.usable() + 1) if groups % n == 0)
     if jax.config.jax_num_cpu_devices != devices:
-        jax.config.update("jax_num_cpu_devices", devices)
+        with contextlib.suppress(RuntimeError):  # a Python program has used JAX before
+            jax.config.update("jax_num_cpu_devices", devices)
 
 
 def use_compile_cache(mesh: ConfigDict | None = None, *, traced: bool = False) -> None:

@@ -95,12 +95,13 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     }.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    _check(args)
+    check(args)
     cli.start_processes(args, config)
     return args, config
 
 
-def _check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError where an argument is out of its range."""
     for name, fine, needed in (
         ("num_problems", args.num_problems >= 1, "at least 1"),
         ("num_samples", 0 <= args.num_samples <= 1000, "from 0, greedy only, to 1000"),
@@ -253,8 +254,8 @@ def _report(
     return title, compare.table([m.name for m in models], metrics, differences), values
 
 
-def main(argv: list[str]) -> None:
-    args, config = _arguments(argv)
+def evaluate(args: argparse.Namespace, config: ConfigDict) -> tuple[list[Problem], list[Evaluated]]:
+    """The problems, and what each model of the arguments made of them."""
     cli.show_devices()
     if config.compile_cache:
         cli.use_compile_cache(config.mesh)
@@ -268,8 +269,8 @@ def main(argv: list[str]) -> None:
         models.append(find_model(path))
         policy = models[-1].policy
         limit = config.data.max_prompt_tokens
-        policy.check_length(limit, args.max_tokens, "--max_tokens")
         questions.append(data.questions(problems, policy, config, "problems", now))
+        policy.check_length(questions[-1].prompt_ids, args.max_tokens, "--max_tokens")
         first, this = questions[0].problems, questions[-1].problems
         if this != first:
             raise ValueError(
@@ -294,7 +295,13 @@ def main(argv: list[str]) -> None:
             evaluated.append(
                 _evaluate(args, config, mesh, found, path, name, asked, references, pool)
             )
-    title, table, values = _report(args, questions[0].problems, evaluated)
+    return questions[0].problems, evaluated
+
+
+def main(argv: list[str]) -> None:
+    args, config = _arguments(argv)
+    problems, evaluated = evaluate(args, config)
+    title, table, values = _report(args, problems, evaluated)
     say(f"\n{title}")  # not the table's own, which would be folded to its width
     console.print(table)
     say("In brackets: the 95 % bootstrap interval over problems, equal prompts drawn together.")

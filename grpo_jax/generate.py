@@ -28,30 +28,38 @@ from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup.model import find_model, load_params
 from grpo_jax.structs import Params, Rollouts, Sampling
 
+_NUM_SLOTS = 256  # completions decoded at once
 
-def complete(
-    policy: policy_lib.Policy,
-    params: Params,
-    mesh: Mesh,
-    prompt: list[int],
-    *,
-    max_tokens: int,
-    sampling: Sampling,
-    num_samples: int,
-    seed: int,
-    dtype=jnp.float32,
-) -> Rollouts:
-    """`num_samples` completions of one prompt (token ids), as the engine gives them."""
+
+def engine_of(
+    policy: policy_lib.Policy, mesh: Mesh, sampling: Sampling, max_tokens: int, dtype=jnp.float32
+) -> Engine:
+    """What draws a policy's completions of at most so many tokens."""
     decoder = decode.decoder_for(
         policy.model, mesh, sampling, policy.stop_ids, max_tokens, jnp.dtype(dtype)
     )
-    engine = Engine(decoder)
+    return Engine(decoder, num_slots=_NUM_SLOTS)
+
+
+def complete(
+    engine: Engine,
+    published: Params,
+    prompts: list[list[int]],
+    *,
+    num_samples: int,
+    seed: int,
+    temperature: float,
+) -> Rollouts:
+    """`num_samples` completions of each prompt (token ids), as the engine gives them.
+
+    `published`: the weights, by `engine.publish`.
+    """
     return engine.generate(
-        engine.publish(params),
-        [prompt],
+        published,
+        prompts,
         group=num_samples,
         key=keys.key_for(seed, "rollout"),
-        temperature=sampling.temperature,
+        temperature=temperature,
     )
 
 
@@ -71,39 +79,59 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--json", action="store_true", help="one JSON object per completion")
     args = parser.parse_args(argv)
-    for name, fine, needed in (
-        ("max_tokens", args.max_tokens > 0, "above 0"),
-        ("num_samples", args.num_samples > 0, "above 0"),
-        ("seed", 0 <= args.seed <= rules.LARGEST, f"from 0 to {rules.LARGEST}"),
-        ("top_k", args.top_k >= 0, "0 or more"),
-        ("temperature", args.temperature >= 0 and math.isfinite(args.temperature), "0 or more"),
-        ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
-    ):
-        if not fine:
-            raise ValueError(f"--{name} {getattr(args, name)} must be {needed}.")
-    if args.num_samples > 1 and args.temperature == 0:
-        raise ValueError(
-            f"--num_samples {args.num_samples} at --temperature 0 would give equal completions. "
-            "Set --temperature above 0."
-        )
+    names = ("max_tokens", "num_samples", "seed", "top_k", "temperature", "top_p")
+    check("--", **{name: getattr(args, name) for name in names})
     return args
 
 
-def _encode(policy: policy_lib.Policy, prompt: str, chat: bool, max_tokens: int) -> list[int]:
-    problem = Problem(
-        [{"role": "user", "content": prompt}] if chat else prompt, {}, "the argument --prompt"
-    )
-    ids = encode([problem], policy.tokenizer, sys.maxsize).prompt_ids[0]
-    policy.refuse_unknown(ids, "--prompt")
+def check(
+    before: str = "",
+    *,
+    max_tokens: int,
+    num_samples: int,
+    seed: int,
+    top_k: int,
+    temperature: float,
+    top_p: float,
+) -> None:
+    """Raises ValueError where one is out of its range; `before`: what stands before its name."""
+    for name, value, fine, needed in (
+        ("max_tokens", max_tokens, max_tokens > 0, "above 0"),
+        ("num_samples", num_samples, num_samples > 0, "above 0"),
+        ("seed", seed, 0 <= seed <= rules.LARGEST, f"from 0 to {rules.LARGEST}"),
+        ("top_k", top_k, top_k >= 0, "0 or more"),
+        ("temperature", temperature, temperature >= 0 and math.isfinite(temperature), "0 or more"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+    ):
+        if not fine:
+            raise ValueError(f"{before}{name} {value} must be {needed}.")
+    if num_samples > 1 and temperature == 0:
+        raise ValueError(
+            f"{before}num_samples {num_samples} at {before}temperature 0 would give equal "
+            f"completions. Set {before}temperature above 0."
+        )
+
+
+def encode_prompt(
+    policy: policy_lib.Policy, prompt: str | list, max_tokens: int, where: str, limit: str = ""
+) -> list[int]:
+    """The tokens of a text or of chat messages. `where`: it stands; `limit`: how it is called.
+
+    Raises ValueError where the model cannot take them with `max_tokens` more.
+    """
+    ids = encode([Problem(prompt, {}, where)], policy.tokenizer, sys.maxsize).prompt_ids[0]
+    policy.refuse_unknown(ids, where)
     if len(ids) + max_tokens > policy.model.max_position:
         raise ValueError(
-            f"--prompt has {len(ids)} tokens, and with --max_tokens {max_tokens} that is more than "
-            f"the {policy.model.max_position} that the model takes. Make one of them shorter."
+            f"{where} has {len(ids)} tokens, and with {limit or 'max_tokens'} {max_tokens} that is "
+            f"more than the {policy.model.max_position} that the model takes. Make one of them "
+            "shorter."
         )
     known = policy.tokenizer.decode(ids, skip_special_tokens=True)
-    lost = sorted({c for c in prompt if not c.isspace() and c not in known})
-    if lost and not chat:
-        print(f"note: the tokenizer has no token for {' '.join(lost)}", file=sys.stderr)
+    if isinstance(prompt, str):
+        lost = sorted({c for c in prompt if not c.isspace() and c not in known})
+        if lost:
+            note(f"note: the tokenizer has no token for {' '.join(lost)}")
     return ids
 
 
@@ -129,17 +157,17 @@ def main(argv: list[str]) -> None:
     if found.said:
         note(f"{found.said} answers.")
     policy, params = found.policy, load_params(found, mesh, dtype)
-    prompt = _encode(policy, args.prompt, args.chat, args.max_tokens)
+    asked = [{"role": "user", "content": args.prompt}] if args.chat else args.prompt
+    prompt = encode_prompt(policy, asked, args.max_tokens, "--prompt", "--max_tokens")
+    sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    engine = engine_of(policy, mesh, sampling, args.max_tokens, dtype)
     rollouts = complete(
-        policy,
-        params,
-        mesh,
-        prompt,
-        max_tokens=args.max_tokens,
-        sampling=Sampling(args.temperature, args.top_k, args.top_p),
+        engine,
+        engine.publish(params),
+        [prompt],
         num_samples=args.num_samples,
         seed=args.seed,
-        dtype=dtype,
+        temperature=args.temperature,
     )
     for g in range(args.num_samples):
         length = int(rollouts.length_PG[0, g])

@@ -5,7 +5,14 @@ Run again with the same workdir, it goes on where it was stopped.
 
 from __future__ import annotations
 
+import importlib
+import sys
 import time
+import types
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from grpo_jax import cli
 from grpo_jax.config import definitions
@@ -15,17 +22,25 @@ from grpo_jax.run import claim
 from grpo_jax.run.stop import StopSignal
 from grpo_jax.setup import model
 from grpo_jax.trainers import grpo, grpo_run, sft
+from grpo_jax.trainers.listeners import Callback
 
 
 def main(argv: list[str]) -> None:
     with claim.held(), StopSignal(may_exit=True) as stop:
-        _run(argv, stop)
+        with stop.nothing_to_lose():
+            config, folder = cli.run_arguments(argv, "Trains a policy by GRPO.")
+            stop.save_before_s = config.checkpoint.save_before_s
+        run(config, folder, stop)
 
 
-def _run(argv: list[str], stop: StopSignal) -> None:
+def run(
+    config: ConfigDict, folder: Path, stop: StopSignal, callbacks: tuple[Callback, ...] = ()
+) -> dict[str, Any]:
+    """Trains as the config says, or goes on with the run in `folder`; prints and gives its summary.
+
+    Raises as `grpo.run` does.
+    """
     with stop.nothing_to_lose():
-        config, folder = cli.run_arguments(argv, "Trains a policy by GRPO.")
-        stop.save_before_s = config.checkpoint.save_before_s
         cli.use_all_cores(config, model.model_shape(config, folder).num_params)
         cli.show_devices()
         cli.use_nan_checks(config.debug.nans)
@@ -40,11 +55,30 @@ def _run(argv: list[str], stop: StopSignal) -> None:
     print_title(f"GRPO: {config.loop.num_steps} steps of {config.batch.prompts} prompts")
     for line in definitions.in_force(config):
         say(line)
-    summary = grpo.run(config, folder, model_path, spent_s=time.monotonic() - began, stop=stop)
+    summary = grpo.run(
+        config,
+        folder,
+        model_path,
+        spent_s=time.monotonic() - began,
+        stop=stop,
+        callbacks=callbacks,
+    )
     ask = summary.pop("ask", None)
     summary_table(summary)
     if ask:
         say(f"Ask it:\n{ask}")
+    return summary
+
+
+class _Program(types.ModuleType):
+    """This module, which can be called: `grpo_jax.train(...)` trains from Python."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As `grpo_jax.api.training.train`, whose help it is."""
+        return importlib.import_module("grpo_jax.api.training").train(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Program
 
 
 if __name__ == "__main__":

@@ -224,8 +224,9 @@ def test_a_story_as_transformers_tells_it(shared, mesh):
     ours, params = open_model(str(path), mesh, jnp.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     prompt = ours.tokenizer("Once upon a time")["input_ids"]
+    engine = generate.engine_of(ours, mesh, Sampling(0.0), 200)
     rollouts = generate.complete(
-        ours, params, mesh, prompt, max_tokens=200, sampling=Sampling(0.0), num_samples=1, seed=0
+        engine, engine.publish(params), [prompt], num_samples=1, seed=0, temperature=0.0
     )
     length = int(rollouts.length_PG[0, 0])
     ids = rollouts.completion_PGC[0, 0, :length].tolist()

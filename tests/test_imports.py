@@ -54,8 +54,11 @@ TABLE = """
 
     programs     structs keys messages hosts devices data rewards config models run sampling metrics
                  environments setup evaluation planning trainers
+
+    api          structs messages hosts devices data rewards config run sampling metrics setup
+                 evaluation trainers programs
 """
-SEE_THE_CONFIG = {"config", "setup", "planning", "trainers", "programs"}
+SEE_THE_CONFIG = {"config", "setup", "planning", "trainers", "programs", "api"}
 
 
 def blocks() -> list[dict[str, set[str]]]:

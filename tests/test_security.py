@@ -39,6 +39,12 @@ REASONS = {
     ("configs/sft.py", "exec_module"): (1, "a config file that changes another"),
     ("grpo_jax/data/tasks/__init__.py", "import_module"): (1, "a name among those of its folder"),
     ("grpo_jax/rewards/registry.py", "import_module"): (1, "the user's own reward functions"),
+    ("grpo_jax/__init__.py", "import_module"): (2, "two fixed names, imported when they are used"),
+    ("grpo_jax/train.py", "import_module"): (1, "a fixed name, imported when it is used"),
+    ("grpo_jax/rewards/given.py", "dill"): (
+        2,
+        "the program's own functions, for processes that it started, through the pipe below",
+    ),
     ("grpo_jax/rewards/process.py", "Pipe"): (
         1,
         "pickles between the trainer and a process that it started; no file and no network",

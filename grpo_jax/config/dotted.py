@@ -24,30 +24,50 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 def override(config: ConfigDict, name: str, text: str) -> None:
     """Sets an option; ValueError where there is none, or its type is another."""
+    old = _value(config, name)
+    _set(config, name, text if isinstance(old, str) else _typed(name, _parsed(text), old, text))
+
+
+def assign(config: ConfigDict, name: str, value: Any) -> None:
+    """The same with a value of Python in place of a text."""
+    if hasattr(value, "item") and not getattr(value, "shape", ()):  # a number of NumPy
+        value = value.item()
+    _set(config, name, _typed(name, value, _value(config, name), value))
+
+
+def _value(config: ConfigDict, name: str) -> Any:
     flat = flatten(config)
     if name not in flat:
         raise ValueError(other_names.no_such(name))
+    return flat[name]
+
+
+def _set(config: ConfigDict, name: str, value: Any) -> None:
     section, _, leaf = name.rpartition(".")
     holder = config[section] if section else config
-    holder[leaf] = _parse(name, text, flat[name])
+    holder[leaf] = value
 
 
-def _parse(name: str, text: str, old: Any) -> Any:
-    """`text` as a value of the type of `old`."""
-    kind = type(old)
-    if kind is str:
-        return text
+def _parsed(text: str) -> Any:
     try:
-        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-        if kind is float and type(value) is int:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    # Of nonsense, of nesting without end, of a dict with a list as a key.
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+        return text
+
+
+def _typed(name: str, value: Any, old: Any, text: Any) -> Any:
+    """`value`, which stands there as `text`, as one of the type of `old`."""
+    kind = type(old)
+    if kind is float and type(value) is int:
+        try:
             value = float(value)
-    # Of nonsense, of nesting without end, of a dict with a list as a key, of 10**400 as a float.
-    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError, OverflowError):
-        value = text
+        except OverflowError:  # 10**400
+            pass
     if kind is tuple and isinstance(value, (list, str, int, float)):
         value = tuple(value) if isinstance(value, list) else (value,)
     if type(value) is not kind:
-        wanted = {int: "a whole number", float: "a number", bool: "True or False"}
+        wanted = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
         raise ValueError(
             f"{name} = {shown(text)} is not {wanted.get(kind, 'a tuple')}. "
             f"It is {old!r} now; give a value of that type."

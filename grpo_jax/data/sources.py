@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.data import tables
+from grpo_jax.data import given, tables
 from grpo_jax.hosts.paths import expanded
 from grpo_jax.messages.values import cut
 
@@ -48,6 +48,8 @@ class Source:
 
 def has_splits(path: str) -> bool:
     """Whether a split can be asked for: a file and a saved `Dataset` have none."""
+    if path.startswith(given.PREFIX):
+        return False
     local = expanded(path, "data.path")
     return not local.is_file() and not (local / "state.json").is_file()
 
@@ -61,6 +63,9 @@ def read(source: Source) -> Iterator[Row]:
     of its own files says of others is not followed out of a folder or a hub dataset.
     """
     option = source.options[0]
+    if source.path.startswith(given.PREFIX):
+        yield from _given_rows(source)
+        return
     path = expanded(source.path, option)
     if path.is_file():
         yield from _file_rows(path, option)
@@ -73,6 +78,21 @@ def read(source: Source) -> Iterator[Row]:
             yield from _file_rows(Path(file), option)
     else:
         yield from _hub_rows(source)
+
+
+def _given_rows(source: Source) -> Iterator[Row]:
+    """Rows that the program itself holds; split and configuration were chosen there."""
+    rows, name = given.find(source.path), source.path.removeprefix(given.PREFIX)
+    if rows is None:
+        raise ValueError(
+            f"{source} stands for rows that a Python program gave, and this program gave none. Go "
+            "on with that run from the program, or give a file."
+        )
+    if given.is_dataset(rows):
+        yield from _dataset_rows(rows, name)
+        return
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}, row {number}", dict(row)
 
 
 # --- Files ----------------------------------------------------------------------------------------

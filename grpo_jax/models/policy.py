@@ -63,17 +63,22 @@ class Policy:
         )
 
     def check_length(
-        self, prompt_tokens: int, max_tokens: int, option: str = "rollout.max_tokens"
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        max_tokens: int,
+        option: str = "rollout.max_tokens",
     ) -> None:
         """Raises ValueError when prompt and completion are longer than the model was made for.
 
         `option` names where `max_tokens` comes from.
         """
-        if prompt_tokens + max_tokens > self.model.max_position:
+        longest, most = max(map(len, prompt_ids)), self.model.max_position
+        if longest + max_tokens > most:
+            mend = f", or set {option} to {most - longest} or less" if longest < most else ""
             raise ValueError(
-                f"A prompt of {prompt_tokens} tokens (data.max_prompt_tokens) and a completion of "
-                f"{max_tokens} ({option}) are {prompt_tokens + max_tokens} tokens, and "
-                f"the model takes {self.model.max_position}. Make one of the limits smaller."
+                f"The longest prompt has {longest} tokens; with a completion of {max_tokens} "
+                f"({option}) that is {longest + max_tokens}, and the model takes {most}. Leave "
+                f'long prompts out with data.max_prompt_tokens and data.overlong = "drop"{mend}.'
             )
 
 

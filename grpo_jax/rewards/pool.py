@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_jax.rewards import keeper, sources
+from grpo_jax.rewards import given, keeper, sources
 from grpo_jax.rewards.process import Worker
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.rewards.scores import RewardError, Scores
@@ -71,6 +71,7 @@ class Pool:
             limits.memory_bytes,
             max_completion_tokens,
             sources.held(),
+            given.pickled(r.spec for r in rewards),
         )
         self._typical_s = [0.0] * len(rewards)  # of a completion, in calls that went well
         self._first_s: list[float | None] = [None] * len(rewards)  # of a worker's first answer

@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from grpo_jax.messages.values import shown
-from grpo_jax.rewards import place
+from grpo_jax.rewards import given, place
 
 _TOLD_AFTER_S = 10.0  # of an import that takes long
 
@@ -180,6 +180,8 @@ def _split(spec: str) -> tuple[str, dict[str, Any] | None]:
 
 
 def _find(name: str) -> Callable:
+    if name.startswith(given.PREFIX):
+        return _given(name.removeprefix(given.PREFIX))
     module_name, colon, attribute = BUILT_IN.get(name, name).partition(":")
     if not colon:
         raise _unknown(name, "is not a built-in reward", list(BUILT_IN))
@@ -198,6 +200,17 @@ def _find(name: str) -> Callable:
     found = getattr(module, attribute)
     if not callable(found):
         raise _unknown(name, f"is a {type(found).__name__}, not a function", [])
+    return found
+
+
+def _given(name: str) -> Callable:
+    found = given.find(name)
+    if found is None:
+        raise ValueError(
+            f"rewards.names: {given.PREFIX + name!r} is a function that a Python program gave, and "
+            f"this one gave {', '.join(given.names()) or 'none'}. Go on with that run from the "
+            "program, or put the function into a module, and accept another rewards.names."
+        )
     return found
 
 
@@ -246,15 +259,15 @@ def _unknown(name: str, what: str, candidates: list[str]) -> ValueError:
 # --- What a function takes ------------------------------------------------------------------------
 
 
-def accepted(found: Callable, given: Iterable[str]) -> set[str]:
-    """Those of the given names that the function takes."""
+def accepted(found: Callable, names: Iterable[str]) -> set[str]:
+    """Those of the names that the function takes."""
     try:
         hash(found)
     except TypeError:  # not every object with __call__ can be a key
-        names = _parameters.__wrapped__(found)
+        taken = _parameters.__wrapped__(found)
     else:
-        names = _parameters(found)
-    return set(given) if names is None else names & set(given)
+        taken = _parameters(found)
+    return set(names) if taken is None else taken & set(names)
 
 
 @functools.lru_cache(maxsize=64)  # a tenth of what a call of a worker costs

@@ -25,6 +25,7 @@ from typing import Any
 
 from grpo_jax.messages.credentials import redact
 from grpo_jax.messages.values import cut, shown
+from grpo_jax.rewards import given as given_lib
 from grpo_jax.rewards import keeper, place, registry, sources
 from grpo_jax.rewards import values as values_lib
 
@@ -41,6 +42,7 @@ class Setup:
     memory_bytes: int  # 0: no limit
     max_completion_tokens: int
     sources: dict[str, sources.Source]  # of the user's modules, by name
+    given: dict[str, bytes] = dataclasses.field(default_factory=dict)  # as `given.pickled` has them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +235,7 @@ def main(descriptor: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (setup.memory_bytes, setup.memory_bytes))
     sys.meta_path.insert(0, sources.Finder(setup.sources))
     try:
+        given_lib.receive(setup.given)
         functions = [registry.function(spec) for spec in setup.specs]
     except BaseException as error:
         pipe.send(f"{type(error).__name__}: {_said(error, 1000)}")

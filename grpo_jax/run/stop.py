@@ -101,6 +101,10 @@ class StopSignal:
         self._tell_all()
         return bool(self._the_word().heard())
 
+    def ask(self, name: str) -> None:
+        """The program itself asks the run to stop; `name` says who, as messages have it."""
+        self._own = self._own or name
+
     def look(self) -> None:
         """Raises `Asked` where what is being done shall be given up for a stop; all must call it.
 

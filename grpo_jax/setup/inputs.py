@@ -24,6 +24,7 @@ from grpo_jax.data.problems import Problem
 from grpo_jax.hosts import processes
 from grpo_jax.messages.console import say
 from grpo_jax.models.policy import Policy
+from grpo_jax.rewards import given
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.run.whole_files import write_json
 
@@ -103,9 +104,15 @@ def of_model(policy: Policy) -> dict[str, Any]:
 
 
 def of_rewards(rewards: Sequence[Reward]) -> dict[str, str]:
-    """Sums of the files that a user's reward functions stand in, by their modules' names."""
+    """Sums of the files that a user's reward functions stand in, by their modules' names.
+
+    Of a function that a program gave, the sum of its own text.
+    """
     found = {}
     for reward in rewards:
+        if reward.spec.startswith(given.PREFIX):
+            found[reward.spec] = _sum([given.source(reward.spec)])
+            continue
         module, colon, _ = reward.spec.partition("(")[0].partition(":")
         try:
             spec = importlib.util.find_spec(module) if colon else None

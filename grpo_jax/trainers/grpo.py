@@ -9,6 +9,7 @@ before it, so a run that was stopped anywhere goes on as if it had not been.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from grpo_jax.planning import fit
 from grpo_jax.run import claim
 from grpo_jax.run import stop as stop_lib
 from grpo_jax.trainers import grpo_run, restarts, results, rollout
+from grpo_jax.trainers.listeners import Callback
 from grpo_jax.trainers.monitor import Monitor
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Run
@@ -121,17 +123,19 @@ def run(
     *,
     spent_s: float = 0.0,
     stop: stop_lib.StopSignal | None = None,
+    callbacks: tuple[Callback, ...] = (),
 ) -> dict[str, Any]:
     """Trains the model at `model_path`, or goes on with the run in `folder`; returns its summary.
 
     `spent_s`: seconds that went into making the model, counted as part of the run. `stop`: as the
-    caller hears of it; without, the run listens itself. Raises ValueError for what a user can mend,
-    `guards.Diverged` where a guard ends the run, and `stop.Stopped` once the run was asked to stop
-    and has saved.
+    caller hears of it; without, the run listens itself. `callbacks` hear of each step. Raises
+    ValueError for what a user can mend, `guards.Diverged` where a guard ends the run, and
+    `stop.Stopped` once the run was asked to stop and has saved.
     """
     began = time.monotonic() - spent_s
     with claim.held(), stop or stop_lib.StopSignal(config.checkpoint.save_before_s) as stop:
         with phase("start"), stop.nothing_to_lose():
             run = grpo_run.build(config, folder, model_path, fit.of_run)
+            run = dataclasses.replace(run, callbacks=callbacks)
         with run.rewards:
             return restarts.carry_out(run, stop, began, train, results.finish)

@@ -30,11 +30,13 @@ from grpo_jax.trainers.runs import Course, Run
 def refuse_early(config: ConfigDict, folder: Path) -> None:
     """Raises ValueError for what `run` would refuse of a new model only once that is trained."""
     mesh, rewards = _devices_and_rewards(config)
-    for problems in load_problems(config):
-        answerable(config, rewards, problems)
     policy = model.new(config.model, tasks.load(config.data.task).make_tokenizer())
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
-    policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
+    for problems in load_problems(config):
+        answerable(config, rewards, problems)
+        if problems:
+            ids = policy.tokenizer([problem.prompt for problem in problems])["input_ids"]
+            policy.check_length(ids, config.rollout.max_tokens)
     open_for(config, folder)
 
 
@@ -76,18 +78,19 @@ def build(
     mesh, rewards = _devices_and_rewards(config)
     policy = policy_lib.read(model_path, kept=folder / "source")
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
-    policy.check_length(config.data.max_prompt_tokens, config.rollout.max_tokens)
     train, held_out = (answerable(config, rewards, part) for part in load_problems(config))
     tell_of(config, train, held_out)
     open_for(config, folder)
     now = inputs.date(config.data.date, folder)
     train = questions(train, policy, config, "training problems", now)
+    policy.check_length(train.prompt_ids, config.rollout.max_tokens)
     read = inputs.of_run(train.problems, train.prompt_ids, held_out, policy, rewards)
     inputs.hold(folder, read, config.checkpoint.accept_changes)
     policy = policy_lib.keep(policy, folder / "source")
     held_out = held_out[: config.evaluation.num_problems]
     if held_out:
         held_out = questions(held_out, policy, config, "held-out problems", now)
+        policy.check_length(held_out.prompt_ids, config.rollout.max_tokens)
     longest = max(map(len, train.prompt_ids))
     learner = make_learner(
         config, policy.model, mesh, fit(config, policy.model, mesh, longest, folder)

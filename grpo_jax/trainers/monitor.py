@@ -30,6 +30,7 @@ from grpo_jax.rewards.scores import RewardError, Scores
 from grpo_jax.run import claim
 from grpo_jax.run.stop import Asked, Stopped, StopSignal
 from grpo_jax.trainers import guards, rollout, run_state, step_metrics
+from grpo_jax.trainers.listeners import Listeners
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Run
 from grpo_jax.trainers.step_metrics import StepLog
@@ -86,7 +87,8 @@ class Monitor:
             loss=course.loss,
             learning_rate=course.learning_rate,
         )
-        self.log = StepLog(run, self.guards, self._writers, bar, compiling)
+        self._listeners = Listeners(run.callbacks, run.folder, stop)
+        self.log = StepLog(run, self.guards, self._writers, bar, self._listeners, compiling)
         self._failures = FailureReports()
         self._seconds: dict[str, float] = {}  # of the phases of this step, as metrics
         self._started = self._learning = 0.0  # time.monotonic() as the step and its updates began
@@ -183,7 +185,7 @@ class Monitor:
         state.rollout_metrics = step_metrics.rollout_metrics(
             self._run, sampled.completions, scores, sampled.seconds
         )
-        rollout.show(self._run, self._writers, state.step + 1, sampled, scores)
+        rollout.show(self._run, self._writers, self._listeners, state.step + 1, sampled, scores)
         self.guards.check_rollout(state.step + 1, state.rollout_metrics)
         if self.guards.skips_rollout:
             self.guards.skipped(state.step + 1, self._run.course.updates)
@@ -193,7 +195,7 @@ class Monitor:
         """The completions of a step are given, not sampled; `rows()` are shown, as samples."""
         self.log.close()
         self.guards.enforce()
-        rollout.show_rows(self._run, self._writers, state.step + 1, rows)
+        rollout.show_rows(self._run, self._writers, self._listeners, state.step + 1, rows)
 
     def begin_updates(self) -> None:
         """The updates of a step begin, or go on."""
@@ -240,6 +242,7 @@ class Monitor:
     def evaluated_at_start(self, state: RunState) -> None:
         """Writes the evaluation before the first step: again where that was stopped."""
         self._writers.scalars(0, state.first_evaluation)
+        self._listeners.finished(0, state.first_evaluation)
 
     # --- Saving -----------------------------------------------------------------------------------
 

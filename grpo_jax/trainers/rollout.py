@@ -19,6 +19,7 @@ from grpo_jax.metrics import writers as writers_lib
 from grpo_jax.metrics.samples import print_samples
 from grpo_jax.rewards.scores import Scores
 from grpo_jax.structs import Rollouts
+from grpo_jax.trainers.listeners import Listeners
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Run
 from grpo_jax.trainers.step_metrics import StepLog
@@ -75,10 +76,15 @@ def device_rows(run: Run, completions: Rollouts) -> Rollouts:
 
 
 def show(
-    run: Run, writers: writers_lib.Writers, step: int, rollout: Rollout, scores: Scores
+    run: Run,
+    writers: writers_lib.Writers,
+    listeners: Listeners,
+    step: int,
+    rollout: Rollout,
+    scores: Scores,
 ) -> None:
     """Writes and prints completions of the step, where logging.samples_every_steps asks for it."""
-    show_rows(run, writers, step, lambda: _rows(run, rollout, scores))
+    show_rows(run, writers, listeners, step, lambda: _rows(run, rollout, scores))
 
 
 def _rows(run: Run, rollout: Rollout, scores: Scores) -> list[dict[str, Any]]:
@@ -111,11 +117,20 @@ def _rows(run: Run, rollout: Rollout, scores: Scores) -> list[dict[str, Any]]:
 
 
 def show_rows(
-    run: Run, writers: writers_lib.Writers, step: int, rows: Callable[[], list[dict[str, Any]]]
+    run: Run,
+    writers: writers_lib.Writers,
+    listeners: Listeners,
+    step: int,
+    rows: Callable[[], list[dict[str, Any]]],
 ) -> None:
-    """Writes and prints `rows()`, as `writers.samples` has them, where it is asked for."""
-    if _is_shown(run, step):
-        made = rows()
+    """Writes and prints `rows()`, as `writers.samples` has them, where it is asked for.
+
+    Listeners get them at each step.
+    """
+    is_shown = _is_shown(run, step)
+    made = rows() if is_shown or listeners else []
+    listeners.sampled(step, made)
+    if is_shown:
         writers.samples(step, made)
         print_samples(f"Completions of {run.course.step} {step}", made)
 

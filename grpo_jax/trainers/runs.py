@@ -20,6 +20,7 @@ from grpo_jax.run.checkpoints import Checkpoints
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup.inputs import Sums
 from grpo_jax.structs import Params
+from grpo_jax.trainers.listeners import Callback
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Run:
     ref_params: Params | None
     checkpoints: Checkpoints
     read: Sums  # what the run reads
+    callbacks: tuple[Callback, ...] = ()  # of the program that started it
 
     def evaluates_after(self, step: int) -> bool:
         """Whether the policy is evaluated after a step."""

@@ -171,9 +171,9 @@ def _build(
     else:
         policy = model.new(config.model, task.make_tokenizer())
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
-    policy.check_length(config.data.max_prompt_tokens, config.sft.max_tokens, "sft.max_tokens")
     problems, solution = _solved(config, task)
     encoded = encode(problems, policy, config, "training problems", now)
+    policy.check_length(encoded.prompt_ids, config.sft.max_tokens, "sft.max_tokens")
     sums = {
         "training problems": inputs.of_problems(encoded.problems, encoded.prompt_ids),
         "model": inputs.of_model(policy),

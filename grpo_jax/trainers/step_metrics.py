@@ -19,6 +19,7 @@ from grpo_jax.metrics.writers import Writers
 from grpo_jax.rewards.scores import Scores
 from grpo_jax.structs import Rollouts
 from grpo_jax.trainers.guards import Guards
+from grpo_jax.trainers.listeners import Listeners
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Run
 
@@ -31,10 +32,16 @@ class StepLog:
     """
 
     def __init__(
-        self, run: Run, guards: Guards, writers: Writers, bar: Progress, compiling: Compiling
+        self,
+        run: Run,
+        guards: Guards,
+        writers: Writers,
+        bar: Progress,
+        listeners: Listeners,
+        compiling: Compiling,
     ):
         self._run, self._guards, self._compiling = run, guards, compiling
-        self._writers, self._bar = writers, bar
+        self._writers, self._bar, self._listeners = writers, bar, listeners
         self._unread: tuple[dict, list, int] | None = None  # an update's, where they go, its step
         self._line: Callable[[], dict[str, float]] | None = None  # the values of what is open
         self._step, self._started = 0, 0.0  # its step, and time.monotonic() at that one's start
@@ -120,6 +127,7 @@ class StepLog:
             values, self._line = self.values() | (evaluated or {}), None
             self._writers.scalars(self._step, values)
             self._bar.update(self._step, values)
+            self._listeners.finished(self._step, values)
             self.closed_at = time.monotonic()
 
 

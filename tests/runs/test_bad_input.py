@@ -497,8 +497,13 @@ def test_a_refused_run_leaves_its_workdir_free(tmp_path, model, importable, one_
     ]  # fmt: skip
     status, message = refusal(train_lib.main, [*base, "--config.data.max_prompt_tokens=4"])
     _assert_clear(status, message, ("data.max_prompt_tokens = 4",))
+    # The longest prompt counts, not the limit: one that is larger than the model takes is no fault.
+    too_long = ["--config.rollout.max_tokens=1020", "--config.data.max_prompt_tokens=5000"]
+    status, message = refusal(train_lib.main, [*base, *too_long])
+    _assert_clear(status, message, ("The longest prompt has 10 tokens", "to 1014 or less"))
     status, message = refusal(train_lib.main, [*base, *_strict(model, "bad_rewards:raises")])
     _assert_clear(status, message, ("'raises'",))
+    base.append("--config.data.max_prompt_tokens=5000")
     status, message = refusal(train_lib.main, base)
     assert status is None, message
     status, message = refusal(train_lib.main, [*base, *_reward("answer_format")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from grpo_jax.learner.scoring import Scorer
 from grpo_jax.rewards.scores import Scores
 from grpo_jax.structs import Sampling
 from grpo_jax.trainers import rollout
+from grpo_jax.trainers.listeners import Listeners
 from grpo_jax.trainers.runs import Course
 
 # Of two prompts with four completions each the second is the more divided; one reward is unknown,
@@ -52,6 +54,7 @@ def shown(step: int, scale_by: str = "none", **options) -> list[dict] | None:
             prepare=make_prepare(scorer, scale_by=scale_by, mask_truncated=False, with_old=False),
         ),
         writers,
+        Listeners((), Path(), None),
         step,
         sampled,
         scores,

@@ -1,0 +1,118 @@
+"""`grpo_jax.load`: a model to ask from Python."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from grpo_jax import cli, generate
+from grpo_jax.devices import sharding
+from grpo_jax.sampling.engine import Engine
+from grpo_jax.setup.model import find_model, load_params
+from grpo_jax.structs import Params, Sampling
+
+Prompt = str | list[dict[str, Any]]  # a text, or chat messages
+
+
+@dataclasses.dataclass(frozen=True)
+class Completions:
+    """The completions of one prompt; entry i of each list is of completion i."""
+
+    texts: list[str]
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]  # of each token, under the distribution that it was drawn from
+    stopped: list[bool]  # False where it was cut at `max_tokens`
+
+    @property
+    def text(self) -> str:
+        """The first completion."""
+        return self.texts[0]
+
+
+class Model:
+    """A model with its weights on the devices. `load` makes one."""
+
+    def __init__(self, path: str | Path, *, dtype: str = "float32"):
+        cli.hold_settings()
+        cli.use_compile_cache()
+        self.path = str(path)
+        found = find_model(self.path)
+        self._mesh, self._dtype = sharding.make_mesh(), jnp.dtype(dtype)
+        self._policy = found.policy
+        self._params = load_params(found, self._mesh, self._dtype)
+        self._engines: dict[tuple, tuple[Engine, Params]] = {}  # with the weights it decodes with
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer, of transformers."""
+        return self._policy.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_tokens: int = 256,
+        num_samples: int = 1,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> Completions | list[Completions]:
+        """Completes prompts: texts as they stand, or chat messages through the chat template.
+
+        One prompt gives its `Completions`, a list of prompts a list of them. `temperature` 0 takes
+        the likeliest token; `top_k` 0 keeps all. Raises ValueError for a prompt that is too long.
+        """
+        generate.check(
+            max_tokens=max_tokens, num_samples=num_samples, seed=seed, top_k=top_k,
+            temperature=temperature, top_p=top_p,
+        )  # fmt: skip
+        is_one = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], dict))
+        asked = [prompts] if is_one else list(prompts)
+        if not asked:
+            return []
+        ids = [
+            generate.encode_prompt(self._policy, prompt, max_tokens, f"prompts[{number}]")
+            for number, prompt in enumerate(asked)
+        ]
+        sampling = Sampling(temperature, top_k, top_p)
+        engine, published = self._engine(sampling, max_tokens)
+        rollouts = generate.complete(
+            engine, published, ids, num_samples=num_samples, seed=seed, temperature=temperature
+        )
+        found = []
+        for prompt, completion_GC, logp_GC, length_G, stopped_G in zip(
+            ids, rollouts.completion_PGC, rollouts.logp_PGC, rollouts.length_PG, rollouts.stopped_PG
+        ):
+            rows = [row[:n].tolist() for row, n in zip(completion_GC, length_G)]
+            found.append(
+                Completions(
+                    texts=[self._policy.text(row, after=prompt) for row in rows],
+                    token_ids=rows,
+                    logprobs=[row[:n].tolist() for row, n in zip(logp_GC, length_G)],
+                    stopped=[bool(s) for s in stopped_G],
+                )
+            )
+        return found[0] if is_one else found
+
+    def _engine(self, sampling: Sampling, max_tokens: int) -> tuple[Engine, Params]:
+        """The engine for this sampling, whose programs are compiled once."""
+        key = sampling, max_tokens
+        if key not in self._engines:
+            engine = generate.engine_of(self._policy, self._mesh, sampling, max_tokens, self._dtype)
+            self._engines[key] = engine, engine.publish(self._params)
+        return self._engines[key]
+
+
+def load(path: str | Path, *, dtype: str = "float32") -> Model:
+    """The model of a Hugging Face folder or hub id, or of a run's folder, finished or not.
+
+        grpo_jax.load("runs/a").generate(["1+2=", "3+4="], max_tokens=64).
+
+    Raises ValueError where there is none.
+    """
+    return Model(path, dtype=dtype)

@@ -1,0 +1,113 @@
+"""The arguments of `grpo_jax.train` as a config: objects under names, options by theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from grpo_jax import config as config_lib
+from grpo_jax.config import loading, options, other_names, rules
+from grpo_jax.config.dotted import assign
+from grpo_jax.data import given as given_rows
+from grpo_jax.rewards import given as given_rewards
+
+Reward = str | Callable
+# Sections whose options repeat names of others: those others are meant by a name alone.
+_LAST = ("sft", "evaluation", "profile", "checkpoint")
+
+
+def make_config(
+    base: str | Path | ConfigDict | None,
+    model: str | Path | None,
+    rewards: Reward | Sequence[Reward | tuple[Reward, float]] | None,
+    data: Any,
+    eval_data: Any,
+    chosen: Mapping[str, Any],
+) -> ConfigDict:
+    """The config of a run, checked and frozen.
+
+    `base`: a config file, a config, or None for the defaults; the rest is set on top of it.
+    `chosen`: options by name, as `option_of` takes them, or sections as dicts. Raises ValueError
+    for what does not fit.
+    """
+    config = _base(base)
+    if model is not None:
+        config.model.path = str(model)
+    if rewards is not None:
+        specs, weights = _rewards(rewards)
+        config.rewards.names, config.rewards.weights = specs, weights
+    for option, rows in (("path", data), ("eval_path", eval_data)):
+        if rows is None:
+            continue
+        name = "data" if option == "path" else "eval_data"
+        is_path = isinstance(rows, (str, Path))
+        config.data[option] = str(rows) if is_path else given_rows.give(name, rows)
+        if option == "path":
+            config.data.task = ""
+    for name, value in _flat(chosen).items():
+        assign(config, option_of(name), value)
+    rules.check(config)
+    return ConfigDict(config).lock()
+
+
+def _base(base: str | Path | ConfigDict | None) -> ConfigDict:
+    if base is None:
+        return config_lib.default()
+    if isinstance(base, ConfigDict):
+        return ConfigDict(base.to_dict()) if base.is_locked else base.copy_and_resolve_references()
+    return loading.read(str(base), [])
+
+
+def _flat(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by name; those of a section that is given as a dict by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in chosen.items():
+        if name in options.SECTIONS and isinstance(value, Mapping):
+            flat |= {f"{name}.{leaf}": inner for leaf, inner in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def option_of(name: str) -> str:
+    """The dotted name of an option: itself, or the one option that ends so.
+
+    Where options of several sections do, it is the run's own and not that of its supervised start,
+    evaluation, profile or checkpoints. Raises ValueError where there is none, or still several.
+    """
+    if name in options.BY_NAME:
+        return name
+    found = [n for n in options.BY_NAME if n.rpartition(".")[2] == name]
+    first = [n for n in found if n.partition(".")[0] not in _LAST]
+    if len(first or found) == 1:
+        return (first or found)[0]
+    if not found:
+        raise ValueError(other_names.no_such(name))
+    section, _, leaf = found[0].partition(".")
+    raise ValueError(
+        f"{name} may be {' or '.join(found)}. Name one by its section, as in "
+        f"{section}={{{leaf!r}: ...}}."
+    )
+
+
+def _rewards(
+    rewards: Reward | Sequence[Reward | tuple[Reward, float]],
+) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Specs and weights, for `rewards.names` and `rewards.weights`."""
+    if isinstance(rewards, str) or callable(rewards):
+        rewards = [rewards]
+    specs, weights = [], []
+    for entry in rewards:
+        is_pair = isinstance(entry, tuple)
+        if is_pair and len(entry) != 2:
+            raise ValueError(
+                f"rewards holds a tuple of {len(entry)}. Give a function or a name, or a pair of "
+                "one and its weight."
+            )
+        reward, weight = entry if is_pair else (entry, 1.0)
+        specs.append(reward if isinstance(reward, str) else given_rewards.give(reward))
+        weights.append(float(weight))
+    return tuple(specs), tuple(weights)

@@ -1,0 +1,85 @@
+"""A run as Python sees it: its metrics, samples and curves, and the model it made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from grpo_jax.api import evaluation
+from grpo_jax.api.model import Model, load
+from grpo_jax.evaluation.estimates import Estimate
+from grpo_jax.metrics import curves
+from grpo_jax.run.append_log import read_jsonl
+
+
+class Rows(list):
+    """Dicts by column, one for each row."""
+
+    def to_pandas(self) -> Any:
+        """The same as a `pandas.DataFrame`."""
+        import pandas
+
+        return pandas.DataFrame(self)
+
+
+class Picture:
+    """A picture in a file; a notebook shows it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def _repr_png_(self) -> bytes:
+        return self.path.read_bytes()
+
+    def __repr__(self) -> str:
+        return f"Picture({str(self.path)!r})"
+
+
+class Trained:
+    """A run that has ended, or was stopped and saved."""
+
+    def __init__(self, workdir: Path, config: ConfigDict, is_finished: bool):
+        self.workdir = workdir
+        self.config = config
+        self.is_finished = is_finished  # else it was stopped; the same call of `train` continues it
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Accuracy before and after, tokens, seconds; {} of a run that was stopped."""
+        file = self.workdir / "summary.json"
+        if not self.is_finished:
+            return {}
+        return json.loads(file.read_text(encoding="utf-8"))
+
+    @property
+    def metrics(self) -> Rows:
+        """One dict a step, as in metrics.jsonl; docs/metrics.md names them."""
+        return Rows(read_jsonl(self.workdir / "metrics.jsonl"))
+
+    @property
+    def samples(self) -> Rows:
+        """Some completions of some steps, as in samples.jsonl."""
+        return Rows(read_jsonl(self.workdir / "samples.jsonl"))
+
+    def curves(self) -> Picture:
+        """Its curves; a notebook shows them."""
+        return Picture(curves.curves(self.workdir))
+
+    def model(self, dtype: str = "float32") -> Model:
+        """The model as the run left it."""
+        return load(self.workdir, dtype=dtype)
+
+    def evaluate(self, data: Any = None, **options: Any) -> dict[str, Estimate]:
+        """Metrics of the model on problems, by default the run's held-out ones, with intervals.
+
+        `data` as for `train`. `options`: those of the run's config by name, such as
+        `num_samples=8`.
+        """
+        return evaluation.evaluate(self.workdir, self.config, data, options)
+
+    def __repr__(self) -> str:
+        end = "finished" if self.is_finished else "stopped"
+        return f"Trained({str(self.workdir)!r}, {end})"

@@ -1,0 +1,64 @@
+"""`grpo_jax.train`: a run of GRPO from a script or a notebook."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from grpo_jax import cli
+from grpo_jax import train as program
+from grpo_jax.api import options as options_lib
+from grpo_jax.api.options import Reward
+from grpo_jax.api.trained import Trained
+from grpo_jax.hosts import processes
+from grpo_jax.messages.console import say
+from grpo_jax.run import claim
+from grpo_jax.run.stop import Stopped, StopSignal
+from grpo_jax.trainers.listeners import Step
+
+
+def train(
+    model: str | Path | None = None,
+    rewards: Reward | Sequence[Reward | tuple[Reward, float]] | None = None,
+    data: Any = None,
+    eval_data: Any = None,
+    *,
+    workdir: str | Path | None = None,
+    callbacks: Sequence[Callable[[Step], None]] = (),
+    config: str | Path | ConfigDict | None = None,
+    **options: Any,
+) -> Trained:
+    """Trains a model by GRPO, or goes on with the run in `workdir`; returns what came of it.
+
+        run = grpo_jax.train("Qwen/Qwen2.5-0.5B-Instruct", rewards=[correct, (short, 0.1)],
+                             data=dataset, workdir="runs/a", group=8, learning_rate=1e-6)
+
+    `model`: a Hugging Face folder or hub id. `rewards`: functions, names of built-in rewards or
+    "module:function", or pairs of one of these and its weight; a function is called by keyword as
+    TRL calls them, `f(prompts, completions, **columns) -> list[float | None]`. `data`, `eval_data`:
+    a path, a hub id, a `datasets.Dataset`, a data frame or a list of dicts, with a column `prompt`.
+    `callbacks`: each is called with a `Step` once its metrics are known, and may `stop()` the run.
+    `config`: a config file, or a config, to begin with in place of the defaults. `options`: those
+    of the config (docs/options.md) by name: `group=8`, `**{"batch.group": 8}`, or a section as a
+    dict, `optim={"schedule": "linear"}`.
+
+    `workdir` is `runs/` and the time where none is given. A run that is stopped, by a callback or
+    Ctrl-C, has saved, and the same call continues it. Raises ValueError for what a user can mend.
+    """
+    made = options_lib.make_config(config, model, rewards, data, eval_data, options)
+    folder = Path(workdir or Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
+    cli.hold_settings()
+    cli.join_processes(made)
+    is_finished = False
+    with claim.held(), StopSignal(made.checkpoint.save_before_s) as stop:
+        try:
+            program.run(made, folder, stop, tuple(callbacks))
+            is_finished = True
+        except Stopped as stopped:
+            say(str(stopped))
+    processes.barrier("the end of a run")
+    return Trained(folder, made, is_finished)
