@@ -43,6 +43,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WIRING = "tests/setup/test_wiring.py"
+MATHS = ("tests/rewards/test_math_answer.py", "tests/rewards/test_verdicts.py")
 RUNS = ("tests/runs/test_loop.py", "tests/runs/test_bad_numbers.py", "tests/runs/test_resume.py")
 # Test files of files without one of their own, or in need of more; shortest first.
 NEAREST = {
@@ -93,7 +94,10 @@ NEAREST = {
     "metrics": ("tests/metrics/test_writers.py",),
     "metrics/summary": ("tests/metrics/test_curves.py",),
     "models": ("tests/learner/test_plain.py", "tests/parity/test_logits.py", WIRING),
-    "models/families": ("tests/models/test_families.py",),
+    "models/families": (
+        "tests/models/test_families.py", "tests/models/test_names.py",
+        "tests/models/test_weights.py",
+    ),
     "models/hf": ("tests/models/test_weights.py", "tests/models/test_export.py"),
     "models/hf/export": ("tests/models/test_export.py",),
     "models/hf/folder": (
@@ -108,12 +112,19 @@ NEAREST = {
         "tests/planning/test_programs.py",
     ),
     "rewards": ("tests/rewards/test_registry.py", "tests/rewards/test_pool.py"),
+    "rewards/answers": ("tests/rewards/test_answers.py", "tests/rewards/test_math_answer.py"),
+    "rewards/expressions": MATHS,
+    "rewards/characters": MATHS,
+    "rewards/spelling": MATHS,
+    "rewards/shapes": MATHS,
+    "rewards/units": MATHS,
     "rewards/worker": ("tests/rewards/test_worker.py", "tests/rewards/test_pool.py"),
     "rewards/trial": ("tests/runs/test_score_program.py",),
     "run": ("tests/run/test_workdir.py", "tests/run/test_checkpoints.py"),
     "run/append_log": ("tests/metrics/test_tensorboard.py", "tests/metrics/test_writers.py"),
     "sampling": ("tests/sampling/test_engine.py", WIRING),
     "setup": (WIRING, "tests/config/test_rules.py", RUNS[0]),
+    "setup/model": ("tests/test_generate.py", WIRING),
     "setup/inputs": ("tests/setup/test_inputs.py",),
     "trainers": (WIRING, RUNS[0]),
     "trainers/guards": ("tests/trainers/test_guards.py",),

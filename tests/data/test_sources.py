@@ -87,6 +87,15 @@ def test_the_library_talks_as_before_when_a_file_was_read(tmp_path):
     assert datasets.are_progress_bars_disabled() == bars
 
 
+def test_a_byte_order_mark_begins_a_file_and_no_line(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('\ufeff{"a": 1}\n{"a": 2}\n')
+    source = Source(str(tmp_path / "rows.jsonl"))
+    assert [row["a"] for _, row in read(source)] == [1, 2]
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n\ufeff{"a": 2}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl, line 2 is not JSON"):
+        list(read(source))
+
+
 def test_a_csv_file(tmp_path):
     path = write(tmp_path / "p.csv", [{"prompt": "a, b", "answer": 3, "note": None}])
     assert rows_of(path) == [{"prompt": "a, b", "answer": 3, "note": None}]

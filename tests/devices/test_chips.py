@@ -39,6 +39,25 @@ def test_a_device_is_found_by_its_kind(device_kind, name, flops):
 
 
 @pytest.mark.parametrize(
+    ("device_kind", "bytes_per_s", "gib"),
+    [
+        ("TPU v4", 1200e9, 32),
+        ("TPU v5e", 819e9, 16),
+        ("TPU v5p", 2765e9, 95),
+        ("TPU v6e", 1638e9, 32),
+        ("TPU7x", 7380e9 / 2, 96),
+        ("NVIDIA H100 80GB HBM3", 3350e9, 80),
+        ("NVIDIA H200", 4800e9, 141),
+        ("NVIDIA A100-SXM4-80GB", 2039e9, 80),
+        ("NVIDIA L4", 300e9, 24),
+    ],
+)
+def test_the_memory_of_a_device(device_kind, bytes_per_s, gib):
+    found = chip(device_kind)
+    assert (found.hbm_bytes_per_s, found.hbm_bytes) == (bytes_per_s, gib * 2**30)
+
+
+@pytest.mark.parametrize(
     "device_kind", ["cpu", "TPU v4 lite", "NVIDIA A1000", "NVIDIA GeForce RTX 4090 Laptop GPU"]
 )
 def test_no_chip_is_guessed(device_kind):

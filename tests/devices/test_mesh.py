@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
@@ -177,6 +179,23 @@ def test_one_size_may_be_the_rest():
 def test_a_mesh_of_other_devices_than_there_are_is_refused(shape):
     with pytest.raises(ValueError, match=r"mesh\.data = .* the 8 devices"):
         sharding.make_mesh(*shape)
+
+
+def test_a_row_over_several_processes_is_refused():
+    """Rows are sampled apart and scored together; four devices of two processes stand for it."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Device:
+        id: int
+        process_index: int
+        platform: str = "cpu"
+        device_kind: str = "cpu"
+        client: None = None
+
+    devices = [Device(n, n // 2) for n in range(4)]
+    assert sharding.make_mesh(2, 1, 1, 2, devices=devices).shape["sequence"] == 2
+    with pytest.raises(ValueError, match=r"mesh.sequence = 4 .* devices of 2 processes to one row"):
+        sharding.make_mesh(1, 1, 1, 4, devices=devices)
 
 
 def test_an_axis_that_does_not_divide_is_left_out():

@@ -518,6 +518,9 @@ def test_a_gpu_as_the_compiler_is_told_of_it(name):
     published = {"a100-40gb": 19.5, "a100": 19.5, "h100": 67, "h200": 67, "b200": 75, "l4": 30.3,
                  "l40s": 91.6, "rtx4090": 82.6, "rtx5090": 104.8}  # fmt: skip
     assert float32 == pytest.approx(published[name], rel=0.01)
+    multiprocessors = {"a100": 108, "h100": 132, "h200": 132, "b200": 148, "l4": 58, "l40s": 142,
+                       "rtx4090": 128, "rtx5090": 170}  # fmt: skip
+    assert int(told["core_count"]) == multiprocessors[name.removesuffix("-40gb")]
     # KiB of a multiprocessor and its threads, CUDA programming guide, by compute capability.
     major, minor = re.search(r"major: (\d+) minor: (\d+)", gpu_targets.target(name)).groups()
     kib, threads = {"8.0": (164, 2048), "8.9": (100, 1536), "9.0": (228, 2048),
