@@ -58,6 +58,9 @@ NEAREST = {
     "sft": (RUNS[0],),
     "structs": ("tests/models/test_families.py", WIRING),
     "train": (RUNS[0],),
+    "api": ("tests/runs/test_from_python.py",),
+    "data/given": ("tests/runs/test_from_python.py",),
+    "rewards/given": ("tests/runs/test_from_python.py",),
     "algorithm": (
         "tests/algorithm/test_losses.py", "tests/learner/test_plain.py",
         "tests/learner/test_update.py",
@@ -127,6 +130,8 @@ NEAREST = {
     "setup/model": ("tests/test_generate.py", WIRING),
     "setup/inputs": ("tests/setup/test_inputs.py",),
     "trainers": (WIRING, RUNS[0]),
+    "trainers/listeners": ("tests/runs/test_from_python.py",),
+    "trainers/monitor": ("tests/trainers/test_monitor.py", WIRING, RUNS[0]),
     "trainers/guards": ("tests/trainers/test_guards.py",),
     "trainers/rollout": ("tests/trainers/test_rollout.py", WIRING),
     "trainers/run_state": ("tests/trainers/test_run_state.py", RUNS[1]),
