@@ -258,7 +258,7 @@ def test_references(config, shared, capsys):
         (["--num_sample", "4"], "Unknown argument '--num_sample'"),
         (["--config.batch.promts", "4"], "There is no option batch.promts"),
         (["--model", "gone"], r"gone.*there is no such folder"),
-        (["--max_tokens", "1020"], r"8 tokens.*1020 \(--max_tokens\).*1024"),
+        (["--max_tokens", "1020"], r"7 tokens.*1020 \(--max_tokens\).*1024"),
         (
             ["--config.data.max_prompt_tokens=5"],
             "tokens = 5, but the prompt of test.jsonl, line 1 has 6",
