@@ -1,13 +1,10 @@
-"""What the programs share: their arguments, and how a mistake ends them."""
+"""What the programs share: how they use JAX and its devices, and how a mistake ends them."""
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
-import importlib.util
 import os
-import shutil
 import sys
 import threading
 import time
@@ -20,7 +17,7 @@ from typing import NoReturn
 import jax
 from ml_collections import ConfigDict
 
-from grpo_jax.config import derived, loading, reference
+from grpo_jax.config import arguments, derived
 from grpo_jax.hosts import cpus, processes
 from grpo_jax.hosts.processes import Limits
 from grpo_jax.messages.console import console, one_line, say
@@ -28,88 +25,9 @@ from grpo_jax.messages.credentials import redact
 from grpo_jax.run import disk, stop
 
 
-def run_arguments(argv: list[str], description: str) -> tuple[ConfigDict, Path]:
-    """The config and the workdir of a run's command line; of several processes all have started.
-
-    Everything but `--config`, `--workdir` and what `add_processes` adds must be an override,
-    `--config.name=value`. `--help` lists all options, and ends the program.
-    """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, add_help=False)
-    parser.add_argument(
-        "-h", "--help", action="store_true", help="show this and all options with FILE's values"
-    )
-    parser.add_argument("--config", metavar="FILE", help="a file as in configs/")
-    parser.add_argument(
-        "--workdir", metavar="DIR", help="folder of the run; default runs/NAME_OF_CONFIG"
-    )
-    parser.usage = f"{parser.prog} --config FILE [--workdir DIR] [--config.NAME=VALUE ...]"
-    add_processes(parser)
-    known, overrides = parser.parse_known_args(joined(argv))
-    if known.help:
-        width = min(shutil.get_terminal_size().columns, 100)
-        listing = reference.listing(loading.read(known.config, overrides), width)
-        _print_and_exit(f"{parser.format_help()}\n{listing}")
-    if known.config is None:
-        parser.error("--config FILE is required; --help lists all options")
-    config = load_config(known.config, overrides)
-    start_processes(known, config)
-    return config, Path(known.workdir or Path("runs") / Path(known.config).stem)
-
-
-def _print_and_exit(text: str) -> NoReturn:
-    try:
-        print(redact(text), flush=True)
-    except BrokenPipeError:  # a pager that was left; Python would complain when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit()
-
-
-def load_config(path: str, overrides: list[str]) -> ConfigDict:
-    """The config of a file with overrides, as `loading.load`; its reward functions can be imported.
-
-    A module that is found nowhere else is looked for in the config's folder, then the current one.
-    """
-    config = loading.load(path, overrides)
-    specs = [spec.partition("(")[0] for spec in config.rewards.names]
-    modules = {spec.partition(":")[0].partition(".")[0].strip() for spec in specs if ":" in spec}
-    if any(map(_is_missing, modules)):
-        folders = [str(Path(path).resolve().parent), os.getcwd()]
-        sys.path += [folder for folder in folders if folder not in sys.path]
-    return config
-
-
-def _is_missing(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is None
-    except ValueError:  # no name of a module
-        return False
-
-
-def add_processes(parser: argparse.ArgumentParser) -> None:
-    """Adds the options by which a process of several finds the others."""
-    group = parser.add_argument_group(
-        "a run of several processes",
-        "Found by itself on TPU pods, GKE and SLURM; elsewhere each process needs all three, or "
-        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in its environment.",
-    )
-    group.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0")
-    group.add_argument("--num-processes", type=int, metavar="N")
-    group.add_argument("--process-id", type=int, metavar="I", help="from 0")
-
-
-def start_processes(args: argparse.Namespace, config: ConfigDict) -> None:
+def join_processes(config: ConfigDict, found: arguments.Processes) -> None:
     """Returns when all processes of the run have started. Call it before anything uses JAX."""
-    join_processes(config, args.coordinator, args.num_processes, args.process_id)
-
-
-def join_processes(
-    config: ConfigDict,
-    coordinator: str = "",
-    num_processes: int | None = None,
-    process_id: int | None = None,
-) -> None:
-    """The same by values; what is left out is found by itself, where it can be."""
-    address = processes.find(coordinator, num_processes, process_id)
+    address = processes.find(found.coordinator, found.num_processes, found.process_id)
     if address is None or jax.distributed.is_initialized():
         return
     # A process that waits for another at a meeting is not what stalls.
@@ -117,18 +35,6 @@ def join_processes(
     limits = Limits(config.hosts.start_timeout_s, config.hosts.heartbeat_timeout_s, meeting_s)
     processes.start(address, limits)
     console.quiet = not processes.is_first()  # what is said is the same for all
-
-
-def joined(argv: list[str]) -> list[str]:
-    """`--config.name value` as `--config.name=value`."""
-    joined: list[str] = []
-    for argument in argv:
-        waits = joined and joined[-1].startswith("--config.") and "=" not in joined[-1]
-        if waits and not argument.startswith("--"):
-            joined[-1] += f"={argument}"
-        else:
-            joined.append(argument)
-    return joined
 
 
 _SMALL = 50_000_000  # parameters; a larger model's products are worth several threads

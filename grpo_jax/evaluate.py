@@ -1,7 +1,7 @@
 """Evaluates models side by side: `python -m grpo_jax.evaluate --config FILE --model DIR_OR_ID ...`.
 
 A config's held-out problems (or, with `--split train`, its training problems) are answered once
-greedily and, with `--num_samples`, several times by sampling. Each metric comes with a 95 %
+greedily and, with `--num-samples`, several times by sampling. Each metric comes with a 95 %
 interval over problems; of several models, with the paired difference to the first. A model is a
 Hugging Face folder or hub id, or the folder of a run. Prompts, rewards and all defaults are the
 config's.
@@ -20,8 +20,7 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from grpo_jax import cli, keys
-from grpo_jax.cli import load_config
-from grpo_jax.config import rules
+from grpo_jax.config import arguments, rules
 from grpo_jax.data.problems import Problem
 from grpo_jax.devices import sharding
 from grpo_jax.environments import single_turn
@@ -54,7 +53,7 @@ _SPLITS = {"eval": "held-out", "train": "training"}
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     """The options, those left out filled in from the config; and the config."""
     parser = argparse.ArgumentParser(
-        prog="python -m grpo_jax.evaluate",
+        prog=arguments.prog("evaluate"),
         description="Evaluates models on the problems of a config, side by side.",
         epilog="Any option of the config can be changed by --config.NAME=VALUE.",
         allow_abbrev=False,
@@ -66,22 +65,22 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     )  # fmt: skip
     add = parser.add_argument
     add("--split", choices=list(_SPLITS), default="eval", help="held-out or training problems")
-    add("--num_problems", type=int, metavar="N",
+    add("--num-problems", type=int, metavar="N",
         help="at most, from the first; default evaluation.num_problems")  # fmt: skip
-    add("--num_samples", type=int, metavar="K",
+    add("--num-samples", type=int, metavar="K",
         help="per problem, besides the greedy one; default evaluation.num_samples")  # fmt: skip
     add("--temperature", type=float, metavar="T",
         help="of the samples; default evaluation.temperature")  # fmt: skip
-    add("--top_p", type=float, metavar="P", help="default rollout.top_p")
-    add("--top_k", type=int, metavar="K", help="0: all tokens; default rollout.top_k")
-    add("--max_tokens", type=int, metavar="N", help="default rollout.max_tokens")
+    add("--top-p", type=float, metavar="P", help="default rollout.top_p")
+    add("--top-k", type=int, metavar="K", help="0: all tokens; default rollout.top_k")
+    add("--max-tokens", type=int, metavar="N", help="default rollout.max_tokens")
     add("--seed", type=int, metavar="S", help="of the samples, not the problems; default seed")
     add("--dtype", choices=("float32", "bfloat16"), help="default model.dtype")
     add("--out", metavar="DIR", help="every completion; default evaluations/NAME_OF_CONFIG")
     add("--json", metavar="FILE", help="all values and intervals")
-    cli.add_processes(parser)
-    args, overrides = parser.parse_known_args(cli.joined(argv))
-    config = load_config(args.config, overrides)
+    arguments.add_processes(parser)
+    args, overrides = parser.parse_known_args(arguments.joined(argv))
+    config = arguments.load_config(args.config, overrides)
     for name, value in {
         "num_problems": config.evaluation.num_problems or math.inf,
         "num_samples": config.evaluation.num_samples,
@@ -96,7 +95,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
         if getattr(args, name) is None:
             setattr(args, name, value)
     check(args)
-    cli.start_processes(args, config)
+    cli.join_processes(config, arguments.processes(args))
     return args, config
 
 
@@ -112,11 +111,11 @@ def check(args: argparse.Namespace) -> None:
         ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
     ):
         if not fine:
-            raise ValueError(f"--{name} {getattr(args, name)} must be {needed}.")
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {needed}.")
     if args.num_samples and args.temperature == 0:
         raise ValueError(
-            f"--num_samples {args.num_samples} at --temperature 0 would repeat the greedy "
-            "completion. Set --temperature above 0, or --num_samples to 0: that one is always made."
+            f"--num-samples {args.num_samples} at --temperature 0 would repeat the greedy "
+            "completion. Set --temperature above 0, or --num-samples to 0: that one is always made."
         )
     again = [m for i, m in enumerate(args.models) if Path(m) in map(Path, args.models[:i])]
     if again:
@@ -261,7 +260,7 @@ def evaluate(args: argparse.Namespace, config: ConfigDict) -> tuple[list[Problem
         cli.use_compile_cache(config.mesh)
     mesh = sharding.make_mesh(**config.mesh)
     rewards = load_rewards(config)
-    refuse_samples(rewards, args.num_samples, "--num_samples")
+    refuse_samples(rewards, args.num_samples, "--num-samples")
     problems = answerable(config, rewards, _problems(args, config))
     _references(config, problems)  # it may refuse
     questions, models, now = [], [], inputs.date(config.data.date)
@@ -270,7 +269,7 @@ def evaluate(args: argparse.Namespace, config: ConfigDict) -> tuple[list[Problem
         policy = models[-1].policy
         limit = config.data.max_prompt_tokens
         questions.append(data.questions(problems, policy, config, "problems", now))
-        policy.check_length(questions[-1].prompt_ids, args.max_tokens, "--max_tokens")
+        policy.check_length(questions[-1].prompt_ids, args.max_tokens, "--max-tokens")
         first, this = questions[0].problems, questions[-1].problems
         if this != first:
             raise ValueError(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo_jax import cli, keys
-from grpo_jax.config import rules
+from grpo_jax.config import arguments, rules
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompts import encode
 from grpo_jax.devices import sharding
@@ -65,28 +65,28 @@ def complete(
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m grpo_jax.generate", description="Completes a prompt.", allow_abbrev=False
+        prog=arguments.prog("generate"), description="Completes a prompt.", allow_abbrev=False
     )
     parser.add_argument("--model", required=True, metavar="DIR_OR_ID")
     parser.add_argument("--prompt", required=True, metavar="TEXT")
     parser.add_argument("--chat", action="store_true", help="the prompt is a chat message")
-    parser.add_argument("--max_tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy")
-    parser.add_argument("--top_p", type=float, default=1.0, metavar="P")
-    parser.add_argument("--top_k", type=int, default=0, metavar="K", help="0: all tokens")
-    parser.add_argument("--num_samples", type=int, default=1, metavar="K")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all tokens")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="K")
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--json", action="store_true", help="one JSON object per completion")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments.joined(argv))
     names = ("max_tokens", "num_samples", "seed", "top_k", "temperature", "top_p")
-    check("--", **{name: getattr(args, name) for name in names})
+    check(is_command=True, **{name: getattr(args, name) for name in names})
     return args
 
 
 def check(
-    before: str = "",
     *,
+    is_command: bool = False,
     max_tokens: int,
     num_samples: int,
     seed: int,
@@ -94,7 +94,7 @@ def check(
     temperature: float,
     top_p: float,
 ) -> None:
-    """Raises ValueError where one is out of its range; `before`: what stands before its name."""
+    """Raises ValueError where one is out of its range, named as the command line has it or not."""
     for name, value, fine, needed in (
         ("max_tokens", max_tokens, max_tokens > 0, "above 0"),
         ("num_samples", num_samples, num_samples > 0, "above 0"),
@@ -104,10 +104,12 @@ def check(
         ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
     ):
         if not fine:
-            raise ValueError(f"{before}{name} {value} must be {needed}.")
+            shown = f"--{name.replace('_', '-')}" if is_command else name
+            raise ValueError(f"{shown} {value} must be {needed}.")
     if num_samples > 1 and temperature == 0:
+        before, shown = ("--", "--num-samples") if is_command else ("", "num_samples")
         raise ValueError(
-            f"{before}num_samples {num_samples} at {before}temperature 0 would give equal "
+            f"{shown} {num_samples} at {before}temperature 0 would give equal "
             f"completions. Set {before}temperature above 0."
         )
 
@@ -158,7 +160,7 @@ def main(argv: list[str]) -> None:
         note(f"{found.said} answers.")
     policy, params = found.policy, load_params(found, mesh, dtype)
     asked = [{"role": "user", "content": args.prompt}] if args.chat else args.prompt
-    prompt = encode_prompt(policy, asked, args.max_tokens, "--prompt", "--max_tokens")
+    prompt = encode_prompt(policy, asked, args.max_tokens, "--prompt", "--max-tokens")
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     engine = engine_of(policy, mesh, sampling, args.max_tokens, dtype)
     rollouts = complete(

@@ -20,7 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from grpo_jax import cli
-from grpo_jax.cli import load_config
+from grpo_jax.config import arguments
 from grpo_jax.devices import sharding
 from grpo_jax.messages.console import say
 from grpo_jax.models.families import model_config
@@ -36,7 +36,7 @@ from grpo_jax.structs import ModelConfig
 
 def main(argv: list[str]) -> None:
     args, overrides = _arguments(argv)
-    config = load_config(args.config, overrides)
+    config = arguments.load_config(args.config, overrides)
     chip, devices = topologies.devices(args.topology)
     model = read_shape(args.model_shape) if args.model_shape else model_lib.model_shape(config)
     known: Known = {}
@@ -89,7 +89,9 @@ def main(argv: list[str]) -> None:
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        description="Plans a run on devices that are not there.", allow_abbrev=False
+        prog=arguments.prog("plan"),
+        description="Plans a run on devices that are not there.",
+        allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="a file as in configs/")
     parser.add_argument(
@@ -114,7 +116,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--json", metavar="FILE", help="writes the plan there too")
     parser.usage = f"{parser.prog} --config FILE --topology NAME [...] [--config.NAME=VALUE ...]"
-    args, overrides = parser.parse_known_args(cli.joined(argv))
+    args, overrides = parser.parse_known_args(arguments.joined(argv))
     for name in ("prompt_tokens", "mean_tokens", "search"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be below 0.")

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.table import Table
 
+from grpo_jax.config import arguments
 from grpo_jax.messages.console import console
 from grpo_jax.metrics import trace
 
@@ -41,14 +42,14 @@ def print_table(entries: list[Mapping[str, Any]]) -> None:
         console.print(table)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Prints the table of `--workdir`; ends with one line where there is no trace."""
     parser = argparse.ArgumentParser(
-        prog="python -m grpo_jax.profile", description="The longest operations of a traced run."
+        prog=arguments.prog("profile"), description="The longest operations of a traced run."
     )
     parser.add_argument("--workdir", required=True, help="folder of the run")
     parser.add_argument("--top", type=int, default=10, help="operations of each phase")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     try:
         print_table(
             trace.rows(trace.operations(trace.newest_trace(Path(options.workdir))), options.top)

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import argparse
 
+from grpo_jax.config import arguments
 from grpo_jax.metrics import curves
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Draws the picture of `--workdir`; ends with one line where there is nothing to draw."""
     parser = argparse.ArgumentParser(
-        prog="python -m grpo_jax.report", description="Draw curves.png from a run's metrics."
+        prog=arguments.prog("report"), description="Draw curves.png from a run's metrics."
     )
     parser.add_argument("--workdir", required=True, help="folder of the run")
-    workdir = parser.parse_args(arguments).workdir
+    workdir = parser.parse_args(argv).workdir
     try:
         print(curves.curves(workdir))
     except (ValueError, OSError) as error:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from grpo_jax import cli
-from grpo_jax.cli import load_config
+from grpo_jax.config import arguments
 from grpo_jax.data import prompts, sources
 from grpo_jax.data.problems import Problem
 from grpo_jax.messages import console
@@ -41,14 +41,14 @@ _READ_ANSWERS = {"exact_answer", "math_answer"}  # rewards of what a completion 
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     parser = argparse.ArgumentParser(
-        prog="python -m grpo_jax.score", description="Tries rewards on a dataset.",
+        prog=arguments.prog("score"), description="Tries rewards on a dataset.",
         allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--split", choices=("train", "eval"), default="train",
                         help="training or held-out problems of the config")  # fmt: skip
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--completion_column", default="answer", metavar="NAME",
+    source.add_argument("--completion-column", default="answer", metavar="NAME",
                         help="column scored in place of completions; default answer")  # fmt: skip
     source.add_argument("--completions", metavar="FILE",
                         help='JSON lines with a text "completion", one per problem')  # fmt: skip
@@ -58,11 +58,11 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     parser.add_argument("--samples", type=int, default=4, metavar="N", help="rows to show")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     parser.add_argument("--out", metavar="FILE", help="write every row with its rewards here")
-    args, overrides = parser.parse_known_args(cli.joined(argv))
+    args, overrides = parser.parse_known_args(arguments.joined(argv))
     for name, least in (("limit", 0), ("batch", 1), ("samples", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}.")
-    return args, load_config(args.config, overrides)
+    return args, arguments.load_config(args.config, overrides)
 
 
 # --- What is scored -------------------------------------------------------------------------------
@@ -84,12 +84,12 @@ def _column(problems: list[Problem], name: str) -> list[str]:
     for problem in problems:
         if name not in problem.columns:
             raise ValueError(
-                f"--completion_column {name}: {problem.where} has no such column; it has "
+                f"--completion-column {name}: {problem.where} has no such column; it has "
                 f"{', '.join(problem.columns) or 'none'} beside the prompt."
             )
         if not isinstance(problem.columns[name], str):
             raise ValueError(
-                f"--completion_column {name}: {problem.where} holds "
+                f"--completion-column {name}: {problem.where} holds "
                 f"{shown(problem.columns[name], 80)} there, not a text."
             )
     return [problem.columns[name] for problem in problems]
@@ -183,7 +183,7 @@ def _hint(column: str, texts: list[str], scores: Scores) -> None:
         say(
             f"{bare:,} of the {len(texts):,} texts of the column `{column}` state no answer: a "
             "bare one earns nothing. A completion states its answer after ####, in \\boxed{} or in "
-            "<answer>. Score worked solutions (--completion_column), or write the answers so "
+            "<answer>. Score worked solutions (--completion-column), or write the answers so "
             "(--completions)."
         )
 

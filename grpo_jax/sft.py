@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from grpo_jax import cli
+from grpo_jax.config import arguments
 from grpo_jax.messages.console import say
 from grpo_jax.run import stop as stop_lib
 from grpo_jax.setup import model
@@ -10,7 +11,8 @@ from grpo_jax.trainers import sft
 
 
 def main(argv: list[str]) -> None:
-    config, folder = cli.run_arguments(argv, "Trains a model on worked solutions.")
+    config, folder, others = arguments.of_run(argv, "sft")
+    cli.join_processes(config, others)
     if not config.sft.num_steps:
         raise ValueError("sft.num_steps = 0: nothing to train. Set it above 0.")
     cli.use_all_cores(config, model.model_shape(config, folder).num_params)

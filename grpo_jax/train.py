@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from grpo_jax import cli
-from grpo_jax.config import definitions
+from grpo_jax.config import arguments, definitions
 from grpo_jax.messages.console import print_title, say
 from grpo_jax.metrics.summary import summary_table
 from grpo_jax.run import claim
@@ -28,7 +28,8 @@ from grpo_jax.trainers.listeners import Callback
 def main(argv: list[str]) -> None:
     with claim.held(), StopSignal(may_exit=True) as stop:
         with stop.nothing_to_lose():
-            config, folder = cli.run_arguments(argv, "Trains a policy by GRPO.")
+            config, folder, others = arguments.of_run(argv, "train")
+            cli.join_processes(config, others)
             stop.save_before_s = config.checkpoint.save_before_s
         run(config, folder, stop)
 

@@ -15,8 +15,8 @@ import pytest
 
 import grpo_jax
 from grpo_jax import cli
-from grpo_jax.cli import load_config
 from grpo_jax.config import options
+from grpo_jax.config.arguments import load_config
 from grpo_jax.run import stop
 
 SCRIPT = """

@@ -62,16 +62,16 @@ def _ask(capsys, *argv: str) -> tuple[str, str]:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--max_tokens", "0"], r"--max_tokens 0 must be above 0"),
-        (["--num_samples", "0"], r"--num_samples 0 must be above 0"),
+        (["--max-tokens", "0"], r"--max-tokens 0 must be above 0"),
+        (["--num-samples", "0"], r"--num-samples 0 must be above 0"),
         (["--seed", "-1"], r"--seed -1 must be from 0 to"),
-        (["--top_k", "-1"], r"--top_k -1 must be 0 or more"),
+        (["--top-k", "-1"], r"--top-k -1 must be 0 or more"),
         (["--temperature", "-1"], r"--temperature -1.0 must be 0 or more"),
         (["--temperature", "nan"], r"--temperature nan must be"),
-        (["--top_p", "0"], r"--top_p 0.0 must be above 0 and at most 1"),
-        (["--top_p", "1.5"], r"--top_p 1.5 must be"),
-        (["--num_samples", "2"], r"--num_samples 2 at --temperature 0.*Set --temperature above 0"),
-        (["--max_tokens", "1024"], r"--prompt has 4 tokens.*--max_tokens 1024.*1024"),
+        (["--top-p", "0"], r"--top-p 0.0 must be above 0 and at most 1"),
+        (["--top-p", "1.5"], r"--top-p 1.5 must be"),
+        (["--num-samples", "2"], r"--num-samples 2 at --temperature 0.*Set --temperature above 0"),
+        (["--max-tokens", "1024"], r"--prompt has 4 tokens.*--max-tokens 1024.*1024"),
         (["--chat"], r"list of messages.*template"),
     ],
 )
@@ -86,7 +86,7 @@ def test_a_missing_model_is_refused(tmp_path):
 
 
 def test_text_and_json(model, capsys):
-    base = ["--model", str(model), "--prompt", "1+1=", "--max_tokens", "5"]
+    base = ["--model", str(model), "--prompt", "1+1=", "--max-tokens", "5"]
     out, _ = _ask(capsys, *base, "--json")
     row = json.loads(out)
     assert row.keys() == {"text", "token_ids", "logprobs", "stopped"}
@@ -98,7 +98,7 @@ def test_text_and_json(model, capsys):
     assert row["text"] == text
     out, _ = _ask(capsys, *base)
     assert out == f"1+1={text}\n"
-    sampled = ["--num_samples", "3", "--temperature", "2.0", "--json"]
+    sampled = ["--num-samples", "3", "--temperature", "2.0", "--json"]
     rows = [json.loads(line) for line in _ask(capsys, *base, *sampled)[0].splitlines()]
     assert len(rows) == 3 and len({tuple(r["token_ids"]) for r in rows}) > 1
     again = [json.loads(line) for line in _ask(capsys, *base, *sampled)[0].splitlines()]
@@ -108,7 +108,7 @@ def test_text_and_json(model, capsys):
 
 
 def test_unknown_characters_are_told(model, capsys):
-    _, err = _ask(capsys, "--model", str(model), "--prompt", "1×1=", "--max_tokens", "1")
+    _, err = _ask(capsys, "--model", str(model), "--prompt", "1×1=", "--max-tokens", "1")
     assert "no token for ×" in err
 
 
@@ -143,7 +143,7 @@ def test_the_folder_of_an_unfinished_run(tmp_path, mesh, model, capsys):
     assert jax.tree.leaves(open_model(str(tmp_path), mesh, jnp.bfloat16)[1])[0].dtype == (
         jnp.bfloat16
     )
-    out, _ = _ask(capsys, "--model", str(tmp_path), "--prompt", "1+1=", "--max_tokens", "3")
+    out, _ = _ask(capsys, "--model", str(tmp_path), "--prompt", "1+1=", "--max-tokens", "3")
     assert out.startswith("1+1=")
 
 
@@ -157,7 +157,7 @@ def test_the_folder_of_a_run_that_has_exported(tmp_path, mesh, model, capsys, up
     exported = policy.load_params(policy.read(str(model)), mesh, seed=0)
     assert not _same(exported, params)
     assert _same(found, exported if answers == "export" else params)
-    out, err = _ask(capsys, "--model", str(tmp_path), "--prompt", "1+1=", "--max_tokens", "1")
+    out, err = _ask(capsys, "--model", str(tmp_path), "--prompt", "1+1=", "--max-tokens", "1")
     step = {"export": "export of step 1", "checkpoint": "checkpoint of step 7"}[answers]
     assert f"{tmp_path}: {step} answers." in err and out.startswith("1+1=")
     assert "WARNING" not in err

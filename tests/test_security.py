@@ -40,6 +40,7 @@ REASONS = {
     ("grpo_jax/data/tasks/__init__.py", "import_module"): (1, "a name among those of its folder"),
     ("grpo_jax/rewards/registry.py", "import_module"): (1, "the user's own reward functions"),
     ("grpo_jax/__init__.py", "import_module"): (2, "two fixed names, imported when they are used"),
+    ("grpo_jax/__main__.py", "import_module"): (2, "the program that is named, of a fixed list"),
     ("grpo_jax/train.py", "import_module"): (1, "a fixed name, imported when it is used"),
     ("grpo_jax/rewards/given.py", "dill"): (
         2,

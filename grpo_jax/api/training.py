@@ -14,6 +14,7 @@ from grpo_jax import train as program
 from grpo_jax.api import options as options_lib
 from grpo_jax.api.options import Reward
 from grpo_jax.api.trained import Trained
+from grpo_jax.config.arguments import Processes
 from grpo_jax.hosts import processes
 from grpo_jax.messages.console import say
 from grpo_jax.run import claim
@@ -52,7 +53,7 @@ def train(
     made = options_lib.make_config(config, model, rewards, data, eval_data, options)
     folder = Path(workdir or Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
     cli.hold_settings()
-    cli.join_processes(made)
+    cli.join_processes(made, Processes())
     is_finished = False
     with claim.held(), StopSignal(made.checkpoint.save_before_s) as stop:
         try:

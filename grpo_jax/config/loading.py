@@ -15,6 +15,9 @@ from grpo_jax.config import options, other_names, rules
 from grpo_jax.config.dotted import override
 from grpo_jax.messages.values import shown
 
+# The files of configs/, as they come with the package.
+SHIPPED = Path(__file__).resolve().parents[1] / "configs"
+
 
 def load(path: str, overrides: list[str]) -> ConfigDict:
     """The config of a file with `--config.name=value` arguments applied, checked and frozen.
@@ -41,10 +44,14 @@ def read(path: str | None, overrides: list[str]) -> ConfigDict:
 
 
 def _read_file(path: str) -> ConfigDict:
+    """The config of a file, or of the one in configs/ that has the name `path`."""
     file = Path(path)
+    shipped = SHIPPED / f"{path}.py"
+    if not file.suffix and not file.is_file() and shipped.is_file():
+        file = shipped
     if not file.is_file():
-        known = sorted(str(p) for p in Path("configs").glob("*.py"))
-        hint = f" Files in configs/: {', '.join(known)}." if known else ""
+        known = sorted(p.stem for p in SHIPPED.glob("[a-z]*.py"))
+        hint = f" Those that come with grpo_jax: {', '.join(known)}." if known else ""
         raise ValueError(f"--config: there is no file {path!r}.{hint}")
     if file.suffix != ".py":
         raise ValueError(f"--config: {path} is not a Python file, NAME.py, as in configs/.")

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -20,8 +20,11 @@ from grpo_jax.messages.values import cut
 _FREE = "a resumed run may have another value"
 
 
-def listing(config: ConfigDict, width: int = 100) -> str:
-    """Every option with its value in force, by section, as `--help` prints them."""
+def listing(config: ConfigDict, width: int = 100, sections: Collection[str] = ()) -> str:
+    """Every option with its value in force, by section, as `--help` prints them.
+
+    With `sections`, those of these alone.
+    """
     values = flatten(config)
     lines = [
         "Options with the values in force. *: not the default, which stands beside it.",
@@ -30,10 +33,22 @@ def listing(config: ConfigDict, width: int = 100) -> str:
         "Here:             --config.optim.learning_rate=1e-5",
     ]
     for section, members in _sections():
+        if sections and section not in sections:
+            continue
         lines += ["", f"{section}: {options.SECTIONS[section]}".removeprefix(": ")]
         for option in members:
             lines += _entry(option, values.get(option.name), width)
     return "\n".join(lines)
+
+
+def as_file(config: ConfigDict) -> str:
+    """A config file that gives these options: those that are not the defaults are set."""
+    values = flatten(config)
+    lines = ["from grpo_jax import config", "", "", "def get_config():", "    c = config.default()"]
+    for option in options.TABLE:
+        if values[option.name] != option.default:
+            lines.append(f"    c.{option.name} = {values[option.name]!r}")
+    return "\n".join([*lines, "    return c"])
 
 
 def _entry(option: Option, value: Any, width: int) -> Iterator[str]:

@@ -98,7 +98,7 @@ def told(monkeypatch, capsys):
     def fail(*args):
         raise AssertionError("--help starts the run")
 
-    monkeypatch.setattr(cli, "start_processes", fail)
+    monkeypatch.setattr(cli, "join_processes", fail)
     monkeypatch.setattr(model, "model_shape", fail)
     monkeypatch.setenv("COLUMNS", "100")
 

@@ -97,8 +97,8 @@ def _items(file) -> list[dict]:
 
 def test_two_models_side_by_side(config, models, capsys):
     evaluate.main(
-        ["--config", config, "--model", *models, "--num_samples", "3", "--temperature", "1.5",
-         "--top_k", "9", "--seed", "7", "--json", "deep/all.json"]
+        ["--config", config, "--model", *models, "--num-samples", "3", "--temperature", "1.5",
+         "--top-k", "9", "--seed", "7", "--json", "deep/all.json"]
     )  # fmt: skip
     found = json.loads(open("deep/all.json").read())
     options = {"split": "eval", "num_problems": 12, "num_samples": 3, "temperature": 1.5,
@@ -165,7 +165,7 @@ def test_slots_change_no_item_and_are_few(config, models, monkeypatch):
     monkeypatch.setattr(
         Engine, "__init__", lambda self, *a, **k: (engines.append(self), init(self, *a, **k))[1]
     )
-    argv = ["--config", config, "--model", models[0], "--num_samples", "3"]
+    argv = ["--config", config, "--model", models[0], "--num-samples", "3"]
     argv += ["--config.rollout.compact=False"]  # fewer shapes to compile
     evaluate.main([*argv, "--out", "all"])
     evaluate.main([*argv, "--out", "few", "--config.rollout.num_slots", "4"])
@@ -229,8 +229,8 @@ def test_references(config, shared, capsys):
     with open("test.jsonl", "w") as file:
         file.write("\n".join(map(json.dumps, rows)))
     evaluate.main(
-        ["--config", config, "--model", str(path), "--max_tokens", "24", "--json", "x.json",
-         "--num_problems", "3", "--config.evaluation.reference=story"]
+        ["--config", config, "--model", str(path), "--max-tokens", "24", "--json", "x.json",
+         "--num-problems", "3", "--config.evaluation.reference=story"]
     )  # fmt: skip
     (model,) = json.loads(open("x.json").read())["models"]
     items = _items(model["items"]["greedy"])
@@ -247,18 +247,18 @@ def test_references(config, shared, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--num_problems", "0"], "--num_problems 0 must be at least 1"),
-        (["--num_samples", "-1"], "--num_samples -1 must be from 0"),
-        (["--num_samples", "4", "--temperature", "0"], "--num_samples 4 at --temperature 0"),
+        (["--num-problems", "0"], "--num-problems 0 must be at least 1"),
+        (["--num-samples", "-1"], "--num-samples -1 must be from 0"),
+        (["--num-samples", "4", "--temperature", "0"], "--num-samples 4 at --temperature 0"),
         (["--temperature", "nan"], "--temperature nan must be"),
-        (["--top_p", "0"], "--top_p 0.0 must be above 0"),
-        (["--top_k", "-1"], "--top_k -1 must be 0 or more"),
-        (["--max_tokens", "0"], "--max_tokens 0 must be above 0"),
+        (["--top-p", "0"], "--top-p 0.0 must be above 0"),
+        (["--top-k", "-1"], "--top-k -1 must be 0 or more"),
+        (["--max-tokens", "0"], "--max-tokens 0 must be above 0"),
         (["--seed", "-1"], "--seed -1 must be from 0 to"),
         (["--num_sample", "4"], "Unknown argument '--num_sample'"),
         (["--config.batch.promts", "4"], "There is no option batch.promts"),
         (["--model", "gone"], r"gone.*there is no such folder"),
-        (["--max_tokens", "1020"], r"7 tokens.*1020 \(--max_tokens\).*1024"),
+        (["--max-tokens", "1020"], r"7 tokens.*1020 \(--max-tokens\).*1024"),
         (
             ["--config.data.max_prompt_tokens=5"],
             "tokens = 5, but the prompt of test.jsonl, line 1 has 6",

@@ -24,7 +24,7 @@ from growth import processor_s
 from mistakes import TINY, make_model, refusal
 from safetensors.numpy import load_file, save_file
 
-from grpo_jax import cli, sft
+from grpo_jax import sft
 from grpo_jax import train as train_lib
 from grpo_jax.config import loading
 from grpo_jax.config import record as record_lib
@@ -523,7 +523,7 @@ def test_prompts_over_the_limit_are_counted(overlong, words, tmp_path, model, ca
     file = _jsonl(tmp_path / "p.jsonl", *lines, _rows(prompt="1+" * 20 + "1=", answer="21"))
     argv = ["--config", str(TINY), "--workdir", str(tmp_path / "run"), *file]
     argv += ["--config.mesh.data=1", "--config.mesh.tensor=-1", f"--config.model.path={model}"]
-    config, folder = cli.run_arguments([*argv, f"--config.data.overlong={overlong}"], "")
+    config, folder, _ = arguments.of_run([*argv, f"--config.data.overlong={overlong}"], "train")
     train = grpo_run.build(config, folder, str(model), fit.of_run).train
     assert words in capsys.readouterr().out
     lengths = [len(ids) for ids in train.prompt_ids]

@@ -121,8 +121,8 @@ def test_a_model_answers_as_the_program_does(run, capsys, one_device):
     assert [len(one.texts) for one in several] == [3, 3]
     one = loaded.generate("1+2=", max_tokens=8, num_samples=3, temperature=0.7, top_k=5, seed=3)
     generate.main([
-        "--model", str(run[0].workdir), "--prompt", "1+2=", "--max_tokens", "8", "--json",
-        "--num_samples", "3", "--temperature", "0.7", "--top_k", "5", "--seed", "3",
+        "--model", str(run[0].workdir), "--prompt", "1+2=", "--max-tokens", "8", "--json",
+        "--num-samples", "3", "--temperature", "0.7", "--top-k", "5", "--seed", "3",
     ])  # fmt: skip
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
     assert [line["text"] for line in lines] == one.texts

@@ -57,7 +57,7 @@ def test_a_column_is_scored(config, tmp_path, capsys):
 
 def test_another_column_and_the_first_rows(config, tmp_path, capsys):
     files = ["--json", str(tmp_path / "f.json"), "--out", str(tmp_path / "rows.jsonl")]
-    run(capsys, config, "--completion_column", "guess", "--limit", "2", *files)
+    run(capsys, config, "--completion-column", "guess", "--limit", "2", *files)
     found = json.loads((tmp_path / "f.json").read_text())
     assert found["rows"] == 2 and found["rewards"]["exact_answer"]["mean"] == 0.5
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
@@ -83,11 +83,11 @@ def test_a_file_of_completions(config, tmp_path, capsys):
 
 def test_bare_answers_are_told(config, capsys):
     """Two of three guesses are bare, or none at all."""
-    out = run(capsys, config, "--completion_column", "guess").replace("\n", " ")
+    out = run(capsys, config, "--completion-column", "guess").replace("\n", " ")
     assert "2 of the 3 texts of the column `guess` state no answer" in out
     assert "state no answer" not in run(capsys, config).replace("\n", " ")
     out = run(
-        capsys, config, "--completion_column", "guess", "--config.rewards.names=answer_format",
+        capsys, config, "--completion-column", "guess", "--config.rewards.names=answer_format",
         "--config.rewards.weights=1.0",
     )  # fmt: skip
     assert "state no answer" not in out.replace("\n", " ")
@@ -143,8 +143,8 @@ def _given(tmp_path, *lines):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (lambda tmp: ["--completion_column", "gold"], ["gold", "no such column", "answer, guess"]),
-        (lambda tmp: ["--completion_column", "level"], ["line 1", "holds 1", "not a text"]),
+        (lambda tmp: ["--completion-column", "gold"], ["gold", "no such column", "answer, guess"]),
+        (lambda tmp: ["--completion-column", "level"], ["line 1", "holds 1", "not a text"]),
         (lambda tmp: ["--split", "eval"], ["no held-out problems", "data.eval"]),
         (lambda tmp: ["--limit", "-1"], ["--limit -1"]),
         (lambda tmp: ["--batch", "0"], ["--batch 0"]),

@@ -1,0 +1,133 @@
+"""The command grpo-jax, also `python -m grpo_jax`: all programs, and what there is to choose from.
+
+    grpo-jax train --config quickstart
+    grpo-jax options optim
+
+Help, and what there is, are shown before anything that takes seconds is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+
+from grpo_jax import __version__
+from grpo_jax.config import arguments, loading, options, reference
+from grpo_jax.data import tasks
+from grpo_jax.rewards import registry
+
+PROGRAMS = {
+    "train": "GRPO; a new model is first trained on worked solutions",
+    "sft": "that supervised start alone",
+    "generate": "completes a prompt with a model or a run",
+    "evaluate": "answers held-out problems with several models, side by side",
+    "score": "scores texts of a dataset with a config's rewards; no model needed",
+    "plan": "memory, traffic and time of a step on devices that are not there",
+    "report": "draws the curves of a run again",
+    "profile": "the longest operations of a traced run",
+}
+LISTS = {
+    "options": "options of a run: all, or those of the sections that are named",
+    "rewards": "reward functions that are built in",
+    "tasks": "tasks that make their own problems",
+    "configs": "config files that come with the package",
+}
+
+
+def main() -> None:
+    """Runs the program that the first argument names."""
+    name, *rest = sys.argv[1:] or ["--help"]
+    try:
+        if name in ("-h", "--help"):
+            print(_help())
+        elif name == "--version":
+            print(f"grpo_jax {__version__}")
+        elif name in LISTS:
+            print(_listed(name, rest))
+        elif name in PROGRAMS:
+            _run(name, rest)
+        else:
+            known = ", ".join([*PROGRAMS, *LISTS])
+            raise ValueError(
+                f"there is no program {name!r}. Give one of {known}; grpo-jax --help says what "
+                "they do."
+            )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _help() -> str:
+    lines = ["usage: grpo-jax PROGRAM [...]", "", "programs, each with --help:"]
+    lines += [f"  {name:10}{text}" for name, text in PROGRAMS.items()]
+    lines += ["", "what there is:"]
+    lines += [f"  {name:10}{text}" for name, text in LISTS.items()]
+    return "\n".join([*lines, "", "  --version"])
+
+
+def _run(name: str, argv: list[str]) -> None:
+    sys.argv = [f"grpo-jax {name}", *argv]
+    if name in arguments.RUNS:
+        arguments.answer(argv, name)  # where that is help, it ends the program
+    program = importlib.import_module(f"grpo_jax.{name}")
+    if name == "report":
+        program.main(argv)
+    else:
+        importlib.import_module("grpo_jax.cli").main(program.main)
+
+
+# --- What there is --------------------------------------------------------------------------------
+
+
+def _listed(name: str, chosen: list[str]) -> str:
+    width = min(shutil.get_terminal_size().columns, 100)
+    if name == "options":
+        known = [section for section in options.SECTIONS if section]
+        for section in chosen:
+            if section not in known:
+                raise ValueError(f"{section!r} is no section of options: {', '.join(known)}.")
+        return reference.listing(options.default(), width, chosen)
+    if chosen:
+        raise ValueError(f"grpo-jax {name} takes no arguments, and {chosen[0]!r} is one.")
+    entries = {"rewards": _rewards, "tasks": _tasks, "configs": _configs}[name]()
+    return "\n".join(
+        line
+        for head, text in entries
+        for line in [
+            head,
+            *textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="    "),
+        ]
+    )
+
+
+def _rewards() -> Iterable[tuple[str, str]]:
+    for name, spec in registry.BUILT_IN.items():
+        module = spec.partition(":")[0].rpartition(".")[2]
+        yield name, _documented(Path(registry.__file__).with_name(f"{module}.py"), name)
+
+
+def _tasks() -> Iterable[tuple[str, str]]:
+    for file in sorted(Path(tasks.__file__).parent.glob("[a-z]*.py")):
+        yield file.stem, _documented(file)
+
+
+def _configs() -> Iterable[tuple[str, str]]:
+    for file in sorted(loading.SHIPPED.glob("[a-z]*.py")):
+        yield file.stem, _documented(file)
+
+
+def _documented(file: Path, function: str = "") -> str:
+    """The first paragraph of what a file, or a function in it, says of itself; not imported."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    if function:
+        (tree,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function)
+    return " ".join((ast.get_docstring(tree) or "").split("\n\n")[0].split())
+
+
+if __name__ == "__main__":
+    main()

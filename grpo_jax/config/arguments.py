@@ -1,0 +1,145 @@
+"""The arguments of a run's command line, read before anything that takes long is imported."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from ml_collections import ConfigDict
+
+from grpo_jax.config import loading, reference, rules
+from grpo_jax.messages.credentials import redact
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """How a process of several finds the others, where it does not by itself."""
+
+    coordinator: str = ""  # HOST:PORT of process 0
+    num_processes: int | None = None
+    process_id: int | None = None
+
+
+def prog(name: str) -> str:
+    """How a program was called, for its usage line: by the command grpo-jax, or as a module."""
+    command = Path(sys.argv[0]).name.split(" ")[0]
+    return f"grpo-jax {name}" if command == "grpo-jax" else f"python -m grpo_jax.{name}"
+
+
+RUNS = {"train": "Trains a policy by GRPO.", "sft": "Trains a model on worked solutions."}
+
+
+def of_run(argv: list[str], name: str) -> tuple[ConfigDict, Path, Processes]:
+    """The config and the workdir of a run's command line, and how its process finds the others.
+
+    `name`: of the program, one of `RUNS`. Everything but `--config`, `--workdir` and what
+    `add_processes` adds must be an override, `--config.name=value`. `--help` lists all options and
+    `--print-config` those in force; both end the program. Raises ValueError for what cannot be
+    read, and a config that does not fit.
+    """
+    parser, known, overrides = answer(argv, name)
+    if known.config is None:
+        parser.error("--config FILE is required; --help lists all options")
+    config = load_config(known.config, overrides)
+    folder = Path(known.workdir or Path("runs") / Path(known.config).stem)
+    return config, folder, processes(known)
+
+
+def answer(
+    argv: list[str], name: str
+) -> tuple[argparse.ArgumentParser, argparse.Namespace, list[str]]:
+    """Ends the program where it is asked for help or for the config; else what stands there."""
+    parser = argparse.ArgumentParser(
+        prog=prog(name), description=RUNS[name], allow_abbrev=False, add_help=False
+    )
+    parser.add_argument(
+        "-h", "--help", action="store_true", help="show this and all options with FILE's values"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="a file as in configs/, or the name of one: quickstart"
+    )
+    parser.add_argument(
+        "--workdir", metavar="DIR", help="folder of the run; default runs/NAME_OF_CONFIG"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="show the options that are in force, and end"
+    )
+    parser.usage = f"{parser.prog} --config FILE [--workdir DIR] [--config.NAME=VALUE ...]"
+    add_processes(parser)
+    known, overrides = parser.parse_known_args(joined(argv))
+    if known.help:
+        width = min(shutil.get_terminal_size().columns, 100)
+        listing = reference.listing(loading.read(known.config, overrides), width)
+        _print_and_exit(f"{parser.format_help()}\n{listing}")
+    if known.print_config:
+        config = loading.read(known.config, overrides)
+        rules.check(config)
+        _print_and_exit(reference.as_file(config))
+    return parser, known, overrides
+
+
+def _print_and_exit(text: str) -> NoReturn:
+    try:
+        print(redact(text), flush=True)
+    except BrokenPipeError:  # a pager that was left; Python would complain when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit()
+
+
+def load_config(path: str, overrides: list[str]) -> ConfigDict:
+    """The config of a file with overrides, as `loading.load`; its reward functions can be imported.
+
+    A module that is found nowhere else is looked for in the config's folder, then the current one.
+    """
+    config = loading.load(path, overrides)
+    specs = [spec.partition("(")[0] for spec in config.rewards.names]
+    modules = {spec.partition(":")[0].partition(".")[0].strip() for spec in specs if ":" in spec}
+    if any(map(_is_missing, modules)):
+        folders = [str(Path(path).resolve().parent), os.getcwd()]
+        sys.path += [folder for folder in folders if folder not in sys.path]
+    return config
+
+
+def _is_missing(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is None
+    except ValueError:  # no name of a module
+        return False
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Adds the options by which a process of several finds the others."""
+    group = parser.add_argument_group(
+        "a run of several processes",
+        "Found by itself on TPU pods, GKE and SLURM; elsewhere each process needs all three, or "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID in its environment.",
+    )
+    group.add_argument("--coordinator", default="", metavar="HOST:PORT", help="of process 0")
+    group.add_argument("--num-processes", type=int, metavar="N")
+    group.add_argument("--process-id", type=int, metavar="I", help="from 0")
+
+
+def processes(known: argparse.Namespace) -> Processes:
+    """What the options of `add_processes` say."""
+    return Processes(known.coordinator, known.num_processes, known.process_id)
+
+
+def joined(argv: list[str]) -> list[str]:
+    """`--config.name value` as `--config.name=value`, and `--max_tokens` as `--max-tokens`."""
+    joined: list[str] = []
+    for argument in argv:
+        if argument.startswith("--") and not argument.startswith("--config."):
+            name, equals, value = argument.partition("=")
+            argument = f"{name.replace('_', '-')}{equals}{value}"
+        waits = joined and joined[-1].startswith("--config.") and "=" not in joined[-1]
+        if waits and not argument.startswith("--"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
