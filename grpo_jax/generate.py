@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -63,21 +65,58 @@ def complete(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Completions:
+    """The completions of one prompt; entry i of each list is of completion i."""
+
+    texts: list[str]
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]  # of each token, under the distribution that it was drawn from
+    stopped: list[bool]  # False where it was cut at `max_tokens`
+
+    @property
+    def text(self) -> str:
+        """The first completion."""
+        return self.texts[0]
+
+
+def completions(
+    policy: policy_lib.Policy, prompts: list[list[int]], rollouts: Rollouts
+) -> list[Completions]:
+    """What the engine has drawn, prompt by prompt."""
+    found = []
+    for prompt, completion_GC, logp_GC, length_G, stopped_G in zip(
+        prompts, rollouts.completion_PGC, rollouts.logp_PGC, rollouts.length_PG, rollouts.stopped_PG
+    ):
+        rows = [row[:n].tolist() for row, n in zip(completion_GC, length_G)]
+        texts = [policy.text(row, after=prompt) for row in rows]
+        logps = [row[:n].tolist() for row, n in zip(logp_GC, length_G)]
+        found.append(Completions(texts, rows, logps, [bool(stopped) for stopped in stopped_G]))
+    return found
+
+
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=arguments.prog("generate"), description="Completes a prompt.", allow_abbrev=False
     )
-    parser.add_argument("--model", required=True, metavar="DIR_OR_ID")
-    parser.add_argument("--prompt", required=True, metavar="TEXT")
-    parser.add_argument("--chat", action="store_true", help="the prompt is a chat message")
-    parser.add_argument("--max-tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0: greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all tokens")
-    parser.add_argument("--num-samples", type=int, default=1, metavar="K")
-    parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--json", action="store_true", help="one JSON object per completion")
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR_OR_ID",
+        help="Hugging Face folder or hub id, or a run's folder")  # fmt: skip
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", metavar="TEXT", help="what the model completes")
+    asked.add_argument("--prompts", metavar="FILE", help="a prompt a line; - reads standard input")
+    add("--chat", action="store_true", help="a prompt is a message of a user")
+    add("--max-tokens", type=int, default=256, metavar="N", help="of a completion; default 256")
+    add(
+        "--temperature", type=float, default=0.0, metavar="T", help="default 0: the likeliest token"
+    )
+    add("--top-p", type=float, default=1.0, metavar="P", help="default 1: all tokens")
+    add("--top-k", type=int, default=0, metavar="K", help="default 0: all tokens")
+    add("--num-samples", type=int, default=1, metavar="K", help="of each prompt; default 1")
+    add("--seed", type=int, default=0, metavar="S", help="of the samples; default 0")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of weights and sums; default float32")  # fmt: skip
+    add("--json", action="store_true", help="one JSON object per completion")
     args = parser.parse_args(arguments.joined(argv))
     names = ("max_tokens", "num_samples", "seed", "top_k", "temperature", "top_p")
     check(is_command=True, **{name: getattr(args, name) for name in names})
@@ -143,15 +182,37 @@ def note(text: str) -> None:
         print(one_line(text), file=sys.stderr)
 
 
-def show(text: str) -> None:
-    """Prints a model's text: into a pipe or a file as it is, on a terminal what that shows."""
-    text = visible(text) if console.is_terminal else text
+def show(prompt: str, text: str) -> None:
+    """Prints a prompt and its completion: on a terminal the prompt dim, and what that shows."""
+    if console.is_terminal:
+        prompt, text = visible(prompt), visible(text)
+        if console.color_system:
+            prompt = f"\x1b[2m{prompt}\x1b[0m"
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    print((prompt + text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def _prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Each prompt, and where it stands."""
+    if args.prompts is None:
+        return [(args.prompt, "--prompt")]
+    try:
+        text = (
+            sys.stdin.read() if args.prompts == "-" else Path(args.prompts).read_text("utf-8-sig")
+        )
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise ValueError(f"--prompts {args.prompts} cannot be read: {reason}.") from error
+    lines = [(line, f"--prompts, line {n}") for n, line in enumerate(text.split("\n"), start=1)]
+    found = [(line.removesuffix("\r"), where) for line, where in lines if line.strip()]
+    if not found:
+        raise ValueError(f"--prompts {args.prompts} holds no prompt. Give one a line.")
+    return found
 
 
 def main(argv: list[str]) -> None:
     args = _arguments(argv)
+    prompts = _prompts(args)
     found = find_model(args.model)
     cli.show_devices(note)
     cli.use_compile_cache()
@@ -159,29 +220,33 @@ def main(argv: list[str]) -> None:
     if found.said:
         note(f"{found.said} answers.")
     policy, params = found.policy, load_params(found, mesh, dtype)
-    asked = [{"role": "user", "content": args.prompt}] if args.chat else args.prompt
-    prompt = encode_prompt(policy, asked, args.max_tokens, "--prompt", "--max-tokens")
+    as_asked = lambda text: [{"role": "user", "content": text}] if args.chat else text  # noqa: E731
+    prompt_ids = [
+        encode_prompt(policy, as_asked(text), args.max_tokens, where, "--max-tokens")
+        for text, where in prompts
+    ]
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     engine = engine_of(policy, mesh, sampling, args.max_tokens, dtype)
     rollouts = complete(
         engine,
         engine.publish(params),
-        [prompt],
+        prompt_ids,
         num_samples=args.num_samples,
         seed=args.seed,
         temperature=args.temperature,
     )
-    for g in range(args.num_samples):
-        length = int(rollouts.length_PG[0, g])
-        ids = rollouts.completion_PGC[0, g, :length].tolist()
-        text = policy.text(ids, after=prompt)
-        if args.json:
-            logps = rollouts.logp_PGC[0, g, :length].tolist()
-            stopped = bool(rollouts.stopped_PG[0, g])
+    number = 0
+    for (prompt, _), made in zip(prompts, completions(policy, prompt_ids, rollouts)):
+        for text, ids, logps, stopped in zip(
+            made.texts, made.token_ids, made.logprobs, made.stopped
+        ):
             fields = {"text": text, "token_ids": ids, "logprobs": logps, "stopped": stopped}
-            print(json.dumps(fields), flush=True)
-        else:
-            show(("\n" if g else "") + args.prompt + text)
+            if args.json:
+                own = {} if args.prompts is None else {"prompt": prompt}
+                print(json.dumps(own | fields), flush=True)
+            else:
+                show(("\n" if number else "") + prompt, text)
+            number += 1
 
 
 if __name__ == "__main__":

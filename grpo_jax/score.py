@@ -19,8 +19,9 @@ from rich.table import Table
 
 from grpo_jax import cli
 from grpo_jax.config import arguments
-from grpo_jax.data import prompts, sources
+from grpo_jax.data import prompts, sources, tasks
 from grpo_jax.data.problems import Problem
+from grpo_jax.data.streams import stream
 from grpo_jax.messages import console
 from grpo_jax.messages.console import say
 from grpo_jax.messages.values import shown
@@ -48,8 +49,9 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     parser.add_argument("--split", choices=("train", "eval"), default="train",
                         help="training or held-out problems of the config")  # fmt: skip
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--completion-column", default="answer", metavar="NAME",
-                        help="column scored in place of completions; default answer")  # fmt: skip
+    source.add_argument("--completion-column", metavar="NAME",
+                        help="column scored in place of completions; default answer, or of a task "
+                             "its worked solutions")  # fmt: skip
     source.add_argument("--completions", metavar="FILE",
                         help='JSON lines with a text "completion", one per problem')  # fmt: skip
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="first N rows; 0: all")
@@ -80,19 +82,28 @@ def _problems(config: ConfigDict, split: str, limit: int) -> list[Problem]:
     return problems[: limit or None]
 
 
+def _worked(config: ConfigDict, problems: list[Problem]) -> list[str]:
+    """The solutions of a task, right and wrong ones, as its models first see them."""
+    task, rng = tasks.load(config.data.task), stream(config.seed, "solutions")
+    return [task.worked_solution(problem, rng) for problem in problems]
+
+
 def _column(problems: list[Problem], name: str) -> list[str]:
+    """Texts of a column; a number is the text that a person would write."""
     for problem in problems:
         if name not in problem.columns:
             raise ValueError(
                 f"--completion-column {name}: {problem.where} has no such column; it has "
                 f"{', '.join(problem.columns) or 'none'} beside the prompt."
             )
-        if not isinstance(problem.columns[name], str):
+        if isinstance(problem.columns[name], bool) or not isinstance(
+            problem.columns[name], (str, int, float)
+        ):
             raise ValueError(
                 f"--completion-column {name}: {problem.where} holds "
-                f"{shown(problem.columns[name], 80)} there, not a text."
+                f"{shown(problem.columns[name], 80)} there, not a text or a number."
             )
-    return [problem.columns[name] for problem in problems]
+    return [str(problem.columns[name]) for problem in problems]
 
 
 def _file(path: str, num_problems: int) -> list[str]:
@@ -195,7 +206,10 @@ def main(argv: list[str]) -> None:
     problems = _problems(config, args.split, args.limit)
     if args.completions:
         texts = _file(args.completions, len(problems))
+    elif config.data.task and not args.completion_column:
+        texts = _worked(config, problems)
     else:
+        args.completion_column = args.completion_column or "answer"
         texts = _column(problems, args.completion_column)
     registry.refuse_columns(rewards, problems)
     ids = _token_ids(config, rewards, texts)
@@ -204,7 +218,7 @@ def main(argv: list[str]) -> None:
         scores, seconds = trial.score(pool, problems, texts, ids, rendered, args.batch)
     found = trial.figures(scores, seconds)
     _show(args, problems, texts, scores, found)
-    if not args.completions:
+    if args.completion_column:
         _hint(args.completion_column, texts, scores)
     for path, text in (
         (args.json, json.dumps(found, indent=1)),

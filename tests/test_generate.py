@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 
@@ -191,15 +192,37 @@ TEXT = "می\u200cخواهم\tx \U0001f468\u200d\U0001f469 \x1b[31m\u202e"
 
 
 def test_a_model_s_text_goes_into_a_pipe_as_it_is(capsys):
-    generate.show(TEXT)
-    assert capsys.readouterr().out == TEXT + "\n"
+    generate.show("1+\t1", TEXT)
+    assert capsys.readouterr().out == "1+\t1" + TEXT + "\n"
 
 
 def test_a_terminal_shows_what_it_would_obey(capsys, monkeypatch):
     monkeypatch.setattr(type(generate.console), "is_terminal", property(lambda console: True))
-    generate.show(TEXT)
+    generate.show("", TEXT)
     shown = TEXT.replace("\x1b", "\\x1b").replace("\u202e", "\\u202e")
     assert capsys.readouterr().out == shown + "\n"
+
+
+def test_prompts_of_a_file_are_completed_as_each_alone(tmp_path, capsys, model, monkeypatch):
+    (tmp_path / "prompts.txt").write_text("1+1=\r\n\n 9-4=\n")
+    more = ["--model", str(model), "--max-tokens", "4", "--json"]
+    out, _ = _ask(capsys, *more, "--prompts", str(tmp_path / "prompts.txt"))
+    together = [json.loads(line) for line in out.splitlines()]
+    assert [row["prompt"] for row in together] == ["1+1=", " 9-4="]
+    for row in together:
+        (alone,) = _ask(capsys, *more, "--prompt", row.pop("prompt"))[0].splitlines()
+        assert json.loads(alone) == row
+    monkeypatch.setattr("sys.stdin", io.StringIO("1+1=\n"))
+    out, _ = _ask(capsys, *more, "--prompts", "-")
+    assert json.loads(out) == together[0] | {"prompt": "1+1="}
+
+
+def test_files_of_prompts_that_cannot_be_read(tmp_path):
+    (tmp_path / "empty").write_text("\n \n")
+    (tmp_path / "latin").write_bytes(b"\xe9\n")
+    for name, words in (("gone", "No such file"), ("empty", "no prompt"), ("latin", "not UTF-8")):
+        with pytest.raises(ValueError, match=rf"--prompts .*{name}.*{words}"):
+            generate.main(["--model", "any", "--prompts", str(tmp_path / name)])
 
 
 def test_the_folder_of_a_run_that_has_saved_nothing(tmp_path, mesh, model):

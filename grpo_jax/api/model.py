@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,26 +10,12 @@ import jax.numpy as jnp
 
 from grpo_jax import cli, generate
 from grpo_jax.devices import sharding
+from grpo_jax.generate import Completions
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup.model import find_model, load_params
 from grpo_jax.structs import Params, Sampling
 
 Prompt = str | list[dict[str, Any]]  # a text, or chat messages
-
-
-@dataclasses.dataclass(frozen=True)
-class Completions:
-    """The completions of one prompt; entry i of each list is of completion i."""
-
-    texts: list[str]
-    token_ids: list[list[int]]
-    logprobs: list[list[float]]  # of each token, under the distribution that it was drawn from
-    stopped: list[bool]  # False where it was cut at `max_tokens`
-
-    @property
-    def text(self) -> str:
-        """The first completion."""
-        return self.texts[0]
 
 
 class Model:
@@ -84,19 +69,7 @@ class Model:
         rollouts = generate.complete(
             engine, published, ids, num_samples=num_samples, seed=seed, temperature=temperature
         )
-        found = []
-        for prompt, completion_GC, logp_GC, length_G, stopped_G in zip(
-            ids, rollouts.completion_PGC, rollouts.logp_PGC, rollouts.length_PG, rollouts.stopped_PG
-        ):
-            rows = [row[:n].tolist() for row, n in zip(completion_GC, length_G)]
-            found.append(
-                Completions(
-                    texts=[self._policy.text(row, after=prompt) for row in rows],
-                    token_ids=rows,
-                    logprobs=[row[:n].tolist() for row, n in zip(logp_GC, length_G)],
-                    stopped=[bool(s) for s in stopped_G],
-                )
-            )
+        found = generate.completions(self._policy, ids, rollouts)
         return found[0] if is_one else found
 
     def _engine(self, sampling: Sampling, max_tokens: int) -> tuple[Engine, Params]:

@@ -49,6 +49,7 @@ def make_config(
             config.data.task = ""
     for name, value in _flat(chosen).items():
         assign(config, option_of(name), value)
+    loading.settle(config)
     rules.check(config)
     return ConfigDict(config).lock()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from grpo_jax.config import options, other_names, rules
-from grpo_jax.config.dotted import override
+from grpo_jax.config.dotted import assign, flatten, override
 from grpo_jax.messages.values import shown
 
 # The files of configs/, as they come with the package.
@@ -40,7 +40,30 @@ def read(path: str | None, overrides: list[str]) -> ConfigDict:
                 "--config.name=value, for example --config.optim.learning_rate=1e-5."
             )
         override(config, name.removeprefix("--config."), text)
+    settle(config)
     return config
+
+
+_SHORT = {"bf16": "bfloat16", "fp32": "float32", "f32": "float32"}
+
+
+def settle(config: ConfigDict) -> None:
+    """Gives values that people write in another way their own: "bf16", and "module.function"."""
+    for name, value in flatten(config).items():
+        if name.endswith("dtype") and value in _SHORT:
+            assign(config, name, _SHORT[value])
+    names = config.rewards.names
+    if isinstance(names, tuple) and all(isinstance(name, str) for name in names):
+        config.rewards.names = tuple(map(_with_colon, names))
+
+
+def _with_colon(spec: str) -> str:
+    """ "module:function" of "module.function", as TRL has it; any other name as it is."""
+    name, bracket, arguments = spec.partition("(")
+    if ":" in name or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name.strip()):
+        return spec
+    module, _, function = name.strip().rpartition(".")
+    return f"{module}:{function}{bracket}{arguments}"
 
 
 def _read_file(path: str) -> ConfigDict:

@@ -28,6 +28,11 @@ def tell_of(config: ConfigDict, train: list, held_out: list) -> None:
     """Says what a person should know of the problems, such as that some stand there twice."""
     for note in notes.of_problems(train, held_out, problems_lib.form_of(config.data)):
         say(f"warning: {note}")
+    if len(train) < config.batch.prompts:
+        say(
+            f"warning: a step asks batch.prompts = {config.batch.prompts}, and there are "
+            f"{len(train)} training problems: each step asks some of them several times."
+        )
 
 
 def answerable(config: ConfigDict, rewards: list[Reward], problems: list) -> list:

@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 from grpo_jax.config import derived, guard_rules, rules
 from grpo_jax.data import tasks
 from grpo_jax.devices import sharding, transfer
+from grpo_jax.environments.questions import Questions
+from grpo_jax.messages.console import say
 from grpo_jax.models import policy as policy_lib
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.run import workdir
@@ -96,6 +98,8 @@ def build(
         config, policy.model, mesh, fit(config, policy.model, mesh, longest, folder)
     )
     engine = make_engine(config, policy.model, policy.stop_ids, mesh)
+    for line in _told(config, folder, policy, train, len(held_out.problems) if held_out else 0):
+        say(line)
     return Run(
         config=config,
         course=_course(config),
@@ -124,6 +128,23 @@ def build(
         read=read,
         rewards=start_rewards(config, rewards),  # last: nothing is refused from here on
     )
+
+
+def _told(
+    config: ConfigDict, folder: Path, policy: policy_lib.Policy, train: Questions, held_out: int
+) -> list[str]:
+    """What run it is: its model, problems, and what a step is."""
+    model, batch, lengths = policy.model, config.batch, sorted(map(len, train.prompt_ids))
+    updates = derived.num_updates_per_step(config)
+    return [
+        f"Model: {model.family}, {model.num_params:,} parameters, {config.model.dtype}, from "
+        f"{config.model.path or 'the supervised start'}",
+        f"Problems: {len(lengths):,} to train on, {held_out:,} held out; prompts of "
+        f"{lengths[len(lengths) // 2]} tokens, the longest of {lengths[-1]}",
+        f"A step: {batch.prompts} prompts x {batch.group} completions of at most "
+        f"{config.rollout.max_tokens} tokens, {updates} update{'s' * (updates > 1)}",
+        f"Seed {config.seed}, workdir {folder}",
+    ]
 
 
 def _reference(config: ConfigDict, policy: policy_lib.Policy, mesh: Mesh) -> Params:

@@ -12,6 +12,7 @@ from typing import Any
 from grpo_jax import keys
 from grpo_jax.evaluation import held_out
 from grpo_jax.hosts import processes
+from grpo_jax.messages.console import say
 from grpo_jax.metrics import curves
 from grpo_jax.run import claim, workdir
 from grpo_jax.run import stop as stop_lib
@@ -47,7 +48,28 @@ def evaluate(run: Run, state: RunState, monitor: Monitor, *, final: bool) -> dic
             on_scores=functools.partial(monitor.evaluated, f"The evaluation {after}"),
         )
     state.accuracy, state.held_out_reward = values.get("eval/accuracy"), values.get("eval/reward")
-    return values | {"time/evaluation_s": time.monotonic() - began}
+    seconds = time.monotonic() - began
+    say(f"Evaluation {after}: {_told(run, state, values)}, {seconds:.0f} s")
+    return values | {"time/evaluation_s": seconds}
+
+
+def _told(run: Run, state: RunState, values: dict[str, float]) -> str:
+    """What an evaluation found, in one line."""
+    facts = []
+    if state.accuracy is not None:
+        facts.append(f"accuracy {state.accuracy:.1%}")
+        if state.accuracy_before is not None:
+            facts[0] += f" ({100 * (state.accuracy - state.accuracy_before):+.1f})"
+    elif state.held_out_reward is not None:
+        facts.append(f"reward {state.held_out_reward:.3f}")
+        if state.held_out_reward_before is not None:
+            facts[0] += f" ({state.held_out_reward - state.held_out_reward_before:+.3f})"
+    k = run.config.evaluation.num_samples
+    for name in (f"pass@{k}", f"maj@{k}"):
+        if f"eval/{name}" in values:
+            facts.append(f"{name} {values[f'eval/{name}']:.1%}")
+    facts.append(f"{len(run.held_out.problems):,} problems")
+    return ", ".join(facts)
 
 
 def finish(run: Run, state: RunState, stop: stop_lib.StopSignal, wall_s: float) -> dict[str, Any]:

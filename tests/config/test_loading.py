@@ -45,6 +45,16 @@ def test_files_in_configs_load(file):
     assert flatten(config).keys() == OPTIONS.keys()
 
 
+def test_values_that_people_write_in_another_way():
+    overrides = ["--config.model.dtype=bf16", "--config.checkpoint.export_dtype=fp32"]
+    names = "('my.own:f','my_rewards.happy','trl.rewards.get(a=1.5)','exact_answer','a.b')"
+    found = loading.read(None, [*overrides, f"--config.rewards.names={names}"])
+    assert found.model.dtype == "bfloat16" and found.checkpoint.export_dtype == "float32"
+    assert found.rewards.names == (
+        "my.own:f", "my_rewards:happy", "trl.rewards:get(a=1.5)", "exact_answer", "a:b"
+    )  # fmt: skip
+
+
 def test_there_are_config_files():
     assert "quickstart.py" in [file.name for file in CONFIGS]
 

@@ -61,6 +61,9 @@ def _runs(folder, *more: str) -> list[dict]:
 
 
 def test_what_a_run_leaves(tmp_path, compile_cache, cache_folder, monkeypatch):
+    said = []
+    for module in (grpo_run, results):
+        monkeypatch.setattr(module, "say", said.append)
     monkeypatch.setattr(chips, "chip", lambda kind: CHIP)
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -95,6 +98,17 @@ def test_what_a_run_leaves(tmp_path, compile_cache, cache_folder, monkeypatch):
     assert rates == pytest.approx([0.00025, 0.0005, 0.00075, 0.001])
     assert summary["generated_tokens"] == steps[-1]["tokens/generated"]
     assert 16 * 4 < summary["generated_tokens"] <= 16 * 4 * 8
+
+    told = "\n".join(said)
+    accuracy = {row["step"]: row["eval/accuracy"] for row in rows if "eval/accuracy" in row}
+    assert f"Evaluation at the start: accuracy {accuracy[0]:.1%}, pass@2 " in told
+    change = 100 * (accuracy[2] - accuracy[0])
+    assert f"after step 2: accuracy {accuracy[2]:.1%} ({change:+.1f}), 8 problems, " in told
+    assert f"Model: qwen2, {summary['parameters']:,} parameters, float32, from the super" in told
+    prompts = r"Problems: 40 to train on, 8 held out; prompts of (8|10) tokens, the longest of 10\n"
+    assert re.search(prompts, told)  # of four or five terms
+    assert "A step: 4 prompts x 4 completions of at most 8 tokens, 4 updates\n" in told
+    assert f"Seed 0, workdir {folder}\n" in told
 
     samples = [json.loads(x) for x in (folder / "samples.jsonl").read_text().splitlines()]
     assert {s["step"] for s in samples} == {1, 2, 3, 4} and len(samples) == 16

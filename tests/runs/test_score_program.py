@@ -12,9 +12,9 @@ from grpo_jax import score
 from grpo_jax.models.hf.tokenizer import load_tokenizer
 
 ROWS = [
-    {"prompt": "1+1=", "answer": "#### 2", "guess": "#### 2", "level": 1},
-    {"prompt": "2+2=", "answer": "#### 4", "guess": "5", "level": 2},
-    {"prompt": "3+3=", "answer": "so #### 6", "guess": "?", "level": 3},
+    {"prompt": "1+1=", "answer": "#### 2", "guess": "#### 2", "level": 1, "right": True},
+    {"prompt": "2+2=", "answer": "#### 4", "guess": "5", "level": 2, "right": False},
+    {"prompt": "3+3=", "answer": "so #### 6", "guess": "?", "level": 3, "right": False},
 ]
 
 
@@ -64,6 +64,22 @@ def test_another_column_and_the_first_rows(config, tmp_path, capsys):
     assert [row["rewards"]["exact_answer"] for row in rows] == [1, 0]
     assert [row["completion"] for row in rows] == ["#### 2", "5"]
     assert rows[1]["where"].endswith("sums.jsonl, line 2") and rows[1]["failed"] == []
+
+
+def test_numbers_are_the_texts_that_a_person_would_write(config, tmp_path, capsys):
+    run(capsys, config, "--completion-column", "level", "--out", str(tmp_path / "rows.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["completion"] for row in rows] == ["1", "2", "3"]
+
+
+def test_a_task_is_scored_by_its_worked_solutions(tmp_path, capsys):
+    """Some of which guess, or slip, by design: not all are right, and most have the form."""
+    score.main(["--config", "quickstart", "--limit", "200", "--json", str(tmp_path / "f.json"),
+                "--config.rewards.num_workers=1"])  # fmt: skip
+    capsys.readouterr()
+    found = json.loads((tmp_path / "f.json").read_text())["rewards"]
+    assert 0.3 < found["exact_answer"]["mean"] < 0.7
+    assert found["answer_format"]["mean"] == 1.0
 
 
 def test_a_file_of_completions(config, tmp_path, capsys):
@@ -144,7 +160,7 @@ def _given(tmp_path, *lines):
     ("arguments", "words"),
     [
         (lambda tmp: ["--completion-column", "gold"], ["gold", "no such column", "answer, guess"]),
-        (lambda tmp: ["--completion-column", "level"], ["line 1", "holds 1", "not a text"]),
+        (lambda tmp: ["--completion-column", "right"], ["line 1", "holds True", "not a text or a"]),
         (lambda tmp: ["--split", "eval"], ["no held-out problems", "data.eval"]),
         (lambda tmp: ["--limit", "-1"], ["--limit -1"]),
         (lambda tmp: ["--batch", "0"], ["--batch 0"]),
