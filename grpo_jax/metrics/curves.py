@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from grpo_jax.run.append_log import read_jsonl
+
+if TYPE_CHECKING:  # else imported by what draws: a run begins half a second earlier
+    from matplotlib.axes import Axes
 
 _COLORS = ("#2f6fb0", "#d1603d", "#3c8d5a", "#8461a8", "#b58a1f", "#5b6770")
 _INK, _GRID = "#2b2f36", "#e3e6ea"
@@ -28,6 +29,9 @@ def curves(workdir: str | Path) -> Path:
 
     Raw values are faint, their running means strong. Raises ValueError when there are no metrics.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     workdir = Path(workdir)
     by_step = _by_step(workdir / "metrics.jsonl")
     figure = Figure(figsize=(15, 9), dpi=100, layout="constrained", facecolor="white")
@@ -236,6 +240,8 @@ def _seconds(ax: Axes, by_step: Mapping) -> None:
 
 def _as_share(ax: Axes) -> None:
     """Percent from 0 to at least 1 %, on the right; nothing where nothing was measured."""
+    from matplotlib.ticker import PercentFormatter
+
     if not ax.has_data():
         ax.set_axis_off()
         return
