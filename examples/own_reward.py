@@ -10,15 +10,8 @@ def short_words(completions, **columns):
 
 
 data = datasets.Dataset.from_dict({"prompt": ["Once upon a time", "One day", "Lily saw"] * 8})
-run = grpo_jax.train(
-    "stories260K",
-    rewards=short_words,
-    data=data,
-    workdir="runs/short_words",
-    num_steps=10,
-    prompts=8,
-    group=8,
-    max_tokens=32,
-    learning_rate=1e-4,
-)
-print(run.curves(), *run.model().generate(["Once upon", "The dog", "Mom"], max_tokens=32), sep="\n")
+options = {"num_steps": 10, "prompts": 8, "group": 8, "max_tokens": 32, "learning_rate": 1e-4}
+run = grpo_jax.train("stories260K", short_words, data, workdir="runs/short_words", **options)
+print(run.curves(), run.metrics[-1]["reward"])
+for answer in run.model().generate(["Once upon", "The dog", "Mom"], max_tokens=32):
+    print(answer.text)

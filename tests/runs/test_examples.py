@@ -1,0 +1,78 @@
+"""The examples run as they stand, beside a folder of the name that they give their model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from grpo_jax.config import options
+from grpo_jax.devices import sharding
+from grpo_jax.models import policy
+from grpo_jax.models.hf.export import save
+from grpo_jax.setup import model as model_lib
+
+FILES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.*"))
+
+
+def code_of(file: Path) -> str:
+    """The code of a script, or of a notebook's cells, the last value of each printed."""
+    if file.suffix == ".py":
+        return file.read_text()
+    cells = [c for c in json.loads(file.read_text())["cells"] if c["cell_type"] == "code"]
+    assert all(not cell["outputs"] for cell in cells)
+    return "\n\n".join("".join(cell["source"]) for cell in cells)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a small random model that writes any text, byte by byte."""
+    folder = tmp_path_factory.mktemp("examples")
+    tokens = ["<pad>", "<eos>", *bytes_to_unicode().values()]
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[],
+        pad_token="<pad>",
+        eos_token="<eos>",
+    )
+    config = options.default()
+    config.model.update(num_layers=1, width=32, mlp_width=48, num_heads=4, num_kv_heads=2)
+    new = model_lib.new(config.model, tokenizer)
+    params = policy.load_params(new, sharding.make_mesh(), seed=0)
+    save(
+        folder / "stories260K", params, new.model, source=None, dtype="float32",
+        tokenizer=tokenizer,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES, ids=[file.name for file in FILES])
+def test_it_runs(file, place, alone):
+    """As a script that is typed in, so that its functions stand in no file."""
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=code_of(file), cwd=place, env=alone, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    said = {
+        "own_reward.py": "Picture('runs/short_words/curves.png') -",
+        "own_reward.ipynb": "Run finished",
+        "watch_and_stop.ipynb": "Trained('runs/many_words', stopped)",
+        "ask_and_judge.ipynb": " before, ",
+    }[file.name]
+    assert said in done.stdout
+    assert file.name != "watch_and_stop.ipynb" or "'runs/many_words', finished" in done.stdout
+
+
+def test_the_script_is_short_and_is_that_of_the_docs():
+    script = next(file for file in FILES if file.name == "own_reward.py").read_text()
+    body = script.partition('"""\n\n')[2]
+    assert len(body.splitlines()) <= 15
+    docs = Path(__file__).resolve().parents[2] / "docs" / "python.md"
+    assert f"```python\n{body}```" in docs.read_text()
