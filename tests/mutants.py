@@ -57,7 +57,7 @@ NEAREST = {
     "score": ("tests/runs/test_score_program.py",),
     "sft": (RUNS[0],),
     "structs": ("tests/models/test_families.py", WIRING),
-    "train": (RUNS[0],),
+    "train": (RUNS[0], "tests/runs/test_bad_input.py"),
     "api": ("tests/runs/test_from_python.py",),
     "data/given": ("tests/runs/test_from_python.py",),
     "rewards/given": ("tests/runs/test_from_python.py",),
@@ -99,7 +99,7 @@ NEAREST = {
     "models": ("tests/learner/test_plain.py", "tests/parity/test_logits.py", WIRING),
     "models/families": (
         "tests/models/test_families.py", "tests/models/test_names.py",
-        "tests/models/test_weights.py",
+        "tests/models/test_weights.py", "tests/parity/test_logits.py",
     ),
     "models/hf": ("tests/models/test_weights.py", "tests/models/test_export.py"),
     "models/hf/export": ("tests/models/test_export.py",),

@@ -39,6 +39,27 @@ def test_a_device_is_found_by_its_kind(device_kind, name, flops):
 
 
 @pytest.mark.parametrize(
+    ("device_kind", "bytes_per_s"),
+    [
+        ("TPU v4", 300e9),
+        ("TPU v5e", 200e9),
+        ("TPU v5p", 600e9),
+        ("TPU v6e", 400e9),
+        ("TPU7x", 300e9),
+        ("NVIDIA A100-SXM4-40GB", 300e9),
+        ("NVIDIA A100-SXM4-80GB", 300e9),
+        ("NVIDIA H100 80GB HBM3", 450e9),
+        ("NVIDIA H200", 450e9),
+        ("NVIDIA B200", 900e9),
+        ("NVIDIA L4", 32e9),
+    ],
+)
+def test_the_links_of_a_device(device_kind, bytes_per_s):
+    """All of them together, one way."""
+    assert chip(device_kind).ici_bytes_per_s == bytes_per_s
+
+
+@pytest.mark.parametrize(
     ("device_kind", "bytes_per_s", "gib"),
     [
         ("TPU v4", 1200e9, 32),
@@ -48,6 +69,7 @@ def test_a_device_is_found_by_its_kind(device_kind, name, flops):
         ("TPU7x", 7380e9 / 2, 96),
         ("NVIDIA H100 80GB HBM3", 3350e9, 80),
         ("NVIDIA H200", 4800e9, 141),
+        ("NVIDIA A100-SXM4-40GB", 1555e9, 40),
         ("NVIDIA A100-SXM4-80GB", 2039e9, 80),
         ("NVIDIA L4", 300e9, 24),
     ],

@@ -126,6 +126,8 @@ def test_failures_are_shown(config, tmp_path, capsys, monkeypatch):
     assert found == {"mean": 1.0, "std": 0.0, "ones": 1, "failed": 1, "none": 1}
     assert "longer than rewards.timeout_s" in out.replace("\n", " ")
     assert "sums.jsonl, line 2" in out.replace("\n", "")
+    slowest = out.replace("\n", "").partition("Slowest of waits: ")[2].split(";")
+    assert slowest[0].endswith("sums.jsonl, line 2")
 
 
 def test_a_reward_gets_the_tokens_and_the_prompts_as_the_model_reads_them(
