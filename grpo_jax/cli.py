@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -110,6 +110,19 @@ def hold_settings() -> None:
     for name, value in _SETTINGS.items():
         if jax.config.values[name] != value:
             jax.config.update(name, value)
+
+
+@contextlib.contextmanager
+def held_settings() -> Iterator[None]:
+    """The same while it is entered: afterwards a Python program has its own again."""
+    before = {name: jax.config.values[name] for name in _SETTINGS}
+    hold_settings()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if jax.config.values[name] != value:
+                jax.config.update(name, value)
 
 
 def show_devices(show: Callable[[str], None] = say) -> None:

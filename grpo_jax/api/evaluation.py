@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from grpo_jax import cli
 from grpo_jax import evaluate as program
 from grpo_jax.api import options as options_lib
 from grpo_jax.evaluation import estimates
@@ -34,5 +35,6 @@ def evaluate(
         dtype=config.model.dtype, out=str(Path(model) / "evaluations" / "asked"),
     )  # fmt: skip
     program.check(given)
-    _, (evaluated,) = program.evaluate(given, config)
+    with cli.held_settings():
+        _, (evaluated,) = program.evaluate(given, config)
     return {name: estimates.estimate(tally) for name, tally in evaluated.tallies.items()}

@@ -22,13 +22,13 @@ class Model:
     """A model with its weights on the devices. `load` makes one."""
 
     def __init__(self, path: str | Path, *, dtype: str = "float32"):
-        cli.hold_settings()
         cli.use_compile_cache()
         self.path = str(path)
         found = find_model(self.path)
         self._mesh, self._dtype = sharding.make_mesh(), jnp.dtype(dtype)
         self._policy = found.policy
-        self._params = load_params(found, self._mesh, self._dtype)
+        with cli.held_settings():
+            self._params = load_params(found, self._mesh, self._dtype)
         self._engines: dict[tuple, tuple[Engine, Params]] = {}  # with the weights it decodes with
 
     @property
@@ -65,10 +65,11 @@ class Model:
             for number, prompt in enumerate(asked)
         ]
         sampling = Sampling(temperature, top_k, top_p)
-        engine, published = self._engine(sampling, max_tokens)
-        rollouts = generate.complete(
-            engine, published, ids, num_samples=num_samples, seed=seed, temperature=temperature
-        )
+        with cli.held_settings():
+            engine, published = self._engine(sampling, max_tokens)
+            rollouts = generate.complete(
+                engine, published, ids, num_samples=num_samples, seed=seed, temperature=temperature
+            )
         found = generate.completions(self._policy, ids, rollouts)
         return found[0] if is_one else found
 

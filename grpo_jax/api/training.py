@@ -52,14 +52,14 @@ def train(
     """
     made = options_lib.make_config(config, model, rewards, data, eval_data, options)
     folder = Path(workdir or Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
-    cli.hold_settings()
-    cli.join_processes(made, Processes())
     is_finished = False
-    with claim.held(), StopSignal(made.checkpoint.save_before_s) as stop:
-        try:
-            program.run(made, folder, stop, tuple(callbacks))
-            is_finished = True
-        except Stopped as stopped:
-            say(str(stopped))
-    processes.barrier("the end of a run")
+    with cli.held_settings():
+        cli.join_processes(made, Processes())
+        with claim.held(), StopSignal(made.checkpoint.save_before_s) as stop:
+            try:
+                program.run(made, folder, stop, tuple(callbacks))
+                is_finished = True
+            except Stopped as stopped:
+                say(str(stopped))
+        processes.barrier("the end of a run")
     return Trained(folder, made, is_finished)

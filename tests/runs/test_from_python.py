@@ -113,6 +113,18 @@ def test_a_callback_stops_the_run_and_the_same_call_continues_it(run, model, tmp
     assert not log_differences(run[0].workdir, then.workdir)
 
 
+def test_a_program_keeps_its_own_settings_of_jax(run, one_device):
+    loaded = run[0].model()
+    want = loaded.generate("1+2=", max_tokens=4)
+    jax.config.update("jax_enable_x64", True)
+    try:
+        assert loaded.generate("1+2=", max_tokens=4) == want
+        assert run[0].model().generate("1+2=", max_tokens=4) == want
+        assert jax.config.jax_enable_x64
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
 def test_a_model_answers_as_the_program_does(run, capsys, one_device):
     loaded = run[0].model()
     several = loaded.generate(
