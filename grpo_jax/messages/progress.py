@@ -6,9 +6,12 @@ import time
 from collections.abc import Callable, Mapping
 
 from rich import progress
+from rich.table import Column
 
 from grpo_jax.messages import console
 from grpo_jax.messages.console import say
+
+_WIDE = 110  # columns of a terminal that has room for a bar
 
 
 def show_progress(noun: str, state: Callable[[], tuple[int, int]]) -> None:
@@ -46,16 +49,26 @@ class Progress:
         self._start = time.monotonic()
         self._after_first: float | None = None
         if console.console.is_terminal:
-            self._bar = progress.Progress(
+            # On a narrow terminal there is no bar, and the end of the facts is cut, not the step.
+            line = Column(no_wrap=True, overflow="ellipsis")
+            bar = (
                 progress.TextColumn(self._noun),
                 progress.MofNCompleteColumn(),
                 progress.BarColumn(bar_width=None),
                 progress.TextColumn("{task.fields[facts]}", markup=False),
+            )
+            self._is_wide = console.console.width >= _WIDE
+            narrow = (progress.TextColumn("{task.fields[facts]}", markup=False, table_column=line),)
+            self._bar = progress.Progress(
+                *(bar if self._is_wide else narrow),
                 console=console.console,
-                expand=True,
+                expand=self._is_wide,
             )
             self._task = self._bar.add_task(
-                "", total=self._total, completed=self._first, facts="compiling"
+                "",
+                total=self._total,
+                completed=self._first,
+                facts=self._told(self._first, "compiling"),
             )
             self._bar.start()
         return self
@@ -69,9 +82,14 @@ class Progress:
         now = time.monotonic()
         facts = self._facts(num_steps_done, values, now)
         if self._bar:
-            self._bar.update(self._task, completed=num_steps_done, facts=facts)
+            told = self._told(num_steps_done, facts)
+            self._bar.update(self._task, completed=num_steps_done, facts=told)
         elif num_steps_done % self._every == 0 or num_steps_done in (self._first + 1, self._total):
             say(f"{self._noun} {num_steps_done}/{self._total}  {facts}")
+
+    def _told(self, done: int, facts: str) -> str:
+        """What stands beside the bar; without one, the step too."""
+        return facts if self._is_wide else f"{self._noun} {done}/{self._total}  {facts}"
 
     def _facts(self, done: int, values: Mapping[str, float], now: float) -> str:
         facts = []

@@ -248,6 +248,21 @@ def test_progress_of_a_resumed_run_on_a_terminal(monkeypatch):
     assert "4/8" in text and "8/8" in text and "reward 0.250" in text and "left" in text
 
 
+@pytest.mark.parametrize("width", [40, 80, 100, 120])
+def test_the_step_is_never_cut(width, monkeypatch):
+    raw = terminal(monkeypatch, force_terminal=True, width=width, color_system=None)
+    values = {"reward": 0.25, "accuracy": 0.5, "throughput/generated_tokens_per_s": 19_966.0}
+    with Progress(1000) as shown:
+        for done in (998, 999, 1000):
+            shown.update(done, values)
+    shown = raw.getvalue().decode().replace("\r", "\n").split("\n")
+    last = [line for line in shown if "step" in line][-1]
+    assert "step 1000/1000 " in last and "reward 0.250" in last
+    assert width < 80 or "elapsed 0:00" in last
+    assert ("\u2501" in last) == (width == 120)
+    assert len(last.removeprefix("\x1b[2K")) <= width
+
+
 def test_durations():
     assert [progress._duration(s) for s in (0.4, 59.7, 3600, 90061)] == [
         "0:00",
