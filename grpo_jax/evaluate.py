@@ -79,7 +79,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     add("--out", metavar="DIR", help="every completion; default evaluations/NAME_OF_CONFIG")
     add("--json", metavar="FILE", help="all values and intervals")
     arguments.add_processes(parser)
-    args, overrides = parser.parse_known_args(arguments.joined(argv))
+    args, overrides = arguments.parse(parser, argv)
     config = arguments.load_config(args.config, overrides)
     for name, value in {
         "num_problems": config.evaluation.num_problems or math.inf,

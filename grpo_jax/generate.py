@@ -117,7 +117,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), default="float32",
         help="of weights and sums; default float32")  # fmt: skip
     add("--json", action="store_true", help="one JSON object per completion")
-    args = parser.parse_args(arguments.joined(argv))
+    args, rest = arguments.parse(parser, argv)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     names = ("max_tokens", "num_samples", "seed", "top_k", "temperature", "top_p")
     check(is_command=True, **{name: getattr(args, name) for name in names})
     return args

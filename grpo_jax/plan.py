@@ -116,7 +116,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--json", metavar="FILE", help="writes the plan there too")
     parser.usage = f"{parser.prog} --config FILE --topology NAME [...] [--config.NAME=VALUE ...]"
-    args, overrides = parser.parse_known_args(arguments.joined(argv))
+    args, overrides = arguments.parse(parser, argv)
     for name in ("prompt_tokens", "mean_tokens", "search"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} must not be below 0.")

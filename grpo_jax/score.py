@@ -60,7 +60,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     parser.add_argument("--samples", type=int, default=4, metavar="N", help="rows to show")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     parser.add_argument("--out", metavar="FILE", help="write every row with its rewards here")
-    args, overrides = parser.parse_known_args(arguments.joined(argv))
+    args, overrides = arguments.parse(parser, argv)
     for name, least in (("limit", 0), ("batch", 1), ("samples", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}.")

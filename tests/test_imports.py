@@ -60,8 +60,10 @@ TABLE = """
 
     api          structs messages hosts devices data rewards config run sampling metrics setup
                  evaluation trainers programs
+
+    trl          api
 """
-SEE_THE_CONFIG = {"config", "setup", "planning", "trainers", "programs", "api"}
+SEE_THE_CONFIG = {"config", "setup", "planning", "trainers", "programs", "api", "trl"}
 
 
 def blocks() -> list[dict[str, set[str]]]:

@@ -41,6 +41,7 @@ REASONS = {
     ("grpo_jax/rewards/registry.py", "import_module"): (1, "the user's own reward functions"),
     ("grpo_jax/__init__.py", "import_module"): (2, "two fixed names, imported when they are used"),
     ("grpo_jax/__main__.py", "import_module"): (2, "the program that is named, of a fixed list"),
+    ("grpo_jax/trl/__init__.py", "import_module"): (2, "two fixed names, imported when used"),
     ("grpo_jax/train.py", "import_module"): (1, "a fixed name, imported when it is used"),
     ("grpo_jax/rewards/given.py", "dill"): (
         2,

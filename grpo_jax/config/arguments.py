@@ -72,7 +72,7 @@ def answer(
     )
     parser.usage = f"{parser.prog} --config FILE [--workdir DIR] [--config.NAME=VALUE ...]"
     add_processes(parser)
-    known, overrides = parser.parse_known_args(joined(argv))
+    known, overrides = parse(parser, argv)
     if known.help:
         width = min(shutil.get_terminal_size().columns, 100)
         listing = reference.listing(loading.read(known.config, overrides), width)
@@ -130,13 +130,27 @@ def processes(known: argparse.Namespace) -> Processes:
     return Processes(known.coordinator, known.num_processes, known.process_id)
 
 
-def joined(argv: list[str]) -> list[str]:
-    """`--config.name value` as `--config.name=value`, and `--max_tokens` as `--max-tokens`."""
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What the parser knows, and the rest as it was written, `--config.name=value` in one.
+
+    `--max_tokens` is taken for `--max-tokens`.
+    """
+    written = {_with_hyphens(argument): argument for argument in argv}
+    known, rest = parser.parse_known_args(_joined([*map(_with_hyphens, argv)]))
+    return known, [written.get(argument, argument) for argument in rest]
+
+
+def _with_hyphens(argument: str) -> str:
+    if not argument.startswith("--") or argument.startswith("--config."):
+        return argument
+    name, equals, value = argument.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}"
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """`--config.name value` as `--config.name=value`."""
     joined: list[str] = []
     for argument in argv:
-        if argument.startswith("--") and not argument.startswith("--config."):
-            name, equals, value = argument.partition("=")
-            argument = f"{name.replace('_', '-')}{equals}{value}"
         waits = joined and joined[-1].startswith("--config.") and "=" not in joined[-1]
         if waits and not argument.startswith("--"):
             joined[-1] += f"={argument}"

@@ -26,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from grpo_jax import sft
 from grpo_jax import train as train_lib
+from grpo_jax.config import arguments as arguments_lib
 from grpo_jax.config import loading
 from grpo_jax.config import record as record_lib
 from grpo_jax.config.dotted import flatten
@@ -418,17 +419,17 @@ CASES: list[Case] = [
     (
         "prompt and completion longer than the model",
         lambda tmp, model: [f"--config.model.path={model}", "--config.rollout.max_tokens=2000"],
-        ("data.max_prompt_tokens", "rollout.max_tokens", "2016", "1024", "smaller"),
+        ("data.max_prompt_tokens", "rollout.max_tokens", "2010", "1024", "to 1014 or less"),
     ),
     (
         "completion longer than the model that is to be made",
         lambda tmp, model: ["--config.rollout.max_tokens=2000"],
-        ("rollout.max_tokens", "2016", "1024", "smaller"),
+        ("rollout.max_tokens", "2010", "1024", "to 1014 or less"),
     ),
     (
         "solution longer than the model that is to be made",
         lambda tmp, model: ["--config.sft.max_tokens=2000"],
-        ("sft.max_tokens", "2016", "1024", "smaller"),
+        ("sft.max_tokens", "2010", "1024", "to 1014 or less"),
     ),
     (
         "new model without training",
@@ -523,7 +524,7 @@ def test_prompts_over_the_limit_are_counted(overlong, words, tmp_path, model, ca
     file = _jsonl(tmp_path / "p.jsonl", *lines, _rows(prompt="1+" * 20 + "1=", answer="21"))
     argv = ["--config", str(TINY), "--workdir", str(tmp_path / "run"), *file]
     argv += ["--config.mesh.data=1", "--config.mesh.tensor=-1", f"--config.model.path={model}"]
-    config, folder, _ = arguments.of_run([*argv, f"--config.data.overlong={overlong}"], "train")
+    config, folder, _ = arguments_lib.of_run([*argv, f"--config.data.overlong={overlong}"], "train")
     train = grpo_run.build(config, folder, str(model), fit.of_run).train
     assert words in capsys.readouterr().out
     lengths = [len(ids) for ids in train.prompt_ids]

@@ -1,0 +1,110 @@
+"""`GRPOTrainer` by TRL's names: it gives `grpo_jax.train` what TRL's arguments mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from grpo_jax.api.trained import Trained
+from grpo_jax.api.training import train
+from grpo_jax.trl.config import GRPOConfig, options_of
+
+_REFUSED = {
+    "processing_class": "the tokenizer of the model's folder is used",
+    "reward_processing_classes": "reward models are not built yet",
+    "quantization_config": "not built yet",
+    "peft_config": "not built yet",
+    "tools": "not built yet",
+    "rollout_func": "not built yet",
+    "environment_factory": "not built yet",
+}
+
+
+class GRPOTrainer:
+    """TRL 1.16's `GRPOTrainer`: its arguments, `train()` and `save_model()`.
+
+    `callbacks` are functions as `grpo_jax.train` takes them. `options` are options of ours, by
+    name, for what TRL has no word for. Raises ValueError for what this trainer does not do.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        reward_funcs: str | Callable | Sequence[str | Callable],
+        args: GRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        callbacks: Sequence[Callable] = (),
+        optimizers: tuple = (None, None),
+        options: dict[str, Any] | None = None,
+        **refused: Any,
+    ):
+        if not isinstance(model, (str, Path)):
+            raise ValueError(
+                f"GRPOTrainer(model=...) is a {type(model).__name__}. Give the folder or hub id of "
+                "a Hugging Face model: JAX has weights of its own."
+            )
+        for name, value in refused.items():
+            if name not in _REFUSED:
+                raise ValueError(f"GRPOTrainer has no argument {name}.")
+            if value is not None:
+                raise ValueError(f"GRPOTrainer({name}=...): {_REFUSED[name]}.")
+        if tuple(optimizers) != (None, None):
+            raise ValueError("GRPOTrainer(optimizers=...): AdamW, by the options of GRPOConfig.")
+        if train_dataset is None or isinstance(train_dataset, str):
+            raise ValueError(
+                "GRPOTrainer needs a train_dataset: a datasets.Dataset, or a list of dicts."
+            )
+        self.args = args or GRPOConfig(f"{Path(str(model)).name}-GRPO")
+        self.run: Trained | None = None
+        self._model, self._callbacks = model, tuple(callbacks)
+        self._data, self._options = (train_dataset, eval_dataset), dict(options or {})
+        self._rewards = _weighed(reward_funcs, self.args.reward_weights)
+
+    def train(self) -> Trained:
+        """Trains, or goes on in `args.output_dir`; what `grpo_jax.train` gives."""
+        data, eval_data = self._data
+        options = options_of(self.args, len(data), len(jax.devices())) | self._options
+        if eval_data is not None and str(self.args.eval_strategy) == "no":
+            eval_data = None
+        self.run = train(
+            self._model,
+            self._rewards,
+            data,
+            eval_data,
+            workdir=self.args.output_dir,
+            callbacks=self._callbacks,
+            **options,
+        )
+        return self.run
+
+    def evaluate(self, eval_dataset: Any = None) -> dict[str, Any]:
+        """Metrics of the trained model on problems, as `Trained.evaluate` gives them."""
+        if self.run is None:
+            raise ValueError("evaluate() comes after train().")
+        return self.run.evaluate(eval_dataset)
+
+    def save_model(self, output_dir: str | None = None) -> Path:
+        """The folder of the trained model, which transformers loads."""
+        if self.run is None or not self.run.is_finished:
+            raise ValueError("save_model() comes after train(), once the run has finished.")
+        if output_dir is not None:
+            raise ValueError(
+                f"save_model({output_dir!r}): the model is in {self.run.workdir / 'export'}."
+            )
+        return self.run.workdir / "export"
+
+
+def _weighed(functions: Any, weights: Sequence[float] | None) -> list[tuple[Any, float]]:
+    functions = list(functions) if isinstance(functions, (list, tuple)) else [functions]
+    weights = [1.0] * len(functions) if weights is None else list(weights)
+    if len(weights) != len(functions):
+        raise ValueError(
+            f"reward_weights has {len(weights)} numbers, and reward_funcs {len(functions)} "
+            "functions."
+        )
+    return list(zip(functions, weights))

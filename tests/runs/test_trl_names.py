@@ -1,0 +1,219 @@
+"""TRL's names: each of its arguments is known, means what it means there, or is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+
+import datasets
+import pytest
+import transformers
+from kill_and_resume import log_differences, state_differences
+from mistakes import make_model
+
+import grpo_jax
+from grpo_jax.config import options
+from grpo_jax.trl import GRPOConfig, GRPOTrainer, reference
+from grpo_jax.trl.config import options_of
+from grpo_jax.trl.fields import FIELDS
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "from_trl.md"
+ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(1, 9)]
+
+
+def test_every_argument_of_transformers_is_known():
+    theirs = {f.name: f for f in dataclasses.fields(transformers.TrainingArguments)}
+    assert not theirs.keys() - FIELDS.keys()
+    # TRL's GRPOConfig has defaults of its own for these.
+    own = {"learning_rate", "logging_steps", "gradient_checkpointing", "bf16"}
+    own |= {"remove_unused_columns"}
+    for name in theirs.keys() - own - {"include_for_metrics"}:
+        assert FIELDS[name].default == theirs[name].default, name
+
+
+def test_every_argument_of_trl_is_known():
+    """Where TRL is installed, as in benchmarks."""
+    trl = pytest.importorskip("trl")
+    theirs = {f.name: f for f in dataclasses.fields(trl.GRPOConfig)}
+    assert set(theirs) == set(FIELDS)
+    for name in theirs.keys() - {"include_for_metrics"}:
+        assert FIELDS[name].default == theirs[name].default, name
+    parameters = inspect.signature(trl.GRPOTrainer.__init__).parameters
+    ours = {*inspect.signature(GRPOTrainer.__init__).parameters, *trainer_refuses()}
+    assert set(parameters) <= ours
+
+
+def trainer_refuses() -> set[str]:
+    from grpo_jax.trl import trainer
+
+    return set(trainer._REFUSED)
+
+
+def test_the_table_names_options_that_exist_and_stands_in_the_docs():
+    for name, field in FIELDS.items():
+        kinds = [field.option, field.counts, field.beside, field.only]
+        assert sum(map(bool, kinds)) == 1, name
+        assert not field.option or field.option in options.BY_NAME, name
+        assert not field.option or hasattr(GRPOConfig(), name)
+    page = DOCS.read_text()
+    assert page.endswith(f"{reference.table()}\n"), "python -m grpo_jax.trl.reference"
+
+
+def of(num_problems=64, devices=1, **arguments):
+    return options_of(GRPOConfig(**arguments), num_problems, devices)
+
+
+def test_defaults_are_those_of_trl():
+    found = of(num_problems=64)
+    assert set(found) <= set(options.BY_NAME)
+    assert found["batch.prompts"] == 1 and found["batch.group"] == 8
+    assert found["batch.minibatches"] == 1 and found["loop.num_steps"] == 3 * 64
+    assert found["optim.schedule"] == "linear" and found["optim.beta2"] == 0.999
+    assert found["algorithm.scale_by"] == "sample_std"
+    assert found["algorithm.normalizer"] == "token"
+    assert found["algorithm.kl_gradient"] == "policy_reference"
+    assert found["algorithm.clip_high"] == found["algorithm.clip_low"] == 0.2
+    assert found["model.dtype"] == "bfloat16" and found["model.param_dtype"] == "float32"
+    assert found["checkpoint.every_steps"] == 500 and found["evaluation.every_steps"] == 0
+    assert found["rollout_correction.level"] == "none" and not found["logging.tensorboard"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "devices", "expected"),
+    [
+        # completions of a rollout, by device, accumulation and steps; updates on each
+        ({"per_device_train_batch_size": 4, "num_generations": 4}, 8, (8, 4, 1)),
+        ({"gradient_accumulation_steps": 4}, 2, (8, 8, 1)),
+        ({"steps_per_generation": 4}, 1, (4, 8, 4)),
+        ({"steps_per_generation": 4, "gradient_accumulation_steps": 2}, 1, (4, 8, 2)),
+        ({"generation_batch_size": 64}, 2, (8, 8, 4)),
+    ],
+)
+def test_batches_have_the_sizes_that_trl_gives_them(arguments, devices, expected):
+    found = of(devices=devices, num_problems=640, **arguments)
+    names = ("batch.prompts", "batch.group", "batch.minibatches")
+    assert tuple(found[name] for name in names) == expected
+
+
+def test_updates_become_steps():
+    """8 prompts in 4 updates twice over: 8 updates a rollout."""
+    several = {"generation_batch_size": 64, "per_device_train_batch_size": 16, "num_iterations": 2}
+    found = of(**several, max_steps=80, save_steps=20, eval_strategy="steps", eval_steps=4)
+    assert found["loop.num_steps"] == 10
+    assert found["checkpoint.every_steps"] == 3 and found["evaluation.every_steps"] == 1
+    found = of(**several, num_train_epochs=1.5, save_strategy="epoch", num_problems=70)
+    assert found["loop.num_steps"] == 12 and found["checkpoint.every_steps"] == 8
+    assert of(**several, max_steps=80, warmup_steps=0.1)["optim.warmup_steps"] == 8
+    assert of(**several, max_steps=80, warmup_steps=5)["optim.warmup_steps"] == 5
+    assert of(max_steps=9, save_strategy="no")["checkpoint.every_steps"] == 0
+
+
+def test_other_values_that_become_options():
+    found = of(
+        epsilon_high=0.28, loss_type="dr_grpo", scale_rewards=False, use_bias_correction_kl=False,
+        use_vllm=True, vllm_importance_sampling_mode="token_truncate", report_to=["wandb"],
+        vllm_importance_sampling_clip_max=2.5, project="p", chat_template_kwargs={"think": False},
+        model_init_kwargs={"dtype": "bfloat16"}, bf16=False, gradient_checkpointing=False,
+        log_completions=True, num_completions_to_print=2, lr_scheduler_type="constant_with_warmup",
+    )  # fmt: skip
+    assert found["algorithm.clip_high"] == 0.28 and found["algorithm.normalizer"] == "constant"
+    assert found["algorithm.scale_by"] == "none"
+    assert found["algorithm.kl_gradient"] == "reference_policy"
+    assert found["rollout_correction.level"] == "token"
+    assert (
+        found["rollout_correction.bound"] == "truncate" and found["rollout_correction.cap"] == 2.5
+    )
+    assert found["logging.wandb_project"] == "p" and not found["logging.tensorboard"]
+    assert found["data.chat_template_kwargs"] == ("think=False",)
+    assert found["model.param_dtype"] == "bfloat16" and found["model.dtype"] == "float32"
+    assert found["model.remat"] == "none" and found["optim.schedule"] == "constant"
+    assert found["logging.samples_every_steps"] == 1 and found["logging.num_samples"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"num_generation": 8}, "no argument num_generation. Did you mean num_generations"),
+        ({"delta": 4.0}, r"delta=4.0\) is not what this trainer does. It takes delta=None"),
+        ({"fp16": True}, "In its place: bf16=True"),
+        ({"deepspeed": "ds.json"}, "mesh.fsdp"),
+        ({"loss_type": "cispo"}, "loss_type='cispo'.* It takes 'dapo', 'grpo', 'dr_grpo'"),
+        ({"scale_rewards": "batch"}, "scale_rewards='batch'"),
+        ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type='polynomial'"),
+        ({"report_to": "comet_ml"}, "comet_ml is not built yet"),
+        ({"model_init_kwargs": {"device_map": "auto"}}, "has device_map: only `dtype`"),
+        ({"num_generations": 3}, "8 completions, which is no multiple of num_generations = 3"),
+        ({"max_steps": 3, "steps_per_generation": 2, "num_generations": 4}, "no multiple of the 2"),
+        ({"generation_batch_size": 12}, "no multiple of per_device_train_batch_size"),
+        (
+            {"steps_per_generation": 3, "gradient_accumulation_steps": 2},
+            "completions of two rollouts",
+        ),
+        ({"steps_per_generation": 2}, None),
+        ({"steps_per_generation": 2, "num_generations": 16}, "1 prompts in 2 updates"),
+        (
+            {"num_generations": 4, "steps_per_generation": 40},
+            "rollouts of 80 prompts, and the data",
+        ),
+    ],
+)
+def test_what_means_something_else_is_refused(arguments, words):
+    if words is None:
+        of(**arguments)
+        return
+    with pytest.raises(ValueError, match=words):
+        of(**arguments)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("trl") / "model")
+
+
+def right(completions, answer, **columns):
+    return [float(a in c) for c, a in zip(completions, answer)]
+
+
+def test_a_run_by_their_names_is_the_run_by_ours(model, tmp_path, one_device):
+    theirs = GRPOTrainer(
+        model=str(model),
+        reward_funcs=[right, "answer_format"],
+        args=GRPOConfig(
+            str(tmp_path / "theirs"), reward_weights=[1.0, 0.5], num_generations=4, max_steps=4,
+            per_device_train_batch_size=8, steps_per_generation=2, max_completion_length=8,
+            learning_rate=1e-3, beta=0.05, bf16=False, save_strategy="no", seed=3,
+        ),
+        train_dataset=datasets.Dataset.from_list(ROWS),
+        options={"logging.samples_every_steps": 1},
+    )  # fmt: skip
+    theirs.train()
+    assert theirs.save_model() == tmp_path / "theirs" / "export"
+    ours = grpo_jax.train(
+        model, [right, ("answer_format", 0.5)], ROWS, workdir=tmp_path / "ours",
+        prompts=4, group=4, minibatches=2, num_steps=2, seed=3, kl_coef=0.05,
+        rollout={"max_tokens": 8}, max_prompt_tokens=1_000_000,
+        algorithm={"scale_by": "sample_std", "kl_gradient": "policy_reference"},
+        optim={"learning_rate": 1e-3, "schedule": "linear", "beta2": 0.999},
+        logging={"samples_every_steps": 1, "tensorboard": False}, checkpoint={"every_steps": 0},
+    )  # fmt: skip
+    assert not state_differences(tmp_path / "theirs", ours.workdir)
+    assert not log_differences(tmp_path / "theirs", ours.workdir)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"model": object()}, "model=...\\) is a object. Give the folder or hub id"),
+        ({"peft_config": object()}, "peft_config=...\\): not built yet"),
+        ({"train_dataset": None}, "needs a train_dataset"),
+        ({"reward_funcs": [right, right]}, "reward_weights has 1 numbers, and reward_funcs 2"),
+        ({"optimizers": (object(), None)}, "AdamW, by the options of GRPOConfig"),
+        ({"nonsense": 1}, "no argument nonsense"),
+    ],
+)
+def test_trainers_that_are_refused(arguments, words):
+    known = {"model": "m", "reward_funcs": right, "train_dataset": ROWS}
+    known["args"] = GRPOConfig(reward_weights=[1.0])
+    with pytest.raises(ValueError, match=words):
+        GRPOTrainer(**known | arguments)
