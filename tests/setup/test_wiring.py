@@ -720,10 +720,11 @@ def test_what_an_evaluation_is_given(monkeypatch, tmp_path):
         return {"eval/accuracy": 0.25, "eval/reward": 0.5}
 
     monkeypatch.setattr(held_out, "run", noted)
+    problems = SimpleNamespace(problems=["held out"])
     config = config_of({"evaluation.num_samples": 3, "evaluation.temperature": 0.6, "seed": 11})
     evaluator = SimpleNamespace(publish=lambda params: ("published", params))
     run = SimpleNamespace(
-        config=config, engine=None, evaluator=evaluator, policy="policy", held_out="held out",
+        config=config, engine=None, evaluator=evaluator, policy="policy", held_out=problems,
         train=None, rewards="rewards", folder=tmp_path, course=Course(9, P),
     )  # fmt: skip
     state = RunState(step=2, train=SimpleNamespace(params="params"))
@@ -734,7 +735,7 @@ def test_what_an_evaluation_is_given(monkeypatch, tmp_path):
     values = results.evaluate(run, state, monitor, final=True)
     assert len(calls) == 2 and state.accuracy == values["eval/accuracy"] == 0.25
     for (args, options), num_samples in zip(calls, (0, 3)):
-        assert args == (evaluator, ("published", "params"), "policy", "held out", "rewards")
+        assert args == (evaluator, ("published", "params"), "policy", problems, "rewards")
         assert options["num_samples"] == num_samples and options["temperature"] == 0.6
         assert options["key"] == keys.key_for(11, "evaluate", 2)
         assert options["on_harvest"] == "alive"  # where a stop gives the evaluation up
