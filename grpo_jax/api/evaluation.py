@@ -17,24 +17,25 @@ from grpo_jax.evaluation.estimates import Estimate
 
 
 def evaluate(
-    model: str | Path, config: ConfigDict, data: Any, chosen: Mapping[str, Any]
+    model: str | Path, config: ConfigDict, given: tuple[Any, Any, Any], chosen: Mapping[str, Any]
 ) -> dict[str, Estimate]:
     """Metrics by name, as `python -m grpo_jax.evaluate` gives them, with 95 % intervals.
 
-    `data`: problems as for `train`, or None for the config's held-out ones. `chosen`: options of
-    the config by name; `num_samples`, `temperature` and `num_problems` are those of `evaluation`.
+    `given`: rewards, data and held-out data as for `train`, each None for the config's. `chosen`:
+    options of the config by name; `num_samples`, `temperature` and `num_problems` are those of
+    `evaluation`.
     """
     own = ("num_samples", "temperature", "num_problems", "reference")
     chosen = {f"evaluation.{n}" if n in own else n: value for n, value in chosen.items()}
-    config = options_lib.make_config(config, None, None, None, data, chosen)
-    given = types.SimpleNamespace(
+    config = options_lib.make_config(config, None, *given, chosen)
+    asked = types.SimpleNamespace(
         config="the call", models=[str(model)], split="eval", json=None,
         num_problems=config.evaluation.num_problems, num_samples=config.evaluation.num_samples,
         temperature=config.evaluation.temperature, top_p=config.rollout.top_p,
         top_k=config.rollout.top_k, max_tokens=config.rollout.max_tokens, seed=config.seed,
         dtype=config.model.dtype, out=str(Path(model) / "evaluations" / "asked"),
     )  # fmt: skip
-    program.check(given)
+    program.check(asked)
     with cli.held_settings():
-        _, (evaluated,) = program.evaluate(given, config)
+        _, (evaluated,) = program.evaluate(asked, config)
     return {name: estimates.estimate(tally) for name, tally in evaluated.tallies.items()}

@@ -41,7 +41,11 @@ class Picture:
 class Trained:
     """A run that has ended, or was stopped and saved."""
 
-    def __init__(self, workdir: Path, config: ConfigDict, is_finished: bool):
+    def __init__(
+        self, workdir: Path, config: ConfigDict, is_finished: bool, given: tuple[Any, Any, Any]
+    ):
+        """`given`: rewards, data and held-out data as `train` got them."""
+        self._given = given  # their names in the config may stand for another run's by now
         self.workdir = workdir
         self.config = config
         self.is_finished = is_finished  # else it was stopped; the same call of `train` continues it
@@ -78,7 +82,9 @@ class Trained:
         `data` as for `train`. `options`: those of the run's config by name, such as
         `num_samples=8`.
         """
-        return evaluation.evaluate(self.workdir, self.config, data, options)
+        rewards, train, held_out = self._given
+        given = rewards, train, held_out if data is None else data
+        return evaluation.evaluate(self.workdir, self.config, given, options)
 
     def __repr__(self) -> str:
         end = "finished" if self.is_finished else "stopped"

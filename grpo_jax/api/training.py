@@ -62,4 +62,4 @@ def train(
             except Stopped as stopped:
                 say(str(stopped))
         processes.barrier("the end of a run")
-    return Trained(folder, made, is_finished)
+    return Trained(folder, made, is_finished, (rewards, data, eval_data))

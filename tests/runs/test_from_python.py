@@ -164,6 +164,15 @@ def test_an_evaluation_is_that_of_the_program(run, tmp_path, one_device):
     assert held_out["reward"].value == pytest.approx(last["eval/reward"])
 
 
+def test_a_run_keeps_what_it_was_given(run, model, one_device):
+    """Though a later one gives other objects under the same names."""
+    done, _ = run
+    want = done.evaluate()["reward"].value
+    other = [{"prompt": "9+9+9=", "answer": ""}] * 2  # each right; and no letter counts
+    options.make_config(TINY, model, rewards(share=1e9), other, other, {})
+    assert done.evaluate()["reward"].value == want
+
+
 def test_functions_reach_the_processes_of_rewards_however_made(alone, model, tmp_path):
     """As in a notebook, whose functions stand in no file."""
     program = f"""
