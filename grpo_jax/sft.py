@@ -11,7 +11,7 @@ from grpo_jax.trainers import sft
 
 
 def main(argv: list[str]) -> None:
-    config, folder, others = arguments.of_run(argv, "sft")
+    config, folder, others, _ = arguments.of_run(argv, "sft")
     cli.join_processes(config, others)
     if not config.sft.num_steps:
         raise ValueError("sft.num_steps = 0: nothing to train. Set it above 0.")

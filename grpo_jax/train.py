@@ -21,16 +21,19 @@ from grpo_jax.metrics.summary import summary_table
 from grpo_jax.run import claim
 from grpo_jax.run.stop import StopSignal
 from grpo_jax.setup import model
-from grpo_jax.trainers import grpo, grpo_run, sft
+from grpo_jax.trainers import check, grpo, grpo_run, sft
 from grpo_jax.trainers.listeners import Callback
 
 
 def main(argv: list[str]) -> None:
     with claim.held(), StopSignal(may_exit=True) as stop:
         with stop.nothing_to_lose():
-            config, folder, others = arguments.of_run(argv, "train")
+            config, folder, others, is_check = arguments.of_run(argv, "train")
             cli.join_processes(config, others)
             stop.save_before_s = config.checkpoint.save_before_s
+            if is_check:
+                _prepare(config, folder)
+                return check.check(config, folder)
         run(config, folder, stop)
 
 
@@ -42,11 +45,7 @@ def run(
     Raises as `grpo.run` does.
     """
     with stop.nothing_to_lose():
-        cli.use_all_cores(config, model.model_shape(config, folder).num_params)
-        cli.show_devices()
-        cli.use_nan_checks(config.debug.nans)
-        if config.compile_cache:
-            cli.use_compile_cache(config.mesh, traced=bool(config.profile.steps))
+        _prepare(config, folder)
         model_path, began = config.model.path, time.monotonic()
         if not model_path:
             grpo_run.refuse_early(config, folder)
@@ -69,6 +68,15 @@ def run(
     if ask:
         say(f"Ask it:\n{ask}")
     return summary
+
+
+def _prepare(config: ConfigDict, folder: Path) -> None:
+    """The devices and settings of JAX, as the config has them."""
+    cli.use_all_cores(config, model.model_shape(config, folder).num_params)
+    cli.show_devices()
+    cli.use_nan_checks(config.debug.nans)
+    if config.compile_cache:
+        cli.use_compile_cache(config.mesh, traced=bool(config.profile.steps))
 
 
 class _Program(types.ModuleType):

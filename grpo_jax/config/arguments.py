@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from ml_collections import ConfigDict
 
@@ -26,6 +26,15 @@ class Processes:
     process_id: int | None = None
 
 
+class Asked(NamedTuple):
+    """What a run's command line asks for."""
+
+    config: ConfigDict
+    folder: Path  # the workdir
+    processes: Processes
+    check: bool  # to say what the run would be, and end
+
+
 def prog(name: str) -> str:
     """How a program was called, for its usage line: by the command grpo-jax, or as a module."""
     command = Path(sys.argv[0]).name.split(" ")[0]
@@ -35,8 +44,8 @@ def prog(name: str) -> str:
 RUNS = {"train": "Trains a policy by GRPO.", "sft": "Trains a model on worked solutions."}
 
 
-def of_run(argv: list[str], name: str) -> tuple[ConfigDict, Path, Processes]:
-    """The config and the workdir of a run's command line, and how its process finds the others.
+def of_run(argv: list[str], name: str) -> Asked:
+    """What a run's command line asks for.
 
     `name`: of the program, one of `RUNS`. Everything but `--config`, `--workdir` and what
     `add_processes` adds must be an override, `--config.name=value`. `--help` lists all options and
@@ -48,7 +57,7 @@ def of_run(argv: list[str], name: str) -> tuple[ConfigDict, Path, Processes]:
         parser.error("--config FILE is required; --help lists all options")
     config = load_config(known.config, overrides)
     folder = Path(known.workdir or Path("runs") / Path(known.config).stem)
-    return config, folder, processes(known)
+    return Asked(config, folder, processes(known), getattr(known, "check", False))
 
 
 def answer(
@@ -70,6 +79,13 @@ def answer(
     parser.add_argument(
         "--print-config", action="store_true", help="show the options that are in force, and end"
     )
+    if name == "train":
+        parser.add_argument(
+            "--check",
+            action="store_true",
+            help="read the model, the data, the rewards and the devices, say what the run would "
+            "be and need, and end; nothing is written",
+        )
     parser.usage = f"{parser.prog} --config FILE [--workdir DIR] [--config.NAME=VALUE ...]"
     add_processes(parser)
     known, overrides = parse(parser, argv)

@@ -58,15 +58,22 @@ def of_run(
     known = json.loads(file.read_text()) if processes.is_first() and file.exists() else None
     known = processes.gather(known, "the choice of a microbatch")[0]
     if known is None or known["asked"] != asked:
-        limits = processes.gather(memory.limit(), "the choice of a microbatch")
-        limit = None if None in limits else min(limits)
-        chip = topologies.of_device(mesh.devices.flat[0])
+        limit, chip = limit_of_all(), topologies.of_device(mesh.devices.flat[0])
         own = choose(config, model, mesh, Lengths.of(config, longest), limit, chip)
         chosen = processes.gather(dataclasses.asdict(own), "the choice of a microbatch")[0]
         known = {"asked": asked, "chosen": chosen}
         if processes.is_first():
             write_json(file, known)
     return MemoryPlan(**known["chosen"])
+
+
+def limit_of_all() -> float | None:
+    """Bytes that programs may use of each device of the run, of the smallest; None: not told.
+
+    Every process must call it.
+    """
+    limits = processes.gather(memory.limit(), "the choice of a microbatch")
+    return None if None in limits else min(limits)
 
 
 def choose(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from grpo_jax.devices import sharding, transfer
 from grpo_jax.environments.questions import Questions
 from grpo_jax.messages.console import say
 from grpo_jax.models import policy as policy_lib
+from grpo_jax.models.policy import Policy
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.run import workdir
 from grpo_jax.run.checkpoints import Checkpoints
@@ -27,6 +30,47 @@ from grpo_jax.setup.rewards import load_rewards, refuse_samples, start_rewards
 from grpo_jax.setup.run_folder import open_for
 from grpo_jax.structs import ModelConfig, Params
 from grpo_jax.trainers.runs import Course, Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a run reads, checked against each other; its weights are not read yet."""
+
+    mesh: Mesh
+    rewards: list[Reward]
+    policy: Policy
+    train: Questions
+    held_out: Questions | None  # None: nothing to evaluate by
+    sums: inputs.Sums
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt that is trained on."""
+        return max(map(len, self.train.prompt_ids))
+
+
+def read(
+    config: ConfigDict, get_policy: Callable[[], Policy], opened: Callable[[], datetime]
+) -> Inputs:
+    """Reads and checks what a run of the config does; ValueError for what does not fit.
+
+    `opened` opens the run's folder, where there is one, and gives the time that chat templates are
+    told: once models, devices, rewards and problems fit each other.
+    """
+    mesh, rewards = _devices_and_rewards(config)
+    policy = get_policy()
+    rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
+    train, held_out = (answerable(config, rewards, part) for part in load_problems(config))
+    tell_of(config, train, held_out)
+    now = opened()
+    asked = questions(train, policy, config, "training problems", now)
+    policy.check_length(asked.prompt_ids, config.rollout.max_tokens)
+    sums = inputs.of_run(asked.problems, asked.prompt_ids, held_out, policy, rewards)
+    kept = held_out[: config.evaluation.num_problems]
+    evaluated = questions(kept, policy, config, "held-out problems", now) if kept else None
+    if evaluated:
+        policy.check_length(evaluated.prompt_ids, config.rollout.max_tokens)
+    return Inputs(mesh, rewards, policy, asked, evaluated, sums)
 
 
 def refuse_early(config: ConfigDict, folder: Path) -> None:
@@ -77,37 +121,30 @@ def build(
 
     `fit` is asked how the update of prompts of at most so many tokens is cut.
     """
-    mesh, rewards = _devices_and_rewards(config)
-    policy = policy_lib.read(model_path, kept=folder / "source")
-    rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
-    train, held_out = (answerable(config, rewards, part) for part in load_problems(config))
-    tell_of(config, train, held_out)
-    open_for(config, folder)
-    now = inputs.date(config.data.date, folder)
-    train = questions(train, policy, config, "training problems", now)
-    policy.check_length(train.prompt_ids, config.rollout.max_tokens)
-    read = inputs.of_run(train.problems, train.prompt_ids, held_out, policy, rewards)
-    inputs.hold(folder, read, config.checkpoint.accept_changes)
-    policy = policy_lib.keep(policy, folder / "source")
-    held_out = held_out[: config.evaluation.num_problems]
-    if held_out:
-        held_out = questions(held_out, policy, config, "held-out problems", now)
-        policy.check_length(held_out.prompt_ids, config.rollout.max_tokens)
-    longest = max(map(len, train.prompt_ids))
+
+    def opened() -> datetime:
+        open_for(config, folder)
+        return inputs.date(config.data.date, folder)
+
+    source = folder / "source"
+    found = read(config, lambda: policy_lib.read(model_path, kept=source), opened)
+    inputs.hold(folder, found.sums, config.checkpoint.accept_changes)
+    policy, mesh = policy_lib.keep(found.policy, source), found.mesh
     learner = make_learner(
-        config, policy.model, mesh, fit(config, policy.model, mesh, longest, folder)
+        config, policy.model, mesh, fit(config, policy.model, mesh, found.longest, folder)
     )
     engine = make_engine(config, policy.model, policy.stop_ids, mesh)
-    for line in _told(config, folder, policy, train, len(held_out.problems) if held_out else 0):
+    for line in told(config, found):
         say(line)
+    say(f"Seed {config.seed}, workdir {folder}")
     return Run(
         config=config,
         course=_course(config),
         folder=folder,
         mesh=mesh,
         policy=policy,
-        train=train,
-        held_out=held_out or None,
+        train=found.train,
+        held_out=found.held_out,
         engine=engine,
         evaluator=make_evaluator(config, engine),
         optimizer=learner.optimizer,
@@ -125,25 +162,23 @@ def build(
             * config.checkpoint.every_steps
             * derived.num_updates_per_step(config),
         ),
-        read=read,
-        rewards=start_rewards(config, rewards),  # last: nothing is refused from here on
+        read=found.sums,
+        rewards=start_rewards(config, found.rewards),  # last: nothing is refused from here on
     )
 
 
-def _told(
-    config: ConfigDict, folder: Path, policy: policy_lib.Policy, train: Questions, held_out: int
-) -> list[str]:
+def told(config: ConfigDict, found: Inputs) -> list[str]:
     """What run it is: its model, problems, and what a step is."""
-    model, batch, lengths = policy.model, config.batch, sorted(map(len, train.prompt_ids))
+    model, batch, lengths = found.policy.model, config.batch, [*map(len, found.train.prompt_ids)]
     updates = derived.num_updates_per_step(config)
+    held_out = len(found.held_out.problems) if found.held_out else 0
     return [
         f"Model: {model.family}, {model.num_params:,} parameters, {config.model.dtype}, from "
         f"{config.model.path or 'the supervised start'}",
         f"Problems: {len(lengths):,} to train on, {held_out:,} held out; prompts of "
-        f"{lengths[len(lengths) // 2]} tokens, the longest of {lengths[-1]}",
+        f"{sorted(lengths)[len(lengths) // 2]} tokens, the longest of {found.longest}",
         f"A step: {batch.prompts} prompts x {batch.group} completions of at most "
         f"{config.rollout.max_tokens} tokens, {updates} update{'s' * (updates > 1)}",
-        f"Seed {config.seed}, workdir {folder}",
     ]
 
 

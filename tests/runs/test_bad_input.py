@@ -524,7 +524,9 @@ def test_prompts_over_the_limit_are_counted(overlong, words, tmp_path, model, ca
     file = _jsonl(tmp_path / "p.jsonl", *lines, _rows(prompt="1+" * 20 + "1=", answer="21"))
     argv = ["--config", str(TINY), "--workdir", str(tmp_path / "run"), *file]
     argv += ["--config.mesh.data=1", "--config.mesh.tensor=-1", f"--config.model.path={model}"]
-    config, folder, _ = arguments_lib.of_run([*argv, f"--config.data.overlong={overlong}"], "train")
+    config, folder, *_ = arguments_lib.of_run(
+        [*argv, f"--config.data.overlong={overlong}"], "train"
+    )
     train = grpo_run.build(config, folder, str(model), fit.of_run).train
     assert words in capsys.readouterr().out
     lengths = [len(ids) for ids in train.prompt_ids]

@@ -1,0 +1,163 @@
+"""`train --check`: reads, checks and compiles all that a run would, says what it found, and ends.
+
+Nothing is written and no weights are read, so it may look at the workdir of a run that is alive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from grpo_jax.config import definitions, record, reference
+from grpo_jax.data import streams, tasks
+from grpo_jax.hosts import processes
+from grpo_jax.messages.console import say
+from grpo_jax.models import policy as policy_lib
+from grpo_jax.models.policy import Policy
+from grpo_jax.planning import fit, topologies
+from grpo_jax.planning import plan as plan_lib
+from grpo_jax.planning.plan import Plan
+from grpo_jax.planning.programs import Lengths
+from grpo_jax.rewards import trial
+from grpo_jax.setup import inputs, model
+from grpo_jax.setup.rewards import start_rewards
+from grpo_jax.trainers import grpo_run
+from grpo_jax.trainers.grpo_run import Inputs
+
+_TRIED = 8  # completions that the rewards are given
+_GIB = 2**30
+
+
+def check(config: ConfigDict, folder: Path) -> None:
+    """Says what a run of the config in `folder` would be; ValueError where it could not be.
+
+    Every process must call it.
+    """
+    say(f"The config, what is not the default:\n\n{reference.as_file(config)}\n")
+
+    def get_policy() -> Policy:
+        if config.model.path:
+            return policy_lib.read(config.model.path, kept=folder / "source")
+        return model.new(config.model, tasks.load(config.data.task).make_tokenizer())
+
+    found = grpo_run.read(config, get_policy, lambda: _date_of(config, folder))
+    if _goes_on(folder):
+        before = record.read(folder / "config.json").get("read", {})
+        inputs.refuse_other(
+            before, found.sums, f"--workdir {folder}", config.checkpoint.accept_changes
+        )
+    for line in (*grpo_run.told(config, found), *_sizes(config, found)):
+        say(line)
+    say(f"Seed {config.seed}, workdir {folder}: {'goes on' if _goes_on(folder) else 'begins'}")
+    for line in definitions.in_force(config):
+        say(line)
+    if processes.is_first():
+        _try_rewards(config, found)
+    say("The programs of a step are compiled, which may take minutes.")
+    plan = _plan(config, found)
+    for line in _costs(plan, found):
+        say(line)
+    if not plan.fits:
+        raise ValueError(
+            f"a step needs {plan.peak / _GIB:,.2f} GiB of each device, and programs may use "
+            f"{plan.room / _GIB:,.2f}. Lower batch.microbatch, rollout.num_slots or "
+            "rollout.max_tokens, set model.remat = full, or split the model by mesh.fsdp; "
+            "python -m grpo_jax.plan tries such changes and says what fits."
+        )
+    say("Nothing speaks against this run.")
+
+
+def _goes_on(folder: Path) -> bool:
+    return (folder / "config.json").exists()
+
+
+def _date_of(config: ConfigDict, folder: Path) -> datetime:
+    """The time that templates would be told; ValueError where the run there is another's."""
+    if _goes_on(folder):
+        record.continued(folder / "config.json", config)
+        began = record.read(folder / "config.json").get("date", "")
+        return inputs.date(config.data.date or began)
+    return inputs.date(config.data.date)
+
+
+# --- What is said ---------------------------------------------------------------------------------
+
+
+def _sizes(config: ConfigDict, found: Inputs) -> list[str]:
+    """How long prompts are, and how many tokens a step has."""
+    lengths = np.array([*map(len, found.train.prompt_ids)])
+    parts = ", ".join(
+        f"{name} {value:,.0f}"
+        for name, value in zip(
+            ("shortest", "tenth", "median", "ninetieth percentile", "longest"),
+            np.quantile(lengths, (0.0, 0.1, 0.5, 0.9, 1.0)),
+        )
+    ).replace("tenth", "tenth percentile")
+    rows = config.batch.prompts * config.batch.group
+    sampled = rows * config.rollout.max_tokens
+    epochs = config.loop.num_steps * config.batch.prompts / len(lengths)
+    return [
+        f"Tokens of a prompt: {parts}",
+        f"Tokens of a step: {rows:,} completions, at most {sampled:,} sampled and "
+        f"{sampled + config.batch.prompts * int(lengths.max()):,} trained on",
+        f"The run: {config.loop.num_steps:,} steps, which ask each problem {epochs:,.2f} times",
+    ]
+
+
+def _try_rewards(config: ConfigDict, found: Inputs) -> None:
+    """Gives the rewards a few completions; says what they gave, and what failed."""
+    problems = found.train.problems[:_TRIED]
+    if config.data.task:
+        task, rng = tasks.load(config.data.task), streams.stream(config.seed, "solutions")
+        texts, kind = (
+            [task.worked_solution(p, rng) for p in problems],
+            "worked solutions, right and wrong",
+        )
+    else:
+        texts, kind = [""] * len(problems), "empty completions"
+    ids = found.policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    with start_rewards(config, found.rewards) as pool:
+        scores, _ = trial.score(
+            pool, problems, texts, ids, found.train.texts[:_TRIED], len(problems)
+        )
+    means = ", ".join(f"{name} {_mean(value_B)}" for name, value_B in scores.by_name.items())
+    say(f"Rewards of {len(problems)} {kind}, the mean: {means}")
+    for failure in scores.failures:
+        where = problems[failure.row].where or f"problem {failure.row}"
+        say(f"warning: a reward fails at {where}: {failure.message}")
+
+
+def _mean(value_B: Sequence[float]) -> str:
+    known_B = [value for value in value_B if not math.isnan(value)]
+    return f"{np.mean(known_B):.3f}" if known_B else "none"
+
+
+def _plan(config: ConfigDict, found: Inputs) -> Plan:
+    """Memory and least time of a step whose completions are all of the limit."""
+    devices, limit = list(found.mesh.devices.flat), fit.limit_of_all()
+    chip = topologies.of_device(devices[0]) or topologies.CPU
+    chip = dataclasses.replace(chip, usable=limit)
+    shape, lengths = found.policy.model, Lengths.of(config, found.longest)
+    fitted = fit.choose(config, shape, found.mesh, lengths, limit, chip)
+    topology = f"{len(devices)} x {jax.devices()[0].device_kind}"
+    return plan_lib.plan(config, shape, topology, chip, devices, lengths, fitted)
+
+
+def _costs(plan: Plan, found: Inputs) -> list[str]:
+    room = f", of {plan.room / _GIB:,.2f}" if math.isfinite(plan.room) else ""
+    lines = [f"Memory: {plan.peak / _GIB:,.2f} GiB of each device{room} (at the longest rows)"]
+    if plan.chip.flops:
+        lines.append(
+            f"Time: a step of the longest completions takes at least {plan.step_s:,.1f} s on "
+            f"{plan.topology}, and {plan.in_turn_s:,.1f} s where one kernel follows another"
+        )
+    else:
+        lines.append(f"Time: not known beforehand on {plan.topology}, whose rates are not")
+    return lines
