@@ -27,6 +27,7 @@ PROGRAMS = {
     "generate": "completes a prompt with a model or a run",
     "evaluate": "answers held-out problems with several models, side by side",
     "score": "scores texts of a dataset with a config's rewards; no model needed",
+    "export": "writes a checkpoint of a run, such as its best, as a Hugging Face folder",
     "plan": "memory, traffic and time of a step on devices that are not there",
     "report": "draws the curves of a run again",
     "profile": "the longest operations of a traced run",

@@ -50,7 +50,7 @@ NEAREST = {
     "cli": ("tests/test_cli.py",),
     "keys": ("tests/test_keys.py", WIRING),
     "evaluate": ("tests/evaluation/test_evaluate.py",),
-    "export": ("tests/models/test_export.py",),
+    "export": ("tests/test_export_program.py",),
     "generate": ("tests/test_generate.py",),
     "plan": ("tests/planning/test_plan.py",),
     "profile": ("tests/metrics/test_trace.py", RUNS[0]),

@@ -28,18 +28,12 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, E
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.hosts import processes
 from grpo_jax.messages.console import say
-from grpo_jax.run import disk, integrity, orbax_internals
-from grpo_jax.structs import Experience, Params, Rollouts, TrainState
-
-_ROLLOUTS = ("experience", "ahead")  # items that not every checkpoint has
+from grpo_jax.run import disk, integrity, orbax_internals, saved
+from grpo_jax.structs import Experience, Rollouts, TrainState
 
 
 class NotSaved(ValueError):  # noqa: N818
     """A checkpoint could not be written."""
-
-
-class NoneWhole(ValueError):  # noqa: N818
-    """A folder holds no whole checkpoint."""
 
 
 class Checkpoints:
@@ -91,6 +85,7 @@ class Checkpoints:
         if self._due_every:
             kept.append(EveryNSteps(interval_steps=self._due_every, max_to_keep=2))
         options = ocp.CheckpointManagerOptions(
+            best_fn=quality,  # else a manager that is opened again knows none of before
             preservation_policy=AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
             temporary_path_class=orbax_internals.sealing(self._folder),
@@ -99,7 +94,7 @@ class Checkpoints:
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
             "facts": ocp.JsonCheckpointHandler(),
-        } | {name: ocp.StandardCheckpointHandler() for name in _ROLLOUTS}
+        } | {name: ocp.StandardCheckpointHandler() for name in saved.ROLLOUTS}
         logging.getLogger("absl").addFilter(orbax_internals.is_news)
         orbax_internals.ask_for_no_metrics()
         orbax_internals.write_arrays_whole()
@@ -306,7 +301,7 @@ class Checkpoints:
         the checkpoint is of another model or optimizer.
         """
         self.wait()
-        _check_fits(self._manager, number, like)
+        saved.check_fits(self._manager, number, like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
         return self._manager.restore(number, args=args)["state"]
 
@@ -342,104 +337,3 @@ class Checkpoints:
             holder = functools.reduce(dict.__getitem__, parents, fields)
             holder[field] = like(jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype)))
         return jax.tree.map(orbax_internals.filled, fields)
-
-
-class Newest:
-    """A run's newest undamaged checkpoint, to read from. Nothing is renamed: the run may go on.
-
-    A context manager.
-    """
-
-    def __init__(self, folder: str | Path, number: int | None = None):
-        """`number`: of one that is known to be undamaged.
-
-        Raises `NoneWhole` where there is none, ValueError where it cannot be read.
-        """
-        path = epath.Path(folder)
-        self._folder = path if "://" in str(path) else path.absolute()
-        self.number = -1 if number is None else number  # updates that it holds
-        handlers = {name: ocp.PyTreeCheckpointHandler() for name in ("state", *_ROLLOUTS)}
-        handlers["facts"] = ocp.JsonCheckpointHandler()
-        self._manager = ocp.CheckpointManager(self._folder, item_handlers=handlers)
-        if number is not None:
-            return
-        strangers = {int(name) for name in integrity.strangers(self._folder)}
-        for number in sorted({*self._manager.all_steps()} - strangers, reverse=True):
-            wrong = integrity.damage(self._manager.directory / str(number))
-            if not wrong:
-                self.number = number
-                return
-            say(f"warning: checkpoint {number} in {folder} is damaged and passed over: {wrong}.")
-        self._manager.close()
-        raise NoneWhole(f"{folder} holds no whole checkpoint.")
-
-    def facts(self) -> dict[str, Any]:
-        """Where the run stood."""
-        args = ocp.args.Composite(facts=ocp.args.JsonRestore())
-        return self._manager.restore(self.number, args=args)["facts"]
-
-    def params(self, like: Params) -> Params:
-        """The parameters alone, shaped and sharded as `like`.
-
-        Raises ValueError where they are of another model.
-        """
-        _check_fits(self._manager, self.number, {"params": like})
-        restore = ocp.args.PyTreeRestore(
-            item={"params": like},
-            restore_args=ocp.checkpoint_utils.construct_restore_args({"params": like}),
-            partial_restore=True,
-        )
-        args = ocp.args.Composite(state=restore)
-        return self._manager.restore(self.number, args=args)["state"]["params"]
-
-    def __enter__(self) -> Newest:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._manager.close()
-
-
-def newest_params(folder: str | Path, like: Params) -> Params:
-    """The parameters of a run's newest undamaged checkpoint, shaped and sharded as `like`.
-
-    Raises ValueError where there is none, or it is of another model.
-    """
-    with Newest(folder) as newest:
-        return newest.params(like)
-
-
-def _check_fits(manager: ocp.CheckpointManager, number: int, like: Any) -> None:
-    """Raises ValueError unless the checkpoint's state holds the arrays of `like`, in their shapes.
-
-    Only the top-level parts that `like` has are compared. Orbax's own refusal comes in the middle
-    of reading and leaves failed tasks behind.
-    """
-    stored, needed = _shapes(manager.item_metadata(number)["state"].tree), _shapes(like)
-    parts = {name.split("/")[0] for name in needed}
-    wrong = [f"{name} is missing" for name in needed.keys() - stored.keys()]
-    wrong += [
-        f"{name} has no place"
-        for name in stored.keys() - needed.keys()
-        if name.split("/")[0] in parts
-    ]
-    wrong += [
-        f"{name} is {list(stored[name])}, needed {list(needed[name])}"
-        for name in stored.keys() & needed.keys()
-        if stored[name] != needed[name]
-    ]
-    if wrong:
-        wrong.sort(key=lambda text: (not text.startswith("params/"), text))
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(
-            f"Checkpoint {number} in {manager.directory} does not fit this model and optimizer: "
-            f"{'; '.join(wrong[:3])}{more}."
-        )
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """The shape of each array of a tree, by its path."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in leaves
-    }

@@ -17,7 +17,8 @@ from grpo_jax.data import tasks
 from grpo_jax.models import policy as policy_lib
 from grpo_jax.models.hf import folder as folder_lib
 from grpo_jax.models.policy import Policy
-from grpo_jax.run import checkpoints, workdir
+from grpo_jax.run import saved as saved_lib
+from grpo_jax.run import workdir
 from grpo_jax.structs import Layer, ModelConfig, Params, Rotary
 
 
@@ -57,32 +58,54 @@ class Found:
     policy: policy_lib.Policy
     saved: tuple[str | Path, int] | None  # folder and number of its checkpoint; None: the policy's
     said: str  # of a run: which step of it answers; "": not of a run
+    step: int = 0  # of a checkpoint: after which it was written
 
 
-def find_model(path: str) -> Found:
+def find_model(path: str, option: str = "--model") -> Found:
     """The model of a Hugging Face folder or hub id, or of a run's folder.
 
-    Of a run it is what it exported or its newest checkpoint, whichever is of a later step. Raises
-    ValueError when there is no model.
+    Of a run it is what it exported or its newest checkpoint, whichever is of a later step; of
+    RUN@STEP or RUN@best that checkpoint. Raises ValueError, which names the `option`, when there is
+    no model.
     """
+    run, at, which = path.rpartition("@")
+    if at and not Path(path).exists() and _is_run(Path(run)):
+        return _checkpoint(Path(run), which)
     folder = Path(path)
     if not _is_run(folder):
-        return Found(policy_lib.read(path, "--model"), None, "")
-    options = record.read(folder / "config.json")["options"]
-    export, saved = folder / "export", options["checkpoint.folder"] or folder / "checkpoints"
+        return Found(policy_lib.read(path, option), None, "")
+    export, saved = folder / "export", _checkpoints_of(folder)
     exported = workdir.exported(export) if (export / "config.json").exists() else None
     if "://" in str(saved) or Path(saved).is_dir():
-        with contextlib.suppress(checkpoints.NoneWhole), checkpoints.Newest(saved) as newest:
+        with contextlib.suppress(saved_lib.NoneWhole), saved_lib.Saved(saved) as newest:
             if exported is None or newest.number > exported["updates"]:
-                source = options["model.path"] or str(folder / "bootstrap" / "export")
-                step = newest.facts().get("state", {}).get("step", newest.number)
-                said = f"{folder}: checkpoint of step {step}"
-                policy = policy_lib.read(source, kept=folder / "source")
-                return Found(policy, (saved, newest.number), said)
+                return _found(folder, newest)
     if exported is None and not (export / "config.json").exists():
-        raise ValueError(f"--model {folder} is the folder of a run that has no checkpoint yet.")
+        raise ValueError(f"{option} {folder} is the folder of a run that has no checkpoint yet.")
     step = "an unknown step" if exported is None else f"step {exported['step']}"
-    return Found(policy_lib.read(str(export), "--model"), None, f"{folder}: export of {step}")
+    return Found(policy_lib.read(str(export), option), None, f"{folder}: export of {step}")
+
+
+def _checkpoint(folder: Path, which: str) -> Found:
+    """The checkpoint of a run after a step, "best" or, if `which` is "newest", that."""
+    saved = _checkpoints_of(folder)
+    number = None if which == "newest" else saved_lib.find(saved, which)
+    with saved_lib.Saved(saved, number) as chosen:
+        return _found(folder, chosen)
+
+
+def _found(folder: Path, checkpoint: saved_lib.Saved) -> Found:
+    options = record.read(folder / "config.json")["options"]
+    source = options["model.path"] or str(folder / "bootstrap" / "export")
+    step = checkpoint.facts().get("state", {}).get("step", checkpoint.number)
+    policy = policy_lib.read(source, kept=folder / "source")
+    said = f"{folder}: checkpoint of step {step}"
+    return Found(policy, (_checkpoints_of(folder), checkpoint.number), said, step)
+
+
+def _checkpoints_of(folder: Path) -> str | Path:
+    options = record.read(folder / "config.json")["options"]
+    return options["checkpoint.folder"] or folder / "checkpoints"
 
 
 def _is_run(folder: Path) -> bool:
@@ -101,9 +124,16 @@ def load_params(found: Found, mesh: Mesh, dtype) -> Params:
     if found.saved is None:
         return policy_lib.load_params(found.policy, mesh, seed=0, dtype=dtype)
     like = policy_lib.param_like(found.policy.model, mesh)
-    with checkpoints.Newest(*found.saved) as newest:
-        params = newest.params(like)
+    with saved_lib.Saved(*found.saved) as checkpoint:
+        params = checkpoint.params(like)
     return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def trained_params(found: Found, mesh: Mesh) -> Params:
+    """The weights of a checkpoint that was found as exactly as they were trained."""
+    assert found.saved is not None
+    with saved_lib.Saved(*found.saved) as checkpoint:
+        return checkpoint.trained(policy_lib.param_like(found.policy.model, mesh))
 
 
 def open_model(path: str, mesh: Mesh, dtype) -> tuple[policy_lib.Policy, Params]:

@@ -12,15 +12,20 @@ from grpo_jax.learner import optim
 from grpo_jax.messages.console import say
 from grpo_jax.models.hf import export as export_lib
 from grpo_jax.models.policy import Policy
-from grpo_jax.structs import TrainState
+from grpo_jax.structs import Params, TrainState
 
 
 def export(policy: Policy, folder: Path, state: TrainState, asked_dtype: str) -> None:
-    """Writes the policy as it was trained as a Hugging Face folder; tells where that rounds it.
+    """Writes the policy as it was trained, as `write` does."""
+    params = transfer.to_device_memory(optim.trained(state.params, state.opt_state))
+    write(policy, folder, params, asked_dtype)
+
+
+def write(policy: Policy, folder: Path, params: Params, asked_dtype: str) -> None:
+    """Writes the policy as a Hugging Face folder; tells where that rounds its weights.
 
     `asked_dtype`: "auto" or a name, as in `checkpoint.export_dtype`. Every process must call this.
     """
-    params = transfer.to_device_memory(optim.trained(state.params, state.opt_state))
     trained = jax.tree.leaves(params)[0].dtype
     dtype = asked_dtype
     if dtype == "auto":

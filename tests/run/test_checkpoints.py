@@ -24,7 +24,8 @@ from grpo_jax.learner import accumulate, optim
 from grpo_jax.learner import train_state as train_state_lib
 from grpo_jax.models import parameters
 from grpo_jax.run import checksums, integrity
-from grpo_jax.run.checkpoints import Checkpoints, Newest, NotSaved, newest_params
+from grpo_jax.run.checkpoints import Checkpoints, NotSaved
+from grpo_jax.run.saved import Saved, newest_params
 from grpo_jax.structs import Experience, Layer, Rollouts, TrainState
 
 
@@ -358,7 +359,7 @@ def test_folders_that_are_no_checkpoints_are_not_touched(tmp_path, mesh, two):
     with pytest.raises(ValueError, match=r"by_year holds 2023, 2024, which have the name of"):
         Checkpoints(folder, keep=2)
     assert {p.name for p in folder.iterdir()} == {"1", "2", "2023", "2024"}
-    with Newest(folder) as newest:
+    with Saved(folder) as newest:
         assert newest.number == 2
 
 
@@ -428,6 +429,17 @@ def test_a_state_that_was_saved_before_it_was_evaluated_is_saved_again(tmp_path)
     assert checkpoints.numbers() == [2, 4] and checkpoints.facts(2) == {"accuracy": 0.9}
     assert told == [1, 2, 2, 3, 4]
     checkpoints.close()
+
+
+def test_the_best_is_kept_by_a_run_that_goes_on(tmp_path):
+    """What a manager has not saved itself it knows by what was written."""
+    for numbers in ({1: 0.9, 2: 0.2}, {3: 0.3, 4: 0.1}):
+        checkpoints = Checkpoints(tmp_path / "c", keep=1)
+        for number, quality in numbers.items():
+            checkpoints.save(_tiny(number), {}, quality=quality)
+        checkpoints.wait()
+        assert checkpoints.numbers() == [1, max(numbers)]
+        checkpoints.close()
 
 
 def test_closing_waits_for_the_newest_and_notes_it(tmp_path):

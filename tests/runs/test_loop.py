@@ -211,7 +211,7 @@ def _check_export(folder):
     transformers = pytest.importorskip("transformers")
     from grpo_jax.devices import sharding
     from grpo_jax.models import parameters, policy
-    from grpo_jax.run.checkpoints import newest_params
+    from grpo_jax.run.saved import newest_params
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "export").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "export")

@@ -1,0 +1,69 @@
+"""Writes a checkpoint of a run as a Hugging Face folder, to serve, share or train from.
+
+    python -m grpo_jax.export --workdir runs/a --step best --out models/a
+
+A run exports its last state by itself; this is for others, and for runs that were stopped. To begin
+another run from a step, give it the folder as model.path.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from grpo_jax import cli
+from grpo_jax.config import arguments, options, record
+from grpo_jax.devices import sharding
+from grpo_jax.messages.console import say
+from grpo_jax.run import workdir
+from grpo_jax.setup.model import find_model, trained_params
+from grpo_jax.trainers import exporting
+
+
+def main(argv: list[str]) -> None:
+    args = _arguments(argv)
+    file = Path(args.workdir) / "config.json"
+    if not file.exists():
+        raise ValueError(f"--workdir {args.workdir} is not the folder of a run: no {file}.")
+    kept = record.read(file)["options"]
+    cli.show_devices()
+    found = find_model(f"{args.workdir}@{args.step}", "--workdir")
+    out = Path(args.out or Path(args.workdir) / "exports" / f"step_{found.step}")
+    if (out / "config.json").exists():
+        raise ValueError(f"--out {out} holds a model already. Name another folder, or delete it.")
+    params = trained_params(found, sharding.make_mesh())
+    dtype = args.dtype or kept.get("checkpoint.export_dtype", "auto")
+    exporting.write(found.policy, out, params, dtype)
+    _, number = found.saved
+    workdir.note_export(out, step=found.step, updates=number)
+    say(f"{found.said}\nIt is in {out}.")
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=arguments.prog("export"),
+        description="Writes a checkpoint of a run as a Hugging Face folder.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="the folder of the run")
+    parser.add_argument(
+        "--step",
+        default="newest",
+        metavar="N",
+        help="after which step; or best, by its evaluations; or newest (default)",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="where to write it; default WORKDIR/exports/step_N"
+    )
+    choices = options.BY_NAME["checkpoint.export_dtype"].choices
+    parser.add_argument(
+        "--dtype", choices=choices, help="of the weights; default: checkpoint.export_dtype"
+    )
+    args, rest = arguments.parse(parser, argv)
+    if rest:
+        parser.error(f"unknown argument {rest[0]!r}")
+    return args
+
+
+if __name__ == "__main__":
+    cli.main(main)
