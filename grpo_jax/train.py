@@ -52,7 +52,9 @@ def run(
     if not model_path:  # a new model learns the form of answers from worked solutions first
         print_title(f"Supervised start: {config.sft.num_steps} updates on worked solutions")
         model_path = str(sft.run(config, folder / "bootstrap", stop, is_start=True))
-    print_title(f"GRPO: {config.loop.num_steps} steps of {config.batch.prompts} prompts")
+    steps, epochs = config.loop.num_steps, config.loop.num_epochs
+    length = f"{epochs:g} epochs in steps" if epochs else f"{steps} steps"
+    print_title(f"GRPO: {length} of {config.batch.prompts} prompts")
     for line in definitions.in_force(config):
         say(line)
     summary = grpo.run(

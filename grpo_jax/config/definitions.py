@@ -49,9 +49,14 @@ def in_force(config: ConfigDict) -> list[str]:
     if optim.warmup_steps:
         rate += f" after {optim.warmup_steps} updates"
     if optim.schedule != "constant":
-        updates = config.loop.num_steps * derived.num_updates_per_step(config)
+        updates, epochs = derived.num_updates_per_step(config), config.loop.num_epochs
+        last = (
+            f"the end of {epochs:g} epochs"
+            if epochs
+            else f"update {config.loop.num_steps * updates}"
+        )
         end = optim.end_fraction * optim.learning_rate
-        rate += f", {optim.schedule} to {end:g} at update {updates}"
+        rate += f", {optim.schedule} to {end:g} at {last}"
     return [
         f"Advantage A: {_ADVANTAGE[algorithm.scale_by]}",
         f"Loss: {loss}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ml_collections import ConfigDict
 
 
@@ -15,6 +17,15 @@ def groups_at_once(config: ConfigDict) -> int:
 def num_updates_per_step(config: ConfigDict) -> int:
     """Optimizer updates after each rollout."""
     return config.algorithm.num_iterations * config.batch.minibatches
+
+
+def num_steps(config: ConfigDict, num_problems: int) -> int:
+    """Steps of the run, with so many training problems."""
+    if not config.loop.num_epochs:
+        return config.loop.num_steps
+    # Of 0.1 epochs of 30 problems 3 are asked, not the 4 that rounding up their product gives.
+    asked = round(config.loop.num_epochs * num_problems, 6)
+    return max(math.ceil(asked / config.batch.prompts), 1)
 
 
 def needs_old_pass(config: ConfigDict) -> bool:

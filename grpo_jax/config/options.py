@@ -280,6 +280,9 @@ TABLE = (
     number("loop.num_steps", 100, COUNT, "steps",
            "Steps of the run, one rollout each. A resumed run may have more, but not with a "
            "decaying optim.schedule or loop.async_rollouts", free=True),
+    number("loop.num_epochs", 0.0, NOT_NEGATIVE, "epochs",
+           "How often the run asks each training problem, in the place of loop.num_steps: it has "
+           "as many steps as that takes", special={0: "loop.num_steps counts"}, free=True),
     number("loop.stall_timeout_s", 3600.0, POSITIVE, "s",
            "The run ends when a phase of a step makes no progress for this long",
            special={0: "never"}, free=True),

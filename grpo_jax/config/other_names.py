@@ -100,9 +100,9 @@ _ELSEWHERE = {
     "clip_grad": "optim.max_grad_norm",
     # the run
     "max_steps": "loop.num_steps",
-    "num_train_epochs": "loop.num_steps",
+    "num_train_epochs": "loop.num_epochs",
     "total_training_steps": "loop.num_steps",
-    "total_epochs": "loop.num_steps",
+    "total_epochs": "loop.num_epochs",
     "data_seed": "seed",
     "eval_steps": "evaluation.every_steps",
     "eval_strategy": "evaluation.every_steps",

@@ -119,7 +119,11 @@ def binding(config: ConfigDict) -> dict[str, Any]:
     bound = {name: value for name, value in flatten(config).items() if name not in free}
     # The decay ends with the run, and the last step samples nothing ahead.
     if config.optim.schedule != "constant" or config.loop.async_rollouts:
-        bound["loop.num_steps"] = config.loop.num_steps
+        epochs = config.loop.num_epochs
+        bound |= {
+            "loop.num_steps": 0 if epochs else config.loop.num_steps,
+            "loop.num_epochs": epochs,
+        }
     return json.loads(json.dumps(bound))  # tuples as the lists that a file gives back
 
 

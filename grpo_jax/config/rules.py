@@ -79,10 +79,14 @@ LARGEST = 2**31 - 1  # what devices count with
 
 def _check_profile(config: ConfigDict) -> None:
     steps, last = config.profile.steps, config.loop.num_steps
-    if steps and not (
-        len(steps) == 2
-        and all(type(step) is int for step in steps)
-        and 1 <= steps[0] <= steps[1] <= last
+    if (
+        steps
+        and not config.loop.num_epochs
+        and not (
+            len(steps) == 2
+            and all(type(step) is int for step in steps)
+            and 1 <= steps[0] <= steps[1] <= last
+        )
     ):
         raise ValueError(
             f"profile.steps = {steps} must be (first, last), two steps from 1 to loop.num_steps = "
@@ -152,7 +156,7 @@ def _check_batch(config: ConfigDict) -> None:
             f"{batch.microbatch} prompts. Make batch.prompts a multiple of "
             f"{batch.minibatches * batch.microbatch}, or batch.microbatch divide {per_update}."
         )
-    if config.optim.schedule != "constant":
+    if config.optim.schedule != "constant" and not config.loop.num_epochs:
         total = config.loop.num_steps * updates
         if config.optim.warmup_steps >= total:
             raise ValueError(

@@ -53,6 +53,7 @@ def check(config: ConfigDict, folder: Path) -> None:
         inputs.refuse_other(
             before, found.sums, f"--workdir {folder}", config.checkpoint.accept_changes
         )
+    config = grpo_run.settled(config, len(found.train.problems))
     for line in (*grpo_run.told(config, found), *_sizes(config, found)):
         say(line)
     say(f"Seed {config.seed}, workdir {folder}: {'goes on' if _goes_on(folder) else 'begins'}")
@@ -102,12 +103,10 @@ def _sizes(config: ConfigDict, found: Inputs) -> list[str]:
     ).replace("tenth", "tenth percentile")
     rows = config.batch.prompts * config.batch.group
     sampled = rows * config.rollout.max_tokens
-    epochs = config.loop.num_steps * config.batch.prompts / len(lengths)
     return [
         f"Tokens of a prompt: {parts}",
         f"Tokens of a step: {rows:,} completions, at most {sampled:,} sampled and "
         f"{sampled + config.batch.prompts * int(lengths.max()):,} trained on",
-        f"The run: {config.loop.num_steps:,} steps, which ask each problem {epochs:,.2f} times",
     ]
 
 

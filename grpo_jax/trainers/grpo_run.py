@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -73,12 +74,29 @@ def read(
     return Inputs(mesh, rewards, policy, asked, evaluated, sums)
 
 
+def settled(config: ConfigDict, num_problems: int) -> ConfigDict:
+    """The config with the number of its steps, with so many training problems.
+
+    Raises ValueError where options need more of them.
+    """
+    if not config.loop.num_epochs:
+        return config
+    found = copy.deepcopy(config).unlock()
+    found.loop.num_steps = derived.num_steps(config, num_problems)
+    in_steps = copy.deepcopy(found)
+    in_steps.loop.num_epochs = 0.0
+    rules.check(in_steps)
+    return found.lock()
+
+
 def refuse_early(config: ConfigDict, folder: Path) -> None:
     """Raises ValueError for what `run` would refuse of a new model only once that is trained."""
     mesh, rewards = _devices_and_rewards(config)
     policy = model.new(config.model, tasks.load(config.data.task).make_tokenizer())
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
-    for problems in load_problems(config):
+    train, held_out = load_problems(config)
+    settled(config, len(train))
+    for problems in (train, held_out):
         answerable(config, rewards, problems)
         if problems:
             ids = policy.tokenizer([problem.prompt for problem in problems])["input_ids"]
@@ -129,6 +147,7 @@ def build(
     source = folder / "source"
     found = read(config, lambda: policy_lib.read(model_path, kept=source), opened)
     inputs.hold(folder, found.sums, config.checkpoint.accept_changes)
+    config = settled(config, len(found.train.problems))
     policy, mesh = policy_lib.keep(found.policy, source), found.mesh
     learner = make_learner(
         config, policy.model, mesh, fit(config, policy.model, mesh, found.longest, folder)
@@ -179,6 +198,8 @@ def told(config: ConfigDict, found: Inputs) -> list[str]:
         f"{sorted(lengths)[len(lengths) // 2]} tokens, the longest of {found.longest}",
         f"A step: {batch.prompts} prompts x {batch.group} completions of at most "
         f"{config.rollout.max_tokens} tokens, {updates} update{'s' * (updates > 1)}",
+        f"The run: {config.loop.num_steps:,} steps, which ask each problem "
+        f"{config.loop.num_steps * batch.prompts / len(lengths):,.2f} times",
     ]
 
 

@@ -64,7 +64,7 @@ def test_tokens_of_prompts_and_of_a_step(tmp_path):
     found = grpo_run.read(config, new, lambda: check._date_of(config, tmp_path))
     lengths = sorted(map(len, found.train.prompt_ids))
 
-    prompts, step, _ = check._sizes(config, found)
+    prompts, step = check._sizes(config, found)
 
     assert prompts.startswith(f"Tokens of a prompt: shortest {lengths[0]}, ")
     assert prompts.endswith(f", longest {lengths[-1]}")
