@@ -4,6 +4,7 @@
     python tests/mutants.py --out mutants.jsonl --report
     python tests/mutants.py --out mutants.jsonl --again      # those alive, after tests were written
     python tests/mutants.py --out mutants.jsonl --again --slow --jobs 2
+    python tests/mutants.py --out mutants.jsonl --again --only data/ --tests tests/data/test_tasks.py
 
 It is no part of the suite: a mutant takes as long as the tests nearest to its file, half a minute
 of a core in the mean; `--jobs` tries several at once. Mutants are drawn by lot over all of
@@ -319,9 +320,15 @@ def nearest(path: str, slow: bool) -> list[str]:
 class Tests:
     """Runs files of tests in a copy of the repository, and knows them unbroken."""
 
-    def __init__(self, copy: Path, slow: bool, seconds: dict[str, float], known: Path):
-        """`seconds`: of each file unbroken, shared by all copies and kept in the file `known`."""
+    def __init__(
+        self, copy: Path, slow: bool, seconds: dict[str, float], known: Path, chosen: list[str]
+    ):
+        """`seconds`: of each file unbroken, shared by all copies and kept in the file `known`.
+
+        `chosen`: the files to run, where they are not the nearest.
+        """
         self.copy, self.slow, self.seconds, self.known = copy, slow, seconds, known
+        self.chosen = chosen
         listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT,
                                 capture_output=True, text=True, check=True)  # fmt: skip
         for name in listed.stdout.splitlines():
@@ -365,7 +372,8 @@ class Tests:
 
     def verdict(self, mutant: Mutant) -> dict:
         """What became of a mutant, as a line of the results."""
-        tests = [t for t in nearest(mutant.path, self.slow) if self.unbroken(t)]
+        tests = self.chosen or nearest(mutant.path, self.slow)
+        tests = [t for t in tests if self.unbroken(t)]
         usual_s, file = sum(map(self.unbroken, tests)), self.copy / mutant.path
         text, began = file.read_bytes(), time.monotonic()
         try:
@@ -414,6 +422,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="mutants that are tried at once")
     parser.add_argument("--again", action="store_true", help="those of --out that are alive")
     parser.add_argument("--slow", action="store_true", help="slow tests and whole runs too")
+    parser.add_argument("--tests", nargs="+", default=[], metavar="FILE", help="not the nearest")
     parser.add_argument("--list", action="store_true", help="show the lot and break nothing")
     parser.add_argument("--report", action="store_true", help="show the results there are")
     args = parser.parse_args()
@@ -435,7 +444,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         free: queue.SimpleQueue[Tests] = queue.SimpleQueue()
         for i in range(args.jobs):
-            free.put(Tests(Path(folder) / str(i), args.slow, seconds, known))
+            free.put(Tests(Path(folder) / str(i), args.slow, seconds, known, args.tests))
 
         def one(mutant: Mutant) -> dict:
             tests = free.get()

@@ -96,6 +96,23 @@ def test_the_ranges_by_hand():
     assert number["algorithm.entropy_coef"].refusal(-math.pi) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((f"mesh.{axis}", -1) for axis in ("data", "fsdp", "sequence", "tensor")),
+        *((f"batch.{name}", 0) for name in ("microbatch", "memory_limit_gib")),
+        ("batch.microbatch", -1), ("rollout.num_slots", 0), ("rollout.top_k", 0),
+        ("optim.max_grad_norm", 0.0), ("loop.stall_timeout_s", 0.0), ("loop.num_epochs", 0.0),
+        ("rewards.num_workers", 0), ("rewards.memory_limit_gib", 0.0),
+        ("evaluation.every_steps", 0), ("evaluation.num_problems", 0),
+        ("evaluation.num_samples", 0), ("checkpoint.every_steps", 0),
+        ("logging.samples_every_steps", 0), ("sft.num_steps", 0),
+    ],
+)  # fmt: skip
+def test_what_turns_an_option_off_is_taken(name, value):
+    assert options.BY_NAME[name].refusal(value) is None
+
+
 @pytest.mark.parametrize("option", [o for o in TABLE if o.choices], ids=name_of)
 def test_words_are_of_their_choices(option):
     message = refusal_of(valid(**{option.name.replace(".", "__"): "neither"}))

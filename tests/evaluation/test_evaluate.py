@@ -251,6 +251,8 @@ def test_references(config, shared, capsys):
         (["--num-samples", "-1"], "--num-samples -1 must be from 0"),
         (["--num-samples", "4", "--temperature", "0"], "--num-samples 4 at --temperature 0"),
         (["--temperature", "nan"], "--temperature nan must be"),
+        (["--temperature", "-1"], "--temperature -1.0 must be"),
+        (["--temperature", "inf"], "--temperature inf must be"),
         (["--top-p", "0"], "--top-p 0.0 must be above 0"),
         (["--top-k", "-1"], "--top-k -1 must be 0 or more"),
         (["--max-tokens", "0"], "--max-tokens 0 must be above 0"),

@@ -141,6 +141,13 @@ def test_draw_matches_the_distribution():
     assert chi_square < 18.5  # four degrees of freedom: passed by 99.9 % of fair draws
 
 
+@pytest.mark.parametrize(("mass", "first"), [([1.0, 0, 0], 0), ([0, 1.0, 0], 1), ([0, 0, 1.0], 2)])
+def test_a_target_at_the_very_end_takes_the_last_entry_there_is(mass, first):
+    """As rounding leaves it: nothing passes the whole sum."""
+    found, _ = logits._first_beyond(jnp.float32([mass]), jnp.float32([[1.0]]))
+    assert found.tolist() == [[first]]
+
+
 def test_draw_never_takes_a_token_of_probability_0():
     """Also where sums of one value, added in another order, differ in their last bit."""
     rng = np.random.default_rng(0)

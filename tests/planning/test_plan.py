@@ -459,6 +459,11 @@ def test_meshes_split_heads_and_groups(config, step):
     assert (2, 2, 2) not in found and all(math.prod(m) == 8 and m[2] <= 4 for m in found)
 
 
+def test_a_change_is_checked_as_a_config_is(config):
+    with pytest.raises(ValueError, match=r"batch\.minibatches"):
+        advice.changed(config, {"batch.minibatches": config.batch.prompts + 1})
+
+
 def test_a_program_is_compiled_once(config, step):
     """Where the optimizer's state lies changes no program, but what is beside it."""
     known, found = {}, []

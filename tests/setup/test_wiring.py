@@ -684,6 +684,17 @@ def test_a_worked_solution_ends_with_the_stop_token(tmp_path):
             assert policy.tokenizer.decode(ids[:-1]).partition("#### ")[1]
 
 
+def test_supervised_training_is_judged_by_the_held_out_problems(tmp_path):
+    options = {"data.task": "arithmetic", "data.num_train": 20, "data.num_eval": 6,
+               "data.max_prompt_tokens": 16, "model.width": 32, "evaluation.num_problems": 4,
+               "rewards.names": ("exact_answer",), "rewards.weights": (1.0,)}  # fmt: skip
+    config = config_of(options)
+    run_folder.open_for(config, tmp_path)
+    run, _ = sft._build(config, tmp_path, evaluates=True)
+    run.rewards.close()
+    assert run.held_out.problems == load_problems(config)[1][:4]
+
+
 def test_what_supervised_training_is_given():
     """Its own rate, warm-up, decay and batch; the run's AdamW else; no cut probabilities."""
     options = {
