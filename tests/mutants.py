@@ -4,7 +4,7 @@
     python tests/mutants.py --out mutants.jsonl --report
     python tests/mutants.py --out mutants.jsonl --again      # those alive, after tests were written
     python tests/mutants.py --out mutants.jsonl --again --slow --jobs 2
-    python tests/mutants.py --out mutants.jsonl --again --only data/ --tests tests/data/test_tasks.py
+    python tests/mutants.py --out mutants.jsonl --again --only data/ --tests tests/data/*.py
 
 It is no part of the suite: a mutant takes as long as the tests nearest to its file, half a minute
 of a core in the mean; `--jobs` tries several at once. Mutants are drawn by lot over all of

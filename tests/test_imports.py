@@ -61,7 +61,7 @@ TABLE = """
     api          structs messages hosts devices data rewards config run sampling metrics setup
                  evaluation trainers programs
 
-    trl          api
+    trl          rewards api
 """
 SEE_THE_CONFIG = {"config", "setup", "planning", "trainers", "programs", "api", "trl"}
 

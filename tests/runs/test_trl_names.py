@@ -14,7 +14,7 @@ from mistakes import make_model
 
 import grpo_jax
 from grpo_jax.config import options
-from grpo_jax.trl import GRPOConfig, GRPOTrainer, reference
+from grpo_jax.trl import GRPOConfig, GRPOTrainer, reference, rewards
 from grpo_jax.trl.config import options_of
 from grpo_jax.trl.fields import FIELDS
 
@@ -217,3 +217,104 @@ def test_trainers_that_are_refused(arguments, words):
     known["args"] = GRPOConfig(reward_weights=[1.0])
     with pytest.raises(ValueError, match=words):
         GRPOTrainer(**known | arguments)
+
+
+# --- Rewards --------------------------------------------------------------------------------------
+
+
+def said(*texts: str) -> list[list[dict[str, str]]]:
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+THIRD = [r"\frac{1}{3}"] * 3
+THOUGHT = said(
+    r"<think> Reasoning </think> The final answer is \boxed{\frac{1}{3}}",
+    r"<think> Reasoning </think> The final answer is \boxed{\frac{1}{2}}",
+    r"<think> Reasoning with partial answers \boxed{\frac{1}{3}} but no final answer",
+)
+# Of TRL's documentation: (function, its arguments, what it gives).
+DOCUMENTED = {
+    "accuracy": (
+        lambda r: r.accuracy_reward,
+        {"completions": said(r"\boxed{\frac{1}{3}}", r"\boxed{\frac{1}{2}}"),
+         "solution": THIRD[:2]},
+        [1.0, 0.0],
+    ),
+    "reasoning": (
+        lambda r: r.reasoning_accuracy_reward,
+        {"completions": THOUGHT, "solution": THIRD, "reasoning_delimiters": ["</think>"]},
+        [1.0, 0.0, 0.0],
+    ),
+    "think_format": (
+        lambda r: r.think_format_reward,
+        {"completions": said("<think>\na.\n</think>\nb.", "<think>\na.\nb.", " <think></think>",
+                             "<think><think></think>", "<think></think>")},
+        [1.0, 0.0, 0.0, 0.0, 1.0],
+    ),
+    "cosine": (
+        lambda r: r.get_cosine_scaled_reward(max_len=100),
+        {"completions": said(r"\boxed{\frac{1}{3}}", r"\boxed{\frac{1}{2}}", r"\boxed{1}"),
+         "solution": THIRD, "completion_ids": [[1] * 50, [1] * 50, [1] * 300]},
+        [0.75, -0.75, -0.5],
+    ),
+    "repetition": (
+        lambda r: r.get_repetition_penalty_reward(ngram_size=2, max_penalty=-1.0),
+        {"completion_ids": [[1, 2, 3, 4], [5, 5, 5, 5, 5], [5]]},
+        [0.0, -0.75, 0.0],
+    ),
+    "overlong": (
+        lambda r: r.get_soft_overlong_punishment(max_completion_len=100, soft_punish_cache=20),
+        {"completion_ids": [[1] * n for n in (80, 90, 100, 101)]},
+        [0.0, -0.5, -1.0, -1.0],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_rewards_give_what_trl_documents(name):
+    function, arguments, expected = DOCUMENTED[name]
+    assert function(rewards)(**arguments, prompts=["?"] * len(expected)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_rewards_give_what_trl_gives(name):
+    """Where TRL is installed, as in benchmarks."""
+    theirs = pytest.importorskip("trl.rewards")
+    function, arguments, expected = DOCUMENTED[name]
+    assert function(theirs)(**arguments) == pytest.approx(expected)
+
+
+def test_a_row_without_a_solution_has_no_reward():
+    given = said("#### 3", r"\boxed{4}", "#### 3")
+    assert rewards.accuracy_reward(given, ["", "4", "3"]) == [None, 1.0, 1.0]
+    assert rewards.reasoning_accuracy_reward(given, ["", "4", "3"]) == [None, 0.0, 0.0]
+    with pytest.raises(ValueError, match="max_penalty"):
+        rewards.get_repetition_penalty_reward(max_penalty=0.5)
+
+
+def test_trls_own_example_with_its_imports_changed(tmp_path, monkeypatch):
+    """A reward by its name of TRL, and one with a state of its own."""
+    monkeypatch.chdir(tmp_path)
+    dataset = datasets.Dataset.from_list(
+        [{"prompt": f"{i}+{i}=", "solution": str(2 * i)} for i in range(1, 5)]
+    )
+    overlong = rewards.get_soft_overlong_punishment(max_completion_len=4, soft_punish_cache=4)
+    trainer = GRPOTrainer(
+        model=str(make_model(tmp_path / "model")),
+        reward_funcs=[rewards.accuracy_reward, overlong],
+        args=GRPOConfig(
+            "own-GRPO",
+            max_steps=2,
+            max_completion_length=4,
+            bf16=False,
+            per_device_train_batch_size=8,
+            num_generations=4,
+        ),
+        train_dataset=dataset,
+    )
+    run = trainer.train()
+
+    assert run.workdir.resolve() == (tmp_path / "own-GRPO").resolve()
+    for row in run.metrics:
+        assert 0 <= row["reward/accuracy_reward"] <= 1
+        assert -1 <= row["reward/soft_overlong_punishment_reward"] < 0
