@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from growth import assert_linear
 
-from grpo_jax.rewards.answers import answer_fault, extract_answer, stated_answer
+from grpo_jax.rewards.answers import answer_fault, extract_answer, stated_answer, strip
 from grpo_jax.rewards.exact import same_answer
 
 
@@ -189,3 +189,25 @@ def test_answer_faults(value, fault):
     with pytest.raises(ValueError, match="`answer`") as error:
         stated_answer(value)
     assert fault in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "bare"),
+    [
+        (r"\(42\)", "42"),
+        (r"\[ 42 \].", "42"),
+        (r"$\(x\)$", "x"),
+        (r"\(\)", ""),
+        (r"\(", r"\("),
+        (r"\)", r"\)"),
+        ("**42**:", "42"),
+    ],
+)
+def test_what_surrounds_an_answer_is_left_out(text, bare):
+    assert strip(text) == bare
+
+
+def test_boxes_stand_together_by_all_that_is_between():
+    """Also by a separator at the very beginning, or at the very end."""
+    for between in (";" + "x" * 38, "x" * 38 + ";"):
+        assert extract_answer(r"\boxed{1}" + between + r"\boxed{2}") == "1, 2"
