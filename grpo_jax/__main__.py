@@ -28,7 +28,7 @@ PROGRAMS = {
     "evaluate": "answers held-out problems with several models, side by side",
     "score": "scores texts of a dataset with a config's rewards; no model needed",
     "plan": "memory, traffic and time of a step on devices that are not there",
-    "report": "draws the curves of a run again",
+    "report": "draws the curves of a run again, or of several beside each other",
     "profile": "the longest operations of a traced run",
 }
 LISTS = {
