@@ -2,8 +2,8 @@
 
 A run's folder holds `metrics.jsonl` and `samples.jsonl`, one JSON object a line with its "step",
 and TensorBoard events in `tensorboard/`. A sample is a dict with `prompt` and `completion` (texts),
-`rewards` (by reward, None where none was given), `advantage`, `length` (tokens) and `extras` (what
-reward functions added).
+`columns` (of its problem, texts), `rewards` (by reward, None where none was given), `advantage`,
+`length` (tokens) and `extras` (what reward functions added).
 """
 
 from __future__ import annotations
@@ -111,16 +111,23 @@ def _reopen(path: Path, first_step: int) -> Log:
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
-    """Samples for TensorBoard, their texts as indented code: no character of them is markup."""
+    """Samples for TensorBoard, their texts as indented code: no character of them is markup.
+
+    A prompt stands once, before its completions.
+    """
     parts = []
-    for row in rows:
-        parts.append("**" + " · ".join(samples.facts(row)) + "**")
-        texts = {title: row[title] for title in ("prompt", "completion")} | row.get("extras", {})
-        for title, text in texts.items():
-            title = re.sub(r"[^\w .-]", "?", title)  # of an extra column, by a reward function
-            lines = visible(str(text)).split("\n")
-            parts.append(f"{title}:\n\n" + "\n".join("    " + line for line in lines))
+    for about, texts in samples.by_question(rows):
+        parts += [_as_code(name, text) for name, text in about.items()]
+        for row in texts:
+            parts.append("**" + " · ".join(samples.facts(row)) + "**")
+            further = {"completion": row["completion"]} | row.get("extras", {})
+            parts += [_as_code(name, text) for name, text in further.items()]
     return "\n\n".join(parts)
+
+
+def _as_code(title: str, text: Any) -> str:
+    title = re.sub(r"[^\w .-]", "?", title)  # of a column, or of what a reward function added
+    return f"{title}:\n\n" + "\n".join(f"    {line}" for line in visible(str(text)).split("\n"))
 
 
 def _start_wandb(workdir: Path, project: str, config: dict[str, Any]) -> Any:

@@ -213,6 +213,27 @@ def test_what_reward_functions_add_to_samples(monkeypatch, tmp_path):
     assert board.endswith("a?b:\n\n    <b>x\n    * y</b>")
 
 
+def test_a_prompt_stands_once_before_its_completions(monkeypatch):
+    """With the columns beside it, by their names; so in TensorBoard."""
+    raw = terminal(monkeypatch)
+    rows = [SAMPLE | {"columns": {"answer": 2}, "completion": f"it is {n}"} for n in (1, 2)]
+    rows.append(SAMPLE | {"prompt": "0+0?", "columns": {"answer": 0}, "completion": "nothing"})
+    print_samples("Completions of step 3", rows)
+    board = writers_lib._markdown(rows)
+    for text in (raw.getvalue().decode(), board):
+        assert text.count("1+1?") == text.count("0+0?") == 1
+        assert text.count("prompt") == 2
+        assert text.count("answer") == 2 + 3 * 2  # of each sample, exact_answer and answer_format
+        order = ["1+1?", "it is 1", "it is 2", "0+0?", "nothing"]
+        assert sorted(order, key=text.index) == order
+    assert "answer:\n\n    2" in board
+    heads = raw.getvalue().decode().splitlines()[2]
+    assert [head.strip() for head in heads.strip("\u2503").split("\u2503")] == [
+        "text",
+        "what it is or earned",
+    ]
+
+
 def test_a_terminal_without_unicode(monkeypatch):
     raw = terminal(monkeypatch, encoding="ascii")
     print_samples("Completions of step 0", [SAMPLE | {"completion": "naïve \ud800 ∑"}])

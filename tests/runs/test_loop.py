@@ -115,6 +115,7 @@ def test_what_a_run_leaves(tmp_path, compile_cache, cache_folder, monkeypatch):
     assert samples[0].keys() == {
         "step",
         "prompt",
+        "columns",
         "completion",
         "rewards",
         "extras",
