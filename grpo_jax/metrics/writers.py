@@ -19,7 +19,7 @@ from typing import Any
 
 from grpo_jax.messages.console import say, visible
 from grpo_jax.metrics import samples
-from grpo_jax.metrics.names import is_known
+from grpo_jax.metrics.names import describe, is_known
 from grpo_jax.metrics.tensorboard import EventLog
 from grpo_jax.run.append_log import Log, read_jsonl
 
@@ -61,6 +61,7 @@ class Writers:
         )
         if tensorboard:
             self._board = EventLog(workdir / "tensorboard", first_step, say)
+            self._board.text("run", _options(workdir.resolve().name, config), first_step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes metrics of a step, each of a name in METRICS. JSON gets null for NaN and inf."""
@@ -73,7 +74,7 @@ class Writers:
         self._metrics.line({"step": int(step)} | finite)
         if self._board:
             for name, value in floats.items():
-                self._board.scalar(name, value, step)
+                self._board.scalar(name, value, step, describe(name))
         if self._wandb:
             # W&B ignores steps below its newest: those that a resumed run computes again, alike.
             self._wandb.log(floats, step=step)
@@ -108,6 +109,12 @@ def _reopen(path: Path, first_step: int) -> Log:
             os.fsync(file.fileno())
         os.replace(kept, path)
     return Log(path, say)
+
+
+def _options(name: str, config: Mapping[str, Any]) -> str:
+    """A run's name and options for TensorBoard, which calls every run after a folder alone."""
+    options = "\n".join(f"{option} = {value!r}" for option, value in config.items())
+    return _as_code(name, options)
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:

@@ -69,6 +69,19 @@ def test_unknown_names(name, tmp_path):
     w.close()
 
 
+@pytest.mark.parametrize(
+    ("name", "metric", "unit"),
+    [
+        ("time/step_s", "time/step_s", " [s]"),
+        ("reward/exact_std", "reward/NAME_std", ""),
+        ("eval/pass@8", "eval/pass@K", " [share]"),
+    ],
+)
+def test_what_a_card_says(name, metric, unit):
+    assert names.describe(name) == METRICS[metric].meaning + unit
+    assert names.describe(f"no {name}") == ""
+
+
 def test_every_metric_has_a_meaning():
     for name, metric in METRICS.items():
         assert metric.meaning, name
@@ -125,12 +138,13 @@ def test_a_process_that_does_not_write(tmp_path):
 
 def test_tensorboard(tmp_path):
     for first_step in (0, 1):
-        w = writers(tmp_path, first_step, tensorboard=True)
+        config = {"seed": 0, "loop.num_steps": 2}
+        w = writers(tmp_path, first_step, tensorboard=True, config=config)
         for step in (first_step, first_step + 1):
             w.scalars(step, {"reward": 10 * first_step + step})
         w.samples(first_step, [SAMPLE])
         w.close()
-    seen, texts = {}, []
+    seen, told, texts = {}, [], {}
     for event in events(tmp_path):
         if event.HasField("session_log"):  # TensorBoard hides this step and what came after it
             seen = {step: value for step, value in seen.items() if step < event.step}
@@ -138,11 +152,15 @@ def test_tensorboard(tmp_path):
             if value.tag == "reward":
                 assert event.step not in seen
                 seen[event.step] = value.simple_value
+                told.append(value.metadata.summary_description)
             else:
-                texts.append(value.tensor.string_val[0].decode())
+                texts[value.tag.partition("/")[0]] = value.tensor.string_val[0].decode()
     assert seen == {0: 0.0, 1: 11.0, 2: 12.0}
-    assert "    [bold]2[/bold]\\x1b[31m\\u202e\n    #### 2" in texts[0]
-    assert "exact_answer 1 · answer_format - · advantage -0.707 · 12 tokens" in texts[0]
+    assert "    [bold]2[/bold]\\x1b[31m\\u202e\n    #### 2" in texts["samples"]
+    assert "exact_answer 1 · answer_format - · advantage -0.707 · 12 tokens" in texts["samples"]
+    assert texts["run"] == f"{tmp_path.name}:\n\n    seed = 0\n    loop.num_steps = 2"
+    meaning = METRICS["reward"].meaning
+    assert told == [meaning, "", meaning, ""]  # on the first of each file
 
 
 def test_wandb_resumes_its_run(tmp_path, monkeypatch):
