@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
+from grpo_jax.evaluation.compare import Counter
 from grpo_jax.messages import console, progress
 from grpo_jax.messages.console import print_title, say
 from grpo_jax.messages.progress import Progress
@@ -275,6 +276,23 @@ def test_progress_in_a_log_is_one_line_now_and_then(monkeypatch):
         f"step 10/25  {facts} 1:18  left 0:30",  # 15 steps of 2 s: the first step does not count
         f"step 20/25  {facts} 1:38  left 0:10",
         f"step 25/25  {facts} 1:48  left 0:00",
+    ]
+
+
+def test_progress_of_an_evaluation_in_a_log_is_a_line_every_ten_seconds(monkeypatch):
+    """And names the pass, however many problems there are."""
+    raw = terminal(monkeypatch)
+    clock = iter([0.0, *(0.25 * n for n in range(1, 101)), 0.0, 1.0, 2.0])  # 25 s, then 2 s
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    for total, num_samples in ((100, 0), (2, 8)):
+        with Counter(total, num_samples) as counter:
+            for _ in range(total):
+                counter.add()
+    assert [line.partition("  ")[0] for line in raw.getvalue().decode().splitlines()] == [
+        "greedy: problem 40/100",
+        "greedy: problem 80/100",
+        "greedy: problem 100/100",
+        "8 samples each: problem 2/2",
     ]
 
 
