@@ -88,7 +88,7 @@ def _cell(metric: str, estimate: Estimate, *, signed: bool = False) -> str:
     value, low, high = (
         f"{scale * x:{form}}" for x in (estimate.value, estimate.low, estimate.high)
     )
-    unit = " %" if scale == 100 and not signed else ""
+    unit = "%" if scale == 100 and not signed else ""
     return f"{value}{unit} [{low}, {high}]"
 
 

@@ -289,8 +289,11 @@ def test_summary(monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr(summary_lib, "console", Console(file=out, width=80))
     summary = {"export": "/run/[bold]", "accuracy_before": 0.2, "accuracy_after": None}
-    summary_table(summary | {"train_wall_s": 1234.56, "generated_tokens_per_s": 9876.5})
+    summary |= {"train_wall_s": 1234.56, "generated_tokens_per_s": 9876.5, "parameters": 396928}
+    summary_table(summary | {"skipped_updates": 0, "roll_backs": 2, "steps": 1000, "seed": 2026})
     text = out.getvalue()
-    for word in ("20.0%", "1,234.6 s", "9,876 tokens/s", "/run/[bold]", "after   -"):
+    for word in ("20.0%", "1,234.6 s", "9,876 tokens/s", "/run/[bold]", "396,928", "steps  "):
         assert word in text
+    assert "1,000" in text and " 2026 " in text and "roll-backs" in text
+    assert "after" not in text and "skipped" not in text
     assert text.index("before") < text.index("export")
