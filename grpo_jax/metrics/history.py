@@ -65,7 +65,7 @@ def read(workdir: str | Path) -> History:
     workdir = Path(workdir)
     path = workdir / "metrics.jsonl"
     if not path.is_file():
-        raise ValueError(f"There is no {path}. --workdir names the folder of a run.")
+        raise ValueError(f"There is no {path}: {workdir} is not the folder of a run.")
     by_step: dict[int, dict[str, float | None]] = {}
     for row in read_jsonl(path):  # lines of one step are joined
         by_step.setdefault(row["step"], {}).update(row)
