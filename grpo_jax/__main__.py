@@ -29,7 +29,7 @@ PROGRAMS = {
     "score": "scores texts of a dataset with a config's rewards; no model needed",
     "export": "writes a checkpoint of a run, such as its best, as a Hugging Face folder",
     "plan": "memory, traffic and time of a step on devices that are not there",
-    "report": "draws the curves of a run again",
+    "report": "draws the curves of a run again, or of several beside each other",
     "profile": "the longest operations of a traced run",
 }
 LISTS = {

@@ -185,7 +185,7 @@ def _evaluate(
     params = engine.publish(params)
     tallies, files, reports = {}, {}, FailureReports()
     for num_samples in (0, args.num_samples) if args.num_samples else (0,):
-        with Counter(len(questions.problems)) as counter:
+        with Counter(len(questions.problems), num_samples) as counter:
             answered = single_turn.answer(
                 engine,
                 params,

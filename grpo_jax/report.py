@@ -1,27 +1,43 @@
-"""Draws a run's curves again, of one that goes on or has ended: `python -m grpo_jax.report`.
+"""Draws a run's curves again, or several runs beside each other: `python -m grpo_jax.report`.
 
-    python -m grpo_jax.report --workdir DIR
+    python -m grpo_jax.report DIR           writes DIR/curves.png and DIR/curves.svg
+    python -m grpo_jax.report DIR DIR2 ...  writes comparison.png and comparison.svg
 
-writes DIR/curves.png.
+Runs that go on are drawn as far as they are. `--workdir DIR` is the same as DIR.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from grpo_jax.config import arguments
+from grpo_jax.evaluation.compare import names
 from grpo_jax.metrics import curves
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draws the picture of `--workdir`; ends with one line where there is nothing to draw."""
+    """Draws the picture of one or more runs; ends with one line where there is nothing to draw."""
     parser = argparse.ArgumentParser(
-        prog=arguments.prog("report"), description="Draw curves.png from a run's metrics."
+        prog=arguments.prog("report"),
+        description="Draw curves.png from a run's metrics, or one picture that compares runs.",
     )
-    parser.add_argument("--workdir", required=True, help="folder of the run")
-    workdir = parser.parse_args(argv).workdir
+    parser.add_argument("folders", nargs="*", metavar="DIR", help="folder of a run")
+    parser.add_argument("--workdir", action="append", default=[], help="the same")
+    parser.add_argument(
+        "--out", default="comparison.png", metavar="FILE",
+        help="where several runs are drawn to, as .png and .svg; default comparison.png",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    folders = list(dict.fromkeys(str(Path(folder)) for folder in args.folders + args.workdir))
+    if not folders:
+        parser.error("give the folder of a run, or of several to compare")
     try:
-        print(curves.curves(workdir))
+        if len(folders) == 1:
+            print(curves.curves(folders[0]))
+        else:
+            found = [str(Path(folder).resolve()) for folder in folders]
+            print(curves.compare(folders, names(found), Path(args.out)))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -160,7 +160,9 @@ def _rendered(config: ConfigDict, rewards, problems: list[Problem]) -> list[str]
 # --- What comes of it -----------------------------------------------------------------------------
 
 
-def _show(args, problems: list[Problem], texts: list[str], scores: Scores, found: dict) -> None:
+def _show(
+    args, rewards, problems: list[Problem], texts: list[str], scores: Scores, found: dict
+) -> None:
     table = Table(title=f"Rewards of {found['rows']:,} rows", title_justify="left")
     for heading in ("reward", "mean", "std", "gives 1", "failed", "none"):
         table.add_column(heading, justify="left" if heading == "reward" else "right")
@@ -172,7 +174,11 @@ def _show(args, problems: list[Problem], texts: list[str], scores: Scores, found
     order = np.argsort(np.nan_to_num(scores.reward_B, nan=-np.inf), kind="stable")
     low = order[: -(-args.samples // 2)]
     high = [i for i in order[::-1][: args.samples // 2] if i not in low]
-    rows = [trial.item(i, problems[i], texts[i], scores) for i in [*low, *high]]
+    rows = [
+        trial.item(i, problems[i], texts[i], scores)
+        | {"columns": registry.columns_read(rewards, problems[i].columns)}
+        for i in [*low, *high]
+    ]
     if rows:
         print_samples("The lowest and the highest", rows)
     for name, seconds_B in scores.seconds.items():
@@ -217,7 +223,7 @@ def main(argv: list[str]) -> None:
     with start_rewards(config, rewards, device_is_busy=False) as pool:
         scores, seconds = trial.score(pool, problems, texts, ids, rendered, args.batch)
     found = trial.figures(scores, seconds)
-    _show(args, problems, texts, scores, found)
+    _show(args, rewards, problems, texts, scores, found)
     if args.completion_column:
         _hint(args.completion_column, texts, scores)
     for path, text in (

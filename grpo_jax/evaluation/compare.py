@@ -49,11 +49,15 @@ def file_name(name: str) -> str:
 
 
 class Counter:
-    """Shows how many problems are answered: a bar on a terminal, elsewhere up to twenty lines."""
+    """Shows how many problems are answered: a bar on a terminal, elsewhere a line every 10 s."""
 
-    def __init__(self, total: int):
-        self._total, self._done = total, 0
-        self._bar = Progress(total, noun="problem", every_steps=max(1, total // 20))
+    def __init__(self, total: int, num_samples: int):
+        """`num_samples` of each; 0: the greedy completion."""
+        self._done = 0
+        kind = "greedy"
+        if num_samples:
+            kind = f"{num_samples} sample{'s' * (num_samples > 1)} each"
+        self._bar = Progress(total, noun=f"{kind}: problem", every_s=10.0)
 
     def add(self) -> None:
         self._done += 1
@@ -84,7 +88,7 @@ def _cell(metric: str, estimate: Estimate, *, signed: bool = False) -> str:
     value, low, high = (
         f"{scale * x:{form}}" for x in (estimate.value, estimate.low, estimate.high)
     )
-    unit = " %" if scale == 100 and not signed else ""
+    unit = "%" if scale == 100 and not signed else ""
     return f"{value}{unit} [{low}, {high}]"
 
 

@@ -35,18 +35,25 @@ def show_progress(noun: str, state: Callable[[], tuple[int, int]]) -> None:
 class Progress:
     """Shows how far a run is: a bar on a terminal, elsewhere a line every `every_steps` steps.
 
-    A context manager; `update` is called after each step.
+    With `every_s`, where steps take no time, a line after so many seconds, and in the end. A
+    context manager; `update` is called after each step.
     """
 
     def __init__(
-        self, total_steps: int, *, first_step: int = 0, every_steps: int = 10, noun: str = "step"
+        self,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        every_steps: int = 10,
+        every_s: float | None = None,
+        noun: str = "step",
     ):
         self._total, self._first, self._every = total_steps, first_step, every_steps
-        self._noun = noun
+        self._every_s, self._noun = every_s, noun
         self._bar = None
 
     def __enter__(self) -> Progress:
-        self._start = time.monotonic()
+        self._start = self._said = time.monotonic()
         self._after_first: float | None = None
         if console.console.is_terminal:
             # On a narrow terminal there is no bar, and the end of the facts is cut, not the step.
@@ -84,8 +91,14 @@ class Progress:
         if self._bar:
             told = self._told(num_steps_done, facts)
             self._bar.update(self._task, completed=num_steps_done, facts=told)
-        elif num_steps_done % self._every == 0 or num_steps_done in (self._first + 1, self._total):
+        elif self._is_due(num_steps_done, now):
             say(f"{self._noun} {num_steps_done}/{self._total}  {facts}")
+            self._said = now
+
+    def _is_due(self, done: int, now: float) -> bool:
+        if self._every_s is not None:
+            return done == self._total or now - self._said >= self._every_s
+        return done % self._every == 0 or done in (self._first + 1, self._total)
 
     def _told(self, done: int, facts: str) -> str:
         """What stands beside the bar; without one, the step too."""

@@ -14,7 +14,9 @@ class Metric(NamedTuple):
 # NAME stands for the name of a reward, K for a number of samples per problem.
 METRICS: dict[str, Metric] = {
     "reward": Metric("", "mean over completions of the weighted sum of the rewards"),
-    "reward_std": Metric("", "standard deviation of that sum over all completions of the step"),
+    "reward_std": Metric(
+        "", "standard deviation of the weighted sum over all completions of the step"
+    ),
     "reward/NAME": Metric("", "mean of one reward over the completions it was given to"),
     "rewards/failed/NAME": Metric(
         "completions", "of the step for which one reward failed, worth the least of the step, or 0"
@@ -28,7 +30,9 @@ METRICS: dict[str, Metric] = {
         "completions", "to which no reward function gave a number; nothing is learned from them"
     ),
     "reward_log/NAME": Metric("", "what a reward function logged by log_metric, mean over calls"),
-    "reward/NAME_std": Metric("", "standard deviation of one reward over those completions"),
+    "reward/NAME_std": Metric(
+        "", "standard deviation of one reward over the completions it was given to"
+    ),
     "accuracy": Metric(
         "share", "completions to which rewards.accuracy gives 1, of those that it applies to"
     ),
@@ -56,13 +60,17 @@ METRICS: dict[str, Metric] = {
         "nats",
         "mean absolute change of log-probabilities by the updates before on the same rollout",
     ),
-    "policy/drift_max": Metric("nats", "largest such change"),
+    "policy/drift_max": Metric(
+        "nats", "largest change of a log-probability by the updates before on the same rollout"
+    ),
     "policy/sampler_gap_mean": Metric(
         "nats",
         "mean absolute difference of the sampler's and the scorer's log-probability, the latter of "
         "the policy before the step's updates",
     ),
-    "policy/sampler_gap_max": Metric("nats", "largest such difference"),
+    "policy/sampler_gap_max": Metric(
+        "nats", "largest difference of the sampler's and the scorer's log-probability"
+    ),
     "policy/importance_mean": Metric(
         "", "mean weight that corrects for the sampler's distribution; 1 without a correction"
     ),
@@ -98,13 +106,16 @@ METRICS: dict[str, Metric] = {
         "share", "the least time that sampling can take on these devices, of what it took"
     ),
     "roofline/learning_share": Metric(
-        "share", "the same of reference and updates, of the time after the last completion"
+        "share",
+        "the least time that reference and updates can take, of the time after the last completion",
     ),
-    "roofline/step_share": Metric("share", "the same of all of these, of the step's time"),
+    "roofline/step_share": Metric(
+        "share", "the least time that sampling, reference and updates can take, of the step's time"
+    ),
     "tokens/generated": Metric("tokens", "sampled since the run began"),
-    "eval/accuracy": Metric("share", "the same of one greedy completion of each held-out problem"),
-    "eval/reward": Metric("", "mean over these of the weighted sum of the rewards"),
-    "eval/reward/NAME": Metric("", "mean over these of one reward"),
+    "eval/accuracy": Metric("share", "accuracy of one greedy completion of each held-out problem"),
+    "eval/reward": Metric("", "mean over greedy completions of the weighted sum of the rewards"),
+    "eval/reward/NAME": Metric("", "mean over greedy completions of one reward"),
     "eval/answer_found_share": Metric("share", "greedy completions in which an answer was found"),
     "eval/truncated_share": Metric("share", "greedy completions cut at the token limit"),
     "eval/length": Metric("tokens", "mean length of greedy completions"),
@@ -127,3 +138,12 @@ _KNOWN = re.compile("|".join(_pattern(name) for name in METRICS))
 def is_known(name: str) -> bool:
     """Whether METRICS describes a metric of this name."""
     return _KNOWN.fullmatch(name) is not None
+
+
+def describe(name: str) -> str:
+    """Meaning and unit of a metric, in one line; "" of one that METRICS does not describe."""
+    known = [n for n in METRICS if re.fullmatch(_pattern(n), name)]
+    if not known:
+        return ""
+    metric = METRICS[max(known, key=len)]  # of reward/NAME and reward/NAME_std the latter
+    return metric.meaning + (f" [{metric.unit}]" if metric.unit else "")

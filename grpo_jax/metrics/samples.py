@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from rich.table import Table
@@ -12,29 +14,47 @@ from grpo_jax.messages import console
 from grpo_jax.messages.values import cut
 
 _MAX_EXTRA_CHARS = 40  # of what a reward function added to a sample: texts keep their width
+_MAX_COLUMNS = 4  # of a problem
 
 
 def print_samples(title: str, rows: list[dict[str, Any]], max_chars: int = 600) -> None:
-    """Prints a table of completions (the keys stand at the top of this module).
+    """Prints a table of completions (the keys stand at the top of `writers.py`).
 
-    Texts are shown as they are, with control characters spelled out, and cut in their middle to
-    `max_chars`: beginning and answer stay. What reward functions added is cut to a line of its own.
+    A prompt and the columns beside it stand once, before its completions. Texts are shown as they
+    are, with control characters spelled out, and cut in their middle to `max_chars`: beginning and
+    answer stay. What reward functions added is cut to a line of its own.
     """
     table = Table(title=title, title_justify="left", show_lines=True)
-    table.add_column("prompt", ratio=2, overflow="fold")
-    table.add_column("completion", ratio=4, overflow="fold")
-    table.add_column("", no_wrap=True)  # one column of facts leaves the texts their width
-    for row in rows:
-        texts = [
-            Text(console.printable(console.cut_middle(row[t], max_chars)))
-            for t in ("prompt", "completion")
-        ]
-        extras = [
-            cut(" ".join(f"{name} {value}".split()), _MAX_EXTRA_CHARS)
-            for name, value in row.get("extras", {}).items()
-        ]
-        table.add_row(*texts, Text(console.printable("\n".join(facts(row) + extras))))
+    table.add_column("text", ratio=1, overflow="fold")
+    table.add_column("what it is or earned", no_wrap=True)  # in one: texts keep their width
+    for about, texts in by_question(rows):
+        for name, text in about.items():
+            table.add_row(
+                _shown(text, max_chars), Text(console.printable(_line(name))), style="dim"
+            )
+        for row in texts:
+            extras = [_line(f"{name} {value}") for name, value in row.get("extras", {}).items()]
+            earned = Text(console.printable("\n".join(facts(row) + extras)))
+            table.add_row(_shown(row["completion"], max_chars), earned)
     console.console.print(table)
+
+
+def by_question(
+    rows: list[dict[str, Any]],
+) -> Iterator[tuple[dict[str, str], list[dict[str, Any]]]]:
+    """Prompt and columns by name, and the samples that answer them, which follow each other."""
+    for _, group in itertools.groupby(rows, lambda row: (row["prompt"], row.get("columns"))):
+        group = list(group)
+        columns = list(group[0].get("columns", {}).items())[:_MAX_COLUMNS]
+        yield {"prompt": group[0]["prompt"]} | {n: str(value) for n, value in columns}, group
+
+
+def _shown(text: str, max_chars: int) -> Text:
+    return Text(console.printable(console.cut_middle(text, max_chars)))
+
+
+def _line(text: str) -> str:
+    return cut(" ".join(text.split()), _MAX_EXTRA_CHARS)
 
 
 def facts(row: dict[str, Any]) -> list[str]:

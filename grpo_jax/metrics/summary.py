@@ -11,29 +11,36 @@ from rich.text import Text
 
 from grpo_jax.messages.console import console
 
-_SUMMARY = {
+SHOWN = {  # what summary.json holds, as it is called and written here
     "accuracy_before": ("held-out accuracy before", "{:.1%}"),
     "accuracy_after": ("held-out accuracy after", "{:.1%}"),
-    "held_out_reward_before": ("held-out reward before", "{:.3f}"),
-    "held_out_reward_after": ("held-out reward after", "{:.3f}"),
-    "num_steps": ("steps", "{:,}"),
+    "held_out_reward_before": ("held-out reward before", "{:,.3f}"),
+    "held_out_reward_after": ("held-out reward after", "{:,.3f}"),
+    "steps": ("steps", "{:,}"),
     "train_wall_s": ("training time", "{:,.1f} s"),
     "generated_tokens_per_s": ("sampling speed", "{:,.0f} tokens/s"),
     "generated_tokens": ("tokens sampled", "{:,}"),
+    "parameters": ("parameters", "{:,}"),
     "skipped_updates": ("updates skipped", "{:,}"),
     "roll_backs": ("roll-backs", "{:,}"),
-    "mfu": ("of peak arithmetic", "{:.1%}"),
     "seed": ("seed", "{}"),
+    "export": ("export", "{}"),
+    "curves": ("curves", "{}"),
 }
+_IF_ANY = ("skipped_updates", "roll_backs")  # 0 is as it should be
 
 
 def summary_table(summary: Mapping[str, Any]) -> None:
-    """Prints the end of a run in a box: known numbers with units, then the rest (paths) by name."""
+    """Prints the end of a run in a box: its numbers with units, then the rest (paths) by name.
+
+    What was not measured, and what did not happen, is left out.
+    """
     table = Table.grid(padding=(0, 2))
-    names = [n for n in _SUMMARY if n in summary] + [n for n in summary if n not in _SUMMARY]
-    for name in names:
-        label, form = _SUMMARY.get(name, (name.replace("_", " "), "{}"))
+    for name in [n for n in SHOWN if n in summary] + [n for n in summary if n not in SHOWN]:
         value = summary[name]
-        text = "-" if value is None else form.format(value)
-        table.add_row(Text(label, style="dim"), Text(text, style="bold", overflow="fold"))
+        if value is None or (name in _IF_ANY and not value):
+            continue
+        label, form = SHOWN.get(name, (name.replace("_", " "), "{}"))
+        text = Text(form.format(value), style="bold", overflow="fold")
+        table.add_row(Text(label, style="dim"), text)
     console.print(Panel(table, title="Run finished", title_align="left", expand=False))

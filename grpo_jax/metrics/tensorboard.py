@@ -62,14 +62,19 @@ class EventLog:
         now = time.time_ns()
         name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
         self._log = Log(folder / name, say)
+        self._described: set[str] = set()
         pb = _tensorboard().event_pb2
         self._add(file_version="brain.Event:2")
         start = pb.SessionLog(status=pb.SessionLog.START)
         self._add(step=first_step, session_log=start)
 
-    def scalar(self, name: str, value: float, step: int) -> None:
+    def scalar(self, name: str, value: float, step: int, description: str = "") -> None:
+        """A number; the description stands on its card."""
         summary = _tensorboard().summary_pb2.Summary()  # its own function would change the name
-        summary.value.add(tag=name, simple_value=value)
+        added = summary.value.add(tag=name, simple_value=value)
+        if name not in self._described:  # TensorBoard keeps the first that it reads
+            added.metadata.summary_description = description
+            self._described.add(name)
         self._add(step=step, summary=summary)
 
     def text(self, name: str, text: str, step: int) -> None:

@@ -2,8 +2,8 @@
 
 A run's folder holds `metrics.jsonl` and `samples.jsonl`, one JSON object a line with its "step",
 and TensorBoard events in `tensorboard/`. A sample is a dict with `prompt` and `completion` (texts),
-`rewards` (by reward, None where none was given), `advantage`, `length` (tokens) and `extras` (what
-reward functions added).
+`columns` (of its problem, texts), `rewards` (by reward, None where none was given), `advantage`,
+`length` (tokens) and `extras` (what reward functions added).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from grpo_jax.messages.console import say, visible
 from grpo_jax.metrics import samples
-from grpo_jax.metrics.names import is_known
+from grpo_jax.metrics.names import describe, is_known
 from grpo_jax.metrics.tensorboard import EventLog
 from grpo_jax.run.append_log import Log, read_jsonl
 
@@ -61,6 +61,7 @@ class Writers:
         )
         if tensorboard:
             self._board = EventLog(workdir / "tensorboard", first_step, say)
+            self._board.text("run", _options(workdir.resolve().name, config), first_step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes metrics of a step, each of a name in METRICS. JSON gets null for NaN and inf."""
@@ -73,7 +74,7 @@ class Writers:
         self._metrics.line({"step": int(step)} | finite)
         if self._board:
             for name, value in floats.items():
-                self._board.scalar(name, value, step)
+                self._board.scalar(name, value, step, describe(name))
         if self._wandb:
             # W&B ignores steps below its newest: those that a resumed run computes again, alike.
             self._wandb.log(floats, step=step)
@@ -110,17 +111,30 @@ def _reopen(path: Path, first_step: int) -> Log:
     return Log(path, say)
 
 
+def _options(name: str, config: Mapping[str, Any]) -> str:
+    """A run's name and options for TensorBoard, which calls every run after a folder alone."""
+    options = "\n".join(f"{option} = {value!r}" for option, value in config.items())
+    return _as_code(name, options)
+
+
 def _markdown(rows: list[dict[str, Any]]) -> str:
-    """Samples for TensorBoard, their texts as indented code: no character of them is markup."""
+    """Samples for TensorBoard, their texts as indented code: no character of them is markup.
+
+    A prompt stands once, before its completions.
+    """
     parts = []
-    for row in rows:
-        parts.append("**" + " · ".join(samples.facts(row)) + "**")
-        texts = {title: row[title] for title in ("prompt", "completion")} | row.get("extras", {})
-        for title, text in texts.items():
-            title = re.sub(r"[^\w .-]", "?", title)  # of an extra column, by a reward function
-            lines = visible(str(text)).split("\n")
-            parts.append(f"{title}:\n\n" + "\n".join("    " + line for line in lines))
+    for about, texts in samples.by_question(rows):
+        parts += [_as_code(name, text) for name, text in about.items()]
+        for row in texts:
+            parts.append("**" + " · ".join(samples.facts(row)) + "**")
+            further = {"completion": row["completion"]} | row.get("extras", {})
+            parts += [_as_code(name, text) for name, text in further.items()]
     return "\n\n".join(parts)
+
+
+def _as_code(title: str, text: Any) -> str:
+    title = re.sub(r"[^\w .-]", "?", title)  # of a column, or of what a reward function added
+    return f"{title}:\n\n" + "\n".join(f"    {line}" for line in visible(str(text)).split("\n"))
 
 
 def _start_wandb(workdir: Path, project: str, config: dict[str, Any]) -> Any:

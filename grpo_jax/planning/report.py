@@ -22,43 +22,16 @@ _SMALL = 0.001  # of the largest program: what needs less is left out of the tab
 
 
 def show(plan: Plan) -> None:
-    """Prints the plan: what lies in memory, and the programs of a step."""
+    """Prints the plan: what lies in memory, and the programs of a step, 80 columns wide."""
     devices = math.prod(plan.mesh.values())
-    mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
-    print_title(f"{plan.num_params:,} parameters on {devices} devices of {plan.topology}: {mesh}")
-    memory = Table(title="Memory of each device", title_justify="left")
-    memory.add_column("held for")
-    memory.add_column("GiB", justify="right")
+    print_title(f"{plan.num_params:,} parameters on {devices} devices of {plan.topology}")
+    say("Mesh: " + " x ".join(f"{name} {size}" for name, size in plan.mesh.items()))
+    memory = _table("Memory of each device", "held for", "GiB")
     for name, size in (*plan.held.items(), ("activations", plan.activations), ("peak", plan.peak)):
         memory.add_row(name, _gib(size))
     console.print(memory)
-    title = "Programs on each device; what has 0 runs is not run in a step"
-    table = Table(title=title, title_justify="left")
-    names = "program", "runs", "peak GiB", "TFLOP", "GB", "sent GB", "least s", "bound", "in turn"
-    for name in names:
-        table.add_column(name, justify="left" if name == "program" else "right", no_wrap=True)
-    size = lambda p: p.arguments + p.results + p.temporary  # noqa: E731
-    largest = max(map(size, plan.programs))
-    for p in (p for p in plan.programs if p.error or size(p) >= _SMALL * largest):
-        seconds = p.seconds(plan.chip)
-        name, least = plan_lib.bound(seconds)
-        table.add_row(
-            p.name,
-            str(p.runs),
-            _gib(p.peak),
-            f"{p.cost.flops / 1e12:,.2f}",
-            f"{p.cost.bytes / 1e9:,.0f}",
-            f"{sum(p.cost.sent.values()) / 1e9:,.2f}",
-            f"{least:,.3f}" if seconds else "",
-            name,
-            f"{seconds['in turn']:,.3f}" if seconds else "",
-        )
-    console.print(table)
-    sent = Table(title="Sent by each device in a step, GB", title_justify="left")
-    sent.add_column("kind")
-    sent.add_column("mesh axes")
-    sent.add_column("GB", justify="right")
-    sent.add_column("waited for, s", justify="right")
+    _show_programs(plan)
+    sent = _table("Sent by each device in a step, GB", "kind", "mesh axes", "GB", "waited for, s")
     waited = plan.waited
     for key, size in sorted(plan.cost.sent.items(), key=lambda item: -item[1]):
         kind, axes = key
@@ -74,6 +47,37 @@ def show(plan: Plan) -> None:
         f"{plan.chip.name}. A step takes at least {plan.step_s:,.1f} s, and {plan.in_turn_s:,.1f} "
         "s at these rates where one kernel follows another."
     )
+
+
+def _show_programs(plan: Plan) -> None:
+    """What they need and do, and in a table of its own, where rates are known, how long."""
+    title = "Programs on each device; what has 0 runs is not run in a step"
+    needs = _table(title, "program", "runs", "peak GiB", "TFLOP", "GB", "sent GB")
+    times = _table("Seconds of these, all their runs", "program", "least s", "bound", "in turn")
+    size = lambda p: p.arguments + p.results + p.temporary  # noqa: E731
+    largest = max(map(size, plan.programs))
+    for p in (p for p in plan.programs if p.error or size(p) >= _SMALL * largest):
+        work = f"{p.cost.flops / 1e12:,.2f}", f"{p.cost.bytes / 1e9:,.0f}"
+        needs.add_row(
+            p.name, str(p.runs), _gib(p.peak), *work, f"{sum(p.cost.sent.values()) / 1e9:,.2f}"
+        )
+        seconds = p.seconds(plan.chip)
+        if seconds:
+            name, least = plan_lib.bound(seconds)
+            times.add_row(p.name, f"{least:,.3f}", name, f"{seconds['in turn']:,.3f}")
+    console.print(needs)
+    if times.row_count:
+        console.print(times)
+
+
+def _table(title: str, *heads: str) -> Table:
+    """Names to the left, which may be folded; numbers to the right, under heads that are not."""
+    table = Table(title=title, title_justify="left")
+    for head in heads:
+        is_name = head in ("held for", "program", "kind", "mesh axes")
+        table.add_column(head, justify="left" if is_name else "right", no_wrap=not is_name,
+                         overflow="fold", min_width=len(head))  # fmt: skip
+    return table
 
 
 def told(tries: Iterator[advice.Tried]) -> list[advice.Tried]:

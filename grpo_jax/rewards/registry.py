@@ -29,7 +29,7 @@ import numbers
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from grpo_jax.messages.values import shown
@@ -292,6 +292,11 @@ def _needed(found: Callable) -> list[str]:
 def reads(rewards: Sequence[Reward], name: str) -> bool:
     """Whether a reward function names this argument."""
     return any(name in inspect.signature(function(r.spec)).parameters for r in rewards)
+
+
+def columns_read(rewards: Sequence[Reward], columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a problem's columns that a reward function names; all where none names any."""
+    return {n: v for n, v in columns.items() if reads(rewards, n)} or dict(columns)
 
 
 def refuse_columns(rewards: Sequence[Reward], problems: Sequence[Any]) -> None:

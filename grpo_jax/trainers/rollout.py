@@ -15,14 +15,18 @@ from grpo_jax.environments.questions import Questions
 from grpo_jax.environments.rewarding import RewardCollector
 from grpo_jax.environments.single_turn import Rollout
 from grpo_jax.learner import scoring
+from grpo_jax.messages.console import cut_middle
 from grpo_jax.metrics import writers as writers_lib
 from grpo_jax.metrics.samples import print_samples
+from grpo_jax.rewards import registry
 from grpo_jax.rewards.scores import Scores
 from grpo_jax.structs import Rollouts
 from grpo_jax.trainers.listeners import Listeners
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Run
 from grpo_jax.trainers.step_metrics import StepLog
+
+_MAX_COLUMN_CHARS = 400  # of a problem's column beside a sample
 
 
 def sample(
@@ -99,6 +103,8 @@ def _rows(run: Run, rollout: Rollout, scores: Scores) -> list[dict[str, Any]]:
     best_first = np.argsort(-reward_PG[p], kind="stable")
     num_best = -(-run.config.logging.num_samples // 2)
     num_worst = min(run.config.logging.num_samples - num_best, group - num_best)
+    read = registry.columns_read(run.rewards.rewards, rollout.questions.problems[p].columns)
+    columns = {name: cut_middle(str(value), _MAX_COLUMN_CHARS) for name, value in read.items()}
     rows = []
     for g in [*best_first[:num_best], *best_first[group - max(num_worst, 0) :]]:
         row = p * group + g
@@ -106,6 +112,7 @@ def _rows(run: Run, rollout: Rollout, scores: Scores) -> list[dict[str, Any]]:
         rows.append(
             {
                 "prompt": rollout.questions.texts[p],
+                "columns": columns,
                 "completion": texts[g],
                 "rewards": {n: None if np.isnan(v) else v for n, v in by_name.items()},
                 "extras": {n: v[row] for n, v in scores.extras.items()},

@@ -141,8 +141,9 @@ def test_two_models_side_by_side(config, models, capsys):
     shown = capsys.readouterr().out
     assert "12 held-out problems" in shown and "3 samples of each at temperature 1.5" in shown
     one = found["models"][0]["metrics"]["accuracy"]
-    cell = f"{100 * one['value']:.1f} % [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
+    cell = f"{100 * one['value']:.1f}% [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
     assert cell in shown
+    assert "greedy: problem 12/12" in shown and "3 samples each: problem 12/12" in shown
     assert f"{100 * gain['value']:+.1f} [{100 * gain['low']:+.1f}," in shown
     reward = found["models"][0]["metrics"]["reward/short"]
     assert f"{reward['value']:.3f} [{reward['low']:.3f}, {reward['high']:.3f}]" in shown

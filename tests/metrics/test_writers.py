@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
+from grpo_jax.evaluation.compare import Counter
 from grpo_jax.messages import console, progress
 from grpo_jax.messages.console import print_title, say
 from grpo_jax.messages.progress import Progress
@@ -69,6 +70,19 @@ def test_unknown_names(name, tmp_path):
     w.close()
 
 
+@pytest.mark.parametrize(
+    ("name", "metric", "unit"),
+    [
+        ("time/step_s", "time/step_s", " [s]"),
+        ("reward/exact_std", "reward/NAME_std", ""),
+        ("eval/pass@8", "eval/pass@K", " [share]"),
+    ],
+)
+def test_what_a_card_says(name, metric, unit):
+    assert names.describe(name) == METRICS[metric].meaning + unit
+    assert names.describe(f"no {name}") == ""
+
+
 def test_every_metric_has_a_meaning():
     for name, metric in METRICS.items():
         assert metric.meaning, name
@@ -125,12 +139,13 @@ def test_a_process_that_does_not_write(tmp_path):
 
 def test_tensorboard(tmp_path):
     for first_step in (0, 1):
-        w = writers(tmp_path, first_step, tensorboard=True)
+        config = {"seed": 0, "loop.num_steps": 2}
+        w = writers(tmp_path, first_step, tensorboard=True, config=config)
         for step in (first_step, first_step + 1):
             w.scalars(step, {"reward": 10 * first_step + step})
         w.samples(first_step, [SAMPLE])
         w.close()
-    seen, texts = {}, []
+    seen, told, texts = {}, [], {}
     for event in events(tmp_path):
         if event.HasField("session_log"):  # TensorBoard hides this step and what came after it
             seen = {step: value for step, value in seen.items() if step < event.step}
@@ -138,11 +153,15 @@ def test_tensorboard(tmp_path):
             if value.tag == "reward":
                 assert event.step not in seen
                 seen[event.step] = value.simple_value
+                told.append(value.metadata.summary_description)
             else:
-                texts.append(value.tensor.string_val[0].decode())
+                texts[value.tag.partition("/")[0]] = value.tensor.string_val[0].decode()
     assert seen == {0: 0.0, 1: 11.0, 2: 12.0}
-    assert "    [bold]2[/bold]\\x1b[31m\\u202e\n    #### 2" in texts[0]
-    assert "exact_answer 1 · answer_format - · advantage -0.707 · 12 tokens" in texts[0]
+    assert "    [bold]2[/bold]\\x1b[31m\\u202e\n    #### 2" in texts["samples"]
+    assert "exact_answer 1 · answer_format - · advantage -0.707 · 12 tokens" in texts["samples"]
+    assert texts["run"] == f"{tmp_path.name}:\n\n    seed = 0\n    loop.num_steps = 2"
+    meaning = METRICS["reward"].meaning
+    assert told == [meaning, "", meaning, ""]  # on the first of each file
 
 
 def test_wandb_resumes_its_run(tmp_path, monkeypatch):
@@ -213,6 +232,27 @@ def test_what_reward_functions_add_to_samples(monkeypatch, tmp_path):
     assert board.endswith("a?b:\n\n    <b>x\n    * y</b>")
 
 
+def test_a_prompt_stands_once_before_its_completions(monkeypatch):
+    """With the columns beside it, by their names; so in TensorBoard."""
+    raw = terminal(monkeypatch)
+    rows = [SAMPLE | {"columns": {"answer": 2}, "completion": f"it is {n}"} for n in (1, 2)]
+    rows.append(SAMPLE | {"prompt": "0+0?", "columns": {"answer": 0}, "completion": "nothing"})
+    print_samples("Completions of step 3", rows)
+    board = writers_lib._markdown(rows)
+    for text in (raw.getvalue().decode(), board):
+        assert text.count("1+1?") == text.count("0+0?") == 1
+        assert text.count("prompt") == 2
+        assert text.count("answer") == 2 + 3 * 2  # of each sample, exact_answer and answer_format
+        order = ["1+1?", "it is 1", "it is 2", "0+0?", "nothing"]
+        assert sorted(order, key=text.index) == order
+    assert "answer:\n\n    2" in board
+    heads = raw.getvalue().decode().splitlines()[2]
+    assert [head.strip() for head in heads.strip("\u2503").split("\u2503")] == [
+        "text",
+        "what it is or earned",
+    ]
+
+
 def test_a_terminal_without_unicode(monkeypatch):
     raw = terminal(monkeypatch, encoding="ascii")
     print_samples("Completions of step 0", [SAMPLE | {"completion": "naïve \ud800 ∑"}])
@@ -236,6 +276,23 @@ def test_progress_in_a_log_is_one_line_now_and_then(monkeypatch):
         f"step 10/25  {facts} 1:18  left 0:30",  # 15 steps of 2 s: the first step does not count
         f"step 20/25  {facts} 1:38  left 0:10",
         f"step 25/25  {facts} 1:48  left 0:00",
+    ]
+
+
+def test_progress_of_an_evaluation_in_a_log_is_a_line_every_ten_seconds(monkeypatch):
+    """And names the pass, however many problems there are."""
+    raw = terminal(monkeypatch)
+    clock = iter([0.0, *(0.25 * n for n in range(1, 101)), 0.0, 1.0, 2.0])  # 25 s, then 2 s
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    for total, num_samples in ((100, 0), (2, 8)):
+        with Counter(total, num_samples) as counter:
+            for _ in range(total):
+                counter.add()
+    assert [line.partition("  ")[0] for line in raw.getvalue().decode().splitlines()] == [
+        "greedy: problem 40/100",
+        "greedy: problem 80/100",
+        "greedy: problem 100/100",
+        "8 samples each: problem 2/2",
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import io
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import tiny
 from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
 
 from grpo_jax import plan
 from grpo_jax.config import loading
@@ -24,8 +26,9 @@ from grpo_jax.data import tasks
 from grpo_jax.devices import chips, sharding
 from grpo_jax.kernels.gpu_decode import TritonDecode
 from grpo_jax.learner import train_state
+from grpo_jax.messages import console as messages_console
 from grpo_jax.models import policy
-from grpo_jax.planning import advice, gpu_targets, hlo, hlo_text, topologies
+from grpo_jax.planning import advice, gpu_targets, hlo, hlo_text, report, topologies
 from grpo_jax.planning import plan as planning_plan
 from grpo_jax.planning.compiled import Compiled
 from grpo_jax.planning.plan import Plan
@@ -739,3 +742,29 @@ def test_the_program_writes_what_it_prints(tmp_path, capsys):
     assert np.isclose(report["flops"], sum(p["flops"] for p in report["programs"]))
     printed = capsys.readouterr().out
     assert "parameters on 8 devices" in printed and "whether it fits is not known" in printed
+
+
+def test_no_head_is_cut_on_80_columns(monkeypatch):
+    """With and without rates, and large numbers beside the longest names."""
+    axes = ("data", "fsdp", "sequence", "tensor")
+    gather = hlo.Collective("all-gather", axes, 8, 123_456e9, 1.0, "")
+    cost = hlo.Cost(flops=98_765e12, bytes=123_456e9, collectives=(gather,))
+    programs = [
+        Compiled(name, "update", runs, 0.0, 2.0**40, 0.0, 0.0, cost, 1.0)
+        for name, runs in (("supervised optimizer_step", 128), ("evaluation empty_slots", 0))
+    ]
+    rates = {"flops": 1e15, "bandwidth": 3e12, "link": 4e11}
+    without = Chip("c", None, None, None, None, None, "", None, "")
+    for chip in (without, dataclasses.replace(without, **rates)):
+        mesh = {"data": 64, "fsdp": 8, "sequence": 4, "tensor": 8}
+        plan = Plan("cpu:16384", chip, mesh, 123_456_789_012, {"weights": 2.0**40}, programs)
+        out = io.StringIO()
+        for module in (report, messages_console):
+            monkeypatch.setattr(module, "console", Console(file=out, width=80, highlight=False))
+        report.show(plan)
+        text = out.getvalue()
+        assert "\N{HORIZONTAL ELLIPSIS}" not in text and max(map(len, text.splitlines())) <= 80
+        for head in ("program", "runs", "peak GiB", "TFLOP", "GB", "sent GB", "waited for, s"):
+            assert f" {head} " in text
+        assert "data 64 x fsdp 8 x sequence 4 x tensor 8" in text and "16384 devices" in text
+        assert ("least s" in text) == ("308.640" in text) == (chip.flops is not None)

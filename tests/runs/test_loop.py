@@ -25,6 +25,7 @@ from grpo_jax.devices.chips import Chip
 from grpo_jax.learner.experience import Prepare
 from grpo_jax.metrics import trace as trace_lib
 from grpo_jax.metrics.names import METRICS, is_known
+from grpo_jax.metrics.summary import SHOWN
 from grpo_jax.models.hf.weights import stored_dtype
 from grpo_jax.rewards import registry
 from grpo_jax.rewards.pool import Pool
@@ -84,6 +85,7 @@ def test_what_a_run_leaves(tmp_path, compile_cache, cache_folder, monkeypatch):
     assert summary["steps"] == 4 and summary["seed"] == 0 and summary["train_wall_s"] > 0
     assert 0 <= summary["accuracy_before"] <= 1 and 0 <= summary["accuracy_after"] <= 1
     assert summary["generated_tokens_per_s"] > 0
+    assert summary.keys() - {"ask"} == SHOWN.keys()  # each has its name in the box
 
     _check_names(folder)
     every_step = {"reward", "accuracy", "policy/loss", "policy/kl", "policy/grad_norm"}
@@ -115,6 +117,7 @@ def test_what_a_run_leaves(tmp_path, compile_cache, cache_folder, monkeypatch):
     assert samples[0].keys() == {
         "step",
         "prompt",
+        "columns",
         "completion",
         "rewards",
         "extras",

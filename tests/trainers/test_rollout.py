@@ -10,9 +10,11 @@ import pytest
 import tiny
 
 from grpo_jax.config import options as options_lib
+from grpo_jax.data.problems import Problem
 from grpo_jax.environments.single_turn import Rollout
 from grpo_jax.learner.experience import make_prepare
 from grpo_jax.learner.scoring import Scorer
+from grpo_jax.rewards import registry
 from grpo_jax.rewards.scores import Scores
 from grpo_jax.structs import Sampling
 from grpo_jax.trainers import rollout
@@ -22,6 +24,10 @@ from grpo_jax.trainers.runs import Course
 # Of two prompts with four completions each the second is the more divided; one reward is unknown,
 # and stands for 0. Its mean is 0.5, its deviation 0.5.
 REWARD_B = np.float32([0.5, 0.5, 0.5, 0.25, 1.0, np.nan, 1.0, 0.0])
+PROBLEMS = [
+    Problem("1st", {"answer": "1"}),
+    Problem("2nd", {"answer": "w" * 300 + "#### " + "x" * 300, "source": "a book"}),
+]
 LENGTH_PG = np.arange(8, dtype=np.int32).reshape(2, 4)
 
 
@@ -37,7 +43,7 @@ def shown(step: int, scale_by: str = "none", **options) -> list[dict] | None:
         extras={"note": list("abcdefgh")},
     )
     sampled = Rollout(
-        questions=SimpleNamespace(texts=["first", "second"]),
+        questions=SimpleNamespace(texts=["first", "second"], problems=PROBLEMS),
         rewards=SimpleNamespace(
             texts=lambda numbers: [f"{p}-{g}" for p in numbers for g in range(4)]
         ),
@@ -50,6 +56,7 @@ def shown(step: int, scale_by: str = "none", **options) -> list[dict] | None:
     rollout.show(
         SimpleNamespace(
             config=config,
+            rewards=SimpleNamespace(rewards=registry.load(("exact_answer",), (1.0,))),
             course=Course(9, 2, samples_every=config.logging.samples_every_steps),
             prepare=make_prepare(scorer, scale_by=scale_by, mask_truncated=False, with_old=False),
         ),
@@ -75,6 +82,9 @@ def test_the_best_and_the_worst_of_the_most_divided_group():
     assert [row["extras"] for row in rows] == [{"note": "e"}, {"note": "g"}, {"note": "h"}]
     assert {row["prompt"] for row in rows} == {"second"}
     assert rows[0]["rewards"] == {"right": 1.0, "long": 2.0}
+    # Of the columns that which the reward reads, cut in its middle.
+    shortened = f"{'w' * 200} [... 205 characters ...] {'x' * 200}"
+    assert [row["columns"] for row in rows] == [{"answer": shortened}] * 3
 
 
 def test_an_unknown_reward_is_shown_as_none():
