@@ -20,6 +20,8 @@ from ml_collections import ConfigDict
 from grpo_jax.config import arguments, derived
 from grpo_jax.hosts import cpus, processes
 from grpo_jax.hosts.processes import Limits
+from grpo_jax.messages import console as console_lib
+from grpo_jax.messages import events
 from grpo_jax.messages.console import console, one_line, say
 from grpo_jax.messages.credentials import redact
 from grpo_jax.run import disk, stop
@@ -149,6 +151,35 @@ def use_nan_checks(check: bool) -> None:
     jax.config.update("jax_debug_nans", check)
 
 
+@contextlib.contextmanager
+def told(config: ConfigDict, folder: Path) -> Iterator[None]:
+    """While entered, a run speaks as `logging.console` says, and `logging.on_event` hears of it.
+
+    Of how it ends, too: stopped, or failed. That it has finished is said by who has its summary.
+    The first process tells, for all.
+    """
+    console_lib.show_as(config.logging.console)
+    if not processes.is_first():
+        yield
+        return
+
+    def ended(message: str, status: int) -> None:
+        events.happened("stopped" if status == stop.STATUS else "failed", message)
+        events.wait()
+
+    with events.told_to(config.logging.on_event, folder), processes.before_abort(ended):
+        try:
+            yield
+        except stop.Stopped as stopped:
+            events.happened("stopped", str(stopped))
+            raise
+        except BaseException as error:
+            kind = type(error).__name__
+            text = str(error) if isinstance(error, ValueError) else f"{kind}: {error}"
+            events.happened("failed", one_line(text))
+            raise
+
+
 _LINGER_S = 5.0  # for threads to end
 
 
@@ -165,7 +196,7 @@ def main(run: Callable[[list[str]], None]) -> None:
         try:
             run(sys.argv[1:])
         except stop.Stopped as stopped:
-            say(str(stopped))
+            say(str(stopped), always=True)
             status = stop.STATUS
         processes.shutdown()
         _let_go(status, before)

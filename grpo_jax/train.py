@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax import cli
 from grpo_jax.config import arguments, definitions
+from grpo_jax.messages import events
 from grpo_jax.messages.console import print_title, say
 from grpo_jax.metrics.summary import summary_table
 from grpo_jax.run import claim
@@ -31,7 +32,8 @@ def main(argv: list[str]) -> None:
             config, folder, others = arguments.of_run(argv, "train")
             cli.join_processes(config, others)
             stop.save_before_s = config.checkpoint.save_before_s
-        run(config, folder, stop)
+        with cli.told(config, folder):
+            run(config, folder, stop)
 
 
 def run(
@@ -64,6 +66,7 @@ def run(
         stop=stop,
         callbacks=callbacks,
     )
+    events.happened("finished", f"Run finished: {folder}", **summary)
     ask = summary.pop("ask", None)
     summary_table(summary)
     if ask:

@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from grpo_jax.messages.console import console
+from grpo_jax.messages.console import console, is_json
 
 _SUMMARY = {
     "accuracy_before": ("held-out accuracy before", "{:.1%}"),
@@ -28,7 +28,12 @@ _SUMMARY = {
 
 
 def summary_table(summary: Mapping[str, Any]) -> None:
-    """Prints the end of a run in a box: known numbers with units, then the rest (paths) by name."""
+    """Prints the end of a run in a box: known numbers with units, then the rest (paths) by name.
+
+    Nothing where lines are JSON: the event has it.
+    """
+    if is_json():
+        return
     table = Table.grid(padding=(0, 2))
     names = [n for n in _SUMMARY if n in summary] + [n for n in summary if n not in _SUMMARY]
     for name in names:
