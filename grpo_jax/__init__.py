@@ -40,3 +40,17 @@ def _leave_current_folder() -> None:
 if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
     if "grpo_jax." in sys.orig_argv[-len(sys.argv)]:
         _leave_current_folder()
+
+
+def _say_nothing_of_pytorch() -> None:
+    """Keeps transformers from telling, when it is imported, that it finds no PyTorch.
+
+    Its tokenizers and their files are all that is used here, and need none.
+    """
+    import logging  # only now: see above
+
+    is_news = lambda record: not str(record.msg).startswith("PyTorch was not found")  # noqa: E731
+    logging.getLogger("transformers").addFilter(is_news)
+
+
+_say_nothing_of_pytorch()

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from grpo_jax import __version__
-from grpo_jax.config import arguments, loading, options, reference
+from grpo_jax.config import arguments, completion, loading, options, reference
 from grpo_jax.data import tasks
 from grpo_jax.rewards import registry
 
@@ -37,6 +37,7 @@ LISTS = {
     "rewards": "reward functions that are built in",
     "tasks": "tasks that make their own problems",
     "configs": "config files that come with the package",
+    "completion": "a script for the tab key, of bash or zsh; it says where to keep it",
 }
 
 
@@ -65,9 +66,9 @@ def main() -> None:
 
 def _help() -> str:
     lines = ["usage: grpo-jax PROGRAM [...]", "", "programs, each with --help:"]
-    lines += [f"  {name:10}{text}" for name, text in PROGRAMS.items()]
+    lines += [f"  {name:12}{text}" for name, text in PROGRAMS.items()]
     lines += ["", "what there is:"]
-    lines += [f"  {name:10}{text}" for name, text in LISTS.items()]
+    lines += [f"  {name:12}{text}" for name, text in LISTS.items()]
     return "\n".join([*lines, "", "  --version"])
 
 
@@ -93,6 +94,10 @@ def _listed(name: str, chosen: list[str]) -> str:
             if section not in known:
                 raise ValueError(f"{section!r} is no section of options: {', '.join(known)}.")
         return reference.listing(options.default(), width, chosen)
+    if name == "completion":
+        if len(chosen) != 1 or chosen[0] not in completion.SHELLS:
+            raise ValueError(f"name a shell: grpo-jax completion {' or '.join(completion.SHELLS)}.")
+        return completion.script(chosen[0], PROGRAMS, LISTS)
     if chosen:
         raise ValueError(f"grpo-jax {name} takes no arguments, and {chosen[0]!r} is one.")
     entries = {"rewards": _rewards, "tasks": _tasks, "configs": _configs}[name]()

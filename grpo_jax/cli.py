@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dis
 import os
 import sys
 import threading
@@ -17,9 +18,11 @@ from typing import NoReturn
 import jax
 from ml_collections import ConfigDict
 
-from grpo_jax.config import arguments, derived
+from grpo_jax.config import arguments, derived, loading
 from grpo_jax.hosts import cpus, processes
 from grpo_jax.hosts.processes import Limits
+from grpo_jax.messages import console as console_lib
+from grpo_jax.messages import events
 from grpo_jax.messages.console import console, one_line, say
 from grpo_jax.messages.credentials import redact
 from grpo_jax.run import disk, stop
@@ -133,8 +136,8 @@ def show_devices(show: Callable[[str], None] = say) -> None:
         why = f" ({str(error).splitlines()[0]})" if str(error) else ""
         raise ValueError(
             f"JAX finds no device of JAX_PLATFORMS = {os.environ.get('JAX_PLATFORMS', '')!r}{why}. "
-            "Install what such devices need, as pip install 'grpo_jax[gpu]' or 'grpo_jax[tpu]', or "
-            "unset that variable to run on what is there."
+            "Install what such devices need, as pip install 'grpo_jax[cuda13]', 'grpo_jax[cuda12]' "
+            "or 'grpo_jax[tpu]', or unset that variable to run on what is there."
         ) from error
     kinds = collections.Counter(device.device_kind for device in devices)
     named = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
@@ -149,11 +152,42 @@ def use_nan_checks(check: bool) -> None:
     jax.config.update("jax_debug_nans", check)
 
 
+@contextlib.contextmanager
+def told(config: ConfigDict, folder: Path) -> Iterator[None]:
+    """While entered, a run speaks as `logging.console` says, and `logging.on_event` hears of it.
+
+    Of how it ends, too: stopped, or failed. That it has finished is said by who has its summary.
+    The first process tells, for all.
+    """
+    console_lib.show_as(config.logging.console)
+    if not processes.is_first():
+        yield
+        return
+
+    def ended(message: str, status: int) -> None:
+        events.happened("stopped" if status == stop.STATUS else "failed", message)
+        events.wait()
+
+    with events.told_to(config.logging.on_event, folder), processes.before_abort(ended):
+        try:
+            yield
+        except stop.Stopped as stopped:
+            events.happened("stopped", str(stopped))
+            raise
+        except BaseException as error:
+            kind = type(error).__name__
+            text = str(error) if isinstance(error, ValueError) else f"{kind}: {error}"
+            events.happened("failed", one_line(text))
+            raise
+
+
 _LINGER_S = 5.0  # for threads to end
 
 
 def main(run: Callable[[list[str]], None]) -> None:
-    """Runs a program; a user's mistake ends it with one message and status 1.
+    """Runs a program; a user's mistake ends it with one message and status 1, or 2 for its usage.
+
+    Of what may be no mistake of theirs, the message says how to see more.
 
     One that was asked to stop, and has saved, ends with status 75, by which a launcher knows that
     there is more to do. Of several processes, what ends one ends all.
@@ -165,7 +199,7 @@ def main(run: Callable[[list[str]], None]) -> None:
         try:
             run(sys.argv[1:])
         except stop.Stopped as stopped:
-            say(str(stopped))
+            say(str(stopped), always=True)
             status = stop.STATUS
         processes.shutdown()
         _let_go(status, before)
@@ -188,9 +222,25 @@ def main(run: Callable[[list[str]], None]) -> None:
         message = one_line(message)
         with contextlib.suppress(OSError):  # nobody listens
             print(f"error: {message}", file=sys.stderr)
-            print("(GRPO_JAX_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
-        _let_go(1, before)
-        _end(message, 1)
+            if not _is_mistake(error):
+                print("(GRPO_JAX_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
+        status = 2 if isinstance(error, loading.Usage) else 1
+        _let_go(status, before)
+        _end(message, status)
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Whether it is a ValueError that a `raise` of ours gave, in words for the user.
+
+    Not one of a library that was called wrongly, as by NumPy for shapes that do not fit.
+    """
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get("__name__", "")
+    is_raise = trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    ours = module.partition(".")[0] in ("grpo_jax", "__main__")
+    return isinstance(error, ValueError) and is_raise and ours
 
 
 def _show_traceback(kind: type, error: BaseException, trace: TracebackType | None) -> None:

@@ -3,7 +3,7 @@
     python -m grpo_jax.plan --config configs/gsm8k.py --topology v5e:8x8
 
 The programs of one step, and of an evaluation, are compiled ahead of time for TPUs (`pip install -e
-".[plan]"` brings the compiler), for GPUs of one machine, `h100:8` (`".[gpu]"`), or for simulated
+".[plan]"` brings the compiler), for GPUs of one machine, `h100:8` (`".[cuda13]"`), or for simulated
 CPU devices, `cpu:8`; nothing is allocated. The report says whether they fit, what lies in each
 device's memory, and how long each program takes at least. Where they do not fit, changes of the
 config are compiled until one does.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from grpo_jax import cli
 from grpo_jax.config import arguments
+from grpo_jax.messages import events
 from grpo_jax.messages.console import say
 from grpo_jax.run import stop as stop_lib
 from grpo_jax.setup import model
@@ -20,8 +21,11 @@ def main(argv: list[str]) -> None:
     cli.use_nan_checks(config.debug.nans)
     if config.compile_cache:
         cli.use_compile_cache(config.mesh)
-    with stop_lib.StopSignal(config.checkpoint.save_before_s, may_exit=True) as stop:
-        say(f"The trained model is in {sft.run(config, folder, stop)}.")
+    save_before_s = config.checkpoint.save_before_s
+    with cli.told(config, folder), stop_lib.StopSignal(save_before_s, may_exit=True) as stop:
+        export = sft.run(config, folder, stop)
+        events.happened("finished", f"Run finished: {folder}", export=str(export))
+        say(f"The trained model is in {export}.", always=True)
 
 
 if __name__ == "__main__":

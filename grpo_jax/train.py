@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax import cli
 from grpo_jax.config import arguments, definitions
+from grpo_jax.messages import events
 from grpo_jax.messages.console import print_title, say
 from grpo_jax.metrics.summary import summary_table
 from grpo_jax.run import claim
@@ -34,7 +35,8 @@ def main(argv: list[str]) -> None:
             if is_check:
                 _prepare(config, folder)
                 return check.check(config, folder)
-        run(config, folder, stop)
+        with cli.told(config, folder):
+            run(config, folder, stop)
 
 
 def run(
@@ -65,6 +67,7 @@ def run(
         stop=stop,
         callbacks=callbacks,
     )
+    events.happened("finished", f"Run finished: {folder}", **summary)
     ask = summary.pop("ask", None)
     summary_table(summary)
     if ask:

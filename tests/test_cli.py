@@ -271,7 +271,9 @@ def test_devices_are_told_and_those_that_are_not_there(monkeypatch):
 
     monkeypatch.setattr(cli.jax, "devices", devices)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    with pytest.raises(ValueError, match=r"no device of JAX_PLATFORMS = 'cuda'\. Install.*\[gpu\]"):
+    with pytest.raises(
+        ValueError, match=r"no device of JAX_PLATFORMS = 'cuda'\. Install.*\[cuda13\]"
+    ):
         cli.show_devices(told.append)
 
 
@@ -324,3 +326,43 @@ def test_no_thread_keeps_a_program_that_has_ended(how, status):
     )
     assert (done.returncode, done.stdout) == (status, "done\n")
     assert ("error: refused" in done.stderr) == bool(status)
+
+
+# --- Mistakes, and what is none -------------------------------------------------------------------
+
+TOLD = {
+    "ours": ("loading.load('gone.py', [])", 1, False),
+    "usage": ("loading.load('quickstart', ['--batch=3'])", 2, False),
+    "a library's": ("__import__('numpy').zeros(3).reshape(2, 2)", 1, True),
+    "full": ("(_ for _ in ()).throw(OSError(errno.ENOSPC, 'No space left on device'))", 1, True),
+}
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_only_what_may_be_no_mistake_says_how_to_see_more(case, tmp_path):
+    does, status, has_hint = TOLD[case]
+    code = (
+        "import errno; from grpo_jax import cli; from grpo_jax.config import loading\n"
+        f"cli.main(lambda argv: {does})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == status, done.stderr
+    first, *more = done.stderr.splitlines()
+    assert first.startswith("error: ")
+    assert more == ["(GRPO_JAX_TRACEBACK=1 shows where it was raised.)"] * has_hint
+
+
+def test_nothing_is_said_of_pytorch_where_it_is_not_installed():
+    """transformers does, where it is imported before this package."""
+    hide = "import sys; sys.modules['torch'] = None; from importlib import util\n"
+    hide += "found = util.find_spec\n"
+    hide += "util.find_spec = lambda name, *a: None if name == 'torch' else found(name, *a)\n"
+    says = []
+    for first in ("import transformers\n", "import grpo_jax\n"):
+        code = hide + first + "import grpo_jax.models.policy"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        says.append("PyTorch was not found" in done.stderr)
+    assert says == [True, False]

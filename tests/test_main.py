@@ -93,12 +93,15 @@ def test_configs_that_come_with_the_package_have_names(monkeypatch, tmp_path):
         loading.read("quikstart", [])
 
 
-@pytest.mark.parametrize("argv", [["train", "--help"], ["sft", "--print-config", "--config=sft"]])
+@pytest.mark.parametrize(
+    "argv",
+    [["train", "--help"], ["sft", "--print-config", "--config=sft"], ["completion", "bash"]],
+)
 def test_help_comes_before_what_takes_seconds_to_import(argv):
     code = (
         "import sys; from grpo_jax import __main__ as program\n"
         f"sys.argv = ['grpo-jax', *{argv!r}]\n"
-        f"try: program.main()\nexcept SystemExit: print({HEAVY})"
+        f"try: program.main()\nfinally: print({HEAVY}); sys.exit()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("set()\n")

@@ -16,6 +16,7 @@ from grpo_jax.api.options import Reward
 from grpo_jax.api.trained import Trained
 from grpo_jax.config.arguments import Processes
 from grpo_jax.hosts import processes
+from grpo_jax.messages import console
 from grpo_jax.messages.console import say
 from grpo_jax.run import claim
 from grpo_jax.run.stop import Stopped, StopSignal
@@ -57,9 +58,12 @@ def train(
         cli.join_processes(made, Processes())
         with claim.held(), StopSignal(made.checkpoint.save_before_s) as stop:
             try:
-                program.run(made, folder, stop, tuple(callbacks))
+                with cli.told(made, folder):
+                    program.run(made, folder, stop, tuple(callbacks))
                 is_finished = True
             except Stopped as stopped:
-                say(str(stopped))
+                say(str(stopped), always=True)
+            finally:
+                console.show_as("auto")
         processes.barrier("the end of a run")
     return Trained(folder, made, is_finished, (rewards, data, eval_data))

@@ -19,6 +19,10 @@ from grpo_jax.messages.values import shown
 SHIPPED = Path(__file__).resolve().parents[1] / "configs"
 
 
+class Usage(ValueError):  # noqa: N818
+    """An argument that no program has; the command ends with status 2, as argparse's errors do."""
+
+
 def load(path: str, overrides: list[str]) -> ConfigDict:
     """The config of a file with `--config.name=value` arguments applied, checked and frozen.
 
@@ -35,7 +39,7 @@ def read(path: str | None, overrides: list[str]) -> ConfigDict:
     for argument in overrides:
         name, equals, text = argument.partition("=")
         if not name.startswith("--config.") or not equals:
-            raise ValueError(
+            raise Usage(
                 f"Unknown argument {shown(argument)}. Options of the run are written "
                 "--config.name=value, for example --config.optim.learning_rate=1e-5."
             )

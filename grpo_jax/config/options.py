@@ -28,6 +28,7 @@ from grpo_jax.config.schema import (
     several,
     text,
 )
+from grpo_jax.messages.console import WAYS
 
 SECTIONS = {
     "": "The run as a whole",
@@ -363,7 +364,24 @@ TABLE = (
     flag("logging.tensorboard", True, "Scalars and samples for TensorBoard, in the workdir",
          free=True),
     text("logging.wandb_project", "", "project",
-         "Write to Weights & Biases too (extra \"wandb\")",
+         "Write to Weights & Biases too (extra \"wandb\"), with the login of `wandb login`",
+         special={"": "none"}, free=True),
+    text("logging.wandb_entity", "", "user or team", "Whose project it is at Weights & Biases",
+         special={"": "that of the login"}, free=True),
+    text("logging.mlflow_experiment", "", "experiment",
+         "Write to MLflow too (extra \"mlflow\"), where MLFLOW_TRACKING_URI says",
+         special={"": "none"}, free=True),
+    text("logging.trackio_project", "", "project",
+         "Write to Trackio too (extra \"trackio\"), locally or where TRACKIO_SPACE_ID says",
+         special={"": "none"}, free=True),
+    text("logging.run_name", "", "name", "The run's, for these three",
+         special={"": "that of the workdir"}, free=True),
+    several("logging.tags", (), "texts", "The run's, for these three", free=True),
+    choice("logging.console", "auto", WAYS, "What is said on standard output", free=True),
+    text("logging.on_event", "", "command",
+         "Called, without a shell, when the run has finished, stopped or failed, and when a guard "
+         "speaks. It gets the event's name in GRPO_JAX_EVENT, the run's folder in "
+         "GRPO_JAX_WORKDIR, and a JSON object with the facts on standard input",
          special={"": "none"}, free=True),
     number("logging.samples_every_steps", 20, COUNT, "steps", "Steps between tables of completions",
            special={0: "never"}, free=True),

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -281,10 +281,25 @@ def abort(message: str, status: int = 1) -> NoReturn:
             pass
         if own == 0:
             time.sleep(1.0)  # the service ends with this process: the others hear of it before
+    _on_abort(message, status)
     with contextlib.suppress(OSError):  # a log on a full disk, a pipe that nobody reads
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(status)
+
+
+def _on_abort(message: str, status: int) -> None: ...
+
+
+@contextlib.contextmanager
+def before_abort(tell: Callable[[str, int], None]) -> Iterator[None]:
+    """While entered, what ends the process at once calls `tell(message, status)` before."""
+    global _on_abort
+    before, _on_abort = _on_abort, tell
+    try:
+        yield
+    finally:
+        _on_abort = before
 
 
 def _listen() -> None:
@@ -301,6 +316,7 @@ def _listen() -> None:
 def _exit(message: str, status: int = 1) -> NoReturn:
     _tell_witness("bye")
     print(f"error: {message}", file=sys.stderr, flush=True)
+    _on_abort(message, status)
     os._exit(status)
 
 

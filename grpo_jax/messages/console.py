@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import re
 import sys
+import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -36,9 +40,66 @@ class _Output:
 console = Console(file=_Output(), highlight=False)
 
 
-def say(text: str) -> None:
-    """Prints one line as it stands: no markup, no wrapping, no keys or passwords."""
-    console.print(Text(printable(redact(text))), soft_wrap=True)
+# What `logging.console` may be, with what each does.
+WAYS = {
+    "auto": "all of it: a bar on a terminal, lines elsewhere",
+    "quiet": "warnings, evaluations and the end",
+    "json": "a JSON object in each line: steps, evaluations, and whatever else is said",
+}
+_way = "auto"
+
+
+def show_as(way: str) -> None:
+    """From now on what is said goes as one of `WAYS` has it."""
+    global _way
+    assert way in WAYS
+    _way = way
+
+
+def is_full() -> bool:
+    """Whether all is shown, tables and bars too."""
+    return _way == "auto"
+
+
+def is_json() -> bool:
+    return _way == "json"
+
+
+def say(text: str, *, always: bool = False) -> None:
+    """Prints one line as it stands: no markup, no wrapping, no keys or passwords.
+
+    `always`: also where only warnings, which begin with that word, are said.
+    """
+    is_warning = text.startswith("warning: ")
+    if _way == "json":
+        line({"event": "warning" if is_warning else "message", "text": text})
+    elif _way == "auto" or always or is_warning:
+        console.print(Text(printable(redact(text))), soft_wrap=True)
+
+
+def line(values: Mapping[str, Any]) -> None:
+    """Prints values as a line of JSON where that is the way, and else nothing.
+
+    "time" is when, in seconds of the epoch.
+    """
+    if _way == "json":
+        values = plain({**values, "time": round(time.time(), 3)})
+        console.print(Text(json.dumps(values)), soft_wrap=True)
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold of a value: no keys or passwords, null for NaN and inf."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if hasattr(value, "item"):  # NumPy's numbers
+        value = value.item()
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    return redact(str(value))
 
 
 def one_line(text: str, limit: int = 2000) -> str:
@@ -51,7 +112,10 @@ def one_line(text: str, limit: int = 2000) -> str:
 
 def print_title(text: str) -> None:
     """Prints a heading across the terminal."""
-    console.print(Rule(Text(printable(text), style="bold"), align="left"))
+    if is_full():
+        console.print(Rule(Text(printable(text), style="bold"), align="left"))
+    else:
+        say(text)
 
 
 def cut_middle(text: str, limit: int) -> str:

@@ -12,6 +12,7 @@ from grpo_jax.messages import console
 from grpo_jax.messages.console import say
 
 _WIDE = 110  # columns of a terminal that has room for a bar
+_LONGEST_S = 60.0  # without a line, where there is no bar
 
 
 def show_progress(noun: str, state: Callable[[], tuple[int, int]]) -> None:
@@ -23,7 +24,7 @@ def show_progress(noun: str, state: Callable[[], tuple[int, int]]) -> None:
         progress.TimeRemainingColumn(),
         console=console.console,
         transient=True,
-        disable=not console.console.is_terminal,
+        disable=not (console.console.is_terminal and console.is_full()),
     )
     with bar:
         task = bar.add_task(noun, total=None)
@@ -35,8 +36,9 @@ def show_progress(noun: str, state: Callable[[], tuple[int, int]]) -> None:
 class Progress:
     """Shows how far a run is: a bar on a terminal, elsewhere a line every `every_steps` steps.
 
-    With `every_s`, where steps take no time, a line after so many seconds, and in the end. A
-    context manager; `update` is called after each step.
+    And at least one a minute, where steps are slow. With `every_s`, where steps take no time, a
+    line after so many seconds, and in the end. As JSON each step has its line, with all its
+    metrics. A context manager; `update` is called after each step.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class Progress:
     def __enter__(self) -> Progress:
         self._start = self._said = time.monotonic()
         self._after_first: float | None = None
-        if console.console.is_terminal:
+        if console.console.is_terminal and console.is_full():
             # On a narrow terminal there is no bar, and the end of the facts is cut, not the step.
             line = Column(no_wrap=True, overflow="ellipsis")
             bar = (
@@ -88,7 +90,11 @@ class Progress:
         """Shows that `num_steps_done` of the run's steps are done, with metrics of the newest."""
         now = time.monotonic()
         facts = self._facts(num_steps_done, values, now)
-        if self._bar:
+        if console.is_json():
+            console.line(
+                {"event": self._noun, "step": num_steps_done, "steps": self._total, **values}
+            )
+        elif self._bar:
             told = self._told(num_steps_done, facts)
             self._bar.update(self._task, completed=num_steps_done, facts=told)
         elif self._is_due(num_steps_done, now):
@@ -98,6 +104,8 @@ class Progress:
     def _is_due(self, done: int, now: float) -> bool:
         if self._every_s is not None:
             return done == self._total or now - self._said >= self._every_s
+        if now - self._said >= _LONGEST_S:
+            return True
         return done % self._every == 0 or done in (self._first + 1, self._total)
 
     def _told(self, done: int, facts: str) -> str:

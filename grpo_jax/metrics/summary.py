@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from grpo_jax.messages.console import console
+from grpo_jax.messages.console import console, is_json
 
 SHOWN = {  # what summary.json holds, as it is called and written here
     "accuracy_before": ("held-out accuracy before", "{:.1%}"),
@@ -33,8 +33,11 @@ _IF_ANY = ("skipped_updates", "roll_backs")  # 0 is as it should be
 def summary_table(summary: Mapping[str, Any]) -> None:
     """Prints the end of a run in a box: its numbers with units, then the rest (paths) by name.
 
-    What was not measured, and what did not happen, is left out.
+    What was not measured, and what did not happen, is left out; all of it where lines are JSON,
+    which have an event.
     """
+    if is_json():
+        return
     table = Table.grid(padding=(0, 2))
     for name in [n for n in SHOWN if n in summary] + [n for n in summary if n not in SHOWN]:
         value = summary[name]

@@ -12,27 +12,25 @@ import json
 import math
 import os
 import re
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from grpo_jax.messages.console import say, visible
 from grpo_jax.metrics import samples
+from grpo_jax.metrics import trackers as trackers_lib
 from grpo_jax.metrics.names import describe, is_known
 from grpo_jax.metrics.tensorboard import EventLog
 from grpo_jax.run.append_log import Log, read_jsonl
 
 
 class Writers:
-    """Writes a run's metrics and samples to its folder, to TensorBoard and to Weights & Biases.
+    """Writes a run's metrics and samples to its folder, to TensorBoard and to trackers.
 
     `first_step` is the first step that this process will write. What an earlier process wrote at
     that step or later, before it was killed, is dropped: a resumed run has no step twice. For
     samples, `first_sample_step` where it is given. With `enabled` False nothing is written or read
-    (of many processes, only the first writes).
-
-    Raises ValueError when `wandb_project` is set and W&B is not installed or has no key.
+    (of many processes, only the first writes). `trackers.check` says what may be asked.
     """
 
     def __init__(
@@ -41,19 +39,18 @@ class Writers:
         *,
         first_step: int,
         tensorboard: bool,
-        wandb_project: str,
+        trackers: trackers_lib.Asked,
         config: dict[str, Any],
         first_sample_step: int | None = None,
         enabled: bool = True,
     ):
         self._enabled = enabled
-        self._metrics = self._samples = self._board = self._wandb = None
+        self._metrics = self._samples = self._board = None
+        self._trackers: list[trackers_lib.Sent] = []
         if not enabled:
             return
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        if wandb_project:  # first: it may refuse
-            self._wandb = _start_wandb(workdir, wandb_project, config)
         self._metrics = _reopen(workdir / "metrics.jsonl", first_step)
         self._samples = _reopen(
             workdir / "samples.jsonl",
@@ -62,6 +59,7 @@ class Writers:
         if tensorboard:
             self._board = EventLog(workdir / "tensorboard", first_step, say)
             self._board.text("run", _options(workdir.resolve().name, config), first_step)
+        self._trackers = trackers_lib.start(trackers, workdir, config)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes metrics of a step, each of a name in METRICS. JSON gets null for NaN and inf."""
@@ -75,9 +73,8 @@ class Writers:
         if self._board:
             for name, value in floats.items():
                 self._board.scalar(name, value, step, describe(name))
-        if self._wandb:
-            # W&B ignores steps below its newest: those that a resumed run computes again, alike.
-            self._wandb.log(floats, step=step)
+        for tracker in self._trackers:
+            tracker.log(int(step), floats)
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
         """Writes some completions of a step (the keys stand at the top of this module)."""
@@ -87,14 +84,14 @@ class Writers:
             self._samples.line({"step": int(step)} | row)
         if self._board:
             self._board.text("samples", _markdown(rows), step)
+        for tracker in self._trackers:
+            tracker.samples(int(step), rows)
 
     def close(self) -> None:
         """Closes the files; further writing fails."""
-        for file in (self._metrics, self._samples, self._board):
+        for file in (self._metrics, self._samples, self._board, *self._trackers):
             if file:
                 file.close()
-        if self._wandb:
-            self._wandb.finish()
 
 
 def _reopen(path: Path, first_step: int) -> Log:
@@ -135,24 +132,3 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
 def _as_code(title: str, text: Any) -> str:
     title = re.sub(r"[^\w .-]", "?", title)  # of a column, or of what a reward function added
     return f"{title}:\n\n" + "\n".join(f"    {line}" for line in visible(str(text)).split("\n"))
-
-
-def _start_wandb(workdir: Path, project: str, config: dict[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ValueError(
-            f"logging.wandb_project = {project!r} needs Weights & Biases, which is not installed: "
-            "pip install grpo_jax[wandb], or set logging.wandb_project to ''."
-        ) from error
-    needs_key = os.environ.get("WANDB_MODE", "online") == "online"
-    if needs_key and not os.environ.get("WANDB_API_KEY"):
-        raise ValueError(
-            f"logging.wandb_project = {project!r} needs a key in the environment variable "
-            "WANDB_API_KEY, or WANDB_MODE=offline."
-        )
-    id_file = workdir / "wandb_id.txt"  # a resumed run goes on in the same curves
-    if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex[:12])
-    run_id = id_file.read_text().strip()
-    return wandb.init(project=project, id=run_id, resume="allow", dir=str(workdir), config=config)

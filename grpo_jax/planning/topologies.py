@@ -89,7 +89,7 @@ def of_device(device: jax.Device) -> Chip | None:
 def devices(topology: str) -> tuple[Chip, list[jax.Device]]:
     """The chip and the devices of a topology: "v5e:16x16", "h100:8", or "cpu:8", simulated.
 
-    Nothing of it need be there; the extras `plan` and `gpu` bring the compilers. Sets the
+    Nothing of it need be there; the extras `plan` and `cuda13` bring the compilers. Sets the
     environment that they read, so it must come before anything else uses JAX. Raises ValueError for
     a topology that there is not.
     """

@@ -177,7 +177,7 @@ class StopSignal:
     def _given(self, name: str) -> None:
         self.name, self._since = name, time.monotonic()
         again = " once more" if name == "SIGINT" else ""
-        say(f"{name}: stopping, and saving first. Ctrl-C{again} ends it without.")
+        say(f"{name}: stopping, and saving first. Ctrl-C{again} ends it without.", always=True)
 
     def _time_left_s(self) -> float:
         if not self.save_before_s:
@@ -227,7 +227,7 @@ class StopSignal:
             message, status = way_out.save(), STATUS
         except Exception as error:  # of the storage, its library and the disk: no common base
             message, status = f"error: what was computed could not be saved: {error}", 1
-        say(message)
+        say(message, always=True)
         _end(message, status)
 
 

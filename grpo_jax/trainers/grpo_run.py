@@ -30,6 +30,7 @@ from grpo_jax.setup.learner import MemoryPlan, make_learner
 from grpo_jax.setup.rewards import load_rewards, refuse_samples, start_rewards
 from grpo_jax.setup.run_folder import open_for
 from grpo_jax.structs import ModelConfig, Params
+from grpo_jax.trainers import tracking
 from grpo_jax.trainers.runs import Course, Run
 
 
@@ -109,6 +110,7 @@ def _devices_and_rewards(config: ConfigDict) -> tuple[Mesh, list[Reward]]:
     mesh = sharding.make_mesh(**config.mesh)
     rules.check_devices(config, sharding.num_row_shards(mesh))
     _check_host_memory(config, mesh)
+    tracking.check(config)
     rewards = load_rewards(config)
     refuse_samples(rewards, config.evaluation.num_samples, "evaluation.num_samples")
     return mesh, rewards
@@ -125,7 +127,7 @@ def _course(config: ConfigDict) -> Course:
         samples_every=config.logging.samples_every_steps,
         is_asynchronous=config.loop.async_rollouts,
         profiled=config.profile.steps,
-        wandb_project=config.logging.wandb_project,
+        is_tracked=True,
     )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from grpo_jax.config import guard_rules
+from grpo_jax.messages import events
 from grpo_jax.messages.console import say
 from grpo_jax.metrics.names import METRICS
 from grpo_jax.rewards.scores import RewardError, Scores
@@ -218,7 +219,9 @@ class Guards:
             self.skips_rollout = True
         times = self._times[guard] = self._times.get(guard, 0) + 1
         if times & (times - 1) == 0:
-            say(f"warning: {message}{f' {skipping}' if action == 'skip' else ''}")
+            message += f" {skipping}" if action == "skip" else ""
+            say(f"warning: {message}")
+            events.happened("guard", message, guard=guard, step=step, action=action)
 
     def _order_at_least(self, action: str, step: int, message: str) -> None:
         if self._order is None or (self._order[0], action) == ("roll_back", "stop"):

@@ -29,7 +29,7 @@ from grpo_jax.metrics import writers
 from grpo_jax.rewards.scores import RewardError, Scores
 from grpo_jax.run import claim
 from grpo_jax.run.stop import Asked, Stopped, StopSignal
-from grpo_jax.trainers import guards, rollout, run_state, step_metrics
+from grpo_jax.trainers import guards, rollout, run_state, step_metrics, tracking
 from grpo_jax.trainers.listeners import Listeners
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Run
@@ -63,7 +63,7 @@ class Monitor:
                     first_step=state.step + (not state.unevaluated) if state.step else 0,
                     first_sample_step=state.sampled + 1,  # before any update
                     tensorboard=run.config.logging.tensorboard,
-                    wandb_project=course.wandb_project,
+                    trackers=tracking.asked(run.config, course.is_tracked),
                     config=flatten(run.config),
                     enabled=processes.is_first(),
                 )

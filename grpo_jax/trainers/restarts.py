@@ -9,6 +9,7 @@ from typing import Any
 from grpo_jax.devices.compiling import Compiling
 from grpo_jax.devices.phases import phase
 from grpo_jax.hosts.watchdog import Watchdog
+from grpo_jax.messages import events
 from grpo_jax.messages.console import say
 from grpo_jax.run.stop import StopSignal
 from grpo_jax.trainers import guards, rollout, run_state
@@ -36,6 +37,7 @@ def carry_out(run: Run, stop: StopSignal, began: float, train: Train, finish: Fi
                 break
             except guards.RollBack as order:
                 say(f"warning: {order}")
+                events.happened("guard", str(order), step=order.step, action="roll_back")
                 undone = order.step
             except guards.Diverged:
                 run.checkpoints.close()

@@ -12,7 +12,7 @@ from typing import Any
 from grpo_jax import keys
 from grpo_jax.evaluation import held_out
 from grpo_jax.hosts import processes
-from grpo_jax.messages.console import say
+from grpo_jax.messages import console, events
 from grpo_jax.metrics import curves
 from grpo_jax.run import claim, workdir
 from grpo_jax.run import stop as stop_lib
@@ -49,7 +49,11 @@ def evaluate(run: Run, state: RunState, monitor: Monitor, *, final: bool) -> dic
         )
     state.accuracy, state.held_out_reward = values.get("eval/accuracy"), values.get("eval/reward")
     seconds = time.monotonic() - began
-    say(f"Evaluation {after}: {_told(run, state, values)}, {seconds:.0f} s")
+    told = f"Evaluation {after}: {_told(run, state, values)}, {seconds:.0f} s"
+    if console.is_json():
+        events.happened("evaluation", told, step=state.step, **values)
+    else:
+        console.say(told, always=True)
     return values | {"time/evaluation_s": seconds}
 
 

@@ -15,6 +15,7 @@ from grpo_jax.environments.questions import Questions
 from grpo_jax.environments.rewarding import RewardCollector
 from grpo_jax.environments.single_turn import Rollout
 from grpo_jax.learner import scoring
+from grpo_jax.messages import console
 from grpo_jax.messages.console import cut_middle
 from grpo_jax.metrics import writers as writers_lib
 from grpo_jax.metrics.samples import print_samples
@@ -139,7 +140,8 @@ def show_rows(
     listeners.sampled(step, made)
     if is_shown:
         writers.samples(step, made)
-        print_samples(f"Completions of {run.course.step} {step}", made)
+        if console.is_full():
+            print_samples(f"Completions of {run.course.step} {step}", made)
 
 
 def _is_shown(run: Run, step: int) -> bool:

@@ -36,7 +36,7 @@ class Course:
     samples_every: int = 0  # steps between those whose completions are shown; 0: none
     is_asynchronous: bool = False  # samples a step ahead
     profiled: tuple[int, ...] = ()  # first and last step of a trace
-    wandb_project: str = ""
+    is_tracked: bool = False  # its metrics go to the trackers that are asked for
     step: str = "step"  # in what a person reads
     bar: str = "step"  # the same at a line's beginning
     shown_every: int = 10  # steps, where there is no terminal

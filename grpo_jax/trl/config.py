@@ -209,16 +209,22 @@ def _precision(args: GRPOConfig) -> dict[str, Any]:
     return {"model.param_dtype": "float32" if dtype == "auto" else dtype}
 
 
+_REPORT_TO = ("tensorboard", "wandb", "mlflow", "trackio")
+
+
 def _trackers(args: GRPOConfig) -> dict[str, Any]:
     given = args.report_to
     names = [given] if isinstance(given, str) else list(given or [])
-    unknown = [n for n in names if n not in ("none", "tensorboard", "wandb")]
+    unknown = [n for n in names if n not in ("none", *_REPORT_TO)]
     if unknown:
         raise ValueError(
             f"GRPOConfig(report_to={given!r}): {', '.join(unknown)} is not built yet. It takes "
-            "'none', 'tensorboard' and 'wandb'."
+            f"'none', {', '.join(map(repr, _REPORT_TO))}."
         )
     return {
         "logging.tensorboard": "tensorboard" in names,
         "logging.wandb_project": args.project if "wandb" in names else "",
+        "logging.mlflow_experiment": args.project if "mlflow" in names else "",
+        "logging.trackio_project": args.project if "trackio" in names else "",
+        "logging.run_name": args.run_name or "",
     }

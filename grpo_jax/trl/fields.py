@@ -59,7 +59,7 @@ _HUB = "upload `run.workdir / 'export'` with huggingface_hub"
 _ENTROPY = "entropy_coef is a constant"
 _DTYPE = "bf16=True or False; GPUs and TPUs that train have bfloat16"
 _DEVICES = "mesh.fsdp, mesh.tensor and mesh.sequence, given to GRPOTrainer as options"
-_TRACKERS = "tensorboard and wandb"
+_TRACKERS = "Trackio writes locally, or where TRACKIO_SPACE_ID says"
 
 FIELDS: dict[str, Field] = {
     # --- GRPOConfig ---
@@ -265,9 +265,9 @@ FIELDS: dict[str, Field] = {
     "log_level_replica": _beside("warning", "messages are few"),
     "include_num_input_tokens_seen": _beside("no", "tokens are among the metrics"),
     "disable_tqdm": _beside(None, "a bar is drawn on a terminal alone"),
-    "report_to": _counts("none", f"`logging.tensorboard`, `logging.wandb_project`: {_TRACKERS}"),
-    "project": _counts("huggingface", "`logging.wandb_project`, with `report_to` wandb"),
-    "run_name": _beside(None, "the workdir is the run's name"),
+    "report_to": _counts("none", "`logging.*`: tensorboard, wandb, mlflow and trackio"),
+    "project": _counts("huggingface", "`logging.wandb_project` and the like, as `report_to` says"),
+    "run_name": _counts(None, "`logging.run_name`; None: that of the workdir"),
     "trackio_space_id": _beside(None, _TRACKERS),
     "trackio_bucket_id": _beside(None, _TRACKERS),
     "trackio_static_space_id": _beside(None, _TRACKERS),

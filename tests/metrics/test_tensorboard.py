@@ -9,6 +9,7 @@ import struct
 import pytest
 
 from grpo_jax.metrics.tensorboard import EventLog
+from grpo_jax.metrics.trackers import Asked
 from grpo_jax.metrics.writers import Writers
 from grpo_jax.run.append_log import Log, read_jsonl
 from grpo_jax.run.whole_files import write_whole
@@ -88,7 +89,7 @@ def test_tensorboard_has_the_names_that_the_log_has(tmp_path, capfd):
 
 
 def test_a_run_s_writers_go_on_with_a_full_disk(small_disk, capsys):
-    written = Writers(small_disk, first_step=0, tensorboard=True, wandb_project="", config={})
+    written = Writers(small_disk, first_step=0, tensorboard=True, trackers=Asked(), config={})
     _fill(small_disk)
     sample = {"prompt": "p", "completion": "c" * 999, "rewards": {}, "advantage": 0.0, "length": 1}
     for step in range(30):

@@ -1,8 +1,6 @@
 import io
 import json
 import math
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from grpo_jax.metrics import names
 from grpo_jax.metrics import writers as writers_lib
 from grpo_jax.metrics.names import METRICS, is_known
 from grpo_jax.metrics.samples import print_samples
+from grpo_jax.metrics.trackers import Asked
 from grpo_jax.metrics.writers import Writers
 
 SAMPLE = {
@@ -29,7 +28,7 @@ SAMPLE = {
 
 
 def writers(workdir, first_step=0, **options):
-    options = {"tensorboard": False, "wandb_project": "", "config": {"seed": 0}} | options
+    options = {"tensorboard": False, "trackers": Asked(), "config": {"seed": 0}} | options
     return Writers(workdir, first_step=first_step, **options)
 
 
@@ -130,7 +129,7 @@ def test_a_resumed_run_has_no_step_twice(tmp_path):
 
 
 def test_a_process_that_does_not_write(tmp_path):
-    w = writers(tmp_path / "run", tensorboard=True, wandb_project="p", enabled=False)
+    w = writers(tmp_path / "run", tensorboard=True, trackers=Asked("p"), enabled=False)
     w.scalars(0, {"reward": 1.0})
     w.samples(0, [SAMPLE])
     w.close()
@@ -162,37 +161,6 @@ def test_tensorboard(tmp_path):
     assert texts["run"] == f"{tmp_path.name}:\n\n    seed = 0\n    loop.num_steps = 2"
     meaning = METRICS["reward"].meaning
     assert told == [meaning, "", meaning, ""]  # on the first of each file
-
-
-def test_wandb_resumes_its_run(tmp_path, monkeypatch):
-    calls = []
-
-    def init(**options):
-        calls.append(options)
-        log = lambda values, step: calls.append((step, values))  # noqa: E731
-        return types.SimpleNamespace(log=log, finish=lambda: calls.append("finish"))
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    monkeypatch.setenv("WANDB_API_KEY", "key")
-    for first_step in (0, 1):
-        w = writers(tmp_path, first_step, wandb_project="p")
-        w.scalars(first_step, {"reward": 1})
-        w.close()
-    first, *_, second, log, finish = calls
-    assert first == second and first["resume"] == "allow" and first["config"] == {"seed": 0}
-    assert log == (1, {"reward": 1.0}) and finish == "finish"
-    assert len({c["id"] for c in calls if isinstance(c, dict)}) == 1
-
-
-def test_wandb_refuses_early(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
-    with pytest.raises(ValueError, match=r"pip install grpo_jax\[wandb\]"):
-        writers(tmp_path, wandb_project="p")
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace())
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    with pytest.raises(ValueError, match=r"logging\.wandb_project.*WANDB_API_KEY"):
-        writers(tmp_path, wandb_project="p")
 
 
 # --- Terminal -------------------------------------------------------------------------------------
@@ -294,6 +262,18 @@ def test_progress_of_an_evaluation_in_a_log_is_a_line_every_ten_seconds(monkeypa
         "greedy: problem 100/100",
         "8 samples each: problem 2/2",
     ]
+
+
+def test_slow_steps_have_a_line_a_minute(monkeypatch):
+    raw = terminal(monkeypatch)
+    clock = iter([0.0] + [25.0 * i for i in range(1, 10)])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with Progress(9, every_steps=100) as shown:
+        for done in range(1, 10):
+            shown.update(done, {})
+    said = [line.split()[1] for line in raw.getvalue().decode().splitlines()]
+    # The 1st at 25 s; from there the first after a minute each time, and the last.
+    assert said == ["1/9", "4/9", "7/9", "9/9"]
 
 
 def test_progress_of_a_resumed_run_on_a_terminal(monkeypatch):

@@ -685,7 +685,7 @@ def test_what_gpus_need_is_named():
         topologies.devices("h200:1")
 
 
-@pytest.mark.skipif(_no_cuda(), reason="needs the extra gpu, but no GPU")
+@pytest.mark.skipif(_no_cuda(), reason="needs the extra cuda12 or cuda13, but no GPU")
 @pytest.mark.parametrize("topology", ["h200:1", "a100:8", "b200:8", "l4:4", "rtx5090:1"])
 def test_a_step_is_compiled_for_gpus_that_are_not_there(topology, tmp_path):
     """With the kernels of GPUs, which are compiled too; arrays are those of the step on a CPU."""

@@ -471,8 +471,8 @@ def importable(tmp_path, monkeypatch):
 
 def _assert_clear(status: int | None, message: str, parts: tuple[str, ...]) -> None:
     assert status == 1, message
-    first, hint, *more = message.splitlines()
-    assert first.startswith("error: ") and hint.startswith("(GRPO_JAX_TRACEBACK") and not more
+    first, *more = message.splitlines()  # and no hint: it is the user's to mend
+    assert first.startswith("error: ") and not more
     missing = [part for part in parts if part not in first]
     assert not missing, f"{missing} not in: {first}"
 
