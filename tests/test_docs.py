@@ -1,4 +1,4 @@
-"""What the pages say can be followed: links lead somewhere, and commands, code and options are real.
+"""What the pages say can be followed: links lead somewhere, commands, code and options are real.
 
 No JAX is imported: the flags of the programs are read from their source.
 """
@@ -21,7 +21,7 @@ import pytest
 
 from grpo_jax.__main__ import LISTS, PROGRAMS
 from grpo_jax.api import options as api_options
-from grpo_jax.config import arguments, loading, options, other_names, rules
+from grpo_jax.config import arguments, loading, options, other_names
 from grpo_jax.config.dotted import assign, flatten, override
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -229,7 +229,7 @@ def test_options_in_the_text_have_values_that_they_can_have(page):
     config = options.default()
     for code in re.findall(r"`([^`]+)`", prose(page)):
         found = re.fullmatch(r"(?:--config\.)?(\w+\.\w+) ?= ?([^=<>]+)", " ".join(code.split()))
-        if not found or not found[1].partition(".")[0] in options.SECTIONS:
+        if not found or found[1].partition(".")[0] not in options.SECTIONS:
             continue
         name, text = found[1], found[2]
         if re.fullmatch(r"[A-Z_]+(:[A-Z]+)?|.*\b(DIR|FILE|BUCKET)\b.*", text):
