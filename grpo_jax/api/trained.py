@@ -26,7 +26,7 @@ class Rows(list):
 
 
 class Picture:
-    """A picture in a file; a notebook shows it."""
+    """A picture in the file `path`; a notebook shows it."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -39,7 +39,10 @@ class Picture:
 
 
 class Trained:
-    """A run that has ended, or was stopped and saved."""
+    """A run that has ended, or was stopped and saved.
+
+    `workdir` is its folder, `config` its options; `is_finished` is False where it was stopped.
+    """
 
     def __init__(
         self, workdir: Path, config: ConfigDict, is_finished: bool, given: tuple[Any, Any, Any]

@@ -34,6 +34,7 @@ def test_pages_name_options_that_exist():
     pattern = re.compile(rf"(?<![\w/])({sections})\.(?!md\b|py\b)([a-z_0-9]+)\b(?!\.)")
     files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/*")]
     files += [ROOT / "benchmarks" / "RESULTS.md"]
+    files.remove(ROOT / "docs" / "from_verl.md")  # verl's names; test_docs.py reads ours there
     found = {(file.name, m[0]) for file in files for m in pattern.finditer(file.read_text())}
     assert len(found) > 100
     assert {(file, name) for file, name in found if name not in options.BY_NAME} == set()
