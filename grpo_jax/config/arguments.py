@@ -80,12 +80,7 @@ def answer(
         "--print-config", action="store_true", help="show the options that are in force, and end"
     )
     if name == "train":
-        parser.add_argument(
-            "--check",
-            action="store_true",
-            help="read the model, the data, the rewards and the devices, say what the run would "
-            "be and need, and end; nothing is written",
-        )
+        _add_of_train(parser)
     parser.usage = f"{parser.prog} --config FILE [--workdir DIR] [--config.NAME=VALUE ...]"
     add_processes(parser)
     known, overrides = parse(parser, argv)
@@ -98,6 +93,15 @@ def answer(
         rules.check(config)
         _print_and_exit(reference.as_file(config))
     return parser, known, overrides
+
+
+def _add_of_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="read the model, the data, the rewards and the devices, say what the run would be and "
+        "need, and end; nothing is written",
+    )
 
 
 def _print_and_exit(text: str) -> NoReturn:

@@ -35,6 +35,8 @@ def flags(program: str) -> list[str]:
     in_arguments = program in arguments.RUNS
     file = Path(arguments.__file__) if in_arguments else _PACKAGE / f"{program}.py"
     tree = ast.parse(file.read_text(encoding="utf-8"))
+    others = {f"_add_of_{name}" for name in arguments.RUNS if name != program}
+    tree.body = [node for node in tree.body if getattr(node, "name", "") not in others]
     found = dict.fromkeys(_added(tree))
     if not in_arguments and f"arguments.{_PROCESSES}(" in ast.unparse(tree):
         shared = ast.parse(Path(arguments.__file__).read_text(encoding="utf-8"))
