@@ -2,8 +2,8 @@
 
     python -m grpo_jax.train --config recipes/gsm8k_15b_16gb
 
-Weights and moments are bfloat16, and the optimizer waits in host memory. Planned peak: 14.4 of
-14.7 GiB (docs/recipes.md). No score is recorded for this config yet.
+Weights and moments are bfloat16, and the optimizer waits in host memory. Peak by the plans: 14.4
+of 14.7 GiB (docs/recipes.md). No score is recorded for this config yet.
 """
 
 from grpo_jax.config import loading
@@ -17,6 +17,6 @@ def get_config():
     c.model.remat = "full"
     c.model.offload_reference = True
     c.batch.microbatch = 1
-    c.rollout.num_slots = 256
+    c.rollout.num_slots = 128
     c.optim.offload = True
     return c

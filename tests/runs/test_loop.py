@@ -23,6 +23,7 @@ from grpo_jax import train
 from grpo_jax.devices import chips, memory
 from grpo_jax.devices.chips import Chip
 from grpo_jax.learner.experience import Prepare
+from grpo_jax.messages import console
 from grpo_jax.metrics import trace as trace_lib
 from grpo_jax.metrics.names import METRICS, is_known
 from grpo_jax.metrics.summary import SHOWN
@@ -33,7 +34,7 @@ from grpo_jax.rewards.scores import Failure, Scores
 from grpo_jax.run.append_log import read_jsonl
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Rollouts
-from grpo_jax.trainers import grpo_run, results, step_metrics
+from grpo_jax.trainers import grpo_run, step_metrics
 
 CHIP = Chip("slow", 1e9, 1e30, 2**30, 1e9, "made up: its memory takes no time")
 MESH = ["--config.mesh.data=2", "--config.mesh.tensor=-1"]
@@ -63,8 +64,9 @@ def _runs(folder, *more: str) -> list[dict]:
 
 def test_what_a_run_leaves(tmp_path, compile_cache, cache_folder, monkeypatch):
     said = []
-    for module in (grpo_run, results):
-        monkeypatch.setattr(module, "say", said.append)
+    monkeypatch.setattr(grpo_run, "say", said.append)
+    monkeypatch.setattr(console, "say", lambda text, **options: said.append(text))
+    monkeypatch.setenv("MPLCONFIGDIR", cache_folder)  # else in the home folder, of its first import
     monkeypatch.setattr(chips, "chip", lambda kind: CHIP)
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     elsewhere.mkdir()
