@@ -34,7 +34,7 @@ from grpo_jax.rewards.scores import Failure, Scores
 from grpo_jax.run.append_log import read_jsonl
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Rollouts
-from grpo_jax.trainers import grpo_run, step_metrics
+from grpo_jax.trainers import grpo_run, results, step_metrics
 
 CHIP = Chip("slow", 1e9, 1e30, 2**30, 1e9, "made up: its memory takes no time")
 MESH = ["--config.mesh.data=2", "--config.mesh.tensor=-1"]
