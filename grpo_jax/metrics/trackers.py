@@ -8,6 +8,7 @@ its own (`Sent`): one that is slow or fails holds and ends no run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import queue
@@ -97,7 +98,7 @@ class _Mlflow:
         self._id = _kept_id(workdir / "mlflow_run_id.txt", lambda: self._begin(asked, workdir))
         self._client.set_terminated(self._id, "RUNNING")
         params = [Param(_plain(n), str(value)) for n, value in config.items() if str(value)]
-        tags = [RunTag(tag, "") for tag in asked.tags]
+        tags = [RunTag(_plain(tag), "") for tag in asked.tags]
         for first in range(0, len(params), 100):  # so many at once
             self._client.log_batch(self._id, params=params[first : first + 100])
         self._client.log_batch(self._id, tags=tags)
@@ -129,6 +130,7 @@ class _Trackio:
     def __init__(self, asked: Asked, workdir: Path, config: dict[str, Any]):
         import trackio
 
+        _print_as_errors("trackio")
         self._table = trackio.Table
         # It knows a run by its name.
         fresh = f"{_name(asked, workdir)}-{uuid.uuid4().hex[:6]}"
@@ -152,6 +154,13 @@ class _Trackio:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _print_as_errors(package: str) -> None:
+    """Lets a package print on standard error: standard output is the run's, and may be JSON."""
+    for name, module in list(sys.modules.items()):
+        if name == package or name.startswith(f"{package}."):
+            vars(module)["print"] = functools.partial(print, file=sys.stderr)
 
 
 def _name(asked: Asked, workdir: Path) -> str:

@@ -158,12 +158,12 @@ def test_mlflow_gets_names_that_it_takes(tmp_path, monkeypatch, said):
     module = types.SimpleNamespace(MlflowClient=lambda: fake, entities=entities)
     monkeypatch.setitem(sys.modules, "mlflow", module)
     monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
-    asked = Asked(mlflow_experiment="e", tags=("a",))
+    asked = Asked(mlflow_experiment="e", tags=("a@b",))
     write(tmp_path, asked)
     assert not said
     assert fake.calls[:3] == [("experiment", "e"), ("run", "7", tmp_path.name), ("r1", "RUNNING")]
     assert ("r1", {"params": [("seed", "0")]}) in fake.calls  # what is empty is none
-    assert ("r1", {"tags": [("a", "")]}) in fake.calls
+    assert ("r1", {"tags": [("a_b", "")]}) in fake.calls
     table, numbers, end = fake.calls[-3:]
     assert table == ("r1", COLUMNS, "samples/step_000000.json")
     assert [(name, step) for name, _, _, step in numbers[1]["metrics"]] == [
@@ -173,6 +173,16 @@ def test_mlflow_gets_names_that_it_takes(tmp_path, monkeypatch, said):
     fake.calls.clear()
     write(tmp_path, asked, steps=(1,))
     assert fake.calls[0] == ("r1", "RUNNING")  # the same run
+
+
+def test_what_trackio_prints_is_not_among_the_lines_of_the_run(tmp_path, monkeypatch, capsys):
+    module = types.ModuleType("trackio")
+    code = "Table = None\ndef init(**_):\n    print('* Created new run')\n    raise SystemExit"
+    exec(code, vars(module))
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    monkeypatch.setattr(trackers, "say", lambda line: None)
+    write(tmp_path, Asked(trackio_project="t"))
+    assert capsys.readouterr() == ("", "* Created new run\n")
 
 
 def test_trackio_gets_the_same(tmp_path, monkeypatch, said):
@@ -240,10 +250,13 @@ def test_one_that_fails_is_told_once_and_ends_nothing(when, tmp_path, monkeypatc
 
 
 def test_one_that_hangs_holds_nothing(tmp_path, monkeypatch, said):
-    over = threading.Event()
-    monkeypatch.setitem(
-        trackers._KINDS, "wandb_project", ("wandb", "W&B", lambda *given: over.wait())
-    )
+    over, nothing = threading.Event(), lambda *given: None
+
+    def make(*given):
+        over.wait()
+        return types.SimpleNamespace(log=nothing, samples=nothing, close=nothing)
+
+    monkeypatch.setitem(trackers._KINDS, "wandb_project", ("wandb", "W&B", make))
     monkeypatch.setattr(trackers, "_CLOSE_S", 0.05)
     write(tmp_path, Asked("p"), steps=(0, 1))
     assert len(said) == 1 and "has not taken everything" in said[0]
@@ -258,9 +271,9 @@ def test_what_a_config_asks(monkeypatch):
     assert tracking.asked(config) == Asked()
     config.logging.update(
         wandb_project="p", wandb_entity="e", mlflow_experiment="m", trackio_project="t",
-        run_name="n", tags=("a", 3),
+        run_name="n", tags=("a, b", 3),
     )  # fmt: skip
-    assert tracking.asked(config) == Asked("p", "e", "m", "t", "n", ("a", "3"))
+    assert tracking.asked(config) == Asked("p", "e", "m", "t", "n", ("a", "b", "3"))
     assert tracking.asked(config, is_tracked=False) == Asked()
     for package in PACKAGES.values():
         monkeypatch.setitem(sys.modules, package, None)
