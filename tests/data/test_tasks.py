@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from grpo_jax.config import loading
 from grpo_jax.data import tasks
+from grpo_jax.data.streams import stream
 from grpo_jax.data.tasks import arithmetic
 from grpo_jax.rewards.exact import exact_answer
 from grpo_jax.rewards.format import answer_format
@@ -50,6 +52,29 @@ def test_no_held_out_problem_is_trained_on(problems):
 def test_problems_follow_from_the_seed():
     assert arithmetic.generate(20, 5, seed=1) == arithmetic.generate(20, 5, seed=1)
     assert arithmetic.generate(20, 5, seed=1) != arithmetic.generate(20, 5, seed=2)
+
+
+def test_problems_of_a_seed_stay_the_same():
+    """Else what a run has learned, and what is compared with it, would be of other problems."""
+    train, held_out = arithmetic.generate(200, 50, seed=0)
+    rng = stream(0, "solutions")
+    solutions = [arithmetic.worked_solution(problem, rng) for problem in train]
+    assert [p.prompt for p in train[:3]] == ["5+4-3+7-5=", "5-3-2+8-2=", "1+2+4-3="]
+    for texts, known in (
+        ([p.prompt for p in train + held_out], "2627aba048a931da"),
+        (solutions, "141ae5462720c264"),
+    ):
+        assert hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16] == known
+
+
+def test_a_slip_never_leaves_the_numbers_that_are_known(problems, monkeypatch):
+    """None below 0, however far one slips; and 0 is one of them."""
+    monkeypatch.setattr(arithmetic, "SHORTCUT", 0.0)
+    monkeypatch.setattr(arithmetic, "SLIP", 1.0)
+    rng = np.random.default_rng(0)
+    texts = [arithmetic.worked_solution(problem, rng) for problem in problems[0][:300]]
+    results = {int(n) for text in texts for n in re.findall(r"=(-?\d+)", text)}
+    assert min(results) == 0
 
 
 def test_careful_working_is_right(problems, monkeypatch):

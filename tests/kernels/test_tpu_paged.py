@@ -107,6 +107,8 @@ def test_the_choice():
         return choose_decoding(option, cache, model, mesh, jnp.float32)
 
     assert choice(MODEL) == RaggedPagedDecode()
+    for heads in (1, 2, 4, 8, 16):
+        assert choice(dataclasses.replace(MODEL, num_kv_heads=heads)) == RaggedPagedDecode()
     assert choice(option="xla", cache="int8", platform="cpu") == RingCache(int8=True)
     for words, refused in (
         ("it is for TPUs", {"model": MODEL, "platform": "cpu"}),

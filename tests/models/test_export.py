@@ -100,6 +100,18 @@ def test_a_new_model_is_exported_in_shards(tmp_path, tokenizer, monkeypatch):
     assert stop_ids(tmp_path / "out", load_tokenizer(tmp_path / "out"), 48) == (1,)
 
 
+@pytest.mark.parametrize("number", [1, 2])
+def test_two_shards_have_an_index_and_one_has_none(tmp_path, tokenizer, monkeypatch, number):
+    config, params = new_model()
+    whole = sum(x.size * 2 for x in jax.tree.leaves(params))
+    monkeypatch.setattr(export, "MAX_SHARD_BYTES", whole if number == 1 else whole * 2 // 3)
+    save(tmp_path / "out", params, config, source=None, dtype=jnp.bfloat16, tokenizer=tokenizer)
+    assert len([*(tmp_path / "out").glob("*.safetensors")]) == number
+    assert (tmp_path / "out" / export.INDEX).exists() == (number == 2)
+    again, _ = load(tmp_path / "out")
+    assert again == config
+
+
 def test_export_keeps_the_configs_of_the_source(folder, tmp_path, tokenizer):
     edit_json(folder / "config.json", torch_dtype="float32", eos_token_id=[2, 3], extra="kept")
     edit_json(folder / "generation_config.json", eos_token_id=[2, 3], temperature=0.5)

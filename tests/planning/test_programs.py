@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 import tiny
 
 from grpo_jax import train
 from grpo_jax.config import loading
 from grpo_jax.devices import sharding
+from grpo_jax.kernels import gpu_decode
+from grpo_jax.kernels.gpu_decode import TritonDecode
 from grpo_jax.planning.programs import Lengths, Step
+from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup import model as model_lib
 
 TINY = "tests/helpers/tiny_config.py"
@@ -76,6 +82,25 @@ def test_how_often_a_step_decodes():
         sampling = [p for p in step.programs() if p.phase == "rollout"]
         (decode,) = (p for p in sampling if p.call.program.__name__ == "decode")
         assert decode.runs == 1 and decode.loops == 24 * waves - 1
+        assert not decode.read  # a kernel alone reads less than the whole cache
+        turns = dataclasses.replace(step.engine.decoder, steps=4)  # as on a GPU
+        engine = Engine(turns, num_slots=slots, num_read=step.config.batch.prompts)
+        step.rollout = dataclasses.replace(step.rollout, engine=engine)
+        programs = [p for p in step.programs() if p.phase == "rollout"]
+        (decode,) = (p for p in programs if p.call.program.__name__ == "decode")
+        assert decode.loops == (24 * waves - 1) / 4
+
+
+def test_what_a_kernel_reads_of_the_cache():
+    """A completion's first token is sampled from its prompt: the others read what is before."""
+    config = loading.load(TINY, ["--config.rollout.max_tokens=200"])
+    model, mesh = model_lib.model_shape(config), tiny.one_device()
+    step = Step(config, model, mesh, Lengths.of(config))
+    kind = object.__new__(TritonDecode)
+    step.engine = SimpleNamespace(decoder=SimpleNamespace(kv_cache=kind))
+    share = gpu_decode.share_read(np.full(16, 199), 199, 16, 200)
+    found = step._read_of_cache(199, 16)
+    assert found and set(found.values()) == {share}
 
 
 @pytest.mark.parametrize(

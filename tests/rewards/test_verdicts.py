@@ -7,6 +7,7 @@ from grpo_jax.rewards.math_answer import math_answer, same_mathematics
 
 # fmt: off
 EQUAL = [
+    (r"\tan 15^\circ", r"\tan 15"),
     ("5", "5 notebooks"),
     ("5", "5 sailors"),
     ("5", "5 gardens"),
@@ -117,6 +118,9 @@ EQUAL = [
     (r"10\text{ a.m.}", "10 am"),
 ]
 DIFFERENT = [
+    (r"\tan 15^\circ", r"\tan 16"),
+    ("5", "5 apples per"),
+    ("5", "5 per apple"),
     ("5", "5 thousandths"),
     ("5", "5 hundred"),
     ("5", "5 halves"),
