@@ -66,8 +66,9 @@ def test_code_of_a_model_is_not_run(folder, tmp_path):
     mark = tmp_path / "ran"
     code = f"open({str(mark)!r}, 'w')\nclass Own:\n    from_pretrained = print\n"
     (folder / "own.py").write_text(code)
-    for name in ("config.json", "tokenizer_config.json"):
-        edit(folder / name, auto_map={f"Auto{k}": "own.Own" for k in ("Config", "Tokenizer")})
+    edit(folder / "config.json", auto_map={"AutoConfig": "own.Own", "AutoTokenizer": "own.Own"})
+    # As transformers writes it: the class without a Rust backend, and the one with.
+    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]})
     assert read_config(folder).family == "llama"
     for changes in ({}, {"tokenizer_class": "Own"}):
         edit(folder / "tokenizer_config.json", **changes)
