@@ -90,6 +90,7 @@ NEAREST = {
     "kernels/pallas_triton": ("tests/kernels/test_gpu_decode.py",),
     "learner": ("tests/learner/test_plain.py", WIRING, "tests/learner/test_update.py"),
     "learner/bins": ("tests/learner/test_row_sizes.py", "tests/learner/test_packing.py"),
+    "learner/scoring": ("tests/devices/test_mesh.py", "tests/learner/test_plain.py", WIRING),
     "learner/logprobs": ("tests/learner/test_logprobs.py", WIRING),
     "learner/optim": ("tests/learner/test_optim.py", WIRING),
     "learner/packing": ("tests/learner/test_packing.py", "tests/learner/test_plain.py"),
