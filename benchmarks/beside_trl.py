@@ -11,6 +11,7 @@ rewards. Needs the extra `bench`.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -47,7 +48,7 @@ def train(module: str, model: str, steps: int, seed: int, folder: str) -> list[f
     """The mean reward of each step; the lines that a user of TRL writes."""
     import datasets
 
-    trl = __import__(module, fromlist=["GRPOConfig", "GRPOTrainer"])
+    trl = importlib.import_module(module)
     args = trl.GRPOConfig(
         output_dir=folder,
         max_steps=steps,
@@ -133,8 +134,9 @@ def main() -> None:
             found[name].append(_run(name, args, seed))
     for name, runs in found.items():
         ends = [statistics.fmean(rewards[-3:]) for rewards in runs]
-        print(f"{name}: {statistics.fmean(r[0] for r in runs):.3f} in the first step, "
-              f"{statistics.fmean(ends):.3f} in the last three ({min(ends):.3f} to {max(ends):.3f})")  # fmt: skip
+        first, last = statistics.fmean(r[0] for r in runs), statistics.fmean(ends)
+        spread = f"{min(ends):.3f} to {max(ends):.3f}"
+        print(f"{name}: {first:.3f} in the first step, {last:.3f} in the last three ({spread})")
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
     if args.out:

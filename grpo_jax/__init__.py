@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -35,11 +36,26 @@ def _leave_current_folder() -> None:
             sys.path.append(folder)
 
 
+def _help_early(name: str) -> None:
+    """Shows the help of a program, where it is asked for, before that imports what takes seconds.
+
+    What is wrong with the arguments the program itself will say.
+    """
+    if {"-h", "--help"} & {*sys.argv}:
+        parsers = importlib.import_module("grpo_jax.config.parsers")
+        if name in parsers.BY_PROGRAM:
+            with contextlib.suppress(ValueError):
+                parsers.help_early(name, sys.argv[1:])
+
+
 # While Python looks for the module of `-m`, that is the program's name; the module is the last of
 # orig_argv before the program's own arguments. An import by any other program changes nothing.
-if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
-    if "grpo_jax." in sys.orig_argv[-len(sys.argv)]:
-        _leave_current_folder()
+if sys.argv[:1] == ["-m"]:
+    _module = sys.orig_argv[-len(sys.argv)]
+    if "grpo_jax." in _module:
+        if not sys.flags.safe_path:
+            _leave_current_folder()
+        _help_early(_module.rpartition(".")[2])
 
 
 def _say_nothing_of_pytorch() -> None:

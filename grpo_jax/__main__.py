@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from grpo_jax import __version__
-from grpo_jax.config import arguments, completion, loading, options, reference
+from grpo_jax.config import completion, loading, options, parsers, reference
 from grpo_jax.data import tasks
 from grpo_jax.rewards import registry
 
@@ -74,8 +74,7 @@ def _help() -> str:
 
 def _run(name: str, argv: list[str]) -> None:
     sys.argv = [f"grpo-jax {name}", *argv]
-    if name in arguments.RUNS:
-        arguments.answer(argv, name)  # where that is help, it ends the program
+    parsers.help_early(name, argv)
     program = importlib.import_module(f"grpo_jax.{name}")
     if name == "report":
         program.main(argv)

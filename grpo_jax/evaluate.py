@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from grpo_jax import cli, keys
-from grpo_jax.config import arguments, rules
+from grpo_jax.config import arguments, parsers, rules
 from grpo_jax.data.problems import Problem
 from grpo_jax.devices import sharding
 from grpo_jax.environments import single_turn
@@ -44,7 +44,6 @@ from grpo_jax.setup.rewards import load_rewards, refuse_samples, start_rewards
 from grpo_jax.structs import Sampling
 
 _NUM_SLOTS = 256  # completions decoded at once where rollout.num_slots is 0
-_SPLITS = {"eval": "held-out", "train": "training"}
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -52,33 +51,7 @@ _SPLITS = {"eval": "held-out", "train": "training"}
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     """The options, those left out filled in from the config; and the config."""
-    parser = argparse.ArgumentParser(
-        prog=arguments.prog("evaluate"),
-        description="Evaluates models on the problems of a config, side by side.",
-        epilog="Any option of the config can be changed by --config.NAME=VALUE.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a file as in configs/")
-    parser.add_argument(
-        "--model", required=True, nargs="+", action="extend", metavar="DIR_OR_ID", dest="models",
-        help="Hugging Face folder or hub id, or a run's folder; several are compared",
-    )  # fmt: skip
-    add = parser.add_argument
-    add("--split", choices=list(_SPLITS), default="eval", help="held-out or training problems")
-    add("--num-problems", type=int, metavar="N",
-        help="at most, from the first; default evaluation.num_problems")  # fmt: skip
-    add("--num-samples", type=int, metavar="K",
-        help="per problem, besides the greedy one; default evaluation.num_samples")  # fmt: skip
-    add("--temperature", type=float, metavar="T",
-        help="of the samples; default evaluation.temperature")  # fmt: skip
-    add("--top-p", type=float, metavar="P", help="default rollout.top_p")
-    add("--top-k", type=int, metavar="K", help="0: all tokens; default rollout.top_k")
-    add("--max-tokens", type=int, metavar="N", help="default rollout.max_tokens")
-    add("--seed", type=int, metavar="S", help="of the samples, not the problems; default seed")
-    add("--dtype", choices=("float32", "bfloat16"), help="default model.dtype")
-    add("--out", metavar="DIR", help="every completion; default evaluations/NAME_OF_CONFIG")
-    add("--json", metavar="FILE", help="all values and intervals")
-    arguments.add_processes(parser)
+    parser = parsers.evaluate()
     args, overrides = arguments.parse(parser, argv)
     config = arguments.load_config(args.config, overrides)
     for name, value in {
@@ -131,7 +104,7 @@ def _problems(args: argparse.Namespace, config: ConfigDict) -> list[Problem]:
     problems = held_out if args.split == "eval" else train
     if not problems:
         raise ValueError(
-            f"{args.config} has no {_SPLITS[args.split]} problems. Set data.eval_split or "
+            f"{args.config} has no {parsers.SPLITS[args.split]} problems. Set data.eval_split or "
             "data.eval_path (with data.path) or data.num_eval (with data.task), or evaluate on "
             "--split train."
         )
@@ -235,7 +208,7 @@ def _report(
         }
         for m in others
     ]
-    title = f"{num_problems} {_SPLITS[args.split]} problems of {args.config}"
+    title = f"{num_problems} {parsers.SPLITS[args.split]} problems of {args.config}"
     if num_prompts < num_problems:
         title += f", {num_prompts} different"
     if args.num_samples:

@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from grpo_jax import cli
-from grpo_jax.config import arguments, options, record
+from grpo_jax.config import arguments, parsers, record
 from grpo_jax.devices import sharding
 from grpo_jax.messages.console import say
 from grpo_jax.run import workdir
@@ -40,25 +40,7 @@ def main(argv: list[str]) -> None:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=arguments.prog("export"),
-        description="Writes a checkpoint of a run as a Hugging Face folder.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="the folder of the run")
-    parser.add_argument(
-        "--step",
-        default="newest",
-        metavar="N",
-        help="after which step; or best, by its evaluations; or newest (default)",
-    )
-    parser.add_argument(
-        "--out", metavar="DIR", help="where to write it; default WORKDIR/exports/step_N"
-    )
-    choices = options.BY_NAME["checkpoint.export_dtype"].choices
-    parser.add_argument(
-        "--dtype", choices=choices, help="of the weights; default: checkpoint.export_dtype"
-    )
+    parser = parsers.export()
     args, rest = arguments.parse(parser, argv)
     if rest:
         parser.error(f"unknown argument {rest[0]!r}")

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo_jax import cli, keys
-from grpo_jax.config import arguments, rules
+from grpo_jax.config import arguments, parsers, rules
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompts import encode
 from grpo_jax.devices import sharding
@@ -96,27 +96,7 @@ def completions(
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=arguments.prog("generate"), description="Completes a prompt.", allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("--model", required=True, metavar="DIR_OR_ID",
-        help="Hugging Face folder or hub id, or a run's folder")  # fmt: skip
-    asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--prompt", metavar="TEXT", help="what the model completes")
-    asked.add_argument("--prompts", metavar="FILE", help="a prompt a line; - reads standard input")
-    add("--chat", action="store_true", help="a prompt is a message of a user")
-    add("--max-tokens", type=int, default=256, metavar="N", help="of a completion; default 256")
-    add(
-        "--temperature", type=float, default=0.0, metavar="T", help="default 0: the likeliest token"
-    )
-    add("--top-p", type=float, default=1.0, metavar="P", help="default 1: all tokens")
-    add("--top-k", type=int, default=0, metavar="K", help="default 0: all tokens")
-    add("--num-samples", type=int, default=1, metavar="K", help="of each prompt; default 1")
-    add("--seed", type=int, default=0, metavar="S", help="of the samples; default 0")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of weights and sums; default float32")  # fmt: skip
-    add("--json", action="store_true", help="one JSON object per completion")
+    parser = parsers.generate()
     args, rest = arguments.parse(parser, argv)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

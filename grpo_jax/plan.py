@@ -20,7 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from grpo_jax import cli
-from grpo_jax.config import arguments
+from grpo_jax.config import arguments, parsers
 from grpo_jax.devices import sharding
 from grpo_jax.messages.console import say
 from grpo_jax.models.families import model_config
@@ -88,34 +88,7 @@ def main(argv: list[str]) -> None:
 
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        prog=arguments.prog("plan"),
-        description="Plans a run on devices that are not there.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a file as in configs/")
-    parser.add_argument(
-        "--topology", required=True, help="such as v5e:16x16, v5p:4x4x4, h100:8, b200:1, or cpu:8"
-    )
-    parser.add_argument(
-        "--model-shape",
-        metavar="FILE",
-        help="a config.json, or a folder with one, as in configs/shapes/; default: the config's",
-    )
-    parser.add_argument(
-        "--prompt-tokens", type=int, default=0, help="the longest prompt; default: its limit"
-    )
-    parser.add_argument(
-        "--mean-tokens", type=int, default=0, help="mean of a completion; default: all at the limit"
-    )
-    parser.add_argument(
-        "--search", nargs="?", type=int, const=6, default=0, metavar="N", help="ranks N meshes (6)"
-    )
-    parser.add_argument(
-        "--longest", action="store_true", help="looks for the longest completion that fits"
-    )
-    parser.add_argument("--json", metavar="FILE", help="writes the plan there too")
-    parser.usage = f"{parser.prog} --config FILE --topology NAME [...] [--config.NAME=VALUE ...]"
+    parser = parsers.plan()
     args, overrides = arguments.parse(parser, argv)
     for name in ("prompt_tokens", "mean_tokens", "search"):
         if getattr(args, name) < 0:

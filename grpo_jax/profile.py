@@ -9,14 +9,13 @@ alone, without the operations inside it (a loop's body), summed over devices and
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from grpo_jax.config import arguments
+from grpo_jax.config import parsers
 from grpo_jax.messages.console import console
 from grpo_jax.metrics import trace
 
@@ -44,11 +43,7 @@ def print_table(entries: list[Mapping[str, Any]]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the table of `--workdir`; ends with one line where there is no trace."""
-    parser = argparse.ArgumentParser(
-        prog=arguments.prog("profile"), description="The longest operations of a traced run."
-    )
-    parser.add_argument("--workdir", required=True, help="folder of the run")
-    parser.add_argument("--top", type=int, default=10, help="operations of each phase")
+    parser = parsers.profile()
     options = parser.parse_args(argv)
     try:
         print_table(

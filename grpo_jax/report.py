@@ -8,26 +8,16 @@ Runs that go on are drawn as far as they are. `--workdir DIR` is the same as DIR
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from grpo_jax.config import arguments
+from grpo_jax.config import parsers
 from grpo_jax.evaluation.compare import names
 from grpo_jax.metrics import curves
 
 
 def main(argv: list[str] | None = None) -> None:
     """Draws the picture of one or more runs; ends with one line where there is nothing to draw."""
-    parser = argparse.ArgumentParser(
-        prog=arguments.prog("report"),
-        description="Draw curves.png from a run's metrics, or one picture that compares runs.",
-    )
-    parser.add_argument("folders", nargs="*", metavar="DIR", help="folder of a run")
-    parser.add_argument("--workdir", action="append", default=[], help="the same")
-    parser.add_argument(
-        "--out", default="comparison.png", metavar="FILE",
-        help="where several runs are drawn to, as .png and .svg; default comparison.png",
-    )  # fmt: skip
+    parser = parsers.report()
     args = parser.parse_args(argv)
     folders = list(dict.fromkeys(str(Path(folder)) for folder in args.folders + args.workdir))
     if not folders:

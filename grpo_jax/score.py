@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from grpo_jax import cli
-from grpo_jax.config import arguments
+from grpo_jax.config import arguments, parsers
 from grpo_jax.data import prompts, sources, tasks
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.streams import stream
@@ -41,25 +41,7 @@ _READ_ANSWERS = {"exact_answer", "math_answer"}  # rewards of what a completion 
 
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
-    parser = argparse.ArgumentParser(
-        prog=arguments.prog("score"), description="Tries rewards on a dataset.",
-        allow_abbrev=False,
-    )  # fmt: skip
-    parser.add_argument("--config", required=True, metavar="FILE")
-    parser.add_argument("--split", choices=("train", "eval"), default="train",
-                        help="training or held-out problems of the config")  # fmt: skip
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--completion-column", metavar="NAME",
-                        help="column scored in place of completions; default answer, or of a task "
-                             "its worked solutions")  # fmt: skip
-    source.add_argument("--completions", metavar="FILE",
-                        help='JSON lines with a text "completion", one per problem')  # fmt: skip
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="first N rows; 0: all")
-    parser.add_argument("--batch", type=int, default=1, metavar="N",
-                        help="completions given to a function at once")  # fmt: skip
-    parser.add_argument("--samples", type=int, default=4, metavar="N", help="rows to show")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    parser.add_argument("--out", metavar="FILE", help="write every row with its rewards here")
+    parser = parsers.score()
     args, overrides = arguments.parse(parser, argv)
     for name, least in (("limit", 0), ("batch", 1), ("samples", 0)):
         if getattr(args, name) < least:

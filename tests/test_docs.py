@@ -1,6 +1,6 @@
 """What the pages say can be followed: links lead somewhere, commands, code and options are real.
 
-No JAX is imported: the flags of the programs are read from their source.
+No JAX is imported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pytest
 
 from grpo_jax.__main__ import LISTS, PROGRAMS
 from grpo_jax.api import options as api_options
-from grpo_jax.config import arguments, completion, loading, options, other_names
+from grpo_jax.config import arguments, completion, loading, options, other_names, parsers
 from grpo_jax.config.dotted import assign, flatten, override
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,42 +122,12 @@ def test_lists_and_tables_stand_apart(page):
 
 @functools.cache
 def flags(name: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that the source of a program adds."""
-    files = [ROOT / "grpo_jax" / f"{name}.py"]
-    text = files[0].read_text()
-    if name in arguments.RUNS:
-        files = [ROOT / "grpo_jax" / "config" / "arguments.py"]
-    elif "add_processes" in text:
-        files += [ROOT / "grpo_jax" / "config" / "arguments.py"]
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
-    parser.add_argument("--help", action="store_true")
-    for file in files:
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and _is_add(node) and node.args:
-                names = [a.value for a in node.args if isinstance(a, ast.Constant)]
-                known = {a for action in parser._actions for a in action.option_strings}
-                if names and not known & set(names):
-                    parser.add_argument(*names, **_keywords(node))
+    """The parser of a program, for commands that leave out what it needs."""
+    parser = parsers.BY_PROGRAM[name]()
+    parser.exit_on_error = False
+    for action in [*parser._actions, *parser._mutually_exclusive_groups]:
+        action.required = False
     return parser
-
-
-def _is_add(call: ast.Call) -> bool:
-    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-    first = call.args[0] if call.args else None
-    is_flag = isinstance(first, ast.Constant) and str(first.value).startswith("--")
-    return name in ("add_argument", "add") and is_flag
-
-
-def _keywords(call: ast.Call) -> dict[str, object]:
-    """What decides how an argument is read; a placeholder such as N stands for any value."""
-    kept = {}
-    for keyword in call.keywords:
-        if keyword.arg in ("action", "nargs", "const", "choices"):
-            try:
-                kept[keyword.arg] = ast.literal_eval(keyword.value)
-            except ValueError:  # choices that the program computes
-                continue
-    return kept
 
 
 def commands(page: Path) -> list[list[str]]:

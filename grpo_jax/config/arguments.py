@@ -64,6 +64,21 @@ def answer(
     argv: list[str], name: str
 ) -> tuple[argparse.ArgumentParser, argparse.Namespace, list[str]]:
     """Ends the program where it is asked for help or for the config; else what stands there."""
+    parser = run_parser(name)
+    known, overrides = parse(parser, argv)
+    if known.help:
+        width = min(shutil.get_terminal_size().columns, 100)
+        listing = reference.listing(loading.read(known.config, overrides), width)
+        _print_and_exit(f"{parser.format_help()}\n{listing}")
+    if known.print_config:
+        config = loading.read(known.config, overrides)
+        rules.check(config)
+        _print_and_exit(reference.as_file(config))
+    return parser, known, overrides
+
+
+def run_parser(name: str) -> argparse.ArgumentParser:
+    """The arguments of a program of `RUNS`."""
     parser = argparse.ArgumentParser(
         prog=prog(name), description=RUNS[name], allow_abbrev=False, add_help=False
     )
@@ -80,28 +95,15 @@ def answer(
         "--print-config", action="store_true", help="show the options that are in force, and end"
     )
     if name == "train":
-        _add_of_train(parser)
+        parser.add_argument(
+            "--check",
+            action="store_true",
+            help="read the model, the data, the rewards and the devices, say what the run would "
+            "be and need, and end; nothing is written",
+        )
     parser.usage = f"{parser.prog} --config FILE [--workdir DIR] [--config.NAME=VALUE ...]"
     add_processes(parser)
-    known, overrides = parse(parser, argv)
-    if known.help:
-        width = min(shutil.get_terminal_size().columns, 100)
-        listing = reference.listing(loading.read(known.config, overrides), width)
-        _print_and_exit(f"{parser.format_help()}\n{listing}")
-    if known.print_config:
-        config = loading.read(known.config, overrides)
-        rules.check(config)
-        _print_and_exit(reference.as_file(config))
-    return parser, known, overrides
-
-
-def _add_of_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="read the model, the data, the rewards and the devices, say what the run would be and "
-        "need, and end; nothing is written",
-    )
+    return parser
 
 
 def _print_and_exit(text: str) -> NoReturn:

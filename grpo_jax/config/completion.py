@@ -1,21 +1,17 @@
 """What the tab key completes of the command grpo-jax, as a script for bash or zsh.
 
-Everything it knows stands in the script: programs, their arguments, as their files add them, the
-names of configs, and the table of options with what each can be. Nothing is run while one types.
+Everything it knows stands in the script: programs, their arguments, the names of configs, and the
+table of options with what each can be. Nothing is run while one types.
 """
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Collection, Iterator
-from pathlib import Path
+from collections.abc import Collection
 
-from grpo_jax.config import arguments, loading, options
+from grpo_jax.config import loading, options, parsers
 from grpo_jax.config.schema import Option, written
 
 SHELLS = ("bash", "zsh")
-_PACKAGE = Path(__file__).resolve().parents[1]
-_PROCESSES = "add_processes"  # the function that adds arguments for several programs
 
 
 def script(shell: str, programs: Collection[str], lists: Collection[str]) -> str:
@@ -31,28 +27,9 @@ def script(shell: str, programs: Collection[str], lists: Collection[str]) -> str
 
 
 def flags(program: str) -> list[str]:
-    """The arguments that a program adds, --help among them, as its source says."""
-    in_arguments = program in arguments.RUNS
-    file = Path(arguments.__file__) if in_arguments else _PACKAGE / f"{program}.py"
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    others = {f"_add_of_{name}" for name in arguments.RUNS if name != program}
-    tree.body = [node for node in tree.body if getattr(node, "name", "") not in others]
-    found = dict.fromkeys(_added(tree))
-    if not in_arguments and f"arguments.{_PROCESSES}(" in ast.unparse(tree):
-        shared = ast.parse(Path(arguments.__file__).read_text(encoding="utf-8"))
-        (function,) = (n for n in ast.walk(shared) if getattr(n, "name", "") == _PROCESSES)
-        found |= dict.fromkeys(_added(function))
-    return list(found | {"--help": None})
-
-
-def _added(tree: ast.AST) -> Iterator[str]:
-    """The long names that calls of `add_argument`, or of `add` for short, give."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            called = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            names = [a.value for a in node.args if isinstance(a, ast.Constant)]
-            if called in ("add_argument", "add"):
-                yield from (n for n in names if isinstance(n, str) and n.startswith("--"))
+    """The long names of a program's arguments, --help among them."""
+    actions = parsers.BY_PROGRAM[program]()._actions
+    return [name for action in actions for name in action.option_strings if name.startswith("--")]
 
 
 def _of_lists(lists: Collection[str]) -> dict[str, list[str]]:

@@ -91,5 +91,9 @@ def filled(leaf: Any) -> jax.Array:
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """False for the tracebacks of Orbax's threads: what failed there is told by `Checkpoints`."""
-    return not (record.exc_info and "orbax" in record.pathname)
+    """False for the tracebacks of Orbax's threads: what failed there is told by `Checkpoints`.
+
+    And for a save without a quality, which not every save has.
+    """
+    is_unmeasured = str(record.msg).startswith("Requested `tracked_metric`")
+    return not ((record.exc_info or is_unmeasured) and "orbax" in record.pathname)
