@@ -202,6 +202,11 @@ def main(argv: list[str]) -> None:
     if found.said:
         note(f"{found.said} answers.")
     policy, params = found.policy, load_params(found, mesh, dtype)
+    if args.chat and not policy.tokenizer.chat_template:
+        raise ValueError(
+            f"--chat: the tokenizer of {args.model} has no chat template. Leave --chat out, or "
+            "take a model that has one, as instruct models do."
+        )
     as_asked = lambda text: [{"role": "user", "content": text}] if args.chat else text  # noqa: E731
     prompt_ids = [
         encode_prompt(policy, as_asked(text), args.max_tokens, where, "--max-tokens")

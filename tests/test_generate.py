@@ -73,7 +73,7 @@ def _ask(capsys, *argv: str) -> tuple[str, str]:
         (["--top-p", "1.5"], r"--top-p 1.5 must be"),
         (["--num-samples", "2"], r"--num-samples 2 at --temperature 0.*Set --temperature above 0"),
         (["--max-tokens", "1024"], r"--prompt has 4 tokens.*--max-tokens 1024.*1024"),
-        (["--chat"], r"list of messages.*template"),
+        (["--chat"], r"--chat: the tokenizer of .* has no chat template\. Leave --chat out"),
     ],
 )
 def test_what_is_refused(model, argv, message):

@@ -25,7 +25,10 @@ def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 def override(config: ConfigDict, name: str, text: str) -> None:
     """Sets an option; ValueError where there is none, or its type is another."""
     old = _value(config, name)
-    _set(config, name, text if isinstance(old, str) else _typed(name, _parsed(text), old, text))
+    value = text if isinstance(old, str) else _parsed(text)
+    if isinstance(old, tuple) and isinstance(value, str):
+        value = _split(value)
+    _set(config, name, _typed(name, value, old, text))
 
 
 def assign(config: ConfigDict, name: str, value: Any) -> None:
@@ -54,6 +57,23 @@ def _parsed(text: str) -> Any:
     # Of nonsense, of nesting without end, of a dict with a list as a key.
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
         return text
+
+
+def _split(text: str) -> list[str]:
+    """A text at its commas, but for those within brackets and quotes: `a(x=1,y=2),b`."""
+    parts, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        else:
+            depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth <= 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts if part.strip()] or [text]
 
 
 def _typed(name: str, value: Any, old: Any, text: Any) -> Any:

@@ -376,8 +376,7 @@ TABLE = (
          special={"": "none"}, free=True),
     text("logging.run_name", "", "name", "The run's, for these three",
          special={"": "that of the workdir"}, free=True),
-    several("logging.tags", (), "texts, or one with commas", "The run's, for these three",
-            free=True),
+    several("logging.tags", (), "texts", "The run's, for these three", free=True),
     choice("logging.console", "auto", WAYS, "What is said on standard output", free=True),
     text("logging.on_event", "", "command",
          "Called, without a shell, when the run has finished, stopped or failed, and when a guard "

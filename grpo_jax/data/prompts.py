@@ -144,6 +144,12 @@ def _render(
         )
     except templates.TemplateError as error:
         problem = problems[error.number]
+        if error.missing and not tokenizer.chat_template:
+            raise ValueError(
+                f"The prompt of {_name(problem)} is a list of messages, and the tokenizer has no "
+                f"chat template. It starts {_start(problem.prompt)}. Use a tokenizer with one, or "
+                "write each prompt as one text and leave data.chat False."
+            ) from error
         raise ValueError(
             f"The prompt of {_name(problem)} is a list of messages, which the tokenizer's template "
             f"did not take ({error}). It starts {_start(problem.prompt)}. {_remedy(problem, error)}"

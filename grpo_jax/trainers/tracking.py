@@ -9,10 +9,7 @@ from grpo_jax.metrics import trackers
 
 
 def asked(config: ConfigDict, is_tracked: bool = True) -> trackers.Asked:
-    """The trackers of a run; none of one that is not tracked, as a supervised start.
-
-    Tags may stand with commas in one text, as the command line gives them.
-    """
+    """The trackers of a run; none of one that is not tracked, as a supervised start."""
     logging = config.logging
     if not is_tracked:
         return trackers.Asked()
@@ -22,7 +19,7 @@ def asked(config: ConfigDict, is_tracked: bool = True) -> trackers.Asked:
         mlflow_experiment=logging.mlflow_experiment,
         trackio_project=logging.trackio_project,
         run_name=logging.run_name,
-        tags=tuple(tag.strip() for tag in ",".join(map(str, logging.tags)).split(",") if tag),
+        tags=tuple(map(str, logging.tags)),
     )
 
 

@@ -91,6 +91,8 @@ def file(tmp_path):
         ("rewards.weights=2.0", (2.0,)),
         ("data.columns=prompt=question", ("prompt=question",)),
         ("data.columns=('prompt=a','answer=b')", ("prompt=a", "answer=b")),
+        ("data.columns=prompt=a, answer=b", ("prompt=a", "answer=b")),
+        ("data.chat_template_kwargs=a=(1,2),b='x,y'", ("a=(1,2)", "b='x,y'")),
         ("mesh.fsdp=-1", -1),
     ],
 )
@@ -219,3 +221,10 @@ def test_names_from_elsewhere_are_none_of_ours():
     known = options.BY_NAME
     assert set(other_names._ELSEWHERE.values()) | set(other_names._FORMERLY.values()) <= set(known)
     assert not known.keys() & (other_names._ELSEWHERE.keys() | other_names._FORMERLY.keys())
+
+
+def test_rewards_and_weights_are_split_at_commas_alike(file):
+    names = "--config.rewards.names=mine.f,repetition_penalty(n=2,p=1)"
+    config = loading.load(file, [names, "--config.rewards.weights=1,2.5"])
+    assert config.rewards.names == ("mine:f", "repetition_penalty(n=2,p=1)")
+    assert config.rewards.weights == (1, 2.5)

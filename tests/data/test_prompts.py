@@ -216,5 +216,7 @@ def test_templates_tell_how_far_they_are():
 def test_encode_of_messages_without_a_chat_template(shared):
     tokenizer = tokenizer_of(shared, "gpt2")
     problems = texts("1+1?", [{"role": "user", "content": "1+1?"}])
-    with pytest.raises(ValueError, match=r"line 2 is a list of messages.*with a chat template"):
+    with pytest.raises(
+        ValueError, match=r"line 2 is a list of messages.*the tokenizer has no chat template"
+    ):
         encode(problems, tokenizer, 512)

@@ -271,7 +271,7 @@ def test_what_a_config_asks(monkeypatch):
     assert tracking.asked(config) == Asked()
     config.logging.update(
         wandb_project="p", wandb_entity="e", mlflow_experiment="m", trackio_project="t",
-        run_name="n", tags=("a, b", 3),
+        run_name="n", tags=("a", "b", 3),
     )  # fmt: skip
     assert tracking.asked(config) == Asked("p", "e", "m", "t", "n", ("a", "b", "3"))
     assert tracking.asked(config, is_tracked=False) == Asked()
