@@ -122,6 +122,12 @@ def test_a_row_is_split_over_its_devices():
     assert operations[1] < operations[0] / 3
 
 
+def test_each_shard_reads_its_share_of_the_prompts_at_once():
+    decoder = Decoder(tiny.MODEL, sharding.make_mesh(4, 2), Sampling(), (tiny.STOP,), 8)
+    for num_read, slots, at_once in ((32, 64, 4), (33, 64, 5), (32, 3, 3), (0, 7, 7)):
+        assert Engine(decoder, num_read=num_read).read_at_once(slots) == at_once
+
+
 def test_slots_are_refilled_and_compacted_in_each_shard():
     """Fourteen prompts on two devices, eight completions at once; and all at once, compacted.
 

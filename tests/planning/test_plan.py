@@ -768,3 +768,33 @@ def test_no_head_is_cut_on_80_columns(monkeypatch):
             assert f" {head} " in text
         assert "data 64 x fsdp 8 x sequence 4 x tensor 8" in text and "16384 devices" in text
         assert ("least s" in text) == ("308.640" in text) == (chip.flops is not None)
+
+
+def by_hand(flops: float) -> Plan:
+    """A plan of one program on a chip of 1e15 operations and 1e12 bytes a second."""
+    chip = Chip("c", 2.0**30, 1e15, 1e12, 1e11, None, "", 2.0**30, "")
+    cost = hlo.Cost(flops=flops, bytes=3e12)
+    program = Compiled("gradient", "update", 1, 0.0, 2.0**20, 0.0, 0.0, cost, 1.0)
+    return Plan("c:1", chip, {"data": 1}, 1000, {"weights": 4000.0}, [program])
+
+
+def test_a_plan_says_what_bounds_a_program():
+    for flops, bound in ((1e15, "memory"), (9e15, "compute")):
+        (program,) = by_hand(flops).as_json()["programs"]
+        assert program["bound"] == bound
+        assert program["seconds"][bound] == max(3.0, flops / 1e15)
+
+
+def test_changes_that_were_tried_and_those_that_were_refused(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(report, "console", Console(file=out, width=100, highlight=False))
+    tried = [
+        advice.Tried({"optim.offload": True}, by_hand(1e15)),
+        advice.Tried({"mesh.fsdp": 3}, None, refusal="it does not divide"),
+        advice.Tried({"mesh.fsdp": 2}, None, arrays=2.0**31),
+    ]
+    report.show_tried("Changes", tried)
+    lines = [line.split() for line in out.getvalue().splitlines()]
+    assert ["│", "optim.offload", "=", "True", "│", "yes", "│", "0.00", "│", "3.0", "│"] in lines
+    assert ["│", "mesh.fsdp", "=", "3", "│", "refused", "│", "│", "│"] in lines
+    assert ["│", "mesh.fsdp", "=", "2", "│", "no", "│", "over", "2.00", "│", "│"] in lines
