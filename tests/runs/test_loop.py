@@ -97,6 +97,8 @@ def test_what_a_run_leaves(tmp_path, compile_cache, cache_folder, monkeypatch):
     # The policy before the updates has drawn, and the reference is the model as it was given.
     assert all(row["policy/sampler_gap_max"] < 1e-4 for row in steps)
     assert steps[0]["policy/kl"] < steps[3]["policy/kl"]
+    parts = [f"time/{name}_s" for name in ("rollout", "reward", "update")]
+    assert all(sum(row[part] for part in parts) <= 1.01 * row["time/step_s"] for row in steps)
     # Of the step's last update, the 4th, 8th, 12th and 16th.
     rates = [row["policy/learning_rate"] for row in steps]
     assert rates == pytest.approx([0.00025, 0.0005, 0.00075, 0.001])
