@@ -132,7 +132,7 @@ def unclear(error: ValueError) -> str:
     message = one_line(str(error))
     if not Path(_last_frame(error).partition(":")[0]).is_relative_to(OURS):
         return f"{type(error).__name__} at {_last_frame(error)}: {message[:200]}"
-    if type(error).__name__ not in ("ValueError", "TemplateError"):
+    if type(error).__name__ not in ("ValueError", "TemplateError", "Usage"):
         return f"{type(error).__name__} is passed on: {message[:200]}"
     if not 20 <= len(message) <= 2100 or _OBEYED.search(message):
         return f"a message of {len(message)} characters at {_last_frame(error)}: {message[:200]}"
