@@ -101,7 +101,8 @@ NEAREST = {
     "models": ("tests/learner/test_plain.py", "tests/parity/test_logits.py", WIRING),
     "models/families": (
         "tests/models/test_families.py", "tests/models/test_names.py",
-        "tests/models/test_weights.py", "tests/models/test_export.py", "tests/parity/test_logits.py",
+        "tests/models/test_weights.py", "tests/models/test_export.py",
+        "tests/parity/test_logits.py",
     ),
     "models/hf": ("tests/models/test_weights.py", "tests/models/test_export.py"),
     "models/hf/export": ("tests/models/test_export.py",),

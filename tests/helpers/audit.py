@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import matplotlib.font_manager  # noqa: F401, at its first import it writes into the home folder
+
 # Where an event's arguments hold the paths it changes, and the open folder each is relative to.
 _CHANGED = {
     "os.mkdir": [(0, 2)], "os.rename": [(0, 2), (1, 3)], "os.remove": [(0, 1)],
