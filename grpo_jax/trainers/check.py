@@ -97,10 +97,10 @@ def _sizes(config: ConfigDict, found: Inputs) -> list[str]:
     parts = ", ".join(
         f"{name} {value:,.0f}"
         for name, value in zip(
-            ("shortest", "tenth", "median", "ninetieth percentile", "longest"),
+            ("shortest", "tenth percentile", "median", "ninetieth percentile", "longest"),
             np.quantile(lengths, (0.0, 0.1, 0.5, 0.9, 1.0)),
         )
-    ).replace("tenth", "tenth percentile")
+    )
     rows = config.batch.prompts * config.batch.group
     sampled = rows * config.rollout.max_tokens
     return [

@@ -221,11 +221,12 @@ def test_an_absent_package_is_told_with_its_extra(option, monkeypatch):
         trackers.check(Asked(**{option: "p"}))
 
 
-def test_nothing_is_imported_that_is_not_asked_for(tmp_path, monkeypatch):
+def test_nothing_is_imported_that_is_not_asked_for(tmp_path, monkeypatch, said):
     for package in PACKAGES.values():
         monkeypatch.setitem(sys.modules, package, None)
     trackers.check(Asked())
     write(tmp_path, Asked())
+    assert not said
 
 
 @pytest.mark.parametrize("when", ["start", "log", "close"])
