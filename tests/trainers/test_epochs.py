@@ -37,13 +37,14 @@ def test_steps_of_epochs(epochs, problems, steps):
 
 def test_the_learning_rate_ends_with_the_last_epoch(tmp_path, capsys):
     model = make_model(tmp_path / "model")
-    config = loading.load(str(TINY), [*EPOCHS, f"--config.model.path={model}"])
+    options = [*EPOCHS, "--config.loop.num_epochs=2", f"--config.model.path={model}"]
+    config = loading.load(str(TINY), options)  # whose own loop.num_steps is 4
     run = grpo_run.build(config, tmp_path / "run", str(model), fit.of_run)
     run.rewards.close()
 
-    assert run.course.num_steps == run.config.loop.num_steps == 4  # 60 prompts
-    assert "4 steps, which ask each problem 1.60 times" in capsys.readouterr().out
-    updates = 4 * run.course.updates
+    assert run.course.num_steps == run.config.loop.num_steps == 5  # 80 prompts
+    assert "5 steps, which ask each problem 2.00 times" in capsys.readouterr().out
+    updates = 5 * run.course.updates
     assert float(run.learning_rate(updates - 1)) > float(run.learning_rate(updates)) == 0.0
 
 
