@@ -45,7 +45,9 @@ def test_the_learning_rate_ends_with_the_last_epoch(tmp_path, capsys):
     assert run.course.num_steps == run.config.loop.num_steps == 5  # 80 prompts
     assert "5 steps, which ask each problem 2.00 times" in capsys.readouterr().out
     updates = 5 * run.course.updates
-    assert float(run.learning_rate(updates - 1)) > float(run.learning_rate(updates)) == 0.0
+    last, after = (float(run.learning_rate(n)) for n in (updates - 1, updates))
+    assert last == pytest.approx(config.optim.learning_rate / updates, rel=1e-4)
+    assert after == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_run_that_goes_on_has_the_same_epochs_where_its_schedule_ends_with_them(tmp_path):
