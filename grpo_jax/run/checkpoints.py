@@ -200,7 +200,8 @@ class Checkpoints:
         if processes.is_first():  # Orbax would do it too, but later: what is free then is told
             for partial in list(self._folder.iterdir()):
                 if partial.name.startswith(f"{number}{ocp_path.atomicity.TMP_DIR_SUFFIX}"):
-                    partial.rmtree()
+                    if not disk.delete(partial):
+                        say(f"warning: {partial} could not be deleted. It is no checkpoint.")
         processes.barrier("the end of a failed save")
         self._manager = self._open()
 

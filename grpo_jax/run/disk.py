@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import re
 import shutil
+import time
 from pathlib import Path
+
+from etils import epath
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 # Libraries that write in C++ tell it in words alone.
@@ -23,6 +26,23 @@ def free(folder: Path) -> str:
         return size(shutil.disk_usage(folder).free)
     except OSError:
         return ""
+
+
+def delete(folder: epath.Path, *, patience: float = 30.0) -> bool:
+    """Deletes a folder that threads may still be writing to; whether it is gone.
+
+    A write that has failed is told before the writes beside it have ended, and these make files in
+    a folder that is being emptied. So it is tried again for `patience` seconds.
+    """
+    until = time.monotonic() + patience
+    while True:
+        try:
+            folder.rmtree(missing_ok=True)
+            return True
+        except OSError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.02)
 
 
 def size(num_bytes: float) -> str:

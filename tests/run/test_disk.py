@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
+from etils import epath
 
 from grpo_jax.run import disk
 
@@ -38,3 +42,40 @@ def test_what_is_free(small_disk, tmp_path):
     (small_disk / "ballast").write_bytes(bytes(1 << 19))
     assert disk.free(small_disk) == "524 kB"
     assert disk.free(tmp_path / "absent") == ""
+
+
+def test_a_folder_is_deleted_that_others_still_write_to(tmp_path):
+    """A failed save is told before the writes beside the one that failed have ended."""
+    folder, until = tmp_path / "partial", time.monotonic() + 0.3
+    (folder / "d").mkdir(parents=True)
+
+    def write():
+        while time.monotonic() < until:
+            for i in range(50):
+                try:
+                    (folder / "d").mkdir(parents=True, exist_ok=True)
+                    (folder / "d" / str(i)).write_bytes(b"x")
+                except FileNotFoundError:  # it was deleted in between
+                    pass
+
+    threads = [threading.Thread(target=write) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    gone = False
+    while any(thread.is_alive() for thread in threads) or not gone:
+        gone = disk.delete(epath.Path(folder))
+    assert not folder.exists()
+    assert disk.delete(epath.Path(folder))  # none is there
+
+
+def test_what_cannot_be_deleted_is_told(tmp_path, monkeypatch):
+    folder = epath.Path(tmp_path)
+    monkeypatch.setattr(type(folder), "rmtree", lambda self, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # no error of the disk: a fault of ours
+        disk.delete(folder)
+
+    def refuse(self, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(folder), "rmtree", refuse)
+    assert not disk.delete(folder, patience=0.1)
