@@ -226,6 +226,28 @@ def test_a_program_of_a_tpu():
     assert cost.bytes == pytest.approx(3 * 2 * 8 * 64 * 4 + (8 + 2) * 64 * 4, rel=0.01)  # counters
 
 
+@pytest.mark.parametrize(
+    ("out", "window", "pairs"),
+    [
+        (6, "size=3", 6 * 3),  # no padding: every output meets three inputs
+        (8, "size=3 pad=1_1", 8 * 3 - 2),  # the first and the last meet two
+        (3, "size=3 stride=2", 3 * 3),
+        (4, "size=3 rhs_dilate=2", 4 * 3),
+        (3, "size=3 stride=2 pad=0_0 lhs_dilate=1 rhs_dilate=1", 3 * 3),
+    ],
+)
+def test_the_windows_of_a_convolution(out, window, pairs):
+    text = f"""
+ENTRY %main (x: f32[2,8,4], w: f32[3,4,5]) -> f32[2,{out},5] {{
+  %x = f32[2,8,4]{{2,1,0}} parameter(0)
+  %w = f32[3,4,5]{{2,1,0}} parameter(1)
+  ROOT %y = f32[2,{out},5]{{2,1,0}} convolution(%x, %w), window={{{window}}}, dim_labels=b0f_0io->b0f
+}}
+"""
+    cost = hlo.cost(text, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
+    assert cost.flops == 2 * 2 * 4 * 5 * pairs
+
+
 # A GPU's program: a product, which is a fusion, and its result copied into a part of an array.
 GPU = """
 %product (a: bf16[128,64], b: bf16[64,32]) -> bf16[128,32] {
