@@ -255,7 +255,7 @@ DIFFERENT = [
     ("5", "5 per cent of 20"),
     ("5", "5 units of ten"),
     ("5", "5 each of two"),
-    ("5", "5 points in"),  # ends within a clause
+    ("5", "5 points of"),  # a clause without its end
     ("5", "5 in base seven"),
     ("5", "5 pair of tens"),
     ("5", r"5\text{ mod }7"),
