@@ -71,7 +71,7 @@ def run(
     ask = summary.pop("ask", None)
     summary_table(summary)
     if ask:
-        say(f"Ask it:\n{ask}")
+        say(f"Ask it:\n{ask}", whole=True)
     return summary
 
 
