@@ -38,7 +38,7 @@ def lines(path):
 
 def events(workdir):
     """Events of the TensorBoard files, oldest file first: each record is framed by checksums."""
-    for path in sorted((workdir / "tensorboard").iterdir()):
+    for path in sorted(workdir.glob("events.out.tfevents.*")):
         data = path.read_bytes()
         while data:
             size = int.from_bytes(data[:8], "little")
@@ -106,7 +106,7 @@ def test_scalars_and_samples_are_there_at_once(tmp_path):
     assert lines(folder / "metrics.jsonl") == [row]
     assert lines(folder / "samples.jsonl") == [{"step": 0} | SAMPLE] * 2
     w.close()
-    assert not (folder / "tensorboard").exists()
+    assert not list(folder.glob("events.*"))
 
 
 def test_a_resumed_run_has_no_step_twice(tmp_path):
