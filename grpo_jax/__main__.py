@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from grpo_jax import __version__
-from grpo_jax.config import completion, loading, options, parsers, reference
+from grpo_jax.config import arguments, completion, loading, options, parsers, reference
 from grpo_jax.data import tasks
 from grpo_jax.rewards import registry
 
@@ -46,11 +46,11 @@ def main() -> None:
     name, *rest = sys.argv[1:] or ["--help"]
     try:
         if name in ("-h", "--help"):
-            print(_help())
+            arguments.print_and_exit(_help())
         elif name == "--version":
             print(f"grpo_jax {__version__}")
         elif name in LISTS:
-            print(_listed(name, rest))
+            arguments.print_and_exit(_listed(name, rest))
         elif name in PROGRAMS:
             _run(name, rest)
         else:

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dis
 import os
+import shutil
 import sys
 import threading
 import time
@@ -23,7 +24,7 @@ from grpo_jax.hosts import cpus, processes
 from grpo_jax.hosts.processes import Limits
 from grpo_jax.messages import console as console_lib
 from grpo_jax.messages import events
-from grpo_jax.messages.console import console, one_line, say
+from grpo_jax.messages.console import console, in_words, one_line, say
 from grpo_jax.messages.credentials import redact
 from grpo_jax.run import disk, stop
 
@@ -221,7 +222,10 @@ def main(run: Callable[[list[str]], None]) -> None:
             _end(one_line(message or f"{type(error).__name__}: {error}"), 1)
         message = one_line(message)
         with contextlib.suppress(OSError):  # nobody listens
-            print(f"error: {message}", file=sys.stderr)
+            text = f"error: {message}"
+            if sys.stderr.isatty():
+                text = in_words(text, shutil.get_terminal_size().columns)
+            print(text, file=sys.stderr)
             if not _is_mistake(error):
                 print("(GRPO_JAX_TRACEBACK=1 shows where it was raised.)", file=sys.stderr)
         status = 2 if isinstance(error, loading.Usage) else 1

@@ -38,7 +38,7 @@ from grpo_jax.run.whole_files import write_json
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup import data, inputs
-from grpo_jax.setup.data import answerable, load_problems, tell_of
+from grpo_jax.setup.data import answerable, load_split
 from grpo_jax.setup.model import Found, find_model, load_params
 from grpo_jax.setup.rewards import load_rewards, refuse_samples, start_rewards
 from grpo_jax.structs import Sampling
@@ -99,9 +99,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _problems(args: argparse.Namespace, config: ConfigDict) -> list[Problem]:
-    train, held_out = load_problems(config)
-    tell_of(config, train, held_out)
-    problems = held_out if args.split == "eval" else train
+    problems = load_split(config, args.split)
     if not problems:
         raise ValueError(
             f"{args.config} has no {parsers.SPLITS[args.split]} problems. Set data.eval_split or "

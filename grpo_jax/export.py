@@ -41,10 +41,7 @@ def main(argv: list[str]) -> None:
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = parsers.export()
-    args, rest = arguments.parse(parser, argv)
-    if rest:
-        parser.error(f"unknown argument {rest[0]!r}")
-    return args
+    return arguments.parse(parser, argv)[0]
 
 
 if __name__ == "__main__":

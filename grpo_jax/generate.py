@@ -97,9 +97,7 @@ def completions(
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = parsers.generate()
-    args, rest = arguments.parse(parser, argv)
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args, _ = arguments.parse(parser, argv)
     names = ("max_tokens", "num_samples", "seed", "top_k", "temperature", "top_p")
     check(is_command=True, **{name: getattr(args, name) for name in names})
     return args

@@ -33,7 +33,7 @@ from grpo_jax.rewards.answers import extract_answer
 from grpo_jax.rewards.scores import Scores
 from grpo_jax.run.whole_files import write_whole
 from grpo_jax.setup import inputs
-from grpo_jax.setup.data import load_problems, tell_of
+from grpo_jax.setup.data import load_split
 from grpo_jax.setup.rewards import load_rewards, start_rewards
 
 _MAX_FAILURES = 20  # shown
@@ -53,9 +53,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
 
 
 def _problems(config: ConfigDict, split: str, limit: int) -> list[Problem]:
-    train, held_out = load_problems(config)
-    tell_of(config, train, held_out)
-    problems = held_out if split == "eval" else train
+    problems = load_split(config, split)
     if not problems:
         raise ValueError(
             "--split eval: the config has no held-out problems. Set data.eval_split or "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from grpo_jax import cli
-from grpo_jax.config import arguments
+from grpo_jax.config import arguments, derived
 from grpo_jax.messages import events
 from grpo_jax.messages.console import say
 from grpo_jax.run import stop as stop_lib
@@ -14,8 +14,8 @@ from grpo_jax.trainers import sft
 def main(argv: list[str]) -> None:
     config, folder, others, _ = arguments.of_run(argv, "sft")
     cli.join_processes(config, others)
-    if not config.sft.num_steps:
-        raise ValueError("sft.num_steps = 0: nothing to train. Set it above 0.")
+    if not derived.is_supervised(config):
+        raise ValueError("sft.num_steps = 0: nothing to train. Set it or sft.num_epochs above 0.")
     cli.use_all_cores(config, model.model_shape(config, folder).num_params)
     cli.show_devices()
     cli.use_nan_checks(config.debug.nans)

@@ -52,7 +52,9 @@ def run(
         if not model_path:
             grpo_run.refuse_early(config, folder)
     if not model_path:  # a new model learns the form of answers from worked solutions first
-        print_title(f"Supervised start: {config.sft.num_steps} updates on worked solutions")
+        steps, epochs = config.sft.num_steps, config.sft.num_epochs
+        length = f"{epochs:g} epochs of" if epochs else f"{steps} updates on"
+        print_title(f"Supervised start: {length} worked solutions")
         model_path = str(sft.run(config, folder / "bootstrap", stop, is_start=True))
     steps, epochs = config.loop.num_steps, config.loop.num_epochs
     length = f"{epochs:g} epochs in steps" if epochs else f"{steps} steps"
@@ -71,7 +73,7 @@ def run(
     ask = summary.pop("ask", None)
     summary_table(summary)
     if ask:
-        say(f"Ask it:\n{ask}")
+        say(f"Ask it:\n{ask}", whole=True)
     return summary
 
 

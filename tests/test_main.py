@@ -108,10 +108,16 @@ def test_help_comes_before_what_takes_seconds_to_import(argv):
     assert argv[1] != "--help" or "usage: grpo-jax train --config FILE" in done.stdout
 
 
+def test_a_list_may_be_cut_by_a_pager():
+    command = f"{sys.executable} -m grpo_jax options | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("Options") and not done.stderr
+
+
 def test_a_program_runs_under_its_name():
     """With status and messages of its own."""
     command = [sys.executable, "-m", "grpo_jax", "generate", "--model", "gone", "--prompt", "1"]
     done = subprocess.run([*command, "--max_tokens", "0"], capture_output=True, text=True)
     assert done.returncode == 1 and "--max-tokens 0 must be above 0" in done.stderr
     done = subprocess.run([*command, "--max-token", "1"], capture_output=True, text=True)
-    assert done.returncode == 2 and "usage: grpo-jax generate" in done.stderr
+    assert done.returncode == 2 and "Did you mean --max-tokens?" in done.stderr

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import NamedTuple, NoReturn
 
 from ml_collections import ConfigDict
 
-from grpo_jax.config import loading, reference, rules
+from grpo_jax.config import loading, other_names, reference, rules
 from grpo_jax.messages.credentials import redact
 
 
@@ -69,11 +70,11 @@ def answer(
     if known.help:
         width = min(shutil.get_terminal_size().columns, 100)
         listing = reference.listing(loading.read(known.config, overrides), width)
-        _print_and_exit(f"{parser.format_help()}\n{listing}")
+        print_and_exit(f"{parser.format_help()}\n{listing}")
     if known.print_config:
         config = loading.read(known.config, overrides)
         rules.check(config)
-        _print_and_exit(reference.as_file(config))
+        print_and_exit(reference.as_file(config))
     return parser, known, overrides
 
 
@@ -106,7 +107,8 @@ def run_parser(name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _print_and_exit(text: str) -> NoReturn:
+def print_and_exit(text: str) -> NoReturn:
+    """Ends the program with a text on standard output."""
     try:
         print(redact(text), flush=True)
     except BrokenPipeError:  # a pager that was left; Python would complain when it ends
@@ -155,11 +157,16 @@ def processes(known: argparse.Namespace) -> Processes:
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """What the parser knows, and the rest as it was written, `--config.name=value` in one.
 
-    `--max_tokens` is taken for `--max-tokens`.
+    `--max_tokens` is taken for `--max-tokens`. Raises `loading.Usage` for what is neither.
     """
     written = {_with_hyphens(argument): argument for argument in argv}
     known, rest = parser.parse_known_args(_joined([*map(_with_hyphens, argv)]))
-    return known, [written.get(argument, argument) for argument in rest]
+    rest = [written.get(argument, argument) for argument in rest]
+    takes = re.findall(r"--[a-z][a-z-]*", parser.format_help())
+    for argument in rest:
+        if not argument.startswith("--config.") or "--config" not in takes:
+            raise loading.Usage(other_names.no_such_argument(argument, takes))
+    return known, rest
 
 
 def _with_hyphens(argument: str) -> str:

@@ -23,9 +23,24 @@ def num_steps(config: ConfigDict, num_problems: int) -> int:
     """Steps of the run, with so many training problems."""
     if not config.loop.num_epochs:
         return config.loop.num_steps
+    return _steps_of(config.loop.num_epochs, num_problems, config.batch.prompts)
+
+
+def is_supervised(config: ConfigDict) -> bool:
+    """Whether the config asks for supervised updates."""
+    return config.sft.num_steps > 0 or config.sft.num_epochs > 0
+
+
+def num_supervised_steps(config: ConfigDict, num_problems: int) -> int:
+    """Supervised updates, with so many worked solutions."""
+    if not config.sft.num_epochs:
+        return config.sft.num_steps
+    return _steps_of(config.sft.num_epochs, num_problems, config.sft.batch)
+
+
+def _steps_of(epochs: float, num_problems: int, batch: int) -> int:
     # Of 0.1 epochs of 30 problems 3 are asked, not the 4 that rounding up their product gives.
-    asked = round(config.loop.num_epochs * num_problems, 6)
-    return max(math.ceil(asked / config.batch.prompts), 1)
+    return max(math.ceil(round(epochs * num_problems, 6) / batch), 1)
 
 
 def needs_old_pass(config: ConfigDict) -> bool:

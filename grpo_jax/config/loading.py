@@ -39,10 +39,7 @@ def read(path: str | None, overrides: list[str]) -> ConfigDict:
     for argument in overrides:
         name, equals, text = argument.partition("=")
         if not name.startswith("--config.") or not equals:
-            raise Usage(
-                f"Unknown argument {shown(argument)}. Options of the run are written "
-                "--config.name=value, for example --config.optim.learning_rate=1e-5."
-            )
+            raise Usage(other_names.no_such_argument(argument))
         override(config, name.removeprefix("--config."), text)
     settle(config)
     return config
@@ -52,7 +49,7 @@ _SHORT = {"bf16": "bfloat16", "fp32": "float32", "f32": "float32"}
 
 
 def settle(config: ConfigDict) -> None:
-    """Gives values that people write in another way their own: "bf16", and "module.function"."""
+    """Gives values that people write in another way their own, such as "bf16" and "file.py:f"."""
     for name, value in flatten(config).items():
         if name.endswith("dtype") and value in _SHORT:
             assign(config, name, _SHORT[value])
@@ -62,8 +59,21 @@ def settle(config: ConfigDict) -> None:
 
 
 def _with_colon(spec: str) -> str:
-    """ "module:function" of "module.function", as TRL has it; any other name as it is."""
+    """ "module:function" of "module.function" and of "file.py:function"; other names as they are.
+
+    As TRL and verl have them. A file is the module that it is from the current folder.
+    """
     name, bracket, arguments = spec.partition("(")
+    file, colon, function = name.strip().partition(":")
+    if colon and file.endswith(".py"):
+        parts = Path(file.removesuffix(".py")).parts
+        if not all(map(str.isidentifier, parts)):
+            raise ValueError(
+                f"rewards.names: {shown(spec)} names a file that is no module from the current "
+                'folder. Write "module:function", and begin where the module lies, or set '
+                "PYTHONPATH."
+            )
+        return f"{'.'.join(parts)}:{function}{bracket}{arguments}"
     if ":" in name or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name.strip()):
         return spec
     module, _, function = name.strip().rpartition(".")

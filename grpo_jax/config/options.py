@@ -406,7 +406,10 @@ TABLE = (
            special=_REST, free=True),
 
     number("sft.num_steps", 0, NOT_NEGATIVE, "updates",
-           "Supervised updates of a new model before GRPO"),
+           "Supervised updates: of a new model before GRPO, or of any by grpo_jax.sft"),
+    number("sft.num_epochs", 0.0, NOT_NEGATIVE, "epochs",
+           "How often the training imitates each worked solution, in the place of sft.num_steps",
+           special={0: "sft.num_steps counts"}),
     number("sft.batch", 64, COUNT, "solutions", "Worked solutions in an update"),
     number("sft.microbatch", 0, COUNT, "solutions",
            "As many tokens are computed at once as so many of the longest solutions have",

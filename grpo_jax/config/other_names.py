@@ -6,8 +6,10 @@ No alias: such a name is refused, and the message tells ours.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 
-from grpo_jax.config.options import BY_NAME
+from grpo_jax.config.options import BY_NAME, SECTIONS
+from grpo_jax.messages.values import shown
 
 # Names of TRL's GRPOConfig and of transformers' TrainingArguments, and what verl's dotted names end
 # with: the longest end of a name that stands here counts.
@@ -154,6 +156,42 @@ def no_such(name: str) -> str:
     hint = f" Did you mean {' or '.join(found)}?" if found else ""
     where = "`python -m grpo_jax.train --help` lists all options."
     return f"There is no option {name[:80]}.{hint} {where}"
+
+
+# What other programs of the kind take.
+_PROGRAMS_HAVE = {
+    "--dry-run": "--check",
+    "--output-dir": "--workdir",
+    "--model-name-or-path": "--config.model.path",
+    "--version": "grpo-jax --version",
+}
+
+
+def no_such_argument(argument: str, takes: Sequence[str] = ("--config",)) -> str:
+    """What is said of an argument that the program does not take.
+
+    `takes`: its own, with their hyphens; a program with `--config` takes options of the run, too.
+    """
+    has_options = "--config" in takes
+    name = argument.partition("=")[0]
+    leaf = name.removeprefix("--config.").lstrip("-")
+    hint, found = "", []
+    if has_options and name == argument == f"--config.{leaf}" and leaf in SECTIONS:
+        hint = f" It is a section: `grpo-jax options {leaf}` lists its options."
+    elif has_options and name == argument == f"--config.{leaf}" and leaf in BY_NAME:
+        hint = " It lacks a value."
+    elif name.startswith("--"):
+        ours = _PROGRAMS_HAVE.get(f"--{leaf.replace('_', '-')}", "")
+        found = [ours] if ours else difflib.get_close_matches(name, takes, n=1)
+        if has_options and not found:
+            found = [f"--config.{option}" for option in meant(leaf)[:1]]
+    hint = f" Did you mean {found[0]}?" if found else hint
+    if has_options:
+        hint += (
+            " Options of the run are written --config.name=value, for example "
+            "--config.optim.learning_rate=1e-5."
+        )
+    return f"Unknown argument {shown(argument)}.{hint or ' --help lists what there is.'}"
 
 
 def meant(name: str) -> list[str]:

@@ -198,11 +198,11 @@ def _check_sources(config: ConfigDict) -> None:
                 'training, and model.path = "" makes a new model by a training before it. Set '
                 "model.path, or clear checkpoint.folder."
             )
-        if not config.sft.num_steps:
+        if not derived.is_supervised(config):
             raise ValueError(
                 'model.path = "" makes a new model, and sft.num_steps = 0 leaves it untrained: '
                 "no completion would earn a reward. Set model.path to a Hugging Face folder or hub "
-                "id, or sft.num_steps above 0."
+                "id, or sft.num_steps or sft.num_epochs above 0."
             )
         if not config.data.task:
             raise ValueError(

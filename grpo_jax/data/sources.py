@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.data import given, tables
-from grpo_jax.hosts.paths import expanded
+from grpo_jax.hosts.paths import expanded, near
 from grpo_jax.messages.values import cut
 
 Row = tuple[str, dict[str, Any]]  # where it stands, such as "train.jsonl, line 3"; its columns
@@ -241,7 +241,7 @@ def _hub_rows(source: Source) -> Iterator[Row]:
     if not hub_id or is_file or ("/" in path and Path(file.parts[0]).is_dir()):
         seen = "" if file.is_absolute() else f", as seen from {Path.cwd()}"
         raise ValueError(
-            f"{missing}{seen}, and it does not look like a hub id (owner/name). "
+            f"{missing}{seen}, and it does not look like a hub id (owner/name).{near(file)} "
             "Give a file or folder that exists, or a hub id."
         )
     missing += ", and the Hugging Face hub does not give a dataset of that name"

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
 from pathlib import Path
+
+
+def near(path: Path) -> str:
+    """ " Did you mean ...?" with what lies in the path's folder under a name like it; or ""."""
+    try:
+        there = {entry.stem: entry.name for entry in itertools.islice(path.parent.iterdir(), 1000)}
+    except OSError:
+        return ""
+    # Without suffixes, by which any two names would be alike.
+    found = difflib.get_close_matches(path.stem, there, n=1)
+    return "".join(f" Did you mean {path.with_name(there[name])}?" for name in found)
 
 
 def expanded(path: str, option: str) -> Path:

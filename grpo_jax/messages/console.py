@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -65,16 +66,33 @@ def is_json() -> bool:
     return _way == "json"
 
 
-def say(text: str, *, always: bool = False) -> None:
-    """Prints one line as it stands: no markup, no wrapping, no keys or passwords.
+def say(text: str, *, always: bool = False, whole: bool = False) -> None:
+    """Prints one line as it stands: no markup, no keys or passwords.
 
-    `always`: also where only warnings, which begin with that word, are said.
+    A terminal gets it in lines that end between words, unless it is to be `whole`, as a command
+    that a person copies; a file never. `always`: also where only warnings, which begin with that
+    word, are said.
     """
     is_warning = text.startswith("warning: ")
     if _way == "json":
         line({"event": "warning" if is_warning else "message", "text": text})
     elif _way == "auto" or always or is_warning:
-        console.print(Text(printable(redact(text))), soft_wrap=True)
+        text = printable(redact(text))
+        if console.is_terminal and not whole:
+            text = in_words(text, console.width)
+        console.print(Text(text), soft_wrap=True)
+
+
+def in_words(text: str, width: int) -> str:
+    """The text in lines of at most so many characters, but for longer words, as paths may be."""
+    wrapper = textwrap.TextWrapper(
+        width,
+        expand_tabs=False,
+        replace_whitespace=False,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(wrapper.fill(one) for one in text.split("\n"))
 
 
 def line(values: Mapping[str, Any]) -> None:

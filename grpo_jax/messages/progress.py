@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from rich import progress
 from rich.table import Column
+from rich.text import Text
 
 from grpo_jax.messages import console
 from grpo_jax.messages.console import say
@@ -52,35 +53,34 @@ class Progress:
     ):
         self._total, self._first, self._every = total_steps, first_step, every_steps
         self._every_s, self._noun = every_s, noun
-        self._bar = None
+        self._bar, self._phase = None, ""
 
     def __enter__(self) -> Progress:
         self._start = self._said = time.monotonic()
         self._after_first: float | None = None
+        self._done, self._values = self._first, None
         if console.console.is_terminal and console.is_full():
             # On a narrow terminal there is no bar, and the end of the facts is cut, not the step.
-            line = Column(no_wrap=True, overflow="ellipsis")
+            self._is_wide = console.console.width >= _WIDE
+            facts = _Facts(self._told, Column(no_wrap=True, overflow="ellipsis"))
             bar = (
                 progress.TextColumn(self._noun),
                 progress.MofNCompleteColumn(),
                 progress.BarColumn(bar_width=None),
-                progress.TextColumn("{task.fields[facts]}", markup=False),
             )
-            self._is_wide = console.console.width >= _WIDE
-            narrow = (progress.TextColumn("{task.fields[facts]}", markup=False, table_column=line),)
             self._bar = progress.Progress(
-                *(bar if self._is_wide else narrow),
+                *(bar if self._is_wide else ()),
+                facts,
                 console=console.console,
                 expand=self._is_wide,
             )
-            self._task = self._bar.add_task(
-                "",
-                total=self._total,
-                completed=self._first,
-                facts=self._told(self._first, "compiling"),
-            )
+            self._task = self._bar.add_task("", total=self._total, completed=self._first)
             self._bar.start()
         return self
+
+    def begin(self, phase: str) -> None:
+        """Names what is done now; that is shown until the first step is done."""
+        self._phase = phase
 
     def __exit__(self, *error: object) -> None:
         if self._bar:
@@ -89,16 +89,18 @@ class Progress:
     def update(self, num_steps_done: int, values: Mapping[str, float]) -> None:
         """Shows that `num_steps_done` of the run's steps are done, with metrics of the newest."""
         now = time.monotonic()
-        facts = self._facts(num_steps_done, values, now)
+        # The first step compiles, and says nothing about the time of the others.
+        if self._after_first is None:
+            self._after_first, self._done_first = now, num_steps_done
+        self._done, self._values, self._updated = num_steps_done, values, now
         if console.is_json():
             console.line(
                 {"event": self._noun, "step": num_steps_done, "steps": self._total, **values}
             )
         elif self._bar:
-            told = self._told(num_steps_done, facts)
-            self._bar.update(self._task, completed=num_steps_done, facts=told)
+            self._bar.update(self._task, completed=num_steps_done)
         elif self._is_due(num_steps_done, now):
-            say(f"{self._noun} {num_steps_done}/{self._total}  {facts}")
+            say(f"{self._noun} {num_steps_done}/{self._total}  {self._facts(now)}")
             self._said = now
 
     def _is_due(self, done: int, now: float) -> bool:
@@ -108,25 +110,36 @@ class Progress:
             return True
         return done % self._every == 0 or done in (self._first + 1, self._total)
 
-    def _told(self, done: int, facts: str) -> str:
-        """What stands beside the bar; without one, the step too."""
-        return facts if self._is_wide else f"{self._noun} {done}/{self._total}  {facts}"
+    def _told(self) -> str:
+        """What stands beside the bar; without one, the step too. The clock goes on in a step."""
+        facts = self._facts(time.monotonic())
+        return facts if self._is_wide else f"{self._noun} {self._done}/{self._total}  {facts}"
 
-    def _facts(self, done: int, values: Mapping[str, float], now: float) -> str:
-        facts = []
+    def _facts(self, now: float) -> str:
+        facts, values = [], self._values or {}
+        if self._values is None:
+            facts.append(f"compiling {self._phase}".strip())
         for name in ("reward", "accuracy", "sft/loss"):
             if name in values:
                 facts.append(f"{name.removeprefix('sft/')} {values[name]:.3f}")
         if "throughput/generated_tokens_per_s" in values:
             facts.append(f"{values['throughput/generated_tokens_per_s']:,.0f} tokens/s")
         facts.append(f"elapsed {_duration(now - self._start)}")
-        # The first step compiles, and says nothing about the time of the others.
-        if self._after_first is None:
-            self._after_first, self._done_first = now, done
-        elif done > self._done_first:
-            per_step_s = (now - self._after_first) / (done - self._done_first)
-            facts.append(f"left {_duration(per_step_s * (self._total - done))}")
+        if self._after_first is not None and self._done > self._done_first:
+            per_step_s = (self._updated - self._after_first) / (self._done - self._done_first)
+            facts.append(f"left {_duration(per_step_s * (self._total - self._done))}")
         return "  ".join(facts)
+
+
+class _Facts(progress.ProgressColumn):
+    """A text as it is whenever it is drawn."""
+
+    def __init__(self, text: Callable[[], str], column: Column):
+        super().__init__(table_column=column)
+        self._text = text
+
+    def render(self, task: progress.Task) -> Text:
+        return Text(self._text())
 
 
 def _duration(seconds: float) -> str:

@@ -1,7 +1,7 @@
 """The files that a run's metrics and samples go to.
 
 A run's folder holds `metrics.jsonl` and `samples.jsonl`, one JSON object a line with its "step",
-and TensorBoard events in `tensorboard/`. A sample is a dict with `prompt` and `completion` (texts),
+and events for TensorBoard beside them. A sample is a dict with `prompt` and `completion` (texts),
 `columns` (of its problem, texts), `rewards` (by reward, None where none was given), `advantage`,
 `length` (tokens) and `extras` (what reward functions added).
 """
@@ -57,7 +57,7 @@ class Writers:
             first_step if first_sample_step is None else first_sample_step,
         )
         if tensorboard:
-            self._board = EventLog(workdir / "tensorboard", first_step, say)
+            self._board = EventLog(workdir, first_step, say)
             self._board.text("run", _options(workdir.resolve().name, config), first_step)
         self._trackers = trackers_lib.start(trackers, workdir, config)
 

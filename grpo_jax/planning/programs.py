@@ -228,9 +228,10 @@ class Step:
     def _supervised(self) -> list[Program]:
         """The update on worked solutions by which a new model begins: not run in a step."""
         config = self.config
-        if config.model.path or not config.sft.num_steps:
+        if config.model.path or not derived.is_supervised(config):
             return []
-        learner = make_supervised_learner(config, self.model, self.mesh)
+        updates = derived.num_supervised_steps(config, config.data.num_train)
+        learner = make_supervised_learner(config, self.model, self.mesh, updates)
         kept = jnp.dtype(config.model.param_dtype)
         state = train_state.state_like(self.model, self.mesh, learner.optimizer, kept)
         shards = sharding.num_row_shards(self.mesh)

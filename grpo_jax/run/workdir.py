@@ -3,7 +3,7 @@
 config.json      options, date and sums of a run      evaluations/   every evaluated item
 metrics.jsonl    scalars of every step                checkpoints/   Orbax
 samples.jsonl    completions that were shown          export/        the trained model
-tensorboard/     both, for TensorBoard                summary.json, curves.png, curves.svg
+events.out.*     both, for TensorBoard                summary.json, curves.png, curves.svg
 run.lock         who holds the folder (`run/claim.py`)    saved.json     the newest checkpoint
 fit.json         how an update was cut to the memory, where that was left open
 source/          config and tokenizer files of the model that it began with, for the export

@@ -24,14 +24,35 @@ def load_problems(config: ConfigDict) -> tuple[list, list]:
     return problems_lib.load_train(data), problems_lib.load_held_out(data)
 
 
+def load_split(config: ConfigDict, split: str) -> list:
+    """The problems of the split "train" or "eval"; [] where the config has none held out.
+
+    Training problems are read alone: what is held out may be missing. Says what a person should
+    know of them, as `tell_of`.
+    """
+    if split == "train" and not config.data.task:
+        train, held_out = problems_lib.load_train(config.data), []
+    else:
+        train, held_out = load_problems(config)
+    tell_of(config, train, held_out)
+    return train if split == "train" else held_out
+
+
 def tell_of(config: ConfigDict, train: list, held_out: list) -> None:
     """Says what a person should know of the problems, such as that some stand there twice."""
     for note in notes.of_problems(train, held_out, problems_lib.form_of(config.data)):
         say(f"warning: {note}")
+
+
+def tell_of_few(config: ConfigDict, train: list) -> None:
+    """Says where a step has to ask a problem more than once."""
     if len(train) < config.batch.prompts:
+        count = (
+            "is 1 training problem" if len(train) == 1 else f"are {len(train)} training problems"
+        )
         say(
-            f"warning: a step asks batch.prompts = {config.batch.prompts}, and there are "
-            f"{len(train)} training problems: each step asks some of them several times."
+            f"warning: a step asks batch.prompts = {config.batch.prompts}, and there {count}: each "
+            "step asks some of them several times."
         )
 
 

@@ -158,13 +158,18 @@ def make_learner(
     )
 
 
-def make_supervised_learner(config: ConfigDict, model: ModelConfig, mesh: Mesh) -> Learner:
-    """The config's supervised update of a model of this shape; nothing is compiled yet."""
+def make_supervised_learner(
+    config: ConfigDict, model: ModelConfig, mesh: Mesh, num_updates: int
+) -> Learner:
+    """The config's supervised update of a model of this shape; nothing is compiled yet.
+
+    The learning rate is 0 after `num_updates`.
+    """
     schedule = optim.schedule(
         config.sft.learning_rate,
         warmup_steps=config.sft.warmup_steps,
         kind="cosine",
-        num_updates=config.sft.num_steps,
+        num_updates=num_updates,
         end_fraction=0.0,
     )
     optimizer = make_optimizer(config, schedule, config.sft.weight_decay, clip_norm=1.0)

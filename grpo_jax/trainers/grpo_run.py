@@ -24,7 +24,7 @@ from grpo_jax.rewards.registry import Reward
 from grpo_jax.run import workdir
 from grpo_jax.run.checkpoints import Checkpoints
 from grpo_jax.setup import inputs, model
-from grpo_jax.setup.data import answerable, load_problems, questions, tell_of
+from grpo_jax.setup.data import answerable, load_problems, questions, tell_of, tell_of_few
 from grpo_jax.setup.engine import make_engine, make_evaluator
 from grpo_jax.setup.learner import MemoryPlan, make_learner
 from grpo_jax.setup.rewards import load_rewards, refuse_samples, start_rewards
@@ -64,6 +64,7 @@ def read(
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
     train, held_out = (answerable(config, rewards, part) for part in load_problems(config))
     tell_of(config, train, held_out)
+    tell_of_few(config, train)
     now = opened()
     asked = questions(train, policy, config, "training problems", now)
     policy.check_length(asked.prompt_ids, config.rollout.max_tokens)

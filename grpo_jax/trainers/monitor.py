@@ -69,7 +69,7 @@ class Monitor:
                 )
             )
         )
-        bar = enter(
+        self._bar = enter(
             Progress(
                 course.num_steps,
                 first_step=state.step,
@@ -88,7 +88,7 @@ class Monitor:
             learning_rate=course.learning_rate,
         )
         self._listeners = Listeners(run.callbacks, run.folder, stop)
-        self.log = StepLog(run, self.guards, self._writers, bar, self._listeners, compiling)
+        self.log = StepLog(run, self.guards, self._writers, self._bar, self._listeners, compiling)
         self._failures = FailureReports()
         self._seconds: dict[str, float] = {}  # of the phases of this step, as metrics
         self._started = self._learning = 0.0  # time.monotonic() as the step and its updates began
@@ -113,6 +113,7 @@ class Monitor:
         course = self._run.course
         where = {"step": state.step, "following": state.step + 1, "update": state.update + 1}
         self._watchdog.phase(_WHAT[name].format(noun=course.step, **where))
+        self._bar.begin(name)
         scope = course.update_phase if name == "update" else name
         with phase(scope), self._may_stop(state) as self._over:
             try:

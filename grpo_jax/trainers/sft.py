@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from grpo_jax.config import guard_rules, rules
+from grpo_jax.config import derived, guard_rules, rules
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import streams, tasks
@@ -183,18 +183,21 @@ def _build(
     if (folder / "export" / "config.json").exists():
         return None, demonstrations
     policy = policy_lib.keep(policy, folder / "source")
-    learner = make_supervised_learner(config, policy.model, mesh)
+    num_steps = derived.num_supervised_steps(config, len(encoded.problems))
+    if config.sft.num_epochs:
+        say(f"{config.sft.num_epochs:g} epochs are {num_steps} updates of {config.sft.batch}.")
+    learner = make_supervised_learner(config, policy.model, mesh, num_steps)
     held_out, rewards, engine = None, None, None
     if evaluates:
         held_out, rewards = _held_out(config, policy, now)
     if held_out:
         engine = make_engine(config, policy.model, policy.stop_ids, mesh)
     course = Course(
-        num_steps=config.sft.num_steps,
+        num_steps=num_steps,
         prompts=config.sft.batch,
         save_every=config.sft.checkpoint_every_steps,
         # The first alone: given completions do not change.
-        samples_every=config.sft.num_steps if config.logging.samples_every_steps else 0,
+        samples_every=num_steps if config.logging.samples_every_steps else 0,
         step="supervised step",
         bar="sft",
         shown_every=100,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.config import loading, options, other_names
+from grpo_jax.config import arguments, loading, options, other_names, parsers
 from grpo_jax.config.dotted import flatten
 
 ROOT = Path(options.__file__).parents[1]
@@ -47,12 +47,20 @@ def test_files_in_configs_load(file):
 
 def test_values_that_people_write_in_another_way():
     overrides = ["--config.model.dtype=bf16", "--config.checkpoint.export_dtype=fp32"]
-    names = "('my.own:f','my_rewards.happy','trl.rewards.get(a=1.5)','exact_answer','a.b')"
+    names = "('my.own:f','my_rewards.happy','trl.rewards.get(a=1.5)','exact_answer','a.b',"
+    names += "'my_rewards.py:f(words=1)','./own/r.py:f')"
     found = loading.read(None, [*overrides, f"--config.rewards.names={names}"])
     assert found.model.dtype == "bfloat16" and found.checkpoint.export_dtype == "float32"
     assert found.rewards.names == (
-        "my.own:f", "my_rewards:happy", "trl.rewards:get(a=1.5)", "exact_answer", "a:b"
+        "my.own:f", "my_rewards:happy", "trl.rewards:get(a=1.5)", "exact_answer", "a:b",
+        "my_rewards:f(words=1)", "own.r:f",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", ["/some/my.py:f", "../my.py:f", "my-rewards.py:f"])
+def test_a_file_that_is_no_module_from_here_is_refused(spec):
+    with pytest.raises(ValueError, match="is no module from the current folder"):
+        loading.read(None, [f"--config.rewards.names={spec}"])
 
 
 def test_there_are_config_files():
@@ -134,6 +142,34 @@ def test_an_argument_of_another_form_is_refused(file, argument):
     with pytest.raises(ValueError, match="Unknown argument") as info:
         loading.load(file, [argument])
     assert argument in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "hint"),
+    [
+        ("--config.optim", "It is a section: `grpo-jax options optim` lists its options."),
+        ("--config.seed", "It lacks a value."),
+        ("--dry-run", "Did you mean --check?"),
+        ("--dry_run", "Did you mean --check?"),
+        ("--num_process=2", "Did you mean --num-processes?"),
+        ("--learning_rate=1e-5", "Did you mean --config.optim.learning_rate?"),
+        ("--num_generations", "Did you mean --config.batch.group?"),
+        ("--version", "Did you mean grpo-jax --version?"),
+    ],
+)
+def test_an_argument_that_a_run_does_not_take_names_the_one_that_is_meant(argument, hint):
+    with pytest.raises(loading.Usage, match="Unknown argument") as info:
+        arguments.of_run(["--config", "quickstart", argument], "train")
+    assert f"{hint} Options of the run are written --config.name=value" in str(info.value)
+
+
+def test_a_program_without_a_config_does_not_speak_of_options():
+    with pytest.raises(loading.Usage) as info:
+        arguments.parse(parsers.export(), ["--workdir", "w", "--stp", "4"])
+    assert str(info.value) == "Unknown argument '--stp'. Did you mean --step?"
+    with pytest.raises(loading.Usage) as info:
+        arguments.parse(parsers.export(), ["--workdir", "w", "--config.seed=4"])
+    assert str(info.value) == "Unknown argument '--config.seed=4'. --help lists what there is."
 
 
 def test_a_loaded_config_takes_no_new_option(file):

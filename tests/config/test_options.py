@@ -107,6 +107,7 @@ def test_the_ranges_by_hand():
         ("evaluation.every_steps", 0), ("evaluation.num_problems", 0),
         ("evaluation.num_samples", 0), ("checkpoint.every_steps", 0),
         ("logging.samples_every_steps", 0), ("sft.num_steps", 0),
+        ("sft.num_epochs", 0.0),
     ],
 )  # fmt: skip
 def test_what_turns_an_option_off_is_taken(name, value):

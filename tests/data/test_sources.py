@@ -528,3 +528,11 @@ def test_what_looks_like_no_hub_id_is_not_asked_for(path, monkeypatch):
     message = refusal(path)
     words = [f"data.path = {path!r}: there is no such file or folder", "not look like a hub id"]
     assert all(word in message for word in words)
+
+
+def test_a_file_of_a_name_like_it_is_told(tmp_path):
+    for name in ("train.jsonl", "test.jsonl", "notes.md"):
+        (tmp_path / name).write_text("{}")
+    message = refusal(str(tmp_path / "trian.jsonl"))
+    assert f"Did you mean {tmp_path / 'train.jsonl'}" in message and "notes" not in message
+    assert "Did you mean" not in refusal(str(tmp_path / "gone.jsonl"))

@@ -38,7 +38,7 @@ def lines(path):
 
 def events(workdir):
     """Events of the TensorBoard files, oldest file first: each record is framed by checksums."""
-    for path in sorted((workdir / "tensorboard").iterdir()):
+    for path in sorted(workdir.glob("events.out.tfevents.*")):
         data = path.read_bytes()
         while data:
             size = int.from_bytes(data[:8], "little")
@@ -106,7 +106,7 @@ def test_scalars_and_samples_are_there_at_once(tmp_path):
     assert lines(folder / "metrics.jsonl") == [row]
     assert lines(folder / "samples.jsonl") == [{"step": 0} | SAMPLE] * 2
     w.close()
-    assert not (folder / "tensorboard").exists()
+    assert not list(folder.glob("events.*"))
 
 
 def test_a_resumed_run_has_no_step_twice(tmp_path):
@@ -298,6 +298,37 @@ def test_the_step_is_never_cut(width, monkeypatch):
     assert width < 80 or "elapsed 0:00" in last
     assert ("\u2501" in last) == (width == 120)
     assert len(last.removeprefix("\x1b[2K")) <= width
+
+
+def test_a_step_that_is_not_done_has_a_clock(monkeypatch):
+    """And the first one, in which programs are compiled, the name of its phase."""
+    raw, now = terminal(monkeypatch, force_terminal=True, width=80, color_system=None), [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with Progress(9) as shown:
+        shown.begin("update")
+        now[0] = 21.0
+        shown._bar.refresh()
+        assert "step 0/9  compiling update  elapsed 0:21" in raw.getvalue().decode()
+        for done in (1, 2):
+            now[0] += 4.0
+            shown.update(done, {"reward": 0.25})
+        now[0] += 3.0
+        shown._bar.refresh()
+    assert "step 2/9  reward 0.250  elapsed 0:32  left 0:28" in raw.getvalue().decode()
+
+
+def test_lines_on_a_terminal_end_between_words(monkeypatch):
+    text = "Advantage A: (reward - mean of its group) / the group's deviation,  0 where"
+    path = "/a/path-that-is/longer-than/the-terminal-is/wide"
+    raw = terminal(monkeypatch, force_terminal=True, width=40, color_system=None)
+    say(f"{text} {path}")
+    say(f"grpo-jax {path}\n{text}", whole=True)
+    lines = raw.getvalue().decode().splitlines()
+    first = ["Advantage A: (reward - mean of its", "group) / the group's deviation,  0 where"]
+    assert lines == [*first, path, f"grpo-jax {path}", text]
+    raw = terminal(monkeypatch, width=40)
+    say(text)
+    assert raw.getvalue().decode() == f"{text}\n"
 
 
 def test_durations():

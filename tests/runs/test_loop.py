@@ -139,7 +139,7 @@ def test_what_a_run_leaves(tmp_path, compile_cache, cache_folder, monkeypatch):
     right = [json.loads(x)["rewards"]["exact_answer"] == 1
              for x in evaluated["step_000004_greedy.jsonl"].read_text().splitlines()]  # fmt: skip
     assert len(right) == 8 and np.mean(right) == summary["accuracy_after"]
-    assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
+    assert list(folder.glob("events.out.tfevents.*"))  # TensorBoard calls the run by its folder
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     _check_export(folder)
     _check_trace(folder)

@@ -152,6 +152,14 @@ def test_a_reward_gets_the_tokens_and_the_prompts_as_the_model_reads_them(
     assert [row["prompt"] for row in rows] == [1, 2, 3]
 
 
+def test_training_problems_are_scored_where_there_are_no_others(config, capsys):
+    """As where a config whose dataset has splits is given a file."""
+    assert "Rewards of 3 rows" in run(capsys, config, "--config.data.eval_split=test")
+    argv = ["--config", str(config), "--config.data.eval_split=test", "--split", "eval"]
+    status, message = refusal(score.main, argv)
+    assert status == 1 and "data.eval_split = 'test'" in message
+
+
 def _given(tmp_path, *lines):
     file = tmp_path / "given.jsonl"
     file.write_text("\n".join(lines))

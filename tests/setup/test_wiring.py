@@ -628,12 +628,11 @@ def test_the_supervised_gradient_is_the_plain_one():
         {
             "data.max_prompt_tokens": Q,
             "sft.max_tokens": C,
-            "sft.num_steps": 1,
             "sft.warmup_steps": 0,
         }
     )
     config.mesh.update(data=1, fsdp=1)
-    learner = make_supervised_learner(config, MODEL, scorer.mesh)
+    learner = make_supervised_learner(config, MODEL, scorer.mesh, 1)
     sgd = optax.sgd(1.0)
     update = make_update(learner.scorer, learner.update.component, sgd, num_minibatches=1)
     state = train_state.start(tiny.params(), MODEL, scorer.mesh, sgd)
@@ -698,11 +697,11 @@ def test_supervised_training_is_judged_by_the_held_out_problems(tmp_path):
 def test_what_supervised_training_is_given():
     """Its own rate, warm-up, decay and batch; the run's AdamW else; no cut probabilities."""
     options = {
-        "sft.num_steps": 6, "sft.learning_rate": 0.01, "sft.warmup_steps": 2, "sft.batch": 12,
+        "sft.learning_rate": 0.01, "sft.warmup_steps": 2, "sft.batch": 12,
         "sft.weight_decay": 0.3, "sft.microbatch": 4, "optim.beta1": 0.6, "optim.beta2": 0.8,
         "optim.eps": 1e-3, "rollout.temperature": 0.5, "rollout.top_k": 3,
     }  # fmt: skip
-    learner = make_supervised_learner(config_of(options), MODEL, tiny.one_device())
+    learner = make_supervised_learner(config_of(options), MODEL, tiny.one_device(), 6)
     assert learner.scorer.sampling == Sampling()
     config = config_of(options)  # four of the longest demonstrations at once
     assert learner.scorer.tokens == 4 * (config.data.max_prompt_tokens + config.sft.max_tokens)

@@ -9,7 +9,8 @@ from grpo_jax import train
 from grpo_jax.config import derived, loading, record
 from grpo_jax.config.dotted import assign
 from grpo_jax.planning import fit
-from grpo_jax.trainers import grpo_run
+from grpo_jax.setup import run_folder
+from grpo_jax.trainers import grpo_run, sft
 
 EPOCHS = [
     "--config.loop.num_epochs=1.5",
@@ -47,6 +48,20 @@ def test_the_learning_rate_ends_with_the_last_epoch(tmp_path, capsys):
     updates = 5 * run.course.updates
     last, after = (float(run.learning_rate(n)) for n in (updates - 1, updates))
     assert last == pytest.approx(config.optim.learning_rate / updates, rel=1e-4)
+    assert after == pytest.approx(0.0, abs=1e-9)
+
+
+def test_worked_solutions_are_imitated_for_so_many_epochs(tmp_path, capsys):
+    options = ["--config.sft.num_epochs=1.5", "--config.sft.num_steps=0", "--config.sft.batch=16"]
+    config = loading.load(str(TINY), options)
+    run_folder.open_for(config, tmp_path)
+    run, _ = sft._build(config, tmp_path, evaluates=False)
+
+    assert run.course.num_steps == 4  # 60 solutions
+    assert "1.5 epochs are 4 updates of 16" in capsys.readouterr().out
+    assert derived.num_supervised_steps(loading.load(str(TINY), []), 40) == 3  # sft.num_steps
+    last, after = (float(run.learning_rate(n)) for n in (3, 4))
+    assert last > 0.1 * config.sft.learning_rate
     assert after == pytest.approx(0.0, abs=1e-9)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import huggingface_hub
 
-from grpo_jax.hosts.paths import expanded
+from grpo_jax.hosts.paths import expanded, near
 from grpo_jax.messages.values import shown
 from grpo_jax.models.families import model_config
 from grpo_jax.structs import ModelConfig
@@ -56,7 +56,7 @@ def resolve(path: str, option: str = "model.path") -> Path:
     hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path)
     if not hub_id or ("/" in path and Path(folder.parts[0]).is_dir()):
         raise ValueError(
-            f"{missing}, and it does not look like a hub id (owner/name). "
+            f"{missing}, and it does not look like a hub id (owner/name).{near(folder)} "
             "Give a Hugging Face folder that exists, or a hub id."
         )
     try:
@@ -68,8 +68,9 @@ def resolve(path: str, option: str = "model.path") -> Path:
     ) as error:  # the hub's errors, its HTTP library's and the disk's: no common base
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(
-            f"{missing}, and the Hugging Face hub does not give a model of that name ({reason}). "
-            "Check the spelling and the connection; a private or gated model needs `hf auth login`."
+            f"{missing}, and the Hugging Face hub does not give a model of that name ({reason})."
+            f"{near(folder)} Check the spelling and the connection; a private or gated model needs "
+            "`hf auth login`."
         ) from error
     return Path(found)
 
