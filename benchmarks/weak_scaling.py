@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from grpo_jax import plan as plan_lib
 from grpo_jax.config import options
 from grpo_jax.messages.console import say
+from grpo_jax.metrics import curves
 from grpo_jax.planning import plan as planning_plan
 from grpo_jax.planning import topologies as topologies_lib
 from grpo_jax.planning.programs import Lengths
@@ -58,22 +59,26 @@ def total(row: dict, measure: str) -> float:
 def draw(rows: list[dict], file: Path) -> None:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained", facecolor="white")
     ax = figure.subplots()
-    for measure, name in MEASURES.items():
+    curves.frame(ax)
+    for (measure, name), color in zip(MEASURES.items(), curves.COLORS):
         first = total(rows[0], measure)
         ax.plot(
             [r["devices"] for r in rows],
             [total(r, measure) / first for r in rows],
             marker="o",
+            color=color,
             label=f"{name}: {first:.3g} on 8",
         )
-    ax.axhspan(0.9, 1.1, color="#3c8d5a", alpha=0.12, label="within 10 %")
+    ax.axhspan(0.9, 1.1, color="#3c8d5a", alpha=0.12, label="within 10 %", linewidth=0)
     ax.set_xscale("log", base=2)
-    ax.set(xlabel="devices", ylabel="on each device, against 8 devices", ylim=(0, None))
+    ax.set(ylim=(0, None))
+    ax.set_xlabel("devices", fontsize=8.5)
+    ax.set_ylabel("on each device, against 8 devices", fontsize=8.5)
     ax.set_xticks([r["devices"] for r in rows], [f"{r['devices']:,}" for r in rows])
-    ax.set_title(
-        "Four layers of Qwen2.5-0.5B's shape on v5p, one prompt of 8 for each chip", fontsize=10
-    )
-    ax.legend(frameon=False)
+    ax.minorticks_off()
+    title = "Four layers of Qwen2.5-0.5B's shape on v5p, one prompt of 8 for each chip"
+    ax.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
+    ax.legend(frameon=False, fontsize=8)
     file.parent.mkdir(exist_ok=True)
     figure.savefig(file)
 

@@ -137,8 +137,8 @@ def show_devices(show: Callable[[str], None] = say) -> None:
         why = f" ({str(error).splitlines()[0]})" if str(error) else ""
         raise ValueError(
             f"JAX finds no device of JAX_PLATFORMS = {os.environ.get('JAX_PLATFORMS', '')!r}{why}. "
-            "Install what such devices need, as pip install 'grpo_jax[cuda13]', 'grpo_jax[cuda12]' "
-            "or 'grpo_jax[tpu]', or unset that variable to run on what is there."
+            "Install what such devices need, as pip install 'jax[cuda13]', 'jax[cuda12]' or "
+            "'jax[tpu]', or unset that variable to run on what is there."
         ) from error
     kinds = collections.Counter(device.device_kind for device in devices)
     named = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())

@@ -50,7 +50,7 @@ def require() -> None:
     if missing:
         raise ValueError(
             f"evaluation.reference needs {' and '.join(missing)}, not installed: "
-            "pip install grpo_jax[text], or set evaluation.reference to ''."
+            f"pip install {' '.join(missing)}, or set evaluation.reference to ''."
         )
 
 

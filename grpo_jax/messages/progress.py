@@ -14,6 +14,7 @@ from grpo_jax.messages.console import say
 
 _WIDE = 110  # columns of a terminal that has room for a bar
 _LONGEST_S = 60.0  # without a line, where there is no bar
+_FIRST_TO_GO = ("speed", "accuracy", "elapsed", "left", "phase")  # facts that have no room
 
 
 def show_progress(noun: str, state: Callable[[], tuple[int, int]]) -> None:
@@ -60,7 +61,7 @@ class Progress:
         self._after_first: float | None = None
         self._done, self._values = self._first, None
         if console.console.is_terminal and console.is_full():
-            # On a narrow terminal there is no bar, and the end of the facts is cut, not the step.
+            # On a narrow terminal there is no bar, and facts are left out, but for the step.
             self._is_wide = console.console.width >= _WIDE
             facts = _Facts(self._told, Column(no_wrap=True, overflow="ellipsis"))
             bar = (
@@ -100,7 +101,8 @@ class Progress:
         elif self._bar:
             self._bar.update(self._task, completed=num_steps_done)
         elif self._is_due(num_steps_done, now):
-            say(f"{self._noun} {num_steps_done}/{self._total}  {self._facts(now)}")
+            facts = "  ".join(self._facts(now).values())
+            say(f"{self._noun} {num_steps_done}/{self._total}  {facts}")
             self._said = now
 
     def _is_due(self, done: int, now: float) -> bool:
@@ -113,22 +115,29 @@ class Progress:
     def _told(self) -> str:
         """What stands beside the bar; without one, the step too. The clock goes on in a step."""
         facts = self._facts(time.monotonic())
-        return facts if self._is_wide else f"{self._noun} {self._done}/{self._total}  {facts}"
+        if self._is_wide:
+            return "  ".join(facts.values())
+        told = {"step": f"{self._noun} {self._done}/{self._total}"} | facts
+        for name in _FIRST_TO_GO:
+            if len("  ".join(told.values())) <= console.console.width:
+                break
+            told.pop(name, None)
+        return "  ".join(told.values())
 
-    def _facts(self, now: float) -> str:
-        facts, values = [], self._values or {}
+    def _facts(self, now: float) -> dict[str, str]:
+        facts, values = {}, self._values or {}
         if self._values is None:
-            facts.append(f"compiling {self._phase}".strip())
+            facts["phase"] = f"compiling {self._phase}".strip()
         for name in ("reward", "accuracy", "sft/loss"):
             if name in values:
-                facts.append(f"{name.removeprefix('sft/')} {values[name]:.3f}")
+                facts[name] = f"{name.removeprefix('sft/')} {values[name]:.3f}"
         if "throughput/generated_tokens_per_s" in values:
-            facts.append(f"{values['throughput/generated_tokens_per_s']:,.0f} tokens/s")
-        facts.append(f"elapsed {_duration(now - self._start)}")
+            facts["speed"] = f"{values['throughput/generated_tokens_per_s']:,.0f} tokens/s"
+        facts["elapsed"] = f"elapsed {_duration(now - self._start)}"
         if self._after_first is not None and self._done > self._done_first:
             per_step_s = (self._updated - self._after_first) / (self._done - self._done_first)
-            facts.append(f"left {_duration(per_step_s * (self._total - self._done))}")
-        return "  ".join(facts)
+            facts["left"] = f"left {_duration(per_step_s * (self._total - self._done))}"
+        return facts
 
 
 class _Facts(progress.ProgressColumn):

@@ -21,10 +21,10 @@ if TYPE_CHECKING:  # else imported by what draws: a run begins half a second ear
     from matplotlib.figure import Figure
 
 # Okabe and Ito 2008, "Color Universal Design": told apart by those who see few colours.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D5560")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D5560")
 _DASHES = ("-", "--", ":", "-.")  # beyond the colours, and of several lines of one run
 _INK, _PALE, _GRID = "#2b2f36", "#717a86", "#e3e6ea"
-_OF_PART = dict(zip((*PHASES.values(), OTHER), (*_COLORS[:5], "#c3c9d1")))
+_OF_PART = dict(zip((*PHASES.values(), OTHER), (*COLORS[:5], "#c3c9d1")))
 _SIZE, _DPI = (12.5, 7.5), 120  # 1500 x 900 pixels
 _LEGEND_WIDTH = 54  # characters above a panel, of which a column's marks take seven
 _LEGEND_ROW, _MAX_ROWS = 12.0, 3  # points
@@ -166,20 +166,26 @@ def _reach(group: Sequence[Panel]) -> tuple[float, float]:
     return (known.min(), known.max()) if len(known) else (0.0, 0.0)
 
 
+def frame(ax: Axes) -> None:
+    """The look of all pictures: a pale grid and frame, small ticks."""
+    ax.tick_params(colors=_INK, length=0, labelsize=8)
+    for side in ax.spines.values():
+        side.set_color(_GRID)
+    ax.grid(color=_GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+
+
 def _frame(ax: Axes, panel: Panel, least: float, largest: float) -> None:
     """Titles, grid and axes of a panel."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-    ax.tick_params(colors=_INK, length=0, labelsize=8)
-    for side in ax.spines.values():
-        side.set_color(_GRID)
+    frame(ax)
     if not panel.has_data:
         ax.set(xticks=[], yticks=[])
+        ax.grid(False)
         ax.text(0.5, 0.5, panel.absent, transform=ax.transAxes, ha="center", fontsize=8.5,
                 color=_PALE)  # fmt: skip
         return
-    ax.grid(color=_GRID, linewidth=0.8)
-    ax.set_axisbelow(True)
     ax.set_xlabel("step", color=_INK, fontsize=8.5, labelpad=2)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     if panel.is_share:
@@ -214,7 +220,7 @@ def _draw_limit(ax: Axes, limit: tuple[str, float] | None) -> None:
 def _draw_alone(ax: Axes, panel: Panel) -> None:
     if panel.band:
         step, low, high = panel.band
-        ax.fill_between(step, low, high, color=_COLORS[0], alpha=0.12, linewidth=0,
+        ax.fill_between(step, low, high, color=COLORS[0], alpha=0.12, linewidth=0,
                         label="shortest to longest")  # fmt: skip
     for i, line in enumerate(panel.lines):
         order = 3 - i / 10  # values that lie on each other: the first is seen
@@ -236,8 +242,8 @@ def _draw_beside(ax: Axes, panel: Panel, number: int) -> None:
 def _look(number: int) -> dict[str, str]:
     """Colour and dashes of the line of this number."""
     return {
-        "color": _COLORS[number % len(_COLORS)],
-        "linestyle": _DASHES[number // len(_COLORS) % len(_DASHES)],
+        "color": COLORS[number % len(COLORS)],
+        "linestyle": _DASHES[number // len(COLORS) % len(_DASHES)],
     }
 
 

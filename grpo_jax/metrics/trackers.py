@@ -216,7 +216,7 @@ def check(asked: Asked) -> None:
         if value and not _is_installed(package):
             raise ValueError(
                 f"logging.{option} = {value!r} needs {title}, which is not installed: "
-                f"pip install 'grpo_jax[{package}]', or set logging.{option} to ''."
+                f"pip install {package}, or set logging.{option} to ''."
             )
     if asked.wandb_project:
         _check_login(asked.wandb_project)

@@ -104,7 +104,7 @@ class Checkpoints:
             raise ValueError(
                 f"The checkpoint folder {self._folder} cannot be used ({type(error).__name__}: "
                 f"{error}). Check checkpoint.folder and the rights to it; gs:// needs pip install "
-                "grpo_jax[gcs], and the machine's access to the bucket."
+                "gcsfs, and the machine's access to the bucket."
             ) from error
 
     def save(

@@ -183,28 +183,13 @@ def _build(
     if (folder / "export" / "config.json").exists():
         return None, demonstrations
     policy = policy_lib.keep(policy, folder / "source")
-    num_steps = derived.num_supervised_steps(config, len(encoded.problems))
-    if config.sft.num_epochs:
-        say(f"{config.sft.num_epochs:g} epochs are {num_steps} updates of {config.sft.batch}.")
-    learner = make_supervised_learner(config, policy.model, mesh, num_steps)
+    course = _course(config, len(encoded.problems))
+    learner = make_supervised_learner(config, policy.model, mesh, course.num_steps)
     held_out, rewards, engine = None, None, None
     if evaluates:
         held_out, rewards = _held_out(config, policy, now)
     if held_out:
         engine = make_engine(config, policy.model, policy.stop_ids, mesh)
-    course = Course(
-        num_steps=num_steps,
-        prompts=config.sft.batch,
-        save_every=config.sft.checkpoint_every_steps,
-        # The first alone: given completions do not change.
-        samples_every=num_steps if config.logging.samples_every_steps else 0,
-        step="supervised step",
-        bar="sft",
-        shown_every=100,
-        update_phase="sft",
-        loss="sft/loss",
-        learning_rate="sft.learning_rate",
-    )
     return Run(
         config=config,
         course=course,
@@ -231,6 +216,26 @@ def _build(
         read=sums,
         rewards=start_rewards(config, rewards) if held_out else None,  # last: nothing is refused
     ), demonstrations
+
+
+def _course(config: ConfigDict, num_solutions: int) -> Course:
+    """How the training goes on, with so many worked solutions."""
+    num_steps = derived.num_supervised_steps(config, num_solutions)
+    if config.sft.num_epochs:
+        say(f"{config.sft.num_epochs:g} epochs are {num_steps} updates of {config.sft.batch}.")
+    return Course(
+        num_steps=num_steps,
+        prompts=config.sft.batch,
+        save_every=config.sft.checkpoint_every_steps,
+        # The first alone: given completions do not change.
+        samples_every=num_steps if config.logging.samples_every_steps else 0,
+        step="supervised step",
+        bar="sft",
+        shown_every=100,
+        update_phase="sft",
+        loss="sft/loss",
+        learning_rate="sft.learning_rate",
+    )
 
 
 def _solved(config: ConfigDict, task: Any) -> tuple[list[Problem], Solution]:

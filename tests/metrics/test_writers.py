@@ -295,7 +295,8 @@ def test_the_step_is_never_cut(width, monkeypatch):
     shown = raw.getvalue().decode().replace("\r", "\n").split("\n")
     last = [line for line in shown if "step" in line][-1]
     assert "step 1000/1000 " in last and "reward 0.250" in last
-    assert width < 80 or "elapsed 0:00" in last
+    assert width < 80 or "elapsed 0:00  left 0:00" in last
+    assert ("19,966 tokens/s" in last) == (width >= 100) and "\u2026" not in last
     assert ("\u2501" in last) == (width == 120)
     assert len(last.removeprefix("\x1b[2K")) <= width
 

@@ -529,5 +529,5 @@ def test_only_the_newest_parameters(tmp_path, mesh):
 
 def test_a_bucket_without_its_library_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)  # importing it fails
-    with pytest.raises(ValueError, match=r"folder gs://grpo/run cannot be used .*grpo_jax\[gcs\]"):
+    with pytest.raises(ValueError, match=r"folder gs://grpo/run cannot be used .*install gcsfs,"):
         Checkpoints("gs://grpo/run", keep=1)
