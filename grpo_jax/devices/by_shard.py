@@ -91,7 +91,8 @@ def split_within_shard(mesh: Mesh, tree: Any, axis: str = "shard_rows") -> Any:
 def place_within_shard(mesh: Mesh, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """Inside `by_data_shard`: an activation, sharded as its logical axes say.
 
-    Without this, XLA may leave it split as an embedding is, and send activations instead of weights.
+    Without this, XLA may leave it split as an embedding is, and send activations in place of
+    weights.
     """
     if mesh.shape["data"] == mesh.size:
         return x
