@@ -1,4 +1,4 @@
-"""The terminal: lines as they stand, without keys and what it would obey."""
+"""Output on the terminal: lines without markup, secrets or control characters."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from grpo_jax.messages.credentials import redact
 
 
 class _Output:
-    """Standard output as it is now; what it does not take is lost, and ends no run.
+    """The current `sys.stdout`. Text that it cannot take is lost; a failed write ends no run.
 
-    As where a disk that a log goes to is full, or whoever read a pipe has gone.
+    A write fails if a log's disk is full, or if the reader of a pipe has gone.
     """
 
     def write(self, text: str) -> int:
@@ -40,7 +40,7 @@ class _Output:
 console = Console(file=_Output(), highlight=False)
 
 
-# What `logging.console` may be, with what each does.
+# The values of `logging.console`, with their meanings.
 WAYS = {
     "auto": "all of it: a bar on a terminal, lines elsewhere",
     "quiet": "warnings, evaluations and the end",
@@ -50,14 +50,14 @@ _way = "auto"
 
 
 def show_as(way: str) -> None:
-    """From now on what is said goes as one of `WAYS` has it."""
+    """Sets the way of output, one of `WAYS`, for this process."""
     global _way
     assert way in WAYS
     _way = way
 
 
 def is_full() -> bool:
-    """Whether all is shown, tables and bars too."""
+    """Whether everything is shown, tables and bars too."""
     return _way == "auto"
 
 
@@ -66,9 +66,10 @@ def is_json() -> bool:
 
 
 def say(text: str, *, always: bool = False) -> None:
-    """Prints one line as it stands: no markup, no wrapping, no keys or passwords.
+    """Prints one line: no markup, no wrapping, and no keys or passwords.
 
-    `always`: also where only warnings, which begin with that word, are said.
+    With "quiet" only warnings are printed, lines that begin with "warning: ", and lines with
+    `always`.
     """
     is_warning = text.startswith("warning: ")
     if _way == "json":
@@ -78,9 +79,9 @@ def say(text: str, *, always: bool = False) -> None:
 
 
 def line(values: Mapping[str, Any]) -> None:
-    """Prints values as a line of JSON where that is the way, and else nothing.
+    """Prints values as a line of JSON if `logging.console` is "json", else nothing.
 
-    "time" is when, in seconds of the epoch.
+    It adds "time", seconds since the epoch.
     """
     if _way == "json":
         values = plain({**values, "time": round(time.time(), 3)})
@@ -88,7 +89,7 @@ def line(values: Mapping[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """What JSON can hold of a value: no keys or passwords, null for NaN and inf."""
+    """A value as JSON can hold it: without keys and passwords, None for NaN and inf."""
     if isinstance(value, Mapping):
         return {str(name): plain(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -103,9 +104,9 @@ def plain(value: Any) -> Any:
 
 
 def one_line(text: str, limit: int = 2000) -> str:
-    """A message as a program ends with it: like what `say` prints, in one line, long ones cut.
+    """The message that a program ends with: printable, without secrets, in one line, cut if long.
 
-    Names in files and data stand in messages; they may hold what a terminal would obey.
+    Messages quote names from files and data, which may hold control characters.
     """
     return cut_middle(" ".join(printable(redact(text)).split()), limit)
 
@@ -125,8 +126,8 @@ def cut_middle(text: str, limit: int) -> str:
     return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 
-# What a terminal or a page obeys: controls, the order of writing, and invisible marks; not tabs,
-# nor the joiners of Persian, of Indic scripts and of emoji.
+# Characters that change how a terminal or a page shows text: controls, writing order, invisible
+# marks. Not tabs, nor the joiners of Persian, of Indic scripts and of emoji.
 _OBEYED = re.compile(
     "[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069"
     "\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
@@ -134,11 +135,11 @@ _OBEYED = re.compile(
 
 
 def visible(text: str) -> str:
-    """`text` with the characters spelled out that a terminal would obey; ends of lines remain."""
+    """`text` with control characters spelled out as escapes, except line feeds and tabs."""
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def printable(text: str) -> str:
-    """`visible`, and what the terminal's encoding lacks spelled out as well."""
+    """As `visible`; characters that the terminal's encoding lacks are spelled out too."""
     encoding = console.encoding
     return visible(text).encode(encoding, "backslashreplace").decode(encoding)

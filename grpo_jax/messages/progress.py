@@ -1,4 +1,4 @@
-"""How far something is: a bar on a terminal, lines elsewhere."""
+"""Progress: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from grpo_jax.messages import console
 from grpo_jax.messages.console import say
 
 _WIDE = 110  # columns of a terminal that has room for a bar
-_LONGEST_S = 60.0  # without a line, where there is no bar
+_LONGEST_S = 60.0  # between two lines, if there is no bar
 
 
 def show_progress(noun: str, state: Callable[[], tuple[int, int]]) -> None:
-    """A bar on a terminal until `state()`, (done, total), is done; elsewhere it only waits."""
+    """Waits until `state()`, (done, total), is complete; on a terminal it shows a bar."""
     bar = progress.Progress(
         progress.TextColumn(noun),
         progress.MofNCompleteColumn(),
@@ -34,11 +34,11 @@ def show_progress(noun: str, state: Callable[[], tuple[int, int]]) -> None:
 
 
 class Progress:
-    """Shows how far a run is: a bar on a terminal, elsewhere a line every `every_steps` steps.
+    """Shows a run's progress: a bar on a terminal, elsewhere a line every `every_steps` steps.
 
-    And at least one a minute, where steps are slow. With `every_s`, where steps take no time, a
-    line after so many seconds, and in the end. As JSON each step has its line, with all its
-    metrics. A context manager; `update` is called after each step.
+    If steps are slow, it prints at least one line a minute. With `every_s`, for very short steps,
+    it prints a line after that many seconds and at the end. As JSON it prints a line for each step,
+    with all metrics. A context manager; `update` is called after each step.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Progress:
         self._start = self._said = time.monotonic()
         self._after_first: float | None = None
         if console.console.is_terminal and console.is_full():
-            # On a narrow terminal there is no bar, and the end of the facts is cut, not the step.
+            # On a narrow terminal there is no bar, and long metrics are cut, not the step.
             line = Column(no_wrap=True, overflow="ellipsis")
             bar = (
                 progress.TextColumn(self._noun),
@@ -87,7 +87,7 @@ class Progress:
             self._bar.stop()
 
     def update(self, num_steps_done: int, values: Mapping[str, float]) -> None:
-        """Shows that `num_steps_done` of the run's steps are done, with metrics of the newest."""
+        """Shows that `num_steps_done` of the run's steps are done, with the metrics of the last."""
         now = time.monotonic()
         facts = self._facts(num_steps_done, values, now)
         if console.is_json():
@@ -109,7 +109,7 @@ class Progress:
         return done % self._every == 0 or done in (self._first + 1, self._total)
 
     def _told(self, done: int, facts: str) -> str:
-        """What stands beside the bar; without one, the step too."""
+        """The text beside the bar; without a bar, the step and the text."""
         return facts if self._is_wide else f"{self._noun} {done}/{self._total}  {facts}"
 
     def _facts(self, done: int, values: Mapping[str, float], now: float) -> str:
@@ -120,7 +120,7 @@ class Progress:
         if "throughput/generated_tokens_per_s" in values:
             facts.append(f"{values['throughput/generated_tokens_per_s']:,.0f} tokens/s")
         facts.append(f"elapsed {_duration(now - self._start)}")
-        # The first step compiles, and says nothing about the time of the others.
+        # The first step compiles, so the time left is estimated without it.
         if self._after_first is None:
             self._after_first, self._done_first = now, done
         elif done > self._done_first:
