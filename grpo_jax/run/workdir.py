@@ -7,7 +7,7 @@ tensorboard/     both, for TensorBoard                summary.json, curves.png, 
 run.lock         who holds the folder (`run/claim.py`)    saved.json     the newest checkpoint
 fit.json         remat and microbatch size, if the run chose them by memory
 source/          config and tokenizer files of the initial model, for the export
-bootstrap/       the same folder of the supervised training of a new model
+bootstrap/       the workdir of the supervised training of a new model
 """
 
 from __future__ import annotations
