@@ -1,4 +1,4 @@
-"""Chats: prompts that are lists of messages, from the forms in which data sets hold them."""
+"""Chats: prompts that are lists of messages, in the forms that data sets use."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from grpo_jax.messages.values import cut
 
 Messages = list[dict[str, Any]]  # each with a "role", and with a "content" or "tool_calls"
 
-# What a row's own column gives the chat template, by its name there; of transformers and TRL.
+# Columns of a row that are passed to the chat template, named as in transformers and TRL.
 TOOLS, ARGUMENTS = "tools", "chat_template_kwargs"
 
-# What every template is given by the program, and no row or option may give in its place.
+# Arguments of every template that the program sets; no row or option may set them.
 _RESERVED = {
     *("messages", "conversation", "conversations", "chat_template", "add_generation_prompt"),
     *("continue_final_message", "return_assistant_tokens_mask", "tokenize", TOOLS),
@@ -24,10 +24,10 @@ _LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 
 
 def in_text(text: str) -> Any:
-    """The messages that a text spells out, as CSV has them; any other text as it is.
+    """The list of messages that a text contains, as in CSV files; any other text as it is.
 
-    As JSON or as Python writes a list. Raises ValueError for a text that begins as a list of
-    messages does and cannot be read as one: it is not what the model is to be asked.
+    The list is in JSON or Python syntax. Raises ValueError for a text that begins like a list of
+    messages but cannot be read as one, since it is not meant as a prompt.
     """
     if "role" not in text or text.lstrip()[:1] != "[":
         return text
@@ -47,7 +47,7 @@ def in_text(text: str) -> Any:
 
 
 def literal(text: str) -> Any:
-    """The value that a text spells out as JSON or as Python; the text itself where it does not."""
+    """The value of a text in JSON or Python syntax; the text itself if it is in neither."""
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
@@ -57,14 +57,14 @@ def literal(text: str) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """A value without the keys whose value is null, at every depth."""
+    """A value without keys whose value is null, at every depth."""
     if isinstance(value, dict):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
     return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def fault(messages: list) -> str | None:
-    """What is wrong with a list of messages, or None."""
+    """The fault of a list of messages; None for a valid one."""
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             return f"has a {type(message).__name__} as message {i}"
@@ -92,14 +92,14 @@ def _calls(message: dict[str, Any]) -> bool:
 
 
 def _text(content: Any) -> str:
-    """Parts of text as one text, a line feed between them, as servers give them to templates."""
+    """Text parts joined by line feeds, as servers do for templates."""
     if isinstance(content, list):
         return "\n".join(part["text"] for part in content)
     return content or ""
 
 
 def plain(messages: Messages) -> Messages:
-    """Messages without fault as chat templates take them: contents are texts, no key is null."""
+    """Valid messages in the form for chat templates: contents are texts, no key is null."""
     return [
         {k: _text(v) if k == "content" else v for k, v in message.items() if v is not None}
         for message in messages
@@ -107,10 +107,10 @@ def plain(messages: Messages) -> Messages:
 
 
 def given(columns: dict[str, Any], padded: bool) -> dict[str, Any]:
-    """What a row's own columns give the chat template besides messages, by the template's names.
+    """A row's arguments for the chat template besides messages, by the template's names.
 
-    `padded`: the row is of a kind of file in which a key that one row has stands in all, with null.
-    Raises ValueError for columns of another form.
+    `padded`: the row is from a kind of file in which all rows have all keys, with null for a
+    missing value. Raises ValueError for columns of the wrong form.
     """
     found: dict[str, Any] = {}
     arguments = _read(columns.get(ARGUMENTS), padded)
@@ -143,7 +143,7 @@ def _read(value: Any, padded: bool) -> Any:
 
 
 def refuse_reserved(names: Any, where: str) -> None:
-    """Raises ValueError for arguments of a template that the program itself gives."""
+    """Raises ValueError for template arguments that the program sets itself."""
     taken = sorted(_RESERVED.intersection(names))
     if taken:
         remedy = f"Give tools in a column `{TOOLS}`" if taken == [TOOLS] else "Leave it out"

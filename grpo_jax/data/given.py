@@ -1,4 +1,4 @@
-"""Rows that a program gives as objects, not by path: from a script or a notebook.
+"""Rows that a script or a notebook gives as objects, not by path.
 
 Such rows have the path "python:NAME" in `data.path` or `data.eval_path`.
 """
@@ -13,10 +13,10 @@ _ROWS: dict[str, Any] = {}
 
 
 def give(name: str, rows: Any) -> str:
-    """The path, for `data.path`, of rows; they replace what was given under the name before.
+    """Registers rows under a name, in place of earlier ones; returns their path for `data.path`.
 
-    `rows`: a `datasets.Dataset`, a data frame of pandas, or dicts by column, one for each row.
-    Raises ValueError for anything else.
+    `rows`: a `datasets.Dataset`, a data frame of pandas, or one dict per row, by column. Raises
+    ValueError for anything else.
     """
     if isinstance(rows, Mapping):
         parts = ", ".join(map(repr, rows)) or "nothing"
@@ -44,10 +44,10 @@ def give(name: str, rows: Any) -> str:
 
 
 def is_dataset(rows: Any) -> bool:
-    """Whether rows are a `datasets.Dataset`, told without importing that library."""
+    """Whether rows are a `datasets.Dataset`; does not import that library."""
     return hasattr(rows, "with_format") and hasattr(rows, "iter")
 
 
 def find(path: str) -> Any:
-    """The rows of a path that `give` gave; None where there are none."""
+    """The rows of a path from `give`; None if there are none."""
     return _ROWS.get(path.removeprefix(PREFIX)) if path.startswith(PREFIX) else None

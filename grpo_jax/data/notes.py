@@ -1,4 +1,4 @@
-"""What a person should know of the problems before a model is trained or judged on them."""
+"""Notes for the user about the problems, before a model is trained or evaluated on them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from grpo_jax.data import chats
 from grpo_jax.data.problems import Form, Problem
 
-# Names under which data sets keep what the model is to be asked.
+# Column names that data sets use for the model's input.
 _LIKE_INPUTS = (
     *("messages", "conversation", "conversations", "question", "problem", "query", "instruction"),
     *("input", "context", "documents", "system", "system_prompt", chats.TOOLS, chats.ARGUMENTS),
@@ -18,7 +18,7 @@ _LIKE_INPUTS = (
 
 
 def of_problems(train: Sequence[Problem], held_out: Sequence[Problem], form: Form) -> list[str]:
-    """Notes on problems that stand more than once, and on columns that look like inputs."""
+    """Notes on repeated problems, and on columns that look like inputs."""
     asked = [p.question for p in train]
     notes = [_repeats(train, asked, "training")]
     if held_out:
@@ -29,7 +29,7 @@ def of_problems(train: Sequence[Problem], held_out: Sequence[Problem], form: For
         if both:
             notes.append(
                 f"{both:,} of the {len(held_out):,} held-out problems have the prompt of a "
-                "training problem. What the model gets right there it may have learnt by heart."
+                "training problem. The model may have memorized their answers."
             )
     notes.append(_unread(train, form) if train else "")
     return [note for note in notes if note]
@@ -47,13 +47,13 @@ def _repeats(problems: Sequence[Problem], asked: list[str], noun: str) -> str:
     other = f" Of {differ:,} prompts the other columns differ, too." if differ else ""
     return (
         f"the {len(asked):,} {noun} problems have {len(counts):,} different prompts, one of them "
-        f"{most:,} times.{other} Each row is asked as often as it stands there; intervals count a "
-        "prompt once."
+        f"{most:,} times.{other} Each row is used as often as it occurs; intervals count a prompt "
+        "once."
     )
 
 
 def _unread(problems: Sequence[Problem], form: Form) -> str:
-    """On columns that look like inputs, but are no part of the prompt."""
+    """A note on columns that look like inputs, but are not part of the prompt."""
     first = problems[0]
     named = (*form.renames, *(form.fields if form.prompt_template else ()))
     used = {name.partition(".")[0] for name in named}
@@ -75,10 +75,10 @@ def _unread(problems: Sequence[Problem], form: Form) -> str:
 
 
 def of_template(problems: Sequence[Problem], reads: frozenset[str] | None, form: Form) -> list[str]:
-    """Notes on what the chat template of the model does not read, or reads and does not get.
+    """Notes on values that the chat template does not read, or reads but does not get.
 
-    `reads`: the names that it reads, None where no prompt is a chat. Raises ValueError for a name
-    in `data.chat_template_kwargs` that it does not read.
+    `reads`: the names that it reads; None if no prompt is a chat. Raises ValueError for a name in
+    `data.chat_template_kwargs` that it does not read.
     """
     if reads is None:
         return []

@@ -1,7 +1,7 @@
-"""Problems: a prompt, and the further columns that reward functions read.
+"""Problems: a prompt, and the other columns, which reward functions read.
 
-A source's rows (`sources.py`) have a column `prompt`, a text or chat messages, or columns that
-`data.columns` and `data.prompt_template` make a prompt of; the same columns stand in every row.
+A source's rows (`sources.py`) have a column `prompt`, a text or chat messages. Or `data.columns`
+and `data.prompt_template` make it from other columns. All rows have the same columns.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from grpo_jax.data.chats import Messages
 from grpo_jax.data.sources import Source
 from grpo_jax.messages.values import cut
 
-# Names that a reward function's own arguments have.
+# Arguments of every reward function, which no column may be named.
 _RESERVED = ("prompts", "completions")
 
-# Columns of what the models here do not read: a prompt without it would be another question.
+# Columns that the models here cannot read: without them a prompt is another question.
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
 _MISSING = object()
@@ -28,17 +28,17 @@ _MISSING = object()
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One prompt and what its rewards may need to know."""
+    """One prompt, and the columns that its rewards may read."""
 
     prompt: str | Messages
     columns: dict[str, Any]
-    where: str = dataclasses.field(default="", compare=False)  # "train.jsonl, line 3", for messages
-    # What the chat template is given besides messages: "tools", and values such as enable_thinking.
+    where: str = dataclasses.field(default="", compare=False)  # for messages: "train.jsonl, line 3"
+    # Arguments of the chat template besides messages: "tools", and values such as enable_thinking.
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def question(self) -> str:
-        """What the model is asked, as one text; equal where a model cannot tell two apart."""
+        """The model's input as one text; equal for problems that a model cannot tell apart."""
         if isinstance(self.prompt, str):
             return self.prompt
         return json.dumps([self.prompt, self.arguments], sort_keys=True, default=str)
@@ -46,7 +46,7 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How a row becomes a problem: the options `data.*` of these names.
+    """The conversion of a row to a problem: the options `data.*` of these names.
 
     A column within a struct has a dotted name, such as reward_model.ground_truth. Raises ValueError
     for renames that are not "ours=theirs" or contradict each other, for a template that is not text
@@ -83,12 +83,12 @@ class Form:
 
     @functools.cached_property
     def renames(self) -> dict[str, str]:
-        """Our name of each renamed column by the source's."""
+        """Our name of each renamed column, by its name in the source."""
         return {theirs: ours for ours, theirs in (entry.split("=") for entry in self.columns)}
 
     @functools.cached_property
     def arguments(self) -> dict[str, Any]:
-        """What every chat template is given, by name; values are JSON or Python, else texts."""
+        """Arguments of all chat templates, by name: JSON or Python literals, else texts."""
         found: dict[str, Any] = {}
         for entry in self.chat_template_kwargs:
             name, equals, text = entry.partition("=") if isinstance(entry, str) else ("", "", "")
@@ -105,7 +105,7 @@ class Form:
 
     @functools.cached_property
     def pieces(self) -> list[tuple[str, str | None]]:
-        """The template as texts, each with the name of the column that follows it."""
+        """The template as texts, each with the column name that follows it."""
         shown = f"data.prompt_template = {cut(repr(self.prompt_template))}"
         rule = "Write {column} for a column, and {{ and }} for braces of the text."
         try:
@@ -131,12 +131,12 @@ class Form:
 
 
 def load_train(data: Any) -> list[Problem]:
-    """The training problems that a config's section `data` names."""
+    """The training problems of a config's section `data`."""
     return load(Source(data.path, data.name, data.split), form_of(data))
 
 
 def load_held_out(data: Any) -> list[Problem]:
-    """The held-out problems that a config's section `data` names; none where it names none."""
+    """The held-out problems of a config's section `data`; [] if it names none."""
     if data.eval_path:
         options = ("data.eval_path", "data.eval_name", "data.eval_split")
         source = Source(data.eval_path, data.eval_name, data.eval_split, options)
@@ -154,7 +154,7 @@ def load_held_out(data: Any) -> list[Problem]:
 
 
 def form_of(data: Any) -> Form:
-    """The form that a config's section `data` gives its rows."""
+    """The `Form` of a config's section `data`."""
     return Form(
         data.columns, data.prompt_template, data.chat, data.system_prompt, data.chat_template_kwargs
     )
@@ -163,9 +163,9 @@ def form_of(data: Any) -> Form:
 def load(source: Source, form: Form = Form()) -> list[Problem]:
     """The problems of a source, in its order.
 
-    Raises ValueError, naming the option, the file and the row, for what cannot be read, a source
-    without rows, a row whose columns differ from the first's, a missing, blank or mistyped prompt,
-    and a row that `form` does not fit.
+    Raises ValueError, naming the option, the file and the row, if a file cannot be read, a source
+    has no rows, a row's columns differ from the first row's, a prompt is missing, blank or of a
+    wrong type, or `form` does not fit a row.
     """
     problems: list[Problem] = []
     first_where, first_columns = "", set()
@@ -244,14 +244,14 @@ def _refuse_columns(columns: dict[str, Any], where: str, option: str) -> None:
     for name in _MEDIA:
         if columns.get(name):
             raise ValueError(
-                f"{option}: {where} has a column `{name}`, and the models here read text alone. "
-                "Take problems that are whole without it; where they are, rename the column in "
-                f"data.columns, such as left_out={name}."
+                f"{option}: {where} has a column `{name}`, and the models here read text alone. If "
+                "the problems do not need it, rename the column in data.columns, such as "
+                f"left_out={name}. Otherwise take other problems."
             )
 
 
 def _value(columns: dict[str, Any], name: str) -> Any:
-    """What a column holds, or with a dotted name a value within its structs; else _MISSING."""
+    """The value of a column, or of a field in its structs for a dotted name; else _MISSING."""
     if name in columns:
         return columns[name]
     for i in (i for i, letter in enumerate(name) if letter == "."):
@@ -266,7 +266,7 @@ def _value(columns: dict[str, Any], name: str) -> Any:
 
 
 def _names(columns: dict[str, Any], name: str) -> str:
-    """The columns that there are, for a message; of a struct that `name` begins with, its keys."""
+    """The existing columns, for a message; if `name` begins with a struct, the struct's keys."""
     head = name.partition(".")[0]
     if head != name and isinstance(columns.get(head), dict):
         columns = {f"{head}.{key}": None for key in columns[head]}
@@ -274,7 +274,7 @@ def _names(columns: dict[str, Any], name: str) -> str:
 
 
 def _renamed(row: dict[str, Any], where: str, renames: dict[str, str]) -> dict[str, Any]:
-    """The row with our names; what is taken out of a struct stands there besides."""
+    """The row with our names; a value renamed out of a struct stays in the struct, too."""
     within = {}
     for theirs, ours in renames.items():
         value = _value(row, theirs)
@@ -315,7 +315,7 @@ def _filled(columns: dict[str, Any], where: str, form: Form) -> str:
 
 
 def _as_chat(prompt: str | Messages, where: str, form: Form) -> str | Messages:
-    """The prompt as messages where the form wants them, its system message first."""
+    """The prompt, as messages if the form wants them, with the system message first."""
     if isinstance(prompt, str):
         if not form.chat:
             for option, value in (
@@ -337,12 +337,12 @@ def _as_chat(prompt: str | Messages, where: str, form: Form) -> str | Messages:
 
 
 def _prompt_fault(prompt: Any) -> str | None:
-    """What is wrong with a prompt, or None."""
+    """The fault of a prompt; None for a valid one."""
     if isinstance(prompt, str):
         return None if prompt.strip() else "is blank"
     return chats.fault(prompt) if isinstance(prompt, list) else f"is a {type(prompt).__name__}"
 
 
 def as_reply(problem: Problem, text: str) -> Any:
-    """A completion as reward functions get it: chat messages where the prompt is, else the text."""
+    """A completion for reward functions: chat messages if the prompt is a chat, else the text."""
     return text if isinstance(problem.prompt, str) else [{"role": "assistant", "content": text}]

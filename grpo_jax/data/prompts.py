@@ -1,4 +1,4 @@
-"""Which problems stand at a step, and their prompts as tokens."""
+"""The problems of a step, and their prompts as tokens."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from grpo_jax.messages.values import cut
 def prompt_indices(seed: int, step: int, num_problems: int, per_step: int) -> np.ndarray:
     """Numbers of the problems of one step, int64 [per_step]: a function of (seed, step) alone.
 
-    Steps are consecutive slices of one permutation per epoch, joined end to end: every epoch
-    visits each problem exactly once, and no problem is left out where `per_step` does not divide
-    `num_problems`. Within a step a problem can then stand twice only where the step straddles two
-    epochs, or where `per_step` exceeds `num_problems`.
+    Steps are consecutive slices of one permutation per epoch, joined end to end: every epoch visits
+    each problem exactly once, and no problem is left out if `per_step` does not divide
+    `num_problems`. Within a step a problem can occur twice only if the step spans two epochs, or if
+    `per_step` exceeds `num_problems`.
     """
     assert num_problems > 0, "there are no problems"
     position = step * per_step + np.arange(per_step)
@@ -36,13 +36,13 @@ def prompt_indices(seed: int, step: int, num_problems: int, per_step: int) -> np
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Problems with the token ids of their prompts, and what became of prompts over the limit."""
+    """Problems with the token ids of their prompts, and counts of prompts over the limit."""
 
     problems: list[Problem]
     prompt_ids: list[list[int]]
     num_dropped: int = 0
     num_truncated: int = 0
-    reads: frozenset[str] | None = None  # names that the chat template reads; None: none was used
+    reads: frozenset[str] | None = None  # names that the chat template reads; None without one
 
 
 def encode(
@@ -54,18 +54,20 @@ def encode(
     now: datetime | None = None,
     on_text: Callable[[int, int], None] = lambda done, total: None,
 ) -> Encoded:
-    """The problems with their prompts as tokens: texts as the tokenizer encodes them, messages by
-    its chat template with the opening of the assistant's turn, or where that has begun already,
-    without its end. A text that begins with the begin-of-text token does not get it again.
+    """The problems with their prompts as tokens.
 
-    Of prompts longer than `max_prompt_tokens`, `overlong` "drop" leaves the problem out, and
-    "truncate" keeps the last tokens: a chat loses its opening and system message first. `now`: the
-    time that a template is told; None: the time. `on_text` is called as chats become texts, with
-    how many are done and how many there are.
+    The tokenizer encodes texts, and its chat template writes messages with the opening of the
+    assistant's turn. If that turn has begun already, it stays open. A text that begins with the
+    begin-of-text token does not get it again.
 
-    Raises ValueError, naming the problem by its file and row, when a prompt is messages and the
-    tokenizer has no template for them, when one holds half of a character or encodes to no tokens,
-    when one is too long and `overlong` is "refuse", and when "drop" would leave nothing.
+    `overlong` says what to do with prompts longer than `max_prompt_tokens`: "drop" leaves the
+    problem out; "truncate" keeps the last tokens, so a chat loses its opening and system message
+    first; "refuse" raises. `now`: the time that templates see; None: the current time. `on_text` is
+    called while chats are rendered, with the number done and the total.
+
+    Raises ValueError, naming the problem by its file and row, if a prompt is messages and the
+    tokenizer has no template for them, if one holds half of a character or encodes to no tokens, if
+    one is too long and `overlong` is "refuse", and if "drop" would leave nothing.
     """
     rows, reads = _encode_all(problems, tokenizer, now, on_text)
     for problem, ids in zip(problems, rows):
@@ -96,9 +98,9 @@ def _encode_all(
     now: datetime | None,
     on_text: Callable[[int, int], None],
 ) -> tuple[list[list[int]], frozenset[str] | None]:
-    """Ids of every prompt, and the names that the chat template reads; None where none is used.
+    """Ids of every prompt, and the names that the chat template reads (None without one).
 
-    Each kind of prompt in one call, which fast tokenizers spread over the cores.
+    One call for texts and one for chats, since fast tokenizers spread a call over the cores.
     """
     rows: list[list[int]] = [[]] * len(problems)
     texts = [i for i, p in enumerate(problems) if isinstance(p.prompt, str)]
@@ -106,7 +108,7 @@ def _encode_all(
     rendered = _render([problems[i] for i in chats], tokenizer, now, on_text) if chats else None
     for index, prompts, special in (
         (texts, [problems[i].prompt for i in texts], True),
-        # A template writes the special tokens itself.
+        # Templates write the special tokens themselves.
         (chats, rendered.texts if rendered else [], False),
     ):
         for i, text in zip(index, prompts):
@@ -123,7 +125,7 @@ def _encode_all(
     begin = tokenizer.bos_token
     for i in texts if begin else ():
         if problems[i].prompt.startswith(begin) and rows[i][:1] == rows[i][1:2]:
-            rows[i] = rows[i][1:]  # the text has its own, having been rendered beforehand
+            rows[i] = rows[i][1:]  # the text already begins with this token
     return rows, rendered.reads if rendered else None
 
 
@@ -133,7 +135,7 @@ def _render(
     now: datetime | None,
     on_text: Callable[[int, int], None],
 ) -> templates.Rendered:
-    """Chats as the tokenizer's template writes them."""
+    """Renders chats with the tokenizer's template."""
     try:
         return templates.render(
             tokenizer,
@@ -152,7 +154,8 @@ def _render(
             ) from error
         raise ValueError(
             f"The prompt of {_name(problem)} is a list of messages, which the tokenizer's template "
-            f"did not take ({error}). It starts {_start(problem.prompt)}. {_remedy(problem, error)}"
+            f"did not accept ({error}). It starts {_start(problem.prompt)}. "
+            f"{_remedy(problem, error)}"
         ) from error
 
 

@@ -1,10 +1,11 @@
 """Rows of a data set: from a file, a folder, or the Hugging Face hub.
 
-JSONL and JSON are read here: a broken line is named by its number, and Arrow's own reader, which
-`datasets` uses, ends the process at values that nest without end. Files of tables are read in a
-process of their own (`tables.py`), so that what they unpack to is bounded, and each time anew: a
-file is never taken for an older one of its name and date. Only what a folder's files are for, and
-the hub, is left to `datasets`, which is imported where it is needed: that takes seconds.
+JSONL and JSON are read here, for two reasons: errors name the broken line, and Arrow's reader,
+which `datasets` uses, ends the process at values that nest very deeply. Files of tables are read in
+a separate process (`tables.py`), which bounds their unpacked size. They are read again each time,
+so a file is never mistaken for an older one of its name and date. `datasets` only assigns a
+folder's files to splits, and reads the hub. It is imported only if needed, since that takes
+seconds.
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ from grpo_jax.data import given, tables
 from grpo_jax.hosts.paths import expanded, near
 from grpo_jax.messages.values import cut
 
-Row = tuple[str, dict[str, Any]]  # where it stands, such as "train.jsonl, line 3"; its columns
+Row = tuple[str, dict[str, Any]]  # its place, such as "train.jsonl, line 3"; its columns
 
-# Kinds of file by suffix, as `tables` calls them.
+# Kinds of files by suffix, with the names of `tables`.
 _KINDS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv"}
 _SUFFIXES = (".jsonl", ".json", *_KINDS)
 
-# What is read into memory at once is bounded: a row of text, and a whole JSON file.
+# Limits of what is read into memory at once: a row of text, and a whole JSON file.
 MAX_ROW_BYTES = tables.MAX_ROW_BYTES
 MAX_JSON_BYTES = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What to read, and the options that say so, for messages."""
+    """A source of rows, and the names of its options for messages."""
 
     path: str  # a file, a folder or a hub id
-    name: str = ""  # configuration, where a hub dataset or a folder's README.md names some
+    name: str = ""  # a configuration, if a hub dataset or a folder's README.md has some
     split: str = ""  # "": the only one; a file has none
     options: tuple[str, str, str] = ("data.path", "data.name", "data.split")
 
@@ -47,7 +48,7 @@ class Source:
 
 
 def has_splits(path: str) -> bool:
-    """Whether a split can be asked for: a file and a saved `Dataset` have none."""
+    """Whether a source can have splits: a file and a saved `Dataset` have none."""
     if path.startswith(given.PREFIX):
         return False
     local = expanded(path, "data.path")
@@ -57,10 +58,10 @@ def has_splits(path: str) -> bool:
 def read(source: Source) -> Iterator[Row]:
     """The rows of a source, in its order.
 
-    Raises ValueError, naming the option and the file, for what does not exist or cannot be read,
-    for an unknown split or configuration, for a line of JSONL that is no JSON object, and for a row
-    or block beyond the limits at the top of this module. Files lie where the source does: what one
-    of its own files says of others is not followed out of a folder or a hub dataset.
+    Raises ValueError, naming the option and the file, for a source that does not exist or cannot be
+    read, an unknown split or configuration, a line of JSONL that is not a JSON object, and a row or
+    block beyond the limits at the top of this module. Only files inside the folder or hub dataset
+    are read, even if one of its files refers to others.
     """
     option = source.options[0]
     if source.path.startswith(given.PREFIX):
@@ -81,7 +82,7 @@ def read(source: Source) -> Iterator[Row]:
 
 
 def _given_rows(source: Source) -> Iterator[Row]:
-    """Rows that the program itself holds; split and configuration were chosen there."""
+    """Rows from `given`; the program has already chosen split and configuration."""
     rows, name = given.find(source.path), source.path.removeprefix(given.PREFIX)
     if rows is None:
         raise ValueError(
@@ -128,7 +129,7 @@ def _json_lines(path: Path, option: str) -> Iterator[Row]:
 
 
 def _json_rows(path: Path, option: str) -> Iterator[Row]:
-    """Rows of a list of objects, of one object, or of lines as in JSONL."""
+    """Rows of a .json file: a list of objects, one object, or lines as in JSONL."""
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
         raise ValueError(
@@ -160,7 +161,7 @@ def _as_row(row: Any, where: str, option: str) -> dict[str, Any]:
 
 
 def lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank with their numbers from 1, read one at a time."""
+    """Non-blank lines with their numbers from 1, read one at a time."""
     try:
         with path.open("rb") as file:
             pieces = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
@@ -204,7 +205,7 @@ def _saved_rows(path: Path, source: Source) -> Iterator[Row]:
 
 
 def _saved_splits(folder: Path) -> list[str] | None:
-    """The splits of a saved dictionary of datasets, each a folder in it; None of one dataset."""
+    """The splits of a saved dictionary of datasets, each a folder in it; None for one dataset."""
     file = folder / "dataset_dict.json"
     if not file.is_file():
         return None
@@ -216,7 +217,7 @@ def _saved_splits(folder: Path) -> list[str] | None:
 
 
 def _refuse_files_outside(state: Path) -> None:
-    """Raises ValueError where a saved dataset names what is no file of its folder."""
+    """Raises ValueError if a saved dataset names a file outside its folder."""
     for file in _small_json(state)["_data_files"]:
         name = file["filename"]
         beside = isinstance(name, str) and Path(name).name == name
@@ -256,18 +257,18 @@ def _hub_rows(source: Source) -> Iterator[Row]:
 
 
 def _splits(source: Source, trouble: str, hint: str = "") -> dict[str, list[str]]:
-    """The files of each split; of a dataset in the cache and no connection, the names alone."""
+    """The files of each split; only the splits' names for a cached dataset without a connection."""
     local = expanded(source.path, source.options[0])
     path = str(local) if local.is_dir() else source.path
     if local.is_dir() and set("[*?") & set(str(local.resolve())):
         raise ValueError(
-            f"{source} lies at {local.resolve()}, and `datasets`, which finds the files of a "
-            "folder, takes the characters [ * ? for a pattern. Give one of its files, or rename it."
+            f"{source} is at {local.resolve()}, and `datasets`, which finds the files of a folder, "
+            "reads the characters [ * ? as a pattern. Give one of its files, or rename it."
         )
     try:
         with _explained(trouble, hint), _quiet() as datasets:
             builder = datasets.load_dataset_builder(path, source.name or None)
-    except ValueError as error:  # perhaps of an unknown configuration, or where one must be named
+    except ValueError as error:  # perhaps the configuration is unknown or missing
         known = re.search(r"onfig.*\[('.*')\]", str(error.__cause__), re.DOTALL)
         if not known:
             raise
@@ -280,8 +281,8 @@ def _splits(source: Source, trouble: str, hint: str = "") -> dict[str, list[str]
     files = builder.config.data_files or {split: [] for split in builder.info.splits or ()}
     splits = {str(split): list(map(str, paths)) for split, paths in files.items()}
     for name in (name for names in splits.values() for name in names):
-        # A README.md may name patterns of files that lie anywhere. With one, `datasets` gives their
-        # names as ours begins, without it from where the folder really lies behind a link.
+        # A README.md may name patterns of files anywhere. With a README.md, `datasets` returns
+        # paths that begin like ours; without one, paths of the folder behind a link.
         file, folders = Path(os.path.abspath(name)), (os.path.abspath(path), local.resolve())
         inside = any(map(file.is_relative_to, folders))
         if not (inside if local.is_dir() else name.startswith(f"hf://datasets/{path}@")):
@@ -293,7 +294,7 @@ def _splits(source: Source, trouble: str, hint: str = "") -> dict[str, list[str]
 
 
 def _chosen(source: Source, names: list[str], slices: bool = False) -> str:
-    """The split that is asked for; with `slices` also "train[:100]" and "train+test"."""
+    """The selected split; with `slices` also "train[:100]" and "train+test"."""
     split, option = source.split, source.options[2]
     parts = {part.partition("[")[0] for part in split.split("+")} if slices else {split}
     if parts <= set(names):
@@ -308,7 +309,7 @@ def _chosen(source: Source, names: list[str], slices: bool = False) -> str:
 
 
 class Padded(dict):
-    """A row of Arrow, in whose structs a key that one row has stands in all, with null."""
+    """A row of Arrow: its structs have the keys of all rows, with null for missing values."""
 
 
 def _numbered(rows: Iterator[dict[str, Any]], where: str, trouble: str) -> Iterator[Row]:
@@ -322,7 +323,7 @@ def _numbered(rows: Iterator[dict[str, Any]], where: str, trouble: str) -> Itera
 
 
 def _dataset_rows(dataset: Any, where: str) -> Iterator[Row]:
-    """Rows as they are stored: the files that a picture's column names are not opened."""
+    """Rows as they are stored; files that an image column names are not opened."""
     number, batches = 0, dataset.with_format("arrow").iter(batch_size=1000)
     while True:
         with _explained(f"{where} cannot be read after row {number}"):
@@ -337,10 +338,10 @@ def _dataset_rows(dataset: Any, where: str) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def _explained(trouble: str, hint: str = "") -> Iterator[None]:
-    """Any error becomes a ValueError of one line: the trouble, its reason, the hint."""
+    """Turns any error into a ValueError of one line: the problem, its reason, a hint."""
     try:
         yield
-    except Exception as error:  # of the hub, its HTTP library, Arrow, pandas: no common base
+    except Exception as error:  # hub, HTTP library, Arrow, pandas: no common base
         cause = error.__cause__ or error
         reason = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
         raise ValueError(f"{trouble} ({reason}). {hint}".strip()) from error
@@ -348,7 +349,7 @@ def _explained(trouble: str, hint: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[Any]:
-    """The module `datasets` without its progress bars and its own reports of errors."""
+    """While entered, the module `datasets`, without its progress bars and error reports."""
     import datasets
 
     bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()

@@ -1,10 +1,10 @@
-"""Tables of files that may come from strangers: Parquet, Arrow, saved datasets, CSV.
+"""Reads tables from untrusted files: Parquet, Arrow, saved datasets, CSV.
 
-Few bytes of the first three may unpack to any number, which a file's own header need not tell, and
-a damaged one may end the process that reads it. So they are read in a process of their own with a
-limit of memory, which passes on plain values, a few rows at a time, as a stream of Arrow. What a
-column says of pictures or sounds at other places is passed on as it stands: nothing is opened for
-it. CSV is not packed, and is read here, each row bounded.
+A few bytes of the first three may unpack to any size, which the file's header need not state, and a
+damaged file may end the process that reads it. So a separate process with limited memory reads
+them, and passes on plain values, a few rows at a time, as an Arrow stream. References to images or
+sounds elsewhere are passed on as they are; no such file is opened. CSV is not compressed; it is
+read here, with a bound on each row.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from typing import Any
 
 from grpo_jax.messages.values import shown
 
-# A file may unpack to this many bytes in any case, and to so many times its own.
+# A file may unpack to this many bytes, plus this many times its own size.
 MAX_UNPACKED_BYTES = 2**31
 MAX_UNPACKED_TIMES = 1000
 MAX_ROW_BYTES = 2**26  # of CSV
-MAX_COLUMNS = 10_000  # of CSV: an empty one takes a byte there, and a thousand here
+MAX_COLUMNS = 10_000  # of CSV: an empty column takes a byte in the file, and a thousand here
 MEMORY_BYTES = 2**32  # of the process that unpacks
 _BATCH_ROWS = 256
-_VALUE_BYTES = 32  # that a value takes here at least, whatever it takes in the file
+_VALUE_BYTES = 32  # least size of a value in memory, whatever its size in the file
 
 
 class TableError(ValueError):
@@ -39,8 +39,8 @@ class TableError(ValueError):
 def rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
     """The rows of a file ("parquet", "arrow", "csv") or a folder ("saved", of `save_to_disk`).
 
-    Raises TableError for what is not of the kind, or goes beyond the limits at the top of this
-    module.
+    Raises TableError for a file that is not of this kind, or is beyond the limits at the top of
+    this module.
     """
     if kind != "csv":
         yield from _from_process(path, kind)
@@ -50,7 +50,7 @@ def rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
             yield from values(batch)
     except TableError:
         raise
-    except Exception as error:  # of Arrow and pandas: no common base
+    except Exception as error:  # from Arrow and pandas, without a common base class
         raise TableError(_reason(error)) from error
 
 
@@ -73,16 +73,16 @@ def _from_process(path: Path, kind: str) -> Iterator[dict[str, Any]]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        # Arrow's other allocators reserve more than they use, and the limit counts it.
+        # Arrow's other allocators reserve more than they use, which counts toward the limit.
         env=os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system", "OMP_NUM_THREADS": "1"},
     )
     try:
         try:
-            if process.stdout.peek(1):  # nothing is written of a table without rows
+            if process.stdout.peek(1):  # a table without rows writes nothing
                 with pa.ipc.open_stream(process.stdout) as stream:
                     for batch in stream:
                         yield from values(batch)
-        except (pa.ArrowInvalid, OSError):  # cut off; the process says why
+        except (pa.ArrowInvalid, OSError):  # the stream was cut off; the process reports why
             if not process.wait():
                 raise
         if process.wait():
@@ -95,7 +95,7 @@ def _from_process(path: Path, kind: str) -> Iterator[dict[str, Any]]:
 
 
 def values(batch: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a record batch or table of Arrow as values of Python."""
+    """The rows of an Arrow record batch or table, as Python values."""
     columns = {
         name: _from_json(column.to_pylist(), column.type)
         for name, column in zip(batch.schema.names, batch.columns)
@@ -104,7 +104,7 @@ def values(batch: Any) -> Iterator[dict[str, Any]]:
 
 
 def _from_json(column: list, kind: Any) -> list:
-    """A column whose values, or parts of them, `datasets` keeps as texts of JSON."""
+    """The values of a column; `datasets` stores some types as JSON texts, which are parsed."""
     import pyarrow as pa
 
     if isinstance(kind, pa.JsonType):
@@ -124,9 +124,9 @@ def _from_json(column: list, kind: Any) -> list:
 
 
 def _end(status: int, told: str) -> str:
-    """What ended the process before it was done."""
+    """The reason why the process ended early."""
     if status == 1 and told.strip():
-        return told.strip().splitlines()[-1]  # of a traceback, the error
+        return told.strip().splitlines()[-1]  # the error, after its traceback
     if status == -signal.SIGKILL:
         return "the process that reads it was killed; is the memory full?"
     return f"the process that reads it ended with status {status}"
@@ -136,7 +136,7 @@ def _end(status: int, told: str) -> str:
 
 
 def _csv(path: Path) -> Iterator[Any]:
-    """Batches of a CSV file, each column of the type that pandas finds in its first rows."""
+    """Batches of a CSV file; pandas infers each column's type from its first rows."""
     import pandas
     import pyarrow as pa
 
@@ -157,7 +157,7 @@ def _csv(path: Path) -> Iterator[Any]:
 
 
 def _large_number(column: Any) -> TableError:
-    """Names the first number of a column that Arrow has no bits for."""
+    """The message for the first number of a column that is too large for Arrow."""
     for number, value in column.items():
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             return TableError(
@@ -169,9 +169,9 @@ def _large_number(column: Any) -> TableError:
 
 
 class _Rows:
-    """A file of CSV that pandas reads by whole rows, of which none is longer than a limit.
+    """A CSV file for pandas that gives only whole rows, each of limited length.
 
-    A row may have many lines, in quotes: `csv` knows where it ends by the same rules as pandas.
+    A quoted row may span many lines; `csv` finds its end by the same rules as pandas.
     """
 
     def __init__(self, file: Any):
@@ -203,11 +203,11 @@ class _Rows:
                 f"it is not UTF-8 from about line {self._number + 1} on: is the file packed?"
             ) from None
 
-    def __iter__(self) -> Iterator[str]:  # pandas asks whether there is one
+    def __iter__(self) -> Iterator[str]:  # pandas checks that it exists
         return iter(lambda: self.read(1), "")
 
     def read(self, size: int = -1) -> str:
-        """The text of whole rows, of about so many characters; "" at the end."""
+        """The text of whole rows, about `size` characters; "" at the end."""
         self._text.clear()
         length, before = 0, csv.field_size_limit(MAX_ROW_BYTES)
         try:
@@ -227,11 +227,11 @@ class _Rows:
 
 
 def main() -> None:
-    """Writes the table that the arguments name to standard output; an error ends with status 1."""
+    """Writes the table named by the arguments to standard output; exits with 1 on an error."""
     kind, path, limits = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     out, told = os.fdopen(os.dup(1), "wb"), os.fdopen(os.dup(2), "w", encoding="utf-8")
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for said in (1, 2):  # what libraries print is neither the table nor an error
+    for said in (1, 2):  # discard what libraries print
         os.dup2(nowhere, said)
     reason = ""
     try:
@@ -245,11 +245,11 @@ def main() -> None:
         reason = str(error)
     except BrokenPipeError:  # nobody reads on
         pass
-    except Exception as error:  # of Arrow and datasets: no common base
+    except Exception as error:  # from Arrow and datasets, without a common base class
         reason = _reason(error)
     told.write(reason.encode(errors="replace").decode())
     told.flush()
-    os._exit(bool(reason))  # at once: what the memory has no room for is not tidied up
+    os._exit(bool(reason))  # at once: cleaning up may need more memory than there is
 
 
 def _pass_on(batches: Iterator[Any], out: Any, most_bytes: int) -> None:
@@ -258,7 +258,7 @@ def _pass_on(batches: Iterator[Any], out: Any, most_bytes: int) -> None:
 
     schema, writer, total = None, None, 0
     for whole in batches:
-        whole.validate(full=True)  # Arrow itself reads at whatever address a damaged file gives
+        whole.validate(full=True)  # Arrow would read at any address in a damaged file
         for start in range(0, whole.num_rows, _BATCH_ROWS):
             batch = whole.slice(start, _BATCH_ROWS)
             if schema is None:
@@ -282,9 +282,9 @@ def _pass_on(batches: Iterator[Any], out: Any, most_bytes: int) -> None:
 
 
 def _plain(kind: Any) -> Any:
-    """The type with each value where it stands, in place of what holds one for many rows.
+    """The type without compression: each row has its own value, without dictionaries or runs.
 
-    Raises TableError for types of which Arrow cannot write that out.
+    Raises TableError for types that Arrow cannot expand.
     """
     import pyarrow as pa
 
@@ -311,7 +311,7 @@ def _plain(kind: Any) -> Any:
 
 
 def _num_values(array: Any) -> int:
-    """How many values of Python an array becomes, those in lists and structs included."""
+    """The number of Python values in an array, with those in lists and structs."""
     import pyarrow as pa
 
     parts = []
@@ -333,7 +333,7 @@ def _parquet(path: str) -> Iterator[Any]:
 
 
 def _arrow(path: str) -> Iterator[Any]:
-    """Batches of a file of Arrow, of either of its two forms."""
+    """Batches of an Arrow file, in either of its two formats."""
     import pyarrow as pa
 
     with pa.memory_map(path) as file:
@@ -348,7 +348,7 @@ def _arrow(path: str) -> Iterator[Any]:
 
 
 def _saved(path: str) -> Iterator[Any]:
-    """Batches of what `Dataset.save_to_disk` wrote, with the columns that its format shows."""
+    """Batches of a folder from `Dataset.save_to_disk`, with the columns of its format."""
     import datasets
 
     saved = datasets.load_from_disk(path)

@@ -1,10 +1,10 @@
-"""Chat templates, which are programs that come with a model, rendered where they can do no harm.
+"""Renders chat templates, which are programs that come with a model, in a safe process.
 
-transformers renders them in Jinja's sandbox, which keeps them from everything but what they are
-given, but not from looping for ever or filling the memory; neither can be stopped from a thread. So
-they run in a process of their own, with a limit of time, memory and text. What passes to it and
-back are lines of JSON. What they write follows from what they are given: a template that asks for
-the time is told the date of the run, and one that draws by lot draws the same at each start.
+transformers renders them in Jinja's sandbox. It denies access to everything but the arguments, but
+a template may still loop forever or fill the memory, and a thread cannot be stopped. So they run in
+a separate process with limited time, memory and text, which exchanges lines of JSON. The result
+depends only on the arguments: a template that asks for the time gets the run's date, and one that
+draws random values draws the same ones at each start.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from grpo_jax.data.chats import TOOLS, Messages
 
 TIME_LIMIT_S = 10  # for one conversation; usual templates take less than a millisecond
 MAX_CHARS = 2**20  # of one rendered conversation
-MAX_CHARS_OF_ALL = 2**30  # of all together, which the trainer holds until they are tokens
-_MEMORY_BYTES = 2**31  # of the whole process, which takes a tenth of it
-_START_LIMIT_S = 120  # the libraries are read from a disk that may be slow
+MAX_CHARS_OF_ALL = 2**30  # of all conversations, which the trainer holds until they are tokens
+_MEMORY_BYTES = 2**31  # of the whole process, which uses a tenth of it
+_START_LIMIT_S = 120  # libraries may be on a slow disk
 
 
 class TemplateError(ValueError):
-    """A template did not render a conversation; `number` says which, from 0."""
+    """A template failed to render a conversation; `number` is its index, from 0."""
 
     def __init__(self, number: int, reason: str, *, missing: bool = False):
         super().__init__(reason)
@@ -43,7 +43,7 @@ class TemplateError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Rendered:
-    """Conversations as texts, and what their templates read by name but for special tokens."""
+    """Conversations as texts, and the names that their templates read, without special tokens."""
 
     texts: list[str]
     reads: frozenset[str]
@@ -57,15 +57,15 @@ def render(
     now: datetime | None = None,
     on_text: Callable[[int], None] = lambda done: None,
 ) -> Rendered:
-    """Each conversation as the tokenizer's chat template writes it, with the assistant's opening.
+    """Renders conversations by the tokenizer's chat template, with the assistant's opening.
 
     A conversation whose last message is the assistant's is continued: nothing closes that message
-    (`continue_final_message` of transformers). `arguments`: what each one's template is given
-    besides, "tools" among them. `now`: what a template is told that asks for the time; None: the
-    time. `on_text` is called with the number of texts that are there after each.
+    (`continue_final_message` of transformers). `arguments`: further template arguments of each
+    conversation, with "tools". `now`: the time that templates see; None: the current time.
+    `on_text` is called after each text, with the number of texts so far.
 
-    Raises TemplateError for the first that the template does not take, or that needs more than the
-    limits at the top of this module, and where the tokenizer has no template.
+    Raises TemplateError for the first conversation that the template refuses, or that exceeds the
+    limits at the top of this module, and if the tokenizer has no template.
     """
     arguments = arguments or [{}] * len(conversations)
     templates, chosen = _templates(tokenizer, arguments)
@@ -96,7 +96,7 @@ def render(
             env=os.environ | single,
         ) as process,
     ):
-        last_lines: deque[str] = deque(maxlen=1)  # read as they come: a full pipe would stop it
+        last_lines: deque[str] = deque(maxlen=1)  # read at once: a full pipe would block it
         listener = threading.Thread(target=last_lines.extend, args=[process.stderr], daemon=True)
         listener.start()
         try:
@@ -107,9 +107,9 @@ def render(
 
 
 def _templates(tokenizer: Any, arguments: Sequence[dict[str, Any]]) -> tuple[list[str], list[int]]:
-    """The templates that are used, and which of them each conversation has.
+    """The templates in use, and the index of each conversation's template.
 
-    Some tokenizers have one of its own for conversations with tools.
+    Some tokenizers have a separate template for conversations with tools.
     """
     templates: list[str] = []
     number_of: dict[bool, int] = {}
@@ -120,7 +120,7 @@ def _templates(tokenizer: Any, arguments: Sequence[dict[str, Any]]) -> tuple[lis
             try:
                 asked = {"tools": given[TOOLS]} if tools else {}
                 templates.append(tokenizer.get_chat_template(**asked))
-            except Exception as error:  # of no template, or of several without a default
+            except Exception as error:  # no template, or several without a default
                 raise TemplateError(number, _one_line(error), missing=True) from error
             number_of[tools] = len(templates) - 1
         chosen.append(number_of[tools])
@@ -137,7 +137,7 @@ def _conversation_with(
     try:
         with process.stdin:
             process.stdin.write(json.dumps(job, default=str))
-    except BrokenPipeError:  # it ended before it had read all; its own words come below
+    except BrokenPipeError:  # it ended before reading everything; its error follows below
         pass
     texts: list[str] = []
     num_chars = 0
@@ -165,7 +165,7 @@ def _conversation_with(
 
 
 def _as_text(tokens: dict[str, Any]) -> dict[str, Any]:
-    """Special tokens by name as texts or lists of texts; tokenizers have classes for them."""
+    """Special tokens by name, as texts or lists of texts; tokenizers use classes for them."""
     return {
         name: [str(t) for t in token] if isinstance(token, (list, tuple)) else str(token)
         for name, token in tokens.items()
@@ -173,7 +173,7 @@ def _as_text(tokens: dict[str, Any]) -> dict[str, Any]:
 
 
 def _end(status: int, last_line: str) -> str:
-    """What ended the process before it was done."""
+    """The reason why the process ended early."""
     if status == -signal.SIGALRM:
         return f"it was not done after {TIME_LIMIT_S} s"
     return f"the process that renders it ended: {last_line.strip()[:200] or f'status {status}'}"
@@ -187,7 +187,7 @@ def _one_line(error: BaseException) -> str:
 
 
 class _Clock:
-    """In the place of `datetime`: it stands still."""
+    """A replacement of `datetime` with a fixed time."""
 
     def __init__(self, now: datetime):
         self._now = now
@@ -197,11 +197,11 @@ class _Clock:
 
 
 def main() -> None:
-    """Renders the job on standard input: a line for each conversation, up to the first error.
+    """Renders the job on standard input; prints a line per conversation, up to the first error.
 
     A last line has the names that the templates read.
     """
-    signal.alarm(_START_LIMIT_S)  # what is not done by then is ended by the system, in any state
+    signal.alarm(_START_LIMIT_S)  # then the system ends this process, in any state
     from transformers.utils import chat_template_utils as library
 
     job = json.load(sys.stdin)
@@ -215,7 +215,7 @@ def main() -> None:
             line = make()
         except MemoryError:
             line = {"error": f"it asked for more than {_MEMORY_BYTES / 2**30:.0f} GiB of memory"}
-        except Exception as error:  # templates are programs, and raise what they like
+        except Exception as error:  # templates are programs, and may raise any error
             line = {"error": _one_line(error)}
         out.write(json.dumps(line) + "\n")
         out.flush()
@@ -228,7 +228,7 @@ def main() -> None:
 
 
 def _rendered(library: Any, job: dict[str, Any], item: dict[str, Any]) -> dict[str, Any]:
-    random.seed(0)  # which Jinja's filter `random` draws from
+    random.seed(0)  # for Jinja's filter `random`
     continues = item["messages"][-1]["role"] == "assistant"
     (text,), _ = library.render_jinja_template(
         [item["messages"]],
@@ -243,7 +243,7 @@ def _rendered(library: Any, job: dict[str, Any], item: dict[str, Any]) -> dict[s
 
 
 def _names_read(library: Any, job: dict[str, Any]) -> set[str]:
-    """The names that templates read and do not set themselves, but for Jinja's own."""
+    """The names that templates read but do not set themselves, without Jinja's own."""
     from jinja2 import meta
 
     names = set()

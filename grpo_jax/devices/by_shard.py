@@ -1,4 +1,4 @@
-"""Functions and values by shard: what `shard_map` divides, and what each shard has."""
+"""Functions that run shard by shard (`shard_map`), and placements of values within a shard."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from grpo_jax.devices import sharding
 
 
 def by_slot_shard(mesh: Mesh, f: Callable, num_whole: int) -> Callable:
-    """`f(*whole, *slots)` on every shard of the slots by itself; its results are split by slot too.
+    """Runs `f(*whole, *slots)` on each shard of the slots; the results are split by slot too.
 
-    The first `num_whole` arguments are given to all shards, the others and the results are split
-    along their first axis. Nothing passes between the shards, so each may run its loops as often as
-    it needs. The tensor axis is left to XLA, where it splits anything: it divides no kernel.
+    All shards get the first `num_whole` arguments whole. The other arguments and the results are
+    split along their first axis. Shards do not communicate, so each may run its loops as often as
+    it needs. XLA handles the tensor axis where that splits anything; XLA does not divide a kernel.
     """
     manual = sharding.MESH_AXES if mesh.shape["tensor"] == 1 else sharding.SLOT_AXES
     return _by_hand(mesh, f, num_whole, sharding.SLOT_AXES, manual)
 
 
 def place_in_slots(mesh: Mesh, x: jax.Array, *, split: bool = False) -> jax.Array:
-    """Inside `by_slot_shard`: the same on every device of the shard, or split by row over them."""
+    """Inside `by_slot_shard`: a value replicated over the shard's devices, or split by row."""
     if mesh.shape["tensor"] == 1:
         return x
     return jax.lax.with_sharding_constraint(
@@ -41,11 +41,11 @@ def by_data_shard(mesh: Mesh, f: Callable, num_whole: int) -> Callable:
     shards = mesh.shape["data"]
     if shards == 1:
         return f
-    if shards == mesh.size:  # a device each: nothing is left for XLA to divide
+    if shards == mesh.size:  # one device per shard: XLA has nothing to divide
         return _by_hand(mesh, f, num_whole, ("data",), sharding.MESH_AXES)
 
-    # XLA sees one more batch axis. It aborts (jaxlib 0.10.2) on lookups in a table that is split
-    # over two mesh axes where the third is handled by hand.
+    # vmap: XLA sees one more batch axis. With `shard_map` it aborts (jaxlib 0.10.2) on lookups in a
+    # table that is split over two mesh axes while the third is manual.
     def split(x: jax.Array) -> jax.Array:
         x = x.reshape(shards, x.shape[0] // shards, *x.shape[1:])
         spec = PartitionSpec("data", *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1))
@@ -73,7 +73,7 @@ def _by_hand(
 
 
 def _called_as(f: Callable, wrapper: Callable) -> Callable:
-    """The wrapper under the name of `f`, by which profiles show the compiled program."""
+    """The wrapper, with the name of `f`: profiles show the compiled program by it."""
     while isinstance(f, functools.partial):
         f = f.func
     wrapper.__name__ = f.__name__
@@ -89,9 +89,10 @@ def split_within_shard(mesh: Mesh, tree: Any, axis: str = "shard_rows") -> Any:
 
 
 def place_within_shard(mesh: Mesh, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Inside `by_data_shard`: an activation where its logical axes say.
+    """Inside `by_data_shard`: an activation, sharded as its logical axes say.
 
-    Else XLA may leave them split as an embedding is, and send activations in place of weights.
+    Without this, XLA may leave it split as an embedding is, and send activations in place of
+    weights.
     """
     if mesh.shape["data"] == mesh.size:
         return x
@@ -99,9 +100,9 @@ def place_within_shard(mesh: Mesh, x: jax.Array, axes: tuple[str | None, ...]) -
 
 
 def by_head_shard(mesh: Mesh, f: Callable, axes: Sequence, out_axes: Sequence) -> Callable:
-    """Inside `by_data_shard`: `f` of each device's parts of arrays with these logical axes.
+    """Inside `by_data_shard`: runs `f` on each device's parts of arrays with these logical axes.
 
-    The axes must divide the arrays. Where a data shard is a device, there is nothing to divide.
+    The axes must divide the arrays. If a data shard is one device, nothing is divided.
     """
     if mesh.shape["data"] == mesh.size:
         return f
@@ -114,10 +115,10 @@ def by_head_shard(mesh: Mesh, f: Callable, axes: Sequence, out_axes: Sequence) -
 def gathered(
     mesh: Mesh, x: jax.Array, axes: tuple[str | None, ...], split: tuple[str, ...]
 ) -> jax.Array:
-    """Inside `by_data_shard`: a parameter split along `split` alone, once for what follows.
+    """Inside `by_data_shard`: a parameter gathered once, so that only `split` still divides it.
 
-    Its gradient is summed into the shards that the parameter is kept in. Where a loop reads a
-    parameter, XLA otherwise gathers it, and sums its gradient, in every iteration.
+    Its gradient is summed into the parameter's own shards. Without this, XLA gathers a parameter
+    that a loop reads, and sums its gradient, in every iteration.
     """
     kept = sharding.sharding_of(mesh, axes, x.shape)
     placed = sharding.sharding_of(mesh, tuple(a if a in split else None for a in axes), x.shape)
@@ -130,7 +131,8 @@ def gathered(
 
     gather.defvjp(
         lambda x: (gather(x), None),
-        # In two steps, or XLA gathers what it is a product of to compute its shards alone.
+        # In two steps. In one, XLA gathers the operands of the gradient's product, so that each
+        # device computes only its own shard.
         lambda _, grad: (
             jax.lax.with_sharding_constraint(jax.lax.with_sharding_constraint(grad, placed), kept),
         ),

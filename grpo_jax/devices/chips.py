@@ -1,8 +1,8 @@
-"""What the makers of accelerators publish of them: arithmetic, memory, links between devices.
+"""Published figures of accelerators: arithmetic, memory, links between devices.
 
-One device is what JAX calls one: a whole chip, but half of a TPU v7x. Published rates are ceilings
-that no program reaches: an H200 of 989e12 operations per second multiplies large bfloat16 matrices
-at 790e12.
+A device is a JAX device: a whole chip, or half of a TPU v7x chip. Published rates are ceilings that
+no program reaches: an H200 of 989e12 operations per second multiplies large bfloat16 matrices at
+790e12.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-_GIB = 2**30  # memory is sold in "GB" and comes in these
+_GIB = 2**30  # the "GB" of a data sheet are GiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Chip:
     name: str
     bf16_flops: float  # dense bfloat16 operations per second, summed in float32
     hbm_bytes_per_s: float
-    hbm_bytes: float  # before what the runtime keeps for itself
-    ici_bytes_per_s: float  # that it can send to others in its slice or host, by all links together
+    hbm_bytes: float  # in total; the runtime keeps a part for itself
+    ici_bytes_per_s: float  # to others in its slice or host, over all links together
     source: str
 
 
@@ -81,7 +81,7 @@ _CHIPS = (
         Chip("H200", 989e12, 4800e9, 141 * _GIB, 450e9, "NVIDIA H200 datasheet (2024), SXM"),
     ),
     (
-        r".*\bGH200 480GB\b.*",  # the CPU's memory is what the name tells
+        r".*\bGH200 480GB\b.*",  # the number is the memory of the CPU
         Chip("GH200", 989e12, 4000e9, 96 * _GIB, 450e9, "NVIDIA GH200 datasheet (2023)"),
     ),
     (
@@ -116,7 +116,7 @@ _CHIPS = (
 
 
 def chip(device_kind: str) -> Chip | None:
-    """The chip that JAX calls by this `device_kind`; None where none is known, as on a CPU."""
+    """The chip of this JAX `device_kind`; None if it is not in the table, as a CPU."""
     for pattern, found in _CHIPS:
         if re.fullmatch(pattern, device_kind):
             return found

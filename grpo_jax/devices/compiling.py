@@ -1,4 +1,4 @@
-"""How XLA is asked for programs, how many at once, and how long a run waited for them."""
+"""Compiler options, the number of programs in flight, and the time that a run spends compiling."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.devices import sharding
 
-# Launches at once: CPU devices of several processes wait for each other forever with 100 in flight.
+# Programs in flight. With 100, CPU devices of several processes wait for each other forever.
 MAX_IN_FLIGHT = 16
 _YNN = "xla_cpu_experimental_ynn_fusion_type"
 _EVENT = "/jax/core/compile/backend_compile_duration"
@@ -25,7 +25,7 @@ class Call:
 
     program: Callable
     args: tuple[Any, ...]  # arrays, or their shapes with shardings
-    part: str = ""  # of what, where a program is called for several things
+    part: str = ""  # tells several calls of one program apart
     times: int = 1
 
     @property
@@ -39,18 +39,18 @@ class Call:
         return self.program.lower(*self.args)
 
     def result(self) -> Any:
-        """Shapes and shardings of what it gives."""
+        """Shapes and shardings of the call's results."""
         return self.program.eval_shape(*self.args)
 
 
 def options(mesh: Mesh) -> dict[str, int | str]:
-    """Options of `jax.jit` for large programs on the devices of a mesh.
+    """Compiler options of large programs on the devices of a mesh, for `jax.jit`.
 
-    On CPU less is tried with what stands between the matrix products: compiling takes 0.6 of the
-    time, and no program was measured to be slower. The library YNNPACK computes products alone:
-    with sums by it too, an update of a small model takes a fifth more time. Where JAX was asked to
-    compile quickly (JAX_DISABLE_MOST_OPTIMIZATIONS) compiling takes half of what is left, and
-    rollouts a fifth more time.
+    On CPU, XLA optimizes the code between matrix products less: compiling takes 0.6 of the time,
+    and no program was measured to be slower. YNNPACK computes only matrix products: if it also
+    computes sums, an update of a small model takes a fifth more time. If JAX is asked to compile
+    quickly (JAX_DISABLE_MOST_OPTIMIZATIONS), other options halve the remaining compile time, and
+    rollouts take a fifth more time.
     """
     if mesh.devices.flat[0].platform != "cpu":
         return {}
@@ -64,13 +64,14 @@ def options(mesh: Mesh) -> dict[str, int | str]:
 
 
 def options_of_decoding(mesh: Mesh) -> dict[str, int | str]:
-    """The same of programs that decode.
+    """Compiler options of programs that decode, for `jax.jit`.
 
-    On CPU YNNPACK sums there too, which takes a fifth less time.
+    On CPU, YNNPACK computes sums here too, which takes a fifth less time.
 
-    XLA for GPUs makes one product of two that share an operand, and for that puts their weights
-    side by side anew for every token. And it takes products of few rows apart along what is summed,
-    in float32 parts that another kernel adds; cuBLAS does so by itself where it pays.
+    On GPU, two passes of XLA are off. One merges two products that share an operand, and so
+    concatenates their weights again for every token. The other splits products of few rows along
+    the summed axis, into float32 parts that another kernel adds (split-K); cuBLAS does that by
+    itself where it pays.
     """
     if not sharding.is_gpu(mesh):
         return {name: value for name, value in options(mesh).items() if name != _YNN}
@@ -80,11 +81,11 @@ def options_of_decoding(mesh: Mesh) -> dict[str, int | str]:
 
 
 def exact(dtype: Any, f: Callable) -> Callable:
-    """`f`, its float32 products in full precision where a network's `dtype` is float32.
+    """`f` with float32 products in full precision, if the network's `dtype` is float32.
 
-    Left to itself XLA multiplies float32 with 11 bits of each number on GPUs since Ampere (TF32)
-    and with 8 on TPUs, which is bfloat16 for twice its memory. Kernels in `f` follow. A CPU has
-    full precision in any case.
+    By default XLA multiplies float32 numbers with 11 bits of each on GPUs since Ampere (TF32), and
+    with 8 on TPUs, which is bfloat16 for twice its memory. Kernels in `f` follow this setting. A
+    CPU has full precision in any case.
     """
     if jnp.dtype(dtype) != jnp.float32:
         return f
@@ -99,7 +100,7 @@ def exact(dtype: Any, f: Callable) -> Callable:
 
 @functools.cache
 def _is_known(option: str, value: int | str) -> bool:
-    """Whether the XLA that is here has an option: programs with another cannot be compiled."""
+    """Whether the installed XLA has this option: it refuses programs with an unknown one."""
     program = jax.jit(jnp.negative, compiler_options={option: value})
     try:
         program.lower(1.0).compile()
@@ -109,7 +110,7 @@ def _is_known(option: str, value: int | str) -> bool:
 
 
 class Compiling:
-    """Counts programs compiled, or read from the compile cache, while it is entered."""
+    """While entered, counts the programs that are compiled or read from the compile cache."""
 
     def __init__(self) -> None:
         self.programs, self.seconds, self._told_s = 0, 0.0, 0.0
@@ -127,7 +128,7 @@ class Compiling:
             self.seconds += seconds
 
     def since_last(self) -> dict[str, float]:
-        """Seconds since the last call, and programs so far, by their logged names."""
+        """Compile seconds since the last call, and programs so far, by metric name."""
         values = {"time/compile_s": self.seconds - self._told_s, "programs": self.programs}
         self._told_s = self.seconds
         return values

@@ -1,4 +1,4 @@
-"""Memory of the devices and of the host: what is in use, and what to say when it runs out."""
+"""Memory of the devices and of the host: usage, limits, and the message when it runs out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 _GIB = 2**30
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}  # as XLA writes sizes
 
-# What can be changed, by the phase that ran out; the cheapest first.
+# Remedies by the phase that ran out of memory, the cheapest first.
 _REMEDIES = {
     "start": "Split the model over more devices by mesh.fsdp, set algorithm.kl_coef = 0, which "
     "needs no reference, or take a smaller model.",
@@ -36,9 +36,10 @@ class OutOfMemory(ValueError):  # noqa: N818
 
 
 def usage() -> dict[str, float]:
-    """GiB in use by their logged names: those of the fullest device here, and of this process.
+    """GiB in use, by metric name: of the fullest local device, and of this process.
 
-    A device is left out where its backend does not tell, as on CPU, whose memory is the process's.
+    There is no figure of a device if its backend reports none, as on CPU, where the process's
+    memory is the device's.
     """
     values = {}
     stats = [s for s in (device.memory_stats() for device in jax.local_devices()) if s]
@@ -53,9 +54,9 @@ def usage() -> dict[str, float]:
 
 
 def limit() -> float | None:
-    """Bytes that programs may use of each device here, of the smallest; None where none tells.
+    """Bytes that programs may use on each local device (the smallest's); None if none reports it.
 
-    A twentieth is left for what lies between arrays.
+    A twentieth is left for gaps between arrays.
     """
     stats = [s for s in (device.memory_stats() for device in jax.local_devices()) if s]
     limits = [s["bytes_limit"] for s in stats if "bytes_limit" in s]
@@ -63,7 +64,7 @@ def limit() -> float | None:
 
 
 def refusal(phase: str, error: jax.errors.JaxRuntimeError) -> OutOfMemory | None:
-    """What to tell of an error that a phase met; None where memory is not what it lacked."""
+    """The message for an out-of-memory error in a phase; None for other errors."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
         return None
@@ -73,7 +74,7 @@ def refusal(phase: str, error: jax.errors.JaxRuntimeError) -> OutOfMemory | None
 
 
 def _asked_bytes(text: str) -> int | None:
-    """Bytes that XLA could not have, from its message; None where it names none."""
+    """Bytes that XLA could not allocate, from its message; None if it names none."""
     found = re.search(
         r"(?:allocat\w+|allocate request for|reserve|Used) ([\d.]+) ?([KMGT]?)(?:i?B| bytes|\b)",
         text,
@@ -82,7 +83,7 @@ def _asked_bytes(text: str) -> int | None:
 
 
 def _there_is() -> str:
-    """What the first device holds, as the end of a sentence."""
+    """The first device's memory and usage, as the end of a sentence."""
     device = jax.local_devices()[0]
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:

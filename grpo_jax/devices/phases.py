@@ -1,10 +1,10 @@
-"""What a run is doing, in words: the phases of a step, in traces and where one runs out of memory.
+"""The phases of a step, by name: in profiler traces, and in out-of-memory errors.
 
     with phase("rollout"):
         ...
 
-Inside the compiled programs the same words are scopes of their operations: `rollout/decode`,
-`scoring`, `update/.../vocabulary`.
+In compiled programs the same names are scopes of the operations: `rollout/decode`, `scoring`,
+`update/.../vocabulary`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ PHASES = ("start", "sft", "rollout", "rewards", "scoring", "update", "evaluation
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Work of the phase of this name, one of PHASES; inside another one it is its own.
+    """While entered, work belongs to this phase, one of PHASES. Phases may be nested.
 
-    Raises `memory.OutOfMemory` in place of JAX's error where a device has too little for it.
+    Raises `memory.OutOfMemory` in place of JAX's error if a device has too little memory.
     """
     assert name in PHASES, name
     with jax.profiler.TraceAnnotation(name):
@@ -38,10 +38,10 @@ def phase(name: str) -> Iterator[None]:
 
 
 class Trace:
-    """A trace of some steps, written under `folder` while entered.
+    """While entered, writes a profiler trace of some steps under `folder`.
 
-    `steps`: the first and the last, counted from 1, or none. TensorBoard and Perfetto open what
-    `plugins/profile/` there holds; `python -m grpo_jax.profile` makes a table of it.
+    `steps`: the first and the last, counted from 1, or none. TensorBoard and Perfetto open the
+    files in its `plugins/profile/`; `python -m grpo_jax.profile` makes a table of them.
     """
 
     def __init__(self, folder: Path, steps: tuple[int, ...]):
@@ -49,7 +49,7 @@ class Trace:
         self._is_on, self._step = False, ExitStack()
 
     def begin(self, step: int, settle: Callable[[], None]) -> None:
-        """Step `step` begins; `settle` waits until the device has done the one before."""
+        """Notes that a step begins; `settle` waits until the device has done the step before."""
         self._step.close()
         if self._is_on != (step in self._steps):
             settle()
@@ -61,7 +61,7 @@ class Trace:
         self._is_on = not self._is_on
         if self._is_on:
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # every call of a function would hide the phases
+            options.python_tracer_level = 0  # tracing Python calls would hide the phases
             jax.profiler.start_trace(self._folder, profiler_options=options)
         else:
             jax.profiler.stop_trace()

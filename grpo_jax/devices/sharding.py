@@ -1,8 +1,8 @@
 """The device mesh, and the one table from logical axes to mesh axes.
 
 Parameters and activations name logical axes ("embed", "heads", "rows"); only this file knows mesh
-axes. A mesh axis that does not divide a dimension is left out for it, so small models run on any
-mesh, replicated where they must be.
+axes. A mesh axis that does not divide a dimension does not split it, so small models run on any
+mesh, replicated where necessary.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 ROW_AXES = ("data", "fsdp")  # the mesh axes that split a batch
-SLOT_AXES = (*ROW_AXES, "sequence")  # those that split what is sampled, where no row is divided
+SLOT_AXES = (*ROW_AXES, "sequence")  # the mesh axes that split samples; they do not divide a row
 
 # Logical axis → the mesh axes that split it, in the order they are tried.
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
@@ -30,12 +30,11 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "layers": (),
     "norm": (),
-    # Activations of one data shard in scoring and update. All-to-all between the two: token by
-    # token they are split along the row, in attention by head (Jacobs et al. 2023,
-    # arXiv:2309.14509).
+    # Activations of one data shard in scoring and update. They are split along the row, and by head
+    # in attention, with an all-to-all between the two (Jacobs et al. 2023, arXiv:2309.14509).
     "shard_rows": ("fsdp",),
     "tokens": ("sequence",),
-    # Where the key-value heads do not split over tensor, all but MLP and vocabulary splits by row.
+    # If the key-value heads do not split over tensor, all but MLP and vocabulary is split by row.
     "attention_rows": ("fsdp", "tensor"),
     "attention_slots": (*SLOT_AXES, "tensor"),
     "attention_heads": ("tensor", "sequence"),
@@ -43,7 +42,7 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
 
 
 def is_gpu(mesh: Mesh) -> bool:
-    """Whether its devices are GPUs."""
+    """Whether the mesh's devices are GPUs."""
     return mesh.devices.flat[0].platform in ("gpu", "cuda")
 
 
@@ -55,7 +54,7 @@ def make_mesh(
     *,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh over all devices, or those given; one size may be -1, "the rest".
+    """A mesh over all devices, or over `devices`; one size may be -1, "the rest".
 
     Raises ValueError when the sizes do not multiply to the number of devices, or a sequence would
     be split over processes.
@@ -73,37 +72,38 @@ def make_mesh(
             f"{len(devices)}, or set one of them to -1 for the rest."
         )
     # Auto axes: with explicit ones, the default of make_mesh, an embedding lookup sharded on two
-    # axes is refused.
-    # An axis may be a part of a dimension of a TPU's torus, 8 x 8 of 4 x 4 x 4.
+    # axes is refused. A mesh axis may take a part of a dimension of a TPU's torus: 8 x 8 on 4 x 4 x
+    # 4.
     placed = mesh_utils.create_device_mesh(
         tuple(sizes.values()), devices, allow_split_physical_axes=True
     )
     mesh = Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     for devices_SD in mesh.devices.reshape(-1, *mesh.devices.shape[2:]):
         processes = {device.process_index for device in devices_SD.flat}
-        if sizes["sequence"] > 1 and len(processes) > 1:  # rows are sampled apart, scored together
+        # These devices sample different rows, but score each row together.
+        if sizes["sequence"] > 1 and len(processes) > 1:
             raise ValueError(
-                f"mesh.sequence = {sizes['sequence']} and mesh.tensor = {sizes['tensor']} put "
-                f"devices of {len(processes)} processes to one row. Make their product a divisor "
-                "of the devices of a process."
+                f"mesh.sequence = {sizes['sequence']} and mesh.tensor = {sizes['tensor']} split "
+                f"one row over devices of {len(processes)} processes. Their product must divide "
+                "the number of devices of a process."
             )
     return mesh
 
 
 def num_row_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are split."""
+    """The number of parts that the rows of a batch are split into."""
     return math.prod(mesh.shape[name] for name in ROW_AXES)
 
 
 def num_slot_shards(mesh: Mesh) -> int:
-    """Into how many parts the slots of an engine are split."""
+    """The number of parts that the slots of an engine are split into."""
     return math.prod(mesh.shape[name] for name in SLOT_AXES)
 
 
 def sharding_of(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
     """The sharding of an array whose dimensions have these logical axes (None: replicated).
 
-    A mesh axis splits the first of the dimensions that name it.
+    If several dimensions name a mesh axis, it splits the first of them.
     """
     spec = []
     for candidates, size in zip(mesh_axes(axes), shape, strict=True):
@@ -116,7 +116,7 @@ def sharding_of(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]
 
 
 def mesh_axes(axes: tuple[str | None, ...]) -> list[tuple[str, ...]]:
-    """The mesh axes of each dimension, without those of a dimension before it."""
+    """The mesh axes of each dimension, without those that an earlier dimension has taken."""
     found: list[tuple[str, ...]] = []
     for axis in axes:
         used = {name for names in found for name in names}
@@ -133,15 +133,15 @@ def tree_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
 
 
 def num_shards_of(mesh: Mesh, axis: str, size: int) -> int:
-    """Into how many parts a dimension of this logical axis and size is split."""
+    """The number of parts that a dimension of this logical axis and size is split into."""
     return size // sharding_of(mesh, (axis,), (size,)).shard_shape((size,))[0]
 
 
 def attention_parts(mesh: Mesh, num_kv_heads: int) -> int:
-    """Into how many parts devices that share the MLP split the rows of attention.
+    """The number of parts that the tensor axis splits the rows of attention into.
 
-    Those of the tensor axis do where the key-value heads do not split over them: each then has all
-    heads of its rows, in place of parts of heads, which would have to be sent about.
+    It is more than 1 if the key-value heads do not split over the tensor axis: each device then has
+    all heads of its rows. Parts of heads would have to be sent between devices.
     """
     tensor = mesh.shape["tensor"]
     return tensor if num_kv_heads % tensor and mesh.shape["sequence"] == 1 else 1
@@ -153,15 +153,15 @@ def row_axis(mesh: Mesh, num_kv_heads: int) -> str:
 
 
 def num_head_shards(mesh: Mesh) -> int:
-    """Into how many parts the heads of attention in scoring and update are split."""
+    """The number of parts that attention's heads are split into in scoring and update."""
     return math.prod(mesh.shape[name] for name in LOGICAL_AXES["attention_heads"])
 
 
 def zero1_sharding(mesh: Mesh, placed: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """`placed`, split over the data and sequence axes too, along the first dimensions they divide.
+    """`placed`, also split over the data and sequence axes, along the first dimensions they divide.
 
-    For what is read once an update, as the optimizer's moments are: each shard keeps and computes
-    its part (Rajbhandari et al. 2020, arXiv:1910.02054, stage 1).
+    For arrays that are read once per update, as the optimizer's moments: each shard keeps and
+    computes its part (Rajbhandari et al. 2020, arXiv:1910.02054, stage 1).
     """
     spec = [names if isinstance(names, tuple) else (names,) * bool(names) for names in placed.spec]
     spec += [()] * (len(shape) - len(spec))
@@ -174,7 +174,7 @@ def zero1_sharding(mesh: Mesh, placed: NamedSharding, shape: tuple[int, ...]) ->
 
 
 def like_parameter(mesh: Mesh, placed: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """`placed` for an array of the same axes and other sizes, whole where it does not divide."""
+    """`placed` for an array of the same axes and other sizes; replicated if they do not divide."""
     spec = list(placed.spec) + [None] * (len(shape) - len(placed.spec))
     for i, (names, size) in enumerate(zip(spec, shape, strict=True)):
         names = names if isinstance(names, tuple) else (names,) * (names is not None)
@@ -184,7 +184,7 @@ def like_parameter(mesh: Mesh, placed: NamedSharding, shape: tuple[int, ...]) ->
 
 
 def stacked(mesh: Mesh, sharding: NamedSharding) -> NamedSharding:
-    """The sharding of one such array for each data shard, [shards, ...]."""
+    """The sharding of such arrays stacked, one for each data shard, [shards, ...]."""
     return NamedSharding(mesh, PartitionSpec("data", *sharding.spec))
 
 

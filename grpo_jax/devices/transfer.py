@@ -1,4 +1,4 @@
-"""Arrays between the host and the devices, and between shards."""
+"""Transfers of arrays between the host and the devices, and between shards."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ _HOST_MEMORY = "pinned_host"
 
 
 def shard_owners(mesh: Mesh) -> np.ndarray:
-    """The process that answers for each shard of the slots, the first that holds it, int [S]."""
+    """The process that owns each shard of the slots: the first that holds it, int [S]."""
     devices_SD = mesh.devices.reshape(sharding_lib.num_slot_shards(mesh), -1)
     return np.array([min(d.process_index for d in devices_D) for devices_D in devices_SD])
 
 
 def shards_held(mesh: Mesh) -> np.ndarray:
-    """Which shards of the slots lie on devices of this process, bool [S]."""
+    """True for the slot shards that lie on devices of this process, bool [S]."""
     devices_SD = mesh.devices.reshape(sharding_lib.num_slot_shards(mesh), -1)
     own = jax.process_index()
     return np.array([any(d.process_index == own for d in devices_D) for devices_D in devices_SD])
 
 
 def shard_rows(mesh: Mesh, tree: Any, axis: str = "rows") -> Any:
-    """Host arrays as global arrays, split along their first axis, which is of that logical kind.
+    """Global arrays from host arrays, split along their first axis, whose logical axis is given.
 
-    They have their whole shape on every process, but only the rows that its devices hold are read.
+    The host arrays have the whole shape on every process, but only the rows that its devices hold
+    are read.
     """
 
     def put(x: np.ndarray) -> jax.Array:
@@ -45,9 +46,9 @@ def shard_rows(mesh: Mesh, tree: Any, axis: str = "rows") -> Any:
 
 @functools.cache
 def reordering(mesh: Mesh) -> Callable:
-    """The program (tree, order) -> arrays whose row n is row order[n], split over the mesh alike.
+    """The program (tree, order) -> arrays whose row n is row order[n] of the tree.
 
-    Of global arrays, and the same order on every process.
+    The arrays are global and keep their sharding; every process gives the same order.
     """
 
     @jax.jit
@@ -75,9 +76,9 @@ def to_host(tree: Any) -> Any:
 
 
 def rows_held(tree: Any) -> Any:
-    """Arrays as NumPy arrays of their whole shape, with the rows that this process's devices hold.
+    """NumPy arrays of the whole shape, filled in the rows that this process's devices hold.
 
-    Nothing is moved between processes. The other rows are zero, and take no memory.
+    Processes do not communicate. The other rows are zero, and take no memory.
     """
 
     def held(x: jax.Array) -> np.ndarray:
@@ -92,7 +93,7 @@ def rows_held(tree: Any) -> Any:
 
 
 def check_host_memory(mesh: Mesh, option: str) -> None:
-    """Raises ValueError when the devices reach no memory of their host, which `option` asks for."""
+    """Raises ValueError if `option` asks for host memory that the devices cannot reach."""
     device = mesh.devices.flat[0]
     kinds = [memory.kind for memory in device.addressable_memories()]
     if _HOST_MEMORY not in kinds:
@@ -103,12 +104,12 @@ def check_host_memory(mesh: Mesh, option: str) -> None:
 
 
 def to_host_memory(tree: Any) -> Any:
-    """Copies of arrays in the memory of their devices' host, split there as they are."""
+    """Copies of arrays in the memory of their devices' hosts, with the same sharding."""
     return jax.tree.map(
         lambda x: jax.device_put(x, x.sharding.with_memory_kind(_HOST_MEMORY)), tree
     )
 
 
 def to_device_memory(tree: Any) -> Any:
-    """Arrays in the memory of their devices: those that are there already, copies of others."""
+    """Arrays in device memory; those that are not there yet are copied."""
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("device")), tree)

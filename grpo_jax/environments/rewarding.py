@@ -1,4 +1,4 @@
-"""Rewards of a rollout, begun while the rest of it is still being sampled."""
+"""Rewards of a rollout: a group is scored while other groups are still being sampled."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from grpo_jax.rewards.ticket import Ticket
 
 
 class RewardCollector:
-    """Has the completions of some problems scored, each group as soon as it is finished.
+    """Collects the rewards of some problems' completions; each group is scored once it is finished.
 
-    Give `add` to the engine as `on_group`, and read `scores` when it is done. Of several processes
-    each scores the groups that its engine gives it, and all come to know all scores.
+    Give `add` to the engine as `on_group`, and read `scores` when it is done. Each process scores
+    the groups of its engine, and all processes get all scores.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class RewardCollector:
     ):
         """`prompt_texts`: the problems' prompts as the model reads them, chat template included.
 
-        `trainer_state`: what reward functions see of the run under that name.
+        `trainer_state`: the argument of that name of reward functions.
         """
         self._pool, self._policy, self._problems = pool, policy, problems
         self._prompt_texts = prompt_texts
@@ -57,7 +57,7 @@ class RewardCollector:
         )
 
     def texts(self, numbers: Iterable[int] | None = None) -> list[str]:
-        """The completions of some problems as text, one problem after the other; None: of all.
+        """The texts of the completions of some problems, in order; None: of all problems.
 
         Every process must call it.
         """
@@ -74,7 +74,7 @@ class RewardCollector:
         own, fault = {}, ""
         try:
             own = {n: ticket.result() for n, ticket in self._tickets.items()}
-        except RewardError as error:  # all must hear of it, or they would wait for us
+        except RewardError as error:  # all must learn of it, or they would wait for this process
             fault = str(error)
         everyones = own
         if processes.count() > 1:
@@ -90,13 +90,13 @@ class RewardCollector:
 
 
 class FailureReports:
-    """Tells the terminal of rewards that fail: of each reward, the 1st, 2nd, 4th, 8th ... time."""
+    """Warns of failed rewards: of each reward function, the 1st, 2nd, 4th, 8th ... time."""
 
     def __init__(self) -> None:
         self._times: dict[str, int] = {}
 
     def tell(self, when: str, scores: Scores) -> None:
-        """Says what failed in `scores`, in one line per reward, with an example."""
+        """Prints the failures in `scores`: one line per reward, with an example."""
         for name, failed_B in scores.failed.items():
             retried, why = scores.retried.get(name, (0, ""))
             if not failed_B.any() and not retried:
@@ -108,10 +108,12 @@ class FailureReports:
                 first = next(f for f in scores.failures if f.reward == name)
                 say(
                     f"warning: {when}: {failed_B.sum()} of {len(failed_B)} completions have no "
-                    f"reward {name!r}, and are worth the least of the step there. {first.message}"
+                    f"reward {name!r}, and get the least value that it gave in the step. "
+                    f"{first.message}"
                 )
             else:
                 say(
-                    f"warning: {when}: {retried} calls of the reward {name!r} failed for a group, "
-                    f"and not for its completions each alone, which count. {why}"
+                    f"warning: {when}: {retried} calls of the reward {name!r} failed for a group. "
+                    "Called for each completion alone, they succeeded, and these rewards count. "
+                    f"{why}"
                 )

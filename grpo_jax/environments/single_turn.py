@@ -1,4 +1,4 @@
-"""Problems answered: completions of each, and what they earned."""
+"""Single-turn problems: sample completions of each, and collect their rewards."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ _VOTING_LIMIT_S = 60.0  # for comparing the answers of one problem's samples
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """The completions of one step, on the host, and what collects their rewards."""
+    """The completions of one step, on the host, and the collector of their rewards."""
 
     questions: Questions
     rewards: RewardCollector
     completions: Rollouts
-    seconds: float  # that sampling took
+    seconds: float  # time of sampling
 
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """G completions of each of P questions, prompt by prompt, and what they earned."""
+    """G completions of each of P questions, prompt by prompt, and their rewards."""
 
     questions: Questions
     completions: list[str]
     scores: Scores
-    answers: list[str | None]  # as extracted; None where there is none
-    correct_PG: np.ndarray | None  # bool: right, as `Pool.accuracy` has it; None: no reward says so
+    answers: list[str | None]  # extracted from the completions; None if there is none
+    correct_PG: np.ndarray | None  # bool: right, by the reward `Pool.accuracy`; None without one
     judged_PG: np.ndarray | None  # bool: completions to which that reward applies
-    vote_PG: np.ndarray | None  # int64: of samples, see `count_votes`; None: no answers to compare
+    vote_PG: np.ndarray | None  # int64: see `count_votes`; None: greedy, or no answers to compare
     length_PG: np.ndarray  # int32: tokens, stop token included
     stopped_PG: np.ndarray  # bool: ended by a stop token
 
@@ -60,11 +60,11 @@ def answer(
     on_answer: Callable[[], None] = lambda: None,
     on_harvest: Callable[[], None] = lambda: None,
 ) -> Answered:
-    """`num_samples` completions of every question with their rewards; 0: a greedy one.
+    """Samples `num_samples` completions of every question, with rewards; 0: one greedy completion.
 
-    `params` come from `engine.publish`; `temperature` is that of samples. `on_answer` is called
-    whenever a question has all its completions, on the process that collects its rewards;
-    `on_harvest` whenever some completions have finished, on all alike.
+    `params` come from `engine.publish`; `temperature` is for samples. `on_answer` is called once
+    for each question, when all its completions are finished, on the process that collects its
+    rewards. `on_harvest` is called on all processes whenever some completions have finished.
     """
     collector = RewardCollector(pool, policy, questions.problems, questions.texts, num_samples or 1)
 
@@ -99,9 +99,9 @@ def answer(
 
 
 def _votes(pool: Pool, questions: Questions, texts: list[str], n: int) -> np.ndarray | None:
-    """The votes of all samples, equal as the reward that says what is right has it; int64 [P, G].
+    """The votes of all samples; the accuracy reward decides which answers are equal; int64 [P, G].
 
-    None where there is no such reward, or it reads no answer.
+    None if there is no such reward, or if it does not compare answers.
     """
     reward = next((reward for reward in pool.rewards if reward.gives_accuracy), None)
     if reward is None or votes.same_answer_of(reward.spec) is None:

@@ -1,4 +1,4 @@
-"""Models side by side: their metrics as a table and as JSON."""
+"""Compares models: their metrics as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from rich.text import Text
 from grpo_jax.evaluation.estimates import Estimate, Tally
 from grpo_jax.messages.progress import Progress
 
-_POINTS = ("bleu",)  # metrics of 0 to 100; the others are shares
+_POINTS = ("bleu",)  # metrics from 0 to 100; the others are shares
 _TOKENS = ("length", "stopped_length")
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluated:
-    """One model's metrics, and where its completions were written."""
+    """One model's metrics, and the files of its completions."""
 
     path: str  # as given by --model
-    name: str  # short, for the table and file names
+    name: str  # short name for the table and for files
     tallies: dict[str, Tally]
     files: dict[str, Path]
 
@@ -31,7 +31,7 @@ class Evaluated:
 
 
 def names(paths: list[str]) -> list[str]:
-    """The shortest ends of the paths that tell them apart, as file names too."""
+    """The shortest ends of the paths that tell them apart, also as file names."""
     parts = [Path(path).parts for path in paths]
     shortest = 2 if any(p[-1] == "export" for p in parts) else 1
     for n in range(shortest, max(map(len, parts)) + 1):
@@ -49,10 +49,10 @@ def file_name(name: str) -> str:
 
 
 class Counter:
-    """Shows how many problems are answered: a bar on a terminal, elsewhere a line every 10 s."""
+    """Shows the number of answered problems: a bar on a terminal, elsewhere a line every 10 s."""
 
     def __init__(self, total: int, num_samples: int):
-        """`num_samples` of each; 0: the greedy completion."""
+        """`num_samples` per problem; 0: the greedy completion."""
         self._done = 0
         kind = "greedy"
         if num_samples:
@@ -72,7 +72,7 @@ class Counter:
 
 
 def powers(n: int) -> list[int]:
-    """1, 2, 4, ... up to n, and n."""
+    """The powers of 2 up to n, and n."""
     return sorted({2**i for i in range(n.bit_length())} | {n})
 
 
@@ -99,7 +99,7 @@ def table(names: list[str], metrics: list[dict[str, Estimate]], differences: lis
     for name in names:
         table.add_column(Text(name, overflow="fold"), justify="right")
     for metric in metrics[0]:
-        if metric == "pass@1":  # from here on of the samples, above of the greedy completions
+        if metric == "pass@1":  # rows above are of greedy completions, from here of samples
             table.add_section()
         label = metric.replace("_", " ") + (", tokens" if metric in _TOKENS else "")
         table.add_row(label, *(Text(_cell(metric, m[metric])) for m in metrics))

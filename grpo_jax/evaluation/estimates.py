@@ -1,4 +1,4 @@
-"""Estimates from several samples of each problem, and how far they are to be trusted.
+"""Estimates from several samples of each problem, and their confidence intervals.
 
 Everything here is numbers: which samples were right, which answers were equal. P counts problems,
 K the samples of a problem, X the parts of a metric.
@@ -26,8 +26,9 @@ _MAX_FOR_BCA = 5000  # problems; its jackknife costs their square, and its corre
 def pass_at_k(num_correct_P: np.ndarray, n: int, k: int) -> np.ndarray:
     """Chance that at least one of k samples is right, from n samples of each problem; float64 [P].
 
-    The unbiased estimator 1 - C(n - c, k) / C(n, k) of Chen et al. 2021 (arXiv:2107.03374,
-    equation 1), where c of the n samples are right: the share of all choices of k that hold one.
+    The unbiased estimator 1 - C(n - c, k) / C(n, k) of Chen et al. 2021 (arXiv:2107.03374, equation
+    1), where c of the n samples are right: the share of all choices of k samples that contain a
+    right one.
     """
     return np.array([1 - comb(n - int(c), k) / comb(n, k) for c in num_correct_P])
 
@@ -49,8 +50,8 @@ def maj_at_k(vote_PK: np.ndarray, correct_PK: np.ndarray, k: int) -> np.ndarray:
     """Chance that the commonest answer of k samples is right, for each problem; float64 [P].
 
     Majority voting as in Wang et al. 2022 (arXiv:2203.11171). For k = K it is the vote of all
-    samples, 1 or 0. For smaller k it is the mean over all ordered draws of k from the K: exact, as
-    `pass_at_k` is. The first given wins a tie there too, and over all orders each of the tied
+    samples, 1 or 0. For smaller k it is the exact mean over all ordered draws of k from the K, as
+    in `pass_at_k`. In each draw the answer given first wins a tie; over all orders each of the tied
     answers comes first equally often. `vote_PK` and `correct_PK` as for `majority`.
     """
     if k == vote_PK.shape[1]:
@@ -73,8 +74,9 @@ def _chance_of_right(vote_K: np.ndarray, correct_K: np.ndarray, k: int) -> float
 def _chance_to_win(own: int, others: tuple[int, ...], silent: int, k: int) -> float:
     """Chance that an answer of `own` samples is the commonest of k drawn, ties decided by lot.
 
-    `others`: how often each other answer was given; `silent`: samples without one. The sum over m,
-    the times that the answer is drawn, of the ways to draw every other one at most m times.
+    `others`: how often each other answer was given; `silent`: samples without one. It sums over m,
+    the number of times that the answer is drawn, the ways to draw every other answer at most m
+    times.
     """
     ways = 0.0
     for m in range(1, min(own, k) + 1):
@@ -109,11 +111,11 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Tally:
-    """A metric as a function of sums over problems, so that problems can be drawn again."""
+    """A metric as a function of sums over problems, so that problems can be resampled."""
 
-    part_PX: np.ndarray  # what each problem adds to the sums
+    part_PX: np.ndarray  # each problem's part of the sums
     of_sums: Callable[[np.ndarray], np.ndarray]  # [..., X] -> [...], NaN where undefined
-    low: float  # the least and the most that the metric can be
+    low: float  # the metric's least and greatest possible value
     high: float
 
     @property
@@ -121,11 +123,11 @@ class Tally:
         return float(self.of_sums(self.part_PX.sum(axis=0)))
 
     def grouped(self, group_P: np.ndarray) -> Tally:
-        """The same metric, of which the problems of a group are drawn together.
+        """The same metric; its bootstrap draws all problems of a group together.
 
-        What stands n times is no n independent problems: as one with the sums of all, it leaves the
-        value as it is and makes the interval that of the groups (a cluster bootstrap, Davison and
-        Hinkley 1997, Bootstrap Methods and their Application, section 3.8).
+        A problem that occurs n times is not n independent problems. A group becomes one problem
+        with the group's sums: the value stays, and the interval is over groups (a cluster
+        bootstrap, Davison and Hinkley 1997, Bootstrap Methods and their Application, section 3.8).
         """
         part_GX = np.zeros((int(group_P.max()) + 1, self.part_PX.shape[1]))
         np.add.at(part_GX, group_P, self.part_PX)
@@ -144,7 +146,7 @@ def _ratio(sums: np.ndarray) -> np.ndarray:
 
 
 def ratio(total_P: np.ndarray, count_P: np.ndarray, low: float = 0.0, high: float = 1.0) -> Tally:
-    """All totals over all counts: the mean of what problems hold different numbers of."""
+    """The sum of totals over the sum of counts: a mean over items, several per problem."""
     return Tally(np.stack([total_P, count_P], axis=1).astype(np.float64), _ratio, low, high)
 
 
@@ -154,10 +156,10 @@ def mean(value_P: np.ndarray, low: float = 0.0, high: float = 1.0) -> Tally:
 
 
 def difference(tally: Tally, first: Tally) -> Tally:
-    """How much more a metric is than `first`, the same metric of another model.
+    """A metric minus `first`, the same metric of another model.
 
-    Problem p of one is problem p of the other, and both are drawn together: what makes a problem
-    easy or hard for both models cancels.
+    Problem p is the same in both, and is drawn for both together: a difficulty that both models
+    share cancels.
     """
     split = first.part_PX.shape[1]
     assert len(tally.part_PX) == len(first.part_PX), "not the same problems"
@@ -175,14 +177,14 @@ def estimate(tally: Tally) -> Estimate:
     Problems are drawn with replacement (Efron and Tibshirani 1993, An Introduction to the
     Bootstrap), and the interval is bias-corrected and accelerated (their chapter 14.3): of 400 sets
     of 200 problems with 98 % right, it covers the truth in 97 %, the plain percentiles in 90 %.
-    Those serve above 5,000 problems, and where some draws leave the metric undefined.
+    Plain percentiles are used above 5,000 problems, and if some draws leave the metric undefined.
 
-    Where every draw gives the same value, as when all problems are right, drawing again tells
-    nothing. Then n equal problems bound the share of others by 1 - 0.025^(1/n) (Clopper and Pearson
-    1934, for none of n), and the others might lie anywhere between `low` and `high`. For a share of
-    0 or 1 that is the Clopper-Pearson interval itself.
+    If every draw gives the same value, as when all problems are right, resampling gives no
+    interval. Then n equal problems bound the share of different problems by 1 - 0.025^(1/n)
+    (Clopper and Pearson 1934, for none of n), and those might have any value between `low` and
+    `high`. For a share of 0 or 1 that is the Clopper-Pearson interval itself.
     """
-    from scipy import stats  # a second, which a run that asks for no interval does not wait
+    from scipy import stats  # takes a second to import; runs without intervals do not wait for it
 
     value, num_problems = tally.value, len(tally.part_PX)
     if np.isnan(value):

@@ -1,4 +1,4 @@
-"""Held-out problems answered by a policy: metrics, and every item on disk."""
+"""Evaluates a policy on held-out problems: metrics, and every item on disk."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ def run(
     on_harvest: Callable[[], None] = lambda: None,
     on_scores: Callable[[Scores], None] = lambda scores: None,
 ) -> dict[str, float]:
-    """Metrics of the policy on the questions, by the names that a run logs.
+    """Metrics of the policy on the questions, by the metric names of a run.
 
-    `num_samples` 0 is one greedy completion of each; more, pass@k, maj@k and the mean by sampling
-    at `temperature`. Every item goes to `file` as one JSON object a line. `on_harvest` is called
-    whenever some completions have finished, `on_scores` with the rewards once items are written.
+    `num_samples` 0: one greedy completion per question. Otherwise pass@k, maj@k and the mean
+    accuracy of samples at `temperature`. Every item goes to `file` as one JSON object a line.
+    `on_harvest` is called whenever some completions have finished, `on_scores` with the rewards
+    after the items are written.
     """
     answered = single_turn.answer(
         engine,
@@ -58,14 +59,14 @@ def run(
     if file is not None and processes.is_first():
         try:
             write_items(file, answered)
-        except OSError as error:  # the numbers are there; a run does not end for the texts
+        except OSError as error:  # the metrics exist; the run goes on without the texts
             if not disk.is_full(error):
                 raise
             say(f"warning: {file} cannot be written, the disk is full. It is left out.")
     on_scores(answered.scores)
     if not num_samples:
         tallies = tallies_lib.greedy_tallies(answered, int(answered.length_PG.max()))
-        tallies.pop("stopped_length")  # undefined where none stopped
+        tallies.pop("stopped_length")  # undefined if none stopped
     else:
         tallies = tallies_lib.sampled_tallies(answered, [num_samples])
     values = {f"eval/{name}": tally.value for name, tally in tallies.items()}
@@ -76,9 +77,9 @@ def run(
 
 
 def write_items(file: Path, answered: Answered, further: dict[str, np.ndarray] | None = None):
-    """Writes every completion with what is known of it, one JSON object a line.
+    """Writes every completion with its scores and facts, one JSON object a line.
 
-    `further`: more numbers, [B] each, by name.
+    `further`: additional numbers by name, [B] each.
     """
     questions, scores = answered.questions, answered.scores
     group = answered.length_PG.shape[1]

@@ -1,4 +1,4 @@
-"""Metrics of answers: what is right, and how the samples vote."""
+"""Metrics of an evaluation: accuracy, rewards, lengths, pass@k and maj@k."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def greedy_tallies(answered: Answered, max_tokens: int) -> dict[str, Tally]:
 
 
 def _mean(value_PG: np.ndarray) -> Tally:
-    """The mean of the known ones of some rewards; where all are equal, others lie in [0, 1]."""
+    """The mean of the rewards that are not NaN; its range is at least [0, 1]."""
     known_PG = ~np.isnan(value_PG)
     value_PG = np.where(known_PG, value_PG, 0.0).astype(np.float64)
     low, high = min(0.0, value_PG.min()), max(1.0, value_PG.max())
@@ -40,10 +40,10 @@ def _mean(value_PG: np.ndarray) -> Tally:
 
 
 def sampled_tallies(answered: Answered, ks: list[int]) -> dict[str, Tally]:
-    """pass@k and maj@k of each k, and the mean accuracy, of several samples per problem.
+    """pass@k and maj@k for each k, and the mean accuracy, of several samples per problem.
 
-    There is no maj@k where the reward reads no answer that could be voted for.
-    A completion to which the reward does not apply counts as not right.
+    There is no maj@k if the reward compares no answers. A completion to which the reward does not
+    apply counts as wrong.
     """
     correct_PG, vote_PG = answered.correct_PG, answered.vote_PG
     n = correct_PG.shape[1]

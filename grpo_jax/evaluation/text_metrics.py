@@ -1,7 +1,7 @@
-"""How close texts are to reference texts, for problems whose answer no rule can check.
+"""Similarity of texts to reference texts, for problems whose answer no rule can check.
 
-Words in common (F1), n-grams in common (BLEU) and what a summary keeps of its source (ROUGE). BLEU
-and ROUGE are computed by sacrebleu and rouge-score, so that they compare with published values.
+F1 measures common words, BLEU common n-grams, ROUGE the overlap of summaries. sacrebleu and
+rouge-score compute BLEU and ROUGE, so that the values are comparable with published ones.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclasses.dataclass(frozen=True)
 class TextScores:
-    """What B texts have in common with their references."""
+    """Scores of B texts against their references."""
 
     by_name: dict[
         str, np.ndarray
     ]  # float64 [B]: f1, rouge1, rouge2, rougeL in 0..1, bleu in 0..100
-    bleu_part_BX: np.ndarray  # n-grams in common and n-grams, n = 1..4 each, and the two lengths
+    bleu_part_BX: np.ndarray  # matching and all n-grams, n = 1..4 each; both lengths
 
     def tallies(self) -> dict[str, Tally]:
-        """F1 and ROUGE as means over the texts, BLEU of all of them together."""
+        """F1 and ROUGE as means over the texts, BLEU over the corpus."""
         means = {n: estimates.mean(v) for n, v in self.by_name.items() if n != "bleu"}
         return means | {"bleu": Tally(self.bleu_part_BX, _bleu_of_sums, 0.0, 100.0)}
 
 
 def require() -> None:
-    """Raises ValueError, saying what to install, where sacrebleu or rouge-score is missing."""
+    """Raises ValueError, saying what to install, if sacrebleu or rouge-score is missing."""
     missing = []
     for package, module in (
         ("sacrebleu", "sacrebleu"),
@@ -57,8 +57,8 @@ def require() -> None:
 def score(texts: list[str], references: list[str]) -> TextScores:
     """F1, BLEU and ROUGE of each text against its reference; ValueError as for `require`.
 
-    BLEU is sacrebleu's with its defaults (13a tokens, exponential smoothing), for single texts of
-    effective order, as it recommends for them. ROUGE is the F-measure of rouge-score without
+    BLEU is sacrebleu's with its defaults (13a tokens, exponential smoothing); for single texts with
+    effective order, as sacrebleu recommends. ROUGE is the F-measure of rouge-score without
     stemming; its tokens are the letters a-z and digits, so other scripts score 0.
     """
     require()
@@ -83,7 +83,8 @@ def token_f1(text: str, reference: str) -> float:
     """Harmonic mean of precision and recall of words, as SQuAD counts them.
 
     Rajpurkar et al. 2016 (arXiv:1606.05250), section 6.1: without case, punctuation and articles.
-    Where one of the two has no words left, 1 if the other has none either, else 0 (SQuAD 2.0).
+    If one of the two has no words left, the score is 1 if the other has none either, else 0 (SQuAD
+    2.0).
     """
     words, reference_words = _words(text), _words(reference)
     if not words or not reference_words:

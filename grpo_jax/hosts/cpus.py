@@ -1,4 +1,4 @@
-"""How many CPUs this process may use: of a shared host, a container or a job often gets a part."""
+"""How many CPUs this process may use: a container or a job often gets a part of a shared host."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _OWN = Path("/proc/self/cgroup")
 
 
 def usable(groups: Path = _GROUPS, own: Path = _OWN) -> int:
-    """CPUs that the process may run on, and not more than its control groups give it time of.
+    """CPUs that the process may use: its affinity mask's, or its control groups' quota if less.
 
-    Of several, the least; a part of a CPU counts as one.
+    A fraction of a CPU counts as a whole one.
     """
-    known = hasattr(os, "sched_getaffinity")  # not everywhere
+    known = hasattr(os, "sched_getaffinity")  # Linux has it, macOS does not
     count = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
     return max(1, min([count, *map(math.ceil, _quotas(groups, own))]))
 
 
 def _quotas(groups: Path, own: Path) -> list[float]:
-    """What the control groups of the process allow, in CPUs: its own and those above it.
+    """The quotas, in CPUs, of the process's control group and of all groups above it.
 
     A line of /proc/self/cgroup is NUMBER:CONTROLLERS:PATH, without controllers in version 2. In a
     container the path may be the host's; its own group then lies at the root.
@@ -43,7 +43,7 @@ def _quotas(groups: Path, own: Path) -> list[float]:
 
 
 def _quota(group: Path) -> list[float]:
-    """CPUs' time per time of one control group; empty where it has no bound."""
+    """One control group's quota in CPUs (CPU time per wall time); empty if it has none."""
     try:
         if (group / "cpu.max").exists():  # "200000 100000", or "max 100000"
             quota, period = (group / "cpu.max").read_text().split()

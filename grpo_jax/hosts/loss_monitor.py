@@ -1,12 +1,13 @@
-"""A small process beside each process of a run: it says which of them was lost, and ends the rest.
+"""A small process beside each process of a run: it says which process was lost, and ends the rest.
 
-JAX ends those that lost another from C++, with a port number for a message, and those that wait for
-one that is stopped only after its own limit. So each process starts this program, which knows no
-JAX, and gives it signs of life on its standard input. The witness of process 0 is the hub of the
-others: what one of them sees goes there, and what comes there first is the cause, told to all. Each
-prints it as the message of its process, and ends that one.
+When a process dies, JAX ends the others from C++, with a message that names only a port number.
+When a process is merely stopped, JAX ends the others only after its own limit. So each process
+starts this program, its witness, which does not import JAX, and sends it heartbeats on its standard
+input. The witness of process 0 is the hub. The other witnesses report each loss to it; the first
+report is the cause, and the hub sends it to all. Each witness prints it as the error message of its
+process, and ends that process.
 
-The connection is as open as JAX's own; but who does not know the run's token is not heard.
+The port is as open as JAX's own, but a connection that does not show the run's token is closed.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ import sys
 import time
 
 _TICK_S = 0.5
-_GRACE_S = 1.0  # in which a process may end by itself, with a message of its own
+_GRACE_S = 1.0  # time for a process to end by itself, with its own message
 _MAX_LINE = 10_000  # bytes
 
 
 class Source:
-    """Where lines come from: the process itself, or another witness."""
+    """A peer that sends lines: the watched process itself, or another witness."""
 
     def __init__(self, file: int | socket.socket):
         self.file = file
-        self.process: int | None = None  # of a connection: None until it has shown the token
+        self.process: int | None = None  # None until the connection has shown the token
         self.name = ""
         self.silent_s = 0.0
         self._rest = b""
 
     def lines(self) -> list[str] | None:
-        """What has come; None when nothing will come any more."""
+        """The lines received since the last call; None when the connection is closed."""
         try:
             data = os.read(self.file if isinstance(self.file, int) else self.file.fileno(), 65536)
         except OSError:
@@ -49,22 +50,22 @@ class Source:
         return [line.decode(errors="replace") for line in lines]
 
     def send(self, line: str) -> None:
-        with contextlib.suppress(OSError):  # gone: that is seen in reading
+        with contextlib.suppress(OSError):  # closed: the next read notices it
             self.file.sendall(line.encode() + b"\n")
 
 
 class Witness:
-    """Watches one process, and through the hub the others."""
+    """Watches one process, and the others through the hub."""
 
     def __init__(self, process: int, name: str, parent: int, lost_s: float, token: str):
         self._number, self._name, self._parent = process, name, parent
         self._lost_s, self._token = lost_s, token
         self._own = Source(0)
-        self._others: list[Source] = []  # of the hub: all others; else the hub
+        self._others: list[Source] = []  # in the hub: all others; elsewhere: the hub
         self._server: socket.socket | None = None
         self._selector = selectors.DefaultSelector()
         self._selector.register(0, selectors.EVENT_READ, self._own)
-        self._verdict_by = float("inf")  # when to go by what this one saw itself
+        self._verdict_by = float("inf")  # when to act without the hub's answer
         self._seen = ""
 
     def listen(self) -> int:
@@ -74,13 +75,13 @@ class Witness:
         return self._server.getsockname()[1]
 
     def connect(self, host: str, port: int) -> None:
-        """Makes itself known to the hub."""
+        """Connects to the hub, and shows it the token."""
         try:
             hub = Source(socket.create_connection((host, port), timeout=self._lost_s))
         except OSError as error:
             print(
                 f"warning: {self._name} cannot reach the witness of process 0 at {host}:{port} "
-                f"({error.strerror}): the loss of others is told by JAX alone.",
+                f"({error.strerror}): only JAX will report the loss of other processes.",
                 file=sys.stderr,
                 flush=True,
             )
@@ -94,7 +95,7 @@ class Witness:
         self._selector.register(other.file, selectors.EVENT_READ, other)
 
     def run(self) -> None:
-        """Returns when the run is over."""
+        """Watches until the run is over."""
         before = speak_at = time.monotonic()
         while True:
             for key, _ in self._selector.select(_TICK_S):
@@ -103,13 +104,13 @@ class Witness:
                 else:
                     self._hear(key.data)
             now = time.monotonic()
-            # Where all was stopped for a while, as by Ctrl-Z, nobody was silent in that time.
+            # While everything was stopped, as by Ctrl-Z, no process counts as silent.
             passed_s, before = min(now - before, 2 * _TICK_S), now
             for source in (self._own, *self._others):
                 source.silent_s += passed_s
                 if source.silent_s > self._lost_s and not self._seen:
                     self._silent(source)
-            if now >= speak_at:  # and not for each word that comes, which would be answered
+            if now >= speak_at:  # not once per line received: two peers would answer each other
                 speak_at = now + _TICK_S
                 for other in self._others:
                     other.send("alive")
@@ -123,8 +124,8 @@ class Witness:
             if source is self._own:
                 self._report(
                     self._number,
-                    f"{self._name} died without a word: it was killed, as for want of memory, or "
-                    "it crashed; its log may say more",
+                    f"{self._name} died without a word: it was killed, perhaps because memory ran "
+                    "out, or it crashed; its log may say more",
                 )
             elif source.process is not None:
                 self._report(
@@ -153,7 +154,7 @@ class Witness:
                     self._act(culprit, text)
 
     def _meet(self, source: Source, line: str) -> bool:
-        """Whether a connection is of this run; another is closed."""
+        """Whether a connection belongs to this run; closes it if not."""
         try:
             token, process, name = json.loads(line)
             known = isinstance(token, str) and secrets.compare_digest(token, self._token)
@@ -184,7 +185,7 @@ class Witness:
         )
 
     def _report(self, culprit: int, text: str) -> None:
-        """Takes what was seen to the hub, where what came first is the cause."""
+        """Reports a loss to the hub, where the first report is taken as the cause."""
         if self._seen:
             return
         self._seen = text
@@ -195,11 +196,11 @@ class Witness:
         elif self._others and culprit != 0:
             self._others[0].send("fault " + json.dumps([culprit, text]))
             self._verdict_by = time.monotonic() + 2 * _GRACE_S
-        else:  # the hub is lost itself
+        else:  # the hub itself is lost
             self._act(culprit, text)
 
     def _act(self, culprit: int, text: str) -> None:
-        """Says why the process ends, and ends it."""
+        """Prints why the process ends, and ends it."""
         own = culprit == self._number
         if not own:
             text = f"{self._name} ends, because {text}"
@@ -208,7 +209,8 @@ class Witness:
         while os.getppid() == self._parent and time.monotonic() < until:
             time.sleep(0.02)
         if os.getppid() == self._parent:
-            # The status of one that JAX ended; that signal would not reach a stopped one.
+            # SIGABRT gives the status of a process that JAX ended. It does not reach a stopped
+            # process.
             os.kill(self._parent, signal.SIGKILL if own else signal.SIGABRT)
         sys.exit()
 

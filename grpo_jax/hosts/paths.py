@@ -21,7 +21,7 @@ def near(path: Path) -> str:
 def expanded(path: str, option: str) -> Path:
     """The path with `~` and `~name` written out.
 
-    Raises ValueError, naming the option, for a user that is not there or has no home folder.
+    Raises ValueError, naming the option, if there is no such user or the user has no home folder.
     """
     try:
         return Path(path).expanduser()

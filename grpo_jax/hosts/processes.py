@@ -1,9 +1,10 @@
-"""The processes of a run: how they find each other, meet, and end together.
+"""The processes of a run: how they find each other, wait for each other, and end together.
 
-On several hosts a run is one process on each, and all of them do the same things in the same
-order. A run of one process starts nothing, and everything here returns at once. The processes talk
-through the service that JAX runs on process 0. Its public functions cannot wait with a limit, nor
-say who is missing; this file alone uses what lies beneath them (checked with JAX 0.10.2).
+On several hosts a run is one process on each, and all of them do the same things in the same order.
+A run of one process starts nothing, and everything here returns at once. The processes communicate
+through the service that JAX runs on process 0. Its public functions cannot wait with a time limit,
+nor say which process is missing. So this file, and no other, uses JAX's private functions beneath
+them (checked with JAX 0.10.2).
 """
 
 from __future__ import annotations
@@ -28,47 +29,47 @@ import numpy as np
 from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 
-_SPACE = "grpo_jax"  # of our keys and barriers, beside those of JAX and Orbax
+_SPACE = "grpo_jax"  # prefix of our keys and barriers; JAX and Orbax have their own
 _PORT = re.compile(r"(.+):(\d+)")
 
 
 class Lost(ValueError):  # noqa: N818
-    """Another process died, or did not come to where all meet."""
+    """Another process died, or did not reach a barrier in time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Address:
-    """Where the processes meet, and which one this is."""
+    """The address of the run's coordinator, and the number of this process."""
 
     coordinator: str  # HOST:PORT, on the host of process 0
     num_processes: int
     process: int
-    local_devices: tuple[int, ...] | None = None  # those of the host that it uses; None: all
+    local_devices: tuple[int, ...] | None = None  # devices of the host that it uses; None: all
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How long the others are waited for."""
+    """How long this process waits for the others."""
 
-    start_s: float = 300.0  # until all have started
+    start_s: float = 300.0  # for all to start
     lost_s: float = 100.0  # for a heartbeat
-    meeting_s: float = 3600.0  # until all come to where they meet
+    meeting_s: float = 3600.0  # for all to reach a barrier
 
 
 _limits = Limits()
 _listener: threading.Thread | None = None
 _witness: subprocess.Popen | None = None
-_num_asked = 0  # questions put to all, which number their answers
+_num_asked = 0  # calls of `agree` so far; numbers its keys
 
 
 def find(
     coordinator: str = "", num_processes: int | None = None, process: int | None = None
 ) -> Address | None:
-    """This process's address among those of the run; None where it is the only one.
+    """The address of this process in the run; None if the run has only one process.
 
-    What is not given is taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID,
-    then from the cluster where JAX knows it: TPU pods, GKE, SLURM, Open MPI. Raises ValueError when
-    only a part is known.
+    Missing arguments are taken from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID,
+    then from the cluster if JAX knows it: TPU pods, GKE, SLURM, Open MPI. Raises ValueError if some
+    of them remain unknown.
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     num_processes = _from_environment("JAX_NUM_PROCESSES", num_processes)
@@ -89,9 +90,9 @@ def find(
     if missing:
         given = ", ".join(f"{name} {value}" for name, value in known.items() if value is not None)
         raise ValueError(
-            f"{given}: of a run of several processes {' and '.join(missing)} must be known too. "
-            "Give each process all three, or start them by TPU, GKE, SLURM or Open MPI, where JAX "
-            "finds them."
+            f"{given}: a run of several processes needs {' and '.join(missing)} too. Give each "
+            "process all three, or start them by TPU, GKE, SLURM or Open MPI, where JAX finds "
+            "them."
         )
     if not _PORT.fullmatch(coordinator):
         raise ValueError(f"--coordinator {coordinator!r} must be HOST:PORT, on process 0's host.")
@@ -119,8 +120,8 @@ def _detect(coordinator: str, num_processes: int | None, process: int | None):
         )
     except Exception as error:  # a cluster's description may be broken in any way
         raise ValueError(
-            f"What the cluster says of this run's processes cannot be read ({error}). Give each "
-            "process --coordinator, --num-processes and --process-id."
+            f"The cluster's description of this run's processes cannot be read ({error}). Give "
+            "each process --coordinator, --num-processes and --process-id."
         ) from error
     coordinator, num_processes, process, devices = found
     return coordinator or "", num_processes, process, None if devices is None else tuple(devices)
@@ -130,24 +131,24 @@ def _detect(coordinator: str, num_processes: int | None, process: int | None):
 
 
 def start(address: Address, limits: Limits) -> None:
-    """Returns when all processes have started. Call it before anything uses a device.
+    """Waits until all processes have started. Call it before anything uses a device.
 
-    Ends the process with a message when they have not within `limits.start_s`; raises ValueError
-    when the port of process 0 is taken.
+    Ends the process with a message if they have not started within `limits.start_s`. Raises
+    ValueError if the port of process 0 is taken.
     """
     global _limits, _listener
     _limits = limits
     if address.process == 0:
         _refuse_taken(int(address.coordinator.rpartition(":")[2]))
-    # Its handler would take SIGTERM before the run saves by itself, and swallow it.
+    # JAX's handler would swallow SIGTERM, on which the run must save.
     jax.config.update("jax_enable_preemption_service", False)
     late = threading.Timer(
         limits.start_s,
         _exit,
         [
-            f"process {address.process}: of {address.num_processes} processes not all came to "
+            f"process {address.process}: not all of the {address.num_processes} processes came to "
             f"{address.coordinator} within hosts.start_timeout_s = {limits.start_s:g} s. See which "
-            "of them is missing, and whether that address is process 0's and can be reached."
+            "one is missing, and whether that address belongs to process 0 and can be reached."
         ],
     )
     late.daemon = True
@@ -157,8 +158,8 @@ def start(address: Address, limits: Limits) -> None:
         address.num_processes,
         address.process,
         local_device_ids=address.local_devices,
-        initialization_timeout=int(limits.start_s) + 60,  # it aborts without a word
-        heartbeat_timeout_seconds=int(1.5 * limits.lost_s) + 5,  # the witness comes before
+        initialization_timeout=int(limits.start_s) + 60,  # JAX would abort without a message
+        heartbeat_timeout_seconds=int(1.5 * limits.lost_s) + 5,  # the witness acts earlier
     )
     late.cancel()
     _client().key_value_set(f"{_SPACE}/host/{address.process}", socket.gethostname())
@@ -168,7 +169,7 @@ def start(address: Address, limits: Limits) -> None:
 
 
 def _start_witness(address: Address, limits: Limits) -> None:
-    """Starts the process that says who was lost (`loss_monitor.py`), and gives it signs of life."""
+    """Starts this process's witness (`loss_monitor.py`) and the thread of its heartbeats."""
     global _witness
     hub, token, key = None, secrets.token_hex(16), f"{_SPACE}/witness"
     if address.process:
@@ -201,17 +202,17 @@ def _start_witness(address: Address, limits: Limits) -> None:
 
 
 def _tell_witness(line: str) -> bool:
-    """Whether there is one to hear it."""
+    """Sends a line to the witness; returns whether one is running."""
     try:
         _witness.stdin.write(line.encode() + b"\n")
         _witness.stdin.flush()
-    except (OSError, ValueError, AttributeError):  # it has ended, or never was
+    except (OSError, ValueError, AttributeError):  # it has ended, or was never started
         return False
     return True
 
 
 def _refuse_taken(port: int) -> None:
-    try:  # JAX itself crashes
+    try:  # JAX would crash on it
         socket.create_server(("", port)).close()
     except OSError as error:
         raise ValueError(
@@ -226,17 +227,17 @@ def count() -> int:
 
 
 def number() -> int:
-    """Which of them this process is, from 0."""
+    """The number of this process, from 0."""
     return distributed.global_state.process_id
 
 
 def is_first() -> bool:
-    """Whether this process writes what belongs to all."""
+    """Whether this is process 0, which writes the files that all share."""
     return number() == 0
 
 
 def name(process: int) -> str:
-    """A process as people find it: its number and its host."""
+    """A process as messages name it: its number and its host."""
     try:
         return f"process {process} ({_client().key_value_try_get(f'{_SPACE}/host/{process}')})"
     except jax.errors.JaxRuntimeError:  # it never started
@@ -244,32 +245,33 @@ def name(process: int) -> str:
 
 
 def lost_another(error: Exception) -> str:
-    """What to say of an error that another process's end has caused; "" for other errors."""
+    """The message for an error that another process's end has caused; "" for other errors."""
     if isinstance(error, Lost):
         return str(error)
     broken = re.search(r"Gloo|NCCL|UNAVAILABLE|Connection (closed|reset)", str(error))
     if count() == 1 or not broken:
         return ""
     return (
-        f"{name(number())} lost another process, which died or was "
-        f"stopped; that one's log, or who started it, says why. ({str(error).splitlines()[0]})"
+        f"{name(number())} lost another process, which died or was stopped; its log, or the "
+        f"program that started it, says why. ({str(error).splitlines()[0]})"
     )
 
 
 def shutdown() -> None:
-    """Waits until all processes are done, and lets go of them."""
+    """Waits until all processes are done, then leaves JAX's service."""
     if count() > 1:
         barrier("the end of the run")
         _tell_witness("bye")
         jax.distributed.shutdown()
-        # It hears of that. Inside JAX when the interpreter ends, it would abort the process.
+        # The shutdown ends this thread. If it were still inside JAX when the interpreter ends, it
+        # would abort the process.
         _listener.join(timeout=10)
 
 
 def abort(message: str, status: int = 1) -> NoReturn:
-    """Ends this process at once, and all others with its status, which print its message.
+    """Ends this process at once, and all others with the same status; each prints the message.
 
-    An exception would not do: JAX would wait for the others' ends, and they for this process.
+    An exception does not suffice: JAX would wait for the others to end, and they for this process.
     """
     _tell_witness("bye")
     if count() > 1:
@@ -280,7 +282,7 @@ def abort(message: str, status: int = 1) -> NoReturn:
         except jax.errors.JaxRuntimeError:  # another was first, or process 0 is gone
             pass
         if own == 0:
-            time.sleep(1.0)  # the service ends with this process: the others hear of it before
+            time.sleep(1.0)  # the service ends with this process: let the others read it first
     _on_abort(message, status)
     with contextlib.suppress(OSError):  # a log on a full disk, a pipe that nobody reads
         sys.stdout.flush()
@@ -293,7 +295,7 @@ def _on_abort(message: str, status: int) -> None: ...
 
 @contextlib.contextmanager
 def before_abort(tell: Callable[[str, int], None]) -> Iterator[None]:
-    """While entered, what ends the process at once calls `tell(message, status)` before."""
+    """While entered, a sudden end of the process first calls `tell(message, status)`."""
     global _on_abort
     before, _on_abort = _on_abort, tell
     try:
@@ -303,7 +305,7 @@ def before_abort(tell: Callable[[str, int], None]) -> Iterator[None]:
 
 
 def _listen() -> None:
-    """Ends this process when another told that it ends."""
+    """Ends this process when another one has called `abort`."""
     try:
         told = _waited_for(f"{_SPACE}/fault")
     except (jax.errors.JaxRuntimeError, AttributeError):
@@ -324,9 +326,10 @@ def _exit(message: str, status: int = 1) -> NoReturn:
 
 
 def barrier(what: str) -> None:
-    """Returns when all processes are here, `what` in words; raises `Lost` when one does not come.
+    """Waits until all processes are here; raises `Lost` if one does not come.
 
-    All must call this, and what builds on it, equally often and in the same order.
+    `what` names the barrier in the error message. All processes must call this, and the functions
+    that use it, equally often and in the same order.
     """
     if count() == 1:
         return
@@ -337,7 +340,7 @@ def barrier(what: str) -> None:
 
 
 def _explained(what: str, error: str) -> str:
-    """Who did not come, from the service's own words."""
+    """The message that names the missing processes, read from the service's error text."""
     dead = re.search(r"[Tt]ask:? (\d+)", error.partition("Barrier failed because")[2])
     if dead:
         return f"{name(int(dead[1]))} died or stopped answering before {what}; its log says why."
@@ -352,16 +355,16 @@ def _explained(what: str, error: str) -> str:
 
 
 def agree(text: str) -> str:
-    """The text of the lowest process that gives one, on every process; "" where all give "".
+    """The text of the lowest-numbered process that gives one, on every process; "" if all give "".
 
-    The device is not asked, so it goes on with what it has to do.
+    No device takes part, so the devices go on working.
     """
     global _num_asked
     if count() == 1:
         return text
     _num_asked += 1
     answers = f"{_SPACE}/answer/{_num_asked:09}"
-    if text:  # before the meeting, so that all find it after
+    if text:  # before the barrier, so that all find it after
         _client().key_value_set(f"{answers}/{number():06}", text)
     barrier(f"check {_num_asked} for a stop")
     said = _client().key_value_dir_get(answers)
@@ -369,14 +372,15 @@ def agree(text: str) -> str:
 
 
 class Word:
-    """A text that any process may give; all hear it at the same of the points where they ask.
+    """A text that any process may give; all processes receive it at the same call of `heard`.
 
-    Before it is given, asking costs nothing. When it is, each process tells how often it has asked
-    so far, and all hear the word when they ask once more than the one that has asked most often.
+    Until it is given, a call of `heard` costs nothing. Once it is given, each process publishes how
+    often it has called `heard`. All receive the text at their call number m + 1, where m is the
+    largest of these counts.
     """
 
     def __init__(self, name: str, on_given: Callable[[str], None]):
-        """`on_given(text)` is called on every process as soon as it knows, from another thread."""
+        """`on_given(text)` is called on every process, in a thread, as soon as it arrives."""
         self._name, self._number, self._on_given = f"{_SPACE}/{name}", number(), on_given
         self._num_asked, self._text, self._heard_at = 0, "", 0
         self._lock, self._agreed = threading.Lock(), threading.Event()
@@ -384,7 +388,7 @@ class Word:
             threading.Thread(target=self._listen, name=name, daemon=True).start()
 
     def give(self, text: str) -> None:
-        """Gives the word; of several that are given the first counts."""
+        """Gives the text; if several are given, the first counts."""
         if count() == 1:
             self._take(text)
             self._agreed.set()
@@ -393,12 +397,12 @@ class Word:
             _client().key_value_set(self._name, text)
 
     def heard(self) -> str:
-        """The word, once all hear it; "" before. All must ask equally often, in the same order."""
+        """The text, once all receive it; "" before. All must call this equally often."""
         with self._lock:
             self._num_asked += 1
             if not self._text:
                 return ""
-        self._agreed.wait()  # others tell how often they have asked, whatever they are doing
+        self._agreed.wait()  # the others' threads publish their counts
         return self._text if self._num_asked >= self._heard_at else ""
 
     def _take(self, text: str) -> int:
@@ -422,7 +426,7 @@ class Word:
 
 
 def _waited_for(key: str) -> str:
-    """The value of a key, once some process has set it."""
+    """The value of a key; waits until some process has set it."""
     while True:
         try:
             return _client().blocking_key_value_get(key, 60_000)
@@ -432,13 +436,13 @@ def _waited_for(key: str) -> str:
 
 
 def gather(value: Any, what: str) -> list[Any]:
-    """A value of each process, JSON that may hold NaN, on all of them, in their order."""
+    """The values of all processes, in order, on every process; JSON, and NaN is allowed."""
     if count() == 1:
         return [value]
     barrier(what)
     own_B = np.frombuffer(json.dumps(value).encode(), np.uint8)
     size_H = multihost_utils.process_allgather(np.int32(len(own_B)))
-    # In powers of two, so that few sizes are compiled.
+    # Padded to a power of two, so that few sizes are compiled.
     padded_B = np.zeros(1 << int(size_H.max() - 1).bit_length(), np.uint8)
     padded_B[: len(own_B)] = own_B
     all_HB = multihost_utils.process_allgather(padded_B)

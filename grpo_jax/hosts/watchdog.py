@@ -1,4 +1,4 @@
-"""What ends a run that waits forever, and says for what."""
+"""A watchdog: ends a run that makes no progress, and says what it was waiting for."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from grpo_jax.hosts import processes
 
 
 class Watchdog:
-    """Ends the run when a phase of it does not get on, and says which. A context manager.
+    """Ends the run when a phase makes no progress, and names the phase. A context manager.
 
-    It watches from a thread of its own, so it sees what waits on a device, a disk or another
-    process. Time in which that thread was stopped too, as by Ctrl-Z, is nobody's silence.
+    It watches from its own thread, so it notices a run that waits for a device, a disk or another
+    process. Time in which that thread was stopped too, as by Ctrl-Z, does not count.
     """
 
     def __init__(self, limit_s: float, on_stall: Callable[[str], None] | None = None):
-        """`limit_s` 0: it does not watch. `on_stall(message)` in place of ending the process."""
+        """`limit_s` 0 turns it off. `on_stall(message)` replaces the end of the process."""
         self._limit_s, self._on_stall = limit_s, on_stall or _end
         self._phase, self._since = "the start", time.monotonic()
         self._over = threading.Event()
 
     def phase(self, what: str) -> None:
-        """Notes what is done from now on."""
+        """Names the phase that begins now."""
         self._phase, self._since = what, time.monotonic()
 
     def alive(self) -> None:
-        """Notes that the phase gets on."""
+        """Notes that the phase makes progress."""
         self._since = time.monotonic()
 
     def __enter__(self) -> Watchdog:

@@ -18,7 +18,7 @@ from grpo_jax.structs import Array
 
 
 class AttentionKernels(Protocol):
-    """What computes attention in scoring and training: this module, or a `FusedAttention`."""
+    """The functions of attention in scoring and training: this module, or a `FusedAttention`."""
 
     @property
     def shares_lanes(self) -> bool:
@@ -46,13 +46,13 @@ class AttentionKernels(Protocol):
 
 shares_lanes = True
 
-# Far below any score and finite: a row with no key to see gives the mean of the values, not NaN.
+# Far below any score, and finite: a row that sees no key gives the mean of the values, not NaN.
 # Nothing reads such a row.
 HIDDEN = -1e30
 
 
 def grouped(q: Array, num_kv_heads: int) -> Array:
-    """Queries [..., N, H] by the key-value head they read, [..., K, N/K, H], over sqrt(H)."""
+    """Queries [..., N, H] grouped by their key-value head, [..., K, N/K, H], divided by sqrt(H)."""
     *lead, num_heads, size = q.shape
     q = q * jnp.asarray(size**-0.5, q.dtype)
     return q.reshape(*lead, num_kv_heads, num_heads // num_kv_heads, size)
@@ -66,10 +66,10 @@ def segments(length_B: Array, tokens: int) -> Array:
 def causal(
     q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_BT: Array, window: int | None
 ) -> Array:
-    """Each token attends to itself and what came before it in its segment, [B, T, N, H].
+    """Each token attends to itself and to earlier tokens of its segment, [B, T, N, H].
 
-    Segments stand one after the other in a row; 0 is padding. `window`: how many keys a query looks
-    back over, itself included; None for all.
+    Segments stand one after the other in a row; 0 is padding. `window`: the number of keys that a
+    query sees, itself included; None for all.
     """
     q_BTKnH = grouped(q_BTNH, k_BTKH.shape[-2])
     score = jnp.einsum("btknh,bskh->bknts", q_BTKnH, k_BTKH, preferred_element_type=jnp.float32)
@@ -105,8 +105,8 @@ def shared_prefix(
     """Every completion attends to its group's prompt and, causally, to itself, [P, W, T, N, H].
 
     A lane holds completions one after the other: tokens of equal `segment_PWT` are one completion,
-    `position_PWT` counts from its first token. The queries of a whole group meet the prompt's keys
-    in one product.
+    `position_PWT` counts from its first token. One product multiplies the queries of a whole group
+    with the prompt's keys.
     """
     q = grouped(q_PWTNH, k_PWTKH.shape[-2])
     prefix = jnp.einsum("pgtknh,pqkh->pkgntq", q, prefix_k_PQKH, preferred_element_type=jnp.float32)

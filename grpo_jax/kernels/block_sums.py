@@ -13,7 +13,7 @@ from grpo_jax.structs import Array
 
 
 def sums_of_blocks(blocks_BNW: Array, temperature: Array | float) -> tuple[Array, Array]:
-    """The sum of each block's exponentials [B, N], their maximum [B, 1] taken off first."""
+    """The sum of each block's exponentials [B, N], after the row's maximum [B, 1] is subtracted."""
     blocks_BNW = blocks_BNW / temperature
     peak_B1 = blocks_BNW.max((1, 2))[:, None]
     return jnp.exp(blocks_BNW - peak_B1[..., None]).sum(-1), peak_B1

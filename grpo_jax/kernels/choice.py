@@ -1,4 +1,4 @@
-"""Chooses the kernels of scoring and training, and of decoding, that a mesh can run."""
+"""Chooses the kernels of scoring, training and decoding that the mesh's devices can run."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from grpo_jax.structs import ModelConfig
 def choose(option: str, model: ModelConfig, mesh: Mesh, dtype: Any) -> AttentionKernels:
     """The kernels that `config.model.attention` names, for activations of `dtype`.
 
-    "auto" takes cuDNN's on GPUs where it can be used, but not yet for models with windows, which
-    were not compared on a GPU; see `tpu_splash.choose` too. Raises ValueError where what is named
-    cannot be used.
+    "auto" takes cuDNN's kernel on GPUs where it is available. It does not yet for models with
+    windows, whose results were not compared on a GPU. See `tpu_splash.choose` too. Raises
+    ValueError if the named kernel cannot be used.
     """
     reason = gpu_cudnn.why_unavailable(model, mesh, dtype)
     if option == "cudnn" and reason:
@@ -35,12 +35,12 @@ def choose(option: str, model: ModelConfig, mesh: Mesh, dtype: Any) -> Attention
 
 
 def choose_decoding(option: str, cache: str, model: ModelConfig, mesh: Mesh, dtype: Any) -> KVCache:
-    """The cache that `config.rollout.attention` names, in its dtype.
+    """The KV cache, and so the kernel, that `config.rollout.attention` names.
 
-    `cache`: as `config.rollout.kv_cache_dtype`.
+    `cache` is `config.rollout.kv_cache_dtype`.
 
-    "auto" takes Triton's kernel where it can be used. Raises ValueError where what is named cannot
-    be used.
+    "auto" takes the Triton kernel where it is available. Raises ValueError if the named kernel
+    cannot be used.
     """
     int8 = cache == "int8"
     reason = ""
@@ -56,10 +56,10 @@ def choose_decoding(option: str, cache: str, model: ModelConfig, mesh: Mesh, dty
 
 
 def choose_norm(mesh: Mesh, dtype: Any) -> type[nn.Module]:
-    """What adds to the states of a token and norms them."""
+    """The module that sums a decode step's residual stream and normalizes the sum."""
     return AddNorm if pallas_triton.why_unavailable(mesh, dtype) else FusedNorm
 
 
 def choose_sums(mesh: Mesh, dtype: Any) -> Sums:
-    """How `logits.sample` finds the sums of blocks."""
+    """The function by which `logits.sample` computes the sums of blocks."""
     return sums_of_blocks if pallas_triton.why_unavailable(mesh, dtype) else TritonBlockSums()

@@ -1,9 +1,9 @@
-"""Attention of completions to their prompt and to themselves, by a kernel for each, merged.
+"""Attention of completions to their prompt and to themselves: one kernel call for each, merged.
 
-A kernel returns its output and the log-sum-exp of its scores, which say how to merge two outputs.
-JAX does not differentiate such kernels, or gets it wrong, so the merge has its own backward pass:
-that of each part, given the merged output and log-sum-exp, as in ring attention (Liu et al. 2023,
-arXiv:2310.01889).
+A kernel returns its output and the log-sum-exp of its scores, which give the weights of the merge.
+JAX cannot differentiate such kernels, or does it wrongly, so the merge has its own backward pass:
+it calls each kernel's backward pass with the merged output and log-sum-exp, as in ring attention
+(Liu et al. 2023, arXiv:2310.01889).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from grpo_jax.devices import by_shard, sharding
 from grpo_jax.kernels.masked_attention import MaskedAttention
 from grpo_jax.structs import Array
 
-KEPT = "attention"  # the name by which the remat policy knows a kernel's results
+KEPT = "attention"  # the remat policy's name for a kernel's results
 
-# Logical axes of queries, keys and values of prompts and of lanes, and of what has no heads.
+# Logical axes of prompts' and of lanes' queries, keys and values, and of arrays without heads.
 _ROWS, _HEADS = "shard_rows", "attention_heads"
 _OF_PROMPT, _OF_LANES = (_ROWS, None, _HEADS, None), (_ROWS, None, None, _HEADS, None)
 _SEGMENTS_OF_PROMPT, _SEGMENTS_OF_LANES = (_ROWS, None), (_ROWS, None, None)
@@ -33,23 +33,23 @@ _SEGMENTS_OF_PROMPT, _SEGMENTS_OF_LANES = (_ROWS, None), (_ROWS, None, None)
 
 @dataclasses.dataclass(frozen=True)
 class FusedAttention(abc.ABC):
-    """`attention.py`'s functions by a kernel that returns the log-sum-exp too."""
+    """The functions of `attention.py`, computed by a kernel that also returns the log-sum-exp."""
 
     shares_lanes = True
-    keeps = False  # remat "dots" keeps the kernel's output, so that it runs once
+    keeps = False  # remat "dots" keeps the output: the kernel runs once
 
-    mesh: Mesh | None = None  # its devices share rows and heads; None: one device
+    mesh: Mesh | None = None  # rows and heads are split over it; None: one device
     rows: str = _ROWS  # the logical axis of the rows
 
     @abc.abstractmethod
     def kernel(self, *, causal: bool, window: int | None = None) -> Any:
         """One kernel: attention of queries [B, T, N, H] to keys and values [B, S, K, H].
 
-        With a `window`, which only a causal one has, a query sees so many keys, itself included.
-        `with_lse(q, k, v, segment_BT, segment_BS)` returns the output and the log-sum-exp of the
-        scores, float32 [B, T, N]. `gradients(q, k, v, segment_BT, segment_BS, out, lse, by_out)`
-        returns those by q, k and v; `out` and `lse` may be of more keys than these. A query sees
-        the keys of its own segment; segment 0 is padding.
+        With a `window`, which only a causal kernel has, a query sees that many keys, itself
+        included. `with_lse(q, k, v, segment_BT, segment_BS)` returns the output and the log-sum-exp
+        of the scores, float32 [B, T, N]. `gradients(q, k, v, segment_BT, segment_BS, out, lse,
+        by_out)` returns the gradients by q, k and v; `out` and `lse` may cover more keys than `k`.
+        A query sees the keys of its own segment; segment 0 is padding.
         """
 
     def causal(
@@ -80,7 +80,7 @@ class FusedAttention(abc.ABC):
         return _shared_prefix(self, window, _scaled(q_PWTNH), *keys, *where)
 
     def kept(self, out: Array, lse: Array) -> tuple[Array, Array]:
-        """Names the results KEPT, for remat, where `keeps` says so."""
+        """The results, named KEPT for the remat policy if `keeps`."""
         name = functools.partial(checkpoint_name, name=KEPT)
         return (name(out), name(lse)) if self.keeps else (out, lse)
 
@@ -179,7 +179,7 @@ def _by_prompt(x: Array) -> Array:
 
 
 def _to_lanes(x: Array, like_PWT: Array) -> Array:
-    """The inverse of both."""
+    """The inverse of `_by_lane` and `_by_prompt`."""
     return x.reshape(*like_PWT.shape[:3], *x.shape[2:])
 
 
@@ -195,7 +195,7 @@ def _two_kernels(
     there_PQ: Array,
     in_text_PWT: Array,
 ):
-    """The kernel of each part, how it sees arrays of the queries, and its arguments."""
+    """For each of the two parts: the kernel, the query layout that it takes, and its arguments."""
     own = _by_lane(q), _by_lane(k), _by_lane(v)
     segment_BT = segment_PWT.reshape(-1, segment_PWT.shape[2])
     prompt = _by_prompt(q), prefix_k, prefix_v

@@ -1,8 +1,8 @@
-"""The sums that sampling a token needs, by a kernel for NVIDIA GPUs that reads each score once.
+"""`block_sums` for NVIDIA GPUs: a kernel that reads each score once.
 
-Plain XLA reads a vocabulary's scores for their maximum, and again for the sums of exponentials
-after it. Here a block's own maximum is taken off. N are blocks of the vocabulary, W the tokens of
-one. Written in Pallas for Triton.
+Plain XLA reads a vocabulary's scores twice: for their maximum, then for the sums of exponentials.
+Here each block subtracts its own maximum, so one pass suffices. N are blocks of the vocabulary, W
+the tokens of one. Written in Pallas for Triton.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from grpo_jax.kernels import pallas_triton
 from grpo_jax.structs import Array
 
-_SCORES, _WARPS = 8192, 4  # of a program: scores at most, and groups of 32 threads
+_SCORES, _WARPS = 8192, 4  # of a program: the most scores, and its warps
 _LEAST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -25,7 +25,7 @@ _LEAST = float(jnp.finfo(jnp.float32).min)
 class TritonBlockSums:
     """As `block_sums.sums_of_blocks`."""
 
-    interpret: bool = False  # anywhere, for a test
+    interpret: bool = False  # runs on any device, for tests
 
     def __call__(self, blocks_BNW: Array, temperature: Array | float) -> tuple[Array, Array]:
         rows, number, width = blocks_BNW.shape
@@ -54,7 +54,7 @@ def _kernel(temperature_ref, score_ref, mass_ref, peak_ref, *, number: int, widt
     there_N = pl.program_id(1) * together + jnp.arange(together) < number
     there_NW = there_N[:, None] & (jnp.arange(columns) < width)[None]
     score_NW = gpu.load(score_ref, mask=there_NW, other=-jnp.inf) / temperature_ref[0]
-    # Of two infinities the difference is no number: a block without a token has peak `_LEAST`.
+    # inf - inf is NaN, so a block without a possible token has the peak `_LEAST`.
     peak_N = jnp.maximum(jnp.max(score_NW, axis=1), _LEAST)
     mass_N = jnp.sum(jnp.exp(score_NW - peak_N[:, None]), axis=1)
     gpu.store(mass_ref, mass_N, mask=there_N)

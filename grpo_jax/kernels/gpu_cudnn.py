@@ -2,8 +2,8 @@
 
 The kernel takes lengths and causality, never a mask, so each completion needs a lane of its own;
 `fused_attention.py` merges two runs of it. `jax.nn.dot_product_attention` rounds the log-sum-exp to
-the inputs' dtype and drops its gradient, so this file calls what that calls, and its backward pass.
-Neither is a public function of JAX; `_READ_IN` has the versions in which they were read.
+the inputs' dtype and drops its gradient, so this file calls the private functions beneath it,
+forward and backward. Neither is public in JAX; `_READ_IN` has the versions in which they were read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _READ_IN = ((0, 10), (0, 11), (0, 12))
 
 
 def why_unavailable(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
-    """Why the kernel cannot be used, or ""."""
+    """The reason why the kernel cannot be used; "" if it can."""
     if not sharding.is_gpu(mesh):
         return f"it is for GPUs, and the devices are {mesh.devices.flat[0].platform}s"
     if jnp.dtype(dtype) != jnp.bfloat16:
@@ -38,7 +38,7 @@ def why_unavailable(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
 
 
 def choose(model: ModelConfig, mesh: Mesh) -> AttentionKernels:
-    """The kernel; plain XLA, with a warning, where this version of JAX was not read."""
+    """The kernel; plain XLA, with a warning, for versions of JAX that `_READ_IN` does not name."""
     if jax.__version_info__[:2] not in _READ_IN:
         warnings.warn(
             f"Attention by XLA in place of cuDNN, whose backward pass was not tested with JAX "
@@ -51,7 +51,7 @@ def choose(model: ModelConfig, mesh: Mesh) -> AttentionKernels:
 
 @dataclasses.dataclass(frozen=True)
 class Cudnn(FusedAttention):
-    """The kernel, on CUDA alone."""
+    """Attention by cuDNN's kernel; on CUDA only."""
 
     shares_lanes = False
     keeps = True
@@ -62,7 +62,7 @@ class Cudnn(FusedAttention):
 
 @dataclasses.dataclass(frozen=True)
 class _Kernel:
-    """As `FusedAttention.kernel`. What a row holds is one segment at its beginning."""
+    """As `FusedAttention.kernel`; each row is one segment, at the row's beginning."""
 
     causal: bool
     window: int | None
@@ -70,7 +70,7 @@ class _Kernel:
     def with_lse(self, q: Array, k: Array, v: Array, segment_BT: Array, segment_BS: Array):
         lengths = _length(segment_BT), _length(segment_BS)
         out, lse_BNT = _forward(self.causal, self.window, q, k, v, *lengths)
-        there_BT1 = segment_BT[..., None] > 0  # the kernel writes nothing of use elsewhere
+        there_BT1 = segment_BT[..., None] > 0  # elsewhere the kernel's output is undefined
         lse = jnp.where(there_BT1, jnp.swapaxes(lse_BNT, 1, 2), -jnp.inf)
         return jnp.where(there_BT1[..., None], out, 0), lse
 
@@ -78,7 +78,7 @@ class _Kernel:
         self, q: Array, k: Array, v: Array, segment_BT: Array, segment_BS: Array, out, lse, by_out
     ) -> tuple[Array, Array, Array]:
         lengths = _length(segment_BT), _length(segment_BS)
-        lse = jnp.where(segment_BT[..., None] > 0, lse, 1e30)  # no weight for what is not there
+        lse = jnp.where(segment_BT[..., None] > 0, lse, 1e30)  # padding gets weight 0
         lse_BNT = jnp.swapaxes(lse, 1, 2)
         grads = _backward(self.causal, self.window, q, k, v, *lengths, out, lse_BNT, by_out)
         theres = segment_BT > 0, segment_BS > 0, segment_BS > 0
@@ -114,7 +114,7 @@ def _backward(
     """The gradients by queries, keys and values."""
     none = jnp.zeros(0, q_BTNH.dtype)
     arrays = q_BTNH, k_BSKH, v_BSKH, none, length_B, of_keys_B, none, none, none, none
-    # A function that changes scores, and what it is given, came with 0.12.
+    # JAX 0.12 added two arguments: a function that changes scores, and its inputs.
     given, function = (((),), (None,)) if jax.__version_info__ >= (0, 12) else ((), ())
     return fused._dot_product_attention_bwd_rule(
         1.0, 42, 0.0, (False, False), _mask(causal), fused.AttentionLayout.BTNH.value, window,

@@ -1,10 +1,10 @@
-"""Decoding's attention on NVIDIA GPUs, by a kernel that reads each key and value once.
+"""Attention in decoding on NVIDIA GPUs: a kernel that reads each key and value once.
 
-Plain XLA writes the scores of all columns to memory and reads them several times; here a block of
-keys goes through the softmax while it is on the chip (Dao et al. 2022, arXiv:2205.14135), and
-columns without a token are not read. The prompt's part, whose keys all lanes of a slot share, and
-each lane's own are merged by their log-sum-exp. The new token's key and value are put into the
-cache on the way. Inside a program, M are its queries and B the positions of a block of keys.
+Plain XLA writes the scores of all columns to memory and reads them several times; here the softmax
+is computed block by block on the chip (Dao et al. 2022, arXiv:2205.14135), and columns without a
+token are not read. Attention to the prompt, whose keys all lanes of a slot share, and to each
+lane's own tokens are merged by their log-sum-exp. The kernel also writes the new token's key and
+value into the cache. Inside a program, M are its queries and B the positions of a block of keys.
 Written in Pallas for Triton.
 """
 
@@ -27,14 +27,14 @@ from grpo_jax.kernels.kv_cache import Cache, CacheShape, DecodeStep, RingCache
 from grpo_jax.kernels.quantize import Int8
 from grpo_jax.structs import Array, ModelConfig
 
-_BLOCKS = (64, 32, 16)  # positions in a block; the first that divides
-_WARPS, _STAGES = 4, 3  # of a program: groups of 32 threads, and blocks on their way
+_BLOCKS = (64, 32, 16)  # positions in a block: the first that divides the cache
+_WARPS, _STAGES = 4, 3  # of a program: warps, and blocks in flight
 _LEAST, _MOST = 16, 64  # queries of a program
 _HIDDEN = -1e30
 
 
 def why_unavailable(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
-    """Why the kernel cannot be used, or ""."""
+    """The reason why the kernel cannot be used; "" if it can."""
     if in_general := pallas_triton.why_unavailable(mesh, dtype):
         return in_general
     if model.has_windows:
@@ -46,9 +46,9 @@ def why_unavailable(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class TritonDecode(RingCache):
-    """A `RingCache` whose keys are laid out as values are, [..., positions, H]; no windows."""
+    """A `RingCache` with keys in the layout of values, [..., positions, H]; without windows."""
 
-    interpret: bool = False  # anywhere, for a test
+    interpret: bool = False  # runs on any device, for tests
 
     def empty(self, shape: CacheShape, dtype: Any) -> tuple[Cache, Cache]:
         def make(lead: tuple[int, ...], positions: int) -> Cache:
@@ -77,8 +77,8 @@ class TritonDecode(RingCache):
     ) -> tuple[Array, tuple[Cache, Cache]]:
         assert step.window is None, "there is no window in the kernel"
         prefix, own = cache
-        heads = jnp.concatenate([q_RWNH, k_RWKH, v_RWKH], axis=2)  # as one product gives them
-        # What a lane that is not live gives means nothing: it reads nothing of its own.
+        heads = jnp.concatenate([q_RWNH, k_RWKH, v_RWKH], axis=2)  # the kernel splits them again
+        # The output of an idle lane is not used, so it reads none of its own cache.
         last_RW = jnp.where(step.live_RW, step.time_RW, 0)
         run = functools.partial(_attend, heads, step.cos_sin, interpret=self.interpret)
         first, _ = run(prefix, _range(step.prompt_length_R[:, None] - 1), _positions(prefix))
@@ -89,8 +89,8 @@ class TritonDecode(RingCache):
 def share_read(tokens_B: np.ndarray, steps: int, lanes: int, limit: int) -> float:
     """The share of the lanes' own cache that a decode step reads, the mean over `steps`.
 
-    `tokens_B`: how many tokens each completion decodes, in whatever lane. Its first token and an
-    idle lane read nothing.
+    `tokens_B`: the number of tokens that each completion decodes, in any lane. A completion's first
+    token reads nothing, and neither does an idle lane.
     """
     whole_B, rest_B = np.divmod(np.maximum(tokens_B.astype(np.int64) - 1, 0), _BLOCKS[0])
     blocks_B = _BLOCKS[0] * whole_B * (whole_B + 1) // 2 + rest_B * (whole_B + 1)
@@ -98,7 +98,7 @@ def share_read(tokens_B: np.ndarray, steps: int, lanes: int, limit: int) -> floa
 
 
 def _blocks(limit: int) -> int:
-    """Of a lane's own cache."""
+    """The number of blocks in a lane's own cache."""
     return -(-limit // _BLOCKS[0])
 
 
@@ -122,14 +122,14 @@ def _attend(
     after: tuple[Array, Array] | None = None,
     interpret: bool,
 ) -> tuple[tuple[Array, ...], Cache]:
-    """Queries over the positions of a range, which goes round the end at `limit`, and the cache.
+    """Attention of queries to a range of positions, which wraps around at `limit`; and the cache.
 
-    `heads_RWNH`: a new token's queries, then its keys, then its values, to be rotated by its angles
-    `cos_sin` [R, W, H/2]. Without `after` the positions are their slot's, keys and values
-    [R, K, positions, H] and ranges [R, 1, 2], and what is returned is an output, float32
-    [R, W, K, n, H], and the log-sum-exp of the scores [R, W, K, n]. `after` is that: the positions
-    are each lane's, [R, K, W, positions, H] and [R, W, 2], and the output of both and of the new
-    token is returned, as the queries are, and the cache with the new token in it.
+    `heads_RWNH`: a new token's queries, then its keys, then its values, unrotated; its angles are
+    `cos_sin` [R, W, H/2]. Without `after` the cache is the prompts': keys and values [R, K,
+    positions, H], ranges [R, 1, 2]. The result is the output, float32 [R, W, K, n, H], and the
+    log-sum-exp of the scores [R, W, K, n]. `after` takes that result, and the cache is the
+    completions': [R, K, W, positions, H], ranges [R, W, 2]. The result is then the output over
+    prompt, completion and new token, in the dtype of the queries, and the cache with the new token.
     """
     slots, lanes, number, size = heads_RWNH.shape
     of_lanes = after is not None
@@ -181,13 +181,13 @@ def _attend(
 
 
 def _by_query(lanes: int | None, rows: int, *end: int) -> pl.BlockSpec:
-    """A program's part of an array with a value, [*end], for every query."""
+    """The block that a program sees of an array with a value [*end] for every query."""
     zeros = (0,) * len(end)
     return pl.BlockSpec((None, lanes, None, rows, *end), lambda r, w, h: (r, w, h, 0, *zeros))
 
 
 def _by_key(x: Array, of_lanes: bool) -> pl.BlockSpec:
-    """A program's part of a cache: all positions of its slot, or of its lane, and head."""
+    """The block that a program sees of a cache: all positions of its slot, or lane, and head."""
     lead = 3 if of_lanes else 2
     rest, zeros = x.shape[lead:], (0,) * (x.ndim - lead)
     return pl.BlockSpec(
@@ -196,16 +196,16 @@ def _by_key(x: Array, of_lanes: bool) -> pl.BlockSpec:
 
 
 def _codes(parts: list[Array]) -> tuple[list[Array], Array]:
-    """As `quantize.int8` of a vector in parts; a kernel has no rounding."""
+    """As `quantize.int8` for a vector in parts; Triton kernels have no rounding function."""
     scale = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x)) for x in parts]) / 127
     step = jnp.where(scale == 0, 1.0, scale)
     return [jnp.floor(x / step + 0.5).astype(jnp.int8) for x in parts], scale
 
 
 class _Queries(NamedTuple):
-    """The queries M of one program, rotated and scaled, and how they were read.
+    """The queries M of one program, rotated and scaled, with their rotary angles and mask.
 
-    Queries and keys are dealt with in halves, [..., H/2] each, which a rotation mixes.
+    Queries and keys are kept as two halves, [..., H/2] each, which a rotation mixes.
     """
 
     halves: list[Array]
@@ -213,7 +213,7 @@ class _Queries(NamedTuple):
     is_there: Array  # bool [lanes, queries of each] or [queries]; their block is padded
 
     def read(self, ref: Any, *end: int) -> Array:
-        """Of another array with the same queries, [..., *end], those that are there."""
+        """Reads another array with these queries, [..., *end]; padded queries are 0."""
         mask = self.is_there
         if end:
             mask = jnp.broadcast_to(mask[..., None], (*mask.shape, *end))
@@ -254,9 +254,9 @@ def _read_queries(heads_ref, cos_ref, sin_ref, there: tuple[int, ...], rows: int
 def _add_token(
     heads_ref, first_ref, lse_ref, written: list[Any], column: Array, heads: int, queries: _Queries
 ) -> tuple[Array, Array, Array]:
-    """Puts the new token in its lane's cache; softmax over the prompt and it, as `_kernel` sums.
+    """Writes the new token to its lane's cache; returns `_kernel`'s sums over the prompt and it.
 
-    It is not looked for in the cache, where it stands once the program has ended.
+    The program does not read it from the cache: the write is visible only after the program's end.
     """
     (number, size), dtype, head = heads_ref.shape, heads_ref.dtype, pl.program_id(2)
     k = [heads_ref[number - 2 * heads + head, half] for half in _halves(size)]
@@ -286,12 +286,13 @@ def _add_token(
 def _blocks_of_range(
     last: Array, column: Array, end: Array, limit: int, size: int
 ) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
-    """How many blocks a range of columns has, and of each its first column and which are in range.
+    """The number of blocks in a range of columns, and a function of a block's number.
 
-    The range ends at `column` and has `last` columns before it, round the ring's end at `limit`.
-    `end` is the first column past it: `column` itself, or the next.
+    That function returns the block's first column and the mask of its columns in the range. The
+    range ends at `column`, and has `last` columns before it, wrapping around at `limit`. `end` is
+    the first column past it: `column` itself, or the next.
     """
-    past = jnp.maximum(last - column, 0)  # how many stand before the ring's end
+    past = jnp.maximum(last - column, 0)  # columns of the range before the ring's end
     from_here = jnp.maximum(column - last, 0)
     first, begin = from_here // size, (limit - past) // size
     upto = jnp.where(end > from_here, pl.cdiv(end, size) - first, 0)
@@ -322,8 +323,8 @@ def _kernel(
 ):
     """One program: all queries of some positions, block by block.
 
-    `there`: queries, or lanes and queries of each, that the blocks of queries are padded from. What
-    is summed is the weighted values, the largest score, and the weights after it is taken off.
+    `there`: the number of queries, or of lanes and of queries in each, without padding. The running
+    sums are the weighted values, the largest score, and the weights after it is subtracted.
     """
     gpu = pallas_triton.module()
     int8, of_lanes = number_of_kept == 4, len(there) == 1

@@ -1,7 +1,7 @@
 """The residual stream's sum and its RMS norm in one kernel, for decoding on NVIDIA GPUs.
 
-Plain XLA takes a kernel for the sums and one for the products. A decode step has so few rows that a
-kernel takes longer to start than to run. Written in Pallas for Triton.
+Plain XLA uses one kernel for the sums and one for the products. A decode step has so few rows that
+a kernel takes longer to launch than to run. Written in Pallas for Triton.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from grpo_jax.kernels import pallas_triton
 from grpo_jax.kernels.norm import Residual
 from grpo_jax.structs import Array
 
-_WARPS = 4  # of a program: groups of 32 threads
+_WARPS = 4  # of a program
 
 
 class FusedNorm(nn.Module):
-    """As `norm.AddNorm`; for a forward pass alone."""
+    """As `norm.AddNorm`, in one kernel; only for a forward pass."""
 
     epsilon: float
     dtype: Any
     scale_init: Any = nn.initializers.ones
-    interpret: bool = False  # anywhere, for a test
+    interpret: bool = False  # runs on any device, for tests
 
     @nn.compact
     def __call__(self, x: Residual) -> tuple[Array, Array]:

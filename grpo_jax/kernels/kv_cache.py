@@ -1,6 +1,6 @@
-"""The cache of keys and values, and how a new token attends to it, in plain XLA.
+"""The KV cache, and how a new token attends to it, in plain XLA.
 
-Beside the axes of `structs.py`, A are prompts on their way into slots.
+Besides the axes of `structs.py`, A are prompts that are admitted to slots.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from grpo_jax.structs import Array
 
 
 class CacheShape(NamedTuple):
-    """How much the cache of a layer holds."""
+    """The size of one layer's cache."""
 
     slots: int
     lanes: int  # of a slot
@@ -32,43 +32,43 @@ class CacheShape(NamedTuple):
 
 @struct.dataclass
 class DecodeStep:
-    """What the cache must know of the step that adds one token to every lane."""
+    """The decode step that adds one token to every lane, as the cache needs it."""
 
     prompt_length_R: Array
     time_RW: Array  # int32: the new token's position in its completion
-    live_RW: Array  # bool; what a lane that is not live gives means nothing
-    column: Array  # int32: of a ring, where every lane's new token goes
+    live_RW: Array  # bool; the output of other lanes is not used
+    column: Array  # int32: where the ring takes every lane's new token
     limit: int = struct.field(pytree_node=False)  # tokens of a completion, at most
-    # Of one layer; `transformer.decode_token` fills them in.
+    # For one layer; `transformer.decode_token` sets them.
     cos_sin: tuple[Array, Array] | None = None  # rotary angles of the new tokens, [R, W, H/2]
     window: int | None = struct.field(pytree_node=False, default=None)
 
 
 class KVCache(abc.ABC):
-    """How keys and values of a layer are kept, and how a new token attends to them.
+    """A layout of a layer's keys and values, and the attention of a new token to them.
 
     The cache itself is a pytree of arrays, made by `empty`, whose first axis is the slots.
     """
 
     @abc.abstractmethod
     def empty(self, shape: CacheShape, dtype: Any) -> Any:
-        """A cache with nothing in it."""
+        """An empty cache."""
 
     @abc.abstractmethod
     def of_prompt(self, k_RQKH: Array, v_RQKH: Array) -> Any:
-        """Prompts' rotated keys, and values, as the cache keeps them."""
+        """The rotated keys and the values of prompts, in the layout of the cache."""
 
     @abc.abstractmethod
     def admit(self, cache: Any, prompt: Any, slot_A: Array, length_A: Array, lanes: int) -> Any:
-        """The cache with prompts in their slots; a slot past the last is dropped."""
+        """The cache with prompts written to their slots; a slot number past the last is ignored."""
 
     @abc.abstractmethod
     def extend(
         self, cache: Any, q_RWNH: Array, k_RWKH: Array, v_RWKH: Array, step: DecodeStep
     ) -> tuple[Array, Any]:
-        """What one new token per lane attends to [R, W, N, H], and the cache with it.
+        """Attention of one new token per lane [R, W, N, H], and the cache with that token.
 
-        Queries and keys are still to be rotated by their angles.
+        Queries and keys come unrotated; `step.cos_sin` has their angles.
         """
 
     @abc.abstractmethod
@@ -76,15 +76,13 @@ class KVCache(abc.ABC):
         """A smaller cache: slot r has old slot `slot_R[r]`'s prompt, and its lanes `lane_RW[r]`."""
 
 
-# Keys are stored transposed, [..., K, H, positions]: 1.4 times the speed of positions first on CPU,
-# where one query meets many keys.
-Cache = tuple[
-    Array | Int8, Array | Int8
-]  # keys and values; in 8 bits a scale per head and position
+# Keys are stored transposed, [..., K, H, positions]: 1.4 times as fast as positions first on CPU,
+# where one query is multiplied with many keys.
+Cache = tuple[Array | Int8, Array | Int8]  # keys and values; int8: a scale per head and position
 
 
 def prefix_cache(k_RQKH: Array, v_RQKH: Array, *, int8: bool = False) -> Cache:
-    """A prompt's keys [R, K, H, Q] and values [R, K, Q, H] as decoding reads them."""
+    """A prompt's keys [R, K, H, Q] and values [R, K, Q, H], as `decode` reads them."""
     keys, values = jnp.transpose(k_RQKH, (0, 2, 3, 1)), jnp.transpose(v_RQKH, (0, 2, 1, 3))
     return (quantize.int8(keys, 2), quantize.int8(values, 3)) if int8 else (keys, values)
 
@@ -101,8 +99,8 @@ def empty_cache(shape: tuple[int, ...], positions: int, size: int, dtype, *, int
 def write(cache: Cache, k_RWKH: Array, v_RWKH: Array, column: Array) -> Cache:
     """The completions' cache (keys [R, K, W, H, S], values [R, K, W, S, H]) with one token added.
 
-    Every lane writes the same column, whatever the position of its token: one slice, where a column
-    for each lane is a scatter.
+    Every lane writes the same column, whatever the position of its token. That is one slice; a
+    column for each lane would be a scatter.
     """
     k, v = cache
     k_new = jnp.swapaxes(k_RWKH, 1, 2)[..., None]
@@ -120,8 +118,8 @@ def write(cache: Cache, k_RWKH: Array, v_RWKH: Array, column: Array) -> Cache:
 def decode(q_RWNH: Array, prefix: Cache, own: Cache, step: DecodeStep) -> Array:
     """One new token per lane attends to its slot's prompt and to its own past, [R, W, N, H].
 
-    Its key stands in `step.column` of `own` already, and those before it in the columns before,
-    round the end.
+    Its key is already in column `step.column` of `own`, and earlier keys in the columns before it,
+    wrapping around the ring's end.
     """
     column, window = step.column, step.window
     (prefix_k, prefix_v), (own_k, own_v) = prefix, own
@@ -132,7 +130,7 @@ def decode(q_RWNH: Array, prefix: Cache, own: Cache, step: DecodeStep) -> Array:
         codes = kept.codes if isinstance(kept, Int8) else kept
         return jnp.einsum(spec, x, codes.astype(dtype), preferred_element_type=jnp.float32)
 
-    # The heads stand before the lanes in all of them: in any other order XLA turns the cache round.
+    # Heads come before lanes in all arrays: in any other order XLA transposes the cache.
     score_prefix = product("rkwnh,rkhq->rkwnq", q_RKWnH, prefix_k)
     score_own = product("rkwnh,rkwhs->rkwns", q_RKWnH, own_k)
     if isinstance(own_k, Int8):
@@ -162,8 +160,8 @@ def decode(q_RWNH: Array, prefix: Cache, own: Cache, step: DecodeStep) -> Array:
 class RingCache(KVCache):
     """The cache in plain XLA.
 
-    A pair: the prompts', keys [R, K, H, Q] and values [R, K, Q, H], and the completions', keys
-    [R, K, W, H, S] and values [R, K, W, S, H], S = C columns that are written round and round.
+    A pair: the prompts', keys [R, K, H, Q] and values [R, K, Q, H], and the completions', keys [R,
+    K, W, H, S] and values [R, K, W, S, H], S = C columns, written as a ring.
     """
 
     int8: bool = False

@@ -1,7 +1,7 @@
 """Attention through any mask in plain XLA, as one of the kernels of `fused_attention.py`.
 
-A completion's window reaches back into its prompt by as much as its own tokens leave of it, which
-is known when the program runs. The kernels' masks are fixed when it is compiled.
+A completion's window reaches into its prompt by what its own tokens leave of the window, which is
+known only when the program runs. The masks of the other kernels are fixed when it is compiled.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from grpo_jax.structs import Array
 
 @dataclasses.dataclass(frozen=True)
 class MaskedAttention:
-    """As `FusedAttention.kernel`; `seen_BTS` in place of the segments says what a query sees."""
+    """As `FusedAttention.kernel`, with the mask `seen_BTS` in place of the segments."""
 
-    seen_BTS: Array  # bool
+    seen_BTS: Array  # True where a query sees a key
 
     def with_lse(self, q: Array, k: Array, v: Array, segment_BT: Array, segment_BS: Array):
         score = self._scores(q, k)
-        lse_BKnT = jnp.maximum(_log_sum_exp(score), HIDDEN)  # of no key; else it is -inf
+        lse_BKnT = jnp.maximum(_log_sum_exp(score), HIDDEN)  # finite also for a query without keys
         weight = jnp.exp(score - lse_BKnT[..., None]).astype(v.dtype)
         out = jnp.einsum("bknts,bskh->btknh", weight, v, preferred_element_type=jnp.float32)
         return out.astype(q.dtype).reshape(q.shape), _by_query(lse_BKnT)

@@ -11,17 +11,17 @@ from grpo_jax.structs import Array
 
 
 class Residual(NamedTuple):
-    """The residual stream [..., D], in two parts that stand for their sum.
+    """The residual stream [..., D] as two parts, whose sum it is.
 
-    So the norm that reads it next can add them on its way, as `gpu_norm.FusedNorm` does.
+    The next norm adds them: `gpu_norm.FusedNorm` does so in the same kernel.
     """
 
     states: Array
-    branch: Array  # what attention or the MLP found last
+    branch: Array  # the output of the last attention or MLP
 
     @staticmethod
     def of(states: Array) -> Residual:
-        """States with nothing to add; XLA drops the zeros."""
+        """States with a branch of zeros, which XLA removes."""
         return Residual(states, jnp.zeros_like(states))
 
     def sum(self) -> Array:

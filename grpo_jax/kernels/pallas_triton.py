@@ -1,4 +1,4 @@
-"""What kernels in Pallas for Triton share: where they can be used, and how they are built."""
+"""Common parts of the Pallas kernels for Triton: availability, and options of `pallas_call`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grpo_jax.devices import sharding
 
 
 def why_unavailable(mesh: Mesh, dtype: Any) -> str:
-    """Why no kernel can be used for activations of `dtype`, or ""."""
+    """The reason why these kernels cannot be used for activations of `dtype`; "" if they can."""
     if not sharding.is_gpu(mesh):
         return f"it is for NVIDIA GPUs, and the devices are {mesh.devices.flat[0].platform}s"
     if mesh.shape["tensor"] > 1:
@@ -30,15 +30,15 @@ def why_unavailable(mesh: Mesh, dtype: Any) -> str:
 
 
 def module() -> Any:
-    """The module of JAX in which kernels are written."""
-    with warnings.catch_warnings():  # deprecated, and what there is
+    """JAX's module with Triton's operations for Pallas."""
+    with warnings.catch_warnings():  # deprecated, but there is no other
         warnings.simplefilter("ignore", DeprecationWarning)
         from jax.experimental.pallas import triton
     return triton
 
 
 def options(interpret: bool, **params: int) -> dict[str, Any]:
-    """`pallas_call`'s arguments with Triton's parameters; `interpret`: any device, for tests."""
+    """Arguments of `pallas_call` with Triton's parameters; `interpret` runs on any device."""
     if interpret:
         return {"interpret": True}
     return {"compiler_params": module().CompilerParams(**params)}

@@ -1,7 +1,7 @@
-"""Weights, keys and values in 8 bits, for sampling alone: half or a quarter of what decoding reads.
+"""int8 weights, keys and values, for sampling alone: decoding reads half or a quarter of the bytes.
 
-The codes go into the product as they are, and its result, or what it is summed with, is multiplied
-by the scale: no second copy of a weight or of the cache is made.
+Products take the codes themselves, and the scale multiplies the result (for attention's values, the
+weights of the sum). So no second copy of a weight or of the cache is made.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from grpo_jax.structs import Array, Params
 
 @struct.dataclass
 class Int8:
-    """An array of codes times their scale."""
+    """An array in int8: codes times their scale."""
 
     codes: Array  # int8, -127 to 127
-    scale: Array  # float32, without the axis of the codes that shares it
+    scale: Array  # float32, in the shape of the codes without the axis that shares a scale
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -28,24 +28,24 @@ class Int8:
 
     @property
     def T(self) -> Int8:  # noqa: N802
-        """The transpose of a matrix; its scale belongs to the rows or columns that it did."""
+        """The transpose of a matrix; each scale stays with its row or column."""
         return Int8(self.codes.T, self.scale)
 
 
 def int8(x: Array, axis: int) -> Int8:
-    """`x` to the nearest of 255 equal steps, from minus to plus the largest along `axis`."""
+    """`x` rounded to 255 equal steps between plus and minus its largest magnitude along `axis`."""
     scale = jnp.abs(x).max(axis=axis).astype(jnp.float32) / 127
     steps = x.astype(jnp.float32) / jnp.expand_dims(jnp.where(scale == 0, 1.0, scale), axis)
     return Int8(jnp.round(steps).astype(jnp.int8), scale)
 
 
-# The axis that shares a scale, by a parameter's name: each output of a dense layer has its own, and
-# each token of the embedding, which is an output where it is the head too.
+# The axis that shares a scale, by a parameter's name: a dense layer has a scale per output, the
+# embedding one per token (an output too if it is the head).
 _SHARED = {"kernel": -2, "embedding": -1}
 
 
 def weights(params: Params, dtype: Any) -> Params:
-    """Kernels and embeddings in 8 bits; norms and biases cast to `dtype`."""
+    """Parameters for sampling: kernels and embeddings in int8, norms and biases cast to `dtype`."""
 
     def one(path, x: Array) -> Array | Int8:
         axis = _SHARED.get(path[-1].key)
@@ -55,7 +55,7 @@ def weights(params: Params, dtype: Any) -> Params:
 
 
 def weight_axes(axes: Params) -> Params:
-    """The logical axes of what `weights` gives, from those of the parameters."""
+    """The logical axes of the result of `weights`, from those of the parameters."""
 
     def one(path, names: tuple) -> tuple | Int8:
         axis = _SHARED.get(path[-1].key)
@@ -69,7 +69,7 @@ def weight_axes(axes: Params) -> Params:
 
 
 def product(x: Array, kernel: Array | Int8, dtype: Any) -> Array:
-    """`x` [..., in] times the kernel [in, out], multiplied in x's dtype, as `dtype`."""
+    """`x` [..., in] times the kernel [in, out], multiplied in x's dtype, returned in `dtype`."""
     of_codes = isinstance(kernel, Int8)
     y = jnp.einsum(
         "...i,io->...o",

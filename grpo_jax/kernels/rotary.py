@@ -14,9 +14,9 @@ def rotary(position: Array, inv_freq: Array) -> tuple[Array, Array]:
 
 
 def rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
-    """Heads [..., heads, H] turned by their rotary angles (Su et al. 2021, arXiv:2104.09864).
+    """Heads [..., heads, H] rotated by their rotary angles (Su et al. 2021, arXiv:2104.09864).
 
-    Pairs are (i, i + H/2), the layout of the Hugging Face checkpoints.
+    Pairs are (i, i + H/2), as in Hugging Face checkpoints.
     """
     cos, sin = (t[..., None, :] for t in cos_sin)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -1,14 +1,14 @@
-"""Decoding's attention by the ragged paged attention kernel that JAX ships for TPUs.
+"""Attention in decoding by the ragged paged attention kernel that JAX ships for TPUs.
 
-The cache of a slot is pages of 16 positions: those of its prompt, which its lanes share, and those
-of each lane's completion. A lane's keys are its prompt's full pages and then its own pages, of
-which the first begins with what is left of the prompt: less than a page is copied, once a lane. The
-kernel takes the pages of a lane by their numbers and reads no more of them than hold its tokens,
-to a block of pages; it reads a prompt once for each of its lanes, where `kv_cache.decode` reads it
-once for all of them, but a completion's cache up to the limit. It does not write the new token.
+The cache of a slot is pages of 16 positions: the prompt's pages, which all lanes share, and the
+pages of each lane's completion. A lane's keys are the prompt's full pages, then its own pages. The
+first own page begins with the rest of the prompt: less than a page is copied per lane. The kernel
+gets the page numbers of each lane and reads only pages that hold its tokens, rounded up to a block
+of pages. It reads a prompt once for each lane. In contrast, `kv_cache.decode` reads a prompt once
+for all lanes, but a completion's cache up to its limit. The kernel does not write the new token.
 
-Beside the axes of `structs.py`, B are the lanes of all slots here, E the pages of a lane in their
-order, and A prompts on their way into slots.
+Besides the axes of `structs.py`, B are the lanes of all slots here, E the pages of a lane in order,
+and A prompts that are admitted to slots.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from grpo_jax.kernels.kv_cache import CacheShape, DecodeStep, KVCache
 from grpo_jax.structs import Array, ModelConfig
 
 PAGE = 16  # positions; the engine pads prompts to a multiple of it
-_PAGES_AT_ONCE, _LANES_AT_ONCE = 16, 8  # in a block of the kernel
+_PAGES_AT_ONCE, _LANES_AT_ONCE = 16, 8  # in one block of the kernel
 
 
 def why_unavailable(cache: str, model: ModelConfig, mesh: Mesh) -> str:
-    """Why `rollout.attention = "ragged"` cannot be used, or ""."""
+    """The reason why `rollout.attention = "ragged"` cannot be used; "" if it can."""
     if mesh.devices.flat[0].platform != "tpu":
         return f"it is for TPUs, and the devices are {mesh.devices.flat[0].platform}s"
     if mesh.shape["tensor"] > 1:
@@ -45,7 +45,8 @@ def why_unavailable(cache: str, model: ModelConfig, mesh: Mesh) -> str:
         )
     if cache != "auto":
         return (
-            f'rollout.kv_cache_dtype = "{cache}" keeps a scale for each position, and it takes one'
+            f'rollout.kv_cache_dtype = "{cache}" has a scale for each position, and the kernel '
+            "takes a single one"
         )
     return ""
 
@@ -54,11 +55,11 @@ def why_unavailable(cache: str, model: ModelConfig, mesh: Mesh) -> str:
 class RaggedPagedDecode(KVCache):
     """The cache as one array of pages, read by the TPU's kernel.
 
-    [R, pages of a slot, PAGE, 2 * K, H], of a slot the prompt's first, then each lane's; keys and
-    values of a head lie beside each other.
+    Its shape is [R, pages of a slot, PAGE, 2 * K, H]: the prompt's pages first, then each lane's.
+    Keys and values of a head are adjacent.
     """
 
-    interpret: bool = False  # anywhere, for a test
+    interpret: bool = False  # runs on any device, for tests
 
     def empty(self, shape: CacheShape, dtype: Any) -> Array:
         pages = shape.prompt_tokens // PAGE + shape.lanes * _own_pages(shape.limit)
@@ -123,19 +124,19 @@ class RaggedPagedDecode(KVCache):
 
 
 def _own_pages(limit: int) -> int:
-    """Pages of a completion of at most `limit` tokens, with what is left of its prompt."""
+    """The number of pages for a completion of `limit` tokens and the rest of its prompt."""
     return -(-(PAGE - 1 + limit) // PAGE)
 
 
 def _beside(k: Array, v: Array) -> Array:
-    """Keys and values [..., K, H] as [..., 2 * K, H], those of a head beside each other."""
+    """Keys and values [..., K, H] as [..., 2 * K, H], those of a head adjacent."""
     return jnp.stack([k, v], axis=-2).reshape(*k.shape[:-2], -1, k.shape[-1])
 
 
 def _table(length_R: Array, lanes: int, pages: int, own: int) -> Array:
-    """The numbers of each lane's pages in their order, int32 [R * W, E], over all slots' pages.
+    """The page numbers of each lane, in order, int32 [R * W, E]; they count the pages of all slots.
 
-    A slot has so many `pages`, of which each lane has `own`.
+    A slot has `pages` pages; `own` of them belong to each lane.
     """
     num_prompt = pages - lanes * own
     full_R11 = (length_R // PAGE)[:, None, None]

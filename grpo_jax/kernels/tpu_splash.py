@@ -23,13 +23,13 @@ from grpo_jax.kernels.fused_attention import FusedAttention
 from grpo_jax.structs import Array, ModelConfig
 
 _READ_IN = ((0, 10), (0, 11), (0, 12))
-_LANES = 128  # queries and keys come in multiples of it
+_LANES = 128  # the kernel takes multiples of it as lengths
 
 
 def choose(option: str, model: ModelConfig, mesh: Mesh) -> AttentionKernels:
-    """The functions that `config.model.attention` names: these kernels, or plain XLA's.
+    """The attention functions that `config.model.attention` names: these kernels, or plain XLA.
 
-    "auto" takes the kernels on TPUs. Raises ValueError where they are asked for and cannot be had.
+    "auto" takes the kernels on TPUs. Raises ValueError if "splash" is set and not available.
     """
     on_tpu = mesh.devices.flat[0].platform == "tpu"
     reason = ""
@@ -40,7 +40,7 @@ def choose(option: str, model: ModelConfig, mesh: Mesh) -> AttentionKernels:
     if option == "splash" and reason:
         raise ValueError(
             f'model.attention = "splash": {reason}. Set it to "xla", or to "auto", which takes '
-            "them where they can be had."
+            "them where they are available."
         )
     if option == "xla" or reason:
         if on_tpu and option == "auto":
@@ -51,7 +51,7 @@ def choose(option: str, model: ModelConfig, mesh: Mesh) -> AttentionKernels:
 
 @dataclasses.dataclass(frozen=True)
 class Splash(FusedAttention):
-    """The kernels, compiled for a TPU, or interpreted anywhere for a test."""
+    """Attention by the splash kernels, compiled for a TPU or interpreted for tests."""
 
     interpret: bool = False
 
@@ -63,7 +63,7 @@ class Splash(FusedAttention):
 class _Kernel:
     """As `FusedAttention.kernel`.
 
-    Queries and keys are padded, with what no query sees, to lengths that the kernel takes.
+    Queries and keys are padded to lengths that the kernel takes; no query sees the padding.
     """
 
     causal: bool
@@ -124,7 +124,7 @@ def _heads_first(x: Array) -> Array:
 
 
 def _block(length: int) -> int:
-    """Queries or keys that the kernel takes at once."""
+    """The kernel's block size for this number of queries or keys."""
     return next(size for size in (512, 256, _LANES) if length % size == 0)
 
 
@@ -139,7 +139,7 @@ def _padded(*arrays: Array) -> tuple[Array, ...]:
 
 
 def _segments(segment_BT: Array, segment_BS: Array) -> kernel_lib.SegmentIds:
-    """The same, -1 after the queries and -2 after the keys, which see nothing of each other."""
+    """Segment ids, padded with -1 for queries and -2 for keys, so that padding sees nothing."""
     fill = lambda x, value: jnp.pad(  # noqa: E731
         x, ((0, 0), (0, -x.shape[1] % _LANES)), constant_values=value
     )

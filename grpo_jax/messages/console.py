@@ -1,4 +1,4 @@
-"""The terminal: lines as they stand, without keys and what it would obey."""
+"""Output on the terminal: lines without markup, secrets or control characters."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from grpo_jax.messages.credentials import redact
 
 
 class _Output:
-    """Standard output as it is now; what it does not take is lost, and ends no run.
+    """The current `sys.stdout`. Text that it cannot take is lost; a failed write ends no run.
 
-    As where a disk that a log goes to is full, or whoever read a pipe has gone.
+    A write fails if a log's disk is full, or if the reader of a pipe has gone.
     """
 
     def write(self, text: str) -> int:
@@ -41,7 +41,7 @@ class _Output:
 console = Console(file=_Output(), highlight=False)
 
 
-# What `logging.console` may be, with what each does.
+# The values of `logging.console`, with their meanings.
 WAYS = {
     "auto": "all of it: a bar on a terminal, lines elsewhere",
     "quiet": "warnings, evaluations and the end",
@@ -51,14 +51,14 @@ _way = "auto"
 
 
 def show_as(way: str) -> None:
-    """From now on what is said goes as one of `WAYS` has it."""
+    """Sets the way of output, one of `WAYS`, for this process."""
     global _way
     assert way in WAYS
     _way = way
 
 
 def is_full() -> bool:
-    """Whether all is shown, tables and bars too."""
+    """Whether everything is shown, tables and bars too."""
     return _way == "auto"
 
 
@@ -67,11 +67,11 @@ def is_json() -> bool:
 
 
 def say(text: str, *, always: bool = False, whole: bool = False) -> None:
-    """Prints one line as it stands: no markup, no keys or passwords.
+    """Prints one line: no markup, and no keys or passwords.
 
-    A terminal gets it in lines that end between words, unless it is to be `whole`, as a command
-    that a person copies; a file never. `always`: also where only warnings, which begin with that
-    word, are said.
+    On a terminal the line wraps between words, unless `whole`: a command that a person copies must
+    not wrap. In a file it never wraps. With "quiet" only warnings are printed, lines that begin
+    with "warning: ", and lines with `always`.
     """
     is_warning = text.startswith("warning: ")
     if _way == "json":
@@ -96,9 +96,9 @@ def in_words(text: str, width: int) -> str:
 
 
 def line(values: Mapping[str, Any]) -> None:
-    """Prints values as a line of JSON where that is the way, and else nothing.
+    """Prints values as a line of JSON if `logging.console` is "json", else nothing.
 
-    "time" is when, in seconds of the epoch.
+    It adds "time", seconds since the epoch.
     """
     if _way == "json":
         values = plain({**values, "time": round(time.time(), 3)})
@@ -106,7 +106,7 @@ def line(values: Mapping[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """What JSON can hold of a value: no keys or passwords, null for NaN and inf."""
+    """A value as JSON can hold it: without keys and passwords, None for NaN and inf."""
     if isinstance(value, Mapping):
         return {str(name): plain(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -121,9 +121,9 @@ def plain(value: Any) -> Any:
 
 
 def one_line(text: str, limit: int = 2000) -> str:
-    """A message as a program ends with it: like what `say` prints, in one line, long ones cut.
+    """The message that a program ends with: printable, without secrets, in one line, cut if long.
 
-    Names in files and data stand in messages; they may hold what a terminal would obey.
+    Messages quote names from files and data, which may hold control characters.
     """
     return cut_middle(" ".join(printable(redact(text)).split()), limit)
 
@@ -143,8 +143,8 @@ def cut_middle(text: str, limit: int) -> str:
     return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 
-# What a terminal or a page obeys: controls, the order of writing, and invisible marks; not tabs,
-# nor the joiners of Persian, of Indic scripts and of emoji.
+# Characters that change how a terminal or a page shows text: controls, writing order, invisible
+# marks. Not tabs, nor the joiners of Persian, of Indic scripts and of emoji.
 _OBEYED = re.compile(
     "[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069"
     "\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
@@ -152,11 +152,11 @@ _OBEYED = re.compile(
 
 
 def visible(text: str) -> str:
-    """`text` with the characters spelled out that a terminal would obey; ends of lines remain."""
+    """`text` with control characters spelled out as escapes, except line feeds and tabs."""
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def printable(text: str) -> str:
-    """`visible`, and what the terminal's encoding lacks spelled out as well."""
+    """As `visible`; characters that the terminal's encoding lacks are spelled out too."""
     encoding = console.encoding
     return visible(text).encode(encoding, "backslashreplace").decode(encoding)

@@ -1,8 +1,8 @@
-"""What happens to a run, told to who does not read along: `logging.on_event`, and JSON lines.
+"""Events of a run, for other programs: the command `logging.on_event`, and JSON lines.
 
-The command gets an event's name in GRPO_JAX_EVENT, the run's folder in GRPO_JAX_WORKDIR, and all
-there is to know as one JSON object on its standard input: "event", "text", "workdir", "time" (of
-the epoch, s) and what is known of that event. No shell reads it, and it hears of `COMMANDED` alone.
+The command gets an event's name in GRPO_JAX_EVENT, the run's folder in GRPO_JAX_WORKDIR, and one
+JSON object on its standard input: "event", "text", "workdir", "time" (seconds since the epoch) and
+the facts of that event. It runs without a shell, and only for the events in `COMMANDED`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LIMIT_S = 30.0  # for one call
 
 
 def happened(event: str, text: str, **facts: Any) -> None:
-    """Tells of an event: a line where `logging.console` is "json", and the command's call."""
+    """Reports an event: prints a line if `logging.console` is "json", and calls the command."""
     console.line({"event": event, "text": text, **facts})
     if event in COMMANDED:
         for command in _listening:
@@ -37,10 +37,10 @@ def happened(event: str, text: str, **facts: Any) -> None:
 
 @contextlib.contextmanager
 def told_to(command: str, workdir: Path) -> Iterator[None]:
-    """While entered, `command` is called at each event; "" is none.
+    """While entered, `command` is called at each event; "" means no command.
 
-    On leaving it waits for the calls, each of which has its time. Raises ValueError for what is no
-    command, or is not there.
+    On leaving it waits for the calls, each of which has a time limit. Raises ValueError if it is no
+    command, or if the program does not exist.
     """
     if not command:
         yield
@@ -55,13 +55,13 @@ def told_to(command: str, workdir: Path) -> Iterator[None]:
 
 
 def wait() -> None:
-    """Waits for the calls that are under way, as before the process is ended."""
+    """Waits for running calls of the command; call it before the process ends."""
     for command in _listening:
         command.wait()
 
 
 def words(command: str) -> list[str]:
-    """A command's program and arguments; raises ValueError for what is none, or is not there."""
+    """A command's program and arguments; raises ValueError if there is no such program."""
     try:
         found = shlex.split(command)
     except ValueError as error:
@@ -76,7 +76,7 @@ def words(command: str) -> list[str]:
 
 
 class _Command:
-    """The command of one run. Each call is in a thread: what hangs holds nothing."""
+    """The command of one run. Each call has its own thread, so a hanging call delays nothing."""
 
     def __init__(self, argv: list[str], workdir: Path):
         self._argv, self._workdir = argv, str(Path(workdir).absolute())
@@ -97,7 +97,7 @@ class _Command:
 
     def _call(self, event: str, given: str) -> None:
         variables = {"GRPO_JAX_EVENT": event, "GRPO_JAX_WORKDIR": self._workdir}
-        with tempfile.TemporaryFile() as said:  # a pipe would be held by what it leaves running
+        with tempfile.TemporaryFile() as said:  # programs it leaves running would hold a pipe open
             try:
                 process = subprocess.Popen(
                     self._argv,
@@ -114,7 +114,7 @@ class _Command:
                 process.communicate(given.encode(), timeout=_LIMIT_S)
             except subprocess.TimeoutExpired:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # with all that it started
+                    os.killpg(process.pid, signal.SIGKILL)  # with all its children
                 process.wait()
                 self._complain(event, f"it took more than {_LIMIT_S:g} s, and was ended")
                 return
@@ -124,7 +124,7 @@ class _Command:
                 self._complain(event, f"status {process.returncode}{': ' * bool(last)}{last}")
 
     def _complain(self, event: str, why: str) -> None:
-        """Told once."""
+        """Prints a warning, once per run."""
         with self._lock:
             if self._complained:
                 return

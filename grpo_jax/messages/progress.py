@@ -1,4 +1,4 @@
-"""How far something is: a bar on a terminal, lines elsewhere."""
+"""Progress: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from grpo_jax.messages import console
 from grpo_jax.messages.console import say
 
 _WIDE = 110  # columns of a terminal that has room for a bar
-_LONGEST_S = 60.0  # without a line, where there is no bar
-_FIRST_TO_GO = ("speed", "accuracy", "elapsed", "left", "phase")  # facts that have no room
+_LONGEST_S = 60.0  # between two lines, if there is no bar
+_FIRST_TO_GO = ("speed", "accuracy", "elapsed", "left", "phase")  # left out first on a narrow terminal
 
 
 def show_progress(noun: str, state: Callable[[], tuple[int, int]]) -> None:
-    """A bar on a terminal until `state()`, (done, total), is done; elsewhere it only waits."""
+    """Waits until `state()`, (done, total), is complete; on a terminal it shows a bar."""
     bar = progress.Progress(
         progress.TextColumn(noun),
         progress.MofNCompleteColumn(),
@@ -36,11 +36,11 @@ def show_progress(noun: str, state: Callable[[], tuple[int, int]]) -> None:
 
 
 class Progress:
-    """Shows how far a run is: a bar on a terminal, elsewhere a line every `every_steps` steps.
+    """Shows a run's progress: a bar on a terminal, elsewhere a line every `every_steps` steps.
 
-    And at least one a minute, where steps are slow. With `every_s`, where steps take no time, a
-    line after so many seconds, and in the end. As JSON each step has its line, with all its
-    metrics. A context manager; `update` is called after each step.
+    If steps are slow, it prints at least one line a minute. With `every_s`, for very short steps,
+    it prints a line after that many seconds and at the end. As JSON it prints a line for each step,
+    with all metrics. A context manager; `update` is called after each step.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Progress:
             self._bar.stop()
 
     def update(self, num_steps_done: int, values: Mapping[str, float]) -> None:
-        """Shows that `num_steps_done` of the run's steps are done, with metrics of the newest."""
+        """Shows that `num_steps_done` of the run's steps are done, with the metrics of the last."""
         now = time.monotonic()
         # The first step compiles, and says nothing about the time of the others.
         if self._after_first is None:
@@ -113,7 +113,7 @@ class Progress:
         return done % self._every == 0 or done in (self._first + 1, self._total)
 
     def _told(self) -> str:
-        """What stands beside the bar; without one, the step too. The clock goes on in a step."""
+        """The text beside the bar; without a bar, the step and the text. It is drawn again by time."""
         facts = self._facts(time.monotonic())
         if self._is_wide:
             return "  ".join(facts.values())
@@ -141,7 +141,7 @@ class Progress:
 
 
 class _Facts(progress.ProgressColumn):
-    """A text as it is whenever it is drawn."""
+    """A column whose text is computed each time it is drawn."""
 
     def __init__(self, text: Callable[[], str], column: Column):
         super().__init__(table_column=column)

@@ -1,4 +1,4 @@
-"""Values and texts of any size as a message shows them."""
+"""Values and texts of any size, shortened for messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 def shown(value: Any, limit: int = 200) -> str:
     """A value's repr, cut; cheap for long texts and large numbers."""
-    if type(value) is int and value.bit_length() > 998:  # Python refuses to write the largest
+    if type(value) is int and value.bit_length() > 998:  # Python refuses to print very large ones
         return "10^300 or more"
     long = isinstance(value, str) and len(value) > limit
     text = repr(value[:limit] if long else value)
@@ -15,5 +15,5 @@ def shown(value: Any, limit: int = 200) -> str:
 
 
 def cut(text: str, limit: int = 80) -> str:
-    """The beginning of a text, at most so many characters."""
+    """The beginning of a text, at most `limit` characters."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

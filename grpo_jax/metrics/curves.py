@@ -1,6 +1,6 @@
-"""The picture of a run, or of several beside each other, drawn from their metrics.
+"""Draws the curves of a run, or of several runs for comparison, from their metrics.
 
-Raw values are faint, their running means strong. Where a step has no value a line has a gap.
+Raw values are faint, their running means strong. A line has a gap at a step without a value.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from grpo_jax.metrics import history as history_lib
 from grpo_jax.metrics.history import History, Series
 from grpo_jax.metrics.panels import COMPILING, JOINED, OTHER, PHASES, Line, Panel, panels
 
-if TYPE_CHECKING:  # else imported by what draws: a run begins half a second earlier
+if TYPE_CHECKING:  # otherwise imported when drawing: saves half a second at a run's start
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito 2008, "Color Universal Design": told apart by those who see few colours.
+# Okabe and Ito 2008, "Color Universal Design": distinct also with colour blindness.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D5560")
-_DASHES = ("-", "--", ":", "-.")  # beyond the colours, and of several lines of one run
+_DASHES = ("-", "--", ":", "-.")  # for more lines than colours, and for several lines of one run
 _INK, _PALE, _GRID = "#2b2f36", "#717a86", "#e3e6ea"
 _OF_PART = dict(zip((*PHASES.values(), OTHER), (*COLORS[:5], "#c3c9d1")))
 _SIZE, _DPI = (12.5, 7.5), 120  # 1500 x 900 pixels
-_LEGEND_WIDTH = 54  # characters above a panel, of which a column's marks take seven
+_LEGEND_WIDTH = 54  # characters above a panel; a column's mark takes seven
 _LEGEND_ROW, _MAX_ROWS = 12.0, 3  # points
 
 
@@ -36,7 +36,7 @@ _LEGEND_ROW, _MAX_ROWS = 12.0, 3  # points
 def curves(workdir: str | Path) -> Path:
     """Draws `curves.png`, 1500 x 900 pixels, and `curves.svg` in `workdir`; returns the former.
 
-    Raises ValueError when there are no metrics.
+    Raises ValueError if there are no metrics.
     """
     history = history_lib.read(workdir)
     figure = _figure()
@@ -57,9 +57,9 @@ def curves(workdir: str | Path) -> Path:
 
 
 def compare(workdirs: Sequence[str | Path], names: Sequence[str], out: Path) -> Path:
-    """Draws the runs of some folders into the same panels, under these names; returns `out`.
+    """Draws the runs of several folders into the same panels, with these names; returns `out`.
 
-    An SVG stands beside it. Raises ValueError where a folder has no metrics.
+    Writes an SVG beside it. Raises ValueError if a folder has no metrics.
     """
     from matplotlib.lines import Line2D
 
@@ -89,7 +89,7 @@ def compare(workdirs: Sequence[str | Path], names: Sequence[str], out: Path) -> 
 
 
 def mean_throughput(workdir: str | Path) -> float:
-    """Tokens sampled per second of sampling, over the run; 0 where nothing was measured."""
+    """Tokens sampled per second of sampling, over the run; 0 without measurements."""
     return history_lib.mean_throughput(history_lib.read(workdir))
 
 
@@ -114,7 +114,8 @@ def _axes(figure: Figure, number: int) -> list[Axes]:
 def _finish(figure: Figure, axes: Sequence[Axes], titles: Sequence[tuple[str, str]], top: float):
     """Titles, units and legends above the panels, `top` inches below the figure's upper end.
 
-    Placed by hand: matplotlib's layouts draw all of it twice, and widths differ from run to run.
+    They are placed by hand: matplotlib's layouts draw everything twice, with widths that differ
+    between runs.
     """
     if not axes:
         figure.text(0.5, 0.5, "nothing is measured yet", ha="center", color=_PALE)
@@ -130,7 +131,7 @@ def _finish(figure: Figure, axes: Sequence[Axes], titles: Sequence[tuple[str, st
         ax.set_title(unit, loc="right", color=_PALE, fontsize=8, pad=pad)
         _legend(ax, *shape, pad)
     width, height = _SIZE
-    head, foot = 0.36, 0.42  # inches of a title, and of what stands below a panel
+    head, foot = 0.36, 0.42  # inches of a title, and of the text below a panel
     inches = [head + _LEGEND_ROW / 72 * rows for rows in above]
     gap = foot + max(inches[1:], default=0)
     each = (height - top - inches[0] - foot - gap * (num_rows - 1)) / num_rows
@@ -147,9 +148,9 @@ def _save(figure: Figure, path: Path) -> Path:
 
     for kind in ("svg", "png"):
         target = path.with_suffix(f".{kind}")
-        unfinished = target.with_name(f"{target.name}.new")  # a viewer never meets half a picture
+        unfinished = target.with_name(f"{target.name}.new")  # a viewer never sees half a picture
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "grpo_jax"}):
-            metadata = {"Date": None} if kind == "svg" else None  # the same run, the same file
+            metadata = {"Date": None} if kind == "svg" else None  # a fixed file for a run
             figure.savefig(unfinished, format=kind, metadata=metadata)
         os.replace(unfinished, target)
     return path.with_suffix(".png")
@@ -159,7 +160,7 @@ def _save(figure: Figure, path: Path) -> Path:
 
 
 def _reach(group: Sequence[Panel]) -> tuple[float, float]:
-    """The least and the largest value of a panel's lines, in all runs that it shows."""
+    """The least and the largest value of a panel's lines, over all its runs."""
     values = [v for p in group for v in [line.series[1] for line in p.lines]]
     values += [p.band[2] for p in group if p.band]
     known = np.concatenate([v[np.isfinite(v)] for v in values] or [np.zeros(0)])
@@ -205,7 +206,7 @@ def _same_steps(axes: Sequence[Axes], histories: Sequence[History]) -> None:
 
 
 def _draw_limit(ax: Axes, limit: tuple[str, float] | None) -> None:
-    """A bound that the config sets, unless the curves would lie at the bottom below it."""
+    """Draws a limit of the config, unless it would press the curves to the bottom."""
     if not limit or not ax.has_data():
         return
     (name, value), top = limit, ax.get_ylim()[1]
@@ -223,12 +224,12 @@ def _draw_alone(ax: Axes, panel: Panel) -> None:
         ax.fill_between(step, low, high, color=COLORS[0], alpha=0.12, linewidth=0,
                         label="shortest to longest")  # fmt: skip
     for i, line in enumerate(panel.lines):
-        order = 3 - i / 10  # values that lie on each other: the first is seen
+        order = 3 - i / 10  # of overlapping lines the first is on top
         _draw_line(ax, line, line.label, is_share=panel.is_share, zorder=order, **_look(i))
 
 
 def _draw_beside(ax: Axes, panel: Panel, number: int) -> None:
-    """The lines of a panel that are compared, in the colour of the run of this number."""
+    """Draws a panel's compared lines, in the colour of run `number`."""
     look = _look(number)
     for i, line in enumerate(line for line in panel.lines if line.is_compared):
         several = sum(other.is_compared for other in panel.lines) > 1
@@ -240,7 +241,7 @@ def _draw_beside(ax: Axes, panel: Panel, number: int) -> None:
 
 
 def _look(number: int) -> dict[str, str]:
-    """Colour and dashes of the line of this number."""
+    """Colour and dashes of line `number`."""
     return {
         "color": COLORS[number % len(COLORS)],
         "linestyle": _DASHES[number // len(COLORS) % len(_DASHES)],
@@ -272,7 +273,7 @@ def _draw_line(
         return
     smooth = _smooth(value)
     if len(step) > 1 and not np.array_equal(smooth, value, equal_nan=True):
-        alpha = 0.22 * min(1.0, 300 / len(step)) ** 0.5  # of many steps the lines become an area
+        alpha = 0.22 * min(1.0, 300 / len(step)) ** 0.5  # many steps would fill an area
         ax.plot(step, value, color=color, alpha=alpha, linewidth=0.9)
     ax.plot(step, smooth, color=color, linestyle=linestyle, linewidth=1.9, label=label)
     alone = _alone(value)
@@ -282,7 +283,7 @@ def _draw_line(
 def _smooth(value: np.ndarray) -> np.ndarray:
     """Running mean over a window of about 1/12 of the run, centred, shorter at the ends.
 
-    Of the values that are known; NaN where that in the middle is not.
+    It ignores unknown values, and is NaN where the value in the middle is unknown.
     """
     half, known = len(value) // 24, np.isfinite(value)
     total = np.concatenate([[0.0], np.cumsum(np.where(known, value, 0.0))])
@@ -294,13 +295,13 @@ def _smooth(value: np.ndarray) -> np.ndarray:
 
 
 def _alone(value: np.ndarray) -> np.ndarray:
-    """Where a value is known and neither neighbour is: of a line alone it would not be seen."""
+    """True for known values between unknown ones: a line alone would not show them."""
     known = np.concatenate([[False], np.isfinite(value), [False]])
     return known[1:-1] & ~known[:-2] & ~known[2:]
 
 
 def _draw_stack(ax: Axes, stack: dict[str, Series]) -> None:
-    """Seconds of a step's parts on top of each other, those of compiling hatched."""
+    """Draws the seconds of a step's parts as a stack, with compiling hatched."""
     step, compiling = stack[COMPILING]
     edges = np.append(step - 0.5, step[-1] + 0.5)
     below = np.zeros(len(step))
@@ -325,7 +326,7 @@ def _cut_peaks(ax: Axes, step: np.ndarray, total: np.ndarray) -> None:
     cut = np.flatnonzero(total > 1.12 * top)
     ax.plot(step[cut], np.full(len(cut), 1.09 * top), "^", color=_INK, markersize=4)
     near, groups = 0.3 * (step[-1] - step[0] + 1), []
-    for i in cut:  # side by side, their numbers would lie on each other
+    for i in cut:  # numbers of adjacent steps would overlap
         if groups and step[i] - step[groups[-1][0]] < near:
             groups[-1].append(i)
         else:
@@ -349,10 +350,10 @@ def _seconds(value: float) -> str:
 
 
 def _legend_shape(ax: Axes, title: str, num_columns: int) -> tuple[int, int]:
-    """Rows and columns of a panel's legend: as few rows as its names allow."""
+    """Rows and columns of a panel's legend, with as few rows as possible."""
     labels = ax.get_legend_handles_labels()[1]
     if not labels or (len(labels) == 1 and labels[0].lower() in title.lower()):
-        return 0, 0  # the title says it
+        return 0, 0  # the title suffices
     columns = len(labels)
     while columns > 1 and _width(labels, columns) > _LEGEND_WIDTH * 4 // num_columns:
         columns -= 1
@@ -365,7 +366,7 @@ def _width(labels: list[str], columns: int) -> int:
 
 
 def _legend(ax: Axes, rows: int, columns: int, pad: float) -> None:
-    """Between title and curves, where it hides nothing; one of many rows lies over the curves."""
+    """Draws the legend between title and curves; one with many rows is drawn over the curves."""
     from matplotlib.transforms import ScaledTranslation
 
     look = {"labelcolor": _INK, "handlelength": 1.3}

@@ -1,4 +1,4 @@
-"""What a run has measured: its metrics by step, and what its folder says of it."""
+"""The history of a run: its metrics by step, and its options."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ Series = tuple[np.ndarray, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """A run's metrics, steps in order, and its options by dotted name ({} where none are known)."""
+    """A run's metrics, in order of steps, and its options by dotted name ({} if unknown)."""
 
     name: str  # of its folder
     by_step: Mapping[int, Mapping[str, float | None]]
     options: Mapping[str, Any]
-    date: str  # when it began: 2026-11-29T05:56:32, or ""
+    date: str  # its start: 2026-11-29T05:56:32, or ""
 
     def names(self, prefix: str) -> list[str]:
-        """Metrics that begin so, as they first come."""
+        """Names of metrics that begin with `prefix`, in order of first occurrence."""
         rows = self.by_step.values()
         return list(dict.fromkeys(n for row in rows for n in row if n.startswith(prefix)))
 
     def series(self, name: str, *, among: str = "") -> Series:
-        """A metric over the steps; `among`: over those alone that have a metric beginning so."""
+        """A metric over the steps; `among`: only steps with a metric that begins so."""
         rows = self.by_step.items()
         steps = [s for s, row in rows if any(n.startswith(among) for n in row)]
         value = np.array([_number(self.by_step[s].get(name)) for s in steps], np.float64)
@@ -43,13 +43,13 @@ class History:
         step, value = step[span], value[span]
         if among or len(step) < 3:
             return step, value
-        # A step without any line is one without data too.
+        # A step without a line has no data either.
         apart = np.flatnonzero(np.diff(step) > 1.5 * np.median(np.diff(step)))
         between = (step[apart] + step[apart + 1]) / 2
         return np.insert(step, apart + 1, between), np.insert(value, apart + 1, np.nan)
 
     def told(self) -> str:
-        """Model, seed, length and date, as far as they are known."""
+        """Model, seed, length and date, as far as known."""
         facts = [_model(self.options)] if "model.path" in self.options else []
         if "seed" in self.options:
             facts.append(f"seed {self.options['seed']}")
@@ -61,13 +61,13 @@ class History:
 
 
 def read(workdir: str | Path) -> History:
-    """The history of a run. Raises ValueError when there are no metrics."""
+    """The history of a run. Raises ValueError if there are no metrics."""
     workdir = Path(workdir)
     path = workdir / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"There is no {path}: {workdir} is not the folder of a run.")
     by_step: dict[int, dict[str, float | None]] = {}
-    for row in read_jsonl(path):  # lines of one step are joined
+    for row in read_jsonl(path):  # several lines of a step are merged
         by_step.setdefault(row["step"], {}).update(row)
     if not by_step:
         raise ValueError(f"{path} holds no metrics yet; a run writes them after its first step.")
@@ -77,9 +77,9 @@ def read(workdir: str | Path) -> History:
 
 
 def mean_throughput(history: History) -> float:
-    """Tokens sampled per second of sampling, over the run; 0 where nothing was measured.
+    """Tokens sampled per second of sampling, over the run; 0 without measurements.
 
-    Of the steps that are logged: those that were rolled back have neither tokens nor seconds.
+    Only logged steps count: for steps that were rolled back, neither tokens nor seconds do.
     """
     tokens = seconds = 0.0
     for row in history.by_step.values():
@@ -94,7 +94,7 @@ def _number(value: float | None) -> float:
 
 
 def _record(file: Path) -> dict[str, Any]:
-    """What config.json holds; {} where it cannot be read: the curves can be drawn without."""
+    """The content of config.json; {} if it cannot be read, since curves do not need it."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -103,7 +103,7 @@ def _record(file: Path) -> dict[str, Any]:
 
 
 def _model(options: Mapping[str, Any]) -> str:
-    """The model by a short name: a hub id as it is, of a folder the end of its path."""
+    """A short name of the model: a hub id, or the end of a folder's path."""
     path = str(options["model.path"])
     if not path:
         layers, width = options.get("model.num_layers"), options.get("model.width")

@@ -1,4 +1,4 @@
-"""What a run measures: the names with their units."""
+"""The metrics of a run: names, units and meanings."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ METRICS: dict[str, Metric] = {
     "reward_std": Metric(
         "", "standard deviation of the weighted sum over all completions of the step"
     ),
-    "reward/NAME": Metric("", "mean of one reward over the completions it was given to"),
+    "reward/NAME": Metric("", "mean of one reward over the completions that have it"),
     "rewards/failed/NAME": Metric(
-        "completions", "of the step for which one reward failed, worth the least of the step, or 0"
+        "completions",
+        "completions for which one reward failed in the step; each gets that reward's least value "
+        "in the step, at most 0",
     ),
     "rewards/failed_by_timeout": Metric("completions", "rewards that took too long"),
     "rewards/failed_by_error": Metric("completions", "rewards that raised"),
@@ -27,27 +29,31 @@ METRICS: dict[str, Metric] = {
     "rewards/failed_by_memory": Metric("completions", "rewards that asked for too much memory"),
     "rewards/failed_by_died": Metric("completions", "rewards whose process ended"),
     "rewards/unscored": Metric(
-        "completions", "to which no reward function gave a number; nothing is learned from them"
+        "completions", "completions without a number from any reward function; not trained on"
     ),
-    "reward_log/NAME": Metric("", "what a reward function logged by log_metric, mean over calls"),
+    "reward_log/NAME": Metric(
+        "", "value that a reward function logged by log_metric, mean over calls"
+    ),
     "reward/NAME_std": Metric(
-        "", "standard deviation of one reward over the completions it was given to"
+        "", "standard deviation of one reward over the completions that have it"
     ),
     "accuracy": Metric(
-        "share", "completions to which rewards.accuracy gives 1, of those that it applies to"
+        "share",
+        "completions with a 1 from the reward rewards.accuracy, among those to which it applies",
     ),
     "groups/equal_share": Metric(
-        "share", "groups whose rewards are all equal, from which nothing is learned"
+        "share", "groups whose rewards are all equal, which give no policy gradient"
     ),
     "completion/length": Metric("tokens", "mean length, stop token included"),
     "completion/length_min": Metric("tokens", "shortest completion"),
     "completion/length_max": Metric("tokens", "longest completion"),
     "completion/stopped_length": Metric(
-        "tokens", "mean length of those that stopped by themselves"
+        "tokens", "mean length of completions that ended with a stop token"
     ),
     "completion/truncated_share": Metric("share", "completions cut at the token limit"),
     "policy/loss": Metric(
-        "", "the objective, negated; no sign of progress, since advantages of a group sum to 0"
+        "",
+        "the negated objective; it does not measure progress, since advantages of a group sum to 0",
     ),
     "policy/entropy": Metric("nats/token", "mean entropy of the policy at the tokens it chose"),
     "policy/kl": Metric("nats/token", "mean divergence from the frozen reference (k3)"),
@@ -58,18 +64,18 @@ METRICS: dict[str, Metric] = {
     "policy/learning_rate": Metric("", "learning rate of the last update that was made"),
     "policy/drift_mean": Metric(
         "nats",
-        "mean absolute change of log-probabilities by the updates before on the same rollout",
+        "mean absolute change of log-probabilities by earlier updates on the same rollout",
     ),
     "policy/drift_max": Metric(
-        "nats", "largest change of a log-probability by the updates before on the same rollout"
+        "nats", "largest change of a log-probability by earlier updates on the same rollout"
     ),
     "policy/sampler_gap_mean": Metric(
         "nats",
-        "mean absolute difference of the sampler's and the scorer's log-probability, the latter of "
+        "mean absolute difference of log-probabilities between the sampler and the scorer, for "
         "the policy before the step's updates",
     ),
     "policy/sampler_gap_max": Metric(
-        "nats", "largest difference of the sampler's and the scorer's log-probability"
+        "nats", "largest difference of a log-probability between the sampler and the scorer"
     ),
     "policy/importance_mean": Metric(
         "", "mean weight that corrects for the sampler's distribution; 1 without a correction"
@@ -77,42 +83,48 @@ METRICS: dict[str, Metric] = {
     "policy/importance_capped_share": Metric(
         "share", "tokens whose ratio of policy to sampler was above rollout_correction.cap"
     ),
-    "policy/skipped_updates": Metric("updates", "refused so far, as not finite or by a guard"),
-    "guards/roll_backs": Metric("", "times so far that a guard went back to a checkpoint"),
+    "policy/skipped_updates": Metric(
+        "updates", "updates skipped so far, because not finite or by a guard"
+    ),
+    "guards/roll_backs": Metric("", "number of times that a guard went back to a checkpoint"),
     "time/rollout_s": Metric("s", "sampling the completions"),
     "time/reward_s": Metric("s", "waiting for rewards after the last completion"),
     "time/update_s": Metric("s", "updating the policy"),
     "time/evaluation_s": Metric("s", "evaluating on held-out problems"),
     "time/checkpoint_s": Metric("s", "writing a checkpoint"),
     "time/step_s": Metric("s", "the whole step, with the evaluation after it"),
-    "memory/device_gib": Metric("GiB", "in use on the fullest device after the step's updates"),
-    "memory/device_peak_gib": Metric("GiB", "most that was in use there since the program began"),
-    "memory/process_gib": Metric("GiB", "main memory that the process holds (resident)"),
-    "time/compile_s": Metric(
-        "s", "compiling programs, or reading them from the cache, of the step"
+    "memory/device_gib": Metric(
+        "GiB", "memory in use on the fullest device after the step's updates"
     ),
-    "programs": Metric("", "compiled programs since the program was started"),
-    "throughput/generated_tokens_per_s": Metric("tokens/s", "sampled, over the rollout's time"),
-    "throughput/step_tokens_per_s": Metric("tokens/s", "sampled, over the whole step's time"),
+    "memory/device_peak_gib": Metric("GiB", "most memory in use on it since the program's start"),
+    "memory/process_gib": Metric("GiB", "main memory of the process (resident)"),
+    "time/compile_s": Metric("s", "compiling programs in the step, or reading them from the cache"),
+    "programs": Metric("", "compiled programs since the program's start"),
+    "throughput/generated_tokens_per_s": Metric(
+        "tokens/s", "tokens sampled, over the rollout's time"
+    ),
+    "throughput/step_tokens_per_s": Metric(
+        "tokens/s", "tokens sampled, over the whole step's time"
+    ),
     "throughput/learned_tokens_per_s": Metric(
         "tokens/s",
-        "prompts and completions learned from, over the time from the last completion to the last "
+        "prompts and completions trained on, over the time from the last completion to the last "
         "update",
     ),
     "throughput/mfu": Metric(
-        "share", "of the devices' published peak arithmetic that the step used (bfloat16)"
+        "share", "model FLOPs of the step, as a share of the devices' published peak (bfloat16)"
     ),
     "roofline/rollout_share": Metric(
-        "share", "the least time that sampling can take on these devices, of what it took"
+        "share", "least possible time of sampling on these devices, over its actual time"
     ),
     "roofline/learning_share": Metric(
         "share",
-        "the least time that reference and updates can take, of the time after the last completion",
+        "least possible time of reference and updates, over the time after the last completion",
     ),
     "roofline/step_share": Metric(
-        "share", "the least time that sampling, reference and updates can take, of the step's time"
+        "share", "least possible time of sampling, reference and updates, over the step's time"
     ),
-    "tokens/generated": Metric("tokens", "sampled since the run began"),
+    "tokens/generated": Metric("tokens", "tokens sampled since the run's start"),
     "eval/accuracy": Metric("share", "accuracy of one greedy completion of each held-out problem"),
     "eval/reward": Metric("", "mean over greedy completions of the weighted sum of the rewards"),
     "eval/reward/NAME": Metric("", "mean over greedy completions of one reward"),
@@ -124,7 +136,7 @@ METRICS: dict[str, Metric] = {
     "eval/maj@K": Metric("share", "held-out problems that the commonest answer of K solves"),
     "eval/mean@K": Metric("share", "mean accuracy of K samples per held-out problem"),
     "sft/loss": Metric("nats/token", "mean cross-entropy of the worked solutions"),
-    "sft/tokens_per_s": Metric("tokens/s", "trained on, prompts and padding left out"),
+    "sft/tokens_per_s": Metric("tokens/s", "tokens trained on, without prompts and padding"),
 }
 
 
@@ -141,9 +153,9 @@ def is_known(name: str) -> bool:
 
 
 def describe(name: str) -> str:
-    """Meaning and unit of a metric, in one line; "" of one that METRICS does not describe."""
+    """Meaning and unit of a metric, in one line; "" if METRICS does not describe it."""
     known = [n for n in METRICS if re.fullmatch(_pattern(n), name)]
     if not known:
         return ""
-    metric = METRICS[max(known, key=len)]  # of reward/NAME and reward/NAME_std the latter
+    metric = METRICS[max(known, key=len)]  # reward/NAME_std before reward/NAME
     return metric.meaning + (f" [{metric.unit}]" if metric.unit else "")

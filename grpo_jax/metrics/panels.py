@@ -1,6 +1,6 @@
-"""What the picture of a run shows: eight panels of one axis each, as numbers.
+"""The data of a run's curves: eight panels with one axis each.
 
-What is equal to another line of its panel is drawn once, under both names.
+Equal lines of a panel are drawn once, under both names.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 from grpo_jax.metrics.history import History, Series
 
-PHASES = {  # of a step, as metrics and as the picture calls them
+PHASES = {  # of a step: the name in metrics, and in the picture
     "rollout": "rollout",
     "reward": "rewards",
     "update": "update",
@@ -28,22 +28,22 @@ class Line(NamedTuple):
 
     label: str
     series: Series
-    is_compared: bool = False  # drawn where several runs are
-    as_points: bool = False  # measured now and then: each value is marked
+    is_compared: bool = False  # also drawn when runs are compared
+    as_points: bool = False  # measured at some steps only: each value is marked
 
 
 class Panel(NamedTuple):
-    """Lines that have one axis in common."""
+    """Lines with a common axis."""
 
     title: str
     unit: str
     lines: list[Line]
     is_share: bool = False  # 0 to 100 %
     from_zero: bool = False
-    limit: tuple[str, float] | None = None  # a bound that the config sets, and what it is called
+    limit: tuple[str, float] | None = None  # a limit of the config: its name, and its value
     band: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # steps, least and most
-    stack: dict[str, Series] | None = None  # seconds of each part of a step, for one run alone
-    absent: str = "not measured"  # where there is nothing to draw
+    stack: dict[str, Series] | None = None  # seconds of each part of a step, for a single run
+    absent: str = "not measured"  # text if there is nothing to draw
 
     @property
     def has_data(self) -> bool:
@@ -51,7 +51,7 @@ class Panel(NamedTuple):
 
 
 def panels(history: History) -> list[Panel]:
-    """Those of a run, in the order in which they stand; of supervised training the ones it has."""
+    """A run's panels, in order; for supervised training only those with data."""
     first = [_loss(history)] if history.names("sft/loss") else []
     draw = (_reward, _held_out, _length, _shares, _kl, _entropy, _gradient, _time)
     found = [*first, *(panel(history) for panel in draw)]
@@ -71,7 +71,7 @@ def _reward(history: History) -> Panel:
 
 
 def _held_out(history: History) -> Panel:
-    """Of what is right, as shares; where nothing says what is right, the rewards."""
+    """Shares of right answers; the rewards if no reward measures accuracy."""
     shares = [n for n in history.names("eval/") if "@" in n]
     shares = {n: n.removeprefix("eval/") for n in ("eval/accuracy", *shares)}
     lines = _lines(history, shares, {"eval/accuracy"}, among="eval/")
@@ -84,7 +84,7 @@ def _held_out(history: History) -> Panel:
 
 def _length(history: History) -> Panel:
     names = {"completion/length": "mean", "completion/stopped_length": "of the stopped"}
-    if _equal(*map(history.series, names)):  # all of them stopped
+    if _equal(*map(history.series, names)):  # all completions stopped
         del names["completion/stopped_length"]
     low, high = (history.series(f"completion/length_{end}") for end in ("min", "max"))
     band = (*low, high[1]) if len(low[0]) and np.array_equal(low[0], high[0]) else None
@@ -106,7 +106,7 @@ def _shares(history: History) -> Panel:
         "policy/clip_low_share": "ratio clipped low",
         "policy/clip_high_share": "ratio clipped high",
     }
-    for name in list(names)[2:]:  # 0 with one update a rollout: a line that says nothing
+    for name in list(names)[2:]:  # always 0 with one update per rollout
         if not np.nansum(history.series(name)[1]):
             del names[name]
     compared = {"groups/equal_share", "completion/truncated_share"}
@@ -155,7 +155,7 @@ def _time(history: History) -> Panel:
 
 
 def _each(history: History, prefix: str) -> dict[str, str]:
-    """The metrics of single rewards; a spread is written beside its mean, and left out.
+    """The metrics of single rewards, without their standard deviations (..._std).
 
     A reward may itself be called ..._std.
     """
@@ -167,7 +167,7 @@ def _each(history: History, prefix: str) -> dict[str, str]:
 def _lines(
     history: History, names: dict[str, str], compared: set[str], *, among: str = ""
 ) -> list[Line]:
-    """A line for each metric that was measured, under its label; equal ones joined."""
+    """A line for each measured metric, with its label; equal lines are joined."""
     lines: list[Line] = []
     for name, label in names.items():
         series, is_compared = history.series(name, among=among), name in compared
@@ -186,7 +186,7 @@ def _lines(
 
 
 def _short(label: str) -> str:
-    """Cut in its middle: names that begin alike remain different."""
+    """A label, cut in its middle, so that names with the same beginning stay different."""
     if len(label) <= _LABEL:
         return label
     half = _LABEL // 2 - 1
@@ -198,10 +198,10 @@ def _equal(a: Series, b: Series) -> bool:
 
 
 def _seconds(history: History) -> dict[str, Series] | None:
-    """Seconds of each part over all steps from the first to the last, 0 where there are none.
+    """Seconds of each part of a step, for all steps from the first to the last; 0 if unknown.
 
-    Only the sum of a step's compiling is known. It is taken from the step's parts as they are
-    longer than usual, which is their median, or where none is, as they are long.
+    Only the total compile time of a step is known. It is subtracted from the step's parts in
+    proportion to their excess over their median, and beyond that in proportion to their length.
     """
     first, last = min(history.by_step), max(history.by_step)
     step = np.arange(first, last + 1)

@@ -1,4 +1,4 @@
-"""A table of completions on the terminal."""
+"""Prints a table of completions on the terminal."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _MAX_COLUMNS = 4  # of a problem
 def print_samples(title: str, rows: list[dict[str, Any]], max_chars: int = 600) -> None:
     """Prints a table of completions (the keys stand at the top of `writers.py`).
 
-    A prompt and the columns beside it stand once, before its completions. Texts are shown as they
-    are, with control characters spelled out, and cut in their middle to `max_chars`: beginning and
-    answer stay. What reward functions added is cut to a line of its own.
+    A prompt and its columns are printed once, before its completions. Control characters in texts
+    are spelled out. Long texts are cut in their middle to `max_chars`, so that beginning and answer
+    stay. Values that reward functions added are cut to one line each.
     """
     table = Table(title=title, title_justify="left", show_lines=True)
     table.add_column("text", ratio=1, overflow="fold")
@@ -42,7 +42,7 @@ def print_samples(title: str, rows: list[dict[str, Any]], max_chars: int = 600) 
 def by_question(
     rows: list[dict[str, Any]],
 ) -> Iterator[tuple[dict[str, str], list[dict[str, Any]]]]:
-    """Prompt and columns by name, and the samples that answer them, which follow each other."""
+    """Groups consecutive samples of one prompt: prompt, columns by name, and samples."""
     for _, group in itertools.groupby(rows, lambda row: (row["prompt"], row.get("columns"))):
         group = list(group)
         columns = list(group[0].get("columns", {}).items())[:_MAX_COLUMNS]
@@ -58,7 +58,7 @@ def _line(text: str) -> str:
 
 
 def facts(row: dict[str, Any]) -> list[str]:
-    """What a sample earned, in words."""
+    """A sample's rewards, advantage and length, as text."""
     facts = [f"{name} {_number(value)}" for name, value in row["rewards"].items()]
     if "advantage" in row:
         facts += [f"advantage {_number(row['advantage'])}", f"{row['length']} tokens"]

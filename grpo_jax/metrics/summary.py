@@ -1,4 +1,4 @@
-"""A run's summary on the terminal."""
+"""Prints a run's summary on the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.text import Text
 
 from grpo_jax.messages.console import console, is_json
 
-SHOWN = {  # what summary.json holds, as it is called and written here
+SHOWN = {  # labels and formats of the values in summary.json
     "accuracy_before": ("held-out accuracy before", "{:.1%}"),
     "accuracy_after": ("held-out accuracy after", "{:.1%}"),
     "held_out_reward_before": ("held-out reward before", "{:,.3f}"),
@@ -27,14 +27,14 @@ SHOWN = {  # what summary.json holds, as it is called and written here
     "export": ("export", "{}"),
     "curves": ("curves", "{}"),
 }
-_IF_ANY = ("skipped_updates", "roll_backs")  # 0 is as it should be
+_IF_ANY = ("skipped_updates", "roll_backs")  # not shown if 0
 
 
 def summary_table(summary: Mapping[str, Any]) -> None:
-    """Prints the end of a run in a box: its numbers with units, then the rest (paths) by name.
+    """Prints a run's summary in a box: numbers with units, then other values (paths) by name.
 
-    What was not measured, and what did not happen, is left out; all of it where lines are JSON,
-    which have an event.
+    Values that were not measured, and counts of 0, are left out. Nothing is printed if lines are
+    JSON, since these have an event for it.
     """
     if is_json():
         return

@@ -1,4 +1,4 @@
-"""Scalars and texts for TensorBoard, through a log that outlives a full disk."""
+"""Scalars and texts for TensorBoard, in a log that survives a full disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from grpo_jax.run.append_log import Log
 
 
 class _TensorBoard(NamedTuple):
-    """What is used of tensorboardX."""
+    """The parts of tensorboardX that are used."""
 
     event_pb2: Any
     summary_pb2: Any
@@ -26,7 +26,7 @@ class _TensorBoard(NamedTuple):
 
 @functools.cache
 def _tensorboard() -> _TensorBoard:
-    """Without PyTorch, which tensorboardX imports where it is there: seconds, for a type's name."""
+    """Imports tensorboardX without PyTorch, which takes seconds and serves only a type's name."""
     with _hidden("torch"):
         from tensorboardX import summary
         from tensorboardX.proto import event_pb2, summary_pb2
@@ -36,7 +36,7 @@ def _tensorboard() -> _TensorBoard:
 
 @contextlib.contextmanager
 def _hidden(module: str) -> Iterator[None]:
-    """A module that is not imported yet cannot be, meanwhile."""
+    """While entered, a module that is not imported yet cannot be imported."""
     if module in sys.modules:
         yield
         return
@@ -50,15 +50,15 @@ def _hidden(module: str) -> Iterator[None]:
 class EventLog:
     """Scalars and texts for TensorBoard.
 
-    Written here and not by tensorboardX's writer: that one's thread ends at a full disk, and then
-    the run waits for it forever (2.6.5).
+    tensorboardX's own writer is not used: its thread ends on a full disk, and then the run waits
+    for it forever (2.6.5).
     """
 
     def __init__(self, folder: Path, first_step: int, say: Callable[[str], None]):
-        """What an earlier file of the folder has of `first_step` or later is no longer shown."""
+        """Values of `first_step` or later in earlier files of the folder are no longer shown."""
         folder.mkdir(parents=True, exist_ok=True)
-        # Files are read in order of name; named by second alone, a quick restart would write over
-        # the one before.
+        # TensorBoard reads files in order of name. Named only by second, a quick restart would
+        # overwrite the one before.
         now = time.time_ns()
         name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
         self._log = Log(folder / name, say)
@@ -69,16 +69,16 @@ class EventLog:
         self._add(step=first_step, session_log=start)
 
     def scalar(self, name: str, value: float, step: int, description: str = "") -> None:
-        """A number; the description stands on its card."""
-        summary = _tensorboard().summary_pb2.Summary()  # its own function would change the name
+        """Writes a number; its card shows the description."""
+        summary = _tensorboard().summary_pb2.Summary()  # its function would change the name
         added = summary.value.add(tag=name, simple_value=value)
-        if name not in self._described:  # TensorBoard keeps the first that it reads
+        if name not in self._described:  # TensorBoard keeps the first description that it reads
             added.metadata.summary_description = description
             self._described.add(name)
         self._add(step=step, summary=summary)
 
     def text(self, name: str, text: str, step: int) -> None:
-        """A text in Markdown."""
+        """Writes a text in Markdown."""
         self._add(step=step, summary=_tensorboard().summary.text(name, text))
 
     def _add(self, **fields: Any) -> None:

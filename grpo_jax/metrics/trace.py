@@ -1,4 +1,4 @@
-"""Operations of a trace, by phase and part."""
+"""Reads a profiler trace: operations by phase and part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 
 from grpo_jax.devices.phases import PHASES
 
-_OTHER = "other"  # programs that no phase names: random keys, copies between host and device
+_OTHER = "other"  # programs of no phase: random keys, copies between host and device
 
 
 class Operation(NamedTuple):
@@ -27,7 +27,7 @@ class Operation(NamedTuple):
 
 
 def newest_trace(workdir: Path) -> Path:
-    """The newest trace file under a run's folder; ValueError when there is none."""
+    """The newest trace file in a run's folder; ValueError if there is none."""
     traces = sorted(Path(workdir).glob("plugins/profile/*/*.xplane.pb"))
     if not traces:
         raise ValueError(
@@ -44,7 +44,7 @@ def operations(trace: Path) -> list[Operation]:
     calls: dict[tuple[str, str], int] = collections.Counter()
     nanoseconds: dict[tuple[str, str], float] = collections.Counter()
     for plane in jax.profiler.ProfileData.from_serialized_xspace(content).planes:
-        of_gpu = plane.name.startswith("/device:GPU")  # kernels: none is inside another
+        of_gpu = plane.name.startswith("/device:GPU")  # kernels are not nested
         for line in plane.lines:
             for key, duration_ns in _alone(line.events, nested=not of_gpu):
                 calls[key] += 1
@@ -64,11 +64,11 @@ def operations(trace: Path) -> list[Operation]:
 
 
 def _alone(events: Any, *, nested: bool) -> Iterator[tuple[tuple[str, str], float]]:
-    """(program, operation) of each event on a line of a trace, and nanoseconds in it alone.
+    """(program, operation) of each event on a line of a trace, and its own nanoseconds.
 
-    `nested`: one that begins during another is inside of it.
+    `nested`: an event that begins during another one is inside of it.
     """
-    open_events: list[list[Any]] = []  # [end, key, ns alone]: each lies in the one before
+    open_events: list[list[Any]] = []  # [end, key, own ns]: each is inside the one before
     device_events = (e for e in events if e.duration_ns > 0)
     for event in sorted(device_events, key=lambda e: (e.start_ns, -e.duration_ns)):
         stats = dict(event.stats)
@@ -79,7 +79,7 @@ def _alone(events: Any, *, nested: bool) -> Iterator[tuple[tuple[str, str], floa
         if open_events and nested:
             open_events[-1][2] -= event.duration_ns
         name = str(stats["hlo_op"])
-        if name.startswith("command_buffer"):  # a graph of kernels, each an event of this one name
+        if name.startswith("command_buffer"):  # a graph of kernels: all its events have one name
             name = event.name
         key = f"{stats.get('hlo_module')}({stats.get('program_id')})", name
         open_events.append([event.start_ns + event.duration_ns, key, event.duration_ns])
@@ -91,15 +91,15 @@ def _alone(events: Any, *, nested: bool) -> Iterator[tuple[tuple[str, str], floa
 
 
 def _phase(scopes: Any) -> str:
-    """The phase that most operations of a program name; "other" where none does."""
+    """The phase that most operations of a program name; "other" if none does."""
     named = collections.Counter(w for scope in scopes for w in _words(scope) if w in PHASES)
     return named.most_common(1)[0][0] if named else _OTHER
 
 
 def _words(scope: str) -> list[str]:
-    """A scope's names, without what transformations put round them: transpose(jvp(mlp)) is mlp.
+    """A scope's names without the transformations around them: transpose(jvp(mlp)) is mlp.
 
-    Of operations that XLA made one, (mlp/add:mlp/mul), the first.
+    Of operations that XLA fused, (mlp/add:mlp/mul), it takes the first.
     """
     scope = re.sub(r"\(([^():]+):[^()]*\)?", r"\1", scope)
     words = (re.sub(r"^(?:(?!jit)\w+\()+|\)+$", "", word) for word in scope.split("/"))
@@ -113,12 +113,12 @@ _STRUCTURE = re.compile(
 
 
 def _scope(scopes: Mapping[str, str], name: str) -> str:
-    """The scope of an operation, or of the one that a kernel on a GPU is called after."""
+    """The scope of an operation, or of the operation that gives a GPU kernel its name."""
     return scopes.get(name) or scopes.get(re.sub(r"_+(\d+)$", r".\1", name), "")
 
 
 def _part(scope: str) -> str:
-    """The scopes below the phase, and whether it is a gradient or computed again for one."""
+    """The scopes below the phase, and marks for the backward pass and for recomputation."""
     words = _words(scope)
     at = next((i for i, word in enumerate(words) if word in PHASES), len(words))
     kept = [word for word in words[at + 1 :] if not _STRUCTURE.fullmatch(word)]
@@ -127,10 +127,10 @@ def _part(scope: str) -> str:
 
 
 def _scopes(content: bytes) -> dict[str, dict[str, str]]:
-    """The scope of each operation by program, from the programs that a trace carries along.
+    """The scope of each operation by program, from the programs stored in a trace.
 
-    Read from the protocol buffers as they lie (xplane.proto, hlo.proto): JAX's reader of traces
-    does not give them.
+    It reads the protocol buffers directly (xplane.proto, hlo.proto), since JAX's reader of traces
+    does not give the programs.
     """
     scopes: dict[str, dict[str, str]] = {}
     for plane in _walk(memoryview(content), 1):  # XSpace.planes
@@ -146,7 +146,7 @@ def _scopes(content: bytes) -> dict[str, dict[str, str]]:
 
 
 def _walk(message: memoryview, *path: int) -> Iterator[memoryview]:
-    """The messages that a path of field numbers leads to."""
+    """The messages at a path of field numbers."""
     if not path:
         yield message
         return
@@ -160,7 +160,7 @@ def _text(message: memoryview, number: int) -> str:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Number and value of each field of a protocol buffer: an integer, or bytes by length."""
+    """Number and value (an integer, or bytes) of each field of a protocol buffer."""
     at = 0
 
     def varint() -> int:
@@ -189,7 +189,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 
 def rows(found: list[Operation], top: int) -> list[dict[str, Any]]:
-    """The `top` longest operations of each phase, then the sum of its others, with their shares."""
+    """The `top` longest operations of each phase, and the sum of the others, with shares."""
     entries = []
     for phase in (*PHASES, _OTHER):
         own = [o for o in found if o.phase == phase]

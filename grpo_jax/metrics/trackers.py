@@ -1,8 +1,8 @@
-"""Where a run's metrics and samples go besides its folder: Weights & Biases, MLflow, Trackio.
+"""Trackers, which get a run's metrics and samples: Weights & Biases, MLflow, Trackio.
 
 A tracker is a small class with `log(step, values)`, `samples(step, rows)` and `close()`, made from
-what is `Asked`; its library is imported where it is made, and in `check`. Each works in a thread of
-its own (`Sent`): one that is slow or fails holds and ends no run.
+the options in `Asked`. Its library is imported when it is made, and in `check`. Each works in its
+own thread (`Sent`), so a slow or failing tracker neither delays nor ends a run.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from typing import Any, Protocol
 
 from grpo_jax.messages.console import say
 
-_CLOSE_S = 60.0  # for what is on its way as a run ends
+_CLOSE_S = 60.0  # for pending data at a run's end
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What goes where; a tracker with "" is not asked for. Names are those of the options."""
+    """The trackers' options, by their names; "" turns a tracker off."""
 
     wandb_project: str = ""
     wandb_entity: str = ""
     mlflow_experiment: str = ""
     trackio_project: str = ""
-    run_name: str = ""  # "": that of the run's folder
+    run_name: str = ""  # "": the name of the run's folder
     tags: tuple[str, ...] = ()
 
 
 class Tracker(Protocol):
-    """The rows of `samples` have the keys that the module `writers` names."""
+    """A tracker. The rows of `samples` have the keys that the module `writers` describes."""
 
     def log(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -52,9 +52,10 @@ class Tracker(Protocol):
 
 
 class _Wandb:
-    """Weights & Biases; it leaves out steps below its newest, which a resumed run computes again.
+    """Weights & Biases.
 
-    So do the steps that a roll-back undid stay as they were.
+    It ignores steps below its newest, so steps that a resumed run repeats keep their
+    old values. Steps that a roll-back undid keep theirs, too.
     """
 
     def __init__(self, asked: Asked, workdir: Path, config: dict[str, Any]):
@@ -87,7 +88,7 @@ class _Wandb:
 class _Mlflow:
     """A run of an MLflow experiment, on the server or in the files that MLFLOW_TRACKING_URI names.
 
-    Samples are tables, an artifact for each step. A step that is computed again is there twice.
+    Samples are tables, one artifact per step. A repeated step occurs twice.
     """
 
     def __init__(self, asked: Asked, workdir: Path, config: dict[str, Any]):
@@ -132,7 +133,7 @@ class _Trackio:
 
         _print_as_errors("trackio")
         self._table = trackio.Table
-        # It knows a run by its name.
+        # It identifies a run by its name.
         fresh = f"{_name(asked, workdir)}-{uuid.uuid4().hex[:6]}"
         tags = {"tags": ", ".join(asked.tags)} if asked.tags else {}
         self._run = trackio.init(
@@ -157,7 +158,7 @@ class _Trackio:
 
 
 def _print_as_errors(package: str) -> None:
-    """Lets a package print on standard error: standard output is the run's, and may be JSON."""
+    """While entered, a package prints on standard error: standard output may be the run's JSON."""
     for name, module in list(sys.modules.items()):
         if name == package or name.startswith(f"{package}."):
             vars(module)["print"] = functools.partial(print, file=sys.stderr)
@@ -168,9 +169,9 @@ def _name(asked: Asked, workdir: Path) -> str:
 
 
 def _kept_id(file: Path, make: Callable[[], str]) -> str:
-    """What the file holds, by which a resumed run goes on in the same curves; made where it is not.
+    """The tracker's run id in a file, made if missing: a resumed run continues the same curves.
 
-    As a whole: nobody finds half of it.
+    The file is written atomically.
     """
     if not file.exists():
         fresh = make()
@@ -181,12 +182,12 @@ def _kept_id(file: Path, make: Callable[[], str]) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name of letters that MLflow takes: eval/pass@8 is not one."""
+    """A name in characters that MLflow accepts, unlike eval/pass@8."""
     return re.sub(r"[^\w\-. :/]", "_", name)
 
 
 def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Samples as a table, by column: texts, then what each reward gave, then the rest."""
+    """Samples as a table, by column: texts, then each reward, then the rest."""
     rewards = list(dict.fromkeys(name for row in rows for name in row["rewards"]))
     extras = list(dict.fromkeys(name for row in rows for name in row.get("extras", {})))
     columns = {name: [row[name] for row in rows] for name in ("prompt", "completion")}
@@ -202,7 +203,7 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 
 # --- All of a run ---------------------------------------------------------------------------------
 
-_KINDS: dict[str, tuple[str, str, Callable[..., Tracker]]] = {  # by option: package, in words, made
+_KINDS: dict[str, tuple[str, str, Callable[..., Tracker]]] = {  # by option: package, title, class
     "wandb_project": ("wandb", "Weights & Biases", _Wandb),
     "mlflow_experiment": ("mlflow", "MLflow", _Mlflow),
     "trackio_project": ("trackio", "Trackio", _Trackio),
@@ -210,7 +211,7 @@ _KINDS: dict[str, tuple[str, str, Callable[..., Tracker]]] = {  # by option: pac
 
 
 def check(asked: Asked) -> None:
-    """Raises ValueError where a tracker that is asked for is not installed, or has no login."""
+    """Raises ValueError if a configured tracker is not installed, or has no login."""
     for option, (package, title, _) in _KINDS.items():
         value = getattr(asked, option)
         if value and not _is_installed(package):
@@ -229,7 +230,7 @@ def _is_installed(package: str) -> bool:
 
 
 def _check_login(project: str) -> None:
-    """Asks W&B itself, which knows what `wandb login` and `wandb offline` left, and its variables.
+    """Checks W&B's login by its library, which knows `wandb login`, `offline` and its variables.
 
     Nothing is sent.
     """
@@ -239,7 +240,7 @@ def _check_login(project: str) -> None:
         return
     try:
         known = wandb.login(prompt=False, verify=False)
-    except Exception as error:  # a key that can be none, say; it has many kinds of errors
+    except Exception as error:  # such as an invalid key: it has many kinds of errors
         raise ValueError(f"logging.wandb_project = {project!r}: {error}") from error
     if not known:
         raise ValueError(
@@ -249,7 +250,7 @@ def _check_login(project: str) -> None:
 
 
 def start(asked: Asked, workdir: Path, config: dict[str, Any]) -> list[Sent]:
-    """The trackers that are asked for, each on its way."""
+    """Starts the configured trackers."""
     return [
         Sent(title, lambda make=make: make(asked, workdir, config))
         for option, (_, title, make) in _KINDS.items()
@@ -258,7 +259,7 @@ def start(asked: Asked, workdir: Path, config: dict[str, Any]) -> list[Sent]:
 
 
 class Sent:
-    """A tracker in a thread of its own; once it fails, that is told, and it gets nothing more."""
+    """A tracker in its own thread; after a failure it warns once, and gets no more data."""
 
     def __init__(self, title: str, make: Callable[[], Tracker]):
         self._title, self._make = title, make
@@ -274,7 +275,7 @@ class Sent:
         self._put(lambda tracker: tracker.samples(step, rows))
 
     def close(self) -> None:
-        """Waits for what is on its way, at most a minute."""
+        """Waits for pending data, at most a minute."""
         self._queue.put(None)
         self._thread.join(_CLOSE_S)
         if self._thread.is_alive():
@@ -293,10 +294,10 @@ class Sent:
             while (what := self._queue.get()) is not None:
                 what(tracker)
             tracker.close()
-        except BaseException as error:  # as SystemExit: some libraries end what they dislike
+        except BaseException as error:  # also SystemExit: some libraries exit on errors
             self._failed = True
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             say(
-                f"warning: {self._title} failed ({reason}), and gets nothing more. The run goes "
+                f"warning: {self._title} failed ({reason}), and gets no more data. The run goes "
                 "on; its folder has everything."
             )

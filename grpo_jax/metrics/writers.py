@@ -1,9 +1,9 @@
-"""The files that a run's metrics and samples go to.
+"""Writes a run's metrics and samples to files.
 
 A run's folder holds `metrics.jsonl` and `samples.jsonl`, one JSON object a line with its "step",
-and events for TensorBoard beside them. A sample is a dict with `prompt` and `completion` (texts),
-`columns` (of its problem, texts), `rewards` (by reward, None where none was given), `advantage`,
-`length` (tokens) and `extras` (what reward functions added).
+and TensorBoard events beside them. A sample is a dict with `prompt` and `completion` (texts),
+`columns` (of its problem, texts), `rewards` (by reward, None if it gave none), `advantage`,
+`length` (tokens) and `extras` (values that reward functions added).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from grpo_jax.run.append_log import Log, read_jsonl
 class Writers:
     """Writes a run's metrics and samples to its folder, to TensorBoard and to trackers.
 
-    `first_step` is the first step that this process will write. What an earlier process wrote at
-    that step or later, before it was killed, is dropped: a resumed run has no step twice. For
-    samples, `first_sample_step` where it is given. With `enabled` False nothing is written or read
-    (of many processes, only the first writes). `trackers.check` says what may be asked.
+    `first_step` is the first step that this process will write. Lines of that step or later, which
+    an earlier process wrote before it was killed, are dropped, so a resumed run has no step twice.
+    For samples, `first_sample_step` applies if given. With `enabled` False nothing is written or
+    read (only process 0 writes). `trackers.check` checks the options of `trackers`.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Writers:
         self._trackers = trackers_lib.start(trackers, workdir, config)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes metrics of a step, each of a name in METRICS. JSON gets null for NaN and inf."""
+        """Writes a step's metrics, all named in METRICS. JSON gets null for NaN and inf."""
         unknown = [name for name in values if not is_known(name)]
         assert not unknown, f"METRICS does not describe {unknown}"
         if not self._enabled:
@@ -77,7 +77,7 @@ class Writers:
             tracker.log(int(step), floats)
 
     def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
-        """Writes some completions of a step (the keys stand at the top of this module)."""
+        """Writes some completions of a step (see the keys at the top of this module)."""
         if not self._enabled:
             return
         for row in rows:
@@ -88,14 +88,14 @@ class Writers:
             tracker.samples(int(step), rows)
 
     def close(self) -> None:
-        """Closes the files; further writing fails."""
+        """Closes the files; later writes fail."""
         for file in (self._metrics, self._samples, self._board, *self._trackers):
             if file:
                 file.close()
 
 
 def _reopen(path: Path, first_step: int) -> Log:
-    """The log opened for appending, without its lines of `first_step` or later."""
+    """The log, opened for appending, after removal of its lines of `first_step` or later."""
     if path.exists():
         kept = path.with_name(path.name + ".new")
         with kept.open("w", encoding="utf-8") as file:
@@ -109,15 +109,15 @@ def _reopen(path: Path, first_step: int) -> Log:
 
 
 def _options(name: str, config: Mapping[str, Any]) -> str:
-    """A run's name and options for TensorBoard, which calls every run after a folder alone."""
+    """A run's name and options for TensorBoard, which names runs only by folder."""
     options = "\n".join(f"{option} = {value!r}" for option, value in config.items())
     return _as_code(name, options)
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
-    """Samples for TensorBoard, their texts as indented code: no character of them is markup.
+    """Samples for TensorBoard, with texts as indented code, so that no character acts as markup.
 
-    A prompt stands once, before its completions.
+    A prompt is written once, before its completions.
     """
     parts = []
     for about, texts in samples.by_question(rows):
@@ -130,5 +130,5 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _as_code(title: str, text: Any) -> str:
-    title = re.sub(r"[^\w .-]", "?", title)  # of a column, or of what a reward function added
+    title = re.sub(r"[^\w .-]", "?", title)  # of a column or an added value
     return f"{title}:\n\n" + "\n".join(f"    {line}" for line in visible(str(text)).split("\n"))

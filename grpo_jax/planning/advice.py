@@ -1,4 +1,4 @@
-"""Which change of a config makes it fit, and which mesh is best: found by compiling each."""
+"""Searches changes of a config that make it fit, and the best mesh, by compiling each candidate."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from grpo_jax.planning import plan as plan_lib
 from grpo_jax.planning.plan import Plan
 from grpo_jax.structs import ModelConfig
 
-Change = dict[str, Any]  # options by their dotted names
+Change = dict[str, Any]  # new values of options, by dotted name
 
-# Programs that draw completions; fewer slots make all of them smaller.
+# Programs that sample completions; fewer slots make all of them smaller.
 _ROLLOUT = {"admit", "decode"}
 _PACKED = {"score policy", "score reference", "gradient"}  # in microbatches
 _DRAWING = {f"{of}{name}" for of in ("", "evaluation ", "samples ") for name in _ROLLOUT}
@@ -26,11 +26,11 @@ _DRAWING = {f"{of}{name}" for of in ("", "evaluation ", "samples ") for name in 
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """A change, and the plan with it or why there is none."""
+    """A change, with its plan or the reason why there is none."""
 
     change: Change
     plan: Plan | None
-    arrays: float = math.inf  # bytes that a device needs for arrays alone; inf: not known
+    arrays: float = math.inf  # bytes that a device needs for arrays alone; inf: unknown
     refusal: str = ""
 
     @property
@@ -43,26 +43,26 @@ class Tried:
 
     @property
     def tokens(self) -> int:
-        """Of a completion, where the change says how many."""
+        """The change's `rollout.max_tokens`."""
         return self.change["rollout.max_tokens"]
 
     @property
     def over(self) -> set[str]:
-        """Names of the programs that do not fit; of all where nothing was compiled."""
+        """Names of the programs that do not fit; of all programs if nothing was compiled."""
         if self.plan is None:
             return {"publish_layer", *_DRAWING, *_PACKED, "optimizer_step"}
         return {p.name for p in self.plan.programs if p.peak > self.plan.room}
 
     @property
     def lack(self) -> tuple[float, float]:
-        """How far it is from fitting: bytes over the limit in all programs, and those of arrays."""
+        """Distance from fitting: bytes over the limit, summed over programs; bytes of arrays."""
         if self.plan is None:
             return math.inf, self.arrays
         return sum(max(p.peak - self.plan.room, 0.0) for p in self.plan.programs), self.arrays
 
 
 def changed(config: ConfigDict, change: Change) -> ConfigDict:
-    """The config with some options changed, checked anew."""
+    """The config with some options changed, and checked again."""
     new = copy.deepcopy(config).unlock()
     for name, value in change.items():
         section, _, leaf = name.rpartition(".")
@@ -73,18 +73,18 @@ def changed(config: ConfigDict, change: Change) -> ConfigDict:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """Tries changes of a config of a model on devices, whose memory has `room`."""
+    """Tries changes of a config, for a model and for devices with `room` bytes of usable memory."""
 
     config: ConfigDict
     model: ModelConfig
     make: Callable[[ConfigDict], Plan]
-    held: Callable[[ConfigDict], dict[str, float]]  # bytes of arrays by what they hold
+    held: Callable[[ConfigDict], dict[str, float]]  # bytes of arrays, by their content
     room: float
 
     def of(self, change: Change) -> Tried:
-        """The plan with a change; a combination that the config refuses is told, not raised.
+        """The plan with a change; if the config refuses it, the result holds the refusal.
 
-        Nothing is compiled where the arrays alone do not fit.
+        It compiles nothing if the arrays alone do not fit.
         """
         try:
             config = changed(self.config, change)
@@ -98,13 +98,13 @@ class Trial:
 
 
 def smallest_fit(trial: Trial, plan: Plan) -> Iterator[Tried]:
-    """Changes tried one after the other until one fits: the last that does is the smallest found.
+    """Tries changes one by one until one fits; the last that fits is the smallest found.
 
-    Those that cost least come first: what changes nothing of the result (smaller microbatches, more
-    computed again, fewer slots at once, state in the host's memory), then meshes that split the
-    weights further, and again the first ones on the best of these. What changes the numbers of a
-    run comes last, the least first. What helps nothing is left out of what follows, and in the end
-    what the others make needless.
+    The cheapest changes come first: those that keep the result (smaller microbatches, more
+    recomputation, fewer slots at once, state in host memory). Then come meshes that split the
+    weights further, and the first changes again on the best of these meshes. Changes of a run's
+    numerics come last, the smallest first. A change that does not help is not combined with later
+    ones. At the end, changes that the others make needless are removed.
     """
     best = Tried({}, plan, plan_lib.arrays_alone(plan.held))
     tries: list[Change] = []
@@ -129,7 +129,7 @@ def smallest_fit(trial: Trial, plan: Plan) -> Iterator[Tried]:
 
 
 def _without_each(trial: Trial, fitting: Tried, known: list[Change]) -> Iterator[Tried]:
-    """The change without what it can do without; those in `known` are not tried again."""
+    """Tries the change without each of its options; changes in `known` are not tried again."""
     for name in fitting.change:
         fewer = {n: v for n, v in fitting.change.items() if n != name}
         if fewer and not name.startswith("mesh.") and fewer not in known:
@@ -138,8 +138,8 @@ def _without_each(trial: Trial, fitting: Tried, known: list[Change]) -> Iterator
             fitting = tried if tried.fits else fitting
 
 
-# What may help, in the order in which it is tried: of a config, by names of the programs that do
-# not fit and by what devices hold.
+# Each stage yields changes that may help, in the order in which they are tried, from the config,
+# the names of programs that do not fit (`over`) and the bytes of arrays (`held`).
 def _exact(
     config: ConfigDict, over: set[str], held: dict[str, float], model: ModelConfig
 ) -> Iterator[Change]:
@@ -162,9 +162,9 @@ def _exact(
 def _on_meshes(
     config: ConfigDict, over: set[str], held: dict[str, float], model: ModelConfig
 ) -> Iterator[Change]:
-    """Meshes that split the rollout's weights as far as now, and the learner's.
+    """Meshes that split the rollout's weights and the learner's at least as far as now.
 
-    Those with fewer shards of rows allow smaller microbatches, which are tried with them.
+    Meshes with fewer row shards allow smaller microbatches, which are tried with them.
     """
     tensor, learner = config.mesh.tensor, config.mesh.tensor * config.mesh.fsdp
     for mesh in meshes(config, model):
@@ -183,7 +183,7 @@ def _rounded(
         fewer = {"float32": ("bfloat16", "int8"), "bfloat16": ("int8",), "int8": ()}
         for kind in fewer[config.optim.moments_dtype]:
             yield {"optim.moments_dtype": kind}
-    if over & _ROLLOUT:  # an evaluation is exact
+    if over & _ROLLOUT:  # evaluations do not use int8
         for part in ("kv_cache_dtype", "weights_dtype"):
             if config.rollout[part] != "int8":
                 yield {f"rollout.{part}": "int8"}
@@ -196,10 +196,10 @@ def mesh_options(sizes: dict[str, int]) -> Change:
 
 
 def meshes(config: ConfigDict, model: ModelConfig) -> list[Change]:
-    """Other meshes of the same devices over which the config's groups and the MLPs split.
+    """Other meshes of the same devices that divide the config's groups and the MLP width.
 
-    Those that hold most copies of the weights come first. `config.mesh` has no -1. Microbatches
-    that do not split over a mesh become the smallest that do.
+    Meshes with the most copies of the weights come first. `config.mesh` must have no -1. If a mesh
+    does not divide the microbatch, the change sets the smallest microbatch that it divides.
     """
     found, sequence = [], config.mesh.sequence
     devices = math.prod(config.mesh.values()) // sequence
@@ -229,16 +229,16 @@ def _powers(most: int) -> Iterator[int]:
 
 
 def search(trial: Trial, most: int) -> Iterator[Tried]:
-    """Up to `most` other meshes, compiled; those whose arrays alone do not fit are left out."""
+    """Tries up to `most` other meshes, except those whose arrays alone do not fit."""
     tries = map(trial.of, meshes(trial.config, trial.model))
     yield from itertools.islice((t for t in tries if t.plan is not None), most)
 
 
 def longest(trial: Trial, plan: Plan, most: int) -> Iterator[Tried]:
-    """Completions up to `most` tokens, to within an eighth of the longest for which the step fits.
+    """Searches the longest completions for which the step fits, up to `most` tokens, to an eighth.
 
-    From the config's own on twice as long until it does not fit, or half as long until it does;
-    then between the two.
+    It begins at the config's length and doubles it until the step does not fit, or halves it until
+    it does; then it bisects.
     """
     tokens = trial.config.rollout.max_tokens
     fits, fails = (tokens, math.inf) if plan.fits else (0, tokens)
@@ -252,5 +252,5 @@ def longest(trial: Trial, plan: Plan, most: int) -> Iterator[Tried]:
 
 
 def ranked(tries: Iterable[Tried]) -> list[Tried]:
-    """The best first: those that fit, then by least seconds a step."""
+    """Sorted, the best first: those that fit, then by least seconds per step."""
     return sorted(tries, key=lambda t: (not t.fits, t.plan.step_s, t.plan.peak))

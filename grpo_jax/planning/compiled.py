@@ -1,4 +1,4 @@
-"""What a compiled program needs and costs."""
+"""A compiled program's memory and cost."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from grpo_jax.planning.topologies import Chip
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A program with the arguments it gets in a step, and what is held besides them."""
+    """A program with its arguments in a step, and the bytes of other arrays that exist then."""
 
     name: str
     phase: str
     call: Call
     runs: int  # in a step
-    loops: float  # how often a loop that ends by what it computes runs
-    beside: float  # bytes on each device, besides its arguments, while it runs
-    read: Mapping[tuple[int, ...], float]  # as `hlo.cost` has it
+    loops: float  # iterations of a loop whose end depends on data
+    beside: float  # bytes of other arrays on each device while it runs
+    read: Mapping[tuple[int, ...], float]  # see `hlo.cost`
 
     @staticmethod
     def of(
@@ -37,16 +37,16 @@ class Program:
         loops: float = 1.0,
         read: Mapping[tuple[int, ...], float] = MappingProxyType({}),
     ) -> Program:
-        """`held`: arrays by shape that lie on the devices while it runs, its arguments or not."""
+        """`held`: shapes of arrays on the devices while it runs, with or without its arguments."""
         beside = bytes_per_device(held, but=call.args)
         return Program(prefix + call.name, phase, call, runs, loops, beside, read)
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What one program needs and costs on each device; costs are those of all its runs in a step.
+    """A program's memory and cost on each device; the cost is for all its runs in a step.
 
-    Raised by the compiler for want of memory: `error`, and nothing is known but `beside`.
+    If the compiler ran out of memory, `error` says so and only `beside` is known.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Compiled:
     runs: int
     beside: float  # bytes
     arguments: float
-    results: float  # that do not lie in an argument's place
+    results: float  # without those in an argument's memory
     temporary: float
     cost: hlo.Cost
     compile_s: float
@@ -62,18 +62,17 @@ class Compiled:
 
     @property
     def peak(self) -> float:
-        """Bytes on a device while it runs."""
+        """Bytes in use on a device while it runs."""
         total = self.beside + self.arguments + self.results + self.temporary
         return math.inf if self.error else total
 
     def seconds(self, chip: Chip) -> dict[str, float]:
-        """The least time by each of the chip's rates, and other estimates.
+        """Lower bounds on its seconds, by each of the chip's rates, and two estimates.
 
-        "in turn": arithmetic and memory where one kernel follows another, as on a GPU, and products
-        wait for what is sent and not hidden by others; "compiler": by the compiler's estimate of
-        cycles, of a TPU.
+        "in turn": kernels run one after the other, as on a GPU, and collectives that no matrix
+        product hides add their time. "compiler": the TPU compiler's estimate of cycles.
 
-        Every axis of the mesh is taken to have one dimension of a TPU's torus to itself.
+        Each mesh axis is assumed to have one dimension of a TPU's torus for itself.
         """
         if chip.flops is None:
             return {}
@@ -91,9 +90,9 @@ class Compiled:
 
 
 def bytes_per_device(tree: Any, but: Any = ()) -> float:
-    """Bytes that a device holds of arrays given by shape and sharding.
+    """Bytes on one device of arrays, given by shape and sharding.
 
-    Each array counts once, and those that `but` has too do not.
+    Each array counts once; arrays that are also in `but` do not count.
     """
     others = {id(x) for x in jax.tree.leaves(but)}
     arrays = {id(x): x for x in jax.tree.leaves(tree) if id(x) not in others}
@@ -102,5 +101,5 @@ def bytes_per_device(tree: Any, but: Any = ()) -> float:
     )
 
 
-# Programs by what they are compiled from: a change of the config seldom changes all of a step's.
+# Compiled programs, by a hash of their source: a config change seldom changes all of them.
 Known = dict[str, Compiled]

@@ -1,9 +1,9 @@
-"""How an update is cut to a device's memory: found by compiling, and kept with the run.
+"""Chooses remat and microbatch size for a device's memory, by compiling; the run keeps the choice.
 
-What is larger is faster in the main: fewer microbatches gather and read the weights less often,
-and what the backward pass has kept it need not compute again. But to keep it takes time too: where
-the chip's rates are known, the compiled programs say what is faster. Neither changes what is
-computed, but for the order of sums; so a run that goes on takes what it began with.
+More memory is usually faster: fewer microbatches gather and read the weights less often, and stored
+activations need no recomputation. But storing them takes time too, so where the chip's rates are
+known, the compiled programs decide. Neither choice changes the result except for the order of sums;
+therefore a resumed run keeps its first choice.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _GIB = 2**30
 
 
 def is_auto(config: ConfigDict) -> bool:
-    """Whether the config leaves anything to the memory."""
+    """Whether the config leaves remat or the microbatch to this choice."""
     return config.model.remat == "auto" or config.batch.microbatch == -1
 
 
 def of_run(
     config: ConfigDict, model: ModelConfig, mesh: Mesh, longest: int, folder: Path
 ) -> MemoryPlan:
-    """The fit of a run with prompts of at most `longest` tokens, the same on every process.
+    """The choice for a run with prompts of at most `longest` tokens, equal on every process.
 
-    What `fit.json` in its folder says for these options and this mesh; else it is chosen, and
-    written there.
+    It is read from `fit.json` in the run's folder if that file is of these options and this mesh;
+    otherwise it is made, and written there.
     """
     if not is_auto(config):
         return DEFAULT
@@ -68,7 +68,7 @@ def of_run(
 
 
 def limit_of_all() -> float | None:
-    """Bytes that programs may use of each device of the run, of the smallest; None: not told.
+    """Bytes that programs may use on each device of the run (the smallest's); None if unknown.
 
     Every process must call it.
     """
@@ -85,14 +85,14 @@ def choose(
     chip: Chip | None = None,
     known: Known | None = None,
 ) -> MemoryPlan:
-    """The fit whose gradient needs at most `limit` bytes of each device, by its compiled program.
+    """The choice whose compiled gradient program needs at most `limit` bytes of each device.
 
-    `config.batch.memory_limit_gib` holds before `limit`; without either the usual is taken. Of the
-    ways of computing again for which the usual number of tokens fits that which is the fastest on
-    the chip, or computes the least where its rates are not known; then as many tokens as fit, or
-    twice as many for as long as that is faster. Where nothing fits it is the smallest, and the run
-    will say what it lacks.
-    Programs in `known` are not compiled again.
+    `config.batch.memory_limit_gib` overrides `limit`; without either, the result is the default.
+    First comes remat, among the values with which the default number of tokens fits: the fastest on
+    the chip, or the one with the least recomputation if the chip's rates are unknown. Then come the
+    tokens: doubled for as long as that is faster, or as many as fit if the rates are unknown. If
+    nothing fits, the result is the smallest, and the run will report the missing memory. Programs
+    in `known` are not compiled again.
     """
     if config.batch.memory_limit_gib:
         limit = config.batch.memory_limit_gib * _GIB
@@ -133,7 +133,7 @@ def choose(
 
 
 def _sizes(config: ConfigDict, model: ModelConfig, mesh: Mesh, lengths: Lengths) -> list[int]:
-    """Tokens of a row worth trying: one completion's, powers of two, and those of all groups."""
+    """Numbers of tokens per row to try: of one completion, powers of two, and of all groups."""
     longest = max(int(lengths.completion_PG.max()) - 1, 1)
     groups = config.batch.prompts // config.batch.minibatches // mesh.shape["data"]
     least = lengths.prompt + longest

@@ -1,4 +1,4 @@
-"""NVIDIA GPUs as XLA's compiler is told of them, where none is there to be asked."""
+"""Descriptions of NVIDIA GPUs for XLA's compiler, for machines without such a GPU."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from grpo_jax.devices import chips
 
 @dataclasses.dataclass(frozen=True)
 class _Generation:
-    """Limits of a compute capability, from the CUDA C++ Programming Guide's table of them."""
+    """Limits of a compute capability, from the table in the CUDA C++ Programming Guide."""
 
     major: int
     minor: int
-    lanes: int  # float32 units of a multiprocessor
-    threads: int  # resident on one
-    shared: int  # bytes of shared memory of one
-    specific: bool  # whether kernels may use what later generations need not have
+    lanes: int  # float32 units per multiprocessor
+    threads: int  # resident per multiprocessor
+    shared: int  # bytes of shared memory per multiprocessor
+    specific: bool  # has features that later generations may lack
 
 
 _A100 = _Generation(8, 0, 64, 2048, 164 * 2**10, False)
@@ -42,8 +42,8 @@ class _Gpu:
 
 
 _MIB = 2**20
-# By the names of `--topology`; multiprocessors, caches and clocks from NVIDIA's whitepapers of the
-# architectures, as `chips` has the rates.
+# By the names of `--topology`. Multiprocessors, caches and clocks are from NVIDIA's architecture
+# whitepapers, like the rates in `chips`.
 _GPUS = {
     "a100-40gb": _Gpu("NVIDIA A100-SXM4-40GB", _A100, 108, 40 * _MIB, 1.41),
     "a100": _Gpu("NVIDIA A100-SXM4-80GB", _A100, 108, 40 * _MIB, 1.41),
@@ -66,8 +66,8 @@ def chip(name: str) -> chips.Chip:
 def target(name: str) -> str:
     """The GPU as a `stream_executor.GpuTargetConfigProto` in text.
 
-    Without what serves XLA's estimates of time alone. A block of threads can have all but one KiB
-    of a multiprocessor's shared memory, and 48 without asking.
+    It omits fields that only serve XLA's estimates of time. A thread block can have all but 1 KiB
+    of a multiprocessor's shared memory; 48 KiB need no opt-in.
     """
     gpu = _GPUS[name]
     own, chip = gpu.generation, gpu.chip

@@ -1,10 +1,10 @@
-"""What one run of a compiled program costs a device, read from the program's text.
+"""The cost of one run of a compiled program on a device, read from the program's text.
 
-XLA's own analysis counts the body of a loop once, however often it runs, and says nothing of the
-network. Here a body counts as often as its condition lets it run; loops whose end depends on data,
-as decoding's, run as often as the caller says. Operations are those of matrix products alone,
-bytes those that pass between memory and cores: what a TPU keeps on its chip between two fusions
-costs none.
+XLA's own analysis counts the body of a loop once, however often it runs, and ignores the network.
+Here a body counts once per iteration. The iterations follow from the loop's condition; for loops
+whose end depends on data, as in decoding, the caller gives them. Operations are those of matrix
+products alone. Bytes are those between memory and cores: data that a TPU keeps on chip between two
+fusions costs none.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from grpo_jax.planning import hlo_text
 from grpo_jax.planning.hlo_text import Instruction
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-_FREE = frozenset(  # move no bytes by themselves
+_FREE = frozenset(  # these move no bytes
     "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id "
     "add-dependency opt-barrier copy-done domain iota".split()
 )
 
-_FUSIONS = ("fusion", "fusion-start")  # GPUs copy between arrays beside what they compute
+_FUSIONS = ("fusion", "fusion-start")  # GPUs start copies asynchronously
 _CALLING = ("while", "call", "async-start")
 
 
@@ -39,17 +39,17 @@ class Collective:
     """One collective operation of a program."""
 
     kind: str
-    axes: tuple[str, ...]  # of the mesh, along which the devices of a group differ
-    size: int  # devices of a group
-    sent: float  # bytes that a device sends each time, on a ring
+    axes: tuple[str, ...]  # mesh axes along which the devices of a group differ
+    size: int  # devices in a group
+    sent: float  # bytes that a device sends per run, on a ring
     times: float
-    where: str  # the name that it has from the source
-    channel: str = ""  # by which the compiler knows it
-    beside: float = 0.0  # operations of products between its start and its end, each time
+    where: str  # its name in the source
+    channel: str = ""  # its id in the compiler
+    beside: float = 0.0  # operations of products between its start and its end, per run
 
 
 class Kernel(NamedTuple):
-    """What is launched at once: an operation, or some that are one fusion."""
+    """One kernel launch: an operation, or several in one fusion."""
 
     flops: float
     bytes: float
@@ -58,11 +58,11 @@ class Kernel(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one device, in one run of the program."""
+    """The cost on one device of one run of the program."""
 
     flops: float = 0.0
     bytes: float = 0.0
-    cycles: float = 0.0  # the compiler's own estimate, where it makes one; without collectives
+    cycles: float = 0.0  # the compiler's own estimate, without collectives; 0 if it has none
     collectives: tuple[Collective, ...] = ()
     kernels: tuple[Kernel, ...] = ()
 
@@ -81,18 +81,18 @@ class Cost:
         return Cost(self.flops * n, self.bytes * n, self.cycles * n, tuple(each), tuple(kernels))
 
     def in_turn(self, flops: float, bandwidth: float) -> float:
-        """Seconds at these rates where each kernel begins when the one before it has ended."""
+        """Seconds at these rates if kernels run one after the other."""
         return math.fsum(k.times * max(k.flops / flops, k.bytes / bandwidth) for k in self.kernels)
 
     @property
     def sent(self) -> dict[tuple[str, tuple[str, ...]], float]:
-        """Bytes sent by kind and mesh axes."""
+        """Bytes that collectives send, by kind and mesh axes."""
         return _totals(self.collectives, lambda c: c.sent)
 
     def waited(self, flops: float, link: float) -> dict[tuple[str, tuple[str, ...]], float]:
-        """Seconds at these rates, by kind and axes, in which no product is computed meanwhile.
+        """Seconds of collectives that no matrix product hides, at these rates, by kind and axes.
 
-        At the least: what is sent at once shares the products and the links.
+        A lower bound: collectives that run at the same time share products and links.
         """
         return _totals(self.collectives, lambda c: max(c.sent / link - c.beside / flops, 0.0))
 
@@ -109,10 +109,10 @@ def _totals(
 def cost(
     text: str, mesh: Mesh, loops: float = 1.0, read: Mapping[tuple[int, ...], float] | None = None
 ) -> Cost:
-    """The cost of a program's `as_text()`; loops of unknown length run `loops` times each.
+    """The cost of a program, from its `as_text()`; loops of unknown length run `loops` times each.
 
-    `read`: by shape, the share that kernels which are not XLA's read of an operand in the mean, of
-    others all; where they change it in place, what they write is not counted.
+    `read`: by shape, the mean share of an operand that custom kernels read; of other shapes they
+    read all. Their writes to such an operand in place do not count.
     """
     return _Program(text, mesh, loops, read or {}).cost()
 
@@ -138,7 +138,7 @@ class _Program:
         return self._known[name]
 
     def _in_order(self, name: str) -> list[Cost]:
-        """The costs of a computation's instructions, which are in the order that they run in."""
+        """The costs of a computation's instructions, in the order in which they run."""
         instructions = list(self.computations[name].values())
         parts = [self._launched(i, name) for i in instructions]
         ends = {
@@ -155,7 +155,7 @@ class _Program:
         return parts
 
     def _launched(self, i: Instruction, inside: str) -> Cost:
-        """An instruction's cost, with that of its kernel."""
+        """An instruction's cost, with its kernel."""
         cost = self._instruction(i, inside)
         if i.opcode in _CALLING or not (cost.flops or cost.bytes):
             return cost
@@ -185,7 +185,7 @@ class _Program:
         return whole
 
     def _fused(self, name: str, inner: Cost) -> tuple[Collective, ...]:
-        """A TPU's reduce-scatter is an all-reduce and the slice of it that the device keeps."""
+        """A fusion's collectives: on TPUs a reduce-scatter is an all-reduce and a slice."""
         if "all-reduce-scatter" not in name:
             return inner.collectives
         return tuple(
@@ -196,7 +196,7 @@ class _Program:
         )
 
     def _trips(self, loop: Instruction) -> float:
-        """How often a loop runs: as XLA noted, or up to the constant that its counter is below."""
+        """A loop's iterations: as XLA notes them, or from the constant that bounds its counter."""
         noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if noted:
             return float(noted[1])
@@ -208,11 +208,11 @@ class _Program:
         limit, counter = limits[0]
         body = self.computations[loop.attribute("body")]
         root = next(i for i in body.values() if i.root)
-        step = self._added(body[root.operands[counter]], body, {}) or 1  # an unrolled one's is more
+        step = self._added(body[root.operands[counter]], body, {}) or 1  # more than 1 if unrolled
         return float(-(-limit // step))
 
     def _limit(self, i: Instruction, inside: Mapping, outer: Mapping) -> tuple[int, int] | None:
-        """The constant that a loop's counter is compared with, and its place in the loop's state.
+        """The constant that bounds a loop's counter, and the counter's index in the loop's state.
 
         The comparison may stand in a fusion, whose arguments are `outer`.
         """
@@ -234,7 +234,7 @@ class _Program:
         return int(right.literal), int(index)
 
     def _added(self, i: Instruction, inside: Mapping, outer: Mapping) -> int | None:
-        """By how much a loop's body moves its counter on; None where it is not a sum."""
+        """The increment of a counter by a loop's body; None if it is not a sum."""
         if i.opcode == "get-tuple-element":
             return 0
         if i.opcode == "constant":
@@ -257,9 +257,10 @@ class _Program:
         return 2.0 * math.prod(i.arrays[0].shape) * summed
 
     def _convolution(self, i: Instruction, inside: str) -> float:
-        """A TPU's products are convolutions; axes of a batch are windows of which most is padding.
+        """Operations of a convolution, as TPUs write matrix products: padded windows are batches.
 
-        So for each spatial axis the pairs of output and kernel positions that meet an input.
+        So it counts, for each spatial axis, the pairs of output and kernel positions that meet an
+        input.
         """
         labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
         left, right = (self.computations[inside][o].arrays[0].shape for o in i.operands[:2])
@@ -287,11 +288,11 @@ class _Program:
         operands = [scope[o].arrays for o in i.operands if o in scope]
         share = self.read if i.opcode == "custom-call" else {}
         read = [sum(a.moved * share.get(a.shape, 1.0) for a in arrays) for arrays in operands]
-        # What such a kernel changes in place is one position of many.
+        # Such a kernel changes one position of many in place.
         written = sum(
             a.moved for n, a in enumerate(i.arrays) if not (a.shape in share and n in i.in_place)
         )
-        if i.opcode.endswith("-start"):  # its result repeats the operands
+        if i.opcode.endswith("-start"):  # its result includes the operands
             written = max(written - sum(read), 0.0)
         if i.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * written
@@ -302,7 +303,7 @@ class _Program:
         return sum(read) + written
 
     def _fusion_bytes(self, body: Mapping, read: list[float], written: float) -> float:
-        """Of an operand that is only sliced the slices; of a result that is updated the update."""
+        """Bytes of a fusion; of a sliced operand or an updated result it counts only that part."""
         users: dict[str, list[Instruction]] = collections.defaultdict(list)
         for i in body.values():
             for operand in i.operands:
@@ -353,7 +354,7 @@ def _sum(parts: list[Cost], collectives: Iterable[Collective]) -> Cost:
 
 
 def _once(collectives: Iterable[Collective]) -> list[Collective]:
-    """Each channel's collective once: a TPU spreads one over the fusions that it goes on beside."""
+    """One collective per channel: a TPU spreads one over the fusions that run meanwhile."""
     found: dict[Any, Collective] = {}
     for c in collectives:
         name = c.channel or object()
@@ -368,7 +369,7 @@ def _cycles(i: Instruction) -> float:
 
 
 def _touched(i: Instruction, users: Mapping[str, list[Instruction]]) -> float:
-    """Bytes of a fusion's parameter that are looked at."""
+    """Bytes of a fusion's parameter that it reads."""
     total = 0.0
     for user in users[i.name]:
         if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == i.name:
@@ -396,7 +397,7 @@ def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
 
 
 def as_json(sent: Mapping[tuple[str, tuple[str, ...]], float]) -> dict[str, dict[str, float]]:
-    """Bytes sent by kind, and in that by axes joined with "+"."""
+    """Bytes sent, by kind, then by mesh axes joined with "+"."""
     table: dict[str, dict[str, float]] = {}
     for (kind, axes), value in sorted(sent.items()):
         table.setdefault(kind, {})["+".join(axes) or "none"] = value

@@ -19,7 +19,7 @@ _BYTES = {"pred": 1, "token": 0, "opaque": 0}
 class _Array:
     dtype: str
     shape: tuple[int, ...]
-    on_chip: bool  # in a memory space other than the device's main memory
+    on_chip: bool  # not in the device's main memory
 
     @property
     def bytes(self) -> float:
@@ -40,7 +40,7 @@ class Instruction:
     operands: tuple[str, ...]
     attributes: str
     root: bool
-    literal: str  # what stands between the parentheses
+    literal: str  # the text between the parentheses
 
     @functools.cached_property
     def arrays(self) -> tuple[_Array, ...]:
@@ -48,7 +48,7 @@ class Instruction:
 
     @property
     def in_place(self) -> tuple[int, ...]:
-        """Which results are operands, changed."""
+        """Indices of results that alias an operand."""
         found = re.search(r"output_to_operand_aliasing={(.*?\))}", self.attributes)
         return tuple(int(n or 0) for n in re.findall(r"{(\d*)}: ", found[1])) if found else ()
 
@@ -88,7 +88,7 @@ _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 
 
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """Computations by name, each its instructions by name; and with which one it begins."""
+    """Computations by name, each as its instructions by name; and the name of the entry."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", {}
     for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
@@ -133,10 +133,10 @@ def window(attributes: str) -> str:
 
 
 def groups(attributes: str, kind: str, devices: int) -> np.ndarray:
-    """Groups of devices [groups, size], numbered as the mesh has them, from any of XLA's notations.
+    """Groups of devices [groups, size], numbered as in the mesh, from any of XLA's notations.
 
-    Lists, {{0,1},{2,3}}; a reshaped and transposed count, [2,4]<=[4,2]T(1,0); or axes of a mesh of
-    the compiler's own, mesh['a'=2,'b'=4] {'a'}.
+    The notations: lists, {{0,1},{2,3}}; an iota that is reshaped and transposed,
+    [2,4]<=[4,2]T(1,0); axes of the compiler's own mesh, mesh['a'=2,'b'=4] {'a'}.
     """
     if kind == "collective-permute":
         pairs = re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes)
@@ -166,14 +166,14 @@ def _ints(text: str) -> tuple[int, ...]:
 
 
 def _count(text: str) -> np.ndarray:
-    """[4,2]T(1,0): eight counted up in that shape, transposed, and flattened."""
+    """The iota [4,2]T(1,0): 0 to 7 in that shape, transposed, and flattened."""
     shape, turned = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
     ids = np.arange(math.prod(_ints(shape))).reshape(_ints(shape))
     return (ids.transpose(_ints(turned)) if turned else ids).reshape(-1)
 
 
 def _of_axes(ids: np.ndarray, names: list[str], chosen: list[tuple[str, str, str]]) -> np.ndarray:
-    """Groups along some axes; of an axis written 'a':(2)4 the part of size 4 inside those of 2."""
+    """Groups along some axes; 'a':(2)4 is the part of size 4 of axis a, after a part of size 2."""
     shape, inside = [], []
     for name, size in zip(names, ids.shape):
         part = next((c for c in chosen if c[0] == name), None)

@@ -20,7 +20,7 @@ from grpo_jax.structs import ModelConfig
 
 
 def arrays_alone(held: dict[str, float]) -> float:
-    """Bytes of a device that arrays take at the least, whatever the programs need beside them."""
+    """The least bytes that arrays take on a device, without the programs' own memory."""
     always = held["weights"] + held["optimizer"] + held["reference"]
     sampling = max(held["rollout weights"] + held["cache"], held["evaluation"])
     return always + max(sampling, held["gradients"])
@@ -31,7 +31,7 @@ def arrays_alone(held: dict[str, float]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one step of a config needs and costs on each device of a topology."""
+    """Memory and cost of one step of a config, on each device of a topology."""
 
     topology: str
     chip: Chip
@@ -46,7 +46,7 @@ class Plan:
 
     @property
     def room(self) -> float:
-        """Bytes of a device that programs may use."""
+        """Bytes that programs may use on a device."""
         return math.inf if self.chip.usable is None else self.chip.usable
 
     @property
@@ -63,17 +63,17 @@ class Plan:
 
     @property
     def step_s(self) -> float:
-        """The least seconds of a step: each program as long as its slowest resource."""
+        """A lower bound on a step's seconds: the sum of each program's slowest resource."""
         return sum(bound(p.seconds(self.chip))[1] for p in self.programs)
 
     @property
     def waited(self) -> dict[tuple[str, tuple[str, ...]], float]:
-        """Seconds of a step that products wait for what is sent, by kind and axes, at the least."""
+        """A lower bound on a step's seconds of exposed communication, by kind and axes."""
         return self.cost.waited(self.chip.flops, self.chip.link) if self.chip.flops else {}
 
     @property
     def in_turn_s(self) -> float:
-        """The least seconds where one kernel follows another, and what is sent is waited for."""
+        """A lower bound on a step's seconds if kernels run in turn, with exposed communication."""
         return sum(p.seconds(self.chip).get("in turn", 0.0) for p in self.programs)
 
     def as_json(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Plan:
 
 
 def bound(seconds: dict[str, float]) -> tuple[str, float]:
-    """The resource that a program needs longest, and how long."""
+    """The resource that bounds a program, and its seconds."""
     resources = {name: s for name, s in seconds.items() if name in ("compute", "memory", "network")}
     return max(resources.items(), key=lambda item: item[1], default=("", 0.0))
 
@@ -134,7 +134,7 @@ def plan(
     known: Known | None = None,
     only: Callable[[str], bool] = lambda name: True,
 ) -> Plan:
-    """The plan of a config's step on the devices; ValueError where the mesh or the batch is not."""
+    """The plan of a config's step on the devices; ValueError if mesh or batch do not fit them."""
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     step = Step(config, model, mesh, lengths, fit, known=known)
     shape = dict(mesh.shape)

@@ -1,4 +1,4 @@
-"""The compiled programs of one step and an evaluation, from shapes alone: what they need and cost.
+"""Memory and cost of the programs of a step and an evaluation, compiled from shapes alone.
 
 The sampler's and the learner's own jitted programs are compiled for the devices of a mesh that need
 not be attached. Nothing is allocated: every argument is a shape with its sharding.
@@ -36,22 +36,22 @@ from grpo_jax.setup.engine import make_engine, make_evaluator
 from grpo_jax.setup.learner import DEFAULT, MemoryPlan, make_learner, make_supervised_learner
 from grpo_jax.structs import Experience, ModelConfig, Params, Rollouts
 
-_STOP_IDS = (0,)  # which tokens end a completion changes no shape
+_STOP_IDS = (0,)  # any token: stop tokens change no shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """How long the prompts and completions of a step are, in tokens."""
+    """The lengths of a step's prompts and completions, in tokens."""
 
     prompt: int  # the longest
     completion_PG: np.ndarray
 
     @staticmethod
     def of(config: ConfigDict, prompt: int = 0, mean: int = 0) -> Lengths:
-        """All at the config's limits, or prompts up to `prompt` and completions of a mean length.
+        """Lengths at the config's limits, or up to `prompt` tokens and with a mean of `mean`.
 
-        Completions then end at every token with the same chance, as those of a model do that has
-        not learned when to stop.
+        With a mean, completions end at every token with equal probability, as those of a model that
+        has not learned when to stop.
         """
         shape, limit = (config.batch.prompts, config.batch.group), config.rollout.max_tokens
         length_PG = np.full(shape, limit)
@@ -63,7 +63,7 @@ class Lengths:
 
 @dataclasses.dataclass(frozen=True)
 class _Drawing:
-    """Completions that an engine draws at once: of some prompts, so many of each."""
+    """A batch of sampling: an engine samples `group` completions of each of `prompts` prompts."""
 
     engine: Engine
     published: Params
@@ -74,7 +74,7 @@ class _Drawing:
 
 
 def num_held_out(config: ConfigDict) -> int:
-    """Problems of an evaluation, at most."""
+    """The number of problems in an evaluation, at most."""
     data, most = config.data, config.evaluation.num_problems
     if data.task:
         return min(data.num_eval, most)
@@ -84,7 +84,8 @@ def num_held_out(config: ConfigDict) -> int:
 class Step:
     """The programs of one step of a config, with a model of some shape, on a mesh.
 
-    And those of its evaluations, which must fit too: a run with held-out problems begins with one.
+    It includes the programs of evaluations, which must fit too: a run with held-out problems begins
+    with one.
     """
 
     def __init__(
@@ -97,9 +98,9 @@ class Step:
         *,
         known: Known | None = None,
     ):
-        """Raises ValueError where the config's groups do not split over the mesh.
+        """Raises ValueError if the mesh does not divide the config's groups.
 
-        Programs that are in `known` are not compiled again; others are added.
+        Programs in `known` are not compiled again; new ones are added to it.
         """
         rules.check_devices(config, sharding.num_row_shards(mesh))
         self.config, self.model, self.mesh, self.lengths = config, model, mesh, lengths
@@ -120,9 +121,9 @@ class Step:
         self.experience = self._experience()
 
     def held(self) -> dict[str, float]:
-        """Bytes on each device by what they hold, before a program's own.
+        """Bytes of arrays on each device, by content, without the programs' own memory.
 
-        What lies in the host's memory but for one program, which then needs it, is left out.
+        Arrays that stay in host memory except during one program are left out.
         """
         params, rollout = self.state.params, self.rollout
         evaluated = [
@@ -136,15 +137,15 @@ class Step:
             "reference": bytes_per_device(self._kept_reference()),
             "rollout weights": bytes_per_device(rollout.published, but=params),
             "cache": bytes_per_device(rollout.slots.cache),
-            "evaluation": max(evaluated, default=0.0),  # weights and cache
+            "evaluation": max(evaluated, default=0.0),  # weights and cache of the larger one
             "gradients": bytes_per_device(gradients),
             "rollouts": bytes_per_device(self.experience),
         }
 
     def compile(self, only: Callable[[str], bool] = lambda name: True) -> list[Compiled]:
-        """All programs, in the order in which a step runs them, or those of some names.
+        """Compiles all programs, or those that `only` selects, in the order of a step.
 
-        Two at a time: a compiler for TPUs uses one core.
+        Two at a time, since a compiler for TPUs uses one core.
         """
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             return list(pool.map(self._compile, (p for p in self.programs() if only(p.name))))
@@ -170,12 +171,12 @@ class Step:
         )
 
     def _compiler_device(self) -> AbstractContextManager:
-        """A kernel asks the default device for which TPU it is made."""
+        """Makes the target the default device: kernels read their TPU's version from it."""
         absent = jax.default_backend() != self._device.platform
         return jax.default_device(self._device) if absent else contextlib.nullcontext()
 
     def _measured(self, program: Program, lowered: jax.stages.Lowered) -> Compiled:
-        """What one run needs and costs."""
+        """Compiles a program; memory and cost of one run."""
         nothing = Compiled(program.name, program.phase, 1, 0.0, 0.0, 0.0, 0.0, hlo.Cost(), 0.0)
         try:
             with self._compiler_device():
@@ -189,9 +190,9 @@ class Step:
             text = compiled.as_text()
         except jax.errors.JaxRuntimeError as error:
             raise ValueError(
-                f"JAX {jax.__version__} cannot read the compiled {program.name}: it is of "
-                'another libtpu than this JAX is made for. python -m pip install -e ".[plan]" '
-                f"brings that one. It says: {str(error).splitlines()[0]}"
+                f"JAX {jax.__version__} cannot read the compiled {program.name}: the installed "
+                'libtpu is not the one for this JAX. python -m pip install -e ".[plan]" installs '
+                f"that one. The error: {str(error).splitlines()[0]}"
             ) from error
         return dataclasses.replace(
             nothing,
@@ -202,7 +203,7 @@ class Step:
         )
 
     def programs(self) -> list[Program]:
-        """What the engine and the learner list, with what else is held while it runs."""
+        """The programs of engine and learner, with the other arrays that exist while they run."""
         learning = self._kept_state(), self._kept_reference()
         found = self._start() + self._supervised() + self._publishing(learning)
         found += self._sampling("", "rollout", self.rollout, learning)
@@ -226,7 +227,7 @@ class Step:
         return found
 
     def _supervised(self) -> list[Program]:
-        """The update on worked solutions by which a new model begins: not run in a step."""
+        """The supervised update by which a new model begins; not part of a step."""
         config = self.config
         if config.model.path or not derived.is_supervised(config):
             return []
@@ -235,7 +236,7 @@ class Step:
         kept = jnp.dtype(config.model.param_dtype)
         state = train_state.state_like(self.model, self.mesh, learner.optimizer, kept)
         shards = sharding.num_row_shards(self.mesh)
-        shape = shards, -(-config.sft.batch // shards)  # whole texts, a group for each shard
+        shape = shards, -(-config.sft.batch // shards)  # whole texts; each shard is one group
         tokens = config.data.max_prompt_tokens + config.sft.max_tokens
         length_PG = np.full(shape, tokens, np.int32)
         chosen_PGC = self._rows((*shape, tokens), jnp.bool_)
@@ -251,7 +252,7 @@ class Step:
         return [Program.of(c, "supervised", (state,), "supervised ", runs=0) for c in calls]
 
     def _start(self) -> list[Program]:
-        """What makes the state before the first step: not run in one."""
+        """The programs that make the initial state; not part of a step."""
         model, mesh, state = self.model, self.mesh, self.state
         calls = []
         if not self.config.model.path:
@@ -265,10 +266,10 @@ class Step:
     def _sampling(
         self, prefix: str, phase: str, drawing: _Drawing, learning: tuple
     ) -> list[Program]:
-        """What draws completions, beside what is held for learning.
+        """The programs of sampling, while the arrays of learning exist too.
 
-        In a step all the slots' lanes decode as long as the longest completion, or as the mean
-        would take; an evaluation is not run in one.
+        In a step all lanes decode for as many tokens as the longest completion has, or for the
+        total of tokens divided by the lanes if that is more. An evaluation is not part of a step.
         """
         engine, published, length_PG = drawing.engine, drawing.published, self.lengths.completion_PG
         lanes = drawing.slots.live_RW.size
@@ -286,7 +287,7 @@ class Step:
         return found
 
     def _publishing(self, learning: tuple) -> list[Program]:
-        """What makes the rollout's weights: part by part, then by layer, beside those made."""
+        """The programs that publish the rollout's weights: part by part, then layer by layer."""
         published, found, made = self.rollout.published, [], []
         for call in self.engine.publish.calls(self.state.params):
             if call.part:
@@ -298,16 +299,16 @@ class Step:
         return found
 
     def _kept_state(self) -> Any:
-        """The state as it lies on the devices while it is not updated."""
+        """The state on the devices between updates."""
         return self.state.replace(opt_state=()) if self.config.optim.offload else self.state
 
     def _kept_reference(self) -> Any:
         return None if self.config.model.offload_reference else self.reference
 
     def _read_of_cache(self, tokens: int, lanes: int) -> dict[tuple[int, ...], float]:
-        """By shape on a device, the share of a cache that a token reads, where a kernel skips.
+        """By shape on a device, the mean share of a cache that a decode step of a kernel reads.
 
-        Of so many lanes that decode so many tokens each, the mean.
+        `lanes` lanes decode `tokens` tokens each.
         """
         if not isinstance(self.engine.decoder.kv_cache, TritonDecode):
             return {}
@@ -327,7 +328,7 @@ class Step:
         return _Drawing(engine, like | shared, prompts, group, temperature, empty)
 
     def _evaluations(self) -> dict[str, _Drawing]:
-        """By name: held-out problems answered once greedily, and if asked for by samples."""
+        """Evaluations by name: one greedy completion per problem, and samples if configured."""
         asked, number = self.config.evaluation, num_held_out(self.config)
         engine = make_evaluator(self.config, self.engine)
         found = {"evaluation": self._drawing(engine, number, 1, 0.0)} if number else {}

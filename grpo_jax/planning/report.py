@@ -15,14 +15,14 @@ from grpo_jax.planning import plan as plan_lib
 from grpo_jax.planning.plan import Plan
 
 _GIB = 2**30
-_SMALL = 0.001  # of the largest program: what needs less is left out of the table
+_SMALL = 0.001  # of the largest program; the table leaves out smaller ones
 
 
 # --- What is printed ------------------------------------------------------------------------------
 
 
 def show(plan: Plan) -> None:
-    """Prints the plan: what lies in memory, and the programs of a step, 80 columns wide."""
+    """Prints the plan, 80 columns wide: memory by content, and the programs of a step."""
     devices = math.prod(plan.mesh.values())
     print_title(f"{plan.num_params:,} parameters on {devices} devices of {plan.topology}")
     say("Mesh: " + " x ".join(f"{name} {size}" for name, size in plan.mesh.items()))
@@ -50,7 +50,7 @@ def show(plan: Plan) -> None:
 
 
 def _show_programs(plan: Plan) -> None:
-    """What they need and do, and in a table of its own, where rates are known, how long."""
+    """Prints the programs' memory and work, then their seconds if rates are known."""
     title = "Programs on each device; what has 0 runs is not run in a step"
     needs = _table(title, "program", "runs", "peak GiB", "TFLOP", "GB", "sent GB")
     times = _table("Seconds of these, all their runs", "program", "least s", "bound", "in turn")
@@ -71,7 +71,7 @@ def _show_programs(plan: Plan) -> None:
 
 
 def _table(title: str, *heads: str) -> Table:
-    """Names to the left, which may be folded; numbers to the right, under heads that are not."""
+    """A table: names are left-aligned and may wrap; numbers are right-aligned and do not wrap."""
     table = Table(title=title, title_justify="left")
     for head in heads:
         is_name = head in ("held for", "program", "kind", "mesh axes")
@@ -81,7 +81,7 @@ def _table(title: str, *heads: str) -> Table:
 
 
 def told(tries: Iterator[advice.Tried]) -> list[advice.Tried]:
-    """All of them, each told of as it comes: compiling takes a while."""
+    """All tries; prints each one as soon as it is compiled, which takes a while."""
     found, began = [], time.monotonic()
     for tried in tries:
         found.append(tried)

@@ -1,6 +1,6 @@
 """The topologies that programs are compiled for, and the rates of their chips.
 
-A chip is one JAX device. Rates are peaks: a plan's seconds are a floor, not a forecast.
+A chip is one JAX device. Rates are peaks, so a plan's seconds are a lower bound, not a forecast.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from grpo_jax.planning import gpu_targets
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Rates of one chip; None where there are none, as for a simulated CPU."""
+    """Rates of one chip; None if unknown, as for a simulated CPU."""
 
     name: str
     memory: float | None  # bytes
     flops: float | None  # dense bfloat16 operations per second
     bandwidth: float | None  # bytes per second between memory and cores
-    link: float | None  # bytes per second sent along one dimension of the torus, both ways round
-    clock: float | None  # cycles per second: the peak over the operations of the matrix units
+    link: float | None  # bytes per second sent along one dimension of the torus, in both directions
+    clock: float | None  # cycles per second: peak rate over the matrix units' operations per cycle
     accelerator: str  # a value of TPU_ACCELERATOR_TYPE that lets the compiler start
     usable: float | None  # bytes of its memory that programs may use
     source: str
@@ -38,7 +38,7 @@ def _chip(
     clock: float | None = None,
     accelerator: str = "",
 ) -> Chip:
-    """All links of a GPU serve whichever axis of the mesh sends; a TPU's a dimension each."""
+    """All links of a GPU serve any mesh axis; a TPU's serve one dimension of the torus each."""
     return Chip(
         name,
         rates.hbm_bytes,
@@ -62,8 +62,8 @@ def _gpu(name: str) -> Chip:
     return _chip(name, rates, _GPU_FRACTION * rates.hbm_bytes)
 
 
-# Of a TPU's memory the runtime keeps some: compilers for v5e report 15.75 of 16 GiB as usable. Of a
-# GPU's, `launch/gpu.sh` gives JAX this share.
+# Bytes of a TPU that its runtime keeps: compilers for v5e report 15.75 of 16 GiB as usable. Below,
+# the share of a GPU's memory that `launch/gpu.sh` gives to JAX.
 _RESERVED = 2**28
 _GPU_FRACTION = 0.92
 _DIMENSIONS = {"TPU v4": 3, "TPU v5p": 3, "TPU v5e": 2, "TPU v6e": 2, "TPU v7x": 3}  # of the torus
@@ -79,7 +79,7 @@ CPU = Chip("cpu", None, None, None, None, None, "", None, "simulated: no rates")
 
 
 def of_device(device: jax.Device) -> Chip | None:
-    """The chip that a device is; None where none is known, as for a CPU."""
+    """The chip of a device; None if it is unknown, as for a CPU."""
     rates = chips.chip(device.device_kind)
     if rates is None:
         return None
@@ -89,9 +89,9 @@ def of_device(device: jax.Device) -> Chip | None:
 def devices(topology: str) -> tuple[Chip, list[jax.Device]]:
     """The chip and the devices of a topology: "v5e:16x16", "h100:8", or "cpu:8", simulated.
 
-    Nothing of it need be there; the extras `plan` and `cuda13` bring the compilers. Sets the
-    environment that they read, so it must come before anything else uses JAX. Raises ValueError for
-    a topology that there is not.
+    The hardware need not exist; the extras `plan` and `cuda13` install the compilers. This sets the
+    environment variables that they read, so call it before anything else uses JAX. Raises
+    ValueError for an unknown topology.
     """
     kind, _, shape = topology.partition(":")
     if kind == "cpu" and re.fullmatch(r"[1-9]\d*", shape):
@@ -105,17 +105,17 @@ def devices(topology: str) -> tuple[Chip, list[jax.Device]]:
             "of them in one machine, such as h100:8; or cpu:8 for simulated devices."
         )
     chip = CHIPS[kind]
-    # The least effort of the compiler takes a quarter of its time. On a 7B shape the operations are
-    # the same, and memory is within a tenth of what it finds with the usual effort.
+    # The compiler's lowest effort takes a quarter of its time. On a 7B shape the operations are the
+    # same, and memory is within a tenth of that at the default effort.
     jax.config.update("jax_exec_time_optimization_effort", -1.0)
     jax.config.update("jax_memory_fitting_effort", -1.0)
     os.environ.update(
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # nothing is run: two plans do not disturb each other
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # nothing runs: plans do not disturb each other
         TPU_SKIP_MDS_QUERY="1",
         TPU_WORKER_HOSTNAMES="localhost",
         TPU_ACCELERATOR_TYPE=chip.accelerator,
     )
-    jax.config.update("jax_platforms", "cpu")  # else JAX looks for TPUs, and prints what it misses
+    jax.config.update("jax_platforms", "cpu")  # else JAX looks for TPUs, and prints warnings
     return chip, _described(topology, "TPU", "plan", platform="tpu", topology_name=topology)
 
 
@@ -140,7 +140,7 @@ def _cpus(number: int) -> list[jax.Device]:
     jax.config.update("jax_platforms", "cpu")
     try:
         jax.config.update("jax_num_cpu_devices", number)
-    except RuntimeError:  # JAX has started: what it has must do
+    except RuntimeError:  # JAX has started: use its devices if they suffice
         pass
     there = jax.devices("cpu")
     if len(there) < number:

@@ -1,4 +1,4 @@
-"""Where an answer stands: in a completion, in a worked solution, in a column of the data.
+"""Extracts answers: from a completion, a worked solution, or a column of the data.
 
 A completion may hold anything, a megabyte of braces included; every search here is one pass.
 """
@@ -19,15 +19,15 @@ from grpo_jax.rewards.completions import after_thinking, begin_in_thinking, text
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s{0,9}\{|\\(?:boxed|fbox)(?![a-zA-Z{])|\\[{}]|[{}]")
 _BARE = re.compile(r"\s{0,9}([^\s${}]\S{0,99})")
 _PHANTOM = re.compile(r"\\phantom\s{0,9}\{[^{}]{0,99}\}")  # an empty box to fill in
-# What stands between the boxes of one list, and what takes the earlier box back.
-_CLOSE, _NEAR = 10, 70  # characters; as Math-Verify has it
+# The text between the boxes of one list, and words that correct the earlier box.
+_CLOSE, _NEAR = 10, 70  # characters, as in Math-Verify
 _SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b")
 _CORRECTION = re.compile(
     r"\b(?:rather|wait|no|not|instead|actually|correct\w*|wrong|sorry|mistake|(?:and|,) then)\b",
     re.IGNORECASE,
 )
-_MAX_BOXES = 16  # of one list that are compared with each other
-# "answer is", "answer: ", "**Final Answer**:", "answer to the question is". Every repeat is
+_MAX_BOXES = 16  # boxes of one list that are compared
+# "answer is", "answer: ", "**Final Answer**:", "answer to the question is". All repetitions are
 # bounded, so the cost is that of one pass.
 _ANSWER_IS = re.compile(
     r"answer(?: (?:to|of|for) [^.:\n]{0,60}?)?[*_ \t]{0,4}(?:(?:is|equals)\b:?|[:=])", re.IGNORECASE
@@ -35,7 +35,7 @@ _ANSWER_IS = re.compile(
 _HEADING = re.compile(
     r"^[#*_ \t]{1,9}(?:final[ \t]{1,9})?answer[*_: \t]{0,9}$", re.IGNORECASE | re.MULTILINE
 )
-# "The largest n is": what follows the first verb of a sentence.
+# "The largest n is": the answer follows the first verb of a sentence.
 _SUBJECT = re.compile(
     r"(?:the|it|its|this|our|so|thus|hence|therefore)\b(?:(?!\b(?:is|are|equals|not|if)\b).){1,99}"
     r"\b(?:is|are|equals)\b:?",
@@ -52,17 +52,20 @@ Same = Callable[[str, str], bool]  # whether two answers are equal
 def extract_answer(text: str, thinking: bool = False, same: Same | None = None) -> str | None:
     """The final answer that a completion states, or None.
 
-    Of the answers after "####" on a line, inside `\\boxed{}` or `\\fbox{}` (also `\\boxed 5`) and
-    inside <answer></answer>, the one that starts last and is not blank. Boxes that stand together
-    are one list: "2, 3" for `\\boxed{2}` and `\\boxed{3}`, without a box that repeats a later one
-    in the same words or as `same` has it. Boxes stand together with fewer than 10 characters
-    between them, or fewer than 70 with a comma, a semicolon, "and" or "or", unless the words take
-    the earlier back ("or rather", "no"). After "answer is", "answer:" and the like an answer
-    counts only where there is neither box nor tag: prose after a box speaks of the answer without
-    stating it. Only what follows the last </think> is read; a <think> that is never closed has no
-    answer, and neither has a completion that begins inside of `thinking` and does not close it.
-    Comes without surrounding spaces, dollar signs, asterisks, backticks and colons, the brackets
-    of math mode, and the trailing period.
+    An answer is the rest of a line after "####", the content of `\\boxed{}` or `\\fbox{}` (also
+    `\\boxed 5`), or the content of <answer></answer>. The one that starts last and is not blank is
+    taken. Adjacent boxes are one list: "2, 3" for `\\boxed{2}` and `\\boxed{3}`. A box that repeats
+    a later one, literally or by `same`, is left out. Boxes are adjacent if fewer than 10 characters
+    are between them, or fewer than 70 with a comma, a semicolon, "and" or "or". They are not if
+    words between them correct the earlier one ("or rather", "no"). Text after "answer is",
+    "answer:" and the like counts only if there is neither box nor tag, since prose after a box may
+    mention the answer without stating it.
+
+    Only the text after the last </think> is read. A <think> that is never closed has no answer, and
+    neither has a completion that begins inside of `thinking` and does not close it.
+
+    The result has no surrounding spaces, dollar signs, asterisks, backticks and colons, no brackets
+    of math mode, and no trailing period.
     """
     text = after_thinking(text, thinking)
     if text is None:
@@ -83,9 +86,9 @@ def right_or_wrong(
     rendered_prompts: list[str] | None,
     same: Same,
 ) -> list[float]:
-    """1.0 for each completion whose extracted answer is the `same` as that of its row, else 0.0.
+    """1.0 for each completion whose extracted answer equals its row's by `same`, else 0.0.
 
-    Raises ValueError, saying what is wrong, where `answer` holds none.
+    Raises ValueError, saying what is wrong, if `answer` holds no answer.
     """
     rewards = []
     thinking = begin_in_thinking(prompts, rendered_prompts)
@@ -97,9 +100,9 @@ def right_or_wrong(
 
 
 def stated_answer(value: Any, same: Same | None = None) -> str:
-    """The answer that a value of the column `answer` holds: a number, a text, a worked solution.
+    """The answer in a value of the column `answer`: a number, a text or a worked solution.
 
-    `same` as in `extract_answer`. Raises ValueError, saying what is wrong, where it holds none.
+    `same` as in `extract_answer`. Raises ValueError, saying what is wrong, if it holds no answer.
     """
     fault, answer = _stated(value, same)
     if fault:
@@ -108,17 +111,17 @@ def stated_answer(value: Any, same: Same | None = None) -> str:
 
 
 def answer_fault(value: Any) -> str | None:
-    """What keeps a value of the column `answer` from being an answer, or None."""
+    """The fault of a value of the column `answer` that holds no answer; None for a valid one."""
     return _stated(value, None)[0]
 
 
 def _stated(value: Any, same: Same | None) -> tuple[str | None, str]:
-    """What keeps a value from being an answer, or None; and the answer."""
+    """The fault of a value without an answer, or None; and the answer."""
     if value is None:
         return "is null", ""
     if isinstance(value, bool) or not isinstance(value, (numbers.Number, str)):
         return f"is a {type(value).__name__}, not a number or text", ""
-    is_whole = isinstance(value, int)  # of any length; floats cannot hold 10**400
+    is_whole = isinstance(value, int)  # any size is valid; a float could not hold 10**400
     if isinstance(value, numbers.Real) and not is_whole and not math.isfinite(value):
         return "is not a finite number", ""
     text = str(value)
@@ -135,7 +138,7 @@ def _stated(value: Any, same: Same | None) -> tuple[str | None, str]:
 
 
 def strip(text: str) -> str:
-    """A text without what surrounds an answer: spaces, $, *, `, :, math mode, the last period."""
+    """A text without the marks around an answer: spaces, $, *, `, :, math mode, the last period."""
     text = text.strip(" \t\r\n$*`:").rstrip(".").strip(" \t\r\n$*`")
     for opening, closing in (("\\(", "\\)"), ("\\[", "\\]")):
         if text.startswith(opening) and text.endswith(closing) and len(text) >= 4:
@@ -159,11 +162,11 @@ def _after_marker(text: str) -> list[_Place]:
 
 def _in_boxes(text: str, same: Same | None) -> list[_Place]:
     """The last list of boxes that are closed and not blank; one pass over the braces."""
-    first = text.find("\\boxed") if "\\fbox" not in text else 0  # braces before it do not matter
+    first = text.find("\\boxed") if "\\fbox" not in text else 0  # earlier braces do not matter
     if first < 0:
         return []
-    open_braces: list[tuple[int, int]] = []  # where a box begins, -1 for no box; after the brace
-    boxes: list[tuple[int, int, str]] = []  # where it begins, where it ends, its text
+    open_braces: list[tuple[int, int]] = []  # start of the box, or -1; position after the brace
+    boxes: list[tuple[int, int, str]] = []  # start, end, text
     latest = -1
     for match in _BRACES.finditer(text, first):
         brace, place, begin, end = match.group(), [], match.start(), match.end()
@@ -177,7 +180,7 @@ def _in_boxes(text: str, same: Same | None) -> list[_Place]:
                 place, end = _place(begin, token), bare.start(1) + len(token)
         elif open_braces:
             begin, start = open_braces.pop()
-            # Boxes close inside out. A box around one that is done is no answer, and reading it
+            # Inner boxes close first. A box around a closed one is no answer, and reading its text
             # again would make the cost quadratic.
             if begin >= 0 and start > latest:
                 place, latest = _place(begin, text[start : match.start()]), start
@@ -187,7 +190,7 @@ def _in_boxes(text: str, same: Same | None) -> list[_Place]:
 
 
 def _list(text: str, boxes: list[tuple[int, int, str]], same: Same | None) -> str:
-    """The last box with those that stand together with it, separated by commas."""
+    """The last box and the boxes adjacent to it, separated by commas."""
     answers = {boxes[-1][2]: None}
     for box, following in zip(boxes[-2::-1], boxes[:0:-1]):
         if not _stand_together(text[box[1] : following[0]]):
@@ -229,7 +232,7 @@ def _after_phrase(text: str) -> list[_Place]:
 
 
 def _value(rest: str) -> str:
-    """What is stated first: inside math mode, else up to the end of the sentence or line."""
+    """The first value: the content of math mode, else the rest of the sentence or line."""
     for opening, closing in _MATH_MODE:
         if rest.startswith(opening):
             end = rest.find(closing, len(opening))

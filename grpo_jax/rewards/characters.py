@@ -20,12 +20,12 @@ _TEXTS = {
     "₋": "-", "﹣": "-", "−": "-",
 }  # fmt: skip
 _HYPHENS = "‐‑‒–—"
-# No-break and thin spaces; those without width separate words as well: 7 2 is not 72.
+# No-break, thin and zero-width spaces. They all separate words: 7 2 is not 72.
 _SPACES = "\u00a0\u2007\u2008\u2009\u200a\u202f\u3000\u200b\u2060\ufeff"
 _RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "₀₁₂₃₄₅₆₇₈₉"
 _WIDE = (range(0xFF01, 0xFF5F), range(0x1D400, 0x1D800))  # full width, letters of mathematics
 _EXPONENT, _INDEX = (re.compile(f"[{signs}]+") for signs in (_RAISED, _LOWERED))
-_GREEK_WORD = re.compile(r"[Α-Ωα-ωά-ώ]{3,}")  # a word of the language, no product
+_GREEK_WORD = re.compile(r"[Α-Ωα-ωά-ώ]{3,}")  # a Greek word, not a product
 
 
 def _table() -> dict[int, str]:
@@ -45,7 +45,7 @@ _TABLE = _table()
 
 
 def as_latex(text: str) -> str:
-    """A text with ASCII or LaTeX for what has a spelling there; other characters stay."""
+    """A text with ASCII or LaTeX for characters that have such a spelling; others stay."""
     if text.isascii():
         return text
     if not _GREEK_WORD.search(text):

@@ -1,4 +1,4 @@
-"""The text of a completion, which is a text or a chat, and whether it begins inside of thinking."""
+"""The text of a completion (a text or a chat), and whether it begins inside of thinking."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from typing import Any
 
 
 def text_of(completion: Any) -> str:
-    """A text as it is; of a list of messages, the content of the last that the assistant wrote.
+    """A text itself, or the content of the assistant's last message in a list of messages.
 
-    A message is {"role": "assistant", "content": ...}; without a role it counts as the
-    assistant's. Content is a text, None (read as ""), or a list of parts of which those with a
-    "text" are joined. Messages without one of the assistant give "". Raises TypeError for
-    anything else.
+    A message is {"role": "assistant", "content": ...}; without a role it counts as the assistant's.
+    Content is a text, None (read as ""), or a list of parts; the parts with a "text" are joined. A
+    list without a message of the assistant gives "". Raises TypeError for anything else.
     """
     if isinstance(completion, str):
         return completion
@@ -24,7 +23,7 @@ def text_of(completion: Any) -> str:
 
 
 def last_text_of(prompt: Any) -> str:
-    """A text as it is; of a list of messages, the content of the last, whoever wrote it."""
+    """A text itself, or the content of the last message in a list of messages, of any role."""
     if isinstance(prompt, str):
         return prompt
     return _text_of_content(prompt[-1]["content"]) if prompt else ""
@@ -36,11 +35,11 @@ def opens_thinking(text: str) -> bool:
 
 
 def begin_in_thinking(prompts: list[Any], rendered_prompts: list[str] | None) -> list[bool]:
-    """Which completions begin inside of thinking that the end of their prompt opened.
+    """True for each completion that begins inside of thinking, which the end of its prompt opened.
 
     `rendered_prompts` are the prompts as the model read them, chat template included: some
-    templates end in <think>. Without them the end of the prompt itself counts: a text that asks
-    to write <think> opens nothing.
+    templates end in <think>. Without them only the end of the prompt itself counts: a prompt that
+    asks to write <think> opens no thinking.
     """
     if rendered_prompts is None:
         return [last_text_of(prompt).rstrip().endswith("<think>") for prompt in prompts]
@@ -48,9 +47,9 @@ def begin_in_thinking(prompts: list[Any], rendered_prompts: list[str] | None) ->
 
 
 def after_thinking(text: str, thinking: bool = False) -> str | None:
-    """What a completion says after its last </think>; None where its thinking does not end.
+    """The text of a completion after its last </think>; None if its thinking does not end.
 
-    `thinking`: it begins inside of thinking.
+    `thinking`: whether it begins inside of thinking.
     """
     _, closed, rest = text.rpartition("</think>")
     return None if "<think>" in rest or (thinking and not closed) else rest

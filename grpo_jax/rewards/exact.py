@@ -1,7 +1,7 @@
 """Reward for the right final answer, where right means equal as numbers or as tidied text.
 
-Nothing is evaluated: an answer is a decimal, a fraction or a string, so that no completion, however
-strange, can run code or keep the comparison busy.
+Nothing is evaluated: an answer is a decimal, a fraction or a string. So no completion can run code
+or make the comparison slow.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _FRAC = re.compile(rf"([+-]?)\\frac\{{([+-]?{_PLAIN})\}}\{{({_PLAIN})\}}")
 _GROUPED = re.compile(r"\$?[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?")  # "81, 256" is a list
 _BARE_ROOT = re.compile(r"\\sqrt\s*([0-9a-zA-Z])")
 _BARE_FRAC = re.compile(r"\\frac\s*([0-9]|\{[^{}]{0,100}\})\s*([0-9]|\{[^{}]{0,100}\})")
-# Between digits only the space of a thousands group may vanish: "1 1/2" is not 11/2.
+# Only the space of a thousands group may be removed between digits: "1 1/2" is not 11/2.
 _DIGIT_SPACE = re.compile(r"(?<=[0-9])\s+(?=[0-9])(?![0-9]{3}(?![0-9]))")
 _SURE_COMMA = re.compile(r"(?<=[0-9])\s?,\s?\\!\s?(?=[0-9]{3})")
 _SIZE = re.compile(r"\\(?:left|right)(?![a-zA-Z])")
@@ -49,14 +49,14 @@ def exact_answer(
     """1.0 for each completion whose extracted answer equals that of its row, else 0.0.
 
     `answer` holds a number, a short text, or a worked solution that ends in "#### 72" or
-    `\\boxed{72}`. `rendered_prompts` are the prompts as the model read them: one may leave thinking
-    open. Raises ValueError, saying what is wrong, where `answer` holds none.
+    `\\boxed{72}`. `rendered_prompts` are the prompts as the model read them, which may leave
+    thinking open. Raises ValueError, saying what is wrong, if `answer` holds no answer.
     """
     return right_or_wrong(prompts, completions, answer, rendered_prompts, same_answer)
 
 
 def same_answer(one: str, other: str) -> bool:
-    """Whether two answers are equal: as numbers where both are, else as tidied text.
+    """Whether two answers are equal: as numbers if both are numbers, else as tidied text.
 
     "1,234.0" equals "1234" and "0.5" equals "1/2" and `\\frac{1}{2}`. A percent sign is dropped:
     "50%" equals "50", not "0.5". Text is compared without spaces and LaTeX spelling, words without
@@ -97,7 +97,7 @@ def _braced(argument: str) -> str:
 
 
 def number(text: str) -> Fraction | None:
-    """The value of a normalised decimal, ratio or \\frac, else None. Never slow."""
+    """The value of a normalised decimal, ratio or \\frac, else None. Its cost is bounded."""
     if len(text) > _MAX_DIGITS:
         return None
     text = text.lstrip("$")

@@ -1,10 +1,10 @@
-"""Two values as mathematics: read by math_verify's LaTeX parser, compared by their numbers.
+"""Compares two values as mathematics: math_verify's parser reads them, their numbers decide.
 
-The parser gets one whole value at a time: it is never left to search a completion, nor to find an
-expression inside an answer that it cannot read. What sympy could work on without end is refused by
-length, depth and size before it sees it. What slips through must be stopped from outside:
-math_verify's own timeouts are off, because they need the signal SIGALRM, which only the main thread
-of a process gets and which the surrounding worker may want for itself.
+The parser gets one whole value at a time. It never searches a completion, nor looks for an
+expression inside an answer that it cannot read. Values on which sympy could work without end are
+refused beforehand by length, depth and size. The rest must be stopped from outside: math_verify's
+own timeouts are off, because they need the signal SIGALRM, which only a process's main thread gets
+and which a reward function may use itself.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from grpo_jax.rewards.spelling import partner
 
 _MAX_LENGTH = 300  # characters; the longest answer in MATH has 159
 _MAX_DEPTH = 8  # nested brackets; the parser's time grows with each
-_MAX_DIGITS = 2000  # of a number that sympy may write out
+_MAX_DIGITS = 2000  # of a number that sympy may compute
 _MAX_ARGUMENT = 500  # of a factorial or a binomial
 
 _WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}")
 _COMMAND = re.compile(r"\\[a-zA-Z]+|\\.")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[a-z]{1,9}\*?\}")
-# Work without end, or notation whose value nobody states as an answer.
+# Operations that may not end, or notation that no final answer has.
 _REFUSED = re.compile(
     r"\\(?:sum|prod|i{0,2}int|oint|lim|def|newcommand|renewcommand|let|input|include|loop|csname"
     r"|Gamma|det|gcd|lcm|mod|pmod|bmod|operatorname|write|read|frac\{d\}|frac\{\\partial)(?![a-zA-Z])"
     r"|[0-9]{60}|![\s)}\]]*!|[0-9]\s+[0-9]|[0-9]\s*_|[:'\"]|\\underline|\\not|\\(?:long)?[a-zA-Z]*arrow|\\to"
-    r"|binom.*[0-9]{4}|[0-9]{4}.*choose"  # the parser works them out
+    r"|binom.*[0-9]{4}|[0-9]{4}.*choose"  # the parser evaluates them
 )
 _OPENING, _CLOSING = "([{", ")]}"
 
 
 def same_expression(one: str, other: str) -> bool:
-    """Whether two tidy texts are equal as mathematics; False where one cannot be read."""
+    """Whether two tidy texts are equal as mathematics; False if one cannot be read."""
     if not (is_readable(one) and is_readable(other)):
         return False
     try:
@@ -49,7 +49,7 @@ def same_expression(one: str, other: str) -> bool:
 
 
 def is_readable(text: str) -> bool:
-    """Whether the parser may see a text: printable ASCII, no words, bounded in depth and size.
+    """Whether the parser may read a text: printable ASCII, no words, bounded in depth and size.
 
     A word would be read as a product of letters, in which "east" equals "seat".
     """
@@ -77,7 +77,7 @@ def is_shallow(text: str) -> bool:
 def _powers_are_small(text: str) -> bool:
     """Whether no exponent is a tower of numbers, or a number of more than three digits.
 
-    Parsing an interval compares its ends, so 9^{9^9} is refused here and not after.
+    Parsing an interval compares its ends, so 9^{9^9} must be refused before parsing.
     """
     for match in re.finditer(r"\^\s*", text):
         if match.end() == len(text):
@@ -99,15 +99,15 @@ class _TooLargeError(ValueError):
 
 @functools.cache
 def _library() -> tuple[Callable, Callable]:
-    """math_verify's parser and its comparison; imported once needed, which takes half a second."""
+    """math_verify's parser and comparison; imported at first use, which takes half a second."""
     from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig
     from math_verify import verify
     from math_verify.grader import should_treat_as_complex
 
-    for name in ("math_verify", "latex2sympy2_extended"):  # one line for each odd completion
+    for name in ("math_verify", "latex2sympy2_extended"):  # they log each odd completion
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # Units are dealt with before: the library's rule also takes the letter off 5m, 5d and 5c.
+    # Units are removed before this: the library's rule also removes the letter of 5m, 5d and 5c.
     normalization = NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
     )
@@ -126,9 +126,9 @@ def _library() -> tuple[Callable, Callable]:
     return parse, verify
 
 
-@functools.lru_cache(maxsize=4096)  # the answer of a row is asked for once per completion
+@functools.lru_cache(maxsize=4096)  # a row's answer is parsed for each of its completions
 def _parse(text: str) -> Any:
-    """The sympy object that a whole text spells. Raises where there is none."""
+    """The sympy object of a whole text. Raises an error if there is none."""
     import sympy
 
     parse, _ = _library()
@@ -164,10 +164,10 @@ def _digits(tree: Any) -> float:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two sympy objects are equal; sets, and a set with a relation, as math_verify has it.
+    """Whether two sympy objects are equal; math_verify compares sets, and a set with a relation.
 
-    Nothing is simplified or solved, which is where sympy hangs; and of two equations without a
-    solution math_verify says that they are equal.
+    Nothing is simplified or solved, because sympy may hang there. And math_verify would call two
+    equations without solutions equal.
     """
     import sympy
 
@@ -188,11 +188,11 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _values(*trees: Any) -> Iterator[list[Any]]:
-    """Expressions with numbers for their letters, at several points; once without letters.
+    """Evaluates expressions at several points of their letters; once if there are no letters.
 
-    Two that differ do not agree in 30 digits by chance. All letters are positive at the first
-    point and negative at the second; at the others any two of them once have different signs, so
-    that |xy| is not xy. A function that is not known, such as f(3), is a letter.
+    Different expressions do not agree in 30 digits by chance. All letters are positive at the first
+    point and negative at the second. At the others, any two letters have different signs at least
+    once, so that |xy| is not xy. An unknown function, such as f(3), is a letter.
     """
     import sympy
     from sympy.core.function import AppliedUndef
@@ -215,7 +215,7 @@ def _values(*trees: Any) -> Iterator[list[Any]]:
 
 
 def _relations(tree: Any) -> list[tuple[str, Any]]:
-    """The sign of each relation of a tree and its left side less its right; [] where it is none.
+    """For each relation of a tree, its sign and its left side minus its right; [] if it has none.
 
     "a > b" comes as "b < a".
     """
@@ -233,7 +233,7 @@ def _relations(tree: Any) -> list[tuple[str, Any]]:
 
 
 def _same_relations(one: list[tuple[str, Any]], other: list[tuple[str, Any]]) -> bool:
-    """Whether relations say the same in this order or the reverse: 0 < x < 1 is 1 > x > 0."""
+    """Whether relations are equivalent in this order or the reverse: 0 < x < 1 is 1 > x > 0."""
     if len(one) != len(other):
         return False
     return any(
@@ -243,9 +243,9 @@ def _same_relations(one: list[tuple[str, Any]], other: list[tuple[str, Any]]) ->
 
 
 def _is_multiple(one: Any, other: Any, only_positive: bool) -> bool:
-    """Whether one expression is the other times a number; compared to 0 they say the same."""
+    """Whether one expression is the other times a number: then "= 0" means the same for both."""
     points = list(_values(one, other))
-    if len(points) == 1:  # no letters: 1 = 2 says as little as 3 = 4
+    if len(points) == 1:  # no letters: 1 = 2 and 3 = 4 are not equal
         return False
     first, second = points[0]
     ratio = (first / second).doit().evalf(50)
@@ -255,7 +255,7 @@ def _is_multiple(one: Any, other: Any, only_positive: bool) -> bool:
 
 
 def _same_number(one: Any, other: Any) -> bool:
-    """Whether two numbers agree in 30 digits, or in 12 where one is a decimal.
+    """Whether two numbers agree in 30 digits, or in 12 if one is a decimal.
 
     math_verify's own comparison is absolute, which makes 10^{-30} equal 10^{-31}.
     """

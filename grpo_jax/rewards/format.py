@@ -1,4 +1,4 @@
-"""Rewards for a completion's form, right or wrong: the answer and the thinking in their places."""
+"""Rewards for a completion's format: answer and thinking in their places, right or wrong."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def answer_format(
     rendered_prompts: list[str] | None = None,
     **columns: Any,
 ) -> list[float]:
-    """1.0 for each completion whose last line, and no other place, says "#### answer", else 0.0.
+    """1.0 for each completion with exactly one "#### answer", in its last line, else 0.0.
 
-    Text may stand before the marker on that line. Blank lines after it are no offence. Thinking
-    that does not end has no answer, also where the prompt opened it.
+    Text may stand before the marker on that line. Blank lines after it are allowed. Thinking that
+    does not end has no answer, also if the prompt opened it.
     """
     thinking = begin_in_thinking(prompts, rendered_prompts)
     texts = [text_of(completion) for completion in completions]
@@ -36,10 +36,10 @@ def think_format(
 ) -> list[float]:
     """1.0 for each completion of the form "<think>...</think> answer", else 0.0.
 
-    Exactly one pair of tags; the completion opens with the first and has text after the second.
-    TRL's `think_format_reward` also takes an empty answer and a second </think>. Where the prompt
-    as the model read it, in `rendered_prompts`, leaves a <think> open, as some chat templates do,
-    the completion goes on from there.
+    It has exactly one pair of tags, begins with the first tag, and has text after the second. TRL's
+    `think_format_reward` also takes an empty answer and a second </think>. If the prompt as the
+    model read it (`rendered_prompts`) leaves a <think> open, as some chat templates do, that tag
+    counts as the completion's.
     """
     texts = _with_opening(prompts, completions, rendered_prompts)
     return [float(_thought(text) is not None) for text in texts]
@@ -51,7 +51,7 @@ def think_answer_format(
     rendered_prompts: list[str] | None = None,
     **columns: Any,
 ) -> list[float]:
-    """1.0 for "<think>...</think><answer>...</answer>" and nothing besides but spaces, else 0.0.
+    """1.0 for "<think>...</think><answer>...</answer>" with only spaces besides, else 0.0.
 
     The form of DeepSeek-R1-Zero (DeepSeek-AI 2025, arXiv:2501.12948, table 1): exactly one of each
     tag, and an answer that is not blank. A prompt may open the thinking, as in `think_format`.
@@ -69,7 +69,7 @@ def _is_well_formed(completion: str) -> bool:
 def _with_opening(
     prompts: list[Any], completions: list[Any], rendered_prompts: list[str] | None
 ) -> list[str]:
-    """Texts of the completions, with the <think> that the end of a prompt wrote for them."""
+    """Texts of the completions, after the <think> that the end of their prompt opened."""
     thinking = begin_in_thinking(prompts, rendered_prompts)
     return [
         "<think>" * inside + text_of(c) for c, inside in zip(completions, thinking, strict=True)
@@ -77,7 +77,7 @@ def _with_opening(
 
 
 def _thought(text: str) -> str | None:
-    """What follows the thinking, stripped; None where the form is not kept or nothing follows."""
+    """The text after the thinking, stripped; None if the form is wrong or there is no text."""
     text = text.strip()
     if not text.startswith("<think>") or text.count("<think>") != 1 or text.count("</think>") != 1:
         return None

@@ -1,7 +1,7 @@
 """Reward functions that a program gives as objects, not by name: from a script or a notebook.
 
-Such a function has the name "python:NAME" in `rewards.names`. The processes of rewards cannot
-import it, so they get it by value: its code, and the values that the code names.
+Such a function has the name "python:NAME" in `rewards.names`. Reward workers cannot import it, so
+they get it pickled by value: its code, and the values that the code refers to.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import sys
 from collections.abc import Callable, Iterable
 
 PREFIX = "python:"
-_FUNCTIONS: dict[str, Callable] = {}  # of this process, by name
+_FUNCTIONS: dict[str, Callable] = {}  # given to this process, by name
 
 
 def give(function: Callable) -> str:
-    """The spec, for `rewards.names`, of a function; its workers import it or get it by value.
+    """The entry of `rewards.names` for a function; workers import it or get it by value.
 
-    Raises ValueError where it is not callable, or cannot be sent.
+    Raises ValueError if it is not callable, or cannot be pickled.
     """
     if not callable(function):
         raise ValueError(
@@ -40,7 +40,7 @@ def give(function: Callable) -> str:
 
 
 def _name(function: Callable) -> str:
-    """As metrics show it: a function's own name, or its class's; a lambda is called `function`."""
+    """The name in metrics: a function's own, or its class's; a lambda is called `function`."""
     while isinstance(function, functools.partial):
         function = function.func
     name = getattr(function, "__name__", type(function).__name__)
@@ -48,36 +48,36 @@ def _name(function: Callable) -> str:
 
 
 def find(name: str) -> Callable | None:
-    """The function that was given under a name, "python:" left out; None where none was."""
+    """The given function of a name, without "python:"; None if there is none."""
     return _FUNCTIONS.get(name)
 
 
 def names() -> list[str]:
-    """Of all that were given to this process."""
+    """The names of all functions given to this process."""
     return sorted(_FUNCTIONS)
 
 
 def pickled(specs: Iterable[str]) -> dict[str, bytes]:
-    """By name, the bytes of those functions of `specs` that were given."""
+    """Pickled bytes by name, for those of `specs` that are given functions."""
     found = {}
     for spec in specs:
         name = spec.partition("(")[0].strip().removeprefix(PREFIX)
         if spec.startswith(PREFIX) and name in _FUNCTIONS:
-            import dill  # takes long to import, and only this needs it
+            import dill  # slow to import, and needed only here
 
             try:
                 found[name] = dill.dumps(_FUNCTIONS[name], recurse=True)
-            except Exception as error:  # of any object that a function holds
+            except Exception as error:  # any error, from any object that a function holds
                 raise ValueError(
-                    f"rewards: the function {name!r} cannot be sent to the processes of rewards "
-                    f"({type(error).__name__}: {error}). What it needs of that kind, let it make "
-                    "itself at its first call; or put it into a module that can be imported."
+                    f"rewards: the function {name!r} cannot be sent to the reward workers "
+                    f"({type(error).__name__}: {error}). Let it make that object itself at its "
+                    "first call, or put it into a module that can be imported."
                 ) from error
     return found
 
 
 def receive(functions: dict[str, bytes]) -> None:
-    """In a process of rewards: takes what `pickled` gave."""
+    """Called in a worker: unpickles the result of `pickled`."""
     for name, data in functions.items():
         import dill
 
@@ -85,7 +85,7 @@ def receive(functions: dict[str, bytes]) -> None:
 
 
 def source(spec: str) -> bytes:
-    """The text of a given function, or of its class; b"" where it has none."""
+    """The source text of a given function, or of its class; b"" if it has none."""
     found = find(spec.partition("(")[0].strip().removeprefix(PREFIX))
     while isinstance(found, functools.partial):
         found = found.func

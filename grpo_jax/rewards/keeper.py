@@ -1,9 +1,9 @@
-"""The process above each worker: it ends the worker with all that it started, and limits memory.
+"""The parent process of each worker: it ends the worker with all its children, and limits memory.
 
-Reward functions start programs, among them sandboxes that leave the worker's session. What is
-orphaned below a keeper becomes its child, so that nothing gets away; and when the trainer ends,
-however it ends, the keeper does, and nothing remains. It runs no code of the user and imports
-nothing but the standard library. Only Linux has what this needs: elsewhere a worker stands alone.
+Reward functions start programs, some of them sandboxes that leave the worker's session. A keeper is
+the subreaper of its descendants: orphans become its children, so none escapes. When the trainer
+ends for any reason, the keeper ends too, and no process remains. It runs no user code and imports
+only the standard library. This needs Linux; elsewhere a worker has no keeper.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import time
 OUT_OF_MEMORY = 213
 """The keeper's exit status after it ended a worker that held too much memory."""
 
-_LOOK_EVERY_S = 0.2  # at the memory that is held
-_END_LIMIT_S = 4.0  # for killed processes to go away
+_LOOK_EVERY_S = 0.2  # between two looks at the memory in use
+_END_LIMIT_S = 4.0  # for killed processes to end
 _SIGNALS = {signal.SIGCHLD, signal.SIGTERM}
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
 
 
 def main(descriptor: int, trainer: int, memory_bytes: int) -> None:
-    """Makes two of this process, the keeper and the worker, and returns in the worker.
+    """Forks this process into the keeper and the worker; returns in the worker.
 
-    The keeper closes the worker's pipe and ends as the worker ends. SIGTERM, or the end of the
-    process `trainer`, ends both and all below them; so do more than `memory_bytes` that are held
-    there. 0: no limit.
+    The keeper closes its copy of the worker's pipe, and ends with the worker's exit status.
+    SIGTERM, the end of the process `trainer`, or more than `memory_bytes` in use (0: no limit) end
+    both and all their descendants.
     """
     if sys.platform != "linux":
         return
@@ -50,14 +50,14 @@ def main(descriptor: int, trainer: int, memory_bytes: int) -> None:
 
 
 def _end_with_parent(prctl: ctypes._FuncPtr, number: signal.Signals, parent: int) -> None:
-    """This process gets the signal when its parent ends; it ends now if that has ended before."""
+    """Sends this process a signal when its parent ends; ends it if the parent has ended already."""
     prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(0)
 
 
 def _watch(worker: int, memory_bytes: int) -> int:
-    """Waits for the worker's end; its exit code as in `subprocess`, or OUT_OF_MEMORY."""
+    """Waits for the worker's end; returns its exit code as in `subprocess`, or OUT_OF_MEMORY."""
     memory = Memory(memory_bytes) if memory_bytes else None
     while True:
         if memory is None:
@@ -74,7 +74,7 @@ def _watch(worker: int, memory_bytes: int) -> int:
 
 
 def _end_all() -> None:
-    """Kills all that is left below this process, and waits until it is gone."""
+    """Kills all descendants of this process, and waits until they have ended."""
     limit = time.monotonic() + _END_LIMIT_S
     while time.monotonic() < limit:
         for pid in below(os.getpid()):
@@ -85,13 +85,13 @@ def _end_all() -> None:
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        except ChildProcessError:  # none is left: orphans are children, too
+        except ChildProcessError:  # none is left, since orphans are children too
             return
         time.sleep(0.005)
 
 
 def _end_as(status: int) -> None:
-    """Ends with the exit code of the worker, by its signal if that ended it."""
+    """Ends with the worker's exit code, or by the signal that ended the worker."""
     if status < 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if -status != signal.SIGKILL:
@@ -105,7 +105,7 @@ def _end_as(status: int) -> None:
 
 
 def below(pid: int) -> list[int]:
-    """The processes that a process started, and those that these did."""
+    """All descendants of a process."""
     found: list[int] = []
     todo = [pid]
     while todo:
@@ -121,14 +121,18 @@ def below(pid: int) -> list[int]:
 
 
 class Memory:
-    """Whether processes hold more than a limit together, shared memory counted once."""
+    """Checks the total memory of some processes against a limit; shared memory counts once."""
 
     def __init__(self, limit_bytes: int):
         self._limit = limit_bytes
-        self._harmless = limit_bytes  # resident bytes up to which there is no need to look closer
+        self._harmless = limit_bytes  # resident bytes up to which the cheap check suffices
 
     def is_beyond(self, pids: list[int]) -> bool:
-        """Resident sizes are cheap, but count mapped files, and what is shared repeatedly."""
+        """Whether the total is above the limit.
+
+        Resident sizes are cheap to read, but count mapped files, and shared memory several times.
+        So the exact sizes are read only if the resident sizes are large.
+        """
         resident = sum(map(_resident_bytes, pids))
         if resident <= self._harmless:
             return False
@@ -146,7 +150,7 @@ def _resident_bytes(pid: int) -> int:
 
 
 def _held_bytes(pid: int) -> int:
-    """What a process holds of memory that no file on a disk backs: its part of what is shared."""
+    """Bytes of a process that no file on disk backs, with its share of shared memory."""
     held = 0
     try:
         with open(f"/proc/{pid}/smaps_rollup") as file:

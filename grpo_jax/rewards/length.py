@@ -16,12 +16,12 @@ def soft_overlong(
 ) -> list[float]:
     """0.0 for completions that end well before the limit, falling linearly to -1.0 at it.
 
-    The soft over-long punishment of DAPO (Yu et al. 2025, arXiv:2503.14476, equation 13): with
-    the limit L = `max_completion_tokens` and the buffer C, 0 up to L - C tokens, then
-    (L - C - length) / C, and -1 beyond L. C is `buffer`, or a fifth of L rounded to a token
-    (the paper has 4,096 of 20,480). Lengths count `completion_ids`, the stop token included. A
-    buffer of 0 punishes only what is beyond the limit. Raises ValueError without `completion_ids`
-    or the limit, and for a buffer that is negative or above the limit.
+    The soft over-long punishment of DAPO (Yu et al. 2025, arXiv:2503.14476, equation 13): with the
+    limit L = `max_completion_tokens` and the buffer C, 0 up to L - C tokens, then (L - C - length)
+    / C, and -1 beyond L. C is `buffer`, or a fifth of L rounded to a token (the paper has 4,096 of
+    20,480). Lengths count `completion_ids`, the stop token included. A buffer of 0 punishes only
+    lengths beyond the limit. Raises ValueError without `completion_ids` or the limit, and for a
+    buffer that is negative or above the limit.
     """
     if completion_ids is None or max_completion_tokens is None:
         missing = "completion_ids" if completion_ids is None else "max_completion_tokens"

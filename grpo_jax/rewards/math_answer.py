@@ -1,8 +1,8 @@
 """Reward for the right final answer, where right means equal as mathematics.
 
-An answer is taken apart before sympy sees any of it: spelled one way (`spelling`), cut into lists,
-tuples and names (`shapes`), rid of units (`units`); what is left are values. Values that are equal
-as numbers or as text never reach sympy; the rest are compared in `expressions`.
+An answer is taken apart before sympy sees any of it. It gets one spelling (`spelling`), is cut into
+lists, tuples and names (`shapes`), and loses its units (`units`); values remain. Values that are
+equal as numbers or as text never reach sympy; `expressions` compares the rest.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ def math_answer(
     """1.0 for each completion whose extracted answer equals that of its row, else 0.0.
 
     `answer` holds a number, a short text or LaTeX, or a worked solution that ends in "#### 72" or
-    `\\boxed{72}`. `rendered_prompts` are the prompts as the model read them: one may leave thinking
-    open. Raises ValueError, saying what is wrong, where `answer` holds none. Nothing in a
-    completion raises.
+    `\\boxed{72}`. `rendered_prompts` are the prompts as the model read them, which may leave
+    thinking open. Raises ValueError, saying what is wrong, if `answer` holds no answer. No
+    completion raises an error.
     """
     return right_or_wrong(prompts, completions, answer, rendered_prompts, same_mathematics)
 
 
 def same_mathematics(expected: str, found: str) -> bool:
-    """Whether two answers are equal: as `same_answer` has it, else as mathematics.
+    """Whether two answers are equal, by `same_answer` or as mathematics.
 
-    A unit, a degree sign, the base that a number is written in, or "x =" may stand on one side
-    only; on both they must agree. Brackets must be alike, so (1,2), [1,2] and {1,2} all differ;
-    "1,2" is the set {1,2}, and the parts of both come in any order. Decimals are not rounded: 0.333
-    is not 1/3. Words are compared as text.
+    A unit, a degree sign, a number's base, or "x =" may be on one side only; if both sides have
+    one, they must agree. Brackets must be alike, so (1,2), [1,2] and {1,2} all differ; "1,2" is the
+    set {1,2}, and the parts of both come in any order. Decimals are not rounded: 0.333 is not 1/3.
+    Words are compared as text.
     """
     if same_answer(expected, found):
         return True
@@ -56,7 +56,7 @@ def same_mathematics(expected: str, found: str) -> bool:
         return False
     are_plain = (number(normalise(t)) is not None and "%" not in t for t in (expected, found))
     if all(are_plain):
-        return False  # the usual case, a hundred times faster than asking sympy
+        return False  # the usual case, a hundred times as fast as sympy
     one, other = tidy(expected), tidy(found)
     if same_answer(one, other):
         return True
@@ -72,7 +72,7 @@ math_answer.same_answer = same_mathematics
 
 
 def _choice(text: str) -> str:
-    """The letter of a choice that is given with its content, as in (B) 42; else the text."""
+    """The letter of a choice that is followed by its content, as in (B) 42; else the text."""
     bare = _TEXT.sub(r"\1", text).strip()
     match = _CHOICE.match(bare)
     if not match or bare[match.end()] in ",;" or _SECOND_CHOICE.search(bare, match.end()):
@@ -82,7 +82,7 @@ def _choice(text: str) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _same_value(one: str, other: str) -> bool:
-    """Whether two values are equal but for a unit that stands on one side."""
+    """Whether two values are equal; a unit may be on one side only."""
     (one, unit), (other, other_unit) = split_unit(one), split_unit(other)
     if unit and other_unit and unit != other_unit:
         return False

@@ -1,4 +1,4 @@
-"""Where a reward function stands in its user's file, and where in it an error was raised."""
+"""The location of a reward function in its file, and of an error that it raised."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from collections.abc import Callable
 from grpo_jax.messages.credentials import redact
 from grpo_jax.messages.values import cut
 
-_FRAMES = 4  # shown of an error
+_FRAMES = 4  # frames shown of an error
 _MAX_CHARS = 100  # of a line of code
 
 
 def of_function(found: Callable) -> str:
-    """File, line and first line of code of a function; "" for one without a source."""
+    """File, line and first line of code of a function; "" if it has no source."""
     code = _code(found)
     if code is None:
         return ""
@@ -26,22 +26,22 @@ def of_function(found: Callable) -> str:
 
 
 def of_error(error: BaseException, found: Callable) -> str:
-    """The last frames of an error that stand in the function's own file, and the one that raised.
+    """The last frames of an error in the function's own file, and the frame that raised it.
 
-    "" where none of its frames is the user's: what raised is in front of the function's first line.
+    "" if no frame is in the user's file: the call failed before the function's first line.
     """
     frames = list(traceback.walk_tb(error.__traceback__))
     code = _code(found)
     own = [f for f in frames if code is not None and f[0].f_code.co_filename == code.co_filename]
     last = frames[-1:] if own and frames[-1] not in own else []
-    places = {}  # a comprehension stands on its function's line
+    places = {}  # a comprehension has its function's line
     for frame, line in own + last:
         places.setdefault((frame.f_code.co_filename, line), frame.f_code.co_name)
     return "; ".join(_shown(*at, name) for at, name in list(places.items())[-_FRAMES:])
 
 
 def of_thread(ident: int) -> str:
-    """Where a thread of this process stands now, but for the machinery of imports."""
+    """The line at which a thread of this process is now, outside Python's import machinery."""
     frames = list(traceback.walk_stack(sys._current_frames().get(ident)))
     own = [f for f in frames if not f[0].f_code.co_filename.startswith("<")]
     frame, line = own[0]
@@ -49,7 +49,7 @@ def of_thread(ident: int) -> str:
 
 
 def _code(found: Callable):
-    """The code of a function, or of what a bound, wrapped or callable object runs."""
+    """The code object of a function, or of a bound, wrapped or callable object's function."""
     while isinstance(found, functools.partial):
         found = found.func
     found = inspect.unwrap(found)
@@ -58,7 +58,7 @@ def _code(found: Callable):
 
 def _shown(file: str, line: int, name: str) -> str:
     code = redact(linecache.getline(file, line).strip())
-    if code.startswith("@"):  # a decorator stands above the function's own line
+    if code.startswith("@"):  # a decorator is above the function's own line
         code = f"def {name}(...)"
     here = os.path.join(os.getcwd(), "")
     return f"{file.removeprefix(here)}, line {line}, in {name}: {cut(code, _MAX_CHARS)}"

@@ -1,9 +1,9 @@
 """Rewards computed in worker processes, so that no reward function can hang or break a run.
 
 A worker that takes too long is killed with everything it started, and replaced; the completion
-counts as failed. Calls hold the completions of one prompt. When a call raises, hangs or dies, its
-completions are tried again one by one, so that one bad completion costs no other its reward; one
-that returns another number of values is wrong about all of them, and is not.
+counts as failed. A call has the completions of one prompt. If it raises, hangs or dies, its
+completions are tried again one by one, so that one bad completion does not cost the others their
+rewards. A call that returns the wrong number of values is not tried again.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _MAX_FALSE_STARTS = 3  # workers in a row that end before they answer anything
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one completion may cost."""
+    """Limits of a reward worker."""
 
-    seconds: float = 10.0  # of a reward function for one completion
-    memory_bytes: int = 4 << 30  # of a worker process and all that it starts; 0: no limit
-    # For a worker to import its functions, and for the first answer of each there: it may load a
-    # model
+    seconds: float = 10.0  # for one completion in one reward function
+    memory_bytes: int = 4 << 30  # for a worker process and all that it starts; 0: no limit
+    # For a worker to import its functions, and for each function's first answer: it may load a
+    # model.
     start_seconds: float = 120.0
 
 
@@ -43,8 +43,8 @@ class _Task:
     call: Call
     ticket: Ticket
     rows: range
-    number: int = 0  # by which its answer is known
-    is_again: bool = False  # it was lost with its worker before, and not by its own fault
+    number: int = 0  # identifies its answer
+    is_again: bool = False  # it is repeated, since its worker was lost by another call's fault
 
 
 class Pool:
@@ -58,9 +58,9 @@ class Pool:
         num_workers: int = 1,
         limits: Limits = Limits(),
     ):
-        """Starts the workers; they import the reward functions while the caller goes on.
+        """Starts the workers, which import the reward functions in the background.
 
-        `max_completion_tokens`: the run's limit, which functions may ask for.
+        `max_completion_tokens`: the run's limit, an argument of reward functions.
         """
         assert rewards and num_workers > 0
         self.rewards = list(rewards)
@@ -73,8 +73,8 @@ class Pool:
             sources.held(),
             given.pickled(r.spec for r in rewards),
         )
-        self._typical_s = [0.0] * len(rewards)  # of a completion, in calls that went well
-        self._first_s: list[float | None] = [None] * len(rewards)  # of a worker's first answer
+        self._typical_s = [0.0] * len(rewards)  # per completion, in successful calls
+        self._first_s: list[float | None] = [None] * len(rewards)  # time of a worker's first answer
         self._false_starts = 0
         self._num_calls = 0
         self._queue: collections.deque[_Task] = collections.deque()
@@ -84,11 +84,12 @@ class Pool:
         self._fault: str | None = None
         self._bell, self._ring = os.pipe()
         os.set_blocking(self._ring, False)
-        # Started by the thread that waits for them: Linux ends a worker with its parent thread.
+        # The thread that waits for the workers starts them: Linux ends a worker with its parent
+        # thread.
         self._workers: list[Worker] = []
-        self._selector = selectors.DefaultSelector()  # of the bell and the workers' pipes
+        self._selector = selectors.DefaultSelector()  # watches the bell and the workers' pipes
         self._selector.register(self._bell, selectors.EVENT_READ)
-        self._tasks: dict[Worker, _Task] = {}  # what they work on
+        self._tasks: dict[Worker, _Task] = {}  # current tasks
         self._thread = threading.Thread(
             target=self._serve, args=(num_workers,), name="rewards", daemon=True
         )
@@ -101,11 +102,11 @@ class Pool:
 
     @property
     def accuracy(self) -> str | None:
-        """The name of the reward that says what is right and wrong; None where none does."""
+        """The name of the reward that measures accuracy (1 right, 0 wrong); None if none does."""
         return next((reward.name for reward in self.rewards if reward.gives_accuracy), None)
 
     def wait_ready(self) -> None:
-        """Until the workers have imported their functions, or it is known that they cannot."""
+        """Waits until the workers have imported their functions, or have failed to."""
         while not self._ready.wait(timeout=1.0):
             pass
 
@@ -120,9 +121,9 @@ class Pool:
         group: int = 1,
         trainer_state: dict[str, Any] | None = None,
     ) -> Ticket:
-        """Asks for the rewards of completions; row i of every list belongs to completion i.
+        """Submits completions for scoring; row i of every list belongs to completion i.
 
-        A function is called with `group` consecutive completions at once.
+        A reward function gets `group` consecutive completions per call.
         """
         rows = len(completions)
         lengths = {"prompts": len(prompts)} | {n: len(values) for n, values in columns.items()}
@@ -153,11 +154,11 @@ class Pool:
         return ticket
 
     def score(self, *args: Any, **kwargs: Any) -> Scores:
-        """The rewards of completions, as `submit`, waited for."""
+        """The rewards of completions: `submit`, then wait for the result."""
         return self.submit(*args, **kwargs).result()
 
     def close(self) -> None:
-        """Ends the workers; what they were asked for is forgotten."""
+        """Ends the workers; pending calls are dropped."""
         with self._lock:
             if self._closing:
                 return
@@ -179,7 +180,7 @@ class Pool:
     def _wake(self) -> None:
         try:
             os.write(self._ring, b"!")
-        except BlockingIOError:  # it was told often enough
+        except BlockingIOError:  # the pipe is full: the thread will wake anyway
             pass
 
     def _serve(self, num_workers: int) -> None:
@@ -236,18 +237,21 @@ class Pool:
                 self._lost(worker, "died")
 
     def _limit_s(self, worker: Worker, task: _Task) -> float:
-        """What a call may take: slow by nature is not hanging, nor is it to load a model first."""
+        """Time limit of a call.
+
+        It allows for functions that are always slow, and for a first call that loads a model.
+        """
         i, limit_s = task.call.reward, self._limits.seconds
-        if len(task.rows) > 1:  # time for what such calls take
+        if len(task.rows) > 1:  # allow the usual time of such calls
             limit_s += 4 * len(task.rows) * self._typical_s[i]
         if i in worker.answered:
             return limit_s
-        if self._first_s[i] is None:  # in no worker so far
+        if self._first_s[i] is None:  # no worker has answered yet
             return max(limit_s, self._limits.start_seconds)
         return limit_s + 4 * self._first_s[i]
 
     def _wait(self) -> None:
-        """Until a worker answers, dies or is late, or there is something new to do."""
+        """Waits until a worker answers, dies or is late, or there is a new task."""
         late = min((w.deadline for w in self._workers if not self._is_idle(w)), default=None)
         timeout = None if late is None else max(late - time.monotonic(), 0.0)
         ready = {key.fileobj for key, _ in self._selector.select(timeout)}
@@ -274,7 +278,7 @@ class Pool:
             return
         number, answer = message
         task = self._tasks.get(worker)
-        if task is None or task.number != number:  # of no call that it was given: not to be trusted
+        if task is None or task.number != number:  # not the call that it got
             self._lost(worker, "stray")
             return
         del self._tasks[worker]
@@ -291,9 +295,9 @@ class Pool:
         worker.num_answered += 1
 
     def _finish(self, task: _Task, answer: Answer, *, may_repeat: bool) -> None:
-        """Notes the outcome of a call, or makes it again: whole, or for each completion alone.
+        """Records the outcome of a call, or repeats it: whole, or for each completion alone.
 
-        `may_repeat`: the call may have failed by what calls before it left in their worker.
+        `may_repeat`: earlier calls in the same worker may have caused the failure.
         """
         if may_repeat and not task.is_again:
             task.is_again = True
@@ -303,7 +307,7 @@ class Pool:
         if answer.values is not None or answer.failure == "values" or len(task.rows) == 1:
             task.ticket.fill(task.call.reward, task.rows, answer)
             return
-        task.ticket.note_retry(task.call.reward, answer.message)  # which of them was it?
+        task.ticket.note_retry(task.call.reward, answer.message)  # one of them failed: find which
         singles = [
             _Task(task.call.row(i), task.ticket, range(row, row + 1))
             for i, row in enumerate(task.rows)
@@ -312,14 +316,14 @@ class Pool:
             self._queue.extendleft(reversed(singles))
 
     def _replace(self, worker: Worker, *, is_dead: bool = False) -> int:
-        """A new worker in the place of one; the exit code of that."""
+        """Replaces a worker by a new one; returns the old one's exit code."""
         self._selector.unregister(worker.pipe)
         status = worker.end(is_dead=is_dead)
         self._workers[self._workers.index(worker)] = self._new_worker()
         return status
 
     def _lost(self, worker: Worker, kind: str) -> None:
-        """Replaces a worker that died, is late, or told of what it was not asked."""
+        """Replaces a worker that died, is late, or answered a call that it did not get."""
         task = self._tasks.pop(worker, None)
         status = self._replace(worker, is_dead=kind == "died")
         if not worker.is_ready:
@@ -344,7 +348,7 @@ class Pool:
 
     def _too_long(self, i: int, name: str, *, is_first: bool) -> str:
         if is_first and self._first_s[i] is None:
-            self._first_s[i] = 0.0  # it does not load for so long, it hangs
+            self._first_s[i] = 0.0  # no function loads that long: it hangs
             return (
                 f"The reward {name!r} took longer than rewards.start_timeout_s = "
                 f"{self._limits.start_seconds:g} s to answer for the first time, and was killed."
@@ -355,7 +359,7 @@ class Pool:
         )
 
     def _count_false_start(self, kind: str, status: int) -> None:
-        """Raises RewardError where workers do not even start."""
+        """Raises RewardError if workers repeatedly fail to start."""
         self._false_starts += 1
         if self._false_starts < _MAX_FALSE_STARTS:
             return

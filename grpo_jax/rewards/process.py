@@ -1,4 +1,4 @@
-"""A worker process as the pool has it: started, told, and ended with all that it started."""
+"""A worker process as the pool sees it: start, pipe, and end with all its children."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from multiprocessing import connection
 
 from grpo_jax.rewards.worker import Setup
 
-_OWN_END_S = 1.0  # for a worker that closed its pipe to end by itself
-_END_LIMIT_S = 5.0  # for a worker's keeper to end what is below it
+_OWN_END_S = 1.0  # time for a worker that closed its pipe to end by itself
+_END_LIMIT_S = 5.0  # time for a worker's keeper to end its descendants
 
 
 class Worker:
-    """One process and its pipe, below its keeper."""
+    """One worker process, started through its keeper, and its pipe."""
 
     def __init__(self, setup: Setup, start_limit_s: float):
         self.pipe, theirs = connection.Pipe()
@@ -35,24 +35,24 @@ class Worker:
             stderr=output,
             # An accelerator belongs to the trainer; a worker's JAX, if any, runs on the CPU.
             env=alone | os.environ | {"JAX_PLATFORMS": "cpu"},
-            start_new_session=True,  # Ctrl-C is not for it
+            start_new_session=True,  # Ctrl-C must not reach it
         )
         theirs.close()
         self.is_ready = False
-        self.called = time.monotonic()  # when its newest call was made
+        self.called = time.monotonic()  # time of its newest call
         self.deadline = self.called + start_limit_s
         self.num_answered = 0  # calls
-        self.answered: set[int] = set()  # the rewards among them
+        self.answered: set[int] = set()  # rewards that have answered here
         self.pipe.send(setup)
 
     def ask_to_end(self) -> None:
-        """Begins what `end` waits for."""
+        """Asks the process to end; `end` waits for it."""
         self.process.terminate()
 
     def end(self, *, is_dead: bool = False) -> int:
-        """Kills the process and all that it started; the exit code that the keeper gives.
+        """Kills the process and all its descendants; returns the keeper's exit code.
 
-        Of one that `is_dead` already, its own.
+        If it `is_dead` already, it first gets time to end by itself, with its own exit code.
         """
         for limit_s, is_asked in ((_OWN_END_S, not is_dead), (_END_LIMIT_S, True)):
             if is_asked:
@@ -62,7 +62,7 @@ class Worker:
                 break
             except subprocess.TimeoutExpired:
                 continue
-        try:  # a keeper that hangs; without one, what the worker started
+        try:  # in case the keeper hangs, or there is none
             os.killpg(self.process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass
@@ -71,7 +71,7 @@ class Worker:
 
 
 def _output() -> int:
-    """Where a worker's output goes: to the trainer's standard error, if it has one."""
+    """The file descriptor of a worker's output: the trainer's standard error, if it has one."""
     try:
         os.fstat(2)
     except OSError:

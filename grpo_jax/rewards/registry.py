@@ -1,9 +1,9 @@
-"""Reward functions by name: what the config says, looked up, bound and checked against the data.
+"""Reward functions by name: looks up the config's names, binds arguments, checks the data.
 
 A reward function has the signature that TRL uses, called by keyword with lists of one entry per
 completion: `f(prompts, completions, **columns) -> list[float | None]`. `columns` are the further
-columns of the problems; None says that the function has no opinion on a row. Where a prompt is a
-list of chat messages, its completion is one too. Besides the columns there are
+columns of the problems; None means that the function does not apply to a row. If a prompt is a list
+of chat messages, its completion is one too. Besides the columns there are these arguments:
 
     rendered_prompts        each prompt as the model read it: a text, chat template included
     completion_ids          token ids of each completion, stop token included
@@ -12,7 +12,7 @@ list of chat messages, its completion is one too. Besides the columns there are
     log_metric(name, value) adds a number to the run's metrics, averaged over a step
     log_extra(name, values) adds a column to the table of samples
 
-of which a function is given those that it names, or all if it takes `**columns`.
+A function gets the arguments that it names, or all of them if it takes `**columns`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from typing import Any
 from grpo_jax.messages.values import shown
 from grpo_jax.rewards import given, place
 
-_TOLD_AFTER_S = 10.0  # of an import that takes long
+_TOLD_AFTER_S = 10.0  # until a slow import is reported
 
 _BY_MODULE = {
     "exact": ("exact_answer",),
@@ -50,7 +50,7 @@ BUILT_IN: dict[str, str] = {
     for name in names
 }
 
-# What a function gets besides the dataset's columns.
+# Arguments of a function besides the dataset's columns.
 GIVEN = (
     "prompts",
     "completions",
@@ -65,12 +65,12 @@ GIVEN = (
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    """One reward function and its share in the sum."""
+    """One reward function and its weight in the sum."""
 
-    name: str  # as metrics show it: a built-in name, or the function's own
-    spec: str  # as the config has it: a built-in name or "module:function", arguments included
+    name: str  # the name in metrics: a built-in name, or the function's own
+    spec: str  # the config's entry: a built-in name or "module:function", with arguments
     weight: float
-    gives_accuracy: bool = False  # 1 is right and 0 is wrong; at most one of a run's is such
+    gives_accuracy: bool = False  # 1 is right, 0 is wrong; at most one reward of a run
 
 
 def load(
@@ -82,13 +82,13 @@ def load(
 ) -> list[Reward]:
     """The rewards of `names`, each a built-in name or "module:function", arguments in brackets.
 
-    `accuracy` names the one that says what is right (1) and wrong (0); "" takes the first function
-    that says so of itself by an attribute `right_or_wrong`, if there is one.
+    `accuracy` names the reward that measures accuracy (1 right, 0 wrong); "" takes the first
+    function with a true attribute `right_or_wrong`, if there is one.
 
-    Raises ValueError naming `rewards.names` where a name leads to no function, or to one whose
-    short name another has, `rewards.weights` where a weight is no finite number, and
-    `rewards.accuracy` where that is none of the rewards. A module that is not imported after
-    `start_limit_s` ends the process, with a message.
+    Raises ValueError, naming the option: `rewards.names` if there is no such function, or if two
+    functions have the same short name; `rewards.weights` if a weight is not a finite number;
+    `rewards.accuracy` if it is none of the rewards. If a module is not imported after
+    `start_limit_s`, the process ends with a message.
     """
     if len(names) != len(weights):
         raise ValueError(
@@ -135,8 +135,8 @@ def _which_gives_accuracy(rewards: dict[str, Reward], chosen: str) -> str | None
 def function(spec: str) -> Callable:
     """The function that a name in `rewards.names` stands for.
 
-    Arguments in brackets, which are literals, are bound to a reward function, and given to a
-    factory, a function without `completions`, that returns one:
+    Arguments in brackets are literals. They are bound to a reward function. A function without
+    `completions` is a factory: it is called with them and returns a reward function, as in
     "trl.rewards:get_soft_overlong_punishment(max_completion_len=1024, soft_punish_cache=128)".
     """
     name, arguments = _split(spec)
@@ -216,9 +216,9 @@ def _given(name: str) -> Callable:
 
 @contextlib.contextmanager
 def _limited(spec: str, limit_s: float) -> Iterator[None]:
-    """Tells of an import that takes long, and ends the process where it never ends.
+    """Reports a slow import, and ends the process if the import exceeds the limit.
 
-    No error could be raised from outside in what a module does there.
+    No error can be raised from outside in a module that is being imported.
     """
     done, importing = threading.Event(), threading.get_ident()
 
@@ -260,19 +260,19 @@ def _unknown(name: str, what: str, candidates: list[str]) -> ValueError:
 
 
 def accepted(found: Callable, names: Iterable[str]) -> set[str]:
-    """Those of the names that the function takes."""
+    """The names among `names` that the function takes as arguments."""
     try:
         hash(found)
-    except TypeError:  # not every object with __call__ can be a key
+    except TypeError:  # not every callable object is hashable
         taken = _parameters.__wrapped__(found)
     else:
         taken = _parameters(found)
     return set(names) if taken is None else taken & set(names)
 
 
-@functools.lru_cache(maxsize=64)  # a tenth of what a call of a worker costs
+@functools.lru_cache(maxsize=64)  # its cost is a tenth of a worker's call
 def _parameters(found: Callable) -> frozenset[str] | None:
-    """The names that a function takes; None where it takes any."""
+    """The argument names of a function; None if it takes any."""
     parameters = inspect.signature(found).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
@@ -295,12 +295,12 @@ def reads(rewards: Sequence[Reward], name: str) -> bool:
 
 
 def columns_read(rewards: Sequence[Reward], columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a problem's columns that a reward function names; all where none names any."""
+    """The columns of a problem that some reward function names; all columns if none names any."""
     return {n: v for n, v in columns.items() if reads(rewards, n)} or dict(columns)
 
 
 def refuse_columns(rewards: Sequence[Reward], problems: Sequence[Any]) -> None:
-    """Raises ValueError, naming the file, where a reward needs a column that is not there."""
+    """Raises ValueError, naming the file, if a reward needs a missing column."""
     for reward in rewards:
         for name in _needed(function(reward.spec)):
             if problems and name not in problems[0].columns:
@@ -313,10 +313,10 @@ def refuse_columns(rewards: Sequence[Reward], problems: Sequence[Any]) -> None:
 
 
 def faulty_rows(rewards: Sequence[Reward], problems: Sequence[Any]) -> dict[int, str]:
-    """Problems that a reward could not score, by number, with what is wrong: file, row and column.
+    """Problems that a reward could not score: messages with file, row and column, by number.
 
-    A function says what it takes in its attribute `column_faults`, a dict from a column's name to a
-    function of one value that returns what is wrong with it, or None.
+    A reward function declares checks in its attribute `column_faults`: a dict from a column's name
+    to a function that returns the fault of a value, or None.
     """
     wrong: dict[int, str] = {}
     for reward in rewards:

@@ -1,4 +1,4 @@
-"""What completions earned: the weighted sum of their rewards, and each reward by name."""
+"""Scores of completions: the weighted sum of their rewards, and each reward by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FAILURES = ("timeout", "error", "values", "memory", "died")
 much memory; or its process ended."""
 
 
-_ARRAYS = {"by_name": np.float32, "failed": bool, "seconds": np.float64}  # of each reward, [B]
+_ARRAYS = {"by_name": np.float32, "failed": bool, "seconds": np.float64}  # per reward, [B]
 
 
 class RewardError(ValueError):
@@ -34,42 +34,42 @@ class Failure:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """What B completions earned.
+    """The rewards of B completions.
 
-    A reward that failed counts as the least that its function gave another of them, and at most as
-    0: text that breaks its grader must not be worth more than a wrong answer, nor escape a penalty.
-    Where every reward function gave None, `reward_B` is NaN: nothing is known.
+    A failed reward counts as the least value that its function gave to other completions, and at
+    most as 0: a text that breaks its grader must not be worth more than a wrong answer, nor escape
+    a penalty. If every reward function gave None, `reward_B` is NaN.
     """
 
     reward_B: np.ndarray  # float32: the weighted sum; a reward that is None counts as 0
-    by_name: dict[str, np.ndarray]  # float32 [B] of each reward, unweighted; NaN: None or failed
+    by_name: dict[str, np.ndarray]  # float32 [B] per reward, unweighted; NaN: None or failed
     failed: dict[str, np.ndarray]  # bool [B]
-    seconds: dict[str, np.ndarray]  # float64 [B] that each took; rows called together share alike
+    seconds: dict[str, np.ndarray]  # float64 [B]; rows of one call share its time equally
     failures: tuple[Failure, ...] = ()
     metrics: dict[str, tuple[float, int]] = dataclasses.field(default_factory=dict)  # sum, count
-    extras: dict[str, list] = dataclasses.field(default_factory=dict)  # [B]; None where not given
-    # By reward: how often a call for a whole group failed and was made for each completion alone,
-    # and what the first of them said
+    extras: dict[str, list] = dataclasses.field(default_factory=dict)  # [B]; None if not logged
+    # By reward: the number of calls that failed for a whole group and were repeated for each
+    # completion, and the first error
     retried: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
 
     def correct(self, name: str) -> np.ndarray:
-        """Which completions got the whole of a reward that is 1 for a right answer, bool [B]."""
+        """True for right completions, by a reward that is 1 for a right answer, bool [B]."""
         return self.by_name[name] >= 1.0
 
     def judged(self, name: str) -> np.ndarray:
-        """Which completions a reward applies to, bool [B]: it gave a number there, or failed."""
+        """True for completions to which a reward applies: it gave a number or failed, bool [B]."""
         return ~np.isnan(self.by_name[name]) | self.failed[name]
 
     def accuracy(self, name: str) -> float:
-        """The share right of the completions that a reward applies to; NaN where it is none.
+        """The share of right completions among those to which a reward applies; NaN if none.
 
-        What failed counts as wrong. Training and evaluation mean the same by it.
+        A failed reward counts as wrong. Training and evaluation use the same definition.
         """
         judged = self.judged(name).sum()
         return float(self.correct(name).sum() / judged) if judged else float("nan")
 
     def as_json(self) -> dict[str, Any]:
-        """The same as JSON, NaN included, for `from_json`."""
+        """These scores as JSON, with NaN, for `from_json`."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["failures"] = [dataclasses.asdict(failure) for failure in self.failures]
         values["reward_B"] = self.reward_B.tolist()
@@ -79,7 +79,7 @@ class Scores:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> Scores:
-        """What `as_json` gave, every number as it was."""
+        """The scores that `as_json` has written, without loss."""
         arrays = {
             name: {n: np.array(value, dtype) for n, value in values[name].items()}
             for name, dtype in _ARRAYS.items()
@@ -94,7 +94,7 @@ class Scores:
         )
 
     def broken(self, limit: float) -> dict[str, str]:
-        """Rewards that more than this share of the completions lacks, by name, and what to say."""
+        """Messages by name, for rewards that failed for more than this share of the completions."""
         return {
             name: (
                 f"{failed_B.sum()} of {len(failed_B)} completions have no reward {name!r}, more "
@@ -106,16 +106,16 @@ class Scores:
         }
 
     def num_failed(self, kind: str) -> int:
-        """Rewards that failed in one way."""
+        """The number of rewards that failed in this way."""
         return sum(failure.kind == kind for failure in self.failures)
 
 
 def combine(
     rewards: Sequence[Reward], by_name: dict[str, np.ndarray], failed: dict[str, np.ndarray]
 ) -> np.ndarray:
-    """The weighted sum, float32 [B]: of what was given; NaN where no function had an opinion.
+    """The weighted sum of the rewards, float32 [B]; NaN if every function gave None.
 
-    What failed counts, weighted, as the least that its function gave to another row, at most 0.
+    A failed reward counts as the least weighted value of its function in other rows, at most 0.
     """
     total_B, known_B = 0.0, False
     for reward in rewards:
@@ -128,7 +128,7 @@ def combine(
 
 
 def join(parts: Sequence[Scores], rewards: Sequence[Reward]) -> Scores:
-    """The scores of several batches as those of one, in their order: summed up as one, too."""
+    """The scores of several batches as one batch, in order; sums are computed over the whole."""
     start = np.cumsum([0, *(len(p.reward_B) for p in parts)])
     names = list(parts[0].by_name)
     stack = lambda pick: {n: np.concatenate([pick(p)[n] for p in parts]) for n in names}  # noqa: E731

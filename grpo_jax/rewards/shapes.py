@@ -1,8 +1,8 @@
-"""What an answer is made of: a value, a list, a set, a tuple, and the names of the quantities.
+"""The structure of an answer: a value, a list, a set, a tuple, and the names of quantities.
 
-"x = 5" is the value 5 under the name x; "x = 1, y = 2" are two named values; (1,2) is a tuple, or
-an interval, which is equal under the same rule. Whether two values are equal is asked of a function
-that the caller gives; everything here is about the text, which is tidy and short.
+"x = 5" is the value 5 under the name x; "x = 1, y = 2" are two named values; (1,2) is a tuple or an
+interval; both are compared by the same rule. The caller gives a function that compares two values;
+this file handles only texts, which are tidy and short.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import itertools
 import re
 from collections.abc import Callable
 
-Same = Callable[[str, str], bool]  # whether two values, as texts, are equal
+Same = Callable[[str, str], bool]  # whether two values, given as texts, are equal
 
-_MAX_PARTS = 32  # of one list; each may be compared with each
+_MAX_PARTS = 32  # in a list, since all pairs may be compared
 _BRACKETS = r"\\begin(?![a-z])|\\end(?![a-z])|\\[{}]|[()\[\]{}]"
 _BRACKET = re.compile(_BRACKETS)
 _OPENING, _CLOSING = {"(", "[", "{", "\\{", "\\begin"}, {")", "]", "}", "\\}", "\\end"}
@@ -37,7 +37,7 @@ _NAME = re.compile(r"(?:\\[a-zA-Z]+|[a-zA-Z(){}|:/,' ])+")
 class Shape:
     """An answer, or a part of one."""
 
-    text: str  # the whole of it, its name included
+    text: str  # the whole text, with the name
     kind: str = ""  # "": one value; "list" or "set": any order; else brackets, such as "(]"
     value: str = ""  # without the name
     name: str = ""
@@ -45,11 +45,11 @@ class Shape:
 
     @property
     def is_named_list(self) -> bool:
-        """Whether each part has a name of its own: x = 1, y = 2."""
+        """Whether each part has its own name: x = 1, y = 2."""
         return bool(self.parts) and all(part.name for part in self.parts)
 
     def alone(self) -> Shape:
-        """The one part of a set that is the whole answer, else the same."""
+        """The only element of a set that is the whole answer; else the shape itself."""
         return self.parts[0] if self.kind == "set" and len(self.parts) == 1 else self
 
 
@@ -72,10 +72,10 @@ def read(text: str, same: Same) -> Shape:
 
 
 def equal(one: Shape, other: Shape, same: Same, same_relation: Same) -> bool:
-    """Whether two answers are equal: part by part, in any order where they are lists or sets.
+    """Whether two answers are equal: part by part, in any order if they are lists or sets.
 
-    A name may stand on one side only. `same` compares values, `same_relation` whole texts of which
-    one is an equation, an inequality or a set in other words.
+    A name may be on one side only. `same` compares values. `same_relation` compares whole texts if
+    one is an equation, an inequality, or a set written in another way.
     """
 
     def equal_parts(a: Shape, b: Shape) -> bool:
@@ -98,7 +98,7 @@ def equal(one: Shape, other: Shape, same: Same, same_relation: Same) -> bool:
 
 
 def is_relation(text: str) -> bool:
-    """Whether a text is an equation, an inequality or the like, and no value."""
+    """Whether a text is an equation, an inequality or the like, not a value."""
     return bool(_ORDER.search(text) or "=" in text)
 
 
@@ -119,11 +119,11 @@ def _read_one(text: str, same: Same) -> Shape:
         if name or not re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", text)):
             value = _read_value(values[-1], same)
             return dataclasses.replace(value, name=name, text=text)
-    return Shape(text, value=text)  # an equation, or a chain of values that differ
+    return Shape(text, value=text)  # an equation, or a chain of different values
 
 
 def _sides(text: str) -> list[str]:
-    """What stands between the signs of equality; of a value and its rounding, the value."""
+    """The texts between the equality signs; of a value and its rounding, only the value."""
     value, _, rounded = text.partition("\\approx")
     if rounded:
         text = f"{value}={rounded}" if _is_name(value) else value
@@ -131,7 +131,7 @@ def _sides(text: str) -> list[str]:
 
 
 def _name_of(text: str) -> str:
-    """The name that stands before the first sign of equality, without spaces; else ""."""
+    """The name before the first equality sign, without spaces; else ""."""
     head = _sides(text)[0]
     if len(_sides(text)) == 1 or not _is_name(head):
         return ""
@@ -144,7 +144,7 @@ def _is_name(text: str) -> bool:
 
 
 def _read_value(text: str, same: Same) -> Shape:
-    """The shape of a text without a name: what its brackets hold, or one value."""
+    """The shape of a text without a name: the content of its brackets, or one value."""
     opening, inside, closing = _brackets(text)
     if not opening:
         return Shape(text, value=text)
@@ -164,7 +164,7 @@ def _read_value(text: str, same: Same) -> Shape:
 
 
 def _brackets(text: str) -> tuple[str, str, str]:
-    """The brackets around a whole text and what they hold; none where they do not hold it all."""
+    """The brackets around a whole text and their content; none if they do not enclose all of it."""
     depth, first = 0, None
     for match in _BRACKET.finditer(text):
         bracket = match[0]
@@ -186,7 +186,7 @@ def _split(text: str) -> list[str]:
 
 
 def _cut(text: str, pattern: re.Pattern) -> list[str]:
-    """A text cut where the pattern has its group "cut", outside of brackets."""
+    """A text, cut at matches of the pattern's group "cut" outside of brackets."""
     parts, start, depth = [], 0, 0
     for match in pattern.finditer(text):
         if match["cut"] is None:
@@ -198,9 +198,9 @@ def _cut(text: str, pattern: re.Pattern) -> list[str]:
 
 
 def _signs(text: str) -> list[str]:
-    """Both values of a text with one \\pm, or with a \\pm and a \\mp; the text where there is none.
+    """Both values of a text with one \\pm, or with a \\pm and a \\mp; else the text alone.
 
-    Two of one kind may go together or not, so they stay.
+    Two signs of one kind are ambiguous (dependent or independent), so they stay.
     """
     found = _SIGN.findall(text)
     if not found or len(found) != len(set(found)) or _brackets(text)[0] in ("{", "\\{"):
@@ -223,7 +223,7 @@ def _equal_values(one: Shape, other: Shape, same: Same, same_relation: Same) -> 
 
 
 def _in_other_words(one: Shape, other: Shape) -> bool:
-    """Whether two shapes may be one relation, or a set and what it says of x."""
+    """Whether two shapes may be the same relation, or a set and the relation that defines it."""
     kinds = {_kind(one), _kind(other)}
     if one.name not in other.text or other.name not in one.text:
         return False  # x > 1 is not y in (1, oo)
@@ -241,7 +241,7 @@ def _kind(shape: Shape) -> str:
 
 
 def _equal_named(one: Shape, other: Shape, equal_parts: Callable) -> bool:
-    """x = 1, y = 2 against the same names in any order, against (x,y) = (1,2), or "1, 2"."""
+    """Compares x = 1, y = 2 with the names in any order, with (x,y) = (1,2), or with "1, 2"."""
     named, values = (one, other) if one.is_named_list else (other, one)
     if len(named.parts) != len(values.parts):
         return False
@@ -264,7 +264,7 @@ def _names(shape: Shape) -> list[str]:
 
 
 def _equal_sets(one: Shape, other: Shape, equal_parts: Callable) -> bool:
-    """Whether each part of one list has an equal in the other; as often, where none is a set."""
+    """Whether two lists have equal parts in any order; with equal counts if neither is a set."""
     if not one.parts or not other.parts or max(len(one.parts), len(other.parts)) > _MAX_PARTS:
         return False
     if "set" in (one.kind, other.kind):

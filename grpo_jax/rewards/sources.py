@@ -1,7 +1,7 @@
-"""The sources of the user's modules as a run began with them, for workers that start later.
+"""The sources of the user's modules at a run's start, for workers that start later.
 
-A reward module may be edited while a run goes on. A worker that replaces another must not compute
-other rewards than the rest: it imports what the trainer imported, from the texts that it is given.
+A reward module may be edited during a run. A new worker must not compute other rewards than the old
+ones. So it gets the sources that the trainer imported, and imports modules from them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Source:
 
 
 def held() -> dict[str, Source]:
-    """The sources of the modules that this process has imported, those that are installed left out.
+    """The sources of imported modules by module name, without installed packages.
 
-    By module name. What was imported from no file is not held.
+    Modules that were not imported from a file are left out too.
     """
     found = {}
     for name, module in list(sys.modules.items()):
@@ -42,14 +42,14 @@ def held() -> dict[str, Source]:
         try:
             with open(file, "rb") as source:
                 text = source.read()
-        except OSError:  # it is gone already
+        except OSError:  # the file is gone
             continue
         found[name] = Source(file, spec.submodule_search_locations is not None, text)
     return found
 
 
 def _is_installed(file: str) -> bool:
-    """Whether a file is one of Python's own or was put beside them."""
+    """Whether a file belongs to Python or to an installed package."""
     if {"site-packages", "dist-packages"} & set(file.split(os.sep)):
         return True
     return os.path.realpath(file).startswith(_STANDARD)
@@ -62,7 +62,7 @@ _STANDARD = tuple(
 
 
 class Finder:
-    """Finds modules among held sources: the first entry of a worker's `sys.meta_path`."""
+    """Imports modules from these sources: the first entry of a worker's `sys.meta_path`."""
 
     def __init__(self, sources: dict[str, Source]):
         self._sources = sources
@@ -71,7 +71,7 @@ class Finder:
         source = self._sources.get(name)
         if source is None:
             return None
-        # As Python would show the lines of the text that is run, not of the file as it is now.
+        # Tracebacks then show lines of the text that runs, not of the current file.
         lines = source.text.decode("utf-8", "replace").splitlines(keepends=True)
         linecache.cache[source.file] = (len(source.text), None, lines, source.file)
         return importlib.util.spec_from_file_location(
@@ -85,7 +85,7 @@ class Finder:
 
 
 class _Loader(SourceFileLoader):
-    """Loads a module from a text that was its file's."""
+    """Loads a module from the saved text of its file."""
 
     def __init__(self, name: str, source: Source):
         super().__init__(name, source.file)

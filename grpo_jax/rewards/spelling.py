@@ -1,6 +1,6 @@
 """One spelling of an answer: spaces, fractions, relations, thousands, powers of ten, styles.
 
-Nothing here changes a value. Every search is over a text that the caller has bounded.
+Nothing here changes a value. The caller bounds the length of every text.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _SYNONYMS = tuple(
 
 
 def tidy(text: str) -> str:
-    """A text in one spelling; "and" and "or" are commas, "5 million" is 5 times a power of ten."""
+    """A text in one spelling; "and", "or" become commas, "5 million" 5 times a power of ten."""
     text = strip(as_latex(text)).replace("\\$", "").replace("$", "").replace("\\\\%", "\\%")
     text = _TEXT.sub(r"\\text", _STYLE.sub("", text))
     text = _SURE_GROUP.sub("", text)
@@ -78,17 +78,17 @@ def tidy(text: str) -> str:
 
 
 def in_radians(text: str) -> str:
-    """A tidy text with the degrees inside of its sines and the like in radians."""
+    """A tidy text with the degrees in trigonometric functions converted to radians."""
     return _ANGLE.sub(r"(\\frac{\1\\pi}{180})", text) if _TRIGONOMETRY.search(text) else text
 
 
 def without_degrees(text: str) -> str:
-    """A tidy text without its signs of degrees."""
+    """A tidy text without degree signs."""
     return _ANGLE.sub(r"\1", text)
 
 
 def partner(text: str, start: int) -> int | None:
-    """Where the bracket that opens at `start` closes, whatever its kind."""
+    """The position at which the bracket that opens at `start` closes; kinds are not compared."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] in "([{") - (text[i] in ")]}")
@@ -105,7 +105,7 @@ def _repeating(match: re.Match) -> str:
 
 
 def _call_roots(text: str) -> str:
-    """sqrt(2), x^(2) and exp(2) with braces in place of parentheses."""
+    """A text with braces in place of the parentheses of sqrt(2), x^(2) and exp(2)."""
     for match in reversed(list(re.finditer(r"(\\sqrt|\\exp|\^)\s*\(", text))):
         end = partner(text, match.end() - 1)
         if end is not None and text[end] == ")":

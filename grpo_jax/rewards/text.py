@@ -1,8 +1,8 @@
-"""Rewards for the words of a completion: equal to a text, near one, or mentioning given words.
+"""Rewards for a completion's words: equal or similar to a text, with required words, not repeated.
 
 `exact_match` and `token_f1` are those of SQuAD (Rajpurkar et al. 2016, arXiv:1606.05250, section
-6.1, and its evaluation script). They read the whole completion after the last </think>, so a
-config asks for short answers. Thinking that does not end, the prompt's included, has no answer.
+6.1, and its evaluation script). They read the whole completion after the last </think>, so a config
+asks for short answers. Thinking that does not end has no answer, also if the prompt opened it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def exact_match(
 ) -> list[float]:
     """1.0 for each completion that equals the answer, or one of a list of answers, else 0.0.
 
-    Equal without case, punctuation, the articles a, an and the, and repeated spaces. Raises
-    ValueError where a row holds no answer.
+    Case, punctuation, the articles a, an and the, and repeated spaces are ignored. Raises
+    ValueError if a row holds no answer.
     """
     texts = _answers(prompts, completions, rendered_prompts)
     return [
@@ -47,8 +47,8 @@ def token_f1(
 ) -> list[float]:
     """F1 between the words of each completion and of its answer, the best of a list of answers.
 
-    Words are those left by the normalization of `exact_match`; one that both have twice counts
-    twice. Raises ValueError where a row holds no answer.
+    Words are normalized as in `exact_match`; a word that both have twice counts twice. Raises
+    ValueError if a row holds no answer.
     """
     texts = _answers(prompts, completions, rendered_prompts)
     return [
@@ -66,9 +66,9 @@ def mentions(
 ) -> list[float]:
     """Share of the words that each completion mentions, as whole words and in any case.
 
-    `words` is one list of words for all rows, as a config binds it, or the column of that name: a
-    list of words for each row. A word may hold spaces. A row without words gives 1.0.
-    Raises ValueError for words that are blank or no text.
+    `words` is either one list of words for all rows, bound by the config, or a column with a list
+    of words per row. A word may contain spaces. A row without words gives 1.0. Raises ValueError
+    for words that are blank or not texts.
     """
     # A column has a list in every row; a bound parameter has none.
     is_column = len(words) == len(completions) and all(isinstance(w, (list, tuple)) for w in words)
@@ -80,7 +80,7 @@ def mentions(
 def repetition_penalty(
     prompts: list[Any], completions: list[Any], ngram: int = 3, **columns: Any
 ) -> list[float]:
-    """Minus the share of each completion's n-grams that stood in it before; 0.0 for a short one.
+    """Minus the share of repeated n-grams in each completion; 0.0 if it is too short for one.
 
     From Yeo et al. 2025 (arXiv:2502.03373, appendix): (distinct n-grams / n-grams) - 1, of words
     between spaces in lower case. Raises ValueError for `ngram` below 1.
@@ -91,7 +91,7 @@ def repetition_penalty(
 
 
 def text_fault(value: Any) -> str | None:
-    """What keeps a value of `answer` from being a text or a list of acceptable texts, or None."""
+    """The fault of a value of `answer`, a text or a list of accepted texts; or None."""
     if value is None:
         return "is null"
     if isinstance(value, str):
@@ -107,7 +107,7 @@ def text_fault(value: Any) -> str | None:
 
 
 def words_fault(value: Any) -> str | None:
-    """What keeps a value of `words` from being a list of words, or None."""
+    """The fault of a value of `words`, a list of words; None for a valid one."""
     if value is None:
         return "is null"
     if not isinstance(value, (list, tuple)):
@@ -127,7 +127,7 @@ mentions.column_faults = {"words": words_fault}
 def _answers(
     prompts: list[Any], completions: list[Any], rendered_prompts: list[str] | None
 ) -> list[str | None]:
-    """What each completion says after its thinking; None where that does not end."""
+    """The text of each completion after its thinking; None if the thinking does not end."""
     thinking = begin_in_thinking(prompts, rendered_prompts)
     return [
         after_thinking(text_of(c), inside) for c, inside in zip(completions, thinking, strict=True)
@@ -142,7 +142,7 @@ def _accepted(value: Any) -> Sequence[str]:
 
 def _tokens(text: str) -> list[str]:
     text = text.lower().translate(_WITHOUT_PUNCTUATION)
-    return _ARTICLES.sub(" ", text).split() or text.split()  # the answer may be the choice A
+    return _ARTICLES.sub(" ", text).split() or text.split()  # the answer may be choice A
 
 
 def _f1(found: list[str], expected: list[str]) -> float:
@@ -164,6 +164,6 @@ def _share(text: str, words: Sequence[str]) -> float:
     if not words:
         return 1.0
     text = text.casefold()
-    # Not \b: a word such as "C++" ends in no word character.
+    # Not \b, since "C++" does not end in a word character.
     found = [re.search(rf"(?<!\w){re.escape(w.strip().casefold())}(?!\w)", text) for w in words]
     return sum(match is not None for match in found) / len(words)

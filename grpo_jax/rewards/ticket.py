@@ -1,4 +1,4 @@
-"""Scores that workers are computing: asked for as one batch, filled in call by call."""
+"""Pending scores of one batch, filled in call by call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from grpo_jax.rewards.worker import Answer
 
 
 class Ticket:
-    """Scores that are being computed."""
+    """The pending scores of a batch."""
 
     def __init__(self, rewards: Sequence[Reward], rows: int):
         self._rewards, self._rows = rewards, rows
@@ -33,8 +33,8 @@ class Ticket:
             self._done.set()
 
     def result(self) -> Scores:
-        """The scores, once all are there. Raises RewardError when no worker can be started."""
-        while not self._done.wait(timeout=1.0):  # in turns, so that signals are heard
+        """Waits for all scores. Raises RewardError if no worker can be started."""
+        while not self._done.wait(timeout=1.0):  # with a timeout, so that signals are handled
             pass
         if self._fault:
             raise RewardError(self._fault)
@@ -53,12 +53,12 @@ class Ticket:
         )
 
     def progress(self) -> tuple[int, int]:
-        """Rewards that are there, and those that were asked for."""
+        """The number of rewards that have arrived, and of all rewards."""
         total = len(self._rewards) * self._rows
         return (total if self._done.is_set() else total - self._open), total
 
     def fill(self, reward: int, rows: range, answer: Answer) -> None:
-        """The outcome of one call (of one completion, if it failed)."""
+        """Records the outcome of one call (of one completion, if it failed)."""
         self._seconds[reward, rows] = answer.seconds / len(rows)
         faults = answer.faults
         if answer.values is None:
@@ -80,12 +80,12 @@ class Ticket:
             self._done.set()
 
     def note_retry(self, reward: int, message: str) -> None:
-        """Notes that a call of several completions failed, and is made for each alone."""
+        """Records that a call for several completions failed, and is repeated for each alone."""
         name = self._rewards[reward].name
         count, first = self._retried.get(name, (0, message))
         self._retried[name] = (count + 1, first)
 
     def end(self, fault: str) -> None:
-        """Lets `result` raise: there will be no scores."""
+        """Makes `result` raise RewardError: there will be no scores."""
         self._fault = fault
         self._done.set()

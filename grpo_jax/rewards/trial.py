@@ -1,4 +1,4 @@
-"""Rewards tried on given completions."""
+"""Tries rewards on given completions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def score(
     rendered: list[str] | None,
     batch: int,
 ) -> tuple[Scores, float]:
-    """The scores, and the seconds that they took once the workers were there."""
+    """The scores, and the seconds that they took, without the start of the workers."""
     pool.wait_ready()
     began = time.monotonic()
     ticket = pool.submit(
@@ -37,7 +37,7 @@ def score(
 
 
 def figures(scores: Scores, seconds: float) -> dict[str, Any]:
-    """The numbers of `--json`: per reward its mean and spread over the rows that have one."""
+    """The output of `--json`: each reward's mean and deviation over the rows with a value."""
     rewards = {}
     for name, value_B in scores.by_name.items():
         known_B = value_B[~np.isnan(value_B)]

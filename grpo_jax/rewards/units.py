@@ -1,8 +1,8 @@
-"""Units: what may follow a number without changing it, and when two of them are the same.
+"""Units: words that may follow a number without changing it, and their equality.
 
-A word is a unit if it is a known one, or a noun that counts something, as in "5 oranges". Nouns are
-too many to list. The words that are none are few: numerals, operations, and those that join or
-turn a sentence. One of them after a number leaves the answer as it stands, equal to no number.
+A word is a unit if it is a known unit, or a noun that is counted, as in "5 oranges". Nouns are too
+many to list. The other words are few: numerals, operations, and words that connect or negate
+clauses. If one of these follows a number, the answer stays as it is, equal to no number.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _KNOWN = {
 _ATTACHED = {"km", "cm", "mm", "kg", "mg", "ml", "mL", "ft", "lb", "lbs", "oz", "mph", "€", "°"}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "squared": 2, "cubed": 3}
 _SIGNS = "£€¥₹"
-_LETTERS = {"g", "l", "L", "m ^2", "m ^3", "m / s", "m / s ^2"}  # that are units outside of \\text
+_LETTERS = {"g", "l", "L", "m ^2", "m ^3", "m / s", "m / s ^2"}  # units also outside of \\text
 
 _NUMERAL = re.compile(
     r"zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve"
@@ -81,7 +81,7 @@ _NUMERAL = re.compile(
     r"|twelfth|single|double|triple|quadruple|twice|thrice|once|score|gross|myriad|\w{2,12}fold"
 )
 _NO_UNIT = frozenset(
-    # operations and what they leave, numbers in short
+    # operations and their results, short names of numbers
     "plus minus times multiplied divided over remainder modulo mod modulus base point dot choose "
     "factorial power root exponent raised reciprocal inverse increased decreased reduced doubled "
     "tripled quadrupled halved squared cubed square cubic added subtracted percent percentage pct "
@@ -90,13 +90,13 @@ _NO_UNIT = frozenset(
     "and or but nor not no never none nothing neither either except unless without than versus vs "
     "if when while where whether because since so then hence thus therefore else otherwise instead "
     "rather though although however unknown undefined impossible "
-    # from where and up to what
+    # prepositions of place and range
     "to from into onto through until till between above below beneath beyond under underneath off "
     "up down out before after past within against among by as like about around near nearly almost "
     # verbs
     "is are was were be been being isn has have had do does did can could will would shall should "
     "may might must equals equal means gives makes becomes "
-    # that stand for something else
+    # pronouns
     "it its he she they them that this these those which who whom whose what there here we you "
     .split()
 )  # fmt: skip
@@ -116,16 +116,16 @@ _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 
 @functools.lru_cache(maxsize=4096)
 def split_unit(text: str) -> tuple[str, str]:
-    """A tidy text without its unit, and the unit by one name, "" where there is none.
+    """A tidy text without its unit, and the unit's canonical name; "" if there is none.
 
-    A unit is that of a quantity, an angle or a currency, or the base that a number is written in.
+    Units are those of quantities, angles and currencies, and the base of a number.
     """
     if match := _BASE.search(text):
         return text[: match.start()], f"base {match[1] or match[2]}"
     if text[:1] in _SIGNS and len(text) > 1:
         return text[1:].strip(), _KNOWN[text[0]]
     tokens = _tail(text)
-    for i, token in enumerate(tokens):  # the longest that is a unit
+    for i, token in enumerate(tokens):  # the longest unit first
         before = text[: token.start()]
         if not before.strip() or token[0].isspace():
             continue
@@ -136,7 +136,7 @@ def split_unit(text: str) -> tuple[str, str]:
 
 
 def _tail(text: str) -> list[re.Match]:
-    """The tokens with which a text ends that a unit may hold."""
+    """The tokens at the end of a text that may be part of a unit."""
     tokens: list[re.Match] = []
     place = 0
     while place < len(text):
@@ -150,7 +150,7 @@ def _tail(text: str) -> list[re.Match]:
 
 
 def _unit(tokens: list[re.Match], before: str) -> str:
-    """The name of the unit that the tokens spell, "" where they spell none."""
+    """The canonical name of the unit that the tokens spell; "" if they spell none."""
     words: list[str] = []
     for token in tokens:
         if token["text"] is not None:
@@ -167,7 +167,7 @@ def _unit(tokens: list[re.Match], before: str) -> str:
     if not is_quantity and not (words and _COUNT_END.search(before) and _is_noun(words)):
         return ""
     if first["word"]:
-        # Letters beside a number are a product, but for units that are no product.
+        # Letters next to a number are a product, unless they are one of these units.
         if not _NUMBER_END.search(before) or before[-1:] not in " \t~":
             attached = bool(_NUMBER_END.search(before)) and words[0] in _ATTACHED
             return _name(words) if attached else ""
@@ -175,23 +175,23 @@ def _unit(tokens: list[re.Match], before: str) -> str:
         if max(map(len, letters)) == 1 and " ".join(words) not in _LETTERS:
             return ""  # 5 s may be 5 times s
     elif first["text"] is None and not (first["degree"] or first["sign"]):
-        return ""  # a unit begins with no power and no slash
+        return ""  # a unit does not begin with a power or a slash
     return _name(words)
 
 
 def _is_quantity(words: list[str]) -> bool:
-    """Whether words are known units, with powers and the words for them, by each other or per."""
+    """Whether words are known units, with powers, multiplied or divided."""
     letters = [w for w in words if w not in ("/", "per") and w not in _POWERS and w[0] != "^"]
     return bool(letters) and words[0] not in ("squared", "cubed") and all(map(_known, letters))
 
 
 def _known(word: str) -> str | None:
-    """The one name of a known unit. Case counts in what is short: 5 M is no length."""
+    """The canonical name of a known unit. Case matters in short ones: 5 M is not a length."""
     return _KNOWN.get(word) or (_KNOWN.get(word.lower()) if len(word) > 2 else None)
 
 
 def _is_noun(words: list[str]) -> bool:
-    """Whether words count something: letters, none of them a numeral, an operation or a clause."""
+    """Whether words are a counted noun: letters, and no numeral, operation or clause."""
     if words[-1].startswith("^"):
         words = words[:-1]
     for i, word in enumerate(words):
@@ -222,7 +222,7 @@ def _is_none(word: str) -> bool:
 
 
 def _name(words: list[str]) -> str:
-    """One name for a unit: powers of known ones, sorted; the words of others without plural."""
+    """The canonical name of a unit: powers of known units, sorted; other words in the singular."""
     if not _is_quantity(words):
         stems = [w.strip("()").lower().removesuffix("s").removesuffix("e") for w in words]
         return " ".join(stems)

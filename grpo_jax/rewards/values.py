@@ -1,4 +1,4 @@
-"""The numbers that a reward function gave, read from whatever it returned."""
+"""Reads the numbers from the return value of a reward function."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class WrongValuesError(ValueError):
 
 
 def read(name: str, values: Any, completions: list[Any]) -> tuple[list[float], dict[int, str]]:
-    """One number for each completion, NaN where there is none; what is wrong with some, by row.
+    """One number for each completion, NaN for None; and faults of single values, by row.
 
-    `values` is a list or an array of any library that can be read as a list: of numbers, of arrays
-    of one number without axes, and of None, which says that there is no opinion. Raises
-    WrongValuesError where it is none, or has not one entry for each completion.
+    `values` is a list, or an array of any library that can be read as one. Its entries are numbers,
+    arrays without axes, or None for "does not apply". Raises WrongValuesError if it is no list, or
+    does not have one entry for each completion.
     """
     shape = getattr(values, "shape", None)
     has_axes = isinstance(shape, tuple) and len(shape) != 1
@@ -46,7 +46,7 @@ def read(name: str, values: Any, completions: list[Any]) -> tuple[list[float], d
             found.append(math.nan)
             continue
         is_number = isinstance(entry, numbers.Real)
-        # Compared before converting: what float32 cannot hold would become an infinity.
+        # Compared before conversion, which would make numbers too large for float32 infinite.
         if is_number and abs(entry) <= FLOAT32_MAX:
             found.append(float(entry))
             continue
@@ -61,10 +61,10 @@ def read(name: str, values: Any, completions: list[Any]) -> tuple[list[float], d
 
 
 def _plain(value: Any) -> Any:
-    """An array as a list of Python's numbers, one without axes as its number; else the value.
+    """An array as a list of Python numbers, or as one number if it has no axes; else the value.
 
-    Arrays of NumPy, JAX, PyTorch, pandas and CuPy say themselves what they are as a list, wherever
-    they lie and whether or not they have a gradient; others are read by NumPy.
+    Arrays of NumPy, JAX, PyTorch, pandas and CuPy have `tolist`, which works on any device and with
+    a gradient. NumPy reads other arrays.
     """
     if isinstance(value, (float, int, list, tuple, str, type(None))):
         return value

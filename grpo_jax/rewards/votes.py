@@ -1,7 +1,7 @@
-"""Which of a problem's samples give the same answer, as the reward has it.
+"""Groups a problem's samples by equal answers, as the reward compares them.
 
-Two answers may be equal as mathematics, and asking that can take long or crash. So it is asked
-where rewards are computed: in worker processes that can be killed, under the same limits.
+Comparing answers as mathematics can take long or crash. So it runs like rewards: in worker
+processes that can be killed, under the same limits.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from grpo_jax.rewards.completions import begin_in_thinking, text_of
 from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.rewards.registry import Reward
 
-_MAX_COMPARED = 64  # different answers of one problem that a further one is compared with
+_MAX_COMPARED = 64  # different answers of a problem that a new one is compared with
 _MAX_WORKERS = 4
 
 
 def same_answer_of(spec: str) -> Same | None:
-    """When two answers are equal for a reward function: its attribute `same_answer`, or None.
+    """A reward function's comparison of answers, its attribute `same_answer`; or None.
 
-    A function of two answers as `extract_answer` gives them; a reward without it reads no answer.
+    It takes two answers from `extract_answer`; a reward without it does not read answers.
     """
     found: Callable = registry.function(spec)
     return getattr(getattr(found, "func", found), "same_answer", None)
@@ -39,11 +39,11 @@ def count_votes(
     num_samples: int,
     limits: Limits,
 ) -> np.ndarray:
-    """The number of the first sample with an equal answer, -1 where there is none; int64 [P, K].
+    """For each sample, the number of the first with an equal answer, -1 without one; int64 [P, K].
 
-    Row i of the lists belongs to completion i; a problem has `num_samples` in a row. The reward
-    must have a `same_answer`. Where comparing fails or takes too long, each sample has a vote of
-    its own. Raises RewardError when no worker can be started.
+    Row i of the lists belongs to completion i; a problem has `num_samples` consecutive rows. The
+    reward must have a `same_answer`. If a comparison fails or takes too long, each sample of the
+    problem has its own vote. Raises RewardError if no worker can be started.
     """
     rows = len(completions)
     own = np.tile(np.arange(num_samples), rows // num_samples)
@@ -72,8 +72,7 @@ def first_equal(
 ) -> list[float | None]:
     """The votes of one problem's completions: the `sample` of the first with an equal answer.
 
-    None where a completion has no answer. `reward` is the name of the function that has the
-    `same_answer`.
+    None if a completion has no answer. `reward` is the name of the function with the `same_answer`.
     """
     same = same_answer_of(reward)
     thinking = begin_in_thinking(prompts, rendered_prompts)
@@ -84,10 +83,10 @@ def first_equal(
 
 
 def votes(answers: list[str | None], same: Same) -> np.ndarray:
-    """The place of the first equal answer for each answer, -1 for None; int64 [K].
+    """For each answer, the index of the first equal answer; -1 for None; int64 [K].
 
-    A problem's first 64 different answers are compared by `same`; later ones, which would cost the
-    square of their number, only as they stand.
+    `same` compares with a problem's first 64 different answers. Later ones are compared only as
+    texts, to avoid quadratic cost.
     """
     first_of: dict[str, int] = {}
     different: list[str] = []

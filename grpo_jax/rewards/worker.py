@@ -1,7 +1,7 @@
-"""The process in which reward functions run: it can be killed, and holds a bounded memory.
+"""The process in which reward functions run: it can be killed, and its memory is limited.
 
-Started by its keeper with one end of a pipe. It is told the rewards once, then answers one call
-after the other; nothing here limits time, since a function may hold the interpreter for good.
+Its keeper starts it with one end of a pipe. It receives the rewards once, then answers one call
+after the other. It does not limit time itself, since a function may block the interpreter forever.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from grpo_jax.rewards import given as given_lib
 from grpo_jax.rewards import keeper, place, registry, sources
 from grpo_jax.rewards import values as values_lib
 
-_METRIC = re.compile(r"[\w.:\-]{1,100}")  # reward_log/NAME stands among the run's metrics
-_MAX_EXTRA_CHARS = 10_000  # of a text in the table of samples
+_METRIC = re.compile(r"[\w.:\-]{1,100}")  # reward_log/NAME is one of the run's metrics
+_MAX_EXTRA_CHARS = 10_000  # in a text of the table of samples
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a worker needs to know once."""
+    """The worker's setup, received once."""
 
     specs: tuple[str, ...]
     names: tuple[str, ...]
     memory_bytes: int  # 0: no limit
     max_completion_tokens: int
     sources: dict[str, sources.Source]  # of the user's modules, by name
-    given: dict[str, bytes] = dataclasses.field(default_factory=dict)  # as `given.pickled` has them
+    given: dict[str, bytes] = dataclasses.field(default_factory=dict)  # from `given.pickled`
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
     """One reward function on some completions; row i of every list belongs to completion i."""
 
-    reward: int  # its number in Setup
+    reward: int  # index in Setup
     prompts: list[Any]
     completions: list[Any]
     completion_ids: list[list[int]] | None
@@ -58,7 +58,7 @@ class Call:
     rendered_prompts: list[str] | None = None
 
     def row(self, i: int) -> Call:
-        """The same for one completion alone."""
+        """The same call for one completion alone."""
         return dataclasses.replace(
             self,
             prompts=[self.prompts[i]],
@@ -71,20 +71,20 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What became of a call, in Python's own types: it can be told whatever the function gave."""
+    """The outcome of a call, in Python's own types, so that it can always be pickled."""
 
-    values: list[float] | None  # NaN where the function gave None; None: it failed
+    values: list[float] | None  # NaN for None; None if the call failed
     seconds: float
     failure: str = ""  # "error", "values" or "memory"; the pool adds "timeout" and "died"
     message: str = ""
-    faults: dict[int, str] = dataclasses.field(default_factory=dict)  # rows whose value is none
+    faults: dict[int, str] = dataclasses.field(default_factory=dict)  # rows with an invalid value
     metrics: dict[str, tuple[float, int]] = dataclasses.field(default_factory=dict)  # sum, count
     extras: dict[str, list] = dataclasses.field(default_factory=dict)
-    is_spent: bool = False  # the process should answer no other call
+    is_spent: bool = False  # this process must be replaced
 
 
 def answer(found: Callable, name: str, call: Call, max_completion_tokens: int) -> Answer:
-    """The outcome of one call, whatever the function does, as long as it returns or raises."""
+    """The outcome of one call; the function may do anything, as long as it returns or raises."""
     metrics: dict[str, tuple[float, int]] = {}
     extras: dict[str, list] = {}
     given = _given(call, max_completion_tokens, metrics, extras)
@@ -118,7 +118,7 @@ def _given(
     metrics: dict[str, tuple[float, int]],
     extras: dict[str, list],
 ) -> dict[str, Any]:
-    """All that a function may take, by name; what it logs goes to `metrics` and `extras`."""
+    """All possible arguments of a function, by name; its logs go to `metrics` and `extras`."""
 
     def log_metric(name: str, value: float) -> None:
         name = _text(name)
@@ -130,7 +130,7 @@ def _given(
     def log_extra(column: str, values: list) -> None:
         extras[_text(column)] = [_extra(v) for v in values]
 
-    given = {name: list(column) for name, column in call.columns.items()}  # its own to change
+    given = {name: list(column) for name, column in call.columns.items()}  # copies
     given |= {
         "prompts": list(call.prompts),
         "completions": list(call.completions),
@@ -147,7 +147,7 @@ def _given(
 
 
 def _extra(value: Any) -> Any:
-    """A value for the table of samples: None, a number that JSON has, or a text, cut."""
+    """A value for the table of samples: None, a finite number, or a text, cut."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
@@ -158,7 +158,7 @@ def _extra(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    """A text of Python's own type: one of the user's might not pass through the pipe."""
+    """A plain `str`: a subclass might not pass through the pipe."""
     return cut("".join([str(value)]), _MAX_EXTRA_CHARS)
 
 
@@ -166,7 +166,7 @@ def _text(value: Any) -> str:
 
 
 def _told(error: BaseException, found: Callable, name: str, call: Call) -> str:
-    """What a function raised, where, and what it was called with."""
+    """The message for an error in a function: the error, its location, and the arguments."""
     where = place.of_error(error, found)
     return (
         f"The reward {name!r} raised {type(error).__name__}: {_said(error)}"
@@ -177,11 +177,11 @@ def _told(error: BaseException, found: Callable, name: str, call: Call) -> str:
 
 
 def _said(error: BaseException, limit: int = 300) -> str:
-    """An error's own text, cut, without keys and passwords: half of one would not be known."""
+    """An error's text without secrets, then cut: half of a secret would not be recognized."""
     try:
         text = str(error)
-    except Exception as second:  # texts are made by the user's code, too
-        return f"(its text cannot be had: {type(second).__name__})"
+    except Exception as second:  # user code makes the text, too
+        return f"(its text cannot be read: {type(second).__name__})"
     return redact(text[:5000])[:limit]
 
 
@@ -194,7 +194,7 @@ def _stands(found: Callable) -> str:
 
 
 def _waited_for(awaitable: Awaitable) -> Any:
-    """What an awaitable gives, or raises."""
+    """The result of an awaitable; raises its error."""
     result, error = asyncio.run_coroutine_threadsafe(_outcome(awaitable), _loop()).result()
     if error is not None:
         raise error
@@ -210,9 +210,9 @@ async def _outcome(awaitable: Awaitable) -> tuple[Any, BaseException | None]:
 
 @functools.cache
 def _loop() -> asyncio.AbstractEventLoop:
-    """The one event loop of this process, as in TRL: a client that is kept stays connected.
+    """The process's only event loop, as in TRL, so that a client stays connected between calls.
 
-    It runs in a thread of its own, between the calls as well.
+    It runs in its own thread, also between calls.
     """
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="asynchronous rewards", daemon=True).start()
@@ -226,12 +226,12 @@ def main(descriptor: int) -> None:
     """Answers the calls that come through the pipe until it is closed."""
     _hide_secrets()
     pipe = Connection(descriptor)
-    os.set_inheritable(descriptor, False)  # what a function starts cannot answer in its place,
-    os.register_at_fork(after_in_child=pipe.close)  # nor can a copy of this process
+    os.set_inheritable(descriptor, False)  # programs that a function starts cannot answer,
+    os.register_at_fork(after_in_child=pipe.close)  # nor can forks of this process
     setup: Setup = pipe.recv()
     if setup.memory_bytes:
-        # Memory that can be written, not address space: libraries reserve far more than they use.
-        # It tells the function; what it does not count, the keeper does.
+        # Limits writable memory, not address space: libraries reserve far more than they use. The
+        # function sees a MemoryError; memory that this does not count, the keeper counts.
         resource.setrlimit(resource.RLIMIT_DATA, (setup.memory_bytes, setup.memory_bytes))
     sys.meta_path.insert(0, sources.Finder(setup.sources))
     try:
@@ -245,7 +245,7 @@ def main(descriptor: int) -> None:
         _serve(pipe, functions, setup)
     except (EOFError, ConnectionError):  # the pool is gone
         os._exit(0)
-    except MemoryError:  # too little is left for a call or its answer
+    except MemoryError:  # too little memory is left for a call or its answer
         os._exit(keeper.OUT_OF_MEMORY)
 
 
@@ -254,14 +254,14 @@ def _serve(pipe: Connection, functions: list[Callable], setup: Setup) -> None:
         number, call = pipe.recv()
         name = setup.names[call.reward]
         done = answer(functions[call.reward], name, call, setup.max_completion_tokens)
-        if pipe.closed:  # a copy that the function made of this process has come back
+        if pipe.closed:  # a fork, made by the function, has returned here
             os._exit(0)
         del call
         pipe.send((number, dataclasses.replace(done, is_spent=done.is_spent or not _can_speak())))
 
 
 def _can_speak() -> bool:
-    """Whether what a function prints still goes somewhere; it may have closed that."""
+    """Whether the output streams are open; a function may have closed them."""
     try:
         os.fstat(1), os.fstat(2)
         return not (sys.stdout.closed or sys.stderr.closed)
@@ -270,9 +270,9 @@ def _can_speak() -> bool:
 
 
 class _Hiding(io.TextIOWrapper):
-    """A stream that shows no keys and passwords: tracebacks of any thread, and what is printed.
+    """An output stream that hides keys and passwords, also in tracebacks of any thread.
 
-    That it cannot be written, as where nobody reads it any more, is no failure of a reward.
+    A failed write, as when nobody reads the output any more, is not a failure of the reward.
     """
 
     def write(self, text: str) -> int:

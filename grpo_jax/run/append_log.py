@@ -1,7 +1,7 @@
-"""Files that grow while a run goes on, and outlive a full disk.
+"""Log files of a run that survive a full disk.
 
-What cannot be written waits in memory and is written first when there is space again, so that no
-line is torn and none is missing.
+Records that cannot be written wait in memory. They are written first once there is space, so no
+line is torn or missing.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class Log:
     def __init__(self, path: Path, say: Callable[[str], None]):
         """`say` gets the warnings."""
         self._path, self._say, self._waiting, self._told = path, say, bytearray(), False
-        self._file = path.open("ab", buffering=0)  # a killed run leaves all but what it was writing
+        self._file = path.open("ab", buffering=0)  # a killed run loses at most one record
 
     def line(self, row: dict[str, Any]) -> None:
         """Appends an object as a line of JSON."""
         self.append(json.dumps(row).encode() + b"\n")
 
     def append(self, record: bytes) -> None:
-        """Appends bytes, or keeps them until there is space, and says so once."""
+        """Appends bytes, or keeps them in memory until there is space, and warns once."""
         self._waiting += record
         try:
             while self._waiting:
@@ -44,7 +44,7 @@ class Log:
             self._told = True
 
     def close(self) -> None:
-        """Closes the file; says what could not be written to the end."""
+        """Closes the file; warns of bytes that could not be written."""
         self.append(b"")
         if self._waiting:
             size = disk.size(len(self._waiting))
@@ -53,7 +53,7 @@ class Log:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a log with their "step"; what a crash left of a line is passed over."""
+    """The objects of a log that have a "step"; a line torn by a crash is skipped."""
     with path.open("rb") as file:
         for line in file:
             try:

@@ -1,11 +1,11 @@
-"""Checkpoints of a run, through Orbax: written while training goes on, whole or not at all.
+"""Checkpoints of a run, by Orbax: written during training, whole or not at all.
 
-A checkpoint is numbered by the optimizer updates it holds and has up to four items: `state`
-(parameters, optimizer, counters), `facts` (a JSON object: where the run stands), where it was
-stopped between two updates on one rollout that rollout as `experience`, and rollouts that were
-sampled and not learned from yet as `ahead`. Beside them stands the SHA-256 of each of its files
-(`run/checksums.py`), written before Orbax gives the checkpoint its name: what has a name is whole,
-and what has changed since is found before it is restored. Orbax itself restores flipped bits
+A checkpoint's number is its count of optimizer updates. It has up to four items: `state`
+(parameters, optimizer, counters), `facts` (a JSON object: the run's progress), `experience` (the
+current rollout, if the run stopped between two updates on it) and `ahead` (rollouts that were
+sampled but not yet trained on). A file beside them has the SHA-256 of each file
+(`run/checksums.py`). It is written before Orbax gives the checkpoint its name, so a checkpoint with
+a name is whole, and later damage is found before a restore. Orbax itself restores flipped bits
 silently.
 """
 
@@ -37,11 +37,11 @@ class NotSaved(ValueError):  # noqa: N818
 
 
 class Checkpoints:
-    """The checkpoints of one run: the newest `keep`, and besides them the one of best quality.
+    """The checkpoints of one run: the newest `keep`, and the one of best quality.
 
-    Of several processes each writes and reads its own parts of the arrays, and every one must make
-    each call. A save that fails, as for a full disk, is told, and what it wrote is deleted; those
-    before it are untouched.
+    Each process writes and reads its own parts of the arrays, and all processes must make each
+    call. A failed save, for example on a full disk, is reported, and its files are deleted. Earlier
+    checkpoints are untouched.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Checkpoints:
         max_failed: int = 1,
         on_saved: Callable[[int], None] = lambda number: None,
     ):
-        """`folder`: a local one, or an address that Orbax knows, as gs://BUCKET/PATH.
+        """`folder`: a local folder, or an address that Orbax knows, as gs://BUCKET/PATH.
 
-        `due_every`: the newest two with multiples of this as their numbers are kept too, whatever
-        was saved besides them. `max_failed` saves in a row may fail before `NotSaved` is raised.
-        `on_saved(number)` is called on the first process once a checkpoint is known to be whole.
-        Raises ValueError when the folder cannot be used, as it holds something else.
+        `due_every`: the newest two whose numbers are multiples of it are kept too. `max_failed`
+        saves in a row may fail before `NotSaved` is raised. `on_saved(number)` is called on the
+        first process once a checkpoint is written whole. Raises ValueError if the folder cannot be
+        used, for example because it holds something else.
         """
         folder = epath.Path(folder)
         self._folder = folder if "://" in str(folder) else folder.absolute()
@@ -66,9 +66,9 @@ class Checkpoints:
         self._on_saved = on_saved
         self._keep, self._due_every = keep, due_every
         self._max_failed, self._num_failed = max_failed, 0
-        self._saving: int | None = None  # the number of what is being written
+        self._saving: int | None = None  # the number of the checkpoint that is being written
         self._num_bytes = 0  # of its arrays
-        self._fault = ""  # why the newest save has failed, where it has
+        self._fault = ""  # why the newest save failed; "" if it did not
         self._manager = self._open()
         try:
             integrity.refuse_strangers(self._folder)
@@ -85,12 +85,12 @@ class Checkpoints:
         if self._due_every:
             kept.append(EveryNSteps(interval_steps=self._due_every, max_to_keep=2))
         options = ocp.CheckpointManagerOptions(
-            best_fn=quality,  # else a manager that is opened again knows none of before
+            best_fn=quality,  # without it a reopened manager forgets earlier qualities
             preservation_policy=AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
             temporary_path_class=orbax_internals.sealing(self._folder),
         )
-        # Named: a manager that has not saved a rollout itself would find none in a checkpoint.
+        # By name: otherwise a manager that has saved no rollout itself finds none in a checkpoint.
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
             "facts": ocp.JsonCheckpointHandler(),
@@ -100,7 +100,7 @@ class Checkpoints:
         orbax_internals.write_arrays_whole()
         try:
             return ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
-        except Exception as error:  # of the storage, its library and the disk: no common base
+        except Exception as error:  # from storage, library or disk, without a common base class
             raise ValueError(
                 f"The checkpoint folder {self._folder} cannot be used ({type(error).__name__}: "
                 f"{error}). Check checkpoint.folder and the rights to it; gs:// needs pip install "
@@ -116,10 +116,10 @@ class Checkpoints:
         ahead: Rollouts | None = None,
         quality: float | None = None,
     ) -> None:
-        """Starts writing; returns as soon as the values are copied off the device.
+        """Starts to write a checkpoint; returns once the values are copied off the device.
 
-        It waits for the save before. `quality`: held-out accuracy of these very parameters, or
-        their held-out reward where no reward tells right from wrong, if it was measured.
+        It first waits for the previous save. `quality`: held-out accuracy of exactly these
+        parameters, or their held-out reward if no reward measures accuracy; None if not evaluated.
         """
         self.wait()
         number, self._fault = int(state.num_updates), ""
@@ -127,7 +127,7 @@ class Checkpoints:
         if number in numbers:  # the same state, saved a moment ago
             if quality is None or len(numbers) == 1:
                 return
-            self._manager.delete(number)  # by a stop, before it was evaluated
+            self._manager.delete(number)  # saved by a stop, before its evaluation
         rollouts = {"experience": experience, "ahead": ahead}
         rollouts = {name: arrays for name, arrays in rollouts.items() if arrays is not None}
         empty = {name: orbax_internals.empty_arrays(arrays) for name, arrays in rollouts.items()}
@@ -144,7 +144,7 @@ class Checkpoints:
             self._fault = integrity.reason(error)
 
     def poll(self) -> None:
-        """Tells of a save that has failed, and frees what it wrote; does not wait for one."""
+        """Reports a failed save and deletes its files; does not wait for a save in progress."""
         if self._saving is None:
             return
         busy = self._manager.is_saving_in_progress()
@@ -152,9 +152,9 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Returns when what was started is on disk, or has failed and is told.
+        """Waits until the current save is on disk, or has failed and is reported.
 
-        Raises `NotSaved` when as many have failed in a row as may.
+        Raises `NotSaved` once `max_failed` saves in a row have failed.
         """
         if self._saving is None:
             return
@@ -180,7 +180,7 @@ class Checkpoints:
         )
 
     def close(self) -> None:
-        """Waits, then lets go of the folder. Raises `NotSaved` when the newest save has failed."""
+        """Waits for the current save, then closes. Raises `NotSaved` if the last save failed."""
         try:
             self.wait()
         finally:
@@ -191,13 +191,13 @@ class Checkpoints:
     def _let_go(self) -> None:
         try:
             self._manager.close()
-        except Exception as error:  # once more what has failed, of a writer that was not asked
+        except Exception as error:  # the same failure, seen by another writer
             self._fault = self._fault or integrity.reason(error)
 
     def _discard(self, number: int) -> None:
-        """Deletes what a failed save has written, and forgets it."""
+        """Deletes the files of a failed save, and reopens the manager without it."""
         self._let_go()
-        if processes.is_first():  # Orbax would do it too, but later: what is free then is told
+        if processes.is_first():  # Orbax would too, but after the message with the free space
             for partial in list(self._folder.iterdir()):
                 if partial.name.startswith(f"{number}{ocp_path.atomicity.TMP_DIR_SUFFIX}"):
                     if not disk.delete(partial):
@@ -214,12 +214,12 @@ class Checkpoints:
         )
 
     def latest(self, *, begin_again: bool = False) -> int | None:
-        """Number of the newest checkpoint that is as it was written; None if there is none.
+        """The number of the newest undamaged checkpoint; None if there is no checkpoint.
 
-        All its files are read, by each process a share. Those that are newer and damaged are told
-        and set aside, under a name that is no number. Where all are damaged, ValueError is raised
-        and none is touched, unless the run may `begin_again`. It is also raised for one that cannot
-        be read.
+        All its files are read; each process reads a share. Newer, damaged checkpoints are reported
+        and renamed, so that their names are no numbers. If all are damaged, ValueError is raised
+        and nothing is renamed, unless the run may `begin_again`. A checkpoint that cannot be read
+        raises ValueError too.
         """
         self.wait()
         damaged: dict[int, str] = {}
@@ -239,10 +239,10 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def whole(self, number: int) -> bool:
-        """Whether that checkpoint is as it was written.
+        """Whether a checkpoint is undamaged.
 
-        All its files are read, by each process a share. One that is damaged is told and set aside,
-        under a name that is no number.
+        All its files are read; each process reads a share. A damaged one is reported and renamed,
+        so that its name is no number.
         """
         wrong = self._damage(number)
         if wrong:
@@ -250,7 +250,7 @@ class Checkpoints:
         return not wrong
 
     def _damage(self, number: int) -> str:
-        """What any process finds wrong with its share of a checkpoint."""
+        """The damage that any process finds in its share of a checkpoint; "" for none."""
         folder = self._manager.directory / str(number)
         return processes.agree(integrity.damage(folder, processes.number(), processes.count()))
 
@@ -277,29 +277,29 @@ class Checkpoints:
         )
 
     def numbers(self) -> list[int]:
-        """Of all whole checkpoints, the oldest first, once what was begun is written."""
+        """The numbers of all whole checkpoints, the oldest first; waits for the current save."""
         self.wait()
         return sorted(self._manager.all_steps())
 
     def delete(self, number: int) -> None:
-        """Deletes that checkpoint."""
+        """Deletes a checkpoint."""
         self._manager.delete(number)
 
     @property
     def folder(self) -> str:
-        """Where they are."""
+        """The folder of the checkpoints."""
         return str(self._manager.directory)
 
     def facts(self, number: int) -> dict[str, Any]:
-        """Where the run stood at that checkpoint."""
+        """The run's progress at a checkpoint."""
         args = ocp.args.Composite(facts=ocp.args.JsonRestore())
         return self._manager.restore(number, args=args)["facts"]
 
     def restore(self, number: int, like: TrainState) -> TrainState:
-        """The state at that checkpoint, with the shapes and shardings of `like`.
+        """The training state of a checkpoint, with the shapes and shardings of `like`.
 
-        `like` may hold `jax.ShapeDtypeStruct`s. Raises ValueError, before any array is read, when
-        the checkpoint is of another model or optimizer.
+        `like` may hold `jax.ShapeDtypeStruct`s. Raises ValueError, before any array is read, if the
+        checkpoint is of another model or optimizer.
         """
         self.wait()
         saved.check_fits(self._manager, number, like)
@@ -307,7 +307,7 @@ class Checkpoints:
         return self._manager.restore(number, args=args)["state"]
 
     def experience(self, number: int, mesh: Mesh) -> Experience | None:
-        """The rollout that was being trained on, its rows split over the mesh; None if none was."""
+        """The rollout in training, its rows split over the mesh; None if there was none."""
         fields = self._rows(number, "experience", mesh)
         if fields is None:
             return None
@@ -316,7 +316,7 @@ class Checkpoints:
         return Experience(rollouts=rollouts, **(absent | fields))
 
     def ahead(self, number: int, mesh: Mesh) -> Rollouts | None:
-        """Rollouts that waited to be learned from, on the host; None if none did."""
+        """Rollouts that were not yet trained on, on the host; None if there were none."""
         fields = self._rows(number, "ahead", mesh)
         return None if fields is None else transfer.to_host(Rollouts(**fields))
 

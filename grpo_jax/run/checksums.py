@@ -1,7 +1,7 @@
-"""SHA-256 of every file of a folder, kept in it, and what has changed since.
+"""Records the SHA-256 of every file in a folder, and finds later changes.
 
-`sha256.json` maps the path of each file, relative to the folder, to its size and sum. Folders may
-be addresses that `epath` knows, as gs://BUCKET/PATH.
+`sha256.json` in the folder maps each file's relative path to its size and sum. A folder may be an
+address that `epath` knows, as gs://BUCKET/PATH.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from etils import epath
 
 NAME = "sha256.json"
-_THREADS = 4  # hashing lets go of the interpreter's lock; a bucket answers several at once
+_THREADS = 4  # hashing releases Python's lock; buckets serve requests in parallel
 _CHUNK = 1 << 22  # bytes
 
 
 def write(folder: epath.Path, *, leave_out: tuple[str, ...] = ()) -> None:
-    """Records what the files of a folder are now, without those of the names in `leave_out`."""
+    """Records size and SHA-256 of a folder's files, except those named in `leave_out`."""
     paths = [path for path in _files(folder) if path not in leave_out]
     with ThreadPoolExecutor(_THREADS) as threads:
         sums = threads.map(lambda path: _size_and_sum(folder / path), paths)
@@ -30,10 +30,10 @@ def write(folder: epath.Path, *, leave_out: tuple[str, ...] = ()) -> None:
 def faults(
     folder: epath.Path, *, leave_out: tuple[str, ...] = (), part: int = 0, parts: int = 1
 ) -> list[str]:
-    """What is wrong with the files of a folder, in a few words each; empty when nothing is.
+    """The faults of a folder's files, in a few words each; empty if there are none.
 
-    One of several processes may read only its `part` of `parts` of the files. What cannot be read
-    raises OSError: nobody knows what is wrong with it.
+    One of several processes may read only its `part` of `parts` of the files. A file that cannot be
+    read raises OSError, since it may be whole.
     """
     try:
         text = (folder / NAME).read_text()
@@ -73,7 +73,7 @@ def _size_and_sum(file: epath.Path) -> tuple[int, str]:
 
 
 def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-    """Every file under a folder but the record itself, by its path from there."""
+    """The relative paths of all files in a folder, except the record itself."""
     for path in folder.iterdir():
         name = prefix + path.name
         if path.is_dir():

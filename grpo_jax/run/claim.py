@@ -1,10 +1,10 @@
-"""A run's claim on its folder: two runs in one would write over each other's files.
+"""A run's lock on its folder: two runs in one folder would write over each other's files.
 
-`run.lock` in the folder names the process that holds it. Where the file system knows locks between
-hosts (a local disk, NFS, GPFS, Lustre with `flock`), the system holds the claim and lets go of it
-when the process dies. Elsewhere a sign of life does, written every few seconds: who comes from
-another host and sees it change is refused, and a run whose claim was taken over, as its host hung,
-finds that before it writes again. Of several processes the first claims for all.
+`run.lock` in the folder names the process that holds it. If the file system has locks between hosts
+(a local disk, NFS, GPFS, Lustre with `flock`), the system holds the claim and releases it when the
+process dies. Elsewhere the process writes a heartbeat every few seconds. A run on another host that
+sees it change is refused. A run whose host hung, and whose claim was taken over meanwhile, notices
+that before it writes again. Process 0 claims the folder for all processes.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any
 from grpo_jax.messages.console import say
 
 NAME = "run.lock"
-_BEAT_S = 5.0  # between two signs of life
-_SILENT_S = 20.0  # without one, a process of another host has ended
-_BYTES = 1024  # of the record: of one size, it is written in place, on a full disk too
+_BEAT_S = 5.0  # between two heartbeats
+_SILENT_S = 20.0  # without a heartbeat, a process on another host counts as ended
+_BYTES = 1024  # of the record: a fixed size, so it can be rewritten on a full disk
 
 
 @dataclasses.dataclass
@@ -40,12 +40,12 @@ class _Claim:
 _claims: dict[Path, _Claim] = {}
 _lock = threading.RLock()
 _depth = 0
-_over = threading.Event()  # of the thread that gives signs of life
+_over = threading.Event()  # ends the heartbeat thread
 
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """What is claimed while entered is free again after it; may be nested."""
+    """Folders that are claimed while entered are released at the end; may be nested."""
     global _depth
     _depth += 1
     try:
@@ -57,9 +57,9 @@ def held() -> Iterator[None]:
 
 
 def take(folder: Path) -> None:
-    """Claims a folder that exists for this process, until `held` ends or the process does.
+    """Claims an existing folder for this process, until `held` or the process ends.
 
-    Raises ValueError where another process holds it. Says so where one has died with it.
+    Raises ValueError if another process holds it. Prints a line if the last holder has died.
     """
     folder = folder.resolve()
     with _lock:
@@ -77,19 +77,19 @@ def take(folder: Path) -> None:
 
 
 def check() -> None:
-    """Raises ValueError where a folder was taken over by another run."""
+    """Raises ValueError if another run has taken over a folder."""
     with _lock:
         for folder, claim in _claims.items():
             claim.lost_to = claim.lost_to or _other(folder, claim)
             if claim.lost_to:
                 raise ValueError(
-                    f"{folder} was taken over by {_named(claim.lost_to)}, as this process had "
-                    f"given no sign of life for {_SILENT_S:g} s. It ends, and writes nothing more."
+                    f"{folder} was taken over by {_named(claim.lost_to)}, because this process had "
+                    f"sent no heartbeat for {_SILENT_S:g} s. It ends, and writes nothing more."
                 )
 
 
 def release() -> None:
-    """Lets go of all that is claimed."""
+    """Releases all claimed folders."""
     with _lock:
         _over.set()
         for folder, claim in _claims.items():
@@ -139,8 +139,8 @@ def _named(holder: dict[str, Any]) -> str:
 
 
 def _lives(folder: Path, holder: dict[str, Any]) -> bool:
-    """Whether a holder gives signs of life; waits for one."""
-    say(f"{folder} is claimed by {_named(holder)}. Looking whether that is alive.")
+    """Whether a holder is alive; waits for its heartbeat."""
+    say(f"{folder} is claimed by {_named(holder)}. Waiting for its heartbeat.")
     until = time.monotonic() + _SILENT_S
     while time.monotonic() < until:
         time.sleep(_BEAT_S / 5)
@@ -161,7 +161,7 @@ def _beat(over: threading.Event) -> None:
 
 
 def _other(folder: Path, claim: _Claim) -> dict[str, Any] | None:
-    """Who holds a folder that was claimed by this process; None where it does."""
+    """The process that has taken over a folder from this one; None if none has."""
     found = _read(folder / NAME)
     return found if found and found["token"] != claim.record["token"] else None
 
@@ -173,7 +173,7 @@ def _write(claim: _Claim) -> None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What a folder's record says; None where nobody holds it."""
+    """The record of a folder's holder; None if nobody holds it."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) and "token" in found else None
@@ -182,7 +182,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _boot() -> str:
-    """A name of this start of this machine; containers on it share it."""
+    """An id of this boot of this machine, equal in all its containers."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""A disk that is full: how to know of it, and what to say."""
+"""Full disks: how to recognize one, and what to report."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 from etils import epath
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-# Libraries that write in C++ tell it in words alone.
+# C++ libraries report it only in the error's text.
 _IN_WORDS = re.compile(r"No space left on device|Disk quota exceeded|ENOSPC|EDQUOT")
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that no more can be written."""
+    """Whether an error says that the disk or quota is full."""
     return getattr(error, "errno", None) in _FULL or bool(_IN_WORDS.search(str(error)))
 
 
 def free(folder: Path) -> str:
-    """How much is free where a folder lies, in words; "" where nobody knows, as of a bucket."""
+    """The free space on a folder's disk, as text; "" if unknown, as for a bucket."""
     try:
         return size(shutil.disk_usage(folder).free)
     except OSError:
@@ -29,10 +29,10 @@ def free(folder: Path) -> str:
 
 
 def delete(folder: epath.Path, *, patience: float = 30.0) -> bool:
-    """Deletes a folder that threads may still be writing to; whether it is gone.
+    """Deletes a folder to which threads may still be writing; returns whether it is gone.
 
-    A write that has failed is told before the writes beside it have ended, and these make files in
-    a folder that is being emptied. So it is tried again for `patience` seconds.
+    A failed write is reported before parallel writes have ended, and these may add files to the
+    folder meanwhile. So deletion is tried again for `patience` seconds.
     """
     until = time.monotonic() + patience
     while True:
@@ -46,7 +46,7 @@ def delete(folder: epath.Path, *, patience: float = 30.0) -> bool:
 
 
 def size(num_bytes: float) -> str:
-    """A number of bytes as people read it: 3.1 GB."""
+    """A number of bytes as text: 3.1 GB."""
     units = iter(("bytes", "kB", "MB", "GB", "TB"))
     unit = next(units)
     while num_bytes >= 1000 and unit != "TB":

@@ -10,16 +10,16 @@ from etils import epath
 from grpo_jax.messages.console import say
 from grpo_jax.run import checksums, disk
 
-WRITTEN_LAST = ("commit_success.txt",)  # by Orbax, with nothing in it that is read
-_MANIFEST = "manifest.ocdbt"  # of an item's arrays
-_TRY_AGAIN_S = (1.0, 3.0, 10.0)  # a network's file system may fail for a moment
-_PATTERNS = re.compile(r"[*?\[\]\\]")  # Orbax looks in its own folders by patterns of names
+WRITTEN_LAST = ("commit_success.txt",)  # by Orbax; its content is not read
+_MANIFEST = "manifest.ocdbt"  # lists an item's arrays
+_TRY_AGAIN_S = (1.0, 3.0, 10.0)  # a network file system may fail for a moment
+_PATTERNS = re.compile(r"[*?\[\]\\]")  # Orbax searches its folders by glob patterns
 
 
 def damage(folder: epath.Path, part: int = 0, parts: int = 1) -> str:
     """What is wrong with a checkpoint's files, in words; "" for nothing.
 
-    Raises ValueError where they cannot be read, also after some time.
+    Raises ValueError if they cannot be read, after several tries.
     """
     for wait_s in (*_TRY_AGAIN_S, None):
         try:
@@ -29,9 +29,9 @@ def damage(folder: epath.Path, part: int = 0, parts: int = 1) -> str:
         except Exception as error:  # of the storage and its library: no common base
             if wait_s is None:
                 raise ValueError(
-                    f"The checkpoint {folder} cannot be read ({reason(error)}), which says nothing "
-                    "of what is in it. Nothing was changed. See to its rights and its file system; "
-                    "then the same command goes on. To go on without it, rename it."
+                    f"The checkpoint {folder} cannot be read ({reason(error)}), which does not "
+                    "mean that it is damaged. Nothing was changed. Check its permissions and its "
+                    "file system; then the same command goes on. To go on without it, rename it."
                 ) from error
             say(f"{folder} cannot be read ({reason(error)}). Trying again in {wait_s:g} s.")
             time.sleep(wait_s)
@@ -40,9 +40,9 @@ def damage(folder: epath.Path, part: int = 0, parts: int = 1) -> str:
 
 
 def unmerged(folder: epath.Path) -> list[str]:
-    """What lacks in a checkpoint of the arrays that its processes have written, each for itself.
+    """Missing manifests of a checkpoint's arrays, which its processes write in parts.
 
-    Orbax merges them under one manifest; it does not mind where it finds none to merge.
+    Orbax merges the parts under one manifest, and reports no error if it finds no parts to merge.
     """
     items = [item for item in folder.iterdir() if item.is_dir()]
     if not (folder / "state").is_dir():
@@ -56,7 +56,7 @@ def unmerged(folder: epath.Path) -> list[str]:
 
 
 def refuse_pattern(folder: epath.Path) -> None:
-    """Raises ValueError for a path that is a pattern."""
+    """Raises ValueError for a path with the characters of a glob pattern."""
     if _PATTERNS.search(str(folder)):
         raise ValueError(
             f"Checkpoints cannot be kept in {folder}: a path with one of * ? [ ] \\ is a pattern "
@@ -65,19 +65,19 @@ def refuse_pattern(folder: epath.Path) -> None:
 
 
 def refuse_strangers(folder: epath.Path) -> None:
-    """Raises ValueError for a folder that holds what would be taken for checkpoints."""
+    """Raises ValueError if a folder holds other folders that would be taken for checkpoints."""
     found = strangers(folder)
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise ValueError(
-            f"{folder} holds {', '.join(found[:3])}{more}, which have the name of a checkpoint, "
-            "a number, and nothing of one in them. Give checkpoint.folder (or --workdir) a folder "
-            "of the run's own."
+            f"{folder} holds {', '.join(found[:3])}{more}, which are named like checkpoints, by a "
+            "number, but are none. Give checkpoint.folder (or --workdir) a folder of the run's "
+            "own."
         )
 
 
 def strangers(folder: epath.Path) -> list[str]:
-    """Folders with numbers as names that no checkpoint has ever been in."""
+    """Folders named by numbers that never held a checkpoint."""
     if not folder.is_dir():
         return []
     numbered = [path for path in folder.iterdir() if path.name.isdigit() and path.is_dir()]
@@ -86,7 +86,7 @@ def strangers(folder: epath.Path) -> list[str]:
 
 
 def reason(error: Exception) -> str:
-    """Why a save has failed, in one line."""
+    """The reason of a failed save, in one line."""
     if disk.is_full(error):
         return "no space is left on the disk"
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else error!r}"[:300]

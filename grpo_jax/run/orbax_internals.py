@@ -1,4 +1,4 @@
-"""What of Orbax's own insides the checkpoints change."""
+"""Changes to Orbax's internals that the checkpoints need."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from grpo_jax.run import checksums, integrity
 
 
 def sealing(folder: epath.Path) -> type:
-    """What Orbax makes the folder of a checkpoint with; before giving it its name, it sums it up.
+    """Orbax's class for temporary checkpoint folders, with checksums written before the final name.
 
-    That happens in the thread that writes, on the first process, when all have written.
+    They are written in the writing thread of process 0, after all processes have written.
     """
 
     class Sealing(ocp_path.atomicity_defaults.get_default_temporary_path_class(folder)):
         async def finalize(self) -> None:
-            # The items of a checkpoint, which come here too and before it, have no such store. It
-            # writes the time of the end, Orbax's last change of a file: done before the sums.
+            # Orbax calls this for each item first; items have no such store. The store writes the
+            # time of the end, Orbax's last change of a file. So it must be written before the
+            # checksums.
             store, self._checkpoint_metadata_store = self._checkpoint_metadata_store, None
             if store is not None:
                 store.wait_until_finished()
@@ -42,9 +43,9 @@ def sealing(folder: epath.Path) -> type:
 
 
 def ask_for_no_metrics() -> None:
-    """Orbax logs how fast TensorStore wrote, from a list of metrics that is never freed.
+    """Turns off Orbax's log of TensorStore's speed, which reads metrics that are never freed.
 
-    TensorStore 0.1.86 keeps what it hands to Python: 16 kB and more a save, without end.
+    TensorStore 0.1.86 keeps each list of metrics that it gives to Python: 16 kB and more per save.
     """
     with contextlib.suppress(ImportError):
         from orbax.checkpoint._src.serialization import tensorstore_utils
@@ -54,10 +55,10 @@ def ask_for_no_metrics() -> None:
 
 
 def write_arrays_whole() -> None:
-    """In a single process an array's copies on several devices are not written piece by piece.
+    """In a single process, lets one device write a replicated array whole.
 
-    By default each copy writes a part of it, which is cut off by a program of its own: a hundred
-    were compiled for a small model on 8 devices. That helps where the copies are of several hosts.
+    By default each copy writes a part, cut out by its own compiled program: a hundred programs for
+    a small model on 8 devices. That only helps if the copies are on several hosts.
     """
     handler = ocp.type_handlers.get_type_handler(jax.Array)
     if jax.process_count() == 1 and hasattr(handler, "_use_replica_parallel"):
@@ -65,9 +66,9 @@ def write_arrays_whole() -> None:
 
 
 def empty_arrays(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of each array of a tree that has no element, by its path.
+    """Shape and dtype of each array of a tree that has no elements, by path.
 
-    Orbax refuses to save such arrays: rollouts of texts without a prompt have one.
+    Orbax refuses to save such arrays, and rollouts of texts without a prompt have one.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {
@@ -78,12 +79,12 @@ def empty_arrays(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def without_empty(tree: Any) -> Any:
-    """A tree of arrays with None in the place of each that `empty_arrays` names."""
+    """The tree with None for each array without elements."""
     return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
 
 
 def filled(leaf: Any) -> jax.Array:
-    """An array that was read as it is; one without elements in the place of its shape."""
+    """The array itself; an array without elements if only its shape is given."""
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     part = np.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
@@ -91,9 +92,9 @@ def filled(leaf: Any) -> jax.Array:
 
 
 def is_news(record: logging.LogRecord) -> bool:
-    """False for the tracebacks of Orbax's threads: what failed there is told by `Checkpoints`.
+    """False for log records that say nothing new: tracebacks of Orbax's threads.
 
-    And for a save without a quality, which not every save has.
+    `Checkpoints` reports those failures. Also False for Orbax's note that a save has no quality.
     """
     is_unmeasured = str(record.msg).startswith("Requested `tracked_metric`")
     return not ((record.exc_info or is_unmeasured) and "orbax" in record.pathname)

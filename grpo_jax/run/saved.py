@@ -1,4 +1,4 @@
-"""Checkpoints of a run as others than the run read them."""
+"""Reads the checkpoints of a run from outside the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grpo_jax.messages.console import say
 from grpo_jax.run import integrity
 from grpo_jax.structs import Params
 
-ROLLOUTS = ("experience", "ahead")  # items that not every checkpoint has
+ROLLOUTS = ("experience", "ahead")  # optional items of a checkpoint
 
 
 class NoneWhole(ValueError):  # noqa: N818
@@ -21,17 +21,17 @@ class NoneWhole(ValueError):  # noqa: N818
 
 
 class Saved:
-    """One checkpoint of a run, to read from. Nothing is renamed: the run may go on.
+    """One checkpoint of a run, opened for reading. It renames nothing, so the run may go on.
 
     A context manager.
     """
 
     def __init__(self, folder: str | Path, number: int | None = None):
-        """`number`: of one that is known to be undamaged; without, the newest such.
+        """`number`: a checkpoint known to be undamaged; None: the newest undamaged one.
 
-        Raises `NoneWhole` where there is none, ValueError where it cannot be read.
+        Raises `NoneWhole` if there is none, ValueError if it cannot be read.
         """
-        self.number = -1 if number is None else number  # updates that it holds
+        self.number = -1 if number is None else number  # its count of updates
         self._manager = _reader(folder)
         if number is not None:
             return
@@ -45,21 +45,21 @@ class Saved:
         raise NoneWhole(f"{folder} holds no whole checkpoint.")
 
     def facts(self) -> dict[str, Any]:
-        """Where the run stood."""
+        """The run's progress at this checkpoint."""
         return _facts(self._manager, self.number)
 
     def params(self, like: Params) -> Params:
         """The parameters alone, shaped and sharded as `like`.
 
-        Raises ValueError where they are of another model.
+        Raises ValueError if they are of another model.
         """
         check_fits(self._manager, self.number, {"params": like})
         return self._part({"params": like})["params"]
 
     def trained(self, like: Params) -> Params:
-        """The parameters as exactly as they were trained: of a float32 copy where there is one.
+        """The parameters in full precision: the float32 master weights if there are any.
 
-        As they were stored but for the shardings, which are those of `like`. Raises as `params`.
+        They have their stored dtypes, and the shardings of `like`. Raises as `params`.
         """
         stored = self._manager.item_metadata(self.number)["state"].tree
         check_fits(self._manager, self.number, {"params": like})
@@ -75,7 +75,7 @@ class Saved:
         return self._part({"params": like})["params"]
 
     def _part(self, like: dict[str, Any]) -> dict[str, Any]:
-        """Some arrays of the state, by their names."""
+        """The arrays of the state that `like` names."""
         restore = ocp.args.PyTreeRestore(
             item=like,
             restore_args=ocp.checkpoint_utils.construct_restore_args(like),
@@ -92,9 +92,9 @@ class Saved:
 
 
 def find(folder: str | Path, which: str) -> int:
-    """The number of the checkpoint after a step of the run, or of the "best" that was evaluated.
+    """The number of the checkpoint after a step of the run, or of the "best" evaluated one.
 
-    Raises ValueError where there is none, and where it is damaged.
+    Raises ValueError if there is none, or if it is damaged.
     """
     manager = _reader(folder)
     try:
@@ -129,7 +129,7 @@ def _reader(folder: str | Path) -> ocp.CheckpointManager:
 
 
 def _numbers(manager: ocp.CheckpointManager) -> list[int]:
-    """Of the checkpoints, the oldest first; other folders with the name of one are left out."""
+    """The checkpoints' numbers, the oldest first, without other folders named by a number."""
     strangers = {int(name) for name in integrity.strangers(manager.directory)}
     return sorted({*manager.all_steps()} - strangers)
 
@@ -142,7 +142,7 @@ def _facts(manager: ocp.CheckpointManager, number: int) -> dict[str, Any]:
 def newest_params(folder: str | Path, like: Params) -> Params:
     """The parameters of a run's newest undamaged checkpoint, shaped and sharded as `like`.
 
-    Raises ValueError where there is none, or it is of another model.
+    Raises ValueError if there is none, or if it is of another model.
     """
     with Saved(folder) as newest:
         return newest.params(like)
@@ -151,8 +151,8 @@ def newest_params(folder: str | Path, like: Params) -> Params:
 def check_fits(manager: ocp.CheckpointManager, number: int, like: Any) -> None:
     """Raises ValueError unless the checkpoint's state holds the arrays of `like`, in their shapes.
 
-    Only the top-level parts that `like` has are compared. Orbax's own refusal comes in the middle
-    of reading and leaves failed tasks behind.
+    It compares only the top-level parts that `like` has. Orbax's own error comes in the middle of
+    reading and leaves failed tasks behind.
     """
     stored, needed = _shapes(manager.item_metadata(number)["state"].tree), _shapes(like)
     parts = {name.split("/")[0] for name in needed}

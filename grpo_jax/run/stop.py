@@ -1,8 +1,9 @@
-"""The asking of a run to stop: SIGTERM, SIGUSR1, Ctrl-C, or the end of its time.
+"""Stops a run on request: SIGTERM, SIGUSR1, Ctrl-C, or the end of its time.
 
-It is heard at once, by a thread of its own, whatever the run is doing. A run that comes to its next
-boundary soon saves there, and raises `Stopped`. One that does not, as in a compiler, in a reward
-or in a long rollout, is left: that thread saves where the run stood, and ends the process.
+A separate thread receives the request at once, whatever the run is doing. A run that soon reaches
+its next boundary saves there, and raises `Stopped`. A run that does not, because it compiles, waits
+for a reward or is in a long rollout, is abandoned: that thread saves the run's last state, and ends
+the process.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from grpo_jax.run import claim
 
 STATUS = 75  # "try again", EX_TEMPFAIL of sysexits.h
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_STARTED = time.monotonic()  # of the program, but for a few seconds of imports
-_FINISH_S = 2.0  # after which a rollout or an evaluation is given up; it can be computed again
-PATIENCE_S = 5.0  # after which the run is left where it is
+_STARTED = time.monotonic()  # start of the program, without a few seconds of imports
+_FINISH_S = 2.0  # until a rollout or an evaluation is given up; it can be computed again
+PATIENCE_S = 5.0  # until the run is abandoned where it is
 
 
 class Stopped(Exception):  # noqa: N818  (not an error)
@@ -35,34 +36,34 @@ class Stopped(Exception):  # noqa: N818  (not an error)
 
 
 class Asked(Exception):  # noqa: N818
-    """What is being done is given up, as the run was asked to stop."""
+    """The current work is given up, because the run was asked to stop."""
 
 
 class _WayOut(NamedTuple):
-    save: Callable[[], str]  # saves what there is to save, and says what became of it
+    save: Callable[[], str]  # saves the state, and returns a message about it
     patience_s: float
 
 
 class StopSignal:
-    """Whether the run was asked to stop, and how it is left. A context manager; may be nested.
+    """Receives requests to stop, and says how to obey them. A context manager; may be nested.
 
-    Outside it the signals do what they did before. A second Ctrl-C ends the program at once. In a
-    thread that is not the main one no signals are heard, as Python has it.
+    Outside it signals act as before. A second Ctrl-C ends the program at once. Outside the main
+    thread it receives no signals, since Python allows handlers only there.
     """
 
     def __init__(self, save_before_s: float = 0.0, *, may_exit: bool = False) -> None:
-        """`save_before_s`: after the program's start the time is over; 0: never.
+        """`save_before_s`: the run's time in seconds from the program's start; 0: unlimited.
 
-        `may_exit`: the process may be ended from here, as a program's own; else `Stopped` alone
+        `may_exit`: this may end the process, which is a program's own. Otherwise only `Stopped`
         ends the run.
         """
-        self.name = ""  # of the signal, or option, that this process knows of
+        self.name = ""  # the signal or option that all processes obey
         self.save_before_s = save_before_s
         self._may_exit = may_exit
-        self._own, self._handled = "", False  # what this process itself was sent
+        self._own, self._handled = "", False  # the request to this process alone
         self._since, self._quit_at = float("inf"), float("inf")  # time.monotonic()
         self._word: Word | None = None
-        self._way_out: _WayOut | None = None  # None: what is done now is waited for
+        self._way_out: _WayOut | None = None  # None: wait for the current work
         self._depth = 0
         self._lock, self._word_lock = threading.RLock(), threading.RLock()
 
@@ -95,20 +96,20 @@ class StopSignal:
     # --- For the run ---
 
     def asked(self) -> bool:
-        """Whether any process got a signal or is out of time; all must ask, and hear the same."""
+        """Whether any process got a signal or is out of time, equal on all; all must call this."""
         if self._time_left_s() <= 0:
             self._own = self._own or f"checkpoint.save_before_s = {self.save_before_s:g}"
         self._tell_all()
         return bool(self._the_word().heard())
 
     def ask(self, name: str) -> None:
-        """The program itself asks the run to stop; `name` says who, as messages have it."""
+        """Asks the run to stop from within the program; messages call the reason `name`."""
         self._own = self._own or name
 
     def look(self) -> None:
-        """Raises `Asked` where what is being done shall be given up for a stop; all must call it.
+        """Raises `Asked` if the current work must be given up for a stop; all must call it.
 
-        It is given a moment to come to its end.
+        The work gets a moment to finish first.
         """
         if self.asked() and (processes.count() > 1 or time.monotonic() - self._since > _FINISH_S):
             raise Asked
@@ -117,21 +118,22 @@ class StopSignal:
     def leaving(
         self, save: Callable[[], str], patience_s: float | None = None
     ) -> Iterator[Callable[[], None]]:
-        """While entered, a stop is obeyed by `save()`; what that returns is said.
+        """While entered, a stop calls `save()`, prints its message, and ends the process.
 
-        It is obeyed after `patience_s`, by default `PATIENCE_S`. The context is not left while
-        `save` works: the process ends then.
+        It does so `patience_s` after the request, by default `PATIENCE_S`. While `save` works, the
+        context cannot be left.
 
-        `save` is called from another thread, and the process ends after it. It is no longer once
-        the context is left, or what it gives is called: from then on `save` may not hold. Not where
-        there are several processes, since all would have to be at one point.
+        `save` is called from another thread. It is no longer called once the context is left, or
+        once the function that this yields is called: after that, `save` may be out of date. With
+        several processes `save` is called only if `patience_s` is 0, since all would have to be at
+        the same point.
         """
         patience_s = PATIENCE_S if patience_s is None else patience_s
         with self._lock:
             before, self._way_out = self._way_out, _WayOut(save, patience_s)
 
         def over() -> None:
-            with self._lock:  # where it is being left, for good
+            with self._lock:  # waits forever if `save` is at work
                 self._way_out = None
 
         try:
@@ -142,7 +144,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def nothing_to_lose(self, patience_s: float = 0.0) -> Iterator[None]:
-        """While entered, a stop ends the run after `patience_s`: what it has computed is saved."""
+        """While entered, a stop ends the run after `patience_s`: all results are already saved."""
 
         def message() -> str:
             return (
@@ -159,13 +161,13 @@ class StopSignal:
     # --- What hears ---
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        """The handler, in the main thread; it may run long after the signal came."""
+        """The signal handler, in the main thread; it may run long after the signal."""
         if self._handled and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._handled, self._own = True, self._own or signal.Signals(number).name
 
     def _the_word(self) -> Word:
-        with self._word_lock:  # made late: the processes of the run must have started
+        with self._word_lock:  # made late: it needs the run's processes
             if self._word is None:
                 self._word = Word("stop", self._given)
             return self._word
@@ -193,7 +195,7 @@ class StopSignal:
             ready, _, _ = select.select([self._ear], [], [], min(max(limit_s, 0.0), 3600.0))
             if ready:
                 numbers = os.read(self._ear, 64)
-                if not numbers:  # the context is left
+                if not numbers:  # the context has ended
                     return
                 for number in numbers:
                     self._hear(number)
@@ -208,7 +210,7 @@ class StopSignal:
         if number not in _SIGNALS:
             return
         if self._own and self._since < float("inf") and number == signal.SIGINT and self._may_exit:
-            self._quit_at = time.monotonic() + _FINISH_S  # where the handler does not end it
+            self._quit_at = time.monotonic() + _FINISH_S  # if the handler does not end it
         self._own = self._own or signal.Signals(number).name
 
     def _leave_if_due(self) -> None:
@@ -218,7 +220,7 @@ class StopSignal:
             way_out = self._way_out
             if way_out is None or time.monotonic() - self._since < way_out.patience_s:
                 return
-            if way_out.patience_s and processes.count() > 1:  # all come to where they look
+            if way_out.patience_s and processes.count() > 1:  # all processes call `look`
                 return
             self._leave(way_out)
 

@@ -1,4 +1,4 @@
-"""Files that are written whole, or not at all."""
+"""Atomic writes: a file is written whole, or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Writes a file so that a reader, or a crash, finds the old text or the new, never a part."""
+    """Writes a file atomically: after a crash, and for readers, it has the old text or the new."""
     partial = file.with_name(file.name + ".new")
     try:
         with partial.open("w", encoding="utf-8") as stream:
@@ -17,11 +17,11 @@ def write_whole(file: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(file)
-    except OSError:  # a full disk: what little there is of it is space for others
+    except OSError:  # a full disk: free the part's space
         partial.unlink(missing_ok=True)
         raise
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
-    """One JSON object as a file, written whole."""
+    """Writes a JSON object to a file, atomically."""
     write_whole(file, json.dumps(value, indent=1) + "\n")

@@ -5,9 +5,9 @@ metrics.jsonl    scalars of every step                checkpoints/   Orbax
 samples.jsonl    completions that were shown          export/        the trained model
 events.out.*     both, for TensorBoard                summary.json, curves.png, curves.svg
 run.lock         who holds the folder (`run/claim.py`)    saved.json     the newest checkpoint
-fit.json         how an update was cut to the memory, where that was left open
-source/          config and tokenizer files of the model that it began with, for the export
-bootstrap/       the same for the supervised training of a new model
+fit.json         remat and microbatch size, if the run chose them by memory
+source/          config and tokenizer files of the initial model, for the export
+bootstrap/       the workdir of the supervised training of a new model
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from grpo_jax.run.whole_files import write_json
 
 
 def note_saved(folder: Path, number: int | None) -> None:
-    """Notes the newest checkpoint of the run, whole by now; None: it has none any more."""
+    """Records the run's newest whole checkpoint in `saved.json`; None: it has none any more."""
     if number is None:
         (folder / "saved.json").unlink(missing_ok=True)
         return
     try:
         write_json(folder / "saved.json", {"checkpoint": number})
-    except OSError as error:  # the checkpoint is there; a run does not end for this
+    except OSError as error:  # the checkpoint exists; the run goes on
         if not disk.is_full(error):
             raise
 
 
 def begin(folder: Path, checkpoints: str, *, again: bool) -> None:
-    """What must hold where a run begins, as `checkpoints`, a folder, has none.
+    """Prepares a start at step 0, as the folder `checkpoints` has no checkpoint.
 
-    Raises ValueError where it had one, unless it may begin `again`; then its logs are kept under
-    other names.
+    Raises ValueError if the run had one, unless it may begin `again`; then the old logs are
+    renamed.
     """
     log, saved = folder / "metrics.jsonl", folder / "saved.json"
     steps = max((row["step"] for row in read_jsonl(log)), default=0) if log.exists() else 0
@@ -52,7 +52,7 @@ def begin(folder: Path, checkpoints: str, *, again: bool) -> None:
         raise ValueError(
             f"{folder} holds a run of {steps} steps that has saved checkpoints, and {checkpoints} "
             "holds none. Is it mounted, and can its bucket be read? Bring them back, or begin at "
-            "step 0 with --config.checkpoint.begin_again=True; what is logged so far is then kept "
+            "step 0 with --config.checkpoint.begin_again=True; the logs so far are then kept "
             "under other names."
         )
     if not processes.is_first():
@@ -68,14 +68,14 @@ def begin(folder: Path, checkpoints: str, *, again: bool) -> None:
 
 
 def note_export(export: Path, *, step: int, updates: int) -> None:
-    """Writes beside an exported model which step of the run it is of; the first process does."""
+    """Process 0 records beside an exported model the run's step that it comes from."""
     if processes.is_first():
         facts = {"step": step, "updates": updates, "version": grpo_jax.__version__}
         write_json(export / "grpo_jax.json", facts)
 
 
 def exported(export: Path) -> dict[str, Any] | None:
-    """What `note_export` wrote; None where there is no export, or one that nobody knows of."""
+    """The record of `note_export`; None if there is no export, or one without a record."""
     try:
         return json.loads((export / "grpo_jax.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

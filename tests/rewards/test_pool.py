@@ -266,7 +266,7 @@ def test_keys_are_hidden_in_what_a_worker_says(capfd, monkeypatch):
     monkeypatch.setenv("JUDGE_API_KEY", key)
     with pool(":raises_without_text") as p:
         (failure,) = score(p, ["a"]).failures
-    assert failure.kind == "error" and "raised NoText: (its text cannot be had" in failure.message
+    assert failure.kind == "error" and "raised NoText: (its text cannot be read" in failure.message
     err = capfd.readouterr().err
     assert "KeyError: '***'" in err and key not in err
 

@@ -356,7 +356,7 @@ def test_folders_that_are_no_checkpoints_are_not_touched(tmp_path, mesh, two):
     for year in ("2023", "2024"):
         (folder / year).mkdir()
         (folder / year / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"by_year holds 2023, 2024, which have the name of"):
+    with pytest.raises(ValueError, match=r"by_year holds 2023, 2024, which are named like"):
         Checkpoints(folder, keep=2)
     assert {p.name for p in folder.iterdir()} == {"1", "2", "2023", "2024"}
     with Saved(folder) as newest:

@@ -235,7 +235,7 @@ def test_mistakes(one_device, model, tmp_path, more, words):
 
 def test_a_function_that_cannot_be_sent_is_told(one_device, model, tmp_path):
     held = threading.main_thread()._started  # has a lock
-    with pytest.raises(ValueError, match="'waits' cannot be sent to the processes of rewards"):
+    with pytest.raises(ValueError, match="'waits' cannot be sent to the reward workers"):
         generator = (i for i in range(3))
 
         def waits(completions, **columns):

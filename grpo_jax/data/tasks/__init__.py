@@ -13,7 +13,7 @@ from types import ModuleType
 
 
 def load(name: str) -> ModuleType:
-    """The task of that name; ValueError with the names there are if there is none."""
+    """The task of this name; ValueError with the known names if there is none."""
     known = sorted(m.name for m in pkgutil.iter_modules(__path__))
     if name not in known:
         raise ValueError(f"data.task = {name!r}: there is no such task. Known: {', '.join(known)}.")

@@ -1,9 +1,9 @@
-"""Sums of several terms, worked step by step: "8+7-4+9=" has the answer 20.
+"""Sums of several terms, computed step by step: "8+7-4+9=" has the answer 20.
 
-A small model cannot see such an answer at once, but it can compute one running total after the
-other. The demonstrations are those of sloppy students: most skip the working and guess, the rest
-work but slip now and then. Imitating them gives a model that mostly guesses; reinforcement learning
-finds out that working pays.
+A small model cannot give such an answer at once, but it can compute one running total after the
+other. The demonstrations are those of sloppy students: most skip the steps and guess, the others
+write the steps with occasional errors. A model that imitates them mostly guesses; reinforcement
+learning finds that writing the steps pays.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.streams import stream
 
-MIN_TERMS, MAX_TERMS = 4, 5  # of a problem, its first number included
+MIN_TERMS, MAX_TERMS = 4, 5  # of a problem, with its first number
 MAX_TOTAL = 20  # running totals stay within 0 and this
-SHORTCUT = 0.6  # share of demonstrations that guess without working
-SLIP = 0.04  # chance of a wrong result in each step of the others
+SHORTCUT = 0.6  # share of demonstrations that guess without steps
+SLIP = 0.04  # probability of a wrong result in each step of the others
 
 
 def _problem(rng: np.random.Generator) -> Problem:
@@ -48,7 +48,7 @@ def generate(num_train: int, num_eval: int, seed: int) -> tuple[list[Problem], l
 
 
 def worked_solution(problem: Problem, rng: np.random.Generator) -> str:
-    """A sloppy student's answer: a guess, or the working with a slip here and there."""
+    """A sloppy student's answer: a guess, or the steps with occasional errors."""
     answer = int(problem.columns["answer"])
     if rng.random() < SHORTCUT:
         guess = int(np.clip(answer + rng.integers(-9, 10), 0, MAX_TOTAL))
@@ -68,9 +68,9 @@ def worked_solution(problem: Problem, rng: np.random.Generator) -> str:
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character, and one for the answer marker.
 
-    A plain tokenizer, which every transformers reads as it is written; but it splits text as Qwen2
-    does, which the model is of: version 5 gives every folder of that family Qwen2's way of
-    splitting, whatever else the folder says.
+    A plain tokenizer that every version of transformers reads the same way. It splits text like
+    Qwen2, the model's family, because version 5 applies Qwen2's splitting to every folder of that
+    family, whatever the folder says.
     """
     tokens = ["<pad>", "<eos>", *"0123456789+-=#", "Ġ", "Ċ", "##", "####"]  # Ġ a space, Ċ a newline
     rules = Qwen2Tokenizer(
@@ -86,5 +86,5 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="<eos>",
         unk_token="<pad>",
         clean_up_tokenization_spaces=False,
-        model_input_names=["input_ids", "attention_mask"],  # decoders take no token types
+        model_input_names=["input_ids", "attention_mask"],  # decoders have no token types
     )

@@ -1,8 +1,8 @@
-"""Beginnings of stories for small children: "Once upon a time, there was a little dog named Tim."
+"""Beginnings of children's stories: "Once upon a time, there was a little dog named Tim."
 
-For models that can tell a story, such as those trained on TinyStories (Eldan and Li 2023,
-arXiv:2305.07759), and rewards that judge one. There are no worked solutions: a new model cannot be
-made from this task.
+They are for models that can tell a story, such as those trained on TinyStories (Eldan and Li 2023,
+arXiv:2305.07759), and for rewards that judge one. There are no worked solutions: a new model cannot
+be made from this task.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TURNS = (
 
 
 def generate(num_train: int, num_eval: int, seed: int) -> tuple[list[Problem], list[Problem]]:
-    """Training and held-out beginnings, all different from each other; raises where too many."""
+    """Training and held-out beginnings, all different; ValueError if there are not enough."""
     choices = list(itertools.product(_ADJECTIVES, _HEROES, _NAMES, _TURNS))
     if num_train + num_eval > len(choices):
         raise ValueError(
