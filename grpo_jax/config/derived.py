@@ -28,6 +28,11 @@ def num_steps(config: ConfigDict, num_problems: int) -> int:
     return max(math.ceil(asked / config.batch.prompts), 1)
 
 
+def longest_row(config: ConfigDict) -> int:
+    """Tokens of the longest prompt with the longest completion that a run has."""
+    return config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.sft.max_tokens)
+
+
 def needs_old_pass(config: ConfigDict) -> bool:
     """Whether a rollout is scored before its first update, besides what that update computes."""
     return config.rollout_correction.level == "sequence" or num_updates_per_step(config) > 1

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from grpo_jax.config import guard_rules, rules
+from grpo_jax.config import derived, guard_rules, rules
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import streams, tasks
@@ -168,6 +168,7 @@ def _build(
     task = tasks.load(config.data.task) if config.data.task else None
     if config.model.path:
         policy = policy_lib.read(config.model.path, kept=folder / "source")
+        policy = policy.within(derived.longest_row(config))
     else:
         policy = model.new(config.model, task.make_tokenizer())
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])

@@ -18,7 +18,7 @@ from grpo_jax.devices import sharding
 from grpo_jax.kernels import rotary
 from grpo_jax.kernels.norm import Residual
 from grpo_jax.learner import logprobs
-from grpo_jax.models import parameters, transformer
+from grpo_jax.models import frequencies, parameters, transformer
 from grpo_jax.models.block import Block
 from grpo_jax.models.lanes import PackedInputs
 from grpo_jax.structs import Layer, ModelConfig, Rollouts, Rotary
@@ -38,7 +38,7 @@ MODEL = ModelConfig(
     norm_eps=1e-6,
     max_position=64,
     tied_head=False,
-    qk_norm=True,
+    qk_norm="head",
 )
 
 
@@ -113,8 +113,8 @@ def logp(scorer, params, rollouts: Rollouts):
 def _plain_attention(q, k, v):
     """Causal, each query head with a copy of its keys and values."""
     length, heads = q.shape[0], q.shape[1]
-    frequencies = transformer.rotary_frequencies(MODEL.rotaries[0], MODEL.head_size)
-    angles = rotary.rotary(jnp.arange(length), frequencies)
+    inv_freq = frequencies.of(MODEL.rotaries[0], MODEL.head_size)
+    angles = rotary.rotary(jnp.arange(length), inv_freq)
     q, k = (rotary.rotate(x, angles) for x in (q, k))
     k, v = (jnp.repeat(x, heads // k.shape[1], axis=1) for x in (k, v))
     score = jnp.einsum("tnh,snh->nts", q, k) / np.sqrt(q.shape[-1])
