@@ -31,6 +31,8 @@ import torch
 import transformers
 
 from grpo_jax.devices import sharding
+from grpo_jax.learner.experience import make_prepare
+from grpo_jax.learner.scoring import Scorer
 from grpo_jax.models import families, logits, parameters, transformer
 from grpo_jax.models.families import model_config, names
 from grpo_jax.models.families.keys import HARMLESS
@@ -40,7 +42,7 @@ from grpo_jax.models.hf.weights import load_params
 from grpo_jax.models.lanes import PackedInputs
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
-from grpo_jax.structs import ModelConfig, Sampling
+from grpo_jax.structs import ModelConfig, Rollouts, Sampling
 
 SIZES = {
     "vocab_size": 96,
@@ -215,19 +217,36 @@ def logits_apart(pair: Pair) -> float:
 
 
 def packed_apart(pair: Pair) -> float:
-    """The largest difference between completions of a shared prompt, and each in a row."""
+    """The largest difference between log-probabilities as a run scores them, and of a row each.
+
+    Scoring packs completions of all groups into lanes behind their prompts.
+    """
     prompt_PQ, length_P, completion_PGC = rows(pair.model.vocab_size)
-    together = _score(pair.params, pair.model, prompt_PQ, length_P, completion_PGC)
-    of_each = np.repeat(prompt_PQ, 2, 0), np.repeat(length_P, 2), completion_PGC.reshape(4, 1, -1)
-    alone = _score(pair.params, pair.model, *of_each).reshape(together.shape)
-    return max(
-        float(np.abs(together[p, g, :own] - alone[p, g, :own]).max())
-        for (p, g), own in np.ndenumerate(COMPLETION_LENGTHS)
+    length_PG = COMPLETION_LENGTHS.astype(np.int32)
+    there_PGC = np.arange(completion_PGC.shape[2]) < length_PG[..., None]
+    rollouts = Rollouts(
+        prompt_PQ=np.where(np.arange(24) < length_P[:, None], prompt_PQ, 0),
+        prompt_length_P=length_P,
+        completion_PGC=np.where(there_PGC, completion_PGC, 0),
+        logp_PGC=np.zeros(completion_PGC.shape, np.float32),
+        length_PG=length_PG,
+        stopped_PG=length_PG > 0,
     )
+    scorer = Scorer(pair.model, one_device(), Sampling())
+    prepare = make_prepare(scorer, scale_by="none", mask_truncated=False, with_old=True)
+    got_PGC = np.asarray(prepare.log_probs(pair.params, None, rollouts).old_logp_PGC)
+    of_each = np.repeat(prompt_PQ, 2, 0), np.repeat(length_P, 2), completion_PGC.reshape(4, 1, -1)
+    alone = jax.nn.log_softmax(_score(pair.params, pair.model, *of_each))
+    alone = alone.reshape(*completion_PGC.shape, -1)
+    want_PGC = np.take_along_axis(np.asarray(alone), completion_PGC[..., None], axis=-1)[..., 0]
+    return float(np.abs(got_PGC - want_PGC)[there_PGC].max())
 
 
 def greedy_equal(pair: Pair) -> int:
-    """How many of 64 tokens, decoded through the engine's cache, begin as transformers' do."""
+    """How many of 64 tokens, decoded through the engine's cache, begin as transformers' do.
+
+    And with the same log-probabilities, to 1e-4.
+    """
     prompt_PQ, length_P, _ = rows(pair.model.vocab_size)
     model = dataclasses.replace(pair.model, longest=24 + GREEDY)
     decoder = decode.decoder_for(
@@ -238,13 +257,14 @@ def greedy_equal(pair: Pair) -> int:
     params = engine.publish(pair.params)
     rollouts = engine.generate(params, prompts, group=1, key=jax.random.key(0), temperature=0.0)
     equal = GREEDY
-    for prompt, got_C in zip(prompts, np.asarray(rollouts.completion_PGC[:, 0])):
+    found = (np.asarray(x[:, 0]) for x in (rollouts.completion_PGC, rollouts.logp_PGC))
+    for prompt, got_C, logp_C in zip(prompts, *found):
         # The likeliest after each of our tokens is our next: so theirs are the same, by induction.
         with torch.no_grad():
-            out = pair.theirs(torch.tensor([[*prompt, *got_C]])).logits[0].float().numpy()
-        want = out[len(prompt) - 1 : -1].argmax(-1)
-        equal = min(equal, int(np.argmin([*(want == got_C), False])))
-        assert len(set(got_C.tolist())) > 5, "a text that repeats itself shows little"
+            out = pair.theirs(torch.tensor([[*prompt, *got_C]])).logits[0, len(prompt) - 1 : -1]
+        best = out.float().log_softmax(-1).max(-1)
+        same = (best.indices.numpy() == got_C) & (np.abs(best.values.numpy() - logp_C) < 1e-4)
+        equal = min(equal, int(np.argmin([*same, False])))
     return equal
 
 
