@@ -154,8 +154,8 @@ def numerics(tiny: bool) -> dict[str, Any]:
         target_BT = completion_PGC.reshape(hidden_BTD.shape[:2])
         head_DV = parameters.head_kernel(params)
         total, logp_BT, _ = logprobs.loss(
-            lambda logp, entropy, terms: -logp, Sampling(), logprobs.UNSPLIT, hidden_BTD, head_DV,
-            target_BT, jnp.ones(target_BT.shape), {},
+            lambda logp, entropy, terms: -logp, Sampling(), logprobs.UNSPLIT, None,
+            hidden_BTD, head_DV, target_BT, jnp.ones(target_BT.shape), {},
         )  # fmt: skip
         return total, logp_BT
 
@@ -250,7 +250,7 @@ def _decoding(work: Any, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
     from grpo_jax.kernels import rotary
     from grpo_jax.kernels.kv_cache import CacheShape, DecodeStep
-    from grpo_jax.models import transformer
+    from grpo_jax.models import frequencies
 
     model, limit = work.shape, work.completion_tokens
     slots, lanes, prompt = work.prompts, work.group, work.prompt_tokens
@@ -273,8 +273,8 @@ def _decoding(work: Any, kinds: dict[str, Any]) -> Iterator[dict[str, Any]]:
         @functools.partial(jax.jit, donate_argnums=0)
         def run(cache, q, k, v, last, kind=kind):
             where = jnp.full(slots, prompt), jnp.full((slots, lanes), last)
-            frequencies = transformer.rotary_frequencies(model.rotaries[0], width)
-            angles = rotary.rotary(where[0][:, None] + where[1], frequencies)
+            inv_freq = frequencies.of(model.rotaries[0], width)
+            angles = rotary.rotary(where[0][:, None] + where[1], inv_freq)
             step = DecodeStep(*where, jnp.ones((slots, lanes), bool), last, limit, angles)
 
             def one(i, carry):

@@ -37,7 +37,8 @@ def shape(layers, width, heads, kv, size, mlp, vocab, tied, family="qwen2") -> M
     return ModelConfig(
         family=family, vocab_size=vocab, width=width, mlp_width=mlp, layers=(Layer(),) * layers,
         num_heads=heads, num_kv_heads=kv, head_size=size, rotaries=(Rotary(1e6),), norm_eps=1e-6,
-        max_position=32768, tied_head=tied, qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
+        max_position=32768, tied_head=tied, qkv_bias=family == "qwen2",
+        qk_norm="head" if family == "qwen3" else "",
     )  # fmt: skip
 
 

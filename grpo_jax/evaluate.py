@@ -10,6 +10,7 @@ config's.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -236,9 +237,10 @@ def evaluate(args: argparse.Namespace, config: ConfigDict) -> tuple[list[Problem
     _references(config, problems)  # it may refuse
     questions, models, now = [], [], inputs.date(config.data.date)
     for path in args.models:  # all are refused before the first is asked
-        models.append(find_model(path))
-        policy = models[-1].policy
         limit = config.data.max_prompt_tokens
+        found = find_model(path)
+        policy = found.policy.within(limit + args.max_tokens)
+        models.append(dataclasses.replace(found, policy=policy))
         questions.append(data.questions(problems, policy, config, "problems", now))
         policy.check_length(questions[-1].prompt_ids, args.max_tokens, "--max-tokens")
         first, this = questions[0].problems, questions[-1].problems

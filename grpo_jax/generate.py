@@ -211,6 +211,7 @@ def main(argv: list[str]) -> None:
         for text, where in prompts
     ]
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
+    policy = policy.within(max(map(len, prompt_ids)) + args.max_tokens)
     engine = engine_of(policy, mesh, sampling, args.max_tokens, dtype)
     rollouts = complete(
         engine,

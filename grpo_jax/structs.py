@@ -40,11 +40,53 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class LinearScaling:
+    """All rotary frequencies divided by one factor."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """Slow frequencies divided by a factor, fast ones kept (Peng et al. 2023, arXiv:2309.00071)."""
+
+    factor: float
+    original_max_position: int
+    beta_fast: float  # turns within the original length, from which on a frequency is kept
+    beta_slow: float  # and up to which it is divided; a straight line between them
+    truncate: bool  # both bounds to whole pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class LongScaling:
+    """A divisor for each frequency (Ding et al. 2024, arXiv:2402.13753).
+
+    Which list holds follows from `ModelConfig.longest`, so that one run has one: a sampler that
+    changed lists where a row grew long would not be the policy that is scored.
+    """
+
+    short: tuple[float, ...]
+    long: tuple[float, ...]  # for rows longer than the original length
+    original_max_position: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Rotary:
-    """Rotary position embeddings."""
+    """Rotary position embeddings. Of pairs that do not turn, the frequency is zero."""
 
     theta: float  # base of the frequencies
-    scaling: RopeScaling | None = None
+    scaling: RopeScaling | LinearScaling | YarnScaling | LongScaling | None = None
+    share: float = 1.0  # of a head's dimensions that turn; 0: a layer without positions
+    proportional: bool = False  # the exponents count all dimensions, not only those that turn
+    amplitude: float = 1.0  # factor of cosine and sine
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryGrowth:
+    """A query at position t times 1 + beta * ln(1 + floor(t / period)) (Llama 4, Ministral 3)."""
+
+    beta: float
+    period: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +101,9 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of one decoder: Llama, Qwen2, Qwen3 and Mistral are settings of it."""
+    """The shape of one decoder: dense families are settings of it (`models/families`)."""
 
-    family: str  # "llama", "qwen2", "qwen3" or "mistral": the Hugging Face model_type
+    family: str  # the Hugging Face model_type
     vocab_size: int
     width: int  # D
     mlp_width: int  # F
@@ -75,7 +117,28 @@ class ModelConfig:
     tied_head: bool  # the LM head is the embedding, transposed
     qkv_bias: bool = False
     out_bias: bool = False  # bias of the attention's output projection
-    qk_norm: bool = False  # RMS norm of every query and key head before rotation
+    qk_norm: str = ""  # RMS norm of queries and keys before rotation: of each "head", or "whole"
+    norms: str = "before"  # of a layer's two branches: "before", "after" (on what is added), "both"
+    norm_offset: float = 0.0  # added to the scale of all norms
+    activation: str = "silu"  # or "gelu_tanh"
+    attention_scale: float | None = None  # of the scores; None: H ** -0.5
+    attention_cap: float | None = None  # scores s become cap * tanh(s / cap)
+    query_growth: QueryGrowth | None = None
+    embed_factor: float = 1.0  # of what the embedding gives
+    residual_factor: float = 1.0  # of what a branch adds
+    logit_factor: float = 1.0
+    logit_cap: float | None = None  # as `attention_cap`, of the logits
+    wrapper: str = ""  # model_type of the config that holds this one: a model of images and text
+    longest: int | None = None  # tokens of the longest row that will be run; None: max_position
+
+    def within(self, longest: int) -> ModelConfig:
+        """The model as it is run on rows of at most so many tokens.
+
+        Itself, but where its rotary frequencies depend on that (`LongScaling`).
+        """
+        if not any(isinstance(rotary.scaling, LongScaling) for rotary in self.rotaries):
+            return self
+        return dataclasses.replace(self, longest=longest)
 
     @property
     def num_layers(self) -> int:
@@ -88,11 +151,11 @@ class ModelConfig:
     @property
     def num_params(self) -> int:
         """Parameters, embedding and head included."""
-        qkv = self.width * self.head_size * (self.num_heads + 2 * self.num_kv_heads)
-        out = self.num_heads * self.head_size * self.width
-        layer = qkv + out + 3 * self.width * self.mlp_width + 2 * self.width
-        layer += self.head_size * (self.num_heads + 2 * self.num_kv_heads) * self.qkv_bias
-        layer += self.width * self.out_bias + 2 * self.head_size * self.qk_norm
+        q, kv = self.head_size * self.num_heads, self.head_size * self.num_kv_heads
+        layer = self.width * (2 * q + 2 * kv) + 3 * self.width * self.mlp_width
+        layer += (4 if self.norms == "both" else 2) * self.width
+        layer += (q + 2 * kv) * self.qkv_bias + self.width * self.out_bias
+        layer += {"": 0, "head": 2 * self.head_size, "whole": q + kv}[self.qk_norm]
         embeddings = self.vocab_size * self.width * (1 if self.tied_head else 2)
         return embeddings + self.num_layers * layer + self.width
 

@@ -66,18 +66,21 @@ class Model:
         ]
         sampling = Sampling(temperature, top_k, top_p)
         with cli.held_settings():
-            engine, published = self._engine(sampling, max_tokens)
+            engine, published = self._engine(sampling, max_tokens, max(map(len, ids)))
             rollouts = generate.complete(
                 engine, published, ids, num_samples=num_samples, seed=seed, temperature=temperature
             )
         found = generate.completions(self._policy, ids, rollouts)
         return found[0] if is_one else found
 
-    def _engine(self, sampling: Sampling, max_tokens: int) -> tuple[Engine, Params]:
+    def _engine(
+        self, sampling: Sampling, max_tokens: int, longest_prompt: int
+    ) -> tuple[Engine, Params]:
         """The engine for this sampling, whose programs are compiled once."""
-        key = sampling, max_tokens
+        policy = self._policy.within(longest_prompt + max_tokens)
+        key = policy.model, sampling, max_tokens
         if key not in self._engines:
-            engine = generate.engine_of(self._policy, self._mesh, sampling, max_tokens, self._dtype)
+            engine = generate.engine_of(policy, self._mesh, sampling, max_tokens, self._dtype)
             self._engines[key] = engine, engine.publish(self._params)
         return self._engines[key]
 

@@ -43,6 +43,11 @@ def _steps_of(epochs: float, num_problems: int, batch: int) -> int:
     return max(math.ceil(round(epochs * num_problems, 6) / batch), 1)
 
 
+def longest_row(config: ConfigDict) -> int:
+    """Tokens of the longest prompt with the longest completion that a run has."""
+    return config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.sft.max_tokens)
+
+
 def needs_old_pass(config: ConfigDict) -> bool:
     """Whether a rollout is scored before its first update, besides what that update computes."""
     return config.rollout_correction.level == "sequence" or num_updates_per_step(config) > 1

@@ -25,7 +25,13 @@ class AttentionKernels(Protocol):
         """Whether a lane may hold several completions."""
 
     def causal(
-        self, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_BT: Array, window: int | None
+        self,
+        q_BTNH: Array,
+        k_BTKH: Array,
+        v_BTKH: Array,
+        segment_BT: Array,
+        window: int | None,
+        cap: float | None = None,
     ) -> Array:
         """As `causal`."""
 
@@ -40,6 +46,7 @@ class AttentionKernels(Protocol):
         prefix_length_P: Array,
         position_PWT: Array,
         window: int | None,
+        cap: float | None = None,
     ) -> Array:
         """As `shared_prefix`."""
 
@@ -58,21 +65,32 @@ def grouped(q: Array, num_kv_heads: int) -> Array:
     return q.reshape(*lead, num_kv_heads, num_heads // num_kv_heads, size)
 
 
+def capped(score: Array, cap: float | None) -> Array:
+    """Scores within plus and minus `cap`, by a hyperbolic tangent; as they are for None."""
+    return score if cap is None else cap * jnp.tanh(score / cap)
+
+
 def segments(length_B: Array, tokens: int) -> Array:
     """1 for the tokens of a row, 0 for the padding on its right, int32 [B, T]."""
     return (jnp.arange(tokens)[None] < length_B[:, None]).astype(jnp.int32)
 
 
 def causal(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_BT: Array, window: int | None
+    q_BTNH: Array,
+    k_BTKH: Array,
+    v_BTKH: Array,
+    segment_BT: Array,
+    window: int | None,
+    cap: float | None = None,
 ) -> Array:
     """Each token attends to itself and to earlier tokens of its segment, [B, T, N, H].
 
     Segments stand one after the other in a row; 0 is padding. `window`: the number of keys that a
-    query sees, itself included; None for all.
+    query sees, itself included; None for all. `cap`: of the scores, see `capped`.
     """
     q_BTKnH = grouped(q_BTNH, k_BTKH.shape[-2])
     score = jnp.einsum("btknh,bskh->bknts", q_BTKnH, k_BTKH, preferred_element_type=jnp.float32)
+    score = capped(score, cap)
     t = jnp.arange(score.shape[-1])
     seen_TT = t[None, :] <= t[:, None]
     if window is not None:
@@ -101,6 +119,7 @@ def shared_prefix(
     prefix_length_P: Array,
     position_PWT: Array,
     window: int | None,
+    cap: float | None = None,
 ) -> Array:
     """Every completion attends to its group's prompt and, causally, to itself, [P, W, T, N, H].
 
@@ -111,6 +130,7 @@ def shared_prefix(
     q = grouped(q_PWTNH, k_PWTKH.shape[-2])
     prefix = jnp.einsum("pgtknh,pqkh->pkgntq", q, prefix_k_PQKH, preferred_element_type=jnp.float32)
     own = jnp.einsum("pgtknh,pgskh->pkgnts", q, k_PWTKH, preferred_element_type=jnp.float32)
+    prefix, own = capped(prefix, cap), capped(own, cap)
     t, s_1Q = jnp.arange(own.shape[-1]), jnp.arange(prefix.shape[-1])[None]
     seen_own = t[None, :] <= t[:, None]
     if window is not None:

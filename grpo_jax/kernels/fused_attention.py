@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.devices import by_shard, sharding
 from grpo_jax.kernels.masked_attention import MaskedAttention
-from grpo_jax.structs import Array
+from grpo_jax.structs import Array, ModelConfig
 
 KEPT = "attention"  # the remat policy's name for a kernel's results
 
@@ -53,9 +53,16 @@ class FusedAttention(abc.ABC):
         """
 
     def causal(
-        self, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_BT: Array, window: int | None
+        self,
+        q_BTNH: Array,
+        k_BTKH: Array,
+        v_BTKH: Array,
+        segment_BT: Array,
+        window: int | None,
+        cap: float | None = None,
     ) -> Array:
         """As `attention.causal`."""
+        assert cap is None, "the kernels do not cap scores; `why_uncapped` says so before"
         k_BTKH, v_BTKH = (self._divisible(x, q_BTNH) for x in (k_BTKH, v_BTKH))
         return _causal(self, window, _scaled(q_BTNH), k_BTKH, v_BTKH, segment_BT)
 
@@ -70,8 +77,10 @@ class FusedAttention(abc.ABC):
         prefix_length_P: Array,
         position_PWT: Array,
         window: int | None,
+        cap: float | None = None,
     ) -> Array:
         """As `attention.shared_prefix`."""
+        assert cap is None, "the kernels do not cap scores; `why_uncapped` says so before"
         there_PQ = jnp.arange(prefix_k_PQKH.shape[1])[None] < prefix_length_P[:, None]
         keys = k_PWTKH, v_PWTKH, prefix_k_PQKH, prefix_v_PQKH
         keys = (self._divisible(x, q_PWTNH) for x in keys)
@@ -98,6 +107,13 @@ class FusedAttention(abc.ABC):
             for of in (axes, out_axes)
         )
         return by_shard.by_head_shard(self.mesh, f, axes, out_axes)(*arrays)
+
+
+def why_uncapped(model: ModelConfig) -> str:
+    """Why none of the kernels can be used for a model, or ""."""
+    if model.attention_cap is None:
+        return ""
+    return f"the model caps its attention scores at {model.attention_cap:g}, which it does not do"
 
 
 def _scaled(q: Array) -> Array:

@@ -18,7 +18,7 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 from jax.sharding import Mesh
 
 from grpo_jax.devices import sharding
-from grpo_jax.kernels import attention
+from grpo_jax.kernels import attention, fused_attention
 from grpo_jax.kernels.attention import AttentionKernels
 from grpo_jax.kernels.fused_attention import FusedAttention
 from grpo_jax.structs import Array, ModelConfig
@@ -34,7 +34,7 @@ def why_unavailable(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
         return f"it takes bfloat16, and model.dtype is {jnp.dtype(dtype)}"
     if model.head_size % 8 or model.head_size > 128:
         return f"the heads are of size {model.head_size}, and it takes multiples of 8 up to 128"
-    return ""
+    return fused_attention.why_uncapped(model)
 
 
 def choose(model: ModelConfig, mesh: Mesh) -> AttentionKernels:

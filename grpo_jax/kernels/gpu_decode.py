@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.sharding import Mesh
 
-from grpo_jax.kernels import pallas_triton, quantize
+from grpo_jax.kernels import fused_attention, pallas_triton, quantize
 from grpo_jax.kernels.kv_cache import Cache, CacheShape, DecodeStep, RingCache
 from grpo_jax.kernels.quantize import Int8
 from grpo_jax.structs import Array, ModelConfig
@@ -41,7 +41,7 @@ def why_unavailable(model: ModelConfig, mesh: Mesh, dtype: Any) -> str:
         return "the model has sliding windows"
     if model.head_size not in (32, 64, 128, 256):
         return f"the heads are of size {model.head_size}, and it takes 32, 64, 128 or 256"
-    return ""
+    return fused_attention.why_uncapped(model)
 
 
 @dataclasses.dataclass(frozen=True)

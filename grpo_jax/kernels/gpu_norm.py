@@ -27,6 +27,7 @@ class FusedNorm(nn.Module):
     epsilon: float
     dtype: Any
     scale_init: Any = nn.initializers.ones
+    offset: float = 0.0  # added to the scale
     interpret: bool = False  # runs on any device, for tests
 
     @nn.compact
@@ -37,7 +38,7 @@ class FusedNorm(nn.Module):
         padded = pl.next_power_of_2(width)
         row, whole = pl.BlockSpec((None, padded), lambda i: (i, 0)), lambda i: (0,)
         total, normed = pl.pallas_call(
-            functools.partial(_kernel, width=width, epsilon=self.epsilon),
+            functools.partial(_kernel, width=width, epsilon=self.epsilon, offset=self.offset),
             grid=(rows,),
             in_specs=[pl.BlockSpec((padded,), whole), row, row],
             out_specs=[row, row],
@@ -50,7 +51,17 @@ class FusedNorm(nn.Module):
         return total.reshape(shape), normed.reshape(shape)
 
 
-def _kernel(scale_ref, states_ref, branch_ref, sum_ref, out_ref, *, width: int, epsilon: float):
+def _kernel(
+    scale_ref,
+    states_ref,
+    branch_ref,
+    sum_ref,
+    out_ref,
+    *,
+    width: int,
+    epsilon: float,
+    offset: float,
+):
     gpu = pallas_triton.module()
     there_D = jnp.arange(scale_ref.shape[0]) < width
     read = lambda ref: gpu.load(ref, mask=there_D, other=0.0)  # noqa: E731
@@ -58,5 +69,6 @@ def _kernel(scale_ref, states_ref, branch_ref, sum_ref, out_ref, *, width: int, 
     gpu.store(sum_ref, x_D, mask=there_D)
     x_D = x_D.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.sum(x_D * x_D) / width + epsilon)
-    y_D = x_D * (scale * read(scale_ref).astype(jnp.float32))
+    factor_D = read(scale_ref).astype(jnp.float32)
+    y_D = x_D * (scale * (factor_D + offset if offset else factor_D))
     gpu.store(out_ref, y_D.astype(out_ref.dtype), mask=there_D)

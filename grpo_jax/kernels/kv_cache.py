@@ -42,6 +42,7 @@ class DecodeStep:
     # For one layer; `transformer.decode_token` sets them.
     cos_sin: tuple[Array, Array] | None = None  # rotary angles of the new tokens, [R, W, H/2]
     window: int | None = struct.field(pytree_node=False, default=None)
+    cap: float | None = struct.field(pytree_node=False, default=None)  # of the scores
 
 
 class KVCache(abc.ABC):
@@ -136,6 +137,7 @@ def decode(q_RWNH: Array, prefix: Cache, own: Cache, step: DecodeStep) -> Array:
     if isinstance(own_k, Int8):
         score_prefix *= prefix_k.scale[:, :, None, None]  # [R, K, 1, 1, Q]
         score_own *= own_k.scale[:, :, :, None]  # [R, K, W, 1, S]
+    score_prefix, score_own = (attention.capped(s, step.cap) for s in (score_prefix, score_own))
     s_11Q = jnp.arange(prefix_k.shape[-1])[None, None]
     age_11S = ((column - jnp.arange(own_k.shape[-1])) % own_k.shape[-1])[None, None]
     seen_prefix = s_11Q < step.prompt_length_R[:, None, None]  # [R, 1, Q]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -28,7 +28,17 @@ class Residual(NamedTuple):
         return self.states + self.branch
 
 
-class AddNorm(nn.RMSNorm):
+class Norm(nn.RMSNorm):
+    """An RMS norm whose scale is a parameter and an offset, added in float32."""
+
+    offset: float = 0.0
+
+    def param(self, name: str, *args: Any, **kwargs: Any) -> Array:
+        scale = super().param(name, *args, **kwargs)
+        return scale.astype(jnp.float32) + self.offset if self.offset else scale
+
+
+class AddNorm(Norm):
     """The sum of a residual stream, and its RMS norm."""
 
     def __call__(self, x: Residual) -> tuple[Array, Array]:

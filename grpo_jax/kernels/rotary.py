@@ -7,10 +7,17 @@ import jax.numpy as jnp
 from grpo_jax.structs import Array
 
 
-def rotary(position: Array, inv_freq: Array) -> tuple[Array, Array]:
-    """Cosine and sine of the rotary angles, float32 [..., H/2], for positions [...]."""
+def rotary(position: Array, inv_freq: Array, amplitude: Array | None = None) -> tuple[Array, Array]:
+    """Cosine and sine of the rotary angles, float32 [..., H/2], for positions [...].
+
+    `amplitude` [H/2]: what both are multiplied by; None: 1.
+    """
     angle = jnp.multiply.outer(position.astype(jnp.float32), inv_freq)
-    return jnp.cos(angle), jnp.sin(angle)
+    cos_sin = jnp.cos(angle), jnp.sin(angle)
+    if amplitude is None:
+        return cos_sin
+    amplitude = jnp.asarray(amplitude).reshape((1,) * (angle.ndim - 1) + (-1,))
+    return cos_sin[0] * amplitude, cos_sin[1] * amplitude
 
 
 def rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as kernel_lib
 from jax.sharding import Mesh
 
-from grpo_jax.kernels import rotary
+from grpo_jax.kernels import fused_attention, rotary
 from grpo_jax.kernels.kv_cache import CacheShape, DecodeStep, KVCache
 from grpo_jax.structs import Array, ModelConfig
 
@@ -48,7 +48,7 @@ def why_unavailable(cache: str, model: ModelConfig, mesh: Mesh) -> str:
             f'rollout.kv_cache_dtype = "{cache}" has a scale for each position, and the kernel '
             "takes a single one"
         )
-    return ""
+    return fused_attention.why_uncapped(model)
 
 
 @dataclasses.dataclass(frozen=True)

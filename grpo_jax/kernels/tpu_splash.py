@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh
 
 from grpo_jax.devices import sharding
-from grpo_jax.kernels import attention
+from grpo_jax.kernels import attention, fused_attention
 from grpo_jax.kernels.attention import AttentionKernels
 from grpo_jax.kernels.fused_attention import FusedAttention
 from grpo_jax.structs import Array, ModelConfig
@@ -37,6 +37,8 @@ def choose(option: str, model: ModelConfig, mesh: Mesh) -> AttentionKernels:
         reason = f"they are for TPUs, and the devices are {mesh.devices.flat[0].platform}s"
     elif jax.__version_info__[:2] not in _READ_IN:
         reason = f"their backward pass was not tested with JAX {jax.__version__}"
+    else:
+        reason = fused_attention.why_uncapped(model)
     if option == "splash" and reason:
         raise ValueError(
             f'model.attention = "splash": {reason}. Set it to "xla", or to "auto", which takes '

@@ -138,7 +138,7 @@ def make_prepare(
         logp_BE = scoring.row_by_row(
             scorer,
             lambda hidden, target: logprobs.token_logprobs(
-                hidden, head, target, scorer.sampling, scorer.along
+                hidden, head, target, scorer.sampling, scorer.along, scorer.model.logit_cap
             )[0],
             hidden_BED,
             target_BE,

@@ -90,6 +90,7 @@ class _Statistics(NamedTuple):
 
     scores: Array
     is_drawn: Array | None  # bool [..., V]: within top-k and top-p; None: everywhere
+    slope: Array | None  # of capped logits by the product with the head; None: 1
     normalizer: Array  # log-sum-exp of the scores
     logp: Array
     entropy: Array
@@ -103,9 +104,12 @@ class _Statistics(NamedTuple):
         return jnp.exp(self.scores - self.normalizer[..., None])
 
 
-def _statistics(hidden: Array, head: Array, target: Array, sampling: Sampling) -> _Statistics:
+def _statistics(
+    hidden: Array, head: Array, target: Array, sampling: Sampling, cap: float | None
+) -> _Statistics:
     """The scores are read twice: for their maximum, and for the sums that all else is made of."""
-    scores = logits_lib.logits(hidden, head)
+    scores = logits_lib.logits(hidden, head, cap)
+    slope = None if cap is None else 1 - (scores / cap) ** 2  # of a hyperbolic tangent
     scores = logits_lib.sampling_logits(scores, sampling, always=target)
     is_drawn = scores > -jnp.inf if sampling.is_cut else None
     peak = scores.max(-1, keepdims=True)
@@ -116,7 +120,7 @@ def _statistics(hidden: Array, head: Array, target: Array, sampling: Sampling) -
     mass, moment = weight.sum(-1), (weight * below).sum(-1)
     normalizer = peak[..., 0] + jnp.log(mass)
     logp = jnp.take_along_axis(scores, target[..., None], axis=-1)[..., 0] - normalizer
-    return _Statistics(scores, is_drawn, normalizer, logp, jnp.log(mass) - moment / mass)
+    return _Statistics(scores, is_drawn, slope, normalizer, logp, jnp.log(mass) - moment / mass)
 
 
 @jax.named_scope("vocabulary")
@@ -126,18 +130,19 @@ def token_logprobs(
     target_BT: Array,
     sampling: Sampling,
     along: SequenceSplit = UNSPLIT,
+    cap: float | None = None,
 ) -> tuple[Array, Array]:
     """Log-probability of each target token and entropy at it, float32 [B, T], in nats.
 
     Under the distribution of `sampling`: temperature, top-k and top-p as the sampler applied them.
-    Not meant to be differentiated; see `loss`.
+    `cap`: of the logits, as `ModelConfig.logit_cap`. Not meant to be differentiated; see `loss`.
     """
     width = _chunk_width(hidden_BTD, head_DV.shape[-1], along.devices)
     head = head_DV.astype(hidden_BTD.dtype)  # once, not in every chunk
 
     def chunk(carry, xs):
         hidden, target = map(along.split, xs)
-        found = _statistics(hidden, head, target, sampling)
+        found = _statistics(hidden, head, target, sampling, cap)
         return carry, (found.logp, found.entropy)
 
     _, (logp, entropy) = jax.lax.scan(
@@ -162,11 +167,12 @@ def _summed_product(hidden_BTD: Array, by_logits_BTV: Array) -> Array:
     return jax.lax.platform_dependent(hidden_BTD, by_logits_BTV, cpu=in_float32, default=product)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def loss(
     token_loss: TokenLoss,
     sampling: Sampling,
     along: SequenceSplit,
+    cap: float | None,
     hidden_BTD: Array,
     head_DV: Array,
     target_BT: Array,
@@ -177,15 +183,18 @@ def loss(
 
     Differentiable in the first result, with respect to `hidden_BTD` and `head_DV` alone.
     `token_loss(logp, entropy, terms)` sees arrays of one chunk; `terms` is a pytree of [B, T]
-    arrays that stay fixed. Tokens of weight 0 contribute nothing, whatever they hold.
+    arrays that stay fixed. `cap` as in `token_logprobs`. Tokens of weight 0 contribute nothing,
+    whatever they hold.
     """
-    logp_BT, entropy_BT = token_logprobs(hidden_BTD, head_DV, target_BT, sampling, along)
+    logp_BT, entropy_BT = token_logprobs(hidden_BTD, head_DV, target_BT, sampling, along, cap)
     per_token = jnp.where(weight_BT != 0, token_loss(logp_BT, entropy_BT, terms), 0.0)
     return jnp.sum(weight_BT * per_token), logp_BT, entropy_BT
 
 
 @jax.named_scope("vocabulary")
-def _loss_forward(token_loss, sampling, along, hidden_BTD, head_DV, target_BT, weight_BT, terms):
+def _loss_forward(
+    token_loss, sampling, along, cap, hidden_BTD, head_DV, target_BT, weight_BT, terms
+):  # fmt: skip
     tokens = target_BT.shape[1]
     width = _chunk_width(hidden_BTD, head_DV.shape[-1], along.devices)
     temperature = sampling.temperature or 1.0
@@ -194,7 +203,7 @@ def _loss_forward(token_loss, sampling, along, hidden_BTD, head_DV, target_BT, w
     def chunk(carry, xs):
         total, grad_head = carry
         hidden, target, weight, terms = jax.tree.map(along.split, xs)
-        found = _statistics(hidden, head, target, sampling)
+        found = _statistics(hidden, head, target, sampling, cap)
 
         def weighted(logp, entropy):
             per_token = jnp.where(weight != 0, token_loss(logp, entropy, terms), 0.0)
@@ -208,6 +217,8 @@ def _loss_forward(token_loss, sampling, along, hidden_BTD, head_DV, target_BT, w
         chosen = jax.nn.one_hot(target, prob.shape[-1])
         by_logits = by_logp[..., None] * (chosen - prob)
         by_logits -= by_entropy[..., None] * prob * (found.log_prob() + found.entropy[..., None])
+        if found.slope is not None:
+            by_logits *= found.slope
         by_logits = (by_logits / temperature).astype(hidden.dtype)
         by_hidden = jnp.einsum("btv,dv->btd", by_logits, head)
         grad_head += _summed_product(hidden, by_logits)
@@ -221,7 +232,7 @@ def _loss_forward(token_loss, sampling, along, hidden_BTD, head_DV, target_BT, w
 
 
 @jax.named_scope("vocabulary")
-def _loss_backward(token_loss, sampling, along, residuals, cotangents):
+def _loss_backward(token_loss, sampling, along, cap, residuals, cotangents):
     grad_hidden, grad_head = residuals
     by_total = cotangents[0]  # log-probabilities and entropies are for looking at
     scale = lambda g: (g * by_total).astype(g.dtype)  # noqa: E731

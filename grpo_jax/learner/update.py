@@ -37,9 +37,8 @@ def _loss_sums(
     head = scorer.head(params)
 
     def loss(hidden, target, weight, terms):
-        return logprobs.loss(
-            component.token_loss, scorer.sampling, scorer.along, hidden, head, target, weight, terms
-        )
+        how = component.token_loss, scorer.sampling, scorer.along, scorer.model.logit_cap
+        return logprobs.loss(*how, hidden, head, target, weight, terms)
 
     hidden_BED = scorer.hidden(params, rollouts, packed.layout)
     total, logp_BE, entropy_BE = scoring.row_by_row(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.kernels import quantize
-from grpo_jax.kernels.norm import AddNorm, Residual
+from grpo_jax.kernels.norm import AddNorm, Norm, Residual
 from grpo_jax.models.placement import REPLICATED, MlpPlacement
 from grpo_jax.structs import Array, Layer, ModelConfig
 
@@ -53,11 +53,13 @@ def _by_token(dense: Callable[[Array], Array], x: Array) -> Array:
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def rms_norm(config: ModelConfig, dtype, name: str | None = None, kind: Any = nn.RMSNorm) -> Any:
+def rms_norm(config: ModelConfig, dtype, name: str | None = None, kind: Any = Norm) -> Any:
+    first = nn.initializers.constant(1 - config.norm_offset)
     return kind(
         epsilon=config.norm_eps,
         dtype=dtype,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+        scale_init=nn.with_logical_partitioning(first, ("norm",)),
+        offset=config.norm_offset,
         name=name,
     )
 
@@ -85,12 +87,21 @@ class Attention(nn.Module):
                 qkv.append(by_head(_by_token(dense, x)))
             q, k, v = qkv
         if c.qk_norm:
-            q = rms_norm(c, self.dtype, "q_norm")(q)
-            k = rms_norm(c, self.dtype, "k_norm")(k)
+            q, k = self._normed(q, "q_norm"), self._normed(k, "k_norm")
         out, kept = attend(q, k, v)
         out = out.reshape(*x.shape[:-1], c.num_heads * c.head_size)
         dense = _dense(c.width, ("heads", "embed"), "o", self.dtype, c.out_bias)
         return _by_token(dense, out), kept
+
+    def _normed(self, x: Array, name: str) -> Array:
+        """Queries or keys [..., heads, H], each head or all of a token's as one."""
+        norm = rms_norm(self.config, self.dtype, name)
+        if self.config.qk_norm == "head":
+            return norm(x)
+        return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+
+
+_ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": nn.gelu}  # by `ModelConfig.activation`
 
 
 class MLP(nn.Module):
@@ -111,8 +122,8 @@ class MLP(nn.Module):
         else:
             gate = _dense(width, ("embed", "mlp"), "gate", self.dtype)(x)
             up = _dense(width, ("embed", "mlp"), "up", self.dtype)(x)
-        by_width = self.placement.by_width
-        y = by_width(nn.silu(by_width(gate)) * by_width(up))
+        by_width, activation = self.placement.by_width, _ACTIVATIONS[self.config.activation]
+        y = by_width(activation(by_width(gate)) * by_width(up))
         down = _dense(self.config.width, ("mlp", "embed"), "down", self.dtype)(y)
         return self.placement.scatter(down)
 
@@ -133,11 +144,23 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Residual, attend: Attend) -> tuple[Residual, Any]:
-        norm = lambda name: rms_norm(self.config, self.dtype, name, self.norm)  # noqa: E731
-        states, normed = norm("attention_norm")(x)
         mixer, ffn = _MIXERS[self.layer.mixer], _FFNS[self.layer.ffn]
         sizes = self.config, self.dtype, self.fused
-        branch, kept = mixer(*sizes, name="attention")(normed, attend)
-        states, normed = norm("mlp_norm")(Residual(states, branch))
-        branch = ffn(*sizes, self.mlp, name="mlp")(normed)
-        return Residual(states, branch), kept
+        states, read = self._read(x, "attention")
+        branch, kept = mixer(*sizes, name="attention")(read, attend)
+        states, read = self._read(Residual(states, self._added(branch, "attention")), "mlp")
+        branch = ffn(*sizes, self.mlp, name="mlp")(read)
+        return Residual(states, self._added(branch, "mlp")), kept
+
+    def _read(self, x: Residual, of: str) -> tuple[Array, Array]:
+        """The states, and what a branch reads of them."""
+        if self.config.norms == "after":
+            return (states := x.sum()), states
+        return rms_norm(self.config, self.dtype, f"{of}_norm", self.norm)(x)
+
+    def _added(self, branch: Array, of: str) -> Array:
+        """What a branch adds to the states."""
+        if self.config.norms != "before":
+            branch = rms_norm(self.config, self.dtype, f"{of}_post_norm")(branch)
+        factor = self.config.residual_factor
+        return branch if factor == 1 else branch * jnp.asarray(factor, branch.dtype)

@@ -15,14 +15,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo_jax.devices import by_shard
-from grpo_jax.kernels import quantize
+from grpo_jax.kernels import attention, quantize
 from grpo_jax.kernels.block_sums import Sums, sums_of_blocks
 from grpo_jax.structs import Array, Sampling
 
 
-def logits(hidden: Array, head_DV: Array) -> Array:
-    """Float32 scores over the vocabulary [..., V] of hidden states [..., D]."""
-    return quantize.product(hidden, head_DV, jnp.float32)
+def logits(hidden: Array, head_DV: Array, cap: float | None = None) -> Array:
+    """Float32 scores over the vocabulary [..., V] of hidden states [..., D].
+
+    `cap`: of the scores, as `ModelConfig.logit_cap`.
+    """
+    return attention.capped(quantize.product(hidden, head_DV, jnp.float32), cap)
 
 
 def keep_mask(logits: Array, sampling: Sampling) -> Array | None:

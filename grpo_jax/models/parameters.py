@@ -5,9 +5,10 @@ They are float32 unless the caller casts or quantizes them (`quantize.weights`).
 
     embed/embedding [V, D]      norm/scale [D]      head/kernel [D, V] (untied models only)
     layers/ (stacked by slot as in `layer_runs.py`, with a leading axis)
-        attention_norm/scale [D]      mlp_norm/scale [D]
+        attention_norm/scale [D]      mlp_norm/scale [D] (norms before the branches)
+        attention_post_norm/scale [D] mlp_post_norm/scale [D] (norms after them)
         attention/{q,k,v,o}/kernel    attention/{q,k,v,o}/bias (where the family has them)
-        attention/{q_norm,k_norm}/scale [H] (Qwen3)
+        attention/{q_norm,k_norm}/scale [H], or of all heads [N * H] and [K * H]
         mlp/{gate,up,down}/kernel
 """
 
@@ -35,7 +36,7 @@ def _boxed_block(config: ModelConfig, layer: Layer, key: Array) -> Params:
 
 
 def init(config: ModelConfig, key: Array) -> Params:
-    """Fresh float32 parameters: normals of deviation 0.02, norms at 1.
+    """Fresh float32 parameters: normals of deviation 0.02, norms that scale by 1.
 
     Call it under jit with the shardings of `logical_axes` as `out_shardings`, so that no device
     holds the whole model.
@@ -52,7 +53,7 @@ def init(config: ModelConfig, key: Array) -> Params:
     params = {
         "embed": {"embedding": normal(embed_key, (config.vocab_size, config.width))},
         "layers": layer_runs.by_slot(config.layers, stack),
-        "norm": {"scale": jnp.ones(config.width)},
+        "norm": {"scale": jnp.full(config.width, 1 - config.norm_offset, jnp.float32)},
     }
     if not config.tied_head:
         params["head"] = {"kernel": normal(head_key, (config.width, config.vocab_size))}

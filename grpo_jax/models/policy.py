@@ -35,6 +35,10 @@ class Policy:
     stored: str | None = None  # the dtype that its weights are kept in there
     kept: Path | None = None  # a copy of what its export needs of that; None: there is none
 
+    def within(self, longest: int) -> Policy:
+        """The policy as it is run on rows of at most so many tokens; see `ModelConfig.within`."""
+        return dataclasses.replace(self, model=self.model.within(longest))
+
     def text(self, ids, after: Sequence[int] = ()) -> str:
         """Completion ids as text, special tokens left out.
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from grpo_jax.kernels import attention, fused_attention, quantize
 from grpo_jax.kernels import rotary as rotary_lib
@@ -23,60 +23,64 @@ from grpo_jax.kernels.attention import AttentionKernels, segments
 from grpo_jax.kernels.kv_cache import RING, DecodeStep, KVCache
 from grpo_jax.kernels.norm import AddNorm, Residual
 from grpo_jax.models import block as block_lib
-from grpo_jax.models import layer_runs, parameters
+from grpo_jax.models import frequencies, layer_runs, parameters
 from grpo_jax.models.block import Block
 from grpo_jax.models.lanes import PackedInputs
 from grpo_jax.models.placement import ONE_DEVICE, REPLICATED, MlpPlacement, Placement
-from grpo_jax.structs import Array, Layer, ModelConfig, Params, Rotary
+from grpo_jax.structs import Array, Layer, ModelConfig, Params
 
 
-def rotary_frequencies(rotary: Rotary, head_size: int) -> np.ndarray:
-    """Radians per position of each rotary pair, float32 [H/2]; Llama-3 scaling by wavelength.
-
-    The order of operations is Hugging Face's, with which models were trained: one unit in the last
-    place of a frequency moves its angle by up to 0.008 at position 131,071.
-    """
-    exponent = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
-    # NumPy's power in float32 is up to two units off, torch's is rounded from more digits.
-    power = (rotary.theta ** exponent.astype(np.float64)).astype(np.float32)
-    freq, scaling = np.float32(1) / power, rotary.scaling
-    if scaling is None:
-        return freq
-    original, low, high = (
-        np.float32(x)
-        for x in (scaling.original_max_position, scaling.low_freq_factor, scaling.high_freq_factor)
-    )
-    factor, one = np.float32(scaling.factor), np.float32(1)
-    # torch divides a number by an array so: the array's reciprocal times the number.
-    wavelength = one / freq * np.float32(2 * np.pi)
-    # A frequency of few turns is divided by the factor, one of many is kept, between them a
-    # straight line.
-    kept = (one / wavelength * original - low) / (high - low)
-    between = (one - kept) * freq / factor + kept * freq
-    slow = np.where(wavelength > original / low, freq / factor, between)
-    return np.where(wavelength < original / high, freq, slow)
-
-
-def _embed(params: Params, ids: Array, dtype) -> Array:
+def _embed(params: Params, config: ModelConfig, ids: Array, dtype) -> Array:
     table = params["embed"]["embedding"]
     if isinstance(table, quantize.Int8):
-        return (table.codes[ids] * table.scale[ids][..., None]).astype(dtype)
-    return table[ids].astype(dtype)
+        x = (table.codes[ids] * table.scale[ids][..., None]).astype(dtype)
+    else:
+        x = table[ids].astype(dtype)
+    # The factor is rounded to the dtype first, as in training: Gemma's root of 1152 is 34 in bf16.
+    return x if config.embed_factor == 1 else x * jnp.asarray(config.embed_factor, dtype)
 
 
 def _final_norm(
     params: Params, config: ModelConfig, x: Residual, dtype, kind: type[nn.Module] = AddNorm
 ) -> Array:
     norm = block_lib.rms_norm(config, dtype, kind=kind)
-    return norm.apply({"params": params["norm"]}, x)[1]
+    of_norm = params["norm"]
+    if config.logit_factor != 1:  # logits are linear in the scale; so nothing is rounded for it
+        scale_D = of_norm["scale"].astype(jnp.float32) + config.norm_offset
+        of_norm = {"scale": scale_D * config.logit_factor - config.norm_offset}
+    return norm.apply({"params": of_norm}, x)[1]
 
 
-def _angles(config: ModelConfig, position: Array) -> list[tuple[Array, Array]]:
-    """Cosines and sines of the angles at positions, by `Layer.rotary`."""
-    return [
-        rotary_lib.rotary(position, rotary_frequencies(rotary, config.head_size))
-        for rotary in config.rotaries
-    ]
+class _Positions(NamedTuple):
+    """What follows from the positions of some tokens [...]."""
+
+    angles: list[tuple[Array, Array]]  # cosines and sines [..., H/2], by `Layer.rotary`
+    growth: Array | None  # of queries, [..., 1, 1]; None: 1
+
+    @staticmethod
+    def of(config: ModelConfig, position: Array) -> _Positions:
+        longest = config.longest or config.max_position
+        angles = [
+            rotary_lib.rotary(
+                position,
+                frequencies.of(rotary, config.head_size, longest),
+                frequencies.amplitudes(rotary, config),
+            )
+            for rotary in config.rotaries
+        ]
+        if (grows := config.query_growth) is None:
+            return _Positions(angles, None)
+        growth = 1 + grows.beta * jnp.log1p((position // grows.period).astype(jnp.float32))
+        return _Positions(angles, growth[..., None, None])
+
+    def grown(self, q: Array) -> Array:
+        """Queries [..., N, H] with their growth."""
+        return q if self.growth is None else q * self.growth.astype(q.dtype)
+
+    def rotated(self, layer: Layer, q: Array, k: Array) -> tuple[Array, Array]:
+        """A layer's queries and keys as attention compares them."""
+        cos_sin = self.angles[layer.rotary]
+        return rotary_lib.rotate(self.grown(q), cos_sin), rotary_lib.rotate(k, cos_sin)
 
 
 def _run_layers(
@@ -134,15 +138,15 @@ def completion_states(
     Ordered as `PackedInputs.predictors` has them. The states of padding and of empty entries mean
     nothing.
     """
-    angles = _angles(config, inputs.position_BT)
+    positions = _Positions.of(config, inputs.position_BT)
 
     def apply(layer: Layer, x_BTD: Array, params: Params) -> Array:
         params = placement.gathered(params, parameters.layer_axes(config, layer))
 
         def attend(q, k, v):
-            q, k = (rotary_lib.rotate(y, angles[layer.rotary]) for y in (q, k))
+            q, k = positions.rotated(layer, q, k)
             q, k, v = map(placement.to_heads, (q, k, v))
-            out = _attend_packed(kernels, inputs, q, k, v, layer.window)
+            out = _attend_packed(kernels, inputs, q, k, v, layer.window, config.attention_cap)
             return placement.to_tokens(out), None
 
         x = Residual.of(placement.states(x_BTD))
@@ -152,7 +156,7 @@ def completion_states(
 
     axes = parameters.logical_axes(config)
     embed = placement.gathered(params["embed"], axes["embed"])
-    x_BTD = placement.embedded(_embed({"embed": embed}, inputs.ids_BT, dtype))
+    x_BTD = placement.embedded(_embed({"embed": embed}, config, inputs.ids_BT, dtype))
     x_BTD = _run_layers(apply, x_BTD, params, config, remat, scan)
     return _final_norm(params, config, Residual.of(inputs.predictors(x_BTD)), dtype)
 
@@ -164,16 +168,17 @@ def _attend_packed(
     k: Array,
     v: Array,
     window: int | None,
+    cap: float | None,
 ) -> Array:
     """Attention of packed rows [B, T, N, H]: of prompts, and of completions to theirs and own."""
     length_P, lanes = inputs.prompt_length_P, inputs.lanes
     if not inputs.prompt_tokens:
         by_lane = [x.reshape(-1, *x.shape[2:]) for x in (lanes.spread(x) for x in (q, k, v))]
         segment_BT = inputs.segment_PWT.reshape(-1, inputs.segment_PWT.shape[2])
-        out = kernels.causal(*by_lane, segment_BT, window)
+        out = kernels.causal(*by_lane, segment_BT, window, cap)
         return lanes.gather(out.reshape(*inputs.segment_PWT.shape, *out.shape[2:]))
     prompts = [inputs.prompts(x) for x in (q, k, v)]
-    out_PQNH = kernels.causal(*prompts, segments(length_P, inputs.prompt_tokens), window)
+    out_PQNH = kernels.causal(*prompts, segments(length_P, inputs.prompt_tokens), window, cap)
     if not inputs.num_entries:
         return inputs.rows(out_PQNH, None)
     out_PWTNH = kernels.shared_prefix(
@@ -183,6 +188,7 @@ def _attend_packed(
         length_P,
         inputs.position_PWT,
         window,
+        cap,
     )
     return inputs.rows(out_PQNH, lanes.gather(out_PWTNH))
 
@@ -202,13 +208,14 @@ def prefill(
 
     `fused`: the layers are those of `parameters.fuse_projections`.
     """
-    angles = _angles(config, jnp.arange(prompt_RQ.shape[1])[None])
-    x, cache = Residual.of(mlp.scatter(_embed(params, prompt_RQ, dtype))), []
+    positions = _Positions.of(config, jnp.arange(prompt_RQ.shape[1])[None])
+    x, cache = Residual.of(mlp.scatter(_embed(params, config, prompt_RQ, dtype))), []
     for layer, of_layer in zip(config.layers, params["layers"], strict=True):
 
         def attend(q, k, v, layer=layer):
-            q, k = (rotary_lib.rotate(y, angles[layer.rotary]) for y in (q, k))
-            out = attention.causal(q, k, v, segments(length_R, q.shape[1]), layer.window)
+            q, k = positions.rotated(layer, q, k)
+            own = segments(length_R, q.shape[1])
+            out = attention.causal(q, k, v, own, layer.window, config.attention_cap)
             return out, kv_cache.of_prompt(k, v)
 
         x, kept = Block(config, layer, dtype, fused, mlp).apply({"params": of_layer}, x, attend)
@@ -236,15 +243,15 @@ def decode_token(
 
     `fused` as in `prefill`.
     """
-    position_RW = step.prompt_length_R[:, None] + step.time_RW
-    angles = _angles(config, position_RW)
-    x = Residual.of(mlp.scatter(_embed(params, token_RW, dtype)))
+    positions = _Positions.of(config, step.prompt_length_R[:, None] + step.time_RW)
+    x = Residual.of(mlp.scatter(_embed(params, config, token_RW, dtype)))
     cache = list(cache)
     for i, (layer, of_layer) in enumerate(zip(config.layers, params["layers"], strict=True)):
-        at_layer = step.replace(cos_sin=angles[layer.rotary], window=layer.window)
+        cos_sin = positions.angles[layer.rotary]
+        at_layer = step.replace(cos_sin=cos_sin, window=layer.window, cap=config.attention_cap)
 
         def attend(q, k, v, i=i, at_layer=at_layer):
-            out, cache[i] = kv_cache.extend(cache[i], q, k, v, at_layer)
+            out, cache[i] = kv_cache.extend(cache[i], positions.grown(q), k, v, at_layer)
             return out, None
 
         block = Block(config, layer, dtype, fused, mlp, norm)

@@ -140,7 +140,7 @@ def _choose(decoder: Decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature
     function of the completion's key and the token's position.
     """
     lanes = key_RW2.shape[:2]
-    scores = logits.logits(hidden_RWD, head_DV)
+    scores = logits.logits(hidden_RWD, head_DV, decoder.model.logit_cap)
     scores_BV = scores.reshape(-1, scores.shape[-1])
     if temperature is None:
         token_B = jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from grpo_jax.config import record
+from grpo_jax.config import derived, record
 from grpo_jax.data import tasks
 from grpo_jax.models import policy as policy_lib
 from grpo_jax.models.hf import folder as folder_lib
@@ -27,7 +27,9 @@ def model_shape(config: ConfigDict, folder: Path | None = None) -> ModelConfig:
     if config.model.path:
         kept = None if folder is None else folder / "source"
         path = config.model.path
-        return folder_lib.read_config(policy_lib.find(path, kept=kept), folder_lib.as_given(path))
+        found = policy_lib.find(path, kept=kept)
+        shape = folder_lib.read_config(found, folder_lib.as_given(path))
+        return shape.within(derived.longest_row(config))
     return new(config.model, tasks.load(config.data.task).make_tokenizer()).model
 
 

@@ -60,7 +60,7 @@ def read(
     told: once models, devices, rewards and problems fit each other.
     """
     mesh, rewards = _devices_and_rewards(config)
-    policy = get_policy()
+    policy = get_policy().within(derived.longest_row(config))
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
     train, held_out = (answerable(config, rewards, part) for part in load_problems(config))
     tell_of(config, train, held_out)

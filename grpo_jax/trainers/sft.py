@@ -168,6 +168,7 @@ def _build(
     task = tasks.load(config.data.task) if config.data.task else None
     if config.model.path:
         policy = policy_lib.read(config.model.path, kept=folder / "source")
+        policy = policy.within(derived.longest_row(config))
     else:
         policy = model.new(config.model, task.make_tokenizer())
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])

@@ -30,27 +30,29 @@ GROUP, LIMIT, RATE, STEPS = 2, 6, 0.5, 5
 MESHES = [(8, 1, 1, 1), (2, 4, 1, 1), (1, 2, 4, 1), (2, 2, 2, 1), (1, 2, 2, 2), (2, 1, 1, 4)]
 
 
-def place(mesh):
-    """The tiny model's parameters where this mesh wants them."""
-    axes = parameters.logical_axes(tiny.MODEL)
-    params = tiny.params()
+def place(mesh, model=tiny.MODEL):
+    """A tiny model's parameters where this mesh wants them."""
+    axes = parameters.logical_axes(model)
+    params = tiny.params(model=model)
     return jax.device_put(params, sharding.tree_shardings(mesh, axes, params))
 
 
-def steps(mesh, **scoring):
+def steps(mesh, model=tiny.MODEL, number=STEPS, with_old=True, **scoring):
     """Rollouts and loss of each of some GRPO steps, and the state after them.
 
     The optimizer is plain descent: one like Adam makes whole steps of what is rounding.
     """
-    engine = Engine(Decoder(tiny.MODEL, mesh, Sampling(), (tiny.STOP,), LIMIT), compact=False)
-    scorer, optimizer = Scorer(tiny.MODEL, mesh, Sampling(), **scoring), optax.sgd(RATE, 0.9)
-    reference = jax.tree.map(lambda x: x * 1.1, place(mesh))
-    prepare = make_prepare(scorer, scale_by="std", mask_truncated=False, with_old=True)
-    objective = losses.Objective(kl_coef=0.1, entropy_coef=0.01)
+    engine = Engine(Decoder(model, mesh, Sampling(), (tiny.STOP,), LIMIT), compact=False)
+    scorer, optimizer = Scorer(model, mesh, Sampling(), **scoring), optax.sgd(RATE, 0.9)
+    reference, objective = None, losses.Objective(entropy_coef=0.01)
+    if with_old:
+        reference = jax.tree.map(lambda x: x * 1.1, place(mesh, model))
+        objective = losses.Objective(kl_coef=0.1, entropy_coef=0.01)
+    prepare = make_prepare(scorer, scale_by="std", mask_truncated=False, with_old=with_old)
     update = make_update(scorer, PolicyLoss(objective), optimizer, num_minibatches=1)
-    state = start(place(mesh), tiny.MODEL, mesh, optimizer)
+    state = start(place(mesh, model), model, mesh, optimizer)
     rollouts, loss = [], []
-    for n in range(STEPS):
+    for n in range(number):
         params, key = engine.publish(state.params), keys.key_for(0, "rollout", n)
         rollouts.append(engine.generate(params, PROMPTS, group=GROUP, key=key, temperature=1.0))
         action_PGC = np.arange(LIMIT) < rollouts[-1].length_PG[..., None]
@@ -80,22 +82,44 @@ def test_a_mesh_changes_nothing(alone, shape, scan_layers):
     rollouts, loss, state = steps(mesh, scan_layers=scan_layers)
     params = state.params
 
-    for got, want in zip(rollouts, wanted, strict=True):
-        for name in ("completion_PGC", "length_PG", "stopped_PG"):
-            np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
-        np.testing.assert_allclose(got.logp_PGC, want.logp_PGC, atol=2e-5, rtol=0)
+    assert_same_rollouts(rollouts, wanted)
     np.testing.assert_allclose(loss, want_loss, atol=1e-5, rtol=0)
     kernel = params["layers"]["mlp"]["up"]["kernel"]  # [L, D, F]: fsdp splits D, tensor F
     assert kernel.addressable_shards[0].data.shape == (2, 32 // shape[1], 48 // shape[2])
     moment = state.opt_state[0].trace["layers"]["mlp"]["up"]["kernel"]  # over all devices
     assert moment.addressable_shards[0].data.size * 8 == moment.size
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), tiny.params(), want_params)
+    assert_moved_alike(params, want_params, tiny.MODEL)
+
+
+def assert_same_rollouts(found, wanted):
+    for got, want in zip(found, wanted, strict=True):
+        for name in ("completion_PGC", "length_PG", "stopped_PG"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
+        np.testing.assert_allclose(got.logp_PGC, want.logp_PGC, atol=2e-5, rtol=0)
+
+
+def assert_moved_alike(params, want_params, model):
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), tiny.params(model=model), want_params)
     assert min(jax.tree.leaves(moved)) > 1e-4
     jax.tree.map(
         lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5, rtol=1e-5),
         jax.device_get(params),
         want_params,
     )
+
+
+@pytest.mark.parametrize(("model", "kv_heads"), [("GEMMA", 1), ("OLMO", 2)])
+def test_a_mesh_changes_nothing_of_another_family(model, kv_heads):
+    """With one key-value head, attention is split by row over the tensor axis."""
+    model = dataclasses.replace(getattr(tiny, model), num_kv_heads=kv_heads)
+    wanted, want_loss, want_state = steps(tiny.one_device(), model, 1, with_old=False)
+
+    rollouts, loss, state = steps(sharding.make_mesh(2, 2, 2), model, 1, with_old=False)
+
+    assert_same_rollouts(rollouts, wanted)
+    assert np.abs(rollouts[0].logp_PGC).max() > 0.5  # tokens were not certain
+    np.testing.assert_allclose(loss, want_loss, atol=1e-5, rtol=0)
+    assert_moved_alike(state.params, jax.device_get(want_state.params), model)
 
 
 def test_a_row_is_split_over_its_devices():

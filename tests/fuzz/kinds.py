@@ -25,8 +25,8 @@ from grpo_jax.config.dotted import flatten
 from grpo_jax.data import prompts
 from grpo_jax.data.problems import Form, Problem, load
 from grpo_jax.data.sources import Source
-from grpo_jax.models.families import in_every_spelling
 from grpo_jax.models.hf import weights
+from grpo_jax.models.hf.config_json import in_every_spelling
 from grpo_jax.models.hf.folder import read_config, read_json
 from grpo_jax.models.hf.tokenizer import load_tokenizer, stop_ids
 from grpo_jax.models.hf.weights import stored_dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import shutil
@@ -18,10 +19,17 @@ from grpo_jax.devices import sharding
 from grpo_jax.kernels import rotary
 from grpo_jax.kernels.norm import Residual
 from grpo_jax.learner import logprobs
-from grpo_jax.models import parameters, transformer
+from grpo_jax.models import frequencies, parameters, transformer
 from grpo_jax.models.block import Block
 from grpo_jax.models.lanes import PackedInputs
-from grpo_jax.structs import Layer, ModelConfig, Rollouts, Rotary
+from grpo_jax.structs import (
+    Layer,
+    LinearScaling,
+    ModelConfig,
+    QueryGrowth,
+    Rollouts,
+    Rotary,
+)
 
 STOP = 1
 
@@ -38,7 +46,7 @@ MODEL = ModelConfig(
     norm_eps=1e-6,
     max_position=64,
     tied_head=False,
-    qk_norm=True,
+    qk_norm="head",
 )
 
 
@@ -47,9 +55,36 @@ def one_device() -> Mesh:
     return sharding.make_mesh(devices=jax.devices()[:1])
 
 
+# As Gemma and OLMo are: norms before and after branches or after alone, of heads or of all, capped
+# and scaled scores, windows, two kinds of rotary and layers without positions.
+GEMMA = dataclasses.replace(
+    MODEL,
+    layers=(Layer(window=3, rotary=1), Layer()),
+    rotaries=(Rotary(1000.0, LinearScaling(4.0)), Rotary(100.0)),
+    tied_head=True,
+    norms="both",
+    norm_offset=1.0,
+    activation="gelu_tanh",
+    attention_scale=0.2,
+    attention_cap=4.0,
+    embed_factor=32**0.5,
+    logit_cap=5.0,
+)
+OLMO = dataclasses.replace(
+    MODEL,
+    layers=(Layer(), Layer(window=3, rotary=1)),
+    rotaries=(Rotary(100.0, amplitude=1.2), Rotary(1.0, share=0.0)),
+    qk_norm="whole",
+    norms="after",
+    query_growth=QueryGrowth(0.3, 4),
+    residual_factor=0.5,
+    logit_factor=0.5,
+)
+
+
 @functools.cache
-def _host_params(seed: int):
-    params = jax.jit(functools.partial(parameters.init, MODEL))(jax.random.key(seed))
+def _host_params(seed: int, model: ModelConfig):
+    params = jax.jit(functools.partial(parameters.init, model))(jax.random.key(seed))
     # Initialized kernels give nearly uniform logits; these make tokens and layers matter.
     scale = {"kernel": 8.0, "embedding": 40.0, "scale": 1.0}
     return jax.tree_util.tree_map_with_path(
@@ -57,9 +92,9 @@ def _host_params(seed: int):
     )
 
 
-def params(seed: int = 0):
+def params(seed: int = 0, model: ModelConfig = MODEL):
     """Fresh float32 parameters whose logits have a deviation near 1."""
-    return jax.tree.map(jnp.array, _host_params(seed))
+    return jax.tree.map(jnp.array, _host_params(seed, model))
 
 
 def rollouts(prompts: int = 4, group: int = 3, tokens: int = 5, seed: int = 0) -> Rollouts:
@@ -113,8 +148,8 @@ def logp(scorer, params, rollouts: Rollouts):
 def _plain_attention(q, k, v):
     """Causal, each query head with a copy of its keys and values."""
     length, heads = q.shape[0], q.shape[1]
-    frequencies = transformer.rotary_frequencies(MODEL.rotaries[0], MODEL.head_size)
-    angles = rotary.rotary(jnp.arange(length), frequencies)
+    inv_freq = frequencies.of(MODEL.rotaries[0], MODEL.head_size)
+    angles = rotary.rotary(jnp.arange(length), inv_freq)
     q, k = (rotary.rotate(x, angles) for x in (q, k))
     k, v = (jnp.repeat(x, heads // k.shape[1], axis=1) for x in (k, v))
     score = jnp.einsum("tnh,snh->nts", q, k) / np.sqrt(q.shape[-1])

@@ -82,7 +82,7 @@ def test_a_tied_head_in_bfloat16():
             hidden = hidden_BTD.astype(dtype)
             ones = jnp.ones(target_BT.shape)
             return logprobs.loss(
-                lambda logp, entropy, terms: -logp, Sampling(), logprobs.UNSPLIT, hidden,
+                lambda logp, entropy, terms: -logp, Sampling(), logprobs.UNSPLIT, None, hidden,
                 table_VD.T, target_BT, ones, {},
             )[0]  # fmt: skip
 
@@ -104,9 +104,10 @@ def batch():
     return hidden_BTD, head_DV, target_BT, weight_BT.astype(np.float32), terms
 
 
-def plain_log_probs(hidden, head, target, sampling: Sampling):
+def plain_log_probs(hidden, head, target, sampling: Sampling, cap: float | None):
     """Differentiable log-probabilities [B, T, V] with the support of the definition above."""
     scores = hidden @ head
+    scores = cap * jnp.tanh(scores / cap) if cap else scores
     keep = np.array(
         [
             [numpy_log_probs(s, sampling, t) > -np.inf for s, t in zip(*row)]
@@ -117,8 +118,8 @@ def plain_log_probs(hidden, head, target, sampling: Sampling):
     return jax.nn.log_softmax(jnp.where(keep, scores, -jnp.inf), axis=-1)
 
 
-def plain_loss(hidden, head, target, weight, terms, sampling: Sampling):
-    log_prob = plain_log_probs(hidden, head, target, sampling)
+def plain_loss(hidden, head, target, weight, terms, sampling: Sampling, cap: float | None):
+    log_prob = plain_log_probs(hidden, head, target, sampling, cap)
     logp = jnp.take_along_axis(log_prob, target[..., None], axis=-1)[..., 0]
     finite = jnp.where(log_prob > -jnp.inf, log_prob, 0.0)
     entropy = -jnp.sum(jnp.exp(log_prob) * finite, axis=-1)
@@ -162,14 +163,14 @@ def test_some_targets_lie_outside_the_support(batch):
         assert set(supports) == {0, 1}
 
 
-def value_and_grads(batch, sampling: Sampling):
+def value_and_grads(batch, sampling: Sampling, cap: float | None = None):
     hidden_BTD, head_DV, target_BT, weight_BT, terms = batch
     token_loss = functools.partial(losses.token_loss, OBJECTIVE)
 
     @jax.jit
     def run(hidden, head, terms):
         total = lambda h, k: logprobs.loss(  # noqa: E731
-            token_loss, sampling, logprobs.UNSPLIT, h, k, target_BT, weight_BT, terms
+            token_loss, sampling, logprobs.UNSPLIT, cap, h, k, target_BT, weight_BT, terms
         )[0]
         # Times 3, so that a backward pass that forgets its cotangent is seen.
         return jax.value_and_grad(lambda h, k: 3 * total(h, k), argnums=(0, 1))(hidden, head)
@@ -177,14 +178,16 @@ def value_and_grads(batch, sampling: Sampling):
     return run(hidden_BTD, head_DV, terms)
 
 
-@pytest.mark.parametrize("name", SAMPLINGS)
-def test_loss_equals_plain_autodiff(batch, name):
+@pytest.mark.parametrize(
+    ("name", "cap"), [*((name, None) for name in SAMPLINGS), ("cold", 1.5), ("both", 2.0)]
+)
+def test_loss_equals_plain_autodiff(batch, name, cap):
     hidden_BTD, head_DV, *rest = batch
     want, want_grads = jax.value_and_grad(
-        lambda h, k: 3 * plain_loss(h, k, *rest, SAMPLINGS[name]), argnums=(0, 1)
+        lambda h, k: 3 * plain_loss(h, k, *rest, SAMPLINGS[name], cap), argnums=(0, 1)
     )(hidden_BTD, head_DV)
 
-    got, got_grads = value_and_grads(batch, SAMPLINGS[name])
+    got, got_grads = value_and_grads(batch, SAMPLINGS[name], cap)
 
     np.testing.assert_allclose(got, want, rtol=1e-5)
     for g, w in zip(got_grads, want_grads, strict=True):
@@ -207,12 +210,11 @@ def test_chunks_do_not_change_the_loss(batch, max_tokens, monkeypatch):
 def test_loss_alone_equals_loss_with_gradient(batch):
     """Without a gradient the custom rule is not run: two programs, one value."""
     token_loss = functools.partial(losses.token_loss, OBJECTIVE)
-    alone, logp_BT, entropy_BT = logprobs.loss(token_loss, Sampling(), logprobs.UNSPLIT, *batch)
+    how = token_loss, Sampling(), logprobs.UNSPLIT, None
+    alone, logp_BT, entropy_BT = logprobs.loss(*how, *batch)
 
     (total, aux), _ = jax.value_and_grad(
-        lambda h: (lambda out: (out[0], out[1:]))(
-            logprobs.loss(token_loss, Sampling(), logprobs.UNSPLIT, h, *batch[1:])
-        ),
+        lambda h: (lambda out: (out[0], out[1:]))(logprobs.loss(*how, h, *batch[1:])),
         has_aux=True,
     )(batch[0])
 

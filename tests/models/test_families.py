@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import transformers
 
-from grpo_jax.models import families
 from grpo_jax.models.families import model_config
-from grpo_jax.structs import Layer, ModelConfig, RopeScaling, Rotary
+from grpo_jax.models.hf import config_json
+from grpo_jax.structs import (
+    Layer,
+    LinearScaling,
+    ModelConfig,
+    RopeScaling,
+    Rotary,
+    YarnScaling,
+)
 
 LLAMA = {
     "model_type": "llama",
@@ -39,12 +47,33 @@ PLAIN = ModelConfig(
 QWEN2 = LLAMA | {"model_type": "qwen2"}
 QWEN3 = LLAMA | {"model_type": "qwen3"}
 MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": None}
+PHI3 = LLAMA | {"model_type": "phi3"}
+SMOLLM3 = LLAMA | {"model_type": "smollm3"}
+GEMMA3 = LLAMA | {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 4}
+WRAPPED = {"model_type": "mistral3", "text_config": MISTRAL, "vision_config": {"any": 1}}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
     "low_freq_factor": 1,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
+}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+GROWN = 0.1 * math.log(4) + 1  # equation 22 of arXiv:2309.00071, for a factor of 4
+HALF = (Rotary(1e4, share=0.5),)
+OLD_GEMMA3 = {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+              "rope_local_base_freq": 100, "sliding_window_pattern": 2}  # fmt: skip
+NEW_GEMMA3 = {
+    "family": "gemma3_text",
+    "layers": (Layer(window=4, rotary=1), Layer()),
+    "rotaries": (Rotary(5e5, LinearScaling(8.0)), Rotary(100.0)),
+    "tied_head": True,
+    "norms": "both",
+    "norm_offset": 1.0,
+    "qk_norm": "head",
+    "activation": "gelu_tanh",
+    "attention_scale": 1 / 16,  # of the default, 256
+    "embed_factor": 32**0.5,
 }
 WHOLE = {"factor": 8, "low_freq_factor": 1.0, "high_freq_factor": 4,
          "original_max_position_embeddings": 16.0}  # fmt: skip
@@ -99,13 +128,40 @@ def read(hf: dict) -> ModelConfig:
          {"family": "qwen2", "qkv_bias": True}),
         (QWEN2 | {"use_sliding_window": True, "sliding_window": 4, "layer_types": [SLIDE, FULL]},
          {"family": "qwen2", "qkv_bias": True, "layers": (Layer(window=4), Layer())}),
-        (QWEN3 | {"head_dim": 16}, {"family": "qwen3", "qk_norm": True, "head_size": 16}),
-        (QWEN3, {"family": "qwen3", "qk_norm": True, "head_size": 128}),
+        (QWEN3 | {"head_dim": 16}, {"family": "qwen3", "qk_norm": "head", "head_size": 16}),
+        (QWEN3, {"family": "qwen3", "qk_norm": "head", "head_size": 128}),
         (QWEN3 | {"head_dim": 16, "attention_bias": True},
-         {"family": "qwen3", "qk_norm": True, "head_size": 16, "qkv_bias": True, "out_bias": True}),
+         {"family": "qwen3", "qk_norm": "head", "head_size": 16, "qkv_bias": True,
+          "out_bias": True}),
         (MISTRAL, {"family": "mistral"}),
         (MISTRAL | {"sliding_window": 7}, {"family": "mistral", "layers": (Layer(window=7),) * 2}),
         (MISTRAL | {"layer_types": [FULL, FULL]}, {"family": "mistral"}),
+        (MISTRAL | {"sliding_window": 64}, {"family": "mistral"}),  # as long as any row
+        (WRAPPED | {"tie_word_embeddings": True},
+         {"family": "mistral", "wrapper": "mistral3", "tied_head": True}),
+        (LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}},
+         {"rotaries": (Rotary(1e4, LinearScaling(4.0)),)}),
+        (LLAMA | {"rope_scaling": YARN},
+         {"rotaries": (Rotary(1e4, YarnScaling(4.0, 16, 32.0, 1.0, True), amplitude=GROWN),)}),
+        (LLAMA | {"rope_scaling": YARN | {"attention_factor": 1.5, "beta_fast": 8}},
+         {"rotaries": (Rotary(1e4, YarnScaling(4.0, 16, 8.0, 1.0, True), amplitude=1.5),)}),
+        (LLAMA | {"rope_scaling": YARN | {"attn_factor": 0.5, "factor": None}},  # 64 / 16
+         {"rotaries": (Rotary(1e4, YarnScaling(4.0, 16, 32.0, 1.0, True), amplitude=GROWN / 2),)}),
+        (LLAMA | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+         {"rotaries": (Rotary(1e4, YarnScaling(4.0, 16, 32.0, 1.0, True)),)}),
+        (PHI3 | {"partial_rotary_factor": 0.5}, {"family": "phi3", "rotaries": HALF}),
+        (PHI3 | {"rope_parameters": {"partial_rotary_factor": 0.5}},
+         {"family": "phi3", "rotaries": HALF}),
+        (GEMMA3 | OLD_GEMMA3, NEW_GEMMA3),
+        (GEMMA3 | {"layer_types": [SLIDE, FULL], "rope_parameters": {
+            FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+            SLIDE: {"rope_type": "default", "rope_theta": 100}}}, NEW_GEMMA3),
+        (GEMMA3 | OLD_GEMMA3 | {"rope_parameters": {
+            FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+            SLIDE: {"rope_theta": 100}}}, NEW_GEMMA3),
+        (SMOLLM3 | {"no_rope_layers": [0, 1], "tie_word_embeddings": False},
+         {"family": "smollm3", "layers": (Layer(rotary=1), Layer()),
+          "rotaries": (Rotary(2e6), Rotary(1.0, share=0.0))}),
     ],
 )  # fmt: skip
 def test_reads(hf, changes):
@@ -115,9 +171,17 @@ def test_reads(hf, changes):
 @pytest.mark.parametrize(
     "hf, said",
     [
-        (LLAMA | {"model_type": "gemma3"},
-         "m/config.json: model_type = 'gemma3' is not supported. "
-         "Supported: one of llama, qwen2, qwen3, mistral."),
+        (LLAMA | {"model_type": "bert"},
+         "m/config.json: model_type = 'bert' is not supported. "
+         "Supported: one of llama, qwen2, qwen3, mistral, "),
+        (LLAMA | {"clip_qkv": 8.0},
+         "m/config.json: the key clip_qkv = 8.0 is not known, and it may change what the model "),
+        (LLAMA | {"model_type": "gemma3"}, "the key text_config is missing"),
+        (WRAPPED | {"text_config": QWEN2},
+         "Supported: one with a model_type of mistral, ministral3."),
+        (WRAPPED | {"text_config": MISTRAL | {"odd": 1}},
+         "m/config.json: text_config: the key odd = 1 is not known"),
+        (WRAPPED | {"odd": 1}, "m/config.json: the key odd = 1 is not known"),
         ({}, "m/config.json: the key model_type is missing."),
         *((({k: v for k, v in QWEN2.items() if k != key}),
            f"m/config.json: the key {key} is missing.") for key in QWEN2),
@@ -133,12 +197,25 @@ def test_reads(hf, changes):
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
         (LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.5}},
          "rope_parameters.partial_rotary_factor = 0.5 is not supported. Supported: 1.0"),
-        (LLAMA | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-         "rope_scaling.rope_type = 'yarn' is not supported. Supported: default, llama3."),
         (LLAMA | {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
-         "rope_scaling.rope_type = 'dynamic' is not supported"),
+         "rope_scaling.rope_type = 'dynamic' is not supported. "
+         "Supported: default, linear, llama3, longrope, proportional, yarn."),
         (LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}},
-         "rope_parameters.rope_type = 'linear' is not supported"),
+         "the key rope_parameters.factor is missing"),
+        (LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0, "alpha": 2}},
+         "rope_scaling.alpha = 2 is not known for rope_type = 'linear'"),
+        (LLAMA | {"rope_scaling": {"type": "yarn", "truncate": 1}},
+         "rope_scaling.truncate = 1 is not supported. Supported: true or false."),
+        (PHI3 | {"rope_scaling": {"type": "su", "short_factor": [1.0] * 3, "long_factor": []}},
+         "rope_scaling.short_factor = [1.0, 1.0, 1.0] is not supported. Supported: a list of 4 nu"),
+        (PHI3 | {"partial_rotary_factor": 0.7}, "partial_rotary_factor = 0.7 is not supported"),
+        (GEMMA3 | {"rope_parameters": {"rope_theta": 1e4}}, "Supported: a set for each of"),
+        (GEMMA3 | {"rope_theta": 1e5, "rope_parameters": {FULL: {"rope_theta": 1e6}}},
+         "rope_parameters.rope_theta = 1000000.0 and rope_theta = 100000.0 contradict each other"),
+        (GEMMA3 | {"use_bidirectional_attention": True}, "Supported: False"),
+        (GEMMA3 | {"attn_logit_softcapping": 50.0}, "Supported: None"),
+        (SMOLLM3 | {"no_rope_layers": [1]}, "Supported: a list of 2 zeros and ones"),
+        (SMOLLM3 | {"layer_types": [SLIDE, FULL]}, "sliding_window = None is not supported"),
         (LLAMA | {"rope_parameters": {FULL: {"rope_theta": 1e4}}},
          "is not supported. Supported: one flat set of rotary parameters for all layers"),
         (LLAMA | {"rope_scaling": "yarn"}, "rope_scaling = 'yarn' is not supported"),
@@ -205,20 +282,20 @@ def test_the_defaults_of_absent_keys_are_those_of_transformers(kind):
         ("llama", {}),
         ("llama", {"qkv_bias": True, "out_bias": True}),
         ("qwen2", {"qkv_bias": True, "tied_head": True}),
-        ("qwen3", {"qk_norm": True}),
+        ("qwen3", {"qk_norm": "head"}),
         ("mistral", {}),
     ],
 )
 def test_a_new_model_is_read_by_transformers(family, changes):
     ours = dataclasses.replace(PLAIN, family=family, head_size=12, **changes)
 
-    hf = families.hf_config(ours, bos_id=None, eos_ids=(3,), pad_id=0, dtype="bfloat16")
+    hf = config_json.hf_config(ours, bos_id=None, eos_ids=(3,), pad_id=0, dtype="bfloat16")
     theirs = transformers.AutoConfig.for_model(**hf)
 
     assert read(theirs.to_dict()) == ours
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (None, 3, 0)
     assert str(theirs.dtype) == "torch.bfloat16"
-    two = families.hf_config(ours, bos_id=1, eos_ids=(3, 4), pad_id=0)
+    two = config_json.hf_config(ours, bos_id=1, eos_ids=(3, 4), pad_id=0)
     assert two["eos_token_id"] == [3, 4]
 
 
@@ -228,7 +305,7 @@ def test_a_new_model_is_read_by_transformers(family, changes):
         {"family": "llama"},
         {"qkv_bias": False},
         {"out_bias": True},
-        {"qk_norm": True},
+        {"qk_norm": "head"},
         {"rotaries": (Rotary(1e4, RopeScaling(8.0, 1.0, 4.0, 16)),)},
         {"layers": (Layer(), Layer(window=4))},
     ],
@@ -236,4 +313,4 @@ def test_a_new_model_is_read_by_transformers(family, changes):
 def test_a_new_model_that_its_family_cannot_express_is_refused(changes):
     ours = dataclasses.replace(PLAIN, **{"family": "qwen2", "qkv_bias": True} | changes)
     with pytest.raises(ValueError, match=r"cannot be written as a config\.json of"):
-        families.hf_config(ours, bos_id=None, eos_ids=(3,), pad_id=0)
+        config_json.hf_config(ours, bos_id=None, eos_ids=(3,), pad_id=0)

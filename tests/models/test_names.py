@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grpo_jax.models.families.names import Tensor
+from grpo_jax.models.hf.tensor import Tensor
 
 # A checkpoint's tensor of six outputs and two inputs: queries in rows 0 to 3, keys in 4 and 5. The
 # queries' rows are rotary pairs side by side, 0 with 1 and 2 with 3; ours are halves.

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from grpo_jax.devices import sharding
 from grpo_jax.kernels.kv_cache import DecodeStep
-from grpo_jax.models import logits, parameters, transformer
+from grpo_jax.models import frequencies, logits, parameters, transformer
 from grpo_jax.models.hf.folder import read_config
 from grpo_jax.models.hf.tokenizer import load_tokenizer, stop_ids
 from grpo_jax.models.hf.weights import load_params
@@ -226,7 +226,7 @@ def test_rotary_frequencies_to_the_last_bit(theta, size, scaling):
     )
     theirs = LlamaRotaryEmbedding(config).inv_freq.numpy()
 
-    ours = transformer.rotary_frequencies(Rotary(theta, scaling), size)
+    ours = frequencies.of(Rotary(theta, scaling), size)
 
     assert ours.dtype == theirs.dtype == np.float32
     units = np.abs(ours.view(np.int32) - theirs.view(np.int32))  # in the last place

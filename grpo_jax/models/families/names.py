@@ -1,84 +1,55 @@
-"""Which tensors of a checkpoint hold a family's parameters, in a table that is read both ways.
-
-A checkpoint may have a kernel transposed, several parameters in one tensor, row after row, or their
-rows in another order, as rotary pairs that stand side by side. Each is undone in reading and done
-again in writing. Parameters are stacked over layers, tensors are not.
-"""
+"""Which tensors of a checkpoint hold a family's parameters, in a table that is read both ways."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
+from grpo_jax.models.hf.tensor import Tensor
 from grpo_jax.structs import ModelConfig
 
+# What differs from Llama's names: norms by ours, tensors of several parameters, rotary pairs that
+# stand side by side in a head.
+_GEMMA = {
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+_NORMS = {
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "olmo2": _GEMMA,
+    "olmo3": _GEMMA,
+    "glm4": {
+        "attention_post_norm": "post_self_attn_layernorm",
+        "mlp_post_norm": "post_mlp_layernorm",
+    },
+}
+_FUSED = {"phi3": ("qkv_proj", "gate_up_proj"), "glm4": ("gate_up_proj",)}
+_SIDE_BY_SIDE = ("glm4",)
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """Where a parameter stands, of one layer if it belongs to layers.
+# Tensors of a model of images and text that are no part of its decoder: exported as they came.
+SET_ASIDE = ("vision_tower.", "multi_modal_projector.")
 
-    `order[i]` is the place, among the rows that are the parameter's, of its own row i: a row of a
-    transposed kernel is an output.
+
+def prefix(config: ModelConfig) -> str:
+    """What the names of the decoder's tensors begin with."""
+    return "language_model." if config.wrapper else ""
+
+
+def spelled(name: str, config: ModelConfig) -> str:
+    """A tensor's name as most files of its family have it, from any spelling.
+
+    Of models of images and text, transformers has other names in memory than in files.
     """
-
-    name: str  # "{layer}" stands for the layer's number
-    transposed: bool = False  # [out, in] in the checkpoint, [in, out] here
-    begin: int = 0  # the first row that is the parameter's
-    order: tuple[int, ...] | None = None  # None: as they come
-
-    def of_layer(self, layer: int) -> Tensor:
-        return dataclasses.replace(self, name=self.name.format(layer=layer))
-
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The tensor's shape, up to the parameter's last row, from the parameter's."""
-        rows, *rest = shape[::-1] if self.transposed else shape
-        return (self.begin + rows, *rest)
-
-    def read(self, tensor: Any, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
-        """The part of the parameter within bounds, of a tensor that indexing with slices reads."""
-        (first, last), *rest = bounds[::-1] if self.transposed else bounds
-        within = [slice(*b) for b in rest]
-        if self.order is None:
-            value = tensor[(slice(self.begin + first, self.begin + last), *within)]
-        else:
-            places = np.array(self.order[first:last])
-            low, high = int(places.min()), int(places.max()) + 1
-            value = tensor[(slice(self.begin + low, self.begin + high), *within)][places - low]
-        return value.T if self.transposed else value
-
-    def write(self, value: np.ndarray, tensor: np.ndarray) -> None:
-        """Puts the whole parameter where it stands in the tensor: the inverse of `read`."""
-        value = value.T if self.transposed else value
-        places = slice(None) if self.order is None else np.array(self.order)
-        tensor[self.begin : self.begin + len(value)][places] = value
-
-
-def _llama(config: ModelConfig) -> dict[str, Tensor]:
-    layer = "model.layers.{layer}."
-    dense = {
-        **{f"attention/{p}": f"{layer}self_attn.{p}_proj" for p in "qkvo"},
-        **{f"mlp/{p}": f"{layer}mlp.{p}_proj" for p in ("gate", "up", "down")},
-    }
-    norms = {
-        "attention_norm": f"{layer}input_layernorm",
-        "mlp_norm": f"{layer}post_attention_layernorm",
-        "attention/q_norm": f"{layer}self_attn.q_norm",
-        "attention/k_norm": f"{layer}self_attn.k_norm",
-        "norm": "model.norm",
-    }
-    return {
-        "embed/embedding": Tensor("model.embed_tokens.weight"),
-        "head/kernel": Tensor("lm_head.weight", transposed=True),
-        **{f"{ours}/kernel": Tensor(f"{name}.weight", transposed=True)
-           for ours, name in dense.items()},
-        **{f"{ours}/bias": Tensor(f"{name}.bias") for ours, name in dense.items()},
-        **{f"{ours}/scale": Tensor(f"{name}.weight") for ours, name in norms.items()},
-    }  # fmt: skip
-
-
-_NAMES = {"llama": _llama, "qwen2": _llama, "qwen3": _llama, "mistral": _llama}
+    if not config.wrapper:
+        return name
+    if name.startswith("lm_head."):
+        return f"language_model.{name}"
+    if name.startswith("model.language_model."):
+        return name.replace("model.language_model.", "language_model.model.", 1)
+    return name.removeprefix("model.")
 
 
 def table(config: ModelConfig) -> dict[str, Tensor]:
@@ -86,4 +57,55 @@ def table(config: ModelConfig) -> dict[str, Tensor]:
 
     Parameters that the model does not have may be in it too.
     """
-    return _NAMES[config.family](config)
+    model = f"{prefix(config)}model."
+    layer = f"{model}layers.{{layer}}."
+    fused = _FUSED.get(config.family, ())
+    sizes = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
+    dense, begin = {}, 0
+    for part, heads in sizes.items():
+        name = f"{layer}self_attn.{'qkv' if 'qkv_proj' in fused else part}_proj"
+        order = None if part == "v" else _order(config, heads)
+        dense[f"attention/{part}"] = Tensor(name, begin=begin, order=order)
+        begin += heads * config.head_size if "qkv_proj" in fused else 0
+    dense["attention/o"] = Tensor(f"{layer}self_attn.o_proj")
+    for i, part in enumerate(("gate", "up")):
+        together = "gate_up_proj" in fused
+        name = f"{layer}mlp.{'gate_up' if together else part}_proj"
+        dense[f"mlp/{part}"] = Tensor(name, begin=i * config.mlp_width * together)
+    dense["mlp/down"] = Tensor(f"{layer}mlp.down_proj")
+    norms = {
+        "attention_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+        **_NORMS.get(config.family, {}),
+        "attention/q_norm": "self_attn.q_norm",
+        "attention/k_norm": "self_attn.k_norm",
+    }
+    of = dataclasses.replace
+    return {
+        "embed/embedding": Tensor(f"{model}embed_tokens.weight"),
+        "head/kernel": Tensor(f"{prefix(config)}lm_head.weight", transposed=True),
+        "norm/scale": Tensor(f"{model}norm.weight"),
+        **{f"{k}/kernel": of(t, name=f"{t.name}.weight", transposed=True)
+           for k, t in dense.items()},
+        **{f"{k}/bias": of(t, name=f"{t.name}.bias") for k, t in dense.items()},
+        **{f"{k}/scale": Tensor(f"{layer}{name}.weight") for k, name in norms.items()},
+    }  # fmt: skip
+
+
+def _order(config: ModelConfig, heads: int) -> tuple[int, ...] | None:
+    """Where the rows of our queries or keys stand among the file's; None: in the same order.
+
+    Ours turn in halves of a head, dimension i with i + H / 2. Where a part of it turns, halves of
+    that part do in the file; where pairs stand side by side, 2 * i does with 2 * i + 1.
+    """
+    size, share = config.head_size, config.rotaries[0].share
+    side_by_side = config.family in _SIDE_BY_SIDE
+    turning = size if config.rotaries[0].proportional else int(size * share)
+    if turning == size and not side_by_side:
+        return None
+    turned = np.arange(turning)
+    turned = turned.reshape(-1, 2).T if side_by_side else turned.reshape(2, -1)
+    passed = np.arange(turning, size).reshape(2, -1)
+    of_head = np.concatenate([turned, passed], axis=1).reshape(-1)
+    rows = np.arange(heads)[:, None] * size + of_head[None]
+    return tuple(int(row) for row in rows.reshape(-1))

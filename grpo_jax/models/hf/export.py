@@ -23,10 +23,17 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 from transformers import PreTrainedTokenizerBase
 
-from grpo_jax.models import families
-from grpo_jax.models.families.names import Tensor
+from grpo_jax.models.hf import config_json
 from grpo_jax.models.hf.folder import read_json
-from grpo_jax.models.hf.weights import INDEX, is_leaf, leaves_of, tensor_shapes
+from grpo_jax.models.hf.tensor import Tensor
+from grpo_jax.models.hf.weights import (
+    INDEX,
+    SET_ASIDE,
+    is_leaf,
+    leaves_of,
+    set_aside,
+    tensor_shapes,
+)
 from grpo_jax.structs import Array, ModelConfig, Params
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -36,6 +43,7 @@ _TOKENIZER_FILES = (
     *("*tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model"),
     *("chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+    *("preprocessor_config.json", "processor_config.json"),  # of images
 )
 
 
@@ -63,10 +71,10 @@ def save(
         raise ValueError(f"{folder} is not empty and holds no model. Export to another folder.")
     if jax.process_index() == 0:
         with _replacing(folder) as partial:
-            _save_tensors(partial, params, config, dtype)
+            _save_tensors(partial, params, config, dtype, source)
             _save_configs(partial, config, source, dtype.name, tokenizer)
     else:
-        _save_tensors(None, params, config, dtype)
+        _save_tensors(None, params, config, dtype, source)
     multihost_utils.sync_global_devices("export")  # it is there for all who go on
 
 
@@ -83,6 +91,8 @@ def keep(
     """
     with _replacing(folder) as partial:
         _save_configs(partial, config, source, dtype, tokenizer)
+        if kept := {name: t.slices[:] for name, t in set_aside(source, config).items()}:
+            safetensors.numpy.save_file(kept, partial / SET_ASIDE)
 
 
 @contextmanager
@@ -103,8 +113,14 @@ def _replacing(folder: Path) -> Iterator[Path]:
 # --- Weights ------------------------------------------------------------------------------------
 
 
-def _save_tensors(folder: Path | None, params: Params, config: ModelConfig, dtype: Any) -> None:
-    """Writes the weights shard by shard; with None, only takes part in gathering them."""
+def _save_tensors(
+    folder: Path | None, params: Params, config: ModelConfig, dtype: Any, source: Path | None
+) -> None:
+    """Writes the weights shard by shard; with None, only takes part in gathering them.
+
+    Tensors of the source that are no part of the decoder, such as those of images, come as they
+    were.
+    """
     leaves = leaves_of(config)
     shapes, parts = tensor_shapes(leaves), collections.defaultdict(list)
     flat = jax.tree.leaves(leaves, is_leaf=is_leaf)
@@ -112,6 +128,9 @@ def _save_tensors(folder: Path | None, params: Params, config: ModelConfig, dtyp
         for i, tensor in enumerate(leaf.tensors):
             parts[tensor.name].append((tensor, array, i if leaf.stacked else None))
     sizes = {name: math.prod(shapes[name]) * dtype.itemsize for name in parts}
+    others = set_aside(source, config) if source is not None else {}
+    for name, tensor in others.items():
+        sizes[name] = math.prod(tensor.shape) * 4  # at most
     shards = list(_shards(sizes))
     placed = {}
     for number, names in enumerate(shards, 1):
@@ -120,7 +139,10 @@ def _save_tensors(folder: Path | None, params: Params, config: ModelConfig, dtyp
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}
         for name in names:
-            value = _assembled(shapes[name], parts[name], dtype)  # every process takes part
+            if name in others:
+                value = others[name].slices[:]
+            else:  # every process takes part
+                value = _assembled(shapes[name], parts[name], dtype)
             if folder is not None:
                 tensors[name] = value
         placed |= dict.fromkeys(names, file)
@@ -180,7 +202,7 @@ def _save_configs(
     }
     if source is None:
         eos_ids = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-        hf = families.hf_config(
+        hf = config_json.hf_config(
             config,
             bos_id=tokenizer.bos_token_id,
             eos_ids=eos_ids,
@@ -189,7 +211,7 @@ def _save_configs(
         )
         tokenizer.save_pretrained(folder)
     else:
-        hf = families.in_every_spelling(read_json(source / "config.json"))
+        hf = config_json.in_every_spelling(read_json(source / "config.json"))
         hf.pop("auto_map", None)  # code of the source, which is not read here and not handed on
         ids |= {key: hf[key] for key in ids if hf.get(key) is not None}
         hf |= {"dtype": dtype, "torch_dtype": dtype}  # the name of 5, and that of all before 4.56

@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 from grpo_jax.devices import sharding
 from grpo_jax.models import layer_runs, parameters
 from grpo_jax.models.families import names
-from grpo_jax.models.families.names import Tensor
 from grpo_jax.models.hf.folder import read_json, refuse_odd, some
+from grpo_jax.models.hf.tensor import Tensor
 from grpo_jax.structs import Array, ModelConfig, Params
 
 INDEX = "model.safetensors.index.json"
@@ -34,6 +34,9 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+# A run's copy of the tensors that are no part of what it trains.
+SET_ASIDE = "set_aside.safetensors"
 
 
 class Leaf(NamedTuple):
@@ -139,12 +142,24 @@ def _reader(
     return read
 
 
+def set_aside(folder: Path, config: ModelConfig) -> dict[str, _Tensor]:
+    """Tensors of the folder that are no part of the decoder, by name; of a run, those it kept."""
+    kept = folder / SET_ASIDE
+    if not config.wrapper or not any(folder.glob("*.safetensors")):
+        return {}
+    tensors = _headers(folder, [kept]) if kept.exists() else _open(folder)
+    tensors = {names.spelled(name, config): tensor for name, tensor in tensors.items()}
+    return {name: t for name, t in tensors.items() if name.startswith(names.SET_ASIDE)}
+
+
 def _renamed(tensors: dict[str, _Tensor], config: ModelConfig) -> dict[str, _Tensor]:
     """The tensors by the names that the decoder has for them, where transformers has others too.
 
     A decoder that was saved without its head has no "model." before its names; and of a head that
     is the embedding, safetensors' `save_model` may keep the head's name.
     """
+    if config.wrapper:
+        return {names.spelled(name, config): tensor for name, tensor in tensors.items()}
     if "embed_tokens.weight" in tensors and not any(n.startswith("model.") for n in tensors):
         tensors = {name if name == _HEAD else f"model.{name}": t for name, t in tensors.items()}
     if config.tied_head and _HEAD in tensors and _EMBEDDING not in tensors:
@@ -205,9 +220,14 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _open(folder: Path) -> dict[str, _Tensor]:
     """The tensors of all weight files by name; only headers are read."""
+    return _headers(folder, _weight_files(folder))
+
+
+def _headers(folder: Path, files: list[Path]) -> dict[str, _Tensor]:
+    """The tensors of some files of a folder by name."""
     tensors: dict[str, _Tensor] = {}
     repeated = []
-    for file in _weight_files(folder):
+    for file in files:
         refuse_odd(file)
         try:
             file.open("rb").close()
@@ -236,12 +256,15 @@ def _open(folder: Path) -> dict[str, _Tensor]:
 def _check(folder: Path, tensors: dict[str, _Tensor], leaves: Any, config: ModelConfig) -> None:
     """Raises ValueError unless the files hold what the config needs and nothing else."""
     needed = tensor_shapes(leaves)
-    allowed = {_HEAD} if config.tied_head else set()
+    head, embedding = (names.prefix(config) + name for name in (_HEAD, _EMBEDDING))
+    allowed = {head} if config.tied_head else set()
     unused = [
         f"{name} {list(t.shape)} ({t.file.name})"
         for name, t in tensors.items()
         # Old exports keep the rotary frequencies, which follow from the config.
-        if name not in needed.keys() | allowed and not name.endswith("rotary_emb.inv_freq")
+        if name not in needed.keys() | allowed
+        and not name.endswith("rotary_emb.inv_freq")
+        and not (config.wrapper and name.startswith(names.SET_ASIDE))
     ]
     missing = [f"{name} {list(shape)}" for name, shape in needed.items() if name not in tensors]
     found = {name: tensors[name] for name in needed if name in tensors}
@@ -266,7 +289,7 @@ def _check(folder: Path, tensors: dict[str, _Tensor], leaves: Any, config: Model
     ]
     if said:
         remedy = ""
-        if _HEAD in needed and _HEAD not in tensors and _EMBEDDING in tensors:
+        if head in needed and head not in tensors and embedding in tensors:
             remedy = (
                 " If the head is the embedding, set tie_word_embeddings to true in config.json."
             )
@@ -276,14 +299,14 @@ def _check(folder: Path, tensors: dict[str, _Tensor], leaves: Any, config: Model
             f"{folder}: the weights do not fit config.json ({config.family}). "
             f"{'; '.join(said)}.{remedy}"
         )
-    if config.tied_head and _HEAD in tensors:
-        _check_tied_head(folder, tensors[_HEAD], tensors[_EMBEDDING])
+    if config.tied_head and head in tensors:
+        _check_tied_head(folder, head, tensors[head], tensors[embedding])
 
 
 _COMPARED_ROWS = 4096  # at once: a whole embedding may be gigabytes
 
 
-def _check_tied_head(folder: Path, head: _Tensor, embedding: _Tensor) -> None:
+def _check_tied_head(folder: Path, name: str, head: _Tensor, embedding: _Tensor) -> None:
     """Raises ValueError when a head stored beside a tied embedding is not its copy, bit for bit."""
     same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
     num_rows = head.shape[0]
@@ -295,8 +318,8 @@ def _check_tied_head(folder: Path, head: _Tensor, embedding: _Tensor) -> None:
     )
     if not same:
         raise ValueError(
-            f"{folder}: tie_word_embeddings is true in config.json, but {_HEAD} {list(head.shape)} "
-            f"{head.dtype} ({head.file.name}) differs from {_EMBEDDING} {list(embedding.shape)} "
+            f"{folder}: tie_word_embeddings is true in config.json, but {name} {list(head.shape)} "
+            f"{head.dtype} ({head.file.name}) differs from the embedding {list(embedding.shape)} "
             f"{embedding.dtype}. Set tie_word_embeddings to false to use the head, or remove it."
         )
 

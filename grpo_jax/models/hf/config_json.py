@@ -1,0 +1,89 @@
+"""The config.json that an export has: of a new model, or of another in every spelling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grpo_jax.models.families import model_config, rotary
+from grpo_jax.structs import ModelConfig
+
+_NEW = ("llama", "qwen2", "qwen3", "mistral")  # families of models of our own
+
+
+def hf_config(
+    config: ModelConfig,
+    *,
+    bos_id: int | None,
+    eos_ids: tuple[int, ...],
+    pad_id: int | None,
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """The config.json of a model of our own, in the spelling that every transformers reads.
+
+    Raises ValueError when the model has a part that its family has not, or a scaling of rotary
+    frequencies or sliding windows, which new models do without.
+    """
+    hf = {
+        "architectures": [f"{config.family.capitalize()}ForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": bos_id,
+        "dtype": dtype,
+        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids) or None,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "hidden_size": config.width,
+        "initializer_range": 0.02,
+        "intermediate_size": config.mlp_width,
+        "max_position_embeddings": config.max_position,
+        "model_type": config.family,
+        "num_attention_heads": config.num_heads,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": config.num_kv_heads,
+        "pad_token_id": pad_id,
+        "rms_norm_eps": config.norm_eps,
+        "rope_scaling": None,
+        "rope_theta": config.rotaries[0].theta,
+        "sliding_window": None,
+        "tie_word_embeddings": config.tied_head,
+        "torch_dtype": dtype,  # transformers before 4.56 reads this name
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+    }
+    if config.family in ("llama", "qwen3"):
+        hf["attention_bias"] = config.out_bias
+    if config.family in ("qwen2", "qwen3"):
+        hf |= {"use_sliding_window": False, "max_window_layers": config.num_layers}
+    if config.family not in _NEW or model_config(hf, "config.json") != config:
+        raise ValueError(
+            f"{config} cannot be written as a config.json of {config.family}: new models are of "
+            f"{', '.join(_NEW)}, their biases and norms of heads must be those of the family, "
+            "their rotary frequencies plain, and no layer may have a window."
+        )
+    return hf
+
+
+def in_every_spelling(hf: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with its rotary settings where transformers 4 looks too, not only version 5.
+
+    Version 4 passes over `rope_parameters` without a word, and takes a base of 10,000.
+    """
+    hf = dict(hf)
+    if isinstance(text := hf.get("text_config"), dict):
+        hf["text_config"] = in_every_spelling(text)
+    rope = hf.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return hf
+    if isinstance(local := rope.get("sliding_attention"), dict) and hf.get("model_type") != "olmo3":
+        hf.setdefault("rope_local_base_freq", local.get("rope_theta"))
+    rope = rope.get("full_attention", rope)
+    # These stand beside the scaling in version 4.
+    outside = {"rope_theta", "partial_rotary_factor"}
+    if rotary.kind_of(rope) == "longrope":  # of which it takes these keys alone
+        outside |= rope.keys() - {"rope_type", "type", "short_factor", "long_factor"}
+    for key in outside & rope.keys():
+        if hf.get(key) is None and rope[key] is not None and key not in ("factor",):
+            hf[key] = rope[key]
+    if not hf.get("rope_scaling"):
+        scaling = {key: value for key, value in rope.items() if key not in outside}
+        hf["rope_scaling"] = None if rotary.kind_of(rope) == "default" else scaling
+    return hf

@@ -1,0 +1,53 @@
+"""Where a parameter stands among the tensors of a checkpoint, read and written.
+
+A checkpoint may have a kernel transposed, several parameters in one tensor, row after row, or their
+rows in another order, as rotary pairs that stand side by side. Each is undone in reading and done
+again in writing. Parameters are stacked over layers, tensors are not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a parameter stands, of one layer if it belongs to layers.
+
+    `order[i]` is the place, among the rows that are the parameter's, of its own row i: a row of a
+    transposed kernel is an output.
+    """
+
+    name: str  # "{layer}" stands for the layer's number
+    transposed: bool = False  # [out, in] in the checkpoint, [in, out] here
+    begin: int = 0  # the first row that is the parameter's
+    order: tuple[int, ...] | None = None  # None: as they come
+
+    def of_layer(self, layer: int) -> Tensor:
+        return dataclasses.replace(self, name=self.name.format(layer=layer))
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The tensor's shape, up to the parameter's last row, from the parameter's."""
+        rows, *rest = shape[::-1] if self.transposed else shape
+        return (self.begin + rows, *rest)
+
+    def read(self, tensor: Any, bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        """The part of the parameter within bounds, of a tensor that indexing with slices reads."""
+        (first, last), *rest = bounds[::-1] if self.transposed else bounds
+        within = [slice(*b) for b in rest]
+        if self.order is None:
+            value = tensor[(slice(self.begin + first, self.begin + last), *within)]
+        else:
+            places = np.array(self.order[first:last])
+            low, high = int(places.min()), int(places.max()) + 1
+            value = tensor[(slice(self.begin + low, self.begin + high), *within)][places - low]
+        return value.T if self.transposed else value
+
+    def write(self, value: np.ndarray, tensor: np.ndarray) -> None:
+        """Puts the whole parameter where it stands in the tensor: the inverse of `read`."""
+        value = value.T if self.transposed else value
+        places = slice(None) if self.order is None else np.array(self.order)
+        tensor[self.begin : self.begin + len(value)][places] = value
