@@ -58,6 +58,23 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Adapter:
+    """The low-rank adapters of one dense layer, by the layers of a decoder."""
+
+    path: str  # of the dense layer within its layer, such as "attention/q"
+    ranks: tuple[int, ...]  # 0: no adapter
+    scalings: tuple[float, ...]  # of their products: alpha / rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """What learns in place of a decoder's parameters, which stay as they are."""
+
+    adapters: tuple[Adapter, ...]
+    int8: bool = False  # the layers' kernels are in 8 bits
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The shape of one decoder: Llama, Qwen2, Qwen3 and Mistral are settings of it."""
 
@@ -76,6 +93,7 @@ class ModelConfig:
     qkv_bias: bool = False
     out_bias: bool = False  # bias of the attention's output projection
     qk_norm: bool = False  # RMS norm of every query and key head before rotation
+    lora: Lora | None = None  # None: all parameters learn
 
     @property
     def num_layers(self) -> int:

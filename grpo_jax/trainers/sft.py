@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -35,7 +36,7 @@ from grpo_jax.rewards.registry import Reward
 from grpo_jax.run import claim, workdir
 from grpo_jax.run.checkpoints import Checkpoints
 from grpo_jax.run.stop import PATIENCE_S, Stopped, StopSignal
-from grpo_jax.setup import inputs, model
+from grpo_jax.setup import inputs, lora, model
 from grpo_jax.setup.data import answerable, encode, load_problems, questions
 from grpo_jax.setup.engine import make_engine, make_evaluator
 from grpo_jax.setup.learner import make_supervised_learner
@@ -93,7 +94,7 @@ def _gather(demonstrations: Demonstrations, run: Run, state: RunState, monitor: 
     shards = sharding.num_row_shards(run.mesh)
     given = rollout.device_rows(run, _as_rollouts(rows, shards, run.config))
     no_reward = transfer.shard_rows(run.mesh, np.zeros(given.length_PG.shape, np.float32))
-    log_probs = run.prepare.log_probs(state.train.params, None, given)  # none are needed
+    log_probs = run.prepare.log_probs(run.weights(state.train), None, given)  # none are needed
     state.experience = run.prepare(log_probs, no_reward)
 
 
@@ -146,7 +147,8 @@ def _finish(run: Run, state: RunState, stop: StopSignal, wall_s: float) -> Path:
     export = run.folder / "export"
     with stop.nothing_to_lose(PATIENCE_S):
         claim.check()
-        exporting.export(run.policy, export, state.train, run.config.checkpoint.export_dtype)
+        dtype = run.config.checkpoint.export_dtype
+        exporting.export(run.policy, export, state.train, dtype, run.frozen)
         workdir.note_export(export, step=state.step, updates=int(state.train.num_updates))
         if stop.asked():  # what comes after this training is asked to stop, too
             raise Stopped(
@@ -168,6 +170,7 @@ def _build(
     task = tasks.load(config.data.task) if config.data.task else None
     if config.model.path:
         policy = policy_lib.read(config.model.path, kept=folder / "source")
+        policy = lora.adapted_policy(policy, config, folder / lora.KEPT)
     else:
         policy = model.new(config.model, task.make_tokenizer())
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
@@ -177,12 +180,13 @@ def _build(
     sums = {
         "training problems": inputs.of_problems(encoded.problems, encoded.prompt_ids),
         "model": inputs.of_model(policy),
-    }
+    } | inputs.of_adapter(config.lora.path)
     inputs.hold(folder, sums, config.checkpoint.accept_changes)
     demonstrations = functools.partial(_demonstrations, config, policy, encoded, solution)
     if (folder / "export" / "config.json").exists():
         return None, demonstrations
     policy = policy_lib.keep(policy, folder / "source")
+    lora.keep(config, folder)
     learner = make_supervised_learner(config, policy.model, mesh)
     held_out, rewards, engine = None, None, None
     if evaluates:
@@ -217,6 +221,7 @@ def _build(
         prepare=learner.prepare,
         update=learner.update,
         sizes=learner.sizes,
+        frozen=lora.frozen_params(policy, mesh, jnp.dtype(config.model.dtype)),
         ref_params=None,
         checkpoints=Checkpoints(
             config.checkpoint.folder or folder / "checkpoints",
