@@ -71,6 +71,12 @@ def run(
     after it evaluates the model. Raises ValueError for what a user can mend, `guards.Diverged`
     where a guard ends it, and `stop.Stopped` once it was asked to stop and has saved.
     """
+    if config.lora.rank and not config.model.path and not is_start:
+        raise ValueError(
+            f"lora.rank = {config.lora.rank} trains adapters beside a model's weights, and "
+            'model.path = "" makes a new model, whose weights say nothing yet. Set model.path, or '
+            "lora.rank = 0."
+        )
     began = time.monotonic()
     with claim.held(), stop or StopSignal(config.checkpoint.save_before_s) as stop:
         with phase("start"), stop.nothing_to_lose():

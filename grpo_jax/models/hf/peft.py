@@ -186,7 +186,8 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: Any = jnp.float32
         raise ValueError(f"{folder} has no {WEIGHTS}; pickles (adapter_model.bin) are not read.")
     refuse_odd(file)
     try:
-        found = safetensors.numpy.load_file(file)
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            found = {name: opened.get_tensor(name) for name in opened.keys()}
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{file} is not a whole safetensors file ({error}).") from error
     needed, sizes = _tensors(config), lora.dense_layers(config)
