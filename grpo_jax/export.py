@@ -31,9 +31,9 @@ def main(argv: list[str]) -> None:
     out = Path(args.out or Path(args.workdir) / "exports" / f"step_{found.step}")
     if (out / "config.json").exists():
         raise ValueError(f"--out {out} holds a model already. Name another folder, or delete it.")
-    params = trained_params(found, sharding.make_mesh())
+    params, frozen = trained_params(found, sharding.make_mesh())
     dtype = args.dtype or kept.get("checkpoint.export_dtype", "auto")
-    exporting.write(found.policy, out, params, dtype)
+    exporting.write(found.policy, out, params, dtype, frozen)
     _, number = found.saved
     workdir.note_export(out, step=found.step, updates=number)
     say(f"{found.said}\nIt is in {out}.")

@@ -30,6 +30,7 @@ from grpo_jax.planning import report as report_lib
 from grpo_jax.planning.compiled import Known
 from grpo_jax.planning.plan import Plan
 from grpo_jax.planning.programs import Lengths, Step
+from grpo_jax.setup import lora
 from grpo_jax.setup import model as model_lib
 from grpo_jax.structs import ModelConfig
 
@@ -38,7 +39,10 @@ def main(argv: list[str]) -> None:
     args, overrides = _arguments(argv)
     config = arguments.load_config(args.config, overrides)
     chip, devices = topologies.devices(args.topology)
-    model = read_shape(args.model_shape) if args.model_shape else model_lib.model_shape(config)
+    if args.model_shape:
+        model = lora.adapted(read_shape(args.model_shape), config)
+    else:
+        model = model_lib.model_shape(config)
     known: Known = {}
 
     def lengths_of(config: ConfigDict) -> Lengths:

@@ -100,6 +100,23 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Adapter:
+    """The low-rank adapters of one dense layer, by the layers of a decoder."""
+
+    path: str  # of the dense layer within its layer, such as "attention/q"
+    ranks: tuple[int, ...]  # 0: no adapter
+    scalings: tuple[float, ...]  # of their products: alpha / rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """What learns in place of a decoder's parameters, which stay as they are."""
+
+    adapters: tuple[Adapter, ...]
+    int8: bool = False  # the layers' kernels are in 8 bits
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The shape of one decoder: dense families are settings of it (`models/families`)."""
 
@@ -129,6 +146,7 @@ class ModelConfig:
     logit_factor: float = 1.0
     logit_cap: float | None = None  # as `attention_cap`, of the logits
     wrapper: str = ""  # model_type of the config that holds this one: a model of images and text
+    lora: Lora | None = None  # None: all parameters learn
     longest: int | None = None  # tokens of the longest row that will be run; None: max_position
 
     def within(self, longest: int) -> ModelConfig:

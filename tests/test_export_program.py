@@ -98,7 +98,7 @@ def test_a_step_may_stand_beside_the_runs_folder(run, one_device):
     folder, copies = run
     found = find_model(f"{folder}@{BEST}")
     assert found.said == f"{folder}: checkpoint of step {BEST}"
-    assert same(jax.device_get(trained_params(found, one_device)), copies[BEST])
+    assert same(jax.device_get(trained_params(found, one_device)[0]), copies[BEST])
     found = find_model(f"{folder}@best")
     assert jax.tree.leaves(load_params(found, one_device, jnp.bfloat16))[0].dtype == jnp.bfloat16
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from grpo_jax.config.lora_options import LORA
 from grpo_jax.config.schema import (
     ANY,
     COUNT,
@@ -33,6 +34,7 @@ from grpo_jax.messages.console import WAYS
 SECTIONS = {
     "": "The run as a whole",
     "model": "The network, and how it is computed",
+    "lora": "Low-rank adapters that learn in place of the weights; docs/lora.md",
     "data": "Problems to train on, and held-out ones",
     "rewards": "Reward functions, and the processes that compute them",
     "batch": "What a step and an update consist of",
@@ -110,6 +112,8 @@ TABLE = (
     number("model.mlp_width", 384, COUNT, "", "Hidden size of a new model's MLPs"),
     number("model.num_heads", 4, COUNT, "heads", "Query heads of a new model"),
     number("model.num_kv_heads", 2, COUNT, "heads", "Key and value heads of a new model"),
+
+    *LORA,
 
     text("data.task", "", "module in grpo_jax.data.tasks",
          "A task that generates its problems. Set this or data.path"),

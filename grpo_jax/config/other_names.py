@@ -87,6 +87,15 @@ _ELSEWHERE = {
     "vllm_importance_sampling_clip_max": "rollout_correction.cap",
     "rollout_is": "rollout_correction.level",
     "rollout_is_threshold": "rollout_correction.cap",
+    # lora
+    "lora_rank": "lora.rank",
+    "lora_r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "use_rslora": "lora.rank_stabilized",
+    "target_modules": "lora.targets",
+    "lora_target_modules": "lora.targets",
+    "exclude_modules": "lora.exclude",
+    "lora_adapter_path": "lora.path",
     # optim
     "lr": "optim.learning_rate",
     "lr_scheduler_type": "optim.schedule",

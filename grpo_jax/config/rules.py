@@ -39,6 +39,7 @@ def check(config: ConfigDict) -> None:
     _check_profile(config)
     _check_mesh(config)
     _check_precision(config)
+    _check_lora(config)
     _check_batch(config)
     _check_loop(config)
     for name in config.checkpoint.accept_changes:
@@ -106,6 +107,23 @@ def _check_precision(config: ConfigDict) -> None:
             "optim.master_weights = True, but the parameters are float32 themselves. Set "
             'model.param_dtype = "bfloat16", or optim.master_weights = False.'
         )
+
+
+def _check_lora(config: ConfigDict) -> None:
+    lora = config.lora
+    if lora.rank or lora.path:
+        if config.model.offload_reference:
+            raise ValueError(
+                "model.offload_reference = True, but the reference of low-rank adapters is the "
+                "model without them, of which there is no second copy. Set it to False."
+            )
+        return
+    for name in ("base_dtype", "merge_for_rollout"):
+        if lora[name] != options.BY_NAME[f"lora.{name}"].default:
+            raise ValueError(
+                f"lora.{name} = {shown(lora[name])} goes with low-rank adapters, and lora.rank = 0 "
+                "trains all weights. Set lora.rank, such as to 16, or leave it."
+            )
 
 
 def _check_loop(config: ConfigDict) -> None:

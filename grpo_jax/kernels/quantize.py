@@ -1,4 +1,4 @@
-"""int8 weights, keys and values, for sampling alone: decoding reads half or a quarter of the bytes.
+"""int8 weights, keys and values, which do not learn: half or a quarter of the bytes are read.
 
 Products take the codes themselves, and the scale multiplies the result (for attention's values, the
 weights of the sum). So no second copy of a weight or of the cache is made.
@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
-from grpo_jax.structs import Array, Params
+from grpo_jax.structs import Array
 
 
 @struct.dataclass
@@ -39,45 +40,31 @@ def int8(x: Array, axis: int) -> Int8:
     return Int8(jnp.round(steps).astype(jnp.int8), scale)
 
 
-# The axis that shares a scale, by a parameter's name: a dense layer has a scale per output, the
-# embedding one per token (an output too if it is the head).
-_SHARED = {"kernel": -2, "embedding": -1}
-
-
-def weights(params: Params, dtype: Any) -> Params:
-    """Parameters for sampling: kernels and embeddings in int8, norms and biases cast to `dtype`."""
-
-    def one(path, x: Array) -> Array | Int8:
-        axis = _SHARED.get(path[-1].key)
-        return x.astype(dtype) if axis is None else int8(x, axis)
-
-    return jax.tree_util.tree_map_with_path(one, params)
-
-
-def weight_axes(axes: Params) -> Params:
-    """The logical axes of the result of `weights`, from those of the parameters."""
-
-    def one(path, names: tuple) -> tuple | Int8:
-        axis = _SHARED.get(path[-1].key)
-        if axis is None:
-            return names
-        kept = list(names)
-        del kept[axis]
-        return Int8(names, tuple(kept))
-
-    return jax.tree_util.tree_map_with_path(one, axes, is_leaf=lambda x: isinstance(x, tuple))
-
-
 def product(x: Array, kernel: Array | Int8, dtype: Any) -> Array:
-    """`x` [..., in] times the kernel [in, out], multiplied in x's dtype, returned in `dtype`."""
-    of_codes = isinstance(kernel, Int8)
-    y = jnp.einsum(
-        "...i,io->...o",
-        x,
-        (kernel.codes if of_codes else kernel).astype(x.dtype),
-        preferred_element_type=jnp.float32 if of_codes else dtype,
-    )
-    return (y * _rows_of_one(kernel.scale, y.ndim)).astype(dtype) if of_codes else y
+    """`x` [..., in] times the kernel [in, out], multiplied in x's dtype, as `dtype`."""
+    if isinstance(kernel, Int8):
+        y = _product_with_codes(x, kernel.codes)
+        return (y * _rows_of_one(kernel.scale, y.ndim)).astype(dtype)
+    return jnp.einsum("...i,io->...o", x, kernel.astype(x.dtype), preferred_element_type=dtype)
+
+
+@jax.custom_vjp
+def _product_with_codes(x: Array, codes: Array) -> Array:
+    """Float32 [..., out]; the codes have no gradient."""
+    return jnp.einsum("...i,io->...o", x, codes.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _backward(residuals: tuple[Array, Array], grad: Array) -> tuple[Array, np.ndarray]:
+    like, codes = residuals
+    # In x's dtype: of float32 and bfloat16 XLA would make a product in float32.
+    grad = grad.astype(like.dtype)
+    by_x = jnp.einsum("...o,io->...i", grad, codes.astype(like.dtype))
+    return by_x, np.zeros(codes.shape, jax.dtypes.float0)
+
+
+_product_with_codes.defvjp(
+    lambda x, codes: (_product_with_codes(x, codes), (jnp.zeros((), x.dtype), codes)), _backward
+)
 
 
 def _rows_of_one(scale: Array, ndim: int) -> Array:

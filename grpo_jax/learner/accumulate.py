@@ -13,7 +13,8 @@ import optax
 from grpo_jax.devices import by_shard, compiling, sharding
 from grpo_jax.learner import train_state
 from grpo_jax.learner.scoring import Scorer
-from grpo_jax.models import parameters
+from grpo_jax.models import lora, parameters
+from grpo_jax.models.lora import Weights
 from grpo_jax.structs import Array, Params, TrainState
 
 
@@ -35,11 +36,15 @@ def through(number: Array, step: Callable, carry: Any, microbatches_1: tuple[Arr
 Carry = tuple[Params, dict, dict]
 
 
-def add_gradient(loss_sums, params: Params, carry: Carry, *part: Any) -> Carry:
-    """The carry with one microbatch more; `loss_sums(params, *part) -> (total, (sums, maxima))`."""
+def add_gradient(loss_sums, weights: Weights, carry: Carry, *part: Any) -> Carry:
+    """The carry with one microbatch more.
+
+    `loss_sums(weights, *part) -> (total, (sums, maxima))`; what is frozen has no gradient.
+    """
     grads, sums, maxima = carry
-    (_, (new_sums, new_maxima)), new_grads = jax.value_and_grad(loss_sums, has_aux=True)(
-        params, *part
+    of_trained = lambda trained: loss_sums(weights.replace(trained=trained), *part)  # noqa: E731
+    (_, (new_sums, new_maxima)), new_grads = jax.value_and_grad(of_trained, has_aux=True)(
+        weights.trained
     )
     grads = jax.tree.map(lambda g, n: g + n.astype(jnp.float32), grads, new_grads)
     sums = jax.tree.map(jnp.add, sums, new_sums)
@@ -59,13 +64,13 @@ def reduce_shards(scorer: Scorer, carry: Carry) -> Carry:
 def make_accumulate(
     scorer: Scorer, through: Callable[..., Carry], *, sums: Iterable[str], maxima: Iterable[str]
 ) -> tuple[Callable[[], Carry], Callable[..., Carry]]:
-    """Two programs: `zero_gradient() -> carry`, `gradient(params, number, carry, *rows) -> carry`.
+    """Two programs: `zero_gradient() -> carry`, `gradient(weights, number, carry, *rows) -> carry`.
 
-    `through(params, number, carry, *rows)` adds one data shard's rows to its carry; its metrics
+    `through(weights, number, carry, *rows)` adds one data shard's rows to its carry; its metrics
     have the names `sums` and `maxima`. `number` is the same for all shards. `gradient` takes its
     carry away.
     """
-    mesh, like = scorer.mesh, parameters.param_shapes(scorer.model)
+    mesh, like = scorer.mesh, lora.trained_shapes(scorer.model)
     shards = mesh.shape["data"]
     stacked = functools.partial(sharding.stacked, mesh)
     placed = train_state.param_shardings(scorer.model, mesh)
@@ -78,9 +83,11 @@ def make_accumulate(
         return grads, *({name: jnp.zeros(shards) for name in names} for names in (sums, maxima))
 
     @jax.named_scope("update")
-    def gradient(params: Params, number: Array, carry: Carry, *rows: Any) -> Carry:
-        params = parameters.cast_layers(params, scorer.dtype)
-        carry = through(params, number, jax.tree.map(lambda x: x[0], carry), *rows)
+    def gradient(weights: Weights, number: Array, carry: Carry, *rows: Any) -> Carry:
+        cast = functools.partial(parameters.cast_layers, dtype=scorer.dtype)
+        frozen = None if weights.frozen is None else cast(weights.frozen)
+        weights = Weights(cast(weights.trained), frozen)
+        carry = through(weights, number, jax.tree.map(lambda x: x[0], carry), *rows)
         return jax.tree.map(lambda x: x[None], carry)
 
     gradient = jax.jit(

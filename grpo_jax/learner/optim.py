@@ -145,8 +145,9 @@ def trained(params: Params, state: optax.OptState) -> Params:
     return state.params if isinstance(state, CopyState) else params
 
 
+_MATRICES = ("kernel", "embedding", "lora_a", "lora_b")
+
+
 def _is_matrix(params: Params) -> Params:
     """True for weights that decay: kernels and embeddings, not norms and biases."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key in ("kernel", "embedding"), params
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _MATRICES, params)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.devices import sharding
 from grpo_jax.devices.compiling import Call
-from grpo_jax.models import parameters
+from grpo_jax.models import lora
 from grpo_jax.structs import ModelConfig, Params, TrainState
 
 
@@ -27,15 +27,15 @@ def refuse(state: TrainState, number: int) -> TrainState:
 
 
 def param_shardings(model: ModelConfig, mesh: Mesh) -> Any:
-    shapes = parameters.param_shapes(model)
-    return sharding.tree_shardings(mesh, parameters.logical_axes(model), shapes)
+    """Where each of the parameters that learn lives."""
+    return sharding.tree_shardings(mesh, lora.trained_axes(model), lora.trained_shapes(model))
 
 
 def zero1_shardings(model: ModelConfig, mesh: Mesh) -> Any:
     """Where moments and summed gradients lie: as parameters, and split over data shards."""
     return jax.tree.map(
         lambda x, placed: sharding.zero1_sharding(mesh, placed, x.shape),
-        parameters.param_shapes(model),
+        lora.trained_shapes(model),
         param_shardings(model, mesh),
     )
 
@@ -62,7 +62,7 @@ def state_like(
 ) -> TrainState:
     """Shapes, dtypes and shardings of the train state, parameters of `dtype`; none is made."""
     params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype), parameters.param_shapes(model)
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype), lora.trained_shapes(model)
     )
     like = jax.eval_shape(functools.partial(_init_state, optimizer=optimizer), params)
     return jax.tree.map(

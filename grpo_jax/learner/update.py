@@ -22,13 +22,15 @@ from grpo_jax.learner import accumulate, logprobs, scoring, train_state
 from grpo_jax.learner.accumulate import Carry
 from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.learner.scoring import Packed, Scorer
+from grpo_jax.models.lora import Weights
 from grpo_jax.structs import Array, Experience, Params, TrainState
 
 
 def _loss_sums(
-    params: Params, scorer: Scorer, component: LossComponent, part: Experience, packed: Packed
+    weights: Weights, scorer: Scorer, component: LossComponent, part: Experience, packed: Packed
 ):
     """Summed loss of one microbatch, and (sums, maxima) of what explains it."""
+    params = weights.whole(scorer.model)
     rollouts, action_PGC = part.rollouts, part.action_PGC
     terms = component.terms(part, packed.take, packed.take_of_completion)
     weight_BC, _ = component.weights(action_PGC.reshape(-1, packed.tokens))
@@ -78,15 +80,18 @@ class Update:
         experience: Experience,
         index: int,
         before_donating: Callable[[Carry], None] = lambda carry: None,
+        frozen: Params | None = None,
     ) -> tuple[TrainState, dict[str, Array]]:
         """The state after the update on minibatch `index`, and metrics.
 
         `before_donating(carry)` is called once all but the optimizer's step is launched; `carry`
-        holds the gradients. Until it returns the state is whole. Metrics are float32 scalars by
+        holds the gradients. Until it returns the state is whole. `frozen`: the parameters that do
+        not learn, where adapters do. Metrics are float32 scalars by
         their logged names, and `skipped`, True where the update was refused.
         """
         length_PG, none = experience.rollouts.length_PG, self.zero_gradient()
-        carry = self._adding(state.params, none, experience, length_PG, index)()
+        weights = Weights(state.params, frozen)
+        carry = self._adding(weights, none, experience, length_PG, index)()
         if self.offload:  # a copy: that of the caller stays where it is
             state = state.replace(opt_state=transfer.to_device_memory(state.opt_state))
         step = self._step(state, carry, experience, index)
@@ -99,19 +104,26 @@ class Update:
             state = state.replace(opt_state=transfer.to_host_memory(state.opt_state))
         return state, metrics
 
-    def calls(self, state: TrainState, experience: Experience, length_PG: np.ndarray) -> list[Call]:
+    def calls(
+        self,
+        state: TrainState,
+        experience: Experience,
+        length_PG: np.ndarray,
+        frozen: Params | None = None,
+    ) -> list[Call]:
         """The programs of an update in their order, for an experience by its shapes.
 
         `length_PG`: how long its completions are, which no shape tells. `state` is on the devices.
         """
         zero = Call(self.zero_gradient, ())
         carry = zero.result()
-        adding = self._adding(state.params, carry, experience, length_PG, 0)
+        weights = Weights(state.params, frozen)
+        adding = self._adding(weights, carry, experience, length_PG, 0)
         return [zero, adding, self._step(state, carry, experience, 0)]
 
     def _adding(
         self,
-        params: Params,
+        weights: Weights,
         carry: Carry,
         experience: Experience,
         length_PG: np.ndarray,
@@ -122,7 +134,7 @@ class Update:
         packed = self.scorer.microbatches(
             rollouts.replace(length_PG=length_PG), groups_P, self.sizes
         )
-        return Call(self.gradient, (params, packed.number, carry, experience, *packed.arrays))
+        return Call(self.gradient, (weights, packed.number, carry, experience, *packed.arrays))
 
     def _step(self, state: TrainState, carry: Carry, experience: Experience, index: int) -> Call:
         args = state, carry, experience.action_PGC, np.int32(index)
@@ -146,16 +158,16 @@ def make_update(
     like = train_state.state_like(scorer.model, scorer.mesh, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, like)
 
-    def loss_sums(params, experience: Experience, groups_J: Array, *where: Array):
+    def loss_sums(weights, experience: Experience, groups_J: Array, *where: Array):
         packed = Packed.of(experience.action_PGC.shape[-1], groups_J, *where)
         part = scoring.rows(scorer, experience, groups_J)
-        return _loss_sums(params, scorer, component, part, packed)
+        return _loss_sums(weights, scorer, component, part, packed)
 
     def through(
-        params, number: Array, carry: Carry, experience: Experience, *microbatches_1: Array
+        weights, number: Array, carry: Carry, experience: Experience, *microbatches_1: Array
     ) -> Carry:
         def step(carry, *where):
-            return accumulate.add_gradient(loss_sums, params, carry, experience, *where)
+            return accumulate.add_gradient(loss_sums, weights, carry, experience, *where)
 
         return accumulate.through(number, step, carry, microbatches_1)
 

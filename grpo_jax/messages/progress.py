@@ -14,7 +14,13 @@ from grpo_jax.messages.console import say
 
 _WIDE = 110  # columns of a terminal that has room for a bar
 _LONGEST_S = 60.0  # between two lines, if there is no bar
-_FIRST_TO_GO = ("speed", "accuracy", "elapsed", "left", "phase")  # left out first on a narrow terminal
+_FIRST_TO_GO = (
+    "speed",
+    "accuracy",
+    "elapsed",
+    "left",
+    "phase",
+)  # left out first on a narrow terminal
 
 
 def show_progress(noun: str, state: Callable[[], tuple[int, int]]) -> None:

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.kernels import quantize
+from grpo_jax.kernels import dense as dense_lib
 from grpo_jax.kernels.norm import AddNorm, Norm, Residual
 from grpo_jax.models.placement import REPLICATED, MlpPlacement
 from grpo_jax.structs import Array, Layer, ModelConfig
@@ -20,7 +20,7 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
 class Dense(nn.Module):
-    """A dense layer whose kernel may be in 8 bits."""
+    """A dense layer whose kernel may be in 8 bits, or have a low-rank adapter."""
 
     features: int
     axes: tuple[str, str]
@@ -31,7 +31,7 @@ class Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         normal = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
         kernel = self.param("kernel", normal, (x.shape[-1], self.features))
-        y = quantize.product(x.astype(self.dtype), kernel, self.dtype)
+        y = dense_lib.product(x.astype(self.dtype), kernel, self.dtype)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
             bias = self.param("bias", zeros, (self.features,))

@@ -23,7 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.kernels import dense as dense_lib
 from grpo_jax.kernels.norm import Residual
+from grpo_jax.kernels.quantize import Int8
 from grpo_jax.models import layer_runs
 from grpo_jax.models.block import Block
 from grpo_jax.structs import Array, Layer, ModelConfig, Params
@@ -110,16 +112,22 @@ def head_kernel(params: Params) -> Array:
     return params["embed"]["embedding"].T
 
 
+_CAST = ("kernel", "bias", "a", "b", "lora_a", "lora_b")
+
+
 def cast_layers(params: Params, dtype) -> Params:
-    """Casts the layers' kernels and biases to the compute dtype, once for all microbatches.
+    """Casts the layers' kernels, biases and adapters to the compute dtype, for all microbatches.
 
     Embedding, head and norms stay as they are: the gradients of many tokens are summed into them.
     """
 
     def one(path, x: Array) -> Array:
-        return x.astype(dtype) if path[-1].key in ("kernel", "bias") else x
+        is_plain = isinstance(x, Int8) or dense_lib.name_of(path) not in _CAST
+        return x if is_plain else x.astype(dtype)
 
-    return params | {"layers": jax.tree_util.tree_map_with_path(one, params["layers"])}
+    is_leaf = lambda x: isinstance(x, Int8)  # noqa: E731
+    layers = jax.tree_util.tree_map_with_path(one, params["layers"], is_leaf=is_leaf)
+    return params | {"layers": layers}
 
 
 def layer_stacks(layers: Params, config: ModelConfig) -> list[tuple[Params, int]]:
@@ -145,6 +153,8 @@ def fuse_projections(
     for module, (name, parts) in _FUSED.items():
         dense = dict(layer[module])
         trees = [dense.pop(part) for part in parts]
-        dense[name] = jax.tree.map(join, *trees, is_leaf=_is_axes)
+        dense[name] = {
+            leaf: dense_lib.side_by_side([tree[leaf] for tree in trees], join) for leaf in trees[0]
+        }
         layer = layer | {module: dense}
     return layer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from grpo_jax import keys
 from grpo_jax.devices import sharding
 from grpo_jax.devices.compiling import Call
 from grpo_jax.messages.console import say
-from grpo_jax.models import parameters
+from grpo_jax.models import lora, parameters
 from grpo_jax.models.hf import export, weights
 from grpo_jax.models.hf import folder as folder_lib
 from grpo_jax.models.hf import tokenizer as tokenizer_lib
@@ -86,15 +86,18 @@ class Policy:
             )
 
 
-def find(path: str, option: str = "model.path", kept: Path | None = None) -> Path:
+def find(
+    path: str, option: str = "model.path", kept: Path | None = None, file: str = "config.json"
+) -> Path:
     """The folder of a model, or `kept`, what a run has kept of it, where that is gone.
 
-    `option` is where the user gave the path. Raises ValueError when there is neither.
+    `option` is where the user gave the path, `file` what the kept folder has. Raises ValueError
+    when there is neither.
     """
     try:
         return folder_lib.resolve(path, option)
     except ValueError:
-        if kept is None or not (kept / "config.json").exists():
+        if kept is None or not (kept / file).exists():
             raise
         return kept
 
@@ -130,13 +133,20 @@ def keep(policy: Policy, folder: Path) -> Policy:
     return dataclasses.replace(policy, kept=folder)
 
 
-def load_params(policy: Policy, mesh: Mesh, seed: int, dtype=jnp.float32) -> Params:
+def load_params(
+    policy: Policy,
+    mesh: Mesh,
+    seed: int,
+    dtype=jnp.float32,
+    keep: Callable[[Any, Array], Any] = lambda path, x: x,
+) -> Params:
     """The policy's weights, each device holding its shards: read from its source, or fresh.
 
-    Raises ValueError naming the array where one that was read is not finite.
+    `keep` as in `weights.load_params`. Raises ValueError naming the array where one that was read
+    is not finite.
     """
     if policy.source is not None:
-        params = weights.load_params(policy.source, policy.model, mesh, dtype)
+        params = weights.load_params(policy.source, policy.model, mesh, dtype, keep)
         refuse_nonfinite(params, mesh, f"{policy.source}", "Get its files again.")
         return params
     return drawing(policy.model, mesh, keys.key_for(seed, "init"), dtype)()
@@ -151,6 +161,23 @@ def drawing(model: ModelConfig, mesh: Mesh, key: Array, dtype=jnp.float32) -> Ca
         return jax.tree.map(lambda x: x.astype(dtype), parameters.init(model, key))
 
     return Call(init_params, (key,))
+
+
+def new_adapters(model: ModelConfig, mesh: Mesh, seed: int, dtype=jnp.float32) -> Params:
+    """Adapters of a model that change nothing yet."""
+    return drawing_adapters(model, mesh, keys.key_for(seed, "adapters"), dtype)()
+
+
+def drawing_adapters(model: ModelConfig, mesh: Mesh, key: Array, dtype=jnp.float32) -> Call:
+    """The program that draws new adapters of a model, which change nothing yet."""
+    shapes = lora.trained_shapes(model)
+    placed = sharding.tree_shardings(mesh, lora.trained_axes(model), shapes)
+
+    @functools.partial(jax.jit, out_shardings=placed)
+    def init_adapters(key: Array) -> Params:
+        return jax.tree.map(lambda x: x.astype(dtype), lora.init(model, key))
+
+    return Call(init_adapters, (key,))
 
 
 def refuse_nonfinite(tree: Any, mesh: Mesh, source: str, remedy: str) -> None:
@@ -185,8 +212,16 @@ def counting_nonfinite(tree: Any, mesh: Mesh) -> Call:
 
 def param_like(model: ModelConfig, mesh: Mesh) -> Params:
     """Shape, dtype (float32) and sharding of every parameter, without making any."""
-    shapes = parameters.param_shapes(model)
-    placed = sharding.tree_shardings(mesh, parameters.logical_axes(model), shapes)
+    return _like(mesh, parameters.param_shapes(model), parameters.logical_axes(model))
+
+
+def trained_like(model: ModelConfig, mesh: Mesh) -> Params:
+    """The same of the parameters that learn."""
+    return _like(mesh, lora.trained_shapes(model), lora.trained_axes(model))
+
+
+def _like(mesh: Mesh, shapes: Params, axes: Params) -> Params:
+    placed = sharding.tree_shardings(mesh, axes, shapes)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
     )

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.kernels import attention, fused_attention, quantize
+from grpo_jax.kernels import attention, dense, fused_attention, quantize
 from grpo_jax.kernels import rotary as rotary_lib
 from grpo_jax.kernels.attention import AttentionKernels, segments
 from grpo_jax.kernels.kv_cache import RING, DecodeStep, KVCache
@@ -102,6 +102,8 @@ def _run_layers(
         policies.dots_with_no_batch_dims_saveable,  # attention's have some
         policies.save_only_these_names(fused_attention.KEPT),
     )
+    if config.lora:  # of two products with the same states the sum
+        dots = policies.save_only_these_names(dense.KEPT, fused_attention.KEPT)
     checkpoint = functools.partial(
         jax.checkpoint, policy=dots if remat == "dots" else None, prevent_cse=not scan
     )
@@ -141,7 +143,8 @@ def completion_states(
     positions = _Positions.of(config, inputs.position_BT)
 
     def apply(layer: Layer, x_BTD: Array, params: Params) -> Array:
-        params = placement.gathered(params, parameters.layer_axes(config, layer))
+        axes = dense.axes_of(params, parameters.layer_axes(config, layer))
+        params = placement.gathered(params, axes)
 
         def attend(q, k, v):
             q, k = positions.rotated(layer, q, k)

@@ -27,11 +27,12 @@ from grpo_jax.devices.compiling import Call
 from grpo_jax.kernels import gpu_decode
 from grpo_jax.kernels.gpu_decode import TritonDecode
 from grpo_jax.learner import scoring, train_state
-from grpo_jax.models import policy
+from grpo_jax.models import lora, policy
 from grpo_jax.planning import hlo
 from grpo_jax.planning.compiled import Compiled, Known, Program, bytes_per_device
 from grpo_jax.sampling.decode import Slots
 from grpo_jax.sampling.engine import Engine
+from grpo_jax.setup import lora as lora_setup
 from grpo_jax.setup.engine import make_engine, make_evaluator
 from grpo_jax.setup.learner import DEFAULT, MemoryPlan, make_learner, make_supervised_learner
 from grpo_jax.structs import Experience, ModelConfig, Params, Rollouts
@@ -111,21 +112,41 @@ class Step:
         dtype = jnp.dtype(config.model.dtype)
         kept = jnp.dtype(config.model.param_dtype)
         self.state = train_state.state_like(model, mesh, self.learner.optimizer, kept)
-        self.reference = _cast(policy.param_like(model, mesh), dtype)
-        if not config.algorithm.kl_coef:
-            self.reference = None
+        self.frozen = lora_setup.frozen_like(model, mesh, dtype)
+        self.weights = self._attached(self.state.params)
+        self.reference = self._reference(dtype)
         self.rollout = self._drawing(
             self.engine, config.batch.prompts, config.batch.group, config.rollout.temperature
         )
         self.evaluations = self._evaluations()
         self.experience = self._experience()
 
+    def _reference(self, dtype) -> Params | None:
+        config, model, mesh = self.config, self.model, self.mesh
+        if not config.algorithm.kl_coef:
+            return None
+        if self.frozen is None:
+            return _cast(policy.param_like(model, mesh), dtype)
+        if not config.lora.path:
+            return self.frozen
+        given = _cast(policy.trained_like(model, mesh), dtype)
+        return self._attached(given)
+
+    def _attached(self, trained: Params) -> Params:
+        whole = sharding.replicated(self.mesh)
+
+        def shape(x: Any) -> jax.ShapeDtypeStruct:
+            is_host = isinstance(x, np.ndarray)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) if is_host else x
+
+        return jax.tree.map(shape, lora.attached(self.frozen, trained, self.model))
+
     def held(self) -> dict[str, float]:
         """Bytes of arrays on each device, by content, without the programs' own memory.
 
         Arrays that stay in host memory except during one program are left out.
         """
-        params, rollout = self.state.params, self.rollout
+        params, rollout = (self.state.params, self.frozen), self.rollout
         evaluated = [
             bytes_per_device(d.published, but=params) + bytes_per_device(d.slots.cache)
             for d in self.evaluations.values()
@@ -134,7 +155,7 @@ class Step:
         return {
             "weights": bytes_per_device(params),
             "optimizer": bytes_per_device(self._kept_state().opt_state),
-            "reference": bytes_per_device(self._kept_reference()),
+            "reference": bytes_per_device(self._kept_reference(), but=params),
             "rollout weights": bytes_per_device(rollout.published, but=params),
             "cache": bytes_per_device(rollout.slots.cache),
             "evaluation": max(evaluated, default=0.0),  # weights and cache of the larger one
@@ -204,16 +225,16 @@ class Step:
 
     def programs(self) -> list[Program]:
         """The programs of engine and learner, with the other arrays that exist while they run."""
-        learning = self._kept_state(), self._kept_reference()
+        learning = self._kept_state(), self.frozen, self._kept_reference()
         found = self._start() + self._supervised() + self._publishing(learning)
         found += self._sampling("", "rollout", self.rollout, learning)
         prepare, update, experience = self.learner.prepare, self.learner.update, self.experience
         rollouts, length_PG = experience.rollouts, self.lengths.completion_PG
-        for call in prepare.calls(self.state.params, self.reference, rollouts, length_PG):
+        for call in prepare.calls(self.weights, self.reference, rollouts, length_PG):
             loops = int(call.args[1]) if call.program is prepare.score else 1
             found.append(Program.of(call, "update", learning, loops=loops))
         updates = derived.num_updates_per_step(self.config)
-        for call in update.calls(self.state, experience, length_PG):
+        for call in update.calls(self.state, experience, length_PG, self.frozen):
             loops = int(call.args[1]) if call.program is update.gradient else 1
             beside = (*learning, experience) if call.program is update.optimizer_step else learning
             found.append(Program.of(call, "update", beside, runs=updates, loops=loops))
@@ -232,9 +253,10 @@ class Step:
         if config.model.path or not derived.is_supervised(config):
             return []
         updates = derived.num_supervised_steps(config, config.data.num_train)
-        learner = make_supervised_learner(config, self.model, self.mesh, updates)
+        model = dataclasses.replace(self.model, lora=None)  # a new model trains all parameters
+        learner = make_supervised_learner(config, model, self.mesh, updates)
         kept = jnp.dtype(config.model.param_dtype)
-        state = train_state.state_like(self.model, self.mesh, learner.optimizer, kept)
+        state = train_state.state_like(model, self.mesh, learner.optimizer, kept)
         shards = sharding.num_row_shards(self.mesh)
         shape = shards, -(-config.sft.batch // shards)  # whole texts; each shard is one group
         tokens = config.data.max_prompt_tokens + config.sft.max_tokens
@@ -254,11 +276,12 @@ class Step:
     def _start(self) -> list[Program]:
         """The programs that make the initial state; not part of a step."""
         model, mesh, state = self.model, self.mesh, self.state
+        key, dtype = jax.eval_shape(jax.random.key, 0), jax.tree.leaves(state.params)[0].dtype
         calls = []
         if not self.config.model.path:
-            key = jax.eval_shape(jax.random.key, 0)
-            dtype = jax.tree.leaves(state.params)[0].dtype
             calls.append(policy.drawing(model, mesh, key, dtype))
+        if model.lora is not None and not self.config.lora.path:
+            calls.append(policy.drawing_adapters(model, mesh, key, dtype))
         calls.append(policy.counting_nonfinite(state.params, mesh))
         calls.append(train_state.starting(state.params, model, mesh, self.learner.optimizer))
         return [Program.of(call, "start", (), runs=0) for call in calls]
@@ -289,7 +312,7 @@ class Step:
     def _publishing(self, learning: tuple) -> list[Program]:
         """The programs that publish the rollout's weights: part by part, then layer by layer."""
         published, found, made = self.rollout.published, [], []
-        for call in self.engine.publish.calls(self.state.params):
+        for call in self.engine.publish.calls(self.weights):
             if call.part:
                 found.append(Program.of(call, "rollout", (*learning, list(made))))
                 made.append(published[call.part])
@@ -320,7 +343,7 @@ class Step:
         return dict.fromkeys(shapes, share)
 
     def _drawing(self, engine: Engine, prompts: int, group: int, temperature: float) -> _Drawing:
-        params = self.state.params
+        params = self.weights
         like, changed = engine.publish.like(params), engine.publish.changed_parts(params)
         shared = {n: part for n, part in params.items() if n not in ("layers", *changed)}
         (slots, lanes), *_ = engine.layouts(prompts, group)

@@ -47,6 +47,7 @@ class Decoder:
     max_tokens: int  # C: completion limit
     dtype: Any = jnp.float32  # of activations, and of weights and cache that are "auto"
     weights: str = "auto"  # or "int8"
+    merge: bool = False  # adapters into the kernels that they belong to
     fuse: bool = False  # `parameters.fuse_projections`; for devices that hold a layer whole
     steps: int = 1  # tokens between two looks at whether the host is needed
     kv_cache: KVCache = RING  # how keys and values are kept and attended to
@@ -74,11 +75,12 @@ def decoder_for(
     weights: str = "auto",
     cache: str = "auto",
     attention: str = "auto",
+    merge: bool = False,
 ) -> Decoder:
     """The decoder that suits the devices of a mesh.
 
-    `weights`, `cache` and `attention` as in `config.rollout`. Raises ValueError where these devices
-    do not have the attention that is named.
+    `weights`, `cache` and `attention` as in `config.rollout`, `merge` as in `config.lora`. Raises
+    ValueError where these devices do not have the attention that is named.
     """
     on_gpu = sharding.is_gpu(mesh)
     return Decoder(
@@ -89,6 +91,7 @@ def decoder_for(
         max_tokens,
         dtype,
         weights=weights,
+        merge=merge,
         fuse=on_gpu and mesh.shape["tensor"] == 1,
         steps=_STEPS_ON_GPU if on_gpu else 1,
         kv_cache=choice.choose_decoding(attention, cache, model, mesh, dtype),

@@ -28,7 +28,7 @@ from jax.sharding import NamedSharding
 from grpo_jax.devices import by_shard as by_shard_lib
 from grpo_jax.devices import compiling, sharding, transfer
 from grpo_jax.devices.compiling import Call
-from grpo_jax.models import parameters
+from grpo_jax.models import lora
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.publish import Publisher
 from grpo_jax.structs import Array, Params, Rollouts, pad_rows
@@ -118,7 +118,7 @@ class Engine:
     def traffic(self) -> dict[str, float]:
         """What decoding must read, as `roofline.rollout` takes it, in bytes; scales included."""
         decoder, model = self.decoder, self.decoder.model
-        like = self.publish.like(parameters.param_shapes(model))
+        like = self.publish.like(lora.weight_shapes(model))
         read = [x for name, x in like.items() if name != "embed" or model.tied_head]
         # Of one prompt more tokens than of the other, and nothing else.
         few, many = (jax.eval_shape(lambda n=n: decode.empty(decoder, 1, 1, n)) for n in _PROMPTS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,8 +12,8 @@ import numpy as np
 
 from grpo_jax.devices import compiling, sharding
 from grpo_jax.devices.compiling import Call
-from grpo_jax.kernels import quantize
-from grpo_jax.models import parameters
+from grpo_jax.kernels import dense
+from grpo_jax.models import lora, parameters
 from grpo_jax.sampling.decode import Decoder
 from grpo_jax.structs import Array, ModelConfig, Params
 
@@ -26,7 +28,7 @@ class Publisher:
     def __init__(self, decoder: Decoder):
         self._decoder = decoder
         self._changed_parts: dict[Any, list[str]] = {}
-        like = self.like(parameters.param_shapes(decoder.model))
+        like = self.like(lora.weight_shapes(decoder.model))
         placed = jax.tree.map(lambda x: x.sharding, like)
 
         def publish_layer(stack: Params, turn: Array) -> Params:
@@ -35,7 +37,14 @@ class Publisher:
         def publish_part(part: Params) -> Params:
             return self._in_precision(part)
 
-        self._publish_layer = jax.jit(publish_layer, out_shardings=placed["layers"][0])
+        programs: dict[Any, Callable] = {}  # one for all layers that lie alike
+        self._publish_layer = []
+        for layer in placed["layers"]:
+            shardings, structure = jax.tree.flatten(layer)
+            kind = structure, tuple(shardings)
+            if kind not in programs:
+                programs[kind] = jax.jit(publish_layer, out_shardings=layer)
+            self._publish_layer.append(programs[kind])
         self._publish_part = {
             name: jax.jit(publish_part, out_shardings=placed[name])
             for name in placed
@@ -47,35 +56,40 @@ class Publisher:
         for name in self.changed_parts(params):
             published[name] = self._part(params, name)()
         layers: list[Params] = []  # one by one: of all in one program XLA holds a second copy
-        for stack, turn in parameters.layer_stacks(params["layers"], self._decoder.model):
+        for call in self._of_layers(params):
             if len(layers) >= compiling.MAX_IN_FLIGHT:
                 jax.block_until_ready(layers[-compiling.MAX_IN_FLIGHT])
-            layers.append(self._one_layer(stack, turn)())
+            layers.append(call())
         return published | {"layers": layers}
 
     def calls(self, params: Params) -> list[Call]:
         """The programs in their order, for parameters by their shapes."""
         calls = [self._part(params, name) for name in self.changed_parts(params)]
-        layers = parameters.layer_stacks(params["layers"], self._decoder.model)
-        kinds = [tuple((x.shape, x.dtype) for x in jax.tree.leaves(stack)) for stack, _ in layers]
+        layers = self._of_layers(params)
+        kinds = [_kind(call.args[0]) for call in layers]
         for kind, times in collections.Counter(kinds).items():  # each is compiled once
-            calls.append(self._one_layer(*layers[kinds.index(kind)], times))
+            calls.append(dataclasses.replace(layers[kinds.index(kind)], times=times))
         return calls
 
     def _part(self, params: Params, name: str) -> Call:
         return Call(self._publish_part[name], (params[name],), name)
 
-    def _one_layer(self, stack: Params, turn: int, times: int = 1) -> Call:
-        return Call(self._publish_layer, (stack, np.int32(turn)), times=times)
+    def _of_layers(self, params: Params) -> list[Call]:
+        layers = parameters.layer_stacks(params["layers"], self._decoder.model)
+        return [
+            Call(program, (stack, np.int32(turn)))
+            for program, (stack, turn) in zip(self._publish_layer, layers, strict=True)
+        ]
 
     def _in_precision(self, part: Params) -> Params:
-        if self._decoder.weights == "int8":
-            return quantize.weights(part, self._decoder.dtype)
-        return jax.tree.map(lambda x: x.astype(self._decoder.dtype), part)
+        int8 = self._decoder.weights == "int8"
+        return dense.in_precision(part, self._decoder.dtype, int8=int8)
 
     def _layer(self, stack: Params, turn: Array) -> Params:
         own = lambda x: jax.lax.dynamic_index_in_dim(x, turn, keepdims=False)  # noqa: E731
         layer = jax.tree.map(own, stack)
+        if self._decoder.merge:
+            layer = jax.tree.map(dense.plain, layer, is_leaf=dense.is_node)
         return self._in_precision(
             parameters.fuse_projections(layer) if self._decoder.fuse else layer
         )
@@ -97,16 +111,23 @@ class Publisher:
         if self._decoder.fuse:  # they are whole, and all alike
             first = lambda *names: names[0]  # noqa: E731
             axes["layers"] = [parameters.fuse_projections(layer, first) for layer in axes["layers"]]
-        if self._decoder.weights == "int8":
-            axes = quantize.weight_axes(axes)
         rest = {name: params[name] for name in params if name != "layers"}
-        stack, turn = parameters.layer_stacks(params["layers"], model)[0]
-        layer = jax.eval_shape(self._layer, stack, np.int32(turn))  # all are of the same shapes
-        like = jax.eval_shape(self._in_precision, rest) | {"layers": [layer] * model.num_layers}
-        placed = sharding.tree_shardings(mesh, axes, like)
+        of_stack: dict[int, Params] = {}
+        layers = []
+        for stack, turn in parameters.layer_stacks(params["layers"], model):
+            if id(stack) not in of_stack:
+                of_stack[id(stack)] = jax.eval_shape(self._layer, stack, np.int32(turn))
+            layers.append(of_stack[id(stack)])
+        like = jax.eval_shape(self._in_precision, rest) | {"layers": layers}
+        placed = sharding.tree_shardings(mesh, dense.axes_of(like, axes), like)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, placed
         )
+
+
+def _kind(stack: Params) -> Any:
+    leaves, structure = jax.tree.flatten(stack)
+    return structure, tuple((x.shape, x.dtype) for x in leaves)
 
 
 def _axes_in_decoding(model: ModelConfig, parts: int) -> Params:

@@ -34,6 +34,7 @@ def make_engine(
         weights="auto" if exact else rollout.weights_dtype,
         cache="auto" if exact else rollout.kv_cache_dtype,
         attention=rollout.attention,
+        merge=config.lora.merge_for_rollout and not exact,
     )
     return Engine(
         decoder,

@@ -23,6 +23,7 @@ import numpy as np
 from grpo_jax.data.problems import Problem
 from grpo_jax.hosts import processes
 from grpo_jax.messages.console import say
+from grpo_jax.models.hf import peft
 from grpo_jax.models.policy import Policy
 from grpo_jax.rewards import given
 from grpo_jax.rewards.registry import Reward
@@ -37,6 +38,7 @@ _OPTIONS = {  # that name what is read
     "training problems": "data.path",
     "held-out problems": "data.eval_path",
     "model": "model.path",
+    "adapter": "lora.path",
 }
 
 
@@ -101,6 +103,15 @@ def of_model(policy: Policy) -> dict[str, Any]:
     if folder.parent.name == "snapshots":  # of the hub's cache
         found["revision"] = folder.name
     return found
+
+
+def of_adapter(path: str) -> Sums:
+    """Sums of the adapter that a run begins with, where it does and the folder is at hand."""
+    folder = Path(path)
+    files = [folder / name for name in (peft.CONFIG, peft.WEIGHTS)]
+    if not path or not all(file.is_file() for file in files):
+        return {}
+    return {"adapter": {"files": _sum(file.read_bytes() for file in files)}}
 
 
 def of_rewards(rewards: Sequence[Reward]) -> dict[str, str]:

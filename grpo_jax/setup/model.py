@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
@@ -16,21 +17,24 @@ from grpo_jax.config import derived, record
 from grpo_jax.data import tasks
 from grpo_jax.models import policy as policy_lib
 from grpo_jax.models.hf import folder as folder_lib
+from grpo_jax.models.lora import attached
 from grpo_jax.models.policy import Policy
 from grpo_jax.run import saved as saved_lib
 from grpo_jax.run import workdir
+from grpo_jax.setup import lora
 from grpo_jax.structs import Layer, ModelConfig, Params, Rotary
 
 
 def model_shape(config: ConfigDict, folder: Path | None = None) -> ModelConfig:
     """The shape of the model that the config trains, in a run's folder if one is given."""
-    if config.model.path:
-        kept = None if folder is None else folder / "source"
-        path = config.model.path
-        found = policy_lib.find(path, kept=kept)
-        shape = folder_lib.read_config(found, folder_lib.as_given(path))
-        return shape.within(derived.longest_row(config))
-    return new(config.model, tasks.load(config.data.task).make_tokenizer()).model
+    kept = None if folder is None else folder / "source"
+    path = config.model.path
+    if path:
+        model = folder_lib.read_config(policy_lib.find(path, kept=kept), folder_lib.as_given(path))
+        model = model.within(derived.longest_row(config))
+    else:
+        model = new(config.model, tasks.load(config.data.task).make_tokenizer()).model
+    return lora.adapted(model, config, None if folder is None else folder / lora.KEPT)
 
 
 def new(options: ConfigDict, tokenizer: PreTrainedTokenizerBase) -> Policy:
@@ -101,6 +105,7 @@ def _found(folder: Path, checkpoint: saved_lib.Saved) -> Found:
     source = options["model.path"] or str(folder / "bootstrap" / "export")
     step = checkpoint.facts().get("state", {}).get("step", checkpoint.number)
     policy = policy_lib.read(source, kept=folder / "source")
+    policy = lora.adapted_policy(policy, options, folder / lora.KEPT)
     said = f"{folder}: checkpoint of step {step}"
     return Found(policy, (_checkpoints_of(folder), checkpoint.number), said, step)
 
@@ -123,19 +128,26 @@ def _is_run(folder: Path) -> bool:
 
 def load_params(found: Found, mesh: Mesh, dtype) -> Params:
     """The weights of a model that was found."""
+    policy = found.policy
     if found.saved is None:
-        return policy_lib.load_params(found.policy, mesh, seed=0, dtype=dtype)
-    like = policy_lib.param_like(found.policy.model, mesh)
+        return policy_lib.load_params(policy, mesh, seed=0, dtype=dtype)
+    frozen = lora.frozen_params(policy, mesh, dtype)
     with saved_lib.Saved(*found.saved) as checkpoint:
-        params = checkpoint.params(like)
-    return jax.tree.map(lambda x: x.astype(dtype), params)
+        params = checkpoint.params(policy_lib.trained_like(policy.model, mesh))
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    return attached(frozen, params, policy.model)
 
 
-def trained_params(found: Found, mesh: Mesh) -> Params:
-    """The weights of a checkpoint that was found as exactly as they were trained."""
+def trained_params(found: Found, mesh: Mesh) -> tuple[Params, Params | None]:
+    """The weights of a checkpoint that was found as exactly as they were trained.
+
+    And those that did not learn; None where all did.
+    """
     assert found.saved is not None
+    policy = found.policy
+    frozen = lora.frozen_params(policy, mesh, jnp.dtype(policy.stored or "float32"))
     with saved_lib.Saved(*found.saved) as checkpoint:
-        return checkpoint.trained(policy_lib.param_like(found.policy.model, mesh))
+        return checkpoint.trained(policy_lib.trained_like(policy.model, mesh)), frozen
 
 
 def open_model(path: str, mesh: Mesh, dtype) -> tuple[policy_lib.Policy, Params]:

@@ -26,7 +26,7 @@ from grpo_jax.planning import plan as plan_lib
 from grpo_jax.planning.plan import Plan
 from grpo_jax.planning.programs import Lengths
 from grpo_jax.rewards import trial
-from grpo_jax.setup import inputs, model
+from grpo_jax.setup import inputs, lora, model
 from grpo_jax.setup.rewards import start_rewards
 from grpo_jax.trainers import grpo_run
 from grpo_jax.trainers.grpo_run import Inputs
@@ -47,7 +47,7 @@ def check(config: ConfigDict, folder: Path) -> None:
             return policy_lib.read(config.model.path, kept=folder / "source")
         return model.new(config.model, tasks.load(config.data.task).make_tokenizer())
 
-    found = grpo_run.read(config, get_policy, lambda: _date_of(config, folder))
+    found = grpo_run.read(config, get_policy, lambda: _date_of(config, folder), folder / lora.KEPT)
     if _goes_on(folder):
         before = record.read(folder / "config.json").get("read", {})
         inputs.refuse_other(

@@ -2,32 +2,66 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from grpo_jax.devices import transfer
+from grpo_jax.kernels import dense
 from grpo_jax.learner import optim
 from grpo_jax.messages.console import say
+from grpo_jax.models import lora
 from grpo_jax.models.hf import export as export_lib
+from grpo_jax.models.hf import peft
 from grpo_jax.models.policy import Policy
+from grpo_jax.setup import lora as lora_setup
 from grpo_jax.structs import Params, TrainState
 
+ADAPTER = "adapter"  # of an export, where adapters learned
 
-def export(policy: Policy, folder: Path, state: TrainState, asked_dtype: str) -> None:
+
+def export(
+    policy: Policy,
+    folder: Path,
+    state: TrainState,
+    asked_dtype: str,
+    frozen: Params | None = None,
+) -> None:
     """Writes the policy as it was trained, as `write` does."""
     params = transfer.to_device_memory(optim.trained(state.params, state.opt_state))
-    write(policy, folder, params, asked_dtype)
+    write(policy, folder, params, asked_dtype, frozen)
 
 
-def write(policy: Policy, folder: Path, params: Params, asked_dtype: str) -> None:
+def write(
+    policy: Policy, folder: Path, params: Params, asked_dtype: str, frozen: Params | None = None
+) -> None:
     """Writes the policy as a Hugging Face folder; tells where that rounds its weights.
 
+    Adapters are merged into the `frozen` weights, and stand besides in a folder of PEFT's in it.
     `asked_dtype`: "auto" or a name, as in `checkpoint.export_dtype`. Every process must call this.
     """
-    trained = jax.tree.leaves(params)[0].dtype
+    if policy.model.lora is None:
+        return _write(policy, folder, params, _dtype(policy, folder, params, asked_dtype))
+    model, mesh = policy.model, jax.tree.leaves(params)[0].sharding.mesh
+    if model.lora.int8:  # into the weights that their 8 bits stand for
+        plain = dataclasses.replace(model, lora=dataclasses.replace(model.lora, int8=False))
+        of_source = dataclasses.replace(policy, model=plain)
+        frozen = lora_setup.frozen_params(of_source, mesh, jnp.dtype(policy.stored or "float32"))
     dtype = asked_dtype
+    if dtype == "auto":
+        dtype = policy.stored or jax.tree.leaves(frozen)[0].dtype.name
+    merge = jax.jit(lambda x: dense.plain(x).astype(dtype))
+    # One by one: of all in one program there would be a copy in float32.
+    merged = jax.tree.map(merge, lora.attached(frozen, params, model), is_leaf=dense.is_node)
+    _write(policy, folder, merged, dtype)
+    peft.save(folder / ADAPTER, params, model, base=_name_of(policy))
+
+
+def _dtype(policy: Policy, folder: Path, params: Params, asked: str) -> str:
+    """The dtype that an export is written in; tells where that rounds the parameters."""
+    trained, dtype = jax.tree.leaves(params)[0].dtype, asked
     if dtype == "auto":
         dtype = jnp.promote_types(policy.stored or trained, trained).name
     if jnp.promote_types(dtype, trained) != dtype:
@@ -36,6 +70,10 @@ def write(policy: Policy, folder: Path, params: Params, asked_dtype: str) -> Non
             "checkpoint.export_dtype asks for. Small changes of this training are lost in it; "
             '"auto" keeps all.'
         )
+    return dtype
+
+
+def _write(policy: Policy, folder: Path, params: Params, dtype: str) -> None:
     export_lib.save(
         folder,
         params,
@@ -44,3 +82,13 @@ def write(policy: Policy, folder: Path, params: Params, asked_dtype: str) -> Non
         dtype=dtype,
         tokenizer=policy.tokenizer,
     )
+
+
+def _name_of(policy: Policy) -> str | None:
+    """The hub id of the model that adapters belong to, or its folder."""
+    source = policy.source
+    if source is None:
+        return None
+    repository = source.parent.parent.name  # models--OWNER--NAME/snapshots/HASH
+    is_cached = source.parent.name == "snapshots" and repository.startswith("models--")
+    return "/".join(repository.split("--")[1:]) if is_cached else str(source)

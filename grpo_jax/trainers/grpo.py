@@ -52,7 +52,7 @@ def train(run: Run, state: RunState, monitor: Monitor, gather: Gather | None = N
             minibatch = state.update % run.course.minibatches
             with monitor.phase("update", state):
                 state.train, values = run.update(
-                    state.train, state.experience, minibatch, monitor.donates
+                    state.train, state.experience, minibatch, monitor.donates, run.frozen
                 )
             monitor.updated(state, values)
         monitor.learned(state)
@@ -76,7 +76,7 @@ def sample_and_reward(run: Run, state: RunState, monitor: Monitor) -> None:
     with monitor.phase("scoring", state):
         completions = rollout.device_rows(run, sampled.completions)
         reference = transfer.to_device_memory(run.ref_params)  # a copy of one that is elsewhere
-        log_probs = run.prepare.log_probs(state.train.params, reference, completions)
+        log_probs = run.prepare.log_probs(run.weights(state.train), reference, completions)
         scores = monitor.rewards(state, sampled)  # while the device computes these
         reward_PG = scores.reward_B.reshape(sampled.completions.length_PG.shape)
         state.experience = run.prepare(log_probs, transfer.shard_rows(run.mesh, reward_PG))

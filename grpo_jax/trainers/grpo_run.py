@@ -23,7 +23,7 @@ from grpo_jax.models.policy import Policy
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.run import workdir
 from grpo_jax.run.checkpoints import Checkpoints
-from grpo_jax.setup import inputs, model
+from grpo_jax.setup import inputs, lora, model
 from grpo_jax.setup.data import answerable, load_problems, questions, tell_of, tell_of_few
 from grpo_jax.setup.engine import make_engine, make_evaluator
 from grpo_jax.setup.learner import MemoryPlan, make_learner
@@ -52,15 +52,20 @@ class Inputs:
 
 
 def read(
-    config: ConfigDict, get_policy: Callable[[], Policy], opened: Callable[[], datetime]
+    config: ConfigDict,
+    get_policy: Callable[[], Policy],
+    opened: Callable[[], datetime],
+    kept: Path | None = None,
 ) -> Inputs:
     """Reads and checks what a run of the config does; ValueError for what does not fit.
 
     `opened` opens the run's folder, where there is one, and gives the time that chat templates are
-    told: once models, devices, rewards and problems fit each other.
+    told: once models, devices, rewards and problems fit each other. `kept`: where the run has a
+    copy of lora.path.
     """
     mesh, rewards = _devices_and_rewards(config)
     policy = get_policy().within(derived.longest_row(config))
+    policy = lora.adapted_policy(policy, config, kept)
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
     train, held_out = (answerable(config, rewards, part) for part in load_problems(config))
     tell_of(config, train, held_out)
@@ -69,6 +74,7 @@ def read(
     asked = questions(train, policy, config, "training problems", now)
     policy.check_length(asked.prompt_ids, config.rollout.max_tokens)
     sums = inputs.of_run(asked.problems, asked.prompt_ids, held_out, policy, rewards)
+    sums |= inputs.of_adapter(config.lora.path)
     kept = held_out[: config.evaluation.num_problems]
     evaluated = questions(kept, policy, config, "held-out problems", now) if kept else None
     if evaluated:
@@ -95,6 +101,7 @@ def refuse_early(config: ConfigDict, folder: Path) -> None:
     """Raises ValueError for what `run` would refuse of a new model only once that is trained."""
     mesh, rewards = _devices_and_rewards(config)
     policy = model.new(config.model, tasks.load(config.data.task).make_tokenizer())
+    policy = lora.adapted_policy(policy, config)
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
     train, held_out = load_problems(config)
     settled(config, len(train))
@@ -148,10 +155,12 @@ def build(
         return inputs.date(config.data.date, folder)
 
     source = folder / "source"
-    found = read(config, lambda: policy_lib.read(model_path, kept=source), opened)
+    kept = folder / lora.KEPT
+    found = read(config, lambda: policy_lib.read(model_path, kept=source), opened, kept)
     inputs.hold(folder, found.sums, config.checkpoint.accept_changes)
     config = settled(config, len(found.train.problems))
     policy, mesh = policy_lib.keep(found.policy, source), found.mesh
+    lora.keep(config, folder)
     learner = make_learner(
         config, policy.model, mesh, fit(config, policy.model, mesh, found.longest, folder)
     )
@@ -159,6 +168,7 @@ def build(
     for line in told(config, found):
         say(line)
     say(f"Seed {config.seed}, workdir {folder}")
+    frozen = lora.frozen_params(policy, mesh, jnp.dtype(config.model.dtype))
     return Run(
         config=config,
         course=_course(config),
@@ -174,7 +184,8 @@ def build(
         prepare=learner.prepare,
         update=learner.update,
         sizes=learner.sizes,
-        ref_params=_reference(config, policy, mesh) if config.algorithm.kl_coef else None,
+        frozen=frozen,
+        ref_params=_reference(config, policy, mesh, frozen, kept),
         checkpoints=Checkpoints(
             config.checkpoint.folder or folder / "checkpoints",
             keep=config.checkpoint.keep,
@@ -199,6 +210,7 @@ def told(config: ConfigDict, found: Inputs) -> list[str]:
         f"{config.model.path or 'the supervised start'}",
         f"Problems: {len(lengths):,} to train on, {held_out:,} held out; prompts of "
         f"{sorted(lengths)[len(lengths) // 2]} tokens, the longest of {found.longest}",
+        *lora.told(config, model),
         f"A step: {batch.prompts} prompts x {batch.group} completions of at most "
         f"{config.rollout.max_tokens} tokens, {updates} update{'s' * (updates > 1)}",
         f"The run: {config.loop.num_steps:,} steps, which ask each problem "
@@ -206,7 +218,14 @@ def told(config: ConfigDict, found: Inputs) -> list[str]:
     ]
 
 
-def _reference(config: ConfigDict, policy: policy_lib.Policy, mesh: Mesh) -> Params:
+def _reference(
+    config: ConfigDict, policy: Policy, mesh: Mesh, frozen: Params | None, kept: Path
+) -> Params | None:
+    """The weights that the KL term measures from; of adapters the frozen ones, no second copy."""
+    if not config.algorithm.kl_coef:
+        return None
+    if frozen is not None:
+        return lora.reference(config, policy, mesh, frozen, kept)
     dtype = jnp.dtype(config.model.dtype)
     params = policy_lib.load_params(policy, mesh, config.seed, dtype)
     return transfer.to_host_memory(params) if config.model.offload_reference else params

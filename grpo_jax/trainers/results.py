@@ -36,7 +36,7 @@ def evaluate(run: Run, state: RunState, monitor: Monitor, *, final: bool) -> dic
         kind = f"sampled_{num_samples}" if num_samples else "greedy"
         values |= held_out.run(
             run.evaluator,
-            run.evaluator.publish(state.train.params),
+            run.evaluator.publish(run.weights(state.train)),
             run.policy,
             run.held_out,
             run.rewards,
@@ -108,7 +108,8 @@ def _summary(run: Run, state: RunState, wall_s: float) -> dict[str, Any]:
         "parameters": run.policy.model.num_params,
     }
     if run.config.checkpoint.export:
-        exporting.export(run.policy, export, state.train, run.config.checkpoint.export_dtype)
+        dtype = run.config.checkpoint.export_dtype
+        exporting.export(run.policy, export, state.train, dtype, run.frozen)
         workdir.note_export(export, step=state.step, updates=int(state.train.num_updates))
         summary["export"] = str(export)
         summary["ask"] = _command_to_ask(run, export)

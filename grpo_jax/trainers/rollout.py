@@ -41,7 +41,7 @@ def sample(
     started, step = time.monotonic(), state.step + ahead
     questions, rewards = _begin(run, state, step)
     completions = run.engine.generate(
-        run.engine.publish(state.train.params),
+        run.engine.publish(run.weights(state.train)),
         questions.prompt_ids,
         group=run.config.batch.group,
         key=keys.key_for(run.config.seed, "rollout", state.draw_of(step)),

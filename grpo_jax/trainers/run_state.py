@@ -14,7 +14,7 @@ from grpo_jax.learner import train_state
 from grpo_jax.messages.console import say
 from grpo_jax.models import policy
 from grpo_jax.run import workdir
-from grpo_jax.setup import inputs
+from grpo_jax.setup import inputs, lora
 from grpo_jax.structs import Experience, Rollouts, TrainState
 from grpo_jax.trainers.guards import History
 from grpo_jax.trainers.runs import Run
@@ -159,7 +159,7 @@ def load(run: Run, state: RunState) -> Rollouts | None:
     model, mesh, optimizer = run.policy.model, run.mesh, run.optimizer
     dtype, number = jnp.dtype(run.config.model.param_dtype), state.checkpoint
     if number < 0:
-        params = policy.load_params(run.policy, mesh, run.config.seed, dtype)
+        params = lora.first_params(run.config, run.policy, mesh, run.folder / lora.KEPT)
         state.train = _offloaded(run, train_state.start(params, model, mesh, optimizer))
         return None
     like = train_state.state_like(model, mesh, optimizer, dtype)

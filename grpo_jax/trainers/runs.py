@@ -14,12 +14,13 @@ from grpo_jax.environments.questions import Questions
 from grpo_jax.learner.experience import Prepare
 from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.learner.update import Update
+from grpo_jax.models import lora
 from grpo_jax.models.policy import Policy
 from grpo_jax.rewards.pool import Pool
 from grpo_jax.run.checkpoints import Checkpoints
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup.inputs import Sums
-from grpo_jax.structs import Params
+from grpo_jax.structs import Params, TrainState
 from grpo_jax.trainers.listeners import Callback
 
 
@@ -64,10 +65,15 @@ class Run:
     prepare: Prepare
     update: Update
     sizes: dict[str, CompiledSizes]  # of packed rows, of the programs of these two
+    frozen: Params | None  # what does not learn, where adapters do
     ref_params: Params | None
     checkpoints: Checkpoints
     read: Sums  # what the run reads
     callbacks: tuple[Callback, ...] = ()  # of the program that started it
+
+    def weights(self, state: TrainState) -> Params:
+        """What the network reads: of adapters, with the frozen weights that they stand beside."""
+        return lora.attached(self.frozen, state.params, self.policy.model)
 
     def evaluates_after(self, step: int) -> bool:
         """Whether the policy is evaluated after a step."""

@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -35,7 +36,7 @@ from grpo_jax.rewards.registry import Reward
 from grpo_jax.run import claim, workdir
 from grpo_jax.run.checkpoints import Checkpoints
 from grpo_jax.run.stop import PATIENCE_S, Stopped, StopSignal
-from grpo_jax.setup import inputs, model
+from grpo_jax.setup import inputs, lora, model
 from grpo_jax.setup.data import answerable, encode, load_problems, questions
 from grpo_jax.setup.engine import make_engine, make_evaluator
 from grpo_jax.setup.learner import make_supervised_learner
@@ -70,6 +71,12 @@ def run(
     after it evaluates the model. Raises ValueError for what a user can mend, `guards.Diverged`
     where a guard ends it, and `stop.Stopped` once it was asked to stop and has saved.
     """
+    if config.lora.rank and not config.model.path and not is_start:
+        raise ValueError(
+            f"lora.rank = {config.lora.rank} trains adapters beside a model's weights, and "
+            'model.path = "" makes a new model, whose weights say nothing yet. Set model.path, or '
+            "lora.rank = 0."
+        )
     began = time.monotonic()
     with claim.held(), stop or StopSignal(config.checkpoint.save_before_s) as stop:
         with phase("start"), stop.nothing_to_lose():
@@ -93,7 +100,7 @@ def _gather(demonstrations: Demonstrations, run: Run, state: RunState, monitor: 
     shards = sharding.num_row_shards(run.mesh)
     given = rollout.device_rows(run, _as_rollouts(rows, shards, run.config))
     no_reward = transfer.shard_rows(run.mesh, np.zeros(given.length_PG.shape, np.float32))
-    log_probs = run.prepare.log_probs(state.train.params, None, given)  # none are needed
+    log_probs = run.prepare.log_probs(run.weights(state.train), None, given)  # none are needed
     state.experience = run.prepare(log_probs, no_reward)
 
 
@@ -146,7 +153,8 @@ def _finish(run: Run, state: RunState, stop: StopSignal, wall_s: float) -> Path:
     export = run.folder / "export"
     with stop.nothing_to_lose(PATIENCE_S):
         claim.check()
-        exporting.export(run.policy, export, state.train, run.config.checkpoint.export_dtype)
+        dtype = run.config.checkpoint.export_dtype
+        exporting.export(run.policy, export, state.train, dtype, run.frozen)
         workdir.note_export(export, step=state.step, updates=int(state.train.num_updates))
         if stop.asked():  # what comes after this training is asked to stop, too
             raise Stopped(
@@ -169,6 +177,7 @@ def _build(
     if config.model.path:
         policy = policy_lib.read(config.model.path, kept=folder / "source")
         policy = policy.within(derived.longest_row(config))
+        policy = lora.adapted_policy(policy, config, folder / lora.KEPT)
     else:
         policy = model.new(config.model, task.make_tokenizer())
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
@@ -178,12 +187,13 @@ def _build(
     sums = {
         "training problems": inputs.of_problems(encoded.problems, encoded.prompt_ids),
         "model": inputs.of_model(policy),
-    }
+    } | inputs.of_adapter(config.lora.path)
     inputs.hold(folder, sums, config.checkpoint.accept_changes)
     demonstrations = functools.partial(_demonstrations, config, policy, encoded, solution)
     if (folder / "export" / "config.json").exists():
         return None, demonstrations
     policy = policy_lib.keep(policy, folder / "source")
+    lora.keep(config, folder)
     course = _course(config, len(encoded.problems))
     learner = make_supervised_learner(config, policy.model, mesh, course.num_steps)
     held_out, rewards, engine = None, None, None
@@ -206,6 +216,7 @@ def _build(
         prepare=learner.prepare,
         update=learner.update,
         sizes=learner.sizes,
+        frozen=lora.frozen_params(policy, mesh, jnp.dtype(config.model.dtype)),
         ref_params=None,
         checkpoints=Checkpoints(
             config.checkpoint.folder or folder / "checkpoints",

@@ -200,7 +200,8 @@ def _rates(
     chip = chips.chip(mesh.devices.flat[0].device_kind)
     if chip:
         sampling = roofline.rollout(model, *lengths, **run.engine.traffic)
-        passes = 3 * iterations + (run.ref_params is not None)
+        forth_and_back = 3 if run.frozen is None else 2  # frozen weights have no gradient
+        passes = forth_and_back * iterations + (run.ref_params is not None)
         passes += derived.needs_old_pass(config)
         learning = roofline.forward(model, *lengths).times(passes)
         least = [

@@ -11,12 +11,12 @@ import jax
 from grpo_jax.api.trained import Trained
 from grpo_jax.api.training import train
 from grpo_jax.trl.config import GRPOConfig, options_of
+from grpo_jax.trl.lora import options_of_peft
 
 _REFUSED = {
     "processing_class": "the tokenizer of the model's folder is used",
     "reward_processing_classes": "reward models are not built yet",
     "quantization_config": "not built yet",
-    "peft_config": "not built yet",
     "tools": "not built yet",
     "rollout_func": "not built yet",
     "environment_factory": "not built yet",
@@ -26,7 +26,8 @@ _REFUSED = {
 class GRPOTrainer:
     """TRL 1.16's `GRPOTrainer`: its arguments, `train()` and `save_model()`.
 
-    `callbacks` are functions as `grpo_jax.train` takes them. `options` are options of ours, by
+    `callbacks` are functions as `grpo_jax.train` takes them. `peft_config` is a `LoraConfig` of
+    PEFT's. `options` are options of ours, by
     name, for what TRL has no word for. Raises ValueError for what this trainer does not do.
     """
 
@@ -40,6 +41,7 @@ class GRPOTrainer:
         *,
         callbacks: Sequence[Callable] = (),
         optimizers: tuple = (None, None),
+        peft_config: Any = None,
         options: dict[str, Any] | None = None,
         **refused: Any,
     ):
@@ -62,7 +64,8 @@ class GRPOTrainer:
         self.args = args or GRPOConfig(f"{Path(str(model)).name}-GRPO")
         self.run: Trained | None = None
         self._model, self._callbacks = model, tuple(callbacks)
-        self._data, self._options = (train_dataset, eval_dataset), dict(options or {})
+        self._data = train_dataset, eval_dataset
+        self._options = options_of_peft(peft_config) | dict(options or {})
         self._rewards = _weighed(reward_funcs, self.args.reward_weights)
 
     def train(self) -> Trained:

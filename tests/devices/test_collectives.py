@@ -16,6 +16,7 @@ from grpo_jax.algorithm.components import PolicyLoss
 from grpo_jax.devices import sharding
 from grpo_jax.learner import logprobs, train_state, update
 from grpo_jax.learner.scoring import Scorer
+from grpo_jax.models.lora import Weights
 from grpo_jax.planning import hlo
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
@@ -123,7 +124,7 @@ def test_an_update_sends_what_fsdp_must(monkeypatch):
     assert number == 2
     params = train_state.state_like(model, mesh, optimizer).params
 
-    args = params, number, learn.zero_gradient.eval_shape(), placed, *microbatches.arrays
+    args = Weights(params), number, learn.zero_gradient.eval_shape(), placed, *microbatches.arrays
     program = learn.gradient.lower(*args)
     sent = hlo.cost(program.compile().as_text(), mesh, int(number)).sent
 

@@ -20,6 +20,7 @@ from grpo_jax.learner.scoring import Scorer
 from grpo_jax.learner.train_state import start, state_like
 from grpo_jax.learner.update import make_update
 from grpo_jax.models import parameters
+from grpo_jax.models.lora import Weights
 from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Experience, Sampling
@@ -140,7 +141,7 @@ def test_a_row_is_split_over_its_devices():
         assert rows.number == 1
         state = state_like(tiny.MODEL, mesh, optimizer)
         carry = jax.eval_shape(update.zero_gradient)
-        args = state.params, rows.number, carry, experience, *rows.arrays
+        args = Weights(state.params), rows.number, carry, experience, *rows.arrays
         program = update.gradient.trace(*args).lower().compile()
         operations.append(program.cost_analysis()["flops"])
     assert operations[1] < operations[0] / 3

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.kernels import kv_cache, quantize
+from grpo_jax.kernels import dense, kv_cache, quantize
 from grpo_jax.kernels.quantize import Int8
 
 
@@ -48,7 +48,8 @@ def test_weights_keep_norms_and_biases():
         "norm": {"scale": ("norm",)},
     }
 
-    kept, kept_axes = quantize.weights(params, jnp.bfloat16), quantize.weight_axes(axes)
+    kept = dense.in_precision(params, jnp.bfloat16, int8=True)
+    kept_axes = dense.axes_of(kept, axes)
 
     np.testing.assert_array_equal(kept["embed"]["embedding"].codes, [[127, 0], [0, -127]])
     np.testing.assert_allclose(kept["embed"]["embedding"].scale, [0.01, 0.02], rtol=1e-6)

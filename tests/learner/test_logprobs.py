@@ -21,6 +21,7 @@ from grpo_jax.learner.experience import make_prepare
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.learner.train_state import state_like
 from grpo_jax.learner.update import make_update
+from grpo_jax.models.lora import Weights
 from grpo_jax.structs import Experience, Sampling
 
 B, T, D, V = 3, 7, 8, 19
@@ -275,13 +276,13 @@ def test_no_array_holds_the_logits_of_a_batch(monkeypatch):
     )
     full = rollouts.replace(length_PG=np.full((4, 4), 16))
     where = scorer.microbatches(full, np.arange(4))
-    carry = jax.eval_shape(update.zero_gradient)
+    carry, weights = jax.eval_shape(update.zero_gradient), Weights(state.params)
 
     def largest_of_both():
         jax.clear_caches()  # the limit is read while tracing
         return (
             largest(prepare.score, state.params, where.number, rollouts, *where.arrays),
-            largest(update.gradient, state.params, where.number, carry, experience, *where.arrays),
+            largest(update.gradient, weights, where.number, carry, experience, *where.arrays),
         )
 
     assert min(largest_of_both()) >= size  # one chunk: the walk sees the logits

@@ -22,6 +22,7 @@ from grpo_jax.learner.scoring import Scorer
 from grpo_jax.learner.train_state import refuse, start
 from grpo_jax.learner.update import make_update
 from grpo_jax.models import parameters
+from grpo_jax.models.lora import Weights
 from grpo_jax.structs import Experience, Sampling
 
 P, G, C = 4, 3, 5
@@ -127,7 +128,7 @@ def adding(update, experience):
     """What the update's program for microbatches is called with."""
     microbatches = scorer(microbatch=P).microbatches(experience.rollouts, np.arange(P))
     number, arrays = microbatches.number, microbatches.arrays
-    return fresh().params, number, update.zero_gradient(), experience, *arrays
+    return Weights(fresh().params), number, update.zero_gradient(), experience, *arrays
 
 
 def test_no_more_microbatches_are_computed_than_there_are(experience):
@@ -139,7 +140,7 @@ def test_no_more_microbatches_are_computed_than_there_are(experience):
     for number in (1, microbatches.number):
         carry = update.zero_gradient()
         _, sums, _ = update.gradient(
-            fresh().params, number, carry, experience, *microbatches.arrays
+            Weights(fresh().params), number, carry, experience, *microbatches.arrays
         )
         tokens.append(float(sums["tokens"][0]))
     assert 0 < tokens[0] < tokens[1] == experience.action_PGC.sum()

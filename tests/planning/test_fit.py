@@ -12,6 +12,7 @@ import tiny
 
 from grpo_jax.config import loading
 from grpo_jax.devices import sharding, transfer
+from grpo_jax.models.lora import Weights
 from grpo_jax.planning import fit as fit_lib
 from grpo_jax.planning import hlo
 from grpo_jax.planning.advice import changed
@@ -132,7 +133,7 @@ def test_the_gradient_is_the_same(config):
         counts.append(microbatches.number)
         carry = learner.update.zero_gradient()
         grads, sums, _ = learner.update.gradient(
-            tiny.params(), microbatches.number, carry, experience, *microbatches.arrays
+            Weights(tiny.params()), microbatches.number, carry, experience, *microbatches.arrays
         )
         found.append((grads, sums["loss"]))
     assert counts[0] == 1 and counts[1] > P

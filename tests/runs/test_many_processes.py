@@ -152,6 +152,27 @@ def test_two_processes_do_what_one_does(one, tmp_path, environment):
 
 
 @pytest.mark.slow
+def test_adapters_of_two_processes_are_those_of_one(one, tmp_path, environment):
+    """Their base is read by both, each its part; the export is merged by both."""
+    more = [
+        f"--config.model.path={one / 'bootstrap' / 'export'}",
+        "--config.lora.rank=4",
+        "--config.evaluation.num_problems=0",
+        "--config.checkpoint.every_steps=0",
+    ]
+    folders = []
+    for num, mesh in ((1, []), (2, ["--config.mesh.data=1", "--config.mesh.fsdp=2"])):
+        run = Launched(num, tmp_path / f"{num}", *more, *mesh, environment=environment)
+        assert run.status() == 0, run.output
+        folders.append(run.folder)
+    assert differences_beyond(1e-5, *folders) == []
+    norms = [row["policy/grad_norm"] for row in logged(folders[1]) if "reward" in row]
+    assert len(norms) == STEPS and min(norms) > 1e-3
+    files = [sorted(p.name for p in (f / "export" / "adapter").iterdir()) for f in folders]
+    assert files[0] == files[1] == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_and_four_go_on(one, tmp_path, environment):
     """Two processes are stopped at one step; four, on another mesh, end as one would have."""
     more = [

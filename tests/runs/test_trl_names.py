@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -17,6 +18,7 @@ from grpo_jax.config import options
 from grpo_jax.trl import GRPOConfig, GRPOTrainer, reference, rewards
 from grpo_jax.trl.config import options_of
 from grpo_jax.trl.fields import FIELDS
+from grpo_jax.trl.lora import options_of_peft
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "from_trl.md"
 ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(1, 9)]
@@ -205,7 +207,7 @@ def test_a_run_by_their_names_is_the_run_by_ours(model, tmp_path, one_device):
     ("arguments", "words"),
     [
         ({"model": object()}, "model=...\\) is a object. Give the folder or hub id"),
-        ({"peft_config": object()}, "peft_config=...\\): not built yet"),
+        ({"peft_config": object()}, "peft_config=...\\) is a object; only LoraConfig"),
         ({"train_dataset": None}, "needs a train_dataset"),
         ({"reward_funcs": [right, right]}, "reward_weights has 1 numbers, and reward_funcs 2"),
         ({"optimizers": (object(), None)}, "AdamW, by the options of GRPOConfig"),
@@ -318,3 +320,24 @@ def test_trls_own_example_with_its_imports_changed(tmp_path, monkeypatch):
     for row in run.metrics:
         assert 0 <= row["reward/accuracy_reward"] <= 1
         assert -1 <= row["reward/soft_overlong_punishment_reward"] < 0
+
+
+def test_a_lora_config_becomes_options():
+    """As PEFT's class holds its arguments: a set of targets, or a regular expression."""
+    given = SimpleNamespace(
+        r=8, lora_alpha=16, use_rslora=True, target_modules={"v_proj", "q_proj"},
+        exclude_modules=None, rank_pattern={"down_proj": 4}, alpha_pattern={}, lora_dropout=0.0,
+        bias="none", use_dora=False, modules_to_save=None,
+    )  # fmt: skip
+    found = options_of_peft(given)
+    assert found == {
+        "lora.rank": 8, "lora.alpha": 16.0, "lora.rank_stabilized": True,
+        "lora.targets": ("q_proj", "v_proj"), "lora.exclude": (),
+        "lora.rank_pattern": ("down_proj=4",), "lora.alpha_pattern": (),
+    }  # fmt: skip
+    given.target_modules = r".*\.q_proj"
+    assert options_of_peft(given)["lora.targets"] == (r"(?:.*\.q_proj)",)
+    given.lora_dropout = 0.05
+    with pytest.raises(ValueError, match=r"LoraConfig\(lora_dropout=0.05\)"):
+        options_of_peft(given)
+    assert options_of_peft(None) == {}

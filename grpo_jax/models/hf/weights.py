@@ -83,10 +83,17 @@ def is_leaf(x: Any) -> bool:
 # --- Reading ------------------------------------------------------------------------------------
 
 
-def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype=jnp.float32) -> Params:
+def load_params(
+    folder: Path,
+    config: ModelConfig,
+    mesh: Mesh,
+    dtype=jnp.float32,
+    keep: Callable[[Any, Array], Any] = lambda path, x: x,
+) -> Params:
     """The checkpoint's parameters as `dtype`, laid out over the mesh.
 
-    Each device's slices are read tensor by tensor. Raises ValueError before any is read when a
+    Each device's slices are read tensor by tensor. `keep(path, array)` gives what is kept of each
+    array, before the next is read. Raises ValueError before any is read when a
     tensor is missing, unused, repeated or of another shape, or a file is broken.
     """
     leaves = leaves_of(config)
@@ -95,10 +102,10 @@ def load_params(folder: Path, config: ModelConfig, mesh: Mesh, dtype=jnp.float32
     shapes = parameters.param_shapes(config)
     shardings = sharding.tree_shardings(mesh, parameters.logical_axes(config), shapes)
 
-    def load(leaf: Leaf, shape: jax.ShapeDtypeStruct, placed: jax.sharding.Sharding) -> Array:
-        return _filled(shape.shape, placed, _reader(leaf, shape.shape, tensors, dtype))
+    def load(path, leaf: Leaf, shape: jax.ShapeDtypeStruct, placed: jax.sharding.Sharding) -> Any:
+        return keep(path, _filled(shape.shape, placed, _reader(leaf, shape.shape, tensors, dtype)))
 
-    return jax.tree.map(load, leaves, shapes, shardings, is_leaf=is_leaf)
+    return jax.tree_util.tree_map_with_path(load, leaves, shapes, shardings, is_leaf=is_leaf)
 
 
 def _filled(shape: tuple[int, ...], placed: jax.sharding.Sharding, read: Callable) -> Array:

@@ -1,0 +1,134 @@
+"""The kernel of a dense layer: plain, in 8 bits (`quantize.py`), or with a low-rank adapter.
+
+With an adapter a layer computes x W + ((x A) scaling) B (Hu et al. 2021, "LoRA", arXiv:2106.09685).
+The two products are never merged into W here: where W is in few bits, most of a small change would
+be rounded away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.ad_checkpoint import checkpoint_name
+
+from grpo_jax.kernels import quantize
+from grpo_jax.kernels.quantize import Int8
+from grpo_jax.structs import Array, Params
+
+# The name of a layer's product, for the backward pass to keep: with an adapter the sum of two.
+KEPT = "dense"
+
+# The axis that shares a scale, by a parameter's name: each output of a dense layer has its own, and
+# each token of the embedding, which is an output where it is the head too.
+_SHARED = {"kernel": -2, "embedding": -1}
+_UNCAST = ("scaling",)
+
+
+@struct.dataclass
+class Adapted:
+    """A kernel and the low-rank product that is added to it; leading axes stack layers."""
+
+    kernel: Array | Int8  # [in, out]
+    a: Array  # [in, r]
+    b: Array  # [r, out]
+    scaling: Array  # float32 [r]; 0 where the layer has a lower rank than others of its stack
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kernel.shape
+
+
+def product(x: Array, kernel: Array | Int8 | Adapted, dtype: Any) -> Array:
+    """`x` [..., in] times the kernel [in, out], multiplied in x's dtype, as `dtype`."""
+    if not isinstance(kernel, Adapted):
+        return checkpoint_name(quantize.product(x, kernel, dtype), KEPT)
+    low = jnp.einsum("...i,ir->...r", x, kernel.a.astype(x.dtype))
+    scaling = kernel.scaling.reshape((1,) * (low.ndim - 1) + (-1,))
+    low = (low * scaling).astype(x.dtype)
+    y = quantize.product(x, kernel.kernel, dtype)
+    y += jnp.einsum("...r,ro->...o", low, kernel.b.astype(x.dtype), preferred_element_type=dtype)
+    return checkpoint_name(y, KEPT)
+
+
+def plain(kernel: Array | Int8 | Adapted) -> Array:
+    """The array that a kernel stands for; float32 where it is in 8 bits or has an adapter."""
+    if isinstance(kernel, Int8):
+        return kernel.codes * jnp.expand_dims(kernel.scale, -2)
+    if not isinstance(kernel, Adapted):
+        return kernel
+    a = kernel.a.astype(jnp.float32) * jnp.expand_dims(kernel.scaling, -2)
+    low = jnp.matmul(a, kernel.b.astype(jnp.float32), precision="highest")
+    return plain(kernel.kernel).astype(jnp.float32) + low
+
+
+def side_by_side(kernels: Sequence[Any], join: Callable[..., Any]) -> Any:
+    """Kernels of the same states as one; `join` concatenates arrays along their last axis.
+
+    Adapters too: A side by side, B in blocks along the diagonal.
+    """
+    plain = [k.kernel if isinstance(k, Adapted) else k for k in kernels]
+    whole = jax.tree.map(join, *plain, is_leaf=lambda x: isinstance(x, tuple))
+    adapted = [k for k in kernels if isinstance(k, Adapted)]
+    if not adapted:
+        return whole
+    rows, first = [], 0
+    for kernel in kernels:
+        outputs = kernel.shape[-1]
+        if isinstance(kernel, Adapted):
+            rest = whole.shape[-1] - first - outputs
+            rows.append(jnp.pad(kernel.b, ((0, 0), (first, rest))))
+        first += outputs
+    return Adapted(
+        whole,
+        jnp.concatenate([k.a for k in adapted], axis=-1),
+        jnp.concatenate(rows, axis=0),
+        jnp.concatenate([k.scaling for k in adapted], axis=-1),
+    )
+
+
+def is_node(x: Any) -> bool:
+    """Whether it is a kernel of several arrays."""
+    return isinstance(x, (Int8, Adapted))
+
+
+def name_of(path: Sequence[Any]) -> str:
+    """The name of a parameter by its path in a pytree; in an `Adapted` that of its part."""
+    return getattr(path[-1], "key", None) or path[-1].name
+
+
+def in_precision(params: Params, dtype: Any, *, int8: bool = False) -> Params:
+    """Parameters as `dtype`; with `int8` kernels and embeddings in 8 bits. What is so stays so."""
+
+    def one(path, x: Array | Int8) -> Array | Int8:
+        if isinstance(x, Int8) or name_of(path) in _UNCAST:
+            return x
+        axis = _SHARED.get(name_of(path)) if int8 else None
+        return x.astype(dtype) if axis is None else quantize.int8(x, axis)
+
+    is_leaf = lambda x: isinstance(x, Int8)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_leaf)
+
+
+def axes_of(params: Params, axes: Params) -> Params:
+    """The logical axes of parameters some of which are in 8 bits or adapted.
+
+    `axes`: those of the plain parameters, a tuple of names for each.
+    """
+
+    def one(path, x: Any, names: tuple) -> Any:
+        if isinstance(x, Adapted):
+            *stack, rows, columns = names
+            kernel = one(path, x.kernel, names)
+            low = (*stack, rows, None), (*stack, None, columns), (*stack, None)
+            return Adapted(kernel, *low)
+        if isinstance(x, Int8):
+            kept = list(names)
+            del kept[_SHARED[name_of(path)]]
+            return Int8(names, tuple(kept))
+        return names
+
+    return jax.tree_util.tree_map_with_path(one, params, axes, is_leaf=is_node)

@@ -1,0 +1,214 @@
+"""Low-rank adapters as PEFT's folders have them: adapter_config.json, adapter_model.safetensors.
+
+What a folder asks for beyond adapters of dense layers is refused by name: nothing is left out
+silently.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jax.sharding import Mesh
+
+from grpo_jax.devices import sharding, transfer
+from grpo_jax.messages.values import shown
+from grpo_jax.models import lora, parameters
+from grpo_jax.models.families import names
+from grpo_jax.models.families.names import Tensor
+from grpo_jax.models.hf.folder import read_json, refuse_odd, some
+from grpo_jax.models.hf.targets import ALL_LINEAR, Spec, module_names
+from grpo_jax.structs import ModelConfig, Params
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# What other settings than these would mean more than adapters beside dense layers.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "modules_to_save": (None, [], ()),
+    "use_dora": (False, None),
+    "bias": ("none", None),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "target_parameters": (None, [], ()),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None, []),
+    "use_qalora": (False, None),
+    "megatron_config": (None,),
+}
+
+
+def read_config(folder: Path, option: str = "lora.path") -> Spec:
+    """What adapters a folder holds; ValueError for what is not one, or asks for more."""
+    file = folder / CONFIG
+    if not file.exists():
+        raise ValueError(f"{option} = {shown(str(folder))} holds no adapter: no {CONFIG}.")
+    refuse_odd(file)
+    kept = read_json(file)
+    if str(kept.get("peft_type", "")).upper() != "LORA":
+        raise ValueError(f"{file}: peft_type is {shown(kept.get('peft_type'))}, not LORA.")
+    for name, allowed in _PLAIN.items():
+        if name in kept and kept[name] not in allowed:
+            raise ValueError(
+                f"{file}: {name} = {shown(kept[name])}. Only adapters of dense layers are read; "
+                f"make one with {name} = {shown(allowed[0])}."
+            )
+    layers = kept.get("layers_to_transform")
+    if kept.get("layers_pattern"):
+        raise ValueError(f"{file}: layers_pattern = {shown(kept['layers_pattern'])} is not read.")
+    try:
+        return Spec(
+            rank=int(kept["r"]),
+            alpha=float(kept["lora_alpha"]),
+            stabilized=bool(kept.get("use_rslora", False)),
+            targets=_targets(kept["target_modules"]),
+            exclude=_targets(kept.get("exclude_modules") or ()),
+            ranks={k: int(v) for k, v in (kept.get("rank_pattern") or {}).items()},
+            alphas={k: float(v) for k, v in (kept.get("alpha_pattern") or {}).items()},
+            layers=None if layers is None else tuple([layers] if type(layers) is int else layers),
+            where=str(file),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is no configuration of LoRA: {error!r}.") from error
+
+
+def _targets(given: str | list[str]) -> tuple[str, ...]:
+    """Of a text a regular expression, of a list the ends of names."""
+    if isinstance(given, str):
+        return (given if given == ALL_LINEAR else f"(?:{given})",)
+    return tuple(str(name) for name in given)
+
+
+# --- Tensors --------------------------------------------------------------------------------------
+
+
+def _tensors(config: ModelConfig) -> dict[str, tuple[str, int, str, Tensor, int]]:
+    """By a tensor's name: path, layer, leaf, how it stands there, and its rank."""
+    table, found = names.table(config), {}
+    ranks = {adapter.path: adapter.ranks for adapter in config.lora.adapters}
+    for module, (path, layer) in module_names(config).items():
+        rank = ranks.get(path, (0,) * config.num_layers)[layer]
+        if rank:
+            kernel = table[f"{path}/kernel"]
+            for leaf, order in (("lora_a", None), ("lora_b", kernel.order)):
+                name = f"{_PREFIX}{module}.lora_{leaf[-1].upper()}.weight"
+                found[name] = path, layer, leaf, Tensor(name, True, order=order), rank
+    return found
+
+
+def _leaf(tree: Any, path: str) -> Any:
+    for name in path.split("/"):
+        tree = tree[name]
+    return tree
+
+
+def save(folder: Path, adapters: Params, config: ModelConfig, base: str | None = None) -> None:
+    """Writes adapters as a folder that PEFT loads; of several processes the first.
+
+    `base`: the name of the model that they belong to.
+    """
+    host = transfer.to_host(adapters)
+    if jax.process_index() != 0:
+        return
+    stacks = parameters.layer_stacks(host["layers"], config)
+    written = {}
+    for name, (path, layer, leaf, tensor, rank) in _tensors(config).items():
+        stack, turn = stacks[layer]
+        value = np.asarray(_leaf(stack, path)[leaf][turn], np.float32)
+        value = value[:, :rank] if leaf == "lora_a" else value[:rank]
+        written[name] = np.empty(value.shape[::-1], np.float32)
+        tensor.write(value, written[name])
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.numpy.save_file(written, folder / WEIGHTS, metadata={"format": "pt"})
+    settings = json.dumps(_settings(config, base), indent=2)
+    (folder / CONFIG).write_text(settings + "\n", encoding="utf-8")
+
+
+def _settings(config: ModelConfig, base: str | None) -> dict[str, Any]:
+    """What adapter_config.json says; a scaling by the root of the rank is in the alpha."""
+    adapters = {adapter.path: adapter for adapter in config.lora.adapters}
+    own: dict[str, tuple[int, float]] = {}  # rank and alpha by module
+    for name, (path, layer) in module_names(config).items():
+        rank = adapters[path].ranks[layer] if path in adapters else 0
+        own[name] = rank, adapters[path].scalings[layer] * rank if rank else 0.0
+    by_end = collections.defaultdict(set)
+    for name, both in own.items():
+        by_end[_end(name)].add(both)
+    has = {_end(n) if len(by_end[_end(n)]) == 1 else n: both for n, both in own.items() if both[0]}
+    (usual_rank, usual_alpha), _ = collections.Counter(
+        both for both in own.values() if both[0]
+    ).most_common(1)[0]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": usual_rank,
+        "lora_alpha": _number(usual_alpha),
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "target_modules": sorted(has),
+        "exclude_modules": None,
+        "rank_pattern": {n: rank for n, (rank, _) in has.items() if rank != usual_rank},
+        "alpha_pattern": {n: _number(a) for n, (_, a) in has.items() if a != usual_alpha},
+        "layers_to_transform": None,
+        "bias": "none",
+        "use_dora": False,
+        "modules_to_save": None,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _end(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _number(value: float) -> float | int:
+    return int(value) if value == int(value) else value
+
+
+def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
+    """The adapters of a folder, laid out over the mesh.
+
+    Raises ValueError where its tensors are not those of `config.lora`, or not finite.
+    """
+    file = folder / WEIGHTS
+    if not file.exists():
+        raise ValueError(f"{folder} has no {WEIGHTS}; pickles (adapter_model.bin) are not read.")
+    refuse_odd(file)
+    try:
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            found = {name: opened.get_tensor(name) for name in opened.keys()}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{file} is not a whole safetensors file ({error}).") from error
+    needed, sizes = _tensors(config), lora.dense_layers(config)
+    if found.keys() != needed.keys():
+        missing, unused = sorted(needed.keys() - found), sorted(found.keys() - needed)
+        told = [f"{what}: {some(n)}" for what, n in (("missing", missing), ("unused", unused)) if n]
+        raise ValueError(f"{file} does not hold what {CONFIG} says. Tensors {'; '.join(told)}.")
+    host = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), lora.trained_shapes(config))
+    stacks = parameters.layer_stacks(host["layers"], config)
+    for name, (path, layer, leaf, tensor, rank) in needed.items():
+        inputs, outputs = sizes[layer][path]
+        shape = (inputs, rank) if leaf == "lora_a" else (rank, outputs)
+        value = found[name].astype(np.float32)
+        if value.shape != shape[::-1]:
+            raise ValueError(f"{file}: {name} is {list(value.shape)}, needed {list(shape[::-1])}.")
+        if not math.isfinite(np.abs(value).sum()):
+            raise ValueError(f"{file}: {name} has values that are NaN or infinite.")
+        stack, turn = stacks[layer]
+        part = tensor.read(value, tuple((0, n) for n in shape))
+        at = _leaf(stack, path)[leaf][turn]
+        at[: part.shape[0], : part.shape[1]] = part
+    shardings = sharding.tree_shardings(mesh, lora.trained_axes(config), host)
+    put = lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i].astype(dtype))  # noqa: E731
+    return jax.tree.map(put, host, shardings)

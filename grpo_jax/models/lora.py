@@ -1,0 +1,210 @@
+"""What of a decoder learns: all of its parameters, or low-rank adapters beside them (LoRA).
+
+Adapters are a tree of their own. Gradients, moments and checkpoints are of that tree alone, by
+layer as the parameters are (`layer_runs.py`):
+
+    layers/ (stacked by slot) attention/q/lora_a [in, r]    attention/q/lora_b [r, out]
+
+`attached` puts them beside the parameters, which then are frozen, as `dense.Adapted` kernels; that
+is the tree which scoring, training and sampling read. Where the layers of a stack have adapters of
+several ranks all have the largest: the scaling of the rest is 0, and so is its gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from grpo_jax.kernels import dense, quantize
+from grpo_jax.kernels.dense import Adapted
+from grpo_jax.models import layer_runs, parameters
+from grpo_jax.structs import Adapter, Array, ModelConfig, Params
+
+Tree = dict[str, Any]
+
+
+@struct.dataclass
+class Weights:
+    """A decoder's weights in two trees: those that learn, and those that do not."""
+
+    trained: Params
+    frozen: Params | None = None  # None: all learn
+
+    def whole(self, config: ModelConfig) -> Params:
+        """The tree that the network reads."""
+        return attached(self.frozen, self.trained, config)
+
+
+# --- The adapters ---------------------------------------------------------------------------------
+
+
+@functools.cache
+def dense_layers(config: ModelConfig) -> tuple[dict[str, tuple[int, int]], ...]:
+    """Of each layer of a decoder the dense layers by their path, with inputs and outputs."""
+    found: list[dict[str, tuple[int, int]]] = []
+    layers = parameters.param_shapes(config)["layers"]
+    for stack, _ in parameters.layer_stacks(layers, config):
+        leaves, _ = jax.tree_util.tree_flatten_with_path(stack)
+        kernels = [(path[:-1], x) for path, x in leaves if path[-1].key == "kernel"]
+        found.append({"/".join(key.key for key in path): x.shape[-2:] for path, x in kernels})
+    return tuple(found)
+
+
+def _by_adapter(
+    config: ModelConfig, make: Callable[[Adapter, tuple[int, ...], tuple[int, int]], Any]
+) -> Params:
+    """The tree of what `make(adapter, layers, (in, out))` gives for each of a stack's adapters."""
+    sizes = dense_layers(config)
+
+    def stack(run: int, slot: int, members: tuple[int, ...]) -> Tree:
+        tree: Tree = {}
+        for adapter in config.lora.adapters:
+            if any(adapter.ranks[i] for i in members):
+                *outer, last = adapter.path.split("/")
+                at = functools.reduce(lambda tree, name: tree.setdefault(name, {}), outer, tree)
+                at[last] = make(adapter, members, sizes[members[0]][adapter.path])
+        return tree
+
+    return {"layers": layer_runs.by_slot(config.layers, stack)}
+
+
+def _rank(adapter: Adapter, members: tuple[int, ...]) -> int:
+    return max(adapter.ranks[i] for i in members)
+
+
+def init(config: ModelConfig, key: Array) -> Params:
+    """Fresh float32 adapters: A uniform within 1 / sqrt(in), B zero, so that nothing changes yet.
+
+    As PEFT begins: Kaiming's uniform with a = sqrt(5).
+    """
+
+    def make(adapter: Adapter, members: tuple[int, ...], size: tuple[int, int]) -> Tree:
+        shape = len(members), size[0], _rank(adapter, members)
+        own = jax.random.fold_in(key, zlib.crc32(adapter.path.encode()) ^ members[0])
+        bound = size[0] ** -0.5
+        return {
+            "lora_a": jax.random.uniform(own, shape, minval=-bound, maxval=bound),
+            "lora_b": jnp.zeros((len(members), shape[-1], size[1])),
+        }
+
+    return _by_adapter(config, make)
+
+
+def _scalings(config: ModelConfig) -> Params:
+    """Of every adapter [layers of its stack, r], 0 past the layer's own rank."""
+
+    def make(adapter: Adapter, members: tuple[int, ...], size: tuple[int, int]) -> np.ndarray:
+        scaling = np.zeros((len(members), _rank(adapter, members)), np.float32)
+        for row, layer in zip(scaling, members):
+            row[: adapter.ranks[layer]] = adapter.scalings[layer]
+        return scaling
+
+    return _by_adapter(config, make)
+
+
+def num_trained(config: ModelConfig) -> int:
+    """Parameters that learn."""
+    if config.lora is None:
+        return config.num_params
+    sizes = dense_layers(config)
+    return sum(
+        rank * sum(sizes[layer][adapter.path])
+        for adapter in config.lora.adapters
+        for layer, rank in enumerate(adapter.ranks)
+        if rank
+    )
+
+
+# --- What learns ----------------------------------------------------------------------------------
+
+
+def trained_shapes(config: ModelConfig) -> Params:
+    """Shape and dtype (float32) of all that learns."""
+    if config.lora is None:
+        return parameters.param_shapes(config)
+    return jax.tree.map(lambda x: x, _adapter_shapes(config))
+
+
+@functools.cache
+def _adapter_shapes(config: ModelConfig) -> Params:
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
+def trained_axes(config: ModelConfig) -> Params:
+    """The logical axes of all that learns: A is split as the kernel's inputs, B as its outputs."""
+    if config.lora is None:
+        return parameters.logical_axes(config)
+
+    def make(adapter: Adapter, members: tuple[int, ...], size: tuple[int, int]) -> Tree:
+        layer: Any = parameters.layer_axes(config, config.layers[members[0]])
+        for name in adapter.path.split("/"):
+            layer = layer[name]
+        rows, columns = layer["kernel"]
+        return {"lora_a": ("layers", rows, None), "lora_b": ("layers", None, columns)}
+
+    return _by_adapter(config, make)
+
+
+# --- With the frozen weights ----------------------------------------------------------------------
+
+
+def attached(frozen: Params | None, trained: Params, config: ModelConfig) -> Params:
+    """The tree that the network reads: adapters beside frozen parameters, or what learns itself."""
+    if config.lora is None:
+        return trained
+    return frozen | {
+        "layers": _attach(frozen["layers"], trained["layers"], _scalings(config)["layers"])
+    }
+
+
+def _attach(frozen: Tree, adapters: Tree, scalings: Tree) -> Tree:
+    if "lora_a" in adapters:
+        low = adapters["lora_a"], adapters["lora_b"], scalings
+        kernel = Adapted(frozen["kernel"], *low)
+        return frozen | {"kernel": kernel}
+    inner = {n: _attach(frozen[n], adapters[n], scalings[n]) for n in adapters}
+    return frozen | inner
+
+
+def frozen_shapes(config: ModelConfig, dtype: Any) -> Params | None:
+    """Shape and dtype of the parameters that do not learn, as `keeping` leaves them."""
+    if config.lora is None:
+        return None
+    keep = lambda params: frozen_as(config, params, dtype)  # noqa: E731
+    return jax.eval_shape(keep, parameters.param_shapes(config))
+
+
+def frozen_axes(config: ModelConfig) -> Params:
+    """The logical axes of the parameters that do not learn."""
+    return dense.axes_of(frozen_shapes(config, jnp.float32), parameters.logical_axes(config))
+
+
+def weight_shapes(config: ModelConfig) -> Params:
+    """Shapes of the tree that the network reads."""
+    frozen = frozen_shapes(config, jnp.float32)
+    return jax.eval_shape(lambda *w: attached(*w, config), frozen, trained_shapes(config))
+
+
+def frozen_as(config: ModelConfig, params: Params, dtype: Any) -> Params:
+    """Parameters as they are kept while adapters learn: as `dtype`, and kernels maybe in 8 bits."""
+    one = lambda path, x: frozen_leaf(config, path, x.astype(dtype))  # noqa: E731
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def frozen_leaf(config: ModelConfig, path: Any, x: Array) -> Any:
+    """One of them, by its path."""
+    in_codes = config.lora.int8 and path[0].key == "layers" and dense.name_of(path) == "kernel"
+    return quantize.int8(x, -2) if in_codes else x
+
+
+def merged(weights: Params, dtype: Any) -> Params:
+    """Weights as parameters without adapters: kernels are summed in float32 and rounded once."""
+    one = lambda x: dense.plain(x).astype(dtype)  # noqa: E731
+    return jax.tree.map(one, weights, is_leaf=dense.is_node)

@@ -1,0 +1,182 @@
+"""A config's low-rank adapters: which, what they begin as, and what stays frozen beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from grpo_jax.config.dotted import flatten
+from grpo_jax.devices import sharding
+from grpo_jax.hosts import processes
+from grpo_jax.messages.values import shown
+from grpo_jax.models import lora
+from grpo_jax.models import policy as policy_lib
+from grpo_jax.models.hf import peft, targets
+from grpo_jax.models.hf.targets import Spec
+from grpo_jax.models.policy import Policy
+from grpo_jax.structs import Array, ModelConfig, Params
+
+KEPT = "source_adapter"  # of a run's folder, a copy of the adapter that it began with
+_USUAL_OF_ALL = 3e-6  # learning rates under this are those of full fine-tuning
+
+
+def spec_of(options: Mapping[str, Any], kept: Path | None = None) -> Spec | None:
+    """The adapters that options (by their dotted names) ask for; None: all weights learn.
+
+    `kept`: where a run has a copy of lora.path, which may be gone.
+    """
+    if options.get("lora.path"):
+        return peft.read_config(_folder(options["lora.path"], kept))
+    if not options.get("lora.rank"):
+        return None
+    return Spec(
+        rank=options["lora.rank"],
+        alpha=options["lora.alpha"],
+        stabilized=options["lora.rank_stabilized"],
+        targets=tuple(options["lora.targets"]),
+        exclude=tuple(options["lora.exclude"]),
+        ranks=_pairs(options, "lora.rank_pattern", int),
+        alphas=_pairs(options, "lora.alpha_pattern", float),
+        where="lora.targets",
+    )
+
+
+def _folder(path: str, kept: Path | None) -> Path:
+    return policy_lib.find(path, "lora.path", kept, peft.CONFIG)
+
+
+def _pairs(options: Mapping[str, Any], name: str, kind: type) -> dict[str, Any]:
+    found = {}
+    for entry in options[name]:
+        pattern, equals, value = str(entry).rpartition("=")
+        try:
+            found[pattern] = kind(value)
+            assert equals and pattern and found[pattern] > 0
+        except (ValueError, AssertionError) as error:
+            raise ValueError(
+                f'{name}: {shown(entry)} is not "pattern=number" with a number above 0, such as '
+                '"mlp.down_proj=8".'
+            ) from error
+    return found
+
+
+def adapted(
+    model: ModelConfig, options: ConfigDict | Mapping[str, Any], kept: Path | None = None
+) -> ModelConfig:
+    """The shape of a model with the adapters that a config asks for; ValueError for wrong ones."""
+    flat = flatten(options) if isinstance(options, ConfigDict) else options
+    spec = spec_of(flat, kept)
+    if spec is None:
+        return model
+    int8 = flat["lora.base_dtype"] == "int8"
+    return dataclasses.replace(model, lora=targets.lora_of(model, spec, int8=int8))
+
+
+def adapted_policy(
+    policy: Policy, options: ConfigDict | Mapping[str, Any], kept: Path | None = None
+) -> Policy:
+    """The same of a policy."""
+    return dataclasses.replace(policy, model=adapted(policy.model, options, kept))
+
+
+def keep(config: ConfigDict, folder: Path) -> None:
+    """Copies lora.path into a run's folder, so that the run does not need it to go on."""
+    kept = folder / KEPT
+    if config.lora.path and processes.is_first() and not (kept / peft.WEIGHTS).exists():
+        source = _folder(config.lora.path, kept)
+        kept.mkdir(parents=True, exist_ok=True)
+        for name in (peft.CONFIG, peft.WEIGHTS):  # the weights last: with them it is whole
+            shutil.copyfile(source / name, kept / name)
+    processes.barrier("the copy of lora.path")
+
+
+# --- Weights --------------------------------------------------------------------------------------
+
+
+def frozen_params(policy: Policy, mesh: Mesh, dtype: Any) -> Params | None:
+    """The parameters that do not learn, as `dtype` or in 8 bits; None where all learn."""
+    model = policy.model
+    if model.lora is None:
+        return None
+    placed = sharding.tree_shardings(
+        mesh, lora.frozen_axes(model), lora.frozen_shapes(model, dtype)
+    )
+
+    def keep(path: Any, x: Array) -> Any:
+        where = functools.reduce(lambda tree, key: tree[key.key], path, placed)
+        if isinstance(where, NamedSharding):
+            return x
+        return _quantizing(model, path, where)(x)
+
+    return policy_lib.load_params(policy, mesh, 0, dtype, keep)
+
+
+def _quantizing(model: ModelConfig, path: Any, placed: Any) -> Any:
+    @functools.partial(jax.jit, out_shardings=placed)
+    def quantize_base(x: Array) -> Any:
+        return lora.frozen_leaf(model, path, x)
+
+    return quantize_base
+
+
+def frozen_like(model: ModelConfig, mesh: Mesh, dtype: Any) -> Params | None:
+    """Their shapes and shardings."""
+    if model.lora is None:
+        return None
+    like = lora.frozen_shapes(model, dtype)
+    placed = sharding.tree_shardings(mesh, lora.frozen_axes(model), like)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, placed
+    )
+
+
+def first_params(config: ConfigDict, policy: Policy, mesh: Mesh, kept: Path | None) -> Params:
+    """What learns, before the first update: the policy's weights, or adapters, new or given."""
+    dtype, model = jnp.dtype(config.model.param_dtype), policy.model
+    if model.lora is None:
+        return policy_lib.load_params(policy, mesh, config.seed, dtype)
+    if config.lora.path:
+        return peft.load(_folder(config.lora.path, kept), model, mesh, dtype)
+    return policy_lib.new_adapters(model, mesh, config.seed, dtype)
+
+
+def reference(
+    config: ConfigDict, policy: Policy, mesh: Mesh, frozen: Params, kept: Path | None
+) -> Params:
+    """The reference of adapters: the frozen weights alone, or with the adapter of lora.path.
+
+    No second copy of the weights.
+    """
+    if not config.lora.path:
+        return frozen
+    dtype = jnp.dtype(config.model.dtype)
+    given = peft.load(_folder(config.lora.path, kept), policy.model, mesh, dtype)
+    return lora.attached(frozen, given, policy.model)
+
+
+def told(config: ConfigDict, model: ModelConfig) -> list[str]:
+    """What learns, and whether the learning rate looks like that of full fine-tuning."""
+    if model.lora is None:
+        return []
+    ranks = sorted({rank for adapter in model.lora.adapters for rank in adapter.ranks if rank})
+    names = ", ".join(adapter.path for adapter in model.lora.adapters)
+    lines = [
+        f"LoRA: rank {', '.join(map(str, ranks))} on {names}: {lora.num_trained(model):,} "
+        f"parameters learn, {100 * lora.num_trained(model) / model.num_params:.2f} %"
+    ]
+    rate = config.optim.learning_rate
+    if rate < _USUAL_OF_ALL:
+        lines.append(
+            f"warning: optim.learning_rate = {rate:g} is usual where all weights learn. Adapters "
+            f"take about ten times that: {10 * rate:g} to {50 * rate:g}; see docs/lora.md."
+        )
+    return lines

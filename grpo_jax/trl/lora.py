@@ -1,0 +1,58 @@
+"""PEFT's `LoraConfig` as options of ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# What means more than adapters of dense layers, and the only values that mean nothing.
+_REFUSED = {
+    "lora_dropout": (0, 0.0),
+    "bias": ("none",),
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "fan_in_fan_out": (False,),
+    "modules_to_save": (None, []),
+    "target_parameters": (None, []),
+    "layers_to_transform": (None,),
+    "layers_pattern": (None,),
+    "layer_replication": (None,),
+    "init_lora_weights": (True,),
+}
+
+
+def options_of_peft(peft_config: Any) -> dict[str, Any]:
+    """Our options, by name, of a `LoraConfig`, or anything with its attributes; {} of None.
+
+    Raises ValueError for what this trainer does not do.
+    """
+    if peft_config is None:
+        return {}
+    given = getattr(peft_config, "__dict__", {})
+    if "lora_alpha" not in given:
+        raise ValueError(
+            f"GRPOTrainer(peft_config=...) is a {type(peft_config).__name__}; only LoraConfig is "
+            "taken."
+        )
+    for name, allowed in _REFUSED.items():
+        if name in given and given[name] not in allowed:
+            raise ValueError(
+                f"LoraConfig({name}={given[name]!r}) is not what this trainer does. It takes "
+                f"{name}={allowed[0]!r}."
+            )
+    pairs = lambda name: tuple(f"{k}={v}" for k, v in (given.get(name) or {}).items())  # noqa: E731
+    return {
+        "lora.rank": given["r"],
+        "lora.alpha": float(given["lora_alpha"]),
+        "lora.rank_stabilized": bool(given.get("use_rslora")),
+        "lora.targets": _targets(given.get("target_modules") or "all-linear"),
+        "lora.exclude": _targets(given.get("exclude_modules") or ()),
+        "lora.rank_pattern": pairs("rank_pattern"),
+        "lora.alpha_pattern": pairs("alpha_pattern"),
+    }
+
+
+def _targets(given: Any) -> tuple[str, ...]:
+    """A text is a regular expression for PEFT, anything else the ends of names."""
+    if isinstance(given, str):
+        return (given if given == "all-linear" else f"(?:{given})",)
+    return tuple(sorted(given))
