@@ -68,8 +68,8 @@ def causal(
 ) -> Array:
     """Each token attends to itself and to earlier tokens of its segment, [B, T, N, H].
 
-    Segments stand one after the other in a row; 0 is padding. `window`: the number of keys that a
-    query sees, itself included; None for all.
+    Segments follow each other in a row; 0 is padding. `window`: the number of keys that a query
+    sees, itself included; None for all.
     """
     q_BTKnH = grouped(q_BTNH, k_BTKH.shape[-2])
     score = jnp.einsum("btknh,bskh->bknts", q_BTKnH, k_BTKH, preferred_element_type=jnp.float32)

@@ -763,7 +763,7 @@ def test_the_program_writes_what_it_prints(tmp_path, capsys):
     assert list(report["sent_bytes"]["all-reduce"]) == ["data"]
     assert np.isclose(report["flops"], sum(p["flops"] for p in report["programs"]))
     printed = capsys.readouterr().out
-    assert "parameters on 8 devices" in printed and "whether it fits is not known" in printed
+    assert "parameters on 8 devices" in printed and "so it is unknown whether it fits" in printed
 
 
 def test_no_head_is_cut_on_80_columns(monkeypatch):
