@@ -349,7 +349,7 @@ def _explained(trouble: str, hint: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[Any]:
-    """While entered, the module `datasets`, without its progress bars and error reports."""
+    """Yields the module `datasets`; meanwhile it shows no progress bars and error reports."""
     import datasets
 
     bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()

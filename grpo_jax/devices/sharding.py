@@ -72,8 +72,8 @@ def make_mesh(
             f"{len(devices)}, or set one of them to -1 for the rest."
         )
     # Auto axes: with explicit ones, the default of make_mesh, an embedding lookup sharded on two
-    # axes is refused. A mesh axis may take a part of a dimension of a TPU's torus: 8 x 8 on 4 x 4 x
-    # 4.
+    # axes is refused.
+    # A mesh axis may take a part of a dimension of a TPU's torus: 8 x 8 on 4 x 4 x 4.
     placed = mesh_utils.create_device_mesh(
         tuple(sizes.values()), devices, allow_split_physical_axes=True
     )

@@ -16,8 +16,8 @@ from math import comb
 import numpy as np
 
 CONFIDENCE = 0.95
-NUM_RESAMPLES = 2000  # the ends of an interval are then known to about 3 % of its half-width
-_MAX_FOR_BCA = 5000  # problems; its jackknife costs their square, and its corrections vanish
+NUM_RESAMPLES = 2000  # error of an interval's ends: about 3 % of its half-width
+_MAX_FOR_BCA = 5000  # problems; above, its jackknife is quadratic and its corrections vanish
 
 
 # --- pass@k and maj@k -----------------------------------------------------------------------------
@@ -81,7 +81,8 @@ def _chance_to_win(own: int, others: tuple[int, ...], silent: int, k: int) -> fl
     ways = 0.0
     for m in range(1, min(own, k) + 1):
         rest = k - m
-        # ways_TJ[t, j]: to draw j samples of the others, t of which are drawn m times as well.
+        # ways_TJ[t, j]: ways to draw j samples of the other answers so that t of those answers are
+        # drawn m times too.
         ways_TJ = np.zeros((rest // m + 1, rest + 1))
         ways_TJ[0, 0] = 1.0
         for n in others:
@@ -135,7 +136,7 @@ class Tally:
 
 
 def groups(keys: Sequence[str]) -> np.ndarray:
-    """Equal numbers for equal keys, counted from 0 in the order of their first; int64 [P]."""
+    """Group numbers: equal for equal keys, from 0 in order of first occurrence; int64 [P]."""
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return np.array([numbers[key] for key in keys], np.int64)
 

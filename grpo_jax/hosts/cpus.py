@@ -24,7 +24,7 @@ def _quotas(groups: Path, own: Path) -> list[float]:
     """The quotas, in CPUs, of the process's control group and of all groups above it.
 
     A line of /proc/self/cgroup is NUMBER:CONTROLLERS:PATH, without controllers in version 2. In a
-    container the path may be the host's; its own group then lies at the root.
+    container the path may be the host's; its own group is then at the root.
     """
     try:
         lines = own.read_text().splitlines()

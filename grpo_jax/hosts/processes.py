@@ -3,8 +3,7 @@
 On several hosts a run is one process on each, and all of them do the same things in the same order.
 A run of one process starts nothing, and everything here returns at once. The processes communicate
 through the service that JAX runs on process 0. Its public functions cannot wait with a time limit,
-nor say which process is missing. So this file, and no other, uses JAX's private functions beneath
-them (checked with JAX 0.10.2).
+nor say which process is missing. So this file alone uses private functions of JAX (0.10.2).
 """
 
 from __future__ import annotations
@@ -263,8 +262,7 @@ def shutdown() -> None:
         barrier("the end of the run")
         _tell_witness("bye")
         jax.distributed.shutdown()
-        # The shutdown ends this thread. If it were still inside JAX when the interpreter ends, it
-        # would abort the process.
+        # A thread still inside JAX at the interpreter's end would abort the process.
         _listener.join(timeout=10)
 
 
@@ -328,8 +326,7 @@ def _exit(message: str, status: int = 1) -> NoReturn:
 def barrier(what: str) -> None:
     """Waits until all processes are here; raises `Lost` if one does not come.
 
-    `what` names the barrier in the error message. All processes must call this, and the functions
-    that use it, equally often and in the same order.
+    `what` names it in errors. All must call this and its callers equally often, in the same order.
     """
     if count() == 1:
         return
@@ -374,9 +371,8 @@ def agree(text: str) -> str:
 class Word:
     """A text that any process may give; all processes receive it at the same call of `heard`.
 
-    Until it is given, a call of `heard` costs nothing. Once it is given, each process publishes how
-    often it has called `heard`. All receive the text at their call number m + 1, where m is the
-    largest of these counts.
+    Until it is given, a call of `heard` costs nothing. Then each process publishes how often it has
+    called `heard`, and all receive the text at the call after the largest of these counts.
     """
 
     def __init__(self, name: str, on_given: Callable[[str], None]):

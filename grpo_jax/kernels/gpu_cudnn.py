@@ -1,6 +1,6 @@
 """Attention of scoring and training by cuDNN's fused kernel, for NVIDIA GPUs.
 
-The kernel takes lengths and causality, never a mask, so each completion needs a lane of its own;
+The kernel takes lengths and causality, never a mask, so each completion needs its own lane;
 `fused_attention.py` merges two runs of it. `jax.nn.dot_product_attention` rounds the log-sum-exp to
 the inputs' dtype and drops its gradient, so this file calls the private functions beneath it,
 forward and backward. Neither is public in JAX; `_READ_IN` has the versions in which they were read.

@@ -119,7 +119,7 @@ class Progress:
         return done % self._every == 0 or done in (self._first + 1, self._total)
 
     def _told(self) -> str:
-        """The text beside the bar; without a bar, the step and the text. It is drawn again by time."""
+        """The text beside the bar; without a bar, the step and the text. It follows the clock."""
         facts = self._facts(time.monotonic())
         if self._is_wide:
             return "  ".join(facts.values())

@@ -13,12 +13,12 @@ from rich.text import Text
 from grpo_jax.messages import console
 from grpo_jax.messages.values import cut
 
-_MAX_EXTRA_CHARS = 40  # of what a reward function added to a sample: texts keep their width
+_MAX_EXTRA_CHARS = 40  # of a value that a reward function added: leaves the width to texts
 _MAX_COLUMNS = 4  # of a problem
 
 
 def print_samples(title: str, rows: list[dict[str, Any]], max_chars: int = 600) -> None:
-    """Prints a table of completions (the keys stand at the top of `writers.py`).
+    """Prints a table of completions (`writers.py` describes their keys).
 
     A prompt and its columns are printed once, before its completions. Control characters in texts
     are spelled out. Long texts are cut in their middle to `max_chars`, so that beginning and answer
@@ -26,7 +26,7 @@ def print_samples(title: str, rows: list[dict[str, Any]], max_chars: int = 600) 
     """
     table = Table(title=title, title_justify="left", show_lines=True)
     table.add_column("text", ratio=1, overflow="fold")
-    table.add_column("what it is or earned", no_wrap=True)  # in one: texts keep their width
+    table.add_column("what it is or earned", no_wrap=True)  # leaves the width to texts
     for about, texts in by_question(rows):
         for name, text in about.items():
             table.add_row(

@@ -1,6 +1,6 @@
 """The decoder's parameters: how they are made, their logical axes, and how decoding reads them.
 
-They are float32 unless the caller casts or quantizes them (`quantize.weights`). Kernels are
+They are float32 unless the caller casts or quantizes them (`dense.in_precision`). Kernels are
 [in, out], heads contiguous:
 
     embed/embedding [V, D]      norm/scale [D]      head/kernel [D, V] (untied models only)

@@ -173,7 +173,7 @@ class _Program:
         whole = Cost(bytes=self._bytes(i, inside), cycles=_cycles(i))
         called = i.attribute("calls") if i.opcode in _FUSIONS else None
         if called:
-            inner = self._of(called)  # of its kernels it is one
+            inner = self._of(called)  # a fusion is one kernel as a whole
             return whole + Cost(flops=inner.flops, collectives=self._fused(called, inner))
         if i.opcode == "dot":
             whole += Cost(flops=self._dot(i, inside))
@@ -214,7 +214,7 @@ class _Program:
     def _limit(self, i: Instruction, inside: Mapping, outer: Mapping) -> tuple[int, int] | None:
         """The constant that bounds a loop's counter, and the counter's index in the loop's state.
 
-        The comparison may stand in a fusion, whose arguments are `outer`.
+        The comparison may be inside a fusion, whose arguments are `outer`.
         """
         if i.opcode == "fusion" and i.attribute("calls") in self.computations:
             called = self.computations[i.attribute("calls")]

@@ -39,13 +39,13 @@ def show(plan: Plan) -> None:
         sent.add_row(kind, " ".join(axes), f"{size / 1e9:,.3f}", seconds)
     console.print(sent)
     if plan.chip.memory is None:
-        say("Simulated devices have no limits: whether it fits is not known.")
+        say("Simulated devices have no limits, so it is unknown whether it fits.")
         return
     verdict = "fits" if plan.fits else "does not fit"
     say(
         f"It {verdict}: {_gib(plan.peak)} GiB at its peak, {_gib(plan.room)} GiB usable of a "
         f"{plan.chip.name}. A step takes at least {plan.step_s:,.1f} s, and {plan.in_turn_s:,.1f} "
-        "s at these rates where one kernel follows another."
+        "s at these rates if kernels run one after the other."
     )
 
 

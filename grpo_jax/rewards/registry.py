@@ -133,7 +133,7 @@ def _which_gives_accuracy(rewards: dict[str, Reward], chosen: str) -> str | None
 
 
 def function(spec: str) -> Callable:
-    """The function that a name in `rewards.names` stands for.
+    """The function of an entry of `rewards.names`.
 
     Arguments in brackets are literals. They are bound to a reward function. A function without
     `completions` is a factory: it is called with them and returns a reward function, as in

@@ -39,7 +39,7 @@ class Log:
             if not self._told:
                 self._say(
                     f"warning: {self._path} cannot be written, the disk is full. The run goes on; "
-                    "what belongs there is kept in memory until there is space."
+                    "its lines are kept in memory until there is space."
                 )
             self._told = True
 

@@ -17,7 +17,7 @@ _PATTERNS = re.compile(r"[*?\[\]\\]")  # Orbax searches its folders by glob patt
 
 
 def damage(folder: epath.Path, part: int = 0, parts: int = 1) -> str:
-    """What is wrong with a checkpoint's files, in words; "" for nothing.
+    """The faults of a checkpoint's files, as text; "" for none.
 
     Raises ValueError if they cannot be read, after several tries.
     """
@@ -26,7 +26,7 @@ def damage(folder: epath.Path, part: int = 0, parts: int = 1) -> str:
             found = checksums.faults(folder, leave_out=WRITTEN_LAST, part=part, parts=parts)
             found = found or unmerged(folder)
             break
-        except Exception as error:  # of the storage and its library: no common base
+        except Exception as error:  # from storage and library, without a common base class
             if wait_s is None:
                 raise ValueError(
                     f"The checkpoint {folder} cannot be read ({reason(error)}), which does not "

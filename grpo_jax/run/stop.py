@@ -227,7 +227,7 @@ class StopSignal:
     def _leave(self, way_out: _WayOut) -> None:
         try:
             message, status = way_out.save(), STATUS
-        except Exception as error:  # of the storage, its library and the disk: no common base
+        except Exception as error:  # from storage, library or disk
             message, status = f"error: what was computed could not be saved: {error}", 1
         say(message, always=True)
         _end(message, status)

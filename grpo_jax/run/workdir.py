@@ -64,7 +64,7 @@ def begin(folder: Path, checkpoints: str, *, again: bool) -> None:
         if (folder / f"{name}.jsonl").exists():
             (folder / f"{name}.jsonl").rename(folder / f"{name}_{number}.jsonl")
     saved.unlink()
-    say(f"The run begins again at step 0. {folder}/metrics_{number}.jsonl has what was logged.")
+    say(f"The run begins again at step 0. {folder}/metrics_{number}.jsonl has the old metrics.")
 
 
 def note_export(export: Path, *, step: int, updates: int) -> None:

@@ -1,4 +1,4 @@
-"""Completions made to hang, crash or fool a reward. Always the same for a count and a seed."""
+"""Completions that try to hang, crash or fool a reward. A count and a seed give the same ones."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class Case(NamedTuple):
 
     kind: str
     completion: str
-    expected: float | None  # what math_answer owes it against the answer 72; None: not certain
-    can_hang: bool  # sympy may work on it without end, were it let to
+    expected: float | None  # math_answer's value for the answer 72; None: not certain
+    can_hang: bool  # sympy could work on it without end
 
 
 def make(count: int = 1000, seed: int = 0) -> list[Case]:
-    """`count` cases of all kinds by turns, each kind with other sizes every time."""
+    """`count` cases of all kinds in turn, each time with other sizes."""
     rng = random.Random(seed)
     kinds: list[tuple[str, Callable[[random.Random], str], float | None, bool]] = [
         *((kind, f, 0.0, False) for kind, f in _WRONG.items()),

@@ -1,4 +1,4 @@
-"""What a process writes, by the events that Python reports of itself."""
+"""The files that a process writes, from Python's audit events."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import matplotlib.font_manager  # noqa: F401, at its first import it writes into the home folder
 
-# Where an event's arguments hold the paths it changes, and the open folder each is relative to.
+# Positions, in an event's arguments, of the changed paths and of the open folders they are relative
+# to.
 _CHANGED = {
     "os.mkdir": [(0, 2)], "os.rename": [(0, 2), (1, 3)], "os.remove": [(0, 1)],
     "os.rmdir": [(0, 1)], "os.link": [(1, 3)], "os.symlink": [(1, 2)], "os.truncate": [(0, None)],
@@ -18,13 +19,13 @@ _CHANGED = {
 }  # fmt: skip
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
-_found: set[str] | None = None  # an audit hook stays for the life of the process
+_found: set[str] | None = None  # an audit hook cannot be removed
 _is_hooked = False
 
 
 @contextlib.contextmanager
 def writes() -> Iterator[set[str]]:
-    """Fills a set with the absolute paths that Python code makes, writes or removes meanwhile."""
+    """While entered, a set gets the absolute paths that Python code makes, writes or removes."""
     global _found, _is_hooked
     if not _is_hooked:
         sys.addaudithook(_hook)
@@ -37,7 +38,7 @@ def writes() -> Iterator[set[str]]:
 
 
 def outside(paths: set[str], *folders: Path) -> list[str]:
-    """Paths that lie in none of the folders, Python's own caches of modules left out."""
+    """Paths outside of all these folders, without Python's module caches."""
     return sorted(
         p
         for p in paths
@@ -57,6 +58,6 @@ def _hook(event: str, arguments: tuple) -> None:
         places = _CHANGED.get(event, ())
         changed = [(arguments[i], -1 if j is None else arguments[j]) for i, j in places]
     for path, folder in changed:
-        if isinstance(path, (str, bytes, os.PathLike)):  # a number is a file that is open already
+        if isinstance(path, (str, bytes, os.PathLike)):  # an integer is a file that is already open
             base = f"/proc/self/fd/{folder}" if folder >= 0 else ""
             _found.add(os.path.realpath(os.path.join(base, os.fsdecode(path))))

@@ -3,7 +3,7 @@
 `python drive.py JOBS` where JOBS is a JSON list of {"argv": [...], "after": N, "of": "update" or
 "sft"}: the run is asked to stop after N updates of GRPO or N supervised steps in this process;
 without "after" it runs to its end. With "in", "rollout", "rewards", "update" or "evaluation", it
-does not hear that, and is left in the next such phase, as one that does not come to its end.
+ignores that, and is abandoned in the next such phase, like a run that does not reach its end.
 Prints one JSON line per job: how it ended.
 """
 
@@ -22,7 +22,7 @@ from grpo_jax.trainers.step_metrics import StepLog
 
 
 class Count:
-    """What this process has done since the job began."""
+    """Counts this process's updates since the job began."""
 
     update = 0
     sft = 0
@@ -35,7 +35,7 @@ class StopAfter(stop.StopSignal):
 
     of = "update"
     after: int | None = None
-    within = ""  # the phase in which the run is left
+    within = ""  # the phase in which the run is abandoned
 
     def asked(self):
         self.name = "SIGTEST"
@@ -50,7 +50,7 @@ class StopAfter(stop.StopSignal):
         return getattr(Count, self.of) >= self.after
 
     def leave(self, phase: str) -> None:
-        """Leaves the run as the thread that hears signals does, where that is due."""
+        """Abandons the run, if due, as the thread of signals does."""
         if self.within != phase or not self._is_due():
             return
         ends: list[str] = []
@@ -62,7 +62,7 @@ class StopAfter(stop.StopSignal):
 
 
 class CountingLog(StepLog):
-    """Counts updates, as they are launched."""
+    """Counts updates when they are launched."""
 
     def add_update(self, *args):
         kind = "sft" if self._run.course.bar == "sft" else "update"
@@ -71,7 +71,7 @@ class CountingLog(StepLog):
 
 
 class LeavingMonitor(monitor.Monitor):
-    """Tells the stop signal of what the run comes to."""
+    """Reports the phases of the run to the stop signal."""
 
     def __init__(self, run, *args):
         Count.grpo = run.course.bar != "sft"

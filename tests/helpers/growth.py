@@ -1,4 +1,4 @@
-"""How the work of a function grows, measured so that other work on the machine does not count."""
+"""Measures how a function's work grows, without other work on the machine."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def processor_s(run: Callable[[], object]) -> float:
 
 
 def assert_linear(run: Callable[[int], object], size: int) -> None:
-    """Four times `size` takes nearer to 4 times the processor time than to 16 times.
+    """Asserts that 4 times the `size` takes closer to 4 times the processor time than to 16 times.
 
-    The best of three each; what is too short to be told from the noise of a clock passes.
+    It takes the best of three. Times too short for the clock's resolution pass.
     """
 
     def seconds(n: int) -> float:

@@ -57,7 +57,7 @@ def tensors_of(folder: Path) -> dict[str, np.ndarray]:
 
 
 def rewrite(folder: Path, change) -> None:
-    """Replaces the checkpoint's tensors by those that `change` leaves in the dict."""
+    """Rewrites the checkpoint's tensors after `change` has edited their dict."""
     tensors = tensors_of(folder)
     change(tensors)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""A program that refuses: its status and message; and the model it is given."""
+"""Runs a program that refuses its input: status and message; and makes a model for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reward functions that behave and misbehave, for the tests; workers import them by name."""
+"""Reward functions for tests, correct and faulty ones; workers import them by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def half(prompts, completions, **columns):
     return [0.5 for _ in completions]
 
 
-def letters(completions, **kwargs):  # TRL's users leave out what they do not read
+def letters(completions, **kwargs):  # TRL's users leave out arguments that they do not read
     return [None if c == "?" else len(c) for c in completions]
 
 
@@ -66,7 +66,7 @@ def spoil(prompts, completions, answer, **columns):
     return [float(v) for v in columns["level"]]
 
 
-# Each does what it says for a completion "bad", and gives 1 for others.
+# Each does what its name says for a completion "bad", and gives 1 for others.
 
 
 def sleeps(completions, **columns):
@@ -77,7 +77,7 @@ def sleeps(completions, **columns):
 
 def computes(completions, **columns):
     if "bad" in completions:
-        exec("9**9**9**9")  # the interpreter is held: no signal, no thread could end it
+        exec("9**9**9**9")  # the interpreter is blocked: no signal and no thread can end it
     return [1.0] * len(completions)
 
 
@@ -119,7 +119,7 @@ def prints(completions, **columns):
 
 
 def leaves_children(completions, child_file, **columns):
-    """Starts processes that outlive the call, in three ways, and holds the interpreter for good."""
+    """Starts processes that outlive the call, in three ways, and blocks the interpreter forever."""
     if child_file[0]:
         child = subprocess.Popen(["sleep", "1000"])
         apart = subprocess.Popen(["sleep", "1000"], start_new_session=True)
@@ -133,14 +133,14 @@ def leaves_children(completions, child_file, **columns):
 
 
 def forks(completions, **columns):
-    """A copy of the process comes back from the call, too."""
+    """A fork of the process returns from the call, too."""
     if "bad" in completions:
         os.fork()
     return [float(len(c)) for c in completions]
 
 
 def speaks_out_of_turn(completions, **columns):
-    """Answers a call that nobody made."""
+    """Sends an answer for a call that nobody made."""
     if "bad" in completions:
         pipe = next(o for o in gc.get_objects() if isinstance(o, Connection) and not o.closed)
         pipe.send((10**6, None))
@@ -163,7 +163,7 @@ def closes_output(completions, **columns):
 
 
 def shares_memory(completions, **columns):
-    """Memory that a limit of the process's own data does not count."""
+    """Uses memory that a limit of the process's own data does not count."""
     if "bad" in completions:
         block = mmap.mmap(-1, 512 << 20)
         for _ in range(16):
@@ -173,7 +173,7 @@ def shares_memory(completions, **columns):
 
 
 def children_hold_memory(completions, **columns):
-    """Each less than the limit, all of them more."""
+    """Children that each hold less than the limit, and together more."""
     if "bad" in completions:
         code = "import time; block = bytearray(150 << 20); time.sleep(1000)"
         for _ in range(3):
@@ -186,7 +186,7 @@ _loaded = []
 
 
 def loads(completions, **columns):
-    """Takes its time for the first call in a process."""
+    """Is slow in the first call of a process."""
     if "bad" in completions:
         os._exit(1)
     if not _loaded:
@@ -204,7 +204,7 @@ _client = {}
 
 
 async def keeps_a_client(completions, **columns):
-    """Asks a client that the first call made, as those of an API are kept."""
+    """Uses a client that the first call made, like a client of an API."""
 
     async def serve(requests):
         while True:
@@ -228,7 +228,7 @@ async def exits_later(completions, **columns):
 
 
 def knows_libraries(completions, **columns):
-    """How many large libraries a worker has imported by itself."""
+    """The number of large libraries that a worker has imported by itself."""
     return [float(len({"jax", "torch", "pandas"} & set(sys.modules)))] * len(completions)
 
 
@@ -238,7 +238,7 @@ class NoText(Exception):  # noqa: N818
 
 
 def raises_without_text(completions, log_extra, **columns):
-    """What it logs and raises cannot be told as it is, and a thread of it shows a key."""
+    """Its logs and its error cannot be pickled or printed, and one of its threads prints a key."""
     thread = threading.Thread(target=lambda: exec("raise KeyError(os.environ['JUDGE_API_KEY'])"))
     thread.start()
     thread.join()

@@ -1,11 +1,11 @@
-"""Answers with one digit, sign, operator, bracket or unit exchanged. Always the same for a seed.
+"""Answers with one digit, sign, operator, bracket or unit exchanged; a seed gives the same ones.
 
-Exchanges that keep the value, such as -0 for 0 or 1^2 for 1, are left out where they are known. Of
-6,000 such answers of MATH's training set none may be paid that differs in value:
+Exchanges that keep the value, such as -0 for 0 or 1^2 for 1, are left out if known. Of 6,000 such
+answers from MATH's training set, no answer with another value may get the reward.
 
     GRPO_JAX_MATH=.../math_train.jsonl python tests/helpers/perturbed.py 6000
 
-prints those that are paid, for a person to read.
+prints those that get it, for a person to check.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 
 class Perturbed(NamedTuple):
-    """An answer and what became of it."""
+    """An answer, and its changed form."""
 
     kind: str
     answer: str
@@ -45,7 +45,7 @@ _LETTERS = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z](?![a-zA-Z])")
 
 
 def _exchange(pattern: str, choose: Callable) -> Callable:
-    """Exchanges one place, drawn at random, that the pattern finds."""
+    """Changes one random match of the pattern."""
 
     def change(rng: random.Random, text: str) -> str | None:
         places = list(re.finditer(pattern, text))
@@ -99,7 +99,7 @@ def _turned(text: str) -> str | None:
 
 
 def make(answers: list[str], count: int, seed: int = 0) -> list[Perturbed]:
-    """`count` answers drawn at random, each with one exchange of a kind that fits it."""
+    """`count` random answers, each with one exchange of a kind that fits it."""
     rng = random.Random(seed)
     found: list[Perturbed] = []
     while len(found) < count:

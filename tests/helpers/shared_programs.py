@@ -1,8 +1,8 @@
-"""What tiny runs of one process share, since tracing and compiling take most of such a run.
+"""Lets tiny runs share their programs, since tracing and compiling take most of their time.
 
-Runs of the same options and model have the same programs, so the second takes those of the first.
-Each begins with sizes of rows of its own, as a new process does. The picture of a run, which takes
-a sixth of what is left, is drawn by the tests that look at it.
+Runs with the same options and model have the same programs, so the second uses those of the first.
+Each begins with its own row sizes, as a new process does. The picture of a run takes a sixth of the
+remaining time, so only tests that look at it draw it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from grpo_jax.metrics import curves
 from grpo_jax.trainers import grpo_run, sft
 
 _MADE: dict[tuple, Any] = {}
-# Options that no program reads; and those that sampling does not.
+# Options that no program reads; and options that sampling does not read.
 _BESIDE = ("checkpoint", "logging", "rewards")
 _LEARNING = ("optim", "sft", "loop", "guards", "evaluation")
 
@@ -34,11 +34,11 @@ def share(setattr: Callable[[Any, str, Any], None] = setattr) -> None:
 
 
 def _kept(make: Callable, *beside: str) -> Callable:
-    """`make(config, ...)`, called once for options that differ in those sections alone."""
+    """`make(config, ...)`, called once for configs that differ only in these sections."""
 
     def call(config, *args, **kwargs):
         read = {k: v for k, v in flatten(config).items() if k.split(".")[0] not in beside}
-        # A policy holds a tokenizer, of which no program knows.
+        # A policy has a tokenizer, which no program reads.
         with_model = (getattr(x, "model", x) for x in args)
         key = (make.__name__, json.dumps(read, default=str), *with_model, *sorted(kwargs.items()))
         if key not in _MADE:

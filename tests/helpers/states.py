@@ -1,4 +1,4 @@
-"""Train states of a tiny model, and whether two are the same bit for bit."""
+"""Train states of a tiny model, and their comparison bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tiny random model and rollouts for the tests of several folders."""
+"""A tiny random model and its rollouts, for tests in several folders."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ MODEL = ModelConfig(
 
 
 def one_device() -> Mesh:
-    """A mesh of the first device alone: eight that compute the same take eight times as long."""
+    """A mesh of the first device: eight devices with the same work take eight times as long."""
     return sharding.make_mesh(devices=jax.devices()[:1])
 
 
@@ -100,8 +100,8 @@ def params(seed: int = 0, model: ModelConfig = MODEL):
 def rollouts(prompts: int = 4, group: int = 3, tokens: int = 5, seed: int = 0) -> Rollouts:
     """Random prompts of 1 to 6 tokens and completions of 1 to `tokens`, with zeros in the padding.
 
-    The first completion of all is its stop token alone; the last one is cut at the limit. The
-    sampler's log-probabilities are random: nothing but a metric may read them.
+    The first completion is only its stop token; the last one is cut at the limit. The sampler's
+    log-probabilities are random: only a metric may read them.
     """
     rng = np.random.default_rng(seed)
     prompt_length_P = rng.integers(1, 7, prompts, dtype=np.int32)
@@ -176,7 +176,7 @@ def unstacked(layers, config: ModelConfig) -> list:
 
 
 def run_on_a_gpu(file: str, optimized: dict[str, str]) -> None:
-    """Runs a test's file as a program: this process has been told to use the CPU."""
+    """Runs a test's file as a program, since this process uses the CPU."""
     if shutil.which("nvidia-smi") is None:
         pytest.skip("needs an NVIDIA GPU")
     environment = optimized | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": os.pathsep.join(sys.path)}

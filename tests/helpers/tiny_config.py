@@ -1,4 +1,4 @@
-"""The smallest run that has every part of one: a new model, several updates per rollout, a KL term.
+"""The smallest run with every part of a run: a new model, several updates per rollout, a KL term.
 
     python -m grpo_jax.train --config tests/helpers/tiny_config.py
 

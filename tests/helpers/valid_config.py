@@ -1,4 +1,4 @@
-"""A config that is valid, and why another is refused."""
+"""A valid config, and the reason why another is refused."""
 
 from __future__ import annotations
 

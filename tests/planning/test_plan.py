@@ -237,11 +237,12 @@ def test_a_program_of_a_tpu():
     ],
 )
 def test_the_windows_of_a_convolution(out, window, pairs):
+    labels = "dim_labels=b0f_0io->b0f"
     text = f"""
 ENTRY %main (x: f32[2,8,4], w: f32[3,4,5]) -> f32[2,{out},5] {{
   %x = f32[2,8,4]{{2,1,0}} parameter(0)
   %w = f32[3,4,5]{{2,1,0}} parameter(1)
-  ROOT %y = f32[2,{out},5]{{2,1,0}} convolution(%x, %w), window={{{window}}}, dim_labels=b0f_0io->b0f
+  ROOT %y = f32[2,{out},5]{{2,1,0}} convolution(%x, %w), window={{{window}}}, {labels}
 }}
 """
     cost = hlo.cost(text, sharding.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
@@ -763,7 +764,7 @@ def test_the_program_writes_what_it_prints(tmp_path, capsys):
     assert list(report["sent_bytes"]["all-reduce"]) == ["data"]
     assert np.isclose(report["flops"], sum(p["flops"] for p in report["programs"]))
     printed = capsys.readouterr().out
-    assert "parameters on 8 devices" in printed and "whether it fits is not known" in printed
+    assert "parameters on 8 devices" in printed and "so it is unknown whether it fits" in printed
 
 
 def test_no_head_is_cut_on_80_columns(monkeypatch):

@@ -46,8 +46,12 @@ def _drive(jobs: list[dict], environment: dict[str, str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, alone):
-    """The folder of all runs: whole, its like without learning, its like in step, and stopped."""
+    """The folder of all runs: whole, its like without learning, its like in step, and stopped.
+
+    The first trains the model under supervision that all begin with.
+    """
     root = tmp_path_factory.mktemp("async")
+    model = f"--config.model.path={root / 'whole' / 'bootstrap' / 'export'}"
 
     def job(name, *more, **stop):
         argv = [
@@ -57,6 +61,7 @@ def runs(tmp_path_factory, alone):
             str(root / name),
         ]
         more += tuple(IN_HOST_MEMORY) if name == "within" else ()
+        more += () if name == "whole" else (model,)
         return {"argv": [*argv, *OPTIONS, *more], **stop}
 
     first = [

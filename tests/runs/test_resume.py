@@ -58,6 +58,11 @@ def _argv(folder: Path, *more: str) -> list[str]:
     return ["--config", str(TINY), "--workdir", str(folder), *SLOW_REWARD, *more]
 
 
+def _model_of(folder: Path) -> str:
+    """The option to begin with what a run has trained under supervision."""
+    return f"--config.model.path={folder / 'bootstrap' / 'export'}"
+
+
 def _drive(jobs: list[dict], environment: dict[str, str]) -> list[str]:
     """How each job ended."""
     done = subprocess.run(
@@ -95,10 +100,8 @@ def runs(tmp_path_factory, slow_reward):
         {"argv": _argv(root / name), "in": phase, "of": kind, "after": count}
         for name, (phase, kind, count) in LEFT.items()
     ]
-    alone = [
-        {"argv": _argv(root / "whole")},
-        {"argv": _argv(root / "longer", "--config.loop.num_steps=6")},
-    ]
+    longer = ["--config.loop.num_steps=6", _model_of(root / "whole")]
+    alone = [{"argv": _argv(root / "whole")}, {"argv": _argv(root / "longer", *longer)}]
     first = _drive(alone + stopped, slow_reward)
     for name in ALL:
         shutil.copytree(root / name, root / f"{name}, then")
@@ -187,8 +190,8 @@ def test_a_changed_config_is_refused(runs):
 
 
 def test_sigterm_saves_and_ends_with_status_75(runs, slow_reward, tmp_path):
-    folder = tmp_path / "run"
-    command = [sys.executable, "-m", "grpo_jax.train", *_argv(folder)]
+    folder, whole = tmp_path / "run", runs[0] / "whole"
+    command = [sys.executable, "-m", "grpo_jax.train", *_argv(folder, _model_of(whole))]
     log = tmp_path / "log"
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -206,7 +209,6 @@ def test_sigterm_saves_and_ends_with_status_75(runs, slow_reward, tmp_path):
     assert 4 <= updates < 16
     done = subprocess.run(command, env=slow_reward, capture_output=True, text=True)
     assert done.returncode == 0 and "Continuing" in done.stdout, done.stdout + done.stderr
-    whole = runs[0] / "whole"
     assert not state_differences(whole, folder) and not log_differences(whole, folder)
 
 
