@@ -277,6 +277,8 @@ def round_trip(pair: Pair, out: Path) -> str:
     before = {names.spelled(name, pair.model): x for name, x in before.items()}
     if wrong := _unequal(before, after):
         return f"files: {wrong}"
+    if read_config(out) != read_config(pair.folder):
+        return "config.json is another"
     again, notes = type(pair.theirs).from_pretrained(out, output_loading_info=True)
     if wrong := [f"{k}: {v}" for k, v in notes.items() if v]:
         return f"transformers: {wrong}"
