@@ -11,7 +11,7 @@ from typing import Any
 
 from grpo_jax.messages.values import shown
 from grpo_jax.models.families import rotary
-from grpo_jax.models.families.keys import Keys
+from grpo_jax.models.hf.keys import Keys
 from grpo_jax.structs import Layer, ModelConfig, QueryGrowth, Rotary
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
