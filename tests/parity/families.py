@@ -350,12 +350,8 @@ def main(asked: list[str]) -> None:
             numbers = [f(pair) for f in (logits_apart, packed_apart, greedy_equal, int8_apart)]
             trip = round_trip(pair, Path(folder) / "out") or "equal"
             odd = ", ".join(taken(pair.folder)) or "none"
-        spent = time.monotonic() - began
-        print(
-            "{:20}{:10.1e}{:10.1e}{:8}".format(case, *numbers),
-            f" {trip:13}{odd}  {spent:.0f} s",
-            flush=True,
-        )
+        told = "{:20}{:10.1e}{:10.1e}{:8}{:8.4f}  ".format(case, *numbers)
+        print(f"{told}{trip:13}{odd}  {time.monotonic() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

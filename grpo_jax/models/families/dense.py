@@ -22,7 +22,7 @@ def _decoder(keys: Keys, **settings: Any) -> ModelConfig:
 
     By default it has one rotary and layers that see all.
     """
-    keys.only(mlp_bias=False)
+    keys.only(mlp_bias=False, rope_interleaved=False)
     if "activation" not in settings:
         keys.only(hidden_act="silu")
     width, num_heads = keys.size("hidden_size"), keys.size("num_attention_heads")
