@@ -290,10 +290,15 @@ def _decoded(pair: Pair, temperature: float, **precision: str):
 
 
 def round_trip(pair: Pair, out: Path) -> str:
-    """What is not bit for bit as it was after an export, and once transformers has read it; ""."""
-    export.save(
-        out, pair.params, pair.model, source=pair.folder, dtype="float32", tokenizer=_tokenizer()
-    )
+    """What is not bit for bit as it was after an export, and once transformers has read it; "".
+
+    The export is of a run that has kept what it needs of the model's folder.
+    """
+    kept, how = out.with_name("kept"), {"dtype": "float32", "tokenizer": _tokenizer()}
+    export.keep(kept, pair.model, pair.folder, **how)
+    if any(kept.glob("*.safetensors")):
+        return "what a run keeps looks like a model's weights"
+    export.save(out, pair.params, pair.model, source=kept, **how)
     before, after = (_tensors(folder) for folder in (pair.folder, out))
     before = {names.spelled(name, pair.model): x for name, x in before.items()}
     if wrong := _unequal(before, after):
