@@ -38,6 +38,14 @@ def compare(width: int, dtype, *, interpret: bool = False) -> None:
     np.testing.assert_array_equal(plain_total, x + more)
     np.testing.assert_array_equal(of_plain_sum, theirs)
     assert total.dtype == of_sum.dtype == dtype
+    # A scale in bfloat16 and its offset of 1, added in float32: near 1 bfloat16 has steps of 1/128.
+    less = jnp.bfloat16(params["params"]["scale"] - 1)
+    theirs = nn.RMSNorm(epsilon=1e-2, dtype=dtype).apply(
+        {"params": {"scale": 1 + less.astype(jnp.float32)}}, x + more
+    )
+    for norm in (ours, plain):
+        of_offset = norm.clone(offset=1.0).apply({"params": {"scale": less}}, Residual(x, more))[1]
+        close(*(np.float32(y) for y in (of_offset, theirs)), atol=1e-6)
 
 
 @pytest.mark.parametrize("width", [1, 96, 128])

@@ -113,7 +113,9 @@ def test_two_shards_have_an_index_and_one_has_none(tmp_path, tokenizer, monkeypa
 
 
 def test_export_keeps_the_configs_of_the_source(folder, tmp_path, tokenizer):
-    edit_json(folder / "config.json", torch_dtype="float32", eos_token_id=[2, 3], extra="kept")
+    edit_json(
+        folder / "config.json", torch_dtype="float32", eos_token_id=[2, 3], unsloth_version="kept"
+    )
     edit_json(folder / "generation_config.json", eos_token_id=[2, 3], temperature=0.5)
     config, params = load(folder)
     save(tmp_path / "out", params, config, source=folder, dtype=jnp.bfloat16,

@@ -90,6 +90,8 @@ def read(hf: dict) -> ModelConfig:
         (LLAMA, {}),
         (LLAMA | {"head_dim": None, "rope_scaling": None, "hidden_act": "silu"}, {}),
         (LLAMA | {"head_dim": 16}, {"head_size": 16}),
+        (LLAMA | {"rope_interleaved": False, "is_llama_config": True, "_anything": 1,
+                  "transformers.js_config": {}, "nobody_knows": None}, {}),  # as SmolLM2 has it
         ({k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}, {"num_kv_heads": 4}),
         (LLAMA | {"num_key_value_heads": None}, {"num_kv_heads": 4}),
         (LLAMA | {"tie_word_embeddings": True}, {"tied_head": True}),
@@ -186,6 +188,7 @@ def test_reads(hf, changes):
         *((({k: v for k, v in QWEN2.items() if k != key}),
            f"m/config.json: the key {key} is missing.") for key in QWEN2),
         (LLAMA | {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported. Supported: 'silu'"),
+        (LLAMA | {"rope_interleaved": True}, "rope_interleaved = True is not supported"),
         (LLAMA | {"mlp_bias": True}, "mlp_bias = True is not supported. Supported: False"),
         (LLAMA | {"quantization_config": {"bits": 4}},
          "quantization_config = {'bits': 4}: the weights are quantized, and"),

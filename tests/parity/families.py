@@ -35,9 +35,9 @@ from grpo_jax.learner.experience import make_prepare
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.models import families, logits, parameters, transformer
 from grpo_jax.models.families import model_config, names
-from grpo_jax.models.families.keys import HARMLESS
 from grpo_jax.models.hf import export
 from grpo_jax.models.hf.folder import read_config
+from grpo_jax.models.hf.keys import HARMLESS
 from grpo_jax.models.hf.weights import load_params
 from grpo_jax.models.lanes import PackedInputs
 from grpo_jax.sampling import decode
@@ -247,36 +247,64 @@ def greedy_equal(pair: Pair) -> int:
 
     And with the same log-probabilities, to 1e-4.
     """
-    prompt_PQ, length_P, _ = rows(pair.model.vocab_size)
-    model = dataclasses.replace(pair.model, longest=24 + GREEDY)
-    decoder = decode.decoder_for(
-        model, one_device(), Sampling(temperature=0.0), (), GREEDY, jnp.float32
-    )
-    engine = Engine(decoder, num_slots=2)
-    prompts = [[int(i) for i in row[:n]] for row, n in zip(prompt_PQ, length_P)]
-    params = engine.publish(pair.params)
-    rollouts = engine.generate(params, prompts, group=1, key=jax.random.key(0), temperature=0.0)
     equal = GREEDY
-    found = (np.asarray(x[:, 0]) for x in (rollouts.completion_PGC, rollouts.logp_PGC))
-    for prompt, got_C, logp_C in zip(prompts, *found):
+    for got_C, logp_C, best in _decoded(pair, 0.0):
         # The likeliest after each of our tokens is our next: so theirs are the same, by induction.
-        with torch.no_grad():
-            out = pair.theirs(torch.tensor([[*prompt, *got_C]])).logits[0, len(prompt) - 1 : -1]
-        best = out.float().log_softmax(-1).max(-1)
-        same = (best.indices.numpy() == got_C) & (np.abs(best.values.numpy() - logp_C) < 1e-4)
+        tokens = best.argmax(-1) == got_C
+        same = tokens & (np.abs(best.max(-1) - logp_C) < 1e-4)
         equal = min(equal, int(np.argmin([*same, False])))
     return equal
 
 
-def round_trip(pair: Pair, out: Path) -> str:
-    """What is not bit for bit as it was after an export, and once transformers has read it; ""."""
-    export.save(
-        out, pair.params, pair.model, source=pair.folder, dtype="float32", tokenizer=_tokenizer()
+def int8_apart(pair: Pair) -> float:
+    """The mean difference to transformers of sampled tokens' log-probabilities.
+
+    Weights and cache are in 8 bits.
+    """
+    return float(
+        np.mean(
+            [
+                np.abs(logp_C - np.take_along_axis(want_CV, got_C[:, None], 1)[:, 0])
+                for got_C, logp_C, want_CV in _decoded(pair, 1.0, weights="int8", cache="int8")
+            ]
+        )
     )
+
+
+def _decoded(pair: Pair, temperature: float, **precision: str):
+    """Of each prompt 64 tokens through the engine, their log-probabilities and transformers'."""
+    prompt_PQ, length_P, _ = rows(pair.model.vocab_size)
+    model = dataclasses.replace(pair.model, longest=24 + GREEDY)
+    decoder = decode.decoder_for(
+        model, one_device(), Sampling(temperature), (), GREEDY, jnp.float32, **precision
+    )
+    engine = Engine(decoder, num_slots=2)
+    prompts = [[int(i) for i in row[:n]] for row, n in zip(prompt_PQ, length_P)]
+    params, key = engine.publish(pair.params), jax.random.key(0)
+    made = engine.generate(params, prompts, group=1, key=key, temperature=temperature)
+    found = (np.asarray(x[:, 0]) for x in (made.completion_PGC, made.logp_PGC))
+    for prompt, got_C, logp_C in zip(prompts, *found):
+        with torch.no_grad():
+            out = pair.theirs(torch.tensor([[*prompt, *got_C]])).logits[0, len(prompt) - 1 : -1]
+        yield got_C, logp_C, out.float().log_softmax(-1).numpy()
+
+
+def round_trip(pair: Pair, out: Path) -> str:
+    """What is not bit for bit as it was after an export, and once transformers has read it; "".
+
+    The export is of a run that has kept what it needs of the model's folder.
+    """
+    kept, how = out.with_name("kept"), {"dtype": "float32", "tokenizer": _tokenizer()}
+    export.keep(kept, pair.model, pair.folder, **how)
+    if any(kept.glob("*.safetensors")):
+        return "what a run keeps looks like a model's weights"
+    export.save(out, pair.params, pair.model, source=kept, **how)
     before, after = (_tensors(folder) for folder in (pair.folder, out))
     before = {names.spelled(name, pair.model): x for name, x in before.items()}
     if wrong := _unequal(before, after):
         return f"files: {wrong}"
+    if read_config(out) != read_config(pair.folder):
+        return "config.json is another"
     again, notes = type(pair.theirs).from_pretrained(out, output_loading_info=True)
     if wrong := [f"{k}: {v}" for k, v in notes.items() if v]:
         return f"transformers: {wrong}"
@@ -319,20 +347,16 @@ def taken(folder: Path) -> list[str]:
 def main(asked: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    print(f"{'':20}{'logits':>10}{'packed':>10}{'greedy':>8}  round trip   any value")
+    print(f"{'':20}{'logits':>10}{'packed':>10}{'greedy':>8}{'int8':>8}  round trip   any value")
     for case in asked or CASES:
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             pair = make(case, Path(folder) / "model")
-            numbers = logits_apart(pair), packed_apart(pair), greedy_equal(pair)
+            numbers = [f(pair) for f in (logits_apart, packed_apart, greedy_equal, int8_apart)]
             trip = round_trip(pair, Path(folder) / "out") or "equal"
             odd = ", ".join(taken(pair.folder)) or "none"
-        spent = time.monotonic() - began
-        print(
-            "{:20}{:10.1e}{:10.1e}{:8}".format(case, *numbers),
-            f" {trip:13}{odd}  {spent:.0f} s",
-            flush=True,
-        )
+        told = "{:20}{:10.1e}{:10.1e}{:8}{:8.4f}  ".format(case, *numbers)
+        print(f"{told}{trip:13}{odd}  {time.monotonic() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 
 from grpo_jax.messages.values import shown
 from grpo_jax.models.families.dense import FAMILIES
-from grpo_jax.models.families.keys import Keys
+from grpo_jax.models.hf.keys import Keys
 from grpo_jax.structs import ModelConfig
 
 # Models of images and text: the families of the text in them, which alone is trained.

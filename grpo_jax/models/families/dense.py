@@ -11,7 +11,7 @@ from typing import Any
 
 from grpo_jax.messages.values import shown
 from grpo_jax.models.families import rotary
-from grpo_jax.models.families.keys import Keys
+from grpo_jax.models.hf.keys import Keys
 from grpo_jax.structs import Layer, ModelConfig, QueryGrowth, Rotary
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -22,7 +22,7 @@ def _decoder(keys: Keys, **settings: Any) -> ModelConfig:
 
     By default it has one rotary and layers that see all.
     """
-    keys.only(mlp_bias=False)
+    keys.only(mlp_bias=False, rope_interleaved=False)
     if "activation" not in settings:
         keys.only(hidden_act="silu")
     width, num_heads = keys.size("hidden_size"), keys.size("num_attention_heads")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from grpo_jax.messages.values import shown
-from grpo_jax.models.families.keys import Keys
+from grpo_jax.models.hf.keys import Keys
 from grpo_jax.structs import LinearScaling, LongScaling, RopeScaling, Rotary, YarnScaling
 
 _ORIGINAL = "original_max_position_embeddings"

@@ -76,14 +76,15 @@ def in_every_spelling(hf: dict[str, Any]) -> dict[str, Any]:
     if isinstance(local := rope.get("sliding_attention"), dict) and hf.get("model_type") != "olmo3":
         hf.setdefault("rope_local_base_freq", local.get("rope_theta"))
     rope = rope.get("full_attention", rope)
-    # These stand beside the scaling in version 4.
-    outside = {"rope_theta", "partial_rotary_factor"}
-    if rotary.kind_of(rope) == "longrope":  # of which it takes these keys alone
-        outside |= rope.keys() - {"rope_type", "type", "short_factor", "long_factor"}
-    for key in outside & rope.keys():
-        if hf.get(key) is None and rope[key] is not None and key not in ("factor",):
+    outside = {"rope_theta", "partial_rotary_factor"}  # these stand beside the scaling in version 4
+    kind = rotary.kind_of(rope)
+    if kind == "longrope":
+        outside |= {"rope_type", "original_max_position_embeddings"}
+    for key in (outside - {"rope_type"}) & rope.keys():
+        if hf.get(key) is None and rope[key] is not None:
             hf[key] = rope[key]
     if not hf.get("rope_scaling"):
         scaling = {key: value for key, value in rope.items() if key not in outside}
-        hf["rope_scaling"] = None if rotary.kind_of(rope) == "default" else scaling
+        scaling |= {"type": kind} if kind == "longrope" else {}  # by which version 4 knows it
+        hf["rope_scaling"] = None if kind == "default" else scaling
     return hf

@@ -35,8 +35,8 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
-# A run's copy of the tensors that are no part of what it trains.
-SET_ASIDE = "set_aside.safetensors"
+# A run's copy of the tensors that are no part of what it trains; by its name no model's weights.
+SET_ASIDE = "set_aside.tensors"
 
 
 class Leaf(NamedTuple):
@@ -152,7 +152,7 @@ def _reader(
 def set_aside(folder: Path, config: ModelConfig) -> dict[str, _Tensor]:
     """Tensors of the folder that are no part of the decoder, by name; of a run, those it kept."""
     kept = folder / SET_ASIDE
-    if not config.wrapper or not any(folder.glob("*.safetensors")):
+    if not config.wrapper or not (kept.exists() or any(folder.glob("*.safetensors"))):
         return {}
     tensors = _headers(folder, [kept]) if kept.exists() else _open(folder)
     tensors = {names.spelled(name, config): tensor for name, tensor in tensors.items()}

@@ -20,8 +20,10 @@ HARMLESS = frozenset(
     """
     architectures auto_map dtype torch_dtype transformers_version use_cache tokenizer_class
     attn_implementation cache_implementation initializer_range pretraining_tp model_max_length
+    max_sequence_length use_flash_attn is_llama_config transformers.js_config num_labels
     bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id
-    attention_dropout hidden_dropout residual_dropout resid_pdrop embd_pdrop
+    attention_dropout hidden_dropout residual_dropout resid_pdrop embd_pdrop hidden_dropout_prob
+    attention_probs_dropout_prob
     id2label label2id problem_type finetuning_task task_specific_params prefix
     chunk_size_feed_forward output_attentions output_hidden_states return_dict torchscript
     use_bfloat16 tf_legacy_loss pruned_heads is_decoder is_encoder_decoder add_cross_attention
