@@ -16,7 +16,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -175,8 +174,8 @@ def _build(
     now = inputs.date(config.data.date, folder)
     task = tasks.load(config.data.task) if config.data.task else None
     if config.model.path:
-        policy = policy_lib.read(config.model.path, kept=folder / "source")
-        policy = lora.adapted_policy(policy, config, folder / lora.KEPT)
+        read = policy_lib.read(config.model.path, kept=folder / "source")
+        policy = lora.adapted_policy(read, config, folder / lora.KEPT)
     else:
         policy = model.new(config.model, task.make_tokenizer())
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
@@ -191,12 +190,10 @@ def _build(
     demonstrations = functools.partial(_demonstrations, config, policy, encoded, solution)
     if (folder / "export" / "config.json").exists():
         return None, demonstrations
-    policy = policy_lib.keep(policy, folder / "source")
-    lora.keep(config, folder)
+    policy = lora.keep(config, folder, policy_lib.keep(policy, folder / "source"))
     learner = make_supervised_learner(config, policy.model, mesh)
-    held_out, rewards, engine = None, None, None
-    if evaluates:
-        held_out, rewards = _held_out(config, policy, now)
+    held_out, rewards = _held_out(config, policy, now) if evaluates else (None, [])
+    engine = None
     if held_out:
         engine = make_engine(config, policy.model, policy.stop_ids, mesh)
     course = Course(
@@ -227,7 +224,7 @@ def _build(
         prepare=learner.prepare,
         update=learner.update,
         sizes=learner.sizes,
-        frozen=lora.frozen_params(policy, mesh, jnp.dtype(config.model.dtype)),
+        frozen=lora.frozen_params(policy, mesh, config.model.dtype),
         ref_params=None,
         checkpoints=Checkpoints(
             config.checkpoint.folder or folder / "checkpoints",
