@@ -166,7 +166,9 @@ def reference(
         return frozen
     dtype = jnp.dtype(config.model.dtype)
     given = peft.load(_folder(config.lora.path, kept), policy.model, mesh, dtype)
-    return lora.attached(frozen, given, policy.model)
+    whole = sharding.replicated(mesh)
+    put = lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, whole)  # noqa: E731
+    return jax.tree.map(put, lora.attached(frozen, given, policy.model))
 
 
 def told(config: ConfigDict, model: ModelConfig) -> list[str]:
