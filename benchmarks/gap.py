@@ -96,7 +96,7 @@ def adapted(ours: policy.Policy, params, args, dtype):
 def compare_adapters(ours: policy.Policy, params, prompts, args) -> None:
     print("| activations | adapter | tokens | mean | max | mean / without |")
     print("| --- | --- | --- | --- | --- | --- |")
-    for dtype in (jnp.float32, jnp.bfloat16):
+    for dtype in (jnp.bfloat16, jnp.float32):
         plain = lora.frozen_as(dataclasses.replace(ours.model, lora=Lora(())), params, dtype)
         with_adapter, weights = adapted(ours, params, args, dtype)
         cases = {

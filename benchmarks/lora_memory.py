@@ -68,6 +68,7 @@ def of_case(options: dict, devices, rows: int):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--topology", default="v5p:2x2x1", help="its first chip is taken")
+    parser.add_argument("--only", nargs="*", default=list(CASES), help="some of the rows")
     parser.add_argument("--prompts", type=int, default=4, help="of a step; 8 completions each")
     args = parser.parse_args()
     _, devices = topologies.devices(args.topology)
@@ -75,7 +76,8 @@ def main() -> None:
     print("| what learns |", " | ".join(names), "| learner | of all | sampler | of all |")
     print("| --- |" + " --- |" * (len(names) + 4))
     first = None
-    for name, options in CASES.items():
+    for name in args.only:
+        options = CASES[name]
         held, least, peaks = of_case(options, devices[:1], args.prompts)
         peak = {part: least[part] if math.isinf(p) else p for part, p in peaks.items()}
         first = first or peak

@@ -205,6 +205,9 @@ def frozen_leaf(config: ModelConfig, path: Any, x: Array) -> Any:
 
 
 def merged(weights: Params, dtype: Any) -> Params:
-    """Weights as parameters without adapters: kernels are summed in float32 and rounded once."""
-    one = lambda x: dense.plain(x).astype(dtype)  # noqa: E731
-    return jax.tree.map(one, weights, is_leaf=dense.is_node)
+    """Weights as parameters without adapters: kernels are summed in float32 and rounded once.
+
+    One after the other: of all in one program there would be a copy in float32.
+    """
+    merge = jax.jit(lambda x: dense.plain(x).astype(dtype))
+    return jax.tree.map(merge, weights, is_leaf=dense.is_node)

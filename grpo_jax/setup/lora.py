@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from grpo_jax.config.dotted import flatten
+from grpo_jax.config.options import default
 from grpo_jax.devices import sharding
 from grpo_jax.hosts import processes
 from grpo_jax.messages.values import shown
@@ -29,23 +29,29 @@ KEPT = "source_adapter"  # of a run's folder, a copy of the adapter that it bega
 _USUAL_OF_ALL = 3e-6  # learning rates under this are those of full fine-tuning
 
 
-def spec_of(options: Mapping[str, Any], kept: Path | None = None) -> Spec | None:
-    """The adapters that options (by their dotted names) ask for; None: all weights learn.
+def recorded(options: Mapping[str, Any]) -> ConfigDict:
+    """A config with the section `lora` of a run's record: options by their dotted names."""
+    config = default()
+    for name, usual in config.lora.items():
+        value = options.get(f"lora.{name}", usual)
+        config.lora[name] = tuple(value) if isinstance(value, list) else value
+    return config
 
-    `kept`: where a run has a copy of lora.path, which may be gone.
-    """
-    if options.get("lora.path"):
-        return peft.read_config(_folder(options["lora.path"], kept))
-    if not options.get("lora.rank"):
+
+def _spec_of(config: ConfigDict, kept: Path | None) -> Spec | None:
+    """The adapters that a config asks for; None: all weights learn."""
+    if config.lora.path:
+        return peft.read_config(_folder(config.lora.path, kept))
+    if not config.lora.rank:
         return None
     return Spec(
-        rank=options["lora.rank"],
-        alpha=options["lora.alpha"],
-        stabilized=options["lora.rank_stabilized"],
-        targets=tuple(options["lora.targets"]),
-        exclude=tuple(options["lora.exclude"]),
-        ranks=_pairs(options, "lora.rank_pattern", int),
-        alphas=_pairs(options, "lora.alpha_pattern", float),
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        stabilized=config.lora.rank_stabilized,
+        targets=tuple(config.lora.targets),
+        exclude=tuple(config.lora.exclude),
+        ranks=_pairs(config.lora.rank_pattern, "lora.rank_pattern", int),
+        alphas=_pairs(config.lora.alpha_pattern, "lora.alpha_pattern", float),
         where="lora.targets",
     )
 
@@ -54,9 +60,9 @@ def _folder(path: str, kept: Path | None) -> Path:
     return policy_lib.find(path, "lora.path", kept, peft.CONFIG)
 
 
-def _pairs(options: Mapping[str, Any], name: str, kind: type) -> dict[str, Any]:
+def _pairs(entries: Sequence[str], name: str, kind: type) -> dict[str, Any]:
     found = {}
-    for entry in options[name]:
+    for entry in entries:
         pattern, equals, value = str(entry).rpartition("=")
         try:
             found[pattern] = kind(value)
@@ -69,27 +75,25 @@ def _pairs(options: Mapping[str, Any], name: str, kind: type) -> dict[str, Any]:
     return found
 
 
-def adapted(
-    model: ModelConfig, options: ConfigDict | Mapping[str, Any], kept: Path | None = None
-) -> ModelConfig:
-    """The shape of a model with the adapters that a config asks for; ValueError for wrong ones."""
-    flat = flatten(options) if isinstance(options, ConfigDict) else options
-    spec = spec_of(flat, kept)
+def adapted(model: ModelConfig, config: ConfigDict, kept: Path | None = None) -> ModelConfig:
+    """The shape of a model with the adapters that a config asks for; ValueError for wrong ones.
+
+    `kept`: where a run has a copy of lora.path, which may be gone.
+    """
+    spec = _spec_of(config, kept)
     if spec is None:
         return model
-    int8 = flat["lora.base_dtype"] == "int8"
+    int8 = config.lora.base_dtype == "int8"
     return dataclasses.replace(model, lora=targets.lora_of(model, spec, int8=int8))
 
 
-def adapted_policy(
-    policy: Policy, options: ConfigDict | Mapping[str, Any], kept: Path | None = None
-) -> Policy:
+def adapted_policy(policy: Policy, config: ConfigDict, kept: Path | None = None) -> Policy:
     """The same of a policy."""
-    return dataclasses.replace(policy, model=adapted(policy.model, options, kept))
+    return dataclasses.replace(policy, model=adapted(policy.model, config, kept))
 
 
-def keep(config: ConfigDict, folder: Path) -> None:
-    """Copies lora.path into a run's folder, so that the run does not need it to go on."""
+def keep(config: ConfigDict, folder: Path, policy: Policy) -> Policy:
+    """The policy, and a copy of lora.path in the run's folder: it may be gone when that goes on."""
     kept = folder / KEPT
     if config.lora.path and processes.is_first() and not (kept / peft.WEIGHTS).exists():
         source = _folder(config.lora.path, kept)
@@ -97,6 +101,7 @@ def keep(config: ConfigDict, folder: Path) -> None:
         for name in (peft.CONFIG, peft.WEIGHTS):  # the weights last: with them it is whole
             shutil.copyfile(source / name, kept / name)
     processes.barrier("the copy of lora.path")
+    return policy
 
 
 # --- Weights --------------------------------------------------------------------------------------
@@ -107,6 +112,7 @@ def frozen_params(policy: Policy, mesh: Mesh, dtype: Any) -> Params | None:
     model = policy.model
     if model.lora is None:
         return None
+    dtype = jnp.dtype(dtype)
     placed = sharding.tree_shardings(
         mesh, lora.frozen_axes(model), lora.frozen_shapes(model, dtype)
     )
@@ -160,7 +166,9 @@ def reference(
         return frozen
     dtype = jnp.dtype(config.model.dtype)
     given = peft.load(_folder(config.lora.path, kept), policy.model, mesh, dtype)
-    return lora.attached(frozen, given, policy.model)
+    whole = sharding.replicated(mesh)
+    put = lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, whole)  # noqa: E731
+    return jax.tree.map(put, lora.attached(frozen, given, policy.model))
 
 
 def told(config: ConfigDict, model: ModelConfig) -> list[str]:

@@ -105,7 +105,7 @@ def _found(folder: Path, checkpoint: saved_lib.Saved) -> Found:
     source = options["model.path"] or str(folder / "bootstrap" / "export")
     step = checkpoint.facts().get("state", {}).get("step", checkpoint.number)
     policy = policy_lib.read(source, kept=folder / "source")
-    policy = lora.adapted_policy(policy, options, folder / lora.KEPT)
+    policy = lora.adapted_policy(policy, lora.recorded(options), folder / lora.KEPT)
     said = f"{folder}: checkpoint of step {step}"
     return Found(policy, (_checkpoints_of(folder), checkpoint.number), said, step)
 

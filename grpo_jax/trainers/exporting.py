@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.devices import transfer
-from grpo_jax.kernels import dense
 from grpo_jax.learner import optim
 from grpo_jax.messages.console import say
 from grpo_jax.models import lora
@@ -52,9 +51,7 @@ def write(
     dtype = asked_dtype
     if dtype == "auto":
         dtype = policy.stored or jax.tree.leaves(frozen)[0].dtype.name
-    merge = jax.jit(lambda x: dense.plain(x).astype(dtype))
-    # One by one: of all in one program there would be a copy in float32.
-    merged = jax.tree.map(merge, lora.attached(frozen, params, model), is_leaf=dense.is_node)
+    merged = lora.merged(lora.attached(frozen, params, model), dtype)
     _write(policy, folder, merged, dtype)
     peft.save(folder / ADAPTER, params, model, base=_name_of(policy))
 

@@ -159,8 +159,8 @@ def build(
     found = read(config, lambda: policy_lib.read(model_path, kept=source), opened, kept)
     inputs.hold(folder, found.sums, config.checkpoint.accept_changes)
     config = settled(config, len(found.train.problems))
-    policy, mesh = policy_lib.keep(found.policy, source), found.mesh
-    lora.keep(config, folder)
+    policy = lora.keep(config, folder, policy_lib.keep(found.policy, source))
+    mesh = found.mesh
     learner = make_learner(
         config, policy.model, mesh, fit(config, policy.model, mesh, found.longest, folder)
     )
@@ -168,7 +168,7 @@ def build(
     for line in told(config, found):
         say(line)
     say(f"Seed {config.seed}, workdir {folder}")
-    frozen = lora.frozen_params(policy, mesh, jnp.dtype(config.model.dtype))
+    frozen = lora.frozen_params(policy, mesh, config.model.dtype)
     return Run(
         config=config,
         course=_course(config),

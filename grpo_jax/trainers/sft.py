@@ -16,7 +16,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -192,13 +191,11 @@ def _build(
     demonstrations = functools.partial(_demonstrations, config, policy, encoded, solution)
     if (folder / "export" / "config.json").exists():
         return None, demonstrations
-    policy = policy_lib.keep(policy, folder / "source")
-    lora.keep(config, folder)
+    policy = lora.keep(config, folder, policy_lib.keep(policy, folder / "source"))
     course = _course(config, len(encoded.problems))
     learner = make_supervised_learner(config, policy.model, mesh, course.num_steps)
-    held_out, rewards, engine = None, None, None
-    if evaluates:
-        held_out, rewards = _held_out(config, policy, now)
+    held_out, rewards = _held_out(config, policy, now) if evaluates else (None, [])
+    engine = None
     if held_out:
         engine = make_engine(config, policy.model, policy.stop_ids, mesh)
     return Run(
@@ -216,7 +213,7 @@ def _build(
         prepare=learner.prepare,
         update=learner.update,
         sizes=learner.sizes,
-        frozen=lora.frozen_params(policy, mesh, jnp.dtype(config.model.dtype)),
+        frozen=lora.frozen_params(policy, mesh, config.model.dtype),
         ref_params=None,
         checkpoints=Checkpoints(
             config.checkpoint.folder or folder / "checkpoints",

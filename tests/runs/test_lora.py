@@ -45,7 +45,8 @@ def test_a_run_goes_on_exactly_and_its_adapters_leave_it(tmp_path, model, one_de
     """Stopped after two steps of four; then its checkpoint, export and adapter are one policy."""
     options = [*LORA, f"--config.model.path={model}", "--config.lora.exclude=k_proj"]
     train.main(argv(tmp_path / "whole", *options))
-    assert "LoRA: rank 4 on attention/q, attention/v, " in capsys.readouterr().out
+    told = "LoRA: rank 4 on attention/o, attention/q, attention/v, "
+    assert told in capsys.readouterr().out
     train.main(argv(tmp_path / "run", *options, "--config.loop.num_steps=2"))
     train.main(argv(tmp_path / "run", *options))
 
