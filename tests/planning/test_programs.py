@@ -19,6 +19,7 @@ from grpo_jax.config import loading
 from grpo_jax.devices import sharding
 from grpo_jax.kernels import gpu_decode
 from grpo_jax.kernels.gpu_decode import TritonDecode
+from grpo_jax.models import lora
 from grpo_jax.planning.programs import Lengths, Step
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup import model as model_lib
@@ -119,3 +120,22 @@ def test_what_a_run_does_not_need_is_not_listed(options, without):
     model, mesh = model_lib.model_shape(all_of_it), tiny.one_device()
     with_it, without_it = (listed(Step(c, model, mesh, Lengths.of(c))) for c in (all_of_it, config))
     assert with_it - without_it == {without}
+
+
+@pytest.mark.parametrize("base", ["auto", "int8"])
+def test_adapters_alone_have_gradients_and_moments(base):
+    """One base, which is the reference too; all that its programs read is listed."""
+    options = ["lora.rank=4", f"lora.base_dtype={base}", "model.dtype=bfloat16"]
+    config = loading.load(TINY, [f"--config.{option}" for option in options])
+    model = model_lib.model_shape(config)
+    step = Step(config, model, tiny.one_device(), Lengths.of(config))
+
+    held = step.held()
+
+    learn, kernels = lora.num_trained(model), 32 * (32 + 2 * 16 + 32 + 3 * 48)
+    assert held["reference"] == 0 and held["gradients"] - 4 * learn < 100
+    assert 8 * learn <= held["optimizer"] < 8 * learn + 20
+    scales = 4 * (32 + 2 * 16 + 32 + 2 * 48 + 32)
+    of_base = 2 * model.num_params - (kernels - scales if base == "int8" else 0)
+    assert held["weights"] == 4 * learn + of_base
+    assert {"init_adapters", "gradient", "publish_layer"} <= listed(step)
