@@ -126,7 +126,7 @@ def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path):
     write(tmp_path / "d1" / "train.jsonl", ROWS)
     write(tmp_path / "d[1]" / "train.jsonl", ROWS)
     message = refusal(tmp_path / "d[1]", split="train")
-    assert f"lies at {tmp_path}/d[1]" in message and "rename it" in message
+    assert f"is at {tmp_path}/d[1]" in message and "rename it" in message
 
 
 @pytest.mark.parametrize("path", ["~nosuchuser/p.jsonl", "~nosuchuser/maths"])

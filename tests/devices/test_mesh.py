@@ -225,7 +225,9 @@ def test_a_row_over_several_processes_is_refused():
 
     devices = [Device(n, n // 2) for n in range(4)]
     assert sharding.make_mesh(2, 1, 1, 2, devices=devices).shape["sequence"] == 2
-    with pytest.raises(ValueError, match=r"mesh.sequence = 4 .* devices of 2 processes to one row"):
+    with pytest.raises(
+        ValueError, match=r"mesh.sequence = 4 .* one row over devices of 2 processes"
+    ):
         sharding.make_mesh(1, 1, 1, 4, devices=devices)
 
 

@@ -51,8 +51,8 @@ def test_slurm_is_found(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("here:1", 2, None), "--coordinator here:1, --num-processes 2: .* --process-id must be"),
-        (("", None, 1), "--process-id 1: .* --coordinator and --num-processes must be known"),
+        (("here:1", 2, None), "--coordinator here:1, --num-processes 2: .* needs --process-id too"),
+        (("", None, 1), "--process-id 1: .* needs --coordinator and --num-processes too"),
         (("here", 2, 1), "--coordinator 'here' must be HOST:PORT"),
         (("here:1", 2, 2), "--process-id 2 of --num-processes 2: .* from 0 to 1"),
     ],

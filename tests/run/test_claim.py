@@ -45,7 +45,7 @@ def test_a_second_process_is_refused_with_who_holds_it(tmp_path, holder):
 
 
 def test_what_a_killed_process_left_is_taken_over_and_told(tmp_path, holder, capsys, monkeypatch):
-    """At once: the system's lock was let go of, and no sign of life needs to be waited for."""
+    """At once: the system's lock was let go of, and no heartbeat needs to be waited for."""
     monkeypatch.setattr(claim, "_lives", lambda *given: pytest.fail("it waited for a sign"))
     holder.kill()
     holder.wait()
@@ -97,5 +97,5 @@ def test_without_locks_a_silent_holder_is_replaced_and_finds_out(tmp_path, unloc
     assert _record(tmp_path)["process"] == 7  # and what is the other's is not cleared
     monkeypatch.setattr(claim, "_SILENT_S", 0.3)
     with claim.held():
-        claim.take(tmp_path)  # it gives no sign of life
+        claim.take(tmp_path)  # it sends no heartbeat
         assert _record(tmp_path)["process"] == os.getpid()
