@@ -445,7 +445,7 @@ def test_the_reward_of_a_row_meets_its_tokens(longest):
 
     run = SimpleNamespace(
         mesh=tiny.one_device(), ref_params=None, prepare=Noted(learner_of("constant").prepare),
-        course=Course(9, P),
+        course=Course(9, P), weights=lambda train: train.params,
     )  # fmt: skip
     state = RunState(
         train=SimpleNamespace(params=tiny.params()),
@@ -517,6 +517,7 @@ def drawn_at(step: int, passed_over: int, prompts: list[list[int]], ahead: int =
         engine=engine(),
         policy=policy,
         rewards=pool,
+        weights=lambda train: train.params,
     )
     lines = SimpleNamespace(close=lambda: None, closed_at=0.0)
     state = RunState(step=step, passed_over=passed_over)
@@ -736,6 +737,7 @@ def test_what_an_evaluation_is_given(monkeypatch, tmp_path):
     run = SimpleNamespace(
         config=config, engine=None, evaluator=evaluator, policy="policy", held_out=problems,
         train=None, rewards="rewards", folder=tmp_path, course=Course(9, P),
+        weights=lambda train: train.params,
     )  # fmt: skip
     state = RunState(step=2, train=SimpleNamespace(params="params"))
     told = []
