@@ -22,9 +22,9 @@ from grpo_jax.devices import sharding, transfer
 from grpo_jax.messages.values import shown
 from grpo_jax.models import lora, parameters
 from grpo_jax.models.families import names
-from grpo_jax.models.families.names import Tensor
 from grpo_jax.models.hf.folder import read_json, refuse_odd, some
 from grpo_jax.models.hf.targets import ALL_LINEAR, Spec, module_names
+from grpo_jax.models.hf.tensor import Tensor
 from grpo_jax.structs import ModelConfig, Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
