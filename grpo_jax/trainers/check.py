@@ -155,7 +155,7 @@ def _costs(plan: Plan, found: Inputs) -> list[str]:
     if plan.chip.flops:
         lines.append(
             f"Time: a step of the longest completions takes at least {plan.step_s:,.1f} s on "
-            f"{plan.topology}, and {plan.in_turn_s:,.1f} s where one kernel follows another"
+            f"{plan.topology}, and {plan.in_turn_s:,.1f} s if kernels run one after the other"
         )
     else:
         lines.append(f"Time: not known beforehand on {plan.topology}, whose rates are not")
