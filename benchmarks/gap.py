@@ -7,7 +7,8 @@
 Completes the prompts many times with each precision of activations, weights and cache, scores the
 completions as training does, at the precision of the activations, and prints a table of absolute
 differences in nats, and of how often the ratio of scorer to sampler is large. With --lora it
-compares no adapter, an adapter beside the weights, and one that is merged into those that sample.
+compares changed weights, the same change as an adapter beside them, and one that is merged to
+sample.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from grpo_jax.models import lora, policy
 from grpo_jax.models.hf import targets
 from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
-from grpo_jax.structs import Lora, Sampling
+from grpo_jax.structs import Sampling
 
 CACHES = WEIGHTS = ("auto", "int8")
 
@@ -97,10 +98,9 @@ def compare_adapters(ours: policy.Policy, params, prompts, args) -> None:
     print("| activations | adapter | tokens | mean | max | mean / without |")
     print("| --- | --- | --- | --- | --- | --- |")
     for dtype in (jnp.bfloat16, jnp.float32):
-        plain = lora.frozen_as(dataclasses.replace(ours.model, lora=Lora(())), params, dtype)
         with_adapter, weights = adapted(ours, params, args, dtype)
         cases = {
-            "none": (ours, plain, False),
+            "none: weights as changed": (ours, lora.merged(weights, jnp.float32), False),
             "beside the weights": (with_adapter, weights, False),
             "merged to sample": (with_adapter, weights, True),
         }

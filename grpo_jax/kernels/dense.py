@@ -49,9 +49,9 @@ def product(x: Array, kernel: Array | Int8 | Adapted, dtype: Any) -> Array:
     low = jnp.einsum("...i,ir->...r", x, kernel.a.astype(x.dtype))
     scaling = kernel.scaling.reshape((1,) * (low.ndim - 1) + (-1,))
     low = (low * scaling).astype(x.dtype)
-    y = quantize.product(x, kernel.kernel, dtype)
-    y += jnp.einsum("...r,ro->...o", low, kernel.b.astype(x.dtype), preferred_element_type=dtype)
-    return checkpoint_name(y, KEPT)
+    y = quantize.frozen_product(x, kernel.kernel)
+    y += jnp.einsum("...r,ro->...o", low, kernel.b.astype(x.dtype)).astype(jnp.float32)
+    return checkpoint_name(y.astype(dtype), KEPT)  # rounded once, as without an adapter
 
 
 def plain(kernel: Array | Int8 | Adapted) -> Array:

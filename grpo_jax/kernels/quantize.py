@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from grpo_jax.structs import Array
@@ -43,27 +42,34 @@ def int8(x: Array, axis: int) -> Int8:
 def product(x: Array, kernel: Array | Int8, dtype: Any) -> Array:
     """`x` [..., in] times the kernel [in, out], multiplied in x's dtype, as `dtype`."""
     if isinstance(kernel, Int8):
-        y = _product_with_codes(x, kernel.codes)
-        return (y * _rows_of_one(kernel.scale, y.ndim)).astype(dtype)
+        return frozen_product(x, kernel).astype(dtype)
     return jnp.einsum("...i,io->...o", x, kernel.astype(x.dtype), preferred_element_type=dtype)
 
 
+def frozen_product(x: Array, kernel: Array | Int8) -> Array:
+    """The same in float32, of a kernel that has no gradient."""
+    if isinstance(kernel, Int8):
+        y = _frozen_product(x, kernel.codes)
+        return y * _rows_of_one(kernel.scale, y.ndim)
+    return _frozen_product(x, kernel)
+
+
 @jax.custom_vjp
-def _product_with_codes(x: Array, codes: Array) -> Array:
-    """Float32 [..., out]; the codes have no gradient."""
-    return jnp.einsum("...i,io->...o", x, codes.astype(x.dtype), preferred_element_type=jnp.float32)
+def _frozen_product(x: Array, kernel: Array) -> Array:
+    return jnp.einsum(
+        "...i,io->...o", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32
+    )
 
 
-def _backward(residuals: tuple[Array, Array], grad: Array) -> tuple[Array, np.ndarray]:
-    like, codes = residuals
+def _backward(residuals: tuple[Array, Array], grad: Array) -> tuple[Array, None]:
+    like, kernel = residuals
     # In x's dtype: of float32 and bfloat16 XLA would make a product in float32.
     grad = grad.astype(like.dtype)
-    by_x = jnp.einsum("...o,io->...i", grad, codes.astype(like.dtype))
-    return by_x, np.zeros(codes.shape, jax.dtypes.float0)
+    return jnp.einsum("...o,io->...i", grad, kernel.astype(like.dtype)), None
 
 
-_product_with_codes.defvjp(
-    lambda x, codes: (_product_with_codes(x, codes), (jnp.zeros((), x.dtype), codes)), _backward
+_frozen_product.defvjp(
+    lambda x, kernel: (_frozen_product(x, kernel), (jnp.zeros((), x.dtype), kernel)), _backward
 )
 
 
