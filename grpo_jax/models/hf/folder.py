@@ -64,9 +64,7 @@ def resolve(path: str, option: str = "model.path") -> Path:
         found = huggingface_hub.snapshot_download(
             path, allow_patterns=_ALLOWED, ignore_patterns=_IGNORED, etag_timeout=5
         )
-    except (
-        Exception
-    ) as error:  # from hub, HTTP library or disk
+    except Exception as error:  # from hub, HTTP library or disk
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(
             f"{missing}, and the Hugging Face hub does not give a model of that name ({reason})."
