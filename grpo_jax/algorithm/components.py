@@ -1,7 +1,7 @@
-"""What an update can minimize: the loss of each token, its weight, and metrics that explain it.
+"""The losses that an update can minimize: token losses, token weights, and diagnostic metrics.
 
-A component sums over tokens and says what to divide the sum by, once, over the global batch: so
-microbatches and meshes do not change it. Arrays are of one shape, log-probabilities in nats.
+A component sums over tokens and gives one divisor for the global batch, so the loss does not depend
+on microbatches or the mesh. Arrays are of one shape, log-probabilities in nats.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ class LossComponent(Protocol):
     maxima: tuple[str, ...]
 
     def terms(self, part: Experience, take: Take, take_of_completion: Take) -> Any:
-        """What `token_loss` reads, at the tokens of a microbatch.
+        """The inputs of `token_loss` at the tokens of a microbatch.
 
-        `take` brings values by token [P, G, C] there, `take_of_completion` those by completion
-        [P, G].
+        `take` gathers values by token [P, G, C] to these tokens, `take_of_completion` values by
+        completion [P, G].
         """
 
     def weights(self, action_BT: Array) -> tuple[Array, Array]:
-        """Weight of each token in the sum, float32 [B, T], and what to divide the sum by."""
+        """Weight of each token in the sum, float32 [B, T], and the divisor of the sum."""
 
     def token_loss(self, logp: Array, entropy: Array, terms: Any) -> Array:
-        """Loss of each token before its weight."""
+        """Unweighted loss of each token."""
 
     def diagnostics(
         self, logp: Array, entropy: Array, terms: Any, action: Array

@@ -19,9 +19,9 @@ from grpo_jax.structs import Array, Params, TrainState
 
 
 def through(number: Array, step: Callable, carry: Any, microbatches_1: tuple[Array, ...]) -> Any:
-    """`step(carry, *microbatch)` over so many of one data shard's microbatches.
+    """The carry after `step(carry, *microbatch)` on the first `number` microbatches of a shard.
 
-    How many is no part of what is compiled: an update may have more than the last.
+    `number` is traced, so updates with more or fewer microbatches share one program.
     """
 
     def nth(n: Array, carry: Any) -> Any:
@@ -31,15 +31,15 @@ def through(number: Array, step: Callable, carry: Any, microbatches_1: tuple[Arr
     return jax.lax.fori_loop(0, number, nth, carry)
 
 
-# Gradient sums in float32, metric sums, metric maxima; inside a program for microbatches those of
-# one data shard, between programs [shards, ...]: the shards meet once, at the end of an update.
+# Gradient sums in float32, metric sums, metric maxima. A microbatch program sees those of one data
+# shard; between programs they are [shards, ...]. Shards are summed once, at the end of an update.
 Carry = tuple[Params, dict, dict]
 
 
 def add_gradient(loss_sums, weights: Weights, carry: Carry, *part: Any) -> Carry:
-    """The carry with one microbatch more.
+    """The carry after one more microbatch.
 
-    `loss_sums(weights, *part) -> (total, (sums, maxima))`; what is frozen has no gradient.
+    `loss_sums(weights, *part) -> (total, (sums, maxima))`; frozen weights have no gradient.
     """
     grads, sums, maxima = carry
     of_trained = lambda trained: loss_sums(weights.replace(trained=trained), *part)  # noqa: E731
@@ -52,7 +52,7 @@ def add_gradient(loss_sums, weights: Weights, carry: Carry, *part: Any) -> Carry
 
 
 def reduce_shards(scorer: Scorer, carry: Carry) -> Carry:
-    """The carries of all data shards, [shards, ...], as one; gradients lie as moments do."""
+    """The carries [shards, ...] of all data shards as one; gradients are sharded like moments."""
     grads, sums, maxima = carry
     grads, sums = jax.tree.map(lambda x: x.sum(0), (grads, sums))
     grads = jax.lax.with_sharding_constraint(
@@ -67,8 +67,8 @@ def make_accumulate(
     """Two programs: `zero_gradient() -> carry`, `gradient(weights, number, carry, *rows) -> carry`.
 
     `through(weights, number, carry, *rows)` adds one data shard's rows to its carry; its metrics
-    have the names `sums` and `maxima`. `number` is the same for all shards. `gradient` takes its
-    carry away.
+    have the names `sums` and `maxima`. `number` is the same for all shards. `gradient` donates its
+    carry.
     """
     mesh, like = scorer.mesh, lora.trained_shapes(scorer.model)
     shards = mesh.shape["data"]
@@ -109,8 +109,8 @@ def apply_gradient(
 ) -> tuple[TrainState, dict[str, Array]]:
     """The state after one optimizer step, or unchanged but for its counters.
 
-    A loss or gradient that is not finite, and one that is not `wanted`, leaves parameters and
-    optimizer as they were and counts in `num_skipped`.
+    If the loss or gradient is not finite, or `wanted` is False, parameters and optimizer state do
+    not change and `num_skipped` grows by 1.
     """
     grad_norm = optax.tree.norm(grads)
     accepted = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & wanted

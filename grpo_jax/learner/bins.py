@@ -1,4 +1,4 @@
-"""Numbers divided into bins of about equal sums."""
+"""Divides numbers into bins of about equal sums."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 
 
 def spread(weights: list[int], bins: int, most: int) -> list[list[int]]:
-    """Indices in so many bins of like weight, at most `most` in each.
+    """Indices in `number` bins of similar weight, at most `most` in each.
 
-    The heaviest first, each into the lightest bin that is not full.
+    Greedy: the heaviest first, each into the lightest bin that is not full.
     """
     filled: list[list[int]] = [[] for _ in range(bins)]
     open_bins = [(0, b) for b in range(bins)]
@@ -24,7 +24,7 @@ def spread(weights: list[int], bins: int, most: int) -> list[list[int]]:
 
 
 def fill(entries_G: np.ndarray, completions: Iterable[int], width: int) -> list[list[int]]:
-    """Completions in bins of `width` entries, the longest first, each into the first with room."""
+    """Completions in bins of `width` entries; first fit, the longest first."""
     completions = list(completions)
     if sum(int(entries_G[g]) for g in completions) <= width:
         return [sorted(completions, key=lambda g: (-entries_G[g], g))]

@@ -1,7 +1,7 @@
-"""What stays fixed for a rollout: `Prepare`.
+"""The values that stay fixed while a rollout is learned from: `Prepare`.
 
-Advantages, and the log-probabilities of the reference and of the policy before its first update,
-each computed only where the loss reads it.
+They are the advantages, and the log-probabilities of the reference and of the policy before its
+first update. Each is computed only if the loss reads it.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ class LogProbs:
     """Completions on the device, with log-probabilities [P, G, C] where the loss reads them."""
 
     rollouts: Rollouts
-    order_P: np.ndarray | None  # in which the prompts stand; None: as they were given
+    order_P: np.ndarray | None  # order of the prompts; None: as they were given
     old_logp_PGC: Array | None
     ref_logp_PGC: Array | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """What stays fixed for a rollout: its advantages and log-probabilities, in two steps.
+    """Computes a rollout's advantages and log-probabilities, in two steps.
 
-    Where there are several data shards the experience has the prompts in another order: within its
-    minibatch a prompt goes where shards then have like much to compute.
+    With several data shards it reorders the prompts inside each minibatch, so that all shards have
+    about equally much to compute.
     """
 
     scorer: Scorer
     with_old: bool  # the policy's log-probabilities before the first update
     num_minibatches: int
     score: Callable  # program: log-probabilities of microbatches, filled in
-    advantages: Callable  # program: the experience without them
-    relative: Callable  # program: advantages of rewards alone, for people to read
-    sizes: CompiledSizes  # of packed rows, of `score`; a run adds to them
+    advantages: Callable  # program: the experience without log-probabilities
+    relative: Callable  # program: advantages from rewards alone, for display
+    sizes: CompiledSizes  # packed row sizes of `score`; grows during a run
 
     def log_probs(self, params: Params, ref_params: Params | None, rollouts: Rollouts) -> LogProbs:
-        """Launches what needs no rewards. `ref_params` None: no KL term."""
+        """Launches the scoring, which needs no rewards. `ref_params` None: no KL term."""
         length_PG, order_P = rollouts.length_PG, None
         if (shards := self.scorer.mesh.shape["data"]) > 1:
             length_PG = transfer.to_host(length_PG)
@@ -80,7 +80,7 @@ class Prepare:
     ) -> list[Call]:
         """The programs of `log_probs` and `__call__` in their order, for rollouts by their shapes.
 
-        `length_PG`: how long their completions are, which no shape tells.
+        `length_PG`: the lengths of the completions, which do not follow from the shapes.
         """
         reward_PG = jax.ShapeDtypeStruct(
             length_PG.shape, np.float32, sharding=rollouts.length_PG.sharding
@@ -123,12 +123,12 @@ def make_prepare(
     with_old: bool,
     num_minibatches: int = 1,
 ) -> Prepare:
-    """The preparation of rollouts; nothing is compiled or allocated yet.
+    """A `Prepare` of these options; nothing is compiled or allocated yet.
 
-    `with_old`: the policy's log-probabilities before the first update are computed, by the scorer
-    itself, since the rollout is updated on more than once or the loss weighs whole completions.
+    `with_old`: the scorer computes the policy's log-probabilities before the first update. They are
+    needed if a rollout has several updates or if the loss weighs whole completions.
     """
-    scorer = dataclasses.replace(scorer, scan_layers=True)  # nothing of a layer is kept
+    scorer = dataclasses.replace(scorer, scan_layers=True)  # no backward pass: nothing to keep
 
     def one(params, rollouts: Rollouts, logp_PGC: Array, groups_J: Array, *where: Array) -> Array:
         part = scoring.rows(scorer, rollouts, groups_J)

@@ -29,8 +29,8 @@ TokenLoss = Callable[[Array, Array, Any], Array]
 # A chunk reads the head and adds to its gradient whole, so few chunks are fast.
 _MAX_LOGITS = 2**27
 _LOGITS_FOR_HIDDEN = 8
-_MAX_TOKENS = 4096  # past this a larger product is no faster anywhere
-_TILE = 64  # tokens that products go by; GPUs copy what is no multiple of 8
+_MAX_TOKENS = 4096  # a larger product is no faster on any device
+_TILE = 64  # in tokens; GPUs copy operands of other widths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SequenceSplit:
         return 1 if self.mesh is None else self.mesh.shape["sequence"]
 
     def split(self, x: Array) -> Array:
-        """Values by token [B, T, ...], each device with its part of every row."""
+        """Values by token [B, T, ...], sharded so that each device has its part of every row."""
         axes = ("shard_rows", "tokens") + (None,) * (x.ndim - 2)
         return x if self.mesh is None else by_shard.place_within_shard(self.mesh, x, axes)
 
@@ -69,7 +69,7 @@ def _chunk_width(hidden_BTD: Array, vocab: int, devices: int) -> int:
 def _split(x_BT: Array, width: int) -> Array:
     """[B, T, ...] as chunks along T, [chunks, B, width, ...], the last one padded with zeros.
 
-    Rows stay whole: over devices they are split by row, and no chunk moves between them.
+    Devices split the batch by row, so no chunk moves between devices.
     """
     rows, tokens, *rest = x_BT.shape
     chunks = -(-tokens // width)
@@ -86,17 +86,17 @@ def _join(x: Array, tokens: int) -> Array:
 
 
 class _Statistics(NamedTuple):
-    """Of tokens [...] and their `sampling_logits` over the vocabulary [..., V]."""
+    """Softmax statistics of tokens [...] from their `sampling_logits` [..., V]."""
 
     scores: Array
     is_drawn: Array | None  # bool [..., V]: within top-k and top-p; None: everywhere
-    slope: Array | None  # of capped logits by the product with the head; None: 1
+    slope: Array | None  # d capped logits / d uncapped logits; None: 1
     normalizer: Array  # log-sum-exp of the scores
     logp: Array
     entropy: Array
 
     def log_prob(self) -> Array:
-        """[..., V], 0 where the probability is none."""
+        """Log-probabilities [..., V]; 0 where the probability is 0."""
         log_prob = self.scores - self.normalizer[..., None]
         return log_prob if self.is_drawn is None else jnp.where(self.is_drawn, log_prob, 0.0)
 
@@ -107,9 +107,9 @@ class _Statistics(NamedTuple):
 def _statistics(
     hidden: Array, head: Array, target: Array, sampling: Sampling, cap: float | None
 ) -> _Statistics:
-    """The scores are read twice: for their maximum, and for the sums that all else is made of."""
+    """The scores are read twice: for their maximum, and for the sums that give the rest."""
     scores = logits_lib.logits(hidden, head, cap)
-    slope = None if cap is None else 1 - (scores / cap) ** 2  # of a hyperbolic tangent
+    slope = None if cap is None else 1 - (scores / cap) ** 2  # derivative of the tanh
     scores = logits_lib.sampling_logits(scores, sampling, always=target)
     is_drawn = scores > -jnp.inf if sampling.is_cut else None
     peak = scores.max(-1, keepdims=True)
@@ -138,7 +138,7 @@ def token_logprobs(
     `cap`: of the logits, as `ModelConfig.logit_cap`. Not meant to be differentiated; see `loss`.
     """
     width = _chunk_width(hidden_BTD, head_DV.shape[-1], along.devices)
-    head = head_DV.astype(hidden_BTD.dtype)  # once, not in every chunk
+    head = head_DV.astype(hidden_BTD.dtype)  # cast once, not in every chunk
 
     def chunk(carry, xs):
         hidden, target = map(along.split, xs)
@@ -153,7 +153,7 @@ def token_logprobs(
 
 
 def _summed_product(hidden_BTD: Array, by_logits_BTV: Array) -> Array:
-    """Over all tokens, float32 [D, V]."""
+    """The product summed over all tokens, float32 [D, V]."""
 
     def product(x: Array, y: Array) -> Array:
         return jnp.einsum("btd,btv->dv", x, y, preferred_element_type=jnp.float32)
@@ -163,7 +163,7 @@ def _summed_product(hidden_BTD: Array, by_logits_BTV: Array) -> Array:
 
     if hidden_BTD.dtype == jnp.float32:
         return product(hidden_BTD, by_logits_BTV)
-    # XLA for CPU (jaxlib 0.10.2) has no such product of bfloat16 where the head is transposed.
+    # XLA for CPU (jaxlib 0.10.2) lacks this bfloat16 product if the head is transposed.
     return jax.lax.platform_dependent(hidden_BTD, by_logits_BTV, cpu=in_float32, default=product)
 
 
@@ -210,7 +210,7 @@ def _loss_forward(
             return jnp.sum(weight * per_token)
 
         part, by_both = jax.value_and_grad(weighted, argnums=(0, 1))(found.logp, found.entropy)
-        # A token of weight 0 has a cotangent of 0; times an infinite term that is not a number.
+        # A token of weight 0 has a cotangent of 0; 0 times an infinite term would be NaN.
         by_logp, by_entropy = (jnp.where(weight != 0, g, 0.0) for g in by_both)
         # d logp / d logits = onehot - p;  d entropy / d logits = -p (log p + entropy)
         prob = found.prob()
@@ -234,7 +234,7 @@ def _loss_forward(
 @jax.named_scope("vocabulary")
 def _loss_backward(token_loss, sampling, along, cap, residuals, cotangents):
     grad_hidden, grad_head = residuals
-    by_total = cotangents[0]  # log-probabilities and entropies are for looking at
+    by_total = cotangents[0]  # log-probabilities and entropies are diagnostics
     scale = lambda g: (g * by_total).astype(g.dtype)  # noqa: E731
     return scale(grad_hidden), scale(grad_head), None, None, None
 

@@ -1,9 +1,8 @@
-"""Adam with its two moments kept in fewer bits than they are computed in: bfloat16, or 8 bits.
+"""Adam with moments stored in bfloat16 or 8 bits, and computed in float32.
 
-A moment moves by a hundredth or a tenth of itself an update, which is less than such numbers can
-tell apart: rounded to the nearest it would stand still, the first moment of a weight without
-gradient as well as the second. So it is rounded up or down by chance, such that the moment is right
-in the mean. The random bits follow from the seed and the count of updates.
+One update may change a moment by less than the spacing of such numbers. Rounded to the nearest, the
+moment would never change: neither the second moment nor, for a weight without gradient, the first.
+So rounding is stochastic and unbiased. The random bits follow from the seed and the update count.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from flax import struct
 from grpo_jax import keys
 from grpo_jax.structs import Array, Params
 
-_LONGEST_BLOCK = 128  # entries that share a peak: 0.03 bytes more for each entry
+_LONGEST_BLOCK = 128  # entries that share a peak, which costs 0.03 bytes an entry
 
 
 @struct.dataclass
@@ -27,9 +26,9 @@ class Blocks:
     """A moment in 8 bits, in blocks along its last axis (Dettmers et al. 2021, arXiv:2110.02861).
 
     An entry is ± (|code| / largest code)^p times the peak of its block, p = 2 for a first moment
-    (int8), 4 for a second (uint8): finer near 0, where most entries are, by arithmetic in place of
-    the paper's table. The smallest first moment is 1 / 16,000 of the peak, and the root of the
-    smallest second moment 1 / 65,000.
+    (int8), 4 for a second (uint8): finer near 0, where most entries are. This formula replaces the
+    paper's table. The smallest first moment is 1 / 16,000 of the peak, and the root of the smallest
+    second moment 1 / 65,000.
     """
 
     codes: Array  # int8 or uint8 [..., n], the parameter's shape
@@ -37,10 +36,11 @@ class Blocks:
 
 
 def to_blocks(x: Array, bits: Array, *, signed: bool) -> Blocks:
-    """`x` in 8 bits, rounded by `bits`, uint32 below 2^16: the mean over them is `x`.
+    """`x` in 8 bits, rounded by `bits` (uint32 below 2^16): the mean over `bits` is `x`.
 
-    Unsigned, an entry above 0 never becomes 0: a first moment divided by its root would be
-    infinite. Blocks are equal parts of the last axis, as long as divides it, at most 128.
+    If unsigned, an entry above 0 never becomes 0: a first moment divided by its root would be
+    infinite. Blocks are equal parts of the last axis; their length is its largest divisor up to
+    128.
     """
     levels, power, dtype = (127, 2, jnp.int8) if signed else (255, 4, jnp.uint8)
     blocks = x.reshape(*x.shape[:-1], -1, _block(x.shape[-1]))
@@ -57,7 +57,7 @@ def to_blocks(x: Array, bits: Array, *, signed: bool) -> Blocks:
 
 
 def from_blocks(kept: Blocks) -> Array:
-    """The float32 values that the blocks stand for."""
+    """The float32 values of the blocks."""
     levels, power = (127, 2) if kept.codes.dtype == jnp.int8 else (255, 4)
     codes = kept.codes.astype(jnp.float32).reshape(*kept.peak.shape, -1)
     values = jnp.sign(codes) * jnp.abs(codes / levels) ** power * kept.peak[..., None]
@@ -65,14 +65,14 @@ def from_blocks(kept: Blocks) -> Array:
 
 
 def _block(entries: int) -> int:
-    """Entries of a block: the largest divisor that is not too long."""
+    """Entries of a block: the largest divisor of the axis within the limit."""
     return next(n for n in range(min(entries, _LONGEST_BLOCK), 0, -1) if entries % n == 0)
 
 
 def to_bfloat16(x: Array, bits: Array) -> Array:
-    """Finite float32 `x` as one of the two bfloat16 about it; the mean over `bits` is `x`.
+    """Finite float32 `x` as one of its two bfloat16 neighbors; the mean over `bits` is `x`.
 
-    `bits`: uint32 below 2^16, added to the lower half of float32, of which bfloat16 is the upper.
+    `bits`: uint32 below 2^16, added to the lower half of the float32; bfloat16 is its upper half.
     """
     raw = jax.lax.bitcast_convert_type(x, jnp.uint32) + bits
     return jax.lax.bitcast_convert_type(raw & jnp.uint32(0xFFFF0000), jnp.float32).astype(
@@ -81,7 +81,7 @@ def to_bfloat16(x: Array, bits: Array) -> Array:
 
 
 class State(NamedTuple):
-    """The optimizer's state: moments by parameter, as they are kept."""
+    """The optimizer's state: moments by parameter, in their stored dtype."""
 
     count: Array  # int32: updates done
     mu: Params
@@ -91,7 +91,7 @@ class State(NamedTuple):
 def scale_by_adam(
     *, beta1: float, beta2: float, eps: float, kept: str, seed: int
 ) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` (Kingma & Ba 2014, arXiv:1412.6980), moments kept as `kept`.
+    """`optax.scale_by_adam` (Kingma & Ba 2014, arXiv:1412.6980), with moments stored as `kept`.
 
     "bfloat16" or "int8". An update is computed in float32 from the moments before they are rounded
     again.
@@ -131,10 +131,10 @@ def scale_by_adam(
 
 
 def random_bits(key: Array, shape: tuple[int, ...], after: list) -> Array:
-    """A random uint32 for each entry of the next array, two roundings of 16 bits.
+    """A random uint32 for each entry of the next array: 16 bits for each of its two roundings.
 
-    `after`: what the arrays before it became. They come first: XLA would draw the bits of all
-    arrays at once, and hold 4 bytes for each parameter.
+    `after`: the results of the arrays before it. Waiting for them keeps XLA from drawing the bits
+    of all arrays at once, which would take 4 bytes for each parameter.
     """
     key = jax.random.fold_in(key, len(after))
     if after:

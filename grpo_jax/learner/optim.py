@@ -1,4 +1,4 @@
-"""Learning-rate schedule and optimizer, from optax; what low precision needs besides."""
+"""Learning-rate schedule and optimizer, from optax, and their low-precision variants."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def schedule(
 ) -> optax.Schedule:
     """Learning rate of each update: linear warm-up, then constant, or a decay to the run's end.
 
-    Updates that are refused do not count, nor does the optimizer count them: what follows has the
-    rate that they would have had, as where Hugging Face's trainer skips one. A decay then ends that
-    many updates before its end.
+    Refused updates do not count, here or in the optimizer: the next update has the rate that the
+    refused one would have had, as in Hugging Face's trainer. With n refused updates, the run ends n
+    updates before the decay's end.
     """
     decay_steps = max(num_updates - warmup_steps, 1)
     after = {
@@ -30,7 +30,7 @@ def schedule(
     }[kind]()
     if not warmup_steps:
         return after
-    # The first update already moves: it has 1 / warmup_steps of the peak, not 0.
+    # The first update has 1 / warmup_steps of the peak, not 0.
     warmup = optax.linear_schedule(peak / warmup_steps, peak, max(warmup_steps - 1, 1))
     return optax.join_schedules([warmup, after], [warmup_steps])
 
@@ -48,8 +48,8 @@ def adamw(
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov & Hutter 2019) after clipping by global norm; 0 turns clipping off.
 
-    `kept`: how the moments are, "float32", "bfloat16" or "int8" (`learner/low_precision.py`); the
-    latter two are rounded by chance, which follows from `seed`.
+    `kept`: how moments are stored, "float32", "bfloat16" or "int8" (`learner/low_precision.py`);
+    the latter two are rounded stochastically from `seed`.
     """
     steps = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     if kept == "float32":
@@ -74,15 +74,15 @@ class RoundedState(NamedTuple):
 def stochastic_rounding(
     inner: optax.GradientTransformation, seed: int
 ) -> optax.GradientTransformation:
-    """`inner` for bfloat16 parameters: each goes up or down by chance, and is right in the mean.
+    """`inner` for bfloat16 parameters, which are rounded stochastically without bias.
 
-    To the nearest, an update under half of the parameter's last bit, 0.2 to 0.4 % of it, would be
-    lost. The chance follows from `seed` and the count of updates. The updates that this gives lead
-    from one bfloat16 to another.
+    Rounding to the nearest would lose an update below half of the parameter's last bit, which is
+    0.2 to 0.4 % of it. The random bits follow from `seed` and the update count. Each returned
+    update is the difference of two bfloat16 numbers.
     """
 
     def init(params: Params) -> RoundedState:
-        # What optax keeps has the dtype of what it is given; a bfloat16 moment would stand still.
+        # optax stores moments in the dtype of its inputs; bfloat16 moments would not change.
         return RoundedState(jnp.int32(0), inner.init(_in_float32(params)))
 
     def update(grads: Params, state: RoundedState, params: Params) -> tuple[Params, RoundedState]:
@@ -106,7 +106,7 @@ class CopyState(NamedTuple):
 
 
 def with_master_weights(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` on a float32 copy of bfloat16 parameters, which are its values to the nearest."""
+    """`inner` on a float32 copy; the bfloat16 parameters are the copy rounded to the nearest."""
 
     def init(params: Params) -> CopyState:
         copy = _in_float32(params)
@@ -128,7 +128,7 @@ def with_master_weights(inner: optax.GradientTransformation) -> optax.GradientTr
 def for_params(
     optimizer: optax.GradientTransformation, dtype: str, *, master_weights: bool, seed: int
 ) -> optax.GradientTransformation:
-    """The optimizer for parameters of this dtype: itself for "float32"."""
+    """The optimizer adapted to the dtype of the parameters; unchanged for "float32"."""
     if dtype == "float32":
         return optimizer
     return (
@@ -141,7 +141,7 @@ def _in_float32(params: Params) -> Params:
 
 
 def trained(params: Params, state: optax.OptState) -> Params:
-    """The parameters as exactly as they were trained: of a float32 copy that, else `params`."""
+    """The parameters at full precision: the float32 copy if there is one, else `params`."""
     return state.params if isinstance(state, CopyState) else params
 
 
@@ -149,5 +149,5 @@ _MATRICES = ("kernel", "embedding", "lora_a", "lora_b")
 
 
 def _is_matrix(params: Params) -> Params:
-    """True for weights that decay: kernels and embeddings, not norms and biases."""
+    """True for weights with weight decay: kernels and embeddings, not norms and biases."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _MATRICES, params)

@@ -1,15 +1,16 @@
-"""Microbatches without padding: the completions of some groups, token after token in one row.
+"""Microbatches without padding: completions of several groups follow each other in one row.
 
-Everything in the network that works token by token sees the row: its prompts, each once for its
-group, and then the completions' tokens with nothing between them. Attention alone needs to know
-which tokens belong together: for it a prompt has some lanes of equal width, each holding one
-completion or several. Where each token stands is two arrays of integers, made on the host from the
-completions' lengths. An entry of the row predicts the token that it is numbered by and reads the
-one before it; a completion's first token is predicted by the prompt, so a completion of n tokens
-takes n - 1 entries. Where a row has as many entries as its lanes have places, as with completions
-of like length, an entry is a place: nothing moves between them, and the shapes alone tell.
+A row holds its prompts, each once for its group, and then the completions' tokens without gaps. All
+token-wise layers work on rows. Only attention needs to know which tokens belong together: for
+attention, each prompt has several lanes of equal width, and each lane holds one or more
+completions. Two integer arrays, made on the host from the completions' lengths, map tokens to
+places. An entry predicts the token whose index it has and reads the token before it. The prompt
+predicts a completion's first token, so a completion of n tokens takes n - 1 entries. If a row has
+as many entries as its lanes have places, as with completions of similar length, entries and places
+are the same and nothing moves. The shapes alone decide this.
 
-`row_sizes.py` says how large rows are and what stands in which. Axes beside those of `structs.py`:
+`row_sizes.py` chooses the size of rows and assigns completions to them. Axes beside those of
+`structs.py`:
 
     S data shards       B rows of a microbatch, one on each device of the shard
     X entries of a row  J prompts of a microbatch; of a row, those counted on its device
@@ -28,15 +29,15 @@ from grpo_jax.learner.row_sizes import CompiledSizes, PackingProblem
 class Microbatches:
     """Microbatches of each data shard.
 
-    All have the same number of prompts on each device. A group of more tokens than a microbatch may
-    hold stands in several, each with the prompt and some of its completions.
+    All have the same number of prompts on each device. A group with more tokens than a microbatch
+    may hold is divided over several, each with the prompt and some of the completions.
     """
 
-    number: np.int32  # of M, the first; in the others there is nothing
-    groups_SMJ: np.ndarray  # int32: which of the shard's prompts; -1 for none, to fill a shape
+    number: np.int32  # the first of M are filled; the others are empty
+    groups_SMJ: np.ndarray  # int32: number of a prompt in the shard; -1: padding
     own_SMJG: np.ndarray  # bool: completions of that group that this microbatch has
     token_SMBX: np.ndarray  # int32: (j * G + g) * C + c, j counted on the device; -1: no token
-    lane_SMJWT: np.ndarray  # int32: which entry of its row stands here; -1: none
+    lane_SMJWT: np.ndarray  # int32: the entry of the row at this place; -1: none
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
@@ -55,11 +56,11 @@ def pack(
     share_lanes: bool = True,
     sizes: CompiledSizes | None = None,
 ) -> Microbatches:
-    """The groups of numbers `groups_P` of each shard in microbatches of at most `at_once` tokens.
+    """Groups `groups_P` of each shard, packed in microbatches of at most `at_once` tokens.
 
-    That is the size of a row, prompts (padded to `prompt_tokens`) included; a single completion
-    always fits. It is then rounded up to a `multiple`. Without `share_lanes` each completion has a
-    lane of its own. `sizes` are those that a run has in use; None: it begins.
+    `at_once` limits a row, with its prompts padded to `prompt_tokens`; a single completion always
+    fits. The row's size is then rounded up to a `multiple`. Without `share_lanes` each completion
+    has its own lane. `sizes` are the sizes that the run uses so far; None: a new run.
     """
     num_shards, _, group = length_SPG.shape
     work = PackingProblem(

@@ -1,12 +1,12 @@
-"""How many rows the completions of an update stand in, and of what size: few sizes, little padding.
+"""Chooses the number and size of an update's rows: few sizes to compile, little padding.
 
-A row has places for some prompts and for some entries, the tokens of their completions. What it
-computes is what it has places for, so the size that leaves the fewest empty is looked for. Groups
-are spread over rows whole, or in parts where one of many tokens would leave no room beside it; or
-they are split into row after row, and what a row has no room for goes on in the next. A part costs
-its prompt once more. The program takes any number of rows up to a limit, but another size of a row
-is another program to compile. So a run goes on with the sizes that it has, for as long as another
-one would not have saved the work of two updates.
+A row has a fixed number of places for prompts and for entries, the tokens of their completions.
+Empty places are computed too, so the search looks for the size with the fewest empty places. There
+are three ways to place groups: whole; in parts, if a large group would leave no room beside it; or
+poured into row after row, each group continued in the next row when one is full. Each part of a
+group computes the prompt once more. A program takes any number of rows up to a limit, but each row
+size is compiled separately. So a run keeps its sizes until a better size would have saved the work
+of two updates.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import numpy as np
 
 from grpo_jax.learner import bins
 
-_PARTS = (1, 2, 3, 4, 6, 8)  # of a row's room: the most that completions of a group take together
-_LANE_COST = 1 / 8  # of a place in attention's lanes, where a token of a row costs 1
-_ROW_COST = 1 / 32  # of any row, in tokens of the largest: weights are read, gradients added
-_ROWS = 4  # that a program takes at the least; what it does not have costs nothing
-_MOST_LANES = 4  # places in lanes for a token of the largest row; more take too much memory
-_TIE = 0.02  # sizes of costs that differ by less: the one that comes first is taken
-_FREE_WASTE = 0.05  # more work than at the best size that a run is content with
-_RECOMPILE_AT = 2.0  # work beyond that, in updates, for which it takes a better size
-_RECOMPILE_AT_TOKENS = 100_000  # but no fewer tokens: to compile takes seconds of any device
+_PARTS = (1, 2, 3, 4, 6, 8)  # a group may take 1/n of a row's room before it is divided
+_LANE_COST = 1 / 8  # of a place in an attention lane; a token of a row costs 1
+_ROW_COST = 1 / 32  # of each row, per token of the largest: reading weights, adding gradients
+_ROWS = 4  # capacity of a program, at least; unused rows cost nothing
+_MOST_LANES = 4  # lane places per token of the largest row; more take too much memory
+_TIE = 0.02  # relative difference of cost below which sizes count as equal
+_FREE_WASTE = 0.05  # excess over the best size that never triggers a recompile
+_RECOMPILE_AT = 2.0  # accumulated excess, in updates, that triggers a recompile
+_RECOMPILE_AT_TOKENS = 100_000  # the same in tokens, at least: compiling takes seconds everywhere
 
 
 class Unit(NamedTuple):
-    """A group or a part of one, which stays together."""
+    """A group, or a part of one, that is placed in one row."""
 
     prompt: int
     completions: list[int]
@@ -40,16 +40,16 @@ class Unit(NamedTuple):
 
 
 class Size(NamedTuple):
-    """What a program is compiled for; each row stands on one device."""
+    """The shape for which a program is compiled; each row is on one device."""
 
-    tokens: int  # to which completions are padded
+    tokens: int  # padded length of completions
     prompts: int  # in a row
     entries: int  # in a row
     lanes: int  # of a prompt
-    rows: int  # on a device, at most
+    rows: int  # at most, on a device
 
 
-Rows = tuple[list[list[Unit]], list[list[list[int]]]]  # as `Filled` has them
+Rows = tuple[list[list[Unit]], list[list[list[int]]]]  # (units_S, rows_S), as in `Filled`
 
 
 class Filled(NamedTuple):
@@ -57,21 +57,21 @@ class Filled(NamedTuple):
 
     size: Size
     units_S: list[list[Unit]]  # of each data shard
-    rows_S: list[list[list[int]]]  # which of them stand in which row; alike many in all shards
+    rows_S: list[list[list[int]]]  # indices of units by row; equally many rows in all shards
 
 
 @dataclasses.dataclass(frozen=True)
 class PackingProblem:
-    """The completions of an update, and what bounds its rows."""
+    """The completions of an update, and the limits of its rows."""
 
     entries_SPG: np.ndarray
-    groups_P: np.ndarray  # prompts of each shard that are meant
-    prompt_tokens: int  # to which prompts are padded
-    tokens: int  # to which completions are padded
-    at_once: int  # tokens of a row, prompts included; one of a single completion may have more
-    devices: int  # with a row each, of a shard
-    multiple: int  # of a row's tokens, to which it is rounded up
-    share_lanes: bool  # completions share lanes; else each has its own
+    groups_P: np.ndarray  # the prompts to pack, in each shard
+    prompt_tokens: int  # padded length of prompts
+    tokens: int  # padded length of completions
+    at_once: int  # most tokens of a row with prompts; a single completion may exceed it
+    devices: int  # of a shard, with one row each
+    multiple: int  # a row's tokens are rounded up to it
+    share_lanes: bool  # whether completions share lanes
 
     @property
     def width(self) -> int:
@@ -84,7 +84,7 @@ class PackingProblem:
 
     @functools.cached_property
     def strategies(self) -> list[_WholeGroups | _SplitAcrossRows]:
-        """The groups whole, where they can be, and in ever smaller parts; and split."""
+        """The ways to divide the groups: whole if possible, in ever smaller parts, and poured."""
         longest = int(self.entries_SPG[:, self.groups_P].max())
         found: dict[tuple[int, ...], _WholeGroups] = {}
         for parts in _PARTS:
@@ -98,7 +98,7 @@ class PackingProblem:
         return [*found.values(), split]
 
     def most_lanes(self, units_S: Iterable[list[Unit]]) -> int:
-        """Lanes of a prompt, at most."""
+        """The largest number of lanes of a prompt."""
         return max(
             len(self.lanes_of(self.entries_SPG[s, u.prompt], u.completions))
             for s, units in enumerate(units_S)
@@ -106,7 +106,7 @@ class PackingProblem:
         )
 
     def allows(self, size: Size) -> bool:
-        """Whether a size that a run had before, on another mesh perhaps, still is one."""
+        """Whether a size from earlier in the run, perhaps on another mesh, is still valid."""
         tokens = size.prompts * self.prompt_tokens + size.entries
         fits = tokens < self.largest + self.multiple and tokens % self.multiple == 0
         return fits and size.tokens == self.tokens
@@ -119,7 +119,7 @@ class PackingProblem:
 
 
 class _WholeGroups(NamedTuple):
-    """One way to divide the groups, with what it asks of rows."""
+    """One way to divide the groups, and what rows need for it."""
 
     units_S: list[list[Unit]]
     lanes: int  # of a prompt, at most
@@ -128,7 +128,7 @@ class _WholeGroups(NamedTuple):
     entries: int  # of a device, at least
 
     def rows(self, work: PackingProblem, size: Size, number: int) -> Rows | None:
-        """The units in so many rows a device, or None where `spread` finds no way."""
+        """The units in `number` rows on each device; None if `spread` cannot place them."""
         rows_S = []
         for units in self.units_S:
             rows = bins.spread([u.entries for u in units], number * work.devices, size.prompts)
@@ -154,7 +154,7 @@ class _WholeGroups(NamedTuple):
 
 
 class _SplitAcrossRows(NamedTuple):
-    """Groups split across rows; as `_WholeGroups`, but the rows decide what stands together."""
+    """Groups split across rows: like `_WholeGroups`, but the size of rows decides the units."""
 
     lanes: int
     heaviest: int  # entries of a completion
@@ -162,7 +162,7 @@ class _SplitAcrossRows(NamedTuple):
     entries: int
 
     def rows(self, work: PackingProblem, size: Size, number: int) -> Rows | None:
-        """The groups in as many rows as they take, or None where they take more lanes."""
+        """The groups in as many rows as they need; None if they need more lanes than `size` has."""
         units_S, rows_S = zip(
             *(_pour(entries_PG, work.groups_P, size) for entries_PG in work.entries_SPG)
         )
@@ -174,7 +174,7 @@ class _SplitAcrossRows(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """A size for one way to divide, with the cost of the fewest rows that could do."""
+    """A size for one way to divide, with a lower bound of its cost."""
 
     bound: float
     number: int
@@ -196,27 +196,27 @@ class _Found(NamedTuple):
 
 
 class CompiledSizes:
-    """The sizes of rows that one program of a run is compiled for.
+    """The row sizes for which one program of a run is compiled.
 
-    What is chosen next depends on lengths and on what was chosen before, so a run keeps this with
-    its checkpoints: where it goes on it sums in the same order.
+    The next choice depends on lengths and on earlier choices. So checkpoints keep this, and a
+    resumed run sums in the same order.
     """
 
     def __init__(self):
         self._used: list[Size] = []
-        self._wasted = 0.0  # updates' work, by those that are used, since the last was added
+        self._wasted = 0.0  # excess work since the last size was added, in updates
 
     def as_json(self) -> dict[str, Any]:
         return {"used": [list(size) for size in self._used], "wasted": self._wasted}
 
     def restore(self, kept: dict[str, Any] | None) -> None:
-        """Goes on from what `as_json` gave, or begins again."""
+        """Restores the output of `as_json`; None: begins again."""
         kept = kept or {"used": [], "wasted": 0.0}
         self._used = [Size(*size) for size in kept["used"]]
         self._wasted = kept["wasted"]
 
     def fill(self, work: PackingProblem) -> Filled:
-        """The rows of an update: of a size in use, or of the best one, which then is in use."""
+        """The rows of an update, of a size in use or of the best size, which is then in use too."""
         best = _best(work)
         known = _cheapest(work, [size for size in self._used if work.allows(size)])
         if known is not None:
@@ -230,7 +230,7 @@ class CompiledSizes:
 
 
 def _best(work: PackingProblem) -> _Found:
-    """The rows that compute the least, of all sizes; of those alike the largest."""
+    """The cheapest rows over all sizes; among equal ones, the largest rows."""
     choices = sorted(_choices(work), key=lambda choice: choice.bound)
     found: list[_Found] = []
     least = float("inf")
@@ -254,7 +254,7 @@ def _best(work: PackingProblem) -> _Found:
 
 
 def _cheapest(work: PackingProblem, sizes: list[Size]) -> _Found | None:
-    """The rows that compute the least, of some sizes; None where the completions fit in none."""
+    """The cheapest rows of some sizes; None if the completions fit in none of them."""
     best = None
     for size in sizes:
         for way in work.strategies:
@@ -267,7 +267,7 @@ def _cheapest(work: PackingProblem, sizes: list[Size]) -> _Found | None:
 def _filled(
     work: PackingProblem, choice: _Choice, limit: float, most: int | None = None
 ) -> _Found | None:
-    """The fewest rows that hold the units at a cost below `limit`, `most` of them a device."""
+    """The fewest rows that hold the units within the cost `limit` and `most` rows a device."""
     number = choice.number
     fits = lambda number: number * choice.row_cost <= limit and number <= (most or number)  # noqa: E731
     while fits(number):
@@ -283,7 +283,7 @@ def _filled(
 
 
 def _choices(work: PackingProblem) -> Iterator[_Choice]:
-    """All sizes worth a look: up to the largest, in eighths of it and of its halves."""
+    """All sizes to compare: up to the largest, in eighths of it and of its halves."""
     group = work.entries_SPG.shape[2]
     for way in work.strategies:
         lanes = min(1 << (way.lanes - 1).bit_length(), group)
@@ -308,7 +308,7 @@ def _choice(work: PackingProblem, size: Size, way: _WholeGroups | _SplitAcrossRo
 
 
 def _counts(most: int) -> Iterator[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, ... up to the first that is no less than `most`."""
+    """1, 2, 3, 4, 6, 8, 12, 16, ... up to the first that is at least `most`."""
     count = 1
     while True:
         yield count
@@ -320,7 +320,7 @@ def _counts(most: int) -> Iterator[int]:
 
 
 def _eighths(largest: int) -> Iterator[int]:
-    """From the largest on, four sizes between it and its half, and so on; large ones by 16."""
+    """Four sizes from the largest down to its half, and so on; multiples of 16 from 256 on."""
     while largest:
         for eighths in (8, 7, 6, 5):
             size = largest * eighths // 8
@@ -331,7 +331,7 @@ def _eighths(largest: int) -> Iterator[int]:
 def _pour(
     entries_PG: np.ndarray, groups_P: np.ndarray, size: Size
 ) -> tuple[list[Unit], list[list[int]]]:
-    """Units in rows of that size: of each group in turn what has room, the longest first."""
+    """Rows of that size, filled group by group with the completions that fit, longest first."""
     units: list[Unit] = []
     rows: list[list[int]] = [[]]
     room = size.entries
@@ -355,9 +355,9 @@ def _pour(
 
 
 def _units(prompt: int, entries_G: np.ndarray, room: int) -> list[Unit]:
-    """The group whole, or in parts where it has more entries than `room`.
+    """The group whole, or in parts if it has more entries than `room`.
 
-    As few parts as have room, of like size.
+    As few parts as possible, of similar size.
     """
     total = int(entries_G.sum())
     if total <= room:
@@ -370,9 +370,9 @@ def _units(prompt: int, entries_G: np.ndarray, room: int) -> list[Unit]:
 
 
 def balance(length_PG: np.ndarray, shards: int, minibatches: int = 1) -> np.ndarray:
-    """The order of prompts in which data shards have like many tokens, int [P].
+    """An order of prompts that gives data shards about equally many tokens, int [P].
 
-    Shards are consecutive parts of that order. A prompt p of minibatch p % minibatches stays there.
+    Shards are consecutive parts of that order. Prompt p stays in its minibatch, p % minibatches.
     """
     entries_P = (length_PG - 1).sum(1)
     order_P = np.empty(len(entries_P), int)

@@ -1,4 +1,4 @@
-"""How the policy's network is run over given completions.
+"""Runs the policy's network over given completions.
 
 Axes beside those of `structs.py`, as in `packing.py`:
 
@@ -27,21 +27,21 @@ from grpo_jax.models.lanes import Layout, PackedInputs
 from grpo_jax.models.placement import Placement
 from grpo_jax.structs import Array, ModelConfig, Params, Rollouts, Sampling
 
-# Tokens of a microbatch on a device, where the config does not say: enough for full speed, so few
-# that what the backward pass keeps of them stays in the caches of a CPU.
+# Default tokens of a microbatch on a device: enough for full speed. On a CPU, so few that the
+# activations kept for the backward pass stay in its caches.
 _TOKENS_AT_ONCE = 8192
 _TOKENS_AT_ONCE_ON_CPU = 1536
 
 
 def usual_tokens(mesh: Mesh) -> int:
-    """Tokens of a row of a microbatch, where nobody says how many."""
+    """Default tokens of a microbatch's row."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     return mesh.shape["sequence"] * (_TOKENS_AT_ONCE_ON_CPU if on_cpu else _TOKENS_AT_ONCE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """How the policy's network is run over given completions."""
+    """Runs the policy's network over given completions."""
 
     model: ModelConfig
     mesh: Mesh
@@ -49,16 +49,16 @@ class Scorer:
     dtype: Any = jnp.float32  # of activations
     remat: str = "dots"  # as in `config.model.remat`
     scan_layers: bool = True
-    microbatch: int = 0  # groups at once, more where completions are short; 0: by their tokens
-    kernels: AttentionKernels = attention  # compute the attention
-    tokens: int = 0  # of a row of a microbatch, where that is 0; 0: the usual number
+    microbatch: int = 0  # groups at once, more if completions are short; 0: by `tokens`
+    kernels: AttentionKernels = attention  # of attention
+    tokens: int = 0  # of a microbatch's row, if `microbatch` is 0; 0: the default
 
     def microbatches(
         self, rollouts: Rollouts, groups_P: np.ndarray, sizes: CompiledSizes | None = None
     ) -> packing.Microbatches:
         """Some groups of each data shard in microbatches of about equally many tokens.
 
-        `sizes`: of the program that they are for.
+        `sizes`: the row sizes of their program.
         """
         prompt_tokens, (_, group, tokens) = rollouts.prompt_PQ.shape[1], rollouts.logp_PGC.shape
         shards, devices = self.mesh.shape["data"], self.mesh.shape["fsdp"] * self.parts
@@ -79,16 +79,16 @@ class Scorer:
 
     @property
     def parts(self) -> int:
-        """Rows of attention to one of the MLP and the vocabulary."""
+        """Attention rows that make one row of the MLP and the vocabulary."""
         return sharding.attention_parts(self.mesh, self.model.num_kv_heads)
 
     @property
     def placement(self) -> Placement:
-        """Where activations lie on the devices of a data shard."""
+        """The sharding of activations inside a data shard."""
         return Placement.of(self.mesh, self.model.num_kv_heads)
 
     def rows_of_vocabulary(self, x: Array) -> Array:
-        """Values by row of attention [B, E, ...], those that share the head one after another."""
+        """Values by attention row [B, E, ...]; rows that share the head are joined into one."""
         if self.parts == 1:
             return x
         x = self.placement.place(x, "shard_rows", *(None,) * (x.ndim - 1))
@@ -106,9 +106,9 @@ class Scorer:
         return len(rollouts.length_PG) // self.mesh.shape["data"]
 
     def hidden(self, params: Params, rollouts: Rollouts, layout: Layout | None = None) -> Array:
-        """The hidden states that predict completion tokens, as `PackedInputs.predictors` has them.
+        """The hidden states that predict completion tokens, in `PackedInputs.predictors`' order.
 
-        Without a layout as rows, [P * G, C, D].
+        Without a layout: by completion, [P * G, C, D].
         """
         prompts = rollouts.prompt_PQ, rollouts.prompt_length_P
         inputs = PackedInputs.of(*prompts, rollouts.completion_PGC, layout)
@@ -135,9 +135,9 @@ class Scorer:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """One microbatch of a data shard: whose tokens its rows' predictions [B, E] are.
+    """One microbatch of a data shard: which token each prediction [B, E] of its rows belongs to.
 
-    E = J * G + X, ordered as `PackedInputs.predictors` has them, J counted on one device.
+    E = J * G + X, ordered as in `PackedInputs.predictors`; J counts the prompts of one device.
     """
 
     groups_BJ: Array
@@ -159,17 +159,17 @@ class Packed:
         )
 
     def take(self, x_JGC: Array) -> Array:
-        """Values by completion and token at the predictions; some value where there is none."""
+        """Values by completion and token, gathered by prediction; arbitrary at empty ones."""
         flat = x_JGC.reshape(self.index_BE.shape[0], -1)
         return jnp.take_along_axis(flat, self.index_BE, axis=1)
 
     def take_of_completion(self, x_JG: Array) -> Array:
-        """Values by completion at its predictions."""
+        """Values by completion, gathered by prediction."""
         flat = x_JG.reshape(self.index_BE.shape[0], -1)
         return jnp.take_along_axis(flat, self.index_BE // self.tokens, axis=1)
 
     def put(self, x_PGC: Array, value_BE: Array) -> Array:
-        """The shard's values with those of the predictions in their places."""
+        """The shard's values, with the values of the predictions written to their places."""
         per_group = x_PGC[0].size
         group_BE = jnp.take_along_axis(self.groups_BJ, self.index_BE // per_group, axis=1)
         place_BE = group_BE * per_group + self.index_BE % per_group
@@ -178,26 +178,26 @@ class Packed:
 
 
 def cut_to(limit: int, longest: int) -> int:
-    """Tokens to which completions are cut before they are scored, in quarters of the limit.
+    """The length to which completions are cut before scoring, in quarters of the limit.
 
-    Few lengths: a program is compiled once for each.
+    Few lengths, since a program is compiled for each.
     """
     quarter = -(-limit // 4)
     return min(limit, -(-longest // quarter) * quarter)
 
 
 def rows(scorer: Scorer, tree: Any, groups_J: Array) -> Any:
-    """Some groups of a data shard's arrays [P, ...], over its devices by row; any group for -1."""
+    """Groups of a data shard's arrays [P, ...], split over its devices; -1 gives any group."""
     groups_J = jnp.maximum(groups_J, 0)
     part = jax.tree.map(lambda x: x[groups_J], tree)
     return by_shard.split_within_shard(scorer.mesh, part, scorer.row_axis)
 
 
 def row_by_row(scorer: Scorer, f: Callable, *rows: Any) -> Any:
-    """`f` of the row of each device by itself; its results may have one more leading axis.
+    """`f` applied to each device's row separately; results may have one more leading axis.
 
-    So what `f` sums over the chunks of its row, the head's gradient above all, is summed where it
-    is, and over devices once. A row that several devices share goes with the others.
+    Sums of `f` over the chunks of a row, above all the head's gradient, thus stay on the device and
+    are reduced over devices once. With sequence parallelism `f` sees all rows at once.
     """
     rows = jax.tree.map(scorer.rows_of_vocabulary, rows)
     if len(rows[0]) == 1 or scorer.mesh.shape["sequence"] > 1:

@@ -1,4 +1,4 @@
-"""The state that learns: made, placed, and passed over."""
+"""The train state: its creation, its shardings, and skipped updates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grpo_jax.structs import ModelConfig, Params, TrainState
 
 
 def refuse(state: TrainState, number: int) -> TrainState:
-    """The state as after so many updates that were refused: only its counters move."""
+    """The state after `number` refused updates: only its counters change."""
     moved = [
         jax.device_put(np.int32(int(count) + number), count.sharding)
         for count in (state.num_updates, state.num_skipped)
@@ -27,12 +27,12 @@ def refuse(state: TrainState, number: int) -> TrainState:
 
 
 def param_shardings(model: ModelConfig, mesh: Mesh) -> Any:
-    """Where each of the parameters that learn lives."""
+    """Shardings of the trained parameters."""
     return sharding.tree_shardings(mesh, lora.trained_axes(model), lora.trained_shapes(model))
 
 
 def zero1_shardings(model: ModelConfig, mesh: Mesh) -> Any:
-    """Where moments and summed gradients lie: as parameters, and split over data shards."""
+    """Shardings of moments and summed gradients: as parameters, and also split over data shards."""
     return jax.tree.map(
         lambda x, placed: sharding.zero1_sharding(mesh, placed, x.shape),
         lora.trained_shapes(model),
@@ -41,11 +41,11 @@ def zero1_shardings(model: ModelConfig, mesh: Mesh) -> Any:
 
 
 def _state_shardings(like: TrainState, model: ModelConfig, mesh: Mesh, optimizer) -> TrainState:
-    """Where each part of the state lives."""
+    """Shardings of the whole state."""
     whole = sharding.replicated(mesh)
     opt_state = optax.tree_map_params(
         optimizer,
-        # A moment may be several arrays of the parameter's axes, some shorter.
+        # A moment may be several arrays with the parameter's axes, some of them shorter.
         lambda kept, placed: jax.tree.map(
             lambda x: sharding.like_parameter(mesh, placed, x.shape), kept
         ),
@@ -60,7 +60,7 @@ def _state_shardings(like: TrainState, model: ModelConfig, mesh: Mesh, optimizer
 def state_like(
     model: ModelConfig, mesh: Mesh, optimizer: optax.GradientTransformation, dtype=jnp.float32
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the train state, parameters of `dtype`; none is made."""
+    """Shapes, dtypes and shardings of the train state, with parameters of `dtype`; no arrays."""
     params = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, dtype), lora.trained_shapes(model)
     )
@@ -75,7 +75,7 @@ def state_like(
 def start(
     params: Params, model: ModelConfig, mesh: Mesh, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """The state before the first update; `params` are given away."""
+    """The state before the first update; donates `params`."""
     return starting(params, model, mesh, optimizer)()
 
 

@@ -1,6 +1,6 @@
 """One optimizer update on a minibatch: `Update`.
 
-It goes through packed microbatches in one program; gradients are summed and divided once.
+One program goes through the packed microbatches; gradients are summed, then divided once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from grpo_jax.structs import Array, Experience, Params, TrainState
 def _loss_sums(
     weights: Weights, scorer: Scorer, component: LossComponent, part: Experience, packed: Packed
 ):
-    """Summed loss of one microbatch, and (sums, maxima) of what explains it."""
+    """Summed loss of one microbatch, and (sums, maxima) of its diagnostics."""
     params = weights.whole(scorer.model)
     rollouts, action_PGC = part.rollouts, part.action_PGC
     terms = component.terms(part, packed.take, packed.take_of_completion)
@@ -58,21 +58,21 @@ def _loss_sums(
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """One optimizer update on a minibatch; it donates the state that it is given.
+    """One optimizer update on a minibatch; donates the given state.
 
     Minibatch i of n holds prompts i, i + n, ... of the experience. With `offload` the optimizer's
-    state comes to the devices for its own step alone, and lies in the host's memory otherwise.
+    state is in the host's memory, except during the optimizer's step.
     """
 
     scorer: Scorer
     component: LossComponent
     num_minibatches: int
     offload: bool
-    zero_gradient: Callable[[], Carry]  # programs: no gradient yet,
-    gradient: Callable[..., Carry]  # that of some microbatches added,
+    zero_gradient: Callable[[], Carry]  # program: a carry of zeros
+    gradient: Callable[..., Carry]  # program: adds microbatches
     optimizer_step: Callable[..., tuple[TrainState, dict[str, Array]]]
-    sizes: CompiledSizes  # of packed rows, of `gradient`; a run adds to them
-    compiled: set[tuple[int, ...]]  # shapes for which `optimizer_step` was compiled so far
+    sizes: CompiledSizes  # packed row sizes of `gradient`; grows during a run
+    compiled: set[tuple[int, ...]]  # shapes for which `optimizer_step` is compiled
 
     def __call__(
         self,
@@ -84,19 +84,19 @@ class Update:
     ) -> tuple[TrainState, dict[str, Array]]:
         """The state after the update on minibatch `index`, and metrics.
 
-        `before_donating(carry)` is called once all but the optimizer's step is launched; `carry`
-        holds the gradients. Until it returns the state is whole. `frozen`: the parameters that do
-        not learn, where adapters do. Metrics are float32 scalars by
-        their logged names, and `skipped`, True where the update was refused.
+        `before_donating(carry)` is called when all but the optimizer's step is launched; `carry`
+        holds the gradients. The state stays valid until it returns. `frozen`: the parameters that
+        are not trained, if adapters are. Metrics are float32 scalars by their logged names, and
+        `skipped`, True if the update was refused.
         """
         length_PG, none = experience.rollouts.length_PG, self.zero_gradient()
         weights = Weights(state.params, frozen)
         carry = self._adding(weights, none, experience, length_PG, index)()
-        if self.offload:  # a copy: that of the caller stays where it is
+        if self.offload:  # a copy: the caller's stays in place
             state = state.replace(opt_state=transfer.to_device_memory(state.opt_state))
         step = self._step(state, carry, experience, index)
         if (shape := experience.action_PGC.shape) not in self.compiled:
-            step.lower().compile()  # by now: it takes long, and may be given up
+            step.lower().compile()  # before donating: slow, and may be interrupted
             self.compiled.add(shape)
         before_donating(carry)
         state, metrics = step()
@@ -113,7 +113,8 @@ class Update:
     ) -> list[Call]:
         """The programs of an update in their order, for an experience by its shapes.
 
-        `length_PG`: how long its completions are, which no shape tells. `state` is on the devices.
+        `length_PG`: the completions' lengths, which do not follow from shapes. `state` is on the
+        devices.
         """
         zero = Call(self.zero_gradient, ())
         carry = zero.result()
@@ -152,8 +153,8 @@ def make_update(
 ) -> Update:
     """The update that minimizes a component; nothing is compiled or allocated yet.
 
-    It refuses what is not finite, and what has a metric out of its `bounds`, lowest and highest
-    value by name.
+    It refuses an update that is not finite, or with a metric outside its `bounds`: (lowest,
+    highest) by name.
     """
     like = train_state.state_like(scorer.model, scorer.mesh, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, like)

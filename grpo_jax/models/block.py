@@ -14,13 +14,13 @@ from grpo_jax.kernels.norm import AddNorm, Norm, Residual
 from grpo_jax.models.placement import REPLICATED, MlpPlacement
 from grpo_jax.structs import Array, Layer, ModelConfig
 
-# Maps queries, keys and values, not rotated yet, to the output of attention and whatever the caller
-# wants to keep of them.
+# Maps queries, keys and values before rotation to (output of attention, any state that the caller
+# keeps).
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
 class Dense(nn.Module):
-    """A dense layer whose kernel may be in 8 bits, or have a low-rank adapter."""
+    """A dense layer; its kernel may be in 8 bits or have a low-rank adapter."""
 
     features: int
     axes: tuple[str, str]
@@ -94,7 +94,7 @@ class Attention(nn.Module):
         return _by_token(dense, out), kept
 
     def _normed(self, x: Array, name: str) -> Array:
-        """Queries or keys [..., heads, H], each head or all of a token's as one."""
+        """Normed queries or keys [..., heads, H]: each head alone, or a token's heads as one."""
         norm = rms_norm(self.config, self.dtype, name)
         if self.config.qk_norm == "head":
             return norm(x)
@@ -153,13 +153,13 @@ class Block(nn.Module):
         return Residual(states, self._added(branch, "mlp")), kept
 
     def _read(self, x: Residual, of: str) -> tuple[Array, Array]:
-        """The states, and what a branch reads of them."""
+        """The states, and the input of a branch."""
         if self.config.norms == "after":
             return (states := x.sum()), states
         return rms_norm(self.config, self.dtype, f"{of}_norm", self.norm)(x)
 
     def _added(self, branch: Array, of: str) -> Array:
-        """What a branch adds to the states."""
+        """The output of a branch, as it is added to the states."""
         if self.config.norms != "before":
             branch = rms_norm(self.config, self.dtype, f"{of}_post_norm")(branch)
         factor = self.config.residual_factor

@@ -1,8 +1,8 @@
-"""Rotary frequencies of a layer kind, as the model was trained with.
+"""The rotary frequencies with which a model was trained, by layer kind.
 
 The order of operations is Hugging Face's: one unit in the last place of a frequency moves its angle
-by up to 0.008 at position 131,071. Pairs that do not turn have a frequency of zero, so attention
-and its kernels see one form of rotation: all of a head, in halves.
+by up to 0.008 at position 131,071. Pairs that are not rotated have a frequency of zero. So
+attention and its kernels know only one form of rotation: the whole head, in halves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def of(rotary: Rotary, head_size: int, longest: int = 0) -> np.ndarray:
     dims = turning(rotary, head_size)
     exponent = np.arange(0, dims, 2, dtype=np.float32)
     exponent = exponent / np.float32(head_size if rotary.proportional else dims)
-    # NumPy's power in float32 is up to two units off, torch's is rounded from more digits.
+    # NumPy's float32 power is up to two units in the last place off; torch rounds from more digits.
     power = (rotary.theta ** exponent.astype(np.float64)).astype(np.float32)
     freq, scaling = np.float32(1) / power, rotary.scaling
     if isinstance(scaling, RopeScaling):
@@ -43,15 +43,15 @@ def of(rotary: Rotary, head_size: int, longest: int = 0) -> np.ndarray:
 
 
 def turning(rotary: Rotary, head_size: int) -> int:
-    """How many of a head's dimensions turn."""
+    """The number of a head's dimensions that are rotated."""
     return 2 * int(head_size * rotary.share / 2)
 
 
 def amplitudes(rotary: Rotary, model: ModelConfig) -> np.ndarray | None:
     """Factors of cosine and sine of each pair, float32 [H/2]; None: all are 1.
 
-    They hold the scale of attention too, its root in queries and in keys, where it is not
-    H ** -0.5: rotation is in float32, so nothing is rounded for it, and no kernel needs to know.
+    They include the attention scale if it is not H ** -0.5, as its square root in queries and in
+    keys. Rotation is in float32, so this costs no rounding, and kernels need not know it.
     """
     scale = 1.0
     if model.attention_scale is not None:
@@ -69,10 +69,10 @@ def _llama3(freq: np.ndarray, scaling: RopeScaling) -> np.ndarray:
         for x in (scaling.original_max_position, scaling.low_freq_factor, scaling.high_freq_factor)
     )
     factor, one = np.float32(scaling.factor), np.float32(1)
-    # torch divides a number by an array so: the array's reciprocal times the number.
+    # torch divides a number by an array as the array's reciprocal times the number.
     wavelength = one / freq * np.float32(2 * np.pi)
-    # A frequency of few turns is divided by the factor, one of many is kept, between them a
-    # straight line.
+    # Frequencies of few turns are divided by the factor, those of many turns are kept, between them
+    # a straight line.
     kept = (one / wavelength * original - low) / (high - low)
     between = (one - kept) * freq / factor + kept * freq
     slow = np.where(wavelength > original / low, freq / factor, between)
@@ -81,7 +81,7 @@ def _llama3(freq: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 def _yarn(power: np.ndarray, theta: float, dims: int, scaling: YarnScaling) -> np.ndarray:
     def pair_of(turns: float) -> float:
-        """The pair, a fraction of one included, that makes so many turns in the original length."""
+        """The pair, as a fraction, that makes so many turns within the original length."""
         turn = scaling.original_max_position / (turns * 2 * math.pi)
         return dims * math.log(turn) / (2 * math.log(theta))
 

@@ -1,8 +1,9 @@
-"""Packed rows: what the decoder reads of them, and how states reach the lanes of attention.
+"""Packed rows: the decoder's inputs, and the moves between entries and attention lanes.
 
-A row holds the prompts of some groups and then entries, each a completion's token that is read to
-predict the next. Attention needs to know which entries belong together: every prompt has some lanes
-of equal width, which hold one completion or several. Axes beside those of `structs.py`:
+A row holds the prompts of several groups and then entries. An entry reads one token of a completion
+and predicts the next. Attention needs to know which entries belong together: every prompt has
+several lanes of equal width, and a lane holds one or more completions. Axes beside those of
+`structs.py`:
 
     X entries of a row         Y places in the lanes of a row, P / B * W * T
 """
@@ -17,13 +18,13 @@ import numpy as np
 
 from grpo_jax.structs import Array
 
-# (token_BX, lane_PWT) of `learner/packing.py`: the completion token that an entry predicts,
-# (j * G + g) * C + c in its row or -1 for none, and the entry in a place of the lanes, -1 for none.
+# (token_BX, lane_PWT) of `learner/packing.py`. token_BX: the completion token that each entry
+# predicts, (j * G + g) * C + c in its row. lane_PWT: the entry at each lane place. -1: none.
 Layout = tuple[Array, Array]
 
 
 def identity_layout(prompts: int, group: int, tokens: int) -> Layout:
-    """A row for each prompt and a lane for each of its completions, every place an entry."""
+    """The layout with a row for each prompt and a lane for each completion, without moves."""
     token_GT = np.arange(group)[:, None] * tokens + np.arange(1, tokens)
     entry_GT = np.arange(token_GT.size).reshape(token_GT.shape)
     return (
@@ -34,16 +35,16 @@ def identity_layout(prompts: int, group: int, tokens: int) -> Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Lanes:
-    """Between the entries of rows [B, X, ...] and the lanes [P, W, T, ...] that attention sees."""
+    """Moves values between the entries of rows [B, X, ...] and attention lanes [P, W, T, ...]."""
 
     rows: int
     shape: tuple[int, int, int]  # P, W, T
-    entry_BY: Array | None = None  # which stands in a place; -1: none
-    place_BX: Array | None = None  # of each entry, the inverse. None for both: they are the same
+    entry_BY: Array | None = None  # entry of each place; -1: none
+    place_BX: Array | None = None  # the inverse. Both None: entries are places
 
     @staticmethod
     def of(lane_PWT: Array, rows: int, entries: int) -> Lanes:
-        if lane_PWT.size == rows * entries:  # an entry is a place
+        if lane_PWT.size == rows * entries:  # entries are places
             return Lanes(rows, lane_PWT.shape)
         entry_BY = lane_PWT.reshape(rows, -1)
 
@@ -55,13 +56,13 @@ class Lanes:
         return Lanes(rows, lane_PWT.shape, entry_BY, jax.vmap(inverse)(entry_BY))
 
     def spread(self, x: Array) -> Array:
-        """Entries [B, X, ...] laid out in lanes, zeros where there is none."""
+        """Entries [B, X, ...] moved to lanes; zeros at empty places."""
         if self.entry_BY is not None:
             x = _moved(x, self.entry_BY, self.place_BX)
         return x.reshape(*self.shape, *x.shape[2:])
 
     def gather(self, x: Array) -> Array:
-        """The inverse: what stands in lanes by entry [B, X, ...], zeros for empty ones."""
+        """The inverse: lane values by entry [B, X, ...]; zeros for empty entries."""
         if self.entry_BY is None:
             return x.reshape(self.rows, -1, *x.shape[3:])
         x = x.reshape(*self.entry_BY.shape, *x.shape[3:])
@@ -70,12 +71,12 @@ class Lanes:
 
 @dataclasses.dataclass(frozen=True)
 class PackedInputs:
-    """What the decoder reads of packed rows [B, T]: their prompts, T - X tokens, then X entries."""
+    """The decoder's inputs by packed row [B, T]: prompts of T - X tokens, then X entries."""
 
     ids_BT: Array  # int32
     position_BT: Array  # int32: in the text, its prompt included
     prompt_length_P: Array
-    prompt_tokens: int  # Q: padded; 0: completions stand alone, their first tokens unpredicted
+    prompt_tokens: int  # Q: padded; 0: no prompts, first tokens are not predicted
     group: int  # G
     lanes: Lanes
     segment_PWT: Array  # int32: equal for tokens of one completion; 0: none
@@ -88,9 +89,9 @@ class PackedInputs:
         completion_PGC: Array,
         layout: Layout | None = None,
     ) -> PackedInputs:
-        """Prompts and completions, padded on the right, as a layout packs them; None: the identity.
+        """Packs right-padded prompts and completions by a layout; None: the identity layout.
 
-        Each row has as many prompts as the others, one after another.
+        All rows have equally many prompts, in order.
         """
         num_prompts, group, tokens = completion_PGC.shape
         token_BX, lane_PWT = layout or identity_layout(num_prompts, group, tokens)
@@ -131,15 +132,15 @@ class PackedInputs:
         return x[:, x.shape[1] - self.num_entries :]
 
     def rows(self, prompts: Array, entries: Array | None) -> Array:
-        """The inverse of both: [P, Q, ...] and [B, X, ...], None where X is 0, as [B, T, ...]."""
+        """The inverse: joins [P, Q, ...] and [B, X, ...] (None if X is 0) to [B, T, ...]."""
         prompts = prompts.reshape(self.ids_BT.shape[0], -1, *prompts.shape[2:])
         return prompts if entries is None else jnp.concatenate([prompts, entries], axis=1)
 
     def predictors(self, x_BTD: Array) -> Array:
         """The states that predict completions' tokens, [B, J * G + X, D] for B rows of J prompts.
 
-        First those that predict each completion's first token, which are the prompts' last, then
-        those of the entries.
+        First the prompts' last states, which predict each completion's first token; then the
+        entries' states.
         """
         if not self.prompt_tokens:
             nothing = (x_BTD.shape[0], self.group * len(self.prompt_length_P) // x_BTD.shape[0])
@@ -166,8 +167,8 @@ class PackedInputs:
 def _moved(x: Array, source: Array, target: Array) -> Array:
     """Entry `source[r, y]` of x [B, X, ...] at y, zeros for -1; `target` is the inverse.
 
-    The gradient moves back by the inverse: of a plain lookup it is a sum into places, which is slow
-    everywhere and in no certain order on a GPU.
+    The gradient is a lookup by the inverse. The gradient of a plain lookup would be a scatter-add,
+    which is slow everywhere and has no fixed order on a GPU.
     """
     if not x.shape[1]:  # completions of one token have no entries
         return jnp.zeros((*source.shape, *x.shape[2:]), x.dtype)

@@ -1,9 +1,9 @@
 """The layers of a decoder as runs of a repeated pattern, and their parameters by run.
 
-Layers of one kind are scanned: compiled once, their parameters stacked. Where kinds alternate, a
-whole period is what is scanned: five layers with a window and one without, eight times, compile as
-six layers. A slot is a place in the pattern; its parameters are stacked over the pattern's turns,
-`layers/<run>/<slot>/...` [count, ...], or `layers/...` where all layers are of one kind.
+Layers of one kind are scanned: compiled once, their parameters stacked. If kinds alternate, a whole
+period is scanned: five layers with a window and one without, eight times, compile as six layers. A
+slot is a position in the pattern. Its parameters are stacked over the repeats of the pattern,
+`layers/<run>/<slot>/...` [count, ...], or `layers/...` if all layers are of one kind.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from grpo_jax.structs import Layer
 
-_LONGEST = 16  # layers of a pattern; those in use have 8 at most
+_LONGEST = 16  # layers of a pattern; known models have at most 8
 
 
 class Run(NamedTuple):
@@ -25,7 +25,7 @@ class Run(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the parameters of a layer stand: a slot of a run, and the turn of its pattern."""
+    """The place of a layer's parameters: run, slot, and repeat (`turn`) of the pattern."""
 
     run: int
     slot: int
@@ -36,15 +36,15 @@ class Place(NamedTuple):
 def runs(layers: tuple[Layer, ...]) -> tuple[Run, ...]:
     """The runs with the fewest layers to compile; of equal ones, the fewest runs."""
     number = len(layers)
-    # From layer i on: layers to compile, runs, and the first run with its period and count.
+    # For layers i and later: layers to compile, runs, and the first run's period and count.
     best = [(number + 1, number + 1, 0, 0)] * number + [(0, 0, 0, 0)]
-    alike = [[0] * (number + 1) for _ in range(_LONGEST + 1)]  # by period: equal layers from here
+    alike = [[0] * (number + 1) for _ in range(_LONGEST + 1)]  # by period: length of the repeat
     for i in reversed(range(number)):
         for period in range(1, min(_LONGEST, number - i) + 1):
             if i + period < number and layers[i] == layers[i + period]:
                 alike[period][i] = alike[period][i + 1] + 1
             most = 1 + alike[period][i] // period
-            for count in {most, max(most - 1, 1)}:  # the next run may make more of the last turn
+            for count in {most, max(most - 1, 1)}:  # the next run may use the last turn better
                 size, then, *_ = best[i + count * period]
                 best[i] = min(best[i], (size + period, then + 1, period, count))
     found, i = [], 0
@@ -57,7 +57,7 @@ def runs(layers: tuple[Layer, ...]) -> tuple[Run, ...]:
 
 @functools.cache
 def places(layers: tuple[Layer, ...]) -> tuple[Place, ...]:
-    """Where the parameters of each layer stand."""
+    """The place of each layer's parameters."""
     return tuple(
         Place(r, slot, turn)
         for r, run in enumerate(runs(layers))
@@ -72,14 +72,14 @@ def members(layers: tuple[Layer, ...], run: int, slot: int) -> tuple[int, ...]:
 
 
 def slot_of(tree: Any, layers: tuple[Layer, ...], run: int, slot: int) -> Any:
-    """The part of a slot in parameters by run, or in what has their structure."""
+    """The subtree of a slot in parameters by run, or in a tree of the same structure."""
     return tree if _is_one_slot(layers) else tree[str(run)][str(slot)]
 
 
 def by_slot(
     layers: tuple[Layer, ...], make: Callable[[int, int, tuple[int, ...]], Any]
 ) -> dict[str, Any]:
-    """The tree of what `make` gives for each run, slot, and the numbers of the slot's layers."""
+    """The tree of `make(run, slot, layer numbers)` over all slots."""
     tree = {
         str(r): {str(s): make(r, s, members(layers, r, s)) for s in range(len(run.pattern))}
         for r, run in enumerate(runs(layers))

@@ -1,8 +1,8 @@
-"""From hidden states to the distribution that tokens are drawn from.
+"""The distribution from which tokens are drawn, from hidden states.
 
 Sampler and scorer both go through `sampling_logits`, so temperature, top-k and top-p cannot differ
-between them. Where every token may be drawn only the temperature is left, and `sample` divides by
-it. Beside the axes of `structs.py`, N are blocks of the vocabulary here, and W the tokens of one.
+between them. If every token may be drawn, only the temperature remains, and `sample` divides by it.
+Beside the axes of `structs.py`, N are blocks of the vocabulary here, and W the tokens of one.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ def logits(hidden: Array, head_DV: Array, cap: float | None = None) -> Array:
 def keep_mask(logits: Array, sampling: Sampling) -> Array | None:
     """True where a token may be drawn, bool [..., V]; None when every token may.
 
-    `logits` are already divided by the temperature. Of equal logits at the edge all are kept.
+    `logits` are already divided by the temperature. Of equal logits at the threshold all are kept.
     """
     keep = None
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
         keep = logits >= kth
         logits = jnp.where(keep, logits, -jnp.inf)
-    if sampling.top_p < 1.0:  # after top-k, on what it left, as Hugging Face does
+    if sampling.top_p < 1.0:  # on the tokens that top-k kept, as in Hugging Face
         sorted_desc = -jnp.sort(-logits, axis=-1)
         prob = jax.nn.softmax(sorted_desc, axis=-1)
-        before = jnp.cumsum(prob, axis=-1) - prob  # probability of all likelier tokens
+        before = jnp.cumsum(prob, axis=-1) - prob  # total probability of more likely tokens
         inside = before < sampling.top_p
         edge = jnp.min(jnp.where(inside, sorted_desc, jnp.inf), axis=-1, keepdims=True)
         within = logits >= edge
@@ -64,8 +64,8 @@ def sampling_logits(
     """Logits over temperature, float32 [..., V], -inf outside top-k and top-p.
 
     `temperature` overrides `sampling.temperature`, so that it may be traced; 0 (greedy) leaves the
-    logits as they are. `always` [...] names a token that stays in: a scored token was drawn, even
-    where rounding or an update has since moved it out.
+    logits as they are. `always` [...] is a token that is kept: a scored token was drawn, even if
+    rounding or an update has moved it out since.
     """
     temperature = sampling.temperature if temperature is None else temperature
     logits = logits / jnp.where(temperature == 0, 1.0, temperature)
@@ -82,16 +82,16 @@ class VocabSplit:
     """The devices that split a vocabulary equally."""
 
     devices: int = 1
-    mesh: Mesh | None = None  # whose tensor axis they are
+    mesh: Mesh | None = None  # its tensor axis splits the vocabulary
 
     def whole(self, x: Array) -> Array:
-        """The same array, whole on each of them."""
+        """The same array, replicated on these devices."""
         return x if self.mesh is None else by_shard.place_in_slots(self.mesh, x)
 
 
 UNSPLIT = VocabSplit()
-_ALIGNED = 32  # a block's tokens are a multiple of this, where no block is padded
-_UNEVEN = 8  # and at most so many times more, or fewer, than if there were as many as blocks
+_ALIGNED = 32  # divides a block's width, if no block is padded
+_UNEVEN = 8  # limit of width / sqrt(V), either way
 
 
 def sample(
@@ -104,14 +104,14 @@ def sample(
 ) -> tuple[Array, Array]:
     """The token at each row's uniform number in [0, 1), and its log-probability, both [B].
 
-    By the inverse cumulative distribution of the softmax of the scores over the temperature, in two
-    levels: the sum of each block of tokens, then the tokens of the block where the number falls. So
-    the vocabulary is read twice (its maximum, its sums; `sums` may do it in one) and nothing of its
-    size is written; Gumbel noise needs a random number for each token too. A token of probability 0
+    Uses the inverse cumulative distribution of softmax(scores / temperature) in two levels: the
+    sums of blocks of tokens, then the tokens of the block that the number falls in. So the
+    vocabulary is read twice (maximum, sums; `sums` may combine them) and no array of its size is
+    written. Gumbel noise would also need a random number for each token. A token of probability 0
     is never drawn.
 
-    No block lies on two devices: they tell each other the blocks' sums and the one block that is
-    looked into, 500 times less than the scores of a vocabulary of 150,000.
+    No block is split over devices. They exchange only the blocks' sums and one block, 500 times
+    less than the scores of a vocabulary of 150,000.
     """
     rows, vocab = score_BV.shape
     part = vocab // split.devices
@@ -120,7 +120,8 @@ def sample(
     parts = jnp.pad(score_BV.reshape(rows, -1, part), pad, constant_values=-jnp.inf)
     blocks_BNW = parts.reshape(rows, -1, width)
     mass_BN, peak_B1 = sums(blocks_BNW, temperature)
-    # Else XLA takes the sum over blocks from the scores, and reads the vocabulary once more.
+    # Otherwise XLA computes the sum over blocks from the scores, and reads the vocabulary once
+    # more.
     mass_BN = jax.lax.optimization_barrier(split.whole(mass_BN))
     target_B1 = uniform_B[:, None] * mass_BN.sum(-1, keepdims=True)
     block_B1, below_B1 = _first_beyond(mass_BN, target_B1)
@@ -135,9 +136,9 @@ def sample(
 
 
 def _block_width(vocab: int) -> int:
-    """Tokens of a block: about as many as there are blocks, and all blocks full where that can be.
+    """Tokens of a block: about as many as there are blocks. All blocks are full if possible.
 
-    A last block that is padded makes each of them slower to sum: 1.6 times on a GPU, 5 on a CPU.
+    A padded last block makes the sums of all blocks slower: 1.6 times on a GPU, 5 on a CPU.
     """
     root = math.sqrt(vocab)
     near = range(_ALIGNED, int(_UNEVEN * root) + 1, _ALIGNED)
@@ -150,12 +151,12 @@ def _block_width(vocab: int) -> int:
 def _first_beyond(mass_BN: Array, target_B1: Array) -> tuple[Array, Array]:
     """The first entry above 0 where the running sum passes the target, and the sum before it.
 
-    Rounding may leave the target at the very end: then the last entry above 0.
+    If rounding leaves the target at the very end, it is the last entry above 0.
     """
     id_1N, likely_BN = jnp.arange(mass_BN.shape[-1])[None], mass_BN > 0
     last_B1 = jnp.max(jnp.where(likely_BN, id_1N, 0), axis=-1, keepdims=True)
-    # The sum may not move over an entry of 0, and yet its last bit does: it is computed in
-    # parallel, each entry by additions in an order of its own.
+    # The running sum should not change at an entry of 0, but its last bit may: it is computed in
+    # parallel, with a different order of additions for each entry.
     sum_BN = jnp.cumsum(mass_BN, axis=-1)
     beyond_BN = likely_BN & (sum_BN > target_B1)
     first_B1 = jnp.min(jnp.where(beyond_BN, id_1N, last_B1), axis=-1, keepdims=True)

@@ -1,7 +1,7 @@
-"""What of a decoder learns: all of its parameters, or low-rank adapters beside them (LoRA).
+"""The trained weights of a decoder: all of its parameters, or low-rank adapters (LoRA).
 
-Adapters are a tree of their own. Gradients, moments and checkpoints are of that tree alone, by
-layer as the parameters are (`layer_runs.py`):
+Adapters are a separate tree. Gradients, moments and checkpoints have only that tree, stacked by
+layer like the parameters (`layer_runs.py`):
 
     layers/ (stacked by slot) attention/q/lora_a [in, r]    attention/q/lora_b [r, out]
 
@@ -32,7 +32,7 @@ Tree = dict[str, Any]
 
 @struct.dataclass
 class Weights:
-    """A decoder's weights in two trees: those that learn, and those that do not."""
+    """A decoder's weights in two trees: trained and frozen."""
 
     trained: Params
     frozen: Params | None = None  # None: all learn
@@ -47,7 +47,7 @@ class Weights:
 
 @functools.cache
 def dense_layers(config: ModelConfig) -> tuple[dict[str, tuple[int, int]], ...]:
-    """Of each layer of a decoder the dense layers by their path, with inputs and outputs."""
+    """The dense layers of each decoder layer: (inputs, outputs) by path."""
     found: list[dict[str, tuple[int, int]]] = []
     layers = parameters.param_shapes(config)["layers"]
     for stack, _ in parameters.layer_stacks(layers, config):
@@ -60,7 +60,7 @@ def dense_layers(config: ModelConfig) -> tuple[dict[str, tuple[int, int]], ...]:
 def _by_adapter(
     config: ModelConfig, make: Callable[[Adapter, tuple[int, ...], tuple[int, int]], Any]
 ) -> Params:
-    """The tree of what `make(adapter, layers, (in, out))` gives for each of a stack's adapters."""
+    """The tree of `make(adapter, layers, (in, out))` over the adapters of all stacks."""
     sizes = dense_layers(config)
 
     def stack(run: int, slot: int, members: tuple[int, ...]) -> Tree:
@@ -80,9 +80,9 @@ def _rank(adapter: Adapter, members: tuple[int, ...]) -> int:
 
 
 def init(config: ModelConfig, key: Array) -> Params:
-    """Fresh float32 adapters: A uniform within 1 / sqrt(in), B zero, so that nothing changes yet.
+    """Fresh float32 adapters: A uniform within 1 / sqrt(in), B zero, so the model is unchanged.
 
-    As PEFT begins: Kaiming's uniform with a = sqrt(5).
+    This is PEFT's initialization, Kaiming uniform with a = sqrt(5).
     """
 
     def make(adapter: Adapter, members: tuple[int, ...], size: tuple[int, int]) -> Tree:
@@ -98,7 +98,7 @@ def init(config: ModelConfig, key: Array) -> Params:
 
 
 def _scalings(config: ModelConfig) -> Params:
-    """Of every adapter [layers of its stack, r], 0 past the layer's own rank."""
+    """Scalings of every adapter, [layers of its stack, r]; 0 beyond the layer's own rank."""
 
     def make(adapter: Adapter, members: tuple[int, ...], size: tuple[int, int]) -> np.ndarray:
         scaling = np.zeros((len(members), _rank(adapter, members)), np.float32)
@@ -110,7 +110,7 @@ def _scalings(config: ModelConfig) -> Params:
 
 
 def num_trained(config: ModelConfig) -> int:
-    """Parameters that learn."""
+    """The number of trained parameters."""
     if config.lora is None:
         return config.num_params
     sizes = dense_layers(config)
@@ -126,7 +126,7 @@ def num_trained(config: ModelConfig) -> int:
 
 
 def trained_shapes(config: ModelConfig) -> Params:
-    """Shape and dtype (float32) of all that learns."""
+    """Shapes and dtype (float32) of the trained weights."""
     if config.lora is None:
         return parameters.param_shapes(config)
     return jax.tree.map(lambda x: x, _adapter_shapes(config))
@@ -138,7 +138,7 @@ def _adapter_shapes(config: ModelConfig) -> Params:
 
 
 def trained_axes(config: ModelConfig) -> Params:
-    """The logical axes of all that learns: A is split as the kernel's inputs, B as its outputs."""
+    """The logical axes of the trained weights: A splits like kernel inputs, B like outputs."""
     if config.lora is None:
         return parameters.logical_axes(config)
 
@@ -156,7 +156,7 @@ def trained_axes(config: ModelConfig) -> Params:
 
 
 def attached(frozen: Params | None, trained: Params, config: ModelConfig) -> Params:
-    """The tree that the network reads: adapters beside frozen parameters, or what learns itself."""
+    """The tree that the network reads: adapters beside frozen parameters, or `trained` itself."""
     if config.lora is None:
         return trained
     return frozen | {
@@ -182,7 +182,7 @@ def frozen_shapes(config: ModelConfig, dtype: Any) -> Params | None:
 
 
 def frozen_axes(config: ModelConfig) -> Params:
-    """The logical axes of the parameters that do not learn."""
+    """The logical axes of the frozen parameters."""
     return dense.axes_of(frozen_shapes(config, jnp.float32), parameters.logical_axes(config))
 
 
@@ -193,21 +193,21 @@ def weight_shapes(config: ModelConfig) -> Params:
 
 
 def frozen_as(config: ModelConfig, params: Params, dtype: Any) -> Params:
-    """Parameters as they are kept while adapters learn: as `dtype`, and kernels maybe in 8 bits."""
+    """Frozen parameters as they are stored: in `dtype`, and kernels optionally in 8 bits."""
     one = lambda path, x: frozen_leaf(config, path, x.astype(dtype))  # noqa: E731
     return jax.tree_util.tree_map_with_path(one, params)
 
 
 def frozen_leaf(config: ModelConfig, path: Any, x: Array) -> Any:
-    """One of them, by its path."""
+    """One frozen parameter, by its path."""
     in_codes = config.lora.int8 and path[0].key == "layers" and dense.name_of(path) == "kernel"
     return quantize.int8(x, -2) if in_codes else x
 
 
 def merged(weights: Params, dtype: Any) -> Params:
-    """Weights as parameters without adapters: kernels are summed in float32 and rounded once.
+    """Parameters with the adapters merged: kernels are summed in float32 and rounded once.
 
-    One after the other: of all in one program there would be a copy in float32.
+    One kernel after the other: a program for all would hold a float32 copy.
     """
     merge = jax.jit(lambda x: dense.plain(x).astype(dtype))
     return jax.tree.map(merge, weights, is_leaf=dense.is_node)

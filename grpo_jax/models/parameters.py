@@ -1,4 +1,4 @@
-"""The decoder's parameters: how they are made, their logical axes, and how decoding reads them.
+"""The decoder's parameters: initialization, logical axes, and their form in decoding.
 
 They are float32 unless the caller casts or quantizes them (`dense.in_precision`). Kernels are
 [in, out], heads contiguous:
@@ -32,13 +32,13 @@ from grpo_jax.structs import Array, Layer, ModelConfig, Params
 
 
 def _boxed_block(config: ModelConfig, layer: Layer, key: Array) -> Params:
-    """One layer's parameters in the boxes that carry their logical axes."""
+    """One layer's parameters, boxed with their logical axes."""
     x = Residual.of(jnp.zeros((1, config.width)))
     return Block(config, layer).init(key, x, lambda q, k, v: (q, None))["params"]
 
 
 def init(config: ModelConfig, key: Array) -> Params:
-    """Fresh float32 parameters: normals of deviation 0.02, norms that scale by 1.
+    """Fresh float32 parameters: normal with standard deviation 0.02; norms scale by 1.
 
     Call it under jit with the shardings of `logical_axes` as `out_shardings`, so that no device
     holds the whole model.
@@ -69,7 +69,7 @@ def logical_axes(config: ModelConfig) -> Params:
 
 @functools.cache
 def layer_axes(config: ModelConfig, layer: Layer) -> Params:
-    """The logical axes of one layer's parameters, without that of the stack."""
+    """The logical axes of one layer's parameters, without the stack's axis."""
     boxed = jax.eval_shape(lambda: _boxed_block(config, layer, jax.random.key(0)))
     return jax.tree.map(tuple, nn.get_partition_spec(boxed))
 
@@ -78,7 +78,7 @@ def _is_axes(x: Any) -> bool:
     return isinstance(x, tuple)
 
 
-@functools.cache  # asked for by each program, and a trace each time
+@functools.cache  # cached: every program asks, and each answer is a trace
 def _logical_axes(config: ModelConfig) -> Params:
 
     def stack(run: int, slot: int, members: Sequence[int]) -> Params:
@@ -131,22 +131,22 @@ def cast_layers(params: Params, dtype) -> Params:
 
 
 def layer_stacks(layers: Params, config: ModelConfig) -> list[tuple[Params, int]]:
-    """Of every layer the parameters it is stacked with, and which of the stack it is.
+    """For every layer: the stack with its parameters, and its index in the stack.
 
-    `layers` may be anything with the structure of the parameters of layers.
+    `layers` may be any tree with the structure of the layers' parameters.
     """
     places = layer_runs.places(config.layers)
     return [(layer_runs.slot_of(layers, config.layers, r, s), turn) for r, s, turn in places]
 
 
-# By module, what `fuse_projections` makes of which dense layers.
+# By module: the name and the parts of each kernel that `fuse_projections` makes.
 _FUSED = {"attention": ("qkv", ("q", "k", "v")), "mlp": ("gate_up", ("gate", "up"))}
 
 
 def fuse_projections(
     layer: Params, join: Callable[..., Any] = lambda *xs: jnp.concatenate(xs, axis=-1)
 ) -> Params:
-    """One layer's weights, with projections of the same states side by side in one kernel.
+    """One layer's weights, with projections of the same states concatenated in one kernel.
 
     With few tokens one product is faster than three. `join` concatenates the arrays of all parts.
     """

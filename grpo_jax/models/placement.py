@@ -1,8 +1,8 @@
-"""Where activations lie on the devices that share some rows.
+"""The sharding of activations on devices that share rows.
 
-Attention is split by head and the MLP by width over the tensor axis. Where the key-value heads do
-not divide over it, attention is split by row instead: each device has all heads of rows of its own,
-and the rows come together for the MLP and the vocabulary, which stay split by width.
+Attention is split by head and the MLP by width over the tensor axis. If the key-value heads do not
+divide over it, attention is split by row instead: each device has all heads of its own rows. The
+rows are gathered for the MLP and the vocabulary, which stay split by width.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from grpo_jax.structs import Array, Params
 class MlpPlacement:
     """Placements around an MLP that is split by width while attention is split by row.
 
-    Gather the rows, scatter them back. This one leaves all where it is: attention has all rows too.
+    Gather the rows, scatter them back. This base class moves nothing: attention has all rows too.
     """
 
     def gather(self, x: Array) -> Array:
@@ -28,7 +28,7 @@ class MlpPlacement:
         return x
 
     def by_width(self, x: Array) -> Array:
-        """What is inside the MLP, [tokens, F], split by width."""
+        """Activations inside the MLP, [tokens, F], split by width."""
         return x
 
     def scatter(self, x: Array) -> Array:
@@ -41,7 +41,7 @@ REPLICATED = MlpPlacement()
 
 @dataclasses.dataclass(frozen=True)
 class MlpOfSlots(MlpPlacement):
-    """Around the MLP of decode slots, whose rows of attention the tensor axis splits."""
+    """Placements around the MLP of decode slots, whose attention rows the tensor axis splits."""
 
     mesh: Mesh
 
@@ -54,7 +54,7 @@ class MlpOfSlots(MlpPlacement):
 
 @dataclasses.dataclass(frozen=True)
 class _MlpOfRows(MlpPlacement):
-    """Around the MLP of packed rows, whose rows of attention the tensor axis splits."""
+    """Placements around the MLP of packed rows, whose attention rows the tensor axis splits."""
 
     mesh: Mesh
 
@@ -73,9 +73,9 @@ class _MlpOfRows(MlpPlacement):
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where the activations of a data shard's packed rows lie, in scoring and training.
+    """Shardings of the activations of a data shard's packed rows, in scoring and training.
 
-    Token by token they are split by row and along the row, in attention by row and head.
+    In token-wise layers they are split by row and along the row, in attention by row and head.
     """
 
     mesh: Mesh | None = None  # None: one device, nothing to place
@@ -95,30 +95,30 @@ class Placement:
         return _MlpOfRows(self.mesh) if self.by_row else REPLICATED
 
     def place(self, x: Array, *axes: str | None) -> Array:
-        """An activation where its logical axes say."""
+        """An activation sharded by its logical axes."""
         return x if self.mesh is None else by_shard.place_within_shard(self.mesh, x, axes)
 
     def states(self, x_BTD: Array) -> Array:
-        """States by token, between two layers."""
+        """States [B, T, D] as they are sharded between two layers."""
         return self.place(x_BTD, self.row_axis, "tokens", None)
 
     def embedded(self, x_BTD: Array) -> Array:
-        """States as the embedding table is split; else XLA may send all shards' tokens to all."""
+        """States, first split like the embedding; else XLA may send all tokens to all shards."""
         x_BTD = x_BTD if self.by_row else self.place(x_BTD, None, "tokens", "embed")
         return self.mlp.scatter(self.mlp.gather(x_BTD))
 
     def to_heads(self, x_BTNH: Array) -> Array:
-        """Queries, keys or values split along the row, split by head for attention."""
+        """Queries, keys or values, from a split along the row to a split by head for attention."""
         return self._by_head(self._by_token(x_BTNH))
 
     def to_tokens(self, x_BTNH: Array) -> Array:
-        """The inverse, of what attention gives."""
+        """The inverse, for attention's output."""
         return self._by_token(self._by_head(x_BTNH))
 
     def gathered(self, params: Params, axes: Params) -> Params:
-        """Parameters that a layer reads, which devices with rows of their own each read whole.
+        """A layer's parameters, replicated for devices that have their own rows.
 
-        XLA would send activations in place of the weights, which it is therefore told to gather.
+        This makes XLA gather the weights; by itself it would send activations instead.
         """
         if not self.by_row:
             return params

@@ -26,24 +26,24 @@ from grpo_jax.structs import Array, ModelConfig, Params
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What all programs need of a model besides its weights."""
+    """A model without its weights: what all programs need besides them."""
 
     model: ModelConfig
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
     source: Path | None  # Hugging Face folder it was read from; None: a new model
-    stored: str | None = None  # the dtype that its weights are kept in there
-    kept: Path | None = None  # a copy of what its export needs of that; None: there is none
+    stored: str | None = None  # dtype of the weights there
+    kept: Path | None = None  # a copy of its files for the export; None: no copy
 
     def within(self, longest: int) -> Policy:
-        """The policy as it is run on rows of at most so many tokens; see `ModelConfig.within`."""
+        """The policy for rows of at most `longest` tokens; see `ModelConfig.within`."""
         return dataclasses.replace(self, model=self.model.within(longest))
 
     def text(self, ids, after: Sequence[int] = ()) -> str:
         """Completion ids as text, special tokens left out.
 
-        Some tokenizers drop the space that a text begins with; with the prompt's ids as `after` it
-        is there.
+        Some tokenizers drop the space at the start of a text; with the prompt's ids as `after` it
+        is kept.
         """
         decode = lambda row: self.tokenizer.decode(row, skip_special_tokens=True)  # noqa: E731
         ids, before = [int(i) for i in ids], decode(list(after)) if after else ""
@@ -51,10 +51,10 @@ class Policy:
         return whole[len(before) :] if whole.startswith(before) else decode(ids)
 
     def refuse_unknown(self, ids: Sequence[int], where: str) -> None:
-        """Raises ValueError where a token is past the model's vocabulary; `where` names the text.
+        """Raises ValueError if a token is outside the model's vocabulary; `where` names the text.
 
-        Such are tokens that were added to the tokenizer, while the model was not resized. Lookups
-        in the embedding would take its last row.
+        This happens if tokens were added to the tokenizer without resizing the model. A lookup in
+        the embedding would return its last row.
         """
         if not len(ids) or max(ids) < self.model.vocab_size:
             return
@@ -72,9 +72,9 @@ class Policy:
         max_tokens: int,
         option: str = "rollout.max_tokens",
     ) -> None:
-        """Raises ValueError when prompt and completion are longer than the model was made for.
+        """Raises ValueError if prompt and completion exceed the model's maximal length.
 
-        `option` names where `max_tokens` comes from.
+        `option` is the option that sets `max_tokens`.
         """
         longest, most = max(map(len, prompt_ids)), self.model.max_position
         if longest + max_tokens > most:
@@ -89,10 +89,10 @@ class Policy:
 def find(
     path: str, option: str = "model.path", kept: Path | None = None, file: str = "config.json"
 ) -> Path:
-    """The folder of a model, or `kept`, what a run has kept of it, where that is gone.
+    """The folder of a model; if it is gone, `kept`, the run's copy of its files.
 
-    `option` is where the user gave the path, `file` what the kept folder has. Raises ValueError
-    when there is neither.
+    `option` is the option that gave the path; the copy is valid if it has `file`. Raises ValueError
+    if there is neither.
     """
     try:
         return folder_lib.resolve(path, option)
@@ -103,9 +103,9 @@ def find(
 
 
 def read(path: str, option: str = "model.path", kept: Path | None = None) -> Policy:
-    """The policy of a Hugging Face folder or hub id; ValueError for what is wrong with it.
+    """The policy of a Hugging Face folder or hub id; ValueError for a broken one.
 
-    `option` and `kept` as in `find`; of what was kept, the policy has no weights.
+    `option` and `kept` as in `find`; a policy from `kept` has no weights.
     """
     folder = find(path, option, kept)
     if folder == kept:
@@ -115,7 +115,7 @@ def read(path: str, option: str = "model.path", kept: Path | None = None) -> Pol
         )
     model = folder_lib.read_config(folder, folder_lib.as_given(path, option))
     tokenizer = tokenizer_lib.load_tokenizer(folder)
-    if tokenizer.vocab_size > model.vocab_size:  # without what was added to it
+    if tokenizer.vocab_size > model.vocab_size:  # without added tokens
         raise ValueError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model's vocab_size "
             f"is {model.vocab_size}. They do not belong together."
@@ -125,10 +125,10 @@ def read(path: str, option: str = "model.path", kept: Path | None = None) -> Pol
 
 
 def keep(policy: Policy, folder: Path) -> Policy:
-    """The policy with a copy in `folder` of what its export needs of the one it was read from."""
+    """The policy, after copying the source's files that its export needs to `folder`."""
     if policy.source is None or policy.source == folder:
         return policy
-    if jax.process_index() == 0:  # the one that exports
+    if jax.process_index() == 0:  # the process that exports
         export.keep(folder, policy.model, policy.source, policy.stored, policy.tokenizer)
     return dataclasses.replace(policy, kept=folder)
 
@@ -140,10 +140,10 @@ def load_params(
     dtype=jnp.float32,
     keep: Callable[[Any, Array], Any] = lambda path, x: x,
 ) -> Params:
-    """The policy's weights, each device holding its shards: read from its source, or fresh.
+    """The policy's weights, sharded over the devices: read from its source, or fresh.
 
-    `keep` as in `weights.load_params`. Raises ValueError naming the array where one that was read
-    is not finite.
+    `keep` as in `weights.load_params`. Raises ValueError, naming the array, if a weight from the
+    source is not finite.
     """
     if policy.source is not None:
         params = weights.load_params(policy.source, policy.model, mesh, dtype, keep)
@@ -153,7 +153,7 @@ def load_params(
 
 
 def drawing(model: ModelConfig, mesh: Mesh, key: Array, dtype=jnp.float32) -> Call:
-    """The program that draws the weights of a new model."""
+    """The program that initializes a new model's weights."""
     shardings = jax.tree.map(lambda x: x.sharding, param_like(model, mesh))
 
     @functools.partial(jax.jit, out_shardings=shardings)
@@ -164,12 +164,12 @@ def drawing(model: ModelConfig, mesh: Mesh, key: Array, dtype=jnp.float32) -> Ca
 
 
 def new_adapters(model: ModelConfig, mesh: Mesh, seed: int, dtype=jnp.float32) -> Params:
-    """Adapters of a model that change nothing yet."""
+    """New adapters, which do not change the model yet."""
     return drawing_adapters(model, mesh, keys.key_for(seed, "adapters"), dtype)()
 
 
 def drawing_adapters(model: ModelConfig, mesh: Mesh, key: Array, dtype=jnp.float32) -> Call:
-    """The program that draws new adapters of a model, which change nothing yet."""
+    """The program that initializes new adapters, which do not change the model yet."""
     shapes = lora.trained_shapes(model)
     placed = sharding.tree_shardings(mesh, lora.trained_axes(model), shapes)
 
@@ -181,7 +181,7 @@ def drawing_adapters(model: ModelConfig, mesh: Mesh, key: Array, dtype=jnp.float
 
 
 def refuse_nonfinite(tree: Any, mesh: Mesh, source: str, remedy: str) -> None:
-    """Raises ValueError where arrays of a tree, which `source` holds, have NaN or infinities."""
+    """Raises ValueError if arrays of a tree have NaN or infinities; `source` names their origin."""
     counting = counting_nonfinite(tree, mesh)
     (floats,) = counting.args
     wrong = {name: int(n) for name, n in jax.device_get(counting()).items() if n}
@@ -195,7 +195,7 @@ def refuse_nonfinite(tree: Any, mesh: Mesh, source: str, remedy: str) -> None:
 
 
 def counting_nonfinite(tree: Any, mesh: Mesh) -> Call:
-    """The program that counts NaN and infinities, by the name of the array."""
+    """The program that counts NaN and infinities by array name."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     floats = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
@@ -211,12 +211,12 @@ def counting_nonfinite(tree: Any, mesh: Mesh) -> Call:
 
 
 def param_like(model: ModelConfig, mesh: Mesh) -> Params:
-    """Shape, dtype (float32) and sharding of every parameter, without making any."""
+    """Shape, dtype (float32) and sharding of every parameter, without arrays."""
     return _like(mesh, parameters.param_shapes(model), parameters.logical_axes(model))
 
 
 def trained_like(model: ModelConfig, mesh: Mesh) -> Params:
-    """The same of the parameters that learn."""
+    """The same of the trained parameters."""
     return _like(mesh, lora.trained_shapes(model), lora.trained_axes(model))
 
 

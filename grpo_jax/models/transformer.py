@@ -36,7 +36,7 @@ def _embed(params: Params, config: ModelConfig, ids: Array, dtype) -> Array:
         x = (table.codes[ids] * table.scale[ids][..., None]).astype(dtype)
     else:
         x = table[ids].astype(dtype)
-    # The factor is rounded to the dtype first, as in training: Gemma's root of 1152 is 34 in bf16.
+    # The factor is rounded to the dtype first, as in Gemma's training: sqrt(1152) is 34 in bf16.
     return x if config.embed_factor == 1 else x * jnp.asarray(config.embed_factor, dtype)
 
 
@@ -45,14 +45,14 @@ def _final_norm(
 ) -> Array:
     norm = block_lib.rms_norm(config, dtype, kind=kind)
     of_norm = params["norm"]
-    if config.logit_factor != 1:  # logits are linear in the scale; so nothing is rounded for it
+    if config.logit_factor != 1:  # in the scale, since logits are linear in it: no extra rounding
         scale_D = of_norm["scale"].astype(jnp.float32) + config.norm_offset
         of_norm = {"scale": scale_D * config.logit_factor - config.norm_offset}
     return norm.apply({"params": of_norm}, x)[1]
 
 
 class _Positions(NamedTuple):
-    """What follows from the positions of some tokens [...]."""
+    """Values that follow from the positions of tokens [...]."""
 
     angles: list[tuple[Array, Array]]  # cosines and sines [..., H/2], by `Layer.rotary`
     growth: Array | None  # of queries, [..., 1, 1]; None: 1
@@ -74,11 +74,11 @@ class _Positions(NamedTuple):
         return _Positions(angles, growth[..., None, None])
 
     def grown(self, q: Array) -> Array:
-        """Queries [..., N, H] with their growth."""
+        """Queries [..., N, H] times their growth."""
         return q if self.growth is None else q * self.growth.astype(q.dtype)
 
     def rotated(self, layer: Layer, q: Array, k: Array) -> tuple[Array, Array]:
-        """A layer's queries and keys as attention compares them."""
+        """A layer's queries and keys, grown and rotated for attention."""
         cos_sin = self.angles[layer.rotary]
         return rotary_lib.rotate(self.grown(q), cos_sin), rotary_lib.rotate(k, cos_sin)
 
@@ -93,16 +93,17 @@ def _run_layers(
 ) -> Array:
     """Runs `apply(layer, x, params)` for all layers, run by run.
 
-    `remat` as in `config.model`. `scan`: in a loop, which copies what it keeps of each turn into
-    arrays of all turns, and fills these with zeros first.
+    `remat` as in `config.model`. `scan`: in a loop. A loop copies the saved values of each turn
+    into arrays for all turns, which it first fills with zeros.
     """
-    # Outside a scan XLA would merge what is computed again with the first time, and so keep it.
+    # Outside a scan XLA would merge the recomputation with the first computation, and so keep its
+    # values.
     policies = jax.checkpoint_policies
     dots = policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable,  # attention's have some
+        policies.dots_with_no_batch_dims_saveable,  # attention's products have batch dims
         policies.save_only_these_names(fused_attention.KEPT),
     )
-    if config.lora:  # of two products with the same states the sum
+    if config.lora:  # the sum of both products with the same states
         dots = policies.save_only_these_names(dense.KEPT, fused_attention.KEPT)
     checkpoint = functools.partial(
         jax.checkpoint, policy=dots if remat == "dots" else None, prevent_cse=not scan
@@ -135,10 +136,10 @@ def completion_states(
     placement: Placement = ONE_DEVICE,
     kernels: AttentionKernels = attention,
 ) -> Array:
-    """The hidden states that predict the completions' tokens; every prompt is computed once.
+    """The hidden states that predict the completions' tokens; each prompt is computed once.
 
-    Ordered as `PackedInputs.predictors` has them. The states of padding and of empty entries mean
-    nothing.
+    Ordered as in `PackedInputs.predictors`. The states of padding and of empty entries are
+    arbitrary.
     """
     positions = _Positions.of(config, inputs.position_BT)
 
@@ -173,7 +174,7 @@ def _attend_packed(
     window: int | None,
     cap: float | None,
 ) -> Array:
-    """Attention of packed rows [B, T, N, H]: of prompts, and of completions to theirs and own."""
+    """Attention of packed rows [B, T, N, H]: completions see their prompt and themselves."""
     length_P, lanes = inputs.prompt_length_P, inputs.lanes
     if not inputs.prompt_tokens:
         by_lane = [x.reshape(-1, *x.shape[2:]) for x in (lanes.spread(x) for x in (q, k, v))]
@@ -207,7 +208,7 @@ def prefill(
     mlp: MlpPlacement = REPLICATED,
     kv_cache: KVCache = RING,
 ) -> tuple[Array, tuple]:
-    """Hidden state of each prompt's last token [R, D], and the prompts' cache by layer.
+    """Hidden states of the prompts' last tokens [R, D], and the prompts' cache by layer.
 
     `fused`: the layers are those of `parameters.fuse_projections`.
     """
@@ -242,7 +243,7 @@ def decode_token(
     kv_cache: KVCache = RING,
     norm: type[nn.Module] = AddNorm,
 ) -> tuple[Array, tuple]:
-    """Hidden state after one more token per lane [R, W, D], and the cache by layer with it.
+    """Hidden states [R, W, D] of one more token per lane, and the updated cache by layer.
 
     `fused` as in `prefill`.
     """

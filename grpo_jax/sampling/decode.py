@@ -1,14 +1,15 @@
 """The device's side of sampling: prefill, decode and compaction over slots.
 
 A slot holds one prompt's keys and values and `W` lanes, each decoding one completion of that
-prompt; the prompt is computed once and its cache is read by all lanes. Keys of the random draws
-belong to the completion and its token positions, so a lane's neighbours, its slot and the number of
-slots do not change what it draws.
+prompt; the prompt is computed once and its cache is read by all lanes. Random keys follow from the
+completion and the token's position, so a lane's draws do not depend on its neighbours, its slot or
+the number of slots.
 
-Slots are split over the devices by row, and every shard decodes its own slots by itself: the
-functions here see the slots of one shard. Its devices split the heads. Where the key-value heads do
-not divide, they split the slots in equal parts, one after another; slots are numbered in a part.
-Beside the axes of `structs.py`, A are prompts on their way into slots, and P parts of a shard.
+Slots are sharded over the devices, and every shard decodes its own slots independently: the
+functions here see the slots of one shard. The devices of a shard split the heads. If the key-value
+heads do not divide, they split the slots into equal consecutive parts instead; slots are numbered
+within a part. Beside the axes of `structs.py`, A are prompts on their way into slots, and P parts
+of a shard.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from grpo_jax.models import logits, parameters, transformer
 from grpo_jax.models.placement import REPLICATED, MlpOfSlots, MlpPlacement
 from grpo_jax.structs import Array, ModelConfig, Params, Sampling
 
-# A GPU waits at every look until the host has read the answer and launched the next token.
+# At every check a GPU waits until the host has read the answer and launched the next token.
 _STEPS_ON_GPU = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """What all compiled programs of an engine share."""
+    """The settings that all compiled programs of an engine share."""
 
     model: ModelConfig
     mesh: Mesh
@@ -47,16 +48,16 @@ class Decoder:
     max_tokens: int  # C: completion limit
     dtype: Any = jnp.float32  # of activations, and of weights and cache that are "auto"
     weights: str = "auto"  # or "int8"
-    merge: bool = False  # adapters into the kernels that they belong to
+    merge: bool = False  # merge adapters into their kernels
     fuse: bool = False  # `parameters.fuse_projections`; for devices that hold a layer whole
-    steps: int = 1  # tokens between two looks at whether the host is needed
-    kv_cache: KVCache = RING  # how keys and values are kept and attended to
-    norm: type[nn.Module] = AddNorm  # of a token's states
+    steps: int = 1  # tokens between two checks whether the host is needed
+    kv_cache: KVCache = RING  # storage of keys and values, and attention to them
+    norm: type[nn.Module] = AddNorm  # of states in decoding
     sums: Sums = sums_of_blocks  # of a draw
 
     @property
     def parts(self) -> int:
-        """Into how many parts the devices of a shard split its slots."""
+        """The number of parts into which the devices of a shard split its slots."""
         return sharding.attention_parts(self.mesh, self.model.num_kv_heads)
 
     @property
@@ -80,7 +81,7 @@ def decoder_for(
     """The decoder that suits the devices of a mesh.
 
     `weights`, `cache` and `attention` as in `config.rollout`, `merge` as in `config.lora`. Raises
-    ValueError where these devices do not have the attention that is named.
+    ValueError if these devices do not support the named attention.
     """
     on_gpu = sharding.is_gpu(mesh)
     return Decoder(
@@ -102,10 +103,10 @@ def decoder_for(
 
 @struct.dataclass
 class Slots:
-    """Completions in progress. A lane that is not live holds nothing that is read again."""
+    """Completions in progress. The contents of a lane that is not live are not used again."""
 
-    cache: tuple  # per layer, as `Decoder.kv_cache` keeps it
-    column_1: Array  # of a ring, where the next token of every lane goes
+    cache: tuple  # per layer, in the form of `Decoder.kv_cache`
+    column_1: Array  # ring column of every lane's next token
     prompt_length_R: Array
     key_RW2: Array  # uint32: the completion's random key
     token_RW: Array  # last token
@@ -139,8 +140,8 @@ def empty(decoder: Decoder, slots: int, lanes: int, prompt_tokens: int) -> Slots
 def _choose(decoder: Decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature):
     """The token at position `time_RW` of each lane and its log-probability, both [R, W].
 
-    Without a temperature that is the one of the highest logit. The uniform number of a draw is a
-    function of the completion's key and the token's position.
+    Without a temperature it is the token with the highest logit. The uniform number of a draw
+    follows from the completion's key and the token's position.
     """
     lanes = key_RW2.shape[:2]
     scores = logits.logits(hidden_RWD, head_DV, decoder.model.logit_cap)
@@ -167,7 +168,7 @@ def _choose(decoder: Decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature
 
 
 def _by_part(parts: int, f):
-    """Applies `f` to the slots of each part by itself."""
+    """Applies `f` to the slots of each part separately."""
     if parts == 1:
         return f
 
@@ -200,7 +201,7 @@ def admit(
 ) -> Slots:
     """Slots with A prompts prefilled and the first token of each of their completions drawn.
 
-    Prompt a goes into slot `slot_A[a]`; a slot past the last is dropped, so A can be padded.
+    Prompt a goes into slot `slot_A[a]`. A slot number past the end is dropped, so A can be padded.
     `used_AW`: lanes that hold a completion.
     """
     hidden_AD, fresh = transformer.prefill(
@@ -239,9 +240,9 @@ def admit(
 
 
 def slots_needed(live_PRW: Array, lanes: int) -> Array:
-    """Slots of `lanes` lanes that the live completions of each part would fill.
+    """The number of slots of `lanes` lanes that the live completions of each part need.
 
-    Each slot with one prompt.
+    Each slot has one prompt.
     """
     return jnp.sum(-(-jnp.sum(live_PRW, axis=2) // lanes), axis=1)
 
@@ -256,12 +257,11 @@ def decode(
     enough_P: Array,
     slots: Slots,
 ) -> Slots:
-    """Slots decoded on until the host has something to do; no host round trip per token.
+    """The slots, decoded until the host has something to do; no host round trip per token.
 
-    A shard returns when none of its lanes is live, when `enough_P` of the slots of a part have no
-    live lane, or when the live completions of each fit `next_slots` slots of `next_lanes` lanes;
-    it looks every `decoder.steps` tokens.
-    The donated cache is updated in place.
+    A shard returns when it has no live lane, when `enough_P` slots of a part have no live lane, or
+    when the live completions of each part fit `next_slots` slots of `next_lanes` lanes. It checks
+    this every `decoder.steps` tokens. The donated cache is updated in place.
     """
     head_DV = parameters.head_kernel(params)
     r, w = jnp.meshgrid(*(jnp.arange(n) for n in slots.live_RW.shape), indexing="ij")
@@ -318,7 +318,7 @@ def decode(
 
 @jax.named_scope("rollout/compact")
 def compact(decoder: Decoder, slots: Slots, slot_R: Array, lane_RW: Array, live_RW: Array) -> Slots:
-    """A smaller batch: new slot r has old slot `slot_R[r]`'s prompt, and its lanes `lane_RW[r]`."""
+    """A smaller batch: new slot r gets the prompt and lanes `lane_RW[r]` of slot `slot_R[r]`."""
     _, *sizes = slots.completion_RWC.shape
 
     def moved(slots: Slots, slot_R: Array, lane_RW: Array) -> Slots:

@@ -1,13 +1,13 @@
-"""The host's side of sampling: which completion stands in which slot.
+"""The host's side of sampling: it assigns completions to slots.
 
 The engine admits waiting prompts into free slots, lets the device decode until there is something
-to decide, harvests what finished, and repeats. When nobody waits, the live completions are moved
-together into a smaller batch, so that the long tail does not pay for finished rows. It knows token
-ids only, no text; rollouts, evaluation and `generate` all go through it.
+to decide, harvests finished completions, and repeats. When no prompt waits, the live completions
+move into a smaller batch, so that the long tail does not pay for finished rows. It knows token ids
+only, no text; rollouts, evaluation and `generate` all go through it.
 
-Of several processes each feeds the slots of its own devices and reads what they completed. Which
-slots are free, and how long a completion became, is told to all by the device; every decision
-follows from that, so they decide alike without talking.
+With several processes, each one feeds the slots of its own devices and reads their completions. The
+devices tell all processes which slots are free and how long completions are. Every decision follows
+from these data, so processes decide alike without communication.
 
 Beside the axes of `structs.py`, S are shards of the slots here, and A prompts on their way into
 slots.
@@ -36,7 +36,7 @@ from grpo_jax.structs import Array, Params, Rollouts, pad_rows
 _PROMPT_STEP = 16  # prompts are padded to a multiple of this: few shapes to compile
 _NEVER = 2**30
 _PROMPTS = 1024, 2048  # tokens: whole pages and blocks of any kernel's cache
-_NONE = -1, 1  # (slots, lanes) to move to: no others
+_NONE = -1, 1  # (slots, lanes): no smaller layout
 
 
 @jax.jit
@@ -47,7 +47,7 @@ def row_keys(key: Array, rows: Array) -> Array:
 
 @dataclasses.dataclass
 class _Board:
-    """Which completion each lane decodes: its global row number, or -1; slots by row shard."""
+    """The completion that each lane decodes: its global row number, or -1; slots by shard."""
 
     row_SRW: np.ndarray
 
@@ -57,7 +57,7 @@ class _Board:
 
     @property
     def row_RW(self) -> np.ndarray:  # noqa: N802
-        """The same as the device has them, one shard after the other."""
+        """The same in the device's layout, one shard after the other."""
         return self.row_SRW.reshape(-1, self.row_SRW.shape[-1])
 
     @property
@@ -81,17 +81,17 @@ class Engine:
         compact: bool = True,
         num_read: int = 0,
     ):
-        """`num_slots`: completions decoded at once, 0 for all that are asked for.
+        """`num_slots`: completions decoded at once; 0: all of a call.
 
-        `compact`: live completions move into a smaller batch once no prompt waits. `num_read`:
-        prompts that are read at once, at most; 0: as many as there are slots.
+        `compact`: live completions move into a smaller batch once no prompt waits. `num_read`: most
+        prompts prefilled at once; 0: as many as there are slots.
         """
         self.decoder = decoder
         self.num_slots = num_slots
         self.compact = compact
         self.num_read = num_read
         self.shards = sharding.num_slot_shards(decoder.mesh) * decoder.parts
-        # (slots, lanes, prompt tokens) of a shard that were decoded: each is compiled once.
+        # (slots, lanes, prompt tokens) of a shard that were used: each is compiled once.
         self.shapes: set[tuple[int, int, int]] = set()
         by_shard = functools.partial(by_shard_lib.by_slot_shard, decoder.mesh)
         with_decoder = lambda f: functools.partial(  # noqa: E731
@@ -116,11 +116,11 @@ class Engine:
 
     @functools.cached_property
     def traffic(self) -> dict[str, float]:
-        """What decoding must read, as `roofline.rollout` takes it, in bytes; scales included."""
+        """Bytes that decoding must read, for `roofline.rollout`; scales included."""
         decoder, model = self.decoder, self.decoder.model
         like = self.publish.like(lora.weight_shapes(model))
         read = [x for name, x in like.items() if name != "embed" or model.tied_head]
-        # Of one prompt more tokens than of the other, and nothing else.
+        # Two caches that differ only in the number of prompt tokens.
         few, many = (jax.eval_shape(lambda n=n: decode.empty(decoder, 1, 1, n)) for n in _PROMPTS)
         return {
             "weights": _num_bytes(read),
@@ -129,7 +129,7 @@ class Engine:
         }
 
     def _slot_shardings(self, like: decode.Slots) -> decode.Slots:
-        """Where slots lie; their caches over the devices of a shard by head, or by slot."""
+        """Shardings of slots; caches are split inside a shard by head, or by slot."""
         decoder = self.decoder
         rows, heads = ("slots", "kv_heads") if decoder.parts == 1 else ("attention_slots", None)
 
@@ -148,8 +148,8 @@ class Engine:
     ) -> list[Call]:
         """The programs of `generate` in their order, for prompts of at most `longest` tokens.
 
-        `params`: as `publish` gives them, or their shapes. Slots that shrink, and prompts that are
-        read when some slots are free, have the same programs for fewer rows.
+        `params`: from `publish`, or their shapes. Further calls of `compact`, and prefills when
+        only some slots are free, are the same programs for fewer rows.
         """
         layouts, width = self.layouts(num_prompts, group), self.padded(longest)
         num_slots, lanes = layouts[0]
@@ -212,22 +212,22 @@ class Engine:
     ) -> Rollouts:
         """`group` completions of every prompt (token ids), as host arrays padded to the limits.
 
-        `params` come from `publish`. Completion g of prompt p draws with the key's fold of
-        p * group + g, whatever the slots. `on_group(p, completions)` is called with the token ids
-        of prompt p's completions once all have finished, while the device decodes the others;
-        `meanwhile()` once, when the first prompts are on the device; `on_harvest()` whenever some
+        `params` come from `publish`. Completion g of prompt p draws with `fold_in(key, p * group +
+        g)`, whatever the slots. `on_group(p, completions)` is called with the token ids of prompt
+        p's completions once all have finished, while the device decodes the others; `meanwhile()`
+        is called once, when the first prompts are on the device; `on_harvest()` whenever some
         completions have finished.
 
-        Of several processes each is given back the completions and log-probabilities of the prompts
-        that its devices decoded, zeros for the others', and all lengths; `on_group` is called for a
-        prompt on one process alone.
+        With several processes, each one gets the completions and log-probabilities of the prompts
+        that its devices decoded, zeros for the others, and all lengths. `on_group` is called for a
+        prompt on one process only.
         """
         limit, num_rows = self.decoder.max_tokens, len(prompts) * group
         completion_BC = np.zeros((num_rows, limit), np.int32)
         logp_BC = np.zeros((num_rows, limit), np.float32)
         length_B, stopped_B = np.zeros(num_rows, np.int32), np.zeros(num_rows, bool)
         missing_P = np.full(len(prompts), group)
-        # The parts of a shard are held alike by all its processes.
+        # All processes of a shard hold all of its parts.
         shard_P = self._shard_of(len(prompts)) // self.decoder.parts
         held_P = transfer.shards_held(self.decoder.mesh)[shard_P]
         own_P = transfer.shard_owners(self.decoder.mesh)[shard_P] == jax.process_index()
@@ -256,25 +256,25 @@ class Engine:
         )
 
     def _shard_of(self, number: int) -> np.ndarray:
-        """The shard of each of so many things: in blocks, as the rows of a batch are split."""
+        """The shard of each of `number` items: in blocks, as the rows of a batch are split."""
         return np.arange(number) * self.shards // number
 
     def padded(self, longest: int) -> int:
-        """To how many tokens prompts of at most `longest` are padded."""
+        """The padded length of prompts of at most `longest` tokens."""
         return -(-longest // _PROMPT_STEP) * _PROMPT_STEP
 
     def read_at_once(self, num_slots: int) -> int:
-        """Prompts of a shard with so many slots that are read at once, when all are free."""
+        """Prompts that a shard with `num_slots` free slots prefills at once."""
         return min(-(-self.num_read // self.shards) or num_slots, num_slots)
 
     def layouts(self, num_prompts: int, group: int) -> list[tuple[int, int]]:
-        """(slots, lanes) of a shard to start with, and smaller ones to move to, largest first.
+        """The first (slots, lanes) of a shard, and the smaller ones to move to, largest first.
 
         Lanes shrink faster than slots: a long tail is one or two completions of many prompts.
         """
         num_rows = min(self.num_slots or num_prompts * group, num_prompts * group)
         lanes = min(group, -(-num_rows // self.shards))
-        # A group wider than a slot is split, each part with the prompt of its own.
+        # A group wider than a slot is split; each part has its own copy of the prompt.
         slots = min(num_rows // lanes, num_prompts * -(-group // lanes))
         slots = -(-slots // self.shards)
         layouts = [(slots, lanes)]
@@ -309,7 +309,7 @@ class Engine:
             if meanwhile is not None:  # the device has something to do
                 meanwhile()
                 meanwhile = None
-            finished.append(self._harvest(slots, board))  # stopped at their first token
+            finished.append(self._harvest(slots, board))  # those that ended with their first token
             if not any(waiting):
                 slots, board, layouts = self._shrink(slots, board, layouts)
             if (board.row_SRW < 0).all():
@@ -318,16 +318,16 @@ class Engine:
             following = layouts[1] if not any(waiting) and len(layouts) > 1 else _NONE
             enough_S = self._enough(waiting, board, refill)
             slots = self._decoding(params, temperature, following, enough_S, slots)()
-            yield from finished  # dealt with while the device decodes
+            yield from finished  # processed while the device decodes
             finished = [self._harvest(slots, board)]
         yield from finished
 
     def _queues(self, num_prompts: int, group: int, lanes: int) -> list[collections.deque]:
-        """What waits for a slot of each shard: the rows of a group, or of a part of a wider one.
+        """The queue of each shard: the rows of a group, or of a part of a group wider than a slot.
 
-        Shards are given equally many parts. A group stays on one process, which rewards it, and in
-        the shard of the rows that trains on it: with several processes its parts are kept together
-        where they might not.
+        Shards get equally many parts. A group must stay on one process, which rewards it, and in
+        the shard that trains on it. With several processes its parts are therefore kept together if
+        an equal division might separate them.
         """
         parts = [
             list(range(p * group + g, p * group + min(g + lanes, group)))
@@ -343,9 +343,10 @@ class Engine:
         return queues
 
     def _enough(self, waiting: list[collections.deque], board: _Board, refill: int) -> Array:
-        """Free slots at which each shard returns to the host, where any has prompts waiting.
+        """The number of free slots at which each shard returns to the host, if any prompt waits.
 
-        A shard without goes on for as long as the others may, whatever it has free by now.
+        A shard without waiting prompts may decode as long as the others: its present free slots do
+        not count.
         """
         free_S = board.free_SR.sum(axis=1)
         enough_S = np.full(self.shards, _NEVER, np.int32)
@@ -377,9 +378,9 @@ class Engine:
         return transfer.shard_rows(self.decoder.mesh, rows, "slots")
 
     def _harvest(self, slots: decode.Slots, board: _Board) -> tuple[np.ndarray, ...]:
-        """What finished since the last look, tokens only of what this process's devices hold.
+        """Completions finished since the last harvest; tokens only if this process holds them.
 
-        Its lanes are free afterwards.
+        Their lanes are free afterwards.
         """
         live_RW, row_RW = transfer.to_host(slots.live_RW), board.row_RW
         done = (row_RW >= 0) & ~live_RW
@@ -392,7 +393,7 @@ class Engine:
         return rows, *(x[done] for x in (*tokens, *ends))
 
     def _shrink(self, slots: decode.Slots, board: _Board, layouts: list[tuple[int, int]]):
-        """The live completions in the smallest layout that holds them."""
+        """Moves the live completions to the smallest layout that holds them."""
         live_SR = (board.row_SRW >= 0).sum(axis=2)
         fitting = [
             i for i, (r, w) in enumerate(layouts) if i and (-(-live_SR // w)).sum(1).max() <= r

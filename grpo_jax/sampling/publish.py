@@ -1,4 +1,4 @@
-"""Weights as sampling reads them, made from those that learn: `Publisher`."""
+"""Makes the weights for sampling from the trained weights: `Publisher`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from grpo_jax.structs import Array, ModelConfig, Params
 
 
 class Publisher:
-    """Makes weights for sampling: by layer, in the compute dtype or 8 bits.
+    """Makes the weights for sampling: layer by layer, in the compute dtype or 8 bits.
 
-    They are whole along FSDP's axis, so that decoding never gathers parameters token by token, and
-    no program of it takes the layers apart. Other parts are shared where nothing changes.
+    They are not sharded over fsdp, so decoding gathers no parameters token by token; and they are a
+    list of layers, so no decode program unstacks them. Other parts are shared with the trained
+    weights if they do not change.
     """
 
     def __init__(self, decoder: Decoder):
@@ -37,7 +38,7 @@ class Publisher:
         def publish_part(part: Params) -> Params:
             return self._in_precision(part)
 
-        programs: dict[Any, Callable] = {}  # one for all layers that lie alike
+        programs: dict[Any, Callable] = {}  # one for all layers with equal shardings
         self._publish_layer = []
         for layer in placed["layers"]:
             shardings, structure = jax.tree.flatten(layer)
@@ -55,7 +56,7 @@ class Publisher:
         published = {name: part for name, part in params.items() if name != "layers"}
         for name in self.changed_parts(params):
             published[name] = self._part(params, name)()
-        layers: list[Params] = []  # one by one: of all in one program XLA holds a second copy
+        layers: list[Params] = []  # one by one: one program for all would hold a second copy
         for call in self._of_layers(params):
             if len(layers) >= compiling.MAX_IN_FLIGHT:
                 jax.block_until_ready(layers[-compiling.MAX_IN_FLIGHT])
@@ -63,7 +64,7 @@ class Publisher:
         return published | {"layers": layers}
 
     def calls(self, params: Params) -> list[Call]:
-        """The programs in their order, for parameters by their shapes."""
+        """The programs in their order, for the shapes of the parameters."""
         calls = [self._part(params, name) for name in self.changed_parts(params)]
         layers = self._of_layers(params)
         kinds = [_kind(call.args[0]) for call in layers]
@@ -95,20 +96,20 @@ class Publisher:
         )
 
     def changed_parts(self, params: Params) -> list[str]:
-        """Names of the parts besides the layers that sampling cannot read where they are."""
+        """Names of the parts besides the layers that sampling cannot use unchanged."""
         rest = {name: part for name, part in params.items() if name != "layers"}
         leaves, structure = jax.tree.flatten(rest)
         kind = structure, tuple((x.dtype, x.sharding) for x in leaves)
-        if kind not in self._changed_parts:  # asked at every rollout, and traced for an answer
+        if kind not in self._changed_parts:  # asked at every rollout, and needs tracing
             like = self.like(params)
             self._changed_parts[kind] = [n for n in rest if not _is_like(rest[n], like[n])]
         return self._changed_parts[kind]
 
     def like(self, params: Params) -> Params:
-        """Shape, dtype and sharding of what is made, from arrays or their shapes."""
+        """Shape, dtype and sharding of the result, from arrays or their shapes."""
         mesh, model = self._decoder.mesh, self._decoder.model
         axes = _axes_in_decoding(model, self._decoder.parts)
-        if self._decoder.fuse:  # they are whole, and all alike
+        if self._decoder.fuse:  # all are replicated and have equal axes
             first = lambda *names: names[0]  # noqa: E731
             axes["layers"] = [parameters.fuse_projections(layer, first) for layer in axes["layers"]]
         rest = {name: params[name] for name in params if name != "layers"}
@@ -133,7 +134,7 @@ def _kind(stack: Params) -> Any:
 def _axes_in_decoding(model: ModelConfig, parts: int) -> Params:
     """Logical axes of the decode weights, layer by layer: not sharded over fsdp.
 
-    Attention is replicated too where it is split by row, in `parts`, and not by head.
+    Attention is replicated too if it is split by row, in `parts`, not by head.
     """
     whole = ("embed", "heads", "kv_heads") if parts > 1 else ("embed",)
     layers = [parameters.layer_axes(model, layer) for layer in model.layers]
@@ -145,7 +146,7 @@ def _axes_in_decoding(model: ModelConfig, parts: int) -> Params:
 
 
 def _is_like(part: Params, like: Params) -> bool:
-    """Whether the arrays have these dtypes and lie so."""
+    """Whether the arrays have these dtypes and shardings."""
     if jax.tree.structure(part) != jax.tree.structure(like):
         return False
     return all(

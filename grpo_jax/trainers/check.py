@@ -1,6 +1,6 @@
-"""`train --check`: reads, checks and compiles all that a run would, says what it found, and ends.
+"""`train --check`: reads, checks and compiles all that a run would, reports, and ends.
 
-Nothing is written and no weights are read, so it may look at the workdir of a run that is alive.
+It writes nothing and reads no weights, so it can check the workdir of a run in progress.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from grpo_jax.setup.rewards import start_rewards
 from grpo_jax.trainers import grpo_run
 from grpo_jax.trainers.grpo_run import Inputs
 
-_TRIED = 8  # completions that the rewards are given
+_TRIED = 8  # completions to try the rewards on
 _GIB = 2**30
 
 
 def check(config: ConfigDict, folder: Path) -> None:
-    """Says what a run of the config in `folder` would be; ValueError where it could not be.
+    """Reports what a run of the config in `folder` would do; ValueError if it could not start.
 
     Every process must call it.
     """
@@ -80,7 +80,7 @@ def _goes_on(folder: Path) -> bool:
 
 
 def _date_of(config: ConfigDict, folder: Path) -> datetime:
-    """The time that templates would be told; ValueError where the run there is another's."""
+    """The date for chat templates; ValueError if the folder holds a run of another config."""
     if _goes_on(folder):
         record.continued(folder / "config.json", config)
         began = record.read(folder / "config.json").get("date", "")
@@ -92,7 +92,7 @@ def _date_of(config: ConfigDict, folder: Path) -> datetime:
 
 
 def _sizes(config: ConfigDict, found: Inputs) -> list[str]:
-    """How long prompts are, and how many tokens a step has."""
+    """Reports the lengths of prompts and the tokens of a step."""
     lengths = np.array([*map(len, found.train.prompt_ids)])
     parts = ", ".join(
         f"{name} {value:,.0f}"
@@ -111,7 +111,7 @@ def _sizes(config: ConfigDict, found: Inputs) -> list[str]:
 
 
 def _try_rewards(config: ConfigDict, found: Inputs) -> None:
-    """Gives the rewards a few completions; says what they gave, and what failed."""
+    """Computes the rewards of a few completions; reports values and failures."""
     problems = found.train.problems[:_TRIED]
     if config.data.task:
         task, rng = tasks.load(config.data.task), streams.stream(config.seed, "solutions")
@@ -139,7 +139,7 @@ def _mean(value_B: Sequence[float]) -> str:
 
 
 def _plan(config: ConfigDict, found: Inputs) -> Plan:
-    """Memory and least time of a step whose completions are all of the limit."""
+    """Reports memory and least time of a step with completions of maximal length."""
     devices, limit = list(found.mesh.devices.flat), fit.limit_of_all()
     chip = topologies.of_device(devices[0]) or topologies.CPU
     chip = dataclasses.replace(chip, usable=limit)

@@ -1,4 +1,4 @@
-"""The trained policy as a Hugging Face folder."""
+"""Exports the trained policy as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grpo_jax.models.policy import Policy
 from grpo_jax.setup import lora as lora_setup
 from grpo_jax.structs import Params, TrainState
 
-ADAPTER = "adapter"  # of an export, where adapters learned
+ADAPTER = "adapter"  # adapters, inside an export
 
 
 def export(
@@ -28,7 +28,7 @@ def export(
     asked_dtype: str,
     frozen: Params | None = None,
 ) -> None:
-    """Writes the policy as it was trained, as `write` does."""
+    """Exports the run's policy at the precision of training; see `write`."""
     params = transfer.to_device_memory(optim.trained(state.params, state.opt_state))
     write(policy, folder, params, asked_dtype, frozen)
 
@@ -36,15 +36,15 @@ def export(
 def write(
     policy: Policy, folder: Path, params: Params, asked_dtype: str, frozen: Params | None = None
 ) -> None:
-    """Writes the policy as a Hugging Face folder; tells where that rounds its weights.
+    """Writes the policy as a Hugging Face folder; says so if that rounds its weights.
 
-    Adapters are merged into the `frozen` weights, and stand besides in a folder of PEFT's in it.
+    Adapters are merged into the `frozen` weights, and also written to a PEFT folder inside it.
     `asked_dtype`: "auto" or a name, as in `checkpoint.export_dtype`. Every process must call this.
     """
     if policy.model.lora is None:
         return _write(policy, folder, params, _dtype(policy, folder, params, asked_dtype))
     model, mesh = policy.model, jax.tree.leaves(params)[0].sharding.mesh
-    if model.lora.int8:  # into the weights that their 8 bits stand for
+    if model.lora.int8:  # merge into the original weights, not the 8-bit ones
         plain = dataclasses.replace(model, lora=dataclasses.replace(model.lora, int8=False))
         of_source = dataclasses.replace(policy, model=plain)
         frozen = lora_setup.frozen_params(of_source, mesh, jnp.dtype(policy.stored or "float32"))
@@ -57,7 +57,7 @@ def write(
 
 
 def _dtype(policy: Policy, folder: Path, params: Params, asked: str) -> str:
-    """The dtype that an export is written in; tells where that rounds the parameters."""
+    """The dtype of an export; says so if it rounds the parameters."""
     trained, dtype = jax.tree.leaves(params)[0].dtype, asked
     if dtype == "auto":
         dtype = jnp.promote_types(policy.stored or trained, trained).name
@@ -82,7 +82,7 @@ def _write(policy: Policy, folder: Path, params: Params, dtype: str) -> None:
 
 
 def _name_of(policy: Policy) -> str | None:
-    """The hub id of the model that adapters belong to, or its folder."""
+    """The hub id of the adapters' base model, or its folder."""
     source = policy.source
     if source is None:
         return None

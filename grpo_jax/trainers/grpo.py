@@ -1,10 +1,10 @@
-"""Group Relative Policy Optimization: sample groups, reward them, move the policy to the better.
+"""Group Relative Policy Optimization: samples groups, rewards them, and updates the policy.
 
 Shao et al. 2024, "DeepSeekMath", arXiv:2402.03300, section 4.1 and algorithm 1. A step asks
 `batch.prompts` questions and samples `batch.group` completions of each; a completion's advantage is
 its reward relative to its group's; `num_iterations` times `minibatches` updates then learn from
-them. Everything that a step computes follows from the config, the step's number and the state
-before it, so a run that was stopped anywhere goes on as if it had not been.
+them. A step's results follow from the config, the step's number and the state before it. So a run
+that was stopped anywhere continues as if it had not been stopped.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ Gather = Callable[[Run, RunState, Monitor], None]
 
 
 def train(run: Run, state: RunState, monitor: Monitor, gather: Gather | None = None) -> None:
-    """Trains until the last step; `state` goes along. Raises `guards.RollBack` beside the rest.
+    """Trains until the last step and updates `state`. Raises `guards.RollBack` among others.
 
-    `gather` gives the state the experience of its step: by default it samples and rewards.
+    `gather` sets the experience of the state's step: by default it samples and rewards.
     """
     gather = gather or sample_and_reward
     if state.step == 0:
@@ -62,22 +62,22 @@ def train(run: Run, state: RunState, monitor: Monitor, gather: Gather | None = N
 
 
 def sample_and_reward(run: Run, state: RunState, monitor: Monitor) -> None:
-    """Gives the state the experience of its step, and where sampling is ahead the next rollout."""
+    """Sets the experience of the state's step; if sampling is ahead, also the next rollout."""
     if state.next_rollout is None:
         with monitor.phase("rollout", state):
             state.next_rollout = rollout.sample(run, state, monitor.log, monitor.alive)
     sampled, following = state.next_rollout, None
     if run.course.is_asynchronous and state.step + 1 < run.course.num_steps:
-        # With the weights from before this step's updates; meanwhile this step's rewards are
-        # computed, and the next one's while the device updates.
+        # Samples with the weights before this step's updates. Meanwhile this step's rewards are
+        # computed; the next step's are computed while the device updates.
         with monitor.phase("rollout", state):
             following = rollout.sample(run, state, monitor.log, monitor.alive, ahead=1)
     monitor.sampled(state, sampled)
     with monitor.phase("scoring", state):
         completions = rollout.device_rows(run, sampled.completions)
-        reference = transfer.to_device_memory(run.ref_params)  # a copy of one that is elsewhere
+        reference = transfer.to_device_memory(run.ref_params)  # copies one that is in host memory
         log_probs = run.prepare.log_probs(run.weights(state.train), reference, completions)
-        scores = monitor.rewards(state, sampled)  # while the device computes these
+        scores = monitor.rewards(state, sampled)  # while the device computes log-probabilities
         reward_PG = scores.reward_B.reshape(sampled.completions.length_PG.shape)
         state.experience = run.prepare(log_probs, transfer.shard_rows(run.mesh, reward_PG))
         state.next_rollout = following
@@ -98,9 +98,9 @@ def _evaluate_first(run: Run, state: RunState, monitor: Monitor) -> None:
 
 
 def _evaluate_and_save(run: Run, state: RunState, monitor: Monitor) -> None:
-    """Evaluates and saves, as is due after the step that was just done, and writes its line.
+    """Evaluates and saves if due after the finished step, and writes its metrics line.
 
-    Where an evaluation is given up, all is saved: the run goes on by evaluating again.
+    A stop during the evaluation saves everything; the continued run evaluates again.
     """
     evaluated: dict[str, float] = {}
     if run.evaluates_after(state.step):
@@ -127,10 +127,10 @@ def run(
 ) -> dict[str, Any]:
     """Trains the model at `model_path`, or goes on with the run in `folder`; returns its summary.
 
-    `spent_s`: seconds that went into making the model, counted as part of the run. `stop`: as the
-    caller hears of it; without, the run listens itself. `callbacks` hear of each step. Raises
-    ValueError for what a user can mend, `guards.Diverged` where a guard ends the run, and
-    `stop.Stopped` once the run was asked to stop and has saved.
+    `spent_s`: seconds that went into making the model, counted as part of the run. `stop`: the
+    caller's stop signal; None: the run installs its own. `callbacks` are called after each step.
+    Raises ValueError for a user's mistake, `guards.Diverged` if a guard ends the run, and
+    `stop.Stopped` after a requested stop has saved.
     """
     began = time.monotonic() - spent_s
     with claim.held(), stop or stop_lib.StopSignal(config.checkpoint.save_before_s) as stop:

@@ -1,4 +1,4 @@
-"""A run of GRPO, read, checked and put together from its config."""
+"""Builds a run of GRPO from its config: reads, checks, and sets up."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ from grpo_jax.trainers.runs import Course, Run
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a run reads, checked against each other; its weights are not read yet."""
+    """The inputs of a run, checked against each other; weights are not read yet."""
 
     mesh: Mesh
     rewards: list[Reward]
     policy: Policy
     train: Questions
-    held_out: Questions | None  # None: nothing to evaluate by
+    held_out: Questions | None  # None: nothing to evaluate with
     sums: inputs.Sums
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prompt that is trained on."""
+        """Tokens of the longest training prompt."""
         return max(map(len, self.train.prompt_ids))
 
 
@@ -57,11 +57,11 @@ def read(
     opened: Callable[[], datetime],
     kept: Path | None = None,
 ) -> Inputs:
-    """Reads and checks what a run of the config does; ValueError for what does not fit.
+    """Reads and checks the inputs of a run; ValueError for those that do not fit.
 
-    `opened` opens the run's folder, where there is one, and gives the time that chat templates are
-    told: once models, devices, rewards and problems fit each other. `kept`: where the run has a
-    copy of lora.path.
+    `opened` opens the run's folder, if there is one, and returns the date for chat templates. It is
+    called once model, devices, rewards and problems fit each other. `kept`: the run's copy of
+    lora.path.
     """
     mesh, rewards = _devices_and_rewards(config)
     policy = get_policy().within(derived.longest_row(config))
@@ -83,9 +83,9 @@ def read(
 
 
 def settled(config: ConfigDict, num_problems: int) -> ConfigDict:
-    """The config with the number of its steps, with so many training problems.
+    """The config with its number of steps, for `num_problems` training problems.
 
-    Raises ValueError where options need more of them.
+    Raises ValueError if options need more problems.
     """
     if not config.loop.num_epochs:
         return config
@@ -98,7 +98,7 @@ def settled(config: ConfigDict, num_problems: int) -> ConfigDict:
 
 
 def refuse_early(config: ConfigDict, folder: Path) -> None:
-    """Raises ValueError for what `run` would refuse of a new model only once that is trained."""
+    """Raises ValueError early for errors that `run` would find only after training a new model."""
     mesh, rewards = _devices_and_rewards(config)
     policy = model.new(config.model, tasks.load(config.data.task).make_tokenizer())
     policy = lora.adapted_policy(policy, config)
@@ -114,7 +114,7 @@ def refuse_early(config: ConfigDict, folder: Path) -> None:
 
 
 def _devices_and_rewards(config: ConfigDict) -> tuple[Mesh, list[Reward]]:
-    """The mesh and the reward functions; ValueError where one cannot be had or does not fit."""
+    """The mesh and the reward functions; ValueError if one is unavailable or does not fit."""
     mesh = sharding.make_mesh(**config.mesh)
     rules.check_devices(config, sharding.num_row_shards(mesh))
     _check_host_memory(config, mesh)
@@ -145,9 +145,9 @@ def build(
     model_path: str,
     fit: Callable[[ConfigDict, ModelConfig, Mesh, int, Path], MemoryPlan],
 ) -> Run:
-    """Everything read, checked and set up; the policy's weights are not.
+    """The run, read, checked and set up, without the policy's weights.
 
-    `fit` is asked how the update of prompts of at most so many tokens is cut.
+    `fit` returns how to cut the update for the longest prompt.
     """
 
     def opened() -> datetime:
@@ -196,12 +196,12 @@ def build(
             * derived.num_updates_per_step(config),
         ),
         read=found.sums,
-        rewards=start_rewards(config, found.rewards),  # last: nothing is refused from here on
+        rewards=start_rewards(config, found.rewards),  # last: no more checks follow
     )
 
 
 def told(config: ConfigDict, found: Inputs) -> list[str]:
-    """What run it is: its model, problems, and what a step is."""
+    """A description of the run: its model, problems, and steps."""
     model, batch, lengths = found.policy.model, config.batch, [*map(len, found.train.prompt_ids)]
     updates = derived.num_updates_per_step(config)
     held_out = len(found.held_out.problems) if found.held_out else 0
@@ -221,7 +221,7 @@ def told(config: ConfigDict, found: Inputs) -> list[str]:
 def _reference(
     config: ConfigDict, policy: Policy, mesh: Mesh, frozen: Params | None, kept: Path
 ) -> Params | None:
-    """The weights that the KL term measures from; of adapters the frozen ones, no second copy."""
+    """The reference weights of the KL term; for adapters, the frozen weights without a copy."""
     if not config.algorithm.kl_coef:
         return None
     if frozen is not None:

@@ -1,13 +1,13 @@
-"""What is done where the numbers of a step are out of bounds, so that a run can be left alone.
+"""Guards: react to metrics that are out of bounds, so that a run can be left alone.
 
-Each guard has its bounds and its action in the config. It looks at numbers that all processes
-share, and what it remembers of former steps is a part of where the run stands: its decisions are
-the same on all processes, and in a run that was stopped and continued.
+Each guard has its bounds and its action in the config. Its inputs are the same on all processes,
+and its memory of earlier steps is part of the run's state. So decisions are the same on all
+processes, and in a run that was stopped and continued.
 
-Updates that are refused, because they are not finite or by a guard whose action is "skip", are
-refused on the device, by the update itself: nothing waits for their numbers. These are read an
-update later, those of a step's last while the next rollout is drawn, and only then "roll_back" and
-"stop" are obeyed. No checkpoint is written in between.
+The compiled update itself refuses an update that is not finite, or that a guard with the action
+"skip" rejects, so nothing waits for metrics. Metrics are read one update later, and those of a
+step's last update during the next rollout. Only then "roll_back" and "stop" act. No checkpoint is
+written in between.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from grpo_jax.rewards.scores import RewardError, Scores
 class Diverged(ValueError):  # noqa: N818
     """A guard ends the run.
 
-    Nothing is saved then: a restart goes on from the last checkpoint, and does not come a step
+    Nothing is saved, so that a restart goes on from the last checkpoint and does not get one step
     further each time.
     """
 
 
 class RollBack(Exception):  # noqa: N818  (not an error)
-    """The run shall go on from its last checkpoint, with other prompts than since then."""
+    """The run must go back to its last checkpoint and continue with other prompts."""
 
     def __init__(self, message: str, step: int):
         super().__init__(message)
-        self.step = step  # the last of the steps that are undone, counted from 1
+        self.step = step  # the last step to undo, counted from 1
 
 
 @dataclasses.dataclass
 class History:
-    """What the guards remember of the steps before; a part of where a run stands."""
+    """The guards' memory of earlier steps; part of the run's state."""
 
     rewards: list[float] = dataclasses.field(default_factory=list)  # means of the newest steps
     best_reward: float | None = None  # largest mean of guards.window steps
@@ -54,9 +54,9 @@ class History:
 
 
 class Guards:
-    """Looks at the numbers of each step; `enforce` then raises what they ask for.
+    """Checks the metrics of each step; `enforce` then raises the resulting order.
 
-    What is only told, is told the 1st, 2nd, 4th, 8th ... time.
+    A guard that only warns does so the 1st, 2nd, 4th, 8th ... time.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Guards:
         loss: str = "policy/loss",
         learning_rate: str = "optim.learning_rate",
     ):
-        """`kept_in`: where the checkpoints are, to be told; `learning_rate`: the option, too.
+        """`kept_in`: the checkpoint folder, and `learning_rate`: the option, both for messages.
 
         `loss`: the metric that must be finite.
         """
@@ -78,8 +78,8 @@ class Guards:
         self._actions = guard_rules.actions_of(config)
         self._order: tuple[str, int, str] | None = None  # action, step and message
         self._times: dict[str, int] = {}
-        self._worked: set[str] = set()  # rewards that a completion got since the program began
-        self.skips_rollout = False  # whether the updates on the newest rollout shall not be made
+        self._worked: set[str] = set()  # rewards that have given a value since the program began
+        self.skips_rollout = False  # whether to skip the updates on the newest rollout
 
     @property
     def has_orders(self) -> bool:
@@ -87,17 +87,17 @@ class Guards:
         return self._order is not None
 
     def check_scores(self, step: int, scores: Scores) -> None:
-        """Looks for rewards that failed too often; raises `RewardError` where that ends the run."""
+        """Checks for rewards that failed too often; raises `RewardError` if that ends the run."""
         self.skips_rollout = False
         for text in self._broken(f"Step {step}", scores):
             self._found("failed_rewards", step, text, "Its updates are left out.")
 
     def check_evaluation(self, when: str, scores: Scores) -> None:
-        """The same of an evaluation; what does not end the run there is left to its metrics."""
+        """The same for an evaluation; failures that do not end the run only show in its metrics."""
         self._broken(when, scores)
 
     def _broken(self, when: str, scores: Scores) -> list[str]:
-        """What to say of rewards that failed too often; raises it where that ends the run."""
+        """Messages on rewards that failed too often; raises them if that ends the run."""
         told = []
         broken = scores.broken(self._config.rewards.max_failed_share)
         for name, failed_B in scores.failed.items():
@@ -118,9 +118,9 @@ class Guards:
         return told
 
     def check_rollout(self, step: int, values: Mapping[str, float]) -> None:
-        """Looks at the metrics of a step's rollout, before its updates."""
+        """Checks the metrics of a step's rollout, before its updates."""
         options, history = self._config.guards, self._history
-        reward = values.get("reward", math.nan)  # absent where nothing was scored
+        reward = values.get("reward", math.nan)  # absent if nothing was scored
         if math.isinf(reward):
             each = ", ".join(f"{n} {v:g}" for n, v in values.items() if n.startswith("reward/"))
             text = f"the mean reward is {reward}: weighted, rewards are beyond float32 ({each})"
@@ -139,7 +139,7 @@ class Guards:
             self._found("equal_groups", step, text, "Its updates are left out.")
 
     def _check_fall(self, step: int) -> None:
-        """Whether the mean reward of the newest steps has fallen too far below its best."""
+        """Checks whether the mean reward of the newest steps is too far below its best."""
         options, history = self._config.guards, self._history
         if not options.reward_drop or len(history.rewards) < options.window:
             return
@@ -155,15 +155,15 @@ class Guards:
             self._found("reward", step, text, "Its updates are left out.")
 
     def check_update(self, step: int, values: Mapping[str, float], *, refused: bool) -> None:
-        """Looks at the metrics of an update; `refused`: the device did not make it."""
+        """Checks the metrics of an update; `refused`: the device skipped it."""
         loss, grad_norm = values[self._loss], values["policy/grad_norm"]
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             text = f"the loss is {loss:g} and the norm of its gradient {grad_norm:g}"
             self._found("nonfinite", step, text, "The update was refused.")
         for metric, (low, high) in guard_rules.bounds(self._config).items():
-            if metric not in values:  # of a loss that has none
+            if metric not in values:  # for a loss without it
                 continue
-            value = np.float32(values[metric])  # so it is compared as on the device
+            value = np.float32(values[metric])  # compared in float32, as on the device
             if value < low or value > high:
                 side, bound = ("below", low) if value < low else ("above", high)
                 option = f"guards.{guard_rules.guard(metric)}_{'min' if side == 'below' else 'max'}"
@@ -172,14 +172,14 @@ class Guards:
         self._count(step, 1 if refused else 0, f" (loss {loss:g}, gradient norm {grad_norm:g})")
 
     def skipped(self, step: int, updates: int) -> None:
-        """Notes updates on a rollout that were not made, as `skips_rollout` asked."""
+        """Counts the skipped updates of a rollout, after `skips_rollout`."""
         self._count(step, updates, "")
 
     def _count(self, step: int, refused: int, last: str) -> None:
-        """Counts updates that were refused in a row; 0: one was made.
+        """Counts consecutive refused updates; 0: an update was made.
 
-        As many as `max_skipped` steps have are too many: of a step that is left out all are refused
-        at once, however many it has.
+        The limit is the updates of `max_skipped` steps, since a skipped step refuses all of its
+        updates at once.
         """
         options, history = self._config.guards, self._history
         history.skipped_in_row = history.skipped_in_row + refused if refused else 0
@@ -194,7 +194,7 @@ class Guards:
             self._order_at_least(options.after_skips, step, text)
 
     def enforce(self, before: Callable[[], None] = lambda: None) -> None:
-        """Raises `RollBack` or `Diverged`, after calling `before`, where the numbers ask for it."""
+        """Calls `before` and raises `RollBack` or `Diverged`, if a guard has ordered it."""
         if self._order is None:
             return
         before()
@@ -209,7 +209,7 @@ class Guards:
         raise Diverged(f"{message} {self._kept_in} holds the last checkpoint.")
 
     def _found(self, guard: str, step: int, text: str, skipping: str) -> None:
-        """Tells what a guard found, or orders what its action says."""
+        """Reports a guard's finding, or orders its action."""
         action = self._actions[guard]
         message = f'Step {step}: {text.rstrip(".")} (guards.{guard} = "{action}").'
         if action in ("roll_back", "stop"):

@@ -1,9 +1,8 @@
-"""All that goes on beside the algorithm while a run trains, so that the loop need not say it.
+"""Everything beside the algorithm that happens while a run trains, kept out of the loop.
 
-`with monitor.phase("rollout", state)` names a phase once, for everyone who asks: the profiler's
-scope, the watchdog, the seconds in the step's line, what is said where a device's memory is too
-small, and a stop, which gives the phase up and saves `state` as it was. As the phase ends, the
-guards are enforced.
+`with monitor.phase("rollout", state)` names a phase once for all uses: the profiler's scope, the
+watchdog, the seconds in the step's line, out-of-memory messages, and a stop, which aborts the phase
+and saves `state` as it was before. When the phase ends, the guards are enforced.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Run
 from grpo_jax.trainers.step_metrics import StepLog
 
-_SLOW_S = 1.0  # to wait for an update
+_SLOW_S = 1.0  # wait for an update
 
 _WHAT = {  # for the watchdog; steps are counted from 1
     "rollout": "The rollout of {noun} {following}",
@@ -46,12 +45,12 @@ _WHAT = {  # for the watchdog; steps are counted from 1
 
 
 class Monitor:
-    """Watches, logs, guards and stops one run. A context manager."""
+    """Watches, logs, guards and stops one run; a context manager."""
 
     def __init__(
         self, run: Run, state: RunState, stop: StopSignal, compiling: Compiling, began: float
     ):
-        """`began`: time.monotonic() at the run's start, had it never been stopped."""
+        """`began`: time.monotonic() at which a run without interruptions would have begun."""
         self._run, self._stop, self._began = run, stop, began
         course = run.course
         self._open = contextlib.ExitStack()
@@ -90,10 +89,10 @@ class Monitor:
         self._listeners = Listeners(run.callbacks, run.folder, stop)
         self.log = StepLog(run, self.guards, self._writers, self._bar, self._listeners, compiling)
         self._failures = FailureReports()
-        self._seconds: dict[str, float] = {}  # of the phases of this step, as metrics
-        self._started = self._learning = 0.0  # time.monotonic() as the step and its updates began
+        self._seconds: dict[str, float] = {}  # of this step's phases, as metrics
+        self._started = self._learning = 0.0  # time.monotonic() when step and updates began
         self._over: Callable[[], None] = lambda: None
-        self._slow = True  # whether updates take seconds; nobody knows of the first
+        self._slow = True  # whether updates take seconds; assumed for the first
 
     def __enter__(self) -> Monitor:
         return self
@@ -107,8 +106,8 @@ class Monitor:
     def phase(self, name: str, state: RunState) -> Iterator[None]:
         """A phase of the run, one of `phases.PHASES`; a stop in it saves `state` as it is now.
 
-        So does a RewardError in it. Raises `memory.OutOfMemory` where a device has too little,
-        `Stopped` once a stop has saved, and on leaving what a guard orders.
+        A RewardError in it saves too. Raises `memory.OutOfMemory` if a device has too little
+        memory, `Stopped` after a stop has saved, and at its end a guard's order.
         """
         course = self._run.course
         where = {"step": state.step, "following": state.step + 1, "update": state.update + 1}
@@ -128,21 +127,21 @@ class Monitor:
 
     @contextlib.contextmanager
     def first_evaluation(self) -> Iterator[None]:
-        """The evaluation before the first step, which is not kept where the run is stopped."""
+        """The evaluation before the first step; a stop in it saves nothing."""
         self._watchdog.phase("The evaluation before the first step")
         with self._stop.nothing_to_lose():
             yield
 
     def alive(self) -> None:
-        """Notes that a phase gets on, and gives it up where the run is to stop."""
+        """Notes progress in a phase; aborts it if the run is to stop."""
         self._watchdog.alive()
         self._stop.look()
 
     def donates(self, gradients: Any) -> None:
-        """Called in the phase of an update: from now on the state before it cannot be saved.
+        """Called in an update's phase: from now on the state before the update cannot be saved.
 
-        Where updates take seconds it waits for the gradients: what a device was given cannot be
-        taken back, and only before the optimizer's step there is a state to save.
+        If updates take seconds, it waits for the gradients: launched work cannot be taken back, and
+        a stop can save a state only before the optimizer's step.
         """
         began = time.monotonic()
         if self._slow:
@@ -159,13 +158,13 @@ class Monitor:
     # --- The parts of a step, as they are done ----------------------------------------------------
 
     def begin_step(self, state: RunState) -> None:
-        """The next step of the loop begins."""
+        """Notes that the loop's next step begins."""
         self._trace.begin(state.step + 1, self.log.close)
         self._started, self._learning = time.monotonic(), 0.0
 
     def sampled(self, state: RunState, sampled: Rollout) -> None:
-        """The completions of a step are there, whenever they were sampled."""
-        self.log.close()  # the last step may have sampled nothing
+        """Notes that a step's completions are there; they may be sampled earlier."""
+        self.log.close()  # if the last step sampled nothing, the line is open
         self.guards.enforce()
         self._started = time.monotonic() - sampled.seconds
         self._seconds["time/rollout_s"] = sampled.seconds
@@ -173,7 +172,7 @@ class Monitor:
             self._stop_with(state)
 
     def rewards(self, state: RunState, sampled: Rollout) -> Scores:
-        """Waits for the rewards; raises RewardError where they failed too often."""
+        """Waits for the rewards; raises RewardError if they failed too often."""
         step = state.step + 1
         with phase("rewards"), self._timed("time/reward_s"):
             scores = sampled.rewards.scores()
@@ -182,7 +181,7 @@ class Monitor:
         return scores
 
     def scored(self, state: RunState, sampled: Rollout, scores: Scores) -> None:
-        """A step's rewards are known; `guards.skips_rollout` then says whether to learn from it."""
+        """Checks a step's rewards; `guards.skips_rollout` then tells whether to skip updates."""
         state.rollout_metrics = step_metrics.rollout_metrics(
             self._run, sampled.completions, scores, sampled.seconds
         )
@@ -193,17 +192,17 @@ class Monitor:
         self.guards.enforce()
 
     def given(self, state: RunState, rows: Callable[[], list[dict[str, Any]]]) -> None:
-        """The completions of a step are given, not sampled; `rows()` are shown, as samples."""
+        """Notes that a step's completions are given, not sampled; shows `rows()` as samples."""
         self.log.close()
         self.guards.enforce()
         rollout.show_rows(self._run, self._writers, self._listeners, state.step + 1, rows)
 
     def begin_updates(self) -> None:
-        """The updates of a step begin, or go on."""
+        """Notes that a step's updates begin or continue."""
         self._learning = time.monotonic()
 
     def updated(self, state: RunState, values: dict[str, Any]) -> None:
-        """An update is launched; `values`: its metrics, on the device."""
+        """Notes a launched update; `values`: its metrics, on the device."""
         self.log.add_update(state, values)
         self.guards.enforce()
         state.update += 1
@@ -213,7 +212,7 @@ class Monitor:
             self._stop_with(state)
 
     def learned(self, state: RunState) -> None:
-        """A step's updates are launched: its line begins."""
+        """Opens a step's line when all of its updates are launched."""
         rollouts = state.experience.rollouts
         lengths = transfer.to_host((rollouts.prompt_length_P, rollouts.length_PG))
         if rollouts.chosen_PGC is not None:
@@ -224,7 +223,7 @@ class Monitor:
         self._seconds = {}
 
     def finished(self, state: RunState) -> None:
-        """A step is done; where something is due after it, its numbers are waited for."""
+        """Notes a finished step; if something is due after it, waits for its metrics."""
         run, is_last = self._run, state.step == self._run.course.num_steps
         stops = self._stop.asked() and not is_last
         run.checkpoints.poll()
@@ -236,25 +235,25 @@ class Monitor:
             self._stop_with(state)
 
     def evaluated(self, when: str, scores: Scores) -> None:
-        """Held-out completions are rewarded; raises RewardError where that failed too often."""
+        """Checks the rewards of an evaluation; raises RewardError if they failed too often."""
         self.guards.check_evaluation(when, scores)
         self._failures.tell(when, scores)
 
     def evaluated_at_start(self, state: RunState) -> None:
-        """Writes the evaluation before the first step: again where that was stopped."""
+        """Writes the evaluation before the first step; again if that step was stopped."""
         self._writers.scalars(0, state.first_evaluation)
         self._listeners.finished(0, state.first_evaluation)
 
     # --- Saving -----------------------------------------------------------------------------------
 
     def checkpoint(self, state: RunState, quality: float | None) -> None:
-        """Begins the checkpoint that is due; its time stands in the next step's line."""
+        """Begins the checkpoint that is due; its time is in the next step's line."""
         self._watchdog.phase(f"The checkpoint after {self._run.course.step} {state.step}")
         with phase("checkpoint"), self._timed("time/checkpoint_s"):
             self.save(state, quality)
 
     def save(self, state: RunState, quality: float | None = None, **options: Any) -> None:
-        """Begins a checkpoint; arguments as of `run_state.save`.
+        """Begins a checkpoint; arguments as for `run_state.save`.
 
         Raises ValueError where the folder is another run's by now.
         """
@@ -264,22 +263,22 @@ class Monitor:
 
     @contextlib.contextmanager
     def _may_stop(self, state: RunState) -> Iterator[Callable[[], None]]:
-        """While entered, a stop gives up what is being done, and saves the state as it is now.
+        """While entered, a stop aborts the work in progress and saves the state as it is now.
 
-        From the call of what it gives on, the train state may be donated, and a stop waits.
+        After the yielded function is called, the train state may be donated, and a stop waits.
         """
         state, sizes = dataclasses.replace(state), run_state.sizes(self._run)
 
         def leave() -> str:
             self.log.fetch()
-            if self.guards.has_orders:  # it would be undone: better computed again
+            if self.guards.has_orders:  # it would be undone: recomputing is better
                 return (
                     f"Stopped by {self._stop.name} at step {state.step}, where a guard has "
                     "orders; nothing is saved. The same command continues the run."
                 )
             return self._saved(state, sizes)
 
-        # Outside the context, which waits where the other thread saves: the two never do at once.
+        # Save outside of the context, which waits while the other thread saves: never both at once.
         try:
             with self._stop.leaving(leave) as over:
                 yield over
@@ -292,7 +291,7 @@ class Monitor:
         raise Stopped(self._saved(state, None))
 
     def _saved(self, state: RunState, sizes: dict[str, Any] | None) -> str:
-        """Saves, and says so."""
+        """Saves; returns the message."""
         run, name = self._run, self._stop.name
         has_begun = state.sampled or state.first_evaluation
         if not has_begun and state.next_rollout is None:

@@ -1,4 +1,4 @@
-"""A run from its newest checkpoint to its end, and again where a guard rolls it back."""
+"""Carries a run from its newest checkpoint to its end, restarting it when a guard rolls it back."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Finish = Callable[[Run, RunState, StopSignal, float], Any]
 
 
 def carry_out(run: Run, stop: StopSignal, began: float, train: Train, finish: Finish) -> Any:
-    """Trains until `train` returns, and gives what `finish(run, state, stop, wall_s)` does.
+    """Trains until `train` returns; returns the result of `finish(run, state, stop, wall_s)`.
 
-    `began`: time.monotonic() when the command began. Raises `guards.Diverged` where a guard ends
-    the run, and `stop.Stopped` once it was asked to stop and has saved.
+    `began`: time.monotonic() when the command began. Raises `guards.Diverged` if a guard ends the
+    run, and `stop.Stopped` after a requested stop has saved.
     """
     with phase("start"), stop.nothing_to_lose():
         state = run_state.newest(run)
@@ -43,7 +43,7 @@ def carry_out(run: Run, stop: StopSignal, began: float, train: Train, finish: Fi
                 run.checkpoints.close()
                 raise
             with phase("start"):
-                state.train = state.experience = None  # what went wrong makes room
+                state.train = state.experience = None  # frees the failed state's memory
                 state = run_state.roll_back(run, state, undone)
     with Watchdog(run.config.loop.stall_timeout_s) as watchdog:
         watchdog.phase("The end of the run")

@@ -1,4 +1,4 @@
-"""What a run has come to: its evaluations; at its end the export, the curves and the summary."""
+"""The results of a run: evaluations, and at its end the export, the curves and the summary."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from grpo_jax.trainers.runs import Run
 
 
 def evaluate(run: Run, state: RunState, monitor: Monitor, *, final: bool) -> dict[str, float]:
-    """Metrics of greedy completions, and with `final` of samples where the config asks for them.
+    """Metrics of greedy completions; with `final`, also of samples if the config asks for them.
 
-    Raises `RewardError` where rewards fail too often for them to mean anything.
+    Raises `RewardError` if rewards fail so often that the metrics mean nothing.
     """
     asked, began = run.config.evaluation, time.monotonic()
     after = f"after {run.course.step} {state.step}" if state.step else "at the start"
@@ -58,7 +58,7 @@ def evaluate(run: Run, state: RunState, monitor: Monitor, *, final: bool) -> dic
 
 
 def _told(run: Run, state: RunState, values: dict[str, float]) -> str:
-    """What an evaluation found, in one line."""
+    """The result of an evaluation, in one line."""
     facts = []
     if state.accuracy is not None:
         facts.append(f"accuracy {state.accuracy:.1%}")
@@ -81,7 +81,7 @@ def finish(run: Run, state: RunState, stop: stop_lib.StopSignal, wall_s: float) 
     unsaved = None
     try:
         run.checkpoints.close()
-    except NotSaved as error:  # the model is at hand still
+    except NotSaved as error:  # the model is still available
         unsaved = error
     waiting = nullcontext() if unsaved else stop.nothing_to_lose(stop_lib.PATIENCE_S)
     with waiting:
@@ -121,7 +121,7 @@ def _summary(run: Run, state: RunState, wall_s: float) -> dict[str, Any]:
 
 
 def _command_to_ask(run: Run, export: Path) -> str:
-    """The command that asks the trained model a question, one it was not trained on if there is."""
+    """The command that asks the trained model a question, if possible one not trained on."""
     questions = run.held_out or run.train
     prompt = questions.problems[0].prompt
     chat = "" if isinstance(prompt, str) else " --chat"

@@ -1,4 +1,4 @@
-"""The completions of a step: sampled, held on the host until they are learned from, and shown."""
+"""The completions of a step: sampling, keeping them on the host until the updates, showing them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Run
 from grpo_jax.trainers.step_metrics import StepLog
 
-_MAX_COLUMN_CHARS = 400  # of a problem's column beside a sample
+_MAX_COLUMN_CHARS = 400  # of a problem's column, shown with a sample
 
 
 def sample(
@@ -35,7 +35,7 @@ def sample(
 ) -> Rollout:
     """Samples the completions of the step `ahead` of the state's.
 
-    Once the device is busy it writes the line that is open. `on_harvest` is called whenever some
+    Once the device is busy, it writes the open metrics line. `on_harvest` is called whenever some
     completions have finished, on all processes alike.
     """
     started, step = time.monotonic(), state.step + ahead
@@ -55,7 +55,7 @@ def sample(
 
 
 def sampled_before(run: Run, state: RunState, completions: Rollouts) -> Rollout:
-    """Completions that a checkpoint held, given to the rewards as if just sampled."""
+    """A rollout of completions from a checkpoint, passed to the rewards as if just sampled."""
     questions, rewards = _begin(run, state, state.sampled)
     for number, (completion_GC, length_G) in enumerate(
         zip(completions.completion_PGC, completions.length_PG)
@@ -88,17 +88,17 @@ def show(
     rollout: Rollout,
     scores: Scores,
 ) -> None:
-    """Writes and prints completions of the step, where logging.samples_every_steps asks for it."""
+    """Writes and prints completions of the step, if logging.samples_every_steps asks for it."""
     show_rows(run, writers, listeners, step, lambda: _rows(run, rollout, scores))
 
 
 def _rows(run: Run, rollout: Rollout, scores: Scores) -> list[dict[str, Any]]:
-    """The best and the worst completions of the most divided group."""
+    """The best and the worst completions of the group with the largest spread of rewards."""
     group = run.config.batch.group
-    # Of rewards that are unknown, this shows what a 0 would be worth.
+    # An unknown reward is shown with the advantage that a reward of 0 would have.
     reward_PG = np.nan_to_num(scores.reward_B, nan=0.0).reshape(-1, group)
     relative_PG = np.asarray(run.prepare.relative(reward_PG))
-    # Of the most divided group: what the policy is about to learn from.
+    # The group with the largest spread has the most to learn from.
     p = int(reward_PG.std(1).argmax())
     texts = rollout.rewards.texts([p])
     best_first = np.argsort(-reward_PG[p], kind="stable")
@@ -131,7 +131,7 @@ def show_rows(
     step: int,
     rows: Callable[[], list[dict[str, Any]]],
 ) -> None:
-    """Writes and prints `rows()`, as `writers.samples` has them, where it is asked for.
+    """Writes and prints `rows()`, in the form of `writers.samples`, if asked for.
 
     Listeners get them at each step.
     """
@@ -150,7 +150,7 @@ def _is_shown(run: Run, step: int) -> bool:
 
 
 def _begin(run: Run, state: RunState, step: int) -> tuple[Questions, RewardCollector]:
-    """What the completions of a step are to answer, and what collects their rewards."""
+    """The questions of a step, and the collector of their completions' rewards."""
     config, draw, num_problems = run.config, state.draw_of(step), len(run.train.problems)
     questions = run.train.take(
         prompts.prompt_indices(config.seed, draw, num_problems, config.batch.prompts)

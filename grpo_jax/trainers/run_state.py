@@ -1,4 +1,4 @@
-"""The state of a run: all that a checkpoint keeps, read from one, or taken back to an older."""
+"""The state of a run: everything that a checkpoint keeps. Saving, loading, and rolling back."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from grpo_jax.trainers.runs import Run
 
 @dataclasses.dataclass
 class RunState:
-    """All that a checkpoint keeps of a run: arrays, and beside them numbers as JSON.
+    """Everything that a checkpoint keeps of a run: arrays, and numbers as JSON.
 
     Metrics of step n, counted from 1, describe its rollout and the policy after its updates; step 0
     is the model as it was given.
     """
 
     train: TrainState | None = None  # None: not read yet
-    experience: Experience | None = None  # what the updates of `step` learn from; None: not there
+    experience: Experience | None = None  # data of the updates of `step`; None: none yet
     next_rollout: Rollout | None = None  # sampled, and not yet in `experience`
     step: int = 0  # rollouts finished
     update: int = 0  # updates done on the rollout of `step`
     prompts: int = 0  # consumed
     tokens: int = 0  # generated
     wall_s: float = 0.0
-    next_rollout_s: float = 0.0  # that sampling the completions took that wait in the checkpoint
-    checkpoint: int = -1  # number of the one that this was read from; -1: none
-    last_due: int = -1  # the same of the newest that checkpoint.every_steps asked for
-    passed_over: int = 0  # draws that were undone: their prompts and keys do not come again
-    rolled_back_to: int = -1  # the same of the last roll-back
+    next_rollout_s: float = 0.0  # time to sample the completions that are saved ahead
+    checkpoint: int = -1  # number of the checkpoint that was loaded; -1: none
+    last_due: int = -1  # number of the newest one due by checkpoint.every_steps
+    passed_over: int = 0  # undone draws: their prompts and keys are not reused
+    rolled_back_to: int = -1  # number of the last roll-back's checkpoint
     history: History = dataclasses.field(default_factory=History)
     sizes: dict[str, Any] = dataclasses.field(default_factory=dict)  # of packed rows, by program
     accuracy_before: float | None = None
@@ -50,7 +50,7 @@ class RunState:
     first_evaluation: dict[str, float] = dataclasses.field(default_factory=dict)
     rollout_metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # of `step`
     update_metrics: list[dict[str, float]] = dataclasses.field(default_factory=list)  # the same
-    # Where the run was stopped before the evaluation after `step`: what that step's line has so far
+    # If the run was stopped before the evaluation after `step`: that step's metrics so far.
     unevaluated: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def draw_of(self, step: int) -> int:
@@ -59,11 +59,11 @@ class RunState:
 
     @property
     def sampled(self) -> int:
-        """Steps that have been sampled and rewarded: the finished ones, and one in its updates."""
+        """Number of steps sampled and rewarded: finished ones, and one during its updates."""
         return self.step + (self.experience is not None)
 
     def finish_step(self) -> None:
-        """All updates on this rollout are done: what belongs to it goes."""
+        """Ends the step after all of its updates: drops the rollout's data."""
         self.step, self.update, self.experience = self.step + 1, 0, None
         self.rollout_metrics, self.update_metrics = {}, []
 
@@ -79,10 +79,9 @@ _ARRAYS = ("train", "experience", "next_rollout")
 
 
 def newest(run: Run) -> RunState:
-    """Where the run stands: at its newest checkpoint, or where there is none at its start.
+    """The state at the newest checkpoint, or at the start if there is none.
 
-    Raises ValueError where the checkpoint is of another config, and where the run had checkpoints
-    that are gone.
+    Raises ValueError if the checkpoint is of another config, or if the run's checkpoints are gone.
     """
     again, folder = run.config.checkpoint.begin_again, run.checkpoints.folder
     number = run.checkpoints.latest(begin_again=again)
@@ -91,7 +90,7 @@ def newest(run: Run) -> RunState:
         return RunState()
     state, binding = _read(run, number)
     accepted = record.accepted(run.folder)
-    record.refuse(  # the workdir may be another
+    record.refuse(  # it may be another workdir's checkpoint
         record.not_accepted(binding, run.config, accepted),
         f"checkpoint.folder = {folder!r}",
         "Give the run a folder of its own",
@@ -106,14 +105,14 @@ def newest(run: Run) -> RunState:
 
 
 def roll_back(run: Run, state: RunState, undone: int) -> RunState:
-    """Where to go on from once the steps up to `undone` went wrong: at a checkpoint before them.
+    """The state to continue from if the steps up to `undone` must be undone: an older checkpoint.
 
-    That is the newest one that was due when it was written, since one that a stop wrote would not
-    be there in a run that was never stopped; or where that has been rolled back to before, the one
-    before it, if it is kept. Where those that were due are gone it is the newest there is. Where
-    none was due so far the run begins again. What is newer is deleted, nothing else. The draws of
-    the undone steps are passed over, so that what led there does not come again (as Chowdhery et
-    al. 2022, arXiv:2204.02311, section 5.1, do where the loss spikes).
+    It is the newest checkpoint that was due when written. A checkpoint that a stop wrote does not
+    count, since a run without stops would not have it. If the last roll-back went to that
+    checkpoint, it is the due one before it, if kept. If all due checkpoints are gone, it is the
+    newest of any kind. If none was due so far, the run begins again. Only newer checkpoints are
+    deleted. The draws of the undone steps are skipped, so that the same data does not come again
+    (as in Chowdhery et al. 2022, arXiv:2204.02311, section 5.1, after loss spikes).
     """
     back = _to_go_back_to(run, state)
     if back is None:
@@ -124,7 +123,7 @@ def roll_back(run: Run, state: RunState, undone: int) -> RunState:
     for number in run.checkpoints.numbers():
         if number > back.checkpoint:
             run.checkpoints.delete(number)
-    following = back.step + bool(back.update)  # step, from 0, that draws next
+    following = back.step + bool(back.update)  # the next step to draw, from 0
     back.passed_over = state.draw_of(undone) - following
     back.rolled_back_to, back.tokens = back.checkpoint, state.tokens
     back.history.roll_backs = state.history.roll_backs + 1
@@ -133,7 +132,7 @@ def roll_back(run: Run, state: RunState, undone: int) -> RunState:
 
 
 def _to_go_back_to(run: Run, state: RunState) -> RunState | None:
-    """The position of an undamaged checkpoint, as `roll_back` chooses it; None: the start."""
+    """The state of the undamaged checkpoint that `roll_back` chooses; None: the start."""
     newest = again = None
     for number in reversed(run.checkpoints.numbers()):
         if not run.checkpoints.whole(number):
@@ -148,11 +147,10 @@ def _to_go_back_to(run: Run, state: RunState) -> RunState | None:
 
 
 def load(run: Run, state: RunState) -> Rollouts | None:
-    """Reads the arrays of a state; gives the completions that were sampled for its next step.
+    """Reads the arrays of a state; returns the completions already sampled for its next step.
 
-    None where none were, and after a roll-back, which undoes an experience too that nothing was
-    learned from. Raises ValueError where the parameters
-    or the optimizer's state have numbers that are not finite.
+    None if there are none, and after a roll-back. A roll-back also drops an experience without
+    updates. Raises ValueError if the parameters or the optimizer's state are not finite.
     """
     for name, sizes in run.sizes.items():
         sizes.restore(state.sizes.get(name))
@@ -180,7 +178,7 @@ def load(run: Run, state: RunState) -> Rollouts | None:
 
 
 def sizes(run: Run) -> dict[str, Any]:
-    """The sizes of packed rows that the run's programs are compiled for so far, by program."""
+    """The packed row sizes for which the run's programs are compiled so far, by program."""
     return {name: used.as_json() for name, used in run.sizes.items()}
 
 
@@ -193,8 +191,8 @@ def save(
 ) -> None:
     """Begins a checkpoint of the state.
 
-    `quality`: as `Checkpoints.save` has it. `sizes_then`: of packed rows, where they are not those
-    of now.
+    `quality`: as for `Checkpoints.save`. `sizes_then`: the packed row sizes, if not the present
+    ones.
     """
     every = run.course.save_every
     if state.step and not state.update and every and state.step % every == 0:
@@ -217,7 +215,7 @@ def save(
 
 
 def _read(run: Run, number: int) -> tuple[RunState, dict[str, Any]]:
-    """The state that a checkpoint holds, without its arrays; and the options that bind it."""
+    """The state in a checkpoint without arrays, and the options that the checkpoint requires."""
     facts = run.checkpoints.facts(number)
     if "state" not in facts:
         raise ValueError(

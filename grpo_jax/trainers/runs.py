@@ -1,4 +1,4 @@
-"""What a run is made of, whatever it trains by."""
+"""The parts of a run, for every way of training."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from grpo_jax.trainers.listeners import Callback
 
 @dataclasses.dataclass(frozen=True)
 class Course:
-    """How many steps a run makes, what a step is, what is due after it, and how it is called."""
+    """The schedule of a run: number and size of steps, events after a step, and names in output."""
 
     num_steps: int
     prompts: int  # of a step
     minibatches: int = 1
     updates: int = 1  # of a step
-    evaluate_every: int = 0  # steps; 0: before the first and after the last alone
-    save_every: int = 0  # steps; 0: after the last alone
-    samples_every: int = 0  # steps between those whose completions are shown; 0: none
+    evaluate_every: int = 0  # steps; 0: only before the first and after the last
+    save_every: int = 0  # steps; 0: only after the last
+    samples_every: int = 0  # steps between shown samples; 0: none
     is_asynchronous: bool = False  # samples a step ahead
     profiled: tuple[int, ...] = ()  # first and last step of a trace
-    is_tracked: bool = False  # its metrics go to the trackers that are asked for
-    step: str = "step"  # in what a person reads
-    bar: str = "step"  # the same at a line's beginning
-    shown_every: int = 10  # steps, where there is no terminal
+    is_tracked: bool = False  # its metrics go to the config's trackers
+    step: str = "step"  # name of a step in messages
+    bar: str = "step"  # name in the progress line
+    shown_every: int = 10  # steps, without a terminal
     update_phase: str = "update"  # one of `phases.PHASES`
     loss: str = "policy/loss"  # the metric
     learning_rate: str = "optim.learning_rate"  # the option
@@ -48,7 +48,7 @@ class Course:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run is made of; none of it changes while it runs but for `sizes`."""
+    """The parts of a run; only `sizes` changes during the run."""
 
     config: ConfigDict
     course: Course
@@ -57,22 +57,22 @@ class Run:
     policy: Policy
     train: Questions
     held_out: Questions | None  # None: the policy is not evaluated
-    rewards: Pool | None  # None: where it is not, and learns from no reward
-    engine: Engine | None  # None: it learns from given completions
-    evaluator: Engine | None  # the policy is judged as it is, however rollouts are drawn
+    rewards: Pool | None  # None: neither training nor evaluation uses rewards
+    engine: Engine | None  # None: completions are given
+    evaluator: Engine | None  # exact weights, even if rollouts use 8 bits
     optimizer: optax.GradientTransformation
-    learning_rate: Callable  # program: of an update by its number
+    learning_rate: Callable  # program: learning rate by update number
     prepare: Prepare
     update: Update
-    sizes: dict[str, CompiledSizes]  # of packed rows, of the programs of these two
-    frozen: Params | None  # what does not learn, where adapters do
+    sizes: dict[str, CompiledSizes]  # packed row sizes of both programs
+    frozen: Params | None  # frozen weights under adapters
     ref_params: Params | None
     checkpoints: Checkpoints
-    read: Sums  # what the run reads
+    read: Sums  # checksums of the run's inputs
     callbacks: tuple[Callback, ...] = ()  # of the program that started it
 
     def weights(self, state: TrainState) -> Params:
-        """What the network reads: of adapters, with the frozen weights that they stand beside."""
+        """The weights that the network reads: adapters attached to their frozen weights."""
         return lora.attached(self.frozen, state.params, self.policy.model)
 
     def evaluates_after(self, step: int) -> bool:

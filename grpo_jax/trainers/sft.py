@@ -1,9 +1,9 @@
 """Supervised training on worked solutions, the usual start before reinforcement learning.
 
-It trains the model of the config, or a new one, on a task's demonstrations or on a dataset with
-`prompt` and `completion`, in the loop of `grpo.py`: here the completions of a step are given, and
-the loss is the mean cross-entropy of their tokens, stop token included. `grpo_jax.train` runs it
-first when `model.path` is empty.
+It trains the config's model or a new one on a task's demonstrations, or on a dataset with `prompt`
+and `completion`. It uses the loop of `grpo.py`, but the completions of a step are given. The loss
+is the mean cross-entropy of their tokens, stop token included. `grpo_jax.train` runs it first when
+`model.path` is empty.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from grpo_jax.trainers.runs import Course, Run
 
 
 class Demonstration(NamedTuple):
-    """One completion that is imitated, and its prompt; the stop token is its last."""
+    """A completion to imitate, which ends with the stop token, and its prompt."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -66,9 +66,9 @@ def run(
 ) -> Path:
     """Trains, or goes on with the training in `folder`; returns the Hugging Face folder it exports.
 
-    `stop`: as the caller hears of it; without, the training listens itself. `is_start`: what comes
-    after it evaluates the model. Raises ValueError for what a user can mend, `guards.Diverged`
-    where a guard ends it, and `stop.Stopped` once it was asked to stop and has saved.
+    `stop`: the caller's stop signal; None: the training installs its own. `is_start`: a later run
+    evaluates the model. Raises ValueError for a user's mistake, `guards.Diverged` if a guard ends
+    the training, and `stop.Stopped` after a requested stop has saved.
     """
     if config.lora.rank and not config.model.path and not is_start:
         raise ValueError(
@@ -93,7 +93,7 @@ def run(
 
 
 def _gather(demonstrations: Demonstrations, run: Run, state: RunState, monitor: Monitor) -> None:
-    """Gives the state the demonstrations of its step."""
+    """Sets the state's experience to the demonstrations of its step."""
     rows = demonstrations(state.draw_of(state.step))
     monitor.given(state, lambda: _as_samples(rows, run))
     shards = sharding.num_row_shards(run.mesh)
@@ -104,11 +104,11 @@ def _gather(demonstrations: Demonstrations, run: Run, state: RunState, monitor: 
 
 
 def _as_rollouts(rows: list[Demonstration], shards: int, config: ConfigDict) -> Rollouts:
-    """Demonstrations as completions without a prompt, of which the answers are chosen.
+    """Demonstrations as completions without prompts; only the answers' tokens are trained on.
 
-    So rows of the learner hold them one after the other, whatever their lengths. Each of the
-    `shards` has a group of them; groups have about as many tokens, and what fills the last ones up
-    is not chosen.
+    So the learner's rows hold them one after the other, whatever their lengths. Each shard has one
+    group; groups have about equally many tokens. Filler completions of the last groups are not
+    trained on.
     """
     rows = rows + [Demonstration([0], [])] * (-len(rows) % shards)
     longest_first = sorted(rows, key=lambda row: -len(row.prompt_ids) - len(row.completion_ids))
@@ -133,7 +133,7 @@ def _as_rollouts(rows: list[Demonstration], shards: int, config: ConfigDict) -> 
 
 
 def _as_samples(rows: list[Demonstration], run: Run) -> list[dict[str, Any]]:
-    """A few demonstrations as the table of samples has them."""
+    """A few demonstrations, as rows of the samples table."""
     return [
         {
             "prompt": run.policy.tokenizer.decode(row.prompt_ids),
@@ -155,7 +155,7 @@ def _finish(run: Run, state: RunState, stop: StopSignal, wall_s: float) -> Path:
         dtype = run.config.checkpoint.export_dtype
         exporting.export(run.policy, export, state.train, dtype, run.frozen)
         workdir.note_export(export, step=state.step, updates=int(state.train.num_updates))
-        if stop.asked():  # what comes after this training is asked to stop, too
+        if stop.asked():  # a later run is asked to stop, too
             raise Stopped(
                 f"Stopped by {stop.name} at {run.course.step} {state.step}; all is saved in "
                 f"{run.folder}. The same command continues the run."
@@ -169,7 +169,7 @@ def _finish(run: Run, state: RunState, stop: StopSignal, wall_s: float) -> Path:
 def _build(
     config: ConfigDict, folder: Path, *, evaluates: bool
 ) -> tuple[Run | None, Demonstrations]:
-    """The run, everything read and checked; None where the folder has its export already."""
+    """The run, read and checked; None if the folder already has its export."""
     mesh = sharding.make_mesh(**config.mesh)
     now = inputs.date(config.data.date, folder)
     task = tasks.load(config.data.task) if config.data.task else None
@@ -223,12 +223,12 @@ def _build(
             due_every=guard_rules.may_roll_back(config) * course.save_every,
         ),
         read=sums,
-        rewards=start_rewards(config, rewards) if held_out else None,  # last: nothing is refused
+        rewards=start_rewards(config, rewards) if held_out else None,  # last: no more checks follow
     ), demonstrations
 
 
 def _course(config: ConfigDict, num_solutions: int) -> Course:
-    """How the training goes on, with so many worked solutions."""
+    """The schedule of the training, for a number of worked solutions."""
     num_steps = derived.num_supervised_steps(config, num_solutions)
     if config.sft.num_epochs:
         say(f"{config.sft.num_epochs:g} epochs are {num_steps} updates of {config.sft.batch}.")
@@ -236,7 +236,7 @@ def _course(config: ConfigDict, num_solutions: int) -> Course:
         num_steps=num_steps,
         prompts=config.sft.batch,
         save_every=config.sft.checkpoint_every_steps,
-        # The first alone: given completions do not change.
+        # Only those of the first step: given completions do not change.
         samples_every=num_steps if config.logging.samples_every_steps else 0,
         step="supervised step",
         bar="sft",
@@ -248,7 +248,7 @@ def _course(config: ConfigDict, num_solutions: int) -> Course:
 
 
 def _solved(config: ConfigDict, task: Any) -> tuple[list[Problem], Solution]:
-    """The problems that have a completion to imitate, and the function that gives it."""
+    """The problems with a completion to imitate, and the function that returns it."""
     if task:
         problems, _ = task.generate(config.data.num_train, config.data.num_eval, config.seed)
         return problems, task.worked_solution
@@ -259,8 +259,8 @@ def _solved(config: ConfigDict, task: Any) -> tuple[list[Problem], Solution]:
 def _with_completion(problem: Problem) -> Problem:
     """A problem whose column `completion` is a text.
 
-    It may be the answer of an assistant, as a list of that one message; and where there is none the
-    last message of the prompt, if that is an assistant's.
+    The column may be a list of one message of an assistant. Without the column, the prompt's last
+    message is taken, if it is an assistant's.
     """
     completion, prompt = problem.columns.get("completion"), problem.prompt
     if isinstance(completion, str):
@@ -307,7 +307,7 @@ def _demonstrations(
 def _held_out(
     config: ConfigDict, policy: Policy, now: datetime
 ) -> tuple[Questions | None, list[Reward]]:
-    """Held-out problems that the rewards can score, with these; None where there are none."""
+    """The held-out problems that the rewards can score, or None; and the rewards."""
     rewards = load_rewards(config)
     problems = load_problems(config)[1][: config.evaluation.num_problems]
     try:

@@ -1,4 +1,4 @@
-"""The line of metrics that each step writes, put together from its rollout and its updates."""
+"""The metrics line of each step, from its rollout and its updates."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from grpo_jax.trainers.runs import Run
 
 
 class StepLog:
-    """Collects the metrics of a step's updates, and writes them in one line with its rollout's.
+    """Collects the metrics of a step's updates, and writes them in one line with the rollout's.
 
-    The loop does not wait for them: an update's are fetched once the next one is under way, and
-    those of a step's last, with which its line is closed, while the next rollout is.
+    The loop does not wait for them: an update's metrics are fetched when the next update has begun.
+    Those of a step's last update are fetched during the next rollout, and close the line.
     """
 
     def __init__(
@@ -42,21 +42,21 @@ class StepLog:
     ):
         self._run, self._guards, self._compiling = run, guards, compiling
         self._writers, self._bar, self._listeners = writers, bar, listeners
-        self._unread: tuple[dict, list, int] | None = None  # an update's, where they go, its step
-        self._line: Callable[[], dict[str, float]] | None = None  # the values of what is open
-        self._step, self._started = 0, 0.0  # its step, and time.monotonic() at that one's start
-        self._lock = threading.RLock()  # a stop closes it from another thread
+        self._unread: tuple[dict, list, int] | None = None  # an update's metrics, their list, step
+        self._line: Callable[[], dict[str, float]] | None = None  # gives the open line's values
+        self._step, self._started = 0, 0.0  # its step, and time.monotonic() at the step's start
+        self._lock = threading.RLock()  # a stop closes the line from another thread
         self._read_at = 0.0  # time.monotonic() after the newest update
-        self.waited_s = 0.0  # for the newest update that was read
+        self.waited_s = 0.0  # for the newest fetched update
         self.closed_at = 0.0  # time.monotonic() when the newest line was written
 
     def add_update(self, state: RunState, values: dict) -> None:
-        """Takes an update's metrics, on the device, and fetches those of the update before."""
+        """Takes an update's metrics, on the device, and fetches those of the previous update."""
         self.fetch()
         self._unread = values, state.update_metrics, state.step + 1
 
     def fetch(self) -> None:
-        """Waits for the newest update, and has the guards check it."""
+        """Waits for the newest update, and lets the guards check it."""
         with self._lock:
             if self._unread is None:
                 return
@@ -73,10 +73,10 @@ class StepLog:
     def open(
         self, state: RunState, lengths: tuple, started: float, learning: float, seconds: dict
     ) -> None:
-        """Begins the line of the step that `state` is in; `started`, `learning`: since when.
+        """Opens the line of the state's step; `started`, `learning`: start of step and updates.
 
-        `lengths`: of its prompts [P] and completions [P, G]. `seconds`: of its phases, as metrics;
-        more may come while the line is open.
+        `lengths`: of the step's prompts [P] and completions [P, G]. `seconds`: of its phases, as
+        metrics; more may be added while the line is open.
         """
         run, roll_backs = self._run, state.history.roll_backs
         updates, skipped = state.train.num_updates, state.train.num_skipped
@@ -86,7 +86,7 @@ class StepLog:
             counters |= {"tokens/generated": state.tokens}
 
         def line() -> dict[str, float]:
-            ended = max(self._read_at, learning)  # the latter where no update was made
+            ended = max(self._read_at, learning)  # the latter if no update was made
             seconds["time/update_s"] = ended - learning
             values = rollout_metrics | _combined(update_metrics) | counters | seconds
             values |= self._compiling.since_last() | {
@@ -98,7 +98,7 @@ class StepLog:
             }
             if run.engine is None:
                 values["sft/tokens_per_s"] = float(lengths[1].sum() / (ended - started))
-            # Not where the run was stopped after the rollout, nor where nothing was learned.
+            # Unknown if the run was stopped after the rollout, or if there was no update.
             elif "time/rollout_s" in seconds and update_metrics:
                 step_s = ended - started
                 values |= _rates(run, lengths, seconds["time/rollout_s"], step_s)
@@ -107,12 +107,12 @@ class StepLog:
         self._step, self._line, self._started = state.step + 1, line, started
 
     def reopen(self, step: int, values: dict[str, float]) -> None:
-        """Opens a line again that `values` gave, in a process before this one."""
+        """Opens a line again from `values` of an earlier process."""
         self._step, self._line = step, lambda: dict(values)
         self._started = time.monotonic() - values.get("time/step_s", 0.0)
 
     def values(self) -> dict[str, float]:
-        """What stands in the line that is open, without an evaluation."""
+        """The values of the open line, without an evaluation."""
         with self._lock:
             self.fetch()
             settled = self._line() | {"time/step_s": time.monotonic() - self._started}
@@ -120,7 +120,7 @@ class StepLog:
             return dict(settled)
 
     def close(self, evaluated: dict[str, float] | None = None) -> None:
-        """Writes the line that is open, if one is, with what an evaluation found beside it."""
+        """Writes the open line, if any, with the metrics of an evaluation."""
         with self._lock:
             if self._line is None:
                 return
@@ -132,7 +132,7 @@ class StepLog:
 
 
 def _combined(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Metrics of a step's updates as one: the largest of maxima, the mean of the rest."""
+    """The metrics of a step's updates, combined: maxima by their maximum, others by their mean."""
     names = updates[0] if updates else ()
     return {
         n: float((max if n.endswith("_max") else np.mean)([v[n] for v in updates])) for n in names
@@ -142,7 +142,7 @@ def _combined(updates: list[dict[str, float]]) -> dict[str, float]:
 def rollout_metrics(
     run: Run, rollouts: Rollouts, scores: Scores, rollout_s: float
 ) -> dict[str, float]:
-    """What there is to know of a rollout before anything is learned from it."""
+    """Metrics of a rollout before its updates."""
     length_PG, stopped_PG = rollouts.length_PG, rollouts.stopped_PG
     reward_PG = scores.reward_B.reshape(length_PG.shape)
     values: dict[str, Any] = {}
@@ -176,7 +176,7 @@ def rollout_metrics(
 
 
 def _spread(reward_PG: np.ndarray) -> np.ndarray:
-    """Largest minus smallest known reward of each group; 0 where none is known."""
+    """Largest minus smallest known reward of each group; 0 if none is known."""
     known_PG = ~np.isnan(reward_PG)
     high_P = np.where(known_PG, reward_PG, -np.inf).max(axis=1)
     low_P = np.where(known_PG, reward_PG, np.inf).min(axis=1)
@@ -186,9 +186,9 @@ def _spread(reward_PG: np.ndarray) -> np.ndarray:
 def _rates(
     run: Run, lengths: tuple[np.ndarray, np.ndarray], rollout_s: float, step_s: float
 ) -> dict[str, float]:
-    """Tokens per second of a step, and beside what the devices could do where that is known.
+    """Tokens per second of a step, and the share of the devices' peak, if known.
 
-    `lengths`: of its prompts [P] and completions [P, G]. `step_s` ends with the last update.
+    `lengths`: of the step's prompts [P] and completions [P, G]. `step_s` ends with the last update.
     """
     config, model, mesh = run.config, run.policy.model, run.mesh
     learning_s, generated = step_s - rollout_s, lengths[1].sum()

@@ -1,4 +1,4 @@
-"""What a run's config asks of trackers: Weights & Biases, MLflow, Trackio."""
+"""The trackers in a run's config: Weights & Biases, MLflow, Trackio."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from grpo_jax.metrics import trackers
 
 
 def asked(config: ConfigDict, is_tracked: bool = True) -> trackers.Asked:
-    """The trackers of a run; none of one that is not tracked, as a supervised start."""
+    """The trackers of a run; none if the run is not tracked, such as a supervised start."""
     logging = config.logging
     if not is_tracked:
         return trackers.Asked()
@@ -24,6 +24,6 @@ def asked(config: ConfigDict, is_tracked: bool = True) -> trackers.Asked:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ValueError where one is not installed, or has no login; for who writes to them."""
+    """Raises ValueError if a tracker lacks its package or login, on the process that writes."""
     if processes.is_first():
         trackers.check(asked(config))

@@ -1,9 +1,9 @@
-"""Between Hugging Face's config.json and the one decoder's `ModelConfig`.
+"""Translates Hugging Face's config.json to the decoder's `ModelConfig`.
 
-Families differ in settings of it; `dense.py` knows which, and `names.py` knows their tensors. A
-value that the decoder would not compute exactly is refused, never approximated: a wrong rotary
-scaling trains without an error and ends in a worse model. So is a key that nothing here knows. An
-absent key has the value that transformers gives it in this family.
+Families differ only in its settings; `dense.py` has the settings of each family, and `names.py` the
+names of its tensors. A value that the decoder cannot compute exactly is refused, never
+approximated: a wrong rotary scaling trains without an error and ends in a worse model. Unknown keys
+are refused too. An absent key has transformers' default for the family.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from grpo_jax.models.families.dense import FAMILIES
 from grpo_jax.models.hf.keys import Keys
 from grpo_jax.structs import ModelConfig
 
-# Models of images and text: the families of the text in them, which alone is trained.
+# Image-text models: the family of the text model in them. Only the text model is trained.
 WRAPPERS = {"gemma3": ("gemma3_text",), "mistral3": ("mistral", "ministral3")}
 OF_IMAGES = (
     *("vision_config", "image_token_index", "image_token_id", "mm_tokens_per_image"),
@@ -30,8 +30,8 @@ def model_config(hf: dict[str, Any], source: str) -> ModelConfig:
     """The decoder that a config.json describes; `source` names the file in messages.
 
     Reads the spellings of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`).
-    Raises ValueError, naming the file, the key and the value, for a key that is missing or not
-    known, sizes that fit no model, and anything that the decoder does not compute.
+    Raises ValueError, naming the file, the key and the value, for missing or unknown keys,
+    impossible sizes, and everything that the decoder does not compute.
     """
     keys = Keys(hf, source)
     family = keys.get("model_type")
@@ -48,7 +48,7 @@ def model_config(hf: dict[str, Any], source: str) -> ModelConfig:
 
 
 def _wrapped(keys: Keys, wrapper: str) -> ModelConfig:
-    """The decoder of a model of images and text."""
+    """The decoder of an image-text model."""
     text = keys.get("text_config")
     if not isinstance(text, dict) or text.get("model_type") not in WRAPPERS[wrapper]:
         raise keys.unsupported(

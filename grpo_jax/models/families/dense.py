@@ -1,6 +1,6 @@
-"""What each dense family makes of its keys: a function for each, and what they share.
+"""The `ModelConfig` of each dense family from its keys: a function for each, and shared parts.
 
-A function says what transformers takes for absent keys and in what its family differs from Llama.
+A function gives transformers' defaults for absent keys, and its family's differences from Llama.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def _decoder(keys: Keys, **settings: Any) -> ModelConfig:
-    """The decoder of the keys that all families have, with a family's own settings.
+    """The decoder from the keys that all families share, with a family's own settings.
 
-    By default it has one rotary and layers that see all.
+    By default it has one rotary embedding and layers without a window.
     """
     keys.only(mlp_bias=False, rope_interleaved=False)
     if "activation" not in settings:
@@ -36,7 +36,7 @@ def _decoder(keys: Keys, **settings: Any) -> ModelConfig:
     settings.setdefault("layers", (Layer(),) * num_layers)
     if "rotaries" not in settings:
         settings["rotaries"] = (rotary.of_all_layers(keys, _head_size(keys)),)
-    # A window of all that a row can hold is none; and no kernel need know of it.
+    # A window as long as the longest row is no window; kernels then need none.
     most = keys.size("max_position_embeddings")
     layers = tuple(
         dataclasses.replace(layer, window=None) if layer.window and layer.window >= most else layer
@@ -77,7 +77,7 @@ def _head_size(keys: Keys) -> int:
 
 
 def _kinds(keys: Keys, default: Callable[[int], bool]) -> list[bool]:
-    """Of each layer whether it has the window: as `layer_types` lists them, else by its number."""
+    """Whether each layer has the window: from `layer_types`, else from the layer's number."""
     number, types = keys.size("num_hidden_layers"), keys.find("layer_types")
     if types is None:
         return [default(i) for i in range(number)]
@@ -95,7 +95,7 @@ def _window(keys: Keys) -> int | None:
 
 
 def _windowed(keys: Keys, window: int | None, default: Callable[[int], bool]) -> tuple[Layer, ...]:
-    """The layers, some or all with the window; rotary 1 is that of those with one."""
+    """The layers, some or all with the window; layers with a window use rotary 1."""
     slides = _kinds(keys, default)
     if window is None and any(slides):
         raise keys.unsupported("sliding_window", None, "a number, for layers that have a window")
@@ -107,7 +107,7 @@ def _one_rotary(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
 
 
 def _one_window(keys: Keys) -> tuple[Layer, ...]:
-    """Layers with one window, or none, for all; the kinds may only say the same."""
+    """Layers that all have one window, or none; `layer_types` must agree."""
     window, number = _window(keys), keys.size("num_hidden_layers")
     slides = window is not None
     if set(_kinds(keys, lambda i: slides)) != {slides}:
@@ -161,7 +161,7 @@ def mistral(keys: Keys) -> ModelConfig:
 
 
 def ministral3(keys: Keys) -> ModelConfig:
-    """Queries grow with their position past the length that the model was first trained with."""
+    """Queries grow with their position beyond the length of the first training."""
     keys.absent(
         head_dim=128, num_key_value_heads=8, sliding_window=None, vocab_size=131_072,
         hidden_size=4096, intermediate_size=14_336, num_hidden_layers=34, rms_norm_eps=1e-5,
@@ -186,7 +186,7 @@ def seed_oss(keys: Keys) -> ModelConfig:
 
 
 def smollm3(keys: Keys) -> ModelConfig:
-    """Some layers have no positions: those with a 0, by the key's name, in `no_rope_layers`."""
+    """Some layers have no positions: those with a 0 in `no_rope_layers`, despite the key's name."""
     keys.absent(num_key_value_heads=4, no_rope_layer_interval=4, tie_word_embeddings=True)
     keys.harmless("max_window_layers")
     number, turns = keys.size("num_hidden_layers"), keys.find("no_rope_layers")
@@ -209,7 +209,7 @@ def smollm3(keys: Keys) -> ModelConfig:
 
 
 def olmo2(keys: Keys) -> ModelConfig:
-    """Norms stand after the branches, and queries and keys are normed before they are heads."""
+    """Norms follow the branches; queries and keys are normed before they are split into heads."""
     keys.absent(num_key_value_heads=None)
     bias = keys.flag("attention_bias")
     return _decoder(keys, qkv_bias=bias, out_bias=bias, norms="after", qk_norm="whole")
@@ -300,7 +300,7 @@ def gemma3_text(keys: Keys) -> ModelConfig:
         num_hidden_layers=26, vocab_size=262_208, max_position_embeddings=131_072, head_dim=256,
         sliding_window=4096, sliding_window_pattern=6,
     )  # fmt: skip
-    if (cap := keys.find("attn_logit_softcapping")) is not None:  # transformers passes over it
+    if (cap := keys.find("attn_logit_softcapping")) is not None:  # transformers ignores it
         raise keys.unsupported("attn_logit_softcapping", cap, "None")
     pattern = keys.size("sliding_window_pattern")
     layers = _windowed(keys, _window(keys), lambda i: (i + 1) % pattern != 0)

@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint hold a family's parameters, in a table that is read both ways."""
+"""The tensors of a checkpoint that hold a family's parameters; a table used in both directions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from grpo_jax.models.hf.tensor import Tensor
 from grpo_jax.structs import ModelConfig
 
-# What differs from Llama's names: norms by ours, tensors of several parameters, rotary pairs that
-# stand side by side in a head.
+# Differences from Llama: the names of norms, tensors that hold several parameters, rotary pairs
+# that are adjacent in a head.
 _GEMMA = {
     "attention_post_norm": "post_attention_layernorm",
     "mlp_norm": "pre_feedforward_layernorm",
@@ -29,19 +29,19 @@ _NORMS = {
 _FUSED = {"phi3": ("qkv_proj", "gate_up_proj"), "glm4": ("gate_up_proj",)}
 _SIDE_BY_SIDE = ("glm4",)
 
-# Tensors of a model of images and text that are no part of its decoder: exported as they came.
+# Tensors of an image-text model outside of its decoder: exported unchanged.
 SET_ASIDE = ("vision_tower.", "multi_modal_projector.")
 
 
 def prefix(config: ModelConfig) -> str:
-    """What the names of the decoder's tensors begin with."""
+    """The prefix of the decoder's tensor names."""
     return "language_model." if config.wrapper else ""
 
 
 def spelled(name: str, config: ModelConfig) -> str:
-    """A tensor's name as most files of its family have it, from any spelling.
+    """A tensor's name in the usual spelling of its family's files, from any spelling.
 
-    Of models of images and text, transformers has other names in memory than in files.
+    For image-text models, transformers' names in memory differ from those in files.
     """
     if not config.wrapper:
         return name
@@ -53,9 +53,9 @@ def spelled(name: str, config: ModelConfig) -> str:
 
 
 def table(config: ModelConfig) -> dict[str, Tensor]:
-    """By a parameter's path, within its layer if it has one, where its family keeps it.
+    """The tensor of each parameter, by the parameter's path, which is relative to its layer if any.
 
-    Parameters that the model does not have may be in it too.
+    It may include parameters that the model does not have.
     """
     model = f"{prefix(config)}model."
     layer = f"{model}layers.{{layer}}."
@@ -93,10 +93,10 @@ def table(config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _order(config: ModelConfig, heads: int) -> tuple[int, ...] | None:
-    """Where the rows of our queries or keys stand among the file's; None: in the same order.
+    """The places of our query or key rows in the file's tensor; None: the same order.
 
-    Ours turn in halves of a head, dimension i with i + H / 2. Where a part of it turns, halves of
-    that part do in the file; where pairs stand side by side, 2 * i does with 2 * i + 1.
+    Here dimension i of a head is rotated with i + H / 2. In the file, a partial rotary pairs the
+    halves of the rotated part; adjacent pairs are 2 * i and 2 * i + 1.
     """
     size, share = config.head_size, config.rotaries[0].share
     side_by_side = config.family in _SIDE_BY_SIDE

@@ -1,7 +1,7 @@
 """Rotary settings of a config.json: one set for all layers, or one for each kind of layer.
 
 transformers 4 writes `rope_theta` and `rope_scaling` (and `rope_local_base_freq`), version 5
-`rope_parameters`. Both may stand in a file; what counts is that they mean the same.
+`rope_parameters`. A file may have both, if they mean the same.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _KEYS = {
 
 
 def of_all_layers(keys: Keys, head_size: int, **options: Any) -> Rotary:
-    """The one rotary of a file; `options` as `_rotary` takes them."""
+    """The rotary settings of a file with one set; `options` as for `_rotary`."""
     names = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
     return _rotary(keys, {name: keys.find(name) for name in names}, head_size, **options)
 
@@ -36,9 +36,9 @@ def of_all_layers(keys: Keys, head_size: int, **options: Any) -> Rotary:
 def by_kind(
     keys: Keys, head_size: int, full_theta: float, sliding_theta: float, local_key: str
 ) -> tuple[Rotary, Rotary]:
-    """The rotaries of layers that see all and of those with a window.
+    """The rotary settings of layers with full attention, and of layers with a window.
 
-    In the old spelling a scaling is that of the first alone; `local_key` holds the base of the
+    In the old spelling a scaling belongs to the first only; `local_key` holds the base of the
     second.
     """
     theta, scaling = keys.find("rope_theta"), keys.find("rope_scaling")
@@ -64,16 +64,17 @@ def _rotary(
     view: dict[str, Any],
     head_size: int,
     *,
-    theta: float = 10_000.0,  # the Llama of 2023 does not write it
+    theta: float = 10_000.0,  # the first Llama's files omit it
     theta_key: str = "rope_theta",
     share: float | None = None,
     called: Mapping[str, str] = {},
     known: tuple[str, ...] = (),
 ) -> Rotary:
-    """The rotary that a part of the file describes.
+    """The rotary settings in a part of the file.
 
-    `theta` and `share` (of a head that turns) where it does not say, no share where all of it must;
-    `called`: other names of the kinds in this family; `known`: keys besides those of the kind.
+    `theta` and `share` (the part of a head that is rotated) are defaults; `share` None: the whole
+    head must be. `called`: the family's other names of scaling kinds; `known`: keys allowed besides
+    those of the kind.
     """
     holders = {name: view[name] for name in ("rope_scaling", "rope_parameters") if view.get(name)}
     for name, rope in holders.items():
@@ -115,7 +116,7 @@ def _rotary(
 def _scaling(
     keys: Keys, name: str, rope: dict[str, Any], turning: int, called: Mapping, known: tuple
 ) -> tuple[Any, float, bool]:
-    """Scaling (None: there is none), factor of cosine and sine, and whether it is proportional."""
+    """Scaling or None, factor of cosine and sine, and whether the scaling is proportional."""
     kind = kind_of(rope)
     kind = called.get(kind, kind) if isinstance(kind, str) else kind
     if not isinstance(kind, str) or kind not in _KEYS:
@@ -140,7 +141,7 @@ def _scaling(
     most = keys.size("max_position_embeddings")
     if keys.find(_ORIGINAL) is None:
         original = int(keys.number(_ORIGINAL, {_ORIGINAL: most} | rope))
-    else:  # beside the set it wins, as in transformers
+    else:  # overrides the one in the set, as in transformers
         original = keys.size(_ORIGINAL)
     if kind == "llama3":
         factor, low, high = map(number, ("factor", "low_freq_factor", "high_freq_factor"))
@@ -155,7 +156,7 @@ def _scaling(
         grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         lists = [_divisors(keys, name, rope, key, turning // 2) for key in ("short", "long")]
         return LongScaling(*lists, original), number("attention_factor", grown), False
-    # Some files say what the paper's factor is multiplied with: DeepSeek-R1-0528-Qwen3-8B.
+    # Some files, such as DeepSeek-R1-0528-Qwen3-8B's, multiply the paper's factor.
     amplitude = number("attention_factor", _of_yarn(rope, factor, number)) * number(
         "attn_factor", 1.0
     )
@@ -166,7 +167,7 @@ def _scaling(
 
 
 def _of_yarn(rope: dict[str, Any], factor: float, number: Any) -> float:
-    """YaRN's factor of cosine and sine (equation 22), where the file does not give it."""
+    """YaRN's factor of cosine and sine (equation 22), if the file does not give it."""
 
     def grown(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0

@@ -1,4 +1,4 @@
-"""The config.json that an export has: of a new model, or of another in every spelling."""
+"""The config.json of an export: of a new model, or a source's in the spellings of all versions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from grpo_jax.models.families import model_config, rotary
 from grpo_jax.structs import ModelConfig
 
-_NEW = ("llama", "qwen2", "qwen3", "mistral")  # families of models of our own
+_NEW = ("llama", "qwen2", "qwen3", "mistral")  # families of new models
 
 
 def hf_config(
@@ -18,10 +18,10 @@ def hf_config(
     pad_id: int | None,
     dtype: str = "float32",
 ) -> dict[str, Any]:
-    """The config.json of a model of our own, in the spelling that every transformers reads.
+    """The config.json of a new model, in the spelling that every transformers version reads.
 
-    Raises ValueError when the model has a part that its family has not, or a scaling of rotary
-    frequencies or sliding windows, which new models do without.
+    Raises ValueError if the model has a part that its family lacks, or rotary scaling or sliding
+    windows, which new models do not have.
     """
     hf = {
         "architectures": [f"{config.family.capitalize()}ForCausalLM"],
@@ -63,9 +63,9 @@ def hf_config(
 
 
 def in_every_spelling(hf: dict[str, Any]) -> dict[str, Any]:
-    """A config.json with its rotary settings where transformers 4 looks too, not only version 5.
+    """A config.json with rotary settings where both transformers 4 and 5 look.
 
-    Version 4 passes over `rope_parameters` without a word, and takes a base of 10,000.
+    Version 4 silently ignores `rope_parameters` and takes a base of 10,000.
     """
     hf = dict(hf)
     if isinstance(text := hf.get("text_config"), dict):
@@ -76,7 +76,7 @@ def in_every_spelling(hf: dict[str, Any]) -> dict[str, Any]:
     if isinstance(local := rope.get("sliding_attention"), dict) and hf.get("model_type") != "olmo3":
         hf.setdefault("rope_local_base_freq", local.get("rope_theta"))
     rope = rope.get("full_attention", rope)
-    outside = {"rope_theta", "partial_rotary_factor"}  # these stand beside the scaling in version 4
+    outside = {"rope_theta", "partial_rotary_factor"}  # version 4 has these beside the scaling
     kind = rotary.kind_of(rope)
     if kind == "longrope":
         outside |= {"rope_type", "original_max_position_embeddings"}
@@ -85,6 +85,6 @@ def in_every_spelling(hf: dict[str, Any]) -> dict[str, Any]:
             hf[key] = rope[key]
     if not hf.get("rope_scaling"):
         scaling = {key: value for key, value in rope.items() if key not in outside}
-        scaling |= {"type": kind} if kind == "longrope" else {}  # by which version 4 knows it
+        scaling |= {"type": kind} if kind == "longrope" else {}  # version 4's name of the kind
         hf["rope_scaling"] = None if kind == "default" else scaling
     return hf

@@ -1,8 +1,7 @@
-"""A model as a Hugging Face folder, written shard by shard: no host ever holds a whole one.
+"""Writes a model as a Hugging Face folder, shard by shard: no host ever holds a whole model.
 
-What is not trained stays as it came: the configs and the tokenizer's files of the folder that the
-model was read from. They are changed only where a transformers before version 5 would read them
-otherwise than version 5 does, or stop at them.
+Configs and tokenizer files are copies of those in the folder that the model was read from. They are
+changed only if transformers before version 5 would read them differently from version 5, or fail.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def save(
     dtype: Any,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Writes the model as a folder that transformers loads; an interrupted call leaves none.
+    """Writes the model as a folder that transformers loads; an interrupted call leaves no folder.
 
     `source` is the folder the model came from, or one of `keep`, whose configs and tokenizer are
     kept; None: a new model with this tokenizer, which ends with its end-of-text token. `dtype`:
@@ -97,9 +96,9 @@ def keep(
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` once all is written."""
+    """A new folder that replaces `folder` when all is written."""
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a time that was interrupted
+    shutil.rmtree(partial, ignore_errors=True)  # from an interrupted export
     partial.mkdir(parents=True)
     yield partial
     old = folder.with_name(f".{folder.name}.old")
@@ -116,10 +115,9 @@ def _replacing(folder: Path) -> Iterator[Path]:
 def _save_tensors(
     folder: Path | None, params: Params, config: ModelConfig, dtype: Any, source: Path | None
 ) -> None:
-    """Writes the weights shard by shard; with None, only takes part in gathering them.
+    """Writes the weights shard by shard; without a folder, only takes part in gathering them.
 
-    Tensors of the source that are no part of the decoder, such as those of images, come as they
-    were.
+    Tensors of the source outside of the decoder, such as the vision tower's, are copied unchanged.
     """
     leaves = leaves_of(config)
     shapes, parts = tensor_shapes(leaves), collections.defaultdict(list)
@@ -148,9 +146,9 @@ def _save_tensors(
         placed |= dict.fromkeys(names, file)
         if folder is not None:
             (folder / file).touch()
-            mode = (folder / file).stat().st_mode  # as the user has it for new files
+            mode = (folder / file).stat().st_mode  # the user's default for new files
             safetensors.numpy.save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(mode)  # it leaves one that only its owner may read
+            (folder / file).chmod(mode)  # the library makes the file readable by its owner only
     if folder is not None and len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": placed}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -171,9 +169,9 @@ def _shards(sizes: dict[str, int]) -> Iterator[list[str]]:
 def _assembled(
     shape: tuple[int, ...], parts: list[tuple[Tensor, Array, int | None]], dtype: Any
 ) -> np.ndarray:
-    """One tensor as the checkpoint has it, whole on every process.
+    """One tensor in the checkpoint's form, whole on every process.
 
-    `parts`: the parameters in it, and which layer of them.
+    `parts`: the parameters in it, and their layer.
     """
     whole = np.empty(shape, dtype)
     for tensor, array, layer in parts:
@@ -212,9 +210,9 @@ def _save_configs(
         tokenizer.save_pretrained(folder)
     else:
         hf = config_json.in_every_spelling(read_json(source / "config.json"))
-        hf.pop("auto_map", None)  # code of the source, which is not read here and not handed on
+        hf.pop("auto_map", None)  # the source's own code, which is neither read nor exported
         ids |= {key: hf[key] for key in ids if hf.get(key) is not None}
-        hf |= {"dtype": dtype, "torch_dtype": dtype}  # the name of 5, and that of all before 4.56
+        hf |= {"dtype": dtype, "torch_dtype": dtype}  # version 5's name, and the name before 4.56
         _copy_tokenizer(source, folder)
     _write_json(folder / "config.json", hf)
     generation = {key: value for key, value in ids.items() if value is not None}
@@ -234,18 +232,19 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
         for file in source.glob(pattern):
             target = folder / file.relative_to(source)
             target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)  # and not its rights: a cache's may be read-only
+            shutil.copyfile(file, target)  # without permissions: a cache's may be read-only
 
 
-# What transformers 5 notes of the machine that a tokenizer was loaded on, and of itself; and code.
+# Notes of transformers 5 on itself and on the machine that loaded the tokenizer; and code.
 _NOT_HANDED_ON = ("is_local", "local_files_only", "backend", "auto_map")
 
 
 def _make_portable(folder: Path) -> None:
-    """Changes the folder's tokenizer_config.json where transformers 4 could not read it.
+    """Changes the folder's tokenizer_config.json so that transformers 4 can read it.
 
-    Version 5 writes a class and a list of tokens that version 4 stops at, and leaves out the list
-    of added tokens; programs that read the file alone look for the chat template in it.
+    Version 4 fails on a class and a list of tokens that version 5 writes, and needs the list of
+    added tokens that version 5 leaves out. Programs that read only this file look for the chat
+    template in it.
     """
     file = folder / "tokenizer_config.json"
     if not file.exists():
@@ -268,7 +267,7 @@ def _make_portable(folder: Path) -> None:
 
 
 def _added_tokens(file: Path) -> dict[str, dict[str, Any]]:
-    """By their ids, as tokenizer_config.json has them."""
+    """The added tokens by id, in the form of tokenizer_config.json."""
     return {
         str(token["id"]): {key: value for key, value in token.items() if key != "id"}
         for token in read_json(file).get("added_tokens", [])

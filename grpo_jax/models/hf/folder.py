@@ -1,6 +1,7 @@
-"""Hugging Face folders: where a model lies, what the folder is, its config.json.
+"""Hugging Face folders: finding a model's folder, recognizing it, and reading its config.json.
 
-What strangers put there is data: files are plain, of bounded size, and none is run.
+Files of strangers are treated as data: only plain files of bounded size are read, and no code is
+run.
 """
 
 from __future__ import annotations
@@ -17,34 +18,34 @@ from grpo_jax.messages.values import shown
 from grpo_jax.models.families import model_config
 from grpo_jax.structs import ModelConfig
 
-# Hundreds of times what the largest models have.
+# Hundreds of times the size in the largest models.
 _MAX_JSON_BYTES = 2**28
 
 
 # --- Where a model lies -------------------------------------------------------------------------
 
 
-# No pickles; and not the second copy of the weights that some repositories hold.
+# No pickles, and no second copy of the weights, which some repositories have.
 _ALLOWED = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"]
 _IGNORED = ["consolidated*", "original/*", "*/*"]
 
 
 def as_given(path: str, option: str = "model.path") -> str:
-    """A path as messages name it: `option` is where the user gave it."""
+    """A path for messages; `option` is the option that gave it."""
     return f"{option}{' ' if option.startswith('--') else ' = '}{shown(path)}"
 
 
 def resolve(path: str, option: str = "model.path") -> Path:
     """The folder of a model: a local one, or a hub id ("Qwen/Qwen2.5-0.5B") downloaded or cached.
 
-    `option` is where the user gave the path. Raises ValueError when there is no such folder, or
-    the hub does not give it.
+    `option` is the option that gave the path. Raises ValueError if there is no such folder and the
+    hub does not provide it.
     """
     given = as_given(path, option)
     try:
         folder = expanded(path, option)
         is_folder, is_file = bool(path) and folder.is_dir(), folder.is_file()
-    except OSError as error:  # of a folder that one may not enter, of a name without an end
+    except OSError as error:  # from a forbidden folder or an endless name
         raise ValueError(f"{given} cannot be looked up: {error.strerror}.") from error
     if is_folder:
         return folder
@@ -63,9 +64,7 @@ def resolve(path: str, option: str = "model.path") -> Path:
         found = huggingface_hub.snapshot_download(
             path, allow_patterns=_ALLOWED, ignore_patterns=_IGNORED, etag_timeout=5
         )
-    except (
-        Exception
-    ) as error:  # the hub's errors, its HTTP library's and the disk's: no common base
+    except Exception as error:  # from hub, HTTP library or disk
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(
             f"{missing}, and the Hugging Face hub does not give a model of that name ({reason})."
@@ -76,13 +75,13 @@ def resolve(path: str, option: str = "model.path") -> Path:
 
 
 def at_hand(path: str) -> Path | None:
-    """The folder of a model that `resolve` would give without the hub; None where it cannot."""
+    """The folder that `resolve` can find without the hub, or None."""
     folder = expanded(path, "model.path")
     if not path or folder.is_dir():
         return folder if path else None
     try:
         return Path(huggingface_hub.snapshot_download(path, local_files_only=True))
-    except (ValueError, OSError):  # the hub library's errors of names and of what is not cached
+    except (ValueError, OSError):  # from the hub library: bad names, uncached files
         return None
 
 
@@ -95,7 +94,7 @@ _ORIGINAL = (
 )
 
 
-# What other programs leave: names of files, what has them, and what to do.
+# Folders of other programs: file names, what the folder is, and what to do.
 _OTHERS = (
     (("*.gguf",), "It holds GGUF weights, made for llama.cpp", _ORIGINAL),
     (
@@ -130,7 +129,7 @@ _OTHERS = (
 
 
 def _refuse_other(folder: Path, given: str) -> None:
-    """Raises ValueError for what is no whole model, though it may look like one."""
+    """Raises ValueError for a folder that looks like a model but is not a whole one."""
     config, adapter = folder / "config.json", folder / "adapter_config.json"
     if adapter.exists():
         base = shown(read_json(adapter).get("base_model_name_or_path", "a model that it names not"))
@@ -160,9 +159,8 @@ def _refuse_other(folder: Path, given: str) -> None:
 def read_config(folder: Path, given: str = "") -> ModelConfig:
     """The decoder that the folder's config.json describes.
 
-    `given`: what the user wrote for the folder (`as_given`), where that is known. Raises ValueError
-    when the folder is of another program or holds an adapter, and when the file is missing or
-    broken, or tells of something not supported.
+    `given`: the folder as the user wrote it (`as_given`), if known. Raises ValueError if the folder
+    is another program's or holds an adapter, and if the file is missing, broken, or not supported.
     """
     _refuse_other(folder, given or str(folder))
     file = folder / "config.json"
@@ -178,7 +176,7 @@ def read_config(folder: Path, given: str = "") -> ModelConfig:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object of a file; ValueError, naming it, where there is none."""
+    """The JSON object in a file; ValueError, naming the file, if there is none."""
     if not file.exists():
         raise ValueError(f"{file}: there is no such file.")
     refuse_odd(file, _MAX_JSON_BYTES)

@@ -1,8 +1,8 @@
-"""How much longer a tokenizer's rules may make a text.
+"""Bounds how much longer a tokenizer's rules can make a text.
 
-They come with a model, and are carried out in Rust, which ends the process when memory is out: 40
-rules that double a letter make a terabyte of it. So they are bounded before they are used, from
-what they say; that takes no longer than reading the file.
+The rules come with a model and run in Rust, which ends the process when memory runs out: 40 rules
+that each double a letter make a terabyte. So the growth is bounded from the rules' text before they
+run; that takes no longer than reading the file.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ _MOST = 1000
 
 _STAGES = ("normalizer", "pre_tokenizer", "post_processor")  # of encoding
 
-# Lists of rules that are carried out one after the other.
+# Keys of lists of rules that run one after the other.
 _LISTS = ("normalizers", "pretokenizers", "processors", "decoders")
 
-# The most that a rule makes of one byte, by its type; the others lengthen nothing, or are below.
+# The most bytes that a rule makes of one byte, by type. Other types lengthen nothing or are handled
+# below.
 _FACTORS = {
     "ByteLevel": 4,  # two bytes for one, and a space before each word
-    "Metaspace": 8,  # the same with three
+    "Metaspace": 8,  # the same with three bytes
     "BertNormalizer": 3,  # spaces around each Chinese character
     "Lowercase": 1.5,
     "NFD": 3,  # Unicode Standard Annex 15, section 11.1
@@ -35,7 +36,7 @@ _FACTORS = {
 
 
 def refuse(folder: Path) -> None:
-    """Raises ValueError where a tokenizer.json of the folder may lengthen texts without measure."""
+    """Raises ValueError if a tokenizer.json of the folder may lengthen texts beyond the limit."""
     for file in folder.glob("*tokenizer*.json"):
         if file.name == "tokenizer_config.json":
             continue
@@ -54,7 +55,7 @@ def refuse(folder: Path) -> None:
 
 
 def _read_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of the file; which of two values counts, readers do not agree on."""
+    """A JSON object without repeated keys: readers disagree on which value counts."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key stands twice in an object")
@@ -62,9 +63,9 @@ def _read_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _factor(rule: Any) -> float:
-    """A bound of how many times longer a text of at least one byte is after a rule.
+    """An upper bound of the factor by which a rule lengthens a text of at least one byte.
 
-    It reads what is there rather than the rule's type, which the file may leave out.
+    It looks at the keys of the rule, since the file may leave out the type.
     """
     if not isinstance(rule, dict):
         return 1.0
@@ -86,13 +87,13 @@ def _size(text: Any) -> int:
 
 
 def _of_replacing(pattern: Any, num_bytes: int) -> float:
-    """Of a text in the place of each match, and a regular expression may match nothing at all."""
+    """The factor of replacing each match by a text; a regular expression may match nothing."""
     whole = _size(pattern.get("String")) if isinstance(pattern, dict) else _size(pattern)
     return max(1.0, num_bytes / whole) if whole else 1.0 + num_bytes
 
 
 def _of_table(text: Any) -> float:
-    """Of SentencePiece's table: a trie, its size before it, and what characters turn into."""
+    """The factor of SentencePiece's table: the size of a trie, the trie, and the replacements."""
     try:
         table = base64.b64decode(text)
     except (TypeError, ValueError):
@@ -102,7 +103,7 @@ def _of_table(text: Any) -> float:
 
 
 def _of_template(pieces: Any, tokens: Any) -> float:
-    """Of a template of the text and special tokens, in tokens."""
+    """The factor of a template of text and special tokens, in tokens."""
     if not isinstance(pieces, list):
         return 1.0
     ids = {

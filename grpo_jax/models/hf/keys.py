@@ -1,4 +1,4 @@
-"""The keys of a config.json, read strictly: one that nothing reads is refused, not passed over."""
+"""The keys of a config.json, read strictly: a key that nothing reads is refused, not ignored."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from grpo_jax.messages.values import shown
 
 _REQUIRED = object()
 
-# Far above any model that there is; beyond, the list of its tensors alone would fill the memory.
+# Far above any existing model; beyond it, the list of tensors alone would fill the memory.
 _LARGEST = {"num_hidden_layers": 2_000, "max_position_embeddings": 2**31 - 1,
             "original_max_position_embeddings": 2**31 - 1}  # fmt: skip
 _LARGEST_SIZE = 2**24
 
-# What may stand in any file and changes nothing here: notes of transformers and others, token ids,
-# which are read elsewhere, settings of training and generation. Names with "_" first are such too.
+# Keys that any file may have and that change nothing here: notes of transformers and others, token
+# ids, which are read elsewhere, settings of training and generation. Names that begin with "_" too.
 HARMLESS = frozenset(
     """
     architectures auto_map dtype torch_dtype transformers_version use_cache tokenizer_class
@@ -46,15 +46,15 @@ class Keys:
         self._read: set[str] = set()
 
     def absent(self, **values: Any) -> None:
-        """What transformers takes for keys that a file of this family leaves out."""
+        """Sets transformers' defaults for keys that a file of this family leaves out."""
         self._absent |= values
 
     def harmless(self, *names: str) -> None:
-        """Notes keys of this family that change nothing here."""
+        """Marks keys of this family that change nothing here."""
         self._read |= set(names)
 
     def refuse_unread(self) -> None:
-        """Raises ValueError for keys that were not read; a null says nothing."""
+        """Raises ValueError for keys that were not read, unless they are null."""
         for key, value in self.hf.items():
             if key in self._read | HARMLESS or key.startswith("_") or value is None:
                 continue
@@ -69,7 +69,7 @@ class Keys:
         )
 
     def find(self, key: str) -> Any:
-        """The value, or what an absent one means; None where that is nothing."""
+        """The value of a key, or the default of an absent one; None without a default."""
         self._read.add(key)
         return self.hf.get(key, self._absent.get(key))
 
@@ -81,13 +81,13 @@ class Keys:
         return value
 
     def only(self, **values: Any) -> None:
-        """Raises ValueError for a key that has another value than this one."""
+        """Raises ValueError for a key with any other value than the given one."""
         for key, only in values.items():
             if (value := self.find(key)) is not None and value != only:
                 raise self.unsupported(key, value, repr(only))
 
     def size(self, key: str, null: int | None = None) -> int:
-        """A whole number above 0; `null` stands in for a null, where one is allowed."""
+        """A whole number above 0; `null` replaces a null, if one is allowed."""
         value = self.get(key)
         if value is None and null is not None:
             return null
@@ -101,7 +101,7 @@ class Keys:
         return value
 
     def number(self, key: str, holder: dict[str, Any] | None = None, name: str = "") -> float:
-        """A finite number above 0; of a part of the file, called `name` in messages."""
+        """A finite number above 0, from a part of the file; `name` in messages."""
         name = name or key
         if holder is None:
             value = self.get(key)

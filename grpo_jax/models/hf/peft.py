@@ -1,6 +1,6 @@
-"""Low-rank adapters as PEFT's folders have them: adapter_config.json, adapter_model.safetensors.
+"""Reads and writes low-rank adapters as PEFT folders: adapter_config.json and its tensors.
 
-What a folder asks for beyond adapters of dense layers is refused by name: nothing is left out
+A folder that asks for more than adapters of dense layers is refused by name: nothing is dropped
 silently.
 """
 
@@ -30,7 +30,7 @@ from grpo_jax.structs import ModelConfig, Params
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
-# What other settings than these would mean more than adapters beside dense layers.
+# Settings whose other values would mean more than adapters of dense layers.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (None, [], ()),
     "use_dora": (False, None),
@@ -47,7 +47,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 
 
 def read_config(folder: Path, option: str = "lora.path") -> Spec:
-    """What adapters a folder holds; ValueError for what is not one, or asks for more."""
+    """The adapters of a PEFT folder; ValueError if it is none, or asks for more than adapters."""
     file = folder / CONFIG
     if not file.exists():
         raise ValueError(f"{option} = {shown(str(folder))} holds no adapter: no {CONFIG}.")
@@ -81,7 +81,7 @@ def read_config(folder: Path, option: str = "lora.path") -> Spec:
 
 
 def _targets(given: str | list[str]) -> tuple[str, ...]:
-    """Of a text a regular expression, of a list the ends of names."""
+    """Targets: a text is a regular expression, a list has ends of names."""
     if isinstance(given, str):
         return (given if given == ALL_LINEAR else f"(?:{given})",)
     return tuple(str(name) for name in given)
@@ -91,7 +91,7 @@ def _targets(given: str | list[str]) -> tuple[str, ...]:
 
 
 def _tensors(config: ModelConfig) -> dict[str, tuple[str, int, str, Tensor, int]]:
-    """By a tensor's name: path, layer, leaf, how it stands there, and its rank."""
+    """By tensor name: path, layer, leaf, place in the file, and rank."""
     table, found = names.table(config), {}
     ranks = {adapter.path: adapter.ranks for adapter in config.lora.adapters}
     for module, (path, layer) in module_names(config).items():
@@ -111,7 +111,7 @@ def _leaf(tree: Any, path: str) -> Any:
 
 
 def save(folder: Path, adapters: Params, config: ModelConfig, base: str | None = None) -> None:
-    """Writes adapters as a folder that PEFT loads; of several processes the first.
+    """Writes adapters as a folder that PEFT loads; only the first process writes.
 
     `base`: the name of the model that they belong to.
     """
@@ -133,7 +133,7 @@ def save(folder: Path, adapters: Params, config: ModelConfig, base: str | None =
 
 
 def _settings(config: ModelConfig, base: str | None) -> dict[str, Any]:
-    """What adapter_config.json says; a scaling by the root of the rank is in the alpha."""
+    """The content of adapter_config.json; scaling by the root of the rank is folded into alpha."""
     adapters = {adapter.path: adapter for adapter in config.lora.adapters}
     own: dict[str, tuple[int, float]] = {}  # rank and alpha by module
     for name, (path, layer) in module_names(config).items():
@@ -179,7 +179,7 @@ def _number(value: float) -> float | int:
 def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
     """The adapters of a folder, laid out over the mesh.
 
-    Raises ValueError where its tensors are not those of `config.lora`, or not finite.
+    Raises ValueError if its tensors are not those of `config.lora`, or not finite.
     """
     file = folder / WEIGHTS
     if not file.exists():

@@ -1,4 +1,4 @@
-"""Which dense layers of a decoder get low-rank adapters, of what rank: as PEFT reads it."""
+"""Chooses the dense layers that get low-rank adapters, and the ranks, by PEFT's rules."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ ALL_LINEAR = "all-linear"  # all dense layers but the head
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """Adapters as a person asks for them, by the names of a Hugging Face model's modules.
+    """The requested adapters, by the module names of the Hugging Face model.
 
-    A target that has nothing but letters, digits, `_` and `.` is the end of names, such as
-    "q_proj" or "mlp.up_proj"; any other is a regular expression that must match a name whole.
+    A target of letters, digits, `_` and `.` only is the end of names, such as "q_proj" or
+    "mlp.up_proj"; any other is a regular expression that must match a whole name.
     """
 
     rank: int
@@ -33,14 +33,14 @@ class Spec:
     ranks: Mapping[str, int] = dataclasses.field(default_factory=dict)  # by the end of names
     alphas: Mapping[str, float] = dataclasses.field(default_factory=dict)
     layers: tuple[int, ...] | None = None  # None: all
-    where: str = "lora"  # the option or file that says so
+    where: str = "lora"  # the option or file that asks for them
 
     def scaling(self, rank: int, alpha: float) -> float:
         return alpha / (math.sqrt(rank) if self.stabilized else rank)
 
 
 def module_names(config: ModelConfig) -> dict[str, tuple[str, int]]:
-    """The path and the layer of each dense layer by its module's name."""
+    """Path and layer number of each dense layer, by module name."""
     table, found = names.table(config), {}
     for layer, paths in enumerate(lora.dense_layers(config)):
         for path in paths:
@@ -50,7 +50,7 @@ def module_names(config: ModelConfig) -> dict[str, tuple[str, int]]:
 
 
 def lora_of(config: ModelConfig, spec: Spec, *, int8: bool = False) -> Lora:
-    """The adapters that are asked for; ValueError for what cannot have one, or is not there."""
+    """The requested adapters; ValueError for a target that cannot have one or does not exist."""
     modules = module_names(config)
     _refuse_shared(config, spec)
     taken = {name for target in spec.targets for name in _taken(config, spec, target, modules)}
@@ -78,7 +78,7 @@ def lora_of(config: ModelConfig, spec: Spec, *, int8: bool = False) -> Lora:
 def _taken(
     config: ModelConfig, spec: Spec, target: str, modules: Mapping[str, tuple[str, int]]
 ) -> list[str]:
-    """The modules that a target names."""
+    """The modules that a target matches."""
     if target == ALL_LINEAR:
         return list(modules)
     table = names.table(config)
@@ -110,7 +110,7 @@ def _matches(target: str, name: str) -> bool:
 
 
 def _is_of(pattern: str, name: str) -> bool:
-    """As PEFT's `get_pattern_key`."""
+    """Whether a pattern matches a name, as in PEFT's `get_pattern_key`."""
     return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
@@ -119,7 +119,7 @@ def _own(patterns: Mapping[str, float], name: str, usual: float) -> float:
 
 
 def _refuse_shared(config: ModelConfig, spec: Spec) -> None:
-    """Raises ValueError where several dense layers stand in one tensor of the family's files."""
+    """Raises ValueError if several adapted dense layers share one tensor in the family's files."""
     table = names.table(config)
     found = [
         table[f"{path}/kernel"].name for path in {p for d in lora.dense_layers(config) for p in d}

@@ -10,17 +10,17 @@ from grpo_jax.messages.values import shown
 from grpo_jax.models.hf import growth
 from grpo_jax.models.hf.folder import read_json, refuse_odd
 
-_MAX_BYTES = 2**30  # of a file; hundreds of times what the largest have
+_MAX_BYTES = 2**30  # of a file; hundreds of times the largest
 _READ = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer; code that comes with it is not run.
+    """The folder's tokenizer; code in the folder is not run.
 
     Raises ValueError when there is none or it is broken.
     """
     kinds = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    # transformers may make an empty tokenizer for a known model_type where there are no files.
+    # For a known model_type without files, transformers may make an empty tokenizer.
     if not any((folder / name).exists() for name in kinds):
         raise ValueError(f"{folder} has no tokenizer: none of {', '.join(kinds)}.")
     for pattern in _READ:
@@ -32,17 +32,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         if known := _tokenizer_class(folder):
             found = known.from_pretrained(folder, local_files_only=True)
         else:
-            from transformers import AutoTokenizer  # and PyTorch with it, where that is installed
+            from transformers import AutoTokenizer  # and PyTorch, if installed
 
             found = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
             )
-        found(["a b"], verbose=False)  # settings are only looked at when they are used
+        found(["a b"], verbose=False)  # settings are checked only when used
         found.decode([0], skip_special_tokens=True)
         return found
     except BaseException as error:
-        # The tokenizers library raises bare Exception for a broken file, and a panic of Rust is
-        # none even of those.
+        # For a broken file the tokenizers library raises bare Exception, or a Rust panic, which is
+        # not even an Exception.
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -50,9 +50,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _refuse_paths(folder: Path) -> None:
-    """Raises ValueError where a tokenizer's files shall lie outside of its folder.
+    """Raises ValueError if a tokenizer's settings name files outside of its folder.
 
-    transformers itself sets aside what tokenizer_config.json says of all others.
+    transformers itself ignores tokenizer_config.json for all other files.
     """
     file = folder / "tokenizer_config.json"
     names = read_json(file).get("fast_tokenizer_files") if file.exists() else None
@@ -65,15 +65,15 @@ def _refuse_paths(folder: Path) -> None:
 
 
 def _tokenizer_class(folder: Path) -> type[PreTrainedTokenizerBase] | None:
-    """The class of the folder's tokenizer, or None where `AutoTokenizer` is to choose it."""
+    """The class of the folder's tokenizer; None: `AutoTokenizer` chooses."""
     file = folder / "tokenizer_config.json"
     if not file.exists() or not (folder / "tokenizer.json").exists():
         return None
     settings = read_json(file)
     if "auto_map" in settings:
         return None
-    # What tokenizer.json says and no more. For qwen2, AutoTokenizer puts Qwen2's own splitting in
-    # the place of any other that is described there, and words come out as nothing.
+    # This class does only what tokenizer.json says. For qwen2, AutoTokenizer replaces any
+    # pre-tokenizer there by Qwen2's own, and words then encode to nothing.
     generic = ("PreTrainedTokenizerFast", "TokenizersBackend")  # transformers 4 and 5
     if settings.get("tokenizer_class") in generic:
         return PreTrainedTokenizerFast
@@ -86,9 +86,9 @@ def _tokenizer_class(folder: Path) -> type[PreTrainedTokenizerBase] | None:
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:
     """All token ids that end a completion, ascending.
 
-    Those of generation_config.json, else of config.json, and the tokenizer's end of text. Raises
-    ValueError when there is none, a file gives something else than token ids, or one is past the
-    model's vocabulary.
+    They are those of generation_config.json, else of config.json, and the tokenizer's end of text.
+    Raises ValueError if there is none, if a file has something else than token ids, or if an id is
+    outside the model's vocabulary.
     """
     ids = {}  # and who says so
     if tokenizer.eos_token_id is not None:

@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face folder: which tensors they are, and reading them.
+"""Reads the weights of a Hugging Face folder, and checks its tensors.
 
 Every process reads only the slices of each tensor that its own devices hold, so no host ever holds
 a whole model. Pickles are not read.
@@ -26,7 +26,7 @@ from grpo_jax.structs import Array, ModelConfig, Params
 
 INDEX = "model.safetensors.index.json"
 
-# safetensors' names of the dtypes that checkpoints of weights come in, and NumPy's.
+# The dtypes of checkpoint weights: safetensors' names and NumPy's.
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -35,16 +35,17 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
-# A run's copy of the tensors that are no part of what it trains; by its name no model's weights.
+# A run's copy of the tensors outside of the decoder. Its suffix keeps it from being read as
+# weights.
 SET_ASIDE = "set_aside.tensors"
 
 
 class Leaf(NamedTuple):
-    """One array of the parameters, and where it stands in a checkpoint."""
+    """One array of the parameters, and its place in a checkpoint."""
 
     tensors: tuple[Tensor, ...]  # one for each layer of the stack, else a single one
     stacked: bool  # along a leading axis of layers
-    shape: tuple[int, ...]  # of the parameter, of one layer if it belongs to layers
+    shape: tuple[int, ...]  # of the parameter, without a stack's axis
 
 
 def leaves_of(config: ModelConfig) -> Any:
@@ -70,7 +71,7 @@ def tensor_shapes(leaves: Any) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of a checkpoint, by name."""
     shapes: dict[str, tuple[int, ...]] = {}
     for leaf in jax.tree.leaves(leaves, is_leaf=is_leaf):
-        for tensor in leaf.tensors:  # the last of the parameters in one says how many rows it has
+        for tensor in leaf.tensors:  # the last parameter in a tensor determines its rows
             shape = tensor.shape(leaf.shape)
             shapes[tensor.name] = max(shape, shapes.get(tensor.name, shape))
     return shapes
@@ -92,9 +93,9 @@ def load_params(
 ) -> Params:
     """The checkpoint's parameters as `dtype`, laid out over the mesh.
 
-    Each device's slices are read tensor by tensor. `keep(path, array)` gives what is kept of each
-    array, before the next is read. Raises ValueError before any is read when a
-    tensor is missing, unused, repeated or of another shape, or a file is broken.
+    Each device's slices are read tensor by tensor. `keep(path, array)` replaces each array before
+    the next is read. Raises ValueError, before reading, if a tensor is missing, unused, repeated or
+    of another shape, or if a file is broken.
     """
     leaves = leaves_of(config)
     tensors = _renamed(_open(folder), config)
@@ -109,7 +110,7 @@ def load_params(
 
 
 def _filled(shape: tuple[int, ...], placed: jax.sharding.Sharding, read: Callable) -> Array:
-    """The array of which `read(index)` gives parts; the host holds one part at a time.
+    """The array whose parts `read(index)` returns; the host holds one part at a time.
 
     A part that several devices hold is read once.
     """
@@ -134,7 +135,7 @@ class _Tensor(NamedTuple):
 def _reader(
     leaf: Leaf, shape: tuple[int, ...], tensors: dict[str, _Tensor], dtype: Any
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """What reads a part of one parameter."""
+    """A function that reads a part of one parameter."""
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
@@ -150,7 +151,7 @@ def _reader(
 
 
 def set_aside(folder: Path, config: ModelConfig) -> dict[str, _Tensor]:
-    """Tensors of the folder that are no part of the decoder, by name; of a run, those it kept."""
+    """Tensors of the folder outside of the decoder, by name; for a run, its own copy of them."""
     kept = folder / SET_ASIDE
     if not config.wrapper or not (kept.exists() or any(folder.glob("*.safetensors"))):
         return {}
@@ -160,10 +161,10 @@ def set_aside(folder: Path, config: ModelConfig) -> dict[str, _Tensor]:
 
 
 def _renamed(tensors: dict[str, _Tensor], config: ModelConfig) -> dict[str, _Tensor]:
-    """The tensors by the names that the decoder has for them, where transformers has others too.
+    """The tensors by this decoder's names, if transformers has used others for them.
 
-    A decoder that was saved without its head has no "model." before its names; and of a head that
-    is the embedding, safetensors' `save_model` may keep the head's name.
+    A decoder saved without its head has names without "model.". For a tied head, safetensors'
+    `save_model` may keep only the head's name.
     """
     if config.wrapper:
         return {names.spelled(name, config): tensor for name, tensor in tensors.items()}
@@ -175,9 +176,9 @@ def _renamed(tensors: dict[str, _Tensor], config: ModelConfig) -> dict[str, _Ten
 
 
 def stored_dtype(folder: Path) -> str:
-    """The dtype that the folder's weights are kept in: as its config.json says, else as they are.
+    """The dtype of the folder's weights: from config.json, else from the tensors.
 
-    Where they are of several, the one that holds the values of all.
+    If they have several, the dtype that holds the values of all.
     """
     settings = read_json(folder / "config.json")
     said = settings.get("dtype") or settings.get("torch_dtype")
@@ -189,14 +190,14 @@ def stored_dtype(folder: Path) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers would read, and all that would compete with them."""
+    """The safetensors files that transformers would read, and all files that compete with them."""
     index, single = folder / INDEX, folder / "model.safetensors"
     if index.exists():
         placed = read_json(index).get("weight_map")
         if not isinstance(placed, dict) or not all(
             isinstance(name, str)
             and Path(name).name == name
-            and name.isprintable()  # half of a character, or NUL, is no name of a file
+            and name.isprintable()  # file names have no NUL and no half characters
             and len(name.encode()) < 256
             for name in placed.values()
         ):
@@ -226,7 +227,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _open(folder: Path) -> dict[str, _Tensor]:
-    """The tensors of all weight files by name; only headers are read."""
+    """The tensors of all weight files by name; reads only headers."""
     return _headers(folder, _weight_files(folder))
 
 
@@ -261,14 +262,14 @@ def _headers(folder: Path, files: list[Path]) -> dict[str, _Tensor]:
 
 
 def _check(folder: Path, tensors: dict[str, _Tensor], leaves: Any, config: ModelConfig) -> None:
-    """Raises ValueError unless the files hold what the config needs and nothing else."""
+    """Raises ValueError unless the files hold exactly the tensors that the config needs."""
     needed = tensor_shapes(leaves)
     head, embedding = (names.prefix(config) + name for name in (_HEAD, _EMBEDDING))
     allowed = {head} if config.tied_head else set()
     unused = [
         f"{name} {list(t.shape)} ({t.file.name})"
         for name, t in tensors.items()
-        # Old exports keep the rotary frequencies, which follow from the config.
+        # Old exports include the rotary frequencies, which follow from the config.
         if name not in needed.keys() | allowed
         and not name.endswith("rotary_emb.inv_freq")
         and not (config.wrapper and name.startswith(names.SET_ASIDE))
@@ -314,7 +315,7 @@ _COMPARED_ROWS = 4096  # at once: a whole embedding may be gigabytes
 
 
 def _check_tied_head(folder: Path, name: str, head: _Tensor, embedding: _Tensor) -> None:
-    """Raises ValueError when a head stored beside a tied embedding is not its copy, bit for bit."""
+    """Raises ValueError if a head stored beside a tied embedding is not its bit-for-bit copy."""
     same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
     num_rows = head.shape[0]
     parts = [
