@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`train` and `load`, which take seconds to import, once they are asked for."""
-    if name == "train":  # the program, which can be called
+    """`train` and `load`, imported on first use since they take seconds to import."""
+    if name == "train":  # a module that can be called
         return importlib.import_module("grpo_jax.train")
     if name == "load":
         return importlib.import_module("grpo_jax.api.model").load
@@ -21,14 +21,14 @@ def __getattr__(name: str) -> Any:
 
 
 def _leave_current_folder() -> None:
-    """Takes the current folder off the path of a program that is started by `python -m grpo_jax.`.
+    """Removes the current folder from the path of a program started by `python -m grpo_jax.`.
 
-    Python puts it first there: files beside a model or a data set would be imported in the place of
-    libraries. Where this package itself was found there, as in a checkout, it is searched last.
+    Python puts it first, so files beside a model or a data set would be imported in place of
+    libraries. If this package itself is there, as in a checkout, the folder is searched last.
     """
     try:
         folder = os.getcwd()
-    except OSError:  # it is gone, and not on the path
+    except OSError:  # deleted, and so not on the path
         return
     if sys.path[:1] == [folder]:
         del sys.path[0]
@@ -37,9 +37,9 @@ def _leave_current_folder() -> None:
 
 
 def _help_early(name: str) -> None:
-    """Shows the help of a program, where it is asked for, before that imports what takes seconds.
+    """Shows the help of a program, if asked for, before the program's slow imports.
 
-    What is wrong with the arguments the program itself will say.
+    Errors in the arguments are left to the program.
     """
     if {"-h", "--help"} & {*sys.argv}:
         parsers = importlib.import_module("grpo_jax.config.parsers")
@@ -48,7 +48,7 @@ def _help_early(name: str) -> None:
                 parsers.help_early(name, sys.argv[1:])
 
 
-# While Python looks for the module of `-m`, that is the program's name; the module is the last of
+# While Python looks for the module of `-m`, sys.argv[0] is "-m"; the module is the last entry of
 # orig_argv before the program's own arguments. An import by any other program changes nothing.
 if sys.argv[:1] == ["-m"]:
     _module = sys.orig_argv[-len(sys.argv)]
@@ -59,11 +59,11 @@ if sys.argv[:1] == ["-m"]:
 
 
 def _say_nothing_of_pytorch() -> None:
-    """Keeps transformers from telling, when it is imported, that it finds no PyTorch.
+    """Keeps transformers from reporting at import that PyTorch is missing.
 
-    Its tokenizers and their files are all that is used here, and need none.
+    Only its tokenizers and their files are used here, and they do not need PyTorch.
     """
-    import logging  # only now: see above
+    import logging  # after the early help
 
     is_news = lambda record: not str(record.msg).startswith("PyTorch was not found")  # noqa: E731
     logging.getLogger("transformers").addFilter(is_news)

@@ -3,7 +3,7 @@
     grpo-jax train --config quickstart
     grpo-jax options optim
 
-Help, and what there is, are shown before anything that takes seconds is imported.
+Help and lists are shown before any slow import.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _configs() -> Iterable[tuple[str, str]]:
 
 
 def _documented(file: Path, function: str = "") -> str:
-    """The first paragraph of what a file, or a function in it, says of itself; not imported."""
+    """The first paragraph of the docstring of a file, or of a function in it, without import."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     if function:
         (tree,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function)

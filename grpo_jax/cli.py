@@ -1,4 +1,4 @@
-"""What the programs share: how they use JAX and its devices, and how a mistake ends them."""
+"""Shared by the programs: settings of JAX and its devices, and the handling of errors."""
 
 from __future__ import annotations
 
@@ -34,25 +34,24 @@ def join_processes(config: ConfigDict, found: arguments.Processes) -> None:
     address = processes.find(found.coordinator, found.num_processes, found.process_id)
     if address is None or jax.distributed.is_initialized():
         return
-    # A process that waits for another at a meeting is not what stalls.
+    # A process that waits for another in a barrier is not the one that stalls.
     meeting_s = 1.1 * config.loop.stall_timeout_s + 60 if config.loop.stall_timeout_s else 1e6
     limits = Limits(config.hosts.start_timeout_s, config.hosts.heartbeat_timeout_s, meeting_s)
     processes.start(address, limits)
-    console.quiet = not processes.is_first()  # what is said is the same for all
+    console.quiet = not processes.is_first()  # all would print the same
 
 
 _SMALL = 50_000_000  # parameters; a larger model's products are worth several threads
 
 
 def use_all_cores(config: ConfigDict, num_params: int) -> None:
-    """Makes each core of a CPU a device of its own, for a small model on the devices there are.
+    """Makes each CPU core a JAX device, for a small model with the default mesh.
 
-    Not for a run of several processes, each of which has one, or what XLA_FLAGS say.
+    Skipped for runs of several processes, and if XLA_FLAGS sets the number of devices.
 
-    Two devices that decode and learn for themselves are faster than one on two threads, which wait
-    for each other after every product; but each holds the model. As many as the groups of an update
-    split over. No effect on accelerators, nor where XLA_FLAGS say how many devices there are. Call
-    it before anything uses JAX.
+    Two devices with their own work are faster than one device with two threads, which wait for each
+    other after every product; but each device holds the model. The number of devices divides the
+    groups of an update. No effect on accelerators. Call it before anything uses JAX.
     """
     mesh = config.mesh
     asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
@@ -62,20 +61,20 @@ def use_all_cores(config: ConfigDict, num_params: int) -> None:
     groups = derived.groups_at_once(config)
     devices = max(n for n in range(1, cpus.usable() + 1) if groups % n == 0)
     if jax.config.jax_num_cpu_devices != devices:
-        with contextlib.suppress(RuntimeError):  # a Python program has used JAX before
+        with contextlib.suppress(RuntimeError):  # the program has used JAX before
             jax.config.update("jax_num_cpu_devices", devices)
 
 
 def use_compile_cache(mesh: ConfigDict | None = None, *, traced: bool = False) -> None:
-    """Compiled programs are kept in the user's cache folder and found again by the next run.
+    """Keeps compiled programs in the user's cache folder for later runs.
 
-    JAX's own variables may name another folder, such as a bucket that all hosts share, and how long
-    a program must have taken to be kept.
+    JAX's own environment variables may set another folder, such as a bucket that all hosts share,
+    and the least compile time of a kept program.
 
-    Not on a CPU for a run that is to be `traced`: of a program that was kept, a trace does not tell
-    which part of the network an operation is of. Nor where the config's `mesh` splits the network
-    over several devices: in such a program that was kept, devices may come to meetings in another
-    order, and wait for each other until the process is ended (jaxlib 0.10.2).
+    On a CPU there are two exceptions. A run that is to be `traced` does not use the cache: in the
+    trace of a cached program, operations have lost their part of the network. Nor does a run whose
+    `mesh` splits the network over several devices: in such a cached program, devices may reach
+    collectives in different orders and deadlock (jaxlib 0.10.2).
     """
     split = mesh is not None and (mesh.fsdp, mesh.sequence, mesh.tensor) != (1, 1, 1)
     split = split and len(jax.devices()) > 1
@@ -97,7 +96,7 @@ def use_compile_cache(mesh: ConfigDict | None = None, *, traced: bool = False) -
             jax.config.update(variable.lower(), value)
 
 
-# What JAX's variables would make of every number.
+# JAX settings that environment variables could change, and that change results.
 _SETTINGS = {
     "jax_enable_x64": False,
     "jax_threefry_partitionable": True,
@@ -110,7 +109,7 @@ _SETTINGS = {
 
 
 def hold_settings() -> None:
-    """Settings of JAX that change what is computed are as they are here, whatever variables say."""
+    """Sets the JAX settings that change results, whatever the environment variables say."""
     for name, value in _SETTINGS.items():
         if jax.config.values[name] != value:
             jax.config.update(name, value)
@@ -118,7 +117,7 @@ def hold_settings() -> None:
 
 @contextlib.contextmanager
 def held_settings() -> Iterator[None]:
-    """The same while it is entered: afterwards a Python program has its own again."""
+    """`hold_settings` while entered; restores the caller's settings afterwards."""
     before = {name: jax.config.values[name] for name in _SETTINGS}
     hold_settings()
     try:
@@ -130,10 +129,10 @@ def held_settings() -> Iterator[None]:
 
 
 def show_devices(show: Callable[[str], None] = say) -> None:
-    """Says what the program runs on. Raises ValueError where JAX has no such devices."""
+    """Prints the devices in use. Raises ValueError if JAX cannot provide them."""
     try:
         devices = jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter without a word
+    except (RuntimeError, AssertionError) as error:  # the latter without a message
         why = f" ({str(error).splitlines()[0]})" if str(error) else ""
         raise ValueError(
             f"JAX finds no device of JAX_PLATFORMS = {os.environ.get('JAX_PLATFORMS', '')!r}{why}. "
@@ -146,19 +145,19 @@ def show_devices(show: Callable[[str], None] = say) -> None:
 
 
 def use_nan_checks(check: bool) -> None:
-    """With `check`, JAX stops at the operation that gave the first NaN.
+    """With `check`, JAX stops at the operation that produced the first NaN.
 
-    Infinities are not looked for: the logits that a sampler may not choose from are.
+    Infinities are allowed: a sampler sets the logits of excluded tokens to -inf.
     """
     jax.config.update("jax_debug_nans", check)
 
 
 @contextlib.contextmanager
 def told(config: ConfigDict, folder: Path) -> Iterator[None]:
-    """While entered, a run speaks as `logging.console` says, and `logging.on_event` hears of it.
+    """While entered, a run prints by `logging.console` and reports events to `logging.on_event`.
 
-    Of how it ends, too: stopped, or failed. That it has finished is said by who has its summary.
-    The first process tells, for all.
+    It reports the end of a run that stops or fails; the caller, which has the summary, reports a
+    finished run. Only the first process reports.
     """
     console_lib.show_as(config.logging.console)
     if not processes.is_first():
@@ -188,10 +187,10 @@ _LINGER_S = 5.0  # for threads to end
 def main(run: Callable[[list[str]], None]) -> None:
     """Runs a program; a user's mistake ends it with one message and status 1, or 2 for its usage.
 
-    Of what may be no mistake of theirs, the message says how to see more.
+    For an error that may not be the user's, the message says how to see the traceback.
 
-    One that was asked to stop, and has saved, ends with status 75, by which a launcher knows that
-    there is more to do. Of several processes, what ends one ends all.
+    A program that has saved after a requested stop ends with status 75, which tells a launcher that
+    there is more to do. With several processes, the end of one ends all.
     """
     before = set(threading.enumerate())
     hold_settings()
@@ -234,9 +233,9 @@ def main(run: Callable[[list[str]], None]) -> None:
 
 
 def _is_mistake(error: Exception) -> bool:
-    """Whether it is a ValueError that a `raise` of ours gave, in words for the user.
+    """Whether it is a ValueError raised by this package, with a message for the user.
 
-    Not one of a library that was called wrongly, as by NumPy for shapes that do not fit.
+    A library's ValueError is not, such as NumPy's for shapes that do not fit.
     """
     trace = error.__traceback__
     while trace.tb_next is not None:
@@ -253,14 +252,14 @@ def _show_traceback(kind: type, error: BaseException, trace: TracebackType | Non
 
 
 def _let_go(status: int, before: set[threading.Thread]) -> None:
-    """Ends the process where threads would keep it, as Orbax's do for minutes after a failed save.
+    """Ends the process if threads keep it alive, as Orbax's do for minutes after a failed save.
 
-    `before`: those that ran before the program did.
+    `before`: the threads that existed before the program.
     """
     with contextlib.suppress(AttributeError, ValueError):
         try:
             sys.stdout.flush()
-        except OSError:  # the interpreter would try again, and end with a status of its own
+        except OSError:  # the interpreter would retry, and end with another status
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     until = time.monotonic() + _LINGER_S
     left = [t for t in threading.enumerate() if t not in before and not t.daemon]

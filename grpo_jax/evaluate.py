@@ -44,14 +44,14 @@ from grpo_jax.setup.model import Found, find_model, load_params
 from grpo_jax.setup.rewards import load_rewards, refuse_samples, start_rewards
 from grpo_jax.structs import Sampling
 
-_NUM_SLOTS = 256  # completions decoded at once where rollout.num_slots is 0
+_NUM_SLOTS = 256  # completions decoded at once if rollout.num_slots is 0
 
 
 # --- The command line -----------------------------------------------------------------------------
 
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
-    """The options, those left out filled in from the config; and the config."""
+    """The arguments, with defaults from the config, and the config."""
     parser = parsers.evaluate()
     args, overrides = arguments.parse(parser, argv)
     config = arguments.load_config(args.config, overrides)
@@ -74,7 +74,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError where an argument is out of its range."""
+    """Raises ValueError if an argument is out of its range."""
     for name, fine, needed in (
         ("num_problems", args.num_problems >= 1, "at least 1"),
         ("num_samples", 0 <= args.num_samples <= 1000, "from 0, greedy only, to 1000"),
@@ -111,7 +111,7 @@ def _problems(args: argparse.Namespace, config: ConfigDict) -> list[Problem]:
 
 
 def _references(config: ConfigDict, problems: list[Problem]) -> list[str] | None:
-    """The reference text of each problem; None where the config names no column of them."""
+    """The reference text of each problem; None if the config names no column for them."""
     column = config.evaluation.reference
     if not column:
         return None
@@ -145,7 +145,7 @@ def _evaluate(
     references: list[str] | None,
     pool: Pool,
 ) -> Evaluated:
-    """One model's answers, judged and written."""
+    """Evaluates one model: samples, rewards, and writes its answers."""
     dtype = jnp.dtype(args.dtype)
     policy, params = found.policy, load_params(found, mesh, dtype)
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
@@ -196,7 +196,7 @@ def _evaluate(
 def _report(
     args: argparse.Namespace, problems: list[Problem], models: list[Evaluated]
 ) -> tuple[str, Table, dict[str, Any]]:
-    """Title and table for the terminal, and the same for a file."""
+    """Title and table for the terminal, and the same values for a file."""
     num_problems, num_prompts = len(problems), len({p.question for p in problems})
     first, *others = models
     metrics = [{n: estimates.estimate(t) for n, t in m.tallies.items()} for m in models]
@@ -226,7 +226,7 @@ def _report(
 
 
 def evaluate(args: argparse.Namespace, config: ConfigDict) -> tuple[list[Problem], list[Evaluated]]:
-    """The problems, and what each model of the arguments made of them."""
+    """The problems, and the evaluation of each model of the arguments."""
     cli.show_devices()
     if config.compile_cache:
         cli.use_compile_cache(config.mesh)
@@ -234,9 +234,9 @@ def evaluate(args: argparse.Namespace, config: ConfigDict) -> tuple[list[Problem
     rewards = load_rewards(config)
     refuse_samples(rewards, args.num_samples, "--num-samples")
     problems = answerable(config, rewards, _problems(args, config))
-    _references(config, problems)  # it may refuse
+    _references(config, problems)  # only to check them
     questions, models, now = [], [], inputs.date(config.data.date)
-    for path in args.models:  # all are refused before the first is asked
+    for path in args.models:  # check all models before evaluating the first
         limit = config.data.max_prompt_tokens
         found = find_model(path)
         policy = found.policy.within(limit + args.max_tokens)
@@ -274,7 +274,7 @@ def main(argv: list[str]) -> None:
     args, config = _arguments(argv)
     problems, evaluated = evaluate(args, config)
     title, table, values = _report(args, problems, evaluated)
-    say(f"\n{title}")  # not the table's own, which would be folded to its width
+    say(f"\n{title}")  # not the table's title, which would be folded to its width
     console.print(table)
     say("In brackets: the 95 % bootstrap interval over problems, equal prompts drawn together.")
     say(f"Every completion: {args.out}")

@@ -36,7 +36,7 @@ _NUM_SLOTS = 256  # completions decoded at once
 def engine_of(
     policy: policy_lib.Policy, mesh: Mesh, sampling: Sampling, max_tokens: int, dtype=jnp.float32
 ) -> Engine:
-    """What draws a policy's completions of at most so many tokens."""
+    """The engine that samples a policy's completions of at most `max_tokens` tokens."""
     decoder = decode.decoder_for(
         policy.model, mesh, sampling, policy.stop_ids, max_tokens, jnp.dtype(dtype)
     )
@@ -52,9 +52,9 @@ def complete(
     seed: int,
     temperature: float,
 ) -> Rollouts:
-    """`num_samples` completions of each prompt (token ids), as the engine gives them.
+    """`num_samples` completions of each prompt (token ids), as the engine returns them.
 
-    `published`: the weights, by `engine.publish`.
+    `published`: the weights from `engine.publish`.
     """
     return engine.generate(
         published,
@@ -71,8 +71,8 @@ class Completions:
 
     texts: list[str]
     token_ids: list[list[int]]
-    logprobs: list[list[float]]  # of each token, under the distribution that it was drawn from
-    stopped: list[bool]  # False where it was cut at `max_tokens`
+    logprobs: list[list[float]]  # by token, under the sampling distribution
+    stopped: list[bool]  # False if cut at `max_tokens`
 
     @property
     def text(self) -> str:
@@ -83,7 +83,7 @@ class Completions:
 def completions(
     policy: policy_lib.Policy, prompts: list[list[int]], rollouts: Rollouts
 ) -> list[Completions]:
-    """What the engine has drawn, prompt by prompt."""
+    """The engine's completions, prompt by prompt."""
     found = []
     for prompt, completion_GC, logp_GC, length_G, stopped_G in zip(
         prompts, rollouts.completion_PGC, rollouts.logp_PGC, rollouts.length_PG, rollouts.stopped_PG
@@ -113,7 +113,7 @@ def check(
     temperature: float,
     top_p: float,
 ) -> None:
-    """Raises ValueError where one is out of its range, named as the command line has it or not."""
+    """Raises ValueError if an argument is out of its range; `is_command`: names it as an option."""
     for name, value, fine, needed in (
         ("max_tokens", max_tokens, max_tokens > 0, "above 0"),
         ("num_samples", num_samples, num_samples > 0, "above 0"),
@@ -136,9 +136,10 @@ def check(
 def encode_prompt(
     policy: policy_lib.Policy, prompt: str | list, max_tokens: int, where: str, limit: str = ""
 ) -> list[int]:
-    """The tokens of a text or of chat messages. `where`: it stands; `limit`: how it is called.
+    """The tokens of a text or of chat messages.
 
-    Raises ValueError where the model cannot take them with `max_tokens` more.
+    `where` and `limit` name the prompt and the option of `max_tokens` in messages. Raises
+    ValueError if prompt and completion exceed the model's length.
     """
     ids = encode([Problem(prompt, {}, where)], policy.tokenizer, sys.maxsize).prompt_ids[0]
     policy.refuse_unknown(ids, where)
@@ -157,7 +158,7 @@ def encode_prompt(
 
 
 def note(text: str) -> None:
-    """Says something on standard error: what the model says alone goes to standard output."""
+    """Prints a note on standard error: standard output is only for the model's text."""
     with contextlib.suppress(OSError):
         print(one_line(text), file=sys.stderr)
 
@@ -173,7 +174,7 @@ def show(prompt: str, text: str) -> None:
 
 
 def _prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Each prompt, and where it stands."""
+    """Each prompt, and its origin for messages."""
     if args.prompts is None:
         return [(args.prompt, "--prompt")]
     try:

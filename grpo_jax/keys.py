@@ -13,6 +13,6 @@ PURPOSES = ("init", "rollout", "evaluate", "sft", "moments", "parameters", "adap
 
 def key_for(seed: int, purpose: str, step: int = 0) -> jax.Array:
     """The key for one use at one step; a resumed run recomputes it, so no key is saved."""
-    # Named: another default, rbg, draws rows under vmap that depend on the batch.
+    # Explicit, since another default, rbg, draws rows under vmap that depend on the batch.
     root = jax.random.key(seed, impl="threefry2x32")
     return jax.random.fold_in(jax.random.fold_in(root, PURPOSES.index(purpose)), step)

@@ -101,7 +101,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def read_shape(path: str) -> ModelConfig:
-    """The model of a Hugging Face config.json; ValueError where it is none."""
+    """The model of a Hugging Face config.json; ValueError if it is none."""
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
     if not file.is_file():

@@ -42,7 +42,7 @@ def print_table(entries: list[Mapping[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prints the table of `--workdir`; ends with one line where there is no trace."""
+    """Prints the table of `--workdir`; ends with one line if there is no trace."""
     parser = parsers.profile()
     options = parser.parse_args(argv)
     try:

@@ -16,7 +16,7 @@ from grpo_jax.metrics import curves
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draws the picture of one or more runs; ends with one line where there is nothing to draw."""
+    """Draws the picture of one or more runs; ends with one line if there is nothing to draw."""
     parser = parsers.report()
     args = parser.parse_args(argv)
     folders = list(dict.fromkeys(str(Path(folder)) for folder in args.folders + args.workdir))

@@ -37,7 +37,7 @@ from grpo_jax.setup.data import load_split
 from grpo_jax.setup.rewards import load_rewards, start_rewards
 
 _MAX_FAILURES = 20  # shown
-_READ_ANSWERS = {"exact_answer", "math_answer"}  # rewards of what a completion states
+_READ_ANSWERS = {"exact_answer", "math_answer"}  # rewards of the answer in a completion
 
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
@@ -63,13 +63,13 @@ def _problems(config: ConfigDict, split: str, limit: int) -> list[Problem]:
 
 
 def _worked(config: ConfigDict, problems: list[Problem]) -> list[str]:
-    """The solutions of a task, right and wrong ones, as its models first see them."""
+    """A task's worked solutions, right and wrong ones, as in its supervised start."""
     task, rng = tasks.load(config.data.task), stream(config.seed, "solutions")
     return [task.worked_solution(problem, rng) for problem in problems]
 
 
 def _column(problems: list[Problem], name: str) -> list[str]:
-    """Texts of a column; a number is the text that a person would write."""
+    """The texts of a column; numbers become text."""
     for problem in problems:
         if name not in problem.columns:
             raise ValueError(
@@ -107,7 +107,7 @@ def _file(path: str, num_problems: int) -> list[str]:
 
 
 def _token_ids(config: ConfigDict, rewards, texts: list[str]) -> list[list[int]] | None:
-    """Of the completions, with the tokenizer of `model.path`, if a reward reads them."""
+    """The completions' tokens, by the tokenizer of `model.path`, if a reward reads them."""
     if not registry.reads(rewards, "completion_ids") or not config.model.path:
         return None
     tokenizer = load_tokenizer(folder_lib.resolve(config.model.path))
@@ -117,7 +117,7 @@ def _token_ids(config: ConfigDict, rewards, texts: list[str]) -> list[list[int]]
 def _rendered(config: ConfigDict, rewards, problems: list[Problem]) -> list[str] | None:
     """The prompts as the model of `model.path` reads them, if a reward asks for them.
 
-    None where that model is not at hand, or its chat template does not take the prompts: scoring
+    None if that model is not available, or its chat template does not take the prompts. Scoring
     needs no model, but only the rendered prompt tells whether it leaves thinking open.
     """
     if not registry.reads(rewards, "rendered_prompts"):
@@ -174,7 +174,7 @@ def _show(
 
 
 def _hint(column: str, texts: list[str], scores: Scores) -> None:
-    """Says why the dataset's own answers may earn nothing: a bare answer is no completion."""
+    """Prints why the dataset's own answers may earn nothing: a bare answer is no completion."""
     bare = sum(extract_answer(text) is None for text in texts)
     if 2 * bare > len(texts) and _READ_ANSWERS & scores.by_name.keys():
         say(
@@ -188,7 +188,7 @@ def _hint(column: str, texts: list[str], scores: Scores) -> None:
 def main(argv: list[str]) -> None:
     args, config = _arguments(argv)
     rewards = load_rewards(config)
-    # Rows that a reward cannot read are not refused here: to find them is what this is for.
+    # Rows that a reward cannot read are not refused here: this program is meant to find them.
     problems = _problems(config, args.split, args.limit)
     if args.completions:
         texts = _file(args.completions, len(problems))

@@ -1,4 +1,4 @@
-"""The values that pass between the parts, and the letters that name their axes.
+"""The data types shared by all parts, and the letters that name array axes.
 
 An array's name ends in its axes, slowest first: `logp_PGC` is [prompts, completions per prompt,
 completion tokens]. A `1` marks a broadcast axis. The letters mean one thing everywhere:
@@ -52,17 +52,17 @@ class YarnScaling:
 
     factor: float
     original_max_position: int
-    beta_fast: float  # turns within the original length, from which on a frequency is kept
-    beta_slow: float  # and up to which it is divided; a straight line between them
-    truncate: bool  # both bounds to whole pairs
+    beta_fast: float  # frequencies with more turns in the original length are kept
+    beta_slow: float  # those with fewer are divided; linear in between
+    truncate: bool  # round both bounds to whole pairs
 
 
 @dataclasses.dataclass(frozen=True)
 class LongScaling:
     """A divisor for each frequency (Ding et al. 2024, arXiv:2402.13753).
 
-    Which list holds follows from `ModelConfig.longest`, so that one run has one: a sampler that
-    changed lists where a row grew long would not be the policy that is scored.
+    `ModelConfig.longest` selects the list, so that a run uses only one. A sampler that changed
+    lists when a row grew long would not be the policy that is scored.
     """
 
     short: tuple[float, ...]
@@ -72,12 +72,12 @@ class LongScaling:
 
 @dataclasses.dataclass(frozen=True)
 class Rotary:
-    """Rotary position embeddings. Of pairs that do not turn, the frequency is zero."""
+    """Rotary position embeddings. Pairs that are not rotated have a frequency of zero."""
 
     theta: float  # base of the frequencies
     scaling: RopeScaling | LinearScaling | YarnScaling | LongScaling | None = None
-    share: float = 1.0  # of a head's dimensions that turn; 0: a layer without positions
-    proportional: bool = False  # the exponents count all dimensions, not only those that turn
+    share: float = 1.0  # of a head's dimensions that are rotated; 0: no positions
+    proportional: bool = False  # exponents count all dimensions, not only rotated ones
     amplitude: float = 1.0  # factor of cosine and sine
 
 
@@ -91,12 +91,12 @@ class QueryGrowth:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """What may differ between the layers of one decoder; all of it is fixed when it compiles."""
+    """The settings that may differ between layers of a decoder; all are static in compilation."""
 
-    mixer: str = "attention"  # what tokens learn of each other by
-    window: int | None = None  # keys a query looks back over, itself included; None: all of them
-    rotary: int = 0  # which of `ModelConfig.rotaries`
-    ffn: str = "dense"  # what each token goes through by itself
+    mixer: str = "attention"  # mixes tokens
+    window: int | None = None  # keys that a query sees, its own included; None: all
+    rotary: int = 0  # index in `ModelConfig.rotaries`
+    ffn: str = "dense"  # applied to each token alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +105,12 @@ class Adapter:
 
     path: str  # of the dense layer within its layer, such as "attention/q"
     ranks: tuple[int, ...]  # 0: no adapter
-    scalings: tuple[float, ...]  # of their products: alpha / rank
+    scalings: tuple[float, ...]  # of the products A B: alpha / rank
 
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """What learns in place of a decoder's parameters, which stay as they are."""
+    """The adapters that are trained in place of a decoder's parameters, which stay fixed."""
 
     adapters: tuple[Adapter, ...]
     int8: bool = False  # the layers' kernels are in 8 bits
@@ -130,29 +130,29 @@ class ModelConfig:
     head_size: int  # H
     rotaries: tuple[Rotary, ...]
     norm_eps: float
-    max_position: int  # the longest row the model was made for, tokens
+    max_position: int  # the model's longest row, in tokens
     tied_head: bool  # the LM head is the embedding, transposed
     qkv_bias: bool = False
     out_bias: bool = False  # bias of the attention's output projection
     qk_norm: str = ""  # RMS norm of queries and keys before rotation: of each "head", or "whole"
-    norms: str = "before"  # of a layer's two branches: "before", "after" (on what is added), "both"
+    norms: str = "before"  # of a layer's two branches: "before", "after" (on the output), "both"
     norm_offset: float = 0.0  # added to the scale of all norms
     activation: str = "silu"  # or "gelu_tanh"
     attention_scale: float | None = None  # of the scores; None: H ** -0.5
     attention_cap: float | None = None  # scores s become cap * tanh(s / cap)
     query_growth: QueryGrowth | None = None
-    embed_factor: float = 1.0  # of what the embedding gives
-    residual_factor: float = 1.0  # of what a branch adds
+    embed_factor: float = 1.0  # of the embedding's output
+    residual_factor: float = 1.0  # of a branch's output
     logit_factor: float = 1.0
-    logit_cap: float | None = None  # as `attention_cap`, of the logits
-    wrapper: str = ""  # model_type of the config that holds this one: a model of images and text
-    lora: Lora | None = None  # None: all parameters learn
-    longest: int | None = None  # tokens of the longest row that will be run; None: max_position
+    logit_cap: float | None = None  # as `attention_cap`, for logits
+    wrapper: str = ""  # model_type of the image-text config that holds this one
+    lora: Lora | None = None  # None: all parameters are trained
+    longest: int | None = None  # tokens of the longest row in use; None: max_position
 
     def within(self, longest: int) -> ModelConfig:
-        """The model as it is run on rows of at most so many tokens.
+        """The model for rows of at most `longest` tokens.
 
-        Itself, but where its rotary frequencies depend on that (`LongScaling`).
+        The same model, unless its rotary frequencies depend on the length (`LongScaling`).
         """
         if not any(isinstance(rotary.scaling, LongScaling) for rotary in self.rotaries):
             return self
@@ -168,7 +168,7 @@ class ModelConfig:
 
     @property
     def num_params(self) -> int:
-        """Parameters, embedding and head included."""
+        """The number of parameters, embedding and head included."""
         q, kv = self.head_size * self.num_heads, self.head_size * self.num_kv_heads
         layer = self.width * (2 * q + 2 * kv) + 3 * self.width * self.mlp_width
         layer += (4 if self.norms == "both" else 2) * self.width
@@ -206,36 +206,36 @@ class Rollouts:
     prompt_PQ: Array  # int32 token ids
     prompt_length_P: Array  # int32
     completion_PGC: Array  # int32 token ids
-    logp_PGC: Array  # float32, under the distribution that the sampler drew from
+    logp_PGC: Array  # float32, under the sampling distribution
     length_PG: Array  # int32, stop token included
     stopped_PG: Array  # bool: ended by a stop token; False: cut at the token limit
-    # bool: tokens the policy chose, or is to imitate; None: all that are there
+    # bool: tokens that the policy chose or must imitate; None: all tokens within the length
     chosen_PGC: Array | None = None
 
 
 @struct.dataclass
 class Experience:
-    """A rollout with what stays fixed while the policy is updated on it."""
+    """A rollout with the values that stay fixed during its updates."""
 
     rollouts: Rollouts
     advantage_PG: Array  # float32
     action_PGC: Array  # bool: tokens the policy chose and is trained on
-    old_logp_PGC: Array | None  # policy before the first update; None: one update, so the current
+    old_logp_PGC: Array | None  # before the first update; None: one update, the current policy
     ref_logp_PGC: Array | None  # frozen reference; None: no KL term
 
 
 @struct.dataclass
 class TrainState:
-    """What an optimizer update changes."""
+    """The state that an optimizer update changes."""
 
-    params: Params  # the weights that learn, in `config.model.param_dtype`
+    params: Params  # the trained weights, in `config.model.param_dtype`
     opt_state: Any
     num_updates: Array  # int32 scalar: updates attempted, skipped ones included
-    num_skipped: Array  # int32 scalar: updates refused, as not finite or by a guard
+    num_skipped: Array  # int32 scalar: updates refused as not finite or by a guard
 
     @property
     def num_made(self) -> Array:
-        """int32 scalar: updates that moved the parameters, as the optimizer counts them."""
+        """int32 scalar: updates that changed the parameters; the optimizer's count."""
         return self.num_updates - self.num_skipped
 
 

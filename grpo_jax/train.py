@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
 def run(
     config: ConfigDict, folder: Path, stop: StopSignal, callbacks: tuple[Callback, ...] = ()
 ) -> dict[str, Any]:
-    """Trains as the config says, or goes on with the run in `folder`; prints and gives its summary.
+    """Trains by the config, or continues the run in `folder`; prints and returns its summary.
 
     Raises as `grpo.run` does.
     """
@@ -51,7 +51,7 @@ def run(
         model_path, began = config.model.path, time.monotonic()
         if not model_path:
             grpo_run.refuse_early(config, folder)
-    if not model_path:  # a new model learns the form of answers from worked solutions first
+    if not model_path:  # a new model first learns the form of answers from worked solutions
         steps, epochs = config.sft.num_steps, config.sft.num_epochs
         length = f"{epochs:g} epochs of" if epochs else f"{steps} updates on"
         print_title(f"Supervised start: {length} worked solutions")
@@ -78,7 +78,7 @@ def run(
 
 
 def _prepare(config: ConfigDict, folder: Path) -> None:
-    """The devices and settings of JAX, as the config has them."""
+    """Sets up JAX's devices and settings by the config."""
     cli.use_all_cores(config, model.model_shape(config, folder).num_params)
     cli.show_devices()
     cli.use_nan_checks(config.debug.nans)
@@ -90,7 +90,7 @@ class _Program(types.ModuleType):
     """This module, which can be called: `grpo_jax.train(...)` trains from Python."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As `grpo_jax.api.training.train`, whose help it is."""
+        """`grpo_jax.api.training.train`, which has the documentation."""
         return importlib.import_module("grpo_jax.api.training").train(*args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""A model's answers to problems, judged by the rewards of a config."""
+"""Evaluates a model on problems with the rewards of a config."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def evaluate(
 ) -> dict[str, Estimate]:
     """Metrics by name, as `python -m grpo_jax.evaluate` gives them, with 95 % intervals.
 
-    `given`: rewards, data and held-out data as for `train`, each None for the config's. `chosen`:
-    options of the config by name; `num_samples`, `temperature` and `num_problems` are those of
+    `given`: rewards, data and held-out data as for `train`; None: the config's. `chosen`: options
+    of the config by name; `num_samples`, `temperature` and `num_problems` mean those of
     `evaluation`.
     """
     own = ("num_samples", "temperature", "num_problems", "reference")

@@ -1,4 +1,4 @@
-"""`grpo_jax.load`: a model to ask from Python."""
+"""`grpo_jax.load`: a model for generation from Python."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Model:
         self._policy = found.policy
         with cli.held_settings():
             self._params = load_params(found, self._mesh, self._dtype)
-        self._engines: dict[tuple, tuple[Engine, Params]] = {}  # with the weights it decodes with
+        self._engines: dict[tuple, tuple[Engine, Params]] = {}  # with its published weights
 
     @property
     def tokenizer(self) -> Any:
@@ -47,10 +47,11 @@ class Model:
         top_k: int = 0,
         seed: int = 0,
     ) -> Completions | list[Completions]:
-        """Completes prompts: texts as they stand, or chat messages through the chat template.
+        """Completes prompts: raw texts, or chat messages through the chat template.
 
-        One prompt gives its `Completions`, a list of prompts a list of them. `temperature` 0 takes
-        the likeliest token; `top_k` 0 keeps all. Raises ValueError for a prompt that is too long.
+        Returns `Completions` for one prompt, and a list of them for a list of prompts.
+        `temperature` 0 takes the most likely token; `top_k` 0 keeps all tokens. Raises ValueError
+        for a prompt that is too long.
         """
         generate.check(
             max_tokens=max_tokens, num_samples=num_samples, seed=seed, top_k=top_k,
@@ -76,7 +77,7 @@ class Model:
     def _engine(
         self, sampling: Sampling, max_tokens: int, longest_prompt: int
     ) -> tuple[Engine, Params]:
-        """The engine for this sampling, whose programs are compiled once."""
+        """The engine for these sampling options; its programs are compiled once."""
         policy = self._policy.within(longest_prompt + max_tokens)
         key = policy.model, sampling, max_tokens
         if key not in self._engines:
@@ -90,6 +91,6 @@ def load(path: str | Path, *, dtype: str = "float32") -> Model:
 
         grpo_jax.load("runs/a").generate(["1+2=", "3+4="], max_tokens=64).
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is none.
     """
     return Model(path, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The arguments of `grpo_jax.train` as a config: objects under names, options by theirs."""
+"""Turns the arguments of `grpo_jax.train` into a config: objects and options by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grpo_jax.data import given as given_rows
 from grpo_jax.rewards import given as given_rewards
 
 Reward = str | Callable
-# Sections whose options repeat names of others: those others are meant by a name alone.
+# Sections that repeat option names of other sections: a bare name means the other section's.
 _LAST = ("sft", "evaluation", "profile", "checkpoint")
 
 
@@ -31,7 +31,7 @@ def make_config(
 
     `base`: a config file, a config, or None for the defaults; the rest is set on top of it.
     `chosen`: options by name, as `option_of` takes them, or sections as dicts. Raises ValueError
-    for what does not fit.
+    for wrong values.
     """
     config = _base(base)
     if model is not None:
@@ -63,7 +63,7 @@ def _base(base: str | Path | ConfigDict | None) -> ConfigDict:
 
 
 def _flat(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by name; those of a section that is given as a dict by their dotted names."""
+    """Options by name; a section given as a dict becomes dotted names."""
     flat: dict[str, Any] = {}
     for name, value in chosen.items():
         if name in options.SECTIONS and isinstance(value, Mapping):
@@ -74,10 +74,10 @@ def _flat(chosen: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def option_of(name: str) -> str:
-    """The dotted name of an option: itself, or the one option that ends so.
+    """The dotted name of an option, from itself or from its last part.
 
-    Where options of several sections do, it is the run's own and not that of its supervised start,
-    evaluation, profile or checkpoints. Raises ValueError where there is none, or still several.
+    If several sections have the last part, sections of the supervised start, evaluation, profile
+    and checkpoints do not count. Raises ValueError if no option remains, or several.
     """
     if name in options.BY_NAME:
         return name
@@ -97,7 +97,7 @@ def option_of(name: str) -> str:
 def _rewards(
     rewards: Reward | Sequence[Reward | tuple[Reward, float]],
 ) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """Specs and weights, for `rewards.names` and `rewards.weights`."""
+    """The values of `rewards.names` and `rewards.weights`."""
     if isinstance(rewards, str) or callable(rewards):
         rewards = [rewards]
     specs, weights = [], []

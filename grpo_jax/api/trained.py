@@ -1,4 +1,4 @@
-"""A run as Python sees it: its metrics, samples and curves, and the model it made."""
+"""The result of a run in Python: metrics, samples, curves, and the trained model."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from grpo_jax.run.append_log import read_jsonl
 
 
 class Rows(list):
-    """Dicts by column, one for each row."""
+    """A list of rows, each a dict by column."""
 
     def to_pandas(self) -> Any:
-        """The same as a `pandas.DataFrame`."""
+        """The rows as a `pandas.DataFrame`."""
         import pandas
 
         return pandas.DataFrame(self)
 
 
 class Picture:
-    """A picture in the file `path`; a notebook shows it."""
+    """A picture in the file `path`, which a notebook displays."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -39,23 +39,23 @@ class Picture:
 
 
 class Trained:
-    """A run that has ended, or was stopped and saved.
+    """A run that has finished, or was stopped and saved.
 
-    `workdir` is its folder, `config` its options; `is_finished` is False where it was stopped.
+    `workdir` is its folder, `config` its options; `is_finished` is False if it was stopped.
     """
 
     def __init__(
         self, workdir: Path, config: ConfigDict, is_finished: bool, given: tuple[Any, Any, Any]
     ):
-        """`given`: rewards, data and held-out data as `train` got them."""
-        self._given = given  # their names in the config may stand for another run's by now
+        """`given`: the rewards, data and held-out data passed to `train`."""
+        self._given = given  # their names in the config may belong to a later run by now
         self.workdir = workdir
         self.config = config
-        self.is_finished = is_finished  # else it was stopped; the same call of `train` continues it
+        self.is_finished = is_finished  # else stopped; the same call of `train` continues it
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Accuracy before and after, tokens, seconds; {} of a run that was stopped."""
+        """Accuracy before and after, tokens, seconds; {} for a stopped run."""
         file = self.workdir / "summary.json"
         if not self.is_finished:
             return {}
@@ -68,19 +68,19 @@ class Trained:
 
     @property
     def samples(self) -> Rows:
-        """Some completions of some steps, as in samples.jsonl."""
+        """Sampled completions of some steps, as in samples.jsonl."""
         return Rows(read_jsonl(self.workdir / "samples.jsonl"))
 
     def curves(self) -> Picture:
-        """Its curves; a notebook shows them."""
+        """The run's curves, as a picture."""
         return Picture(curves.curves(self.workdir))
 
     def model(self, dtype: str = "float32") -> Model:
-        """The model as the run left it."""
+        """The trained model."""
         return load(self.workdir, dtype=dtype)
 
     def evaluate(self, data: Any = None, **options: Any) -> dict[str, Estimate]:
-        """Metrics of the model on problems, by default the run's held-out ones, with intervals.
+        """Metrics of the model on problems, by default the run's held-out problems, with intervals.
 
         `data` as for `train`. `options`: those of the run's config by name, such as
         `num_samples=8`.

@@ -34,22 +34,22 @@ def train(
     config: str | Path | ConfigDict | None = None,
     **options: Any,
 ) -> Trained:
-    """Trains a model by GRPO, or goes on with the run in `workdir`; returns what came of it.
+    """Trains a model by GRPO, or continues the run in `workdir`; returns the `Trained` run.
 
         run = grpo_jax.train("Qwen/Qwen2.5-0.5B-Instruct", rewards=[correct, (short, 0.1)],
                              data=dataset, workdir="runs/a", group=8, learning_rate=1e-6)
 
     `model`: a Hugging Face folder or hub id. `rewards`: functions, names of built-in rewards or
-    "module:function", or pairs of one of these and its weight; a function is called by keyword as
-    TRL calls them, `f(prompts, completions, **columns) -> list[float | None]`. `data`, `eval_data`:
-    a path, a hub id, a `datasets.Dataset`, a data frame or a list of dicts, with a column `prompt`.
-    `callbacks`: each is called with a `Step` once its metrics are known, and may `stop()` the run.
-    `config`: a config file, or a config, to begin with in place of the defaults. `options`: those
-    of the config (docs/options.md) by name: `group=8`, `**{"batch.group": 8}`, or a section as a
-    dict, `optim={"schedule": "linear"}`.
+    "module:function", or pairs of one of these and its weight; a function is called by keyword, as
+    in TRL, `f(prompts, completions, **columns) -> list[float | None]`. `data`, `eval_data`: a path,
+    a hub id, a `datasets.Dataset`, a data frame or a list of dicts, with a column `prompt`.
+    `callbacks`: each is called with a `Step` when its metrics are known, and may `stop()` the run.
+    `config`: a config file, or a config, in place of the defaults. `options`: options of the config
+    (docs/options.md) by name: `group=8`, `**{"batch.group": 8}`, or a section as a dict,
+    `optim={"schedule": "linear"}`.
 
-    `workdir` is `runs/` and the time where none is given. A run that is stopped, by a callback or
-    Ctrl-C, has saved, and the same call continues it. Raises ValueError for what a user can mend.
+    `workdir` is `runs/` and the time where none is given. A run stopped by a callback or Ctrl-C
+    saves itself, and the same call continues it. Raises ValueError for a user's mistake.
     """
     made = options_lib.make_config(config, model, rewards, data, eval_data, options)
     folder = Path(workdir or Path("runs") / time.strftime("%Y%m%d-%H%M%S"))

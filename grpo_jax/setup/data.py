@@ -1,4 +1,4 @@
-"""A config's problems: read, checked and encoded."""
+"""Reads, checks and encodes a config's problems."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ def load_problems(config: ConfigDict) -> tuple[list, list]:
 
 
 def load_split(config: ConfigDict, split: str) -> list:
-    """The problems of the split "train" or "eval"; [] where the config has none held out.
+    """The problems of the split "train" or "eval"; [] if the config has no held-out problems.
 
-    Training problems are read alone: what is held out may be missing. Says what a person should
-    know of them, as `tell_of`.
+    For "train" the held-out file is not read and may be missing. Prints notes like `tell_of`.
     """
     if split == "train" and not config.data.task:
         train, held_out = problems_lib.load_train(config.data), []
@@ -39,13 +38,13 @@ def load_split(config: ConfigDict, split: str) -> list:
 
 
 def tell_of(config: ConfigDict, train: list, held_out: list) -> None:
-    """Says what a person should know of the problems, such as that some stand there twice."""
+    """Prints notes on the problems, such as duplicates."""
     for note in notes.of_problems(train, held_out, problems_lib.form_of(config.data)):
         say(f"warning: {note}")
 
 
 def tell_of_few(config: ConfigDict, train: list) -> None:
-    """Says where a step has to ask a problem more than once."""
+    """Prints a warning if a step must ask a problem more than once."""
     if len(train) < config.batch.prompts:
         count = (
             "is 1 training problem" if len(train) == 1 else f"are {len(train)} training problems"
@@ -59,8 +58,8 @@ def tell_of_few(config: ConfigDict, train: list) -> None:
 def answerable(config: ConfigDict, rewards: list[Reward], problems: list) -> list:
     """The problems that all rewards can score.
 
-    Raises ValueError where there are others and `rewards.bad_rows` refuses them, where none is
-    left, and where a column is missing.
+    Raises ValueError if there are others and `rewards.bad_rows` refuses them, if none is left, or
+    if a column is missing.
     """
     registry.refuse_columns(rewards, problems)
     faults = registry.faulty_rows(rewards, problems)
@@ -83,9 +82,9 @@ def encode(
     noun: str,
     now: datetime,
 ) -> prompts.Encoded:
-    """The problems' prompts as tokens; prints how many were dropped or truncated, if any.
+    """The problems' prompts as tokens; prints how many were dropped or truncated.
 
-    `now`: the time that chat templates are told.
+    `now`: the date for chat templates.
     """
     limit, overlong = config.data.max_prompt_tokens, config.data.overlong
     encoded = prompts.encode(
@@ -107,7 +106,7 @@ def encode(
 
 
 class _Slow:
-    """Says how far a chat template is that takes long."""
+    """Reports the progress of a slow chat template."""
 
     _EVERY_S = 10.0
 
@@ -127,7 +126,7 @@ def questions(
     noun: str,
     now: datetime,
 ) -> Questions:
-    """The problems as the policy reads them, those with a prompt that is too long dealt with.
+    """The problems as the policy reads them; prompts that are too long are dropped or truncated.
 
     `now` as for `encode`.
     """

@@ -19,9 +19,9 @@ def make_engine(
     *,
     exact: bool = False,
 ) -> Engine:
-    """The config's sampler of a model of this shape; nothing is compiled or allocated yet.
+    """The config's sampler for a model of this shape; nothing is compiled or allocated yet.
 
-    `exact`: without the 8 bits of weights or cache that the config may ask for.
+    `exact`: without 8-bit weights or cache, even if the config asks for them.
     """
     rollout = config.rollout
     decoder = decode.decoder_for(
@@ -40,13 +40,13 @@ def make_engine(
         decoder,
         num_slots=rollout.num_slots or config.batch.prompts * config.batch.group,
         compact=rollout.compact,
-        # An evaluation, with one lane a slot, reads no more prompts at once than a rollout does.
+        # An evaluation, with one lane a slot, prefills no more prompts at once than a rollout.
         num_read=config.batch.prompts,
     )
 
 
 def make_evaluator(config: ConfigDict, engine: Engine) -> Engine:
-    """The sampler by which the policy is judged: the config's own where that is exact."""
+    """The sampler for evaluations: the config's own if it is exact."""
     decoder = engine.decoder
     exact = make_engine(config, decoder.model, decoder.stop_ids, decoder.mesh, exact=True)
     return engine if exact.decoder == decoder else exact

@@ -1,10 +1,10 @@
-"""What a run reads, as sums: a run that goes on reads what it began with.
+"""Checksums of a run's inputs: a continued run must read the same inputs.
 
-Prompts are drawn by number, so one row more changes all of them; another model is another reference
-for the KL; and a chat template that is told the date writes other prompts tomorrow. So the first
-start of a run records its date and the sums of what it reads, in the workdir; checkpoints have the
-sums, too. Later starts are told that date, and are refused where a sum differs, unless the change
-is accepted by name (`checkpoint.accept_changes`).
+Prompts are drawn by number, so one more row changes all draws; another model is another reference
+for the KL; and a chat template with the date writes other prompts tomorrow. So the first start of a
+run records its date and the checksums of its inputs in the workdir; checkpoints have the checksums,
+too. Later starts use that date. They are refused if a checksum differs, unless the change is
+accepted by name (`checkpoint.accept_changes`).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from grpo_jax.rewards import given
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.run.whole_files import write_json
 
-Sums = dict[str, dict[str, Any]]  # of each thing that is read, its parts: numbers and sums
+Sums = dict[str, dict[str, Any]]  # by input and part: numbers and checksums
 
-_MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as safetensors itself has it
-_SAMPLE_BYTES = 256  # read of each tensor: training changes some of any so many
+_MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; safetensors' own limit
+_SAMPLE_BYTES = 256  # read from each tensor: training changes some of any 256
 _REWARDS = "reward modules"
-_OPTIONS = {  # that name what is read
+_OPTIONS = {  # that name the inputs
     "training problems": "data.path",
     "held-out problems": "data.eval_path",
     "model": "model.path",
@@ -46,17 +46,17 @@ _OPTIONS = {  # that name what is read
 
 
 def date(chosen: str, folder: Path | None = None) -> datetime:
-    """The time that chat templates are told: `chosen` (data.date), or when the run was started.
+    """The date for chat templates: `chosen` (data.date), or the time of the run's first start.
 
-    `folder` is the run's, opened; without one it is the time, on all processes that of the first.
-    Every process must call it.
+    `folder` is the run's opened folder. Without one it is the present time of the first process, on
+    all processes. Every process must call it.
     """
     if chosen:
         return datetime.fromisoformat(chosen)
     own = datetime.now().isoformat(timespec="seconds") if processes.is_first() else ""
     if own and folder is not None:
         record = _record(folder)
-        if "date" not in record:  # of a version that did not write it
+        if "date" not in record:  # a record of an older version
             write_json(folder / "config.json", record | {"date": own})
         own = record.get("date", own)
     return datetime.fromisoformat(processes.agree(own))
@@ -72,9 +72,9 @@ def _record(folder: Path) -> dict[str, Any]:
 def of_problems(
     problems: Sequence[Problem], prompt_ids: Sequence[Sequence[int]] | None = None
 ) -> dict[str, Any]:
-    """How many problems there are, and sums of their prompts and columns.
+    """The number of problems, and checksums of their prompts and columns.
 
-    Of prompts as tokens where `prompt_ids` are given, which a template or tokenizer changes, too.
+    With `prompt_ids`, prompts count as tokens, which also change with the template or tokenizer.
     """
     if prompt_ids is None:
         prompts = [json.dumps([p.prompt, p.arguments], default=str) for p in problems]
@@ -88,25 +88,25 @@ def of_problems(
 
 
 def of_model(policy: Policy) -> dict[str, Any]:
-    """Sums of a model's configuration and weights; nothing of one that is new or without weights.
+    """Checksums of a model's configuration and weights; {} for a model that is new or has none.
 
-    Of weights the headers of their files, which have names, shapes and sizes, and a few bytes of
-    each tensor: whole files would take as long as loading them.
+    Weights count by their files' headers, which have names, shapes and sizes, and by a few bytes of
+    each tensor: reading whole files would take as long as loading them.
     """
     folder = policy.source
     if folder is None:
         return {}
     weights = list(_weights(folder))
-    if not weights:  # of a model that is not there any more the run has kept its files but these
+    if not weights:  # the model is gone; the run's copy has no weights
         return {}
     found = {"configuration": _sum(_configs(folder)), "weights": _sum(weights)}
-    if folder.parent.name == "snapshots":  # of the hub's cache
+    if folder.parent.name == "snapshots":  # a folder in the hub's cache
         found["revision"] = folder.name
     return found
 
 
 def of_adapter(path: str) -> Sums:
-    """Sums of the adapter that a run begins with, where it does and the folder is at hand."""
+    """Checksums of the adapter that a run begins with, if any and if its folder exists."""
     folder = Path(path)
     files = [folder / name for name in (peft.CONFIG, peft.WEIGHTS)]
     if not path or not all(file.is_file() for file in files):
@@ -115,9 +115,9 @@ def of_adapter(path: str) -> Sums:
 
 
 def of_rewards(rewards: Sequence[Reward]) -> dict[str, str]:
-    """Sums of the files that a user's reward functions stand in, by their modules' names.
+    """Checksums of the files with a user's reward functions, by module name.
 
-    Of a function that a program gave, the sum of its own text.
+    A function passed from Python counts by its own source text.
     """
     found = {}
     for reward in rewards:
@@ -127,7 +127,7 @@ def of_rewards(rewards: Sequence[Reward]) -> dict[str, str]:
         module, colon, _ = reward.spec.partition("(")[0].partition(":")
         try:
             spec = importlib.util.find_spec(module) if colon else None
-        except (ImportError, ValueError):  # made while the program runs
+        except (ImportError, ValueError):  # a module made at run time
             spec = None
         if spec is not None and spec.origin and Path(spec.origin).is_file():
             found[module] = _sum([Path(spec.origin).read_bytes()])
@@ -143,7 +143,7 @@ def _sum(parts: Any) -> str:
 
 
 def _configs(folder: Path) -> Iterator[bytes]:
-    """What decides how the weights are used, whoever wrote the file."""
+    """The config files that decide how the weights are used, without the writer's notes."""
     for name in ("config.json", "generation_config.json"):
         file = folder / name
         if file.is_file():
@@ -164,7 +164,7 @@ def _weights(folder: Path) -> Iterator[bytes]:
                 tensors.pop("__metadata__", None)
                 spans = sorted(tuple(tensor["data_offsets"]) for tensor in tensors.values())
             except (ValueError, TypeError, KeyError, AttributeError):
-                continue  # a damaged file, which loading refuses by name
+                continue  # damaged: loading refuses it by name
             for begin, end in spans:
                 middle = (begin + end) // 2
                 stream.seek(8 + size + middle)
@@ -175,12 +175,12 @@ def _weights(folder: Path) -> Iterator[bytes]:
 
 
 def hold(folder: Path, found: Sums, accept: Collection[str] = ()) -> None:
-    """Records what a run reads at its first start, and refuses another thing at a later one.
+    """Records a run's inputs at its first start, and refuses changed inputs at later starts.
 
-    What options that are named in `accept` lead to may be another; it is noted, and the run's own
-    from then on. Every process must call it, after `run_folder.open_for`. Raises ValueError naming
-    what differs, from the first start or between the processes. Reward modules that were edited are
-    only told.
+    Inputs of the options in `accept` may change; the change is noted, and the new input is the
+    run's from then on. Every process must call it, after `run_folder.open_for`. Raises ValueError
+    naming the differences to the first start or between processes. Edited reward modules only give
+    a warning.
     """
     for process, theirs in enumerate(processes.gather(found, "the sums of what is read")):
         differs = _differences(found, theirs)
@@ -204,9 +204,9 @@ def hold(folder: Path, found: Sums, accept: Collection[str] = ()) -> None:
 
 
 def refuse_other(before: Sums, now: Sums, where: str, accept: Collection[str] = ()) -> None:
-    """Raises ValueError where a run began with other things than those that are read `now`.
+    """Raises ValueError if a run began with other inputs than those of `now`.
 
-    `where` holds the run, for the message; `accept` as for `hold`.
+    `where` names the run's place in the message; `accept` as for `hold`.
     """
     held = {thing: sums for thing, sums in before.items() if not _may_change(thing, accept)}
     differs = _differences(held, now)
@@ -221,7 +221,7 @@ def refuse_other(before: Sums, now: Sums, where: str, accept: Collection[str] = 
 
 
 def _may_change(thing: str, accept: Collection[str]) -> bool:
-    """Whether options were accepted that decide on it: of problems any of `data`."""
+    """Whether an accepted option decides on this input; for problems, any option of `data`."""
     option = _OPTIONS.get(thing, "")
     of_data = option.startswith("data.") and any(name.startswith("data.") for name in accept)
     return of_data or option in accept
@@ -232,7 +232,7 @@ def _differs(thing: str, before: Sums, now: Sums) -> bool:
 
 
 def _changes(before: Sums, now: Sums) -> list[dict[str, Any]]:
-    """What to note of a run that goes on with other things, as `record.continued` notes options."""
+    """The changes to note for a run with changed inputs, in the form of `record.continued`."""
     when = time.strftime("%Y-%m-%d %H:%M:%S %z")
     return [
         {"option": option, "from": before[thing], "to": now[thing], "when": when}
@@ -251,7 +251,7 @@ def _tell_of_edited(before: Sums, now: Sums) -> None:
 
 
 def _differences(before: Sums, now: Sums) -> list[str]:
-    """What is not the same, in words; a part that one of them lacks is not compared."""
+    """The differences, as texts; a part that one side lacks is not compared."""
     found = []
     for thing in before.keys() & now.keys() - {_REWARDS}:
         then, new = before[thing], now[thing]
@@ -272,7 +272,7 @@ def of_run(
     policy: Policy,
     rewards: Sequence[Reward],
 ) -> Sums:
-    """The sums of all that a run reads."""
+    """The checksums of all inputs of a run."""
     found = {
         "training problems": of_problems(train, prompt_ids),
         "model": of_model(policy),

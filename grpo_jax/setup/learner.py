@@ -1,4 +1,4 @@
-"""What turns rollouts into new parameters, put together from a config."""
+"""Builds the learner, which turns rollouts into new parameters, from a config."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from grpo_jax.structs import Array, ModelConfig, Sampling
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """How an update is cut to a device's memory, where the config leaves that to the memory."""
+    """How an update is fitted to a device's memory, if the config leaves this open."""
 
     remat: str = "dots"
-    tokens: int = 0  # of a row of a microbatch; 0: the usual number
+    tokens: int = 0  # of a microbatch's row; 0: the default
 
 
 DEFAULT = MemoryPlan()
@@ -36,11 +36,11 @@ DEFAULT = MemoryPlan()
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-    """What turns rollouts into new parameters."""
+    """The programs that turn rollouts into new parameters."""
 
     scorer: Scorer
     optimizer: optax.GradientTransformation
-    learning_rate: Callable  # program: of an update by its number
+    learning_rate: Callable  # program: learning rate by update number
     prepare: Prepare
     update: update.Update
 
@@ -56,7 +56,7 @@ def make_scorer(
     sampling: Sampling,
     fit: MemoryPlan = DEFAULT,
 ) -> Scorer:
-    """How the config runs a model of this shape over given completions."""
+    """The config's scorer for a model of this shape."""
     dtype, scan = jnp.dtype(config.model.dtype), config.model.scan_layers
     in_a_loop = not sharding.is_gpu(mesh) if scan == "auto" else scan == "on"
     return Scorer(
@@ -73,7 +73,7 @@ def make_scorer(
 def make_optimizer(
     config: ConfigDict, schedule: optax.Schedule, weight_decay: float, clip_norm: float
 ) -> optax.GradientTransformation:
-    """The config's AdamW, in its precision."""
+    """The config's AdamW, in the config's precision."""
     optimizer = optim.adamw(
         schedule,
         beta1=config.optim.beta1,
@@ -103,9 +103,9 @@ def _learning_rate(schedule: optax.Schedule) -> Callable:
 def make_learner(
     config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: MemoryPlan = DEFAULT
 ) -> Learner:
-    """The config's update of a model of this shape; nothing is compiled or allocated yet.
+    """The config's learner for a model of this shape; nothing is compiled or allocated yet.
 
-    `fit` holds where the config names no microbatch or no way of computing again.
+    `fit` is used if the config sets no microbatch or no `remat`.
     """
     scorer = dataclasses.replace(
         make_scorer(config, model, mesh, engine.sampling(config), fit),
@@ -161,7 +161,7 @@ def make_learner(
 def make_supervised_learner(
     config: ConfigDict, model: ModelConfig, mesh: Mesh, num_updates: int
 ) -> Learner:
-    """The config's supervised update of a model of this shape; nothing is compiled yet.
+    """The config's supervised learner for a model of this shape; nothing is compiled yet.
 
     The learning rate is 0 after `num_updates`.
     """

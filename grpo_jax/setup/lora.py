@@ -1,4 +1,4 @@
-"""A config's low-rank adapters: which, what they begin as, and what stays frozen beside them."""
+"""A config's low-rank adapters: their layers, initial values, and frozen base weights."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from grpo_jax.models.hf.targets import Spec
 from grpo_jax.models.policy import Policy
 from grpo_jax.structs import Array, ModelConfig, Params
 
-KEPT = "source_adapter"  # of a run's folder, a copy of the adapter that it began with
-_USUAL_OF_ALL = 3e-6  # learning rates under this are those of full fine-tuning
+KEPT = "source_adapter"  # in a run's folder: copy of its initial adapter
+_USUAL_OF_ALL = 3e-6  # full fine-tuning uses learning rates below this
 
 
 def recorded(options: Mapping[str, Any]) -> ConfigDict:
@@ -39,7 +39,7 @@ def recorded(options: Mapping[str, Any]) -> ConfigDict:
 
 
 def _spec_of(config: ConfigDict, kept: Path | None) -> Spec | None:
-    """The adapters that a config asks for; None: all weights learn."""
+    """The adapters that a config asks for; None: all weights are trained."""
     if config.lora.path:
         return peft.read_config(_folder(config.lora.path, kept))
     if not config.lora.rank:
@@ -78,7 +78,7 @@ def _pairs(entries: Sequence[str], name: str, kind: type) -> dict[str, Any]:
 def adapted(model: ModelConfig, config: ConfigDict, kept: Path | None = None) -> ModelConfig:
     """The shape of a model with the adapters that a config asks for; ValueError for wrong ones.
 
-    `kept`: where a run has a copy of lora.path, which may be gone.
+    `kept`: a run's copy of lora.path, which may be gone.
     """
     spec = _spec_of(config, kept)
     if spec is None:
@@ -88,17 +88,17 @@ def adapted(model: ModelConfig, config: ConfigDict, kept: Path | None = None) ->
 
 
 def adapted_policy(policy: Policy, config: ConfigDict, kept: Path | None = None) -> Policy:
-    """The same of a policy."""
+    """A policy with the adapters that a config asks for."""
     return dataclasses.replace(policy, model=adapted(policy.model, config, kept))
 
 
 def keep(config: ConfigDict, folder: Path, policy: Policy) -> Policy:
-    """The policy, and a copy of lora.path in the run's folder: it may be gone when that goes on."""
+    """The policy, after copying lora.path to the run's folder: it may be gone at a restart."""
     kept = folder / KEPT
     if config.lora.path and processes.is_first() and not (kept / peft.WEIGHTS).exists():
         source = _folder(config.lora.path, kept)
         kept.mkdir(parents=True, exist_ok=True)
-        for name in (peft.CONFIG, peft.WEIGHTS):  # the weights last: with them it is whole
+        for name in (peft.CONFIG, peft.WEIGHTS):  # weights last: they mark a whole copy
             shutil.copyfile(source / name, kept / name)
     processes.barrier("the copy of lora.path")
     return policy
@@ -108,7 +108,7 @@ def keep(config: ConfigDict, folder: Path, policy: Policy) -> Policy:
 
 
 def frozen_params(policy: Policy, mesh: Mesh, dtype: Any) -> Params | None:
-    """The parameters that do not learn, as `dtype` or in 8 bits; None where all learn."""
+    """The frozen parameters, in `dtype` or in 8 bits; None if all are trained."""
     model = policy.model
     if model.lora is None:
         return None
@@ -135,7 +135,7 @@ def _quantizing(model: ModelConfig, path: Any, placed: Any) -> Any:
 
 
 def frozen_like(model: ModelConfig, mesh: Mesh, dtype: Any) -> Params | None:
-    """Their shapes and shardings."""
+    """Shapes and shardings of `frozen_params`."""
     if model.lora is None:
         return None
     like = lora.frozen_shapes(model, dtype)
@@ -146,7 +146,7 @@ def frozen_like(model: ModelConfig, mesh: Mesh, dtype: Any) -> Params | None:
 
 
 def first_params(config: ConfigDict, policy: Policy, mesh: Mesh, kept: Path | None) -> Params:
-    """What learns, before the first update: the policy's weights, or adapters, new or given."""
+    """The initial trained weights: the policy's weights, or new or given adapters."""
     dtype, model = jnp.dtype(config.model.param_dtype), policy.model
     if model.lora is None:
         return policy_lib.load_params(policy, mesh, config.seed, dtype)
@@ -158,9 +158,9 @@ def first_params(config: ConfigDict, policy: Policy, mesh: Mesh, kept: Path | No
 def reference(
     config: ConfigDict, policy: Policy, mesh: Mesh, frozen: Params, kept: Path | None
 ) -> Params:
-    """The reference of adapters: the frozen weights alone, or with the adapter of lora.path.
+    """The reference for adapters: the frozen weights alone, or with the adapter of lora.path.
 
-    No second copy of the weights.
+    The weights are not copied.
     """
     if not config.lora.path:
         return frozen
@@ -172,7 +172,7 @@ def reference(
 
 
 def told(config: ConfigDict, model: ModelConfig) -> list[str]:
-    """What learns, and whether the learning rate looks like that of full fine-tuning."""
+    """Messages: the trained weights, and a learning rate that suits only full fine-tuning."""
     if model.lora is None:
         return []
     ranks = sorted({rank for adapter in model.lora.adapters for rank in adapter.ranks if rank})

@@ -1,4 +1,4 @@
-"""The model of a config, or one that a person names."""
+"""The model of a config, or of a path that a user gives."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def new(options: ConfigDict, tokenizer: PreTrainedTokenizerBase) -> Policy:
         num_heads=options.num_heads,
         num_kv_heads=options.num_kv_heads,
         head_size=options.width // options.num_heads,
-        rotaries=(Rotary(100.0),),  # rows are short: every frequency turns within them
+        rotaries=(Rotary(100.0),),  # rows are short: a low base turns all frequencies
         norm_eps=1e-6,
         max_position=1024,
         tied_head=True,
@@ -59,20 +59,19 @@ def new(options: ConfigDict, tokenizer: PreTrainedTokenizerBase) -> Policy:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A model that was asked for."""
+    """A model found by `find_model`."""
 
     policy: policy_lib.Policy
-    saved: tuple[str | Path, int] | None  # folder and number of its checkpoint; None: the policy's
-    said: str  # of a run: which step of it answers; "": not of a run
-    step: int = 0  # of a checkpoint: after which it was written
+    saved: tuple[str | Path, int] | None  # (folder, number) of a checkpoint; None: the policy's
+    said: str  # for a run: the step of the model; "": no run
+    step: int = 0  # of the checkpoint
 
 
 def find_model(path: str, option: str = "--model") -> Found:
     """The model of a Hugging Face folder or hub id, or of a run's folder.
 
-    Of a run it is what it exported or its newest checkpoint, whichever is of a later step; of
-    RUN@STEP or RUN@best that checkpoint. Raises ValueError, which names the `option`, when there is
-    no model.
+    For a run it is the export or the newest checkpoint, whichever is later; RUN@STEP and RUN@best
+    name a checkpoint. Raises ValueError, which names the `option`, if there is no model.
     """
     run, at, which = path.rpartition("@")
     if at and not Path(path).exists() and _is_run(Path(run)):
@@ -93,7 +92,7 @@ def find_model(path: str, option: str = "--model") -> Found:
 
 
 def _checkpoint(folder: Path, which: str) -> Found:
-    """The checkpoint of a run after a step, "best" or, if `which` is "newest", that."""
+    """The checkpoint of a run by step, "best" or "newest"."""
     saved = _checkpoints_of(folder)
     number = None if which == "newest" else saved_lib.find(saved, which)
     with saved_lib.Saved(saved, number) as chosen:
@@ -116,7 +115,7 @@ def _checkpoints_of(folder: Path) -> str | Path:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a folder is a run's, by its record."""
+    """Whether a folder is a run's folder, by its record."""
     file = folder / "config.json"
     if not file.is_file() or (folder / "tokenizer_config.json").exists():
         return (folder / "checkpoints").is_dir()
@@ -127,7 +126,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def load_params(found: Found, mesh: Mesh, dtype) -> Params:
-    """The weights of a model that was found."""
+    """The weights of a found model."""
     policy = found.policy
     if found.saved is None:
         return policy_lib.load_params(policy, mesh, seed=0, dtype=dtype)
@@ -139,9 +138,9 @@ def load_params(found: Found, mesh: Mesh, dtype) -> Params:
 
 
 def trained_params(found: Found, mesh: Mesh) -> tuple[Params, Params | None]:
-    """The weights of a checkpoint that was found as exactly as they were trained.
+    """(trained, frozen) weights of a found checkpoint, at the precision of training.
 
-    And those that did not learn; None where all did.
+    Frozen weights are None if all weights are trained.
     """
     assert found.saved is not None
     policy = found.policy
@@ -151,6 +150,6 @@ def trained_params(found: Found, mesh: Mesh) -> tuple[Params, Params | None]:
 
 
 def open_model(path: str, mesh: Mesh, dtype) -> tuple[policy_lib.Policy, Params]:
-    """Policy and weights of what `find_model` finds."""
+    """Policy and weights of the model that `find_model` finds."""
     found = find_model(path)
     return found.policy, load_params(found, mesh, dtype)

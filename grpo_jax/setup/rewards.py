@@ -13,7 +13,7 @@ from grpo_jax.rewards.registry import Reward
 
 
 def load_rewards(config: ConfigDict) -> list[Reward]:
-    """The config's reward functions; ValueError where one cannot be had."""
+    """The config's reward functions; ValueError if one is unavailable."""
     options = config.rewards
     return registry.load(
         options.names, options.weights, options.accuracy, start_limit_s=options.start_timeout_s
@@ -23,7 +23,7 @@ def load_rewards(config: ConfigDict) -> list[Reward]:
 def start_rewards(
     config: ConfigDict, rewards: list[Reward], *, device_is_busy: bool = True
 ) -> Pool:
-    """The rewards' worker processes: on half of the CPUs, or all while no device computes."""
+    """The rewards' worker processes: on half of the CPUs, or on all if no device computes."""
     options, cpus = config.rewards, cpus_lib.usable()
     return Pool(
         rewards,
@@ -36,7 +36,7 @@ def start_rewards(
 
 
 def refuse_samples(rewards: Sequence[Reward], num_samples: int, option: str) -> None:
-    """Raises ValueError where samples are asked for, and no reward tells which are right."""
+    """Raises ValueError if samples are asked for and no reward tells which are right."""
     if num_samples and not any(reward.gives_accuracy for reward in rewards):
         raise ValueError(
             f"{option} = {num_samples} asks for pass@k and maj@k, and none of the rewards "

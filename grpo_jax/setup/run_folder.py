@@ -1,4 +1,4 @@
-"""A run's folder, opened for a config."""
+"""Opens a run's folder for a config."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from grpo_jax.run.whole_files import write_json
 
 
 def open_for(config: ConfigDict, folder: Path) -> Path:
-    """The folder, made if need be and claimed, with the config recorded in it by the first process.
+    """The folder, created if needed and claimed; the first process records the config in it.
 
-    So is `checkpoint.folder`, where it is one of this machine. Raises ValueError when it holds the
-    run of a config that this one cannot continue, is in use by another process, cannot be written,
-    or is not the same for all processes. A run that ended before it had computed anything does not
-    hold its folder.
+    The same for `checkpoint.folder`, if it is a local folder. Raises ValueError if the folder holds
+    a run that this config cannot continue, is in use by another process, cannot be written, or is
+    not the same for all processes. A run that ended before any result does not occupy its folder.
     """
-    if re.match(r"\w{2,}:/", str(folder)):  # what Path makes of gs://
+    if re.match(r"\w{2,}:/", str(folder)):  # Path turns gs:// into gs:/
         raise ValueError(
             f"--workdir {folder} is no folder of this machine. Give one; checkpoint.folder alone "
             "may be an address such as gs://BUCKET/PATH."

@@ -1,4 +1,4 @@
-"""`GRPOConfig` by TRL's names, and the options of a run that it becomes."""
+"""TRL's `GRPOConfig`, and its translation to the options of a run."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _MODES = {
 class GRPOConfig:
     """TRL 1.16's `GRPOConfig`: its arguments and their defaults.
 
-    Raises ValueError for an argument that is none of TRL's, and for a value whose meaning this
-    trainer does not have: the message says what to use.
+    Raises ValueError for an argument that TRL does not have, and for a value that this trainer does
+    not support; the message says what to use.
     """
 
     def __init__(self, output_dir: str | None = None, **arguments: Any):
@@ -52,10 +52,10 @@ def _is_one_of(value: Any, values: tuple) -> bool:
 
 
 def options_of(args: GRPOConfig, num_problems: int, devices: int) -> dict[str, Any]:
-    """Our options, by name, of TRL's arguments.
+    """This trainer's options, by name, from TRL's arguments.
 
-    `num_problems`: rows of the training data, which epochs count. `devices`: that TRL's sizes of
-    batches are multiplied with. Raises ValueError where sizes do not divide, as in TRL.
+    `num_problems`: rows of the training data, for epochs. `devices`: the factor of TRL's batch
+    sizes. Raises ValueError if sizes do not divide, as in TRL.
     """
     found = {f.option: getattr(args, name) for name, f in FIELDS.items() if f.option}
     batch = _batch(args, devices)
@@ -74,7 +74,7 @@ def options_of(args: GRPOConfig, num_problems: int, devices: int) -> dict[str, A
         "optim.warmup_steps": _warmup(args.warmup_steps, steps * updates),
         "model.dtype": "float32" if args.bf16 is False else "bfloat16",
         "model.remat": "dots" if args.gradient_checkpointing else "none",
-        "data.max_prompt_tokens": 1_000_000,  # TRL has no limit; the model's own holds
+        "data.max_prompt_tokens": 1_000_000,  # TRL has no limit; the model's applies
         "data.chat_template_kwargs": tuple(
             f"{name}={value!r}" for name, value in (args.chat_template_kwargs or {}).items()
         ),
@@ -91,7 +91,7 @@ def options_of(args: GRPOConfig, num_problems: int, devices: int) -> dict[str, A
 
 
 def _text(value: Any) -> str:
-    """A value of one of transformers' enumerations, or a text."""
+    """The text of a value, which may be one of transformers' enumerations."""
     return str(getattr(value, "value", value))
 
 
@@ -142,7 +142,7 @@ def _batch(args: GRPOConfig, devices: int) -> dict[str, int]:
 
 
 def _steps(args: GRPOConfig, num_problems: int, prompts: int, updates: int) -> int:
-    """Rollouts of the run. TRL counts updates, or epochs of whole rollouts."""
+    """The number of rollouts. TRL counts updates, or epochs of whole rollouts."""
     if args.max_steps > 0:
         if args.max_steps % updates:
             raise ValueError(
@@ -160,7 +160,7 @@ def _steps(args: GRPOConfig, num_problems: int, prompts: int, updates: int) -> i
 
 
 def _warmup(steps: float, updates: int) -> int:
-    """Updates; below 1 they are a share of all, as in transformers 5."""
+    """The number of warm-up updates; a value below 1 is a share of all, as in transformers 5."""
     return math.ceil(steps * updates) if 0 < steps < 1 else int(steps)
 
 
@@ -173,7 +173,7 @@ def _every(
     num_problems: int,
     batch: dict[str, int],
 ) -> int:
-    """Steps between what TRL does by updates or epochs; 0: at the end alone."""
+    """Steps between events that TRL counts in updates or epochs; 0: only at the end."""
     if strategy == "no" or not every:
         return 0
     if strategy == "epoch":
@@ -200,7 +200,7 @@ def _correction(args: GRPOConfig) -> dict[str, Any]:
 def _precision(args: GRPOConfig) -> dict[str, Any]:
     given = dict(args.model_init_kwargs or {})
     dtype = str(given.pop("dtype", given.pop("torch_dtype", "float32"))).removeprefix("torch.")
-    given.pop("attn_implementation", None)  # kernels are chosen by themselves
+    given.pop("attn_implementation", None)  # kernels are chosen automatically
     if given:
         raise ValueError(
             f"GRPOConfig(model_init_kwargs=...) has {', '.join(sorted(given))}: only `dtype` is "

@@ -1,8 +1,9 @@
-"""What becomes of every argument of TRL 1.16's GRPOConfig, with transformers' TrainingArguments.
+"""The arguments of TRL 1.16's GRPOConfig and transformers' TrainingArguments, and their meaning.
 
-An argument is one of four kinds: it has an option of ours with the same meaning; it becomes options
-together with others (`config.py` counts them); it says nothing here, whatever its value, as how
-many processes load data; or one value alone means what this trainer does, and others are refused.
+There are four kinds of arguments. Some equal one of this trainer's options. Some become options
+together with others (`config.py` computes them). Some have no effect here, such as the number of
+data-loading processes. For the rest, one value describes what this trainer does, and others are
+refused.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """An argument: its default in TRL, and what it becomes."""
+    """An argument: its default in TRL and its meaning here."""
 
     default: Any
-    option: str = ""  # ours, with the same value
-    counts: str = ""  # our options that it becomes with others
-    beside: str = ""  # why it says nothing here
-    only: str = ""  # why no other value than these is taken, and what to use
-    also: tuple = ()  # values that are taken besides the default
+    option: str = ""  # this trainer's option with the same value
+    counts: str = ""  # options that follow from it and other arguments
+    beside: str = ""  # why it has no effect here
+    only: str = ""  # why other values are refused, and what to use
+    also: tuple = ()  # accepted values besides the default
 
     def told(self) -> str:
-        """What becomes of it, for the table of docs/from_trl.md."""
+        """Its meaning here, for the table of docs/from_trl.md."""
         if self.option:
             return f"`{self.option}`"
         if self.counts:

@@ -1,10 +1,10 @@
-"""PEFT's `LoraConfig` as options of ours."""
+"""Translates PEFT's `LoraConfig` to this trainer's options."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# What means more than adapters of dense layers, and the only values that mean nothing.
+# Settings for more than adapters of dense layers, and their values without effect.
 _REFUSED = {
     "lora_dropout": (0, 0.0),
     "bias": ("none",),
@@ -21,9 +21,9 @@ _REFUSED = {
 
 
 def options_of_peft(peft_config: Any) -> dict[str, Any]:
-    """Our options, by name, of a `LoraConfig`, or anything with its attributes; {} of None.
+    """Options by name from a `LoraConfig`, or an object with its attributes; {} for None.
 
-    Raises ValueError for what this trainer does not do.
+    Raises ValueError for settings that this trainer does not support.
     """
     if peft_config is None:
         return {}
@@ -52,7 +52,7 @@ def options_of_peft(peft_config: Any) -> dict[str, Any]:
 
 
 def _targets(given: Any) -> tuple[str, ...]:
-    """A text is a regular expression for PEFT, anything else the ends of names."""
+    """Targets: in PEFT, a text is a regular expression, anything else has ends of names."""
     if isinstance(given, str):
         return (given if given == "all-linear" else f"(?:{given})",)
     return tuple(sorted(given))

@@ -1,7 +1,7 @@
 """TRL 1.16's reward functions by their names: `from grpo_jax.trl.rewards import accuracy_reward`.
 
-They take what TRL gives them and give what TRL gives. Answers are compared as `math_answer`
-compares them, which reads an answer after #### and in <answer>, too, and cannot hang.
+They have TRL's arguments and results. Answers are compared by `math_answer`, which also reads an
+answer after #### and in <answer>, and cannot hang.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _THOUGHT = re.compile(r"<think>(?!.*<think>).*?</think>.*", re.DOTALL)
 def accuracy_reward(
     completions: Sequence[Any], solution: Sequence[Any], **columns: Any
 ) -> list[float | None]:
-    """1.0 where a completion's answer is its solution's, else 0.0; None without a solution to read.
+    """1.0 if a completion's answer equals its solution's, else 0.0; None if the solution has none.
 
     `completions`: texts, or chats of one message; `solution`: numbers, texts or LaTeX.
     """
@@ -41,7 +41,7 @@ def reasoning_accuracy_reward(
     reasoning_delimiters: Sequence[str] = ("</think>",),
     **columns: Any,
 ) -> list[float | None]:
-    """The same of what follows the last of the delimiters; 0.0 where there is none."""
+    """`accuracy_reward` of the text after the last delimiter; 0.0 if there is none."""
     ends = re.compile("|".join(map(re.escape, reasoning_delimiters)))
     texts = [ends.split(text_of(completion)) for completion in completions]
     rewards = accuracy_reward([parts[-1] for parts in texts], solution)
@@ -84,7 +84,7 @@ def get_cosine_scaled_reward(
 ) -> Callable:
     """`accuracy_reward` scaled by the completion's length along half a cosine to `max_len` tokens.
 
-    A right completion gets the more the shorter it is, a wrong one the less. Yeo et al. 2025,
+    A shorter right completion gets more; a shorter wrong completion gets less. Yeo et al. 2025,
     arXiv:2502.03373, appendix C.1.
     """
     return _Cosine(
@@ -125,7 +125,7 @@ class _Cosine:
     __name__ = "cosine_scaled_reward"
 
     def __init__(self, limit: int, wrong: tuple[float, float], right: tuple[float, float]):
-        """`wrong`, `right`: the rewards of an empty completion and of one at the limit."""
+        """`wrong`, `right`: the rewards of an empty completion, and of one at the limit."""
         self._limit, self._wrong, self._right = limit, wrong, right
 
     def __call__(

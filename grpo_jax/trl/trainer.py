@@ -1,4 +1,4 @@
-"""`GRPOTrainer` by TRL's names: it gives `grpo_jax.train` what TRL's arguments mean."""
+"""TRL's `GRPOTrainer`: it translates TRL's arguments and calls `grpo_jax.train`."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _REFUSED = {
 class GRPOTrainer:
     """TRL 1.16's `GRPOTrainer`: its arguments, `train()` and `save_model()`.
 
-    `callbacks` are functions as `grpo_jax.train` takes them. `peft_config` is a `LoraConfig` of
-    PEFT's. `options` are options of ours, by
-    name, for what TRL has no word for. Raises ValueError for what this trainer does not do.
+    `callbacks` are functions, as for `grpo_jax.train`. `peft_config` is PEFT's `LoraConfig`.
+    `options` are this trainer's options by name, for settings that TRL does not have. Raises
+    ValueError for arguments that this trainer does not support.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class GRPOTrainer:
         self._rewards = _weighed(reward_funcs, self.args.reward_weights)
 
     def train(self) -> Trained:
-        """Trains, or goes on in `args.output_dir`; what `grpo_jax.train` gives."""
+        """Trains, or continues in `args.output_dir`; returns the result of `grpo_jax.train`."""
         data, eval_data = self._data
         options = options_of(self.args, len(data), len(jax.devices())) | self._options
         if eval_data is not None and str(self.args.eval_strategy) == "no":
@@ -86,7 +86,7 @@ class GRPOTrainer:
         return self.run
 
     def evaluate(self, eval_dataset: Any = None) -> dict[str, Any]:
-        """Metrics of the trained model on problems, as `Trained.evaluate` gives them."""
+        """Metrics of the trained model on problems, as in `Trained.evaluate`."""
         if self.run is None:
             raise ValueError("evaluate() comes after train().")
         return self.run.evaluate(eval_dataset)
