@@ -255,7 +255,7 @@ class Monitor:
     def save(self, state: RunState, quality: float | None = None, **options: Any) -> None:
         """Begins a checkpoint; arguments as for `run_state.save`.
 
-        Raises ValueError where the folder is another run's by now.
+        Raises ValueError if another run has taken the folder.
         """
         claim.check()
         state.wall_s = time.monotonic() - self._began

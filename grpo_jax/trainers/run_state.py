@@ -54,7 +54,7 @@ class RunState:
     unevaluated: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def draw_of(self, step: int) -> int:
-        """The number of the draw that gives a step its prompts and its random key."""
+        """The number of the draw that determines a step's prompts and random key."""
         return step + self.passed_over
 
     @property
