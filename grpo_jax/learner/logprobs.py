@@ -30,7 +30,7 @@ TokenLoss = Callable[[Array, Array, Any], Array]
 _MAX_LOGITS = 2**27
 _LOGITS_FOR_HIDDEN = 8
 _MAX_TOKENS = 4096  # a larger product is no faster on any device
-_TILE = 64  # in tokens; GPUs copy operands of other widths
+_TILE = 64  # in tokens; GPUs copy operands whose width is no multiple of 8
 
 
 @dataclasses.dataclass(frozen=True)
