@@ -163,7 +163,7 @@ class Monitor:
         self._started, self._learning = time.monotonic(), 0.0
 
     def sampled(self, state: RunState, sampled: Rollout) -> None:
-        """Notes that a step's completions are there; they may be sampled earlier."""
+        """Notes that a step's completions are there; they may have been sampled earlier."""
         self.log.close()  # if the last step sampled nothing, the line is open
         self.guards.enforce()
         self._started = time.monotonic() - sampled.seconds
