@@ -164,7 +164,7 @@ def note(text: str) -> None:
 
 
 def show(prompt: str, text: str) -> None:
-    """Prints a prompt and its completion: on a terminal the prompt dim, and what that shows."""
+    """Prints a prompt and its completion; for a terminal, dims the prompt and escapes controls."""
     if console.is_terminal:
         prompt, text = visible(prompt), visible(text)
         if console.color_system:

@@ -19,7 +19,7 @@ from grpo_jax.evaluation.estimates import Estimate
 def evaluate(
     model: str | Path, config: ConfigDict, given: tuple[Any, Any, Any], chosen: Mapping[str, Any]
 ) -> dict[str, Estimate]:
-    """Metrics by name, as `python -m grpo_jax.evaluate` gives them, with 95 % intervals.
+    """Metrics by name, with 95 % intervals, as from `python -m grpo_jax.evaluate`.
 
     `given`: rewards, data and held-out data as for `train`; None: the config's. `chosen`: options
     of the config by name; `num_samples`, `temperature` and `num_problems` mean those of

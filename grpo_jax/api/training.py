@@ -48,8 +48,8 @@ def train(
     (docs/options.md) by name: `group=8`, `**{"batch.group": 8}`, or a section as a dict,
     `optim={"schedule": "linear"}`.
 
-    `workdir` is `runs/` and the time where none is given. A run stopped by a callback or Ctrl-C
-    saves itself, and the same call continues it. Raises ValueError for a user's mistake.
+    The default `workdir` is `runs/` and the time. A run stopped by a callback or Ctrl-C saves
+    itself, and the same call continues it. Raises ValueError for a user's mistake.
     """
     made = options_lib.make_config(config, model, rewards, data, eval_data, options)
     folder = Path(workdir or Path("runs") / time.strftime("%Y%m%d-%H%M%S"))

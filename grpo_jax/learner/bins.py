@@ -9,7 +9,7 @@ import numpy as np
 
 
 def spread(weights: list[int], bins: int, most: int) -> list[list[int]]:
-    """Indices in `number` bins of similar weight, at most `most` in each.
+    """Indices in `bins` bins of similar weight, at most `most` in each.
 
     Greedy: the heaviest first, each into the lightest bin that is not full.
     """

@@ -32,7 +32,7 @@ def action_mask(length_PG: Array, stopped_PG: Array, tokens: int, mask_truncated
 
 @dataclasses.dataclass(frozen=True)
 class LogProbs:
-    """Completions on the device, with log-probabilities [P, G, C] where the loss reads them."""
+    """Completions on the device, with log-probabilities [P, G, C] if the loss reads them."""
 
     rollouts: Rollouts
     order_P: np.ndarray | None  # order of the prompts; None: as they were given

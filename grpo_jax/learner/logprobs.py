@@ -30,7 +30,7 @@ TokenLoss = Callable[[Array, Array, Any], Array]
 _MAX_LOGITS = 2**27
 _LOGITS_FOR_HIDDEN = 8
 _MAX_TOKENS = 4096  # a larger product is no faster on any device
-_TILE = 64  # in tokens; GPUs copy operands of other widths
+_TILE = 64  # in tokens; GPUs copy operands whose width is no multiple of 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +184,7 @@ def loss(
     Differentiable in the first result, with respect to `hidden_BTD` and `head_DV` alone.
     `token_loss(logp, entropy, terms)` sees arrays of one chunk; `terms` is a pytree of [B, T]
     arrays that stay fixed. `cap` as in `token_logprobs`. Tokens of weight 0 contribute nothing,
-    whatever they hold.
+    whatever their values.
     """
     logp_BT, entropy_BT = token_logprobs(hidden_BTD, head_DV, target_BT, sampling, along, cap)
     per_token = jnp.where(weight_BT != 0, token_loss(logp_BT, entropy_BT, terms), 0.0)

@@ -1,8 +1,9 @@
 """Adam with moments stored in bfloat16 or 8 bits, and computed in float32.
 
-One update may change a moment by less than the spacing of such numbers. Rounded to the nearest, the
-moment would never change: neither the second moment nor, for a weight without gradient, the first.
-So rounding is stochastic and unbiased. The random bits follow from the seed and the update count.
+One update may change a moment by only a tenth or a hundredth of itself, less than the spacing of
+such numbers. Rounded to the nearest, second moments would stop changing, and so would the first
+moment of a weight without gradient. So rounding is stochastic and unbiased. The random bits follow
+from the seed and the update count.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ A row holds its prompts, each once for its group, and then the completions' toke
 token-wise layers work on rows. Only attention needs to know which tokens belong together: for
 attention, each prompt has several lanes of equal width, and each lane holds one or more
 completions. Two integer arrays, made on the host from the completions' lengths, map tokens to
-places. An entry predicts the token whose index it has and reads the token before it. The prompt
-predicts a completion's first token, so a completion of n tokens takes n - 1 entries. If a row has
-as many entries as its lanes have places, as with completions of similar length, entries and places
-are the same and nothing moves. The shapes alone decide this.
+places. Entry c reads completion token c - 1 and predicts token c. The prompt predicts a
+completion's first token, so a completion of n tokens takes n - 1 entries. If a row has as many
+entries as its lanes have places, as with completions of similar length, entries and places are the
+same and nothing moves. The shapes alone decide this.
 
 `row_sizes.py` chooses the size of rows and assigns completions to them. Axes beside those of
 `structs.py`:

@@ -141,7 +141,7 @@ class Packed:
     """
 
     groups_BJ: Array
-    index_BE: Array  # int32: (j * G + g) * C + c; 0 where there is none
+    index_BE: Array  # int32: (j * G + g) * C + c; 0 if empty
     there_BE: Array  # bool
     layout: tuple[Array, Array]  # for the network
     tokens: int  # C

@@ -81,7 +81,7 @@ def _llama3(freq: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 def _yarn(power: np.ndarray, theta: float, dims: int, scaling: YarnScaling) -> np.ndarray:
     def pair_of(turns: float) -> float:
-        """The pair, as a fraction, that makes so many turns within the original length."""
+        """The pair index, as a fraction, that makes `turns` turns within the original length."""
         turn = scaling.original_max_position / (turns * 2 * math.pi)
         return dims * math.log(turn) / (2 * math.log(theta))
 

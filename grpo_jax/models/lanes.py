@@ -24,7 +24,7 @@ Layout = tuple[Array, Array]
 
 
 def identity_layout(prompts: int, group: int, tokens: int) -> Layout:
-    """The layout with a row for each prompt and a lane for each completion, without moves."""
+    """The layout with one row for each prompt and one lane for each completion, without gaps."""
     token_GT = np.arange(group)[:, None] * tokens + np.arange(1, tokens)
     entry_GT = np.arange(token_GT.size).reshape(token_GT.shape)
     return (

@@ -34,7 +34,7 @@ class Place(NamedTuple):
 
 @functools.cache
 def runs(layers: tuple[Layer, ...]) -> tuple[Run, ...]:
-    """The runs with the fewest layers to compile; of equal ones, the fewest runs."""
+    """The runs with the fewest layers to compile; among equal divisions, the fewest runs."""
     number = len(layers)
     # For layers i and later: layers to compile, runs, and the first run's period and count.
     best = [(number + 1, number + 1, 0, 0)] * number + [(0, 0, 0, 0)]

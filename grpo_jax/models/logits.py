@@ -29,7 +29,7 @@ def logits(hidden: Array, head_DV: Array, cap: float | None = None) -> Array:
 
 
 def keep_mask(logits: Array, sampling: Sampling) -> Array | None:
-    """True where a token may be drawn, bool [..., V]; None when every token may.
+    """True for tokens that may be drawn, bool [..., V]; None if every token may be drawn.
 
     `logits` are already divided by the temperature. Of equal logits at the threshold all are kept.
     """
@@ -149,7 +149,7 @@ def _block_width(vocab: int) -> int:
 
 
 def _first_beyond(mass_BN: Array, target_B1: Array) -> tuple[Array, Array]:
-    """The first entry above 0 where the running sum passes the target, and the sum before it.
+    """The first entry above 0 at which the running sum passes the target, and the sum before it.
 
     If rounding leaves the target at the very end, it is the last entry above 0.
     """

@@ -5,9 +5,9 @@ layer like the parameters (`layer_runs.py`):
 
     layers/ (stacked by slot) attention/q/lora_a [in, r]    attention/q/lora_b [r, out]
 
-`attached` puts them beside the parameters, which then are frozen, as `dense.Adapted` kernels; that
-is the tree which scoring, training and sampling read. Where the layers of a stack have adapters of
-several ranks all have the largest: the scaling of the rest is 0, and so is its gradient.
+`attached` puts them beside the frozen parameters as `dense.Adapted` kernels; scoring, training and
+sampling read that tree. If the layers of a stack have different ranks, all get the largest rank;
+the scaling of the rest is 0, and so is its gradient.
 """
 
 from __future__ import annotations

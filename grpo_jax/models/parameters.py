@@ -106,7 +106,7 @@ def _param_shapes(config: ModelConfig) -> Params:
 
 
 def head_kernel(params: Params) -> Array:
-    """The LM head [D, V]: the embedding transposed where the model ties them."""
+    """The LM head [D, V]; in a tied model, the transposed embedding."""
     if "head" in params:
         return params["head"]["kernel"]
     return params["embed"]["embedding"].T

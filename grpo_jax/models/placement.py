@@ -116,7 +116,7 @@ class Placement:
         return self._by_token(self._by_head(x_BTNH))
 
     def gathered(self, params: Params, axes: Params) -> Params:
-        """A layer's parameters, replicated for devices that have their own rows.
+        """A layer's parameters, gathered on devices that have their own attention rows.
 
         This makes XLA gather the weights; by itself it would send activations instead.
         """

@@ -2,9 +2,9 @@
 
 `completion_states` runs prompts once and their completions beside them (training and scoring),
 `prefill` runs prompts and keeps their keys and values, `decode_token` adds one token per
-completion. All three apply the same `Block` and hand it different attention. Layers are stacked and
-scanned by runs of a pattern (`layer_runs.py`), except in sampling, where a scan would copy the
-cache: `prefill` and `decode_token` take their layers one by one, in a list.
+completion. All three apply the same `Block` with different attention. Layers are stacked and
+scanned by runs of a pattern (`layer_runs.py`). In sampling a scan would copy the cache, so
+`prefill` and `decode_token` take a list of layers.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _attend_packed(
     window: int | None,
     cap: float | None,
 ) -> Array:
-    """Attention of packed rows [B, T, N, H]: completions see their prompt and themselves."""
+    """Attention of packed rows [B, T, N, H], in which completions also see their prompt."""
     length_P, lanes = inputs.prompt_length_P, inputs.lanes
     if not inputs.prompt_tokens:
         by_lane = [x.reshape(-1, *x.shape[2:]) for x in (lanes.spread(x) for x in (q, k, v))]

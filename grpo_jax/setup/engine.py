@@ -21,7 +21,8 @@ def make_engine(
 ) -> Engine:
     """The config's sampler for a model of this shape; nothing is compiled or allocated yet.
 
-    `exact`: without 8-bit weights or cache, even if the config asks for them.
+    `exact`: without 8-bit weights, 8-bit cache or merged adapters, even if the config asks for
+    them.
     """
     rollout = config.rollout
     decoder = decode.decoder_for(

@@ -172,7 +172,7 @@ def reference(
 
 
 def told(config: ConfigDict, model: ModelConfig) -> list[str]:
-    """Messages: the trained weights, and a learning rate that suits only full fine-tuning."""
+    """Messages on the trained weights, and on a learning rate that suits only full fine-tuning."""
     if model.lora is None:
         return []
     ranks = sorted({rank for adapter in model.lora.adapters for rank in adapter.ranks if rank})

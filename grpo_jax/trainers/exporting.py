@@ -28,7 +28,7 @@ def export(
     asked_dtype: str,
     frozen: Params | None = None,
 ) -> None:
-    """Exports the run's policy at the precision of training; see `write`."""
+    """Exports a train state's policy, from its float32 copy if there is one; see `write`."""
     params = transfer.to_device_memory(optim.trained(state.params, state.opt_state))
     write(policy, folder, params, asked_dtype, frozen)
 

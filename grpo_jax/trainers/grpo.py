@@ -125,12 +125,12 @@ def run(
     stop: stop_lib.StopSignal | None = None,
     callbacks: tuple[Callback, ...] = (),
 ) -> dict[str, Any]:
-    """Trains the model at `model_path`, or goes on with the run in `folder`; returns its summary.
+    """Trains the model at `model_path`, or continues the run in `folder`; returns its summary.
 
-    `spent_s`: seconds that went into making the model, counted as part of the run. `stop`: the
-    caller's stop signal; None: the run installs its own. `callbacks` are called after each step.
-    Raises ValueError for a user's mistake, `guards.Diverged` if a guard ends the run, and
-    `stop.Stopped` after a requested stop has saved.
+    `spent_s`: seconds spent on making the model, counted as part of the run. `stop`: the caller's
+    stop signal; None: the run installs its own. `callbacks` are called after each step. Raises
+    ValueError for a user's mistake, `guards.Diverged` if a guard ends the run, and `stop.Stopped`
+    after a requested stop has saved.
     """
     began = time.monotonic() - spent_s
     with claim.held(), stop or stop_lib.StopSignal(config.checkpoint.save_before_s) as stop:

@@ -1,4 +1,4 @@
-"""Guards: react to metrics that are out of bounds, so that a run can be left alone.
+"""Guards react to metrics that are out of bounds, so that a run needs no watching.
 
 Each guard has its bounds and its action in the config. Its inputs are the same on all processes,
 and its memory of earlier steps is part of the run's state. So decisions are the same on all

@@ -163,7 +163,7 @@ class Monitor:
         self._started, self._learning = time.monotonic(), 0.0
 
     def sampled(self, state: RunState, sampled: Rollout) -> None:
-        """Notes that a step's completions are there; they may be sampled earlier."""
+        """Notes that a step's completions are there; they may have been sampled earlier."""
         self.log.close()  # if the last step sampled nothing, the line is open
         self.guards.enforce()
         self._started = time.monotonic() - sampled.seconds
@@ -255,7 +255,7 @@ class Monitor:
     def save(self, state: RunState, quality: float | None = None, **options: Any) -> None:
         """Begins a checkpoint; arguments as for `run_state.save`.
 
-        Raises ValueError where the folder is another run's by now.
+        Raises ValueError if another run has taken the folder.
         """
         claim.check()
         state.wall_s = time.monotonic() - self._began

@@ -33,7 +33,7 @@ _MAX_COLUMN_CHARS = 400  # of a problem's column, shown with a sample
 def sample(
     run: Run, state: RunState, log: StepLog, on_harvest: Callable[[], None], *, ahead: int = 0
 ) -> Rollout:
-    """Samples the completions of the step `ahead` of the state's.
+    """Samples the completions of a step: the state's step plus `ahead`.
 
     Once the device is busy, it writes the open metrics line. `on_harvest` is called whenever some
     completions have finished, on all processes alike.

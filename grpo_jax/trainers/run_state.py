@@ -54,7 +54,7 @@ class RunState:
     unevaluated: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def draw_of(self, step: int) -> int:
-        """The number of the draw that gives a step its prompts and its random key."""
+        """The number of the draw that determines a step's prompts and random key."""
         return step + self.passed_over
 
     @property
@@ -105,7 +105,7 @@ def newest(run: Run) -> RunState:
 
 
 def roll_back(run: Run, state: RunState, undone: int) -> RunState:
-    """The state to continue from if the steps up to `undone` must be undone: an older checkpoint.
+    """The state to continue from after undoing the steps up to `undone`: an older checkpoint.
 
     It is the newest checkpoint that was due when written. A checkpoint that a stop wrote does not
     count, since a run without stops would not have it. If the last roll-back went to that

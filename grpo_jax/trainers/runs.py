@@ -59,7 +59,7 @@ class Run:
     held_out: Questions | None  # None: the policy is not evaluated
     rewards: Pool | None  # None: neither training nor evaluation uses rewards
     engine: Engine | None  # None: completions are given
-    evaluator: Engine | None  # exact weights, even if rollouts use 8 bits
+    evaluator: Engine | None  # exact, even if rollouts use 8 bits
     optimizer: optax.GradientTransformation
     learning_rate: Callable  # program: learning rate by update number
     prepare: Prepare

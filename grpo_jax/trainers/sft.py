@@ -64,7 +64,7 @@ Solution = Callable[[Problem, np.random.Generator], str]
 def run(
     config: ConfigDict, folder: Path, stop: StopSignal | None = None, *, is_start: bool = False
 ) -> Path:
-    """Trains, or goes on with the training in `folder`; returns the Hugging Face folder it exports.
+    """Trains, or continues the training in `folder`; returns the exported Hugging Face folder.
 
     `stop`: the caller's stop signal; None: the training installs its own. `is_start`: a later run
     evaluates the model. Raises ValueError for a user's mistake, `guards.Diverged` if a guard ends

@@ -2,8 +2,7 @@
 
 There are four kinds of arguments. Some equal one of this trainer's options. Some become options
 together with others (`config.py` computes them). Some have no effect here, such as the number of
-data-loading processes. For the rest, one value describes what this trainer does, and others are
-refused.
+data-loading processes. For the rest, only the values that describe this trainer are accepted.
 """
 
 from __future__ import annotations

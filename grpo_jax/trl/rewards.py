@@ -21,7 +21,7 @@ _THOUGHT = re.compile(r"<think>(?!.*<think>).*?</think>.*", re.DOTALL)
 def accuracy_reward(
     completions: Sequence[Any], solution: Sequence[Any], **columns: Any
 ) -> list[float | None]:
-    """1.0 if a completion's answer equals its solution's, else 0.0; None if the solution has none.
+    """1.0 if a completion's answer equals its solution's, else 0.0; None if that has no answer.
 
     `completions`: texts, or chats of one message; `solution`: numbers, texts or LaTeX.
     """

@@ -156,7 +156,7 @@ def _scaling(
         grown = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         lists = [_divisors(keys, name, rope, key, turning // 2) for key in ("short", "long")]
         return LongScaling(*lists, original), number("attention_factor", grown), False
-    # Some files, such as DeepSeek-R1-0528-Qwen3-8B's, multiply the paper's factor.
+    # Some files have a multiplier of the paper's factor, such as DeepSeek-R1-0528-Qwen3-8B's.
     amplitude = number("attention_factor", _of_yarn(rope, factor, number)) * number(
         "attn_factor", 1.0
     )

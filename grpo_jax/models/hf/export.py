@@ -84,9 +84,10 @@ def keep(
     dtype: str,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Writes what an export will need of `source` besides weights, as `folder` for `save`.
+    """Copies the files of `source` that an export needs, besides weights, to `folder`.
 
-    So a run does not need the folder that it began with to end. `dtype`: of the source's weights.
+    `save` takes `folder` as its source, so a run can end after its model's folder is gone. `dtype`:
+    of the source's weights.
     """
     with _replacing(folder) as partial:
         _save_configs(partial, config, source, dtype, tokenizer)

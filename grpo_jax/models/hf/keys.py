@@ -118,7 +118,7 @@ class Keys:
         return None if self.find(key) is None else self.number(key)
 
     def flag(self, key: str) -> bool:
-        """True or false; false where absent, unless this family says otherwise."""
+        """True or false; false if absent, unless this family has another default."""
         self._read.add(key)
         value = self.hf.get(key, self._absent.get(key, False))
         if type(value) is not bool:
