@@ -6,19 +6,15 @@ rouge-score compute BLEU and ROUGE, so that the values are comparable with publi
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import re
-import string
 
 import numpy as np
 
 from grpo_jax.evaluation import estimates
 from grpo_jax.evaluation.estimates import Tally
+from grpo_jax.rewards.text import word_f1
 
 _ROUGES = ("rouge1", "rouge2", "rougeL")
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,31 +66,13 @@ def score(texts: list[str], references: list[str]) -> TextScores:
     rows: dict[str, list[float]] = {name: [] for name in ("f1", "bleu", *_ROUGES)}
     parts = []
     for text, reference in zip(texts, references, strict=True):
-        rows["f1"].append(token_f1(text, reference))
+        rows["f1"].append(word_f1(text, reference))
         rows["bleu"].append(single.sentence_score(text, [reference]).score)
         for name, value in scorer.score(reference, text).items():
             rows[name].append(value.fmeasure)
         found = corpus.corpus_score([text], [[reference]])
         parts.append([*found.counts, *found.totals, found.sys_len, found.ref_len])
     return TextScores({n: np.array(v) for n, v in rows.items()}, np.array(parts))
-
-
-def token_f1(text: str, reference: str) -> float:
-    """Harmonic mean of precision and recall of words, as SQuAD counts them.
-
-    Rajpurkar et al. 2016 (arXiv:1606.05250), section 6.1: without case, punctuation and articles.
-    If one of the two has no words left, the score is 1 if the other has none either, else 0 (SQuAD
-    2.0).
-    """
-    words, reference_words = _words(text), _words(reference)
-    if not words or not reference_words:
-        return float(words == reference_words)
-    common = (collections.Counter(words) & collections.Counter(reference_words)).total()
-    return 2 * common / (len(words) + len(reference_words))
-
-
-def _words(text: str) -> list[str]:
-    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
 def _bleu_of_sums(sums: np.ndarray) -> np.ndarray:

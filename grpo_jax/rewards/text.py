@@ -52,9 +52,23 @@ def token_f1(
     """
     texts = _answers(prompts, completions, rendered_prompts)
     return [
-        max(_f1(_tokens(text or ""), _tokens(a)) for a in _accepted(value))
+        max(0.0 if text is None else word_f1(text, a) for a in _accepted(value))
         for text, value in zip(texts, answer)
     ]
+
+
+def word_f1(text: str, reference: str) -> float:
+    """Harmonic mean of precision and recall of the words of a text, in 0..1.
+
+    Words are normalized as in `exact_match`. If one of the two has no words, the score is 1 if the
+    other has none either, else 0 (SQuAD 2.0). A text of articles alone keeps them, unlike SQuAD's:
+    it may be choice A.
+    """
+    words, reference_words = _tokens(text), _tokens(reference)
+    if not words or not reference_words:
+        return float(words == reference_words)
+    common = (Counter(words) & Counter(reference_words)).total()
+    return 2 * common / (len(words) + len(reference_words))
 
 
 def mentions(
@@ -142,15 +156,7 @@ def _accepted(value: Any) -> Sequence[str]:
 
 def _tokens(text: str) -> list[str]:
     text = text.lower().translate(_WITHOUT_PUNCTUATION)
-    return _ARTICLES.sub(" ", text).split() or text.split()  # the answer may be choice A
-
-
-def _f1(found: list[str], expected: list[str]) -> float:
-    num_common = (Counter(found) & Counter(expected)).total()
-    if not num_common:
-        return 0.0
-    precision, recall = num_common / len(found), num_common / len(expected)
-    return 2 * precision * recall / (precision + recall)
+    return _ARTICLES.sub(" ", text).split() or text.split()  # it may be choice A
 
 
 def _repetition(words: list[str], n: int) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.evaluation import estimates, text_metrics
+from grpo_jax.rewards.text import token_f1, word_f1
 
 
 @pytest.mark.parametrize(
@@ -18,13 +19,19 @@ from grpo_jax.evaluation import estimates, text_metrics
         ("cat cat cat", "cat cat dog", 2 * 2 / (3 + 3)),  # cat is common twice
         ("dog", "cat", 0.0),
         ("", "cat", 0.0),
-        ("cat", "the", 0.0),  # an article alone is no words
-        ("The!", "", 1.0),
+        ("cat", "the", 0.0),
+        ("The!", "", 0.0),  # an article alone is a word
+        ("A", "a.", 1.0),
+        ("!", "", 1.0),  # both have no words
         ("theatre", "atre", 0.0),  # articles are whole words
     ],
 )
 def test_f1(text, reference, f1):
-    assert text_metrics.token_f1(text, reference) == pytest.approx(f1)
+    assert word_f1(text, reference) == pytest.approx(f1)
+    # One definition serves the metric and the reward.
+    assert text_metrics.score([text], [reference]).by_name["f1"] == pytest.approx([f1])
+    if reference:  # the reward refuses an answer without words
+        assert token_f1([""], [text], answer=[reference]) == pytest.approx([f1])
 
 
 def _texts(n: int) -> tuple[list[str], list[str]]:
