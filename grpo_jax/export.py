@@ -17,7 +17,7 @@ from grpo_jax.devices import sharding
 from grpo_jax.messages.console import say
 from grpo_jax.run import workdir
 from grpo_jax.setup.model import find_model, trained_params
-from grpo_jax.trainers import exporting
+from grpo_jax.trainers import exporting, model_card
 
 
 def main(argv: list[str]) -> None:
@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
     exporting.write(found.policy, out, params, dtype, frozen)
     _, number = found.saved
     workdir.note_export(out, step=found.step, updates=number)
+    model_card.write(out, found.policy, kept, step=found.step)
     say(f"{found.said}\nIt is in {out}.")
 
 

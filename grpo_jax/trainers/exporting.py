@@ -53,7 +53,7 @@ def write(
         dtype = policy.stored or jax.tree.leaves(frozen)[0].dtype.name
     merged = lora.merged(lora.attached(frozen, params, model), dtype)
     _write(policy, folder, merged, dtype)
-    peft.save(folder / ADAPTER, params, model, base=_name_of(policy))
+    peft.save(folder / ADAPTER, params, model, base=source_name(policy))
 
 
 def _dtype(policy: Policy, folder: Path, params: Params, asked: str) -> str:
@@ -81,8 +81,8 @@ def _write(policy: Policy, folder: Path, params: Params, dtype: str) -> None:
     )
 
 
-def _name_of(policy: Policy) -> str | None:
-    """The hub id of the adapters' base model, or its folder."""
+def source_name(policy: Policy) -> str | None:
+    """The hub id of the model that a policy was read from, or its folder; None: a new model."""
     source = policy.source
     if source is None:
         return None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax import keys
+from grpo_jax.config.dotted import flatten
 from grpo_jax.evaluation import held_out
 from grpo_jax.hosts import processes
 from grpo_jax.messages import console, events
@@ -18,7 +19,7 @@ from grpo_jax.run import claim, workdir
 from grpo_jax.run import stop as stop_lib
 from grpo_jax.run.checkpoints import NotSaved
 from grpo_jax.run.whole_files import write_json
-from grpo_jax.trainers import exporting
+from grpo_jax.trainers import exporting, model_card
 from grpo_jax.trainers.monitor import Monitor
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Run
@@ -111,6 +112,10 @@ def _summary(run: Run, state: RunState, wall_s: float) -> dict[str, Any]:
         dtype = run.config.checkpoint.export_dtype
         exporting.export(run.policy, export, state.train, dtype, run.frozen)
         workdir.note_export(export, step=state.step, updates=int(state.train.num_updates))
+        model_card.write(
+            export, run.policy, flatten(run.config), step=state.step, method="grpo",
+            summary=summary,
+        )  # fmt: skip
         summary["export"] = str(export)
         summary["ask"] = _command_to_ask(run, export)
     if processes.is_first():

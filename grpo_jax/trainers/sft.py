@@ -20,6 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from grpo_jax.config import derived, guard_rules, rules
+from grpo_jax.config.dotted import flatten
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import streams, tasks
@@ -42,7 +43,7 @@ from grpo_jax.setup.learner import make_supervised_learner
 from grpo_jax.setup.rewards import load_rewards, start_rewards
 from grpo_jax.setup.run_folder import open_for
 from grpo_jax.structs import Rollouts, pad_rows
-from grpo_jax.trainers import exporting, grpo, restarts, rollout
+from grpo_jax.trainers import exporting, grpo, model_card, restarts, rollout
 from grpo_jax.trainers.monitor import Monitor
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Course, Run
@@ -155,6 +156,8 @@ def _finish(run: Run, state: RunState, stop: StopSignal, wall_s: float) -> Path:
         dtype = run.config.checkpoint.export_dtype
         exporting.export(run.policy, export, state.train, dtype, run.frozen)
         workdir.note_export(export, step=state.step, updates=int(state.train.num_updates))
+        given = flatten(run.config)
+        model_card.write(export, run.policy, given, step=state.step, method="sft")
         if stop.asked():  # a later run is asked to stop, too
             raise Stopped(
                 f"Stopped by {stop.name} at {run.course.step} {state.step}; all is saved in "
