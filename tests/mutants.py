@@ -135,7 +135,7 @@ NEAREST = {
     "run/append_log": ("tests/metrics/test_tensorboard.py", "tests/metrics/test_writers.py"),
     "sampling": ("tests/sampling/test_engine.py", WIRING),
     "setup": (WIRING, "tests/config/test_rules.py", RUNS[0]),
-    "setup/lora": ("tests/runs/test_lora.py",),
+    "setup/lora": ("tests/runs/test_lora_runs.py",),
     "setup/model": ("tests/test_generate.py", WIRING),
     "setup/inputs": ("tests/setup/test_inputs.py",),
     "trainers": (WIRING, RUNS[0]),

@@ -60,7 +60,7 @@ def test_lists_name_all_there_is(monkeypatch, capsys):
     ("argv", "words"),
     [
         (["trian"], "there is no program 'trian'. Give one of train, sft"),
-        (["options", "optimizer"], "'optimizer' is no section of options: model, data"),
+        (["options", "optimizer"], "'optimizer' is no section of options: model, lora, data"),
         (["tasks", "arithmetic"], "grpo-jax tasks takes no arguments"),
     ],
 )

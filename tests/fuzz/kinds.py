@@ -373,17 +373,20 @@ _MODEL = {
     "num_key_value_heads": 1, "vocab_size": 12, "max_position_embeddings": 32,
     "rms_norm_eps": 1e-6, "tie_word_embeddings": True, "rope_theta": 1e4, "hidden_act": "silu",
     "rope_scaling": None, "head_dim": 4, "attention_bias": False, "sliding_window": None,
-    "max_window_layers": 1, "use_sliding_window": False, "layer_types": ["full_attention"] * 2,
+    "use_sliding_window": False, "layer_types": ["full_attention"] * 2,
     "torch_dtype": "bfloat16", "eos_token_id": 1, "partial_rotary_factor": 1.0,
 }  # fmt: skip
 _ROPE = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16, "rope_theta": 1e4,
 }  # fmt: skip
+_QWEN = _MODEL | {"max_window_layers": 1}
 _FAMILY = st.sampled_from(["llama", "qwen2", "qwen3", "mistral"])
 MODELS = st.one_of(
     st.builds(lambda c, f: c | {"model_type": f}, changed(_MODEL), _FAMILY),
-    st.builds(lambda c, f: c | {"model_type": f}, changed(_MODEL), _FAMILY),
+    st.builds(
+        lambda c, f: c | {"model_type": f}, changed(_QWEN), st.sampled_from(["qwen2", "qwen3"])
+    ),
     st.builds(
         lambda f, key, rope: _MODEL | {"model_type": f, key: rope},
         _FAMILY,

@@ -87,6 +87,7 @@ def read(hf: dict) -> ModelConfig:
 @pytest.mark.parametrize(
     "hf, changes",
     [
+        (LLAMA | {"odd": False, "none": None}, {}),  # switched off
         (LLAMA, {}),
         (LLAMA | {"head_dim": None, "rope_scaling": None, "hidden_act": "silu"}, {}),
         (LLAMA | {"head_dim": 16}, {"head_size": 16}),

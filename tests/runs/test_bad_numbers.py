@@ -122,11 +122,11 @@ def test_a_bad_weight_is_rolled_back(runs, monkeypatch):
     def planting(*args):
         parts = build(*args)
 
-        def update(state, experience, index, before_donating):
+        def update(state, experience, index, before_donating, frozen):
             if next(count) == 8:
                 kernel = state.params["norm"]["scale"]
                 state.params["norm"]["scale"] = kernel.at[0].set(jnp.nan)
-            return parts.update(state, experience, index, before_donating)
+            return parts.update(state, experience, index, before_donating, frozen)
 
         return dataclasses.replace(parts, update=update)
 

@@ -54,9 +54,14 @@ class Keys:
         self._read |= set(names)
 
     def refuse_unread(self) -> None:
-        """Raises ValueError for keys that were not read, unless they are null."""
+        """Raises ValueError for keys that were not read, unless they are null or switched off."""
         for key, value in self.hf.items():
-            if key in self._read | HARMLESS or key.startswith("_") or value is None:
+            if (
+                key in self._read | HARMLESS
+                or key.startswith("_")
+                or value is None
+                or value is False
+            ):
                 continue
             raise ValueError(
                 f"{self.source}: the key {key} = {shown(value)} is not known, and it may change "
