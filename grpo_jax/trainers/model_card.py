@@ -59,9 +59,10 @@ def _text(
     method: str,
     summary: Mapping[str, Any],
 ) -> str:
-    base = exporting.source_name(policy)
+    # Without model.path the source is the run's own supervised start.
+    base = exporting.source_name(policy) if options.get("model.path") else None
     tags = [*filter(None, [method]), "grpo_jax", *(["lora"] if policy.model.lora else [])]
-    is_hub_id = base is not None and not Path(base).is_absolute()
+    is_hub_id = base is not None and base != str(policy.source)
     head = ["library_name: transformers", "pipeline_tag: text-generation"]
     head += [f"base_model: {base}"] if is_hub_id else []
     head += ["tags:", *(f"- {tag}" for tag in tags)]

@@ -20,7 +20,8 @@ def policy(tmp_path_factory):
 
 def card(policy, folder: Path, options=(), **more) -> tuple[dict, str]:
     """The head of the card, and its text."""
-    model_card.write(folder, policy, dict(options), step=1200, **more)
+    options = {"model.path": "given"} | dict(options)
+    model_card.write(folder, policy, options, step=1200, **more)
     text = (folder / "README.md").read_text()
     _, head, body = text.split("---\n", 2)
     return yaml.safe_load(head), body
@@ -49,10 +50,16 @@ def test_a_model_of_the_hub_is_the_base(policy, tmp_path):
     assert "| before |" not in body  # nothing was measured
 
 
+def test_a_folder_is_no_id_of_the_hub(policy, tmp_path):
+    head, body = card(dataclasses.replace(policy, source=Path("runs/a/export")), tmp_path)
+    assert "base_model" not in head and "`export`" in body and "runs/a" not in body
+
+
 def test_a_new_model_has_no_base(policy, tmp_path):
-    head, body = card(dataclasses.replace(policy, source=None), tmp_path)
+    """It was read from the run's own supervised start."""
+    head, body = card(policy, tmp_path, {"model.path": ""})
     assert "base_model" not in head and head["tags"] == ["grpo_jax"]
-    assert "A new model" in body
+    assert "A new model" in body and "tiny_model" not in body
 
 
 def test_it_names_options_and_nothing_of_the_machine(policy, tmp_path, monkeypatch):
