@@ -35,7 +35,7 @@ TABLE = """
 
     kernels      structs devices
     rewards      messages data
-    config       messages data
+    config       messages data algorithm
 
     models       structs keys messages hosts devices kernels
     run          structs messages hosts devices

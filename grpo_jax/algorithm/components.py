@@ -10,24 +10,31 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
-from grpo_jax.algorithm import losses
+from grpo_jax.algorithm import diagnostics, losses
+from grpo_jax.algorithm.objective import Objective, TokenTerms
 from grpo_jax.structs import Array, Experience
 
 Take = Callable[[Array], Array]
 
 
 class LossComponent(Protocol):
-    """One loss. `metric` is its logged name; `sums` and `maxima` are those of `diagnostics`."""
+    """One loss. `metric` is its logged name; `sums` and `maxima` are those of `diagnostics`.
+
+    The loss of a token is a function of that token alone, or with `needs_completions` of its whole
+    completion. `reads_entropy`: it has a gradient in the entropy.
+    """
 
     metric: str
     sums: tuple[str, ...]
     maxima: tuple[str, ...]
+    needs_completions: bool
+    reads_entropy: bool
 
     def terms(self, part: Experience, take: Take, take_of_completion: Take) -> Any:
         """The inputs of `token_loss` at the tokens of a microbatch.
 
         `take` gathers values by token [P, G, C] to these tokens, `take_of_completion` values by
-        completion [P, G].
+        completion [P, G]. With `needs_completions` the tokens are [P, G, C].
         """
 
     def weights(self, action_BT: Array) -> tuple[Array, Array]:
@@ -46,33 +53,45 @@ class LossComponent(Protocol):
 class PolicyLoss:
     """The policy-gradient objective of GRPO and its relatives (`losses.token_loss`)."""
 
-    objective: losses.Objective
+    objective: Objective
 
     metric: ClassVar[str] = "policy/loss"
-    sums: ClassVar[tuple[str, ...]] = losses.SUMS
-    maxima: ClassVar[tuple[str, ...]] = losses.MAXIMA
+    maxima: ClassVar[tuple[str, ...]] = diagnostics.MAXIMA
 
-    def terms(self, part: Experience, take: Take, take_of_completion: Take) -> losses.TokenTerms:
+    @property
+    def sums(self) -> tuple[str, ...]:
+        return diagnostics.sums(self.objective)
+
+    @property
+    def needs_completions(self) -> bool:
+        return self.objective.needs_completions
+
+    @property
+    def reads_entropy(self) -> bool:
+        return self.objective.reads_entropy
+
+    def terms(self, part: Experience, take: Take, take_of_completion: Take) -> TokenTerms:
         old, sampler = part.old_logp_PGC, part.rollouts.logp_PGC
         ratio = None
         if self.objective.sums_sequences:
             ratio = take_of_completion(losses.sequence_log_ratio(old, sampler, part.action_PGC))
-        return losses.TokenTerms(
+        return TokenTerms(
             advantage=take_of_completion(part.advantage_PG),
             sampler_logp=take(sampler),
             old_logp=None if old is None else take(old),
             ref_logp=None if part.ref_logp_PGC is None else take(part.ref_logp_PGC),
             sequence_log_ratio=ratio,
+            action=take(part.action_PGC) if self.needs_completions else None,
         )
 
     def weights(self, action_BT: Array) -> tuple[Array, Array]:
         return losses.weights(action_BT, self.objective)
 
-    def token_loss(self, logp: Array, entropy: Array, terms: losses.TokenTerms) -> Array:
+    def token_loss(self, logp: Array, entropy: Array, terms: TokenTerms) -> Array:
         return losses.token_loss(self.objective, logp, entropy, terms)
 
-    def diagnostics(self, logp, entropy, terms: losses.TokenTerms, action):
-        return losses.diagnostics(self.objective, logp, entropy, terms, action)
+    def diagnostics(self, logp, entropy, terms: TokenTerms, action):
+        return diagnostics.diagnostics(self.objective, logp, entropy, terms, action)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +104,8 @@ class NLLLoss:
     metric: ClassVar[str] = "sft/loss"
     sums: ClassVar[tuple[str, ...]] = ()
     maxima: ClassVar[tuple[str, ...]] = ()
+    needs_completions: ClassVar[bool] = False
+    reads_entropy: ClassVar[bool] = False
 
     def terms(self, part: Experience, take: Take, take_of_completion: Take) -> tuple[()]:
         return ()

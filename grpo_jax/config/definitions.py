@@ -15,14 +15,55 @@ _ADVANTAGE = {
     "sample_std": "(reward - mean of its group) / (the group's sample standard deviation + 1e-4)",
 }
 _KL = {
-    "reference_policy": "k3, gradient of KL(reference || policy)",
-    "policy_reference": "r k3, gradient of KL(policy || reference)",
+    "k1": "k1, gradient 0 on average",
+    "k2": "k2, gradient of KL(policy || reference)",
+    "k3": "k3, gradient of KL(reference || policy)",
+    "k3_ratio": "r k3, gradient of KL(policy || reference)",
 }
 _MEAN = {
     "token": "mean over an update's tokens",
     "sequence": "mean over an update's completions of the mean over their tokens",
+    "sequence_sum": "mean over an update's completions of the sum over their tokens",
     "constant": "sum over an update's tokens / (completions x {max_tokens})",
 }
+
+
+def _surrogate(algorithm: ConfigDict) -> str:
+    """What is maximized at a token, with ratio r and advantage A; its completion has ratio s."""
+    ratio = "s" if algorithm.ratio == "sequence" else "r"
+    threshold = f"{algorithm.mask_threshold:g}"
+    if algorithm.surrogate == "cispo":
+        return f"min({ratio}, {algorithm.ratio_cap:g}) A log p, the minimum fixed"
+    if algorithm.surrogate == "sapo":
+        by_sign = f"t = {algorithm.sapo_positive:g} or with A < 0 {algorithm.sapo_negative:g}"
+        return f"(4 / t) sigmoid(t ({ratio} - 1)) A, {by_sign}"
+    if algorithm.surrogate == "vespo":
+        (k, decay), (k_neg, decay_neg) = algorithm.vespo_positive, algorithm.vespo_negative
+        by_sign = f"(k, l) = ({k:g}, {decay:g}) or with A < 0 ({k_neg:g}, {decay_neg:g})"
+        return f"w^k exp(l (1 - w)) A log p, w = product of r, {by_sign}"
+    if algorithm.surrogate == "tv_mask":
+        return f"min(r, 20) A log p, r fixed, 0 where p moved along A by more than {threshold}"
+    if algorithm.surrogate == "kl_mask":
+        return f"min(r, 20) A log p, r fixed, 0 where p moved along A by a KL above {threshold}"
+    if algorithm.surrogate == "sampler_mask":
+        return f"r A, r = policy / sampler, 0 where their p differ by more than {threshold}"
+    if algorithm.surrogate == "reinforce":
+        return "A log p"
+    low, high = algorithm.clip_low, algorithm.clip_high
+    if algorithm.ratio == "geometric":
+        return (
+            f"A times the geometric mean of r, at most exp({high:g}), with A < 0 at least "
+            f"exp(-{low:g})"
+        )
+    first = ratio
+    if algorithm.dual_clip_ratio:
+        first = f"min({ratio}, {algorithm.dual_clip_ratio:g})"
+    told = f"min({first} A, clip({ratio}, {1 - low:g}, {1 + high:g}) A)"
+    if algorithm.dual_clip_loss:
+        told = f"max({told}, {algorithm.dual_clip_loss:g} A where A < 0)"
+    if ratio == "s":
+        told += ", s = geometric mean of r"
+    return told
 
 
 def in_force(config: ConfigDict) -> list[str]:
@@ -30,15 +71,23 @@ def in_force(config: ConfigDict) -> list[str]:
     algorithm, optim, rollout = config.algorithm, config.optim, config.rollout
     correction = config.rollout_correction
     weight = "" if correction.level == "none" else "w "
-    loss = f"-{weight}min(r A, clip(r, {1 - algorithm.clip_low:g}, {1 + algorithm.clip_high:g}) A)"
+    loss = f"-{weight}{_surrogate(algorithm)}"
     if algorithm.kl_coef:
-        loss += f" + {algorithm.kl_coef:g} ({_KL[algorithm.kl_gradient]})"
+        loss += f" + {algorithm.kl_coef:g} ({_KL[algorithm.kl_estimator]})"
     if algorithm.entropy_coef:
         loss += f" - {algorithm.entropy_coef:g} entropy"
     loss += f", {_MEAN[algorithm.normalizer].format(max_tokens=rollout.max_tokens)}"
     if weight:
         bound = {"truncate": "at most", "mask": "0 above"}[correction.bound]
         loss += f"; w = policy / sampler of each {correction.level}, {bound} {correction.cap:g}"
+        if correction.floor:
+            bound = {"truncate": "at least", "mask": "0 below"}[correction.bound]
+            loss += f", {bound} {correction.floor:g}"
+    if algorithm.max_sequence_drift:
+        loss += (
+            "; completions with A < 0 are left out that became less likely by more than "
+            f"{algorithm.max_sequence_drift:g} nats a token"
+        )
     if algorithm.mask_truncated:
         loss += "; completions that were cut are left out"
     cuts = [f"top_k {rollout.top_k}"] * (rollout.top_k > 0)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from grpo_jax.algorithm.presets import PRESETS
 from grpo_jax.config import options, other_names, rules
 from grpo_jax.config.dotted import assign, flatten, override
 from grpo_jax.messages.values import shown
@@ -49,7 +50,11 @@ _SHORT = {"bf16": "bfloat16", "fp32": "float32", "f32": "float32"}
 
 
 def settle(config: ConfigDict) -> None:
-    """Gives values that people write in another way their own, such as "bf16" and "file.py:f"."""
+    """Sets what a preset says, and values that people write in another way, such as "bf16"."""
+    for name, value in PRESETS.get(config.algorithm.preset, {}).items():
+        name = name if "." in name else f"algorithm.{name}"
+        if flatten(config)[name] == options.BY_NAME[name].default:
+            assign(config, name, value)
     for name, value in flatten(config).items():
         if name.endswith("dtype") and value in _SHORT:
             assign(config, name, _SHORT[value])

@@ -15,8 +15,8 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from grpo_jax.config.lora_options import LORA
+from grpo_jax.config.objective_options import OBJECTIVE
 from grpo_jax.config.schema import (
-    ANY,
     COUNT,
     FRACTION,
     NOT_NEGATIVE,
@@ -220,45 +220,7 @@ TABLE = (
     flag("rollout.compact", True,
          "Make the batch smaller as completions finish and no prompts wait", free=True),
 
-    number("algorithm.num_iterations", 1, COUNT, "passes", "Passes over a step's rollouts"),
-    choice("algorithm.scale_by", "std", {
-               "none": "nothing: advantages have the reward's unit",
-               "std": "the group's standard deviation",
-               "sample_std": "the larger one that is estimated from a sample, with G - 1, as in "
-                             "TRL"},
-           "What advantages are divided by"),
-    number("algorithm.clip_low", 0.2, FRACTION, "",
-           "The ratio is clipped to [1 - clip_low, 1 + clip_high]"),
-    number("algorithm.clip_high", 0.2, NOT_NEGATIVE, "", "See algorithm.clip_low"),
-    number("algorithm.kl_coef", 0.0, NOT_NEGATIVE, "",
-           "Weight of the KL to the frozen reference (k3), per token",
-           special={0: "no reference is kept"}),
-    choice("algorithm.kl_gradient", "reference_policy", {
-               "reference_policy": "KL(reference || policy): k3 as it stands",
-               "policy_reference": "KL(policy || reference): k3 times the ratio to the old policy, "
-                                   "as in TRL"},
-           "The divergence whose gradient the KL term has"),
-    number("algorithm.entropy_coef", 0.0, ANY, "",
-           "Weight of the entropy bonus, per token; below 0 it is a penalty"),
-    choice("algorithm.normalizer", "token", {
-               "token": "mean over the tokens of the batch (DAPO)",
-               "sequence": "mean over completions of the mean over their tokens (GRPO)",
-               "constant": "sum over tokens, divided by completions times rollout.max_tokens "
-                           "(Dr. GRPO)"},
-           "How the losses of tokens are averaged"),
-    flag("algorithm.mask_truncated", False,
-         "Leave completions that reached the token limit out of the loss"),
-    choice("rollout_correction.level", "none", {
-               "none": "no correction",
-               "token": "the ratio of each token",
-               "sequence": "the ratio of each completion, the product of those of its tokens"},
-           "Ratio of policy to sampler that weights the loss, where the sampler has other weights, "
-           "another precision or is a step old. loop.async_rollouts needs it"),
-    choice("rollout_correction.bound", "truncate", {
-               "truncate": "it becomes the cap",
-               "mask": "it becomes 0: the token or completion does not count"},
-           "What is done with a ratio above the cap"),
-    number("rollout_correction.cap", 2.0, POSITIVE, "", "The largest ratio that is kept"),
+    *OBJECTIVE,
 
     number("optim.learning_rate", 1e-6, POSITIVE, "", "The peak, after warm-up"),
     number("optim.warmup_steps", 0, NOT_NEGATIVE, "updates", "Linear warm-up of the learning rate"),

@@ -135,7 +135,8 @@ def token_logprobs(
     """Log-probability of each target token and entropy at it, float32 [B, T], in nats.
 
     Under the distribution of `sampling`: temperature, top-k and top-p as the sampler applied them.
-    `cap`: of the logits, as `ModelConfig.logit_cap`. Not meant to be differentiated; see `loss`.
+    `cap`: of the logits, as `ModelConfig.logit_cap`. Not meant to be differentiated; see `loss` and
+    `differentiable`.
     """
     width = _chunk_width(hidden_BTD, head_DV.shape[-1], along.devices)
     head = head_DV.astype(hidden_BTD.dtype)  # cast once, not in every chunk
@@ -150,6 +151,21 @@ def token_logprobs(
     )
     tokens = target_BT.shape[1]
     return _join(logp, tokens), _join(entropy, tokens)
+
+
+def _by_logits(
+    found: _Statistics, target: Array, by_logp: Array, by_entropy: Array | None
+) -> Array:
+    """The gradient [..., V] in the logits, at temperature 1, from those in logp and entropy."""
+    # d logp / d logits = onehot - p;  d entropy / d logits = -p (log p + entropy)
+    prob = found.prob()
+    chosen = jax.nn.one_hot(target, prob.shape[-1])
+    by_logits = by_logp[..., None] * (chosen - prob)
+    if by_entropy is not None:
+        by_logits -= by_entropy[..., None] * prob * (found.log_prob() + found.entropy[..., None])
+    if found.slope is not None:
+        by_logits *= found.slope
+    return by_logits
 
 
 def _summed_product(hidden_BTD: Array, by_logits_BTV: Array) -> Array:
@@ -212,14 +228,8 @@ def _loss_forward(
         part, by_both = jax.value_and_grad(weighted, argnums=(0, 1))(found.logp, found.entropy)
         # A token of weight 0 has a cotangent of 0; 0 times an infinite term would be NaN.
         by_logp, by_entropy = (jnp.where(weight != 0, g, 0.0) for g in by_both)
-        # d logp / d logits = onehot - p;  d entropy / d logits = -p (log p + entropy)
-        prob = found.prob()
-        chosen = jax.nn.one_hot(target, prob.shape[-1])
-        by_logits = by_logp[..., None] * (chosen - prob)
-        by_logits -= by_entropy[..., None] * prob * (found.log_prob() + found.entropy[..., None])
-        if found.slope is not None:
-            by_logits *= found.slope
-        by_logits = (by_logits / temperature).astype(hidden.dtype)
+        by_logits = _by_logits(found, target, by_logp, by_entropy) / temperature
+        by_logits = by_logits.astype(hidden.dtype)
         by_hidden = jnp.einsum("btv,dv->btd", by_logits, head)
         grad_head += _summed_product(hidden, by_logits)
         return (total + part, grad_head), (found.logp, found.entropy, by_hidden)
@@ -240,3 +250,53 @@ def _loss_backward(token_loss, sampling, along, cap, residuals, cotangents):
 
 
 loss.defvjp(_loss_forward, _loss_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def differentiable(
+    with_entropy: bool,
+    sampling: Sampling,
+    along: SequenceSplit,
+    cap: float | None,
+    hidden_BTD: Array,
+    head_DV: Array,
+    target_BT: Array,
+) -> tuple[Array, Array]:
+    """As `token_logprobs`, differentiable with respect to `hidden_BTD` and `head_DV`.
+
+    For losses that read whole completions. The backward pass computes the logits again, so that the
+    vocabulary costs four products where `loss` has three. Without `with_entropy` the entropy has no
+    gradient. A token whose gradient is 0 contributes nothing, whatever its values.
+    """
+    return token_logprobs(hidden_BTD, head_DV, target_BT, sampling, along, cap)
+
+
+def _differentiable_forward(with_entropy, sampling, along, cap, hidden_BTD, head_DV, target_BT):
+    found = token_logprobs(hidden_BTD, head_DV, target_BT, sampling, along, cap)
+    return found, (hidden_BTD, head_DV, target_BT)
+
+
+@jax.named_scope("vocabulary")
+def _differentiable_backward(with_entropy, sampling, along, cap, residuals, cotangents):
+    hidden_BTD, head_DV, target_BT = residuals
+    width = _chunk_width(hidden_BTD, head_DV.shape[-1], along.devices)
+    temperature = sampling.temperature or 1.0
+    head = head_DV.astype(hidden_BTD.dtype)
+
+    def chunk(grad_head, xs):
+        hidden, target, by_logp, by_entropy = map(along.split, xs)
+        found = _statistics(hidden, head, target, sampling, cap)
+        by_entropy = by_entropy if with_entropy else None
+        by_logits = _by_logits(found, target, by_logp, by_entropy) / temperature
+        is_zero = by_logp == 0 if by_entropy is None else (by_logp == 0) & (by_entropy == 0)
+        by_logits = jnp.where(is_zero[..., None], 0.0, by_logits).astype(hidden.dtype)
+        grad_head += _summed_product(hidden, by_logits)
+        return grad_head, jnp.einsum("btv,dv->btd", by_logits, head)
+
+    xs = tuple(_split(x, width) for x in (hidden_BTD, target_BT, *cotangents))
+    grad_head, grad_hidden = jax.lax.scan(chunk, jnp.zeros(head_DV.shape, jnp.float32), xs)
+    grad_hidden = _join(grad_hidden, target_BT.shape[1])
+    return grad_hidden, grad_head.astype(head_DV.dtype), None
+
+
+differentiable.defvjp(_differentiable_forward, _differentiable_backward)

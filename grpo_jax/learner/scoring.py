@@ -168,6 +168,18 @@ class Packed:
         flat = x_JG.reshape(self.index_BE.shape[0], -1)
         return jnp.take_along_axis(flat, self.index_BE // self.tokens, axis=1)
 
+    def by_completion(self, x_BE: Array, like_JGC: Array) -> Array:
+        """Values by prediction, each at its completion and token, [J, G, C]; 0 elsewhere.
+
+        The sum over a completion is thus the same however it is packed.
+        """
+        size = like_JGC.size // len(self.index_BE)
+        past = size + jnp.arange(self.index_BE.shape[1])  # past the end: dropped
+        place_BE = jnp.where(self.there_BE, self.index_BE, past)
+        empty = jnp.zeros(size, x_BE.dtype)
+        put = lambda at, x: empty.at[at].set(x, mode="drop", unique_indices=True)  # noqa: E731
+        return jax.vmap(put)(place_BE, x_BE).reshape(like_JGC.shape)
+
     def put(self, x_PGC: Array, value_BE: Array) -> Array:
         """The shard's values, with the values of the predictions written to their places."""
         per_group = x_PGC[0].size

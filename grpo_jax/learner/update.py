@@ -9,6 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,29 +32,69 @@ def _loss_sums(
 ):
     """Summed loss of one microbatch, and (sums, maxima) of its diagnostics."""
     params = weights.whole(scorer.model)
-    rollouts, action_PGC = part.rollouts, part.action_PGC
+    of_microbatch = _by_completion if component.needs_completions else _by_token
+    hidden_BED = scorer.hidden(params, part.rollouts, packed.layout)
+    weight_BC, _ = component.weights(part.action_PGC.reshape(-1, packed.tokens))
+    weight_PGC = weight_BC.reshape(part.action_PGC.shape)
+    total, *of_tokens, action = of_microbatch(
+        scorer, component, part, packed, hidden_BED, scorer.head(params), weight_PGC
+    )
+    sums, maxima = component.diagnostics(*of_tokens, action)
+    sums |= {"loss": total, "tokens": action.sum().astype(jnp.float32)}
+    return total, (sums, maxima)
+
+
+def _by_token(
+    scorer: Scorer,
+    component: LossComponent,
+    part: Experience,
+    packed: Packed,
+    hidden_BED: Array,
+    head_DV: Array,
+    weight_PGC: Array,
+) -> tuple[Array, Array, Array, Any, Array]:
+    """The summed loss, and what `diagnostics` reads, by prediction: one sweep of the vocabulary."""
     terms = component.terms(part, packed.take, packed.take_of_completion)
-    weight_BC, _ = component.weights(action_PGC.reshape(-1, packed.tokens))
-    weight_BE = jnp.where(packed.there_BE, packed.take(weight_BC.reshape(action_PGC.shape)), 0.0)
-    action_BE = packed.take(action_PGC) & packed.there_BE
-    head = scorer.head(params)
+    weight_BE = jnp.where(packed.there_BE, packed.take(weight_PGC), 0.0)
+    action_BE = packed.take(part.action_PGC) & packed.there_BE
 
     def loss(hidden, target, weight, terms):
         how = component.token_loss, scorer.sampling, scorer.along, scorer.model.logit_cap
-        return logprobs.loss(*how, hidden, head, target, weight, terms)
+        return logprobs.loss(*how, hidden, head_DV, target, weight, terms)
 
-    hidden_BED = scorer.hidden(params, rollouts, packed.layout)
     total, logp_BE, entropy_BE = scoring.row_by_row(
-        scorer, loss, hidden_BED, packed.take(rollouts.completion_PGC), weight_BE, terms
+        scorer, loss, hidden_BED, packed.take(part.rollouts.completion_PGC), weight_BE, terms
     )
-    total, logp_BE, entropy_BE = (
-        total.sum(),
-        logp_BE.reshape(weight_BE.shape),
-        entropy_BE.reshape(weight_BE.shape),
+    of_tokens = logp_BE.reshape(weight_BE.shape), entropy_BE.reshape(weight_BE.shape)
+    return total.sum(), *of_tokens, terms, action_BE
+
+
+def _by_completion(
+    scorer: Scorer,
+    component: LossComponent,
+    part: Experience,
+    packed: Packed,
+    hidden_BED: Array,
+    head_DV: Array,
+    weight_PGC: Array,
+) -> tuple[Array, Array, Array, Any, Array]:
+    """The same by completion and token, of a loss that reads whole completions."""
+
+    def both(hidden, target):
+        how = component.reads_entropy, scorer.sampling, scorer.along, scorer.model.logit_cap
+        return logprobs.differentiable(*how, hidden, head_DV, target)
+
+    found = scoring.row_by_row(scorer, both, hidden_BED, packed.take(part.rollouts.completion_PGC))
+    place = lambda x: packed.by_completion(  # noqa: E731
+        x.reshape(packed.there_BE.shape), part.action_PGC
     )
-    sums, maxima = component.diagnostics(logp_BE, entropy_BE, terms, action_BE)
-    sums |= {"loss": total, "tokens": action_BE.sum().astype(jnp.float32)}
-    return total, (sums, maxima)
+    action_PGC = part.action_PGC & place(packed.there_BE)  # others are in another microbatch
+    take = lambda x: jnp.where(action_PGC, x, jnp.zeros((), x.dtype))  # noqa: E731
+    logp_PGC, entropy_PGC = (take(place(x)) for x in found)
+    terms = component.terms(part, take, lambda x_PG: take(x_PG[..., None]))
+    per_token = component.token_loss(logp_PGC, entropy_PGC, terms)
+    weighed = weight_PGC * jnp.where(action_PGC, per_token, 0.0)
+    return weighed.sum(), logp_PGC, entropy_PGC, terms, action_PGC
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,7 +81,12 @@ METRICS: dict[str, Metric] = {
         "", "mean weight that corrects for the sampler's distribution; 1 without a correction"
     ),
     "policy/importance_capped_share": Metric(
-        "share", "tokens whose ratio of policy to sampler was above rollout_correction.cap"
+        "share",
+        "tokens whose ratio of policy to sampler was above rollout_correction.cap, "
+        "or below rollout_correction.floor",
+    ),
+    "policy/off_policy_share": Metric(
+        "share", "tokens of completions that algorithm.max_sequence_drift leaves out"
     ),
     "policy/skipped_updates": Metric(
         "updates", "updates skipped so far, because not finite or by a guard"

@@ -11,8 +11,10 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from grpo_jax.algorithm import components, losses
+from grpo_jax.algorithm import components
+from grpo_jax.algorithm.objective import Objective
 from grpo_jax.config import derived, guard_rules
+from grpo_jax.config.dotted import flatten
 from grpo_jax.devices import sharding
 from grpo_jax.kernels import choice
 from grpo_jax.learner import optim, update
@@ -112,7 +114,7 @@ def make_learner(
         microbatch=max(config.batch.microbatch, 0),
         tokens=fit.tokens if config.batch.microbatch == -1 else 0,
     )
-    algorithm, correction = config.algorithm, config.rollout_correction
+    algorithm = config.algorithm
     updates = derived.num_updates_per_step(config)
     schedule = optim.schedule(
         config.optim.learning_rate,
@@ -124,18 +126,7 @@ def make_learner(
     optimizer = make_optimizer(
         config, schedule, config.optim.weight_decay, config.optim.max_grad_norm
     )
-    objective = losses.Objective(
-        algorithm.clip_low,
-        algorithm.clip_high,
-        algorithm.kl_coef,
-        algorithm.entropy_coef,
-        algorithm.normalizer,
-        config.rollout.max_tokens,
-        correction.level,
-        correction.bound,
-        correction.cap,
-        algorithm.kl_gradient,
-    )
+    objective = Objective.of({n.removeprefix("algorithm."): v for n, v in flatten(config).items()})
     return Learner(
         scorer=scorer,
         optimizer=optimizer,

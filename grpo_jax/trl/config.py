@@ -9,7 +9,12 @@ from typing import Any
 
 from grpo_jax.trl.fields import FIELDS
 
-_NORMALIZERS = {"dapo": "token", "grpo": "sequence", "dr_grpo": "constant"}
+# Surrogate and normalizer of each loss_type.
+_LOSSES = {
+    "dapo": ("clip", "token"), "bnpo": ("clip", "token"), "grpo": ("clip", "sequence"),
+    "dr_grpo": ("clip", "constant"), "luspo": ("clip", "sequence_sum"),
+    "cispo": ("cispo", "token"), "sapo": ("sapo", "sequence"), "vespo": ("vespo", "token"),
+}  # fmt: skip
 _SCALES = {"group": "sample_std", True: "sample_std", "none": "none", False: "none"}
 _SCHEDULES = {
     "linear": "linear", "cosine": "cosine", "constant": "constant",
@@ -63,12 +68,8 @@ def options_of(args: GRPOConfig, num_problems: int, devices: int) -> dict[str, A
     steps = _steps(args, num_problems, batch["batch.prompts"], updates)
     found |= batch | {
         "loop.num_steps": steps,
-        "algorithm.clip_high": args.epsilon if args.epsilon_high is None else args.epsilon_high,
-        "algorithm.normalizer": _one_of("loss_type", args.loss_type, _NORMALIZERS),
         "algorithm.scale_by": _one_of("scale_rewards", args.scale_rewards, _SCALES),
-        "algorithm.kl_gradient": (
-            "policy_reference" if args.use_bias_correction_kl else "reference_policy"
-        ),
+        "algorithm.kl_estimator": "k3_ratio" if args.use_bias_correction_kl else "k3",
         "optim.schedule": _one_of("lr_scheduler_type", _text(args.lr_scheduler_type), _SCHEDULES),
         "optim.end_fraction": 0.0,
         "optim.warmup_steps": _warmup(args.warmup_steps, steps * updates),
@@ -87,7 +88,38 @@ def options_of(args: GRPOConfig, num_problems: int, devices: int) -> dict[str, A
         ("evaluation.every_steps", args.eval_strategy, args.eval_steps or args.logging_steps),
     ):
         found[option] = _every(_text(strategy), every, updates, steps, args, num_problems, batch)
+    found |= _loss(args)
     return found | _correction(args) | _precision(args) | _trackers(args)
+
+
+def _loss(args: GRPOConfig) -> dict[str, Any]:
+    """The options of the loss; those that the loss_type does not read are left out."""
+    surrogate, normalizer = _one_of("loss_type", args.loss_type, _LOSSES)
+    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    found = {
+        "algorithm.surrogate": surrogate,
+        "algorithm.normalizer": normalizer,
+        "algorithm.ratio": args.importance_sampling_level,
+        "algorithm.max_sequence_drift": args.off_policy_mask_threshold or 0.0,
+    }
+    if surrogate == "clip":
+        bounds = {"clip_low": args.epsilon, "clip_high": high, "dual_clip_ratio": args.delta or 0.0}
+    elif surrogate == "cispo":
+        if high < 1:
+            raise ValueError(
+                f"GRPOConfig(loss_type='cispo') caps the ratio at epsilon_high = {high}, below 1, "
+                "so that every token has a smaller loss. Give the cap, such as epsilon_high=5.0."
+            )
+        bounds = {"ratio_cap": high}
+    elif surrogate == "sapo":
+        signs = args.sapo_temperature_pos, args.sapo_temperature_neg
+        bounds = {"sapo_positive": signs[0], "sapo_negative": signs[1]}
+    else:
+        bounds = {
+            "vespo_positive": (args.vespo_k_pos, args.vespo_lambda_pos),
+            "vespo_negative": (args.vespo_k_neg, args.vespo_lambda_neg),
+        }
+    return found | {f"algorithm.{name}": value for name, value in bounds.items()}
 
 
 def _text(value: Any) -> str:
@@ -95,7 +127,7 @@ def _text(value: Any) -> str:
     return str(getattr(value, "value", value))
 
 
-def _one_of(name: str, value: Any, known: dict[Any, str]) -> str:
+def _one_of(name: str, value: Any, known: dict[Any, Any]) -> Any:
     if value not in known:
         raise ValueError(
             f"GRPOConfig({name}={value!r}) is not built yet. It takes "
@@ -194,6 +226,7 @@ def _correction(args: GRPOConfig) -> dict[str, Any]:
         "rollout_correction.level": level,
         "rollout_correction.bound": bound,
         "rollout_correction.cap": float(args.vllm_importance_sampling_clip_max),
+        "rollout_correction.floor": float(args.vllm_importance_sampling_clip_min or 0.0),
     }
 
 

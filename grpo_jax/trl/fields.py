@@ -54,7 +54,6 @@ _TORCH = "of PyTorch's processes and memory"
 _LOADER = "problems are read into memory once"
 _VLLM = "this trainer samples by itself, with the weights that it trains"
 _PLANNED = "not built yet"
-_LOSS = "a loss that is not built yet; loss_type takes dapo, grpo and dr_grpo"
 _HUB = "upload `run.workdir / 'export'` with huggingface_hub"
 _ENTROPY = "entropy_coef is a constant"
 _DTYPE = "bf16=True or False; GPUs and TPUs that train have bfloat16"
@@ -101,23 +100,25 @@ FIELDS: dict[str, Field] = {
     "vllm_tensor_parallel_size": _beside(1, _VLLM),
     "beta": _same(0.0, "algorithm.kl_coef"),
     "num_iterations": _same(1, "algorithm.num_iterations"),
-    "epsilon": _same(0.2, "algorithm.clip_low"),
-    "delta": _only(None, _PLANNED),
-    "epsilon_high": _counts(None, "`algorithm.clip_high`; None: as `epsilon`"),
-    "sapo_temperature_neg": _beside(1.05, _LOSS),
-    "sapo_temperature_pos": _beside(1.0, _LOSS),
-    "vespo_k_pos": _beside(2.0, _LOSS),
-    "vespo_lambda_pos": _beside(3.0, _LOSS),
-    "vespo_k_neg": _beside(3.0, _LOSS),
-    "vespo_lambda_neg": _beside(2.0, _LOSS),
-    "importance_sampling_level": _only("token", _PLANNED),
+    "epsilon": _counts(0.2, "`algorithm.clip_low`, of losses that clip"),
+    "delta": _counts(None, "`algorithm.dual_clip_ratio`, of losses that clip"),
+    "epsilon_high": _counts(
+        None, "`algorithm.clip_high`, or `ratio_cap` of cispo; None: as `epsilon`"
+    ),
+    "sapo_temperature_neg": _counts(1.05, "`algorithm.sapo_negative`, of sapo"),
+    "sapo_temperature_pos": _counts(1.0, "`algorithm.sapo_positive`, of sapo"),
+    "vespo_k_pos": _counts(2.0, "`algorithm.vespo_positive`, of vespo"),
+    "vespo_lambda_pos": _counts(3.0, "`algorithm.vespo_positive`, of vespo"),
+    "vespo_k_neg": _counts(3.0, "`algorithm.vespo_negative`, of vespo"),
+    "vespo_lambda_neg": _counts(2.0, "`algorithm.vespo_negative`, of vespo"),
+    "importance_sampling_level": _counts("token", "`algorithm.ratio`"),
     "reward_weights": _counts(None, "`rewards.weights`; None: 1 each"),
     "multi_objective_aggregation": _only("sum_then_normalize", _PLANNED),
     "scale_rewards": _counts(
         "group", "`algorithm.scale_by`: sample_std, or none; batch is refused"
     ),
     "loss_type": _counts(
-        "dapo", "`algorithm.normalizer`: token (dapo), sequence (grpo), constant (dr_grpo)"
+        "dapo", "`algorithm.surrogate` and `algorithm.normalizer`, as docs/objectives.md says"
     ),
     "mask_truncated_completions": _same(False, "algorithm.mask_truncated"),
     "sync_ref_model": _only(False, _PLANNED),
@@ -136,10 +137,12 @@ FIELDS: dict[str, Field] = {
         "sequence_mask", "`rollout_correction.level` and `bound`, with `use_vllm`"
     ),
     "vllm_importance_sampling_clip_max": _counts(3.0, "`rollout_correction.cap`, with `use_vllm`"),
-    "vllm_importance_sampling_clip_min": _only(None, _PLANNED),
-    "off_policy_mask_threshold": _only(None, _PLANNED),
+    "vllm_importance_sampling_clip_min": _counts(
+        None, "`rollout_correction.floor`, with `use_vllm`"
+    ),
+    "off_policy_mask_threshold": _counts(None, "`algorithm.max_sequence_drift`"),
     "use_bias_correction_kl": _counts(
-        True, "`algorithm.kl_gradient`: policy_reference, or reference_policy where False"
+        True, "`algorithm.kl_estimator`: k3_ratio, or k3 where False"
     ),
     "log_completions": _counts(False, "`logging.samples_every_steps`; samples.jsonl in any case"),
     "log_multimodal": _beside(True, "prompts are texts"),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.algorithm import losses
+from grpo_jax.algorithm import diagnostics, kl, losses, surrogates
 
 LOG = np.log(np.float32([0.5, 1.0, 1.25, 2.0]))  # log-ratios: low, on-policy, inside or high, high
 
@@ -27,7 +27,7 @@ LOG = np.log(np.float32([0.5, 1.0, 1.25, 2.0]))  # log-ratios: low, on-policy, i
     ],
 )
 def test_clipped_surrogate(advantage, low, high, loss, slope):
-    surrogate = lambda d: losses.clipped_surrogate(d, jnp.float32(advantage), low, high)  # noqa: E731
+    surrogate = lambda d: surrogates.clipped_surrogate(d, jnp.float32(advantage), low, high)  # noqa: E731
 
     np.testing.assert_allclose(surrogate(LOG), loss, rtol=1e-6)
     np.testing.assert_allclose(jax.vmap(jax.grad(surrogate))(LOG), slope, rtol=1e-6, atol=1e-7)
@@ -36,9 +36,13 @@ def test_clipped_surrogate(advantage, low, high, loss, slope):
 def test_log_ratio_without_an_old_policy_is_zero_with_the_gradient_of_logp():
     logp = jnp.float32([-1.5, -0.1])
 
-    np.testing.assert_array_equal(losses.log_ratio(logp, None), [0, 0])
-    np.testing.assert_array_equal(jax.grad(lambda x: losses.log_ratio(x, None).sum())(logp), [1, 1])
-    np.testing.assert_array_equal(losses.log_ratio(logp, jnp.float32([-1.0, -1.1])), [-0.5, 1.0])
+    np.testing.assert_array_equal(surrogates.log_ratio(logp, None), [0, 0])
+    np.testing.assert_array_equal(
+        jax.grad(lambda x: surrogates.log_ratio(x, None).sum())(logp), [1, 1]
+    )
+    np.testing.assert_array_equal(
+        surrogates.log_ratio(logp, jnp.float32([-1.0, -1.1])), [-0.5, 1.0]
+    )
 
 
 def test_k3_by_hand():
@@ -46,7 +50,7 @@ def test_k3_by_hand():
     logp = jnp.float32([-1, -1, -1])
     ref_logp = logp + jnp.float32([np.log(2), 0, -np.log(2)])
 
-    got = losses.kl_k3(logp, ref_logp)
+    got = kl.k3(logp, ref_logp)
 
     np.testing.assert_allclose(got, [0.30685282, 0, 0.19314718], rtol=1e-5)
 
@@ -57,50 +61,50 @@ def test_k3_pulls_towards_the_reference_on_policy():
     policy, ref = jnp.float32([0.5, 0.3, 0.2]), jnp.float32([0.2, 0.3, 0.5])
 
     def expected(logits):
-        return jnp.sum(policy * losses.kl_k3(jax.nn.log_softmax(logits), jnp.log(ref)))
+        return jnp.sum(policy * kl.k3(jax.nn.log_softmax(logits), jnp.log(ref)))
 
     gradient = jax.grad(expected)(jnp.log(policy))
 
     # dk3/dlogp = 1 - ref/p, so the gradient is p - ref (softmax of the sum 0): (0.3, 0, -0.3).
     np.testing.assert_allclose(gradient, [0.3, 0.0, -0.3], atol=1e-6)
-    kl = lambda logits: jnp.sum(  # noqa: E731
+    divergence = lambda logits: jnp.sum(  # noqa: E731
         jax.nn.softmax(logits) * (jax.nn.log_softmax(logits) - jnp.log(ref))
     )
-    assert kl(jnp.log(policy) - 0.1 * gradient) < kl(jnp.log(policy))
+    assert divergence(jnp.log(policy) - 0.1 * gradient) < divergence(jnp.log(policy))
 
 
 def test_k3_times_the_ratio_has_the_gradient_of_the_other_kl():
     # The same two distributions. Of KL(policy || reference) = sum p log(p / ref) the gradient in
     # the logits is p (log(p / ref) - KL), which sums to 0.
     policy, ref = jnp.float32([0.5, 0.3, 0.2]), jnp.float32([0.2, 0.3, 0.5])
-    objective = losses.Objective(kl_gradient="policy_reference")
+    objective = losses.Objective(kl_estimator="k3_ratio")
 
     def expected(logits):
         logp = jax.nn.log_softmax(logits)
         given = terms(jnp.zeros(3), ref_logp=jnp.log(ref))
-        return jnp.sum(policy * losses.kl_loss(objective, logp, given))
+        return jnp.sum(policy * kl.loss(objective, logp, given))
 
     log_ratio = np.log(np.float64([2.5, 1.0, 0.4]))
-    kl = np.sum(np.float64([0.5, 0.3, 0.2]) * log_ratio)
-    want = np.float64([0.5, 0.3, 0.2]) * (log_ratio - kl)
+    divergence = np.sum(np.float64([0.5, 0.3, 0.2]) * log_ratio)
+    want = np.float64([0.5, 0.3, 0.2]) * (log_ratio - divergence)
     np.testing.assert_allclose(jax.grad(expected)(jnp.log(policy)), want, atol=1e-6)
     # Of KL(reference || policy) it is p - ref, see above.
     assert np.abs(want - [0.3, 0.0, -0.3]).max() > 0.01
 
 
-@pytest.mark.parametrize("kl_gradient", ["reference_policy", "policy_reference"])
-def test_the_kl_off_policy_is_as_trl_has_it(kl_gradient):
+@pytest.mark.parametrize("kl_estimator", ["k3", "k3_ratio"])
+def test_the_kl_off_policy_is_as_trl_has_it(kl_estimator):
     """TRL 1.16, grpo_trainer.py, `use_bias_correction_kl` False and True; float64, by hand."""
     rng = np.random.default_rng(0)
     logp, old, ref = (rng.uniform(-4, -0.1, 50) for _ in range(3))
     d, ratio = ref - logp, np.exp(logp - old)
     k3 = np.exp(d) - d - 1
-    corrected = kl_gradient == "policy_reference"
+    corrected = kl_estimator == "k3_ratio"
     want = k3 * ratio if corrected else k3
     slope = ratio * (1 - np.exp(d)) + k3 * ratio if corrected else 1 - np.exp(d)
-    objective = losses.Objective(kl_gradient=kl_gradient)
+    objective = losses.Objective(kl_estimator=kl_estimator)
     given = terms(jnp.zeros(50), jnp.float32(old), jnp.float32(ref))
-    loss = lambda logp: losses.kl_loss(objective, logp, given)  # noqa: E731
+    loss = lambda logp: kl.loss(objective, logp, given)  # noqa: E731
 
     np.testing.assert_allclose(loss(jnp.float32(logp)), want, rtol=1e-5, atol=1e-6)
     got = jax.grad(lambda x: loss(x).sum())(jnp.float32(logp))
@@ -158,7 +162,7 @@ def test_importance_by_hand(correction, weight, capped):
     def loss(logp):
         return losses.token_loss(objective, logp, jnp.zeros(3), given)
 
-    sums, _ = losses.diagnostics(objective, logp, jnp.zeros(3), given, jnp.ones(3, bool))
+    sums, _ = diagnostics.diagnostics(objective, logp, jnp.zeros(3), given, jnp.ones(3, bool))
 
     weight = np.float32(weight)
     np.testing.assert_allclose(loss(logp), -2.2 * weight + 0.15342641, rtol=1e-5)
@@ -233,7 +237,7 @@ def test_diagnostics_by_hand():
     ref = logp + jnp.float32([np.log(2), 0, 0, 0, 0, np.nan])
     action = jnp.array([1, 1, 1, 1, 1, 0], bool)
 
-    sums, maxima = losses.diagnostics(
+    sums, maxima = diagnostics.diagnostics(
         losses.Objective(), logp, entropy, terms(advantage, old, ref, sampler), action
     )
 
@@ -254,7 +258,7 @@ def test_diagnostics_by_hand():
     np.testing.assert_allclose(maxima["policy/drift_max"], 0.69314718, rtol=1e-6)
     np.testing.assert_allclose(maxima["policy/sampler_gap_max"], 0.5, rtol=1e-6)
     # Where there is one update the current policy is the old one.
-    sums, maxima = losses.diagnostics(
+    sums, maxima = diagnostics.diagnostics(
         losses.Objective(), old, entropy, terms(advantage, None, ref, sampler), action
     )
     np.testing.assert_allclose(sums["policy/sampler_gap_mean"], 0.75, rtol=1e-6)
@@ -280,7 +284,7 @@ def test_a_token_far_from_the_policy_does_not_refuse_an_update(advantage):
     np.testing.assert_allclose(value, [far, -1.1 * advantage], rtol=1e-6)
     np.testing.assert_allclose(slope, [0.0, -1.1 * advantage], rtol=1e-5)
     given = given.replace(sampler_logp=old)
-    sums, maxima = losses.diagnostics(objective, logp, jnp.zeros(2), given, jnp.ones(2, bool))
+    sums, maxima = diagnostics.diagnostics(objective, logp, jnp.zeros(2), given, jnp.ones(2, bool))
     assert np.isfinite([*sums.values(), *maxima.values()]).all()
 
 
@@ -291,8 +295,8 @@ def test_nearer_log_ratios_are_exponentiated_as_they_are():
     given = terms(jnp.zeros(7), ref_logp=d)
     objective = losses.Objective(kl_coef=1.0)
 
-    surrogate = losses.clipped_surrogate(d, jnp.float32(-1.0), 0.2, 0.2)
-    k3 = losses.kl_k3(jnp.zeros(7), d)
+    surrogate = surrogates.clipped_surrogate(d, jnp.float32(-1.0), 0.2, 0.2)
+    k3 = kl.k3(jnp.zeros(7), d)
     slope = jax.grad(lambda x: losses.token_loss(objective, x, x, given).sum())(jnp.zeros(7))
 
     np.testing.assert_array_equal(surrogate[3:6], jnp.exp(d)[3:6])

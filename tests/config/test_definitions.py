@@ -35,7 +35,7 @@ def test_the_defaults():
 def test_everything_that_differs_is_told():
     told = lines(
         algorithm__scale_by="sample_std", algorithm__clip_low=0.1, algorithm__clip_high=0.28,
-        algorithm__kl_coef=0.04, algorithm__kl_gradient="policy_reference",
+        algorithm__kl_coef=0.04, algorithm__kl_estimator="k3_ratio",
         algorithm__entropy_coef=0.01, algorithm__normalizer="constant", rollout__max_tokens=64,
         rollout_correction__level="sequence", rollout_correction__bound="mask",
         rollout_correction__cap=3.0,
@@ -80,13 +80,13 @@ class _Shape:
     num_params = 0
 
 
-@pytest.mark.parametrize("option", ["scale_by", "kl_gradient", "normalizer"])
+@pytest.mark.parametrize("option", ["scale_by", "kl_estimator", "normalizer"])
 def test_every_choice_is_told_and_documented(option):
     """Another line for each, and none that is refused."""
     text, told = DOCS.read_text(), set()
     choices = {
         "scale_by": ("none", "std", "sample_std"),
-        "kl_gradient": ("reference_policy", "policy_reference"),
+        "kl_estimator": ("k3", "k3_ratio"),
         "normalizer": ("token", "sequence", "constant"),
     }[option]
     for choice in choices:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from valid_config import refusal_of, valid
 
+from grpo_jax.algorithm import objective
 from grpo_jax.config import options
 from grpo_jax.config.dotted import flatten
 
@@ -162,7 +163,8 @@ def _chains(tree: ast.AST) -> set[str]:
 def _reads() -> set[str]:
     """What the package reads; who checks an option, or only tells it, does not use it."""
     found: set[str] = set()
-    no_readers = {ROOT / "config" / f"{name}.py" for name in ("options", "rules", "definitions")}
+    names = "options", "objective_options", "rules", "objective_rules", "definitions"
+    no_readers = {ROOT / "config" / f"{name}.py" for name in names}
     assert all(file.exists() for file in no_readers)
     for file in ROOT.rglob("*.py"):
         if file not in no_readers:
@@ -179,6 +181,8 @@ def test_every_option_is_read(name):
     readers = {f"{section or 'config'}.{leaf}"}
     if section == "model":  # model.new is given the section as its parameter `options`
         readers.add(f"options.{leaf}")
+    field = objective.OPTIONS.get(name.removeprefix("algorithm."))
+    readers |= {f"objective.{field}", f"self.{field}"} if field else set()
     assert readers & READS, f"nothing in grpo_jax/ reads {name}"
 
 
@@ -204,7 +208,13 @@ def test_what_a_run_is_that_changes_nothing():
         "rollout.kv_cache_dtype": "auto", "rollout.attention": "auto", "rollout.compact": True,
         "algorithm.num_iterations": 1, "algorithm.scale_by": "std", "algorithm.clip_low": 0.2,
         "algorithm.clip_high": 0.2, "algorithm.kl_coef": 0.0,
-        "algorithm.kl_gradient": "reference_policy", "algorithm.entropy_coef": 0.0,
+        "algorithm.kl_estimator": "k3", "algorithm.entropy_coef": 0.0,
+        "algorithm.preset": "", "algorithm.ratio": "token", "algorithm.surrogate": "clip",
+        "algorithm.dual_clip_ratio": 0.0, "algorithm.dual_clip_loss": 0.0,
+        "algorithm.ratio_cap": 5.0, "algorithm.sapo_positive": 1.0,
+        "algorithm.sapo_negative": 1.05, "algorithm.vespo_positive": (2.0, 3.0),
+        "algorithm.vespo_negative": (3.0, 2.0), "algorithm.mask_threshold": 0.2,
+        "algorithm.max_sequence_drift": 0.0, "rollout_correction.floor": 0.0,
         "algorithm.normalizer": "token", "algorithm.mask_truncated": False,
         "rollout_correction.level": "none", "rollout_correction.bound": "truncate",
         "rollout_correction.cap": 2.0,

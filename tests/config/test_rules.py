@@ -20,6 +20,49 @@ def test_the_base_of_these_tests_is_valid():
     [
         ({"optim__beta1": 1.0}, ["optim.beta1 = 1.0", "below 1"]),
         ({"optim__beta2": -0.1}, ["optim.beta2 = -0.1", "at least 0"]),
+        (
+            {"algorithm__surrogate": "cispo", "algorithm__clip_low": 0.1},
+            ["algorithm.clip_low = 0.1", 'of "clip"', "algorithm.surrogate = 'cispo'"],
+        ),
+        (
+            {"algorithm__mask_threshold": 0.1},
+            ["algorithm.mask_threshold = 0.1", "surrogates with a mask", "'clip'"],
+        ),
+        ({"algorithm__ratio_cap": 0.2}, ["algorithm.ratio_cap = 0.2 must be at least 1", "5 is"]),
+        (
+            {"algorithm__ratio": "sequence", "algorithm__surrogate": "reinforce"},
+            ['algorithm.ratio = "sequence"', "'reinforce'"],
+        ),
+        (
+            {"algorithm__ratio": "geometric", "algorithm__surrogate": "sapo"},
+            ['algorithm.ratio = "geometric"', "'sapo' does not clip"],
+        ),
+        (
+            {"algorithm__ratio": "geometric", "algorithm__dual_clip_loss": 3.0},
+            ["algorithm.dual_clip_loss = 3.0", '"geometric"'],
+        ),
+        (
+            {"algorithm__dual_clip_ratio": 1.1},
+            ["algorithm.dual_clip_ratio = 1.1", "1 + algorithm.clip_high = 1.2"],
+        ),
+        ({"algorithm__dual_clip_loss": 0.5}, ["algorithm.dual_clip_loss = 0.5", "above 1"]),
+        (
+            {"algorithm__surrogate": "vespo", "algorithm__vespo_positive": (2.0,)},
+            ["algorithm.vespo_positive = (2.0,)", "two numbers"],
+        ),
+        ({"rollout_correction__floor": 0.5}, ["rollout_correction.floor = 0.5", '"none" has none']),
+        (
+            {"rollout_correction__level": "token", "rollout_correction__floor": 3.0},
+            ["rollout_correction.floor = 3", "below rollout_correction.cap = 2"],
+        ),
+        (
+            {"algorithm__surrogate": "sampler_mask", "rollout_correction__level": "token"},
+            ["sampler_mask", "twice"],
+        ),
+        (
+            {"algorithm__surrogate": "vespo", "rollout_correction__level": "sequence"},
+            ["vespo", "rollout_correction.level"],
+        ),
         ({"algorithm__clip_low": 1.0}, ["algorithm.clip_low = 1.0", "below 1"]),
         ({"profile__steps": (3,)}, ["profile.steps = (3,)", "(first, last)", "100"]),
         ({"profile__steps": (5, 4)}, ["profile.steps = (5, 4)"]),
@@ -48,7 +91,7 @@ def test_the_base_of_these_tests_is_valid():
         ({"model__dtype": "float16"}, ["model.dtype = 'float16'", "float32, bfloat16"]),
         (
             {"algorithm__normalizer": "mean"},
-            ["algorithm.normalizer = 'mean'", "token, sequence, constant"],
+            ["algorithm.normalizer = 'mean'", "token, sequence, sequence_sum, constant"],
         ),
         (
             {"optim__moments_dtype": "int4"},

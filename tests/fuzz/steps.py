@@ -57,7 +57,7 @@ _VALUES = {
     "algorithm.clip_low": [0.0, 0.2],
     "algorithm.clip_high": [0.0, 1e30],
     "algorithm.kl_coef": [0.0, 0.1],
-    "algorithm.kl_gradient": ["reference_policy", "policy_reference"],
+    "algorithm.kl_estimator": ["k3", "k3_ratio"],
     "algorithm.entropy_coef": [0.0, -0.1],
     "algorithm.normalizer": ["token", "sequence", "constant"],
     "algorithm.mask_truncated": [True, False],

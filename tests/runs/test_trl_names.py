@@ -74,7 +74,7 @@ def test_defaults_are_those_of_trl():
     assert found["optim.schedule"] == "linear" and found["optim.beta2"] == 0.999
     assert found["algorithm.scale_by"] == "sample_std"
     assert found["algorithm.normalizer"] == "token"
-    assert found["algorithm.kl_gradient"] == "policy_reference"
+    assert found["algorithm.kl_estimator"] == "k3_ratio"
     assert found["algorithm.clip_high"] == found["algorithm.clip_low"] == 0.2
     assert found["model.dtype"] == "bfloat16" and found["model.param_dtype"] == "float32"
     assert found["checkpoint.every_steps"] == 500 and found["evaluation.every_steps"] == 0
@@ -120,8 +120,16 @@ def test_other_values_that_become_options():
         log_completions=True, num_completions_to_print=2, lr_scheduler_type="constant_with_warmup",
     )  # fmt: skip
     assert found["algorithm.clip_high"] == 0.28 and found["algorithm.normalizer"] == "constant"
+    # Bounds of a clip are left out where the loss does not clip.
+    assert "algorithm.clip_low" not in of(loss_type="sapo", epsilon=0.1)
+    found_too = of(loss_type="luspo", importance_sampling_level="sequence", delta=4.0)
+    assert found_too["algorithm.ratio"] == "sequence"
+    assert found_too["algorithm.dual_clip_ratio"] == 4.0
+    assert found_too["algorithm.normalizer"] == "sequence_sum"
+    assert of(loss_type="cispo", epsilon_high=5.0)["algorithm.ratio_cap"] == 5.0
+    assert of(off_policy_mask_threshold=0.1)["algorithm.max_sequence_drift"] == 0.1
     assert found["algorithm.scale_by"] == "none"
-    assert found["algorithm.kl_gradient"] == "reference_policy"
+    assert found["algorithm.kl_estimator"] == "k3"
     assert found["rollout_correction.level"] == "token"
     assert (
         found["rollout_correction.bound"] == "truncate" and found["rollout_correction.cap"] == 2.5
@@ -137,10 +145,11 @@ def test_other_values_that_become_options():
     ("arguments", "words"),
     [
         ({"num_generation": 8}, "no argument num_generation. Did you mean num_generations"),
-        ({"delta": 4.0}, r"delta=4.0\) is not what this trainer does. It takes delta=None"),
+        ({"min_p": 0.1}, r"min_p=0.1\) is not what this trainer does. It takes min_p=None"),
         ({"fp16": True}, "In its place: bf16=True"),
         ({"deepspeed": "ds.json"}, "mesh.fsdp"),
-        ({"loss_type": "cispo"}, "loss_type='cispo'.* It takes 'dapo', 'grpo', 'dr_grpo'"),
+        ({"loss_type": "cispo"}, "caps the ratio at epsilon_high = 0.2, below 1"),
+        ({"loss_type": "gspo"}, "loss_type='gspo'.* It takes 'dapo', 'bnpo', 'grpo', 'dr_grpo'"),
         ({"scale_rewards": "batch"}, "scale_rewards='batch'"),
         ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type='polynomial'"),
         ({"report_to": "comet_ml"}, "comet_ml is not built yet"),
@@ -195,7 +204,7 @@ def test_a_run_by_their_names_is_the_run_by_ours(model, tmp_path, one_device):
         model, [right, ("answer_format", 0.5)], ROWS, workdir=tmp_path / "ours",
         prompts=4, group=4, minibatches=2, num_steps=2, seed=3, kl_coef=0.05,
         rollout={"max_tokens": 8}, max_prompt_tokens=1_000_000,
-        algorithm={"scale_by": "sample_std", "kl_gradient": "policy_reference"},
+        algorithm={"scale_by": "sample_std", "kl_estimator": "k3_ratio"},
         optim={"learning_rate": 1e-3, "schedule": "linear", "beta2": 0.999},
         logging={"samples_every_steps": 1, "tensorboard": False}, checkpoint={"every_steps": 0},
     )  # fmt: skip

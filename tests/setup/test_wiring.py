@@ -77,7 +77,7 @@ CASES = {
     "constant": {
         "algorithm.scale_by": "sample_std",
         "algorithm.kl_coef": 0.3,
-        "algorithm.kl_gradient": "policy_reference",
+        "algorithm.kl_estimator": "k3_ratio",
         "algorithm.normalizer": "constant",
         "rollout.max_tokens": 7,
         "rollout.top_k": 9,
@@ -93,7 +93,7 @@ CASES = {
         "algorithm.clip_low": 0.3,
         "algorithm.clip_high": 0.15,
         "algorithm.kl_coef": 0.2,
-        "algorithm.kl_gradient": "policy_reference",
+        "algorithm.kl_estimator": "k3_ratio",
         "algorithm.normalizer": "sequence",
         "algorithm.num_iterations": 3,
         "rollout_correction.level": "sequence",
@@ -313,7 +313,7 @@ def test_three_updates_are_the_plain_ones(case):
         "advantage": np.float32(plain_advantages(REWARD_PG, algorithm.scale_by)),
         "clip_low": np.float32(algorithm.clip_low), "clip_high": np.float32(algorithm.clip_high),
         "kl_coef": np.float32(algorithm.kl_coef),
-        "kl_by_ratio": algorithm.kl_gradient == "policy_reference",
+        "kl_by_ratio": algorithm.kl_estimator == "k3_ratio",
         "entropy_coef": np.float32(algorithm.entropy_coef),
     }  # fmt: skip
 
