@@ -304,7 +304,7 @@ def stops(root: Path, whole: Whole, rng: random.Random) -> Iterator[Row]:
             f"{seconds:.1f} s until saved and ended",
             shown(told, "Stopped by"),
         )
-    run = Run(root, "time", 1, "--config.checkpoint.save_before_s=20")
+    run = Run(root, "time", 1, "--config.checkpoint.save_before_s=40")
     statuses, lost = [], []
     while not statuses or statuses[-1]:
         at = run.step() if statuses else 0
@@ -314,7 +314,7 @@ def stops(root: Path, whole: Whole, rng: random.Random) -> Iterator[Row]:
         lost.append(at - run.continued_from())
         told = run.told() or told
     yield Row(
-        f"checkpoint.save_before_s = 20, the command repeated (status {statuses})",
+        f"checkpoint.save_before_s = 40, the command repeated (status {statuses})",
         len(statuses) - 1,
         steps(lost),
         compared(whole[1], run),
