@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from grpo_jax import cli, keys
-from grpo_jax.config import options
+from grpo_jax.config import loading, options
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.learner import scoring, train_state
 from grpo_jax.models import parameters
@@ -77,6 +77,7 @@ class Work:
     offload_reference: bool = False
     num_slots: int = 0  # completions decoded at once; 0: all
     compact: bool = True
+    preset: str = ""  # of the objective; "": the options' defaults
 
     @property
     def shape(self) -> ModelConfig:
@@ -98,6 +99,8 @@ class Work:
         config.optim.offload = self.offload
         config.model.offload_reference = self.offload_reference
         config.rollout.num_slots = self.num_slots
+        config.algorithm.preset = self.preset
+        loading.settle(config)
         return config
 
 
