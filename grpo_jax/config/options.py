@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from grpo_jax.config.advantage_options import ADVANTAGE
 from grpo_jax.config.lora_options import LORA
 from grpo_jax.config.schema import (
     ANY,
@@ -181,8 +182,8 @@ TABLE = (
            "guards.failed_rewards acts", special={1: "never"}, free=True),
 
     number("batch.prompts", 32, COUNT, "prompts", "Prompts in a step"),
-    number("batch.group", 8, Range(at_least=2), "completions", "Completions for each prompt",
-           why="advantages are relative to the other completions of a prompt. 8 is usual"),
+    number("batch.group", 8, COUNT, "completions",
+           "Completions for each prompt; 1 needs algorithm.baseline \"none\" or \"greedy\""),
     number("batch.minibatches", 1, COUNT, "updates",
            "Optimizer updates in one pass over a step's rollouts"),
     number("batch.microbatch", 0, COUNT, "prompts",
@@ -221,12 +222,7 @@ TABLE = (
          "Make the batch smaller as completions finish and no prompts wait", free=True),
 
     number("algorithm.num_iterations", 1, COUNT, "passes", "Passes over a step's rollouts"),
-    choice("algorithm.scale_by", "std", {
-               "none": "nothing: advantages have the reward's unit",
-               "std": "the group's standard deviation",
-               "sample_std": "the larger one that is estimated from a sample, with G - 1, as in "
-                             "TRL"},
-           "What advantages are divided by"),
+    *ADVANTAGE,
     number("algorithm.clip_low", 0.2, FRACTION, "",
            "The ratio is clipped to [1 - clip_low, 1 + clip_high]"),
     number("algorithm.clip_high", 0.2, NOT_NEGATIVE, "", "See algorithm.clip_low"),

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax.algorithm import components, losses
+from grpo_jax.algorithm.advantages import AdvantageOptions
 from grpo_jax.config import derived, guard_rules
 from grpo_jax.devices import sharding
 from grpo_jax.kernels import choice
@@ -100,6 +101,21 @@ def _learning_rate(schedule: optax.Schedule) -> Callable:
     return learning_rate
 
 
+def advantage_options(config: ConfigDict) -> AdvantageOptions:
+    """The config's advantage."""
+    algorithm = config.algorithm
+    return AdvantageOptions(
+        baseline=algorithm.baseline,
+        scale_by=algorithm.scale_by,
+        aggregate=algorithm.aggregate,
+        credit=algorithm.credit,
+        whiten=algorithm.whiten,
+        kl_in=algorithm.kl_in,
+        kl_coef=algorithm.kl_coef,
+        weights=tuple(config.rewards.weights),
+    )
+
+
 def make_learner(
     config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: MemoryPlan = DEFAULT
 ) -> Learner:
@@ -127,7 +143,7 @@ def make_learner(
     objective = losses.Objective(
         algorithm.clip_low,
         algorithm.clip_high,
-        algorithm.kl_coef,
+        0.0 if derived.has_kl_in_reward(config) else algorithm.kl_coef,
         algorithm.entropy_coef,
         algorithm.normalizer,
         config.rollout.max_tokens,
@@ -142,7 +158,7 @@ def make_learner(
         learning_rate=_learning_rate(schedule),
         prepare=make_prepare(
             scorer,
-            scale_by=algorithm.scale_by,
+            advantage_options(config),
             mask_truncated=algorithm.mask_truncated,
             with_old=derived.needs_old_pass(config),
             num_minibatches=config.batch.minibatches,
@@ -180,7 +196,9 @@ def make_supervised_learner(
         scorer=scorer,
         optimizer=optimizer,
         learning_rate=_learning_rate(schedule),
-        prepare=make_prepare(scorer, scale_by="none", mask_truncated=False, with_old=False),
+        prepare=make_prepare(
+            scorer, AdvantageOptions(scale_by="none"), mask_truncated=False, with_old=False
+        ),
         update=update.make_update(
             scorer,
             components.NLLLoss(),

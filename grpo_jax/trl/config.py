@@ -10,7 +10,10 @@ from typing import Any
 from grpo_jax.trl.fields import FIELDS
 
 _NORMALIZERS = {"dapo": "token", "grpo": "sequence", "dr_grpo": "constant"}
-_SCALES = {"group": "sample_std", True: "sample_std", "none": "none", False: "none"}
+_SCALES = {
+    "group": "sample_std", True: "sample_std", "batch": "batch_std", "none": "none", False: "none",
+}  # fmt: skip
+_AGGREGATES = {"sum_then_normalize": "sum", "normalize_then_sum": "each"}
 _SCHEDULES = {
     "linear": "linear", "cosine": "cosine", "constant": "constant",
     "constant_with_warmup": "constant",
@@ -65,7 +68,6 @@ def options_of(args: GRPOConfig, num_problems: int, devices: int) -> dict[str, A
         "loop.num_steps": steps,
         "algorithm.clip_high": args.epsilon if args.epsilon_high is None else args.epsilon_high,
         "algorithm.normalizer": _one_of("loss_type", args.loss_type, _NORMALIZERS),
-        "algorithm.scale_by": _one_of("scale_rewards", args.scale_rewards, _SCALES),
         "algorithm.kl_gradient": (
             "policy_reference" if args.use_bias_correction_kl else "reference_policy"
         ),
@@ -87,7 +89,7 @@ def options_of(args: GRPOConfig, num_problems: int, devices: int) -> dict[str, A
         ("evaluation.every_steps", args.eval_strategy, args.eval_steps or args.logging_steps),
     ):
         found[option] = _every(_text(strategy), every, updates, steps, args, num_problems, batch)
-    return found | _correction(args) | _precision(args) | _trackers(args)
+    return found | _advantage(args) | _correction(args) | _precision(args) | _trackers(args)
 
 
 def _text(value: Any) -> str:
@@ -180,6 +182,17 @@ def _every(
         return max(num_problems // batch["batch.prompts"], 1)
     counted = every * steps * updates if every < 1 else every
     return max(math.ceil(counted / updates), 1)
+
+
+def _advantage(args: GRPOConfig) -> dict[str, str]:
+    """The advantage. TRL does not read scale_rewards where each reward is normalized."""
+    aggregate = args.multi_objective_aggregation
+    scale_by = _one_of("scale_rewards", args.scale_rewards, _SCALES)
+    aggregate = _one_of("multi_objective_aggregation", aggregate, _AGGREGATES)
+    return {
+        "algorithm.aggregate": aggregate,
+        "algorithm.scale_by": "sample_std" if aggregate == "each" else scale_by,
+    }
 
 
 def _correction(args: GRPOConfig) -> dict[str, Any]:
