@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax import keys
+from grpo_jax.algorithm.advantages import AdvantageOptions
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.kernels import dense
 from grpo_jax.kernels.dense import Adapted
@@ -62,7 +63,7 @@ def gaps(
     )
     prepare = make_prepare(
         Scorer(ours.model, mesh, sampling, dtype),
-        scale_by="none",
+        AdvantageOptions(scale_by="none"),
         mask_truncated=False,
         with_old=True,
     )

@@ -23,7 +23,7 @@ BOXES = {
     "engine": (1, 1, "sample G completions each", "sampling/engine", "completion_PGC, logp_PGC"),
     "rewards": (2, 0, "reward them, in processes", "rewards/pool", "reward_PG"),
     "prepare": (2, 2, "score by policy and reference", "learner/experience", "old, ref logp_PGC"),
-    "advantage": (3, 0, "advantage in the group", "algorithm/advantages", "advantage_PG"),
+    "advantage": (3, 0, "advantage in the group", "algorithm/advantages", "advantage"),
     "pack": (3, 2, "pack tokens into rows", "learner/packing", "token_SNDX"),
     "loss": (4, 1, "loss and gradient of rows", "algorithm/losses", "gradient, metrics"),
     "optimizer": (5, 1, "one optimizer step", "learner/accumulate", "TrainState"),

@@ -215,10 +215,14 @@ class Rollouts:
 
 @struct.dataclass
 class Experience:
-    """A rollout with the values that stay fixed during its updates."""
+    """A rollout with the values that stay fixed during its updates.
+
+    `advantage` is one number for each completion, [P, G], or one for each of its tokens, [P, G, C],
+    which the tokens of a turn may share. What lies past a completion's length is not read.
+    """
 
     rollouts: Rollouts
-    advantage_PG: Array  # float32
+    advantage: Array  # float32
     action_PGC: Array  # bool: tokens the policy chose and is trained on
     old_logp_PGC: Array | None  # before the first update; None: one update, the current policy
     ref_logp_PGC: Array | None  # frozen reference; None: no KL term

@@ -75,8 +75,9 @@ class PolicyLoss:
         ratio = None
         if self.objective.sums_sequences:
             ratio = take_of_completion(losses.sequence_log_ratio(old, sampler, part.action_PGC))
+        take_advantage = take if part.advantage.ndim == 3 else take_of_completion
         return TokenTerms(
-            advantage=take_of_completion(part.advantage_PG),
+            advantage=take_advantage(part.advantage),
             sampler_logp=take(sampler),
             old_logp=None if old is None else take(old),
             ref_logp=None if part.ref_logp_PGC is None else take(part.ref_logp_PGC),

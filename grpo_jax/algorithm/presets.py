@@ -40,8 +40,33 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "normalizer": "sequence",
             "scale_by": "std",
         },
+        # Ahmadian et al. 2024, arXiv:2402.14740, equation 8
+        "rloo": {
+            "surrogate": "reinforce",
+            "normalizer": "sequence_sum",
+            "baseline": "leave_one_out",
+            "scale_by": "none",
+            "kl_in": "reward",
+        },
+        # Williams 1992, "Simple statistical gradient-following algorithms", equation 11
+        "reinforce": {
+            "surrogate": "reinforce",
+            "normalizer": "sequence_sum",
+            "baseline": "none",
+            "scale_by": "none",
+        },
+        # Hu et al. 2025, arXiv:2501.03262, section 3
+        "reinforce_pp": {
+            "normalizer": "token",
+            "baseline": "none",
+            "scale_by": "none",
+            "whiten": "tokens",
+            "kl_in": "reward",
+        },
         # arXiv:2602.04879
         "dppo": {"surrogate": "tv_mask", "normalizer": "token", "scale_by": "std"},
+        # arXiv:2602.02710
+        "maxrl": {"surrogate": "reinforce", "normalizer": "sequence_sum", "scale_by": "mean"},
     }
 )
 

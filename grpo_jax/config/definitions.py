@@ -9,10 +9,22 @@ from ml_collections import ConfigDict
 
 from grpo_jax.config import derived
 
-_ADVANTAGE = {
-    "none": "reward - mean of its group",
-    "std": "(reward - mean of its group) / the group's standard deviation, 0 where that is <= 1e-4",
-    "sample_std": "(reward - mean of its group) / (the group's sample standard deviation + 1e-4)",
+_BASELINE = {
+    "mean": "mean of its group",
+    "leave_one_out": "mean of the others of its group",
+    "length_weighted": "mean of its group weighted by length",
+    "greedy": "reward of the greedy completion",
+}
+_SCALE = {
+    "std": "the group's standard deviation, 0 where that is <= 1e-4",
+    "sample_std": "(the group's sample standard deviation + 1e-4)",
+    "batch_std": "(the sample standard deviation of the step's rewards + 1e-4)",
+    "mean": "mean of its group, 0 where that is <= 0",
+}
+_WHITEN = {
+    "completions": "minus the mean of the step's completions, / (their sample standard deviation "
+    "+ 1e-4)",
+    "tokens": "minus the mean of the step's tokens, / their standard deviation",
 }
 _KL = {
     "k1": "k1, gradient 0 on average",
@@ -66,13 +78,33 @@ def _surrogate(algorithm: ConfigDict) -> str:
     return told
 
 
+def _advantage(config: ConfigDict) -> str:
+    """The formula of the advantage."""
+    algorithm, whiten = config.algorithm, config.algorithm.whiten
+    value = "rank of the reward" if algorithm.credit == "rank" else "reward"
+    if derived.has_kl_in_reward(config):
+        kl = f"{algorithm.kl_coef:g} sum of log(policy / reference)"
+        value = f"rank of (reward - {kl})" if algorithm.credit == "rank" else f"{value} - {kl}"
+    formula = value
+    if algorithm.credit == "best":
+        formula = f"{value} - second best of its group for the best, 0 for the others"
+    elif algorithm.baseline != "none":
+        formula = f"{value} - {_BASELINE[algorithm.baseline]}"
+    if algorithm.scale_by != "none":
+        formula = f"({formula}) / {_SCALE[algorithm.scale_by]}"
+    if algorithm.aggregate == "each":
+        formula = f"weighted sum over the rewards of [{formula}]"
+        whiten = "completions" if whiten == "none" else whiten
+    return formula if whiten == "none" else f"{formula}; then {_WHITEN[whiten]}"
+
+
 def in_force(config: ConfigDict) -> list[str]:
     """Three lines: the advantage A, the loss of a token with ratio r, and the optimizer."""
     algorithm, optim, rollout = config.algorithm, config.optim, config.rollout
     correction = config.rollout_correction
     weight = "" if correction.level == "none" else "w "
     loss = f"-{weight}{_surrogate(algorithm)}"
-    if algorithm.kl_coef:
+    if algorithm.kl_coef and not derived.has_kl_in_reward(config):
         loss += f" + {algorithm.kl_coef:g} ({_KL[algorithm.kl_estimator]})"
     if algorithm.entropy_coef:
         loss += f" - {algorithm.entropy_coef:g} entropy"
@@ -107,7 +139,7 @@ def in_force(config: ConfigDict) -> list[str]:
         end = optim.end_fraction * optim.learning_rate
         rate += f", {optim.schedule} to {end:g} at {last}"
     return [
-        f"Advantage A: {_ADVANTAGE[algorithm.scale_by]}",
+        f"Advantage A: {_advantage(config)}",
         f"Loss: {loss}",
         f"AdamW({optim.beta1:g}, {optim.beta2:g}), {rate}",
     ]

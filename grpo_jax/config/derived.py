@@ -50,4 +50,17 @@ def longest_row(config: ConfigDict) -> int:
 
 def needs_old_pass(config: ConfigDict) -> bool:
     """Whether a rollout is scored before its first update, besides what that update computes."""
-    return config.rollout_correction.level == "sequence" or num_updates_per_step(config) > 1
+    weighs_sequences = config.rollout_correction.level == "sequence"
+    return weighs_sequences or num_updates_per_step(config) > 1 or has_kl_in_reward(config)
+
+
+def has_kl_in_reward(config: ConfigDict) -> bool:
+    """Whether the KL to the reference is a part of the reward, and not of the loss."""
+    return config.algorithm.kl_in == "reward" and config.algorithm.kl_coef > 0
+
+
+def learns_from_equal_rewards(config: ConfigDict) -> bool:
+    """Whether a group whose rewards are all equal may have advantages other than 0."""
+    algorithm = config.algorithm
+    compares = algorithm.baseline not in ("none", "greedy")
+    return not compares or algorithm.aggregate == "each" or has_kl_in_reward(config)

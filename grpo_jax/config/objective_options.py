@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from grpo_jax.algorithm.presets import PRESETS
+from grpo_jax.config.advantage_options import ADVANTAGE
 from grpo_jax.config.schema import (
     ANY,
     COUNT,
@@ -24,12 +25,7 @@ OBJECTIVE = (
            "An objective by its name (docs/objectives.md), which sets those options of this "
            "section that have their defaults"),
     number("algorithm.num_iterations", 1, COUNT, "passes", "Passes over a step's rollouts"),
-    choice("algorithm.scale_by", "std", {
-               "none": "nothing: advantages have the reward's unit",
-               "std": "the group's standard deviation",
-               "sample_std": "the larger one that is estimated from a sample, with G - 1, as in "
-                             "TRL"},
-           "What advantages are divided by"),
+    *ADVANTAGE,
     choice("algorithm.ratio", "token", {
                "token": "of each token",
                "sequence": "of each completion: the geometric mean over its tokens (GSPO)",

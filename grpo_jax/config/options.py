@@ -181,8 +181,8 @@ TABLE = (
            "guards.failed_rewards acts", special={1: "never"}, free=True),
 
     number("batch.prompts", 32, COUNT, "prompts", "Prompts in a step"),
-    number("batch.group", 8, Range(at_least=2), "completions", "Completions for each prompt",
-           why="advantages are relative to the other completions of a prompt. 8 is usual"),
+    number("batch.group", 8, COUNT, "completions",
+           "Completions for each prompt; 1 needs algorithm.baseline \"none\" or \"greedy\""),
     number("batch.minibatches", 1, COUNT, "updates",
            "Optimizer updates in one pass over a step's rollouts"),
     number("batch.microbatch", 0, COUNT, "prompts",

@@ -30,6 +30,7 @@ class Rollout:
     rewards: RewardCollector
     completions: Rollouts
     seconds: float  # time of sampling
+    greedy: RewardCollector | None = None  # of a greedy completion of each; None: none was sampled
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The values that stay fixed while a rollout is learned from: `Prepare`.
 
 They are the advantages, and the log-probabilities of the reference and of the policy before its
-first update. Each is computed only if the loss reads it.
+first update. Each is computed only if the loss or the advantage reads it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.algorithm.advantages import group_advantages
+from grpo_jax.algorithm import advantages as advantages_lib
+from grpo_jax.algorithm.advantages import AdvantageOptions
 from grpo_jax.devices import by_shard, compiling, transfer
 from grpo_jax.devices.compiling import Call
 from grpo_jax.learner import accumulate, logprobs, row_sizes, scoring
@@ -39,6 +40,11 @@ class LogProbs:
     old_logp_PGC: Array | None
     ref_logp_PGC: Array | None
 
+    def in_order(self, rows: Array) -> np.ndarray:
+        """Rows of the experience on the host, in the order in which the prompts were given."""
+        rows = transfer.to_host(rows)
+        return rows if self.order_P is None else rows[np.argsort(self.order_P)]
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
@@ -49,11 +55,11 @@ class Prepare:
     """
 
     scorer: Scorer
+    options: AdvantageOptions
     with_old: bool  # the policy's log-probabilities before the first update
     num_minibatches: int
     score: Callable  # program: log-probabilities of microbatches, filled in
     advantages: Callable  # program: the experience without log-probabilities
-    relative: Callable  # program: advantages from rewards alone, for display
     sizes: CompiledSizes  # packed row sizes of `score`; grows during a run
 
     def log_probs(self, params: Params, ref_params: Params | None, rollouts: Rollouts) -> LogProbs:
@@ -67,11 +73,17 @@ class Prepare:
         logp = {call.part: call() for call in scored}
         return LogProbs(rollouts, order_P, logp.get("policy"), logp.get("reference"))
 
-    def __call__(self, given: LogProbs, reward_PG: Array) -> Experience:
-        """The experience, once the rewards are known."""
+    def __call__(self, given: LogProbs, reward: Array, greedy: Array | None = None) -> Experience:
+        """The experience, once the rewards are known.
+
+        `reward`: [P, G], or by function [P, G, R]; `greedy`: rewards of greedy completions, [P] or
+        [P, R] (`advantages.advantages`).
+        """
+        rewards = reward, greedy
         if given.order_P is not None:
-            reward_PG = self._reordering(reward_PG, given.order_P)()
-        return self._valuing(given.rollouts, reward_PG)().replace(
+            rewards = jax.tree.map(lambda x: self._reordering(x, given.order_P)(), rewards)
+        log_probs = given.old_logp_PGC, given.ref_logp_PGC
+        return self._valuing(given.rollouts, *rewards, log_probs)().replace(
             old_logp_PGC=given.old_logp_PGC, ref_logp_PGC=given.ref_logp_PGC
         )
 
@@ -82,16 +94,26 @@ class Prepare:
 
         `length_PG`: the lengths of the completions, which do not follow from the shapes.
         """
-        reward_PG = jax.ShapeDtypeStruct(
-            length_PG.shape, np.float32, sharding=rollouts.length_PG.sharding
-        )
+        rewards = self._reward_shapes(rollouts)
         scored = self._scoring(params, ref_params, rollouts, length_PG)
-        valued = [self._valuing(rollouts, reward_PG)]
+        log_probs = rollouts.logp_PGC, rollouts.logp_PGC
+        valued = [self._valuing(rollouts, *rewards, log_probs)]
         if self.scorer.mesh.shape["data"] == 1:
             return scored + valued
         order_P = np.arange(len(length_PG))
-        orders = [self._reordering(rollouts, order_P), self._reordering(reward_PG, order_P)]
+        orders = [self._reordering(x, order_P) for x in (rollouts, *rewards) if x is not None]
         return orders[:1] + scored + orders[1:] + valued
+
+    def _reward_shapes(self, rollouts: Rollouts) -> tuple[Any, Any]:
+        """Shapes of the rewards that the advantages read, and of those of greedy completions."""
+        functions = (len(self.options.weights),) * self.options.reads_each_reward
+
+        def shape(like: Any) -> jax.ShapeDtypeStruct:
+            whole = (*like.shape, *functions)
+            return jax.ShapeDtypeStruct(whole, np.float32, sharding=like.sharding)
+
+        is_greedy = self.options.baseline == "greedy"
+        return shape(rollouts.length_PG), shape(rollouts.prompt_length_P) if is_greedy else None
 
     def _scoring(self, params, ref_params, rollouts, length_PG: np.ndarray) -> list[Call]:
         read = {"policy": params} if self.with_old else {}
@@ -111,14 +133,21 @@ class Prepare:
     def _reordering(self, rows: Any, order_P: np.ndarray) -> Call:
         return Call(transfer.reordering(self.scorer.mesh), (rows, order_P))
 
-    def _valuing(self, rollouts: Rollouts, reward_PG: Array) -> Call:
-        return Call(self.advantages, (rollouts, reward_PG))
+    def _valuing(
+        self,
+        rollouts: Rollouts,
+        reward: Array,
+        greedy: Array | None,
+        log_probs: tuple[Array | None, Array | None],
+    ) -> Call:
+        read = log_probs if self.options.reads_log_probs else None
+        return Call(self.advantages, (rollouts, reward, greedy, read))
 
 
 def make_prepare(
     scorer: Scorer,
+    options: AdvantageOptions,
     *,
-    scale_by: str,
     mask_truncated: bool,
     with_old: bool,
     num_minibatches: int = 1,
@@ -126,8 +155,10 @@ def make_prepare(
     """A `Prepare` of these options; nothing is compiled or allocated yet.
 
     `with_old`: the scorer computes the policy's log-probabilities before the first update. They are
-    needed if a rollout has several updates or if the loss weighs whole completions.
+    needed if a rollout has several updates, if the loss weighs whole completions, or if the KL is
+    a part of the reward.
     """
+    assert with_old or not options.reads_log_probs
     scorer = dataclasses.replace(scorer, scan_layers=True)  # no backward pass: nothing to keep
 
     def one(params, rollouts: Rollouts, logp_PGC: Array, groups_J: Array, *where: Array) -> Array:
@@ -159,25 +190,24 @@ def make_prepare(
 
     @jax.jit
     @jax.named_scope("scoring")
-    def advantages(rollouts: Rollouts, reward_PG: Array) -> Experience:
-        action_PGC = action_mask(
-            rollouts.length_PG,
-            rollouts.stopped_PG,
-            rollouts.completion_PGC.shape[-1],
-            mask_truncated,
-        )
+    def advantages(
+        rollouts: Rollouts,
+        reward: Array,
+        greedy: Array | None = None,
+        log_probs: tuple[Array, Array] | None = None,
+    ) -> Experience:
+        shape = rollouts.length_PG, rollouts.stopped_PG, rollouts.completion_PGC.shape[-1]
+        action_PGC = action_mask(*shape, mask_truncated)
         if rollouts.chosen_PGC is not None:
             action_PGC &= rollouts.chosen_PGC
-        return Experience(
-            rollouts=rollouts,
-            advantage_PG=group_advantages(reward_PG, scale_by=scale_by),
+        advantage_PG = advantages_lib.advantages(
+            options,
+            reward,
+            length_PG=rollouts.length_PG,
+            greedy=greedy,
             action_PGC=action_PGC,
-            old_logp_PGC=None,
-            ref_logp_PGC=None,
+            log_probs=log_probs,
         )
+        return Experience(rollouts, advantage_PG, action_PGC, old_logp_PGC=None, ref_logp_PGC=None)
 
-    @jax.jit
-    def relative(reward_PG: Array) -> Array:
-        return group_advantages(reward_PG, scale_by=scale_by)
-
-    return Prepare(scorer, with_old, num_minibatches, score, advantages, relative, CompiledSizes())
+    return Prepare(scorer, options, with_old, num_minibatches, score, advantages, CompiledSizes())

@@ -42,7 +42,9 @@ METRICS: dict[str, Metric] = {
         "completions with a 1 from the reward rewards.accuracy, among those to which it applies",
     ),
     "groups/equal_share": Metric(
-        "share", "groups whose rewards are all equal, which give no policy gradient"
+        "share",
+        "groups whose rewards are all equal, which give no policy gradient where "
+        "algorithm.baseline compares them",
     ),
     "completion/length": Metric("tokens", "mean length, stop token included"),
     "completion/length_min": Metric("tokens", "shortest completion"),

@@ -118,6 +118,9 @@ class Step:
         self.rollout = self._drawing(
             self.engine, config.batch.prompts, config.batch.group, config.rollout.temperature
         )
+        self.greedy = None  # None: the advantages read no greedy completions
+        if config.algorithm.baseline == "greedy":
+            self.greedy = self._drawing(self.engine, config.batch.prompts, 1, 0.0)
         self.evaluations = self._evaluations()
         self.experience = self._experience()
 
@@ -228,6 +231,8 @@ class Step:
         learning = self._kept_state(), self.frozen, self._kept_reference()
         found = self._start() + self._supervised() + self._publishing(learning)
         found += self._sampling("", "rollout", self.rollout, learning)
+        if self.greedy:
+            found += self._sampling("greedy ", "rollout", self.greedy, learning)
         prepare, update, experience = self.learner.prepare, self.learner.update, self.experience
         rollouts, length_PG = experience.rollouts, self.lengths.completion_PG
         for call in prepare.calls(self.weights, self.reference, rollouts, length_PG):
@@ -238,11 +243,8 @@ class Step:
             loops = int(call.args[1]) if call.program is update.gradient else 1
             beside = (*learning, experience) if call.program is update.optimizer_step else learning
             found.append(Program.of(call, "update", beside, runs=updates, loops=loops))
-        shown = (
-            Call(self.learner.learning_rate, (np.int32(0),)),
-            Call(prepare.relative, (experience.advantage_PG,)),
-        )
-        found += [Program.of(call, "update", (*learning, experience)) for call in shown]
+        shown = Call(self.learner.learning_rate, (np.int32(0),))
+        found.append(Program.of(shown, "update", (*learning, experience)))
         for name, drawing in self.evaluations.items():
             found += self._sampling(f"{name} ", "evaluation", drawing, learning)
         return found
@@ -264,7 +266,7 @@ class Step:
         chosen_PGC = self._rows((*shape, tokens), jnp.bool_)
         given = Experience(
             rollouts=self._rollouts(shape, 0, tokens).replace(chosen_PGC=chosen_PGC),
-            advantage_PG=self._rows(shape, jnp.float32),
+            advantage=self._rows(shape, jnp.float32),
             action_PGC=self._rows((*shape, tokens), jnp.bool_),
             old_logp_PGC=None,
             ref_logp_PGC=None,
@@ -294,7 +296,8 @@ class Step:
         In a step all lanes decode for as many tokens as the longest completion has, or for the
         total of tokens divided by the lanes if that is more. An evaluation is not part of a step.
         """
-        engine, published, length_PG = drawing.engine, drawing.published, self.lengths.completion_PG
+        engine, published = drawing.engine, drawing.published
+        length_PG = self.lengths.completion_PG[:, : drawing.group]
         lanes = drawing.slots.live_RW.size
         tokens = max(length_PG.max(), -(-length_PG.sum() // lanes)) - 1
         in_step, found = phase == "rollout", []
@@ -384,7 +387,7 @@ class Step:
         per_token = lambda dtype: rows((prompts, group, tokens), dtype)  # noqa: E731
         return Experience(
             rollouts=self._rollouts((prompts, group), width, tokens),
-            advantage_PG=rows((prompts, group), jnp.float32),
+            advantage=rows((prompts, group), jnp.float32),
             action_PGC=per_token(jnp.bool_),
             old_logp_PGC=per_token(jnp.float32) if derived.needs_old_pass(self.config) else None,
             ref_logp_PGC=per_token(jnp.float32) if self.reference is not None else None,

@@ -110,6 +110,20 @@ class Scores:
         return sum(failure.kind == kind for failure in self.failures)
 
 
+def by_function(rewards: Sequence[Reward], scores: Scores) -> np.ndarray:
+    """The rewards of each function, float32 [B, R]; NaN where it gave None.
+
+    A failed reward counts as in `combine`, before its weight.
+    """
+    columns = []
+    for reward in rewards:
+        value_B = scores.by_name[reward.name]
+        least = np.fmin.reduce(reward.weight * value_B.astype(np.float64), initial=0.0)
+        least = least / reward.weight if reward.weight else 0.0
+        columns.append(np.where(scores.failed[reward.name], least, value_B).astype(np.float32))
+    return np.stack(columns, axis=1)
+
+
 def combine(
     rewards: Sequence[Reward], by_name: dict[str, np.ndarray], failed: dict[str, np.ndarray]
 ) -> np.ndarray:

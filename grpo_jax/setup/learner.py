@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax.algorithm import components
+from grpo_jax.algorithm.advantages import AdvantageOptions
 from grpo_jax.algorithm.objective import Objective
 from grpo_jax.config import derived, guard_rules
 from grpo_jax.config.dotted import flatten
@@ -102,6 +103,21 @@ def _learning_rate(schedule: optax.Schedule) -> Callable:
     return learning_rate
 
 
+def advantage_options(config: ConfigDict) -> AdvantageOptions:
+    """The config's advantage."""
+    algorithm = config.algorithm
+    return AdvantageOptions(
+        baseline=algorithm.baseline,
+        scale_by=algorithm.scale_by,
+        aggregate=algorithm.aggregate,
+        credit=algorithm.credit,
+        whiten=algorithm.whiten,
+        kl_in=algorithm.kl_in,
+        kl_coef=algorithm.kl_coef,
+        weights=tuple(config.rewards.weights),
+    )
+
+
 def make_learner(
     config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: MemoryPlan = DEFAULT
 ) -> Learner:
@@ -127,13 +143,15 @@ def make_learner(
         config, schedule, config.optim.weight_decay, config.optim.max_grad_norm
     )
     objective = Objective.of({n.removeprefix("algorithm."): v for n, v in flatten(config).items()})
+    if derived.has_kl_in_reward(config):
+        objective = dataclasses.replace(objective, kl_coef=0.0)
     return Learner(
         scorer=scorer,
         optimizer=optimizer,
         learning_rate=_learning_rate(schedule),
         prepare=make_prepare(
             scorer,
-            scale_by=algorithm.scale_by,
+            advantage_options(config),
             mask_truncated=algorithm.mask_truncated,
             with_old=derived.needs_old_pass(config),
             num_minibatches=config.batch.minibatches,
@@ -171,7 +189,9 @@ def make_supervised_learner(
         scorer=scorer,
         optimizer=optimizer,
         learning_rate=_learning_rate(schedule),
-        prepare=make_prepare(scorer, scale_by="none", mask_truncated=False, with_old=False),
+        prepare=make_prepare(
+            scorer, AdvantageOptions(scale_by="none"), mask_truncated=False, with_old=False
+        ),
         update=update.make_update(
             scorer,
             components.NLLLoss(),

@@ -77,11 +77,12 @@ def sample_and_reward(run: Run, state: RunState, monitor: Monitor) -> None:
         completions = rollout.device_rows(run, sampled.completions)
         reference = transfer.to_device_memory(run.ref_params)  # copies one that is in host memory
         log_probs = run.prepare.log_probs(run.weights(state.train), reference, completions)
-        scores = monitor.rewards(state, sampled)  # while the device computes log-probabilities
-        reward_PG = scores.reward_B.reshape(sampled.completions.length_PG.shape)
-        state.experience = run.prepare(log_probs, transfer.shard_rows(run.mesh, reward_PG))
+        scores = monitor.rewards(state, sampled.rewards)  # while the device computes log_probs
+        greedy = sampled.greedy and monitor.rewards(state, sampled.greedy)
+        rewards = rollout.device_rewards(run, sampled, scores, greedy)
+        state.experience = run.prepare(log_probs, *rewards)
         state.next_rollout = following
-    monitor.scored(state, sampled, scores)
+    monitor.scored(state, sampled, scores, lambda: log_probs.in_order(state.experience.advantage))
     if monitor.guards.skips_rollout:
         state.train = train_state.refuse(state.train, run.course.updates)
         state.update = run.course.updates

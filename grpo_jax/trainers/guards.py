@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from ml_collections import ConfigDict
 
-from grpo_jax.config import guard_rules
+from grpo_jax.config import derived, guard_rules
 from grpo_jax.messages import events
 from grpo_jax.messages.console import say
 from grpo_jax.metrics.names import METRICS
@@ -130,6 +130,7 @@ class Guards:
             history.rewards = [*history.rewards, reward][-options.window :]
             self._check_fall(step)
         all_equal = values["groups/equal_share"] == 1
+        all_equal &= not derived.learns_from_equal_rewards(self._config)
         history.equal_steps = history.equal_steps + 1 if all_equal else 0
         if options.equal_groups_steps and history.equal_steps >= options.equal_groups_steps:
             text = (

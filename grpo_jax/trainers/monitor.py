@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 
 from grpo_jax.config.dotted import flatten
 from grpo_jax.devices import transfer
 from grpo_jax.devices.compiling import Compiling
 from grpo_jax.devices.phases import Trace, phase
-from grpo_jax.environments.rewarding import FailureReports
+from grpo_jax.environments.rewarding import FailureReports, RewardCollector
 from grpo_jax.environments.single_turn import Rollout
 from grpo_jax.hosts import processes
 from grpo_jax.hosts.watchdog import Watchdog
@@ -171,21 +172,31 @@ class Monitor:
         if self._stop.asked():
             self._stop_with(state)
 
-    def rewards(self, state: RunState, sampled: Rollout) -> Scores:
+    def rewards(self, state: RunState, collector: RewardCollector) -> Scores:
         """Waits for the rewards; raises RewardError if they failed too often."""
         step = state.step + 1
         with phase("rewards"), self._timed("time/reward_s"):
-            scores = sampled.rewards.scores()
+            scores = collector.scores()
         self.guards.check_scores(step, scores)
         self._failures.tell(f"step {step}", scores)
         return scores
 
-    def scored(self, state: RunState, sampled: Rollout, scores: Scores) -> None:
-        """Checks a step's rewards; `guards.skips_rollout` then tells whether to skip updates."""
+    def scored(
+        self,
+        state: RunState,
+        sampled: Rollout,
+        scores: Scores,
+        advantage_PG: Callable[[], np.ndarray],
+    ) -> None:
+        """Checks a step's rewards; `guards.skips_rollout` then tells whether to skip updates.
+
+        `advantage_PG()`: the advantages of the completions, to show beside some of them.
+        """
         state.rollout_metrics = step_metrics.rollout_metrics(
             self._run, sampled.completions, scores, sampled.seconds
         )
-        rollout.show(self._run, self._writers, self._listeners, state.step + 1, sampled, scores)
+        where = self._run, self._writers, self._listeners, state.step + 1
+        rollout.show(*where, sampled, scores, advantage_PG)
         self.guards.check_rollout(state.step + 1, state.rollout_metrics)
         if self.guards.skips_rollout:
             self.guards.skipped(state.step + 1, self._run.course.updates)

@@ -20,8 +20,9 @@ from grpo_jax.messages.console import cut_middle
 from grpo_jax.metrics import writers as writers_lib
 from grpo_jax.metrics.samples import print_samples
 from grpo_jax.rewards import registry
+from grpo_jax.rewards import scores as scores_lib
 from grpo_jax.rewards.scores import Scores
-from grpo_jax.structs import Rollouts
+from grpo_jax.structs import Array, Params, Rollouts
 from grpo_jax.trainers.listeners import Listeners
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Run
@@ -40,8 +41,9 @@ def sample(
     """
     started, step = time.monotonic(), state.step + ahead
     questions, rewards = _begin(run, state, step)
+    params = run.engine.publish(run.weights(state.train))
     completions = run.engine.generate(
-        run.engine.publish(run.weights(state.train)),
+        params,
         questions.prompt_ids,
         group=run.config.batch.group,
         key=keys.key_for(run.config.seed, "rollout", state.draw_of(step)),
@@ -50,18 +52,45 @@ def sample(
         meanwhile=log.close,
         on_harvest=on_harvest,
     )
+    greedy = _sample_greedy(run, state, step, params, on_harvest)
     seconds = time.monotonic() - max(started, log.closed_at)
-    return Rollout(questions, rewards, completions, seconds)
+    return Rollout(questions, rewards, completions, seconds, greedy)
+
+
+def _sample_greedy(
+    run: Run, state: RunState, step: int, params: Params, on_harvest: Callable[[], None]
+) -> RewardCollector | None:
+    """Samples one greedy completion of each prompt of a step, if the advantages read its reward."""
+    if run.config.algorithm.baseline != "greedy":
+        return None
+    questions, rewards = _begin(run, state, step, group=1)
+    run.engine.generate(
+        params,
+        questions.prompt_ids,
+        group=1,
+        key=keys.key_for(run.config.seed, "rollout", state.draw_of(step)),  # draws nothing
+        temperature=0.0,
+        on_group=rewards.add,
+        on_harvest=on_harvest,
+    )
+    return rewards
 
 
 def sampled_before(run: Run, state: RunState, completions: Rollouts) -> Rollout:
-    """A rollout of completions from a checkpoint, passed to the rewards as if just sampled."""
+    """A rollout of completions from a checkpoint, passed to the rewards as if just sampled.
+
+    Greedy completions are sampled again: the weights are those that they were sampled with.
+    """
     questions, rewards = _begin(run, state, state.sampled)
     for number, (completion_GC, length_G) in enumerate(
         zip(completions.completion_PGC, completions.length_PG)
     ):
         rewards.add(number, [ids[:n].tolist() for ids, n in zip(completion_GC, length_G)])
-    return Rollout(questions, rewards, completions, state.next_rollout_s)
+    greedy = None
+    if run.config.algorithm.baseline == "greedy":
+        params = run.engine.publish(run.weights(state.train))
+        greedy = _sample_greedy(run, state, state.sampled, params, lambda: None)
+    return Rollout(questions, rewards, completions, state.next_rollout_s, greedy)
 
 
 def device_rows(run: Run, completions: Rollouts) -> Rollouts:
@@ -80,6 +109,24 @@ def device_rows(run: Run, completions: Rollouts) -> Rollouts:
     )
 
 
+def device_rewards(
+    run: Run, sampled: Rollout, scores: Scores, greedy: Scores | None
+) -> tuple[Array, Array | None]:
+    """The step's rewards on the device, as `Prepare` takes them.
+
+    `greedy`: of greedy completions; None: none were sampled.
+    """
+
+    def of(scores: Scores) -> np.ndarray:
+        if run.config.algorithm.aggregate == "sum":
+            return scores.reward_B
+        return scores_lib.by_function(run.rewards.rewards, scores)
+
+    reward = of(scores)
+    reward = reward.reshape(*sampled.completions.length_PG.shape, *reward.shape[1:])
+    return transfer.shard_rows(run.mesh, (reward, None if greedy is None else of(greedy)))
+
+
 def show(
     run: Run,
     writers: writers_lib.Writers,
@@ -87,17 +134,18 @@ def show(
     step: int,
     rollout: Rollout,
     scores: Scores,
+    advantage_PG: Callable[[], np.ndarray],
 ) -> None:
     """Writes and prints completions of the step, if logging.samples_every_steps asks for it."""
-    show_rows(run, writers, listeners, step, lambda: _rows(run, rollout, scores))
+    show_rows(run, writers, listeners, step, lambda: _rows(run, rollout, scores, advantage_PG()))
 
 
-def _rows(run: Run, rollout: Rollout, scores: Scores) -> list[dict[str, Any]]:
+def _rows(
+    run: Run, rollout: Rollout, scores: Scores, advantage_PG: np.ndarray
+) -> list[dict[str, Any]]:
     """The best and the worst completions of the group with the largest spread of rewards."""
     group = run.config.batch.group
-    # An unknown reward is shown with the advantage that a reward of 0 would have.
     reward_PG = np.nan_to_num(scores.reward_B, nan=0.0).reshape(-1, group)
-    relative_PG = np.asarray(run.prepare.relative(reward_PG))
     # The group with the largest spread has the most to learn from.
     p = int(reward_PG.std(1).argmax())
     texts = rollout.rewards.texts([p])
@@ -117,7 +165,7 @@ def _rows(run: Run, rollout: Rollout, scores: Scores) -> list[dict[str, Any]]:
                 "completion": texts[g],
                 "rewards": {n: None if np.isnan(v) else v for n, v in by_name.items()},
                 "extras": {n: v[row] for n, v in scores.extras.items()},
-                "advantage": float(relative_PG[p, g]),
+                "advantage": float(advantage_PG[p, g]),
                 "length": int(rollout.completions.length_PG[p, g]),
             }
         )
@@ -149,8 +197,13 @@ def _is_shown(run: Run, step: int) -> bool:
     return bool(every) and (step - 1) % every == 0
 
 
-def _begin(run: Run, state: RunState, step: int) -> tuple[Questions, RewardCollector]:
-    """The questions of a step, and the collector of their completions' rewards."""
+def _begin(
+    run: Run, state: RunState, step: int, group: int | None = None
+) -> tuple[Questions, RewardCollector]:
+    """The questions of a step, and the collector of the rewards of `group` completions of each.
+
+    None: batch.group.
+    """
     config, draw, num_problems = run.config, state.draw_of(step), len(run.train.problems)
     questions = run.train.take(
         prompts.prompt_indices(config.seed, draw, num_problems, config.batch.prompts)
@@ -160,7 +213,8 @@ def _begin(run: Run, state: RunState, step: int) -> tuple[Questions, RewardColle
         "max_steps": run.course.num_steps,
         "epoch": draw * config.batch.prompts / num_problems,
     }
+    group = group or config.batch.group
     rewards = RewardCollector(
-        run.rewards, run.policy, questions.problems, questions.texts, config.batch.group, seen
+        run.rewards, run.policy, questions.problems, questions.texts, group, seen
     )
     return questions, rewards

@@ -15,7 +15,10 @@ _LOSSES = {
     "dr_grpo": ("clip", "constant"), "luspo": ("clip", "sequence_sum"),
     "cispo": ("cispo", "token"), "sapo": ("sapo", "sequence"), "vespo": ("vespo", "token"),
 }  # fmt: skip
-_SCALES = {"group": "sample_std", True: "sample_std", "none": "none", False: "none"}
+_SCALES = {
+    "group": "sample_std", True: "sample_std", "batch": "batch_std", "none": "none", False: "none",
+}  # fmt: skip
+_AGGREGATES = {"sum_then_normalize": "sum", "normalize_then_sum": "each"}
 _SCHEDULES = {
     "linear": "linear", "cosine": "cosine", "constant": "constant",
     "constant_with_warmup": "constant",
@@ -68,7 +71,6 @@ def options_of(args: GRPOConfig, num_problems: int, devices: int) -> dict[str, A
     steps = _steps(args, num_problems, batch["batch.prompts"], updates)
     found |= batch | {
         "loop.num_steps": steps,
-        "algorithm.scale_by": _one_of("scale_rewards", args.scale_rewards, _SCALES),
         "algorithm.kl_estimator": "k3_ratio" if args.use_bias_correction_kl else "k3",
         "optim.schedule": _one_of("lr_scheduler_type", _text(args.lr_scheduler_type), _SCHEDULES),
         "optim.end_fraction": 0.0,
@@ -88,7 +90,7 @@ def options_of(args: GRPOConfig, num_problems: int, devices: int) -> dict[str, A
         ("evaluation.every_steps", args.eval_strategy, args.eval_steps or args.logging_steps),
     ):
         found[option] = _every(_text(strategy), every, updates, steps, args, num_problems, batch)
-    found |= _loss(args)
+    found |= _loss(args) | _advantage(args)
     return found | _correction(args) | _precision(args) | _trackers(args)
 
 
@@ -212,6 +214,17 @@ def _every(
         return max(num_problems // batch["batch.prompts"], 1)
     counted = every * steps * updates if every < 1 else every
     return max(math.ceil(counted / updates), 1)
+
+
+def _advantage(args: GRPOConfig) -> dict[str, str]:
+    """The advantage. TRL does not read scale_rewards where each reward is normalized."""
+    aggregate = args.multi_objective_aggregation
+    scale_by = _one_of("scale_rewards", args.scale_rewards, _SCALES)
+    aggregate = _one_of("multi_objective_aggregation", aggregate, _AGGREGATES)
+    return {
+        "algorithm.aggregate": aggregate,
+        "algorithm.scale_by": "sample_std" if aggregate == "each" else scale_by,
+    }
 
 
 def _correction(args: GRPOConfig) -> dict[str, Any]:

@@ -113,9 +113,12 @@ FIELDS: dict[str, Field] = {
     "vespo_lambda_neg": _counts(2.0, "`algorithm.vespo_negative`, of vespo"),
     "importance_sampling_level": _counts("token", "`algorithm.ratio`"),
     "reward_weights": _counts(None, "`rewards.weights`; None: 1 each"),
-    "multi_objective_aggregation": _only("sum_then_normalize", _PLANNED),
+    "multi_objective_aggregation": _counts(
+        "sum_then_normalize",
+        "`algorithm.aggregate`: sum (sum_then_normalize), each (normalize_then_sum)",
+    ),
     "scale_rewards": _counts(
-        "group", "`algorithm.scale_by`: sample_std, or none; batch is refused"
+        "group", "`algorithm.scale_by`: sample_std (group), batch_std (batch), none"
     ),
     "loss_type": _counts(
         "dapo", "`algorithm.surrogate` and `algorithm.normalizer`, as docs/objectives.md says"

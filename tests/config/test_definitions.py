@@ -55,6 +55,53 @@ def test_everything_that_differs_is_told():
     ]
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            {"baseline": "leave_one_out", "scale_by": "none", "kl_in": "reward", "kl_coef": 0.05},
+            "reward - 0.05 sum of log(policy / reference) - mean of the others of its group",
+        ),
+        (
+            {"scale_by": "mean"},
+            "(reward - mean of its group) / mean of its group, 0 where that is <= 0",
+        ),
+        (
+            {"baseline": "length_weighted", "scale_by": "batch_std"},
+            "(reward - mean of its group weighted by length) / (the sample standard deviation of "
+            "the step's rewards + 1e-4)",
+        ),
+        (
+            {"baseline": "none", "scale_by": "none", "whiten": "tokens"},
+            "reward; then minus the mean of the step's tokens, / their standard deviation",
+        ),
+        (
+            {"baseline": "greedy", "scale_by": "none"},
+            "reward - reward of the greedy completion",
+        ),
+        (
+            {"credit": "best", "scale_by": "none"},
+            "reward - second best of its group for the best, 0 for the others",
+        ),
+        (
+            {"credit": "rank", "scale_by": "none", "kl_in": "reward", "kl_coef": 0.5},
+            "rank of (reward - 0.5 sum of log(policy / reference)) - mean of its group",
+        ),
+        (
+            {"aggregate": "each", "scale_by": "sample_std"},
+            "weighted sum over the rewards of [(reward - mean of its group) / (the group's sample "
+            "standard deviation + 1e-4)]; then minus the mean of the step's completions, / (their "
+            "sample standard deviation + 1e-4)",
+        ),
+    ],
+    ids=str,
+)
+def test_the_advantage_is_told(options, expected):
+    told = lines(**{f"algorithm__{name}": value for name, value in options.items()})
+    assert told[0] == f"Advantage A: {expected}"
+    assert "k3" not in told[1]  # the KL counts once
+
+
 def test_a_run_begins_with_them(monkeypatch, tmp_path, capsys):
     """Before anything of it is computed."""
 
@@ -80,17 +127,19 @@ class _Shape:
     num_params = 0
 
 
-@pytest.mark.parametrize("option", ["scale_by", "kl_estimator", "normalizer"])
+ADVANTAGE = ("baseline", "scale_by", "aggregate", "credit", "whiten", "kl_in")
+
+
+@pytest.mark.parametrize("option", [*ADVANTAGE, "kl_estimator", "normalizer"])
 def test_every_choice_is_told_and_documented(option):
     """Another line for each, and none that is refused."""
     text, told = DOCS.read_text(), set()
-    choices = {
-        "scale_by": ("none", "std", "sample_std"),
-        "kl_estimator": ("k3", "k3_ratio"),
-        "normalizer": ("token", "sequence", "constant"),
-    }[option]
+    choices = options_lib.BY_NAME[f"algorithm.{option}"].choices
+    assert len(choices) > 1
     for choice in choices:
         given = {"algorithm__kl_coef": 0.1, f"algorithm__{option}": choice}
+        if choice in ("greedy", "none"):
+            given["algorithm__scale_by"] = "none"
         config = options_lib.default()
         config.data.task, config.model.path = "arithmetic", "some/model"
         for name, value in given.items():

@@ -236,6 +236,9 @@ def test_other_errors_of_a_file_are_told_as_they_are(file, line):
         ("epsilon_high", "algorithm.clip_high"),
         ("vllm_importance_sampling_mode", "rollout_correction.level"),
         ("max_completion_length", "rollout.max_tokens"),
+        ("multi_objective_aggregation", "algorithm.aggregate"),
+        ("algorithm.adv_estimator", "algorithm.baseline"),  # verl
+        ("algorithm.use_kl_in_reward", "algorithm.kl_in"),
         ("actor_rollout_ref.rollout.n", "batch.group"),  # verl
         ("actor_rollout_ref.rollout.val_kwargs.n", "evaluation.num_samples"),
         ("actor_rollout_ref.actor.optim.lr", "optim.learning_rate"),

@@ -90,9 +90,9 @@ def test_the_ranges_by_hand():
     assert number["mesh.data"].refusal(-1) is None
     assert number["rollout.top_p"].refusal(1.0) is None
     assert "above 0 and at most 1" in number["rollout.top_p"].refusal(1.5)
-    assert number["batch.group"].refusal(1) == (
-        "batch.group = 1 must be at least 2: advantages are relative to the other completions of "
-        "a prompt. 8 is usual."
+    assert number["rollout.temperature"].refusal(0.0) == (
+        "rollout.temperature = 0.0 must be above 0: 0 gives a group of equal completions, and so "
+        "no advantage. 1.0 is usual."
     )
     assert number["algorithm.entropy_coef"].refusal(-math.pi) is None
 
@@ -206,8 +206,10 @@ def test_what_a_run_is_that_changes_nothing():
         "rollout.max_tokens": 256, "rollout.temperature": 1.0, "rollout.top_k": 0,
         "rollout.top_p": 1.0, "rollout.num_slots": 0, "rollout.weights_dtype": "auto",
         "rollout.kv_cache_dtype": "auto", "rollout.attention": "auto", "rollout.compact": True,
-        "algorithm.num_iterations": 1, "algorithm.scale_by": "std", "algorithm.clip_low": 0.2,
-        "algorithm.clip_high": 0.2, "algorithm.kl_coef": 0.0,
+        "algorithm.num_iterations": 1, "algorithm.baseline": "mean", "algorithm.scale_by": "std",
+        "algorithm.aggregate": "sum", "algorithm.credit": "reward", "algorithm.whiten": "none",
+        "algorithm.clip_low": 0.2, "algorithm.clip_high": 0.2, "algorithm.kl_in": "loss",
+        "algorithm.kl_coef": 0.0,
         "algorithm.kl_estimator": "k3", "algorithm.entropy_coef": 0.0,
         "algorithm.preset": "", "algorithm.ratio": "token", "algorithm.surrogate": "clip",
         "algorithm.dual_clip_ratio": 0.0, "algorithm.dual_clip_loss": 0.0,

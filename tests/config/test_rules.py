@@ -9,10 +9,15 @@ from grpo_jax.config import rules as rules_lib
 
 # Changes that read problems from a dataset.
 _DATASET = {"data__task": "", "data__path": "owner/name", "model__path": "m"}
+_REMAX = {"algorithm__baseline": "greedy", "algorithm__scale_by": "none"}
+_KL_IN_REWARD = {"algorithm__kl_in": "reward", "algorithm__kl_coef": 0.1}
 
 
-def test_the_base_of_these_tests_is_valid():
-    rules_lib.check(valid())
+@pytest.mark.parametrize(
+    "changes", [{}, _REMAX, {**_REMAX, "batch__group": 1}, _KL_IN_REWARD], ids=str
+)
+def test_the_base_of_these_tests_is_valid(changes):
+    rules_lib.check(valid(**changes))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +121,43 @@ def test_the_base_of_these_tests_is_valid():
             ["loop.async_rollouts = True", 'rollout_correction.level = "none"'],
         ),
         ({"optim__schedule": "step"}, ["optim.schedule = 'step'", "constant, linear, cosine"]),
-        ({"batch__group": 1}, ["batch.group = 1", "at least 2"]),
+        ({"batch__group": 1}, ["batch.group = 1", "at least 2", 'baseline to "none" or "greedy"']),
+        (
+            {"algorithm__baseline": "greedy"},
+            ["algorithm.baseline = 'greedy' and algorithm.scale_by = 'std'", 'scale_by = "none"'],
+        ),
+        (
+            {"algorithm__baseline": "none", "algorithm__scale_by": "batch_std"},
+            ["algorithm.baseline = 'none' and algorithm.scale_by = 'batch_std'", "whiten"],
+        ),
+        (
+            {"algorithm__credit": "best", "algorithm__baseline": "leave_one_out"},
+            ["algorithm.credit = 'best' and algorithm.baseline = 'leave_one_out'", '"mean"'],
+        ),
+        (
+            {**_REMAX, "algorithm__credit": "rank"},
+            ["algorithm.credit = 'rank' and algorithm.baseline = 'greedy'", "no rank"],
+        ),
+        (
+            {"algorithm__credit": "rank", "algorithm__scale_by": "mean"},
+            ["algorithm.credit = 'rank' and algorithm.scale_by = 'mean'"],
+        ),
+        (
+            {**_REMAX, "loop__async_rollouts": True, "rollout_correction__level": "token"},
+            ["algorithm.baseline = 'greedy' and loop.async_rollouts = True"],
+        ),
+        (
+            {**_REMAX, **_KL_IN_REWARD},
+            ["algorithm.kl_in = 'reward' and algorithm.baseline = 'greedy'"],
+        ),
+        (
+            {**_KL_IN_REWARD, "algorithm__aggregate": "each"},
+            ["algorithm.kl_in = 'reward' and algorithm.aggregate = 'each'"],
+        ),
+        (
+            {**_KL_IN_REWARD, "algorithm__kl_estimator": "k3_ratio"},
+            ["algorithm.kl_in = 'reward' and algorithm.kl_estimator = 'k3_ratio'"],
+        ),
         (
             {"batch__prompts": 6, "batch__minibatches": 4, "batch__group": 3},
             ["6 * 3 = 18 rows", "batch.minibatches = 4", "multiple of 4"],

@@ -106,7 +106,7 @@ def test_an_update_sends_what_fsdp_must(monkeypatch):
     )
     experience = Experience(
         rollouts=rollouts,
-        advantage_PG=np.zeros((prompts, group), np.float32),
+        advantage=np.zeros((prompts, group), np.float32),
         action_PGC=np.ones((prompts, group, tokens), bool),
         old_logp_PGC=None,
         ref_logp_PGC=None,

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from grpo_jax import keys
 from grpo_jax.algorithm import losses
+from grpo_jax.algorithm.advantages import AdvantageOptions
 from grpo_jax.algorithm.components import PolicyLoss
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.learner.experience import make_prepare
@@ -49,7 +50,7 @@ def steps(mesh, model=tiny.MODEL, number=STEPS, with_old=True, **scoring):
     if with_old:
         reference = jax.tree.map(lambda x: x * 1.1, place(mesh, model))
         objective = losses.Objective(kl_coef=0.1, entropy_coef=0.01)
-    prepare = make_prepare(scorer, scale_by="std", mask_truncated=False, with_old=with_old)
+    prepare = make_prepare(scorer, AdvantageOptions(), mask_truncated=False, with_old=with_old)
     update = make_update(scorer, PolicyLoss(objective), optimizer, num_minibatches=1)
     state = start(place(mesh, model), model, mesh, optimizer)
     rollouts, loss = [], []
@@ -132,7 +133,7 @@ def test_a_row_is_split_over_its_devices():
         rollouts = tiny.rollouts(8, 4, 32)
         experience = Experience(
             rollouts=transfer.shard_rows(mesh, rollouts),
-            advantage_PG=rollouts.length_PG.astype(np.float32),
+            advantage=rollouts.length_PG.astype(np.float32),
             action_PGC=rollouts.logp_PGC < 0,
             old_logp_PGC=None,
             ref_logp_PGC=None,

@@ -69,7 +69,7 @@ def vespo(d, advantage, logp, weight):
 def masked(kind, d, advantage, logp, old, sampler, o):
     delta, out = o.get("mask_threshold", 0.2), []
     for t in range(len(d)):
-        p, q = math.exp(float(logp[t])), math.exp(float(old[t]))
+        p, q = math.exp(logp[t].item()), math.exp(float(old[t]))
         a = float(advantage[t])
         if kind == "sampler_mask":
             r = torch.exp(logp[t] - sampler[t])
@@ -82,7 +82,7 @@ def masked(kind, d, advantage, logp, old, sampler, o):
             kl = q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
             moved = p > q if a > 0 else p < q
             is_open = not (moved and kl > delta)
-        weight = min(math.exp(float(d[t])), 20.0)
+        weight = min(math.exp(d[t].item()), 20.0)
         out.append(-weight * a * logp[t] if is_open else 0 * logp[t])
     return torch.stack(out)
 

@@ -37,7 +37,8 @@ def _kept(make: Callable, *beside: str) -> Callable:
     """`make(config, ...)`, called once for configs that differ only in these sections."""
 
     def call(config, *args, **kwargs):
-        read = {k: v for k, v in flatten(config).items() if k.split(".")[0] not in beside}
+        flat = flatten(config).items()
+        read = {k: v for k, v in flat if k.split(".")[0] not in beside or k == "rewards.weights"}
         # A policy has a tokenizer, which no program reads.
         with_model = (getattr(x, "model", x) for x in args)
         key = (make.__name__, json.dumps(read, default=str), *with_model, *sorted(kwargs.items()))

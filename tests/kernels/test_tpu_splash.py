@@ -118,7 +118,7 @@ def test_an_update_over_devices(shape):
         state = start(params, tiny.MODEL, scorer.mesh, optax.sgd(1.0))
         experience = Experience(
             rollouts=transfer.shard_rows(scorer.mesh, rollouts),
-            advantage_PG=rollouts.length_PG - np.float32(4),
+            advantage=rollouts.length_PG - np.float32(4),
             action_PGC=rollouts.logp_PGC < 0,
             old_logp_PGC=None,
             ref_logp_PGC=None,

@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from grpo_jax.algorithm import losses
+from grpo_jax.algorithm.advantages import AdvantageOptions
 from grpo_jax.algorithm.components import PolicyLoss
 from grpo_jax.algorithm.losses import TokenTerms
 from grpo_jax.learner import logprobs
@@ -261,7 +262,7 @@ def test_no_array_holds_the_logits_of_a_batch(monkeypatch):
     scorer = Scorer(model, tiny.one_device(), sampling, microbatch=4)
     optimizer = optax.sgd(0.1)
     state = state_like(model, scorer.mesh, optimizer)
-    prepare = make_prepare(scorer, scale_by="std", mask_truncated=False, with_old=True)
+    prepare = make_prepare(scorer, AdvantageOptions(), mask_truncated=False, with_old=True)
     update = make_update(
         scorer,
         PolicyLoss(losses.Objective(kl_coef=0.1, entropy_coef=0.1)),

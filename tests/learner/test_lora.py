@@ -15,6 +15,7 @@ import tiny
 
 from grpo_jax import keys
 from grpo_jax.algorithm import losses
+from grpo_jax.algorithm.advantages import AdvantageOptions
 from grpo_jax.algorithm.components import PolicyLoss
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.learner.experience import make_prepare
@@ -54,7 +55,7 @@ def steps(model: ModelConfig, mesh, number: int = STEPS):
     engine = Engine(Decoder(model, mesh, Sampling(), (tiny.STOP,), LIMIT), compact=False)
     scorer, optimizer = Scorer(model, mesh, Sampling()), optax.sgd(RATE, 0.9)
     frozen = frozen_of(model, mesh)
-    prepare = make_prepare(scorer, scale_by="std", mask_truncated=False, with_old=True)
+    prepare = make_prepare(scorer, AdvantageOptions(), mask_truncated=False, with_old=True)
     objective = losses.Objective(kl_coef=0.1)
     update = make_update(scorer, PolicyLoss(objective), optimizer, num_minibatches=1)
     state = start(adapters_of(model, mesh), model, mesh, optimizer)

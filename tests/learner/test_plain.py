@@ -36,7 +36,8 @@ def plain_loss(params, experience, normalizer: str):
     log_prob = each(jnp.asarray(ids))[p, g, at - 1]
     logp = log_prob[p, g, np.arange(C)[None, None], rollouts.completion_PGC]
     ratio = jnp.exp(logp - experience.old_logp_PGC)
-    advantage = experience.advantage_PG[..., None]
+    advantage = experience.advantage
+    advantage = advantage if advantage.ndim == 3 else advantage[..., None]
     loss = -jnp.minimum(ratio * advantage, jnp.clip(ratio, 0.8, 1.3) * advantage)
     difference = experience.ref_logp_PGC - logp
     loss += 0.2 * (jnp.exp(difference) - difference - 1)
@@ -52,7 +53,7 @@ def experience_of(rollouts: Rollouts) -> Experience:
     near = lambda: (rollouts.logp_PGC + rng.normal(0, 0.5, (P, G, C))).astype(np.float32)  # noqa: E731
     return Experience(
         rollouts=rollouts,
-        advantage_PG=rng.normal(size=(P, G)).astype(np.float32),
+        advantage=rng.normal(size=(P, G)).astype(np.float32),
         action_PGC=np.arange(C) < rollouts.length_PG[..., None],
         old_logp_PGC=near(),
         ref_logp_PGC=near(),
@@ -110,6 +111,16 @@ def test_packed_rows_give_the_plain_loss_and_gradient(
     if at_once > 16:  # some share a lane
         assert heads.sum() > (lanes.reshape(len(rows), -1, C - 1)[..., 0] >= 0).sum()
     check_update(experience, wanted[normalizer], normalizer, scorer)
+
+
+@pytest.mark.parametrize(("normalizer", "at_once"), [("sequence", 100), ("token", 16)])
+def test_every_turn_has_an_advantage_of_its_own(experience, normalizer, at_once, monkeypatch):
+    """Of three tokens each; groups in one row, and split over several."""
+    monkeypatch.setattr(scoring, "_TOKENS_AT_ONCE_ON_CPU", at_once)
+    turn_PGC = np.random.default_rng(3).normal(size=(P, G, 3)).astype(np.float32).repeat(3, axis=-1)
+    by_turn = experience.replace(advantage=turn_PGC)
+    scorer = Scorer(MODEL, tiny.one_device(), Sampling())
+    check_update(by_turn, wanted_of(by_turn, normalizer), normalizer, scorer)
 
 
 @pytest.mark.parametrize("at_once", [184, 46])

@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from grpo_jax.algorithm import losses
+from grpo_jax.algorithm.advantages import AdvantageOptions
 from grpo_jax.algorithm.components import PolicyLoss
 from grpo_jax.devices import transfer
 from grpo_jax.learner import optim
@@ -57,7 +58,7 @@ def program(objective=FULL, optimizer=optax.sgd(RATE), *, minibatches=1, microba
 def experience() -> Experience:
     """Rewarded rollouts with the log-probabilities of an older policy and of a reference."""
     prepare = make_prepare(
-        scorer(microbatch=2), scale_by="std", mask_truncated=False, with_old=True
+        scorer(microbatch=2), AdvantageOptions(), mask_truncated=False, with_old=True
     )
     rollouts = tiny.rollouts(P, G, C)
     reward_PG = jnp.float32(np.random.default_rng(1).uniform(size=(P, G)))
@@ -124,6 +125,28 @@ def test_minibatches_are_strided_and_cover_the_batch(plain, experience):
     assert np.abs(gradient(first[0]) - gradient(second[0])).max() > 1e-3
 
 
+def test_tokens_may_have_advantages_of_their_own():
+    """The same number for every token of a completion is that completion's; by minibatch, too."""
+    rollouts, rng = tiny.rollouts(P, G, C), np.random.default_rng(4)
+    action_PGC = np.arange(C) < rollouts.length_PG[..., None]
+    advantage_PG = rng.normal(size=(P, G)).astype(np.float32)
+    by_token = np.repeat(advantage_PG[..., None], C, axis=-1)
+    by_token[~action_PGC] = np.nan  # which nothing reads
+    turn_PGC = rng.normal(size=(P, G, C)).astype(np.float32)
+    given = {
+        name: Experience(rollouts, advantage, action_PGC, None, None)
+        for name, advantage in (("once", advantage_PG), ("each", by_token), ("turns", turn_PGC))
+    }
+    halves = program(losses.Objective(), minibatches=2)
+    for index in (0, 1):
+        once, each, turns = (run(halves, x, index) for x in given.values())
+        assert_same(each, once, tolerance=1e-6)
+        # At ratio 1 the loss is minus the mean advantage of the minibatch's tokens.
+        own = turn_PGC[index::2][action_PGC[index::2]].astype(np.float64)
+        np.testing.assert_allclose(turns[1]["policy/loss"], -own.mean(), rtol=1e-5)
+        assert np.abs(gradient(turns[0]) - gradient(once[0])).max() > 1e-3
+
+
 def adding(update, experience):
     """What the update's program for microbatches is called with."""
     microbatches = scorer(microbatch=P).microbatches(experience.rollouts, np.arange(P))
@@ -171,7 +194,7 @@ def test_recomputing_changes_nothing(experience, reference_run):
 def test_completions_of_one_token():
     """Nothing but what follows the prompts is predicted; lanes there are none to fill."""
     rollouts = tiny.rollouts(P, G, 1)
-    prepare = make_prepare(scorer(), scale_by="std", mask_truncated=False, with_old=True)
+    prepare = make_prepare(scorer(), AdvantageOptions(), mask_truncated=False, with_old=True)
     made = prepare(
         prepare.log_probs(tiny.params(), tiny.params(7), rollouts),
         jnp.arange(P * G).reshape(P, G) % 2.0,
@@ -194,8 +217,8 @@ def test_layers_one_by_one_are_those_of_the_loop(remat, experience, reference_ru
 
 def test_scoring_keeps_the_loop():
     """It keeps nothing of a layer, so that it would only take longer to compile."""
-    options = dict(scale_by="std", mask_truncated=False, with_old=False)
-    prepare = make_prepare(scorer(scan_layers=False, microbatch=P), **options)
+    scoring = scorer(scan_layers=False, microbatch=P)
+    prepare = make_prepare(scoring, AdvantageOptions(), mask_truncated=False, with_old=False)
     rollouts = tiny.rollouts(P, G, C)
     microbatches = scorer(microbatch=P).microbatches(rollouts, np.arange(P))
     args = tiny.params(), microbatches.number, rollouts, *microbatches.arrays
@@ -224,7 +247,7 @@ def test_weights_cast_once_are_those_cast_in_every_microbatch(experience, monkey
 
 def test_prepared_log_probabilities_are_those_of_the_network():
     prepare = make_prepare(
-        scorer(microbatch=2), scale_by="std", mask_truncated=False, with_old=True
+        scorer(microbatch=2), AdvantageOptions(), mask_truncated=False, with_old=True
     )
     rollouts = tiny.rollouts(P, G, C)
     made = prepare(prepare.log_probs(tiny.params(), tiny.params(7), rollouts), jnp.zeros((P, G)))
@@ -268,7 +291,7 @@ def test_the_order_of_a_group_changes_nothing(plain, experience, reference_run):
     }
     shuffled = Experience(
         rollouts=rollouts.replace(**rows),
-        advantage_PG=experience.advantage_PG[:, order],
+        advantage=experience.advantage[:, order],
         action_PGC=experience.action_PGC[:, order],
         old_logp_PGC=experience.old_logp_PGC[:, order],
         ref_logp_PGC=experience.ref_logp_PGC[:, order],
@@ -276,7 +299,7 @@ def test_the_order_of_a_group_changes_nothing(plain, experience, reference_run):
 
     assert_same(run(plain, shuffled), reference_run)
     # Advantages left in their old order belong to other completions.
-    mixed = shuffled.replace(advantage_PG=experience.advantage_PG)
+    mixed = shuffled.replace(advantage=experience.advantage)
     assert np.abs(gradient(run(plain, mixed)[0]) - gradient(reference_run[0])).max() > 1e-3
 
 
@@ -291,7 +314,7 @@ def test_the_first_ratio_is_one(sampling):
     for with_old in (False, True):
         prepare = make_prepare(
             scorer(sampling, microbatch=1),  # other shapes than the update's
-            scale_by="std",
+            AdvantageOptions(),
             mask_truncated=False,
             with_old=with_old,
         )
@@ -320,7 +343,7 @@ def test_temperature_changes_the_log_probabilities():
 def test_the_kl_term_pulls_on_policy(experience):
     """With zero advantages and old = current, the reference alone moves the policy, towards it."""
     still = experience.replace(
-        advantage_PG=np.zeros((P, G), np.float32), old_logp_PGC=None, ref_logp_PGC=None
+        advantage=np.zeros((P, G), np.float32), old_logp_PGC=None, ref_logp_PGC=None
     )
     kl = program(losses.Objective(kl_coef=0.5))
     assert not gradient(run(program(losses.Objective()), still)[0]).any()
@@ -358,7 +381,7 @@ def test_importance_weighs_completions_as_larger_advantages_would(plain, experie
     got, metrics = run(program(objective, microbatches=4), given)
 
     weight_PG = np.minimum(ratio_PG, 2)
-    weighed = experience.replace(advantage_PG=experience.advantage_PG * weight_PG)
+    weighed = experience.replace(advantage=experience.advantage * weight_PG)
     want = gradient(run(plain, weighed)[0])
     np.testing.assert_allclose(gradient(got), want, atol=1e-5 * np.abs(want).max(), rtol=0)
     action = experience.action_PGC.sum()
@@ -379,7 +402,7 @@ def test_the_stop_token_is_trained(experience):
 
     state, metrics = run(
         update,
-        experience.replace(advantage_PG=advantage_PG, old_logp_PGC=None, ref_logp_PGC=None),
+        experience.replace(advantage=advantage_PG, old_logp_PGC=None, ref_logp_PGC=None),
     )
 
     assert metrics["policy/grad_norm"] > 1e-3
@@ -409,7 +432,7 @@ def test_truncated_completions_can_be_left_out(plain):
 
     def gradients(mask_truncated: bool):
         prepare = make_prepare(
-            scorer(), scale_by="std", mask_truncated=mask_truncated, with_old=True
+            scorer(), AdvantageOptions(), mask_truncated=mask_truncated, with_old=True
         )
         for completion_PGC in (rollouts.completion_PGC, other):
             given = rollouts.replace(completion_PGC=completion_PGC)
@@ -439,8 +462,8 @@ def test_an_update_that_is_not_finite_is_refused(experience, where):
     assert (state.num_updates, state.num_skipped) == (1, 0)
     bad = experience
     if where == "advantage":
-        bad = experience.replace(advantage_PG=experience.advantage_PG.copy())
-        bad.advantage_PG[1, 1] = np.inf
+        bad = experience.replace(advantage=experience.advantage.copy())
+        bad.advantage[1, 1] = np.inf
     else:
         state.params["norm"]["scale"] = state.params["norm"]["scale"].at[3].set(np.nan)
     before = jax.device_get(state)
@@ -538,7 +561,9 @@ def test_the_state_is_donated(experience):
 
 def test_tokens_that_were_not_chosen_are_no_actions():
     """What stands in a completion and is given, as a prompt before an answer to imitate."""
-    prepare = make_prepare(scorer(), scale_by="none", mask_truncated=False, with_old=False)
+    prepare = make_prepare(
+        scorer(), AdvantageOptions(scale_by="none"), mask_truncated=False, with_old=False
+    )
     rollouts = tiny.rollouts(P, G, C)
     chosen_PGC = np.random.default_rng(0).random((P, G, C)) < 0.5
     given = prepare.log_probs(tiny.params(), None, rollouts.replace(chosen_PGC=chosen_PGC))

@@ -30,6 +30,7 @@ import tokenizers
 import torch
 import transformers
 
+from grpo_jax.algorithm.advantages import AdvantageOptions
 from grpo_jax.devices import sharding
 from grpo_jax.learner.experience import make_prepare
 from grpo_jax.learner.scoring import Scorer
@@ -233,7 +234,9 @@ def packed_apart(pair: Pair) -> float:
         stopped_PG=length_PG > 0,
     )
     scorer = Scorer(pair.model, one_device(), Sampling())
-    prepare = make_prepare(scorer, scale_by="none", mask_truncated=False, with_old=True)
+    prepare = make_prepare(
+        scorer, AdvantageOptions(scale_by="none"), mask_truncated=False, with_old=True
+    )
     got_PGC = np.asarray(prepare.log_probs(pair.params, None, rollouts).old_logp_PGC)
     of_each = np.repeat(prompt_PQ, 2, 0), np.repeat(length_P, 2), completion_PGC.reshape(4, 1, -1)
     alone = jax.nn.log_softmax(_score(pair.params, pair.model, *of_each))

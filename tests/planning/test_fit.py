@@ -121,7 +121,7 @@ def test_the_gradient_is_the_same(config):
     mesh = tiny.one_device()
     experience = Experience(
         rollouts=transfer.shard_rows(mesh, rollouts),
-        advantage_PG=rollouts.length_PG - np.float32(4),
+        advantage=rollouts.length_PG - np.float32(4),
         action_PGC=rollouts.logp_PGC < 0,
         old_logp_PGC=None,
         ref_logp_PGC=rollouts.logp_PGC,

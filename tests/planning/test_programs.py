@@ -92,6 +92,20 @@ def test_how_often_a_step_decodes():
         assert decode.loops == (24 * waves - 1) / 4
 
 
+def test_greedy_completions_are_sampled_too():
+    """One of each prompt, for a baseline that reads their rewards."""
+    remax = ["--config.algorithm.baseline=greedy", "--config.algorithm.scale_by=none"]
+    config = loading.load(TINY, [*remax, "--config.rollout.max_tokens=24"])
+    model, mesh = model_lib.model_shape(config), tiny.one_device()
+    sampling = [p for p in Step(config, model, mesh, Lengths.of(config)).programs()
+                if p.phase == "rollout"]  # fmt: skip
+    of = {p.name: p for p in sampling if p.call.program.__name__ == "decode"}
+    assert set(of) == {"decode", "greedy decode"}
+    assert of["greedy decode"].loops == of["decode"].loops == 23
+    temperature, *_, slots = of["greedy decode"].call.args[1:]
+    assert temperature is None and slots.live_RW.shape == (config.batch.prompts, 1)
+
+
 def test_what_a_kernel_reads_of_the_cache():
     """A completion's first token is sampled from its prompt: the others read what is before."""
     config = loading.load(TINY, ["--config.rollout.max_tokens=200"])

@@ -34,6 +34,20 @@ def test_the_sum_counts_missing_rewards_as_zero():
     assert got.reward_B.dtype == np.float32
 
 
+def test_rewards_by_function_add_up_to_the_sum():
+    """A failed one counts as the least of its function, weighted at most 0; None stays unknown."""
+    by_name = {"a": np.float32([1, NAN, -2, NAN]), "b": np.float32([NAN, 3, 4, NAN])}
+    failed = {"a": np.array([0, 1, 0, 0], bool), "b": np.array([0, 0, 0, 1], bool)}
+    given = Scores(np.zeros(4, np.float32), by_name, failed, {})
+    for weights, least in (((2.0, 1.0), (-2, 0)), ((1.0, -0.5), (-2, 4)), ((0.0, 0.0), (0, 0))):
+        rewards = [Reward(name, name, weight) for name, weight in zip("ab", weights)]
+        got = scores_lib.by_function(rewards, given)
+        want = [[1, NAN], [least[0], 3], [-2, 4], [NAN, least[1]]]
+        np.testing.assert_array_equal(got, np.float32(want))
+        total = np.nansum(got.astype(np.float64) * weights, axis=1)
+        np.testing.assert_array_equal(scores_lib.combine(rewards, by_name, failed), total)
+
+
 def test_a_failure_is_worth_no_more_than_what_others_got():
     """The least that the function gave another, weighted, and at most 0."""
     failed = [False, False, True]

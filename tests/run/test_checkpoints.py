@@ -56,7 +56,7 @@ def _experience(mesh, *, old: bool, ref: bool, prompt: int = 5) -> Experience:
     )
     experience = Experience(
         rollouts=rollouts,
-        advantage_PG=floats()[..., 0],
+        advantage=floats()[..., 0],
         action_PGC=rng.random(shape) < 0.5,
         old_logp_PGC=floats() if old else None,
         ref_logp_PGC=floats() if ref else None,
@@ -143,6 +143,8 @@ def test_low_precision_continues_bit_for_bit(tmp_path, mesh, kept, master_weight
 def test_a_rollout_comes_back_with_what_it_lacks(tmp_path, mesh, old, ref):
     """In a manager that never saved one: as after a restart."""
     experience = _experience(mesh, old=old, ref=ref)
+    if ref:  # an advantage for each token
+        experience = experience.replace(advantage=experience.ref_logp_PGC * 2)
     first = Checkpoints(tmp_path / "c", keep=2)
     first.save(train_state(mesh, 1), {}, experience=experience)
     first.save(train_state(mesh, 2), {})
@@ -152,7 +154,7 @@ def test_a_rollout_comes_back_with_what_it_lacks(tmp_path, mesh, old, ref):
     assert found is not None
     same_bits(experience, found)
     assert (found.old_logp_PGC is None, found.ref_logp_PGC is None) == (not old, not ref)
-    assert found.advantage_PG.sharding == experience.advantage_PG.sharding
+    assert found.advantage.sharding == experience.advantage.sharding
     assert again.experience(2, mesh) is None
     again.close()
 

@@ -84,7 +84,7 @@ def test_a_step_of_bad_numbers_is_as_if_it_had_been_left_out(runs, monkeypatch):
         def poisoned(*args):
             experience = prepare(*args)
             factor = jnp.inf if next(count) == 1 else 1.0
-            return experience.replace(advantage_PG=experience.advantage_PG * factor)
+            return experience.replace(advantage=experience.advantage * factor)
 
         here.setattr(Prepare, "__call__", poisoned)
         gradient = runs("gradient", *more)

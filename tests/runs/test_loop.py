@@ -329,7 +329,7 @@ def _poisoned(bad_steps: set[int]):
         experience = prepare(*args)
         if next(count) not in bad_steps:
             return experience
-        return experience.replace(advantage_PG=experience.advantage_PG * jnp.nan)
+        return experience.replace(advantage=experience.advantage * jnp.nan)
 
     return call
 

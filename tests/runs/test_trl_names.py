@@ -111,6 +111,23 @@ def test_updates_become_steps():
     assert of(max_steps=9, save_strategy="no")["checkpoint.every_steps"] == 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, ("sum", "sample_std")),
+        ({"scale_rewards": "batch"}, ("sum", "batch_std")),
+        # TRL normalizes each reward by its group's deviation, whatever scale_rewards is.
+        (
+            {"multi_objective_aggregation": "normalize_then_sum", "scale_rewards": "batch"},
+            ("each", "sample_std"),
+        ),
+    ],
+)
+def test_advantages_are_those_of_trl(arguments, expected):
+    found = of(**arguments)
+    assert (found["algorithm.aggregate"], found["algorithm.scale_by"]) == expected
+
+
 def test_other_values_that_become_options():
     found = of(
         epsilon_high=0.28, loss_type="dr_grpo", scale_rewards=False, use_bias_correction_kl=False,
@@ -150,7 +167,8 @@ def test_other_values_that_become_options():
         ({"deepspeed": "ds.json"}, "mesh.fsdp"),
         ({"loss_type": "cispo"}, "caps the ratio at epsilon_high = 0.2, below 1"),
         ({"loss_type": "gspo"}, "loss_type='gspo'.* It takes 'dapo', 'bnpo', 'grpo', 'dr_grpo'"),
-        ({"scale_rewards": "batch"}, "scale_rewards='batch'"),
+        ({"scale_rewards": "mean"}, "scale_rewards='mean'"),
+        ({"multi_objective_aggregation": "mean"}, "multi_objective_aggregation='mean'"),
         ({"lr_scheduler_type": "polynomial"}, "lr_scheduler_type='polynomial'"),
         ({"report_to": "comet_ml"}, "comet_ml is not built yet"),
         ({"model_init_kwargs": {"device_map": "auto"}}, "has device_map: only `dtype`"),

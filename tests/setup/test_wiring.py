@@ -283,7 +283,7 @@ def test_what_an_update_begins_from(case):
     )
     np.testing.assert_array_equal(experience.action_PGC, action_PGC)
     want = plain_advantages(REWARD_PG, config.algorithm.scale_by)
-    np.testing.assert_allclose(experience.advantage_PG, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(experience.advantage, want, rtol=1e-5, atol=1e-6)
     close = functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-5)
     close(experience.ref_logp_PGC[known_PGC], ref[known_PGC])
     if case == "constant":
@@ -444,7 +444,8 @@ def test_the_reward_of_a_row_meets_its_tokens(longest):
             return self.prepare(*given)
 
     run = SimpleNamespace(
-        mesh=tiny.one_device(), ref_params=None, prepare=Noted(learner_of("constant").prepare),
+        config=config_of({}), mesh=tiny.one_device(), ref_params=None,
+        prepare=Noted(learner_of("constant").prepare),
         course=Course(9, P), weights=lambda train: train.params,
     )  # fmt: skip
     state = RunState(
@@ -469,7 +470,7 @@ def test_the_reward_of_a_row_meets_its_tokens(longest):
                        np.asarray(experience.rollouts.completion_PGC)])  # fmt: skip
     assert len(np.unique(own_PG)) == P * G
     want = plain_advantages(own_PG, "sample_std")
-    np.testing.assert_allclose(experience.advantage_PG, want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(experience.advantage, want, rtol=1e-4, atol=1e-5)
 
 
 def _worth(ids) -> float:

@@ -132,6 +132,22 @@ def test_groups_of_equal_rewards_in_a_row():
     assert left_out == [False, False, False, True, True, False]
 
 
+def test_equal_groups_are_no_fault_where_they_are_learned_from():
+    """Without a baseline from the group, one reward at a time, or with the KL in the reward."""
+    for options, is_fault in (
+        ({"baseline": "leave_one_out", "whiten": "tokens"}, True),
+        ({"kl_coef": 0.1}, True),
+        ({"baseline": "none"}, False),
+        ({"aggregate": "each"}, False),
+        ({"kl_in": "reward", "kl_coef": 0.1}, False),
+    ):
+        config = _config(equal_groups="skip")
+        config.algorithm.update(options)
+        guards = Guards(config, History(), "DIR/checkpoints", updates_per_step=1)
+        left_out = [_rollout(guards, step, 0.5, 1.0) for step in range(3)]
+        assert left_out == [False, is_fault, is_fault], options
+
+
 def test_rewards_beyond_float32_are_named():
     guards = _guards(nonfinite="roll_back")
     _rollout(guards, 3, math.inf)

@@ -6,23 +6,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
-import tiny
 
 from grpo_jax.config import options as options_lib
 from grpo_jax.data.problems import Problem
 from grpo_jax.environments.single_turn import Rollout
-from grpo_jax.learner.experience import make_prepare
-from grpo_jax.learner.scoring import Scorer
 from grpo_jax.rewards import registry
 from grpo_jax.rewards.scores import Scores
-from grpo_jax.structs import Sampling
 from grpo_jax.trainers import rollout
 from grpo_jax.trainers.listeners import Listeners
 from grpo_jax.trainers.runs import Course
 
-# Of two prompts with four completions each the second is the more divided; one reward is unknown,
-# and stands for 0. Its mean is 0.5, its deviation 0.5.
+# Of two prompts with four completions each the second is the more divided; one reward is unknown.
 REWARD_B = np.float32([0.5, 0.5, 0.5, 0.25, 1.0, np.nan, 1.0, 0.0])
 PROBLEMS = [
     Problem("1st", {"answer": "1"}),
@@ -31,9 +25,12 @@ PROBLEMS = [
 LENGTH_PG = np.arange(8, dtype=np.int32).reshape(2, 4)
 
 
-def shown(step: int, scale_by: str = "none", **options) -> list[dict] | None:
+ADVANTAGE_PG = np.arange(8).reshape(2, 4) / 8
+
+
+def shown(step: int, **options) -> list[dict] | None:
     config = options_lib.default()
-    config.batch.group, config.algorithm.scale_by = 4, scale_by
+    config.batch.group = 4
     config.logging.update({"samples_every_steps": 1, "num_samples": 3} | options)
     scores = Scores(
         REWARD_B,
@@ -52,19 +49,18 @@ def shown(step: int, scale_by: str = "none", **options) -> list[dict] | None:
     )
     written = []
     writers = SimpleNamespace(samples=lambda step, rows: written.append((step, rows)))
-    scorer = Scorer(tiny.MODEL, tiny.one_device(), Sampling())
     rollout.show(
         SimpleNamespace(
             config=config,
             rewards=SimpleNamespace(rewards=registry.load(("exact_answer",), (1.0,))),
             course=Course(9, 2, samples_every=config.logging.samples_every_steps),
-            prepare=make_prepare(scorer, scale_by=scale_by, mask_truncated=False, with_old=False),
         ),
         writers,
         Listeners((), Path(), None),
         step,
         sampled,
         scores,
+        lambda: ADVANTAGE_PG,
     )
     if not written:
         return None
@@ -77,7 +73,7 @@ def test_the_best_and_the_worst_of_the_most_divided_group():
     rows = shown(1)
     # Of rewards 1, ?, 1, 0 the two best, then the last.
     assert [row["completion"] for row in rows] == ["1-0", "1-2", "1-3"]
-    assert [row["advantage"] for row in rows] == [0.5, 0.5, -0.5]
+    assert [row["advantage"] for row in rows] == [4 / 8, 6 / 8, 7 / 8]
     assert [row["length"] for row in rows] == [4, 6, 7]
     assert [row["extras"] for row in rows] == [{"note": "e"}, {"note": "g"}, {"note": "h"}]
     assert {row["prompt"] for row in rows} == {"second"}
@@ -90,19 +86,9 @@ def test_the_best_and_the_worst_of_the_most_divided_group():
 def test_an_unknown_reward_is_shown_as_none():
     rows = shown(1, num_samples=4)
     assert [row["completion"] for row in rows] == ["1-0", "1-2", "1-1", "1-3"]
-    assert rows[2]["rewards"] == {"right": None, "long": None} and rows[2]["advantage"] == -0.5
+    assert rows[2]["rewards"] == {"right": None, "long": None} and rows[2]["advantage"] == 5 / 8
     assert len(shown(1, num_samples=9)) == 4
     assert [row["completion"] for row in shown(1, num_samples=1)] == ["1-0"]
-
-
-@pytest.mark.parametrize(
-    ("scale_by", "unit"), [("none", 1), ("std", 2), ("sample_std", 1 / (np.sqrt(1 / 3) + 1e-4))]
-)
-def test_the_advantage_is_in_the_units_that_are_learned_from(scale_by, unit):
-    rows = shown(1, scale_by)
-    assert [row["advantage"] for row in rows] == pytest.approx(
-        [0.5 * unit, 0.5 * unit, -0.5 * unit]
-    )
 
 
 def test_steps_that_are_shown():

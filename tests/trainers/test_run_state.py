@@ -126,7 +126,7 @@ def test_where_those_that_were_due_are_gone_it_goes_back_to_one_of_a_stop(parts,
     mesh, rollouts = parts.mesh, tiny.rollouts(prompts=8)
     experience = Experience(
         rollouts=transfer.shard_rows(mesh, rollouts),
-        advantage_PG=transfer.shard_rows(mesh, rollouts.length_PG.astype(np.float32)),
+        advantage=transfer.shard_rows(mesh, rollouts.length_PG.astype(np.float32)),
         action_PGC=transfer.shard_rows(mesh, rollouts.logp_PGC < 0),
         old_logp_PGC=None,
         ref_logp_PGC=None,
@@ -139,7 +139,7 @@ def test_where_those_that_were_due_are_gone_it_goes_back_to_one_of_a_stop(parts,
     # Its own completions are learned from first; step 11 has the draw after the one undone.
     assert back.draw_of(10) == at.draw_of(10) + 1
     run_state.load(parts, back)
-    np.testing.assert_array_equal(back.experience.advantage_PG, experience.advantage_PG)
+    np.testing.assert_array_equal(back.experience.advantage, experience.advantage)
 
 
 def test_without_a_checkpoint_that_was_due_it_begins_again(parts, state):
