@@ -194,8 +194,9 @@ def _centred(reward_PG: Array, known_PG: Array) -> tuple[Array, ...]:
 def _ranks(reward_PG: Array) -> Array:
     """Rank of each reward in its group, from 1, the mean rank for equal ones; NaN where unknown."""
     others_PGG, own_PGG = reward_PG[:, None, :], reward_PG[:, :, None]
-    below_PG, equal_PG = ((own_PGG > others_PGG).sum(axis=2), (own_PGG == others_PGG).sum(axis=2))
-    rank_PG = below_PG + (equal_PG + 1).astype(reward_PG.dtype) / 2
+    below_PG = (own_PGG > others_PGG).sum(axis=2)
+    equal_PG = (own_PGG == others_PGG).sum(axis=2).astype(reward_PG.dtype)  # itself included
+    rank_PG = below_PG + (equal_PG + 1) / 2
     return jnp.where(jnp.isnan(reward_PG), jnp.nan, rank_PG)
 
 

@@ -224,8 +224,8 @@ def test_one_group(options, expected):
 
 
 def test_max_rl_takes_a_mean_of_rounding_for_zero():
-    """0.1 + 0.2 - 0.3 is 7e-9 in float32, by which nothing should be divided."""
-    reward = jnp.float32([[0.1, 0.2, -0.3], [-1, 0, 0], [0, 0, 0], [0, 0, 3]])
+    """That of these is 3e-8 in float32, by which nothing should be divided."""
+    reward = jnp.float32([[0.3, -0.1, -0.2], [-1, 0, 0], [0, 0, 0], [0, 0, 3]])
     got = group_advantages(reward, scale_by="mean")
     np.testing.assert_array_equal(got, [[0, 0, 0], [0, 0, 0], [0, 0, 0], [-1, -1, 2]])
 
@@ -238,16 +238,21 @@ def test_an_unknown_greedy_reward_gives_zeros():
     np.testing.assert_array_equal(got, [[0, 0], [0.5, 1.5]])
 
 
+def test_a_completion_without_others_does_not_count_in_whitening():
+    """As in TRL: leave-one-out gives it no advantage. The others: -1 and 1, deviation sqrt(2)."""
+    reward = [[[5.0], [nan]], [[1.0], [2.0]]]
+    options = {"baseline": "leave_one_out", "scale_by": "none", "whiten": "completions"}
+    got = evaluate(options, reward, [1.0])
+    one = 1 / (np.sqrt(2) + 1e-4)
+    np.testing.assert_allclose(got, [[0, 0], [-one, one]], rtol=1e-12)
+
+
 def test_each_reward_has_the_same_say_whatever_its_size():
     """GDPO's reason: of the sum the larger reward decides alone."""
     reward = np.array([[[1.0, 0.0], [0.0, 100.0], [1.0, 100.0], [0.0, 0.0]]])
     options = {"aggregate": "each"}
     small, large = evaluate(options, reward, [1.0, 1.0])[0, :2]
     assert small == pytest.approx(large)
-    np.testing.assert_allclose(
-        evaluate(options, reward, [1.0, 1.0]), evaluate(options, reward, [1.0, 1e-2]) * 0 + 1,
-        atol=2.5,
-    )  # fmt: skip
     assert evaluate({}, reward, [1.0, 1.0])[0, 0] < -0.9  # right in the first, and far below
 
 

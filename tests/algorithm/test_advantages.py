@@ -63,6 +63,11 @@ def test_a_group_is_judged_against_itself_alone():
     np.testing.assert_array_equal(got, [[-1, 1], [-1, 1]])
 
 
+def test_rewards_that_differ_by_next_to_nothing_count_as_equal():
+    got = group_advantages(jnp.array([[1e-4, 0.0, 0.0], [3e-4, 0.0, 0.0]]), scale_by="std")
+    np.testing.assert_allclose(got, [[0, 0, 0], np.array([2, -1, -1]) / np.sqrt(2)], rtol=1e-5)
+
+
 @pytest.mark.parametrize("scale_by", ["none", "std", "sample_std"])
 @pytest.mark.parametrize("group", [3, 6, 7])
 @pytest.mark.parametrize("reward", [0.1, 0.7, 1 / 3, -0.9, 12345.678])
