@@ -63,6 +63,9 @@ class PolicyLoss:
             old_logp=None if old is None else take(old),
             ref_logp=None if part.ref_logp_PGC is None else take(part.ref_logp_PGC),
             sequence_log_ratio=ratio,
+            kl_coef=_each(take_of_completion, part.kl_coef_PG),
+            entropy_coef=_each(take_of_completion, part.entropy_coef_PG),
+            policy_weight=_each(take, part.top_entropy_PGC),
         )
 
     def weights(self, action_BT: Array) -> tuple[Array, Array]:
@@ -73,6 +76,10 @@ class PolicyLoss:
 
     def diagnostics(self, logp, entropy, terms: losses.TokenTerms, action):
         return losses.diagnostics(self.objective, logp, entropy, terms, action)
+
+
+def _each(take: Take, values: Array | None) -> Array | None:
+    return None if values is None else take(values)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,6 +45,9 @@ class TokenTerms:
     old_logp: Array | None  # None: one update, so the current
     ref_logp: Array | None  # None: no KL term
     sequence_log_ratio: Array | None  # of its whole completion; None: the loss reads none
+    kl_coef: Array | None = None  # None: the objective's
+    entropy_coef: Array | None = None  # None: the objective's
+    policy_weight: Array | None = None  # of the surrogate, bool or float32; None: 1
 
 
 def log_ratio(logp: Array, old_logp: Array | None) -> Array:
@@ -160,10 +163,14 @@ def token_loss(objective: Objective, logp: Array, entropy: Array, terms: TokenTe
     )
     if objective.importance_level != "none":
         loss *= importance(objective, logp, terms)
+    if terms.policy_weight is not None:
+        loss *= terms.policy_weight
     if objective.kl_coef:
-        loss += objective.kl_coef * kl_loss(objective, logp, terms)
-    if objective.entropy_coef:
-        loss -= objective.entropy_coef * entropy
+        coef = objective.kl_coef if terms.kl_coef is None else terms.kl_coef
+        loss += coef * kl_loss(objective, logp, terms)
+    if objective.entropy_coef or terms.entropy_coef is not None:
+        coef = objective.entropy_coef if terms.entropy_coef is None else terms.entropy_coef
+        loss -= coef * entropy
     return loss
 
 

@@ -50,4 +50,8 @@ def longest_row(config: ConfigDict) -> int:
 
 def needs_old_pass(config: ConfigDict) -> bool:
     """Whether a rollout is scored before its first update, besides what that update computes."""
-    return config.rollout_correction.level == "sequence" or num_updates_per_step(config) > 1
+    return (
+        config.rollout_correction.level == "sequence"
+        or num_updates_per_step(config) > 1
+        or config.algorithm.top_entropy_share < 1
+    )

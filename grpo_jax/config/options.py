@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from grpo_jax.config.adaptive_options import ADAPTIVE
 from grpo_jax.config.lora_options import LORA
 from grpo_jax.config.schema import (
     ANY,
@@ -231,7 +232,7 @@ TABLE = (
            "The ratio is clipped to [1 - clip_low, 1 + clip_high]"),
     number("algorithm.clip_high", 0.2, NOT_NEGATIVE, "", "See algorithm.clip_low"),
     number("algorithm.kl_coef", 0.0, NOT_NEGATIVE, "",
-           "Weight of the KL to the frozen reference (k3), per token",
+           "Weight of the KL to the reference (k3), per token",
            special={0: "no reference is kept"}),
     choice("algorithm.kl_gradient", "reference_policy", {
                "reference_policy": "KL(reference || policy): k3 as it stands",
@@ -248,6 +249,7 @@ TABLE = (
            "How the losses of tokens are averaged"),
     flag("algorithm.mask_truncated", False,
          "Leave completions that reached the token limit out of the loss"),
+    *ADAPTIVE,
     choice("rollout_correction.level", "none", {
                "none": "no correction",
                "token": "the ratio of each token",

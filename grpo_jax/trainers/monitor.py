@@ -28,7 +28,14 @@ from grpo_jax.metrics import writers
 from grpo_jax.rewards.scores import RewardError, Scores
 from grpo_jax.run import claim
 from grpo_jax.run.stop import Asked, Stopped, StopSignal
-from grpo_jax.trainers import guards, rollout, run_state, step_metrics, tracking
+from grpo_jax.trainers import (
+    coefficients,
+    guards,
+    rollout,
+    run_state,
+    step_metrics,
+    tracking,
+)
 from grpo_jax.trainers.listeners import Listeners
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Run
@@ -184,7 +191,7 @@ class Monitor:
         """Checks a step's rewards; `guards.skips_rollout` then tells whether to skip updates."""
         state.rollout_metrics = step_metrics.rollout_metrics(
             self._run, sampled.completions, scores, sampled.seconds
-        )
+        ) | coefficients.in_force(self._run, state.coefficients)
         rollout.show(self._run, self._writers, self._listeners, state.step + 1, sampled, scores)
         self.guards.check_rollout(state.step + 1, state.rollout_metrics)
         if self.guards.skips_rollout:
