@@ -30,6 +30,15 @@ def test_they_are_at_or_above_the_quantile(share, number):
     assert got.sum() == min(1 + int(share * (number - 1) + 1e-9), number)
 
 
+def test_the_least_difference_counts():
+    """Neighbours among the floats near 1, and the least float that is not 0."""
+    entropy = RNG.permutation(1 + np.arange(16) * np.finfo(np.float32).eps).astype(np.float32)
+    got = np.asarray(jitted(entropy, np.ones(16, bool), 0.3))
+    np.testing.assert_array_equal(got, entropy >= np.sort(entropy)[-5])
+    least = np.float32([0, np.finfo(np.float32).tiny, 0])
+    assert np.asarray(jitted(least, np.ones(3, bool), 0.2)).tolist() == [False, True, False]
+
+
 def test_equal_entropies_are_kept_or_left_out_together():
     entropy = np.float32([0, 0, 1, 1, 1, 1, 2, 0.5])
     everything = np.ones(8, bool)

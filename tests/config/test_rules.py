@@ -138,6 +138,10 @@ def test_the_base_of_these_tests_is_valid():
             ["algorithm.entropy_coef = 0.0", "algorithm.entropy_coef_max = 1.0"],
         ),
         (
+            {"algorithm__entropy_target": 0.1, "algorithm__entropy_coef": 1.5},
+            ["algorithm.entropy_coef = 1.5", "algorithm.entropy_coef_max = 1.0"],
+        ),
+        (
             {"guards__entropy_min": 1.0, "guards__entropy_max": 1.0},
             ["guards.entropy_max = 1.0", "above guards.entropy_min = 1.0"],
         ),
