@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import math
+import types
 
 import numpy as np
 import pytest
@@ -73,6 +75,39 @@ def test_the_entropy_coefficient_is_that_of_trl(start):
         kept = {**kept, **ours.after(kept, {"policy/kl": 9.0, "policy/entropy": entropy})}
         assert kept["entropy_coef"] == theirs.coef
     assert applied[0] == 0 and {0.0, 0.03} <= set(applied) and len(set(applied)) > 4
+
+
+def test_the_rule_is_that_of_trls_own_code():
+    """Where TRL is installed: its loss is the bonus alone, since all advantages are 0."""
+    trl, torch = pytest.importorskip("trl"), pytest.importorskip("torch")
+    entropy = None
+    ones = torch.ones(2, 3)
+    theirs = types.SimpleNamespace(
+        args=types.SimpleNamespace(
+            delta=None, entropy_target=0.5, entropy_coef_delta=0.005, entropy_coef_min=0.0,
+            entropy_coef_max=0.03,
+        ),
+        accelerator=types.SimpleNamespace(
+            gather=lambda x: x, reduce=lambda x, reduction: x, sync_gradients=True
+        ),
+        model=types.SimpleNamespace(training=True),
+        _get_per_token_logps_and_entropies=lambda *a, **k: (-ones, entropy * ones, None),
+        _metrics={"train": collections.defaultdict(list)},
+        loss_type="grpo", importance_sampling_level="token", beta=0.0, epsilon_low=0.2,
+        epsilon_high=0.2, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
+        aux_loss_enabled=False, use_vllm=False, current_gradient_accumulation_steps=1,
+        use_adaptive_entropy=True, _entropy_bonus_enabled=True, entropy_coef=0.013,
+        _last_world_entropy=math.inf, _entropy_window_stats=None,
+    )  # fmt: skip
+    ids = torch.ones(2, 3, dtype=torch.long)
+    given = {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": ids}
+    given["advantages"] = torch.zeros(2)
+    ours, kept = AdaptiveEntropy(0.013, target=0.5, delta=0.005, lowest=0.0, highest=0.03), {}
+    for entropy in [0.75, 0.25, 0.25, 0.5, 0.25, 0.25, 0.75, 0.75, 0.25, *([0.75] * 9), 0.25, 0.25]:
+        loss = trl.GRPOTrainer._compute_loss(theirs, theirs.model, given)
+        assert ours.in_force(kept) == pytest.approx(-float(loss) / entropy, abs=1e-8)
+        kept = {**kept, **ours.after(kept, {"policy/entropy": entropy})}
+        assert kept == {"entropy_coef": theirs.entropy_coef, "entropy": entropy}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

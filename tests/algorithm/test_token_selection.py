@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +30,23 @@ def test_they_are_at_or_above_the_quantile(share, number):
     got = np.asarray(jitted(entropy, action, share))
     np.testing.assert_array_equal(got, wanted(entropy, action, share))
     assert got.sum() == min(1 + int(share * (number - 1) + 1e-9), number)
+
+
+def test_they_are_those_of_trls_own_code():
+    """Where TRL is installed; one process, so that nothing is gathered."""
+    trl, torch = pytest.importorskip("trl"), pytest.importorskip("torch")
+    keep = lambda x, **options: x  # noqa: E731
+    accelerator = types.SimpleNamespace(pad_across_processes=keep, gather=keep)
+    entropy = RNG.gamma(0.3, size=(60, 10)).astype(np.float32)
+    action = RNG.random((60, 10)) < 0.7
+    for share in (0.2, 0.37, 0.8):
+        theirs = trl.GRPOTrainer.get_high_entropy_mask(
+            types.SimpleNamespace(accelerator=accelerator),
+            torch.tensor(entropy),
+            torch.tensor(action, dtype=torch.long),
+            1 - share,
+        )
+        np.testing.assert_array_equal(jitted(entropy, action, share), theirs.numpy())
 
 
 def test_the_least_difference_counts():
