@@ -225,7 +225,10 @@ class Experience:
     advantage: Array  # float32
     action_PGC: Array  # bool: tokens the policy chose and is trained on
     old_logp_PGC: Array | None  # before the first update; None: one update, the current policy
-    ref_logp_PGC: Array | None  # frozen reference; None: no KL term
+    ref_logp_PGC: Array | None  # reference; None: no KL term
+    kl_coef_PG: Array | None = None  # float32, alike everywhere; None: that of the objective
+    entropy_coef_PG: Array | None = None  # the same
+    top_entropy_PGC: Array | None = None  # bool: carries the policy gradient; None: all actions
 
 
 @struct.dataclass

@@ -51,7 +51,9 @@ def longest_row(config: ConfigDict) -> int:
 def needs_old_pass(config: ConfigDict) -> bool:
     """Whether a rollout is scored before its first update, besides what that update computes."""
     weighs_sequences = config.rollout_correction.level == "sequence"
-    return weighs_sequences or num_updates_per_step(config) > 1 or has_kl_in_reward(config)
+    reads_entropies = config.algorithm.top_entropy_share < 1
+    several = num_updates_per_step(config) > 1
+    return weighs_sequences or several or has_kl_in_reward(config) or reads_entropies
 
 
 def has_kl_in_reward(config: ConfigDict) -> bool:

@@ -40,6 +40,7 @@ def check(config: ConfigDict) -> None:
     _check_mesh(config)
     _check_precision(config)
     _check_lora(config)
+    _check_adaptive(config)
     _check_batch(config)
     objective_rules.check(config)
     check_advantages(config)
@@ -185,6 +186,42 @@ def check_advantages(config: ConfigDict) -> None:
     for is_refused, message in refusals:
         if is_refused:
             raise ValueError(message)
+
+
+def _check_adaptive(config: ConfigDict) -> None:
+    algorithm = config.algorithm
+    for name in ("kl_target", "reference_refresh_steps"):
+        if algorithm[name] and not algorithm.kl_coef:
+            raise ValueError(
+                f"algorithm.{name} = {algorithm[name]} is of the KL to a reference, and "
+                "algorithm.kl_coef = 0 keeps none. Set that above 0, such as to 0.001, or "
+                f"algorithm.{name} = 0."
+            )
+    if algorithm.kl_target and algorithm.kl_in == "reward":
+        raise ValueError(
+            f"algorithm.kl_target = {algorithm.kl_target} adapts the KL's weight in the loss, and "
+            'algorithm.kl_in = "reward" has it in the reward. Set kl_in = "loss", or kl_target = 0.'
+        )
+    completions = config.batch.prompts * config.batch.group
+    if algorithm.kl_target and 5 * algorithm.kl_horizon <= completions:
+        raise ValueError(
+            f"algorithm.kl_horizon = {algorithm.kl_horizon} lets a step of {completions} "
+            "completions lower the KL coefficient to 0 or below. Make it more than a fifth of "
+            f"them, {completions / 5:g}; 10000 is usual."
+        )
+    if algorithm.reference_refresh_steps and (config.lora.rank or config.lora.path):
+        raise ValueError(
+            f"algorithm.reference_refresh_steps = {algorithm.reference_refresh_steps}, but the "
+            "reference of low-rank adapters is the model without them, of which there is no second "
+            "copy to move. Set it to 0, or train all weights (lora.rank = 0)."
+        )
+    low, high = algorithm.entropy_coef_min, algorithm.entropy_coef_max
+    if algorithm.entropy_target and not low <= algorithm.entropy_coef <= high:
+        raise ValueError(
+            f"algorithm.entropy_coef = {algorithm.entropy_coef}, from which "
+            "algorithm.entropy_target adapts it, must be from algorithm.entropy_coef_min = "
+            f"{low} to algorithm.entropy_coef_max = {high}."
+        )
 
 
 def _check_loop(config: ConfigDict) -> None:

@@ -58,7 +58,13 @@ METRICS: dict[str, Metric] = {
         "the negated objective; it does not measure progress, since advantages of a group sum to 0",
     ),
     "policy/entropy": Metric("nats/token", "mean entropy of the policy at the tokens it chose"),
-    "policy/kl": Metric("nats/token", "mean divergence from the frozen reference (k3)"),
+    "policy/kl": Metric("nats/token", "mean divergence from the reference (k3)"),
+    "policy/kl_coef": Metric("", "weight of the KL in the step's updates, if it is adaptive"),
+    "policy/entropy_coef": Metric(
+        "",
+        "weight of the entropy bonus in the step's updates, if it is adaptive; 0 after a step "
+        "whose entropy was above algorithm.entropy_target",
+    ),
     "policy/clip_low_share": Metric("share", "tokens whose ratio was clipped from below"),
     "policy/clip_high_share": Metric("share", "tokens whose ratio was clipped from above"),
     "policy/ratio_max": Metric("", "largest ratio of policy to old policy at a token"),

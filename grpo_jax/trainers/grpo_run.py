@@ -130,6 +130,7 @@ def _course(config: ConfigDict) -> Course:
         prompts=config.batch.prompts,
         minibatches=config.batch.minibatches,
         updates=derived.num_updates_per_step(config),
+        refresh_every=config.algorithm.reference_refresh_steps,
         evaluate_every=config.evaluation.every_steps,
         save_every=config.checkpoint.every_steps,
         samples_every=config.logging.samples_every_steps,
@@ -185,7 +186,6 @@ def build(
         update=learner.update,
         sizes=learner.sizes,
         frozen=frozen,
-        ref_params=_reference(config, policy, mesh, frozen, kept),
         checkpoints=Checkpoints(
             config.checkpoint.folder or folder / "checkpoints",
             keep=config.checkpoint.keep,
@@ -196,6 +196,9 @@ def build(
             * derived.num_updates_per_step(config),
         ),
         read=found.sums,
+        first_reference=functools.partial(_reference, config, policy, mesh, frozen, kept),
+        refresh_reference=learner.refresh_reference,
+        controllers=learner.controllers,
         rewards=start_rewards(config, found.rewards),  # last: no more checks follow
     )
 
@@ -221,7 +224,7 @@ def told(config: ConfigDict, found: Inputs) -> list[str]:
 def _reference(
     config: ConfigDict, policy: Policy, mesh: Mesh, frozen: Params | None, kept: Path
 ) -> Params | None:
-    """The reference weights of the KL term; for adapters, the frozen weights without a copy."""
+    """The first reference of the KL term; for adapters, the frozen weights without a copy."""
     if not config.algorithm.kl_coef:
         return None
     if frozen is not None:

@@ -29,7 +29,14 @@ from grpo_jax.metrics import writers
 from grpo_jax.rewards.scores import RewardError, Scores
 from grpo_jax.run import claim
 from grpo_jax.run.stop import Asked, Stopped, StopSignal
-from grpo_jax.trainers import guards, rollout, run_state, step_metrics, tracking
+from grpo_jax.trainers import (
+    coefficients,
+    guards,
+    rollout,
+    run_state,
+    step_metrics,
+    tracking,
+)
 from grpo_jax.trainers.listeners import Listeners
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Run
@@ -194,7 +201,7 @@ class Monitor:
         """
         state.rollout_metrics = step_metrics.rollout_metrics(
             self._run, sampled.completions, scores, sampled.seconds
-        )
+        ) | coefficients.in_force(self._run, state.coefficients)
         where = self._run, self._writers, self._listeners, state.step + 1
         rollout.show(*where, sampled, scores, advantage_PG)
         self.guards.check_rollout(state.step + 1, state.rollout_metrics)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from grpo_jax.config import record
 from grpo_jax.devices import transfer
+from grpo_jax.devices.phases import phase
 from grpo_jax.environments.single_turn import Rollout
 from grpo_jax.learner import train_state
 from grpo_jax.messages.console import say
 from grpo_jax.models import policy
 from grpo_jax.run import workdir
 from grpo_jax.setup import inputs, lora
-from grpo_jax.structs import Experience, Rollouts, TrainState
+from grpo_jax.structs import Experience, Params, Rollouts, TrainState
 from grpo_jax.trainers.guards import History
 from grpo_jax.trainers.runs import Run
 
@@ -31,6 +33,10 @@ class RunState:
     train: TrainState | None = None  # None: not read yet
     experience: Experience | None = None  # data of the updates of `step`; None: none yet
     next_rollout: Rollout | None = None  # sampled, and not yet in `experience`
+    reference: Params | None = None  # of the KL term; None: not read yet, or there is none
+    refreshed: int = 0  # times that the reference was refreshed; only then it is saved
+    # What the controllers of coefficients keep between steps; changed in place, as `history`.
+    coefficients: dict[str, float] = dataclasses.field(default_factory=dict)
     step: int = 0  # rollouts finished
     update: int = 0  # updates done on the rollout of `step`
     prompts: int = 0  # consumed
@@ -75,7 +81,7 @@ class RunState:
         }
 
 
-_ARRAYS = ("train", "experience", "next_rollout")
+_ARRAYS = ("train", "experience", "next_rollout", "reference")
 
 
 def newest(run: Run) -> RunState:
@@ -127,6 +133,7 @@ def roll_back(run: Run, state: RunState, undone: int) -> RunState:
     back.passed_over = state.draw_of(undone) - following
     back.rolled_back_to, back.tokens = back.checkpoint, state.tokens
     back.history.roll_backs = state.history.roll_backs + 1
+    back.reference = None if state.refreshed else state.reference
     say(f"Going on after step {back.step}: steps {back.step + 1} to {undone} are undone.")
     return back
 
@@ -150,12 +157,18 @@ def load(run: Run, state: RunState) -> Rollouts | None:
     """Reads the arrays of a state; returns the completions already sampled for its next step.
 
     None if there are none, and after a roll-back. A roll-back also drops an experience without
-    updates. Raises ValueError if the parameters or the optimizer's state are not finite.
+    updates. A reference that was never refreshed is read where the model is, unless the state has
+    it already. Raises ValueError if the parameters or the optimizer's state are not finite.
     """
     for name, sizes in run.sizes.items():
         sizes.restore(state.sizes.get(name))
     model, mesh, optimizer = run.policy.model, run.mesh, run.optimizer
     dtype, number = jnp.dtype(run.config.model.param_dtype), state.checkpoint
+    if state.refreshed:
+        saved = run.checkpoints.reference(number, _reference_like(run))
+        state.reference = _kept_reference(run, saved)
+    elif state.reference is None:
+        state.reference = run.first_reference()
     if number < 0:
         params = lora.first_params(run.config, run.policy, mesh, run.folder / lora.KEPT)
         state.train = _offloaded(run, train_state.start(params, model, mesh, optimizer))
@@ -175,6 +188,32 @@ def load(run: Run, state: RunState) -> Rollouts | None:
     has = state.experience is not None
     assert has or not state.update, f"checkpoint {number} lacks its rollout"
     return None if undone else run.checkpoints.ahead(number, mesh)
+
+
+def refresh_reference(run: Run, state: RunState) -> None:
+    """Moves the reference towards the policy, if that is due after the finished step."""
+    every = run.course.refresh_every
+    if not every or state.step % every:
+        return
+    with phase("update"):
+        old = transfer.to_device_memory(state.reference)  # a copy of one in host memory
+        mixed = run.refresh_reference(state.train.params, old)
+        state.reference, state.refreshed = _kept_reference(run, mixed), state.refreshed + 1
+
+
+def _kept_reference(run: Run, reference: Params) -> Params:
+    """The reference where it is kept while it does not score."""
+    is_offloaded = run.config.model.offload_reference
+    return transfer.to_host_memory(reference) if is_offloaded else reference
+
+
+def _reference_like(run: Run) -> Params:
+    """Shapes, dtypes and shardings of the reference of a run that refreshes it."""
+    dtype = jnp.dtype(run.config.model.dtype)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
+        policy.param_like(run.policy.model, run.mesh),
+    )
 
 
 def sizes(run: Run) -> dict[str, Any]:
@@ -210,6 +249,7 @@ def save(
         facts,
         experience=state.experience,
         ahead=None if waiting is None else transfer.shard_rows(run.mesh, waiting.completions),
+        reference=state.reference if state.refreshed else None,
         quality=quality,
     )
 

@@ -217,7 +217,6 @@ def _build(
         update=learner.update,
         sizes=learner.sizes,
         frozen=lora.frozen_params(policy, mesh, config.model.dtype),
-        ref_params=None,
         checkpoints=Checkpoints(
             config.checkpoint.folder or folder / "checkpoints",
             keep=2,

@@ -18,6 +18,7 @@ from grpo_jax.messages.progress import Progress
 from grpo_jax.metrics.writers import Writers
 from grpo_jax.rewards.scores import Scores
 from grpo_jax.structs import Rollouts
+from grpo_jax.trainers import coefficients
 from grpo_jax.trainers.guards import Guards
 from grpo_jax.trainers.listeners import Listeners
 from grpo_jax.trainers.run_state import RunState
@@ -42,7 +43,8 @@ class StepLog:
     ):
         self._run, self._guards, self._compiling = run, guards, compiling
         self._writers, self._bar, self._listeners = writers, bar, listeners
-        self._unread: tuple[dict, list, int] | None = None  # an update's metrics, their list, step
+        # An update's metrics, those before it in its step, what controllers keep, and the step.
+        self._unread: tuple[dict, list, dict, int] | None = None
         self._line: Callable[[], dict[str, float]] | None = None  # gives the open line's values
         self._step, self._started = 0, 0.0  # its step, and time.monotonic() at the step's start
         self._lock = threading.RLock()  # a stop closes the line from another thread
@@ -53,14 +55,14 @@ class StepLog:
     def add_update(self, state: RunState, values: dict) -> None:
         """Takes an update's metrics, on the device, and fetches those of the previous update."""
         self.fetch()
-        self._unread = values, state.update_metrics, state.step + 1
+        self._unread = values, state.update_metrics, state.coefficients, state.step + 1
 
     def fetch(self) -> None:
         """Waits for the newest update, and lets the guards check it."""
         with self._lock:
             if self._unread is None:
                 return
-            (values, update_metrics, step), self._unread = self._unread, None
+            (values, update_metrics, kept, step), self._unread = self._unread, None
             began = time.monotonic()
             with phase("update"):
                 values = {name: float(value) for name, value in jax.device_get(values).items()}
@@ -68,6 +70,8 @@ class StepLog:
             refused = bool(values.pop("skipped"))
             self._guards.check_update(step, values, refused=refused)
             update_metrics.append(values)
+            if len(update_metrics) == self._run.course.updates:
+                coefficients.follow(self._run, kept, _combined(update_metrics))
             self._read_at = time.monotonic()
 
     def open(
@@ -201,7 +205,7 @@ def _rates(
     if chip:
         sampling = roofline.rollout(model, *lengths, **run.engine.traffic)
         forth_and_back = 3 if run.frozen is None else 2  # frozen weights have no gradient
-        passes = forth_and_back * iterations + (run.ref_params is not None)
+        passes = forth_and_back * iterations + bool(config.algorithm.kl_coef)
         passes += derived.needs_old_pass(config)
         learning = roofline.forward(model, *lengths).times(passes)
         least = [

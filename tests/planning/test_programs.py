@@ -57,9 +57,11 @@ def listed(step: Step) -> set[str]:
 
 @pytest.mark.slow
 def test_a_run_compiles_what_its_plan_lists(tmp_path):
-    """On eight devices, with a reference, samples in evaluations and slots that shrink."""
+    """On eight devices, with a reference that moves, samples in evaluations, slots that shrink."""
     options = ["batch.prompts=16", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
     options += ["rollout.max_tokens=24", "evaluation.num_samples=2", "loop.num_steps=1"]
+    options += ["algorithm.reference_refresh_steps=1", "algorithm.top_entropy_share=0.5"]
+    options += ["algorithm.kl_target=0.1", "algorithm.entropy_target=0.1"]
     overrides = [f"--config.{option}" for option in (*options, "compile_cache=False")]
 
     with compiled() as names:

@@ -37,7 +37,12 @@ TIMES = ("time/", "throughput/", "roofline/", "memory/", "programs", "sft/tokens
 def final_state(folder: Path) -> dict[str, np.ndarray]:
     """Parameters, optimizer state and counters of the newest checkpoint, by their names."""
     folder = (folder / "checkpoints").absolute()
-    path = folder / str(max(int(p.name) for p in folder.iterdir() if p.name.isdigit())) / "state"
+    return arrays_of(folder / str(max(int(p.name) for p in folder.iterdir() if p.name.isdigit())))
+
+
+def arrays_of(checkpoint: Path, item: str = "state") -> dict[str, np.ndarray]:
+    """The arrays of an item of a checkpoint, by their names."""
+    path = checkpoint.absolute() / item
     with ocp.PyTreeCheckpointer() as reader:
         tree = reader.restore(
             path,

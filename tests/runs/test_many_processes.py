@@ -173,6 +173,31 @@ def test_adapters_of_two_processes_are_those_of_one(one, tmp_path, environment):
 
 
 @pytest.mark.slow
+def test_an_objective_that_changes_is_that_of_one(one, tmp_path, environment):
+    """Two processes, each with half of every weight, stop after a refresh of the reference."""
+    more = [
+        f"--config.model.path={one / 'bootstrap' / 'export'}",
+        "--config.evaluation.num_problems=0",
+        "--config.algorithm.kl_target=0.01",
+        "--config.algorithm.kl_horizon=100",
+        "--config.algorithm.entropy_target=5.0",
+        "--config.algorithm.reference_refresh_steps=2",
+        "--config.algorithm.top_entropy_share=0.5",
+    ]
+    alone = Launched(1, tmp_path / "alone", *more, environment=environment)
+    assert alone.status() == 0, alone.output
+    mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=2"]
+    for steps in (3, STEPS):
+        more.append(f"--config.loop.num_steps={steps}")
+        run = Launched(2, tmp_path / "two", *more, *mesh, environment=environment)
+        assert run.status() == 0, run.output
+    assert "Continuing" in run.output
+    assert differences_beyond(1e-5, alone.folder, run.folder) == []
+    coefs = [row["policy/kl_coef"] for row in logged(run.folder) if "reward" in row]
+    assert len(set(coefs)) == STEPS
+
+
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_and_four_go_on(one, tmp_path, environment):
     """Two processes are stopped at one step; four, on another mesh, end as one would have."""
     more = [

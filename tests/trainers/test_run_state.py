@@ -45,6 +45,7 @@ def parts(tmp_path, state):
         sizes={"update": CompiledSizes()},
         read={"training problems": {"number": 3}},
         checkpoints=checkpoints,
+        first_reference=lambda: None,
     )
     checkpoints.close()
 
@@ -196,3 +197,34 @@ def test_a_checkpoint_that_is_not_finite_is_refused(parts, state, where):
     message = str(info.value)
     assert f"Checkpoint 12 in {parts.folder}: 2 of the {bad.size} values of {name}" in message
     assert "Delete that" in message
+
+
+def _moved(tree, by: float):
+    return jax.tree.map(lambda x: x + jnp.float32(by).astype(x.dtype), tree)
+
+
+def test_a_refreshed_reference_goes_back_with_the_run(parts, state):
+    """And the coefficients; the reference as it was given is read again where it is needed."""
+    reads = []
+    parts.first_reference = lambda: reads.append(1) or state.params
+    second, third = (_moved(state.params, by) for by in (0.25, 0.5))
+    _save(parts, state, 2, reference=state.params, coefficients={"kl_coef": 0.1})
+    _save(parts, state, 4, reference=second, refreshed=1, coefficients={"kl_coef": 1 / 3})
+    assert not (parts.folder / "6" / "reference").exists()  # it was not refreshed yet
+    at = RunState(step=5, reference=third, refreshed=2, coefficients={"kl_coef": 9.0})
+
+    back = run_state.roll_back(parts, at, undone=5)
+    run_state.load(parts, back)
+    same_bits(back.reference, second)
+    assert (back.step, back.refreshed, back.coefficients) == (4, 1, {"kl_coef": 1 / 3})
+    assert not reads
+
+    first = run_state.roll_back(parts, back, undone=5)
+    run_state.load(parts, first)
+    same_bits(first.reference, state.params)
+    assert (first.step, first.refreshed, first.coefficients) == (2, 0, {"kl_coef": 0.1})
+    assert len(reads) == 1
+
+    again = run_state.roll_back(parts, first, undone=3)  # it has it already
+    run_state.load(parts, again)
+    assert again.reference is first.reference and len(reads) == 1
