@@ -42,7 +42,21 @@ METRICS: dict[str, Metric] = {
         "completions with a 1 from the reward rewards.accuracy, among those to which it applies",
     ),
     "groups/equal_share": Metric(
-        "share", "groups whose rewards are all equal, which give no policy gradient"
+        "share",
+        "groups of the updates whose rewards are all equal, which give no policy gradient",
+    ),
+    "groups/draws": Metric("draws", "draws of prompts in the step, until its batch was full"),
+    "groups/drawn": Metric("groups", "groups sampled in the step, learned from or not"),
+    "groups/dropped": Metric("groups", "groups among them without a policy gradient"),
+    "prompts/unseen_share": Metric("share", "training problems that were never asked"),
+    "prompts/easy_share": Metric(
+        "share", "training problems whose pass rate is above prompts.high_rate"
+    ),
+    "prompts/hard_share": Metric(
+        "share", "training problems whose pass rate is below prompts.low_rate"
+    ),
+    "prompts/replayed_share": Metric(
+        "share", "prompts of the step whose pass rate was above prompts.high_rate before"
     ),
     "completion/length": Metric("tokens", "mean length, stop token included"),
     "completion/length_min": Metric("tokens", "shortest completion"),

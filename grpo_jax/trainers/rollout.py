@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from grpo_jax import keys
-from grpo_jax.data import prompts
 from grpo_jax.devices import transfer
 from grpo_jax.environments.questions import Questions
 from grpo_jax.environments.rewarding import RewardCollector
@@ -21,7 +21,8 @@ from grpo_jax.metrics import writers as writers_lib
 from grpo_jax.metrics.samples import print_samples
 from grpo_jax.rewards import registry
 from grpo_jax.rewards.scores import Scores
-from grpo_jax.structs import Rollouts
+from grpo_jax.structs import Params, Rollouts
+from grpo_jax.trainers import prompt_choice
 from grpo_jax.trainers.listeners import Listeners
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Run
@@ -39,29 +40,48 @@ def sample(
     completions have finished, on all processes alike.
     """
     started, step = time.monotonic(), state.step + ahead
-    questions, rewards = _begin(run, state, step)
+    weights = run.engine.publish(run.weights(state.train))
+    drawn = draw(run, state, step, state.draw_of(step), weights, log, on_harvest)
+    return dataclasses.replace(drawn, seconds=time.monotonic() - max(started, log.closed_at))
+
+
+def draw(
+    run: Run,
+    state: RunState,
+    step: int,
+    number: int,
+    weights: Params,
+    log: StepLog,
+    on_harvest: Callable[[], None],
+) -> Rollout:
+    """Samples the completions of one draw for a step, as `sample`; its time is not set.
+
+    `number` is that of the draw, and `weights` come from `engine.publish`.
+    """
+    problem_P = prompt_choice.problems(run, state, number)
+    questions, rewards = _begin(run, step, number, problem_P)
     completions = run.engine.generate(
-        run.engine.publish(run.weights(state.train)),
+        weights,
         questions.prompt_ids,
         group=run.config.batch.group,
-        key=keys.key_for(run.config.seed, "rollout", state.draw_of(step)),
+        key=keys.key_for(run.config.seed, "rollout", number),
         temperature=run.config.rollout.temperature,
         on_group=rewards.add,
         meanwhile=log.close,
         on_harvest=on_harvest,
     )
-    seconds = time.monotonic() - max(started, log.closed_at)
-    return Rollout(questions, rewards, completions, seconds)
+    return Rollout(questions, rewards, completions, 0.0, problem_P)
 
 
 def sampled_before(run: Run, state: RunState, completions: Rollouts) -> Rollout:
     """A rollout of completions from a checkpoint, passed to the rewards as if just sampled."""
-    questions, rewards = _begin(run, state, state.sampled)
-    for number, (completion_GC, length_G) in enumerate(
+    problem_P, step = np.array(state.next_problems, np.int64), state.sampled
+    questions, rewards = _begin(run, step, state.draw_of(step), problem_P)
+    for p, (completion_GC, length_G) in enumerate(
         zip(completions.completion_PGC, completions.length_PG)
     ):
-        rewards.add(number, [ids[:n].tolist() for ids, n in zip(completion_GC, length_G)])
-    return Rollout(questions, rewards, completions, state.next_rollout_s)
+        rewards.add(p, [ids[:n].tolist() for ids, n in zip(completion_GC, length_G)])
+    return Rollout(questions, rewards, completions, state.next_rollout_s, problem_P)
 
 
 def device_rows(run: Run, completions: Rollouts) -> Rollouts:
@@ -149,18 +169,17 @@ def _is_shown(run: Run, step: int) -> bool:
     return bool(every) and (step - 1) % every == 0
 
 
-def _begin(run: Run, state: RunState, step: int) -> tuple[Questions, RewardCollector]:
-    """The questions of a step, and the collector of their completions' rewards."""
-    config, draw, num_problems = run.config, state.draw_of(step), len(run.train.problems)
-    questions = run.train.take(
-        prompts.prompt_indices(config.seed, draw, num_problems, config.batch.prompts)
-    )
+def _begin(
+    run: Run, step: int, number: int, problem_P: Sequence[int]
+) -> tuple[Questions, RewardCollector]:
+    """The questions of a step's draw, and the collector of their completions' rewards."""
+    questions = run.train.take(problem_P)
     seen = {
         "global_step": step,
         "max_steps": run.course.num_steps,
-        "epoch": draw * config.batch.prompts / num_problems,
+        "epoch": number * len(problem_P) / (len(run.train.problems) * run.config.data.repeat),
     }
     rewards = RewardCollector(
-        run.rewards, run.policy, questions.problems, questions.texts, config.batch.group, seen
+        run.rewards, run.policy, questions.problems, questions.texts, run.config.batch.group, seen
     )
     return questions, rewards
