@@ -47,6 +47,10 @@ _ELSEWHERE = {
     "custom_reward_function.path": "rewards.names",
     "custom_reward_function.name": "rewards.names",
     "reward_weights": "rewards.weights",
+    "overlong_buffer": "rewards.names",
+    "overlong_buffer.enable": "rewards.names",
+    "overlong_buffer.len": "rewards.names",
+    "overlong_buffer.penalty_factor": "rewards.weights",
     # batch
     "num_generations": "batch.group",
     "rollout.n": "batch.group",
@@ -59,6 +63,16 @@ _ELSEWHERE = {
     "gradient_accumulation_steps": "batch.microbatch",
     "ppo_micro_batch_size": "batch.microbatch",
     "ppo_micro_batch_size_per_gpu": "batch.microbatch",
+    # prompts: verl's, then NeMo RL's, slime's and OpenRLHF's
+    "filter_groups": "prompts.drop_equal_groups",
+    "filter_groups.enable": "prompts.drop_equal_groups",
+    "filter_groups.max_num_gen_batches": "prompts.max_draws",
+    "gen_batch_size": "prompts.per_draw",
+    "use_dynamic_sampling": "prompts.drop_equal_groups",
+    "dynamic_sampling_max_gen_batches": "prompts.max_draws",
+    "batch_multiplier": "prompts.per_draw",
+    "over_sampling_batch_size": "prompts.per_draw",
+    "dynamic_filtering": "prompts.drop_equal_groups",
     # rollout
     "max_completion_length": "rollout.max_tokens",
     "max_new_tokens": "rollout.max_tokens",

@@ -44,6 +44,7 @@ def check(config: ConfigDict) -> None:
     _check_batch(config)
     objective_rules.check(config)
     check_advantages(config)
+    _check_prompts(config)
     _check_loop(config)
     for name in config.checkpoint.accept_changes:
         if name not in flat:
@@ -281,6 +282,48 @@ def _check_batch(config: ConfigDict) -> None:
             )
 
 
+def _check_prompts(config: ConfigDict) -> None:
+    asked, wanted = config.prompts, config.batch.prompts
+    if asked.low_rate > asked.high_rate:
+        raise ValueError(
+            f"prompts.low_rate = {asked.low_rate:g} must be at most prompts.high_rate = "
+            f"{asked.high_rate:g}: they are the ends of a band."
+        )
+    if not asked.drop_equal_groups:
+        if asked.per_draw not in (0, wanted):
+            raise ValueError(
+                f"prompts.per_draw = {asked.per_draw}, but a step that drops no groups has one "
+                f"draw of batch.prompts = {wanted} prompts. Set prompts.drop_equal_groups = True, "
+                "or prompts.per_draw = 0."
+            )
+        return
+    most = asked.max_draws * derived.prompts_per_draw(config)
+    if most < wanted:
+        raise ValueError(
+            f"prompts.max_draws = {asked.max_draws} draws of prompts.per_draw = {asked.per_draw} "
+            f"prompts give {most} groups, and a step needs batch.prompts = {wanted}. Raise one of "
+            "the two."
+        )
+    if config.algorithm.baseline in ("none", "greedy"):
+        raise ValueError(
+            f"algorithm.baseline = {config.algorithm.baseline!r} gives groups of equal rewards a "
+            "gradient, and prompts.drop_equal_groups = True drops them. Set that to False, or "
+            "another baseline."
+        )
+    if config.loop.async_rollouts:
+        raise ValueError(
+            "loop.async_rollouts = True samples a step before the rewards of the step before are "
+            "known, and prompts.drop_equal_groups = True needs a step's rewards to know how many "
+            "more prompts it asks. Set one of them to False."
+        )
+    if config.loop.num_epochs:
+        raise ValueError(
+            f"loop.num_epochs = {config.loop.num_epochs:g} counts the steps by the prompts that "
+            "each asks, and with prompts.drop_equal_groups = True that depends on the rewards. Set "
+            "loop.num_steps, and loop.num_epochs = 0."
+        )
+
+
 def _check_sources(config: ConfigDict) -> None:
     if bool(config.data.task) == bool(config.data.path):
         raise ValueError(
@@ -358,6 +401,11 @@ def check_devices(config: ConfigDict, num_row_shards: int) -> None:
             f"batch.microbatch = {batch.microbatch} give {per_microbatch} prompts at once that do "
             f"not split over mesh.data * mesh.fsdp = {num_row_shards} devices. Make it a "
             f"multiple of {num_row_shards}."
+        )
+    if config.prompts.per_draw % num_row_shards:
+        raise ValueError(
+            f"prompts.per_draw = {config.prompts.per_draw} does not split over mesh.data * "
+            f"mesh.fsdp = {num_row_shards} devices. Make it a multiple of {num_row_shards}."
         )
 
 

@@ -116,7 +116,10 @@ class Step:
         self.weights = self._attached(self.state.params)
         self.reference = self._reference(dtype)
         self.rollout = self._drawing(
-            self.engine, config.batch.prompts, config.batch.group, config.rollout.temperature
+            self.engine,
+            derived.prompts_per_draw(config),
+            config.batch.group,
+            config.rollout.temperature,
         )
         self.greedy = None  # None: the advantages read no greedy completions
         if config.algorithm.baseline == "greedy":

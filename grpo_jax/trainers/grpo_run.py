@@ -216,8 +216,20 @@ def told(config: ConfigDict, found: Inputs) -> list[str]:
         *lora.told(config, model),
         f"A step: {batch.prompts} prompts x {batch.group} completions of at most "
         f"{config.rollout.max_tokens} tokens, {updates} update{'s' * (updates > 1)}",
+        *_refill(config),
         f"The run: {config.loop.num_steps:,} steps, which ask each problem "
-        f"{config.loop.num_steps * batch.prompts / len(lengths):,.2f} times",
+        f"{config.loop.num_steps * batch.prompts / len(lengths):,.2f} times"
+        f"{' or more' * config.prompts.drop_equal_groups}",
+    ]
+
+
+def _refill(config: ConfigDict) -> list[str]:
+    """Describes how a step's batch is filled, if groups are dropped."""
+    if not config.prompts.drop_equal_groups:
+        return []
+    return [
+        f"Its prompts are those whose rewards differ, of up to {config.prompts.max_draws} draws of "
+        f"{derived.prompts_per_draw(config)} prompts"
     ]
 
 

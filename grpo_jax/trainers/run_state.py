@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.config import record
+from grpo_jax.data.pass_rates import PassRates
 from grpo_jax.devices import transfer
 from grpo_jax.devices.phases import phase
 from grpo_jax.environments.single_turn import Rollout
@@ -43,11 +44,14 @@ class RunState:
     tokens: int = 0  # generated
     wall_s: float = 0.0
     next_rollout_s: float = 0.0  # time to sample the completions that are saved ahead
+    next_problems: list[int] = dataclasses.field(default_factory=list)  # numbers of theirs
     checkpoint: int = -1  # number of the checkpoint that was loaded; -1: none
     last_due: int = -1  # number of the newest one due by checkpoint.every_steps
-    passed_over: int = 0  # undone draws: their prompts and keys are not reused
+    # Draws beyond one a step: undone ones, and further ones of a step. They are not reused.
+    passed_over: int = 0
     rolled_back_to: int = -1  # number of the last roll-back's checkpoint
     history: History = dataclasses.field(default_factory=History)
+    pass_rates: PassRates | None = None  # None: nothing was measured
     sizes: dict[str, Any] = dataclasses.field(default_factory=dict)  # of packed rows, by program
     accuracy_before: float | None = None
     accuracy: float | None = None  # newest
@@ -60,8 +64,15 @@ class RunState:
     unevaluated: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def draw_of(self, step: int) -> int:
-        """The number of the draw that determines a step's prompts and random key."""
+        """The number of the draw that determines a step's prompts and random key.
+
+        Of several draws, the first.
+        """
         return step + self.passed_over
+
+    def count_draws(self, rollout: Rollout) -> None:
+        """Counts the draws of the rollout that the next updates learn from."""
+        self.passed_over += rollout.draws.number - 1 if rollout.draws else 0
 
     @property
     def sampled(self) -> int:
@@ -77,7 +88,8 @@ class RunState:
         """Everything but the arrays."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {n: v for n, v in fields.items() if n not in _ARRAYS} | {
-            "history": dataclasses.asdict(self.history)
+            "history": dataclasses.asdict(self.history),
+            "pass_rates": None if self.pass_rates is None else self.pass_rates.as_json(),
         }
 
 
@@ -238,7 +250,10 @@ def save(
         state.last_due = state.step * run.course.updates
     state.sizes = sizes(run) if sizes_then is None else sizes_then
     waiting = state.next_rollout
+    if waiting is not None and waiting.draws is not None:
+        waiting = None  # the rewards of groups that are left out are not kept: it is sampled again
     state.next_rollout_s = 0.0 if waiting is None else waiting.seconds
+    state.next_problems = [] if waiting is None else [int(p) for p in waiting.problem_P]
     facts = {
         "state": state.as_json(),
         "config": record.binding(run.config),
@@ -263,8 +278,10 @@ def _read(run: Run, number: int) -> tuple[RunState, dict[str, Any]]:
             "grpo_jax, whose runs this one cannot continue. Continue it with that version, or "
             "begin another run with --workdir DIR."
         )
-    history = History(**facts["state"].pop("history"))
-    state = RunState(**facts["state"] | {"history": history, "checkpoint": number})
+    history, rates = facts["state"].pop("history"), facts["state"].pop("pass_rates", None)
+    state = RunState(**facts["state"], history=History(**history))
+    state.pass_rates = None if rates is None else PassRates.from_json(rates)
+    state.checkpoint = number
     return state, facts["config"]
 
 

@@ -15,6 +15,7 @@ from grpo_jax.config.dotted import flatten
 
 ROOT = Path(options.__file__).parents[1]
 TABLE = options.TABLE
+OF_EITHER_SIGN = {"algorithm.entropy_coef", "prompts.low_rate", "prompts.high_rate"}
 NUMBERS = [option for option in TABLE if type(option.default) in (int, float)]
 
 
@@ -42,7 +43,7 @@ def test_every_option_says_what_it_is(option):
     assert option.meaning[0] == option.meaning[0].upper()
     if type(option.default) in (int, float):
         assert option.within is not None
-        assert option.name == "algorithm.entropy_coef" or str(option.within)  # of either sign
+        assert option.name in OF_EITHER_SIGN or str(option.within)
     elif isinstance(option.default, (str, tuple)):
         assert bool(option.choices) != bool(option.unit)
     assert option.refusal(option.default) is None

@@ -121,6 +121,32 @@ def test_the_base_of_these_tests_is_valid(changes):
             {"loop__async_rollouts": True},
             ["loop.async_rollouts = True", 'rollout_correction.level = "none"'],
         ),
+        (
+            {"prompts__per_draw": 64},
+            ["prompts.per_draw = 64", "batch.prompts = 32", "prompts.drop_equal_groups = True"],
+        ),
+        (
+            {"prompts__drop_equal_groups": True, "prompts__per_draw": 4, "prompts__max_draws": 7},
+            ["prompts.max_draws = 7", "give 28 groups", "batch.prompts = 32"],
+        ),
+        (
+            {
+                "prompts__drop_equal_groups": True,
+                "loop__async_rollouts": True,
+                "rollout_correction__level": "token",
+            },
+            ["loop.async_rollouts = True", "prompts.drop_equal_groups = True", "to False"],
+        ),
+        (
+            {"prompts__drop_equal_groups": True, "loop__num_epochs": 2.0},
+            ["loop.num_epochs = 2", "prompts.drop_equal_groups = True", "Set loop.num_steps"],
+        ),
+        ({"prompts__outside_weight": 0.0}, ["prompts.outside_weight = 0.0", "exclude a problem"]),
+        ({"prompts__replay_share": 1.0}, ["prompts.replay_share = 1.0", "below 1"]),
+        (
+            {"prompts__low_rate": 0.9},
+            ["prompts.low_rate = 0.9", "at most prompts.high_rate = 0.8"],
+        ),
         ({"optim__schedule": "step"}, ["optim.schedule = 'step'", "constant, linear, cosine"]),
         ({"batch__group": 1}, ["batch.group = 1", "at least 2", 'baseline to "none" or "greedy"']),
         (

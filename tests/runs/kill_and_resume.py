@@ -34,10 +34,14 @@ TIMES = ("time/", "throughput/", "roofline/", "memory/", "programs", "sft/tokens
 # --- What a run left ------------------------------------------------------------------------------
 
 
-def final_state(folder: Path) -> dict[str, np.ndarray]:
-    """Parameters, optimizer state and counters of the newest checkpoint, by their names."""
+def final_state(folder: Path, item: str = "state") -> dict[str, np.ndarray]:
+    """Parameters, optimizer state and counters of the newest checkpoint, by their names.
+
+    Or the arrays of another item.
+    """
     folder = (folder / "checkpoints").absolute()
-    return arrays_of(folder / str(max(int(p.name) for p in folder.iterdir() if p.name.isdigit())))
+    newest = max(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    return arrays_of(folder / str(newest), item)
 
 
 def arrays_of(checkpoint: Path, item: str = "state") -> dict[str, np.ndarray]:

@@ -13,7 +13,9 @@ import tiny
 from states import MODEL, OPTIMIZER, same_bits, train_state
 
 from grpo_jax.config import options
+from grpo_jax.data.pass_rates import PassRates
 from grpo_jax.devices import sharding, transfer
+from grpo_jax.environments.single_turn import Draws, Rollout
 from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.run.checkpoints import Checkpoints
 from grpo_jax.structs import Experience
@@ -168,6 +170,32 @@ def test_the_newest_checkpoint_is_where_the_run_stands(parts, state):
     at = run_state.newest(parts)
     own = {"checkpoint": 12, "last_due": 12, "sizes": {"update": CompiledSizes().as_json()}}
     assert at == RunState(step=4, prompts=400, rollout_metrics={"reward": 0.5}, **own)
+
+
+def test_what_decides_the_next_prompts_goes_along(parts, state):
+    """Pass rates to the last bit; and completions sampled ahead with their problems' numbers."""
+    rates = PassRates.unseen(5).after([3, 1, 3], [0.1, 0.7, 1 / 3], newest=0.3)
+    ahead = transfer.shard_rows(parts.mesh, tiny.rollouts(prompts=8))
+    waiting = Rollout(None, None, ahead, 1.5, problem_P=np.arange(8) + 2)
+    _save(parts, state, 4, pass_rates=rates, next_rollout=waiting, passed_over=3)
+    at = run_state.newest(parts)
+    assert at.pass_rates.times_N.tolist() == [0, 1, 0, 2, 0]
+    assert at.pass_rates.rate_N.tobytes() == rates.rate_N.tobytes()
+    assert (at.next_problems, at.next_rollout_s) == ([*range(2, 10)], 1.5)
+    assert run_state.load(parts, at).length_PG.tolist() == np.array(ahead.length_PG).tolist()
+
+
+def test_a_step_of_several_draws_is_sampled_again(parts, state):
+    """The rewards of the groups that were left out are not kept, nor are its draws counted."""
+    draws = Draws(3, np.arange(12), *[None] * 4, num_equal=2)
+    ahead = transfer.shard_rows(parts.mesh, tiny.rollouts(prompts=8))
+    waiting = Rollout(None, None, ahead, 1.5, problem_P=np.arange(8), draws=draws)
+    _save(parts, state, 4, next_rollout=waiting, passed_over=3)
+    at = run_state.newest(parts)
+    assert run_state.load(parts, at) is None and at.next_problems == []
+    assert at.draw_of(4) == 7
+    at.count_draws(waiting)  # once it is learned from
+    assert at.draw_of(5) == 4 + 3 + 3
 
 
 def test_sizes_of_rows_go_along(parts, state):
