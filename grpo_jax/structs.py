@@ -113,7 +113,7 @@ class Lora:
     """The adapters that are trained in place of a decoder's parameters, which stay fixed."""
 
     adapters: tuple[Adapter, ...]
-    int8: bool = False  # the layers' kernels are in 8 bits
+    base: str = "auto"  # the layers' kernels, in "int8" or "nf4"; "auto": plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +146,7 @@ class ModelConfig:
     logit_factor: float = 1.0
     logit_cap: float | None = None  # as `attention_cap`, for logits
     wrapper: str = ""  # model_type of the image-text config that holds this one
+    codes: str = ""  # of the layers' kernels in the source: "nf4" or "nf4 double"; "": none
     lora: Lora | None = None  # None: all parameters are trained
     longest: int | None = None  # tokens of the longest row in use; None: max_position
 

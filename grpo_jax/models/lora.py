@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from grpo_jax.kernels import dense, quantize
+from grpo_jax.kernels import dense, nf4, quantize
 from grpo_jax.kernels.dense import Adapted
 from grpo_jax.models import layer_runs, parameters
 from grpo_jax.structs import Adapter, Array, ModelConfig, Params
@@ -193,15 +193,22 @@ def weight_shapes(config: ModelConfig) -> Params:
 
 
 def frozen_as(config: ModelConfig, params: Params, dtype: Any) -> Params:
-    """Frozen parameters as they are stored: in `dtype`, and kernels optionally in 8 bits."""
+    """Frozen parameters as they are stored: in `dtype`, and kernels optionally in codes."""
     one = lambda path, x: frozen_leaf(config, path, x.astype(dtype))  # noqa: E731
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def frozen_leaf(config: ModelConfig, path: Any, x: Array) -> Any:
-    """One frozen parameter, by its path."""
-    in_codes = config.lora.int8 and path[0].key == "layers" and dense.name_of(path) == "kernel"
-    return quantize.int8(x, -2) if in_codes else x
+def frozen_leaf(
+    config: ModelConfig, path: Any, x: Array, whole: Callable[[Array], Array] = lambda x: x
+) -> Any:
+    """One frozen parameter, by its path; `whole` as in `nf4.quantize`."""
+    if path[0].key != "layers" or dense.name_of(path) != "kernel" or config.lora.base == "auto":
+        return x
+    if config.lora.base == "int8":
+        return quantize.int8(x, -2)
+    double = config.codes != "nf4"
+    # One layer after the other: quantizing takes several times a kernel's memory.
+    return jax.lax.map(lambda kernel: nf4.quantize(kernel, double=double, whole=whole), x)
 
 
 def merged(weights: Params, dtype: Any) -> Params:

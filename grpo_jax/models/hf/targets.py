@@ -49,8 +49,11 @@ def module_names(config: ModelConfig) -> dict[str, tuple[str, int]]:
     return found
 
 
-def lora_of(config: ModelConfig, spec: Spec, *, int8: bool = False) -> Lora:
-    """The requested adapters; ValueError for a target that cannot have one or does not exist."""
+def lora_of(config: ModelConfig, spec: Spec, *, base: str = "auto") -> Lora:
+    """The requested adapters; ValueError for a target that cannot have one or does not exist.
+
+    `base` as in `Lora`.
+    """
     modules = module_names(config)
     _refuse_shared(config, spec)
     taken = {name for target in spec.targets for name in _taken(config, spec, target, modules)}
@@ -72,7 +75,7 @@ def lora_of(config: ModelConfig, spec: Spec, *, int8: bool = False) -> Lora:
             rank, alpha = _own(spec.ranks, name, spec.rank), _own(spec.alphas, name, spec.alpha)
             ranks[path][layer], scalings[path][layer] = rank, spec.scaling(rank, alpha)
     adapters = (Adapter(path, tuple(ranks[path]), tuple(scalings[path])) for path in ranks)
-    return Lora(tuple(adapters), int8)
+    return Lora(tuple(adapters), base)
 
 
 def _taken(
