@@ -113,16 +113,17 @@ def adapted_policy(policy: Policy, config: ConfigDict, kept: Path | None = None)
     return dataclasses.replace(policy, model=adapted(policy.model, config, kept))
 
 
-def keep(config: ConfigDict, folder: Path, policy: Policy) -> Policy:
-    """The policy, after copying lora.path to the run's folder: it may be gone at a restart."""
+def keep(config: ConfigDict, folder: Path) -> None:
+    """Copies lora.path, if one is given, to the run's folder: it may be gone at a restart."""
+    if not config.lora.path:
+        return
     kept = folder / KEPT
-    if config.lora.path and processes.is_first() and not (kept / peft.WEIGHTS).exists():
+    if processes.is_first() and not (kept / peft.WEIGHTS).exists():
         source = _folder(config.lora.path, kept)
         kept.mkdir(parents=True, exist_ok=True)
         for name in (peft.CONFIG, peft.WEIGHTS):  # weights last: they mark a whole copy
             shutil.copyfile(source / name, kept / name)
     processes.barrier("the copy of lora.path")
-    return policy
 
 
 # --- Weights --------------------------------------------------------------------------------------
