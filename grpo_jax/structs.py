@@ -101,9 +101,14 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """The low-rank adapters of one dense layer, by the layers of a decoder."""
+    """The low-rank adapters of one dense layer, by the layers of a decoder.
 
-    path: str  # of the dense layer within its layer, such as "attention/q"
+    A family that keeps several dense layers in one tensor adapts them as one: they share A, and
+    have the columns of B in order.
+    """
+
+    path: str  # of the dense layer within its layer, such as "attention/q", or "mlp/gate_up" of two
+    parts: tuple[str, ...]  # the paths of the dense layers
     ranks: tuple[int, ...]  # 0: no adapter
     scalings: tuple[float, ...]  # of the products A B: alpha / rank
 
