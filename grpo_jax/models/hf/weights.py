@@ -21,7 +21,7 @@ from grpo_jax.devices import sharding
 from grpo_jax.kernels.nf4 import NF4
 from grpo_jax.models import layer_runs, parameters
 from grpo_jax.models.families import names
-from grpo_jax.models.hf import bnb
+from grpo_jax.models.hf import bnb, fp8
 from grpo_jax.models.hf.folder import read_json, refuse_odd, some
 from grpo_jax.models.hf.tensor import Tensor
 from grpo_jax.structs import Array, ModelConfig, Params
@@ -103,7 +103,7 @@ def load_params(
     """
     leaves = leaves_of(config)
     tensors = _renamed(_open(folder), config)
-    tensors = bnb.decoding(tensors) if config.codes else tensors
+    tensors = bnb.decoding(tensors) if config.codes else fp8.decoding(tensors)
     _check(folder, tensors, leaves, config)
     shapes = parameters.param_shapes(config)
     shardings = sharding.tree_shardings(mesh, parameters.logical_axes(config), shapes)
@@ -185,7 +185,14 @@ def set_aside(folder: Path, config: ModelConfig) -> dict[str, _Tensor]:
         return {}
     tensors = _headers(folder, [kept]) if kept.exists() else _open(folder)
     tensors = {names.spelled(name, config): tensor for name, tensor in tensors.items()}
-    return {name: t for name, t in tensors.items() if name.startswith(names.SET_ASIDE)}
+    aside = {name: t for name, t in tensors.items() if name.startswith(names.SET_ASIDE)}
+    for name, tensor in aside.items():
+        if tensor.dtype == fp8.E4M3:
+            raise ValueError(
+                f"{tensor.file}: {name} is in 8 bits, and it could not be exported with the rest. "
+                "Take the model that it was made from."
+            )
+    return aside
 
 
 def _renamed(tensors: dict[str, _Tensor], config: ModelConfig) -> dict[str, _Tensor]:
@@ -271,11 +278,15 @@ def _headers(folder: Path, files: list[Path]) -> dict[str, _Tensor]:
             raise ValueError(f"{file} cannot be read: {error.strerror}.") from error
         try:
             opened = safetensors.safe_open(file, framework="numpy")
+            starts = functools.cache(fp8.starts)
             for name in opened.keys():
                 if name in tensors:
                     repeated.append(f"{name} ({tensors[name].file.name} and {file.name})")
                 s = opened.get_slice(name)
-                tensors[name] = _Tensor(file, s, tuple(s.get_shape()), s.get_dtype())
+                shape, dtype = tuple(s.get_shape()), s.get_dtype()
+                if dtype in (fp8.E4M3, fp8.E8M0):
+                    s = fp8.Bytes(file, starts(file)[name], shape, dtype)
+                tensors[name] = _Tensor(file, s, shape, dtype)
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(
                 f"{file} is not a whole safetensors file ({error}). "
