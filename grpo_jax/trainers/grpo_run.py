@@ -160,7 +160,8 @@ def build(
     found = read(config, lambda: policy_lib.read(model_path, kept=source), opened, kept)
     inputs.hold(folder, found.sums, config.checkpoint.accept_changes)
     config = settled(config, len(found.train.problems))
-    policy = lora.keep(config, folder, policy_lib.keep(found.policy, source))
+    policy = policy_lib.keep(found.policy, source)
+    lora.keep(config, folder)
     mesh = found.mesh
     learner = make_learner(
         config, policy.model, mesh, fit(config, policy.model, mesh, found.longest, folder)
