@@ -7,8 +7,8 @@
 Completes the prompts many times with each precision of activations, weights and cache, scores the
 completions as training does, at the precision of the activations, and prints a table of absolute
 differences in nats, and of how often the ratio of scorer to sampler is large. With --lora it
-compares changed weights, the same change as an adapter beside them, and one that is merged to
-sample.
+compares changed weights, the same change as an adapter beside them or beside a base in codes, and
+one that is merged to sample.
 """
 
 from __future__ import annotations
@@ -72,13 +72,13 @@ def gaps(
     return (experience.old_logp_PGC - rollouts.logp_PGC)[experience.action_PGC]
 
 
-def adapted(ours: policy.Policy, params, args, dtype):
+def adapted(ours: policy.Policy, params, args, dtype, base: str = "auto"):
     """The model with adapters on all dense layers, as large as an RL run makes them.
 
     B is drawn so that the change of a kernel has --change of the kernel's own norm.
     """
     spec = targets.Spec(args.lora, 2.0 * args.lora)
-    model = dataclasses.replace(ours.model, lora=targets.lora_of(ours.model, spec))
+    model = dataclasses.replace(ours.model, lora=targets.lora_of(ours.model, spec, base=base))
     adapters = lora.init(model, jax.random.key(0))
     frozen = lora.frozen_as(model, params, dtype)
     weights = lora.attached(frozen, adapters, model)
@@ -88,7 +88,7 @@ def adapted(ours: policy.Policy, params, args, dtype):
             return node
         b = jax.random.normal(jax.random.key(len(str(path))), node.b.shape)
         full = node.replace(kernel=jnp.zeros(node.kernel.shape), b=b)
-        size = jnp.linalg.norm(node.kernel.astype(jnp.float32)) * args.change
+        size = jnp.linalg.norm(dense.plain(node.kernel).astype(jnp.float32)) * args.change
         return node.replace(b=b * size / jnp.linalg.norm(dense.plain(full)))
 
     weights = jax.tree_util.tree_map_with_path(one, weights, is_leaf=dense.is_node)
@@ -100,9 +100,11 @@ def compare_adapters(ours: policy.Policy, params, prompts, args) -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     for dtype in (jnp.bfloat16, jnp.float32):
         with_adapter, weights = adapted(ours, params, args, dtype)
+        in_codes = {base: adapted(ours, params, args, dtype, base) for base in ("int8", "nf4")}
         cases = {
             "none: weights as changed": (ours, lora.merged(weights, jnp.float32), False),
             "beside the weights": (with_adapter, weights, False),
+            **{f"beside a base in {base}": (*of, False) for base, of in in_codes.items()},
             "merged to sample": (with_adapter, weights, True),
         }
         first = None

@@ -1,4 +1,4 @@
-"""Memory of a step of an 8B model: adapters beside weights in 16 or 8 bits, against all weights.
+"""Memory of a step of an 8B model: adapters beside weights in 16, 8 or 4 bits, against all weights.
 
     python -m pip install -e ".[plan]" && python benchmarks/lora_memory.py
     python benchmarks/lora_memory.py --topology h100:1
@@ -32,6 +32,7 @@ CASES = {
     "all, moments bfloat16": ALL | {"optim.moments_dtype": "bfloat16"},
     "LoRA": {"lora.rank": 16},
     "LoRA, base int8": {"lora.rank": 16, "lora.base_dtype": "int8"},
+    "LoRA, base nf4": {"lora.rank": 16, "lora.base_dtype": "nf4"},
 }
 LEARNING = ("score policy", "gradient", "optimizer_step")
 SAMPLING = ("publish_layer", "admit", "decode")

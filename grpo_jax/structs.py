@@ -101,9 +101,14 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """The low-rank adapters of one dense layer, by the layers of a decoder."""
+    """The low-rank adapters of one dense layer, by the layers of a decoder.
 
-    path: str  # of the dense layer within its layer, such as "attention/q"
+    A family that keeps several dense layers in one tensor adapts them as one: they share A, and
+    have the columns of B in order.
+    """
+
+    path: str  # of the dense layer within its layer, such as "attention/q", or "mlp/gate_up" of two
+    parts: tuple[str, ...]  # the paths of the dense layers
     ranks: tuple[int, ...]  # 0: no adapter
     scalings: tuple[float, ...]  # of the products A B: alpha / rank
 
@@ -113,7 +118,7 @@ class Lora:
     """The adapters that are trained in place of a decoder's parameters, which stay fixed."""
 
     adapters: tuple[Adapter, ...]
-    int8: bool = False  # the layers' kernels are in 8 bits
+    base: str = "auto"  # the layers' kernels, in "int8" or "nf4"; "auto": plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +151,7 @@ class ModelConfig:
     logit_factor: float = 1.0
     logit_cap: float | None = None  # as `attention_cap`, for logits
     wrapper: str = ""  # model_type of the image-text config that holds this one
+    codes: str = ""  # of the layers' kernels in the source: "nf4" or "nf4 double"; "": none
     lora: Lora | None = None  # None: all parameters are trained
     longest: int | None = None  # tokens of the longest row in use; None: max_position
 
@@ -225,7 +231,10 @@ class Experience:
     advantage: Array  # float32
     action_PGC: Array  # bool: tokens the policy chose and is trained on
     old_logp_PGC: Array | None  # before the first update; None: one update, the current policy
-    ref_logp_PGC: Array | None  # frozen reference; None: no KL term
+    ref_logp_PGC: Array | None  # reference; None: no KL term
+    kl_coef_PG: Array | None = None  # float32, alike everywhere; None: that of the objective
+    entropy_coef_PG: Array | None = None  # the same
+    top_entropy_PGC: Array | None = None  # bool: carries the policy gradient; None: all actions
 
 
 @struct.dataclass

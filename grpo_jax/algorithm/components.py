@@ -21,14 +21,16 @@ class LossComponent(Protocol):
     """One loss. `metric` is its logged name; `sums` and `maxima` are those of `diagnostics`.
 
     The loss of a token is a function of that token alone, or with `needs_completions` of its whole
-    completion. `reads_entropy`: it has a gradient in the entropy.
+    completion.
     """
 
     metric: str
     sums: tuple[str, ...]
     maxima: tuple[str, ...]
     needs_completions: bool
-    reads_entropy: bool
+
+    def reads_entropy(self, part: Experience) -> bool:
+        """Whether the loss has a gradient in the entropy."""
 
     def terms(self, part: Experience, take: Take, take_of_completion: Take) -> Any:
         """The inputs of `token_loss` at the tokens of a microbatch.
@@ -66,9 +68,8 @@ class PolicyLoss:
     def needs_completions(self) -> bool:
         return self.objective.needs_completions
 
-    @property
-    def reads_entropy(self) -> bool:
-        return self.objective.reads_entropy
+    def reads_entropy(self, part: Experience) -> bool:
+        return self.objective.entropy_coef != 0 or part.entropy_coef_PG is not None
 
     def terms(self, part: Experience, take: Take, take_of_completion: Take) -> TokenTerms:
         old, sampler = part.old_logp_PGC, part.rollouts.logp_PGC
@@ -83,6 +84,9 @@ class PolicyLoss:
             ref_logp=None if part.ref_logp_PGC is None else take(part.ref_logp_PGC),
             sequence_log_ratio=ratio,
             action=take(part.action_PGC) if self.needs_completions else None,
+            kl_coef=_each(take_of_completion, part.kl_coef_PG),
+            entropy_coef=_each(take_of_completion, part.entropy_coef_PG),
+            policy_weight=_each(take, part.top_entropy_PGC),
         )
 
     def weights(self, action_BT: Array) -> tuple[Array, Array]:
@@ -93,6 +97,10 @@ class PolicyLoss:
 
     def diagnostics(self, logp, entropy, terms: TokenTerms, action):
         return diagnostics.diagnostics(self.objective, logp, entropy, terms, action)
+
+
+def _each(take: Take, values: Array | None) -> Array | None:
+    return None if values is None else take(values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +114,9 @@ class NLLLoss:
     sums: ClassVar[tuple[str, ...]] = ()
     maxima: ClassVar[tuple[str, ...]] = ()
     needs_completions: ClassVar[bool] = False
-    reads_entropy: ClassVar[bool] = False
+
+    def reads_entropy(self, part: Experience) -> bool:
+        return False
 
     def terms(self, part: Experience, take: Take, take_of_completion: Take) -> tuple[()]:
         return ()

@@ -100,10 +100,14 @@ def token_loss(objective: Objective, logp: Array, entropy: Array, terms: TokenTe
         loss *= weight
     if objective.max_sequence_drift:
         loss = jnp.where(is_off_policy(objective, logp, terms), 0.0, loss)
+    if terms.policy_weight is not None:
+        loss *= terms.policy_weight
     if objective.kl_coef:
-        loss += objective.kl_coef * kl.loss(objective, logp, terms)
-    if objective.entropy_coef:
-        loss -= objective.entropy_coef * entropy
+        coef = objective.kl_coef if terms.kl_coef is None else terms.kl_coef
+        loss += coef * kl.loss(objective, logp, terms)
+    if objective.entropy_coef or terms.entropy_coef is not None:
+        coef = objective.entropy_coef if terms.entropy_coef is None else terms.entropy_coef
+        loss -= coef * entropy
     return loss
 
 

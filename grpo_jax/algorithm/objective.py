@@ -52,11 +52,6 @@ class Objective:
         """Whether a token's loss depends on the current policy's other tokens of its completion."""
         return self.ratio != "token" or self.surrogate == "vespo" or self.max_sequence_drift > 0
 
-    @property
-    def reads_entropy(self) -> bool:
-        """Whether the loss has a gradient in the entropy."""
-        return self.entropy_coef != 0
-
     @staticmethod
     def of(options: Mapping[str, Any]) -> Objective:
         """The objective of a config's options, by their names; missing ones have their defaults.
@@ -108,3 +103,6 @@ class TokenTerms:
     ref_logp: Array | None  # None: no KL term
     sequence_log_ratio: Array | None  # of its whole completion; None: the loss reads none
     action: Array | None = None  # bool: tokens of the loss; None: the loss reads none
+    kl_coef: Array | None = None  # None: the objective's
+    entropy_coef: Array | None = None  # None: the objective's
+    policy_weight: Array | None = None  # of the surrogate, bool or float32; None: 1

@@ -99,15 +99,21 @@ def _advantage(config: ConfigDict) -> str:
 
 
 def in_force(config: ConfigDict) -> list[str]:
-    """Three lines: the advantage A, the loss of a token with ratio r, and the optimizer."""
+    """Three lines: the advantage A, the loss of a token with ratio r, and the optimizer.
+
+    A fourth, before that of the optimizer, says what changes in the loss during the run, if
+    anything does.
+    """
     algorithm, optim, rollout = config.algorithm, config.optim, config.rollout
     correction = config.rollout_correction
     weight = "" if correction.level == "none" else "w "
     loss = f"-{weight}{_surrogate(algorithm)}"
     if algorithm.kl_coef and not derived.has_kl_in_reward(config):
-        loss += f" + {algorithm.kl_coef:g} ({_KL[algorithm.kl_estimator]})"
-    if algorithm.entropy_coef:
-        loss += f" - {algorithm.entropy_coef:g} entropy"
+        coef = "b" if algorithm.kl_target else f"{algorithm.kl_coef:g}"
+        loss += f" + {coef} ({_KL[algorithm.kl_estimator]})"
+    if algorithm.entropy_coef or algorithm.entropy_target:
+        coef = "c" if algorithm.entropy_target else f"{algorithm.entropy_coef:g}"
+        loss += f" - {coef} entropy"
     loss += f", {_MEAN[algorithm.normalizer].format(max_tokens=rollout.max_tokens)}"
     if weight:
         bound = {"truncate": "at most", "mask": "0 above"}[correction.bound]
@@ -119,6 +125,11 @@ def in_force(config: ConfigDict) -> list[str]:
         loss += (
             "; completions with A < 0 are left out that became less likely by more than "
             f"{algorithm.max_sequence_drift:g} nats a token"
+        )
+    if algorithm.top_entropy_share < 1:
+        loss += (
+            f"; A = 0 but for the {100 * algorithm.top_entropy_share:g} % of a rollout's tokens "
+            "that have the highest entropy"
         )
     if algorithm.mask_truncated:
         loss += "; completions that were cut are left out"
@@ -141,5 +152,30 @@ def in_force(config: ConfigDict) -> list[str]:
     return [
         f"Advantage A: {_advantage(config)}",
         f"Loss: {loss}",
+        *_changes(config),
         f"AdamW({optim.beta1:g}, {optim.beta2:g}), {rate}",
     ]
+
+
+def _changes(config: ConfigDict) -> list[str]:
+    """A line on what changes in the loss after a step; none if nothing does."""
+    algorithm, told = config.algorithm, []
+    if algorithm.kl_target:
+        share = config.batch.prompts * config.batch.group / algorithm.kl_horizon
+        told.append(
+            f"b from {algorithm.kl_coef:g}, times 1 + {share:g} clip(KL / "
+            f"{algorithm.kl_target:g} - 1, -0.2, 0.2)"
+        )
+    if algorithm.entropy_target:
+        told.append(
+            f"c from {algorithm.entropy_coef:g}, {algorithm.entropy_coef_delta:g} up if the "
+            f"entropy is <= {algorithm.entropy_target:g}, else down and left out of the next step, "
+            f"within [{algorithm.entropy_coef_min:g}, {algorithm.entropy_coef_max:g}]"
+        )
+    if algorithm.reference_refresh_steps:
+        mix, every = algorithm.reference_mix, algorithm.reference_refresh_steps
+        told.append(
+            f"reference = {mix:g} policy + {1 - mix:g} reference"
+            + (f" every {every} steps" if every > 1 else "")
+        )
+    return [f"After each step: {'; '.join(told)}"] if told else []

@@ -14,6 +14,16 @@ def groups_at_once(config: ConfigDict) -> int:
     return config.batch.prompts // config.batch.minibatches
 
 
+def prompts_per_draw(config: ConfigDict) -> int:
+    """Prompts whose completions are sampled in one call of the engine."""
+    return config.prompts.per_draw or config.batch.prompts
+
+
+def follows_pass_rates(config: ConfigDict) -> bool:
+    """Whether the prompts of a draw depend on the pass rates of the problems."""
+    return config.prompts.outside_weight < 1 or config.prompts.replay_share > 0
+
+
 def num_updates_per_step(config: ConfigDict) -> int:
     """Optimizer updates after each rollout."""
     return config.algorithm.num_iterations * config.batch.minibatches
@@ -23,7 +33,8 @@ def num_steps(config: ConfigDict, num_problems: int) -> int:
     """Steps of the run, with so many training problems."""
     if not config.loop.num_epochs:
         return config.loop.num_steps
-    return _steps_of(config.loop.num_epochs, num_problems, config.batch.prompts)
+    asked = num_problems * config.data.repeat
+    return _steps_of(config.loop.num_epochs, asked, config.batch.prompts)
 
 
 def is_supervised(config: ConfigDict) -> bool:
@@ -51,7 +62,9 @@ def longest_row(config: ConfigDict) -> int:
 def needs_old_pass(config: ConfigDict) -> bool:
     """Whether a rollout is scored before its first update, besides what that update computes."""
     weighs_sequences = config.rollout_correction.level == "sequence"
-    return weighs_sequences or num_updates_per_step(config) > 1 or has_kl_in_reward(config)
+    reads_entropies = config.algorithm.top_entropy_share < 1
+    several = num_updates_per_step(config) > 1
+    return weighs_sequences or several or has_kl_in_reward(config) or reads_entropies
 
 
 def has_kl_in_reward(config: ConfigDict) -> bool:

@@ -24,8 +24,9 @@ LORA = (
          "and algorithm.kl_coef measures from these adapters",
          special={"": "new adapters, which change nothing yet"}),
     choice("lora.base_dtype", "auto", {
-               "auto": "as model.dtype",
-               "int8": "the layers' kernels in 8 bits, with a scale for each output"},
+               "auto": "as model.dtype, or as in the files of a model in NF4",
+               "int8": "the layers' kernels in 8 bits, with a scale for each output",
+               "nf4": "in 4 bits, with a scale for each 64 inputs, in 8 bits itself (QLoRA)"},
            "Precision of the weights that do not learn"),
     flag("lora.merge_for_rollout", False,
          "Sample with adapters that are added into the weights and rounded with them, which is "

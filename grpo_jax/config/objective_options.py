@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from grpo_jax.algorithm.presets import PRESETS
+from grpo_jax.config.adaptive_options import ADAPTIVE
 from grpo_jax.config.advantage_options import ADVANTAGE
 from grpo_jax.config.schema import (
     ANY,
@@ -91,6 +92,7 @@ OBJECTIVE = (
            "How the losses of tokens are averaged"),
     flag("algorithm.mask_truncated", False,
          "Leave completions that reached the token limit out of the loss"),
+    *ADAPTIVE,
     choice("rollout_correction.level", "none", {
                "none": "no correction",
                "token": "the ratio of each token",

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax.config.lora_options import LORA
 from grpo_jax.config.objective_options import OBJECTIVE
+from grpo_jax.config.prompt_options import FEW_PROBLEMS, PROMPTS
 from grpo_jax.config.schema import (
     COUNT,
     FRACTION,
@@ -38,6 +39,7 @@ SECTIONS = {
     "data": "Problems to train on, and held-out ones",
     "rewards": "Reward functions, and the processes that compute them",
     "batch": "What a step and an update consist of",
+    "prompts": "Which prompts are trained on; docs/prompts.md",
     "rollout": "How completions are sampled",
     "algorithm": "The objective. docs/definitions.md has the formulas",
     "rollout_correction": "Importance weights for where sampler and policy differ",
@@ -147,6 +149,7 @@ TABLE = (
     number("data.num_train", 10_000, COUNT, "problems", "Training problems that a task generates"),
     number("data.num_eval", 512, NOT_NEGATIVE, "problems",
            "Held-out problems that a task generates"),
+    *FEW_PROBLEMS,
     number("data.max_prompt_tokens", 512, COUNT, "tokens",
            "Limit of a prompt, chat template included"),
     choice("data.overlong", "refuse", {
@@ -192,6 +195,8 @@ TABLE = (
     number("batch.memory_limit_gib", 0.0, POSITIVE, "GiB",
            "Memory of a device, for batch.microbatch = -1 and model.remat = \"auto\"",
            special={0: "what the device reports; a CPU reports none"}, free=True),
+
+    *PROMPTS,
 
     number("rollout.max_tokens", 256, COUNT, "tokens",
            "Limit of a completion, stop token included"),

@@ -40,9 +40,11 @@ def check(config: ConfigDict) -> None:
     _check_mesh(config)
     _check_precision(config)
     _check_lora(config)
+    _check_adaptive(config)
     _check_batch(config)
     objective_rules.check(config)
     check_advantages(config)
+    _check_prompts(config)
     _check_loop(config)
     for name in config.checkpoint.accept_changes:
         if name not in flat:
@@ -187,6 +189,42 @@ def check_advantages(config: ConfigDict) -> None:
             raise ValueError(message)
 
 
+def _check_adaptive(config: ConfigDict) -> None:
+    algorithm = config.algorithm
+    for name in ("kl_target", "reference_refresh_steps"):
+        if algorithm[name] and not algorithm.kl_coef:
+            raise ValueError(
+                f"algorithm.{name} = {algorithm[name]} is of the KL to a reference, and "
+                "algorithm.kl_coef = 0 keeps none. Set that above 0, such as to 0.001, or "
+                f"algorithm.{name} = 0."
+            )
+    if algorithm.kl_target and algorithm.kl_in == "reward":
+        raise ValueError(
+            f"algorithm.kl_target = {algorithm.kl_target} adapts the KL's weight in the loss, and "
+            'algorithm.kl_in = "reward" has it in the reward. Set kl_in = "loss", or kl_target = 0.'
+        )
+    completions = config.batch.prompts * config.batch.group
+    if algorithm.kl_target and 5 * algorithm.kl_horizon <= completions:
+        raise ValueError(
+            f"algorithm.kl_horizon = {algorithm.kl_horizon} lets a step of {completions} "
+            "completions lower the KL coefficient to 0 or below. Make it more than a fifth of "
+            f"them, {completions / 5:g}; 10000 is usual."
+        )
+    if algorithm.reference_refresh_steps and (config.lora.rank or config.lora.path):
+        raise ValueError(
+            f"algorithm.reference_refresh_steps = {algorithm.reference_refresh_steps}, but the "
+            "reference of low-rank adapters is the model without them, of which there is no second "
+            "copy to move. Set it to 0, or train all weights (lora.rank = 0)."
+        )
+    low, high = algorithm.entropy_coef_min, algorithm.entropy_coef_max
+    if algorithm.entropy_target and not low <= algorithm.entropy_coef <= high:
+        raise ValueError(
+            f"algorithm.entropy_coef = {algorithm.entropy_coef}, from which "
+            "algorithm.entropy_target adapts it, must be from algorithm.entropy_coef_min = "
+            f"{low} to algorithm.entropy_coef_max = {high}."
+        )
+
+
 def _check_loop(config: ConfigDict) -> None:
     if config.loop.async_rollouts and config.rollout_correction.level == "none":
         raise ValueError(
@@ -242,6 +280,48 @@ def _check_batch(config: ConfigDict) -> None:
                 f"optim.warmup_steps = {config.optim.warmup_steps} leaves nothing of the {total} "
                 f"updates of the run for optim.schedule = {config.optim.schedule!r}."
             )
+
+
+def _check_prompts(config: ConfigDict) -> None:
+    asked, wanted = config.prompts, config.batch.prompts
+    if asked.low_rate > asked.high_rate:
+        raise ValueError(
+            f"prompts.low_rate = {asked.low_rate:g} must be at most prompts.high_rate = "
+            f"{asked.high_rate:g}: they are the ends of a band."
+        )
+    if not asked.drop_equal_groups:
+        if asked.per_draw not in (0, wanted):
+            raise ValueError(
+                f"prompts.per_draw = {asked.per_draw}, but a step that drops no groups has one "
+                f"draw of batch.prompts = {wanted} prompts. Set prompts.drop_equal_groups = True, "
+                "or prompts.per_draw = 0."
+            )
+        return
+    most = asked.max_draws * derived.prompts_per_draw(config)
+    if most < wanted:
+        raise ValueError(
+            f"prompts.max_draws = {asked.max_draws} draws of prompts.per_draw = {asked.per_draw} "
+            f"prompts give {most} groups, and a step needs batch.prompts = {wanted}. Raise one of "
+            "the two."
+        )
+    if config.algorithm.baseline in ("none", "greedy"):
+        raise ValueError(
+            f"algorithm.baseline = {config.algorithm.baseline!r} gives groups of equal rewards a "
+            "gradient, and prompts.drop_equal_groups = True drops them. Set that to False, or "
+            "another baseline."
+        )
+    if config.loop.async_rollouts:
+        raise ValueError(
+            "loop.async_rollouts = True samples a step before the rewards of the step before are "
+            "known, and prompts.drop_equal_groups = True needs a step's rewards to know how many "
+            "more prompts it asks. Set one of them to False."
+        )
+    if config.loop.num_epochs:
+        raise ValueError(
+            f"loop.num_epochs = {config.loop.num_epochs:g} counts the steps by the prompts that "
+            "each asks, and with prompts.drop_equal_groups = True that depends on the rewards. Set "
+            "loop.num_steps, and loop.num_epochs = 0."
+        )
 
 
 def _check_sources(config: ConfigDict) -> None:
@@ -321,6 +401,11 @@ def check_devices(config: ConfigDict, num_row_shards: int) -> None:
             f"batch.microbatch = {batch.microbatch} give {per_microbatch} prompts at once that do "
             f"not split over mesh.data * mesh.fsdp = {num_row_shards} devices. Make it a "
             f"multiple of {num_row_shards}."
+        )
+    if config.prompts.per_draw % num_row_shards:
+        raise ValueError(
+            f"prompts.per_draw = {config.prompts.per_draw} does not split over mesh.data * "
+            f"mesh.fsdp = {num_row_shards} devices. Make it a multiple of {num_row_shards}."
         )
 
 

@@ -64,6 +64,28 @@ def reordering(mesh: Mesh) -> Callable:
     return reorder
 
 
+def select_rows(mesh: Mesh, parts: list[Any], order: np.ndarray) -> Any:
+    """Rows of several trees of host arrays, by their numbers when the trees follow each other.
+
+    Each process needs to have, and gets, the rows that its devices hold.
+    """
+    if jax.process_count() == 1:
+        return jax.tree.map(lambda *xs: np.concatenate(xs)[order], *parts)
+    return rows_held(_selecting(mesh)([shard_rows(mesh, part) for part in parts], order))
+
+
+@functools.cache
+def _selecting(mesh: Mesh) -> Callable:
+    """The program (trees, order) -> global arrays whose row n is row order[n] of all trees."""
+    take = reordering(mesh)
+
+    @jax.jit
+    def select(parts: list[Any], order: jax.Array) -> Any:
+        return take(jax.tree.map(lambda *xs: jax.numpy.concatenate(xs), *parts), order)
+
+    return select
+
+
 def to_host(tree: Any) -> Any:
     """Arrays as NumPy arrays, whole on every process, wherever their shards are."""
 

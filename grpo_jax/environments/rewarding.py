@@ -89,6 +89,23 @@ class RewardCollector:
         return scores_lib.join(parts, self._pool.rewards)
 
 
+class SelectedRewards:
+    """The rewards of some groups of several collectors, which have all been scored."""
+
+    def __init__(self, groups: list[tuple[RewardCollector, int]], scores: Scores):
+        """`groups`: of each group its collector, and its problem's number there."""
+        self._groups, self._scores = groups, scores
+
+    def texts(self, numbers: Iterable[int]) -> list[str]:
+        """The texts of the completions of some groups, in order. Every process must call it."""
+        chosen = (self._groups[number] for number in numbers)
+        return [text for collector, number in chosen for text in collector.texts([number])]
+
+    def scores(self) -> Scores:
+        """All rewards, group by group."""
+        return self._scores
+
+
 class FailureReports:
     """Warns of failed rewards: of each reward function, the 1st, 2nd, 4th, 8th ... time."""
 

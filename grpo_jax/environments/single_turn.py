@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from grpo_jax.devices.phases import phase
 from grpo_jax.environments.questions import Questions
-from grpo_jax.environments.rewarding import RewardCollector
+from grpo_jax.environments.rewarding import RewardCollector, SelectedRewards
 from grpo_jax.models.policy import Policy
 from grpo_jax.rewards import votes
 from grpo_jax.rewards.answers import extract_answer
@@ -23,14 +23,29 @@ _VOTING_LIMIT_S = 60.0  # for comparing the answers of one problem's samples
 
 
 @dataclasses.dataclass(frozen=True)
+class Draws:
+    """All N groups that a step drew until its batch was full; it learns from some of them."""
+
+    number: int  # of draws
+    problem_N: np.ndarray  # int64: numbers of the training problems
+    prompt_length_N: np.ndarray  # int32: tokens
+    length_NG: np.ndarray  # int32: tokens, stop token included
+    stopped_NG: np.ndarray  # bool: ended by a stop token
+    scores: Scores  # of N * G completions
+    num_equal: int  # groups without a gradient
+
+
+@dataclasses.dataclass(frozen=True)
 class Rollout:
     """The completions of one step, on the host, and the collector of their rewards."""
 
     questions: Questions
-    rewards: RewardCollector
+    rewards: RewardCollector | SelectedRewards
     completions: Rollouts
     seconds: float  # time of sampling
     greedy: RewardCollector | None = None  # of a greedy completion of each; None: none was sampled
+    problem_P: Sequence[int] = ()  # numbers of the training problems
+    draws: Draws | None = None  # None: one draw, whose groups are all here
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The kernel of a dense layer: plain, in 8 bits (`quantize.py`), or with a low-rank adapter.
+"""The kernel of a dense layer: plain, in 8 bits (`quantize.py`) or 4 (`nf4.py`), or adapted.
 
 With an adapter a layer computes x W + ((x A) scaling) B (Hu et al. 2021, "LoRA", arXiv:2106.09685).
 The two products are never merged into W here: where W is in few bits, most of a small change would
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from grpo_jax.kernels import quantize
+from grpo_jax.kernels import nf4, quantize
+from grpo_jax.kernels.nf4 import NF4
 from grpo_jax.kernels.quantize import Int8
 from grpo_jax.structs import Array, Params
 
@@ -32,7 +33,7 @@ _UNCAST = ("scaling",)
 class Adapted:
     """A kernel and the low-rank product that is added to it; leading axes stack layers."""
 
-    kernel: Array | Int8  # [in, out]
+    kernel: Array | Int8 | NF4  # [in, out]
     a: Array  # [in, r]
     b: Array  # [r, out]
     scaling: Array  # float32 [r]; 0 where the layer has a lower rank than others of its stack
@@ -42,7 +43,7 @@ class Adapted:
         return self.kernel.shape
 
 
-def product(x: Array, kernel: Array | Int8 | Adapted, dtype: Any) -> Array:
+def product(x: Array, kernel: Array | Int8 | NF4 | Adapted, dtype: Any) -> Array:
     """`x` [..., in] times the kernel [in, out], multiplied in x's dtype, as `dtype`."""
     if not isinstance(kernel, Adapted):
         return checkpoint_name(quantize.product(x, kernel, dtype), KEPT)
@@ -54,8 +55,10 @@ def product(x: Array, kernel: Array | Int8 | Adapted, dtype: Any) -> Array:
     return checkpoint_name(y.astype(dtype), KEPT)  # rounded once, as without an adapter
 
 
-def plain(kernel: Array | Int8 | Adapted) -> Array:
-    """The array that a kernel stands for; float32 where it is in 8 bits or has an adapter."""
+def plain(kernel: Array | Int8 | NF4 | Adapted) -> Array:
+    """The array that a kernel stands for; float32 where it is in codes or has an adapter."""
+    if isinstance(kernel, NF4):
+        return nf4.decode(kernel, jnp.float32)
     if isinstance(kernel, Int8):
         return kernel.codes * jnp.expand_dims(kernel.scale, -2)
     if not isinstance(kernel, Adapted):
@@ -70,8 +73,10 @@ def side_by_side(kernels: Sequence[Any], join: Callable[..., Any]) -> Any:
 
     Adapters too: A side by side, B in blocks along the diagonal.
     """
-    plain = [k.kernel if isinstance(k, Adapted) else k for k in kernels]
-    whole = jax.tree.map(join, *plain, is_leaf=lambda x: isinstance(x, tuple))
+    bare = [k.kernel if isinstance(k, Adapted) else k for k in kernels]
+    if isinstance(bare[0], NF4):
+        bare = nf4.alike(bare)
+    whole = jax.tree.map(join, *bare, is_leaf=lambda x: isinstance(x, tuple))
     adapted = [k for k in kernels if isinstance(k, Adapted)]
     if not adapted:
         return whole
@@ -92,7 +97,12 @@ def side_by_side(kernels: Sequence[Any], join: Callable[..., Any]) -> Any:
 
 def is_node(x: Any) -> bool:
     """Whether it is a kernel of several arrays."""
-    return isinstance(x, (Int8, Adapted))
+    return in_codes(x) or isinstance(x, Adapted)
+
+
+def in_codes(x: Any) -> bool:
+    """Whether it is an array in 8 or 4 bits."""
+    return isinstance(x, (Int8, NF4))
 
 
 def name_of(path: Sequence[Any]) -> str:
@@ -101,20 +111,19 @@ def name_of(path: Sequence[Any]) -> str:
 
 
 def in_precision(params: Params, dtype: Any, *, int8: bool = False) -> Params:
-    """Parameters as `dtype`; with `int8` kernels and embeddings in 8 bits. What is so stays so."""
+    """Parameters as `dtype`; with `int8` kernels and embeddings in 8 bits. Codes stay codes."""
 
-    def one(path, x: Array | Int8) -> Array | Int8:
-        if isinstance(x, Int8) or name_of(path) in _UNCAST:
+    def one(path, x: Any) -> Any:
+        if in_codes(x) or name_of(path) in _UNCAST:
             return x
         axis = _SHARED.get(name_of(path)) if int8 else None
         return x.astype(dtype) if axis is None else quantize.int8(x, axis)
 
-    is_leaf = lambda x: isinstance(x, Int8)  # noqa: E731
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=is_leaf)
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=in_codes)
 
 
 def axes_of(params: Params, axes: Params) -> Params:
-    """The logical axes of parameters some of which are in 8 bits or adapted.
+    """The logical axes of parameters some of which are in codes or adapted.
 
     `axes`: those of the plain parameters, a tuple of names for each.
     """
@@ -129,6 +138,8 @@ def axes_of(params: Params, axes: Params) -> Params:
             kept = list(names)
             del kept[_SHARED[name_of(path)]]
             return Int8(names, tuple(kept))
+        if isinstance(x, NF4):
+            return nf4.axes_of(x, names)
         return names
 
     return jax.tree_util.tree_map_with_path(one, params, axes, is_leaf=is_node)

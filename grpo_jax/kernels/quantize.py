@@ -1,7 +1,8 @@
 """int8 weights, keys and values, which do not learn: half or a quarter of the bytes are read.
 
 Products take the codes themselves, and the scale multiplies the result (for attention's values, the
-weights of the sum). So no second copy of a weight or of the cache is made.
+weights of the sum). So no second copy of a weight or of the cache is made. Kernels in NF4
+(`nf4.py`) are decoded for each product, forward and backward, one at a time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from grpo_jax.kernels import nf4
+from grpo_jax.kernels.nf4 import NF4
 from grpo_jax.structs import Array
 
 
@@ -39,14 +42,14 @@ def int8(x: Array, axis: int) -> Int8:
     return Int8(jnp.round(steps).astype(jnp.int8), scale)
 
 
-def product(x: Array, kernel: Array | Int8, dtype: Any) -> Array:
+def product(x: Array, kernel: Array | Int8 | NF4, dtype: Any) -> Array:
     """`x` [..., in] times the kernel [in, out], multiplied in x's dtype, as `dtype`."""
-    if isinstance(kernel, Int8):
+    if isinstance(kernel, (Int8, NF4)):
         return frozen_product(x, kernel).astype(dtype)
     return jnp.einsum("...i,io->...o", x, kernel.astype(x.dtype), preferred_element_type=dtype)
 
 
-def frozen_product(x: Array, kernel: Array | Int8) -> Array:
+def frozen_product(x: Array, kernel: Array | Int8 | NF4) -> Array:
     """The same in float32, of a kernel that has no gradient."""
     if isinstance(kernel, Int8):
         y = _frozen_product(x, kernel.codes)
@@ -55,17 +58,26 @@ def frozen_product(x: Array, kernel: Array | Int8) -> Array:
 
 
 @jax.custom_vjp
-def _frozen_product(x: Array, kernel: Array) -> Array:
-    return jnp.einsum(
-        "...i,io->...o", x, kernel.astype(x.dtype), preferred_element_type=jnp.float32
-    )
+def _frozen_product(x: Array, kernel: Array | NF4) -> Array:
+    x, kernel = _beside(x, kernel)
+    return jnp.einsum("...i,io->...o", x, kernel, preferred_element_type=jnp.float32)
 
 
-def _backward(residuals: tuple[Array, Array], grad: Array) -> tuple[Array, None]:
+def _backward(residuals: tuple[Array, Array | NF4], grad: Array) -> tuple[Array, None]:
     like, kernel = residuals
     # In x's dtype: of float32 and bfloat16 XLA would make a product in float32.
-    grad = grad.astype(like.dtype)
-    return jnp.einsum("...o,io->...i", grad, kernel.astype(like.dtype)), None
+    grad, kernel = _beside(grad.astype(like.dtype), kernel)
+    return jnp.einsum("...o,io->...i", grad, kernel), None
+
+
+def _beside(x: Array, kernel: Array | NF4) -> tuple[Array, Array]:
+    """`x`, and the kernel in x's dtype."""
+    if not isinstance(kernel, NF4):
+        return x, kernel.astype(x.dtype)
+    # Decoded when x is there, lest XLA do so before a loop over tokens, or keep the decoded kernel
+    # from the forward to the backward pass. XLA for CPUs drops this barrier early, and does both.
+    x, kernel = jax.lax.optimization_barrier((x, kernel))
+    return x, nf4.decode(kernel, x.dtype)
 
 
 _frozen_product.defvjp(

@@ -1,7 +1,8 @@
 """The values that stay fixed while a rollout is learned from: `Prepare`.
 
-They are the advantages, and the log-probabilities of the reference and of the policy before its
-first update. Each is computed only if the loss or the advantage reads it.
+They are the advantages, the log-probabilities of the reference and of the policy before its first
+update, and the tokens of highest entropy. Each is computed only if the loss or the advantage reads
+it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from grpo_jax.algorithm import advantages as advantages_lib
 from grpo_jax.algorithm.advantages import AdvantageOptions
+from grpo_jax.algorithm.token_selection import top_entropy
 from grpo_jax.devices import by_shard, compiling, transfer
 from grpo_jax.devices.compiling import Call
 from grpo_jax.learner import accumulate, logprobs, row_sizes, scoring
@@ -33,12 +35,13 @@ def action_mask(length_PG: Array, stopped_PG: Array, tokens: int, mask_truncated
 
 @dataclasses.dataclass(frozen=True)
 class LogProbs:
-    """Completions on the device, with log-probabilities [P, G, C] if the loss reads them."""
+    """Completions on the device, with the values [P, G, C] of their tokens that the loss reads."""
 
     rollouts: Rollouts
     order_P: np.ndarray | None  # order of the prompts; None: as they were given
     old_logp_PGC: Array | None
     ref_logp_PGC: Array | None
+    entropy_PGC: Array | None  # of the policy; None: `Prepare.selects` is False
 
     def in_order(self, rows: Array) -> np.ndarray:
         """Rows of the experience on the host, in the order in which the prompts were given."""
@@ -58,7 +61,10 @@ class Prepare:
     options: AdvantageOptions
     with_old: bool  # the policy's log-probabilities before the first update
     num_minibatches: int
-    score: Callable  # program: log-probabilities of microbatches, filled in
+    selects: bool  # whether only tokens of high entropy carry the policy gradient
+    # Program: log-probabilities of microbatches, filled in; if it `selects`, entropies too.
+    score: Callable
+    select: Callable  # program: the tokens of highest entropy
     advantages: Callable  # program: the experience without log-probabilities
     sizes: CompiledSizes  # packed row sizes of `score`; grows during a run
 
@@ -70,8 +76,11 @@ class Prepare:
             order_P = row_sizes.balance(length_PG, shards, self.num_minibatches)
             rollouts, length_PG = self._reordering(rollouts, order_P)(), length_PG[order_P]
         scored = self._scoring(params, ref_params, rollouts, length_PG)
-        logp = {call.part: call() for call in scored}
-        return LogProbs(rollouts, order_P, logp.get("policy"), logp.get("reference"))
+        found = {call.part: call() for call in scored}
+        if not self.selects:
+            return LogProbs(rollouts, order_P, found.get("policy"), found.get("reference"), None)
+        (logp, entropy), (ref_logp, _) = found["policy"], found.get("reference", (None, None))
+        return LogProbs(rollouts, order_P, logp, ref_logp, entropy)
 
     def __call__(self, given: LogProbs, reward: Array, greedy: Array | None = None) -> Experience:
         """The experience, once the rewards are known.
@@ -83,9 +92,13 @@ class Prepare:
         if given.order_P is not None:
             rewards = jax.tree.map(lambda x: self._reordering(x, given.order_P)(), rewards)
         log_probs = given.old_logp_PGC, given.ref_logp_PGC
-        return self._valuing(given.rollouts, *rewards, log_probs)().replace(
+        experience = self._valuing(given.rollouts, *rewards, log_probs)().replace(
             old_logp_PGC=given.old_logp_PGC, ref_logp_PGC=given.ref_logp_PGC
         )
+        if not self.selects:
+            return experience
+        selected_PGC = self._selecting(given.entropy_PGC, experience.action_PGC)()
+        return experience.replace(top_entropy_PGC=selected_PGC)
 
     def calls(
         self, params: Params, ref_params: Params | None, rollouts: Rollouts, length_PG: np.ndarray
@@ -98,6 +111,10 @@ class Prepare:
         scored = self._scoring(params, ref_params, rollouts, length_PG)
         log_probs = rollouts.logp_PGC, rollouts.logp_PGC
         valued = [self._valuing(rollouts, *rewards, log_probs)]
+        if self.selects:
+            (entropy_PGC,) = (call.result()[1] for call in scored if call.part == "policy")
+            action_PGC = valued[0].result().action_PGC
+            valued.append(self._selecting(entropy_PGC, action_PGC))
         if self.scorer.mesh.shape["data"] == 1:
             return scored + valued
         order_P = np.arange(len(length_PG))
@@ -143,6 +160,9 @@ class Prepare:
         read = log_probs if self.options.reads_log_probs else None
         return Call(self.advantages, (rollouts, reward, greedy, read))
 
+    def _selecting(self, entropy_PGC: Array, action_PGC: Array) -> Call:
+        return Call(self.select, (entropy_PGC, action_PGC))
+
 
 def make_prepare(
     scorer: Scorer,
@@ -151,42 +171,18 @@ def make_prepare(
     mask_truncated: bool,
     with_old: bool,
     num_minibatches: int = 1,
+    top_entropy_share: float = 1.0,
 ) -> Prepare:
     """A `Prepare` of these options; nothing is compiled or allocated yet.
 
     `with_old`: the scorer computes the policy's log-probabilities before the first update. They are
-    needed if a rollout has several updates, if the loss weighs whole completions, or if the KL is
-    a part of the reward.
+    needed if a rollout has several updates, if the loss weighs whole completions, or if the KL is a
+    part of the reward. With a `top_entropy_share` below 1 they are needed for the entropies that
+    come with them.
     """
-    assert with_old or not options.reads_log_probs
+    selects = top_entropy_share < 1
+    assert with_old or not (options.reads_log_probs or selects)
     scorer = dataclasses.replace(scorer, scan_layers=True)  # no backward pass: nothing to keep
-
-    def one(params, rollouts: Rollouts, logp_PGC: Array, groups_J: Array, *where: Array) -> Array:
-        part = scoring.rows(scorer, rollouts, groups_J)
-        packed = Packed.of(logp_PGC.shape[-1], groups_J, *where)
-        hidden_BED = scorer.hidden(params, part, packed.layout)
-        target_BE, head = packed.take(part.completion_PGC), scorer.head(params)
-        logp_BE = scoring.row_by_row(
-            scorer,
-            lambda hidden, target: logprobs.token_logprobs(
-                hidden, head, target, scorer.sampling, scorer.along, scorer.model.logit_cap
-            )[0],
-            hidden_BED,
-            target_BE,
-        )
-        return packed.put(logp_PGC, logp_BE.reshape(target_BE.shape))
-
-    @jax.named_scope("scoring")
-    def score(params, number: Array, rollouts: Rollouts, *microbatches_1: Array) -> Array:
-        params = parameters.cast_layers(params, scorer.dtype)
-        start = jnp.zeros_like(rollouts.logp_PGC)
-        step = lambda logp, *where: one(params, rollouts, logp, *where)  # noqa: E731
-        return accumulate.through(number, step, start, microbatches_1)
-
-    score = jax.jit(
-        by_shard.by_data_shard(scorer.mesh, compiling.exact(scorer.dtype, score), 2),
-        compiler_options=compiling.options(scorer.mesh),
-    )
 
     @jax.jit
     @jax.named_scope("scoring")
@@ -210,4 +206,51 @@ def make_prepare(
         )
         return Experience(rollouts, advantage_PG, action_PGC, old_logp_PGC=None, ref_logp_PGC=None)
 
-    return Prepare(scorer, options, with_old, num_minibatches, score, advantages, CompiledSizes())
+    @jax.jit
+    @jax.named_scope("scoring")
+    def select(entropy_PGC: Array, action_PGC: Array) -> Array:
+        return top_entropy(entropy_PGC, action_PGC, top_entropy_share)
+
+    return Prepare(
+        scorer,
+        options,
+        with_old,
+        num_minibatches,
+        selects,
+        _make_score(scorer, with_entropy=selects),
+        select,
+        advantages,
+        CompiledSizes(),
+    )
+
+
+def _make_score(scorer: Scorer, *, with_entropy: bool) -> Callable:
+    """The program that scores microbatches: log-probabilities, or a pair of them and entropies."""
+
+    def one(params, rollouts: Rollouts, filled: Any, groups_J: Array, *where: Array) -> Any:
+        part = scoring.rows(scorer, rollouts, groups_J)
+        packed = Packed.of(rollouts.logp_PGC.shape[-1], groups_J, *where)
+        hidden_BED = scorer.hidden(params, part, packed.layout)
+        target_BE, head = packed.take(part.completion_PGC), scorer.head(params)
+
+        def of_rows(hidden, target):
+            how = scorer.sampling, scorer.along, scorer.model.logit_cap
+            found = logprobs.token_logprobs(hidden, head, target, *how)
+            return found if with_entropy else found[0]
+
+        found = scoring.row_by_row(scorer, of_rows, hidden_BED, target_BE)
+        put = lambda x_PGC, x: packed.put(x_PGC, x.reshape(target_BE.shape))  # noqa: E731
+        return jax.tree.map(put, filled, found)
+
+    @jax.named_scope("scoring")
+    def score(params, number: Array, rollouts: Rollouts, *microbatches_1: Array) -> Any:
+        params = parameters.cast_layers(params, scorer.dtype)
+        start = jnp.zeros_like(rollouts.logp_PGC)
+        start = (start, start) if with_entropy else start
+        step = lambda filled, *where: one(params, rollouts, filled, *where)  # noqa: E731
+        return accumulate.through(number, step, start, microbatches_1)
+
+    return jax.jit(
+        by_shard.by_data_shard(scorer.mesh, compiling.exact(scorer.dtype, score), 2),
+        compiler_options=compiling.options(scorer.mesh),
+    )

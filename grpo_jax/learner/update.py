@@ -81,7 +81,7 @@ def _by_completion(
     """The same by completion and token, of a loss that reads whole completions."""
 
     def both(hidden, target):
-        how = component.reads_entropy, scorer.sampling, scorer.along, scorer.model.logit_cap
+        how = component.reads_entropy(part), scorer.sampling, scorer.along, scorer.model.logit_cap
         return logprobs.differentiable(*how, hidden, head_DV, target)
 
     found = scoring.row_by_row(scorer, both, hidden_BED, packed.take(part.rollouts.completion_PGC))

@@ -43,8 +43,21 @@ METRICS: dict[str, Metric] = {
     ),
     "groups/equal_share": Metric(
         "share",
-        "groups whose rewards are all equal, which give no policy gradient where "
+        "groups of the updates whose rewards are all equal, which give no policy gradient where "
         "algorithm.baseline compares them",
+    ),
+    "groups/draws": Metric("draws", "draws of prompts in the step, until its batch was full"),
+    "groups/drawn": Metric("groups", "groups sampled in the step, learned from or not"),
+    "groups/dropped": Metric("groups", "groups among them without a policy gradient"),
+    "prompts/unseen_share": Metric("share", "training problems that were never asked"),
+    "prompts/easy_share": Metric(
+        "share", "training problems whose pass rate is above prompts.high_rate"
+    ),
+    "prompts/hard_share": Metric(
+        "share", "training problems whose pass rate is below prompts.low_rate"
+    ),
+    "prompts/replayed_share": Metric(
+        "share", "prompts of the step whose pass rate was above prompts.high_rate before"
     ),
     "completion/length": Metric("tokens", "mean length, stop token included"),
     "completion/length_min": Metric("tokens", "shortest completion"),
@@ -58,7 +71,13 @@ METRICS: dict[str, Metric] = {
         "the negated objective; it does not measure progress, since advantages of a group sum to 0",
     ),
     "policy/entropy": Metric("nats/token", "mean entropy of the policy at the tokens it chose"),
-    "policy/kl": Metric("nats/token", "mean divergence from the frozen reference (k3)"),
+    "policy/kl": Metric("nats/token", "mean divergence from the reference (k3)"),
+    "policy/kl_coef": Metric("", "weight of the KL in the step's updates, if it is adaptive"),
+    "policy/entropy_coef": Metric(
+        "",
+        "weight of the entropy bonus in the step's updates, if it is adaptive; 0 after a step "
+        "whose entropy was above algorithm.entropy_target",
+    ),
     "policy/clip_low_share": Metric("share", "tokens whose ratio was clipped from below"),
     "policy/clip_high_share": Metric("share", "tokens whose ratio was clipped from above"),
     "policy/ratio_max": Metric("", "largest ratio of policy to old policy at a token"),

@@ -20,7 +20,7 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
 class Dense(nn.Module):
-    """A dense layer; its kernel may be in 8 bits or have a low-rank adapter."""
+    """A dense layer; its kernel may be in 8 or 4 bits or have a low-rank adapter."""
 
     features: int
     axes: tuple[str, str]
@@ -29,8 +29,13 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        normal = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
-        kernel = self.param("kernel", normal, (x.shape[-1], self.features))
+        size = x.shape[-1], self.features
+        if self.has_variable("params", "kernel"):  # `self.param` knows arrays of this size alone
+            kernel = self.get_variable("params", "kernel")
+            assert kernel.shape == size, (kernel.shape, size)
+        else:
+            normal = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
+            kernel = self.param("kernel", normal, size)
         y = dense_lib.product(x.astype(self.dtype), kernel, self.dtype)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])

@@ -5,6 +5,7 @@ layer like the parameters (`layer_runs.py`):
 
     layers/ (stacked by slot) attention/q/lora_a [in, r]    attention/q/lora_b [r, out]
 
+An adapter of several dense layers (`Adapter.parts`) has one A, and B for the outputs of all.
 `attached` puts them beside the frozen parameters as `dense.Adapted` kernels; scoring, training and
 sampling read that tree. If the layers of a stack have different ranks, all get the largest rank;
 the scaling of the rest is 0, and so is its gradient.
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from grpo_jax.kernels import dense, quantize
+from grpo_jax.kernels import dense, nf4, quantize
 from grpo_jax.kernels.dense import Adapted
 from grpo_jax.models import layer_runs, parameters
 from grpo_jax.structs import Adapter, Array, ModelConfig, Params
@@ -57,26 +58,48 @@ def dense_layers(config: ModelConfig) -> tuple[dict[str, tuple[int, int]], ...]:
     return tuple(found)
 
 
+def size_of(config: ModelConfig, adapter: Adapter, layer: int = 0) -> tuple[int, int]:
+    """The adapter's inputs and outputs in a layer."""
+    sizes = [dense_layers(config)[layer][part] for part in adapter.parts]
+    return sizes[0][0], sum(outputs for _, outputs in sizes)
+
+
 def _by_adapter(
     config: ModelConfig, make: Callable[[Adapter, tuple[int, ...], tuple[int, int]], Any]
 ) -> Params:
     """The tree of `make(adapter, layers, (in, out))` over the adapters of all stacks."""
-    sizes = dense_layers(config)
 
     def stack(run: int, slot: int, members: tuple[int, ...]) -> Tree:
         tree: Tree = {}
-        for adapter in config.lora.adapters:
-            if any(adapter.ranks[i] for i in members):
-                *outer, last = adapter.path.split("/")
-                at = functools.reduce(lambda tree, name: tree.setdefault(name, {}), outer, tree)
-                at[last] = make(adapter, members, sizes[members[0]][adapter.path])
+        for adapter in _of_stack(config, members):
+            *outer, last = adapter.path.split("/")
+            at = functools.reduce(lambda tree, name: tree.setdefault(name, {}), outer, tree)
+            at[last] = make(adapter, members, size_of(config, adapter, members[0]))
         return tree
 
     return {"layers": layer_runs.by_slot(config.layers, stack)}
 
 
+def _of_stack(config: ModelConfig, members: tuple[int, ...]) -> list[Adapter]:
+    """The adapters that a stack of layers has."""
+    return [a for a in config.lora.adapters if any(a.ranks[i] for i in members)]
+
+
 def _rank(adapter: Adapter, members: tuple[int, ...]) -> int:
     return max(adapter.ranks[i] for i in members)
+
+
+def _scaling(adapter: Adapter, members: tuple[int, ...]) -> np.ndarray:
+    """Scalings [layers of its stack, r]; 0 beyond the layer's own rank."""
+    scaling = np.zeros((len(members), _rank(adapter, members)), np.float32)
+    for row, layer in zip(scaling, members):
+        row[: adapter.ranks[layer]] = adapter.scalings[layer]
+    return scaling
+
+
+def leaf(tree: Any, path: str) -> Any:
+    """The subtree at a path."""
+    return functools.reduce(lambda tree, name: tree[name], path.split("/"), tree)
 
 
 def init(config: ModelConfig, key: Array) -> Params:
@@ -97,25 +120,12 @@ def init(config: ModelConfig, key: Array) -> Params:
     return _by_adapter(config, make)
 
 
-def _scalings(config: ModelConfig) -> Params:
-    """Scalings of every adapter, [layers of its stack, r]; 0 beyond the layer's own rank."""
-
-    def make(adapter: Adapter, members: tuple[int, ...], size: tuple[int, int]) -> np.ndarray:
-        scaling = np.zeros((len(members), _rank(adapter, members)), np.float32)
-        for row, layer in zip(scaling, members):
-            row[: adapter.ranks[layer]] = adapter.scalings[layer]
-        return scaling
-
-    return _by_adapter(config, make)
-
-
 def num_trained(config: ModelConfig) -> int:
     """The number of trained parameters."""
     if config.lora is None:
         return config.num_params
-    sizes = dense_layers(config)
     return sum(
-        rank * sum(sizes[layer][adapter.path])
+        rank * sum(size_of(config, adapter, layer))
         for adapter in config.lora.adapters
         for layer, rank in enumerate(adapter.ranks)
         if rank
@@ -143,10 +153,9 @@ def trained_axes(config: ModelConfig) -> Params:
         return parameters.logical_axes(config)
 
     def make(adapter: Adapter, members: tuple[int, ...], size: tuple[int, int]) -> Tree:
-        layer: Any = parameters.layer_axes(config, config.layers[members[0]])
-        for name in adapter.path.split("/"):
-            layer = layer[name]
-        rows, columns = layer["kernel"]
+        axes = parameters.layer_axes(config, config.layers[members[0]])
+        (rows, columns), *others = (leaf(axes, part)["kernel"] for part in adapter.parts)
+        columns = None if others else columns  # the parts of a device need not be of one layer
         return {"lora_a": ("layers", rows, None), "lora_b": ("layers", None, columns)}
 
     return _by_adapter(config, make)
@@ -159,18 +168,28 @@ def attached(frozen: Params | None, trained: Params, config: ModelConfig) -> Par
     """The tree that the network reads: adapters beside frozen parameters, or `trained` itself."""
     if config.lora is None:
         return trained
-    return frozen | {
-        "layers": _attach(frozen["layers"], trained["layers"], _scalings(config)["layers"])
-    }
+
+    def stack(run: int, slot: int, members: tuple[int, ...]) -> Tree:
+        tree = layer_runs.slot_of(frozen["layers"], config.layers, run, slot)
+        for adapter in _of_stack(config, members):
+            given = layer_runs.slot_of(trained["layers"], config.layers, run, slot)
+            low, first = leaf(given, adapter.path), 0
+            a, b, scaling = low["lora_a"], low["lora_b"], _scaling(adapter, members)
+            for part in adapter.parts:
+                kernel = leaf(tree, part)["kernel"]
+                last = first + kernel.shape[-1]
+                own = b if len(adapter.parts) == 1 else b[..., first:last]
+                tree = _with(tree, f"{part}/kernel", Adapted(kernel, a, own, scaling))
+                first = last
+        return tree
+
+    return frozen | {"layers": layer_runs.by_slot(config.layers, stack)}
 
 
-def _attach(frozen: Tree, adapters: Tree, scalings: Tree) -> Tree:
-    if "lora_a" in adapters:
-        low = adapters["lora_a"], adapters["lora_b"], scalings
-        kernel = Adapted(frozen["kernel"], *low)
-        return frozen | {"kernel": kernel}
-    inner = {n: _attach(frozen[n], adapters[n], scalings[n]) for n in adapters}
-    return frozen | inner
+def _with(tree: Tree, path: str, value: Any) -> Tree:
+    """The tree with another value at a path."""
+    name, _, rest = path.partition("/")
+    return tree | {name: _with(tree[name], rest, value) if rest else value}
 
 
 def frozen_shapes(config: ModelConfig, dtype: Any) -> Params | None:
@@ -193,15 +212,22 @@ def weight_shapes(config: ModelConfig) -> Params:
 
 
 def frozen_as(config: ModelConfig, params: Params, dtype: Any) -> Params:
-    """Frozen parameters as they are stored: in `dtype`, and kernels optionally in 8 bits."""
+    """Frozen parameters as they are stored: in `dtype`, and kernels optionally in codes."""
     one = lambda path, x: frozen_leaf(config, path, x.astype(dtype))  # noqa: E731
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def frozen_leaf(config: ModelConfig, path: Any, x: Array) -> Any:
-    """One frozen parameter, by its path."""
-    in_codes = config.lora.int8 and path[0].key == "layers" and dense.name_of(path) == "kernel"
-    return quantize.int8(x, -2) if in_codes else x
+def frozen_leaf(
+    config: ModelConfig, path: Any, x: Array, whole: Callable[[Array], Array] = lambda x: x
+) -> Any:
+    """One frozen parameter, by its path; `whole` as in `nf4.quantize`."""
+    if path[0].key != "layers" or dense.name_of(path) != "kernel" or config.lora.base == "auto":
+        return x
+    if config.lora.base == "int8":
+        return quantize.int8(x, -2)
+    double = config.codes != "nf4"
+    # One layer after the other: quantizing takes several times a kernel's memory.
+    return jax.lax.map(lambda kernel: nf4.quantize(kernel, double=double, whole=whole), x)
 
 
 def merged(weights: Params, dtype: Any) -> Params:

@@ -25,7 +25,6 @@ import numpy as np
 
 from grpo_jax.kernels import dense as dense_lib
 from grpo_jax.kernels.norm import Residual
-from grpo_jax.kernels.quantize import Int8
 from grpo_jax.models import layer_runs
 from grpo_jax.models.block import Block
 from grpo_jax.structs import Array, Layer, ModelConfig, Params
@@ -122,11 +121,11 @@ def cast_layers(params: Params, dtype) -> Params:
     """
 
     def one(path, x: Array) -> Array:
-        is_plain = isinstance(x, Int8) or dense_lib.name_of(path) not in _CAST
-        return x if is_plain else x.astype(dtype)
+        stays = dense_lib.in_codes(x) or dense_lib.name_of(path) not in _CAST
+        return x if stays else x.astype(dtype)
 
-    is_leaf = lambda x: isinstance(x, Int8)  # noqa: E731
-    layers = jax.tree_util.tree_map_with_path(one, params["layers"], is_leaf=is_leaf)
+    layers = params["layers"]
+    layers = jax.tree_util.tree_map_with_path(one, layers, is_leaf=dense_lib.in_codes)
     return params | {"layers": layers}
 
 

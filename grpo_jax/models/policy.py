@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_jax import keys
 from grpo_jax.devices import sharding
 from grpo_jax.devices.compiling import Call
+from grpo_jax.kernels.nf4 import NF4
 from grpo_jax.messages.console import say
 from grpo_jax.models import lora, parameters
 from grpo_jax.models.hf import export, weights
@@ -139,14 +140,15 @@ def load_params(
     seed: int,
     dtype=jnp.float32,
     keep: Callable[[Any, Array], Any] = lambda path, x: x,
+    codes: Callable[[Any], NF4 | None] = lambda path: None,
 ) -> Params:
     """The policy's weights, sharded over the devices: read from its source, or fresh.
 
-    `keep` as in `weights.load_params`. Raises ValueError, naming the array, if a weight from the
-    source is not finite.
+    `keep` and `codes` as in `weights.load_params`. Raises ValueError, naming the array, if a weight
+    from the source is not finite.
     """
     if policy.source is not None:
-        params = weights.load_params(policy.source, policy.model, mesh, dtype, keep)
+        params = weights.load_params(policy.source, policy.model, mesh, dtype, keep, codes)
         refuse_nonfinite(params, mesh, f"{policy.source}", "Get its files again.")
         return params
     return drawing(policy.model, mesh, keys.key_for(seed, "init"), dtype)()

@@ -116,7 +116,10 @@ class Step:
         self.weights = self._attached(self.state.params)
         self.reference = self._reference(dtype)
         self.rollout = self._drawing(
-            self.engine, config.batch.prompts, config.batch.group, config.rollout.temperature
+            self.engine,
+            derived.prompts_per_draw(config),
+            config.batch.group,
+            config.rollout.temperature,
         )
         self.greedy = None  # None: the advantages read no greedy completions
         if config.algorithm.baseline == "greedy":
@@ -245,6 +248,9 @@ class Step:
             found.append(Program.of(call, "update", beside, runs=updates, loops=loops))
         shown = Call(self.learner.learning_rate, (np.int32(0),))
         found.append(Program.of(shown, "update", (*learning, experience)))
+        if self.learner.refresh_reference is not None:  # not in every step
+            call = Call(self.learner.refresh_reference, (self.state.params, self.reference))
+            found.append(Program.of(call, "update", learning, runs=0))
         for name, drawing in self.evaluations.items():
             found += self._sampling(f"{name} ", "evaluation", drawing, learning)
         return found
@@ -385,12 +391,18 @@ class Step:
         rows = self._rows
         width = self.engine.padded(self.lengths.prompt)
         per_token = lambda dtype: rows((prompts, group, tokens), dtype)  # noqa: E731
+        adaptive = {controller.coefficient for controller in self.learner.controllers}
         return Experience(
             rollouts=self._rollouts((prompts, group), width, tokens),
             advantage=rows((prompts, group), jnp.float32),
             action_PGC=per_token(jnp.bool_),
             old_logp_PGC=per_token(jnp.float32) if derived.needs_old_pass(self.config) else None,
             ref_logp_PGC=per_token(jnp.float32) if self.reference is not None else None,
+            kl_coef_PG=rows((prompts, group), jnp.float32) if "kl_coef" in adaptive else None,
+            entropy_coef_PG=(
+                rows((prompts, group), jnp.float32) if "entropy_coef" in adaptive else None
+            ),
+            top_entropy_PGC=per_token(jnp.bool_) if self.learner.prepare.selects else None,
         )
 
 

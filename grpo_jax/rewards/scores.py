@@ -143,35 +143,57 @@ def combine(
 
 def join(parts: Sequence[Scores], rewards: Sequence[Reward]) -> Scores:
     """The scores of several batches as one batch, in order; sums are computed over the whole."""
-    start = np.cumsum([0, *(len(p.reward_B) for p in parts)])
-    names = list(parts[0].by_name)
-    stack = lambda pick: {n: np.concatenate([pick(p)[n] for p in parts]) for n in names}  # noqa: E731
+    whole = select([(part, np.arange(len(part.reward_B))) for part in parts])
+    return dataclasses.replace(whole, reward_B=combine(rewards, whole.by_name, whole.failed))
+
+
+def select(parts: Sequence[tuple[Scores, np.ndarray]]) -> Scores:
+    """The scores of some rows of several batches as one batch, in order.
+
+    Unlike in `join`, a failed reward keeps the value that it got in its own batch. Logged values
+    and repeated calls are not split by rows: all of each batch's are included.
+    """
+    names = list(parts[0][0].by_name)
+    start = np.cumsum([0, *(len(rows) for _, rows in parts)])
+    stack = lambda pick: {n: np.concatenate([pick(p)[n][rows] for p, rows in parts]) for n in names}  # noqa: E731
     metrics: dict[str, tuple[float, int]] = {}
-    for part in parts:
+    retried: dict[str, tuple[int, str]] = {}
+    for part, _ in parts:
         for name, (total, count) in part.metrics.items():
             before = metrics.get(name, (0.0, 0))
             metrics[name] = (before[0] + total, before[1] + count)
-    retried: dict[str, tuple[int, str]] = {}
-    for part in parts:
         for name, (count, message) in part.retried.items():
             before = retried.get(name, (0, message))
             retried[name] = (before[0] + count, before[1])
-    columns = dict.fromkeys(name for part in parts for name in part.extras)
-    by_name, failed = stack(lambda p: p.by_name), stack(lambda p: p.failed)
+    columns = dict.fromkeys(name for part, _ in parts for name in part.extras)
     return Scores(
-        reward_B=combine(rewards, by_name, failed),
-        by_name=by_name,
-        failed=failed,
+        reward_B=np.concatenate([part.reward_B[rows] for part, rows in parts]),
+        by_name=stack(lambda p: p.by_name),
+        failed=stack(lambda p: p.failed),
         seconds=stack(lambda p: p.seconds),
         failures=tuple(
-            dataclasses.replace(f, row=f.row + int(at))
-            for at, p in zip(start, parts)
-            for f in p.failures
+            failure
+            for at, (part, rows) in zip(start, parts)
+            for failure in _at(part.failures, rows, int(at))
         ),
         metrics=metrics,
         extras={
-            name: [v for p in parts for v in p.extras.get(name, [None] * len(p.reward_B))]
+            name: [
+                part.extras[name][row] if name in part.extras else None
+                for part, rows in parts
+                for row in rows
+            ]
             for name in columns
         },
         retried=retried,
     )
+
+
+def _at(failures: Sequence[Failure], rows: np.ndarray, start: int) -> list[Failure]:
+    """The failures of some rows, which then stand in order from `start` on."""
+    place = {int(row): start + i for i, row in enumerate(rows)}
+    return [
+        dataclasses.replace(failure, row=place[failure.row])
+        for failure in failures
+        if failure.row in place
+    ]

@@ -1,12 +1,12 @@
 """Checkpoints of a run, by Orbax: written during training, whole or not at all.
 
-A checkpoint's number is its count of optimizer updates. It has up to four items: `state`
+A checkpoint's number is its count of optimizer updates. It has up to five items: `state`
 (parameters, optimizer, counters), `facts` (a JSON object: the run's progress), `experience` (the
-current rollout, if the run stopped between two updates on it) and `ahead` (rollouts that were
-sampled but not yet trained on). A file beside them has the SHA-256 of each file
-(`run/checksums.py`). It is written before Orbax gives the checkpoint its name, so a checkpoint with
-a name is whole, and later damage is found before a restore. Orbax itself restores flipped bits
-silently.
+current rollout, if the run stopped between two updates on it), `ahead` (rollouts that were sampled
+but not yet trained on) and `reference` (that of the KL term, if the run has refreshed it). A file
+beside them has the SHA-256 of each file (`run/checksums.py`). It is written before Orbax gives the
+checkpoint its name, so a checkpoint with a name is whole, and later damage is found before a
+restore. Orbax itself restores flipped bits silently.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from grpo_jax.devices import sharding, transfer
 from grpo_jax.hosts import processes
 from grpo_jax.messages.console import say
 from grpo_jax.run import disk, integrity, orbax_internals, saved
-from grpo_jax.structs import Experience, Rollouts, TrainState
+from grpo_jax.structs import Experience, Params, Rollouts, TrainState
 
 
 class NotSaved(ValueError):  # noqa: N818
@@ -94,7 +94,7 @@ class Checkpoints:
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
             "facts": ocp.JsonCheckpointHandler(),
-        } | {name: ocp.StandardCheckpointHandler() for name in saved.ROLLOUTS}
+        } | {name: ocp.StandardCheckpointHandler() for name in saved.OPTIONAL}
         logging.getLogger("absl").addFilter(orbax_internals.is_news)
         orbax_internals.ask_for_no_metrics()
         orbax_internals.write_arrays_whole()
@@ -114,6 +114,7 @@ class Checkpoints:
         *,
         experience: Experience | None = None,
         ahead: Rollouts | None = None,
+        reference: Params | None = None,
         quality: float | None = None,
     ) -> None:
         """Starts to write a checkpoint; returns once the values are copied off the device.
@@ -135,9 +136,13 @@ class Checkpoints:
         items = {"state": ocp.args.StandardSave(state), "facts": ocp.args.JsonSave(facts)}
         for name, arrays in rollouts.items():
             items[name] = ocp.args.StandardSave(orbax_internals.without_empty(arrays))
+        if reference is not None:
+            items["reference"] = ocp.args.StandardSave(reference)
         metrics = None if quality is None else {"quality": quality}
         self._saving = number
-        self._num_bytes = sum(x.nbytes for x in jax.tree.leaves((state, experience, ahead)))
+        self._num_bytes = sum(
+            x.nbytes for x in jax.tree.leaves((state, experience, ahead, reference))
+        )
         try:
             self._manager.save(number, args=ocp.args.Composite(**items), metrics=metrics)
         except Exception as error:  # as in `_open`
@@ -319,6 +324,11 @@ class Checkpoints:
         """Rollouts that were not yet trained on, on the host; None if there were none."""
         fields = self._rows(number, "ahead", mesh)
         return None if fields is None else transfer.to_host(Rollouts(**fields))
+
+    def reference(self, number: int, like: Params) -> Params:
+        """The refreshed reference of a checkpoint, with the shapes and shardings of `like`."""
+        args = ocp.args.Composite(reference=ocp.args.StandardRestore(like))
+        return self._manager.restore(number, args=args)["reference"]
 
     def _rows(self, number: int, name: str, mesh: Mesh) -> dict[str, Any] | None:
         items = dict(self._manager.item_metadata(number))

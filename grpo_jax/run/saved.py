@@ -13,7 +13,7 @@ from grpo_jax.messages.console import say
 from grpo_jax.run import integrity
 from grpo_jax.structs import Params
 
-ROLLOUTS = ("experience", "ahead")  # optional items of a checkpoint
+OPTIONAL = ("experience", "ahead", "reference")  # items that a checkpoint may lack
 
 
 class NoneWhole(ValueError):  # noqa: N818
@@ -121,7 +121,7 @@ def find(folder: str | Path, which: str) -> int:
 
 def _reader(folder: str | Path) -> ocp.CheckpointManager:
     path = epath.Path(folder)
-    handlers = {name: ocp.PyTreeCheckpointHandler() for name in ("state", *ROLLOUTS)}
+    handlers = {name: ocp.PyTreeCheckpointHandler() for name in ("state", *OPTIONAL)}
     handlers |= {name: ocp.JsonCheckpointHandler() for name in ("facts", "metrics")}
     return ocp.CheckpointManager(
         path if "://" in str(path) else path.absolute(), item_handlers=handlers

@@ -7,7 +7,7 @@ from datetime import datetime
 
 from ml_collections import ConfigDict
 
-from grpo_jax.data import notes, prompts, tasks
+from grpo_jax.data import notes, prompts, subset, tasks
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.environments.questions import Questions
 from grpo_jax.messages.console import say
@@ -17,11 +17,13 @@ from grpo_jax.rewards.registry import Reward
 
 
 def load_problems(config: ConfigDict) -> tuple[list, list]:
-    """Training and held-out problems of the config's task or files; the second may be empty."""
+    """Problems of GRPO, and held-out ones, of the config's task or files; the second may be []."""
     data = config.data
     if data.task:
-        return tasks.load(data.task).generate(data.num_train, data.num_eval, config.seed)
-    return problems_lib.load_train(data), problems_lib.load_held_out(data)
+        train, held_out = tasks.load(data.task).generate(data.num_train, data.num_eval, config.seed)
+    else:
+        train, held_out = problems_lib.load_train(data), problems_lib.load_held_out(data)
+    return subset.take(train, data.subset), held_out
 
 
 def load_split(config: ConfigDict, split: str) -> list:
@@ -30,7 +32,7 @@ def load_split(config: ConfigDict, split: str) -> list:
     For "train" the held-out file is not read and may be missing. Prints notes like `tell_of`.
     """
     if split == "train" and not config.data.task:
-        train, held_out = problems_lib.load_train(config.data), []
+        train, held_out = subset.take(problems_lib.load_train(config.data), config.data.subset), []
     else:
         train, held_out = load_problems(config)
     tell_of(config, train, held_out)
@@ -45,13 +47,14 @@ def tell_of(config: ConfigDict, train: list, held_out: list) -> None:
 
 def tell_of_few(config: ConfigDict, train: list) -> None:
     """Prints a warning if a step must ask a problem more than once."""
-    if len(train) < config.batch.prompts:
+    if len(train) * config.data.repeat < config.batch.prompts:
         count = (
             "is 1 training problem" if len(train) == 1 else f"are {len(train)} training problems"
         )
         say(
             f"warning: a step asks batch.prompts = {config.batch.prompts}, and there {count}: each "
-            "step asks some of them several times."
+            "step asks some of them several times. If it is meant to, set data.repeat = "
+            f"{-(-config.batch.prompts // len(train))}."
         )
 
 

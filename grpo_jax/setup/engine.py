@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from grpo_jax.config import derived
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import ModelConfig, Sampling
@@ -24,7 +25,7 @@ def make_engine(
     `exact`: without 8-bit weights, 8-bit cache or merged adapters, even if the config asks for
     them.
     """
-    rollout = config.rollout
+    rollout, at_once = config.rollout, derived.prompts_per_draw(config)
     decoder = decode.decoder_for(
         model,
         mesh,
@@ -39,10 +40,10 @@ def make_engine(
     )
     return Engine(
         decoder,
-        num_slots=rollout.num_slots or config.batch.prompts * config.batch.group,
+        num_slots=rollout.num_slots or at_once * config.batch.group,
         compact=rollout.compact,
         # An evaluation, with one lane a slot, prefills no more prompts at once than a rollout.
-        num_read=config.batch.prompts,
+        num_read=at_once,
     )
 
 

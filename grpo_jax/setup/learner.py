@@ -12,13 +12,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax.algorithm import components
+from grpo_jax.algorithm.adaptive import AdaptiveEntropy, AdaptiveKL, Controller
 from grpo_jax.algorithm.advantages import AdvantageOptions
 from grpo_jax.algorithm.objective import Objective
 from grpo_jax.config import derived, guard_rules
 from grpo_jax.config.dotted import flatten
 from grpo_jax.devices import sharding
 from grpo_jax.kernels import choice
-from grpo_jax.learner import optim, update
+from grpo_jax.learner import moving_reference, optim, update
 from grpo_jax.learner.experience import Prepare, make_prepare
 from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.learner.scoring import Scorer
@@ -46,6 +47,8 @@ class Learner:
     learning_rate: Callable  # program: learning rate by update number
     prepare: Prepare
     update: update.Update
+    controllers: tuple[Controller, ...] = ()  # of coefficients that are no constants
+    refresh_reference: Callable | None = None  # program; None: the reference is fixed
 
     @property
     def sizes(self) -> dict[str, CompiledSizes]:
@@ -155,6 +158,7 @@ def make_learner(
             mask_truncated=algorithm.mask_truncated,
             with_old=derived.needs_old_pass(config),
             num_minibatches=config.batch.minibatches,
+            top_entropy_share=algorithm.top_entropy_share,
         ),
         update=update.make_update(
             scorer,
@@ -164,7 +168,38 @@ def make_learner(
             offload=config.optim.offload,
             bounds=guard_rules.refusing_bounds(config),
         ),
+        controllers=_controllers(config),
+        refresh_reference=(
+            moving_reference.make_refresh(model, mesh, algorithm.reference_mix)
+            if algorithm.reference_refresh_steps
+            else None
+        ),
     )
+
+
+def _controllers(config: ConfigDict) -> tuple[Controller, ...]:
+    """The controllers of the coefficients that follow a target."""
+    algorithm, found = config.algorithm, []
+    if algorithm.kl_target:
+        found.append(
+            AdaptiveKL(
+                algorithm.kl_coef,
+                algorithm.kl_target,
+                algorithm.kl_horizon,
+                config.batch.prompts * config.batch.group,
+            )
+        )
+    if algorithm.entropy_target:
+        found.append(
+            AdaptiveEntropy(
+                algorithm.entropy_coef,
+                algorithm.entropy_target,
+                algorithm.entropy_coef_delta,
+                algorithm.entropy_coef_min,
+                algorithm.entropy_coef_max,
+            )
+        )
+    return tuple(found)
 
 
 def make_supervised_learner(

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from grpo_jax.config.options import default
 from grpo_jax.devices import sharding
 from grpo_jax.hosts import processes
+from grpo_jax.kernels.nf4 import NF4
 from grpo_jax.messages.values import shown
 from grpo_jax.models import lora
 from grpo_jax.models import policy as policy_lib
@@ -81,10 +82,30 @@ def adapted(model: ModelConfig, config: ConfigDict, kept: Path | None = None) ->
     `kept`: a run's copy of lora.path, which may be gone.
     """
     spec = _spec_of(config, kept)
+    base = _base(model, config, is_adapted=spec is not None)
     if spec is None:
         return model
-    int8 = config.lora.base_dtype == "int8"
-    return dataclasses.replace(model, lora=targets.lora_of(model, spec, int8=int8))
+    return dataclasses.replace(model, lora=targets.lora_of(model, spec, base=base))
+
+
+def _base(model: ModelConfig, config: ConfigDict, *, is_adapted: bool) -> str:
+    """The precision of the layers' kernels, as in `Lora`."""
+    asked = config.lora.base_dtype
+    if not model.codes:
+        return asked
+    remedy = "or give the model that they were made from, such as the id without its -bnb-4bit."
+    if not is_adapted:
+        raise ValueError(
+            f"model.path = {shown(config.model.path)} has its kernels in NF4 (bitsandbytes), and "
+            "lora.rank = 0 trains all weights, which needs whole ones. Set lora.rank, such as to "
+            f"16, {remedy}"
+        )
+    if asked not in ("auto", "nf4"):
+        raise ValueError(
+            f"lora.base_dtype = {shown(asked)}, but model.path = {shown(config.model.path)} has "
+            f'its kernels in NF4 (bitsandbytes). Set it to "auto", which takes them, {remedy}'
+        )
+    return "nf4"
 
 
 def adapted_policy(policy: Policy, config: ConfigDict, kept: Path | None = None) -> Policy:
@@ -92,23 +113,24 @@ def adapted_policy(policy: Policy, config: ConfigDict, kept: Path | None = None)
     return dataclasses.replace(policy, model=adapted(policy.model, config, kept))
 
 
-def keep(config: ConfigDict, folder: Path, policy: Policy) -> Policy:
-    """The policy, after copying lora.path to the run's folder: it may be gone at a restart."""
+def keep(config: ConfigDict, folder: Path) -> None:
+    """Copies lora.path, if one is given, to the run's folder: it may be gone at a restart."""
+    if not config.lora.path:
+        return
     kept = folder / KEPT
-    if config.lora.path and processes.is_first() and not (kept / peft.WEIGHTS).exists():
+    if processes.is_first() and not (kept / peft.WEIGHTS).exists():
         source = _folder(config.lora.path, kept)
         kept.mkdir(parents=True, exist_ok=True)
         for name in (peft.CONFIG, peft.WEIGHTS):  # weights last: they mark a whole copy
             shutil.copyfile(source / name, kept / name)
     processes.barrier("the copy of lora.path")
-    return policy
 
 
 # --- Weights --------------------------------------------------------------------------------------
 
 
 def frozen_params(policy: Policy, mesh: Mesh, dtype: Any) -> Params | None:
-    """The frozen parameters, in `dtype` or in 8 bits; None if all are trained."""
+    """The frozen parameters, in `dtype` or in codes; None if all are trained."""
     model = policy.model
     if model.lora is None:
         return None
@@ -118,18 +140,26 @@ def frozen_params(policy: Policy, mesh: Mesh, dtype: Any) -> Params | None:
     )
 
     def keep(path: Any, x: Array) -> Any:
-        where = functools.reduce(lambda tree, key: tree[key.key], path, placed)
-        if isinstance(where, NamedSharding):
-            return x
-        return _quantizing(model, path, where)(x)
+        where = of(path)
+        return x if isinstance(where, NamedSharding) else _quantizing(model, path, where)(x)
 
-    return policy_lib.load_params(policy, mesh, 0, dtype, keep)
+    def of(path: Any) -> Any:
+        return functools.reduce(lambda tree, key: tree[key.key], path, placed)
+
+    def codes(path: Any) -> NF4 | None:
+        where = of(path)
+        return where if model.codes and isinstance(where, NF4) else None
+
+    return policy_lib.load_params(policy, mesh, 0, dtype, keep, codes)
 
 
 def _quantizing(model: ModelConfig, path: Any, placed: Any) -> Any:
+    replicated = sharding.replicated(jax.tree.leaves(placed)[0].mesh)
+
     @functools.partial(jax.jit, out_shardings=placed)
     def quantize_base(x: Array) -> Any:
-        return lora.frozen_leaf(model, path, x)
+        whole = lambda x: jax.lax.with_sharding_constraint(x, replicated)  # noqa: E731
+        return lora.frozen_leaf(model, path, x, whole)
 
     return quantize_base
 

@@ -44,8 +44,8 @@ def write(
     if policy.model.lora is None:
         return _write(policy, folder, params, _dtype(policy, folder, params, asked_dtype))
     model, mesh = policy.model, jax.tree.leaves(params)[0].sharding.mesh
-    if model.lora.int8:  # merge into the original weights, not the 8-bit ones
-        plain = dataclasses.replace(model, lora=dataclasses.replace(model.lora, int8=False))
+    if model.lora.base != "auto":  # merge into the source's weights, not into their codes
+        plain = dataclasses.replace(model, lora=dataclasses.replace(model.lora, base="auto"))
         of_source = dataclasses.replace(policy, model=plain)
         frozen = lora_setup.frozen_params(of_source, mesh, jnp.dtype(policy.stored or "float32"))
     dtype = asked_dtype

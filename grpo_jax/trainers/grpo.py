@@ -23,7 +23,7 @@ from grpo_jax.learner import train_state
 from grpo_jax.planning import fit
 from grpo_jax.run import claim
 from grpo_jax.run import stop as stop_lib
-from grpo_jax.trainers import grpo_run, restarts, results, rollout
+from grpo_jax.trainers import coefficients, grpo_run, refill, restarts, results, rollout, run_state
 from grpo_jax.trainers.listeners import Callback
 from grpo_jax.trainers.monitor import Monitor
 from grpo_jax.trainers.run_state import RunState
@@ -57,6 +57,7 @@ def train(run: Run, state: RunState, monitor: Monitor, gather: Gather | None = N
             monitor.updated(state, values)
         monitor.learned(state)
         state.finish_step()
+        run_state.refresh_reference(run, state)
         monitor.finished(state)
         _evaluate_and_save(run, state, monitor)
 
@@ -65,7 +66,10 @@ def sample_and_reward(run: Run, state: RunState, monitor: Monitor) -> None:
     """Sets the experience of the state's step; if sampling is ahead, also the next rollout."""
     if state.next_rollout is None:
         with monitor.phase("rollout", state):
-            state.next_rollout = rollout.sample(run, state, monitor.log, monitor.alive)
+            if run.config.prompts.drop_equal_groups:
+                state.next_rollout = refill.sample(run, state, monitor)
+            else:
+                state.next_rollout = rollout.sample(run, state, monitor.log, monitor.alive)
     sampled, following = state.next_rollout, None
     if run.course.is_asynchronous and state.step + 1 < run.course.num_steps:
         # Samples with the weights before this step's updates. Meanwhile this step's rewards are
@@ -75,13 +79,15 @@ def sample_and_reward(run: Run, state: RunState, monitor: Monitor) -> None:
     monitor.sampled(state, sampled)
     with monitor.phase("scoring", state):
         completions = rollout.device_rows(run, sampled.completions)
-        reference = transfer.to_device_memory(run.ref_params)  # copies one that is in host memory
+        reference = transfer.to_device_memory(state.reference)  # copies one in host memory
         log_probs = run.prepare.log_probs(run.weights(state.train), reference, completions)
-        scores = monitor.rewards(state, sampled.rewards)  # while the device computes log_probs
+        scores = monitor.rewards(state, sampled.rewards, sampled.draws)  # device busy
         greedy = sampled.greedy and monitor.rewards(state, sampled.greedy)
         rewards = rollout.device_rewards(run, sampled, scores, greedy)
-        state.experience = run.prepare(log_probs, *rewards)
+        experience = run.prepare(log_probs, *rewards)
+        state.experience = coefficients.given_to(run, experience, state.coefficients)
         state.next_rollout = following
+        state.count_draws(sampled)
     monitor.scored(state, sampled, scores, lambda: log_probs.in_order(state.experience.advantage))
     if monitor.guards.skips_rollout:
         state.train = train_state.refuse(state.train, run.course.updates)

@@ -130,6 +130,7 @@ def _course(config: ConfigDict) -> Course:
         prompts=config.batch.prompts,
         minibatches=config.batch.minibatches,
         updates=derived.num_updates_per_step(config),
+        refresh_every=config.algorithm.reference_refresh_steps,
         evaluate_every=config.evaluation.every_steps,
         save_every=config.checkpoint.every_steps,
         samples_every=config.logging.samples_every_steps,
@@ -159,7 +160,8 @@ def build(
     found = read(config, lambda: policy_lib.read(model_path, kept=source), opened, kept)
     inputs.hold(folder, found.sums, config.checkpoint.accept_changes)
     config = settled(config, len(found.train.problems))
-    policy = lora.keep(config, folder, policy_lib.keep(found.policy, source))
+    policy = policy_lib.keep(found.policy, source)
+    lora.keep(config, folder)
     mesh = found.mesh
     learner = make_learner(
         config, policy.model, mesh, fit(config, policy.model, mesh, found.longest, folder)
@@ -185,7 +187,6 @@ def build(
         update=learner.update,
         sizes=learner.sizes,
         frozen=frozen,
-        ref_params=_reference(config, policy, mesh, frozen, kept),
         checkpoints=Checkpoints(
             config.checkpoint.folder or folder / "checkpoints",
             keep=config.checkpoint.keep,
@@ -196,6 +197,9 @@ def build(
             * derived.num_updates_per_step(config),
         ),
         read=found.sums,
+        first_reference=functools.partial(_reference, config, policy, mesh, frozen, kept),
+        refresh_reference=learner.refresh_reference,
+        controllers=learner.controllers,
         rewards=start_rewards(config, found.rewards),  # last: no more checks follow
     )
 
@@ -213,15 +217,27 @@ def told(config: ConfigDict, found: Inputs) -> list[str]:
         *lora.told(config, model),
         f"A step: {batch.prompts} prompts x {batch.group} completions of at most "
         f"{config.rollout.max_tokens} tokens, {updates} update{'s' * (updates > 1)}",
+        *_refill(config),
         f"The run: {config.loop.num_steps:,} steps, which ask each problem "
-        f"{config.loop.num_steps * batch.prompts / len(lengths):,.2f} times",
+        f"{config.loop.num_steps * batch.prompts / len(lengths):,.2f} times"
+        f"{' or more' * config.prompts.drop_equal_groups}",
+    ]
+
+
+def _refill(config: ConfigDict) -> list[str]:
+    """Describes how a step's batch is filled, if groups are dropped."""
+    if not config.prompts.drop_equal_groups:
+        return []
+    return [
+        f"Its prompts are those whose rewards differ, of up to {config.prompts.max_draws} draws of "
+        f"{derived.prompts_per_draw(config)} prompts"
     ]
 
 
 def _reference(
     config: ConfigDict, policy: Policy, mesh: Mesh, frozen: Params | None, kept: Path
 ) -> Params | None:
-    """The reference weights of the KL term; for adapters, the frozen weights without a copy."""
+    """The first reference of the KL term; for adapters, the frozen weights without a copy."""
     if not config.algorithm.kl_coef:
         return None
     if frozen is not None:

@@ -34,6 +34,10 @@ class Diverged(ValueError):  # noqa: N818
     """
 
 
+class TooFewGroups(ValueError):  # noqa: N818
+    """A step found too few groups with a gradient; the state before it is saved."""
+
+
 class RollBack(Exception):  # noqa: N818  (not an error)
     """The run must go back to its last checkpoint and continue with other prompts."""
 

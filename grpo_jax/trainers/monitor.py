@@ -20,8 +20,8 @@ from grpo_jax.config.dotted import flatten
 from grpo_jax.devices import transfer
 from grpo_jax.devices.compiling import Compiling
 from grpo_jax.devices.phases import Trace, phase
-from grpo_jax.environments.rewarding import FailureReports, RewardCollector
-from grpo_jax.environments.single_turn import Rollout
+from grpo_jax.environments.rewarding import FailureReports, RewardCollector, SelectedRewards
+from grpo_jax.environments.single_turn import Draws, Rollout
 from grpo_jax.hosts import processes
 from grpo_jax.hosts.watchdog import Watchdog
 from grpo_jax.messages.progress import Progress
@@ -29,7 +29,15 @@ from grpo_jax.metrics import writers
 from grpo_jax.rewards.scores import RewardError, Scores
 from grpo_jax.run import claim
 from grpo_jax.run.stop import Asked, Stopped, StopSignal
-from grpo_jax.trainers import guards, rollout, run_state, step_metrics, tracking
+from grpo_jax.trainers import (
+    coefficients,
+    guards,
+    prompt_choice,
+    rollout,
+    run_state,
+    step_metrics,
+    tracking,
+)
 from grpo_jax.trainers.listeners import Listeners
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Run
@@ -91,6 +99,7 @@ class Monitor:
         self.log = StepLog(run, self.guards, self._writers, self._bar, self._listeners, compiling)
         self._failures = FailureReports()
         self._seconds: dict[str, float] = {}  # of this step's phases, as metrics
+        self._sampled: tuple[Any, Any] | None = None  # lengths of a step's prompts and completions
         self._started = self._learning = 0.0  # time.monotonic() when step and updates began
         self._over: Callable[[], None] = lambda: None
         self._slow = True  # whether updates take seconds; assumed for the first
@@ -107,8 +116,8 @@ class Monitor:
     def phase(self, name: str, state: RunState) -> Iterator[None]:
         """A phase of the run, one of `phases.PHASES`; a stop in it saves `state` as it is now.
 
-        A RewardError in it saves too. Raises `memory.OutOfMemory` if a device has too little
-        memory, `Stopped` after a stop has saved, and at its end a guard's order.
+        A RewardError or TooFewGroups in it saves too. Raises `memory.OutOfMemory` if a device has
+        too little memory, `Stopped` after a stop has saved, and at its end a guard's order.
         """
         course = self._run.course
         where = {"step": state.step, "following": state.step + 1, "update": state.update + 1}
@@ -118,7 +127,7 @@ class Monitor:
         with phase(scope), self._may_stop(state) as self._over:
             try:
                 yield
-            except RewardError:
+            except (RewardError, guards.TooFewGroups):
                 self._over()
                 if state.step:
                     self.save(state)
@@ -172,14 +181,26 @@ class Monitor:
         if self._stop.asked():
             self._stop_with(state)
 
-    def rewards(self, state: RunState, collector: RewardCollector) -> Scores:
-        """Waits for the rewards; raises RewardError if they failed too often."""
-        step = state.step + 1
+    def rewards(
+        self,
+        state: RunState,
+        collector: RewardCollector | SelectedRewards,
+        draws: Draws | None = None,
+    ) -> Scores:
+        """Waits for the rewards; raises RewardError if they failed too often.
+
+        `draws`: all that was drawn, if the collector has a part of it.
+        """
         with phase("rewards"), self._timed("time/reward_s"):
             scores = collector.scores()
+        self.check_rewards(state, draws.scores if draws else scores)
+        return scores
+
+    def check_rewards(self, state: RunState, scores: Scores) -> None:
+        """Reports the failed rewards of a step; raises RewardError if they failed too often."""
+        step = state.step + 1
         self.guards.check_scores(step, scores)
         self._failures.tell(f"step {step}", scores)
-        return scores
 
     def scored(
         self,
@@ -192,9 +213,14 @@ class Monitor:
 
         `advantage_PG()`: the advantages of the completions, to show beside some of them.
         """
-        state.rollout_metrics = step_metrics.rollout_metrics(
-            self._run, sampled.completions, scores, sampled.seconds
-        )
+        state.rollout_metrics = step_metrics.rollout_metrics(self._run, sampled, scores)
+        state.rollout_metrics |= coefficients.in_force(self._run, state.coefficients)
+        state.rollout_metrics |= prompt_choice.measure(self._run, state, sampled, scores)
+        self._sampled = None
+        if (draws := sampled.draws) is not None:  # the completions that are not learned from
+            self._sampled = draws.prompt_length_N, draws.length_NG
+            state.prompts += len(draws.problem_N) - self._run.course.prompts
+            state.tokens += int(draws.length_NG.sum() - sampled.completions.length_PG.sum())
         where = self._run, self._writers, self._listeners, state.step + 1
         rollout.show(*where, sampled, scores, advantage_PG)
         self.guards.check_rollout(state.step + 1, state.rollout_metrics)
@@ -230,7 +256,8 @@ class Monitor:
             lengths = lengths[0], transfer.to_host(rollouts.chosen_PGC).sum(-1)
         state.tokens += int(lengths[1].sum())
         state.prompts += self._run.course.prompts
-        self.log.open(state, lengths, self._started, self._learning, self._seconds)
+        sampled = self._sampled or lengths
+        self.log.open(state, lengths, sampled, self._started, self._learning, self._seconds)
         self._seconds = {}
 
     def finished(self, state: RunState) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from grpo_jax import keys
-from grpo_jax.data import prompts
 from grpo_jax.devices import transfer
 from grpo_jax.environments.questions import Questions
 from grpo_jax.environments.rewarding import RewardCollector
@@ -23,6 +23,7 @@ from grpo_jax.rewards import registry
 from grpo_jax.rewards import scores as scores_lib
 from grpo_jax.rewards.scores import Scores
 from grpo_jax.structs import Array, Params, Rollouts
+from grpo_jax.trainers import prompt_choice
 from grpo_jax.trainers.listeners import Listeners
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Run
@@ -40,35 +41,57 @@ def sample(
     completions have finished, on all processes alike.
     """
     started, step = time.monotonic(), state.step + ahead
-    questions, rewards = _begin(run, state, step)
-    params = run.engine.publish(run.weights(state.train))
+    weights = run.engine.publish(run.weights(state.train))
+    drawn = draw(run, state, step, state.draw_of(step), weights, log, on_harvest)
+    return dataclasses.replace(drawn, seconds=time.monotonic() - max(started, log.closed_at))
+
+
+def draw(
+    run: Run,
+    state: RunState,
+    step: int,
+    number: int,
+    weights: Params,
+    log: StepLog,
+    on_harvest: Callable[[], None],
+) -> Rollout:
+    """Samples the completions of one draw for a step, as `sample`; its time is not set.
+
+    `number` is that of the draw, and `weights` come from `engine.publish`.
+    """
+    problem_P = prompt_choice.problems(run, state, number)
+    questions, rewards = _begin(run, step, number, problem_P)
     completions = run.engine.generate(
-        params,
+        weights,
         questions.prompt_ids,
         group=run.config.batch.group,
-        key=keys.key_for(run.config.seed, "rollout", state.draw_of(step)),
+        key=keys.key_for(run.config.seed, "rollout", number),
         temperature=run.config.rollout.temperature,
         on_group=rewards.add,
         meanwhile=log.close,
         on_harvest=on_harvest,
     )
-    greedy = _sample_greedy(run, state, step, params, on_harvest)
-    seconds = time.monotonic() - max(started, log.closed_at)
-    return Rollout(questions, rewards, completions, seconds, greedy)
+    greedy = _sample_greedy(run, step, number, problem_P, weights, on_harvest)
+    return Rollout(questions, rewards, completions, 0.0, greedy, problem_P)
 
 
 def _sample_greedy(
-    run: Run, state: RunState, step: int, params: Params, on_harvest: Callable[[], None]
+    run: Run,
+    step: int,
+    number: int,
+    problem_P: Sequence[int],
+    weights: Params,
+    on_harvest: Callable[[], None],
 ) -> RewardCollector | None:
-    """Samples one greedy completion of each prompt of a step, if the advantages read its reward."""
+    """Samples one greedy completion of each prompt of a draw, if the advantages read its reward."""
     if run.config.algorithm.baseline != "greedy":
         return None
-    questions, rewards = _begin(run, state, step, group=1)
+    questions, rewards = _begin(run, step, number, problem_P, group=1)
     run.engine.generate(
-        params,
+        weights,
         questions.prompt_ids,
         group=1,
-        key=keys.key_for(run.config.seed, "rollout", state.draw_of(step)),  # draws nothing
+        key=keys.key_for(run.config.seed, "rollout", number),  # draws nothing
         temperature=0.0,
         on_group=rewards.add,
         on_harvest=on_harvest,
@@ -81,16 +104,18 @@ def sampled_before(run: Run, state: RunState, completions: Rollouts) -> Rollout:
 
     Greedy completions are sampled again: the weights are those that they were sampled with.
     """
-    questions, rewards = _begin(run, state, state.sampled)
-    for number, (completion_GC, length_G) in enumerate(
+    problem_P, step = np.array(state.next_problems, np.int64), state.sampled
+    number = state.draw_of(step)
+    questions, rewards = _begin(run, step, number, problem_P)
+    for p, (completion_GC, length_G) in enumerate(
         zip(completions.completion_PGC, completions.length_PG)
     ):
-        rewards.add(number, [ids[:n].tolist() for ids, n in zip(completion_GC, length_G)])
+        rewards.add(p, [ids[:n].tolist() for ids, n in zip(completion_GC, length_G)])
     greedy = None
     if run.config.algorithm.baseline == "greedy":
-        params = run.engine.publish(run.weights(state.train))
-        greedy = _sample_greedy(run, state, state.sampled, params, lambda: None)
-    return Rollout(questions, rewards, completions, state.next_rollout_s, greedy)
+        weights = run.engine.publish(run.weights(state.train))
+        greedy = _sample_greedy(run, step, number, problem_P, weights, lambda: None)
+    return Rollout(questions, rewards, completions, state.next_rollout_s, greedy, problem_P)
 
 
 def device_rows(run: Run, completions: Rollouts) -> Rollouts:
@@ -198,22 +223,19 @@ def _is_shown(run: Run, step: int) -> bool:
 
 
 def _begin(
-    run: Run, state: RunState, step: int, group: int | None = None
+    run: Run, step: int, number: int, problem_P: Sequence[int], group: int | None = None
 ) -> tuple[Questions, RewardCollector]:
-    """The questions of a step, and the collector of the rewards of `group` completions of each.
+    """The questions of a step's draw, and the collector of the rewards of `group` completions each.
 
     None: batch.group.
     """
-    config, draw, num_problems = run.config, state.draw_of(step), len(run.train.problems)
-    questions = run.train.take(
-        prompts.prompt_indices(config.seed, draw, num_problems, config.batch.prompts)
-    )
+    questions = run.train.take(problem_P)
     seen = {
         "global_step": step,
         "max_steps": run.course.num_steps,
-        "epoch": draw * config.batch.prompts / num_problems,
+        "epoch": number * len(problem_P) / (len(run.train.problems) * run.config.data.repeat),
     }
-    group = group or config.batch.group
+    group = group or run.config.batch.group
     rewards = RewardCollector(
         run.rewards, run.policy, questions.problems, questions.texts, group, seen
     )

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from grpo_jax.config import record
+from grpo_jax.data.pass_rates import PassRates
 from grpo_jax.devices import transfer
+from grpo_jax.devices.phases import phase
 from grpo_jax.environments.single_turn import Rollout
 from grpo_jax.learner import train_state
 from grpo_jax.messages.console import say
 from grpo_jax.models import policy
 from grpo_jax.run import workdir
 from grpo_jax.setup import inputs, lora
-from grpo_jax.structs import Experience, Rollouts, TrainState
+from grpo_jax.structs import Experience, Params, Rollouts, TrainState
 from grpo_jax.trainers.guards import History
 from grpo_jax.trainers.runs import Run
 
@@ -31,17 +34,24 @@ class RunState:
     train: TrainState | None = None  # None: not read yet
     experience: Experience | None = None  # data of the updates of `step`; None: none yet
     next_rollout: Rollout | None = None  # sampled, and not yet in `experience`
+    reference: Params | None = None  # of the KL term; None: not read yet, or there is none
+    refreshed: int = 0  # times that the reference was refreshed; only then it is saved
+    # What the controllers of coefficients keep between steps; changed in place, as `history`.
+    coefficients: dict[str, float] = dataclasses.field(default_factory=dict)
     step: int = 0  # rollouts finished
     update: int = 0  # updates done on the rollout of `step`
     prompts: int = 0  # consumed
     tokens: int = 0  # generated
     wall_s: float = 0.0
     next_rollout_s: float = 0.0  # time to sample the completions that are saved ahead
+    next_problems: list[int] = dataclasses.field(default_factory=list)  # numbers of theirs
     checkpoint: int = -1  # number of the checkpoint that was loaded; -1: none
     last_due: int = -1  # number of the newest one due by checkpoint.every_steps
-    passed_over: int = 0  # undone draws: their prompts and keys are not reused
+    # Draws beyond one a step: undone ones, and further ones of a step. They are not reused.
+    passed_over: int = 0
     rolled_back_to: int = -1  # number of the last roll-back's checkpoint
     history: History = dataclasses.field(default_factory=History)
+    pass_rates: PassRates | None = None  # None: nothing was measured
     sizes: dict[str, Any] = dataclasses.field(default_factory=dict)  # of packed rows, by program
     accuracy_before: float | None = None
     accuracy: float | None = None  # newest
@@ -54,8 +64,15 @@ class RunState:
     unevaluated: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def draw_of(self, step: int) -> int:
-        """The number of the draw that determines a step's prompts and random key."""
+        """The number of the draw that determines a step's prompts and random key.
+
+        Of several draws, the first.
+        """
         return step + self.passed_over
+
+    def count_draws(self, rollout: Rollout) -> None:
+        """Counts the draws of the rollout that the next updates learn from."""
+        self.passed_over += rollout.draws.number - 1 if rollout.draws else 0
 
     @property
     def sampled(self) -> int:
@@ -71,11 +88,12 @@ class RunState:
         """Everything but the arrays."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {n: v for n, v in fields.items() if n not in _ARRAYS} | {
-            "history": dataclasses.asdict(self.history)
+            "history": dataclasses.asdict(self.history),
+            "pass_rates": None if self.pass_rates is None else self.pass_rates.as_json(),
         }
 
 
-_ARRAYS = ("train", "experience", "next_rollout")
+_ARRAYS = ("train", "experience", "next_rollout", "reference")
 
 
 def newest(run: Run) -> RunState:
@@ -127,6 +145,7 @@ def roll_back(run: Run, state: RunState, undone: int) -> RunState:
     back.passed_over = state.draw_of(undone) - following
     back.rolled_back_to, back.tokens = back.checkpoint, state.tokens
     back.history.roll_backs = state.history.roll_backs + 1
+    back.reference = None if state.refreshed else state.reference
     say(f"Going on after step {back.step}: steps {back.step + 1} to {undone} are undone.")
     return back
 
@@ -150,12 +169,18 @@ def load(run: Run, state: RunState) -> Rollouts | None:
     """Reads the arrays of a state; returns the completions already sampled for its next step.
 
     None if there are none, and after a roll-back. A roll-back also drops an experience without
-    updates. Raises ValueError if the parameters or the optimizer's state are not finite.
+    updates. A reference that was never refreshed is read where the model is, unless the state has
+    it already. Raises ValueError if the parameters or the optimizer's state are not finite.
     """
     for name, sizes in run.sizes.items():
         sizes.restore(state.sizes.get(name))
     model, mesh, optimizer = run.policy.model, run.mesh, run.optimizer
     dtype, number = jnp.dtype(run.config.model.param_dtype), state.checkpoint
+    if state.refreshed:
+        saved = run.checkpoints.reference(number, _reference_like(run))
+        state.reference = _kept_reference(run, saved)
+    elif state.reference is None:
+        state.reference = run.first_reference()
     if number < 0:
         params = lora.first_params(run.config, run.policy, mesh, run.folder / lora.KEPT)
         state.train = _offloaded(run, train_state.start(params, model, mesh, optimizer))
@@ -175,6 +200,32 @@ def load(run: Run, state: RunState) -> Rollouts | None:
     has = state.experience is not None
     assert has or not state.update, f"checkpoint {number} lacks its rollout"
     return None if undone else run.checkpoints.ahead(number, mesh)
+
+
+def refresh_reference(run: Run, state: RunState) -> None:
+    """Moves the reference towards the policy, if that is due after the finished step."""
+    every = run.course.refresh_every
+    if not every or state.step % every:
+        return
+    with phase("update"):
+        old = transfer.to_device_memory(state.reference)  # a copy of one in host memory
+        mixed = run.refresh_reference(state.train.params, old)
+        state.reference, state.refreshed = _kept_reference(run, mixed), state.refreshed + 1
+
+
+def _kept_reference(run: Run, reference: Params) -> Params:
+    """The reference where it is kept while it does not score."""
+    is_offloaded = run.config.model.offload_reference
+    return transfer.to_host_memory(reference) if is_offloaded else reference
+
+
+def _reference_like(run: Run) -> Params:
+    """Shapes, dtypes and shardings of the reference of a run that refreshes it."""
+    dtype = jnp.dtype(run.config.model.dtype)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
+        policy.param_like(run.policy.model, run.mesh),
+    )
 
 
 def sizes(run: Run) -> dict[str, Any]:
@@ -199,7 +250,10 @@ def save(
         state.last_due = state.step * run.course.updates
     state.sizes = sizes(run) if sizes_then is None else sizes_then
     waiting = state.next_rollout
+    if waiting is not None and waiting.draws is not None:
+        waiting = None  # the rewards of groups that are left out are not kept: it is sampled again
     state.next_rollout_s = 0.0 if waiting is None else waiting.seconds
+    state.next_problems = [] if waiting is None else [int(p) for p in waiting.problem_P]
     facts = {
         "state": state.as_json(),
         "config": record.binding(run.config),
@@ -210,6 +264,7 @@ def save(
         facts,
         experience=state.experience,
         ahead=None if waiting is None else transfer.shard_rows(run.mesh, waiting.completions),
+        reference=state.reference if state.refreshed else None,
         quality=quality,
     )
 
@@ -223,8 +278,10 @@ def _read(run: Run, number: int) -> tuple[RunState, dict[str, Any]]:
             "grpo_jax, whose runs this one cannot continue. Continue it with that version, or "
             "begin another run with --workdir DIR."
         )
-    history = History(**facts["state"].pop("history"))
-    state = RunState(**facts["state"] | {"history": history, "checkpoint": number})
+    history, rates = facts["state"].pop("history"), facts["state"].pop("pass_rates", None)
+    state = RunState(**facts["state"], history=History(**history))
+    state.pass_rates = None if rates is None else PassRates.from_json(rates)
+    state.checkpoint = number
     return state, facts["config"]
 
 

@@ -20,6 +20,7 @@ from grpo_jax.rewards.pool import Pool
 from grpo_jax.run.checkpoints import Checkpoints
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup.inputs import Sums
+from grpo_jax.setup.learner import Controller
 from grpo_jax.structs import Params, TrainState
 from grpo_jax.trainers.listeners import Callback
 
@@ -32,6 +33,7 @@ class Course:
     prompts: int  # of a step
     minibatches: int = 1
     updates: int = 1  # of a step
+    refresh_every: int = 0  # steps between refreshes of the reference; 0: none
     evaluate_every: int = 0  # steps; 0: only before the first and after the last
     save_every: int = 0  # steps; 0: only after the last
     samples_every: int = 0  # steps between shown samples; 0: none
@@ -66,9 +68,11 @@ class Run:
     update: Update
     sizes: dict[str, CompiledSizes]  # packed row sizes of both programs
     frozen: Params | None  # frozen weights under adapters
-    ref_params: Params | None
     checkpoints: Checkpoints
     read: Sums  # checksums of the run's inputs
+    first_reference: Callable[[], Params | None] = lambda: None  # reads it; None: no KL term
+    refresh_reference: Callable | None = None  # program; None: the reference is fixed
+    controllers: tuple[Controller, ...] = ()  # of coefficients that change after each step
     callbacks: tuple[Callback, ...] = ()  # of the program that started it
 
     def weights(self, state: TrainState) -> Params:

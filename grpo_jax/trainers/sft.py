@@ -194,7 +194,8 @@ def _build(
     demonstrations = functools.partial(_demonstrations, config, policy, encoded, solution)
     if (folder / "export" / "config.json").exists():
         return None, demonstrations
-    policy = lora.keep(config, folder, policy_lib.keep(policy, folder / "source"))
+    policy = policy_lib.keep(policy, folder / "source")
+    lora.keep(config, folder)
     course = _course(config, len(encoded.problems))
     learner = make_supervised_learner(config, policy.model, mesh, course.num_steps)
     held_out, rewards = _held_out(config, policy, now) if evaluates else (None, [])
@@ -217,7 +218,6 @@ def _build(
         update=learner.update,
         sizes=learner.sizes,
         frozen=lora.frozen_params(policy, mesh, config.model.dtype),
-        ref_params=None,
         checkpoints=Checkpoints(
             config.checkpoint.folder or folder / "checkpoints",
             keep=2,

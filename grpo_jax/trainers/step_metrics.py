@@ -14,10 +14,12 @@ from grpo_jax.config import derived
 from grpo_jax.devices import chips, memory, roofline
 from grpo_jax.devices.compiling import Compiling
 from grpo_jax.devices.phases import phase
+from grpo_jax.environments.single_turn import Rollout
 from grpo_jax.messages.progress import Progress
 from grpo_jax.metrics.writers import Writers
+from grpo_jax.rewards import groups
 from grpo_jax.rewards.scores import Scores
-from grpo_jax.structs import Rollouts
+from grpo_jax.trainers import coefficients
 from grpo_jax.trainers.guards import Guards
 from grpo_jax.trainers.listeners import Listeners
 from grpo_jax.trainers.run_state import RunState
@@ -42,7 +44,8 @@ class StepLog:
     ):
         self._run, self._guards, self._compiling = run, guards, compiling
         self._writers, self._bar, self._listeners = writers, bar, listeners
-        self._unread: tuple[dict, list, int] | None = None  # an update's metrics, their list, step
+        # An update's metrics, those before it in its step, what controllers keep, and the step.
+        self._unread: tuple[dict, list, dict, int] | None = None
         self._line: Callable[[], dict[str, float]] | None = None  # gives the open line's values
         self._step, self._started = 0, 0.0  # its step, and time.monotonic() at the step's start
         self._lock = threading.RLock()  # a stop closes the line from another thread
@@ -53,14 +56,14 @@ class StepLog:
     def add_update(self, state: RunState, values: dict) -> None:
         """Takes an update's metrics, on the device, and fetches those of the previous update."""
         self.fetch()
-        self._unread = values, state.update_metrics, state.step + 1
+        self._unread = values, state.update_metrics, state.coefficients, state.step + 1
 
     def fetch(self) -> None:
         """Waits for the newest update, and lets the guards check it."""
         with self._lock:
             if self._unread is None:
                 return
-            (values, update_metrics, step), self._unread = self._unread, None
+            (values, update_metrics, kept, step), self._unread = self._unread, None
             began = time.monotonic()
             with phase("update"):
                 values = {name: float(value) for name, value in jax.device_get(values).items()}
@@ -68,15 +71,24 @@ class StepLog:
             refused = bool(values.pop("skipped"))
             self._guards.check_update(step, values, refused=refused)
             update_metrics.append(values)
+            if len(update_metrics) == self._run.course.updates:
+                coefficients.follow(self._run, kept, _combined(update_metrics))
             self._read_at = time.monotonic()
 
     def open(
-        self, state: RunState, lengths: tuple, started: float, learning: float, seconds: dict
+        self,
+        state: RunState,
+        lengths: tuple,
+        sampled: tuple,
+        started: float,
+        learning: float,
+        seconds: dict,
     ) -> None:
         """Opens the line of the state's step; `started`, `learning`: start of step and updates.
 
-        `lengths`: of the step's prompts [P] and completions [P, G]. `seconds`: of its phases, as
-        metrics; more may be added while the line is open.
+        `lengths`: of the prompts [P] and completions [P, G] of its updates; `sampled`: of all that
+        were sampled. `seconds`: of its phases, as metrics; more may be added while the line is
+        open.
         """
         run, roll_backs = self._run, state.history.roll_backs
         updates, skipped = state.train.num_updates, state.train.num_skipped
@@ -101,7 +113,7 @@ class StepLog:
             # Unknown if the run was stopped after the rollout, or if there was no update.
             elif "time/rollout_s" in seconds and update_metrics:
                 step_s = ended - started
-                values |= _rates(run, lengths, seconds["time/rollout_s"], step_s)
+                values |= _rates(run, lengths, sampled, seconds["time/rollout_s"], step_s)
             return values
 
         self._step, self._line, self._started = state.step + 1, line, started
@@ -139,11 +151,23 @@ def _combined(updates: list[dict[str, float]]) -> dict[str, float]:
     }
 
 
-def rollout_metrics(
-    run: Run, rollouts: Rollouts, scores: Scores, rollout_s: float
-) -> dict[str, float]:
-    """Metrics of a rollout before its updates."""
+def rollout_metrics(run: Run, sampled: Rollout, scores: Scores) -> dict[str, float]:
+    """Metrics of a rollout before its updates.
+
+    `scores`: of the completions that are learned from. If others were sampled too, all count, since
+    those that are left would be too good a sample of hard problems, and too bad a one of easy ones.
+    """
+    rollouts, draws = sampled.completions, sampled.draws
     length_PG, stopped_PG = rollouts.length_PG, rollouts.stopped_PG
+    varies_P = groups.vary(scores.reward_B.reshape(length_PG.shape))
+    of_groups = {"groups/equal_share": 1 - varies_P.mean()}
+    if draws is not None:
+        length_PG, stopped_PG, scores = draws.length_NG, draws.stopped_NG, draws.scores
+        of_groups |= {
+            "groups/draws": draws.number,
+            "groups/drawn": len(length_PG),
+            "groups/dropped": draws.num_equal,
+        }
     reward_PG = scores.reward_B.reshape(length_PG.shape)
     values: dict[str, Any] = {}
     if not np.isnan(reward_PG).all():
@@ -152,14 +176,13 @@ def rollout_metrics(
         accuracy = scores.accuracy(run.rewards.accuracy)
         if not np.isnan(accuracy):
             values["accuracy"] = accuracy
-    values |= {
-        "groups/equal_share": (_spread(reward_PG) < 1e-4).mean(),
+    values |= of_groups | {
         "rewards/unscored": np.isnan(reward_PG).sum(),
         "completion/length": length_PG.mean(),
         "completion/length_min": length_PG.min(),
         "completion/length_max": length_PG.max(),
         "completion/truncated_share": 1 - stopped_PG.mean(),
-        "throughput/generated_tokens_per_s": length_PG.sum() / rollout_s,
+        "throughput/generated_tokens_per_s": length_PG.sum() / sampled.seconds,
     }
     if stopped_PG.any():
         values["completion/stopped_length"] = length_PG[stopped_PG].mean()
@@ -175,33 +198,29 @@ def rollout_metrics(
     return {name: float(value) for name, value in values.items()}
 
 
-def _spread(reward_PG: np.ndarray) -> np.ndarray:
-    """Largest minus smallest known reward of each group; 0 if none is known."""
-    known_PG = ~np.isnan(reward_PG)
-    high_P = np.where(known_PG, reward_PG, -np.inf).max(axis=1)
-    low_P = np.where(known_PG, reward_PG, np.inf).min(axis=1)
-    return np.where(known_PG.any(axis=1), high_P - low_P, 0.0)
-
-
 def _rates(
-    run: Run, lengths: tuple[np.ndarray, np.ndarray], rollout_s: float, step_s: float
+    run: Run,
+    lengths: tuple[np.ndarray, np.ndarray],
+    sampled: tuple[np.ndarray, np.ndarray],
+    rollout_s: float,
+    step_s: float,
 ) -> dict[str, float]:
     """Tokens per second of a step, and the share of the devices' peak, if known.
 
-    `lengths`: of the step's prompts [P] and completions [P, G]. `step_s` ends with the last update.
+    `lengths`, `sampled`: as for `StepLog.open`. `step_s` ends with the last update.
     """
     config, model, mesh = run.config, run.policy.model, run.mesh
-    learning_s, generated = step_s - rollout_s, lengths[1].sum()
+    learning_s, learned = step_s - rollout_s, lengths[0].sum() + lengths[1].sum()
     iterations = config.algorithm.num_iterations
     rates = {
-        "throughput/step_tokens_per_s": generated / step_s,
-        "throughput/learned_tokens_per_s": iterations * (lengths[0].sum() + generated) / learning_s,
+        "throughput/step_tokens_per_s": sampled[1].sum() / step_s,
+        "throughput/learned_tokens_per_s": iterations * learned / learning_s,
     }
     chip = chips.chip(mesh.devices.flat[0].device_kind)
     if chip:
-        sampling = roofline.rollout(model, *lengths, **run.engine.traffic)
+        sampling = roofline.rollout(model, *sampled, **run.engine.traffic)
         forth_and_back = 3 if run.frozen is None else 2  # frozen weights have no gradient
-        passes = forth_and_back * iterations + (run.ref_params is not None)
+        passes = forth_and_back * iterations + bool(config.algorithm.kl_coef)
         passes += derived.needs_old_pass(config)
         learning = roofline.forward(model, *lengths).times(passes)
         least = [

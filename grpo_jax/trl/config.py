@@ -72,6 +72,8 @@ def options_of(args: GRPOConfig, num_problems: int, devices: int) -> dict[str, A
     found |= batch | {
         "loop.num_steps": steps,
         "algorithm.kl_estimator": "k3_ratio" if args.use_bias_correction_kl else "k3",
+        "algorithm.entropy_target": args.entropy_target if args.use_adaptive_entropy else 0.0,
+        "algorithm.reference_refresh_steps": _refreshes(args, updates),
         "optim.schedule": _one_of("lr_scheduler_type", _text(args.lr_scheduler_type), _SCHEDULES),
         "optim.end_fraction": 0.0,
         "optim.warmup_steps": _warmup(args.warmup_steps, steps * updates),
@@ -191,6 +193,19 @@ def _steps(args: GRPOConfig, num_problems: int, prompts: int, updates: int) -> i
             f"{num_problems}. Set max_steps."
         )
     return math.ceil(args.num_train_epochs * per_epoch)
+
+
+def _refreshes(args: GRPOConfig, updates: int) -> int:
+    """Steps between refreshes of the reference, which TRL counts in updates; 0: none."""
+    every = args.ref_model_sync_steps
+    if not args.sync_ref_model:
+        return 0
+    if every % updates:
+        raise ValueError(
+            f"ref_model_sync_steps = {every} updates is no multiple of the {updates} updates of a "
+            "rollout, after which this trainer refreshes the reference."
+        )
+    return every // updates
 
 
 def _warmup(steps: float, updates: int) -> int:

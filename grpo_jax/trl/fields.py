@@ -55,7 +55,6 @@ _LOADER = "problems are read into memory once"
 _VLLM = "this trainer samples by itself, with the weights that it trains"
 _PLANNED = "not built yet"
 _HUB = "upload `run.workdir / 'export'` with huggingface_hub"
-_ENTROPY = "entropy_coef is a constant"
 _DTYPE = "bf16=True or False; GPUs and TPUs that train have bfloat16"
 _DEVICES = "mesh.fsdp, mesh.tensor and mesh.sequence, given to GRPOTrainer as options"
 _TRACKERS = "Trackio writes locally, or where TRACKIO_SPACE_ID says"
@@ -124,16 +123,22 @@ FIELDS: dict[str, Field] = {
         "dapo", "`algorithm.surrogate` and `algorithm.normalizer`, as docs/objectives.md says"
     ),
     "mask_truncated_completions": _same(False, "algorithm.mask_truncated"),
-    "sync_ref_model": _only(False, _PLANNED),
-    "ref_model_mixup_alpha": _beside(0.6, "sync_ref_model is not built yet"),
-    "ref_model_sync_steps": _beside(512, "sync_ref_model is not built yet"),
-    "top_entropy_quantile": _only(1.0, _PLANNED),
+    "sync_ref_model": _counts(
+        False, "`algorithm.reference_refresh_steps`: `ref_model_sync_steps`, or 0 where False"
+    ),
+    "ref_model_mixup_alpha": _same(0.6, "algorithm.reference_mix"),
+    "ref_model_sync_steps": _counts(
+        512, "`algorithm.reference_refresh_steps`, in updates as in TRL"
+    ),
+    "top_entropy_quantile": _same(1.0, "algorithm.top_entropy_share"),
     "entropy_coef": _same(0.0, "algorithm.entropy_coef"),
-    "use_adaptive_entropy": _only(False, _ENTROPY),
-    "entropy_coef_min": _beside(0.0, _ENTROPY),
-    "entropy_coef_max": _beside(1.0, _ENTROPY),
-    "entropy_coef_delta": _beside(0.005, _ENTROPY),
-    "entropy_target": _beside(0.2, _ENTROPY),
+    "use_adaptive_entropy": _counts(
+        False, "`algorithm.entropy_target`: `entropy_target`, or 0 where False"
+    ),
+    "entropy_coef_min": _same(0.0, "algorithm.entropy_coef_min"),
+    "entropy_coef_max": _same(1.0, "algorithm.entropy_coef_max"),
+    "entropy_coef_delta": _same(0.005, "algorithm.entropy_coef_delta"),
+    "entropy_target": _counts(0.2, "`algorithm.entropy_target`, with `use_adaptive_entropy`"),
     "max_tool_calling_iterations": _beside(None, "tools are not built yet"),
     "vllm_importance_sampling_correction": _counts(True, "`rollout_correction`, with `use_vllm`"),
     "vllm_importance_sampling_mode": _counts(

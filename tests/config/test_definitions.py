@@ -102,6 +102,24 @@ def test_the_advantage_is_told(options, expected):
     assert "k3" not in told[1]  # the KL counts once
 
 
+def test_what_changes_during_the_run_is_told():
+    told = lines(
+        algorithm__kl_coef=0.02, algorithm__kl_target=0.1, algorithm__kl_horizon=5000,
+        algorithm__entropy_target=0.5, algorithm__entropy_coef_delta=0.002,
+        algorithm__entropy_coef_max=0.1, algorithm__reference_refresh_steps=512,
+        algorithm__top_entropy_share=0.2, batch__prompts=32, batch__group=8,
+    )  # fmt: skip
+    assert told[1:3] == [
+        "Loss: -min(r A, clip(r, 0.8, 1.2) A) + b (k3, gradient of KL(reference || policy)) - c "
+        "entropy, mean over an update's tokens; A = 0 but for the 20 % of a rollout's tokens that "
+        "have the highest entropy",
+        "After each step: b from 0.02, times 1 + 0.0512 clip(KL / 0.1 - 1, -0.2, 0.2); c from 0, "
+        "0.002 up if the entropy is <= 0.5, else down and left out of the next step, within [0, "
+        "0.1]; reference = 0.6 policy + 0.4 reference every 512 steps",
+    ]
+    assert len(told) == 4
+
+
 def test_a_run_begins_with_them(monkeypatch, tmp_path, capsys):
     """Before anything of it is computed."""
 

@@ -15,6 +15,7 @@ from grpo_jax.config.dotted import flatten
 
 ROOT = Path(options.__file__).parents[1]
 TABLE = options.TABLE
+OF_EITHER_SIGN = {"algorithm.entropy_coef", "prompts.low_rate", "prompts.high_rate"}
 NUMBERS = [option for option in TABLE if type(option.default) in (int, float)]
 
 
@@ -42,7 +43,7 @@ def test_every_option_says_what_it_is(option):
     assert option.meaning[0] == option.meaning[0].upper()
     if type(option.default) in (int, float):
         assert option.within is not None
-        assert option.name == "algorithm.entropy_coef" or str(option.within)  # of either sign
+        assert option.name in OF_EITHER_SIGN or str(option.within)
     elif isinstance(option.default, (str, tuple)):
         assert bool(option.choices) != bool(option.unit)
     assert option.refusal(option.default) is None
@@ -103,6 +104,8 @@ def test_the_ranges_by_hand():
         *((f"mesh.{axis}", -1) for axis in ("data", "fsdp", "sequence", "tensor")),
         *((f"batch.{name}", 0) for name in ("microbatch", "memory_limit_gib")),
         ("batch.microbatch", -1), ("rollout.num_slots", 0), ("rollout.top_k", 0),
+        ("algorithm.kl_target", 0.0), ("algorithm.entropy_target", 0.0),
+        ("algorithm.reference_refresh_steps", 0), ("algorithm.top_entropy_share", 1.0),
         ("optim.max_grad_norm", 0.0), ("loop.stall_timeout_s", 0.0), ("loop.num_epochs", 0.0),
         ("rewards.num_workers", 0), ("rewards.memory_limit_gib", 0.0),
         ("evaluation.every_steps", 0), ("evaluation.num_problems", 0),
@@ -218,6 +221,11 @@ def test_what_a_run_is_that_changes_nothing():
         "algorithm.vespo_negative": (3.0, 2.0), "algorithm.mask_threshold": 0.2,
         "algorithm.max_sequence_drift": 0.0, "rollout_correction.floor": 0.0,
         "algorithm.normalizer": "token", "algorithm.mask_truncated": False,
+        "algorithm.kl_target": 0.0, "algorithm.kl_horizon": 10_000,
+        "algorithm.entropy_target": 0.0, "algorithm.entropy_coef_delta": 0.005,
+        "algorithm.entropy_coef_min": 0.0, "algorithm.entropy_coef_max": 1.0,
+        "algorithm.reference_refresh_steps": 0, "algorithm.reference_mix": 0.6,
+        "algorithm.top_entropy_share": 1.0,
         "rollout_correction.level": "none", "rollout_correction.bound": "truncate",
         "rollout_correction.cap": 2.0,
         "optim.learning_rate": 1e-6, "optim.warmup_steps": 0, "optim.schedule": "constant",

@@ -31,7 +31,7 @@ def test_the_page_is_up_to_date():
 def test_pages_name_options_that_exist():
     """README, docs, launch scripts and the numbers of benchmarks; names of files aside."""
     sections = "|".join(name for name in options.SECTIONS if name)
-    pattern = re.compile(rf"(?<![\w/])({sections})\.(?!md\b|py\b)([a-z_0-9]+)\b(?!\.)")
+    pattern = re.compile(rf"(?<![\w/])({sections})\.(?!md\b|py\b|txt\b)([a-z_0-9]+)\b(?!\.)")
     files = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("launch/*")]
     files += [ROOT / "benchmarks" / "RESULTS.md"]
     files.remove(ROOT / "docs" / "from_verl.md")  # verl's names; test_docs.py reads ours there

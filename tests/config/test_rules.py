@@ -7,6 +7,7 @@ from valid_config import refusal_of, valid
 
 from grpo_jax.config import rules as rules_lib
 
+_KL = {"algorithm__kl_coef": 0.1}
 # Changes that read problems from a dataset.
 _DATASET = {"data__task": "", "data__path": "owner/name", "model__path": "m"}
 _REMAX = {"algorithm__baseline": "greedy", "algorithm__scale_by": "none"}
@@ -120,6 +121,32 @@ def test_the_base_of_these_tests_is_valid(changes):
             {"loop__async_rollouts": True},
             ["loop.async_rollouts = True", 'rollout_correction.level = "none"'],
         ),
+        (
+            {"prompts__per_draw": 64},
+            ["prompts.per_draw = 64", "batch.prompts = 32", "prompts.drop_equal_groups = True"],
+        ),
+        (
+            {"prompts__drop_equal_groups": True, "prompts__per_draw": 4, "prompts__max_draws": 7},
+            ["prompts.max_draws = 7", "give 28 groups", "batch.prompts = 32"],
+        ),
+        (
+            {
+                "prompts__drop_equal_groups": True,
+                "loop__async_rollouts": True,
+                "rollout_correction__level": "token",
+            },
+            ["loop.async_rollouts = True", "prompts.drop_equal_groups = True", "to False"],
+        ),
+        (
+            {"prompts__drop_equal_groups": True, "loop__num_epochs": 2.0},
+            ["loop.num_epochs = 2", "prompts.drop_equal_groups = True", "Set loop.num_steps"],
+        ),
+        ({"prompts__outside_weight": 0.0}, ["prompts.outside_weight = 0.0", "exclude a problem"]),
+        ({"prompts__replay_share": 1.0}, ["prompts.replay_share = 1.0", "below 1"]),
+        (
+            {"prompts__low_rate": 0.9},
+            ["prompts.low_rate = 0.9", "at most prompts.high_rate = 0.8"],
+        ),
         ({"optim__schedule": "step"}, ["optim.schedule = 'step'", "constant, linear, cosine"]),
         ({"batch__group": 1}, ["batch.group = 1", "at least 2", 'baseline to "none" or "greedy"']),
         (
@@ -199,6 +226,31 @@ def test_the_base_of_these_tests_is_valid(changes):
             ['guards.reward = "roll_back"', "checkpoint.every_steps = 0", "another action"],
         ),
         ({"guards__kl_max": 0.5}, ["guards.kl_max = 0.5", "algorithm.kl_coef = 0", "reference"]),
+        ({"algorithm__kl_target": 0.1}, ["algorithm.kl_target = 0.1", "algorithm.kl_coef = 0"]),
+        (
+            {"algorithm__reference_refresh_steps": 9},
+            ["algorithm.reference_refresh_steps = 9", "algorithm.kl_coef = 0"],
+        ),
+        (
+            {**_KL, "algorithm__reference_refresh_steps": 9, "lora__rank": 4},
+            ["algorithm.reference_refresh_steps = 9", "low-rank adapters", "lora.rank = 0"],
+        ),
+        (
+            {**_KL, "algorithm__kl_target": 0.1, "algorithm__kl_horizon": 51},
+            ["algorithm.kl_horizon = 51", "256 completions", "51.2"],
+        ),
+        (
+            {"algorithm__entropy_target": 0.1, "algorithm__entropy_coef": -0.1},
+            ["algorithm.entropy_coef = -0.1", "algorithm.entropy_coef_min = 0.0"],
+        ),
+        (
+            {"algorithm__entropy_target": 0.1, "algorithm__entropy_coef_min": 0.5},
+            ["algorithm.entropy_coef = 0.0", "algorithm.entropy_coef_max = 1.0"],
+        ),
+        (
+            {"algorithm__entropy_target": 0.1, "algorithm__entropy_coef": 1.5},
+            ["algorithm.entropy_coef = 1.5", "algorithm.entropy_coef_max = 1.0"],
+        ),
         (
             {"guards__entropy_min": 1.0, "guards__entropy_max": 1.0},
             ["guards.entropy_max = 1.0", "above guards.entropy_min = 1.0"],
@@ -242,6 +294,9 @@ def test_rules(changes, parts):
         {"loop__async_rollouts": True, "rollout_correction__level": "token"},
         {"guards__kl_max": 0.5, "algorithm__kl_coef": 1e-6, "guards__kl": "roll_back"},
         {"guards__entropy_min": 1.0},
+        {**_KL, "algorithm__kl_target": 0.1, "algorithm__kl_horizon": 52},
+        {**_KL, "algorithm__reference_refresh_steps": 1, "algorithm__reference_mix": 1.0},
+        {"algorithm__entropy_coef": -0.1, "algorithm__top_entropy_share": 0.2},
     ],
 )  # fmt: skip
 def test_what_the_rules_allow(changes):

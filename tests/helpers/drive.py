@@ -2,14 +2,17 @@
 
 `python drive.py JOBS` where JOBS is a JSON list of {"argv": [...], "after": N, "of": "update" or
 "sft"}: the run is asked to stop after N updates of GRPO or N supervised steps in this process;
-without "after" it runs to its end. With "in", "rollout", "rewards", "update" or "evaluation", it
-ignores that, and is abandoned in the next such phase, like a run that does not reach its end.
-Prints one JSON line per job: how it ended.
+without "after" it runs to its end. With "in", "rollout", "draw" (the second one of a step),
+"rewards", "update" or "evaluation", it ignores that, and is abandoned in the next such phase, like
+a run that does not reach its end. With "killed" this process dies there by SIGKILL. Prints one JSON
+line per job: how it ended.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import threading
 
@@ -17,7 +20,7 @@ import shared_programs
 
 from grpo_jax import train
 from grpo_jax.run import stop
-from grpo_jax.trainers import monitor, restarts, results
+from grpo_jax.trainers import monitor, restarts, results, rollout
 from grpo_jax.trainers.step_metrics import StepLog
 
 
@@ -36,6 +39,7 @@ class StopAfter(stop.StopSignal):
     of = "update"
     after: int | None = None
     within = ""  # the phase in which the run is abandoned
+    killed = False
 
     def asked(self):
         self.name = "SIGTEST"
@@ -53,6 +57,8 @@ class StopAfter(stop.StopSignal):
         """Abandons the run, if due, as the thread of signals does."""
         if self.within != phase or not self._is_due():
             return
+        if self.killed:
+            os.kill(os.getpid(), signal.SIGKILL)
         ends: list[str] = []
         stop._end = lambda message, status: ends.append(f"{message} (status {status})")
         thread = threading.Thread(target=self._leave, args=[self._way_out])
@@ -86,6 +92,12 @@ class LeavingMonitor(monitor.Monitor):
         return super().rewards(*args)
 
 
+def _draw(run, state, step, number, weights, log, on_harvest):
+    if number > state.draw_of(step):
+        on_harvest.__self__._stop.leave("draw")  # of the monitor
+    return draw(run, state, step, number, weights, log, on_harvest)
+
+
 def _evaluate(*args, **kwargs):
     Count.evaluating = True
     try:
@@ -94,17 +106,18 @@ def _evaluate(*args, **kwargs):
         Count.evaluating = False
 
 
-evaluate = results.evaluate
+evaluate, draw = results.evaluate, rollout.draw
 
 
 def main(jobs: list[dict]) -> None:
     shared_programs.share()
     train.StopSignal, results.evaluate = StopAfter, _evaluate
+    rollout.draw = _draw
     restarts.Monitor, monitor.StepLog = LeavingMonitor, CountingLog
     for job in jobs:
         Count.update, Count.sft, Count.grpo = 0, 0, False
         StopAfter.after, StopAfter.of = job.get("after"), job.get("of", "update")
-        StopAfter.within = job.get("in", "")
+        StopAfter.within, StopAfter.killed = job.get("in", ""), job.get("killed", False)
         try:
             train.main(job["argv"])
             end = "finished"

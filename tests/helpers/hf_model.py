@@ -69,3 +69,46 @@ def edit_json(file: Path, **changes) -> None:
 
 def assert_trees_equal(a, b) -> None:
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+def in_nf4(folder: Path, *, double: bool = True) -> dict[str, np.ndarray]:
+    """Makes the layers' kernels of a folder random codes in bitsandbytes' form; their values."""
+    draw, values, tensors = np.random.default_rng(0), {}, tensors_of(folder)
+    levels = np.float32([
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ])  # fmt: skip
+    for name in [n for n, x in tensors.items() if ".layers." in n and x.ndim == 2]:
+        shape = tensors[name].shape
+        number = int(np.prod(shape))
+        codes = draw.integers(0, 16, number).astype(np.uint8)
+        packed = np.pad(codes, (0, number % 2)).reshape(-1, 2)
+        scale = draw.uniform(0.05, 0.3, -(-number // 64)).astype(np.float32)
+        says = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": shape}
+        parts = {"": (packed[:, :1] << 4) + packed[:, 1:], ".quant_map": levels}
+        if double:
+            of_scale = np.sort(draw.uniform(-1, 1, 256)).astype(np.float32)
+            in_8 = draw.integers(0, 256, len(scale)).astype(np.uint8)
+            largest = draw.uniform(0.1, 0.2, -(-len(scale) // 256)).astype(np.float32)
+            scale = of_scale[in_8] * np.repeat(largest, 256)[: len(scale)] + np.float32(0.25)
+            parts |= {".absmax": in_8, ".nested_absmax": largest, ".nested_quant_map": of_scale}
+            says |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.25}
+        else:
+            parts[".absmax"] = scale
+        values[name] = (levels[codes] * np.repeat(scale, 64)[:number]).reshape(shape)
+        text = np.frombuffer(json.dumps(says).encode(), np.uint8)
+        parts[".quant_state.bitsandbytes__nf4"] = text
+        tensors |= {name + part: np.ascontiguousarray(x) for part, x in parts.items()}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_json(
+        folder / "config.json",
+        quantization_config={
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": double,
+        },
+    )
+    return values

@@ -1,4 +1,4 @@
-"""Adapters that learn beside frozen weights, in 32 or 8 bits: what moves, and by how much."""
+"""Adapters that learn beside frozen weights, in 32, 8 or 4 bits: what moves, and by how much."""
 
 from __future__ import annotations
 
@@ -34,14 +34,15 @@ GROUP, LIMIT, RATE, STEPS = 2, 6, 2.0, 5
 RANKS = {"layers.1.mlp.down_proj": 2}  # of another rank than the first layer's
 
 
-def adapted(*, int8: bool = False, model: ModelConfig = tiny.MODEL, **spec) -> ModelConfig:
+def adapted(*, base: str = "auto", model: ModelConfig = tiny.MODEL, **spec) -> ModelConfig:
     spec = Spec(**{"rank": 4, "alpha": 8.0, "ranks": RANKS} | spec)
-    return dataclasses.replace(model, lora=targets.lora_of(model, spec, int8=int8))
+    return dataclasses.replace(model, lora=targets.lora_of(model, spec, base=base))
 
 
 def frozen_of(model: ModelConfig, mesh):
-    """The tiny model's parameters, where this mesh wants them."""
-    kept = lora.frozen_as(model, tiny.params(), jnp.float32)
+    """The model's parameters, where this mesh wants them."""
+    whole = tiny.params(model=dataclasses.replace(model, lora=None))
+    kept = lora.frozen_as(model, whole, jnp.float32)
     return jax.device_put(kept, sharding.tree_shardings(mesh, lora.frozen_axes(model), kept))
 
 
@@ -75,9 +76,9 @@ def steps(model: ModelConfig, mesh, number: int = STEPS):
     return rollouts, loss, frozen, state
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["float32", "int8"])
+@pytest.fixture(scope="module", params=["auto", "int8", "nf4"])
 def alone(request):
-    model = adapted(int8=request.param)
+    model = adapted(base=request.param)
     rollouts, loss, frozen, state = steps(model, tiny.one_device())
     return model, rollouts, loss, jax.device_get(frozen), jax.device_get(state.params)
 
@@ -194,10 +195,18 @@ def test_the_compiled_update_has_no_gradient_of_the_base():
     assert made_of_size(odd).keys() - reads >= {"dot"}  # where all learns there are such
 
 
-def test_a_base_in_8_bits_is_its_dequantized_self():
+BY_BLOCKS = dataclasses.replace(tiny.MODEL, width=64, mlp_width=128, head_size=16)
+
+
+@pytest.mark.parametrize(
+    ("base", "model"),
+    [("int8", tiny.MODEL), ("nf4", tiny.MODEL), ("nf4", BY_BLOCKS)],
+    ids=["int8", "nf4", "nf4 by blocks"],
+)
+def test_a_base_in_codes_is_its_dequantized_self(base, model):
     """The same update, to float32's rounding: x has its gradient through the codes."""
     mesh, optimizer = tiny.one_device(), optax.sgd(1.0)
-    in_codes, plain = adapted(int8=True), adapted()
+    in_codes, plain = adapted(base=base, model=model), adapted(model=model)
     codes = frozen_of(in_codes, mesh)
     given = adapters_of(plain, mesh)
     got, want = (
@@ -214,9 +223,10 @@ def test_a_base_in_8_bits_is_its_dequantized_self():
     assert max(jax.tree.leaves(differs)) > 1e-3
 
 
-def test_bfloat16_goes_through_8_bits():
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_bfloat16_goes_through_codes(base):
     """Products of the backward pass have their operands' dtype."""
-    model = adapted(int8=True)
+    model = adapted(base=base)
     state = start(adapters_of(model, tiny.one_device()), model, tiny.one_device(), optax.sgd(1.0))
     frozen = lora.frozen_as(model, tiny.params(), jnp.bfloat16)
     state, metrics = updating(model, optax.sgd(1.0), jnp.bfloat16)(

@@ -23,7 +23,7 @@ FULL = losses.Objective(0.2, 0.3, kl_coef=0.2, entropy_coef=0.05, max_tokens=C)
 NORMALIZERS = ("token", "sequence", "constant")
 
 
-def plain_loss(params, experience, normalizer: str):
+def plain_loss(params, experience, normalizer: str, kl_coef=0.2, entropy_coef=0.05):
     """The objective from the papers' formulas, every completion after a prompt of its own."""
     rollouts, tokens = experience.rollouts, experience.action_PGC
     ids = np.zeros((P, G, rollouts.prompt_PQ.shape[1] + C), np.int32)  # padding is never seen
@@ -39,9 +39,11 @@ def plain_loss(params, experience, normalizer: str):
     advantage = experience.advantage
     advantage = advantage if advantage.ndim == 3 else advantage[..., None]
     loss = -jnp.minimum(ratio * advantage, jnp.clip(ratio, 0.8, 1.3) * advantage)
+    if experience.top_entropy_PGC is not None:
+        loss = jnp.where(experience.top_entropy_PGC, loss, 0.0)
     difference = experience.ref_logp_PGC - logp
-    loss += 0.2 * (jnp.exp(difference) - difference - 1)
-    loss += 0.05 * (jnp.exp(log_prob) * log_prob).sum(-1)
+    loss += kl_coef * (jnp.exp(difference) - difference - 1)
+    loss += entropy_coef * (jnp.exp(log_prob) * log_prob).sum(-1)
     loss = jnp.where(tokens, loss, 0.0)
     if normalizer == "sequence":
         return (loss.sum(-1) / tokens.sum(-1)).mean()
@@ -60,8 +62,8 @@ def experience_of(rollouts: Rollouts) -> Experience:
     )
 
 
-def wanted_of(experience: Experience, normalizer: str):
-    loss = lambda params: plain_loss(params, experience, normalizer)  # noqa: E731
+def wanted_of(experience: Experience, normalizer: str, **coefs: float):
+    loss = lambda params: plain_loss(params, experience, normalizer, **coefs)  # noqa: E731
     return jax.jit(jax.value_and_grad(loss))(tiny.params())
 
 
@@ -136,3 +138,17 @@ def test_completions_of_like_length_stay_where_attention_sees_them(at_once, monk
     assert ((entry == np.arange(entry.shape[1])) | (entry < 0)).all()
     assert (entry < 0).any()
     check_update(experience, wanted_of(experience, "token"), "token", scorer)
+
+
+def test_an_experience_has_its_own_coefficients_and_tokens(experience, monkeypatch):
+    """In the place of the objective's, which is 0 for the entropy; of the tokens a third."""
+    monkeypatch.setattr(scoring, "_TOKENS_AT_ONCE_ON_CPU", 16)  # groups are split
+    monkeypatch.setitem(globals(), "FULL", dataclasses.replace(FULL, entropy_coef=0.0))
+    alike = lambda value: np.full((P, G), value, np.float32)  # noqa: E731
+    given = experience.replace(
+        kl_coef_PG=alike(0.7),
+        entropy_coef_PG=alike(0.3),
+        top_entropy_PGC=np.random.default_rng(2).random((P, G, C)) < 1 / 3,
+    )
+    wanted = wanted_of(given, "sequence", kl_coef=0.7, entropy_coef=0.3)
+    check_update(given, wanted, "sequence", Scorer(MODEL, tiny.one_device(), Sampling()))

@@ -50,6 +50,7 @@ MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": None}
 PHI3 = LLAMA | {"model_type": "phi3"}
 SMOLLM3 = LLAMA | {"model_type": "smollm3"}
 GEMMA3 = LLAMA | {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 4}
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 WRAPPED = {"model_type": "mistral3", "text_config": MISTRAL, "vision_config": {"any": 1}}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -197,6 +198,9 @@ def test_reads(hf, changes):
          "the weights are quantized by 'bitsandbytes', and training starts from whole ones. Give "
          "the model that they were made from, such as the id without its -bnb-4bit"),
         (LLAMA | {"quantization": {"group_size": 64, "bits": 4}}, "the weights are quantized"),
+        (WRAPPED | {"quantization_config": NF4}, "the weights are quantized by 'bitsandbytes'"),
+        (WRAPPED | {"text_config": MISTRAL | {"quantization_config": NF4}},
+         "text_config.quantization_config = 'nf4' is not supported. Supported: plain weights."),
         (QWEN2 | {"use_mrope": True}, "use_mrope = True is not supported"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
         (LLAMA | {"rope_parameters": {"partial_rotary_factor": 0.5}},

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hf_model import CASES, SIZES, edit_json
+from hf_model import CASES, SIZES, edit_json, save_random_model
 from safetensors.numpy import load_file
 from tiny import completion_states, one_device
 
@@ -121,6 +121,48 @@ def test_peft_reads_what_is_written(base, tmp_path, row_T):
         np.testing.assert_allclose(mine.scalings, read.scalings, rtol=1e-12)
 
 
+TURNED = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+FUSED = {  # part of each head turns, so that rows of queries and keys have another order in files
+    "phi3": ("Phi3", {"pad_token_id": 0, "rope_parameters": TURNED}),
+    "glm4": ("Glm4", {"head_dim": 8, "pad_token_id": 0, "rope_parameters": TURNED}),
+}
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_dense_layers_in_one_tensor_share_an_adapter(family, tmp_path, row_T):
+    """As PEFT has it: one A, and B for the rows of all. Theirs read, ours read by them."""
+    peft_lib = pytest.importorskip("peft")
+    save_random_model(tmp_path / "base", *FUSED[family])
+    model = read_config(tmp_path / "base")
+    params = load_params(tmp_path / "base", model, one_device())
+    ends = {module.rpartition(".")[2] for module in targets.modules(model)}
+    wrapped = peft_lib.get_peft_model(
+        theirs(tmp_path / "base"), peft_lib.LoraConfig(r=3, lora_alpha=6, target_modules=list(ends))
+    )
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1)
+    wrapped.save_pretrained(tmp_path / "theirs")
+
+    spec = peft.read_config(tmp_path / "theirs")
+    adapted = dataclasses.replace(model, lora=targets.lora_of(model, spec))
+    adapters = peft.load(tmp_path / "theirs", adapted, one_device())
+    peft.save(tmp_path / "ours", adapters, adapted)
+
+    assert "mlp/gate_up" in {adapter.path for adapter in adapted.lora.adapters}
+    assert lora.num_trained(adapted) == sum(x.size for x in jax.tree.leaves(adapters))
+    want = torch_logits(wrapped, row_T)
+    weights = lora.attached(params, adapters, adapted)
+    np.testing.assert_allclose(logits(weights, adapted, row_T), want, atol=1e-5, rtol=1e-5)
+    written, read = (load_file(tmp_path / of / peft.WEIGHTS) for of in ("ours", "theirs"))
+    assert written.keys() == read.keys()
+    jax.tree.map(np.testing.assert_array_equal, written, read)
+    again = theirs(tmp_path / "base", tmp_path / "ours")
+    np.testing.assert_allclose(torch_logits(again, row_T), want, atol=1e-5, rtol=1e-5)
+    assert np.abs(want - torch_logits(theirs(tmp_path / "base"), row_T)).max() > 0.01
+
+
 def test_tensors_have_their_names_and_ranks(base, tmp_path):
     _, model, _ = base
     spec = Spec(
@@ -225,11 +267,11 @@ def test_targets_that_cannot_be_are_refused(base, spec, message):
 def test_dense_layers_have_names(base):
     """Every dense layer of a family can be named, and none twice."""
     _, model, _ = base
-    found = targets.module_names(model)
+    found = targets.modules(model)
     assert len(found) == 7 * model.num_layers
-    assert found["model.layers.1.self_attn.q_proj"] == ("attention/q", 1)
+    assert found["model.layers.1.self_attn.q_proj"] == ("attention/q", ("attention/q",), 1)
     table = names.table(model)
-    assert {f"{path}/kernel" for path, _ in found.values()} <= table.keys()
+    assert {f"{module.path}/kernel" for module in found.values()} <= table.keys()
 
 
 def test_joined_projections_are_the_three(base):

@@ -561,20 +561,22 @@ def test_a_gpu_as_the_compiler_is_told_of_it(name):
 
 
 @pytest.mark.parametrize(
-    ("level", "iterations", "kl_coef", "passes"),
+    ("level", "iterations", "kl_coef", "share", "passes"),
     [
-        ("none", 1, 0.0, 0),
-        ("none", 1, 0.05, 1),  # of the reference
-        ("none", 2, 0.05, 2),  # and of the policy before its first update
-        ("token", 1, 0.0, 0),
-        ("sequence", 1, 0.0, 1),  # a completion is weighed whole before its first update
-        ("sequence", 1, 0.05, 2),
+        ("none", 1, 0.0, 1.0, 0),
+        ("none", 1, 0.05, 1.0, 1),  # of the reference
+        ("none", 2, 0.05, 1.0, 2),  # and of the policy before its first update
+        ("token", 1, 0.0, 1.0, 0),
+        ("sequence", 1, 0.0, 1.0, 1),  # a completion is weighed whole before its first update
+        ("sequence", 1, 0.05, 1.0, 2),
+        ("none", 1, 0.0, 0.2, 1),  # for the entropies
     ],
 )
-def test_passes_before_the_first_update(level, iterations, kl_coef, passes):
+def test_passes_before_the_first_update(level, iterations, kl_coef, share, passes):
     """As many as a run makes; and the gradient is given what they find, or it could not be made."""
     options = [f"rollout_correction.level={level}", f"algorithm.num_iterations={iterations}"]
     options += [f"algorithm.kl_coef={kl_coef}", "batch.minibatches=1"]
+    options += [f"algorithm.top_entropy_share={share}"]
     config = loading.load(TINY, [f"--config.{option}" for option in options])
     model, mesh = model_lib.model_shape(config), tiny.one_device()
     step = Step(config, model, mesh, Lengths.of(config))
@@ -585,6 +587,7 @@ def test_passes_before_the_first_update(level, iterations, kl_coef, passes):
     assert ("score policy" in programs) == bool(needs_old)
     assert ("score reference" in programs) == bool(kl_coef)
     assert (step.experience.old_logp_PGC is not None) == bool(needs_old)
+    assert (step.experience.top_entropy_PGC is not None) == ("select" in programs) == (share < 1)
     programs["gradient"].call.lower()
 
 

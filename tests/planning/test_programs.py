@@ -57,9 +57,11 @@ def listed(step: Step) -> set[str]:
 
 @pytest.mark.slow
 def test_a_run_compiles_what_its_plan_lists(tmp_path):
-    """On eight devices, with a reference, samples in evaluations and slots that shrink."""
+    """On eight devices, with a reference that moves, samples in evaluations, slots that shrink."""
     options = ["batch.prompts=16", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
     options += ["rollout.max_tokens=24", "evaluation.num_samples=2", "loop.num_steps=1"]
+    options += ["algorithm.reference_refresh_steps=1", "algorithm.top_entropy_share=0.5"]
+    options += ["algorithm.kl_target=0.1", "algorithm.entropy_target=0.1"]
     overrides = [f"--config.{option}" for option in (*options, "compile_cache=False")]
 
     with compiled() as names:
@@ -136,7 +138,7 @@ def test_what_a_run_does_not_need_is_not_listed(options, without):
     assert with_it - without_it == {without}
 
 
-@pytest.mark.parametrize("base", ["auto", "int8"])
+@pytest.mark.parametrize("base", ["auto", "int8", "nf4"])
 def test_adapters_alone_have_gradients_and_moments(base):
     """One base, which is the reference too; all that its programs read is listed."""
     options = ["lora.rank=4", f"lora.base_dtype={base}", "model.dtype=bfloat16"]
@@ -150,6 +152,9 @@ def test_adapters_alone_have_gradients_and_moments(base):
     assert held["reference"] == 0 and held["gradients"] - 4 * learn < 100
     assert 8 * learn <= held["optimizer"] < 8 * learn + 20
     scales = 4 * (32 + 2 * 16 + 32 + 2 * 48 + 32)
-    of_base = 2 * model.num_params - (kernels - scales if base == "int8" else 0)
+    # Of q, k, v, o, gate, up and down: 33 bytes a block, 1032 of levels, of one group and a mean.
+    nf4 = 33 * (16 + 8 + 8 + 16 + 3 * 24) + 7 * 1032
+    saved = {"auto": 0, "int8": kernels - scales, "nf4": 2 * kernels - nf4}
+    of_base = 2 * model.num_params - saved[base]
     assert held["weights"] == 4 * learn + of_base
     assert {"init_adapters", "gradient", "publish_layer"} <= listed(step)

@@ -21,8 +21,10 @@ def test_by_hand():
 
 def test_the_default_buffer_is_a_fifth():
     assert punish([80, 90, 100], 100) == [0.0, -0.5, -1.0]
-    # DAPO: 4,096 of 20,480
-    assert punish([16384, 18432, 20480], 20480) == [0.0, -0.5, -1.0]
+    # DAPO: 4,096 of 20,480, as in docs/prompts.md
+    lengths = [16384, 17408, 18432, 19456, 20480]
+    want = [0.0, -0.25, -0.5, -0.75, -1.0]
+    assert punish(lengths, 20480) == punish(lengths, 20480, buffer=4096) == want
     assert punish([0, 1, 2], 2) == [0.0, 0.0, -1.0]
 
 

@@ -121,3 +121,22 @@ def test_scores_pass_between_processes_as_they_are():
         told.extras,
         told.retried,
     )
+
+
+def test_selected_rows_keep_the_values_of_their_batch():
+    """A failed reward counts as the least of its batch, -2 and 0 here, whatever rows are left."""
+    failed = [False, False, True]
+    first = scores([-1, 2, NAN], [0, 0, 0], failed, [Failure("a", 2, "error", "x")],
+                   metrics={"m": (3.0, 2)}, extras={"n": ["p", "q", "r"]})  # fmt: skip
+    second = scores([5, 6, NAN], [1, 0, 0], failed, [Failure("a", 2, "died", "y")],
+                    metrics={"m": (1.0, 1)}, retried={"a": (1, "z")})  # fmt: skip
+    got = scores_lib.select([(first, np.array([2, 1])), (second, np.array([0, 2]))])
+    assert got.reward_B.tolist() == [-2, 4, 9, 0]
+    np.testing.assert_array_equal(got.by_name["a"], np.float32([NAN, 2, 5, NAN]))
+    assert got.failed["a"].tolist() == [True, False, False, True]
+    assert [(f.row, f.kind) for f in got.failures] == [(0, "error"), (3, "died")]
+    assert got.extras == {"n": ["r", "q", None, None]}
+    assert (got.metrics, got.retried) == ({"m": (4.0, 3)}, {"a": (1, "z")})
+    # As one batch the least is -2 for both.
+    joined = scores_lib.join([first, second], REWARDS)
+    assert joined.reward_B.tolist() == [-2, 4, -2, 9, 12, -2]

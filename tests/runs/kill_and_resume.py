@@ -34,10 +34,19 @@ TIMES = ("time/", "throughput/", "roofline/", "memory/", "programs", "sft/tokens
 # --- What a run left ------------------------------------------------------------------------------
 
 
-def final_state(folder: Path) -> dict[str, np.ndarray]:
-    """Parameters, optimizer state and counters of the newest checkpoint, by their names."""
+def final_state(folder: Path, item: str = "state") -> dict[str, np.ndarray]:
+    """Parameters, optimizer state and counters of the newest checkpoint, by their names.
+
+    Or the arrays of another item.
+    """
     folder = (folder / "checkpoints").absolute()
-    path = folder / str(max(int(p.name) for p in folder.iterdir() if p.name.isdigit())) / "state"
+    newest = max(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+    return arrays_of(folder / str(newest), item)
+
+
+def arrays_of(checkpoint: Path, item: str = "state") -> dict[str, np.ndarray]:
+    """The arrays of an item of a checkpoint, by their names."""
+    path = checkpoint.absolute() / item
     with ocp.PyTreeCheckpointer() as reader:
         tree = reader.restore(
             path,

@@ -20,8 +20,10 @@ from kill_and_resume import final_state, logged
 from mistakes import TINY, make_model, refusal
 
 from grpo_jax import train
+from grpo_jax.config import options
 from grpo_jax.devices import chips, memory
 from grpo_jax.devices.chips import Chip
+from grpo_jax.environments.single_turn import Draws, Rollout
 from grpo_jax.learner.experience import Prepare
 from grpo_jax.messages import console
 from grpo_jax.metrics import trace as trace_lib
@@ -34,7 +36,8 @@ from grpo_jax.rewards.scores import Failure, Scores
 from grpo_jax.run.append_log import read_jsonl
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Rollouts
-from grpo_jax.trainers import grpo_run, results, step_metrics
+from grpo_jax.trainers import grpo_run, prompt_choice, results, step_metrics
+from grpo_jax.trainers.run_state import RunState
 
 CHIP = Chip("slow", 1e9, 1e30, 2**30, 1e9, "made up: its memory takes no time")
 MESH = ["--config.mesh.data=2", "--config.mesh.tensor=-1"]
@@ -154,6 +157,8 @@ def _rows_with_times(folder) -> list[dict]:
 # test_metrics_of_what_this_run_has_not makes each of them.
 NOT_HERE = {f"rewards/failed_by_{how}" for how in ("timeout", "error", "values", "memory", "died")}
 NOT_HERE |= {"reward_log/NAME", "eval/failed_rewards"}
+NOT_HERE |= {"groups/draws", "groups/drawn", "groups/dropped"}
+NOT_HERE |= {f"prompts/{which}_share" for which in ("unseen", "easy", "hard", "replayed")}
 NOT_HERE |= {"memory/device_gib", "memory/device_peak_gib"}
 
 
@@ -255,7 +260,13 @@ def test_metrics_of_what_this_run_has_not(monkeypatch):
     with Pool(registry.load(("exact_answer",), (1.0,))) as pool:
         pool.rewards[0] = dataclasses.replace(pool.rewards[0], name="r")
         parts = types.SimpleNamespace(rewards=pool)
-        values = step_metrics.rollout_metrics(parts, rollouts, scores, 1.0)
+        draws = Draws(2, ones[:, 0], ones[:, 0], ones, ones > 0, scores, num_equal=1)
+        sampled = Rollout(None, None, rollouts, 1.0, draws=draws)
+        values = step_metrics.rollout_metrics(parts, sampled, scores)
+        parts.config = options.default()
+        parts.config.prompts.outside_weight = 0.5
+        parts.train = types.SimpleNamespace(problems=[None] * 2)
+        values |= prompt_choice.measure(parts, RunState(), sampled, scores)
     assert values["accuracy"] == 0.0 and values["reward_log/depth"] == 1.5
     assert all(values[f"rewards/failed_by_{kind}"] == 1 for kind in kinds)
     monkeypatch.setattr(memory.jax, "local_devices", lambda: [_Device()])

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hf_model import in_nf4
 from kill_and_resume import final_state, log_differences, state_differences
 from mistakes import TINY, make_model, refusal
 from safetensors.numpy import load_file, save_file
@@ -116,6 +117,30 @@ def test_a_base_in_8_bits_learns_merged_or_not(tmp_path, one_device):
     low = np.einsum("lir,lro->lio", state.a * state.scaling[:, None], state.b)
     want = start["layers"]["mlp"]["up"]["kernel"] + low
     np.testing.assert_allclose(exported["layers"]["mlp"]["up"]["kernel"], want, atol=1e-6)
+
+
+def test_a_base_in_files_of_bitsandbytes_goes_on_exactly(tmp_path, model, one_device):
+    """The codes in its files are the base, and the export has what they stand for."""
+    source = tmp_path / "base-bnb-4bit"
+    shutil.copytree(model, source)
+    values = in_nf4(source)
+    options = [*LORA, f"--config.model.path={source}"]
+    train.main(argv(tmp_path / "whole", *options, "--config.loop.num_steps=2"))
+    train.main(argv(tmp_path / "run", *options, "--config.loop.num_steps=1"))
+    train.main(argv(tmp_path / "run", *options, "--config.loop.num_steps=2"))
+
+    assert not state_differences(tmp_path / "whole", tmp_path / "run")
+    assert not log_differences(tmp_path / "whole", tmp_path / "run")
+    export = tmp_path / "run" / "export"
+    exported = policy.load_params(policy.read(str(export)), one(), 0)["layers"]["mlp"]["down"]
+    found = load_params(find_model(f"{tmp_path / 'run'}@2"), one(), jnp.float32)
+    state = found["layers"]["mlp"]["down"]["kernel"]
+    low = np.einsum("ir,r,ro->io", state.a[0], state.scaling[0], state.b[0])
+    want = values["model.layers.0.mlp.down_proj.weight"].T + low
+    np.testing.assert_allclose(exported["kernel"][0], want, atol=1e-6)
+    assert np.abs(low).max() > 1e-6
+    _, told = refusal(train.main, argv(tmp_path / "all", *options, "--config.lora.rank=0"))
+    assert "has its kernels in NF4 (bitsandbytes), and lora.rank = 0 trains all" in told
 
 
 def test_supervised_training_has_adapters(tmp_path, model, one_device):

@@ -44,6 +44,9 @@ from grpo_jax.rewards.exact import exact_answer
 def slow(**columns):
     time.sleep(float(os.environ.get("SLEEP_S", "0")))
     return exact_answer(**columns)
+
+def digit(completions, **columns):  # right for about one of three
+    return [float(c[:1] in "0123") for c in completions]
 """
 SLOW_REWARD = [
     "--config.rewards.names=['slow_reward:slow','answer_format']",
@@ -170,6 +173,55 @@ def test_adapters_of_two_processes_are_those_of_one(one, tmp_path, environment):
     assert len(norms) == STEPS and min(norms) > 1e-3
     files = [sorted(p.name for p in (f / "export" / "adapter").iterdir()) for f in folders]
     assert files[0] == files[1] == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.slow
+def test_an_objective_that_changes_is_that_of_one(one, tmp_path, environment):
+    """Two processes, each with half of every weight, stop after a refresh of the reference."""
+    more = [
+        f"--config.model.path={one / 'bootstrap' / 'export'}",
+        "--config.evaluation.num_problems=0",
+        "--config.algorithm.kl_target=0.01",
+        "--config.algorithm.kl_horizon=100",
+        "--config.algorithm.entropy_target=5.0",
+        "--config.algorithm.reference_refresh_steps=2",
+        "--config.algorithm.top_entropy_share=0.5",
+    ]
+    alone = Launched(1, tmp_path / "alone", *more, environment=environment)
+    assert alone.status() == 0, alone.output
+    mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=2"]
+    for steps in (3, STEPS):
+        more.append(f"--config.loop.num_steps={steps}")
+        run = Launched(2, tmp_path / "two", *more, *mesh, environment=environment)
+        assert run.status() == 0, run.output
+    assert "Continuing" in run.output
+    assert differences_beyond(1e-5, alone.folder, run.folder) == []
+    coefs = [row["policy/kl_coef"] for row in logged(run.folder) if "reward" in row]
+    assert len(set(coefs)) == STEPS
+
+
+@pytest.mark.slow
+def test_two_processes_refill_a_batch_as_one_does(one, tmp_path, environment):
+    """A group may be learned from on another process than the one that has sampled it."""
+    more = [
+        f"--config.model.path={one / 'bootstrap' / 'export'}",
+        "--config.rewards.names=['slow_reward:digit']",
+        "--config.rewards.weights=[1.0]",
+        "--config.prompts.drop_equal_groups=True",
+        "--config.prompts.per_draw=4",
+        "--config.evaluation.num_problems=0",
+        "--config.checkpoint.every_steps=0",
+    ]
+    folders = []
+    for num in (1, 2):
+        run = Launched(num, tmp_path / f"{num}", *more, environment=environment)
+        assert run.status() == 0, run.output
+        folders.append(run.folder)
+    assert differences_beyond(1e-5, *folders) == []
+    rows = [row for row in logged(folders[1]) if "reward" in row]
+    assert {row["groups/equal_share"] for row in rows} == {0}
+    assert sum(row["groups/dropped"] for row in rows) > 0
+    assert min(row["policy/grad_norm"] for row in rows) > 1e-3
 
 
 @pytest.mark.slow

@@ -128,6 +128,24 @@ def test_advantages_are_those_of_trl(arguments, expected):
     assert (found["algorithm.aggregate"], found["algorithm.scale_by"]) == expected
 
 
+def test_what_changes_in_the_objective_during_a_run():
+    found = of(entropy_coef=0.01, entropy_target=0.3, ref_model_sync_steps=4)
+    assert found["algorithm.entropy_target"] == found["algorithm.reference_refresh_steps"] == 0
+    found = of(
+        use_adaptive_entropy=True, entropy_coef=0.01, entropy_target=0.3, entropy_coef_max=0.1,
+        sync_ref_model=True, ref_model_sync_steps=16, ref_model_mixup_alpha=0.5, beta=0.1,
+        top_entropy_quantile=0.2, generation_batch_size=64, num_iterations=2,
+    )  # fmt: skip
+    changed = {name: found[f"algorithm.{name}"] for name in (
+        "entropy_coef", "entropy_target", "entropy_coef_min", "entropy_coef_max",
+        "entropy_coef_delta", "reference_mix", "top_entropy_share",
+    )}  # fmt: skip
+    assert list(changed.values()) == [0.01, 0.3, 0.0, 0.1, 0.005, 0.5, 0.2]
+    assert found["algorithm.reference_refresh_steps"] == 1  # 8 updates, twice over
+    with pytest.raises(ValueError, match=r"ref_model_sync_steps = 8 updates .* the 16 updates"):
+        of(sync_ref_model=True, ref_model_sync_steps=8, generation_batch_size=64, num_iterations=2)
+
+
 def test_other_values_that_become_options():
     found = of(
         epsilon_high=0.28, loss_type="dr_grpo", scale_rewards=False, use_bias_correction_kl=False,

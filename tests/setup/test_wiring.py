@@ -20,6 +20,7 @@ import pytest
 import tiny
 
 from grpo_jax import keys
+from grpo_jax.algorithm.adaptive import AdaptiveEntropy, AdaptiveKL
 from grpo_jax.config import derived
 from grpo_jax.config import options as options_lib
 from grpo_jax.config.dotted import override
@@ -393,6 +394,26 @@ def test_what_else_the_parts_of_an_update_are_given(monkeypatch):
     assert learner(model__remat="none").scorer.remat == "none"
 
 
+def test_what_changes_in_the_objective_is_given_its_options():
+    changing = {
+        "batch.prompts": 3, "batch.group": 5, "algorithm.kl_coef": 0.3, "algorithm.kl_target": 0.2,
+        "algorithm.kl_horizon": 77, "algorithm.entropy_coef": 0.04, "algorithm.entropy_target": 0.6,
+        "algorithm.entropy_coef_delta": 0.01, "algorithm.entropy_coef_min": 0.02,
+        "algorithm.entropy_coef_max": 0.08, "algorithm.reference_refresh_steps": 2,
+        "algorithm.reference_mix": 0.7,
+    }  # fmt: skip
+    learner = make_learner(config_of(changing), MODEL, tiny.one_device())
+    assert learner.controllers == (
+        AdaptiveKL(start=0.3, target=0.2, horizon=77, completions=15),
+        AdaptiveEntropy(start=0.04, target=0.6, delta=0.01, lowest=0.02, highest=0.08),
+    )
+    ones = jax.tree.map(jnp.ones_like, tiny.params())
+    moved = learner.refresh_reference(ones, jax.tree.map(jnp.zeros_like, ones))
+    assert all((x == np.float32(0.7)).all() for x in jax.tree.leaves(moved))
+    fixed = make_learner(config_of({}), MODEL, tiny.one_device())
+    assert fixed.controllers == () and fixed.refresh_reference is None
+
+
 def test_how_the_optimizer_keeps_its_numbers():
     def kept(**options):
         config = config_of({name.replace("__", "."): value for name, value in options.items()})
@@ -444,9 +465,9 @@ def test_the_reward_of_a_row_meets_its_tokens(longest):
             return self.prepare(*given)
 
     run = SimpleNamespace(
-        config=config_of({}), mesh=tiny.one_device(), ref_params=None,
+        config=config_of({}), mesh=tiny.one_device(),
         prepare=Noted(learner_of("constant").prepare),
-        course=Course(9, P), weights=lambda train: train.params,
+        course=Course(9, P), weights=lambda train: train.params, controllers=(),
     )  # fmt: skip
     state = RunState(
         train=SimpleNamespace(params=tiny.params()),

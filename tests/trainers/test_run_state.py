@@ -13,7 +13,9 @@ import tiny
 from states import MODEL, OPTIMIZER, same_bits, train_state
 
 from grpo_jax.config import options
+from grpo_jax.data.pass_rates import PassRates
 from grpo_jax.devices import sharding, transfer
+from grpo_jax.environments.single_turn import Draws, Rollout
 from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.run.checkpoints import Checkpoints
 from grpo_jax.structs import Experience
@@ -45,6 +47,7 @@ def parts(tmp_path, state):
         sizes={"update": CompiledSizes()},
         read={"training problems": {"number": 3}},
         checkpoints=checkpoints,
+        first_reference=lambda: None,
     )
     checkpoints.close()
 
@@ -169,6 +172,32 @@ def test_the_newest_checkpoint_is_where_the_run_stands(parts, state):
     assert at == RunState(step=4, prompts=400, rollout_metrics={"reward": 0.5}, **own)
 
 
+def test_what_decides_the_next_prompts_goes_along(parts, state):
+    """Pass rates to the last bit; and completions sampled ahead with their problems' numbers."""
+    rates = PassRates.unseen(5).after([3, 1, 3], [0.1, 0.7, 1 / 3], newest=0.3)
+    ahead = transfer.shard_rows(parts.mesh, tiny.rollouts(prompts=8))
+    waiting = Rollout(None, None, ahead, 1.5, problem_P=np.arange(8) + 2)
+    _save(parts, state, 4, pass_rates=rates, next_rollout=waiting, passed_over=3)
+    at = run_state.newest(parts)
+    assert at.pass_rates.times_N.tolist() == [0, 1, 0, 2, 0]
+    assert at.pass_rates.rate_N.tobytes() == rates.rate_N.tobytes()
+    assert (at.next_problems, at.next_rollout_s) == ([*range(2, 10)], 1.5)
+    assert run_state.load(parts, at).length_PG.tolist() == np.array(ahead.length_PG).tolist()
+
+
+def test_a_step_of_several_draws_is_sampled_again(parts, state):
+    """The rewards of the groups that were left out are not kept, nor are its draws counted."""
+    draws = Draws(3, np.arange(12), *[None] * 4, num_equal=2)
+    ahead = transfer.shard_rows(parts.mesh, tiny.rollouts(prompts=8))
+    waiting = Rollout(None, None, ahead, 1.5, problem_P=np.arange(8), draws=draws)
+    _save(parts, state, 4, next_rollout=waiting, passed_over=3)
+    at = run_state.newest(parts)
+    assert run_state.load(parts, at) is None and at.next_problems == []
+    assert at.draw_of(4) == 7
+    at.count_draws(waiting)  # once it is learned from
+    assert at.draw_of(5) == 4 + 3 + 3
+
+
 def test_sizes_of_rows_go_along(parts, state):
     kept = {"used": [[8, 2, 14, 1, 4]], "wasted": 0.5}
     parts.sizes["update"].restore(kept)
@@ -196,3 +225,34 @@ def test_a_checkpoint_that_is_not_finite_is_refused(parts, state, where):
     message = str(info.value)
     assert f"Checkpoint 12 in {parts.folder}: 2 of the {bad.size} values of {name}" in message
     assert "Delete that" in message
+
+
+def _moved(tree, by: float):
+    return jax.tree.map(lambda x: x + jnp.float32(by).astype(x.dtype), tree)
+
+
+def test_a_refreshed_reference_goes_back_with_the_run(parts, state):
+    """And the coefficients; the reference as it was given is read again where it is needed."""
+    reads = []
+    parts.first_reference = lambda: reads.append(1) or state.params
+    second, third = (_moved(state.params, by) for by in (0.25, 0.5))
+    _save(parts, state, 2, reference=state.params, coefficients={"kl_coef": 0.1})
+    _save(parts, state, 4, reference=second, refreshed=1, coefficients={"kl_coef": 1 / 3})
+    assert not (parts.folder / "6" / "reference").exists()  # it was not refreshed yet
+    at = RunState(step=5, reference=third, refreshed=2, coefficients={"kl_coef": 9.0})
+
+    back = run_state.roll_back(parts, at, undone=5)
+    run_state.load(parts, back)
+    same_bits(back.reference, second)
+    assert (back.step, back.refreshed, back.coefficients) == (4, 1, {"kl_coef": 1 / 3})
+    assert not reads
+
+    first = run_state.roll_back(parts, back, undone=5)
+    run_state.load(parts, first)
+    same_bits(first.reference, state.params)
+    assert (first.step, first.refreshed, first.coefficients) == (2, 0, {"kl_coef": 0.1})
+    assert len(reads) == 1
+
+    again = run_state.roll_back(parts, first, undone=3)  # it has it already
+    run_state.load(parts, again)
+    assert again.reference is first.reference and len(reads) == 1

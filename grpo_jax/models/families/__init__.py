@@ -35,7 +35,7 @@ def model_config(hf: dict[str, Any], source: str) -> ModelConfig:
     """
     keys = Keys(hf, source)
     family = keys.get("model_type")
-    _refuse_quantized(keys)
+    codes = _codes(keys)
     if isinstance(family, str) and family in WRAPPERS:
         found = _wrapped(keys, family)
     elif isinstance(family, str) and family in FAMILIES:
@@ -44,7 +44,7 @@ def model_config(hf: dict[str, Any], source: str) -> ModelConfig:
         known = ", ".join([*FAMILIES, *WRAPPERS])
         raise keys.unsupported("model_type", family, f"one of {known}")
     keys.refuse_unread()
-    return found
+    return dataclasses.replace(found, codes=codes) if codes else found
 
 
 def _wrapped(keys: Keys, wrapper: str) -> ModelConfig:
@@ -55,20 +55,51 @@ def _wrapped(keys: Keys, wrapper: str) -> ModelConfig:
             "text_config", text, f"one with a model_type of {', '.join(WRAPPERS[wrapper])}"
         )
     found = model_config(text, f"{keys.source}: text_config")
+    if found.codes:
+        raise keys.unsupported("text_config.quantization_config", found.codes, "plain weights")
     if keys.find("tie_word_embeddings") is not None:
         found = dataclasses.replace(found, tied_head=keys.flag("tie_word_embeddings"))
     keys.harmless(*OF_IMAGES)
     return dataclasses.replace(found, wrapper=wrapper)
 
 
-def _refuse_quantized(keys: Keys) -> None:
+def _codes(keys: Keys) -> str:
+    """The codes of the layers' kernels, as in `ModelConfig`; ValueError for unknown ones."""
     for key in ("quantization_config", "compression_config", "quantization"):
         if (said := keys.find(key)) is None:
             continue
-        method = said.get("quant_method") if isinstance(said, dict) else None
+        said = said if isinstance(said, dict) else {"quant_method": said}
+        if key == "quantization_config" and _is_nf4(said) and keys.hf["model_type"] not in WRAPPERS:
+            return "nf4 double" if said.get("bnb_4bit_use_double_quant") else "nf4"
+        if key == "quantization_config" and _is_fp8(said):
+            return ""  # its values are read: models/hf/fp8.py
+        method = said.get("quant_method")
         raise ValueError(
-            f"{keys.source}: {key} = {shown(said)}: the weights are quantized"
+            f"{keys.source}: {key} = {shown(keys.find(key))}: the weights are quantized"
             f"{f' by {shown(method)}' if method else ''}, and training starts from whole ones. "
             "Give the model that they were made from, such as the id without its -bnb-4bit, -AWQ, "
-            "-GPTQ-Int4 or -FP8."
+            "-GPTQ-Int4 or -FP8. Of quantized models those in NF4 by bitsandbytes are read "
+            '(bnb_4bit_quant_type = "nf4"), as the base of low-rank adapters, and those in "fp8" '
+            "with a scale for each block of 128 (weight_block_size)."
         )
+    return ""
+
+
+def _is_nf4(said: dict[str, Any]) -> bool:
+    """Whether a quantization_config is that of bitsandbytes for NF4, two codes a byte."""
+    return (
+        said.get("quant_method") == "bitsandbytes"
+        and said.get("load_in_4bit", said.get("_load_in_4bit")) is True
+        and said.get("bnb_4bit_quant_type") == "nf4"
+        and said.get("bnb_4bit_quant_storage", "uint8") == "uint8"
+    )
+
+
+def _is_fp8(said: dict[str, Any]) -> bool:
+    """Whether a quantization_config has 8-bit floating point, with scales of blocks or of all."""
+    block = said.get("weight_block_size")
+    return (
+        said.get("quant_method") == "fp8"
+        and said.get("fmt", "e4m3") == "e4m3"
+        and (block is None or block == [128, 128])
+    )

@@ -212,6 +212,7 @@ def _save_configs(
     else:
         hf = config_json.in_every_spelling(read_json(source / "config.json"))
         hf.pop("auto_map", None)  # the source's own code, which is neither read nor exported
+        hf.pop("quantization_config", None)  # an export has no codes
         ids |= {key: hf[key] for key in ids if hf.get(key) is not None}
         hf |= {"dtype": dtype, "torch_dtype": dtype}  # version 5's name, and the name before 4.56
         _copy_tokenizer(source, folder)

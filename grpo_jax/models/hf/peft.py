@@ -10,7 +10,7 @@ import collections
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,9 @@ from grpo_jax.messages.values import shown
 from grpo_jax.models import lora, parameters
 from grpo_jax.models.families import names
 from grpo_jax.models.hf.folder import read_json, refuse_odd, some
-from grpo_jax.models.hf.targets import ALL_LINEAR, Spec, module_names
+from grpo_jax.models.hf.targets import ALL_LINEAR, Spec, modules
 from grpo_jax.models.hf.tensor import Tensor
-from grpo_jax.structs import ModelConfig, Params
+from grpo_jax.structs import Adapter, ModelConfig, Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -90,24 +90,45 @@ def _targets(given: str | list[str]) -> tuple[str, ...]:
 # --- Tensors --------------------------------------------------------------------------------------
 
 
-def _tensors(config: ModelConfig) -> dict[str, tuple[str, int, str, Tensor, int]]:
-    """By tensor name: path, layer, leaf, place in the file, and rank."""
+class _Matrix(NamedTuple):
+    """A tensor of one layer's adapter."""
+
+    adapter: Adapter
+    layer: int
+    leaf: str  # "lora_a" or "lora_b"
+    rank: int
+    shape: tuple[int, int]  # of our matrix; the tensor is its transpose
+    columns: tuple[tuple[int, int, Tensor], ...]  # first, last, and their place in the tensor
+
+    def of(self, adapters: Params, config: ModelConfig) -> np.ndarray:
+        """The matrix in a tree of adapters in NumPy arrays, a view."""
+        stack, turn = parameters.layer_stacks(adapters["layers"], config)[self.layer]
+        value = lora.leaf(stack, self.adapter.path)[self.leaf][turn]
+        return value[: self.shape[0], : self.shape[1]]
+
+
+def _tensors(config: ModelConfig) -> dict[str, _Matrix]:
+    """The matrices of all adapters, by tensor name."""
     table, found = names.table(config), {}
-    ranks = {adapter.path: adapter.ranks for adapter in config.lora.adapters}
-    for module, (path, layer) in module_names(config).items():
-        rank = ranks.get(path, (0,) * config.num_layers)[layer]
-        if rank:
-            kernel = table[f"{path}/kernel"]
-            for leaf, order in (("lora_a", None), ("lora_b", kernel.order)):
-                name = f"{_PREFIX}{module}.lora_{leaf[-1].upper()}.weight"
-                found[name] = path, layer, leaf, Tensor(name, True, order=order), rank
+    adapters = {adapter.path: adapter for adapter in config.lora.adapters}
+    for module, (path, parts, layer) in modules(config).items():
+        adapter = adapters.get(path)
+        if adapter is None or not (rank := adapter.ranks[layer]):
+            continue
+        (inputs, outputs), first, columns = lora.size_of(config, adapter, layer), 0, []
+        for part in parts:
+            kernel = table[f"{part}/kernel"]
+            last = first + lora.dense_layers(config)[layer][part][1]
+            columns.append((first, last, Tensor("", True, begin=kernel.begin, order=kernel.order)))
+            first = last
+        whole = ((0, rank, Tensor("", True)),)
+        for leaf, shape, of in (
+            ("lora_a", (inputs, rank), whole),
+            ("lora_b", (rank, outputs), tuple(columns)),
+        ):
+            name = f"{_PREFIX}{module}.lora_{leaf[-1].upper()}.weight"
+            found[name] = _Matrix(adapter, layer, leaf, rank, shape, of)
     return found
-
-
-def _leaf(tree: Any, path: str) -> Any:
-    for name in path.split("/"):
-        tree = tree[name]
-    return tree
 
 
 def save(folder: Path, adapters: Params, config: ModelConfig, base: str | None = None) -> None:
@@ -118,14 +139,12 @@ def save(folder: Path, adapters: Params, config: ModelConfig, base: str | None =
     host = transfer.to_host(adapters)
     if jax.process_index() != 0:
         return
-    stacks = parameters.layer_stacks(host["layers"], config)
     written = {}
-    for name, (path, layer, leaf, tensor, rank) in _tensors(config).items():
-        stack, turn = stacks[layer]
-        value = np.asarray(_leaf(stack, path)[leaf][turn], np.float32)
-        value = value[:, :rank] if leaf == "lora_a" else value[:rank]
+    for name, matrix in _tensors(config).items():
+        value = np.asarray(matrix.of(host, config), np.float32)
         written[name] = np.empty(value.shape[::-1], np.float32)
-        tensor.write(value, written[name])
+        for first, last, tensor in matrix.columns:
+            tensor.write(value[:, first:last], written[name])
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.numpy.save_file(written, folder / WEIGHTS, metadata={"format": "pt"})
     settings = json.dumps(_settings(config, base), indent=2)
@@ -136,7 +155,7 @@ def _settings(config: ModelConfig, base: str | None) -> dict[str, Any]:
     """The content of adapter_config.json; scaling by the root of the rank is folded into alpha."""
     adapters = {adapter.path: adapter for adapter in config.lora.adapters}
     own: dict[str, tuple[int, float]] = {}  # rank and alpha by module
-    for name, (path, layer) in module_names(config).items():
+    for name, (path, _, layer) in modules(config).items():
         rank = adapters[path].ranks[layer] if path in adapters else 0
         own[name] = rank, adapters[path].scalings[layer] * rank if rank else 0.0
     by_end = collections.defaultdict(set)
@@ -190,25 +209,22 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: Any = jnp.float32
             found = {name: opened.get_tensor(name) for name in opened.keys()}
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{file} is not a whole safetensors file ({error}).") from error
-    needed, sizes = _tensors(config), lora.dense_layers(config)
+    needed = _tensors(config)
     if found.keys() != needed.keys():
         missing, unused = sorted(needed.keys() - found), sorted(found.keys() - needed)
         told = [f"{what}: {some(n)}" for what, n in (("missing", missing), ("unused", unused)) if n]
         raise ValueError(f"{file} does not hold what {CONFIG} says. Tensors {'; '.join(told)}.")
     host = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), lora.trained_shapes(config))
-    stacks = parameters.layer_stacks(host["layers"], config)
-    for name, (path, layer, leaf, tensor, rank) in needed.items():
-        inputs, outputs = sizes[layer][path]
-        shape = (inputs, rank) if leaf == "lora_a" else (rank, outputs)
+    for name, matrix in needed.items():
         value = found[name].astype(np.float32)
-        if value.shape != shape[::-1]:
-            raise ValueError(f"{file}: {name} is {list(value.shape)}, needed {list(shape[::-1])}.")
+        if value.shape != matrix.shape[::-1]:
+            needs = list(matrix.shape[::-1])
+            raise ValueError(f"{file}: {name} is {list(value.shape)}, needed {needs}.")
         if not math.isfinite(np.abs(value).sum()):
             raise ValueError(f"{file}: {name} has values that are NaN or infinite.")
-        stack, turn = stacks[layer]
-        part = tensor.read(value, tuple((0, n) for n in shape))
-        at = _leaf(stack, path)[leaf][turn]
-        at[: part.shape[0], : part.shape[1]] = part
+        at, rows = matrix.of(host, config), matrix.shape[0]
+        for first, last, tensor in matrix.columns:
+            at[:, first:last] = tensor.read(value, ((0, rows), (0, last - first)))
     shardings = sharding.tree_shardings(mesh, lora.trained_axes(config), host)
     put = lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i].astype(dtype))  # noqa: E731
     return jax.tree.map(put, host, shardings)

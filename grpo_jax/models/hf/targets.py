@@ -6,7 +6,8 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from grpo_jax.messages.values import shown
 from grpo_jax.models import lora
@@ -39,24 +40,39 @@ class Spec:
         return alpha / (math.sqrt(rank) if self.stabilized else rank)
 
 
-def module_names(config: ModelConfig) -> dict[str, tuple[str, int]]:
-    """Path and layer number of each dense layer, by module name."""
+class Module(NamedTuple):
+    """A linear module of the Hugging Face model; several dense layers, if they share its tensor."""
+
+    path: str  # as in `Adapter`
+    parts: tuple[str, ...]  # the paths of its dense layers, in the order of the tensor's rows
+    layer: int
+
+
+def modules(config: ModelConfig) -> dict[str, Module]:
+    """The linear modules of the decoder's layers, by name."""
     table, found = names.table(config), {}
     for layer, paths in enumerate(lora.dense_layers(config)):
-        for path in paths:
+        of_module = collections.defaultdict(list)
+        for path in sorted(paths, key=lambda path: table[f"{path}/kernel"].begin):
             tensor = table[f"{path}/kernel"].of_layer(layer)
-            found[tensor.name.removesuffix(".weight")] = path, layer
+            of_module[tensor.name.removesuffix(".weight")].append(path)
+        for name, parts in of_module.items():
+            outer = parts[0].rpartition("/")[0]
+            path = f"{outer}/{'_'.join(part.rpartition('/')[2] for part in parts)}"
+            found[name] = Module(path, tuple(parts), layer)
     return found
 
 
-def lora_of(config: ModelConfig, spec: Spec, *, int8: bool = False) -> Lora:
-    """The requested adapters; ValueError for a target that cannot have one or does not exist."""
-    modules = module_names(config)
-    _refuse_shared(config, spec)
-    taken = {name for target in spec.targets for name in _taken(config, spec, target, modules)}
-    taken -= {name for target in spec.exclude for name in modules if _matches(target, name)}
+def lora_of(config: ModelConfig, spec: Spec, *, base: str = "auto") -> Lora:
+    """The requested adapters; ValueError for a target that cannot have one or does not exist.
+
+    `base` as in `Lora`.
+    """
+    found = modules(config)
+    taken = {name for target in spec.targets for name in _taken(config, spec, target, found)}
+    taken -= {name for target in spec.exclude for name in found if _matches(target, name)}
     if spec.layers is not None:
-        taken = {name for name in taken if modules[name][1] in spec.layers}
+        taken = {name for name in taken if found[name].layer in spec.layers}
     if not taken:
         raise ValueError(f"{spec.where}: no layer is left to have an adapter.")
     for pattern in (*spec.ranks, *spec.alphas):
@@ -67,20 +83,23 @@ def lora_of(config: ModelConfig, spec: Spec, *, int8: bool = False) -> Lora:
             )
     ranks: dict[str, list[int]] = collections.defaultdict(lambda: [0] * config.num_layers)
     scalings: dict[str, list[float]] = collections.defaultdict(lambda: [0.0] * config.num_layers)
-    for name, (path, layer) in modules.items():
+    parts = {}
+    for name, module in found.items():
         if name in taken:
+            path, layer = module.path, module.layer
             rank, alpha = _own(spec.ranks, name, spec.rank), _own(spec.alphas, name, spec.alpha)
             ranks[path][layer], scalings[path][layer] = rank, spec.scaling(rank, alpha)
-    adapters = (Adapter(path, tuple(ranks[path]), tuple(scalings[path])) for path in ranks)
-    return Lora(tuple(adapters), int8)
+            parts[path] = module.parts
+    return Lora(
+        tuple(Adapter(p, parts[p], tuple(ranks[p]), tuple(scalings[p])) for p in sorted(parts)),
+        base,
+    )
 
 
-def _taken(
-    config: ModelConfig, spec: Spec, target: str, modules: Mapping[str, tuple[str, int]]
-) -> list[str]:
-    """The modules that a target matches."""
+def _taken(config: ModelConfig, spec: Spec, target: str, found: Iterable[str]) -> list[str]:
+    """The names of modules that a target matches."""
     if target == ALL_LINEAR:
-        return list(modules)
+        return list(found)
     table = names.table(config)
     for path, what in (("head/kernel", "head"), ("embed/embedding", "embedding")):
         name = table[path].name.removesuffix(".weight")
@@ -90,14 +109,14 @@ def _taken(
                 "adapter: log-probabilities are computed chunk by chunk from the plain matrix, and "
                 "a tied model has one for both. Leave it out."
             )
-    found = [name for name in modules if _matches(target, name)]
-    if not found:
-        ends = sorted({name.rpartition(".")[2] for name in modules})
+    taken = [name for name in found if _matches(target, name)]
+    if not taken:
+        ends = sorted({name.rpartition(".")[2] for name in found})
         raise ValueError(
             f"{spec.where}: {shown(target)} names no dense layer of this {config.family} model. "
-            f"It has {', '.join(ends)}, such as {next(iter(modules))}; {ALL_LINEAR} takes all."
+            f"It has {', '.join(ends)}, such as {next(iter(found))}; {ALL_LINEAR} takes all."
         )
-    return found
+    return taken
 
 
 def _matches(target: str, name: str) -> bool:
@@ -116,17 +135,3 @@ def _is_of(pattern: str, name: str) -> bool:
 
 def _own(patterns: Mapping[str, float], name: str, usual: float) -> float:
     return next((value for pattern, value in patterns.items() if _is_of(pattern, name)), usual)
-
-
-def _refuse_shared(config: ModelConfig, spec: Spec) -> None:
-    """Raises ValueError if several adapted dense layers share one tensor in the family's files."""
-    table = names.table(config)
-    found = [
-        table[f"{path}/kernel"].name for path in {p for d in lora.dense_layers(config) for p in d}
-    ]
-    shared = sorted(name for name, number in collections.Counter(found).items() if number > 1)
-    if shared:
-        raise ValueError(
-            f"{spec.where}: {config.family} keeps several dense layers in one tensor "
-            f"({some(shared)}), which adapters are not made for yet."
-        )

@@ -18,8 +18,10 @@ import safetensors
 from jax.sharding import Mesh
 
 from grpo_jax.devices import sharding
+from grpo_jax.kernels.nf4 import NF4
 from grpo_jax.models import layer_runs, parameters
 from grpo_jax.models.families import names
+from grpo_jax.models.hf import bnb, fp8
 from grpo_jax.models.hf.folder import read_json, refuse_odd, some
 from grpo_jax.models.hf.tensor import Tensor
 from grpo_jax.structs import Array, ModelConfig, Params
@@ -90,23 +92,49 @@ def load_params(
     mesh: Mesh,
     dtype=jnp.float32,
     keep: Callable[[Any, Array], Any] = lambda path, x: x,
+    codes: Callable[[Any], NF4 | None] = lambda path: None,
 ) -> Params:
     """The checkpoint's parameters as `dtype`, laid out over the mesh.
 
     Each device's slices are read tensor by tensor. `keep(path, array)` replaces each array before
-    the next is read. Raises ValueError, before reading, if a tensor is missing, unused, repeated or
-    of another shape, or if a file is broken.
+    the next is read. `codes(path)`: the shardings of a parameter whose codes are taken as the files
+    have them; None: its values are read. Raises ValueError, before reading, if a tensor is missing,
+    unused, repeated or of another shape, or if a file is broken.
     """
     leaves = leaves_of(config)
     tensors = _renamed(_open(folder), config)
+    tensors = bnb.decoding(tensors) if config.codes else fp8.decoding(tensors)
     _check(folder, tensors, leaves, config)
     shapes = parameters.param_shapes(config)
     shardings = sharding.tree_shardings(mesh, parameters.logical_axes(config), shapes)
 
     def load(path, leaf: Leaf, shape: jax.ShapeDtypeStruct, placed: jax.sharding.Sharding) -> Any:
+        if (where := codes(path)) is not None:
+            return _in_codes(leaf, tensors, where)
         return keep(path, _filled(shape.shape, placed, _reader(leaf, shape.shape, tensors, dtype)))
 
     return jax.tree_util.tree_map_with_path(load, leaves, shapes, shardings, is_leaf=is_leaf)
+
+
+def _in_codes(leaf: Leaf, tensors: dict[str, _Tensor], where: NF4) -> NF4:
+    """The kernels of a stack in NF4, as the files have them; `where`: the shardings."""
+    kernels = []
+    for tensor in leaf.tensors:
+        of_file = tensors[tensor.name]
+        if not isinstance(of_file.slices, bnb.Kernel) or tensor.begin or tensor.order:
+            raise ValueError(
+                f"{of_file.file}: {tensor.name} is not a whole kernel in NF4, as others of the "
+                f"model are. {bnb.MEND}"
+            )
+        kernels.append(of_file.slices.read())
+    stack = jax.tree.map(lambda *layers: np.stack(layers), *kernels)
+    if jax.tree.structure(stack) != jax.tree.structure(where):
+        raise ValueError(
+            f"{of_file.file}: the scales of {tensor.name} are not as config.json says "
+            f"(bnb_4bit_use_double_quant). {bnb.MEND}"
+        )
+    put = lambda x, s: jax.make_array_from_callback(x.shape, s, x.__getitem__)  # noqa: E731
+    return jax.tree.map(put, stack, where)
 
 
 def _filled(shape: tuple[int, ...], placed: jax.sharding.Sharding, read: Callable) -> Array:
@@ -157,7 +185,14 @@ def set_aside(folder: Path, config: ModelConfig) -> dict[str, _Tensor]:
         return {}
     tensors = _headers(folder, [kept]) if kept.exists() else _open(folder)
     tensors = {names.spelled(name, config): tensor for name, tensor in tensors.items()}
-    return {name: t for name, t in tensors.items() if name.startswith(names.SET_ASIDE)}
+    aside = {name: t for name, t in tensors.items() if name.startswith(names.SET_ASIDE)}
+    for name, tensor in aside.items():
+        if tensor.dtype == fp8.E4M3:
+            raise ValueError(
+                f"{tensor.file}: {name} is in 8 bits, and it could not be exported with the rest. "
+                "Take the model that it was made from."
+            )
+    return aside
 
 
 def _renamed(tensors: dict[str, _Tensor], config: ModelConfig) -> dict[str, _Tensor]:
@@ -243,11 +278,15 @@ def _headers(folder: Path, files: list[Path]) -> dict[str, _Tensor]:
             raise ValueError(f"{file} cannot be read: {error.strerror}.") from error
         try:
             opened = safetensors.safe_open(file, framework="numpy")
+            starts = functools.cache(fp8.starts)
             for name in opened.keys():
                 if name in tensors:
                     repeated.append(f"{name} ({tensors[name].file.name} and {file.name})")
                 s = opened.get_slice(name)
-                tensors[name] = _Tensor(file, s, tuple(s.get_shape()), s.get_dtype())
+                shape, dtype = tuple(s.get_shape()), s.get_dtype()
+                if dtype in (fp8.E4M3, fp8.E8M0):
+                    s = fp8.Bytes(file, starts(file)[name], shape, dtype)
+                tensors[name] = _Tensor(file, s, shape, dtype)
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(
                 f"{file} is not a whole safetensors file ({error}). "
