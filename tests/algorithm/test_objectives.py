@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -345,3 +346,35 @@ def test_trl_itself_gives_the_same(name):
         assert chosen["normalizer"] == "token"
     np.testing.assert_allclose(got[1], want[1], rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-6, atol=1e-9)
+
+
+# --- The page -------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[2] / "docs" / "objectives.md"
+
+
+def rows_of_the_page() -> list[str]:
+    """The table at the end of docs/objectives.md."""
+    rows = []
+    for name in PRESETS:
+        loss, slope = losses.evaluate(
+            name,
+            logp_BT=np.log([[0.5, 0.6, 0.9], [0.2, 0.8, 1.0]]),
+            old_logp_BT=np.log([[0.4, 0.6, 0.9], [0.25, 0.5, 1.0]]),
+            advantage_B=np.array([1.0, -1.0]),
+            action_BT=np.array([[True, True, True], [True, True, False]]),
+        )
+        first, second = (
+            ", ".join(f"{x + 0:.4f}" for x in slope[b, :n]) for b, n in ((0, 3), (1, 2))
+        )
+        rows.append(f"| `{name}` | {loss:.4f} | {first} | {second} |")
+    return rows
+
+
+def test_the_page_has_the_numbers_and_every_preset():
+    text = PAGE.read_text()
+    assert text.rstrip("\n").splitlines()[-len(PRESETS) :] == rows_of_the_page()
+    for name, row in PRESETS.items():
+        (told,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` | `")]
+        stated = {"clip_low": "clip", "clip_high": "clip", "scale_by": "`"}  # also told in words
+        assert all(stated.get(option, f"`{option}=") in told for option in row), name
