@@ -60,7 +60,7 @@ def trained(out: Path, preset: str, seed: int, steps: int) -> list[dict]:
         sft__num_steps=0,
         batch__prompts=16,
         batch__minibatches=4,
-        optim__learning_rate=1e-4,
+        optim__learning_rate=3e-5,
         loop__num_steps=steps,
         evaluation__every_steps=EVERY,
         evaluation__num_samples=0,

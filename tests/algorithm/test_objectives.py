@@ -364,10 +364,8 @@ def rows_of_the_page() -> list[str]:
             advantage_B=np.array([1.0, -1.0]),
             action_BT=np.array([[True, True, True], [True, True, False]]),
         )
-        first, second = (
-            ", ".join(f"{x + 0:.4f}" for x in slope[b, :n]) for b, n in ((0, 3), (1, 2))
-        )
-        rows.append(f"| `{name}` | {loss:.4f} | {first} | {second} |")
+        told = [", ".join(f"{x + 0:.4f}" for x in row) for row in (slope[0], slope[1, :2])]
+        rows.append(f"| `{name}` | {loss:.4f} | {told[0]} | {told[1]} |")
     return rows
 
 
