@@ -373,6 +373,6 @@ def test_the_page_has_the_numbers_and_every_preset():
     text = PAGE.read_text()
     assert text.rstrip("\n").splitlines()[-len(PRESETS) :] == rows_of_the_page()
     for name, row in PRESETS.items():
-        (told,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` | `")]
+        told = next(line for line in text.splitlines() if line.startswith(f"| `{name}` | `"))
         stated = {"clip_low": "clip", "clip_high": "clip", "scale_by": "`"}  # also told in words
         assert all(stated.get(option, f"`{option}=") in told for option in row), name
