@@ -10,7 +10,7 @@ from grpo_jax.config import arguments, loading, options, other_names, parsers
 from grpo_jax.config.dotted import flatten
 
 ROOT = Path(options.__file__).parents[1]
-CONFIGS = sorted((ROOT.parent / "configs").glob("*.py"))
+CONFIGS = sorted((ROOT.parent / "configs").rglob("*.py"))
 OPTIONS = flatten(options.default())
 
 
