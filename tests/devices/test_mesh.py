@@ -39,7 +39,7 @@ def place(mesh, model=tiny.MODEL):
     return jax.device_put(params, sharding.tree_shardings(mesh, axes, params))
 
 
-def steps(mesh, model=tiny.MODEL, number=STEPS, with_old=True, **scoring):
+def steps(mesh, model=tiny.MODEL, number=STEPS, with_old=True, terms=None, **scoring):
     """Rollouts and loss of each of some GRPO steps, and the state after them.
 
     The optimizer is plain descent: one like Adam makes whole steps of what is rounding.
@@ -49,7 +49,7 @@ def steps(mesh, model=tiny.MODEL, number=STEPS, with_old=True, **scoring):
     reference, objective = None, losses.Objective(entropy_coef=0.01)
     if with_old:
         reference = jax.tree.map(lambda x: x * 1.1, place(mesh, model))
-        objective = losses.Objective(kl_coef=0.1, entropy_coef=0.01)
+        objective = losses.Objective(kl_coef=0.1, entropy_coef=0.01, **terms or {})
     prepare = make_prepare(scorer, AdvantageOptions(), mask_truncated=False, with_old=with_old)
     update = make_update(scorer, PolicyLoss(objective), optimizer, num_minibatches=1)
     state = start(place(mesh, model), model, mesh, optimizer)
@@ -108,6 +108,26 @@ def assert_moved_alike(params, want_params, model):
         jax.device_get(params),
         want_params,
     )
+
+
+# A surrogate of whole completions, whose tokens lie on devices of their own with a "sequence" axis.
+WHOLE = {"ratio": "sequence", "normalizer": "sequence", "max_sequence_drift": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def alone_by_completion():
+    _, loss, state = steps(tiny.one_device(), number=2, terms=WHOLE)
+    return loss, jax.device_get(state.params)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2, 1), (1, 2, 2, 2)], ids=str)
+def test_a_mesh_changes_nothing_of_an_objective_of_whole_completions(alone_by_completion, shape):
+    want_loss, want_params = alone_by_completion
+
+    _, loss, state = steps(sharding.make_mesh(*shape), number=2, terms=WHOLE)
+
+    np.testing.assert_allclose(loss, want_loss, atol=1e-5, rtol=0)
+    assert_moved_alike(state.params, want_params, tiny.MODEL)
 
 
 @pytest.mark.parametrize(("model", "kv_heads"), [("GEMMA", 1), ("OLMO", 2)])
