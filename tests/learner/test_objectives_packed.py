@@ -41,7 +41,7 @@ def experience() -> Experience:
     action_PGC[2, 1] = False  # a completion that is left out
     return Experience(
         rollouts=rollouts,
-        advantage_PG=rng.normal(size=(P, G)).astype(np.float32),
+        advantage=rng.normal(size=(P, G)).astype(np.float32),
         action_PGC=action_PGC,
         old_logp_PGC=near(),
         ref_logp_PGC=near(),
