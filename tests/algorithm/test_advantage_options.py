@@ -259,8 +259,8 @@ def test_each_reward_has_the_same_say_whatever_its_size():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"clip_low": 0.2}, "no option 'clip_low'. They have baseline, scale_by, aggregate, cred"),
-        ({"weights": (1.0,)}, "no option 'weights'"),
+        ({"clip": 0.2}, "'clip' is no option of an objective: .*scale_by, baseline, aggregate"),
+        ({"weights": (1.0,)}, "'weights' is no option"),
         ({"scale_by": "variance"}, "scale_by = 'variance' must be one of none, std, sample_std"),
         ({"baseline": "greedy"}, 'baseline = "greedy" needs greedy_PR'),
         ({"baseline": "length_weighted"}, "needs length_PG"),
