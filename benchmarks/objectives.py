@@ -103,14 +103,18 @@ def draw(found: dict[str, dict[int, dict[int, float]]], file: Path) -> None:
     from grpo_jax.metrics.curves import COLORS
 
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    x = np.linspace(0, 1, 61)
     for i, (name, by_seed) in enumerate(found.items()):
-        steps = sorted(set.intersection(*(set(curve) for curve in by_seed.values())))
-        values = 100 * np.array([[curve[s] for s in steps] for curve in by_seed.values()])
-        x = np.array(steps) / max(steps)
+        values = [
+            np.interp(x, np.array(sorted(c)) / max(c), [100 * c[step] for step in sorted(c)])
+            for c in by_seed.values()
+        ]
         style = "-" if i < len(COLORS) else "--"
         color = COLORS[i % len(COLORS)]
-        axes.plot(x, values.mean(0), style, color=color, label=name)
-        axes.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.12, linewidth=0)
+        axes.plot(x, np.mean(values, 0), style, color=color, label=name)
+        axes.fill_between(
+            x, np.min(values, 0), np.max(values, 0), color=color, alpha=0.12, linewidth=0
+        )
     axes.set_xlabel("share of the tokens")
     axes.set_ylabel("held-out accuracy, %")
     axes.legend(ncols=3, frameon=False)
