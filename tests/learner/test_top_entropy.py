@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
+from grpo_jax.algorithm.advantages import AdvantageOptions
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.learner import scoring
 from grpo_jax.learner.experience import make_prepare
@@ -45,7 +46,7 @@ def test_they_are_those_of_a_row_each(shape, at_once, monkeypatch):
     mesh = tiny.one_device() if shape == (1, 1, 1) else sharding.make_mesh(*shape)
     prepare = make_prepare(
         Scorer(tiny.MODEL, mesh, Sampling()),
-        scale_by="std",
+        AdvantageOptions(),
         mask_truncated=True,
         with_old=True,
         top_entropy_share=SHARE,
@@ -71,7 +72,7 @@ def test_they_are_those_of_a_row_each(shape, at_once, monkeypatch):
 
 def test_without_a_share_nothing_is_selected_and_no_entropy_kept():
     scorer = Scorer(tiny.MODEL, tiny.one_device(), Sampling())
-    prepare = make_prepare(scorer, scale_by="std", mask_truncated=False, with_old=True)
+    prepare = make_prepare(scorer, AdvantageOptions(), mask_truncated=False, with_old=True)
     rollouts = tiny.rollouts(P, G, C)
     given = prepare.log_probs(tiny.params(), None, rollouts)
     assert given.entropy_PGC is None

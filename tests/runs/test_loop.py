@@ -159,6 +159,7 @@ NOT_HERE = {f"rewards/failed_by_{how}" for how in ("timeout", "error", "values",
 NOT_HERE |= {"reward_log/NAME", "eval/failed_rewards"}
 NOT_HERE |= {"groups/draws", "groups/drawn", "groups/dropped"}
 NOT_HERE |= {f"prompts/{which}_share" for which in ("unseen", "easy", "hard", "replayed")}
+NOT_HERE |= {"policy/kl_coef", "policy/entropy_coef", "policy/off_policy_share"}
 NOT_HERE |= {"memory/device_gib", "memory/device_peak_gib"}
 
 

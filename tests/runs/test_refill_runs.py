@@ -113,7 +113,7 @@ def test_the_batch_is_full_of_groups_with_a_gradient(runs):
         assert row["groups/drawn"] == 2 * row["groups/draws"]
         assert 4 <= row["groups/drawn"] - row["groups/dropped"] <= 5  # at most one is left over
     assert sum(row["groups/dropped"] for row in rows) > 0
-    advantage_PG = final_state(root / "within a step, then", "experience")["/advantage_PG"]
+    advantage_PG = final_state(root / "within a step, then", "experience")["/advantage"]
     assert advantage_PG.shape == (4, 4) and (np.abs(advantage_PG).max(1) > 0.1).all()
 
 
