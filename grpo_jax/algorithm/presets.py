@@ -18,7 +18,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "grpo": {"normalizer": "sequence", "scale_by": "std"},
         # Liu et al. 2025, arXiv:2503.20783
         "dr_grpo": {"normalizer": "constant", "scale_by": "none"},
-        # Yu et al. 2025, arXiv:2503.14476, section 3; `dynamic sampling` is an option of its own
+        # Yu et al. 2025, arXiv:2503.14476, section 3; see prompts.drop_equal_groups too
         "dapo": {"normalizer": "token", "clip_high": 0.28, "scale_by": "std"},
         # The mean over the tokens of each update's own batch; TRL's name for it
         "bnpo": {"normalizer": "token", "scale_by": "std"},

@@ -5,12 +5,10 @@ Resumed runs end bit for bit as the one that was left alone.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from driving import drive
 from kill_and_resume import log_differences, logged, state_differences
 
 pytestmark = pytest.mark.slow
@@ -30,18 +28,6 @@ OPTIONS = [
 STOPS = {"between": 4, "within": 6}
 # One of them with what may lie in the host's memory there, which binds nothing and changes nothing.
 IN_HOST_MEMORY = ["--config.optim.offload=True", "--config.model.offload_reference=True"]
-
-
-def _drive(jobs: list[dict], environment: dict[str, str]) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, str(HERE.parent / "helpers" / "drive.py"), json.dumps(jobs)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"end"')]
-    return [json.loads(line)["end"] for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +56,11 @@ def runs(tmp_path_factory, alone):
         job("in step", "--config.loop.async_rollouts=False"),
         *(job(name, of="update", after=after) for name, after in STOPS.items()),
     ]
-    ends = _drive(first, alone)
+    ends = drive(first, alone)
     assert ends[:3] == ["finished"] * 3
     assert all(end.startswith("Stopped by SIGTEST") for end in ends[3:])
     longer = job("whole", "--config.loop.num_steps=5")
-    ends = _drive([*(job(name) for name in STOPS), longer], alone)
+    ends = drive([*(job(name) for name in STOPS), longer], alone)
     assert ends[:2] == ["finished"] * 2
     return root, ends[2]
 

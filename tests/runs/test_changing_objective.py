@@ -6,12 +6,11 @@ One that was stopped and continued in a new process is, bit for bit, one that wa
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from driving import drive
 from kill_and_resume import arrays_of, log_differences, logged, state_differences
 
 HERE = Path(__file__).parent
@@ -37,18 +36,6 @@ STOPS = {
 IN_HOST_MEMORY = ["--config.model.offload_reference=True"]  # binds nothing and changes nothing
 
 
-def _drive(jobs: list[dict], environment: dict[str, str]) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, str(HELPERS / "drive.py"), json.dumps(jobs)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"end"')]
-    return [json.loads(line)["end"] for line in lines]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, alone) -> tuple[Path, dict[str, set[str]]]:
     """The folder of the runs, and the items of the checkpoint of each stopped one."""
@@ -60,13 +47,13 @@ def runs(tmp_path_factory, alone) -> tuple[Path, dict[str, set[str]]]:
         more += IN_HOST_MEMORY if name == "within step 3" else []
         return {"argv": [*argv, *OPTIONS, *more], **stop}
 
-    ends = _drive([job("whole"), *(job(name, **stop) for name, stop in STOPS.items())], alone)
+    ends = drive([job("whole"), *(job(name, **stop) for name, stop in STOPS.items())], alone)
     assert ends[0] == "finished" and all(end.startswith("Stopped") for end in ends[1:]), ends
     items = {}
     for name, stop in STOPS.items():
         folder = root / name / "checkpoints" / str(stop["after"])
         items[name] = {item.name for item in folder.iterdir() if item.is_dir()}
-    assert _drive([job(name) for name in STOPS], alone) == ["finished"] * len(STOPS)
+    assert drive([job(name) for name in STOPS], alone) == ["finished"] * len(STOPS)
     return root, items
 
 

@@ -10,12 +10,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from driving import drive
 from kill_and_resume import final_state, log_differences, logged, state_differences
 from mistakes import make_model
 
@@ -56,18 +55,6 @@ STOPS = {
 }
 
 
-def _drive(jobs: list[dict], environment: dict[str, str], status: int = 0) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, str(HERE.parent / "helpers" / "drive.py"), json.dumps(jobs)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-4000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"end"')]
-    return [json.loads(line)["end"] for line in lines]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, alone):
     """The folder of all runs, and how each ended: first, and those of STOPS a second time."""
@@ -93,10 +80,10 @@ def runs(tmp_path_factory, alone):
         "fill": job("fill", *never, "--config.prompts.if_short=fill", reward="never"),
     }
     stopped = {name: job(name, **stop) for name, stop in STOPS.items()}
-    first = _drive([*others.values(), *stopped.values()], environment, -signal.SIGKILL)
+    first = drive([*others.values(), *stopped.values()], environment, -signal.SIGKILL)
     for name in STOPS:
         shutil.copytree(root / name, root / f"{name}, then")
-    second = _drive([job(name) for name in STOPS], environment)
+    second = drive([job(name) for name in STOPS], environment)
     return root, dict(zip([*others, *STOPS], first)), dict(zip(STOPS, second))
 
 

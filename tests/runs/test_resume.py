@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from driving import drive
 from kill_and_resume import final_state, log_differences, logged, state_differences
 
 HERE = Path(__file__).parent
@@ -63,19 +64,6 @@ def _model_of(folder: Path) -> str:
     return f"--config.model.path={folder / 'bootstrap' / 'export'}"
 
 
-def _drive(jobs: list[dict], environment: dict[str, str]) -> list[str]:
-    """How each job ended."""
-    done = subprocess.run(
-        [sys.executable, str(HERE.parent / "helpers" / "drive.py"), json.dumps(jobs)],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"end"')]
-    return [json.loads(line)["end"] for line in lines]
-
-
 @pytest.fixture(scope="module")
 def slow_reward(tmp_path_factory, alone) -> dict[str, str]:
     """An environment in which SLOW_REWARD can be imported."""
@@ -102,12 +90,12 @@ def runs(tmp_path_factory, slow_reward):
     ]
     longer = ["--config.loop.num_steps=6", _model_of(root / "whole")]
     alone = [{"argv": _argv(root / "whole")}, {"argv": _argv(root / "longer", *longer)}]
-    first = _drive(alone + stopped, slow_reward)
+    first = drive(alone + stopped, slow_reward)
     for name in ALL:
         shutil.copytree(root / name, root / f"{name}, then")
     shutil.copytree(root / "whole", root / "extended")
     changed = _argv(root / "whole", "--config.optim.learning_rate=0.5")
-    second = _drive(
+    second = drive(
         [{"argv": _argv(root / name)} for name in ALL]
         + [{"argv": _argv(root / "extended", "--config.loop.num_steps=6")}, {"argv": changed}],
         slow_reward,
