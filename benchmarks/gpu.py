@@ -440,6 +440,15 @@ def update(size: str, layers: str, tiny: bool) -> dict[str, Any]:
     return _one_update(_work(size, tiny, layers=layers))
 
 
+def objectives(size: str, tiny: bool) -> Iterator[dict[str, Any]]:
+    """Updates of a token-wise objective and of one of whole completions."""
+    found: dict[str, Any] = {}
+    for preset in ("bnpo", "gspo"):
+        found[preset] = _one_update(_work(size, tiny, preset=preset))
+        yield found
+    yield found | {"gspo / bnpo": found["gspo"]["seconds"] / found["bnpo"]["seconds"]}
+
+
 def _one_update(work: Any, once: bool = False) -> dict[str, Any]:
     """Seconds, tokens per second and memory of an update on completions of full length.
 

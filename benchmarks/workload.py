@@ -10,6 +10,8 @@ that the same ones serve all.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import zlib
 from typing import Any
 
 import jax
@@ -21,10 +23,11 @@ from grpo_jax import cli, keys
 from grpo_jax.config import loading, options
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.learner import scoring, train_state
-from grpo_jax.models import parameters
+from grpo_jax.models import lora, parameters
 from grpo_jax.sampling import decode, engine
 from grpo_jax.setup.engine import make_engine
 from grpo_jax.setup.learner import make_learner
+from grpo_jax.setup.lora import adapted, frozen_like
 from grpo_jax.structs import Layer, ModelConfig, Rollouts, Rotary
 
 STOP = 1
@@ -78,10 +81,13 @@ class Work:
     num_slots: int = 0  # completions decoded at once; 0: all
     compact: bool = True
     preset: str = ""  # of the objective; "": the options' defaults
+    lora: int = 0  # rank of adapters on all dense layers; 0: all weights are trained
+    base: str = "auto"  # as `config.lora.base_dtype`
 
     @property
     def shape(self) -> ModelConfig:
-        return SHAPES[self.model]
+        model = SHAPES[self.model]
+        return adapted(model, self.config()) if self.lora else model
 
     def config(self) -> ConfigDict:
         """The options of `grpo_jax.train` that make this step."""
@@ -100,6 +106,7 @@ class Work:
         config.model.offload_reference = self.offload_reference
         config.rollout.num_slots = self.num_slots
         config.algorithm.preset = self.preset
+        config.lora.rank, config.lora.base_dtype = self.lora, self.base
         loading.settle(config)
         return config
 
@@ -143,6 +150,25 @@ def use_all_cores(work: Work) -> None:
     cli.use_all_cores(work.config(), work.shape.num_params)
 
 
+def frozen(work: Work, mesh: Any) -> Any:
+    """Random frozen weights under adapters, made one array after the other."""
+    model, dtype = work.shape, jnp.dtype(work.dtype)
+    placed = jax.tree.map(lambda x: x.sharding, frozen_like(model, mesh, dtype))
+
+    def one(path, x, shardings):
+        key = jax.random.key(zlib.crc32(str(path).encode()))
+
+        @functools.partial(jax.jit, out_shardings=shardings)
+        def make():
+            norm = lora.dense.name_of(path) == "scale"
+            drawn = jnp.ones(x.shape) if norm else 0.02 * jax.random.normal(key, x.shape, dtype)
+            return lora.frozen_leaf(model, path, drawn.astype(dtype))
+
+        return jax.block_until_ready(make())
+
+    return jax.tree_util.tree_map_with_path(one, parameters.param_shapes(model), placed)
+
+
 class Step:
     """The compiled pieces of a step, and the state that they hand on."""
 
@@ -161,14 +187,18 @@ class Step:
         self._prepare, self._update = learner.prepare, learner.update
         if params is None:
             dtype = jnp.dtype(work.param_dtype)
+        if params is None and work.lora:
+            params = lora.init(model, keys.key_for(0, "init"))
+        elif params is None:
             like = train_state.state_like(model, mesh, learner.optimizer, dtype).params
             init = lambda key: jax.tree.map(  # noqa: E731
                 lambda x: x.astype(dtype), parameters.init(model, key)
             )
             shardings = jax.tree.map(lambda x: x.sharding, like)
             params = jax.jit(init, out_shardings=shardings)(keys.key_for(0, "init"))
-        self.ref_params = None
-        if work.kl:
+        self.frozen = frozen(work, mesh) if work.lora else None
+        self.ref_params = self.frozen if work.kl else None
+        if work.kl and not work.lora:
             copy = lambda x: jnp.array(x, work.dtype, copy=True)  # noqa: E731
             self.ref_params = jax.tree.map(copy, params)
             if work.offload_reference:
@@ -176,6 +206,11 @@ class Step:
         self.state = train_state.start(params, model, mesh, learner.optimizer)
         if work.offload:
             self.state = self.state.replace(opt_state=transfer.to_host_memory(self.state.opt_state))
+
+    @property
+    def weights(self) -> Any:
+        """The tree that the network reads."""
+        return lora.attached(self.frozen, self.state.params, self.work.shape)
 
     def prompts(self, n: int) -> list[list[int]]:
         """Random prompts of step n."""
@@ -187,7 +222,7 @@ class Step:
         """Step n's rollouts; `mean` overrides the work's mean length."""
         mean = self.work.mean_tokens if mean is None else mean
         return self.engine.generate(
-            self.engine.publish(self.state.params), self.prompts(n), group=self.work.group,
+            self.engine.publish(self.weights), self.prompts(n), group=self.work.group,
             key=keys.key_for(0, "rollout", n), temperature=1 + mean * _MEAN_BIT,
         )  # fmt: skip
 
@@ -202,9 +237,9 @@ class Step:
         reward_PG = (rollouts.completion_PGC[..., 0] % 2).astype(np.float32)
         rollouts, reward_PG = transfer.shard_rows(self.mesh, (rollouts, reward_PG))
         reference = transfer.to_device_memory(self.ref_params)
-        log_probs = self._prepare.log_probs(self.state.params, reference, rollouts)
+        log_probs = self._prepare.log_probs(self.weights, reference, rollouts)
         return jax.block_until_ready(self._prepare(log_probs, reward_PG))
 
     def update(self, experience) -> None:
-        self.state, metrics = self._update(self.state, experience, 0)
+        self.state, metrics = self._update(self.state, experience, 0, frozen=self.frozen)
         jax.block_until_ready(metrics)

@@ -11,10 +11,12 @@ from grpo_jax.kernels import gpu_cudnn, gpu_decode, pallas_triton, tpu_paged, tp
 from grpo_jax.kernels.attention import AttentionKernels
 from grpo_jax.kernels.block_sums import Sums, sums_of_blocks
 from grpo_jax.kernels.gpu_block_sums import TritonBlockSums
+from grpo_jax.kernels.gpu_codes import FewRows
 from grpo_jax.kernels.gpu_decode import TritonDecode
 from grpo_jax.kernels.gpu_norm import FusedNorm
 from grpo_jax.kernels.kv_cache import KVCache, RingCache
 from grpo_jax.kernels.norm import AddNorm
+from grpo_jax.kernels.quantize import FrozenProduct, frozen_product
 from grpo_jax.kernels.tpu_paged import RaggedPagedDecode
 from grpo_jax.structs import ModelConfig
 
@@ -63,3 +65,8 @@ def choose_norm(mesh: Mesh, dtype: Any) -> type[nn.Module]:
 def choose_sums(mesh: Mesh, dtype: Any) -> Sums:
     """The function by which `logits.sample` computes the sums of blocks."""
     return sums_of_blocks if pallas_triton.why_unavailable(mesh, dtype) else TritonBlockSums()
+
+
+def choose_frozen_product(mesh: Mesh, dtype: Any) -> FrozenProduct:
+    """The function by which decoding multiplies with kernels in codes."""
+    return frozen_product if pallas_triton.why_unavailable(mesh, dtype) else FewRows()

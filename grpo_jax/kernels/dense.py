@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from grpo_jax.kernels import nf4, quantize
 from grpo_jax.kernels.nf4 import NF4
-from grpo_jax.kernels.quantize import Int8
+from grpo_jax.kernels.quantize import FrozenProduct, Int8
 from grpo_jax.structs import Array, Params
 
 # The name of a layer's product, for the backward pass to keep: with an adapter the sum of two.
@@ -43,14 +43,24 @@ class Adapted:
         return self.kernel.shape
 
 
-def product(x: Array, kernel: Array | Int8 | NF4 | Adapted, dtype: Any) -> Array:
-    """`x` [..., in] times the kernel [in, out], multiplied in x's dtype, as `dtype`."""
+def product(
+    x: Array,
+    kernel: Array | Int8 | NF4 | Adapted,
+    dtype: Any,
+    frozen_product: FrozenProduct = quantize.frozen_product,
+) -> Array:
+    """`x` [..., in] times the kernel [in, out], multiplied in x's dtype, as `dtype`.
+
+    `frozen_product` multiplies kernels in codes and those beside an adapter.
+    """
+    if in_codes(kernel):
+        return checkpoint_name(frozen_product(x, kernel).astype(dtype), KEPT)
     if not isinstance(kernel, Adapted):
         return checkpoint_name(quantize.product(x, kernel, dtype), KEPT)
     low = jnp.einsum("...i,ir->...r", x, kernel.a.astype(x.dtype))
     scaling = kernel.scaling.reshape((1,) * (low.ndim - 1) + (-1,))
     low = (low * scaling).astype(x.dtype)
-    y = quantize.frozen_product(x, kernel.kernel)
+    y = frozen_product(x, kernel.kernel)
     y += jnp.einsum("...r,ro->...o", low, kernel.b.astype(x.dtype)).astype(jnp.float32)
     return checkpoint_name(y.astype(dtype), KEPT)  # rounded once, as without an adapter
 
@@ -120,6 +130,12 @@ def in_precision(params: Params, dtype: Any, *, int8: bool = False) -> Params:
         return x.astype(dtype) if axis is None else quantize.int8(x, axis)
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=in_codes)
+
+
+def with_plain_scales(params: Params) -> Params:
+    """Parameters whose NF4 kernels have their scales in float32."""
+    one = lambda x: nf4.with_plain_scales(x) if isinstance(x, NF4) else x  # noqa: E731
+    return jax.tree.map(one, params, is_leaf=in_codes)
 
 
 def axes_of(params: Params, axes: Params) -> Params:

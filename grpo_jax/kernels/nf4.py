@@ -89,7 +89,7 @@ class NF4:
 def decode(kernel: NF4, dtype: Any) -> Array:
     """The kernel that the codes stand for: products in float32, rounded to `dtype`."""
     halves = jnp.concatenate([kernel.codes >> 4, kernel.codes & 15], axis=-2)
-    values = _level(halves) * jnp.expand_dims(scales(kernel), -2)
+    values = level(halves) * jnp.expand_dims(scales(kernel), -2)
     values = values.astype(dtype)
     inputs, outputs = kernel.size
     if kernel.is_by_output:
@@ -99,7 +99,7 @@ def decode(kernel: NF4, dtype: Any) -> Array:
     return rows.reshape(*stack, outputs, inputs).swapaxes(-1, -2)
 
 
-def _level(codes: Array) -> Array:
+def level(codes: Array) -> Array:
     """The level of each code: 15 choices by bits, since a lookup is slow on TPUs."""
     values: list[Any] = list(LEVELS)
     for bit in range(4):
@@ -121,6 +121,11 @@ def scales(kernel: NF4) -> Array:
     largest = largest.reshape(*stack, -1)[..., : blocks * outputs]
     largest = largest.reshape(*stack, outputs, blocks).swapaxes(-1, -2)
     return level * largest + scale.mean[..., None, None]
+
+
+def with_plain_scales(kernel: NF4) -> NF4:
+    """The kernel with its scales in float32."""
+    return kernel.replace(scale=scales(kernel))
 
 
 def _looked_up(codes: Array, levels: Array) -> Array:

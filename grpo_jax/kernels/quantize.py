@@ -7,6 +7,7 @@ weights of the sum). So no second copy of a weight or of the cache is made. Kern
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -50,11 +51,14 @@ def product(x: Array, kernel: Array | Int8 | NF4, dtype: Any) -> Array:
 
 
 def frozen_product(x: Array, kernel: Array | Int8 | NF4) -> Array:
-    """The same in float32, of a kernel that has no gradient."""
+    """`x` [..., in] times a kernel [in, out] that has no gradient, in float32."""
     if isinstance(kernel, Int8):
         y = _frozen_product(x, kernel.codes)
         return y * _rows_of_one(kernel.scale, y.ndim)
     return _frozen_product(x, kernel)
+
+
+FrozenProduct = Callable[[Array, "Array | Int8 | NF4"], Array]  # as `frozen_product`
 
 
 @jax.custom_vjp

@@ -11,6 +11,7 @@ import numpy as np
 
 from grpo_jax.kernels import dense as dense_lib
 from grpo_jax.kernels.norm import AddNorm, Norm, Residual
+from grpo_jax.kernels.quantize import FrozenProduct, frozen_product
 from grpo_jax.models.placement import REPLICATED, MlpPlacement
 from grpo_jax.structs import Array, Layer, ModelConfig
 
@@ -26,6 +27,7 @@ class Dense(nn.Module):
     axes: tuple[str, str]
     dtype: Any
     bias: bool = False
+    frozen_product: FrozenProduct = frozen_product
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -36,16 +38,12 @@ class Dense(nn.Module):
         else:
             normal = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
             kernel = self.param("kernel", normal, size)
-        y = dense_lib.product(x.astype(self.dtype), kernel, self.dtype)
+        y = dense_lib.product(x.astype(self.dtype), kernel, self.dtype, self.frozen_product)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
             bias = self.param("bias", zeros, (self.features,))
             y += bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y
-
-
-def _dense(features: int, axes: tuple[str, str], name: str, dtype, bias: bool = False) -> Dense:
-    return Dense(features, axes, dtype, bias, name=name)
 
 
 def _by_token(dense: Callable[[Array], Array], x: Array) -> Array:
@@ -73,6 +71,7 @@ class Attention(nn.Module):
     config: ModelConfig
     dtype: Any
     fused: bool  # the parameters are those of `parameters.fuse_projections`
+    frozen_product: FrozenProduct
 
     @nn.compact
     def __call__(self, x: Array, attend: Attend):
@@ -81,22 +80,25 @@ class Attention(nn.Module):
         by_head = lambda y: y.reshape(*y.shape[:-1], -1, c.head_size)  # noqa: E731
         if self.fused:
             features = sum(counts.values()) * c.head_size
-            dense = _dense(features, ("embed", "heads"), "qkv", self.dtype, c.qkv_bias)
+            dense = self._dense(features, ("embed", "heads"), "qkv", c.qkv_bias)
             ends = np.cumsum(list(counts.values()))[:-1]
             q, k, v = jnp.split(by_head(_by_token(dense, x)), ends, axis=-2)
         else:
             qkv = []
             for name, count in counts.items():
                 axes = ("embed", "heads" if name == "q" else "kv_heads")
-                dense = _dense(count * c.head_size, axes, name, self.dtype, c.qkv_bias)
+                dense = self._dense(count * c.head_size, axes, name, c.qkv_bias)
                 qkv.append(by_head(_by_token(dense, x)))
             q, k, v = qkv
         if c.qk_norm:
             q, k = self._normed(q, "q_norm"), self._normed(k, "k_norm")
         out, kept = attend(q, k, v)
         out = out.reshape(*x.shape[:-1], c.num_heads * c.head_size)
-        dense = _dense(c.width, ("heads", "embed"), "o", self.dtype, c.out_bias)
+        dense = self._dense(c.width, ("heads", "embed"), "o", c.out_bias)
         return _by_token(dense, out), kept
+
+    def _dense(self, features: int, axes: tuple[str, str], name: str, bias: bool) -> Dense:
+        return Dense(features, axes, self.dtype, bias, self.frozen_product, name=name)
 
     def _normed(self, x: Array, name: str) -> Array:
         """Normed queries or keys [..., heads, H]: each head alone, or a token's heads as one."""
@@ -113,6 +115,7 @@ class MLP(nn.Module):
     config: ModelConfig
     dtype: Any
     fused: bool  # the parameters are those of `parameters.fuse_projections`
+    frozen_product: FrozenProduct
     placement: MlpPlacement
 
     @nn.compact
@@ -122,15 +125,19 @@ class MLP(nn.Module):
     def _tokens(self, x: Array) -> Array:
         x, width = self.placement.gather(x), self.config.mlp_width
         if self.fused:
-            both = _dense(2 * width, ("embed", "mlp"), "gate_up", self.dtype)(x)
+            both = self._dense(2 * width, ("embed", "mlp"), "gate_up")(x)
             gate, up = jnp.split(both, 2, axis=-1)
         else:
-            gate = _dense(width, ("embed", "mlp"), "gate", self.dtype)(x)
-            up = _dense(width, ("embed", "mlp"), "up", self.dtype)(x)
+            gate = self._dense(width, ("embed", "mlp"), "gate")(x)
+            up = self._dense(width, ("embed", "mlp"), "up")(x)
         by_width, activation = self.placement.by_width, _ACTIVATIONS[self.config.activation]
         y = by_width(activation(by_width(gate)) * by_width(up))
-        down = _dense(self.config.width, ("mlp", "embed"), "down", self.dtype)(y)
+        down = self._dense(self.config.width, ("mlp", "embed"), "down")(y)
         return self.placement.scatter(down)
+
+    def _dense(self, features: int, axes: tuple[str, str], name: str) -> Dense:
+        product = self.frozen_product
+        return Dense(features, axes, self.dtype, frozen_product=product, name=name)
 
 
 _MIXERS = {"attention": Attention}  # by `Layer.mixer`
@@ -146,11 +153,12 @@ class Block(nn.Module):
     fused: bool = False  # the parameters are those of `parameters.fuse_projections`
     mlp: MlpPlacement = REPLICATED
     norm: type[nn.Module] = AddNorm  # or `gpu_norm.FusedNorm`
+    frozen_product: FrozenProduct = frozen_product  # or `gpu_codes.FewRows`
 
     @nn.compact
     def __call__(self, x: Residual, attend: Attend) -> tuple[Residual, Any]:
         mixer, ffn = _MIXERS[self.layer.mixer], _FFNS[self.layer.ffn]
-        sizes = self.config, self.dtype, self.fused
+        sizes = self.config, self.dtype, self.fused, self.frozen_product
         states, read = self._read(x, "attention")
         branch, kept = mixer(*sizes, name="attention")(read, attend)
         states, read = self._read(Residual(states, self._added(branch, "attention")), "mlp")

@@ -22,6 +22,7 @@ from grpo_jax.kernels import rotary as rotary_lib
 from grpo_jax.kernels.attention import AttentionKernels, segments
 from grpo_jax.kernels.kv_cache import RING, DecodeStep, KVCache
 from grpo_jax.kernels.norm import AddNorm, Residual
+from grpo_jax.kernels.quantize import FrozenProduct, frozen_product
 from grpo_jax.models import block as block_lib
 from grpo_jax.models import frequencies, layer_runs, parameters
 from grpo_jax.models.block import Block
@@ -242,6 +243,7 @@ def decode_token(
     mlp: MlpPlacement = REPLICATED,
     kv_cache: KVCache = RING,
     norm: type[nn.Module] = AddNorm,
+    frozen_product: FrozenProduct = frozen_product,
 ) -> tuple[Array, tuple]:
     """Hidden states [R, W, D] of one more token per lane, and the updated cache by layer.
 
@@ -258,6 +260,6 @@ def decode_token(
             out, cache[i] = kv_cache.extend(cache[i], positions.grown(q), k, v, at_layer)
             return out, None
 
-        block = Block(config, layer, dtype, fused, mlp, norm)
+        block = Block(config, layer, dtype, fused, mlp, norm, frozen_product)
         x, _ = block.apply({"params": of_layer}, x, attend)
     return mlp.gather(_final_norm(params, config, x, dtype, norm)), tuple(cache)

@@ -29,6 +29,7 @@ from grpo_jax.kernels import choice
 from grpo_jax.kernels.block_sums import Sums, sums_of_blocks
 from grpo_jax.kernels.kv_cache import RING, CacheShape, DecodeStep, KVCache
 from grpo_jax.kernels.norm import AddNorm
+from grpo_jax.kernels.quantize import FrozenProduct, frozen_product
 from grpo_jax.models import logits, parameters, transformer
 from grpo_jax.models.placement import REPLICATED, MlpOfSlots, MlpPlacement
 from grpo_jax.structs import Array, ModelConfig, Params, Sampling
@@ -54,11 +55,17 @@ class Decoder:
     kv_cache: KVCache = RING  # storage of keys and values, and attention to them
     norm: type[nn.Module] = AddNorm  # of states in decoding
     sums: Sums = sums_of_blocks  # of a draw
+    frozen_product: FrozenProduct = frozen_product  # with kernels in codes, in decoding
 
     @property
     def parts(self) -> int:
         """The number of parts into which the devices of a shard split its slots."""
         return sharding.attention_parts(self.mesh, self.model.num_kv_heads)
+
+    @property
+    def plain_scales(self) -> bool:
+        """Whether the scales of kernels in NF4 are float32."""
+        return self.frozen_product is not frozen_product
 
     @property
     def mlp(self) -> MlpPlacement:
@@ -98,6 +105,7 @@ def decoder_for(
         kv_cache=choice.choose_decoding(attention, cache, model, mesh, dtype),
         norm=choice.choose_norm(mesh, dtype),
         sums=choice.choose_sums(mesh, dtype),
+        frozen_product=choice.choose_frozen_product(mesh, dtype),
     )
 
 
@@ -292,6 +300,7 @@ def decode(
             mlp=decoder.mlp,
             kv_cache=decoder.kv_cache,
             norm=decoder.norm,
+            frozen_product=decoder.frozen_product,
         )
         time_RW = slots.time_RW + live_RW
         token_RW, logp_RW = _choose(

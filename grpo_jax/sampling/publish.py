@@ -91,9 +91,10 @@ class Publisher:
         layer = jax.tree.map(own, stack)
         if self._decoder.merge:
             layer = jax.tree.map(dense.plain, layer, is_leaf=dense.is_node)
-        return self._in_precision(
-            parameters.fuse_projections(layer) if self._decoder.fuse else layer
-        )
+        layer = parameters.fuse_projections(layer) if self._decoder.fuse else layer
+        if self._decoder.plain_scales:
+            layer = dense.with_plain_scales(layer)
+        return self._in_precision(layer)
 
     def changed_parts(self, params: Params) -> list[str]:
         """Names of the parts besides the layers that sampling cannot use unchanged."""
