@@ -120,7 +120,7 @@ def _nf4_kernel(
             level_KN = nf4.level(code_KN) if choices else gpu.load(levels_ref.at[code_KN])
             x_BK = gpu.load(x_ref.at[:, inputs])
             weight_KN = (level_KN * scale_KN).astype(x_BK.dtype)
-            sum_BN += pl.dot(x_BK, weight_KN)
+            sum_BN += _dot(x_BK, weight_KN)
         return sum_BN
 
     sum_BN = jnp.zeros((rows, outputs), jnp.float32)
@@ -137,7 +137,11 @@ def _int8_kernel(x_ref, codes_ref, out_ref, *, steps, blocks):
         inputs = pl.ds((part * steps + i) * more, more)
         x_BK = gpu.load(x_ref.at[:, inputs])
         code_KN = gpu.load(codes_ref.at[inputs, columns])
-        return sum_BN + pl.dot(x_BK, code_KN.astype(x_BK.dtype))
+        return sum_BN + _dot(x_BK, code_KN.astype(x_BK.dtype))
 
     sum_BN = jnp.zeros((rows, outputs), jnp.float32)
     gpu.store(out_ref, jax.lax.fori_loop(0, steps, step, sum_BN))
+
+
+def _dot(x_BK: Array, y_KN: Array) -> Array:
+    return jnp.dot(x_BK, y_KN, preferred_element_type=jnp.float32)
