@@ -57,6 +57,7 @@ KERNEL_TESTS = (
     "test_gpu_decode.py",
     "test_gpu_block_sums.py",
     "test_gpu_norm.py",
+    "test_gpu_codes.py",
 )
 LONG = 16384  # tokens of a prompt and its completion
 MEAN = 200  # tokens, of the completions that are not of full length

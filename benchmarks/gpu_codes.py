@@ -24,11 +24,11 @@ from typing import Any
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import jax
-import jax.numpy as jnp
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 
-from grpo_jax.kernels import gpu_codes, nf4, quantize
-from grpo_jax.kernels.gpu_codes import Tile
+from grpo_jax.kernels import gpu_codes, nf4, quantize  # noqa: E402
+from grpo_jax.kernels.gpu_codes import Tile  # noqa: E402
 
 LAYERS = {
     "7b": {"qkv": (3584, 4608), "o": (3584, 3584), "gate_up": (3584, 37888), "down": (18944, 3584)},
@@ -36,15 +36,19 @@ LAYERS = {
 }
 ROWS = {"7b": (8, 32, 64, 128, 256, 512), "tiny": (8,)}
 TILES = [
-    Tile(),
-    Tile(choices=True),
-    Tile(blocks=2, stages=3),
-    Tile(outputs=64),
-    Tile(outputs=64, blocks=2),
-    Tile(warps=8),
-    Tile(programs=512),
-    Tile(programs=2048),
-    Tile(outputs=256, warps=8),
+    Tile(outputs, blocks, programs, warps, stages)
+    for outputs, blocks, programs, warps, stages in (
+        (128, 1, 264, 4, 4),
+        (128, 1, 528, 4, 4),
+        (128, 1, 1056, 4, 4),
+        (128, 2, 264, 4, 3),
+        (128, 2, 528, 4, 3),
+        (128, 4, 528, 4, 3),
+        (64, 2, 528, 4, 4),
+        (64, 4, 528, 4, 3),
+        (128, 1, 528, 8, 4),
+        (128, 2, 528, 8, 4),
+    )
 ]
 BYTES, TIMES = 600e6, 5  # of the copies that a program goes through; more than a cache holds
 OUT = Path()
@@ -157,9 +161,7 @@ def tiles(shape: str) -> list[dict[str, Any]]:
         (n, r, k, None) for n, r, k in itertools.product(sizes, rows, ("bfloat16", "int8", "nf4"))
     ]
     cases += [
-        (n, r, k, tile)
-        for n, r, k, tile in itertools.product(sizes, rows, ("int8", "nf4"), TILES)
-        if k == "nf4" or not tile.choices
+        (n, r, k, tile) for n, r, k, tile in itertools.product(sizes, rows, ("int8", "nf4"), TILES)
     ]
     return measure(cases, sizes)
 
@@ -211,17 +213,18 @@ def one(shape: str, base: str, prompts: str) -> None:
         from grpo_jax.kernels import choice
 
         choice.choose_frozen_product = lambda mesh, dtype: quantize.frozen_product
+    began = time.monotonic()
     runner = workload.Step(workload.Work(**kinds | sizes))
+    jax.block_until_ready(runner.weights)
+    made_s = time.monotonic() - began
     runner.rollout(0, mean=-4)
+    first_s = time.monotonic() - began - made_s
+    print(f"{made_s:.1f} s to make, {first_s:.1f} s to compile", file=sys.stderr, flush=True)
     runner.rollout(0, mean=-4)
     drawn, seconds = timing.timed(lambda: runner.rollout(1))
-    tokens = int(drawn.length_PG.sum())
-    row = {
-        "base": base,
-        "how": more,
-        "rows": int(drawn.length_PG.size),
-        "tokens_per_s": tokens / seconds,
-    }
+    row = {"base": base, "how": more, "rows": int(drawn.length_PG.size)}
+    row |= {"tokens_per_s": int(drawn.length_PG.sum()) / seconds}
+    row |= {"made_s": made_s, "compiled_s": first_s}
     row["rollout_gib"] = memory.usage().get("memory/device_peak_gib")
     if more == "update":
         experience, _ = timing.timed(lambda: runner.prepare(drawn))

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from grpo_jax import cli, keys
 from grpo_jax.config import loading, options
 from grpo_jax.devices import sharding, transfer
+from grpo_jax.kernels import nf4
 from grpo_jax.learner import scoring, train_state
 from grpo_jax.models import lora, parameters
 from grpo_jax.sampling import decode, engine
@@ -151,22 +152,26 @@ def use_all_cores(work: Work) -> None:
 
 
 def frozen(work: Work, mesh: Any) -> Any:
-    """Random frozen weights under adapters, made one array after the other."""
-    model, dtype = work.shape, jnp.dtype(work.dtype)
-    placed = jax.tree.map(lambda x: x.sharding, frozen_like(model, mesh, dtype))
+    """Random frozen weights under adapters; of kernels in codes, random codes."""
+    like = frozen_like(work.shape, mesh, jnp.dtype(work.dtype))
 
-    def one(path, x, shardings):
+    def one(path, x):
         key = jax.random.key(zlib.crc32(str(path).encode()))
+        name = lora.dense.name_of(path)
 
-        @functools.partial(jax.jit, out_shardings=shardings)
+        @functools.partial(jax.jit, out_shardings=x.sharding)
         def make():
-            norm = lora.dense.name_of(path) == "scale"
-            drawn = jnp.ones(x.shape) if norm else 0.02 * jax.random.normal(key, x.shape, dtype)
-            return lora.frozen_leaf(model, path, drawn.astype(dtype))
+            if name == "codes":
+                return jax.random.bits(key, x.shape, jnp.uint8).astype(x.dtype)
+            if name in ("kernel", "embedding"):
+                return 0.02 * jax.random.normal(key, x.shape, x.dtype)
+            usual = {"levels": nf4.SCALE_LEVELS, "largest": 0.01, "mean": 0.05, "bias": 0.0}
+            scale = 3e-4 if "kernel" in str(path) else 1.0  # of codes in int8, and of norms
+            return jnp.broadcast_to(usual.get(name, scale), x.shape).astype(x.dtype)
 
-        return jax.block_until_ready(make())
+        return make()
 
-    return jax.tree_util.tree_map_with_path(one, parameters.param_shapes(model), placed)
+    return jax.tree_util.tree_map_with_path(one, like)
 
 
 class Step:

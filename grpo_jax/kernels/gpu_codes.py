@@ -4,7 +4,7 @@ Plain XLA writes a decoded NF4 kernel to memory and reads it again: more bytes t
 has. Here each program decodes its part of a kernel in registers. The inputs are split over programs
 too, since one output's columns alone do not fill the device. Written in Pallas for Triton.
 
-    B rows   I inputs   O outputs   S parts of the inputs   K inputs of a step   N outputs of a program
+    B rows    I inputs, K of a step    O outputs, N of a program    S parts of the inputs
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from grpo_jax.kernels import nf4, pallas_triton, quantize
@@ -34,7 +35,6 @@ class Tile:
     programs: int = 1024  # at least as many, by parts of the inputs
     warps: int = 4
     stages: int = 4
-    choices: bool = False  # levels by choices, not by a lookup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +76,9 @@ def product(
         x = x_BI.reshape(padded, number, 2, _HALF)
         halves = (x[:, :, half].reshape(padded, inputs // 2) for half in (0, 1))
         codes = kernel.codes.reshape(number * _HALF, outputs)
-        arrays = jnp.asarray(nf4.LEVELS), *halves, codes, kernel.scale
-        body = functools.partial(_nf4_kernel, **sizes, choices=tile.choices)
+        arrays = *halves, codes, kernel.scale
+        both = _levels_by_choice if interpret else _levels_by_bytes
+        body = functools.partial(_nf4_kernel, **sizes, levels=both)
     else:
         arrays, body = (x_BI, kernel.codes), functools.partial(_int8_kernel, **sizes)
     out_SBO = pl.pallas_call(
@@ -90,7 +91,7 @@ def product(
         **pallas_triton.options(interpret, num_warps=tile.warps, num_stages=tile.stages),
     )(*arrays)
     y_BO = out_SBO.sum(0)[:rows]
-    return y_BO if isinstance(kernel, NF4) else y_BO * kernel.scale
+    return y_BO if isinstance(kernel, NF4) else y_BO * kernel.scale[None]
 
 
 def _parts(steps: int, wanted: float) -> int:
@@ -102,9 +103,7 @@ def _whole(ndim: int, *program: Any) -> tuple[int, ...]:
     return (0,) * ndim
 
 
-def _nf4_kernel(
-    levels_ref, high_ref, low_ref, codes_ref, scale_ref, out_ref, *, steps, blocks, choices
-):
+def _nf4_kernel(high_ref, low_ref, codes_ref, scale_ref, out_ref, *, steps, blocks, levels):
     gpu = pallas_triton.module()
     rows, outputs = out_ref.shape
     columns, part = pl.ds(pl.program_id(0) * outputs, outputs), pl.program_id(1)
@@ -112,12 +111,11 @@ def _nf4_kernel(
     def step(i, sum_BN):
         first = (part * steps + i) * blocks
         inputs = pl.ds(first * _HALF, blocks * _HALF)
-        codes_KN = gpu.load(codes_ref.at[inputs, columns]).astype(jnp.int32)
+        codes_KN = gpu.load(codes_ref.at[inputs, columns])
         scale_KN = gpu.load(scale_ref.at[pl.ds(first, blocks), columns])
         scale_KN = jnp.broadcast_to(scale_KN[:, None], (blocks, _HALF, outputs))
         scale_KN = scale_KN.reshape(blocks * _HALF, outputs)
-        for x_ref, code_KN in ((high_ref, codes_KN >> 4), (low_ref, codes_KN & 15)):
-            level_KN = nf4.level(code_KN) if choices else gpu.load(levels_ref.at[code_KN])
+        for x_ref, level_KN in zip((high_ref, low_ref), levels(codes_KN)):
             x_BK = gpu.load(x_ref.at[:, inputs])
             weight_KN = (level_KN * scale_KN).astype(x_BK.dtype)
             sum_BN += _dot(x_BK, weight_KN)
@@ -145,3 +143,70 @@ def _int8_kernel(x_ref, codes_ref, out_ref, *, steps, blocks):
 
 def _dot(x_BK: Array, y_KN: Array) -> Array:
     return jnp.dot(x_BK, y_KN, preferred_element_type=jnp.float32)
+
+
+# --- Levels of NF4 --------------------------------------------------------------------------------
+
+
+def _levels_by_choice(codes: Array) -> tuple[Array, Array]:
+    """The levels of the high and the low bits of bytes, float32."""
+    return nf4.level(codes >> 4), nf4.level(codes & 15)
+
+
+def _levels_by_bytes(codes: Array) -> tuple[Array, Array]:
+    """The same for NVIDIA GPUs, four bytes at a time: `prmt` looks four bytes up at once.
+
+    15 choices for each weight would take longer than a plain kernel takes to be read.
+    """
+    level, look_up = jax.ShapeDtypeStruct(codes.shape, jnp.float32), pallas_triton.module()
+    high, low = (
+        look_up.elementwise_inline_asm(
+            assembly(shift),
+            args=[codes],
+            constraints="=r,=r,=r,=r,r",
+            pack=4,
+            result_shape_dtypes=[level],
+        )[0]
+        for shift in (4, 0)
+    )
+    return high, low
+
+
+@functools.cache
+def assembly(shift: int) -> str:
+    """PTX from four bytes, $4, to the float32 levels $0 to $3 of four of their bits from `shift`.
+
+    `prmt.b32 d, a, b, s`: byte i of d is the byte of a (0 to 3) or b (4 to 7) that bits 4 i to
+    4 i + 2 of s name. So two of them and a choice between both look up one byte of four levels.
+    """
+    planes = np.ascontiguousarray(nf4.LEVELS.view(np.uint8).reshape(16, 4).T)  # by byte of a level
+    lines = [
+        ".reg .b32 n, s, t, u, v, p0, p1, p2, p3;",
+        f"shr.b32 n, $4, {shift};",
+        "and.b32 n, n, 0x0F0F0F0F;",
+        "shr.b32 t, n, 4;",
+        "or.b32 n, n, t;",
+        "prmt.b32 s, n, 0, 0x4420;",  # the four codes beside each other
+        "and.b32 t, s, 0x8888;",
+        "shr.b32 t, t, 1;",
+        "or.b32 t, t, 0x3210;",  # whether each is above 7
+        "and.b32 s, s, 0x7777;",
+    ]
+    for plane, row in enumerate(planes):
+        a, b, c, d = row.view(np.uint32)
+        lines += [
+            f"prmt.b32 u, {a:#x}, {b:#x}, s;",
+            f"prmt.b32 v, {c:#x}, {d:#x}, s;",
+            f"prmt.b32 p{plane}, u, v, t;",
+        ]
+    lines += [
+        "prmt.b32 u, p0, p1, 0x5140;",
+        "prmt.b32 v, p2, p3, 0x5140;",
+        "prmt.b32 $0, u, v, 0x5410;",
+        "prmt.b32 $1, u, v, 0x7632;",
+        "prmt.b32 u, p0, p1, 0x7362;",
+        "prmt.b32 v, p2, p3, 0x7362;",
+        "prmt.b32 $2, u, v, 0x5410;",
+        "prmt.b32 $3, u, v, 0x7632;",
+    ]
+    return "{\n" + "\n".join(lines) + "\n}"
