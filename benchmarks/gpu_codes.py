@@ -34,7 +34,7 @@ LAYERS = {
     "7b": {"qkv": (3584, 4608), "o": (3584, 3584), "gate_up": (3584, 37888), "down": (18944, 3584)},
     "tiny": {"qkv": (128, 128), "down": (256, 128)},
 }
-ROWS = {"7b": (8, 32, 64, 128, 256, 512), "tiny": (8,)}
+ROWS = {"7b": (8, 32, 64, 128, 256), "tiny": (8,)}
 TILES = [
     Tile(outputs, blocks, programs, warps, stages)
     for outputs, blocks, programs, warps, stages in (
@@ -167,11 +167,11 @@ def tiles(shape: str) -> list[dict[str, Any]]:
 
 
 def products(shape: str) -> list[dict[str, Any]]:
-    sizes, tile = LAYERS[shape], Tile()
-    cases = []
-    for n, r in itertools.product(sizes, ROWS[shape]):
+    sizes, cases = LAYERS[shape], []
+    for n, r in itertools.product(list(sizes)[-2:], ROWS[shape]):
         cases += [(n, r, k, None) for k in ("bfloat16", "int8", "nf4")]
-        cases += [(n, r, k, tile) for k in ("int8", "nf4") if r <= 256]
+        cases += [(n, r, k, Tile()) for k in ("int8", "nf4")]
+        cases += [(n, r, "nf4", Tile(warps=8))] * (r >= 128)
     return measure(cases, sizes)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -32,7 +33,8 @@ class Tile:
 
     outputs: int = 128
     blocks: int = 1  # of NF4, or of 64 inputs, in a step
-    programs: int = 1024  # at least as many, by parts of the inputs
+    programs: int = 1056  # at least as many, by parts of the inputs, where steps suffice
+    steps: int = 4  # of a program, at least: each writes its sums
     warps: int = 4
     stages: int = 4
 
@@ -42,17 +44,23 @@ class FewRows:
     """As `quantize.frozen_product`, with programs of its own for few rows; for a forward pass."""
 
     most_rows: int = 128
+    least_int8: int = 2**25  # weights of a kernel; smaller ones in int8 are left to XLA
     tile: Tile = Tile()
     interpret: bool = False  # runs on any device, for tests
 
     def __call__(self, x: Array, kernel: Array | Int8 | NF4) -> Array:
         x_BI = x.reshape(-1, x.shape[-1])
-        if not isinstance(kernel, (Int8, NF4)) or len(x_BI) > self.most_rows:
+        if not self._suits(kernel) or len(x_BI) > self.most_rows:
             return quantize.frozen_product(x, kernel)
         y_BO = product(x_BI, kernel, self.tile, interpret=self.interpret)
         if y_BO is None:
             return quantize.frozen_product(x, kernel)
         return y_BO.reshape(*x.shape[:-1], -1)
+
+    def _suits(self, kernel: Array | Int8 | NF4) -> bool:
+        if isinstance(kernel, Int8):
+            return math.prod(kernel.shape) >= self.least_int8
+        return isinstance(kernel, NF4)
 
 
 def product(
@@ -67,7 +75,7 @@ def product(
     if inputs % BLOCK or outputs % tile.outputs or number % tile.blocks:
         return None
     steps = number // tile.blocks
-    parts = _parts(steps, tile.programs * tile.outputs / outputs)
+    parts = _parts(steps, tile.programs * tile.outputs / outputs, tile.steps)
     padded = max(16, pl.next_power_of_2(rows))
     x_BI = jnp.pad(x_BI, ((0, padded - rows), (0, 0)))
     sizes = {"steps": steps // parts, "blocks": tile.blocks}
@@ -94,9 +102,13 @@ def product(
     return y_BO if isinstance(kernel, NF4) else y_BO * kernel.scale[None]
 
 
-def _parts(steps: int, wanted: float) -> int:
-    """The fewest equal parts of the steps that are at least as many as wanted, or all."""
-    return next((n for n in range(1, steps + 1) if steps % n == 0 and n >= wanted), steps)
+def _parts(steps: int, wanted: float, least: int) -> int:
+    """A number of equal parts of the steps, each of the `least` steps or more.
+
+    The fewest that are at least as many as `wanted`, or the most.
+    """
+    fitting = [n for n in range(1, steps + 1) if steps % n == 0 and steps // n >= min(least, steps)]
+    return next((n for n in fitting if n >= wanted), fitting[-1])
 
 
 def _whole(ndim: int, *program: Any) -> tuple[int, ...]:

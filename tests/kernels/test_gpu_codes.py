@@ -19,7 +19,7 @@ from grpo_jax.models.hf import targets
 from grpo_jax.sampling import decode, engine
 from grpo_jax.structs import Sampling
 
-TILES = [Tile(), Tile(outputs=64, blocks=2, programs=8)]
+TILES = [Tile(), Tile(outputs=64, blocks=2, programs=8, steps=1)]
 
 
 def kernel_of(kind: str, size: tuple[int, int]):
@@ -30,7 +30,7 @@ def kernel_of(kind: str, size: tuple[int, int]):
 def compare(kind: str, tile: Tile, *, interpret: bool = False) -> None:
     kernel = kernel_of(kind, (256, 256))
     x = jax.random.normal(jax.random.key(2), (2, 3, 256)).astype(jnp.bfloat16)
-    ours = FewRows(tile=tile, interpret=interpret)
+    ours = FewRows(least_int8=0, tile=tile, interpret=interpret)
 
     got = jax.jit(ours)(x, kernel)
 
@@ -58,9 +58,11 @@ def test_other_sizes_are_left_to_xla(kind, size):
     )
 
 
-def test_many_rows_are_left_to_xla():
+def test_many_rows_and_small_kernels_in_int8_are_left_to_xla():
     kernel = kernel_of("nf4", (256, 256))
     x = jnp.ones((2, 256), jnp.bfloat16)
+    small = FewRows(interpret=True), kernel_of("int8", (256, 256))
+    assert "pallas_call" not in str(jax.make_jaxpr(small[0])(x, small[1]))
     few = FewRows(most_rows=1, interpret=True)
     text = jax.make_jaxpr(few)(x, kernel)
     assert "pallas_call" not in str(text)
