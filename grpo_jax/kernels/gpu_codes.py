@@ -33,8 +33,8 @@ class Tile:
 
     outputs: int = 128
     blocks: int = 1  # of NF4, or of 64 inputs, in a step
-    programs: int = 1056  # at least as many, by parts of the inputs, where steps suffice
-    steps: int = 4  # of a program, at least: each writes its sums
+    programs: int = 1056  # about as many, by parts of the inputs
+    sums: float = 2.0**24  # bytes of all parts' sums, about: they stay in the cache
     warps: int = 4
     stages: int = 4
 
@@ -75,8 +75,9 @@ def product(
     if inputs % BLOCK or outputs % tile.outputs or number % tile.blocks:
         return None
     steps = number // tile.blocks
-    parts = _parts(steps, tile.programs * tile.outputs / outputs, tile.steps)
     padded = max(16, pl.next_power_of_2(rows))
+    wanted = min(tile.programs * tile.outputs, tile.sums / (4 * padded)) / outputs
+    parts = _parts(steps, wanted)
     x_BI = jnp.pad(x_BI, ((0, padded - rows), (0, 0)))
     sizes = {"steps": steps // parts, "blocks": tile.blocks}
     if isinstance(kernel, NF4):
@@ -102,13 +103,13 @@ def product(
     return y_BO if isinstance(kernel, NF4) else y_BO * kernel.scale[None]
 
 
-def _parts(steps: int, wanted: float, least: int) -> int:
-    """A number of equal parts of the steps, each of the `least` steps or more.
+def _parts(steps: int, wanted: float) -> int:
+    """A number of equal parts of the steps, at most half above the wanted one.
 
-    The fewest that are at least as many as `wanted`, or the most.
+    A part has four steps or more, since each writes its sums.
     """
-    fitting = [n for n in range(1, steps + 1) if steps % n == 0 and steps // n >= min(least, steps)]
-    return next((n for n in fitting if n >= wanted), fitting[-1])
+    most = max(1, min(1.5 * wanted, steps / 4))
+    return max(n for n in range(1, steps + 1) if steps % n == 0 and n <= most)
 
 
 def _whole(ndim: int, *program: Any) -> tuple[int, ...]:

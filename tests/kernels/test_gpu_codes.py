@@ -19,7 +19,7 @@ from grpo_jax.models.hf import targets
 from grpo_jax.sampling import decode, engine
 from grpo_jax.structs import Sampling
 
-TILES = [Tile(), Tile(outputs=64, blocks=2, programs=8, steps=1)]
+TILES = [Tile(), Tile(outputs=64, blocks=2, programs=8)]
 
 
 def kernel_of(kind: str, size: tuple[int, int]):
@@ -56,6 +56,19 @@ def test_other_sizes_are_left_to_xla(kind, size):
     np.testing.assert_array_equal(
         FewRows(interpret=True)(x, kernel), quantize.frozen_product(x, kernel)
     )
+
+
+def test_the_sums_of_parts_stay_in_the_cache():
+    """Inputs of 18,944 in 296 steps, as the widest of the 7B shape; 37 parts would need 68 MB."""
+    kernel = jax.eval_shape(lambda: quantize.int8(jnp.zeros((18944, 3584)), -2))
+
+    def parts(rows: int) -> int:
+        x = jax.ShapeDtypeStruct((rows, 18944), jnp.bfloat16)
+        text = jax.make_jaxpr(lambda *a: gpu_codes.product(*a, interpret=True))(x, kernel)
+        [call] = [e for e in text.eqns if e.primitive.name == "pallas_call"]
+        return call.outvars[0].aval.shape[0]
+
+    assert [parts(rows) for rows in (8, 64, 128)] == [37, 8, 8]
 
 
 def test_many_rows_and_small_kernels_in_int8_are_left_to_xla():
