@@ -217,6 +217,13 @@ class Rollouts:
     stopped_PG: Array  # bool: ended by a stop token; False: cut at the token limit
     # bool: tokens that the policy chose or must imitate; None: all tokens within the length
     chosen_PGC: Array | None = None
+    # bool: tokens of demonstrations, not drawn by the policy; their `logp_PGC` is 0; None: none
+    given_PGC: Array | None = None
+
+    @property
+    def num_trained_PG(self) -> Array:  # noqa: N802
+        """Tokens of each completion that are trained on, unless it is left out as a whole."""
+        return self.length_PG if self.chosen_PGC is None else self.chosen_PGC.sum(-1)
 
 
 @struct.dataclass
@@ -235,6 +242,12 @@ class Experience:
     kl_coef_PG: Array | None = None  # float32, alike everywhere; None: that of the objective
     entropy_coef_PG: Array | None = None  # the same
     top_entropy_PGC: Array | None = None  # bool: carries the policy gradient; None: all actions
+    # Of hybrids (`algorithm/hybrids.py`), float32: weights of each token in the policy loss and in
+    # the nll, whose divisors they contain; and the share of the nll in the sum of both, None: 1.
+    policy_weight_PGC: Array | None = None
+    nll_weight_PGC: Array | None = None
+    mix_PG: Array | None = None
+    teacher_logp_PGC: Array | None = None  # of the teacher; None: the loss reads none
 
 
 @struct.dataclass

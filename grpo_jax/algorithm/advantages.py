@@ -104,6 +104,14 @@ def advantages(
     return _whitened(adv_PG, known_PG)
 
 
+def total(options: AdvantageOptions, reward: Array) -> Array:
+    """The weighted sum of rewards as `advantages` takes them, [P, G]; NaN where all are unknown."""
+    if not options.reads_each_reward:
+        return reward
+    weighed = jnp.nansum(reward * jnp.asarray(options.weights, reward.dtype), axis=-1)
+    return jnp.where(jnp.isnan(reward).all(axis=-1), jnp.nan, weighed)
+
+
 def group_advantages(
     reward_PG: Array,
     *,

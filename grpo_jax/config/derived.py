@@ -6,6 +6,8 @@ import math
 
 from ml_collections import ConfigDict
 
+from grpo_jax.algorithm.hybrid_methods import METHODS, Method
+
 
 def groups_at_once(config: ConfigDict) -> int:
     """Groups that the devices share between them: a microbatch, or an update's where it is free."""
@@ -22,6 +24,17 @@ def prompts_per_draw(config: ConfigDict) -> int:
 def follows_pass_rates(config: ConfigDict) -> bool:
     """Whether the prompts of a draw depend on the pass rates of the problems."""
     return config.prompts.outside_weight < 1 or config.prompts.replay_share > 0
+
+
+def hybrid_method(config: ConfigDict) -> Method | None:
+    """The method of the config's hybrid; None if there is none."""
+    return METHODS[config.hybrid.method] if config.hybrid.method else None
+
+
+def completions_per_prompt(config: ConfigDict) -> int:
+    """Completions of a group: those that are drawn, and a demonstration if one is given."""
+    method = hybrid_method(config)
+    return config.batch.group + (method is not None and method.given == "completion")
 
 
 def num_updates_per_step(config: ConfigDict) -> int:
@@ -56,7 +69,14 @@ def _steps_of(epochs: float, num_problems: int, batch: int) -> int:
 
 def longest_row(config: ConfigDict) -> int:
     """Tokens of the longest prompt with the longest completion that a run has."""
-    return config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.sft.max_tokens)
+    longest = max(config.rollout.max_tokens + longest_hint(config), config.sft.max_tokens)
+    return config.data.max_prompt_tokens + longest
+
+
+def longest_hint(config: ConfigDict) -> int:
+    """Tokens of the longest hint after which a completion is drawn."""
+    method = hybrid_method(config)
+    return config.rollout.max_tokens - 1 if method and method.given == "prefix" else 0
 
 
 def needs_old_pass(config: ConfigDict) -> bool:
@@ -64,7 +84,8 @@ def needs_old_pass(config: ConfigDict) -> bool:
     weighs_sequences = config.rollout_correction.level == "sequence"
     reads_entropies = config.algorithm.top_entropy_share < 1
     several = num_updates_per_step(config) > 1
-    return weighs_sequences or several or has_kl_in_reward(config) or reads_entropies
+    reads = weighs_sequences or several or has_kl_in_reward(config) or reads_entropies
+    return reads or (bool(config.distill.teacher) and config.distill.loss == "reward")
 
 
 def has_kl_in_reward(config: ConfigDict) -> bool:
@@ -74,6 +95,8 @@ def has_kl_in_reward(config: ConfigDict) -> bool:
 
 def learns_from_equal_rewards(config: ConfigDict) -> bool:
     """Whether a group whose rewards are all equal may have advantages other than 0."""
+    if config.hybrid.method or config.distill.teacher:
+        return True
     algorithm = config.algorithm
     compares = algorithm.baseline not in ("none", "greedy")
     return not compares or algorithm.aggregate == "each" or has_kl_in_reward(config)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from grpo_jax.config.hybrid_options import DISTILL, HYBRID
 from grpo_jax.config.lora_options import LORA
 from grpo_jax.config.objective_options import OBJECTIVE
 from grpo_jax.config.prompt_options import FEW_PROBLEMS, PROMPTS
@@ -43,6 +44,8 @@ SECTIONS = {
     "rollout": "How completions are sampled",
     "algorithm": "The objective. docs/definitions.md has the formulas",
     "rollout_correction": "Importance weights for where sampler and policy differ",
+    "hybrid": "Demonstrations beside drawn completions; docs/hybrids.md",
+    "distill": "A teacher whose distribution is imitated; docs/distillation.md",
     "optim": "The optimizer (AdamW), and its learning rate",
     "loop": "How long the run goes on, and what overlaps in it",
     "guards": "What is done when the numbers of a step are out of bounds",
@@ -226,6 +229,8 @@ TABLE = (
          "Make the batch smaller as completions finish and no prompts wait", free=True),
 
     *OBJECTIVE,
+    *HYBRID,
+    *DISTILL,
 
     number("optim.learning_rate", 1e-6, POSITIVE, "", "The peak, after warm-up"),
     number("optim.warmup_steps", 0, NOT_NEGATIVE, "updates", "Linear warm-up of the learning rate"),

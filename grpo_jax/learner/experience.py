@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.algorithm import advantages as advantages_lib
+from grpo_jax.algorithm import distillation
 from grpo_jax.algorithm.advantages import AdvantageOptions
+from grpo_jax.algorithm.hybrids import Weigh, given_tokens
 from grpo_jax.algorithm.token_selection import top_entropy
 from grpo_jax.devices import by_shard, compiling, transfer
 from grpo_jax.devices.compiling import Call
@@ -42,6 +44,7 @@ class LogProbs:
     old_logp_PGC: Array | None
     ref_logp_PGC: Array | None
     entropy_PGC: Array | None  # of the policy; None: `Prepare.selects` is False
+    teacher_logp_PGC: Array | None = None
 
     def in_order(self, rows: Array) -> np.ndarray:
         """Rows of the experience on the host, in the order in which the prompts were given."""
@@ -67,6 +70,10 @@ class Prepare:
     select: Callable  # program: the tokens of highest entropy
     advantages: Callable  # program: the experience without log-probabilities
     sizes: CompiledSizes  # packed row sizes of `score`; grows during a run
+    # Programs: the teacher's log-probabilities; the advantages that it changes. None: no teacher.
+    score_teacher: Callable | None = None
+    teach: Callable | None = None
+    teacher: Params | None = None  # its weights
 
     def log_probs(self, params: Params, ref_params: Params | None, rollouts: Rollouts) -> LogProbs:
         """Launches the scoring, which needs no rewards. `ref_params` None: no KL term."""
@@ -77,10 +84,12 @@ class Prepare:
             rollouts, length_PG = self._reordering(rollouts, order_P)(), length_PG[order_P]
         scored = self._scoring(params, ref_params, rollouts, length_PG)
         found = {call.part: call() for call in scored}
+        teacher = found.get("teacher")
         if not self.selects:
-            return LogProbs(rollouts, order_P, found.get("policy"), found.get("reference"), None)
+            own, reference = found.get("policy"), found.get("reference")
+            return LogProbs(rollouts, order_P, own, reference, None, teacher)
         (logp, entropy), (ref_logp, _) = found["policy"], found.get("reference", (None, None))
-        return LogProbs(rollouts, order_P, logp, ref_logp, entropy)
+        return LogProbs(rollouts, order_P, logp, ref_logp, entropy, teacher)
 
     def __call__(self, given: LogProbs, reward: Array, greedy: Array | None = None) -> Experience:
         """The experience, once the rewards are known.
@@ -95,6 +104,10 @@ class Prepare:
         experience = self._valuing(given.rollouts, *rewards, log_probs)().replace(
             old_logp_PGC=given.old_logp_PGC, ref_logp_PGC=given.ref_logp_PGC
         )
+        if self.teach is not None:
+            log_probs = given.teacher_logp_PGC, given.old_logp_PGC
+            advantage_PGC = self._teaching(experience.advantage, *log_probs)()
+            experience = experience.replace(advantage=advantage_PGC, teacher_logp_PGC=log_probs[0])
         if not self.selects:
             return experience
         selected_PGC = self._selecting(given.entropy_PGC, experience.action_PGC)()
@@ -115,6 +128,8 @@ class Prepare:
             (entropy_PGC,) = (call.result()[1] for call in scored if call.part == "policy")
             action_PGC = valued[0].result().action_PGC
             valued.append(self._selecting(entropy_PGC, action_PGC))
+        if self.teach is not None:
+            valued.append(self._teaching(valued[0].result().advantage, *log_probs))
         if self.scorer.mesh.shape["data"] == 1:
             return scored + valued
         order_P = np.arange(len(length_PG))
@@ -136,14 +151,21 @@ class Prepare:
         read = {"policy": params} if self.with_old else {}
         if ref_params is not None:
             read["reference"] = ref_params
+        if self.score_teacher is not None:
+            read["teacher"] = self.teacher
         if not read:
             return []
         everything = np.arange(self.scorer.groups_in_shard(rollouts))
         packed = self.scorer.microbatches(
             rollouts.replace(length_PG=length_PG), everything, self.sizes
         )
+        programs = {"teacher": self.score_teacher}
         return [
-            Call(self.score, (weights, packed.number, rollouts, *packed.arrays), part)
+            Call(
+                programs.get(part, self.score),
+                (weights, packed.number, rollouts, *packed.arrays),
+                part,
+            )
             for part, weights in read.items()
         ]
 
@@ -160,6 +182,9 @@ class Prepare:
         read = log_probs if self.options.reads_log_probs else None
         return Call(self.advantages, (rollouts, reward, greedy, read))
 
+    def _teaching(self, advantage_PG: Array, teacher_logp_PGC: Array, logp_PGC: Array) -> Call:
+        return Call(self.teach, (advantage_PG, teacher_logp_PGC, logp_PGC))
+
     def _selecting(self, entropy_PGC: Array, action_PGC: Array) -> Call:
         return Call(self.select, (entropy_PGC, action_PGC))
 
@@ -172,17 +197,22 @@ def make_prepare(
     with_old: bool,
     num_minibatches: int = 1,
     top_entropy_share: float = 1.0,
+    weigh: Weigh | None = None,
+    of_teacher: Scorer | None = None,
+    teacher_coef: float = 1.0,
 ) -> Prepare:
     """A `Prepare` of these options; nothing is compiled or allocated yet.
 
     `with_old`: the scorer computes the policy's log-probabilities before the first update. They are
     needed if a rollout has several updates, if the loss weighs whole completions, or if the KL is a
     part of the reward. With a `top_entropy_share` below 1 they are needed for the entropies that
-    come with them.
+    come with them. `weigh`: of a hybrid. `of_teacher`: the scorer of a teacher whose reward, times
+    `teacher_coef`, is added to the advantages of tokens; its rows are those of `scorer`.
     """
     selects = top_entropy_share < 1
-    assert with_old or not (options.reads_log_probs or selects)
-    scorer = dataclasses.replace(scorer, scan_layers=True)  # no backward pass: nothing to keep
+    assert with_old or not (options.reads_log_probs or selects or of_teacher)
+    forward = lambda scorer: dataclasses.replace(scorer, scan_layers=True)  # noqa: E731
+    scorer = forward(scorer)  # no backward pass: nothing to keep
 
     @jax.jit
     @jax.named_scope("scoring")
@@ -196,20 +226,32 @@ def make_prepare(
         action_PGC = action_mask(*shape, mask_truncated)
         if rollouts.chosen_PGC is not None:
             action_PGC &= rollouts.chosen_PGC
+        known, own_PGC = reward, action_PGC
+        if weigh is not None:
+            known = weigh.known(reward, rollouts, action_PGC)
+            own_PGC = action_PGC & ~given_tokens(rollouts, action_PGC)
         advantage_PG = advantages_lib.advantages(
             options,
-            reward,
+            known,
             length_PG=rollouts.length_PG,
             greedy=greedy,
-            action_PGC=action_PGC,
+            action_PGC=own_PGC,
             log_probs=log_probs,
         )
-        return Experience(rollouts, advantage_PG, action_PGC, old_logp_PGC=None, ref_logp_PGC=None)
+        experience = Experience(rollouts, advantage_PG, action_PGC, None, None)
+        if weigh is None:
+            return experience
+        return weigh(experience, advantages_lib.total(options, reward))
 
     @jax.jit
     @jax.named_scope("scoring")
     def select(entropy_PGC: Array, action_PGC: Array) -> Array:
         return top_entropy(entropy_PGC, action_PGC, top_entropy_share)
+
+    @jax.jit
+    @jax.named_scope("scoring")
+    def teach(advantage_PG: Array, teacher_logp_PGC: Array, logp_PGC: Array) -> Array:
+        return distillation.with_reward(advantage_PG, teacher_coef, teacher_logp_PGC, logp_PGC)
 
     return Prepare(
         scorer,
@@ -221,6 +263,8 @@ def make_prepare(
         select,
         advantages,
         CompiledSizes(),
+        of_teacher and _make_score(forward(of_teacher), with_entropy=False),
+        of_teacher and teach,
     )
 
 

@@ -33,6 +33,7 @@ from grpo_jax.planning.compiled import Compiled, Known, Program, bytes_per_devic
 from grpo_jax.sampling.decode import Slots
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup import lora as lora_setup
+from grpo_jax.setup import teacher
 from grpo_jax.setup.engine import make_engine, make_evaluator
 from grpo_jax.setup.learner import DEFAULT, MemoryPlan, make_learner, make_supervised_learner
 from grpo_jax.structs import Experience, ModelConfig, Params, Rollouts
@@ -54,7 +55,8 @@ class Lengths:
         With a mean, completions end at every token with equal probability, as those of a model that
         has not learned when to stop.
         """
-        shape, limit = (config.batch.prompts, config.batch.group), config.rollout.max_tokens
+        group, limit = derived.completions_per_prompt(config), config.rollout.max_tokens
+        shape = config.batch.prompts, group
         length_PG = np.full(shape, limit)
         if mean:
             drawn_PG = np.random.default_rng(config.seed).geometric(1 / mean, shape)
@@ -107,7 +109,14 @@ class Step:
         self.config, self.model, self.mesh, self.lengths = config, model, mesh, lengths
         self.known = {} if known is None else known
         self._device = mesh.devices.flat[0]
-        self.learner = make_learner(config, model, mesh, fit)
+        of_teacher = teacher.shape(config)
+        self.learner = make_learner(config, model, mesh, fit, of_teacher)
+        self.teacher = None  # its weights
+        if of_teacher is not None:
+            self.teacher = teacher.like(config, of_teacher, mesh)
+            pair = self.learner.prepare, self.learner.update
+            prepare, update = teacher.given_to(*pair, self.teacher)
+            self.learner = dataclasses.replace(self.learner, prepare=prepare, update=update)
         self.engine = make_engine(config, model, _STOP_IDS, mesh)
         dtype = jnp.dtype(config.model.dtype)
         kept = jnp.dtype(config.model.param_dtype)
@@ -167,7 +176,7 @@ class Step:
             "evaluation": max(evaluated, default=0.0),  # weights and cache of the larger one
             "gradients": bytes_per_device(gradients),
             "rollouts": bytes_per_device(self.experience),
-        }
+        } | ({} if self.teacher is None else {"teacher": bytes_per_device(self.teacher)})
 
     def compile(self, only: Callable[[str], bool] = lambda name: True) -> list[Compiled]:
         """Compiles all programs, or those that `only` selects, in the order of a step.
@@ -231,7 +240,7 @@ class Step:
 
     def programs(self) -> list[Program]:
         """The programs of engine and learner, with the other arrays that exist while they run."""
-        learning = self._kept_state(), self.frozen, self._kept_reference()
+        learning = self._kept_state(), self.frozen, self._kept_reference(), self.teacher
         found = self._start() + self._supervised() + self._publishing(learning)
         found += self._sampling("", "rollout", self.rollout, learning)
         if self.greedy:
@@ -392,9 +401,18 @@ class Step:
         width = self.engine.padded(self.lengths.prompt)
         per_token = lambda dtype: rows((prompts, group, tokens), dtype)  # noqa: E731
         adaptive = {controller.coefficient for controller in self.learner.controllers}
+        method = derived.hybrid_method(self.config)
+        rollouts, weight = self._rollouts((prompts, group), width, tokens), None
+        if method is not None:
+            weight = per_token(jnp.float32)
+            given = per_token(jnp.bool_) if method.given else None
+            chosen = given if method.given == "completion" else None
+            rollouts = rollouts.replace(given_PGC=given, chosen_PGC=chosen)
+        teaches = self.learner.prepare.teach is not None
         return Experience(
-            rollouts=self._rollouts((prompts, group), width, tokens),
-            advantage=rows((prompts, group), jnp.float32),
+            rollouts=rollouts,
+            advantage=per_token(jnp.float32) if teaches else rows((prompts, group), jnp.float32),
+            teacher_logp_PGC=per_token(jnp.float32) if teaches else None,
             action_PGC=per_token(jnp.bool_),
             old_logp_PGC=per_token(jnp.float32) if derived.needs_old_pass(self.config) else None,
             ref_logp_PGC=per_token(jnp.float32) if self.reference is not None else None,
@@ -403,6 +421,9 @@ class Step:
                 rows((prompts, group), jnp.float32) if "entropy_coef" in adaptive else None
             ),
             top_entropy_PGC=per_token(jnp.bool_) if self.learner.prepare.selects else None,
+            policy_weight_PGC=weight,
+            nll_weight_PGC=weight,
+            mix_PG=rows((prompts, group), jnp.float32) if "mix" in adaptive else None,
         )
 
 

@@ -144,6 +144,8 @@ def combine(
 def join(parts: Sequence[Scores], rewards: Sequence[Reward]) -> Scores:
     """The scores of several batches as one batch, in order; sums are computed over the whole."""
     whole = select([(part, np.arange(len(part.reward_B))) for part in parts])
+    if not rewards:
+        return whole
     return dataclasses.replace(whole, reward_B=combine(rewards, whole.by_name, whole.failed))
 
 

@@ -39,6 +39,7 @@ _OPTIONS = {  # that name the inputs
     "held-out problems": "data.eval_path",
     "model": "model.path",
     "adapter": "lora.path",
+    "teacher": "distill.teacher",
 }
 
 

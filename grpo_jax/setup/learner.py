@@ -12,8 +12,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax.algorithm import components
-from grpo_jax.algorithm.adaptive import AdaptiveEntropy, AdaptiveKL, Controller
+from grpo_jax.algorithm.adaptive import AdaptiveEntropy, AdaptiveKL, Controller, Mix
 from grpo_jax.algorithm.advantages import AdvantageOptions
+from grpo_jax.algorithm.components import LossComponent
+from grpo_jax.algorithm.distillation import DivergenceLoss, RewardedByTeacher
+from grpo_jax.algorithm.hybrid_loss import HybridLoss
+from grpo_jax.algorithm.hybrid_methods import Schedule
+from grpo_jax.algorithm.hybrids import Hybrid, Weigh
 from grpo_jax.algorithm.objective import Objective
 from grpo_jax.config import derived, guard_rules
 from grpo_jax.config.dotted import flatten
@@ -24,6 +29,7 @@ from grpo_jax.learner.experience import Prepare, make_prepare
 from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.setup import engine
+from grpo_jax.setup import teacher as teacher_lib
 from grpo_jax.structs import Array, ModelConfig, Sampling
 
 
@@ -121,12 +127,53 @@ def advantage_options(config: ConfigDict) -> AdvantageOptions:
     )
 
 
+def hybrid_of(config: ConfigDict) -> Hybrid | None:
+    """The config's hybrid; None if it has none."""
+    method, options = derived.hybrid_method(config), config.hybrid
+    if method is None:
+        return None
+    mix = hint = None
+    if method.mixes:
+        warmup, decay = options.mix_warmup_steps, options.mix_decay_steps
+        mix = Schedule(options.mix_peak, options.mix_valley, warmup, decay)
+    if method.given == "prefix":  # the paper's counts its steps from 1, and ends with 0
+        hint = Schedule(
+            options.hint_high, options.hint_low, 0, options.hint_steps, at_end=0.0, offset=1
+        )
+    return Hybrid(
+        method,
+        method.nll_coef if options.nll_coef == -1 else options.nll_coef,
+        options.shaping,
+        options.pass_reward,
+        options.max_pass_rate,
+        mix,
+        hint,
+    )
+
+
+def _component(config: ConfigDict, objective: Objective, hybrid: Hybrid | None) -> LossComponent:
+    """The loss of the objective, with that of a hybrid or of a teacher if there is one."""
+    policy, distill = components.PolicyLoss(objective), config.distill
+    if hybrid is not None:
+        return HybridLoss(policy, hybrid)
+    if not distill.teacher:
+        return policy
+    if distill.loss == "reward":
+        return RewardedByTeacher(objective)
+    return DivergenceLoss(policy, distill.coef, distill.beta)
+
+
 def make_learner(
-    config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: MemoryPlan = DEFAULT
+    config: ConfigDict,
+    model: ModelConfig,
+    mesh: Mesh,
+    fit: MemoryPlan = DEFAULT,
+    teacher: ModelConfig | None = None,
 ) -> Learner:
     """The config's learner for a model of this shape; nothing is compiled or allocated yet.
 
-    `fit` is used if the config sets no microbatch or no `remat`.
+    `fit` is used if the config sets no microbatch or no `remat`. `teacher`: the shape of the
+    config's teacher, if it has one.
     """
     scorer = dataclasses.replace(
         make_scorer(config, model, mesh, engine.sampling(config), fit),
@@ -148,6 +195,9 @@ def make_learner(
     objective = Objective.of({n.removeprefix("algorithm."): v for n, v in flatten(config).items()})
     if derived.has_kl_in_reward(config):
         objective = dataclasses.replace(objective, kl_coef=0.0)
+    hybrid = hybrid_of(config)
+    of_teacher = None if teacher is None else teacher_lib.scorer_of(scorer, teacher)
+    rewards = config.distill.loss == "reward"
     return Learner(
         scorer=scorer,
         optimizer=optimizer,
@@ -159,14 +209,18 @@ def make_learner(
             with_old=derived.needs_old_pass(config),
             num_minibatches=config.batch.minibatches,
             top_entropy_share=algorithm.top_entropy_share,
+            weigh=None if hybrid is None else Weigh(hybrid, objective, config.batch.minibatches),
+            of_teacher=of_teacher if rewards else None,
+            teacher_coef=config.distill.coef,
         ),
         update=update.make_update(
             scorer,
-            components.PolicyLoss(objective),
+            _component(config, objective, hybrid),
             optimizer,
             num_minibatches=config.batch.minibatches,
             offload=config.optim.offload,
             bounds=guard_rules.refusing_bounds(config),
+            of_teacher=None if rewards else of_teacher,
         ),
         controllers=_controllers(config),
         refresh_reference=(
@@ -178,8 +232,11 @@ def make_learner(
 
 
 def _controllers(config: ConfigDict) -> tuple[Controller, ...]:
-    """The controllers of the coefficients that follow a target."""
+    """The controllers of the coefficients that follow a target or a schedule."""
     algorithm, found = config.algorithm, []
+    hybrid = hybrid_of(config)
+    if hybrid is not None and hybrid.mix is not None:
+        found.append(Mix(hybrid.mix))
     if algorithm.kl_target:
         found.append(
             AdaptiveKL(

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax.hosts import cpus as cpus_lib
 from grpo_jax.rewards import registry
+from grpo_jax.rewards.none import NoRewards
 from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.rewards.registry import Reward
 
@@ -22,8 +23,10 @@ def load_rewards(config: ConfigDict) -> list[Reward]:
 
 def start_rewards(
     config: ConfigDict, rewards: list[Reward], *, device_is_busy: bool = True
-) -> Pool:
+) -> Pool | NoRewards:
     """The rewards' worker processes: on half of the CPUs, or on all if no device computes."""
+    if not rewards:
+        return NoRewards()
     options, cpus = config.rewards, cpus_lib.usable()
     return Pool(
         rewards,

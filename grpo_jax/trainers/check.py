@@ -112,6 +112,8 @@ def _sizes(config: ConfigDict, found: Inputs) -> list[str]:
 
 def _try_rewards(config: ConfigDict, found: Inputs) -> None:
     """Computes the rewards of a few completions; reports values and failures."""
+    if not found.rewards:
+        return
     problems = found.train.problems[:_TRIED]
     if config.data.task:
         task, rng = tasks.load(config.data.task), streams.stream(config.seed, "solutions")

@@ -85,7 +85,7 @@ def sample_and_reward(run: Run, state: RunState, monitor: Monitor) -> None:
         greedy = sampled.greedy and monitor.rewards(state, sampled.greedy)
         rewards = rollout.device_rewards(run, sampled, scores, greedy)
         experience = run.prepare(log_probs, *rewards)
-        state.experience = coefficients.given_to(run, experience, state.coefficients)
+        state.experience = coefficients.given_to(run, experience, state)
         state.next_rollout = following
         state.count_draws(sampled)
     monitor.scored(state, sampled, scores, lambda: log_probs.in_order(state.experience.advantage))

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from grpo_jax.config import derived, guard_rules, rules
 from grpo_jax.data import tasks
 from grpo_jax.devices import sharding, transfer
+from grpo_jax.environments.demonstrations import Nothing
 from grpo_jax.environments.questions import Questions
 from grpo_jax.messages.console import say
 from grpo_jax.models import policy as policy_lib
@@ -23,7 +24,7 @@ from grpo_jax.models.policy import Policy
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.run import workdir
 from grpo_jax.run.checkpoints import Checkpoints
-from grpo_jax.setup import inputs, lora, model
+from grpo_jax.setup import demonstrations, inputs, lora, model, teacher
 from grpo_jax.setup.data import answerable, load_problems, questions, tell_of, tell_of_few
 from grpo_jax.setup.engine import make_engine, make_evaluator
 from grpo_jax.setup.learner import MemoryPlan, make_learner
@@ -44,6 +45,8 @@ class Inputs:
     train: Questions
     held_out: Questions | None  # None: nothing to evaluate with
     sums: inputs.Sums
+    demonstrations: Nothing  # of the training problems
+    teacher: Policy | None  # None: there is none
 
     @property
     def longest(self) -> int:
@@ -72,14 +75,20 @@ def read(
     tell_of_few(config, train)
     now = opened()
     asked = questions(train, policy, config, "training problems", now)
-    policy.check_length(asked.prompt_ids, config.rollout.max_tokens)
+    most = config.rollout.max_tokens + derived.longest_hint(config)
+    policy.check_length(asked.prompt_ids, most)
+    given = demonstrations.load(config, policy, asked.problems)
+    taught_by = teacher.read(config, policy)
     sums = inputs.of_run(asked.problems, asked.prompt_ids, held_out, policy, rewards)
     sums |= inputs.of_adapter(config.lora.path)
-    kept = held_out[: config.evaluation.num_problems]
+    if taught_by is not None:
+        taught_by.check_length(asked.prompt_ids, most)
+        sums |= {"teacher": inputs.of_model(taught_by)}
+    kept = held_out[: config.evaluation.num_problems] if rewards else []
     evaluated = questions(kept, policy, config, "held-out problems", now) if kept else None
     if evaluated:
         policy.check_length(evaluated.prompt_ids, config.rollout.max_tokens)
-    return Inputs(mesh, rewards, policy, asked, evaluated, sums)
+    return Inputs(mesh, rewards, policy, asked, evaluated, sums, given, taught_by)
 
 
 def settled(config: ConfigDict, num_problems: int) -> ConfigDict:
@@ -109,7 +118,9 @@ def refuse_early(config: ConfigDict, folder: Path) -> None:
         answerable(config, rewards, problems)
         if problems:
             ids = policy.tokenizer([problem.prompt for problem in problems])["input_ids"]
-            policy.check_length(ids, config.rollout.max_tokens)
+            policy.check_length(ids, config.rollout.max_tokens + derived.longest_hint(config))
+    demonstrations.load(config, policy, answerable(config, rewards, train))
+    teacher.read(config, policy)
     open_for(config, folder)
 
 
@@ -163,9 +174,13 @@ def build(
     policy = policy_lib.keep(found.policy, source)
     lora.keep(config, folder)
     mesh = found.mesh
-    learner = make_learner(
-        config, policy.model, mesh, fit(config, policy.model, mesh, found.longest, folder)
-    )
+    fitted = fit(config, policy.model, mesh, found.longest, folder)
+    of_teacher = found.teacher and found.teacher.model
+    learner = make_learner(config, policy.model, mesh, fitted, of_teacher)
+    prepare, update = learner.prepare, learner.update
+    if found.teacher is not None:
+        weights = teacher.load(config, found.teacher, mesh)
+        prepare, update = teacher.given_to(prepare, update, weights)
     engine = make_engine(config, policy.model, policy.stop_ids, mesh)
     for line in told(config, found):
         say(line)
@@ -183,8 +198,8 @@ def build(
         evaluator=make_evaluator(config, engine),
         optimizer=learner.optimizer,
         learning_rate=learner.learning_rate,
-        prepare=learner.prepare,
-        update=learner.update,
+        prepare=prepare,
+        update=update,
         sizes=learner.sizes,
         frozen=frozen,
         checkpoints=Checkpoints(
@@ -199,6 +214,7 @@ def build(
         read=found.sums,
         first_reference=functools.partial(_reference, config, policy, mesh, frozen, kept),
         refresh_reference=learner.refresh_reference,
+        demonstrations=found.demonstrations,
         controllers=learner.controllers,
         rewards=start_rewards(config, found.rewards),  # last: no more checks follow
     )
@@ -218,6 +234,7 @@ def told(config: ConfigDict, found: Inputs) -> list[str]:
         f"A step: {batch.prompts} prompts x {batch.group} completions of at most "
         f"{config.rollout.max_tokens} tokens, {updates} update{'s' * (updates > 1)}",
         *_refill(config),
+        *demonstrations.told(config),
         f"The run: {config.loop.num_steps:,} steps, which ask each problem "
         f"{config.loop.num_steps * batch.prompts / len(lengths):,.2f} times"
         f"{' or more' * config.prompts.drop_equal_groups}",

@@ -133,7 +133,7 @@ class Guards:
         elif not math.isnan(reward):
             history.rewards = [*history.rewards, reward][-options.window :]
             self._check_fall(step)
-        all_equal = values["groups/equal_share"] == 1
+        all_equal = values.get("groups/equal_share") == 1  # absent without rewards
         all_equal &= not derived.learns_from_equal_rewards(self._config)
         history.equal_steps = history.equal_steps + 1 if all_equal else 0
         if options.equal_groups_steps and history.equal_steps >= options.equal_groups_steps:

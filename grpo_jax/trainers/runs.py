@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from grpo_jax.environments.demonstrations import NOTHING, Nothing
 from grpo_jax.environments.questions import Questions
 from grpo_jax.learner.experience import Prepare
 from grpo_jax.learner.row_sizes import CompiledSizes
@@ -72,6 +73,7 @@ class Run:
     read: Sums  # checksums of the run's inputs
     first_reference: Callable[[], Params | None] = lambda: None  # reads it; None: no KL term
     refresh_reference: Callable | None = None  # program; None: the reference is fixed
+    demonstrations: Nothing = NOTHING  # of the training problems, in the groups of a step
     controllers: tuple[Controller, ...] = ()  # of coefficients that change after each step
     callbacks: tuple[Callback, ...] = ()  # of the program that started it
 

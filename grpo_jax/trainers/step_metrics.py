@@ -176,8 +176,9 @@ def rollout_metrics(run: Run, sampled: Rollout, scores: Scores) -> dict[str, flo
         accuracy = scores.accuracy(run.rewards.accuracy)
         if not np.isnan(accuracy):
             values["accuracy"] = accuracy
-    values |= of_groups | {
-        "rewards/unscored": np.isnan(reward_PG).sum(),
+    if run.rewards.rewards:
+        values |= of_groups | {"rewards/unscored": np.isnan(reward_PG).sum()}
+    values |= {
         "completion/length": length_PG.mean(),
         "completion/length_min": length_PG.min(),
         "completion/length_max": length_PG.max(),
