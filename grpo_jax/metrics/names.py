@@ -109,6 +109,27 @@ METRICS: dict[str, Metric] = {
     "policy/off_policy_share": Metric(
         "share", "tokens of completions that algorithm.max_sequence_drift leaves out"
     ),
+    "hybrid/loss": Metric("", "policy loss and nll as hybrid.method sums them: what is minimized"),
+    "hybrid/nll": Metric(
+        "nats/token", "mean negative log-likelihood of the tokens that hybrid.method imitates"
+    ),
+    "hybrid/nll_tokens": Metric("tokens", "tokens that are imitated in an update"),
+    "hybrid/mix": Metric("share", "share of the nll in the loss of the step's updates (CHORD)"),
+    "hybrid/given_reward": Metric(
+        "", "mean reward of the step's demonstrations, which no other metric of rewards counts"
+    ),
+    "hybrid/hint_tokens": Metric("tokens", "mean length of the step's hints (UFT)"),
+    "distill/total": Metric(
+        "", "policy loss plus distill.coef times the divergence: what is minimized"
+    ),
+    "distill/loss": Metric(
+        "nats/token", "mean divergence from the teacher, as distill.beta says, over all tokens"
+    ),
+    "distill/kl": Metric(
+        "nats/token",
+        "mean KL(policy || teacher): over the vocabulary, or with distill.loss \"reward\" by the "
+        "tokens that were drawn",
+    ),
     "policy/skipped_updates": Metric(
         "updates", "updates skipped so far, because not finite or by a guard"
     ),

@@ -53,12 +53,21 @@ def worked_solution(problem: Problem, rng: np.random.Generator) -> str:
     if rng.random() < SHORTCUT:
         guess = int(np.clip(answer + rng.integers(-9, 10), 0, MAX_TOTAL))
         return f"#### {guess}"
+    return _steps(problem, rng, SLIP)
+
+
+def careful_solution(problem: Problem) -> str:
+    """The steps without an error, and the answer."""
+    return _steps(problem, np.random.default_rng(0), slip=0.0)
+
+
+def _steps(problem: Problem, rng: np.random.Generator, slip: float) -> str:
     expression = problem.prompt.removesuffix("=").replace("-", "+-")
     total, *terms = (int(term) for term in expression.split("+"))
     lines = []
     for term in terms:
         result = total + term
-        if rng.random() < SLIP:
+        if rng.random() < slip:
             result = max(0, result + int(rng.choice([-2, -1, 1, 2])))
         lines.append(f"{total}{term:+d}={result}")
         total = result
