@@ -34,10 +34,8 @@ def _loss_sums(
     params = weights.whole(scorer.model)
     of_microbatch = _by_completion if component.needs_completions else _by_token
     hidden_BED = scorer.hidden(params, part.rollouts, packed.layout)
-    weight_BC, _ = component.weights(part.action_PGC.reshape(-1, packed.tokens))
-    weight_PGC = weight_BC.reshape(part.action_PGC.shape)
     total, *of_tokens, action = of_microbatch(
-        scorer, component, part, packed, hidden_BED, scorer.head(params), weight_PGC
+        scorer, component, part, packed, hidden_BED, scorer.head(params)
     )
     sums, maxima = component.diagnostics(*of_tokens, action)
     sums |= {"loss": total, "tokens": action.sum().astype(jnp.float32)}
@@ -51,15 +49,15 @@ def _by_token(
     packed: Packed,
     hidden_BED: Array,
     head_DV: Array,
-    weight_PGC: Array,
 ) -> tuple[Array, Array, Array, Any, Array]:
     """The summed loss, and what `diagnostics` reads, by prediction: one sweep of the vocabulary."""
     terms = component.terms(part, packed.take, packed.take_of_completion)
+    weight_PGC, _ = component.weights(part.action_PGC)
     weight_BE = jnp.where(packed.there_BE, packed.take(weight_PGC), 0.0)
     action_BE = packed.take(part.action_PGC) & packed.there_BE
 
     def loss(hidden, target, weight, terms):
-        how = component.token_loss, scorer.sampling, scorer.along, scorer.model.logit_cap
+        how = component.loss, scorer.sampling, scorer.along, scorer.model.logit_cap
         return logprobs.loss(*how, hidden, head_DV, target, weight, terms)
 
     total, logp_BE, entropy_BE = scoring.row_by_row(
@@ -76,7 +74,6 @@ def _by_completion(
     packed: Packed,
     hidden_BED: Array,
     head_DV: Array,
-    weight_PGC: Array,
 ) -> tuple[Array, Array, Array, Any, Array]:
     """The same by completion and token, of a loss that reads whole completions."""
 
@@ -92,8 +89,9 @@ def _by_completion(
     take = lambda x: jnp.where(action_PGC, x, jnp.zeros((), x.dtype))  # noqa: E731
     logp_PGC, entropy_PGC = (take(place(x)) for x in found)
     terms = component.terms(part, take, lambda x_PG: take(x_PG[..., None]))
-    per_token = component.token_loss(logp_PGC, entropy_PGC, terms)
-    weighed = weight_PGC * jnp.where(action_PGC, per_token, 0.0)
+    weight, _ = component.weights(action_PGC)
+    loss = component.loss(logp_PGC, entropy_PGC, terms)
+    weighed = weight * jnp.where(weight != 0, loss, 0.0)
     return weighed.sum(), logp_PGC, entropy_PGC, terms, action_PGC
 
 
@@ -227,13 +225,11 @@ def make_update(
     def optimizer_step(state: TrainState, carry: Carry, action_PGC: Array, index: Array):
         grads, sums, maxima = accumulate.reduce_shards(scorer, carry)
         _, group, tokens = action_PGC.shape
-        action_BC = action_PGC.reshape(-1, num_minibatches, group, tokens)[:, index]
-        action_BC = action_BC.reshape(-1, tokens)
-        count = jnp.maximum(component.weights(action_BC)[1], 1.0)
-        tokens = jnp.maximum(sums.pop("tokens"), 1.0)
+        of_index_PGC = action_PGC.reshape(-1, num_minibatches, group, tokens)[:, index]
+        count = jnp.maximum(component.weights(of_index_PGC)[1], 1.0)
         loss = sums.pop("loss") / count
         grads = jax.tree.map(lambda g: g / count, grads)
-        means = {name: value / tokens for name, value in sums.items()}
+        means = component.means(sums)
         outside = [(means[n] < low) | (means[n] > high) for n, (low, high) in bounds.items()]
         wanted = ~functools.reduce(jnp.logical_or, outside, jnp.bool_(False))
         state, metrics = accumulate.apply_gradient(state, optimizer, grads, loss, wanted)
