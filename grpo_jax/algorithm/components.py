@@ -10,6 +10,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
+import jax
+import jax.numpy as jnp
+
 from grpo_jax.algorithm import diagnostics, losses
 from grpo_jax.algorithm.objective import Objective, TokenTerms
 from grpo_jax.structs import Array, Experience
@@ -107,13 +110,20 @@ def _each(take: Take, values: Array | None) -> Array | None:
 class NLLLoss:
     """Negative log-likelihood of given completions: supervised training.
 
-    Its mean over all action tokens of the batch is the cross-entropy of the completions.
+    "nll": its mean over all action tokens of the batch is the cross-entropy of the completions.
+    "dft": each token's is weighted by its probability p, as a constant: -sg(p) log p (Wu et al.
+    2025, arXiv:2508.05629, equation 9; TRL's loss_type "dft").
     """
 
+    kind: str = "nll"  # or "dft"
+
     metric: ClassVar[str] = "sft/loss"
-    sums: ClassVar[tuple[str, ...]] = ()
     maxima: ClassVar[tuple[str, ...]] = ()
     needs_completions: ClassVar[bool] = False
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        return ("sft/nll",) if self.kind == "dft" else ()
 
     def reads_entropy(self, part: Experience) -> bool:
         return False
@@ -126,7 +136,11 @@ class NLLLoss:
         return weight_BT, weight_BT.sum()
 
     def token_loss(self, logp: Array, entropy: Array, terms: tuple[()]) -> Array:
+        if self.kind == "dft":
+            return -jax.lax.stop_gradient(jnp.exp(logp)) * logp
         return -logp
 
     def diagnostics(self, logp, entropy, terms, action):
+        if self.kind == "dft":
+            return {"sft/nll": jnp.where(action, -logp, 0.0).sum()}, {}
         return {}, {}
