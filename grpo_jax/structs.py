@@ -248,6 +248,11 @@ class Experience:
     nll_weight_PGC: Array | None = None
     mix_PG: Array | None = None
     teacher_logp_PGC: Array | None = None  # of the teacher; None: the loss reads none
+    # Of losses of preferences; None: the loss does not read it.
+    ref_logp_PG: Array | None = None  # float32: the reference's, summed over the actions
+    nll_weight_PG: Array | None = None  # float32: of the summed nll beside the loss
+    desirable_PG: Array | None = None  # bool: the label of unpaired data
+    divergence_PG: Array | None = None  # float32: KTO's reference point, alike everywhere
 
 
 @struct.dataclass
