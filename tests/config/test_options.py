@@ -15,7 +15,12 @@ from grpo_jax.config.dotted import flatten
 
 ROOT = Path(options.__file__).parents[1]
 TABLE = options.TABLE
-OF_EITHER_SIGN = {"algorithm.entropy_coef", "prompts.low_rate", "prompts.high_rate"}
+OF_EITHER_SIGN = {
+    "hybrid.pass_reward",
+    "algorithm.entropy_coef",
+    "prompts.low_rate",
+    "prompts.high_rate",
+}
 NUMBERS = [option for option in TABLE if type(option.default) in (int, float)]
 
 
