@@ -349,7 +349,7 @@ def _check_sources(config: ConfigDict) -> None:
     names, weights = config.rewards.names, config.rewards.weights
     needed = not config.distill.teacher
     if len(names) != len(weights) or (needed and not names):
-        at_least = " of at least one reward" if needed else ""
+        at_least = " of at least one reward, or name a distill.teacher" if needed else ""
         raise ValueError(
             f"rewards.names has {len(names)} entries and rewards.weights {len(weights)}; give one "
             f"weight for each{at_least}."
