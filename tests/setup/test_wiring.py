@@ -27,6 +27,7 @@ from grpo_jax.config.dotted import override
 from grpo_jax.data.examples import Example
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompts import prompt_indices
+from grpo_jax.environments.demonstrations import NOTHING
 from grpo_jax.environments.questions import Questions
 from grpo_jax.environments.single_turn import Rollout
 from grpo_jax.evaluation import held_out
@@ -542,6 +543,7 @@ def drawn_at(step: int, passed_over: int, prompts: list[list[int]], ahead: int =
         policy=policy,
         rewards=pool,
         weights=lambda train: train.params,
+        demonstrations=NOTHING,
     )
     lines = SimpleNamespace(close=lambda: None, closed_at=0.0)
     state = RunState(step=step, passed_over=passed_over)
