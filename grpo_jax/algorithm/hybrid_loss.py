@@ -77,8 +77,8 @@ class HybridLoss:
 
     def _losses(self, logp: Array, entropy: Array, terms: HybridTerms) -> tuple[Array, Array]:
         """Weighted policy loss and nll of each token."""
-        of_drawn = self.policy.loss(logp, entropy, terms.policy)
-        policy = self.hybrid.policy_loss(of_drawn, logp, entropy, terms)
+        drawn = self.policy.loss(logp, entropy, self.hybrid.of_drawn(terms.policy, entropy))
+        policy = self.hybrid.policy_loss(drawn, logp, terms.given, terms.policy.advantage)
         weighed = lambda weight, x: jnp.where(weight != 0, weight * x, 0.0)  # noqa: E731
         nll = self.hybrid.nll(logp, entropy)
         return weighed(terms.policy_weight, policy), weighed(terms.nll_weight, nll)

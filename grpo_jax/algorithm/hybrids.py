@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from grpo_jax.algorithm import losses
 from grpo_jax.algorithm.hybrid_methods import Method, Schedule
-from grpo_jax.algorithm.objective import Objective
+from grpo_jax.algorithm.objective import Objective, TokenTerms
 from grpo_jax.structs import Array, Experience, Rollouts
 
 
@@ -87,17 +87,20 @@ class Hybrid:
             "nll_weight_PGC": _over_count(nll_PGC, num_minibatches, _alike),
         }
 
-    def policy_loss(self, loss: Array, logp: Array, entropy: Array, terms) -> Array:
-        """The policy loss of each token, from that of drawn ones; `terms` as in `HybridTerms`."""
-        advantage = terms.policy.advantage
-        if self.method.positive_coef:
-            coef = self.method.positive_coef * jnp.exp(jax.lax.stop_gradient(entropy))
-            loss *= jnp.where(advantage > 0, coef, 1.0)
+    def of_drawn(self, terms: TokenTerms, entropy: Array) -> TokenTerms:
+        """The terms of the policy loss of drawn tokens, with the weights of their surrogate."""
+        if not self.method.positive_coef:
+            return terms
+        coef = self.method.positive_coef * jnp.exp(jax.lax.stop_gradient(entropy))
+        return terms.replace(policy_weight=jnp.where(terms.advantage > 0, coef, 1.0))
+
+    def policy_loss(self, drawn: Array, logp: Array, given: Array, advantage: Array) -> Array:
+        """The policy loss of each token, from that of `drawn` ones; `given` tells which are not."""
         if not self.method.is_reinforced:
-            return loss
+            return drawn
         prob = jnp.exp(logp)
         shaped = prob / (prob + self.shaping) if self.method.shapes else prob
-        return jnp.where(terms.given, -shaped * advantage, loss)
+        return jnp.where(given, -shaped * advantage, drawn)
 
     def nll(self, logp: Array, entropy: Array) -> Array:
         """The nll of each token with its weight by the policy, which has no gradient."""
@@ -116,10 +119,6 @@ class Weigh:
     hybrid: Hybrid
     objective: Objective
     num_minibatches: int
-
-    def known(self, reward: Array, rollouts: Rollouts, action_PGC: Array) -> Array:
-        """See `Hybrid.known`."""
-        return self.hybrid.known(reward, rollouts, action_PGC)
 
     def __call__(self, experience: Experience, reward_PG: Array) -> Experience:
         """The experience with the weights of its tokens."""

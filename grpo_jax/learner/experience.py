@@ -243,7 +243,7 @@ def make_prepare(
             action_PGC &= rollouts.chosen_PGC
         known, own_PGC = reward, action_PGC
         if weigh is not None:
-            known = weigh.known(reward, rollouts, action_PGC)
+            known = weigh.hybrid.known(reward, rollouts, action_PGC)
             own_PGC = action_PGC & ~given_tokens(rollouts, action_PGC)
         advantage_PG = advantages_lib.advantages(
             options,
