@@ -26,7 +26,7 @@ from grpo_jax.learner.experience import make_prepare
 from grpo_jax.learner.scoring import Packed, Scorer
 from grpo_jax.structs import Rollouts, Sampling
 
-P, G, C, MU, GAMMA = 8, 3, 7, 0.3, 0.4
+P, G, C, MU, GAMMA = 8, 3, 7, 0.3, 0.6
 SCORER = Scorer(tiny.MODEL, tiny.one_device(), Sampling(temperature=0.9))
 HEAD = SCORER.head(tiny.params())
 HIDDEN = jax.jit(lambda rollouts, layout=None: SCORER.hidden(tiny.params(), rollouts, layout))
