@@ -42,6 +42,7 @@ SECTIONS = {
     "prompts": "Which prompts are trained on; docs/prompts.md",
     "rollout": "How completions are sampled",
     "algorithm": "The objective. docs/definitions.md has the formulas",
+    "critic": "The critic that algorithm.critic trains beside the policy; docs/ppo.md",
     "rollout_correction": "Importance weights for where sampler and policy differ",
     "optim": "The optimizer (AdamW), and its learning rate",
     "loop": "How long the run goes on, and what overlaps in it",

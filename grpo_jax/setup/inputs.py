@@ -39,6 +39,7 @@ _OPTIONS = {  # that name the inputs
     "held-out problems": "data.eval_path",
     "model": "model.path",
     "adapter": "lora.path",
+    "critic": "critic.path",
 }
 
 
@@ -112,6 +113,11 @@ def of_adapter(path: str) -> Sums:
     if not path or not all(file.is_file() for file in files):
         return {}
     return {"adapter": {"files": _sum(file.read_bytes() for file in files)}}
+
+
+def of_critic(path: str, critic: Policy | None) -> Sums:
+    """Checksums of the model that a critic begins with, if it has a folder of its own."""
+    return {"critic": of_model(critic)} if critic is not None and path else {}
 
 
 def of_rewards(rewards: Sequence[Reward]) -> dict[str, str]:

@@ -20,9 +20,11 @@ from grpo_jax.config.dotted import flatten
 from grpo_jax.devices import sharding
 from grpo_jax.kernels import choice
 from grpo_jax.learner import moving_reference, optim, update
+from grpo_jax.learner.actor_critic import ActorCriticUpdate
 from grpo_jax.learner.experience import Prepare, make_prepare
 from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.learner.scoring import Scorer
+from grpo_jax.setup import critic as critic_lib
 from grpo_jax.setup import engine
 from grpo_jax.structs import Array, ModelConfig, Sampling
 
@@ -46,13 +48,22 @@ class Learner:
     optimizer: optax.GradientTransformation
     learning_rate: Callable  # program: learning rate by update number
     prepare: Prepare
-    update: update.Update
+    update: update.Update | ActorCriticUpdate
     controllers: tuple[Controller, ...] = ()  # of coefficients that are no constants
     refresh_reference: Callable | None = None  # program; None: the reference is fixed
 
+    critic: critic_lib.Critic | None = None  # None: advantages are of completions
+
     @property
     def sizes(self) -> dict[str, CompiledSizes]:
-        return {"scoring": self.prepare.sizes, "update": self.update.sizes}
+        if self.critic is None:
+            return {"scoring": self.prepare.sizes, "update": self.update.sizes}
+        return {
+            "scoring": self.prepare.sizes,
+            "values": self.critic.values.sizes,
+            "update": self.update.policy.sizes,
+            "critic's update": self.critic.update.sizes,
+        }
 
 
 def make_scorer(
@@ -122,17 +133,18 @@ def advantage_options(config: ConfigDict) -> AdvantageOptions:
 
 
 def make_learner(
-    config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: MemoryPlan = DEFAULT
+    config: ConfigDict,
+    model: ModelConfig,
+    mesh: Mesh,
+    fit: MemoryPlan = DEFAULT,
+    critic: ModelConfig | None = None,
 ) -> Learner:
     """The config's learner for a model of this shape; nothing is compiled or allocated yet.
 
-    `fit` is used if the config sets no microbatch or no `remat`.
+    `fit` is used if the config sets no microbatch or no `remat`. `critic`: the shape of the critic,
+    if the config has one.
     """
-    scorer = dataclasses.replace(
-        make_scorer(config, model, mesh, engine.sampling(config), fit),
-        microbatch=max(config.batch.microbatch, 0),
-        tokens=fit.tokens if config.batch.microbatch == -1 else 0,
-    )
+    scorer, critic = _scorer(config, model, mesh, fit), _critic(config, critic, mesh, fit)
     algorithm = config.algorithm
     updates = derived.num_updates_per_step(config)
     schedule = optim.schedule(
@@ -148,6 +160,14 @@ def make_learner(
     objective = Objective.of({n.removeprefix("algorithm."): v for n, v in flatten(config).items()})
     if derived.has_kl_in_reward(config):
         objective = dataclasses.replace(objective, kl_coef=0.0)
+    of_policy = update.make_update(
+        scorer,
+        components.PolicyLoss(objective),
+        optimizer,
+        num_minibatches=config.batch.minibatches,
+        offload=config.optim.offload,
+        bounds=guard_rules.refusing_bounds(config),
+    )
     return Learner(
         scorer=scorer,
         optimizer=optimizer,
@@ -159,22 +179,37 @@ def make_learner(
             with_old=derived.needs_old_pass(config),
             num_minibatches=config.batch.minibatches,
             top_entropy_share=algorithm.top_entropy_share,
+            **({} if critic is None else {"values": critic.values, "gae": critic.gae}),
         ),
-        update=update.make_update(
-            scorer,
-            components.PolicyLoss(objective),
-            optimizer,
-            num_minibatches=config.batch.minibatches,
-            offload=config.optim.offload,
-            bounds=guard_rules.refusing_bounds(config),
-        ),
+        update=of_policy if critic is None else ActorCriticUpdate(of_policy, critic.update),
         controllers=_controllers(config),
         refresh_reference=(
             moving_reference.make_refresh(model, mesh, algorithm.reference_mix)
             if algorithm.reference_refresh_steps
             else None
         ),
+        critic=critic,
     )
+
+
+def _scorer(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: MemoryPlan) -> Scorer:
+    """The scorer of rollouts."""
+    return dataclasses.replace(
+        make_scorer(config, model, mesh, engine.sampling(config), fit),
+        microbatch=max(config.batch.microbatch, 0),
+        tokens=fit.tokens if config.batch.microbatch == -1 else 0,
+    )
+
+
+def _critic(
+    config: ConfigDict, model: ModelConfig | None, mesh: Mesh, fit: MemoryPlan
+) -> critic_lib.Critic | None:
+    if model is None:
+        return None
+    asked = config.critic
+    schedule = critic_lib.schedule(config)
+    optimizer = make_optimizer(config, schedule, asked.weight_decay, asked.max_grad_norm)
+    return critic_lib.make(config, _scorer(config, model, mesh, fit), optimizer)
 
 
 def _controllers(config: ConfigDict) -> tuple[Controller, ...]:
