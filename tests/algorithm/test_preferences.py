@@ -179,6 +179,7 @@ def of_trl(trainer, given: dict, group: int, **settings):
     loss.backward()
     slope = np.zeros(given["logp"].shape)
     slope[there] = logp.grad.numpy().reshape(group, -1, C).transpose(1, 0, 2)
+    slope = np.where(given["action"], slope, 0)  # its model gives 0 in the padding
     metrics = {name: values[-1] for name, values in theirs._metrics["train"].items()}
     return float(loss.detach()), slope, metrics
 
