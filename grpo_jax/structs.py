@@ -242,6 +242,11 @@ class Experience:
     top_entropy_PGC: Array | None = None  # bool: carries the policy gradient; None: all actions
     value_PGC: Array | None = None  # float32: of the critic, before its update; None: no critic
     return_PGC: Array | None = None  # float32: what the critic learns
+    # Of losses of preferences; None: the loss does not read it.
+    ref_logp_PG: Array | None = None  # float32: the reference's, summed over the actions
+    nll_weight_PG: Array | None = None  # float32: of the summed nll beside the loss
+    desirable_PG: Array | None = None  # bool: the label of unpaired data
+    divergence_PG: Array | None = None  # float32: KTO's reference point, alike everywhere
 
 
 @struct.dataclass

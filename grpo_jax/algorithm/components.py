@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
+import jax
 import jax.numpy as jnp
 
 from grpo_jax.algorithm import diagnostics, losses
@@ -125,13 +126,20 @@ def means_of_tokens(sums: dict[str, Array]) -> dict[str, Array]:
 class NLLLoss:
     """Negative log-likelihood of given completions: supervised training.
 
-    Its mean over all action tokens of the batch is the cross-entropy of the completions.
+    "nll": its mean over all action tokens of the batch is the cross-entropy of the completions.
+    "dft": each token's is weighted by its probability p, as a constant: -sg(p) log p (Wu et al.
+    2025, arXiv:2508.05629, equation 9; TRL's loss_type "dft").
     """
 
+    kind: str = "nll"  # or "dft"
+
     metric: ClassVar[str] = "sft/loss"
-    sums: ClassVar[tuple[str, ...]] = ()
     maxima: ClassVar[tuple[str, ...]] = ()
     needs_completions: ClassVar[bool] = False
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        return ("sft/nll",) if self.kind == "dft" else ()
 
     def reads_entropy(self, part: Experience) -> bool:
         return False
@@ -144,9 +152,13 @@ class NLLLoss:
         return weight_PGC, weight_PGC.sum()
 
     def loss(self, logp: Array, entropy: Array, terms: tuple[()]) -> Array:
+        if self.kind == "dft":
+            return -jax.lax.stop_gradient(jnp.exp(logp)) * logp
         return -logp
 
     def diagnostics(self, logp, entropy, terms, action):
+        if self.kind == "dft":
+            return {"sft/nll": jnp.where(action, -logp, 0.0).sum()}, {}
         return {}, {}
 
     def means(self, sums: dict[str, Array]) -> dict[str, Array]:

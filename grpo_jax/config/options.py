@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from grpo_jax.config.given_options import SFT
 from grpo_jax.config.lora_options import LORA
 from grpo_jax.config.objective_options import OBJECTIVE
 from grpo_jax.config.prompt_options import FEW_PROBLEMS, PROMPTS
@@ -377,22 +378,7 @@ TABLE = (
     number("mesh.tensor", 1, COUNT, "devices", "Devices that split each layer",
            special=_REST, free=True),
 
-    number("sft.num_steps", 0, NOT_NEGATIVE, "updates",
-           "Supervised updates: of a new model before GRPO, or of any by grpo_jax.sft"),
-    number("sft.num_epochs", 0.0, NOT_NEGATIVE, "epochs",
-           "How often the training imitates each worked solution, in the place of sft.num_steps",
-           special={0: "sft.num_steps counts"}),
-    number("sft.batch", 64, COUNT, "solutions", "Worked solutions in an update"),
-    number("sft.microbatch", 0, COUNT, "solutions",
-           "As many tokens are computed at once as so many of the longest solutions have",
-           special={0: "the usual number of tokens"}, free=True),
-    number("sft.learning_rate", 1e-3, POSITIVE, "", "The peak; it falls to 0 along a cosine"),
-    number("sft.warmup_steps", 20, NOT_NEGATIVE, "updates", "Linear warm-up of the learning rate"),
-    number("sft.weight_decay", 0.01, NOT_NEGATIVE, "", "Of matrices; norms and biases have none"),
-    number("sft.max_tokens", 256, COUNT, "tokens",
-           "Limit of a worked solution, stop token included"),
-    number("sft.checkpoint_every_steps", 500, COUNT, "updates", "Updates between checkpoints",
-           special={0: "at the end only"}, free=True),
+    *SFT,
 )
 # fmt: on
 

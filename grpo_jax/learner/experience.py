@@ -2,25 +2,29 @@
 
 They are the advantages, the log-probabilities of the reference and of the policy before its first
 update, the tokens of highest entropy, and the values and returns of a critic. Each is computed only
-if the loss or the advantage reads it.
+if the loss or the advantage reads it. Others may be given, such as what a loss of preferences reads.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from grpo_jax.algorithm import advantages as advantages_lib
 from grpo_jax.algorithm import gae as gae_lib
+from grpo_jax.algorithm import preferences
 from grpo_jax.algorithm.advantages import AdvantageOptions
 from grpo_jax.algorithm.gae import GAE
 from grpo_jax.algorithm.token_selection import top_entropy
-from grpo_jax.devices import by_shard, compiling, transfer
+from grpo_jax.devices import by_shard, compiling, sharding, transfer
 from grpo_jax.devices.compiling import Call
 from grpo_jax.learner import accumulate, logprobs, row_sizes, scoring
 from grpo_jax.learner.row_sizes import CompiledSizes
@@ -75,14 +79,15 @@ class Prepare:
 
     def log_probs(
         self,
-        params: Params,
+        params: Params | None,
         ref_params: Params | None,
         rollouts: Rollouts,
         critic_params: Params | None = None,
     ) -> LogProbs:
         """Launches the scoring, which needs no rewards. `ref_params` None: no KL term.
 
-        `critic_params`: of the critic, if there is one.
+        `params` None: nothing is scored by the policy. `critic_params`: of the critic, if there is
+        one.
         """
         length_PG, order_P = rollouts.length_PG, None
         if (shards := self.scorer.mesh.shape["data"]) > 1:
@@ -98,18 +103,25 @@ class Prepare:
         (logp, entropy), (ref_logp, _) = found["policy"], found.get("reference", (None, None))
         return LogProbs(rollouts, order_P, logp, ref_logp, entropy, value)
 
-    def __call__(self, given: LogProbs, reward: Array, greedy: Array | None = None) -> Experience:
+    def __call__(
+        self,
+        given: LogProbs,
+        reward: Array,
+        greedy: Array | None = None,
+        beside: Mapping[str, Array] = MappingProxyType({}),
+    ) -> Experience:
         """The experience, once the rewards are known.
 
         `reward`: [P, G], or by function [P, G, R]; `greedy`: rewards of greedy completions, [P] or
-        [P, R] (`advantages.advantages`).
+        [P, R] (`advantages.advantages`). `beside`: further fields of the experience, [P, ...].
         """
-        rewards = reward, greedy
+        rewards, beside = (reward, greedy), dict(beside)
         if given.order_P is not None:
-            rewards = jax.tree.map(lambda x: self._reordering(x, given.order_P)(), rewards)
+            reorder = lambda x: self._reordering(x, given.order_P)()  # noqa: E731
+            rewards, beside = jax.tree.map(reorder, (rewards, beside))
         log_probs = given.old_logp_PGC, given.ref_logp_PGC
         experience = self._valuing(given.rollouts, *rewards, log_probs, given.value_PGC)().replace(
-            old_logp_PGC=given.old_logp_PGC, ref_logp_PGC=given.ref_logp_PGC
+            old_logp_PGC=given.old_logp_PGC, ref_logp_PGC=given.ref_logp_PGC, **beside
         )
         if not self.selects:
             return experience
@@ -160,7 +172,7 @@ class Prepare:
         valued = []
         if self.values is not None:
             valued = [self.values.call(critic_params, rollouts, length_PG, "critic")]
-        read = {"policy": params} if self.with_old else {}
+        read = {"policy": params} if self.with_old and params is not None else {}
         if ref_params is not None:
             read["reference"] = ref_params
         if not read:
@@ -300,3 +312,27 @@ def _make_score(scorer: Scorer, *, with_entropy: bool) -> Callable:
         by_shard.by_data_shard(scorer.mesh, compiling.exact(scorer.dtype, score), 2),
         compiler_options=compiling.options(scorer.mesh),
     )
+
+
+@functools.cache
+def divergence(mesh: Mesh) -> Callable:
+    """The program of KTO's reference point, [P, G] alike everywhere.
+
+    From mismatched completions, their log-probabilities [P, G, C], and the reference's sums [P, G].
+    """
+
+    @jax.jit
+    @jax.named_scope("scoring")
+    def reference_point(rollouts: Rollouts, logp_PGC: Array, ref_logp_PG: Array) -> Array:
+        logp_PG = completion_sums(rollouts, logp_PGC)
+        there_PG = rollouts.chosen_PGC.any(-1)
+        point = preferences.reference_point(logp_PG - ref_logp_PG, there_PG)
+        placed = sharding.sharding_of(mesh, ("rows", None), logp_PG.shape)
+        return jax.lax.with_sharding_constraint(jnp.full_like(logp_PG, point), placed)
+
+    return reference_point
+
+
+def completion_sums(rollouts: Rollouts, logp_PGC: Array) -> Array:
+    """Log-probabilities of completions whose tokens are chosen, float32 [P, G]."""
+    return jnp.where(rollouts.chosen_PGC, logp_PGC, 0.0).sum(-1)

@@ -161,7 +161,12 @@ METRICS: dict[str, Metric] = {
     "eval/pass@K": Metric("share", "held-out problems that at least one of K samples solves"),
     "eval/maj@K": Metric("share", "held-out problems that the commonest answer of K solves"),
     "eval/mean@K": Metric("share", "mean accuracy of K samples per held-out problem"),
-    "sft/loss": Metric("nats/token", "mean cross-entropy of the worked solutions"),
+    "sft/loss": Metric(
+        "nats/token",
+        'mean cross-entropy of the completions, weighted by probability if sft.loss is "dft"',
+    ),
+    "sft/nll": Metric("nats/token", "mean cross-entropy of the completions, where sft/loss is not"),
+    "sft/eval_loss": Metric("nats/token", "mean cross-entropy of the held-out rows' completions"),
     "sft/tokens_per_s": Metric("tokens/s", "tokens trained on, without prompts and padding"),
 }
 

@@ -88,6 +88,16 @@ def of_problems(
     return {"number": len(problems), "prompts": prompt_sum, "columns": _sum(columns)}
 
 
+def of_examples(examples: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """The number of rows with given completions, and a checksum of their arrays and values."""
+    parts = (
+        field.tobytes() if isinstance(field, np.ndarray) else repr(field).encode()
+        for example in examples
+        for field in example
+    )
+    return {"number": len(examples), "tokens": _sum(parts)}
+
+
 def of_model(policy: Policy) -> dict[str, Any]:
     """Checksums of a model's configuration and weights; {} for a model that is new or has none.
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from grpo_jax.algorithm import components
 from grpo_jax.algorithm.adaptive import AdaptiveEntropy, AdaptiveKL, Controller
 from grpo_jax.algorithm.advantages import AdvantageOptions
+from grpo_jax.algorithm.components import LossComponent
 from grpo_jax.algorithm.objective import Objective
 from grpo_jax.config import derived, guard_rules
 from grpo_jax.config.dotted import flatten
@@ -238,33 +239,42 @@ def _controllers(config: ConfigDict) -> tuple[Controller, ...]:
 
 
 def make_supervised_learner(
-    config: ConfigDict, model: ModelConfig, mesh: Mesh, num_updates: int
+    config: ConfigDict,
+    model: ModelConfig,
+    mesh: Mesh,
+    num_updates: int,
+    component: LossComponent | None = None,
+    section: str = "sft",
+    group: int = 1,
 ) -> Learner:
-    """The config's supervised learner for a model of this shape; nothing is compiled yet.
+    """The config's learner of given completions, for a model of this shape.
 
-    The learning rate is 0 after `num_updates`.
+    Nothing is compiled yet. The learning rate is 0 after `num_updates`. `component`: None for that
+    of supervised training. `section`: where the config has the schedule. `group`: completions of a
+    row of data. The signal of a step passes through as it is: `Prepare` takes it as rewards, and
+    gives it as advantages.
     """
-    schedule = optim.schedule(
-        config.sft.learning_rate,
-        warmup_steps=config.sft.warmup_steps,
+    schedule = config[section]
+    rate = optim.schedule(
+        schedule.learning_rate,
+        warmup_steps=schedule.warmup_steps,
         kind="cosine",
         num_updates=num_updates,
         end_fraction=0.0,
     )
-    optimizer = make_optimizer(config, schedule, config.sft.weight_decay, clip_norm=1.0)
-    limit = config.data.max_prompt_tokens + config.sft.max_tokens
-    at_once = -(-config.sft.microbatch * limit // sharding.num_row_shards(mesh))
+    optimizer = make_optimizer(config, rate, schedule.weight_decay, clip_norm=1.0)
+    limit = config.data.max_prompt_tokens + group * schedule.max_tokens
+    at_once = -(-schedule.microbatch * limit // sharding.num_row_shards(mesh))
     scorer = dataclasses.replace(make_scorer(config, model, mesh, Sampling()), tokens=at_once)
+    as_given = AdvantageOptions(baseline="none", scale_by="none")
     return Learner(
         scorer=scorer,
         optimizer=optimizer,
-        learning_rate=_learning_rate(schedule),
-        prepare=make_prepare(
-            scorer, AdvantageOptions(scale_by="none"), mask_truncated=False, with_old=False
-        ),
+        learning_rate=_learning_rate(rate),
+        prepare=make_prepare(scorer, as_given, mask_truncated=False, with_old=False),
         update=update.make_update(
             scorer,
-            components.NLLLoss(),
+            component or components.NLLLoss(config.sft.loss),
             optimizer,
             num_minibatches=1,
             offload=config.optim.offload,

@@ -96,7 +96,7 @@ def sample_and_reward(run: Run, state: RunState, monitor: Monitor) -> None:
 
 
 def _evaluate_first(run: Run, state: RunState, monitor: Monitor) -> None:
-    if run.held_out and not state.update and not state.first_evaluation:
+    if run.is_evaluated and not state.update and not state.first_evaluation:
         with monitor.first_evaluation():
             state.first_evaluation = results.evaluate(run, state, monitor, final=True)
         state.accuracy_before = state.accuracy
@@ -121,7 +121,7 @@ def _evaluate_and_save(run: Run, state: RunState, monitor: Monitor) -> None:
         return
     monitor.log.close(evaluated)  # before saving: a resumed run finds the line there
     if run.saves_after(state.step):
-        monitor.checkpoint(state, evaluated.get("eval/accuracy", evaluated.get("eval/reward")))
+        monitor.checkpoint(state, results.quality(run, evaluated))
 
 
 def run(

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -245,14 +244,10 @@ def _refill(config: ConfigDict) -> list[str]:
 def _reference(
     config: ConfigDict, policy: Policy, mesh: Mesh, frozen: Params | None, kept: Path
 ) -> Params | None:
-    """The first reference of the KL term; for adapters, the frozen weights without a copy."""
+    """The first reference of the KL term; None: the loss has no such term."""
     if not config.algorithm.kl_coef:
         return None
-    if frozen is not None:
-        return lora.reference(config, policy, mesh, frozen, kept)
-    dtype = jnp.dtype(config.model.dtype)
-    params = policy_lib.load_params(policy, mesh, config.seed, dtype)
-    return transfer.to_host_memory(params) if config.model.offload_reference else params
+    return model.first_reference(config, policy, mesh, frozen, kept)
 
 
 def _check_host_memory(config: ConfigDict, mesh: Mesh) -> None:

@@ -47,6 +47,8 @@ class RunState:
     next_problems: list[int] = dataclasses.field(default_factory=list)  # numbers of theirs
     checkpoint: int = -1  # number of the checkpoint that was loaded; -1: none
     last_due: int = -1  # number of the newest one due by checkpoint.every_steps
+    # Where a streamed dataset is read on from, for the next step without an experience.
+    place: dict[str, Any] = dataclasses.field(default_factory=dict)
     # Draws beyond one a step: undone ones, and further ones of a step. They are not reused.
     passed_over: int = 0
     rolled_back_to: int = -1  # number of the last roll-back's checkpoint

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import optax
 from jax.sharding import Mesh
@@ -48,6 +49,7 @@ class Course:
     shown_every: int = 10  # steps, without a terminal
     update_phase: str = "update"  # one of `phases.PHASES`
     loss: str = "policy/loss"  # the metric
+    held_out_loss: str = ""  # the metric of held-out data, if their completions are given
     learning_rate: str = "optim.learning_rate"  # the option
 
 
@@ -61,7 +63,7 @@ class Run:
     mesh: Mesh
     policy: Policy
     train: Questions
-    held_out: Questions | None  # None: the policy is not evaluated
+    held_out: Questions | None  # None: the policy answers no held-out problems
     rewards: Pool | None  # None: neither training nor evaluation uses rewards
     engine: Engine | None  # None: completions are given
     evaluator: Engine | None  # exact, even if rollouts use 8 bits
@@ -78,6 +80,9 @@ class Run:
     controllers: tuple[Controller, ...] = ()  # of coefficients that change after each step
     callbacks: tuple[Callback, ...] = ()  # of the program that started it
     critic: critic_lib.States | None = None  # None: advantages are of completions
+    # Metrics of held-out data whose completions are given, by (run, state, alive); None: no such.
+    measure: Callable[[Run, Any, Callable[[], None]], dict[str, float]] | None = None
+    measuring: Prepare | None = None  # scores the completions that `measure` reads
 
     def weights(self, state: TrainState) -> Params:
         """The weights that the network reads: adapters attached to their frozen weights."""
@@ -91,10 +96,14 @@ class Run:
         """The update of a step, counted from 0: of all that learns, or of the critic alone."""
         return self.update if step >= self.course.critic_steps else self.update.warming
 
+    @property
+    def is_evaluated(self) -> bool:
+        return self.held_out is not None or self.measure is not None
+
     def evaluates_after(self, step: int) -> bool:
         """Whether the policy is evaluated after a step."""
         every, is_last = self.course.evaluate_every, step == self.course.num_steps
-        return bool(self.held_out) and (is_last or bool(every and step % every == 0))
+        return self.is_evaluated and (is_last or bool(every and step % every == 0))
 
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint is due after a step."""

@@ -181,5 +181,3 @@ def test_a_text_of_pad_tokens_is_read_at_its_first():
     assert given.length_PG.tolist() == [[1, 2], [1, 1]]
     assert given.prompt_PQ[0, 0] == PAD and given.prompt_length_P.tolist() == [1, 1]
     assert given.chosen_PGC.sum((1, 2)).tolist() == [2, 0]
-
-
