@@ -2,7 +2,8 @@
 
 They are the advantages, the log-probabilities of the reference and of the policy before its first
 update, the tokens of highest entropy, and the values and returns of a critic. Each is computed only
-if the loss or the advantage reads it. Others may be given, such as what a loss of preferences reads.
+if the loss or the advantage reads it. Others may be given, such as what a loss of preferences
+reads.
 """
 
 from __future__ import annotations

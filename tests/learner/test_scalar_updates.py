@@ -22,7 +22,7 @@ from grpo_jax.learner import actor_critic, scalars, scoring
 from grpo_jax.learner.actor_critic import ActorCriticUpdate
 from grpo_jax.learner.experience import make_prepare
 from grpo_jax.learner.scoring import Scorer
-from grpo_jax.learner.train_state import start
+from grpo_jax.learner.train_state import param_shardings, start
 from grpo_jax.learner.update import make_update
 from grpo_jax.structs import Experience, Sampling
 
@@ -56,7 +56,8 @@ def updated(component, experience, mesh=None, **how):
     scorer = Scorer(MODEL, mesh, Sampling(), whole=True, **how)
     update = make_update(scorer, component, optax.sgd(RATE), num_minibatches=1)
     before = tiny.params(0, MODEL)
-    state = start(jax.tree.map(jnp.array, before), MODEL, mesh, optax.sgd(RATE))
+    placed = jax.device_put(before, param_shardings(MODEL, mesh))
+    state = start(jax.tree.map(jnp.array, placed), MODEL, mesh, optax.sgd(RATE))
     state, metrics = update(state, transfer.shard_rows(mesh, experience), 0)
     slope = jax.tree.map(lambda a, b: (a - b) / RATE, before, transfer.to_host(state.params))
     flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(slope)])
@@ -202,6 +203,8 @@ def test_both_learn_as_each_would_alone(experience):
     mesh = tiny.one_device()
     update, seen = both(mesh), []
     state, metrics = update(fresh(mesh), experience, 0, seen.append)
+    for sizes in (update.policy.sizes, update.critic.sizes):
+        sizes.restore(None)  # rows as in the first update of a run
     alone, of_policy = update.policy(actor_critic.policy_of(fresh(mesh)), experience, 0)
     critic, of_values = update.critic(fresh(mesh).critic, experience, 0)
     same_bits(state, actor_critic.together(alone, critic))
@@ -216,6 +219,7 @@ def test_a_critic_warms_up_alone(experience):
     same = jax.device_get(before.params)
     state, metrics = update.warming(before, experience, 0)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), same)
+    update.critic.sizes.restore(None)
     critic, _ = update.critic(fresh(mesh).critic, experience, 0)
     same_bits(state.critic, critic)
     assert (int(state.num_updates), int(state.num_made), int(state.critic.num_made)) == (1, 0, 1)
