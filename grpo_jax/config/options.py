@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from grpo_jax.config.given_options import SFT
 from grpo_jax.config.lora_options import LORA
 from grpo_jax.config.objective_options import OBJECTIVE
+from grpo_jax.config.preference_options import PREFERENCE
 from grpo_jax.config.prompt_options import FEW_PROBLEMS, PROMPTS
 from grpo_jax.config.schema import (
     COUNT,
@@ -379,6 +380,7 @@ TABLE = (
            special=_REST, free=True),
 
     *SFT,
+    *PREFERENCE,
 )
 # fmt: on
 

@@ -160,6 +160,7 @@ def profile() -> argparse.ArgumentParser:
 BY_PROGRAM: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "train": lambda: arguments.run_parser("train"),
     "sft": lambda: arguments.run_parser("sft"),
+    "dpo": lambda: arguments.run_parser("dpo"),
     "generate": generate,
     "evaluate": evaluate,
     "score": score,

@@ -168,6 +168,47 @@ METRICS: dict[str, Metric] = {
     "sft/nll": Metric("nats/token", "mean cross-entropy of the completions, where sft/loss is not"),
     "sft/eval_loss": Metric("nats/token", "mean cross-entropy of the held-out rows' completions"),
     "sft/tokens_per_s": Metric("tokens/s", "tokens trained on, without prompts and padding"),
+    "preference/loss": Metric(
+        "", "mean loss of the pairs, or labelled completions, of the update: preference.loss"
+    ),
+    "preference/reward_chosen": Metric(
+        "", "mean implicit reward of chosen or desirable completions, beta times their log-ratio"
+    ),
+    "preference/reward_rejected": Metric("", "the same of rejected or undesirable ones"),
+    "preference/reward_margin": Metric("", "the first minus the second"),
+    "preference/reward_accuracy": Metric(
+        "share",
+        "pairs whose chosen completion has the larger implicit reward; of labelled completions, "
+        "those whose log-ratio is on the side of preference/kl that their label says",
+    ),
+    "preference/logp_chosen": Metric(
+        "nats", "mean log-probability of chosen or desirable completions, summed over their tokens"
+    ),
+    "preference/logp_rejected": Metric("nats", "the same of rejected or undesirable ones"),
+    "preference/nll": Metric("nats/token", "mean cross-entropy of chosen or desirable completions"),
+    "preference/log_odds_ratio": Metric(
+        "nats", 'mean log-odds of the chosen minus that of the rejected completions, of "orpo"'
+    ),
+    "preference/kl": Metric(
+        "nats",
+        'divergence from the reference by mismatched completions, at least 0, of "kto"',
+    ),
+    "preference/tokens_per_s": Metric("tokens/s", "tokens of completions, over a step's time"),
+    "preference/eval_loss": Metric("", "preference/loss of the held-out rows"),
+    **{
+        f"preference/eval_{name}": Metric(unit, f"preference/{name} of the held-out rows")
+        for name, unit in {
+            "reward_chosen": "",
+            "reward_rejected": "",
+            "reward_margin": "",
+            "reward_accuracy": "share",
+            "logp_chosen": "nats",
+            "logp_rejected": "nats",
+            "nll": "nats/token",
+            "log_odds_ratio": "nats",
+            "kl": "nats",
+        }.items()
+    },
 }
 
 

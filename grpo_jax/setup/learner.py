@@ -265,7 +265,8 @@ def make_supervised_learner(
     optimizer = make_optimizer(config, rate, schedule.weight_decay, clip_norm=1.0)
     limit = config.data.max_prompt_tokens + group * schedule.max_tokens
     at_once = -(-schedule.microbatch * limit // sharding.num_row_shards(mesh))
-    scorer = dataclasses.replace(make_scorer(config, model, mesh, Sampling()), tokens=at_once)
+    scorer = make_scorer(config, model, mesh, Sampling())
+    scorer = dataclasses.replace(scorer, tokens=at_once, whole=group > 1)
     as_given = AdvantageOptions(baseline="none", scale_by="none")
     return Learner(
         scorer=scorer,

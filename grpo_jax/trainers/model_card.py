@@ -28,6 +28,7 @@ _METHODS = {  # by tag
     "grpo": " by Group Relative Policy Optimization "
     "([Shao et al. 2024](https://arxiv.org/abs/2402.03300), section 4.1)",
     "sft": " by supervised fine-tuning",
+    "dpo": " on preferences",
     "": "",
 }
 
@@ -43,7 +44,7 @@ def write(
 ) -> None:
     """Process 0 writes the card of an export.
 
-    `options`: a run's options by their dotted names. `method`: "grpo", "sft", or "" if it is
+    `options`: a run's options by their dotted names. `method`: a key of `_METHODS`, "" if it is
     unknown. `summary`: values before and after training,
     under the names of summary.json.
     """
