@@ -46,6 +46,7 @@ RUNS = {
     "train": "Trains a policy by GRPO.",
     "sft": "Trains a model on worked solutions.",
     "dpo": "Trains a model on preferences: DPO and its relatives, KTO, ORPO.",
+    "reward_model": "Trains a reward model on pairs, by Bradley and Terry.",
 }
 
 

@@ -19,6 +19,7 @@ from grpo_jax.config.lora_options import LORA
 from grpo_jax.config.objective_options import OBJECTIVE
 from grpo_jax.config.preference_options import PREFERENCE
 from grpo_jax.config.prompt_options import FEW_PROBLEMS, PROMPTS
+from grpo_jax.config.reward_model_options import REWARD_MODEL
 from grpo_jax.config.schema import (
     COUNT,
     FRACTION,
@@ -57,6 +58,7 @@ SECTIONS = {
     "debug": "Search for faults",
     "mesh": "Devices along each axis; their product is all devices",
     "sft": "Supervised training on worked solutions, before GRPO or alone",
+    "reward_model": "Training of a reward model on pairs; docs/reward_models.md",
 }
 
 _REST = {-1: "the rest of the devices"}
@@ -381,6 +383,7 @@ TABLE = (
 
     *SFT,
     *PREFERENCE,
+    *REWARD_MODEL,
 )
 # fmt: on
 

@@ -18,7 +18,7 @@ import jax
 from grpo_jax.devices import memory
 
 PHASES = (
-    *("start", "sft", "preference", "rollout", "rewards", "scoring", "update"),
+    *("start", "sft", "preference", "reward_model", "rollout", "rewards", "scoring", "update"),
     *("evaluation", "checkpoint"),
 )
 

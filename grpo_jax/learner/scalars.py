@@ -45,24 +45,32 @@ _LEAST = 8  # of a width of rows, in tokens
 
 
 def as_rollouts(
-    texts_PG: Sequence[Sequence[Sequence[int]]], pad_id: int | None, shards: int = 1
+    texts_PG: Sequence[Sequence[Sequence[int]]],
+    pad_id: int | None,
+    shards: int = 1,
+    limits: tuple[int, int] | None = None,
 ) -> Rollouts:
     """Whole texts as groups of completions, each with a filler at which its reward stands.
 
     A group's texts must begin with the same token: what they begin with in common is computed once,
     as the group's prompt. The reward of a text is read at its last token that is not the pad token,
     as in transformers; the filler follows that. `chosen_PGC` marks the fillers. Groups of fillers
-    that are not marked make the number of groups a multiple of `shards`. The arrays have few
-    widths, since programs are compiled for each.
+    that are not marked make the number of groups a multiple of `shards`.
+
+    `limits`: the most tokens of a prompt and of a completion with its filler, which then say how
+    wide the arrays are; None: as wide as the texts ask for. Either way there are few widths, since
+    programs are compiled for each.
     """
-    groups = [[_without_end(text, pad_id) for text in texts] for texts in texts_PG]
-    common_P = [_common(texts) for texts in groups]
+    groups = [[without_end(text, pad_id) for text in texts] for texts in texts_PG]
+    common_P = [_common(texts, limits) for texts in groups]
     group, more = len(groups[0]), -len(groups) % shards
     prompts = [texts[0][:n] for texts, n in zip(groups, common_P)] + [[0]] * more
     rows = [[*text[n:], 0] for texts, n in zip(groups, common_P) for text in texts]
     rows += [[0]] * (group * more)
-    prompt_PQ, prompt_length_P = pad_rows(prompts, _width(max(map(len, prompts))))
-    completion_BC, length_B = pad_rows(rows, _width(max(map(len, rows))))
+    longest, most = max(map(len, prompts)), max(map(len, rows))
+    width = scoring.cut_to(limits[0], longest) if limits else _width(longest)
+    prompt_PQ, prompt_length_P = pad_rows(prompts, width)
+    completion_BC, length_B = pad_rows(rows, limits[1] if limits else _width(most))
     is_filler_BC = np.arange(completion_BC.shape[1]) == length_B[:, None] - 1
     is_filler_BC[len(rows) - group * more :] = False
     by_group = lambda x: x.reshape(-1, group, *x.shape[1:])  # noqa: E731
@@ -77,14 +85,14 @@ def as_rollouts(
     )
 
 
-def _without_end(text: Sequence[int], pad_id: int | None) -> list[int]:
+def without_end(text: Sequence[int], pad_id: int | None) -> list[int]:
     """A text up to its last token that is not the pad token; of pad tokens alone, the first."""
     last = next((i for i in reversed(range(len(text))) if text[i] != pad_id), 0)
     return list(text[: last + 1])
 
 
-def _common(texts: Sequence[Sequence[int]]) -> int:
-    """The number of tokens that texts begin with in common, at least 1."""
+def _common(texts: Sequence[Sequence[int]], limits: tuple[int, int] | None) -> int:
+    """The number of tokens that texts begin with in common, at least 1, at most the limit."""
     number = next((i for i, ids in enumerate(zip(*texts)) if len(set(ids)) > 1), None)
     number = min(map(len, texts)) if number is None else number
     if not number:
@@ -92,7 +100,7 @@ def _common(texts: Sequence[Sequence[int]]) -> int:
             "Texts of one group begin with different tokens, so they have no prompt in common. "
             "Give them a prompt, or a tokenizer that begins texts with a token."
         )
-    return number
+    return min(number, limits[0]) if limits else number
 
 
 def _width(longest: int) -> int:

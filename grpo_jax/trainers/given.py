@@ -26,7 +26,9 @@ from grpo_jax.data import tasks
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.devices.phases import phase
 from grpo_jax.environments.questions import Questions
+from grpo_jax.learner.experience import Prepare
 from grpo_jax.learner.row_sizes import CompiledSizes
+from grpo_jax.learner.scalars import make_values
 from grpo_jax.messages.console import say
 from grpo_jax.models import policy as policy_lib
 from grpo_jax.models.policy import Policy
@@ -266,7 +268,7 @@ def _policy(row: Given, config: ConfigDict, folder: Path, path: str) -> Policy:
                 "to a Hugging Face folder or hub id."
             )
         return row.new_policy(config)
-    policy = policy_lib.read(path, kept=folder / "source")
+    policy = policy_lib.read(path, kept=folder / "source", head=row.head)
     policy = policy.within(derived.longest_row(config, row.section))
     return lora.adapted_policy(policy, config, folder / lora.KEPT)
 
@@ -284,7 +286,7 @@ def _run(
 ) -> Run:
     frozen = lora.frozen_params(policy, mesh, config.model.dtype)
     engine = make_engine(config, policy.model, policy.stop_ids, mesh) if data.problems else None
-    measuring = dataclasses.replace(learner.prepare, with_old=True, sizes=CompiledSizes())
+    measuring, measured = _measuring(learner)
     made = Run(
         config=config,
         course=course,
@@ -299,7 +301,7 @@ def _run(
         learning_rate=learner.learning_rate,
         prepare=learner.prepare,
         update=learner.update,
-        sizes=learner.sizes | ({"evaluation": measuring.sizes} if data.held_out else {}),
+        sizes=learner.sizes | ({"evaluation": measured} if data.held_out else {}),
         frozen=frozen,
         checkpoints=Checkpoints(
             config.checkpoint.folder or folder / "checkpoints",
@@ -315,6 +317,15 @@ def _run(
     if not row.reads_reference(config):
         return made
     return dataclasses.replace(made, first_reference=_reference(made))
+
+
+def _measuring(learner: Learner) -> tuple[Prepare, CompiledSizes]:
+    """What scores held-out completions, and its row sizes: log-probabilities, or values."""
+    if learner.scorer.model.head == "scalar":
+        values = make_values(learner.scorer)
+        return dataclasses.replace(learner.prepare, values=values), values.sizes
+    measuring = dataclasses.replace(learner.prepare, with_old=True, sizes=CompiledSizes())
+    return measuring, measuring.sizes
 
 
 def _reference(run: Run) -> Callable[[], Params]:

@@ -29,6 +29,7 @@ _METHODS = {  # by tag
     "([Shao et al. 2024](https://arxiv.org/abs/2402.03300), section 4.1)",
     "sft": " by supervised fine-tuning",
     "dpo": " on preferences",
+    "reward_model": " as a reward model, on pairs",
     "": "",
 }
 
@@ -64,7 +65,8 @@ def _text(
     base = exporting.source_name(policy) if options.get("model.path") else None
     tags = [*filter(None, [method]), "grpo_jax", *(["lora"] if policy.model.lora else [])]
     is_hub_id = base is not None and base != str(policy.source)
-    head = ["library_name: transformers", "pipeline_tag: text-generation"]
+    task = "text-classification" if policy.model.head == "scalar" else "text-generation"
+    head = ["library_name: transformers", f"pipeline_tag: {task}"]
     head += [f"base_model: {base}"] if is_hub_id else []
     head += ["tags:", *(f"- {tag}" for tag in tags)]
     start = "a new model" if base is None else f"`{base if is_hub_id else Path(base).name}`"

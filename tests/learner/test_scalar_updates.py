@@ -18,7 +18,7 @@ from grpo_jax.algorithm.gae import GAE
 from grpo_jax.algorithm.objective import Objective
 from grpo_jax.algorithm.scalar_losses import BradleyTerryLoss, ValueLoss, bradley_terry, value_loss
 from grpo_jax.devices import sharding, transfer
-from grpo_jax.learner import actor_critic, scalars, scoring
+from grpo_jax.learner import actor_critic, scalars
 from grpo_jax.learner.actor_critic import ActorCriticUpdate
 from grpo_jax.learner.experience import make_prepare
 from grpo_jax.learner.scoring import Scorer

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 import tiny
 import torch
 import transformers
-from hf_model import CASES, edit_json, rewrite, save_random_model, tensors_of
+from hf_model import CASES, edit_json, rewrite, save_random_model
 
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.learner import scalars
