@@ -175,7 +175,7 @@ METRICS: dict[str, Metric] = {
         "a constant value",
     ),
     "value/clip_share": Metric(
-        "share", "tokens at which critic.clip made the critic's loss larger"
+        "share", "tokens at which critic.clip made the loss larger"
     ),
     "value/mean": Metric("", "mean of the critic's values"),
     "value/return_mean": Metric("", "mean of the returns that the critic learns"),

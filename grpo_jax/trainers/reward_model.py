@@ -23,7 +23,7 @@ from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data.examples import Pair
 from grpo_jax.hosts import processes
 from grpo_jax.learner import scalars
-from grpo_jax.messages.progress import print_title
+from grpo_jax.messages.console import print_title
 from grpo_jax.metrics import calibration
 from grpo_jax.models.policy import Policy
 from grpo_jax.run.stop import StopSignal

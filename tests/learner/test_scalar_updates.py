@@ -1,4 +1,4 @@
-"""Updates of models with a scalar head: packed rows change nothing, and a critic beside a policy."""
+"""Updates of models with a scalar head: packed rows change nothing; a critic beside a policy."""
 
 from __future__ import annotations
 
