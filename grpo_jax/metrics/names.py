@@ -174,9 +174,7 @@ METRICS: dict[str, Metric] = {
         "share of the variance of the returns that the critic's values explain, at most 1; 0 for "
         "a constant value",
     ),
-    "value/clip_share": Metric(
-        "share", "tokens at which critic.clip made the loss larger"
-    ),
+    "value/clip_share": Metric("share", "tokens at which critic.clip made the loss larger"),
     "value/mean": Metric("", "mean of the critic's values"),
     "value/return_mean": Metric("", "mean of the returns that the critic learns"),
     "value/grad_norm": Metric("", "global norm of the critic's gradient, before clipping"),

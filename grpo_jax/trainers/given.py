@@ -36,7 +36,7 @@ from grpo_jax.rewards.registry import Reward
 from grpo_jax.run import claim, workdir
 from grpo_jax.run.checkpoints import Checkpoints
 from grpo_jax.run.stop import PATIENCE_S, Stopped, StopSignal
-from grpo_jax.setup import inputs, lora, model
+from grpo_jax.setup import inputs, lora, model, reward_models
 from grpo_jax.setup.engine import make_engine, make_evaluator
 from grpo_jax.setup.learner import Learner, make_supervised_learner
 from grpo_jax.setup.rewards import start_rewards
@@ -250,13 +250,17 @@ def build(
     )
     made = _run(row, config, folder, policy, mesh, data, course, learner, sums)
     data = row.begin(made, data, _reference(made))
-    rewards = start_rewards(config, list(data.rewards)) if data.problems else None  # last
+    models = reward_models.load_all(config, data.rewards, mesh, now) if data.problems else None
+    sizes = made.sizes | (models.sizes if models else {})
+    rewards = None  # last: no more checks follow
+    if data.problems:
+        rewards = start_rewards(config, list(data.rewards), models=models)
 
     def measure(run: Run, state: RunState, alive: Callable[[], None]) -> dict[str, float]:
         return row.measure(run, state, data.held_out, alive)
 
     measures = {"measure": measure} if data.held_out else {}
-    return dataclasses.replace(made, rewards=rewards, **measures), data
+    return dataclasses.replace(made, rewards=rewards, sizes=sizes, **measures), data
 
 
 def _policy(row: Given, config: ConfigDict, folder: Path, path: str) -> Policy:

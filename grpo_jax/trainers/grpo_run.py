@@ -23,7 +23,7 @@ from grpo_jax.rewards.registry import Reward
 from grpo_jax.run import workdir
 from grpo_jax.run.checkpoints import Checkpoints
 from grpo_jax.setup import critic as critic_lib
-from grpo_jax.setup import inputs, lora, model
+from grpo_jax.setup import inputs, lora, model, reward_models
 from grpo_jax.setup.data import answerable, load_problems, questions, tell_of, tell_of_few
 from grpo_jax.setup.engine import make_engine, make_evaluator
 from grpo_jax.setup.learner import MemoryPlan, make_learner
@@ -170,6 +170,8 @@ def build(
     critic = found.critic and policy_lib.keep(found.critic, folder / critic_lib.KEPT)
     lora.keep(config, folder)
     mesh = found.mesh
+    now = inputs.date(config.data.date, folder)
+    models = reward_models.load_all(config, found.rewards, mesh, now)
     fitted = fit(config, policy.model, mesh, found.longest, folder)
     learner = make_learner(config, policy.model, mesh, fitted, critic and critic.model)
     engine = make_engine(config, policy.model, policy.stop_ids, mesh)
@@ -191,7 +193,7 @@ def build(
         learning_rate=learner.learning_rate,
         prepare=learner.prepare,
         update=learner.update,
-        sizes=learner.sizes,
+        sizes=learner.sizes | (models.sizes if models else {}),
         frozen=frozen,
         checkpoints=Checkpoints(
             config.checkpoint.folder or folder / "checkpoints",
@@ -207,7 +209,8 @@ def build(
         refresh_reference=learner.refresh_reference,
         critic=critic_lib.states(config, critic, mesh, learner.critic),
         controllers=learner.controllers,
-        rewards=start_rewards(config, found.rewards),  # last: no more checks follow
+        # Last: no more checks follow.
+        rewards=start_rewards(config, found.rewards, models=models),
     )
 
 
