@@ -18,7 +18,7 @@ FILES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 PROGRAMS = {
-    *("cli", "__main__", "train", "sft", "generate", "evaluate"),
+    *("cli", "__main__", "train", "sft", "dpo", "generate", "evaluate"),
     *("report", "score", "profile", "plan", "export"),
 }
 # A room, or file of the root, and the rooms it may import besides itself. They stand in blocks
