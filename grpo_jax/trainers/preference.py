@@ -252,7 +252,7 @@ def with_reference(run: Run, data: Data, reference: Callable[[], Params]) -> Dat
         shards, place = given.num_shards(run), functools.partial(rollout.device_rows, run)
         prepare = dataclasses.replace(run.prepare, with_old=True, sizes=CompiledSizes())
         table = {}
-        for name, shape in shapes.items():
+        for name in shapes:
             layout = _mismatched if name.endswith("_others") else rollouts
             rows = parts[name.removesuffix("_others")]
             batches = (
