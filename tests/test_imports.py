@@ -52,8 +52,8 @@ TABLE = """
     evaluation   structs messages hosts rewards models run sampling environments
     planning     structs messages hosts devices kernels config models run sampling learner setup
 
-    trainers     structs keys messages hosts devices data rewards config models run sampling
-                 learner metrics environments setup evaluation planning
+    trainers     structs keys messages hosts devices data algorithm rewards config models run
+                 sampling learner metrics environments setup evaluation planning
 
     programs     structs keys messages hosts devices data rewards config models run sampling metrics
                  environments setup evaluation planning trainers

@@ -80,5 +80,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 
+# Losses of preferences (`preferences.py`): of pairs, of labelled completions, and those of pairs
+# that label smoothing changes.
+PAIRS = ("sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "orpo")
+UNPAIRED = ("kto", "apo_zero_unpaired")
+SMOOTHED = ("sigmoid", "robust")
+
 # Options of `algorithm` that belong to the advantage.
 ADVANTAGE_OPTIONS = ("scale_by", "baseline", "aggregate", "credit", "whiten", "kl_in", "critic")

@@ -58,6 +58,7 @@ SECTIONS = {
     "debug": "Search for faults",
     "mesh": "Devices along each axis; their product is all devices",
     "sft": "Supervised training on worked solutions, before GRPO or alone",
+    "preference": "Training on preferences, by grpo_jax.dpo; docs/preference.md",
     "reward_model": "Training of a reward model on pairs; docs/reward_models.md",
 }
 

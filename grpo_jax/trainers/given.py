@@ -63,10 +63,10 @@ class Data:
     draw: Callable[[int, Place], tuple[list[Any], Place]]
     number: int  # rows of an epoch; 0: not known, as of a stream
     sums: dict[str, Any]  # checksums, as of `inputs.of_problems`
-    rows: Sequence[Any] = ()  # all rows of an epoch, if `Given.begin` reads them
     held_out: Sequence[Any] = ()  # rows of the same kind
     problems: Questions | None = None  # held-out problems that the rewards score; None: none
     rewards: Sequence[Reward] = ()  # if there are such problems
+    rows: Sequence[Any] = ()  # all rows of an epoch, if `Given.begin` reads them
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,8 +57,14 @@ class Row(NamedTuple):
 
 def preference_of(config: ConfigDict) -> Preference:
     """The config's loss."""
-    fields = [field.name for field in dataclasses.fields(Preference)]
-    return Preference(**{name: config.preference[name] for name in fields})
+    return Preference(
+        loss=config.preference.loss,
+        beta=config.preference.beta,
+        label_smoothing=config.preference.label_smoothing,
+        log_ratio=config.preference.log_ratio,
+        desirable_weight=config.preference.desirable_weight,
+        undesirable_weight=config.preference.undesirable_weight,
+    )
 
 
 def nll_weight(config: ConfigDict) -> float:
@@ -246,7 +252,7 @@ def with_reference(run: Run, data: Data, reference: Callable[[], Params]) -> Dat
         shards, place = given.num_shards(run), functools.partial(rollout.device_rows, run)
         prepare = dataclasses.replace(run.prepare, with_old=True, sizes=CompiledSizes())
         table = {}
-        for name, shape in shapes.items():
+        for name in shapes:
             layout = _mismatched if name.endswith("_others") else rollouts
             rows = parts[name.removesuffix("_others")]
             batches = (

@@ -12,7 +12,8 @@ import pytest
 import tiny
 
 from grpo_jax.algorithm.preference_losses import PairLoss, UnpairedLoss
-from grpo_jax.algorithm.preferences import PAIRS, Preference
+from grpo_jax.algorithm.preferences import Preference
+from grpo_jax.algorithm.presets import PAIRS
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.learner import scoring, update
 from grpo_jax.learner.scoring import Packed, Scorer

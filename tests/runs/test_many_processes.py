@@ -58,7 +58,14 @@ class Launched:
     """A run of several processes that was started, and its output."""
 
     def __init__(
-        self, num: int, folder: Path, *more: str, environment, devices: int = 1, by: str = ""
+        self,
+        num: int,
+        folder: Path,
+        *more: str,
+        environment,
+        devices: int = 1,
+        by: str = "",
+        program: str = "train",
     ):
         """`by` "bash": each process fills in the variables that the arguments name."""
         self.folder = folder
@@ -68,7 +75,7 @@ class Launched:
         command = [
             sys.executable,
             "-m",
-            "grpo_jax.train",
+            f"grpo_jax.{program}",
             "--config",
             str(HERE.parent / "helpers" / "tiny_config.py"),
         ]
@@ -152,6 +159,28 @@ def test_two_processes_do_what_one_does(one, tmp_path, environment):
     # What is written and shown for all comes from process 0.
     assert len(re.findall(rf"^\[0\] step {STEPS}/{STEPS}", run.output, re.M)) == 1
     assert not re.search(r"^\[1\] (step|sft|Completions)", run.output, re.M)
+
+
+@pytest.mark.slow
+def test_preferences_of_two_processes_are_those_of_one(one, tmp_path, environment):
+    """Both score the reference's part of the data; the numbers of the first are kept."""
+    more = [
+        f"--config.model.path={one / 'bootstrap' / 'export'}",
+        *(f"--config.preference.{option}" for option in (
+            "loss=kto", "num_steps=5", "batch=8", "max_tokens=56", "learning_rate=50.0",
+            "beta=0.5", "checkpoint_every_steps=0", "evaluate_every_steps=2",
+        )),
+    ]  # fmt: skip
+    folders = []
+    for num in (1, 2):
+        folder = tmp_path / f"{num}"
+        run = Launched(num, folder, *more, environment=environment, program="dpo")
+        assert run.status() == 0, run.output
+        folders.append(run.folder)
+    assert differences_beyond(1e-5, *folders) == []
+    assert (folders[1] / "reference.npz").exists()
+    losses = [row["preference/loss"] for row in logged(folders[1]) if "preference/loss" in row]
+    assert len(losses) == STEPS and len(set(losses)) == STEPS
 
 
 @pytest.mark.slow
