@@ -18,8 +18,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-from kill_and_resume import differences_beyond, logged
+from kill_and_resume import differences_beyond, final_state, logged
 
 HERE = Path(__file__).parent
 LAUNCH = HERE.parents[1] / "launch" / "local_multiprocess.sh"
@@ -181,6 +182,54 @@ def test_preferences_of_two_processes_are_those_of_one(one, tmp_path, environmen
     assert (folders[1] / "reference.npz").exists()
     losses = [row["preference/loss"] for row in logged(folders[1]) if "preference/loss" in row]
     assert len(losses) == STEPS and len(set(losses)) == STEPS
+
+
+@pytest.mark.slow
+def test_a_reward_model_and_ppo_with_it_are_those_of_one(one, tmp_path, environment):
+    """Two processes, which divide the weights, and eight devices of one process."""
+    model = f"--config.model.path={one / 'bootstrap' / 'export'}"
+    of_model = [
+        f"--config.reward_model.num_steps={STEPS}",
+        "--config.reward_model.batch=8",
+        "--config.reward_model.max_tokens=56",
+        "--config.reward_model.learning_rate=50.0",
+        "--config.reward_model.checkpoint_every_steps=0",
+    ]
+    names = [f"model:{tmp_path / 'rm 1' / 'export'}", "answer_format"]
+    of_ppo = [
+        "--config.algorithm.preset=ppo",
+        f"--config.critic.path={tmp_path / 'rm 1' / 'export'}",
+        "--config.critic.learning_rate=50.0",
+        f"--config.rewards.names={names}",
+        "--config.evaluation.every_steps=0",
+        "--config.checkpoint.every_steps=0",
+    ]
+    ways = {
+        "1": (1, 1, []),
+        "2": (2, 1, ["--config.mesh.data=1", "--config.mesh.fsdp=2"]),
+        "8": (1, 8, ["--config.mesh.data=4", "--config.mesh.fsdp=2"]),
+    }
+    for way, (num, devices, mesh) in ways.items():
+        for kind, program, more in (("rm", "reward_model", of_model), ("ppo", "train", of_ppo)):
+            run = Launched(
+                num, tmp_path / f"{kind} {way}", model, *more, *mesh,
+                environment=environment, devices=devices, program=program,
+            )  # fmt: skip
+            assert run.status() == 0, run.output
+    for way in ("2", "8"):
+        for kind in ("rm", "ppo"):
+            folders = tmp_path / f"{kind} 1", tmp_path / f"{kind} {way}"
+            left, right = map(final_state, folders)
+            assert left.keys() == right.keys()
+            far = [n for n in left if not np.allclose(left[n], right[n], rtol=0, atol=1e-5)]
+            assert far == [], (kind, way)
+    for kind, name in (("rm", "reward_model/loss"), ("ppo", "value/loss")):
+        lines = [[r for r in logged(tmp_path / f"{kind} {w}") if name in r] for w in ways]
+        assert len(lines[0]) == STEPS
+        for other in lines[1:]:
+            for a, b in zip(lines[0], other, strict=True):
+                np.testing.assert_allclose(a[name], b[name], rtol=1e-4)
+                assert a["policy/grad_norm"] > 1e-3
 
 
 @pytest.mark.slow
