@@ -68,9 +68,9 @@ def main() -> None:
 
 def _help() -> str:
     lines = ["usage: grpo-jax PROGRAM [...]", "", "programs, each with --help:"]
-    lines += [f"  {name:12}{text}" for name, text in PROGRAMS.items()]
+    lines += [f"  {name:13}{text}" for name, text in PROGRAMS.items()]
     lines += ["", "what there is:"]
-    lines += [f"  {name:12}{text}" for name, text in LISTS.items()]
+    lines += [f"  {name:13}{text}" for name, text in LISTS.items()]
     return "\n".join([*lines, "", "  --version"])
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from grpo_jax.config.critic_options import CRITIC
 from grpo_jax.config.given_options import SFT
 from grpo_jax.config.lora_options import LORA
 from grpo_jax.config.objective_options import OBJECTIVE
@@ -45,9 +46,9 @@ SECTIONS = {
     "prompts": "Which prompts are trained on; docs/prompts.md",
     "rollout": "How completions are sampled",
     "algorithm": "The objective. docs/definitions.md has the formulas",
-    "critic": "The critic that algorithm.critic trains beside the policy; docs/ppo.md",
     "rollout_correction": "Importance weights for where sampler and policy differ",
     "optim": "The optimizer (AdamW), and its learning rate",
+    "critic": "The critic that algorithm.critic trains beside the policy; docs/ppo.md",
     "loop": "How long the run goes on, and what overlaps in it",
     "guards": "What is done when the numbers of a step are out of bounds",
     "hosts": "Runs of several processes",
@@ -254,6 +255,8 @@ TABLE = (
          "Keep float32 weights beside the moments, for model.param_dtype = \"bfloat16\""),
     flag("optim.offload", False,
          "Keep the optimizer's state in host memory while GRPO samples and scores", free=True),
+
+    *CRITIC,
 
     number("loop.num_steps", 100, COUNT, "steps",
            "Steps of the run, one rollout each. A resumed run may have more, but not with a "

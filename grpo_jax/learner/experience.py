@@ -230,6 +230,28 @@ def make_prepare(
 
     @jax.jit
     @jax.named_scope("scoring")
+    def select(entropy_PGC: Array, action_PGC: Array) -> Array:
+        return top_entropy(entropy_PGC, action_PGC, top_entropy_share)
+
+    return Prepare(
+        scorer,
+        options,
+        with_old,
+        num_minibatches,
+        selects,
+        _make_score(scorer, with_entropy=selects),
+        select,
+        _make_advantages(options, gae, mask_truncated),
+        CompiledSizes(),
+        values,
+    )
+
+
+def _make_advantages(options: AdvantageOptions, gae: GAE | None, mask_truncated: bool) -> Callable:
+    """The program of the experience without log-probabilities."""
+
+    @jax.jit
+    @jax.named_scope("scoring")
     def advantages(
         rollouts: Rollouts,
         reward: Array,
@@ -264,23 +286,7 @@ def make_prepare(
         )
         return given.replace(advantage=advantage_PG)
 
-    @jax.jit
-    @jax.named_scope("scoring")
-    def select(entropy_PGC: Array, action_PGC: Array) -> Array:
-        return top_entropy(entropy_PGC, action_PGC, top_entropy_share)
-
-    return Prepare(
-        scorer,
-        options,
-        with_old,
-        num_minibatches,
-        selects,
-        _make_score(scorer, with_entropy=selects),
-        select,
-        advantages,
-        CompiledSizes(),
-        values,
-    )
+    return advantages
 
 
 def _make_score(scorer: Scorer, *, with_entropy: bool) -> Callable:

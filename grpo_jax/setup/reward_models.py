@@ -113,13 +113,19 @@ def read(path: str, option: str = _OPTION) -> Policy:
 
 
 def load(
-    path: str, mesh: Mesh, dtype: Any, now: datetime, *, attention: str = "auto"
+    path: str,
+    mesh: Mesh,
+    dtype: Any,
+    now: datetime,
+    *,
+    attention: str = "auto",
+    option: str = _OPTION,
 ) -> RewardModel:
     """The reward model of a folder or hub id, its weights on the devices in `dtype`.
 
     Its head stays float32. `attention`: as `model.attention`. Raises ValueError as `read`.
     """
-    policy, dtype = read(path), jnp.dtype(dtype)
+    policy, dtype = read(path, option), jnp.dtype(dtype)
 
     def keep(where: Any, x: Any) -> Any:
         return x if where[0].key == "score" else x.astype(dtype)
