@@ -66,7 +66,7 @@ def draw(difference_N: np.ndarray, path: Path) -> Path:
     )
     ax.set_ylabel("share in which it was preferred")
     below.bar((np.arange(10) + 0.5) * width, found.count_K, width * 0.9, color=curves.COLORS[5])
-    below.set_ylabel("pairs, both orders")
+    below.set_ylabel("pairs")
     below.set_xlabel("probability by the reward model that the first is preferred")
     ax.set_xlim(0, 1)
     ax.set_ylim(0, 1)

@@ -306,6 +306,8 @@ class Step:
         calls.append(train_state.starting(state.params, model, mesh, self.learner.optimizer))
         if critic := self.learner.critic:
             params = state.critic.params
+            if not self.config.critic.path:
+                calls.append(policy.drawing_head(critic.model, mesh, key, dtype))
             calls.append(
                 dataclasses.replace(
                     train_state.starting(params, critic.model, mesh, critic.optimizer),
