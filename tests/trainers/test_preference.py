@@ -87,22 +87,22 @@ def test_the_metrics_by_hand():
 
 
 def test_the_metrics_of_labelled_completions_by_hand():
-    """Log-ratios 1 and -1 of desirable ones, 3 and -2 of others; the reference point is 0.5."""
+    """Log-ratios 1 and -1 of desirable ones, -1 and -2 of others; the reference point is 0.5."""
     loss = preference.component(config(loss="kto", undesirable_weight=0.5))
     logp_PGC = np.float32([[[-1.0]], [[-3.0]], [[-2.0]], [[-4.0]]])
     signal = {
-        "ref_logp_PG": np.float32([[-2], [-2], [-5], [-2]]),
+        "ref_logp_PG": np.float32([[-2], [-2], [-1], [-2]]),
         "desirable_PG": np.array([[True], [True], [False], [False]]),
         "divergence_PG": np.full((4, 1), 0.5, np.float32),
     }
     sums = preference._loss_sums(loss, logp_PGC, np.ones((4, 1, 1), bool), signal)
     sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
-    want = sigmoid(-0.05) + sigmoid(0.15) + 0.5 * (sigmoid(0.25) + sigmoid(-0.25))
+    want = sigmoid(-0.05) + sigmoid(0.15) + 0.5 * (sigmoid(-0.15) + sigmoid(-0.25))
     np.testing.assert_allclose(sums["loss"], want, rtol=1e-6)
     found = loss.means({n: v for n, v in sums.items() if n not in ("loss", "divisor")})
     for name, value in {
-        "reward_chosen": 0.0, "reward_rejected": 0.05, "reward_margin": -0.05,
-        "reward_accuracy": 0.5, "logp_chosen": -2.0, "logp_rejected": -3.0, "nll": 2.0, "kl": 0.5,
+        "reward_chosen": 0.0, "reward_rejected": -0.15, "reward_margin": 0.15,
+        "reward_accuracy": 0.75, "logp_chosen": -2.0, "logp_rejected": -3.0, "nll": 2.0, "kl": 0.5,
     }.items():  # fmt: skip
         np.testing.assert_allclose(
             found[f"preference/{name}"], value, rtol=1e-5, atol=1e-7, err_msg=name
