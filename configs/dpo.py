@@ -17,6 +17,7 @@ def get_config():
     quickstart = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(quickstart)
     c = quickstart.get_config()
+    c.data.num_train = 9600  # each pair once
     c.evaluation.num_samples = 0
 
     c.preference.num_steps = 150

@@ -26,6 +26,9 @@ class LossComponent(Protocol):
     The loss of a token is a function of that token alone. With `needs_completions` a component sees
     whole completions, [P, G, C], and its losses are of tokens, [P, G, C], of completions, [P, G],
     or of groups, [P]. A loss of groups needs each group in one row (`Scorer.whole`).
+
+    A component of a model with a scalar head (`scalar_losses.py`) has values in place of `logp`
+    and `entropy`: `loss(value, terms)`, `diagnostics(value, terms, action)`.
     """
 
     metric: str

@@ -14,18 +14,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.algorithm.presets import PAIRS
 from grpo_jax.structs import Array
-
-PAIRS = ("sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "orpo")
-UNPAIRED = ("kto", "apo_zero_unpaired")
-SMOOTHED = ("sigmoid", "robust")  # those that `label_smoothing` changes
 
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
     """The constants of a loss; `config.preference` documents each by the same name."""
 
-    loss: str = "sigmoid"  # one of PAIRS or UNPAIRED
+    loss: str = "sigmoid"  # one of `presets.PAIRS` or `presets.UNPAIRED`
     beta: float = 0.1
     label_smoothing: float = 0.0
     log_ratio: str = "auto"  # or "sum" or "mean", over the tokens of a completion

@@ -97,6 +97,12 @@ def _of_hybrid(config: ConfigDict) -> list[tuple[bool, str]]:
             "and be compared with those that have one. Set another baseline.",
         ),
         (
+            algorithm.critic and bool(method.given),
+            f"{named} and algorithm.critic = True: a critic learns what the policy's own "
+            "completions are worth, not those of others. Set that to False, or hybrid.method = "
+            '"positive_nll".',
+        ),
+        (
             bool(config.distill.teacher),
             f"{named} and distill.teacher = {shown(config.distill.teacher)} each change the loss. "
             "Set one of them.",
@@ -127,6 +133,11 @@ def _of_distillation(config: ConfigDict) -> list[tuple[bool, str]]:
             config.prompts.drop_equal_groups,
             f"{named} teaches in groups of equal rewards too, and prompts.drop_equal_groups = True "
             "drops them. Set that to False.",
+        ),
+        (
+            algorithm.critic,
+            f"{named} and algorithm.critic = True: the teacher tells of each token what a critic "
+            "would have to learn. Set that to False.",
         ),
         (
             not config.rewards.names and derived.follows_pass_rates(config),

@@ -14,11 +14,14 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from grpo_jax.config.critic_options import CRITIC
 from grpo_jax.config.given_options import SFT
 from grpo_jax.config.hybrid_options import DISTILL, HYBRID
 from grpo_jax.config.lora_options import LORA
 from grpo_jax.config.objective_options import OBJECTIVE
+from grpo_jax.config.preference_options import PREFERENCE
 from grpo_jax.config.prompt_options import FEW_PROBLEMS, PROMPTS
+from grpo_jax.config.reward_model_options import REWARD_MODEL
 from grpo_jax.config.schema import (
     COUNT,
     FRACTION,
@@ -48,6 +51,7 @@ SECTIONS = {
     "hybrid": "Demonstrations beside drawn completions; docs/hybrids.md",
     "distill": "A teacher whose distribution is imitated; docs/distillation.md",
     "optim": "The optimizer (AdamW), and its learning rate",
+    "critic": "The critic that algorithm.critic trains beside the policy; docs/ppo.md",
     "loop": "How long the run goes on, and what overlaps in it",
     "guards": "What is done when the numbers of a step are out of bounds",
     "hosts": "Runs of several processes",
@@ -58,6 +62,8 @@ SECTIONS = {
     "debug": "Search for faults",
     "mesh": "Devices along each axis; their product is all devices",
     "sft": "Supervised training on worked solutions, before GRPO or alone",
+    "preference": "Training on preferences, by grpo_jax.dpo; docs/preference.md",
+    "reward_model": "Training of a reward model on pairs; docs/reward_models.md",
 }
 
 _REST = {-1: "the rest of the devices"}
@@ -255,6 +261,8 @@ TABLE = (
     flag("optim.offload", False,
          "Keep the optimizer's state in host memory while GRPO samples and scores", free=True),
 
+    *CRITIC,
+
     number("loop.num_steps", 100, COUNT, "steps",
            "Steps of the run, one rollout each. A resumed run may have more, but not with a "
            "decaying optim.schedule or loop.async_rollouts", free=True),
@@ -383,6 +391,8 @@ TABLE = (
            special=_REST, free=True),
 
     *SFT,
+    *PREFERENCE,
+    *REWARD_MODEL,
 )
 # fmt: on
 

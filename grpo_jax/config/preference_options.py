@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from grpo_jax.algorithm.preferences import PAIRS, SMOOTHED
+from grpo_jax.algorithm.presets import PAIRS, SMOOTHED
 from grpo_jax.config.given_options import schedule_options
 from grpo_jax.config.schema import NOT_NEGATIVE, POSITIVE, Range, choice, number
 from grpo_jax.messages.values import shown

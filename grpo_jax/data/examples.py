@@ -295,13 +295,17 @@ def _common_start(chosen: str | Messages, rejected: str | Messages) -> int:
     return at - 1 if at and chosen[at - 1] == " " else at
 
 
+def labelled(pair: Written) -> tuple[Written, Written]:
+    """A pair as a desirable completion and an undesirable one."""
+    return tuple(
+        dataclasses.replace(pair, completions=(completion,), value=label)
+        for completion, label in zip(pair.completions, (True, False))
+    )
+
+
 def _unpaired(row: _Reader) -> tuple[Written, ...]:
     if row.has("chosen", "rejected") and not row.has("label"):
-        (pair,) = _pair(row)
-        return tuple(
-            dataclasses.replace(pair, completions=(completion,), value=label)
-            for completion, label in zip(pair.completions, (True, False))
-        )
+        return labelled(*_pair(row))
     missing = [n for n in ("prompt", "completion", "label") if not row.has(n)]
     if missing:
         raise row.lacks(f"no `{'` and no `'.join(missing)}`, and no `chosen` with a `rejected`")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from grpo_jax.data import examples, masks, notes
+from grpo_jax.data import examples, masks, notes, streams, tasks
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data.examples import Pair, Written
 from grpo_jax.data.masks import Encoded, Limits
@@ -52,6 +52,27 @@ def load(
         )
     tell_of(config, section, encoded, noun, names)
     return encoded.examples
+
+
+def preferences_of_task(config: ConfigDict, kind: str, part: str) -> list[Written]:
+    """Rows of `kind` "pair" or "unpaired" that the config's task writes, "train" or "held_out".
+
+    They follow from the seed. ValueError for a task that writes none.
+    """
+    task, data = tasks.load(config.data.task), config.data
+    if not hasattr(task, "preference_pair"):
+        raise ValueError(
+            f"data.task = {data.task!r} writes no preferences. Take the task arithmetic, or set "
+            "data.path to a dataset of them in place of data.task."
+        )
+    train, held_out = task.generate(data.num_train, data.num_eval, config.seed)
+    rng = streams.stream(config.seed, "preferences", int(part == "held_out"))
+    found = []
+    for problem in train if part == "train" else held_out:
+        both = task.preference_pair(problem, rng)
+        pair = Written(problem.where, problem.prompt, both, value=0.0)
+        found += [pair] if kind == "pair" else examples.labelled(pair)
+    return found
 
 
 def are_given(config: ConfigDict, kind: str, source: Source) -> bool:

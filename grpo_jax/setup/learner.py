@@ -25,9 +25,11 @@ from grpo_jax.config.dotted import flatten
 from grpo_jax.devices import sharding
 from grpo_jax.kernels import choice
 from grpo_jax.learner import moving_reference, optim, update
+from grpo_jax.learner.actor_critic import ActorCriticUpdate
 from grpo_jax.learner.experience import Prepare, make_prepare
 from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.learner.scoring import Scorer
+from grpo_jax.setup import critic as critic_lib
 from grpo_jax.setup import engine
 from grpo_jax.setup import teacher as teacher_lib
 from grpo_jax.structs import Array, ModelConfig, Sampling
@@ -52,13 +54,22 @@ class Learner:
     optimizer: optax.GradientTransformation
     learning_rate: Callable  # program: learning rate by update number
     prepare: Prepare
-    update: update.Update
+    update: update.Update | ActorCriticUpdate
     controllers: tuple[Controller, ...] = ()  # of coefficients that are no constants
     refresh_reference: Callable | None = None  # program; None: the reference is fixed
 
+    critic: critic_lib.Critic | None = None  # None: advantages are of completions
+
     @property
     def sizes(self) -> dict[str, CompiledSizes]:
-        return {"scoring": self.prepare.sizes, "update": self.update.sizes}
+        if self.critic is None:
+            return {"scoring": self.prepare.sizes, "update": self.update.sizes}
+        return {
+            "scoring": self.prepare.sizes,
+            "values": self.critic.values.sizes,
+            "update": self.update.policy.sizes,
+            "critic's update": self.critic.update.sizes,
+        }
 
 
 def make_scorer(
@@ -168,18 +179,15 @@ def make_learner(
     model: ModelConfig,
     mesh: Mesh,
     fit: MemoryPlan = DEFAULT,
+    critic: ModelConfig | None = None,
     teacher: ModelConfig | None = None,
 ) -> Learner:
     """The config's learner for a model of this shape; nothing is compiled or allocated yet.
 
-    `fit` is used if the config sets no microbatch or no `remat`. `teacher`: the shape of the
-    config's teacher, if it has one.
+    `fit` is used if the config sets no microbatch or no `remat`. `critic`, `teacher`: the shapes of
+    the config's critic and teacher, if it has them.
     """
-    scorer = dataclasses.replace(
-        make_scorer(config, model, mesh, engine.sampling(config), fit),
-        microbatch=max(config.batch.microbatch, 0),
-        tokens=fit.tokens if config.batch.microbatch == -1 else 0,
-    )
+    scorer, critic = _scorer(config, model, mesh, fit), _critic(config, critic, mesh, fit)
     algorithm = config.algorithm
     updates = derived.num_updates_per_step(config)
     schedule = optim.schedule(
@@ -197,7 +205,16 @@ def make_learner(
         objective = dataclasses.replace(objective, kl_coef=0.0)
     hybrid = hybrid_of(config)
     of_teacher = None if teacher is None else teacher_lib.scorer_of(scorer, teacher)
-    rewards = config.distill.loss == "reward"
+    is_reward = config.distill.loss == "reward"
+    of_policy = update.make_update(
+        scorer,
+        _component(config, objective, hybrid),
+        optimizer,
+        num_minibatches=config.batch.minibatches,
+        offload=config.optim.offload,
+        bounds=guard_rules.refusing_bounds(config),
+        of_teacher=None if is_reward else of_teacher,
+    )
     return Learner(
         scorer=scorer,
         optimizer=optimizer,
@@ -210,25 +227,39 @@ def make_learner(
             num_minibatches=config.batch.minibatches,
             top_entropy_share=algorithm.top_entropy_share,
             weigh=None if hybrid is None else Weigh(hybrid, objective, config.batch.minibatches),
-            of_teacher=of_teacher if rewards else None,
+            of_teacher=of_teacher if is_reward else None,
             teacher_coef=config.distill.coef,
+            **({} if critic is None else {"values": critic.values, "gae": critic.gae}),
         ),
-        update=update.make_update(
-            scorer,
-            _component(config, objective, hybrid),
-            optimizer,
-            num_minibatches=config.batch.minibatches,
-            offload=config.optim.offload,
-            bounds=guard_rules.refusing_bounds(config),
-            of_teacher=None if rewards else of_teacher,
-        ),
+        update=of_policy if critic is None else ActorCriticUpdate(of_policy, critic.update),
         controllers=_controllers(config),
         refresh_reference=(
             moving_reference.make_refresh(model, mesh, algorithm.reference_mix)
             if algorithm.reference_refresh_steps
             else None
         ),
+        critic=critic,
     )
+
+
+def _scorer(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: MemoryPlan) -> Scorer:
+    """The scorer of rollouts."""
+    return dataclasses.replace(
+        make_scorer(config, model, mesh, engine.sampling(config), fit),
+        microbatch=max(config.batch.microbatch, 0),
+        tokens=fit.tokens if config.batch.microbatch == -1 else 0,
+    )
+
+
+def _critic(
+    config: ConfigDict, model: ModelConfig | None, mesh: Mesh, fit: MemoryPlan
+) -> critic_lib.Critic | None:
+    if model is None:
+        return None
+    asked = config.critic
+    schedule = critic_lib.schedule(config)
+    optimizer = make_optimizer(config, schedule, asked.weight_decay, asked.max_grad_norm)
+    return critic_lib.make(config, _scorer(config, model, mesh, fit), optimizer)
 
 
 def _controllers(config: ConfigDict) -> tuple[Controller, ...]:
@@ -286,7 +317,8 @@ def make_supervised_learner(
     optimizer = make_optimizer(config, rate, schedule.weight_decay, clip_norm=1.0)
     limit = config.data.max_prompt_tokens + group * schedule.max_tokens
     at_once = -(-schedule.microbatch * limit // sharding.num_row_shards(mesh))
-    scorer = dataclasses.replace(make_scorer(config, model, mesh, Sampling()), tokens=at_once)
+    scorer = make_scorer(config, model, mesh, Sampling())
+    scorer = dataclasses.replace(scorer, tokens=at_once, whole=group > 1)
     as_given = AdvantageOptions(baseline="none", scale_by="none")
     return Learner(
         scorer=scorer,

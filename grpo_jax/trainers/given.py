@@ -26,7 +26,9 @@ from grpo_jax.data import tasks
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.devices.phases import phase
 from grpo_jax.environments.questions import Questions
+from grpo_jax.learner.experience import Prepare
 from grpo_jax.learner.row_sizes import CompiledSizes
+from grpo_jax.learner.scalars import make_values
 from grpo_jax.messages.console import say
 from grpo_jax.models import policy as policy_lib
 from grpo_jax.models.policy import Policy
@@ -34,7 +36,7 @@ from grpo_jax.rewards.registry import Reward
 from grpo_jax.run import claim, workdir
 from grpo_jax.run.checkpoints import Checkpoints
 from grpo_jax.run.stop import PATIENCE_S, Stopped, StopSignal
-from grpo_jax.setup import inputs, lora, model
+from grpo_jax.setup import inputs, lora, model, reward_models
 from grpo_jax.setup.engine import make_engine, make_evaluator
 from grpo_jax.setup.learner import Learner, make_supervised_learner
 from grpo_jax.setup.rewards import start_rewards
@@ -64,6 +66,7 @@ class Data:
     held_out: Sequence[Any] = ()  # rows of the same kind
     problems: Questions | None = None  # held-out problems that the rewards score; None: none
     rewards: Sequence[Reward] = ()  # if there are such problems
+    rows: Sequence[Any] = ()  # all rows of an epoch, if `Given.begin` reads them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,9 @@ class Given:
     held_out_loss: str = ""  # one of these metrics, which says which checkpoint is the best
     group: int = 1  # completions of a row
     reads_reference: Callable[[ConfigDict], bool] = lambda config: False
+    # What is computed once, from data and reference, before the policy is read: (run, data, what
+    # reads the reference) -> data.
+    begin: Callable[[Run, Data, Callable[[], Params]], Data] = lambda run, data, reference: data
     head: str = "vocabulary"  # or "scalar": a bias-free [D, 1] kernel
     # Makes the new model of model.path = ""; None: a model must be given.
     new_policy: Callable[[ConfigDict], Policy] | None = None
@@ -109,14 +115,17 @@ def run(
     stop: StopSignal | None = None,
     *,
     is_start: bool = False,
+    model_path: str = "",
 ) -> Path:
     """Trains, or continues the training in `folder`; returns the exported Hugging Face folder.
 
     `stop`: the caller's stop signal; None: the training installs its own. `is_start`: a later run
-    evaluates the model. Raises ValueError for a user's mistake, `guards.Diverged` if a guard ends
-    the training, and `stop.Stopped` after a requested stop has saved.
+    evaluates the model. `model_path`: a model that was made for it, in the place of the config's.
+    Raises ValueError for a user's mistake, `guards.Diverged` if a guard ends the training, and
+    `stop.Stopped` after a requested stop has saved.
     """
-    if config.lora.rank and not config.model.path and not is_start:
+    path = model_path or config.model.path
+    if config.lora.rank and not path and not is_start:
         raise ValueError(
             f"lora.rank = {config.lora.rank} trains adapters beside a model's weights, and "
             'model.path = "" makes a new model, whose weights say nothing yet. Set model.path, or '
@@ -126,7 +135,7 @@ def run(
     with claim.held(), stop or StopSignal(config.checkpoint.save_before_s) as stop:
         with phase("start"), stop.nothing_to_lose():
             open_for(config, folder)
-            made, data = build(row, config, folder, evaluates=not is_start)
+            made, data = build(row, config, folder, path, evaluates=not is_start)
             if made is None:
                 return folder / "export"
         train = functools.partial(grpo.train, gather=functools.partial(_gather, row, data))
@@ -207,15 +216,16 @@ def _finish(row: Given, run: Run, state: RunState, stop: StopSignal, wall_s: flo
 
 
 def build(
-    row: Given, config: ConfigDict, folder: Path, *, evaluates: bool
+    row: Given, config: ConfigDict, folder: Path, path: str, *, evaluates: bool
 ) -> tuple[Run | None, Data]:
     """The run and its data, read and checked; no run if the folder already has its export.
 
-    The folder is open. `evaluates`: whether the run measures held-out data.
+    The folder is open. `path`: the model's, "" for a new one. `evaluates`: whether the run measures
+    held-out data.
     """
     mesh = sharding.make_mesh(**config.mesh)
     now = inputs.date(config.data.date, folder)
-    policy = _policy(row, config, folder)
+    policy = _policy(row, config, folder, path)
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
     is_done = (folder / "export" / "config.json").exists()
     data = row.read(config, policy, now, evaluates and not is_done)
@@ -238,19 +248,31 @@ def build(
         section=row.section,
         group=row.group,
     )
-    return _run(row, config, folder, policy, mesh, data, course, learner, sums), data
+    made = _run(row, config, folder, policy, mesh, data, course, learner, sums)
+    data = row.begin(made, data, _reference(made))
+    models = reward_models.load_all(config, data.rewards, mesh, now) if data.problems else None
+    sizes = made.sizes | (models.sizes if models else {})
+    rewards = None  # last: no more checks follow
+    if data.problems:
+        rewards = start_rewards(config, list(data.rewards), models=models)
+
+    def measure(run: Run, state: RunState, alive: Callable[[], None]) -> dict[str, float]:
+        return row.measure(run, state, data.held_out, alive)
+
+    measures = {"measure": measure} if data.held_out else {}
+    return dataclasses.replace(made, rewards=rewards, sizes=sizes, **measures), data
 
 
-def _policy(row: Given, config: ConfigDict, folder: Path) -> Policy:
-    """The policy that the config names, or a new one."""
-    if not config.model.path:
+def _policy(row: Given, config: ConfigDict, folder: Path, path: str) -> Policy:
+    """The policy at a path, or a new one."""
+    if not path:
         if row.new_policy is None:
             raise ValueError(
                 f'model.path = "" names no model, and {row.name} begins with one. Set model.path '
                 "to a Hugging Face folder or hub id."
             )
         return row.new_policy(config)
-    policy = policy_lib.read(config.model.path, kept=folder / "source")
+    policy = policy_lib.read(path, kept=folder / "source", head=row.head)
     policy = policy.within(derived.longest_row(config, row.section))
     return lora.adapted_policy(policy, config, folder / lora.KEPT)
 
@@ -268,15 +290,8 @@ def _run(
 ) -> Run:
     frozen = lora.frozen_params(policy, mesh, config.model.dtype)
     engine = make_engine(config, policy.model, policy.stop_ids, mesh) if data.problems else None
-    measuring = dataclasses.replace(learner.prepare, with_old=True, sizes=CompiledSizes())
-    reference = functools.partial(
-        model.first_reference, config, policy, mesh, frozen, folder / lora.KEPT
-    )
-
-    def measure(run: Run, state: RunState, alive: Callable[[], None]) -> dict[str, float]:
-        return row.measure(run, state, data.held_out, alive)
-
-    return Run(
+    measuring, measured = _measuring(learner)
+    made = Run(
         config=config,
         course=course,
         folder=folder,
@@ -290,7 +305,7 @@ def _run(
         learning_rate=learner.learning_rate,
         prepare=learner.prepare,
         update=learner.update,
-        sizes=learner.sizes | ({"evaluation": measuring.sizes} if data.held_out else {}),
+        sizes=learner.sizes | ({"evaluation": measured} if data.held_out else {}),
         frozen=frozen,
         checkpoints=Checkpoints(
             config.checkpoint.folder or folder / "checkpoints",
@@ -300,11 +315,27 @@ def _run(
             due_every=guard_rules.may_roll_back(config) * course.save_every,
         ),
         read=sums,
-        first_reference=reference if row.reads_reference(config) else lambda: None,
-        measure=measure if data.held_out else None,
         measuring=measuring if data.held_out else None,
-        rewards=start_rewards(config, list(data.rewards)) if data.problems else None,  # last
+        rewards=None,
     )
+    if not row.reads_reference(config):
+        return made
+    return dataclasses.replace(made, first_reference=_reference(made))
+
+
+def _measuring(learner: Learner) -> tuple[Prepare, CompiledSizes]:
+    """What scores held-out completions, and its row sizes: log-probabilities, or values."""
+    if learner.scorer.model.head == "scalar":
+        values = make_values(learner.scorer)
+        return dataclasses.replace(learner.prepare, values=values), values.sizes
+    measuring = dataclasses.replace(learner.prepare, with_old=True, sizes=CompiledSizes())
+    return measuring, measuring.sizes
+
+
+def _reference(run: Run) -> Callable[[], Params]:
+    """What reads the policy as it begins; for adapters the model without them."""
+    where = run.policy, run.mesh, run.frozen, run.folder / lora.KEPT
+    return functools.partial(model.first_reference, run.config, *where)
 
 
 def _course(row: Given, config: ConfigDict, data: Data) -> Course:

@@ -51,7 +51,7 @@ def train(run: Run, state: RunState, monitor: Monitor, gather: Gather | None = N
         while state.update < run.course.updates:
             minibatch = state.update % run.course.minibatches
             with monitor.phase("update", state):
-                state.train, values = run.update(
+                state.train, values = run.update_of(state.step)(
                     state.train, state.experience, minibatch, monitor.donates, run.frozen
                 )
             monitor.updated(state, values)
@@ -80,7 +80,8 @@ def sample_and_reward(run: Run, state: RunState, monitor: Monitor) -> None:
     with monitor.phase("scoring", state):
         completions = rollout.device_rows(run, sampled.completions)
         reference = transfer.to_device_memory(state.reference)  # copies one in host memory
-        log_probs = run.prepare.log_probs(run.weights(state.train), reference, completions)
+        weights = run.weights(state.train), reference, completions, run.critic_weights(state.train)
+        log_probs = run.prepare.log_probs(*weights)
         scores = monitor.rewards(state, sampled.rewards, sampled.draws)  # device busy
         greedy = sampled.greedy and monitor.rewards(state, sampled.greedy)
         rewards = rollout.device_rewards(run, sampled, scores, greedy)

@@ -165,6 +165,10 @@ class Guards:
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             text = f"the loss is {loss:g} and the norm of its gradient {grad_norm:g}"
             self._found("nonfinite", step, text, "The update was refused.")
+        of_critic = [values.get(name, 0.0) for name in ("value/loss", "value/grad_norm")]
+        if not all(map(math.isfinite, of_critic)):
+            text = "the critic's loss is {:g} and the norm of its gradient {:g}".format(*of_critic)
+            self._found("nonfinite", step, text, "The critic's update was refused.")
         for metric, (low, high) in guard_rules.bounds(self._config).items():
             if metric not in values:  # for a loss without it
                 continue

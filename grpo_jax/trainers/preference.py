@@ -1,15 +1,17 @@
 """Training on preferences: DPO and its relatives on pairs, KTO on labelled completions.
 
-A row of data is a pair, whose completions form a group of two, or a completion with its label. The
-loop is that of `grpo.py`. What the reference, the policy as it begins, makes of the data is
-computed once (`reference_table.py`), so that it takes no memory while the policy learns.
+The rows `PAIRS` and `UNPAIRED` of `given.py`. A row of data is a pair, whose completions form a
+group of two, or a completion with its label. What the reference, the policy as it begins, makes of
+the data is computed once (`reference_table.py`), so that it takes no memory while the policy
+learns.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,16 +19,22 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from grpo_jax.algorithm import preferences
-from grpo_jax.algorithm.preference_losses import PairLoss, UnpairedLoss
+from grpo_jax.algorithm.preference_losses import PairLoss, PreferenceTerms, UnpairedLoss
 from grpo_jax.algorithm.preferences import Preference
+from grpo_jax.data import problems as problems_lib
+from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data.examples import Pair, Unpaired
 from grpo_jax.devices import transfer
 from grpo_jax.learner import experience as experience_lib
 from grpo_jax.learner import scoring
+from grpo_jax.learner.row_sizes import CompiledSizes
+from grpo_jax.messages.console import print_title, say
+from grpo_jax.models.policy import Policy
 from grpo_jax.run.stop import StopSignal
-from grpo_jax.structs import Array, Experience, Rollouts, pad_rows
-from grpo_jax.trainers import given, rollout
-from grpo_jax.trainers.given import Data
+from grpo_jax.setup import examples, inputs
+from grpo_jax.structs import Array, Experience, Params, Rollouts, pad_rows
+from grpo_jax.trainers import given, reference_table, rollout, sft
+from grpo_jax.trainers.given import Data, Given, Place
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Run
 
@@ -49,8 +57,14 @@ class Row(NamedTuple):
 
 def preference_of(config: ConfigDict) -> Preference:
     """The config's loss."""
-    fields = [field.name for field in dataclasses.fields(Preference)]
-    return Preference(**{name: config.preference[name] for name in fields})
+    return Preference(
+        loss=config.preference.loss,
+        beta=config.preference.beta,
+        label_smoothing=config.preference.label_smoothing,
+        log_ratio=config.preference.log_ratio,
+        desirable_weight=config.preference.desirable_weight,
+        undesirable_weight=config.preference.undesirable_weight,
+    )
 
 
 def nll_weight(config: ConfigDict) -> float:
@@ -63,12 +77,18 @@ def component(config: ConfigDict) -> PairLoss | UnpairedLoss:
     return (PairLoss if preference.is_of_pairs else UnpairedLoss)(preference)
 
 
-def run(config: ConfigDict, folder: Path, stop: StopSignal | None = None) -> Path:
+def run(config: ConfigDict, folder: Path, stop: StopSignal) -> Path:
     """Trains, or continues the training in `folder`; returns the exported Hugging Face folder.
 
-    Raises as `given.run`.
+    A new model (`model.path` "") first learns the form of answers from worked solutions. Raises as
+    `given.run`.
     """
-    return given.run(PAIRS if preference_of(config).is_of_pairs else UNPAIRED, config, folder, stop)
+    row, path = PAIRS if preference_of(config).is_of_pairs else UNPAIRED, config.model.path
+    if not path:
+        print_title("Supervised start: updates on worked solutions")
+        path = str(sft.run(config, folder / "bootstrap", stop, is_start=True))
+        print_title(f"Preferences: {config.preference.loss}")
+    return given.run(row, config, folder, stop, model_path=path)
 
 
 # --- A step ---------------------------------------------------------------------------------------
@@ -171,19 +191,55 @@ def others(rows: Sequence[Unpaired]) -> np.ndarray:
     return found
 
 
-def _paired_with_others(rows: Sequence[Pair | Unpaired], preference: Preference) -> list[Row]:
-    """The rows, each with a completion of another prompt if the loss reads one."""
-    if not preference.reads_divergence:
-        return [Row(row) for row in rows]
-    return [Row(row, other_ids=rows[j].completion_ids) for row, j in zip(rows, others(rows))]
+def read(config: ConfigDict, policy: Policy, now: datetime, evaluates: bool) -> Data:
+    """The preferences of the config's dataset, or those that its task writes."""
+    load = functools.partial(_load, config, policy, now)
+    train, held_out = load("train", "rows to train on"), []
+    examples.check_length(policy, [row.example for row in train], "preference")
+    problems, rewards = None, []
+    if evaluates:
+        held_out = load("held_out", "held-out rows")
+        if config.data.task:
+            problems, rewards = sft.held_out_problems(config, policy, now)
+    return Data(
+        functools.partial(_draw, config, train),
+        len(train),
+        inputs.of_examples([row.example for row in train]),
+        rows=train,
+        held_out=held_out,
+        problems=problems,
+        rewards=rewards,
+    )
 
 
-def with_reference(run: Run, data: Data) -> Data:
+def _load(config: ConfigDict, policy: Policy, now: datetime, part: str, noun: str) -> list[Row]:
+    """The rows "train" or "held_out", each with a completion of another prompt if one is read."""
+    preference = preference_of(config)
+    kind = "pair" if preference.is_of_pairs else "unpaired"
+    most = config.evaluation.num_problems if part == "held_out" else None
+    if config.data.task:
+        written = examples.preferences_of_task(config, kind, part)[:most]
+        found = examples.encode(config, policy, "preference", kind, written, now).examples
+    else:
+        of_part = {
+            "train": problems_lib.train_source,
+            "held_out": problems_lib.held_out_source,
+        }
+        source = of_part[part](config.data)
+        if source is None or most == 0:
+            return []
+        found = examples.load(config, policy, "preference", kind, source, noun, now, most)
+    if not preference.reads_divergence or not found:
+        return [Row(row) for row in found]
+    return [Row(row, other_ids=found[j].completion_ids) for row, j in zip(found, others(found))]
+
+
+def with_reference(run: Run, data: Data, reference: Callable[[], Params]) -> Data:
     """The data with what the reference makes of them, which is scored or found in the folder."""
     preference, batch = preference_of(run.config), run.config.preference.batch
     if not preference.reads_reference:
         return data
-    parts = {"train": data.rows, "held_out": data.held_out}
+    parts = {"train": data.rows} | ({"held_out": data.held_out} if data.held_out else {})
     shapes = {}
     for part, rows in parts.items():
         shapes[part] = len(rows), len(data.rows[0].completions)
@@ -192,17 +248,17 @@ def with_reference(run: Run, data: Data) -> Data:
 
     def compute() -> reference_table.Table:
         say(f"The reference reads {sum(map(len, parts.values())):,} rows.")
-        params = transfer.to_device_memory(run.first_reference())
+        params = transfer.to_device_memory(reference())
         shards, place = given.num_shards(run), functools.partial(rollout.device_rows, run)
         prepare = dataclasses.replace(run.prepare, with_old=True, sizes=CompiledSizes())
         table = {}
-        for name, shape in shapes.items():
+        for name in shapes:
             layout = _mismatched if name.endswith("_others") else rollouts
             rows = parts[name.removesuffix("_others")]
             batches = (
                 (len(some), layout(some, shards, run.config)) for some in in_batches(rows, batch)
             )
-            table[name] = reference_table.scored(prepare, params, batches, shape, place)
+            table[name] = reference_table.scored(prepare, params, batches, len(rows), place)
         return table
 
     key = reference_table.key_of(
@@ -211,9 +267,12 @@ def with_reference(run: Run, data: Data) -> Data:
         dtype=run.config.model.dtype,
     )
     table = reference_table.kept(run.folder, key, shapes, compute)
-    train, held_out = (_with_table(rows, table, part) for part, rows in parts.items())
+    found = {part: _with_table(rows, table, part) for part, rows in parts.items()}
     return dataclasses.replace(
-        data, rows=train, held_out=held_out, draw=functools.partial(_draw, run.config, train)
+        data,
+        draw=functools.partial(_draw, run.config, found["train"]),
+        rows=found["train"],
+        held_out=found.get("held_out", ()),
     )
 
 
@@ -238,7 +297,9 @@ def in_batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
         yield rows[start : start + size]
 
 
-def _draw(config: ConfigDict, rows: Sequence[Row], number: int, place: Any) -> tuple[list, Any]:
+def _draw(
+    config: ConfigDict, rows: Sequence[Row], number: int, place: Place
+) -> tuple[list[Row], Place]:
     """The rows of a draw."""
     index = prompts_lib.prompt_indices(config.seed, number, len(rows), config.preference.batch)
     return [rows[i] for i in index], place
@@ -250,7 +311,7 @@ def _draw(config: ConfigDict, rows: Sequence[Row], number: int, place: Any) -> t
 def measure(
     run: Run, state: RunState, rows: Sequence[Row], alive: Callable[[], None]
 ) -> dict[str, float]:
-    """The loss and its metrics on held-out rows, by names that begin with "eval/"."""
+    """The loss and its metrics on held-out rows."""
     config, preference, loss = run.config, preference_of(run.config), component(run.config)
     batch, shards = config.preference.batch, given.num_shards(run)
     signal = _signal(config, rows, len(rows))
@@ -276,7 +337,11 @@ def measure(
         total = {name: total.get(name, 0.0) + float(value) for name, value in sums.items()}
     found = {loss.metric: total.pop("loss") / total.pop("divisor")}
     found |= loss.means({name: np.float64(value) for name, value in total.items()})
-    return {f"eval/{name}": float(value) for name, value in found.items() if not np.isnan(value)}
+    return {
+        name.replace("/", "/eval_"): float(value)
+        for name, value in found.items()
+        if not np.isnan(value)
+    }
 
 
 def _sums(run: Run, state: RunState, completions: Rollouts) -> np.ndarray:
@@ -300,3 +365,44 @@ def _loss_sums(
     total = (weight * loss.loss(logp_PGC, None, terms)).sum()
     sums, _ = loss.diagnostics(logp_PGC, None, terms, action_PGC)
     return sums | {"loss": total, "divisor": divisor, "tokens": action_PGC.sum()}
+
+
+def _samples(rows: list[Row], run: Run) -> list[dict[str, Any]]:
+    """A few completions, as rows of the samples table."""
+    decode, most = run.policy.tokenizer.decode, run.config.logging.num_samples
+    both = ("chosen", "rejected")
+    return [
+        {
+            "prompt": decode(row.example.prompt_ids),
+            "columns": {"preference": both[g] if len(row.completions) == 2 else _label(row)},
+            "completion": decode(ids),
+            "rewards": {},
+            "extras": {},
+            "length": len(ids),
+        }
+        for row in rows[:most]
+        for g, ids in enumerate(row.completions)
+    ][:most]
+
+
+def _label(row: Row) -> str:
+    return "desirable" if row.example.label else "undesirable"
+
+
+PAIRS = Given(
+    name="dpo",
+    section="preference",
+    step="step",
+    loss=PairLoss.metric,
+    phase="preference",
+    read=read,
+    rollouts=rollouts,
+    component=component,
+    samples=_samples,
+    experience=experience,
+    measure=measure,
+    held_out_loss="preference/eval_loss",
+    group=2,
+    begin=with_reference,
+)
+UNPAIRED = dataclasses.replace(PAIRS, group=1)

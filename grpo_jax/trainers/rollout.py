@@ -179,7 +179,6 @@ def _rows(
     for g in [*best_first[:num_best], *best_first[group - max(num_worst, 0) :]]:
         row = p * group + g
         by_name = {n: float(v[row]) for n, v in scores.by_name.items()}
-        length = int(rollout.completions.length_PG[p, g])
         rows.append(
             {
                 "prompt": rollout.questions.texts[p],
@@ -187,12 +186,17 @@ def _rows(
                 "completion": texts[g],
                 "rewards": {n: None if np.isnan(v) else v for n, v in by_name.items()},
                 "extras": {n: v[row] for n, v in scores.extras.items()},
-                # Of all its tokens; where each has its own, their mean.
-                "advantage": float(np.atleast_1d(advantage_PG[p, g])[:length].mean()),
-                "length": length,
+                "advantage": _of_completion(rollout, advantage_PG, p, g),
+                "length": int(rollout.completions.length_PG[p, g]),
             }
         )
     return rows
+
+
+def _of_completion(rollout: Rollout, advantage: np.ndarray, p: int, g: int) -> float:
+    """The advantage of a completion; of one with advantages of tokens, their mean."""
+    length = int(rollout.completions.length_PG[p, g])
+    return float(advantage[p, g] if advantage.ndim == 2 else advantage[p, g, :length].mean())
 
 
 def show_rows(

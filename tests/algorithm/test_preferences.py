@@ -24,6 +24,7 @@ def batch(group: int) -> dict:
     logp = -rng.exponential(1.0, (P, group, C)) - 1e-3
     length = rng.integers(1, C + 1, (P, group))
     length[-1] = 0
+    length[-2, 1:] = 0  # no pair, without its second half
     action = np.arange(C) < length[..., None]
     given = {"logp": np.where(action, logp, 0), "action": action}
     given["ref"] = np.where(action, np.minimum(logp + rng.normal(0, 0.6, logp.shape), -1e-4), 0)
@@ -53,9 +54,9 @@ def ours(component, given: dict, terms: PreferenceTerms) -> tuple[float, np.ndar
 
 def pair_loss(options: dict, given: dict = PAIRS, nll: float = 0.0):
     with jax.enable_x64(True):
-        chosen = given["action"][:, 0]
-        weight = nll * given["action"].any(-1).all(-1).sum() / chosen.sum()
-        nll_PG = np.tile([[weight, 0.0]], (len(chosen), 1)) if nll else None
+        there = given["action"].any(-1).all(-1)
+        weight = nll * there.sum() / given["action"][there, 0].sum()
+        nll_PG = np.tile([[weight, 0.0]], (len(there), 1)) if nll else None
         return ours(PairLoss(Preference(**options)), given, terms_of(given, nll=nll_PG))
 
 
@@ -121,6 +122,9 @@ def test_ktos_point_is_not_negative_and_counts_what_is_there():
 
 def test_what_is_sure_or_far_off_has_finite_losses_and_gradients():
     """In float32: probabilities that round to 1, and log-ratios of a thousand nats."""
+    for logp in (-1e-4, -0.3, -3.0):
+        want = logp - np.log(-np.expm1(logp))
+        np.testing.assert_allclose(preferences.log_odds(jnp.float32(logp)), want, rtol=1e-6)
     sure = jnp.float32([0.0, -1e-9, -40.0, -1000.0])
     for value in (preferences.log_odds(sure), jax.vmap(jax.grad(preferences.log_odds))(sure)):
         assert np.isfinite(value).all()
@@ -179,6 +183,7 @@ def of_trl(trainer, given: dict, group: int, **settings):
     loss.backward()
     slope = np.zeros(given["logp"].shape)
     slope[there] = logp.grad.numpy().reshape(group, -1, C).transpose(1, 0, 2)
+    slope = np.where(given["action"], slope, 0)  # its model gives 0 in the padding
     metrics = {name: values[-1] for name, values in theirs._metrics["train"].items()}
     return float(loss.detach()), slope, metrics
 

@@ -48,6 +48,8 @@ REFUSED = [
         },
         ["rewards.names = ()", "hpt"],
     ),
+    ({"hybrid__method": "chord", "algorithm__critic": True}, ["algorithm.critic", "chord"]),
+    ({"distill__teacher": "t", "algorithm__critic": True}, ["algorithm.critic", "distill.teacher"]),
     ({"distill__beta": 0.5}, ["distill.beta = 0.5", "distill.teacher"]),
     (
         {"distill__teacher": "t", "distill__loss": "reward", "distill__beta": 0.5},

@@ -189,6 +189,11 @@ def test_a_demonstration_is_in_no_ratio_of_a_completion(experiences):
 def test_a_mesh_changes_nothing(name="srft"):
     """Eight devices and one, in the second of two minibatches, which has its own counts."""
 
+    made = prepared(name, minibatches=2)
+    for weight_PGC in (made.policy_weight_PGC, made.nll_weight_PGC):
+        of_each = weight_PGC.reshape(P // 2, 2, -1).sum((0, 2))  # by minibatch
+        np.testing.assert_allclose(of_each, [1, 1], rtol=1e-6)
+
     def metrics(mesh, index):
         scorer = dataclasses.replace(SCORER, mesh=mesh)
         component = HybridLoss(PolicyLoss(Objective()), hybrid_of(name))

@@ -763,7 +763,7 @@ def test_what_an_evaluation_is_given(monkeypatch, tmp_path):
     run = SimpleNamespace(
         config=config, engine=None, evaluator=evaluator, policy="policy", held_out=problems,
         train=None, rewards="rewards", folder=tmp_path, course=Course(9, P),
-        weights=lambda train: train.params,
+        weights=lambda train: train.params, measure=None,
     )  # fmt: skip
     state = RunState(step=2, train=SimpleNamespace(params="params"))
     told = []
