@@ -12,11 +12,13 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`train` and `load`, imported on first use since they take seconds to import."""
+    """What programs import from here, on first use: it takes seconds to import."""
     if name == "train":  # a module that can be called
         return importlib.import_module("grpo_jax.train")
     if name == "load":
         return importlib.import_module("grpo_jax.api.model").load
+    if name == "load_reward_model":
+        return importlib.import_module("grpo_jax.api.reward_model").load_reward_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -24,6 +24,8 @@ from grpo_jax.rewards import registry
 PROGRAMS = {
     "train": "GRPO; a new model is first trained on worked solutions",
     "sft": "that supervised start alone",
+    "dpo": "trains on preferences: DPO and its relatives, KTO, ORPO",
+    "reward_model": "trains a reward model on pairs",
     "generate": "completes a prompt with a model or a run",
     "evaluate": "answers held-out problems with several models, side by side",
     "score": "scores texts of a dataset with a config's rewards; no model needed",
@@ -66,9 +68,9 @@ def main() -> None:
 
 def _help() -> str:
     lines = ["usage: grpo-jax PROGRAM [...]", "", "programs, each with --help:"]
-    lines += [f"  {name:12}{text}" for name, text in PROGRAMS.items()]
+    lines += [f"  {name:13}{text}" for name, text in PROGRAMS.items()]
     lines += ["", "what there is:"]
-    lines += [f"  {name:12}{text}" for name, text in LISTS.items()]
+    lines += [f"  {name:13}{text}" for name, text in LISTS.items()]
     return "\n".join([*lines, "", "  --version"])
 
 

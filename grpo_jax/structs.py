@@ -153,6 +153,9 @@ class ModelConfig:
     wrapper: str = ""  # model_type of the image-text config that holds this one
     codes: str = ""  # of the layers' kernels in the source: "nf4" or "nf4 double"; "": none
     lora: Lora | None = None  # None: all parameters are trained
+    # "vocabulary": the LM head; "scalar": one number for each state, as reward models and critics
+    # have; "none": none, as a model without one is read from its folder
+    head: str = "vocabulary"
     longest: int | None = None  # tokens of the longest row in use; None: max_position
 
     def within(self, longest: int) -> ModelConfig:
@@ -180,7 +183,9 @@ class ModelConfig:
         layer += (4 if self.norms == "both" else 2) * self.width
         layer += (q + 2 * kv) * self.qkv_bias + self.width * self.out_bias
         layer += {"": 0, "head": 2 * self.head_size, "whole": q + kv}[self.qk_norm]
-        embeddings = self.vocab_size * self.width * (1 if self.tied_head else 2)
+        has_own = self.head == "vocabulary" and not self.tied_head
+        embeddings = self.vocab_size * self.width * (1 + has_own)
+        embeddings += self.width * (self.head == "scalar")
         return embeddings + self.num_layers * layer + self.width
 
 
@@ -217,6 +222,13 @@ class Rollouts:
     stopped_PG: Array  # bool: ended by a stop token; False: cut at the token limit
     # bool: tokens that the policy chose or must imitate; None: all tokens within the length
     chosen_PGC: Array | None = None
+    # bool: tokens of demonstrations, not drawn by the policy; their `logp_PGC` is 0; None: none
+    given_PGC: Array | None = None
+
+    @property
+    def num_trained_PG(self) -> Array:  # noqa: N802
+        """Tokens of each completion that are trained on, unless it is left out as a whole."""
+        return self.length_PG if self.chosen_PGC is None else self.chosen_PGC.sum(-1)
 
 
 @struct.dataclass
@@ -235,6 +247,19 @@ class Experience:
     kl_coef_PG: Array | None = None  # float32, alike everywhere; None: that of the objective
     entropy_coef_PG: Array | None = None  # the same
     top_entropy_PGC: Array | None = None  # bool: carries the policy gradient; None: all actions
+    # Of hybrids (`algorithm/hybrids.py`), float32: weights of each token in the policy loss and in
+    # the nll, whose divisors they contain; and the share of the nll in the sum of both, None: 1.
+    policy_weight_PGC: Array | None = None
+    nll_weight_PGC: Array | None = None
+    mix_PG: Array | None = None
+    teacher_logp_PGC: Array | None = None  # of the teacher; None: the loss reads none
+    value_PGC: Array | None = None  # float32: of the critic, before its update; None: no critic
+    return_PGC: Array | None = None  # float32: what the critic learns
+    # Of losses of preferences; None: the loss does not read it.
+    ref_logp_PG: Array | None = None  # float32: the reference's, summed over the actions
+    nll_weight_PG: Array | None = None  # float32: of the summed nll beside the loss
+    desirable_PG: Array | None = None  # bool: the label of unpaired data
+    divergence_PG: Array | None = None  # float32: KTO's reference point, alike everywhere
 
 
 @struct.dataclass
@@ -250,6 +275,13 @@ class TrainState:
     def num_made(self) -> Array:
         """int32 scalar: updates that changed the parameters; the optimizer's count."""
         return self.num_updates - self.num_skipped
+
+
+@struct.dataclass
+class ActorCritic(TrainState):
+    """The state of a policy with a critic: `TrainState` is the policy's."""
+
+    critic: TrainState
 
 
 def pad_rows(rows: list[list[int]], width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,8 @@
 """Coefficients of the loss that follow a metric of each step.
 
 A controller keeps a few numbers from step to step, in a dict that is part of the run's state; it is
-empty before the first step has ended. All is arithmetic on Python floats.
+empty before the first step has ended, but for the number of the `step`. All is arithmetic on Python
+floats.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from typing import ClassVar
+
+from grpo_jax.algorithm.hybrid_methods import Schedule
 
 Kept = Mapping[str, float]  # of all controllers of a run
 
@@ -30,6 +33,7 @@ class AdaptiveKL:
     completions: int  # of a step
 
     coefficient: ClassVar[str] = "kl_coef"
+    metric: ClassVar[str] = "policy/kl_coef"
 
     def in_force(self, kept: Kept) -> float:
         """The coefficient of the next updates."""
@@ -60,6 +64,7 @@ class AdaptiveEntropy:
     highest: float
 
     coefficient: ClassVar[str] = "entropy_coef"
+    metric: ClassVar[str] = "policy/entropy_coef"
 
     def in_force(self, kept: Kept) -> float:
         """The coefficient of the next updates; 0 while the entropy is above the target."""
@@ -76,4 +81,22 @@ class AdaptiveEntropy:
         return {"entropy_coef": coef, "entropy": entropy}
 
 
-Controller = AdaptiveKL | AdaptiveEntropy
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """The share of the nll in the loss of a hybrid, which follows from the step alone."""
+
+    schedule: Schedule
+
+    coefficient: ClassVar[str] = "mix"
+    metric: ClassVar[str] = "hybrid/mix"
+
+    def in_force(self, kept: Kept) -> float:
+        """The share in the updates of the step `kept["step"]`, from 0."""
+        return self.schedule.at(int(kept["step"]))
+
+    def after(self, kept: Kept, metrics: Kept) -> dict[str, float]:
+        """Nothing is kept."""
+        return {}
+
+
+Controller = AdaptiveKL | AdaptiveEntropy | Mix

@@ -104,6 +104,14 @@ def advantages(
     return _whitened(adv_PG, known_PG)
 
 
+def total(options: AdvantageOptions, reward: Array) -> Array:
+    """The weighted sum of rewards as `advantages` takes them, [P, G]; NaN where all are unknown."""
+    if not options.reads_each_reward:
+        return reward
+    weighed = jnp.nansum(reward * jnp.asarray(options.weights, reward.dtype), axis=-1)
+    return jnp.where(jnp.isnan(reward).all(axis=-1), jnp.nan, weighed)
+
+
 def group_advantages(
     reward_PG: Array,
     *,
@@ -251,7 +259,12 @@ def evaluate(
     and that is None. Options that contradict each other are refused by `config.rules`, not here.
     """
     names = [f.name for f in dataclasses.fields(AdvantageOptions) if f.name != "weights"]
-    options = {name: value for name, value in objective.row(options).items() if name in names}
+    options = objective.row(options)
+    if options.get("critic"):
+        raise ValueError(
+            "critic = True has advantages of tokens, from a critic's values: see `gae.evaluate`."
+        )
+    options = {name: value for name, value in options.items() if name in names}
     for name, value in options.items():
         if name in CHOICES and value not in CHOICES[name]:
             raise ValueError(f"{name} = {value!r} must be one of {', '.join(CHOICES[name])}.")

@@ -81,6 +81,8 @@ def _surrogate(algorithm: ConfigDict) -> str:
 def _advantage(config: ConfigDict) -> str:
     """The formula of the advantage."""
     algorithm, whiten = config.algorithm, config.algorithm.whiten
+    if algorithm.critic:
+        return _of_critic(config)
     value = "rank of the reward" if algorithm.credit == "rank" else "reward"
     if derived.has_kl_in_reward(config):
         kl = f"{algorithm.kl_coef:g} sum of log(policy / reference)"
@@ -96,6 +98,20 @@ def _advantage(config: ConfigDict) -> str:
         formula = f"weighted sum over the rewards of [{formula}]"
         whiten = "completions" if whiten == "none" else whiten
     return formula if whiten == "none" else f"{formula}; then {_WHITEN[whiten]}"
+
+
+def _of_critic(config: ConfigDict) -> str:
+    """The formula of a token's advantage from the values V of a critic."""
+    algorithm = config.algorithm
+    reward = "the reward at the last token"
+    if derived.has_kl_in_reward(config):
+        reward += f" - {algorithm.kl_coef:g} log(policy / reference) at each"
+    decay = f"{algorithm.gae_lambda:g}"
+    if algorithm.gae_length_scale:
+        decay = f"(1 - 1 / ({algorithm.gae_length_scale:g} tokens of its completion), at least 0)"
+    discount = "" if algorithm.discount == 1 else f"{algorithm.discount:g} "
+    told = f"d + {discount}{decay} next A of each token, d = r + {discount}next V - V, r = {reward}"
+    return f"{told}; then {_WHITEN[algorithm.whiten]}" if algorithm.whiten != "none" else told
 
 
 def in_force(config: ConfigDict) -> list[str]:
@@ -152,8 +168,25 @@ def in_force(config: ConfigDict) -> list[str]:
     return [
         f"Advantage A: {_advantage(config)}",
         f"Loss: {loss}",
+        *_critics_loss(config),
         *_changes(config),
         f"AdamW({optim.beta1:g}, {optim.beta2:g}), {rate}",
+    ]
+
+
+def _critics_loss(config: ConfigDict) -> list[str]:
+    """A line on what a critic learns; none without one."""
+    if not config.algorithm.critic:
+        return []
+    asked = config.critic
+    square = "(V - R)^2"
+    if asked.clip:
+        square = f"max({square}, (clip(V, old V +- {asked.clip:g}) - R)^2)"
+    alone = f"; alone for {asked.first_steps} steps" if asked.first_steps else ""
+    return [
+        f"Critic's loss: {asked.loss_coef / 2:g} {square}, R = V + advantage with lambda "
+        f"{asked.gae_lambda:g}, mean over an update's tokens; learning rate "
+        f"{asked.learning_rate:g}{alone}"
     ]
 
 

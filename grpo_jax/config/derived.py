@@ -6,6 +6,8 @@ import math
 
 from ml_collections import ConfigDict
 
+from grpo_jax.algorithm.hybrid_methods import METHODS, Method
+
 
 def groups_at_once(config: ConfigDict) -> int:
     """Groups that the devices share between them: a microbatch, or an update's where it is free."""
@@ -24,6 +26,17 @@ def follows_pass_rates(config: ConfigDict) -> bool:
     return config.prompts.outside_weight < 1 or config.prompts.replay_share > 0
 
 
+def hybrid_method(config: ConfigDict) -> Method | None:
+    """The method of the config's hybrid; None if there is none."""
+    return METHODS[config.hybrid.method] if config.hybrid.method else None
+
+
+def completions_per_prompt(config: ConfigDict) -> int:
+    """Completions of a group: those that are drawn, and a demonstration if one is given."""
+    method = hybrid_method(config)
+    return config.batch.group + (method is not None and method.given == "completion")
+
+
 def num_updates_per_step(config: ConfigDict) -> int:
     """Optimizer updates after each rollout."""
     return config.algorithm.num_iterations * config.batch.minibatches
@@ -37,16 +50,18 @@ def num_steps(config: ConfigDict, num_problems: int) -> int:
     return _steps_of(config.loop.num_epochs, asked, config.batch.prompts)
 
 
-def is_supervised(config: ConfigDict) -> bool:
-    """Whether the config asks for supervised updates."""
-    return config.sft.num_steps > 0 or config.sft.num_epochs > 0
+def is_supervised(config: ConfigDict, section: str = "sft") -> bool:
+    """Whether the config asks for updates on given completions, by one of their sections."""
+    schedule = config[section]
+    return schedule.num_steps > 0 or schedule.num_epochs > 0
 
 
-def num_supervised_steps(config: ConfigDict, num_problems: int) -> int:
-    """Supervised updates, with so many worked solutions."""
-    if not config.sft.num_epochs:
-        return config.sft.num_steps
-    return _steps_of(config.sft.num_epochs, num_problems, config.sft.batch)
+def num_supervised_steps(config: ConfigDict, num_rows: int, section: str = "sft") -> int:
+    """Updates on given completions, with so many rows of data."""
+    schedule = config[section]
+    if not schedule.num_epochs:
+        return schedule.num_steps
+    return _steps_of(schedule.num_epochs, num_rows, schedule.batch)
 
 
 def _steps_of(epochs: float, num_problems: int, batch: int) -> int:
@@ -54,9 +69,20 @@ def _steps_of(epochs: float, num_problems: int, batch: int) -> int:
     return max(math.ceil(round(epochs * num_problems, 6) / batch), 1)
 
 
-def longest_row(config: ConfigDict) -> int:
-    """Tokens of the longest prompt with the longest completion that a run has."""
-    return config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.sft.max_tokens)
+def longest_row(config: ConfigDict, section: str = "sft") -> int:
+    """Tokens of the longest prompt with the longest completion that a run has.
+
+    `section`: that of the training on given completions.
+    """
+    drawn = config.rollout.max_tokens + longest_hint(config)
+    longest = max(drawn, config[section].max_tokens)
+    return config.data.max_prompt_tokens + longest
+
+
+def longest_hint(config: ConfigDict) -> int:
+    """Tokens of the longest hint after which a completion is drawn."""
+    method = hybrid_method(config)
+    return config.rollout.max_tokens - 1 if method and method.given == "prefix" else 0
 
 
 def needs_old_pass(config: ConfigDict) -> bool:
@@ -64,7 +90,8 @@ def needs_old_pass(config: ConfigDict) -> bool:
     weighs_sequences = config.rollout_correction.level == "sequence"
     reads_entropies = config.algorithm.top_entropy_share < 1
     several = num_updates_per_step(config) > 1
-    return weighs_sequences or several or has_kl_in_reward(config) or reads_entropies
+    reads = weighs_sequences or several or has_kl_in_reward(config) or reads_entropies
+    return reads or (bool(config.distill.teacher) and config.distill.loss == "reward")
 
 
 def has_kl_in_reward(config: ConfigDict) -> bool:
@@ -74,6 +101,8 @@ def has_kl_in_reward(config: ConfigDict) -> bool:
 
 def learns_from_equal_rewards(config: ConfigDict) -> bool:
     """Whether a group whose rewards are all equal may have advantages other than 0."""
+    if config.hybrid.method or config.distill.teacher:
+        return True
     algorithm = config.algorithm
     compares = algorithm.baseline not in ("none", "greedy")
     return not compares or algorithm.aggregate == "each" or has_kl_in_reward(config)

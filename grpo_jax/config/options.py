@@ -14,9 +14,14 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from grpo_jax.config.critic_options import CRITIC
+from grpo_jax.config.given_options import SFT
+from grpo_jax.config.hybrid_options import DISTILL, HYBRID
 from grpo_jax.config.lora_options import LORA
 from grpo_jax.config.objective_options import OBJECTIVE
+from grpo_jax.config.preference_options import PREFERENCE
 from grpo_jax.config.prompt_options import FEW_PROBLEMS, PROMPTS
+from grpo_jax.config.reward_model_options import REWARD_MODEL
 from grpo_jax.config.schema import (
     COUNT,
     FRACTION,
@@ -43,7 +48,10 @@ SECTIONS = {
     "rollout": "How completions are sampled",
     "algorithm": "The objective. docs/definitions.md has the formulas",
     "rollout_correction": "Importance weights for where sampler and policy differ",
+    "hybrid": "Demonstrations beside drawn completions; docs/hybrids.md",
+    "distill": "A teacher whose distribution is imitated; docs/distillation.md",
     "optim": "The optimizer (AdamW), and its learning rate",
+    "critic": "The critic that algorithm.critic trains beside the policy; docs/ppo.md",
     "loop": "How long the run goes on, and what overlaps in it",
     "guards": "What is done when the numbers of a step are out of bounds",
     "hosts": "Runs of several processes",
@@ -54,6 +62,8 @@ SECTIONS = {
     "debug": "Search for faults",
     "mesh": "Devices along each axis; their product is all devices",
     "sft": "Supervised training on worked solutions, before GRPO or alone",
+    "preference": "Training on preferences, by grpo_jax.dpo; docs/preference.md",
+    "reward_model": "Training of a reward model on pairs; docs/reward_models.md",
 }
 
 _REST = {-1: "the rest of the devices"}
@@ -226,6 +236,8 @@ TABLE = (
          "Make the batch smaller as completions finish and no prompts wait", free=True),
 
     *OBJECTIVE,
+    *HYBRID,
+    *DISTILL,
 
     number("optim.learning_rate", 1e-6, POSITIVE, "", "The peak, after warm-up"),
     number("optim.warmup_steps", 0, NOT_NEGATIVE, "updates", "Linear warm-up of the learning rate"),
@@ -248,6 +260,8 @@ TABLE = (
          "Keep float32 weights beside the moments, for model.param_dtype = \"bfloat16\""),
     flag("optim.offload", False,
          "Keep the optimizer's state in host memory while GRPO samples and scores", free=True),
+
+    *CRITIC,
 
     number("loop.num_steps", 100, COUNT, "steps",
            "Steps of the run, one rollout each. A resumed run may have more, but not with a "
@@ -376,22 +390,9 @@ TABLE = (
     number("mesh.tensor", 1, COUNT, "devices", "Devices that split each layer",
            special=_REST, free=True),
 
-    number("sft.num_steps", 0, NOT_NEGATIVE, "updates",
-           "Supervised updates: of a new model before GRPO, or of any by grpo_jax.sft"),
-    number("sft.num_epochs", 0.0, NOT_NEGATIVE, "epochs",
-           "How often the training imitates each worked solution, in the place of sft.num_steps",
-           special={0: "sft.num_steps counts"}),
-    number("sft.batch", 64, COUNT, "solutions", "Worked solutions in an update"),
-    number("sft.microbatch", 0, COUNT, "solutions",
-           "As many tokens are computed at once as so many of the longest solutions have",
-           special={0: "the usual number of tokens"}, free=True),
-    number("sft.learning_rate", 1e-3, POSITIVE, "", "The peak; it falls to 0 along a cosine"),
-    number("sft.warmup_steps", 20, NOT_NEGATIVE, "updates", "Linear warm-up of the learning rate"),
-    number("sft.weight_decay", 0.01, NOT_NEGATIVE, "", "Of matrices; norms and biases have none"),
-    number("sft.max_tokens", 256, COUNT, "tokens",
-           "Limit of a worked solution, stop token included"),
-    number("sft.checkpoint_every_steps", 500, COUNT, "updates", "Updates between checkpoints",
-           special={0: "at the end only"}, free=True),
+    *SFT,
+    *PREFERENCE,
+    *REWARD_MODEL,
 )
 # fmt: on
 

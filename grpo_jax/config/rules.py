@@ -12,7 +12,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from grpo_jax.config import derived, objective_rules, options, other_names
+from grpo_jax.config import (
+    critic_rules,
+    derived,
+    hybrid_rules,
+    objective_rules,
+    options,
+    other_names,
+    preference_options,
+)
 from grpo_jax.config.dotted import flatten
 from grpo_jax.config.schema import Option
 from grpo_jax.data.problems import form_of
@@ -43,8 +51,11 @@ def check(config: ConfigDict) -> None:
     _check_adaptive(config)
     _check_batch(config)
     objective_rules.check(config)
+    critic_rules.check(config)
     check_advantages(config)
+    hybrid_rules.check(config)
     _check_prompts(config)
+    preference_options.check(config)
     _check_loop(config)
     for name in config.checkpoint.accept_changes:
         if name not in flat:
@@ -345,10 +356,13 @@ def _check_sources(config: ConfigDict) -> None:
         )
     form_of(config.data)
     _check_date(config.data.date)
-    if len(config.rewards.names) != len(config.rewards.weights) or not config.rewards.names:
+    names, weights = config.rewards.names, config.rewards.weights
+    needed = not config.distill.teacher
+    if len(names) != len(weights) or (needed and not names):
+        at_least = " of at least one reward, or name a distill.teacher" if needed else ""
         raise ValueError(
-            f"rewards.names has {len(config.rewards.names)} entries and rewards.weights "
-            f"{len(config.rewards.weights)}; give one weight for each of at least one reward."
+            f"rewards.names has {len(names)} entries and rewards.weights {len(weights)}; give one "
+            f"weight for each{at_least}."
         )
     if not config.model.path:
         if config.checkpoint.folder:

@@ -86,7 +86,7 @@ def make_accumulate(
     def gradient(weights: Weights, number: Array, carry: Carry, *rows: Any) -> Carry:
         cast = functools.partial(parameters.cast_layers, dtype=scorer.dtype)
         frozen = None if weights.frozen is None else cast(weights.frozen)
-        weights = Weights(cast(weights.trained), frozen)
+        weights = weights.replace(trained=cast(weights.trained), frozen=frozen)
         carry = through(weights, number, jax.tree.map(lambda x: x[0], carry), *rows)
         return jax.tree.map(lambda x: x[None], carry)
 

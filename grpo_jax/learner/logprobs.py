@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax.sharding import Mesh
 
 from grpo_jax.devices import by_shard
 from grpo_jax.models import logits as logits_lib
 from grpo_jax.structs import Array, Sampling
 
-# Per-token loss [..., tokens] of log-probability, entropy and fixed terms of the same shape.
-TokenLoss = Callable[[Array, Array, Any], Array]
+# Per-token loss [..., tokens] of log-probability, entropy and fixed terms of the same shape; with a
+# teacher, also of the divergence from it.
+TokenLoss = Callable[..., Array]
 
 # Elements of one chunk's logits: 512 MiB of float32, or 8 per hidden element: no more memory than
 # the backward pass of one layer's MLP.
@@ -83,6 +86,16 @@ def _join(x: Array, tokens: int) -> Array:
     """The inverse of `_split`."""
     chunks, rows, width, *rest = x.shape
     return jnp.moveaxis(x, 0, 1).reshape(rows, chunks * width, *rest)[:, :tokens]
+
+
+@struct.dataclass
+class Teacher:
+    """Another model's predictions of the same tokens, which a loss compares the policy's with."""
+
+    hidden_BTD: Array  # its own width
+    head_DV: Array  # of the policy's vocabulary
+    beta: float = struct.field(pytree_node=False)  # as in `_divergence`
+    cap: float | None = struct.field(pytree_node=False, default=None)  # of its logits
 
 
 class _Statistics(NamedTuple):
@@ -168,6 +181,27 @@ def _by_logits(
     return by_logits
 
 
+def _divergence(found: _Statistics, other: _Statistics, beta: float) -> tuple[Array, ...]:
+    """Divergence of policy p and teacher q at each token [...]; KL(p || q); and by logits [..., V].
+
+    The generalised Jensen-Shannon divergence beta KL(q || m) + (1 - beta) KL(p || m) with m = beta
+    q + (1 - beta) p (Agarwal et al. 2023, arXiv:2306.13649, equation 1); with beta 0 KL(q || p),
+    and with beta 1 KL(p || q), as in TRL. The last result is its gradient in the policy's scores.
+    """
+    log_p, log_q = found.log_prob(), other.log_prob()
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    kl = (p * (log_p - log_q)).sum(-1)
+    if beta == 0:
+        return (q * (log_q - log_p)).sum(-1), kl, p - q
+    if beta == 1:
+        return kl, kl, p * (log_p - log_q - kl[..., None])
+    log_m = jnp.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
+    of_policy = (p * (log_p - log_m)).sum(-1)
+    of_teacher = (q * (log_q - log_m)).sum(-1)
+    by_scores = (1 - beta) * p * (log_p - log_m - of_policy[..., None])
+    return beta * of_teacher + (1 - beta) * of_policy, kl, by_scores
+
+
 def _summed_product(hidden_BTD: Array, by_logits_BTV: Array) -> Array:
     """The product summed over all tokens, float32 [D, V]."""
 
@@ -194,14 +228,19 @@ def loss(
     target_BT: Array,
     weight_BT: Array,
     terms: Any,
-) -> tuple[Array, Array, Array]:
+    teacher: Teacher | None = None,
+) -> tuple[Array, ...]:
     """Weighted sum of per-token losses, with the log-probabilities and entropies [B, T] behind it.
 
     Differentiable in the first result, with respect to `hidden_BTD` and `head_DV` alone.
     `token_loss(logp, entropy, terms)` sees arrays of one chunk; `terms` is a pytree of [B, T]
     arrays that stay fixed. `cap` as in `token_logprobs`. Tokens of weight 0 contribute nothing,
-    whatever their values.
+    whatever their values. With a `teacher` there are two more results, divergence and KL(policy ||
+    teacher) [B, T], and `token_loss` gets the divergence as its last argument.
     """
+    if teacher is not None:
+        how = token_loss, sampling, along, cap
+        return _loss_forward(*how, hidden_BTD, head_DV, target_BT, weight_BT, terms, teacher)[0]
     logp_BT, entropy_BT = token_logprobs(hidden_BTD, head_DV, target_BT, sampling, along, cap)
     per_token = jnp.where(weight_BT != 0, token_loss(logp_BT, entropy_BT, terms), 0.0)
     return jnp.sum(weight_BT * per_token), logp_BT, entropy_BT
@@ -209,36 +248,48 @@ def loss(
 
 @jax.named_scope("vocabulary")
 def _loss_forward(
-    token_loss, sampling, along, cap, hidden_BTD, head_DV, target_BT, weight_BT, terms
-):  # fmt: skip
+    token_loss, sampling, along, cap, hidden_BTD, head_DV, target_BT, weight_BT, terms, teacher=None
+):
     tokens = target_BT.shape[1]
     width = _chunk_width(hidden_BTD, head_DV.shape[-1], along.devices)
     temperature = sampling.temperature or 1.0
     head = head_DV.astype(hidden_BTD.dtype)
+    of_teacher_DV = None if teacher is None else teacher.head_DV.astype(teacher.hidden_BTD.dtype)
 
     def chunk(carry, xs):
         total, grad_head = carry
-        hidden, target, weight, terms = jax.tree.map(along.split, xs)
+        hidden, target, weight, terms, of_teacher = jax.tree.map(along.split, xs)
         found = _statistics(hidden, head, target, sampling, cap)
+        compared = ()
+        if teacher is not None:
+            other = _statistics(of_teacher, of_teacher_DV, target, sampling, teacher.cap)
+            *compared, by_scores = _divergence(found, other, teacher.beta)
 
-        def weighted(logp, entropy):
-            per_token = jnp.where(weight != 0, token_loss(logp, entropy, terms), 0.0)
+        def weighted(logp, entropy, *divergence):
+            per_token = token_loss(logp, entropy, terms, *divergence)
+            per_token = jnp.where(weight != 0, per_token, 0.0)
             return jnp.sum(weight * per_token)
 
-        part, by_both = jax.value_and_grad(weighted, argnums=(0, 1))(found.logp, found.entropy)
+        values = found.logp, found.entropy, *compared[:1]
+        part, by_values = jax.value_and_grad(weighted, argnums=tuple(range(len(values))))(*values)
         # A token of weight 0 has a cotangent of 0; 0 times an infinite term would be NaN.
-        by_logp, by_entropy = (jnp.where(weight != 0, g, 0.0) for g in by_both)
-        by_logits = _by_logits(found, target, by_logp, by_entropy) / temperature
-        by_logits = by_logits.astype(hidden.dtype)
+        by_values = [jnp.where(weight != 0, g, 0.0) for g in by_values]
+        by_logits = _by_logits(found, target, *by_values[:2])
+        if teacher is not None:
+            by_scores *= 1.0 if found.slope is None else found.slope
+            by_logits += by_values[2][..., None] * by_scores
+        by_logits = (by_logits / temperature).astype(hidden.dtype)
         by_hidden = jnp.einsum("btv,dv->btd", by_logits, head)
         grad_head += _summed_product(hidden, by_logits)
-        return (total + part, grad_head), (found.logp, found.entropy, by_hidden)
+        return (total + part, grad_head), (found.logp, found.entropy, *compared, by_hidden)
 
-    xs = jax.tree.map(lambda x: _split(x, width), (hidden_BTD, target_BT, weight_BT, terms))
+    of_teacher = None if teacher is None else teacher.hidden_BTD
+    xs = hidden_BTD, target_BT, weight_BT, terms, of_teacher
+    xs = jax.tree.map(lambda x: _split(x, width), xs)
     start = jnp.float32(0), jnp.zeros(head_DV.shape, jnp.float32)
     (total, grad_head), ys = jax.lax.scan(chunk, start, xs)
-    logp, entropy, grad_hidden = (_join(y, tokens) for y in ys)
-    return (total, logp, entropy), (grad_hidden, grad_head.astype(head_DV.dtype))
+    *found, grad_hidden = (_join(y, tokens) for y in ys)
+    return (total, *found), (grad_hidden, grad_head.astype(head_DV.dtype))
 
 
 @jax.named_scope("vocabulary")
@@ -246,7 +297,7 @@ def _loss_backward(token_loss, sampling, along, cap, residuals, cotangents):
     grad_hidden, grad_head = residuals
     by_total = cotangents[0]  # log-probabilities and entropies are diagnostics
     scale = lambda g: (g * by_total).astype(g.dtype)  # noqa: E731
-    return scale(grad_hidden), scale(grad_head), None, None, None
+    return scale(grad_hidden), scale(grad_head), None, None, None, None
 
 
 loss.defvjp(_loss_forward, _loss_backward)

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,9 @@ import optax
 from grpo_jax.algorithm.components import LossComponent
 from grpo_jax.devices import compiling, transfer
 from grpo_jax.devices.compiling import Call
-from grpo_jax.learner import accumulate, logprobs, scoring, train_state
+from grpo_jax.learner import accumulate, logprobs, scalars, scoring, train_state
 from grpo_jax.learner.accumulate import Carry
+from grpo_jax.learner.logprobs import Teacher
 from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.learner.scoring import Packed, Scorer
 from grpo_jax.models.lora import Weights
@@ -28,20 +29,41 @@ from grpo_jax.structs import Array, Experience, Params, TrainState
 
 
 def _loss_sums(
-    weights: Weights, scorer: Scorer, component: LossComponent, part: Experience, packed: Packed
+    weights: Weights,
+    scorer: Scorer,
+    component: LossComponent,
+    part: Experience,
+    packed: Packed,
+    of_teacher: Scorer | None = None,
 ):
     """Summed loss of one microbatch, and (sums, maxima) of its diagnostics."""
     params = weights.whole(scorer.model)
-    of_microbatch = _by_completion if component.needs_completions else _by_token
     hidden_BED = scorer.hidden(params, part.rollouts, packed.layout)
-    weight_BC, _ = component.weights(part.action_PGC.reshape(-1, packed.tokens))
-    weight_PGC = weight_BC.reshape(part.action_PGC.shape)
-    total, *of_tokens, action = of_microbatch(
-        scorer, component, part, packed, hidden_BED, scorer.head(params), weight_PGC
-    )
+    if scorer.model.head == "scalar":
+        values = (scalars.of_states(scorer, params, hidden_BED),)
+        total, *of_tokens, action = _of_completions(component, part, packed, values)
+    else:
+        of_microbatch = _by_completion if component.needs_completions else _by_token
+        found = scorer, component, part, packed, hidden_BED, scorer.head(params)
+        if of_teacher is not None:
+            found = *found, _teacher(weights, of_teacher, component, part, packed)
+        total, *of_tokens, action = of_microbatch(*found)
     sums, maxima = component.diagnostics(*of_tokens, action)
     sums |= {"loss": total, "tokens": action.sum().astype(jnp.float32)}
     return total, (sums, maxima)
+
+
+def _teacher(
+    weights: Weights,
+    of_teacher: Scorer,
+    component: LossComponent,
+    part: Experience,
+    packed: Packed,
+) -> Teacher:
+    """The teacher at the predictions of a microbatch, whose rows are those of the policy."""
+    hidden_BED = of_teacher.hidden(weights.teacher, part.rollouts, packed.layout)
+    head_DV = of_teacher.head(weights.teacher)
+    return Teacher(hidden_BED, head_DV, component.beta, of_teacher.model.logit_cap)
 
 
 def _by_token(
@@ -51,22 +73,25 @@ def _by_token(
     packed: Packed,
     hidden_BED: Array,
     head_DV: Array,
-    weight_PGC: Array,
-) -> tuple[Array, Array, Array, Any, Array]:
+    teacher: Teacher | None = None,
+) -> tuple[Any, ...]:
     """The summed loss, and what `diagnostics` reads, by prediction: one sweep of the vocabulary."""
     terms = component.terms(part, packed.take, packed.take_of_completion)
+    weight_PGC, _ = component.weights(part.action_PGC)
     weight_BE = jnp.where(packed.there_BE, packed.take(weight_PGC), 0.0)
     action_BE = packed.take(part.action_PGC) & packed.there_BE
 
-    def loss(hidden, target, weight, terms):
-        how = component.token_loss, scorer.sampling, scorer.along, scorer.model.logit_cap
-        return logprobs.loss(*how, hidden, head_DV, target, weight, terms)
+    def loss(hidden, target, weight, terms, *of_teacher):
+        how = component.loss, scorer.sampling, scorer.along, scorer.model.logit_cap
+        beside = (teacher.replace(hidden_BTD=x) for x in of_teacher)
+        return logprobs.loss(*how, hidden, head_DV, target, weight, terms, *beside)
 
-    total, logp_BE, entropy_BE = scoring.row_by_row(
-        scorer, loss, hidden_BED, packed.take(part.rollouts.completion_PGC), weight_BE, terms
+    target_BE = packed.take(part.rollouts.completion_PGC)
+    beside = () if teacher is None else (teacher.hidden_BTD,)
+    total, *found = scoring.row_by_row(
+        scorer, loss, hidden_BED, target_BE, weight_BE, terms, *beside
     )
-    of_tokens = logp_BE.reshape(weight_BE.shape), entropy_BE.reshape(weight_BE.shape)
-    return total.sum(), *of_tokens, terms, action_BE
+    return total.sum(), *(x.reshape(weight_BE.shape) for x in found), terms, action_BE
 
 
 def _by_completion(
@@ -76,7 +101,6 @@ def _by_completion(
     packed: Packed,
     hidden_BED: Array,
     head_DV: Array,
-    weight_PGC: Array,
 ) -> tuple[Array, Array, Array, Any, Array]:
     """The same by completion and token, of a loss that reads whole completions."""
 
@@ -85,16 +109,34 @@ def _by_completion(
         return logprobs.differentiable(*how, hidden, head_DV, target)
 
     found = scoring.row_by_row(scorer, both, hidden_BED, packed.take(part.rollouts.completion_PGC))
+    return _of_completions(component, part, packed, found)
+
+
+def _of_completions(
+    component: LossComponent, part: Experience, packed: Packed, found: tuple[Array, ...]
+) -> tuple[Any, ...]:
+    """The summed loss, and what `diagnostics` reads, by completion and token.
+
+    `found`: what the model gives by prediction: log-probabilities and entropies, or values.
+    """
     place = lambda x: packed.by_completion(  # noqa: E731
         x.reshape(packed.there_BE.shape), part.action_PGC
     )
     action_PGC = part.action_PGC & place(packed.there_BE)  # others are in another microbatch
     take = lambda x: jnp.where(action_PGC, x, jnp.zeros((), x.dtype))  # noqa: E731
-    logp_PGC, entropy_PGC = (take(place(x)) for x in found)
+    found_PGC = [take(place(x)) for x in found]
     terms = component.terms(part, take, lambda x_PG: take(x_PG[..., None]))
-    per_token = component.token_loss(logp_PGC, entropy_PGC, terms)
-    weighed = weight_PGC * jnp.where(action_PGC, per_token, 0.0)
-    return weighed.sum(), logp_PGC, entropy_PGC, terms, action_PGC
+    weight, _ = component.weights(action_PGC)
+    loss = component.loss(*found_PGC, terms)
+    weighed = weight * jnp.where(weight != 0, loss, 0.0)
+    return weighed.sum(), *found_PGC, terms, action_PGC
+
+
+class Launched(NamedTuple):
+    """An update of which all but the optimizer's step is launched."""
+
+    carry: Carry  # holds the gradients
+    step: Callable[[], tuple[TrainState, dict[str, Array]]]  # donates the state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +156,7 @@ class Update:
     optimizer_step: Callable[..., tuple[TrainState, dict[str, Array]]]
     sizes: CompiledSizes  # packed row sizes of `gradient`; grows during a run
     compiled: set[tuple[int, ...]]  # shapes for which `optimizer_step` is compiled
+    teacher: Params | None = None  # weights of the teacher; None: the loss reads none
 
     def __call__(
         self,
@@ -130,8 +173,20 @@ class Update:
         are not trained, if adapters are. Metrics are float32 scalars by their logged names, and
         `skipped`, True if the update was refused.
         """
+        launched = self.launched(state, experience, index, frozen)
+        before_donating(launched.carry)
+        return launched.step()
+
+    def launched(
+        self,
+        state: TrainState,
+        experience: Experience,
+        index: int,
+        frozen: Params | None = None,
+    ) -> Launched:
+        """The update on minibatch `index`, up to the optimizer's step."""
         length_PG, none = experience.rollouts.length_PG, self.zero_gradient()
-        weights = Weights(state.params, frozen)
+        weights = Weights(state.params, frozen, self.teacher)
         carry = self._adding(weights, none, experience, length_PG, index)()
         if self.offload:  # a copy: the caller's stays in place
             state = state.replace(opt_state=transfer.to_device_memory(state.opt_state))
@@ -139,11 +194,14 @@ class Update:
         if (shape := experience.action_PGC.shape) not in self.compiled:
             step.lower().compile()  # before donating: slow, and may be interrupted
             self.compiled.add(shape)
-        before_donating(carry)
-        state, metrics = step()
-        if self.offload:
-            state = state.replace(opt_state=transfer.to_host_memory(state.opt_state))
-        return state, metrics
+
+        def finish() -> tuple[TrainState, dict[str, Array]]:
+            state, metrics = step()
+            if self.offload:
+                state = state.replace(opt_state=transfer.to_host_memory(state.opt_state))
+            return state, metrics
+
+        return Launched(carry, finish)
 
     def calls(
         self,
@@ -159,7 +217,7 @@ class Update:
         """
         zero = Call(self.zero_gradient, ())
         carry = zero.result()
-        weights = Weights(state.params, frozen)
+        weights = Weights(state.params, frozen, self.teacher)
         adding = self._adding(weights, carry, experience, length_PG, 0)
         return [zero, adding, self._step(state, carry, experience, 0)]
 
@@ -191,11 +249,13 @@ def make_update(
     num_minibatches: int,
     offload: bool = False,
     bounds: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+    of_teacher: Scorer | None = None,
 ) -> Update:
     """The update that minimizes a component; nothing is compiled or allocated yet.
 
     It refuses an update that is not finite, or with a metric outside its `bounds`: (lowest,
-    highest) by name.
+    highest) by name. `of_teacher`: the teacher's scorer, for a component that compares with one; it
+    has the rows of `scorer`.
     """
     like = train_state.state_like(scorer.model, scorer.mesh, optimizer)
     shardings = jax.tree.map(lambda x: x.sharding, like)
@@ -203,7 +263,7 @@ def make_update(
     def loss_sums(weights, experience: Experience, groups_J: Array, *where: Array):
         packed = Packed.of(experience.action_PGC.shape[-1], groups_J, *where)
         part = scoring.rows(scorer, experience, groups_J)
-        return _loss_sums(weights, scorer, component, part, packed)
+        return _loss_sums(weights, scorer, component, part, packed, of_teacher)
 
     def through(
         weights, number: Array, carry: Carry, experience: Experience, *microbatches_1: Array
@@ -227,13 +287,11 @@ def make_update(
     def optimizer_step(state: TrainState, carry: Carry, action_PGC: Array, index: Array):
         grads, sums, maxima = accumulate.reduce_shards(scorer, carry)
         _, group, tokens = action_PGC.shape
-        action_BC = action_PGC.reshape(-1, num_minibatches, group, tokens)[:, index]
-        action_BC = action_BC.reshape(-1, tokens)
-        count = jnp.maximum(component.weights(action_BC)[1], 1.0)
-        tokens = jnp.maximum(sums.pop("tokens"), 1.0)
+        of_index_PGC = action_PGC.reshape(-1, num_minibatches, group, tokens)[:, index]
+        count = jnp.maximum(component.weights(of_index_PGC)[1], 1.0)
         loss = sums.pop("loss") / count
         grads = jax.tree.map(lambda g: g / count, grads)
-        means = {name: value / tokens for name, value in sums.items()}
+        means = component.means(sums)
         outside = [(means[n] < low) | (means[n] > high) for n, (low, high) in bounds.items()]
         wanted = ~functools.reduce(jnp.logical_or, outside, jnp.bool_(False))
         state, metrics = accumulate.apply_gradient(state, optimizer, grads, loss, wanted)

@@ -33,10 +33,11 @@ Tree = dict[str, Any]
 
 @struct.dataclass
 class Weights:
-    """A decoder's weights in two trees: trained and frozen."""
+    """A decoder's weights in two trees, trained and frozen, and those of its teacher."""
 
     trained: Params
     frozen: Params | None = None  # None: all learn
+    teacher: Params | None = None  # None: the loss reads none
 
     def whole(self, config: ModelConfig) -> Params:
         """The tree that the network reads."""

@@ -138,6 +138,6 @@ def _sizes(config: ConfigDict, model: ModelConfig, mesh: Mesh, lengths: Lengths)
     groups = config.batch.prompts // config.batch.minibatches // mesh.shape["data"]
     least = lengths.prompt + longest
     rows = mesh.shape["fsdp"] * sharding.attention_parts(mesh, model.num_kv_heads)
-    most = -(-groups // rows) * (lengths.prompt + config.batch.group * longest)
+    most = -(-groups // rows) * (lengths.prompt + lengths.completion_PG.shape[1] * longest)
     between = (usual_tokens(mesh) * 2**k // 8 for k in range(32))
     return [least, *(n for n in between if least < n < most), most]

@@ -23,7 +23,7 @@ def arrays_alone(held: dict[str, float]) -> float:
     """The least bytes that arrays take on a device, without the programs' own memory."""
     always = held["weights"] + held["optimizer"] + held["reference"]
     sampling = max(held["rollout weights"] + held["cache"], held["evaluation"])
-    return always + max(sampling, held["gradients"])
+    return always + held.get("teacher", 0.0) + max(sampling, held["gradients"])
 
 
 # --- Together -------------------------------------------------------------------------------------

@@ -26,13 +26,16 @@ from grpo_jax.devices import sharding
 from grpo_jax.devices.compiling import Call
 from grpo_jax.kernels import gpu_decode
 from grpo_jax.kernels.gpu_decode import TritonDecode
-from grpo_jax.learner import scoring, train_state
+from grpo_jax.learner import actor_critic, scoring, train_state
+from grpo_jax.learner.update import Update
 from grpo_jax.models import lora, policy
 from grpo_jax.planning import hlo
 from grpo_jax.planning.compiled import Compiled, Known, Program, bytes_per_device
 from grpo_jax.sampling.decode import Slots
 from grpo_jax.sampling.engine import Engine
+from grpo_jax.setup import critic as critic_lib
 from grpo_jax.setup import lora as lora_setup
+from grpo_jax.setup import teacher
 from grpo_jax.setup.engine import make_engine, make_evaluator
 from grpo_jax.setup.learner import DEFAULT, MemoryPlan, make_learner, make_supervised_learner
 from grpo_jax.structs import Experience, ModelConfig, Params, Rollouts
@@ -54,7 +57,8 @@ class Lengths:
         With a mean, completions end at every token with equal probability, as those of a model that
         has not learned when to stop.
         """
-        shape, limit = (config.batch.prompts, config.batch.group), config.rollout.max_tokens
+        group, limit = derived.completions_per_prompt(config), config.rollout.max_tokens
+        shape = config.batch.prompts, group
         length_PG = np.full(shape, limit)
         if mean:
             drawn_PG = np.random.default_rng(config.seed).geometric(1 / mean, shape)
@@ -107,11 +111,21 @@ class Step:
         self.config, self.model, self.mesh, self.lengths = config, model, mesh, lengths
         self.known = {} if known is None else known
         self._device = mesh.devices.flat[0]
-        self.learner = make_learner(config, model, mesh, fit)
+        of_teacher, critic = teacher.shape(config), critic_lib.shape(config, model)
+        self.learner = make_learner(config, model, mesh, fit, critic, of_teacher)
+        self.teacher = None  # its weights
+        if of_teacher is not None:
+            self.teacher = teacher.like(config, of_teacher, mesh)
+            pair = self.learner.prepare, self.learner.update
+            prepare, update = teacher.given_to(*pair, self.teacher)
+            self.learner = dataclasses.replace(self.learner, prepare=prepare, update=update)
         self.engine = make_engine(config, model, _STOP_IDS, mesh)
         dtype = jnp.dtype(config.model.dtype)
         kept = jnp.dtype(config.model.param_dtype)
         self.state = train_state.state_like(model, mesh, self.learner.optimizer, kept)
+        if critic is not None:
+            own = train_state.state_like(critic, mesh, self.learner.critic.optimizer, kept)
+            self.state = actor_critic.together(self.state, own)
         self.frozen = lora_setup.frozen_like(model, mesh, dtype)
         self.weights = self._attached(self.state.params)
         self.reference = self._reference(dtype)
@@ -153,21 +167,22 @@ class Step:
         Arrays that stay in host memory except during one program are left out.
         """
         params, rollout = (self.state.params, self.frozen), self.rollout
+        kept, critic = self._kept_state(), getattr(self.state, "critic", None)
         evaluated = [
             bytes_per_device(d.published, but=params) + bytes_per_device(d.slots.cache)
             for d in self.evaluations.values()
         ]
-        gradients, *_ = self.learner.update.zero_gradient.eval_shape()
+        gradients = [u.zero_gradient.eval_shape()[0] for u in self._updates]
         return {
-            "weights": bytes_per_device(params),
-            "optimizer": bytes_per_device(self._kept_state().opt_state),
+            "weights": bytes_per_device((params, critic and critic.params)),
+            "optimizer": bytes_per_device((kept.opt_state, critic and kept.critic.opt_state)),
             "reference": bytes_per_device(self._kept_reference(), but=params),
             "rollout weights": bytes_per_device(rollout.published, but=params),
             "cache": bytes_per_device(rollout.slots.cache),
             "evaluation": max(evaluated, default=0.0),  # weights and cache of the larger one
             "gradients": bytes_per_device(gradients),
             "rollouts": bytes_per_device(self.experience),
-        }
+        } | ({} if self.teacher is None else {"teacher": bytes_per_device(self.teacher)})
 
     def compile(self, only: Callable[[str], bool] = lambda name: True) -> list[Compiled]:
         """Compiles all programs, or those that `only` selects, in the order of a step.
@@ -231,20 +246,25 @@ class Step:
 
     def programs(self) -> list[Program]:
         """The programs of engine and learner, with the other arrays that exist while they run."""
-        learning = self._kept_state(), self.frozen, self._kept_reference()
+        learning = self._kept_state(), self.frozen, self._kept_reference(), self.teacher
         found = self._start() + self._supervised() + self._publishing(learning)
         found += self._sampling("", "rollout", self.rollout, learning)
         if self.greedy:
             found += self._sampling("greedy ", "rollout", self.greedy, learning)
         prepare, update, experience = self.learner.prepare, self.learner.update, self.experience
         rollouts, length_PG = experience.rollouts, self.lengths.completion_PG
-        for call in prepare.calls(self.weights, self.reference, rollouts, length_PG):
-            loops = int(call.args[1]) if call.program is prepare.score else 1
+        critic = getattr(self.state, "critic", None)
+        read = self.weights, self.reference, rollouts, length_PG, critic and critic.params
+        scoring = [prepare.score, *([prepare.values.score] if critic else [])]
+        for call in prepare.calls(*read):
+            loops = int(call.args[1]) if call.program in scoring else 1
             found.append(Program.of(call, "update", learning, loops=loops))
         updates = derived.num_updates_per_step(self.config)
+        gradients = [u.gradient for u in self._updates]
+        steps = [u.optimizer_step for u in self._updates]
         for call in update.calls(self.state, experience, length_PG, self.frozen):
-            loops = int(call.args[1]) if call.program is update.gradient else 1
-            beside = (*learning, experience) if call.program is update.optimizer_step else learning
+            loops = int(call.args[1]) if call.program in gradients else 1
+            beside = (*learning, experience) if call.program in steps else learning
             found.append(Program.of(call, "update", beside, runs=updates, loops=loops))
         shown = Call(self.learner.learning_rate, (np.int32(0),))
         found.append(Program.of(shown, "update", (*learning, experience)))
@@ -292,6 +312,16 @@ class Step:
             calls.append(policy.drawing_adapters(model, mesh, key, dtype))
         calls.append(policy.counting_nonfinite(state.params, mesh))
         calls.append(train_state.starting(state.params, model, mesh, self.learner.optimizer))
+        if critic := self.learner.critic:
+            params = state.critic.params
+            if not self.config.critic.path:
+                calls.append(policy.drawing_head(critic.model, mesh, key, dtype))
+            calls.append(
+                dataclasses.replace(
+                    train_state.starting(params, critic.model, mesh, critic.optimizer),
+                    part="critic",
+                )
+            )
         return [Program.of(call, "start", (), runs=0) for call in calls]
 
     def _sampling(
@@ -332,7 +362,17 @@ class Step:
 
     def _kept_state(self) -> Any:
         """The state on the devices between updates."""
-        return self.state.replace(opt_state=()) if self.config.optim.offload else self.state
+        if not self.config.optim.offload:
+            return self.state
+        state = self.state.replace(opt_state=())
+        if self.learner.critic is not None:
+            state = state.replace(critic=state.critic.replace(opt_state=()))
+        return state
+
+    @property
+    def _updates(self) -> list[Update]:
+        update = self.learner.update
+        return [update] if self.learner.critic is None else [update.policy, update.critic]
 
     def _kept_reference(self) -> Any:
         return None if self.config.model.offload_reference else self.reference
@@ -391,11 +431,25 @@ class Step:
         rows = self._rows
         width = self.engine.padded(self.lengths.prompt)
         per_token = lambda dtype: rows((prompts, group, tokens), dtype)  # noqa: E731
+        critic = self.learner.critic is not None
         adaptive = {controller.coefficient for controller in self.learner.controllers}
+        method = derived.hybrid_method(self.config)
+        rollouts, weight = self._rollouts((prompts, group), width, tokens), None
+        if method is not None:
+            weight = per_token(jnp.float32)
+            given = per_token(jnp.bool_) if method.given else None
+            chosen = given if method.given == "completion" else None
+            rollouts = rollouts.replace(given_PGC=given, chosen_PGC=chosen)
+        teaches = self.learner.prepare.teach is not None
         return Experience(
-            rollouts=self._rollouts((prompts, group), width, tokens),
-            advantage=rows((prompts, group), jnp.float32),
+            rollouts=rollouts,
+            advantage=per_token(jnp.float32)
+            if critic or teaches
+            else rows((prompts, group), jnp.float32),
+            teacher_logp_PGC=per_token(jnp.float32) if teaches else None,
             action_PGC=per_token(jnp.bool_),
+            value_PGC=per_token(jnp.float32) if critic else None,
+            return_PGC=per_token(jnp.float32) if critic else None,
             old_logp_PGC=per_token(jnp.float32) if derived.needs_old_pass(self.config) else None,
             ref_logp_PGC=per_token(jnp.float32) if self.reference is not None else None,
             kl_coef_PG=rows((prompts, group), jnp.float32) if "kl_coef" in adaptive else None,
@@ -403,6 +457,9 @@ class Step:
                 rows((prompts, group), jnp.float32) if "entropy_coef" in adaptive else None
             ),
             top_entropy_PGC=per_token(jnp.bool_) if self.learner.prepare.selects else None,
+            policy_weight_PGC=weight,
+            nll_weight_PGC=weight,
+            mix_PG=rows((prompts, group), jnp.float32) if "mix" in adaptive else None,
         )
 
 

@@ -70,6 +70,11 @@ def _num_bytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
+def padded(longest: int) -> int:
+    """The padded length of prompts of at most `longest` tokens."""
+    return -(-longest // _PROMPT_STEP) * _PROMPT_STEP
+
+
 class Engine:
     """Continuous batching over `num_slots` completions at once."""
 
@@ -261,7 +266,7 @@ class Engine:
 
     def padded(self, longest: int) -> int:
         """The padded length of prompts of at most `longest` tokens."""
-        return -(-longest // _PROMPT_STEP) * _PROMPT_STEP
+        return padded(longest)
 
     def read_at_once(self, num_slots: int) -> int:
         """Prompts that a shard with `num_slots` free slots prefills at once."""

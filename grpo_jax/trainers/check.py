@@ -112,6 +112,8 @@ def _sizes(config: ConfigDict, found: Inputs) -> list[str]:
 
 def _try_rewards(config: ConfigDict, found: Inputs) -> None:
     """Computes the rewards of a few completions; reports values and failures."""
+    if not found.rewards:
+        return
     problems = found.train.problems[:_TRIED]
     if config.data.task:
         task, rng = tasks.load(config.data.task), streams.stream(config.seed, "solutions")
@@ -122,7 +124,10 @@ def _try_rewards(config: ConfigDict, found: Inputs) -> None:
     else:
         texts, kind = [""] * len(problems), "empty completions"
     ids = found.policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    with start_rewards(config, found.rewards) as pool:
+    functions = [reward for reward in found.rewards if not reward.model]
+    if not functions:
+        return
+    with start_rewards(config, functions) as pool:
         scores, _ = trial.score(
             pool, problems, texts, ids, found.train.texts[:_TRIED], len(problems)
         )

@@ -133,7 +133,7 @@ class Guards:
         elif not math.isnan(reward):
             history.rewards = [*history.rewards, reward][-options.window :]
             self._check_fall(step)
-        all_equal = values["groups/equal_share"] == 1
+        all_equal = values.get("groups/equal_share") == 1  # absent without rewards
         all_equal &= not derived.learns_from_equal_rewards(self._config)
         history.equal_steps = history.equal_steps + 1 if all_equal else 0
         if options.equal_groups_steps and history.equal_steps >= options.equal_groups_steps:
@@ -165,6 +165,10 @@ class Guards:
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             text = f"the loss is {loss:g} and the norm of its gradient {grad_norm:g}"
             self._found("nonfinite", step, text, "The update was refused.")
+        of_critic = [values.get(name, 0.0) for name in ("value/loss", "value/grad_norm")]
+        if not all(map(math.isfinite, of_critic)):
+            text = "the critic's loss is {:g} and the norm of its gradient {:g}".format(*of_critic)
+            self._found("nonfinite", step, text, "The critic's update was refused.")
         for metric, (low, high) in guard_rules.bounds(self._config).items():
             if metric not in values:  # for a loss without it
                 continue

@@ -213,10 +213,15 @@ class Monitor:
 
         `advantage_PG()`: the advantages of the completions, to show beside some of them.
         """
-        state.rollout_metrics = step_metrics.rollout_metrics(self._run, sampled, scores)
-        state.rollout_metrics |= coefficients.in_force(self._run, state.coefficients)
-        state.rollout_metrics |= prompt_choice.measure(self._run, state, sampled, scores)
+        drawn, of_drawn = self._run.demonstrations.drawn(sampled, scores)
+        state.rollout_metrics = step_metrics.rollout_metrics(self._run, drawn, of_drawn)
+        state.rollout_metrics |= self._run.demonstrations.metrics(sampled, scores)
+        state.rollout_metrics |= coefficients.in_force(self._run, state)
+        state.rollout_metrics |= prompt_choice.measure(self._run, state, drawn, of_drawn)
         self._sampled = None
+        if drawn is not sampled:  # given tokens are trained on, and were not sampled
+            self._sampled = drawn.completions.prompt_length_P, drawn.completions.length_PG
+            state.tokens += int(self._sampled[1].sum() - sampled.completions.num_trained_PG.sum())
         if (draws := sampled.draws) is not None:  # the completions that are not learned from
             self._sampled = draws.prompt_length_N, draws.length_NG
             state.prompts += len(draws.problem_N) - self._run.course.prompts
@@ -251,9 +256,7 @@ class Monitor:
     def learned(self, state: RunState) -> None:
         """Opens a step's line when all of its updates are launched."""
         rollouts = state.experience.rollouts
-        lengths = transfer.to_host((rollouts.prompt_length_P, rollouts.length_PG))
-        if rollouts.chosen_PGC is not None:
-            lengths = lengths[0], transfer.to_host(rollouts.chosen_PGC).sum(-1)
+        lengths = transfer.to_host((rollouts.prompt_length_P, rollouts.num_trained_PG))
         state.tokens += int(lengths[1].sum())
         state.prompts += self._run.course.prompts
         sampled = self._sampled or lengths

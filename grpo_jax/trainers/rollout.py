@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax import keys
+from grpo_jax.config import derived
 from grpo_jax.devices import transfer
 from grpo_jax.environments.questions import Questions
 from grpo_jax.environments.rewarding import RewardCollector
@@ -61,18 +62,19 @@ def draw(
     """
     problem_P = prompt_choice.problems(run, state, number)
     questions, rewards = _begin(run, step, number, problem_P)
+    given = run.demonstrations.of(problem_P, step, number, questions.prompt_ids)
     completions = run.engine.generate(
         weights,
-        questions.prompt_ids,
+        given.prompt_ids,
         group=run.config.batch.group,
         key=keys.key_for(run.config.seed, "rollout", number),
         temperature=run.config.rollout.temperature,
-        on_group=rewards.add,
+        on_group=given.to(rewards.add),
         meanwhile=log.close,
         on_harvest=on_harvest,
     )
     greedy = _sample_greedy(run, step, number, problem_P, weights, on_harvest)
-    return Rollout(questions, rewards, completions, 0.0, greedy, problem_P)
+    return Rollout(questions, rewards, given.joined(completions), 0.0, greedy, problem_P)
 
 
 def _sample_greedy(
@@ -122,16 +124,10 @@ def device_rows(run: Run, completions: Rollouts) -> Rollouts:
     """The completions on the device, cut to about the longest."""
     limit = completions.completion_PGC.shape[-1]
     longest = scoring.cut_to(limit, int(completions.length_PG.max()))
-    return transfer.shard_rows(
-        run.mesh,
-        completions.replace(
-            completion_PGC=completions.completion_PGC[..., :longest],
-            logp_PGC=completions.logp_PGC[..., :longest],
-            chosen_PGC=None
-            if completions.chosen_PGC is None
-            else completions.chosen_PGC[..., :longest],
-        ),
-    )
+    names = "completion_PGC", "logp_PGC", "chosen_PGC", "given_PGC"
+    by_token = {name: getattr(completions, name) for name in names}
+    cut = {name: x[..., :longest] for name, x in by_token.items() if x is not None}
+    return transfer.shard_rows(run.mesh, completions.replace(**cut))
 
 
 def device_rewards(
@@ -169,7 +165,7 @@ def _rows(
     run: Run, rollout: Rollout, scores: Scores, advantage_PG: np.ndarray
 ) -> list[dict[str, Any]]:
     """The best and the worst completions of the group with the largest spread of rewards."""
-    group = run.config.batch.group
+    group = rollout.completions.length_PG.shape[1]
     reward_PG = np.nan_to_num(scores.reward_B, nan=0.0).reshape(-1, group)
     # The group with the largest spread has the most to learn from.
     p = int(reward_PG.std(1).argmax())
@@ -190,11 +186,17 @@ def _rows(
                 "completion": texts[g],
                 "rewards": {n: None if np.isnan(v) else v for n, v in by_name.items()},
                 "extras": {n: v[row] for n, v in scores.extras.items()},
-                "advantage": float(advantage_PG[p, g]),
+                "advantage": _of_completion(rollout, advantage_PG, p, g),
                 "length": int(rollout.completions.length_PG[p, g]),
             }
         )
     return rows
+
+
+def _of_completion(rollout: Rollout, advantage: np.ndarray, p: int, g: int) -> float:
+    """The advantage of a completion; of one with advantages of tokens, their mean."""
+    length = int(rollout.completions.length_PG[p, g])
+    return float(advantage[p, g] if advantage.ndim == 2 else advantage[p, g, :length].mean())
 
 
 def show_rows(
@@ -227,7 +229,7 @@ def _begin(
 ) -> tuple[Questions, RewardCollector]:
     """The questions of a step's draw, and the collector of the rewards of `group` completions each.
 
-    None: batch.group.
+    None: as many as a group has, given ones too.
     """
     questions = run.train.take(problem_P)
     seen = {
@@ -235,7 +237,7 @@ def _begin(
         "max_steps": run.course.num_steps,
         "epoch": number * len(problem_P) / (len(run.train.problems) * run.config.data.repeat),
     }
-    group = group or run.config.batch.group
+    group = group or derived.completions_per_prompt(run.config)
     rewards = RewardCollector(
         run.rewards, run.policy, questions.problems, questions.texts, group, seen
     )

@@ -43,7 +43,7 @@ NO_SPACE = {"compopt -o nospace"}
     ("line", "found"),
     [
         ("grpo-jax tr", {"train"}),
-        ("grpo-jax re", {"report", "rewards"}),
+        ("grpo-jax re", {"report", "reward_model", "rewards"}),
         ("grpo-jax --v", {"--version"}),
         ("grpo-jax completion ", {"bash", "zsh"}),
         ("grpo-jax options mo", {"model"}),

@@ -102,6 +102,30 @@ def test_the_advantage_is_told(options, expected):
     assert "k3" not in told[1]  # the KL counts once
 
 
+def test_a_critic_is_told():
+    told = lines(
+        algorithm__critic=True, algorithm__baseline="none", algorithm__scale_by="none",
+        algorithm__whiten="tokens", algorithm__kl_in="reward", algorithm__kl_coef=0.05,
+        algorithm__discount=0.99, algorithm__gae_length_scale=0.05,
+        critic__gae_lambda=1.0, critic__first_steps=3,
+    )  # fmt: skip
+    assert told[0] == (
+        "Advantage A: d + 0.99 (1 - 1 / (0.05 tokens of its completion), at least 0) next A of "
+        "each token, d = r + 0.99 next V - V, r = the reward at the last token - 0.05 log(policy "
+        "/ reference) at each; then minus the mean of the step's tokens, / their standard deviation"
+    )
+    assert told[2] == (
+        "Critic's loss: 0.25 max((V - R)^2, (clip(V, old V +- 0.2) - R)^2), R = V + advantage "
+        "with lambda 1, mean over an update's tokens; learning rate 1e-05; alone for 3 steps"
+    )
+    plain = lines(algorithm__critic=True, critic__clip=0.0)
+    assert plain[0] == (
+        "Advantage A: d + 0.95 next A of each token, d = r + next V - V, r = the reward at the "
+        "last token"
+    )
+    assert "Critic's loss: 0.25 (V - R)^2, R" in plain[2]
+
+
 def test_what_changes_during_the_run_is_told():
     told = lines(
         algorithm__kl_coef=0.02, algorithm__kl_target=0.1, algorithm__kl_horizon=5000,

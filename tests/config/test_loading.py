@@ -117,7 +117,7 @@ def test_overrides_of_each_type(file, argument, value):
     ("argument", "parts"),
     [
         ("optim.learning_rat=1", ["no option optim.learning_rat", "optim.learning_rate"]),
-        ("learning_rate=1", ["optim.learning_rate or sft.learning_rate"]),
+        ("learning_rate=1", ["optim.learning_rate or critic.learning_rate"]),
         ("zzz=1", ["no option zzz. `python -m grpo_jax.train --help` lists"]),
         ("optim=1", ["no option optim."]),
         ("optim.warmup_steps=1.5", ["optim.warmup_steps = '1.5'", "a whole number", "0 now"]),

@@ -15,7 +15,12 @@ from grpo_jax.config.dotted import flatten
 
 ROOT = Path(options.__file__).parents[1]
 TABLE = options.TABLE
-OF_EITHER_SIGN = {"algorithm.entropy_coef", "prompts.low_rate", "prompts.high_rate"}
+OF_EITHER_SIGN = {
+    "hybrid.pass_reward",
+    "algorithm.entropy_coef",
+    "prompts.low_rate",
+    "prompts.high_rate",
+}
 NUMBERS = [option for option in TABLE if type(option.default) in (int, float)]
 
 
@@ -111,7 +116,8 @@ def test_the_ranges_by_hand():
         ("evaluation.every_steps", 0), ("evaluation.num_problems", 0),
         ("evaluation.num_samples", 0), ("checkpoint.every_steps", 0),
         ("logging.samples_every_steps", 0), ("sft.num_steps", 0),
-        ("sft.num_epochs", 0.0),
+        ("sft.num_epochs", 0.0), ("critic.clip", 0.0), ("critic.max_grad_norm", 0.0),
+        ("algorithm.gae_length_scale", 0.0),
     ],
 )  # fmt: skip
 def test_what_turns_an_option_off_is_taken(name, value):
@@ -166,7 +172,16 @@ def _chains(tree: ast.AST) -> set[str]:
 def _reads() -> set[str]:
     """What the package reads; who checks an option, or only tells it, does not use it."""
     found: set[str] = set()
-    names = "options", "objective_options", "rules", "objective_rules", "definitions"
+    names = (
+        "options",
+        "objective_options",
+        "given_options",
+        "critic_options",
+        "critic_rules",
+        "rules",
+        "objective_rules",
+        "definitions",
+    )
     no_readers = {ROOT / "config" / f"{name}.py" for name in names}
     assert all(file.exists() for file in no_readers)
     for file in ROOT.rglob("*.py"):
@@ -184,6 +199,9 @@ def test_every_option_is_read(name):
     readers = {f"{section or 'config'}.{leaf}"}
     if section == "model":  # model.new is given the section as its parameter `options`
         readers.add(f"options.{leaf}")
+    if section in {"sft", "preference", "reward_model"}:
+        # `given` reads them of any section as `schedule = config[section]`
+        readers.add(f"schedule.{leaf}")
     field = objective.OPTIONS.get(name.removeprefix("algorithm."))
     readers |= {f"objective.{field}", f"self.{field}"} if field else set()
     assert readers & READS, f"nothing in grpo_jax/ reads {name}"
@@ -226,6 +244,8 @@ def test_what_a_run_is_that_changes_nothing():
         "algorithm.entropy_coef_min": 0.0, "algorithm.entropy_coef_max": 1.0,
         "algorithm.reference_refresh_steps": 0, "algorithm.reference_mix": 0.6,
         "algorithm.top_entropy_share": 1.0,
+        "algorithm.critic": False, "algorithm.discount": 1.0, "algorithm.gae_lambda": 0.95,
+        "algorithm.gae_length_scale": 0.0,
         "rollout_correction.level": "none", "rollout_correction.bound": "truncate",
         "rollout_correction.cap": 2.0,
         "optim.learning_rate": 1e-6, "optim.warmup_steps": 0, "optim.schedule": "constant",

@@ -12,10 +12,17 @@ _KL = {"algorithm__kl_coef": 0.1}
 _DATASET = {"data__task": "", "data__path": "owner/name", "model__path": "m"}
 _REMAX = {"algorithm__baseline": "greedy", "algorithm__scale_by": "none"}
 _KL_IN_REWARD = {"algorithm__kl_in": "reward", "algorithm__kl_coef": 0.1}
+_CRITIC = {
+    "algorithm__critic": True,
+    "algorithm__baseline": "none",
+    "algorithm__scale_by": "none",
+}
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, _REMAX, {**_REMAX, "batch__group": 1}, _KL_IN_REWARD], ids=str
+    "changes",
+    [{}, _REMAX, {**_REMAX, "batch__group": 1}, _KL_IN_REWARD, {**_CRITIC, "batch__group": 1}],
+    ids=str,
 )
 def test_the_base_of_these_tests_is_valid(changes):
     rules_lib.check(valid(**changes))
@@ -34,6 +41,33 @@ def test_the_base_of_these_tests_is_valid(changes):
             {"algorithm__mask_threshold": 0.1},
             ["algorithm.mask_threshold = 0.1", "surrogates with a mask", "'clip'"],
         ),
+        ({"algorithm__critic": True}, ["algorithm.baseline = 'mean'", '"ppo"', "the baseline"]),
+        (
+            {**_CRITIC, "algorithm__scale_by": "std"},
+            ["algorithm.critic = True and algorithm.scale_by = 'std'", "'none'"],
+        ),
+        (
+            {**_CRITIC, "algorithm__credit": "rank"},
+            ["algorithm.critic = True and algorithm.credit = 'rank'", "the reward itself"],
+        ),
+        (
+            {**_CRITIC, "algorithm__aggregate": "each"},
+            ["algorithm.critic = True and algorithm.aggregate = 'each'", "one critic"],
+        ),
+        (
+            {**_CRITIC, "algorithm__whiten": "completions"},
+            ['algorithm.whiten = "completions"', "of tokens"],
+        ),
+        (
+            {**_CRITIC, "algorithm__gae_lambda": 1.0, "algorithm__gae_length_scale": 0.05},
+            ["algorithm.gae_lambda = 1 and algorithm.gae_length_scale = 0.05", "Leave one"],
+        ),
+        (
+            {**_CRITIC, "critic__first_steps": 2, "algorithm__entropy_target": 0.1},
+            ["critic.first_steps = 2", "algorithm.entropy_target = 0.1"],
+        ),
+        ({"critic__clip": 0.1}, ["critic.clip = 0.1", "algorithm.critic = False", "0.2"]),
+        ({"algorithm__discount": 0.9}, ["algorithm.discount = 0.9 is of a critic"]),
         ({"algorithm__ratio_cap": 0.2}, ["algorithm.ratio_cap = 0.2 must be at least 1", "5 is"]),
         (
             {"algorithm__ratio": "sequence", "algorithm__surrogate": "reinforce"},

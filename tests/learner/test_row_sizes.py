@@ -13,11 +13,20 @@ from grpo_jax.learner.row_sizes import CompiledSizes, Filled, PackingProblem, Si
 PROMPT, TOKENS, AT_ONCE = 64, 256, 2048
 
 
-def work(length_SPG, *, tokens=TOKENS, at_once=AT_ONCE, devices=1, multiple=1, share_lanes=True):
+def work(
+    length_SPG,
+    *,
+    tokens=TOKENS,
+    at_once=AT_ONCE,
+    devices=1,
+    multiple=1,
+    share_lanes=True,
+    whole=False,
+):
     groups_P = np.arange(length_SPG.shape[1])
     entries_SPG = length_SPG - 1
     return PackingProblem(
-        entries_SPG, groups_P, PROMPT, tokens, at_once, devices, multiple, share_lanes
+        entries_SPG, groups_P, PROMPT, tokens, at_once, devices, multiple, share_lanes, whole
     )
 
 
@@ -51,6 +60,7 @@ def check(given: PackingProblem, filled: Filled) -> None:
     assert len(filled.rows_S[0]) % given.devices == 0
     for s, (units, shard_rows) in enumerate(zip(filled.units_S, filled.rows_S, strict=True)):
         assert sorted(i for row in shard_rows for i in row) == list(range(len(units)))
+        assert not given.whole or len(units) == len(given.groups_P)
         seen = [(u.prompt, g) for u in units for g in u.completions]
         assert sorted(seen) == [(p, g) for p in given.groups_P for g in range(8)]
         for unit in units:
@@ -72,6 +82,8 @@ def check(given: PackingProblem, filled: Filled) -> None:
         {"devices": 4},
         {"multiple": 8},
         {"share_lanes": False},
+        {"whole": True},
+        {"whole": True, "at_once": 500, "devices": 4},
     ],
     ids=str,
 )
@@ -83,7 +95,8 @@ def test_everything_stands_in_a_row(mean, options):
         check(given, first)
         tokens = first.size.prompts * PROMPT + first.size.entries
         assert tokens % given.multiple == 0
-        assert tokens < max(given.at_once, PROMPT + TOKENS - 1) + given.multiple
+        group = 8 if given.whole else 1
+        assert tokens < max(given.at_once, PROMPT + group * (TOKENS - 1)) + given.multiple
         other = work(lengths(seed + 2, mean, shards=shards), **options)
         check(other, sizes.fill(other))
 

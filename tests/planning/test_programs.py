@@ -74,6 +74,41 @@ def test_a_run_compiles_what_its_plan_lists(tmp_path):
     assert names - OF_JAX == listed(step)
 
 
+@pytest.mark.slow
+def test_a_run_with_a_critic_compiles_what_its_plan_lists(tmp_path):
+    options = ["algorithm.preset=ppo", "loop.num_steps=1", "critic.first_steps=1"]
+    options += ["batch.prompts=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+    overrides = [f"--config.{option}" for option in (*options, "compile_cache=False")]
+    with compiled() as names:
+        train.main(["--config", TINY, "--workdir", str(tmp_path), *overrides])
+    config = loading.load(TINY, overrides)
+    step = Step(
+        config, model_lib.model_shape(config), sharding.make_mesh(2, 2, 2), Lengths.of(config)
+    )
+    alone = {"gradient", "optimizer_step"}  # of the critic, in a step of it alone
+    assert names - OF_JAX == listed(step) and alone < names
+
+
+def test_a_critic_is_planned():
+    """Its programs, and its weights, moments and gradients, which are those of its own model."""
+    held, names = {}, {}
+    for preset in ("reinforce_pp", "ppo"):
+        config = loading.load(TINY, [f"--config.algorithm.preset={preset}"])
+        model = model_lib.model_shape(config)
+        step = Step(config, model, tiny.one_device(), Lengths.of(config))
+        held[preset] = step.held()
+        names[preset] = {program.name for program in step.programs()}
+    assert names["ppo"] - names["reinforce_pp"] == {
+        *("score_values critic", "zero_gradient critic", "gradient critic"),
+        *("optimizer_step critic", "init_state critic", "init_head"),
+    }
+    assert names["reinforce_pp"] < names["ppo"]
+    critic = dataclasses.replace(model, head="scalar").num_params
+    more = {n: held["ppo"][n] - held["reinforce_pp"][n] for n in held["ppo"]}
+    assert more["weights"] == more["gradients"] == 4 * critic
+    assert 8 * critic <= more["optimizer"] < 8 * critic + 64
+
+
 def test_how_often_a_step_decodes():
     """A token a turn of the decoder's loop and lane, whatever fills the lanes."""
     for slots, waves in ((0, 1), (4, 4)):
