@@ -46,6 +46,7 @@ class Encoded:
     """
 
     examples: list[Any]  # of one kind of `examples.KINDS`
+    num_rows: int = 0  # with those that were dropped
     num_dropped: int = 0
     num_truncated: int = 0
     num_ended: int = 0  # chats whose template writes no stop token at the end; it was added
@@ -54,7 +55,7 @@ class Encoded:
 
     def __add__(self, other: Encoded) -> Encoded:
         read = [reads for reads in (self.reads, other.reads) if reads is not None]
-        counts = ("num_dropped", "num_truncated", "num_ended", "num_unmarked")
+        counts = ("num_rows", "num_dropped", "num_truncated", "num_ended", "num_unmarked")
         return Encoded(
             self.examples + other.examples,
             **{name: getattr(self, name) + getattr(other, name) for name in counts},
@@ -113,6 +114,7 @@ def encode(
         num_unmarked += _is_unmarked(row, {end, *stop_ids})
     return dataclasses.replace(
         _cut([_parts(row, tokenizer, loss_on) for row in made], rows, kind, limits),
+        num_rows=len(rows),
         num_ended=num_ended,
         num_unmarked=num_unmarked,
         reads=reads,
@@ -400,7 +402,7 @@ def _cut(parts: list[_Parts], rows: Sequence[Written], kind: str, limits: Limits
                 continue
             num_truncated += 1
         examples.append(_MADE[kind](part, row))
-    return Encoded(examples, num_dropped, num_truncated)
+    return Encoded(examples, num_dropped=num_dropped, num_truncated=num_truncated)
 
 
 def _shortened(part: _Parts, limits: Limits) -> _Parts:
