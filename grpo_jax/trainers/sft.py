@@ -60,14 +60,17 @@ def read(config: ConfigDict, policy: Policy, now: datetime, evaluates: bool) -> 
     problems, rewards = None, []
     if evaluates:
         held_out = given.held_out(config, policy, "sft", "example", now)
-        problems, rewards = held_out_problems(config, policy, now)
+        problems, rewards = held_out_problems(config, policy, now, bool(held_out))
     return dataclasses.replace(data, held_out=held_out, problems=problems, rewards=rewards)
 
 
 def held_out_problems(
-    config: ConfigDict, policy: Policy, now: datetime
+    config: ConfigDict, policy: Policy, now: datetime, has_loss: bool = False
 ) -> tuple[Questions | None, list[Reward]]:
-    """The held-out problems that the rewards can score, or None; and the rewards."""
+    """The held-out problems that the rewards can score, or None; and the rewards.
+
+    `has_loss`: there is a loss of held-out rows, so that it needs no warning if there are none.
+    """
     rewards = load_rewards(config)
     try:
         if config.data.task:
@@ -78,7 +81,8 @@ def held_out_problems(
             problems = problems_lib.load_held_out(config.data)
         problems = answerable(config, rewards, problems[: config.evaluation.num_problems])
     except ValueError as error:
-        say(f"warning: The model is not evaluated: {error}")
+        told = "Of held-out rows the loss alone is measured" if has_loss else ""
+        say(f"{told or 'warning: The model is not evaluated'}: {error}")
         return None, rewards
     if not problems:
         return None, rewards

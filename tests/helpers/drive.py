@@ -1,15 +1,16 @@
 """Runs the training program several times in one process, stopping it at chosen moments.
 
 `python drive.py JOBS` where JOBS is a JSON list of {"argv": [...], "after": N, "of": "update" or
-"sft"}: the run is asked to stop after N updates of GRPO or N supervised steps in this process;
-without "after" it runs to its end. With "in", "rollout", "draw" (the second one of a step),
-"rewards", "update" or "evaluation", it ignores that, and is abandoned in the next such phase, like
-a run that does not reach its end. With "killed" this process dies there by SIGKILL. Prints one JSON
-line per job: how it ended.
+"sft"}: the run is asked to stop after N updates of GRPO or N steps on given completions in this
+process; without "after" it runs to its end. With "in", "rollout", "draw" (the second one of a
+step), "rewards", "update" or "evaluation", it ignores that, and is abandoned in the next such
+phase, like a run that does not reach its end. With "killed" this process dies there by SIGKILL.
+"program" is "train" where it is not given. Prints one JSON line per job: how it ended.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import threading
 
 import shared_programs
 
-from grpo_jax import train
+from grpo_jax import cli, train
 from grpo_jax.run import stop
 from grpo_jax.trainers import monitor, restarts, results, rollout
 from grpo_jax.trainers.step_metrics import StepLog
@@ -71,7 +72,7 @@ class CountingLog(StepLog):
     """Counts updates when they are launched."""
 
     def add_update(self, *args):
-        kind = "sft" if self._run.course.bar == "sft" else "update"
+        kind = "update" if self._run.course.bar == "step" else "sft"
         setattr(Count, kind, getattr(Count, kind) + 1)
         return super().add_update(*args)
 
@@ -80,7 +81,7 @@ class LeavingMonitor(monitor.Monitor):
     """Reports the phases of the run to the stop signal."""
 
     def __init__(self, run, *args):
-        Count.grpo = run.course.bar != "sft"
+        Count.grpo = run.course.bar == "step"
         super().__init__(run, *args)
 
     def donates(self, gradients):
@@ -111,7 +112,8 @@ evaluate, draw = results.evaluate, rollout.draw
 
 def main(jobs: list[dict]) -> None:
     shared_programs.share()
-    train.StopSignal, results.evaluate = StopAfter, _evaluate
+    train.StopSignal = cli.StopSignal = StopAfter
+    results.evaluate = _evaluate
     rollout.draw = _draw
     restarts.Monitor, monitor.StepLog = LeavingMonitor, CountingLog
     for job in jobs:
@@ -119,7 +121,7 @@ def main(jobs: list[dict]) -> None:
         StopAfter.after, StopAfter.of = job.get("after"), job.get("of", "update")
         StopAfter.within, StopAfter.killed = job.get("in", ""), job.get("killed", False)
         try:
-            train.main(job["argv"])
+            importlib.import_module(f"grpo_jax.{job.get('program', 'train')}").main(job["argv"])
             end = "finished"
         except stop.Stopped as stopped:
             end = str(stopped)
