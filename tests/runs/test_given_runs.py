@@ -134,6 +134,19 @@ def test_the_losses_are_those_of_transformers(runs, argv):
     assert measured[STEPS] == pytest.approx(expected, rel=1e-5) and expected < measured[0]
 
 
+def test_a_mesh_of_eight_does_the_same(runs, argv, tmp_path):
+    """Five rows on eight devices: the loss, the gradient, and the loss of seven held-out rows."""
+    arguments = argv("mesh", "--config.mesh.data=4", "--config.mesh.fsdp=2",
+                     "--config.sft.num_steps=1")  # fmt: skip
+    sft.main(arguments)
+    first, *_ = (row for row in logged(_folder(arguments)) if row["step"] == 1)
+    alone, *_ = (row for row in logged(runs[0]) if row["step"] == 1)
+    for name in ("sft/loss", "policy/grad_norm"):
+        assert first[name] == pytest.approx(alone[name], rel=1e-5), name
+    before = [logged(f)[0]["sft/eval_loss"] for f in (_folder(arguments), runs[0])]
+    assert before[0] == pytest.approx(before[1], rel=1e-5)
+
+
 def test_a_run_of_dft_logs_both_losses(runs):
     whole, killed = runs
     (nll,) = [row["sft/loss"] for row in logged(whole) if row["step"] == 1]
