@@ -3,11 +3,13 @@
 A window of `data.shuffle_buffer` rows is read at once, and given in a random order. The files of a
 source are read in another order in each epoch. All follows from the seed: what a step gets from the
 number of its draw. A `Place` says where the window of a draw begins, by the byte of a text file or
-the row of a table, so that a run that goes on does not read what comes before.
+the row of a table, so that a run that goes on does not read what comes before. While a window is
+used, a thread reads the next.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +18,9 @@ from typing import Any
 
 from grpo_jax.data import given, sources, streams, tables
 from grpo_jax.data.sources import Padded, Row, Source
+
+_AT_ONCE = 1000  # rows that are texts at the same time
+_PATIENCE_S = 20.0  # for a window that is being read and will not be used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +254,9 @@ class Stream:
         self._source = source
         self._place = Place()
         self._window: list[Any] | None = None  # examples in their order; None: not read
-        self._reader: Reader | None = None  # stands after the window
+        self._reader: Reader | None = None  # of the thread while it reads
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "stream")
+        self._ahead: concurrent.futures.Future | None = None  # the window after this one
         reader = self._read_from(Cursor(), range(len(self._parts)))
         self._first = next(iter(reader.take(1)), None)
         reader.close()
@@ -273,9 +280,17 @@ class Stream:
         return self._take(), self._place.as_json()
 
     def close(self) -> None:
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
+        """Ends the thread, and what it reads with."""
+        self._stop()
+        self._thread.shutdown(wait=False)
+
+    def _stop(self) -> None:
+        ahead, reader, self._ahead, self._reader = self._ahead, self._reader, None, None
+        if ahead is not None and not ahead.cancel():
+            if concurrent.futures.wait([ahead], _PATIENCE_S).not_done:
+                return  # it waits for the hub, perhaps; what it reads with ends with the process
+        if reader is not None:
+            reader.close()
 
     def _take(self) -> list[Any]:
         found: list[Any] = []
@@ -290,23 +305,30 @@ class Stream:
         return found
 
     def _go_to(self, place: Place) -> None:
-        self.close()
+        self._stop()
         self._reader = self._read_from(place.cursor, self._order(place.epoch))
         self._place = place
-        self._window = self._read_window() or []
+        _, window = self._read_window(place.epoch, place.window)
+        self._window = window or []
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        place = self._place
+        self._ahead = self._thread.submit(self._read_window, place.epoch, place.window + 1)
 
     def _next_window(self) -> None:
         """Reads the next window with examples; at the end of the source the next epoch begins."""
         empty = 0
         while True:
             place = self._place
-            at = self._reader.cursor
-            self._place = dataclasses.replace(place, window=place.window + 1, taken=0, cursor=at)
-            self._window = self._read_window()
+            at, self._window = self._ahead.result()
             if self._window is None:  # there are no more rows
                 empty += 1
-                epoch = place.epoch + 1
-                self._go_to(Place(place.draw, epoch))
+                self._go_to(Place(place.draw, place.epoch + 1))
+            else:
+                window = place.window + 1
+                self._place = dataclasses.replace(place, window=window, taken=0, cursor=at)
+                self._read_ahead()
             if self._window:
                 return
             if empty > 1:
@@ -314,17 +336,18 @@ class Stream:
                     f"{self._source}: no row is left; each was dropped. Raise the limits of tokens."
                 )
 
-    def _read_window(self) -> list[Any] | None:
-        """The examples of the place's window, in their order; None at the end of the source."""
-        rows = self._reader.take(self._rows)
-        if not rows:
-            return None
-        examples = self._encode(rows)
+    def _read_window(self, epoch: int, window: int) -> tuple[Cursor, list[Any] | None]:
+        """Where a window begins, and its examples in their order; None at the end of the source."""
+        at, number, examples = self._reader.cursor, 0, []
+        while rows := self._reader.take(min(self._rows - number, _AT_ONCE)):
+            number += len(rows)
+            examples += self._encode(rows)
+        if not number:
+            return at, None
         if not self._shuffles:
-            return examples
-        place = self._place
-        rng = streams.stream(self._seed, "windows", (place.epoch << 32) + place.window)
-        return [examples[i] for i in rng.permutation(len(examples))]
+            return at, examples
+        rng = streams.stream(self._seed, "windows", (epoch << 32) + window)
+        return at, [examples[i] for i in rng.permutation(len(examples))]
 
     def _read_from(self, cursor: Cursor, order: Sequence[int]) -> Reader:
         return Reader(self._parts, order, cursor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Collection, Iterator, Sequence
@@ -66,6 +67,8 @@ def stream(
     And the process that renders their chats. The first window is read before it returns.
     """
     form, renderer, told = problems_lib.form_of(config.data), Renderer(), _Told(config, section)
+    own = copy.deepcopy(policy.tokenizer)  # no two threads may use one at the same time
+    policy = dataclasses.replace(policy, tokenizer=own)
 
     def encoded(rows: Sequence[Row]) -> list[Any]:
         alike = problems_lib.alike([found.first, *rows], source)
