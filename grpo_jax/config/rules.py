@@ -332,13 +332,18 @@ def _check_sources(config: ConfigDict) -> None:
             "set exactly one of them, a generated task or a dataset."
         )
     if config.data.task:
-        names = "name eval_path eval_name eval_split columns prompt_template chat"
+        names = "name eval_path eval_name eval_split columns prompt_template chat streaming"
         for name in f"{names} system_prompt chat_template_kwargs date".split():
             if config.data[name]:
                 raise ValueError(
                     f"data.{name} goes with data.path; a task makes its own problems and held-out "
                     f"set. Clear data.{name}, or set data.path in place of data.task."
                 )
+    elif config.data.streaming and config.data.subset:
+        raise ValueError(
+            f"data.subset = {shown(config.data.subset)} names rows by their numbers, and "
+            "data.streaming = True reads them one after the other. Set one of the two otherwise."
+        )
     elif config.data.eval_name and not config.data.eval_path:
         raise ValueError(
             f"data.eval_name = {config.data.eval_name!r} goes with data.eval_path. Set that too; "

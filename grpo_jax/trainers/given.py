@@ -22,7 +22,9 @@ from ml_collections import ConfigDict
 from grpo_jax.algorithm.components import LossComponent
 from grpo_jax.config import derived, guard_rules, rules
 from grpo_jax.config.dotted import flatten
-from grpo_jax.data import tasks
+from grpo_jax.data import problems as problems_lib
+from grpo_jax.data import prompts as prompts_lib
+from grpo_jax.data import subset, tasks
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.devices.phases import phase
 from grpo_jax.environments.questions import Questions
@@ -34,7 +36,7 @@ from grpo_jax.rewards.registry import Reward
 from grpo_jax.run import claim, workdir
 from grpo_jax.run.checkpoints import Checkpoints
 from grpo_jax.run.stop import PATIENCE_S, Stopped, StopSignal
-from grpo_jax.setup import inputs, lora, model
+from grpo_jax.setup import examples, inputs, lora, model
 from grpo_jax.setup.engine import make_engine, make_evaluator
 from grpo_jax.setup.learner import Learner, make_supervised_learner
 from grpo_jax.setup.rewards import start_rewards
@@ -64,7 +66,8 @@ class Data:
     held_out: Sequence[Any] = ()  # rows of the same kind
     problems: Questions | None = None  # held-out problems that the rewards score; None: none
     rewards: Sequence[Reward] = ()  # if there are such problems
-    rows: Sequence[Any] = ()  # all rows of an epoch, if `Given.begin` reads them
+    close: Callable[[], None] = lambda: None  # ends what reads a stream
+    rows: Sequence[Any] = ()  # all rows of an epoch, if they are in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +138,13 @@ def run(
             open_for(config, folder)
             made, data = build(row, config, folder, path, evaluates=not is_start)
             if made is None:
+                data.close()
                 return folder / "export"
         train = functools.partial(grpo.train, gather=functools.partial(_gather, row, data))
         try:
             return restarts.carry_out(made, stop, began, train, functools.partial(_finish, row))
         finally:
+            data.close()
             if made.rewards is not None:
                 made.rewards.close()
 
@@ -208,6 +213,52 @@ def _finish(row: Given, run: Run, state: RunState, stop: StopSignal, wall_s: flo
                 f"{run.folder}. The same command continues the run."
             )
     return export
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+
+def rows(config: ConfigDict, policy: Policy, section: str, kind: str, now: datetime) -> Data:
+    """The training rows of the config's dataset, as a `kind` of `examples.KINDS`.
+
+    In memory, or with data.streaming read while they are needed. ValueError for rows that do not
+    fit, by file, row and column; of a stream for those of the first window.
+    """
+    source = problems_lib.train_source(config.data)
+    if config.data.streaming:
+        stream, renderer = examples.stream(config, policy, section, kind, source, now)
+
+        def close() -> None:
+            stream.close()
+            renderer.close()
+
+        return Data(stream.draw, 0, inputs.of_stream(stream.parts), close=close)
+    found = examples.load(config, policy, section, kind, source, "rows to train on", now)
+    found = subset.take(found, config.data.subset)
+    examples.check_length(policy, found, section)
+    batch = config[section].batch
+
+    def draw(number: int, place: Place) -> tuple[list[Any], Place]:
+        index = prompts_lib.prompt_indices(config.seed, number, len(found), batch)
+        return [found[i] for i in index], place
+
+    return Data(draw, len(found), inputs.of_examples(found), rows=found)
+
+
+def held_out(
+    config: ConfigDict, policy: Policy, section: str, kind: str, now: datetime
+) -> list[Any]:
+    """The held-out rows of the same kind; [] if there are none, or none with completions."""
+    source = problems_lib.held_out_source(config.data)
+    most = config.evaluation.num_problems
+    if source is None or not most:
+        return []
+    if not examples.are_given(config, kind, source):
+        say(f"{source}: its rows have no completions, so the loss is not measured on them.")
+        return []
+    found = examples.load(config, policy, section, kind, source, "held-out rows", now, most)
+    examples.check_length(policy, found, section)
+    return found
 
 
 # --- What the run is made of ----------------------------------------------------------------------

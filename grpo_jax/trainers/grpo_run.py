@@ -114,6 +114,11 @@ def refuse_early(config: ConfigDict, folder: Path) -> None:
 
 def _devices_and_rewards(config: ConfigDict) -> tuple[Mesh, list[Reward]]:
     """The mesh and the reward functions; ValueError if one is unavailable or does not fit."""
+    if config.data.streaming:
+        raise ValueError(
+            "data.streaming = True is of training on given completions, as grpo_jax.sft. GRPO "
+            "draws its problems by their numbers, and holds them in memory. Set it to False."
+        )
     mesh = sharding.make_mesh(**config.mesh)
     rules.check_devices(config, sharding.num_row_shards(mesh))
     _check_host_memory(config, mesh)
