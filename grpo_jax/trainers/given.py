@@ -24,7 +24,7 @@ from grpo_jax.config import derived, guard_rules, rules
 from grpo_jax.config.dotted import flatten
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
-from grpo_jax.data import subset, tasks
+from grpo_jax.data import subset
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.devices.phases import phase
 from grpo_jax.environments.questions import Questions
@@ -385,8 +385,3 @@ def _course(row: Given, config: ConfigDict, data: Data) -> Course:
         held_out_loss=row.held_out_loss,
         learning_rate=f"{row.section}.learning_rate",
     )
-
-
-def new_policy(config: ConfigDict) -> Policy:
-    """A new model of the config's sizes, with the tokenizer of its task."""
-    return model.new(config.model, tasks.load(config.data.task).make_tokenizer())
