@@ -42,7 +42,10 @@ def prog(name: str) -> str:
     return f"grpo-jax {name}" if command == "grpo-jax" else f"python -m grpo_jax.{name}"
 
 
-RUNS = {"train": "Trains a policy by GRPO.", "sft": "Trains a model on worked solutions."}
+RUNS = {
+    "train": "Trains a policy by GRPO.",
+    "sft": "Trains a model on texts, chats, or prompts with completions.",
+}
 
 
 def of_run(argv: list[str], name: str) -> Asked:

@@ -42,7 +42,8 @@ from grpo_jax.setup.learner import Learner, make_supervised_learner
 from grpo_jax.setup.rewards import start_rewards
 from grpo_jax.setup.run_folder import open_for
 from grpo_jax.structs import Experience, Params, Rollouts
-from grpo_jax.trainers import exporting, grpo, model_card, restarts, rollout
+from grpo_jax.trainers import exporting, grpo, model_card, restarts, rollout, tracking
+from grpo_jax.trainers.listeners import Callback
 from grpo_jax.trainers.monitor import Monitor
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Course, Run
@@ -112,12 +113,14 @@ def run(
     stop: StopSignal | None = None,
     *,
     is_start: bool = False,
+    callbacks: tuple[Callback, ...] = (),
 ) -> Path:
     """Trains, or continues the training in `folder`; returns the exported Hugging Face folder.
 
     `stop`: the caller's stop signal; None: the training installs its own. `is_start`: a later run
-    evaluates the model. Raises ValueError for a user's mistake, `guards.Diverged` if a guard ends
-    the training, and `stop.Stopped` after a requested stop has saved.
+    evaluates the model. `callbacks` are called after each step. Raises ValueError for a user's
+    mistake, `guards.Diverged` if a guard ends the training, and `stop.Stopped` after a requested
+    stop has saved.
     """
     if config.lora.rank and not config.model.path and not is_start:
         raise ValueError(
@@ -133,6 +136,7 @@ def run(
             if made is None:
                 data.close()
                 return folder / "export"
+            made = dataclasses.replace(made, callbacks=callbacks)
         train = functools.partial(grpo.train, gather=functools.partial(_gather, row, data))
         try:
             return restarts.carry_out(made, stop, began, train, functools.partial(_finish, row))
@@ -262,12 +266,15 @@ def build(
 ) -> tuple[Run | None, Data]:
     """The run and its data, read and checked; no run if the folder already has its export.
 
-    The folder is open. `evaluates`: whether the run measures held-out data.
+    The folder is open. `evaluates`: whether the run measures held-out data, and its metrics go to
+    the config's trackers.
     """
     mesh = sharding.make_mesh(**config.mesh)
     now = inputs.date(config.data.date, folder)
     policy = _policy(row, config, folder)
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
+    if evaluates:
+        tracking.check(config)
     is_done = (folder / "export" / "config.json").exists()
     data = row.read(config, policy, now, evaluates and not is_done)
     sums = {
@@ -279,7 +286,7 @@ def build(
         return None, data
     policy = policy_lib.keep(policy, folder / "source")
     lora.keep(config, folder)
-    course = _course(row, config, data)
+    course = dataclasses.replace(_course(row, config, data), is_tracked=evaluates)
     learner = make_supervised_learner(
         config,
         policy.model,
