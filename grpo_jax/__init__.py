@@ -12,9 +12,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`train` and `load`, imported on first use since they take seconds to import."""
-    if name == "train":  # a module that can be called
-        return importlib.import_module("grpo_jax.train")
+    """`train`, `sft`, `dpo` and `load`, imported on first use since they take seconds to import."""
+    if name in ("train", "sft", "dpo"):  # modules that can be called
+        return importlib.import_module(f"grpo_jax.{name}")
     if name == "load":
         return importlib.import_module("grpo_jax.api.model").load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -83,6 +83,8 @@ TABLE = (
 
     text("model.path", "", "Hugging Face folder or hub id", "The model to train",
          special={"": "make a new model, which is first trained as sft.* says"}),
+    text("model.tokenizer", "", "Hugging Face folder or hub id", "The tokenizer of a new model",
+         special={"": "that of data.task"}),
     choice("model.dtype", "float32", ("float32", "bfloat16"),
            "Precision of activations and of the weights in rollouts"),
     choice("model.param_dtype", "float32", {

@@ -349,6 +349,11 @@ def _check_sources(config: ConfigDict) -> None:
             f"data.eval_name = {config.data.eval_name!r} goes with data.eval_path. Set that too; "
             "for a split of data.path, data.eval_split alone."
         )
+    if config.model.path and config.model.tokenizer:
+        raise ValueError(
+            f"model.tokenizer = {config.model.tokenizer!r} is of a new model, and model.path = "
+            f"{config.model.path!r} names one, which has its own. Clear one of the two."
+        )
     form_of(config.data)
     _check_date(config.data.date)
     if len(config.rewards.names) != len(config.rewards.weights) or not config.rewards.names:
@@ -369,10 +374,10 @@ def _check_sources(config: ConfigDict) -> None:
                 "no completion would earn a reward. Set model.path to a Hugging Face folder or hub "
                 "id, or sft.num_steps or sft.num_epochs above 0."
             )
-        if not config.data.task:
+        if not config.data.task and not config.model.tokenizer:
             raise ValueError(
-                'model.path = "" makes a new model, which needs the tokenizer and worked solutions '
-                "of a data.task. Set data.task, or model.path."
+                'model.path = "" makes a new model, which needs a tokenizer: that of a data.task, '
+                "or of a folder. Set data.task, model.tokenizer or model.path."
             )
         if config.model.num_heads % config.model.num_kv_heads:
             raise ValueError(

@@ -24,7 +24,7 @@ from grpo_jax.config import derived, guard_rules, rules
 from grpo_jax.config.dotted import flatten
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
-from grpo_jax.data import subset, tasks
+from grpo_jax.data import subset
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.devices.phases import phase
 from grpo_jax.environments.questions import Questions
@@ -42,7 +42,8 @@ from grpo_jax.setup.learner import Learner, make_supervised_learner
 from grpo_jax.setup.rewards import start_rewards
 from grpo_jax.setup.run_folder import open_for
 from grpo_jax.structs import Experience, Params, Rollouts
-from grpo_jax.trainers import exporting, grpo, model_card, restarts, rollout
+from grpo_jax.trainers import exporting, grpo, model_card, restarts, rollout, tracking
+from grpo_jax.trainers.listeners import Callback
 from grpo_jax.trainers.monitor import Monitor
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Course, Run
@@ -116,14 +117,15 @@ def run(
     stop: StopSignal | None = None,
     *,
     is_start: bool = False,
+    callbacks: tuple[Callback, ...] = (),
     model_path: str = "",
 ) -> Path:
     """Trains, or continues the training in `folder`; returns the exported Hugging Face folder.
 
     `stop`: the caller's stop signal; None: the training installs its own. `is_start`: a later run
-    evaluates the model. `model_path`: a model that was made for it, in the place of the config's.
-    Raises ValueError for a user's mistake, `guards.Diverged` if a guard ends the training, and
-    `stop.Stopped` after a requested stop has saved.
+    evaluates the model. `callbacks` are called after each step. `model_path`: a model that was made
+    for it, in the place of the config's. Raises ValueError for a user's mistake, `guards.Diverged`
+    if a guard ends the training, and `stop.Stopped` after a requested stop has saved.
     """
     path = model_path or config.model.path
     if config.lora.rank and not path and not is_start:
@@ -140,6 +142,7 @@ def run(
             if made is None:
                 data.close()
                 return folder / "export"
+            made = dataclasses.replace(made, callbacks=callbacks)
         train = functools.partial(grpo.train, gather=functools.partial(_gather, row, data))
         try:
             return restarts.carry_out(made, stop, began, train, functools.partial(_finish, row))
@@ -270,12 +273,14 @@ def build(
     """The run and its data, read and checked; no run if the folder already has its export.
 
     The folder is open. `path`: the model's, "" for a new one. `evaluates`: whether the run measures
-    held-out data.
+    held-out data, and its metrics go to the config's trackers.
     """
     mesh = sharding.make_mesh(**config.mesh)
     now = inputs.date(config.data.date, folder)
     policy = _policy(row, config, folder, path)
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
+    if evaluates:
+        tracking.check(config)
     is_done = (folder / "export" / "config.json").exists()
     data = row.read(config, policy, now, evaluates and not is_done)
     sums = {
@@ -287,7 +292,7 @@ def build(
         return None, data
     policy = policy_lib.keep(policy, folder / "source")
     lora.keep(config, folder)
-    course = _course(row, config, data)
+    course = dataclasses.replace(_course(row, config, data), is_tracked=evaluates)
     learner = make_supervised_learner(
         config,
         policy.model,
@@ -401,8 +406,3 @@ def _course(row: Given, config: ConfigDict, data: Data) -> Course:
         held_out_loss=row.held_out_loss,
         learning_rate=f"{row.section}.learning_rate",
     )
-
-
-def new_policy(config: ConfigDict) -> Policy:
-    """A new model of the config's sizes, with the tokenizer of its task."""
-    return model.new(config.model, tasks.load(config.data.task).make_tokenizer())

@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax.config import derived, guard_rules, rules
-from grpo_jax.data import tasks
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.environments.questions import Questions
 from grpo_jax.messages.console import say
@@ -99,7 +98,7 @@ def settled(config: ConfigDict, num_problems: int) -> ConfigDict:
 def refuse_early(config: ConfigDict, folder: Path) -> None:
     """Raises ValueError early for errors that `run` would find only after training a new model."""
     mesh, rewards = _devices_and_rewards(config)
-    policy = model.new(config.model, tasks.load(config.data.task).make_tokenizer())
+    policy = model.new_policy(config)
     policy = lora.adapted_policy(policy, config)
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
     train, held_out = load_problems(config)
@@ -107,8 +106,8 @@ def refuse_early(config: ConfigDict, folder: Path) -> None:
     for problems in (train, held_out):
         answerable(config, rewards, problems)
         if problems:
-            ids = policy.tokenizer([problem.prompt for problem in problems])["input_ids"]
-            policy.check_length(ids, config.rollout.max_tokens)
+            texts = [p.prompt for p in problems if isinstance(p.prompt, str)] or [""]
+            policy.check_length(policy.tokenizer(texts)["input_ids"], config.rollout.max_tokens)
     open_for(config, folder)
 
 

@@ -43,12 +43,17 @@ def run(config: ConfigDict, folder: Path, stop: StopSignal) -> Path:
     A new model (`model.path` "") first learns the form of answers from worked solutions. Raises as
     `given.run`.
     """
-    row, path = PAIRS if preference_of(config).is_of_pairs else UNPAIRED, config.model.path
+    path = config.model.path
     if not path:
         print_title("Supervised start: updates on worked solutions")
         path = str(sft.run(config, folder / "bootstrap", stop, is_start=True))
         print_title(f"Preferences: {config.preference.loss}")
-    return given.run(row, config, folder, stop, model_path=path)
+    return given.run(row_of(config), config, folder, stop, model_path=path)
+
+
+def row_of(config: ConfigDict) -> Given:
+    """The row of the config's loss."""
+    return PAIRS if preference_of(config).is_of_pairs else UNPAIRED
 
 
 # --- A step ---------------------------------------------------------------------------------------

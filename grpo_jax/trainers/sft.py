@@ -29,7 +29,7 @@ from grpo_jax.messages.console import say
 from grpo_jax.models.policy import Policy
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.run.stop import StopSignal
-from grpo_jax.setup import inputs
+from grpo_jax.setup import inputs, model
 from grpo_jax.setup.data import answerable, encode, questions
 from grpo_jax.setup.rewards import load_rewards
 from grpo_jax.structs import Rollouts, pad_rows
@@ -223,5 +223,5 @@ SFT = Given(
     experience=lambda run, state, rows, completions: given.experience(run, state, completions),
     measure=_measure,
     held_out_loss="sft/eval_loss",
-    new_policy=given.new_policy,
+    new_policy=model.new_policy,
 )

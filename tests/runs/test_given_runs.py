@@ -13,6 +13,7 @@ from driving import drive
 from kill_and_resume import final_state, log_differences, logged, state_differences
 from mistakes import TINY, make_model, refusal
 
+import grpo_jax
 from grpo_jax import sft
 from grpo_jax.config import loading
 from grpo_jax.models import policy as policy_lib
@@ -152,6 +153,25 @@ def test_a_run_of_dft_logs_both_losses(runs):
     (nll,) = [row["sft/loss"] for row in logged(whole) if row["step"] == 1]
     (dft,) = [row for row in logged(killed.with_name("dft")) if row["step"] == 1]
     assert dft["sft/nll"] == pytest.approx(nll, rel=1e-6) and 0 < dft["sft/loss"] < nll
+
+
+def test_a_new_model_from_python(argv, tmp_path, one_device):
+    """Of a tokenizer's folder, on texts in a list; the config's task is not used."""
+    config = loading.load(str(TINY), [a for a in argv("x") if a.startswith("--config.")])
+    rows = [{"text": f"{i}+1={i + 1}"} for i in range(9)]
+    seen = []
+    options = {"model.path": "", "model.tokenizer": config.model.path, "batch": 5,
+               "num_epochs": 1.0, "num_steps": 0, "mesh.data": 1,
+               "logging.tensorboard": False}  # fmt: skip
+    run = grpo_jax.sft(None, rows, rows[:4], workdir=tmp_path / "run", config=str(TINY),
+                       callbacks=[lambda step: seen.append(step.number)], **options)  # fmt: skip
+    assert run.is_finished and run.summary == {} and seen == [0, 1, 2]
+    assert run.metrics[-1]["sft/eval_loss"] < run.metrics[0]["sft/eval_loss"]
+    assert run.config.sft.batch == 5 and run.config.data.task == ""
+    (answer,) = run.model().generate(["1+1="], max_tokens=4)
+    assert len(answer.token_ids) <= 4
+    with pytest.raises(ValueError, match="Give num_steps or num_epochs: how long"):
+        grpo_jax.sft(config.model.path, rows)
 
 
 BAD = {

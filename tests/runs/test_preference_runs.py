@@ -71,7 +71,7 @@ def test_a_run_begins_at_the_reference_and_leaves_it(runs):
         updates = [line for line in lines if "preference/loss" in line]
         assert updates[0]["preference/loss"] == pytest.approx(at_start, abs=1e-5)
         assert lines[-1]["preference/eval_reward_margin"] > 0.01
-        assert updates[-1]["preference/loss"] < at_start
+        assert lines[-1]["preference/eval_loss"] < at_start
         measured = [line["step"] for line in lines if "preference/eval_loss" in line]
         assert measured == [0, 2, 4, STEPS]
         assert all("eval/accuracy" in lines[step] for step in measured)
