@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     """What programs import from here, on first use: it takes seconds to import."""
-    if name == "train":  # a module that can be called
-        return importlib.import_module("grpo_jax.train")
+    if name in ("train", "sft", "dpo", "reward_model"):  # modules that can be called
+        return importlib.import_module(f"grpo_jax.{name}")
     if name == "load":
         return importlib.import_module("grpo_jax.api.model").load
     if name == "load_reward_model":

@@ -23,7 +23,7 @@ from grpo_jax.rewards import registry
 
 PROGRAMS = {
     "train": "GRPO; a new model is first trained on worked solutions",
-    "sft": "that supervised start alone",
+    "sft": "supervised training on texts, chats, or prompts with completions",
     "dpo": "trains on preferences: DPO and its relatives, KTO, ORPO",
     "reward_model": "trains a reward model on pairs",
     "generate": "completes a prompt with a model or a run",

@@ -5,16 +5,18 @@ from __future__ import annotations
 import collections
 import contextlib
 import dis
+import importlib
 import os
 import shutil
 import sys
 import threading
 import time
 import traceback
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 from ml_collections import ConfigDict
@@ -197,16 +199,35 @@ def train_on_given(
         raise ValueError(
             f"{section}.num_steps = 0: nothing to train. Set it or {section}.num_epochs above 0."
         )
-    use_all_cores(config, model.model_shape(config, folder).num_params)
-    show_devices()
-    use_nan_checks(config.debug.nans)
-    if config.compile_cache:
-        use_compile_cache(config.mesh)
+    set_up(config, model.model_shape(config, folder).num_params)
     save_before_s = config.checkpoint.save_before_s
     with told(config, folder), StopSignal(save_before_s, may_exit=True) as stop_signal:
         export = run(config, folder, stop_signal)
         events.happened("finished", f"Run finished: {folder}", export=str(export))
         say(f"The trained model is in {export}.", always=True)
+
+
+def set_up(config: ConfigDict, num_params: int) -> None:
+    """Sets JAX's devices and settings by the config, for training on completions of the data."""
+    use_all_cores(config, num_params)
+    show_devices()
+    use_nan_checks(config.debug.nans)
+    if config.compile_cache:
+        use_compile_cache(config.mesh)
+
+
+def make_callable(module: str, function: str) -> None:
+    """Lets the module of a program be called: `grpo_jax.sft(...)` trains from Python.
+
+    `function`: what is called, "module:function"; it is imported then, and has the documentation.
+    """
+
+    class Program(types.ModuleType):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            place, _, name = function.partition(":")
+            return getattr(importlib.import_module(place), name)(*args, **kwargs)
+
+    sys.modules[module].__class__ = Program
 
 
 _LINGER_S = 5.0  # for threads to end

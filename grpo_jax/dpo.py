@@ -10,5 +10,8 @@ def main(argv: list[str]) -> None:
     cli.train_on_given(argv, "dpo", "preference", preference.run)
 
 
+cli.make_callable(__name__, "grpo_jax.api.given:dpo")
+
+
 if __name__ == "__main__":
     cli.main(main)

@@ -73,6 +73,12 @@ def _flat(chosen: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def in_section(section: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with the whole names of those that are the section's, if it has such."""
+    own = lambda name: f"{section}.{name}" if f"{section}.{name}" in options.BY_NAME else name  # noqa: E731
+    return {own(name): value for name, value in chosen.items()}
+
+
 def option_of(name: str) -> str:
     """The dotted name of an option, from itself or from its last part.
 

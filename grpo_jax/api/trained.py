@@ -55,9 +55,9 @@ class Trained:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Accuracy before and after, tokens, seconds; {} for a stopped run."""
+        """Accuracy before and after, tokens, seconds; {} for a stopped run, and one of `sft`."""
         file = self.workdir / "summary.json"
-        if not self.is_finished:
+        if not self.is_finished or not file.exists():
             return {}
         return json.loads(file.read_text(encoding="utf-8"))
 

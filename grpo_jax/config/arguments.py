@@ -44,7 +44,7 @@ def prog(name: str) -> str:
 
 RUNS = {
     "train": "Trains a policy by GRPO.",
-    "sft": "Trains a model on worked solutions.",
+    "sft": "Trains a model on texts, chats, or prompts with completions.",
     "dpo": "Trains a model on preferences: DPO and its relatives, KTO, ORPO.",
     "reward_model": "Trains a reward model on pairs, by Bradley and Terry.",
 }

@@ -87,6 +87,8 @@ TABLE = (
 
     text("model.path", "", "Hugging Face folder or hub id", "The model to train",
          special={"": "make a new model, which is first trained as sft.* says"}),
+    text("model.tokenizer", "", "Hugging Face folder or hub id", "The tokenizer of a new model",
+         special={"": "that of data.task"}),
     choice("model.dtype", "float32", ("float32", "bfloat16"),
            "Precision of activations and of the weights in rollouts"),
     choice("model.param_dtype", "float32", {
@@ -151,6 +153,12 @@ TABLE = (
     several("data.chat_template_kwargs", (), "\"name=value\"",
             "What the chat template is given besides messages, such as "
             "(\"enable_thinking=False\",)"),
+    flag("data.streaming", False,
+         "Read rows with given completions (grpo_jax.sft and its like) while training, one window "
+         "after the other, and not all into memory before it"),
+    number("data.shuffle_buffer", 10_000, NOT_NEGATIVE, "rows",
+           "Window of a stream within which rows are shuffled",
+           special={0: "the order of the source"}),
     text("data.date", "", "date, such as 2026-11-28", "The date that chat templates are told",
          special={"": "the day on which the run was started"}, free=True),
     number("data.num_train", 10_000, COUNT, "problems", "Training problems that a task generates"),

@@ -340,17 +340,27 @@ def _check_sources(config: ConfigDict) -> None:
             "set exactly one of them, a generated task or a dataset."
         )
     if config.data.task:
-        names = "name eval_path eval_name eval_split columns prompt_template chat"
+        names = "name eval_path eval_name eval_split columns prompt_template chat streaming"
         for name in f"{names} system_prompt chat_template_kwargs date".split():
             if config.data[name]:
                 raise ValueError(
                     f"data.{name} goes with data.path; a task makes its own problems and held-out "
                     f"set. Clear data.{name}, or set data.path in place of data.task."
                 )
+    elif config.data.streaming and config.data.subset:
+        raise ValueError(
+            f"data.subset = {shown(config.data.subset)} names rows by their numbers, and "
+            "data.streaming = True reads them one after the other. Set one of the two otherwise."
+        )
     elif config.data.eval_name and not config.data.eval_path:
         raise ValueError(
             f"data.eval_name = {config.data.eval_name!r} goes with data.eval_path. Set that too; "
             "for a split of data.path, data.eval_split alone."
+        )
+    if config.model.path and config.model.tokenizer:
+        raise ValueError(
+            f"model.tokenizer = {config.model.tokenizer!r} is of a new model, and model.path = "
+            f"{config.model.path!r} names one, which has its own. Clear one of the two."
         )
     form_of(config.data)
     _check_date(config.data.date)
@@ -372,10 +382,10 @@ def _check_sources(config: ConfigDict) -> None:
                 "no completion would earn a reward. Set model.path to a Hugging Face folder or hub "
                 "id, or sft.num_steps or sft.num_epochs above 0."
             )
-        if not config.data.task:
+        if not config.data.task and not config.model.tokenizer:
             raise ValueError(
-                'model.path = "" makes a new model, which needs the tokenizer and worked solutions '
-                "of a data.task. Set data.task, or model.path."
+                'model.path = "" makes a new model, which needs a tokenizer: that of a data.task, '
+                "or of a folder. Set data.task, model.tokenizer or model.path."
             )
         if config.model.num_heads % config.model.num_kv_heads:
             raise ValueError(

@@ -8,7 +8,9 @@ same: `completion_only_loss`, `assistant_only_loss`, and all tokens of a text.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any
@@ -18,7 +20,7 @@ import numpy as np
 from grpo_jax.data import prompts, templates
 from grpo_jax.data.chats import Messages
 from grpo_jax.data.examples import Example, Ids, Pair, Unpaired, Written
-from grpo_jax.data.templates import CLOSED, OPEN, REPLY, Span
+from grpo_jax.data.templates import CLOSED, OPEN, REPLY, Renderer, Span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Encoded:
     """
 
     examples: list[Any]  # of one kind of `examples.KINDS`
+    num_rows: int = 0  # with those that were dropped
     num_dropped: int = 0
     num_truncated: int = 0
     num_ended: int = 0  # chats whose template writes no stop token at the end; it was added
@@ -52,7 +55,7 @@ class Encoded:
 
     def __add__(self, other: Encoded) -> Encoded:
         read = [reads for reads in (self.reads, other.reads) if reads is not None]
-        counts = ("num_dropped", "num_truncated", "num_ended", "num_unmarked")
+        counts = ("num_rows", "num_dropped", "num_truncated", "num_ended", "num_unmarked")
         return Encoded(
             self.examples + other.examples,
             **{name: getattr(self, name) + getattr(other, name) for name in counts},
@@ -83,19 +86,23 @@ def encode(
     loss_on: str = "completion",
     now: datetime | None = None,
     on_text: Callable[[int, int], None] = lambda done, total: None,
+    renderer: Renderer | None = None,
 ) -> Encoded:
     """The rows as examples of their kind.
 
     A text ends with the tokenizer's end of text; a chat as its template ends it, and with a stop
     token of the model (`stop_ids`) if the template writes none. `loss_on`: "completion",
-    "assistant" or "all", as `sft.loss_on`. `now` and `on_text` as of `prompts.encode`.
+    "assistant" or "all", as `sft.loss_on`. `now` and `on_text` as of `prompts.encode`. `renderer`:
+    one that further calls use too; None: one of this call.
 
     Raises ValueError, naming the row, if a chat has no template or is refused by it, if the tokens
     of a prompt are no prefix of those of the whole, if "assistant" is asked for and the row has
     none, or the template changes earlier turns, and if a row is too long and that is refused.
     """
     made = [_Row(row) for row in rows]
-    reads = _write(made, loss_on, tokenizer, now, on_text)
+    with contextlib.nullcontext(renderer) if renderer else Renderer() as used:
+        render = functools.partial(_render, used, tokenizer, now, on_text)
+        reads = _write(made, loss_on, render)
     _tokenize([row for row in made if row.written.is_chat], tokenizer, special=False)
     _tokenize([row for row in made if not row.written.is_chat], tokenizer, special=True)
     end = tokenizer.eos_token_id
@@ -107,6 +114,7 @@ def encode(
         num_unmarked += _is_unmarked(row, {end, *stop_ids})
     return dataclasses.replace(
         _cut([_parts(row, tokenizer, loss_on) for row in made], rows, kind, limits),
+        num_rows=len(rows),
         num_ended=num_ended,
         num_unmarked=num_unmarked,
         reads=reads,
@@ -116,13 +124,10 @@ def encode(
 # --- Texts ----------------------------------------------------------------------------------------
 
 
-def _write(
-    rows: Sequence[_Row],
-    loss_on: str,
-    tokenizer: Any,
-    now: datetime | None,
-    on_text: Callable[[int, int], None],
-) -> frozenset[str] | None:
+Render = Callable[[Sequence[tuple[_Row, Messages, str]], bool], templates.Rendered]
+
+
+def _write(rows: Sequence[_Row], loss_on: str, render: Render) -> frozenset[str] | None:
     """Sets the texts of rows, and the spans of the assistant; returns what the template reads."""
     chats = [row for row in rows if row.written.is_chat]
     for row in rows:
@@ -146,7 +151,7 @@ def _write(
             *([] if row.written.prompt is None else [(row.written.prompt, REPLY)]),
         )
     ]
-    found = _render(asked, tokenizer, now, on_text, with_spans=loss_on == "assistant")
+    found = render(asked, loss_on == "assistant")
     for (row, _, end), text, spans in zip(asked, found.texts, found.spans):
         if end == REPLY:
             row.prompt = text
@@ -154,7 +159,7 @@ def _write(
             row.wholes.append(text)
             row.spans.append(spans)
     if loss_on == "assistant":
-        _write_turns([row for row in chats if row.spans[0] is None], tokenizer, now, on_text)
+        _write_turns([row for row in chats if row.spans[0] is None], render)
     return found.reads
 
 
@@ -169,12 +174,7 @@ def _joined(prompt: Messages | None, completion: Messages) -> Messages:
     return [*prompt[:-1], prompt[-1] | completion[0] | {"content": text}, *completion[1:]]
 
 
-def _write_turns(
-    rows: Sequence[_Row],
-    tokenizer: Any,
-    now: datetime | None,
-    on_text: Callable[[int, int], None],
-) -> None:
+def _write_turns(rows: Sequence[_Row], render: Render) -> None:
     """Sets the spans of the assistant's turns of chats whose template has no marks.
 
     A turn is what its message adds to the text of those before it, after the assistant's opening.
@@ -190,7 +190,7 @@ def _write_turns(
     asked += [(row, chat[: i + 1], CLOSED) for row, chat, i in turns]
     if not asked:
         return
-    texts = _render(asked, tokenizer, now, on_text).texts
+    texts = render(asked, False).texts
     for row in rows:
         row.spans = [[]]
     for (row, _, i), before, after in zip(turns, texts, texts[len(turns) :]):
@@ -205,15 +205,15 @@ def _write_turns(
 
 
 def _render(
-    asked: Sequence[tuple[_Row, Messages, str]],
+    renderer: Renderer,
     tokenizer: Any,
     now: datetime | None,
     on_text: Callable[[int, int], None],
-    *,
-    with_spans: bool = False,
+    asked: Sequence[tuple[_Row, Messages, str]],
+    with_spans: bool,
 ) -> templates.Rendered:
     try:
-        return templates.render(
+        return renderer.render(
             tokenizer,
             [messages for _, messages, _ in asked],
             [row.written.arguments for row, _, _ in asked],
@@ -402,7 +402,7 @@ def _cut(parts: list[_Parts], rows: Sequence[Written], kind: str, limits: Limits
                 continue
             num_truncated += 1
         examples.append(_MADE[kind](part, row))
-    return Encoded(examples, num_dropped, num_truncated)
+    return Encoded(examples, num_dropped=num_dropped, num_truncated=num_truncated)
 
 
 def _shortened(part: _Parts, limits: Limits) -> _Parts:

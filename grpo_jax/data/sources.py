@@ -63,22 +63,35 @@ def read(source: Source) -> Iterator[Row]:
     block beyond the limits at the top of this module. Only files inside the folder or hub dataset
     are read, even if one of its files refers to others.
     """
-    option = source.options[0]
     if source.path.startswith(given.PREFIX):
         yield from _given_rows(source)
         return
-    path = expanded(source.path, option)
-    if path.is_file():
-        yield from _file_rows(path, option)
-    elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        yield from _saved_rows(path, source)
-    elif path.is_dir():
-        hint = "Give a folder with files such as train.jsonl, or one that save_to_disk wrote."
-        splits = _splits(source, f"{source} cannot be read as a folder of data", hint)
-        for file in splits[_chosen(source, list(splits))]:
-            yield from _file_rows(Path(file), option)
-    else:
+    found = files(source)
+    if found is None:
         yield from _hub_rows(source)
+        return
+    for path in found:
+        if path.is_dir():
+            yield from _saved_rows(path, source)
+        else:
+            yield from file_rows(path, source.options[0])
+
+
+def files(source: Source) -> list[Path] | None:
+    """The files of a source, in its order; None for a hub dataset, which has none here.
+
+    What `Dataset.save_to_disk` wrote is one folder. Raises as `read`.
+    """
+    path = expanded(source.path, source.options[0])
+    if path.is_file():
+        return [path]
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return [_saved(path, source)]
+    if not path.is_dir():
+        return None
+    hint = "Give a folder with files such as train.jsonl, or one that save_to_disk wrote."
+    splits = _splits(source, f"{source} cannot be read as a folder of data", hint)
+    return [Path(file) for file in splits[_chosen(source, list(splits))]]
 
 
 def _given_rows(source: Source) -> Iterator[Row]:
@@ -90,7 +103,7 @@ def _given_rows(source: Source) -> Iterator[Row]:
             "on with that run from the program, or give a file."
         )
     if given.is_dataset(rows):
-        yield from _dataset_rows(rows, name)
+        yield from dataset_rows(rows, name)
         return
     for number, row in enumerate(rows, start=1):
         yield f"{name}, row {number}", dict(row)
@@ -99,7 +112,7 @@ def _given_rows(source: Source) -> Iterator[Row]:
 # --- Files ----------------------------------------------------------------------------------------
 
 
-def _file_rows(path: Path, option: str) -> Iterator[Row]:
+def file_rows(path: Path, option: str) -> Iterator[Row]:
     if path.suffix == ".jsonl":
         yield from _json_lines(path, option)
     elif path.suffix == ".json":
@@ -112,20 +125,24 @@ def _file_rows(path: Path, option: str) -> Iterator[Row]:
     elif path.stat().st_size:
         kind = _KINDS[path.suffix]
         trouble = f"{option}: {path} cannot be read as {kind}"
-        yield from _numbered(tables.rows(path, kind), str(path), trouble)
+        yield from numbered(tables.rows(path, kind), str(path), trouble)
 
 
 def _json_lines(path: Path, option: str) -> Iterator[Row]:
     for number, line in lines(path, option):
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{option}: {where} is not JSON ({error}): {cut(line)}. Each line needs one "
-                "JSON object."
-            ) from error
-        yield where, _as_row(row, where, option)
+        yield json_row(line, f"{path}, line {number}", option)
+
+
+def json_row(line: str, where: str, option: str) -> Row:
+    """The row of a line of JSONL; ValueError for what is no JSON object."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{option}: {where} is not JSON ({error}): {cut(line)}. Each line needs one JSON "
+            "object."
+        ) from error
+    return where, _as_row(row, where, option)
 
 
 def _json_rows(path: Path, option: str) -> Iterator[Row]:
@@ -162,10 +179,20 @@ def _as_row(row: Any, where: str, option: str) -> dict[str, Any]:
 
 def lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
     """Non-blank lines with their numbers from 1, read one at a time."""
+    for number, text, _ in lines_after(path, option):
+        yield number, text
+
+
+def lines_after(
+    path: Path, option: str, number: int = 0, byte: int = 0
+) -> Iterator[tuple[int, str, int]]:
+    """Non-blank lines after the first `number`, which end at `byte`: number, text, end in bytes."""
     try:
         with path.open("rb") as file:
+            file.seek(byte)
             pieces = iter(lambda: file.readline(MAX_ROW_BYTES + 1), b"")
-            for number, line in enumerate(pieces, start=1):
+            for line in pieces:
+                number, byte = number + 1, byte + len(line)
                 if len(line) > MAX_ROW_BYTES:
                     raise _too_large(option, f"{path}, line {number}", MAX_ROW_BYTES)
                 try:
@@ -176,7 +203,7 @@ def lines(path: Path, option: str) -> Iterator[tuple[int, str]]:
                         f"{option}: {path}, line {number} is not UTF-8. Save the file as UTF-8."
                     ) from error
                 if text:
-                    yield number, text
+                    yield number, text, byte
     except OSError as error:
         raise ValueError(f"{option}: cannot read {path}: {error.strerror}.") from error
 
@@ -191,17 +218,33 @@ def _too_large(option: str, what: str, most_bytes: int) -> ValueError:
 # --- Folders and the hub --------------------------------------------------------------------------
 
 
-def _saved_rows(path: Path, source: Source) -> Iterator[Row]:
-    """Rows of what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
-    where, trouble = source.path, f"{source} cannot be read as a saved dataset"
-    with _explained(trouble):
+def _saved(path: Path, source: Source) -> Path:
+    """The folder that `Dataset.save_to_disk` wrote, of the chosen split of a dictionary."""
+    trouble = f"{source} cannot be read as a saved dataset"
+    with explained(trouble):
         splits = _saved_splits(path)
     if splits is not None:
-        split = _chosen(source, splits)
-        path, where = path / split, f"{where} ({split})"
-    with _explained(trouble):
+        path = path / _chosen(source, splits)
+    with explained(trouble):
         _refuse_files_outside(path / "state.json")
-    yield from _numbered(tables.rows(path, "saved"), where, trouble)
+    return path
+
+
+def saved_files(folder: Path) -> list[Path] | None:
+    """The Arrow files of a saved dataset, in its order; None if it is not all of their rows."""
+    state = _small_json(folder / "state.json")
+    chosen = ("_indices_data_files", "_indices_files", "_format_columns")
+    if any(state.get(name) for name in chosen):
+        return None
+    return [folder / file["filename"] for file in state["_data_files"]]
+
+
+def _saved_rows(path: Path, source: Source) -> Iterator[Row]:
+    """Rows of what `_saved` found."""
+    trouble = f"{source} cannot be read as a saved dataset"
+    is_split = path != expanded(source.path, source.options[0])
+    where = f"{source.path} ({path.name})" if is_split else source.path
+    yield from numbered(tables.rows(path, "saved"), where, trouble)
 
 
 def _saved_splits(folder: Path) -> list[str] | None:
@@ -235,6 +278,17 @@ def _small_json(file: Path) -> dict[str, Any]:
 
 
 def _hub_rows(source: Source) -> Iterator[Row]:
+    split, dataset = _from_hub(source)
+    yield from dataset_rows(dataset, f"{source.path} ({split})")
+
+
+def hub_stream(source: Source) -> Any:
+    """A hub dataset that is fetched as it is read, a `datasets.IterableDataset`."""
+    return _from_hub(source, streaming=True)[1].decode(False)
+
+
+def _from_hub(source: Source, *, streaming: bool = False) -> tuple[str, Any]:
+    """The split of a hub dataset that is chosen, and the dataset."""
     path, file = source.path, Path(source.path)
     missing = f"{source}: there is no such file or folder"
     hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path)
@@ -248,12 +302,12 @@ def _hub_rows(source: Source) -> Iterator[Row]:
     missing += ", and the Hugging Face hub does not give a dataset of that name"
     hint = "Check the spelling and the connection; a private or gated one needs `hf auth login`."
     splits = _splits(source, missing, hint)
-    split = _chosen(source, list(splits), slices=True)
-    with _explained(f"{source}, {source.options[2]} = {split!r} cannot be read", hint):
+    split = _chosen(source, list(splits), slices=not streaming)
+    with explained(f"{source}, {source.options[2]} = {split!r} cannot be read", hint):
         import datasets
 
-        dataset = datasets.load_dataset(path, source.name or None, split=split)
-    yield from _dataset_rows(dataset, f"{path} ({split})")
+        more = {"streaming": True} if streaming else {}
+        return split, datasets.load_dataset(path, source.name or None, split=split, **more)
 
 
 def _splits(source: Source, trouble: str, hint: str = "") -> dict[str, list[str]]:
@@ -266,7 +320,7 @@ def _splits(source: Source, trouble: str, hint: str = "") -> dict[str, list[str]
             "reads the characters [ * ? as a pattern. Give one of its files, or rename it."
         )
     try:
-        with _explained(trouble, hint), _quiet() as datasets:
+        with explained(trouble, hint), _quiet() as datasets:
             builder = datasets.load_dataset_builder(path, source.name or None)
     except ValueError as error:  # perhaps the configuration is unknown or missing
         known = re.search(r"onfig.*\[('.*')\]", str(error.__cause__), re.DOTALL)
@@ -312,21 +366,27 @@ class Padded(dict):
     """A row of Arrow: its structs have the keys of all rows, with null for missing values."""
 
 
-def _numbered(rows: Iterator[dict[str, Any]], where: str, trouble: str) -> Iterator[Row]:
-    number = 0
+def numbered(
+    rows: Iterator[dict[str, Any]], where: str, trouble: str, number: int = 0
+) -> Iterator[Row]:
+    """Rows of a table with their places; `number`: of the rows before them."""
     try:
-        for number, row in enumerate(rows, start=1):
+        for row in rows:
+            number += 1
             yield f"{where}, row {number}", Padded(row)
     except tables.TableError as error:
         after = f" after row {number}" * bool(number)
         raise ValueError(f"{trouble}{after} ({error}).") from error
 
 
-def _dataset_rows(dataset: Any, where: str) -> Iterator[Row]:
-    """Rows as they are stored; files that an image column names are not opened."""
-    number, batches = 0, dataset.with_format("arrow").iter(batch_size=1000)
+def dataset_rows(dataset: Any, where: str, number: int = 0) -> Iterator[Row]:
+    """Rows as they are stored; files that an image column names are not opened.
+
+    `number`: of the rows before them.
+    """
+    batches = dataset.with_format("arrow").iter(batch_size=1000)
     while True:
-        with _explained(f"{where} cannot be read after row {number}"):
+        with explained(f"{where} cannot be read after row {number}"):
             batch = next(batches, None)
             rows = None if batch is None else list(tables.values(batch))
         if rows is None:
@@ -337,7 +397,7 @@ def _dataset_rows(dataset: Any, where: str) -> Iterator[Row]:
 
 
 @contextlib.contextmanager
-def _explained(trouble: str, hint: str = "") -> Iterator[None]:
+def explained(trouble: str, hint: str = "") -> Iterator[None]:
     """Turns any error into a ValueError of one line: the problem, its reason, a hint."""
     try:
         yield

@@ -9,7 +9,9 @@ read here, with a bound on each row.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import os
 import resource
@@ -36,21 +38,30 @@ class TableError(ValueError):
     """A file could not be read as a table; its text is the reason."""
 
 
-def rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
+def rows(path: Path, kind: str, first: int = 0) -> Iterator[dict[str, Any]]:
     """The rows of a file ("parquet", "arrow", "csv") or a folder ("saved", of `save_to_disk`).
 
-    Raises TableError for a file that is not of this kind, or is beyond the limits at the top of
-    this module.
+    `first`: rows to pass over, without reading what comes before in all kinds but CSV. Raises
+    TableError for a file that is not of this kind, or is beyond the limits at the top of this
+    module.
     """
     if kind != "csv":
-        yield from _from_process(path, kind)
+        yield from _from_process(path, kind, first)
         return
+    with _told():
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for batch in _batches(_Rows(file)):
+                yield from values(batch)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Turns the errors of Arrow and pandas, which have no common base class, into TableErrors."""
     try:
-        for batch in _csv(path):
-            yield from values(batch)
+        yield
     except TableError:
         raise
-    except Exception as error:  # from Arrow and pandas, without a common base class
+    except Exception as error:
         raise TableError(_reason(error)) from error
 
 
@@ -59,7 +70,7 @@ def _reason(error: Exception) -> str:
     return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
 
 
-def _from_process(path: Path, kind: str) -> Iterator[dict[str, Any]]:
+def _from_process(path: Path, kind: str, first: int) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
 
     code = (
@@ -67,7 +78,7 @@ def _from_process(path: Path, kind: str) -> Iterator[dict[str, Any]]:
     )
     size = sum(f.stat().st_size for f in ([path] if path.is_file() else path.glob("*.arrow")))
     most_bytes = MAX_UNPACKED_BYTES + MAX_UNPACKED_TIMES * size
-    limits = {"all": most_bytes, "memory": MEMORY_BYTES}
+    limits = {"all": most_bytes, "memory": MEMORY_BYTES, "first": first}
     process = subprocess.Popen(
         [sys.executable, "-c", code, kind, str(path), json.dumps(limits)],
         stdin=subprocess.DEVNULL,
@@ -135,15 +146,49 @@ def _end(status: int, told: str) -> str:
 # --- CSV ------------------------------------------------------------------------------------------
 
 
-def _csv(path: Path) -> Iterator[Any]:
+class Csv:
+    """A CSV file that is read on from a place: `byte` is where a row begins, 0 at the start."""
+
+    def __init__(self, path: Path, byte: int = 0):
+        with path.open("rb") as file:
+            self._start = 3 if file.read(3) == b"\xef\xbb\xbf" else 0  # the mark of UTF-8
+        self._file = self._open(path)
+        with _told():
+            self._header = self._rows.read(1)
+        if byte:
+            self._file.close()
+            self._start = byte
+            self._file = self._open(path)
+
+    def _open(self, path: Path) -> Any:
+        binary = path.open("rb")
+        binary.seek(self._start)
+        file = io.TextIOWrapper(binary, encoding="utf-8", newline="")
+        self._rows = _Rows(file)
+        return file
+
+    @property
+    def byte(self) -> int:
+        """Where the next row begins."""
+        return self._start + self._rows.num_bytes
+
+    def take(self, count: int) -> list[dict[str, Any]]:
+        """The next rows, fewer at the end; pandas infers each column's type from these."""
+        with _told():
+            text = self._rows.take(count)
+            batches = _batches(io.StringIO(self._header + "".join(text))) if text else ()
+            return [row for batch in batches for row in values(batch)]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _batches(file: Any) -> Iterator[Any]:
     """Batches of a CSV file; pandas infers each column's type from its first rows."""
     import pandas
     import pyarrow as pa
 
-    with (
-        path.open(encoding="utf-8-sig", newline="") as file,
-        pandas.read_csv(_Rows(file), chunksize=10_000) as frames,
-    ):
+    with pandas.read_csv(file, chunksize=10_000) as frames:
         for frame in frames:
             if not isinstance(frame.index, pandas.RangeIndex):
                 raise TableError("its rows have more values than its first line has names")
@@ -177,6 +222,7 @@ class _Rows:
     def __init__(self, file: Any):
         self._file = file
         self._number = 0  # of the line
+        self.num_bytes = 0  # read so far, of whole rows once one was taken; with the mark of UTF-8
         self._row_bytes = 0
         self._text: list[str] = []
         self._rows = csv.reader(self._lines())
@@ -184,7 +230,9 @@ class _Rows:
     def _lines(self) -> Iterator[str]:
         while line := self._line():
             self._number += 1
-            self._row_bytes += len(line) if line.isascii() else len(line.encode())
+            size = len(line) if line.isascii() else len(line.encode())
+            self._row_bytes += size
+            self.num_bytes += size
             if self._row_bytes > MAX_ROW_BYTES:
                 raise TableError(
                     f"the row of line {self._number} is longer than {MAX_ROW_BYTES} bytes, the "
@@ -209,18 +257,37 @@ class _Rows:
     def read(self, size: int = -1) -> str:
         """The text of whole rows, about `size` characters; "" at the end."""
         self._text.clear()
-        length, before = 0, csv.field_size_limit(MAX_ROW_BYTES)
+        length = 0
+        while length < max(size, 1) and (read := self._row()):
+            length += read[1]
+        return "".join(self._text)
+
+    def take(self, count: int) -> list[str]:
+        """The texts of the next rows that are not blank, fewer at the end."""
+        found: list[str] = []
+        while len(found) < count:
+            self._text.clear()
+            if (read := self._row()) is None:
+                break
+            if read[0]:
+                found.append("".join(self._text))
+        if found and not found[-1].endswith(("\n", "\r")):
+            found[-1] += "\n"
+        return found
+
+    def _row(self) -> tuple[list[str], int] | None:
+        """The values of the next row, and its length in bytes; None at the end."""
+        before = csv.field_size_limit(MAX_ROW_BYTES)
         try:
-            while length < max(size, 1) and (row := next(self._rows, None)) is not None:
-                if len(row) > MAX_COLUMNS:
-                    raise TableError(
-                        f"the row of line {self._number} has more than {MAX_COLUMNS} values"
-                    )
-                length += self._row_bytes
-                self._row_bytes = 0
+            row = next(self._rows, None)
         finally:
             csv.field_size_limit(before)
-        return "".join(self._text)
+        if row is None:
+            return None
+        if len(row) > MAX_COLUMNS:
+            raise TableError(f"the row of line {self._number} has more than {MAX_COLUMNS} values")
+        length, self._row_bytes = self._row_bytes, 0
+        return row, length
 
 
 # --- The process ----------------------------------------------------------------------------------
@@ -236,7 +303,7 @@ def main() -> None:
     reason = ""
     try:
         resource.setrlimit(resource.RLIMIT_DATA, (limits["memory"], limits["memory"]))
-        _pass_on(_READERS[kind](path), out, limits["all"])
+        _pass_on(_READERS[kind](path, limits["first"]), out, limits["all"])
         out.close()
     except MemoryError:
         most = f"{limits['memory'] / 2**30:g} GiB of memory"
@@ -325,14 +392,26 @@ def _num_values(array: Any) -> int:
 # --- Kinds ----------------------------------------------------------------------------------------
 
 
-def _parquet(path: str) -> Iterator[Any]:
+def _parquet(path: str, first: int = 0) -> Iterator[Any]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path, pre_buffer=False) as file:
-        yield from file.iter_batches(_BATCH_ROWS, use_threads=False)
+        groups = range(file.num_row_groups)
+        while first and groups and file.metadata.row_group(groups[0]).num_rows <= first:
+            first -= file.metadata.row_group(groups[0]).num_rows
+            groups = groups[1:]
+        yield from _after(first, file.iter_batches(_BATCH_ROWS, [*groups], use_threads=False))
 
 
-def _arrow(path: str) -> Iterator[Any]:
+def _after(first: int, batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches without their first rows."""
+    for batch in batches:
+        if first < batch.num_rows:
+            yield batch.slice(first)
+        first = max(first - batch.num_rows, 0)
+
+
+def _arrow(path: str, first: int = 0) -> Iterator[Any]:
     """Batches of an Arrow file, in either of its two formats."""
     import pyarrow as pa
 
@@ -342,23 +421,23 @@ def _arrow(path: str) -> Iterator[Any]:
         except pa.ArrowInvalid:
             file.seek(0)
             whole = pa.ipc.open_file(file)
-            yield from (whole.get_batch(i) for i in range(whole.num_record_batches))
-        else:
-            yield from stream
+            stream = (whole.get_batch(i) for i in range(whole.num_record_batches))
+        yield from _after(first, stream)
 
 
-def _saved(path: str) -> Iterator[Any]:
+def _saved(path: str, first: int = 0) -> Iterator[Any]:
     """Batches of a folder from `Dataset.save_to_disk`, with the columns of its format."""
     import datasets
 
     saved = datasets.load_from_disk(path)
+    saved = saved.select(range(min(first, len(saved)), len(saved))) if first else saved
     saved.data.table.validate(full=True)
     shown = {name: saved.format[name] for name in ("columns", "output_all_columns")}
     for table in saved.with_format("arrow", **shown).iter(_BATCH_ROWS):
         yield from table.to_batches()
 
 
-_READERS: dict[str, Callable[[str], Iterator[Any]]] = {
+_READERS: dict[str, Callable[..., Iterator[Any]]] = {
     "parquet": _parquet,
     "arrow": _arrow,
     "saved": _saved,

@@ -65,43 +65,90 @@ def render(
     tokenizer: Any,
     conversations: Sequence[Messages],
     arguments: Sequence[dict[str, Any]] | None = None,
-    *,
-    now: datetime | None = None,
-    on_text: Callable[[int], None] = lambda done: None,
-    ends: Sequence[str] | None = None,
-    with_spans: bool = False,
+    **options: Any,
 ) -> Rendered:
-    """Renders conversations by the tokenizer's chat template.
+    """Renders conversations by the tokenizer's chat template, in a process for this call alone.
 
-    `arguments`: further template arguments of each conversation, with "tools". `now`: the time that
-    templates see; None: the current time. `on_text` is called after each text, with the number of
-    texts so far. `ends`: how each text ends; None: all with REPLY. `with_spans`: of CLOSED texts.
-
-    Raises TemplateError for the first conversation that the template refuses, or that exceeds the
-    limits at the top of this module, and if the tokenizer has no template.
+    As `Renderer.render`.
     """
-    arguments = arguments or [{}] * len(conversations)
-    templates, chosen = _templates(tokenizer, arguments)
-    job = {
-        "templates": templates,
-        "limit_s": TIME_LIMIT_S,
-        "now": (now or datetime.now()).isoformat(),
-        "special": _as_text(tokenizer.special_tokens_map),
-        "conversations": [
-            {"messages": messages, "template": index, "arguments": given, "end": end}
-            for messages, index, given, end in zip(
-                conversations, chosen, arguments, ends or [REPLY] * len(conversations)
-            )
-        ],
-        "with_spans": with_spans,
-    }
-    code = (
-        f"import sys; sys.path[:] = {sys.path!r}; from grpo_jax.data import templates; "
-        "templates.main()"
-    )
-    single = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
-    with (
-        subprocess.Popen(
+    with Renderer() as renderer:
+        return renderer.render(tokenizer, conversations, arguments, **options)
+
+
+class Renderer:
+    """The process that renders templates; it starts when it is needed, which takes seconds."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen | None = None
+        self._last_lines: deque[str] = deque(maxlen=1)
+        self._listener: threading.Thread | None = None
+
+    def __enter__(self) -> Renderer:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process is None:
+            return
+        with self._process as process:
+            process.kill()
+            self._listener.join()
+        self._process = None
+
+    def render(
+        self,
+        tokenizer: Any,
+        conversations: Sequence[Messages],
+        arguments: Sequence[dict[str, Any]] | None = None,
+        *,
+        now: datetime | None = None,
+        on_text: Callable[[int], None] = lambda done: None,
+        ends: Sequence[str] | None = None,
+        with_spans: bool = False,
+    ) -> Rendered:
+        """Renders conversations by the tokenizer's chat template.
+
+        `arguments`: further template arguments of each conversation, with "tools". `now`: the time
+        that templates see; None: the current time. `on_text` is called after each text, with the
+        number of texts so far. `ends`: how each text ends; None: all with REPLY. `with_spans`: of
+        CLOSED texts.
+
+        Raises TemplateError for the first conversation that the template refuses, or that exceeds
+        the limits at the top of this module, and if the tokenizer has no template.
+        """
+        arguments = arguments or [{}] * len(conversations)
+        templates, chosen = _templates(tokenizer, arguments)
+        job = {
+            "templates": templates,
+            "limit_s": TIME_LIMIT_S,
+            "now": (now or datetime.now()).isoformat(),
+            "special": _as_text(tokenizer.special_tokens_map),
+            "conversations": [
+                {"messages": messages, "template": index, "arguments": given, "end": end}
+                for messages, index, given, end in zip(
+                    conversations, chosen, arguments, ends or [REPLY] * len(conversations)
+                )
+            ],
+            "with_spans": with_spans,
+        }
+        if self._process is None:
+            self._start()
+        try:
+            return _conversation_with(self._process, self._listener, self._last_lines, job, on_text)
+        except BaseException:  # the process has ended, or has more to say
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; from grpo_jax.data import templates; "
+            "templates.main()"
+        )
+        single = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
+        self._process = subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -110,16 +157,11 @@ def render(
             encoding="utf-8",
             errors="replace",
             env=os.environ | single,
-        ) as process,
-    ):
-        last_lines: deque[str] = deque(maxlen=1)  # read at once: a full pipe would block it
-        listener = threading.Thread(target=last_lines.extend, args=[process.stderr], daemon=True)
-        listener.start()
-        try:
-            return _conversation_with(process, listener, last_lines, job, on_text)
-        finally:
-            process.kill()
-            listener.join()
+        )
+        self._last_lines.clear()  # read at once: a full pipe would block the process
+        lines = self._process.stderr
+        self._listener = threading.Thread(target=self._last_lines.extend, args=[lines], daemon=True)
+        self._listener.start()
 
 
 def _templates(tokenizer: Any, arguments: Sequence[dict[str, Any]]) -> tuple[list[str], list[int]]:
@@ -151,8 +193,8 @@ def _conversation_with(
     on_text: Callable[[int], None],
 ) -> Rendered:
     try:
-        with process.stdin:
-            process.stdin.write(json.dumps(job, default=str))
+        process.stdin.write(json.dumps(job, default=str) + "\n")
+        process.stdin.flush()
     except BrokenPipeError:  # it ended before reading everything; its error follows below
         pass
     texts: list[str] = []
@@ -216,19 +258,18 @@ class _Clock:
 
 
 def main() -> None:
-    """Renders the job on standard input; prints a line per conversation, up to the first error.
+    """Renders the jobs on standard input, a line each; prints a line per conversation.
 
-    A last line has the names that the templates read.
+    A last line of each job has the names that its templates read. It ends at the first error.
     """
     signal.alarm(_START_LIMIT_S)  # then the system ends this process, in any state
     from transformers.utils import chat_template_utils as library
 
-    job = json.load(sys.stdin)
     out, sys.stdout = sys.stdout, sys.stderr
-    library.datetime = _Clock(datetime.fromisoformat(job["now"]))
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, _MEMORY_BYTES))
+    signal.alarm(0)
 
-    def answer(make: Callable[[], dict[str, Any]]) -> None:
+    def answer(job: dict[str, Any], make: Callable[[], dict[str, Any]]) -> None:
         signal.alarm(job["limit_s"])
         try:
             line = make()
@@ -241,9 +282,14 @@ def main() -> None:
         if "error" in line:
             sys.exit()
 
-    for item in job["conversations"]:
-        answer(lambda item=item: _rendered(library, job, item))
-    answer(lambda: {"reads": sorted(_names_read(library, job) - job["special"].keys())})
+    for line in sys.stdin:
+        job = json.loads(line)
+        library.datetime = _Clock(datetime.fromisoformat(job["now"]))
+        for item in job["conversations"]:
+            answer(job, lambda job=job, item=item: _rendered(library, job, item))
+        names = lambda job=job: sorted(_names_read(library, job) - job["special"].keys())  # noqa: E731
+        answer(job, lambda names=names: {"reads": names()})
+        signal.alarm(0)
 
 
 def _rendered(library: Any, job: dict[str, Any], item: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
@@ -14,7 +16,9 @@ from grpo_jax.data import examples, masks, notes, streams, tasks
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data.examples import Pair, Written
 from grpo_jax.data.masks import Encoded, Limits
-from grpo_jax.data.sources import Source
+from grpo_jax.data.sources import Row, Source
+from grpo_jax.data.streaming import Stream
+from grpo_jax.data.templates import Renderer
 from grpo_jax.messages.console import say
 from grpo_jax.models.policy import Policy
 from grpo_jax.setup.data import Slow
@@ -41,9 +45,10 @@ def load(
     rows = examples.load(source, problems_lib.form_of(config.data), kind)
     encoded, names = Encoded([]), set()
     rows = itertools.islice(rows, most)
-    while some := list(itertools.islice(rows, _AT_ONCE)):
-        encoded += encode(config, policy, section, kind, some, now)
-        names.update(*(row.arguments for row in some))
+    with Renderer() as renderer:
+        while some := list(itertools.islice(rows, _AT_ONCE)):
+            encoded += encode(config, policy, section, kind, some, now, renderer)
+            names.update(*(row.arguments for row in some))
     if not encoded.examples:
         raise ValueError(
             f"{source}: no row is left; each is longer than data.max_prompt_tokens = "
@@ -75,6 +80,56 @@ def preferences_of_task(config: ConfigDict, kind: str, part: str) -> list[Writte
     return found
 
 
+def stream(
+    config: ConfigDict, policy: Policy, section: str, kind: str, source: Source, now: datetime
+) -> tuple[Stream, Renderer]:
+    """The rows of a source as examples by draws, read while they are needed; as `load` else.
+
+    And the process that renders their chats. The first window is read before it returns.
+    """
+    form, renderer, told = problems_lib.form_of(config.data), Renderer(), _Told(config, section)
+    own = copy.deepcopy(policy.tokenizer)  # no two threads may use one at the same time
+    policy = dataclasses.replace(policy, tokenizer=own)
+
+    def encoded(rows: Sequence[Row]) -> list[Any]:
+        alike = problems_lib.alike([found.first, *rows], source)
+        option = source.options[0]
+        written = [
+            one
+            for where, row in itertools.islice(alike, 1, None)
+            for one in examples.written(row, where, option, form, kind)
+        ]
+        some = encode(config, policy, section, kind, written, now, renderer)
+        told.add(some, written)
+        return some.examples
+
+    found = Stream(
+        source,
+        encoded,
+        seed=config.seed,
+        size=config[section].batch,
+        buffer=config.data.shuffle_buffer,
+    )
+    rows, _ = found.draw(0, {})
+    check_length(policy, rows, section)
+    return found, renderer
+
+
+class _Told:
+    """Says what was done to the rows of a stream: at its first window, then ever more rarely."""
+
+    def __init__(self, config: ConfigDict, section: str):
+        self._config, self._section = config, section
+        self._sum, self._windows, self._names = Encoded([]), 0, set()
+
+    def add(self, some: Encoded, rows: Sequence[Written]) -> None:
+        self._sum += dataclasses.replace(some, examples=[])
+        self._names.update(*(row.arguments for row in rows))
+        self._windows += 1
+        if self._windows & (self._windows - 1) == 0:  # 1, 2, 4, 8
+            tell_of(self._config, self._section, self._sum, "rows read so far", self._names)
+
+
 def are_given(config: ConfigDict, kind: str, source: Source) -> bool:
     """Whether the rows of a source have completions, by the columns of the first."""
     return examples.is_of(source, problems_lib.form_of(config.data), kind)
@@ -87,10 +142,11 @@ def encode(
     kind: str,
     rows: Sequence[Written],
     now: datetime,
+    renderer: Renderer | None = None,
 ) -> Encoded:
     """Rows as examples; ValueError for tokens that the model does not know, and as `masks.encode`.
 
-    `now`: the date for chat templates.
+    `now`: the date for chat templates. `renderer`: as for `masks.encode`.
     """
     schedule = config[section]
     limits = Limits(
@@ -109,6 +165,7 @@ def encode(
         loss_on=config.sft.loss_on if kind == "example" else "completion",
         now=now,
         on_text=Slow().tell,
+        renderer=renderer,
     )
     for ids in _all_ids(encoded.examples):
         if len(ids) and ids.max() >= policy.model.vocab_size:
@@ -147,7 +204,7 @@ def tell_of(
 
     `names`: of the values that the rows give to the template.
     """
-    total = len(encoded.examples) + encoded.num_dropped
+    total = encoded.num_rows
     for number, done in ((encoded.num_dropped, "dropped"), (encoded.num_truncated, "truncated")):
         if number:
             say(

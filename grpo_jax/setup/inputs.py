@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.data.problems import Problem
+from grpo_jax.data.streaming import Part
 from grpo_jax.hosts import processes
 from grpo_jax.messages.console import say
 from grpo_jax.models.hf import folder as folder_lib
@@ -34,6 +35,7 @@ Sums = dict[str, dict[str, Any]]  # by input and part: numbers and checksums
 
 _MAX_HEADER_BYTES = 100_000_000  # of a safetensors file; safetensors' own limit
 _SAMPLE_BYTES = 256  # read from each tensor: training changes some of any 256
+_PART_BYTES = 4096  # read of the start, the middle and the end of a streamed file
 _REWARDS = "reward modules"
 _OPTIONS = {  # that name the inputs
     "training problems": "data.path",
@@ -98,6 +100,22 @@ def of_examples(examples: Sequence[Sequence[Any]]) -> dict[str, Any]:
         for field in example
     )
     return {"number": len(examples), "tokens": _sum(parts)}
+
+
+def of_stream(found: Sequence[Part]) -> dict[str, Any]:
+    """The number of files of a stream, and a checksum of their sizes and of a few bytes of each."""
+    parts = []
+    for part in found:
+        path = Path(part.path)
+        if not path.is_file():
+            parts.append(part.where.encode())
+            continue
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for at in (0, size // 2, max(size - _PART_BYTES, 0)):
+                file.seek(at)
+                parts.append(size.to_bytes(8, "little") + file.read(_PART_BYTES))
+    return {"number": len(found), "tokens": _sum(parts)}
 
 
 def of_model(policy: Policy) -> dict[str, Any]:

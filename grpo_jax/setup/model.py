@@ -18,6 +18,7 @@ from grpo_jax.data import tasks
 from grpo_jax.devices import transfer
 from grpo_jax.models import policy as policy_lib
 from grpo_jax.models.hf import folder as folder_lib
+from grpo_jax.models.hf import tokenizer as tokenizer_lib
 from grpo_jax.models.lora import attached
 from grpo_jax.models.policy import Policy
 from grpo_jax.run import saved as saved_lib
@@ -34,12 +35,37 @@ def model_shape(config: ConfigDict, folder: Path | None = None) -> ModelConfig:
         model = folder_lib.read_config(policy_lib.find(path, kept=kept), folder_lib.as_given(path))
         model = model.within(derived.longest_row(config))
     else:
-        model = new(config.model, tasks.load(config.data.task).make_tokenizer()).model
+        model = new_policy(config).model
     return lora.adapted(model, config, None if folder is None else folder / lora.KEPT)
 
 
-def new(options: ConfigDict, tokenizer: PreTrainedTokenizerBase) -> Policy:
-    """A Qwen2-shaped policy of the sizes in `config.model`, without weights yet."""
+def new_policy(config: ConfigDict) -> Policy:
+    """A new policy of the config, with the tokenizer of model.tokenizer or of its task.
+
+    Raises ValueError for a tokenizer that cannot be read, or has no token that ends a text.
+    """
+    path = config.model.tokenizer
+    if not path:
+        return new(config.model, tasks.load(config.data.task).make_tokenizer())
+    tokenizer = tokenizer_lib.load_tokenizer(folder_lib.resolve(path, "model.tokenizer"))
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"model.tokenizer = {path!r} has no eos_token, so a model could not end a completion. "
+            "Set eos_token in its tokenizer_config.json."
+        )
+    return new(config.model, tokenizer, max(derived.longest_row(config), _POSITIONS))
+
+
+_POSITIONS = 1024  # of a new model, at least
+
+
+def new(
+    options: ConfigDict, tokenizer: PreTrainedTokenizerBase, longest: int = _POSITIONS
+) -> Policy:
+    """A Qwen2-shaped policy of the sizes in `config.model`, without weights yet.
+
+    `longest`: tokens of its longest row.
+    """
     model = ModelConfig(
         family="qwen2",
         vocab_size=len(tokenizer),
@@ -51,7 +77,7 @@ def new(options: ConfigDict, tokenizer: PreTrainedTokenizerBase) -> Policy:
         head_size=options.width // options.num_heads,
         rotaries=(Rotary(100.0),),  # rows are short: a low base turns all frequencies
         norm_eps=1e-6,
-        max_position=1024,
+        max_position=longest,
         tied_head=True,
         qkv_bias=True,
     )

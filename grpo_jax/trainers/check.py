@@ -45,7 +45,7 @@ def check(config: ConfigDict, folder: Path) -> None:
     def get_policy() -> Policy:
         if config.model.path:
             return policy_lib.read(config.model.path, kept=folder / "source")
-        return model.new(config.model, tasks.load(config.data.task).make_tokenizer())
+        return model.new_policy(config)
 
     found = grpo_run.read(config, get_policy, lambda: _date_of(config, folder), folder / lora.KEPT)
     if _goes_on(folder):

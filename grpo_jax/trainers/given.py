@@ -22,7 +22,9 @@ from ml_collections import ConfigDict
 from grpo_jax.algorithm.components import LossComponent
 from grpo_jax.config import derived, guard_rules, rules
 from grpo_jax.config.dotted import flatten
-from grpo_jax.data import tasks
+from grpo_jax.data import problems as problems_lib
+from grpo_jax.data import prompts as prompts_lib
+from grpo_jax.data import subset
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.devices.phases import phase
 from grpo_jax.environments.questions import Questions
@@ -36,13 +38,14 @@ from grpo_jax.rewards.registry import Reward
 from grpo_jax.run import claim, workdir
 from grpo_jax.run.checkpoints import Checkpoints
 from grpo_jax.run.stop import PATIENCE_S, Stopped, StopSignal
-from grpo_jax.setup import inputs, lora, model, reward_models
+from grpo_jax.setup import examples, inputs, lora, model, reward_models
 from grpo_jax.setup.engine import make_engine, make_evaluator
 from grpo_jax.setup.learner import Learner, make_supervised_learner
 from grpo_jax.setup.rewards import start_rewards
 from grpo_jax.setup.run_folder import open_for
 from grpo_jax.structs import Experience, Params, Rollouts
-from grpo_jax.trainers import exporting, grpo, model_card, restarts, rollout
+from grpo_jax.trainers import exporting, grpo, model_card, restarts, rollout, tracking
+from grpo_jax.trainers.listeners import Callback
 from grpo_jax.trainers.monitor import Monitor
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Course, Run
@@ -66,7 +69,8 @@ class Data:
     held_out: Sequence[Any] = ()  # rows of the same kind
     problems: Questions | None = None  # held-out problems that the rewards score; None: none
     rewards: Sequence[Reward] = ()  # if there are such problems
-    rows: Sequence[Any] = ()  # all rows of an epoch, if `Given.begin` reads them
+    close: Callable[[], None] = lambda: None  # ends what reads a stream
+    rows: Sequence[Any] = ()  # all rows of an epoch, if they are in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,14 +119,15 @@ def run(
     stop: StopSignal | None = None,
     *,
     is_start: bool = False,
+    callbacks: tuple[Callback, ...] = (),
     model_path: str = "",
 ) -> Path:
     """Trains, or continues the training in `folder`; returns the exported Hugging Face folder.
 
     `stop`: the caller's stop signal; None: the training installs its own. `is_start`: a later run
-    evaluates the model. `model_path`: a model that was made for it, in the place of the config's.
-    Raises ValueError for a user's mistake, `guards.Diverged` if a guard ends the training, and
-    `stop.Stopped` after a requested stop has saved.
+    evaluates the model. `callbacks` are called after each step. `model_path`: a model that was made
+    for it, in the place of the config's. Raises ValueError for a user's mistake, `guards.Diverged`
+    if a guard ends the training, and `stop.Stopped` after a requested stop has saved.
     """
     path = model_path or config.model.path
     if config.lora.rank and not path and not is_start:
@@ -137,11 +142,14 @@ def run(
             open_for(config, folder)
             made, data = build(row, config, folder, path, evaluates=not is_start)
             if made is None:
+                data.close()
                 return folder / "export"
+            made = dataclasses.replace(made, callbacks=callbacks)
         train = functools.partial(grpo.train, gather=functools.partial(_gather, row, data))
         try:
             return restarts.carry_out(made, stop, began, train, functools.partial(_finish, row))
         finally:
+            data.close()
             if made.rewards is not None:
                 made.rewards.close()
 
@@ -212,6 +220,52 @@ def _finish(row: Given, run: Run, state: RunState, stop: StopSignal, wall_s: flo
     return export
 
 
+# --- Data -----------------------------------------------------------------------------------------
+
+
+def rows(config: ConfigDict, policy: Policy, section: str, kind: str, now: datetime) -> Data:
+    """The training rows of the config's dataset, as a `kind` of `examples.KINDS`.
+
+    In memory, or with data.streaming read while they are needed. ValueError for rows that do not
+    fit, by file, row and column; of a stream for those of the first window.
+    """
+    source = problems_lib.train_source(config.data)
+    if config.data.streaming:
+        stream, renderer = examples.stream(config, policy, section, kind, source, now)
+
+        def close() -> None:
+            stream.close()
+            renderer.close()
+
+        return Data(stream.draw, 0, inputs.of_stream(stream.parts), close=close)
+    found = examples.load(config, policy, section, kind, source, "rows to train on", now)
+    found = subset.take(found, config.data.subset)
+    examples.check_length(policy, found, section)
+    batch = config[section].batch
+
+    def draw(number: int, place: Place) -> tuple[list[Any], Place]:
+        index = prompts_lib.prompt_indices(config.seed, number, len(found), batch)
+        return [found[i] for i in index], place
+
+    return Data(draw, len(found), inputs.of_examples(found), rows=found)
+
+
+def held_out(
+    config: ConfigDict, policy: Policy, section: str, kind: str, now: datetime
+) -> list[Any]:
+    """The held-out rows of the same kind; [] if there are none, or none with completions."""
+    source = problems_lib.held_out_source(config.data)
+    most = config.evaluation.num_problems
+    if source is None or not most:
+        return []
+    if not examples.are_given(config, kind, source):
+        say(f"{source}: its rows have no completions, so the loss is not measured on them.")
+        return []
+    found = examples.load(config, policy, section, kind, source, "held-out rows", now, most)
+    examples.check_length(policy, found, section)
+    return found
+
+
 # --- What the run is made of ----------------------------------------------------------------------
 
 
@@ -221,12 +275,14 @@ def build(
     """The run and its data, read and checked; no run if the folder already has its export.
 
     The folder is open. `path`: the model's, "" for a new one. `evaluates`: whether the run measures
-    held-out data.
+    held-out data, and its metrics go to the config's trackers.
     """
     mesh = sharding.make_mesh(**config.mesh)
     now = inputs.date(config.data.date, folder)
     policy = _policy(row, config, folder, path)
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
+    if evaluates:
+        tracking.check(config)
     is_done = (folder / "export" / "config.json").exists()
     data = row.read(config, policy, now, evaluates and not is_done)
     sums = {
@@ -238,7 +294,7 @@ def build(
         return None, data
     policy = policy_lib.keep(policy, folder / "source")
     lora.keep(config, folder)
-    course = _course(row, config, data)
+    course = dataclasses.replace(_course(row, config, data), is_tracked=evaluates)
     learner = make_supervised_learner(
         config,
         policy.model,
@@ -365,8 +421,3 @@ def _course(row: Given, config: ConfigDict, data: Data) -> Course:
         held_out_loss=row.held_out_loss,
         learning_rate=f"{row.section}.learning_rate",
     )
-
-
-def new_policy(config: ConfigDict) -> Policy:
-    """A new model of the config's sizes, with the tokenizer of its task."""
-    return model.new(config.model, tasks.load(config.data.task).make_tokenizer())

@@ -8,7 +8,7 @@ DFT. `grpo_jax.train` runs it first when `model.path` is empty.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ from grpo_jax.messages.console import say
 from grpo_jax.models.policy import Policy
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.run.stop import StopSignal
-from grpo_jax.setup import examples, inputs
+from grpo_jax.setup import inputs, model
 from grpo_jax.setup.data import answerable, encode, questions
 from grpo_jax.setup.rewards import load_rewards
 from grpo_jax.structs import Rollouts, pad_rows
@@ -55,41 +55,22 @@ def read(config: ConfigDict, policy: Policy, now: datetime, evaluates: bool) -> 
     """The worked solutions of the config's task, or the rows of its dataset."""
     if config.data.task:
         return _of_task(config, policy, now, evaluates)
-    source = problems_lib.train_source(config.data)
-    rows = examples.load(config, policy, "sft", "example", source, "rows to train on", now)
-    examples.check_length(policy, rows, "sft")
+    data = given.rows(config, policy, "sft", "example", now)
     held_out: list[Example] = []
     problems, rewards = None, []
     if evaluates:
-        held_out = _held_out(config, policy, now)
-        problems, rewards = held_out_problems(config, policy, now)
-    draw = functools.partial(_draw, config, rows)
-    return Data(draw, len(rows), inputs.of_examples(rows), held_out, problems, rewards)
-
-
-def _draw(
-    config: ConfigDict, rows: Sequence[Example], number: int, place: Place
-) -> tuple[list[Example], Place]:
-    index = prompts_lib.prompt_indices(config.seed, number, len(rows), config.sft.batch)
-    return [rows[i] for i in index], place
-
-
-def _held_out(config: ConfigDict, policy: Policy, now: datetime) -> list[Example]:
-    """The held-out rows as examples; [] if there are none, or none with completions."""
-    source = problems_lib.held_out_source(config.data)
-    most = config.evaluation.num_problems
-    if source is None or not most:
-        return []
-    if not examples.are_given(config, "example", source):
-        say(f"{source}: its rows have no completions, so the loss is not measured on them.")
-        return []
-    return examples.load(config, policy, "sft", "example", source, "held-out rows", now, most)
+        held_out = given.held_out(config, policy, "sft", "example", now)
+        problems, rewards = held_out_problems(config, policy, now, bool(held_out))
+    return dataclasses.replace(data, held_out=held_out, problems=problems, rewards=rewards)
 
 
 def held_out_problems(
-    config: ConfigDict, policy: Policy, now: datetime
+    config: ConfigDict, policy: Policy, now: datetime, has_loss: bool = False
 ) -> tuple[Questions | None, list[Reward]]:
-    """The held-out problems that the rewards can score, or None; and the rewards."""
+    """The held-out problems that the rewards can score, or None; and the rewards.
+
+    `has_loss`: there is a loss of held-out rows, so that it needs no warning if there are none.
+    """
     rewards = load_rewards(config)
     try:
         if config.data.task:
@@ -100,7 +81,8 @@ def held_out_problems(
             problems = problems_lib.load_held_out(config.data)
         problems = answerable(config, rewards, problems[: config.evaluation.num_problems])
     except ValueError as error:
-        say(f"warning: The model is not evaluated: {error}")
+        told = "Of held-out rows the loss alone is measured" if has_loss else ""
+        say(f"{told or 'warning: The model is not evaluated'}: {error}")
         return None, rewards
     if not problems:
         return None, rewards
@@ -241,5 +223,5 @@ SFT = Given(
     experience=lambda run, state, rows, completions: given.experience(run, state, completions),
     measure=_measure,
     held_out_loss="sft/eval_loss",
-    new_policy=given.new_policy,
+    new_policy=model.new_policy,
 )

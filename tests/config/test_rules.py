@@ -293,7 +293,13 @@ def test_the_base_of_these_tests_is_valid(changes):
         ({"rewards__weights": (), "rewards__names": ()}, ["at least one reward"]),
         ({"checkpoint__folder": "gs://b/r"}, ["checkpoint.folder = 'gs://b/r'", "model.path"]),
         ({"sft__num_steps": 0}, ['model.path = ""', "sft.num_steps = 0"]),
-        ({"data__task": "", "data__path": "p"}, ['model.path = ""', "data.task"]),
+        (
+            {"data__task": "", "data__path": "p"},
+            ['model.path = ""', "data.task", "model.tokenizer"],
+        ),
+        ({**_DATASET, "model__tokenizer": "t"}, ["model.tokenizer = 't'", "model.path = 'm'"]),
+        ({"data__streaming": True}, ["data.streaming goes with data.path"]),
+        ({**_DATASET, "data__streaming": True, "data__subset": (0,)}, ["data.subset = (0,)"]),
         (
             {"model__num_heads": 4, "model__num_kv_heads": 3},
             ["model.num_heads = 4", "model.num_kv_heads = 3"],

@@ -1,12 +1,11 @@
 """Runs a training program several times in one process, stopping it at chosen moments.
 
 `python drive.py JOBS` where JOBS is a JSON list of {"argv": [...], "after": N, "of": "update" or
-"sft"}: the run is asked to stop after N updates of GRPO or N supervised steps in this process; with
-"program", such as "dpo", it is another one than grpo_jax.train, whose updates count as GRPO's;
-without "after" it runs to its end. With "in", "rollout", "draw" (the second one of a step),
-"rewards", "update" or "evaluation", it ignores that, and is abandoned in the next such phase, like
-a run that does not reach its end. With "killed" this process dies there by SIGKILL. Prints one JSON
-line per job: how it ended.
+"sft"}: the run is asked to stop after N updates of GRPO or N steps on given completions in this
+process; without "after" it runs to its end. With "in", "rollout", "draw" (the second one of a
+step), "rewards", "update" or "evaluation", it ignores that, and is abandoned in the next such
+phase, like a run that does not reach its end. With "killed" this process dies there by SIGKILL.
+"program" is "train" where it is not given. Prints one JSON line per job: how it ended.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ class CountingLog(StepLog):
     """Counts updates when they are launched."""
 
     def add_update(self, *args):
-        kind = "sft" if self._run.course.bar == "sft" else "update"
+        kind = "update" if self._run.course.bar == "step" else "sft"
         setattr(Count, kind, getattr(Count, kind) + 1)
         return super().add_update(*args)
 
@@ -82,7 +81,7 @@ class LeavingMonitor(monitor.Monitor):
     """Reports the phases of the run to the stop signal."""
 
     def __init__(self, run, *args):
-        Count.grpo = run.course.bar != "sft"
+        Count.grpo = run.course.bar == "step"
         super().__init__(run, *args)
 
     def donates(self, gradients):
@@ -113,8 +112,8 @@ evaluate, draw = results.evaluate, rollout.draw
 
 def main(jobs: list[dict]) -> None:
     shared_programs.share()
-    train.StopSignal, results.evaluate = StopAfter, _evaluate
-    cli.StopSignal = StopAfter
+    train.StopSignal = cli.StopSignal = StopAfter
+    results.evaluate = _evaluate
     rollout.draw = _draw
     restarts.Monitor, monitor.StepLog = LeavingMonitor, CountingLog
     for job in jobs:

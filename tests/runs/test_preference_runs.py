@@ -43,8 +43,8 @@ def runs(tmp_path_factory, alone):
     first = [
         job("dpo"),
         job("kto", model, *KTO),
-        job("kto, stopped", model, *KTO, after=3),
-        job("dpo, killed", model, after=3, killed=True, **{"in": "update"}),
+        job("kto, stopped", model, *KTO, after=3, of="sft"),
+        job("dpo, killed", model, after=3, of="sft", killed=True, **{"in": "update"}),
     ]
     ends = drive(first, alone, status=-signal.SIGKILL)
     kept = (root / "dpo, killed" / "reference.npz").read_bytes()
@@ -70,8 +70,8 @@ def test_a_run_begins_at_the_reference_and_leaves_it(runs):
         assert abs(lines[0]["preference/eval_reward_margin"]) < 1e-4
         updates = [line for line in lines if "preference/loss" in line]
         assert updates[0]["preference/loss"] == pytest.approx(at_start, abs=1e-5)
-        assert updates[-1]["preference/reward_margin"] > 0.01
-        assert updates[-1]["preference/loss"] < at_start
+        assert lines[-1]["preference/eval_reward_margin"] > 0.01
+        assert lines[-1]["preference/eval_loss"] < at_start
         measured = [line["step"] for line in lines if "preference/eval_loss" in line]
         assert measured == [0, 2, 4, STEPS]
         assert all("eval/accuracy" in lines[step] for step in measured)
@@ -113,6 +113,9 @@ REFUSALS = {
     "labels that are mostly wrong": (
         rows(PAIR), ["--config.preference.label_smoothing=0.5"],
         ("preference.label_smoothing = 0.5", "below 0.5"),
+    ),
+    "a stream, which the reference would have to read first": (
+        rows(PAIR), ["--config.data.streaming=True"], ("data.streaming = True", '"orpo"'),
     ),
     "no updates": (rows(PAIR), ["--config.preference.num_steps=0"], ("nothing to train",)),
 }  # fmt: skip

@@ -470,6 +470,7 @@ def test_the_reward_of_a_row_meets_its_tokens(longest):
         config=config_of({}), mesh=tiny.one_device(),
         prepare=Noted(learner_of("constant").prepare),
         course=Course(9, P), weights=lambda train: train.params, controllers=(),
+        critic_weights=lambda train: None,
     )  # fmt: skip
     state = RunState(
         train=SimpleNamespace(params=tiny.params()),
@@ -640,13 +641,19 @@ def test_how_the_sampler_keeps_its_numbers_and_the_evaluator_not():
 # --- Supervised training --------------------------------------------------------------------------
 
 
-def test_the_supervised_gradient_is_the_plain_one():
-    """Of the mean cross-entropy of the completions' tokens, their stop tokens among them."""
+@pytest.mark.parametrize("kind", ["nll", "dft"])
+def test_the_supervised_gradient_is_the_plain_one(kind):
+    """Of the mean cross-entropy of the completions' tokens, their stop tokens among them.
+
+    With "dft" of some of their tokens, each weighted by its probability as a constant.
+    """
     rollouts, scorer = tiny.rollouts(P, G, C), learner_of("constant").scorer
     scorer = dataclasses.replace(scorer, sampling=Sampling())
+    chosen_PGC = np.random.default_rng(1).random((P, G, C)) < 0.6
     rows = [
         Example(rollouts.prompt_PQ[p, : rollouts.prompt_length_P[p]],
-                rollouts.completion_PGC[p, g, : rollouts.length_PG[p, g]])
+                rollouts.completion_PGC[p, g, : rollouts.length_PG[p, g]],
+                chosen_PGC[p, g, : rollouts.length_PG[p, g]] if kind == "dft" else None)
         for p, g in np.ndindex(P, G)
     ]  # fmt: skip
     config = config_of(
@@ -654,6 +661,7 @@ def test_the_supervised_gradient_is_the_plain_one():
             "data.max_prompt_tokens": Q,
             "sft.max_tokens": C,
             "sft.warmup_steps": 0,
+            "sft.loss": kind,
         }
     )
     config.mesh.update(data=1, fsdp=1)
@@ -670,6 +678,7 @@ def test_the_supervised_gradient_is_the_plain_one():
 
     ids, at = _rows(rollouts)
     action_PGC = np.arange(C) < rollouts.length_PG[..., None]
+    action_PGC &= chosen_PGC | (kind == "nll")
     params, zero = tiny.params(), np.zeros((P, G, C), np.float32)
     given = {
         "ids": ids, "at": at, "target": rollouts.completion_PGC, "temperature": np.float32(1),
@@ -680,7 +689,12 @@ def test_the_supervised_gradient_is_the_plain_one():
         "weight": np.float32(action_PGC / action_PGC.sum()), "importance": np.ones_like(zero),
     }  # fmt: skip
     (_, (logp, _, _)), grads = plain_loss(params, given)
-    np.testing.assert_allclose(metrics["sft/loss"], -logp[action_PGC].mean(), rtol=1e-5)
+    nll = -logp[action_PGC]
+    if kind == "dft":
+        (_, grads) = plain_loss(params, given | {"weight": np.exp(logp) * given["weight"]})
+        np.testing.assert_allclose(metrics["sft/nll"], nll.mean(), rtol=1e-5)
+        nll *= np.exp(-nll)
+    np.testing.assert_allclose(metrics["sft/loss"], nll.mean(), rtol=1e-5)
     assert experience.action_PGC.sum() == action_PGC.sum()
     largest = max(np.abs(g).max() for g in jax.tree.leaves(grads))
     jax.tree.map(
@@ -697,7 +711,7 @@ def test_a_worked_solution_ends_with_the_stop_token(tmp_path):
          "data.max_prompt_tokens": 16, "sft.max_tokens": 56, "model.width": 32}
     )  # fmt: skip
     run_folder.open_for(config, tmp_path)
-    run, data = given_lib.build(sft.SFT, config, tmp_path, evaluates=False)
+    run, data = given_lib.build(sft.SFT, config, tmp_path, config.model.path, evaluates=False)
     policy = run.policy
     problems = load_problems(config)[0]
     for step in (0, 3):
@@ -714,7 +728,7 @@ def test_supervised_training_is_judged_by_the_held_out_problems(tmp_path):
                "rewards.names": ("exact_answer",), "rewards.weights": (1.0,)}  # fmt: skip
     config = config_of(options)
     run_folder.open_for(config, tmp_path)
-    run, _ = given_lib.build(sft.SFT, config, tmp_path, evaluates=True)
+    run, _ = given_lib.build(sft.SFT, config, tmp_path, config.model.path, evaluates=True)
     run.rewards.close()
     assert run.held_out.problems == load_problems(config)[1][:4]
 

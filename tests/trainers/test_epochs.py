@@ -56,7 +56,7 @@ def test_worked_solutions_are_imitated_for_so_many_epochs(tmp_path, capsys):
     options = ["--config.sft.num_epochs=1.5", "--config.sft.num_steps=0", "--config.sft.batch=16"]
     config = loading.load(str(TINY), options)
     run_folder.open_for(config, tmp_path)
-    run, _ = given.build(SFT, config, tmp_path, evaluates=False)
+    run, _ = given.build(SFT, config, tmp_path, config.model.path, evaluates=False)
 
     assert run.course.num_steps == 4  # 60 solutions
     assert "1.5 epochs are 4 updates of 16" in capsys.readouterr().out

@@ -15,8 +15,8 @@ from grpo_jax.learner import experience
 from grpo_jax.learner.experience import make_prepare
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.structs import Sampling
-from grpo_jax.trainers import preference
-from grpo_jax.trainers.preference import Row
+from grpo_jax.trainers import preference, preference_rows
+from grpo_jax.trainers.preference_rows import Row
 
 
 def ids(*tokens: int) -> np.ndarray:
@@ -44,17 +44,17 @@ ROWS = [
 )
 def test_a_partner_is_the_nearest_row_before_with_another_prompt(prompts, want):
     rows = [Unpaired(ids(ord(prompt)), ids(1), True) for prompt in prompts]
-    assert preference.others(rows).tolist() == want
+    assert preference_rows.others(rows).tolist() == want
 
 
 def test_rows_are_groups_and_fillers_are_not_trained_on():
-    given = preference.rollouts(ROWS, 2, config())
+    given = preference_rows.rollouts(ROWS, 2, config())
     assert given.completion_PGC.shape == (4, 2, 4)
     assert given.prompt_PQ.shape == (4, 4)  # the longest of 3, in quarters of the limit
     assert given.length_PG.tolist() == [[2, 3], [3, 1], [1, 2], [1, 1]]
     assert given.chosen_PGC.sum((1, 2)).tolist() == [5, 4, 3, 0]
     assert given.completion_PGC[0].tolist() == [[7, 1, 0, 0], [8, 9, 1, 0]]
-    others = preference.rollouts(ROWS[:1], 1, config(), lambda row: (ids(4, 1),))
+    others = preference_rows.rollouts(ROWS[:1], 1, config(), lambda row: (ids(4, 1),))
     assert others.completion_PGC.tolist() == [[[4, 1, 0, 0]]]
 
 

@@ -1,0 +1,108 @@
+"""`grpo_jax.sft` and its like: training on given completions from a script or a notebook."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from grpo_jax import cli
+from grpo_jax.api import options as options_lib
+from grpo_jax.api.trained import Trained
+from grpo_jax.config import derived
+from grpo_jax.config.arguments import Processes
+from grpo_jax.hosts import processes
+from grpo_jax.messages import console
+from grpo_jax.messages.console import say
+from grpo_jax.run import claim
+from grpo_jax.run.stop import Stopped, StopSignal
+from grpo_jax.setup import model as model_lib
+from grpo_jax.trainers import given, preference
+from grpo_jax.trainers import sft as sft_lib
+from grpo_jax.trainers.given import Given
+from grpo_jax.trainers.listeners import Step
+
+
+def sft(
+    model: str | Path | None = None,
+    data: Any = None,
+    eval_data: Any = None,
+    *,
+    workdir: str | Path | None = None,
+    callbacks: Sequence[Callable[[Step], None]] = (),
+    config: str | Path | ConfigDict | None = None,
+    **options: Any,
+) -> Trained:
+    """Trains a model on given completions, or continues the run in `workdir`.
+
+        run = grpo_jax.sft("Qwen/Qwen2.5-0.5B-Instruct", dataset, loss_on="assistant",
+                           num_epochs=1.0, learning_rate=1e-5, workdir="runs/a")
+
+    `data`, `eval_data`: a path, a hub id, a `datasets.Dataset`, a data frame or a list of dicts, in
+    the types of docs/data.md. Other arguments as of `grpo_jax.train`; a bare name of an option is
+    that of the section `sft` if it has one. Raises ValueError for a user's mistake.
+    """
+    return train(sft_lib.SFT, model, data, eval_data, workdir, callbacks, config, options)
+
+
+def dpo(
+    model: str | Path | None = None,
+    data: Any = None,
+    eval_data: Any = None,
+    *,
+    workdir: str | Path | None = None,
+    callbacks: Sequence[Callable[[Step], None]] = (),
+    config: str | Path | ConfigDict | None = None,
+    **options: Any,
+) -> Trained:
+    """Trains a model on preferences, or continues the run in `workdir`.
+
+        run = grpo_jax.dpo("Qwen/Qwen2.5-0.5B-Instruct", pairs, loss="sigmoid", beta=0.1,
+                           num_epochs=1.0, workdir="runs/b")
+
+    Arguments as of `sft`; a bare name of an option is that of the section `preference` if it has
+    one. Raises ValueError for a user's mistake.
+    """
+    given_to = model, data, eval_data, workdir, callbacks, config, options
+    return train(preference.PAIRS, *given_to, row_of=preference.row_of)
+
+
+def train(
+    row: Given,
+    model: str | Path | None,
+    data: Any,
+    eval_data: Any,
+    workdir: str | Path | None,
+    callbacks: Sequence[Callable[[Step], None]],
+    config: str | Path | ConfigDict | None,
+    chosen: Mapping[str, Any],
+    row_of: Callable[[ConfigDict], Given] | None = None,
+) -> Trained:
+    """A run of a row of `given`, by the arguments of its function.
+
+    `row_of`: which of several rows of that section it is, by the config; None: `row`.
+    """
+    of_section = options_lib.in_section(row.section, chosen)
+    made = options_lib.make_config(config, model, None, data, eval_data, of_section)
+    if not derived.is_supervised(made, row.section):
+        raise ValueError(f"Give num_steps or num_epochs: how long grpo_jax.{row.name} trains.")
+    folder = Path(workdir or Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
+    is_finished = False
+    with cli.held_settings():
+        cli.join_processes(made, Processes())
+        cli.set_up(made, model_lib.model_shape(made, folder).num_params)
+        with claim.held(), StopSignal(made.checkpoint.save_before_s) as stop:
+            try:
+                with cli.told(made, folder):
+                    chosen_row = row if row_of is None else row_of(made)
+                    given.run(chosen_row, made, folder, stop, callbacks=tuple(callbacks))
+                is_finished = True
+            except Stopped as stopped:
+                say(str(stopped), always=True)
+            finally:
+                console.show_as("auto")
+        processes.barrier("the end of a run")
+    return Trained(folder, made, is_finished, (None, data, eval_data))
