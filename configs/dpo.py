@@ -2,8 +2,9 @@
 
     python -m grpo_jax.dpo --config configs/dpo.py --workdir runs/dpo
 
-The quickstart's new model first imitates sloppy students, who mostly guess. It then learns from
-pairs of worked steps and what is worse: a guess, or steps with an error. No answer is sampled.
+The quickstart's new model first imitates sloppy students, who mostly guess. It then answers 12 % of
+512 held-out sums. From pairs of worked steps and what is worse, a guess or steps with an error, it
+learns to work: 86 % with the seed 0. No answer is sampled while it learns.
 `--config.preference.loss=kto` reads each pair as two labelled answers.
 """
 
