@@ -10,5 +10,8 @@ def main(argv: list[str]) -> None:
     cli.train_on_given(argv, "reward_model", "reward_model", reward_model.run)
 
 
+cli.make_callable(__name__, "grpo_jax.api.given:reward_model")
+
+
 if __name__ == "__main__":
     cli.main(main)

@@ -118,6 +118,18 @@ NEAREST = {
     "models/lora": ("tests/models/test_peft.py", "tests/learner/test_lora.py"),
     "models/hf/tokenizer": ("tests/models/test_tokenizer.py", "tests/test_generate.py"),
     "models/logits": ("tests/models/test_logits_sampling.py", WIRING),
+    "algorithm/gae": ("tests/algorithm/test_gae.py",),
+    "algorithm/scalar_losses": (
+        "tests/algorithm/test_scalar_losses.py", "tests/learner/test_scalar_updates.py",
+    ),
+    "learner/scalars": (
+        "tests/models/test_scalar_head.py", "tests/learner/test_scalar_updates.py",
+    ),
+    "learner/actor_critic": ("tests/learner/test_scalar_updates.py",),
+    "metrics/calibration": ("tests/metrics/test_calibration.py",),
+    "setup/critic": ("tests/runs/test_reward_model_runs.py",),
+    "setup/reward_models": ("tests/runs/test_reward_model_runs.py",),
+    "trainers/reward_model": ("tests/runs/test_reward_model_runs.py",),
     "models/policy": ("tests/models/test_weights.py", "tests/test_generate.py"),
     "planning": (
         "tests/planning/test_plan.py", "tests/planning/test_fit.py",

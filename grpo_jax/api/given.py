@@ -21,6 +21,7 @@ from grpo_jax.run import claim
 from grpo_jax.run.stop import Stopped, StopSignal
 from grpo_jax.setup import model as model_lib
 from grpo_jax.trainers import given, preference
+from grpo_jax.trainers import reward_model as reward_model_lib
 from grpo_jax.trainers import sft as sft_lib
 from grpo_jax.trainers.given import Given
 from grpo_jax.trainers.listeners import Step
@@ -68,6 +69,29 @@ def dpo(
     """
     given_to = model, data, eval_data, workdir, callbacks, config, options
     return train(preference.PAIRS, *given_to, row_of=preference.row_of)
+
+
+def reward_model(
+    model: str | Path | None = None,
+    data: Any = None,
+    eval_data: Any = None,
+    *,
+    workdir: str | Path | None = None,
+    callbacks: Sequence[Callable[[Step], None]] = (),
+    config: str | Path | ConfigDict | None = None,
+    **options: Any,
+) -> Trained:
+    """Trains a reward model on pairs, or continues the run in `workdir`.
+
+        run = grpo_jax.reward_model("Qwen/Qwen2.5-0.5B-Instruct", pairs, num_epochs=1.0,
+                                    workdir="runs/rm")
+
+    Arguments as of `sft`; a bare name of an option is that of the section `reward_model` if it has
+    one. `grpo_jax.load_reward_model("runs/rm/export")` scores with it. Raises ValueError for a
+    user's mistake.
+    """
+    given_to = model, data, eval_data, workdir, callbacks, config, options
+    return train(reward_model_lib.REWARD_MODEL, *given_to)
 
 
 def train(

@@ -51,12 +51,7 @@ def run(config: ConfigDict, folder: Path, stop: StopSignal) -> Path:
     A new model (`model.path` "") first learns to write from worked solutions. Raises as
     `given.run`, and ValueError for low-rank adapters.
     """
-    if config.lora.rank or config.lora.path:
-        raise ValueError(
-            f"lora.rank = {config.lora.rank} and lora.path = {config.lora.path!r}: a reward model "
-            "trains all of its weights, since its head is new. Set lora.rank = 0 and lora.path = "
-            '"".'
-        )
+    refuse_adapters(config)
     path = config.model.path
     if not path:
         print_title("Supervised start: updates on worked solutions")
@@ -65,11 +60,22 @@ def run(config: ConfigDict, folder: Path, stop: StopSignal) -> Path:
     return given.run(REWARD_MODEL, config, folder, stop, model_path=path)
 
 
+def refuse_adapters(config: ConfigDict) -> None:
+    """Raises ValueError for low-rank adapters, which have no place for a head."""
+    if config.lora.rank or config.lora.path:
+        raise ValueError(
+            f"lora.rank = {config.lora.rank} and lora.path = {config.lora.path!r}: a reward model "
+            "trains all of its weights, since its head is new. Set lora.rank = 0 and lora.path = "
+            '"".'
+        )
+
+
 # --- The data -------------------------------------------------------------------------------------
 
 
 def read(config: ConfigDict, policy: Policy, now: datetime, evaluates: bool) -> Data:
     """The pairs of the config's dataset, or those that its task writes."""
+    refuse_adapters(config)
     load = functools.partial(_load, config, policy, now)
     train = load("train", "pairs to train on")
     examples.check_length(policy, [row.pair for row in train], "reward_model")

@@ -471,6 +471,7 @@ def test_the_reward_of_a_row_meets_its_tokens(longest):
         config=config_of({}), mesh=tiny.one_device(),
         prepare=Noted(learner_of("constant").prepare),
         course=Course(9, P), weights=lambda train: train.params, controllers=(),
+        critic_weights=lambda train: None,
     )  # fmt: skip
     state = RunState(
         train=SimpleNamespace(params=tiny.params()),

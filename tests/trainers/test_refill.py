@@ -52,7 +52,8 @@ def _config(**more):
 class Pool:
     """Rewards completions whose first token is odd, of some problems."""
 
-    rewards = REWARDS
+    rewards = functions = REWARDS
+    models = None
 
     def __init__(self, solvable):
         self.solvable = solvable

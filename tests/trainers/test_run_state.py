@@ -48,6 +48,7 @@ def parts(tmp_path, state):
         read={"training problems": {"number": 3}},
         checkpoints=checkpoints,
         first_reference=lambda: None,
+        critic=None,
     )
     checkpoints.close()
 
