@@ -26,11 +26,12 @@ from grpo_jax.devices import sharding
 from grpo_jax.devices.compiling import Call
 from grpo_jax.kernels import gpu_decode
 from grpo_jax.kernels.gpu_decode import TritonDecode
-from grpo_jax.learner import actor_critic, scoring, train_state
+from grpo_jax.learner import actor_critic, train_state
 from grpo_jax.learner.update import Update
 from grpo_jax.models import lora, policy
 from grpo_jax.planning import hlo
 from grpo_jax.planning.compiled import Compiled, Known, Program, bytes_per_device
+from grpo_jax.planning.rows import Rows
 from grpo_jax.sampling.decode import Slots
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup import critic as critic_lib
@@ -38,7 +39,7 @@ from grpo_jax.setup import lora as lora_setup
 from grpo_jax.setup import teacher
 from grpo_jax.setup.engine import make_engine, make_evaluator
 from grpo_jax.setup.learner import DEFAULT, MemoryPlan, make_learner, make_supervised_learner
-from grpo_jax.structs import Experience, ModelConfig, Params, Rollouts
+from grpo_jax.structs import Experience, ModelConfig, Params
 
 _STOP_IDS = (0,)  # any token: stop tokens change no shape
 
@@ -139,7 +140,11 @@ class Step:
         if config.algorithm.baseline == "greedy":
             self.greedy = self._drawing(self.engine, config.batch.prompts, 1, 0.0)
         self.evaluations = self._evaluations()
-        self.experience = self._experience()
+        self.rows = Rows(mesh)
+        width, has_reference = self.engine.padded(lengths.prompt), self.reference is not None
+        self.experience = self.rows.experience(
+            config, self.learner, lengths.completion_PG, width, has_reference=has_reference
+        )
 
     def _reference(self, dtype) -> Params | None:
         config, model, mesh = self.config, self.model, self.mesh
@@ -289,11 +294,11 @@ class Step:
         shape = shards, -(-config.sft.batch // shards)  # whole texts; each shard is one group
         tokens = config.data.max_prompt_tokens + config.sft.max_tokens
         length_PG = np.full(shape, tokens, np.int32)
-        chosen_PGC = self._rows((*shape, tokens), jnp.bool_)
+        chosen_PGC = self.rows.of((*shape, tokens), jnp.bool_)
         given = Experience(
-            rollouts=self._rollouts(shape, 0, tokens).replace(chosen_PGC=chosen_PGC),
-            advantage=self._rows(shape, jnp.float32),
-            action_PGC=self._rows((*shape, tokens), jnp.bool_),
+            rollouts=self.rows.rollouts(shape, 0, tokens).replace(chosen_PGC=chosen_PGC),
+            advantage=self.rows.of(shape, jnp.float32),
+            action_PGC=self.rows.of((*shape, tokens), jnp.bool_),
             old_logp_PGC=None,
             ref_logp_PGC=None,
         )
@@ -407,60 +412,6 @@ class Step:
         if number and asked.num_samples:
             found["samples"] = self._drawing(engine, number, asked.num_samples, asked.temperature)
         return found
-
-    def _rollouts(self, shape_PG: tuple[int, int], width: int, tokens: int) -> Rollouts:
-        rows, (prompts, _) = self._rows, shape_PG
-        return Rollouts(
-            prompt_PQ=rows((prompts, width), jnp.int32),
-            prompt_length_P=rows((prompts,), jnp.int32),
-            completion_PGC=rows((*shape_PG, tokens), jnp.int32),
-            logp_PGC=rows((*shape_PG, tokens), jnp.float32),
-            length_PG=rows(shape_PG, jnp.int32),
-            stopped_PG=rows(shape_PG, jnp.bool_),
-        )
-
-    def _rows(self, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-        axes = ("rows",) + (None,) * (len(shape) - 1)
-        placed = sharding.sharding_of(self.mesh, axes, shape)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
-
-    def _experience(self) -> Experience:
-        prompts, group = self.lengths.completion_PG.shape
-        limit = self.config.rollout.max_tokens
-        tokens = scoring.cut_to(limit, int(self.lengths.completion_PG.max()))
-        rows = self._rows
-        width = self.engine.padded(self.lengths.prompt)
-        per_token = lambda dtype: rows((prompts, group, tokens), dtype)  # noqa: E731
-        critic = self.learner.critic is not None
-        adaptive = {controller.coefficient for controller in self.learner.controllers}
-        method = derived.hybrid_method(self.config)
-        rollouts, weight = self._rollouts((prompts, group), width, tokens), None
-        if method is not None:
-            weight = per_token(jnp.float32)
-            given = per_token(jnp.bool_) if method.given else None
-            chosen = given if method.given == "completion" else None
-            rollouts = rollouts.replace(given_PGC=given, chosen_PGC=chosen)
-        teaches = self.learner.prepare.teach is not None
-        return Experience(
-            rollouts=rollouts,
-            advantage=per_token(jnp.float32)
-            if critic or teaches
-            else rows((prompts, group), jnp.float32),
-            teacher_logp_PGC=per_token(jnp.float32) if teaches else None,
-            action_PGC=per_token(jnp.bool_),
-            value_PGC=per_token(jnp.float32) if critic else None,
-            return_PGC=per_token(jnp.float32) if critic else None,
-            old_logp_PGC=per_token(jnp.float32) if derived.needs_old_pass(self.config) else None,
-            ref_logp_PGC=per_token(jnp.float32) if self.reference is not None else None,
-            kl_coef_PG=rows((prompts, group), jnp.float32) if "kl_coef" in adaptive else None,
-            entropy_coef_PG=(
-                rows((prompts, group), jnp.float32) if "entropy_coef" in adaptive else None
-            ),
-            top_entropy_PGC=per_token(jnp.bool_) if self.learner.prepare.selects else None,
-            policy_weight_PGC=weight,
-            nll_weight_PGC=weight,
-            mix_PG=rows((prompts, group), jnp.float32) if "mix" in adaptive else None,
-        )
 
 
 def _cast(params: Any, dtype) -> Any:

@@ -14,8 +14,9 @@ class NoRewards:
     """In the place of a `Pool`; every completion's reward is unknown."""
 
     rewards: tuple[Reward, ...] = ()
+    functions: tuple[Reward, ...] = ()
     names: tuple[str, ...] = ()
-    accuracy = None
+    accuracy = models = None
 
     def submit(self, prompts: list[Any], completions: list[Any], columns: Any, **_: Any) -> Unknown:
         return Unknown(len(completions))

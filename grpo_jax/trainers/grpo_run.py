@@ -26,7 +26,7 @@ from grpo_jax.setup import critic as critic_lib
 from grpo_jax.setup import demonstrations, inputs, lora, model, reward_models, teacher
 from grpo_jax.setup.data import answerable, load_problems, questions, tell_of, tell_of_few
 from grpo_jax.setup.engine import make_engine, make_evaluator
-from grpo_jax.setup.learner import MemoryPlan, make_learner
+from grpo_jax.setup.learner import Learner, MemoryPlan, make_learner
 from grpo_jax.setup.rewards import load_rewards, refuse_samples, start_rewards
 from grpo_jax.setup.run_folder import open_for
 from grpo_jax.structs import ModelConfig, Params
@@ -189,12 +189,7 @@ def build(
     now = inputs.date(config.data.date, folder)
     models = reward_models.load_all(config, found.rewards, mesh, now)
     fitted = fit(config, policy.model, mesh, found.longest, folder)
-    of_teacher = found.teacher and found.teacher.model
-    learner = make_learner(config, policy.model, mesh, fitted, critic and critic.model, of_teacher)
-    prepare, update = learner.prepare, learner.update
-    if found.teacher is not None:
-        weights = teacher.load(config, found.teacher, mesh)
-        prepare, update = teacher.given_to(prepare, update, weights)
+    learner = _learner(config, found, mesh, fitted)
     engine = make_engine(config, policy.model, policy.stop_ids, mesh)
     for line in told(config, found):
         say(line)
@@ -212,8 +207,8 @@ def build(
         evaluator=make_evaluator(config, engine),
         optimizer=learner.optimizer,
         learning_rate=learner.learning_rate,
-        prepare=prepare,
-        update=update,
+        prepare=learner.prepare,
+        update=learner.update,
         sizes=learner.sizes | (models.sizes if models else {}),
         frozen=frozen,
         checkpoints=Checkpoints(
@@ -234,6 +229,18 @@ def build(
         # Last: no more checks follow.
         rewards=start_rewards(config, found.rewards, models=models),
     )
+
+
+def _learner(config: ConfigDict, found: Inputs, mesh: Mesh, fitted: MemoryPlan) -> Learner:
+    """The learner, with the weights of its teacher if it has one."""
+    critic, taught_by = found.critic, found.teacher
+    shapes = critic and critic.model, taught_by and taught_by.model
+    learner = make_learner(config, found.policy.model, mesh, fitted, *shapes)
+    if taught_by is None:
+        return learner
+    weights = teacher.load(config, taught_by, mesh)
+    prepare, update = teacher.given_to(learner.prepare, learner.update, weights)
+    return dataclasses.replace(learner, prepare=prepare, update=update)
 
 
 def told(config: ConfigDict, found: Inputs) -> list[str]:

@@ -7,6 +7,11 @@ from valid_config import refusal_of, valid
 
 from grpo_jax.config import derived, rules
 
+PPO = {
+    "algorithm__critic": True,
+    "algorithm__baseline": "none",
+    "algorithm__scale_by": "none",
+}
 REFUSED = [
     ({"hybrid__shaping": 0.2}, ["hybrid.shaping = 0.2", "'luffy'", "hybrid.method = ''"]),
     (
@@ -48,8 +53,8 @@ REFUSED = [
         },
         ["rewards.names = ()", "hpt"],
     ),
-    ({"hybrid__method": "chord", "algorithm__critic": True}, ["algorithm.critic", "chord"]),
-    ({"distill__teacher": "t", "algorithm__critic": True}, ["algorithm.critic", "distill.teacher"]),
+    ({"hybrid__method": "chord", **PPO}, ["algorithm.critic", "chord"]),
+    ({"distill__teacher": "t", **PPO}, ["algorithm.critic", "distill.teacher"]),
     ({"distill__beta": 0.5}, ["distill.beta = 0.5", "distill.teacher"]),
     (
         {"distill__teacher": "t", "distill__loss": "reward", "distill__beta": 0.5},

@@ -33,6 +33,7 @@ HIDDEN = jax.jit(lambda rollouts, layout=None: SCORER.hidden(tiny.params(), roll
 RNG = np.random.default_rng(3)
 REWARD_PG = RNG.choice([0.0, 0.5, 1.0], (P, G)).astype(np.float32)
 REWARD_PG[2], REWARD_PG[5] = 0.0, 1.0  # one group that fails, and one that is solved
+REWARD_PG[1] = 1.0, 0.0, 1.0  # more than GAMMA of the drawn ones, and less of all
 OF_DEMO_P = np.float32([1.0, 0.5, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0])
 DEMOS = [RNG.integers(2, tiny.MODEL.vocab_size, n).tolist() for n in (3, 5, 1, 7, 2, 4, 6, 0)]
 PAPERS = {
