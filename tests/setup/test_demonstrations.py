@@ -57,9 +57,7 @@ def test_what_is_no_demonstration_is_refused_by_its_row():
     good = problem(1, completion="#### 3")
     with pytest.raises(ValueError, match=r"line 2 has no text as column `completion`; it has pro"):
         loaded([good, problem(2, completion=None)])
-    with pytest.raises(
-        ValueError, match=r"line 2: `completion`, the demonstration, is 3\."
-    ):
+    with pytest.raises(ValueError, match=r"line 2: `completion`, the demonstration, is 3\."):
         loaded([good, problem(2, completion=3)])
     with pytest.raises(ValueError, match=r"rollout\.max_tokens = 40.*line 2 has 51 tokens"):
         loaded([good, problem(2, completion="1" * 50)])
