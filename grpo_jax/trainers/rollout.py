@@ -122,12 +122,17 @@ def sampled_before(run: Run, state: RunState, completions: Rollouts) -> Rollout:
 
 def device_rows(run: Run, completions: Rollouts) -> Rollouts:
     """The completions on the device, cut to about the longest."""
+    return transfer.shard_rows(run.mesh, cut(completions))
+
+
+def cut(completions: Rollouts) -> Rollouts:
+    """The completions, on the host, cut to about the longest."""
     limit = completions.completion_PGC.shape[-1]
     longest = scoring.cut_to(limit, int(completions.length_PG.max()))
     names = "completion_PGC", "logp_PGC", "chosen_PGC", "given_PGC"
     by_token = {name: getattr(completions, name) for name in names}
-    cut = {name: x[..., :longest] for name, x in by_token.items() if x is not None}
-    return transfer.shard_rows(run.mesh, completions.replace(**cut))
+    shorter = {name: x[..., :longest] for name, x in by_token.items() if x is not None}
+    return completions.replace(**shorter)
 
 
 def device_rewards(
