@@ -91,6 +91,18 @@ def scorer_of(scorer: Scorer, teacher: ModelConfig) -> Scorer:
     return found
 
 
+def told(config: ConfigDict, teacher: Policy | None) -> list[str]:
+    """A description of the teacher, in a line."""
+    if teacher is None:
+        return []
+    model, distill = teacher.model, config.distill
+    how = f"beta {distill.beta:g}" if distill.loss == "divergence" else "as a reward of each token"
+    return [
+        f"Teacher: {model.family}, {model.num_params:,} parameters, from {distill.teacher}; "
+        f"{how}, weight {distill.coef:g}"
+    ]
+
+
 def load(config: ConfigDict, teacher: Policy, mesh: Mesh) -> Params:
     """The teacher's weights, in the precision of activations."""
     return policy_lib.load_params(teacher, mesh, config.seed, jnp.dtype(config.model.dtype))

@@ -258,6 +258,7 @@ def told(config: ConfigDict, found: Inputs) -> list[str]:
         f"{config.rollout.max_tokens} tokens, {updates} update{'s' * (updates > 1)}",
         *_refill(config),
         *demonstrations.told(config),
+        *teacher.told(config, found.teacher),
         f"The run: {config.loop.num_steps:,} steps, which ask each problem "
         f"{config.loop.num_steps * batch.prompts / len(lengths):,.2f} times"
         f"{' or more' * config.prompts.drop_equal_groups}",
