@@ -28,7 +28,7 @@ def ours(kind: str):
         def loss(logits_BTV):
             logp_BTV = jax.nn.log_softmax(logits_BTV)
             logp_BT = jnp.take_along_axis(logp_BTV, TARGET_BT[..., None], -1)[..., 0]
-            per_token = component.token_loss(logp_BT, jnp.zeros_like(logp_BT), ())
+            per_token = component.loss(logp_BT, jnp.zeros_like(logp_BT), ())
             return jnp.where(action, per_token, 0).sum() / count
 
         value, slope = jax.value_and_grad(loss)(jnp.asarray(LOGITS_BTV))
