@@ -24,6 +24,8 @@ from grpo_jax.rewards import registry
 PROGRAMS = {
     "train": "GRPO; a new model is first trained on worked solutions",
     "sft": "that supervised start alone",
+    "dpo": "trains on preferences: DPO and its relatives, KTO, ORPO",
+    "reward_model": "trains a reward model on pairs",
     "generate": "completes a prompt with a model or a run",
     "evaluate": "answers held-out problems with several models, side by side",
     "score": "scores texts of a dataset with a config's rewards; no model needed",

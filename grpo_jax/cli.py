@@ -27,6 +27,7 @@ from grpo_jax.messages import events
 from grpo_jax.messages.console import console, in_words, one_line, say
 from grpo_jax.messages.credentials import redact
 from grpo_jax.run import disk, stop
+from grpo_jax.run.stop import StopSignal
 
 
 def join_processes(config: ConfigDict, found: arguments.Processes) -> None:
@@ -179,6 +180,33 @@ def told(config: ConfigDict, folder: Path) -> Iterator[None]:
             text = str(error) if isinstance(error, ValueError) else f"{kind}: {error}"
             events.happened("failed", one_line(text))
             raise
+
+
+def train_on_given(
+    argv: list[str], name: str, section: str, run: Callable[[ConfigDict, Path, StopSignal], Path]
+) -> None:
+    """A program that trains on completions of the data: `name` is its own, one of `RUNS`.
+
+    `section` of the config has its schedule. `run` trains, and returns the exported folder.
+    """
+    from grpo_jax.setup import model  # imports what some programs do without
+
+    config, folder, others, _ = arguments.of_run(argv, name)
+    join_processes(config, others)
+    if not derived.is_supervised(config, section):
+        raise ValueError(
+            f"{section}.num_steps = 0: nothing to train. Set it or {section}.num_epochs above 0."
+        )
+    use_all_cores(config, model.model_shape(config, folder).num_params)
+    show_devices()
+    use_nan_checks(config.debug.nans)
+    if config.compile_cache:
+        use_compile_cache(config.mesh)
+    save_before_s = config.checkpoint.save_before_s
+    with told(config, folder), StopSignal(save_before_s, may_exit=True) as stop_signal:
+        export = run(config, folder, stop_signal)
+        events.happened("finished", f"Run finished: {folder}", export=str(export))
+        say(f"The trained model is in {export}.", always=True)
 
 
 _LINGER_S = 5.0  # for threads to end

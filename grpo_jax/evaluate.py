@@ -38,7 +38,7 @@ from grpo_jax.rewards.scores import RewardError
 from grpo_jax.run.whole_files import write_json
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
-from grpo_jax.setup import data, inputs
+from grpo_jax.setup import data, inputs, reward_models
 from grpo_jax.setup.data import answerable, load_split
 from grpo_jax.setup.model import Found, find_model, load_params
 from grpo_jax.setup.rewards import load_rewards, refuse_samples, start_rewards
@@ -256,7 +256,8 @@ def evaluate(args: argparse.Namespace, config: ConfigDict) -> tuple[list[Problem
         except OSError as error:
             raise ValueError(f"{folder} cannot be made: {error.strerror}.") from error
     evaluated = []
-    with start_rewards(config, rewards) as pool:
+    scored_by = reward_models.load_all(config, rewards, mesh, now)
+    with start_rewards(config, rewards, models=scored_by) as pool:
         for found, path, name, asked in zip(
             models, args.models, compare.names(args.models), questions
         ):

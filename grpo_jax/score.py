@@ -32,7 +32,7 @@ from grpo_jax.rewards import registry, trial
 from grpo_jax.rewards.answers import extract_answer
 from grpo_jax.rewards.scores import Scores
 from grpo_jax.run.whole_files import write_whole
-from grpo_jax.setup import inputs
+from grpo_jax.setup import inputs, reward_models
 from grpo_jax.setup.data import load_split
 from grpo_jax.setup.rewards import load_rewards, start_rewards
 
@@ -200,7 +200,8 @@ def main(argv: list[str]) -> None:
     registry.refuse_columns(rewards, problems)
     ids = _token_ids(config, rewards, texts)
     rendered = _rendered(config, rewards, problems)
-    with start_rewards(config, rewards, device_is_busy=False) as pool:
+    models = reward_models.load_all(config, rewards, None, inputs.date(config.data.date))
+    with start_rewards(config, rewards, device_is_busy=False, models=models) as pool:
         scores, seconds = trial.score(pool, problems, texts, ids, rendered, args.batch)
     found = trial.figures(scores, seconds)
     _show(args, rewards, problems, texts, scores, found)

@@ -153,6 +153,9 @@ class ModelConfig:
     wrapper: str = ""  # model_type of the image-text config that holds this one
     codes: str = ""  # of the layers' kernels in the source: "nf4" or "nf4 double"; "": none
     lora: Lora | None = None  # None: all parameters are trained
+    # "vocabulary": the LM head; "scalar": one number for each state, as reward models and critics
+    # have; "none": none, as a model without one is read from its folder
+    head: str = "vocabulary"
     longest: int | None = None  # tokens of the longest row in use; None: max_position
 
     def within(self, longest: int) -> ModelConfig:
@@ -180,7 +183,9 @@ class ModelConfig:
         layer += (4 if self.norms == "both" else 2) * self.width
         layer += (q + 2 * kv) * self.qkv_bias + self.width * self.out_bias
         layer += {"": 0, "head": 2 * self.head_size, "whole": q + kv}[self.qk_norm]
-        embeddings = self.vocab_size * self.width * (1 if self.tied_head else 2)
+        has_own = self.head == "vocabulary" and not self.tied_head
+        embeddings = self.vocab_size * self.width * (1 + has_own)
+        embeddings += self.width * (self.head == "scalar")
         return embeddings + self.num_layers * layer + self.width
 
 
@@ -235,6 +240,13 @@ class Experience:
     kl_coef_PG: Array | None = None  # float32, alike everywhere; None: that of the objective
     entropy_coef_PG: Array | None = None  # the same
     top_entropy_PGC: Array | None = None  # bool: carries the policy gradient; None: all actions
+    value_PGC: Array | None = None  # float32: of the critic, before its update; None: no critic
+    return_PGC: Array | None = None  # float32: what the critic learns
+    # Of losses of preferences; None: the loss does not read it.
+    ref_logp_PG: Array | None = None  # float32: the reference's, summed over the actions
+    nll_weight_PG: Array | None = None  # float32: of the summed nll beside the loss
+    desirable_PG: Array | None = None  # bool: the label of unpaired data
+    divergence_PG: Array | None = None  # float32: KTO's reference point, alike everywhere
 
 
 @struct.dataclass
@@ -250,6 +262,13 @@ class TrainState:
     def num_made(self) -> Array:
         """int32 scalar: updates that changed the parameters; the optimizer's count."""
         return self.num_updates - self.num_skipped
+
+
+@struct.dataclass
+class ActorCritic(TrainState):
+    """The state of a policy with a critic: `TrainState` is the policy's."""
+
+    critic: TrainState
 
 
 def pad_rows(rows: list[list[int]], width: int) -> tuple[np.ndarray, np.ndarray]:

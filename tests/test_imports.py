@@ -18,7 +18,7 @@ FILES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 PROGRAMS = {
-    *("cli", "__main__", "train", "sft", "generate", "evaluate"),
+    *("cli", "__main__", "train", "sft", "dpo", "reward_model", "generate", "evaluate"),
     *("report", "score", "profile", "plan", "export"),
 }
 # A room, or file of the root, and the rooms it may import besides itself. They stand in blocks
@@ -52,8 +52,8 @@ TABLE = """
     evaluation   structs messages hosts rewards models run sampling environments
     planning     structs messages hosts devices kernels config models run sampling learner setup
 
-    trainers     structs keys messages hosts devices data rewards config models run sampling
-                 learner metrics environments setup evaluation planning
+    trainers     structs keys messages hosts devices data algorithm rewards config models run
+                 sampling learner metrics environments setup evaluation planning
 
     programs     structs keys messages hosts devices data rewards config models run sampling metrics
                  environments setup evaluation planning trainers

@@ -251,7 +251,12 @@ def evaluate(
     and that is None. Options that contradict each other are refused by `config.rules`, not here.
     """
     names = [f.name for f in dataclasses.fields(AdvantageOptions) if f.name != "weights"]
-    options = {name: value for name, value in objective.row(options).items() if name in names}
+    options = objective.row(options)
+    if options.get("critic"):
+        raise ValueError(
+            "critic = True has advantages of tokens, from a critic's values: see `gae.evaluate`."
+        )
+    options = {name: value for name, value in options.items() if name in names}
     for name, value in options.items():
         if name in CHOICES and value not in CHOICES[name]:
             raise ValueError(f"{name} = {value!r} must be one of {', '.join(CHOICES[name])}.")

@@ -1,7 +1,7 @@
-"""The losses that an update can minimize: token losses, token weights, and diagnostic metrics.
+"""The losses that an update can minimize: their terms, weights, and diagnostic metrics.
 
-A component sums over tokens and gives one divisor for the global batch, so the loss does not depend
-on microbatches or the mesh. Arrays are of one shape, log-probabilities in nats.
+A component sums losses, of tokens, completions or groups, and gives one divisor for the global
+batch, so the loss does not depend on microbatches or the mesh. Log-probabilities are in nats.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
 
 from grpo_jax.algorithm import diagnostics, losses
 from grpo_jax.algorithm.objective import Objective, TokenTerms
@@ -20,8 +23,12 @@ Take = Callable[[Array], Array]
 class LossComponent(Protocol):
     """One loss. `metric` is its logged name; `sums` and `maxima` are those of `diagnostics`.
 
-    The loss of a token is a function of that token alone, or with `needs_completions` of its whole
-    completion.
+    The loss of a token is a function of that token alone. With `needs_completions` a component sees
+    whole completions, [P, G, C], and its losses are of tokens, [P, G, C], of completions, [P, G],
+    or of groups, [P]. A loss of groups needs each group in one row (`Scorer.whole`).
+
+    A component of a model with a scalar head (`scalar_losses.py`) has values in place of `logp`
+    and `entropy`: `loss(value, terms)`, `diagnostics(value, terms, action)`.
     """
 
     metric: str
@@ -33,22 +40,25 @@ class LossComponent(Protocol):
         """Whether the loss has a gradient in the entropy."""
 
     def terms(self, part: Experience, take: Take, take_of_completion: Take) -> Any:
-        """The inputs of `token_loss` at the tokens of a microbatch.
+        """The inputs of `loss` at the tokens of a microbatch.
 
         `take` gathers values by token [P, G, C] to these tokens, `take_of_completion` values by
         completion [P, G]. With `needs_completions` the tokens are [P, G, C].
         """
 
-    def weights(self, action_BT: Array) -> tuple[Array, Array]:
-        """Weight of each token in the sum, float32 [B, T], and the divisor of the sum."""
+    def weights(self, action_PGC: Array) -> tuple[Array, Array]:
+        """Weight of each loss in the sum, float32 of the losses' shape, and the sum's divisor."""
 
-    def token_loss(self, logp: Array, entropy: Array, terms: Any) -> Array:
-        """Unweighted loss of each token."""
+    def loss(self, logp: Array, entropy: Array, terms: Any) -> Array:
+        """Unweighted losses."""
 
     def diagnostics(
         self, logp: Array, entropy: Array, terms: Any, action: Array
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Sums over action tokens, whose means are logged, and maxima over them."""
+        """Sums of a microbatch, and maxima over its action tokens."""
+
+    def means(self, sums: dict[str, Array]) -> dict[str, Array]:
+        """What is logged of the sums over the global batch; `tokens` counts action tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,31 +99,47 @@ class PolicyLoss:
             policy_weight=_each(take, part.top_entropy_PGC),
         )
 
-    def weights(self, action_BT: Array) -> tuple[Array, Array]:
-        return losses.weights(action_BT, self.objective)
+    def weights(self, action_PGC: Array) -> tuple[Array, Array]:
+        return losses.weights(action_PGC, self.objective)
 
-    def token_loss(self, logp: Array, entropy: Array, terms: TokenTerms) -> Array:
+    def loss(self, logp: Array, entropy: Array, terms: TokenTerms) -> Array:
         return losses.token_loss(self.objective, logp, entropy, terms)
 
     def diagnostics(self, logp, entropy, terms: TokenTerms, action):
         return diagnostics.diagnostics(self.objective, logp, entropy, terms, action)
+
+    def means(self, sums: dict[str, Array]) -> dict[str, Array]:
+        return means_of_tokens(sums)
 
 
 def _each(take: Take, values: Array | None) -> Array | None:
     return None if values is None else take(values)
 
 
+def means_of_tokens(sums: dict[str, Array]) -> dict[str, Array]:
+    """Each sum over the number of action tokens."""
+    tokens = jnp.maximum(sums["tokens"], 1.0)
+    return {name: value / tokens for name, value in sums.items() if name != "tokens"}
+
+
 @dataclasses.dataclass(frozen=True)
 class NLLLoss:
     """Negative log-likelihood of given completions: supervised training.
 
-    Its mean over all action tokens of the batch is the cross-entropy of the completions.
+    "nll": its mean over all action tokens of the batch is the cross-entropy of the completions.
+    "dft": each token's is weighted by its probability p, as a constant: -sg(p) log p (Wu et al.
+    2025, arXiv:2508.05629, equation 9; TRL's loss_type "dft").
     """
 
+    kind: str = "nll"  # or "dft"
+
     metric: ClassVar[str] = "sft/loss"
-    sums: ClassVar[tuple[str, ...]] = ()
     maxima: ClassVar[tuple[str, ...]] = ()
     needs_completions: ClassVar[bool] = False
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        return ("sft/nll",) if self.kind == "dft" else ()
 
     def reads_entropy(self, part: Experience) -> bool:
         return False
@@ -121,12 +147,19 @@ class NLLLoss:
     def terms(self, part: Experience, take: Take, take_of_completion: Take) -> tuple[()]:
         return ()
 
-    def weights(self, action_BT: Array) -> tuple[Array, Array]:
-        weight_BT = action_BT.astype("float32")
-        return weight_BT, weight_BT.sum()
+    def weights(self, action_PGC: Array) -> tuple[Array, Array]:
+        weight_PGC = action_PGC.astype("float32")
+        return weight_PGC, weight_PGC.sum()
 
-    def token_loss(self, logp: Array, entropy: Array, terms: tuple[()]) -> Array:
+    def loss(self, logp: Array, entropy: Array, terms: tuple[()]) -> Array:
+        if self.kind == "dft":
+            return -jax.lax.stop_gradient(jnp.exp(logp)) * logp
         return -logp
 
     def diagnostics(self, logp, entropy, terms, action):
+        if self.kind == "dft":
+            return {"sft/nll": jnp.where(action, -logp, 0.0).sum()}, {}
         return {}, {}
+
+    def means(self, sums: dict[str, Array]) -> dict[str, Array]:
+        return means_of_tokens(sums)

@@ -111,10 +111,10 @@ def token_loss(objective: Objective, logp: Array, entropy: Array, terms: TokenTe
     return loss
 
 
-def weights(
-    action_BT: Array, objective: Objective, dtype: Any = jnp.float32
-) -> tuple[Array, Array]:
-    """Weight of each token in the loss sum, `dtype` [B, T], and what to divide the sum by.
+def weights(action: Array, objective: Objective, dtype: Any = jnp.float32) -> tuple[Array, Array]:
+    """Weight of each token in the loss sum, `dtype` [..., T], and what to divide the sum by.
+
+    `action`: bool [..., T], the tokens of a sequence along the last axis.
 
     "token": every token of the batch alike (DAPO); "sequence": every sequence alike, its tokens
     sharing (the GRPO paper); "sequence_sum": the sums of sequences, averaged (LUSPO,
@@ -122,16 +122,16 @@ def weights(
     limit, so that length has no influence (Dr. GRPO). A sequence without an action does not count,
     except for "constant".
     """
-    weight_BT = action_BT.astype(dtype)
-    length_B1 = weight_BT.sum(axis=1, keepdims=True)
+    weight = action.astype(dtype)
+    length = weight.sum(axis=-1, keepdims=True)
     if objective.normalizer == "token":
-        return weight_BT, weight_BT.sum()
+        return weight, weight.sum()
     if objective.normalizer == "constant":
-        return weight_BT, jnp.asarray(action_BT.shape[0] * objective.max_tokens, dtype)
-    sequences = (length_B1 > 0).sum().astype(dtype)
+        return weight, jnp.asarray(length.size * objective.max_tokens, dtype)
+    sequences = (length > 0).sum().astype(dtype)
     if objective.normalizer == "sequence":
-        weight_BT /= jnp.maximum(length_B1, 1.0)
-    return weight_BT, sequences
+        weight /= jnp.maximum(length, 1.0)
+    return weight, sequences
 
 
 def evaluate(

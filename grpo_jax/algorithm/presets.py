@@ -63,6 +63,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "whiten": "tokens",
             "kl_in": "reward",
         },
+        # Schulman et al. 2017, arXiv:1707.06347; KL at each token as Ziegler et al. 2019,
+        # arXiv:1909.08593
+        "ppo": {
+            "normalizer": "token",
+            "critic": True,
+            "baseline": "none",
+            "scale_by": "none",
+            "whiten": "tokens",
+            "kl_in": "reward",
+        },
         # arXiv:2602.04879
         "dppo": {"surrogate": "tv_mask", "normalizer": "token", "scale_by": "std"},
         # arXiv:2602.02710
@@ -70,5 +80,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 
+# Losses of preferences (`preferences.py`): of pairs, of labelled completions, and those of pairs
+# that label smoothing changes.
+PAIRS = ("sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "orpo")
+UNPAIRED = ("kto", "apo_zero_unpaired")
+SMOOTHED = ("sigmoid", "robust")
+
 # Options of `algorithm` that belong to the advantage.
-ADVANTAGE_OPTIONS = ("scale_by", "baseline", "aggregate", "credit", "whiten", "kl_in")
+ADVANTAGE_OPTIONS = ("scale_by", "baseline", "aggregate", "credit", "whiten", "kl_in", "critic")

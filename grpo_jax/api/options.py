@@ -16,7 +16,7 @@ from grpo_jax.rewards import given as given_rewards
 
 Reward = str | Callable
 # Sections that repeat option names of other sections: a bare name means the other section's.
-_LAST = ("sft", "evaluation", "profile", "checkpoint")
+_LAST = ("sft", "preference", "reward_model", "evaluation", "profile", "checkpoint")
 
 
 def make_config(

@@ -42,7 +42,12 @@ def prog(name: str) -> str:
     return f"grpo-jax {name}" if command == "grpo-jax" else f"python -m grpo_jax.{name}"
 
 
-RUNS = {"train": "Trains a policy by GRPO.", "sft": "Trains a model on worked solutions."}
+RUNS = {
+    "train": "Trains a policy by GRPO.",
+    "sft": "Trains a model on worked solutions.",
+    "dpo": "Trains a model on preferences: DPO and its relatives, KTO, ORPO.",
+    "reward_model": "Trains a reward model on pairs, by Bradley and Terry.",
+}
 
 
 def of_run(argv: list[str], name: str) -> Asked:

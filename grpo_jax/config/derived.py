@@ -37,16 +37,18 @@ def num_steps(config: ConfigDict, num_problems: int) -> int:
     return _steps_of(config.loop.num_epochs, asked, config.batch.prompts)
 
 
-def is_supervised(config: ConfigDict) -> bool:
-    """Whether the config asks for supervised updates."""
-    return config.sft.num_steps > 0 or config.sft.num_epochs > 0
+def is_supervised(config: ConfigDict, section: str = "sft") -> bool:
+    """Whether the config asks for updates on given completions, by one of their sections."""
+    schedule = config[section]
+    return schedule.num_steps > 0 or schedule.num_epochs > 0
 
 
-def num_supervised_steps(config: ConfigDict, num_problems: int) -> int:
-    """Supervised updates, with so many worked solutions."""
-    if not config.sft.num_epochs:
-        return config.sft.num_steps
-    return _steps_of(config.sft.num_epochs, num_problems, config.sft.batch)
+def num_supervised_steps(config: ConfigDict, num_rows: int, section: str = "sft") -> int:
+    """Updates on given completions, with so many rows of data."""
+    schedule = config[section]
+    if not schedule.num_epochs:
+        return schedule.num_steps
+    return _steps_of(schedule.num_epochs, num_rows, schedule.batch)
 
 
 def _steps_of(epochs: float, num_problems: int, batch: int) -> int:
@@ -54,9 +56,13 @@ def _steps_of(epochs: float, num_problems: int, batch: int) -> int:
     return max(math.ceil(round(epochs * num_problems, 6) / batch), 1)
 
 
-def longest_row(config: ConfigDict) -> int:
-    """Tokens of the longest prompt with the longest completion that a run has."""
-    return config.data.max_prompt_tokens + max(config.rollout.max_tokens, config.sft.max_tokens)
+def longest_row(config: ConfigDict, section: str = "sft") -> int:
+    """Tokens of the longest prompt with the longest completion that a run has.
+
+    `section`: that of the training on given completions.
+    """
+    longest = max(config.rollout.max_tokens, config[section].max_tokens)
+    return config.data.max_prompt_tokens + longest
 
 
 def needs_old_pass(config: ConfigDict) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from grpo_jax.algorithm.presets import PRESETS
 from grpo_jax.config.adaptive_options import ADAPTIVE
 from grpo_jax.config.advantage_options import ADVANTAGE
+from grpo_jax.config.critic_options import CRITIC, GAE
 from grpo_jax.config.schema import (
     ANY,
     COUNT,
@@ -93,6 +94,8 @@ OBJECTIVE = (
     flag("algorithm.mask_truncated", False,
          "Leave completions that reached the token limit out of the loss"),
     *ADAPTIVE,
+    *GAE,
+    *CRITIC,
     choice("rollout_correction.level", "none", {
                "none": "no correction",
                "token": "the ratio of each token",

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from grpo_jax.config.given_options import SFT
 from grpo_jax.config.lora_options import LORA
 from grpo_jax.config.objective_options import OBJECTIVE
+from grpo_jax.config.preference_options import PREFERENCE
 from grpo_jax.config.prompt_options import FEW_PROBLEMS, PROMPTS
+from grpo_jax.config.reward_model_options import REWARD_MODEL
 from grpo_jax.config.schema import (
     COUNT,
     FRACTION,
@@ -42,6 +45,7 @@ SECTIONS = {
     "prompts": "Which prompts are trained on; docs/prompts.md",
     "rollout": "How completions are sampled",
     "algorithm": "The objective. docs/definitions.md has the formulas",
+    "critic": "The critic that algorithm.critic trains beside the policy; docs/ppo.md",
     "rollout_correction": "Importance weights for where sampler and policy differ",
     "optim": "The optimizer (AdamW), and its learning rate",
     "loop": "How long the run goes on, and what overlaps in it",
@@ -54,6 +58,8 @@ SECTIONS = {
     "debug": "Search for faults",
     "mesh": "Devices along each axis; their product is all devices",
     "sft": "Supervised training on worked solutions, before GRPO or alone",
+    "preference": "Training on preferences, by grpo_jax.dpo; docs/preference.md",
+    "reward_model": "Training of a reward model on pairs; docs/reward_models.md",
 }
 
 _REST = {-1: "the rest of the devices"}
@@ -376,22 +382,9 @@ TABLE = (
     number("mesh.tensor", 1, COUNT, "devices", "Devices that split each layer",
            special=_REST, free=True),
 
-    number("sft.num_steps", 0, NOT_NEGATIVE, "updates",
-           "Supervised updates: of a new model before GRPO, or of any by grpo_jax.sft"),
-    number("sft.num_epochs", 0.0, NOT_NEGATIVE, "epochs",
-           "How often the training imitates each worked solution, in the place of sft.num_steps",
-           special={0: "sft.num_steps counts"}),
-    number("sft.batch", 64, COUNT, "solutions", "Worked solutions in an update"),
-    number("sft.microbatch", 0, COUNT, "solutions",
-           "As many tokens are computed at once as so many of the longest solutions have",
-           special={0: "the usual number of tokens"}, free=True),
-    number("sft.learning_rate", 1e-3, POSITIVE, "", "The peak; it falls to 0 along a cosine"),
-    number("sft.warmup_steps", 20, NOT_NEGATIVE, "updates", "Linear warm-up of the learning rate"),
-    number("sft.weight_decay", 0.01, NOT_NEGATIVE, "", "Of matrices; norms and biases have none"),
-    number("sft.max_tokens", 256, COUNT, "tokens",
-           "Limit of a worked solution, stop token included"),
-    number("sft.checkpoint_every_steps", 500, COUNT, "updates", "Updates between checkpoints",
-           special={0: "at the end only"}, free=True),
+    *SFT,
+    *PREFERENCE,
+    *REWARD_MODEL,
 )
 # fmt: on
 

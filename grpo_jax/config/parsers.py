@@ -160,6 +160,8 @@ def profile() -> argparse.ArgumentParser:
 BY_PROGRAM: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "train": lambda: arguments.run_parser("train"),
     "sft": lambda: arguments.run_parser("sft"),
+    "dpo": lambda: arguments.run_parser("dpo"),
+    "reward_model": lambda: arguments.run_parser("reward_model"),
     "generate": generate,
     "evaluate": evaluate,
     "score": score,

@@ -12,7 +12,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from grpo_jax.config import derived, objective_rules, options, other_names
+from grpo_jax.config import (
+    critic_rules,
+    derived,
+    objective_rules,
+    options,
+    other_names,
+    preference_options,
+)
 from grpo_jax.config.dotted import flatten
 from grpo_jax.config.schema import Option
 from grpo_jax.data.problems import form_of
@@ -43,8 +50,10 @@ def check(config: ConfigDict) -> None:
     _check_adaptive(config)
     _check_batch(config)
     objective_rules.check(config)
+    critic_rules.check(config)
     check_advantages(config)
     _check_prompts(config)
+    preference_options.check(config)
     _check_loop(config)
     for name in config.checkpoint.accept_changes:
         if name not in flat:

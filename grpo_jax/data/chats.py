@@ -63,8 +63,29 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
-def fault(messages: list) -> str | None:
-    """The fault of a list of messages; None for a valid one."""
+# Names of roles in ShareGPT's chats; others stay.
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "chatgpt": "assistant"}
+
+
+def with_roles(messages: list) -> list:
+    """Messages with "role" and "content" for ShareGPT's "from" and "value"; others as they are."""
+
+    def renamed(message: Any) -> Any:
+        if not isinstance(message, dict) or "from" not in message or "role" in message:
+            return message
+        rest = {k: v for k, v in message.items() if k not in ("from", "value")}
+        role = message["from"]
+        role = _ROLES.get(role, role) if isinstance(role, str) else role
+        return {"role": role, "content": message.get("value")} | rest
+
+    return [renamed(message) for message in messages]
+
+
+def fault(messages: list, *, is_prompt: bool = True) -> str | None:
+    """The fault of a list of messages; None for a valid one.
+
+    `is_prompt`: it must hold a text, and not end in calls of tools. A completion need not.
+    """
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             return f"has a {type(message).__name__} as message {i}"
@@ -81,6 +102,8 @@ def fault(messages: list) -> str | None:
                     return f"has a part without `text` in `content` of message {i}"
         elif not isinstance(content, str) and (content is not None or not _calls(message)):
             return f"has no text as `content` of message {i}"
+    if not is_prompt:
+        return None if messages else "holds no message"
     if messages and _calls(messages[-1]) and messages[-1]["role"] == "assistant":
         return "ends in the assistant's tool calls, with no message of a tool after them"
     return None if any(_text(m.get("content")).strip() for m in messages) else "holds no text"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from grpo_jax.data import chats
 from grpo_jax.data.problems import Form, Problem
@@ -80,6 +80,14 @@ def of_template(problems: Sequence[Problem], reads: frozenset[str] | None, form:
     `reads`: the names that it reads; None if no prompt is a chat. Raises ValueError for a name in
     `data.chat_template_kwargs` that it does not read.
     """
+    names = set(itertools.chain.from_iterable(p.arguments for p in problems))
+    return of_names(names, problems[0].columns if problems else (), reads, form)
+
+
+def of_names(
+    names: Collection[str], columns: Collection[str], reads: frozenset[str] | None, form: Form
+) -> list[str]:
+    """The same, of the names of the values that rows give to the template, and of their columns."""
     if reads is None:
         return []
     unread = [name for name in form.arguments if name not in reads]
@@ -89,13 +97,12 @@ def of_template(problems: Sequence[Problem], reads: frozenset[str] | None, form:
             f"data.chat_template_kwargs: the model's chat template does not read `{unread[0]}`. "
             f"It reads {_listed(own) or 'messages alone'}. Take it out, or correct its name."
         )
-    names = set(itertools.chain.from_iterable(p.arguments for p in problems))
+    names, columns = set(names), set(columns)
     notes = [
         f"the model's chat template does not read `{name}`, which the data gives it: the prompts "
         "are without it."
         for name in sorted(names - reads)
     ]
-    columns = set(problems[0].columns if problems else ())
     notes += [
         f"the model's chat template reads `{name}`, and the data has a column of that name, which "
         f"it does not get. Give it within a column `{chats.ARGUMENTS}`, as TRL does, or rename it."

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import string
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from grpo_jax.data import chats, sources
@@ -132,25 +133,34 @@ class Form:
 
 def load_train(data: Any) -> list[Problem]:
     """The training problems of a config's section `data`."""
-    return load(Source(data.path, data.name, data.split), form_of(data))
+    return load(train_source(data), form_of(data))
 
 
 def load_held_out(data: Any) -> list[Problem]:
     """The held-out problems of a config's section `data`; [] if it names none."""
+    source = held_out_source(data)
+    return [] if source is None else load(source, form_of(data))
+
+
+def train_source(data: Any) -> Source:
+    """Where a config's section `data` has the training rows."""
+    return Source(data.path, data.name, data.split)
+
+
+def held_out_source(data: Any) -> Source | None:
+    """Where it has the held-out rows; None if it names none."""
     if data.eval_path:
         options = ("data.eval_path", "data.eval_name", "data.eval_split")
-        source = Source(data.eval_path, data.eval_name, data.eval_split, options)
-    elif data.eval_split:
+        return Source(data.eval_path, data.eval_name, data.eval_split, options)
+    if data.eval_split:
         if not sources.has_splits(data.path):
             raise ValueError(
                 f"data.eval_split = {data.eval_split!r}, but data.path = {data.path!r} is one set "
                 "of problems without splits. Set data.eval_path to a file of held-out problems."
             )
         options = ("data.path", "data.name", "data.eval_split")
-        source = Source(data.path, data.name, data.eval_split, options)
-    else:
-        return []
-    return load(source, form_of(data))
+        return Source(data.path, data.name, data.eval_split, options)
+    return None
 
 
 def form_of(data: Any) -> Form:
@@ -167,10 +177,15 @@ def load(source: Source, form: Form = Form()) -> list[Problem]:
     has no rows, a row's columns differ from the first row's, a prompt is missing, blank or of a
     wrong type, or `form` does not fit a row.
     """
-    problems: list[Problem] = []
-    first_where, first_columns = "", set()
-    for where, row in sources.read(source):
-        if not problems:
+    rows = alike(sources.read(source), source)
+    return [_problem(row, where, source.options[0], form) for where, row in rows]
+
+
+def alike(rows: Iterable[sources.Row], source: Source) -> Iterator[sources.Row]:
+    """The rows, checked to have the same columns; ValueError if they differ or there are none."""
+    first_where, first_columns = "", None
+    for where, row in rows:
+        if first_columns is None:
             first_where, first_columns = where, row.keys()
         elif row.keys() != first_columns:
             lacks, adds = sorted(first_columns - row.keys()), sorted(row.keys() - first_columns)
@@ -181,21 +196,21 @@ def load(source: Source, form: Form = Form()) -> list[Problem]:
                 f"{first_where}. All rows need the same columns; write null where there is no "
                 "value."
             )
-        problems.append(_problem(row, where, source.options[0], form))
-    if not problems:
+        yield where, row
+    if first_columns is None:
         raise ValueError(
             f"{source.options[0]}: {source.path} is empty; it needs one row for each problem "
             "(in JSONL one JSON object a line)."
         )
-    return problems
 
 
 # --- From a row to a problem ----------------------------------------------------------------------
 
 
 def _problem(row: dict[str, Any], where: str, option: str, form: Form) -> Problem:
-    columns = _renamed(row, where, form.renames) if form.renames else dict(row)
-    _refuse_columns(columns, where, option)
+    columns = renamed(row, where, form.renames) if form.renames else dict(row)
+    _refuse_reserved(columns, where, option)
+    refuse_media(columns, where, option)
     padded = isinstance(row, sources.Padded)
     if isinstance(columns.get("prompt"), str):
         try:
@@ -206,7 +221,7 @@ def _problem(row: dict[str, Any], where: str, option: str, form: Form) -> Proble
                 "messages as JSON."
             ) from error
     if form.prompt_template:
-        columns["prompt"] = _filled(columns, where, form)
+        columns["prompt"] = filled(columns, where, form)
     if "prompt" not in columns:
         raise ValueError(
             f"{option}: {where} has no `prompt`; it has {', '.join(columns) or 'no columns'}. Name "
@@ -216,13 +231,13 @@ def _problem(row: dict[str, Any], where: str, option: str, form: Form) -> Proble
     prompt = columns.pop("prompt")
     if padded:
         prompt = chats.without_nulls(prompt)
-    fault = _prompt_fault(prompt)
+    fault = prompt_fault(prompt)
     if fault:
         raise ValueError(
             f"{option}: {where}: `prompt` {fault}: {cut(json.dumps(prompt, default=str))}. It "
             'must be a text, or a list of messages such as {"role": "user", "content": "..."}.'
         )
-    prompt = _as_chat(prompt, where, form)
+    prompt = as_chat(prompt, where, form)
     if isinstance(prompt, str):
         return Problem(prompt, columns, where)
     try:
@@ -234,13 +249,17 @@ def _problem(row: dict[str, Any], where: str, option: str, form: Form) -> Proble
     return Problem(prompt, columns, where, form.arguments | given)
 
 
-def _refuse_columns(columns: dict[str, Any], where: str, option: str) -> None:
+def _refuse_reserved(columns: dict[str, Any], where: str, option: str) -> None:
     taken = [name for name in _RESERVED if name in columns]
     if taken:
         raise ValueError(
             f"{option}: {where} has a column `{taken[0]}`, which is an argument of every reward "
             "function. Rename the column, as data.columns can."
         )
+
+
+def refuse_media(columns: dict[str, Any], where: str, option: str) -> None:
+    """Raises ValueError for a column of images or sound, which are no text."""
     for name in _MEDIA:
         if columns.get(name):
             raise ValueError(
@@ -273,7 +292,7 @@ def _names(columns: dict[str, Any], name: str) -> str:
     return cut(", ".join(columns), 200) or "no columns"
 
 
-def _renamed(row: dict[str, Any], where: str, renames: dict[str, str]) -> dict[str, Any]:
+def renamed(row: dict[str, Any], where: str, renames: dict[str, str]) -> dict[str, Any]:
     """The row with our names; a value renamed out of a struct stays in the struct, too."""
     within = {}
     for theirs, ours in renames.items():
@@ -293,7 +312,7 @@ def _renamed(row: dict[str, Any], where: str, renames: dict[str, str]) -> dict[s
     return {renames.get(name, name): value for name, value in row.items()} | within
 
 
-def _filled(columns: dict[str, Any], where: str, form: Form) -> str:
+def filled(columns: dict[str, Any], where: str, form: Form) -> str:
     """The template with the row's values."""
     values = {name: _value(columns, name) for name in form.fields}
     for name, value in values.items():
@@ -314,7 +333,7 @@ def _filled(columns: dict[str, Any], where: str, form: Form) -> str:
     return "".join(text + ("" if name is None else str(values[name])) for text, name in form.pieces)
 
 
-def _as_chat(prompt: str | Messages, where: str, form: Form) -> str | Messages:
+def as_chat(prompt: str | Messages, where: str, form: Form) -> str | Messages:
     """The prompt, as messages if the form wants them, with the system message first."""
     if isinstance(prompt, str):
         if not form.chat:
@@ -336,7 +355,7 @@ def _as_chat(prompt: str | Messages, where: str, form: Form) -> str | Messages:
     return prompt
 
 
-def _prompt_fault(prompt: Any) -> str | None:
+def prompt_fault(prompt: Any) -> str | None:
     """The fault of a prompt; None for a valid one."""
     if isinstance(prompt, str):
         return None if prompt.strip() else "is blank"

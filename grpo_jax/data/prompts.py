@@ -112,21 +112,33 @@ def _encode_all(
         (chats, rendered.texts if rendered else [], False),
     ):
         for i, text in zip(index, prompts):
-            if half := re.search("[\ud800-\udfff]", text):
-                raise ValueError(
-                    f"The prompt of {_name(problems[i])} holds {half[0]!r}, half of a character, "
-                    f"which has no tokens. It starts {_start(problems[i].prompt)}. Write the whole "
-                    "character."
-                )
+            refuse_half(text, f"The prompt of {_name(problems[i])}")
         if index:
             encoded = tokenizer(prompts, add_special_tokens=special, verbose=False)
             for i, ids in zip(index, encoded["input_ids"]):
                 rows[i] = list(ids)
-    begin = tokenizer.bos_token
-    for i in texts if begin else ():
-        if problems[i].prompt.startswith(begin) and rows[i][:1] == rows[i][1:2]:
-            rows[i] = rows[i][1:]  # the text already begins with this token
+    written = [problems[i].prompt for i in texts]
+    for i, ids in zip(texts, without_second_start(written, [rows[i] for i in texts], tokenizer)):
+        rows[i] = ids
     return rows, rendered.reads if rendered else None
+
+
+def refuse_half(text: str, what: str) -> None:
+    """Raises ValueError for a text with half of a character; `what` names it."""
+    if half := re.search("[\ud800-\udfff]", text):
+        raise ValueError(
+            f"{what} holds {half[0]!r}, half of a character, which has no tokens. It starts "
+            f"{_start(text)}. Write the whole character."
+        )
+
+
+def without_second_start(
+    texts: Sequence[str], rows: Sequence[list[int]], tokenizer: Any
+) -> list[list[int]]:
+    """Tokens of texts; one that begins with the begin-of-text token does not have it twice."""
+    begin = tokenizer.bos_token
+    is_twice = lambda text, ids: begin and text.startswith(begin) and ids[:1] == ids[1:2]  # noqa: E731
+    return [ids[1:] if is_twice(text, ids) else ids for text, ids in zip(texts, rows)]
 
 
 def _render(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 # Append only: the index of a purpose is part of its stream.
-PURPOSES = ("order", "problems", "solutions", "choice")
+PURPOSES = ("order", "problems", "solutions", "choice", "held_out", "preferences")
 
 
 def stream(seed: int, purpose: str, number: int = 0) -> np.random.Generator:

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -30,6 +31,7 @@ MAX_CHARS = 2**20  # of one rendered conversation
 MAX_CHARS_OF_ALL = 2**30  # of all conversations, which the trainer holds until they are tokens
 _MEMORY_BYTES = 2**31  # of the whole process, which uses a tenth of it
 _START_LIMIT_S = 120  # libraries may be on a slow disk
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks of the assistant's tokens
 
 
 class TemplateError(ValueError):
@@ -41,12 +43,22 @@ class TemplateError(ValueError):
         self.missing = missing  # there is no template
 
 
+# How the text of a conversation ends: with the assistant's opening, or in its last message if that
+# is the assistant's, without its end (`continue_final_message` of transformers); with the opening
+# whatever the last message is; or after the last message.
+REPLY, OPEN, CLOSED = "reply", "open", "closed"
+
+Span = tuple[int, int]  # of characters: first, and one past the last
+
+
 @dataclasses.dataclass(frozen=True)
 class Rendered:
     """Conversations as texts, and the names that their templates read, without special tokens."""
 
     texts: list[str]
     reads: frozenset[str]
+    # Of each text the parts within {% generation %}; None: not asked, or its template has no such.
+    spans: list[list[Span] | None]
 
 
 def render(
@@ -56,13 +68,14 @@ def render(
     *,
     now: datetime | None = None,
     on_text: Callable[[int], None] = lambda done: None,
+    ends: Sequence[str] | None = None,
+    with_spans: bool = False,
 ) -> Rendered:
-    """Renders conversations by the tokenizer's chat template, with the assistant's opening.
+    """Renders conversations by the tokenizer's chat template.
 
-    A conversation whose last message is the assistant's is continued: nothing closes that message
-    (`continue_final_message` of transformers). `arguments`: further template arguments of each
-    conversation, with "tools". `now`: the time that templates see; None: the current time.
-    `on_text` is called after each text, with the number of texts so far.
+    `arguments`: further template arguments of each conversation, with "tools". `now`: the time that
+    templates see; None: the current time. `on_text` is called after each text, with the number of
+    texts so far. `ends`: how each text ends; None: all with REPLY. `with_spans`: of CLOSED texts.
 
     Raises TemplateError for the first conversation that the template refuses, or that exceeds the
     limits at the top of this module, and if the tokenizer has no template.
@@ -75,9 +88,12 @@ def render(
         "now": (now or datetime.now()).isoformat(),
         "special": _as_text(tokenizer.special_tokens_map),
         "conversations": [
-            {"messages": messages, "template": index, "arguments": given}
-            for messages, index, given in zip(conversations, chosen, arguments)
+            {"messages": messages, "template": index, "arguments": given, "end": end}
+            for messages, index, given, end in zip(
+                conversations, chosen, arguments, ends or [REPLY] * len(conversations)
+            )
         ],
+        "with_spans": with_spans,
     }
     code = (
         f"import sys; sys.path[:] = {sys.path!r}; from grpo_jax.data import templates; "
@@ -140,13 +156,14 @@ def _conversation_with(
     except BrokenPipeError:  # it ended before reading everything; its error follows below
         pass
     texts: list[str] = []
+    spans: list[list[Span] | None] = []
     num_chars = 0
     for line in process.stdout:
         answer = json.loads(line)
         if "error" in answer:
             raise TemplateError(len(texts), answer["error"])
         if "reads" in answer:
-            return Rendered(texts, frozenset(answer["reads"]))
+            return Rendered(texts, frozenset(answer["reads"]), spans)
         num_chars += len(answer["text"])
         if num_chars > MAX_CHARS_OF_ALL:
             raise TemplateError(
@@ -155,6 +172,8 @@ def _conversation_with(
                 f"all together may have {MAX_CHARS_OF_ALL}",
             )
         texts.append(answer["text"])
+        found = answer.get("spans")
+        spans.append(None if found is None else [(first, past) for first, past in found])
         on_text(len(texts))
     process.wait()
     listener.join()
@@ -229,17 +248,20 @@ def main() -> None:
 
 def _rendered(library: Any, job: dict[str, Any], item: dict[str, Any]) -> dict[str, Any]:
     random.seed(0)  # for Jinja's filter `random`
-    continues = item["messages"][-1]["role"] == "assistant"
-    (text,), _ = library.render_jinja_template(
-        [item["messages"]],
-        chat_template=job["templates"][item["template"]],
-        add_generation_prompt=not continues,
+    messages, end, template = item["messages"], item["end"], job["templates"][item["template"]]
+    continues = end == REPLY and messages[-1]["role"] == "assistant"
+    marks = job["with_spans"] and end == CLOSED and bool(_GENERATION.search(template))
+    (text,), spans = library.render_jinja_template(
+        [messages],
+        chat_template=template,
+        add_generation_prompt=end != CLOSED and not continues,
         continue_final_message=continues,
+        return_assistant_tokens_mask=marks,
         **job["special"] | item["arguments"],
     )
     if len(text) > MAX_CHARS:
         return {"error": f"it made a text of {len(text)} characters, {MAX_CHARS} at most"}
-    return {"text": text}
+    return {"text": text, "spans": spans[0] if marks else None}
 
 
 def _names_read(library: Any, job: dict[str, Any]) -> set[str]:

@@ -17,6 +17,10 @@ _REMEDIES = {
     "needs no reference, or take a smaller model.",
     "sft": "Lower sft.microbatch (0 takes all of sft.batch at once), set model.remat = full, or "
     "split the model over more devices by mesh.fsdp.",
+    "preference": "Lower preference.microbatch (1 is the least) or preference.max_tokens, set "
+    "model.remat = full, or split the model over more devices by mesh.fsdp.",
+    "reward_model": "Lower reward_model.microbatch (1 is the least) or reward_model.max_tokens, "
+    "set model.remat = full, or split the model over more devices by mesh.fsdp.",
     "rollout": "Lower rollout.num_slots (0 decodes all completions of a step at once) or "
     "rollout.max_tokens, set model.dtype = bfloat16, or use more devices.",
     "evaluation": "Lower rollout.num_slots (0 decodes all completions at once) or "

@@ -17,7 +17,10 @@ import jax
 
 from grpo_jax.devices import memory
 
-PHASES = ("start", "sft", "rollout", "rewards", "scoring", "update", "evaluation", "checkpoint")
+PHASES = (
+    *("start", "sft", "preference", "reward_model", "rollout", "rewards", "scoring", "update"),
+    *("evaluation", "checkpoint"),
+)
 
 
 @contextmanager

@@ -97,6 +97,13 @@ def to_host(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
+def from_first(tree: Any) -> Any:
+    """The host arrays of the first process, on every process; all give the same shapes."""
+    if jax.process_count() == 1:
+        return tree
+    return multihost_utils.broadcast_one_to_all(tree)
+
+
 def rows_held(tree: Any) -> Any:
     """NumPy arrays of the whole shape, filled in the rows that this process's devices hold.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -86,7 +87,15 @@ class RewardCollector:
             raise RewardError(fault)
         assert len(everyones) == len(self._problems), "the engine did not finish every group"
         parts = [everyones[n] for n in range(len(self._problems))]
-        return scores_lib.join(parts, self._pool.rewards)
+        scores = scores_lib.join(parts, self._pool.functions)
+        return self._with_models(scores) if self._pool.models else scores
+
+    def _with_models(self, scores: Scores) -> Scores:
+        """The scores with those of reward models. Every process must call it."""
+        began = time.monotonic()
+        by_model = self._pool.models(self._problems, self.texts(), self._group)
+        seconds = time.monotonic() - began
+        return scores_lib.with_models(scores, self._pool.rewards, by_model, seconds)
 
 
 class SelectedRewards:

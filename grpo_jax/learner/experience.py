@@ -1,27 +1,35 @@
 """The values that stay fixed while a rollout is learned from: `Prepare`.
 
 They are the advantages, the log-probabilities of the reference and of the policy before its first
-update, and the tokens of highest entropy. Each is computed only if the loss or the advantage reads
-it.
+update, the tokens of highest entropy, and the values and returns of a critic. Each is computed only
+if the loss or the advantage reads it. Others may be given, such as what a loss of preferences
+reads.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from grpo_jax.algorithm import advantages as advantages_lib
+from grpo_jax.algorithm import gae as gae_lib
+from grpo_jax.algorithm import preferences
 from grpo_jax.algorithm.advantages import AdvantageOptions
+from grpo_jax.algorithm.gae import GAE
 from grpo_jax.algorithm.token_selection import top_entropy
-from grpo_jax.devices import by_shard, compiling, transfer
+from grpo_jax.devices import by_shard, compiling, sharding, transfer
 from grpo_jax.devices.compiling import Call
 from grpo_jax.learner import accumulate, logprobs, row_sizes, scoring
 from grpo_jax.learner.row_sizes import CompiledSizes
+from grpo_jax.learner.scalars import Values
 from grpo_jax.learner.scoring import Packed, Scorer
 from grpo_jax.models import parameters
 from grpo_jax.structs import Array, Experience, Params, Rollouts
@@ -42,6 +50,7 @@ class LogProbs:
     old_logp_PGC: Array | None
     ref_logp_PGC: Array | None
     entropy_PGC: Array | None  # of the policy; None: `Prepare.selects` is False
+    value_PGC: Array | None = None  # of the critic; None: there is none
 
     def in_order(self, rows: Array) -> np.ndarray:
         """Rows of the experience on the host, in the order in which the prompts were given."""
@@ -67,33 +76,53 @@ class Prepare:
     select: Callable  # program: the tokens of highest entropy
     advantages: Callable  # program: the experience without log-probabilities
     sizes: CompiledSizes  # packed row sizes of `score`; grows during a run
+    values: Values | None = None  # of a critic; None: there is none
 
-    def log_probs(self, params: Params, ref_params: Params | None, rollouts: Rollouts) -> LogProbs:
-        """Launches the scoring, which needs no rewards. `ref_params` None: no KL term."""
+    def log_probs(
+        self,
+        params: Params | None,
+        ref_params: Params | None,
+        rollouts: Rollouts,
+        critic_params: Params | None = None,
+    ) -> LogProbs:
+        """Launches the scoring, which needs no rewards. `ref_params` None: no KL term.
+
+        `params` None: nothing is scored by the policy. `critic_params`: of the critic, if there is
+        one.
+        """
         length_PG, order_P = rollouts.length_PG, None
         if (shards := self.scorer.mesh.shape["data"]) > 1:
             length_PG = transfer.to_host(length_PG)
             order_P = row_sizes.balance(length_PG, shards, self.num_minibatches)
             rollouts, length_PG = self._reordering(rollouts, order_P)(), length_PG[order_P]
-        scored = self._scoring(params, ref_params, rollouts, length_PG)
+        scored = self._scoring(params, ref_params, rollouts, length_PG, critic_params)
         found = {call.part: call() for call in scored}
+        value = found.get("critic")
         if not self.selects:
-            return LogProbs(rollouts, order_P, found.get("policy"), found.get("reference"), None)
+            logp, ref_logp = found.get("policy"), found.get("reference")
+            return LogProbs(rollouts, order_P, logp, ref_logp, None, value)
         (logp, entropy), (ref_logp, _) = found["policy"], found.get("reference", (None, None))
-        return LogProbs(rollouts, order_P, logp, ref_logp, entropy)
+        return LogProbs(rollouts, order_P, logp, ref_logp, entropy, value)
 
-    def __call__(self, given: LogProbs, reward: Array, greedy: Array | None = None) -> Experience:
+    def __call__(
+        self,
+        given: LogProbs,
+        reward: Array,
+        greedy: Array | None = None,
+        beside: Mapping[str, Array] = MappingProxyType({}),
+    ) -> Experience:
         """The experience, once the rewards are known.
 
         `reward`: [P, G], or by function [P, G, R]; `greedy`: rewards of greedy completions, [P] or
-        [P, R] (`advantages.advantages`).
+        [P, R] (`advantages.advantages`). `beside`: further fields of the experience, [P, ...].
         """
-        rewards = reward, greedy
+        rewards, beside = (reward, greedy), dict(beside)
         if given.order_P is not None:
-            rewards = jax.tree.map(lambda x: self._reordering(x, given.order_P)(), rewards)
+            reorder = lambda x: self._reordering(x, given.order_P)()  # noqa: E731
+            rewards, beside = jax.tree.map(reorder, (rewards, beside))
         log_probs = given.old_logp_PGC, given.ref_logp_PGC
-        experience = self._valuing(given.rollouts, *rewards, log_probs)().replace(
-            old_logp_PGC=given.old_logp_PGC, ref_logp_PGC=given.ref_logp_PGC
+        experience = self._valuing(given.rollouts, *rewards, log_probs, given.value_PGC)().replace(
+            old_logp_PGC=given.old_logp_PGC, ref_logp_PGC=given.ref_logp_PGC, **beside
         )
         if not self.selects:
             return experience
@@ -101,16 +130,22 @@ class Prepare:
         return experience.replace(top_entropy_PGC=selected_PGC)
 
     def calls(
-        self, params: Params, ref_params: Params | None, rollouts: Rollouts, length_PG: np.ndarray
+        self,
+        params: Params,
+        ref_params: Params | None,
+        rollouts: Rollouts,
+        length_PG: np.ndarray,
+        critic_params: Params | None = None,
     ) -> list[Call]:
         """The programs of `log_probs` and `__call__` in their order, for rollouts by their shapes.
 
         `length_PG`: the lengths of the completions, which do not follow from the shapes.
         """
         rewards = self._reward_shapes(rollouts)
-        scored = self._scoring(params, ref_params, rollouts, length_PG)
+        scored = self._scoring(params, ref_params, rollouts, length_PG, critic_params)
         log_probs = rollouts.logp_PGC, rollouts.logp_PGC
-        valued = [self._valuing(rollouts, *rewards, log_probs)]
+        value_PGC = None if self.values is None else rollouts.logp_PGC
+        valued = [self._valuing(rollouts, *rewards, log_probs, value_PGC)]
         if self.selects:
             (entropy_PGC,) = (call.result()[1] for call in scored if call.part == "policy")
             action_PGC = valued[0].result().action_PGC
@@ -132,12 +167,17 @@ class Prepare:
         is_greedy = self.options.baseline == "greedy"
         return shape(rollouts.length_PG), shape(rollouts.prompt_length_P) if is_greedy else None
 
-    def _scoring(self, params, ref_params, rollouts, length_PG: np.ndarray) -> list[Call]:
-        read = {"policy": params} if self.with_old else {}
+    def _scoring(
+        self, params, ref_params, rollouts, length_PG: np.ndarray, critic_params
+    ) -> list[Call]:
+        valued = []
+        if self.values is not None:
+            valued = [self.values.call(critic_params, rollouts, length_PG, "critic")]
+        read = {"policy": params} if self.with_old and params is not None else {}
         if ref_params is not None:
             read["reference"] = ref_params
         if not read:
-            return []
+            return valued
         everything = np.arange(self.scorer.groups_in_shard(rollouts))
         packed = self.scorer.microbatches(
             rollouts.replace(length_PG=length_PG), everything, self.sizes
@@ -145,7 +185,7 @@ class Prepare:
         return [
             Call(self.score, (weights, packed.number, rollouts, *packed.arrays), part)
             for part, weights in read.items()
-        ]
+        ] + valued
 
     def _reordering(self, rows: Any, order_P: np.ndarray) -> Call:
         return Call(transfer.reordering(self.scorer.mesh), (rows, order_P))
@@ -156,9 +196,10 @@ class Prepare:
         reward: Array,
         greedy: Array | None,
         log_probs: tuple[Array | None, Array | None],
+        value_PGC: Array | None,
     ) -> Call:
         read = log_probs if self.options.reads_log_probs else None
-        return Call(self.advantages, (rollouts, reward, greedy, read))
+        return Call(self.advantages, (rollouts, reward, greedy, read, value_PGC))
 
     def _selecting(self, entropy_PGC: Array, action_PGC: Array) -> Call:
         return Call(self.select, (entropy_PGC, action_PGC))
@@ -172,13 +213,16 @@ def make_prepare(
     with_old: bool,
     num_minibatches: int = 1,
     top_entropy_share: float = 1.0,
+    values: Values | None = None,
+    gae: GAE | None = None,
 ) -> Prepare:
     """A `Prepare` of these options; nothing is compiled or allocated yet.
 
     `with_old`: the scorer computes the policy's log-probabilities before the first update. They are
     needed if a rollout has several updates, if the loss weighs whole completions, or if the KL is a
     part of the reward. With a `top_entropy_share` below 1 they are needed for the entropies that
-    come with them.
+    come with them. With the `values` of a critic the advantages are those of `gae`, and of
+    `options` only the KL in the reward and the whitening over tokens are read.
     """
     selects = top_entropy_share < 1
     assert with_old or not (options.reads_log_probs or selects)
@@ -191,11 +235,25 @@ def make_prepare(
         reward: Array,
         greedy: Array | None = None,
         log_probs: tuple[Array, Array] | None = None,
+        value_PGC: Array | None = None,
     ) -> Experience:
         shape = rollouts.length_PG, rollouts.stopped_PG, rollouts.completion_PGC.shape[-1]
         action_PGC = action_mask(*shape, mask_truncated)
         if rollouts.chosen_PGC is not None:
             action_PGC &= rollouts.chosen_PGC
+        given = Experience(rollouts, reward, action_PGC, old_logp_PGC=None, ref_logp_PGC=None)
+        if value_PGC is not None:
+            advantage_PGC, return_PGC = gae_lib.estimate(
+                gae,
+                reward,
+                value_PGC,
+                action_PGC,
+                kl_coef=options.kl_coef if options.reads_log_probs else 0.0,
+                log_probs=log_probs,
+                whitens=options.whiten == "tokens",
+            )
+            valued = {"value_PGC": value_PGC, "return_PGC": return_PGC}
+            return given.replace(advantage=advantage_PGC, **valued)
         advantage_PG = advantages_lib.advantages(
             options,
             reward,
@@ -204,7 +262,7 @@ def make_prepare(
             action_PGC=action_PGC,
             log_probs=log_probs,
         )
-        return Experience(rollouts, advantage_PG, action_PGC, old_logp_PGC=None, ref_logp_PGC=None)
+        return given.replace(advantage=advantage_PG)
 
     @jax.jit
     @jax.named_scope("scoring")
@@ -221,6 +279,7 @@ def make_prepare(
         select,
         advantages,
         CompiledSizes(),
+        values,
     )
 
 
@@ -254,3 +313,27 @@ def _make_score(scorer: Scorer, *, with_entropy: bool) -> Callable:
         by_shard.by_data_shard(scorer.mesh, compiling.exact(scorer.dtype, score), 2),
         compiler_options=compiling.options(scorer.mesh),
     )
+
+
+@functools.cache
+def divergence(mesh: Mesh) -> Callable:
+    """The program of KTO's reference point, [P, G] alike everywhere.
+
+    From mismatched completions, their log-probabilities [P, G, C], and the reference's sums [P, G].
+    """
+
+    @jax.jit
+    @jax.named_scope("scoring")
+    def reference_point(rollouts: Rollouts, logp_PGC: Array, ref_logp_PG: Array) -> Array:
+        logp_PG = completion_sums(rollouts, logp_PGC)
+        there_PG = rollouts.chosen_PGC.any(-1)
+        point = preferences.reference_point(logp_PG - ref_logp_PG, there_PG)
+        placed = sharding.sharding_of(mesh, ("rows", None), logp_PG.shape)
+        return jax.lax.with_sharding_constraint(jnp.full_like(logp_PG, point), placed)
+
+    return reference_point
+
+
+def completion_sums(rollouts: Rollouts, logp_PGC: Array) -> Array:
+    """Log-probabilities of completions whose tokens are chosen, float32 [P, G]."""
+    return jnp.where(rollouts.chosen_PGC, logp_PGC, 0.0).sum(-1)

@@ -30,7 +30,8 @@ class Microbatches:
     """Microbatches of each data shard.
 
     All have the same number of prompts on each device. A group with more tokens than a microbatch
-    may hold is divided over several, each with the prompt and some of the completions.
+    may hold is divided over several, each with the prompt and some of the completions, unless it
+    must stay whole.
     """
 
     number: np.int32  # the first of M are filled; the others are empty
@@ -54,13 +55,15 @@ def pack(
     devices: int = 1,
     multiple: int = 1,
     share_lanes: bool = True,
+    whole: bool = False,
     sizes: CompiledSizes | None = None,
 ) -> Microbatches:
     """Groups `groups_P` of each shard, packed in microbatches of at most `at_once` tokens.
 
     `at_once` limits a row, with its prompts padded to `prompt_tokens`; a single completion always
     fits. The row's size is then rounded up to a `multiple`. Without `share_lanes` each completion
-    has its own lane. `sizes` are the sizes that the run uses so far; None: a new run.
+    has its own lane. With `whole`, no group is divided: a row has room for the longest there may
+    be. `sizes` are the sizes that the run uses so far; None: a new run.
     """
     num_shards, _, group = length_SPG.shape
     work = PackingProblem(
@@ -72,10 +75,11 @@ def pack(
         devices,
         multiple,
         share_lanes,
+        whole,
     )
     size, units_S, rows_S = (sizes or CompiledSizes()).fill(work)
     num_prompts, entries, num_lanes, width = size.prompts, size.entries, size.lanes, work.width
-    whole = entries == num_prompts * num_lanes * width
+    is_plain = entries == num_prompts * num_lanes * width  # entries are places
     groups = np.full((num_shards, size.rows, devices, num_prompts), -1, np.int32)
     own = np.zeros((*groups.shape, group), bool)
     token = np.full((num_shards, size.rows, devices, entries), -1, np.int32)
@@ -90,7 +94,7 @@ def pack(
                 groups[s, n, d, j] = unit.prompt
                 own[s, n, d, j, unit.completions] = True
                 for k, completions in enumerate(work.lanes_of(entries_G, unit.completions)):
-                    begin = at = (j * num_lanes + k) * width if whole else at
+                    begin = at = (j * num_lanes + k) * width if is_plain else at
                     for g in completions:
                         more = int(entries_G[g])
                         first = (j * group + g) * completion_tokens + 1

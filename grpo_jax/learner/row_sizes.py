@@ -4,9 +4,10 @@ A row has a fixed number of places for prompts and for entries, the tokens of th
 Empty places are computed too, so the search looks for the size with the fewest empty places. There
 are three ways to place groups: whole; in parts, if a large group would leave no room beside it; or
 poured into row after row, each group continued in the next row when one is full. Each part of a
-group computes the prompt once more. A program takes any number of rows up to a limit, but each row
-size is compiled separately. So a run keeps its sizes until a better size would have saved the work
-of two updates.
+group computes the prompt once more. If a loss reads whole groups, as of pairs, they stay whole, and
+a row always has room for one. A program takes any number of rows up to a limit, but each row size
+is compiled separately. So a run keeps its sizes until a better size would have saved the work of
+two updates.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class PackingProblem:
     devices: int  # of a shard, with one row each
     multiple: int  # a row's tokens are rounded up to it
     share_lanes: bool  # whether completions share lanes
+    whole: bool = False  # whether each group must be in one row
 
     @property
     def width(self) -> int:
@@ -80,11 +82,15 @@ class PackingProblem:
 
     @property
     def largest(self) -> int:
-        return max(self.at_once, self.prompt_tokens + self.width)
+        """Tokens of the largest row: at least one completion fits, or one group."""
+        completions = self.entries_SPG.shape[2] if self.whole else 1
+        return max(self.at_once, self.prompt_tokens + completions * self.width)
 
     @functools.cached_property
     def strategies(self) -> list[_WholeGroups | _SplitAcrossRows]:
         """The ways to divide the groups: whole if possible, in ever smaller parts, and poured."""
+        if self.whole:
+            return [_WholeGroups.of(self, self.largest - self.prompt_tokens)]
         longest = int(self.entries_SPG[:, self.groups_P].max())
         found: dict[tuple[int, ...], _WholeGroups] = {}
         for parts in _PARTS:

@@ -52,6 +52,7 @@ class Scorer:
     microbatch: int = 0  # groups at once, more if completions are short; 0: by `tokens`
     kernels: AttentionKernels = attention  # of attention
     tokens: int = 0  # of a microbatch's row, if `microbatch` is 0; 0: the default
+    whole: bool = False  # whether each group must be in one row, for a loss that reads it whole
 
     def microbatches(
         self, rollouts: Rollouts, groups_P: np.ndarray, sizes: CompiledSizes | None = None
@@ -63,17 +64,18 @@ class Scorer:
         prompt_tokens, (_, group, tokens) = rollouts.prompt_PQ.shape[1], rollouts.logp_PGC.shape
         shards, devices = self.mesh.shape["data"], self.mesh.shape["fsdp"] * self.parts
         sequence = self.mesh.shape["sequence"]
-        whole = prompt_tokens + group * max(tokens - 1, 1)
+        of_group = prompt_tokens + group * max(tokens - 1, 1)
         tokens_at_once = self.tokens or usual_tokens(self.mesh)
         return packing.pack(
             transfer.to_host(rollouts.length_PG).reshape(shards, -1, group),
             groups_P,
             prompt_tokens=prompt_tokens,
             completion_tokens=tokens,
-            at_once=self.microbatch * whole // (shards * devices) or tokens_at_once,
+            at_once=self.microbatch * of_group // (shards * devices) or tokens_at_once,
             devices=devices,
             multiple=sequence,
             share_lanes=self.kernels.shares_lanes,
+            whole=self.whole,
             sizes=sizes,
         )
 

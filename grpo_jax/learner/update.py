@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import optax
 from grpo_jax.algorithm.components import LossComponent
 from grpo_jax.devices import compiling, transfer
 from grpo_jax.devices.compiling import Call
-from grpo_jax.learner import accumulate, logprobs, scoring, train_state
+from grpo_jax.learner import accumulate, logprobs, scalars, scoring, train_state
 from grpo_jax.learner.accumulate import Carry
 from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.learner.scoring import Packed, Scorer
@@ -32,13 +32,15 @@ def _loss_sums(
 ):
     """Summed loss of one microbatch, and (sums, maxima) of its diagnostics."""
     params = weights.whole(scorer.model)
-    of_microbatch = _by_completion if component.needs_completions else _by_token
     hidden_BED = scorer.hidden(params, part.rollouts, packed.layout)
-    weight_BC, _ = component.weights(part.action_PGC.reshape(-1, packed.tokens))
-    weight_PGC = weight_BC.reshape(part.action_PGC.shape)
-    total, *of_tokens, action = of_microbatch(
-        scorer, component, part, packed, hidden_BED, scorer.head(params), weight_PGC
-    )
+    if scorer.model.head == "scalar":
+        values = (scalars.of_states(scorer, params, hidden_BED),)
+        total, *of_tokens, action = _of_completions(component, part, packed, values)
+    else:
+        of_microbatch = _by_completion if component.needs_completions else _by_token
+        total, *of_tokens, action = of_microbatch(
+            scorer, component, part, packed, hidden_BED, scorer.head(params)
+        )
     sums, maxima = component.diagnostics(*of_tokens, action)
     sums |= {"loss": total, "tokens": action.sum().astype(jnp.float32)}
     return total, (sums, maxima)
@@ -51,15 +53,15 @@ def _by_token(
     packed: Packed,
     hidden_BED: Array,
     head_DV: Array,
-    weight_PGC: Array,
 ) -> tuple[Array, Array, Array, Any, Array]:
     """The summed loss, and what `diagnostics` reads, by prediction: one sweep of the vocabulary."""
     terms = component.terms(part, packed.take, packed.take_of_completion)
+    weight_PGC, _ = component.weights(part.action_PGC)
     weight_BE = jnp.where(packed.there_BE, packed.take(weight_PGC), 0.0)
     action_BE = packed.take(part.action_PGC) & packed.there_BE
 
     def loss(hidden, target, weight, terms):
-        how = component.token_loss, scorer.sampling, scorer.along, scorer.model.logit_cap
+        how = component.loss, scorer.sampling, scorer.along, scorer.model.logit_cap
         return logprobs.loss(*how, hidden, head_DV, target, weight, terms)
 
     total, logp_BE, entropy_BE = scoring.row_by_row(
@@ -76,7 +78,6 @@ def _by_completion(
     packed: Packed,
     hidden_BED: Array,
     head_DV: Array,
-    weight_PGC: Array,
 ) -> tuple[Array, Array, Array, Any, Array]:
     """The same by completion and token, of a loss that reads whole completions."""
 
@@ -85,16 +86,34 @@ def _by_completion(
         return logprobs.differentiable(*how, hidden, head_DV, target)
 
     found = scoring.row_by_row(scorer, both, hidden_BED, packed.take(part.rollouts.completion_PGC))
+    return _of_completions(component, part, packed, found)
+
+
+def _of_completions(
+    component: LossComponent, part: Experience, packed: Packed, found: tuple[Array, ...]
+) -> tuple[Any, ...]:
+    """The summed loss, and what `diagnostics` reads, by completion and token.
+
+    `found`: what the model gives by prediction: log-probabilities and entropies, or values.
+    """
     place = lambda x: packed.by_completion(  # noqa: E731
         x.reshape(packed.there_BE.shape), part.action_PGC
     )
     action_PGC = part.action_PGC & place(packed.there_BE)  # others are in another microbatch
     take = lambda x: jnp.where(action_PGC, x, jnp.zeros((), x.dtype))  # noqa: E731
-    logp_PGC, entropy_PGC = (take(place(x)) for x in found)
+    found_PGC = [take(place(x)) for x in found]
     terms = component.terms(part, take, lambda x_PG: take(x_PG[..., None]))
-    per_token = component.token_loss(logp_PGC, entropy_PGC, terms)
-    weighed = weight_PGC * jnp.where(action_PGC, per_token, 0.0)
-    return weighed.sum(), logp_PGC, entropy_PGC, terms, action_PGC
+    weight, _ = component.weights(action_PGC)
+    loss = component.loss(*found_PGC, terms)
+    weighed = weight * jnp.where(weight != 0, loss, 0.0)
+    return weighed.sum(), *found_PGC, terms, action_PGC
+
+
+class Launched(NamedTuple):
+    """An update of which all but the optimizer's step is launched."""
+
+    carry: Carry  # holds the gradients
+    step: Callable[[], tuple[TrainState, dict[str, Array]]]  # donates the state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +149,18 @@ class Update:
         are not trained, if adapters are. Metrics are float32 scalars by their logged names, and
         `skipped`, True if the update was refused.
         """
+        launched = self.launched(state, experience, index, frozen)
+        before_donating(launched.carry)
+        return launched.step()
+
+    def launched(
+        self,
+        state: TrainState,
+        experience: Experience,
+        index: int,
+        frozen: Params | None = None,
+    ) -> Launched:
+        """The update on minibatch `index`, up to the optimizer's step."""
         length_PG, none = experience.rollouts.length_PG, self.zero_gradient()
         weights = Weights(state.params, frozen)
         carry = self._adding(weights, none, experience, length_PG, index)()
@@ -139,11 +170,14 @@ class Update:
         if (shape := experience.action_PGC.shape) not in self.compiled:
             step.lower().compile()  # before donating: slow, and may be interrupted
             self.compiled.add(shape)
-        before_donating(carry)
-        state, metrics = step()
-        if self.offload:
-            state = state.replace(opt_state=transfer.to_host_memory(state.opt_state))
-        return state, metrics
+
+        def finish() -> tuple[TrainState, dict[str, Array]]:
+            state, metrics = step()
+            if self.offload:
+                state = state.replace(opt_state=transfer.to_host_memory(state.opt_state))
+            return state, metrics
+
+        return Launched(carry, finish)
 
     def calls(
         self,
@@ -227,13 +261,11 @@ def make_update(
     def optimizer_step(state: TrainState, carry: Carry, action_PGC: Array, index: Array):
         grads, sums, maxima = accumulate.reduce_shards(scorer, carry)
         _, group, tokens = action_PGC.shape
-        action_BC = action_PGC.reshape(-1, num_minibatches, group, tokens)[:, index]
-        action_BC = action_BC.reshape(-1, tokens)
-        count = jnp.maximum(component.weights(action_BC)[1], 1.0)
-        tokens = jnp.maximum(sums.pop("tokens"), 1.0)
+        of_index_PGC = action_PGC.reshape(-1, num_minibatches, group, tokens)[:, index]
+        count = jnp.maximum(component.weights(of_index_PGC)[1], 1.0)
         loss = sums.pop("loss") / count
         grads = jax.tree.map(lambda g: g / count, grads)
-        means = {name: value / tokens for name, value in sums.items()}
+        means = component.means(sums)
         outside = [(means[n] < low) | (means[n] > high) for n, (low, high) in bounds.items()]
         wanted = ~functools.reduce(jnp.logical_or, outside, jnp.bool_(False))
         state, metrics = accumulate.apply_gradient(state, optimizer, grads, loss, wanted)

@@ -134,9 +134,9 @@ class Progress:
         facts, values = {}, self._values or {}
         if self._values is None:
             facts["phase"] = f"compiling {self._phase}".strip()
-        for name in ("reward", "accuracy", "sft/loss"):
+        for name in ("reward", "accuracy", "sft/loss", "preference/loss", "reward_model/loss"):
             if name in values:
-                facts[name] = f"{name.removeprefix('sft/')} {values[name]:.3f}"
+                facts[name] = f"{name.rpartition('/')[2]} {values[name]:.3f}"
         if "throughput/generated_tokens_per_s" in values:
             facts["speed"] = f"{values['throughput/generated_tokens_per_s']:,.0f} tokens/s"
         facts["elapsed"] = f"elapsed {_duration(now - self._start)}"

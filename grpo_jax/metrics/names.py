@@ -161,8 +161,89 @@ METRICS: dict[str, Metric] = {
     "eval/pass@K": Metric("share", "held-out problems that at least one of K samples solves"),
     "eval/maj@K": Metric("share", "held-out problems that the commonest answer of K solves"),
     "eval/mean@K": Metric("share", "mean accuracy of K samples per held-out problem"),
-    "sft/loss": Metric("nats/token", "mean cross-entropy of the worked solutions"),
+    "sft/loss": Metric(
+        "nats/token",
+        'mean cross-entropy of the completions, weighted by probability if sft.loss is "dft"',
+    ),
+    "sft/nll": Metric("nats/token", "mean cross-entropy of the completions, where sft/loss is not"),
+    "sft/eval_loss": Metric("nats/token", "mean cross-entropy of the held-out rows' completions"),
     "sft/tokens_per_s": Metric("tokens/s", "tokens trained on, without prompts and padding"),
+    "value/loss": Metric("", "the critic's loss: half of the larger of two squares, weighted"),
+    "value/explained_variance": Metric(
+        "share",
+        "share of the variance of the returns that the critic's values explain, at most 1; 0 for "
+        "a constant value",
+    ),
+    "value/clip_share": Metric("share", "tokens at which critic.clip made the loss larger"),
+    "value/mean": Metric("", "mean of the critic's values"),
+    "value/return_mean": Metric("", "mean of the returns that the critic learns"),
+    "value/grad_norm": Metric("", "global norm of the critic's gradient, before clipping"),
+    "reward_model/loss": Metric(
+        "nats", "mean loss of the pairs: -log of the probability of the preference, and centring"
+    ),
+    "reward_model/accuracy": Metric("share", "pairs whose chosen text has the higher reward"),
+    "reward_model/margin": Metric("", "mean reward of the chosen minus that of the rejected"),
+    "reward_model/mean": Metric("", "mean reward of all texts of the pairs"),
+    "reward_model/std": Metric("", "standard deviation of these rewards"),
+    "reward_model/tokens_per_s": Metric(
+        "tokens/s", "tokens of pairs after what both begin with, over a step's time"
+    ),
+    **{
+        f"reward_model/eval_{name}": Metric(unit, f"reward_model/{name} of the held-out pairs")
+        for name, unit in (
+            ("loss", "nats"),
+            ("accuracy", "share"),
+            ("margin", ""),
+            ("mean", ""),
+            ("std", ""),
+        )
+    },
+    "reward_model/eval_calibration_error": Metric(
+        "share",
+        "mean distance between the probability that the model gives to held-out preferences and "
+        "the share that holds, over ten bins",
+    ),
+    "preference/loss": Metric(
+        "", "mean loss of the pairs, or labelled completions, of the update: preference.loss"
+    ),
+    "preference/reward_chosen": Metric(
+        "", "mean implicit reward of chosen or desirable completions, beta times their log-ratio"
+    ),
+    "preference/reward_rejected": Metric("", "the same of rejected or undesirable ones"),
+    "preference/reward_margin": Metric("", "the first minus the second"),
+    "preference/reward_accuracy": Metric(
+        "share",
+        "pairs whose chosen completion has the larger implicit reward; of labelled completions, "
+        "those whose log-ratio is on the side of preference/kl that their label says",
+    ),
+    "preference/logp_chosen": Metric(
+        "nats", "mean log-probability of chosen or desirable completions, summed over their tokens"
+    ),
+    "preference/logp_rejected": Metric("nats", "the same of rejected or undesirable ones"),
+    "preference/nll": Metric("nats/token", "mean cross-entropy of chosen or desirable completions"),
+    "preference/log_odds_ratio": Metric(
+        "nats", 'mean log-odds of the chosen minus that of the rejected completions, of "orpo"'
+    ),
+    "preference/kl": Metric(
+        "nats",
+        'divergence from the reference by mismatched completions, at least 0, of "kto"',
+    ),
+    "preference/tokens_per_s": Metric("tokens/s", "tokens of completions, over a step's time"),
+    "preference/eval_loss": Metric("", "preference/loss of the held-out rows"),
+    **{
+        f"preference/eval_{name}": Metric(unit, f"preference/{name} of the held-out rows")
+        for name, unit in {
+            "reward_chosen": "",
+            "reward_rejected": "",
+            "reward_margin": "",
+            "reward_accuracy": "share",
+            "logp_chosen": "nats",
+            "logp_rejected": "nats",
+            "nll": "nats/token",
+            "log_odds_ratio": "nats",
+            "kl": "nats",
+        }.items()
+    },
 }
 
 

@@ -4,6 +4,7 @@ They are float32 unless the caller casts or quantizes them (`dense.in_precision`
 [in, out], heads contiguous:
 
     embed/embedding [V, D]      norm/scale [D]      head/kernel [D, V] (untied models only)
+    score/kernel [D, 1] (in place of the LM head, with `ModelConfig.head` "scalar")
     layers/ (stacked by slot as in `layer_runs.py`, with a leading axis)
         attention_norm/scale [D]      mlp_norm/scale [D] (norms before the branches)
         attention_post_norm/scale [D] mlp_post_norm/scale [D] (norms after them)
@@ -56,9 +57,26 @@ def init(config: ModelConfig, key: Array) -> Params:
         "layers": layer_runs.by_slot(config.layers, stack),
         "norm": {"scale": jnp.full(config.width, 1 - config.norm_offset, jnp.float32)},
     }
-    if not config.tied_head:
+    if config.head == "scalar":
+        params["score"] = scalar_head(config, head_key)
+    elif has_own_head(config):
         params["head"] = {"kernel": normal(head_key, (config.width, config.vocab_size))}
     return params
+
+
+def has_own_head(config: ModelConfig) -> bool:
+    """Whether the parameters have an LM head besides the embedding."""
+    return config.head == "vocabulary" and not config.tied_head
+
+
+def scalar_head(config: ModelConfig, key: Array) -> Params:
+    """A fresh scalar head: a float32 kernel [D, 1] without bias, of variance 1 / (D + 1).
+
+    As the reward models of Stiennon et al. 2020 (arXiv:2009.01325) begin, by Huang et al. 2024
+    (arXiv:2403.17031, detail 8). OpenRLHF takes 1 / (D + 1) as the deviation.
+    """
+    deviation = (config.width + 1) ** -0.5
+    return {"kernel": deviation * jax.random.normal(key, (config.width, 1))}
 
 
 def logical_axes(config: ModelConfig) -> Params:
@@ -89,7 +107,9 @@ def _logical_axes(config: ModelConfig) -> Params:
         "layers": layer_runs.by_slot(config.layers, stack),
         "norm": {"scale": ("norm",)},
     }
-    if not config.tied_head:
+    if config.head == "scalar":
+        axes["score"] = {"kernel": ("embed", None)}
+    elif has_own_head(config):
         axes["head"] = {"kernel": ("embed", "vocab")}
     return axes
 

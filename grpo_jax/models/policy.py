@@ -19,7 +19,7 @@ from grpo_jax.devices.compiling import Call
 from grpo_jax.kernels.nf4 import NF4
 from grpo_jax.messages.console import say
 from grpo_jax.models import lora, parameters
-from grpo_jax.models.hf import export, weights
+from grpo_jax.models.hf import config_json, export, weights
 from grpo_jax.models.hf import folder as folder_lib
 from grpo_jax.models.hf import tokenizer as tokenizer_lib
 from grpo_jax.structs import Array, ModelConfig, Params
@@ -35,6 +35,8 @@ class Policy:
     source: Path | None  # Hugging Face folder it was read from; None: a new model
     stored: str | None = None  # dtype of the weights there
     kept: Path | None = None  # a copy of its files for the export; None: no copy
+    pad_id: int | None = None  # the pad token, after which a scalar head is not read
+    has_new_head: bool = False  # the source has an LM head, and the model a scalar one
 
     def within(self, longest: int) -> Policy:
         """The policy for rows of at most `longest` tokens; see `ModelConfig.within`."""
@@ -103,10 +105,14 @@ def find(
         return kept
 
 
-def read(path: str, option: str = "model.path", kept: Path | None = None) -> Policy:
+def read(
+    path: str, option: str = "model.path", kept: Path | None = None, head: str = "vocabulary"
+) -> Policy:
     """The policy of a Hugging Face folder or hub id; ValueError for a broken one.
 
-    `option` and `kept` as in `find`; a policy from `kept` has no weights.
+    `option` and `kept` as in `find`; a policy from `kept` has no weights. `head` as in
+    `ModelConfig`: of a folder with an LM head, a model with a scalar head gets a new one. A folder
+    with a scalar head has no other.
     """
     folder = find(path, option, kept)
     if folder == kept:
@@ -115,6 +121,7 @@ def read(path: str, option: str = "model.path", kept: Path | None = None) -> Pol
             f"tokenizer are those that the run has kept in {kept}."
         )
     model = folder_lib.read_config(folder, folder_lib.as_given(path, option))
+    _refuse_head(model, head, folder_lib.as_given(path, option))
     tokenizer = tokenizer_lib.load_tokenizer(folder)
     if tokenizer.vocab_size > model.vocab_size:  # without added tokens
         raise ValueError(
@@ -122,7 +129,28 @@ def read(path: str, option: str = "model.path", kept: Path | None = None) -> Pol
             f"is {model.vocab_size}. They do not belong together."
         )
     stop_ids = tokenizer_lib.stop_ids(folder, tokenizer, model.vocab_size)
-    return Policy(model, tokenizer, stop_ids, folder, weights.stored_dtype(folder))
+    pad_id = tokenizer_lib.pad_id(folder_lib.read_json(folder / "config.json"), tokenizer)
+    return Policy(
+        dataclasses.replace(model, head=head),
+        tokenizer,
+        stop_ids,
+        folder,
+        weights.stored_dtype(folder),
+        pad_id=pad_id,
+        has_new_head=head != model.head,
+    )
+
+
+def _refuse_head(model: ModelConfig, head: str, given: str) -> None:
+    """Raises ValueError if a folder's model cannot have this head."""
+    if head == "scalar":
+        config_json.refuse_scalar(model, given)
+    elif model.head == "scalar":
+        raise ValueError(
+            f"{given} is a reward model (config.json: ForSequenceClassification): it gives a "
+            "score to a text and has no head that writes one. Give a language model "
+            "(ForCausalLM); a reward model goes to rewards.names, reward_model or critic.path."
+        )
 
 
 def keep(policy: Policy, folder: Path) -> Policy:
@@ -148,8 +176,13 @@ def load_params(
     from the source is not finite.
     """
     if policy.source is not None:
-        params = weights.load_params(policy.source, policy.model, mesh, dtype, keep, codes)
+        model = policy.model
+        model = dataclasses.replace(model, head="none") if policy.has_new_head else model
+        params = weights.load_params(policy.source, model, mesh, dtype, keep, codes)
         refuse_nonfinite(params, mesh, f"{policy.source}", "Get its files again.")
+        if policy.has_new_head:
+            head = drawing_head(policy.model, mesh, keys.key_for(seed, "head"), dtype)()
+            return params | {"score": head}
         return params
     return drawing(policy.model, mesh, keys.key_for(seed, "init"), dtype)()
 
@@ -163,6 +196,18 @@ def drawing(model: ModelConfig, mesh: Mesh, key: Array, dtype=jnp.float32) -> Ca
         return jax.tree.map(lambda x: x.astype(dtype), parameters.init(model, key))
 
     return Call(init_params, (key,))
+
+
+def drawing_head(model: ModelConfig, mesh: Mesh, key: Array, dtype=jnp.float32) -> Call:
+    """The program that initializes a scalar head."""
+    placed = jax.tree.map(lambda x: x.sharding, param_like(model, mesh)["score"])
+
+    @functools.partial(jax.jit, out_shardings=placed)
+    def init_head(key: Array) -> Params:
+        head = parameters.scalar_head(model, key)
+        return jax.tree.map(lambda x: x.astype(dtype), head)
+
+    return Call(init_head, (key,))
 
 
 def new_adapters(model: ModelConfig, mesh: Mesh, seed: int, dtype=jnp.float32) -> Params:

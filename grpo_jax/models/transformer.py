@@ -46,7 +46,8 @@ def _final_norm(
 ) -> Array:
     norm = block_lib.rms_norm(config, dtype, kind=kind)
     of_norm = params["norm"]
-    if config.logit_factor != 1:  # in the scale, since logits are linear in it: no extra rounding
+    if config.logit_factor != 1 and config.head == "vocabulary":
+        # In the scale, since logits are linear in it: no extra rounding.
         scale_D = of_norm["scale"].astype(jnp.float32) + config.norm_offset
         of_norm = {"scale": scale_D * config.logit_factor - config.norm_offset}
     return norm.apply({"params": of_norm}, x)[1]

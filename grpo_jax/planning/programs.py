@@ -26,12 +26,14 @@ from grpo_jax.devices import sharding
 from grpo_jax.devices.compiling import Call
 from grpo_jax.kernels import gpu_decode
 from grpo_jax.kernels.gpu_decode import TritonDecode
-from grpo_jax.learner import scoring, train_state
+from grpo_jax.learner import actor_critic, scoring, train_state
+from grpo_jax.learner.update import Update
 from grpo_jax.models import lora, policy
 from grpo_jax.planning import hlo
 from grpo_jax.planning.compiled import Compiled, Known, Program, bytes_per_device
 from grpo_jax.sampling.decode import Slots
 from grpo_jax.sampling.engine import Engine
+from grpo_jax.setup import critic as critic_lib
 from grpo_jax.setup import lora as lora_setup
 from grpo_jax.setup.engine import make_engine, make_evaluator
 from grpo_jax.setup.learner import DEFAULT, MemoryPlan, make_learner, make_supervised_learner
@@ -107,11 +109,15 @@ class Step:
         self.config, self.model, self.mesh, self.lengths = config, model, mesh, lengths
         self.known = {} if known is None else known
         self._device = mesh.devices.flat[0]
-        self.learner = make_learner(config, model, mesh, fit)
+        critic = critic_lib.shape(config, model)
+        self.learner = make_learner(config, model, mesh, fit, critic)
         self.engine = make_engine(config, model, _STOP_IDS, mesh)
         dtype = jnp.dtype(config.model.dtype)
         kept = jnp.dtype(config.model.param_dtype)
         self.state = train_state.state_like(model, mesh, self.learner.optimizer, kept)
+        if critic is not None:
+            own = train_state.state_like(critic, mesh, self.learner.critic.optimizer, kept)
+            self.state = actor_critic.together(self.state, own)
         self.frozen = lora_setup.frozen_like(model, mesh, dtype)
         self.weights = self._attached(self.state.params)
         self.reference = self._reference(dtype)
@@ -153,14 +159,15 @@ class Step:
         Arrays that stay in host memory except during one program are left out.
         """
         params, rollout = (self.state.params, self.frozen), self.rollout
+        kept, critic = self._kept_state(), getattr(self.state, "critic", None)
         evaluated = [
             bytes_per_device(d.published, but=params) + bytes_per_device(d.slots.cache)
             for d in self.evaluations.values()
         ]
-        gradients, *_ = self.learner.update.zero_gradient.eval_shape()
+        gradients = [u.zero_gradient.eval_shape()[0] for u in self._updates]
         return {
-            "weights": bytes_per_device(params),
-            "optimizer": bytes_per_device(self._kept_state().opt_state),
+            "weights": bytes_per_device((params, critic and critic.params)),
+            "optimizer": bytes_per_device((kept.opt_state, critic and kept.critic.opt_state)),
             "reference": bytes_per_device(self._kept_reference(), but=params),
             "rollout weights": bytes_per_device(rollout.published, but=params),
             "cache": bytes_per_device(rollout.slots.cache),
@@ -238,13 +245,18 @@ class Step:
             found += self._sampling("greedy ", "rollout", self.greedy, learning)
         prepare, update, experience = self.learner.prepare, self.learner.update, self.experience
         rollouts, length_PG = experience.rollouts, self.lengths.completion_PG
-        for call in prepare.calls(self.weights, self.reference, rollouts, length_PG):
-            loops = int(call.args[1]) if call.program is prepare.score else 1
+        critic = getattr(self.state, "critic", None)
+        read = self.weights, self.reference, rollouts, length_PG, critic and critic.params
+        scoring = [prepare.score, *([prepare.values.score] if critic else [])]
+        for call in prepare.calls(*read):
+            loops = int(call.args[1]) if call.program in scoring else 1
             found.append(Program.of(call, "update", learning, loops=loops))
         updates = derived.num_updates_per_step(self.config)
+        gradients = [u.gradient for u in self._updates]
+        steps = [u.optimizer_step for u in self._updates]
         for call in update.calls(self.state, experience, length_PG, self.frozen):
-            loops = int(call.args[1]) if call.program is update.gradient else 1
-            beside = (*learning, experience) if call.program is update.optimizer_step else learning
+            loops = int(call.args[1]) if call.program in gradients else 1
+            beside = (*learning, experience) if call.program in steps else learning
             found.append(Program.of(call, "update", beside, runs=updates, loops=loops))
         shown = Call(self.learner.learning_rate, (np.int32(0),))
         found.append(Program.of(shown, "update", (*learning, experience)))
@@ -292,6 +304,14 @@ class Step:
             calls.append(policy.drawing_adapters(model, mesh, key, dtype))
         calls.append(policy.counting_nonfinite(state.params, mesh))
         calls.append(train_state.starting(state.params, model, mesh, self.learner.optimizer))
+        if critic := self.learner.critic:
+            params = state.critic.params
+            calls.append(
+                dataclasses.replace(
+                    train_state.starting(params, critic.model, mesh, critic.optimizer),
+                    part="critic",
+                )
+            )
         return [Program.of(call, "start", (), runs=0) for call in calls]
 
     def _sampling(
@@ -332,7 +352,17 @@ class Step:
 
     def _kept_state(self) -> Any:
         """The state on the devices between updates."""
-        return self.state.replace(opt_state=()) if self.config.optim.offload else self.state
+        if not self.config.optim.offload:
+            return self.state
+        state = self.state.replace(opt_state=())
+        if self.learner.critic is not None:
+            state = state.replace(critic=state.critic.replace(opt_state=()))
+        return state
+
+    @property
+    def _updates(self) -> list[Update]:
+        update = self.learner.update
+        return [update] if self.learner.critic is None else [update.policy, update.critic]
 
     def _kept_reference(self) -> Any:
         return None if self.config.model.offload_reference else self.reference
@@ -391,11 +421,14 @@ class Step:
         rows = self._rows
         width = self.engine.padded(self.lengths.prompt)
         per_token = lambda dtype: rows((prompts, group, tokens), dtype)  # noqa: E731
+        critic = self.learner.critic is not None
         adaptive = {controller.coefficient for controller in self.learner.controllers}
         return Experience(
             rollouts=self._rollouts((prompts, group), width, tokens),
-            advantage=rows((prompts, group), jnp.float32),
+            advantage=per_token(jnp.float32) if critic else rows((prompts, group), jnp.float32),
             action_PGC=per_token(jnp.bool_),
+            value_PGC=per_token(jnp.float32) if critic else None,
+            return_PGC=per_token(jnp.float32) if critic else None,
             old_logp_PGC=per_token(jnp.float32) if derived.needs_old_pass(self.config) else None,
             ref_logp_PGC=per_token(jnp.float32) if self.reference is not None else None,
             kl_coef_PG=rows((prompts, group), jnp.float32) if "kl_coef" in adaptive else None,

@@ -15,8 +15,11 @@ import selectors
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
+
+from grpo_jax.data.problems import Problem
 from grpo_jax.rewards import given, keeper, sources
 from grpo_jax.rewards.process import Worker
 from grpo_jax.rewards.registry import Reward
@@ -47,6 +50,18 @@ class _Task:
     is_again: bool = False  # it is repeated, since its worker was lost by another call's fault
 
 
+class Models(Protocol):
+    """What scores completions by the reward models among a pool's rewards."""
+
+    def __call__(
+        self, problems: Sequence[Problem], texts: Sequence[str], group: int
+    ) -> dict[str, np.ndarray]:
+        """The rewards of each model by its name, float32 [B].
+
+        `texts`: of completions, `group` for each problem. Every process must call it.
+        """
+
+
 class Pool:
     """Reward functions in `num_workers` processes. A context manager; its end kills them."""
 
@@ -57,13 +72,18 @@ class Pool:
         max_completion_tokens: int = 0,
         num_workers: int = 1,
         limits: Limits = Limits(),
+        models: Models | None = None,
     ):
         """Starts the workers, which import the reward functions in the background.
 
-        `max_completion_tokens`: the run's limit, an argument of reward functions.
+        `max_completion_tokens`: the run's limit, an argument of reward functions. `models`: scores
+        the reward models among the rewards, which the workers do not; the collector of the
+        rewards calls it. None: there are none.
         """
         assert rewards and num_workers > 0
-        self.rewards = list(rewards)
+        self.rewards, self.models = list(rewards), models
+        self.functions = rewards = [reward for reward in rewards if not reward.model]
+        num_workers = num_workers if rewards else 0
         self._limits = limits
         self._setup = Setup(
             tuple(r.spec for r in rewards),
@@ -128,13 +148,13 @@ class Pool:
         rows = len(completions)
         lengths = {"prompts": len(prompts)} | {n: len(values) for n, values in columns.items()}
         assert set(lengths.values()) == {rows}, f"{rows} completions, but {lengths}"
-        ticket = Ticket(self.rewards, rows)
+        ticket = Ticket(self.functions, rows)
         state = trainer_state or {"global_step": 0, "max_steps": 0, "epoch": 0.0}
         tasks = []
         for start in range(0, rows, group):
             part = range(start, min(start + group, rows))
             pick = slice(part.start, part.stop)
-            for i in range(len(self.rewards)):
+            for i in range(len(self.functions)):
                 call = Call(
                     i,
                     prompts[pick],
@@ -186,6 +206,8 @@ class Pool:
     def _serve(self, num_workers: int) -> None:
         try:
             self._workers = [self._new_worker() for _ in range(num_workers)]
+            if not self._workers:
+                self._ready.set()
             while not self._closing:
                 self._hand_out()
                 self._wait()

@@ -27,6 +27,7 @@ import inspect
 import math
 import numbers
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -50,6 +51,8 @@ BUILT_IN: dict[str, str] = {
     for name in names
 }
 
+MODEL = "model:"  # begins an entry that names a reward model's folder, scored on the devices
+
 # Arguments of a function besides the dataset's columns.
 GIVEN = (
     "prompts",
@@ -71,6 +74,23 @@ class Reward:
     spec: str  # the config's entry: a built-in name or "module:function", with arguments
     weight: float
     gives_accuracy: bool = False  # 1 is right, 0 is wrong; at most one reward of a run
+
+    @property
+    def model(self) -> str:
+        """The folder or hub id of the reward model that gives it; "": a function does."""
+        return self.spec.removeprefix(MODEL) if self.spec.startswith(MODEL) else ""
+
+
+def short_name(spec: str) -> str:
+    """The name in metrics of an entry of `rewards.names`.
+
+    Of a reward model it is that of its folder, or of the run whose export it is.
+    """
+    if not spec.startswith(MODEL):
+        return _split(spec)[0].rpartition(":")[2]
+    *_, parent, name = "", *spec.removeprefix(MODEL).rstrip("/").split("/")
+    name = parent if name == "export" and parent else name
+    return re.sub(r"[^\w.\-]", "_", name)
 
 
 def load(
@@ -101,11 +121,11 @@ def load(
             raise ValueError(f"rewards.weights: {weight!r} for {spec!r} is not a finite number.")
         with _limited(spec, start_limit_s):
             function(spec)
-        short = _split(spec)[0].rpartition(":")[2]
+        short = short_name(spec)
         if short in rewards:
             raise ValueError(
                 f"rewards.names = {tuple(names)!r} has two rewards called {short!r}, which metrics "
-                "could not tell apart. Name each once, or rename one function."
+                "could not tell apart. Name each once, or rename one function or folder."
             )
         rewards[short] = Reward(short, spec, float(weight))
     chosen = _which_gives_accuracy(rewards, accuracy)
@@ -114,7 +134,7 @@ def load(
 
 def _which_gives_accuracy(rewards: dict[str, Reward], chosen: str) -> str | None:
     if chosen:
-        short = _split(chosen)[0].rpartition(":")[2]
+        short = short_name(chosen)
         if short not in rewards:
             raise ValueError(
                 f"rewards.accuracy = {chosen!r} is none of the rewards, which are "
@@ -139,6 +159,8 @@ def function(spec: str) -> Callable:
     `completions` is a factory: it is called with them and returns a reward function, as in
     "trl.rewards:get_soft_overlong_punishment(max_completion_len=1024, soft_punish_cache=128)".
     """
+    if spec.startswith(MODEL):
+        return _of_a_model
     name, arguments = _split(spec)
     found = _find(name)
     if arguments is None:
@@ -159,6 +181,10 @@ def function(spec: str) -> Callable:
             "`completions` itself."
         )
     return made
+
+
+def _of_a_model(prompts: list, completions: list) -> list[float]:
+    raise AssertionError("a reward model is no function of the workers")
 
 
 def _split(spec: str) -> tuple[str, dict[str, Any] | None]:

@@ -144,7 +144,37 @@ def combine(
 def join(parts: Sequence[Scores], rewards: Sequence[Reward]) -> Scores:
     """The scores of several batches as one batch, in order; sums are computed over the whole."""
     whole = select([(part, np.arange(len(part.reward_B))) for part in parts])
+    if not rewards:
+        return whole
     return dataclasses.replace(whole, reward_B=combine(rewards, whole.by_name, whole.failed))
+
+
+def with_models(
+    scores: Scores, rewards: Sequence[Reward], by_model: dict[str, np.ndarray], seconds: float
+) -> Scores:
+    """The scores of reward functions, with those of reward models, in the order of `rewards`.
+
+    `seconds`: that the models took for all. Raises RewardError if a model's reward is not finite.
+    """
+    for name, value_B in by_model.items():
+        if not np.isfinite(value_B).all():
+            raise RewardError(
+                f"The reward model {name!r} gave {value_B[~np.isfinite(value_B)][0]} to "
+                f"{(~np.isfinite(value_B)).sum()} of {len(value_B)} completions. Its weights or "
+                "its precision (model.dtype) are at fault."
+            )
+    rows = len(scores.reward_B)
+    by_name, failed, taken = {}, {}, {}
+    for name in (reward.name for reward in rewards):
+        of_model = name in by_model
+        by_name[name] = by_model[name] if of_model else scores.by_name[name]
+        failed[name] = np.zeros(rows, bool) if of_model else scores.failed[name]
+        share_B = np.full(rows, seconds / len(by_model) / max(rows, 1))
+        taken[name] = share_B if of_model else scores.seconds[name]
+    total = combine(rewards, by_name, failed)
+    return dataclasses.replace(
+        scores, reward_B=total, by_name=by_name, failed=failed, seconds=taken
+    )
 
 
 def select(parts: Sequence[tuple[Scores, np.ndarray]]) -> Scores:

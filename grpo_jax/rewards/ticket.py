@@ -42,7 +42,9 @@ class Ticket:
         by_name, failed = named(self._values), named(self._failed)
         order = sorted(self._failures, key=lambda f: (f.row, f.reward))
         return Scores(
-            reward_B=scores.combine(self._rewards, by_name, failed),
+            reward_B=scores.combine(self._rewards, by_name, failed)
+            if self._rewards
+            else np.full(self._rows, np.nan, np.float32),
             by_name=by_name,
             failed=failed,
             seconds=named(self._seconds),

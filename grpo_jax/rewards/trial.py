@@ -9,6 +9,7 @@ import numpy as np
 
 from grpo_jax.data.problems import Problem, as_reply
 from grpo_jax.messages.progress import show_progress
+from grpo_jax.rewards import scores as scores_lib
 from grpo_jax.rewards.pool import Pool
 from grpo_jax.rewards.scores import Scores
 
@@ -33,7 +34,13 @@ def score(
         group=batch,
     )
     show_progress("scoring", ticket.progress)
-    return ticket.result(), time.monotonic() - began
+    scores = ticket.result()
+    if pool.models:
+        before = time.monotonic()
+        by_model = pool.models(problems, texts, 1)
+        seconds = time.monotonic() - before
+        scores = scores_lib.with_models(scores, pool.rewards, by_model, seconds)
+    return scores, time.monotonic() - began
 
 
 def figures(scores: Scores, seconds: float) -> dict[str, Any]:

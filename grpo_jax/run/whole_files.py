@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file atomically: after a crash, and for readers, it has the old text or the new."""
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Writes a file atomically: after a crash, and for readers, it has the old content or the new.
+
+    A text is written as UTF-8.
+    """
     partial = file.with_name(file.name + ".new")
+    data = content.encode() if isinstance(content, str) else content
     try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with partial.open("wb") as stream:
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(file)

@@ -91,7 +91,7 @@ def encode(
     """
     limit, overlong = config.data.max_prompt_tokens, config.data.overlong
     encoded = prompts.encode(
-        problems, policy.tokenizer, limit, overlong, now=now, on_text=_Slow().tell
+        problems, policy.tokenizer, limit, overlong, now=now, on_text=Slow().tell
     )
     for problem, ids in zip(encoded.problems, encoded.prompt_ids):
         policy.refuse_unknown(ids, f"The prompt of {problem.where or 'an unnamed problem'}")
@@ -108,7 +108,7 @@ def encode(
     return encoded
 
 
-class _Slow:
+class Slow:
     """Reports the progress of a slow chat template."""
 
     _EVERY_S = 10.0

@@ -23,6 +23,7 @@ import numpy as np
 from grpo_jax.data.problems import Problem
 from grpo_jax.hosts import processes
 from grpo_jax.messages.console import say
+from grpo_jax.models.hf import folder as folder_lib
 from grpo_jax.models.hf import peft
 from grpo_jax.models.policy import Policy
 from grpo_jax.rewards import given
@@ -39,6 +40,8 @@ _OPTIONS = {  # that name the inputs
     "held-out problems": "data.eval_path",
     "model": "model.path",
     "adapter": "lora.path",
+    "critic": "critic.path",
+    "reward models": "rewards.names",
 }
 
 
@@ -87,15 +90,27 @@ def of_problems(
     return {"number": len(problems), "prompts": prompt_sum, "columns": _sum(columns)}
 
 
+def of_examples(examples: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """The number of rows with given completions, and a checksum of their arrays and values."""
+    parts = (
+        field.tobytes() if isinstance(field, np.ndarray) else repr(field).encode()
+        for example in examples
+        for field in example
+    )
+    return {"number": len(examples), "tokens": _sum(parts)}
+
+
 def of_model(policy: Policy) -> dict[str, Any]:
     """Checksums of a model's configuration and weights; {} for a model that is new or has none.
 
     Weights count by their files' headers, which have names, shapes and sizes, and by a few bytes of
     each tensor: reading whole files would take as long as loading them.
     """
-    folder = policy.source
-    if folder is None:
-        return {}
+    return {} if policy.source is None else of_folder(policy.source)
+
+
+def of_folder(folder: Path) -> dict[str, Any]:
+    """Checksums of the model in a folder, as `of_model`."""
     weights = list(_weights(folder))
     if not weights:  # the model is gone; the run's copy has no weights
         return {}
@@ -114,6 +129,11 @@ def of_adapter(path: str) -> Sums:
     return {"adapter": {"files": _sum(file.read_bytes() for file in files)}}
 
 
+def of_critic(path: str, critic: Policy | None) -> Sums:
+    """Checksums of the model that a critic begins with, if it has a folder of its own."""
+    return {"critic": of_model(critic)} if critic is not None and path else {}
+
+
 def of_rewards(rewards: Sequence[Reward]) -> dict[str, str]:
     """Checksums of the files with a user's reward functions, by module name.
 
@@ -121,6 +141,8 @@ def of_rewards(rewards: Sequence[Reward]) -> dict[str, str]:
     """
     found = {}
     for reward in rewards:
+        if reward.model:
+            continue
         if reward.spec.startswith(given.PREFIX):
             found[reward.spec] = _sum([given.source(reward.spec)])
             continue
@@ -278,4 +300,10 @@ def of_run(
         "model": of_model(policy),
         _REWARDS: of_rewards(rewards),
     }
+    models = {}
+    for reward in rewards:
+        if reward.model:
+            sums = of_folder(folder_lib.resolve(reward.model, "rewards.names"))
+            models[reward.name] = _sum([json.dumps(sums, sort_keys=True).encode()])
+    found |= {"reward models": models} if models else {}
     return found | ({"held-out problems": of_problems(held_out)} if held_out else {})

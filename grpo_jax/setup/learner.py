@@ -14,15 +14,18 @@ from ml_collections import ConfigDict
 from grpo_jax.algorithm import components
 from grpo_jax.algorithm.adaptive import AdaptiveEntropy, AdaptiveKL, Controller
 from grpo_jax.algorithm.advantages import AdvantageOptions
+from grpo_jax.algorithm.components import LossComponent
 from grpo_jax.algorithm.objective import Objective
 from grpo_jax.config import derived, guard_rules
 from grpo_jax.config.dotted import flatten
 from grpo_jax.devices import sharding
 from grpo_jax.kernels import choice
 from grpo_jax.learner import moving_reference, optim, update
+from grpo_jax.learner.actor_critic import ActorCriticUpdate
 from grpo_jax.learner.experience import Prepare, make_prepare
 from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.learner.scoring import Scorer
+from grpo_jax.setup import critic as critic_lib
 from grpo_jax.setup import engine
 from grpo_jax.structs import Array, ModelConfig, Sampling
 
@@ -46,13 +49,22 @@ class Learner:
     optimizer: optax.GradientTransformation
     learning_rate: Callable  # program: learning rate by update number
     prepare: Prepare
-    update: update.Update
+    update: update.Update | ActorCriticUpdate
     controllers: tuple[Controller, ...] = ()  # of coefficients that are no constants
     refresh_reference: Callable | None = None  # program; None: the reference is fixed
 
+    critic: critic_lib.Critic | None = None  # None: advantages are of completions
+
     @property
     def sizes(self) -> dict[str, CompiledSizes]:
-        return {"scoring": self.prepare.sizes, "update": self.update.sizes}
+        if self.critic is None:
+            return {"scoring": self.prepare.sizes, "update": self.update.sizes}
+        return {
+            "scoring": self.prepare.sizes,
+            "values": self.critic.values.sizes,
+            "update": self.update.policy.sizes,
+            "critic's update": self.critic.update.sizes,
+        }
 
 
 def make_scorer(
@@ -122,17 +134,18 @@ def advantage_options(config: ConfigDict) -> AdvantageOptions:
 
 
 def make_learner(
-    config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: MemoryPlan = DEFAULT
+    config: ConfigDict,
+    model: ModelConfig,
+    mesh: Mesh,
+    fit: MemoryPlan = DEFAULT,
+    critic: ModelConfig | None = None,
 ) -> Learner:
     """The config's learner for a model of this shape; nothing is compiled or allocated yet.
 
-    `fit` is used if the config sets no microbatch or no `remat`.
+    `fit` is used if the config sets no microbatch or no `remat`. `critic`: the shape of the critic,
+    if the config has one.
     """
-    scorer = dataclasses.replace(
-        make_scorer(config, model, mesh, engine.sampling(config), fit),
-        microbatch=max(config.batch.microbatch, 0),
-        tokens=fit.tokens if config.batch.microbatch == -1 else 0,
-    )
+    scorer, critic = _scorer(config, model, mesh, fit), _critic(config, critic, mesh, fit)
     algorithm = config.algorithm
     updates = derived.num_updates_per_step(config)
     schedule = optim.schedule(
@@ -148,6 +161,14 @@ def make_learner(
     objective = Objective.of({n.removeprefix("algorithm."): v for n, v in flatten(config).items()})
     if derived.has_kl_in_reward(config):
         objective = dataclasses.replace(objective, kl_coef=0.0)
+    of_policy = update.make_update(
+        scorer,
+        components.PolicyLoss(objective),
+        optimizer,
+        num_minibatches=config.batch.minibatches,
+        offload=config.optim.offload,
+        bounds=guard_rules.refusing_bounds(config),
+    )
     return Learner(
         scorer=scorer,
         optimizer=optimizer,
@@ -159,22 +180,37 @@ def make_learner(
             with_old=derived.needs_old_pass(config),
             num_minibatches=config.batch.minibatches,
             top_entropy_share=algorithm.top_entropy_share,
+            **({} if critic is None else {"values": critic.values, "gae": critic.gae}),
         ),
-        update=update.make_update(
-            scorer,
-            components.PolicyLoss(objective),
-            optimizer,
-            num_minibatches=config.batch.minibatches,
-            offload=config.optim.offload,
-            bounds=guard_rules.refusing_bounds(config),
-        ),
+        update=of_policy if critic is None else ActorCriticUpdate(of_policy, critic.update),
         controllers=_controllers(config),
         refresh_reference=(
             moving_reference.make_refresh(model, mesh, algorithm.reference_mix)
             if algorithm.reference_refresh_steps
             else None
         ),
+        critic=critic,
     )
+
+
+def _scorer(config: ConfigDict, model: ModelConfig, mesh: Mesh, fit: MemoryPlan) -> Scorer:
+    """The scorer of rollouts."""
+    return dataclasses.replace(
+        make_scorer(config, model, mesh, engine.sampling(config), fit),
+        microbatch=max(config.batch.microbatch, 0),
+        tokens=fit.tokens if config.batch.microbatch == -1 else 0,
+    )
+
+
+def _critic(
+    config: ConfigDict, model: ModelConfig | None, mesh: Mesh, fit: MemoryPlan
+) -> critic_lib.Critic | None:
+    if model is None:
+        return None
+    asked = config.critic
+    schedule = critic_lib.schedule(config)
+    optimizer = make_optimizer(config, schedule, asked.weight_decay, asked.max_grad_norm)
+    return critic_lib.make(config, _scorer(config, model, mesh, fit), optimizer)
 
 
 def _controllers(config: ConfigDict) -> tuple[Controller, ...]:
@@ -203,33 +239,43 @@ def _controllers(config: ConfigDict) -> tuple[Controller, ...]:
 
 
 def make_supervised_learner(
-    config: ConfigDict, model: ModelConfig, mesh: Mesh, num_updates: int
+    config: ConfigDict,
+    model: ModelConfig,
+    mesh: Mesh,
+    num_updates: int,
+    component: LossComponent | None = None,
+    section: str = "sft",
+    group: int = 1,
 ) -> Learner:
-    """The config's supervised learner for a model of this shape; nothing is compiled yet.
+    """The config's learner of given completions, for a model of this shape.
 
-    The learning rate is 0 after `num_updates`.
+    Nothing is compiled yet. The learning rate is 0 after `num_updates`. `component`: None for that
+    of supervised training. `section`: where the config has the schedule. `group`: completions of a
+    row of data. The signal of a step passes through as it is: `Prepare` takes it as rewards, and
+    gives it as advantages.
     """
-    schedule = optim.schedule(
-        config.sft.learning_rate,
-        warmup_steps=config.sft.warmup_steps,
+    schedule = config[section]
+    rate = optim.schedule(
+        schedule.learning_rate,
+        warmup_steps=schedule.warmup_steps,
         kind="cosine",
         num_updates=num_updates,
         end_fraction=0.0,
     )
-    optimizer = make_optimizer(config, schedule, config.sft.weight_decay, clip_norm=1.0)
-    limit = config.data.max_prompt_tokens + config.sft.max_tokens
-    at_once = -(-config.sft.microbatch * limit // sharding.num_row_shards(mesh))
-    scorer = dataclasses.replace(make_scorer(config, model, mesh, Sampling()), tokens=at_once)
+    optimizer = make_optimizer(config, rate, schedule.weight_decay, clip_norm=1.0)
+    limit = config.data.max_prompt_tokens + group * schedule.max_tokens
+    at_once = -(-schedule.microbatch * limit // sharding.num_row_shards(mesh))
+    scorer = make_scorer(config, model, mesh, Sampling())
+    scorer = dataclasses.replace(scorer, tokens=at_once, whole=group > 1)
+    as_given = AdvantageOptions(baseline="none", scale_by="none")
     return Learner(
         scorer=scorer,
         optimizer=optimizer,
-        learning_rate=_learning_rate(schedule),
-        prepare=make_prepare(
-            scorer, AdvantageOptions(scale_by="none"), mask_truncated=False, with_old=False
-        ),
+        learning_rate=_learning_rate(rate),
+        prepare=make_prepare(scorer, as_given, mask_truncated=False, with_old=False),
         update=update.make_update(
             scorer,
-            components.NLLLoss(),
+            component or components.NLLLoss(config.sft.loss),
             optimizer,
             num_minibatches=1,
             offload=config.optim.offload,

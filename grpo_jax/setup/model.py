@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_jax.config import derived, record
 from grpo_jax.data import tasks
+from grpo_jax.devices import transfer
 from grpo_jax.models import policy as policy_lib
 from grpo_jax.models.hf import folder as folder_lib
 from grpo_jax.models.lora import attached
@@ -153,3 +154,16 @@ def open_model(path: str, mesh: Mesh, dtype) -> tuple[policy_lib.Policy, Params]
     """Policy and weights of the model that `find_model` finds."""
     found = find_model(path)
     return found.policy, load_params(found, mesh, dtype)
+
+
+def first_reference(
+    config: ConfigDict, policy: Policy, mesh: Mesh, frozen: Params | None, kept: Path
+) -> Params:
+    """The policy as it begins, at the precision of scoring; in host memory if the config says so.
+
+    For adapters the frozen weights without a copy. `kept`: the run's copy of lora.path.
+    """
+    if frozen is not None:
+        return lora.reference(config, policy, mesh, frozen, kept)
+    params = policy_lib.load_params(policy, mesh, config.seed, jnp.dtype(config.model.dtype))
+    return transfer.to_host_memory(params) if config.model.offload_reference else params

@@ -10,20 +10,33 @@ from grpo_jax.hosts import cpus as cpus_lib
 from grpo_jax.rewards import registry
 from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.rewards.registry import Reward
+from grpo_jax.setup import reward_models
+from grpo_jax.setup.reward_models import RewardModels
 
 
 def load_rewards(config: ConfigDict) -> list[Reward]:
     """The config's reward functions; ValueError if one is unavailable."""
     options = config.rewards
-    return registry.load(
+    rewards = registry.load(
         options.names, options.weights, options.accuracy, start_limit_s=options.start_timeout_s
     )
+    for reward in rewards:
+        if reward.model:
+            reward_models.read(reward.model)
+    return rewards
 
 
 def start_rewards(
-    config: ConfigDict, rewards: list[Reward], *, device_is_busy: bool = True
+    config: ConfigDict,
+    rewards: list[Reward],
+    *,
+    device_is_busy: bool = True,
+    models: RewardModels | None = None,
 ) -> Pool:
-    """The rewards' worker processes: on half of the CPUs, or on all if no device computes."""
+    """The rewards' worker processes: on half of the CPUs, or on all if no device computes.
+
+    `models`: the reward models among the rewards, from `reward_models.load_all`.
+    """
     options, cpus = config.rewards, cpus_lib.usable()
     return Pool(
         rewards,
@@ -32,6 +45,7 @@ def start_rewards(
         limits=Limits(
             options.timeout_s, int(options.memory_limit_gib * 2**30), options.start_timeout_s
         ),
+        models=models,
     )
 
 

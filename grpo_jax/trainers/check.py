@@ -122,7 +122,10 @@ def _try_rewards(config: ConfigDict, found: Inputs) -> None:
     else:
         texts, kind = [""] * len(problems), "empty completions"
     ids = found.policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    with start_rewards(config, found.rewards) as pool:
+    functions = [reward for reward in found.rewards if not reward.model]
+    if not functions:
+        return
+    with start_rewards(config, functions) as pool:
         scores, _ = trial.score(
             pool, problems, texts, ids, found.train.texts[:_TRIED], len(problems)
         )

@@ -51,7 +51,7 @@ def train(run: Run, state: RunState, monitor: Monitor, gather: Gather | None = N
         while state.update < run.course.updates:
             minibatch = state.update % run.course.minibatches
             with monitor.phase("update", state):
-                state.train, values = run.update(
+                state.train, values = run.update_of(state.step)(
                     state.train, state.experience, minibatch, monitor.donates, run.frozen
                 )
             monitor.updated(state, values)
@@ -80,7 +80,8 @@ def sample_and_reward(run: Run, state: RunState, monitor: Monitor) -> None:
     with monitor.phase("scoring", state):
         completions = rollout.device_rows(run, sampled.completions)
         reference = transfer.to_device_memory(state.reference)  # copies one in host memory
-        log_probs = run.prepare.log_probs(run.weights(state.train), reference, completions)
+        weights = run.weights(state.train), reference, completions, run.critic_weights(state.train)
+        log_probs = run.prepare.log_probs(*weights)
         scores = monitor.rewards(state, sampled.rewards, sampled.draws)  # device busy
         greedy = sampled.greedy and monitor.rewards(state, sampled.greedy)
         rewards = rollout.device_rewards(run, sampled, scores, greedy)
@@ -95,7 +96,7 @@ def sample_and_reward(run: Run, state: RunState, monitor: Monitor) -> None:
 
 
 def _evaluate_first(run: Run, state: RunState, monitor: Monitor) -> None:
-    if run.held_out and not state.update and not state.first_evaluation:
+    if run.is_evaluated and not state.update and not state.first_evaluation:
         with monitor.first_evaluation():
             state.first_evaluation = results.evaluate(run, state, monitor, final=True)
         state.accuracy_before = state.accuracy
@@ -120,7 +121,7 @@ def _evaluate_and_save(run: Run, state: RunState, monitor: Monitor) -> None:
         return
     monitor.log.close(evaluated)  # before saving: a resumed run finds the line there
     if run.saves_after(state.step):
-        monitor.checkpoint(state, evaluated.get("eval/accuracy", evaluated.get("eval/reward")))
+        monitor.checkpoint(state, results.quality(run, evaluated))
 
 
 def run(

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -23,7 +22,8 @@ from grpo_jax.models.policy import Policy
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.run import workdir
 from grpo_jax.run.checkpoints import Checkpoints
-from grpo_jax.setup import inputs, lora, model
+from grpo_jax.setup import critic as critic_lib
+from grpo_jax.setup import inputs, lora, model, reward_models
 from grpo_jax.setup.data import answerable, load_problems, questions, tell_of, tell_of_few
 from grpo_jax.setup.engine import make_engine, make_evaluator
 from grpo_jax.setup.learner import MemoryPlan, make_learner
@@ -44,6 +44,7 @@ class Inputs:
     train: Questions
     held_out: Questions | None  # None: nothing to evaluate with
     sums: inputs.Sums
+    critic: Policy | None = None  # the model that a critic begins with; None: there is no critic
 
     @property
     def longest(self) -> int:
@@ -61,12 +62,15 @@ def read(
 
     `opened` opens the run's folder, if there is one, and returns the date for chat templates. It is
     called once model, devices, rewards and problems fit each other. `kept`: the run's copy of
-    lora.path.
+    lora.path; that of the critic's model lies beside it.
     """
     mesh, rewards = _devices_and_rewards(config)
     policy = get_policy().within(derived.longest_row(config))
     policy = lora.adapted_policy(policy, config, kept)
-    rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
+    critic = critic_lib.read(config, policy, kept and kept.with_name(critic_lib.KEPT))
+    for found in filter(None, (policy, critic)):
+        heads = found.model.num_heads
+        rules.check_heads(heads, mesh.shape["sequence"], mesh.shape["tensor"])
     train, held_out = (answerable(config, rewards, part) for part in load_problems(config))
     tell_of(config, train, held_out)
     tell_of_few(config, train)
@@ -74,12 +78,12 @@ def read(
     asked = questions(train, policy, config, "training problems", now)
     policy.check_length(asked.prompt_ids, config.rollout.max_tokens)
     sums = inputs.of_run(asked.problems, asked.prompt_ids, held_out, policy, rewards)
-    sums |= inputs.of_adapter(config.lora.path)
+    sums |= inputs.of_adapter(config.lora.path) | inputs.of_critic(config.critic.path, critic)
     kept = held_out[: config.evaluation.num_problems]
     evaluated = questions(kept, policy, config, "held-out problems", now) if kept else None
     if evaluated:
         policy.check_length(evaluated.prompt_ids, config.rollout.max_tokens)
-    return Inputs(mesh, rewards, policy, asked, evaluated, sums)
+    return Inputs(mesh, rewards, policy, asked, evaluated, sums, critic)
 
 
 def settled(config: ConfigDict, num_problems: int) -> ConfigDict:
@@ -102,6 +106,7 @@ def refuse_early(config: ConfigDict, folder: Path) -> None:
     mesh, rewards = _devices_and_rewards(config)
     policy = model.new(config.model, tasks.load(config.data.task).make_tokenizer())
     policy = lora.adapted_policy(policy, config)
+    critic_lib.read(config, policy)
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
     train, held_out = load_problems(config)
     settled(config, len(train))
@@ -135,6 +140,7 @@ def _course(config: ConfigDict) -> Course:
         save_every=config.checkpoint.every_steps,
         samples_every=config.logging.samples_every_steps,
         is_asynchronous=config.loop.async_rollouts,
+        critic_steps=config.critic.first_steps if config.algorithm.critic else 0,
         profiled=config.profile.steps,
         is_tracked=True,
     )
@@ -161,11 +167,13 @@ def build(
     inputs.hold(folder, found.sums, config.checkpoint.accept_changes)
     config = settled(config, len(found.train.problems))
     policy = policy_lib.keep(found.policy, source)
+    critic = found.critic and policy_lib.keep(found.critic, folder / critic_lib.KEPT)
     lora.keep(config, folder)
     mesh = found.mesh
-    learner = make_learner(
-        config, policy.model, mesh, fit(config, policy.model, mesh, found.longest, folder)
-    )
+    now = inputs.date(config.data.date, folder)
+    models = reward_models.load_all(config, found.rewards, mesh, now)
+    fitted = fit(config, policy.model, mesh, found.longest, folder)
+    learner = make_learner(config, policy.model, mesh, fitted, critic and critic.model)
     engine = make_engine(config, policy.model, policy.stop_ids, mesh)
     for line in told(config, found):
         say(line)
@@ -185,7 +193,7 @@ def build(
         learning_rate=learner.learning_rate,
         prepare=learner.prepare,
         update=learner.update,
-        sizes=learner.sizes,
+        sizes=learner.sizes | (models.sizes if models else {}),
         frozen=frozen,
         checkpoints=Checkpoints(
             config.checkpoint.folder or folder / "checkpoints",
@@ -199,8 +207,10 @@ def build(
         read=found.sums,
         first_reference=functools.partial(_reference, config, policy, mesh, frozen, kept),
         refresh_reference=learner.refresh_reference,
+        critic=critic_lib.states(config, critic, mesh, learner.critic),
         controllers=learner.controllers,
-        rewards=start_rewards(config, found.rewards),  # last: no more checks follow
+        # Last: no more checks follow.
+        rewards=start_rewards(config, found.rewards, models=models),
     )
 
 
@@ -237,14 +247,10 @@ def _refill(config: ConfigDict) -> list[str]:
 def _reference(
     config: ConfigDict, policy: Policy, mesh: Mesh, frozen: Params | None, kept: Path
 ) -> Params | None:
-    """The first reference of the KL term; for adapters, the frozen weights without a copy."""
+    """The first reference of the KL term; None: the loss has no such term."""
     if not config.algorithm.kl_coef:
         return None
-    if frozen is not None:
-        return lora.reference(config, policy, mesh, frozen, kept)
-    dtype = jnp.dtype(config.model.dtype)
-    params = policy_lib.load_params(policy, mesh, config.seed, dtype)
-    return transfer.to_host_memory(params) if config.model.offload_reference else params
+    return model.first_reference(config, policy, mesh, frozen, kept)
 
 
 def _check_host_memory(config: ConfigDict, mesh: Mesh) -> None:

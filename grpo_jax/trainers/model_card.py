@@ -28,6 +28,8 @@ _METHODS = {  # by tag
     "grpo": " by Group Relative Policy Optimization "
     "([Shao et al. 2024](https://arxiv.org/abs/2402.03300), section 4.1)",
     "sft": " by supervised fine-tuning",
+    "dpo": " on preferences",
+    "reward_model": " as a reward model, on pairs",
     "": "",
 }
 
@@ -43,7 +45,7 @@ def write(
 ) -> None:
     """Process 0 writes the card of an export.
 
-    `options`: a run's options by their dotted names. `method`: "grpo", "sft", or "" if it is
+    `options`: a run's options by their dotted names. `method`: a key of `_METHODS`, "" if it is
     unknown. `summary`: values before and after training,
     under the names of summary.json.
     """
@@ -63,7 +65,8 @@ def _text(
     base = exporting.source_name(policy) if options.get("model.path") else None
     tags = [*filter(None, [method]), "grpo_jax", *(["lora"] if policy.model.lora else [])]
     is_hub_id = base is not None and base != str(policy.source)
-    head = ["library_name: transformers", "pipeline_tag: text-generation"]
+    task = "text-classification" if policy.model.head == "scalar" else "text-generation"
+    head = ["library_name: transformers", f"pipeline_tag: {task}"]
     head += [f"base_model: {base}"] if is_hub_id else []
     head += ["tags:", *(f"- {tag}" for tag in tags)]
     start = "a new model" if base is None else f"`{base if is_hub_id else Path(base).name}`"

@@ -26,12 +26,31 @@ from grpo_jax.trainers.runs import Run
 
 
 def evaluate(run: Run, state: RunState, monitor: Monitor, *, final: bool) -> dict[str, float]:
-    """Metrics of greedy completions; with `final`, also of samples if the config asks for them.
+    """Metrics of held-out data: of completions that are sampled, and of those that are given.
 
-    Raises `RewardError` if rewards fail so often that the metrics mean nothing.
+    Completions are greedy; with `final`, also of samples if the config asks for them. Raises
+    `RewardError` if rewards fail so often that the metrics mean nothing.
     """
-    asked, began = run.config.evaluation, time.monotonic()
+    began = time.monotonic()
     after = f"after {run.course.step} {state.step}" if state.step else "at the start"
+    values = _answers(run, state, monitor, after, final=final) if run.held_out else {}
+    state.accuracy, state.held_out_reward = values.get("eval/accuracy"), values.get("eval/reward")
+    if run.measure is not None:
+        values |= run.measure(run, state, monitor.alive)
+    seconds = time.monotonic() - began
+    told = f"Evaluation {after}: {_told(run, state, values)}, {seconds:.0f} s"
+    if console.is_json():
+        events.happened("evaluation", told, step=state.step, **values)
+    else:
+        console.say(told, always=True)
+    return values | {"time/evaluation_s": seconds}
+
+
+def _answers(
+    run: Run, state: RunState, monitor: Monitor, after: str, *, final: bool
+) -> dict[str, float]:
+    """Metrics of the policy's completions of the held-out problems."""
+    asked = run.config.evaluation
     values: dict[str, float] = {}
     for num_samples in (0, asked.num_samples) if final and asked.num_samples else (0,):
         kind = f"sampled_{num_samples}" if num_samples else "greedy"
@@ -48,14 +67,16 @@ def evaluate(run: Run, state: RunState, monitor: Monitor, *, final: bool) -> dic
             on_harvest=monitor.alive,
             on_scores=functools.partial(monitor.evaluated, f"The evaluation {after}"),
         )
-    state.accuracy, state.held_out_reward = values.get("eval/accuracy"), values.get("eval/reward")
-    seconds = time.monotonic() - began
-    told = f"Evaluation {after}: {_told(run, state, values)}, {seconds:.0f} s"
-    if console.is_json():
-        events.happened("evaluation", told, step=state.step, **values)
-    else:
-        console.say(told, always=True)
-    return values | {"time/evaluation_s": seconds}
+    return values
+
+
+def quality(run: Run, evaluated: dict[str, float]) -> float | None:
+    """What the best checkpoint has most of: accuracy, else reward, else the negated loss."""
+    for name in ("eval/accuracy", "eval/reward"):
+        if name in evaluated:
+            return evaluated[name]
+    loss = evaluated.get(run.course.held_out_loss)
+    return None if loss is None else -loss
 
 
 def _told(run: Run, state: RunState, values: dict[str, float]) -> str:
@@ -73,7 +94,10 @@ def _told(run: Run, state: RunState, values: dict[str, float]) -> str:
     for name in (f"pass@{k}", f"maj@{k}"):
         if f"eval/{name}" in values:
             facts.append(f"{name} {values[f'eval/{name}']:.1%}")
-    facts.append(f"{len(run.held_out.problems):,} problems")
+    if run.held_out:
+        facts.append(f"{len(run.held_out.problems):,} problems")
+    if run.course.held_out_loss in values:
+        facts.append(f"loss {values[run.course.held_out_loss]:.4f}")
     return ", ".join(facts)
 
 

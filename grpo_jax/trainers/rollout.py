@@ -190,11 +190,17 @@ def _rows(
                 "completion": texts[g],
                 "rewards": {n: None if np.isnan(v) else v for n, v in by_name.items()},
                 "extras": {n: v[row] for n, v in scores.extras.items()},
-                "advantage": float(advantage_PG[p, g]),
+                "advantage": _of_completion(rollout, advantage_PG, p, g),
                 "length": int(rollout.completions.length_PG[p, g]),
             }
         )
     return rows
+
+
+def _of_completion(rollout: Rollout, advantage: np.ndarray, p: int, g: int) -> float:
+    """The advantage of a completion; of one with advantages of tokens, their mean."""
+    length = int(rollout.completions.length_PG[p, g])
+    return float(advantage[p, g] if advantage.ndim == 2 else advantage[p, g, :length].mean())
 
 
 def show_rows(

@@ -47,6 +47,8 @@ class RunState:
     next_problems: list[int] = dataclasses.field(default_factory=list)  # numbers of theirs
     checkpoint: int = -1  # number of the checkpoint that was loaded; -1: none
     last_due: int = -1  # number of the newest one due by checkpoint.every_steps
+    # Where a streamed dataset is read on from, for the next step without an experience.
+    place: dict[str, Any] = dataclasses.field(default_factory=dict)
     # Draws beyond one a step: undone ones, and further ones of a step. They are not reused.
     passed_over: int = 0
     rolled_back_to: int = -1  # number of the last roll-back's checkpoint
@@ -183,9 +185,11 @@ def load(run: Run, state: RunState) -> Rollouts | None:
         state.reference = run.first_reference()
     if number < 0:
         params = lora.first_params(run.config, run.policy, mesh, run.folder / lora.KEPT)
-        state.train = _offloaded(run, train_state.start(params, model, mesh, optimizer))
+        train = train_state.start(params, model, mesh, optimizer)
+        state.train = _offloaded(run, train if run.critic is None else run.critic.first(train))
         return None
     like = train_state.state_like(model, mesh, optimizer, dtype)
+    like = like if run.critic is None else run.critic.like(like)
     train = run.checkpoints.restore(number, like)
     policy.refuse_nonfinite(
         train,
@@ -288,4 +292,10 @@ def _read(run: Run, number: int) -> tuple[RunState, dict[str, Any]]:
 def _offloaded(run: Run, train: TrainState) -> TrainState:
     if not run.config.optim.offload:
         return train
+    if run.critic is not None:
+        train = train.replace(critic=_in_host_memory(train.critic))
+    return _in_host_memory(train)
+
+
+def _in_host_memory(train: TrainState) -> TrainState:
     return train.replace(opt_state=transfer.to_host_memory(train.opt_state))

@@ -59,7 +59,11 @@ class StepLog:
         self._unread = values, state.update_metrics, state.coefficients, state.step + 1
 
     def fetch(self) -> None:
-        """Waits for the newest update, and lets the guards check it."""
+        """Waits for the newest update, and lets the guards check it.
+
+        Where completions are given, a metric that is NaN beside a finite loss is a mean over none,
+        as of a batch without rejected ones. It is left out.
+        """
         with self._lock:
             if self._unread is None:
                 return
@@ -67,6 +71,8 @@ class StepLog:
             began = time.monotonic()
             with phase("update"):
                 values = {name: float(value) for name, value in jax.device_get(values).items()}
+            if self._run.engine is None and np.isfinite(values[self._run.course.loss]):
+                values = {name: value for name, value in values.items() if not np.isnan(value)}
             self.waited_s = time.monotonic() - began
             refused = bool(values.pop("skipped"))
             self._guards.check_update(step, values, refused=refused)
@@ -109,7 +115,8 @@ class StepLog:
                 ),
             }
             if run.engine is None:
-                values["sft/tokens_per_s"] = float(lengths[1].sum() / (ended - started))
+                section = run.course.loss.partition("/")[0]
+                values[f"{section}/tokens_per_s"] = float(lengths[1].sum() / (ended - started))
             # Unknown if the run was stopped after the rollout, or if there was no update.
             elif "time/rollout_s" in seconds and update_metrics:
                 step_s = ended - started

@@ -105,7 +105,7 @@ def test_each_case_is_another_objective():
         others = found.setdefault(key, [])
         others.append(name)
     doubles = [names for names in found.values() if len(names) > 1]
-    assert doubles == [["bnpo", "reinforce_pp"], ["rloo", "reinforce", "maxrl"]]
+    assert doubles == [["bnpo", "reinforce_pp", "ppo"], ["rloo", "reinforce", "maxrl"]]
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -166,7 +166,14 @@ def _chains(tree: ast.AST) -> set[str]:
 def _reads() -> set[str]:
     """What the package reads; who checks an option, or only tells it, does not use it."""
     found: set[str] = set()
-    names = "options", "objective_options", "rules", "objective_rules", "definitions"
+    names = (
+        "options",
+        "objective_options",
+        "given_options",
+        "rules",
+        "objective_rules",
+        "definitions",
+    )
     no_readers = {ROOT / "config" / f"{name}.py" for name in names}
     assert all(file.exists() for file in no_readers)
     for file in ROOT.rglob("*.py"):
@@ -184,6 +191,11 @@ def test_every_option_is_read(name):
     readers = {f"{section or 'config'}.{leaf}"}
     if section == "model":  # model.new is given the section as its parameter `options`
         readers.add(f"options.{leaf}")
+    if section in {
+        "sft",
+        "preference",
+    }:  # `given` reads them of any section as `schedule = config[section]`
+        readers.add(f"schedule.{leaf}")
     field = objective.OPTIONS.get(name.removeprefix("algorithm."))
     readers |= {f"objective.{field}", f"self.{field}"} if field else set()
     assert readers & READS, f"nothing in grpo_jax/ reads {name}"

@@ -1,7 +1,8 @@
-"""Runs the training program several times in one process, stopping it at chosen moments.
+"""Runs a training program several times in one process, stopping it at chosen moments.
 
 `python drive.py JOBS` where JOBS is a JSON list of {"argv": [...], "after": N, "of": "update" or
-"sft"}: the run is asked to stop after N updates of GRPO or N supervised steps in this process;
+"sft"}: the run is asked to stop after N updates of GRPO or N supervised steps in this process; with
+"program", such as "dpo", it is another one than grpo_jax.train, whose updates count as GRPO's;
 without "after" it runs to its end. With "in", "rollout", "draw" (the second one of a step),
 "rewards", "update" or "evaluation", it ignores that, and is abandoned in the next such phase, like
 a run that does not reach its end. With "killed" this process dies there by SIGKILL. Prints one JSON
@@ -10,6 +11,7 @@ line per job: how it ended.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -18,7 +20,7 @@ import threading
 
 import shared_programs
 
-from grpo_jax import train
+from grpo_jax import cli, train
 from grpo_jax.run import stop
 from grpo_jax.trainers import monitor, restarts, results, rollout
 from grpo_jax.trainers.step_metrics import StepLog
@@ -112,6 +114,7 @@ evaluate, draw = results.evaluate, rollout.draw
 def main(jobs: list[dict]) -> None:
     shared_programs.share()
     train.StopSignal, results.evaluate = StopAfter, _evaluate
+    cli.StopSignal = StopAfter
     rollout.draw = _draw
     restarts.Monitor, monitor.StepLog = LeavingMonitor, CountingLog
     for job in jobs:
@@ -119,7 +122,7 @@ def main(jobs: list[dict]) -> None:
         StopAfter.after, StopAfter.of = job.get("after"), job.get("of", "update")
         StopAfter.within, StopAfter.killed = job.get("in", ""), job.get("killed", False)
         try:
-            train.main(job["argv"])
+            importlib.import_module(f"grpo_jax.{job.get('program', 'train')}").main(job["argv"])
             end = "finished"
         except stop.Stopped as stopped:
             end = str(stopped)

@@ -14,7 +14,7 @@ from typing import Any
 
 from grpo_jax.config.dotted import flatten
 from grpo_jax.metrics import curves
-from grpo_jax.trainers import grpo_run, sft
+from grpo_jax.trainers import given, grpo_run
 
 _MADE: dict[tuple, Any] = {}
 # Options that no program reads; and options that sampling does not read.
@@ -25,11 +25,11 @@ _LEARNING = ("optim", "sft", "loop", "guards", "evaluation")
 def share(setattr: Callable[[Any, str, Any], None] = setattr) -> None:
     """Lets the runs of this process share their programs."""
     engine = _kept(grpo_run.make_engine, *_BESIDE, *_LEARNING)
-    for trainer in (grpo_run, sft):
+    for trainer in (grpo_run, given):
         setattr(trainer, "make_engine", engine)
     setattr(grpo_run, "make_learner", _kept(grpo_run.make_learner, *_BESIDE))
-    supervised = _kept(sft.make_supervised_learner, *_BESIDE)
-    setattr(sft, "make_supervised_learner", supervised)
+    supervised = _kept(given.make_supervised_learner, *_BESIDE)
+    setattr(given, "make_supervised_learner", supervised)
     setattr(curves, "curves", lambda folder: Path(folder) / "curves.png")
 
 

@@ -104,10 +104,8 @@ def packed_losses(experience, scorer, order=None):
         component, total = PolicyLoss(objective), 0.0
         of_microbatch = update._by_completion if component.needs_completions else update._by_token
         for part, packed, hidden in parts:
-            weight, _ = component.weights(part.action_PGC.reshape(-1, C))
-            weight = weight.reshape(part.action_PGC.shape)
-            total += of_microbatch(scorer, component, part, packed, hidden, head, weight)[0]
-        count = component.weights(jnp.asarray(experience.action_PGC).reshape(-1, C))[1]
+            total += of_microbatch(scorer, component, part, packed, hidden, head)[0]
+        count = component.weights(jnp.asarray(experience.action_PGC))[1]
         return total / count
 
     return by_objective(of_objective)

@@ -28,7 +28,10 @@ from grpo_jax.run.append_log import read_jsonl
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.py"
 # Metrics that differ from run to run.
-TIMES = ("time/", "throughput/", "roofline/", "memory/", "programs", "sft/tokens_per_s")
+TIMES = (
+    *("time/", "throughput/", "roofline/", "memory/", "programs"),
+    *("sft/tokens_per_s", "preference/tokens_per_s", "reward_model/tokens_per_s"),
+)
 
 
 # --- What a run left ------------------------------------------------------------------------------

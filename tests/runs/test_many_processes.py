@@ -18,8 +18,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-from kill_and_resume import differences_beyond, logged
+from kill_and_resume import differences_beyond, final_state, logged
 
 HERE = Path(__file__).parent
 LAUNCH = HERE.parents[1] / "launch" / "local_multiprocess.sh"
@@ -58,7 +59,14 @@ class Launched:
     """A run of several processes that was started, and its output."""
 
     def __init__(
-        self, num: int, folder: Path, *more: str, environment, devices: int = 1, by: str = ""
+        self,
+        num: int,
+        folder: Path,
+        *more: str,
+        environment,
+        devices: int = 1,
+        by: str = "",
+        program: str = "train",
     ):
         """`by` "bash": each process fills in the variables that the arguments name."""
         self.folder = folder
@@ -68,7 +76,7 @@ class Launched:
         command = [
             sys.executable,
             "-m",
-            "grpo_jax.train",
+            f"grpo_jax.{program}",
             "--config",
             str(HERE.parent / "helpers" / "tiny_config.py"),
         ]
@@ -152,6 +160,76 @@ def test_two_processes_do_what_one_does(one, tmp_path, environment):
     # What is written and shown for all comes from process 0.
     assert len(re.findall(rf"^\[0\] step {STEPS}/{STEPS}", run.output, re.M)) == 1
     assert not re.search(r"^\[1\] (step|sft|Completions)", run.output, re.M)
+
+
+@pytest.mark.slow
+def test_preferences_of_two_processes_are_those_of_one(one, tmp_path, environment):
+    """Both score the reference's part of the data; the numbers of the first are kept."""
+    more = [
+        f"--config.model.path={one / 'bootstrap' / 'export'}",
+        *(f"--config.preference.{option}" for option in (
+            "loss=kto", "num_steps=5", "batch=8", "max_tokens=56", "learning_rate=50.0",
+            "beta=0.5", "checkpoint_every_steps=0", "evaluate_every_steps=2",
+        )),
+    ]  # fmt: skip
+    folders = []
+    for num in (1, 2):
+        folder = tmp_path / f"{num}"
+        run = Launched(num, folder, *more, environment=environment, program="dpo")
+        assert run.status() == 0, run.output
+        folders.append(run.folder)
+    assert differences_beyond(1e-5, *folders) == []
+    assert (folders[1] / "reference.npz").exists()
+    losses = [row["preference/loss"] for row in logged(folders[1]) if "preference/loss" in row]
+    assert len(losses) == STEPS and len(set(losses)) == STEPS
+
+
+@pytest.mark.slow
+def test_a_reward_model_and_ppo_with_it_are_those_of_one(one, tmp_path, environment):
+    """Two processes, which divide the weights, and eight devices of one process."""
+    model = f"--config.model.path={one / 'bootstrap' / 'export'}"
+    of_model = [
+        f"--config.reward_model.num_steps={STEPS}",
+        "--config.reward_model.batch=8",
+        "--config.reward_model.max_tokens=56",
+        "--config.reward_model.learning_rate=50.0",
+        "--config.reward_model.checkpoint_every_steps=0",
+    ]
+    names = [f"model:{tmp_path / 'rm 1' / 'export'}", "answer_format"]
+    of_ppo = [
+        "--config.algorithm.preset=ppo",
+        f"--config.critic.path={tmp_path / 'rm 1' / 'export'}",
+        "--config.critic.learning_rate=50.0",
+        f"--config.rewards.names={names}",
+        "--config.evaluation.every_steps=0",
+        "--config.checkpoint.every_steps=0",
+    ]
+    ways = {
+        "1": (1, 1, []),
+        "2": (2, 1, ["--config.mesh.data=1", "--config.mesh.fsdp=2"]),
+        "8": (1, 8, ["--config.mesh.data=4", "--config.mesh.fsdp=2"]),
+    }
+    for way, (num, devices, mesh) in ways.items():
+        for kind, program, more in (("rm", "reward_model", of_model), ("ppo", "train", of_ppo)):
+            run = Launched(
+                num, tmp_path / f"{kind} {way}", model, *more, *mesh,
+                environment=environment, devices=devices, program=program,
+            )  # fmt: skip
+            assert run.status() == 0, run.output
+    for way in ("2", "8"):
+        for kind in ("rm", "ppo"):
+            folders = tmp_path / f"{kind} 1", tmp_path / f"{kind} {way}"
+            left, right = map(final_state, folders)
+            assert left.keys() == right.keys()
+            far = [n for n in left if not np.allclose(left[n], right[n], rtol=0, atol=1e-5)]
+            assert far == [], (kind, way)
+    for kind, name in (("rm", "reward_model/loss"), ("ppo", "value/loss")):
+        lines = [[r for r in logged(tmp_path / f"{kind} {w}") if name in r] for w in ways]
+        assert len(lines[0]) == STEPS
+        for other in lines[1:]:
+            for a, b in zip(lines[0], other, strict=True):
+                np.testing.assert_allclose(a[name], b[name], rtol=1e-4)
+                assert a["policy/grad_norm"] > 1e-3
 
 
 @pytest.mark.slow

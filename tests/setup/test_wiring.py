@@ -24,6 +24,7 @@ from grpo_jax.algorithm.adaptive import AdaptiveEntropy, AdaptiveKL
 from grpo_jax.config import derived
 from grpo_jax.config import options as options_lib
 from grpo_jax.config.dotted import override
+from grpo_jax.data.examples import Example
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompts import prompt_indices
 from grpo_jax.environments.questions import Questions
@@ -39,6 +40,7 @@ from grpo_jax.setup.data import load_problems
 from grpo_jax.setup.engine import make_engine
 from grpo_jax.setup.learner import MemoryPlan, make_learner, make_supervised_learner
 from grpo_jax.structs import Rollouts, Sampling
+from grpo_jax.trainers import given as given_lib
 from grpo_jax.trainers import grpo, results, rollout, sft
 from grpo_jax.trainers.run_state import RunState
 from grpo_jax.trainers.runs import Course
@@ -643,8 +645,8 @@ def test_the_supervised_gradient_is_the_plain_one():
     rollouts, scorer = tiny.rollouts(P, G, C), learner_of("constant").scorer
     scorer = dataclasses.replace(scorer, sampling=Sampling())
     rows = [
-        sft.Demonstration(rollouts.prompt_PQ[p, : rollouts.prompt_length_P[p]].tolist(),
-                          rollouts.completion_PGC[p, g, : rollouts.length_PG[p, g]].tolist())
+        Example(rollouts.prompt_PQ[p, : rollouts.prompt_length_P[p]],
+                rollouts.completion_PGC[p, g, : rollouts.length_PG[p, g]])
         for p, g in np.ndindex(P, G)
     ]  # fmt: skip
     config = config_of(
@@ -659,7 +661,7 @@ def test_the_supervised_gradient_is_the_plain_one():
     sgd = optax.sgd(1.0)
     update = make_update(learner.scorer, learner.update.component, sgd, num_minibatches=1)
     state = train_state.start(tiny.params(), MODEL, scorer.mesh, sgd)
-    given = sft._as_rollouts(rows, 5, config)  # groups; what fills them up is not learned from
+    given = sft.rollouts(rows, 5, config)  # groups; what fills them up is not learned from
     assert given.length_PG.size > len(rows)
     prepared = learner.prepare.log_probs(state.params, None, given)
     experience = learner.prepare(prepared, jnp.zeros(given.length_PG.shape))
@@ -695,12 +697,12 @@ def test_a_worked_solution_ends_with_the_stop_token(tmp_path):
          "data.max_prompt_tokens": 16, "sft.max_tokens": 56, "model.width": 32}
     )  # fmt: skip
     run_folder.open_for(config, tmp_path)
-    run, batches = sft._build(config, tmp_path, evaluates=False)
+    run, data = given_lib.build(sft.SFT, config, tmp_path, evaluates=False)
     policy = run.policy
     problems = load_problems(config)[0]
     for step in (0, 3):
         index = prompt_indices(0, step, 20, 6)
-        for i, (prompt_ids, ids) in zip(index, batches(step), strict=True):
+        for i, (prompt_ids, ids, _) in zip(index, data.draw(step, {})[0], strict=True):
             assert policy.tokenizer.decode(prompt_ids) == problems[i].prompt
             assert ids[-1] == policy.tokenizer.eos_token_id and ids[-1] not in ids[:-1]
             assert policy.tokenizer.decode(ids[:-1]).partition("#### ")[1]
@@ -712,7 +714,7 @@ def test_supervised_training_is_judged_by_the_held_out_problems(tmp_path):
                "rewards.names": ("exact_answer",), "rewards.weights": (1.0,)}  # fmt: skip
     config = config_of(options)
     run_folder.open_for(config, tmp_path)
-    run, _ = sft._build(config, tmp_path, evaluates=True)
+    run, _ = given_lib.build(sft.SFT, config, tmp_path, evaluates=True)
     run.rewards.close()
     assert run.held_out.problems == load_problems(config)[1][:4]
 
@@ -759,7 +761,7 @@ def test_what_an_evaluation_is_given(monkeypatch, tmp_path):
     run = SimpleNamespace(
         config=config, engine=None, evaluator=evaluator, policy="policy", held_out=problems,
         train=None, rewards="rewards", folder=tmp_path, course=Course(9, P),
-        weights=lambda train: train.params,
+        weights=lambda train: train.params, measure=None,
     )  # fmt: skip
     state = RunState(step=2, train=SimpleNamespace(params="params"))
     told = []

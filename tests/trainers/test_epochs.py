@@ -10,7 +10,8 @@ from grpo_jax.config import derived, loading, record
 from grpo_jax.config.dotted import assign
 from grpo_jax.planning import fit
 from grpo_jax.setup import run_folder
-from grpo_jax.trainers import grpo_run, sft
+from grpo_jax.trainers import given, grpo_run
+from grpo_jax.trainers.sft import SFT
 
 EPOCHS = [
     "--config.loop.num_epochs=1.5",
@@ -55,7 +56,7 @@ def test_worked_solutions_are_imitated_for_so_many_epochs(tmp_path, capsys):
     options = ["--config.sft.num_epochs=1.5", "--config.sft.num_steps=0", "--config.sft.batch=16"]
     config = loading.load(str(TINY), options)
     run_folder.open_for(config, tmp_path)
-    run, _ = sft._build(config, tmp_path, evaluates=False)
+    run, _ = given.build(SFT, config, tmp_path, evaluates=False)
 
     assert run.course.num_steps == 4  # 60 solutions
     assert "1.5 epochs are 4 updates of 16" in capsys.readouterr().out

@@ -5,6 +5,10 @@ A task is a module here with three functions:
     generate(num_train, num_eval, seed) -> (train, held_out)     lists of Problem, no prompt in both
     worked_solution(problem, rng) -> str                         one imperfect demonstration
     make_tokenizer() -> PreTrainedTokenizerFast                  for a model made from scratch
+
+and for training on preferences
+
+    preference_pair(problem, rng) -> (better, worse)             two answers, which differ
 """
 
 import importlib

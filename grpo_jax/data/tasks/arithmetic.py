@@ -49,16 +49,34 @@ def generate(num_train: int, num_eval: int, seed: int) -> tuple[list[Problem], l
 
 def worked_solution(problem: Problem, rng: np.random.Generator) -> str:
     """A sloppy student's answer: a guess, or the steps with occasional errors."""
-    answer = int(problem.columns["answer"])
     if rng.random() < SHORTCUT:
-        guess = int(np.clip(answer + rng.integers(-9, 10), 0, MAX_TOTAL))
-        return f"#### {guess}"
+        return _guess(problem, rng)
+    return _steps(problem, rng, SLIP)
+
+
+def preference_pair(problem: Problem, rng: np.random.Generator) -> tuple[str, str]:
+    """The steps without errors, and what is worse: a guess, or steps with at least one error."""
+    better = _steps(problem, rng, 0.0)
+    worse = _guess(problem, rng) if rng.random() < SHORTCUT else better
+    while worse == better:
+        worse = _steps(problem, rng, 10 * SLIP)
+    return better, worse
+
+
+def _guess(problem: Problem, rng: np.random.Generator) -> str:
+    answer = int(problem.columns["answer"])
+    guess = int(np.clip(answer + rng.integers(-9, 10), 0, MAX_TOTAL))
+    return f"#### {guess}"
+
+
+def _steps(problem: Problem, rng: np.random.Generator, slip: float) -> str:
+    """The running totals, each wrong with the probability `slip`."""
     expression = problem.prompt.removesuffix("=").replace("-", "+-")
     total, *terms = (int(term) for term in expression.split("+"))
     lines = []
     for term in terms:
         result = total + term
-        if rng.random() < SLIP:
+        if rng.random() < slip:
             result = max(0, result + int(rng.choice([-2, -1, 1, 2])))
         lines.append(f"{total}{term:+d}={result}")
         total = result

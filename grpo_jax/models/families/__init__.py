@@ -24,6 +24,7 @@ OF_IMAGES = (
     *("projector_hidden_act", "vision_feature_layer", "multimodal_projector_bias"),
     "spatial_merge_size",
 )
+CLASSIFIER = "ForSequenceClassification"  # the end of the names of its architectures
 
 
 def model_config(hf: dict[str, Any], source: str) -> ModelConfig:
@@ -35,7 +36,7 @@ def model_config(hf: dict[str, Any], source: str) -> ModelConfig:
     """
     keys = Keys(hf, source)
     family = keys.get("model_type")
-    codes = _codes(keys)
+    codes, head = _codes(keys), _head(keys)
     if isinstance(family, str) and family in WRAPPERS:
         found = _wrapped(keys, family)
     elif isinstance(family, str) and family in FAMILIES:
@@ -44,7 +45,29 @@ def model_config(hf: dict[str, Any], source: str) -> ModelConfig:
         known = ", ".join([*FAMILIES, *WRAPPERS])
         raise keys.unsupported("model_type", family, f"one of {known}")
     keys.refuse_unread()
-    return dataclasses.replace(found, codes=codes) if codes else found
+    if head == "scalar" and found.wrapper:
+        raise keys.unsupported("architectures", hf["architectures"], "a text model for rewards")
+    return dataclasses.replace(found, codes=codes, head=head)
+
+
+def _head(keys: Keys) -> str:
+    """The head, as in `ModelConfig`: "scalar" for a classifier of sequences with one label.
+
+    As in transformers, a classifier without `id2label` or `num_labels` has two labels.
+    """
+    names = keys.find("architectures")
+    is_classifier = isinstance(names, list) and any(str(n).endswith(CLASSIFIER) for n in names)
+    if not is_classifier:
+        return "vocabulary"
+    labels = keys.find("id2label")
+    number = len(labels) if isinstance(labels, dict) else keys.find("num_labels") or 2
+    if number != 1:
+        raise ValueError(
+            f"{keys.source}: architectures = {shown(names)} with {shown(number)} labels (id2label, "
+            "num_labels; 2 where neither is given). A reward model has 1. Save it with "
+            "num_labels = 1."
+        )
+    return "scalar"
 
 
 def _wrapped(keys: Keys, wrapper: str) -> ModelConfig:

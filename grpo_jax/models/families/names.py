@@ -84,6 +84,7 @@ def table(config: ModelConfig) -> dict[str, Tensor]:
     return {
         "embed/embedding": Tensor(f"{model}embed_tokens.weight"),
         "head/kernel": Tensor(f"{prefix(config)}lm_head.weight", transposed=True),
+        "score/kernel": Tensor("score.weight", transposed=True),
         "norm/scale": Tensor(f"{model}norm.weight"),
         **{f"{k}/kernel": of(t, name=f"{t.name}.weight", transposed=True)
            for k, t in dense.items()},

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from grpo_jax.models.families import model_config, rotary
+from grpo_jax.models.families import CLASSIFIER, model_config, rotary
 from grpo_jax.structs import ModelConfig
 
 _NEW = ("llama", "qwen2", "qwen3", "mistral")  # families of new models
+# The names of the families' classes in transformers. "": it has none for sequences of one label.
+CLASSES = {
+    **{family: family.capitalize() for family in (*_NEW, "ministral3", "olmo2", "olmo3", "phi3")},
+    **{"seed_oss": "SeedOss", "smollm3": "SmolLM3", "glm4": "Glm4", "gemma2": "Gemma2"},
+    **{"gemma3_text": "Gemma3Text", "granite": ""},
+}
 
 
 def hf_config(
@@ -24,7 +31,7 @@ def hf_config(
     windows, which new models do not have.
     """
     hf = {
-        "architectures": [f"{config.family.capitalize()}ForCausalLM"],
+        "architectures": [f"{CLASSES[config.family]}ForCausalLM"],
         "attention_dropout": 0.0,
         "bos_token_id": bos_id,
         "dtype": dtype,
@@ -53,13 +60,40 @@ def hf_config(
         hf["attention_bias"] = config.out_bias
     if config.family in ("qwen2", "qwen3"):
         hf |= {"use_sliding_window": False, "max_window_layers": config.num_layers}
-    if config.family not in _NEW or model_config(hf, "config.json") != config:
+    decoder = dataclasses.replace(config, head="vocabulary")
+    if config.family not in _NEW or model_config(hf, "config.json") != decoder:
         raise ValueError(
             f"{config} cannot be written as a config.json of {config.family}: new models are of "
             f"{', '.join(_NEW)}, their biases and norms of heads must be those of the family, "
             "their rotary frequencies plain, and no layer may have a window."
         )
-    return hf
+    return with_head(hf, config, pad_id)
+
+
+def with_head(hf: dict[str, Any], config: ModelConfig, pad_id: int | None) -> dict[str, Any]:
+    """The config.json of a decoder as that of its head: unchanged, or a classifier of one label.
+
+    transformers reads the score at the last token that is not the pad token: it needs a `pad_id`.
+    """
+    if config.head != "scalar":
+        return hf
+    return hf | {
+        "architectures": [f"{CLASSES[config.family]}{CLASSIFIER}"],
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": pad_id,
+    }
+
+
+def refuse_scalar(config: ModelConfig, where: str) -> None:
+    """Raises ValueError if transformers has no class for the decoder with a scalar head."""
+    if config.wrapper or not CLASSES.get(config.family):
+        family = config.wrapper or config.family
+        known = ", ".join(name for name, found in CLASSES.items() if found)
+        raise ValueError(
+            f"{where} is of the family {family}, of which transformers has no text model with a "
+            f"score (ForSequenceClassification). Take a model of {known}."
+        )
 
 
 def in_every_spelling(hf: dict[str, Any]) -> dict[str, Any]:

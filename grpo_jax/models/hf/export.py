@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from transformers import PreTrainedTokenizerBase
 
 from grpo_jax.models.hf import config_json
+from grpo_jax.models.hf import tokenizer as tokenizer_lib
 from grpo_jax.models.hf.folder import read_json
 from grpo_jax.models.hf.tensor import Tensor
 from grpo_jax.models.hf.weights import (
@@ -205,7 +206,9 @@ def _save_configs(
             config,
             bos_id=tokenizer.bos_token_id,
             eos_ids=eos_ids,
-            pad_id=tokenizer.pad_token_id,
+            pad_id=tokenizer_lib.pad_id({}, tokenizer)
+            if config.head == "scalar"
+            else tokenizer.pad_token_id,
             dtype=dtype,
         )
         tokenizer.save_pretrained(folder)
@@ -215,6 +218,7 @@ def _save_configs(
         hf.pop("quantization_config", None)  # an export has no codes
         ids |= {key: hf[key] for key in ids if hf.get(key) is not None}
         hf |= {"dtype": dtype, "torch_dtype": dtype}  # version 5's name, and the name before 4.56
+        hf = config_json.with_head(hf, config, tokenizer_lib.pad_id(hf, tokenizer))
         _copy_tokenizer(source, folder)
     _write_json(folder / "config.json", hf)
     generation = {key: value for key, value in ids.items() if value is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
@@ -81,6 +82,15 @@ def _tokenizer_class(folder: Path) -> type[PreTrainedTokenizerBase] | None:
     if settings.get("tokenizer_class") != "Qwen2Tokenizer" or not config.exists():
         return None
     return Qwen2Tokenizer if read_json(config).get("model_type") in ("qwen2", "qwen3") else None
+
+
+def pad_id(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The pad token: of config.json (`settings`), else of the tokenizer, else its end of text.
+
+    The last is what TRL takes where a reward model has none.
+    """
+    named = settings.get("pad_token_id"), tokenizer.pad_token_id, tokenizer.eos_token_id
+    return next((i for i in named if type(i) is int), None)
 
 
 def stop_ids(folder: Path, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> tuple[int, ...]:

@@ -36,6 +36,7 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+SCORE = "score.weight"  # the scalar head
 
 # A run's copy of the tensors outside of the decoder. Its suffix keeps it from being read as
 # weights.
@@ -204,7 +205,8 @@ def _renamed(tensors: dict[str, _Tensor], config: ModelConfig) -> dict[str, _Ten
     if config.wrapper:
         return {names.spelled(name, config): tensor for name, tensor in tensors.items()}
     if "embed_tokens.weight" in tensors and not any(n.startswith("model.") for n in tensors):
-        tensors = {name if name == _HEAD else f"model.{name}": t for name, t in tensors.items()}
+        outside = (_HEAD, SCORE)
+        tensors = {name if name in outside else f"model.{name}": t for name, t in tensors.items()}
     if config.tied_head and _HEAD in tensors and _EMBEDDING not in tensors:
         tensors = {_EMBEDDING if name == _HEAD else name: t for name, t in tensors.items()}
     return tensors
@@ -304,7 +306,7 @@ def _check(folder: Path, tensors: dict[str, _Tensor], leaves: Any, config: Model
     """Raises ValueError unless the files hold exactly the tensors that the config needs."""
     needed = tensor_shapes(leaves)
     head, embedding = (names.prefix(config) + name for name in (_HEAD, _EMBEDDING))
-    allowed = {head} if config.tied_head else set()
+    allowed = {head} if config.tied_head or config.head == "none" else set()
     unused = [
         f"{name} {list(t.shape)} ({t.file.name})"
         for name, t in tensors.items()
@@ -340,13 +342,18 @@ def _check(folder: Path, tensors: dict[str, _Tensor], leaves: Any, config: Model
             remedy = (
                 " If the head is the embedding, set tie_word_embeddings to true in config.json."
             )
+        elif SCORE in needed and SCORE not in tensors:
+            remedy = (
+                " config.json says that it is a reward model (ForSequenceClassification), and "
+                "without that tensor it gives random rewards. Get its files again."
+            )
         elif other_dtype:
             remedy = " Quantized weights are not read: take the model that they were made from."
         raise ValueError(
             f"{folder}: the weights do not fit config.json ({config.family}). "
             f"{'; '.join(said)}.{remedy}"
         )
-    if config.tied_head and head in tensors:
+    if config.tied_head and config.head == "vocabulary" and head in tensors:
         _check_tied_head(folder, head, tensors[head], tensors[embedding])
 
 

@@ -1,0 +1,171 @@
+"""Reads, checks and encodes a config's rows with given completions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from grpo_jax.data import examples, masks, notes, streams, tasks
+from grpo_jax.data import problems as problems_lib
+from grpo_jax.data.examples import Pair, Written
+from grpo_jax.data.masks import Encoded, Limits
+from grpo_jax.data.sources import Source
+from grpo_jax.messages.console import say
+from grpo_jax.models.policy import Policy
+from grpo_jax.setup.data import Slow
+
+_AT_ONCE = 10_000  # rows that are texts at the same time
+
+
+def load(
+    config: ConfigDict,
+    policy: Policy,
+    section: str,
+    kind: str,
+    source: Source,
+    noun: str,
+    now: datetime,
+    most: int | None = None,
+) -> list[Any]:
+    """The rows of a source as examples of a `kind` of `examples.KINDS`, in its order.
+
+    `section`: that of the schedule, whose limit holds. `noun`: of the rows, for messages. `most`:
+    the number of rows, None for all. Raises ValueError, naming the row, for data that do not fit;
+    says how many rows were dropped or cut.
+    """
+    rows = examples.load(source, problems_lib.form_of(config.data), kind)
+    encoded, names = Encoded([]), set()
+    rows = itertools.islice(rows, most)
+    while some := list(itertools.islice(rows, _AT_ONCE)):
+        encoded += encode(config, policy, section, kind, some, now)
+        names.update(*(row.arguments for row in some))
+    if not encoded.examples:
+        raise ValueError(
+            f"{source}: no row is left; each is longer than data.max_prompt_tokens = "
+            f"{config.data.max_prompt_tokens} or {section}.max_tokens = "
+            f"{config[section].max_tokens}. Raise them."
+        )
+    tell_of(config, section, encoded, noun, names)
+    return encoded.examples
+
+
+def preferences_of_task(config: ConfigDict, kind: str, part: str) -> list[Written]:
+    """Rows of `kind` "pair" or "unpaired" that the config's task writes, "train" or "held_out".
+
+    They follow from the seed. ValueError for a task that writes none.
+    """
+    task, data = tasks.load(config.data.task), config.data
+    if not hasattr(task, "preference_pair"):
+        raise ValueError(
+            f"data.task = {data.task!r} writes no preferences. Take the task arithmetic, or set "
+            "data.path to a dataset of them in place of data.task."
+        )
+    train, held_out = task.generate(data.num_train, data.num_eval, config.seed)
+    rng = streams.stream(config.seed, "preferences", int(part == "held_out"))
+    found = []
+    for problem in train if part == "train" else held_out:
+        both = task.preference_pair(problem, rng)
+        pair = Written(problem.where, problem.prompt, both, value=0.0)
+        found += [pair] if kind == "pair" else examples.labelled(pair)
+    return found
+
+
+def are_given(config: ConfigDict, kind: str, source: Source) -> bool:
+    """Whether the rows of a source have completions, by the columns of the first."""
+    return examples.is_of(source, problems_lib.form_of(config.data), kind)
+
+
+def encode(
+    config: ConfigDict,
+    policy: Policy,
+    section: str,
+    kind: str,
+    rows: Sequence[Written],
+    now: datetime,
+) -> Encoded:
+    """Rows as examples; ValueError for tokens that the model does not know, and as `masks.encode`.
+
+    `now`: the date for chat templates.
+    """
+    schedule = config[section]
+    limits = Limits(
+        config.data.max_prompt_tokens,
+        schedule.max_tokens,
+        config.data.overlong,
+        schedule.too_long,
+        ("data.max_prompt_tokens", f"{section}.max_tokens", f"{section}.too_long"),
+    )
+    encoded = masks.encode(
+        rows,
+        kind,
+        policy.tokenizer,
+        policy.stop_ids,
+        limits,
+        loss_on=config.sft.loss_on if kind == "example" else "completion",
+        now=now,
+        on_text=Slow().tell,
+    )
+    for ids in _all_ids(encoded.examples):
+        if len(ids) and ids.max() >= policy.model.vocab_size:
+            policy.refuse_unknown(ids.tolist(), "A row of the data")
+    return encoded
+
+
+def check_length(policy: Policy, found: Sequence[Any], section: str) -> None:
+    """Raises ValueError if prompt and completion are together longer than the model's rows."""
+    longest = max(len(e.prompt_ids) + max(map(len, _completions(e))) for e in found)
+    most = policy.model.max_position
+    if longest > most:
+        raise ValueError(
+            f"The longest row of the data has {longest} tokens, and the model takes {most}. Set "
+            f"{section}.max_tokens and data.max_prompt_tokens so that both together are at most "
+            f'{most}, and {section}.too_long to "drop" or "truncate".'
+        )
+
+
+def _completions(example: Any) -> tuple[np.ndarray, ...]:
+    if isinstance(example, Pair):
+        return example.chosen_ids, example.rejected_ids
+    return (example.completion_ids,)
+
+
+def _all_ids(found: Sequence[Any]) -> Iterator[np.ndarray]:
+    for example in found:
+        yield example.prompt_ids
+        yield from _completions(example)
+
+
+def tell_of(
+    config: ConfigDict, section: str, encoded: Encoded, noun: str, names: Collection[str]
+) -> None:
+    """Says what was done to the rows, and what about the chat template may not be meant.
+
+    `names`: of the values that the rows give to the template.
+    """
+    total = len(encoded.examples) + encoded.num_dropped
+    for number, done in ((encoded.num_dropped, "dropped"), (encoded.num_truncated, "truncated")):
+        if number:
+            say(
+                f"{number:,} of {total:,} {noun} are longer than data.max_prompt_tokens = "
+                f"{config.data.max_prompt_tokens} or {section}.max_tokens = "
+                f"{config[section].max_tokens}: {done}."
+            )
+    if encoded.num_ended:
+        say(
+            f"warning: The chat template ends {encoded.num_ended:,} of {total:,} {noun} without a "
+            "token that ends a completion. One is added, so that the model learns to end."
+        )
+    if encoded.num_unmarked:
+        say(
+            "warning: The {% generation %} marks of the chat template leave out the token that "
+            f"ends a turn, in {encoded.num_unmarked:,} of {total:,} {noun}. The model does not "
+            "learn to end its turns."
+        )
+    form = problems_lib.form_of(config.data)
+    for note in notes.of_names(names, (), encoded.reads, form):
+        say(f"warning: {note}")

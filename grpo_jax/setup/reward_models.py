@@ -1,0 +1,163 @@
+"""Rewards by reward models, computed on the devices: entries "model:FOLDER" of `rewards.names`.
+
+A completion's text is written after its prompt as the reward model's own tokenizer and template
+write it, and ends as its training's texts did, with the stop token. What the texts of a group begin
+with in common is computed once. A text that cannot be scored raises: a reward of 0 in its place
+would punish it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from grpo_jax.data import masks
+from grpo_jax.data.examples import Written
+from grpo_jax.data.masks import Limits
+from grpo_jax.data.problems import Problem
+from grpo_jax.devices import sharding, transfer
+from grpo_jax.kernels import choice
+from grpo_jax.learner import scalars
+from grpo_jax.learner.row_sizes import CompiledSizes
+from grpo_jax.learner.scalars import Values
+from grpo_jax.learner.scoring import Scorer
+from grpo_jax.models import policy as policy_lib
+from grpo_jax.models.hf import folder as folder_lib
+from grpo_jax.models.policy import Policy
+from grpo_jax.rewards.registry import Reward
+from grpo_jax.rewards.scores import RewardError
+from grpo_jax.structs import Params, Sampling
+
+_OPTION = "rewards.names"
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModel:
+    """A reward model on the devices of a mesh."""
+
+    policy: Policy
+    mesh: Mesh
+    params: Params
+    values: Values
+    now: datetime  # the date for chat templates
+
+    def score(
+        self, prompts: Sequence[Any], texts: Sequence[str], group: int = 1, **columns: Any
+    ) -> np.ndarray:
+        """The rewards of completions, float32 [B].
+
+        `prompts`: a text or messages for each `group` of consecutive completions. `columns`: of
+        `Problem`. Every process must call it. Raises RewardError for a text that the model or its
+        template does not take.
+        """
+        problems = [Problem(prompt, {}, **columns) for prompt in prompts]
+        return self.of_problems(problems, texts, group)
+
+    def of_problems(
+        self, problems: Sequence[Problem], texts: Sequence[str], group: int
+    ) -> np.ndarray:
+        """As `score`, of problems' prompts."""
+        whole = self._encoded([p for p in problems for _ in range(group)], texts)
+        by_group = [whole[i : i + group] for i in range(0, len(whole), group)]
+        shards = sharding.num_row_shards(self.mesh)
+        given = scalars.as_rollouts(by_group, self.policy.pad_id, shards)
+        rows = transfer.shard_rows(self.mesh, given)
+        call = self.values.call(self.params, rows, given.length_PG, "reward")
+        value_PGC = transfer.to_host(call())
+        reward_PG = np.where(given.chosen_PGC, value_PGC, 0).sum(-1, dtype=np.float32)
+        return reward_PG[: len(by_group)].ravel()
+
+    def _encoded(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[list[int]]:
+        """Prompt and completion of each text as tokens of the reward model."""
+        rows = [_written(problem, text) for problem, text in zip(problems, texts)]
+        policy = self.policy
+        names = "the prompt", "the model's max_position_embeddings", "rollout.max_tokens"
+        limits = Limits(1, policy.model.max_position - 1, names=names)
+        how = {"limits": limits, "now": self.now}
+        try:
+            found = masks.encode(rows, "example", policy.tokenizer, policy.stop_ids, **how)
+            whole = [[*row.prompt_ids, *row.completion_ids] for row in found.examples]
+            for ids in whole:
+                policy.refuse_unknown(ids, "A completion with its prompt")
+        except ValueError as error:
+            raise RewardError(f"The reward model {policy.source} cannot score: {error}") from error
+        return [[int(i) for i in ids] for ids in whole]
+
+
+def _written(problem: Problem, text: str) -> Written:
+    where, prompt = problem.where or "a completion", problem.prompt
+    if isinstance(prompt, str):
+        return Written(where, None, (prompt + text,))
+    reply = {"role": "assistant", "content": text}
+    return Written(where, None, ([*prompt, reply],), problem.arguments)
+
+
+def read(path: str, option: str = _OPTION) -> Policy:
+    """The reward model of a folder or hub id; ValueError for one without a score of its own."""
+    given = folder_lib.as_given(path, option)
+    found = policy_lib.read(path, option, head="scalar")
+    if found.has_new_head:
+        raise ValueError(
+            f"{given} is a language model: a reward model has a head with one score (config.json: "
+            "ForSequenceClassification), and a new one would give random rewards. Train one with "
+            "python -m grpo_jax.reward_model, and give its export."
+        )
+    return found
+
+
+def load(
+    path: str, mesh: Mesh, dtype: Any, now: datetime, *, attention: str = "auto"
+) -> RewardModel:
+    """The reward model of a folder or hub id, its weights on the devices in `dtype`.
+
+    Its head stays float32. `attention`: as `model.attention`. Raises ValueError as `read`.
+    """
+    policy, dtype = read(path), jnp.dtype(dtype)
+
+    def keep(where: Any, x: Any) -> Any:
+        return x if where[0].key == "score" else x.astype(dtype)
+
+    params = policy_lib.load_params(policy, mesh, 0, jnp.float32, keep)
+    kernels = choice.choose(attention, policy.model, mesh, dtype)
+    scorer = Scorer(policy.model, mesh, Sampling(), dtype, kernels=kernels)
+    return RewardModel(policy, mesh, params, scalars.make_values(scorer), now)
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModels:
+    """The reward models of a config by name, as `pool.Models`."""
+
+    by_name: dict[str, RewardModel]
+
+    def __call__(
+        self, problems: Sequence[Problem], texts: Sequence[str], group: int
+    ) -> dict[str, np.ndarray]:
+        return {n: m.of_problems(problems, texts, group) for n, m in self.by_name.items()}
+
+    @property
+    def sizes(self) -> dict[str, CompiledSizes]:
+        """The packed row sizes of their programs, by program."""
+        return {f"reward {name}": model.values.sizes for name, model in self.by_name.items()}
+
+
+def load_all(
+    config: ConfigDict, rewards: Sequence[Reward], mesh: Mesh | None, now: datetime
+) -> RewardModels | None:
+    """The reward models among the config's rewards; None if there are none.
+
+    `mesh`: None for that of the config.
+    """
+    named = [reward for reward in rewards if reward.model]
+    if not named:
+        return None
+    mesh = sharding.make_mesh(**config.mesh) if mesh is None else mesh
+    how = mesh, config.model.dtype, now
+    attention = config.model.attention
+    return RewardModels({r.name: load(r.model, *how, attention=attention) for r in named})
