@@ -181,7 +181,7 @@ def online(out: Path, model: Path, judge: Path, seed: int, steps: int, method: s
         "batch.minibatches": 2,
         "rollout.max_tokens": TOKENS,
         "algorithm.kl_coef": 0.0,
-        "optim.learning_rate": 5e-4,
+        "optim.learning_rate": 3e-4,
         "checkpoint.every_steps": steps // POINTS,
         "checkpoint.keep": POINTS,
     }
@@ -372,7 +372,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=60, help="of GRPO and PPO")
+    parser.add_argument("--steps", type=int, default=30, help="of GRPO and PPO")
     args = parser.parse_args()
     out = args.out.resolve()
     found = {s: of_seed(out, args.model.resolve(), s, args.steps) for s in args.seeds}
