@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--workdir {args.workdir} is not the folder of a run: no {file}.")
     kept = record.read(file)["options"]
     cli.show_devices()
-    found = find_model(f"{args.workdir}@{args.step}", "--workdir")
+    found = find_model(f"{args.workdir}@{args.step}", "--workdir", may_score=True)
     out = Path(args.out or Path(args.workdir) / "exports" / f"step_{found.step}")
     if (out / "config.json").exists():
         raise ValueError(f"--out {out} holds a model already. Name another folder, or delete it.")

@@ -48,6 +48,12 @@ class Saved:
         """The run's progress at this checkpoint."""
         return _facts(self._manager, self.number)
 
+    @property
+    def head(self) -> str:
+        """The head of its model, as in `ModelConfig`."""
+        stored = self._manager.item_metadata(self.number)["state"].tree
+        return "scalar" if "score" in stored["params"] else "vocabulary"
+
     def params(self, like: Params) -> Params:
         """The parameters alone, shaped and sharded as `like`.
 

@@ -94,15 +94,16 @@ class Found:
     step: int = 0  # of the checkpoint
 
 
-def find_model(path: str, option: str = "--model") -> Found:
+def find_model(path: str, option: str = "--model", *, may_score: bool = False) -> Found:
     """The model of a Hugging Face folder or hub id, or of a run's folder.
 
     For a run it is the export or the newest checkpoint, whichever is later; RUN@STEP and RUN@best
-    name a checkpoint. Raises ValueError, which names the `option`, if there is no model.
+    name a checkpoint. `may_score`: also of a run that trains a reward model. Raises ValueError,
+    which names the `option`, if there is no model, or none that writes.
     """
     run, at, which = path.rpartition("@")
     if at and not Path(path).exists() and _is_run(Path(run)):
-        return _checkpoint(Path(run), which)
+        return _checkpoint(Path(run), which, option, may_score)
     folder = Path(path)
     if not _is_run(folder):
         return Found(policy_lib.read(path, option), None, "")
@@ -111,26 +112,31 @@ def find_model(path: str, option: str = "--model") -> Found:
     if "://" in str(saved) or Path(saved).is_dir():
         with contextlib.suppress(saved_lib.NoneWhole), saved_lib.Saved(saved) as newest:
             if exported is None or newest.number > exported["updates"]:
-                return _found(folder, newest)
+                return _found(folder, newest, option, may_score)
     if exported is None and not (export / "config.json").exists():
         raise ValueError(f"{option} {folder} is the folder of a run that has no checkpoint yet.")
     step = "an unknown step" if exported is None else f"step {exported['step']}"
     return Found(policy_lib.read(str(export), option), None, f"{folder}: export of {step}")
 
 
-def _checkpoint(folder: Path, which: str) -> Found:
+def _checkpoint(folder: Path, which: str, option: str, may_score: bool) -> Found:
     """The checkpoint of a run by step, "best" or "newest"."""
     saved = _checkpoints_of(folder)
     number = None if which == "newest" else saved_lib.find(saved, which)
     with saved_lib.Saved(saved, number) as chosen:
-        return _found(folder, chosen)
+        return _found(folder, chosen, option, may_score)
 
 
-def _found(folder: Path, checkpoint: saved_lib.Saved) -> Found:
+def _found(folder: Path, checkpoint: saved_lib.Saved, option: str, may_score: bool) -> Found:
     options = record.read(folder / "config.json")["options"]
     source = options["model.path"] or str(folder / "bootstrap" / "export")
     step = checkpoint.facts().get("state", {}).get("step", checkpoint.number)
-    policy = policy_lib.read(source, kept=folder / "source")
+    if checkpoint.head == "scalar" and not may_score:
+        raise ValueError(
+            f"{option} {folder} is the run of a reward model: it scores texts, and has no head "
+            "that writes one. Give a language model."
+        )
+    policy = policy_lib.read(source, kept=folder / "source", head=checkpoint.head)
     policy = lora.adapted_policy(policy, lora.recorded(options), folder / lora.KEPT)
     said = f"{folder}: checkpoint of step {step}"
     return Found(policy, (_checkpoints_of(folder), checkpoint.number), said, step)

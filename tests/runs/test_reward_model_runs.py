@@ -13,9 +13,14 @@ import transformers
 from driving import drive
 from kill_and_resume import final_state, log_differences, logged, state_differences
 
-from grpo_jax import reward_model, score, train
+import grpo_jax
+from grpo_jax import export, reward_model, score, train
+from grpo_jax.config import loading
 from grpo_jax.models.hf.tokenizer import load_tokenizer
 from grpo_jax.rewards import registry
+from grpo_jax.rewards.scores import RewardError
+from grpo_jax.setup import examples
+from grpo_jax.setup import model as model_lib
 
 TINY = Path(__file__).parents[1] / "helpers" / "tiny_config.py"
 STEPS = 5
@@ -141,6 +146,31 @@ def test_score_scores_with_a_reward_model(runs, tmp_path, one_device, capsys):
     found = [json.loads(line)["rewards"] for line in out.open()]
     assert len(found) == 4 and all(set(row) == {"rm", "answer_format"} for row in found)
     assert len({row["rm"] for row in found}) > 2
+
+
+def test_a_checkpoint_is_exported_as_a_reward_model(runs, tmp_path, one_device):
+    """The last one, whose weights are those of the run's own export; no program writes with it."""
+    folder = runs[0] / "rm"
+    export.main(["--workdir", str(folder), "--step", str(STEPS), "--out", str(tmp_path / "out")])
+    files = [place / "model.safetensors" for place in (tmp_path / "out", folder / "export")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with pytest.raises(ValueError, match="is the run of a reward model: it scores texts"):
+        model_lib.find_model(f"{folder}@{STEPS}")
+
+
+def test_from_python_the_scores_are_those_of_the_run(runs, compile_cache):
+    """On all devices of this process; of held-out pairs, whose rewards the run has written."""
+    folder = runs[0] / "rm"
+    file = folder / "evaluations" / f"step_{STEPS:06d}_pairs.jsonl"
+    want = [json.loads(line) for line in file.open()]
+    config = loading.load(str(TINY), [])
+    pairs = examples.preferences_of_task(config, "pair", "held_out")[: len(want)]
+    judge = grpo_jax.load_reward_model(folder / "export")
+    texts = [text for pair in pairs for text in pair.completions]
+    got = judge.score([pair.prompt for pair in pairs], texts, group=2).reshape(-1, 2)
+    np.testing.assert_allclose(got, [[w["chosen"], w["rejected"]] for w in want], rtol=1e-4)
+    with pytest.raises(RewardError, match="cannot score"):
+        judge.score(["1" * 2000], ["2"])
 
 
 PAIR = {"prompt": "1+2=", "chosen": "#### 3", "rejected": "#### 4"}
