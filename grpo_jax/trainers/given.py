@@ -228,7 +228,7 @@ def rows(config: ConfigDict, policy: Policy, section: str, kind: str, now: datet
     """The training rows of the config's dataset, as a `kind` of `examples.KINDS`.
 
     In memory, or with data.streaming read while they are needed. ValueError for rows that do not
-    fit, by file, row and column; of a stream for those of the first window.
+    fit, by file, row and column; of a stream for those among the first.
     """
     source = problems_lib.train_source(config.data)
     if config.data.streaming:
