@@ -185,21 +185,28 @@ def told(config: ConfigDict, folder: Path) -> Iterator[None]:
 
 
 def train_on_given(
-    argv: list[str], name: str, section: str, run: Callable[[ConfigDict, Path, StopSignal], Path]
+    argv: list[str],
+    name: str,
+    section: str,
+    run: Callable[[ConfigDict, Path, StopSignal], Path],
+    check: Callable[[ConfigDict, Path], None],
 ) -> None:
     """A program that trains on completions of the data: `name` is its own, one of `RUNS`.
 
-    `section` of the config has its schedule. `run` trains, and returns the exported folder.
+    `section` of the config has its schedule. `run` trains, and returns the exported folder;
+    `check` says what it would do.
     """
     from grpo_jax.setup import model  # imports what some programs do without
 
-    config, folder, others, _ = arguments.of_run(argv, name)
+    config, folder, others, is_check = arguments.of_run(argv, name)
     join_processes(config, others)
     if not derived.is_supervised(config, section):
         raise ValueError(
             f"{section}.num_steps = 0: nothing to train. Set it or {section}.num_epochs above 0."
         )
     set_up(config, model.model_shape(config, folder).num_params)
+    if is_check:
+        return check(config, folder)
     save_before_s = config.checkpoint.save_before_s
     with told(config, folder), StopSignal(save_before_s, may_exit=True) as stop_signal:
         export = run(config, folder, stop_signal)

@@ -44,6 +44,7 @@ REASONS = {
     ("grpo_jax/trl/__init__.py", "import_module"): (2, "two fixed names, imported when used"),
     ("benchmarks/beside_trl.py", "import_module"): (1, "one of two fixed names"),
     ("grpo_jax/train.py", "import_module"): (1, "a fixed name, imported when it is used"),
+    ("grpo_jax/cli.py", "import_module"): (1, "a program's own fixed name, imported when called"),
     ("grpo_jax/rewards/given.py", "dill"): (
         2,
         "the program's own functions, for processes that it started, through the pipe below",

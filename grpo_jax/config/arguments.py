@@ -100,13 +100,12 @@ def run_parser(name: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--print-config", action="store_true", help="show the options that are in force, and end"
     )
-    if name == "train":
-        parser.add_argument(
-            "--check",
-            action="store_true",
-            help="read the model, the data, the rewards and the devices, say what the run would "
-            "be and need, and end; nothing is written",
-        )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="read the model, the data, the rewards and the devices, say what the run would be and "
+        "need, and end; nothing is written",
+    )
     parser.usage = f"{parser.prog} --config FILE [--workdir DIR] [--config.NAME=VALUE ...]"
     add_processes(parser)
     return parser

@@ -10,6 +10,7 @@ used, a thread reads the next.
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,8 @@ class Part:
 def parts(source: Source) -> list[Part]:
     """The files of a source, in its order. Raises ValueError as `sources.read` does."""
     if source.path.startswith(given.PREFIX):
+        if hasattr(given.find(source.path), "load_state_dict"):  # a `datasets.IterableDataset`
+            return [Part("hub", source.path, source.path.removeprefix(given.PREFIX), source)]
         return [Part("rows", source.path, source.path.removeprefix(given.PREFIX), source)]
     files = sources.files(source)
     if files is None:
@@ -184,10 +187,17 @@ class _Rows(_Open):
 
 
 class _Hub(_Open):
-    """Rows of the hub, which `datasets` fetches as they are read, and whose state it keeps."""
+    """Rows of the hub, which `datasets` fetches as they are read, and whose state it keeps.
+
+    Or of an `IterableDataset` that a program gives.
+    """
 
     def read(self, cursor: Cursor) -> Iterator[Row]:
-        self._dataset = sources.hub_stream(self.part.source)
+        mine = given.find(self.part.path)
+        if mine is None:
+            self._dataset = sources.hub_stream(self.part.source)
+        else:
+            self._dataset = copy.deepcopy(mine)  # which keeps the state that it was given
         if cursor.at:
             self._dataset.load_state_dict(cursor.at)
         for number, row in enumerate(self._dataset, cursor.row + 1):
@@ -257,9 +267,7 @@ class Stream:
         self._reader: Reader | None = None  # of the thread while it reads
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "stream")
         self._ahead: concurrent.futures.Future | None = None  # the window after this one
-        reader = self._read_from(Cursor(), range(len(self._parts)))
-        self._first = next(iter(reader.take(1)), None)
-        reader.close()
+        self._first = next(iter(self._beginning(1)), None)
         if self._first is None:
             raise ValueError(
                 f"{source.options[0]}: {source.path} is empty; it needs one row for each example "
@@ -278,6 +286,16 @@ class Stream:
         while self._place.draw < number:
             self._take()
         return self._take(), self._place.as_json()
+
+    def beginning(self, count: int) -> list[Any]:
+        """The examples of the first rows of the source, to check them; no draw is read."""
+        return self._encode(self._beginning(count))
+
+    def _beginning(self, count: int) -> list[Row]:
+        reader = self._read_from(Cursor(), range(len(self._parts)))
+        found = reader.take(count)
+        reader.close()
+        return found
 
     def close(self) -> None:
         """Ends the thread, and what it reads with."""

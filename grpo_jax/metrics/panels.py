@@ -62,7 +62,11 @@ def panels(history: History) -> list[Panel]:
 
 
 def _loss(history: History) -> Panel:
-    return Panel("Loss", "nats per token", _lines(history, {"sft/loss": "loss"}, {"sft/loss"}))
+    names = {"sft/loss": "loss", "sft/nll": "cross-entropy", "sft/eval_loss": "held out"}
+    names = {n: label for n, label in names.items() if history.names(n)}
+    lines = _lines(history, names, {"sft/loss", "sft/eval_loss"})
+    points = [line._replace(as_points=True) if line.label == "held out" else line for line in lines]
+    return Panel("Loss", "nats per token", points)
 
 
 def _reward(history: History) -> Panel:

@@ -85,7 +85,7 @@ def stream(
 ) -> tuple[Stream, Renderer]:
     """The rows of a source as examples by draws, read while they are needed; as `load` else.
 
-    And the process that renders their chats. The first window is read before it returns.
+    And the process that renders their chats. As many rows as a draw has are checked at once.
     """
     form, renderer, told = problems_lib.form_of(config.data), Renderer(), _Told(config, section)
     own = copy.deepcopy(policy.tokenizer)  # no two threads may use one at the same time
@@ -110,8 +110,8 @@ def stream(
         size=config[section].batch,
         buffer=config.data.shuffle_buffer,
     )
-    rows, _ = found.draw(0, {})
-    check_length(policy, rows, section)
+    check_length(policy, found.beginning(config[section].batch), section)
+    told.begin()
     return found, renderer
 
 
@@ -120,6 +120,10 @@ class _Told:
 
     def __init__(self, config: ConfigDict, section: str):
         self._config, self._section = config, section
+        self.begin()
+
+    def begin(self) -> None:
+        """Counts from here on."""
         self._sum, self._windows, self._names = Encoded([]), 0, set()
 
     def add(self, some: Encoded, rows: Sequence[Written]) -> None:
@@ -175,7 +179,8 @@ def encode(
 
 def check_length(policy: Policy, found: Sequence[Any], section: str) -> None:
     """Raises ValueError if prompt and completion are together longer than the model's rows."""
-    longest = max(len(e.prompt_ids) + max(map(len, _completions(e))) for e in found)
+    lengths = (len(e.prompt_ids) + max(map(len, _completions(e))) for e in found)
+    longest = max(lengths, default=0)
     most = policy.model.max_position
     if longest > most:
         raise ValueError(

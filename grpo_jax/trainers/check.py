@@ -47,8 +47,8 @@ def check(config: ConfigDict, folder: Path) -> None:
             return policy_lib.read(config.model.path, kept=folder / "source")
         return model.new_policy(config)
 
-    found = grpo_run.read(config, get_policy, lambda: _date_of(config, folder), folder / lora.KEPT)
-    if _goes_on(folder):
+    found = grpo_run.read(config, get_policy, lambda: date_of(config, folder), folder / lora.KEPT)
+    if goes_on(folder):
         before = record.read(folder / "config.json").get("read", {})
         inputs.refuse_other(
             before, found.sums, f"--workdir {folder}", config.checkpoint.accept_changes
@@ -56,7 +56,7 @@ def check(config: ConfigDict, folder: Path) -> None:
     config = grpo_run.settled(config, len(found.train.problems))
     for line in (*grpo_run.told(config, found), *_sizes(config, found)):
         say(line)
-    say(f"Seed {config.seed}, workdir {folder}: {'goes on' if _goes_on(folder) else 'begins'}")
+    say(f"Seed {config.seed}, workdir {folder}: {'goes on' if goes_on(folder) else 'begins'}")
     for line in definitions.in_force(config):
         say(line)
     if processes.is_first():
@@ -75,13 +75,14 @@ def check(config: ConfigDict, folder: Path) -> None:
     say("Nothing speaks against this run.")
 
 
-def _goes_on(folder: Path) -> bool:
+def goes_on(folder: Path) -> bool:
+    """Whether a folder holds a run."""
     return (folder / "config.json").exists()
 
 
-def _date_of(config: ConfigDict, folder: Path) -> datetime:
+def date_of(config: ConfigDict, folder: Path) -> datetime:
     """The date for chat templates; ValueError if the folder holds a run of another config."""
-    if _goes_on(folder):
+    if goes_on(folder):
         record.continued(folder / "config.json", config)
         began = record.read(folder / "config.json").get("date", "")
         return inputs.date(config.data.date or began)

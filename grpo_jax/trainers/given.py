@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax.algorithm.components import LossComponent
@@ -97,6 +98,8 @@ class Given:
     experience: Callable[[Run, RunState, list[Any], Rollouts], Experience]
     # Metrics of held-out rows: (run, state, rows, what to call after each batch).
     measure: Callable[[Run, RunState, Sequence[Any], Callable[[], None]], dict[str, float]]
+    # Dtypes of the fields [P, G] of the experience beside the usual ones, for plans.
+    fields: Callable[[ConfigDict], dict[str, str]] = lambda config: {}
     held_out_loss: str = ""  # one of these metrics, which says which checkpoint is the best
     group: int = 1  # completions of a row
     reads_reference: Callable[[ConfigDict], bool] = lambda config: False
@@ -227,7 +230,7 @@ def rows(config: ConfigDict, policy: Policy, section: str, kind: str, now: datet
     """The training rows of the config's dataset, as a `kind` of `examples.KINDS`.
 
     In memory, or with data.streaming read while they are needed. ValueError for rows that do not
-    fit, by file, row and column; of a stream for those of the first window.
+    fit, by file, row and column; of a stream for those among the first.
     """
     source = problems_lib.train_source(config.data)
     if config.data.streaming:
@@ -279,31 +282,20 @@ def build(
     """
     mesh = sharding.make_mesh(**config.mesh)
     now = inputs.date(config.data.date, folder)
-    policy = _policy(row, config, folder, path)
+    policy = policy_of(row, config, folder, path)
     rules.check_heads(policy.model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])
     if evaluates:
         tracking.check(config)
     is_done = (folder / "export" / "config.json").exists()
     data = row.read(config, policy, now, evaluates and not is_done)
-    sums = {
-        "training problems": data.sums,
-        "model": inputs.of_model(policy),
-    } | inputs.of_adapter(config.lora.path)
+    sums = sums_of(config, policy, data)
     inputs.hold(folder, sums, config.checkpoint.accept_changes)
     if is_done:
         return None, data
     policy = policy_lib.keep(policy, folder / "source")
     lora.keep(config, folder)
-    course = dataclasses.replace(_course(row, config, data), is_tracked=evaluates)
-    learner = make_supervised_learner(
-        config,
-        policy.model,
-        mesh,
-        course.num_steps,
-        component=row.component(config),
-        section=row.section,
-        group=row.group,
-    )
+    course = dataclasses.replace(course_of(row, config, data), is_tracked=evaluates)
+    learner = learner_of(row, config, policy, mesh, course)
     made = _run(row, config, folder, policy, mesh, data, course, learner, sums)
     data = row.begin(made, data, _reference(made))
     models = reward_models.load_all(config, data.rewards, mesh, now) if data.problems else None
@@ -319,7 +311,28 @@ def build(
     return dataclasses.replace(made, rewards=rewards, sizes=sizes, **measures), data
 
 
-def _policy(row: Given, config: ConfigDict, folder: Path, path: str) -> Policy:
+def sums_of(config: ConfigDict, policy: Policy, data: Data) -> inputs.Sums:
+    """Checksums of what a run reads."""
+    found = {"training problems": data.sums, "model": inputs.of_model(policy)}
+    return found | inputs.of_adapter(config.lora.path)
+
+
+def learner_of(
+    row: Given, config: ConfigDict, policy: Policy, mesh: Mesh, course: Course
+) -> Learner:
+    """The learner of a row; nothing is compiled yet."""
+    return make_supervised_learner(
+        config,
+        policy.model,
+        mesh,
+        course.num_steps,
+        component=row.component(config),
+        section=row.section,
+        group=row.group,
+    )
+
+
+def policy_of(row: Given, config: ConfigDict, folder: Path, path: str) -> Policy:
     """The policy at a path, or a new one."""
     if not path:
         if row.new_policy is None:
@@ -338,7 +351,7 @@ def _run(
     config: ConfigDict,
     folder: Path,
     policy: Policy,
-    mesh: Any,
+    mesh: Mesh,
     data: Data,
     course: Course,
     learner: Learner,
@@ -394,7 +407,7 @@ def _reference(run: Run) -> Callable[[], Params]:
     return functools.partial(model.first_reference, run.config, *where)
 
 
-def _course(row: Given, config: ConfigDict, data: Data) -> Course:
+def course_of(row: Given, config: ConfigDict, data: Data) -> Course:
     """The schedule of the training."""
     schedule = config[row.section]
     if schedule.num_epochs and not data.number:

@@ -185,6 +185,18 @@ def _label(row: Row) -> str:
     return "desirable" if row.example.label else "undesirable"
 
 
+def _fields(config: ConfigDict) -> dict[str, str]:
+    """Dtypes of what `experience` puts beside the usual fields."""
+    preference = preference_of(config)
+    read = {
+        "ref_logp_PG": preference.reads_reference and "float32",
+        "nll_weight_PG": preference.is_of_pairs and nll_weight(config) > 0 and "float32",
+        "desirable_PG": not preference.is_of_pairs and "bool",
+        "divergence_PG": preference.reads_divergence and "float32",
+    }
+    return {name: dtype for name, dtype in read.items() if dtype}
+
+
 PAIRS = Given(
     name="dpo",
     section="preference",
@@ -197,6 +209,7 @@ PAIRS = Given(
     samples=_samples,
     experience=experience,
     measure=measure,
+    fields=_fields,
     held_out_loss="preference/eval_loss",
     group=2,
     begin=preference_rows.with_reference,

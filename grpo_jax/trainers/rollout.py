@@ -120,17 +120,18 @@ def sampled_before(run: Run, state: RunState, completions: Rollouts) -> Rollout:
 
 def device_rows(run: Run, completions: Rollouts) -> Rollouts:
     """The completions on the device, cut to about the longest."""
+    return transfer.shard_rows(run.mesh, cut(completions))
+
+
+def cut(completions: Rollouts) -> Rollouts:
+    """The completions, on the host, cut to about the longest."""
     limit = completions.completion_PGC.shape[-1]
     longest = scoring.cut_to(limit, int(completions.length_PG.max()))
-    return transfer.shard_rows(
-        run.mesh,
-        completions.replace(
-            completion_PGC=completions.completion_PGC[..., :longest],
-            logp_PGC=completions.logp_PGC[..., :longest],
-            chosen_PGC=None
-            if completions.chosen_PGC is None
-            else completions.chosen_PGC[..., :longest],
-        ),
+    chosen_PGC = completions.chosen_PGC
+    return completions.replace(
+        completion_PGC=completions.completion_PGC[..., :longest],
+        logp_PGC=completions.logp_PGC[..., :longest],
+        chosen_PGC=None if chosen_PGC is None else chosen_PGC[..., :longest],
     )
 
 

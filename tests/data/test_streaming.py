@@ -36,7 +36,7 @@ def _csv(folder, monkeypatch):
         writer.writeheader()
         for row in ROWS:
             writer.writerow(row)
-            file.write("\n" * (row["n"] == 4))  # a blank line is no row
+            file.write("\n" * 9 * (row["n"] == 4))  # blank lines are no rows
     return str(folder / "d.csv")
 
 
@@ -83,6 +83,10 @@ def _dataset(folder, monkeypatch):
     return given.give("data", datasets.Dataset.from_list(ROWS))
 
 
+def _iterable(folder, monkeypatch):
+    return given.give("data", datasets.Dataset.from_list(ROWS).to_iterable_dataset(num_shards=3))
+
+
 def _hub(folder, monkeypatch):
     """As the hub gives it, of a local file."""
     file = _jsonl(folder, monkeypatch)
@@ -98,7 +102,7 @@ def _hub(folder, monkeypatch):
 IN_PROCESSES = (_parquet, _arrow_file, _arrow_stream, _saved, _saved_part)
 KINDS = {
     make.__name__[1:]: make
-    for make in (_jsonl, _json, _csv, _folder, _list, _dataset, _hub, *IN_PROCESSES)
+    for make in (_jsonl, _json, _csv, _folder, _list, _dataset, _iterable, _hub, *IN_PROCESSES)
 }
 
 
@@ -135,7 +139,9 @@ def test_a_stream_that_goes_on_anywhere_gives_what_one_gives(kind, tmp_path, mon
     assert sorted(first) == sorted(second) == list(range(NUMBER))  # each row once an epoch
     assert first != second and first != sorted(first)
     for at in (8,) if KINDS[kind] in IN_PROCESSES else (1, 4, 5, 8, 11):
-        assert drawn(stream(path), count - at, at, places[at]) == (draws[at:], places[at:])
+        again, ends = drawn(stream(path), count - at, at, places[at])
+        assert again == draws[at:]
+        assert kind == "iterable" or ends == places[at:]  # one state may be written in two ways
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -181,6 +181,11 @@ def test_supervised_training_has_the_panels_that_it_measures(tmp_path, drawn):
     rows = [{"step": n, "sft/loss": 3.0 / n, "policy/grad_norm": 1.0} for n in range(1, 4)]
     curves.curves(write(tmp_path, rows))
     assert [ax.get_title(loc="left") for ax in drawn[0].axes] == ["Loss", "Gradient norm"]
+    rows[-1]["sft/eval_loss"] = 1.5
+    (loss, _) = panels.panels(history.read(write(tmp_path, rows)))
+    assert [(line.label, line.as_points) for line in loss.lines] == [
+        ("loss", False), ("held out", True),
+    ]  # fmt: skip
 
 
 # --- Time -----------------------------------------------------------------------------------------

@@ -89,6 +89,18 @@ def test_adapters_begin_at_the_model_without_them(runs, tmp_path, one_device):
     np.testing.assert_allclose(kept["train"], full["train"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["robust", "kto", "orpo"])
+def test_a_check_compiles_what_a_run_would_and_writes_nothing(tmp_path, capsys, loss):
+    options = [f"--config.preference.loss={loss}"]
+    dpo.main(argv(tmp_path / "run", *options, "--check"))
+    told = capsys.readouterr().out
+    assert told.count("Nothing speaks against this run.") == 2  # the supervised start, and this
+    rows = 80 if loss == "kto" else 40
+    assert f"Rows: {rows} to train on, {rows // 5} held out" in told
+    assert f"The run: {STEPS} updates of 6 rows" in told and "GiB of each device" in told
+    assert not (tmp_path / "run").exists()
+
+
 def rows(*lines: dict) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 

@@ -61,7 +61,7 @@ def test_tokens_of_prompts_and_of_a_step(tmp_path):
 
     config = loading.load(str(TINY), SMALL)
     new = lambda: model.new(config.model, tasks.load("arithmetic").make_tokenizer())  # noqa: E731
-    found = grpo_run.read(config, new, lambda: check._date_of(config, tmp_path))
+    found = grpo_run.read(config, new, lambda: check.date_of(config, tmp_path))
     lengths = sorted(map(len, found.train.prompt_ids))
 
     prompts, step = check._sizes(config, found)
