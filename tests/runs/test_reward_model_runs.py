@@ -73,7 +73,7 @@ def runs(tmp_path_factory, alone):
 
     first = [
         of_model("rm"),
-        of_model("rm, stopped", model_of(whole), after=3),
+        of_model("rm, stopped", model_of(whole), after=3, of="sft"),
         of_ppo("ppo"),
         of_ppo("ppo, stopped", after=1),  # the critic alone has learned, from half of its data
         of_ppo("ppo, left", after=4, **{"in": "rewards"}),
