@@ -3,10 +3,11 @@
     python -m grpo_jax.train --config configs/hybrid.py
     python -m grpo_jax.train --config configs/hybrid.py --config.hybrid.method=  # the control
 
-Minutes on two CPU cores, with no download. A model of 0.4 million parameters first imitates sloppy
-students, who never write the marker that the reward reads the answer after. So rewards are 0, and
-GRPO learns nothing. HPT (arXiv:2509.04419) takes the demonstration of a problem while no
-completion passes, and the rewards once some do.
+About four minutes on two CPU cores, with no download. A model of 0.4 million parameters first
+imitates sloppy students, who never write the marker that the reward reads the answer after. So
+rewards are 0, and GRPO learns nothing in 60 steps. HPT (arXiv:2509.04419) takes the demonstration
+of a problem while no completion passes, and the rewards once some do: 97.7 % of 512 held-out sums
+(seed 0).
 """
 
 from grpo_jax import config
