@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from grpo_jax.learner import train_state
 from grpo_jax.planning.compiled import Program, bytes_per_device
 from grpo_jax.planning.programs import Step
+from grpo_jax.planning.rows import Rows
 from grpo_jax.setup import lora as lora_setup
 from grpo_jax.setup.learner import Learner
 from grpo_jax.structs import Experience, ModelConfig, Rollouts
@@ -39,15 +40,15 @@ class GivenStep(Step):
         self.state = train_state.state_like(model, mesh, learner.optimizer, kept)
         self.frozen = lora_setup.frozen_like(model, mesh, dtype)
         self.length_PG = rollouts.length_PG
-        shape = rollouts.length_PG.shape
-        like = jax.tree.map(lambda x: self._rows(x.shape, x.dtype), rollouts)
+        shape, rows = rollouts.length_PG.shape, Rows(mesh)
+        like = jax.tree.map(lambda x: rows.of(x.shape, x.dtype), rollouts)
         self.experience = Experience(
             rollouts=like,
-            advantage=self._rows(shape, jnp.float32),
-            action_PGC=self._rows(rollouts.completion_PGC.shape, jnp.bool_),
+            advantage=rows.of(shape, jnp.float32),
+            action_PGC=rows.of(rollouts.completion_PGC.shape, jnp.bool_),
             old_logp_PGC=None,
             ref_logp_PGC=None,
-            **{name: self._rows(shape, jnp.dtype(kind)) for name, kind in fields.items()},
+            **{name: rows.of(shape, jnp.dtype(kind)) for name, kind in fields.items()},
         )
 
     def held(self) -> dict[str, float]:
