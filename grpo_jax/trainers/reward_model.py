@@ -71,7 +71,7 @@ def refuse_adapters(config: ConfigDict) -> None:
 
 def new_policy(config: ConfigDict) -> Policy:
     """The new model of `model.path` "", with a scalar head, as a check of the config plans it."""
-    made = given.new_policy(config)
+    made = sft.SFT.new_policy(config)
     return dataclasses.replace(made, model=dataclasses.replace(made.model, head="scalar"))
 
 
