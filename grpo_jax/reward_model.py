@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -15,10 +16,11 @@ def main(argv: list[str]) -> None:
 
 
 def _check(config: ConfigDict, folder: Path) -> None:
-    if config.model.path:
-        return given_check.check(reward_model.REWARD_MODEL, config, folder)
-    # A new model is first trained on worked solutions; its head is made after that.
-    given_check.check(sft.SFT, config, folder / "bootstrap")
+    row = reward_model.REWARD_MODEL
+    if not config.model.path:  # a new model is first trained on worked solutions
+        given_check.check(sft.SFT, config, folder / "bootstrap")
+        row = dataclasses.replace(row, new_policy=reward_model.new_policy)
+    given_check.check(row, config, folder)
 
 
 cli.make_callable(__name__, "grpo_jax.api.given:reward_model")

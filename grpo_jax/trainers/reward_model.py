@@ -7,7 +7,7 @@ are computed in one row, what they begin with in common once.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -18,7 +18,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from grpo_jax.algorithm.scalar_losses import BradleyTerryLoss, bradley_terry
-from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data.examples import Pair
 from grpo_jax.hosts import processes
@@ -70,51 +69,58 @@ def refuse_adapters(config: ConfigDict) -> None:
         )
 
 
+def new_policy(config: ConfigDict) -> Policy:
+    """The new model of `model.path` "", with a scalar head, as a check of the config plans it."""
+    made = sft.SFT.new_policy(config)
+    return dataclasses.replace(made, model=dataclasses.replace(made.model, head="scalar"))
+
+
 # --- The data -------------------------------------------------------------------------------------
 
 
 def read(config: ConfigDict, policy: Policy, now: datetime, evaluates: bool) -> Data:
     """The pairs of the config's dataset, or those that its task writes."""
     refuse_adapters(config)
-    load = functools.partial(_load, config, policy, now)
-    train = load("train", "pairs to train on")
-    examples.check_length(policy, [row.pair for row in train], "reward_model")
-    return Data(
-        functools.partial(_draw, config, train),
-        len(train),
-        inputs.of_examples([row.pair for row in train]),
-        held_out=load("held_out", "held-out pairs") if evaluates else [],
-    )
-
-
-def _load(config: ConfigDict, policy: Policy, now: datetime, part: str, noun: str) -> list[Row]:
-    """The rows "train" or "held_out"; [] where there are no held-out ones."""
-    most = config.evaluation.num_problems if part == "held_out" else None
     if config.data.task:
-        written = examples.preferences_of_task(config, "pair", part)[:most]
+        return _of_task(config, policy, now, evaluates)
+    where = config, policy, "reward_model", "pair", now
+    data, held_out = given.rows(*where), given.held_out(*where) if evaluates else []
+
+    def draw(number: int, place: Place) -> tuple[list[Row], Place]:
+        pairs, place = data.draw(number, place)
+        return _rows(pairs, policy), place
+
+    rows = _rows(data.rows, policy)
+    return dataclasses.replace(data, draw=draw, rows=rows, held_out=_rows(held_out, policy))
+
+
+def _of_task(config: ConfigDict, policy: Policy, now: datetime, evaluates: bool) -> Data:
+    def part(name: str, most: int | None = None) -> list[Pair]:
+        written = examples.preferences_of_task(config, "pair", name)[:most]
         found = examples.encode(config, policy, "reward_model", "pair", written, now).examples
-    else:
-        of_part = {
-            "train": problems_lib.train_source,
-            "held_out": problems_lib.held_out_source,
-        }
-        source = of_part[part](config.data)
-        if source is None or most == 0:
-            return []
-        found = examples.load(config, policy, "reward_model", "pair", source, noun, now, most)
-    return [_row(pair, policy.pad_id) for pair in found]
+        examples.check_length(policy, found, "reward_model")
+        return found
+
+    train, held_out, most = part("train"), [], config.evaluation.num_problems
+    if evaluates and most:
+        held_out = _rows(part("held_out", most), policy)
+    rows = _rows(train, policy)
+
+    def draw(number: int, place: Place) -> tuple[list[Row], Place]:
+        batch = config.reward_model.batch
+        index = prompts_lib.prompt_indices(config.seed, number, len(rows), batch)
+        return [rows[i] for i in index], place
+
+    return Data(draw, len(rows), inputs.of_examples(train), held_out, rows=rows)
+
+
+def _rows(pairs: Sequence[Pair], policy: Policy) -> list[Row]:
+    return [_row(pair, policy.pad_id) for pair in pairs]
 
 
 def _row(pair: Pair, pad_id: int | None) -> Row:
     whole = lambda ids: scalars.without_end([*pair.prompt_ids, *ids], pad_id)  # noqa: E731
     return Row(pair, (whole(pair.chosen_ids), whole(pair.rejected_ids)))
-
-
-def _draw(
-    config: ConfigDict, rows: Sequence[Row], number: int, place: Place
-) -> tuple[list[Row], Place]:
-    index = prompts_lib.prompt_indices(config.seed, number, len(rows), config.reward_model.batch)
-    return [rows[i] for i in index], place
 
 
 # --- A step ---------------------------------------------------------------------------------------

@@ -173,6 +173,13 @@ def test_from_python_the_scores_are_those_of_the_run(runs, compile_cache):
         judge.score(["1" * 2000], ["2"])
 
 
+def test_a_check_says_that_it_can_run(tmp_path, one_device, capsys):
+    """Of a new model, which is first trained on worked solutions."""
+    reward_model.main([*argv(tmp_path / "run", *OPTIONS), "--check"])
+    assert capsys.readouterr().out.count("Nothing speaks against this run.") == 2
+    assert not (tmp_path / "run").exists()
+
+
 PAIR = {"prompt": "1+2=", "chosen": "#### 3", "rejected": "#### 4"}
 REFUSALS = {
     "adapters": (["--config.lora.rank=4"], ("lora.rank = 4", "trains all of its weights")),
