@@ -242,7 +242,7 @@ def evaluated(first: Path, judge: Any, paths: list[str], seed: int) -> list[dict
     for path in paths:
         params = generate.load_params(generate.find_model(path), mesh, jnp.float32)
         drawn = engine.generate(
-            engine.publish(params), ids, group=number, key=keys.key_for(seed, "eval"),
+            engine.publish(params), ids, group=number, key=keys.key_for(seed, "evaluate"),
             temperature=1.0,
         )  # fmt: skip
         placed = transfer.shard_rows(mesh, (drawn, np.zeros(drawn.length_PG.shape, np.float32)))

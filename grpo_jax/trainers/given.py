@@ -378,7 +378,7 @@ def _run(
         frozen=frozen,
         checkpoints=Checkpoints(
             config.checkpoint.folder or folder / "checkpoints",
-            keep=2,
+            keep=config.checkpoint.keep,
             max_failed=config.checkpoint.max_failed,
             on_saved=functools.partial(workdir.note_saved, folder),
             due_every=guard_rules.may_roll_back(config) * course.save_every,

@@ -256,7 +256,11 @@ class Monitor:
     def learned(self, state: RunState) -> None:
         """Opens a step's line when all of its updates are launched."""
         rollouts = state.experience.rollouts
-        lengths = transfer.to_host((rollouts.prompt_length_P, rollouts.num_trained_PG))
+        chosen_PGC = rollouts.chosen_PGC  # counted on the host: a plan lists a device's programs
+        counted = rollouts.length_PG if chosen_PGC is None else chosen_PGC
+        lengths = transfer.to_host((rollouts.prompt_length_P, counted))
+        if chosen_PGC is not None:
+            lengths = lengths[0], lengths[1].sum(-1)
         state.tokens += int(lengths[1].sum())
         state.prompts += self._run.course.prompts
         sampled = self._sampled or lengths
