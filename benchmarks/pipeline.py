@@ -161,7 +161,7 @@ def reward_model(out: Path, model: Path, seed: int) -> Path:
         "data.path": train,
         "data.eval_path": held_out,
         "reward_model.batch": 32,
-        "reward_model.max_tokens": TOKENS + 2,
+        "reward_model.max_tokens": TOKENS + 16,
         "reward_model.learning_rate": 1e-3,
         "reward_model.warmup_steps": 10,
         "reward_model.centre_coef": 0.01,
@@ -204,7 +204,7 @@ def offline(out: Path, model: Path, data: Path, seed: int, method: str) -> float
         "preference.loss": "sigmoid" if method == "dpo" else "kto",
         "preference.beta": 0.1,
         "preference.batch": batch,
-        "preference.max_tokens": TOKENS + 2,
+        "preference.max_tokens": TOKENS + 16,  # a text may be read as other tokens
         "preference.learning_rate": 5e-4,
         "preference.warmup_steps": 5,
         "preference.checkpoint_every_steps": steps // POINTS,
