@@ -8,16 +8,11 @@ learns to work: 86 % with the seed 0. No answer is sampled while it learns.
 `--config.preference.loss=kto` reads each pair as two labelled answers.
 """
 
-import importlib.util
-from pathlib import Path
+from grpo_jax.config import loading
 
 
 def get_config():
-    path = Path(__file__).with_name("quickstart.py")
-    spec = importlib.util.spec_from_file_location("quickstart", path)
-    quickstart = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(quickstart)
-    c = quickstart.get_config()
+    c = loading.read("quickstart", [])
     c.data.num_train = 9600  # each pair once
     c.evaluation.num_samples = 0
 

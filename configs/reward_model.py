@@ -8,16 +8,11 @@ the better one in 83 % of held-out pairs: it knows a guess, and not yet a wrong 
 `runs/reward_model/calibration.png` shows how well its probabilities hold on held-out pairs.
 """
 
-import importlib.util
-from pathlib import Path
+from grpo_jax.config import loading
 
 
 def get_config():
-    path = Path(__file__).with_name("quickstart.py")
-    spec = importlib.util.spec_from_file_location("quickstart", path)
-    quickstart = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(quickstart)
-    c = quickstart.get_config()
+    c = loading.read("quickstart", [])
 
     c.reward_model.num_steps = 200
     c.reward_model.batch = 64
