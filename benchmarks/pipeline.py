@@ -359,7 +359,8 @@ def picture(found: dict[int, dict[str, Any]], file: Path) -> None:
                 axis.plot(
                     x, y, "o-", ms=3, color=COLORS[i], label=method.upper() * (n == 0) or None
                 )
-        axis.set_xscale("symlog", linthresh=1)
+        axis.set_xscale("function", functions=(np.sqrt, np.square))
+        axis.set_xlim(left=0)
         axis.set_xlabel("nats from the first model, of a completion")
         axis.set_title(title)
         axis.grid(color="#e3e6ea")
