@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,9 @@ from ml_collections import ConfigDict
 from grpo_jax import cli
 from grpo_jax.api import options as options_lib
 from grpo_jax.api.trained import Trained
+from grpo_jax.api.training import carry_out
 from grpo_jax.config import derived
-from grpo_jax.config.arguments import Processes
-from grpo_jax.hosts import processes
-from grpo_jax.messages import console
-from grpo_jax.messages.console import say
-from grpo_jax.run import claim
-from grpo_jax.run.stop import Stopped, StopSignal
+from grpo_jax.run.stop import StopSignal
 from grpo_jax.setup import model as model_lib
 from grpo_jax.trainers import given, preference
 from grpo_jax.trainers import reward_model as reward_model_lib
@@ -113,20 +108,10 @@ def train(
     made = options_lib.make_config(config, model, None, data, eval_data, of_section)
     if not derived.is_supervised(made, row.section):
         raise ValueError(f"Give num_steps or num_epochs: how long grpo_jax.{row.name} trains.")
-    folder = Path(workdir or Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
-    is_finished = False
-    with cli.held_settings():
-        cli.join_processes(made, Processes())
+
+    def run(folder: Path, stop: StopSignal) -> None:
         cli.set_up(made, model_lib.model_shape(made, folder).num_params)
-        with claim.held(), StopSignal(made.checkpoint.save_before_s) as stop:
-            try:
-                with cli.told(made, folder):
-                    chosen_row = row if row_of is None else row_of(made)
-                    given.run(chosen_row, made, folder, stop, callbacks=tuple(callbacks))
-                is_finished = True
-            except Stopped as stopped:
-                say(str(stopped), always=True)
-            finally:
-                console.show_as("auto")
-        processes.barrier("the end of a run")
-    return Trained(folder, made, is_finished, (None, data, eval_data))
+        chosen_row = row if row_of is None else row_of(made)
+        given.run(chosen_row, made, folder, stop, callbacks=tuple(callbacks))
+
+    return carry_out(made, workdir, run, (None, data, eval_data))

@@ -52,18 +52,32 @@ def train(
     itself, and the same call continues it. Raises ValueError for a user's mistake.
     """
     made = options_lib.make_config(config, model, rewards, data, eval_data, options)
+
+    def run(folder: Path, stop: StopSignal) -> None:
+        program.run(made, folder, stop, tuple(callbacks))
+
+    return carry_out(made, workdir, run, (rewards, data, eval_data))
+
+
+def carry_out(
+    config: ConfigDict,
+    workdir: str | Path | None,
+    run: Callable[[Path, StopSignal], None],
+    kept: tuple[Any, ...],
+) -> Trained:
+    """A run of any trainer in its folder. `kept`: rewards and data, as `Trained` takes them."""
     folder = Path(workdir or Path("runs") / time.strftime("%Y%m%d-%H%M%S"))
     is_finished = False
     with cli.held_settings():
-        cli.join_processes(made, Processes())
-        with claim.held(), StopSignal(made.checkpoint.save_before_s) as stop:
+        cli.join_processes(config, Processes())
+        with claim.held(), StopSignal(config.checkpoint.save_before_s) as stop:
             try:
-                with cli.told(made, folder):
-                    program.run(made, folder, stop, tuple(callbacks))
+                with cli.told(config, folder):
+                    run(folder, stop)
                 is_finished = True
             except Stopped as stopped:
                 say(str(stopped), always=True)
             finally:
                 console.show_as("auto")
         processes.barrier("the end of a run")
-    return Trained(folder, made, is_finished, (rewards, data, eval_data))
+    return Trained(folder, config, is_finished, kept)

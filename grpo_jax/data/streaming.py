@@ -9,6 +9,7 @@ used, a thread reads the next.
 
 from __future__ import annotations
 
+import abc
 import concurrent.futures
 import copy
 import dataclasses
@@ -98,7 +99,7 @@ class Reader:
 # --- Kinds of parts -------------------------------------------------------------------------------
 
 
-class _Open:
+class _Open(abc.ABC):
     """A part that is being read."""
 
     def __init__(self, part: Part, cursor: Cursor):
@@ -106,8 +107,9 @@ class _Open:
         self.option = part.source.options[0]
         self._rows = self.read(cursor)
 
+    @abc.abstractmethod
     def read(self, cursor: Cursor) -> Iterator[Row]:
-        raise NotImplementedError
+        """The rows from the cursor on."""
 
     def at(self) -> Any:
         return None
