@@ -112,6 +112,24 @@ class PolicyLoss:
         return means_of_tokens(sums)
 
 
+@dataclasses.dataclass(frozen=True)
+class AroundPolicyLoss:
+    """The parts of a loss that contains the policy's which are the policy's own."""
+
+    policy: PolicyLoss
+
+    @property
+    def maxima(self) -> tuple[str, ...]:
+        return self.policy.maxima
+
+    @property
+    def needs_completions(self) -> bool:
+        return self.policy.needs_completions
+
+    def reads_entropy(self, part: Experience) -> bool:
+        return self.policy.reads_entropy(part)
+
+
 def _each(take: Take, values: Array | None) -> Array | None:
     return None if values is None else take(values)
 

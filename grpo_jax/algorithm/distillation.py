@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from flax import struct
 
-from grpo_jax.algorithm.components import PolicyLoss, Take, means_of_tokens
+from grpo_jax.algorithm.components import AroundPolicyLoss, PolicyLoss, Take, means_of_tokens
 from grpo_jax.algorithm.objective import TokenTerms
 from grpo_jax.structs import Array, Experience
 
@@ -59,13 +59,12 @@ class RewardedByTeacher(PolicyLoss):
 
 
 @dataclasses.dataclass(frozen=True)
-class DivergenceLoss:
+class DivergenceLoss(AroundPolicyLoss):
     """The policy loss, plus `coef` times the divergence from the teacher at each token.
 
     The divergence is `logprobs.loss`'s, over the whole vocabulary, with this `beta`.
     """
 
-    policy: PolicyLoss
     coef: float
     beta: float
 
@@ -74,17 +73,6 @@ class DivergenceLoss:
     @property
     def sums(self) -> tuple[str, ...]:
         return (*self.policy.sums, "policy/loss", "distill/loss", "distill/kl")
-
-    @property
-    def maxima(self) -> tuple[str, ...]:
-        return self.policy.maxima
-
-    @property
-    def needs_completions(self) -> bool:
-        return self.policy.needs_completions
-
-    def reads_entropy(self, part: Experience) -> bool:
-        return self.policy.reads_entropy(part)
 
     def terms(self, part: Experience, take: Take, take_of_completion: Take) -> TokenTerms:
         return self.policy.terms(part, take, take_of_completion)

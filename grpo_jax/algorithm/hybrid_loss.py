@@ -8,7 +8,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from flax import struct
 
-from grpo_jax.algorithm.components import PolicyLoss, Take, means_of_tokens
+from grpo_jax.algorithm.components import AroundPolicyLoss, Take, means_of_tokens
 from grpo_jax.algorithm.hybrids import Hybrid, given_tokens
 from grpo_jax.algorithm.objective import TokenTerms
 from grpo_jax.structs import Array, Experience
@@ -28,13 +28,12 @@ class HybridTerms:
 
 
 @dataclasses.dataclass(frozen=True)
-class HybridLoss:
+class HybridLoss(AroundPolicyLoss):
     """Policy loss and nll with the weights of `Hybrid.weights`, which contain their divisors.
 
     Diagnostics of the policy are of drawn tokens alone.
     """
 
-    policy: PolicyLoss
     hybrid: Hybrid
 
     metric: ClassVar[str] = "hybrid/loss"
@@ -42,17 +41,6 @@ class HybridLoss:
     @property
     def sums(self) -> tuple[str, ...]:
         return (*self.policy.sums, *_WHOLE, "drawn")
-
-    @property
-    def maxima(self) -> tuple[str, ...]:
-        return self.policy.maxima
-
-    @property
-    def needs_completions(self) -> bool:
-        return self.policy.needs_completions
-
-    def reads_entropy(self, part: Experience) -> bool:
-        return self.policy.reads_entropy(part)
 
     def terms(self, part: Experience, take: Take, take_of_completion: Take) -> HybridTerms:
         given_PGC = given_tokens(part, part.action_PGC)
