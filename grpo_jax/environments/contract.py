@@ -199,8 +199,7 @@ def reset_request(
 
 def _asked(home: Home, request: dict[str, Any], limit_s: float) -> dict[str, Any]:
     """One answer of a process that is forked for it. Raises ValueError with the fault."""
-    number = -1
-    home.ended.pop(number, None)
+    number = home.next_trial()
     line = home.spawn(number)
     limit = time.monotonic() + limit_s
     try:

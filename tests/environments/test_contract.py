@@ -43,7 +43,6 @@ def test_tools_and_methods_are_shown_as_transformers_writes_them(read):
         *("Counter", True, False), True
     )  # fmt: skip
     assert found.reward_names == ("Counter",)
-    assert "jax" not in str(found.home.setup.sources.keys())
     assert HERE in found.home.setup.sources
 
 
