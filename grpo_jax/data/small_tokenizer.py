@@ -37,7 +37,9 @@ def make(
     Words are read as tokens after a space, such as " Oslo", and "####" anywhere. `marks` are texts
     that are tokens wherever a policy writes them; what an environment says never becomes one.
     """
-    vocabulary = ["<pad>", "<eos>", *characters, "Ġ", "Ċ", "##", "####"]  # space and line feed
+    words = list(words)
+    letters = sorted(set("".join(words)))
+    vocabulary = ["<pad>", "<eos>", *characters, *letters, "Ġ", "Ċ", "##", "####"]  # Ċ: line feed
     merges = []
     for word in words:
         # Each word grows from its space by a letter at a time, so that no two words disturb each
