@@ -13,6 +13,9 @@ of chat messages, its completion is one too. Besides the columns there are these
     log_extra(name, values) adds a column to the table of samples
 
 A function gets the arguments that it names, or all of them if it takes `**columns`.
+
+An entry may end in " as LABEL", its name in metrics: `regex(pattern="...") as cited`. So one
+function can be given twice. Entries with a prefix are those of `kinds.KINDS`.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from grpo_jax.messages.values import shown
-from grpo_jax.rewards import given, place
+from grpo_jax.rewards import given, kinds, place
 
 _TOLD_AFTER_S = 10.0  # until a slow import is reported
 
@@ -51,7 +54,7 @@ BUILT_IN: dict[str, str] = {
     for name in names
 }
 
-MODEL = "model:"  # begins an entry that names a reward model's folder, scored on the devices
+_LABEL = re.compile(r"(.*\S)\s+as\s+([^\W\d][\w.\-]*)\s*", re.DOTALL)
 
 # Arguments of a function besides the dataset's columns.
 GIVEN = (
@@ -71,27 +74,39 @@ class Reward:
     """One reward function and its weight in the sum."""
 
     name: str  # the name in metrics: a built-in name, or the function's own
-    spec: str  # the config's entry: a built-in name or "module:function", with arguments
+    spec: str  # the config's entry without its label: what `function` resolves
     weight: float
     gives_accuracy: bool = False  # 1 is right, 0 is wrong; at most one reward of a run
     on_failure: str = "unknown"  # what a failed one is: `config.rewards.on_failure`
 
     @property
+    def runs(self) -> str:
+        """Where it is computed: one of `kinds.WORKERS`, `DEVICES`, `HOST` and `OTHERS`."""
+        return kinds.runs(self.spec)
+
+    @property
     def model(self) -> str:
-        """The folder or hub id of the reward model that gives it; "": a function does."""
-        return self.spec.removeprefix(MODEL) if self.spec.startswith(MODEL) else ""
+        """The folder or hub id of the reward model that gives it; "": something else does."""
+        prefix, after = kinds.split(self.spec)
+        return after if prefix == "model:" else ""
+
+
+def labelled(spec: str) -> tuple[str, str]:
+    """An entry of `rewards.names` without its " as LABEL", and the label; "" if it has none."""
+    match = _LABEL.fullmatch(spec)
+    return (match[1], match[2]) if match else (spec, "")
 
 
 def short_name(spec: str) -> str:
-    """The name in metrics of an entry of `rewards.names`.
+    """The name in metrics of an entry of `rewards.names`: its label, or by its kind.
 
     Of a reward model it is that of its folder, or of the run whose export it is.
     """
-    if not spec.startswith(MODEL):
-        return _split(spec)[0].rpartition(":")[2]
-    *_, parent, name = "", *spec.removeprefix(MODEL).rstrip("/").split("/")
-    name = parent if name == "export" and parent else name
-    return re.sub(r"[^\w.\-]", "_", name)
+    entry, label = labelled(spec)
+    prefix, after = kinds.split(entry)
+    if label or prefix:
+        return label or kinds.KINDS[prefix].name(after)
+    return _split(entry)[0].rpartition(":")[2]
 
 
 def load(
@@ -127,9 +142,9 @@ def load(
         if short in rewards:
             raise ValueError(
                 f"rewards.names = {tuple(names)!r} has two rewards called {short!r}, which metrics "
-                "could not tell apart. Name each once, or rename one function or folder."
+                'could not tell apart. Name each once, or call one otherwise: "... as OTHER".'
             )
-        rewards[short] = Reward(short, spec, float(weight), on_failure=on_failure)
+        rewards[short] = Reward(short, labelled(spec)[0], float(weight), on_failure=on_failure)
     chosen = _which_gives_accuracy(rewards, accuracy)
     return [dataclasses.replace(r, gives_accuracy=r.name == chosen) for r in rewards.values()]
 
@@ -161,15 +176,32 @@ def function(spec: str) -> Callable:
     `completions` is a factory: it is called with them and returns a reward function, as in
     "trl.rewards:get_soft_overlong_punishment(max_completion_len=1024, soft_punish_cache=128)".
     """
-    if spec.startswith(MODEL):
-        return _of_a_model
+    spec, _ = labelled(spec)
+    prefix, after = kinds.split(spec)
+    if prefix:
+        return kinds.KINDS[prefix].resolve(after)
     name, arguments = _split(spec)
-    found = _find(name)
+    return bound(_find(name), arguments, spec)
+
+
+def given_function(after: str) -> Callable:
+    """The function of an entry "python:NAME", as `function`."""
+    name, arguments = _split(after)
+    return bound(_given(name), arguments, given.PREFIX + after)
+
+
+def bound(found: Callable, arguments: dict[str, Any] | None, spec: str) -> Callable:
+    """A reward function with its arguments, or what a factory makes of them; None: no brackets.
+
+    A built-in function may refuse values by an attribute `refuse`, which takes the arguments and
+    raises ValueError.
+    """
     if arguments is None:
         return found
     try:
         if {"completions", "completion_ids"} & set(inspect.signature(found).parameters):
             inspect.signature(found).bind_partial(**arguments)
+            getattr(found, "refuse", lambda **_: None)(**arguments)
             return functools.partial(found, **arguments)
         made = found(**arguments)
     except (Exception, SystemExit) as error:  # a user's factory may fail in any way
@@ -183,10 +215,6 @@ def function(spec: str) -> Callable:
             "`completions` itself."
         )
     return made
-
-
-def _of_a_model(prompts: list, completions: list) -> list[float]:
-    raise AssertionError("a reward model is no function of the workers")
 
 
 def _split(spec: str) -> tuple[str, dict[str, Any] | None]:
@@ -208,8 +236,6 @@ def _split(spec: str) -> tuple[str, dict[str, Any] | None]:
 
 
 def _find(name: str) -> Callable:
-    if name.startswith(given.PREFIX):
-        return _given(name.removeprefix(given.PREFIX))
     module_name, colon, attribute = BUILT_IN.get(name, name).partition(":")
     if not colon:
         raise _unknown(name, "is not a built-in reward", list(BUILT_IN))
