@@ -203,6 +203,31 @@ def join(parts: Sequence[Scores], rewards: Sequence[Reward]) -> Scores:
     return dataclasses.replace(whole, reward_B=combine(rewards, whole.by_name, whole.failed))
 
 
+def with_values(
+    scores: Scores, rewards: Sequence[Reward], values: Mapping[str, Sequence[float | None]]
+) -> Scores:
+    """The scores with further rewards by name, in the order of `rewards`; None: no opinion."""
+    rows = len(scores.reward_B)
+    found = {
+        n: np.array([np.nan if v is None else v for v in given], np.float32)
+        for n, given in values.items()
+    }
+    by_name, failed = scores.by_name | found, dict(scores.failed)
+    failed |= {n: np.zeros(rows, bool) for n in found}
+    seconds = scores.seconds | {n: np.zeros(rows) for n in found}
+    names = [reward.name for reward in rewards if reward.name in by_name]
+    names += [name for name in by_name if name not in names]
+    pick = lambda values: {name: values[name] for name in names}  # noqa: E731
+    known = [reward for reward in rewards if reward.name in by_name]
+    return dataclasses.replace(
+        scores,
+        reward_B=combine(known, by_name, failed),
+        by_name=pick(by_name),
+        failed=pick(failed),
+        seconds=pick(seconds),
+    )
+
+
 def with_models(
     scores: Scores, rewards: Sequence[Reward], by_model: dict[str, np.ndarray], seconds: float
 ) -> Scores:

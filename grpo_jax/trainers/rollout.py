@@ -63,18 +63,23 @@ def draw(
     problem_P = prompt_choice.problems(run, state, number)
     questions, rewards = _begin(run, step, number, problem_P)
     given = run.demonstrations.of(problem_P, step, number, questions.prompt_ids)
-    completions = run.engine.generate(
+    completions, told = run.drawing.draw(
+        run.engine,
         weights,
+        questions,
         given.prompt_ids,
+        given.to(rewards.add),
         group=run.config.batch.group,
         key=keys.key_for(run.config.seed, "rollout", number),
         temperature=run.config.rollout.temperature,
-        on_group=given.to(rewards.add),
+        numbers=problem_P,
+        draw=number,
         meanwhile=log.close,
         on_harvest=on_harvest,
     )
     greedy = _sample_greedy(run, step, number, problem_P, weights, on_harvest)
-    return Rollout(questions, rewards, given.joined(completions), 0.0, greedy, problem_P)
+    drawn = Rollout(questions, rewards, given.joined(completions), 0.0, greedy, problem_P)
+    return drawn if told is None else dataclasses.replace(drawn, told=(told,))
 
 
 def _sample_greedy(
@@ -89,13 +94,17 @@ def _sample_greedy(
     if run.config.algorithm.baseline != "greedy":
         return None
     questions, rewards = _begin(run, step, number, problem_P, group=1)
-    run.engine.generate(
+    run.drawing.draw(
+        run.engine,
         weights,
+        questions,
         questions.prompt_ids,
+        rewards.add,
         group=1,
         key=keys.key_for(run.config.seed, "rollout", number),  # draws nothing
         temperature=0.0,
-        on_group=rewards.add,
+        numbers=problem_P,
+        draw=number,
         on_harvest=on_harvest,
     )
     return rewards
