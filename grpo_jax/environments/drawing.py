@@ -6,16 +6,14 @@ Both ways have the same method, so that training, dynamic sampling and evaluatio
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
-from typing import Any
 
-from grpo_jax.data import prompts, streams
-from grpo_jax.data.templates import Renderer
+from grpo_jax.data import streams
+from grpo_jax.data.problems import Problem
 from grpo_jax.environments import episodes
 from grpo_jax.environments.episodes import Dialogue, Limits, Start, Told, World
 from grpo_jax.environments.questions import Questions
-from grpo_jax.models.policy import Policy
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Array, Params, Rollouts
 
@@ -24,7 +22,13 @@ Add = Callable[..., None]
 
 
 class OneTurn:
-    """A completion is one turn of the policy."""
+    """A completion is one turn of the policy. A context manager, as `Conversations` is."""
+
+    def __enter__(self) -> OneTurn:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
     def draw(
         self,
@@ -66,18 +70,18 @@ ONE_TURN = OneTurn()
 
 
 @dataclasses.dataclass(frozen=True)
-class Conversations:
-    """A completion is a conversation with an environment, an episode."""
+class Conversations(OneTurn):
+    """A completion is a conversation with an environment, an episode. The end kills these."""
 
     world: World
     dialogues: Mapping[str | None, Dialogue]  # by the column `environment`; None: without it
     limits: Limits
     eager: bool
     seed: int  # of the run
-    policy: Policy
-    renderer: Renderer
-    now: datetime  # the date for chat templates
     max_prompt_tokens: int
+
+    def __exit__(self, *error: object) -> None:
+        self.world.close()
 
     def draw(
         self, engine, params, questions, prompt_ids, add, *, group, key, temperature, numbers, draw,
@@ -89,8 +93,8 @@ class Conversations:
                 problem.prompt,
                 problem.columns,
                 self._seed_of(number, held_out),
-                self.dialogues[problem.columns.get("environment")],
-                self._with_text(problem),
+                self._dialogue(problem),
+                functools.partial(self._begun, problem),
             )
             for problem, number in zip(questions.problems, numbers, strict=True)
         ]
@@ -118,17 +122,18 @@ class Conversations:
         stream = streams.stream(self.seed, "environment", 2 * int(number) + held_out)
         return int(stream.integers(2**31))
 
-    def _with_text(self, problem: Any) -> Callable[[str], list[int]]:
-        def ids(text: str) -> list[int]:
-            prompt = problem.prompt
-            if isinstance(prompt, str):
-                prompt = prompt + text
-            else:
-                last = prompt[-1] | {"content": f"{prompt[-1].get('content') or ''}{text}"}
-                prompt = [*prompt[:-1], last]
-            begun = dataclasses.replace(problem, prompt=prompt)
-            how = {"now": self.now, "renderer": self.renderer}
-            found = prompts.encode([begun], self.policy.tokenizer, self.max_prompt_tokens, **how)
-            return found.prompt_ids[0]
+    def _dialogue(self, problem: Problem) -> Dialogue:
+        name = problem.columns.get("environment")
+        return self.dialogues[name if name in self.dialogues else None]
 
+    def _begun(self, problem: Problem, text: str) -> list[int]:
+        """The prompt of a problem with the text of its environment's reset, as token ids."""
+        dialogue = self._dialogue(problem)
+        (ids,) = dialogue.begin([problem.prompt], [text], [problem.arguments])
+        if len(ids) > self.max_prompt_tokens:
+            raise ValueError(
+                f"data.max_prompt_tokens = {self.max_prompt_tokens}, but the prompt of "
+                f"{problem.where or 'a problem'} with the text of its environment's reset has "
+                f"{len(ids)} tokens. Raise the limit, or let reset say less."
+            )
         return ids

@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from grpo_jax.environments.live import INVALID, Answer
-from grpo_jax.environments.turns import Malformed
 from grpo_jax.environments.turns import Turn as PolicyTurn
 from grpo_jax.hosts import processes
+from grpo_jax.rewards import worker
 from grpo_jax.sampling import layouts
 from grpo_jax.sampling.board import NO_MORE, Drawn, Turn
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Array, Params, Rollouts, pad_rows
 
+LATE = ("tool_timeout", "time")  # outcomes by which the policy may have lost its environment
 _WAIT_S = 1.0  # between two looks at whether the run was asked to stop
 
 
@@ -53,9 +55,12 @@ class World(Protocol):
         messages: list[dict[str, Any]],
         columns: dict[str, Any],
         completion_ids: list[int],
+        prompt: Any = None,
     ) -> None: ...
 
     def answers(self, timeout_s: float) -> list[Answer]: ...
+
+    def close(self) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +89,13 @@ class Episode:
     turn_ends: list[int] = dataclasses.field(default_factory=list)  # lengths after its turns
     stopped: bool = False  # whether the last turn ended by a stop token
     outcome: str = ""  # "": it goes on
-    is_closed: bool = False  # its rewards are known
-    rewards: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    reward: float | None = None  # of `get_reward`; None: no opinion, or none
+    # By name, of the reward functions that take `environments`
+    scored: dict[str, worker.Answer] = dataclasses.field(default_factory=dict)
     turn_rewards: list[float] = dataclasses.field(default_factory=list)
     calls: int = 0
     failures: list[str] = dataclasses.field(default_factory=list)  # kinds
+    fault: str = ""  # of its environment, for messages
     observed: int = 0  # tokens of the environment
     seconds: float = 0.0  # of the environment
 
@@ -171,7 +178,8 @@ def sample(
     while one.goes_on():
         one.hand_over(one.later_turns(eager and processes.count() == 1))
     one.finish()
-    return one.rollouts(), one.told()
+    told = one.told()
+    return one.rollouts(told.outcomes), told
 
 
 class _Sampling:
@@ -213,7 +221,7 @@ class _Sampling:
                 episode = self.episodes[answer.row]
                 episode.seconds += answer.seconds
                 if answer.outcome:
-                    episode.outcome = answer.outcome
+                    episode.outcome, episode.fault = answer.outcome, answer.message
                 else:
                     said = "".join(m["content"] for m in answer.messages or ())
                     texts[answer.row // self.group].add(said)
@@ -360,12 +368,11 @@ class _Sampling:
             return
         turn = self.starts[episode.row // self.group].dialogue.parse(episode.turn)
         episode.messages.append(turn.message)
-        episode.failures += [c.kind for c in turn.calls if isinstance(c, Malformed)]
         if not episode.stopped and episode.length >= self.limits.tokens:
             self._end(episode, "tokens")
             return
         self.acting.add(episode.row)
-        self.world.act(episode.row, turn, episode.replies)
+        self.world.act(episode.row, turn, episode.messages)
 
     def _answers(self, timeout_s: float = _WAIT_S) -> list[Answer]:
         answers = self.world.answers(timeout_s)
@@ -378,12 +385,13 @@ class _Sampling:
             episode = self.episodes[answer.row]
             episode.seconds += answer.seconds
             if answer.kind == "finish":
-                self._close(episode, answer.outcome or episode.outcome, answer.rewards or {})
+                self._rewarded(episode, answer)
                 continue
             episode.calls += answer.num_calls
             episode.failures += answer.failures
             episode.turn_rewards.append(answer.turn_reward or 0.0)
             if answer.outcome:
+                episode.fault = answer.message
                 self._end(episode, answer.outcome)
             elif answer.messages is None:
                 self._end(episode, "done" if episode.stopped else "tokens")
@@ -411,15 +419,27 @@ class _Sampling:
         episode.outcome = outcome
         self.news.append((episode.row, [], outcome))
         if outcome in INVALID:
-            self._close(episode, outcome, {})
+            self._close(episode)
             return
         self.ending.add(episode.row)
-        self.world.finish(episode.row, episode.replies, episode.columns, episode.ids)
+        prompt = self.starts[episode.row // self.group].prompt
+        if not isinstance(prompt, str):
+            prompt = episode.messages[: episode.first]
+        self.world.finish(episode.row, episode.replies, episode.columns, episode.ids, prompt)
 
-    def _close(
-        self, episode: Episode, outcome: str, rewards: Mapping[str, float | None]
-    ) -> None:
-        episode.outcome, episode.rewards, episode.is_closed = outcome, dict(rewards), True
+    def _rewarded(self, episode: Episode, answer: Answer) -> None:
+        """Takes an episode's rewards. One that the policy made end is worth 0 if it has none."""
+        reward = answer.reward
+        if answer.outcome in INVALID and episode.outcome in LATE:
+            reward = 0.0
+        elif answer.outcome:
+            episode.outcome, episode.fault = answer.outcome, answer.message
+        if reward is not None and math.isnan(reward):
+            reward = 0.0 if episode.outcome in LATE else None
+        episode.reward, episode.scored = reward, answer.scored
+        self._close(episode)
+
+    def _close(self, episode: Episode) -> None:
         self.ending.discard(episode.row)
         p = episode.row // self.group
         self.open_P[p] -= 1
@@ -428,7 +448,7 @@ class _Sampling:
 
     # --- The result ---
 
-    def rollouts(self) -> Rollouts:
+    def rollouts(self, outcomes: Sequence[str]) -> Rollouts:
         limit, rows = self.limits.tokens, len(self.episodes)
         completion_BC, logp_BC = np.zeros((rows, limit), np.int32), np.zeros((rows, limit))
         chosen_BC = np.zeros((rows, limit), bool)
@@ -447,7 +467,7 @@ class _Sampling:
             completion_PGC=by_group(completion_BC),
             logp_PGC=by_group(logp_BC.astype(np.float32)),
             length_PG=by_group(np.array([e.length for e in self.episodes], np.int32)),
-            stopped_PG=by_group(np.array([e.outcome == "done" for e in self.episodes])),
+            stopped_PG=by_group(np.array([outcome == "done" for outcome in outcomes])),
             chosen_PGC=by_group(chosen_BC),
         )
 
@@ -460,8 +480,6 @@ class _Sampling:
         everyones = processes.gather((own, self.idle_s), "the episodes")
         rows = sorted(row for rows, _ in everyones for row in rows)
         _, outcomes, turns, calls, observed, seconds, failures = zip(*rows)
-        for row, outcome, *_ in rows:  # an end that comes with the rewards
-            self.episodes[row].outcome = outcome
         return Told(
             list(outcomes),
             np.array(turns),

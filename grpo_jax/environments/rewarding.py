@@ -109,11 +109,15 @@ class RewardCollector:
         """The scores of a problem's completions with those that their environments gave."""
         if not (episodes := self._episodes.get(number)):
             return scores
-        rewards = [r for r in self._pool.rewards if r.runs == kinds.EPISODES]
-        by_name = {r.name: [e.rewards.get(r.name) for e in episodes] for r in rewards}
-        scores = scores_lib.with_values(scores, self._pool.rewards, by_name)
+        for reward in (r for r in self._pool.rewards if r.runs == kinds.EPISODES):
+            answers = [e.scored.get(reward.name) for e in episodes]
+            if reward.takes_environments:
+                scores = scores_lib.with_answers(scores, self._pool.rewards, reward.name, answers)
+            else:
+                value_B = [e.reward for e in episodes]
+                scores = scores_lib.with_values(scores, self._pool.rewards, reward.name, value_B)
         why = {
-            row: f"The episode ended as {e.outcome}, which is no fault of the policy: {e.fault}"
+            row: f"The episode ended as {e.outcome}, through no fault of the policy: {e.fault}"
             for row, e in enumerate(episodes)
             if e.outcome in INVALID
         }

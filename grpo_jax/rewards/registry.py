@@ -77,12 +77,13 @@ class Reward:
     spec: str  # the config's entry without its label: what `function` resolves
     weight: float
     gives_accuracy: bool = False  # 1 is right, 0 is wrong; at most one reward of a run
+    takes_environments: bool = False  # is called beside the environments, which it is given
     on_failure: str = "unknown"  # what a failed one is: `config.rewards.on_failure`
 
     @property
     def runs(self) -> str:
         """Where it is computed: one of `kinds.WORKERS`, `DEVICES`, `HOST` and `OTHERS`."""
-        return kinds.runs(self.spec)
+        return kinds.EPISODES if self.takes_environments else kinds.runs(self.spec)
 
     @property
     def model(self) -> str:

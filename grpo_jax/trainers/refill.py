@@ -56,7 +56,7 @@ def sample(run: Run, state: RunState, monitor: Monitor) -> Rollout:
         number=len(drawn),
         problem_N=np.concatenate([d.problem_P for d in drawn]),
         prompt_length_N=np.concatenate([d.completions.prompt_length_P for d in drawn]),
-        length_NG=np.concatenate([d.completions.length_PG for d in drawn]),
+        length_NG=np.concatenate([d.completions.num_trained_PG for d in drawn]),
         stopped_NG=np.concatenate([d.completions.stopped_PG for d in drawn]),
         scores=scores_lib.select([*zip(scores, every)]),
         num_equal=int((~has_N).sum()),
