@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from grpo_jax.data import streams
 from grpo_jax.data.problems import Problem
 from grpo_jax.environments import episodes
-from grpo_jax.environments.episodes import Dialogue, Limits, Start, Told, World
+from grpo_jax.environments.episode import Dialogue, Limits, Start, Told, World
 from grpo_jax.environments.questions import Questions
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Array, Params, Rollouts
@@ -118,7 +118,7 @@ class Conversations(OneTurn):
         )
 
     def _seed_of(self, number: int, held_out: bool) -> int:
-        """The seed of the environments of a group: of the problem alone, in every epoch the same."""
+        """The seed of a group's environments: of the problem alone, in every epoch the same."""
         stream = streams.stream(self.seed, "environment", 2 * int(number) + held_out)
         return int(stream.integers(2**31))
 

@@ -11,137 +11,22 @@ so that neither the cut into turns nor the batch changes a draw.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from grpo_jax.environments.episode import LATE, Episode, Limits, Start, Told, World
 from grpo_jax.environments.live import INVALID, Answer
-from grpo_jax.environments.turns import Turn as PolicyTurn
 from grpo_jax.hosts import processes
-from grpo_jax.rewards import worker
 from grpo_jax.sampling import layouts
 from grpo_jax.sampling.board import NO_MORE, Drawn, Turn
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Array, Params, Rollouts, pad_rows
 
-LATE = ("tool_timeout", "time")  # outcomes by which the policy may have lost its environment
 _WAIT_S = 1.0  # between two looks at whether the run was asked to stop
-
-
-class Dialogue(Protocol):
-    """How the turns of a conversation are written and read; see `dialogue.Dialogue`."""
-
-    def parse(self, turn_ids: Sequence[int]) -> PolicyTurn: ...
-
-    def follow(
-        self, turn_ids: Sequence[int], stopped: bool, messages: list[dict[str, Any]]
-    ) -> list[int]: ...
-
-
-class World(Protocol):
-    """The environments of this process; see `live.Live`."""
-
-    def reset(self, row: int, columns: dict[str, Any], seed: int, rollout_seed: int) -> None: ...
-
-    def act(self, row: int, turn: PolicyTurn, messages: list[dict[str, Any]]) -> None: ...
-
-    def finish(
-        self,
-        row: int,
-        messages: list[dict[str, Any]],
-        columns: dict[str, Any],
-        completion_ids: list[int],
-        prompt: Any = None,
-    ) -> None: ...
-
-    def answers(self, timeout_s: float) -> list[Answer]: ...
-
-    def close(self) -> None: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """Limits of an episode and of one turn."""
-
-    turns: int
-    tokens: int  # of an episode, those of the environment included
-    turn_tokens: int  # of one turn of the policy
-
-
-@dataclasses.dataclass
-class Episode:
-    """One episode. Its tokens are known where its row is held, its messages where it is owned."""
-
-    row: int
-    prompt: list[int]
-    columns: dict[str, Any]
-    messages: list[dict[str, Any]]
-    first: int = 0  # messages of the prompt
-    ids: list[int] = dataclasses.field(default_factory=list)
-    chosen: list[bool] = dataclasses.field(default_factory=list)
-    logp: list[float] = dataclasses.field(default_factory=list)
-    length: int = 0
-    turn: list[int] = dataclasses.field(default_factory=list)  # the policy's last one
-    turn_ends: list[int] = dataclasses.field(default_factory=list)  # lengths after its turns
-    stopped: bool = False  # whether the last turn ended by a stop token
-    outcome: str = ""  # "": it goes on
-    reward: float | None = None  # of `get_reward`; None: no opinion, or none
-    # By name, of the reward functions that take `environments`
-    scored: dict[str, worker.Answer] = dataclasses.field(default_factory=dict)
-    turn_rewards: list[float] = dataclasses.field(default_factory=list)
-    calls: int = 0
-    failures: list[str] = dataclasses.field(default_factory=list)  # kinds
-    fault: str = ""  # of its environment, for messages
-    observed: int = 0  # tokens of the environment
-    seconds: float = 0.0  # of the environment
-
-    @property
-    def replies(self) -> list[dict[str, Any]]:
-        """The messages after the prompt."""
-        return self.messages[self.first :]
-
-    def add(self, ids: Sequence[int], logp: Sequence[float] | None) -> None:
-        """Appends tokens, with log-probabilities where the policy drew them."""
-        self.ids += [int(i) for i in ids]
-        self.chosen += [logp is not None] * len(ids)
-        self.logp += [0.0] * len(ids) if logp is None else [float(x) for x in logp]
-
-
-@dataclasses.dataclass(frozen=True)
-class Told:
-    """What all processes know of a step's episodes, in the order of their rows."""
-
-    outcomes: list[str]
-    turns_B: np.ndarray  # int64
-    calls_B: np.ndarray  # int64
-    observed_B: np.ndarray  # int64: tokens of the environment
-    seconds_B: np.ndarray  # float64: of the environment
-    failures: dict[str, int]  # calls by kind
-    idle_s: float  # time in which the device waited for answers
-    read_again: int  # tokens of prefixes that were computed once more
-    drawn: int  # tokens that the policy drew
-
-    @property
-    def invalid_B(self) -> np.ndarray:  # noqa: N802
-        """Episodes that ended through no fault of the policy; bool."""
-        return np.array([outcome in INVALID for outcome in self.outcomes])
-
-
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """Where an episode begins: its prompt's problem, and the seeds of its environment."""
-
-    prompt: Any  # a text or messages
-    columns: dict[str, Any]
-    seed: int  # the same for a group
-    dialogue: Dialogue
-    # Token ids of a prompt with the text of `reset`; None: that of the problem as it is
-    with_text: Callable[[str], list[int]]
-
 
 # Takes a prompt's number and its finished episodes.
 OnGroup = Callable[[int, list[Episode]], None]
@@ -226,7 +111,7 @@ class _Sampling:
                     said = "".join(m["content"] for m in answer.messages or ())
                     texts[answer.row // self.group].add(said)
         begun = {p: said for p, said in texts.items() if said != {""}}
-        for p, said in begun.items():
+        for said in begun.values():
             if len(said) > 1:
                 one, two, *_ = sorted(said)
                 raise ValueError(
@@ -477,8 +362,10 @@ class _Sampling:
             for e in self.episodes
             if self.own_P[e.row // self.group]
         ]
-        everyones = processes.gather((own, self.idle_s), "the episodes")
+        of_world = self.idle_s, self.world.num_live, self.world.num_lost
+        everyones = processes.gather((own, of_world), "the episodes")
         rows = sorted(row for rows, _ in everyones for row in rows)
+        idle_s, live, restarts = zip(*(told for _, told in everyones))
         _, outcomes, turns, calls, observed, seconds, failures = zip(*rows)
         return Told(
             list(outcomes),
@@ -487,7 +374,9 @@ class _Sampling:
             np.array(observed),
             np.array(seconds, np.float64),
             dict(collections.Counter(kind for kinds in failures for kind in kinds)),
-            max(idle_s for _, idle_s in everyones),
+            max(idle_s),
             self.read_again,
             self.drawn,
+            sum(live),
+            sum(restarts),
         )

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from grpo_jax.data.problems import Problem, as_reply
-from grpo_jax.environments.episodes import INVALID, Episode
+from grpo_jax.environments.episode import Episode
+from grpo_jax.environments.live import INVALID
 from grpo_jax.hosts import processes
 from grpo_jax.messages.console import say
 from grpo_jax.models.policy import Policy

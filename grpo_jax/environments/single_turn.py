@@ -10,7 +10,7 @@ import numpy as np
 
 from grpo_jax.devices.phases import phase
 from grpo_jax.environments.drawing import ONE_TURN, OneTurn
-from grpo_jax.environments.episodes import Told
+from grpo_jax.environments.episode import Told
 from grpo_jax.environments.questions import Questions
 from grpo_jax.environments.rewarding import RewardCollector, SelectedRewards
 from grpo_jax.models.policy import Policy
@@ -85,7 +85,8 @@ def answer(
 
     `params` come from `engine.publish`; `temperature` is for samples. `on_answer` is called once
     for each question, when all its completions are finished, on the process that collects its
-    rewards. `drawing`: how completions are drawn. `on_harvest` is called on all processes whenever some completions have finished.
+    rewards. `drawing`: how completions are drawn. `on_harvest` is called on all processes whenever
+    some completions have finished.
     """
     collector = RewardCollector(pool, policy, questions.problems, questions.texts, num_samples or 1)
 

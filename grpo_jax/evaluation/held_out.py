@@ -44,8 +44,8 @@ def run(
 
     `num_samples` 0: one greedy completion per question. Otherwise pass@k, maj@k and the mean
     accuracy of samples at `temperature`. Every item goes to `file` as one JSON object a line.
-    `drawing`: how completions are drawn. `on_harvest` is called whenever some completions have finished, `on_scores` with the rewards
-    after the items are written.
+    `drawing`: how completions are drawn. `on_harvest` is called whenever some completions have
+    finished, `on_scores` with the rewards after the items are written.
     """
     answered = single_turn.answer(
         engine,

@@ -145,5 +145,5 @@ def run(
         with phase("start"), stop.nothing_to_lose():
             run = grpo_run.build(config, folder, model_path, fit.of_run)
             run = dataclasses.replace(run, callbacks=callbacks)
-        with run.rewards:
+        with run.rewards, run.drawing:
             return restarts.carry_out(run, stop, began, train, results.finish)

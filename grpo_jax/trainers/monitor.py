@@ -216,6 +216,7 @@ class Monitor:
         drawn, of_drawn = self._run.demonstrations.drawn(sampled, scores)
         state.rollout_metrics = step_metrics.rollout_metrics(self._run, drawn, of_drawn)
         state.rollout_metrics |= self._run.demonstrations.metrics(sampled, scores)
+        state.rollout_metrics |= step_metrics.of_episodes(sampled)
         state.rollout_metrics |= coefficients.in_force(self._run, state)
         state.rollout_metrics |= prompt_choice.measure(self._run, state, drawn, of_drawn)
         self._sampled = None
