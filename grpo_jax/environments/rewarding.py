@@ -132,10 +132,12 @@ class FailureReports:
                 continue
             if failed_B.any():
                 first = next(f for f in scores.failures if f.reward == name)
+                counts = "get the least value that it gave in the step"
+                if (failed_B & scores.unknown_B).any():
+                    counts = "are left out as unknown"
                 say(
                     f"warning: {when}: {failed_B.sum()} of {len(failed_B)} completions have no "
-                    f"reward {name!r}, and get the least value that it gave in the step. "
-                    f"{first.message}"
+                    f"reward {name!r}, and {counts} (rewards.on_failure). {first.message}"
                 )
             else:
                 say(

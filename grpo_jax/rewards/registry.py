@@ -86,6 +86,7 @@ class Reward:
     spec: str  # the config's entry without its label: what `function` resolves
     weight: float
     gives_accuracy: bool = False  # 1 is right, 0 is wrong; at most one reward of a run
+    on_failure: str = "unknown"  # what a failed one is: `config.rewards.on_failure`
 
     @property
     def runs(self) -> str:
@@ -123,11 +124,12 @@ def load(
     accuracy: str = "",
     *,
     start_limit_s: float = 120.0,
+    on_failure: str = "unknown",
 ) -> list[Reward]:
     """The rewards of `names`, each a built-in name or "module:function", arguments in brackets.
 
     `accuracy` names the reward that measures accuracy (1 right, 0 wrong); "" takes the first
-    function with a true attribute `right_or_wrong`, if there is one.
+    function with a true attribute `right_or_wrong`, if there is one. `on_failure`: of each.
 
     Raises ValueError, naming the option: `rewards.names` if there is no such function, or if two
     functions have the same short name; `rewards.weights` if a weight is not a finite number;
@@ -152,7 +154,7 @@ def load(
                 f"rewards.names = {tuple(names)!r} has two rewards called {short!r}, which metrics "
                 'could not tell apart. Name each once, or call one otherwise: "... as OTHER".'
             )
-        rewards[short] = Reward(short, labelled(spec)[0], float(weight))
+        rewards[short] = Reward(short, labelled(spec)[0], float(weight), on_failure=on_failure)
     chosen = _which_gives_accuracy(rewards, accuracy)
     return [dataclasses.replace(r, gives_accuracy=r.name == chosen) for r in rewards.values()]
 

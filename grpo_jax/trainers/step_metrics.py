@@ -184,7 +184,11 @@ def rollout_metrics(run: Run, sampled: Rollout, scores: Scores) -> dict[str, flo
         if not np.isnan(accuracy):
             values["accuracy"] = accuracy
     if run.rewards.rewards:
-        values |= of_groups | {"rewards/unscored": np.isnan(reward_PG).sum()}
+        unknown_B = scores.unknown_B
+        values |= of_groups | {
+            "rewards/unscored": (np.isnan(scores.reward_B) & ~unknown_B).sum(),
+            "rewards/unknown_share": unknown_B.mean(),
+        }
     values |= {
         "completion/length": length_PG.mean(),
         "completion/length_min": length_PG.min(),
