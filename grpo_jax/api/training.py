@@ -55,7 +55,9 @@ def train(
     The default `workdir` is `runs/` and the time. A run stopped by a callback or Ctrl-C saves
     itself, and the same call continues it. Raises ValueError for a user's mistake.
     """
-    made = options_lib.make_config(config, model, rewards, data, eval_data, options, tools, environments)
+    made = options_lib.make_config(
+        config, model, rewards, data, eval_data, options, tools, environments
+    )
 
     def run(folder: Path, stop: StopSignal) -> None:
         program.run(made, folder, stop, tuple(callbacks))

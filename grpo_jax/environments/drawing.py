@@ -75,7 +75,8 @@ class Conversations(OneTurn):
 
     world: World
     dialogues: Mapping[str | None, Dialogue]  # by the column `environment`; None: without it
-    limits: Limits
+    max_turns: int
+    turn_tokens: int  # of one turn of the policy; 0: what is left of the completion
     eager: bool
     seed: int  # of the run
     max_prompt_tokens: int
@@ -98,7 +99,7 @@ class Conversations(OneTurn):
             )
             for problem, number in zip(questions.problems, numbers, strict=True)
         ]
-        rows = len(starts) * group
+        rows, limit = len(starts) * group, engine.decoder.max_tokens
         own = streams.stream(self.seed, "rollouts", 2 * draw + held_out).integers(2**31, size=rows)
         return episodes.sample(
             engine,
@@ -106,7 +107,7 @@ class Conversations(OneTurn):
             self.world,
             starts,
             prompt_ids,
-            self.limits,
+            Limits(self.max_turns, limit, self.turn_tokens or limit),
             group=group,
             key=key,
             temperature=temperature,

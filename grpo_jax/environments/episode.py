@@ -112,6 +112,8 @@ class Told:
     idle_s: float  # time in which the device waited for answers
     read_again: int  # tokens of prefixes that were computed once more
     drawn: int  # tokens that the policy drew
+    ends: list[list[int]]  # of each episode's turns, in tokens of the completion
+    turn_rewards: list[list[float]]  # of its turns; those of the last ones may lack
     live: int  # processes of environments
     restarts: int  # of them so far in the run, since one was lost
 
@@ -158,6 +160,7 @@ def joined(told: Sequence[Told]) -> Told:
         *(together(name) for name in ("turns_B", "calls_B", "observed_B", "seconds_B")),
         dict(failures),
         *(sum(getattr(part, name) for part in told) for name in ("idle_s", "read_again", "drawn")),
+        *([x for part in told for x in getattr(part, n)] for n in ("ends", "turn_rewards")),
         told[-1].live,
         told[-1].restarts,
     )

@@ -358,7 +358,10 @@ class _Sampling:
 
     def told(self) -> Told:
         own = [
-            (e.row, e.outcome, len(e.turn_ends), e.calls, e.observed, e.seconds, e.failures)
+            (
+                *(e.row, e.outcome, len(e.turn_ends), e.calls, e.observed, e.seconds, e.failures),
+                *(e.turn_ends, e.turn_rewards),
+            )
             for e in self.episodes
             if self.own_P[e.row // self.group]
         ]
@@ -366,7 +369,7 @@ class _Sampling:
         everyones = processes.gather((own, of_world), "the episodes")
         rows = sorted(row for rows, _ in everyones for row in rows)
         idle_s, live, restarts = zip(*(told for _, told in everyones))
-        _, outcomes, turns, calls, observed, seconds, failures = zip(*rows)
+        _, outcomes, turns, calls, observed, seconds, failures, ends, rewards = zip(*rows)
         return Told(
             list(outcomes),
             np.array(turns),
@@ -377,6 +380,8 @@ class _Sampling:
             max(idle_s),
             self.read_again,
             self.drawn,
+            list(ends),
+            list(rewards),
             sum(live),
             sum(restarts),
         )

@@ -18,6 +18,8 @@ from grpo_jax.rewards.pool import Pool
 from grpo_jax.rewards.scores import RewardError, Scores
 from grpo_jax.rewards.ticket import Ticket
 
+TURN_REWARDS = "environment:turn_rewards"  # the entry of `rewards.names` for their sum
+
 
 class RewardCollector:
     """Collects the rewards of some problems' completions; each group is scored once it is finished.
@@ -115,7 +117,8 @@ class RewardCollector:
             if reward.takes_environments:
                 scores = scores_lib.with_answers(scores, self._pool.rewards, reward.name, answers)
             else:
-                value_B = [e.reward for e in episodes]
+                in_turns = reward.spec == TURN_REWARDS
+                value_B = [sum(e.turn_rewards) if in_turns else e.reward for e in episodes]
                 scores = scores_lib.with_values(scores, self._pool.rewards, reward.name, value_B)
         why = {
             row: f"The episode ended as {e.outcome}, through no fault of the policy: {e.fault}"

@@ -120,7 +120,7 @@ def answer(
         correct_PG=None if verdict is None else scores.correct(verdict).reshape(shape),
         judged_PG=None if verdict is None else scores.judged(verdict).reshape(shape),
         vote_PG=_votes(pool, questions, texts, num_samples) if num_samples else None,
-        length_PG=rollouts.length_PG,
+        length_PG=rollouts.num_trained_PG,
         stopped_PG=rollouts.stopped_PG,
     )
 

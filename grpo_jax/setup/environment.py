@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from datetime import datetime
 
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ from grpo_jax.environments import contract as contract_lib
 from grpo_jax.environments.contract import Contract
 from grpo_jax.environments.dialogue import prove
 from grpo_jax.environments.drawing import ONE_TURN, Conversations, OneTurn
-from grpo_jax.environments.episode import Dialogue, Limits
+from grpo_jax.environments.episode import Dialogue
 from grpo_jax.environments.live import Limits as LiveLimits
 from grpo_jax.environments.live import Live
 from grpo_jax.environments.plain_dialogue import PlainDialogue
@@ -132,28 +133,42 @@ def dialogues(
     return found
 
 
-def drawing(
-    config: ConfigDict,
-    environment: Environment | None,
-    dialogues: dict[str | None, Dialogue],
-) -> OneTurn:
-    """How the run draws completions; with environments, their processes start here."""
+def live(config: ConfigDict, environment: Environment | None, num: int = 0) -> Live | nullcontext:
+    """The environments' processes, of which `num` start at once; an empty context without any."""
     if environment is None:
-        return ONE_TURN
-    asked, limit = config.environment, config.rollout.max_tokens
-    rows = derived.prompts_per_draw(config) * config.batch.group
-    live = Live(
+        return nullcontext()
+    asked = config.environment
+    return Live(
         environment.contract,
         LiveLimits(asked.tool_seconds, asked.episode_seconds),
-        num=rows,
-        max_tokens=limit,
+        num=num,
+        max_tokens=config.rollout.max_tokens,
     )
-    limits = Limits(asked.max_turns, limit, asked.turn_tokens or limit)
+
+
+def conversations(
+    config: ConfigDict, world: Live, dialogues: Mapping[str | None, Dialogue]
+) -> Conversations:
+    """The conversations of a run or an evaluation with these environments."""
+    asked = config.environment
     return Conversations(
-        live,
+        world,
         dialogues,
-        limits,
+        asked.max_turns,
+        asked.turn_tokens,
         asked.order == "eager",
         config.seed,
         config.data.max_prompt_tokens,
     )
+
+
+def drawing_of_run(
+    config: ConfigDict,
+    environment: Environment | None,
+    dialogues: Mapping[str | None, Dialogue],
+) -> OneTurn:
+    """How the run draws completions; with environments, their processes start here."""
+    if environment is None:
+        return ONE_TURN
+    num = derived.prompts_per_draw(config) * config.batch.group
+    return conversations(config, live(config, environment, num), dialogues)

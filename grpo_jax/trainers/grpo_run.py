@@ -246,7 +246,7 @@ def build(
         first_reference=functools.partial(_reference, config, policy, mesh, frozen, kept),
         refresh_reference=learner.refresh_reference,
         demonstrations=found.demonstrations,
-        drawing=environment_lib.drawing(config, found.environment, found.dialogues),
+        drawing=environment_lib.drawing_of_run(config, found.environment, found.dialogues),
         critic=critic_lib.states(config, critic, mesh, learner.critic),
         controllers=learner.controllers,
         # Last: no more checks follow.

@@ -29,8 +29,11 @@ class Echo:
         self.said, self.turns = [], []
         return str(random.randrange(10))
 
+    turn_reward = 0.0
+
     def respond(self, messages):
         self.turns.append(messages[-1]["content"])
+        self.turn_reward = sum(character.isdigit() for character in self.turns[-1]) / 10
         if len(self.said) == 2:
             return None
         self.said.append(f"{len(self.turns[-1])}{random.randrange(10)}")
@@ -79,6 +82,12 @@ def runs(tmp_path_factory, alone):
         return {"argv": [*argv, "--workdir", str(root / name), model, *OPTIONS, *more]} | stop
 
     others = {name: job(name, *more) for name, more in {"whole": [], **OTHERS}.items()}
+    credit = [
+        "--config.environment.turn_rewards=True",
+        "--config.rewards.names=('echo:turns','environment:turn_rewards')",
+        "--config.rewards.weights=(0.5,1.0)",
+    ]
+    others["turns"] = job("turns", *credit, after=1)
     stopped = {name: job(name, **stop) for name, stop in sorted(STOPS.items(), reverse=True)}
     first = drive([*others.values(), *stopped.values()], environment, -signal.SIGKILL)
     for name in STOPS:
@@ -140,3 +149,14 @@ def test_dynamic_sampling_and_eager_order(runs):
     (first, *_), (whole, *_) = steps(root / "eager"), steps(root / "whole")
     for name in ("reward", "environment/turns", "completion/length"):
         assert first[name] == pytest.approx(whole[name])
+
+
+def test_turns_have_advantages_of_their_own(runs):
+    """Each turn earns its digits: later turns of an episode have less to go."""
+    root, ends, _ = runs
+    assert ends["turns"].startswith("Stopped by SIGTEST")
+    arrays = final_state(root / "turns", "experience")
+    advantage_PGC, chosen_PGC = arrays["/advantage"], arrays["/rollouts/chosen_PGC"]
+    assert advantage_PGC.shape == chosen_PGC.shape
+    several = [len(set(a[c].tolist())) for a, c in zip(advantage_PGC[0], chosen_PGC[0])]
+    assert max(several) > 1
