@@ -98,7 +98,8 @@ class _Sampling:
             prompt = list(prompt_ids[row // self.group])
             self.episodes.append(Episode(row, prompt, start.columns, told, len(told)))
             if self.own_P[row // self.group]:
-                self.world.reset(row, start.columns, start.seed, rollout_seeds[row])
+                columns = start.columns | {"prompt": start.prompt}
+                self.world.reset(row, columns, start.seed, rollout_seeds[row])
                 self.acting.add(row)
         texts: dict[int, set[str]] = collections.defaultdict(set)
         while self.acting:

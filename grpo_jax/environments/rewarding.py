@@ -61,6 +61,7 @@ class RewardCollector:
         if episodes:
             self._episodes[number] = episodes
             if not isinstance(prompt, str):
+                texts = [self._policy.tokenizer.decode(ids) for ids in completions]  # with roles
                 first = episodes[0]
                 prompt, replies = first.messages[: first.first], [e.replies for e in episodes]
         self._texts[number] = texts
@@ -125,7 +126,7 @@ class RewardCollector:
             for row, e in enumerate(episodes)
             if e.outcome in INVALID
         }
-        return scores_lib.left_out(scores, "environment", why)
+        return scores_lib.left_out(scores, "environment", why) if why else scores
 
     def _with_models(self, scores: Scores) -> Scores:
         """The scores with those of reward models. Every process must call it."""

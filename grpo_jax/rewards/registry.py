@@ -385,8 +385,9 @@ def columns_read(rewards: Sequence[Reward], columns: Mapping[str, Any]) -> dict[
 def refuse_columns(rewards: Sequence[Reward], problems: Sequence[Any]) -> None:
     """Raises ValueError, naming the file, if a reward needs a missing column."""
     for reward in rewards:
+        given = {"environments"} if reward.takes_environments else set()
         for name in _needed(function(reward.spec)):
-            if problems and name not in problems[0].columns:
+            if problems and name not in problems[0].columns and name not in given:
                 has = ", ".join(["prompt", *problems[0].columns])
                 raise ValueError(
                     f"The reward {reward.name!r} needs a column `{name}`, and {problems[0].where} "

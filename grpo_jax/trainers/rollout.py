@@ -227,7 +227,7 @@ def _rows(
         by_name = {n: float(v[row]) for n, v in scores.by_name.items()}
         rows.append(
             {
-                "prompt": rollout.questions.texts[p],
+                "prompt": _prompt(run, rollout, p),
                 "columns": columns,
                 "completion": texts[g],
                 "rewards": {n: None if np.isnan(v) else v for n, v in by_name.items()},
@@ -237,6 +237,14 @@ def _rows(
             }
         )
     return rows
+
+
+def _prompt(run: Run, rollout: Rollout, p: int) -> str:
+    """The text of a prompt, with what its environment said at its reset."""
+    if not rollout.told:
+        return rollout.questions.texts[p]
+    n = int(rollout.completions.prompt_length_P[p])
+    return run.policy.tokenizer.decode(rollout.completions.prompt_PQ[p, :n].tolist())
 
 
 def _of_completion(rollout: Rollout, advantage: np.ndarray, p: int, g: int) -> float:
