@@ -199,6 +199,11 @@ TABLE = (
                "refuse": "do not start",
                "drop": "leave the problem out"},
            "What is done with a problem whose columns a reward function cannot read"),
+    choice("rewards.on_failure", "unknown", {
+               "unknown": "the completion has no reward: it leaves its group's mean and deviation, "
+                          "and the loss",
+               "least": "the least value that the reward gave in the step, at most 0"},
+           "What a reward counts as that could not be computed"),
     number("rewards.max_failed_share", 0.5, NOT_NEGATIVE, "",
            "Share of a step's completions that may be without a reward; with more, "
            "guards.failed_rewards acts", special={1: "never"}, free=True),

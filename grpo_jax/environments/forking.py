@@ -7,6 +7,7 @@ The trainer asks with `{"spawn": number}` and a socket, or `{"end": number}`; to
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -63,7 +64,8 @@ def main(descriptor: int) -> None:
     wire.write(sock, json.dumps({"ready": ready}).encode())
     gc.collect()
     gc.freeze()  # the collector would write to what the forks share
-    _serve(sock, found, keeper.held_bytes(os.getpid()) + setup.memory_bytes)
+    with contextlib.suppress(OSError):  # the trainer is gone
+        _serve(sock, found, keeper.held_bytes(os.getpid()) + setup.memory_bytes)
 
 
 def _found(setup: Setup) -> child.Found:

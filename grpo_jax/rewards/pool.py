@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from grpo_jax.data.problems import Problem
-from grpo_jax.rewards import given, keeper, sources
+from grpo_jax.rewards import given, keeper, kinds, sources
 from grpo_jax.rewards.process import Worker
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.rewards.scores import RewardError, Scores
@@ -82,7 +82,7 @@ class Pool:
         """
         assert rewards and num_workers > 0
         self.rewards, self.models = list(rewards), models
-        self.functions = rewards = [reward for reward in rewards if not reward.model]
+        self.functions = rewards = [r for r in rewards if r.runs == kinds.WORKERS]
         num_workers = num_workers if rewards else 0
         self._limits = limits
         self._setup = Setup(

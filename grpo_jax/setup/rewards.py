@@ -19,7 +19,11 @@ def load_rewards(config: ConfigDict) -> list[Reward]:
     """The config's reward functions; ValueError if one is unavailable."""
     options = config.rewards
     rewards = registry.load(
-        options.names, options.weights, options.accuracy, start_limit_s=options.start_timeout_s
+        options.names,
+        options.weights,
+        options.accuracy,
+        start_limit_s=options.start_timeout_s,
+        on_failure=options.on_failure,
     )
     for reward in rewards:
         if reward.model:

@@ -30,6 +30,7 @@ QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.py"
 # Metrics that differ from run to run.
 TIMES = (
     *("time/", "throughput/", "roofline/", "memory/", "programs"),
+    *("environment/seconds", "environment/idle", "environment/restarts"),
     *("sft/tokens_per_s", "preference/tokens_per_s", "reward_model/tokens_per_s"),
 )
 

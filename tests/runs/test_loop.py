@@ -254,9 +254,9 @@ class _Device:
 
 def test_metrics_of_what_this_run_has_not(monkeypatch):
     """Rewards that fail in each way, what they log, and devices that tell of their memory."""
-    kinds = ("timeout", "error", "values", "memory", "died")
+    kinds = ("timeout", "error", "values", "memory", "died", "invalid")
     failures = tuple(Failure("r", i, kind, "as asked") for i, kind in enumerate(kinds))
-    value_B, failed_B = np.full(6, np.nan, np.float32), np.arange(6) < 5
+    value_B, failed_B = np.full(6, np.nan, np.float32), np.arange(6) < 6
     scores = Scores(
         np.zeros(6, np.float32), {"r": value_B}, {"r": failed_B}, {"r": value_B}, failures,
         metrics={"depth": (3.0, 2)},
