@@ -34,7 +34,7 @@ from grpo_jax.rewards.registry import Reward
 
 COLUMN = "environment"  # that chooses among several classes
 START_S = 120.0  # for the user's modules to be imported, and for an instance to be made
-_NAMED = re.compile(r"(?:([\w.\-]+)=)?(\S+)")
+_NAMED = re.compile(r"(?:([\w.\-]+)=)?(\S.*)")
 
 
 def read(

@@ -13,11 +13,15 @@ _MAX_WORDS = 32  # of a query
 class Index:
     """Some texts, in memory. Processes that are forked from this one share it."""
 
-    def __init__(self, texts: Sequence[str]):
+    def __init__(self, texts: Sequence[str], *, stems: bool = False):
+        """`stems`: English words match in all their forms, as dog and dogs."""
+        kind = "porter unicode61" if stems else "unicode61"
         self._texts = list(texts)
         self._database = sqlite3.connect(":memory:")
         try:
-            self._database.execute("CREATE VIRTUAL TABLE found USING fts5(text, content='')")
+            self._database.execute(
+                f"CREATE VIRTUAL TABLE found USING fts5(text, content='', tokenize='{kind}')"
+            )
         except sqlite3.OperationalError as error:
             raise ValueError(
                 f"This Python's SQLite {sqlite3.sqlite_version} cannot search texts ({error}). "
