@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -70,6 +71,7 @@ def test_numbers_are_actions_and_observations():
 # --- MCP ------------------------------------------------------------------------------------------
 
 SERVER = '''
+import json
 import sys
 try:
     from mcp.server import MCPServer as Server
@@ -138,3 +140,96 @@ def test_without_their_libraries(monkeypatch, tmp_path):
     ):
         with pytest.raises(ValueError, match=rf"pip install 'grpo_jax\[{extra}\]'"):
             start(entry)
+
+
+# --- verifiers ------------------------------------------------------------------------------------
+
+ENVIRONMENT = '''
+import verifiers as vf
+from datasets import Dataset
+
+
+def add(a: int, b: int) -> int:
+    """Adds two numbers.
+
+    Args:
+        a: One.
+        b: Another.
+    """
+    return a + b
+
+
+def is_right(completion, answer, state) -> float:
+    return float(completion[-1].content == answer) + 0.1 * len(state["trajectory"])
+
+
+class Guess(vf.MultiTurnEnv):
+    async def setup_state(self, state):
+        state["tries"] = 0
+
+    @vf.stop
+    async def found(self, state):
+        steps = state["trajectory"]
+        return bool(steps) and steps[-1]["completion"][-1].content == state["answer"]
+
+    async def env_response(self, messages, state, **more):
+        state["tries"] += 1
+        return [{"role": "user", "content": f"no, {state['tries']}"}]
+
+
+def load_environment(kind="tools", max_turns=5):
+    rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(4)]
+    given = dict(dataset=Dataset.from_list(rows), rubric=vf.Rubric(funcs=[is_right]),
+                 max_turns=max_turns, system_prompt="Be short.")
+    return vf.ToolEnv(tools=[add], **given) if kind == "tools" else Guess(**given)
+'''
+
+
+@pytest.fixture(scope="module")
+def made_verifiers(tmp_path_factory):
+    """The folder of an environment written for verifiers, and its rows."""
+    pytest.importorskip("verifiers")
+    from grpo_jax.environments.adapters import verifiers
+
+    folder = tmp_path_factory.mktemp("verifiers")
+    (folder / "made_for_verifiers.py").write_text(ENVIRONMENT)
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(folder)
+    assert verifiers.write_rows(folder / "rows.jsonl", "made_for_verifiers") == 4
+    yield [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    patch.undo()
+
+
+def test_tools_of_verifiers(made_verifiers):
+    """Its tools, messages and rubric, with our turns."""
+    row = made_verifiers[2]
+    assert [m["role"] for m in row["prompt"]] == ["system", "user"] and row["answer"] == "3"
+    with start("verifiers:Verifiers(name='made_for_verifiers')") as live:
+        (schema,) = live.contract.schemas({})
+        assert schema["function"]["name"] == "add"
+        assert schema["function"]["parameters"]["required"] == ["a", "b"]
+        for _ in range(2):
+            assert begin(live, **row).messages == []
+            calls = turn(("add", {"a": 2, "b": 1}), ("add", {"a": 1}), ("syntax", "no end"))
+            got = act(live, calls, messages=[{"role": "assistant", "content": ""}])
+            assert [m["name"] for m in got.messages] == ["add", "add", "unknown"]
+            assert said(got)[0] == "3" and "missing 1 required" in said(got)[1]
+            assert talk(live, "3").messages is None
+            assert finish(live).reward == pytest.approx(1.2)
+
+
+def test_turns_of_verifiers(made_verifiers):
+    """Its own stop and its limit of turns; an episode that we end is judged as it is."""
+    entry = "verifiers:Verifiers(name='made_for_verifiers', kind='guess', max_turns=3)"
+    with start(entry) as live:
+        begin(live, **made_verifiers[0])
+        assert said(talk(live, "5")) == ["no, 1"] and said(talk(live, "6")) == ["no, 2"]
+        assert talk(live, "1").messages is None
+        assert finish(live).reward == pytest.approx(1.3)
+        begin(live, **made_verifiers[0])
+        assert [said(talk(live, t)) for t in "78"] == [["no, 1"], ["no, 2"]]
+        assert talk(live, "9").messages is None
+        assert finish(live).reward == pytest.approx(0.3)
+        begin(live, **made_verifiers[0])
+        assert said(talk(live, "7")) == ["no, 1"]
+        assert finish(live).reward == pytest.approx(0.1)
