@@ -241,7 +241,7 @@ def evaluate(args: argparse.Namespace, config: ConfigDict) -> tuple[list[Problem
     refuse_samples(rewards, args.num_samples, "--num-samples")
     problems = answerable(config, rewards, _problems(args, config))
     if environment is not None:
-        problems = environment.asked(problems, config.environment.tool_seconds)
+        problems = environment.asked(problems, config.environment.tool_timeout_s)
     _references(config, problems)  # only to check them
     questions, models, now = [], [], inputs.date(config.data.date)
     for path in args.models:  # check all models before evaluating the first

@@ -123,7 +123,7 @@ class Home:
 def why(status: int | None) -> str:
     """How a process ended, in words."""
     if status == keeper.OUT_OF_MEMORY:
-        return "it needed more memory than environment.memory_mb"
+        return "it needed more memory than environment.memory_limit_gib"
     if status == keeper.TOO_MANY_PROCESSES:
         return "it started too many processes"
     if status is None:

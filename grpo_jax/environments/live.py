@@ -175,7 +175,7 @@ class Live:
         if self._false_starts > _MAX_FALSE_STARTS:
             raise EnvironmentsError(
                 f"The process that forks environments ended {_MAX_FALSE_STARTS} times. Its last "
-                "words may stand above; environment.memory_mb limits only what it forks."
+                "words may stand above; environment.memory_limit_gib limits only what it forks."
             )
         self._selector.unregister(self._home.line.sock)
         self._home.close()

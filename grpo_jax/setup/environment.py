@@ -76,7 +76,7 @@ def read(config: ConfigDict, rewards: list[Reward]) -> Environment | None:
     ]
     asked = config.environment
     contract = contract_lib.read(
-        asked.classes, asked.tools, rewards=taking, memory_bytes=int(asked.memory_mb * 1e6)
+        asked.classes, asked.tools, rewards=taking, memory_bytes=int(asked.memory_limit_gib * 2**30)
     )
     named = {reward.name for reward in taking}
     own = [
@@ -140,7 +140,7 @@ def live(config: ConfigDict, environment: Environment | None, num: int = 0) -> L
     asked = config.environment
     return Live(
         environment.contract,
-        LiveLimits(asked.tool_seconds, asked.episode_seconds),
+        LiveLimits(asked.tool_timeout_s, asked.episode_timeout_s),
         num=num,
         max_tokens=config.rollout.max_tokens,
     )

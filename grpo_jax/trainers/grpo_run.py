@@ -84,7 +84,7 @@ def read(
     tell_of(config, train, held_out)
     tell_of_few(config, train)
     if environment is not None:
-        limit_s = config.environment.tool_seconds
+        limit_s = config.environment.tool_timeout_s
         train, held_out = (environment.asked(part, limit_s) for part in (train, held_out))
     now = opened()
     dialogues = {}
@@ -139,7 +139,7 @@ def refuse_early(config: ConfigDict, folder: Path) -> None:
     for problems in (train, held_out):
         answerable(config, rewards, problems)
         if environment is not None:
-            environment.asked(problems, config.environment.tool_seconds)
+            environment.asked(problems, config.environment.tool_timeout_s)
         if problems:
             texts = [p.prompt for p in problems if isinstance(p.prompt, str)] or [""]
             ids = policy.tokenizer(texts)["input_ids"]

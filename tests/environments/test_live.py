@@ -252,7 +252,7 @@ def test_an_episode_goes_on_after(faulty, what, texts, failures):
     [
         ("die", "its process ended with status 7"),
         ("crash", "its process was ended by signal 6"),
-        ("eat_in_children", "it needed more memory than environment.memory_mb"),
+        ("eat_in_children", "it needed more memory than environment.memory_limit_gib"),
         ("bomb", "it started too many processes"),
     ],
 )

@@ -108,7 +108,7 @@ def test_what_is_logged(runs):
     for row in rows:
         assert 2 <= row["environment/turns"] <= 3 and row["environment/observation_tokens"] > 2
         ended = {name: value for name, value in row.items() if "/ended/" in name}
-        assert sum(ended.values()) == 1 and ended["environment/ended/done"] > 0.3
+        assert sum(ended.values()) == 1 and ended["environment/ended/done"] > 0
         assert row["reward"] == pytest.approx(row["reward/Echo"] + 0.5 * row["reward/turns"])
         assert row["reward/turns"] == pytest.approx(row["environment/turns"] / 10)
         assert row["policy/sampler_gap_max"] < 1e-4
