@@ -2,9 +2,9 @@
 
     python -m grpo_jax.train --config configs/calculator.py
 
-A model of 0.4 million parameters first imitates proud students, most of whom guess the product of
-two numbers; the others call a tool that multiplies. GRPO with a reward for right answers teaches it
-to call the tool, with the right numbers. The control, in which the tool returns noise, learns nothing:
+A model of 0.4 million parameters first imitates proud students: most guess the product of two
+numbers, the others call a tool that multiplies. GRPO with a reward for right answers teaches it to
+call the tool, with the right numbers. The control, whose tool returns noise, gains nothing:
 
     --config.environment.tools="()" \\
     --config.environment.classes="('grpo_jax.environments.tasks.calculator:NoisyCalculator',)"

@@ -76,10 +76,7 @@ class Verifiers:
         await self._next(0)
 
     async def _next(self, known: int) -> list[dict] | None:
-        """What the environment says until it asks the policy again; None: it is over.
-
-        `known`: messages of the conversation that it has had already.
-        """
+        """What it says after the `known` messages, until it asks the policy; None: it is over."""
         asked = asyncio.ensure_future(self._asked.get())
         await asyncio.wait([asked, self._rollout], return_when=asyncio.FIRST_COMPLETED)
         if not asked.done():
