@@ -119,7 +119,7 @@ class Host:
             messages = []  # they are told as parts
             left_s, timeouts = request["left_s"], request["timeouts"]
             for group in _groups(calls, self._is_asynchronous):
-                for part in self._carried_out(group, min(request["limit_s"], left_s)):
+                for part in self._carried_out(group, request["limit_s"], left_s):
                     self._tell({"part": part})
                     left_s -= part["seconds"]
                     timeouts += part["failure"] == "timeout"
@@ -140,9 +140,12 @@ class Host:
     def _is_asynchronous(self, call: dict) -> bool:
         return inspect.iscoroutinefunction(self._tools.get(call["name"]))
 
-    def _carried_out(self, group: list[dict], limit_s: float) -> Iterator[dict]:
+    def _carried_out(self, group: list[dict], limit_s: float, left_s: float) -> Iterator[dict]:
         """The messages of calls: of one, or of several asynchronous ones at once."""
         began = time.monotonic()
+        late = f"The call took longer than {limit_s:g} s."
+        if left_s < limit_s:
+            limit_s, late = left_s, "The call took longer than the episode had left."
         if len(group) > 1:
             makes = [lambda c=c: self._tools[c["name"]](**c["arguments"]) for c in group]
             outcomes = clock.together(limit_s, makes)
@@ -152,7 +155,8 @@ class Host:
         for call, (result, error) in zip(group, outcomes):
             failure = ""
             if error is not None:
-                result, failure = {"error": _said(error)}, _failure(error)
+                failure = _failure(error)
+                result = {"error": late if failure == "timeout" else _said(error)}
             message = {"role": "tool", "name": call["name"], "content": _text(result)}
             yield {"message": message, "failure": failure, "seconds": seconds}
 
@@ -217,8 +221,6 @@ def _failure(error: BaseException) -> str:
 
 def _said(error: BaseException) -> str:
     """An error as the policy reads it: its text, without secrets."""
-    if isinstance(error, clock.TookTooLong):
-        return f"The call {error}."
     if isinstance(error, MemoryError):
         return "The call needed too much memory."
     try:

@@ -116,7 +116,7 @@ def short_name(spec: str) -> str:
     prefix, after = kinds.split(entry)
     if label or prefix:
         return label or kinds.KINDS[prefix].name(after)
-    return _split(entry)[0].rpartition(":")[2]
+    return split(entry)[0].rpartition(":")[2]
 
 
 def load(
@@ -203,13 +203,13 @@ def function(spec: str) -> Callable:
     prefix, after = kinds.split(spec)
     if prefix:
         return kinds.KINDS[prefix].resolve(after)
-    name, arguments = _split(spec)
+    name, arguments = split(spec)
     return bound(_find(name), arguments, spec)
 
 
 def given_function(after: str) -> Callable:
     """The function of an entry "python:NAME", as `function`."""
-    name, arguments = _split(after)
+    name, arguments = split(after)
     return bound(_given(name), arguments, given.PREFIX + after)
 
 
@@ -240,8 +240,8 @@ def bound(found: Callable, arguments: dict[str, Any] | None, spec: str) -> Calla
     return made
 
 
-def _split(spec: str) -> tuple[str, dict[str, Any] | None]:
-    """A name and the arguments in its brackets; None without brackets."""
+def split(spec: str, option: str = "rewards.names") -> tuple[str, dict[str, Any] | None]:
+    """A name and the arguments in its brackets; None without brackets. `option`: for messages."""
     name, bracket, _ = spec.partition("(")
     if not bracket:
         return spec.strip(), None
@@ -252,7 +252,7 @@ def _split(spec: str) -> tuple[str, dict[str, Any] | None]:
         arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(
-            f"rewards.names: {shown(spec)} cannot be read ({error}). Write NAME, or "
+            f"{option}: {shown(spec)} cannot be read ({error}). Write NAME, or "
             "NAME(name=value), with numbers, texts or lists as values."
         ) from error
     return name.strip(), arguments

@@ -119,7 +119,7 @@ def _try_rewards(config: ConfigDict, found: Inputs) -> None:
     if config.data.task:
         task, rng = tasks.load(config.data.task), streams.stream(config.seed, "solutions")
         texts, kind = (
-            [task.worked_solution(p, rng) for p in problems],
+            [tasks.whole(task.worked_solution(p, rng)) for p in problems],
             "worked solutions, right and wrong",
         )
     else:
