@@ -56,13 +56,11 @@ class Reader:
         self._template = load_response_template(form.template)
         fields = form.template["fields"]
         self._reasoning = next((name for name in REASONING if name in fields), None)
-        anchors = {"open", "open_pattern", "close", "close_pattern"}
-        kept = {k: v for k, v in fields[CALLS].items() if k in anchors}
-        if "open" in form.anchors:
-            kept.pop("open_pattern", None)
-        kept = _without_names(kept | form.anchors)
-        cut = form.template | {"fields": fields | {CALLS: kept | {"repeats": True}}}
-        self._cut = load_response_template(cut)
+        self._cut = self._template
+        if CALLS in fields:
+            kept = _without_names(_anchors(fields[CALLS]) | form.anchors)
+            cut = form.template | {"fields": fields | {CALLS: kept | {"repeats": True}}}
+            self._cut = load_response_template(cut)
         self._begun = _begun(form, self._template, opening)
 
     def read(self, ids: Sequence[int]) -> Turn:
@@ -223,6 +221,11 @@ def _begun(form: Format, template: Any, opening: str) -> str:
         return template.truncate_past_last_anchor(opening) if opening else ""
     at = opening.rfind("<think>")
     return opening[at:] if at >= 0 else ""
+
+
+def _anchors(field: dict[str, Any]) -> dict[str, Any]:
+    """Where a field begins and ends."""
+    return {k: v for k, v in field.items() if k.startswith(("open", "close"))}
 
 
 def _without_names(anchors: dict[str, Any]) -> dict[str, Any]:
