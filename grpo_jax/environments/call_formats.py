@@ -74,7 +74,7 @@ QWEN_XML = Format(
 LLAMA = Format(
     "Llama's JSON",
     _template(
-        open_pattern=r"\A\s*(?:<\|python_tag\|>\s*)?(?=\{)",
+        open_pattern=r"\A\s*(?:<\|python_tag\|>\s*(?=\{)|(?=\{\s*\"))",
         close_pattern=r"<\|eot_id\|>|<\|eom_id\|>|\Z",
         content="json",
         transform={

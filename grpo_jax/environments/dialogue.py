@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from grpo_jax.data.templates import OPEN, Renderer
+from grpo_jax.data.templates import Renderer
 from grpo_jax.environments import frames, proof
 from grpo_jax.environments.frames import Frames, Message
 from grpo_jax.environments.observations import Observations
@@ -78,15 +78,12 @@ class Dialogue:
         the user. Its control tokens stay text, too. `arguments`: of the template, for each prompt,
         tools included; None: those of this dialogue.
         """
-        spelling = self._frames.spelling
-        slotted = [_with_slot(prompt) for prompt in prompts]
-        rendered = self._frames.render(slotted, [OPEN] * len(slotted), arguments)
+        given = [None] * len(prompts) if arguments is None else arguments
         rows = []
-        for text, said in zip(rendered, texts):
-            written = said.rstrip() if self._frames.strips("user") else said
-            frame = frames.make_frame(text, None, spelling)
-            values = {frames.slot(0): written}
-            rows.append(frame.ids(values, spelling, allow_control=self._allow_control))
+        for prompt, said, of_row in zip(prompts, texts, given):
+            frame = self._frames.start(_with_slot(prompt), of_row)
+            values = {frames.slot(0): self._frames.written_last(said)}
+            rows.append(frame.ids(values, self._frames.spelling, allow_control=self._allow_control))
         return rows
 
     def _names(self, turn_ids: Sequence[int], messages: Sequence[Message]) -> list[str]:

@@ -23,7 +23,9 @@ Message = dict[str, Any]
 
 MARK = "zqmarkqz"  # the end of what the made assistant says
 QUESTION = "zqaskqz"
-_SLOT = re.compile(r"zqslot(\d+)qz|zqid(\d{3})qz")
+_SLOT = re.compile(r"zqslot\d+qz|zqid\d{3}qz|zqname\d+qz")
+_STARTS = 1000  # prompts whose frames are kept
+_AT_ONCE = 8  # results in a group, up to which groups are rendered before a run starts
 # Mistral's templates want names of calls of nine letters and digits.
 _CALL_ID = re.compile(r"[0-9A-Za-z]{9}")
 
@@ -36,6 +38,11 @@ def slot(number: int) -> str:
 def call_id(number: int) -> str:
     """The text in whose place the name of a call comes, of nine letters and digits."""
     return f"zqid{number:03}qz"
+
+
+def tool_name(number: int) -> str:
+    """The text in whose place the name of the tool comes that gave a result."""
+    return f"zqname{number}qz"
 
 
 # What templates make of a message's content.
@@ -130,10 +137,11 @@ class Frames:
         self._tokenizer, self._renderer, self.spelling = tokenizer, renderer, spelling
         self._now = now
         self.arguments = arguments | ({TOOLS: list(tools)} if tools else {})
-        self.tool_names = [tool.get("function", tool).get("name") for tool in tools]
+        self.tool_names = [str(tool.get("function", tool).get("name")) for tool in tools]
         self.stop_ids = frozenset(stop_ids)
         self.takes_several = True  # calls in one turn; some templates refuse a second
-        self._frames: dict[tuple[tuple[str, str], ...], Frame] = {}
+        self._frames: dict[tuple[str, ...], Frame] = {}
+        self._starts: dict[str, Frame] = {}
         self._written: dict[str, str] = {}  # by role, a name of WRITTEN
 
     def render(
@@ -150,11 +158,32 @@ class Frames:
 
     def group(self, messages: Sequence[Message]) -> Frame:
         """The frame of a group of messages, with the opening of the assistant's next turn."""
-        shape = tuple((self.role(m), self._name(m)) for m in messages)
+        shape = tuple(self.role(message) for message in messages)
         if shape not in self._frames:
-            (text,) = self.render([self.after_turn(shape)], [OPEN])
-            self._frames[shape] = self.after_stop(text)
+            self.make([shape])
         return self._frames[shape]
+
+    def make(self, shapes: Sequence[tuple[str, ...]]) -> None:
+        """Renders groups of these shapes, which are roles in their order."""
+        texts = self.render([self.after_turn(s) for s in shapes], [OPEN] * len(shapes))
+        self._frames |= {shape: self.after_stop(text) for shape, text in zip(shapes, texts)}
+
+    def make_usual(self, roles: Sequence[str]) -> None:
+        """Renders the groups that most episodes have, so that a run seldom renders one."""
+        numbers = range(1, _AT_ONCE + 1) if "tool" in roles else ()
+        tools = [("tool",) * number for number in numbers]
+        self.make([*tools, *([("user",)] if "user" in roles else [])])
+
+    def start(self, prompt: Sequence[Message], arguments: dict[str, Any] | None) -> Frame:
+        """The frame of a prompt with a slot, which all episodes of a problem share."""
+        arguments = self.arguments if arguments is None else arguments
+        key = json.dumps([list(prompt), arguments], sort_keys=True, default=str)
+        if key not in self._starts:
+            (text,) = self.render([prompt], [OPEN], [arguments])
+            if len(self._starts) >= _STARTS:
+                self._starts.clear()
+            self._starts[key] = make_frame(text, None, self.spelling)
+        return self._starts[key]
 
     def role(self, message: Message) -> str:
         """The role of an environment's message: a tool, or else the user."""
@@ -164,9 +193,10 @@ class Frames:
         """What the template makes of a message's content."""
         return WRITTEN[self._written[self.role(message)]](text)
 
-    def strips(self, of: str) -> bool:
-        """Whether the template strips contents of a role."""
-        return "stripped" in self._written[of]
+    def written_last(self, text: str) -> str:
+        """What the template makes of a text at the end of a message of the user."""
+        first = "x"  # it keeps the white space before the text
+        return WRITTEN[self._written["user"]](first + text)[len(first) :]
 
     def asks_for_names(self, messages: Sequence[Message]) -> bool:
         """Whether the template writes the names of calls beside their results."""
@@ -179,8 +209,7 @@ class Frames:
         WRITTEN has.
         """
         for of in roles:
-            shape = ((of, self._name({})),)
-            slotted = self.after_turn(shape) if of == "tool" else asking(slot(0))
+            slotted = self.after_turn([of]) if of == "tool" else asking(slot(0))
             probed = [*slotted[:-1], slotted[-1] | {"content": _PROBE}]
             with_slot, with_probe = self.render([slotted, probed], [OPEN, OPEN])
             if slot(0) not in with_slot:
@@ -201,21 +230,17 @@ class Frames:
                 )
             self._written[of] = names[0]
 
-    def after_turn(self, shape: Sequence[tuple[str, str]]) -> list[Message]:
+    def after_turn(self, shape: Sequence[str]) -> list[Message]:
         """The made conversation before a group of this shape, and the group with its slots."""
-        num_calls = next((i for i, (of, _) in enumerate(shape) if of != "tool"), len(shape))
+        num_calls = next((i for i, of in enumerate(shape) if of != "tool"), len(shape))
         said: Message = {"role": "assistant", "content": MARK}
-        if num_calls:
-            names = [name for _, name in shape[:num_calls]]
-            names = names if self.takes_several else names[-1:]
-            values = ["1"] * (len(names) - 1) + [MARK]
-            said = calling([(name, {"x": value}) for name, value in zip(names, values)])
-        last = len(said.get("tool_calls", ())) - 1
-        group = [
-            {"role": of, "content": slot(i)}
-            | ({"name": name, "tool_call_id": call_id(min(i, last))} if of == "tool" else {})
-            for i, (of, name) in enumerate(shape)
-        ]
+        calls = range(num_calls) if self.takes_several else range(min(num_calls, 1))
+        if calls:
+            said = calling([(tool_name(i), {"x": MARK if i == calls[-1] else "1"}) for i in calls])
+        group = [{"role": of, "content": slot(i)} for i, of in enumerate(shape)]
+        for i in range(num_calls):
+            call = min(i, calls[-1])
+            group[i] |= {"name": tool_name(call), "tool_call_id": call_id(call)}
         return [*asking(QUESTION), said, *group]
 
     def after_stop(self, text: str) -> Frame:
@@ -235,11 +260,6 @@ class Frames:
             "never learn to end a turn. Give the tokenizer a template that ends turns, or name its "
             "token in eos_token_id of the model's generation_config.json."
         )
-
-    def _name(self, message: Message) -> str:
-        """The tool of a message; one of the tools in place of others, so that shapes are few."""
-        name = message.get("name")
-        return name if name in self.tool_names else (self.tool_names or ["tool"])[0]
 
 
 def asking(content: str) -> list[Message]:
@@ -262,9 +282,13 @@ def calling(calls: Sequence[tuple[str, dict[str, Any]]], **fields: Any) -> Messa
 def values_of(
     messages: Sequence[Message], contents: Sequence[str], ids: Sequence[str]
 ) -> dict[str, str]:
-    """What comes in the slots of a group: contents as they are written, and names of calls."""
+    """What comes in the slots of a group: contents as they are written, names of tools and calls.
+
+    `ids`: the names that the model gave its calls, or "".
+    """
     values = {slot(i): text for i, text in enumerate(contents)}
     for i, message in enumerate(messages):
-        given = message.get("tool_call_id") or (ids[i] if i < len(ids) else "")
-        values[call_id(i)] = given if _CALL_ID.fullmatch(str(given)) else f"call{i:05}"
+        given = str(message.get("tool_call_id") or (ids[i] if i < len(ids) else ""))
+        values[call_id(i)] = given if _CALL_ID.fullmatch(given) else f"call{i:05}"
+        values[tool_name(i)] = str(message.get("name") or "unknown")
     return values

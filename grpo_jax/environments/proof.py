@@ -56,6 +56,7 @@ def examine(
                 "makes are written as results of one."
             )
     made.learn_roles(["tool", "user"] if tools else ["user"])
+    made.make_usual(["tool"] * bool(tools) + ["user"] * replies)
     asked, opened, closed, thought = _render(
         made,
         [
@@ -174,10 +175,8 @@ def _refuse_without_calls(made: Frames) -> None:
 
 
 def _takes_several(made: Frames) -> bool:
-    name = made.tool_names[0]
-    shape = [("tool", name), ("tool", name)]
     try:
-        (text,) = made.render([made.after_turn(shape)], [OPEN])
+        (text,) = made.render([made.after_turn(["tool", "tool"])], [OPEN])
     except TemplateError:
         return False
     return MARK in text and frames.slot(0) in text and frames.slot(1) in text

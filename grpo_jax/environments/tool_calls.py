@@ -73,7 +73,13 @@ class Reader:
         for span in self._spans(text):
             rest.append(text[end : span.first])
             end = span.past
-            calls += self._calls(text, span, stop)
+            calls += self._calls(text, span)
+        calls = [
+            dataclasses.replace(call, text=call.text.removesuffix(stop))
+            if isinstance(call, Malformed)
+            else call
+            for call in calls
+        ]
         turn = self._said("".join([*rest, text[end:]]).removesuffix(stop))
         return _unmarked(dataclasses.replace(turn, calls=tuple(calls)), mark)
 
@@ -112,11 +118,11 @@ class Reader:
                 return
             end = past if past > opened.start() else past + 1
 
-    def _calls(self, text: str, span: _Span, stop: str) -> list[Call | Malformed]:
+    def _calls(self, text: str, span: _Span) -> list[Call | Malformed]:
         """The calls between one opening and its end; formats that are lists have several."""
         whole = text[span.first : span.past]
         if not span.has_end:
-            return [Malformed("unclosed", "The call has no end.", whole.removesuffix(stop))]
+            return [Malformed("unclosed", "The call has no end.", whole)]
         body = text[span.body : span.body_past]
         found = self._call(whole, span)
         if isinstance(found, list):

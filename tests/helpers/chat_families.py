@@ -126,7 +126,9 @@ Made = tuple[PreTrainedTokenizerFast, tuple[int, ...]]  # a tokenizer and its st
 
 def qwen(template: str = QWEN3) -> Made:
     """Splits bytes, knows calls and thinking by tokens that are not special, as Qwen3."""
-    return _bytes(template, _QWEN, _QWEN_ADDED, eos="<|im_end|>", stops=_QWEN[::2])
+    return _bytes(
+        template, _QWEN, _QWEN_ADDED, eos="<|im_end|>", stops=("<|im_end|>", "<|endoftext|>")
+    )
 
 
 def llama(template: str = LLAMA3) -> Made:
