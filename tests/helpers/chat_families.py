@@ -62,6 +62,10 @@ QWEN3_XML = (
     )
     .replace("and (loop.last or m.reasoning_content)", "")
     .replace(
+        "{%- if m.content or not loop.first %}{{ '\n' }}{% endif %}",
+        "{{- '\n' * (not loop.first) or '\n\n' * (m.content != '') }}",
+    )
+    .replace(
         "{{ '<think>\n\n</think>\n\n' }}\n{%- endif %}",
         "{{ '<think>\n\n</think>\n\n' }}\n{%- else %}{{ '<think>\n' }}{%- endif %}",
     )
@@ -110,7 +114,7 @@ MISTRAL = """
 {%- endfor %}"""
 
 # As Mistral's, with the tools beside the first question, where they stay.
-MISTRAL_FIRST = MISTRAL.replace("m == asked[-1]", "m == asked[0]")
+MISTRAL_FIRST = MISTRAL.replace("m == asked[-1]", "loop.first")
 
 _QWEN = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _QWEN_ADDED = ("<tool_call>", "</tool_call>", "<think>", "</think>")

@@ -79,7 +79,8 @@ class Family:
             return f"[TOOL_CALLS] {_json(named)}"
         write = _xml if self.form == "xml" else _json
         calls = [f"<tool_call>\n{write(function)}\n</tool_call>" for function in functions]
-        text = "\n".join([said["content"]] * bool(said["content"]) + calls)
+        between = "\n\n" if self.form == "xml" else "\n"
+        text = between.join(part for part in (said["content"], "\n".join(calls)) if part)
         if "reasoning_content" in said:
             return f"<think>\n{said['reasoning_content']}\n</think>\n\n{text}"
         return text
