@@ -21,8 +21,8 @@ from grpo_jax.algorithm.advantages import (
     evaluate,
     group_advantages,
 )
-from grpo_jax.config import options as options_lib
 from grpo_jax.config import advantage_rules
+from grpo_jax.config import options as options_lib
 
 nan = float("nan")
 P, G, C, R = 6, 4, 5, 2
