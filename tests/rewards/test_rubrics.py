@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,14 @@ def test_the_rubrics_that_ship_are_read():
     assert helpful.score({"helpful": 5, "right": 5, "padded": 0}) == 0.8  # its highest
     assert (pairs.mode, pairs.reference, pairs.opponents) == ("pairwise", "answer", 2)
     assert ranking.mode == "listwise" and ranking.digest != pairs.digest
+
+
+def test_the_rubric_of_the_page_is_read(tmp_path):
+    page = (RUBRICS.parents[1] / "docs" / "judges.md").read_text()
+    (block,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    found = rubric.read(written(tmp_path, block))
+    assert found.columns_read == ["answer", "leaflet"] and len(found.criteria) == 2
+    assert found.sampling == rubric.Rubric("single", "x", ()).sampling  # "the defaults"
 
 
 def test_a_judge_is_a_reward_that_names_its_columns(tmp_path):

@@ -51,7 +51,7 @@ def model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("judge") / "model")
 
 
-def fault_of(text: str) -> bytes | None | bool:
+def fault_of(text: str) -> bytes | bool | None:
     """How the judge fails on a text; False: it judges it."""
     n = zlib.crc32(text.encode())
     return BAD[n // 2 % len(BAD)] if n % 2 else False
