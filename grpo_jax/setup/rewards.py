@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -32,13 +31,14 @@ def load_rewards(config: ConfigDict) -> list[Reward]:
         if reward.model:
             reward_models.read(reward.model)
     if any(reward.runs == kinds.HOST for reward in rewards):
-        judges().read(config, rewards)
+        _judges().read(config, rewards)
     return rewards
 
 
-def judges() -> ModuleType:
-    """What LLM judges need, imported if there are any."""
-    return importlib.import_module("grpo_jax.setup.judges")
+def _judges() -> ModuleType:
+    from grpo_jax.setup import judges  # what runs without LLM judges do without
+
+    return judges
 
 
 def start_rewards(
@@ -65,7 +65,7 @@ def start_rewards(
             options.timeout_s, int(options.memory_limit_gib * 2**30), options.start_timeout_s
         ),
         models=models,
-        host=judges().start(config, rewards, folder)
+        host=_judges().start(config, rewards, folder)
         if any(reward.runs == kinds.HOST for reward in rewards)
         else None,
     )

@@ -66,7 +66,7 @@ class Rubric:
     against: str = "group"  # what a pairwise judge compares an answer with
     opponents: int = 0  # answers of its group that each one is compared with; 0: all others
     sees_thinking: bool = False  # whether the judge reads what stands before </think>
-    sampling: tuple[tuple[str, Any], ...] = tuple(_SAMPLING.items())  # of the request
+    sampling: tuple[tuple[str, Any], ...] = tuple(sorted(_SAMPLING.items()))  # of the request
     server: Server = Server()
 
     @property
