@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import socket
+import time
 
 import numpy as np
 import pytest
@@ -207,7 +207,7 @@ def test_a_server_that_is_not_there(tmp_path):
 
 @pytest.mark.parametrize(
     "bad",
-    [b"", response(429, b"", "Retry-After: 0"), response(500), b"HTTP/1.1 503 Away\r\n\r\n",
+    [b"", response(429, b"", "Retry-After: 0"), response(500), 
      response(429, b"", "Retry-After: Mon, 30 Nov 2020 00:00:00 GMT")],
 )  # fmt: skip
 def test_calls_are_repeated_until_one_succeeds(tmp_path, bad):
@@ -379,5 +379,5 @@ def test_the_event_loop_ends_with_calls_under_way(tmp_path):
         with Pool(rewards, host=host) as pool:
             pool.submit(["q"], ["a"], {})
             while not stub.requests:
-                asyncio.run(asyncio.sleep(0.01))
+                time.sleep(0.01)
         host.close()  # twice does no harm
