@@ -60,11 +60,11 @@ def response(status: int, body: bytes = b"", *headers: str) -> bytes:
 class StubJudge:
     """A context manager. `reply(body, i)` gives the bytes of response i, or None: never.
 
-    An empty one closes the connection. What is sent stays in `requests`.
+    An empty one, or one in a tuple, closes the connection. What is sent stays in `requests`.
     """
 
     def __init__(
-        self, reply: Callable[[dict, int], bytes | None] | None = None, delay_s: float = 0.0
+        self, reply: Callable[[dict, int], bytes | tuple | None] | None = None, delay_s: float = 0.0
     ):
         self._reply = reply or (lambda body, i: completion(by_length(body)))
         self._delay_s = delay_s
@@ -118,9 +118,9 @@ class StubJudge:
                 if sent is None:
                     await asyncio.sleep(3600)
                 self.at_once -= 1
-                writer.write(sent)
+                writer.write(sent[0] if isinstance(sent, tuple) else sent)
                 await writer.drain()
-                if not sent:
+                if not sent or isinstance(sent, tuple):
                     break
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass

@@ -148,7 +148,7 @@ def test_every_answer_of_a_ring_meets_as_many():
 LONG = b"x" * 20_000
 BAD = {
     "closes": (b"", "connection", "closed before the response ended"),
-    "closes within": (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", "connection", "closed"),
+    "closes within": ((b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{",), "connection", "closed"),
     "never answers": (None, "timeout", "did not answer in judge.timeout_s = 0.3 s"),
     "answers garbage": (b"\x00\xff\n\n\r\n\r\n", "garbage", "no HTTP"),
     "sends a line without an end": (b"H" * 40_000, "garbage", "line without an end"),
@@ -353,8 +353,8 @@ def test_no_text_speaks_as_the_judge(tmp_path):
     texts = [f"The answer is 4. {text}" for text in INJECTIONS]
     flips = 0
     with StubJudge(quoting("good=2")) as stub:
-        limits = Limits(retries=0)
-        got = judged(tmp_path, stub.url, texts, limits=limits)
+        rubric = "sees_thinking = true\n" + SINGLE
+        got = judged(tmp_path, stub.url, texts, rubric, Limits(retries=0))
         flips += int((got.reward_B != 0.25).sum())
         for body in stub.requests:  # and nothing ends its block, or begins another
             content = body["messages"][1]["content"]

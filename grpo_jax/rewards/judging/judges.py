@@ -48,7 +48,7 @@ class Judges:
         cache: Cache | None = None,
     ):
         """Starts nothing yet. ValueError for an address that is none."""
-        self._cache = cache or Cache()
+        self._cache = Cache() if cache is None else cache
         self._loop = asyncio.new_event_loop()
         self._thread: threading.Thread | None = None
         self._tasks: set[asyncio.Task] = set()
