@@ -73,16 +73,4 @@ def _cache(folder: Path | None) -> Cache:
     files = sorted(folder.glob(_FILES))
     number = processes.number()
     own = folder / ("judgements.jsonl" if number == 0 else f"judgements-{number}.jsonl")
-    log = Log(own, say)
-    if _is_torn(own):  # by a process that was killed
-        log.append(b"\n")
-    return Cache(files, log.append)
-
-
-def _is_torn(file: Path) -> bool:
-    """Whether a file ends within a line."""
-    with file.open("rb") as opened:
-        if not opened.seek(0, os.SEEK_END):
-            return False
-        opened.seek(-1, os.SEEK_END)
-        return opened.read() != b"\n"
+    return Cache(files, Log(own, say).append)

@@ -43,10 +43,12 @@ class Cache:
         """
         self._append, self._lock = append, threading.Lock()
         self._kept: dict[str, Kept] = {}
+        self._gap = b""  # ends an unfinished line
         for file in files:
             with file.open("rb") as lines:
                 for line in lines:
                     self._read(line)
+                    self._gap = self._gap if line.endswith(b"\n") else b"\n"
         self.calls = len(self._kept)  # of earlier processes
         self.tokens = sum(k.prompt_tokens + k.completion_tokens for k in self._kept.values())
 
@@ -71,4 +73,5 @@ class Cache:
         with self._lock:
             self._kept[key] = kept
             if self._append is not None:
-                self._append(json.dumps(row).encode() + b"\n")
+                self._append(self._gap + json.dumps(row).encode() + b"\n")
+                self._gap = b""
