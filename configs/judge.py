@@ -14,7 +14,7 @@ from grpo_jax.config import loading
 
 def get_config():
     c = loading.read("gsm8k", [])
-    c.rewards.names = ("math_answer", "judge:configs/rubrics/helpful.toml")
+    c.rewards.names = ("math_answer", "judge:helpful")
     c.rewards.weights = (1.0, 0.3)
     c.rewards.accuracy = "math_answer"
     c.rewards.max_failed_share = 0.3  # of a step; more is an outage, and ends the run

@@ -52,6 +52,10 @@ def test_a_judge_is_a_reward_that_names_its_columns(tmp_path):
     entry = f"judge:{RUBRICS / 'pairs.toml'}"
     (reward,) = registry.load((entry,), (1.0,))
     assert (reward.name, reward.runs) == ("pairs", "host")
+    (named,) = registry.load(("judge:pairs",), (1.0,))  # one of ours
+    assert named.name == "pairs"
+    of = lambda reward: registry.function(reward.spec).digest  # noqa: E731
+    assert of(named) == of(reward) == rubric.read(str(RUBRICS / "pairs.toml")).digest
     with pytest.raises(ValueError, match="needs a column `answer`"):
         registry.refuse_columns([reward], [Problem("p", {}, "x.jsonl, line 1")])
     registry.refuse_columns([reward], [Problem("p", {"answer": "4"}, "x.jsonl, line 1")])

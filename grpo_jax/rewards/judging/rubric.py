@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+SHIPPED = Path(__file__).parents[2] / "configs" / "rubrics"
 MODES = ("single", "pairwise", "listwise")
 AGAINST = ("group", "reference")
 
@@ -90,13 +91,18 @@ class Rubric:
 
 
 def as_function(path: str) -> Callable:
-    """The reward function of an entry "judge:FILE", which tells its columns and is not called."""
+    """The reward function of an entry "judge:FILE": it tells its columns, and is not called.
+
+    Its attribute `digest` is that of the rubric.
+    """
+    rubric = read(path)
 
     def judged(**columns: Any) -> list[float]:
         raise AssertionError(f"the judge of {path!r} is no function of the workers")
 
     kind = inspect.Parameter.KEYWORD_ONLY
-    names = ["prompts", "completions", *read(path).columns_read]
+    names = ["prompts", "completions", *rubric.columns_read]
+    judged.digest = rubric.digest
     judged.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])
     return judged
 
@@ -110,15 +116,22 @@ def _parsed(text: str, path: str) -> Rubric:
     return _Reading(path).rubric(found)
 
 
+def find(path: str) -> Path:
+    """The file of a rubric: at `path`, or one of ours by its name alone, such as helpful."""
+    ours = SHIPPED / f"{path}.toml"
+    return ours if re.fullmatch(r"\w+", path) and ours.is_file() else Path(path)
+
+
 def read(path: str) -> Rubric:
     """The rubric in a file; ValueError, naming the file and the key, for one with a mistake."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = find(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is no text in UTF-8"
         raise ValueError(
             f"rewards.names: the rubric {path} cannot be read: {why}. Write judge:FILE with a TOML "
-            "file; docs/judges.md has the format, and configs/rubrics examples."
+            f"file, or one of ours: {', '.join(sorted(p.stem for p in SHIPPED.glob('*.toml')))}. "
+            "docs/judges.md has the format."
         ) from error
     return _parsed(text, str(path))
 
