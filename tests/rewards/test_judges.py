@@ -40,12 +40,14 @@ def at_once(monkeypatch):
     monkeypatch.setattr("grpo_jax.rewards.judging.client._FIRST_WAIT_S", 0.001)
 
 
-def judged(tmp_path, url, texts, text=SINGLE, limits=QUICK, cache=None, key="", **columns):
+def judged(
+    tmp_path, url, texts, text=SINGLE, limits=QUICK, cache=None, key="", model="m1", **columns
+):
     """The scores of one prompt's completions, by the pool of a run."""
     file = tmp_path / "rubric.toml"
     file.write_text(text)
     rewards = registry.load((f"judge:{file}",), (1.0,))
-    settings = {"rubric": Settings(rubric_lib.read(str(file)), url, "some-model", key)}
+    settings = {"rubric": Settings(rubric_lib.read(str(file)), url, model, key)}
     host = Judges(settings, limits, cache)
     with Pool(rewards, host=host) as pool:
         columns = {name: [value] * len(texts) for name, value in columns.items()}
@@ -65,7 +67,7 @@ def test_a_single_judge_gives_each_its_share_of_the_scale(tmp_path):
     assert got.metrics["judge/cached_share"] == (1, 5)
     assert got.sums["judge/prompt_tokens"] == 400 and got.sums["judge/completion_tokens"] == 40
     assert got.extras["rubric said"][1].startswith("It is long enough.\nVERDICT-")
-    assert {body["model"] for body in stub.requests} == {"some-model"}
+    assert {body["model"] for body in stub.requests} == {"m1"}
     assert {(body["temperature"], body["max_tokens"]) for body in stub.requests} == {(0.0, 1024)}
     assert len({body["messages"][0]["content"] for body in stub.requests}) == 1
 
@@ -295,10 +297,12 @@ def test_what_was_judged_once_is_not_asked_again(tmp_path):
             before = len(stub.requests)
             judged(tmp_path, stub.url, texts, SINGLE + other, cache=kept_in(file))
             assert len(stub.requests) == before + 4
+        judged(tmp_path, stub.url, texts, cache=kept_in(file), model="m2")
+        assert len(stub.requests) == 16
         # Earlier calls count in a run's budget.
         cache = kept_in(file)
-        assert cache.calls == len(cache) == 16 and cache.tokens == 16 * 110
-        spent = judged(tmp_path, stub.url, ["new"], limits=Limits(max_calls=16), cache=cache)
+        assert cache.calls == len(cache) == 20 and cache.tokens == 20 * 110
+        spent = judged(tmp_path, stub.url, ["new"], limits=Limits(max_calls=20), cache=cache)
         assert spent.unknown_B.all()
 
 
