@@ -69,6 +69,12 @@ KINDS: dict[str, Kind] = {
         "grpo_jax.rewards.kinds:of_no_worker",
         of_call,
     ),
+    "judge:": Kind(
+        "file of a rubric",
+        HOST,
+        "grpo_jax.rewards.judging.rubric:as_function",
+        of_file,
+    ),
     "python:": Kind(
         "name of a function that a Python program gave",
         WORKERS,
