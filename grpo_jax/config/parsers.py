@@ -72,7 +72,13 @@ def evaluate() -> argparse.ArgumentParser:
 
 def score() -> argparse.ArgumentParser:
     parser = _new("score", "Tries rewards on a dataset.")
-    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--config", metavar="FILE", help="a file as in configs/")
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        dest="lists",
+        help="every reward that can be named, with its arguments, and end",
+    )
     parser.add_argument("--split", choices=("train", "eval"), default="train",
                         help="training or held-out problems of the config")  # fmt: skip
     source = parser.add_mutually_exclusive_group()
@@ -85,6 +91,18 @@ def score() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=1, metavar="N",
                         help="completions given to a function at once")  # fmt: skip
     parser.add_argument("--samples", type=int, default=4, metavar="N", help="rows to show")
+    parser.add_argument(
+        "--human",
+        metavar="NAME",
+        default="",
+        help="column with people's labels, good or not: agreement by kappa",
+    )
+    parser.add_argument(
+        "--picture",
+        metavar="FILE",
+        default="",
+        help="draw distributions and correlations here, as .png or .svg",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     parser.add_argument("--out", metavar="FILE", help="write every row with its rewards here")
     return parser

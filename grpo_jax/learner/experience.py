@@ -131,9 +131,7 @@ class Prepare:
             rewards, beside = jax.tree.map(reorder, (rewards, beside))
         log_probs = given.old_logp_PGC, given.ref_logp_PGC
         reward, greedy, known_PG = rewards
-        valued = self._valuing(
-            given.rollouts, reward, greedy, log_probs, given.value_PGC, known_PG
-        )
+        valued = self._valuing(given.rollouts, reward, greedy, log_probs, given.value_PGC, known_PG)
         experience = valued().replace(
             old_logp_PGC=given.old_logp_PGC, ref_logp_PGC=given.ref_logp_PGC, **beside
         )

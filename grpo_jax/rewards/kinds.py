@@ -62,6 +62,12 @@ KINDS: dict[str, Kind] = {
         "grpo_jax.rewards.kinds:of_no_worker",
         of_folder,
     ),
+    "ensemble:": Kind(
+        "form of an ensemble, with its members in brackets",
+        OTHERS,
+        "grpo_jax.rewards.ensembles:function",
+        of_call,
+    ),
     "python:": Kind(
         "name of a function that a Python program gave",
         WORKERS,

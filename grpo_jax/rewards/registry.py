@@ -115,7 +115,12 @@ def short_name(spec: str) -> str:
     prefix, after = kinds.split(entry)
     if label or prefix:
         return label or kinds.KINDS[prefix].name(after)
-    return _split(entry)[0].rpartition(":")[2]
+    return split_call(entry)[0].rpartition(":")[2]
+
+
+def named(names: Sequence[str]) -> list[Reward]:
+    """The rewards of entries that `load` has read before, with weight 0."""
+    return [Reward(short_name(name), labelled(name)[0], 0.0) for name in names]
 
 
 def load(
@@ -202,13 +207,13 @@ def function(spec: str) -> Callable:
     prefix, after = kinds.split(spec)
     if prefix:
         return kinds.KINDS[prefix].resolve(after)
-    name, arguments = _split(spec)
+    name, arguments = split_call(spec)
     return bound(_find(name), arguments, spec)
 
 
 def given_function(after: str) -> Callable:
     """The function of an entry "python:NAME", as `function`."""
-    name, arguments = _split(after)
+    name, arguments = split_call(after)
     return bound(_given(name), arguments, given.PREFIX + after)
 
 
@@ -239,8 +244,11 @@ def bound(found: Callable, arguments: dict[str, Any] | None, spec: str) -> Calla
     return made
 
 
-def _split(spec: str) -> tuple[str, dict[str, Any] | None]:
-    """A name and the arguments in its brackets; None without brackets."""
+def split_call(spec: str) -> tuple[str, dict[str, Any] | None]:
+    """A name and the arguments in its brackets; None without brackets.
+
+    Raises ValueError, naming rewards.names, for what cannot be read.
+    """
     name, bracket, _ = spec.partition("(")
     if not bracket:
         return spec.strip(), None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from grpo_jax.hosts import cpus as cpus_lib
-from grpo_jax.rewards import registry
+from grpo_jax.rewards import ensembles, registry
 from grpo_jax.rewards.none import NoRewards
 from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.rewards.registry import Reward
@@ -28,6 +28,7 @@ def load_rewards(config: ConfigDict) -> list[Reward]:
     for reward in rewards:
         if reward.model:
             reward_models.read(reward.model)
+    ensembles.refuse(rewards)
     return rewards
 
 
