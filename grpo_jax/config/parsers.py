@@ -108,6 +108,37 @@ def score() -> argparse.ArgumentParser:
     return parser
 
 
+def label() -> argparse.ArgumentParser:
+    parser = _new(
+        "label",
+        "Draws completions of a dataset's prompts, compares them by rewards, and writes rows.",
+        epilog="Any option of the config can be changed by --config.NAME=VALUE.",
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="a file as in configs/: data and rewards")
+    add("--model", required=True, metavar="DIR_OR_ID",
+        help="Hugging Face folder or hub id, or a run's folder, that draws")  # fmt: skip
+    add("--out", required=True, metavar="FILE", help="the rows, as .jsonl or .parquet")
+    add("--kind", choices=("pairs", "scores", "labels"), default="pairs",
+        help="pairs of best and worst (default), every score, or labels good and not")  # fmt: skip
+    add("--split", choices=list(SPLITS), default="train", help="held-out or training problems")
+    add("--num-problems", type=int, default=0, metavar="N", help="first N; default 0: all")
+    add("--num-samples", type=int, default=4, metavar="G", help="completions of each; default 4")
+    add("--margin", type=float, default=0.0, metavar="M",
+        help="rewards of a pair differ by more; default 0")  # fmt: skip
+    add("--threshold", type=float, default=0.5, metavar="T",
+        help="least reward of a good label; default 0.5")  # fmt: skip
+    add("--batch", type=int, default=32, metavar="N",
+        help="prompts of a part, which a killed program loses at most; default 32")  # fmt: skip
+    add("--temperature", type=float, metavar="T", help="default rollout.temperature")
+    add("--top-p", type=float, metavar="P", help="default rollout.top_p")
+    add("--top-k", type=int, metavar="K", help="0: all tokens; default rollout.top_k")
+    add("--max-tokens", type=int, metavar="N", help="default rollout.max_tokens")
+    add("--seed", type=int, metavar="S", help="of the completions; default seed")
+    add("--dtype", choices=("float32", "bfloat16"), help="default model.dtype")
+    return parser
+
+
 def export() -> argparse.ArgumentParser:
     parser = _new("export", "Writes a checkpoint of a run as a Hugging Face folder.")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="the folder of the run")
@@ -183,6 +214,7 @@ BY_PROGRAM: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "generate": generate,
     "evaluate": evaluate,
     "score": score,
+    "label": label,
     "export": export,
     "plan": plan,
     "report": report,

@@ -9,6 +9,8 @@ from grpo_jax.rewards.registry import Reward
 from grpo_jax.rewards.scores import Failure, Scores
 
 NAN = float("nan")
+
+
 def rewards_of(on_failure, **weights):
     return [Reward(name, name, w, on_failure=on_failure) for name, w in weights.items()]
 
