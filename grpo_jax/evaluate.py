@@ -257,7 +257,7 @@ def evaluate(args: argparse.Namespace, config: ConfigDict) -> tuple[list[Problem
             raise ValueError(f"{folder} cannot be made: {error.strerror}.") from error
     evaluated = []
     scored_by = reward_models.load_all(config, rewards, mesh, now)
-    with start_rewards(config, rewards, models=scored_by) as pool:
+    with start_rewards(config, rewards, models=scored_by, folder=Path(args.out)) as pool:
         for found, path, name, asked in zip(
             models, args.models, compare.names(args.models), questions
         ):

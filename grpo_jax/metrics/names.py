@@ -60,6 +60,34 @@ METRICS: dict[str, Metric] = {
     "reward/NAME_std": Metric(
         "", "standard deviation of one reward over the completions that have it"
     ),
+    "judge/calls": Metric("calls", "calls of LLM judges in the step, repeated ones included"),
+    "judge/cached_share": Metric(
+        "share", "judgements that needed no call: the run had them already, or two texts are equal"
+    ),
+    "judge/retries": Metric("calls", "calls among them that repeated a failed one"),
+    "judge/seconds": Metric("s", "mean time of a call, without waiting for its turn"),
+    "judge/prompt_tokens": Metric("tokens", "tokens that judges read in the step"),
+    "judge/completion_tokens": Metric("tokens", "tokens that judges wrote in the step"),
+    "judge/flip_share/NAME": Metric(
+        "share",
+        "pairs for which a judge preferred the other answer once their order was changed; ties",
+    ),
+    "judge/length_correlation/NAME": Metric(
+        "", "correlation of a judge's numbers with the completions' lengths in tokens"
+    ),
+    **{
+        f"judge/failed_by_{kind}": Metric("judgements", f"judgements that {what}")
+        for kind, what in {
+            "timeout": "took too long",
+            "connection": "lost their connection, or got none",
+            "status": "the server refused",
+            "redirect": "were redirected, which is not followed",
+            "size": "got too long a response",
+            "garbage": "got a response that cannot be read",
+            "verdict": "got no verdict, or one that cannot be read",
+            "budget": "were beyond the run's budget",
+        }.items()
+    },
     "accuracy": Metric(
         "share",
         "completions with a 1 from the reward rewards.accuracy, among those to which it applies",

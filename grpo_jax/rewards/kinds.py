@@ -68,6 +68,12 @@ KINDS: dict[str, Kind] = {
         "grpo_jax.rewards.ensembles:function",
         of_call,
     ),
+    "judge:": Kind(
+        "file of a rubric",
+        HOST,
+        "grpo_jax.rewards.judging.rubric:as_function",
+        of_file,
+    ),
     "python:": Kind(
         "name of a function that a Python program gave",
         WORKERS,

@@ -125,7 +125,7 @@ def _try_rewards(config: ConfigDict, found: Inputs) -> None:
     else:
         texts, kind = [""] * len(problems), "empty completions"
     ids = found.policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    functions = [reward for reward in found.rewards if reward.runs == kinds.WORKERS]
+    functions = [r for r in found.rewards if r.runs in (kinds.WORKERS, kinds.HOST)]
     if not functions:
         return
     with start_rewards(config, functions) as pool:
