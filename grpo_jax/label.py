@@ -163,7 +163,7 @@ def main(argv: list[str]) -> None:
         slots = config.rollout.num_slots or _NUM_SLOTS
         engine = Engine(decoder, num_slots=slots, compact=config.rollout.compact)
         models = reward_models.load_all(config, rewards, mesh, now)
-        with start_rewards(config, rewards, models=models) as pool:
+        with start_rewards(config, rewards, models=models, folder=parts.folder) as pool:
             share = config.rewards.max_failed_share
             given = engine, engine.publish(params), policy, questions, pool, parts, share
             number = _label(args, *given)

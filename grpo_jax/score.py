@@ -228,6 +228,8 @@ def _show_relations(found: dict) -> None:
             row = found["correlations"][one].values()
             table.add_row(one, *("-" if v is None else f"{v:.2f}" for v in row))
         console.console.print(table)
+    for name, number in found["per_1000"].items():
+        say(f"{name}: {number:,.4g} per 1,000 rows")
     for name, mean in found["logged"].items():
         say(f"{name}: {mean:.4g} (mean of what rewards logged)")
     for name, of in found.get("agreement", {}).items():

@@ -30,7 +30,9 @@ def load_rewards(config: ConfigDict) -> list[Reward]:
     for reward in rewards:
         if reward.model:
             reward_models.read(reward.model)
-from grpo_jax.rewards import ensembles, kinds, registry
+    ensembles.refuse(rewards)
+    if any(reward.runs == kinds.HOST for reward in rewards):
+        _judges().read(config, rewards)
     return rewards
 
 
