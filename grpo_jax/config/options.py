@@ -310,6 +310,11 @@ TABLE = (
             "guards.equal_groups_steps steps in a row"),
     number("guards.equal_groups_steps", 10, COUNT, "steps", "See guards.equal_groups",
            special={0: "not watched"}, free=True),
+    _action("guards.members", "warn", "When one member of an ensemble rose while another fell, "
+            "each by guards.member_shift from one guards.window to the next"),
+    number("guards.member_shift", 0.5, POSITIVE, "deviations",
+           "Of the member's own standard deviation within steps; see guards.members",
+           special={0: "not watched"}, free=True),
     _action("guards.kl", "warn", "When policy/kl of an update is above guards.kl_max"),
     number("guards.kl_max", 0.0, POSITIVE, "nats per token", "See guards.kl",
            special={0: "not watched"}, free=True),

@@ -69,6 +69,12 @@ KINDS: dict[str, Kind] = {
         "grpo_jax.rewards.kinds:of_no_worker",
         of_call,
     ),
+    "ensemble:": Kind(
+        "form of an ensemble, with its members in brackets",
+        OTHERS,
+        "grpo_jax.rewards.ensembles:function",
+        of_call,
+    ),
     "judge:": Kind(
         "file of a rubric",
         HOST,

@@ -130,6 +130,11 @@ class Pool:
         self._thread.start()
 
     @property
+    def measured(self) -> list[Reward]:
+        """The rewards that are not computed from others."""
+        return [reward for reward in self.rewards if reward.runs != kinds.OTHERS]
+
+    @property
     def names(self) -> list[str]:
         """The rewards' names, in the config's order."""
         return [reward.name for reward in self.rewards]

@@ -116,7 +116,12 @@ def short_name(spec: str) -> str:
     prefix, after = kinds.split(entry)
     if label or prefix:
         return label or kinds.KINDS[prefix].name(after)
-    return split(entry)[0].rpartition(":")[2]
+    return split_call(entry)[0].rpartition(":")[2]
+
+
+def named(names: Sequence[str]) -> list[Reward]:
+    """The rewards of entries that `load` has read before, with weight 0."""
+    return [Reward(short_name(name), labelled(name)[0], 0.0) for name in names]
 
 
 def load(
@@ -203,13 +208,13 @@ def function(spec: str) -> Callable:
     prefix, after = kinds.split(spec)
     if prefix:
         return kinds.KINDS[prefix].resolve(after)
-    name, arguments = split(spec)
+    name, arguments = split_call(spec)
     return bound(_find(name), arguments, spec)
 
 
 def given_function(after: str) -> Callable:
     """The function of an entry "python:NAME", as `function`."""
-    name, arguments = split(after)
+    name, arguments = split_call(after)
     return bound(_given(name), arguments, given.PREFIX + after)
 
 
@@ -240,8 +245,11 @@ def bound(found: Callable, arguments: dict[str, Any] | None, spec: str) -> Calla
     return made
 
 
-def split(spec: str, option: str = "rewards.names") -> tuple[str, dict[str, Any] | None]:
-    """A name and the arguments in its brackets; None without brackets. `option`: for messages."""
+def split_call(spec: str, option: str = "rewards.names") -> tuple[str, dict[str, Any] | None]:
+    """A name and the arguments in its brackets; None without brackets.
+
+    Raises ValueError, naming the `option`, for what cannot be read.
+    """
     name, bracket, _ = spec.partition("(")
     if not bracket:
         return spec.strip(), None

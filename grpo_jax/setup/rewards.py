@@ -9,7 +9,7 @@ from types import ModuleType
 from ml_collections import ConfigDict
 
 from grpo_jax.hosts import cpus as cpus_lib
-from grpo_jax.rewards import kinds, registry
+from grpo_jax.rewards import ensembles, kinds, registry
 from grpo_jax.rewards.none import NoRewards
 from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.rewards.registry import Reward
@@ -30,6 +30,7 @@ def load_rewards(config: ConfigDict) -> list[Reward]:
     for reward in rewards:
         if reward.model:
             reward_models.read(reward.model)
+    ensembles.refuse(rewards)
     if any(reward.runs == kinds.HOST for reward in rewards):
         _judges().read(config, rewards)
     return rewards

@@ -18,7 +18,7 @@ from grpo_jax.environments import episode
 from grpo_jax.environments.single_turn import Rollout
 from grpo_jax.messages.progress import Progress
 from grpo_jax.metrics.writers import Writers
-from grpo_jax.rewards import groups, kinds
+from grpo_jax.rewards import ensembles, groups, kinds, relations
 from grpo_jax.rewards.scores import Scores
 from grpo_jax.trainers import coefficients
 from grpo_jax.trainers.guards import Guards
@@ -204,6 +204,8 @@ def rollout_metrics(run: Run, sampled: Rollout, scores: Scores) -> dict[str, flo
             values[f"reward/{name}"] = np.nanmean(value_B)
             values[f"reward/{name}_std"] = np.nanstd(value_B)
         values[f"rewards/failed/{name}"] = scores.failed[name].sum()
+    if members := ensembles.members(run.rewards.rewards):
+        values |= relations.metrics(scores, members, length_PG.ravel())
     for kind in {failure.kind for failure in scores.failures}:
         values[f"rewards/failed_by_{kind}"] = scores.num_failed(kind)
     for name, (total, count) in scores.metrics.items():
