@@ -146,6 +146,11 @@ class Sandbox:
             return str(error)
         return self.measures.get("error", "")
 
+    @property
+    def pid(self) -> int:
+        """The process that starts programs."""
+        return self._process.pid
+
     def hear(self) -> Any:
         """What the process that starts programs says next; SandboxError if it is gone."""
         try:
@@ -200,12 +205,15 @@ class Sandbox:
     ) -> Iterator[Running]:
         """A program that is running; it is stopped at the end of the block.
 
-        `peer`: a further socket that it gets. `cpu_s`: if more than `seconds`. Raises SandboxError if it cannot be started.
+        `peer`: a further socket that it gets. `cpu_s`: if more than `seconds`. Raises SandboxError
+        if it cannot be started.
         """
         self.start()
         limits = self.limits
         seconds = limits.seconds if seconds is None else seconds
-        order = Order(kind, cpu_s or seconds, limits.memory_bytes, limits.processes, limits.disk_bytes)
+        memory, disk = limits.memory_bytes, limits.disk_bytes
+        order = Order(kind, cpu_s or seconds, memory, limits.processes, disk)
+        written = json.dumps(dataclasses.asdict(order)).encode()
         with contextlib.ExitStack() as files:
             text = files.enter_context(_file(code))
             given = files.enter_context(_file(stdin))
@@ -215,7 +223,7 @@ class Sandbox:
             if peer is not None:
                 passed.append(peer.fileno())
             try:
-                socket.send_fds(self._socket, [json.dumps(dataclasses.asdict(order)).encode()], passed)
+                socket.send_fds(self._socket, [written], passed)
                 pid = self.hear()
             except (OSError, SandboxError) as error:
                 os.close(output)

@@ -32,7 +32,7 @@ class Verdict:
 class Judge:
     """Judges programs. A context manager."""
 
-    def __init__(self, limits: Limits = Limits(), preload: Sequence[str] = ()):
+    def __init__(self, limits: Limits, preload: Sequence[str] = ()):
         self.limits = limits
         self.programs = Sandbox(limits, tuple(preload))
         self._tests: Sandbox | None = None  # a second one, for tests; started when it is needed
@@ -79,9 +79,7 @@ class Judge:
 
     # --- Whole programs ---
 
-    def _scripts(
-        self, code: str, cases: Sequence[Script], end: float
-    ) -> Iterator[tuple[str, str]]:
+    def _scripts(self, code: str, cases: Sequence[Script], end: float) -> Iterator[tuple[str, str]]:
         for case in cases:
             if time.monotonic() >= end:
                 yield "no time was left", "time"

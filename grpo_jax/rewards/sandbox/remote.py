@@ -77,7 +77,8 @@ def _asking_about_its_own(do: str) -> Callable:
     """As `_asking`, but not with a plain value: in `abs(f(2) - 4) < 1e-6`, - would tell the 4."""
 
     def operation(self: Proxy, other: Any) -> Any:
-        return self._peer.ask(self._number, do, other) if isinstance(other, Proxy) else NotImplemented
+        is_its_own = isinstance(other, Proxy)
+        return self._peer.ask(self._number, do, other) if is_its_own else NotImplemented
 
     return operation
 

@@ -22,7 +22,7 @@ def run(
     report: Callable[[Any], None],
     told: Callable[[BaseException], str],
 ) -> int:
-    """Runs what `text` asks for, as JSON: {"style", "parts", "setup", "entry"}; reports line by line.
+    """Runs what `text` asks for, as JSON: {"style", "parts", "setup", "entry"}; reports in lines.
 
     A line is {"total": N}, {"passed": bool, "error": text}, {"failed": text} for a program that
     cannot be loaded, or {"done": true}.
@@ -99,5 +99,5 @@ def _pytest(text: str, report: Callable[[Any], None]) -> None:
         file.write(text)
     here = os.getcwd()
     sys.path.insert(0, here)
-    options = ["-q", "-c", "/dev/null", "--rootdir", here, "--capture=sys", "-p", "no:cacheprovider"]
+    options = f"-q -c /dev/null --rootdir {here} --capture=sys -p no:cacheprovider".split()
     pytest.main([*options, "-p", "no:faulthandler", "test_solution.py"], plugins=[_Told(report)])
