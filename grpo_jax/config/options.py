@@ -15,6 +15,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from grpo_jax.config.critic_options import CRITIC
+from grpo_jax.config.environment_options import ENVIRONMENT
 from grpo_jax.config.given_options import SFT
 from grpo_jax.config.hybrid_options import DISTILL, HYBRID
 from grpo_jax.config.lora_options import LORA
@@ -46,6 +47,7 @@ SECTIONS = {
     "batch": "What a step and an update consist of",
     "prompts": "Which prompts are trained on; docs/prompts.md",
     "rollout": "How completions are sampled",
+    "environment": "Conversations with tools or an environment; docs/environments.md",
     "algorithm": "The objective. docs/definitions.md has the formulas",
     "rollout_correction": "Importance weights for where sampler and policy differ",
     "hybrid": "Demonstrations beside drawn completions; docs/hybrids.md",
@@ -242,6 +244,8 @@ TABLE = (
            "Attention in rollouts", free=True),
     flag("rollout.compact", True,
          "Make the batch smaller as completions finish and no prompts wait", free=True),
+
+    *ENVIRONMENT,
 
     *OBJECTIVE,
     *HYBRID,

@@ -303,7 +303,7 @@ def test_the_device_has_work_while_metrics_are_read(tmp_path, model, monkeypatch
 
     monkeypatch.setattr(grpo_run, "build", watched)
     monkeypatch.setattr(step_metrics.StepLog, "fetch", noted("fetch", step_metrics.StepLog.fetch))
-    monkeypatch.setattr(Engine, "_next_prompts", noted("admit", Engine._next_prompts))
+    monkeypatch.setattr(Engine, "_placed", noted("admit", Engine._placed))
     every = ["--config.checkpoint.every_steps=0", "--config.rollout.num_slots=0"]
     _runs(tmp_path / "run", f"--config.model.path={model}", *TWO_STEPS, *every)
     updates = ["update", "update", "fetch", "update", "fetch", "update", "fetch"]
