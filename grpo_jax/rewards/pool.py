@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from grpo_jax.data.problems import Problem
-from grpo_jax.rewards import given, keeper, sources
+from grpo_jax.rewards import given, keeper, registry, sources
 from grpo_jax.rewards.process import Worker
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.rewards.scores import RewardError, Scores
@@ -83,6 +83,7 @@ class Pool:
         assert rewards and num_workers > 0
         self.rewards, self.models = list(rewards), models
         self.functions = rewards = [reward for reward in rewards if not reward.model]
+        self._alone = [registry.flag(reward, "one_by_one") for reward in rewards]
         num_workers = num_workers if rewards else 0
         self._limits = limits
         self._setup = Setup(
@@ -143,7 +144,8 @@ class Pool:
     ) -> Ticket:
         """Submits completions for scoring; row i of every list belongs to completion i.
 
-        A reward function gets `group` consecutive completions per call.
+        A reward function gets `group` consecutive completions per call, or one if it has a true
+        attribute `one_by_one`.
         """
         rows = len(completions)
         lengths = {"prompts": len(prompts)} | {n: len(values) for n, values in columns.items()}
@@ -151,20 +153,22 @@ class Pool:
         ticket = Ticket(self.functions, rows)
         state = trainer_state or {"global_step": 0, "max_steps": 0, "epoch": 0.0}
         tasks = []
-        for start in range(0, rows, group):
-            part = range(start, min(start + group, rows))
-            pick = slice(part.start, part.stop)
-            for i in range(len(self.functions)):
-                call = Call(
-                    i,
-                    prompts[pick],
-                    completions[pick],
-                    None if completion_ids is None else completion_ids[pick],
-                    {name: values[pick] for name, values in columns.items()},
-                    state,
-                    None if rendered_prompts is None else rendered_prompts[pick],
-                )
-                tasks.append(_Task(call, ticket, part))
+        sizes = [1 if alone else group for alone in self._alone]
+        for size in sorted(set(sizes), reverse=True):
+            for start in range(0, rows, size):
+                part = range(start, min(start + size, rows))
+                pick = slice(part.start, part.stop)
+                for i in (i for i, own in enumerate(sizes) if own == size):
+                    call = Call(
+                        i,
+                        prompts[pick],
+                        completions[pick],
+                        None if completion_ids is None else completion_ids[pick],
+                        {name: values[pick] for name, values in columns.items()},
+                        state,
+                        None if rendered_prompts is None else rendered_prompts[pick],
+                    )
+                    tasks.append(_Task(call, ticket, part))
         with self._lock:
             assert not self._closing, "the pool is closed"
             if self._fault:

@@ -44,6 +44,7 @@ _BY_MODULE = {
     "text": ("exact_match", "token_f1", "mentions", "repetition_penalty"),
     "format": ("answer_format", "think_format", "think_answer_format"),
     "length": ("soft_overlong",),
+    "code": ("code",),
 }
 BUILT_IN: dict[str, str] = {
     name: f"grpo_jax.rewards.{module}:{name}"
@@ -143,8 +144,7 @@ def _which_gives_accuracy(rewards: dict[str, Reward], chosen: str) -> str | None
             )
         return short
     for reward in rewards.values():
-        found = function(reward.spec)
-        if getattr(getattr(found, "func", found), "right_or_wrong", False):
+        if flag(reward, "right_or_wrong"):
             return reward.name
     return None
 
@@ -313,6 +313,12 @@ def _needed(found: Callable) -> list[str]:
         for p in inspect.signature(found).parameters.values()
         if p.kind in kinds and p.default is p.empty and p.name not in GIVEN
     ]
+
+
+def flag(reward: Reward, name: str) -> bool:
+    """Whether a reward's function has this attribute, and it is true."""
+    found = function(reward.spec)
+    return bool(getattr(getattr(found, "func", found), name, False))
 
 
 def reads(rewards: Sequence[Reward], name: str) -> bool:

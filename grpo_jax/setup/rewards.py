@@ -16,7 +16,7 @@ from grpo_jax.setup.reward_models import RewardModels
 
 
 def load_rewards(config: ConfigDict) -> list[Reward]:
-    """The config's reward functions; ValueError if one is unavailable."""
+    """The config's reward functions; ValueError if one is unavailable, or cannot be isolated."""
     options = config.rewards
     rewards = registry.load(
         options.names, options.weights, options.accuracy, start_limit_s=options.start_timeout_s
@@ -24,6 +24,10 @@ def load_rewards(config: ConfigDict) -> list[Reward]:
     for reward in rewards:
         if reward.model:
             reward_models.read(reward.model)
+    if any(registry.flag(reward, "runs_programs") for reward in rewards):
+        from grpo_jax.rewards.sandbox import isolation  # no other run needs it
+
+        isolation.check(options.code_isolation)
     return rewards
 
 

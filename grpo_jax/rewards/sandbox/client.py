@@ -12,7 +12,6 @@ import json
 import os
 import resource
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -24,9 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import grpo_jax
 from grpo_jax.rewards import keeper
-from grpo_jax.rewards.sandbox import linux
+from grpo_jax.rewards.sandbox import folder, linux
 from grpo_jax.rewards.sandbox.server import STOP, Order, Place
 
 ROUTES = ("root", "user", "plain")
@@ -121,7 +119,7 @@ class Sandbox:
             disk_bytes=self.limits.disk_bytes,
         )
         own, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        ours = str(Path(grpo_jax.__file__).parents[1])
+        ours = str(Path(__file__).parents[3])
         code = (
             f"import sys; sys.path.append({ours!r}); "
             "from grpo_jax.rewards.sandbox import server; server.main()"
@@ -183,7 +181,7 @@ class Sandbox:
                 self._process.wait()
             self._process = None
         if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            folder.remove(self._folder)
             self._folder = ""
 
     # --- Programs ---
@@ -365,21 +363,9 @@ class Running:
             return "memory"
         if threads > limits.processes:
             return "processes"
-        if self._sandbox._folder and _beyond_size(self._sandbox._folder, limits.disk_bytes):
+        if self._sandbox._folder and folder.holds_more(self._sandbox._folder, limits.disk_bytes):
             return "disk"
         return ""
-
-
-def _beyond_size(folder: str, most: int) -> bool:
-    size, files = 0, 0
-    for where, _, names in os.walk(folder):
-        for name in names:
-            files += 1
-            with contextlib.suppress(OSError):
-                size += os.lstat(os.path.join(where, name)).st_size
-            if size > most or files > 1000:
-                return True
-    return False
 
 
 @contextlib.contextmanager

@@ -121,17 +121,20 @@ def _line(code: int, value: int, then: int = 0, otherwise: int = 0) -> bytes:
     return struct.pack("=HBBI", code, then, otherwise, value)
 
 
-def program(*, own_pid: int | None) -> bytes:
+def program(*, own_pid: int | None, may_fork: bool = True) -> bytes:
     """The filter's code, to be entered by the process that runs the program.
 
     `own_pid`: None for a process that sees no other ones but its children, and no files but its
     own. Else its number: it then starts no processes and signals none but itself, and does not
-    change owners, rights or dates of files.
+    change owners, rights or dates of files. `may_fork` False: it starts none in any case.
     """
+    may_fork = may_fork and own_pid is None
     arm = platform.machine() in ("aarch64", "arm64")
     refused = _OTHERS | _NETWORK | _MEMORY | _SYSTEM
     if own_pid is not None:
-        refused = refused | _OWNERS | _FORKS
+        refused = refused | _OWNERS
+    if not may_fork:
+        refused = refused | _FORKS
     numbers = [pair[arm] for pair in refused.values() if pair[arm] is not None]
     refuse = _line(_RETURN, _ERROR | errno.EPERM)
     lines = [
@@ -157,6 +160,6 @@ def program(*, own_pid: int | None) -> bytes:
             ]
     lines += [_line(_EQUAL, _CLONE[arm], 1, 0), _line(_RETURN, _ALLOW), _line(_LOAD, _FIRST)]
     lines += [_line(_ANY_BIT, _NEW_NAMESPACES, 0, 1), refuse]
-    if own_pid is not None:
+    if not may_fork:
         lines += [_line(_ANY_BIT, _THREAD, 1, 0), refuse]
     return b"".join([*lines, _line(_RETURN, _ALLOW)])

@@ -1,4 +1,4 @@
-"""What this system keeps programs from: tried at a run's start by a program that attempts it all."""
+"""What this system keeps programs from: a program tries it all at a run's start."""
 
 from __future__ import annotations
 
@@ -11,17 +11,11 @@ import tempfile
 from grpo_jax.messages.console import say
 from grpo_jax.rewards.sandbox.client import Ended, Limits, Sandbox
 
-LEVELS = {
-    "full": "refuse to start",
-    "limits": "say so, and run programs with what there is",
-}
-"""What is done where a program cannot be kept from something: `rewards.code_isolation`."""
-
 _LIMITS = Limits(seconds=20.0, memory_bytes=256 << 20, processes=8, disk_bytes=4 << 20)
 
 # Each is tried; a function that returns has escaped.
 _ATTEMPTS = """
-import ctypes, json, os, socket, sys
+import ctypes, json, os, socket
 asked = json.loads(input())
 
 def reads(): open(asked["file"]).close()
@@ -43,13 +37,11 @@ def forks():
         if os.fork() == 0:
             os.close(ends[1]); os.read(ends[0], 1); os._exit(0)
 
-done = {}
 for attempt in (reads, writes, creates, connects, signals, looks, traces, roots, allocates, fills,
                 forks):
-    try:
-        attempt(); done[attempt.__name__] = True
-    except BaseException: done[attempt.__name__] = False
-print(json.dumps(done))
+    try: attempt()
+    except BaseException: print(attempt.__name__, "kept", flush=True)
+    else: print(attempt.__name__, "escaped", flush=True)
 """
 _MEANINGS = {
     "reads": "reading files of yours",
@@ -92,10 +84,9 @@ def found() -> tuple[dict[str, bool], dict]:
 
 
 def _read(done: Ended) -> dict[str, bool]:
-    if done.stopped in ("processes", "disk", "memory"):  # the watch works, and ended it
-        return dict.fromkeys(_MEANINGS, False) | {done.stopped: True}
-    escaped = json.loads(done.output) if done.output else dict.fromkeys(_MEANINGS, True)
-    return {name: not escaped[name] for name in _MEANINGS}
+    said = dict(line.split() for line in done.output.decode().splitlines())
+    # What has said nothing was ended: by the watch that is meant for it, or by a fault.
+    return {name: said.get(name, done.stopped and "kept") == "kept" for name in _MEANINGS}
 
 
 def check(level: str) -> None:

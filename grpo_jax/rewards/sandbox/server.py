@@ -15,14 +15,12 @@ import os
 import random
 import resource
 import select
-import shutil
 import signal
 import socket
-import stat
 import sys
 from typing import Any
 
-from grpo_jax.rewards.sandbox import filters, linux, program
+from grpo_jax.rewards.sandbox import filters, folder, linux, program
 
 STOP = b"stop"
 FILES = 64  # in the work folder, and open at once
@@ -86,12 +84,13 @@ class Server:
             self.work = "/work"
             self.clear(first=True)
             return
-        self._can(linux.become_subreaper)
+        self.clear(first=True)
+        if linux.is_here():
+            linux.become_subreaper()
         try:
             self.ruleset = linux.landlock(place.readable, [place.work])
         except OSError:
             pass
-        self.clear(first=True)
 
     @staticmethod
     def _can(step) -> bool:
@@ -125,14 +124,8 @@ class Server:
                 linux.unmount(self.work)
             linux.mount_work(self.work, self.user, self.group, self.place.disk_bytes, FILES + 1)
         else:
-            shutil.rmtree(self.work, onerror=_open_up)
-            os.makedirs(self.work, exist_ok=True)
             os.chmod(self.work, 0o700)
-            if self.place.user >= 0:
-                os.chown(self.work, self.user, self.group)
-            if self.ruleset is not None and not first:  # a ruleset names a folder, not a path
-                os.close(self.ruleset)
-                self.ruleset = linux.landlock(self.place.readable, [self.work])
+            folder.empty(self.work)
         self.clean = os.stat(self.work).st_ctime_ns
 
     # --- One program after the other ---
@@ -229,7 +222,8 @@ class Server:
         random.seed(0)  # programs draw the same numbers in each run
         if self.has_filter:
             own = None if self.has_own_root else os.getpid()
-            linux.enter_filter(filters.program(own_pid=own))
+            counts = os.getuid() != 0  # the kernel counts no processes of root
+            linux.enter_filter(filters.program(own_pid=own, may_fork=counts))
 
 
 def _limit(order: Order, own_bytes: int, has_own_user: bool) -> None:
@@ -271,24 +265,6 @@ def _address_space() -> int:
             return int(file.read().split()[0]) * resource.getpagesize()
     except OSError:  # a root of its own has no /proc
         return 256 * _MIB
-
-
-def _open_up(function, path: str, error: object) -> None:
-    """Makes a folder accessible that a program has closed, and goes on removing."""
-    folder = os.path.dirname(path)
-    for each in (folder, path):
-        try:
-            if not stat.S_ISLNK(os.lstat(each).st_mode):
-                os.chmod(each, 0o700)
-        except OSError:
-            pass
-    try:
-        if os.path.isdir(path) and not os.path.islink(path):
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            os.unlink(path)
-    except OSError:
-        pass
 
 
 def _end_rest(pid: int) -> None:
