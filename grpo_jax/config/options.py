@@ -205,7 +205,7 @@ TABLE = (
     choice("rewards.code_isolation", "full", {
                "full": "do not start",
                "limits": "say so, and run programs under the limits that there are"},
-           "What is done where the system cannot keep the programs of the reward `code` from files, "
+           "What is done where the system cannot keep programs of the reward `code` from files, "
            "processes or the network", free=True),
 
     number("batch.prompts", 32, COUNT, "prompts", "Prompts in a step"),
