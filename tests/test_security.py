@@ -39,6 +39,7 @@ REASONS = {
     ("configs/sft.py", "exec_module"): (1, "a config file that changes another"),
     ("grpo_jax/data/tasks/__init__.py", "import_module"): (1, "a name among those of its folder"),
     ("grpo_jax/rewards/registry.py", "import_module"): (1, "the user's own reward functions"),
+    ("grpo_jax/rewards/kinds.py", "import_module"): (1, "fixed names, imported when used"),
     ("grpo_jax/__init__.py", "import_module"): (4, "fixed names, imported when they are used"),
     ("grpo_jax/__main__.py", "import_module"): (2, "the program that is named, of a fixed list"),
     ("grpo_jax/trl/__init__.py", "import_module"): (2, "two fixed names, imported when used"),

@@ -199,6 +199,11 @@ TABLE = (
                "refuse": "do not start",
                "drop": "leave the problem out"},
            "What is done with a problem whose columns a reward function cannot read"),
+    choice("rewards.on_failure", "unknown", {
+               "unknown": "the completion has no reward: it leaves its group's mean and deviation, "
+                          "and the loss",
+               "least": "the least value that the reward gave in the step, at most 0"},
+           "What a reward counts as that could not be computed"),
     number("rewards.max_failed_share", 0.5, NOT_NEGATIVE, "",
            "Share of a step's completions that may be without a reward; with more, "
            "guards.failed_rewards acts", special={1: "never"}, free=True),
@@ -305,6 +310,11 @@ TABLE = (
     _action("guards.equal_groups", "warn", "When in every group all rewards were equal, in "
             "guards.equal_groups_steps steps in a row"),
     number("guards.equal_groups_steps", 10, COUNT, "steps", "See guards.equal_groups",
+           special={0: "not watched"}, free=True),
+    _action("guards.members", "warn", "When one member of an ensemble rose while another fell, "
+            "each by guards.member_shift from one guards.window to the next"),
+    number("guards.member_shift", 0.5, POSITIVE, "deviations",
+           "Of the member's own standard deviation within steps; see guards.members",
            special={0: "not watched"}, free=True),
     _action("guards.kl", "warn", "When policy/kl of an update is above guards.kl_max"),
     number("guards.kl_max", 0.0, POSITIVE, "nats per token", "See guards.kl",

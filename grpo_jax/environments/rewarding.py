@@ -10,6 +10,7 @@ from grpo_jax.data.problems import Problem, as_reply
 from grpo_jax.hosts import processes
 from grpo_jax.messages.console import say
 from grpo_jax.models.policy import Policy
+from grpo_jax.rewards import ensembles
 from grpo_jax.rewards import scores as scores_lib
 from grpo_jax.rewards.pool import Pool
 from grpo_jax.rewards.scores import RewardError, Scores
@@ -88,14 +89,15 @@ class RewardCollector:
         assert len(everyones) == len(self._problems), "the engine did not finish every group"
         parts = [everyones[n] for n in range(len(self._problems))]
         scores = scores_lib.join(parts, self._pool.functions)
-        return self._with_models(scores) if self._pool.models else scores
+        scores = self._with_models(scores) if self._pool.models else scores
+        return ensembles.add(scores, self._pool.rewards)
 
     def _with_models(self, scores: Scores) -> Scores:
         """The scores with those of reward models. Every process must call it."""
         began = time.monotonic()
         by_model = self._pool.models(self._problems, self.texts(), self._group)
         seconds = time.monotonic() - began
-        return scores_lib.with_models(scores, self._pool.rewards, by_model, seconds)
+        return scores_lib.with_models(scores, self._pool.measured, by_model, seconds)
 
 
 class SelectedRewards:
@@ -132,10 +134,12 @@ class FailureReports:
                 continue
             if failed_B.any():
                 first = next(f for f in scores.failures if f.reward == name)
+                counts = "get the least value that it gave in the step"
+                if (failed_B & scores.unknown_B).any():
+                    counts = "are left out as unknown"
                 say(
                     f"warning: {when}: {failed_B.sum()} of {len(failed_B)} completions have no "
-                    f"reward {name!r}, and get the least value that it gave in the step. "
-                    f"{first.message}"
+                    f"reward {name!r}, and {counts} (rewards.on_failure). {first.message}"
                 )
             else:
                 say(

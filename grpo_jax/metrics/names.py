@@ -20,16 +20,39 @@ METRICS: dict[str, Metric] = {
     "reward/NAME": Metric("", "mean of one reward over the completions that have it"),
     "rewards/failed/NAME": Metric(
         "completions",
-        "completions for which one reward failed in the step; each gets that reward's least value "
-        "in the step, at most 0",
+        "completions for which one reward failed in the step; rewards.on_failure says what that "
+        "counts as",
     ),
     "rewards/failed_by_timeout": Metric("completions", "rewards that took too long"),
     "rewards/failed_by_error": Metric("completions", "rewards that raised"),
     "rewards/failed_by_values": Metric("completions", "rewards that returned no fitting numbers"),
     "rewards/failed_by_memory": Metric("completions", "rewards that asked for too much memory"),
     "rewards/failed_by_died": Metric("completions", "rewards whose process ended"),
+    "rewards/failed_by_invalid": Metric(
+        "completions", "completions whose episode could not be judged at all"
+    ),
+    "rewards/unknown_share": Metric(
+        "share",
+        "completions without a reward since one failed; they leave their groups and the loss",
+    ),
     "rewards/unscored": Metric(
-        "completions", "completions without a number from any reward function; not trained on"
+        "completions",
+        "completions to which every reward function gave None; they have no advantage",
+    ),
+    "rewards/failed_by_member": Metric(
+        "completions", "ensembles without a value since one of their members failed"
+    ),
+    "ensemble/correlation/NAME/NAME": Metric(
+        "", "correlation of two members of ensembles over the step's completions"
+    ),
+    "ensemble/length_correlation/NAME": Metric(
+        "", "correlation of a member of an ensemble with the length of the completions"
+    ),
+    "ensemble/low_share/NAME": Metric(
+        "share", "completions at the least value that a member of an ensemble gave in the step"
+    ),
+    "ensemble/high_share/NAME": Metric(
+        "share", "completions at the largest value that a member of an ensemble gave in the step"
     ),
     "reward_log/NAME": Metric(
         "", "value that a reward function logged by log_metric, mean over calls"
@@ -178,7 +201,10 @@ METRICS: dict[str, Metric] = {
     "eval/answer_found_share": Metric("share", "greedy completions in which an answer was found"),
     "eval/truncated_share": Metric("share", "greedy completions cut at the token limit"),
     "eval/length": Metric("tokens", "mean length of greedy completions"),
-    "eval/failed_rewards": Metric("completions", "rewards that failed, each counted as wrong"),
+    "eval/failed_rewards": Metric(
+        "completions",
+        "rewards that failed: wrong for accuracy; for eval/reward as rewards.on_failure says",
+    ),
     "eval/pass@K": Metric("share", "held-out problems that at least one of K samples solves"),
     "eval/maj@K": Metric("share", "held-out problems that the commonest answer of K solves"),
     "eval/mean@K": Metric("share", "mean accuracy of K samples per held-out problem"),

@@ -69,6 +69,10 @@ def code(
     return rewards
 
 
+code.options = (
+    *("partial", "timeout_s", "total_s", "memory_mib", "processes", "disk_mib", "output_mib"),
+    "preload",
+)
 code.column_faults = {"tests": cases_lib.fault_of}
 code.right_or_wrong = True
 code.one_by_one = True  # a call has one completion: each may take `total_s`

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from grpo_jax.data.problems import Problem
-from grpo_jax.rewards import given, keeper, registry, sources
+from grpo_jax.rewards import given, keeper, kinds, registry, sources
 from grpo_jax.rewards.process import Worker
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.rewards.scores import RewardError, Scores
@@ -82,7 +82,7 @@ class Pool:
         """
         assert rewards and num_workers > 0
         self.rewards, self.models = list(rewards), models
-        self.functions = rewards = [reward for reward in rewards if not reward.model]
+        self.functions = rewards = [r for r in rewards if r.runs == kinds.WORKERS]
         self._alone = [registry.flag(reward, "one_by_one") for reward in rewards]
         num_workers = num_workers if rewards else 0
         self._limits = limits
@@ -115,6 +115,11 @@ class Pool:
             target=self._serve, args=(num_workers,), name="rewards", daemon=True
         )
         self._thread.start()
+
+    @property
+    def measured(self) -> list[Reward]:
+        """The rewards that are not computed from others."""
+        return [reward for reward in self.rewards if reward.runs != kinds.OTHERS]
 
     @property
     def names(self) -> list[str]:

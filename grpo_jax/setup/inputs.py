@@ -27,7 +27,7 @@ from grpo_jax.messages.console import say
 from grpo_jax.models.hf import folder as folder_lib
 from grpo_jax.models.hf import peft
 from grpo_jax.models.policy import Policy
-from grpo_jax.rewards import given
+from grpo_jax.rewards import given, kinds
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.run.whole_files import write_json
 
@@ -160,7 +160,7 @@ def of_rewards(rewards: Sequence[Reward]) -> dict[str, str]:
     """
     found = {}
     for reward in rewards:
-        if reward.model:
+        if reward.runs != kinds.WORKERS:
             continue
         if reward.spec.startswith(given.PREFIX):
             found[reward.spec] = _sum([given.source(reward.spec)])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from grpo_jax.hosts import cpus as cpus_lib
-from grpo_jax.rewards import registry
+from grpo_jax.rewards import ensembles, registry
 from grpo_jax.rewards.none import NoRewards
 from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.rewards.registry import Reward
@@ -19,7 +19,11 @@ def load_rewards(config: ConfigDict) -> list[Reward]:
     """The config's reward functions; ValueError if one is unavailable, or cannot be isolated."""
     options = config.rewards
     rewards = registry.load(
-        options.names, options.weights, options.accuracy, start_limit_s=options.start_timeout_s
+        options.names,
+        options.weights,
+        options.accuracy,
+        start_limit_s=options.start_timeout_s,
+        on_failure=options.on_failure,
     )
     for reward in rewards:
         if reward.model:
@@ -28,6 +32,7 @@ def load_rewards(config: ConfigDict) -> list[Reward]:
         from grpo_jax.rewards.sandbox import isolation  # no other run needs it
 
         isolation.check(options.code_isolation)
+    ensembles.refuse(rewards)
     return rewards
 
 

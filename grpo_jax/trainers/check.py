@@ -25,7 +25,7 @@ from grpo_jax.planning import fit, topologies
 from grpo_jax.planning import plan as plan_lib
 from grpo_jax.planning.plan import Plan
 from grpo_jax.planning.programs import Lengths
-from grpo_jax.rewards import trial
+from grpo_jax.rewards import kinds, trial
 from grpo_jax.setup import inputs, lora, model
 from grpo_jax.setup.rewards import start_rewards
 from grpo_jax.trainers import grpo_run
@@ -125,7 +125,7 @@ def _try_rewards(config: ConfigDict, found: Inputs) -> None:
     else:
         texts, kind = [""] * len(problems), "empty completions"
     ids = found.policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    functions = [reward for reward in found.rewards if not reward.model]
+    functions = [reward for reward in found.rewards if reward.runs == kinds.WORKERS]
     if not functions:
         return
     with start_rewards(config, functions) as pool:

@@ -137,8 +137,8 @@ def cut(completions: Rollouts) -> Rollouts:
 
 def device_rewards(
     run: Run, sampled: Rollout, scores: Scores, greedy: Scores | None
-) -> tuple[Array, Array | None]:
-    """The step's rewards on the device, as `Prepare` takes them.
+) -> tuple[Array, Array | None, Array | None]:
+    """The step's rewards on the device, as `Prepare` takes them: `reward`, `greedy` and `known_PG`.
 
     `greedy`: of greedy completions; None: none were sampled.
     """
@@ -148,9 +148,12 @@ def device_rewards(
             return scores.reward_B
         return scores_lib.by_function(run.rewards.rewards, scores)
 
-    reward = of(scores)
-    reward = reward.reshape(*sampled.completions.length_PG.shape, *reward.shape[1:])
-    return transfer.shard_rows(run.mesh, (reward, None if greedy is None else of(greedy)))
+    reward, shape, known_PG = of(scores), sampled.completions.length_PG.shape, None
+    reward = reward.reshape(*shape, *reward.shape[1:])
+    if scores.unknown_B.any():
+        known_PG = ~scores.unknown_B.reshape(shape)
+    given = reward, None if greedy is None else of(greedy), known_PG
+    return transfer.shard_rows(run.mesh, given)
 
 
 def show(

@@ -17,7 +17,7 @@ from grpo_jax.devices.phases import phase
 from grpo_jax.environments.single_turn import Rollout
 from grpo_jax.messages.progress import Progress
 from grpo_jax.metrics.writers import Writers
-from grpo_jax.rewards import groups
+from grpo_jax.rewards import ensembles, groups, relations
 from grpo_jax.rewards.scores import Scores
 from grpo_jax.trainers import coefficients
 from grpo_jax.trainers.guards import Guards
@@ -184,7 +184,11 @@ def rollout_metrics(run: Run, sampled: Rollout, scores: Scores) -> dict[str, flo
         if not np.isnan(accuracy):
             values["accuracy"] = accuracy
     if run.rewards.rewards:
-        values |= of_groups | {"rewards/unscored": np.isnan(reward_PG).sum()}
+        unknown_B = scores.unknown_B
+        values |= of_groups | {
+            "rewards/unscored": (np.isnan(scores.reward_B) & ~unknown_B).sum(),
+            "rewards/unknown_share": unknown_B.mean(),
+        }
     values |= {
         "completion/length": length_PG.mean(),
         "completion/length_min": length_PG.min(),
@@ -199,6 +203,8 @@ def rollout_metrics(run: Run, sampled: Rollout, scores: Scores) -> dict[str, flo
             values[f"reward/{name}"] = np.nanmean(value_B)
             values[f"reward/{name}_std"] = np.nanstd(value_B)
         values[f"rewards/failed/{name}"] = scores.failed[name].sum()
+    if members := ensembles.members(run.rewards.rewards):
+        values |= relations.metrics(scores, members, length_PG.ravel())
     for kind in {failure.kind for failure in scores.failures}:
         values[f"rewards/failed_by_{kind}"] = scores.num_failed(kind)
     for name, (total, count) in scores.metrics.items():

@@ -323,6 +323,7 @@ def test_a_run_asks_what_can_be_isolated(monkeypatch):
     kept = dict.fromkeys(isolation._MEANINGS, True) | {"connects": False}
     monkeypatch.setattr(isolation, "found", lambda: (kept, {"faults": {}}))
     options = {"names": ("code",), "weights": (1.0,), "accuracy": "", "start_timeout_s": 9.0}
+    options["on_failure"] = "unknown"
     config = ConfigDict({"rewards": options | {"code_isolation": "full"}})
     with pytest.raises(ValueError, match=r"rewards.code_isolation = .*the network"):
         setup.load_rewards(config)
