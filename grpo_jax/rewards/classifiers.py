@@ -90,6 +90,7 @@ def _refuse(folder: Any = "", label: Any = "", against: Any = "") -> None:
 
 classifier.needs, classifier.options = ("torch",), ("folder", "label", "against")
 classifier.refuse = _refuse
+classifier.columns = lambda against="", **_: [against] if against not in ("", "prompt") else []
 
 
 def function(after: str) -> Callable:

@@ -371,9 +371,14 @@ def _parameters(found: Callable) -> frozenset[str] | None:
 
 
 def _needed(found: Callable) -> list[str]:
-    """Names of columns without which the function cannot be called."""
+    """Names of columns without which the function cannot be called.
+
+    A built-in function may have an attribute `columns`, which takes the bound arguments and gives
+    the columns that these name.
+    """
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [
+    named = getattr(getattr(found, "func", found), "columns", lambda **_: ())
+    return [*named(**getattr(found, "keywords", {}))] + [
         p.name
         for p in inspect.signature(found).parameters.values()
         if p.kind in by_name and p.default is p.empty and p.name not in GIVEN
