@@ -23,7 +23,8 @@ def arrays_alone(held: dict[str, float]) -> float:
     """The least bytes that arrays take on a device, without the programs' own memory."""
     always = held["weights"] + held["optimizer"] + held["reference"]
     sampling = max(held["rollout weights"] + held["cache"], held["evaluation"])
-    return always + held.get("teacher", 0.0) + max(sampling, held["gradients"])
+    always += held.get("teacher", 0.0) + held.get("reward models", 0.0)
+    return always + max(sampling, held["gradients"])
 
 
 # --- Together -------------------------------------------------------------------------------------

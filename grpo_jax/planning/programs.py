@@ -36,7 +36,7 @@ from grpo_jax.sampling.decode import Slots
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup import critic as critic_lib
 from grpo_jax.setup import lora as lora_setup
-from grpo_jax.setup import teacher
+from grpo_jax.setup import reward_models, teacher
 from grpo_jax.setup.engine import make_engine, make_evaluator
 from grpo_jax.setup.learner import DEFAULT, MemoryPlan, make_learner, make_supervised_learner
 from grpo_jax.structs import Experience, ModelConfig, Params
@@ -120,6 +120,7 @@ class Step:
             pair = self.learner.prepare, self.learner.update
             prepare, update = teacher.given_to(*pair, self.teacher)
             self.learner = dataclasses.replace(self.learner, prepare=prepare, update=update)
+        self.judges = reward_models.planned(config, mesh)
         self.engine = make_engine(config, model, _STOP_IDS, mesh)
         dtype = jnp.dtype(config.model.dtype)
         kept = jnp.dtype(config.model.param_dtype)
@@ -187,7 +188,9 @@ class Step:
             "evaluation": max(evaluated, default=0.0),  # weights and cache of the larger one
             "gradients": bytes_per_device(gradients),
             "rollouts": bytes_per_device(self.experience),
-        } | ({} if self.teacher is None else {"teacher": bytes_per_device(self.teacher)})
+            **({} if self.teacher is None else {"teacher": bytes_per_device(self.teacher)}),
+            **({"reward models": bytes_per_device(self._of_judges)} if self.judges else {}),
+        }
 
     def compile(self, only: Callable[[str], bool] = lambda name: True) -> list[Compiled]:
         """Compiles all programs, or those that `only` selects, in the order of a step.
@@ -252,10 +255,12 @@ class Step:
     def programs(self) -> list[Program]:
         """The programs of engine and learner, with the other arrays that exist while they run."""
         learning = self._kept_state(), self.frozen, self._kept_reference(), self.teacher
+        learning = *learning, self._of_judges
         found = self._start() + self._supervised() + self._publishing(learning)
         found += self._sampling("", "rollout", self.rollout, learning)
         if self.greedy:
             found += self._sampling("greedy ", "rollout", self.greedy, learning)
+        found += self._judging(learning)
         prepare, update, experience = self.learner.prepare, self.learner.update, self.experience
         rollouts, length_PG = experience.rollouts, self.lengths.completion_PG
         critic = getattr(self.state, "critic", None)
@@ -278,6 +283,20 @@ class Step:
             found.append(Program.of(call, "update", learning, runs=0))
         for name, drawing in self.evaluations.items():
             found += self._sampling(f"{name} ", "evaluation", drawing, learning)
+        return found
+
+    @property
+    def _of_judges(self) -> list[Params]:
+        return [judge.params for judge in self.judges.values()]
+
+    def _judging(self, learning: tuple) -> list[Program]:
+        """The reward models' programs, as if their tokens were the policy's, and one more."""
+        length_PG, found = self.lengths.completion_PG + 1, []
+        rows = self.rows.rollouts(length_PG.shape, self.lengths.prompt, int(length_PG.max()))
+        rows = rows.replace(chosen_PGC=self.rows.of(rows.completion_PGC.shape, jnp.bool_))
+        for name, judge in self.judges.items():
+            call = judge.values.call(judge.params, rows, length_PG, f"reward {name}")
+            found.append(Program.of(call, "rollout", learning, loops=int(call.args[1])))
         return found
 
     def _supervised(self) -> list[Program]:

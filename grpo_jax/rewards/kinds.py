@@ -50,6 +50,12 @@ def of_folder(after: str) -> str:
     return re.sub(r"[^\w.\-]", "_", name)
 
 
+def of_label(after: str) -> str:
+    """The name of a label after a folder and #, or of the folder."""
+    folder, _, label = after.partition("(")[0].partition("#")
+    return re.sub(r"[^\w.\-]", "_", label.strip() or of_folder(folder.strip()))
+
+
 def of_file(after: str) -> str:
     """The name of a file without its folder and ending."""
     name = after.rstrip("/").rpartition("/")[2]
@@ -68,6 +74,12 @@ KINDS: dict[str, Kind] = {
         EPISODES,
         "grpo_jax.rewards.kinds:of_no_worker",
         of_call,
+    ),
+    "classifier:": Kind(
+        "folder of a classifier of texts, # and one of its labels",
+        WORKERS,
+        "grpo_jax.rewards.classifiers:function",
+        of_label,
     ),
     "ensemble:": Kind(
         "form of an ensemble, with its members in brackets",

@@ -56,6 +56,8 @@ _BY_MODULE = {
     "length": ("soft_overlong", "cosine_length", "relative_length"),
     "language": ("language_consistency",),
     "tone": ("sentiment", "clean_language", "toxicity"),
+    "code": ("code",),
+    "classifiers": ("classifier",),
 }
 BUILT_IN: dict[str, str] = {
     name: f"grpo_jax.rewards.{module}:{name}"
@@ -188,8 +190,7 @@ def _which_gives_accuracy(rewards: dict[str, Reward], chosen: str) -> str | None
             )
         return short
     for reward in rewards.values():
-        found = function(reward.spec)
-        if getattr(getattr(found, "func", found), "right_or_wrong", False):
+        if flag(reward, "right_or_wrong"):
             return reward.name
     return None
 
@@ -371,13 +372,24 @@ def _parameters(found: Callable) -> frozenset[str] | None:
 
 
 def _needed(found: Callable) -> list[str]:
-    """Names of columns without which the function cannot be called."""
+    """Names of columns without which the function cannot be called.
+
+    A built-in function may have an attribute `columns`, which takes the bound arguments and gives
+    the columns that these name.
+    """
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [
+    named = getattr(getattr(found, "func", found), "columns", lambda **_: ())
+    return [*named(**getattr(found, "keywords", {}))] + [
         p.name
         for p in inspect.signature(found).parameters.values()
         if p.kind in by_name and p.default is p.empty and p.name not in GIVEN
     ]
+
+
+def flag(reward: Reward, name: str) -> bool:
+    """Whether a reward's function has this attribute, and it is true."""
+    found = function(reward.spec)
+    return bool(getattr(getattr(found, "func", found), name, False))
 
 
 def reads(rewards: Sequence[Reward], name: str) -> bool:

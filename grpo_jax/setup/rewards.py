@@ -18,7 +18,7 @@ from grpo_jax.setup.reward_models import RewardModels
 
 
 def load_rewards(config: ConfigDict) -> list[Reward]:
-    """The config's reward functions; ValueError if one is unavailable."""
+    """The config's reward functions; ValueError if one is unavailable, or cannot be isolated."""
     options = config.rewards
     rewards = registry.load(
         options.names,
@@ -30,6 +30,10 @@ def load_rewards(config: ConfigDict) -> list[Reward]:
     for reward in rewards:
         if reward.model:
             reward_models.read(reward.model)
+    if any(registry.flag(reward, "runs_programs") for reward in rewards):
+        from grpo_jax.rewards.sandbox import isolation  # no other run needs it
+
+        isolation.check(options.code_isolation)
     ensembles.refuse(rewards)
     if any(reward.runs == kinds.HOST for reward in rewards):
         _judges().read(config, rewards)
