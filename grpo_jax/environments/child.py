@@ -115,7 +115,9 @@ class Host:
             now.turn_reward = 0.0
         responds = callable(getattr(type(now), "respond", None))
         messages: list | None = None
-        if calls and (not responds or any("arguments" in call for call in calls)):
+        if hasattr(type(now), "__turn__"):  # an adapter, whose tools are not ours to call
+            messages = self._said(request, "__turn__", calls, request["messages"])
+        elif calls and (not responds or any("arguments" in call for call in calls)):
             messages = []  # they are told as parts
             left_s, timeouts = request["left_s"], request["timeouts"]
             for group in _groups(calls, self._is_asynchronous):
@@ -126,16 +128,19 @@ class Host:
                 if left_s <= 0 or timeouts > 1:  # the episode ends
                     break
         elif responds:
-            try:
-                said = clock.within(
-                    min(request["limit_s"], request["left_s"]),
-                    lambda: now.respond(request["messages"]),
-                )
-            except BaseException as error:
-                spec = type(now).__name__
-                raise _refused(error, spec, "respond", now.respond, ["messages"]) from error
-            messages = _messages(said, type(now).__name__)
+            messages = self._said(request, "respond", request["messages"])
         return {"messages": messages, "turn_reward": _number(getattr(now, "turn_reward", None))}
+
+    def _said(self, request: dict, method: str, *arguments: Any) -> list | None:
+        """What a method of the environment answers to a turn, as messages."""
+        function, spec = getattr(self._now, method), type(self._now).__name__
+        limit_s = min(request["limit_s"], request["left_s"])
+        try:
+            return _messages(clock.within(limit_s, lambda: function(*arguments)), spec)
+        except RefusedError:
+            raise
+        except BaseException as error:
+            raise _refused(error, spec, method, function, ["messages"]) from error
 
     def _is_asynchronous(self, call: dict) -> bool:
         return inspect.iscoroutinefunction(self._tools.get(call["name"]))

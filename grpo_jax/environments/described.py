@@ -213,7 +213,8 @@ def kind_of(instance: Any, spec: str, alone: Kind, seconds: float) -> Kind:
         raise RefusedError(
             f"{CLASSES}: {spec!r} and {TOOLS} both have a tool {twice[0]!r}. Rename one."
         )
-    if not own and not alone.schemas and not has("respond"):
+    responds = has("respond") or has("__turn__")
+    if not own and not alone.schemas and not responds:
         raise RefusedError(
             f"{CLASSES}: {spec!r} has no public method that could be a tool, and no `respond`: "
             "an episode would be one turn."
@@ -225,7 +226,7 @@ def kind_of(instance: Any, spec: str, alone: Kind, seconds: float) -> Kind:
         type(instance).__name__,
         (*alone.schemas, *own),
         has("get_reward"),
-        has("respond"),
+        responds,
         tuple(p.name for p in named),
         tuple(p.name for p in named if p.default is p.empty),
         any(p.kind is p.VAR_KEYWORD for p in parameters),
