@@ -152,9 +152,7 @@ def test_names_of_calls_and_tools_come_from_the_turn(renderer):
     named = prove(made, renderer).follow(turn, True, [result("4", tool_call_id="000000007")])
     assert '"call_id": "000000007"' in spelling.text(named)
     # A template that prints the tool's name: also one that is none of the tools.
-    template = chat_families.QWEN3.replace(
-        "<tool_response>\\n", "<tool_response>\\n' + m.name + '="
-    )
+    template = chat_families.QWEN3.replace("response>\n' +", "response>\n' + m.name + '=' +")
     printing = prove(chat_families.qwen(template), renderer)
     spelling = Spelling(chat_families.qwen()[0])
     said = spelling.text(printing.follow([], True, [result("4", name="<|im_end|>"), result("5")]))
