@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from grpo_jax.environments.spelling import Spelling
 
-MARKS = ("\n[... text left out ...]\n", "...", "")  # the first that fits, and can be written
+# What stands for the middle: the first that can be written, and has at most this share of a limit.
+MARKS = {"\n[... text left out ...]\n": 1 / 4, "...": 1 / 2, "": 0}
 _CHARS = 64  # of a token at most; of a longer text the middle is not even read
 
 
@@ -45,12 +46,11 @@ class Observations:
 
     def _cut(self, text: str, spans: list[tuple[int, int]], limit: int) -> tuple[str, int]:
         """A text without its middle, in at most `limit` tokens, and their number."""
-        mark, size = next((m, n) for m, n in self._marks if 4 * n <= limit)
-        room = min(limit - size, len(spans))
+        mark, size = next((m, n) for m, n in self._marks if n <= MARKS[m] * limit)
+        room = min(limit - size, len(spans) - 1)
         while room > 0:
-            tail = room // 2
-            cut = text[: spans[room - tail - 1][1]] + mark
-            cut += text[spans[-tail][0] :] if tail else ""
+            head, tail = room - room // 2, len(spans) - room // 2
+            cut = text[: spans[head][0]] + mark + text[spans[tail - 1][1] :]  # whole characters
             num = len(self._spelling.plain(cut))
             if num <= limit:
                 return cut, num
