@@ -79,12 +79,14 @@ class Dialogue:
         tools included; None: those of this dialogue.
         """
         given = [None] * len(prompts) if arguments is None else arguments
-        rows = []
-        for prompt, said, of_row in zip(prompts, texts, given):
-            frame = self._frames.start(_with_slot(prompt), of_row)
-            values = {frames.slot(0): self._frames.written_last(said)}
-            rows.append(frame.ids(values, self._frames.spelling, allow_control=self._allow_control))
-        return rows
+        found = self._frames.starts([_with_slot(prompt) for prompt in prompts], given)
+        slot, spelling = frames.slot(0), self._frames.spelling
+        return [
+            frame.ids(
+                {slot: self._frames.written_last(said)}, spelling, allow_control=self._allow_control
+            )
+            for frame, said in zip(found, texts)
+        ]
 
     def _names(self, turn_ids: Sequence[int], messages: Sequence[Message]) -> list[str]:
         """The names that the model gave its calls; few models do, and only their templates ask."""

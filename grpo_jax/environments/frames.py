@@ -174,16 +174,25 @@ class Frames:
         tools = [("tool",) * number for number in numbers]
         self.make([*tools, *([("user",)] if "user" in roles else [])])
 
-    def start(self, prompt: Sequence[Message], arguments: dict[str, Any] | None) -> Frame:
-        """The frame of a prompt with a slot, which all episodes of a problem share."""
-        arguments = self.arguments if arguments is None else arguments
-        key = json.dumps([list(prompt), arguments], sort_keys=True, default=str)
-        if key not in self._starts:
-            (text,) = self.render([prompt], [OPEN], [arguments])
-            if len(self._starts) >= _STARTS:
-                self._starts.clear()
-            self._starts[key] = make_frame(text, None, self.spelling)
-        return self._starts[key]
+    def starts(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        arguments: Sequence[dict[str, Any] | None],
+    ) -> list[Frame]:
+        """The frames of prompts with a slot each; the episodes of a problem share one."""
+        given = [self.arguments if asked is None else asked for asked in arguments]
+        rows = list(zip(prompts, given))
+        keys = [json.dumps([list(p), of], sort_keys=True, default=str) for p, of in rows]
+        new = {key: row for key, row in zip(keys, rows) if key not in self._starts}
+        if len(self._starts) + len(new) > _STARTS:
+            self._starts.clear()
+            new = dict(zip(keys, rows))
+        if new:
+            messages, of_rows = zip(*new.values())
+            texts = self.render(messages, [OPEN] * len(new), of_rows)
+            made = [make_frame(text, None, self.spelling) for text in texts]
+            self._starts |= dict(zip(new, made))
+        return [self._starts[key] for key in keys]
 
     def role(self, message: Message) -> str:
         """The role of an environment's message: a tool, or else the user."""

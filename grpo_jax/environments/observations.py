@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from grpo_jax.environments.spelling import Spelling
 
-MARKS = ("\n[... text left out ...]\n", "...", "")  # the first that fits, and can be written
+# What stands for the middle: the first that can be written, and has at most this share of a limit.
+MARKS = {"\n[... text left out ...]\n": 1 / 4, "...": 1 / 2, "": 0}
 _CHARS = 64  # of a token at most; of a longer text the middle is not even read
 
 
@@ -26,8 +27,9 @@ class Observations:
         tokens, and never in a character. The limit is divided evenly, and what short texts leave is
         for the long ones.
         """
-        if sum(len(text.encode("utf-8", "replace")) for text in texts) <= self._limit:
-            return list(texts)  # a token has a byte at least
+        most = sum(len(text.encode("utf-8", "replace")) + 1 for text in texts)
+        if most <= self._limit:  # a token has a byte at least, besides one before a text
+            return list(texts)
         reach = _CHARS * self._limit
         found = [t if len(t) <= 2 * reach else t[:reach] + t[-reach:] for t in texts]
         spans = [self._spelling.spans(text) for text in found]
@@ -35,7 +37,7 @@ class Observations:
         order = sorted(range(len(found)), key=lambda i: len(spans[i]))
         for position, i in enumerate(order):
             share = left // (len(found) - position)
-            if len(spans[i]) <= share:
+            if len(spans[i]) <= share and found[i] == texts[i]:
                 left -= len(spans[i])
             else:
                 found[i], size = self._cut(found[i], spans[i], share)
@@ -43,13 +45,12 @@ class Observations:
         return found
 
     def _cut(self, text: str, spans: list[tuple[int, int]], limit: int) -> tuple[str, int]:
-        """A text of more than `limit` tokens without its middle, and its tokens then."""
-        mark, size = next((m, n) for m, n in self._marks if 4 * n <= limit)
-        room = limit - size
+        """A text without its middle, in at most `limit` tokens, and their number."""
+        mark, size = next((m, n) for m, n in self._marks if n <= MARKS[m] * limit)
+        room = min(limit - size, len(spans) - 1)
         while room > 0:
-            tail = room // 2
-            cut = text[: spans[room - tail - 1][1]] + mark
-            cut += text[spans[-tail][0] :] if tail else ""
+            head, tail = room - room // 2, len(spans) - room // 2
+            cut = text[: spans[head][0]] + mark + text[spans[tail - 1][1] :]  # whole characters
             num = len(self._spelling.plain(cut))
             if num <= limit:
                 return cut, num

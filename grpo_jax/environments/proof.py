@@ -78,17 +78,21 @@ def compare(made: Frames, dialogue: Any, found: Found) -> list[str]:
 
     Raises ValueError where they differ in more than earlier thinking.
     """
-    notes = list(found.notes)
-    for label, steps in _cases(made, found):
-        messages: list[Message] = list(_ASK)
-        (start,) = _render(made, [(_ASK, OPEN)])
-        ids = made.spelling.full(start)
+    cases = _cases(made, found)
+    sampled = turns(made, [said for _, steps in cases for said, _, _ in steps])
+    (start,) = _render(made, [(_ASK, OPEN)])
+    rows, conversations = [], []
+    for _, steps in cases:
+        ids, messages = made.spelling.full(start), list(_ASK)
         for said, cut, group in steps:
-            turn = turn_ids(made, said)
+            turn = sampled.pop(0)
             turn = turn[: len(turn) - len(found.close)] if cut else turn
             ids += [*turn, *dialogue.follow(turn, not cut, group)]
             messages += [said, *group]
-        (text,) = _render(made, [(messages, OPEN)])
+        rows.append(ids)
+        conversations.append((messages, OPEN))
+    notes = list(found.notes)
+    for (label, _), ids, text in zip(cases, rows, _render(made, conversations)):
         whole = made.spelling.full(text)
         if ids == whole:
             continue
@@ -103,9 +107,16 @@ def compare(made: Frames, dialogue: Any, found: Found) -> list[str]:
     return notes
 
 
-def turn_ids(made: Frames, said: Message) -> list[int]:
-    """A message of the assistant as a model would sample it, its stop token included."""
-    asked, opened, closed = _render(made, [(_ASK, CLOSED), (_ASK, OPEN), ([*_ASK, said], CLOSED)])
+def turns(made: Frames, said: Sequence[Message]) -> list[list[int]]:
+    """Messages of the assistant as a model would sample them, their stop tokens included."""
+    asked, opened, *closed = _render(
+        made, [(_ASK, CLOSED), (_ASK, OPEN), *(([*_ASK, one], CLOSED) for one in said)]
+    )
+    return [_turn(made, asked, opened, text) for text in closed]
+
+
+def _turn(made: Frames, asked: str, opened: str, closed: str) -> list[int]:
+    """The turn that a rendered conversation ends with, after its opening."""
     spelling = made.spelling
     before, whole = spelling.full(opened), spelling.full(closed)
     if whole[: len(before)] == before:
@@ -199,7 +210,7 @@ def _reader(made: Frames, tokenizer: Any, tools: Sequence[dict[str, Any]], openi
     name = made.tool_names[0]
     asked = [[(name, {"x": "a b"})], [(name, {"x": "a"}), (name, {"x": 'b "c"'})]]
     asked = asked if made.takes_several else asked[:1]
-    turns = [turn_ids(made, calling(calls)) for calls in asked]
+    written = turns(made, [calling(calls) for calls in asked])
     for form in formats:
         try:
             reader = Reader(form, made.spelling, tools, opening)
@@ -207,9 +218,9 @@ def _reader(made: Frames, tokenizer: Any, tools: Sequence[dict[str, Any]], openi
             if form.is_own:
                 raise
             continue
-        if all(_reads(reader, turn, calls) for turn, calls in zip(turns, asked)):
+        if all(_reads(reader, turn, calls) for turn, calls in zip(written, asked)):
             return reader
-    shown = made.spelling.text(turns[0])[:_SHOWN]
+    shown = made.spelling.text(written[0])[:_SHOWN]
     raise ValueError(
         f"The chat template writes a call of the tool {name!r} as {shown!r}, which no known format "
         f"reads: {', '.join(form.name for form in formats)}. Give the tokenizer a "

@@ -9,6 +9,7 @@ and not for others, as `<tool_call>` of Qwen2.5 (huggingface/transformers#29279)
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,9 +45,10 @@ class Spelling:
             for i, t in self._added.items()
             if i not in self.control
         }
-        self._texts = sorted(set(self.control.values()), key=len, reverse=True)
+        texts = sorted((t for t in self.control.values() if len(t) > 1), key=len, reverse=True)
+        self._spelled = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
         self._whole = frozenset(  # texts that are one token of the vocabulary even so
-            text for text in self._texts if self.control.keys() & set(self._encode(text))
+            text for text in texts if self.control.keys() & set(self._encode(text))
         )
 
     def plain(self, text: str, *, is_start: bool = False) -> list[int]:
@@ -110,10 +112,8 @@ class Spelling:
         mark = next(guard for guard in _GUARDS if guard not in whole)
         marked = []
         for text, is_control in runs:
-            if not is_control:
-                for spelled in self._texts:
-                    if spelled in text:
-                        text = text.replace(spelled, spelled[0] + mark + spelled[1:])
+            while not is_control and self._spelled.search(text):
+                text = self._spelled.sub(lambda found: found[0][0] + mark + found[0][1:], text)
             marked.append(text)
         return "".join(marked), mark
 

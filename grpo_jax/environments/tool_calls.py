@@ -123,19 +123,20 @@ class Reader:
         whole = text[span.first : span.past]
         if not span.has_end:
             return [Malformed("unclosed", "The call has no end.", whole)]
-        body = text[span.body : span.body_past]
         found = self._call(whole, span)
-        if isinstance(found, list):
+        found = found if isinstance(found, list) else [found]
+        parts = _objects(text[span.body : span.body_past])
+        if len(parts) < 2 or all(isinstance(call, Call) for call in found):
             return found
-        parts = _objects(body)
-        if len(parts) < 2:
-            return [found]
         # Several in one, of which at least one is malformed: each alone.
         calls: list[Call | Malformed] = []
         opened, closed = text[span.first : span.body], text[span.body_past : span.past]
         for part in parts:
             one = self._call(opened + part + closed, span)
-            calls += one if isinstance(one, list) else [dataclasses.replace(one, text=part)]
+            calls += [
+                dataclasses.replace(call, text=part) if isinstance(call, Malformed) else call
+                for call in (one if isinstance(one, list) else [one])
+            ]
         return calls
 
     def _call(self, whole: str, span: _Span) -> list[Call | Malformed] | Malformed:

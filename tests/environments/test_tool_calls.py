@@ -77,8 +77,10 @@ def test_names_that_the_model_gave_its_calls(readers):
 
 
 # Of each: a good call first, where the format has several, which must not be lost.
-JSON_CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>\n'
-XML_CALL = "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>\n"
+JSON_CALL = '<tool_call>\n{"name": "multiply", "arguments": {"a": 1}}\n</tool_call>\n'
+XML_CALL = (
+    "<tool_call>\n<function=multiply>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>\n"
+)
 BAD = [
     ("json", JSON_CALL, '<tool_call>\n{"name": "f", "arguments": {"a": }}\n</tool_call>', "syntax"),
     ("json", JSON_CALL, "<tool_call>\nf(1)\n</tool_call>", "syntax"),
@@ -104,33 +106,49 @@ BAD = [
     ("llama", "", '{"parameters": {}}', "name"),
     ("llama", "", '{"name": "f"}', "arguments"),
     ("llama", "", '{"name": "f", "parameters": 3}', "arguments"),
-    ("llama", '{"name": "f", "parameters": {"a": 1}}; ', '{"name": "f", "parameters": }', "syntax"),
+    (
+        "llama",
+        '{"name": "multiply", "parameters": {"a": 1}}; ',
+        '{"name": "f", "parameters": }',
+        "syntax",
+    ),
     (
         "mistral",
-        '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, ',
+        '[TOOL_CALLS] [{"name": "multiply", "arguments": {"a": 1}}, ',
         '{"name": "f" 3}',
         "syntax",
     ),
-    ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, ', '{"name": "f', "unclosed"),
     (
         "mistral",
-        '[TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}, ',
+        '[TOOL_CALLS] [{"name": "multiply", "arguments": {"a": 1}}, ',
+        '{"name": "f',
+        "unclosed",
+    ),
+    (
+        "mistral",
+        '[TOOL_CALLS] [{"name": "multiply", "arguments": {"a": 1}}, ',
         '{"arguments": {}}]',
         "name",
     ),
-    ("args", '[TOOL_CALLS]f[ARGS]{"a": 1}', '[TOOL_CALLS]f[ARGS]{"a": ', "unclosed"),
-    ("args", '[TOOL_CALLS]f[ARGS]{"a": 1}', "[TOOL_CALLS]f(1)", "syntax"),
+    ("args", '[TOOL_CALLS]multiply[ARGS]{"a": 1}', '[TOOL_CALLS]f[ARGS]{"a": ', "unclosed"),
+    ("args", '[TOOL_CALLS]multiply[ARGS]{"a": 1}', "[TOOL_CALLS]f(1)", "syntax"),
 ]
+
+
+def _close(text):
+    """Mistral's tokens write spaces after control tokens."""
+    return text.replace(" ", "")
 
 
 @pytest.mark.parametrize(("name", "good", "bad", "kind"), BAD)
 def test_a_malformed_call_loses_only_itself(readers, name, good, bad, kind):
     turn = read(readers, name, good + bad, stopped=kind != "unclosed")
     *before, last = turn.calls
-    assert before == [Call("f", {"a": 1})] * bool(good)
+    assert before == [Call("multiply", {"a": 1})] * bool(good)
     assert isinstance(last, Malformed) and last.kind == kind
     assert last.reason.endswith(".") and len(last.reason) < 400
-    assert last.text and last.text in good + bad and last.text in turn.message["content"]
+    assert last.text and last.text in turn.message["content"]
+    assert _close(last.text) in _close(good + bad) and not (good and _close(good) in last.text)
     assert len(turn.message.get("tool_calls", ())) == len(before)
 
 
@@ -186,7 +204,7 @@ def test_thinking_that_the_template_has_begun():
     opening = "<|im_start|>assistant\n<think>\n"
     reader = Reader(call_formats.QWEN_JSON, spelling, TOOLS, opening)
     turn = reader.read(spelling.full(f"Hm.\n</think>\n\n{JSON_CALL}<|im_end|>"))
-    assert turn.reasoning == "Hm." and turn.calls == (Call("f", {"a": 1}),)
+    assert turn.reasoning == "Hm." and turn.calls == (Call("multiply", {"a": 1}),)
 
 
 def test_braces_in_words_are_no_call_of_llama(readers):
@@ -200,7 +218,9 @@ def test_the_message_has_the_form_of_trl(readers):
     assert turn.message == {
         "role": "assistant",
         "content": "I look.",
-        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}],
+        "tool_calls": [
+            {"type": "function", "function": {"name": "multiply", "arguments": {"a": 1}}}
+        ],
     }
 
 

@@ -53,7 +53,7 @@ class Family:
     parallel: bool = True
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def prove(self, renderer: Renderer) -> dialogue.Dialogue:
+    def prove(self, renderer: Renderer, spelling: Spelling) -> dialogue.Dialogue:
         return dialogue.prove(
             self.tokenizer,
             TOOLS,
@@ -63,6 +63,7 @@ class Family:
             replies=self.replies,
             arguments=self.arguments,
             now=NOW,
+            spelling=spelling,
         )
 
     def written(self, said: Message) -> str:
@@ -225,9 +226,8 @@ class Episodes:
     """Draws and compares episodes of one family."""
 
     def __init__(self, family: Family, renderer: Renderer):
-        self.family = family
-        self.dialogue = family.prove(renderer)
-        self.spelling = Spelling(family.tokenizer)
+        self.family, self.spelling = family, Spelling(family.tokenizer)
+        self.dialogue = family.prove(renderer, self.spelling)
         self.control = [text for text in self.spelling.control.values() if text != "<unk>"]
 
     def run(self, seed: int) -> Outcome:
