@@ -37,16 +37,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from grpo_jax.messages.values import shown
-from grpo_jax.rewards import given, kinds, place
+from grpo_jax.rewards import extras, given, kinds, place
 
 _TOLD_AFTER_S = 10.0  # until a slow import is reported
 
 _BY_MODULE = {
     "exact": ("exact_answer",),
     "math_answer": ("math_answer",),
+    "numeric": ("numeric_answer",),
+    "choices": ("multiple_choice",),
     "text": ("exact_match", "token_f1", "mentions", "repetition_penalty"),
+    "overlap": ("bleu", "rouge", "fact_overlap"),
+    "similarity": ("similarity",),
     "format": ("answer_format", "think_format", "think_answer_format"),
-    "length": ("soft_overlong",),
+    "tags": ("strict_tags", "soft_tags", "reasoning_steps", "regex"),
+    "structured": ("json_schema",),
+    "steps": ("right_steps",),
+    "length": ("soft_overlong", "cosine_length", "relative_length"),
+    "language": ("language_consistency",),
+    "tone": ("sentiment", "clean_language", "toxicity"),
 }
 BUILT_IN: dict[str, str] = {
     name: f"grpo_jax.rewards.{module}:{name}"
@@ -77,12 +86,13 @@ class Reward:
     spec: str  # the config's entry without its label: what `function` resolves
     weight: float
     gives_accuracy: bool = False  # 1 is right, 0 is wrong; at most one reward of a run
+    takes_environments: bool = False  # is called beside the environments, which it is given
     on_failure: str = "unknown"  # what a failed one is: `config.rewards.on_failure`
 
     @property
     def runs(self) -> str:
         """Where it is computed: one of `kinds.WORKERS`, `DEVICES`, `HOST` and `OTHERS`."""
-        return kinds.runs(self.spec)
+        return kinds.EPISODES if self.takes_environments else kinds.runs(self.spec)
 
     @property
     def model(self) -> str:
@@ -137,7 +147,8 @@ def load(
         if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
             raise ValueError(f"rewards.weights: {weight!r} for {spec!r} is not a finite number.")
         with _limited(spec, start_limit_s):
-            function(spec)
+            found = function(spec)
+        _refuse_lacking(found, spec)
         short = short_name(spec)
         if short in rewards:
             raise ValueError(
@@ -147,6 +158,18 @@ def load(
         rewards[short] = Reward(short, labelled(spec)[0], float(weight), on_failure=on_failure)
     chosen = _which_gives_accuracy(rewards, accuracy)
     return [dataclasses.replace(r, gives_accuracy=r.name == chosen) for r in rewards.values()]
+
+
+def _refuse_lacking(found: Callable, spec: str) -> None:
+    """Raises ValueError if a library is missing, or an argument that only the config can give."""
+    if lacks := extras.of_function(found):
+        raise ValueError(f"rewards.names: {spec!r} {lacks}; or choose another reward.")
+    own = getattr(getattr(found, "func", found), "options", ())
+    for name in (n for n in _needed(found) if n in own):
+        raise ValueError(
+            f"rewards.names: {spec!r} needs the argument {name!r}. Write {short_name(spec)}"
+            f"({name}=...); grpo-jax rewards says what it is."
+        )
 
 
 def _which_gives_accuracy(rewards: dict[str, Reward], chosen: str) -> str | None:
@@ -314,14 +337,20 @@ def _unknown(name: str, what: str, candidates: list[str]) -> ValueError:
 
 
 def accepted(found: Callable, names: Iterable[str]) -> set[str]:
-    """The names among `names` that the function takes as arguments."""
+    """The names among `names` that the function takes as arguments.
+
+    Arguments that the config has bound, and those that a built-in function names in its attribute
+    `options`, are no columns: a column of that name is not given.
+    """
+    own = {*getattr(getattr(found, "func", found), "options", ())}
+    names = {*names} - own - {*getattr(found, "keywords", ())}
     try:
         hash(found)
     except TypeError:  # not every callable object is hashable
         taken = _parameters.__wrapped__(found)
     else:
         taken = _parameters(found)
-    return set(names) if taken is None else taken & set(names)
+    return names if taken is None else taken & names
 
 
 @functools.lru_cache(maxsize=64)  # its cost is a tenth of a worker's call
@@ -335,11 +364,11 @@ def _parameters(found: Callable) -> frozenset[str] | None:
 
 def _needed(found: Callable) -> list[str]:
     """Names of columns without which the function cannot be called."""
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [
         p.name
         for p in inspect.signature(found).parameters.values()
-        if p.kind in kinds and p.default is p.empty and p.name not in GIVEN
+        if p.kind in by_name and p.default is p.empty and p.name not in GIVEN
     ]
 
 
@@ -356,8 +385,9 @@ def columns_read(rewards: Sequence[Reward], columns: Mapping[str, Any]) -> dict[
 def refuse_columns(rewards: Sequence[Reward], problems: Sequence[Any]) -> None:
     """Raises ValueError, naming the file, if a reward needs a missing column."""
     for reward in rewards:
+        given = {"environments"} if reward.takes_environments else set()
         for name in _needed(function(reward.spec)):
-            if problems and name not in problems[0].columns:
+            if problems and name not in problems[0].columns and name not in given:
                 has = ", ".join(["prompt", *problems[0].columns])
                 raise ValueError(
                     f"The reward {reward.name!r} needs a column `{name}`, and {problems[0].where} "
@@ -377,6 +407,8 @@ def faulty_rows(rewards: Sequence[Reward], problems: Sequence[Any]) -> dict[int,
         found = function(reward.spec)
         faults = getattr(getattr(found, "func", found), "column_faults", {})
         for name, fault_of in faults.items():
+            if name in getattr(found, "keywords", {}):  # the config's value counts
+                continue
             for i, problem in enumerate(problems):
                 value = problem.columns.get(name)
                 fault = fault_of(value) if name in problem.columns and i not in wrong else None
