@@ -187,7 +187,7 @@ def _show(
 ) -> None:
     table = Table(title=f"Rewards of {found['rows']:,} rows", title_justify="left")
     numbers = ("mean", "std", "min", "median", "max")
-    for heading in ("reward", *numbers, "gives 1", "failed", "none", "s per 1,000"):
+    for heading in ("reward", *numbers, "gives 1", "failed", "none", "s/1k"):
         table.add_column(heading, justify="left" if heading == "reward" else "right")
     for name, of in found["rewards"].items():
         values = ("-" if of[key] is None else f"{of[key]:.4g}" for key in numbers)

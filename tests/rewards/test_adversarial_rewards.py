@@ -53,7 +53,7 @@ def campaign(name: str, count: int, seed: int = 0) -> float:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_few_of_each_kind(name):
-    campaign(name, 70)
+    campaign(name, 90)
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ MORE = (
     "--config.rewards.names=('odd_rewards:letters', 'answer_format')",
     "--config.rewards.weights=(1.0, 0.5)",
     "--config.rewards.num_workers=1",
-    "--config.mesh.data=1",
 )
 
 
@@ -31,6 +30,16 @@ def no_cache(monkeypatch):
     monkeypatch.setattr(cli, "use_compile_cache", lambda *_: None)
 
 
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """Pairs that were made without an interruption."""
+    out = tmp_path_factory.mktemp("labelled") / "whole.jsonl"
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(cli, "use_compile_cache", lambda *_: None)
+        label.main(command(model, out))
+    return out
+
+
 def command(model, out, *more) -> list[str]:
     argv = ["--config", str(TINY), "--model", str(model), "--out", str(out)]
     return [*argv, "--num-problems", "6", "--batch", "2", *MORE, *more]
@@ -40,11 +49,8 @@ def rows_of(file) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_a_killed_program_goes_on(model, tmp_path, monkeypatch, capsys):
+def test_a_killed_program_goes_on(model, whole, tmp_path, monkeypatch, capsys):
     """Killed after one of three parts; the file is that of a run that was not, bit for bit."""
-    whole = tmp_path / "whole.jsonl"
-    label.main(command(model, whole))
-    assert "rows of 6 prompts are in" in capsys.readouterr().out
     rows = rows_of(whole)
     assert 1 <= len(rows) <= 6 and len({row["prompt"] for row in rows}) == len(rows)
     for row in rows:  # letters, and half a point for the form
@@ -69,32 +75,31 @@ def test_a_killed_program_goes_on(model, tmp_path, monkeypatch, capsys):
     status, told = refusal(label.main, command(model, again, "--seed", "1"))
     assert status == 1 and "other settings: seed." in told
     label.main(command(model, again))
-    assert "1 of 3 parts are there already" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 of 3 parts are there already" in out and "rows of 6 prompts are in" in out
     assert again.read_bytes() == whole.read_bytes()
     assert not again.with_name("again.jsonl.parts").exists()
     status, told = refusal(label.main, command(model, again))
     assert status == 1 and "again.jsonl exists" in told
 
 
-def test_what_is_written_is_what_the_trainers_read(model, tmp_path, capsys):
-    """Pairs and labels by the reader of training data; scores have every completion."""
-    pairs, labels, scores = (tmp_path / f"{n}.parquet" for n in ("pairs", "labels", "scores"))
-    label.main(command(model, pairs))
-    label.main(command(model, labels, "--kind", "labels", "--threshold", "30"))
+def test_what_is_written_is_what_the_trainers_read(model, whole, tmp_path):
+    """Pairs by the reader of training data; of the same draws, every score."""
+    scores = tmp_path / "scores.parquet"
     label.main(command(model, scores, "--kind", "scores"))
     rows = [row for _, row in sources.read(Source(str(scores)))]
     assert len(rows) == 24 and len({row["prompt"] for row in rows}) == 6
-    by_prompt: dict[str, list[dict]] = {}
+    by_prompt: dict[str, dict[str, float]] = {}
     for row in rows:
         each = row["rewards"]
         assert row["score"] == each["letters"] + 0.5 * each["answer_format"]
-        by_prompt.setdefault(row["prompt"], []).append(row)
-    for pair in examples.load(Source(str(pairs)), Form(), "pair"):
-        drawn = {row["completion"]: row["score"] for row in by_prompt[pair.prompt]}
+        by_prompt.setdefault(row["prompt"], {})[row["completion"]] = row["score"]
+    pairs = list(examples.load(Source(str(whole)), Form(), "pair"))
+    assert pairs
+    for pair in pairs:
+        drawn = by_prompt[pair.prompt]
         chosen, rejected = (drawn[text] for text in pair.completions)
         assert chosen == max(drawn.values()) > min(drawn.values()) == rejected
-    labelled = list(examples.load(Source(str(labels)), Form(), "unpaired"))
-    assert [row.value for row in labelled] == [row["score"] >= 30 for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -104,8 +109,7 @@ def test_what_is_written_is_what_the_trainers_read(model, tmp_path, capsys):
         (["--temperature", "0"], "--temperature 0.0 must be above 0"),
         (["--batch", "0"], "--batch 0 must be at least 1"),
         (["--margin", "-1"], "--margin -1.0 must be 0 or more"),
-        (["--out", "rows.csv"], "--out rows.csv must end in .jsonl or .parquet"),
-        (["--config.rewards.names=()", "--config.rewards.weights=()"], "rewards.names is empty"),
+        (["--out", "rows.csv"], "--out rows.csv must be a name in .jsonl or .parquet"),
     ],
 )
 def test_what_is_refused(tmp_path, monkeypatch, more, words):

@@ -128,7 +128,8 @@ def test_failures_are_shown(config, tmp_path, capsys, monkeypatch):
         "--config.rewards.timeout_s=0.5",
     )  # fmt: skip
     found = json.loads((tmp_path / "f.json").read_text())["rewards"]["waits"]
-    assert found == {"mean": 1.0, "std": 0.0, "ones": 1, "failed": 1, "none": 1}
+    counts = {"mean": 1.0, "std": 0.0, "ones": 1, "failed": 1, "none": 1}
+    assert {name: found[name] for name in counts} == counts
     assert "longer than rewards.timeout_s" in out.replace("\n", " ")
     assert "sums.jsonl, line 2" in out.replace("\n", "")
     slowest = out.replace("\n", "").partition("Slowest of waits: ")[2].split(";")
@@ -209,21 +210,24 @@ def test_distributions_correlations_and_agreement(config, tmp_path, capsys):
     # lengths 6, 1, 1, and rewards 1, 0, 0
     assert found["correlations"]["both"]["length"] == pytest.approx(1.0)
     assert (tmp_path / "new" / "rewards.png").read_bytes()[:4] == b"\x89PNG"
-    for words in ("Correlations", "kappa 1.000, 100.0% alike", "s per 1,000", "rewards.png"):
+    for words in ("Correlations", "kappa 1.000, 100.0% alike", "s/1k", "rewards.png"):
         assert words in out
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--human", "guess"], "--human guess: sums.jsonl, line 1 has '#### 2' there. Labels are"),
-        (["--human", "no"], "--human no: sums.jsonl, line 1 has no value there"),
+        (
+            ["--human", "guess"],
+            "--human guess: ... sums.jsonl, line 1 has '#### 2' there. Labels are",
+        ),
+        (["--human", "no"], "--human no: ... sums.jsonl, line 1 has no value there"),
         (["--picture", "a.pdf"], "--picture a.pdf must end in .png or .svg"),
     ],
 )
 def test_labels_and_pictures_that_are_none(config, more, words):
     status, told = refusal(score.main, ["--config", str(config), *more])
-    assert status == 1 and words.replace("sums.jsonl", "") in told.replace("sums.jsonl", "")
+    assert status == 1 and all(part in told for part in words.split(" ... "))
 
 
 def test_the_list_names_every_reward_with_its_arguments(capsys):
