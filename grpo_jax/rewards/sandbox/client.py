@@ -124,7 +124,7 @@ class Sandbox:
             f"import sys; sys.path.append({ours!r}); "
             "from grpo_jax.rewards.sandbox import server; server.main()"
         )
-        words = ["-I", "-S", "-X", "utf8", "-c", code]
+        words = ["-P", "-s", "-S", "-X", "utf8", "-c", code]
         self._process = subprocess.Popen(
             [sys.executable, *words, json.dumps(dataclasses.asdict(place)), str(theirs.fileno())],
             pass_fds=(theirs.fileno(),),
