@@ -44,7 +44,8 @@ def code(
     completion, the other limits for one program. `preload`: modules that are imported once for all
     programs. Raises ValueError for a row without tests, SandboxError if a sandbox fails.
     """
-    limits = Limits(timeout_s, memory_mib << 20, processes, disk_mib << 20, output_mib << 20)
+    memory, disk, output = (int(x * 2**20) for x in (memory_mib, disk_mib, output_mib))
+    limits = Limits(timeout_s, memory, processes, disk, output)
     judge = _judge(limits, tuple(preload))
     inside = begin_in_thinking(prompts, rendered_prompts)
     rewards, told = [], []
@@ -77,6 +78,26 @@ code.column_faults = {"tests": cases_lib.fault_of}
 code.right_or_wrong = True
 code.one_by_one = True  # a call has one completion: each may take `total_s`
 code.runs_programs = True  # the run asks first what this system can isolate
+
+
+def _refuse(**given: Any) -> None:
+    for name, value in given.items():
+        if name == "preload":
+            if isinstance(value, str) or not all(isinstance(x, str) for x in value):
+                raise ValueError(f"preload = {value!r} must be a list of modules")
+        elif name == "partial":
+            if not isinstance(value, bool):
+                raise ValueError(f"partial = {value!r} must be True or False")
+        elif name in code.options and not (isinstance(value, (int, float)) and value > 0):
+            raise ValueError(f"{name} = {value!r} must be a number above 0")
+
+
+def _needs_of_worker(total_s: float = 8.0, memory_mib: int = 1024, **_: Any) -> tuple[float, float]:
+    """What a reward worker must be allowed: seconds for a completion, and GiB."""
+    return total_s + 1, 2 * memory_mib / 1024 + 0.5  # programs and tests
+
+
+code.refuse, code.needs_of_worker = _refuse, _needs_of_worker
 
 
 def last_block(text: str, thinking: bool = False) -> str | None:

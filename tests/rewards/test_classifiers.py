@@ -63,14 +63,14 @@ TEXTS = ["a b", "c " * 20, "", "<think> a </think> h g f", "e"] * 9  # more than
 READ = ["a b", "c " * 20, "", " h g f", "e"] * 9
 
 
-@pytest.mark.parametrize("label", LABELS)
-def test_probabilities_are_those_of_transformers(label, saved):
+def test_probabilities_are_those_of_transformers(saved):
     folder, model, tokenizer = saved
-    found = registry.function(f"classifier:{folder}#{label}")
-    got = found(prompts=["p"] * len(TEXTS), completions=TEXTS)
-    wanted = one_by_one(model, tokenizer, [(t,) for t in READ])
-    np.testing.assert_allclose(got, wanted[:, LABELS.index(label)], atol=1e-6)
-    assert np.std(got) > 0.05
+    wanted = one_by_one(model, tokenizer, [(t,) for t in READ[:5]])
+    for number, label in enumerate(LABELS):
+        found = registry.function(f"classifier:{folder}#{label}")
+        got = found(prompts=["p"] * len(TEXTS), completions=TEXTS)
+        np.testing.assert_allclose(got, np.tile(wanted[:, number], 9), atol=1e-6)
+        assert np.std(got) > 1e-3
     chats = [[{"role": "assistant", "content": t}] for t in TEXTS]
     prompts = [[{"role": "user", "content": "p"}]] * len(TEXTS)
     assert found(prompts=prompts, completions=chats) == got

@@ -6,12 +6,14 @@ from fractions import Fraction
 
 import pytest
 
+from grpo_jax.data.problems import Problem
 from grpo_jax.rewards import registry
 from grpo_jax.rewards.code import code, last_block
 from grpo_jax.rewards.pool import Limits as PoolLimits
 from grpo_jax.rewards.pool import Pool
 from grpo_jax.rewards.sandbox import cases, plain
-from grpo_jax.rewards.sandbox.cases import Call, Script, Tests
+from grpo_jax.rewards.sandbox.cases import Call, Checks, Script
+from grpo_jax.rewards.sandbox.client import Sandbox
 from grpo_jax.rewards.sandbox.comparing import same_output, same_value
 
 ADD = "a, b = map(int, input().split())\nprint(a + b)"
@@ -99,17 +101,17 @@ CALLS = [Call("add", [1, 2], {}, (3,)), Call("add", [3, 4], {}, (7,))]
          [CALLS[0], Call("add", [3, 4], {}, ([7], 7))]),
         ({"fn_name": "f", "inputs": ["[1]\n\"x\""], "outputs": ["true"]},
          [Call("f", [[1], "x"], {}, (True,))]),
-        ({"assert_case": ["assert add(1, 2) == 3"]}, Tests("asserts", ("assert add(1, 2) == 3",))),
+        ({"assert_case": ["assert add(1, 2) == 3"]}, Checks("asserts", ("assert add(1, 2) == 3",))),
         # LiveCodeBench, DeepCoder
         ([{"input": "1 2", "output": "3", "testtype": "stdin"}], [Script("1 2", "3")]),
         ([{"input": "1\n2", "output": "3", "testtype": "functional",
            "metadata": {"func_name": "add"}}], CALLS[:1]),
         # MBPP, HumanEval, KodCode
-        (["assert add(1, 2) == 3"], Tests("asserts", ("assert add(1, 2) == 3",))),
-        ("x = 1\nassert add(x, 2) == 3", Tests("asserts", ("assert add(x, 2) == 3",), "\nx = 1")),
+        (["assert add(1, 2) == 3"], Checks("asserts", ("assert add(1, 2) == 3",))),
+        ("x = 1\nassert add(x, 2) == 3", Checks("asserts", ("assert add(x, 2) == 3",), "\nx = 1")),
         ("def check(c):\n    assert c(1) == 2",
-         Tests("check", ("def check(c):\n    assert c(1) == 2",), "", "add")),
-        ("def test_add(): pass", Tests("pytest", ("def test_add(): pass",))),
+         Checks("check", ("def check(c):\n    assert c(1) == 2",), "", "add")),
+        ("def test_add(): pass", Checks("pytest", ("def test_add(): pass",))),
     ],
 )  # fmt: skip
 def test_formats_of_data_sets(value, read):
@@ -227,8 +229,9 @@ def test_class(n):
     assert s.pop() == 5 and isinstance(s, solution.Stack)
 
 def test_own_errors():
-    with pytest.raises(Empty), pytest.raises(KeyError):
+    with pytest.raises(Empty, match="nothing") as error:
         Stack().pop()
+    assert isinstance(error.value, KeyError)
 
 def test_operators():
     assert Stack([1]) + Stack([2]) == Stack([1, 2]) and Stack([1]) != Stack([2])
@@ -272,12 +275,12 @@ def test_asserts_and_checks():
 
 
 def test_programs_draw_the_same_numbers_each_time():
-    tests = [{"stdin": "", "stdout": "x"}] * 2
     said = []
     for _ in range(2):
-        code(["p"], ["```\nimport random\nraise ValueError(random.random(), hash('a'))\n```"],
-             [tests], log_extra=lambda name, values: said.extend(values))  # fmt: skip
-    assert said[0] == said[1] and "ValueError" in said[0]
+        with Sandbox() as sandbox:
+            program = "import random\nprint(random.random(), hash('a'))"
+            said += [sandbox.script(program).output for _ in range(2)]
+    assert len(set(said)) == 1 and said[0]
 
 
 def test_what_a_program_leaves_is_not_there_for_the_next():
@@ -305,6 +308,7 @@ def test_in_the_workers():
     texts = [ADD, "while True: pass", "print(3)", "import os\nos.kill(os.getppid(), 9)"]
     tests = [{"stdin": "1 2", "stdout": "3"}, {"stdin": "3 3", "stdout": "6"}]
     with Pool(rewards, num_workers=1, limits=PoolLimits(seconds=5.0)) as pool:
+        pool.wait_ready()
         pids = [worker.process.pid for worker in pool._workers]
         scores = pool.score(
             ["p"] * 4, [f"```python\n{t}\n```" for t in texts], {"tests": [tests] * 4}, group=4
@@ -323,11 +327,40 @@ def test_a_run_asks_what_can_be_isolated(monkeypatch):
     kept = dict.fromkeys(isolation._MEANINGS, True) | {"connects": False}
     monkeypatch.setattr(isolation, "found", lambda: (kept, {"faults": {}}))
     options = {"names": ("code",), "weights": (1.0,), "accuracy": "", "start_timeout_s": 9.0}
-    options["on_failure"] = "unknown"
+    options |= {"on_failure": "unknown", "timeout_s": 10.0, "memory_limit_gib": 4.0}
     config = ConfigDict({"rewards": options | {"code_isolation": "full"}})
     with pytest.raises(ValueError, match=r"rewards.code_isolation = .*the network"):
         setup.load_rewards(config)
     config.rewards.code_isolation = "limits"
     assert setup.load_rewards(config)[0].name == "code"
+    for name, value in (("timeout_s", 8.0), ("memory_limit_gib", 2.0)):
+        short = ConfigDict(config.to_dict())
+        short.rewards[name] = value
+        with pytest.raises(ValueError, match=rf"rewards.{name} = {value:g} ends a worker before"):
+            setup.load_rewards(short)
     config.rewards.names, config.rewards.code_isolation = ("exact_answer",), "full"
     assert setup.load_rewards(config)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("code(timeout_s=0)", "timeout_s = 0 must be a number above 0"),
+        ("code(memory_mib='1')", "memory_mib = '1'"),
+        ("code(partial=2)", "partial = 2"),
+        ("code(preload='numpy')", "preload = 'numpy'"),
+        ("code(time=2)", "time"),
+    ],
+)
+def test_wrong_arguments_are_refused(entry, said):
+    with pytest.raises(ValueError, match=r"rewards\.names") as refused:
+        registry.load([entry], [1.0])
+    assert said in str(refused.value)
+
+
+def test_a_missing_column_is_refused():
+    with pytest.raises(ValueError, match="needs a column `tests`, and row 1"):
+        registry.refuse_columns(registry.load(["code"], [1.0]), [Problem("p", {}, where="row 1")])
+    rows = [Problem("p", {"tests": value}, where="row 2") for value in (["assert f()"], "x = 1")]
+    faults = registry.faulty_rows(registry.load(["code"], [1.0]), rows)
+    assert list(faults) == [1] and "row 2: column `tests` cannot be read as tests" in faults[1]

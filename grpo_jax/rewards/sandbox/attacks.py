@@ -20,7 +20,7 @@ from typing import Any
 
 from grpo_jax.rewards import keeper
 from grpo_jax.rewards.sandbox import isolation
-from grpo_jax.rewards.sandbox.cases import Call, Cases, Script, Tests
+from grpo_jax.rewards.sandbox.cases import Call, Cases, Checks, Script
 from grpo_jax.rewards.sandbox.client import Ended, Limits
 from grpo_jax.rewards.sandbox.judging import Judge
 
@@ -129,11 +129,11 @@ def _stopped(done: Ended, host: Host) -> bool:
 
 _CALL = (Call("f", [2], {}, (_WANTED,)), Call("f", [3], {}, (_WANTED,)))
 _PRINT = (Script("1", _WANTED), Script("2", _WANTED))
-_PYTEST = Tests("pytest", (
+_PYTEST = Checks("pytest", (
     f"from solution import f\ndef test_one():\n    assert f(2) == {_WANTED!r}\n"
     f"def test_two():\n    assert f(3) == {_WANTED!r} and abs(len(f(3)) - {len(_WANTED)}) < 1\n",
 ))  # fmt: skip
-_ASSERTS = Tests("asserts", (f"assert f(2) == {_WANTED!r}", f"assert f(3) == {_WANTED!r}"))
+_ASSERTS = Checks("asserts", (f"assert f(2) == {_WANTED!r}", f"assert f(3) == {_WANTED!r}"))
 
 _EQUAL = """
 class Equal(str):

@@ -34,7 +34,7 @@ class Call:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tests:
+class Checks:
     """Code that tests the program: a pytest file, assert statements, or a function `check`."""
 
     style: str  # "pytest", "asserts" or "check"
@@ -43,7 +43,7 @@ class Tests:
     entry: str = ""  # what `check` is called with
 
 
-Cases = Sequence[Script] | Sequence[Call] | Tests
+Cases = Sequence[Script] | Sequence[Call] | Checks
 
 
 def read(value: Any, setup: str = "", entry: str = "") -> Cases:
@@ -98,7 +98,7 @@ def _of_list(values: list, setup: str, entry: str) -> Cases:
     if values and all(isinstance(x, str) for x in values):
         for text in (setup, *values):
             _parsed(text)
-        return Tests("asserts", tuple(values), setup)
+        return Checks("asserts", tuple(values), setup)
     found = []
     for number, x in enumerate(values):
         if not isinstance(x, Mapping):
@@ -173,19 +173,19 @@ def _parsed(text: str) -> ast.Module:
         raise ValueError(f"are no Python: {error}") from error
 
 
-def _tests_of(text: str, setup: str, entry: str) -> Tests:
+def _tests_of(text: str, setup: str, entry: str) -> Checks:
     tree = _parsed(text)
     functions = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     if "check" in functions:
         if not entry:
             raise ValueError("define check(candidate), and no column `entry_point` tells of what")
-        return Tests("check", (text,), setup, entry)
+        return Checks("check", (text,), setup, entry)
     if any(name.startswith(("test_", "Test")) for name in functions):
         if importlib.util.find_spec("pytest") is None:
             raise ValueError('are a pytest file; python -m pip install "pytest>=8"')
-        return Tests("pytest", (text,), setup)
+        return Checks("pytest", (text,), setup)
     asserts = [n for n in tree.body if isinstance(n, ast.Assert)]
     if not asserts:
         raise ValueError("hold no test function, no `check` and no assert")
     others = ast.unparse(ast.Module([n for n in tree.body if n not in asserts], []))
-    return Tests("asserts", tuple(map(ast.unparse, asserts)), f"{setup}\n{others}")
+    return Checks("asserts", tuple(map(ast.unparse, asserts)), f"{setup}\n{others}")

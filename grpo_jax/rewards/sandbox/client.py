@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import resource
@@ -38,6 +39,7 @@ _USUAL = (
     *("random", "re", "statistics", "string", "struct", "textwrap", "threading", "time", "typing"),
 )
 _SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache")
+_NUMBERS = itertools.count()  # of this process's sandboxes
 _ZONES = ("/usr/share/zoneinfo", "/etc/localtime")
 
 
@@ -124,7 +126,7 @@ class Sandbox:
             f"import sys; sys.path.append({ours!r}); "
             "from grpo_jax.rewards.sandbox import server; server.main()"
         )
-        words = ["-I", "-S", "-X", "utf8", "-c", code]
+        words = ["-P", "-s", "-S", "-X", "utf8", "-c", code]
         self._process = subprocess.Popen(
             [sys.executable, *words, json.dumps(dataclasses.asdict(place)), str(theirs.fileno())],
             pass_fds=(theirs.fileno(),),
@@ -420,4 +422,4 @@ def _other_user() -> int:
     first, _, count = max(ranges, key=lambda r: r[2])
     if count < 20_000:
         return -1
-    return first + min(count, 2_000_000_000) - 1 - os.getpid() % 10_000 - 1
+    return first + min(count, 2_000_000_000) - 2 - (16 * os.getpid() + next(_NUMBERS)) % 19_000

@@ -13,9 +13,9 @@ from grpo_jax.rewards.sandbox.client import Ended, Limits, Sandbox
 
 _LIMITS = Limits(seconds=20.0, memory_bytes=256 << 20, processes=8, disk_bytes=4 << 20)
 
-# Each is tried; a function that returns has escaped.
+# Each that is asked for is tried; a function that returns has escaped.
 _ATTEMPTS = """
-import ctypes, json, os, socket
+import ctypes, json, os, socket, time
 asked = json.loads(input())
 
 def reads(): open(asked["file"]).close()
@@ -31,17 +31,18 @@ def allocates(): bytearray(asked["memory"])
 def fills():
     for i in range(9):
         with open(f"f{i}", "wb") as file: file.write(bytes(asked["disk"] // 4))
+    time.sleep(1)
 def forks():
     ends = os.pipe()
     for _ in range(asked["processes"]):
         if os.fork() == 0:
             os.close(ends[1]); os.read(ends[0], 1); os._exit(0)
+    time.sleep(1)
 
-for attempt in (reads, writes, creates, connects, signals, looks, traces, roots, allocates, fills,
-                forks):
-    try: attempt()
-    except BaseException: print(attempt.__name__, "kept", flush=True)
-    else: print(attempt.__name__, "escaped", flush=True)
+for name in asked["names"]:
+    try: globals()[name]()
+    except BaseException: print(name, "kept", flush=True)
+    else: print(name, "escaped", flush=True)
 """
 _MEANINGS = {
     "reads": "reading files of yours",
@@ -79,14 +80,18 @@ def found() -> tuple[dict[str, bool], dict]:
             "disk": _LIMITS.disk_bytes,
             "processes": 2 * _LIMITS.processes,
         }
-        done = sandbox.script(_ATTEMPTS, json.dumps(asked))
-        return _read(done), sandbox.measures
+        kept = {}
+        alone = ("allocates", "fills", "forks")  # a limit may stop the program at each
+        for names in ([n for n in _MEANINGS if n not in alone], *([n] for n in alone)):
+            done = sandbox.script(_ATTEMPTS, json.dumps(asked | {"names": names}))
+            kept |= _read(done, names)
+        return kept, sandbox.measures
 
 
-def _read(done: Ended) -> dict[str, bool]:
+def _read(done: Ended, names: list[str]) -> dict[str, bool]:
+    """Whether each of the attempts has failed: as the program says, or by being stopped in it."""
     said = dict(line.split() for line in done.output.decode().splitlines())
-    # What has said nothing was ended: by the watch that is meant for it, or by a fault.
-    return {name: said.get(name, done.stopped and "kept") == "kept" for name in _MEANINGS}
+    return {name: said.get(name, done.stopped and "kept") == "kept" for name in names}
 
 
 def check(level: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from grpo_jax.rewards.sandbox import plain
-from grpo_jax.rewards.sandbox.cases import Call, Cases, Script, Tests
+from grpo_jax.rewards.sandbox.cases import Call, Cases, Checks, Script
 from grpo_jax.rewards.sandbox.client import Ended, Limits, Running, Sandbox, SandboxError
 from grpo_jax.rewards.sandbox.comparing import same_output, same_value
 
@@ -58,7 +58,7 @@ class Judge:
         fails; whatever the code does is its own fault.
         """
         end = time.monotonic() + total_s
-        if isinstance(cases, Tests):
+        if isinstance(cases, Checks):
             return self._of_tests(code, cases, end)
         faults: list[tuple[str, str]] = []
         passed = 0
@@ -137,9 +137,9 @@ class Judge:
         except RecursionError:
             return "it returned something that nests too deeply"
 
-    # --- Tests ---
+    # --- Test code ---
 
-    def _of_tests(self, code: str, tests: Tests, end: float) -> Verdict:
+    def _of_tests(self, code: str, tests: Checks, end: float) -> Verdict:
         if self._tests is None:
             preload = ("pytest", "_pytest.assertion.rewrite") if tests.style == "pytest" else ()
             self._tests = Sandbox(self.limits, preload)
