@@ -200,7 +200,9 @@ def _make_model(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=[*CASES, *given_peers.CASES])
+    parser.add_argument(
+        "--cases", nargs="+", default=list(CASES), choices=[*CASES, *given_peers.CASES]
+    )
     parser.add_argument("--steps", type=int, default=12, help="timed, after those that warm up")
     parser.add_argument("--threads", type=int, default=2, help="of TRL")
     parser.add_argument("--json", metavar="FILE")
