@@ -19,7 +19,7 @@ FILES = {
 }
 PROGRAMS = {
     *("cli", "__main__", "train", "sft", "dpo", "reward_model", "generate", "evaluate"),
-    *("report", "score", "profile", "plan", "export"),
+    *("report", "score", "label", "profile", "plan", "export"),
 }
 # A room, or file of the root, and the rooms it may import besides itself. They stand in blocks
 # above its own: what stands side by side in a block does not know of each other.

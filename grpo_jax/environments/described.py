@@ -52,7 +52,7 @@ def find(spec: str, option: str) -> Callable:
     that has a class method `__prepare__` is told its arguments once, before any process is forked.
     """
     try:
-        name, arguments = registry.split(spec, option)
+        name, arguments = registry.split_call(spec, option)
     except ValueError as error:
         raise RefusedError(str(error)) from error
     found = _named(name, option)

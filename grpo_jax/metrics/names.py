@@ -39,12 +39,55 @@ METRICS: dict[str, Metric] = {
         "completions",
         "completions to which every reward function gave None; they have no advantage",
     ),
+    "rewards/failed_by_member": Metric(
+        "completions", "ensembles without a value since one of their members failed"
+    ),
+    "ensemble/correlation/NAME/NAME": Metric(
+        "", "correlation of two members of ensembles over the step's completions"
+    ),
+    "ensemble/length_correlation/NAME": Metric(
+        "", "correlation of a member of an ensemble with the length of the completions"
+    ),
+    "ensemble/low_share/NAME": Metric(
+        "share", "completions at the least value that a member of an ensemble gave in the step"
+    ),
+    "ensemble/high_share/NAME": Metric(
+        "share", "completions at the largest value that a member of an ensemble gave in the step"
+    ),
     "reward_log/NAME": Metric(
         "", "value that a reward function logged by log_metric, mean over calls"
     ),
     "reward/NAME_std": Metric(
         "", "standard deviation of one reward over the completions that have it"
     ),
+    "judge/calls": Metric("calls", "calls of LLM judges in the step, repeated ones included"),
+    "judge/cached_share": Metric(
+        "share", "judgements that needed no call: the run had them already, or two texts are equal"
+    ),
+    "judge/retries": Metric("calls", "calls among them that repeated a failed one"),
+    "judge/seconds": Metric("s", "mean time of a call, without waiting for its turn"),
+    "judge/prompt_tokens": Metric("tokens", "tokens that judges read in the step"),
+    "judge/completion_tokens": Metric("tokens", "tokens that judges wrote in the step"),
+    "judge/flip_share/NAME": Metric(
+        "share",
+        "pairs for which a judge preferred the other answer once their order was changed; ties",
+    ),
+    "judge/length_correlation/NAME": Metric(
+        "", "correlation of a judge's numbers with the completions' lengths in tokens"
+    ),
+    **{
+        f"judge/failed_by_{kind}": Metric("judgements", f"judgements that {what}")
+        for kind, what in {
+            "timeout": "took too long",
+            "connection": "lost their connection, or got none",
+            "status": "the server refused",
+            "redirect": "were redirected, which is not followed",
+            "size": "got too long a response",
+            "garbage": "got a response that cannot be read",
+            "verdict": "got no verdict, or one that cannot be read",
+            "budget": "were beyond the run's budget",
+        }.items()
+    },
     "accuracy": Metric(
         "share",
         "completions with a 1 from the reward rewards.accuracy, among those to which it applies",

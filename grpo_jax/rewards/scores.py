@@ -12,9 +12,10 @@ import numpy as np
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.rewards.worker import Answer
 
-FAILURES = ("timeout", "error", "values", "memory", "died", "invalid")
+FAILURES = ("timeout", "error", "values", "memory", "died", "invalid", "member")
 """Why a reward may be missing: too slow; raised; returned no fitting list of numbers; asked for too
-much memory; its process ended; or what it should judge is not valid (`left_out`)."""
+much memory; its process ended; what it should judge is not valid (`left_out`); or a member of an
+ensemble failed."""
 
 
 _ARRAYS = {"by_name": np.float32, "failed": bool, "seconds": np.float64}  # per reward, [B]
@@ -53,6 +54,7 @@ class Scores:
     failures: tuple[Failure, ...] = ()
     metrics: dict[str, tuple[float, int]] = dataclasses.field(default_factory=dict)  # sum, count
     extras: dict[str, list] = dataclasses.field(default_factory=dict)  # [B]; None if not logged
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)  # of a step, by metric
     # By reward: the number of calls that failed for a whole group and were repeated for each
     # completion, and the first error
     retried: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
@@ -111,6 +113,7 @@ class Scores:
             metrics={n: tuple(sum_count) for n, sum_count in values["metrics"].items()},
             retried={n: tuple(told) for n, told in values["retried"].items()},
             extras=values["extras"],
+            sums=values["sums"],
             **arrays,
         )
 
@@ -301,7 +304,10 @@ def select(parts: Sequence[tuple[Scores, np.ndarray]]) -> Scores:
 
     metrics: dict[str, tuple[float, int]] = {}
     retried: dict[str, tuple[int, str]] = {}
+    sums: dict[str, float] = {}
     for part, _ in parts:
+        for name, total in part.sums.items():
+            sums[name] = sums.get(name, 0.0) + total
         for name, (total, count) in part.metrics.items():
             before = metrics.get(name, (0.0, 0))
             metrics[name] = (before[0] + total, before[1] + count)
@@ -320,6 +326,7 @@ def select(parts: Sequence[tuple[Scores, np.ndarray]]) -> Scores:
             for failure in _at(part.failures, rows, int(at))
         ),
         metrics=metrics,
+        sums=sums,
         extras={
             name: [
                 part.extras[name][row] if name in part.extras else None

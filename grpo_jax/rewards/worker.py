@@ -78,7 +78,9 @@ class Answer:
     failure: str = ""  # "error", "values" or "memory"; the pool adds "timeout" and "died"
     message: str = ""
     faults: dict[int, str] = dataclasses.field(default_factory=dict)  # rows with an invalid value
+    kinds: dict[int, str] = dataclasses.field(default_factory=dict)  # of these; "values" if not
     metrics: dict[str, tuple[float, int]] = dataclasses.field(default_factory=dict)  # sum, count
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)  # as in `Scores`
     extras: dict[str, list] = dataclasses.field(default_factory=dict)
     is_spent: bool = False  # this process must be replaced
 

@@ -250,7 +250,7 @@ def build(
         critic=critic_lib.states(config, critic, mesh, learner.critic),
         controllers=learner.controllers,
         # Last: no more checks follow.
-        rewards=start_rewards(config, found.rewards, models=models),
+        rewards=start_rewards(config, found.rewards, models=models, folder=folder),
     )
 
 
