@@ -266,8 +266,8 @@ def evaluate(args: argparse.Namespace, config: ConfigDict) -> tuple[list[Problem
     evaluated = []
     world = environment_lib.live(config, environment)
     scored_by = reward_models.load_all(config, rewards, mesh, now)
-    how = {"models": scored_by, "folder": Path(args.out)}
-    with start_rewards(config, rewards, **how) as pool, world:
+    folder = Path(args.out)
+    with start_rewards(config, rewards, models=scored_by, folder=folder) as pool, world:
         for found, path, name, asked in zip(
             models, args.models, compare.names(args.models), questions
         ):

@@ -209,6 +209,11 @@ TABLE = (
     number("rewards.max_failed_share", 0.5, NOT_NEGATIVE, "",
            "Share of a step's completions that may be without a reward; with more, "
            "guards.failed_rewards acts", special={1: "never"}, free=True),
+    choice("rewards.code_isolation", "full", {
+               "full": "do not start",
+               "limits": "say so, and run programs under the limits that there are"},
+           "What is done where the system cannot keep programs of the reward `code` from files, "
+           "processes or the network", free=True),
 
     *JUDGE,
 
@@ -309,6 +314,11 @@ TABLE = (
     _action("guards.equal_groups", "warn", "When in every group all rewards were equal, in "
             "guards.equal_groups_steps steps in a row"),
     number("guards.equal_groups_steps", 10, COUNT, "steps", "See guards.equal_groups",
+           special={0: "not watched"}, free=True),
+    _action("guards.members", "warn", "When one member of an ensemble rose while another fell, "
+            "each by guards.member_shift from one guards.window to the next"),
+    number("guards.member_shift", 0.5, POSITIVE, "deviations",
+           "Of the member's own standard deviation within steps; see guards.members",
            special={0: "not watched"}, free=True),
     _action("guards.kl", "warn", "When policy/kl of an update is above guards.kl_max"),
     number("guards.kl_max", 0.0, POSITIVE, "nats per token", "See guards.kl",

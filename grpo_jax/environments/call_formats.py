@@ -20,7 +20,7 @@ class Format:
 
     name: str
     template: dict[str, Any]
-    # Of CALLS, with looser anchors: it finds calls that the template itself would take for text.
+    # Of CALLS, in place of its own: looser ones, for calls that the template would take for text.
     anchors: dict[str, Any] = dataclasses.field(default_factory=dict)
     # What is left of a call without its opening and its parameters; None: anything.
     rest: str | None = None
@@ -66,7 +66,7 @@ QWEN_XML = Format(
         },
         transform=_NAMED,
     ),
-    anchors={"open": "<tool_call>"},
+    anchors={"open_pattern": "<tool_call>"},
     rest="</function></tool_call>",
 )
 
@@ -74,7 +74,7 @@ QWEN_XML = Format(
 LLAMA = Format(
     "Llama's JSON",
     _template(
-        open_pattern=r"\A\s*(?:<\|python_tag\|>\s*)?(?=\{)",
+        open_pattern=r"\A\s*(?:<\|python_tag\|>\s*(?=\{)|(?=\{\s*\"))",
         close_pattern=r"<\|eot_id\|>|<\|eom_id\|>|\Z",
         content="json",
         transform={
@@ -104,7 +104,7 @@ MISTRAL_ARGS = Format(
         content="json",
         transform=_NAMED,
     ),
-    anchors={"open": "[TOOL_CALLS]"},
+    anchors={"open_pattern": r"\[TOOL_CALLS\]"},
 )
 
 FORMATS = (QWEN_JSON, QWEN_XML, MISTRAL, MISTRAL_ARGS, LLAMA)
@@ -116,3 +116,11 @@ def candidates(tokenizer: Any) -> list[Format]:
     if isinstance(own, dict) and CALLS in (own.get("fields") or {}):
         return [Format("the checkpoint's own", own, is_own=True), *FORMATS]
     return list(FORMATS)
+
+
+def without_calls(form: Format) -> Format:
+    """A format for turns without tools: its reasoning and its content."""
+    if not form.is_own:
+        form = QWEN_JSON
+    fields = {name: field for name, field in form.template["fields"].items() if name != CALLS}
+    return Format("no calls", form.template | {"fields": fields}, is_own=form.is_own)

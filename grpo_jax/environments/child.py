@@ -115,34 +115,42 @@ class Host:
             now.turn_reward = 0.0
         responds = callable(getattr(type(now), "respond", None))
         messages: list | None = None
-        if calls and (not responds or any("arguments" in call for call in calls)):
+        if hasattr(type(now), "__turn__"):  # an adapter, whose tools are not ours to call
+            messages = self._said(request, "__turn__", calls, request["messages"])
+        elif calls and (not responds or any("arguments" in call for call in calls)):
             messages = []  # they are told as parts
             left_s, timeouts = request["left_s"], request["timeouts"]
             for group in _groups(calls, self._is_asynchronous):
-                for part in self._carried_out(group, min(request["limit_s"], left_s)):
+                for part in self._carried_out(group, request["limit_s"], left_s):
                     self._tell({"part": part})
                     left_s -= part["seconds"]
                     timeouts += part["failure"] == "timeout"
                 if left_s <= 0 or timeouts > 1:  # the episode ends
                     break
         elif responds:
-            try:
-                said = clock.within(
-                    min(request["limit_s"], request["left_s"]),
-                    lambda: now.respond(request["messages"]),
-                )
-            except BaseException as error:
-                spec = type(now).__name__
-                raise _refused(error, spec, "respond", now.respond, ["messages"]) from error
-            messages = _messages(said, type(now).__name__)
+            messages = self._said(request, "respond", request["messages"])
         return {"messages": messages, "turn_reward": _number(getattr(now, "turn_reward", None))}
+
+    def _said(self, request: dict, method: str, *arguments: Any) -> list | None:
+        """What a method of the environment answers to a turn, as messages."""
+        function, spec = getattr(self._now, method), type(self._now).__name__
+        limit_s = min(request["limit_s"], request["left_s"])
+        try:
+            return _messages(clock.within(limit_s, lambda: function(*arguments)), spec)
+        except RefusedError:
+            raise
+        except BaseException as error:
+            raise _refused(error, spec, method, function, ["messages"]) from error
 
     def _is_asynchronous(self, call: dict) -> bool:
         return inspect.iscoroutinefunction(self._tools.get(call["name"]))
 
-    def _carried_out(self, group: list[dict], limit_s: float) -> Iterator[dict]:
+    def _carried_out(self, group: list[dict], limit_s: float, left_s: float) -> Iterator[dict]:
         """The messages of calls: of one, or of several asynchronous ones at once."""
         began = time.monotonic()
+        late = f"The call took longer than {limit_s:g} s."
+        if left_s < limit_s:
+            limit_s, late = left_s, "The call took longer than the episode had left."
         if len(group) > 1:
             makes = [lambda c=c: self._tools[c["name"]](**c["arguments"]) for c in group]
             outcomes = clock.together(limit_s, makes)
@@ -152,7 +160,8 @@ class Host:
         for call, (result, error) in zip(group, outcomes):
             failure = ""
             if error is not None:
-                result, failure = {"error": _said(error)}, _failure(error)
+                failure = _failure(error)
+                result = {"error": late if failure == "timeout" else _said(error)}
             message = {"role": "tool", "name": call["name"], "content": _text(result)}
             yield {"message": message, "failure": failure, "seconds": seconds}
 
@@ -217,8 +226,6 @@ def _failure(error: BaseException) -> str:
 
 def _said(error: BaseException) -> str:
     """An error as the policy reads it: its text, without secrets."""
-    if isinstance(error, clock.TookTooLong):
-        return f"The call {error}."
     if isinstance(error, MemoryError):
         return "The call needed too much memory."
     try:

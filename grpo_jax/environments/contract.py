@@ -34,7 +34,7 @@ from grpo_jax.rewards.registry import Reward
 
 COLUMN = "environment"  # that chooses among several classes
 START_S = 120.0  # for the user's modules to be imported, and for an instance to be made
-_NAMED = re.compile(r"(?:([\w.\-]+)=)?(\S+)")
+_NAMED = re.compile(r"(?:([\w.\-]+)=)?(\S.*)")
 
 
 def read(
@@ -199,8 +199,7 @@ def reset_request(
 
 def _asked(home: Home, request: dict[str, Any], limit_s: float) -> dict[str, Any]:
     """One answer of a process that is forked for it. Raises ValueError with the fault."""
-    number = -1
-    home.ended.pop(number, None)
+    number = home.next_trial()
     line = home.spawn(number)
     limit = time.monotonic() + limit_s
     try:

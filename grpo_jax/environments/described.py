@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 
 from grpo_jax.messages.credentials import redact
 from grpo_jax.messages.values import cut
-from grpo_jax.rewards import given, place
+from grpo_jax.rewards import given, place, registry
 
 CLASSES, TOOLS = "environment.classes", "environment.tools"
 _NO_TOOLS = ("reset", "get_reward", "respond")  # public methods that the policy cannot call
@@ -44,8 +45,31 @@ class RefusedError(Exception):
     """A fault of the user's environment or tool; its text is a message that names the option."""
 
 
-def find(spec: str, option: str) -> Any:
-    """The class or function of an option's entry "module:name"; RefusedError if there is none."""
+def find(spec: str, option: str) -> Callable:
+    """The class or function of an option's entry; RefusedError if there is none.
+
+    The entry is "module:name", or "module:name(argument=value)" with literals as values. A class
+    that has a class method `__prepare__` is told its arguments once, before any process is forked.
+    """
+    try:
+        name, arguments = registry.split_call(spec, option)
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
+    found = _named(name, option)
+    arguments = arguments or {}
+    if hasattr(found, "__prepare__"):
+        try:
+            found.__prepare__(**arguments)
+        except ValueError as error:  # with a message of its own
+            raise RefusedError(f"{option}: {spec!r}: {told(error)}") from error
+        except (Exception, SystemExit) as error:
+            raise RefusedError(
+                f"{option}: {spec!r} cannot be prepared: {type(error).__name__}: {told(error)}."
+            ) from error
+    return functools.partial(found, **arguments) if arguments else found
+
+
+def _named(spec: str, option: str) -> Callable:
     if spec.startswith(given.PREFIX):
         found = given.find(spec.removeprefix(given.PREFIX))
         if found is None:
@@ -189,7 +213,8 @@ def kind_of(instance: Any, spec: str, alone: Kind, seconds: float) -> Kind:
         raise RefusedError(
             f"{CLASSES}: {spec!r} and {TOOLS} both have a tool {twice[0]!r}. Rename one."
         )
-    if not own and not alone.schemas and not has("respond"):
+    responds = has("respond") or has("__turn__")
+    if not own and not alone.schemas and not responds:
         raise RefusedError(
             f"{CLASSES}: {spec!r} has no public method that could be a tool, and no `respond`: "
             "an episode would be one turn."
@@ -201,7 +226,7 @@ def kind_of(instance: Any, spec: str, alone: Kind, seconds: float) -> Kind:
         type(instance).__name__,
         (*alone.schemas, *own),
         has("get_reward"),
-        has("respond"),
+        responds,
         tuple(p.name for p in named),
         tuple(p.name for p in named if p.default is p.empty),
         any(p.kind is p.VAR_KEYWORD for p in parameters),

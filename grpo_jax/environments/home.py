@@ -36,6 +36,7 @@ class Home:
         self.line = wire.Line(ours)
         self.ended: dict[int, int] = {}  # exit status of forks, by number
         self.is_ready = self.is_dead = False
+        self._num_trials = 0
         self.threads = 1  # that the imported modules have started, and no fork has
         self.line.send(pickle.dumps(setup))
 
@@ -84,6 +85,11 @@ class Home:
             else:
                 self.close()
                 raise ValueError(message["fault"])
+
+    def next_trial(self) -> int:
+        """The number of a fork that is not `Live`'s: it is negative."""
+        self._num_trials += 1
+        return -self._num_trials
 
     def spawn(self, number: int) -> wire.Line:
         """Forks an environment's process of this number; returns the line to it."""

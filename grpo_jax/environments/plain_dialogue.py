@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from grpo_jax.environments.call_formats import QWEN_JSON
-from grpo_jax.environments.observations import fitted
+from grpo_jax.environments.observations import Observations
 from grpo_jax.environments.spelling import Spelling
 from grpo_jax.environments.tool_calls import Reader
 from grpo_jax.environments.turns import Turn
@@ -34,7 +34,7 @@ class PlainDialogue:
         """The options are those of `dialogue.prove`."""
         self._spelling = spelling or Spelling(tokenizer)
         self._stop_ids = tuple(stop_ids)
-        self._limit = observation_tokens
+        self._observations = Observations(self._spelling, observation_tokens)
         self._encode = self._spelling.full if allow_control_tokens else self._spelling.plain
         self._reader = Reader(QWEN_JSON, self._spelling, tools) if tools else None
         self._between = _between(self._spelling)
@@ -52,8 +52,7 @@ class PlainDialogue:
         self, turn_ids: Sequence[int], stopped: bool, messages: Sequence[dict[str, Any]]
     ) -> list[int]:
         """The ids to append after a turn, as of `dialogue.Dialogue.follow`."""
-        texts = [str(message["content"]) for message in messages]
-        texts = fitted(texts, self._limit, self._spelling, self._encode)
+        texts = self._observations.fitted([str(m.get("content") or "") for m in messages])
         close = [] if stopped else [self._stop_ids[0]]
         return close + self._encode(self._between.join(texts))
 

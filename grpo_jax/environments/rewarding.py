@@ -12,7 +12,7 @@ from grpo_jax.environments.live import INVALID
 from grpo_jax.hosts import processes
 from grpo_jax.messages.console import say
 from grpo_jax.models.policy import Policy
-from grpo_jax.rewards import kinds
+from grpo_jax.rewards import ensembles, kinds
 from grpo_jax.rewards import scores as scores_lib
 from grpo_jax.rewards.pool import Pool
 from grpo_jax.rewards.scores import RewardError, Scores
@@ -107,7 +107,8 @@ class RewardCollector:
         parts = [everyones[n] for n in range(len(self._problems))]
         known = [r for r in self._pool.rewards if r.name in parts[0].by_name]
         scores = scores_lib.join(parts, known)
-        return self._with_models(scores) if self._pool.models else scores
+        scores = self._with_models(scores) if self._pool.models else scores
+        return ensembles.add(scores, self._pool.rewards)
 
     def _with_episodes(self, number: int, scores: Scores) -> Scores:
         """The scores of a problem's completions with those that their environments gave."""
@@ -133,7 +134,7 @@ class RewardCollector:
         began = time.monotonic()
         by_model = self._pool.models(self._problems, self.texts(), self._group)
         seconds = time.monotonic() - began
-        return scores_lib.with_models(scores, self._pool.rewards, by_model, seconds)
+        return scores_lib.with_models(scores, self._pool.measured, by_model, seconds)
 
 
 class SelectedRewards:

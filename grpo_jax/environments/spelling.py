@@ -9,6 +9,7 @@ and not for others, as `<tool_call>` of Qwen2.5 (huggingface/transformers#29279)
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ class Spelling:
 
     def __init__(self, tokenizer: Any):
         """`tokenizer`: of transformers, with a `tokenizer.json`; another raises ValueError."""
+        from tokenizers import AddedToken
+
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(
@@ -35,31 +38,30 @@ class Spelling:
         self._plain = _without_control(backend)
         # Text stands in the middle of a conversation, where some tokenizers write no first space.
         self._anchor = "\ufdd0\ufdd1"
-        self._anchor_id = _add(self._plain, self._anchor)
+        self._plain.add_special_tokens([AddedToken(self._anchor, normalized=False)])
         # Runs of spaces that are added tokens are no control tokens; their ids must stay.
         self._ids = {
             self._plain.token_to_id(t.content): i
             for i, t in self._added.items()
             if i not in self.control
         }
-        self._texts = sorted(set(self.control.values()), key=len, reverse=True)
+        texts = sorted((t for t in self.control.values() if len(t) > 1), key=len, reverse=True)
+        self._spelled = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
         self._whole = frozenset(  # texts that are one token of the vocabulary even so
-            text for text in self._texts if self.control.keys() & set(self._encode(text))
+            text for text in texts if self.control.keys() & set(self._encode(text))
         )
 
-    def plain(self, text: str) -> list[int]:
-        """The ids of a text in the middle of a conversation, without any control token."""
+    def plain(self, text: str, *, is_start: bool = False) -> list[int]:
+        """The ids of a text without any control token; `is_start`: nothing stands before it."""
         ids: list[int] = []
-        for part in _halved(_with_whole_characters(text), self._whole):
-            ids += self._encode(part)
+        for number, part in enumerate(_halved(_with_whole_characters(text), self._whole)):
+            ids += self._encode(part, is_start and number == 0)
         return ids
 
     def full(self, text: str) -> list[int]:
-        """The ids of a text in the middle of a conversation, control tokens read as such."""
-        ids: list[int] = []
-        for piece, is_control in self.pieces(text):
-            ids += [piece] if is_control else self._encode(piece)
-        return ids
+        """The ids of a text, control tokens read as such, and none added."""
+        text = _with_whole_characters(text)
+        return self._full.encode(text, add_special_tokens=False).ids
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Of each token of `plain(text)` its characters: the first, and one past the last."""
@@ -110,10 +112,8 @@ class Spelling:
         mark = next(guard for guard in _GUARDS if guard not in whole)
         marked = []
         for text, is_control in runs:
-            if not is_control:
-                for spelled in self._texts:
-                    if spelled in text:
-                        text = text.replace(spelled, spelled[0] + mark + spelled[1:])
+            while not is_control and self._spelled.search(text):
+                text = self._spelled.sub(lambda found: found[0][0] + mark + found[0][1:], text)
             marked.append(text)
         return "".join(marked), mark
 
@@ -130,13 +130,14 @@ class Spelling:
             start = end + 1
         return runs
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, is_start: bool = False) -> list[int]:
         if not text:
             return []
-        text = self._anchor + text.replace(self._anchor, "")
-        ids = self._plain.encode(text, add_special_tokens=False).ids
-        assert ids[0] == self._anchor_id
-        return [self._ids.get(i, i) for i in ids[1:]] if self._ids else ids[1:]
+        text = text.replace(self._anchor, "")
+        anchored = text if is_start else self._anchor + text
+        ids = self._plain.encode(anchored, add_special_tokens=False).ids
+        ids = ids if is_start else ids[1:]
+        return [self._ids.get(i, i) for i in ids] if self._ids else ids
 
     def _decode(self, ids: Sequence[int]) -> str:
         # After a control token, as decoders drop a space at the very start.
@@ -160,13 +161,6 @@ def _without_control(backend: Any) -> Any:
 def _with_whole_characters(text: str) -> str:
     """A text without halves of characters, which have no tokens; JSON of a model may hold some."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _add(backend: Any, text: str) -> int:
-    from tokenizers import AddedToken
-
-    backend.add_special_tokens([AddedToken(text, normalized=False, special=True)])
-    return backend.token_to_id(text)
 
 
 def _halved(text: str, wholes: frozenset[str]) -> list[str]:

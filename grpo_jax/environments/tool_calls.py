@@ -56,13 +56,11 @@ class Reader:
         self._template = load_response_template(form.template)
         fields = form.template["fields"]
         self._reasoning = next((name for name in REASONING if name in fields), None)
-        anchors = {"open", "open_pattern", "close", "close_pattern"}
-        kept = {k: v for k, v in fields[CALLS].items() if k in anchors}
-        if "open" in form.anchors:
-            kept.pop("open_pattern", None)
-        kept = _without_names(kept | form.anchors)
-        cut = form.template | {"fields": fields | {CALLS: kept | {"repeats": True}}}
-        self._cut = load_response_template(cut)
+        self._cut = self._template
+        if CALLS in fields:
+            kept = _without_names(_anchors(fields[CALLS]) | form.anchors)
+            cut = form.template | {"fields": fields | {CALLS: kept | {"repeats": True}}}
+            self._cut = load_response_template(cut)
         self._begun = _begun(form, self._template, opening)
 
     def read(self, ids: Sequence[int]) -> Turn:
@@ -75,7 +73,13 @@ class Reader:
         for span in self._spans(text):
             rest.append(text[end : span.first])
             end = span.past
-            calls += self._calls(text, span, stop)
+            calls += self._calls(text, span)
+        calls = [
+            dataclasses.replace(call, text=call.text.removesuffix(stop))
+            if isinstance(call, Malformed)
+            else call
+            for call in calls
+        ]
         turn = self._said("".join([*rest, text[end:]]).removesuffix(stop))
         return _unmarked(dataclasses.replace(turn, calls=tuple(calls)), mark)
 
@@ -114,24 +118,25 @@ class Reader:
                 return
             end = past if past > opened.start() else past + 1
 
-    def _calls(self, text: str, span: _Span, stop: str) -> list[Call | Malformed]:
+    def _calls(self, text: str, span: _Span) -> list[Call | Malformed]:
         """The calls between one opening and its end; formats that are lists have several."""
         whole = text[span.first : span.past]
         if not span.has_end:
-            return [Malformed("unclosed", "The call has no end.", whole.removesuffix(stop))]
-        body = text[span.body : span.body_past]
+            return [Malformed("unclosed", "The call has no end.", whole)]
         found = self._call(whole, span)
-        if isinstance(found, list):
+        found = found if isinstance(found, list) else [found]
+        parts = _objects(text[span.body : span.body_past])
+        if len(parts) < 2 or all(isinstance(call, Call) for call in found):
             return found
-        parts = _objects(body)
-        if len(parts) < 2:
-            return [found]
         # Several in one, of which at least one is malformed: each alone.
         calls: list[Call | Malformed] = []
         opened, closed = text[span.first : span.body], text[span.body_past : span.past]
         for part in parts:
             one = self._call(opened + part + closed, span)
-            calls += one if isinstance(one, list) else [dataclasses.replace(one, text=part)]
+            calls += [
+                dataclasses.replace(call, text=part) if isinstance(call, Malformed) else call
+                for call in (one if isinstance(one, list) else [one])
+            ]
         return calls
 
     def _call(self, whole: str, span: _Span) -> list[Call | Malformed] | Malformed:
@@ -223,6 +228,11 @@ def _begun(form: Format, template: Any, opening: str) -> str:
         return template.truncate_past_last_anchor(opening) if opening else ""
     at = opening.rfind("<think>")
     return opening[at:] if at >= 0 else ""
+
+
+def _anchors(field: dict[str, Any]) -> dict[str, Any]:
+    """Where a field begins and ends."""
+    return {k: v for k, v in field.items() if k.startswith(("open", "close"))}
 
 
 def _without_names(anchors: dict[str, Any]) -> dict[str, Any]:

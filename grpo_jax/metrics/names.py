@@ -39,6 +39,21 @@ METRICS: dict[str, Metric] = {
         "completions",
         "completions to which every reward function gave None; they have no advantage",
     ),
+    "rewards/failed_by_member": Metric(
+        "completions", "ensembles without a value since one of their members failed"
+    ),
+    "ensemble/correlation/NAME/NAME": Metric(
+        "", "correlation of two members of ensembles over the step's completions"
+    ),
+    "ensemble/length_correlation/NAME": Metric(
+        "", "correlation of a member of an ensemble with the length of the completions"
+    ),
+    "ensemble/low_share/NAME": Metric(
+        "share", "completions at the least value that a member of an ensemble gave in the step"
+    ),
+    "ensemble/high_share/NAME": Metric(
+        "share", "completions at the largest value that a member of an ensemble gave in the step"
+    ),
     "reward_log/NAME": Metric(
         "", "value that a reward function logged by log_metric, mean over calls"
     ),

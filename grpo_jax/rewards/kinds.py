@@ -50,6 +50,12 @@ def of_folder(after: str) -> str:
     return re.sub(r"[^\w.\-]", "_", name)
 
 
+def of_label(after: str) -> str:
+    """The name of a label after a folder and #, or of the folder."""
+    folder, _, label = after.partition("(")[0].partition("#")
+    return re.sub(r"[^\w.\-]", "_", label.strip() or of_folder(folder.strip()))
+
+
 def of_file(after: str) -> str:
     """The name of a file without its folder and ending."""
     name = after.rstrip("/").rpartition("/")[2]
@@ -63,17 +69,29 @@ KINDS: dict[str, Kind] = {
         "grpo_jax.rewards.kinds:of_no_worker",
         of_folder,
     ),
-    "judge:": Kind(
-        "file of a rubric",
-        HOST,
-        "grpo_jax.rewards.judging.rubric:as_function",
-        of_file,
-    ),
     "environment:": Kind(
         '"get_reward", or "module:function" of a function that takes `environments`',
         EPISODES,
         "grpo_jax.rewards.kinds:of_no_worker",
         of_call,
+    ),
+    "classifier:": Kind(
+        "folder of a classifier of texts, # and one of its labels",
+        WORKERS,
+        "grpo_jax.rewards.classifiers:function",
+        of_label,
+    ),
+    "ensemble:": Kind(
+        "form of an ensemble, with its members in brackets",
+        OTHERS,
+        "grpo_jax.rewards.ensembles:function",
+        of_call,
+    ),
+    "judge:": Kind(
+        "file of a rubric",
+        HOST,
+        "grpo_jax.rewards.judging.rubric:as_function",
+        of_file,
     ),
     "python:": Kind(
         "name of a function that a Python program gave",

@@ -56,6 +56,8 @@ _BY_MODULE = {
     "length": ("soft_overlong", "cosine_length", "relative_length"),
     "language": ("language_consistency",),
     "tone": ("sentiment", "clean_language", "toxicity"),
+    "code": ("code",),
+    "classifiers": ("classifier",),
 }
 BUILT_IN: dict[str, str] = {
     name: f"grpo_jax.rewards.{module}:{name}"
@@ -116,7 +118,12 @@ def short_name(spec: str) -> str:
     prefix, after = kinds.split(entry)
     if label or prefix:
         return label or kinds.KINDS[prefix].name(after)
-    return _split(entry)[0].rpartition(":")[2]
+    return split_call(entry)[0].rpartition(":")[2]
+
+
+def named(names: Sequence[str]) -> list[Reward]:
+    """The rewards of entries that `load` has read before, with weight 0."""
+    return [Reward(short_name(name), labelled(name)[0], 0.0) for name in names]
 
 
 def load(
@@ -183,8 +190,7 @@ def _which_gives_accuracy(rewards: dict[str, Reward], chosen: str) -> str | None
             )
         return short
     for reward in rewards.values():
-        found = function(reward.spec)
-        if getattr(getattr(found, "func", found), "right_or_wrong", False):
+        if flag(reward, "right_or_wrong"):
             return reward.name
     return None
 
@@ -203,13 +209,13 @@ def function(spec: str) -> Callable:
     prefix, after = kinds.split(spec)
     if prefix:
         return kinds.KINDS[prefix].resolve(after)
-    name, arguments = _split(spec)
+    name, arguments = split_call(spec)
     return bound(_find(name), arguments, spec)
 
 
 def given_function(after: str) -> Callable:
     """The function of an entry "python:NAME", as `function`."""
-    name, arguments = _split(after)
+    name, arguments = split_call(after)
     return bound(_given(name), arguments, given.PREFIX + after)
 
 
@@ -240,8 +246,11 @@ def bound(found: Callable, arguments: dict[str, Any] | None, spec: str) -> Calla
     return made
 
 
-def _split(spec: str) -> tuple[str, dict[str, Any] | None]:
-    """A name and the arguments in its brackets; None without brackets."""
+def split_call(spec: str, option: str = "rewards.names") -> tuple[str, dict[str, Any] | None]:
+    """A name and the arguments in its brackets; None without brackets.
+
+    Raises ValueError, naming the `option`, for what cannot be read.
+    """
     name, bracket, _ = spec.partition("(")
     if not bracket:
         return spec.strip(), None
@@ -252,7 +261,7 @@ def _split(spec: str) -> tuple[str, dict[str, Any] | None]:
         arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(
-            f"rewards.names: {shown(spec)} cannot be read ({error}). Write NAME, or "
+            f"{option}: {shown(spec)} cannot be read ({error}). Write NAME, or "
             "NAME(name=value), with numbers, texts or lists as values."
         ) from error
     return name.strip(), arguments
@@ -363,13 +372,24 @@ def _parameters(found: Callable) -> frozenset[str] | None:
 
 
 def _needed(found: Callable) -> list[str]:
-    """Names of columns without which the function cannot be called."""
+    """Names of columns without which the function cannot be called.
+
+    A built-in function may have an attribute `columns`, which takes the bound arguments and gives
+    the columns that these name.
+    """
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [
+    named = getattr(getattr(found, "func", found), "columns", lambda **_: ())
+    return [*named(**getattr(found, "keywords", {}))] + [
         p.name
         for p in inspect.signature(found).parameters.values()
         if p.kind in by_name and p.default is p.empty and p.name not in GIVEN
     ]
+
+
+def flag(reward: Reward, name: str) -> bool:
+    """Whether a reward's function has this attribute, and it is true."""
+    found = function(reward.spec)
+    return bool(getattr(getattr(found, "func", found), name, False))
 
 
 def reads(rewards: Sequence[Reward], name: str) -> bool:

@@ -12,9 +12,10 @@ import numpy as np
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.rewards.worker import Answer
 
-FAILURES = ("timeout", "error", "values", "memory", "died", "invalid")
+FAILURES = ("timeout", "error", "values", "memory", "died", "invalid", "member")
 """Why a reward may be missing: too slow; raised; returned no fitting list of numbers; asked for too
-much memory; its process ended; or what it should judge is not valid (`left_out`)."""
+much memory; its process ended; what it should judge is not valid (`left_out`); or a member of an
+ensemble failed."""
 
 
 _ARRAYS = {"by_name": np.float32, "failed": bool, "seconds": np.float64}  # per reward, [B]

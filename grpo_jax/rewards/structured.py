@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from grpo_jax.messages.values import cut
@@ -69,7 +70,18 @@ def _validator(schema: str) -> Any:
     read = json.loads(schema)
     made = validators.validator_for(read, default=validators.Draft202012Validator)
     made.check_schema(read)
+    if far := next((ref for ref in _references(read) if not ref.startswith("#")), None):
+        raise ValueError(f"$ref {far!r} leads out of it; only #... is read")
     return made(read, registry=referencing.Registry())
+
+
+def _references(schema: Any) -> Iterator[str]:
+    """What the schema's $ref name."""
+    inside = schema.values() if isinstance(schema, dict) else schema
+    for value in inside if isinstance(inside, (list, type({}.values()))) else ():
+        yield from _references(value)
+    if isinstance(schema, dict) and isinstance(schema.get("$ref"), str):
+        yield schema["$ref"]
 
 
 def _is_valid(text: str | None, schema: str) -> bool:

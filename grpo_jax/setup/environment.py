@@ -62,11 +62,11 @@ def _row(problem: Problem) -> dict:
     return {**problem.columns, "prompt": problem.prompt}
 
 
-def read(config: ConfigDict, rewards: list[Reward]) -> Environment | None:
+def read(config: ConfigDict, rewards: list[Reward], *, rewarded: bool = True) -> Environment | None:
     """The config's environments and tools, imported and looked at; None if it has none.
 
-    Raises ValueError for those that are not found or lack what they need, and if nothing rewards
-    an episode.
+    Raises ValueError for those that are not found or lack what they need, and with `rewarded` if
+    nothing rewards an episode.
     """
     if not derived.has_environment(config):
         return None
@@ -84,7 +84,7 @@ def read(config: ConfigDict, rewards: list[Reward]) -> Environment | None:
         for name in contract.reward_names
         if name not in named
     ]
-    if not taking and not own:
+    if rewarded and not taking and not own:
         contract.close()
         raise ValueError(
             "rewards.names is (), and no class of environment.classes has a method `get_reward`: "

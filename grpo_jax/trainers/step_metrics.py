@@ -18,7 +18,7 @@ from grpo_jax.environments import episode
 from grpo_jax.environments.single_turn import Rollout
 from grpo_jax.messages.progress import Progress
 from grpo_jax.metrics.writers import Writers
-from grpo_jax.rewards import groups, kinds
+from grpo_jax.rewards import ensembles, groups, kinds, relations
 from grpo_jax.rewards.scores import Scores
 from grpo_jax.trainers import coefficients
 from grpo_jax.trainers.guards import Guards
@@ -204,6 +204,8 @@ def rollout_metrics(run: Run, sampled: Rollout, scores: Scores) -> dict[str, flo
             values[f"reward/{name}"] = np.nanmean(value_B)
             values[f"reward/{name}_std"] = np.nanstd(value_B)
         values[f"rewards/failed/{name}"] = scores.failed[name].sum()
+    if members := ensembles.members(run.rewards.rewards):
+        values |= relations.metrics(scores, members, length_PG.ravel())
     for kind in {failure.kind for failure in scores.failures}:
         values[f"rewards/failed_by_{kind}"] = scores.num_failed(kind)
     for name, (total, count) in scores.metrics.items():
@@ -217,15 +219,6 @@ def rollout_metrics(run: Run, sampled: Rollout, scores: Scores) -> dict[str, flo
     return {name: float(value) for name, value in values.items()}
 
 
-def _correlation(value_B: np.ndarray, length_B: np.ndarray) -> float:
-    """Pearson's correlation of numbers with lengths, over the known ones; NaN if undefined."""
-    known_B = ~np.isnan(value_B)
-    value_B, length_B = value_B[known_B].astype(np.float64), length_B[known_B]
-    if len(value_B) < 2 or value_B.std() < 1e-9 or length_B.std() == 0:
-        return float("nan")
-    return float(np.corrcoef(value_B, length_B)[0, 1])
-
-
 def of_episodes(sampled: Rollout) -> dict[str, float]:
     """Metrics of a rollout's episodes; of several draws their means, and sums of what is counted.
 
@@ -234,6 +227,15 @@ def of_episodes(sampled: Rollout) -> dict[str, float]:
     if not sampled.told:
         return {}
     return episode.joined(sampled.told).metrics()
+
+
+def _correlation(value_B: np.ndarray, length_B: np.ndarray) -> float:
+    """Pearson's correlation of numbers with lengths, over the known ones; NaN if undefined."""
+    known_B = ~np.isnan(value_B)
+    value_B, length_B = value_B[known_B].astype(np.float64), length_B[known_B]
+    if len(value_B) < 2 or value_B.std() < 1e-9 or length_B.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(value_B, length_B)[0, 1])
 
 
 def _rates(

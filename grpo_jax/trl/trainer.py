@@ -21,6 +21,9 @@ _REFUSED = {
 }
 
 
+_NO_LIMIT = 1_000_000  # turns
+
+
 class GRPOTrainer:
     """TRL 1.16's `GRPOTrainer`: its arguments, `train()` and `save_model()`.
 
@@ -72,12 +75,18 @@ class GRPOTrainer:
     def train(self) -> Trained:
         """Trains, or continues in `args.output_dir`; returns the result of `grpo_jax.train`."""
         data, eval_data = self._data
+        converses = bool(self._tools or self._environments)
         options = options_of(self.args, len(data), len(jax.devices())) | self._options
+        if converses:
+            calls = self.args.max_tool_calling_iterations
+            options.setdefault("environment.max_turns", _NO_LIMIT if calls is None else calls + 1)
+            options.setdefault("rewards.names", ())
+            options.setdefault("rewards.weights", ())
         if eval_data is not None and str(self.args.eval_strategy) == "no":
             eval_data = None
         self.run = train(
             self._model,
-            self._rewards,
+            self._rewards or None,
             data,
             eval_data,
             workdir=self.args.output_dir,

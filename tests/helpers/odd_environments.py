@@ -209,7 +209,7 @@ def _eat():
 
 
 def _eat_in_children():
-    code = "x = bytearray(b'1' * (200 << 20)); import time; time.sleep(1000)"
+    code = "x = [bytearray(b'1' * (1 << 20)) for _ in range(150)]; import time; time.sleep(1000)"
     for _ in range(3):
         subprocess.Popen([sys.executable, "-c", code])
     time.sleep(1000)

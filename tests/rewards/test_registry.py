@@ -186,11 +186,19 @@ def test_a_wrong_value_is_named_with_file_row_and_column(monkeypatch):
     assert "'half'" in row[1]
 
 
-def test_faults_of_a_bound_function():
-    rewards = load(("mentions(words=['a'])",), (1.0,))
+def test_what_the_config_binds_is_no_column():
+    """A column of that name is neither checked nor given."""
     good, bad = Problem("a", {"words": ["x"]}, "f, row 1"), Problem("b", {"words": 3}, "f, row 2")
-    assert list(registry.faulty_rows(rewards, [good, bad])) == [1]
-    assert registry.faulty_rows(rewards, [Problem("a", {})]) == {}
+    assert list(registry.faulty_rows(load(("mentions",), (1.0,)), [good, bad])) == [1]
+    bound = load(("mentions(words=['a'])",), (1.0,))
+    assert registry.faulty_rows(bound, [good, bad]) == {}
+    given = {"completions", "words", "tags", "ngram"}
+    accepted = lambda name: registry.accepted(registry.function(name), given)  # noqa: E731
+    assert accepted("mentions(words=['a'])") == {"completions", "tags", "ngram"}
+    assert accepted("mentions") == given
+    # What only the config can give, as a data set may have columns of such names.
+    assert accepted("strict_tags") == {"completions", "words", "ngram"}
+    assert accepted("repetition_penalty") == {"completions", "words", "tags"}
 
 
 def test_a_label_is_the_name_in_metrics():

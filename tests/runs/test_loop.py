@@ -161,9 +161,11 @@ NOT_HERE |= {"reward_log/NAME", "eval/failed_rewards"}
 NOT_HERE |= {"groups/draws", "groups/drawn", "groups/dropped"}
 NOT_HERE |= {f"prompts/{which}_share" for which in ("unseen", "easy", "hard", "replayed")}
 OF_OTHER_OBJECTIVES = {"policy/kl_coef", "policy/entropy_coef", "policy/off_policy_share"}
-# Of hybrids, distillation and critics, and of programs on given completions: their own runs' tests.
-OTHERS = ("hybrid/", "distill/", "value/", "preference/", "reward_model/", "judge/")
+# Of ensembles, hybrids, distillation and critics, and of programs on given completions: their own
+# runs' tests.
+OTHERS = ("ensemble/", "hybrid/", "distill/", "value/", "preference/", "reward_model/", "judge/")
 OF_OTHER_OBJECTIVES |= {name for name in METRICS if name.startswith(OTHERS)}
+OF_OTHER_OBJECTIVES |= {"rewards/failed_by_member"}  # test_ensembles.py
 OF_OTHER_OBJECTIVES |= {"sft/nll", "sft/eval_loss"}  # of grpo_jax.sft: test_given_runs.py
 NOT_HERE |= OF_OTHER_OBJECTIVES
 NOT_HERE |= {"memory/device_gib", "memory/device_peak_gib"}
