@@ -90,7 +90,7 @@ def _problems(config: ConfigDict, split: str, limit: int) -> list[Problem]:
 def _worked(config: ConfigDict, problems: list[Problem]) -> list[str]:
     """A task's worked solutions, right and wrong ones, as in its supervised start."""
     task, rng = tasks.load(config.data.task), stream(config.seed, "solutions")
-    return [task.worked_solution(problem, rng) for problem in problems]
+    return [tasks.whole(task.worked_solution(problem, rng)) for problem in problems]
 
 
 def _column(problems: list[Problem], name: str) -> list[str]:

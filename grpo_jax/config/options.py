@@ -209,6 +209,11 @@ TABLE = (
     number("rewards.max_failed_share", 0.5, NOT_NEGATIVE, "",
            "Share of a step's completions that may be without a reward; with more, "
            "guards.failed_rewards acts", special={1: "never"}, free=True),
+    choice("rewards.code_isolation", "full", {
+               "full": "do not start",
+               "limits": "say so, and run programs under the limits that there are"},
+           "What is done where the system cannot keep programs of the reward `code` from files, "
+           "processes or the network", free=True),
 
     *JUDGE,
 

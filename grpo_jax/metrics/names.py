@@ -117,6 +117,25 @@ METRICS: dict[str, Metric] = {
         "tokens", "mean length of completions that ended with a stop token"
     ),
     "completion/truncated_share": Metric("share", "completions cut at the token limit"),
+    "environment/turns": Metric("turns", "turns of the policy in an episode, mean"),
+    "environment/calls": Metric("calls", "calls of tools in an episode, mean"),
+    "environment/valid_calls": Metric("share", "calls that were carried out without a failure"),
+    "environment/observation_tokens": Metric(
+        "tokens", "tokens of the environment in an episode, mean"
+    ),
+    "environment/seconds_p50": Metric("s", "time of an episode in its environment, median"),
+    "environment/seconds_p95": Metric("s", "the same, exceeded by a twentieth of the episodes"),
+    "environment/seconds_max": Metric("s", "the same, longest"),
+    "environment/idle_s": Metric("s", "time in which the devices waited for environments"),
+    "environment/read_again": Metric(
+        "", "tokens of prefixes that were computed again for later turns, for each token drawn"
+    ),
+    "environment/processes": Metric("processes", "live processes of environments"),
+    "environment/restarts": Metric("processes", "those that were lost and replaced, in the run"),
+    "environment/ended/NAME": Metric(
+        "share", "episodes that ended in this way (docs/environments.md)"
+    ),
+    "environment/failed_calls/NAME": Metric("calls", "calls that failed in this way"),
     "policy/loss": Metric(
         "",
         "the negated objective; it does not measure progress, since advantages of a group sum to 0",

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from grpo_jax.data.problems import Problem
-from grpo_jax.rewards import given, keeper, kinds, sources
+from grpo_jax.rewards import given, keeper, kinds, registry, sources
 from grpo_jax.rewards.process import Worker
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.rewards.scores import RewardError, Scores
@@ -97,6 +97,7 @@ class Pool:
         of = lambda where: [reward for reward in self.rewards if reward.runs == where]  # noqa: E731
         rewards, self._host, self._of_host = of(kinds.WORKERS), host, of(kinds.HOST)
         self.functions = [*rewards, *self._of_host]  # what a ticket waits for
+        self._alone = [registry.flag(reward, "one_by_one") for reward in self.functions]
         num_workers = num_workers if rewards else 0
         self._limits = limits
         self._setup = Setup(
@@ -162,7 +163,8 @@ class Pool:
     ) -> Ticket:
         """Submits completions for scoring; row i of every list belongs to completion i.
 
-        A reward function gets `group` consecutive completions per call.
+        A reward function gets `group` consecutive completions per call, or one if it has a true
+        attribute `one_by_one`.
         """
         rows = len(completions)
         lengths = {"prompts": len(prompts)} | {n: len(values) for n, values in columns.items()}
@@ -170,23 +172,25 @@ class Pool:
         ticket = Ticket(self.functions, rows)
         state = trainer_state or {"global_step": 0, "max_steps": 0, "epoch": 0.0}
         tasks = []
-        for start in range(0, rows, group):
-            part = range(start, min(start + group, rows))
-            pick = slice(part.start, part.stop)
-            for i, reward in enumerate(self.functions):
-                call = Call(
-                    i,
-                    prompts[pick],
-                    completions[pick],
-                    None if completion_ids is None else completion_ids[pick],
-                    {name: values[pick] for name, values in columns.items()},
-                    state,
-                    None if rendered_prompts is None else rendered_prompts[pick],
-                )
-                if reward.runs == kinds.HOST:
-                    done = functools.partial(ticket.fill, i, part)
-                    self._host.submit(reward.name, call, done)
-                else:
+        sizes = [1 if alone else group for alone in self._alone]
+        for size in sorted(set(sizes), reverse=True):
+            for start in range(0, rows, size):
+                part = range(start, min(start + size, rows))
+                pick = slice(part.start, part.stop)
+                for i in (i for i, own in enumerate(sizes) if own == size):
+                    call = Call(
+                        i,
+                        prompts[pick],
+                        completions[pick],
+                        None if completion_ids is None else completion_ids[pick],
+                        {name: values[pick] for name, values in columns.items()},
+                        state,
+                        None if rendered_prompts is None else rendered_prompts[pick],
+                    )
+                    if self.functions[i].runs == kinds.HOST:
+                        done = functools.partial(ticket.fill, i, part)
+                        self._host.submit(self.functions[i].name, call, done)
+                        continue
                     tasks.append(_Task(call, ticket, part))
         with self._lock:
             assert not self._closing, "the pool is closed"

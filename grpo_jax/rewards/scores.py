@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from grpo_jax.rewards.registry import Reward
+from grpo_jax.rewards.worker import Answer
 
 FAILURES = ("timeout", "error", "values", "memory", "died", "invalid", "member")
 """Why a reward may be missing: too slow; raised; returned no fitting list of numbers; asked for too
@@ -204,6 +206,55 @@ def join(parts: Sequence[Scores], rewards: Sequence[Reward]) -> Scores:
     if not rewards:
         return whole
     return dataclasses.replace(whole, reward_B=combine(rewards, whole.by_name, whole.failed))
+
+
+def with_values(
+    scores: Scores,
+    rewards: Sequence[Reward],
+    name: str,
+    value_B: Sequence[float | None],
+    why: Mapping[int, str] = MappingProxyType({}),
+) -> Scores:
+    """The scores with one of `rewards` more, in their order; None: no opinion.
+
+    `why`: the rows for which it failed, with the reasons.
+    """
+    rows = len(scores.reward_B)
+    found_B = np.array([np.nan if value is None else value for value in value_B], np.float32)
+    by_name = scores.by_name | {name: found_B}
+    failed = scores.failed | {name: np.isin(np.arange(rows), list(why))}
+    known = [reward for reward in rewards if reward.name in by_name]
+    names = [reward.name for reward in known]
+    names += [other for other in by_name if other not in names]  # of `left_out`
+    pick = lambda values: {name: values[name] for name in names}  # noqa: E731
+    failures = (Failure(name, row, "error", message) for row, message in sorted(why.items()))
+    return dataclasses.replace(
+        scores,
+        reward_B=combine(known, by_name, failed),
+        by_name=pick(by_name),
+        failed=pick(failed),
+        seconds=pick(scores.seconds | {name: np.zeros(rows)}),
+        failures=(*scores.failures, *failures),
+    )
+
+
+def with_answers(
+    scores: Scores, rewards: Sequence[Reward], name: str, answers: Sequence[Answer | None]
+) -> Scores:
+    """As `with_values`, from calls of the reward for each completion; None: it was not called."""
+    value_B = [a.values[0] if a is not None and a.values is not None else None for a in answers]
+    why = {
+        row: answer.faults.get(0, answer.message)
+        for row, answer in enumerate(answers)
+        if answer is not None and (answer.values is None or answer.faults)
+    }
+    metrics = dict(scores.metrics)
+    for answer in filter(None, answers):
+        for metric, (total, count) in answer.metrics.items():
+            before = metrics.get(metric, (0.0, 0))
+            metrics[metric] = (before[0] + total, before[1] + count)
+    found = with_values(scores, rewards, name, value_B, why)
+    return dataclasses.replace(found, metrics=metrics)
 
 
 def with_models(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,7 @@ from grpo_jax.setup.reward_models import RewardModels
 
 
 def load_rewards(config: ConfigDict) -> list[Reward]:
-    """The config's reward functions; ValueError if one is unavailable."""
+    """The config's reward functions; ValueError if one is unavailable, or cannot be isolated."""
     options = config.rewards
     rewards = registry.load(
         options.names,
@@ -30,6 +31,7 @@ def load_rewards(config: ConfigDict) -> list[Reward]:
     for reward in rewards:
         if reward.model:
             reward_models.read(reward.model)
+    _check_programs(config, [r for r in rewards if registry.flag(r, "runs_programs")])
     ensembles.refuse(rewards)
     if any(reward.runs == kinds.HOST for reward in rewards):
         _judges().read(config, rewards)
@@ -40,6 +42,30 @@ def _judges() -> ModuleType:
     from grpo_jax.setup import judges  # what runs without LLM judges do without
 
     return judges
+
+
+def _check_programs(config: ConfigDict, rewards: list[Reward]) -> None:
+    """Raises ValueError if rewards that run programs have too little, or cannot be isolated."""
+    if not rewards:
+        return
+    from grpo_jax.rewards.code import code  # no other run needs them
+    from grpo_jax.rewards.sandbox import isolation
+
+    options = config.rewards
+    for reward in rewards:
+        found = registry.function(reward.spec)
+        seconds, gib = code.needs_of_worker(**getattr(found, "keywords", {}))
+        for name, value, least in (
+            ("timeout_s", options.timeout_s, seconds),
+            ("memory_limit_gib", options.memory_limit_gib or math.inf, gib),
+        ):
+            if value < least:
+                raise ValueError(
+                    f"rewards.{name} = {value:g} ends a worker before the limits of "
+                    f"{reward.spec!r} end its programs. Set it to at least {least:g}, or lower "
+                    "total_s or memory_mib of the reward."
+                )
+    isolation.check(options.code_isolation)
 
 
 def start_rewards(

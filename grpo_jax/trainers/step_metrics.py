@@ -14,6 +14,7 @@ from grpo_jax.config import derived
 from grpo_jax.devices import chips, memory, roofline
 from grpo_jax.devices.compiling import Compiling
 from grpo_jax.devices.phases import phase
+from grpo_jax.environments import episode
 from grpo_jax.environments.single_turn import Rollout
 from grpo_jax.messages.progress import Progress
 from grpo_jax.metrics.writers import Writers
@@ -165,7 +166,7 @@ def rollout_metrics(run: Run, sampled: Rollout, scores: Scores) -> dict[str, flo
     those that are left would be too good a sample of hard problems, and too bad a one of easy ones.
     """
     rollouts, draws = sampled.completions, sampled.draws
-    length_PG, stopped_PG = rollouts.length_PG, rollouts.stopped_PG
+    length_PG, stopped_PG = rollouts.num_trained_PG, rollouts.stopped_PG
     varies_P = groups.vary(scores.reward_B.reshape(length_PG.shape))
     of_groups = {"groups/equal_share": 1 - varies_P.mean()}
     if draws is not None:
@@ -216,6 +217,16 @@ def rollout_metrics(run: Run, sampled: Rollout, scores: Scores) -> dict[str, flo
             if not np.isnan(found):
                 values[f"judge/length_correlation/{reward.name}"] = found
     return {name: float(value) for name, value in values.items()}
+
+
+def of_episodes(sampled: Rollout) -> dict[str, float]:
+    """Metrics of a rollout's episodes; of several draws their means, and sums of what is counted.
+
+    {} without environments.
+    """
+    if not sampled.told:
+        return {}
+    return episode.joined(sampled.told).metrics()
 
 
 def _correlation(value_B: np.ndarray, length_B: np.ndarray) -> float:
