@@ -5,11 +5,11 @@
         --config.data.eval_path=test.jsonl
 
 Each line of the files is an object such as {"prompt": "...", "answer": "a reference"}. All members
-work without a network: VADER's lexicon for a friendly tone, better-profanity's words for safety, and
-the numbers and names in common with the reference for facts. They are stand-ins that anybody can
-run: put a judge, a reward model ("model:FOLDER as helpful") or `toxicity` in their places. An answer
-that is not safe gets -1, whatever else it is. docs/rewards.md has the other forms of ensembles. The
-sizes fit a GPU of 80 GB. No score is recorded for this config yet.
+work without a network: VADER's lexicon for a friendly tone, better-profanity's words for safety,
+and the numbers and names in common with the reference for facts. They are stand-ins that anybody
+can run: put a judge, a reward model ("model:FOLDER as helpful") or `toxicity` in their places. An
+answer that is not safe gets -1, whatever else it is. docs/rewards.md has the other forms of
+ensembles. The sizes fit a GPU of 80 GB. No score is recorded for this config yet.
 """
 
 from grpo_jax import config

@@ -62,6 +62,7 @@ def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError if an argument is out of its range."""
     for name, fine, needed in (
+        ("out", Path(args.out).suffix in parts_lib.KINDS, "a name in .jsonl or .parquet"),
         ("num_problems", args.num_problems >= 0, "0, for all, or more"),
         ("num_samples", args.num_samples >= 1 + (args.kind == "pairs"), "at least 2 for pairs"),
         ("batch", args.batch >= 1, "at least 1"),
@@ -163,7 +164,7 @@ def main(argv: list[str]) -> None:
         slots = config.rollout.num_slots or _NUM_SLOTS
         engine = Engine(decoder, num_slots=slots, compact=config.rollout.compact)
         models = reward_models.load_all(config, rewards, mesh, now)
-        with start_rewards(config, rewards, models=models) as pool:
+        with start_rewards(config, rewards, models=models, folder=parts.folder) as pool:
             share = config.rewards.max_failed_share
             given = engine, engine.publish(params), policy, questions, pool, parts, share
             number = _label(args, *given)

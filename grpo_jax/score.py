@@ -90,7 +90,7 @@ def _problems(config: ConfigDict, split: str, limit: int) -> list[Problem]:
 def _worked(config: ConfigDict, problems: list[Problem]) -> list[str]:
     """A task's worked solutions, right and wrong ones, as in its supervised start."""
     task, rng = tasks.load(config.data.task), stream(config.seed, "solutions")
-    return [task.worked_solution(problem, rng) for problem in problems]
+    return [tasks.whole(task.worked_solution(problem, rng)) for problem in problems]
 
 
 def _column(problems: list[Problem], name: str) -> list[str]:
@@ -187,7 +187,7 @@ def _show(
 ) -> None:
     table = Table(title=f"Rewards of {found['rows']:,} rows", title_justify="left")
     numbers = ("mean", "std", "min", "median", "max")
-    for heading in ("reward", *numbers, "gives 1", "failed", "none", "s per 1,000"):
+    for heading in ("reward", *numbers, "gives 1", "failed", "none", "s/1k"):
         table.add_column(heading, justify="left" if heading == "reward" else "right")
     for name, of in found["rewards"].items():
         values = ("-" if of[key] is None else f"{of[key]:.4g}" for key in numbers)
@@ -228,6 +228,8 @@ def _show_relations(found: dict) -> None:
             row = found["correlations"][one].values()
             table.add_row(one, *("-" if v is None else f"{v:.2f}" for v in row))
         console.console.print(table)
+    for name, number in found["per_1000"].items():
+        say(f"{name}: {number:,.4g} per 1,000 rows")
     for name, mean in found["logged"].items():
         say(f"{name}: {mean:.4g} (mean of what rewards logged)")
     for name, of in found.get("agreement", {}).items():

@@ -168,6 +168,19 @@ def test_rewards_and_data_know_no_jax(module):
     assert not roots(reached(module)) & {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(f"grpo_jax.environments.{name}" for name in ("forking", "child", "contract", "live")),
+        *(m for m in FILES if m.startswith("grpo_jax.environments.tasks.")),
+        *(m for m in FILES if m.startswith("grpo_jax.environments.adapters.")),
+    ],
+)
+def test_processes_of_environments_know_no_jax(module):
+    """They are forked, which its threads do not survive; nor do they wait for what is large."""
+    assert not roots(reached(module)) & {"jax", "jaxlib", "flax", "optax", "orbax", "rich"}
+
+
 @pytest.mark.parametrize("module", in_room("algorithm"))
 def test_the_algorithm_knows_no_model(module):
     assert rooms(reached(module)) <= {"structs", "algorithm"}

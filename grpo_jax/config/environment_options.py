@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from grpo_jax.config.schema import (
     COUNT,
-    FRACTION,
     POSITIVE,
     Range,
     choice,
@@ -32,11 +31,11 @@ ENVIRONMENT = (
            "the tail are kept"),
     flag("environment.allow_control_tokens", False,
          "Read control tokens in the environment's texts as such, and not as plain text"),
-    number("environment.tool_seconds", 10.0, POSITIVE, "s",
+    number("environment.tool_timeout_s", 10.0, POSITIVE, "s",
            "Time limit of a call; a process that takes longer is killed", free=True),
-    number("environment.episode_seconds", 300.0, POSITIVE, "s",
+    number("environment.episode_timeout_s", 300.0, POSITIVE, "s",
            "Time limit of an episode's calls together", free=True),
-    number("environment.memory_mb", 1024.0, POSITIVE, "MB",
+    number("environment.memory_limit_gib", 1.0, POSITIVE, "GiB",
            "Memory of an environment's process, with all that it starts",
            special={0: "no limit"}, free=True),
     choice("environment.order", "fixed", {
@@ -45,9 +44,6 @@ ENVIRONMENT = (
                "eager": "an episode goes on as soon as its turn is answered: the device idles "
                         "less, and the order, so also rounding, depends on the clock"},
            "When episodes go on"),
-    number("environment.max_invalid_share", 0.2, FRACTION, "",
-           "Share of a step's episodes that may fail through no fault of the policy; with more, "
-           "guards.failed_rewards acts", free=True),
     flag("environment.turn_rewards", False,
          "Advantages of turns, by the rewards from each turn on, in place of one for the episode"),
 )

@@ -18,6 +18,7 @@ from grpo_jax.config.critic_options import CRITIC
 from grpo_jax.config.environment_options import ENVIRONMENT
 from grpo_jax.config.given_options import SFT
 from grpo_jax.config.hybrid_options import DISTILL, HYBRID
+from grpo_jax.config.judge_options import JUDGE
 from grpo_jax.config.lora_options import LORA
 from grpo_jax.config.objective_options import OBJECTIVE
 from grpo_jax.config.preference_options import PREFERENCE
@@ -44,6 +45,7 @@ SECTIONS = {
     "lora": "Low-rank adapters that learn in place of the weights; docs/lora.md",
     "data": "Problems to train on, and held-out ones",
     "rewards": "Reward functions, and the processes that compute them",
+    "judge": 'LLM judges, "judge:RUBRIC.toml" in rewards.names; docs/judges.md',
     "batch": "What a step and an update consist of",
     "prompts": "Which prompts are trained on; docs/prompts.md",
     "rollout": "How completions are sampled",
@@ -212,6 +214,8 @@ TABLE = (
                "limits": "say so, and run programs under the limits that there are"},
            "What is done where the system cannot keep programs of the reward `code` from files, "
            "processes or the network", free=True),
+
+    *JUDGE,
 
     number("batch.prompts", 32, COUNT, "prompts", "Prompts in a step"),
     number("batch.group", 8, COUNT, "completions",

@@ -26,6 +26,10 @@ def generate() -> argparse.ArgumentParser:
     asked.add_argument("--prompt", metavar="TEXT", help="what the model completes")
     asked.add_argument("--prompts", metavar="FILE", help="a prompt a line; - reads standard input")
     add("--chat", action="store_true", help="a prompt is a message of a user")
+    add("--environment", action="append", default=[], metavar="MODULE:CLASS",
+        help="talk to this environment, tools included")  # fmt: skip
+    add("--tool", action="append", default=[], metavar="MODULE:FUNCTION",
+        help="a function that the model may call; may be repeated")  # fmt: skip
     add("--max-tokens", type=int, default=256, metavar="N", help="of a completion; default 256")
     add(
         "--temperature", type=float, default=0.0, metavar="T", help="default 0: the likeliest token"

@@ -274,7 +274,7 @@ def _check_sources(config: ConfigDict) -> None:
     form_of(config.data)
     _check_date(config.data.date)
     names, weights = config.rewards.names, config.rewards.weights
-    needed = not config.distill.teacher
+    needed = not config.distill.teacher and not derived.has_environment(config)
     if len(names) != len(weights) or (needed and not names):
         at_least = " of at least one reward, or name a distill.teacher" if needed else ""
         raise ValueError(

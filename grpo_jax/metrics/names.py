@@ -60,6 +60,34 @@ METRICS: dict[str, Metric] = {
     "reward/NAME_std": Metric(
         "", "standard deviation of one reward over the completions that have it"
     ),
+    "judge/calls": Metric("calls", "calls of LLM judges in the step, repeated ones included"),
+    "judge/cached_share": Metric(
+        "share", "judgements that needed no call: the run had them already, or two texts are equal"
+    ),
+    "judge/retries": Metric("calls", "calls among them that repeated a failed one"),
+    "judge/seconds": Metric("s", "mean time of a call, without waiting for its turn"),
+    "judge/prompt_tokens": Metric("tokens", "tokens that judges read in the step"),
+    "judge/completion_tokens": Metric("tokens", "tokens that judges wrote in the step"),
+    "judge/flip_share/NAME": Metric(
+        "share",
+        "pairs for which a judge preferred the other answer once their order was changed; ties",
+    ),
+    "judge/length_correlation/NAME": Metric(
+        "", "correlation of a judge's numbers with the completions' lengths in tokens"
+    ),
+    **{
+        f"judge/failed_by_{kind}": Metric("judgements", f"judgements that {what}")
+        for kind, what in {
+            "timeout": "took too long",
+            "connection": "lost their connection, or got none",
+            "status": "the server refused",
+            "redirect": "were redirected, which is not followed",
+            "size": "got too long a response",
+            "garbage": "got a response that cannot be read",
+            "verdict": "got no verdict, or one that cannot be read",
+            "budget": "were beyond the run's budget",
+        }.items()
+    },
     "accuracy": Metric(
         "share",
         "completions with a 1 from the reward rewards.accuracy, among those to which it applies",
@@ -89,6 +117,25 @@ METRICS: dict[str, Metric] = {
         "tokens", "mean length of completions that ended with a stop token"
     ),
     "completion/truncated_share": Metric("share", "completions cut at the token limit"),
+    "environment/turns": Metric("turns", "turns of the policy in an episode, mean"),
+    "environment/calls": Metric("calls", "calls of tools in an episode, mean"),
+    "environment/valid_calls": Metric("share", "calls that were carried out without a failure"),
+    "environment/observation_tokens": Metric(
+        "tokens", "tokens of the environment in an episode, mean"
+    ),
+    "environment/seconds_p50": Metric("s", "time of an episode in its environment, median"),
+    "environment/seconds_p95": Metric("s", "the same, exceeded by a twentieth of the episodes"),
+    "environment/seconds_max": Metric("s", "the same, longest"),
+    "environment/idle_s": Metric("s", "time in which the devices waited for environments"),
+    "environment/read_again": Metric(
+        "", "tokens of prefixes that were computed again for later turns, for each token drawn"
+    ),
+    "environment/processes": Metric("processes", "live processes of environments"),
+    "environment/restarts": Metric("processes", "those that were lost and replaced, in the run"),
+    "environment/ended/NAME": Metric(
+        "share", "episodes that ended in this way (docs/environments.md)"
+    ),
+    "environment/failed_calls/NAME": Metric("calls", "calls that failed in this way"),
     "policy/loss": Metric(
         "",
         "the negated objective; it does not measure progress, since advantages of a group sum to 0",

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from grpo_jax.devices import sharding
 from grpo_jax.planning import hlo
 from grpo_jax.planning.compiled import Compiled, Known
-from grpo_jax.planning.programs import Lengths, Step
+from grpo_jax.planning.lengths import Lengths
+from grpo_jax.planning.programs import Step
 from grpo_jax.planning.topologies import Chip
 from grpo_jax.setup.learner import DEFAULT, MemoryPlan
 from grpo_jax.structs import ModelConfig

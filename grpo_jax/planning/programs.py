@@ -31,6 +31,7 @@ from grpo_jax.learner.update import Update
 from grpo_jax.models import lora, policy
 from grpo_jax.planning import hlo
 from grpo_jax.planning.compiled import Compiled, Known, Program, bytes_per_device
+from grpo_jax.planning.lengths import Lengths
 from grpo_jax.planning.rows import Rows
 from grpo_jax.sampling.decode import Slots
 from grpo_jax.sampling.engine import Engine
@@ -42,29 +43,6 @@ from grpo_jax.setup.learner import DEFAULT, MemoryPlan, make_learner, make_super
 from grpo_jax.structs import Experience, ModelConfig, Params
 
 _STOP_IDS = (0,)  # any token: stop tokens change no shape
-
-
-@dataclasses.dataclass(frozen=True)
-class Lengths:
-    """The lengths of a step's prompts and completions, in tokens."""
-
-    prompt: int  # the longest
-    completion_PG: np.ndarray
-
-    @staticmethod
-    def of(config: ConfigDict, prompt: int = 0, mean: int = 0) -> Lengths:
-        """Lengths at the config's limits, or up to `prompt` tokens and with a mean of `mean`.
-
-        With a mean, completions end at every token with equal probability, as those of a model that
-        has not learned when to stop.
-        """
-        group, limit = derived.completions_per_prompt(config), config.rollout.max_tokens
-        shape = config.batch.prompts, group
-        length_PG = np.full(shape, limit)
-        if mean:
-            drawn_PG = np.random.default_rng(config.seed).geometric(1 / mean, shape)
-            length_PG = np.minimum(drawn_PG, limit)
-        return Lengths(prompt or config.data.max_prompt_tokens, length_PG.astype(np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +238,8 @@ class Step:
         found += self._sampling("", "rollout", self.rollout, learning)
         if self.greedy:
             found += self._sampling("greedy ", "rollout", self.greedy, learning)
+        if derived.has_environment(self.config):
+            found += self._later_turns(learning)
         found += self._judging(learning)
         prepare, update, experience = self.learner.prepare, self.learner.update, self.experience
         rollouts, length_PG = experience.rollouts, self.lengths.completion_PG
@@ -370,6 +350,19 @@ class Step:
                 loops = tokens / engine.decoder.steps
                 read = self._read_of_cache(int(tokens), lanes)
             found.append(Program.of(call, phase, (*learning, published), prefix, runs, loops, read))
+        return found
+
+    def _later_turns(self, learning: tuple) -> list[Program]:
+        """The programs of later turns, as large as they may get; how often they run is not known.
+
+        Those of evaluations are not listed again.
+        """
+        drawing, found = self.rollout, []
+        longest = self.lengths.prompt + self.config.rollout.max_tokens
+        where = drawing.published, drawing.prompts, drawing.group, longest, drawing.temperature
+        for call in drawing.engine.sampling_later(*where):
+            beside = *learning, drawing.published
+            found.append(Program.of(call, "rollout", beside, "later ", runs=0))
         return found
 
     def _publishing(self, learning: tuple) -> list[Program]:

@@ -61,6 +61,7 @@ def find(text: str, *, rounded: bool = True) -> list[Equation]:
         if left is None or right is None or (left.is_plain and right.is_plain):
             continue
         equal = left.value == right.value
+        equal |= left.value == right.as_written or right.value == left.as_written
         if rounded or sign[0] == "≈":
             equal |= _is_rounded(left, right, whole=sign[0] == "≈")
             equal |= _is_rounded(right, left, whole=sign[0] == "≈")
@@ -73,7 +74,8 @@ class _Side(NamedTuple):
     end: int
     value: Fraction
     is_plain: bool  # one number, without an operation
-    step: Fraction | None  # the value of its last digit, if it is plain and has decimals
+    step: Fraction | None  # the value of its last digit, if it is plain
+    as_written: Fraction  # 25 for 25%, since people write 0.25 * 100 = 25%
 
 
 def _plain(text: str) -> str:
@@ -91,18 +93,37 @@ def _left(text: str, end: int) -> _Side | None:
     start = end
     while start > 0 and end - start < _SIDE and text[start - 1] in _ALLOWED:
         start -= 1
-    before = text[start - 1] if start else " "
-    if end - start == _SIDE or (_sticks(before) and not text[start].isspace()):
+    if end - start == _SIDE or (_sticks(text[start - 1 : start]) and not text[start].isspace()):
         start = _after_space(text, start, end)
+    elif text[start - 1 : start] == ":" and text[start - 2 : start - 1].isdigit():  # 6:00
+        return None
     for _ in range(_DROPPED):
         if not text[start:end].strip():
             return None
         if side := _side(text, start, end):
-            return side
+            return None if _continues(text, side.start) else side
         start = _after_space(text, start + _indent(text[start:end]), end)
-        if text[start - 2 : start - 1] in _OPERATIONS:  # what was dropped belongs to it
-            return None
     return None
+
+
+def _continues(text: str, start: int) -> bool:
+    """Whether what stands before a side is a part of it: an operation, a factor, a number.
+
+    As in "2 apples + 12 - 18", "60 questions x 60/100", "10% of 150", "3 1/2 - 2" and "350, 000".
+    """
+    before = text[max(0, start - 40) : start].rpartition("\n")[2].rstrip()
+    if not before:
+        return False
+    if text[start] in "+-" and (before[-1].isalnum() or before[-1] in ")}]%"):
+        return True
+    if before[-1] in _OPERATIONS or before[-1].isdigit() or before.endswith((" x", " of", "√")):
+        return True
+    return before[-1] == "," and before[-2:-1].isdigit() and _is_group(text[start : start + 4])
+
+
+def _is_group(text: str) -> bool:
+    """Whether a text begins with the three digits of a thousands group."""
+    return text[:3].isdigit() and len(text[:3]) == 3 and not text[3:4].isdigit()
 
 
 def _right(text: str, start: int) -> _Side | None:
@@ -112,16 +133,27 @@ def _right(text: str, start: int) -> _Side | None:
         end += 1
     if end - start == _SIDE or (_is_part(text[end : end + 2]) and not text[end - 1].isspace()):
         end = _before_space(text, start, end)
+    elif text[end : end + 1] == ":" and text[end + 1 : end + 2].isdigit():
+        return None
     for _ in range(_DROPPED):
         if not text[start:end].strip():
             return None
         stripped = start + len(text[start:end].rstrip().rstrip(".,"))
         if side := _side(text, start, stripped):
-            return side
+            return None if _goes_on(text, side.end) else side
         end = _before_space(text, start, stripped)
-        if text[end + 1 : end + 2] in _OPERATIONS - {"-"}:  # - may be a dash
-            return None
     return None
+
+
+def _goes_on(text: str, end: int) -> bool:
+    """Whether a side goes on after its end, as in "8 + 1x", "3 1/2" and "18, 000"."""
+    after = text[end : end + 40].partition("\n")[0]
+    bare = after.lstrip(" \t")
+    if bare[:1] in _OPERATIONS - {"-"} and bare:  # - may be a dash, and ( begin a remark
+        return bare[0] != "("
+    if len(bare) < len(after) and bare[:1].isdigit():
+        return True
+    return after[:1] == "," and _is_group(after[1:].lstrip(" "))
 
 
 def _is_part(after: str) -> bool:
@@ -160,7 +192,8 @@ def _side(text: str, start: int, end: int) -> _Side | None:
     is_plain = _PLAIN.fullmatch(written) is not None
     decimals = len(written.rstrip("%").partition(".")[2])
     step = Fraction(1, 10**decimals) / (100 if written.endswith("%") else 1) if is_plain else None
-    return _Side(start, start + len(written), value, is_plain, step)
+    bare = value * 100 if is_plain and written.endswith("%") else value
+    return _Side(start, start + len(written), value, is_plain, step, bare)
 
 
 def _is_rounded(side: _Side, other: _Side, *, whole: bool) -> bool:

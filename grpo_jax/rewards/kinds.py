@@ -15,6 +15,7 @@ from collections.abc import Callable
 WORKERS = "workers"  # the processes of `pool`, one call for each group
 DEVICES = "devices"  # by a model on the mesh, after a rollout
 HOST = "host"  # in the main process, which waits for others, such as a server
+EPISODES = "episodes"  # in the process of an episode's environment, when the episode has ended
 OTHERS = "others"  # from the other rewards of the same completions, once these are known
 
 
@@ -23,7 +24,7 @@ class Kind:
     """The entries with one prefix."""
 
     after: str  # what stands after the prefix, for messages
-    runs: str  # where: WORKERS, DEVICES, HOST or OTHERS
+    runs: str  # where: one of the words above
     # "module:function", imported when needed: from what stands after the prefix to the reward
     # function. Of a reward that no worker computes, its arguments tell which columns are read, and
     # it is not called. It raises ValueError, naming rewards.names, for what cannot be read.
@@ -68,6 +69,12 @@ KINDS: dict[str, Kind] = {
         "grpo_jax.rewards.kinds:of_no_worker",
         of_folder,
     ),
+    "environment:": Kind(
+        '"get_reward", or "module:function" of a function that takes `environments`',
+        EPISODES,
+        "grpo_jax.rewards.kinds:of_no_worker",
+        of_call,
+    ),
     "classifier:": Kind(
         "folder of a classifier of texts, # and one of its labels",
         WORKERS,
@@ -79,6 +86,12 @@ KINDS: dict[str, Kind] = {
         OTHERS,
         "grpo_jax.rewards.ensembles:function",
         of_call,
+    ),
+    "judge:": Kind(
+        "file of a rubric",
+        HOST,
+        "grpo_jax.rewards.judging.rubric:as_function",
+        of_file,
     ),
     "python:": Kind(
         "name of a function that a Python program gave",

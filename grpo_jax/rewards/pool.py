@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import os
 import selectors
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,6 +63,16 @@ class Models(Protocol):
         """
 
 
+class Host(Protocol):
+    """What computes the rewards that wait for others in this process, as LLM judges do."""
+
+    def submit(self, name: str, call: Call, done: Callable[[Answer], None]) -> None:
+        """Begins a call of the reward `name`; `done` gets its outcome, in any thread."""
+
+    def close(self) -> None:
+        """Ends all calls."""
+
+
 class Pool:
     """Reward functions in `num_workers` processes. A context manager; its end kills them."""
 
@@ -73,17 +84,20 @@ class Pool:
         num_workers: int = 1,
         limits: Limits = Limits(),
         models: Models | None = None,
+        host: Host | None = None,
     ):
         """Starts the workers, which import the reward functions in the background.
 
         `max_completion_tokens`: the run's limit, an argument of reward functions. `models`: scores
         the reward models among the rewards, which the workers do not; the collector of the
-        rewards calls it. None: there are none.
+        rewards calls it. `host`: computes those that run in this process. None: there are none.
         """
         assert rewards and num_workers > 0
         self.rewards, self.models = list(rewards), models
-        self.functions = rewards = [r for r in rewards if r.runs == kinds.WORKERS]
-        self._alone = [registry.flag(reward, "one_by_one") for reward in rewards]
+        of = lambda where: [reward for reward in self.rewards if reward.runs == where]  # noqa: E731
+        rewards, self._host, self._of_host = of(kinds.WORKERS), host, of(kinds.HOST)
+        self.functions = [*rewards, *self._of_host]  # what a ticket waits for
+        self._alone = [registry.flag(reward, "one_by_one") for reward in self.functions]
         num_workers = num_workers if rewards else 0
         self._limits = limits
         self._setup = Setup(
@@ -173,6 +187,10 @@ class Pool:
                         state,
                         None if rendered_prompts is None else rendered_prompts[pick],
                     )
+                    if self.functions[i].runs == kinds.HOST:
+                        done = functools.partial(ticket.fill, i, part)
+                        self._host.submit(self.functions[i].name, call, done)
+                        continue
                     tasks.append(_Task(call, ticket, part))
         with self._lock:
             assert not self._closing, "the pool is closed"
@@ -192,6 +210,8 @@ class Pool:
             if self._closing:
                 return
             self._closing = True
+        if self._host is not None:
+            self._host.close()
         self._wake()
         self._thread.join()
         self._selector.close()

@@ -88,12 +88,13 @@ class Reward:
     spec: str  # the config's entry without its label: what `function` resolves
     weight: float
     gives_accuracy: bool = False  # 1 is right, 0 is wrong; at most one reward of a run
+    takes_environments: bool = False  # is called beside the environments, which it is given
     on_failure: str = "unknown"  # what a failed one is: `config.rewards.on_failure`
 
     @property
     def runs(self) -> str:
         """Where it is computed: one of `kinds.WORKERS`, `DEVICES`, `HOST` and `OTHERS`."""
-        return kinds.runs(self.spec)
+        return kinds.EPISODES if self.takes_environments else kinds.runs(self.spec)
 
     @property
     def model(self) -> str:
@@ -245,10 +246,10 @@ def bound(found: Callable, arguments: dict[str, Any] | None, spec: str) -> Calla
     return made
 
 
-def split_call(spec: str) -> tuple[str, dict[str, Any] | None]:
+def split_call(spec: str, option: str = "rewards.names") -> tuple[str, dict[str, Any] | None]:
     """A name and the arguments in its brackets; None without brackets.
 
-    Raises ValueError, naming rewards.names, for what cannot be read.
+    Raises ValueError, naming the `option`, for what cannot be read.
     """
     name, bracket, _ = spec.partition("(")
     if not bracket:
@@ -260,7 +261,7 @@ def split_call(spec: str) -> tuple[str, dict[str, Any] | None]:
         arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(
-            f"rewards.names: {shown(spec)} cannot be read ({error}). Write NAME, or "
+            f"{option}: {shown(spec)} cannot be read ({error}). Write NAME, or "
             "NAME(name=value), with numbers, texts or lists as values."
         ) from error
     return name.strip(), arguments
@@ -404,8 +405,9 @@ def columns_read(rewards: Sequence[Reward], columns: Mapping[str, Any]) -> dict[
 def refuse_columns(rewards: Sequence[Reward], problems: Sequence[Any]) -> None:
     """Raises ValueError, naming the file, if a reward needs a missing column."""
     for reward in rewards:
+        given = {"environments"} if reward.takes_environments else set()
         for name in _needed(function(reward.spec)):
-            if problems and name not in problems[0].columns:
+            if problems and name not in problems[0].columns and name not in given:
                 has = ", ".join(["prompt", *problems[0].columns])
                 raise ValueError(
                     f"The reward {reward.name!r} needs a column `{name}`, and {problems[0].where} "

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from grpo_jax.rewards.registry import Reward
+from grpo_jax.rewards.worker import Answer
 
 FAILURES = ("timeout", "error", "values", "memory", "died", "invalid", "member")
 """Why a reward may be missing: too slow; raised; returned no fitting list of numbers; asked for too
@@ -52,6 +54,7 @@ class Scores:
     failures: tuple[Failure, ...] = ()
     metrics: dict[str, tuple[float, int]] = dataclasses.field(default_factory=dict)  # sum, count
     extras: dict[str, list] = dataclasses.field(default_factory=dict)  # [B]; None if not logged
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)  # of a step, by metric
     # By reward: the number of calls that failed for a whole group and were repeated for each
     # completion, and the first error
     retried: dict[str, tuple[int, str]] = dataclasses.field(default_factory=dict)
@@ -110,6 +113,7 @@ class Scores:
             metrics={n: tuple(sum_count) for n, sum_count in values["metrics"].items()},
             retried={n: tuple(told) for n, told in values["retried"].items()},
             extras=values["extras"],
+            sums=values["sums"],
             **arrays,
         )
 
@@ -204,6 +208,55 @@ def join(parts: Sequence[Scores], rewards: Sequence[Reward]) -> Scores:
     return dataclasses.replace(whole, reward_B=combine(rewards, whole.by_name, whole.failed))
 
 
+def with_values(
+    scores: Scores,
+    rewards: Sequence[Reward],
+    name: str,
+    value_B: Sequence[float | None],
+    why: Mapping[int, str] = MappingProxyType({}),
+) -> Scores:
+    """The scores with one of `rewards` more, in their order; None: no opinion.
+
+    `why`: the rows for which it failed, with the reasons.
+    """
+    rows = len(scores.reward_B)
+    found_B = np.array([np.nan if value is None else value for value in value_B], np.float32)
+    by_name = scores.by_name | {name: found_B}
+    failed = scores.failed | {name: np.isin(np.arange(rows), list(why))}
+    known = [reward for reward in rewards if reward.name in by_name]
+    names = [reward.name for reward in known]
+    names += [other for other in by_name if other not in names]  # of `left_out`
+    pick = lambda values: {name: values[name] for name in names}  # noqa: E731
+    failures = (Failure(name, row, "error", message) for row, message in sorted(why.items()))
+    return dataclasses.replace(
+        scores,
+        reward_B=combine(known, by_name, failed),
+        by_name=pick(by_name),
+        failed=pick(failed),
+        seconds=pick(scores.seconds | {name: np.zeros(rows)}),
+        failures=(*scores.failures, *failures),
+    )
+
+
+def with_answers(
+    scores: Scores, rewards: Sequence[Reward], name: str, answers: Sequence[Answer | None]
+) -> Scores:
+    """As `with_values`, from calls of the reward for each completion; None: it was not called."""
+    value_B = [a.values[0] if a is not None and a.values is not None else None for a in answers]
+    why = {
+        row: answer.faults.get(0, answer.message)
+        for row, answer in enumerate(answers)
+        if answer is not None and (answer.values is None or answer.faults)
+    }
+    metrics = dict(scores.metrics)
+    for answer in filter(None, answers):
+        for metric, (total, count) in answer.metrics.items():
+            before = metrics.get(metric, (0.0, 0))
+            metrics[metric] = (before[0] + total, before[1] + count)
+    found = with_values(scores, rewards, name, value_B, why)
+    return dataclasses.replace(found, metrics=metrics)
+
+
 def with_models(
     scores: Scores, rewards: Sequence[Reward], by_model: dict[str, np.ndarray], seconds: float
 ) -> Scores:
@@ -251,7 +304,10 @@ def select(parts: Sequence[tuple[Scores, np.ndarray]]) -> Scores:
 
     metrics: dict[str, tuple[float, int]] = {}
     retried: dict[str, tuple[int, str]] = {}
+    sums: dict[str, float] = {}
     for part, _ in parts:
+        for name, total in part.sums.items():
+            sums[name] = sums.get(name, 0.0) + total
         for name, (total, count) in part.metrics.items():
             before = metrics.get(name, (0.0, 0))
             metrics[name] = (before[0] + total, before[1] + count)
@@ -270,6 +326,7 @@ def select(parts: Sequence[tuple[Scores, np.ndarray]]) -> Scores:
             for failure in _at(part.failures, rows, int(at))
         ),
         metrics=metrics,
+        sums=sums,
         extras={
             name: [
                 part.extras[name][row] if name in part.extras else None

@@ -81,6 +81,7 @@ def figures(scores: Scores, seconds: float, lengths: Sequence[int]) -> dict[str,
             }
             for one, row in zip(columns, number_MM)
         },
+        "per_1000": {name: 1000 * total / rows for name, total in scores.sums.items()},
         "logged": {name: total / count for name, (total, count) in scores.metrics.items()},
         "rows_per_second": rows / max(seconds, 1e-9),
     }

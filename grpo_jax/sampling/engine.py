@@ -18,24 +18,20 @@ from __future__ import annotations
 import collections
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from grpo_jax.devices import by_shard as by_shard_lib
 from grpo_jax.devices import compiling, sharding, transfer
 from grpo_jax.devices.compiling import Call
-from grpo_jax.models import lora
-from grpo_jax.sampling import decode
+from grpo_jax.sampling import decode, shapes
 from grpo_jax.sampling import layouts as layouts_lib
 from grpo_jax.sampling.board import NO_MORE, Board, Drawn, Queues, Source, Turn
 from grpo_jax.sampling.publish import Publisher
 from grpo_jax.structs import Array, Params, Rollouts, pad_rows
 
 _NEVER = 2**30
-_PROMPTS = 1024, 2048  # tokens: whole pages and blocks of any kernel's cache
 _NONE = -1, 1  # (slots, lanes): no smaller layout
 
 
@@ -43,10 +39,6 @@ _NONE = -1, 1  # (slots, lanes): no smaller layout
 def row_keys(key: Array, rows: Array) -> Array:
     """The data of a key for each row, uint32 [B, 2]."""
     return jax.random.key_data(jax.vmap(lambda r: jax.random.fold_in(key, r))(rows))
-
-
-def _num_bytes(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 class Engine:
@@ -82,7 +74,7 @@ class Engine:
             return by_shard(lambda: decode.empty(decoder, slots, lanes, prompt_tokens), 0)()
 
         shortest = layouts_lib.padded(1)
-        placed = self._slot_shardings(jax.eval_shape(lambda: empty_slots(1, 1, shortest)))
+        placed = shapes.slot_shardings(decoder, jax.eval_shape(lambda: empty_slots(1, 1, shortest)))
         self.empty = jax.jit(empty_slots, static_argnums=(0, 1, 2), out_shardings=placed)
         jit = functools.partial(
             jax.jit,
@@ -97,31 +89,7 @@ class Engine:
     @functools.cached_property
     def traffic(self) -> dict[str, float]:
         """Bytes that decoding must read, for `roofline.rollout`; scales included."""
-        decoder, model = self.decoder, self.decoder.model
-        like = self.publish.like(lora.weight_shapes(model))
-        read = [x for name, x in like.items() if name != "embed" or model.tied_head]
-        # Two caches that differ only in the number of prompt tokens.
-        few, many = (jax.eval_shape(lambda n=n: decode.empty(decoder, 1, 1, n)) for n in _PROMPTS)
-        return {
-            "weights": _num_bytes(read),
-            "cache": (_num_bytes(many.cache) - _num_bytes(few.cache)) / (_PROMPTS[1] - _PROMPTS[0]),
-            "weight_shards": decoder.mesh.shape["tensor"],
-        }
-
-    def _slot_shardings(self, like: decode.Slots) -> decode.Slots:
-        """Shardings of slots; caches are split inside a shard by head, or by slot."""
-        decoder = self.decoder
-        rows, heads = ("slots", "kv_heads") if decoder.parts == 1 else ("attention_slots", None)
-
-        def place(axes: tuple[str | None, ...], tree):
-            def one(x: jax.ShapeDtypeStruct) -> NamedSharding:
-                names = axes + (None,) * (x.ndim - len(axes))
-                return sharding.sharding_of(decoder.mesh, names, x.shape)
-
-            return jax.tree.map(one, tree)
-
-        by_slot = place(("slots",), like.replace(cache=()))
-        return by_slot.replace(cache=place((rows, heads), like.cache))
+        return shapes.traffic(self.decoder, self.publish)
 
     def sampling(
         self, params: Params, num_prompts: int, group: int, longest: int, temperature: float
@@ -131,10 +99,27 @@ class Engine:
         `params`: from `publish`, or their shapes. Further calls of `compact`, and prefills when
         only some slots are free, are the same programs for fewer rows.
         """
-        layouts, width = self.layouts(num_prompts, group), self.padded(longest)
-        num_slots, lanes = layouts[0]
         rows = num_prompts * group
         keys = Call(row_keys, (jax.eval_shape(jax.random.key, 0), np.arange(rows, dtype=np.int32)))
+        layouts, width = self.layouts(num_prompts, group), self.padded(longest)
+        return [keys, *self._programs(params, layouts, width, temperature)]
+
+    def sampling_later(
+        self, params: Params, num_prompts: int, group: int, longest: int, temperature: float
+    ) -> list[Call]:
+        """The programs of `later_turns` of all completions at once, as `sampling`.
+
+        `longest`: tokens of the longest prefix. Fewer or shorter turns are the same programs for
+        smaller shapes.
+        """
+        first, *_ = self.layouts(num_prompts, group)
+        layouts = layouts_lib.of_turns(first, first[0] * first[1], compact=self.compact)
+        return self._programs(params, layouts, layouts_lib.turn_width(longest), temperature)
+
+    def _programs(
+        self, params: Params, layouts: list[layouts_lib.Layout], width: int, temperature: float
+    ) -> list[Call]:
+        num_slots, lanes = layouts[0]
         empty = Call(self.empty, (num_slots, lanes, width))
         slots = empty.result()
         temperature = np.float32(temperature) if temperature else None
@@ -148,13 +133,11 @@ class Engine:
             *[self._slot_rows((number, lanes), np.int32)] * 2,
         )
         following = layouts[1] if len(layouts) > 1 else _NONE
+        enough_S = self._slot_rows((self.shards,), np.int32)
         calls = [
-            keys,
             empty,
             self._admitting(params, temperature, slots, prompts),
-            self._decoding(
-                params, temperature, following, self._slot_rows((self.shards,), np.int32), slots
-            ),
+            self._decoding(params, temperature, following, enough_S, slots),
         ]
         if len(layouts) > 1:
             number, lanes = layouts[1][0] * self.shards, layouts[1][1]

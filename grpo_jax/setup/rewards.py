@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 
 from ml_collections import ConfigDict
 
 from grpo_jax.hosts import cpus as cpus_lib
-from grpo_jax.rewards import ensembles, registry
+from grpo_jax.rewards import ensembles, kinds, registry
 from grpo_jax.rewards.none import NoRewards
 from grpo_jax.rewards.pool import Limits, Pool
 from grpo_jax.rewards.registry import Reward
@@ -31,7 +33,15 @@ def load_rewards(config: ConfigDict) -> list[Reward]:
             reward_models.read(reward.model)
     _check_programs(config, [r for r in rewards if registry.flag(r, "runs_programs")])
     ensembles.refuse(rewards)
+    if any(reward.runs == kinds.HOST for reward in rewards):
+        _judges().read(config, rewards)
     return rewards
+
+
+def _judges() -> ModuleType:
+    from grpo_jax.setup import judges  # what runs without LLM judges do without
+
+    return judges
 
 
 def _check_programs(config: ConfigDict, rewards: list[Reward]) -> None:
@@ -64,10 +74,12 @@ def start_rewards(
     *,
     device_is_busy: bool = True,
     models: RewardModels | None = None,
+    folder: Path | None = None,
 ) -> Pool | NoRewards:
     """The rewards' worker processes: on half of the CPUs, or on all if no device computes.
 
-    `models`: the reward models among the rewards, from `reward_models.load_all`.
+    `models`: the reward models among the rewards, from `reward_models.load_all`. `folder`: where
+    the verdicts of LLM judges are kept, a run's; None: nowhere.
     """
     if not rewards:
         return NoRewards()
@@ -80,6 +92,9 @@ def start_rewards(
             options.timeout_s, int(options.memory_limit_gib * 2**30), options.start_timeout_s
         ),
         models=models,
+        host=_judges().start(config, rewards, folder)
+        if any(reward.runs == kinds.HOST for reward in rewards)
+        else None,
     )
 
 

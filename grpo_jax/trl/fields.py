@@ -139,7 +139,9 @@ FIELDS: dict[str, Field] = {
     "entropy_coef_max": _same(1.0, "algorithm.entropy_coef_max"),
     "entropy_coef_delta": _same(0.005, "algorithm.entropy_coef_delta"),
     "entropy_target": _counts(0.2, "`algorithm.entropy_target`, with `use_adaptive_entropy`"),
-    "max_tool_calling_iterations": _beside(None, "tools are not built yet"),
+    "max_tool_calling_iterations": _counts(
+        None, "`environment.max_turns`, one more; None: no limit, as in TRL"
+    ),
     "vllm_importance_sampling_correction": _counts(True, "`rollout_correction`, with `use_vllm`"),
     "vllm_importance_sampling_mode": _counts(
         "sequence_mask", "`rollout_correction.level` and `bound`, with `use_vllm`"

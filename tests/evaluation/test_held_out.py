@@ -31,7 +31,9 @@ class _Engine:
     def __init__(self, texts: list[list[str]], stopped):
         self.texts, self.stopped, self.calls = texts, stopped, []
 
-    def generate(self, params, prompts, *, group, key, temperature, on_group, on_harvest):
+    def generate(
+        self, params, prompts, *, group, key, temperature, on_group, meanwhile, on_harvest
+    ):
         self.calls.append((prompts, group, temperature))
         length = np.array([[len(t) for t in row] for row in self.texts], np.int32)
         ids = np.full((*length.shape, length.max()), 11, np.int32)

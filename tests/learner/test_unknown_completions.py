@@ -22,7 +22,7 @@ from grpo_jax.algorithm.hybrid_methods import METHODS
 from grpo_jax.algorithm.hybrids import Hybrid, Weigh
 from grpo_jax.algorithm.objective import Objective
 from grpo_jax.devices import sharding, transfer
-from grpo_jax.learner import update
+from grpo_jax.learner import train_state, update
 from grpo_jax.learner.experience import _make_advantages, make_prepare
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.structs import Rollouts, Sampling
@@ -202,40 +202,31 @@ def test_a_demonstration_without_a_reward_keeps_its_nll_alone():
 
 # --- Updates --------------------------------------------------------------------------------------
 
+SCORER = Scorer(tiny.MODEL, tiny.one_device(), Sampling())
+OBJECTIVE = Objective(normalizer="sequence", kl_coef=0.1, kl_estimator="k3")
+PREPARE = make_prepare(SCORER, AdvantageOptions(), mask_truncated=False, with_old=False)
+UPDATE = update.make_update(SCORER, PolicyLoss(OBJECTIVE), optax.sgd(0.5), num_minibatches=1)
 
-def updated(rollouts: Rollouts, reward_PG, known_PG=None, mesh=None, normalizer="sequence"):
+
+def updated(rollouts: Rollouts, reward_PG, known_PG=None):
     """Parameters and metrics after an update with a KL term, by the programs of a run."""
-    mesh = mesh or tiny.one_device()
-    scorer, optimizer = Scorer(tiny.MODEL, mesh, Sampling()), optax.sgd(0.5)
-    prepare = make_prepare(scorer, AdvantageOptions(), mask_truncated=False, with_old=False)
-    rows = transfer.shard_rows(mesh, (rollouts, reward_PG, known_PG))
-    log_probs = prepare.log_probs(tiny.params(), tiny.params(7), rows[0])
-    experience = prepare(log_probs, rows[1], None, rows[2])
-    objective = Objective(normalizer=normalizer, kl_coef=0.1, kl_estimator="k3")
-    make = update.make_update(scorer, PolicyLoss(objective), optimizer, num_minibatches=1)
-    state = update.train_state.start(tiny.params(), tiny.MODEL, mesh, optimizer)
-    state, values = make(state, experience, 0)
+    log_probs = PREPARE.log_probs(tiny.params(), tiny.params(7), rollouts)
+    experience = PREPARE(log_probs, reward_PG, None, known_PG)
+    state = train_state.start(tiny.params(), tiny.MODEL, SCORER.mesh, optax.sgd(0.5))
+    state, values = UPDATE(state, experience, 0)
     return jax.device_get((state.params, values))
 
 
-def assert_same(found, want):
+def test_an_update_is_that_of_the_others():
+    """Parameters and metrics, as if the unknown completions had not been sampled."""
+    reward_PG = REWARD_PGR @ np.float32(WEIGHTS)
+    want = updated(without(WHOLE), others(reward_PG))
+    found = updated(WHOLE, reward_PG, KNOWN_PG)
     for one, other in zip(jax.tree.leaves(found[0]), jax.tree.leaves(want[0])):
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
     assert found[1].keys() == want[1].keys() and abs(want[1]["policy/loss"]) > 1e-4
     for name, value in want[1].items():
         np.testing.assert_allclose(found[1][name], value, rtol=1e-4, atol=1e-6, err_msg=name)
-
-
-@pytest.mark.parametrize("normalizer", ["token", "sequence"])
-def test_an_update_is_that_of_the_others(normalizer):
-    """Its metrics too; and on a mesh, where prompts are in another order."""
-    reward_PG = REWARD_PGR @ np.float32(WEIGHTS)
-    want = updated(without(WHOLE), others(reward_PG), normalizer=normalizer)
-    assert_same(updated(WHOLE, reward_PG, KNOWN_PG, normalizer=normalizer), want)
-    if normalizer == "token":
-        mesh = sharding.make_mesh(4, 2)
-        assert_same(updated(WHOLE, reward_PG, KNOWN_PG, mesh), updated(
-            without(WHOLE), others(reward_PG)))  # fmt: skip
 
 
 def test_an_update_without_a_known_completion_changes_nothing():
@@ -244,3 +235,20 @@ def test_an_update_without_a_known_completion_changes_nothing():
     for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(tiny.params())):
         np.testing.assert_array_equal(one, other)
     assert not values["skipped"] and all(np.isfinite(value) for value in values.values())
+
+
+def test_a_mesh_leaves_out_the_same_completions():
+    """There the prompts are in another order."""
+    mesh = sharding.make_mesh(8)
+    scorer = dataclasses.replace(SCORER, mesh=mesh)
+    prepare = make_prepare(scorer, AdvantageOptions(), mask_truncated=False, with_old=False)
+    reward_PG = REWARD_PGR @ np.float32(WEIGHTS)
+    rows = transfer.shard_rows(mesh, (WHOLE, reward_PG, KNOWN_PG))
+    log_probs = prepare.log_probs(None, None, rows[0])
+    experience = prepare(log_probs, rows[1], None, rows[2])
+    assert log_probs.order_P.tolist() != list(range(P))
+    action_PG = np.asarray(log_probs.in_order(experience.action_PGC)).any(-1)
+    np.testing.assert_array_equal(action_PG, KNOWN_PG)
+    one = PREPARE(PREPARE.log_probs(None, None, WHOLE), reward_PG, None, KNOWN_PG)
+    found_PG = log_probs.in_order(experience.advantage)
+    np.testing.assert_allclose(found_PG, one.advantage, rtol=1e-5, atol=1e-6)

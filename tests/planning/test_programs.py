@@ -22,7 +22,8 @@ from grpo_jax.kernels import gpu_decode
 from grpo_jax.kernels.gpu_decode import TritonDecode
 from grpo_jax.models import lora
 from grpo_jax.models.hf import config_json
-from grpo_jax.planning.programs import Lengths, Step
+from grpo_jax.planning.lengths import Lengths
+from grpo_jax.planning.programs import Step
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup import model as model_lib
 

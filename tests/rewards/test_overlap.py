@@ -151,7 +151,7 @@ def encoder(tmp_path_factory):
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=7, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=16,
+        intermediate_size=32, max_position_embeddings=16, initializer_range=0.5,
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
     return folder

@@ -221,7 +221,7 @@ def test_mapped_files_and_shared_pages_are_not_counted_as_memory(tmp_path):
         from grpo_jax.rewards import keeper
         mapped = np.memmap({str(tmp_path / "weights")!r}, mode="r")
         mapped.sum()
-        held = keeper._held_bytes(os.getpid())
+        held = keeper.held_bytes(os.getpid())
         assert keeper._resident_bytes(os.getpid()) > held + (64 << 20)
         memory = keeper.Memory(held + (32 << 20))
         assert not memory.is_beyond([os.getpid()])

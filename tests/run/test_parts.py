@@ -54,7 +54,7 @@ def test_a_kill_loses_and_repeats_nothing(tmp_path, monkeypatch):
     assert [parts.has(i) for i in range(4)] == [True, True, False, False]
     _write(parts, [2, 3])
 
-    def killed(*_):
+    def killed(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m:  # before the file is in its place

@@ -155,14 +155,15 @@ def _rows_with_times(folder) -> list[dict]:
 
 # What a run emits only where something went wrong, or where its devices or rewards have it:
 # test_metrics_of_what_this_run_has_not makes each of them.
-NOT_HERE = {f"rewards/failed_by_{how}" for how in ("timeout", "error", "values", "memory", "died")}
+HOW = ("timeout", "error", "values", "memory", "died", "invalid")
+NOT_HERE = {f"rewards/failed_by_{how}" for how in HOW}
 NOT_HERE |= {"reward_log/NAME", "eval/failed_rewards"}
 NOT_HERE |= {"groups/draws", "groups/drawn", "groups/dropped"}
 NOT_HERE |= {f"prompts/{which}_share" for which in ("unseen", "easy", "hard", "replayed")}
 OF_OTHER_OBJECTIVES = {"policy/kl_coef", "policy/entropy_coef", "policy/off_policy_share"}
 # Of ensembles, hybrids, distillation and critics, and of programs on given completions: their own
 # runs' tests.
-OTHERS = ("ensemble/", "hybrid/", "distill/", "value/", "preference/", "reward_model/")
+OTHERS = ("ensemble/", "hybrid/", "distill/", "value/", "preference/", "reward_model/", "judge/")
 OF_OTHER_OBJECTIVES |= {name for name in METRICS if name.startswith(OTHERS)}
 OF_OTHER_OBJECTIVES |= {"rewards/failed_by_member"}  # test_ensembles.py
 OF_OTHER_OBJECTIVES |= {"sft/nll", "sft/eval_loss"}  # of grpo_jax.sft: test_given_runs.py
