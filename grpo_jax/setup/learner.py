@@ -310,7 +310,7 @@ def make_supervised_learner(
     rate = optim.schedule(
         schedule.learning_rate,
         warmup_steps=schedule.warmup_steps,
-        kind="cosine",
+        kind=schedule.schedule,
         num_updates=num_updates,
         end_fraction=0.0,
     )
