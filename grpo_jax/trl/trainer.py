@@ -20,7 +20,6 @@ _REFUSED = {
     "rollout_func": "write an environment with a method `respond` (docs/environments.md)",
 }
 
-
 _NO_LIMIT = 1_000_000  # turns
 
 
@@ -67,8 +66,6 @@ class GRPOTrainer(Trainer):
         if converses:
             calls = self.args.max_tool_calling_iterations
             options.setdefault("environment.max_turns", _NO_LIMIT if calls is None else calls + 1)
-            options.setdefault("rewards.names", ())
-            options.setdefault("rewards.weights", ())
         if eval_data is not None and str(self.args.eval_strategy) == "no":
             eval_data = None
         self.run = train(
