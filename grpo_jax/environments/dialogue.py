@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from grpo_jax.data.templates import Renderer
+from grpo_jax.data.templates import Renderer, TemplateError
 from grpo_jax.environments import frames, proof
 from grpo_jax.environments.frames import Frames, Message
 from grpo_jax.environments.observations import Observations
@@ -138,18 +138,17 @@ def prove(
         arguments=arguments or {},
         now=now,
     )
-    found = proof.examine(made, tokenizer, tools, replies=replies or not tools)
-
-    def dialogue(limit: int, allow_control: bool, notes: Sequence[str] = ()) -> Dialogue:
-        return Dialogue(
-            made,
-            found.reader,
-            found.close,
-            observation_tokens=limit,
-            allow_control_tokens=allow_control,
-            notes=notes,
-        )
-
-    # What the made environment of a proof says is short, and not to be cut.
-    notes = proof.compare(made, dialogue(proof.TOKENS, False), found)
-    return dialogue(observation_tokens, allow_control_tokens, notes)
+    try:
+        found = proof.examine(made, tokenizer, tools, replies=replies or not tools)
+        how = (made, found.reader, found.close)
+        # What the made environment of a proof says is short, and not to be cut.
+        unlimited = Dialogue(*how, observation_tokens=proof.TOKENS, allow_control_tokens=False)
+        notes = proof.compare(made, unlimited, found)
+    except TemplateError as error:
+        raise ValueError(proof.refused(error)) from error
+    return Dialogue(
+        *how,
+        observation_tokens=observation_tokens,
+        allow_control_tokens=allow_control_tokens,
+        notes=notes,
+    )

@@ -45,7 +45,6 @@ def examine(
     Raises ValueError for one that cannot hold a conversation with tools.
     """
     notes: list[str] = []
-    _render(made, [(_ASK, OPEN)])
     if tools:
         _refuse_without_tools(made)
         _refuse_without_calls(made)
@@ -130,17 +129,22 @@ def _turn(made: Frames, asked: str, opened: str, closed: str) -> list[int]:
     return ids[: last + 1]
 
 
+def refused(error: TemplateError) -> str:
+    """The message for a template that raises, or that is not there."""
+    if error.missing:
+        return (
+            f"The tokenizer has no chat template ({error}), and the prompts are messages. Use a "
+            "model with one, or write each prompt as one text and leave data.chat False."
+        )
+    return (
+        f"The chat template refuses a made conversation with an environment: {error}. It must take "
+        "tools, calls, results and several turns. Give the tokenizer such a template, or what the "
+        "template asks for in data.chat_template_kwargs."
+    )
+
+
 def _render(made: Frames, asked: Sequence[tuple[Sequence[Message], str]]) -> list[str]:
-    try:
-        return made.render([messages for messages, _ in asked], [end for _, end in asked])
-    except TemplateError as error:
-        messages, _ = asked[min(error.number, len(asked) - 1)]
-        raise ValueError(
-            f"The chat template refuses a conversation with roles "
-            f"{', '.join(m['role'] for m in messages)}: {error}. An environment needs a template "
-            "that writes such conversations; give the tokenizer one, or what the template asks for "
-            "in data.chat_template_kwargs."
-        ) from error
+    return made.render([messages for messages, _ in asked], [end for _, end in asked])
 
 
 def _saying(content: str, **fields: Any) -> Message:

@@ -102,6 +102,32 @@ def test_results_are_appended_as_trl_appends_them(renderer, number):
     assert prove(made, renderer).follow([], True, results) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        ("qwen3", "qwen3_template"),
+        ("qwen3-xml", "qwen3_5_template"),
+        ("llama3", "llama3_template"),
+    ],
+)
+def test_turns_are_read_as_trl_reads_them(renderer, name, template):
+    """TRL 1.16 has response templates of its own, and the same parser for a whole turn."""
+    pytest.importorskip("trl")
+    from trl import chat_template_utils as trl
+
+    family = next(f for f in made_episodes.families() if f.name == name)
+    episodes = made_episodes.Episodes(family, renderer)
+    read, reading = [], episodes.dialogue.parse
+    episodes.dialogue.parse = lambda ids: read.append((ids, reading(ids))) or read[-1][1]
+    kinds = [kind for seed in range(30) for kind in episodes.run(seed).kinds]
+    family.tokenizer.response_template = getattr(trl, template)
+    good = [turn for turn, kind in zip(read, kinds) if kind in ("call", "parallel", "text")]
+    assert len(good) > 20
+    for ids, turn in good:
+        expected = trl.parse_response(family.tokenizer, ids, prefix=[], tools=TOOLS)
+        assert turn.message == expected
+
+
 # --- What is appended ----------------------------------------------------------------------------
 
 
@@ -286,6 +312,11 @@ def test_thinking_that_a_template_strips_stays_with_a_note(renderer, qwen, llama
     assert "rewrites the thinking of earlier turns" in note
     (note,) = llama[1].notes
     assert "takes one call in a turn" in note
+
+
+def test_a_tokenizer_without_a_template_is_refused(renderer):
+    with pytest.raises(ValueError, match=r"has no chat template.*data\.chat False"):
+        prove(chat_families.qwen(None), renderer)
 
 
 def test_a_tokenizer_without_a_file_of_its_own_is_refused(renderer):

@@ -128,7 +128,7 @@ _WORDS = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\
 Made = tuple[PreTrainedTokenizerFast, tuple[int, ...]]  # a tokenizer and its stop tokens
 
 
-def qwen(template: str = QWEN3) -> Made:
+def qwen(template: str | None = QWEN3) -> Made:
     """Splits bytes, knows calls and thinking by tokens that are not special, as Qwen3."""
     return _bytes(
         template, _QWEN, _QWEN_ADDED, eos="<|im_end|>", stops=("<|im_end|>", "<|endoftext|>")
