@@ -222,6 +222,14 @@ def test_calls_are_repeated_until_one_succeeds(tmp_path, bad):
     assert got.sums["judge/retries"] == 2 and got.sums["judge/calls"] == len(stub.requests) == 5
 
 
+def test_a_connection_that_was_closed_meanwhile_is_no_attempt(tmp_path):
+    """The server answers, keeps the connection by its word, and closes it."""
+    with StubJudge(lambda body, i: (completion(by_length(body)),)) as stub:
+        limits = Limits(concurrency=1, retries=0)
+        got = judged(tmp_path, stub.url, ["a", "bb", "ccc"], limits=limits)
+    assert got.reward_B.tolist() == [0.25, 0.5, 0.75] and got.sums["judge/calls"] == 3
+
+
 def test_a_long_retry_after_ends_at_the_deadline(tmp_path):
     with StubJudge(lambda body, i: response(429, b"", "Retry-After: 3600")) as stub:
         limits = Limits(deadline_s=0.2, retries=9, concurrency=4)

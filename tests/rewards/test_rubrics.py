@@ -247,5 +247,8 @@ def test_borda_by_hand():
     np.testing.assert_array_equal(verdicts.borda(wins_GG), [0, -0.5, 0.25])
     wins_GG[1, 2] = wins_GG[2, 1] = nan
     np.testing.assert_array_equal(verdicts.borda(wins_GG), [0, nan, 0])
+    few = np.full((4, 4), nan)  # one of three wanted ones is too few
+    few[0, 1], few[1, 0] = 1, 0
+    assert np.isnan(verdicts.borda(few)).all()
     ring = np.array([[0.5, 1, np.inf], [0, 0.5, nan], [np.inf, nan, 0.5]])  # of fewer wanted ones
     np.testing.assert_array_equal(verdicts.borda(ring), [1, -1, nan])
