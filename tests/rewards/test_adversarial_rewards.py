@@ -21,7 +21,7 @@ ARGUMENTS = {
 }
 COLUMNS = {"multiple_choice": {"answer": "B"}, "fact_overlap": {"answer": "Natalia sold 72 clips"}}
 # By others in tests of their own, or with a model of their own.
-ELSEWHERE = {"math_answer", "exact_answer", "similarity"}
+ELSEWHERE = {"math_answer", "exact_answer", "similarity", "classifier", "code"}
 NAMES = [name for name in registry.BUILT_IN if name not in ELSEWHERE]
 
 

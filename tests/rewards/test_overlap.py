@@ -22,6 +22,7 @@ def test_bleu_is_sacrebleus():
     assert bleu([""], [TEXT], answer=[ANSWER]) == [want] and 0.3 < want < 0.7
     assert bleu([""], [ANSWER], answer=[["no", ANSWER]]) == pytest.approx([1.0])
     assert bleu([""], [""], answer=[ANSWER]) == [0.0]
+    assert bleu([""], ["the cat"], answer=["the cat"]) == pytest.approx([1.0])  # too short for 4
 
 
 def test_rouge_by_hand():
@@ -44,6 +45,7 @@ def test_rouge_by_hand():
         # an invented name: Paris, Rome | Paris
         ("It is Paris or Rome.", "the city of Paris", 2 / 3),
         ("nothing", "Paris, 1969", 0.0),
+        ("It is late.", "It is 5 o'clock.", 0.0),  # both begin with It, which is no name
         ("anything", "no fact at all", None),
         ("Paris.", "Paris", 1.0),
         ("Rome.", "Paris", 0.0),

@@ -62,6 +62,7 @@ def test_regex():
     assert regex([""] * 3, completions, pattern=r"\[\d\]") == [1.0, 1.0, 1.0]
     assert regex([""] * 3, completions, pattern=r"\[\d\]", after_think=True) == [1.0, 0.0, 0.0]
     assert regex([""] * 3, completions, pattern=r"see .*", whole=True) == [1.0, 0.0, 0.0]
+    assert regex([""] * 3, completions, pattern=r"\[\d\]", whole=True) == [0.0] * 3
     assert regex([""] * 2, ["A", "b"], pattern=["(?i)a", "a"]) == [1.0, 0.0]  # a column
     assert pattern_fault("a") is None and "no regular expression" in pattern_fault("(")
     assert pattern_fault(None) == "is null"
