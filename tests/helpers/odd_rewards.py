@@ -44,6 +44,13 @@ def in_call(completions, **columns):
     return [float(len(completions))] * len(completions)
 
 
+def alone(completions, **columns):
+    return [float(len(completions))] * len(completions)
+
+
+alone.one_by_one = True
+
+
 def logs(completions, log_metric, log_extra, **columns):
     log_metric("letters", sum(map(len, completions)))
     log_extra("upper", [c.upper() for c in completions])

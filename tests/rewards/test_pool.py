@@ -58,6 +58,8 @@ def test_functions_are_called_with_whole_groups():
     with pool(":in_call") as p:
         np.testing.assert_array_equal(score(p, ["a"] * 7, group=4).reward_B, [4] * 4 + [3] * 3)
         np.testing.assert_array_equal(score(p, ["a"] * 3).reward_B, [1] * 3)
+    with pool(":alone", ":in_call") as p:
+        np.testing.assert_array_equal(score(p, ["a"] * 3, group=3).reward_B, [4] * 3)
 
 
 def test_everything_reaches_the_functions():

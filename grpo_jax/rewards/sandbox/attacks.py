@@ -123,8 +123,9 @@ def _script(name: str, code: str, **more: Any) -> Attack:
     return Attack(name, _BEGIN + textwrap.dedent(code), **more)
 
 
-def _stopped(done: Ended, host: Host) -> bool:
-    return bool(done.stopped or done.status)
+def _stopped(*by: str) -> Callable[[Ended, Host], bool]:
+    """Whether one of these limits has stopped a program."""
+    return lambda done, host: done.stopped in by
 
 
 _CALL = (Call("f", [2], {}, (_WANTED,)), Call("f", [3], {}, (_WANTED,)))
@@ -134,6 +135,7 @@ _PYTEST = Checks("pytest", (
     f"def test_two():\n    assert f(3) == {_WANTED!r} and abs(len(f(3)) - {len(_WANTED)}) < 1\n",
 ))  # fmt: skip
 _ASSERTS = Checks("asserts", (f"assert f(2) == {_WANTED!r}", f"assert f(3) == {_WANTED!r}"))
+_NEAR = Checks("asserts", ("assert abs(f(2) - 41421356) < 1e-6", "assert f(3) - 41421356 == 0"))
 
 _EQUAL = """
 class Equal(str):
@@ -187,34 +189,43 @@ def wanted():
 
 ATTACKS = (
     _script("fork bomb", "while True:\n    try: os.fork()\n    except OSError: time.sleep(0.01)",
-            kept=_stopped, forks=True),
+            kept=_stopped("time", "processes"), forks=True),
     _script("thread bomb", """
         while True:
             try: threading.Thread(target=time.sleep, args=(9,), daemon=True).start()
             except RuntimeError: time.sleep(0.01)
-        """, kept=_stopped, forks=True),
+        """, kept=_stopped("time", "processes"), forks=True),
     _script("endless loop, signals ignored", """
         for number in range(1, 65):
             try: signal.signal(number, signal.SIG_IGN)
             except (OSError, ValueError): pass
         while True: pass
-        """, kept=_stopped),
-    _script("endless loop in C", "10 ** 10 ** 9", kept=_stopped),
-    _script("it stops itself", "os.kill(os.getpid(), 19); time.sleep(9)", kept=_stopped),
+        """, kept=_stopped("time")),
+    _script("endless loop in C", "10 ** 10 ** 9", kept=_stopped("time")),
+    _script("it stops itself", "os.kill(os.getpid(), 19); time.sleep(9)", kept=_stopped("time")),
     _script("10 GB", "attempt(lambda: bytearray(10 << 30))"),
     _script("10 GB, shared memory", "import mmap; attempt(lambda: mmap.mmap(-1, 10 << 30))"),
     _script("memory in a file of memory", """
         attempt(lambda: os.memfd_create("x"),
                 lambda: open("/dev/shm/grpo_jax_attack", "wb").write(bytes(1 << 20)))
         """),
+    _script("more processes than the limit", """
+        number = 0
+        for _ in range(40):
+            try:
+                if os.fork() == 0: time.sleep(9); os._exit(0)
+                number += 1
+            except OSError: break
+        print("escaped" if number > 8 else number)
+        """, kept=lambda done, host: done.output and b"escaped" not in done.output),
     _script("memory of many processes", """
-        for _ in range(6):
+        for _ in range(4):
             try:
                 if os.fork() == 0: break
-            except OSError: pass
-        x = bytearray(100 << 20)
+            except OSError: print("alone", flush=True)
+        x = bytearray(90 << 20)
         time.sleep(9)
-        """, kept=_stopped),
+        """, kept=lambda done, host: done.stopped == "memory" or b"alone" in done.output),
     _script("writes outside", """
         attempt(lambda: open(asked["file"], "w"), lambda: open(asked["folder"] + "/new", "w"),
                 lambda: os.unlink(asked["file"]), lambda: os.chmod(asked["file"], 0),
@@ -284,8 +295,9 @@ ATTACKS = (
             try: os.chmod(mode, 0)
             except OSError: pass
         """),
-    _script("fills the output", "while True: print('x' * 10**5)", kept=_stopped),
-    _script("fills the channel", "while True: os.write(4, b'x' * 10**5)", kept=_stopped),
+    _script("fills the output", "while True: print('x' * 10**5)", kept=_stopped("output")),
+    _script("fills the channel", "while True: os.write(4, b'x' * 10**5)",
+            kept=_stopped("output")),
     _script("rights of root", """
         libc = ctypes.CDLL(None)
         attempt(lambda: os.chroot("/"), lambda: os.setuid(0) if os.getuid() else False,
@@ -305,6 +317,7 @@ ATTACKS = (
     Attack("object that equals all", _EQUAL + "def f(x): return Any_()", _CALL),
     Attack("object that equals all, asserts", _EQUAL + "f = Any_()", _ASSERTS),
     Attack("object that equals all, pytest", _EQUAL + "f = Any_()", _PYTEST),
+    Attack("number that is near to all", _EQUAL + "f = Any_()", _NEAR),
     Attack("patched json and builtins", """
         import builtins, json
         json.dumps = lambda *a, **k: '{"value": true, "passed": true, "total": 0}'
