@@ -7,6 +7,10 @@ The programs of one step, and of an evaluation, are compiled ahead of time for T
 CPU devices, `cpu:8`; nothing is allocated. The report says whether they fit, what lies in each
 device's memory, and how long each program takes at least. Where they do not fit, changes of the
 config are compiled until one does.
+
+    python -m grpo_jax.plan --program dpo --config configs/dpo.py --topology h100:8
+
+plans an update of `grpo_jax.sft`, `dpo` or `reward_model` with rows at their limits.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from grpo_jax.planning.programs import Step
 from grpo_jax.setup import lora
 from grpo_jax.setup import model as model_lib
 from grpo_jax.structs import ModelConfig
+from grpo_jax.trainers import given_plan
 
 
 def main(argv: list[str]) -> None:
@@ -44,6 +49,8 @@ def main(argv: list[str]) -> None:
         model = lora.adapted(read_shape(args.model_shape), config)
     else:
         model = model_lib.model_shape(config)
+    if args.program != "train":
+        return _plan_given(args, config, model)
     known: Known = {}
 
     def lengths_of(config: ConfigDict) -> Lengths:
@@ -90,6 +97,25 @@ def main(argv: list[str]) -> None:
     say(f"Compiled in {time.monotonic() - began:.0f} s.")
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _plan_given(args: argparse.Namespace, config: ConfigDict, model: ModelConfig) -> None:
+    """Plans an update on given completions."""
+    for name in ("search", "longest"):
+        if getattr(args, name):
+            raise ValueError(
+                f"--{name} looks for changes of a step of GRPO, and --program is {args.program}. "
+                "Leave it out, and change options by hand."
+            )
+    began = time.monotonic()
+    lengths = args.prompt_tokens, args.mean_tokens
+    plan = given_plan.plan(args.program, config, model, args.topology, lengths)
+    report_lib.show(plan)
+    if not plan.fits:
+        say(given_plan.advice(args.program))
+    say(f"Compiled in {time.monotonic() - began:.0f} s.")
+    if args.json:
+        Path(args.json).write_text(json.dumps(plan.as_json(), indent=1) + "\n")
 
 
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

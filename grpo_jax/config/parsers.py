@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from grpo_jax.config import arguments, options
 
+PLANNED = ("train", "sft", "dpo", "reward_model")
 SPLITS = {"eval": "held-out", "train": "training"}
 
 
@@ -165,6 +166,10 @@ def export() -> argparse.ArgumentParser:
 def plan() -> argparse.ArgumentParser:
     parser = _new("plan", "Plans a run on devices that are not there.")
     parser.add_argument("--config", required=True, metavar="FILE", help="a file as in configs/")
+    parser.add_argument(
+        "--program", choices=PLANNED, default="train",
+        help="what is planned: a step of GRPO, or an update on given completions; default train",
+    )  # fmt: skip
     parser.add_argument(
         "--topology", required=True, help="such as v5e:16x16, v5p:4x4x4, h100:8, b200:1, or cpu:8"
     )

@@ -92,6 +92,8 @@ class Given:
     # Lays out the rows of a step for `shards` data shards: (rows, shards, config).
     rollouts: Callable[[list[Any], int, ConfigDict], Rollouts]
     component: Callable[[ConfigDict], LossComponent]
+    # A row without meaning, for plans: (prompt, completions), as token ids.
+    row_of: Callable[[Sequence[int], Sequence[Sequence[int]]], Any]
     # A few rows as samples: (rows, run).
     samples: Callable[[list[Any], Run], list[dict[str, Any]]]
     # The values that stay fixed in the update: (run, state, rows, completions on the device).

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax.algorithm import preferences
 from grpo_jax.algorithm.preference_losses import PairLoss, PreferenceTerms, UnpairedLoss
+from grpo_jax.data.examples import Pair, Unpaired
 from grpo_jax.devices import transfer
 from grpo_jax.learner import experience as experience_lib
 from grpo_jax.messages.console import print_title
@@ -208,6 +209,7 @@ PAIRS = Given(
     read=preference_rows.read,
     rollouts=rollouts,
     component=component,
+    row_of=lambda prompt, completions: Row(Pair(prompt, *completions), (0.0, 0.0)),
     samples=_samples,
     experience=experience,
     measure=measure,
@@ -216,4 +218,8 @@ PAIRS = Given(
     group=2,
     begin=preference_rows.with_reference,
 )
-UNPAIRED = dataclasses.replace(PAIRS, group=1)
+UNPAIRED = dataclasses.replace(
+    PAIRS,
+    group=1,
+    row_of=lambda prompt, completions: Row(Unpaired(prompt, *completions, True), (0.0,)),
+)

@@ -222,6 +222,7 @@ REWARD_MODEL = Given(
     read=read,
     rollouts=rollouts,
     component=lambda config: BradleyTerryLoss(config.reward_model.centre_coef),
+    row_of=lambda prompt, completions: _row(Pair(prompt, *completions), None),
     samples=_samples,
     experience=experience,
     measure=measure,

@@ -230,6 +230,7 @@ SFT = Given(
     read=read,
     rollouts=rollouts,
     component=lambda config: NLLLoss(config.sft.loss, config.logging.token_metrics),
+    row_of=lambda prompt, completions: Example(prompt, *completions),
     samples=_samples,
     experience=lambda run, state, rows, completions: given.experience(run, state, completions),
     measure=_measure,
