@@ -70,11 +70,11 @@ class Episode:
     messages: list[dict[str, Any]]
     first: int = 0  # messages of the prompt
     ids: list[int] = dataclasses.field(default_factory=list)
-    chosen: list[bool] = dataclasses.field(default_factory=list)
     logp: list[float] = dataclasses.field(default_factory=list)
     length: int = 0
     turn: list[int] = dataclasses.field(default_factory=list)  # the policy's last one
-    turn_ends: list[int] = dataclasses.field(default_factory=list)  # lengths after its turns
+    # Of the policy's turns, in tokens of the completion: first, and one past the last
+    spans: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     stopped: bool = False  # whether the last turn ended by a stop token
     outcome: str = ""  # "": it goes on
     reward: float | None = None  # of `get_reward`; None: no opinion, or none
@@ -95,7 +95,6 @@ class Episode:
     def add(self, ids: Sequence[int], logp: Sequence[float] | None) -> None:
         """Appends tokens, with log-probabilities where the policy drew them."""
         self.ids += [int(i) for i in ids]
-        self.chosen += [logp is not None] * len(ids)
         self.logp += [0.0] * len(ids) if logp is None else [float(x) for x in logp]
 
 

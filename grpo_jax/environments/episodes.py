@@ -191,8 +191,8 @@ class _Sampling:
             self.on_harvest()
             for i, row in enumerate(some.row_B):
                 episode, n = self.episodes[int(row)], int(some.length_B[i])
+                episode.spans.append((episode.length, episode.length + n))
                 episode.length += n
-                episode.turn_ends.append(episode.length)
                 episode.stopped = bool(some.stopped_B[i])
                 self.drawn += n
                 if self.held_P[int(row) // self.group]:
@@ -286,7 +286,7 @@ class _Sampling:
 
     def _go_on(self, episode: Episode, messages: list[dict[str, Any]]) -> None:
         episode.messages += messages
-        if len(episode.turn_ends) >= self.limits.turns:
+        if len(episode.spans) >= self.limits.turns:
             self._end(episode, "turns")
             return
         dialogue = self.starts[episode.row // self.group].dialogue
@@ -340,9 +340,9 @@ class _Sampling:
         chosen_BC = np.zeros((rows, limit), bool)
         for e in self.episodes:
             n = len(e.ids)
-            completion_BC[e.row, :n], logp_BC[e.row, :n], chosen_BC[e.row, :n] = (
-                e.ids, e.logp, e.chosen,
-            )  # fmt: skip
+            completion_BC[e.row, :n], logp_BC[e.row, :n] = e.ids, e.logp
+            for first, past in e.spans:  # known to all processes
+                chosen_BC[e.row, first:past] = True
         prompts = [episode.prompt for episode in self.episodes[:: self.group]]
         width = self.engine.padded(max(map(len, prompts)))
         prompt_PQ, prompt_length_P = pad_rows(prompts, width)
@@ -360,8 +360,8 @@ class _Sampling:
     def told(self) -> Told:
         own = [
             (
-                *(e.row, e.outcome, len(e.turn_ends), e.calls, e.observed, e.seconds, e.failures),
-                *(e.turn_ends, e.turn_rewards),
+                *(e.row, e.outcome, len(e.spans), e.calls, e.observed, e.seconds, e.failures),
+                *([past for _, past in e.spans], e.turn_rewards),
             )
             for e in self.episodes
             if self.own_P[e.row // self.group]

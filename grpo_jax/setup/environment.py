@@ -133,15 +133,14 @@ def dialogues(
     return found
 
 
-def live(config: ConfigDict, environment: Environment | None, num: int = 0) -> Live | nullcontext:
-    """The environments' processes, of which `num` start at once; an empty context without any."""
+def live(config: ConfigDict, environment: Environment | None) -> Live | nullcontext:
+    """The environments' processes, which start as episodes do; an empty context without any."""
     if environment is None:
         return nullcontext()
     asked = config.environment
     return Live(
         environment.contract,
         LiveLimits(asked.tool_timeout_s, asked.episode_timeout_s),
-        num=num,
         max_tokens=config.rollout.max_tokens,
     )
 
@@ -167,8 +166,7 @@ def drawing_of_run(
     environment: Environment | None,
     dialogues: Mapping[str | None, Dialogue],
 ) -> OneTurn:
-    """How the run draws completions; with environments, their processes start here."""
+    """How the run draws completions."""
     if environment is None:
         return ONE_TURN
-    num = derived.prompts_per_draw(config) * config.batch.group
-    return conversations(config, live(config, environment, num), dialogues)
+    return conversations(config, live(config, environment), dialogues)

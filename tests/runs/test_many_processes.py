@@ -49,6 +49,21 @@ def slow(**columns):
 def digit(completions, **columns):  # right for about one of three
     return [float(c[:1] in "0123") for c in completions]
 """
+# Says a random digit after a turn, twice.
+ECHO = """
+import random
+
+class Echo:
+    def reset(self, **row):
+        self.said = []
+
+    def respond(self, messages):
+        self.said.append(messages[-1]["content"])
+        return None if len(self.said) > 2 else str(random.randrange(10))
+
+    def get_reward(self):
+        return sum(c.isdigit() for turn in self.said for c in turn) / 10
+"""
 SLOW_REWARD = [
     "--config.rewards.names=['slow_reward:slow','answer_format']",
     "--config.rewards.weights=[1.0,0.5]",
@@ -300,6 +315,38 @@ def test_two_processes_refill_a_batch_as_one_does(one, tmp_path, environment):
     assert {row["groups/equal_share"] for row in rows} == {0}
     assert sum(row["groups/dropped"] for row in rows) > 0
     assert min(row["policy/grad_norm"] for row in rows) > 1e-3
+
+
+@pytest.mark.slow
+def test_conversations_of_two_processes_are_those_of_one(one, tmp_path, environment):
+    """Each process has the environments of its own groups; a shard's devices are of both, too."""
+    (tmp_path / "echo.py").write_text(ECHO)
+    environment = environment | {"PYTHONPATH": f"{tmp_path}:{environment['PYTHONPATH']}"}
+    more = [
+        f"--config.model.path={one / 'bootstrap' / 'export'}",
+        "--config.environment.classes=['echo:Echo']",
+        "--config.environment.turn_tokens=5",
+        "--config.environment.max_turns=3",
+        "--config.environment.observation_tokens=8",
+        "--config.rollout.max_tokens=24",
+        "--config.rewards.names=['environment:Echo']",
+        "--config.rewards.weights=[1.0]",
+        "--config.evaluation.num_problems=0",
+        "--config.checkpoint.every_steps=0",
+        "--config.loop.num_steps=2",
+    ]
+    folders, meshes = [], ([], [], ["--config.mesh.data=1", "--config.mesh.tensor=2"])
+    for number, mesh in enumerate(meshes):
+        run = Launched(
+            min(number + 1, 2), tmp_path / f"{number}", *more, *mesh, environment=environment
+        )
+        assert run.status() == 0, run.output
+        folders.append(run.folder)
+    for folder in folders[1:]:
+        assert differences_beyond(1e-5, folders[0], folder) == []
+    rows = [row for row in logged(folders[1]) if "reward" in row]
+    assert [row["environment/processes"] for row in rows] == [32, 32]
+    assert min(row["environment/turns"] for row in rows) > 1.5
 
 
 @pytest.mark.slow
