@@ -150,7 +150,8 @@ def test_a_conversation_without_tools():
         got = talk("dog")
         assert got.messages == [{"role": "user", "content": "dog is wrong"}]
         assert got.turn_reward == 0.1
-        assert said(talk("list")) == ["a", "b"]
+        got = talk("list")
+        assert said(got) == ["a", "b"] and got.turn_reward == 0.0  # that of the turn before is gone
         assert act(live, turn(("json", "x")), messages=[{"content": "y"}]).turn_reward == 0.1
         got = talk("cat")
         assert got.messages is None and got.outcome is None and got.turn_reward == 1.0
