@@ -135,6 +135,12 @@ class Contract:
         """Classes that give the reward themselves: rewards of weight 1 by these names, as TRL."""
         return tuple(dict.fromkeys(k.class_name for k in self.kinds.values() if k.gives_reward))
 
+    @property
+    def accuracy(self) -> str:
+        """The class whose reward tells right from wrong, where it is the only one; "": none."""
+        kinds = list(self.kinds.values())
+        return kinds[0].class_name if len(kinds) == 1 and kinds[0].right_or_wrong else ""
+
     def given_to_reset(self, columns: dict[str, Any]) -> dict[str, Any]:
         """The columns of a row that its environment's `reset` is called with, `prompt` included."""
         kind = self.kind(columns)

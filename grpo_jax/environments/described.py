@@ -39,6 +39,8 @@ class Kind:
     needs: tuple[str, ...] = ()  # those of them without a default
     takes_all: bool = True  # `reset` takes any column
     seconds: float = 0.0  # that its construction took
+    # Its reward is 1 for right and 0 for wrong: `get_reward` has a true attribute `right_or_wrong`.
+    right_or_wrong: bool = False
 
 
 class RefusedError(Exception):
@@ -231,4 +233,5 @@ def kind_of(instance: Any, spec: str, alone: Kind, seconds: float) -> Kind:
         tuple(p.name for p in named if p.default is p.empty),
         any(p.kind is p.VAR_KEYWORD for p in parameters),
         seconds,
+        bool(getattr(getattr(type(instance), "get_reward", None), "right_or_wrong", False)),
     )

@@ -33,6 +33,15 @@ def pass_at_k(num_correct_P: np.ndarray, n: int, k: int) -> np.ndarray:
     return np.array([1 - comb(n - int(c), k) / comb(n, k) for c in num_correct_P])
 
 
+def pass_all_k(num_correct_P: np.ndarray, n: int, k: int) -> np.ndarray:
+    """Chance that all of k samples are right, from n samples of each problem; float64 [P].
+
+    C(c, k) / C(n, k), where c of the n samples are right: pass^k of Yao et al. 2024
+    (arXiv:2406.12045), the reliability of an agent.
+    """
+    return np.array([comb(int(c), k) / comb(n, k) for c in num_correct_P])
+
+
 def majority(vote_K: np.ndarray, correct_K: np.ndarray) -> bool:
     """Whether the commonest answer is right; among equally common ones, the one given first.
 

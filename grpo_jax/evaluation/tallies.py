@@ -1,4 +1,4 @@
-"""Metrics of an evaluation: accuracy, rewards, lengths, pass@k and maj@k."""
+"""Metrics of an evaluation: accuracy, rewards, lengths, pass@k, pass^k and maj@k."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _mean(value_PG: np.ndarray) -> Tally:
 
 
 def sampled_tallies(answered: Answered, ks: list[int]) -> dict[str, Tally]:
-    """pass@k and maj@k for each k, and the mean accuracy, of several samples per problem.
+    """pass@k, pass^k and maj@k for each k, and the mean accuracy, of several samples per problem.
 
     There is no maj@k if the reward compares no answers. A completion to which the reward does not
     apply counts as wrong.
@@ -48,6 +48,8 @@ def sampled_tallies(answered: Answered, ks: list[int]) -> dict[str, Tally]:
     correct_PG, vote_PG = answered.correct_PG, answered.vote_PG
     n = correct_PG.shape[1]
     values = {f"pass@{k}": estimates.pass_at_k(correct_PG.sum(axis=1), n, k) for k in ks}
+    right_P = correct_PG.sum(axis=1)
+    values |= {f"pass^{k}": estimates.pass_all_k(right_P, n, k) for k in ks if k > 1}
     if vote_PG is not None:
         values |= {f"maj@{k}": estimates.maj_at_k(vote_PG, correct_PG, k) for k in ks}
     values[f"mean@{n}"] = correct_PG.mean(axis=1)

@@ -253,6 +253,7 @@ METRICS: dict[str, Metric] = {
         "rewards that failed: wrong for accuracy; for eval/reward as rewards.on_failure says",
     ),
     "eval/pass@K": Metric("share", "held-out problems that at least one of K samples solves"),
+    "eval/pass^K": Metric("share", "held-out problems that each of K samples solves: reliability"),
     "eval/maj@K": Metric("share", "held-out problems that the commonest answer of K solves"),
     "eval/mean@K": Metric("share", "mean accuracy of K samples per held-out problem"),
     "sft/loss": Metric(
@@ -261,7 +262,8 @@ METRICS: dict[str, Metric] = {
     ),
     "sft/nll": Metric("nats/token", "mean cross-entropy of the completions, where sft/loss is not"),
     "sft/entropy": Metric(
-        "nats/token", "mean entropy of the policy at the tokens trained on, with logging.token_metrics"
+        "nats/token",
+        "mean entropy of the policy at the tokens trained on, with logging.token_metrics",
     ),
     "sft/token_accuracy": Metric(
         "share", "tokens trained on that are the policy's likeliest, with logging.token_metrics"
@@ -351,7 +353,8 @@ METRICS: dict[str, Metric] = {
 
 
 def _pattern(name: str) -> str:
-    return re.escape(name).replace("NAME", r"[\w.:\-]+").replace("@K", "@[0-9]+")
+    pattern = re.escape(name).replace("NAME", r"[\w.:\-]+")
+    return pattern.replace("@K", "@[0-9]+").replace(r"\^K", r"\^[0-9]+")
 
 
 _KNOWN = re.compile("|".join(_pattern(name) for name in METRICS))

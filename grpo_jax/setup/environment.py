@@ -79,8 +79,15 @@ def read(config: ConfigDict, rewards: list[Reward], *, rewarded: bool = True) ->
         asked.classes, asked.tools, rewards=taking, memory_bytes=int(asked.memory_limit_gib * 2**30)
     )
     named = {reward.name for reward in taking}
+    accuracy = "" if any(r.gives_accuracy for r in taking) else contract.accuracy
     own = [
-        Reward(name, f"environment:{name}", 1.0, on_failure=config.rewards.on_failure)
+        Reward(
+            name,
+            f"environment:{name}",
+            1.0,
+            gives_accuracy=name == accuracy,
+            on_failure=config.rewards.on_failure,
+        )
         for name in contract.reward_names
         if name not in named
     ]

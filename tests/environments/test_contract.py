@@ -42,7 +42,10 @@ def test_tools_and_methods_are_shown_as_transformers_writes_them(read):
     assert (kind.class_name, kind.gives_reward, kind.responds, kind.takes_all) == (
         *("Counter", True, False), True
     )  # fmt: skip
-    assert found.reward_names == ("Counter",)
+    assert found.reward_names == ("Counter",) and found.accuracy == ""
+    found = read(["grpo_jax.environments.tasks.guess_word:GuessWord"])
+    assert found.reward_names == ("GuessWord",) == (found.accuracy,)
+    found = read(["Counter"])
     assert HERE in found.home.setup.sources
 
 

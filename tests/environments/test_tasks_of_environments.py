@@ -179,6 +179,28 @@ def test_the_tokenizer_reads_all_of_it(task, tmp_path):
     assert longest <= 90 and len(task.tokenizer) < 1500
 
 
+def test_a_clerk_who_does_not_ask_for_a_yes_has_lost():
+    """Though the database is as it must be; so has one who acts after a no."""
+    data, env = tasks.load("support_desk"), environment("support_desk")
+    numbers = range(200)
+    cases = {n: c for n in numbers if (c := data.case(n, 0)).order.allows(c.act) and not c.wrong}
+    number, case = next((n, c) for n, c in cases.items() if not c.changes_mind)
+    say = lambda text: env.respond([{"content": text}])  # noqa: E731
+    asks = data.question(case.act, case.order.item)
+    for is_asked, reward in ((True, 1.0), (False, 0.0)):
+        env.reset(number, 0)
+        assert say(data.ASK) == f"U: order {case.order.number}."
+        assert not is_asked or say(asks) == "U: yes."
+        assert getattr(env, case.act)(case.order.number) == "T: ok."
+        assert say(data.DONE) is None and env.get_reward() == reward
+    number, case = next((n, c) for n, c in cases.items() if c.changes_mind)
+    for acts, reward in ((False, 1.0), (True, 0.0)):
+        env.reset(number, 0)
+        assert say(data.question(case.act, case.order.item)) == "U: no, keep it."
+        assert not acts or getattr(env, case.act)(case.order.number) == "T: ok."
+        assert say(data.FINE) is None and env.get_reward() == reward
+
+
 def test_a_turn_is_worth_what_it_finds_out():
     env = environment("guess_word")
     env.reset(word="jote")

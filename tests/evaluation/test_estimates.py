@@ -1,4 +1,4 @@
-"""pass@k and maj@k against counting every choice, votes by hand, intervals against the binomial."""
+"""pass@k, pass^k and maj@k against counting all choices, votes by hand, intervals against scipy."""
 
 from __future__ import annotations
 
@@ -23,6 +23,18 @@ def test_pass_at_k_is_the_share_of_choices_with_a_right_one(n):
             shares.append(np.mean([any(c) for c in itertools.combinations(samples, k)]))
         np.testing.assert_allclose(
             estimates.pass_at_k(np.arange(n + 1), n, k), shares, rtol=1e-12, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7])
+def test_pass_all_k_is_the_share_of_choices_that_are_all_right(n):
+    for k in range(1, n + 1):
+        shares = []
+        for right in range(n + 1):
+            samples = [True] * right + [False] * (n - right)
+            shares.append(np.mean([all(c) for c in itertools.combinations(samples, k)]))
+        np.testing.assert_allclose(
+            estimates.pass_all_k(np.arange(n + 1), n, k), shares, rtol=1e-12, atol=1e-12
         )
 
 

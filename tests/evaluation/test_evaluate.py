@@ -128,6 +128,7 @@ def test_two_models_side_by_side(config, models, capsys):
         assert value["mean@3"] == pytest.approx(right_PK.mean())
         assert value["pass@1"] == pytest.approx(right_PK.mean())
         assert value["pass@3"] == pytest.approx(right_PK.any(axis=1).mean())
+        assert value["pass^3"] == pytest.approx(right_PK.all(axis=1).mean())
         assert value["pass@1"] < value["pass@2"] < value["pass@3"]
         assert not [n for n in value if n.startswith("maj@")]  # brevity compares no answers
         assert all(

@@ -55,6 +55,8 @@ class GuessWord:
         """1 if the word was found."""
         return float(self._is_won)
 
+    get_reward.right_or_wrong = True  # accuracy, pass@k and pass^k count it
+
 
 class DeafGuessWord(GuessWord):
     """For a control: what it answers has nothing to do with the guess."""

@@ -115,6 +115,8 @@ class SupportDesk:
         is_state = self._state() == sorted(must_be.values())
         return float(is_state and is_told and not self._broke_rules)
 
+    get_reward.right_or_wrong = True  # accuracy, pass@k and pass^k count it
+
 
 class DeafSupportDesk(SupportDesk):
     """For a control: the screen shows another order than the one that is looked up."""
