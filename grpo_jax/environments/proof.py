@@ -218,10 +218,12 @@ def _reader(made: Frames, tokenizer: Any, tools: Sequence[dict[str, Any]], openi
     for form in formats:
         try:
             reader = Reader(form, made.spelling, tools, opening)
-        except ValueError:
-            if form.is_own:
-                raise
-            continue
+        except ValueError as error:
+            assert form.is_own, error
+            raise ValueError(
+                f"The tokenizer's response_template cannot be used: {error}. Mend it in "
+                "tokenizer_config.json, or leave it out if calls are in a known format."
+            ) from error
         if all(_reads(reader, turn, calls) for turn, calls in zip(written, asked)):
             return reader
     shown = made.spelling.text(written[0])[:_SHOWN]

@@ -314,6 +314,13 @@ def test_thinking_that_a_template_strips_stays_with_a_note(renderer, qwen, llama
     assert "takes one call in a turn" in note
 
 
+def test_a_response_template_that_is_none_is_refused(renderer):
+    tokenizer, stops = chat_families.qwen()
+    tokenizer.response_template = {"fields": {"tool_calls": {"open": 3}}}
+    with pytest.raises(ValueError, match=r"response_template cannot be used: .*Mend it in"):
+        prove((tokenizer, stops), renderer)
+
+
 def test_a_tokenizer_without_a_template_is_refused(renderer):
     with pytest.raises(ValueError, match=r"has no chat template.*data\.chat False"):
         prove(chat_families.qwen(None), renderer)
