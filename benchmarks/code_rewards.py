@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from grpo_jax.rewards.code import code
+from grpo_jax.rewards import programs
 from grpo_jax.rewards.sandbox import client
 from grpo_jax.rewards.sandbox.client import Limits, Sandbox
 
@@ -43,7 +43,7 @@ def rate(run: Callable[[], object], seconds: float) -> float:
 
 def reward(text: str, tests: object) -> None:
     """One completion, which must be right."""
-    assert code(["p"], [f"```python\n{text}\n```"], [tests]) == [1.0]
+    assert programs.code(["p"], [f"```python\n{text}\n```"], [tests]) == [1.0]
 
 
 def fork() -> None:

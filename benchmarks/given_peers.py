@@ -30,7 +30,7 @@ class GivenWork:
     """Rows of a step, and how TRL batches them."""
 
     pairs: bool = False  # DPO; False: supervised
-    batch: int = 32  # rows, or pairs
+    batch: int = 64  # rows, or pairs
     prompt_tokens: int = 16
     completion_tokens: int = 112  # limit
     mean_tokens: int = 0  # geometric lengths of this mean, cut at the limit; 0: all at the limit
@@ -61,16 +61,14 @@ class GivenWork:
         return sum(self.answers * len(prompt) + sum(map(len, rest)) for prompt, rest in rows)
 
 
+_SPREAD = GivenWork(completion_tokens=256, mean_tokens=64)
 CASES = {
-    "sft": GivenWork(completion_tokens=256, mean_tokens=64),
-    "sft_equal": GivenWork(),
-    "sft_few_rows": GivenWork(completion_tokens=256, mean_tokens=64, trl_rows=8),
-    "sft_padding_free": GivenWork(
-        completion_tokens=256, mean_tokens=64, trl_rows=8, trl_padding_free=True
-    ),
-    "sft_by_length": GivenWork(
-        completion_tokens=256, mean_tokens=64, trl_rows=8, trl_by_length=True
-    ),
+    "sft": dataclasses.replace(_SPREAD, trl_rows=8),
+    "sft_whole": _SPREAD,
+    "sft_padding_free": dataclasses.replace(_SPREAD, trl_rows=8, trl_padding_free=True),
+    "sft_by_length": dataclasses.replace(_SPREAD, trl_rows=8, trl_by_length=True),
+    "sft_equal": GivenWork(trl_rows=8),
+    "sft_equal_whole": GivenWork(),
     "dpo": GivenWork(pairs=True, batch=16, prompt_tokens=192, completion_tokens=64),
 }
 
@@ -137,10 +135,13 @@ def ours(folder: str, case: str) -> Callable[[int], dict[str, Any]]:
 
     def step(n: int) -> dict[str, Any]:
         rows = numbers[n] if work.pairs else encoded(n)
+        began = time.process_time()
         metrics, seconds = timing.timed(lambda: update(rows))
+        cpu_s = time.process_time() - began
         told = jax.device_get(metrics)
         agrees = float(told["preference/logp_chosen" if work.pairs else row.loss])
-        return {"step": seconds, "tokens": work.tokens(work.rows(n)), "agrees": agrees}
+        tokens = work.tokens(work.rows(n))
+        return {"step": seconds, "cpu_s": cpu_s, "tokens": tokens, "agrees": agrees}
 
     return step
 
@@ -168,11 +169,12 @@ def serve_trl(folder: str, case: str, threads: int, tokenizer: Any, say: Callabl
             if sys.stdin.readline().strip() != "step":
                 os._exit(0)
             seen.update(agrees=0.0, tokens=0)
-            self.began = time.perf_counter()
+            self.began = time.perf_counter(), time.process_time()
 
         def on_step_end(self, args, state, control, **kwargs):
-            seconds = time.perf_counter() - self.began
-            say({"step": seconds, **seen})
+            now = time.perf_counter(), time.process_time()
+            seconds, cpu_s = (a - b for a, b in zip(now, self.began))
+            say({"step": seconds, "cpu_s": cpu_s, **seen})
 
     at_once = work.trl_rows or work.batch
     common = {
@@ -236,6 +238,9 @@ def compared(case: str, rows: dict[str, list[dict]]) -> dict[str, dict[str, floa
         found[name] = {
             "step": statistics.median(row["step"] for row in timed),
             "tokens_per_s": statistics.median(row["tokens"] / row["step"] for row in timed),
+            "tokens_per_cpu_s": statistics.median(row["tokens"] / row["cpu_s"] for row in timed),
+            "cpu_seconds": [round(row["cpu_s"], 3) for row in own],
+            "seconds": [round(row["step"], 3) for row in own],
             "all_tokens_per_s": sum(row["tokens"] for row in timed)
             / sum(row["step"] for row in timed),
         }
@@ -250,7 +255,9 @@ def tell(case: str, found: dict[str, dict[str, float]]) -> float:
     print(
         f"{case:<17} ours {ours['step']:.3f} s, {ours['tokens_per_s']:,.0f} tokens/s; TRL "
         f"{trl['step']:.3f} s, {trl['tokens_per_s']:,.0f} tokens/s: {ratio:.2f} times "
-        f"(of all tokens and seconds {of_all:.2f})",
+        f"(of all tokens and seconds {of_all:.2f}); of a processor's seconds "
+        f"{ours['tokens_per_cpu_s']:,.0f} and {trl['tokens_per_cpu_s']:,.0f}: "
+        f"{ours['tokens_per_cpu_s'] / trl['tokens_per_cpu_s']:.2f} times",
         flush=True,
     )
     return ratio

@@ -17,7 +17,17 @@ from grpo_jax.rewards import given as given_rewards
 Reward = str | Callable
 Environments = str | Callable | Mapping[str, str | Callable]  # several by the column `environment`
 # Sections that repeat option names of other sections: a bare name means the other section's.
-_LAST = ("critic", "sft", "preference", "reward_model", "evaluation", "profile", "checkpoint")
+_LAST = (
+    "critic",
+    "judge",
+    "environment",
+    "sft",
+    "preference",
+    "reward_model",
+    "evaluation",
+    "profile",
+    "checkpoint",
+)
 
 
 def make_config(

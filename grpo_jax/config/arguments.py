@@ -43,7 +43,7 @@ def prog(name: str) -> str:
 
 
 # What stands before a colon in rewards.names and names no module: prefixes of rewards.kinds.
-NO_MODULES = {"ensemble", "judge", "model", "python"}
+NO_MODULES = {"classifier", "ensemble", "environment", "judge", "model", "python"}
 
 RUNS = {
     "train": "Trains a policy by GRPO.",

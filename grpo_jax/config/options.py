@@ -403,6 +403,9 @@ TABLE = (
            special={0: "never"}, free=True),
     number("logging.num_samples", 4, NOT_NEGATIVE, "completions", "Completions in that table",
            free=True),
+    flag("logging.token_metrics", False,
+         "Measure the entropy at the tokens of given completions and, in supervised training, how "
+         "often the model's likeliest token is the given one", free=True),
 
     several("profile.steps", (), "first and last step, from 1",
             "Write a trace of these steps to the workdir", special={(): "no trace"}, free=True),

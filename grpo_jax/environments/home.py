@@ -14,6 +14,7 @@ from grpo_jax.environments.forking import Setup
 from grpo_jax.rewards import keeper, process
 from grpo_jax.rewards.sources import Source
 
+_MOST_ENDED = 256  # of the last forks that ended, the status is known
 _MODULE = "grpo_jax.environments.forking"
 
 
@@ -74,6 +75,8 @@ class Home:
         for message in map(json.loads, messages):
             if "ended" in message:
                 self.ended[message["ended"]] = message["status"]
+                if len(self.ended) > _MOST_ENDED:
+                    del self.ended[next(iter(self.ended))]
             elif "ready" in message:
                 self.is_ready, self.threads = True, message["ready"]["threads"]
                 held = {

@@ -31,6 +31,7 @@ from grpo_jax.environments.home import EnvironmentsError, Home, why
 from grpo_jax.messages.values import cut
 
 _GRACE_S = 0.7  # after a time limit, for the process to end the call itself
+_STATUS_S = 2.0  # for a process that has ended to be told of, with the status
 _MAX_FALSE_STARTS = 3
 _MAX_TIMEOUTS = 2  # calls of an episode that take too long; with the last it ends
 
@@ -366,17 +367,16 @@ class Live:
         if episode is None or episode.seat is not seat or not episode.todo:
             self._lose(seat)  # between two requests: it is noticed at the next
             return
-        self._failed(episode, self._why(seat))
+        self._failed(episode, "")
 
     def _why(self, seat: Seat) -> str:
-        """Why a process ended: waits a moment for its status."""
-        limit = time.monotonic() + 0.3
-        while seat.number not in self._home.ended and not self._home.is_dead:
-            if time.monotonic() > limit:
-                break
-            self._home.hear()
+        """Why a process ended: waits for its status while the rest of it is being killed."""
+        limit = time.monotonic() + _STATUS_S
+        ended, home = self._home.ended, self._home
+        while seat.number not in ended and not home.is_dead and time.monotonic() < limit:
+            home.hear()
             time.sleep(0.002)
-        return why(self._home.ended.pop(seat.number, None))
+        return why(ended.pop(seat.number, None))
 
     def _late(self, episode: Episode) -> None:
         """A process did not end a call by itself: kills it."""
@@ -410,14 +410,15 @@ class Live:
             self._go_on(episode, request | {"calls": rest})
 
     def _failed(self, episode: Episode, fault: str) -> None:
-        """Repeats an episode once in a new process, or gives it up."""
+        """Repeats an episode once in a new process, or gives it up; "": its process has ended."""
         episode.deadline = math.inf
         request = episode.todo[-1][0] if episode.todo else episode.request
         episode.todo.clear()
-        if episode.seat is not None:
-            self._lose(episode.seat)
+        seat = episode.seat
+        if seat is not None:
+            self._lose(seat)
         if episode.is_again or not episode.can_repeat:
-            self._give_up(episode, fault)
+            self._give_up(episode, fault or self._why(seat))
             return
         episode.is_again = True
         self._go_on(episode, request)

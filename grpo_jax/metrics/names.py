@@ -260,6 +260,12 @@ METRICS: dict[str, Metric] = {
         'mean cross-entropy of the completions, weighted by probability if sft.loss is "dft"',
     ),
     "sft/nll": Metric("nats/token", "mean cross-entropy of the completions, where sft/loss is not"),
+    "sft/entropy": Metric(
+        "nats/token", "mean entropy of the policy at the tokens trained on, with logging.token_metrics"
+    ),
+    "sft/token_accuracy": Metric(
+        "share", "tokens trained on that are the policy's likeliest, with logging.token_metrics"
+    ),
     "sft/eval_loss": Metric("nats/token", "mean cross-entropy of the held-out rows' completions"),
     "sft/tokens_per_s": Metric("tokens/s", "tokens trained on, without prompts and padding"),
     "value/loss": Metric("", "the critic's loss: half of the larger of two squares, weighted"),
@@ -321,6 +327,9 @@ METRICS: dict[str, Metric] = {
     "preference/kl": Metric(
         "nats",
         'divergence from the reference by mismatched completions, at least 0, of "kto"',
+    ),
+    "preference/entropy": Metric(
+        "nats/token", "mean entropy of the policy at completions, with logging.token_metrics"
     ),
     "preference/tokens_per_s": Metric("tokens/s", "tokens of completions, over a step's time"),
     "preference/eval_loss": Metric("", "preference/loss of the held-out rows"),

@@ -107,10 +107,16 @@ def _model(folder: str) -> Callable[[list[tuple[str, ...]]], np.ndarray]:
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    how = {"local_files_only": True, "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **how)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     model, told = AutoModelForSequenceClassification.from_pretrained(
-        folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **how
+        folder,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=torch.float32,
+        output_loading_info=True,
     )
     if told["missing_keys"]:
         raise ValueError(

@@ -67,11 +67,11 @@ def _watch(worker: int, memory_bytes: int, max_processes: int) -> int:
             heard = signal.sigwaitinfo(_SIGNALS)
         else:
             heard = signal.sigtimedwait(_SIGNALS, _LOOK_EVERY_S)
-        if heard is not None and heard.si_signo == signal.SIGTERM:
-            return 0
         while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):  # orphans, too
             if ended[0] == worker:
                 return os.waitstatus_to_exitcode(ended[1])
+        if heard is not None and heard.si_signo == signal.SIGTERM:
+            return 0
         if memory is None and not max_processes:
             continue
         own = below(os.getpid())

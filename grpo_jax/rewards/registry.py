@@ -56,7 +56,7 @@ _BY_MODULE = {
     "length": ("soft_overlong", "cosine_length", "relative_length"),
     "language": ("language_consistency",),
     "tone": ("sentiment", "clean_language", "toxicity"),
-    "code": ("code",),
+    "programs": ("code",),
     "classifiers": ("classifier",),
 }
 BUILT_IN: dict[str, str] = {

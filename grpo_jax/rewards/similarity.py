@@ -73,9 +73,16 @@ def _embedder(folder: str) -> Callable[[list[str]], Any]:
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    how = {"local_files_only": True, "trust_remote_code": False}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **how)
-    model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **how)
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    model = AutoModel.from_pretrained(
+        folder,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=torch.float32,
+    )
     model.eval()
     limit = min(getattr(model.config, "max_position_embeddings", _MAX_TOKENS), _MAX_TOKENS)
     pooling = _pooling(folder)

@@ -48,13 +48,13 @@ def _check_programs(config: ConfigDict, rewards: list[Reward]) -> None:
     """Raises ValueError if rewards that run programs have too little, or cannot be isolated."""
     if not rewards:
         return
-    from grpo_jax.rewards.code import code  # no other run needs them
+    from grpo_jax.rewards import programs  # no other run needs them
     from grpo_jax.rewards.sandbox import isolation
 
     options = config.rewards
     for reward in rewards:
         found = registry.function(reward.spec)
-        seconds, gib = code.needs_of_worker(**getattr(found, "keywords", {}))
+        seconds, gib = programs.code.needs_of_worker(**getattr(found, "keywords", {}))
         for name, value, least in (
             ("timeout_s", options.timeout_s, seconds),
             ("memory_limit_gib", options.memory_limit_gib or math.inf, gib),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from grpo_jax.api.trained import Trained
 from grpo_jax.api.training import train
+from grpo_jax.trl.base import Trainer
 from grpo_jax.trl.config import GRPOConfig, options_of
 from grpo_jax.trl.lora import options_of_peft
 
@@ -20,17 +20,20 @@ _REFUSED = {
     "rollout_func": "write an environment with a method `respond` (docs/environments.md)",
 }
 
-
 _NO_LIMIT = 1_000_000  # turns
 
 
-class GRPOTrainer:
+class GRPOTrainer(Trainer):
     """TRL 1.16's `GRPOTrainer`: its arguments, `train()` and `save_model()`.
 
     `callbacks` are functions, as for `grpo_jax.train`. `peft_config` is PEFT's `LoraConfig`.
     `options` are this trainer's options by name, for settings that TRL does not have. Raises
     ValueError for arguments that this trainer does not support.
     """
+
+    refused = _REFUSED
+    suffix = "GRPO"
+    config = GRPOConfig
 
     def __init__(
         self,
@@ -48,24 +51,7 @@ class GRPOTrainer:
         options: dict[str, Any] | None = None,
         **refused: Any,
     ):
-        if not isinstance(model, (str, Path)):
-            raise ValueError(
-                f"GRPOTrainer(model=...) is a {type(model).__name__}. Give the folder or hub id of "
-                "a Hugging Face model: JAX has weights of its own."
-            )
-        for name, value in refused.items():
-            if name not in _REFUSED:
-                raise ValueError(f"GRPOTrainer has no argument {name}.")
-            if value is not None:
-                raise ValueError(f"GRPOTrainer({name}=...): {_REFUSED[name]}.")
-        if tuple(optimizers) != (None, None):
-            raise ValueError("GRPOTrainer(optimizers=...): AdamW, by the options of GRPOConfig.")
-        if train_dataset is None or isinstance(train_dataset, str):
-            raise ValueError(
-                "GRPOTrainer needs a train_dataset: a datasets.Dataset, or a list of dicts."
-            )
-        self.args = args or GRPOConfig(f"{Path(str(model)).name}-GRPO")
-        self.run: Trained | None = None
+        super().__init__(model, args, train_dataset, optimizers, refused)
         self._model, self._callbacks = model, tuple(callbacks)
         self._data = train_dataset, eval_dataset
         self._options = options_of_peft(peft_config) | dict(options or {})
@@ -80,8 +66,6 @@ class GRPOTrainer:
         if converses:
             calls = self.args.max_tool_calling_iterations
             options.setdefault("environment.max_turns", _NO_LIMIT if calls is None else calls + 1)
-            options.setdefault("rewards.names", ())
-            options.setdefault("rewards.weights", ())
         if eval_data is not None and str(self.args.eval_strategy) == "no":
             eval_data = None
         self.run = train(
@@ -102,16 +86,6 @@ class GRPOTrainer:
         if self.run is None:
             raise ValueError("evaluate() comes after train().")
         return self.run.evaluate(eval_dataset)
-
-    def save_model(self, output_dir: str | None = None) -> Path:
-        """The folder of the trained model, which transformers loads."""
-        if self.run is None or not self.run.is_finished:
-            raise ValueError("save_model() comes after train(), once the run has finished.")
-        if output_dir is not None:
-            raise ValueError(
-                f"save_model({output_dir!r}): the model is in {self.run.workdir / 'export'}."
-            )
-        return self.run.workdir / "export"
 
 
 def _weighed(functions: Any, weights: Sequence[float] | None) -> list[tuple[Any, float]]:

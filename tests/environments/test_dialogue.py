@@ -83,11 +83,13 @@ def test_conversations_of_qwen25_equal_one_rendering_of_the_whole(qwen25):
 
 
 @pytest.mark.parametrize("number", [1, 3])
-def test_results_are_appended_as_trl_appends_them(renderer, qwen, number):
+def test_results_are_appended_as_trl_appends_them(renderer, number):
     pytest.importorskip("trl")
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    tokenizer, _ = qwen
+    # TRL refuses a template that drops empty thinking later, and has others in its place.
+    template = chat_families.QWEN3.replace("(loop.last or m.reasoning_content)", "false")
+    tokenizer, _ = made = chat_families.qwen(template)
     trainer = types.SimpleNamespace(
         processing_class=tokenizer,
         _tokenizer=tokenizer,
@@ -97,7 +99,7 @@ def test_results_are_appended_as_trl_appends_them(renderer, qwen, number):
     )
     results = [result(f"42 {i}\n") for i in range(number)]
     expected = GRPOTrainer._get_tool_suffix_ids(trainer, results)
-    assert prove(qwen, renderer).follow([], True, results) == expected
+    assert prove(made, renderer).follow([], True, results) == expected
 
 
 # --- What is appended ----------------------------------------------------------------------------
@@ -247,7 +249,7 @@ REFUSED = [  # what of Qwen3's template, what stands in its place, and the messa
     ("m.content + '\n</tool_resp", "'\n</tool_resp", "drops what a message of the role 'tool'"),
     (
         "m.content + '\n</tool_resp",
-        "m.content | upper + '\n</tool_resp",
+        "m.content | replace('A', '') + '\n</tool_resp",
         "changes what a message",
     ),
     ("{%- endfor %}{{ '<|im_end|>\n' }}", "{%- endfor %}", "none of the model's stop tokens"),

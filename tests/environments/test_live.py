@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import math
 import os
@@ -47,11 +48,11 @@ def start(*classes, tools=(), rewards=(), memory_bytes=0, seconds=5.0, episode=1
     return Live(found, Limits(seconds, episode), num=num, max_tokens=8)
 
 
-def wait(live, num=1, seconds=20.0) -> list[Answer]:
+def wait(live, num=1, seconds=90.0) -> list[Answer]:
     """The next answers, in order of rows."""
-    found, limit = [], time.monotonic() + seconds
+    found, end = [], time.monotonic() + seconds
     while len(found) < num:
-        assert time.monotonic() < limit, f"{found} after {seconds} s"
+        assert time.monotonic() < end, f"{found} after {seconds} s"
         found += live.answers(0.5)
     return sorted(found, key=lambda a: a.row)
 
@@ -119,14 +120,17 @@ def finish_of_new(live, **columns):
 
 
 def test_asynchronous_calls_that_follow_each_other_wait_together():
-    later = lambda text: ("later", {"text": text, "seconds": 0.25})  # noqa: E731
-    with start(tools=["later", "multiply"], seconds=0.5) as live:
+    seconds = 0.4
+    later = lambda text: ("later", {"text": text, "seconds": seconds})  # noqa: E731
+    with start(tools=["later", "multiply"], seconds=60.0) as live:
         assert begin(live).messages == []
         calls = [later("a"), later("b"), ("multiply", {"a": 2, "b": 2}), later("c")]
         got = act(live, turn(*calls))
-        assert said(got) == ["a", "b", "4", "c"] and got.seconds < 0.75
-        got = act(live, turn(("later", {"text": "d", "seconds": 9.0}), later("e")))
-        assert said(got) == [error("The call took longer than 0.5 s."), "e"]
+        assert said(got) == ["a", "b", "4", "c"] and got.seconds < 4 * seconds
+        seconds = 0.0
+        with limit(live, 0.8):
+            got = act(live, turn(("later", {"text": "d", "seconds": 90.0}), later("e")))
+        assert said(got) == [error("The call took longer than 0.8 s."), "e"]
         assert finish(live).reward is None
 
 
@@ -195,10 +199,20 @@ def faulty(tmp_path_factory):
     for name in ("ODD_ONCE", "ODD_PIDS"):
         patch.setenv(name, str(folder / name))
     patch.setenv("JUDGE_API_KEY", "correct-horse-battery")
-    with start("Faults", memory_bytes=300 * MB, seconds=0.4, num=2) as live:
+    with start("Faults", memory_bytes=300 * MB, seconds=60.0, num=2) as live:
         live.folder = folder
         yield live
     patch.undo()
+
+
+@contextlib.contextmanager
+def limit(live, seconds):
+    """Calls are limited to so many seconds, and to a minute otherwise: machines may be busy."""
+    live.limits, before = Limits(seconds, 100.0), live.limits
+    try:
+        yield
+    finally:
+        live.limits = before
 
 
 LATE = error("The call took longer than 0.4 s.")
@@ -230,10 +244,9 @@ def test_an_episode_goes_on_after(faulty, what, texts, failures):
     assert [a.outcome for a in wait(live, 2)] == [None, None]
     live.act(1, do("first"), [])
     assert said(one(live)) == ["first 1"]
-    began = time.monotonic()
-    live.act(1, do("x", *what, "y"), []), live.act(2, do("other"), [])
-    got, other = wait(live, 2)
-    assert time.monotonic() - began < 0.4 + 2
+    with limit(live, 0.4 if "timeout" in failures else 60.0):
+        live.act(1, do("x", *what, "y"), []), live.act(2, do("other"), [])
+        got, other = wait(live, 2)
     assert said(other) == ["other 1"]
     assert said(got)[:-1] == ["x 2", *texts] and got.outcome is None
     assert list(got.failures) == failures and got.num_calls == 3
@@ -258,7 +271,6 @@ def test_an_episode_goes_on_after(faulty, what, texts, failures):
 )
 def test_an_episode_that_dies_twice_is_invalid(faulty, what, why):
     live = faulty
-    limits, live.limits = live.limits, Limits(20.0, 100.0)
     live.reset(1, {}, 0, 0), live.reset(2, {}, 0, 0)
     wait(live, 2)
     lost = live.num_lost
@@ -268,7 +280,6 @@ def test_an_episode_that_dies_twice_is_invalid(faulty, what, why):
     assert said(other) == ["other 1"] and live.num_lost == lost + 2
     assert begin(live, row=1).outcome is None  # its place is taken by a new process
     live.drop(1), live.drop(2)
-    live.limits = limits
 
 
 @linux
@@ -276,17 +287,18 @@ def test_a_second_timeout_ends_the_episode(faulty):
     live = faulty
     for kind in ("hang", "hang_hard"):
         begin(live)
-        got = act(live, do(kind, "x", kind, "never"))
+        with limit(live, 0.4):
+            got = act(live, do(kind, "x", kind, "never"))
         assert got.outcome == "tool_timeout" and got.failures == ("timeout", "timeout")
         assert said(got) == [LATE, f"x {2 if kind == 'hang' else 1}", LATE]
         assert finish(live).reward == 0.5
 
 
 def test_the_seconds_of_an_episode_are_limited():
-    with start("Sleeps", seconds=5.0, episode=0.5) as live:
+    with start("Sleeps", seconds=60.0, episode=2.0) as live:
         begin(live)
-        assert act(live, turn(("wait", {"seconds": 0.3}))).outcome is None
-        got = act(live, turn(("wait", {"seconds": 5.0})))
+        assert act(live, turn(("wait", {"seconds": 0.1}))).outcome is None
+        got = act(live, turn(("wait", {"seconds": 50.0})))
         assert got.outcome == "time" and "than the episode had left" in said(got)[0]
         assert act(live, turn(("wait", {"seconds": 0.0}))).outcome == "time"
 
@@ -307,7 +319,8 @@ def test_rewards_that_fail(faulty):
 def test_an_environment_that_does_not_begin(faulty):
     live = faulty
     for what, why in (("hang", "reset took longer than 0.4 s"), ("die", "ended with status 7")):
-        got = begin(live, at_reset=what)
+        with limit(live, 0.4):
+            got = begin(live, at_reset=what)
         assert got.outcome == "env_start" and why in got.message
 
 
@@ -327,7 +340,7 @@ def test_what_dies_between_two_calls_is_noticed_at_the_next(faulty):
     begin(live)
     act(live, do("a"))
     live._home.end(live._episodes[0].seat.number)
-    live.answers(0.3)
+    live.answers(1.0)
     assert said(act(live, do("b"))) == ["b 2"]  # the first call was repeated
 
 
@@ -370,8 +383,8 @@ def test_no_process_outlives_the_trainer(how, tmp_path):
     )
     assert got.returncode == (0 if how == "close" else -signal.SIGKILL)
     own = [*pids.read_text().split(), *got.stdout.split()]
-    limit = time.monotonic() + 5
-    while any(map(is_alive, own)) and time.monotonic() < limit:
+    end = time.monotonic() + 30
+    while any(map(is_alive, own)) and time.monotonic() < end:
         time.sleep(0.02)
     assert len(own) == 4 and not any(map(is_alive, own))
 
@@ -385,7 +398,7 @@ def test_sixty_four_wait_at_once():
             live.act(row, turn(("wait", {"seconds": 0.3})), [])
         began = time.monotonic()
         assert {tuple(said(a)) for a in wait(live, 64)} == {("done",)}
-        assert time.monotonic() - began < 64 * 0.3 / 4  # far below one after the other
+        assert time.monotonic() - began < 64 * 0.3 / 2  # far below one after the other
         assert json.dumps([a.seconds for a in live.answers(0.0)]) == "[]"
 
 

@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from grpo_jax.environments.frames import make_frame, slot
+from grpo_jax.environments.observations import Observations
 from grpo_jax.environments.spelling import Spelling
 
 
@@ -74,3 +75,11 @@ def test_guards_mark_only_what_is_spelled():
     ids = spelling.plain("a<think>b") + spelling.full("<think>") + spelling.plain("c")
     text, mark = spelling.guarded(ids)
     assert text == f"a<{mark}think>b<think>c" and text.replace(mark, "") == spelling.text(ids)
+
+
+def test_a_text_that_was_not_read_whole_has_a_mark():
+    """Few tokens may hold so many characters that only the ends of a text are read."""
+    spelling = Spelling(made(["<|a|>", " " * 186]))  # of 2048 characters 13 tokens
+    (cut,) = Observations(spelling, 16).fitted(["x" + " " * 10**5 + "y"])
+    assert cut[0] == "x" and cut[-1] == "y" and "..." in cut
+    assert len(spelling.plain(cut)) <= 16

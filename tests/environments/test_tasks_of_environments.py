@@ -199,3 +199,35 @@ def test_a_corpus_says_nothing_of_another():
     shuffled = corpora.make("0-1", shuffled=True)
     assert shuffled.people == one.people
     assert len(set(shuffled.documents) & set(one.documents)) < 5
+
+
+def test_conversations_have_the_tokens_of_the_demonstrations(task):
+    """What is sampled and answered is what was imitated; every call of theirs can be read."""
+    from grpo_jax.environments.plain_dialogue import PlainDialogue
+
+    tokenizer = task.tokenizer
+    stop = tokenizer.eos_token_id
+    schemas = [
+        {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+        for name in ("multiply", "search", "find_order", "refund", "cancel")
+    ]
+    dialogue = PlainDialogue(tokenizer, schemas, stop_ids=[stop], observation_tokens=16)
+    rng, calls = stream(0, "solutions"), 0
+    for problem in task.train[:40]:
+        pieces = task.module.worked_solution(problem, rng)
+        for piece, after in zip(pieces, [*pieces[1:], None]):
+            if not piece.is_policy:
+                continue
+            ids = tokenizer(piece.text)["input_ids"]
+            turn = dialogue.parse(ids if after else [*ids, stop])
+            if "<tool_call>" in piece.text:
+                calls += 1
+                (call,) = turn.valid_calls
+                assert str(next(iter(call.arguments.values()))).strip() in piece.text
+            else:
+                assert not turn.calls
+                assert turn.content.strip() == piece.text.removesuffix("<eos>").strip()
+            if after:
+                messages = [{"role": "tool", "content": after.text}]
+                assert dialogue.follow(ids, True, messages) == tokenizer(after.text)["input_ids"]
+    assert calls or task.name == "guess_word"

@@ -7,10 +7,10 @@ from fractions import Fraction
 import pytest
 
 from grpo_jax.data.problems import Problem
-from grpo_jax.rewards import registry
-from grpo_jax.rewards.code import code, last_block
+from grpo_jax.rewards import programs, registry
 from grpo_jax.rewards.pool import Limits as PoolLimits
 from grpo_jax.rewards.pool import Pool
+from grpo_jax.rewards.programs import last_block
 from grpo_jax.rewards.sandbox import cases, plain
 from grpo_jax.rewards.sandbox.cases import Call, Checks, Script
 from grpo_jax.rewards.sandbox.client import Sandbox
@@ -46,7 +46,7 @@ LIMIT = 7
 
 def reward(text, tests, **more):
     columns = {n: [more.pop(n)] for n in ("entry_point", "test_setup_code") if n in more}
-    return code(["p"], [f"```python\n{text}\n```"], [tests], **columns, **more)[0]
+    return programs.code(["p"], [f"```python\n{text}\n```"], [tests], **columns, **more)[0]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_whole_programs():
     assert reward("this is no Python", tests) == 0
     assert reward("import sys\nprint(sum(map(int, sys.stdin.read().split())))", tests) == 1
     assert reward("import os\nprint(sum(map(int, open(0).read().split())))", tests) == 1
-    assert code(["p"], ["no code"], [tests]) == [0.0]
+    assert programs.code(["p"], ["no code"], [tests]) == [0.0]
 
 
 def test_functions():
