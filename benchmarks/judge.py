@@ -28,21 +28,23 @@ ROOT = Path(__file__).resolve().parents[1]
 GROUP = 8
 
 
-def measure(url: str, judgements: int, concurrency: int, cache: Cache) -> tuple[float, int, int]:
-    """Seconds, calls and failures; each text is another, so none is kept of an earlier one."""
+def measure(
+    url: str, judgements: int, concurrency: int, cache: Cache
+) -> tuple[float, float, int, int]:
+    """Seconds, those of this process's CPU, calls and failures; each text is another."""
     file = str(ROOT / "configs" / "rubrics" / "helpful.toml")
     settings = {"helpful": Settings(rubric.read(file), url, "stub")}
     host = Judges(settings, Limits(concurrency=concurrency), cache)
     with Pool(registry.load((f"judge:{file}",), (1.0,)), host=host) as pool:
-        began = time.monotonic()
+        began, cpu = time.monotonic(), time.process_time()
         tickets = []
         for i in range(0, judgements, GROUP):
             texts = [f"Answer {k}, in so many words. " * 20 for k in range(i, i + GROUP)]
             tickets.append(pool.submit(["Why?"] * GROUP, texts, {}, group=GROUP))
         scores = [ticket.result() for ticket in tickets]
-        seconds = time.monotonic() - began
+        seconds, cpu = time.monotonic() - began, time.process_time() - cpu
     calls = int(sum(s.sums["judge/calls"] for s in scores))
-    return seconds, calls, sum(int(s.unknown_B.sum()) for s in scores)
+    return seconds, cpu, calls, sum(int(s.unknown_B.sum()) for s in scores)
 
 
 def main() -> None:
@@ -57,13 +59,14 @@ def main() -> None:
         url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
         with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "kept", "wb") as kept:
             cache = Cache(append=kept.write)
-            seconds, calls, failed = measure(url, args.judgements, args.concurrency, cache)
-            again, repeated, _ = measure(url, args.judgements, args.concurrency, cache)
+            seconds, cpu, calls, failed = measure(url, args.judgements, args.concurrency, cache)
+            again, _, repeated, _ = measure(url, args.judgements, args.concurrency, cache)
         server.kill()
     least = math.ceil(args.judgements / args.concurrency) * args.delay
     print(
         f"{args.judgements} judgements of {args.delay:g} s, {args.concurrency} at once: "
-        f"{seconds:.2f} s in {calls} calls, {failed} failed; the least possible is {least:.2f} s. "
+        f"{seconds:.2f} s in {calls} calls, {failed} failed; the least possible is {least:.2f} s, "
+        f"and {cpu:.2f} s were this process's own. "
         f"Again, from the cache: {again:.3f} s in {repeated} calls."
     )
 

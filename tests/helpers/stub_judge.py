@@ -25,16 +25,19 @@ def number(body: dict) -> str:
     return _NUMBER.search(body["messages"][1]["content"])[1]
 
 
-def criteria(body: dict) -> list[str]:
+def criteria(body: dict) -> list[tuple[str, int, int]]:
+    """Each criterion's name, lowest and highest number."""
     line = body["messages"][1]["content"].rsplit("\n", 1)[-1]
-    return re.findall(r"(\w+)=<", line)
+    found = re.findall(r"(\w+)=<(\d+) to (\d+)>", line)
+    return [(name, int(low), int(high)) for name, low, high in found]
 
 
 def by_length(body: dict) -> str:
     """Each criterion by the length of the answer; of several answers, the longest is best."""
     texts = answers(body)
-    if names := criteria(body):
-        told = " ".join(f"{name}={1 + len(texts[0]) % 5}" for name in names)
+    if asked := criteria(body):
+        values = ((n, low + len(texts[0]) % (high - low + 1)) for n, low, high in asked)
+        told = " ".join(f"{name}={value}" for name, value in values)
     elif len(texts) == 2 and "one of the lines" in body["messages"][1]["content"]:
         told = {1: "1", -1: "2", 0: "tie"}[
             (len(texts[0]) > len(texts[1])) - (len(texts[0]) < len(texts[1]))

@@ -151,6 +151,7 @@ def test_scores_pass_between_processes_as_they_are():
         metrics={"m": (1.5, 2)},
         extras={"note": ["x", 3]},
         retried={"a": (2, "It raised.")},
+        sums={"judge/calls": 3.0},
     )
     got = Scores.from_json(json.loads(json.dumps(told.as_json())))
     np.testing.assert_array_equal(got.reward_B, third)
@@ -159,12 +160,9 @@ def test_scores_pass_between_processes_as_they_are():
         for n, value_B in getattr(told, name).items():
             np.testing.assert_array_equal(getattr(got, name)[n], value_B)
             assert getattr(got, name)[n].dtype == value_B.dtype
-    assert (got.failures, got.metrics, got.extras, got.retried) == (
-        told.failures,
-        told.metrics,
-        told.extras,
-        told.retried,
-    )
+    for name in ("failures", "metrics", "extras", "retried", "sums"):
+        assert getattr(got, name) == getattr(told, name)
+    assert scores_lib.join([got, got], []).sums == {"judge/calls": 6.0}
 
 
 def test_selected_rows_keep_the_values_of_their_batch():
