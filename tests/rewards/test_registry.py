@@ -226,7 +226,7 @@ def test_a_label_is_the_name_in_metrics():
         ("model:runs/helpful/export/ as kind", "kind", "devices"),
         ("model:org/name", "name", "devices"),
         ("classifier:runs/bert#toxic", "toxic", "workers"),
-        ("classifier:runs/bert(against=\"prompt\")", "bert", "workers"),
+        ('classifier:runs/bert(against="prompt")', "bert", "workers"),
     ],
 )
 def test_what_a_prefix_says(entry, name, runs):
