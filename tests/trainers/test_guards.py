@@ -5,13 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import types
 
 import numpy as np
 import pytest
 
 from grpo_jax.config import derived, guard_rules
 from grpo_jax.config import options as options_lib
+from grpo_jax.environments.single_turn import Rollout
+from grpo_jax.rewards import registry
 from grpo_jax.rewards.scores import Failure, RewardError, Scores
+from grpo_jax.structs import Rollouts
+from grpo_jax.trainers import step_metrics
 from grpo_jax.trainers.guards import Diverged, Guards, History, RollBack
 
 
@@ -343,3 +348,26 @@ def test_what_is_known_of_members_is_part_of_the_state():
     _steps(plain, [0.0, 0.2, 0.4, 0.6], [0.7, 0.5, 0.5, 0.3])
     plain.enforce()
     assert not plain._history.members
+
+
+def test_a_step_logs_how_the_members_relate():
+    """By length: 1, 2, 3, 4 tokens. Without an ensemble there are no such metrics."""
+    a, b = np.array([0, 1, 1, 1], np.float32), np.array([4, 3, 2, 1], np.float32)
+    none = {name: np.zeros(4) for name in "ab"}
+    scores = Scores(a, {"a": a, "b": b}, {n: v > 0 for n, v in none.items()}, none)
+    length_PG = np.array([[1, 2], [3, 4]], np.int32)
+    token = np.ones((2, 2, 4), np.int32)
+    rollouts = Rollouts(token[:, 0], length_PG[:, 0], token, token, length_PG, length_PG > 0)
+    sampled = Rollout(None, None, rollouts, 1.0)
+    parts = lambda *names: types.SimpleNamespace(  # noqa: E731
+        rewards=types.SimpleNamespace(rewards=registry.named(names), accuracy=None)
+    )
+    members = "exact_answer as a", "answer_format as b"
+    got = step_metrics.rollout_metrics(
+        parts(*members, "ensemble:sum(of=['a', 'b'])"), sampled, scores
+    )
+    assert got["ensemble/length_correlation/b"] == pytest.approx(-1.0)
+    assert got["ensemble/correlation/a/b"] == pytest.approx(np.corrcoef(a, b)[0, 1])
+    assert got["ensemble/low_share/a"] == 0.25 and got["ensemble/high_share/a"] == 0.75
+    plain = step_metrics.rollout_metrics(parts(*members), sampled, scores)
+    assert not [name for name in plain if name.startswith("ensemble/")]
