@@ -248,6 +248,37 @@ def test_a_reward_model_and_ppo_with_it_are_those_of_one(one, tmp_path, environm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["chord", "uft"])
+def test_a_hybrid_of_two_processes_is_that_of_one(one, tmp_path, environment, method):
+    """Each process has its part of the demonstrations; the weights are divided."""
+    more = [
+        "--config.data.task=unseen_form",
+        "--config.rewards.names=['slow_reward:digit']",
+        "--config.rewards.weights=[1.0]",
+        "--config.rollout.max_tokens=40",
+        f"--config.hybrid.method={method}",
+        f"--config.hybrid.{'mix_decay_steps' if method == 'chord' else 'hint_steps'}=4",
+        "--config.evaluation.num_problems=0",
+        "--config.checkpoint.every_steps=0",
+    ]
+    folders, mesh = [], ["--config.mesh.data=1", "--config.mesh.fsdp=2"]
+    for num in (1, 2):
+        run = Launched(num, tmp_path / f"{num}", *more, *mesh[: 2 * num - 2],
+                       environment=environment)  # fmt: skip
+        assert run.status() == 0, run.output
+        folders.append(run.folder)
+        more.append(f"--config.model.path={folders[0] / 'bootstrap' / 'export'}")
+    assert differences_beyond(1e-5, *folders) == []
+    rows = [[r for r in logged(folder) if "reward" in r] for folder in folders]
+    name = "hybrid/mix" if method == "chord" else "hybrid/hint_tokens"
+    assert len({row[name] for row in rows[0]}) > 2
+    for a, b in zip(*rows, strict=True):
+        assert a[name] == b[name]
+        assert a["hybrid/loss"] == pytest.approx(b["hybrid/loss"], rel=1e-4)
+        assert min(a["policy/grad_norm"], b["policy/grad_norm"]) > 1e-3
+
+
+@pytest.mark.slow
 def test_adapters_of_two_processes_are_those_of_one(one, tmp_path, environment):
     """Their base is read by both, each its part; the export is merged by both."""
     more = [
