@@ -1,9 +1,11 @@
-"""One GRPO step of grpo_jax beside one of TRL, at equal work: `python benchmarks/peers.py`.
+"""A step of grpo_jax beside one of TRL, at equal work: `python benchmarks/peers.py`.
 
-Both run the same random Qwen2-shaped model, prompts, group size, forced lengths, KL term and a
+Cases of GRPO: both run the same random Qwen2-shaped model, prompts, group size, forced lengths, KL term and a
 reward that costs nothing, in a process each on the same cores. Steps alternate, so that whatever
 else slows the machine slows both. TRL runs without gradient checkpointing, its faster setting.
 Prints medians and ratios (TRL's seconds over ours); `--json FILE` writes them.
+
+Cases `sft` and `dpo` train on given completions (`given_peers.py`), and have tokens per second.
 
 Needs the extra `bench`.
 """
@@ -20,6 +22,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import given_peers
 
 CASES = {
     "equal": {},
@@ -40,6 +46,8 @@ def _serve(step) -> None:
 
 
 def serve_ours(folder: str, case: str) -> None:
+    if case in given_peers.CASES:
+        return _serve(given_peers.ours(folder, case))
     import timing
     import workload
 
@@ -65,6 +73,9 @@ def serve_ours(folder: str, case: str) -> None:
 
 
 def serve_trl(folder: str, case: str, threads: int) -> None:
+    if case in given_peers.CASES:
+        say = lambda row: print(json.dumps(row), flush=True)  # noqa: E731
+        return given_peers.serve_trl(folder, case, threads, _tokenizer(), say)
     import datasets
     import jax
     import numpy as np
@@ -189,14 +200,15 @@ def _make_model(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--steps", type=int, default=12, help="timed, after two that warm up")
+    parser.add_argument(
+        "--cases", nargs="+", default=list(CASES), choices=[*CASES, *given_peers.CASES]
+    )
+    parser.add_argument("--steps", type=int, default=12, help="timed, after those that warm up")
     parser.add_argument("--threads", type=int, default=2, help="of TRL")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--serve", choices=["ours", "trl"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parent))
     if args.serve == "ours":
         return serve_ours(args.folder, args.cases[0])
     if args.serve == "trl":
@@ -211,6 +223,9 @@ def main() -> None:
             medians = _alternate(folder, case, args.steps, args.threads)
             ours, trl = medians["ours"], medians["trl"]
             found["medians"][case] = medians
+            if case in given_peers.CASES:
+                found["ratios"][case] = given_peers.tell(case, medians)
+                continue
             found["ratios"][case] = trl["step"] / ours["step"]
             found["rollout_ratios"][case] = trl["rollout"] / ours["rollout"]
             print(
@@ -245,7 +260,7 @@ def _alternate(folder: str, case: str, steps: int, threads: int) -> dict[str, di
         for server in servers.values():
             _answer(server)
         rows: dict[str, list[dict]] = {name: [] for name in servers}
-        for _ in range(steps + 2):
+        for _ in range(steps + _warm_up(case)):
             for name, server in servers.items():
                 server.stdin.write("step\n")
                 server.stdin.flush()
@@ -253,12 +268,18 @@ def _alternate(folder: str, case: str, steps: int, threads: int) -> dict[str, di
     finally:
         for server in servers.values():
             server.kill()
+    if case in given_peers.CASES:
+        return given_peers.compared(case, rows)
     tokens = [[row["tokens"] for row in rows[name]] for name in rows]
     assert tokens[0] == tokens[1], "the two did not do the same work"
     return {
         name: {key: statistics.median(row[key] for row in own[2:]) for key in own[0]}
         for name, own in rows.items()
     }
+
+
+def _warm_up(case: str) -> int:
+    return given_peers.WARM_UP if case in given_peers.CASES else 2
 
 
 def _answer(server: subprocess.Popen) -> dict:

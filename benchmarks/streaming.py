@@ -28,6 +28,7 @@ import numpy as np
 BATCH, BUFFER, FILLER_BYTES = 64, 2000, 20_000
 PARTS = 4  # files
 GROWTH_MB = 200
+_TAIL = 20_000  # bytes of the metrics that are read for the last step
 CONFIG = """
 from grpo_jax import config
 
@@ -139,8 +140,10 @@ def train(config: Path, folder: Path, stop_at: int = 0) -> tuple[float, list[tup
 def _last_step(log: Path) -> int:
     if not log.exists():
         return 0
-    lines = log.read_bytes().splitlines()
-    return max((json.loads(line)["step"] for line in lines if line.endswith(b"}")), default=0)
+    with log.open("rb") as file:
+        file.seek(max(log.stat().st_size - _TAIL, 0))
+        lines = [x for x in file.read().splitlines() if x.startswith(b"{") and x.endswith(b"}")]
+    return max((json.loads(line)["step"] for line in lines), default=0)
 
 
 def main() -> None:

@@ -27,6 +27,9 @@ class LossComponent(Protocol):
     whole completions, [P, G, C], and its losses are of tokens, [P, G, C], of completions, [P, G],
     or of groups, [P]. A loss of groups needs each group in one row (`Scorer.whole`).
 
+    With `reads_best`, which is of losses of tokens, `diagnostics` has after `entropy` the
+    log-probability of the likeliest token.
+
     A component of a model with a scalar head (`scalar_losses.py`) has values in place of `logp`
     and `entropy`: `loss(value, terms)`, `diagnostics(value, terms, action)`.
     """
@@ -35,6 +38,7 @@ class LossComponent(Protocol):
     sums: tuple[str, ...]
     maxima: tuple[str, ...]
     needs_completions: bool
+    reads_best: bool
 
     def reads_entropy(self, part: Experience) -> bool:
         """Whether the loss has a gradient in the entropy."""
@@ -69,6 +73,7 @@ class PolicyLoss:
 
     metric: ClassVar[str] = "policy/loss"
     maxima: ClassVar[tuple[str, ...]] = diagnostics.MAXIMA
+    reads_best: ClassVar[bool] = False
 
     @property
     def sums(self) -> tuple[str, ...]:
@@ -118,6 +123,8 @@ class AroundPolicyLoss:
 
     policy: PolicyLoss
 
+    reads_best: ClassVar[bool] = False
+
     @property
     def maxima(self) -> tuple[str, ...]:
         return self.policy.maxima
@@ -150,6 +157,7 @@ class NLLLoss:
     """
 
     kind: str = "nll"  # or "dft"
+    of_tokens: bool = False  # whether entropy and accuracy are measured
 
     metric: ClassVar[str] = "sft/loss"
     maxima: ClassVar[tuple[str, ...]] = ()
@@ -157,7 +165,12 @@ class NLLLoss:
 
     @property
     def sums(self) -> tuple[str, ...]:
-        return ("sft/nll",) if self.kind == "dft" else ()
+        of_tokens = ("sft/entropy", "sft/token_accuracy") if self.of_tokens else ()
+        return ("sft/nll",) * (self.kind == "dft") + of_tokens
+
+    @property
+    def reads_best(self) -> bool:
+        return self.of_tokens
 
     def reads_entropy(self, part: Experience) -> bool:
         return False
@@ -174,10 +187,14 @@ class NLLLoss:
             return -jax.lax.stop_gradient(jnp.exp(logp)) * logp
         return -logp
 
-    def diagnostics(self, logp, entropy, terms, action):
-        if self.kind == "dft":
-            return {"sft/nll": jnp.where(action, -logp, 0.0).sum()}, {}
-        return {}, {}
+    def diagnostics(self, logp, entropy, *rest):
+        *best, _, action = rest
+        total = lambda x: jnp.where(action, x, 0.0).sum()  # noqa: E731
+        sums = {"sft/nll": total(-logp)} if self.kind == "dft" else {}
+        if self.of_tokens:
+            right = (logp >= best[0]).astype("float32")
+            sums |= {"sft/entropy": total(entropy), "sft/token_accuracy": total(right)}
+        return sums, {}
 
     def means(self, sums: dict[str, Array]) -> dict[str, Array]:
         return means_of_tokens(sums)

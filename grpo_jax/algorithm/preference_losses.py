@@ -19,6 +19,7 @@ _BY_LABEL = (
     "preference/logp_chosen",
     "preference/logp_rejected",
 )
+_ENTROPY = "preference/entropy"
 _COUNTS = ("chosen", "rejected", "chosen_tokens")  # what the sums are divided by; not logged
 
 
@@ -68,15 +69,19 @@ class PairLoss:
     """
 
     preference: Preference
+    of_tokens: bool = False  # whether the entropy is measured
 
     metric: ClassVar[str] = "preference/loss"
     maxima: ClassVar[tuple[str, ...]] = ()
     needs_completions: ClassVar[bool] = True
+    reads_best: ClassVar[bool] = False
 
     @property
     def sums(self) -> tuple[str, ...]:
         odds = ("preference/log_odds_ratio",) * (not self.preference.reads_reference)
-        return (*_BY_LABEL, "preference/reward_accuracy", "preference/nll", *odds, *_COUNTS)
+        entropy = (_ENTROPY,) * self.of_tokens
+        both = "preference/reward_accuracy", "preference/nll"
+        return (*_BY_LABEL, *both, *odds, *entropy, *_COUNTS)
 
     def reads_entropy(self, part: Experience) -> bool:
         return False
@@ -115,7 +120,7 @@ class PairLoss:
         if not self.preference.reads_reference:
             odds_PG = preferences.log_odds(terms.log_ratio(self.preference, logp_PGC))
             sums["preference/log_odds_ratio"] = total(odds_PG[:, 0] - odds_PG[:, 1])
-        return sums, {}
+        return sums | _entropy(self, entropy, action_PGC), {}
 
     def means(self, sums: dict[str, Array]) -> dict[str, Array]:
         return _means(sums)
@@ -126,15 +131,19 @@ class UnpairedLoss:
     """The loss of completions with a label: "kto" and its relative."""
 
     preference: Preference
+    of_tokens: bool = False  # whether the entropy is measured
 
     metric: ClassVar[str] = "preference/loss"
     maxima: ClassVar[tuple[str, ...]] = ()
     needs_completions: ClassVar[bool] = True
+    reads_best: ClassVar[bool] = False
 
     @property
     def sums(self) -> tuple[str, ...]:
         kl = ("preference/kl",) * self.preference.reads_divergence
-        return (*_BY_LABEL, "preference/reward_accuracy", "preference/nll", *kl, *_COUNTS)
+        entropy = (_ENTROPY,) * self.of_tokens
+        both = "preference/reward_accuracy", "preference/nll"
+        return (*_BY_LABEL, *both, *kl, *entropy, *_COUNTS)
 
     def reads_entropy(self, part: Experience) -> bool:
         return False
@@ -173,7 +182,7 @@ class UnpairedLoss:
         }
         if self.preference.reads_divergence:
             sums["preference/kl"] = (weight_PG * bound).sum()
-        return sums, {}
+        return sums | _entropy(self, entropy, action_PGC), {}
 
     def means(self, sums: dict[str, Array]) -> dict[str, Array]:
         means = _means(sums)
@@ -184,9 +193,14 @@ class UnpairedLoss:
         return means
 
 
+def _entropy(loss: PairLoss | UnpairedLoss, entropy: Array, action_PGC: Array) -> dict[str, Array]:
+    """The summed entropy at tokens, where it is measured."""
+    return {_ENTROPY: jnp.where(action_PGC, entropy, 0.0).sum()} if loss.of_tokens else {}
+
+
 def _means(sums: dict[str, Array]) -> dict[str, Array]:
     """Each sum over its count; NaN where there is none, as of a batch without rejected ones."""
-    over = {"preference/nll": "chosen_tokens"}
+    over = {"preference/nll": "chosen_tokens", _ENTROPY: "tokens"}
     means = {
         name: value / sums[over.get(name, "rejected" if name.endswith("rejected") else "chosen")]
         for name, value in sums.items()

@@ -56,6 +56,7 @@ class BradleyTerryLoss:
     sums: ClassVar[tuple[str, ...]] = ("pairs", "right", "margin", "reward", "square")
     maxima: ClassVar[tuple[str, ...]] = ()
     needs_completions: ClassVar[bool] = True
+    reads_best: ClassVar[bool] = False
 
     def reads_entropy(self, part: Experience) -> bool:
         return False
@@ -129,6 +130,7 @@ class ValueLoss:
     sums: ClassVar[tuple[str, ...]] = ("clipped", "value", "target", "target_2", "error", "error_2")
     maxima: ClassVar[tuple[str, ...]] = ()
     needs_completions: ClassVar[bool] = True
+    reads_best: ClassVar[bool] = False
 
     def reads_entropy(self, part: Experience) -> bool:
         return False

@@ -44,7 +44,12 @@ def schedule_options(
                f"As many tokens are computed at once as so many of the longest {rows} have",
                special={0: "the usual number of tokens"}, free=True),
         number(f"{section}.learning_rate", learning_rate, POSITIVE, "",
-               "The peak; it falls to 0 along a cosine"),
+               f"The peak, from which it goes on as {section}.schedule says"),
+        choice(f"{section}.schedule", "cosine", {
+                   "cosine": "falls to 0 along a cosine",
+                   "linear": "falls to 0 along a line",
+                   "constant": "stays"},
+               "The learning rate after warm-up"),
         number(f"{section}.warmup_steps", warmup_steps, NOT_NEGATIVE, "updates",
                "Linear warm-up of the learning rate"),
         number(f"{section}.weight_decay", weight_decay, NOT_NEGATIVE, "",

@@ -107,6 +107,7 @@ class _Statistics(NamedTuple):
     normalizer: Array  # log-sum-exp of the scores
     logp: Array
     entropy: Array
+    best: Array  # log-probability of the likeliest token
 
     def log_prob(self) -> Array:
         """Log-probabilities [..., V]; 0 where the probability is 0."""
@@ -133,7 +134,9 @@ def _statistics(
     mass, moment = weight.sum(-1), (weight * below).sum(-1)
     normalizer = peak[..., 0] + jnp.log(mass)
     logp = jnp.take_along_axis(scores, target[..., None], axis=-1)[..., 0] - normalizer
-    return _Statistics(scores, is_drawn, slope, normalizer, logp, jnp.log(mass) - moment / mass)
+    best = peak[..., 0] - normalizer
+    entropy = jnp.log(mass) - moment / mass
+    return _Statistics(scores, is_drawn, slope, normalizer, logp, entropy, best)
 
 
 @jax.named_scope("vocabulary")
@@ -217,7 +220,7 @@ def _summed_product(hidden_BTD: Array, by_logits_BTV: Array) -> Array:
     return jax.lax.platform_dependent(hidden_BTD, by_logits_BTV, cpu=in_float32, default=product)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 10))
 def loss(
     token_loss: TokenLoss,
     sampling: Sampling,
@@ -229,6 +232,7 @@ def loss(
     weight_BT: Array,
     terms: Any,
     teacher: Teacher | None = None,
+    with_best: bool = False,
 ) -> tuple[Array, ...]:
     """Weighted sum of per-token losses, with the log-probabilities and entropies [B, T] behind it.
 
@@ -236,11 +240,12 @@ def loss(
     `token_loss(logp, entropy, terms)` sees arrays of one chunk; `terms` is a pytree of [B, T]
     arrays that stay fixed. `cap` as in `token_logprobs`. Tokens of weight 0 contribute nothing,
     whatever their values. With a `teacher` there are two more results, divergence and KL(policy ||
-    teacher) [B, T], and `token_loss` gets the divergence as its last argument.
+    teacher) [B, T], and `token_loss` gets the divergence as its last argument. `with_best`: the
+    last result is the log-probability of the likeliest token [B, T].
     """
-    if teacher is not None:
-        how = token_loss, sampling, along, cap
-        return _loss_forward(*how, hidden_BTD, head_DV, target_BT, weight_BT, terms, teacher)[0]
+    if teacher is not None or with_best:
+        how, beside = (token_loss, sampling, along, cap), (terms, teacher, with_best)
+        return _loss_forward(*how, hidden_BTD, head_DV, target_BT, weight_BT, *beside)[0]
     logp_BT, entropy_BT = token_logprobs(hidden_BTD, head_DV, target_BT, sampling, along, cap)
     per_token = jnp.where(weight_BT != 0, token_loss(logp_BT, entropy_BT, terms), 0.0)
     return jnp.sum(weight_BT * per_token), logp_BT, entropy_BT
@@ -248,7 +253,17 @@ def loss(
 
 @jax.named_scope("vocabulary")
 def _loss_forward(
-    token_loss, sampling, along, cap, hidden_BTD, head_DV, target_BT, weight_BT, terms, teacher=None
+    token_loss,
+    sampling,
+    along,
+    cap,
+    hidden_BTD,
+    head_DV,
+    target_BT,
+    weight_BT,
+    terms,
+    teacher=None,
+    with_best=False,
 ):
     tokens = target_BT.shape[1]
     width = _chunk_width(hidden_BTD, head_DV.shape[-1], along.devices)
@@ -281,7 +296,9 @@ def _loss_forward(
         by_logits = (by_logits / temperature).astype(hidden.dtype)
         by_hidden = jnp.einsum("btv,dv->btd", by_logits, head)
         grad_head += _summed_product(hidden, by_logits)
-        return (total + part, grad_head), (found.logp, found.entropy, *compared, by_hidden)
+        best = (found.best,) * with_best
+        values = found.logp, found.entropy, *compared, *best
+        return (total + part, grad_head), (*values, by_hidden)
 
     of_teacher = None if teacher is None else teacher.hidden_BTD
     xs = hidden_BTD, target_BT, weight_BT, terms, of_teacher
@@ -293,7 +310,7 @@ def _loss_forward(
 
 
 @jax.named_scope("vocabulary")
-def _loss_backward(token_loss, sampling, along, cap, residuals, cotangents):
+def _loss_backward(token_loss, sampling, along, cap, with_best, residuals, cotangents):
     grad_hidden, grad_head = residuals
     by_total = cotangents[0]  # log-probabilities and entropies are diagnostics
     scale = lambda g: (g * by_total).astype(g.dtype)  # noqa: E731

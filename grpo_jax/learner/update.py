@@ -83,8 +83,9 @@ def _by_token(
 
     def loss(hidden, target, weight, terms, *of_teacher):
         how = component.loss, scorer.sampling, scorer.along, scorer.model.logit_cap
-        beside = (teacher.replace(hidden_BTD=x) for x in of_teacher)
-        return logprobs.loss(*how, hidden, head_DV, target, weight, terms, *beside)
+        beside = None if teacher is None else teacher.replace(hidden_BTD=of_teacher[0])
+        rows = hidden, head_DV, target, weight, terms
+        return logprobs.loss(*how, *rows, beside, component.reads_best)
 
     target_BE = packed.take(part.rollouts.completion_PGC)
     beside = () if teacher is None else (teacher.hidden_BTD,)

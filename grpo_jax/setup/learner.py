@@ -310,7 +310,7 @@ def make_supervised_learner(
     rate = optim.schedule(
         schedule.learning_rate,
         warmup_steps=schedule.warmup_steps,
-        kind="cosine",
+        kind=schedule.schedule,
         num_updates=num_updates,
         end_fraction=0.0,
     )
@@ -327,7 +327,7 @@ def make_supervised_learner(
         prepare=make_prepare(scorer, as_given, mask_truncated=False, with_old=False),
         update=update.make_update(
             scorer,
-            component or components.NLLLoss(config.sft.loss),
+            component or components.NLLLoss(config.sft.loss, config.logging.token_metrics),
             optimizer,
             num_minibatches=1,
             offload=config.optim.offload,

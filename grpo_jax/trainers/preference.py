@@ -34,7 +34,8 @@ def nll_weight(config: ConfigDict) -> float:
 
 def component(config: ConfigDict) -> PairLoss | UnpairedLoss:
     preference = preference_of(config)
-    return (PairLoss if preference.is_of_pairs else UnpairedLoss)(preference)
+    made = PairLoss if preference.is_of_pairs else UnpairedLoss
+    return made(preference, config.logging.token_metrics)
 
 
 def run(config: ConfigDict, folder: Path, stop: StopSignal) -> Path:
@@ -107,7 +108,8 @@ def measure(
     run: Run, state: RunState, rows: Sequence[Row], alive: Callable[[], None]
 ) -> dict[str, float]:
     """The loss and its metrics on held-out rows."""
-    config, preference, loss = run.config, preference_of(run.config), component(run.config)
+    config, preference = run.config, preference_of(run.config)
+    loss = dataclasses.replace(component(config), of_tokens=False)
     signal, groups = _signal(config, rows, len(rows)), preference_rows.groups_at_once(run)
     if preference.reads_divergence:
         point = _held_out_divergence(run, state, rows, alive)

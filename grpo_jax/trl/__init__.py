@@ -1,4 +1,4 @@
-"""TRL's names for this trainer: `from grpo_jax.trl import GRPOConfig, GRPOTrainer`.
+"""TRL's names for these trainers: `from grpo_jax.trl import GRPOConfig, GRPOTrainer`.
 
 Each argument does what it does in TRL 1.16, or is refused with a message that names the
 replacement.
@@ -7,11 +7,18 @@ replacement.
 import importlib
 from typing import Any
 
+_WHERE = {
+    "GRPOConfig": "config",
+    "GRPOTrainer": "trainer",
+    "SFTConfig": "given_config",
+    "SFTTrainer": "given_trainer",
+    "DPOConfig": "given_config",
+    "DPOTrainer": "given_trainer",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """The two classes, imported on first use: the trainer takes seconds to import."""
-    if name == "GRPOConfig":
-        return importlib.import_module("grpo_jax.trl.config").GRPOConfig
-    if name == "GRPOTrainer":
-        return importlib.import_module("grpo_jax.trl.trainer").GRPOTrainer
+    """A class, imported on first use: trainers take seconds to import."""
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"grpo_jax.trl.{_WHERE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import difflib
 import math
 from typing import Any
 
+from grpo_jax.trl.arguments import Arguments, one_of, precision, schedule, text_of, trackers, warmup
 from grpo_jax.trl.fields import FIELDS
 
 # Surrogate and normalizer of each loss_type.
@@ -19,10 +18,6 @@ _SCALES = {
     "group": "sample_std", True: "sample_std", "batch": "batch_std", "none": "none", False: "none",
 }  # fmt: skip
 _AGGREGATES = {"sum_then_normalize": "sum", "normalize_then_sum": "each"}
-_SCHEDULES = {
-    "linear": "linear", "cosine": "cosine", "constant": "constant",
-    "constant_with_warmup": "constant",
-}  # fmt: skip
 _MODES = {
     f"{level}_{bound}": (level, bound)
     for level in ("token", "sequence")
@@ -30,33 +25,14 @@ _MODES = {
 }
 
 
-class GRPOConfig:
+class GRPOConfig(Arguments):
     """TRL 1.16's `GRPOConfig`: its arguments and their defaults.
 
     Raises ValueError for an argument that TRL does not have, and for a value that this trainer does
     not support; the message says what to use.
     """
 
-    def __init__(self, output_dir: str | None = None, **arguments: Any):
-        for name in arguments:
-            if name not in FIELDS:
-                close = difflib.get_close_matches(name, FIELDS, n=2)
-                hint = f" Did you mean {' or '.join(close)}?" if close else ""
-                raise ValueError(f"GRPOConfig has no argument {name}.{hint}")
-        for name, field in FIELDS.items():
-            setattr(self, name, copy.copy(arguments.get(name, field.default)))
-        self.output_dir = output_dir or arguments.get("output_dir")
-        for name, value in arguments.items():
-            field = FIELDS[name]
-            if field.only and not _is_one_of(value, (field.default, *field.also)):
-                raise ValueError(
-                    f"GRPOConfig({name}={value!r}) is not what this trainer does. It takes "
-                    f"{name}={field.default!r}. In its place: {field.only}."
-                )
-
-
-def _is_one_of(value: Any, values: tuple) -> bool:
-    return any(value == known and type(value) is type(known) for known in values)
+    fields = FIELDS
 
 
 def options_of(args: GRPOConfig, num_problems: int, devices: int) -> dict[str, Any]:
@@ -74,9 +50,9 @@ def options_of(args: GRPOConfig, num_problems: int, devices: int) -> dict[str, A
         "algorithm.kl_estimator": "k3_ratio" if args.use_bias_correction_kl else "k3",
         "algorithm.entropy_target": args.entropy_target if args.use_adaptive_entropy else 0.0,
         "algorithm.reference_refresh_steps": _refreshes(args, updates),
-        "optim.schedule": _one_of("lr_scheduler_type", _text(args.lr_scheduler_type), _SCHEDULES),
+        "optim.schedule": schedule(args),
         "optim.end_fraction": 0.0,
-        "optim.warmup_steps": _warmup(args.warmup_steps, steps * updates),
+        "optim.warmup_steps": warmup(args.warmup_steps, steps * updates),
         "model.dtype": "float32" if args.bf16 is False else "bfloat16",
         "model.remat": "dots" if args.gradient_checkpointing else "none",
         "data.max_prompt_tokens": 1_000_000,  # TRL has no limit; the model's applies
@@ -91,14 +67,14 @@ def options_of(args: GRPOConfig, num_problems: int, devices: int) -> dict[str, A
         ("checkpoint.every_steps", args.save_strategy, args.save_steps),
         ("evaluation.every_steps", args.eval_strategy, args.eval_steps or args.logging_steps),
     ):
-        found[option] = _every(_text(strategy), every, updates, steps, args, num_problems, batch)
+        found[option] = _every(text_of(strategy), every, updates, steps, args, num_problems, batch)
     found |= _loss(args) | _advantage(args)
-    return found | _correction(args) | _precision(args) | _trackers(args)
+    return found | _correction(args) | precision(args) | trackers(args)
 
 
 def _loss(args: GRPOConfig) -> dict[str, Any]:
     """The options of the loss; those that the loss_type does not read are left out."""
-    surrogate, normalizer = _one_of("loss_type", args.loss_type, _LOSSES)
+    surrogate, normalizer = one_of(args, "loss_type", args.loss_type, _LOSSES)
     high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     found = {
         "algorithm.surrogate": surrogate,
@@ -124,20 +100,6 @@ def _loss(args: GRPOConfig) -> dict[str, Any]:
             "vespo_negative": (args.vespo_k_neg, args.vespo_lambda_neg),
         }
     return found | {f"algorithm.{name}": value for name, value in bounds.items()}
-
-
-def _text(value: Any) -> str:
-    """The text of a value, which may be one of transformers' enumerations."""
-    return str(getattr(value, "value", value))
-
-
-def _one_of(name: str, value: Any, known: dict[Any, Any]) -> Any:
-    if value not in known:
-        raise ValueError(
-            f"GRPOConfig({name}={value!r}) is not built yet. It takes "
-            f"{', '.join(repr(k) for k in known)}."
-        )
-    return known[value]
 
 
 def _batch(args: GRPOConfig, devices: int) -> dict[str, int]:
@@ -208,11 +170,6 @@ def _refreshes(args: GRPOConfig, updates: int) -> int:
     return every // updates
 
 
-def _warmup(steps: float, updates: int) -> int:
-    """The number of warm-up updates; a value below 1 is a share of all, as in transformers 5."""
-    return math.ceil(steps * updates) if 0 < steps < 1 else int(steps)
-
-
 def _every(
     strategy: str,
     every: float | None,
@@ -234,8 +191,8 @@ def _every(
 def _advantage(args: GRPOConfig) -> dict[str, str]:
     """The advantage. TRL does not read scale_rewards where each reward is normalized."""
     aggregate = args.multi_objective_aggregation
-    scale_by = _one_of("scale_rewards", args.scale_rewards, _SCALES)
-    aggregate = _one_of("multi_objective_aggregation", aggregate, _AGGREGATES)
+    scale_by = one_of(args, "scale_rewards", args.scale_rewards, _SCALES)
+    aggregate = one_of(args, "multi_objective_aggregation", aggregate, _AGGREGATES)
     return {
         "algorithm.aggregate": aggregate,
         "algorithm.scale_by": "sample_std" if aggregate == "each" else scale_by,
@@ -245,7 +202,7 @@ def _advantage(args: GRPOConfig) -> dict[str, str]:
 def _correction(args: GRPOConfig) -> dict[str, Any]:
     if not (args.use_vllm and args.vllm_importance_sampling_correction):
         return {"rollout_correction.level": "none"}
-    mode = _one_of("vllm_importance_sampling_mode", args.vllm_importance_sampling_mode,
+    mode = one_of(args, "vllm_importance_sampling_mode", args.vllm_importance_sampling_mode,
                    {name: name for name in _MODES})  # fmt: skip
     level, bound = _MODES[mode]
     if args.vllm_importance_sampling_clip_max is None:
@@ -255,37 +212,4 @@ def _correction(args: GRPOConfig) -> dict[str, Any]:
         "rollout_correction.bound": bound,
         "rollout_correction.cap": float(args.vllm_importance_sampling_clip_max),
         "rollout_correction.floor": float(args.vllm_importance_sampling_clip_min or 0.0),
-    }
-
-
-def _precision(args: GRPOConfig) -> dict[str, Any]:
-    given = dict(args.model_init_kwargs or {})
-    dtype = str(given.pop("dtype", given.pop("torch_dtype", "float32"))).removeprefix("torch.")
-    given.pop("attn_implementation", None)  # kernels are chosen automatically
-    if given:
-        raise ValueError(
-            f"GRPOConfig(model_init_kwargs=...) has {', '.join(sorted(given))}: only `dtype` is "
-            "read here."
-        )
-    return {"model.param_dtype": "float32" if dtype == "auto" else dtype}
-
-
-_REPORT_TO = ("tensorboard", "wandb", "mlflow", "trackio")
-
-
-def _trackers(args: GRPOConfig) -> dict[str, Any]:
-    given = args.report_to
-    names = [given] if isinstance(given, str) else list(given or [])
-    unknown = [n for n in names if n not in ("none", *_REPORT_TO)]
-    if unknown:
-        raise ValueError(
-            f"GRPOConfig(report_to={given!r}): {', '.join(unknown)} is not built yet. It takes "
-            f"'none', {', '.join(map(repr, _REPORT_TO))}."
-        )
-    return {
-        "logging.tensorboard": "tensorboard" in names,
-        "logging.wandb_project": args.project if "wandb" in names else "",
-        "logging.mlflow_experiment": args.project if "mlflow" in names else "",
-        "logging.trackio_project": args.project if "trackio" in names else "",
-        "logging.run_name": args.run_name or "",
     }

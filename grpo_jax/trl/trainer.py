@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from grpo_jax.api.trained import Trained
 from grpo_jax.api.training import train
+from grpo_jax.trl.base import Trainer
 from grpo_jax.trl.config import GRPOConfig, options_of
 from grpo_jax.trl.lora import options_of_peft
 
@@ -17,13 +17,13 @@ _REFUSED = {
     "processing_class": "the tokenizer of the model's folder is used",
     "reward_processing_classes": "reward models are not built yet",
     "quantization_config": "not built yet",
-    "tools": "not built yet",
-    "rollout_func": "not built yet",
-    "environment_factory": "not built yet",
+    "rollout_func": "write an environment with a method `respond` (docs/environments.md)",
 }
 
+_NO_LIMIT = 1_000_000  # turns
 
-class GRPOTrainer:
+
+class GRPOTrainer(Trainer):
     """TRL 1.16's `GRPOTrainer`: its arguments, `train()` and `save_model()`.
 
     `callbacks` are functions, as for `grpo_jax.train`. `peft_config` is PEFT's `LoraConfig`.
@@ -31,10 +31,14 @@ class GRPOTrainer:
     ValueError for arguments that this trainer does not support.
     """
 
+    refused = _REFUSED
+    suffix = "GRPO"
+    config = GRPOConfig
+
     def __init__(
         self,
         model: str,
-        reward_funcs: str | Callable | Sequence[str | Callable],
+        reward_funcs: str | Callable | Sequence[str | Callable] | None = None,
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -42,44 +46,36 @@ class GRPOTrainer:
         callbacks: Sequence[Callable] = (),
         optimizers: tuple = (None, None),
         peft_config: Any = None,
+        tools: Sequence[Callable] | None = None,
+        environment_factory: Any = None,
         options: dict[str, Any] | None = None,
         **refused: Any,
     ):
-        if not isinstance(model, (str, Path)):
-            raise ValueError(
-                f"GRPOTrainer(model=...) is a {type(model).__name__}. Give the folder or hub id of "
-                "a Hugging Face model: JAX has weights of its own."
-            )
-        for name, value in refused.items():
-            if name not in _REFUSED:
-                raise ValueError(f"GRPOTrainer has no argument {name}.")
-            if value is not None:
-                raise ValueError(f"GRPOTrainer({name}=...): {_REFUSED[name]}.")
-        if tuple(optimizers) != (None, None):
-            raise ValueError("GRPOTrainer(optimizers=...): AdamW, by the options of GRPOConfig.")
-        if train_dataset is None or isinstance(train_dataset, str):
-            raise ValueError(
-                "GRPOTrainer needs a train_dataset: a datasets.Dataset, or a list of dicts."
-            )
-        self.args = args or GRPOConfig(f"{Path(str(model)).name}-GRPO")
-        self.run: Trained | None = None
+        super().__init__(model, args, train_dataset, optimizers, refused)
         self._model, self._callbacks = model, tuple(callbacks)
         self._data = train_dataset, eval_dataset
         self._options = options_of_peft(peft_config) | dict(options or {})
+        self._tools, self._environments = tools, environment_factory
         self._rewards = _weighed(reward_funcs, self.args.reward_weights)
 
     def train(self) -> Trained:
         """Trains, or continues in `args.output_dir`; returns the result of `grpo_jax.train`."""
         data, eval_data = self._data
+        converses = bool(self._tools or self._environments)
         options = options_of(self.args, len(data), len(jax.devices())) | self._options
+        if converses:
+            calls = self.args.max_tool_calling_iterations
+            options.setdefault("environment.max_turns", _NO_LIMIT if calls is None else calls + 1)
         if eval_data is not None and str(self.args.eval_strategy) == "no":
             eval_data = None
         self.run = train(
             self._model,
-            self._rewards,
+            self._rewards or None,
             data,
             eval_data,
             workdir=self.args.output_dir,
+            tools=self._tools,
+            environments=self._environments,
             callbacks=self._callbacks,
             **options,
         )
@@ -91,18 +87,10 @@ class GRPOTrainer:
             raise ValueError("evaluate() comes after train().")
         return self.run.evaluate(eval_dataset)
 
-    def save_model(self, output_dir: str | None = None) -> Path:
-        """The folder of the trained model, which transformers loads."""
-        if self.run is None or not self.run.is_finished:
-            raise ValueError("save_model() comes after train(), once the run has finished.")
-        if output_dir is not None:
-            raise ValueError(
-                f"save_model({output_dir!r}): the model is in {self.run.workdir / 'export'}."
-            )
-        return self.run.workdir / "export"
-
 
 def _weighed(functions: Any, weights: Sequence[float] | None) -> list[tuple[Any, float]]:
+    if functions is None:
+        return []
     functions = list(functions) if isinstance(functions, (list, tuple)) else [functions]
     weights = [1.0] * len(functions) if weights is None else list(weights)
     if len(weights) != len(functions):

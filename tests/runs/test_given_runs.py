@@ -31,6 +31,7 @@ OPTIONS = [
     "--config.data.streaming=True",
     "--config.data.shuffle_buffer=7",
     "--config.logging.tensorboard=False",
+    "--config.logging.token_metrics=True",
 ]
 
 
@@ -96,20 +97,23 @@ def test_a_killed_stream_goes_on_as_if_it_had_not_been(runs):
     assert (whole / weights).read_bytes() == (killed / weights).read_bytes()
 
 
-def _cross_entropy(model, rows) -> float:
-    """Of the completions' tokens by transformers, one row each."""
+def _by_transformers(model, rows) -> list[float]:
+    """Cross-entropy, entropy and accuracy at the completions' tokens, one row at a time."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    total, count = 0.0, 0
+    found = []
     for row in rows:
         ids = torch.tensor(np.concatenate([row.prompt_ids, row.completion_ids])[None].astype(int))
+        first, target = len(row.prompt_ids) - 1, ids[0, 1:]
         with torch.no_grad():
-            logp = network(ids).logits.log_softmax(-1)[0, :-1]
-        picked = logp.gather(1, ids[0, 1:, None])[len(row.prompt_ids) - 1 :]
-        total, count = total - float(picked.sum()), count + len(picked)
-    return total / count
+            logp = network(ids).logits.log_softmax(-1)[0, first:-1]
+        target = target[first:]
+        entropy, right = -(logp.exp() * logp).sum(-1), logp.argmax(-1) == target
+        picked = logp.gather(1, target[:, None])[:, 0]
+        found.append(torch.stack([-picked, entropy, right.float()]))
+    return torch.cat(found, dim=1).mean(1).tolist()
 
 
 def test_the_losses_are_those_of_transformers(runs, argv):
@@ -124,14 +128,16 @@ def test_the_losses_are_those_of_transformers(runs, argv):
     held_out = given.held_out(config, policy, "sft", "example", now)
     assert len(rows) == 5 and len(held_out) == 7
     log = logged(whole)
-    by_step = {row["step"]: row["sft/loss"] for row in log if "sft/loss" in row}
+    by_step = {row["step"]: row for row in log if "sft/loss" in row}
     assert sorted(by_step) == list(range(1, STEPS + 1))
-    assert by_step[1] == pytest.approx(_cross_entropy(config.model.path, rows), rel=1e-5)
+    told = [by_step[1][f"sft/{name}"] for name in ("loss", "entropy", "token_accuracy")]
+    assert told == pytest.approx(_by_transformers(config.model.path, rows), rel=1e-5)
+    assert any(0 < row["sft/token_accuracy"] < 1 for row in by_step.values())
     measured = {row["step"]: row["sft/eval_loss"] for row in log if "sft/eval_loss" in row}
     assert sorted(measured) == [0, EVERY, STEPS]
-    expected = _cross_entropy(config.model.path, held_out)
+    expected, *_ = _by_transformers(config.model.path, held_out)
     assert measured[0] == pytest.approx(expected, rel=1e-5)
-    expected = _cross_entropy(whole / "export", held_out)
+    expected, *_ = _by_transformers(whole / "export", held_out)
     assert measured[STEPS] == pytest.approx(expected, rel=1e-5) and expected < measured[0]
 
 
@@ -142,7 +148,7 @@ def test_a_mesh_of_eight_does_the_same(runs, argv, tmp_path):
     sft.main(arguments)
     first, *_ = (row for row in logged(_folder(arguments)) if row["step"] == 1)
     alone, *_ = (row for row in logged(runs[0]) if row["step"] == 1)
-    for name in ("sft/loss", "policy/grad_norm"):
+    for name in ("sft/loss", "policy/grad_norm", "sft/entropy", "sft/token_accuracy"):
         assert first[name] == pytest.approx(alone[name], rel=1e-5), name
     before = [logged(f)[0]["sft/eval_loss"] for f in (_folder(arguments), runs[0])]
     assert before[0] == pytest.approx(before[1], rel=1e-5)

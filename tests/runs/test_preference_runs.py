@@ -22,6 +22,7 @@ OPTIONS = [
     "--config.preference.learning_rate=1e-3",
     "--config.preference.checkpoint_every_steps=2",
     "--config.preference.evaluate_every_steps=2",
+    "--config.logging.token_metrics=True",
 ]
 KTO = ["--config.preference.loss=kto", "--config.preference.beta=0.5"]
 
@@ -70,6 +71,7 @@ def test_a_run_begins_at_the_reference_and_leaves_it(runs):
         assert abs(lines[0]["preference/eval_reward_margin"]) < 1e-4
         updates = [line for line in lines if "preference/loss" in line]
         assert updates[0]["preference/loss"] == pytest.approx(at_start, abs=1e-5)
+        assert all(0 < line["preference/entropy"] < np.log(50) for line in updates)
         assert lines[-1]["preference/eval_reward_margin"] > 0.01
         assert lines[-1]["preference/eval_loss"] < at_start
         measured = [line["step"] for line in lines if "preference/eval_loss" in line]

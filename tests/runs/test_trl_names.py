@@ -18,6 +18,7 @@ from grpo_jax.config import options
 from grpo_jax.trl import GRPOConfig, GRPOTrainer, reference, rewards
 from grpo_jax.trl.config import options_of
 from grpo_jax.trl.fields import FIELDS
+from grpo_jax.trl.given_fields import DPO_FIELDS, SFT_FIELDS
 from grpo_jax.trl.lora import options_of_peft
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "from_trl.md"
@@ -58,6 +59,12 @@ def test_the_table_names_options_that_exist_and_stands_in_the_docs():
         assert sum(map(bool, kinds)) == 1, name
         assert not field.option or field.option in options.BY_NAME, name
         assert not field.option or hasattr(GRPOConfig(), name)
+    for fields in (SFT_FIELDS, DPO_FIELDS):
+        for name, field in fields.items():
+            kinds = [field.option, field.counts, field.beside, field.only]
+            assert sum(map(bool, kinds)) == 1, name
+            assert not field.option or field.option in options.BY_NAME, name
+            assert "{" not in field.told().replace("`{}` alone", ""), name
     page = DOCS.read_text()
     assert page.endswith(f"{reference.table()}\n"), "python -m grpo_jax.trl.reference"
 

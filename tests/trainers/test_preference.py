@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import tiny
 
 from grpo_jax import config as config_lib
 from grpo_jax.algorithm.advantages import AdvantageOptions
+from grpo_jax.algorithm.preference_losses import PreferenceTerms
 from grpo_jax.data.examples import Pair, Unpaired
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.learner import experience
@@ -84,6 +87,20 @@ def test_the_metrics_by_hand():
     }.items():  # fmt: skip
         np.testing.assert_allclose(found[f"preference/{name}"], value, rtol=1e-5, err_msg=name)
     assert len(found) == 7
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "kto"])
+def test_the_entropy_is_a_mean_over_tokens_where_it_is_measured(name):
+    """3 tokens of 1, 2 and 3 nats; what stands beside them does not count."""
+    assert "preference/entropy" not in preference.component(config(loss=name)).sums
+    loss = dataclasses.replace(preference.component(config(loss=name)), of_tokens=True)
+    action_PGC = np.array([[[1, 0], [1, 1]]], bool)
+    logp_PGC, entropy_PGC = -action_PGC.astype("f"), np.float32([[[1, 9], [2, 3]]])
+    label, point = np.array([[True, False]]), np.zeros((1, 2), np.float32)
+    terms = PreferenceTerms(action_PGC, np.zeros((1, 2), np.float32), None, label, point)
+    sums, _ = loss.diagnostics(logp_PGC, entropy_PGC, terms, action_PGC)
+    assert set(sums) == set(loss.sums)
+    assert float(loss.means(sums | {"tokens": 3.0})["preference/entropy"]) == 2.0
 
 
 def test_the_metrics_of_labelled_completions_by_hand():

@@ -1,0 +1,119 @@
+"""TRL's `SFTTrainer` and `DPOTrainer`: they translate TRL's arguments and call `grpo_jax.sft`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Sized
+from typing import Any
+
+import jax
+
+from grpo_jax.api import given
+from grpo_jax.api.trained import Trained
+from grpo_jax.trl.base import Trainer
+from grpo_jax.trl.given_config import DPOConfig, SFTConfig, options_of_dpo, options_of_sft
+from grpo_jax.trl.lora import options_of_peft
+
+_REFUSED = {
+    "processing_class": "the tokenizer of the model's folder is used",
+    "data_collator": "rows are packed by the run itself",
+    "compute_metrics": "callbacks see the metrics of each step",
+    "quantization_config": "lora.base_dtype among the options",
+}
+_OF_SFT = {
+    "compute_loss_func": "SFTConfig(loss_type=...)",
+    "optimizer_cls_and_kwargs": "AdamW, by the options of SFTConfig",
+    "preprocess_logits_for_metrics": "metrics are those of docs/metrics.md",
+    "formatting_func": "map the dataset to a column `text` before",
+}
+_OF_DPO = {"ref_model": "the reference is the model as training begins, or without its adapters"}
+
+
+class _GivenTrainer(Trainer):
+    """A trainer of given completions, by the run and the translation of its subclass."""
+
+    metric: str  # of the held-out loss
+    _train: Callable[..., Trained]
+    _options_of: Callable[..., dict[str, Any]]
+
+    def __init__(
+        self,
+        model: str,
+        args: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        callbacks: Sequence[Callable] | None = None,
+        optimizers: tuple = (None, None),
+        peft_config: Any = None,
+        options: dict[str, Any] | None = None,
+        **refused: Any,
+    ):
+        super().__init__(model, args, train_dataset, optimizers, refused)
+        for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            if rows is not None and not isinstance(rows, Sized):
+                raise ValueError(
+                    f"{type(self).__name__}({name}=...) is a {type(rows).__name__}, which has no "
+                    "length. Give a datasets.Dataset or a list of dicts; data.streaming of "
+                    "grpo_jax.sft reads data from files while it trains."
+                )
+        self._model, self._callbacks = model, tuple(callbacks or ())
+        self._data = train_dataset, eval_dataset
+        self._options = options_of_peft(peft_config) | dict(options or {})
+
+    def train(self) -> Trained:
+        """Trains, or continues in `args.output_dir`; returns the result of `grpo_jax.sft`."""
+        data, held_out = self._data
+        number = 0 if held_out is None else len(held_out)
+        options = type(self)._options_of(self.args, len(data), number, len(jax.devices()))
+        if not options["evaluation.num_problems"]:
+            held_out = None
+        self.run = type(self)._train(
+            self._model,
+            data,
+            held_out,
+            workdir=self.args.output_dir,
+            callbacks=self._callbacks,
+            **options | self._options,
+        )
+        return self.run
+
+    def evaluate(self) -> dict[str, float]:
+        """The metrics of the eval_dataset at the run's end, by this trainer's names."""
+        if self.run is None:
+            raise ValueError("evaluate() comes after train().")
+        measured = [row for row in self.run.metrics if self.metric in row]
+        if not measured:
+            raise ValueError(
+                f"{type(self).__name__} measured nothing. Give it an eval_dataset, and "
+                f"{self.config.__name__}(eval_strategy='steps')."
+            )
+        section = self.metric.partition("/")[0]
+        return {name: x for name, x in measured[-1].items() if name.startswith(f"{section}/eval_")}
+
+
+class SFTTrainer(_GivenTrainer):
+    """TRL 1.16's `SFTTrainer`: its arguments, `train()`, `evaluate()` and `save_model()`.
+
+    `train_dataset`: a `datasets.Dataset` or a list of dicts, of texts, chats, or prompts with
+    completions. `callbacks` are functions, as for `grpo_jax.sft`. `peft_config` is PEFT's
+    `LoraConfig`. `options` are this trainer's options by name, for settings that TRL does not have.
+    Raises ValueError for arguments that this trainer does not support.
+    """
+
+    refused = _REFUSED | _OF_SFT
+    suffix = "SFT"
+    config = SFTConfig
+    metric = "sft/eval_loss"
+    _train = staticmethod(given.sft)
+    _options_of = staticmethod(options_of_sft)
+
+
+class DPOTrainer(_GivenTrainer):
+    """TRL 1.16's `DPOTrainer`, of pairs; otherwise as `SFTTrainer`."""
+
+    refused = _REFUSED | _OF_DPO
+    suffix = "DPO"
+    config = DPOConfig
+    metric = "preference/eval_loss"
+    _train = staticmethod(given.dpo)
+    _options_of = staticmethod(options_of_dpo)
