@@ -6,6 +6,7 @@ not packages, so file names are unique.
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import socket
@@ -28,6 +29,9 @@ if not os.environ.get("GRPO_JAX_TEST_OPTIMIZED"):
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     os.environ["XLA_FLAGS"] = " ".join([os.environ["XLA_FLAGS"], *_QUICK])
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # of each operation; nothing here reads them
+# Threads of products of tiny matrices only wait for each other, which keeps the cores busy.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -53,6 +57,15 @@ def _guarded(connect):
 
 socket.socket.connect = _guarded(socket.socket.connect)
 socket.socket.connect_ex = _guarded(socket.socket.connect_ex)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def same_programs() -> None:
+    """A program that this process has compiled is not compiled again."""
+    import compile_once  # imports JAX, which pytest's first process does without
+
+    compile_once.install()
+    gc.set_threshold(20_000, 20, 20)  # tracing makes many objects, and few circles of them
 
 
 @pytest.fixture(scope="session")

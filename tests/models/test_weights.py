@@ -285,9 +285,9 @@ def anonymous_bytes() -> int:
 
 
 def save_large_model(folder: Path, num_files: int) -> tuple[int, int]:
-    """A random Llama of 2 GB in several files; its bytes and those of its largest tensor."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 27}
-    sizes |= {"num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 32_000}
+    """A random Llama of 0.5 GB in several files; its bytes and those of its largest tensor."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 28}
+    sizes |= {"num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 14_000}
     config = transformers.LlamaConfig(**SIZES | sizes)
     config.save_pretrained(folder)
     with torch.device("meta"):
@@ -308,7 +308,7 @@ def save_large_model(folder: Path, num_files: int) -> tuple[int, int]:
 def test_loading_takes_little_more_than_the_parameters(tmp_path):
     """On simulated devices the parameters themselves lie in the process's memory too."""
     total, largest = save_large_model(tmp_path, num_files=8)
-    assert total > 2e9 > 15 * largest
+    assert total > 5e8 > 17 * largest
     before, most, done = anonymous_bytes(), [0], threading.Event()
 
     def watch():
@@ -322,4 +322,4 @@ def test_loading_takes_little_more_than_the_parameters(tmp_path):
     done.set()
     watcher.join()
     assert sum(x.nbytes for x in jax.tree.leaves(params)) == total
-    assert most[0] - before - total < 1.3 * largest + 2**26
+    assert most[0] - before - total < 1.3 * largest + 2**25

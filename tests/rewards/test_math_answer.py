@@ -1,3 +1,5 @@
+import collections
+import functools
 import json
 import re
 import subprocess
@@ -234,7 +236,13 @@ def test_adversarial_cases_are_the_same_every_time():
 @pytest.mark.slow
 @pytest.mark.parametrize("reward", [math_answer, exact_answer])
 def test_adversarial_completions(reward):
+    """Up to six of each kind; test_pool.py has them all."""
+    made, cases = collections.Counter(), []
     for case in adversarial.make():
+        made[case.kind] += 1
+        cases += [case] * (made[case.kind] <= 6)
+    assert len(made) > 60
+    for case in cases:
         what, values = f"{case.kind}: {case.completion[:100]!r}", []
         run = lambda: values.extend(reward([""], [case.completion], answer=["72"]))  # noqa: B023, E731
         assert processor_s(run) < 10, what
@@ -264,12 +272,18 @@ def test_gsm8k(shared, reward):
     assert 0 < sum(equal) < 200
 
 
+@functools.cache
 def math_solutions(shared):
     """Worked solutions of MATH, without the two whose box is empty."""
     rows = read(shared / "data/math/math_train.jsonl", "unique_id", "solution")
     faults = {name: answer_fault(solution) for name, solution in rows}
     assert [n for n, fault in faults.items() if fault] == EMPTY_BOXES
     return [solution for name, solution in rows if not faults[name]]
+
+
+@functools.cache
+def math_answers(shared):
+    return tuple(map(extract_answer, math_solutions(shared)))
 
 
 EMPTY_BOXES = ["train/number_theory/7115.json", "train/number_theory/7117.json"]
@@ -299,7 +313,7 @@ def test_math(shared):
 @pytest.mark.slow
 def test_perturbed_answers_of_math_are_not_paid(shared):
     """A share of the 6,000 that `python tests/helpers/perturbed.py 6000` makes."""
-    cases = perturbed.make([extract_answer(s) for s in math_solutions(shared)], 900)
+    cases = perturbed.make(list(math_answers(shared)), 900)
     assert {case.kind for case in cases} == set(perturbed.KINDS)
     completions = [f"So it is $\\boxed{{{case.changed}}}$." for case in cases]
     paid = math_answer([""] * len(cases), completions, answer=[case.answer for case in cases])
@@ -346,7 +360,7 @@ RESPELLINGS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RESPELLINGS)
 def test_respelled_answers_of_math(shared, name):
-    answers = sorted({extract_answer(s) for s in math_solutions(shared)})
+    answers = sorted(set(math_answers(shared)))
     pairs = [(a, RESPELLINGS[name](a)) for a in answers]
     pairs = [(a, b) for a, b in pairs if a != b]
     assert len(pairs) > 50
