@@ -25,6 +25,9 @@ from grpo_jax.rewards import given, keeper, registry, sources, worker
 
 MAX_PROCESSES = 64  # of an environment, itself included
 _LOOK_EVERY_S = 1.0
+# Hundreds of environments have as many keepers. What one process takes the system itself limits
+# (`child.py`); a keeper looks at what it takes with others.
+_KEEPER_LOOKS_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +144,7 @@ def _fork(theirs: int, found: child.Found, memory_bytes: int, in_fork: Callable)
         return pid
     try:
         in_fork()
-        keeper.main(theirs, parent, memory_bytes, MAX_PROCESSES)
+        keeper.main(theirs, parent, memory_bytes, MAX_PROCESSES, _KEEPER_LOOKS_S)
         if sys.platform != "linux":
             os.setsid()
         child.main(theirs, found)

@@ -14,6 +14,7 @@ from grpo_jax.environments.forking import Setup
 from grpo_jax.rewards import keeper, process
 from grpo_jax.rewards.sources import Source
 
+_SEND_S = 5.0  # for the process to take a request
 _MOST_ENDED = 256  # of the last forks that ended, the status is known
 _MODULE = "grpo_jax.environments.forking"
 
@@ -96,16 +97,19 @@ class Home:
 
     def spawn(self, number: int) -> wire.Line:
         """Forks an environment's process of this number; returns the line to it."""
-        ours, theirs = socket.socketpair()
-        self.line.sock.setblocking(True)  # a descriptor goes with a message that is sent whole
         try:
-            data = wire.framed(json.dumps({"spawn": number}).encode())
-            self.line.sock.settimeout(5.0)
-            socket.send_fds(self.line.sock, [data], [theirs.fileno()])
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise EnvironmentsError(
+                f"No further environment can be started ({error}). Each that goes on takes an open "
+                "file of this process; raise ulimit -n, or lower batch.prompts or batch.group."
+            ) from error
+        try:
+            data = json.dumps({"spawn": number}).encode()
+            self.line.send_with_socket(data, theirs.fileno(), _SEND_S)
         except OSError:
             self.is_dead = True
         finally:
-            self.line.sock.setblocking(False)
             theirs.close()
         return wire.Line(ours)
 

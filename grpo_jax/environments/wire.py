@@ -76,6 +76,17 @@ class Line:
             except BlockingIOError:
                 return
 
+    def send_with_socket(self, data: bytes, descriptor: int, limit_s: float) -> None:
+        """Sends a message whole with a descriptor, after what is kept; OSError after `limit_s`."""
+        self.sock.settimeout(limit_s)
+        try:
+            self.sock.sendall(self._out)
+            self._out.clear()
+            sent = socket.send_fds(self.sock, [framed(data)], [descriptor])
+            self.sock.sendall(framed(data)[sent:])
+        finally:
+            self.sock.setblocking(False)
+
     def receive(self) -> list[bytes]:
         """The messages that have arrived whole; EOFError once no more can come and none is here."""
         is_over = False

@@ -27,12 +27,19 @@ _SIGNALS = {signal.SIGCHLD, signal.SIGTERM}
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
 
 
-def main(descriptor: int, trainer: int, memory_bytes: int, max_processes: int = 0) -> None:
+def main(
+    descriptor: int,
+    trainer: int,
+    memory_bytes: int,
+    max_processes: int = 0,
+    look_every_s: float = _LOOK_EVERY_S,
+) -> None:
     """Forks this process into the keeper and the worker; returns in the worker.
 
     The keeper closes its copy of the worker's pipe, and ends with the worker's exit status.
     SIGTERM, the end of the process `trainer`, more than `memory_bytes` in use or more than
-    `max_processes` (0: no limit) end both and all their descendants.
+    `max_processes` (0: no limit) end both and all their descendants. It looks at these two every
+    `look_every_s`.
     """
     if sys.platform != "linux":
         return
@@ -44,7 +51,7 @@ def main(descriptor: int, trainer: int, memory_bytes: int, max_processes: int = 
     worker = os.fork()
     if worker:
         os.close(descriptor)
-        status = _watch(worker, memory_bytes, max_processes)
+        status = _watch(worker, memory_bytes, max_processes, look_every_s)
         _end_all()
         _end_as(status)
     os.setsid()
@@ -59,14 +66,14 @@ def _end_with_parent(prctl: ctypes._FuncPtr, number: signal.Signals, parent: int
         os._exit(0)
 
 
-def _watch(worker: int, memory_bytes: int, max_processes: int) -> int:
+def _watch(worker: int, memory_bytes: int, max_processes: int, look_every_s: float) -> int:
     """Waits for the worker's end; returns its exit code as in `subprocess`, or one of ours."""
     memory = Memory(memory_bytes) if memory_bytes else None
     while True:
         if memory is None and not max_processes:
             heard = signal.sigwaitinfo(_SIGNALS)
         else:
-            heard = signal.sigtimedwait(_SIGNALS, _LOOK_EVERY_S)
+            heard = signal.sigtimedwait(_SIGNALS, look_every_s)
         while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):  # orphans, too
             if ended[0] == worker:
                 return os.waitstatus_to_exitcode(ended[1])
