@@ -8,7 +8,6 @@ from grpo_jax.environments.spelling import Spelling
 
 # What stands for the middle: the first that can be written, and has at most this share of a limit.
 MARKS = {"\n[... text left out ...]\n": 1 / 4, "...": 1 / 2, "": 0}
-_CHARS = 64  # of a token at most; of a longer text the middle is not even read
 
 
 class Observations:
@@ -30,19 +29,33 @@ class Observations:
         most = sum(len(text.encode("utf-8", "replace")) + 1 for text in texts)
         if most <= self._limit:  # a token has a byte at least, besides one before a text
             return list(texts)
-        reach = _CHARS * self._limit
-        found = [t if len(t) <= 2 * reach else t[:reach] + t[-reach:] for t in texts]
-        spans = [self._spelling.spans(text) for text in found]
+        read = [self._read(text) for text in texts]
+        found, spans = [text for text, _ in read], [spans for _, spans in read]
         left = self._limit
         order = sorted(range(len(found)), key=lambda i: len(spans[i]))
         for position, i in enumerate(order):
             share = left // (len(found) - position)
-            if len(spans[i]) <= share and found[i] == texts[i]:
+            if len(spans[i]) <= share:
                 left -= len(spans[i])
             else:
                 found[i], size = self._cut(found[i], spans[i], share)
                 left -= size
         return found
+
+    def _read(self, text: str) -> tuple[str, list[tuple[int, int]]]:
+        """A text and the spans of its tokens; of a longer one only as much at both ends as counts.
+
+        It costs the tokens that are kept, then, and not those of all that an environment says.
+        """
+        reach = 6 * self._limit  # more characters than so many tokens usually have
+        while 2 * reach < len(text):
+            ends = text[:reach] + text[-reach:]
+            spans = self._spelling.spans(ends)
+            num = sum(past <= reach for _, past in spans)  # tokens of the head
+            if min(num, len(spans) - num - 1) >= self._limit:
+                return ends, spans
+            reach *= 2
+        return text, self._spelling.spans(text)
 
     def _cut(self, text: str, spans: list[tuple[int, int]], limit: int) -> tuple[str, int]:
         """A text without its middle, in at most `limit` tokens, and their number."""

@@ -77,9 +77,13 @@ def test_guards_mark_only_what_is_spelled():
     assert text == f"a<{mark}think>b<think>c" and text.replace(mark, "") == spelling.text(ids)
 
 
-def test_a_text_that_was_not_read_whole_has_a_mark():
-    """Few tokens may hold so many characters that only the ends of a text are read."""
-    spelling = Spelling(made(["<|a|>", " " * 186]))  # of 2048 characters 13 tokens
-    (cut,) = Observations(spelling, 16).fitted(["x" + " " * 10**5 + "y"])
-    assert cut[0] == "x" and cut[-1] == "y" and "..." in cut
-    assert len(spelling.plain(cut)) <= 16
+@pytest.mark.parametrize("width", [1, 50, 96, 2000])
+@pytest.mark.parametrize("ends", [("x" * 8, "y" * 8), ("", "y" * 9000), ("x" * 9000, "")])
+def test_a_text_that_is_not_read_whole_is_cut_as_one_that_is(width, ends):
+    """Its tokens may hold many characters, as runs of spaces do, and at one end alone."""
+    spelling = Spelling(made(["<|a|>", " " * width]))
+    text = ends[0] + " " * 10**4 + ends[1]
+    (cut,) = Observations(spelling, 16).fitted([text])
+    head, mark, tail = cut.partition("...")
+    assert mark and text.startswith(head) and text.endswith(tail)
+    assert len(spelling.plain(head)) == 7 and len(spelling.plain(tail)) == 6
