@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import platform
 import sys
@@ -31,6 +32,7 @@ def is_here() -> bool:
     return sys.platform == "linux" and (_IS_ARM or machine in ("x86_64", "AMD64"))
 
 
+@functools.cache
 def _library() -> ctypes.CDLL:
     if not is_here():
         raise OSError(errno.ENOSYS, "not Linux on x86-64 or ARM64")

@@ -66,6 +66,10 @@ class Server:
         self.own_bytes = _address_space()
         self.shut_in()
         self.has_filter = self._can(lambda: linux.no_new_privs() or _try_filter())
+        self.filter = b""  # of programs that cannot see each other: the same for all
+        if self.has_own_root:
+            counts = place.user >= 0 or os.getuid() != 0  # the kernel counts none of root's
+            self.filter = filters.program(own_pid=None, may_fork=counts)
         gc.collect()
         gc.freeze()  # children then copy less memory
 
@@ -221,9 +225,7 @@ class Server:
         os.environ["TMPDIR"] = os.environ["HOME"] = self.work
         random.seed(0)  # programs draw the same numbers in each run
         if self.has_filter:
-            own = None if self.has_own_root else os.getpid()
-            counts = os.getuid() != 0  # the kernel counts no processes of root
-            linux.enter_filter(filters.program(own_pid=own, may_fork=counts))
+            linux.enter_filter(self.filter or filters.program(own_pid=os.getpid()))
 
 
 def _limit(order: Order, own_bytes: int, has_own_user: bool) -> None:
