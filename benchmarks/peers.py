@@ -1,7 +1,7 @@
 """A step of grpo_jax beside one of TRL, at equal work: `python benchmarks/peers.py`.
 
-Cases of GRPO: both run the same random Qwen2-shaped model, prompts, group size, forced lengths, KL term and a
-reward that costs nothing, in a process each on the same cores. Steps alternate, so that whatever
+Cases of GRPO: both run the same random Qwen2-shaped model, prompts, group size, forced lengths, KL
+term and a reward that costs nothing, in a process each on the same cores. Steps alternate, so that whatever
 else slows the machine slows both. TRL runs without gradient checkpointing, its faster setting.
 Prints medians and ratios (TRL's seconds over ours); `--json FILE` writes them.
 
@@ -200,7 +200,9 @@ def _make_model(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=[*CASES, *given_peers.CASES])
+    parser.add_argument(
+        "--cases", nargs="+", default=list(CASES), choices=[*CASES, *given_peers.CASES]
+    )
     parser.add_argument("--steps", type=int, default=12, help="timed, after those that warm up")
     parser.add_argument("--threads", type=int, default=2, help="of TRL")
     parser.add_argument("--json", metavar="FILE")
