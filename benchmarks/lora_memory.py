@@ -30,7 +30,8 @@ from grpo_jax import plan
 from grpo_jax.config.arguments import load_config
 from grpo_jax.devices import sharding
 from grpo_jax.planning import topologies
-from grpo_jax.planning.programs import Lengths, Step
+from grpo_jax.planning.lengths import Lengths
+from grpo_jax.planning.programs import Step
 from grpo_jax.setup import lora
 from grpo_jax.structs import Layer, ModelConfig, Rotary
 

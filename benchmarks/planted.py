@@ -83,7 +83,7 @@ CAUSES = {
     ),
     "failing": Cause(
         "A reward function that fails where there is working",
-        rewards("benchmarks.planted:fragile"),
+        (*rewards("benchmarks.planted:fragile"), "rewards.on_failure=least"),
         ("rewards/failed/fragile", "reward", "completion/length"),
     ),
 }

@@ -23,7 +23,7 @@ from grpo_jax.messages.console import say
 from grpo_jax.metrics import curves
 from grpo_jax.planning import plan as planning_plan
 from grpo_jax.planning import topologies as topologies_lib
-from grpo_jax.planning.programs import Lengths
+from grpo_jax.planning.lengths import Lengths
 from grpo_jax.structs import Layer
 
 TOPOLOGIES = ("v5p:2x2x2", "v5p:4x4x4", "v5p:4x8x8", "v5p:8x8x16", "v5p:16x16x16")

@@ -29,6 +29,7 @@ PROGRAMS = {
     "generate": "completes a prompt with a model or a run",
     "evaluate": "answers held-out problems with several models, side by side",
     "score": "scores texts of a dataset with a config's rewards; no model needed",
+    "label": "draws completions, compares them by rewards, and writes pairs or scores",
     "export": "writes a checkpoint of a run, such as its best, as a Hugging Face folder",
     "plan": "memory, traffic and time of a step on devices that are not there",
     "report": "draws the curves of a run again, or of several beside each other",

@@ -25,6 +25,7 @@ from grpo_jax.config import arguments, parsers, rules
 from grpo_jax.data.problems import Problem
 from grpo_jax.devices import sharding
 from grpo_jax.environments import single_turn
+from grpo_jax.environments.drawing import ONE_TURN, OneTurn
 from grpo_jax.environments.questions import Questions
 from grpo_jax.environments.rewarding import FailureReports
 from grpo_jax.evaluation import compare, estimates, text_metrics
@@ -39,6 +40,7 @@ from grpo_jax.run.whole_files import write_json
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup import data, inputs, reward_models
+from grpo_jax.setup import environment as environment_lib
 from grpo_jax.setup.data import answerable, load_split
 from grpo_jax.setup.model import Found, find_model, load_params
 from grpo_jax.setup.rewards import load_rewards, refuse_samples, start_rewards
@@ -144,6 +146,7 @@ def _evaluate(
     questions: Questions,
     references: list[str] | None,
     pool: Pool,
+    drawing: OneTurn,
 ) -> Evaluated:
     """Evaluates one model: samples, rewards, and writes its answers."""
     dtype = jnp.dtype(args.dtype)
@@ -167,6 +170,7 @@ def _evaluate(
                 num_samples=num_samples,
                 temperature=args.temperature,
                 key=keys.key_for(args.seed, "evaluate"),
+                drawing=drawing,
                 on_answer=counter.add,
             )
         reports.tell(f"{name}, {'sampled' if num_samples else 'greedy'}", answered.scores)
@@ -232,8 +236,12 @@ def evaluate(args: argparse.Namespace, config: ConfigDict) -> tuple[list[Problem
         cli.use_compile_cache(config.mesh)
     mesh = sharding.make_mesh(**config.mesh)
     rewards = load_rewards(config)
+    environment = environment_lib.read(config, rewards)
+    rewards = rewards if environment is None else environment.rewards
     refuse_samples(rewards, args.num_samples, "--num-samples")
     problems = answerable(config, rewards, _problems(args, config))
+    if environment is not None:
+        problems = environment.asked(problems, config.environment.tool_timeout_s)
     _references(config, problems)  # only to check them
     questions, models, now = [], [], inputs.date(config.data.date)
     for path in args.models:  # check all models before evaluating the first
@@ -256,8 +264,10 @@ def evaluate(args: argparse.Namespace, config: ConfigDict) -> tuple[list[Problem
         except OSError as error:
             raise ValueError(f"{folder} cannot be made: {error.strerror}.") from error
     evaluated = []
+    world = environment_lib.live(config, environment)
     scored_by = reward_models.load_all(config, rewards, mesh, now)
-    with start_rewards(config, rewards, models=scored_by) as pool:
+    folder = Path(args.out)
+    with start_rewards(config, rewards, models=scored_by, folder=folder) as pool, world:
         for found, path, name, asked in zip(
             models, args.models, compare.names(args.models), questions
         ):
@@ -265,8 +275,13 @@ def evaluate(args: argparse.Namespace, config: ConfigDict) -> tuple[list[Problem
             print_title(f"{name}: {len(asked.problems)} problems")
             if found.said:
                 say(f"{found.said} answers.")
+            drawing = ONE_TURN
+            if environment is not None:
+                how = config, environment, found.policy, asked.problems, now
+                dialogues = environment_lib.dialogues(*how)
+                drawing = environment_lib.conversations(config, world, dialogues)
             evaluated.append(
-                _evaluate(args, config, mesh, found, path, name, asked, references, pool)
+                _evaluate(args, config, mesh, found, path, name, asked, references, pool, drawing)
             )
     return questions[0].problems, evaluated
 

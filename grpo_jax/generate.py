@@ -13,20 +13,24 @@ import dataclasses
 import json
 import math
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from grpo_jax import cli, keys
-from grpo_jax.config import arguments, parsers, rules
+from grpo_jax.config import arguments, options, parsers, rules
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompts import encode
 from grpo_jax.devices import sharding
+from grpo_jax.environments.questions import Questions
 from grpo_jax.messages.console import console, one_line, visible
 from grpo_jax.models import policy as policy_lib
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.engine import Engine
+from grpo_jax.setup import environment as environment_lib
 from grpo_jax.setup.model import find_model, load_params
 from grpo_jax.structs import Params, Rollouts, Sampling
 
@@ -134,14 +138,15 @@ def check(
 
 
 def encode_prompt(
-    policy: policy_lib.Policy, prompt: str | list, max_tokens: int, where: str, limit: str = ""
+    policy: policy_lib.Policy, problem: Problem, max_tokens: int, limit: str = ""
 ) -> list[int]:
-    """The tokens of a text or of chat messages.
+    """The tokens of a prompt, a text or chat messages.
 
-    `where` and `limit` name the prompt and the option of `max_tokens` in messages. Raises
-    ValueError if prompt and completion exceed the model's length.
+    `limit` names the option of `max_tokens` in messages. Raises ValueError if prompt and completion
+    exceed the model's length.
     """
-    ids = encode([Problem(prompt, {}, where)], policy.tokenizer, sys.maxsize).prompt_ids[0]
+    prompt, where = problem.prompt, problem.where
+    ids = encode([problem], policy.tokenizer, sys.maxsize).prompt_ids[0]
     policy.refuse_unknown(ids, where)
     if len(ids) + max_tokens > policy.model.max_position:
         raise ValueError(
@@ -171,6 +176,50 @@ def show(prompt: str, text: str) -> None:
             prompt = f"\x1b[2m{prompt}\x1b[0m"
     encoding = sys.stdout.encoding or "utf-8"
     print((prompt + text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def _environment_options(args: argparse.Namespace) -> ConfigDict:
+    """A config with the environments and tools of the arguments."""
+    config = ConfigDict(options.default().to_dict())
+    config.environment.classes, config.environment.tools = (*args.environment,), (*args.tool,)
+    config.data.max_prompt_tokens, config.seed = sys.maxsize, args.seed
+    config.rollout.max_tokens = args.max_tokens
+    return config
+
+
+def _conversations(
+    config: ConfigDict,
+    environment: environment_lib.Environment,
+    policy: policy_lib.Policy,
+    engine: Engine,
+    params: Params,
+    asked: Questions,
+    *,
+    num_samples: int,
+    seed: int,
+    temperature: float,
+) -> Rollouts:
+    """Conversations of the model with environments, `num_samples` for each prompt."""
+    dialogues = environment_lib.dialogues(
+        config, environment, policy, asked.problems, datetime.now()
+    )
+    with environment_lib.live(config, environment) as world:
+        rollouts, told = environment_lib.conversations(config, world, dialogues).draw(
+            engine,
+            engine.publish(params),
+            asked,
+            asked.prompt_ids,
+            lambda *finished: None,
+            group=num_samples,
+            key=keys.key_for(seed, "rollout"),
+            temperature=temperature,
+            numbers=range(len(asked.problems)),
+            draw=0,
+        )
+    for row, outcome in enumerate(told.outcomes):
+        if outcome != "done":
+            note(f"note: conversation {row + 1} ended as {outcome}")
+    return rollouts
 
 
 def _prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -207,21 +256,24 @@ def main(argv: list[str]) -> None:
             "take a model that has one, as instruct models do."
         )
     as_asked = lambda text: [{"role": "user", "content": text}] if args.chat else text  # noqa: E731
+    problems = [Problem(as_asked(text), {}, where) for text, where in prompts]
+    config = _environment_options(args)
+    environment = environment_lib.read(config, [], rewarded=False)
+    if environment is not None:
+        problems = environment.asked(problems, config.environment.tool_timeout_s)
     prompt_ids = [
-        encode_prompt(policy, as_asked(text), args.max_tokens, where, "--max-tokens")
-        for text, where in prompts
+        encode_prompt(policy, problem, args.max_tokens, "--max-tokens") for problem in problems
     ]
     sampling = Sampling(args.temperature, args.top_k, args.top_p)
     policy = policy.within(max(map(len, prompt_ids)) + args.max_tokens)
     engine = engine_of(policy, mesh, sampling, args.max_tokens, dtype)
-    rollouts = complete(
-        engine,
-        engine.publish(params),
-        prompt_ids,
-        num_samples=args.num_samples,
-        seed=args.seed,
-        temperature=args.temperature,
-    )
+    how = {"num_samples": args.num_samples, "seed": args.seed, "temperature": args.temperature}
+    if environment is None:
+        rollouts = complete(engine, engine.publish(params), prompt_ids, **how)
+    else:
+        texts = [text for text, _ in prompts]
+        asked = Questions(problems, prompt_ids, texts)
+        rollouts = _conversations(config, environment, policy, engine, params, asked, **how)
     number = 0
     for (prompt, _), made in zip(prompts, completions(policy, prompt_ids, rollouts)):
         for text, ids, logps, stopped in zip(

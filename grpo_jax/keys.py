@@ -8,7 +8,17 @@ not depend on the batch it was drawn in.
 import jax
 
 # Append only: the position is part of the key.
-PURPOSES = ("init", "rollout", "evaluate", "sft", "moments", "parameters", "adapters", "head")
+PURPOSES = (
+    "init",
+    "rollout",
+    "evaluate",
+    "sft",
+    "moments",
+    "parameters",
+    "adapters",
+    "head",
+    "label",
+)
 
 
 def key_for(seed: int, purpose: str, step: int = 0) -> jax.Array:

@@ -32,8 +32,9 @@ from grpo_jax.planning import advice, fit, topologies
 from grpo_jax.planning import plan as plan_lib
 from grpo_jax.planning import report as report_lib
 from grpo_jax.planning.compiled import Known
+from grpo_jax.planning.lengths import Lengths
 from grpo_jax.planning.plan import Plan
-from grpo_jax.planning.programs import Lengths, Step
+from grpo_jax.planning.programs import Step
 from grpo_jax.setup import lora
 from grpo_jax.setup import model as model_lib
 from grpo_jax.structs import ModelConfig

@@ -2,7 +2,7 @@
 
 A column of the dataset, or a file of completions, is scored in place of a model's completions: a
 gold solution that does not earn its reward is found before anything is trained. The rewards run as
-in training, in worker processes with the config's limits.
+in training, in worker processes with the config's limits. `--list` shows all that can be named.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +27,11 @@ from grpo_jax.data.streams import stream
 from grpo_jax.messages import console
 from grpo_jax.messages.console import say
 from grpo_jax.messages.values import shown
+from grpo_jax.metrics import distributions
 from grpo_jax.metrics.samples import print_samples
 from grpo_jax.models.hf import folder as folder_lib
 from grpo_jax.models.hf.tokenizer import load_tokenizer
-from grpo_jax.rewards import registry, trial
+from grpo_jax.rewards import listing, registry, relations, trial
 from grpo_jax.rewards.answers import extract_answer
 from grpo_jax.rewards.scores import Scores
 from grpo_jax.run.whole_files import write_whole
@@ -43,10 +46,32 @@ _READ_ANSWERS = {"exact_answer", "math_answer"}  # rewards of the answer in a co
 def _arguments(argv: list[str]) -> tuple[argparse.Namespace, ConfigDict]:
     parser = parsers.score()
     args, overrides = arguments.parse(parser, argv)
+    if args.lists:
+        arguments.print_and_exit(_listing())
+    if not args.config:
+        parser.error("--config FILE is required; --list shows the rewards that can be named")
+    if args.picture and Path(args.picture).suffix not in (".png", ".svg"):
+        raise ValueError(f"--picture {args.picture} must end in .png or .svg.")
     for name, least in (("limit", 0), ("batch", 1), ("samples", 0)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least {least}.")
     return args, arguments.load_config(args.config, overrides)
+
+
+def _listing() -> str:
+    """Every reward that can be named in rewards.names, with its arguments."""
+    width, lines = min(shutil.get_terminal_size().columns, 100), []
+    for title, entries in (
+        ("built in", listing.built_in()),
+        ("of other rewards", listing.forms()),
+        ("by prefix", listing.prefixes()),
+    ):
+        lines.append(f"{title}:")
+        for call, reads, gives in entries:
+            lines += [f"  {call}", f"      reads {reads}"] if reads else [f"  {call}"]
+            indent = {"initial_indent": " " * 6, "subsequent_indent": " " * 6}
+            lines += textwrap.wrap(gives, width, **indent)
+    return "\n".join(lines)
 
 
 # --- What is scored -------------------------------------------------------------------------------
@@ -65,7 +90,7 @@ def _problems(config: ConfigDict, split: str, limit: int) -> list[Problem]:
 def _worked(config: ConfigDict, problems: list[Problem]) -> list[str]:
     """A task's worked solutions, right and wrong ones, as in its supervised start."""
     task, rng = tasks.load(config.data.task), stream(config.seed, "solutions")
-    return [task.worked_solution(problem, rng) for problem in problems]
+    return [tasks.whole(task.worked_solution(problem, rng)) for problem in problems]
 
 
 def _column(problems: list[Problem], name: str) -> list[str]:
@@ -106,6 +131,23 @@ def _file(path: str, num_problems: int) -> list[str]:
     return texts
 
 
+def _labels(problems: list[Problem], column: str) -> list[bool]:
+    """People's labels: true or false, 1 or 0, or these and yes, no, good and bad as texts."""
+    known = {"true": True, "1": True, "yes": True, "good": True}
+    known |= {"false": False, "0": False, "no": False, "bad": False}
+    found = []
+    for problem in problems:
+        label = known.get(str(problem.columns.get(column)).strip().lower().removesuffix(".0"))
+        if label is None:
+            raise ValueError(
+                f"--human {column}: {problem.where} has "
+                f"{shown(problem.columns[column], 80) if column in problem.columns else 'no value'}"
+                " there. Labels are true or false, 1 or 0, yes or no, good or bad."
+            )
+        found.append(label)
+    return found
+
+
 def _token_ids(config: ConfigDict, rewards, texts: list[str]) -> list[list[int]] | None:
     """The completions' tokens, by the tokenizer of `model.path`, if a reward reads them."""
     if not registry.reads(rewards, "completion_ids") or not config.model.path:
@@ -144,13 +186,15 @@ def _show(
     args, rewards, problems: list[Problem], texts: list[str], scores: Scores, found: dict
 ) -> None:
     table = Table(title=f"Rewards of {found['rows']:,} rows", title_justify="left")
-    for heading in ("reward", "mean", "std", "gives 1", "failed", "none"):
+    numbers = ("mean", "std", "min", "median", "max")
+    for heading in ("reward", *numbers, "gives 1", "failed", "none", "s/1k"):
         table.add_column(heading, justify="left" if heading == "reward" else "right")
-    for name, numbers in found["rewards"].items():
-        mean, std = ("-" if v is None else f"{v:.4f}" for v in (numbers["mean"], numbers["std"]))
-        counts = (f"{numbers[key]:,}" for key in ("ones", "failed", "none"))
-        table.add_row(name, mean, std, *counts)
+    for name, of in found["rewards"].items():
+        values = ("-" if of[key] is None else f"{of[key]:.4g}" for key in numbers)
+        counts = (f"{of[key]:,}" for key in ("ones", "failed", "none"))
+        table.add_row(name, *values, *counts, f"{of['seconds_per_1000']:.3g}")
     console.console.print(table)
+    _show_relations(found)
     order = np.argsort(np.nan_to_num(scores.reward_B, nan=-np.inf), kind="stable")
     low = order[: -(-args.samples // 2)]
     high = [i for i in order[::-1][: args.samples // 2] if i not in low]
@@ -171,6 +215,35 @@ def _show(
     if len(scores.failures) > _MAX_FAILURES:
         say(f"... and {len(scores.failures) - _MAX_FAILURES:,} more (--out).")
     say(f"{found['rows_per_second']:,.0f} rows per second")
+
+
+def _show_relations(found: dict) -> None:
+    """Correlations of the rewards with each other and with length, what they logged, agreement."""
+    names = list(found["correlations"])
+    if len(names) > 2:
+        table = Table(title="Correlations", title_justify="left")
+        for name in ("", *names):
+            table.add_column(name, justify="left" if not name else "right")
+        for one in names:
+            row = found["correlations"][one].values()
+            table.add_row(one, *("-" if v is None else f"{v:.2f}" for v in row))
+        console.console.print(table)
+    for name, number in found["per_1000"].items():
+        say(f"{name}: {number:,.4g} per 1,000 rows")
+    for name, mean in found["logged"].items():
+        say(f"{name}: {mean:.4g} (mean of what rewards logged)")
+    for name, of in found.get("agreement", {}).items():
+        say(
+            f"Agreement of {name} with people's labels: kappa {of['kappa']:.3f}, "
+            f"{of['share']:.1%} alike, from {of['threshold']:.4g} on counted as good."
+        )
+
+
+def _agreement(scores: Scores, labels: list[bool]) -> dict[str, dict[str, float]]:
+    """Cohen's kappa of each reward with labels."""
+    keys = ("kappa", "share", "threshold")
+    each = {n: relations.agreement(v, labels) for n, v in scores.by_name.items()}
+    return {n: dict(zip(keys, v)) for n, v in each.items() if not np.isnan(v[2])}
 
 
 def _hint(column: str, texts: list[str], scores: Scores) -> None:
@@ -198,15 +271,24 @@ def main(argv: list[str]) -> None:
         args.completion_column = args.completion_column or "answer"
         texts = _column(problems, args.completion_column)
     registry.refuse_columns(rewards, problems)
+    labels = _labels(problems, args.human) if args.human else []
     ids = _token_ids(config, rewards, texts)
     rendered = _rendered(config, rewards, problems)
     models = reward_models.load_all(config, rewards, None, inputs.date(config.data.date))
     with start_rewards(config, rewards, device_is_busy=False, models=models) as pool:
         scores, seconds = trial.score(pool, problems, texts, ids, rendered, args.batch)
-    found = trial.figures(scores, seconds)
+    lengths = [len(text) for text in texts]
+    found = trial.figures(scores, seconds, lengths)
+    if labels:
+        found["agreement"] = _agreement(scores, labels)
     _show(args, rewards, problems, texts, scores, found)
     if args.completion_column:
         _hint(args.completion_column, texts, scores)
+    if args.picture:
+        os.makedirs(Path(args.picture).parent, exist_ok=True)
+        columns = trial.related(scores, lengths)
+        distributions.draw(columns, relations.correlations(columns), Path(args.picture))
+        say(f"Distributions and correlations: {args.picture}")
     for path, text in (
         (args.json, json.dumps(found, indent=1)),
         (args.out, "\n".join(

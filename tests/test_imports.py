@@ -19,7 +19,7 @@ FILES = {
 }
 PROGRAMS = {
     *("cli", "__main__", "train", "sft", "dpo", "reward_model", "generate", "evaluate"),
-    *("report", "score", "profile", "plan", "export"),
+    *("report", "score", "label", "profile", "plan", "export"),
 }
 # A room, or file of the root, and the rooms it may import besides itself. They stand in blocks
 # above its own: what stands side by side in a block does not know of each other.
@@ -166,6 +166,19 @@ def test_rooms_import_what_the_table_says(name):
 @pytest.mark.parametrize("module", in_room("rewards", "data", "messages"))
 def test_rewards_and_data_know_no_jax(module):
     assert not roots(reached(module)) & {"jax", "jaxlib", "flax", "optax", "orbax"}
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(f"grpo_jax.environments.{name}" for name in ("forking", "child", "contract", "live")),
+        *(m for m in FILES if m.startswith("grpo_jax.environments.tasks.")),
+        *(m for m in FILES if m.startswith("grpo_jax.environments.adapters.")),
+    ],
+)
+def test_processes_of_environments_know_no_jax(module):
+    """They are forked, which its threads do not survive; nor do they wait for what is large."""
+    assert not roots(reached(module)) & {"jax", "jaxlib", "flax", "optax", "orbax", "rich"}
 
 
 @pytest.mark.parametrize("module", in_room("algorithm"))

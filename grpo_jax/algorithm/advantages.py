@@ -50,6 +50,11 @@ class AdvantageOptions:
         return self.kl_in == "reward" and self.kl_coef != 0
 
     @property
+    def compares(self) -> bool:
+        """Whether an advantage compares the known completions of a group."""
+        return self.credit != "reward" or self.baseline not in ("greedy", "none")
+
+    @property
     def reads_each_reward(self) -> bool:
         """Whether rewards are given by function, [P, G, R]."""
         return self.aggregate == "each"
@@ -97,7 +102,7 @@ def advantages(
         of = lambda r: None if greedy is None else greedy[:, r]  # noqa: E731
         each = [w * relative(reward[..., r], of(r)) for r, w in enumerate(options.weights)]
         adv_PG, known_PG = sum(each[1:], start=each[0]), ~jnp.isnan(reward).all(axis=-1)
-    if options.baseline == "leave_one_out":  # a completion without others has no advantage
+    if options.compares:  # a completion without others has no advantage
         known_PG &= known_PG.sum(axis=1, keepdims=True) > 1
     if options.whiten == "tokens":
         return _whitened_by_token(adv_PG, known_PG, action_PGC)
@@ -141,10 +146,10 @@ def group_advantages(
     al. 2025, arXiv:2503.19595; verl's "grpo_passk"); `baseline` is not read. "rank": rewards
     count by their order alone, 1 for the least in the group; equal ones share their mean rank.
     """
-    known_PG = ~jnp.isnan(reward_PG)
     reward_PG = reward_PG.astype(jnp.promote_types(reward_PG.dtype, jnp.float32))
     if credit == "rank":
         reward_PG = _ranks(reward_PG)
+    known_PG = ~jnp.isnan(reward_PG)
     first_P1, shift_PG, count_P1, mean_P1, adv_PG = _centred(reward_PG, known_PG)
     square_P1 = (adv_PG**2).sum(axis=1, keepdims=True)
     if credit == "best":
@@ -200,12 +205,17 @@ def _centred(reward_PG: Array, known_PG: Array) -> tuple[Array, ...]:
 
 
 def _ranks(reward_PG: Array) -> Array:
-    """Rank of each reward in its group, from 1, the mean rank for equal ones; NaN where unknown."""
+    """Rank of each reward in its group, from 1, the mean rank for equal ones.
+
+    NaN where unknown, and of the only known one.
+    """
     others_PGG, own_PGG = reward_PG[:, None, :], reward_PG[:, :, None]
     below_PG = (own_PGG > others_PGG).sum(axis=2)
     equal_PG = (own_PGG == others_PGG).sum(axis=2).astype(reward_PG.dtype)  # itself included
     rank_PG = below_PG + (equal_PG + 1) / 2
-    return jnp.where(jnp.isnan(reward_PG), jnp.nan, rank_PG)
+    unknown_PG = jnp.isnan(reward_PG)
+    alone_P1 = (~unknown_PG).sum(axis=1, keepdims=True) < 2
+    return jnp.where(unknown_PG | alone_P1, jnp.nan, rank_PG)
 
 
 def _lead_of_best(reward_PG: Array, known_PG: Array) -> Array:

@@ -56,24 +56,33 @@ class Hybrid:
         rollouts: Rollouts,
         action_PGC: Array,
         num_minibatches: int,
+        known_PG: Array | None = None,
     ) -> dict[str, Array]:
         """Weights of each token in both losses, over their counts, as fields of `Experience`.
 
         `reward_PG`: of all completions, given ones too. Minibatch i of n holds prompts i, i + n,
-        ...; each count is that of its minibatch.
+        ...; each count is that of its minibatch. `known_PG`: False for completions whose reward is
+        unknown. They have no policy loss and no part in the pass rate of their group, and a group
+        without a known one has no nll by it. Other nll of given tokens needs no reward. None: all
+        are known.
         """
         method = self.method
         given_PGC = given_tokens(rollouts, action_PGC)
         policy_PGC = action_PGC if method.is_reinforced else action_PGC & ~given_PGC
+        if known_PG is not None:
+            policy_PGC &= known_PG[..., None]
         nll_PGC = given_PGC & (method.nll == "given")
         passed_PG = reward_PG >= self.pass_reward  # an unknown reward does not pass
         if method.nll == "passed":
             nll_PGC = policy_PGC & passed_PG[..., None]
         if method.switches:
             drawn_PG = ~given_PGC.any(axis=-1) & ~_fillers(rollouts)
+            if known_PG is not None:
+                drawn_PG &= known_PG
             count_P = jnp.maximum(drawn_PG.sum(axis=1), 1)
             rate_P = (passed_PG & drawn_PG).sum(axis=1) / count_P
             fails_P = (rate_P <= self.max_pass_rate) & given_PGC.any(axis=(1, 2))
+            fails_P &= drawn_PG.any(axis=1)
             policy_PGC &= ~fails_P[:, None, None]
             nll_PGC &= fails_P[:, None, None]
         of_policy = lambda mask_PGC: losses.weights(mask_PGC, objective)  # noqa: E731
@@ -120,10 +129,12 @@ class Weigh:
     objective: Objective
     num_minibatches: int
 
-    def __call__(self, experience: Experience, reward_PG: Array) -> Experience:
-        """The experience with the weights of its tokens."""
+    def __call__(
+        self, experience: Experience, reward_PG: Array, known_PG: Array | None = None
+    ) -> Experience:
+        """The experience with the weights of its tokens; `known_PG`: as for `Hybrid.weights`."""
         of = self.objective, reward_PG, experience.rollouts, experience.action_PGC
-        return experience.replace(**self.hybrid.weights(*of, self.num_minibatches))
+        return experience.replace(**self.hybrid.weights(*of, self.num_minibatches, known_PG))
 
 
 def given_tokens(of: Rollouts | Experience, action_PGC: Array) -> Array:

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from grpo_jax import cli, generate
+from grpo_jax.data.problems import Problem
 from grpo_jax.devices import sharding
 from grpo_jax.generate import Completions
 from grpo_jax.sampling.engine import Engine
@@ -62,7 +63,9 @@ class Model:
         if not asked:
             return []
         ids = [
-            generate.encode_prompt(self._policy, prompt, max_tokens, f"prompts[{number}]")
+            generate.encode_prompt(
+                self._policy, Problem(prompt, {}, f"prompts[{number}]"), max_tokens
+            )
             for number, prompt in enumerate(asked)
         ]
         sampling = Sampling(temperature, top_k, top_p)

@@ -15,8 +15,19 @@ from grpo_jax.data import given as given_rows
 from grpo_jax.rewards import given as given_rewards
 
 Reward = str | Callable
+Environments = str | Callable | Mapping[str, str | Callable]  # several by the column `environment`
 # Sections that repeat option names of other sections: a bare name means the other section's.
-_LAST = ("critic", "sft", "preference", "reward_model", "evaluation", "profile", "checkpoint")
+_LAST = (
+    "critic",
+    "judge",
+    "environment",
+    "sft",
+    "preference",
+    "reward_model",
+    "evaluation",
+    "profile",
+    "checkpoint",
+)
 
 
 def make_config(
@@ -26,10 +37,13 @@ def make_config(
     data: Any,
     eval_data: Any,
     chosen: Mapping[str, Any],
+    tools: Sequence[str | Callable] | None = None,
+    environments: Environments | None = None,
 ) -> ConfigDict:
     """The config of a run, checked and frozen.
 
     `base`: a config file, a config, or None for the defaults; the rest is set on top of it.
+    `tools`, `environments`: as for `grpo_jax.train`.
     `chosen`: options by name, as `option_of` takes them, or sections as dicts. Raises ValueError
     for wrong values.
     """
@@ -39,6 +53,12 @@ def make_config(
     if rewards is not None:
         specs, weights = _rewards(rewards)
         config.rewards.names, config.rewards.weights = specs, weights
+    if tools is not None:
+        config.environment.tools = tuple(_entry(tool, "tools") for tool in tools)
+    if environments is not None:
+        config.environment.classes = _classes(environments)
+        if rewards is None and base is None:
+            config.rewards.names, config.rewards.weights = (), ()  # they have their own
     for option, rows in (("path", data), ("eval_path", eval_data)):
         if rows is None:
             continue
@@ -98,6 +118,18 @@ def option_of(name: str) -> str:
         f"{name} may be {' or '.join(found)}. Name one by its section, as in "
         f"{section}={{{leaf!r}: ...}}."
     )
+
+
+def _entry(found: str | Callable, of: str) -> str:
+    return found if isinstance(found, str) else given_rewards.give(found, of)
+
+
+def _classes(environments: Environments) -> tuple[str, ...]:
+    """The value of `environment.classes`."""
+    if not isinstance(environments, Mapping):
+        return (_entry(environments, "environments"),)
+    named = {name: _entry(found, "environments") for name, found in environments.items()}
+    return tuple(f"{name}={entry}" for name, entry in named.items())
 
 
 def _rewards(

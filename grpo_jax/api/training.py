@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from grpo_jax import cli
 from grpo_jax import train as program
 from grpo_jax.api import options as options_lib
-from grpo_jax.api.options import Reward
+from grpo_jax.api.options import Environments, Reward
 from grpo_jax.api.trained import Trained
 from grpo_jax.config.arguments import Processes
 from grpo_jax.hosts import processes
@@ -30,6 +30,8 @@ def train(
     eval_data: Any = None,
     *,
     workdir: str | Path | None = None,
+    tools: Sequence[str | Callable] | None = None,
+    environments: Environments | None = None,
     callbacks: Sequence[Callable[[Step], None]] = (),
     config: str | Path | ConfigDict | None = None,
     **options: Any,
@@ -43,6 +45,8 @@ def train(
     "module:function", or pairs of one of these and its weight; a function is called by keyword, as
     in TRL, `f(prompts, completions, **columns) -> list[float | None]`. `data`, `eval_data`: a path,
     a hub id, a `datasets.Dataset`, a data frame or a list of dicts, with a column `prompt`.
+    `tools`: functions that the policy may call; `environments`: a class whose instances it talks
+    to, or several by the names in the column `environment` (docs/environments.md).
     `callbacks`: each is called with a `Step` when its metrics are known, and may `stop()` the run.
     `config`: a config file, or a config, in place of the defaults. `options`: options of the config
     (docs/options.md) by name: `group=8`, `**{"batch.group": 8}`, or a section as a dict,
@@ -51,7 +55,9 @@ def train(
     The default `workdir` is `runs/` and the time. A run stopped by a callback or Ctrl-C saves
     itself, and the same call continues it. Raises ValueError for a user's mistake.
     """
-    made = options_lib.make_config(config, model, rewards, data, eval_data, options)
+    made = options_lib.make_config(
+        config, model, rewards, data, eval_data, options, tools, environments
+    )
 
     def run(folder: Path, stop: StopSignal) -> None:
         program.run(made, folder, stop, tuple(callbacks))

@@ -42,6 +42,9 @@ def prog(name: str) -> str:
     return f"grpo-jax {name}" if command == "grpo-jax" else f"python -m grpo_jax.{name}"
 
 
+# What stands before a colon in rewards.names and names no module: prefixes of rewards.kinds.
+NO_MODULES = {"classifier", "ensemble", "environment", "judge", "model", "python"}
+
 RUNS = {
     "train": "Trains a policy by GRPO.",
     "sft": "Trains a model on texts, chats, or prompts with completions.",
@@ -128,6 +131,7 @@ def load_config(path: str, overrides: list[str]) -> ConfigDict:
     config = loading.load(path, overrides)
     specs = [spec.partition("(")[0] for spec in config.rewards.names]
     modules = {spec.partition(":")[0].partition(".")[0].strip() for spec in specs if ":" in spec}
+    modules -= NO_MODULES
     if any(map(_is_missing, modules)):
         folders = [str(Path(path).resolve().parent), os.getcwd()]
         sys.path += [folder for folder in folders if folder not in sys.path]

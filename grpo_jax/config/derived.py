@@ -106,3 +106,8 @@ def learns_from_equal_rewards(config: ConfigDict) -> bool:
     algorithm = config.algorithm
     compares = algorithm.baseline not in ("none", "greedy")
     return not compares or algorithm.aggregate == "each" or has_kl_in_reward(config)
+
+
+def has_environment(config: ConfigDict) -> bool:
+    """Whether completions are conversations with an environment or with tools."""
+    return bool(config.environment.classes or config.environment.tools)

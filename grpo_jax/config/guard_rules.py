@@ -35,6 +35,7 @@ def actions_of(config: ConfigDict) -> dict[str, str]:
         "failed_rewards": options.failed_rewards,
         "reward": options.reward,
         "equal_groups": options.equal_groups,
+        "members": options.members,
         "kl": options.kl,
         "entropy": options.entropy,
     }

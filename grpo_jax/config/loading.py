@@ -79,10 +79,10 @@ def _with_colon(spec: str) -> str:
                 "PYTHONPATH."
             )
         return f"{'.'.join(parts)}:{function}{bracket}{arguments}"
-    if ":" in name or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name.strip()):
+    dotted = re.fullmatch(r"((?:[A-Za-z_]\w*\.)+)([A-Za-z_]\w*)(\s+as\s+\S+)?", name.strip())
+    if ":" in name or not dotted:
         return spec
-    module, _, function = name.strip().rpartition(".")
-    return f"{module}:{function}{bracket}{arguments}"
+    return f"{dotted[1][:-1]}:{dotted[2]}{dotted[3] or ''}{bracket}{arguments}"
 
 
 def _read_file(path: str) -> ConfigDict:

@@ -15,8 +15,10 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from grpo_jax.config.critic_options import CRITIC
+from grpo_jax.config.environment_options import ENVIRONMENT
 from grpo_jax.config.given_options import SFT
 from grpo_jax.config.hybrid_options import DISTILL, HYBRID
+from grpo_jax.config.judge_options import JUDGE
 from grpo_jax.config.lora_options import LORA
 from grpo_jax.config.objective_options import OBJECTIVE
 from grpo_jax.config.preference_options import PREFERENCE
@@ -43,9 +45,11 @@ SECTIONS = {
     "lora": "Low-rank adapters that learn in place of the weights; docs/lora.md",
     "data": "Problems to train on, and held-out ones",
     "rewards": "Reward functions, and the processes that compute them",
+    "judge": 'LLM judges, "judge:RUBRIC.toml" in rewards.names; docs/judges.md',
     "batch": "What a step and an update consist of",
     "prompts": "Which prompts are trained on; docs/prompts.md",
     "rollout": "How completions are sampled",
+    "environment": "Conversations with tools or an environment; docs/environments.md",
     "algorithm": "The objective. docs/definitions.md has the formulas",
     "rollout_correction": "Importance weights for where sampler and policy differ",
     "hybrid": "Demonstrations beside drawn completions; docs/hybrids.md",
@@ -197,9 +201,21 @@ TABLE = (
                "refuse": "do not start",
                "drop": "leave the problem out"},
            "What is done with a problem whose columns a reward function cannot read"),
+    choice("rewards.on_failure", "unknown", {
+               "unknown": "the completion has no reward: it leaves its group's mean and deviation, "
+                          "and the loss",
+               "least": "the least value that the reward gave in the step, at most 0"},
+           "What a reward counts as that could not be computed"),
     number("rewards.max_failed_share", 0.5, NOT_NEGATIVE, "",
            "Share of a step's completions that may be without a reward; with more, "
            "guards.failed_rewards acts", special={1: "never"}, free=True),
+    choice("rewards.code_isolation", "full", {
+               "full": "do not start",
+               "limits": "say so, and run programs under the limits that there are"},
+           "What is done where the system cannot keep programs of the reward `code` from files, "
+           "processes or the network", free=True),
+
+    *JUDGE,
 
     number("batch.prompts", 32, COUNT, "prompts", "Prompts in a step"),
     number("batch.group", 8, COUNT, "completions",
@@ -242,6 +258,8 @@ TABLE = (
            "Attention in rollouts", free=True),
     flag("rollout.compact", True,
          "Make the batch smaller as completions finish and no prompts wait", free=True),
+
+    *ENVIRONMENT,
 
     *OBJECTIVE,
     *HYBRID,
@@ -296,6 +314,11 @@ TABLE = (
     _action("guards.equal_groups", "warn", "When in every group all rewards were equal, in "
             "guards.equal_groups_steps steps in a row"),
     number("guards.equal_groups_steps", 10, COUNT, "steps", "See guards.equal_groups",
+           special={0: "not watched"}, free=True),
+    _action("guards.members", "warn", "When one member of an ensemble rose while another fell, "
+            "each by guards.member_shift from one guards.window to the next"),
+    number("guards.member_shift", 0.5, POSITIVE, "deviations",
+           "Of the member's own standard deviation within steps; see guards.members",
            special={0: "not watched"}, free=True),
     _action("guards.kl", "warn", "When policy/kl of an update is above guards.kl_max"),
     number("guards.kl_max", 0.0, POSITIVE, "nats per token", "See guards.kl",

@@ -27,6 +27,10 @@ def generate() -> argparse.ArgumentParser:
     asked.add_argument("--prompt", metavar="TEXT", help="what the model completes")
     asked.add_argument("--prompts", metavar="FILE", help="a prompt a line; - reads standard input")
     add("--chat", action="store_true", help="a prompt is a message of a user")
+    add("--environment", action="append", default=[], metavar="MODULE:CLASS",
+        help="talk to this environment, tools included")  # fmt: skip
+    add("--tool", action="append", default=[], metavar="MODULE:FUNCTION",
+        help="a function that the model may call; may be repeated")  # fmt: skip
     add("--max-tokens", type=int, default=256, metavar="N", help="of a completion; default 256")
     add(
         "--temperature", type=float, default=0.0, metavar="T", help="default 0: the likeliest token"
@@ -73,7 +77,13 @@ def evaluate() -> argparse.ArgumentParser:
 
 def score() -> argparse.ArgumentParser:
     parser = _new("score", "Tries rewards on a dataset.")
-    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--config", metavar="FILE", help="a file as in configs/")
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        dest="lists",
+        help="every reward that can be named, with its arguments, and end",
+    )
     parser.add_argument("--split", choices=("train", "eval"), default="train",
                         help="training or held-out problems of the config")  # fmt: skip
     source = parser.add_mutually_exclusive_group()
@@ -86,8 +96,51 @@ def score() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=1, metavar="N",
                         help="completions given to a function at once")  # fmt: skip
     parser.add_argument("--samples", type=int, default=4, metavar="N", help="rows to show")
+    parser.add_argument(
+        "--human",
+        metavar="NAME",
+        default="",
+        help="column with people's labels, good or not: agreement by kappa",
+    )
+    parser.add_argument(
+        "--picture",
+        metavar="FILE",
+        default="",
+        help="draw distributions and correlations here, as .png or .svg",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     parser.add_argument("--out", metavar="FILE", help="write every row with its rewards here")
+    return parser
+
+
+def label() -> argparse.ArgumentParser:
+    parser = _new(
+        "label",
+        "Draws completions of a dataset's prompts, compares them by rewards, and writes rows.",
+        epilog="Any option of the config can be changed by --config.NAME=VALUE.",
+    )
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="a file as in configs/: data and rewards")
+    add("--model", required=True, metavar="DIR_OR_ID",
+        help="Hugging Face folder or hub id, or a run's folder, that draws")  # fmt: skip
+    add("--out", required=True, metavar="FILE", help="the rows, as .jsonl or .parquet")
+    add("--kind", choices=("pairs", "scores", "labels"), default="pairs",
+        help="pairs of best and worst (default), every score, or labels good and not")  # fmt: skip
+    add("--split", choices=list(SPLITS), default="train", help="held-out or training problems")
+    add("--num-problems", type=int, default=0, metavar="N", help="first N; default 0: all")
+    add("--num-samples", type=int, default=4, metavar="G", help="completions of each; default 4")
+    add("--margin", type=float, default=0.0, metavar="M",
+        help="rewards of a pair differ by more; default 0")  # fmt: skip
+    add("--threshold", type=float, default=0.5, metavar="T",
+        help="least reward of a good label; default 0.5")  # fmt: skip
+    add("--batch", type=int, default=32, metavar="N",
+        help="prompts of a part, which a killed program loses at most; default 32")  # fmt: skip
+    add("--temperature", type=float, metavar="T", help="default rollout.temperature")
+    add("--top-p", type=float, metavar="P", help="default rollout.top_p")
+    add("--top-k", type=int, metavar="K", help="0: all tokens; default rollout.top_k")
+    add("--max-tokens", type=int, metavar="N", help="default rollout.max_tokens")
+    add("--seed", type=int, metavar="S", help="of the completions; default seed")
+    add("--dtype", choices=("float32", "bfloat16"), help="default model.dtype")
     return parser
 
 
@@ -170,6 +223,7 @@ BY_PROGRAM: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "generate": generate,
     "evaluate": evaluate,
     "score": score,
+    "label": label,
     "export": export,
     "plan": plan,
     "report": report,

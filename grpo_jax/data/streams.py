@@ -7,7 +7,7 @@ import numpy as np
 # Append only: the index of a purpose is part of its stream.
 PURPOSES = (
     *("order", "problems", "solutions", "choice", "held_out", "preferences"),
-    *("demonstrations", "hints", "windows", "files"),
+    *("demonstrations", "hints", "windows", "files", "environment", "rollouts"),
 )
 
 

@@ -15,7 +15,7 @@ from grpo_jax.data import streams
 from grpo_jax.environments.single_turn import Rollout
 from grpo_jax.rewards import scores as scores_lib
 from grpo_jax.rewards.scores import Scores
-from grpo_jax.sampling import engine
+from grpo_jax.sampling import layouts
 from grpo_jax.structs import Rollouts, pad_rows
 
 Add = Callable[[int, list[list[int]]], None]  # takes a prompt's number and its completions
@@ -118,7 +118,7 @@ class Hints(AsDrawn):
         length_PG = np.minimum(length_PG, self.limit)
         within_PGC = np.arange(self.limit) < length_PG[..., None]
         longest = max(map(len, self.asked_ids))
-        prompt_PQ, prompt_length_P = pad_rows(self.asked_ids, engine.padded(longest))
+        prompt_PQ, prompt_length_P = pad_rows(self.asked_ids, layouts.padded(longest))
         return drawn.replace(
             prompt_PQ=prompt_PQ,
             prompt_length_P=prompt_length_P,

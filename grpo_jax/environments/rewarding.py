@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from grpo_jax.data.problems import Problem, as_reply
+from grpo_jax.environments.episode import Episode
+from grpo_jax.environments.live import INVALID
 from grpo_jax.hosts import processes
 from grpo_jax.messages.console import say
 from grpo_jax.models.policy import Policy
+from grpo_jax.rewards import ensembles, kinds
 from grpo_jax.rewards import scores as scores_lib
 from grpo_jax.rewards.pool import Pool
 from grpo_jax.rewards.scores import RewardError, Scores
 from grpo_jax.rewards.ticket import Ticket
+
+TURN_REWARDS = "environment:turn_rewards"  # the entry of `rewards.names` for their sum
 
 
 class RewardCollector:
@@ -41,15 +46,28 @@ class RewardCollector:
         self._group, self._trainer_state = group, trainer_state
         self._tickets: dict[int, Ticket] = {}
         self._texts: dict[int, list[str]] = {}
+        self._episodes: dict[int, Sequence[Episode]] = {}
 
-    def add(self, number: int, completions: list[list[int]]) -> None:
-        """Submits the finished completions (token ids) of problem `number`."""
+    def add(
+        self, number: int, completions: list[list[int]], episodes: Sequence[Episode] = ()
+    ) -> None:
+        """Submits the finished completions (token ids) of problem `number`.
+
+        `episodes`: of which they are the tokens, if they are conversations with an environment.
+        """
         problem = self._problems[number]
         texts = [self._policy.text(ids) for ids in completions]
+        prompt, replies = problem.prompt, [as_reply(problem, text) for text in texts]
+        if episodes:
+            self._episodes[number] = episodes
+            if not isinstance(prompt, str):
+                texts = [self._policy.tokenizer.decode(ids) for ids in completions]  # with roles
+                first = episodes[0]
+                prompt, replies = first.messages[: first.first], [e.replies for e in episodes]
         self._texts[number] = texts
         self._tickets[number] = self._pool.submit(
-            [problem.prompt] * len(texts),
-            [as_reply(problem, text) for text in texts],
+            [prompt] * len(texts),
+            replies,
             {name: [value] * len(texts) for name, value in problem.columns.items()},
             completion_ids=completions,
             rendered_prompts=[self._prompt_texts[number]] * len(texts),
@@ -74,7 +92,7 @@ class RewardCollector:
         """
         own, fault = {}, ""
         try:
-            own = {n: ticket.result() for n, ticket in self._tickets.items()}
+            own = {n: self._with_episodes(n, t.result()) for n, t in self._tickets.items()}
         except RewardError as error:  # all must learn of it, or they would wait for this process
             fault = str(error)
         everyones = own
@@ -87,15 +105,36 @@ class RewardCollector:
             raise RewardError(fault)
         assert len(everyones) == len(self._problems), "the engine did not finish every group"
         parts = [everyones[n] for n in range(len(self._problems))]
-        scores = scores_lib.join(parts, self._pool.functions)
-        return self._with_models(scores) if self._pool.models else scores
+        known = [r for r in self._pool.rewards if r.name in parts[0].by_name]
+        scores = scores_lib.join(parts, known)
+        scores = self._with_models(scores) if self._pool.models else scores
+        return ensembles.add(scores, self._pool.rewards)
+
+    def _with_episodes(self, number: int, scores: Scores) -> Scores:
+        """The scores of a problem's completions with those that their environments gave."""
+        if not (episodes := self._episodes.get(number)):
+            return scores
+        for reward in (r for r in self._pool.rewards if r.runs == kinds.EPISODES):
+            answers = [e.scored.get(reward.name) for e in episodes]
+            if reward.takes_environments:
+                scores = scores_lib.with_answers(scores, self._pool.rewards, reward.name, answers)
+            else:
+                in_turns = reward.spec == TURN_REWARDS
+                value_B = [sum(e.turn_rewards) if in_turns else e.reward for e in episodes]
+                scores = scores_lib.with_values(scores, self._pool.rewards, reward.name, value_B)
+        why = {
+            row: f"The episode ended as {e.outcome}, through no fault of the policy: {e.fault}"
+            for row, e in enumerate(episodes)
+            if e.outcome in INVALID
+        }
+        return scores_lib.left_out(scores, "environment", why) if why else scores
 
     def _with_models(self, scores: Scores) -> Scores:
         """The scores with those of reward models. Every process must call it."""
         began = time.monotonic()
         by_model = self._pool.models(self._problems, self.texts(), self._group)
         seconds = time.monotonic() - began
-        return scores_lib.with_models(scores, self._pool.rewards, by_model, seconds)
+        return scores_lib.with_models(scores, self._pool.measured, by_model, seconds)
 
 
 class SelectedRewards:
@@ -132,10 +171,12 @@ class FailureReports:
                 continue
             if failed_B.any():
                 first = next(f for f in scores.failures if f.reward == name)
+                counts = "get the least value that it gave in the step"
+                if (failed_B & scores.unknown_B).any():
+                    counts = "are left out as unknown"
                 say(
                     f"warning: {when}: {failed_B.sum()} of {len(failed_B)} completions have no "
-                    f"reward {name!r}, and get the least value that it gave in the step. "
-                    f"{first.message}"
+                    f"reward {name!r}, and {counts} (rewards.on_failure). {first.message}"
                 )
             else:
                 say(

@@ -1,13 +1,16 @@
-"""Single-turn problems: sample completions of each, and collect their rewards."""
+"""Completions of questions with their rewards: those of a step, and those of an evaluation."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from grpo_jax.devices.phases import phase
+from grpo_jax.environments.drawing import ONE_TURN, OneTurn
+from grpo_jax.environments.episode import Told
 from grpo_jax.environments.questions import Questions
 from grpo_jax.environments.rewarding import RewardCollector, SelectedRewards
 from grpo_jax.models.policy import Policy
@@ -46,6 +49,7 @@ class Rollout:
     greedy: RewardCollector | None = None  # of a greedy completion of each; None: none was sampled
     problem_P: Sequence[int] = ()  # numbers of the training problems
     draws: Draws | None = None  # None: one draw, whose groups are all here
+    told: tuple[Told, ...] = ()  # of the episodes of each draw; (): there are no environments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +77,7 @@ def answer(
     num_samples: int,
     temperature: float,
     key: Array,
+    drawing: OneTurn = ONE_TURN,
     on_answer: Callable[[], None] = lambda: None,
     on_harvest: Callable[[], None] = lambda: None,
 ) -> Answered:
@@ -80,22 +85,28 @@ def answer(
 
     `params` come from `engine.publish`; `temperature` is for samples. `on_answer` is called once
     for each question, when all its completions are finished, on the process that collects its
-    rewards. `on_harvest` is called on all processes whenever some completions have finished.
+    rewards. `drawing`: how completions are drawn. `on_harvest` is called on all processes whenever
+    some completions have finished.
     """
     collector = RewardCollector(pool, policy, questions.problems, questions.texts, num_samples or 1)
 
-    def take(number: int, completions: list[list[int]]) -> None:
-        collector.add(number, completions)
+    def take(number: int, *finished: Any) -> None:
+        collector.add(number, *finished)
         on_answer()
 
     with phase("evaluation"):
-        rollouts = engine.generate(
+        rollouts, _ = drawing.draw(
+            engine,
             params,
+            questions,
             questions.prompt_ids,
+            take,
             group=num_samples or 1,
             key=key,
             temperature=temperature if num_samples else 0.0,
-            on_group=take,
+            numbers=range(len(questions.problems)),
+            draw=0,
+            held_out=True,
             on_harvest=on_harvest,
         )
     scores, texts = collector.scores(), collector.texts()
@@ -109,7 +120,7 @@ def answer(
         correct_PG=None if verdict is None else scores.correct(verdict).reshape(shape),
         judged_PG=None if verdict is None else scores.judged(verdict).reshape(shape),
         vote_PG=_votes(pool, questions, texts, num_samples) if num_samples else None,
-        length_PG=rollouts.length_PG,
+        length_PG=rollouts.num_trained_PG,
         stopped_PG=rollouts.stopped_PG,
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.environments import single_turn
+from grpo_jax.environments.drawing import ONE_TURN, OneTurn
 from grpo_jax.environments.questions import Questions
 from grpo_jax.environments.single_turn import Answered
 from grpo_jax.evaluation import tallies as tallies_lib
@@ -35,6 +36,7 @@ def run(
     temperature: float,
     key: Array,
     file: Path | None,
+    drawing: OneTurn = ONE_TURN,
     on_harvest: Callable[[], None] = lambda: None,
     on_scores: Callable[[Scores], None] = lambda scores: None,
 ) -> dict[str, float]:
@@ -42,8 +44,8 @@ def run(
 
     `num_samples` 0: one greedy completion per question. Otherwise pass@k, maj@k and the mean
     accuracy of samples at `temperature`. Every item goes to `file` as one JSON object a line.
-    `on_harvest` is called whenever some completions have finished, `on_scores` with the rewards
-    after the items are written.
+    `drawing`: how completions are drawn. `on_harvest` is called whenever some completions have
+    finished, `on_scores` with the rewards after the items are written.
     """
     answered = single_turn.answer(
         engine,
@@ -54,6 +56,7 @@ def run(
         num_samples=num_samples,
         temperature=temperature,
         key=key,
+        drawing=drawing,
         on_harvest=on_harvest,
     )
     if file is not None and processes.is_first():

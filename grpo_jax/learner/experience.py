@@ -115,19 +115,24 @@ class Prepare:
         given: LogProbs,
         reward: Array,
         greedy: Array | None = None,
+        known_PG: Array | None = None,
         beside: Mapping[str, Array] = MappingProxyType({}),
     ) -> Experience:
         """The experience, once the rewards are known.
 
         `reward`: [P, G], or by function [P, G, R]; `greedy`: rewards of greedy completions, [P] or
-        [P, R] (`advantages.advantages`). `beside`: further fields of the experience, [P, ...].
+        [P, R] (`advantages.advantages`). `known_PG`: False for completions that are left out, since
+        their reward is unknown: none of their tokens is an action. None: all are known. `beside`:
+        further fields of the experience, [P, ...].
         """
-        rewards, beside = (reward, greedy), dict(beside)
+        rewards, beside = (reward, greedy, known_PG), dict(beside)
         if given.order_P is not None:
             reorder = lambda x: self._reordering(x, given.order_P)()  # noqa: E731
             rewards, beside = jax.tree.map(reorder, (rewards, beside))
         log_probs = given.old_logp_PGC, given.ref_logp_PGC
-        experience = self._valuing(given.rollouts, *rewards, log_probs, given.value_PGC)().replace(
+        reward, greedy, known_PG = rewards
+        valued = self._valuing(given.rollouts, reward, greedy, log_probs, given.value_PGC, known_PG)
+        experience = valued().replace(
             old_logp_PGC=given.old_logp_PGC, ref_logp_PGC=given.ref_logp_PGC, **beside
         )
         if self.teach is not None:
@@ -216,9 +221,10 @@ class Prepare:
         greedy: Array | None,
         log_probs: tuple[Array | None, Array | None],
         value_PGC: Array | None,
+        known_PG: Array | None = None,
     ) -> Call:
         read = log_probs if self.options.reads_log_probs else None
-        return Call(self.advantages, (rollouts, reward, greedy, read, value_PGC))
+        return Call(self.advantages, (rollouts, reward, greedy, read, value_PGC, known_PG))
 
     def _teaching(self, advantage_PG: Array, teacher_logp_PGC: Array, logp_PGC: Array) -> Call:
         return Call(self.teach, (advantage_PG, teacher_logp_PGC, logp_PGC))
@@ -295,14 +301,17 @@ def _make_advantages(
         greedy: Array | None = None,
         log_probs: tuple[Array, Array] | None = None,
         value_PGC: Array | None = None,
+        known_PG: Array | None = None,
     ) -> Experience:
         shape = rollouts.length_PG, rollouts.stopped_PG, rollouts.completion_PGC.shape[-1]
         action_PGC = action_mask(*shape, mask_truncated)
         if rollouts.chosen_PGC is not None:
             action_PGC &= rollouts.chosen_PGC
+        if known_PG is not None:
+            action_PGC &= known_PG[..., None] | given_tokens(rollouts, action_PGC)
         given = Experience(rollouts, reward, action_PGC, old_logp_PGC=None, ref_logp_PGC=None)
         if weigh is not None:
-            given = weigh(given, advantages_lib.total(options, reward))
+            given = weigh(given, advantages_lib.total(options, reward), known_PG)
             reward = weigh.hybrid.known(reward, rollouts, action_PGC)
             action_PGC &= ~given_tokens(rollouts, action_PGC)
         if value_PGC is not None:

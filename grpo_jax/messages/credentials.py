@@ -19,6 +19,7 @@ _NAMES = re.compile(
     r"|WEBHOOK(_URL)?)S?(_?[0-9]+)?$"
 )
 _LEAST_CHARS = 12  # a shorter value may be in a text by chance
+_LEAST_HIDDEN = 8  # of a value that is known to be a secret
 
 # Keys of services, known by their prefixes.
 _KEYS = re.compile(
@@ -64,6 +65,11 @@ def redact(text: str) -> str:
     for shape in _SHAPES:  # the groups hold the text before the secret
         text = shape.sub(lambda found: "".join(filter(None, found.groups())) + "***", text)
     return text
+
+
+def hide(text: str, secret: str) -> str:
+    """The text with *** for a secret, however it is written; a short one is none."""
+    return _written(secret).sub("***", text) if len(secret) >= _LEAST_HIDDEN else text
 
 
 def _of_environment() -> list[tuple[str, str]]:

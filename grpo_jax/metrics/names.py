@@ -20,16 +20,39 @@ METRICS: dict[str, Metric] = {
     "reward/NAME": Metric("", "mean of one reward over the completions that have it"),
     "rewards/failed/NAME": Metric(
         "completions",
-        "completions for which one reward failed in the step; each gets that reward's least value "
-        "in the step, at most 0",
+        "completions for which one reward failed in the step; rewards.on_failure says what that "
+        "counts as",
     ),
     "rewards/failed_by_timeout": Metric("completions", "rewards that took too long"),
     "rewards/failed_by_error": Metric("completions", "rewards that raised"),
     "rewards/failed_by_values": Metric("completions", "rewards that returned no fitting numbers"),
     "rewards/failed_by_memory": Metric("completions", "rewards that asked for too much memory"),
     "rewards/failed_by_died": Metric("completions", "rewards whose process ended"),
+    "rewards/failed_by_invalid": Metric(
+        "completions", "completions whose episode could not be judged at all"
+    ),
+    "rewards/unknown_share": Metric(
+        "share",
+        "completions without a reward since one failed; they leave their groups and the loss",
+    ),
     "rewards/unscored": Metric(
-        "completions", "completions without a number from any reward function; not trained on"
+        "completions",
+        "completions to which every reward function gave None; they have no advantage",
+    ),
+    "rewards/failed_by_member": Metric(
+        "completions", "ensembles without a value since one of their members failed"
+    ),
+    "ensemble/correlation/NAME/NAME": Metric(
+        "", "correlation of two members of ensembles over the step's completions"
+    ),
+    "ensemble/length_correlation/NAME": Metric(
+        "", "correlation of a member of an ensemble with the length of the completions"
+    ),
+    "ensemble/low_share/NAME": Metric(
+        "share", "completions at the least value that a member of an ensemble gave in the step"
+    ),
+    "ensemble/high_share/NAME": Metric(
+        "share", "completions at the largest value that a member of an ensemble gave in the step"
     ),
     "reward_log/NAME": Metric(
         "", "value that a reward function logged by log_metric, mean over calls"
@@ -37,6 +60,34 @@ METRICS: dict[str, Metric] = {
     "reward/NAME_std": Metric(
         "", "standard deviation of one reward over the completions that have it"
     ),
+    "judge/calls": Metric("calls", "calls of LLM judges in the step, repeated ones included"),
+    "judge/cached_share": Metric(
+        "share", "judgements that needed no call: the run had them already, or two texts are equal"
+    ),
+    "judge/retries": Metric("calls", "calls among them that repeated a failed one"),
+    "judge/seconds": Metric("s", "mean time of a call, without waiting for its turn"),
+    "judge/prompt_tokens": Metric("tokens", "tokens that judges read in the step"),
+    "judge/completion_tokens": Metric("tokens", "tokens that judges wrote in the step"),
+    "judge/flip_share/NAME": Metric(
+        "share",
+        "pairs for which a judge preferred the other answer once their order was changed; ties",
+    ),
+    "judge/length_correlation/NAME": Metric(
+        "", "correlation of a judge's numbers with the completions' lengths in tokens"
+    ),
+    **{
+        f"judge/failed_by_{kind}": Metric("judgements", f"judgements that {what}")
+        for kind, what in {
+            "timeout": "took too long",
+            "connection": "lost their connection, or got none",
+            "status": "the server refused",
+            "redirect": "were redirected, which is not followed",
+            "size": "got too long a response",
+            "garbage": "got a response that cannot be read",
+            "verdict": "got no verdict, or one that cannot be read",
+            "budget": "were beyond the run's budget",
+        }.items()
+    },
     "accuracy": Metric(
         "share",
         "completions with a 1 from the reward rewards.accuracy, among those to which it applies",
@@ -66,6 +117,25 @@ METRICS: dict[str, Metric] = {
         "tokens", "mean length of completions that ended with a stop token"
     ),
     "completion/truncated_share": Metric("share", "completions cut at the token limit"),
+    "environment/turns": Metric("turns", "turns of the policy in an episode, mean"),
+    "environment/calls": Metric("calls", "calls of tools in an episode, mean"),
+    "environment/valid_calls": Metric("share", "calls that were carried out without a failure"),
+    "environment/observation_tokens": Metric(
+        "tokens", "tokens of the environment in an episode, mean"
+    ),
+    "environment/seconds_p50": Metric("s", "time of an episode in its environment, median"),
+    "environment/seconds_p95": Metric("s", "the same, exceeded by a twentieth of the episodes"),
+    "environment/seconds_max": Metric("s", "the same, longest"),
+    "environment/idle_s": Metric("s", "time in which the devices waited for environments"),
+    "environment/read_again": Metric(
+        "", "tokens of prefixes that were computed again for later turns, for each token drawn"
+    ),
+    "environment/processes": Metric("processes", "live processes of environments"),
+    "environment/restarts": Metric("processes", "those that were lost and replaced, in the run"),
+    "environment/ended/NAME": Metric(
+        "share", "episodes that ended in this way (docs/environments.md)"
+    ),
+    "environment/failed_calls/NAME": Metric("calls", "calls that failed in this way"),
     "policy/loss": Metric(
         "",
         "the negated objective; it does not measure progress, since advantages of a group sum to 0",
@@ -178,7 +248,10 @@ METRICS: dict[str, Metric] = {
     "eval/answer_found_share": Metric("share", "greedy completions in which an answer was found"),
     "eval/truncated_share": Metric("share", "greedy completions cut at the token limit"),
     "eval/length": Metric("tokens", "mean length of greedy completions"),
-    "eval/failed_rewards": Metric("completions", "rewards that failed, each counted as wrong"),
+    "eval/failed_rewards": Metric(
+        "completions",
+        "rewards that failed: wrong for accuracy; for eval/reward as rewards.on_failure says",
+    ),
     "eval/pass@K": Metric("share", "held-out problems that at least one of K samples solves"),
     "eval/maj@K": Metric("share", "held-out problems that the commonest answer of K solves"),
     "eval/mean@K": Metric("share", "mean accuracy of K samples per held-out problem"),

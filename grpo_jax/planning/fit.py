@@ -23,7 +23,8 @@ from grpo_jax.learner.scoring import usual_tokens
 from grpo_jax.messages.console import say
 from grpo_jax.planning import topologies
 from grpo_jax.planning.compiled import Compiled, Known
-from grpo_jax.planning.programs import Lengths, Step
+from grpo_jax.planning.lengths import Lengths
+from grpo_jax.planning.programs import Step
 from grpo_jax.planning.topologies import Chip
 from grpo_jax.run.whole_files import write_json
 from grpo_jax.setup.learner import DEFAULT, MemoryPlan

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from grpo_jax.devices import sharding
 from grpo_jax.planning import hlo
 from grpo_jax.planning.compiled import Compiled, Known
-from grpo_jax.planning.programs import Lengths, Step
+from grpo_jax.planning.lengths import Lengths
+from grpo_jax.planning.programs import Step
 from grpo_jax.planning.topologies import Chip
 from grpo_jax.setup.learner import DEFAULT, MemoryPlan
 from grpo_jax.structs import ModelConfig
@@ -23,7 +24,8 @@ def arrays_alone(held: dict[str, float]) -> float:
     """The least bytes that arrays take on a device, without the programs' own memory."""
     always = held["weights"] + held["optimizer"] + held["reference"]
     sampling = max(held["rollout weights"] + held["cache"], held["evaluation"])
-    return always + held.get("teacher", 0.0) + max(sampling, held["gradients"])
+    always += held.get("teacher", 0.0) + held.get("reward models", 0.0)
+    return always + max(sampling, held["gradients"])
 
 
 # --- Together -------------------------------------------------------------------------------------

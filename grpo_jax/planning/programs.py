@@ -31,40 +31,18 @@ from grpo_jax.learner.update import Update
 from grpo_jax.models import lora, policy
 from grpo_jax.planning import hlo
 from grpo_jax.planning.compiled import Compiled, Known, Program, bytes_per_device
+from grpo_jax.planning.lengths import Lengths
 from grpo_jax.planning.rows import Rows
 from grpo_jax.sampling.decode import Slots
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup import critic as critic_lib
 from grpo_jax.setup import lora as lora_setup
-from grpo_jax.setup import teacher
+from grpo_jax.setup import reward_models, teacher
 from grpo_jax.setup.engine import make_engine, make_evaluator
 from grpo_jax.setup.learner import DEFAULT, MemoryPlan, make_learner, make_supervised_learner
 from grpo_jax.structs import Experience, ModelConfig, Params
 
 _STOP_IDS = (0,)  # any token: stop tokens change no shape
-
-
-@dataclasses.dataclass(frozen=True)
-class Lengths:
-    """The lengths of a step's prompts and completions, in tokens."""
-
-    prompt: int  # the longest
-    completion_PG: np.ndarray
-
-    @staticmethod
-    def of(config: ConfigDict, prompt: int = 0, mean: int = 0) -> Lengths:
-        """Lengths at the config's limits, or up to `prompt` tokens and with a mean of `mean`.
-
-        With a mean, completions end at every token with equal probability, as those of a model that
-        has not learned when to stop.
-        """
-        group, limit = derived.completions_per_prompt(config), config.rollout.max_tokens
-        shape = config.batch.prompts, group
-        length_PG = np.full(shape, limit)
-        if mean:
-            drawn_PG = np.random.default_rng(config.seed).geometric(1 / mean, shape)
-            length_PG = np.minimum(drawn_PG, limit)
-        return Lengths(prompt or config.data.max_prompt_tokens, length_PG.astype(np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +98,7 @@ class Step:
             pair = self.learner.prepare, self.learner.update
             prepare, update = teacher.given_to(*pair, self.teacher)
             self.learner = dataclasses.replace(self.learner, prepare=prepare, update=update)
+        self.judges = reward_models.planned(config, mesh)
         self.engine = make_engine(config, model, _STOP_IDS, mesh)
         dtype = jnp.dtype(config.model.dtype)
         kept = jnp.dtype(config.model.param_dtype)
@@ -187,7 +166,9 @@ class Step:
             "evaluation": max(evaluated, default=0.0),  # weights and cache of the larger one
             "gradients": bytes_per_device(gradients),
             "rollouts": bytes_per_device(self.experience),
-        } | ({} if self.teacher is None else {"teacher": bytes_per_device(self.teacher)})
+            **({} if self.teacher is None else {"teacher": bytes_per_device(self.teacher)}),
+            **({"reward models": bytes_per_device(self._of_judges)} if self.judges else {}),
+        }
 
     def compile(self, only: Callable[[str], bool] = lambda name: True) -> list[Compiled]:
         """Compiles all programs, or those that `only` selects, in the order of a step.
@@ -252,10 +233,14 @@ class Step:
     def programs(self) -> list[Program]:
         """The programs of engine and learner, with the other arrays that exist while they run."""
         learning = self._kept_state(), self.frozen, self._kept_reference(), self.teacher
+        learning = *learning, self._of_judges
         found = self._start() + self._supervised() + self._publishing(learning)
         found += self._sampling("", "rollout", self.rollout, learning)
         if self.greedy:
             found += self._sampling("greedy ", "rollout", self.greedy, learning)
+        if derived.has_environment(self.config):
+            found += self._later_turns(learning)
+        found += self._judging(learning)
         prepare, update, experience = self.learner.prepare, self.learner.update, self.experience
         rollouts, length_PG = experience.rollouts, self.lengths.completion_PG
         critic = getattr(self.state, "critic", None)
@@ -278,6 +263,20 @@ class Step:
             found.append(Program.of(call, "update", learning, runs=0))
         for name, drawing in self.evaluations.items():
             found += self._sampling(f"{name} ", "evaluation", drawing, learning)
+        return found
+
+    @property
+    def _of_judges(self) -> list[Params]:
+        return [judge.params for judge in self.judges.values()]
+
+    def _judging(self, learning: tuple) -> list[Program]:
+        """The reward models' programs, as if their tokens were the policy's, and one more."""
+        length_PG, found = self.lengths.completion_PG + 1, []
+        rows = self.rows.rollouts(length_PG.shape, self.lengths.prompt, int(length_PG.max()))
+        rows = rows.replace(chosen_PGC=self.rows.of(rows.completion_PGC.shape, jnp.bool_))
+        for name, judge in self.judges.items():
+            call = judge.values.call(judge.params, rows, length_PG, f"reward {name}")
+            found.append(Program.of(call, "rollout", learning, loops=int(call.args[1])))
         return found
 
     def _supervised(self) -> list[Program]:
@@ -351,6 +350,19 @@ class Step:
                 loops = tokens / engine.decoder.steps
                 read = self._read_of_cache(int(tokens), lanes)
             found.append(Program.of(call, phase, (*learning, published), prefix, runs, loops, read))
+        return found
+
+    def _later_turns(self, learning: tuple) -> list[Program]:
+        """The programs of later turns, as large as they may get; how often they run is not known.
+
+        Those of evaluations are not listed again.
+        """
+        drawing, found = self.rollout, []
+        longest = self.lengths.prompt + self.config.rollout.max_tokens
+        where = drawing.published, drawing.prompts, drawing.group, longest, drawing.temperature
+        for call in drawing.engine.sampling_later(*where):
+            beside = *learning, drawing.published
+            found.append(Program.of(call, "rollout", beside, "later ", runs=0))
         return found
 
     def _publishing(self, learning: tuple) -> list[Program]:

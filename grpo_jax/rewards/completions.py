@@ -55,6 +55,16 @@ def after_thinking(text: str, thinking: bool = False) -> str | None:
     return None if "<think>" in rest or (thinking and not closed) else rest
 
 
+def replies(
+    prompts: list[Any], completions: list[Any], rendered_prompts: list[str] | None
+) -> list[str | None]:
+    """The text of each completion after its thinking; None if the thinking does not end."""
+    thinking = begin_in_thinking(prompts, rendered_prompts)
+    return [
+        after_thinking(text_of(c), inside) for c, inside in zip(completions, thinking, strict=True)
+    ]
+
+
 def _text_of_content(content: Any) -> str:
     if content is None:
         return ""

@@ -16,15 +16,19 @@ PREFIX = "python:"
 _FUNCTIONS: dict[str, Callable] = {}  # given to this process, by name
 
 
-def give(function: Callable) -> str:
+def give(function: Callable, of: str = "rewards") -> str:
     """The entry of `rewards.names` for a function; workers import it or get it by value.
 
-    Raises ValueError if it is not callable, or cannot be pickled.
+    `of`: the argument that it was given as, for messages: also tools and environments have such
+    entries. Raises ValueError if it is not callable, or cannot be pickled.
     """
     if not callable(function):
         raise ValueError(
-            f"rewards holds {function!r}, a {type(function).__name__}. Give functions, names of "
+            f"{of} holds {function!r}, a {type(function).__name__}. Give functions, names of "
             'built-in rewards or "module:function"; or pairs of one of these and a weight.'
+            if of == "rewards"
+            else f"{of} holds {function!r}, a {type(function).__name__}. Give functions, classes "
+            'or names, "module:name".'
         )
     module, path = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
     if module != "__main__" and getattr(sys.modules.get(module), path, None) is function:

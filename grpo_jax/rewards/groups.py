@@ -30,10 +30,15 @@ def with_gradient(
     It has one if its rewards differ: their weighted sum, or with `each` at least one of them alone,
     for advantages that are computed from each reward (Liu et al. 2026, arXiv:2601.05242, "GDPO":
     the sums of different rewards can be equal). `trained_PG`: completions that the loss reads, such
-    as those that were not truncated; a group without any has no gradient. None: all.
+    as those that were not truncated; a group without any has no gradient. None: all. Unknown
+    completions (`Scores.unknown_B`) do not count.
     """
+    unknown_B = scores.unknown_B
     if each:
-        varies_P = np.any([vary(x.reshape(-1, group)) for x in scores.by_name.values()], axis=0)
+        known = lambda x: np.where(unknown_B, np.nan, x).reshape(-1, group)  # noqa: E731
+        varies_P = np.any([vary(known(x)) for x in scores.by_name.values()], axis=0)
     else:
         varies_P = vary(scores.reward_B.reshape(-1, group))
-    return varies_P if trained_PG is None else varies_P & trained_PG.any(axis=1)
+    if trained_PG is None:
+        return varies_P
+    return varies_P & (trained_PG & ~unknown_B.reshape(-1, group)).any(axis=1)

@@ -18,18 +18,21 @@ import time
 OUT_OF_MEMORY = 213
 """The keeper's exit status after it ended a worker that held too much memory."""
 
+TOO_MANY_PROCESSES = 214
+"""The same after it ended a worker that had started too many processes."""
+
 _LOOK_EVERY_S = 0.2  # between two looks at the memory in use
 _END_LIMIT_S = 4.0  # for killed processes to end
 _SIGNALS = {signal.SIGCHLD, signal.SIGTERM}
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
 
 
-def main(descriptor: int, trainer: int, memory_bytes: int) -> None:
+def main(descriptor: int, trainer: int, memory_bytes: int, max_processes: int = 0) -> None:
     """Forks this process into the keeper and the worker; returns in the worker.
 
     The keeper closes its copy of the worker's pipe, and ends with the worker's exit status.
-    SIGTERM, the end of the process `trainer`, or more than `memory_bytes` in use (0: no limit) end
-    both and all their descendants.
+    SIGTERM, the end of the process `trainer`, more than `memory_bytes` in use or more than
+    `max_processes` (0: no limit) end both and all their descendants.
     """
     if sys.platform != "linux":
         return
@@ -41,7 +44,7 @@ def main(descriptor: int, trainer: int, memory_bytes: int) -> None:
     worker = os.fork()
     if worker:
         os.close(descriptor)
-        status = _watch(worker, memory_bytes)
+        status = _watch(worker, memory_bytes, max_processes)
         _end_all()
         _end_as(status)
     os.setsid()
@@ -56,20 +59,25 @@ def _end_with_parent(prctl: ctypes._FuncPtr, number: signal.Signals, parent: int
         os._exit(0)
 
 
-def _watch(worker: int, memory_bytes: int) -> int:
-    """Waits for the worker's end; returns its exit code as in `subprocess`, or OUT_OF_MEMORY."""
+def _watch(worker: int, memory_bytes: int, max_processes: int) -> int:
+    """Waits for the worker's end; returns its exit code as in `subprocess`, or one of ours."""
     memory = Memory(memory_bytes) if memory_bytes else None
     while True:
-        if memory is None:
+        if memory is None and not max_processes:
             heard = signal.sigwaitinfo(_SIGNALS)
         else:
             heard = signal.sigtimedwait(_SIGNALS, _LOOK_EVERY_S)
-        if heard is not None and heard.si_signo == signal.SIGTERM:
-            return 0
         while (ended := os.waitpid(-1, os.WNOHANG)) != (0, 0):  # orphans, too
             if ended[0] == worker:
                 return os.waitstatus_to_exitcode(ended[1])
-        if memory is not None and memory.is_beyond(below(os.getpid())):
+        if heard is not None and heard.si_signo == signal.SIGTERM:
+            return 0
+        if memory is None and not max_processes:
+            continue
+        own = below(os.getpid())
+        if max_processes and len(own) > max_processes:
+            return TOO_MANY_PROCESSES
+        if memory is not None and memory.is_beyond(own):
             return OUT_OF_MEMORY
 
 
@@ -136,7 +144,7 @@ class Memory:
         resident = sum(map(_resident_bytes, pids))
         if resident <= self._harmless:
             return False
-        held = sum(map(_held_bytes, pids))
+        held = sum(map(held_bytes, pids))
         self._harmless = max(self._limit, resident + self._limit - held)
         return held > self._limit
 
@@ -149,7 +157,7 @@ def _resident_bytes(pid: int) -> int:
         return 0
 
 
-def _held_bytes(pid: int) -> int:
+def held_bytes(pid: int) -> int:
     """Bytes of a process that no file on disk backs, with its share of shared memory."""
     held = 0
     try:

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import os
 import selectors
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from grpo_jax.data.problems import Problem
-from grpo_jax.rewards import given, keeper, sources
+from grpo_jax.rewards import given, keeper, kinds, registry, sources
 from grpo_jax.rewards.process import Worker
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.rewards.scores import RewardError, Scores
@@ -62,6 +63,16 @@ class Models(Protocol):
         """
 
 
+class Host(Protocol):
+    """What computes the rewards that wait for others in this process, as LLM judges do."""
+
+    def submit(self, name: str, call: Call, done: Callable[[Answer], None]) -> None:
+        """Begins a call of the reward `name`; `done` gets its outcome, in any thread."""
+
+    def close(self) -> None:
+        """Ends all calls."""
+
+
 class Pool:
     """Reward functions in `num_workers` processes. A context manager; its end kills them."""
 
@@ -73,16 +84,20 @@ class Pool:
         num_workers: int = 1,
         limits: Limits = Limits(),
         models: Models | None = None,
+        host: Host | None = None,
     ):
         """Starts the workers, which import the reward functions in the background.
 
         `max_completion_tokens`: the run's limit, an argument of reward functions. `models`: scores
         the reward models among the rewards, which the workers do not; the collector of the
-        rewards calls it. None: there are none.
+        rewards calls it. `host`: computes those that run in this process. None: there are none.
         """
         assert rewards and num_workers > 0
         self.rewards, self.models = list(rewards), models
-        self.functions = rewards = [reward for reward in rewards if not reward.model]
+        of = lambda where: [reward for reward in self.rewards if reward.runs == where]  # noqa: E731
+        rewards, self._host, self._of_host = of(kinds.WORKERS), host, of(kinds.HOST)
+        self.functions = [*rewards, *self._of_host]  # what a ticket waits for
+        self._alone = [registry.flag(reward, "one_by_one") for reward in self.functions]
         num_workers = num_workers if rewards else 0
         self._limits = limits
         self._setup = Setup(
@@ -116,6 +131,11 @@ class Pool:
         self._thread.start()
 
     @property
+    def measured(self) -> list[Reward]:
+        """The rewards that are not computed from others."""
+        return [reward for reward in self.rewards if reward.runs != kinds.OTHERS]
+
+    @property
     def names(self) -> list[str]:
         """The rewards' names, in the config's order."""
         return [reward.name for reward in self.rewards]
@@ -143,7 +163,8 @@ class Pool:
     ) -> Ticket:
         """Submits completions for scoring; row i of every list belongs to completion i.
 
-        A reward function gets `group` consecutive completions per call.
+        A reward function gets `group` consecutive completions per call, or one if it has a true
+        attribute `one_by_one`.
         """
         rows = len(completions)
         lengths = {"prompts": len(prompts)} | {n: len(values) for n, values in columns.items()}
@@ -151,20 +172,26 @@ class Pool:
         ticket = Ticket(self.functions, rows)
         state = trainer_state or {"global_step": 0, "max_steps": 0, "epoch": 0.0}
         tasks = []
-        for start in range(0, rows, group):
-            part = range(start, min(start + group, rows))
-            pick = slice(part.start, part.stop)
-            for i in range(len(self.functions)):
-                call = Call(
-                    i,
-                    prompts[pick],
-                    completions[pick],
-                    None if completion_ids is None else completion_ids[pick],
-                    {name: values[pick] for name, values in columns.items()},
-                    state,
-                    None if rendered_prompts is None else rendered_prompts[pick],
-                )
-                tasks.append(_Task(call, ticket, part))
+        sizes = [1 if alone else group for alone in self._alone]
+        for size in sorted(set(sizes), reverse=True):
+            for start in range(0, rows, size):
+                part = range(start, min(start + size, rows))
+                pick = slice(part.start, part.stop)
+                for i in (i for i, own in enumerate(sizes) if own == size):
+                    call = Call(
+                        i,
+                        prompts[pick],
+                        completions[pick],
+                        None if completion_ids is None else completion_ids[pick],
+                        {name: values[pick] for name, values in columns.items()},
+                        state,
+                        None if rendered_prompts is None else rendered_prompts[pick],
+                    )
+                    if self.functions[i].runs == kinds.HOST:
+                        done = functools.partial(ticket.fill, i, part)
+                        self._host.submit(self.functions[i].name, call, done)
+                        continue
+                    tasks.append(_Task(call, ticket, part))
         with self._lock:
             assert not self._closing, "the pool is closed"
             if self._fault:
@@ -183,6 +210,8 @@ class Pool:
             if self._closing:
                 return
             self._closing = True
+        if self._host is not None:
+            self._host.close()
         self._wake()
         self._thread.join()
         self._selector.close()

@@ -13,6 +13,9 @@ of chat messages, its completion is one too. Besides the columns there are these
     log_extra(name, values) adds a column to the table of samples
 
 A function gets the arguments that it names, or all of them if it takes `**columns`.
+
+An entry may end in " as LABEL", its name in metrics: `regex(pattern="...") as cited`. So one
+function can be given twice. Entries with a prefix are those of `kinds.KINDS`.
 """
 
 from __future__ import annotations
@@ -34,16 +37,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from grpo_jax.messages.values import shown
-from grpo_jax.rewards import given, place
+from grpo_jax.rewards import extras, given, kinds, place
 
 _TOLD_AFTER_S = 10.0  # until a slow import is reported
 
 _BY_MODULE = {
     "exact": ("exact_answer",),
     "math_answer": ("math_answer",),
+    "numeric": ("numeric_answer",),
+    "choices": ("multiple_choice",),
     "text": ("exact_match", "token_f1", "mentions", "repetition_penalty"),
+    "overlap": ("bleu", "rouge", "fact_overlap"),
+    "similarity": ("similarity",),
     "format": ("answer_format", "think_format", "think_answer_format"),
-    "length": ("soft_overlong",),
+    "tags": ("strict_tags", "soft_tags", "reasoning_steps", "regex"),
+    "structured": ("json_schema",),
+    "steps": ("right_steps",),
+    "length": ("soft_overlong", "cosine_length", "relative_length"),
+    "language": ("language_consistency",),
+    "tone": ("sentiment", "clean_language", "toxicity"),
+    "programs": ("code",),
+    "classifiers": ("classifier",),
 }
 BUILT_IN: dict[str, str] = {
     name: f"grpo_jax.rewards.{module}:{name}"
@@ -51,7 +65,7 @@ BUILT_IN: dict[str, str] = {
     for name in names
 }
 
-MODEL = "model:"  # begins an entry that names a reward model's folder, scored on the devices
+_LABEL = re.compile(r"(.*\S)\s+as\s+([^\W\d][\w.\-]*)\s*", re.DOTALL)
 
 # Arguments of a function besides the dataset's columns.
 GIVEN = (
@@ -71,26 +85,45 @@ class Reward:
     """One reward function and its weight in the sum."""
 
     name: str  # the name in metrics: a built-in name, or the function's own
-    spec: str  # the config's entry: a built-in name or "module:function", with arguments
+    spec: str  # the config's entry without its label: what `function` resolves
     weight: float
     gives_accuracy: bool = False  # 1 is right, 0 is wrong; at most one reward of a run
+    takes_environments: bool = False  # is called beside the environments, which it is given
+    on_failure: str = "unknown"  # what a failed one is: `config.rewards.on_failure`
+
+    @property
+    def runs(self) -> str:
+        """Where it is computed: one of `kinds.WORKERS`, `DEVICES`, `HOST` and `OTHERS`."""
+        return kinds.EPISODES if self.takes_environments else kinds.runs(self.spec)
 
     @property
     def model(self) -> str:
-        """The folder or hub id of the reward model that gives it; "": a function does."""
-        return self.spec.removeprefix(MODEL) if self.spec.startswith(MODEL) else ""
+        """The folder or hub id of the reward model that gives it; "": something else does."""
+        prefix, after = kinds.split(self.spec)
+        return after if prefix == "model:" else ""
+
+
+def labelled(spec: str) -> tuple[str, str]:
+    """An entry of `rewards.names` without its " as LABEL", and the label; "" if it has none."""
+    match = _LABEL.fullmatch(spec)
+    return (match[1], match[2]) if match else (spec, "")
 
 
 def short_name(spec: str) -> str:
-    """The name in metrics of an entry of `rewards.names`.
+    """The name in metrics of an entry of `rewards.names`: its label, or by its kind.
 
     Of a reward model it is that of its folder, or of the run whose export it is.
     """
-    if not spec.startswith(MODEL):
-        return _split(spec)[0].rpartition(":")[2]
-    *_, parent, name = "", *spec.removeprefix(MODEL).rstrip("/").split("/")
-    name = parent if name == "export" and parent else name
-    return re.sub(r"[^\w.\-]", "_", name)
+    entry, label = labelled(spec)
+    prefix, after = kinds.split(entry)
+    if label or prefix:
+        return label or kinds.KINDS[prefix].name(after)
+    return split_call(entry)[0].rpartition(":")[2]
+
+
+def named(names: Sequence[str]) -> list[Reward]:
+    """The rewards of entries that `load` has read before, with weight 0."""
+    return [Reward(short_name(name), labelled(name)[0], 0.0) for name in names]
 
 
 def load(
@@ -99,11 +132,12 @@ def load(
     accuracy: str = "",
     *,
     start_limit_s: float = 120.0,
+    on_failure: str = "unknown",
 ) -> list[Reward]:
     """The rewards of `names`, each a built-in name or "module:function", arguments in brackets.
 
     `accuracy` names the reward that measures accuracy (1 right, 0 wrong); "" takes the first
-    function with a true attribute `right_or_wrong`, if there is one.
+    function with a true attribute `right_or_wrong`, if there is one. `on_failure`: of each.
 
     Raises ValueError, naming the option: `rewards.names` if there is no such function, or if two
     functions have the same short name; `rewards.weights` if a weight is not a finite number;
@@ -120,16 +154,29 @@ def load(
         if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
             raise ValueError(f"rewards.weights: {weight!r} for {spec!r} is not a finite number.")
         with _limited(spec, start_limit_s):
-            function(spec)
+            found = function(spec)
+        _refuse_lacking(found, spec)
         short = short_name(spec)
         if short in rewards:
             raise ValueError(
                 f"rewards.names = {tuple(names)!r} has two rewards called {short!r}, which metrics "
-                "could not tell apart. Name each once, or rename one function or folder."
+                'could not tell apart. Name each once, or call one otherwise: "... as OTHER".'
             )
-        rewards[short] = Reward(short, spec, float(weight))
+        rewards[short] = Reward(short, labelled(spec)[0], float(weight), on_failure=on_failure)
     chosen = _which_gives_accuracy(rewards, accuracy)
     return [dataclasses.replace(r, gives_accuracy=r.name == chosen) for r in rewards.values()]
+
+
+def _refuse_lacking(found: Callable, spec: str) -> None:
+    """Raises ValueError if a library is missing, or an argument that only the config can give."""
+    if lacks := extras.of_function(found):
+        raise ValueError(f"rewards.names: {spec!r} {lacks}; or choose another reward.")
+    own = getattr(getattr(found, "func", found), "options", ())
+    for name in (n for n in _needed(found) if n in own):
+        raise ValueError(
+            f"rewards.names: {spec!r} needs the argument {name!r}. Write {short_name(spec)}"
+            f"({name}=...); grpo-jax rewards says what it is."
+        )
 
 
 def _which_gives_accuracy(rewards: dict[str, Reward], chosen: str) -> str | None:
@@ -143,8 +190,7 @@ def _which_gives_accuracy(rewards: dict[str, Reward], chosen: str) -> str | None
             )
         return short
     for reward in rewards.values():
-        found = function(reward.spec)
-        if getattr(getattr(found, "func", found), "right_or_wrong", False):
+        if flag(reward, "right_or_wrong"):
             return reward.name
     return None
 
@@ -159,15 +205,32 @@ def function(spec: str) -> Callable:
     `completions` is a factory: it is called with them and returns a reward function, as in
     "trl.rewards:get_soft_overlong_punishment(max_completion_len=1024, soft_punish_cache=128)".
     """
-    if spec.startswith(MODEL):
-        return _of_a_model
-    name, arguments = _split(spec)
-    found = _find(name)
+    spec, _ = labelled(spec)
+    prefix, after = kinds.split(spec)
+    if prefix:
+        return kinds.KINDS[prefix].resolve(after)
+    name, arguments = split_call(spec)
+    return bound(_find(name), arguments, spec)
+
+
+def given_function(after: str) -> Callable:
+    """The function of an entry "python:NAME", as `function`."""
+    name, arguments = split_call(after)
+    return bound(_given(name), arguments, given.PREFIX + after)
+
+
+def bound(found: Callable, arguments: dict[str, Any] | None, spec: str) -> Callable:
+    """A reward function with its arguments, or what a factory makes of them; None: no brackets.
+
+    A built-in function may refuse values by an attribute `refuse`, which takes the arguments and
+    raises ValueError.
+    """
     if arguments is None:
         return found
     try:
         if {"completions", "completion_ids"} & set(inspect.signature(found).parameters):
             inspect.signature(found).bind_partial(**arguments)
+            getattr(found, "refuse", lambda **_: None)(**arguments)
             return functools.partial(found, **arguments)
         made = found(**arguments)
     except (Exception, SystemExit) as error:  # a user's factory may fail in any way
@@ -183,12 +246,11 @@ def function(spec: str) -> Callable:
     return made
 
 
-def _of_a_model(prompts: list, completions: list) -> list[float]:
-    raise AssertionError("a reward model is no function of the workers")
+def split_call(spec: str, option: str = "rewards.names") -> tuple[str, dict[str, Any] | None]:
+    """A name and the arguments in its brackets; None without brackets.
 
-
-def _split(spec: str) -> tuple[str, dict[str, Any] | None]:
-    """A name and the arguments in its brackets; None without brackets."""
+    Raises ValueError, naming the `option`, for what cannot be read.
+    """
     name, bracket, _ = spec.partition("(")
     if not bracket:
         return spec.strip(), None
@@ -199,15 +261,13 @@ def _split(spec: str) -> tuple[str, dict[str, Any] | None]:
         arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise ValueError(
-            f"rewards.names: {shown(spec)} cannot be read ({error}). Write NAME, or "
+            f"{option}: {shown(spec)} cannot be read ({error}). Write NAME, or "
             "NAME(name=value), with numbers, texts or lists as values."
         ) from error
     return name.strip(), arguments
 
 
 def _find(name: str) -> Callable:
-    if name.startswith(given.PREFIX):
-        return _given(name.removeprefix(given.PREFIX))
     module_name, colon, attribute = BUILT_IN.get(name, name).partition(":")
     if not colon:
         raise _unknown(name, "is not a built-in reward", list(BUILT_IN))
@@ -286,14 +346,20 @@ def _unknown(name: str, what: str, candidates: list[str]) -> ValueError:
 
 
 def accepted(found: Callable, names: Iterable[str]) -> set[str]:
-    """The names among `names` that the function takes as arguments."""
+    """The names among `names` that the function takes as arguments.
+
+    Arguments that the config has bound, and those that a built-in function names in its attribute
+    `options`, are no columns: a column of that name is not given.
+    """
+    own = {*getattr(getattr(found, "func", found), "options", ())}
+    names = {*names} - own - {*getattr(found, "keywords", ())}
     try:
         hash(found)
     except TypeError:  # not every callable object is hashable
         taken = _parameters.__wrapped__(found)
     else:
         taken = _parameters(found)
-    return set(names) if taken is None else taken & set(names)
+    return names if taken is None else taken & names
 
 
 @functools.lru_cache(maxsize=64)  # its cost is a tenth of a worker's call
@@ -306,13 +372,24 @@ def _parameters(found: Callable) -> frozenset[str] | None:
 
 
 def _needed(found: Callable) -> list[str]:
-    """Names of columns without which the function cannot be called."""
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [
+    """Names of columns without which the function cannot be called.
+
+    A built-in function may have an attribute `columns`, which takes the bound arguments and gives
+    the columns that these name.
+    """
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = getattr(getattr(found, "func", found), "columns", lambda **_: ())
+    return [*named(**getattr(found, "keywords", {}))] + [
         p.name
         for p in inspect.signature(found).parameters.values()
-        if p.kind in kinds and p.default is p.empty and p.name not in GIVEN
+        if p.kind in by_name and p.default is p.empty and p.name not in GIVEN
     ]
+
+
+def flag(reward: Reward, name: str) -> bool:
+    """Whether a reward's function has this attribute, and it is true."""
+    found = function(reward.spec)
+    return bool(getattr(getattr(found, "func", found), name, False))
 
 
 def reads(rewards: Sequence[Reward], name: str) -> bool:
@@ -328,8 +405,9 @@ def columns_read(rewards: Sequence[Reward], columns: Mapping[str, Any]) -> dict[
 def refuse_columns(rewards: Sequence[Reward], problems: Sequence[Any]) -> None:
     """Raises ValueError, naming the file, if a reward needs a missing column."""
     for reward in rewards:
+        given = {"environments"} if reward.takes_environments else set()
         for name in _needed(function(reward.spec)):
-            if problems and name not in problems[0].columns:
+            if problems and name not in problems[0].columns and name not in given:
                 has = ", ".join(["prompt", *problems[0].columns])
                 raise ValueError(
                     f"The reward {reward.name!r} needs a column `{name}`, and {problems[0].where} "
@@ -349,6 +427,8 @@ def faulty_rows(rewards: Sequence[Reward], problems: Sequence[Any]) -> dict[int,
         found = function(reward.spec)
         faults = getattr(getattr(found, "func", found), "column_faults", {})
         for name, fault_of in faults.items():
+            if name in getattr(found, "keywords", {}):  # the config's value counts
+                continue
             for i, problem in enumerate(problems):
                 value = problem.columns.get(name)
                 fault = fault_of(value) if name in problem.columns and i not in wrong else None

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_jax.rewards.completions import after_thinking, begin_in_thinking, text_of
+from grpo_jax.rewards.completions import replies, text_of
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -31,9 +31,9 @@ def exact_match(
     Case, punctuation, the articles a, an and the, and repeated spaces are ignored. Raises
     ValueError if a row holds no answer.
     """
-    texts = _answers(prompts, completions, rendered_prompts)
+    texts = replies(prompts, completions, rendered_prompts)
     return [
-        max(float(text is not None and _tokens(text) == _tokens(a)) for a in _accepted(value))
+        max(float(text is not None and _tokens(text) == _tokens(a)) for a in accepted(value))
         for text, value in zip(texts, answer)
     ]
 
@@ -50,9 +50,9 @@ def token_f1(
     Words are normalized as in `exact_match`; a word that both have twice counts twice. Raises
     ValueError if a row holds no answer.
     """
-    texts = _answers(prompts, completions, rendered_prompts)
+    texts = replies(prompts, completions, rendered_prompts)
     return [
-        max(0.0 if text is None else word_f1(text, a) for a in _accepted(value))
+        max(0.0 if text is None else word_f1(text, a) for a in accepted(value))
         for text, value in zip(texts, answer)
     ]
 
@@ -87,7 +87,7 @@ def mentions(
     # A column has a list in every row; a bound parameter has none.
     is_column = len(words) == len(completions) and all(isinstance(w, (list, tuple)) for w in words)
     rows = words if is_column else [words] * len(completions)
-    texts = _answers(prompts, completions, rendered_prompts)
+    texts = replies(prompts, completions, rendered_prompts)
     return [_share(text or "", wanted) for text, wanted in zip(texts, rows)]
 
 
@@ -135,20 +135,12 @@ def words_fault(value: Any) -> str | None:
 exact_match.column_faults = {"answer": text_fault}
 exact_match.right_or_wrong = True
 token_f1.column_faults = {"answer": text_fault}
+repetition_penalty.options = ("ngram",)
 mentions.column_faults = {"words": words_fault}
 
 
-def _answers(
-    prompts: list[Any], completions: list[Any], rendered_prompts: list[str] | None
-) -> list[str | None]:
-    """The text of each completion after its thinking; None if the thinking does not end."""
-    thinking = begin_in_thinking(prompts, rendered_prompts)
-    return [
-        after_thinking(text_of(c), inside) for c, inside in zip(completions, thinking, strict=True)
-    ]
-
-
-def _accepted(value: Any) -> Sequence[str]:
+def accepted(value: Any) -> Sequence[str]:
+    """The accepted texts of a value of `answer`. Raises ValueError if it holds none."""
     if fault := text_fault(value):
         raise ValueError(f"`answer` {fault}: {value!r}")
     return [value] if isinstance(value, str) else value

@@ -24,10 +24,11 @@ class Ticket:
         self._seconds = np.zeros(shape)
         self._failures: list[Failure] = []
         self._metrics: dict[str, tuple[float, int]] = {}
+        self._sums: dict[str, float] = {}
         self._extras: dict[str, list] = {}
         self._retried: dict[str, tuple[int, str]] = {}
         self._open = len(rewards) * rows
-        self._done = threading.Event()
+        self._lock, self._done = threading.Lock(), threading.Event()
         self._fault: str | None = None
         if not self._open:
             self._done.set()
@@ -50,6 +51,7 @@ class Ticket:
             seconds=named(self._seconds),
             failures=tuple(order),
             metrics=self._metrics,
+            sums=self._sums,
             extras=self._extras,
             retried=self._retried,
         )
@@ -60,7 +62,11 @@ class Ticket:
         return (total if self._done.is_set() else total - self._open), total
 
     def fill(self, reward: int, rows: range, answer: Answer) -> None:
-        """Records the outcome of one call (of one completion, if it failed)."""
+        """Records the outcome of one call (of one completion, if it failed); any thread may."""
+        with self._lock:
+            self._fill(reward, rows, answer)
+
+    def _fill(self, reward: int, rows: range, answer: Answer) -> None:
         self._seconds[reward, rows] = answer.seconds / len(rows)
         faults = answer.faults
         if answer.values is None:
@@ -69,11 +75,13 @@ class Ticket:
             self._values[reward, rows] = answer.values
         for i, message in faults.items():
             self._failed[reward, rows[i]] = True
-            kind = answer.failure or "values"
+            kind = answer.failure or answer.kinds.get(i, "values")
             self._failures.append(Failure(self._rewards[reward].name, rows[i], kind, message))
         for name, (total, count) in answer.metrics.items():
             before = self._metrics.get(name, (0.0, 0))
             self._metrics[name] = (before[0] + total, before[1] + count)
+        for name, total in answer.sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + total
         for name, values in answer.extras.items():
             column = self._extras.setdefault(name, [None] * self._rows)
             column[rows.start : rows.stop] = values

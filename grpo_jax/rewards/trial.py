@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from grpo_jax.data.problems import Problem, as_reply
 from grpo_jax.messages.progress import show_progress
+from grpo_jax.rewards import ensembles, relations
 from grpo_jax.rewards import scores as scores_lib
 from grpo_jax.rewards.pool import Pool
 from grpo_jax.rewards.scores import Scores
@@ -39,24 +41,55 @@ def score(
         before = time.monotonic()
         by_model = pool.models(problems, texts, 1)
         seconds = time.monotonic() - before
-        scores = scores_lib.with_models(scores, pool.rewards, by_model, seconds)
+        scores = scores_lib.with_models(scores, pool.measured, by_model, seconds)
+    scores = ensembles.add(scores, pool.rewards)
     return scores, time.monotonic() - began
 
 
-def figures(scores: Scores, seconds: float) -> dict[str, Any]:
-    """The output of `--json`: each reward's mean and deviation over the rows with a value."""
+def figures(scores: Scores, seconds: float, lengths: Sequence[int]) -> dict[str, Any]:
+    """The output of `--json`: each reward's distribution over the rows with a value, and its cost.
+
+    `lengths`: of the texts, characters. Correlations are by name, None where there is none.
+    """
     rewards = {}
     for name, value_B in scores.by_name.items():
         known_B = value_B[~np.isnan(value_B)]
+        measured = {
+            "mean": known_B.mean,
+            "std": known_B.std,
+            "min": known_B.min,
+            "median": lambda known_B=known_B: np.median(known_B),
+            "max": known_B.max,
+        }
         rewards[name] = {
-            "mean": float(known_B.mean()) if len(known_B) else None,
-            "std": float(known_B.std()) if len(known_B) else None,
+            **{n: float(f()) if len(known_B) else None for n, f in measured.items()},
             "ones": int((value_B == 1.0).sum()),
             "failed": int(scores.failed[name].sum()),
             "none": int((np.isnan(value_B) & ~scores.failed[name]).sum()),
+            "seconds_per_1000": 1000 * float(scores.seconds[name].mean()),
         }
+    columns = related(scores, lengths)
+    number_MM = relations.correlations(columns)
     rows = len(scores.reward_B)
-    return {"rows": rows, "rewards": rewards, "rows_per_second": rows / max(seconds, 1e-9)}
+    return {
+        "rows": rows,
+        "rewards": rewards,
+        "correlations": {
+            one: {
+                other: None if np.isnan(value) else float(value)
+                for other, value in zip(columns, row)
+            }
+            for one, row in zip(columns, number_MM)
+        },
+        "per_1000": {name: 1000 * total / rows for name, total in scores.sums.items()},
+        "logged": {name: total / count for name, (total, count) in scores.metrics.items()},
+        "rows_per_second": rows / max(seconds, 1e-9),
+    }
+
+
+def related(scores: Scores, lengths: Sequence[int]) -> dict[str, np.ndarray]:
+    """The columns that are compared: each reward, and the length of the texts, characters."""
+    return {**scores.by_name, "length": np.asarray(lengths, np.float64)}
 
 
 def item(i: int, problem: Problem, text: str, scores: Scores) -> dict[str, Any]:

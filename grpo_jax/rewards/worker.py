@@ -78,7 +78,9 @@ class Answer:
     failure: str = ""  # "error", "values" or "memory"; the pool adds "timeout" and "died"
     message: str = ""
     faults: dict[int, str] = dataclasses.field(default_factory=dict)  # rows with an invalid value
+    kinds: dict[int, str] = dataclasses.field(default_factory=dict)  # of these; "values" if not
     metrics: dict[str, tuple[float, int]] = dataclasses.field(default_factory=dict)  # sum, count
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)  # as in `Scores`
     extras: dict[str, list] = dataclasses.field(default_factory=dict)
     is_spent: bool = False  # this process must be replaced
 
@@ -92,7 +94,7 @@ def answer(found: Callable, name: str, call: Call, max_completion_tokens: int) -
     try:
         got = found(**{n: given[n] for n in registry.accepted(found, given)})
         if inspect.isawaitable(got):
-            got = _waited_for(got)
+            got = waited_for(got)
         numbers_B, faults = values_lib.read(name, got, call.completions)
     except values_lib.WrongValuesError as error:
         return Answer(None, time.monotonic() - began, "values", f"{error}{_stands(found)}")
@@ -169,14 +171,14 @@ def _told(error: BaseException, found: Callable, name: str, call: Call) -> str:
     """The message for an error in a function: the error, its location, and the arguments."""
     where = place.of_error(error, found)
     return (
-        f"The reward {name!r} raised {type(error).__name__}: {_said(error)}"
+        f"The reward {name!r} raised {type(error).__name__}: {said(error)}"
         f"{f' ({where})' if where else ''}. It was called with {len(call.completions)} "
         f"completions and the columns {sorted(call.columns)}; the first completion was "
         f"{shown(call.completions[0])}."
     )
 
 
-def _said(error: BaseException, limit: int = 300) -> str:
+def said(error: BaseException, limit: int = 300) -> str:
     """An error's text without secrets, then cut: half of a secret would not be recognized."""
     try:
         text = str(error)
@@ -193,9 +195,14 @@ def _stands(found: Callable) -> str:
 # --- Asynchronous functions -----------------------------------------------------------------------
 
 
-def _waited_for(awaitable: Awaitable) -> Any:
+def waited_for(awaitable: Awaitable) -> Any:
     """The result of an awaitable; raises its error."""
-    result, error = asyncio.run_coroutine_threadsafe(_outcome(awaitable), _loop()).result()
+    future = asyncio.run_coroutine_threadsafe(_outcome(awaitable), _loop())
+    try:
+        result, error = future.result()
+    except BaseException:  # this thread was interrupted
+        future.cancel()
+        raise
     if error is not None:
         raise error
     return result
@@ -224,7 +231,7 @@ def _loop() -> asyncio.AbstractEventLoop:
 
 def main(descriptor: int) -> None:
     """Answers the calls that come through the pipe until it is closed."""
-    _hide_secrets()
+    hide_secrets()
     pipe = Connection(descriptor)
     os.set_inheritable(descriptor, False)  # programs that a function starts cannot answer,
     os.register_at_fork(after_in_child=pipe.close)  # nor can forks of this process
@@ -238,7 +245,7 @@ def main(descriptor: int) -> None:
         given_lib.receive(setup.given)
         functions = [registry.function(spec) for spec in setup.specs]
     except BaseException as error:
-        pipe.send(f"{type(error).__name__}: {_said(error, 1000)}")
+        pipe.send(f"{type(error).__name__}: {said(error, 1000)}")
         return
     pipe.send(None)  # ready
     try:
@@ -269,7 +276,7 @@ def _can_speak() -> bool:
         return False
 
 
-class _Hiding(io.TextIOWrapper):
+class Hiding(io.TextIOWrapper):
     """An output stream that hides keys and passwords, also in tracebacks of any thread.
 
     A failed write, as when nobody reads the output any more, is not a failure of the reward.
@@ -283,10 +290,10 @@ class _Hiding(io.TextIOWrapper):
         return len(text)
 
 
-def _hide_secrets() -> None:
+def hide_secrets() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         encoding, errors = stream.encoding, stream.errors
-        hiding = _Hiding(stream.detach(), encoding=encoding, errors=errors, line_buffering=True)
+        hiding = Hiding(stream.detach(), encoding=encoding, errors=errors, line_buffering=True)
         setattr(sys, name, hiding)
         setattr(sys, f"__{name}__", hiding)

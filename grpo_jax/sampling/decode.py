@@ -118,7 +118,9 @@ class Slots:
     prompt_length_R: Array
     key_RW2: Array  # uint32: the completion's random key
     token_RW: Array  # last token
-    time_RW: Array  # its position in the completion
+    time_RW: Array  # its position among the tokens that the lane draws
+    first_RW: Array  # position of the first of these in the completion; not 0 in a later turn
+    limit_RW: Array  # tokens that the lane may draw
     live_RW: Array  # bool
     stopped_RW: Array  # bool: ended by a stop token
     completion_RWC: Array
@@ -137,6 +139,8 @@ def empty(decoder: Decoder, slots: int, lanes: int, prompt_tokens: int) -> Slots
         key_RW2=jnp.zeros((slots, lanes, 2), jnp.uint32),
         token_RW=jnp.zeros((slots, lanes), jnp.int32),
         time_RW=jnp.zeros((slots, lanes), jnp.int32),
+        first_RW=jnp.zeros((slots, lanes), jnp.int32),
+        limit_RW=jnp.zeros((slots, lanes), jnp.int32),
         live_RW=jnp.zeros((slots, lanes), bool),
         stopped_RW=jnp.zeros((slots, lanes), bool),
         completion_RWC=jnp.zeros((slots, lanes, limit), jnp.int32),
@@ -146,7 +150,7 @@ def empty(decoder: Decoder, slots: int, lanes: int, prompt_tokens: int) -> Slots
 
 @jax.named_scope("choose")
 def _choose(decoder: Decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature):
-    """The token at position `time_RW` of each lane and its log-probability, both [R, W].
+    """The token at position `time_RW` of each completion and its log-probability, both [R, W].
 
     Without a temperature it is the token with the highest logit. The uniform number of a draw
     follows from the completion's key and the token's position.
@@ -206,11 +210,13 @@ def admit(
     slot_A: Array,
     key_AW2: Array,
     used_AW: Array,
+    first_AW: Array,
+    limit_AW: Array,
 ) -> Slots:
     """Slots with A prompts prefilled and the first token of each of their completions drawn.
 
     Prompt a goes into slot `slot_A[a]`. A slot number past the end is dropped, so A can be padded.
-    `used_AW`: lanes that hold a completion.
+    `used_AW`: lanes that hold a completion. `first_AW`, `limit_AW`: as in `Slots`.
     """
     hidden_AD, fresh = transformer.prefill(
         params,
@@ -224,9 +230,8 @@ def admit(
     )
     lanes = used_AW.shape
     hidden_AWD = jnp.broadcast_to(hidden_AD[:, None], (*lanes, hidden_AD.shape[-1]))
-    time_AW = jnp.zeros(lanes, jnp.int32)
     token_AW, logp_AW = _choose(
-        decoder, hidden_AWD, parameters.head_kernel(params), key_AW2, time_AW, temperature
+        decoder, hidden_AWD, parameters.head_kernel(params), key_AW2, first_AW, temperature
     )
     stop_AW = _is_stop(decoder, token_AW)
     by_part = functools.partial(_by_part, decoder.parts)
@@ -239,8 +244,10 @@ def admit(
         prompt_length_R=put(slots.prompt_length_R, length_A),
         key_RW2=put(slots.key_RW2, key_AW2),
         token_RW=put(slots.token_RW, token_AW),
-        time_RW=put(slots.time_RW, time_AW),
-        live_RW=put(slots.live_RW, used_AW & ~stop_AW & (decoder.max_tokens > 1)),
+        time_RW=put(slots.time_RW, jnp.zeros_like(first_AW)),
+        first_RW=put(slots.first_RW, first_AW),
+        limit_RW=put(slots.limit_RW, limit_AW),
+        live_RW=put(slots.live_RW, used_AW & ~stop_AW & (limit_AW > 1)),
         stopped_RW=put(slots.stopped_RW, used_AW & stop_AW),
         completion_RWC=put_first(slots.completion_RWC, token_AW, slot_A),
         logp_RWC=put_first(slots.logp_RWC, logp_AW, slot_A),
@@ -303,8 +310,9 @@ def decode(
             frozen_product=decoder.frozen_product,
         )
         time_RW = slots.time_RW + live_RW
+        place_RW = slots.first_RW + time_RW
         token_RW, logp_RW = _choose(
-            decoder, hidden_RWD, head_DV, slots.key_RW2, time_RW, temperature
+            decoder, hidden_RWD, head_DV, slots.key_RW2, place_RW, temperature
         )
         at = jnp.where(live_RW, time_RW, decoder.max_tokens)  # past the end: dropped
         stop_RW = live_RW & _is_stop(decoder, token_RW)
@@ -313,7 +321,7 @@ def decode(
             column_1=(slots.column_1 + 1) % decoder.max_tokens,
             token_RW=jnp.where(live_RW, token_RW, slots.token_RW),
             time_RW=time_RW,
-            live_RW=live_RW & ~stop_RW & (time_RW + 1 < decoder.max_tokens),
+            live_RW=live_RW & ~stop_RW & (time_RW + 1 < slots.limit_RW),
             stopped_RW=slots.stopped_RW | stop_RW,
             completion_RWC=slots.completion_RWC.at[r, w, at].set(token_RW, mode="drop"),
             logp_RWC=slots.logp_RWC.at[r, w, at].set(logp_RW, mode="drop"),

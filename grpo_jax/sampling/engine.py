@@ -16,26 +16,22 @@ slots.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from grpo_jax.devices import by_shard as by_shard_lib
 from grpo_jax.devices import compiling, sharding, transfer
 from grpo_jax.devices.compiling import Call
-from grpo_jax.models import lora
-from grpo_jax.sampling import decode
+from grpo_jax.sampling import decode, shapes
+from grpo_jax.sampling import layouts as layouts_lib
+from grpo_jax.sampling.board import NO_MORE, Board, Drawn, Queues, Source, Turn
 from grpo_jax.sampling.publish import Publisher
 from grpo_jax.structs import Array, Params, Rollouts, pad_rows
 
-_PROMPT_STEP = 16  # prompts are padded to a multiple of this: few shapes to compile
 _NEVER = 2**30
-_PROMPTS = 1024, 2048  # tokens: whole pages and blocks of any kernel's cache
 _NONE = -1, 1  # (slots, lanes): no smaller layout
 
 
@@ -43,36 +39,6 @@ _NONE = -1, 1  # (slots, lanes): no smaller layout
 def row_keys(key: Array, rows: Array) -> Array:
     """The data of a key for each row, uint32 [B, 2]."""
     return jax.random.key_data(jax.vmap(lambda r: jax.random.fold_in(key, r))(rows))
-
-
-@dataclasses.dataclass
-class _Board:
-    """The completion that each lane decodes: its global row number, or -1; slots by shard."""
-
-    row_SRW: np.ndarray
-
-    @staticmethod
-    def empty(shards: int, slots: int, lanes: int) -> _Board:
-        return _Board(np.full((shards, slots, lanes), -1))
-
-    @property
-    def row_RW(self) -> np.ndarray:  # noqa: N802
-        """The same in the device's layout, one shard after the other."""
-        return self.row_SRW.reshape(-1, self.row_SRW.shape[-1])
-
-    @property
-    def free_SR(self) -> np.ndarray:  # noqa: N802
-        """True for slots without a completion."""
-        return (self.row_SRW < 0).all(axis=2)
-
-
-def _num_bytes(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def padded(longest: int) -> int:
-    """The padded length of prompts of at most `longest` tokens."""
-    return -(-longest // _PROMPT_STEP) * _PROMPT_STEP
 
 
 class Engine:
@@ -107,7 +73,8 @@ class Engine:
             slots *= decoder.parts
             return by_shard(lambda: decode.empty(decoder, slots, lanes, prompt_tokens), 0)()
 
-        placed = self._slot_shardings(jax.eval_shape(lambda: empty_slots(1, 1, _PROMPT_STEP)))
+        shortest = layouts_lib.padded(1)
+        placed = shapes.slot_shardings(decoder, jax.eval_shape(lambda: empty_slots(1, 1, shortest)))
         self.empty = jax.jit(empty_slots, static_argnums=(0, 1, 2), out_shardings=placed)
         jit = functools.partial(
             jax.jit,
@@ -122,31 +89,7 @@ class Engine:
     @functools.cached_property
     def traffic(self) -> dict[str, float]:
         """Bytes that decoding must read, for `roofline.rollout`; scales included."""
-        decoder, model = self.decoder, self.decoder.model
-        like = self.publish.like(lora.weight_shapes(model))
-        read = [x for name, x in like.items() if name != "embed" or model.tied_head]
-        # Two caches that differ only in the number of prompt tokens.
-        few, many = (jax.eval_shape(lambda n=n: decode.empty(decoder, 1, 1, n)) for n in _PROMPTS)
-        return {
-            "weights": _num_bytes(read),
-            "cache": (_num_bytes(many.cache) - _num_bytes(few.cache)) / (_PROMPTS[1] - _PROMPTS[0]),
-            "weight_shards": decoder.mesh.shape["tensor"],
-        }
-
-    def _slot_shardings(self, like: decode.Slots) -> decode.Slots:
-        """Shardings of slots; caches are split inside a shard by head, or by slot."""
-        decoder = self.decoder
-        rows, heads = ("slots", "kv_heads") if decoder.parts == 1 else ("attention_slots", None)
-
-        def place(axes: tuple[str | None, ...], tree):
-            def one(x: jax.ShapeDtypeStruct) -> NamedSharding:
-                names = axes + (None,) * (x.ndim - len(axes))
-                return sharding.sharding_of(decoder.mesh, names, x.shape)
-
-            return jax.tree.map(one, tree)
-
-        by_slot = place(("slots",), like.replace(cache=()))
-        return by_slot.replace(cache=place((rows, heads), like.cache))
+        return shapes.traffic(self.decoder, self.publish)
 
     def sampling(
         self, params: Params, num_prompts: int, group: int, longest: int, temperature: float
@@ -156,10 +99,27 @@ class Engine:
         `params`: from `publish`, or their shapes. Further calls of `compact`, and prefills when
         only some slots are free, are the same programs for fewer rows.
         """
-        layouts, width = self.layouts(num_prompts, group), self.padded(longest)
-        num_slots, lanes = layouts[0]
         rows = num_prompts * group
         keys = Call(row_keys, (jax.eval_shape(jax.random.key, 0), np.arange(rows, dtype=np.int32)))
+        layouts, width = self.layouts(num_prompts, group), self.padded(longest)
+        return [keys, *self._programs(params, layouts, width, temperature)]
+
+    def sampling_later(
+        self, params: Params, num_prompts: int, group: int, longest: int, temperature: float
+    ) -> list[Call]:
+        """The programs of `later_turns` of all completions at once, as `sampling`.
+
+        `longest`: tokens of the longest prefix. Fewer or shorter turns are the same programs for
+        smaller shapes.
+        """
+        first, *_ = self.layouts(num_prompts, group)
+        layouts = layouts_lib.of_turns(first, first[0] * first[1], compact=self.compact)
+        return self._programs(params, layouts, layouts_lib.turn_width(longest), temperature)
+
+    def _programs(
+        self, params: Params, layouts: list[layouts_lib.Layout], width: int, temperature: float
+    ) -> list[Call]:
+        num_slots, lanes = layouts[0]
         empty = Call(self.empty, (num_slots, lanes, width))
         slots = empty.result()
         temperature = np.float32(temperature) if temperature else None
@@ -170,15 +130,14 @@ class Engine:
             self._slot_rows((number,), np.int32),
             self._slot_rows((number, lanes, 2), np.uint32),
             self._slot_rows((number, lanes), np.bool_),
+            *[self._slot_rows((number, lanes), np.int32)] * 2,
         )
         following = layouts[1] if len(layouts) > 1 else _NONE
+        enough_S = self._slot_rows((self.shards,), np.int32)
         calls = [
-            keys,
             empty,
             self._admitting(params, temperature, slots, prompts),
-            self._decoding(
-                params, temperature, following, self._slot_rows((self.shards,), np.int32), slots
-            ),
+            self._decoding(params, temperature, following, enough_S, slots),
         ]
         if len(layouts) > 1:
             number, lanes = layouts[1][0] * self.shards, layouts[1][1]
@@ -232,20 +191,19 @@ class Engine:
         logp_BC = np.zeros((num_rows, limit), np.float32)
         length_B, stopped_B = np.zeros(num_rows, np.int32), np.zeros(num_rows, bool)
         missing_P = np.full(len(prompts), group)
-        # All processes of a shard hold all of its parts.
-        shard_P = self._shard_of(len(prompts)) // self.decoder.parts
-        held_P = transfer.shards_held(self.decoder.mesh)[shard_P]
-        own_P = transfer.shard_owners(self.decoder.mesh)[shard_P] == jax.process_index()
-        for rows, completion, logp, time, stopped in self._finished(
-            params, prompts, group, key, temperature, meanwhile
+        held_P, own_P = self.places(len(prompts))
+        key_B2 = self.keys(key, num_rows)
+        for drawn in self.first_turns(
+            params, prompts, group, key_B2, temperature, meanwhile=meanwhile
         ):
             on_harvest()
-            for i, row in enumerate(rows):
-                p, n = int(row) // group, time[i] + 1
-                length_B[row], stopped_B[row] = n, stopped[i]
+            for i, row in enumerate(drawn.row_B):
+                p, n = int(row) // group, int(drawn.length_B[i])
+                length_B[row], stopped_B[row] = n, drawn.stopped_B[i]
                 missing_P[p] -= 1
                 if held_P[p]:
-                    completion_BC[row, :n], logp_BC[row, :n] = completion[i, :n], logp[i, :n]
+                    completion_BC[row, :n] = drawn.token_BC[i, :n]
+                    logp_BC[row, :n] = drawn.logp_BC[i, :n]
                 if on_group and own_P[p] and not missing_P[p]:
                     whole = range(p * group, (p + 1) * group)
                     on_group(p, [completion_BC[r, : length_B[r]].tolist() for r in whole])
@@ -260,129 +218,188 @@ class Engine:
             stopped_PG=stopped_B.reshape(shape),
         )
 
+    def keys(self, key: Array, num_rows: int) -> np.ndarray:
+        """The data of the random key of each completion, uint32 [B, 2]."""
+        return np.asarray(row_keys(key, np.arange(num_rows, dtype=np.int32)))
+
+    def places(self, num_prompts: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which prompts' completions this process holds, and which it alone reports; bool [P]."""
+        # All processes of a shard hold all of its parts.
+        shard_P = self._shard_of(num_prompts) // self.decoder.parts
+        held_P = transfer.shards_held(self.decoder.mesh)[shard_P]
+        return held_P, transfer.shard_owners(self.decoder.mesh)[shard_P] == jax.process_index()
+
+    def first_turns(
+        self,
+        params: Params,
+        prompts: Sequence[list[int]],
+        group: int,
+        key_B2: np.ndarray,
+        temperature: float,
+        *,
+        limit: int | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Iterator[Drawn]:
+        """`group` completions of every prompt, as they finish, each of at most `limit` tokens.
+
+        `key_B2`: from `keys`; `meanwhile`: as for `generate`. None: the limit of completions.
+        """
+        layouts = self.layouts(len(prompts), group)
+        limit = limit or self.decoder.max_tokens
+        queues = self._queues(prompts, group, layouts[0][1], limit)
+        width = self.padded(max(map(len, prompts)))
+        yield from self._drawn(
+            params, queues, layouts, width, key_B2, temperature, meanwhile=meanwhile
+        )
+
+    def later_turns(
+        self,
+        params: Params,
+        turns: Sequence[Turn],
+        num_prompts: int,
+        group: int,
+        width: int,
+        key_B2: np.ndarray,
+        temperature: float,
+        *,
+        expected: int = 0,
+        source: Source = NO_MORE,
+    ) -> Iterator[Drawn]:
+        """Turns of single completions that go on, as they finish.
+
+        `num_prompts` and `group` are those of `first_turns`, whose slots bound those used here.
+        `width`: tokens of the longest prefix, from `layouts.turn_width`. `source` gives further
+        turns of at most that length, `expected` of them at once with those in `turns`.
+        """
+        queues: Queues = [collections.deque() for _ in range(self.shards)]
+        for shard, turn in zip(self.shards_of(turns, num_prompts, group), turns):
+            queues[shard].append(turn)
+        needed = max(*map(len, queues), -(-(len(turns) + expected) // self.shards))
+        first = self.layouts(num_prompts, group)[0]
+        layouts = layouts_lib.of_turns(first, needed, compact=self.compact)
+        yield from self._drawn(params, queues, layouts, width, key_B2, temperature, source=source)
+
+    def shards_of(self, turns: Sequence[Turn], num_prompts: int, group: int) -> np.ndarray:
+        """The shard of each turn: with several processes that of its first turn."""
+        if jax.process_count() == 1:
+            return self._shard_of(len(turns))
+        return self._shard_of(num_prompts)[[turn.rows[0] // group for turn in turns]]
+
     def _shard_of(self, number: int) -> np.ndarray:
         """The shard of each of `number` items: in blocks, as the rows of a batch are split."""
         return np.arange(number) * self.shards // number
 
     def padded(self, longest: int) -> int:
         """The padded length of prompts of at most `longest` tokens."""
-        return padded(longest)
+        return layouts_lib.padded(longest)
 
     def read_at_once(self, num_slots: int) -> int:
         """Prompts that a shard with `num_slots` free slots prefills at once."""
         return min(-(-self.num_read // self.shards) or num_slots, num_slots)
 
-    def layouts(self, num_prompts: int, group: int) -> list[tuple[int, int]]:
-        """The first (slots, lanes) of a shard, and the smaller ones to move to, largest first.
+    def layouts(self, num_prompts: int, group: int) -> list[layouts_lib.Layout]:
+        """The first layout of a shard, and the smaller ones to move to; see `layouts.of_groups`."""
+        return layouts_lib.of_groups(
+            num_prompts,
+            group,
+            num_slots=self.num_slots,
+            shards=self.shards,
+            compact=self.compact,
+        )
 
-        Lanes shrink faster than slots: a long tail is one or two completions of many prompts.
-        """
-        num_rows = min(self.num_slots or num_prompts * group, num_prompts * group)
-        lanes = min(group, -(-num_rows // self.shards))
-        # A group wider than a slot is split; each part has its own copy of the prompt.
-        slots = min(num_rows // lanes, num_prompts * -(-group // lanes))
-        slots = -(-slots // self.shards)
-        layouts = [(slots, lanes)]
-        rows = slots * lanes // 2
-        while self.compact and rows >= 8 and len(layouts) < 5:
-            lanes = max(1, lanes // 4)
-            layouts.append((rows // lanes, lanes))
-            rows //= 2
-        return layouts
-
-    def _finished(
-        self, params, prompts, group: int, key: Array, temperature: float, meanwhile
-    ) -> Iterator[tuple[np.ndarray, ...]]:
-        """Completions as they finish: global rows [n], tokens, logps [n, C], last times, stops."""
-        layouts = self.layouts(len(prompts), group)
+    def _drawn(
+        self,
+        params,
+        waiting: Queues,
+        layouts: list[tuple[int, int]],
+        width: int,
+        key_B2: np.ndarray,
+        temperature: float,
+        *,
+        meanwhile: Callable[[], None] | None = None,
+        source: Source = NO_MORE,
+    ) -> Iterator[Drawn]:
+        """Completions as they finish."""
         num_slots, lanes = layouts[0]
-        width = self.padded(max(map(len, prompts)))
-        key_B2 = np.asarray(row_keys(key, np.arange(len(prompts) * group, dtype=np.int32)))
-        waiting = self._queues(len(prompts), group, lanes)
-        board = _Board.empty(self.shards, num_slots, lanes)
+        board = Board.empty(self.shards, num_slots, lanes)
         slots = self.empty(num_slots, lanes, width)
         temperature = np.float32(temperature) if temperature else None
         at_once = self.read_at_once(num_slots)
         # Refills wait until a quarter of the slots is free: each one interrupts all lanes.
         refill = max(1, num_slots // 4)
-        finished: list[tuple[np.ndarray, ...]] = []
-        while any(waiting) or (board.row_SRW >= 0).any():
+        finished: list[Drawn] = []
+        while True:
+            if source.pending:
+                is_idle = not any(waiting) and not board.is_busy
+                if is_idle:
+                    yield from finished  # further turns may follow from these
+                    finished = []
+                for shard, turn in source.take(is_idle):
+                    waiting[shard].append(turn)
+            if not any(waiting) and not board.is_busy:
+                break
             size = at_once if board.free_SR.all() else min(refill, at_once)
             while any(queue and free_R.any() for queue, free_R in zip(waiting, board.free_SR)):
-                args = self._next_prompts(waiting, board, prompts, group, size, width, key_B2)
-                slots = self._admitting(params, temperature, slots, args)()
+                slots = self._admitting(
+                    params, temperature, slots, self._placed(board, waiting, size, width, key_B2)
+                )()
             if meanwhile is not None:  # the device has something to do
                 meanwhile()
                 meanwhile = None
             finished.append(self._harvest(slots, board))  # those that ended with their first token
-            if not any(waiting):
+            is_last = not any(waiting) and not source.pending
+            if is_last:
                 slots, board, layouts = self._shrink(slots, board, layouts)
-            if (board.row_SRW < 0).all():
+            if not board.is_busy:
                 continue
             self.shapes.add((*board.row_SRW.shape[1:], width))
-            following = layouts[1] if not any(waiting) and len(layouts) > 1 else _NONE
-            enough_S = self._enough(waiting, board, refill)
+            following = layouts[1] if is_last and len(layouts) > 1 else _NONE
+            enough_S = self._enough(waiting, board, refill, source.pending)
             slots = self._decoding(params, temperature, following, enough_S, slots)()
             yield from finished  # processed while the device decodes
             finished = [self._harvest(slots, board)]
         yield from finished
 
-    def _queues(self, num_prompts: int, group: int, lanes: int) -> list[collections.deque]:
+    def _queues(self, prompts: Sequence[list[int]], group: int, lanes: int, limit: int) -> Queues:
         """The queue of each shard: the rows of a group, or of a part of a group wider than a slot.
 
         Shards get equally many parts. A group must stay on one process, which rewards it, and in
         the shard that trains on it. With several processes its parts are therefore kept together if
         an equal division might separate them.
         """
+        num_prompts = len(prompts)
         parts = [
-            list(range(p * group + g, p * group + min(g + lanes, group)))
-            for p in range(num_prompts)
+            Turn(range(p * group + g, p * group + min(g + lanes, group)), ids, 0, limit)
+            for p, ids in enumerate(prompts)
             for g in range(0, group, lanes)
         ]
         shard_of = self._shard_of(len(parts))
         if jax.process_count() > 1 and num_prompts % sharding.num_row_shards(self.decoder.mesh):
             shard_of = self._shard_of(num_prompts).repeat(len(parts) // num_prompts)
-        queues = [collections.deque() for _ in range(self.shards)]
-        for shard, rows in zip(shard_of, parts):
-            queues[shard].append(rows)
+        queues: Queues = [collections.deque() for _ in range(self.shards)]
+        for shard, turn in zip(shard_of, parts):
+            queues[shard].append(turn)
         return queues
 
-    def _enough(self, waiting: list[collections.deque], board: _Board, refill: int) -> Array:
+    def _enough(self, waiting: Queues, board: Board, refill: int, more_come: bool) -> Array:
         """The number of free slots at which each shard returns to the host, if any prompt waits.
 
         A shard without waiting prompts may decode as long as the others: its present free slots do
-        not count.
+        not count. So it is for all where `more_come`.
         """
         free_S = board.free_SR.sum(axis=1)
         enough_S = np.full(self.shards, _NEVER, np.int32)
-        if any(waiting):
+        if any(waiting) or more_come:
             for s, queue in enumerate(waiting):
                 enough_S[s] = min(refill, len(queue)) if queue else free_S[s] + refill
         return transfer.shard_rows(self.decoder.mesh, enough_S, "slots")
 
-    def _next_prompts(self, waiting, board: _Board, prompts, group, size, width, key_B2):
-        """Arguments of `decode.admit` for up to `size` prompts a shard, taken from its queue."""
-        shards, num_slots, lanes = board.row_SRW.shape
-        slot_SA = np.full((shards, size), num_slots, np.int32)
-        prompt_SAQ = np.zeros((shards, size, width), np.int32)
-        length_SA = np.ones((shards, size), np.int32)
-        key_SAW2 = np.zeros((shards, size, lanes, 2), np.uint32)
-        used_SAW = np.zeros((shards, size, lanes), bool)
-        free = [np.flatnonzero(free_R)[:size] for free_R in board.free_SR]
-        for s, a in np.ndindex(shards, size):
-            if not waiting[s] or a >= len(free[s]):
-                continue
-            rows = waiting[s].popleft()
-            prompt = prompts[rows[0] // group]
-            slot_SA[s, a] = free[s][a]
-            prompt_SAQ[s, a, : len(prompt)], length_SA[s, a] = prompt, len(prompt)
-            key_SAW2[s, a, : len(rows)], used_SAW[s, a, : len(rows)] = key_B2[rows], True
-            board.row_SRW[s, free[s][a], : len(rows)] = rows
-        fields = prompt_SAQ, length_SA, slot_SA, key_SAW2, used_SAW
-        rows = tuple(x.reshape(-1, *x.shape[2:]) for x in fields)
+    def _placed(self, board: Board, waiting: Queues, size: int, width: int, key_B2) -> tuple:
+        """Arguments of `decode.admit` for up to `size` turns a shard, on the device."""
+        rows = board.place(waiting, size, width, key_B2)
         return transfer.shard_rows(self.decoder.mesh, rows, "slots")
 
-    def _harvest(self, slots: decode.Slots, board: _Board) -> tuple[np.ndarray, ...]:
+    def _harvest(self, slots: decode.Slots, board: Board) -> Drawn:
         """Completions finished since the last harvest; tokens only if this process holds them.
 
         Their lanes are free afterwards.
@@ -392,12 +409,14 @@ class Engine:
         rows = row_RW[done]
         row_RW[done] = -1
         if not len(rows):
-            return (rows,) + (np.zeros((0,)),) * 4
-        tokens = transfer.rows_held((slots.completion_RWC, slots.logp_RWC))
-        ends = transfer.to_host((slots.time_RW, slots.stopped_RW))
-        return rows, *(x[done] for x in (*tokens, *ends))
+            return Drawn(rows, *[np.zeros((0,))] * 4)
+        token_BC, logp_BC = (
+            x[done] for x in transfer.rows_held((slots.completion_RWC, slots.logp_RWC))
+        )
+        time_RW, stopped_RW = transfer.to_host((slots.time_RW, slots.stopped_RW))
+        return Drawn(rows, token_BC, logp_BC, time_RW[done] + 1, stopped_RW[done])
 
-    def _shrink(self, slots: decode.Slots, board: _Board, layouts: list[tuple[int, int]]):
+    def _shrink(self, slots: decode.Slots, board: Board, layouts: list[tuple[int, int]]):
         """Moves the live completions to the smallest layout that holds them."""
         live_SR = (board.row_SRW >= 0).sum(axis=2)
         fitting = [
@@ -405,19 +424,6 @@ class Engine:
         ]
         if not fitting or not live_SR.any():
             return slots, board, layouts
-        shards, (num_slots, lanes) = len(live_SR), layouts[fitting[-1]]
-        slot_SR = np.zeros((shards, num_slots), np.int32)
-        lane_SRW = np.zeros((shards, num_slots, lanes), np.int32)
-        new = _Board.empty(shards, num_slots, lanes)
-        for s in range(shards):
-            at = 0
-            for old, rows in enumerate(board.row_SRW[s]):
-                alive = np.flatnonzero(rows >= 0)
-                for start in range(0, len(alive), lanes):
-                    part = alive[start : start + lanes]
-                    slot_SR[s, at], lane_SRW[s, at, : len(part)] = old, part
-                    new.row_SRW[s, at, : len(part)] = rows[part]
-                    at += 1
-        moves = slot_SR.reshape(-1), lane_SRW.reshape(-1, lanes), new.row_RW >= 0
+        new, moves = board.moved(layouts[fitting[-1]])
         slots = self._compact(slots, *transfer.shard_rows(self.decoder.mesh, moves, "slots"))
         return slots, new, layouts[fitting[-1] :]

@@ -55,7 +55,7 @@ def _texts(config: ConfigDict, problems: list[Problem]) -> list[str]:
     if solve is None:
         return [""] * len(problems)
     rng = streams.stream(config.seed, "demonstrations")
-    return [solve(problem, rng) for problem in problems]
+    return [tasks.whole(solve(problem, rng)) for problem in problems]
 
 
 def _completion(problem: Problem) -> str:

@@ -27,7 +27,7 @@ from grpo_jax.messages.console import say
 from grpo_jax.models.hf import folder as folder_lib
 from grpo_jax.models.hf import peft
 from grpo_jax.models.policy import Policy
-from grpo_jax.rewards import given
+from grpo_jax.rewards import given, kinds, registry
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.run.whole_files import write_json
 
@@ -154,13 +154,15 @@ def of_critic(path: str, critic: Policy | None) -> Sums:
 
 
 def of_rewards(rewards: Sequence[Reward]) -> dict[str, str]:
-    """Checksums of the files with a user's reward functions, by module name.
+    """Checksums of the files with a user's reward functions, by module name; and of rubrics.
 
     A function passed from Python counts by its own source text.
     """
     found = {}
     for reward in rewards:
-        if reward.model:
+        if reward.runs == kinds.HOST:  # of a rubric
+            found[reward.spec] = registry.function(reward.spec).digest[:16]
+        if reward.runs != kinds.WORKERS:
             continue
         if reward.spec.startswith(given.PREFIX):
             found[reward.spec] = _sum([given.source(reward.spec)])

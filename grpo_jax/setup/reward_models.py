@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -31,9 +32,10 @@ from grpo_jax.learner.scoring import Scorer
 from grpo_jax.models import policy as policy_lib
 from grpo_jax.models.hf import folder as folder_lib
 from grpo_jax.models.policy import Policy
+from grpo_jax.rewards import registry
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.rewards.scores import RewardError
-from grpo_jax.structs import Params, Sampling
+from grpo_jax.structs import ModelConfig, Params, Sampling
 
 _OPTION = "rewards.names"
 
@@ -102,7 +104,15 @@ def _written(problem: Problem, text: str) -> Written:
 def read(path: str, option: str = _OPTION) -> Policy:
     """The reward model of a folder or hub id; ValueError for one without a score of its own."""
     given = folder_lib.as_given(path, option)
-    found = policy_lib.read(path, option, head="scalar")
+    try:
+        found = policy_lib.read(path, option, head="scalar")
+    except ValueError as error:
+        if "model_type" not in str(error):
+            raise
+        raise ValueError(
+            f"{error} An encoder that classifies texts, such as BERT, runs in the reward "
+            f'processes: "classifier:{path}#LABEL".'
+        ) from error
     if found.has_new_head:
         raise ValueError(
             f"{given} is a language model: a reward model has a head with one score (config.json: "
@@ -128,12 +138,49 @@ def load(
     policy, dtype = read(path, option), jnp.dtype(dtype)
 
     def keep(where: Any, x: Any) -> Any:
-        return x if where[0].key == "score" else x.astype(dtype)
+        return x.astype(_dtype_of(where, dtype))
 
     params = policy_lib.load_params(policy, mesh, 0, jnp.float32, keep)
-    kernels = choice.choose(attention, policy.model, mesh, dtype)
-    scorer = Scorer(policy.model, mesh, Sampling(), dtype, kernels=kernels)
-    return RewardModel(policy, mesh, params, scalars.make_values(scorer), now)
+    return RewardModel(policy, mesh, params, _values(policy.model, mesh, dtype, attention), now)
+
+
+def _dtype_of(where: Any, dtype: Any) -> Any:
+    """The dtype of a parameter at a place of the tree, in a model of `dtype`."""
+    return jnp.float32 if where[0].key == "score" else dtype
+
+
+def _values(model: ModelConfig, mesh: Mesh, dtype: Any, attention: str) -> Values:
+    kernels = choice.choose(attention, model, mesh, dtype)
+    return scalars.make_values(Scorer(model, mesh, Sampling(), dtype, kernels=kernels))
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A reward model of a plan: shapes alone."""
+
+    params: Params  # shapes with their shardings
+    values: Values
+
+
+def planned(config: ConfigDict, mesh: Mesh) -> dict[str, Planned]:
+    """The reward models of a config by name, on a mesh whose devices need not be there.
+
+    Reads their config.json; ValueError, naming the option, where there is none.
+    """
+    found, dtype = {}, jnp.dtype(config.model.dtype)
+    for reward in (r for r in registry.named(config.rewards.names) if r.model):
+        folder = policy_lib.find(reward.model, _OPTION)
+        given = folder_lib.as_given(reward.model, _OPTION)
+        model = dataclasses.replace(folder_lib.read_config(folder, given), head="scalar")
+        params = jax.tree_util.tree_map_with_path(
+            lambda where, x: jax.ShapeDtypeStruct(
+                x.shape, _dtype_of(where, dtype), sharding=x.sharding
+            ),
+            policy_lib.param_like(model, mesh),
+        )
+        values = _values(model, mesh, dtype, config.model.attention)
+        found[reward.name] = Planned(params, values)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

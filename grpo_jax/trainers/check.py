@@ -23,9 +23,9 @@ from grpo_jax.models import policy as policy_lib
 from grpo_jax.models.policy import Policy
 from grpo_jax.planning import fit, topologies
 from grpo_jax.planning import plan as plan_lib
+from grpo_jax.planning.lengths import Lengths
 from grpo_jax.planning.plan import Plan
-from grpo_jax.planning.programs import Lengths
-from grpo_jax.rewards import trial
+from grpo_jax.rewards import kinds, trial
 from grpo_jax.setup import inputs, lora, model
 from grpo_jax.setup.rewards import start_rewards
 from grpo_jax.trainers import grpo_run
@@ -119,13 +119,13 @@ def _try_rewards(config: ConfigDict, found: Inputs) -> None:
     if config.data.task:
         task, rng = tasks.load(config.data.task), streams.stream(config.seed, "solutions")
         texts, kind = (
-            [task.worked_solution(p, rng) for p in problems],
+            [tasks.whole(task.worked_solution(p, rng)) for p in problems],
             "worked solutions, right and wrong",
         )
     else:
         texts, kind = [""] * len(problems), "empty completions"
     ids = found.policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    functions = [reward for reward in found.rewards if not reward.model]
+    functions = [r for r in found.rewards if r.runs in (kinds.WORKERS, kinds.HOST)]
     if not functions:
         return
     with start_rewards(config, functions) as pool:

@@ -304,7 +304,7 @@ def build(
     sizes = made.sizes | (models.sizes if models else {})
     rewards = None  # last: no more checks follow
     if data.problems:
-        rewards = start_rewards(config, list(data.rewards), models=models)
+        rewards = start_rewards(config, list(data.rewards), models=models, folder=folder)
 
     def measure(run: Run, state: RunState, alive: Callable[[], None]) -> dict[str, float]:
         return row.measure(run, state, data.held_out, alive)

@@ -85,7 +85,8 @@ def sample_and_reward(run: Run, state: RunState, monitor: Monitor) -> None:
         scores = monitor.rewards(state, sampled.rewards, sampled.draws)  # device busy
         greedy = sampled.greedy and monitor.rewards(state, sampled.greedy)
         rewards = rollout.device_rewards(run, sampled, scores, greedy)
-        experience = run.prepare(log_probs, *rewards)
+        by_turn = rollout.turn_advantages(run, sampled, scores)
+        experience = run.prepare(log_probs, *rewards, beside=by_turn)
         state.experience = coefficients.given_to(run, experience, state)
         state.next_rollout = following
         state.count_draws(sampled)
@@ -145,5 +146,5 @@ def run(
         with phase("start"), stop.nothing_to_lose():
             run = grpo_run.build(config, folder, model_path, fit.of_run)
             run = dataclasses.replace(run, callbacks=callbacks)
-        with run.rewards:
+        with run.rewards, run.drawing:
             return restarts.carry_out(run, stop, began, train, results.finish)

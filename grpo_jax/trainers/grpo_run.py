@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from grpo_jax.config import derived, guard_rules, rules
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.environments.demonstrations import NOTHING, Nothing
+from grpo_jax.environments.episode import Dialogue
 from grpo_jax.environments.questions import Questions
 from grpo_jax.messages.console import say
 from grpo_jax.models import policy as policy_lib
@@ -24,8 +25,10 @@ from grpo_jax.run import workdir
 from grpo_jax.run.checkpoints import Checkpoints
 from grpo_jax.setup import critic as critic_lib
 from grpo_jax.setup import demonstrations, inputs, lora, model, reward_models, teacher
+from grpo_jax.setup import environment as environment_lib
 from grpo_jax.setup.data import answerable, load_problems, questions, tell_of, tell_of_few
 from grpo_jax.setup.engine import make_engine, make_evaluator
+from grpo_jax.setup.environment import Environment
 from grpo_jax.setup.learner import Learner, MemoryPlan, make_learner
 from grpo_jax.setup.rewards import load_rewards, refuse_samples, start_rewards
 from grpo_jax.setup.run_folder import open_for
@@ -47,6 +50,8 @@ class Inputs:
     demonstrations: Nothing = NOTHING  # of the training problems
     teacher: Policy | None = None  # None: there is none
     critic: Policy | None = None  # the model that a critic begins with; None: there is no critic
+    environment: Environment | None = None  # None: completions are of one turn
+    dialogues: dict[str | None, Dialogue] = dataclasses.field(default_factory=dict)
 
     @property
     def longest(self) -> int:
@@ -67,6 +72,8 @@ def read(
     lora.path; that of the critic's model lies beside it.
     """
     mesh, rewards = _devices_and_rewards(config)
+    environment = environment_lib.read(config, rewards)
+    rewards = rewards if environment is None else environment.rewards
     policy = get_policy().within(derived.longest_row(config))
     policy = lora.adapted_policy(policy, config, kept)
     critic = critic_lib.read(config, policy, kept and kept.with_name(critic_lib.KEPT))
@@ -76,7 +83,13 @@ def read(
     train, held_out = (answerable(config, rewards, part) for part in load_problems(config))
     tell_of(config, train, held_out)
     tell_of_few(config, train)
+    if environment is not None:
+        limit_s = config.environment.tool_timeout_s
+        train, held_out = (environment.asked(part, limit_s) for part in (train, held_out))
     now = opened()
+    dialogues = {}
+    if environment is not None:
+        dialogues = environment_lib.dialogues(config, environment, policy, train, now)
     asked = questions(train, policy, config, "training problems", now)
     most = config.rollout.max_tokens + derived.longest_hint(config)
     policy.check_length(asked.prompt_ids, most)
@@ -91,7 +104,10 @@ def read(
     evaluated = questions(kept, policy, config, "held-out problems", now) if kept else None
     if evaluated:
         policy.check_length(evaluated.prompt_ids, config.rollout.max_tokens)
-    return Inputs(mesh, rewards, policy, asked, evaluated, sums, given, taught_by, critic)
+    return Inputs(
+        mesh, rewards, policy, asked, evaluated, sums, given, taught_by, critic, environment,
+        dialogues,
+    )  # fmt: skip
 
 
 def settled(config: ConfigDict, num_problems: int) -> ConfigDict:
@@ -112,6 +128,8 @@ def settled(config: ConfigDict, num_problems: int) -> ConfigDict:
 def refuse_early(config: ConfigDict, folder: Path) -> None:
     """Raises ValueError early for errors that `run` would find only after training a new model."""
     mesh, rewards = _devices_and_rewards(config)
+    environment = environment_lib.read(config, rewards)
+    rewards = rewards if environment is None else environment.rewards
     policy = model.new_policy(config)
     policy = lora.adapted_policy(policy, config)
     critic_lib.read(config, policy)
@@ -120,12 +138,16 @@ def refuse_early(config: ConfigDict, folder: Path) -> None:
     settled(config, len(train))
     for problems in (train, held_out):
         answerable(config, rewards, problems)
+        if environment is not None:
+            environment.asked(problems, config.environment.tool_timeout_s)
         if problems:
             texts = [p.prompt for p in problems if isinstance(p.prompt, str)] or [""]
             ids = policy.tokenizer(texts)["input_ids"]
             policy.check_length(ids, config.rollout.max_tokens + derived.longest_hint(config))
     demonstrations.load(config, policy, answerable(config, rewards, train))
     teacher.read(config, policy)
+    if environment is not None:
+        environment.close()
     open_for(config, folder)
 
 
@@ -224,10 +246,11 @@ def build(
         first_reference=functools.partial(_reference, config, policy, mesh, frozen, kept),
         refresh_reference=learner.refresh_reference,
         demonstrations=found.demonstrations,
+        drawing=environment_lib.drawing_of_run(config, found.environment, found.dialogues),
         critic=critic_lib.states(config, critic, mesh, learner.critic),
         controllers=learner.controllers,
         # Last: no more checks follow.
-        rewards=start_rewards(config, found.rewards, models=models),
+        rewards=start_rewards(config, found.rewards, models=models, folder=folder),
     )
 
 

@@ -23,6 +23,7 @@ from grpo_jax.config import derived, guard_rules
 from grpo_jax.messages import events
 from grpo_jax.messages.console import say
 from grpo_jax.metrics.names import METRICS
+from grpo_jax.rewards import ensembles, registry
 from grpo_jax.rewards.scores import RewardError, Scores
 
 
@@ -54,6 +55,8 @@ class History:
     best_reward: float | None = None  # largest mean of guards.window steps
     equal_steps: int = 0  # steps in a row whose groups all had equal rewards
     skipped_in_row: int = 0  # updates
+    # Of each member of an ensemble: mean and deviation in the newest steps, of two windows
+    members: dict[str, list[list[float]]] = dataclasses.field(default_factory=dict)
     roll_backs: int = 0
 
 
@@ -80,6 +83,7 @@ class Guards:
         self._updates, self._loss, self._learning_rate = updates_per_step, loss, learning_rate
         self._config, self._history, self._kept_in = config, history, kept_in
         self._actions = guard_rules.actions_of(config)
+        self._members = ensembles.members(registry.named(config.rewards.names))
         self._order: tuple[str, int, str] | None = None  # action, step and message
         self._times: dict[str, int] = {}
         self._worked: set[str] = set()  # rewards that have given a value since the program began
@@ -133,6 +137,7 @@ class Guards:
         elif not math.isnan(reward):
             history.rewards = [*history.rewards, reward][-options.window :]
             self._check_fall(step)
+        self._check_members(step, values)
         all_equal = values.get("groups/equal_share") == 1  # absent without rewards
         all_equal &= not derived.learns_from_equal_rewards(self._config)
         history.equal_steps = history.equal_steps + 1 if all_equal else 0
@@ -158,6 +163,35 @@ class Guards:
                 f"best is {best:.4g}, and guards.reward_drop = {options.reward_drop:g}"
             )
             self._found("reward", step, text, "Its updates are left out.")
+
+    def _check_members(self, step: int, values: Mapping[str, float]) -> None:
+        """Checks whether one member of an ensemble rose while another fell: a proxy is gamed.
+
+        Means of guards.window steps are compared with those of as many steps before, in units of
+        the member's own deviation.
+        """
+        limit, window = self._config.guards.member_shift, self._config.guards.window
+        if not limit:
+            return
+        shifts: dict[str, float] = {}
+        for name in self._members:
+            if f"reward/{name}" not in values:
+                continue
+            now = [values[f"reward/{name}"], values[f"reward/{name}_std"]]
+            rows = [*self._history.members.get(name, ()), now][-2 * window :]
+            self._history.members[name] = rows
+            if len(rows) == 2 * window:
+                before, after = np.mean(rows[:window], axis=0), np.mean(rows[window:], axis=0)
+                deviation = max((before[1] + after[1]) / 2, 1e-4)
+                shifts[name] = float((after[0] - before[0]) / deviation)
+        up, down = (pick(shifts, key=shifts.get, default="") for pick in (max, min))
+        if up and shifts[up] >= limit and shifts[down] <= -limit:
+            text = (
+                f"the reward {up!r} rose by {shifts[up]:.2g} of its deviations while {down!r} fell "
+                f"by {-shifts[down]:.2g}, over {window} steps and the {window} before; "
+                f"guards.member_shift = {limit:g}"
+            )
+            self._found("members", step, text, "Its updates are left out.")
 
     def check_update(self, step: int, values: Mapping[str, float], *, refused: bool) -> None:
         """Checks the metrics of an update; `refused`: the device skipped it."""
@@ -224,7 +258,7 @@ class Guards:
         if action in ("roll_back", "stop"):
             self._order_at_least(action, step, message)
             return
-        if action == "skip" and guard in ("failed_rewards", "reward", "equal_groups"):
+        if action == "skip" and guard in ("failed_rewards", "reward", "members", "equal_groups"):
             self.skips_rollout = True
         times = self._times[guard] = self._times.get(guard, 0) + 1
         if times & (times - 1) == 0:

@@ -216,6 +216,7 @@ class Monitor:
         drawn, of_drawn = self._run.demonstrations.drawn(sampled, scores)
         state.rollout_metrics = step_metrics.rollout_metrics(self._run, drawn, of_drawn)
         state.rollout_metrics |= self._run.demonstrations.metrics(sampled, scores)
+        state.rollout_metrics |= step_metrics.of_episodes(sampled)
         state.rollout_metrics |= coefficients.in_force(self._run, state)
         state.rollout_metrics |= prompt_choice.measure(self._run, state, drawn, of_drawn)
         self._sampled = None
@@ -225,7 +226,7 @@ class Monitor:
         if (draws := sampled.draws) is not None:  # the completions that are not learned from
             self._sampled = draws.prompt_length_N, draws.length_NG
             state.prompts += len(draws.problem_N) - self._run.course.prompts
-            state.tokens += int(draws.length_NG.sum() - sampled.completions.length_PG.sum())
+            state.tokens += int(draws.length_NG.sum() - sampled.completions.num_trained_PG.sum())
         where = self._run, self._writers, self._listeners, state.step + 1
         rollout.show(*where, sampled, scores, advantage_PG)
         self.guards.check_rollout(state.step + 1, state.rollout_metrics)

@@ -57,7 +57,7 @@ def _pass_rate(run: Run, scores: Scores, num_groups: int) -> np.ndarray:
     """The mean accuracy of each group, or its mean reward; NaN if nothing is known, [P]."""
     value_B = scores.reward_B.astype(np.float64)
     if (name := run.rewards.accuracy) is not None:
-        value_B = np.where(scores.judged(name), scores.correct(name), np.nan)
+        value_B = np.where(scores.known(name), scores.correct(name), np.nan)
     value_PG = value_B.reshape(num_groups, -1)
     known_PG = ~np.isnan(value_PG)
     count_P = known_PG.sum(axis=1)

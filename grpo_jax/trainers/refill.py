@@ -56,7 +56,7 @@ def sample(run: Run, state: RunState, monitor: Monitor) -> Rollout:
         number=len(drawn),
         problem_N=np.concatenate([d.problem_P for d in drawn]),
         prompt_length_N=np.concatenate([d.completions.prompt_length_P for d in drawn]),
-        length_NG=np.concatenate([d.completions.length_PG for d in drawn]),
+        length_NG=np.concatenate([d.completions.num_trained_PG for d in drawn]),
         stopped_NG=np.concatenate([d.completions.stopped_PG for d in drawn]),
         scores=scores_lib.select([*zip(scores, every)]),
         num_equal=int((~has_N).sum()),
@@ -110,6 +110,7 @@ def _selected(
         seconds=seconds,
         problem_P=draws.problem_N[chosen_P],
         draws=draws,
+        told=tuple(told for d in drawn for told in d.told),
     )
 
 
@@ -119,16 +120,16 @@ def _completions(run: Run, drawn: list[Rollouts], chosen_P: np.ndarray) -> Rollo
     padded = [np.pad(x.prompt_PQ, ((0, 0), (0, width - x.prompt_PQ.shape[1]))) for x in drawn]
     pick = lambda xs: np.concatenate(xs)[chosen_P]  # noqa: E731
     length_P = pick([x.prompt_length_P for x in drawn])
-    completion_PGC, logp_PGC = transfer.select_rows(
-        run.mesh, [(x.completion_PGC, x.logp_PGC) for x in drawn], chosen_P
+    has = ["completion_PGC", "logp_PGC"] + ["chosen_PGC"] * (drawn[0].chosen_PGC is not None)
+    by_token = transfer.select_rows(
+        run.mesh, [tuple(getattr(x, name) for name in has) for x in drawn], chosen_P
     )
     return Rollouts(
         prompt_PQ=pick(padded)[:, : run.engine.padded(int(length_P.max()))],
         prompt_length_P=length_P,
-        completion_PGC=completion_PGC,
-        logp_PGC=logp_PGC,
         length_PG=pick([x.length_PG for x in drawn]),
         stopped_PG=pick([x.stopped_PG for x in drawn]),
+        **dict(zip(has, by_token)),
     )
 
 

@@ -64,6 +64,7 @@ def _answers(
             temperature=asked.temperature,
             key=keys.key_for(run.config.seed, "evaluate", state.step),
             file=run.folder / "evaluations" / f"step_{state.step:06d}_{kind}.jsonl",
+            drawing=run.drawing,
             on_harvest=monitor.alive,
             on_scores=functools.partial(monitor.evaluated, f"The evaluation {after}"),
         )

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from grpo_jax import keys
+from grpo_jax.algorithm import turn_credit
 from grpo_jax.config import derived
 from grpo_jax.devices import transfer
 from grpo_jax.environments.questions import Questions
-from grpo_jax.environments.rewarding import RewardCollector
+from grpo_jax.environments.rewarding import TURN_REWARDS, RewardCollector
 from grpo_jax.environments.single_turn import Rollout
 from grpo_jax.learner import scoring
 from grpo_jax.messages import console
@@ -63,18 +64,23 @@ def draw(
     problem_P = prompt_choice.problems(run, state, number)
     questions, rewards = _begin(run, step, number, problem_P)
     given = run.demonstrations.of(problem_P, step, number, questions.prompt_ids)
-    completions = run.engine.generate(
+    completions, told = run.drawing.draw(
+        run.engine,
         weights,
+        questions,
         given.prompt_ids,
+        given.to(rewards.add),
         group=run.config.batch.group,
         key=keys.key_for(run.config.seed, "rollout", number),
         temperature=run.config.rollout.temperature,
-        on_group=given.to(rewards.add),
+        numbers=problem_P,
+        draw=number,
         meanwhile=log.close,
         on_harvest=on_harvest,
     )
     greedy = _sample_greedy(run, step, number, problem_P, weights, on_harvest)
-    return Rollout(questions, rewards, given.joined(completions), 0.0, greedy, problem_P)
+    drawn = Rollout(questions, rewards, given.joined(completions), 0.0, greedy, problem_P)
+    return drawn if told is None else dataclasses.replace(drawn, told=(told,))
 
 
 def _sample_greedy(
@@ -89,13 +95,17 @@ def _sample_greedy(
     if run.config.algorithm.baseline != "greedy":
         return None
     questions, rewards = _begin(run, step, number, problem_P, group=1)
-    run.engine.generate(
+    run.drawing.draw(
+        run.engine,
         weights,
+        questions,
         questions.prompt_ids,
+        rewards.add,
         group=1,
         key=keys.key_for(run.config.seed, "rollout", number),  # draws nothing
         temperature=0.0,
-        on_group=rewards.add,
+        numbers=problem_P,
+        draw=number,
         on_harvest=on_harvest,
     )
     return rewards
@@ -125,10 +135,15 @@ def device_rows(run: Run, completions: Rollouts) -> Rollouts:
     return transfer.shard_rows(run.mesh, cut(completions))
 
 
+def cut_length(completions: Rollouts) -> int:
+    """The tokens to which `cut` cuts."""
+    limit = completions.completion_PGC.shape[-1]
+    return scoring.cut_to(limit, int(completions.length_PG.max()))
+
+
 def cut(completions: Rollouts) -> Rollouts:
     """The completions, on the host, cut to about the longest."""
-    limit = completions.completion_PGC.shape[-1]
-    longest = scoring.cut_to(limit, int(completions.length_PG.max()))
+    longest = cut_length(completions)
     names = "completion_PGC", "logp_PGC", "chosen_PGC", "given_PGC"
     by_token = {name: getattr(completions, name) for name in names}
     shorter = {name: x[..., :longest] for name, x in by_token.items() if x is not None}
@@ -137,8 +152,8 @@ def cut(completions: Rollouts) -> Rollouts:
 
 def device_rewards(
     run: Run, sampled: Rollout, scores: Scores, greedy: Scores | None
-) -> tuple[Array, Array | None]:
-    """The step's rewards on the device, as `Prepare` takes them.
+) -> tuple[Array, Array | None, Array | None]:
+    """The step's rewards on the device, as `Prepare` takes them: `reward`, `greedy` and `known_PG`.
 
     `greedy`: of greedy completions; None: none were sampled.
     """
@@ -148,9 +163,35 @@ def device_rewards(
             return scores.reward_B
         return scores_lib.by_function(run.rewards.rewards, scores)
 
-    reward = of(scores)
-    reward = reward.reshape(*sampled.completions.length_PG.shape, *reward.shape[1:])
-    return transfer.shard_rows(run.mesh, (reward, None if greedy is None else of(greedy)))
+    reward, shape, known_PG = of(scores), sampled.completions.length_PG.shape, None
+    reward = reward.reshape(*shape, *reward.shape[1:])
+    if scores.unknown_B.any():
+        known_PG = ~scores.unknown_B.reshape(shape)
+    given = reward, None if greedy is None else of(greedy), known_PG
+    return transfer.shard_rows(run.mesh, given)
+
+
+def turn_advantages(run: Run, sampled: Rollout, scores: Scores) -> dict[str, Array]:
+    """Advantages of turns as a field of the experience; {} if episodes have one each."""
+    if not run.config.environment.turn_rewards:
+        return {}
+    (told,) = sampled.told
+    shape, tokens = sampled.completions.length_PG.shape, cut_length(sampled.completions)
+    most = max(map(len, told.ends))
+    pad = lambda rows, fill: np.array([[*row, *[fill] * (most - len(row))] for row in rows])  # noqa: E731
+    in_groups = lambda rows, fill: pad(rows, fill).reshape(*shape, most)  # noqa: E731
+    end_PGU = in_groups(told.ends, tokens)
+    weight = next(r.weight for r in run.rewards.rewards if r.spec == TURN_REWARDS)
+    to_go_PGU = turn_credit.rewards_to_go(
+        scores.reward_B.astype(np.float64).reshape(shape),
+        in_groups(told.turn_rewards, 0.0),
+        weight,
+    )
+    taken_PGU = in_groups([[True] * len(row) for row in told.ends], False)
+    scales = run.config.algorithm.scale_by == "std"
+    advantage_PGU = turn_credit.turn_advantages(to_go_PGU, taken_PGU, scales=scales)
+    advantage_PGC = turn_credit.by_token(advantage_PGU, end_PGU, tokens).astype(np.float32)
+    return {"advantage": transfer.shard_rows(run.mesh, advantage_PGC)}
 
 
 def show(
@@ -186,7 +227,7 @@ def _rows(
         by_name = {n: float(v[row]) for n, v in scores.by_name.items()}
         rows.append(
             {
-                "prompt": rollout.questions.texts[p],
+                "prompt": _prompt(run, rollout, p),
                 "columns": columns,
                 "completion": texts[g],
                 "rewards": {n: None if np.isnan(v) else v for n, v in by_name.items()},
@@ -196,6 +237,14 @@ def _rows(
             }
         )
     return rows
+
+
+def _prompt(run: Run, rollout: Rollout, p: int) -> str:
+    """The text of a prompt, with what its environment said at its reset."""
+    if not rollout.told:
+        return rollout.questions.texts[p]
+    n = int(rollout.completions.prompt_length_P[p])
+    return run.policy.tokenizer.decode(rollout.completions.prompt_PQ[p, :n].tolist())
 
 
 def _of_completion(rollout: Rollout, advantage: np.ndarray, p: int, g: int) -> float:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax.environments.demonstrations import NOTHING, Nothing
+from grpo_jax.environments.drawing import ONE_TURN, OneTurn
 from grpo_jax.environments.questions import Questions
 from grpo_jax.learner.actor_critic import ActorCriticUpdate
 from grpo_jax.learner.experience import Prepare
@@ -78,6 +79,7 @@ class Run:
     read: Sums  # checksums of the run's inputs
     first_reference: Callable[[], Params | None] = lambda: None  # reads it; None: no KL term
     refresh_reference: Callable | None = None  # program; None: the reference is fixed
+    drawing: OneTurn = ONE_TURN  # how completions are drawn
     demonstrations: Nothing = NOTHING  # of the training problems, in the groups of a step
     controllers: tuple[Controller, ...] = ()  # of coefficients that change after each step
     callbacks: tuple[Callback, ...] = ()  # of the program that started it

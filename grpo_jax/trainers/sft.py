@@ -24,6 +24,7 @@ from grpo_jax.data import streams, tasks
 from grpo_jax.data.examples import Example
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompts import Encoded
+from grpo_jax.data.tasks import Piece
 from grpo_jax.environments.questions import Questions
 from grpo_jax.messages.console import say
 from grpo_jax.models.policy import Policy
@@ -119,28 +120,38 @@ def _of_task(config: ConfigDict, policy: Policy, now: datetime, evaluates: bool)
 def _solved(
     config: ConfigDict,
     policy: Policy,
-    solution: Callable[[Problem, np.random.Generator], str],
+    solution: Callable[[Problem, np.random.Generator], str | list[Piece]],
     encoded: Encoded,
     index: Sequence[int],
     rng: np.random.Generator,
 ) -> list[Example]:
-    """Problems of a task by their numbers, with the worked solutions that `rng` draws."""
+    """Problems of a task by their numbers, with the worked solutions that `rng` draws.
+
+    What an environment says in one is not trained on.
+    """
     stop = policy.tokenizer.eos_token_id
     stop = policy.stop_ids[0] if stop is None else stop
     problems, limit = encoded.problems, config.sft.max_tokens
-    texts = [solution(problems[i], rng) for i in index]
-    rows = policy.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    for i, ids in zip(index, rows):
+    drawn = [solution(problems[i], rng) for i in index]
+    pieces = [[Piece(s)] if isinstance(s, str) else s for s in drawn]
+    texts = [piece.text for some in pieces for piece in some]
+    ids_of = iter(policy.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+    examples = []
+    for i, some in zip(index, pieces):
+        parts = [(next(ids_of), piece.is_policy) for piece in some]
+        ids = [token for part, _ in parts for token in part]
         policy.refuse_unknown(ids, f"The worked solution of {problems[i].where}")
         if len(ids) >= limit:
             raise ValueError(
                 f"sft.max_tokens = {limit}, but the worked solution of {problems[i].where} has "
                 f"{len(ids) + 1} tokens with its stop token. Raise the limit."
             )
-    return [
-        Example(np.array(encoded.prompt_ids[i], np.int32), np.array([*ids, stop], np.int32))
-        for i, ids in zip(index, rows)
-    ]
+        chosen = None
+        if not all(piece.is_policy for piece in some):
+            chosen = np.array([own for part, own in parts for _ in part] + [True])
+        asked = np.array(encoded.prompt_ids[i], np.int32)
+        examples.append(Example(asked, np.array([*ids, stop], np.int32), chosen))
+    return examples
 
 
 # --- Steps ----------------------------------------------------------------------------------------

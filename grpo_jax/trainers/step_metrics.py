@@ -14,10 +14,11 @@ from grpo_jax.config import derived
 from grpo_jax.devices import chips, memory, roofline
 from grpo_jax.devices.compiling import Compiling
 from grpo_jax.devices.phases import phase
+from grpo_jax.environments import episode
 from grpo_jax.environments.single_turn import Rollout
 from grpo_jax.messages.progress import Progress
 from grpo_jax.metrics.writers import Writers
-from grpo_jax.rewards import groups
+from grpo_jax.rewards import ensembles, groups, kinds, relations
 from grpo_jax.rewards.scores import Scores
 from grpo_jax.trainers import coefficients
 from grpo_jax.trainers.guards import Guards
@@ -165,7 +166,7 @@ def rollout_metrics(run: Run, sampled: Rollout, scores: Scores) -> dict[str, flo
     those that are left would be too good a sample of hard problems, and too bad a one of easy ones.
     """
     rollouts, draws = sampled.completions, sampled.draws
-    length_PG, stopped_PG = rollouts.length_PG, rollouts.stopped_PG
+    length_PG, stopped_PG = rollouts.num_trained_PG, rollouts.stopped_PG
     varies_P = groups.vary(scores.reward_B.reshape(length_PG.shape))
     of_groups = {"groups/equal_share": 1 - varies_P.mean()}
     if draws is not None:
@@ -184,7 +185,11 @@ def rollout_metrics(run: Run, sampled: Rollout, scores: Scores) -> dict[str, flo
         if not np.isnan(accuracy):
             values["accuracy"] = accuracy
     if run.rewards.rewards:
-        values |= of_groups | {"rewards/unscored": np.isnan(reward_PG).sum()}
+        unknown_B = scores.unknown_B
+        values |= of_groups | {
+            "rewards/unscored": (np.isnan(scores.reward_B) & ~unknown_B).sum(),
+            "rewards/unknown_share": unknown_B.mean(),
+        }
     values |= {
         "completion/length": length_PG.mean(),
         "completion/length_min": length_PG.min(),
@@ -199,11 +204,38 @@ def rollout_metrics(run: Run, sampled: Rollout, scores: Scores) -> dict[str, flo
             values[f"reward/{name}"] = np.nanmean(value_B)
             values[f"reward/{name}_std"] = np.nanstd(value_B)
         values[f"rewards/failed/{name}"] = scores.failed[name].sum()
+    if members := ensembles.members(run.rewards.rewards):
+        values |= relations.metrics(scores, members, length_PG.ravel())
     for kind in {failure.kind for failure in scores.failures}:
         values[f"rewards/failed_by_{kind}"] = scores.num_failed(kind)
     for name, (total, count) in scores.metrics.items():
-        values[f"reward_log/{name}"] = total / count
+        values[name if name.startswith("judge/") else f"reward_log/{name}"] = total / count
+    values |= scores.sums
+    for reward in run.rewards.rewards:
+        if reward.runs == kinds.HOST:
+            found = _correlation(scores.by_name[reward.name], length_PG.ravel())
+            if not np.isnan(found):
+                values[f"judge/length_correlation/{reward.name}"] = found
     return {name: float(value) for name, value in values.items()}
+
+
+def of_episodes(sampled: Rollout) -> dict[str, float]:
+    """Metrics of a rollout's episodes; of several draws their means, and sums of what is counted.
+
+    {} without environments.
+    """
+    if not sampled.told:
+        return {}
+    return episode.joined(sampled.told).metrics()
+
+
+def _correlation(value_B: np.ndarray, length_B: np.ndarray) -> float:
+    """Pearson's correlation of numbers with lengths, over the known ones; NaN if undefined."""
+    known_B = ~np.isnan(value_B)
+    value_B, length_B = value_B[known_B].astype(np.float64), length_B[known_B]
+    if len(value_B) < 2 or value_B.std() < 1e-9 or length_B.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(value_B, length_B)[0, 1])
 
 
 def _rates(

@@ -140,7 +140,9 @@ _OF_GRPO: dict[str, Field] = {
     "entropy_coef_max": same(1.0, "algorithm.entropy_coef_max"),
     "entropy_coef_delta": same(0.005, "algorithm.entropy_coef_delta"),
     "entropy_target": counts(0.2, "`algorithm.entropy_target`, with `use_adaptive_entropy`"),
-    "max_tool_calling_iterations": beside(None, "tools are not built yet"),
+    "max_tool_calling_iterations": counts(
+        None, "`environment.max_turns`, one more; None: no limit, as in TRL"
+    ),
     "vllm_importance_sampling_correction": counts(True, "`rollout_correction`, with `use_vllm`"),
     "vllm_importance_sampling_mode": counts(
         "sequence_mask", "`rollout_correction.level` and `bound`, with `use_vllm`"

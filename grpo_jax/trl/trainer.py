@@ -17,10 +17,10 @@ _REFUSED = {
     "processing_class": "the tokenizer of the model's folder is used",
     "reward_processing_classes": "reward models are not built yet",
     "quantization_config": "not built yet",
-    "tools": "not built yet",
-    "rollout_func": "not built yet",
-    "environment_factory": "not built yet",
+    "rollout_func": "write an environment with a method `respond` (docs/environments.md)",
 }
+
+_NO_LIMIT = 1_000_000  # turns
 
 
 class GRPOTrainer(Trainer):
@@ -38,7 +38,7 @@ class GRPOTrainer(Trainer):
     def __init__(
         self,
         model: str,
-        reward_funcs: str | Callable | Sequence[str | Callable],
+        reward_funcs: str | Callable | Sequence[str | Callable] | None = None,
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -46,6 +46,8 @@ class GRPOTrainer(Trainer):
         callbacks: Sequence[Callable] = (),
         optimizers: tuple = (None, None),
         peft_config: Any = None,
+        tools: Sequence[Callable] | None = None,
+        environment_factory: Any = None,
         options: dict[str, Any] | None = None,
         **refused: Any,
     ):
@@ -53,20 +55,27 @@ class GRPOTrainer(Trainer):
         self._model, self._callbacks = model, tuple(callbacks)
         self._data = train_dataset, eval_dataset
         self._options = options_of_peft(peft_config) | dict(options or {})
+        self._tools, self._environments = tools, environment_factory
         self._rewards = _weighed(reward_funcs, self.args.reward_weights)
 
     def train(self) -> Trained:
         """Trains, or continues in `args.output_dir`; returns the result of `grpo_jax.train`."""
         data, eval_data = self._data
+        converses = bool(self._tools or self._environments)
         options = options_of(self.args, len(data), len(jax.devices())) | self._options
+        if converses:
+            calls = self.args.max_tool_calling_iterations
+            options.setdefault("environment.max_turns", _NO_LIMIT if calls is None else calls + 1)
         if eval_data is not None and str(self.args.eval_strategy) == "no":
             eval_data = None
         self.run = train(
             self._model,
-            self._rewards,
+            self._rewards or None,
             data,
             eval_data,
             workdir=self.args.output_dir,
+            tools=self._tools,
+            environments=self._environments,
             callbacks=self._callbacks,
             **options,
         )
@@ -80,6 +89,8 @@ class GRPOTrainer(Trainer):
 
 
 def _weighed(functions: Any, weights: Sequence[float] | None) -> list[tuple[Any, float]]:
+    if functions is None:
+        return []
     functions = list(functions) if isinstance(functions, (list, tuple)) else [functions]
     weights = [1.0] * len(functions) if weights is None else list(weights)
     if len(weights) != len(functions):

@@ -21,8 +21,8 @@ from grpo_jax.algorithm.advantages import (
     evaluate,
     group_advantages,
 )
+from grpo_jax.config import advantage_rules
 from grpo_jax.config import options as options_lib
-from grpo_jax.config import rules
 
 nan = float("nan")
 P, G, C, R = 6, 4, 5, 2
@@ -56,7 +56,7 @@ def accepted_combinations() -> list[dict]:
     for combination in COMBINATIONS:
         config.algorithm.update({**combination, "kl_coef": 0.1})
         try:
-            rules.check_advantages(config)
+            advantage_rules.check(config)
         except ValueError:
             continue
         accepted.append({**combination, "kl_coef": 0.1})

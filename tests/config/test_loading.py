@@ -48,12 +48,12 @@ def test_files_in_configs_load(file):
 def test_values_that_people_write_in_another_way():
     overrides = ["--config.model.dtype=bf16", "--config.checkpoint.export_dtype=fp32"]
     names = "('my.own:f','my_rewards.happy','trl.rewards.get(a=1.5)','exact_answer','a.b',"
-    names += "'my_rewards.py:f(words=1)','./own/r.py:f')"
+    names += "'my_rewards.py:f(words=1)','./own/r.py:f','my.f as a.b')"
     found = loading.read(None, [*overrides, f"--config.rewards.names={names}"])
     assert found.model.dtype == "bfloat16" and found.checkpoint.export_dtype == "float32"
     assert found.rewards.names == (
         "my.own:f", "my_rewards:happy", "trl.rewards:get(a=1.5)", "exact_answer", "a:b",
-        "my_rewards:f(words=1)", "own.r:f",
+        "my_rewards:f(words=1)", "own.r:f", "my:f as a.b",
     )  # fmt: skip
 
 

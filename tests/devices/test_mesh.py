@@ -201,17 +201,20 @@ def test_a_group_waits_for_the_shard_that_trains_on_it():
     mesh = sharding.make_mesh(2, 2, 2)
     engine = Engine(Decoder(tiny.MODEL, mesh, Sampling(), (tiny.STOP,), LIMIT))
 
-    queues = engine._queues(8, group=3, lanes=2)
+    queues = engine._queues([[1]] * 8, group=3, lanes=2, limit=LIMIT)
 
     trained = {
         s.device: set(np.asarray(s.data).tolist())
         for s in transfer.shard_rows(mesh, np.arange(8)).addressable_shards
     }
     for queue, devices in zip(queues, mesh.devices.reshape(4, 2), strict=True):
-        assert [len(rows) for rows in queue] == [2, 1, 2, 1]
-        assert [{row // 3 for rows in queue for row in rows}] * 2 == [trained[d] for d in devices]
+        assert [len(turn.rows) for turn in queue] == [2, 1, 2, 1]
+        assert [{row // 3 for turn in queue for row in turn.rows}] * 2 == [
+            trained[d] for d in devices
+        ]
     # One prompt alone is spread over all.
-    assert [list(queue) for queue in engine._queues(1, 8, 2)] == [
+    spread = engine._queues([[1]], 8, 2, LIMIT)
+    assert [[list(turn.rows) for turn in queue] for queue in spread] == [
         [[0, 1]],
         [[2, 3]],
         [[4, 5]],

@@ -8,11 +8,13 @@ import pytest
 from grpo_jax.data.problems import Problem
 from grpo_jax.environments import rewarding
 from grpo_jax.environments.rewarding import FailureReports, RewardCollector
+from grpo_jax.rewards import trial
 from grpo_jax.rewards.pool import Pool
 from grpo_jax.rewards.registry import load
 from grpo_jax.rewards.scores import Failure, Scores
 
 CHAT = [{"role": "user", "content": "hi"}]
+STATE = {"global_step": 0, "max_steps": 9, "epoch": 0.0}
 
 
 class _Policy:
@@ -55,6 +57,29 @@ def test_rewards_see_the_prompts_as_the_model_reads_them():
         collector.add(1, [[3], [3]])
         collector.add(0, [[3], [3]])
         assert collector.scores().reward_B.tolist() == [0, 0, 1, 1]
+
+
+def test_ensembles_are_computed_from_the_whole_step():
+    """From a reward model and a function, of groups that finish in any order; for `trial`, too."""
+    problems = [Problem("p", {"level": 10}), Problem("q", {"level": 20})]
+    names = (
+        "model:some/rm as m",
+        "test_rewarding:seen as a",
+        "ensemble:sum(of=['m', 'a'], scale='step') as both",
+    )
+    models = lambda problems, texts, group: {"m": np.array([3, 1, 4, 1], np.float32)}  # noqa: E731
+    with Pool(load(names, (0.0, 0.5, 1.0)), models=models) as pool:
+        collector = RewardCollector(pool, _Policy(), problems, ["p", "q"], 2, STATE)
+        collector.add(1, [[0, 1, 3], [3]])
+        collector.add(0, [[2, 3], [0, 0, 0, 0]])
+        got = collector.scores()
+        tried, _ = trial.score(pool, problems * 2, ["ab", "a"] * 2, [[1, 2], [1]] * 2, None, 1)
+    assert list(got.by_name) == list(tried.by_name) == ["m", "a", "both"]
+    m, a = np.array([3.0, 1, 4, 1]), np.array([12.0, 14, 23, 21])
+    both = (m - m.mean()) / m.std() + (a - a.mean()) / a.std()
+    np.testing.assert_allclose(got.by_name["both"], both, rtol=1e-5)
+    np.testing.assert_allclose(got.reward_B, 0.5 * a + both, rtol=1e-5)
+    assert not np.isnan(tried.reward_B).any() and not got.failures
 
 
 def test_a_group_that_is_missing_is_noticed():

@@ -129,6 +129,26 @@ _WRONG: dict[str, Callable] = {
     "no answer": _one_of("72", "It is 72.", "= 72", "7" * 5000, "answer 72", "#72", "### 72"),
     "wrong numbers": _one_of("#### -72", "#### 720", "#### 7.2", "#### 72.01", "#### 1/72"),
     "units": _boxed_one_of("72 million", "72 thousand dollars", "72 dozen", "72m", "72^2", "72!"),
+    # For rewards of other things than an answer.
+    "JSON": _one_of(
+        '{"a": 1}', '{"a": NaN}', "[" * 100_000, '{"a":' * 50_000, '"' * 5000, "9" * 10_000,
+        '```json\n{"a": 1e999}\n```', "```json\n" * 5000, '{"a": "\\ud800"}', "\ufeff{}",
+    ),
+    "equations": _one_of(
+        "1/0 = 5", "9^9^9^9 = 1", "9**64**64 = 2", "0^-1 = 1", "(" * 5000 + "1" + ")" * 5000 + "=1",
+        "-" * 5000 + "1 = 1 + 0", "1 = " * 3000, "1%%% + 1 = 2", "1,000,00 + 1 = 2", "٣ + ٤ = ٧",
+        "1" * 5000 + " + 1 = 2", ".+. = .", "= = =", "2^(-64)^64 = 1 + 1", "1e9 + 1 = 2",
+    ),
+    "tags": _one_of(
+        "<think>\n" * 3000, "\n</think>\n<answer>\n" * 3000,
+        "<think>\n\n</think>\n<answer>\n\n</answer>",
+        "</answer></think>", "<think>\n<think>\n</think>\n</think>", "<think" * 3000,
+    ),
+    "words": _one_of(
+        "A B. C D " * 2000, "but " * 4000, "not no never " * 2000, "!" * 5000, "Step 1:" * 3000,
+        "'" * 5000, "a@4 " * 4000, "\U0001f600" * 2000, "你好。" * 3000, "İ" * 3000, "ß" * 3000,
+        "\u202eabc", "a\u0301" * 3000, "\x00 \x00", "2024-01-01 " * 2000, "1,2,3," * 3000,
+    ),
     "unsolved": _boxed_one_of("2x=72", "72=72x", "x<72", "x \\ne 72", "y = 72x", "f(72)", "1=2"),
 }
 
@@ -177,6 +197,16 @@ _ENDLESS: dict[str, Callable] = {
 
 _LONG: dict[str, Callable] = {
     "1 MB of letters": _long("a"),
+    "1 MB of equal signs": _long("="),
+    "1 MB of sums": _long("1+"),
+    "1 MB of equations": _long("1+1=3 "),
+    "1 MB of brackets": _long("["),
+    "1 MB of quotes": _long('"'),
+    "1 MB of lists": _long("\n- "),
+    "1 MB of names": _long("Aa Bb. "),
+    "1 MB of fences": _long("```json\n"),
+    "1 MB of sentences": _long("it is not so, but good! "),
+    "1 MB of Chinese": _long("你好。"),
     "1 MB of digits": _long("7"),
     "1 MB of spaces": _long(" "),
     "1 MB of opening braces": _long("{"),

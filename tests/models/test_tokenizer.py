@@ -122,4 +122,4 @@ def test_prompts_and_solutions_with_such_a_token_are_refused_by_their_place(fold
         [3]
     ]
     with pytest.raises(ValueError, match="--prompt holds the token 'word43'"):
-        generate.encode_prompt(read, "one word43", 4, "--prompt", "--max-tokens")
+        generate.encode_prompt(read, Problem("one word43", {}, "--prompt"), 4, "--max-tokens")

@@ -17,7 +17,8 @@ from grpo_jax.planning import fit as fit_lib
 from grpo_jax.planning import hlo
 from grpo_jax.planning.advice import changed
 from grpo_jax.planning.compiled import Compiled
-from grpo_jax.planning.programs import Lengths, Step
+from grpo_jax.planning.lengths import Lengths
+from grpo_jax.planning.programs import Step
 from grpo_jax.planning.topologies import Chip
 from grpo_jax.setup.learner import MemoryPlan, make_learner, make_scorer
 from grpo_jax.structs import Experience, Sampling

@@ -31,8 +31,9 @@ from grpo_jax.models import policy
 from grpo_jax.planning import advice, gpu_targets, hlo, hlo_text, report, topologies
 from grpo_jax.planning import plan as planning_plan
 from grpo_jax.planning.compiled import Compiled
+from grpo_jax.planning.lengths import Lengths
 from grpo_jax.planning.plan import Plan
-from grpo_jax.planning.programs import Lengths, Step
+from grpo_jax.planning.programs import Step
 from grpo_jax.planning.topologies import Chip
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup import model as model_lib

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
 import re
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ from grpo_jax.devices import sharding
 from grpo_jax.kernels import gpu_decode
 from grpo_jax.kernels.gpu_decode import TritonDecode
 from grpo_jax.models import lora
-from grpo_jax.planning.programs import Lengths, Step
+from grpo_jax.models.hf import config_json
+from grpo_jax.planning.lengths import Lengths
+from grpo_jax.planning.programs import Step
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup import model as model_lib
 
@@ -193,3 +196,34 @@ def test_adapters_alone_have_gradients_and_moments(base):
     of_base = 2 * model.num_params - saved[base]
     assert held["weights"] == 4 * learn + of_base
     assert {"init_adapters", "gradient", "publish_layer"} <= listed(step)
+
+
+def test_reward_models_are_planned(tmp_path):
+    """Their weights, the head's in float32, and their programs, of which each knows its model."""
+    sizes = {}
+    for name, width in (("one", 32), ("two", 64)):
+        (tmp_path / name).mkdir()
+        how = {"family": "qwen2", "qk_norm": "", "qkv_bias": True, "width": width}
+        model = dataclasses.replace(tiny.MODEL, **how, head="scalar")
+        hf = config_json.hf_config(model, bos_id=None, eos_ids=(1,), pad_id=0)
+        (tmp_path / name / "config.json").write_text(json.dumps(hf))
+        sizes[name] = 2 * model.num_params + 2 * width  # two bytes each, four in the head
+    options = ["--config.model.dtype=bfloat16"]
+    named = [f"model:{tmp_path / 'one'}", f"model:{tmp_path / 'two'}", "answer_format"]
+    judged = [f"--config.rewards.names={named}", "--config.rewards.weights=(1.0,1.0,0.5)"]
+    held, names, beside = {}, {}, {}
+    for key, more in (("plain", []), ("judged", judged)):
+        config = loading.load(TINY, options + more)
+        shape = model_lib.model_shape(config)
+        step = Step(config, shape, tiny.one_device(), Lengths.of(config))
+        held[key], programs = step.held(), step.programs()
+        names[key] = {program.name for program in programs}
+        beside[key] = {program.name: program.beside for program in programs}
+    assert names["judged"] - names["plain"] == {
+        "score_values reward one", "score_values reward two"
+    }  # fmt: skip
+    weights = sum(sizes.values())
+    assert held["judged"].pop("reward models") == weights and held["judged"] == held["plain"]
+    assert beside["judged"]["decode"] - beside["plain"]["decode"] == weights
+    one, two = (beside["judged"][f"score_values reward {name}"] for name in sizes)
+    assert two - one == sizes["one"] - sizes["two"]  # what is not the program's own argument

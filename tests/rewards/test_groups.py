@@ -39,6 +39,24 @@ def test_a_group_counts_whose_rewards_vary_alone_and_not_in_their_sum():
     assert groups.with_gradient(scores, 2, each=True).tolist() == [True, False, True]
 
 
+def test_an_unknown_completion_varies_from_nothing():
+    """With `each` too, where a reward beside the failed one has a value."""
+    scores = _scores(a=[[1, 0, 1], [1, 0, 1], [1, 1, 0]], b=[[0, NAN, 0], [0, 0, 0], [0, 0, 0]])
+    failed_B = np.arange(9) == 1
+    for each in (False, True):
+        # The second differs in its first group, and fails.
+        scores.failed["b"] = failed_B
+        assert scores.unknown_B.tolist() == failed_B.tolist()
+        found = groups.with_gradient(scores, 3, each=each)
+        assert found.tolist() == [False, True, True]
+    # Of the third group the loss reads its last completion alone, which now is unknown.
+    trained_PG = np.array([[True] * 3, [True] * 3, [False, False, True]])
+    assert groups.with_gradient(scores, 3, trained_PG=trained_PG).tolist() == [False, True, True]
+    scores.failed["a"], scores.reward_B[8] = np.arange(9) == 8, NAN
+    scores.reward_B[6] = 0
+    assert groups.with_gradient(scores, 3, trained_PG=trained_PG).tolist() == [False, True, False]
+
+
 def test_a_group_that_the_loss_does_not_read_has_no_gradient():
     scores = _scores(a=[[1, 0], [1, 0], [0, 0]])
     trained_PG = np.array([[True, False], [False, False], [True, True]])

@@ -2,7 +2,7 @@ import functools
 
 import pytest
 
-from grpo_jax.rewards.length import soft_overlong
+from grpo_jax.rewards.length import cosine_length, relative_length, soft_overlong
 
 
 def punish(lengths, limit, **parameters):
@@ -44,3 +44,40 @@ def test_tokens_and_limit_are_needed():
         soft_overlong(prompts=["p"], completions=["c"], max_completion_tokens=3)
     with pytest.raises(ValueError, match="max_completion_tokens"):
         soft_overlong(prompts=["p"], completions=["c"], completion_ids=[[1]])
+
+
+# --- Beside a right or wrong answer ---------------------------------------------------------------
+
+TEXTS, ANSWERS = ["#### 5", "#### 5", "#### 6", "#### 6"], ["5"] * 4
+
+
+def test_cosine_length_by_hand():
+    """Half a cosine: at a quarter of the limit (1 + cos 45°)/2 = 0.853553 of the way remains."""
+    ids = [[1] * 0, [1] * 25, [1] * 25, [1] * 300]
+    got = cosine_length(
+        [""] * 4, TEXTS, answer=ANSWERS, completion_ids=ids, max_completion_tokens=100
+    )
+    part = 0.8535533905932737
+    assert got == pytest.approx([1.0, 0.5 + 0.5 * part, -0.5 - 0.5 * part, -0.5])
+    how = {"limit": 50, "right": (2.0, 0.0), "wrong": (0.0, 1.0)}
+    half = cosine_length([""] * 4, TEXTS, answer=ANSWERS, completion_ids=ids, **how)
+    assert half == pytest.approx([2.0, 1.0, 0.5, 1.0])
+
+
+def test_relative_length_by_hand():
+    """Shares of the range from 10 to 30 tokens: 0, 1/4, 1/2, 1; a wrong answer gets at most 0."""
+    ids = [[1] * n for n in (10, 15, 20, 30)]
+    right = relative_length([""] * 4, ["#### 5"] * 4, answer=ANSWERS, completion_ids=ids)
+    assert right == [0.5, 0.25, 0.0, -0.5]
+    wrong = relative_length([""] * 4, ["#### 6"] * 4, answer=ANSWERS, completion_ids=ids)
+    assert wrong == [0.0, 0.0, 0.0, -0.5]
+    assert relative_length([""] * 2, TEXTS[:2], answer=["5"] * 2, completion_ids=[[1], [2]]) == [
+        0,
+        0,
+    ]
+
+
+def test_lengths_beside_answers_need_tokens():
+    for reward in (cosine_length, relative_length):
+        with pytest.raises(ValueError, match="completion_ids"):
+            reward([""], ["#### 5"], answer=["5"])

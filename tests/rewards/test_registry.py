@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from odd_rewards import at_least, half
 
+from grpo_jax.config import arguments
 from grpo_jax.config.loading import spec_of
 from grpo_jax.data.problems import Problem
-from grpo_jax.rewards import registry
+from grpo_jax.rewards import kinds, registry
 from grpo_jax.rewards.registry import Reward, load
 
 
@@ -185,8 +186,54 @@ def test_a_wrong_value_is_named_with_file_row_and_column(monkeypatch):
     assert "'half'" in row[1]
 
 
-def test_faults_of_a_bound_function():
-    rewards = load(("mentions(words=['a'])",), (1.0,))
+def test_what_the_config_binds_is_no_column():
+    """A column of that name is neither checked nor given."""
     good, bad = Problem("a", {"words": ["x"]}, "f, row 1"), Problem("b", {"words": 3}, "f, row 2")
-    assert list(registry.faulty_rows(rewards, [good, bad])) == [1]
-    assert registry.faulty_rows(rewards, [Problem("a", {})]) == {}
+    assert list(registry.faulty_rows(load(("mentions",), (1.0,)), [good, bad])) == [1]
+    bound = load(("mentions(words=['a'])",), (1.0,))
+    assert registry.faulty_rows(bound, [good, bad]) == {}
+    given = {"completions", "words", "tags", "ngram"}
+    accepted = lambda name: registry.accepted(registry.function(name), given)  # noqa: E731
+    assert accepted("mentions(words=['a'])") == {"completions", "tags", "ngram"}
+    assert accepted("mentions") == given
+    # What only the config can give, as a data set may have columns of such names.
+    assert accepted("strict_tags") == {"completions", "words", "ngram"}
+    assert accepted("repetition_penalty") == {"completions", "words", "tags"}
+
+
+def test_a_label_is_the_name_in_metrics():
+    names = (
+        "exact_answer as right",
+        "odd_rewards:times(factor=2) as twice",
+        "odd_rewards:times(factor=3)",
+    )
+    rewards = load(names, (1.0, 2.0, 3.0), accuracy="right")
+    assert [r.name for r in rewards] == ["right", "twice", "times"]
+    assert rewards[0].gives_accuracy and rewards[0].spec == "exact_answer"
+    assert registry.function(names[1])(completions=["abc"]) == [6]
+    with pytest.raises(ValueError, match=r"two rewards called 'right'.*as OTHER"):
+        load(("exact_answer as right", "odd_rewards:half as right"), (1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("entry", "name", "runs"),
+    [
+        ("exact_answer", "exact_answer", "workers"),
+        ("odd_rewards:half", "half", "workers"),
+        ("python:mine", "mine", "workers"),
+        ("python:mine(a=1) as yours", "yours", "workers"),
+        ("model:runs/helpful/export", "helpful", "devices"),
+        ("model:runs/helpful/export/ as kind", "kind", "devices"),
+        ("model:org/name", "name", "devices"),
+        ("classifier:runs/bert#toxic", "toxic", "workers"),
+        ("classifier:runs/bert(against=\"prompt\")", "bert", "workers"),
+    ],
+)
+def test_what_a_prefix_says(entry, name, runs):
+    assert registry.short_name(entry) == name and kinds.runs(entry) == runs
+
+
+def test_prefixes_are_no_modules():
+    assert {prefix.removesuffix(":") for prefix in kinds.KINDS} == arguments.NO_MODULES
+    (reward,) = load(("model:runs/a/export as b",), (1.0,))
+    assert (reward.model, reward.runs) == ("runs/a/export", "devices")

@@ -9,7 +9,13 @@ from grpo_jax.rewards.registry import Reward
 from grpo_jax.rewards.scores import Failure, Scores
 
 NAN = float("nan")
-REWARDS = [Reward("a", "a", 2.0), Reward("b", "b", -1.0)]
+
+
+def rewards_of(on_failure, **weights):
+    return [Reward(name, name, w, on_failure=on_failure) for name, w in weights.items()]
+
+
+REWARDS = rewards_of("least", a=2.0, b=-1.0)
 
 
 def scores(a, b, failed_a=None, failures=(), **more):
@@ -40,7 +46,7 @@ def test_rewards_by_function_add_up_to_the_sum():
     failed = {"a": np.array([0, 1, 0, 0], bool), "b": np.array([0, 0, 0, 1], bool)}
     given = Scores(np.zeros(4, np.float32), by_name, failed, {})
     for weights, least in (((2.0, 1.0), (-2, 0)), ((1.0, -0.5), (-2, 4)), ((0.0, 0.0), (0, 0))):
-        rewards = [Reward(name, name, weight) for name, weight in zip("ab", weights)]
+        rewards = rewards_of("least", **dict(zip("ab", weights)))
         got = scores_lib.by_function(rewards, given)
         want = [[1, NAN], [least[0], 3], [-2, 4], [NAN, least[1]]]
         np.testing.assert_array_equal(got, np.float32(want))
@@ -52,7 +58,7 @@ def test_a_failure_is_worth_no_more_than_what_others_got():
     """The least that the function gave another, weighted, and at most 0."""
     failed = [False, False, True]
     gain = lambda a: scores_lib.combine(  # noqa: E731
-        [Reward("a", "a", 2.0)], {"a": np.array(a, np.float32)}, {"a": np.array(failed)}
+        rewards_of("least", a=2.0), {"a": np.array(a, np.float32)}, {"a": np.array(failed)}
     )
     np.testing.assert_array_equal(gain([1, 0.5, NAN]), [2, 1, 0])  # as a wrong answer
     np.testing.assert_array_equal(gain([-1, 0, NAN]), [-2, 0, -2])  # a penalty, as the worst
@@ -72,6 +78,44 @@ def test_accuracy_counts_failures_and_leaves_out_none():
     assert scores([2, 0.5, 0, 1], [0] * 4).accuracy("a") == 0.5  # a share, not a mean
     np.testing.assert_array_equal(got.correct("a"), [True, False, False, False])
     assert np.isnan(scores([NAN], [1]).accuracy("a"))
+
+
+def test_an_unknown_failure_takes_the_whole_completion_out():
+    """a failed in row 1, b in row 3; None does not make a completion unknown."""
+    by_name = {"a": np.float32([1, NAN, -2, 5, NAN]), "b": np.float32([NAN, 3, 4, NAN, NAN])}
+    failed = {"a": np.array([0, 1, 0, 0, 0], bool), "b": np.array([0, 0, 0, 1, 0], bool)}
+    rewards = rewards_of("unknown", a=2.0, b=-1.0)
+    total_B = scores_lib.combine(rewards, by_name, failed)
+    np.testing.assert_array_equal(total_B, np.float32([2, NAN, -8, NAN, NAN]))
+    got = Scores(total_B, by_name, failed, {})
+    assert got.unknown_B.tolist() == [False, True, False, True, False]
+    np.testing.assert_array_equal(
+        scores_lib.by_function(rewards, got),
+        np.float32([[1, NAN], [NAN, NAN], [-2, 4], [NAN, NAN], [NAN, NAN]]),
+    )
+    # Right: row 0 of rows 0, 2 and 3, as row 1 is unknown; an evaluation counts it as wrong.
+    assert got.accuracy("a") == 2 / 3 and got.judged("a").sum() == 4
+    least = Scores(scores_lib.combine(REWARDS, by_name, failed), by_name, failed, {})
+    assert not least.unknown_B.any() and least.accuracy("a") == 2 / 4
+
+
+def test_what_no_reward_function_tells_leaves_a_completion_out():
+    """As an environment does with an episode that broke, whatever rewards.on_failure says."""
+    before = scores([1, 2, 3], [0, 0, 0])
+    got = scores_lib.left_out(before, "episode", {1: "The server was gone."})
+    np.testing.assert_array_equal(got.reward_B, np.float32([2, NAN, 6]))
+    assert got.unknown_B.tolist() == [False, True, False] and got.num_failed("invalid") == 1
+    assert got.broken(0.3) == {
+        "episode": "1 of 3 completions have no reward 'episode', more than "
+        "rewards.max_failed_share = 0.3. The first: The server was gone."
+    }
+    for joined in (scores_lib.join([before, got], REWARDS), Scores.from_json(got.as_json())):
+        assert joined.unknown_B[-3:].tolist() == [False, True, False]
+        assert np.isnan(joined.reward_B).sum() == 1
+    model = scores_lib.with_models(
+        got, [*REWARDS, Reward("m", "model:m", 1.0)], {"m": np.ones(3, np.float32)}, 1.0
+    )
+    np.testing.assert_array_equal(model.reward_B, np.float32([3, NAN, 7]))
 
 
 def test_join_keeps_rows_in_order():

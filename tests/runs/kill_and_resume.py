@@ -30,6 +30,9 @@ QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.py"
 # Metrics that differ from run to run.
 TIMES = (
     *("time/", "throughput/", "roofline/", "memory/", "programs"),
+    *("environment/seconds", "environment/idle", "environment/restarts"),
+    *("judge/calls", "judge/cached_share", "judge/retries", "judge/seconds", "judge/failed_by_"),
+    *("judge/prompt_tokens", "judge/completion_tokens"),  # a resumed run asks for less
     *("sft/tokens_per_s", "preference/tokens_per_s", "reward_model/tokens_per_s"),
 )
 

@@ -84,9 +84,12 @@ def test_a_run_survives_its_rewards(tmp_path, importable, one_device):
         for kind in ("timeout", "error", "values")
     ]
     assert kinds == [[2 * n for n in bad], bad, few]
-    # 3 of 3 rewards where all is well, none where all fail, and the fourth; nothing else is summed.
-    expected = [(3 * (16 - n) + 16 - m) / 16 for n, m in zip(bad, few)]
-    assert [row["reward"] for row in rows] == pytest.approx(expected)
+    # Where one fails, the completion is unknown; a group with a bad one has no fourth reward.
+    assert [row["rewards/unknown_share"] for row in rows] == [m / 16 for m in few]
+    assert 0 < max(few) and min(few) < 16
+    assert all(row["reward"] == 4.0 for row, m in zip(rows, few) if m < 16)
+    assert all("reward" not in row for row, m in zip(rows, few) if m == 16)
+    assert not any(row["rewards/unscored"] for row in rows)
 
 
 def test_rewards_that_fail_in_an_evaluation_end_the_run_saved(tmp_path, importable, one_device):

@@ -155,14 +155,17 @@ def _rows_with_times(folder) -> list[dict]:
 
 # What a run emits only where something went wrong, or where its devices or rewards have it:
 # test_metrics_of_what_this_run_has_not makes each of them.
-NOT_HERE = {f"rewards/failed_by_{how}" for how in ("timeout", "error", "values", "memory", "died")}
+HOW = ("timeout", "error", "values", "memory", "died", "invalid")
+NOT_HERE = {f"rewards/failed_by_{how}" for how in HOW}
 NOT_HERE |= {"reward_log/NAME", "eval/failed_rewards"}
 NOT_HERE |= {"groups/draws", "groups/drawn", "groups/dropped"}
 NOT_HERE |= {f"prompts/{which}_share" for which in ("unseen", "easy", "hard", "replayed")}
 OF_OTHER_OBJECTIVES = {"policy/kl_coef", "policy/entropy_coef", "policy/off_policy_share"}
-# Of hybrids, distillation and critics, and of programs on given completions: their own runs' tests.
-OTHERS = ("hybrid/", "distill/", "value/", "preference/", "reward_model/")
+# Of ensembles, hybrids, distillation and critics, and of programs on given completions: their own
+# runs' tests.
+OTHERS = ("ensemble/", "hybrid/", "distill/", "value/", "preference/", "reward_model/", "judge/")
 OF_OTHER_OBJECTIVES |= {name for name in METRICS if name.startswith(OTHERS)}
+OF_OTHER_OBJECTIVES |= {"rewards/failed_by_member"}  # test_ensembles.py
 OF_OTHER_OBJECTIVES |= {"sft/nll", "sft/eval_loss"}  # of grpo_jax.sft: test_given_runs.py
 NOT_HERE |= OF_OTHER_OBJECTIVES
 NOT_HERE |= {"memory/device_gib", "memory/device_peak_gib"}
@@ -254,9 +257,9 @@ class _Device:
 
 def test_metrics_of_what_this_run_has_not(monkeypatch):
     """Rewards that fail in each way, what they log, and devices that tell of their memory."""
-    kinds = ("timeout", "error", "values", "memory", "died")
+    kinds = ("timeout", "error", "values", "memory", "died", "invalid")
     failures = tuple(Failure("r", i, kind, "as asked") for i, kind in enumerate(kinds))
-    value_B, failed_B = np.full(6, np.nan, np.float32), np.arange(6) < 5
+    value_B, failed_B = np.full(6, np.nan, np.float32), np.arange(6) < 6
     scores = Scores(
         np.zeros(6, np.float32), {"r": value_B}, {"r": failed_B}, {"r": value_B}, failures,
         metrics={"depth": (3.0, 2)},
@@ -303,7 +306,7 @@ def test_the_device_has_work_while_metrics_are_read(tmp_path, model, monkeypatch
 
     monkeypatch.setattr(grpo_run, "build", watched)
     monkeypatch.setattr(step_metrics.StepLog, "fetch", noted("fetch", step_metrics.StepLog.fetch))
-    monkeypatch.setattr(Engine, "_next_prompts", noted("admit", Engine._next_prompts))
+    monkeypatch.setattr(Engine, "_placed", noted("admit", Engine._placed))
     every = ["--config.checkpoint.every_steps=0", "--config.rollout.num_slots=0"]
     _runs(tmp_path / "run", f"--config.model.path={model}", *TWO_STEPS, *every)
     updates = ["update", "update", "fetch", "update", "fetch", "update", "fetch"]

@@ -10,6 +10,7 @@ from mistakes import make_model, refusal
 
 from grpo_jax import score
 from grpo_jax.models.hf.tokenizer import load_tokenizer
+from grpo_jax.rewards import ensembles, registry
 
 ROWS = [
     {"prompt": "1+1=", "answer": "#### 2", "guess": "#### 2", "level": 1, "right": True},
@@ -46,11 +47,15 @@ def run(capsys, config, *more):
 def test_a_column_is_scored(config, tmp_path, capsys):
     out = run(capsys, config, "--json", str(tmp_path / "new" / "f.json"))
     found = json.loads((tmp_path / "new" / "f.json").read_text())
-    assert found.keys() == {"rows", "rewards", "rows_per_second"}
+    more = {"correlations", "per_1000", "logged"}
+    assert found.keys() == {"rows", "rewards", "rows_per_second"} | more
     assert found["rows"] == 3 and found["rows_per_second"] > 0
+    seconds = found["rewards"]["exact_answer"].pop("seconds_per_1000")
     assert found["rewards"]["exact_answer"] == {
-        "mean": 1.0, "std": 0.0, "ones": 3, "failed": 0, "none": 0
+        "mean": 1.0, "std": 0.0, "min": 1.0, "median": 1.0, "max": 1.0,
+        "ones": 3, "failed": 0, "none": 0,
     }  # fmt: skip
+    assert 0 < seconds < 1000 * 3
     for words in ("Rewards of 3 rows", "exact_answer", "rows per second", "sums.jsonl, line"):
         assert words in out
 
@@ -123,7 +128,8 @@ def test_failures_are_shown(config, tmp_path, capsys, monkeypatch):
         "--config.rewards.timeout_s=0.5",
     )  # fmt: skip
     found = json.loads((tmp_path / "f.json").read_text())["rewards"]["waits"]
-    assert found == {"mean": 1.0, "std": 0.0, "ones": 1, "failed": 1, "none": 1}
+    counts = {"mean": 1.0, "std": 0.0, "ones": 1, "failed": 1, "none": 1}
+    assert {name: found[name] for name in counts} == counts
     assert "longer than rewards.timeout_s" in out.replace("\n", " ")
     assert "sums.jsonl, line 2" in out.replace("\n", "")
     slowest = out.replace("\n", "").partition("Slowest of waits: ")[2].split(";")
@@ -186,3 +192,59 @@ def test_mistakes(config, tmp_path, arguments, words):
     assert status == 1
     for word in words:
         assert word in message
+
+
+def test_distributions_correlations_and_agreement(config, tmp_path, capsys):
+    """The guesses are "#### 2", "5" and "?"; an ensemble is scored like the others."""
+    names = "('exact_answer as right','answer_format as form',"
+    names += "\"ensemble:minimum(of=['right','form']) as both\")"
+    out = run(
+        capsys, config, "--completion-column", "guess", "--human", "right",
+        "--picture", str(tmp_path / "new" / "rewards.png"), "--json", str(tmp_path / "f.json"),
+        f"--config.rewards.names={names}", "--config.rewards.weights=(0, 0, 1)",
+    )  # fmt: skip
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert list(found["rewards"]) == ["right", "form", "both"]
+    assert found["rewards"]["both"]["mean"] == pytest.approx(1 / 3)
+    assert found["agreement"]["both"] == {"kappa": 1.0, "share": 1.0, "threshold": 1.0}
+    # lengths 6, 1, 1, and rewards 1, 0, 0
+    assert found["correlations"]["both"]["length"] == pytest.approx(1.0)
+    assert (tmp_path / "new" / "rewards.png").read_bytes()[:4] == b"\x89PNG"
+    for words in ("Correlations", "kappa 1.000, 100.0% alike", "s/1k", "rewards.png"):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (
+            ["--human", "guess"],
+            "--human guess: ... sums.jsonl, line 1 has '#### 2' there. Labels are",
+        ),
+        (["--human", "no"], "--human no: ... sums.jsonl, line 1 has no value there"),
+        (["--picture", "a.pdf"], "--picture a.pdf must end in .png or .svg"),
+    ],
+)
+def test_labels_and_pictures_that_are_none(config, more, words):
+    status, told = refusal(score.main, ["--config", str(config), *more])
+    assert status == 1 and all(part in told for part in words.split(" ... "))
+
+
+def test_the_list_names_every_reward_with_its_arguments(capsys):
+    with pytest.raises(SystemExit):
+        score.main(["--list"])
+    out = capsys.readouterr().out
+    lines = [line.strip() for line in out.splitlines()]
+    heads = {line.partition("(")[0] for line in lines}
+    assert {*registry.BUILT_IN, *(f"ensemble:{form}" for form in ensembles.FORMS)} <= heads
+    for line in (
+        "numeric_answer(relative=0.001, absolute=0.0)",
+        "similarity(folder=...)",
+        "ensemble:gate(of=..., where=..., at_least=..., otherwise=0.0)",
+        "reads answer, choices?",
+        "model:...",
+    ):
+        assert line in lines
+    assert "Share of a completion's steps before the first wrong one" in " ".join(lines)
+    status, told = refusal(score.main, [])
+    assert status == 2 and "--config FILE is required" in told

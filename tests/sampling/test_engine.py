@@ -17,7 +17,8 @@ from grpo_jax.kernels import quantize
 from grpo_jax.kernels.kv_cache import RingCache
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.models import logits, parameters
-from grpo_jax.sampling import decode
+from grpo_jax.sampling import decode, layouts
+from grpo_jax.sampling.board import Turn
 from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Layer, Sampling
@@ -441,3 +442,91 @@ def test_publish_takes_the_layers_apart():
         published["layers"],
         tiny.unstacked(params["layers"], model),
     )
+
+
+def in_turns(engine, params, cuts):
+    """The completions of PROMPTS, drawn in turns of at most `cuts` tokens, as lists of tokens."""
+    num_prompts, published = len(PROMPTS), engine.publish(params)
+    rows = num_prompts * GROUP
+    key_B2 = engine.keys(KEY, rows)
+    ids: list[list[int]] = [[] for _ in range(rows)]
+    logp: list[list[float]] = [[] for _ in range(rows)]
+    open_rows: set[int] = set()
+
+    def take(turns):
+        for drawn in turns:
+            for row, token_C, logp_C, n, stopped in zip(
+                drawn.row_B, drawn.token_BC, drawn.logp_BC, drawn.length_B, drawn.stopped_B
+            ):
+                ids[row] += token_C[:n].tolist()
+                logp[row] += logp_C[:n].tolist()
+                open_rows.discard(row)
+                if not stopped and len(ids[row]) < LIMIT:
+                    open_rows.add(row)
+
+    take(engine.first_turns(published, PROMPTS, GROUP, key_B2, 1.0, limit=cuts[0]))
+    for cut in cuts[1:]:
+        turns = [
+            Turn(
+                [row],
+                PROMPTS[row // GROUP] + ids[row],
+                len(ids[row]),
+                min(cut, LIMIT - len(ids[row])),
+            )
+            for row in sorted(open_rows)
+        ]
+        if turns:
+            width = layouts.turn_width(max(len(turn.ids) for turn in turns))
+            take(engine.later_turns(published, turns, num_prompts, GROUP, width, key_B2, 1.0))
+    assert not open_rows
+    return ids, logp
+
+
+@pytest.mark.parametrize("num_slots, compact", [(0, True), (5, False)])
+def test_the_cut_into_turns_changes_no_draw(params, whole, num_slots, compact):
+    for cuts in ((5, 1, LIMIT), (1, 3, 4, LIMIT)):
+        ids, logp = in_turns(engine(num_slots, compact), params, cuts)
+        for row, (p, g) in enumerate(np.ndindex(whole.length_PG.shape)):
+            n = whole.length_PG[p, g]
+            assert ids[row] == whole.completion_PGC[p, g, :n].tolist()
+            np.testing.assert_allclose(logp[row], whole.logp_PGC[p, g, :n], atol=1e-5)
+
+
+def test_turns_that_come_while_others_are_decoded(params, whole):
+    """A source gives the second turns one after the other; only its first is there at once."""
+    used, rows = engine(6), len(PROMPTS) * GROUP
+    published, key_B2 = used.publish(params), used.keys(KEY, rows)
+    ids = {}
+    for drawn in used.first_turns(published, PROMPTS, GROUP, key_B2, 1.0, limit=4):
+        for row, token_C, n, stopped in zip(
+            drawn.row_B, drawn.token_BC, drawn.length_B, drawn.stopped_B
+        ):
+            ids[int(row)] = token_C[:n].tolist(), bool(stopped)
+    later = [
+        Turn([row], PROMPTS[row // GROUP] + own, 4, LIMIT - 4)
+        for row, (own, stopped) in sorted(ids.items())
+        if not stopped
+    ]
+
+    class OneByOne:
+        asked = 0
+
+        @property
+        def pending(self):
+            return bool(later)
+
+        def take(self, wait):
+            self.asked += 1
+            return [(0, later.pop(0))] if wait or self.asked % 2 else []
+
+    source = OneByOne()
+    first = [later.pop(0)]
+    for drawn in used.later_turns(
+        published, first, len(PROMPTS), GROUP, 64, key_B2, 1.0, expected=len(later), source=source
+    ):
+        for row, token_C, n in zip(drawn.row_B, drawn.token_BC, drawn.length_B):
+            ids[int(row)][0].extend(token_C[:n].tolist())
+    assert source.asked > 1 and not later
+    for row, (own, _) in ids.items():
+        p, g = divmod(row, GROUP)
+        assert own == whole.completion_PGC[p, g, : whole.length_PG[p, g]].tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 
 import numpy as np
@@ -273,3 +275,71 @@ def test_a_stop_goes_before_a_roll_back():
 def test_checkpoints_that_are_due_are_kept_where_a_guard_may_need_them(guard):
     assert not guard_rules.may_roll_back(_config())
     assert guard_rules.may_roll_back(_config(**{guard: "roll_back"}))
+
+
+# --- Members of an ensemble -----------------------------------------------------------------------
+
+
+def _with_ensemble(history=None, **options) -> Guards:
+    config = _config(**options)
+    config.rewards.names = (
+        "exact_answer as a",
+        "answer_format as b",
+        "ensemble:sum(of=['a', 'b']) as all",
+    )
+    config.rewards.weights = (0.0, 0.0, 1.0)
+    return Guards(config, history or History(), "DIR", updates_per_step=1)
+
+
+def _steps(guards: Guards, a: list[float], b: list[float], first: int = 1) -> None:
+    for step, (x, y) in enumerate(zip(a, b), start=first):
+        values = {"reward/a": x, "reward/a_std": 0.5, "reward/b": y, "reward/b_std": 0.25}
+        guards.check_rollout(step, values)
+
+
+def test_a_member_that_rises_while_another_falls():
+    """Windows of two: a from 0.1 to 0.5, 0.8 of its deviations; b from 0.6 to 0.4, -0.8."""
+    guards = _with_ensemble(members="stop")
+    _steps(guards, [0.0, 0.2, 0.4], [0.7, 0.5, 0.5])
+    guards.enforce()
+    _steps(guards, [0.6], [0.3], first=4)
+    with pytest.raises(Diverged) as info:
+        guards.enforce()
+    for part in (
+        "Step 4",
+        "the reward 'a' rose by 0.8 of its deviations while 'b' fell by 0.8",
+        "guards.member_shift = 0.5",
+        'guards.members = "stop"',
+    ):
+        assert part in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "options"),
+    [
+        ([0.0, 0.2, 0.4, 0.6], [0.7, 0.5, 0.7, 0.7], {}),  # b does not fall
+        ([0.0, 0.2, 0.4, 0.6], [0.7, 0.5, 0.5, 0.5], {}),  # by 0.4 of its deviations alone
+        ([0.6, 0.4, 0.2, 0.0], [0.7, 0.5, 0.5, 0.3], {}),  # both fall
+        ([0.0, 0.2, 0.4, 0.6], [0.7, 0.5, 0.5, 0.3], {"member_shift": 1.0}),
+        ([0.0, 0.2, 0.4, 0.6], [0.7, 0.5, 0.5, 0.3], {"member_shift": 0.0}),
+    ],
+)
+def test_members_that_are_fine(a, b, options):
+    guards = _with_ensemble(members="stop", **options)
+    _steps(guards, a, b)
+    guards.enforce()
+
+
+def test_what_is_known_of_members_is_part_of_the_state():
+    """After a stop in between the guard finds the same."""
+    guards = _with_ensemble(members="stop")
+    _steps(guards, [0.0, 0.2], [0.7, 0.5])
+    kept = json.loads(json.dumps(dataclasses.asdict(guards._history)))
+    again = _with_ensemble(History(**kept), members="stop")
+    _steps(again, [0.4, 0.6], [0.5, 0.3], first=3)
+    with pytest.raises(Diverged, match=r"'a' rose by 0\.8"):
+        again.enforce()
+    plain = _guards(members="stop")  # without an ensemble there are no members
+    _steps(plain, [0.0, 0.2, 0.4, 0.6], [0.7, 0.5, 0.5, 0.3])
+    plain.enforce()
+    assert not plain._history.members

@@ -78,6 +78,17 @@ def test_a_group_measures_its_problem(accuracy, unit):
     assert values["prompts/hard_share"] == 0
 
 
+def test_an_unknown_completion_measures_nothing():
+    """But a failure that counts as the least is a wrong answer."""
+    for reward, rate in ((NAN, 1.0), (0.0, 0.5)):
+        scores = _scores([[1, NAN]])
+        scores.failed["right"][1], scores.reward_B[1] = True, reward
+        state = RunState()
+        sampled = Rollout(None, None, None, 1.0, problem_P=[1])
+        prompt_choice.measure(_run(3, "right", outside_weight=0.5), state, sampled, scores)
+        assert state.pass_rates.rate_N[1] == rate
+
+
 def test_groups_that_are_not_learned_from_measure_too():
     run = _run(3, "right", outside_weight=0.5)
     state, length_NG = RunState(), np.ones((3, 2), np.int32)

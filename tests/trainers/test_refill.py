@@ -12,6 +12,7 @@ import tiny
 from grpo_jax.config import options as options_lib
 from grpo_jax.data.problems import Problem
 from grpo_jax.environments.demonstrations import NOTHING
+from grpo_jax.environments.drawing import ONE_TURN
 from grpo_jax.environments.questions import Questions
 from grpo_jax.rewards import groups
 from grpo_jax.rewards.registry import Reward
@@ -78,6 +79,7 @@ def _run(solvable=range(10), **more):
         rewards=Pool(solvable),
         weights=lambda train: train.params,
         demonstrations=NOTHING,
+        drawing=ONE_TURN,
     )
     monitor = SimpleNamespace(
         log=SimpleNamespace(close=lambda: None, closed_at=0.0),

@@ -1,0 +1,79 @@
+"""Made corpora: people, where they were born, the firms they work for, and the firms' towns.
+
+Every corpus draws its own facts from the same names, so that nothing of one holds in another: a
+model can learn to look things up, and not the things. Used by the tasks lookup and lookup_twice,
+and by their environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from grpo_jax.data.streams import stream
+
+FIRST = (
+    "Ada Ben Cleo Dan Eva Finn Gita Hugo Iris Jon Kira Leo Mona Nils Olga Paul Rosa Sven Tara Ugo "
+    "Vera Wim Yara Zeno"
+).split()
+LAST = (
+    "Adler Berg Costa Diaz Engel Frost Gupta Haas Ito Jansen Kruse Lang Meier Novak Ortiz Popov "
+    "Quist Rossi Silva Tanaka Urban Vogel Weiss Young"
+).split()
+TOWNS = (
+    "Athens Bergen Cairo Dakar Essen Florence Geneva Hanoi Izmir Jakarta Kyoto Lisbon Madrid "
+    "Nairobi Oslo Porto Quito Riga Sofia Tunis Utrecht Vienna Warsaw Zagreb"
+).split()
+FIRMS = (
+    "Acme Baltic Cobalt Delta Everest Falcon Granite Horizon Ibis Jasper Kestrel Lotus Meridian "
+    "Nimbus Onyx Pioneer Quartz Raven Summit Tundra Umbra Vertex Willow Zephyr"
+).split()
+NUM_PEOPLE, NUM_FIRMS = 20, 10  # of a corpus
+
+
+@dataclasses.dataclass(frozen=True)
+class Person:
+    """What a corpus says of one person."""
+
+    name: str  # first and last
+    born: str  # a town
+    firm: str
+    town: str  # of the firm; no document says it of the person
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The people of a corpus, and its documents of one sentence each."""
+
+    people: tuple[Person, ...]
+    documents: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=64)
+def make(name: str, *, shuffled: bool = False) -> Corpus:
+    """The corpus "SEED-NUMBER".
+
+    `shuffled`: its documents say of each person and firm what is true of another one.
+    """
+    seed, number = map(int, name.split("-"))
+    rng = stream(seed, "problems", 1 + number)
+    names = [
+        f"{FIRST[i // len(LAST)]} {LAST[i % len(LAST)]}"
+        for i in rng.permutation(len(FIRST) * len(LAST))[:NUM_PEOPLE]
+    ]
+    firms = [FIRMS[i] for i in rng.permutation(len(FIRMS))[:NUM_FIRMS]]
+    towns = [TOWNS[i] for i in rng.permutation(len(TOWNS))[:NUM_FIRMS]]
+    people = []
+    for person in names:
+        firm = int(rng.integers(NUM_FIRMS))
+        born = TOWNS[rng.integers(len(TOWNS))]
+        people.append(Person(person, born, firms[firm], towns[firm]))
+    said, said_towns = people, towns
+    if shuffled:
+        said = people[1:] + people[:1]
+        said_towns = towns[1:] + towns[:1]
+    documents = [
+        f"- {p.name} was born in {o.born} and works at {o.firm}." for p, o in zip(people, said)
+    ]
+    documents += [f"- {firm} is in {town}." for firm, town in zip(firms, said_towns)]
+    return Corpus(tuple(people), tuple(documents))

@@ -1,0 +1,388 @@
+"""Conversations: turns of the policy and answers of its environment, each a completion.
+
+An episode's token ids are the truth, its text is a view of them. A completion holds the tokens that
+the policy drew and those of the environment between them; `Rollouts.chosen_PGC` tells them apart.
+The policy's turns are drawn by the engine, each until its stop token or a limit. Then the
+environments answer, all at once, each in a process of its own (`live.Live`). The episodes that go
+on are read again with all their tokens. Random keys follow from an episode and the position in it,
+so that neither the cut into turns nor the batch changes a draw.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.environments.episode import LATE, Episode, Limits, Start, Told, World
+from grpo_jax.environments.live import INVALID, Answer
+from grpo_jax.hosts import processes
+from grpo_jax.sampling import layouts
+from grpo_jax.sampling.board import NO_MORE, Drawn, Turn
+from grpo_jax.sampling.engine import Engine
+from grpo_jax.structs import Array, Params, Rollouts, pad_rows
+
+_WAIT_S = 1.0  # between two looks at whether the run was asked to stop
+
+# Takes a prompt's number and its finished episodes.
+OnGroup = Callable[[int, list[Episode]], None]
+
+
+def sample(
+    engine: Engine,
+    params: Params,
+    world: World,
+    starts: Sequence[Start],
+    prompt_ids: Sequence[list[int]],
+    limits: Limits,
+    *,
+    group: int,
+    key: Array,
+    temperature: float,
+    rollout_seeds: Sequence[int],
+    eager: bool = False,
+    on_group: OnGroup,
+    meanwhile: Callable[[], None] | None = None,
+    on_harvest: Callable[[], None] = lambda: None,
+) -> tuple[Rollouts, Told]:
+    """`group` episodes of each prompt.
+
+    As `Engine.generate`, whose arguments these are otherwise. `rollout_seeds`: one for each row.
+    `eager`: episodes go on once they are answered, and not when all are. `on_group` is called once
+    for each prompt when all its episodes have their rewards, on the process that owns it. Raises
+    ValueError if environments of one group begin with different texts.
+    """
+    one = _Sampling(engine, params, world, starts, limits, group, key, temperature, on_harvest)
+    one.on_group = on_group
+    one.begin(prompt_ids, rollout_seeds)
+    one.hand_over(one.first_turns(meanwhile))
+    while one.goes_on():
+        one.hand_over(one.later_turns(eager and processes.count() == 1))
+    one.finish()
+    told = one.told()
+    return one.rollouts(told.outcomes), told
+
+
+class _Sampling:
+    """One call of `sample`. As a `board.Source` it gives turns that are answered meanwhile."""
+
+    on_group: OnGroup
+
+    def __init__(self, engine, params, world, starts, limits, group, key, temperature, on_harvest):
+        self.engine, self.params, self.world = engine, params, world
+        self.starts, self.limits, self.group = starts, limits, group
+        self.temperature, self.on_harvest = temperature, on_harvest
+        self.held_P, self.own_P = engine.places(len(starts))
+        self.key_B2 = engine.keys(key, len(starts) * group)
+        self.episodes: list[Episode] = []
+        self.acting: set[int] = set()  # own rows whose environment has not answered yet
+        self.ending: set[int] = set()  # own rows without their rewards yet
+        self.ready: list[int] = []  # rows that go on, on this process's count
+        self.news: list[tuple[int, list[int], str]] = []  # own rows answered since the exchange
+        self.width = 0  # of the turns that are drawn now
+        self.idle_s, self.read_again, self.drawn = 0.0, 0, 0
+        self.open_P = np.full(len(starts), group)  # episodes of a prompt that are not closed
+
+    # --- The beginning and the end ---
+
+    def begin(self, prompt_ids: Sequence[list[int]], rollout_seeds: Sequence[int]) -> None:
+        """Resets the environments, and makes the prompts."""
+        for row in range(len(self.starts) * self.group):
+            start = self.starts[row // self.group]
+            given = start.prompt
+            told = [{"role": "user", "content": given}] if isinstance(given, str) else [*given]
+            prompt = list(prompt_ids[row // self.group])
+            self.episodes.append(Episode(row, prompt, start.columns, told, len(told)))
+            if self.own_P[row // self.group]:
+                columns = start.columns | {"prompt": start.prompt}
+                self.world.reset(row, columns, start.seed, rollout_seeds[row])
+                self.acting.add(row)
+        texts: dict[int, set[str]] = collections.defaultdict(set)
+        while self.acting:
+            for answer in self._answers():
+                episode = self.episodes[answer.row]
+                episode.seconds += answer.seconds
+                if answer.outcome:
+                    episode.outcome, episode.fault = answer.outcome, answer.message
+                else:
+                    said = "".join(m["content"] for m in answer.messages or ())
+                    texts[answer.row // self.group].add(said)
+        begun = {p: said for p, said in texts.items() if said != {""}}
+        for said in begun.values():
+            if len(said) > 1:
+                one, two, *_ = sorted(said)
+                raise ValueError(
+                    f"The environments of one group began with different texts, {one[:80]!r} and "
+                    f"{two[:80]!r}. A group has one prompt. What `reset` returns must follow from "
+                    "its arguments and from the modules random and numpy.random, which are seeded "
+                    "alike for a group."
+                )
+        self._set_prompts({p: said.pop() for p, said in begun.items()})
+
+    def _set_prompts(self, texts: dict[int, str]) -> None:
+        """Appends the texts of `reset` to the prompts, on all processes."""
+        everyones = processes.gather(sorted(texts.items()), "what environments begin with")
+        for p, text in (pair for pairs in everyones for pair in pairs):
+            ids = self.starts[p].with_text(text)
+            for episode in self.episodes[p * self.group : (p + 1) * self.group]:
+                episode.prompt = ids
+                last = dict(episode.messages[-1])
+                episode.messages[-1] = last | {"content": f"{last.get('content') or ''}{text}"}
+
+    def finish(self) -> None:
+        """Waits for the rewards."""
+        while self.ending:
+            self._hear()
+
+    # --- The device ---
+
+    def first_turns(self, meanwhile: Callable[[], None] | None) -> Iterable[Drawn]:
+        prompts = [episode.prompt for episode in self.episodes[:: self.group]]
+        return self.engine.first_turns(
+            self.params,
+            prompts,
+            self.group,
+            self.key_B2,
+            self.temperature,
+            limit=self._limit(self.episodes[0]),
+            meanwhile=meanwhile,
+        )
+
+    def later_turns(self, eager: bool) -> Iterable[Drawn]:
+        """The next turns of the episodes that are answered, and with `eager` of those that will."""
+        turns = self._turns(self.ready)
+        self.ready = []
+        # With room for another turn: an episode that comes back must fit.
+        longest = max(len(turn.ids) for turn in turns) * (5 if eager else 4) // 4
+        self.width = layouts.turn_width(longest)
+        return self.engine.later_turns(
+            self.params,
+            turns,
+            len(self.starts),
+            self.group,
+            self.width,
+            self.key_B2,
+            self.temperature,
+            expected=len(self.acting) * eager,
+            source=self if eager else NO_MORE,
+        )
+
+    def _limit(self, episode: Episode) -> int:
+        return min(self.limits.turn_tokens, self.limits.tokens - episode.length)
+
+    def _turns(self, rows: Sequence[int]) -> list[Turn]:
+        """The next turns of some episodes; of those held elsewhere, the shape alone."""
+        turns = []
+        for row in rows:
+            e = self.episodes[row]
+            ids = e.prompt + e.ids if self.held_P[row // self.group] else [0] * e.length
+            ids = ids if self.held_P[row // self.group] else e.prompt + ids
+            turns.append(Turn([row], ids, e.length, self._limit(e)))
+        self.read_again += sum(len(turn.ids) for turn in turns)
+        return turns
+
+    def hand_over(self, drawn: Iterable[Drawn]) -> None:
+        """Takes finished turns to their environments."""
+        for some in drawn:
+            self.on_harvest()
+            for i, row in enumerate(some.row_B):
+                episode, n = self.episodes[int(row)], int(some.length_B[i])
+                episode.length += n
+                episode.turn_ends.append(episode.length)
+                episode.stopped = bool(some.stopped_B[i])
+                self.drawn += n
+                if self.held_P[int(row) // self.group]:
+                    episode.turn = some.token_BC[i, :n].tolist()
+                    episode.add(episode.turn, some.logp_BC[i, :n])
+                if self.own_P[int(row) // self.group]:
+                    self._to_environment(episode)
+
+    # --- `board.Source`, where episodes go on eagerly ---
+
+    @property
+    def pending(self) -> bool:
+        return bool(self.acting) or any(self._fits(row) for row in self.ready)
+
+    def take(self, wait: bool) -> list[tuple[int, Turn]]:
+        began = time.monotonic()
+        self._hear(0.0)
+        while wait and self.acting and not any(self._fits(row) for row in self.ready):
+            self._hear()
+        self.idle_s += (time.monotonic() - began) * wait
+        fitting = [row for row in self.ready if self._fits(row)]
+        self.ready = [row for row in self.ready if row not in set(fitting)]
+        turns = self._turns(fitting)
+        shards = self.engine.shards_of(turns, len(self.starts), self.group)
+        return list(zip(shards.tolist(), turns))
+
+    def _fits(self, row: int) -> bool:
+        episode = self.episodes[row]
+        return len(episode.prompt) + episode.length <= self.width
+
+    # --- The environments ---
+
+    def goes_on(self) -> bool:
+        """Waits for the environments' answers; whether any episode goes on, on all processes."""
+        began = time.monotonic()
+        while self.acting:
+            self._hear()
+        self.idle_s += time.monotonic() - began
+        if processes.count() == 1:
+            self.news = []
+            self.ready.sort()
+            return bool(self.ready)
+        everyones = processes.gather(self.news, "the environments' answers")
+        own, self.news, self.ready = {row for row, _, _ in self.news}, [], []
+        for row, ids, outcome in sorted(news for told in everyones for news in told):
+            episode = self.episodes[row]
+            if row not in own:
+                episode.outcome, episode.length = outcome, episode.length + len(ids)
+                if self.held_P[row // self.group]:
+                    episode.add(ids, None)
+            if not episode.outcome:
+                self.ready.append(row)
+        return bool(self.ready)
+
+    def _to_environment(self, episode: Episode) -> None:
+        """Gives the policy's last turn to its environment, or ends the episode."""
+        if episode.outcome:  # its environment did not start
+            self._end(episode, episode.outcome)
+            return
+        turn = self.starts[episode.row // self.group].dialogue.parse(episode.turn)
+        episode.messages.append(turn.message)
+        if not episode.stopped and episode.length >= self.limits.tokens:
+            self._end(episode, "tokens")
+            return
+        self.acting.add(episode.row)
+        self.world.act(episode.row, turn, episode.messages)
+
+    def _answers(self, timeout_s: float = _WAIT_S) -> list[Answer]:
+        answers = self.world.answers(timeout_s)
+        self.acting -= {answer.row for answer in answers if answer.kind != "finish"}
+        return answers
+
+    def _hear(self, timeout_s: float = _WAIT_S) -> None:
+        """Takes the answers that have come, after waiting for at least one up to the time."""
+        for answer in self._answers(timeout_s):
+            episode = self.episodes[answer.row]
+            episode.seconds += answer.seconds
+            if answer.kind == "finish":
+                self._rewarded(episode, answer)
+                continue
+            episode.calls += answer.num_calls
+            episode.failures += answer.failures
+            episode.turn_rewards.append(answer.turn_reward or 0.0)
+            if answer.outcome:
+                episode.fault = answer.message
+                self._end(episode, answer.outcome)
+            elif answer.messages is None:
+                self._end(episode, "done" if episode.stopped else "tokens")
+            else:
+                self._go_on(episode, answer.messages)
+
+    def _go_on(self, episode: Episode, messages: list[dict[str, Any]]) -> None:
+        episode.messages += messages
+        if len(episode.turn_ends) >= self.limits.turns:
+            self._end(episode, "turns")
+            return
+        dialogue = self.starts[episode.row // self.group].dialogue
+        ids = dialogue.follow(episode.turn, episode.stopped, messages)
+        if episode.length + len(ids) >= self.limits.tokens:
+            self._end(episode, "tokens")  # what would not fit is not said
+            return
+        episode.add(ids, None)
+        episode.length += len(ids)
+        episode.observed += len(ids)
+        self.ready.append(episode.row)
+        self.news.append((episode.row, ids, ""))
+
+    def _end(self, episode: Episode, outcome: str) -> None:
+        """Ends an episode; asks for its rewards, unless its environment is at fault."""
+        episode.outcome = outcome
+        self.news.append((episode.row, [], outcome))
+        if outcome in INVALID:
+            self._close(episode)
+            return
+        self.ending.add(episode.row)
+        prompt = self.starts[episode.row // self.group].prompt
+        if not isinstance(prompt, str):
+            prompt = episode.messages[: episode.first]
+        self.world.finish(episode.row, episode.replies, episode.columns, episode.ids, prompt)
+
+    def _rewarded(self, episode: Episode, answer: Answer) -> None:
+        """Takes an episode's rewards. One that the policy made end is worth 0 if it has none."""
+        reward = answer.reward
+        if answer.outcome in INVALID and episode.outcome in LATE:
+            reward = 0.0
+        elif answer.outcome:
+            episode.outcome, episode.fault = answer.outcome, answer.message
+        if reward is not None and math.isnan(reward):
+            reward = 0.0 if episode.outcome in LATE else None
+        episode.reward, episode.scored = reward, answer.scored
+        self._close(episode)
+
+    def _close(self, episode: Episode) -> None:
+        self.ending.discard(episode.row)
+        p = episode.row // self.group
+        self.open_P[p] -= 1
+        if not self.open_P[p]:
+            self.on_group(p, self.episodes[p * self.group : (p + 1) * self.group])
+
+    # --- The result ---
+
+    def rollouts(self, outcomes: Sequence[str]) -> Rollouts:
+        limit, rows = self.limits.tokens, len(self.episodes)
+        completion_BC, logp_BC = np.zeros((rows, limit), np.int32), np.zeros((rows, limit))
+        chosen_BC = np.zeros((rows, limit), bool)
+        for e in self.episodes:
+            n = len(e.ids)
+            completion_BC[e.row, :n], logp_BC[e.row, :n], chosen_BC[e.row, :n] = (
+                e.ids, e.logp, e.chosen,
+            )  # fmt: skip
+        prompts = [episode.prompt for episode in self.episodes[:: self.group]]
+        width = self.engine.padded(max(map(len, prompts)))
+        prompt_PQ, prompt_length_P = pad_rows(prompts, width)
+        by_group = lambda x_B: np.asarray(x_B).reshape(len(prompts), self.group, *x_B.shape[1:])  # noqa: E731
+        return Rollouts(
+            prompt_PQ=prompt_PQ,
+            prompt_length_P=prompt_length_P,
+            completion_PGC=by_group(completion_BC),
+            logp_PGC=by_group(logp_BC.astype(np.float32)),
+            length_PG=by_group(np.array([e.length for e in self.episodes], np.int32)),
+            stopped_PG=by_group(np.array([outcome == "done" for outcome in outcomes])),
+            chosen_PGC=by_group(chosen_BC),
+        )
+
+    def told(self) -> Told:
+        own = [
+            (
+                *(e.row, e.outcome, len(e.turn_ends), e.calls, e.observed, e.seconds, e.failures),
+                *(e.turn_ends, e.turn_rewards),
+            )
+            for e in self.episodes
+            if self.own_P[e.row // self.group]
+        ]
+        of_world = self.idle_s, self.world.num_live, self.world.num_lost
+        everyones = processes.gather((own, of_world), "the episodes")
+        rows = sorted(row for rows, _ in everyones for row in rows)
+        idle_s, live, restarts = zip(*(told for _, told in everyones))
+        _, outcomes, turns, calls, observed, seconds, failures, ends, rewards = zip(*rows)
+        return Told(
+            list(outcomes),
+            np.array(turns),
+            np.array(calls),
+            np.array(observed),
+            np.array(seconds, np.float64),
+            dict(collections.Counter(kind for kinds in failures for kind in kinds)),
+            max(idle_s),
+            self.read_again,
+            self.drawn,
+            list(ends),
+            list(rewards),
+            sum(live),
+            sum(restarts),
+        )

@@ -1,0 +1,214 @@
+"""Episodes: their tokens are what was drawn and said, whatever the cut, the slots and the order."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from grpo_jax import keys
+from grpo_jax.algorithm.advantages import AdvantageOptions
+from grpo_jax.devices import sharding
+from grpo_jax.environments import episodes
+from grpo_jax.environments.episode import Limits, Start
+from grpo_jax.environments.live import Answer
+from grpo_jax.learner.experience import make_prepare
+from grpo_jax.learner.scoring import Scorer
+from grpo_jax.sampling.decode import Decoder
+from grpo_jax.sampling.engine import Engine
+from grpo_jax.structs import Sampling
+
+GROUP, LIMIT = 4, 24
+PROMPTS = [[7], [5, 6, 7, 8, 9], [30, 2], [11, 12, 13]]
+STOPS = (1, 4, 17, 21, 33)  # a turn of about 8 tokens in the mean
+KEY = keys.key_for(0, "rollout", 0)
+LIMITS = Limits(turns=3, tokens=LIMIT, turn_tokens=7)
+
+
+class Dialogue:
+    """What the environment says follows from the turn: its first tokens backwards, or nothing."""
+
+    @staticmethod
+    def parse(turn_ids):
+        return SimpleNamespace(message={"role": "assistant", "content": str(turn_ids)}, calls=())
+
+    @staticmethod
+    def follow(turn_ids, stopped, messages):
+        return [2] * (not stopped) + messages[-1]["ids"]
+
+
+class World:
+    """Environments in this process. Each answers at once, or after `late` other answers."""
+
+    num_live, num_lost = 7, 3
+
+    def __init__(self, late=lambda row: 0):
+        self.late, self.waiting, self.log = late, [], []
+        self.said: dict[int, list[list[int]]] = {}
+
+    def _answer(self, row, kind, **fields):
+        self.waiting.append([self.late(row), Answer(row, kind, **fields)])
+
+    def reset(self, row, columns, seed, rollout_seed):
+        self.log.append((row, columns["n"], seed, rollout_seed))
+        if columns.get("fails") == row % GROUP:
+            self._answer(row, "reset", outcome="env_start", message="no")
+        else:
+            self._answer(row, "reset", messages=[])
+
+    def act(self, row, turn, messages):
+        assert messages[-1] is turn.message
+        ids = [int(i) for i in turn.message["content"][1:-1].split(", ")]
+        turns = self.said.setdefault(row, [])
+        if ids[0] % 5 == 0:
+            self._answer(row, "act")
+        elif ids[0] % 11 == 1:
+            self._answer(row, "act", outcome="env_died", message="killed")
+        else:
+            turns.append([3, *reversed(ids[:3])])
+            said = [{"role": "user", "content": "...", "ids": turns[-1]}]
+            self._answer(row, "act", messages=said, seconds=0.5, num_calls=2, failures=("error",))
+
+    def finish(self, row, messages, columns, completion_ids, prompt=None):
+        assert prompt == [{"role": "user", "content": "?"}]
+        self._answer(row, "finish", reward=float(len(completion_ids)))
+
+    def answers(self, timeout_s):
+        for one in self.waiting:
+            one[0] -= 1
+        due = [answer for wait, answer in self.waiting if wait < 0]
+        self.waiting = [one for one in self.waiting if one[0] >= 0]
+        return due
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.params()
+
+
+def sample(params, world, *, num_slots=0, mesh=None, limits=LIMITS, fails=None, **options):
+    decoder = Decoder(tiny.MODEL, mesh or tiny.one_device(), Sampling(), STOPS, LIMIT)
+    engine = Engine(decoder, num_slots=num_slots)
+    prompt = [{"role": "user", "content": "?"}]
+    starts = [
+        Start(
+            prompt,
+            {"n": p} | ({"fails": fails} if fails is not None else {}),
+            100 + p,
+            Dialogue,
+            None,
+        )
+        for p in range(len(PROMPTS))
+    ]
+    ended = {}
+    rollouts, told = episodes.sample(
+        engine,
+        engine.publish(params),
+        world,
+        starts,
+        PROMPTS,
+        limits,
+        group=GROUP,
+        key=KEY,
+        temperature=1.0,
+        rollout_seeds=range(len(PROMPTS) * GROUP),
+        on_group=lambda p, found: ended.update({p: found}),
+        **options,
+    )
+    return rollouts, told, ended
+
+
+@pytest.fixture(scope="module")
+def whole(params):
+    world = World()
+    return *sample(params, world), world
+
+
+def test_the_batch_holds_every_kind_of_episode(whole):
+    _, told, _, _ = whole
+    assert {"done", "turns", "tokens", "env_died"} <= set(told.outcomes)
+    assert set(told.turns_B) == {1, 2, 3}
+
+
+def test_tokens_are_what_was_drawn_and_said(whole):
+    """Between an episode's turns stand its environment's tokens, which no loss may read."""
+    rollouts, told, ended, _ = whole
+    for row, (p, g) in enumerate(np.ndindex(len(PROMPTS), GROUP)):
+        n = rollouts.length_PG[p, g]
+        ids, chosen = rollouts.completion_PGC[p, g, :n], rollouts.chosen_PGC[p, g, :n]
+        parts = [
+            (is_chosen, [int(i) for i, _ in part])
+            for is_chosen, part in itertools.groupby(zip(ids, chosen), key=lambda pair: pair[1])
+        ]
+        drawn = [part for is_chosen, part in parts if is_chosen]
+        said = [part for is_chosen, part in parts if not is_chosen]
+        assert len(drawn) == told.turns_B[row]
+        for turn, after in zip(drawn, said):
+            close = [] if turn[-1] in STOPS else [2]
+            assert len(turn) <= LIMITS.turn_tokens and (turn[-1] in STOPS or len(turn) == 7)
+            assert after == close + [3, *reversed(turn[:3])]
+        assert not rollouts.logp_PGC[p, g, :n][~chosen].any()
+        assert not rollouts.chosen_PGC[p, g, n:].any()
+        assert n <= LIMIT and rollouts.stopped_PG[p, g] == (told.outcomes[row] == "done")
+        assert ended[p][g].ids == ids.tolist()
+        assert ended[p][g].reward == (None if told.outcomes[row] == "env_died" else n)
+
+
+def test_the_scorer_finds_the_sampler_s_log_probabilities(whole, params):
+    """The ratio of the first update is 1, and the environment's tokens are no actions."""
+    rollouts = whole[0]
+    scorer = Scorer(tiny.MODEL, tiny.one_device(), Sampling())
+    prepare = make_prepare(scorer, AdvantageOptions(), mask_truncated=False, with_old=True)
+    scored = prepare.log_probs(params, None, rollouts)
+    experience = prepare(scored, np.float32(rollouts.length_PG))
+    np.testing.assert_array_equal(experience.action_PGC, rollouts.chosen_PGC)
+    gap = np.abs(np.asarray(experience.old_logp_PGC) - rollouts.logp_PGC)[rollouts.chosen_PGC]
+    assert gap.max() < 1e-4
+
+
+@pytest.mark.parametrize("case", ["slots", "one slot", "mesh", "eager", "eager slots"])
+def test_neither_slots_nor_mesh_nor_order_change_a_draw(whole, params, case):
+    want, told = whole[:2]
+    mesh = sharding.make_mesh(2, 1, 1, 2, devices=jax.devices()[:4]) if case == "mesh" else None
+    slots = {"slots": 6, "one slot": 1, "eager slots": 8}.get(case, 0)
+    world = World(late=lambda row: row % 3) if "eager" in case else World()
+    own = params
+    got, got_told, ended = sample(own, world, num_slots=slots, mesh=mesh, eager="eager" in case)
+    for name in ("completion_PGC", "chosen_PGC", "length_PG", "stopped_PG"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), name)
+    np.testing.assert_allclose(got.logp_PGC, want.logp_PGC, atol=1e-5)
+    assert got_told.outcomes == told.outcomes and len(ended) == len(PROMPTS)
+
+
+def test_seeds_and_columns_of_the_environments(whole):
+    log = whole[3].log
+    assert log == [(row, row // GROUP, 100 + row // GROUP, row) for row in range(len(log))]
+
+
+def test_an_environment_that_does_not_start_costs_its_own_episode(whole, params):
+    rollouts, told, ended = sample(params, World(), fails=1)
+    assert [row for row, end in enumerate(told.outcomes) if end == "env_start"] == [1, 5, 9, 13]
+    assert told.invalid_B.sum() == 4 + whole[1].invalid_B.reshape(4, 4)[:, [0, 2, 3]].sum()
+    others = np.arange(16).reshape(4, 4)[:, [0, 2, 3]]
+    want = whole[0].completion_PGC.reshape(16, LIMIT)
+    np.testing.assert_array_equal(rollouts.completion_PGC.reshape(16, LIMIT)[others], want[others])
+    assert ended[0][1].fault == "no" and ended[0][1].reward is None
+
+
+def test_what_is_told(whole):
+    told = whole[1]
+    values = told.metrics()
+    answers = sum(len(turns) for turns in whole[3].said.values())
+    assert values["environment/calls"] == 2 * answers / 16
+    assert values["environment/valid_calls"] == 0.5
+    assert values["environment/failed_calls/error"] == answers
+    assert values["environment/seconds_max"] == 0.5 * told.turns_B[told.seconds_B.argmax()]
+    assert sum(v for n, v in values.items() if "/ended/" in n) == 1
+    assert values["environment/restarts"] == 3 and values["environment/read_again"] > 0
