@@ -1,8 +1,9 @@
 """A step of grpo_jax beside one of TRL, at equal work: `python benchmarks/peers.py`.
 
-Cases of GRPO: both run the same random Qwen2-shaped model, prompts, group size, forced lengths, KL term and a
-reward that costs nothing, in a process each on the same cores. Steps alternate, so that whatever
-else slows the machine slows both. TRL runs without gradient checkpointing, its faster setting.
+Cases of GRPO: both run the same random Qwen2-shaped model, prompts, group size, forced lengths, KL
+term and a reward that costs nothing, in a process each on the same cores. Steps alternate, so that
+whatever else slows the machine slows both. TRL runs without gradient checkpointing, its faster
+setting.
 Prints medians and ratios (TRL's seconds over ours); `--json FILE` writes them.
 
 Cases `sft` and `dpo` train on given completions (`given_peers.py`), and have tokens per second.

@@ -79,8 +79,8 @@ def precision(args: Arguments) -> dict[str, Any]:
     given.pop("attn_implementation", None)  # kernels are chosen automatically
     if given:
         raise ValueError(
-            f"{type(args).__name__}(model_init_kwargs=...) has {', '.join(sorted(given))}: only `dtype` is "
-            "read here."
+            f"{type(args).__name__}(model_init_kwargs=...) has {', '.join(sorted(given))}: only "
+            "`dtype` is read here."
         )
     return {"model.param_dtype": "float32" if dtype == "auto" else dtype}
 
@@ -95,8 +95,8 @@ def trackers(args: Arguments) -> dict[str, Any]:
     unknown = [n for n in names if n not in ("none", *_REPORT_TO)]
     if unknown:
         raise ValueError(
-            f"{type(args).__name__}(report_to={given!r}): {', '.join(unknown)} is not built yet. It takes "
-            f"'none', {', '.join(map(repr, _REPORT_TO))}."
+            f"{type(args).__name__}(report_to={given!r}): {', '.join(unknown)} is not built yet. "
+            f"It takes 'none', {', '.join(map(repr, _REPORT_TO))}."
         )
     return {
         "logging.tensorboard": "tensorboard" in names,

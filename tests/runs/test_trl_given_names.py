@@ -1,4 +1,4 @@
-"""TRL's SFTConfig and DPOConfig: each argument is known, means what it means there, or is refused."""
+"""TRL's SFTConfig and DPOConfig: each argument is known, means what it says, or is refused."""
 
 from __future__ import annotations
 

@@ -54,5 +54,5 @@ def test_a_plan_is_told_and_written(tmp_path, capsys):
     assert [p["name"] for p in told["programs"]] == ["zero_gradient", "gradient", "optimizer_step"]
     with pytest.raises(ValueError, match="--search looks for changes of a step of GRPO"):
         plan.main([*arguments, "--search"])
-    with pytest.raises(ValueError, match="lora.rank = 4"):
+    with pytest.raises(ValueError, match=r"lora\.rank = 4"):
         plan.main([*arguments, "--config.lora.rank=4"])
