@@ -32,9 +32,9 @@ def get_config():
     c.model.num_heads = 4
     c.model.num_kv_heads = 2
 
-    c.sft.num_steps = 1400
+    c.sft.num_steps = 2000
     c.sft.batch = 64
-    c.sft.learning_rate = 2e-3
+    c.sft.learning_rate = 1e-3
     c.sft.max_tokens = 40
 
     c.batch.prompts = 32

@@ -21,12 +21,12 @@ LAST = (
     "Quist Rossi Silva Tanaka Urban Vogel Weiss Young"
 ).split()
 TOWNS = (
-    "Athens Bergen Cairo Dakar Essen Florence Geneva Hanoi Izmir Jakarta Kyoto Lisbon Madrid "
-    "Nairobi Oslo Porto Quito Riga Sofia Tunis Utrecht Vienna Warsaw Zagreb"
+    "Athens Bergen Cairo Dakar Florence Geneva Hanoi Jakarta Kyoto Lisbon Madrid Nairobi Oslo "
+    "Porto Riga Vienna"
 ).split()
 FIRMS = (
-    "Acme Baltic Cobalt Delta Everest Falcon Granite Horizon Ibis Jasper Kestrel Lotus Meridian "
-    "Nimbus Onyx Pioneer Quartz Raven Summit Tundra Umbra Vertex Willow Zephyr"
+    "Acme Baltic Cobalt Delta Everest Falcon Granite Horizon Kestrel Lotus Meridian Nimbus Pioneer "
+    "Quartz Summit Vertex"
 ).split()
 NUM_PEOPLE, NUM_FIRMS = 20, 10  # of a corpus
 
@@ -47,6 +47,12 @@ class Corpus:
 
     people: tuple[Person, ...]
     documents: tuple[str, ...]
+
+
+def is_held_out(name: str) -> bool:
+    """Whether questions about a person of this name are held out: a quarter of all names."""
+    first, _, last = name.partition(" ")
+    return (FIRST.index(first) + LAST.index(last)) % 4 == 0
 
 
 @functools.lru_cache(maxsize=64)

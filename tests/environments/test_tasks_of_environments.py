@@ -86,7 +86,7 @@ def test_demonstrations_say_what_the_environment_says(task):
         rewards.append(reward)
         for written, answered in said:
             assert written == answered
-    low, high = {"calculator": (0.08, 0.2), "support_desk": (0.25, 0.6)}.get(task.name, (0.1, 0.4))
+    low, high = {"calculator": (0.08, 0.2), "guess_word": (0.1, 0.4)}.get(task.name, (0.25, 0.6))
     assert low < np.mean(rewards) < high
 
 

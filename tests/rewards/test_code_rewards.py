@@ -295,19 +295,19 @@ def test_time_for_a_case_and_for_all():
     slow = "i = int(input())\nif i == 1:\n    while True: pass\nprint(i)"
     logged = []
     log = {"log_metric": lambda *pair: logged.append(pair)}
-    assert reward(slow, tests, timeout_s=0.3, **log) == pytest.approx(5 / 6)
+    assert reward(slow, tests, timeout_s=1.0, total_s=30.0, **log) == pytest.approx(5 / 6)
     assert logged == [("code_missing", 0.0), ("code_stopped", 1.0)]
-    # 0.3 s for all: what is left of it ends in case 1, and nothing runs after that.
-    assert reward(slow, tests, timeout_s=0.3, total_s=0.3) == pytest.approx(1 / 6)
+    # 1 s for all: what is left of it ends in case 1, and nothing runs after that.
+    assert reward(slow, tests, timeout_s=1.0, total_s=1.0) == pytest.approx(1 / 6)
 
 
 def test_in_the_workers():
     """One completion in a call; a program that hangs costs neither its worker nor its group."""
-    rewards = registry.load(["code(timeout_s=0.3, total_s=1.0)"], [1.0])
+    rewards = registry.load(["code(timeout_s=1.0, total_s=3.0)"], [1.0])
     assert rewards[0].gives_accuracy and registry.flag(rewards[0], "one_by_one")
     texts = [ADD, "while True: pass", "print(3)", "import os\nos.kill(os.getppid(), 9)"]
     tests = [{"stdin": "1 2", "stdout": "3"}, {"stdin": "3 3", "stdout": "6"}]
-    with Pool(rewards, num_workers=1, limits=PoolLimits(seconds=5.0)) as pool:
+    with Pool(rewards, num_workers=1, limits=PoolLimits(seconds=60.0)) as pool:
         pool.wait_ready()
         pids = [worker.process.pid for worker in pool._workers]
         scores = pool.score(

@@ -8,8 +8,6 @@ from grpo_jax.rewards.sandbox import attacks, client, isolation, linux
 from grpo_jax.rewards.sandbox.client import Limits, Sandbox
 from grpo_jax.rewards.sandbox.judging import Judge
 
-LIMITS = dataclasses.replace(attacks.LIMITS, seconds=0.3)
-
 pytestmark = pytest.mark.skipif(not linux.is_here(), reason="needs Linux on x86-64 or ARM64")
 
 
@@ -24,7 +22,7 @@ def judge(request):
         if not (measures["filter"] and (measures["namespaces"] or measures["landlock"])):
             pytest.skip(f"this system does not keep programs from {missing}: {measures}")
         assert not missing, measures
-        with Judge(LIMITS) as judge:
+        with Judge(attacks.LIMITS) as judge:
             yield judge
     isolation.found.cache_clear()
 

@@ -1,8 +1,8 @@
 """Questions that one look into a corpus answers: "Q: where was Ada Novak born?"
 
 Each question is about a corpus of its own facts (`data/corpora.py`); those of held-out questions
-are never trained on. A tool searches the corpus. Most demonstrations guess; the others search for a
-name, sometimes for a wrong one, and read the answer off.
+are never trained on, nor are their names. A tool searches the corpus. Half of the demonstrations
+guess; the others search for a name, sometimes for a wrong one, and read the answer off.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from grpo_jax.data.problems import Problem
 from grpo_jax.data.streams import stream
 from grpo_jax.data.tasks import Piece
 
-GUESS = 0.7  # share of demonstrations without a search
+GUESS = 0.5  # share of demonstrations without a search
 SLIP = 0.1  # probability of a wrong word in a query
 QUESTIONS = {
     "born": "Q: where was {name} born?",
@@ -33,11 +33,13 @@ def generate(num_train: int, num_eval: int, seed: int) -> tuple[list[Problem], l
 def questions(
     task: str, forms: dict[str, str], num_train: int, num_eval: int, seed: int
 ) -> tuple[list[Problem], list[Problem]]:
-    """Questions of the given forms, by the fact of a person that answers each."""
+    """Questions of the given forms, by the fact of a person that answers each.
+
+    Training and held-out questions have corpora of their own, and names.
+    """
     found: list[list[Problem]] = [[], []]
     corpus = 0
     for part, num in ((1, num_eval), (0, num_train)):
-        asked = {p.prompt for p in found[1]}  # a name may be in several corpora
         while len(found[part]) < num:
             name = f"{seed}-{corpus}"
             corpus += 1
@@ -45,9 +47,10 @@ def questions(
             people = corpora.make(name).people
             for i in rng.permutation(len(people)):
                 fact = str(rng.choice(list(forms)))
-                prompt = forms[fact].format(name=people[i].name)
-                if prompt in asked or len(found[part]) == num:
+                name_of = people[i].name
+                if corpora.is_held_out(name_of) != part or len(found[part]) == num:
                     continue
+                prompt = forms[fact].format(name=name_of)
                 columns = {"corpus": name, "person": int(i), "fact": fact}
                 columns["answer"] = getattr(people[i], fact)
                 where = f"task {task}, problem {len(found[0]) + len(found[1]) + 1}"

@@ -25,7 +25,7 @@ from grpo_jax.rewards.sandbox.client import Ended, Limits
 from grpo_jax.rewards.sandbox.judging import Judge
 
 LIMITS = Limits(
-    seconds=1.0, memory_bytes=128 << 20, processes=8, disk_bytes=4 << 20, output_bytes=1 << 20
+    seconds=5.0, memory_bytes=128 << 20, processes=8, disk_bytes=4 << 20, output_bytes=1 << 20
 )
 _WANTED = "wanted-41421356"  # a result that no program can guess
 
@@ -39,15 +39,16 @@ class Attack:
     cases: Cases | None = None  # of which it must pass none; None: `kept` decides
     kept: Callable[[Ended, Host], bool] = lambda done, host: b"escaped" not in done.output
     forks: bool = False  # it starts processes without end
+    seconds: float = 5.0  # less for what ends only at this limit
 
     def run(self, judge: Judge, host: Host) -> tuple[bool, str]:
         """Whether it was contained, and what became of it."""
         code = textwrap.dedent(self.code)
         if self.cases is not None:
-            verdict = judge.verdict(code, self.cases, 3.0)
+            verdict = judge.verdict(code, self.cases, 4 * self.seconds)
             contained, what = verdict.passed == 0 and verdict.total > 0, str(verdict)
         else:
-            done = judge.programs.script(code, json.dumps(host.asked(judge)))
+            done = judge.programs.script(code, json.dumps(host.asked(judge)), self.seconds)
             contained, what = self.kept(done, host), _said(done)
         left = keeper.below(judge.programs.pid)
         next_one = judge.programs.script("import os; print(os.listdir('.'))")
@@ -189,20 +190,21 @@ def wanted():
 
 ATTACKS = (
     _script("fork bomb", "while True:\n    try: os.fork()\n    except OSError: time.sleep(0.01)",
-            kept=_stopped("time", "processes"), forks=True),
+            kept=_stopped("time", "processes"), forks=True, seconds=0.3),
     _script("thread bomb", """
         while True:
             try: threading.Thread(target=time.sleep, args=(9,), daemon=True).start()
             except RuntimeError: time.sleep(0.01)
-        """, kept=_stopped("time", "processes"), forks=True),
+        """, kept=_stopped("time", "processes"), forks=True, seconds=0.3),
     _script("endless loop, signals ignored", """
         for number in range(1, 65):
             try: signal.signal(number, signal.SIG_IGN)
             except (OSError, ValueError): pass
         while True: pass
-        """, kept=_stopped("time")),
-    _script("endless loop in C", "10 ** 10 ** 9", kept=_stopped("time")),
-    _script("it stops itself", "os.kill(os.getpid(), 19); time.sleep(9)", kept=_stopped("time")),
+        """, kept=_stopped("time"), seconds=0.3),
+    _script("endless loop in C", "10 ** 10 ** 9", kept=_stopped("time"), seconds=0.3),
+    _script("it stops itself", "os.kill(os.getpid(), 19); time.sleep(9)",
+            kept=_stopped("time"), seconds=0.3),
     _script("10 GB", "attempt(lambda: bytearray(10 << 30))"),
     _script("10 GB, shared memory", "import mmap; attempt(lambda: mmap.mmap(-1, 10 << 30))"),
     _script("memory in a file of memory", """
@@ -222,7 +224,7 @@ ATTACKS = (
         for _ in range(4):
             try:
                 if os.fork() == 0: break
-            except OSError: print("alone", flush=True)
+            except OSError: sys.exit(print("alone"))
         x = bytearray(90 << 20)
         time.sleep(9)
         """, kept=lambda done, host: done.stopped == "memory" or b"alone" in done.output),
