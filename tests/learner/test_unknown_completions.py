@@ -115,7 +115,8 @@ def test_a_group_with_one_known_completion_has_no_gradient():
     """By hand: of [5, ?, ?], [1, 3, ?]: whitened over completions, [0, ...] and -1, 1 / sqrt(2)."""
     nan = np.nan
     reward_PGR = np.array([[5, nan, nan], [1, 3, nan]])[..., None]
-    for options in CASES.values():
+    for name in ("mean", "gdpo", "best", "reinforce"):
+        options = CASES[name]
         given = {"baseline": "mean", "scale_by": "std", **options}
         compares = given["baseline"] not in ("none", "greedy") or given.get("credit", "") == "rank"
         got = advantages.evaluate(

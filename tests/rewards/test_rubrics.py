@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +63,16 @@ def test_a_judge_is_a_reward_that_names_its_columns(tmp_path):
     registry.refuse_columns([reward], [Problem("p", {"answer": "4"}, "x.jsonl, line 1")])
     with pytest.raises(ValueError, match=r"the rubric none.toml cannot be read: No such file"):
         registry.load(("judge:none.toml",), (1.0,))
+
+
+def test_runs_without_a_judge_import_nothing_of_it():
+    code = (
+        "import sys; from grpo_jax.rewards import pool, registry, trial\n"
+        "registry.load(('exact_answer',), (1.0,))\n"
+        "print([name for name in sys.modules if 'judging' in name])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(
