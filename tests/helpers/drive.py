@@ -6,6 +6,8 @@ process; without "after" it runs to its end. With "in", "rollout", "draw" (the s
 step), "rewards", "update" or "evaluation", it ignores that, and is abandoned in the next such
 phase, like a run that does not reach its end. With "killed" this process dies there by SIGKILL.
 "program" is "train" where it is not given. Prints one JSON line per job: how it ended.
+
+Several processes that a launcher starts do the jobs together.
 """
 
 from __future__ import annotations
@@ -16,10 +18,13 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import shared_programs
 
 from grpo_jax import cli, train
+from grpo_jax.hosts import processes
 from grpo_jax.run import stop
 from grpo_jax.trainers import monitor, restarts, results, rollout
 from grpo_jax.trainers.step_metrics import StepLog
@@ -61,10 +66,12 @@ class StopAfter(stop.StopSignal):
         if self.killed:
             os.kill(os.getpid(), signal.SIGKILL)
         ends: list[str] = []
+        end = stop._end
         stop._end = lambda message, status: ends.append(f"{message} (status {status})")
         thread = threading.Thread(target=self._leave, args=[self._way_out])
         thread.start()
         thread.join()
+        stop._end = end
         raise stop.Stopped(ends[0])
 
 
@@ -110,24 +117,36 @@ def _evaluate(*args, **kwargs):
 evaluate, draw = results.evaluate, rollout.draw
 
 
+def install(setattr: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Lets runs of this process be stopped as a job says."""
+    shared_programs.share(setattr)
+    for module in (train, cli):
+        setattr(module, "StopSignal", StopAfter)
+    setattr(results, "evaluate", _evaluate)
+    setattr(rollout, "draw", _draw)
+    setattr(restarts, "Monitor", LeavingMonitor)
+    setattr(monitor, "StepLog", CountingLog)
+
+
+def do(job: dict) -> str:
+    """Runs a job; returns how it ended."""
+    Count.update, Count.sft, Count.grpo = 0, 0, False
+    StopAfter.after, StopAfter.of = job.get("after"), job.get("of", "update")
+    StopAfter.within, StopAfter.killed = job.get("in", ""), job.get("killed", False)
+    try:
+        importlib.import_module(f"grpo_jax.{job.get('program', 'train')}").main(job["argv"])
+        return "finished"
+    except stop.Stopped as stopped:
+        return str(stopped)
+    except ValueError as error:
+        return f"error: {error}"
+
+
 def main(jobs: list[dict]) -> None:
-    shared_programs.share()
-    train.StopSignal = cli.StopSignal = StopAfter
-    results.evaluate = _evaluate
-    rollout.draw = _draw
-    restarts.Monitor, monitor.StepLog = LeavingMonitor, CountingLog
+    install()
     for job in jobs:
-        Count.update, Count.sft, Count.grpo = 0, 0, False
-        StopAfter.after, StopAfter.of = job.get("after"), job.get("of", "update")
-        StopAfter.within, StopAfter.killed = job.get("in", ""), job.get("killed", False)
-        try:
-            importlib.import_module(f"grpo_jax.{job.get('program', 'train')}").main(job["argv"])
-            end = "finished"
-        except stop.Stopped as stopped:
-            end = str(stopped)
-        except ValueError as error:
-            end = f"error: {error}"
-        print(json.dumps({"end": end}), flush=True)
+        print(json.dumps({"end": do(job)}), flush=True)
+    processes.shutdown()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import pytest
@@ -23,17 +26,25 @@ def cache_folder(tmp_path_factory) -> str:
 @pytest.fixture
 def compile_cache(cache_folder, monkeypatch):
     """Programs of this process compile into the session's folder, and no longer after the test."""
+    with _caching(cache_folder, monkeypatch):
+        yield
+
+
+@contextlib.contextmanager
+def _caching(cache_folder: str, patch: pytest.MonkeyPatch) -> Iterator[None]:
     names = (
         "jax_compilation_cache_dir",
         "jax_enable_compilation_cache",
         "jax_persistent_cache_min_compile_time_secs",
     )
     before = {name: jax.config.values[name] for name in names}
-    monkeypatch.setenv("XDG_CACHE_HOME", cache_folder)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # it goes on writing where it began to
+    patch.setenv("XDG_CACHE_HOME", cache_folder)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # it goes on writing where it began to
 
 
 @pytest.fixture
@@ -43,11 +54,58 @@ def one_device(compile_cache, monkeypatch):
     So most programs of a run are in the session's folder already, whichever test compiled them, or
     in this process.
     """
-    first = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *backend: first)
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    _see(1, monkeypatch)
     shared_programs.share(monkeypatch.setattr)
+
+
+def _see(number: int, patch: pytest.MonkeyPatch) -> None:
+    first = jax.devices()[:number]
+    patch.setattr(jax, "devices", lambda *backend: first)
+    patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.fixture(scope="module")
+def runs_here(cache_folder) -> Callable[..., str]:
+    """A function that runs a program of the package in this process, on so many of its devices.
+
+    It gives what the program prints.
+    """
+
+    def run(program: str, argv: list[str], devices: int = 1) -> str:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            _caching(cache_folder, patch),
+            contextlib.redirect_stdout(io.StringIO()) as said,
+        ):
+            _see(devices, patch)
+            shared_programs.share(patch.setattr)
+            importlib.import_module(f"grpo_jax.{program}").main(argv)
+        return said.getvalue()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def drive_here(cache_folder) -> Callable[[list[dict]], list[str]]:
+    """As `driving.drive`, but in this process, which has the programs of other runs.
+
+    Its sums may be rounded otherwise than those of a process that is `alone`: with eight devices
+    it has more threads.
+    """
+    from drive import do, install
+
+    def drive(jobs: list[dict]) -> list[str]:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            _caching(cache_folder, patch),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
+            _see(1, patch)
+            install(patch.setattr)
+            return [do(job) for job in jobs]
+
+    return drive
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from driving import drive
 from kill_and_resume import log_differences, logged, state_differences
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -43,7 +42,7 @@ STOPPED = {"after": 3}  # between the two updates of step 2; of "chord", with st
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, alone) -> Path:
+def runs(tmp_path_factory, drive_here) -> Path:
     """Each run left alone, and stopped and continued; all from one model, which is the teacher."""
     root = tmp_path_factory.mktemp("hybrids")
     start = root / "chord" / "bootstrap" / "export"
@@ -59,7 +58,7 @@ def runs(tmp_path_factory, alone) -> Path:
     for name in RUNS:
         jobs += [job(name, name), job(name, f"{name}-stopped", **STOPPED)]
         jobs.append(job(name, f"{name}-stopped"))
-    ends = drive(jobs, alone)
+    ends = drive_here(jobs)
     assert [end.split()[0] for end in ends] == ["finished", "Stopped", "finished"] * 3, ends
     return root
 

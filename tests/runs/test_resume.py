@@ -183,7 +183,7 @@ def test_sigterm_saves_and_ends_with_status_75(runs, slow_reward, tmp_path):
     log = tmp_path / "log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, env=slow_reward | {"SLEEP_S": "1.5"}, stdout=output, stderr=output
+            command, env=slow_reward | {"SLEEP_S": "1.0"}, stdout=output, stderr=output
         )
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
