@@ -50,7 +50,18 @@ REASONS = {
     ("grpo_jax/rewards/kinds.py", "import_module"): (1, "fixed names, imported when used"),
     ("grpo_jax/__init__.py", "import_module"): (4, "fixed names, imported when they are used"),
     ("grpo_jax/__main__.py", "import_module"): (2, "the program that is named, of a fixed list"),
-    ("grpo_jax/trl/__init__.py", "import_module"): (2, "two fixed names, imported when used"),
+    ("grpo_jax/trl/__init__.py", "import_module"): (1, "fixed names, imported when used"),
+    ("grpo_jax/environments/described.py", "import_module"): (
+        1,
+        "the user's own environments, in a process of theirs",
+    ),
+    **{
+        (f"grpo_jax/environments/{name}.py", "pickle"): (
+            1,
+            "from the trainer to a process that it started, which answers in JSON",
+        )
+        for name in ("child", "contract", "forking", "home", "live")
+    },
     ("benchmarks/beside_trl.py", "import_module"): (1, "one of two fixed names"),
     ("grpo_jax/train.py", "import_module"): (1, "a fixed name, imported when it is used"),
     ("grpo_jax/cli.py", "import_module"): (1, "a program's own fixed name, imported when called"),
