@@ -111,7 +111,14 @@ def dialogues(
 
     Raises ValueError where the model's chat template cannot hold such conversations.
     """
-    is_chat = not isinstance(problems[0].prompt, str)
+    is_chat, arguments = not isinstance(problems[0].prompt, str), form_of(config.data).arguments
+    for problem in problems:
+        if {n: v for n, v in problem.arguments.items() if n != TOOLS} not in ({}, arguments):
+            raise ValueError(
+                f"{problem.where or 'A problem'} has arguments of its own for the chat template. "
+                "All turns of a run with environments are written alike: leave out the column "
+                "`chat_template_kwargs`, and set data.chat_template_kwargs."
+            )
     spelling = Spelling(policy.tokenizer)
     how = {
         "stop_ids": policy.stop_ids,
@@ -125,7 +132,6 @@ def dialogues(
             if not is_chat:
                 found[name] = PlainDialogue(policy.tokenizer, kind.schemas, **how)
                 continue
-            arguments = form_of(config.data).arguments
             found[name] = prove(
                 policy.tokenizer,
                 kind.schemas,
