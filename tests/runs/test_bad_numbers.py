@@ -81,8 +81,8 @@ def test_a_step_of_bad_numbers_is_as_if_it_had_been_left_out(runs, monkeypatch):
     with monkeypatch.context() as here:
         prepare, count = Prepare.__call__, iter(range(10))
 
-        def poisoned(*args):
-            experience = prepare(*args)
+        def poisoned(*args, **more):
+            experience = prepare(*args, **more)
             factor = jnp.inf if next(count) == 1 else 1.0
             return experience.replace(advantage=experience.advantage * factor)
 

@@ -28,6 +28,7 @@ from grpo_jax.data.examples import Example
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompts import prompt_indices
 from grpo_jax.environments.demonstrations import NOTHING
+from grpo_jax.environments.drawing import ONE_TURN
 from grpo_jax.environments.questions import Questions
 from grpo_jax.environments.single_turn import Rollout
 from grpo_jax.evaluation import held_out
@@ -464,8 +465,8 @@ def test_the_reward_of_a_row_meets_its_tokens(longest):
             events.append("log-probabilities")
             return self.prepare.log_probs(*given)
 
-        def __call__(self, *given):
-            return self.prepare(*given)
+        def __call__(self, *given, **more):
+            return self.prepare(*given, **more)
 
     run = SimpleNamespace(
         config=config_of({}), mesh=tiny.one_device(),
@@ -545,6 +546,7 @@ def drawn_at(step: int, passed_over: int, prompts: list[list[int]], ahead: int =
         rewards=pool,
         weights=lambda train: train.params,
         demonstrations=NOTHING,
+        drawing=ONE_TURN,
     )
     lines = SimpleNamespace(close=lambda: None, closed_at=0.0)
     state = RunState(step=step, passed_over=passed_over)
@@ -777,7 +779,7 @@ def test_what_an_evaluation_is_given(monkeypatch, tmp_path):
     run = SimpleNamespace(
         config=config, engine=None, evaluator=evaluator, policy="policy", held_out=problems,
         train=None, rewards="rewards", folder=tmp_path, course=Course(9, P),
-        weights=lambda train: train.params, measure=None,
+        weights=lambda train: train.params, measure=None, drawing="drawing",
     )  # fmt: skip
     state = RunState(step=2, train=SimpleNamespace(params="params"))
     told = []
@@ -790,6 +792,7 @@ def test_what_an_evaluation_is_given(monkeypatch, tmp_path):
         assert args == (evaluator, ("published", "params"), "policy", problems, "rewards")
         assert options["num_samples"] == num_samples and options["temperature"] == 0.6
         assert options["key"] == keys.key_for(11, "evaluate", 2)
+        assert options["drawing"] == "drawing"
         assert options["on_harvest"] == "alive"  # where a stop gives the evaluation up
         kind = f"sampled_{num_samples}" if num_samples else "greedy"
         assert options["file"] == tmp_path / "evaluations" / f"step_000002_{kind}.jsonl"
