@@ -261,7 +261,8 @@ METRICS: dict[str, Metric] = {
     ),
     "sft/nll": Metric("nats/token", "mean cross-entropy of the completions, where sft/loss is not"),
     "sft/entropy": Metric(
-        "nats/token", "mean entropy of the policy at the tokens trained on, with logging.token_metrics"
+        "nats/token",
+        "mean entropy of the policy at the tokens trained on, with logging.token_metrics",
     ),
     "sft/token_accuracy": Metric(
         "share", "tokens trained on that are the policy's likeliest, with logging.token_metrics"
