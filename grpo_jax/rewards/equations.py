@@ -101,22 +101,25 @@ def _left(text: str, end: int) -> _Side | None:
         if not text[start:end].strip():
             return None
         if side := _side(text, start, end):
-            return None if _continues(text, side.start) else side
+            return None if _continues(text, side) else side
         start = _after_space(text, start + _indent(text[start:end]), end)
     return None
 
 
-def _continues(text: str, start: int) -> bool:
+def _continues(text: str, side: _Side) -> bool:
     """Whether what stands before a side is a part of it: an operation, a factor, a number.
 
     As in "2 apples + 12 - 18", "60 questions x 60/100", "10% of 150", "3 1/2 - 2" and "350, 000".
     """
+    start = side.start
     before = text[max(0, start - 40) : start].rpartition("\n")[2].rstrip()
     if not before:
         return False
+    if side.is_plain and before.endswith(" of"):  # "a total of 3 * 4 = 12" is whole
+        return True
     if text[start] in "+-" and (before[-1].isalnum() or before[-1] in ")}]%"):
         return True
-    if before[-1] in _OPERATIONS or before[-1].isdigit() or before.endswith((" x", " of", "√")):
+    if before[-1] in _OPERATIONS or before[-1].isdigit() or before.endswith((" x", "√")):
         return True
     return before[-1] == "," and before[-2:-1].isdigit() and _is_group(text[start : start + 4])
 
