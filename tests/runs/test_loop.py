@@ -164,9 +164,11 @@ OF_OTHER_OBJECTIVES = {"policy/kl_coef", "policy/entropy_coef", "policy/off_poli
 # Of ensembles, hybrids, distillation and critics, and of programs on given completions: their own
 # runs' tests.
 OTHERS = ("ensemble/", "hybrid/", "distill/", "value/", "preference/", "reward_model/", "judge/")
+OTHERS += ("environment/",)
 OF_OTHER_OBJECTIVES |= {name for name in METRICS if name.startswith(OTHERS)}
 OF_OTHER_OBJECTIVES |= {"rewards/failed_by_member"}  # test_ensembles.py
 OF_OTHER_OBJECTIVES |= {"sft/nll", "sft/eval_loss"}  # of grpo_jax.sft: test_given_runs.py
+OF_OTHER_OBJECTIVES |= {"sft/entropy", "sft/token_accuracy"}  # the same
 NOT_HERE |= OF_OTHER_OBJECTIVES
 NOT_HERE |= {"memory/device_gib", "memory/device_peak_gib"}
 
@@ -346,8 +348,8 @@ def _poisoned(bad_steps: set[int]):
     """`Prepare` with the advantages of those rollouts made NaN."""
     prepare, count = Prepare.__call__, iter(range(10**6))
 
-    def call(*args):
-        experience = prepare(*args)
+    def call(*args, **more):
+        experience = prepare(*args, **more)
         if next(count) not in bad_steps:
             return experience
         return experience.replace(advantage=experience.advantage * jnp.nan)
