@@ -183,6 +183,7 @@ def _check_names(folder):
 
 def _among(documented: str, names) -> bool:
     pattern = re.escape(documented).replace("NAME", r"\w+").replace("@K", r"@\d+")
+    pattern = pattern.replace(r"\^K", r"\^\d+")
     return any(re.fullmatch(pattern, name) for name in names)
 
 
