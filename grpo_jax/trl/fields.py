@@ -152,9 +152,7 @@ _OF_GRPO: dict[str, Field] = {
         None, "`rollout_correction.floor`, with `use_vllm`"
     ),
     "off_policy_mask_threshold": counts(None, "`algorithm.max_sequence_drift`"),
-    "use_bias_correction_kl": counts(
-        True, "`algorithm.kl_estimator`: k3_ratio, or k3 where False"
-    ),
+    "use_bias_correction_kl": counts(True, "`algorithm.kl_estimator`: k3_ratio, or k3 where False"),
     "log_completions": counts(False, "`logging.samples_every_steps`; samples.jsonl in any case"),
     "log_multimodal": beside(True, "prompts are texts"),
     "num_completions_to_print": counts(None, "`logging.num_samples`; None: 4"),
@@ -199,9 +197,7 @@ TRAINING_ARGUMENTS: dict[str, Field] = {
     "gradient_checkpointing_kwargs": beside(None, _TORCH),
     "activation_checkpointing": beside(None, _TORCH),
     "activation_checkpointing_kwargs": beside(None, _TORCH),
-    "auto_find_batch_size": only(
-        False, "rows are cut to what memory holds by batch.microbatch=-1"
-    ),
+    "auto_find_batch_size": only(False, "rows are cut to what memory holds by batch.microbatch=-1"),
     "use_cache": beside(False, "rollouts have a KV cache"),
     "use_liger_kernel": beside(False, "kernels are chosen by themselves"),
     "liger_kernel_config": beside(None, "kernels are chosen by themselves"),

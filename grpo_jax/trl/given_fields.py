@@ -106,7 +106,9 @@ DPO_FIELDS: dict[str, Field] = {
     "ld_alpha": only(None, _PLANNED, 1.0),
     "f_divergence_type": only("reverse_kl", _PLANNED),
     "f_alpha_divergence_coef": beside(0.5, "of f_divergence_type alpha_divergence"),
-    "label_smoothing": counts(0.0, "`preference.label_smoothing`, of robust; TRL's sigmoid reads none"),
+    "label_smoothing": counts(
+        0.0, "`preference.label_smoothing`, of robust; TRL's sigmoid reads none"
+    ),
     "beta": Field(0.1, option="preference.beta"),
     "use_weighting": only(False, _PLANNED),
     "discopop_tau": beside(0.05, "of loss_type discopop"),
