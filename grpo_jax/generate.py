@@ -178,6 +178,29 @@ def show(prompt: str, text: str) -> None:
     print((prompt + text).encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
+def talk(args: argparse.Namespace, policy: policy_lib.Policy, params: Params, mesh: Mesh) -> None:
+    """A conversation: each line of standard input is a message, which the model answers.
+
+    An empty line, or the end of the input, ends it.
+    """
+    sampling, dtype = Sampling(args.temperature, args.top_k, args.top_p), jnp.dtype(args.dtype)
+    engine = engine_of(policy, mesh, sampling, args.max_tokens, dtype)
+    published, messages = engine.publish(params), []
+    while True:
+        print("> " * console.is_terminal, end="", flush=True)
+        text = sys.stdin.readline().strip()
+        if not text:
+            return
+        messages.append({"role": "user", "content": text})
+        problem = Problem(messages, {}, "the conversation")
+        ids = encode_prompt(policy, problem, args.max_tokens, "--max-tokens")
+        seed = args.seed + len(messages)
+        how = {"num_samples": 1, "seed": seed, "temperature": args.temperature}
+        (made,) = completions(policy, [ids], complete(engine, published, [ids], **how))
+        show("", made.text)
+        messages.append({"role": "assistant", "content": made.text})
+
+
 def _environment_options(args: argparse.Namespace) -> ConfigDict:
     """A config with the environments and tools of the arguments."""
     config = ConfigDict(options.default().to_dict())
@@ -225,6 +248,8 @@ def _conversations(
 def _prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
     """Each prompt, and its origin for messages."""
     if args.prompts is None:
+        if args.prompt is None:
+            raise ValueError("Give --prompt TEXT, --prompts FILE, or --chat for a conversation.")
         return [(args.prompt, "--prompt")]
     try:
         text = (
@@ -242,7 +267,8 @@ def _prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 def main(argv: list[str]) -> None:
     args = _arguments(argv)
-    prompts = _prompts(args)
+    is_talk = args.chat and args.prompt is None and args.prompts is None
+    prompts = [] if is_talk else _prompts(args)
     found = find_model(args.model)
     cli.show_devices(note)
     cli.use_compile_cache()
@@ -255,6 +281,9 @@ def main(argv: list[str]) -> None:
             f"--chat: the tokenizer of {args.model} has no chat template. Leave --chat out, or "
             "take a model that has one, as instruct models do."
         )
+    if is_talk:
+        talk(args, policy, params, mesh)
+        return
     as_asked = lambda text: [{"role": "user", "content": text}] if args.chat else text  # noqa: E731
     problems = [Problem(as_asked(text), {}, where) for text, where in prompts]
     config = _environment_options(args)

@@ -264,3 +264,56 @@ def test_a_story_as_transformers_tells_it(shared, mesh):
     logp = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
     logp = logp[torch.arange(length), whole[len(prompt) :]].numpy()
     np.testing.assert_allclose(rollouts.logp_PGC[0, 0, :length], logp, atol=1e-4, rtol=0)
+
+
+# --- Conversations --------------------------------------------------------------------------------
+
+
+def test_a_conversation_goes_on_line_by_line(model, tmp_path, capsys, monkeypatch):
+    """Each message is answered with all before it; an empty line ends it."""
+    chat = tmp_path / "chat"
+    shutil.copytree(model, chat)
+    config = json.loads((chat / "tokenizer_config.json").read_text())
+    config["chat_template"] = (
+        "{% for m in messages %}{{ m['content'] }}={% endfor %}"
+        "{% if add_generation_prompt %}{% endif %}"
+    )
+    (chat / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("sys.stdin", io.StringIO("1+1\n2+2\n\n3+3\n"))
+    out, _ = _ask(capsys, "--model", str(chat), "--chat", "--max-tokens", "4")
+    first, second = out.splitlines()
+    again, _ = _ask(capsys, "--model", str(model), "--prompt", "1+1=", "--max-tokens", "4")
+    assert again.removeprefix("1+1=").rstrip("\n") == first
+    whole = f"1+1={first}=2+2="
+    again, _ = _ask(capsys, "--model", str(model), "--prompt", whole, "--max-tokens", "4")
+    assert again.removeprefix(whole).rstrip("\n") == second
+
+
+def test_a_model_talks_to_an_environment(model, tmp_path, capsys, monkeypatch):
+    (tmp_path / "digits.py").write_text(
+        "class Digits:\n"
+        "    def reset(self, **row):\n        self.turns = 0\n"
+        "    def respond(self, messages):\n"
+        "        self.turns += 1\n        return '9' * 3 if self.turns < 2 else None\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    how = ["--model", str(model), "--prompt", "1+1=", "--max-tokens", "40", "--json"]
+    how += ["--num-samples", "8", "--temperature", "1"]
+    alone, _ = _ask(capsys, *how)
+    out, err = _ask(capsys, *how, "--environment", "digits:Digits")
+    pairs = [*zip(map(json.loads, alone.splitlines()), map(json.loads, out.splitlines()))]
+    assert len(pairs) == 8 and any(
+        one["stopped"] and len(one["token_ids"]) < 36 for one, _ in pairs
+    )
+    for one, talked in pairs:
+        n = len(one["token_ids"])
+        assert talked["token_ids"][:n] == one["token_ids"]
+        if one["stopped"] and n < 36:  # the environment's three tokens follow
+            assert talked["logprobs"][n : n + 3] == [0.0] * 3 and talked["logprobs"][n + 3]
+        elif not one["stopped"]:
+            assert "ended as tokens" in err
+
+
+def test_without_a_prompt_it_says_what_to_give(model):
+    with pytest.raises(ValueError, match="Give --prompt TEXT, --prompts FILE, or --chat"):
+        generate.main(["--model", str(model)])

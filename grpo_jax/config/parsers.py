@@ -23,8 +23,13 @@ def generate() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, metavar="DIR_OR_ID",
         help="Hugging Face folder or hub id, or a run's folder")  # fmt: skip
-    asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--prompt", metavar="TEXT", help="what the model completes")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="what the model completes; without any "
+        "and with --chat, a conversation: a line of input for each message",
+    )
     asked.add_argument("--prompts", metavar="FILE", help="a prompt a line; - reads standard input")
     add("--chat", action="store_true", help="a prompt is a message of a user")
     add("--environment", action="append", default=[], metavar="MODULE:CLASS",
