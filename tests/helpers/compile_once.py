@@ -14,7 +14,7 @@ from typing import Any
 
 from jax._src import compiler
 
-_KEPT = 96  # executables, of some megabytes each
+_KEPT = 64  # executables, of some megabytes each
 _made: OrderedDict[bytes, Any] = OrderedDict()
 
 
