@@ -6,6 +6,7 @@ import ast
 import functools
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -231,3 +232,9 @@ jax.devices()
 assert bridge._backends  # the check above sees a backend
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_each_test_file_has_a_name_of_its_own():
+    """Else pytest refuses the second in a run of all, and in no smaller one."""
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert not [name for name, times in names.items() if times > 1]
