@@ -60,29 +60,29 @@ class Bench:
         self.engine = Engine(decoder, num_slots=num_slots)
         params = parameters.init(model, keys.key_for(0, "init"))
         self.params = self.engine.publish(params)
+        found = contract.read(("sleeper:Sleeper",), ())
+        self.world = Live(found, LiveLimits(10.0, 300.0), num=PROMPTS * GROUP)
 
     def rollout(self, seconds: float, *, eager: bool = False) -> tuple[float, Any]:
         """Seconds of a rollout whose answers take so long each, and what is told of it."""
         start = Start("?", {"seconds": seconds}, 0, Dialogue, lambda text: [])
         prompts = [[3 + p] * 16 for p in range(PROMPTS)]
-        found = contract.read(("sleeper:Sleeper",), ())
-        with Live(found, LiveLimits(10.0, 300.0), num=PROMPTS * GROUP) as world:
-            began = time.monotonic()
-            _, told = episodes.sample(
-                self.engine,
-                self.params,
-                world,
-                [start] * PROMPTS,
-                prompts,
-                Limits(TURNS, self.limit, self.turn_tokens),
-                group=GROUP,
-                key=keys.key_for(0, "rollout"),
-                temperature=1.0,
-                rollout_seeds=range(PROMPTS * GROUP),
-                eager=eager,
-                on_group=lambda p, ended: None,
-            )
-            return time.monotonic() - began, told
+        began = time.monotonic()
+        _, told = episodes.sample(
+            self.engine,
+            self.params,
+            self.world,
+            [start] * PROMPTS,
+            prompts,
+            Limits(TURNS, self.limit, self.turn_tokens),
+            group=GROUP,
+            key=keys.key_for(0, "rollout"),
+            temperature=1.0,
+            rollout_seeds=range(PROMPTS * GROUP),
+            eager=eager,
+            on_group=lambda p, ended: None,
+        )
+        return time.monotonic() - began, told
 
     def one_turn(self) -> float:
         """Seconds of a rollout of one turn that draws as many tokens."""
@@ -115,9 +115,11 @@ def main() -> None:
     slept = [short.rollout(1.0)[0] for _ in range(args.repeats)]
     base = statistics.median(turns for turns, _ in pairs)
     a_round = (statistics.median(slept) - base) / TURNS
+    short.world.close()
     long = Bench(args.long_turn_tokens, num_slots=PROMPTS * GROUP // 2)
     long.rollout(0.0, eager=True)
     seconds, told = long.rollout(1.0, eager=True)
+    long.world.close()
     values = {
         "environment": timing.environment(),
         "round_s": a_round,
