@@ -78,7 +78,7 @@ def _watch(worker: int, memory_bytes: int, max_processes: int, look_every_s: flo
             if ended[0] == worker:
                 return os.waitstatus_to_exitcode(ended[1])
         if heard is not None and heard.si_signo == signal.SIGTERM:
-            return 0
+            return _status_at_end(worker)
         if memory is None and not max_processes:
             continue
         own = below(os.getpid())
@@ -86,6 +86,25 @@ def _watch(worker: int, memory_bytes: int, max_processes: int, look_every_s: flo
             return TOO_MANY_PROCESSES
         if memory is not None and memory.is_beyond(own):
             return OUT_OF_MEMORY
+
+
+def _status_at_end(worker: int) -> int:
+    """Kills the worker. Returns the exit code of one that was ending by itself, or 0.
+
+    The trainer sees a closed pipe, and asks for the end, before such a worker can be waited for.
+    """
+    try:
+        os.kill(worker, signal.SIGKILL)
+    except ProcessLookupError:
+        return 0
+    limit = time.monotonic() + _END_LIMIT_S
+    while time.monotonic() < limit:
+        ended, status = os.waitpid(worker, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            return 0 if code == -signal.SIGKILL else code
+        time.sleep(0.001)
+    return 0
 
 
 def _end_all() -> None:

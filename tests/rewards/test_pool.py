@@ -235,6 +235,31 @@ def test_mapped_files_and_shared_pages_are_not_counted_as_memory(tmp_path):
     )  # what this process has freed is its own
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs keepers")
+def test_a_worker_that_was_ending_when_its_end_was_asked_for_has_its_own_status():
+    """The trainer sees a closed pipe, and asks for the end, before the worker has ended."""
+    code = """if True:
+        import os, signal
+        from grpo_jax.rewards import keeper
+        trainer = os.getpid()
+        for _ in range(40):
+            hears, tells = os.pipe()
+            pid = os.fork()
+            if not pid:
+                os.close(hears)
+                keeper.main(tells, trainer, 0, 64, 1.0)
+                for _ in range(400):  # the system takes its time to close them
+                    os.pipe()
+                os._exit(7)
+            os.close(tells)
+            os.read(hears, 1)
+            os.kill(pid, signal.SIGTERM)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+            os.close(hears)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_model_may_be_loaded_in_a_first_call():
     """In the worker that takes the place of another as well."""
     with pool(":loads", seconds=0.5) as p:
