@@ -190,11 +190,12 @@ def train_on_given(
     section: str,
     run: Callable[[ConfigDict, Path, StopSignal], Path],
     check: Callable[[ConfigDict, Path], None],
+    head: str | None = None,
 ) -> None:
     """A program that trains on completions of the data: `name` is its own, one of `RUNS`.
 
-    `section` of the config has its schedule. `run` trains, and returns the exported folder;
-    `check` says what it would do.
+    `section` of the config has its schedule; `head` as in `model.model_shape`. `run` trains, and
+    returns the exported folder; `check` says what it would do.
     """
     from grpo_jax.setup import model  # imports what some programs do without
 
@@ -204,7 +205,7 @@ def train_on_given(
         raise ValueError(
             f"{section}.num_steps = 0: nothing to train. Set it or {section}.num_epochs above 0."
         )
-    set_up(config, model.model_shape(config, folder).num_params)
+    set_up(config, model.model_shape(config, folder, head).num_params)
     if is_check:
         return check(config, folder)
     save_before_s = config.checkpoint.save_before_s

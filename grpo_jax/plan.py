@@ -16,6 +16,7 @@ plans an update of `grpo_jax.sft`, `dpo` or `reward_model` with rows at their li
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -45,10 +46,13 @@ def main(argv: list[str]) -> None:
     args, overrides = _arguments(argv)
     config = arguments.load_config(args.config, overrides)
     chip, devices = topologies.devices(args.topology)
+    head = None if args.program == "train" else given_plan.row_of(args.program, config).head
     if args.model_shape:
-        model = lora.adapted(read_shape(args.model_shape), config)
+        model = read_shape(args.model_shape)
+        model = dataclasses.replace(model, head=head or model.head)
+        model = lora.adapted(model, config)
     else:
-        model = model_lib.model_shape(config)
+        model = model_lib.model_shape(config, head=head)
     if args.program != "train":
         return _plan_given(args, config, model)
     known: Known = {}

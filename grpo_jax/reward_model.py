@@ -12,7 +12,8 @@ from grpo_jax.trainers import given_check, reward_model, sft
 
 
 def main(argv: list[str]) -> None:
-    cli.train_on_given(argv, "reward_model", "reward_model", reward_model.run, _check)
+    run, head = reward_model.run, reward_model.REWARD_MODEL.head
+    cli.train_on_given(argv, "reward_model", "reward_model", run, _check, head)
 
 
 def _check(config: ConfigDict, folder: Path) -> None:

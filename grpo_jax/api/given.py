@@ -110,7 +110,7 @@ def train(
         raise ValueError(f"Give num_steps or num_epochs: how long grpo_jax.{row.name} trains.")
 
     def run(folder: Path, stop: StopSignal) -> None:
-        cli.set_up(made, model_lib.model_shape(made, folder).num_params)
+        cli.set_up(made, model_lib.model_shape(made, folder, row.head).num_params)
         chosen_row = row if row_of is None else row_of(made)
         given.run(chosen_row, made, folder, stop, callbacks=tuple(callbacks))
 

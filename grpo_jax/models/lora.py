@@ -5,7 +5,11 @@ layer like the parameters (`layer_runs.py`):
 
     layers/ (stacked by slot) attention/q/lora_a [in, r]    attention/q/lora_b [r, out]
 
-An adapter of several dense layers (`Adapter.parts`) has one A, and B for the outputs of all.
+An adapter of several dense layers (`Adapter.parts`) has one A, and B for the outputs of all. The
+scalar head of a reward model is trained whole, in the same tree: its input is what adapters change.
+
+    score/kernel [D, 1]
+
 `attached` puts them beside the frozen parameters as `dense.Adapted` kernels; scoring, training and
 sampling read that tree. If the layers of a stack have different ranks, all get the largest rank;
 the scaling of the rest is 0, and so is its gradient.
@@ -29,6 +33,8 @@ from grpo_jax.models import layer_runs, parameters
 from grpo_jax.structs import Adapter, Array, ModelConfig, Params
 
 Tree = dict[str, Any]
+
+WHOLE = ("score",)  # the parts of a decoder that are trained whole beside adapters
 
 
 @struct.dataclass
@@ -125,7 +131,8 @@ def num_trained(config: ModelConfig) -> int:
     """The number of trained parameters."""
     if config.lora is None:
         return config.num_params
-    return sum(
+    whole = jax.tree.leaves(_whole(parameters.param_shapes(config)))
+    return sum(x.size for x in whole) + sum(
         rank * sum(size_of(config, adapter, layer))
         for adapter in config.lora.adapters
         for layer, rank in enumerate(adapter.ranks)
@@ -138,9 +145,10 @@ def num_trained(config: ModelConfig) -> int:
 
 def trained_shapes(config: ModelConfig) -> Params:
     """Shapes and dtype (float32) of the trained weights."""
+    shapes = parameters.param_shapes(config)
     if config.lora is None:
-        return parameters.param_shapes(config)
-    return jax.tree.map(lambda x: x, _adapter_shapes(config))
+        return shapes
+    return jax.tree.map(lambda x: x, _adapter_shapes(config)) | _whole(shapes)
 
 
 @functools.cache
@@ -148,10 +156,19 @@ def _adapter_shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(lambda: init(config, jax.random.key(0)))
 
 
+def _whole(tree: Tree) -> Tree:
+    return {name: part for name, part in tree.items() if name in WHOLE}
+
+
+def _but_whole(tree: Tree) -> Tree:
+    return {name: part for name, part in tree.items() if name not in WHOLE}
+
+
 def trained_axes(config: ModelConfig) -> Params:
     """The logical axes of the trained weights: A splits like kernel inputs, B like outputs."""
+    whole = parameters.logical_axes(config)
     if config.lora is None:
-        return parameters.logical_axes(config)
+        return whole
 
     def make(adapter: Adapter, members: tuple[int, ...], size: tuple[int, int]) -> Tree:
         axes = parameters.layer_axes(config, config.layers[members[0]])
@@ -159,7 +176,7 @@ def trained_axes(config: ModelConfig) -> Params:
         columns = None if others else columns  # the parts of a device need not be of one layer
         return {"lora_a": ("layers", rows, None), "lora_b": ("layers", None, columns)}
 
-    return _by_adapter(config, make)
+    return _by_adapter(config, make) | _whole(whole)
 
 
 # --- With the frozen weights ----------------------------------------------------------------------
@@ -184,7 +201,7 @@ def attached(frozen: Params | None, trained: Params, config: ModelConfig) -> Par
                 first = last
         return tree
 
-    return frozen | {"layers": layer_runs.by_slot(config.layers, stack)}
+    return frozen | trained | {"layers": layer_runs.by_slot(config.layers, stack)}
 
 
 def _with(tree: Tree, path: str, value: Any) -> Tree:
@@ -198,12 +215,13 @@ def frozen_shapes(config: ModelConfig, dtype: Any) -> Params | None:
     if config.lora is None:
         return None
     keep = lambda params: frozen_as(config, params, dtype)  # noqa: E731
-    return jax.eval_shape(keep, parameters.param_shapes(config))
+    return jax.eval_shape(keep, _but_whole(parameters.param_shapes(config)))
 
 
 def frozen_axes(config: ModelConfig) -> Params:
     """The logical axes of the frozen parameters."""
-    return dense.axes_of(frozen_shapes(config, jnp.float32), parameters.logical_axes(config))
+    axes = _but_whole(parameters.logical_axes(config))
+    return dense.axes_of(frozen_shapes(config, jnp.float32), axes)
 
 
 def weight_shapes(config: ModelConfig) -> Params:

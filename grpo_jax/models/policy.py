@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,22 +169,29 @@ def load_params(
     dtype=jnp.float32,
     keep: Callable[[Any, Array], Any] = lambda path, x: x,
     codes: Callable[[Any], NF4 | None] = lambda path: None,
+    parts: Collection[str] | None = None,
 ) -> Params:
     """The policy's weights, sharded over the devices: read from its source, or fresh.
 
-    `keep` and `codes` as in `weights.load_params`. Raises ValueError, naming the array, if a weight
-    from the source is not finite.
+    `keep`, `codes` and `parts` (of a policy with a source) as in `weights.load_params`. Raises
+    ValueError, naming the array, if a weight from the source is not finite.
     """
     if policy.source is not None:
         model = policy.model
         model = dataclasses.replace(model, head="none") if policy.has_new_head else model
-        params = weights.load_params(policy.source, model, mesh, dtype, keep, codes)
+        params = weights.load_params(policy.source, model, mesh, dtype, keep, codes, parts)
         refuse_nonfinite(params, mesh, f"{policy.source}", "Get its files again.")
-        if policy.has_new_head:
-            head = drawing_head(policy.model, mesh, keys.key_for(seed, "head"), dtype)()
-            return params | {"score": head}
+        if policy.has_new_head and parts is None:
+            return params | {"score": load_head(policy, mesh, seed, dtype)}
         return params
     return drawing(policy.model, mesh, keys.key_for(seed, "init"), dtype)()
+
+
+def load_head(policy: Policy, mesh: Mesh, seed: int, dtype=jnp.float32) -> Params:
+    """The scalar head of a policy with a source: read from there, or fresh. Raises as above."""
+    if policy.has_new_head:
+        return drawing_head(policy.model, mesh, keys.key_for(seed, "head"), dtype)()
+    return load_params(policy, mesh, seed, dtype, parts=("score",))["score"]
 
 
 def drawing(model: ModelConfig, mesh: Mesh, key: Array, dtype=jnp.float32) -> Call:
@@ -217,10 +224,9 @@ def new_adapters(model: ModelConfig, mesh: Mesh, seed: int, dtype=jnp.float32) -
 
 def drawing_adapters(model: ModelConfig, mesh: Mesh, key: Array, dtype=jnp.float32) -> Call:
     """The program that initializes new adapters, which do not change the model yet."""
-    shapes = lora.trained_shapes(model)
-    placed = sharding.tree_shardings(mesh, lora.trained_axes(model), shapes)
+    placed = jax.tree.map(lambda x: x.sharding, trained_like(model, mesh)["layers"])
 
-    @functools.partial(jax.jit, out_shardings=placed)
+    @functools.partial(jax.jit, out_shardings={"layers": placed})
     def init_adapters(key: Array) -> Params:
         return jax.tree.map(lambda x: x.astype(dtype), lora.init(model, key))
 

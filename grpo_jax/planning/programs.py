@@ -28,7 +28,7 @@ from grpo_jax.kernels import gpu_decode
 from grpo_jax.kernels.gpu_decode import TritonDecode
 from grpo_jax.learner import actor_critic, train_state
 from grpo_jax.learner.update import Update
-from grpo_jax.models import lora, policy
+from grpo_jax.models import policy
 from grpo_jax.planning import hlo
 from grpo_jax.planning.compiled import Compiled, Known, Program, bytes_per_device
 from grpo_jax.planning.lengths import Lengths
@@ -137,13 +137,7 @@ class Step:
         return self._attached(given)
 
     def _attached(self, trained: Params) -> Params:
-        whole = sharding.replicated(self.mesh)
-
-        def shape(x: Any) -> jax.ShapeDtypeStruct:
-            is_host = isinstance(x, np.ndarray)
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) if is_host else x
-
-        return jax.tree.map(shape, lora.attached(self.frozen, trained, self.model))
+        return lora_setup.attached_like(self.frozen, trained, self.model, self.mesh)
 
     def held(self) -> dict[str, float]:
         """Bytes of arrays on each device, by content, without the programs' own memory.

@@ -44,8 +44,9 @@ def of_call(after: str) -> str:
 
 
 def of_folder(after: str) -> str:
-    """The name of a folder, or of the run whose export it is."""
-    *_, parent, name = "", *after.rstrip("/").split("/")
+    """The name of a folder, or of the run whose export it is, or the adapter of its export."""
+    whole = after.rstrip("/").removesuffix("/export/adapter") or after
+    *_, parent, name = "", *whole.rstrip("/").split("/")
     name = parent if name == "export" and parent else name
     return re.sub(r"[^\w.\-]", "_", name)
 

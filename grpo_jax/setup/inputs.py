@@ -148,6 +148,15 @@ def of_adapter(path: str) -> Sums:
     return {"adapter": {"files": _sum(file.read_bytes() for file in files)}}
 
 
+def of_reward_model(path: str) -> dict[str, Any]:
+    """Checksums of a reward model among the rewards; of an adapter with those of its base."""
+    folder = folder_lib.resolve(path, "rewards.names")
+    if not peft.is_adapter(folder):
+        return of_folder(folder)
+    base = folder_lib.resolve(peft.base_of(folder), peft.base_option(folder))
+    return of_folder(base) | of_adapter(str(folder))
+
+
 def of_critic(path: str, critic: Policy | None) -> Sums:
     """Checksums of the model that a critic begins with, if it has a folder of its own."""
     return {"critic": of_model(critic)} if critic is not None and path else {}
@@ -324,7 +333,7 @@ def of_run(
     models = {}
     for reward in rewards:
         if reward.model:
-            sums = of_folder(folder_lib.resolve(reward.model, "rewards.names"))
+            sums = of_reward_model(reward.model)
             models[reward.name] = _sum([json.dumps(sums, sort_keys=True).encode()])
     found |= {"reward models": models} if models else {}
     return found | ({"held-out problems": of_problems(held_out)} if held_out else {})

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
@@ -39,10 +40,10 @@ def recorded(options: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
-def _spec_of(config: ConfigDict, kept: Path | None) -> Spec | None:
+def _spec_of(config: ConfigDict, head: str, kept: Path | None) -> Spec | None:
     """The adapters that a config asks for; None: all weights are trained."""
     if config.lora.path:
-        return peft.read_config(_folder(config.lora.path, kept))
+        return peft.read_config(_folder(config.lora.path, kept), head=head)
     if not config.lora.rank:
         return None
     return Spec(
@@ -81,7 +82,7 @@ def adapted(model: ModelConfig, config: ConfigDict, kept: Path | None = None) ->
 
     `kept`: a run's copy of lora.path, which may be gone.
     """
-    spec = _spec_of(config, kept)
+    spec = _spec_of(config, model.head, kept)
     base = _base(model, config, is_adapted=spec is not None)
     if spec is None:
         return model
@@ -150,7 +151,7 @@ def frozen_params(policy: Policy, mesh: Mesh, dtype: Any) -> Params | None:
         where = of(path)
         return where if model.codes and isinstance(where, NF4) else None
 
-    return policy_lib.load_params(policy, mesh, 0, dtype, keep, codes)
+    return policy_lib.load_params(policy, mesh, 0, dtype, keep, codes, placed.keys())
 
 
 def _quantizing(model: ModelConfig, path: Any, placed: Any) -> Any:
@@ -176,13 +177,44 @@ def frozen_like(model: ModelConfig, mesh: Mesh, dtype: Any) -> Params | None:
 
 
 def first_params(config: ConfigDict, policy: Policy, mesh: Mesh, kept: Path | None) -> Params:
-    """The initial trained weights: the policy's weights, or new or given adapters."""
+    """The initial trained weights: the policy's weights, or new or given adapters and its head."""
     dtype, model = jnp.dtype(config.model.param_dtype), policy.model
     if model.lora is None:
         return policy_lib.load_params(policy, mesh, config.seed, dtype)
     if config.lora.path:
-        return peft.load(_folder(config.lora.path, kept), model, mesh, dtype)
-    return policy_lib.new_adapters(model, mesh, config.seed, dtype)
+        return given_params(_folder(config.lora.path, kept), policy, mesh, config.seed, dtype)
+    adapters = policy_lib.new_adapters(model, mesh, config.seed, dtype)
+    return _with_head(adapters, policy, mesh, config.seed, dtype)
+
+
+def given_params(folder: Path, policy: Policy, mesh: Mesh, seed: int, dtype: Any) -> Params:
+    """The adapters of a PEFT folder; of a reward model also the head, from there or its own."""
+    adapters = peft.load(folder, policy.model, mesh, dtype)
+    return _with_head(adapters, policy, mesh, seed, dtype)
+
+
+def _with_head(adapters: Params, policy: Policy, mesh: Mesh, seed: int, dtype: Any) -> Params:
+    if policy.model.head != "scalar" or "score" in adapters:
+        return adapters
+    return adapters | {"score": policy_lib.load_head(policy, mesh, seed, dtype)}
+
+
+def attached(frozen: Params, trained: Params, model: ModelConfig, mesh: Mesh) -> Params:
+    """`lora.attached`, all of it on the devices."""
+    whole = sharding.replicated(mesh)
+    put = lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, whole)  # noqa: E731
+    return jax.tree.map(put, lora.attached(frozen, trained, model))
+
+
+def attached_like(frozen: Params | None, trained: Params, model: ModelConfig, mesh: Mesh) -> Params:
+    """Shapes and shardings of the tree that the network reads, from those of its parts."""
+    whole = sharding.replicated(mesh)
+
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
+        is_host = isinstance(x, np.ndarray)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) if is_host else x
+
+    return jax.tree.map(shape, lora.attached(frozen, trained, model))
 
 
 def reference(
@@ -196,9 +228,7 @@ def reference(
         return frozen
     dtype = jnp.dtype(config.model.dtype)
     given = peft.load(_folder(config.lora.path, kept), policy.model, mesh, dtype)
-    whole = sharding.replicated(mesh)
-    put = lambda x: x if isinstance(x, jax.Array) else jax.device_put(x, whole)  # noqa: E731
-    return jax.tree.map(put, lora.attached(frozen, given, policy.model))
+    return attached(frozen, given, policy.model, mesh)
 
 
 def told(config: ConfigDict, model: ModelConfig) -> list[str]:

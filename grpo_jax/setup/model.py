@@ -27,8 +27,13 @@ from grpo_jax.setup import lora
 from grpo_jax.structs import Layer, ModelConfig, Params, Rotary
 
 
-def model_shape(config: ConfigDict, folder: Path | None = None) -> ModelConfig:
-    """The shape of the model that the config trains, in a run's folder if one is given."""
+def model_shape(
+    config: ConfigDict, folder: Path | None = None, head: str | None = None
+) -> ModelConfig:
+    """The shape of the model that the config trains, in a run's folder if one is given.
+
+    `head`: what it is trained with, as in `ModelConfig`; None: as it comes.
+    """
     kept = None if folder is None else folder / "source"
     path = config.model.path
     if path:
@@ -36,6 +41,7 @@ def model_shape(config: ConfigDict, folder: Path | None = None) -> ModelConfig:
         model = model.within(derived.longest_row(config))
     else:
         model = new_policy(config).model
+    model = model if head is None else dataclasses.replace(model, head=head)
     return lora.adapted(model, config, None if folder is None else folder / lora.KEPT)
 
 

@@ -1,9 +1,10 @@
 """Rewards by reward models, computed on the devices: entries "model:FOLDER" of `rewards.names`.
 
-A completion's text is written after its prompt as the reward model's own tokenizer and template
-write it, and ends as its training's texts did, with the stop token. What the texts of a group begin
-with in common is computed once. A text that cannot be scored raises: a reward of 0 in its place
-would punish it.
+A folder holds a whole model, or an adapter and a head (PEFT's `modules_to_save`), which are read
+beside the model that they belong to. A completion's text is written after its prompt as the reward
+model's own tokenizer and template write it, and ends as its training's texts did, with the stop
+token. What the texts of a group begin with in common is computed once. A text that cannot be scored
+raises: a reward of 0 in its place would punish it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,10 +33,12 @@ from grpo_jax.learner.scalars import Values
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.models import policy as policy_lib
 from grpo_jax.models.hf import folder as folder_lib
+from grpo_jax.models.hf import peft, targets
 from grpo_jax.models.policy import Policy
 from grpo_jax.rewards import registry
 from grpo_jax.rewards.registry import Reward
 from grpo_jax.rewards.scores import RewardError
+from grpo_jax.setup import lora
 from grpo_jax.structs import ModelConfig, Params, Sampling
 
 _OPTION = "rewards.names"
@@ -44,6 +48,7 @@ _OPTION = "rewards.names"
 class RewardModel:
     """A reward model on the devices of a mesh."""
 
+    path: str  # as it was given
     policy: Policy
     mesh: Mesh
     params: Params
@@ -89,7 +94,7 @@ class RewardModel:
             for ids in whole:
                 policy.refuse_unknown(ids, "A completion with its prompt")
         except ValueError as error:
-            raise RewardError(f"The reward model {policy.source} cannot score: {error}") from error
+            raise RewardError(f"The reward model {self.path} cannot score: {error}") from error
         return [[int(i) for i in ids] for ids in whole]
 
 
@@ -103,9 +108,9 @@ def _written(problem: Problem, text: str) -> Written:
 
 def read(path: str, option: str = _OPTION) -> Policy:
     """The reward model of a folder or hub id; ValueError for one without a score of its own."""
-    given = folder_lib.as_given(path, option)
+    given, adapter = folder_lib.as_given(path, option), _adapter(path, option)
     try:
-        found = policy_lib.read(path, option, head="scalar")
+        found = policy_lib.read(*_base(path, option, adapter), head="scalar")
     except ValueError as error:
         if "model_type" not in str(error):
             raise
@@ -113,13 +118,34 @@ def read(path: str, option: str = _OPTION) -> Policy:
             f"{error} An encoder that classifies texts, such as BERT, runs in the reward "
             f'processes: "classifier:{path}#LABEL".'
         ) from error
-    if found.has_new_head:
+    if found.has_new_head and (adapter is None or not peft.has_head(adapter)):
+        what = "a language model" if adapter is None else "an adapter of a language model"
         raise ValueError(
-            f"{given} is a language model: a reward model has a head with one score (config.json: "
-            "ForSequenceClassification), and a new one would give random rewards. Train one with "
-            "python -m grpo_jax.reward_model, and give its export."
+            f"{given} is {what}: a reward model has a head with one score (config.json: "
+            "ForSequenceClassification; of an adapter modules_to_save), and a new one would give "
+            "random rewards. Train one with python -m grpo_jax.reward_model, and give its export."
         )
-    return found
+    if adapter is None:
+        return found
+    return dataclasses.replace(found, model=_adapted(found.model, adapter, option))
+
+
+def _adapter(path: str, option: str) -> Path | None:
+    """The folder of PEFT at a path; None: it has a whole model."""
+    folder = policy_lib.find(path, option)
+    return folder if peft.is_adapter(folder) else None
+
+
+def _base(path: str, option: str, adapter: Path | None) -> tuple[str, str]:
+    """The path of the whole model, and the option that gives it."""
+    if adapter is None:
+        return path, option
+    return peft.base_of(adapter), peft.base_option(adapter)
+
+
+def _adapted(model: ModelConfig, adapter: Path, option: str) -> ModelConfig:
+    spec = peft.read_config(adapter, option, head="scalar")
+    return dataclasses.replace(model, lora=targets.lora_of(model, spec))
 
 
 def load(
@@ -136,12 +162,18 @@ def load(
     Its head stays float32. `attention`: as `model.attention`. Raises ValueError as `read`.
     """
     policy, dtype = read(path, option), jnp.dtype(dtype)
+    model, adapter = policy.model, _adapter(path, option)
 
     def keep(where: Any, x: Any) -> Any:
         return x.astype(_dtype_of(where, dtype))
 
-    params = policy_lib.load_params(policy, mesh, 0, jnp.float32, keep)
-    return RewardModel(policy, mesh, params, _values(policy.model, mesh, dtype, attention), now)
+    if adapter is None:
+        params = policy_lib.load_params(policy, mesh, 0, jnp.float32, keep)
+    else:
+        frozen = lora.frozen_params(policy, mesh, dtype)
+        trained = lora.given_params(adapter, policy, mesh, 0, jnp.float32)
+        params = lora.attached(frozen, trained, model, mesh)
+    return RewardModel(path, policy, mesh, params, _values(model, mesh, dtype, attention), now)
 
 
 def _dtype_of(where: Any, dtype: Any) -> Any:
@@ -169,18 +201,27 @@ def planned(config: ConfigDict, mesh: Mesh) -> dict[str, Planned]:
     """
     found, dtype = {}, jnp.dtype(config.model.dtype)
     for reward in (r for r in registry.named(config.rewards.names) if r.model):
-        folder = policy_lib.find(reward.model, _OPTION)
-        given = folder_lib.as_given(reward.model, _OPTION)
-        model = dataclasses.replace(folder_lib.read_config(folder, given), head="scalar")
-        params = jax.tree_util.tree_map_with_path(
-            lambda where, x: jax.ShapeDtypeStruct(
-                x.shape, _dtype_of(where, dtype), sharding=x.sharding
-            ),
-            policy_lib.param_like(model, mesh),
-        )
+        adapter = _adapter(reward.model, _OPTION)
+        base = _base(reward.model, _OPTION, adapter)
+        model = folder_lib.read_config(policy_lib.find(*base), folder_lib.as_given(*base))
+        model = dataclasses.replace(model, head="scalar")
+        model = model if adapter is None else _adapted(model, adapter, _OPTION)
         values = _values(model, mesh, dtype, config.model.attention)
-        found[reward.name] = Planned(params, values)
+        found[reward.name] = Planned(_params_like(model, mesh, dtype), values)
     return found
+
+
+def _params_like(model: ModelConfig, mesh: Mesh, dtype: Any) -> Params:
+    """Shapes and shardings of a reward model's weights."""
+    if model.lora is not None:
+        frozen = lora.frozen_like(model, mesh, dtype)
+        return lora.attached_like(frozen, policy_lib.trained_like(model, mesh), model, mesh)
+    return jax.tree_util.tree_map_with_path(
+        lambda where, x: jax.ShapeDtypeStruct(
+            x.shape, _dtype_of(where, dtype), sharding=x.sharding
+        ),
+        policy_lib.param_like(model, mesh),
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -51,8 +51,6 @@ def plan(
     ValueError if the mesh does not fit the devices or the model.
     """
     row = row_of(program, config)
-    if row is reward_model.REWARD_MODEL:
-        reward_model.refuse_adapters(config)
     chip, devices = topologies.devices(topology)
     mesh = sharding.make_mesh(**config.mesh, devices=devices)
     rules.check_heads(model.num_heads, mesh.shape["sequence"], mesh.shape["tensor"])

@@ -1,6 +1,7 @@
 """Training a reward model on pairs, by Bradley and Terry: the row `REWARD_MODEL` of `given.py`.
 
-The model is a decoder with a scalar head. Its reward of a text is the head's value after the last
+The model is a decoder with a scalar head; where adapters learn, the head learns whole beside them.
+Its reward of a text is the head's value after the last
 token, or after the last that is not the pad token, as transformers reads it. Both texts of a pair
 are computed in one row, what they begin with in common once.
 """
@@ -27,7 +28,7 @@ from grpo_jax.metrics import calibration
 from grpo_jax.models.policy import Policy
 from grpo_jax.run.stop import StopSignal
 from grpo_jax.run.whole_files import write_whole
-from grpo_jax.setup import examples, inputs
+from grpo_jax.setup import examples, inputs, lora
 from grpo_jax.structs import Experience, Rollouts
 from grpo_jax.trainers import given, rollout, sft
 from grpo_jax.trainers.given import Data, Given, Place
@@ -47,10 +48,9 @@ class Row(NamedTuple):
 def run(config: ConfigDict, folder: Path, stop: StopSignal) -> Path:
     """Trains, or continues the training in `folder`; returns the exported Hugging Face folder.
 
-    A new model (`model.path` "") first learns to write from worked solutions. Raises as
-    `given.run`, and ValueError for low-rank adapters.
+    A new model (`model.path` "") first learns to write from worked solutions, with all of its
+    weights. Raises as `given.run`.
     """
-    refuse_adapters(config)
     path = config.model.path
     if not path:
         print_title("Supervised start: updates on worked solutions")
@@ -59,20 +59,11 @@ def run(config: ConfigDict, folder: Path, stop: StopSignal) -> Path:
     return given.run(REWARD_MODEL, config, folder, stop, model_path=path)
 
 
-def refuse_adapters(config: ConfigDict) -> None:
-    """Raises ValueError for low-rank adapters, which have no place for a head."""
-    if config.lora.rank or config.lora.path:
-        raise ValueError(
-            f"lora.rank = {config.lora.rank} and lora.path = {config.lora.path!r}: a reward model "
-            "trains all of its weights, since its head is new. Set lora.rank = 0 and lora.path = "
-            '"".'
-        )
-
-
 def new_policy(config: ConfigDict) -> Policy:
     """The new model of `model.path` "", with a scalar head, as a check of the config plans it."""
     made = sft.SFT.new_policy(config)
-    return dataclasses.replace(made, model=dataclasses.replace(made.model, head="scalar"))
+    made = dataclasses.replace(made, model=dataclasses.replace(made.model, head="scalar"))
+    return lora.adapted_policy(made, config)
 
 
 # --- The data -------------------------------------------------------------------------------------
@@ -80,7 +71,6 @@ def new_policy(config: ConfigDict) -> Policy:
 
 def read(config: ConfigDict, policy: Policy, now: datetime, evaluates: bool) -> Data:
     """The pairs of the config's dataset, or those that its task writes."""
-    refuse_adapters(config)
     if config.data.task:
         return _of_task(config, policy, now, evaluates)
     where = config, policy, "reward_model", "pair", now

@@ -1,14 +1,16 @@
 """Reads and writes low-rank adapters as PEFT folders: adapter_config.json and its tensors.
 
-A folder that asks for more than adapters of dense layers is refused by name: nothing is dropped
-silently.
+Beside the adapters of a reward model stands its head, whole, as PEFT keeps a module of
+`modules_to_save`. A folder that asks for more is refused by name: nothing is dropped silently.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,9 @@ from grpo_jax.structs import Adapter, ModelConfig, Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_SCORE = f"{_PREFIX}score.weight"
+# The names under which PEFT looks for the head of a classifier of texts; of a decoder it is score.
+_HEADS = ("score", "classifier")
 
 # Settings whose other values would mean more than adapters of dense layers.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -46,8 +51,33 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read_config(folder: Path, option: str = "lora.path") -> Spec:
-    """The adapters of a PEFT folder; ValueError if it is none, or asks for more than adapters."""
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder has an adapter, and no whole model."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").exists()
+
+
+def base_of(folder: Path) -> str:
+    """The folder or hub id of the model that an adapter belongs to; ValueError if it names none."""
+    file = folder / CONFIG
+    base = read_json(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{file}: base_model_name_or_path is {shown(base)}. Set it to the folder or hub id of "
+            "the model that the adapter belongs to."
+        )
+    return base
+
+
+def base_option(folder: Path) -> str:
+    """What gives `base_of`, for messages."""
+    return f"{folder / CONFIG}: base_model_name_or_path"
+
+
+def read_config(folder: Path, option: str = "lora.path", *, head: str = "vocabulary") -> Spec:
+    """The adapters of a PEFT folder; ValueError if it is none, or asks for more than adapters.
+
+    `head` as in `ModelConfig`: a scalar one may stand beside them.
+    """
     file = folder / CONFIG
     if not file.exists():
         raise ValueError(f"{option} = {shown(str(folder))} holds no adapter: no {CONFIG}.")
@@ -56,10 +86,14 @@ def read_config(folder: Path, option: str = "lora.path") -> Spec:
     if str(kept.get("peft_type", "")).upper() != "LORA":
         raise ValueError(f"{file}: peft_type is {shown(kept.get('peft_type'))}, not LORA.")
     for name, allowed in _PLAIN.items():
+        saved = kept.get(name) if name == "modules_to_save" and head == "scalar" else None
+        if isinstance(saved, list) and all(module in _HEADS for module in saved):
+            continue
         if name in kept and kept[name] not in allowed:
             raise ValueError(
-                f"{file}: {name} = {shown(kept[name])}. Only adapters of dense layers are read; "
-                f"make one with {name} = {shown(allowed[0])}."
+                f"{file}: {name} = {shown(kept[name])}. Only adapters of dense layers are read, "
+                "and the head (score) beside those of a reward model; make one with "
+                f"{name} = {shown(allowed[0])}."
             )
     layers = kept.get("layers_to_transform")
     if kept.get("layers_pattern"):
@@ -91,17 +125,18 @@ def _targets(given: str | list[str]) -> tuple[str, ...]:
 
 
 class _Matrix(NamedTuple):
-    """A tensor of one layer's adapter."""
+    """A tensor of one layer's adapter, or of the scalar head."""
 
-    adapter: Adapter
+    adapter: Adapter | None  # None: the head
     layer: int
     leaf: str  # "lora_a" or "lora_b"
-    rank: int
     shape: tuple[int, int]  # of our matrix; the tensor is its transpose
     columns: tuple[tuple[int, int, Tensor], ...]  # first, last, and their place in the tensor
 
     def of(self, adapters: Params, config: ModelConfig) -> np.ndarray:
         """The matrix in a tree of adapters in NumPy arrays, a view."""
+        if self.adapter is None:
+            return adapters["score"]["kernel"]
         stack, turn = parameters.layer_stacks(adapters["layers"], config)[self.layer]
         value = lora.leaf(stack, self.adapter.path)[self.leaf][turn]
         return value[: self.shape[0], : self.shape[1]]
@@ -127,14 +162,17 @@ def _tensors(config: ModelConfig) -> dict[str, _Matrix]:
             ("lora_b", (rank, outputs), tuple(columns)),
         ):
             name = f"{_PREFIX}{module}.lora_{leaf[-1].upper()}.weight"
-            found[name] = _Matrix(adapter, layer, leaf, rank, shape, of)
+            found[name] = _Matrix(adapter, layer, leaf, shape, of)
+    if config.head == "scalar":
+        column = ((0, 1, Tensor("", True)),)
+        found[_SCORE] = _Matrix(None, 0, "kernel", (config.width, 1), column)
     return found
 
 
 def save(folder: Path, adapters: Params, config: ModelConfig, base: str | None = None) -> None:
-    """Writes adapters as a folder that PEFT loads; only the first process writes.
+    """Writes adapters, and the head beside them, as a folder that PEFT loads.
 
-    `base`: the name of the model that they belong to.
+    Only the first process writes. `base`: the name of the model that they belong to.
     """
     host = transfer.to_host(adapters)
     if jax.process_index() != 0:
@@ -165,9 +203,10 @@ def _settings(config: ModelConfig, base: str | None) -> dict[str, Any]:
     (usual_rank, usual_alpha), _ = collections.Counter(
         both for both in own.values() if both[0]
     ).most_common(1)[0]
+    has_head = config.head == "scalar"
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if has_head else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": usual_rank,
         "lora_alpha": _number(usual_alpha),
@@ -180,7 +219,7 @@ def _settings(config: ModelConfig, base: str | None) -> dict[str, Any]:
         "layers_to_transform": None,
         "bias": "none",
         "use_dora": False,
-        "modules_to_save": None,
+        "modules_to_save": ["score"] if has_head else None,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
@@ -195,26 +234,46 @@ def _number(value: float) -> float | int:
     return int(value) if value == int(value) else value
 
 
+def has_head(folder: Path) -> bool:
+    """Whether a folder has a scalar head beside its adapters; raises as `load`."""
+    with _opened(folder / WEIGHTS) as opened:
+        return _SCORE in opened.keys()
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """The tensors of a file, to be read."""
+    if not file.exists():
+        raise ValueError(
+            f"{file.parent} has no {file.name}; pickles (adapter_model.bin) are not read."
+        )
+    refuse_odd(file)
+    try:
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            yield opened
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{file} is not a whole safetensors file ({error}).") from error
+
+
 def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: Any = jnp.float32) -> Params:
-    """The adapters of a folder, laid out over the mesh.
+    """The adapters of a folder, and the scalar head if there is one, laid out over the mesh.
 
     Raises ValueError if its tensors are not those of `config.lora`, or not finite.
     """
     file = folder / WEIGHTS
-    if not file.exists():
-        raise ValueError(f"{folder} has no {WEIGHTS}; pickles (adapter_model.bin) are not read.")
-    refuse_odd(file)
-    try:
-        with safetensors.safe_open(file, framework="numpy") as opened:
-            found = {name: opened.get_tensor(name) for name in opened.keys()}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({error}).") from error
+    with _opened(file) as opened:
+        found = {name: opened.get_tensor(name) for name in opened.keys()}
     needed = _tensors(config)
+    if _SCORE not in found:
+        needed.pop(_SCORE, None)
     if found.keys() != needed.keys():
         missing, unused = sorted(needed.keys() - found), sorted(found.keys() - needed)
         told = [f"{what}: {some(n)}" for what, n in (("missing", missing), ("unused", unused)) if n]
         raise ValueError(f"{file} does not hold what {CONFIG} says. Tensors {'; '.join(told)}.")
-    host = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), lora.trained_shapes(config))
+    shapes, axes = lora.trained_shapes(config), lora.trained_axes(config)
+    if _SCORE not in needed:
+        shapes, axes = ({"layers": tree["layers"]} for tree in (shapes, axes))
+    host = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
     for name, matrix in needed.items():
         value = found[name].astype(np.float32)
         if value.shape != matrix.shape[::-1]:
@@ -225,6 +284,6 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: Any = jnp.float32
         at, rows = matrix.of(host, config), matrix.shape[0]
         for first, last, tensor in matrix.columns:
             at[:, first:last] = tensor.read(value, ((0, rows), (0, last - first)))
-    shardings = sharding.tree_shardings(mesh, lora.trained_axes(config), host)
+    shardings = sharding.tree_shardings(mesh, axes, host)
     put = lambda x, s: jax.make_array_from_callback(x.shape, s, lambda i: x[i].astype(dtype))  # noqa: E731
     return jax.tree.map(put, host, shardings)

@@ -109,6 +109,11 @@ def _taken(config: ModelConfig, spec: Spec, target: str, found: Iterable[str]) -
                 "adapter: log-probabilities are computed chunk by chunk from the plain matrix, and "
                 "a tied model has one for both. Leave it out."
             )
+    if config.head == "scalar" and _matches(target, "score"):
+        raise ValueError(
+            f"{spec.where}: {shown(target)} names score, the head of a reward model, which is "
+            "trained whole beside the adapters. Leave it out."
+        )
     taken = [name for name in found if _matches(target, name)]
     if not taken:
         ends = sorted({name.rpartition(".")[2] for name in found})

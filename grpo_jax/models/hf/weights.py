@@ -7,7 +7,7 @@ a whole model. Pickles are not read.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,13 +94,15 @@ def load_params(
     dtype=jnp.float32,
     keep: Callable[[Any, Array], Any] = lambda path, x: x,
     codes: Callable[[Any], NF4 | None] = lambda path: None,
+    parts: Collection[str] | None = None,
 ) -> Params:
     """The checkpoint's parameters as `dtype`, laid out over the mesh.
 
     Each device's slices are read tensor by tensor. `keep(path, array)` replaces each array before
     the next is read. `codes(path)`: the shardings of a parameter whose codes are taken as the files
-    have them; None: its values are read. Raises ValueError, before reading, if a tensor is missing,
-    unused, repeated or of another shape, or if a file is broken.
+    have them; None: its values are read. `parts`: the parts of the tree that are read, such as
+    "layers"; None: all. Raises ValueError, before reading, if a tensor is missing, unused, repeated
+    or of another shape, or if a file is broken.
     """
     leaves = leaves_of(config)
     tensors = _renamed(_open(folder), config)
@@ -114,7 +116,11 @@ def load_params(
             return _in_codes(leaf, tensors, where)
         return keep(path, _filled(shape.shape, placed, _reader(leaf, shape.shape, tensors, dtype)))
 
-    return jax.tree_util.tree_map_with_path(load, leaves, shapes, shardings, is_leaf=is_leaf)
+    trees = [
+        {name: part for name, part in tree.items() if parts is None or name in parts}
+        for tree in (leaves, shapes, shardings)
+    ]
+    return jax.tree_util.tree_map_with_path(load, *trees, is_leaf=is_leaf)
 
 
 def _in_codes(leaf: Leaf, tensors: dict[str, _Tensor], where: NF4) -> NF4:
