@@ -182,7 +182,6 @@ def test_a_check_says_that_it_can_run(tmp_path, one_device, capsys):
 
 PAIR = {"prompt": "1+2=", "chosen": "#### 3", "rejected": "#### 4"}
 REFUSALS = {
-    "adapters": (["--config.lora.rank=4"], ("lora.rank = 4", "trains all of its weights")),
     "no updates": (["--config.reward_model.num_steps=0"], ("nothing to train",)),
     "half a pair": (
         ["--config.data.task=", "--config.data.path=DATA"], ("line 2", "no `rejected`"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 
 import jax
 import numpy as np
@@ -12,10 +13,12 @@ import torch
 import transformers
 from hf_model import SIZES, edit_json, rewrite, save_random_model
 from ml_collections import ConfigDict
+from safetensors.numpy import save_file
 
+from grpo_jax.config.options import default
 from grpo_jax.devices import sharding
 from grpo_jax.rewards.registry import Reward
-from grpo_jax.setup import reward_models
+from grpo_jax.setup import inputs, reward_models
 
 NOW = datetime.datetime(2026, 1, 1)
 GROUP = 8
@@ -131,7 +134,71 @@ def test_several_models_score_at_once(tmp_path):
     assert reward_models.load_all(config, rewards[1:2], mesh, NOW) is None
 
 
+@pytest.mark.parametrize("base", ["a language model", "a reward model"])
+def test_an_adapter_of_peft_scores_as_there(base, tmp_path):
+    """On a language model with a head beside it; on a reward model the head is that one's."""
+    peft_lib = pytest.importorskip("peft")
+    _, tokenizer = save(tmp_path / "base")
+    settings = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
+    if base == "a language model":
+        save_random_model(tmp_path / "base", "Qwen2", {"max_position_embeddings": 128})
+        settings["task_type"] = "SEQ_CLS"
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=1, pad_token_id=tokenizer.pad_token_id
+    )
+    wrapped = peft_lib.get_peft_model(model, peft_lib.LoraConfig(**settings))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.3)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    prompts, texts = chats()
+    prompts, texts = prompts[:3], texts[: 3 * GROUP]
+    wanted = by_transformers(wrapped, tokenizer, prompts, texts, "right")
+
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    judge = reward_models.load(str(tmp_path / "adapter"), mesh, "float32", NOW)
+    got = judge.score(prompts, texts, GROUP)
+
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    with torch.no_grad(), wrapped.disable_adapter():
+        without = by_transformers(wrapped, tokenizer, prompts, texts, "right")
+    assert np.abs(without - wanted).max() > 0.1
+    config = default()
+    config.rewards.names = (f"model:{tmp_path / 'adapter'}",)
+    (planned,) = reward_models.planned(config, mesh).values()
+    kind = lambda tree: jax.tree.map(lambda x: (x.shape, x.sharding), tree)  # noqa: E731
+    assert kind(planned.params) == kind(judge.params)
+
+
+def test_an_adapter_counts_with_its_base(tmp_path):
+    """Checksums of a run's inputs: of its tensors, of its settings, and of the base's."""
+    save(tmp_path / "base")
+    save_adapter(tmp_path / "adapter", tmp_path / "base")
+    seen = [inputs.of_reward_model(str(tmp_path / "adapter"))]
+    save_adapter(tmp_path / "adapter", tmp_path / "base", value=1.0)
+    seen.append(inputs.of_reward_model(str(tmp_path / "adapter")))
+    edit_json(tmp_path / "adapter" / "adapter_config.json", lora_alpha=3)
+    seen.append(inputs.of_reward_model(str(tmp_path / "adapter")))
+    save(tmp_path / "base", seed=1)
+    seen.append(inputs.of_reward_model(str(tmp_path / "adapter")))
+    assert len({str(sums) for sums in seen}) == 4
+
+
+def save_adapter(folder, base, value=0.0, **settings):
+    """An adapter of a base by its files, without a head."""
+    folder.mkdir(exist_ok=True)
+    said = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["q_proj"]}
+    said |= {"base_model_name_or_path": str(base)} | settings
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    save_file({"x": np.full(2, value, np.float32)}, folder / "adapter_model.safetensors")
+
+
 REFUSED = {
+    "an adapter without a head": "is an adapter of a language model",
+    "an adapter of nothing": "adapter_config.json: base_model_name_or_path = '/gone'",
+    "an adapter with more": "modules_to_save = ['embed_tokens', 'score']",
     "no head": "1 tensor missing: score.weight",
     "two labels": "with 2 labels",
     "a language model": "a new one would give random rewards",
@@ -152,6 +219,15 @@ def test_what_is_no_reward_model_is_refused_by_name(fault, tmp_path):
             intermediate_size=32, num_labels=1,
         )  # fmt: skip
         transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    elif fault.startswith("an adapter"):
+        save_random_model(tmp_path / "lm", "Qwen2", {})
+        make_tokenizer("<end>").save_pretrained(tmp_path / "lm")
+        base = "/gone" if "nothing" in fault else tmp_path / "lm"
+        more = {"modules_to_save": ["embed_tokens", "score"]} if "more" in fault else {}
+        save_adapter(folder, base, **more)
+        if more:
+            head = {"base_model.model.score.weight": np.zeros((1, 32), np.float32)}
+            save_file(head, folder / "adapter_model.safetensors")
     elif fault != "no model":
         save(folder)
     if fault == "no head":

@@ -54,5 +54,11 @@ def test_a_plan_is_told_and_written(tmp_path, capsys):
     assert [p["name"] for p in told["programs"]] == ["zero_gradient", "gradient", "optimizer_step"]
     with pytest.raises(ValueError, match="--search looks for changes of a step of GRPO"):
         plan.main([*arguments, "--search"])
-    with pytest.raises(ValueError, match=r"lora\.rank = 4"):
-        plan.main([*arguments, "--config.lora.rank=4"])
+    few = ["--config.reward_model.batch=8", "--config.reward_model.max_tokens=16"]
+    plan.main([*arguments, *few, "--config.lora.rank=4"])
+    less = json.loads(file.read_text())["bytes_per_device"]
+    # Adapters of the layer's seven kernels, of 4 bytes, and the head's 32 numbers.
+    sizes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
+    learned = 4 * (32 + sum(4 * (i + o) for i, o in sizes))
+    assert less["gradients"] == learned < told["bytes_per_device"]["gradients"]
+    assert less["weights"] == told["bytes_per_device"]["weights"] - 4 * 32 + learned
