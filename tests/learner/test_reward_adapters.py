@@ -102,21 +102,6 @@ def placed(case: Case, mesh):
     return frozen, jax.device_put(case.trained, sharding.tree_shardings(mesh, axes, case.trained))
 
 
-def test_scores_are_those_of_peft(case):
-    mesh = tiny.one_device()
-    frozen, trained = placed(case, mesh)
-    values = scalars.make_values(Scorer(case.model, mesh, Sampling()))
-    given = scalars.as_rollouts(pairs(), None)
-    weights = lora.attached(frozen, trained, case.model)
-    value_PGC = transfer.to_host(values.call(weights, given, given.length_PG, "rewards")())
-    got = np.where(given.chosen_PGC, value_PGC, 0).sum(-1)
-    with torch.no_grad():
-        want = their_scores(case).numpy()
-        with case.theirs.disable_adapter():
-            assert np.abs(their_scores(case).numpy() - want).max() > 0.1
-    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-
-
 def their_gradients(case: Case) -> tuple[float, dict[str, np.ndarray]]:
     """Loss of the pairs, and its gradients by the names of PEFT's files."""
     case.theirs.zero_grad()
@@ -130,7 +115,7 @@ def their_gradients(case: Case) -> tuple[float, dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("shape", [None, (2, 2, 2)], ids=["one device", "2 x 2 x 2"])
-def test_gradients_are_those_of_peft(case, shape, tmp_path):
+def test_loss_and_gradients_are_those_of_peft(case, shape, tmp_path):
     """On one device and eight; and the base keeps every bit."""
     if shape and case.model.lora.base != "auto":
         pytest.skip("a mesh is compared without codes")

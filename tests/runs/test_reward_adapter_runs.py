@@ -22,7 +22,7 @@ from grpo_jax.models.hf.tokenizer import load_tokenizer
 from grpo_jax.setup import examples
 from grpo_jax.setup.model import find_model
 
-STEPS = 4
+STEPS = 3
 OPTIONS = [
     "--config.lora.rank=4",
     "--config.lora.alpha=8",
@@ -31,32 +31,25 @@ OPTIONS = [
     "--config.reward_model.max_tokens=56",
     "--config.reward_model.learning_rate=3e-2",
     "--config.reward_model.checkpoint_every_steps=2",
-    "--config.reward_model.evaluate_every_steps=2",
     "--config.logging.tensorboard=False",
 ]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory, drive_here):
-    """A model; a run left alone, one that was stopped, and one that goes on with an adapter."""
+    """A model; a run left alone, and one that was stopped and went on."""
     root = tmp_path_factory.mktemp("runs")
     make_model(root / "model")
 
-    def of_run(name, *more, **how):
+    def of_run(name, **how):
         given = ["--config", str(TINY), "--workdir", str(root / name), *OPTIONS]
-        given += [f"--config.model.path={root / 'model'}", *more]
+        given += [f"--config.model.path={root / 'model'}"]
         return {"argv": given, "program": "reward_model", **how}
 
-    path = f"--config.lora.path={root / 'whole' / 'export' / 'adapter'}"
-    ends = drive_here([
-        of_run("whole"),
-        of_run("stopped", after=3, of="sft"),
-        of_run("stopped"),
-        of_run("more", path, "--config.lora.rank=0", "--config.lora.alpha=32",
-               "--config.reward_model.num_steps=1"),
-    ])  # fmt: skip
-    assert ends[1].startswith("Stopped by SIGTEST at step 3;")
-    assert [ends[0], *ends[2:]] == ["finished"] * 3
+    jobs = [of_run("whole"), of_run("stopped", after=2, of="sft"), of_run("stopped")]
+    ends = drive_here(jobs)
+    assert ends[1].startswith("Stopped by SIGTEST at step 2;")
+    assert [ends[0], ends[2]] == ["finished"] * 2
     return root
 
 
@@ -69,17 +62,10 @@ def test_a_stopped_run_goes_on_exactly_from_a_small_checkpoint(root):
     assert sum("score" in name for name in names) == 2
     model = find_model(f"{root / 'whole'}@{STEPS}", may_score=True).policy.model
     assert sum(x.nbytes for x in state.values()) < 3 * 4 * lora.num_trained(model) + 100
-
-
-def test_it_learns_and_goes_on_from_its_adapter(root):
-    first, last = (
-        [line for line in logged(root / name) if "reward_model/eval_loss" in line]
-        for name in ("whole", "more")
-    )
-    assert first[-1]["reward_model/eval_loss"] < first[0]["reward_model/eval_loss"]
-    for name in ("loss", "mean", "std"):  # a new head would begin elsewhere
-        name = f"reward_model/eval_{name}"
-        assert last[0][name] == pytest.approx(first[-1][name], rel=1e-5)
+    found = [
+        n["reward_model/eval_loss"] for n in logged(root / "whole") if "reward_model/eval_loss" in n
+    ]
+    assert len(found) == 2 and found[1] < found[0]
 
 
 @pytest.mark.parametrize("form", ["export", "export/adapter"])
@@ -128,11 +114,11 @@ def test_a_checkpoint_is_exported_in_both_forms(root, tmp_path, one_device):
 
 def test_score_takes_an_adapter(root, tmp_path, one_device):
     """Worked solutions have the rewards of the whole model, by the run's name."""
-    found = {}
-    for form in ("export", "export/adapter"):
-        out, names = tmp_path / f"{len(found)}.jsonl", (f"model:{root / 'whole' / form}",)
-        given = [f"--config.rewards.names={names}", "--config.rewards.weights=(1.0,)"]
-        score.main(["--config", str(TINY), *given, "--limit", "4", "--out", str(out)])
-        found[form] = [json.loads(line)["rewards"]["whole"] for line in out.open()]
-    assert found["export"] == pytest.approx(found["export/adapter"], abs=1e-5)
-    assert len(set(found["export"])) > 2
+    out, export = tmp_path / "rows.jsonl", root / "whole" / "export"
+    names = f"model:{export} as merged", f"model:{export / 'adapter'}"
+    given = [f"--config.rewards.names={names}", "--config.rewards.weights=(1.0,1.0)"]
+    score.main(["--config", str(TINY), *given, "--limit", "4", "--out", str(out)])
+    found = [json.loads(line)["rewards"] for line in out.open()]
+    for row in found:
+        assert row["whole"] == pytest.approx(row["merged"], abs=1e-5)
+    assert len({row["whole"] for row in found}) > 2

@@ -17,8 +17,9 @@ from safetensors.numpy import save_file
 
 from grpo_jax.config.options import default
 from grpo_jax.devices import sharding
+from grpo_jax.models import policy
 from grpo_jax.rewards.registry import Reward
-from grpo_jax.setup import inputs, reward_models
+from grpo_jax.setup import inputs, lora, reward_models
 
 NOW = datetime.datetime(2026, 1, 1)
 GROUP = 8
@@ -170,6 +171,15 @@ def test_an_adapter_of_peft_scores_as_there(base, tmp_path):
     (planned,) = reward_models.planned(config, mesh).values()
     kind = lambda tree: jax.tree.map(lambda x: (x.shape, x.sharding), tree)  # noqa: E731
     assert kind(planned.params) == kind(judge.params)
+
+    # A run that goes on with it begins with its adapters and the same head.
+    config.lora.path = str(tmp_path / "adapter")
+    found = policy.read(str(tmp_path / "base"), head="scalar")
+    begins = lora.adapted_policy(found, config)
+    trained = lora.first_params(config, begins, mesh, None)
+    frozen = lora.frozen_params(begins, mesh, "float32")
+    weights = lora.attached(frozen, trained, begins.model, mesh)
+    jax.tree.map(np.testing.assert_array_equal, weights, judge.params)
 
 
 def test_an_adapter_counts_with_its_base(tmp_path):

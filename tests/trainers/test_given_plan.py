@@ -9,6 +9,9 @@ import pytest
 from valid_config import valid
 
 from grpo_jax import plan
+from grpo_jax.config import loading
+from grpo_jax.planning.given_programs import GivenStep
+from grpo_jax.setup import model as model_lib
 from grpo_jax.trainers import given_plan
 
 PROMPT, TOKENS = 6, 5
@@ -54,11 +57,18 @@ def test_a_plan_is_told_and_written(tmp_path, capsys):
     assert [p["name"] for p in told["programs"]] == ["zero_gradient", "gradient", "optimizer_step"]
     with pytest.raises(ValueError, match="--search looks for changes of a step of GRPO"):
         plan.main([*arguments, "--search"])
-    few = ["--config.reward_model.batch=8", "--config.reward_model.max_tokens=16"]
-    plan.main([*arguments, *few, "--config.lora.rank=4"])
-    less = json.loads(file.read_text())["bytes_per_device"]
-    # Adapters of the layer's seven kernels, of 4 bytes, and the head's 32 numbers.
+
+
+def test_a_plan_of_adapters_counts_what_learns_and_what_does_not(monkeypatch):
+    """Adapters of the layer's seven kernels and the head's 32 numbers, of 4 bytes."""
+    monkeypatch.setattr(GivenStep, "compile", lambda step: [])
+    held = {}
+    for rank in (0, 4):
+        made = loading.load("tests/helpers/tiny_config.py", [f"--config.lora.rank={rank}"])
+        model = model_lib.model_shape(made, head="scalar")
+        held[rank] = given_plan.plan("reward_model", made, model, "cpu:8").held
     sizes = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
     learned = 4 * (32 + sum(4 * (i + o) for i, o in sizes))
-    assert less["gradients"] == learned < told["bytes_per_device"]["gradients"]
-    assert less["weights"] == told["bytes_per_device"]["weights"] - 4 * 32 + learned
+    assert held[4]["gradients"] == learned < held[0]["gradients"]
+    assert held[4]["weights"] == held[0]["weights"] - 4 * 32 + learned
+    assert held[4]["optimizer"] < held[0]["optimizer"]
