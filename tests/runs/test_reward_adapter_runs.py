@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 import grpo_jax
 from grpo_jax import export, score
 from grpo_jax.config import loading
+from grpo_jax.metrics import calibration
 from grpo_jax.models import lora
 from grpo_jax.models.hf import peft
 from grpo_jax.models.hf.tokenizer import load_tokenizer
@@ -47,7 +48,9 @@ def root(tmp_path_factory, drive_here):
         return {"argv": given, "program": "reward_model", **how}
 
     jobs = [of_run("whole"), of_run("stopped", after=2, of="sft"), of_run("stopped")]
-    ends = drive_here(jobs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "draw", lambda *drawn: None)
+        ends = drive_here(jobs)
     assert ends[1].startswith("Stopped by SIGTEST at step 2;")
     assert [ends[0], ends[2]] == ["finished"] * 2
     return root
@@ -62,10 +65,8 @@ def test_a_stopped_run_goes_on_exactly_from_a_small_checkpoint(root):
     assert sum("score" in name for name in names) == 2
     model = find_model(f"{root / 'whole'}@{STEPS}", may_score=True).policy.model
     assert sum(x.nbytes for x in state.values()) < 3 * 4 * lora.num_trained(model) + 100
-    found = [
-        n["reward_model/eval_loss"] for n in logged(root / "whole") if "reward_model/eval_loss" in n
-    ]
-    assert len(found) == 2 and found[1] < found[0]
+    found = [line.get("reward_model/eval_loss") for line in logged(root / "whole")]
+    assert found[-1] < found[0]
 
 
 @pytest.mark.parametrize("form", ["export", "export/adapter"])
