@@ -34,7 +34,7 @@ from grpo_jax.structs import Adapter, Array, ModelConfig, Params
 
 Tree = dict[str, Any]
 
-WHOLE = ("score",)  # the parts of a decoder that are trained whole beside adapters
+_WHOLE = ("score",)  # the parts of a decoder that are trained whole beside adapters
 
 
 @struct.dataclass
@@ -157,11 +157,11 @@ def _adapter_shapes(config: ModelConfig) -> Params:
 
 
 def _whole(tree: Tree) -> Tree:
-    return {name: part for name, part in tree.items() if name in WHOLE}
+    return {name: part for name, part in tree.items() if name in _WHOLE}
 
 
 def _but_whole(tree: Tree) -> Tree:
-    return {name: part for name, part in tree.items() if name not in WHOLE}
+    return {name: part for name, part in tree.items() if name not in _WHOLE}
 
 
 def trained_axes(config: ModelConfig) -> Params:
