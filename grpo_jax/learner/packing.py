@@ -56,6 +56,7 @@ def pack(
     multiple: int = 1,
     share_lanes: bool = True,
     whole: bool = False,
+    in_lanes: bool = True,
     sizes: CompiledSizes | None = None,
 ) -> Microbatches:
     """Groups `groups_P` of each shard, packed in microbatches of at most `at_once` tokens.
@@ -76,6 +77,7 @@ def pack(
         multiple,
         share_lanes,
         whole,
+        in_lanes,
     )
     size, units_S, rows_S = (sizes or CompiledSizes()).fill(work)
     num_prompts, entries, num_lanes, width = size.prompts, size.entries, size.lanes, work.width
@@ -100,7 +102,8 @@ def pack(
                         first = (j * group + g) * completion_tokens + 1
                         token[s, n, d, at : at + more] = np.arange(first, first + more)
                         at += more
-                    lane[s, n, d, j, k, : at - begin] = np.arange(begin, at)
+                    if in_lanes:
+                        lane[s, n, d, j, k, : at - begin] = np.arange(begin, at)
     return Microbatches(
         np.int32(len(rows_S[0]) // devices),
         groups.reshape(num_shards, size.rows, -1),

@@ -75,6 +75,7 @@ class Scorer:
             devices=devices,
             multiple=sequence,
             share_lanes=self.kernels.shares_lanes,
+            in_lanes=self.kernels.needs_lanes(tokens - 1),
             whole=self.whole,
             sizes=sizes,
         )
