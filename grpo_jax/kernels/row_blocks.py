@@ -64,7 +64,7 @@ class RowBlocks:
 
 
 class _Blocks(NamedTuple):
-    """What each block of queries sees, [I, ...]: of the prompts, and after them of its own texts."""
+    """What each block of queries sees, [I, ...]: of the prompts, and then of its own texts."""
 
     of_prompt_I2: Array  # the first key, and the number of blocks of keys
     own_I2: Array

@@ -181,7 +181,7 @@ def _attend_packed(
     window: int | None,
     cap: float | None,
 ) -> Array:
-    """Attention by lanes of packed rows [B, T, N, H], in which completions also see their prompt."""
+    """Attention of packed rows [B, T, N, H] in lanes; completions also see their prompt."""
     length_P, lanes = inputs.prompt_length_P, inputs.lanes
     if not inputs.prompt_tokens:
         by_lane = [x.reshape(-1, *x.shape[2:]) for x in (lanes.spread(x) for x in (q, k, v))]
