@@ -42,7 +42,7 @@ class RowBlocks:
 
     shares_lanes = True
 
-    block: int = 64  # tokens
+    block: int = 32  # tokens
     narrow: int = 128  # completions of so many entries stand in lanes: blocks would save nothing
 
     causal = staticmethod(attention.causal)
