@@ -20,9 +20,9 @@ from grpo_jax.structs import Array
 class Seen(NamedTuple):
     """The keys of its row that each token sees, as indices in the row, int32 [B, T].
 
-    A token sees those from `begin_BT` to itself, and of its group's prompt those from
-    `prompt_begin_BT` up to `prompt_end_BT`, which it does not see; none if the second is not
-    larger. Both are None if the rows have no prompts.
+    A token sees the keys from `begin_BT` up to its own, and those of its group's prompt, from
+    `prompt_begin_BT` up to and without `prompt_end_BT`; a token of a prompt has no such. Both are
+    None if the rows have no prompts. The two parts have no key in common.
     """
 
     begin_BT: Array

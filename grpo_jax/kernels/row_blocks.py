@@ -1,4 +1,4 @@
-"""Attention of packed rows, block by block, in plain XLA: for CPUs, where completions are long.
+"""Attention of packed rows, block by block, in plain XLA: for CPUs, unless completions are short.
 
 A block of queries reads only the blocks of keys that some of its tokens see. Their number is read
 from the row when the program runs, so the time follows from the texts and not from the longest that
@@ -43,7 +43,7 @@ class RowBlocks:
     shares_lanes = True
 
     block: int = 32  # tokens
-    narrow: int = 128  # completions of so many entries stand in lanes: blocks would save nothing
+    narrow: int = 64  # completions of so many entries stand in lanes: blocks would save nothing
 
     causal = staticmethod(attention.causal)
     shared_prefix = staticmethod(attention.shared_prefix)

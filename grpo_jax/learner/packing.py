@@ -7,7 +7,8 @@ completions. Two integer arrays, made on the host from the completions' lengths,
 places. Entry c reads completion token c - 1 and predicts token c. The prompt predicts a
 completion's first token, so a completion of n tokens takes n - 1 entries. If a row has as many
 entries as its lanes have places, as with completions of similar length, entries and places are the
-same and nothing moves. The shapes alone decide this.
+same and nothing moves. The shapes alone decide this. Where attention reads rows as they are
+(`AttentionKernels.needs_lanes`), they have no lanes, W = 0.
 
 `row_sizes.py` chooses the size of rows and assigns completions to them. Axes beside those of
 `structs.py`:
@@ -64,7 +65,7 @@ def pack(
     `at_once` limits a row, with its prompts padded to `prompt_tokens`; a single completion always
     fits. The row's size is then rounded up to a `multiple`. Without `share_lanes` each completion
     has its own lane. With `whole`, no group is divided: a row has room for the longest there may
-    be. `sizes` are the sizes that the run uses so far; None: a new run.
+    be. Without `in_lanes` rows have no lanes. `sizes` are the sizes that the run uses so far; None: a new run.
     """
     num_shards, _, group = length_SPG.shape
     work = PackingProblem(
