@@ -65,7 +65,8 @@ def pack(
     `at_once` limits a row, with its prompts padded to `prompt_tokens`; a single completion always
     fits. The row's size is then rounded up to a `multiple`. Without `share_lanes` each completion
     has its own lane. With `whole`, no group is divided: a row has room for the longest there may
-    be. Without `in_lanes` rows have no lanes. `sizes` are the sizes that the run uses so far; None: a new run.
+    be. Without `in_lanes` rows have no lanes. `sizes` are the sizes that the run uses so far; None:
+    a new run.
     """
     num_shards, _, group = length_SPG.shape
     work = PackingProblem(
