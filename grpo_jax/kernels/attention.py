@@ -9,7 +9,7 @@ same way.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,39 @@ import jax.numpy as jnp
 from grpo_jax.structs import Array
 
 
+class Seen(NamedTuple):
+    """The keys of its row that each token sees, as indices in the row, int32 [B, T].
+
+    A token sees the keys from `begin_BT` up to its own, and those of its group's prompt, from
+    `prompt_begin_BT` up to and without `prompt_end_BT`; a token of a prompt has no such. Both are
+    None if the rows have no prompts. The two parts have no key in common.
+    """
+
+    begin_BT: Array
+    prompt_begin_BT: Array | None = None
+    prompt_end_BT: Array | None = None
+
+
 class AttentionKernels(Protocol):
-    """The functions of attention in scoring and training: this module, or a `FusedAttention`."""
+    """The functions of attention in scoring and training.
+
+    This module, a `FusedAttention`, or `row_blocks.RowBlocks`.
+    """
 
     @property
     def shares_lanes(self) -> bool:
         """Whether a lane may hold several completions."""
+
+    def needs_lanes(self, width: int) -> bool:
+        """Whether completions of up to `width` entries are to be laid out in lanes.
+
+        Else `by_row` computes the attention of a row.
+        """
+
+    def by_row(
+        self, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, seen: Seen, cap: float | None = None
+    ) -> Array:
+        """As `by_row`. Only called if rows have no lanes."""
 
     def causal(
         self,
@@ -52,6 +79,12 @@ class AttentionKernels(Protocol):
 
 
 shares_lanes = True
+
+
+def needs_lanes(width: int) -> bool:
+    """Always: `by_row` computes every pair of a row."""
+    return True
+
 
 # Far below any score, and finite: a row that sees no key gives the mean of the values, not NaN.
 # Nothing reads such a row.
@@ -154,3 +187,20 @@ def shared_prefix(
     )
     out = out / jnp.transpose(total, (0, 2, 4, 1, 3))[..., None]
     return out.astype(q_PWTNH.dtype).reshape(q_PWTNH.shape)
+
+
+def by_row(
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, seen: Seen, cap: float | None = None
+) -> Array:
+    """Each token attends to what it sees of its row, [B, T, N, H]; every pair is computed."""
+    q_BTKnH = grouped(q_BTNH, k_BTKH.shape[-2])
+    score = jnp.einsum("btknh,bskh->bknts", q_BTKnH, k_BTKH, preferred_element_type=jnp.float32)
+    t = jnp.arange(score.shape[-1])
+    s_11S, t_1T1 = t[None, None], t[None, :, None]
+    seen_BTS = (s_11S >= seen.begin_BT[..., None]) & (s_11S <= t_1T1)
+    if seen.prompt_begin_BT is not None:
+        in_prompt = s_11S >= seen.prompt_begin_BT[..., None]
+        seen_BTS |= in_prompt & (s_11S < seen.prompt_end_BT[..., None])
+    score = jnp.where(seen_BTS[:, None, None], capped(score, cap), HIDDEN)
+    weight = jax.nn.softmax(score, axis=-1).astype(v_BTKH.dtype)
+    return jnp.einsum("bknts,bskh->btknh", weight, v_BTKH).reshape(q_BTNH.shape)

@@ -7,7 +7,14 @@ from typing import Any
 import flax.linen as nn
 from jax.sharding import Mesh
 
-from grpo_jax.kernels import gpu_cudnn, gpu_decode, pallas_triton, tpu_paged, tpu_splash
+from grpo_jax.kernels import (
+    gpu_cudnn,
+    gpu_decode,
+    pallas_triton,
+    row_blocks,
+    tpu_paged,
+    tpu_splash,
+)
 from grpo_jax.kernels.attention import AttentionKernels
 from grpo_jax.kernels.block_sums import Sums, sums_of_blocks
 from grpo_jax.kernels.gpu_block_sums import TritonBlockSums
@@ -17,6 +24,7 @@ from grpo_jax.kernels.gpu_norm import FusedNorm
 from grpo_jax.kernels.kv_cache import KVCache, RingCache
 from grpo_jax.kernels.norm import AddNorm
 from grpo_jax.kernels.quantize import FrozenProduct, frozen_product
+from grpo_jax.kernels.row_blocks import RowBlocks
 from grpo_jax.kernels.tpu_paged import RaggedPagedDecode
 from grpo_jax.structs import ModelConfig
 
@@ -25,14 +33,16 @@ def choose(option: str, model: ModelConfig, mesh: Mesh, dtype: Any) -> Attention
     """The kernels that `config.model.attention` names, for activations of `dtype`.
 
     "auto" takes cuDNN's kernel on GPUs where it is available. It does not yet for models with
-    windows, whose results were not compared on a GPU. See `tpu_splash.choose` too. Raises
-    ValueError if the named kernel cannot be used.
+    windows, whose results were not compared on a GPU. On CPUs it takes `RowBlocks`. See
+    `tpu_splash.choose` too. Raises ValueError if the named kernel cannot be used.
     """
     reason = gpu_cudnn.why_unavailable(model, mesh, dtype)
     if option == "cudnn" and reason:
         raise ValueError(f'model.attention = "cudnn": {reason}. Set it to "auto" or "xla".')
     if option == "cudnn" or (option == "auto" and not (reason or model.has_windows)):
         return gpu_cudnn.choose(model, mesh)
+    if option == "auto" and row_blocks.fits(mesh):
+        return RowBlocks()
     return tpu_splash.choose(option, model, mesh)
 
 

@@ -41,6 +41,10 @@ class FusedAttention(abc.ABC):
     mesh: Mesh | None = None  # rows and heads are split over it; None: one device
     rows: str = _ROWS  # the logical axis of the rows
 
+    def needs_lanes(self, width: int) -> bool:
+        """Always."""
+        return True
+
     @abc.abstractmethod
     def kernel(self, *, causal: bool, window: int | None = None) -> Any:
         """One kernel: attention of queries [B, T, N, H] to keys and values [B, S, K, H].

@@ -7,7 +7,8 @@ completions. Two integer arrays, made on the host from the completions' lengths,
 places. Entry c reads completion token c - 1 and predicts token c. The prompt predicts a
 completion's first token, so a completion of n tokens takes n - 1 entries. If a row has as many
 entries as its lanes have places, as with completions of similar length, entries and places are the
-same and nothing moves. The shapes alone decide this.
+same and nothing moves. The shapes alone decide this. Where attention reads rows as they are
+(`AttentionKernels.needs_lanes`), they have no lanes, W = 0.
 
 `row_sizes.py` chooses the size of rows and assigns completions to them. Axes beside those of
 `structs.py`:
@@ -56,6 +57,7 @@ def pack(
     multiple: int = 1,
     share_lanes: bool = True,
     whole: bool = False,
+    in_lanes: bool = True,
     sizes: CompiledSizes | None = None,
 ) -> Microbatches:
     """Groups `groups_P` of each shard, packed in microbatches of at most `at_once` tokens.
@@ -63,7 +65,8 @@ def pack(
     `at_once` limits a row, with its prompts padded to `prompt_tokens`; a single completion always
     fits. The row's size is then rounded up to a `multiple`. Without `share_lanes` each completion
     has its own lane. With `whole`, no group is divided: a row has room for the longest there may
-    be. `sizes` are the sizes that the run uses so far; None: a new run.
+    be. Without `in_lanes` rows have no lanes. `sizes` are the sizes that the run uses so far; None:
+    a new run.
     """
     num_shards, _, group = length_SPG.shape
     work = PackingProblem(
@@ -76,6 +79,7 @@ def pack(
         multiple,
         share_lanes,
         whole,
+        in_lanes,
     )
     size, units_S, rows_S = (sizes or CompiledSizes()).fill(work)
     num_prompts, entries, num_lanes, width = size.prompts, size.entries, size.lanes, work.width
@@ -100,7 +104,8 @@ def pack(
                         first = (j * group + g) * completion_tokens + 1
                         token[s, n, d, at : at + more] = np.arange(first, first + more)
                         at += more
-                    lane[s, n, d, j, k, : at - begin] = np.arange(begin, at)
+                    if in_lanes:
+                        lane[s, n, d, j, k, : at - begin] = np.arange(begin, at)
     return Microbatches(
         np.int32(len(rows_S[0]) // devices),
         groups.reshape(num_shards, size.rows, -1),

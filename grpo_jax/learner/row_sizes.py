@@ -46,7 +46,7 @@ class Size(NamedTuple):
     tokens: int  # padded length of completions
     prompts: int  # in a row
     entries: int  # in a row
-    lanes: int  # of a prompt
+    lanes: int  # of a prompt; 0: attention needs none
     rows: int  # at most, on a device
 
 
@@ -74,6 +74,7 @@ class PackingProblem:
     multiple: int  # a row's tokens are rounded up to it
     share_lanes: bool  # whether completions share lanes
     whole: bool = False  # whether each group must be in one row
+    in_lanes: bool = True  # whether attention needs lanes
 
     @property
     def width(self) -> int:
@@ -104,7 +105,9 @@ class PackingProblem:
         return [*found.values(), split]
 
     def most_lanes(self, units_S: Iterable[list[Unit]]) -> int:
-        """The largest number of lanes of a prompt."""
+        """The largest number of lanes of a prompt; 0 for rows without lanes."""
+        if not self.in_lanes:
+            return 0
         return max(
             len(self.lanes_of(self.entries_SPG[s, u.prompt], u.completions))
             for s, units in enumerate(units_S)
@@ -115,10 +118,12 @@ class PackingProblem:
         """Whether a size from earlier in the run, perhaps on another mesh, is still valid."""
         tokens = size.prompts * self.prompt_tokens + size.entries
         fits = tokens < self.largest + self.multiple and tokens % self.multiple == 0
-        return fits and size.tokens == self.tokens
+        return fits and size.tokens == self.tokens and (size.lanes > 0) == self.in_lanes
 
     def lanes_of(self, entries_G: np.ndarray, completions: list[int]) -> list[list[int]]:
-        """Completions that share a lane."""
+        """Completions that share a lane; without lanes, all that follow each other."""
+        if not self.in_lanes:
+            return [completions]
         if self.share_lanes:
             return bins.fill(entries_G, completions, self.width)
         return [[g] for g in completions]
@@ -292,10 +297,10 @@ def _choices(work: PackingProblem) -> Iterator[_Choice]:
     """All sizes to compare: up to the largest, in eighths of it and of its halves."""
     group = work.entries_SPG.shape[2]
     for way in work.strategies:
-        lanes = min(1 << (way.lanes - 1).bit_length(), group)
+        lanes = min(1 << (way.lanes - 1).bit_length(), group) if work.in_lanes else 0
         for prompts in _counts(way.units):
-            places = prompts * lanes * work.width
-            if prompts > 1 and places > _MOST_LANES * work.largest:
+            places = prompts * (lanes or group) * work.width
+            if prompts > 1 and lanes and places > _MOST_LANES * work.largest:
                 break
             for tokens in _eighths(work.largest):
                 entries = min(tokens - prompts * work.prompt_tokens, places)

@@ -28,15 +28,27 @@ from grpo_jax.models.placement import Placement
 from grpo_jax.structs import Array, ModelConfig, Params, Rollouts, Sampling
 
 # Default tokens of a microbatch on a device: enough for full speed. On a CPU, so few that the
-# activations kept for the backward pass stay in its caches.
+# activations kept for the backward pass stay in its caches. Rows without lanes may be shorter, and
+# an update of few rows wastes less of the last one then; but where a group is divided over more
+# rows, its prompt is computed more often.
 _TOKENS_AT_ONCE = 8192
 _TOKENS_AT_ONCE_ON_CPU = 1536
+_LEAST_TOKENS_ON_CPU = 512
+_TOKENS_FOR_PROMPT = 32  # of a row, for each token of a prompt
 
 
-def usual_tokens(mesh: Mesh) -> int:
-    """Default tokens of a microbatch's row."""
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return mesh.shape["sequence"] * (_TOKENS_AT_ONCE_ON_CPU if on_cpu else _TOKENS_AT_ONCE)
+def usual_tokens(mesh: Mesh, prompt_tokens: int | None = None) -> int:
+    """Default tokens of a microbatch's row.
+
+    `prompt_tokens`: of a prompt, if the row has no lanes. Lanes fill a short row badly.
+    """
+    tokens = _TOKENS_AT_ONCE
+    if mesh.devices.flat[0].platform == "cpu":
+        tokens = _TOKENS_AT_ONCE_ON_CPU
+        if prompt_tokens is not None:
+            least = max(_LEAST_TOKENS_ON_CPU, _TOKENS_FOR_PROMPT * prompt_tokens)
+            tokens = min(tokens, least)
+    return mesh.shape["sequence"] * tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +77,9 @@ class Scorer:
         shards, devices = self.mesh.shape["data"], self.mesh.shape["fsdp"] * self.parts
         sequence = self.mesh.shape["sequence"]
         of_group = prompt_tokens + group * max(tokens - 1, 1)
-        tokens_at_once = self.tokens or usual_tokens(self.mesh)
+        in_lanes = self.kernels.needs_lanes(tokens - 1)
+        usual = usual_tokens(self.mesh, None if in_lanes else prompt_tokens)
+        tokens_at_once = self.tokens or usual
         return packing.pack(
             transfer.to_host(rollouts.length_PG).reshape(shards, -1, group),
             groups_P,
@@ -75,6 +89,7 @@ class Scorer:
             devices=devices,
             multiple=sequence,
             share_lanes=self.kernels.shares_lanes,
+            in_lanes=in_lanes,
             whole=self.whole,
             sizes=sizes,
         )

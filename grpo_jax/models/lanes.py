@@ -2,7 +2,8 @@
 
 A row holds the prompts of several groups and then entries. An entry reads one token of a completion
 and predicts the next. Attention needs to know which entries belong together: every prompt has
-several lanes of equal width, and a lane holds one or more completions. Axes beside those of
+several lanes of equal width, and a lane holds one or more completions. Kernels that find by
+themselves what a query sees read the row as it is: it has no lanes then. Axes beside those of
 `structs.py`:
 
     X entries of a row         Y places in the lanes of a row, P / B * W * T
@@ -16,10 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.kernels.attention import Seen
 from grpo_jax.structs import Array
 
 # (token_BX, lane_PWT) of `learner/packing.py`. token_BX: the completion token that each entry
-# predicts, (j * G + g) * C + c in its row. lane_PWT: the entry at each lane place. -1: none.
+# predicts, (j * G + g) * C + c in its row. lane_PWT: the entry at each lane place. -1: none. Rows
+# without lanes have W = 0.
 Layout = tuple[Array, Array]
 
 
@@ -78,9 +81,11 @@ class PackedInputs:
     prompt_length_P: Array
     prompt_tokens: int  # Q: padded; 0: no prompts, first tokens are not predicted
     group: int  # G
-    lanes: Lanes
-    segment_PWT: Array  # int32: equal for tokens of one completion; 0: none
-    position_PWT: Array  # int32: in the completion
+    lanes: Lanes | None  # None: the rows have none, and attention reads `seen`
+    segment_PWT: Array | None  # int32: equal for tokens of one completion; 0: none
+    position_PWT: Array | None  # int32: in the completion
+    token_BX: Array  # int32: as in `Layout`
+    completion_tokens: int  # C
 
     @staticmethod
     def of(
@@ -95,7 +100,7 @@ class PackedInputs:
         """
         num_prompts, group, tokens = completion_PGC.shape
         token_BX, lane_PWT = layout or identity_layout(num_prompts, group, tokens)
-        lanes = Lanes.of(lane_PWT, *token_BX.shape)
+        lanes = Lanes.of(lane_PWT, *token_BX.shape) if lane_PWT.shape[1] else None
         rows = token_BX.shape[0]
         by_row = lambda x: x.reshape(rows, x.size // rows)  # noqa: E731
         read_BX = jnp.maximum(token_BX - 1, 0)  # an entry reads the token before
@@ -112,9 +117,37 @@ class PackedInputs:
             prompt_tokens=prompt_PQ.shape[1],
             group=group,
             lanes=lanes,
-            segment_PWT=lanes.spread(read_BX // tokens + 1),
-            position_PWT=lanes.spread(position_BX),
+            segment_PWT=lanes and lanes.spread(read_BX // tokens + 1),
+            position_PWT=lanes and lanes.spread(position_BX),
+            token_BX=token_BX,
+            completion_tokens=tokens,
         )
+
+    def seen(self, window: int | None) -> Seen:
+        """The keys of its row [B, T] that each token sees, for layers with this window."""
+        rows, tokens = self.ids_BT.shape
+        at_T = jnp.arange(tokens, dtype=jnp.int32)
+        at_X = at_T[tokens - self.num_entries :]
+        read_BX = jnp.maximum(self.token_BX - 1, 0)
+        there_BX = self.token_BX >= 0
+        begin_BX = jnp.where(there_BX, at_X[None] - read_BX % self.completion_tokens, at_X[None])
+        in_prompts = tokens - self.num_entries
+        at_prompts = at_T[:in_prompts] // max(self.prompt_tokens, 1) * self.prompt_tokens
+        begin = jnp.broadcast_to(at_prompts, (rows, in_prompts)), begin_BX
+        begin_BT = jnp.concatenate(begin, axis=1)
+        if window is not None:
+            begin_BT = jnp.maximum(begin_BT, at_T[None] - window + 1)
+        if not in_prompts:
+            return Seen(begin_BT)
+        prompt_BX = read_BX // (self.group * self.completion_tokens)
+        length_BX = jnp.take_along_axis(self.prompt_length_P.reshape(rows, -1), prompt_BX, axis=1)
+        first_BX = prompt_BX * self.prompt_tokens
+        end_BX = jnp.where(there_BX, first_BX + length_BX, 0)
+        if window is not None:
+            first_BX += jnp.maximum(self.position_BT[:, in_prompts:] - window + 1, 0)
+        none = jnp.zeros((rows, in_prompts), jnp.int32)
+        of_prompt = (jnp.concatenate([none, x], axis=1) for x in (first_BX, end_BX))
+        return Seen(begin_BT, *of_prompt)
 
     @property
     def num_entries(self) -> int:

@@ -144,6 +144,8 @@ def completion_states(
     arbitrary.
     """
     positions = _Positions.of(config, inputs.position_BT)
+    windows = () if inputs.lanes else {layer.window for layer in config.layers}
+    seen = {window: inputs.seen(window) for window in windows}
 
     def apply(layer: Layer, x_BTD: Array, params: Params) -> Array:
         axes = dense.axes_of(params, parameters.layer_axes(config, layer))
@@ -152,7 +154,10 @@ def completion_states(
         def attend(q, k, v):
             q, k = positions.rotated(layer, q, k)
             q, k, v = map(placement.to_heads, (q, k, v))
-            out = _attend_packed(kernels, inputs, q, k, v, layer.window, config.attention_cap)
+            if seen:
+                out = kernels.by_row(q, k, v, seen[layer.window], config.attention_cap)
+            else:
+                out = _attend_packed(kernels, inputs, q, k, v, layer.window, config.attention_cap)
             return placement.to_tokens(out), None
 
         x = Residual.of(placement.states(x_BTD))
@@ -176,7 +181,7 @@ def _attend_packed(
     window: int | None,
     cap: float | None,
 ) -> Array:
-    """Attention of packed rows [B, T, N, H], in which completions also see their prompt."""
+    """Attention of packed rows [B, T, N, H] in lanes; completions also see their prompt."""
     length_P, lanes = inputs.prompt_length_P, inputs.lanes
     if not inputs.prompt_tokens:
         by_lane = [x.reshape(-1, *x.shape[2:]) for x in (lanes.spread(x) for x in (q, k, v))]

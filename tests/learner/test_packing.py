@@ -149,6 +149,18 @@ def test_lanes_of_their_own():
     assert own_LT.max() == 2
 
 
+def test_rows_without_lanes():
+    """By hand: completions follow each other; the second group has more tokens and stands first."""
+    args = np.array([[[3, 2, 1], [17, 17, 17]]]), np.arange(2)
+    sizes = {"prompt_tokens": 4, "completion_tokens": 17, "at_once": 100}
+    made = packing.pack(*args, **sizes, in_lanes=False)
+    assert made.number == 1 and made.lane_SMJWT.shape[3] == 0
+    token_X = made.token_SMBX[0, 0, 0]
+    there = [*range(1, 17), *range(18, 34), *range(35, 51), 52, 53, 69]
+    assert token_X[token_X >= 0].tolist() == there and (token_X[: len(there)] >= 0).all()
+    assert made.groups_SMJ[0, 0].tolist() == [1, 0] and made.own_SMJG[0, 0].all()
+
+
 def test_data_shards_have_one_shape():
     """By hand: a group of shard 0 has 28 entries, all others 4; it is halved, with two lanes."""
     length_SPG = np.array([[[8, 8, 8, 8], [2, 2, 2, 2]], [[3, 3, 1, 1], [2, 2, 2, 2]]])

@@ -13,6 +13,7 @@ import tiny
 
 from grpo_jax.algorithm import losses
 from grpo_jax.algorithm.components import PolicyLoss
+from grpo_jax.kernels.row_blocks import RowBlocks
 from grpo_jax.learner import scoring, train_state, update
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.structs import Experience, Rollouts, Sampling
@@ -123,6 +124,17 @@ def test_every_turn_has_an_advantage_of_its_own(experience, normalizer, at_once,
     by_turn = experience.replace(advantage=turn_PGC)
     scorer = Scorer(MODEL, tiny.one_device(), Sampling())
     check_update(by_turn, wanted_of(by_turn, normalizer), normalizer, scorer)
+
+
+@pytest.mark.parametrize(("normalizer", "at_once"), [("token", 100), ("sequence", 16)])
+def test_rows_without_lanes_give_the_plain_loss_and_gradient(
+    experience, wanted, normalizer, at_once, monkeypatch
+):
+    monkeypatch.setattr(scoring, "_TOKENS_AT_ONCE_ON_CPU", at_once)
+    kernels = RowBlocks(block=8, narrow=0)
+    scorer = Scorer(MODEL, tiny.one_device(), Sampling(), kernels=kernels)
+    assert not scorer.microbatches(experience.rollouts, np.arange(P)).lane_SMJWT.size
+    check_update(experience, wanted[normalizer], normalizer, scorer)
 
 
 @pytest.mark.parametrize("at_once", [184, 46])

@@ -22,12 +22,14 @@ def work(
     multiple=1,
     share_lanes=True,
     whole=False,
+    in_lanes=True,
 ):
     groups_P = np.arange(length_SPG.shape[1])
     entries_SPG = length_SPG - 1
     return PackingProblem(
-        entries_SPG, groups_P, PROMPT, tokens, at_once, devices, multiple, share_lanes, whole
-    )
+        entries_SPG, groups_P, PROMPT, tokens, at_once, devices, multiple, share_lanes, whole,
+        in_lanes,
+    )  # fmt: skip
 
 
 def lengths(
@@ -66,7 +68,8 @@ def check(given: PackingProblem, filled: Filled) -> None:
         for unit in units:
             entries_G = given.entries_SPG[s, unit.prompt]
             assert unit.entries == entries_G[unit.completions].sum()
-            assert len(given.lanes_of(entries_G, unit.completions)) <= size.lanes
+            number = len(given.lanes_of(entries_G, unit.completions)) if given.in_lanes else 0
+            assert number <= size.lanes
         for row in shard_rows:
             assert len(row) <= size.prompts
             assert sum(units[i].entries for i in row) <= size.entries
@@ -84,6 +87,8 @@ def check(given: PackingProblem, filled: Filled) -> None:
         {"share_lanes": False},
         {"whole": True},
         {"whole": True, "at_once": 500, "devices": 4},
+        {"in_lanes": False},
+        {"in_lanes": False, "at_once": 500, "devices": 4},
     ],
     ids=str,
 )

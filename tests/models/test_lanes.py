@@ -84,3 +84,21 @@ def test_states_go_to_the_lanes_and_back_and_so_do_their_gradients():
     np.testing.assert_array_equal(lanes.gather(spread)[0, :, 0], [1, 2, 3, 4, 5, 0])
     (by_x,) = back(jnp.full_like(spread, 2.0))
     np.testing.assert_array_equal(by_x[0, :, 0], [2, 2, 2, 2, 2, 0])
+
+
+def test_what_a_token_sees_of_a_row_without_lanes_by_hand():
+    """Six places of prompts, then entries 6 to 11 of completions that begin at 6, 8, 9 and 9."""
+    layout = LAYOUT[0], np.zeros((2, 0, 4), np.int32)
+    inputs = PackedInputs.of(PROMPT_PQ, LENGTH_P, COMPLETION_PGC, layout)
+    assert inputs.lanes is None
+
+    seen = inputs.seen(None)
+    np.testing.assert_array_equal(seen.begin_BT, [[0, 0, 0, 3, 3, 3, 6, 6, 8, 9, 9, 11]])
+    np.testing.assert_array_equal(seen.prompt_begin_BT[0, 6:11], [0, 0, 0, 3, 3])
+    np.testing.assert_array_equal(seen.prompt_end_BT, [[0] * 6 + [2, 2, 2, 6, 6, 0]])
+
+    # Of two keys: itself and the one before, which of a completion's first token is the prompt's
+    # last.
+    seen = inputs.seen(2)
+    np.testing.assert_array_equal(seen.begin_BT[0, :11], [0, 0, 1, 3, 3, 4, 6, 6, 8, 9, 9])
+    np.testing.assert_array_equal(seen.prompt_begin_BT[0, 6:11], [1, 2, 1, 5, 6])
