@@ -6,7 +6,8 @@
 - the share of the time in which the device waits for answers, where decoding takes a second or more
   and half of the episodes have slots (`environment.order = "eager"`),
 - the time of a rollout in three turns over that of one turn of as many drawn tokens, where answers
-  take no time: what reading prefixes again and the processes cost.
+  take no time: what the environment's tokens, which are computed too, and the processes cost. The
+  same with environments in this process, which answer at once: what the tokens alone cost.
 
 Measure while nothing else runs. `--json FILE` writes the numbers.
 """
@@ -27,8 +28,8 @@ from grpo_jax import keys
 from grpo_jax.devices import sharding
 from grpo_jax.environments import contract, episodes
 from grpo_jax.environments.episode import Limits, Start
+from grpo_jax.environments.live import Answer, Live
 from grpo_jax.environments.live import Limits as LiveLimits
-from grpo_jax.environments.live import Live
 from grpo_jax.environments.turns import Turn
 from grpo_jax.models import parameters
 from grpo_jax.sampling.decode import decoder_for
@@ -50,6 +51,28 @@ class Dialogue:
         return list(range(2, 2 + SAID))
 
 
+class AtOnce:
+    """Environments in this process that say the same to every turn."""
+
+    num_live = num_lost = 0
+
+    def __init__(self) -> None:
+        self._ready: list[Answer] = []
+
+    def reset(self, row: int, columns: dict, seed: int, rollout_seed: int) -> None:
+        self._ready.append(Answer(row, "reset", messages=[]))
+
+    def act(self, row: int, turn: Turn, messages: list[dict]) -> None:
+        self._ready.append(Answer(row, "act", messages=[{"role": "user", "content": "..."}]))
+
+    def finish(self, row: int, *of_episode: Any) -> None:
+        self._ready.append(Answer(row, "finish", reward=0.0))
+
+    def answers(self, timeout_s: float) -> list[Answer]:
+        found, self._ready = self._ready, []
+        return found
+
+
 class Bench:
     """A model, and a rollout of it in turns."""
 
@@ -63,15 +86,20 @@ class Bench:
         found = contract.read(("sleeper:Sleeper",), ())
         self.world = Live(found, LiveLimits(10.0, 300.0), num=PROMPTS * GROUP)
 
-    def rollout(self, seconds: float, *, eager: bool = False) -> tuple[float, Any]:
-        """Seconds of a rollout whose answers take so long each, and what is told of it."""
+    def rollout(
+        self, seconds: float, *, eager: bool = False, at_once: bool = False
+    ) -> tuple[float, Any]:
+        """Seconds of a rollout whose answers take so long each, and what is told of it.
+
+        `at_once`: the environments are those of `AtOnce`.
+        """
         start = Start("?", {"seconds": seconds}, 0, Dialogue, lambda text: [])
         prompts = [[3 + p] * 16 for p in range(PROMPTS)]
         began = time.monotonic()
         _, told = episodes.sample(
             self.engine,
             self.params,
-            self.world,
+            AtOnce() if at_once else self.world,
             [start] * PROMPTS,
             prompts,
             Limits(TURNS, self.limit, self.turn_tokens),
@@ -109,11 +137,16 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     short = Bench(args.turn_tokens)
-    short.rollout(0.0), short.one_turn()  # compiles
-    pairs = [(short.rollout(0.0)[0], short.one_turn()) for _ in range(args.repeats)]
-    ratio = statistics.median(turns / one for turns, one in pairs)
+
+    def times() -> tuple[float, float, float]:
+        turns = [short.rollout(0.0, at_once=at_once)[0] for at_once in (False, True)]
+        return *turns, short.one_turn()
+
+    times()  # compiles
+    told = [times() for _ in range(args.repeats)]
+    ratio, alone = (statistics.median(t[i] / t[2] for t in told) for i in (0, 1))
     slept = [short.rollout(1.0)[0] for _ in range(args.repeats)]
-    base = statistics.median(turns for turns, _ in pairs)
+    base = statistics.median(turns for turns, *_ in told)
     a_round = (statistics.median(slept) - base) / TURNS
     short.world.close()
     long = Bench(args.long_turn_tokens, num_slots=PROMPTS * GROUP // 2)
@@ -124,12 +157,14 @@ def main() -> None:
         "environment": timing.environment(),
         "round_s": a_round,
         "turns_over_one_turn": ratio,
+        "turns_at_once_over_one_turn": alone,
         "idle_share": told.idle_s / seconds,
         "rollout_s": seconds,
         "read_again": told.read_again / told.drawn,
     }
     print(f"a round whose answers take 1 s adds {a_round:.2f} s (bar 1.5)")
     print(f"{TURNS} turns / one turn of as many tokens: {ratio:.2f} (bar 1.25)")
+    print(f"the same without the environments' processes: {alone:.2f}")
     print(f"idle {values['idle_share']:.1%} of {seconds:.1f} s (bar 10 %)")
     if args.json:
         Path(args.json).write_text(json.dumps(values, indent=1))

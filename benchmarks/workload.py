@@ -140,10 +140,10 @@ def force_lengths(work: Work) -> None:
         other_RW = jnp.where(token_RW == STOP, STOP + 1, token_RW)
         return jnp.where(ends_RW, STOP, other_RW), logp_RW
 
-    decode._choose = choose
+    decode.choose = choose
 
 
-_CHOOSE = decode._choose
+_CHOOSE = decode.choose
 
 
 def use_all_cores(work: Work) -> None:

@@ -4,8 +4,9 @@ An episode's token ids are the truth, its text is a view of them. A completion h
 the policy drew and those of the environment between them; `Rollouts.chosen_PGC` tells them apart.
 The policy's turns are drawn by the engine, each until its stop token or a limit. Then the
 environments answer, all at once, each in a process of its own (`live.Live`). The episodes that go
-on are read again with all their tokens. Random keys follow from an episode and the position in it,
-so that neither the cut into turns nor the batch changes a draw.
+on do so in the lanes of the engine's slots that hold them. If there are too few slots, or eagerly,
+they are read again with all their tokens. Random keys follow from an episode and the position in
+it, so that neither the cut into turns nor the batch changes a draw.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from grpo_jax.hosts import processes
 from grpo_jax.sampling import layouts
 from grpo_jax.sampling.board import NO_MORE, Drawn, Turn
 from grpo_jax.sampling.engine import Engine
+from grpo_jax.sampling.kept import Kept
 from grpo_jax.structs import Array, Params, Rollouts, pad_rows
 
 _WAIT_S = 1.0  # between two looks at whether the run was asked to stop
@@ -52,16 +54,19 @@ def sample(
     """`group` episodes of each prompt.
 
     As `Engine.generate`, whose arguments these are otherwise. `rollout_seeds`: one for each row.
-    `eager`: episodes go on once they are answered, and not when all are. `on_group` is called once
-    for each prompt when all its episodes have their rewards, on the process that owns it. Raises
-    ValueError if environments of one group begin with different texts.
+    `eager`: episodes go on once they are answered, and not when all are; of several processes, all
+    are waited for in any case. `on_group` is called once for each prompt when all its episodes have
+    their rewards, on the process that owns it. Raises ValueError if environments of one group begin
+    with different texts.
     """
+    eager = eager and processes.count() == 1
     one = _Sampling(engine, params, world, starts, limits, group, key, temperature, on_harvest)
+    one.kept = None if eager else Kept()
     one.on_group = on_group
     one.begin(prompt_ids, rollout_seeds)
     one.hand_over(one.first_turns(meanwhile))
-    while one.goes_on():
-        one.hand_over(one.later_turns(eager and processes.count() == 1))
+    while one.goes_on(eager):
+        one.hand_over(one.later_turns(eager))
     one.finish()
     told = one.told()
     return one.rollouts(told.outcomes), told
@@ -71,6 +76,7 @@ class _Sampling:
     """One call of `sample`. As a `board.Source` it gives turns that are answered meanwhile."""
 
     on_group: OnGroup
+    kept: Kept | None
 
     def __init__(self, engine, params, world, starts, limits, group, key, temperature, on_harvest):
         self.engine, self.params, self.world = engine, params, world
@@ -149,16 +155,17 @@ class _Sampling:
             self.key_B2,
             self.temperature,
             limit=self._limit(self.episodes[0]),
+            kept=self.kept,
             meanwhile=meanwhile,
         )
 
     def later_turns(self, eager: bool) -> Iterable[Drawn]:
         """The next turns of the episodes that are answered, and with `eager` of those that will."""
-        turns = self._turns(self.ready)
-        self.ready = []
-        # With room for another turn: an episode that comes back must fit.
-        longest = max(len(turn.ids) for turn in turns) * (5 if eager else 4) // 4
-        self.width = layouts.turn_width(longest)
+        rows = [*self.ready, *self.acting] if eager else self.ready
+        longest = max(self._tokens(row) for row in rows)
+        # Eagerly with room for another turn: an episode that comes back must fit.
+        self.width = layouts.turn_width(longest * (5 if eager else 4) // 4)
+        turns, self.ready = self._turns(self.ready), []
         return self.engine.later_turns(
             self.params,
             turns,
@@ -169,6 +176,7 @@ class _Sampling:
             self.temperature,
             expected=len(self.acting) * eager,
             source=self if eager else NO_MORE,
+            kept=self.kept,
         )
 
     def _limit(self, episode: Episode) -> int:
@@ -182,7 +190,8 @@ class _Sampling:
             ids = e.prompt + e.ids if self.held_P[row // self.group] else [0] * e.length
             ids = ids if self.held_P[row // self.group] else e.prompt + ids
             turns.append(Turn([row], ids, e.length, self._limit(e)))
-        self.read_again += sum(len(turn.ids) for turn in turns)
+        if self.kept is None or not self.kept.holds(rows):
+            self.read_again += sum(len(turn.ids) for turn in turns)
         return turns
 
     def hand_over(self, drawn: Iterable[Drawn]) -> None:
@@ -205,12 +214,13 @@ class _Sampling:
 
     @property
     def pending(self) -> bool:
-        return bool(self.acting) or any(self._fits(row) for row in self.ready)
+        """False once an episode has become too long: it is not to wait for answers to others."""
+        return all(map(self._fits, self.ready)) and bool(self.acting or self.ready)
 
     def take(self, wait: bool) -> list[tuple[int, Turn]]:
         began = time.monotonic()
         self._hear(0.0)
-        while wait and self.acting and not any(self._fits(row) for row in self.ready):
+        while wait and self.acting and not self.ready:
             self._hear()
         self.idle_s += (time.monotonic() - began) * wait
         fitting = [row for row in self.ready if self._fits(row)]
@@ -220,15 +230,22 @@ class _Sampling:
         return list(zip(shards.tolist(), turns))
 
     def _fits(self, row: int) -> bool:
+        return self._tokens(row) <= self.width
+
+    def _tokens(self, row: int) -> int:
+        """Tokens of an episode, its prompt included."""
         episode = self.episodes[row]
-        return len(episode.prompt) + episode.length <= self.width
+        return len(episode.prompt) + episode.length
 
     # --- The environments ---
 
-    def goes_on(self) -> bool:
-        """Waits for the environments' answers; whether any episode goes on, on all processes."""
+    def goes_on(self, eager: bool) -> bool:
+        """Waits for the environments' answers; whether any episode goes on, on all processes.
+
+        `eager`: only until one goes on.
+        """
         began = time.monotonic()
-        while self.acting:
+        while self.acting and not (eager and self.ready):
             self._hear()
         self.idle_s += time.monotonic() - began
         if processes.count() == 1:

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +49,7 @@ class TritonDecode(RingCache):
     """A `RingCache` with keys in the layout of values, [..., positions, H]; without windows."""
 
     interpret: bool = False  # runs on any device, for tests
+    _KEY_AXIS: ClassVar[int] = -2
 
     def empty(self, shape: CacheShape, dtype: Any) -> tuple[Cache, Cache]:
         def make(lead: tuple[int, ...], positions: int) -> Cache:
@@ -78,8 +79,8 @@ class TritonDecode(RingCache):
         assert step.window is None, "there is no window in the kernel"
         prefix, own = cache
         heads = jnp.concatenate([q_RWNH, k_RWKH, v_RWKH], axis=2)  # the kernel splits them again
-        # The output of an idle lane is not used, so it reads none of its own cache.
-        last_RW = jnp.where(step.live_RW, step.time_RW, 0)
+        # The output of an idle lane is not used: it reads none of its own cache, nor writes there.
+        last_RW = jnp.where(step.live_RW, step.time_RW, -1)
         run = functools.partial(_attend, heads, step.cos_sin, interpret=self.interpret)
         first, _ = run(prefix, _range(step.prompt_length_R[:, None] - 1), _positions(prefix))
         (out_RWKnH,), own = run(own, _range(last_RW, step.column), step.limit, after=first)
@@ -108,7 +109,7 @@ def _positions(cache: Cache) -> int:
 
 
 def _range(last: Array, column: Array | None = None) -> Array:
-    """Packs (last position, its ring column) for the kernel."""
+    """Packs (last position, its ring column) for the kernel; -1: a lane that is not live."""
     return jnp.stack(jnp.broadcast_arrays(last, last if column is None else column), axis=-1)
 
 
@@ -252,12 +253,23 @@ def _read_queries(heads_ref, cos_ref, sin_ref, there: tuple[int, ...], rows: int
 
 
 def _add_token(
-    heads_ref, first_ref, lse_ref, written: list[Any], column: Array, heads: int, queries: _Queries
+    heads_ref,
+    first_ref,
+    lse_ref,
+    written: list[Any],
+    column: Array,
+    is_live: Array,
+    heads: int,
+    queries: _Queries,
 ) -> tuple[Array, Array, Array]:
-    """Writes the new token to its lane's cache; returns `_kernel`'s sums over the prompt and it.
+    """Writes the new token to a live lane's cache; returns `_kernel`'s sums over the prompt and it.
 
     The program does not read it from the cache: the write is visible only after the program's end.
     """
+
+    def put(ref: Any, x: Array) -> None:
+        pallas_triton.module().store(ref, x, mask=jnp.broadcast_to(is_live, x.shape))
+
     (number, size), dtype, head = heads_ref.shape, heads_ref.dtype, pl.program_id(2)
     k = [heads_ref[number - 2 * heads + head, half] for half in _halves(size)]
     k = [x.astype(dtype).astype(jnp.float32) for x in _rotated(k, *queries.cos_sin)]
@@ -265,14 +277,15 @@ def _add_token(
     if len(written) == 4:  # in 8 bits
         codes, scale = _codes(k)
         (v_codes_H,), v_scale = _codes([v_H])
-        written[1][column], written[3][column] = scale, v_scale
-        written[2][column] = v_codes_H
+        put(written[1].at[column], scale)
+        put(written[3].at[column], v_scale)
+        put(written[2].at[column], v_codes_H)
         k, v_H = [x * scale for x in codes], v_codes_H * v_scale
     else:
         codes = [x.astype(dtype) for x in k]
-        written[1][column] = v_H.astype(dtype)
+        put(written[1].at[column], v_H.astype(dtype))
     for half, x in zip(_halves(size), codes):
-        written[0][column, half] = x
+        put(written[0].at[column, half], x)
     q = queries.halves
     score_M = sum(jnp.sum(x.astype(jnp.float32) * y[None], axis=1) for x, y in zip(q, k))
     lse_M = queries.read(lse_ref).reshape(score_M.shape)
@@ -334,7 +347,8 @@ def _kernel(
     last, column = range_ref[0], range_ref[1]
     if of_lanes:
         first_ref, lse_ref, out_ref, *written = refs
-        sums = _add_token(heads_ref, first_ref, lse_ref, written, column, heads, queries)
+        before = heads_ref, first_ref, lse_ref
+        sums = _add_token(*before, written, column, last >= 0, heads, queries)
         end = column
     else:
         out_ref, lse_ref = refs

@@ -8,7 +8,8 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,39 @@ class DecodeStep:
     cap: float | None = struct.field(pytree_node=False, default=None)  # of the scores
 
 
+@struct.dataclass
+class Chunk:
+    """M tokens that are added to every lane at once, as the cache needs them.
+
+    A lane gets `count_RW` tokens, in one chunk or in several that follow each other. They stand on
+    the right: those of the last chunk end with the lanes' last token, and a lane that gets fewer
+    than others has padding on the left. The age of a token is the number of tokens after it.
+    """
+
+    prompt_length_R: Array
+    length_RW: Array  # int32: own tokens of a lane, with all that it gets
+    count_RW: Array  # int32: how many it gets; 0: its cache stays as it is
+    age: Array  # int32: of the chunk's last token
+    column: Array  # int32: ring column after the last token of all
+    limit: int = struct.field(pytree_node=False)  # as in `DecodeStep`, like what follows
+    cos_sin: tuple[Array, Array] | None = None  # [R, W, M, H/2]
+    window: int | None = struct.field(pytree_node=False, default=None)
+    cap: float | None = struct.field(pytree_node=False, default=None)
+
+    def ages(self, tokens: int) -> Array:
+        """The age of each of a chunk's tokens, int32 [M]."""
+        return self.age + jnp.arange(tokens - 1, -1, -1)
+
+    def positions(self, tokens: int) -> Array:
+        """The tokens' positions, those of the prompt included, int32 [R, W, M]."""
+        last_RW1 = (self.prompt_length_R[:, None] + self.length_RW - 1)[..., None]
+        return jnp.maximum(last_RW1 - self.ages(tokens)[None, None], 0)
+
+    def is_there(self, tokens: int) -> Array:
+        """False for padding, bool [R, W, M]."""
+        return self.ages(tokens)[None, None] < self.count_RW[..., None]
+
+
 class KVCache(abc.ABC):
     """A layout of a layer's keys and values, and the attention of a new token to them.
 
@@ -69,12 +103,34 @@ class KVCache(abc.ABC):
     ) -> tuple[Array, Any]:
         """Attention of one new token per lane [R, W, N, H], and the cache with that token.
 
-        Queries and keys come unrotated; `step.cos_sin` has their angles.
+        Queries and keys come unrotated; `step.cos_sin` has their angles. The past of a lane that is
+        not live stays as it is.
+        """
+
+    @abc.abstractmethod
+    def align(self, cache: Any, shift_RW: Array, limit: int) -> Any:
+        """The cache with each lane's own tokens so many columns further along the ring."""
+
+    @abc.abstractmethod
+    def append(
+        self, cache: Any, q_RWMNH: Array, k_RWMKH: Array, v_RWMKH: Array, chunk: Chunk
+    ) -> tuple[Array, Any]:
+        """Attention of a chunk's tokens [R, W, M, N, H], and the cache with those tokens.
+
+        Queries and keys come unrotated. What a lane has before ends in the ring where what it gets
+        begins; see `align`.
         """
 
     @abc.abstractmethod
     def compact(self, cache: Any, slot_R: Array, lane_RW: Array, lanes: int, limit: int) -> Any:
         """A smaller cache: slot r has old slot `slot_R[r]`'s prompt, and its lanes `lane_RW[r]`."""
+
+    @abc.abstractmethod
+    def put_back(self, cache: Any, smaller: Any, slot_RW: Array, lane_RW: Array, limit: int) -> Any:
+        """The cache that `compact` made smaller, with those lanes as they are there.
+
+        A slot number past the last is ignored.
+        """
 
 
 # Keys are stored transposed, [..., K, H, positions]: 1.4 times as fast as positions first on CPU,
@@ -97,16 +153,23 @@ def empty_cache(shape: tuple[int, ...], positions: int, size: int, dtype, *, int
     return Int8(jnp.zeros(keys, jnp.int8), scale), Int8(jnp.zeros(values, jnp.int8), scale)
 
 
-def write(cache: Cache, k_RWKH: Array, v_RWKH: Array, column: Array) -> Cache:
+def write(cache: Cache, k_RWKH: Array, v_RWKH: Array, column: Array, live_RW: Array) -> Cache:
     """The completions' cache (keys [R, K, W, H, S], values [R, K, W, S, H]) with one token added.
 
-    Every lane writes the same column, whatever the position of its token. That is one slice; a
-    column for each lane would be a scatter.
+    Every live lane writes the same column, whatever the position of its token. That is one slice; a
+    column for each lane would be a scatter. Other lanes keep what they have there: a later turn may
+    go on from it.
     """
     k, v = cache
     k_new = jnp.swapaxes(k_RWKH, 1, 2)[..., None]
     v_new = jnp.swapaxes(v_RWKH, 1, 2)[..., None, :]
-    put = jax.lax.dynamic_update_slice_in_dim
+
+    def put(old: Array, new: Array, column: Array, axis: int) -> Array:
+        there = jax.lax.dynamic_slice_in_dim(old, column, 1, axis)
+        live = live_RW[:, None].reshape(live_RW.shape[0], 1, -1, *(1,) * (old.ndim - 3))
+        new = jnp.where(live, new.astype(old.dtype), there)
+        return jax.lax.dynamic_update_slice_in_dim(old, new, column, axis)
+
     if isinstance(k, Int8):
         k_new, v_new = quantize.int8(k_new, 3), quantize.int8(v_new, 4)
         return (
@@ -123,9 +186,69 @@ def decode(q_RWNH: Array, prefix: Cache, own: Cache, step: DecodeStep) -> Array:
     wrapping around the ring's end.
     """
     column, window = step.column, step.window
-    (prefix_k, prefix_v), (own_k, own_v) = prefix, own
+    prefix_k, own_k = prefix[0], own[0]
     q_RKWnH = jnp.swapaxes(attention.grouped(q_RWNH, prefix_k.shape[1]), 1, 2)
-    dtype = q_RWNH.dtype
+    s_11Q = jnp.arange(prefix_k.shape[-1])[None, None]
+    age_11S = ((column - jnp.arange(own_k.shape[-1])) % own_k.shape[-1])[None, None]
+    seen_prefix = s_11Q < step.prompt_length_R[:, None, None]  # [R, 1, Q]
+    seen_own = age_11S <= step.time_RW[..., None]  # [R, W, S]
+    if window is not None:
+        position_RW = step.prompt_length_R[:, None] + step.time_RW
+        seen_prefix = seen_prefix & (position_RW[..., None] - s_11Q < window)
+        seen_own &= age_11S < window
+    seen = seen_prefix[:, None, :, None], seen_own[:, None, :, None]
+    out = _attended(q_RKWnH, prefix, own, *seen, step.cap)
+    out = jnp.swapaxes(out, 1, 2)
+    return out.astype(q_RWNH.dtype).reshape(q_RWNH.shape)
+
+
+def decode_chunk(q_RWMNH: Array, prefix: Cache, own: Cache, chunk: Chunk) -> Array:
+    """A chunk's tokens attend to the prompt and to their lane's past, [R, W, M, N, H].
+
+    Their keys are already in `own`, whose last column may be past the ring's limit.
+    """
+    slots, lanes, tokens, _, size = q_RWMNH.shape
+    prefix_k, own_k = prefix[0], own[0]
+    q_RWMKnH = attention.grouped(q_RWMNH, prefix_k.shape[1])
+    heads, queries = q_RWMKnH.shape[3:5]
+    q_RKWMnH = jnp.moveaxis(q_RWMKnH, 3, 1)
+    age_11M1 = chunk.ages(tokens)[None, None, :, None]
+    s_111Q, s_111S = (jnp.arange(x.shape[-1])[None, None, None] for x in (prefix_k, own_k))
+    age_111S = (chunk.column - 1 - s_111S) % chunk.limit
+    seen_prefix = s_111Q < chunk.prompt_length_R[:, None, None, None]
+    seen_own = (age_111S >= age_11M1) & (s_111S < chunk.limit)
+    seen_own = seen_own & (age_111S < chunk.length_RW[..., None, None])  # [R, W, M, S]
+    if chunk.window is not None:
+        position_RWM1 = chunk.positions(tokens)[..., None]
+        seen_prefix = seen_prefix & (position_RWM1 - s_111Q < chunk.window)
+        seen_own &= age_111S - age_11M1 < chunk.window
+
+    def of_queries(seen: Array) -> Array:
+        """[R, 1, W, M * n, keys], from [R, W or 1, M or 1, keys]."""
+        of_tokens = jnp.broadcast_to(seen, (slots, lanes, tokens, seen.shape[-1]))
+        return jnp.repeat(of_tokens, queries, axis=2)[:, None]
+
+    q_RKWmH = q_RKWMnH.reshape(slots, heads, lanes, tokens * queries, size)
+    masks = of_queries(seen_prefix), of_queries(seen_own)
+    out = _attended(q_RKWmH, prefix, own, *masks, chunk.cap)
+    out = jnp.moveaxis(out.reshape(q_RKWMnH.shape), 1, 3)
+    return out.astype(q_RWMNH.dtype).reshape(q_RWMNH.shape)
+
+
+def _attended(
+    q_RKWnH: Array,
+    prefix: Cache,
+    own: Cache,
+    seen_prefix: Array,
+    seen_own: Array,
+    cap: float | None,
+) -> Array:
+    """Attention of lanes' queries to prompts and to own tokens, float32 [R, K, W, n, H].
+
+    The masks are [R, 1, W or 1, n or 1, keys].
+    """
+    (prefix_k, prefix_v), (own_k, own_v) = prefix, own
+    dtype = q_RKWnH.dtype
 
     def product(spec: str, x: Array, kept: Array | Int8) -> Array:
         codes = kept.codes if isinstance(kept, Int8) else kept
@@ -137,25 +260,16 @@ def decode(q_RWNH: Array, prefix: Cache, own: Cache, step: DecodeStep) -> Array:
     if isinstance(own_k, Int8):
         score_prefix *= prefix_k.scale[:, :, None, None]  # [R, K, 1, 1, Q]
         score_own *= own_k.scale[:, :, :, None]  # [R, K, W, 1, S]
-    score_prefix, score_own = (attention.capped(s, step.cap) for s in (score_prefix, score_own))
-    s_11Q = jnp.arange(prefix_k.shape[-1])[None, None]
-    age_11S = ((column - jnp.arange(own_k.shape[-1])) % own_k.shape[-1])[None, None]
-    seen_prefix = s_11Q < step.prompt_length_R[:, None, None]  # [R, 1, Q]
-    seen_own = age_11S <= step.time_RW[..., None]  # [R, W, S]
-    if window is not None:
-        position_RW = step.prompt_length_R[:, None] + step.time_RW
-        seen_prefix = seen_prefix & (position_RW[..., None] - s_11Q < window)
-        seen_own &= age_11S < window
-    score_prefix = jnp.where(seen_prefix[:, None, :, None], score_prefix, attention.HIDDEN)
-    score_own = jnp.where(seen_own[:, None, :, None], score_own, attention.HIDDEN)
+    score_prefix, score_own = (attention.capped(s, cap) for s in (score_prefix, score_own))
+    score_prefix = jnp.where(seen_prefix, score_prefix, attention.HIDDEN)
+    score_own = jnp.where(seen_own, score_own, attention.HIDDEN)
     weight_prefix, weight_own, total = attention.merged_weights(score_prefix, score_own)
     if isinstance(own_v, Int8):
         weight_prefix *= prefix_v.scale[:, :, None, None]
         weight_own *= own_v.scale[:, :, :, None]
     out = product("rkwnq,rkqh->rkwnh", weight_prefix.astype(dtype), prefix_v)
     out += product("rkwns,rkwsh->rkwnh", weight_own.astype(dtype), own_v)
-    out = jnp.swapaxes(out / total[..., None], 1, 2)
-    return out.astype(q_RWNH.dtype).reshape(q_RWNH.shape)
+    return out / total[..., None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +281,7 @@ class RingCache(KVCache):
     """
 
     int8: bool = False
+    _KEY_AXIS: ClassVar[int] = -1  # of keys' positions; those of values are at -2
 
     def empty(self, shape: CacheShape, dtype: Any) -> tuple[Cache, Cache]:
         make = functools.partial(empty_cache, size=shape.head_size, dtype=dtype, int8=self.int8)
@@ -191,8 +306,69 @@ class RingCache(KVCache):
         step: DecodeStep,
     ) -> tuple[Array, tuple[Cache, Cache]]:
         q_RWNH, k_RWKH = (rotary.rotate(x, step.cos_sin) for x in (q_RWNH, k_RWKH))
-        prefix, own = cache[0], write(cache[1], k_RWKH, v_RWKH, step.column)
+        prefix, own = cache[0], write(cache[1], k_RWKH, v_RWKH, step.column, step.live_RW)
         return decode(q_RWNH, prefix, own, step), (prefix, own)
+
+    def align(self, cache: tuple[Cache, Cache], shift_RW: Array, limit: int) -> tuple[Cache, Cache]:
+        def rolled(x: Array, axis: int) -> Array:
+            s_11S = jnp.arange(x.shape[axis])[None, None]
+            moved_RWS = (s_11S - shift_RW[..., None]) % limit
+            from_RWS = jnp.where(s_11S < limit, moved_RWS, s_11S)
+            of_lane = lambda x, at_S: jnp.take(x, at_S, axis=axis)  # noqa: E731
+            return jax.vmap(jax.vmap(of_lane, (1, 0), 1))(x, from_RWS)
+
+        return cache[0], self._by_position(cache[1], rolled)
+
+    def append(
+        self,
+        cache: tuple[Cache, Cache],
+        q_RWMNH: Array,
+        k_RWMKH: Array,
+        v_RWMKH: Array,
+        chunk: Chunk,
+    ) -> tuple[Array, tuple[Cache, Cache]]:
+        q_RWMNH, k_RWMKH = (rotary.rotate(x, chunk.cos_sin) for x in (q_RWMNH, k_RWMKH))
+        tokens = k_RWMKH.shape[2]
+        column_M = (chunk.column - 1 - chunk.ages(tokens)) % chunk.limit
+        there_R1WM = chunk.is_there(tokens)[:, None]
+        prefix, own = cache
+        # [R, K, W, M, H], then in the layout of the cache.
+        new = [jnp.moveaxis(x, 3, 1) for x in (k_RWMKH, v_RWMKH)]
+        new = tuple(quantize.int8(x, 4) for x in new) if self.int8 else tuple(new)
+        new = self._keys_as(self._KEY_AXIS, new)
+
+        def put(old: Array, axis: int, new: Array) -> Array:
+            at = (slice(None),) * (old.ndim + axis) + (column_M,)
+            mask = there_R1WM.reshape(*there_R1WM.shape[:3], *(1,) * (old.ndim + axis - 3), tokens,
+                                      *(1,) * (-1 - axis))  # fmt: skip
+            new = jnp.where(mask, new.astype(old.dtype), old[at])
+            return old.at[at].set(new, unique_indices=True)
+
+        own = self._by_position(own, put, new)
+        read = (self._keys_as(-1, x, self._KEY_AXIS) for x in (prefix, own))
+        return decode_chunk(q_RWMNH, *read, chunk), (prefix, own)
+
+    def _by_position(self, cache: Cache, f: Callable, *others: Cache) -> Cache:
+        """Applies `f(array, axis of its positions, *others)` to keys, values and their scales."""
+        out = []
+        for axis, *kept in zip((self._KEY_AXIS, -2), cache, *others):
+            if isinstance(kept[0], Int8):
+                codes, *of_codes = (x.codes for x in kept)
+                scale, *of_scale = (x.scale for x in kept)
+                out.append(Int8(f(codes, axis, *of_codes), f(scale, -1, *of_scale)))
+            else:
+                out.append(f(kept[0], axis, *kept[1:]))
+        return tuple(out)
+
+    @staticmethod
+    def _keys_as(axis: int, cache: Cache, now: int = -2) -> Cache:
+        """The cache with its keys' positions at another axis."""
+        keys, values = cache
+        if axis == now:
+            return cache
+        if isinstance(keys, Int8):
+            return Int8(jnp.swapaxes(keys.codes, -1, -2), keys.scale), values
+        return jnp.swapaxes(keys, -1, -2), values
 
     def compact(
         self, cache: tuple[Cache, Cache], slot_R: Array, lane_RW: Array, lanes: int, limit: int
@@ -201,6 +377,19 @@ class RingCache(KVCache):
         lanes_of = lambda x: swapped(swapped(x)[slot_R[:, None], lane_RW])  # noqa: E731
         prefix, own = cache
         return jax.tree.map(lambda x: x[slot_R], prefix), jax.tree.map(lanes_of, own)
+
+    def put_back(
+        self,
+        cache: tuple[Cache, Cache],
+        smaller: tuple[Cache, Cache],
+        slot_RW: Array,
+        lane_RW: Array,
+        limit: int,
+    ) -> tuple[Cache, Cache]:
+        def put(old: Array, new: Array) -> Array:
+            return old.at[slot_RW, :, lane_RW].set(jnp.swapaxes(new, 1, 2), mode="drop")
+
+        return cache[0], jax.tree.map(put, cache[1], smaller[1])
 
 
 RING = RingCache()

@@ -23,7 +23,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as ker
 from jax.sharding import Mesh
 
 from grpo_jax.kernels import fused_attention, rotary
-from grpo_jax.kernels.kv_cache import CacheShape, DecodeStep, KVCache
+from grpo_jax.kernels.kv_cache import CacheShape, Chunk, DecodeStep, KVCache
 from grpo_jax.structs import Array, ModelConfig
 
 PAGE = 16  # positions; the engine pads prompts to a multiple of it
@@ -92,28 +92,62 @@ class RaggedPagedDecode(KVCache):
     ) -> tuple[Array, Array]:
         prompt_length_R, time_RW = step.prompt_length_R, step.time_RW
         q_RWNH, k_RWKH = (rotary.rotate(x, step.cos_sin) for x in (q_RWNH, k_RWKH))
-        slots, lanes = time_RW.shape
+        at_RW1 = (prompt_length_R[:, None] + time_RW)[..., None]
+        # A lane that is not live writes where its next token will stand, and reads one block.
+        length_RW = jnp.where(step.live_RW, at_RW1[..., 0] + 1, 1)
+        is_there_RW1 = jnp.ones(at_RW1.shape, bool)
+        tokens = (x[:, :, None] for x in (q_RWNH, k_RWKH, v_RWKH))
+        out, pages = self._run(pages, *tokens, at_RW1, is_there_RW1, length_RW, step)
+        return out.reshape(q_RWNH.shape), pages
+
+    def align(self, pages: Array, shift_RW: Array, limit: int) -> Array:
+        return pages  # a token's place follows from its position
+
+    def append(
+        self, pages: Array, q_RWMNH: Array, k_RWMKH: Array, v_RWMKH: Array, chunk: Chunk
+    ) -> tuple[Array, Array]:
+        q_RWMNH, k_RWMKH = (rotary.rotate(x, chunk.cos_sin) for x in (q_RWMNH, k_RWMKH))
+        tokens = q_RWMNH.shape[2]
+        # Padding takes the places before a lane's tokens, and is not written.
+        length_RW = chunk.prompt_length_R[:, None] + chunk.length_RW - chunk.age
+        places = chunk.positions(tokens), chunk.is_there(tokens), jnp.maximum(length_RW, 1)
+        return self._run(pages, q_RWMNH, k_RWMKH, v_RWMKH, *places, chunk)
+
+    def _run(
+        self,
+        pages: Array,
+        q_RWMNH: Array,
+        k_RWMKH: Array,
+        v_RWMKH: Array,
+        at_RWM: Array,
+        is_there_RWM: Array,
+        length_RW: Array,
+        step: DecodeStep | Chunk,
+    ) -> tuple[Array, Array]:
+        """Attention of the last M of `length_RW` tokens, and the pages with them."""
+        slots, lanes, tokens = at_RWM.shape
+        rows = slots * lanes
         flat = pages.reshape(-1, *pages.shape[2:])
-        table_BE = _table(prompt_length_R, lanes, pages.shape[1], _own_pages(step.limit))
-        at_B = (prompt_length_R[:, None] + time_RW).reshape(-1)
-        page_B = jnp.take_along_axis(table_BE, at_B[:, None] // PAGE, axis=1)[:, 0]
-        new = _beside(k_RWKH, v_RWKH).reshape(slots * lanes, *flat.shape[2:])
-        flat = flat.at[page_B, at_B % PAGE].set(new)
-        length_B = jnp.where(step.live_RW.reshape(-1), at_B + 1, 1)  # an idle lane reads one block
+        table_BE = _table(step.prompt_length_R, lanes, pages.shape[1], _own_pages(step.limit))
+        at_BM = at_RWM.reshape(rows, tokens)
+        page_BM = jnp.take_along_axis(table_BE, at_BM // PAGE, axis=1)
+        page_BM = jnp.where(is_there_RWM.reshape(rows, tokens), page_BM, len(flat))  # dropped
+        new = _beside(k_RWMKH, v_RWMKH).reshape(rows, tokens, *flat.shape[2:])
+        flat = flat.at[page_BM, at_BM % PAGE].set(new, mode="drop")
         with pltpu.force_tpu_interpret_mode(True) if self.interpret else contextlib.nullcontext():
             out = kernel_lib.ragged_paged_attention(
-                q_RWNH.reshape(slots * lanes, *q_RWNH.shape[2:]),
+                q_RWMNH.reshape(rows * tokens, *q_RWMNH.shape[3:]),
                 flat,
-                length_B,
+                length_RW.reshape(-1),
                 table_BE,
-                jnp.arange(slots * lanes + 1, dtype=jnp.int32),
-                jnp.full(1, slots * lanes, jnp.int32),
-                sm_scale=q_RWNH.shape[-1] ** -0.5,
+                jnp.arange(0, (rows + 1) * tokens, tokens, dtype=jnp.int32),
+                jnp.full(1, rows, jnp.int32),
+                sm_scale=q_RWMNH.shape[-1] ** -0.5,
                 sliding_window=step.window,
                 num_kv_pages_per_block=min(_PAGES_AT_ONCE, table_BE.shape[1]),
-                num_queries_per_block=min(_LANES_AT_ONCE, slots * lanes),
+                num_queries_per_block=min(_LANES_AT_ONCE, rows * tokens),
             )
-        return out.reshape(q_RWNH.shape), flat.reshape(pages.shape)
+        return out.reshape(q_RWMNH.shape), flat.reshape(pages.shape)
 
     def compact(self, pages: Array, slot_R: Array, lane_RW: Array, lanes: int, limit: int) -> Array:
         num_prompt = pages.shape[1] - lanes * _own_pages(limit)
@@ -121,6 +155,15 @@ class RaggedPagedDecode(KVCache):
         own = own.reshape(own.shape[0], lanes, -1, *own.shape[2:])[slot_R[:, None], lane_RW]
         own = own.reshape(own.shape[0], -1, *own.shape[3:])
         return jnp.concatenate([prompt[slot_R], own], axis=1)
+
+    def put_back(
+        self, pages: Array, smaller: Array, slot_RW: Array, lane_RW: Array, limit: int
+    ) -> Array:
+        per_lane, lanes = _own_pages(limit), lane_RW.shape[1]
+        num_prompt = smaller.shape[1] - lanes * per_lane
+        new = smaller[:, num_prompt:].reshape(-1, lanes, per_lane, *pages.shape[2:])
+        page_RWE = num_prompt + per_lane * lane_RW[..., None] + jnp.arange(per_lane)[None, None]
+        return pages.at[slot_RW[..., None], page_RWE].set(new, mode="drop")
 
 
 def _own_pages(limit: int) -> int:

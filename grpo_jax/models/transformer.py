@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from grpo_jax.kernels import attention, dense, fused_attention, quantize
 from grpo_jax.kernels import rotary as rotary_lib
 from grpo_jax.kernels.attention import AttentionKernels, segments
-from grpo_jax.kernels.kv_cache import RING, DecodeStep, KVCache
+from grpo_jax.kernels.kv_cache import RING, Chunk, DecodeStep, KVCache
 from grpo_jax.kernels.norm import AddNorm, Residual
 from grpo_jax.kernels.quantize import FrozenProduct, frozen_product
 from grpo_jax.models import block as block_lib
@@ -255,17 +255,65 @@ def decode_token(
 
     `fused` as in `prefill`.
     """
-    positions = _Positions.of(config, step.prompt_length_R[:, None] + step.time_RW)
-    x = Residual.of(mlp.scatter(_embed(params, config, token_RW, dtype)))
-    cache = list(cache)
+    position_RW = step.prompt_length_R[:, None] + step.time_RW
+    run = functools.partial(_with_cache, params, config, token_RW, position_RW, cache)
+    kinds = norm, frozen_product
+    x, cache = run(kv_cache.extend, step, dtype=dtype, fused=fused, mlp=mlp, kinds=kinds)
+    return mlp.gather(_final_norm(params, config, x, dtype, norm)), cache
+
+
+def append_tokens(
+    params: Params,
+    config: ModelConfig,
+    ids_RWM: Array,
+    cache: tuple,
+    chunk: Chunk,
+    *,
+    dtype=jnp.float32,
+    fused: bool = False,
+    mlp: MlpPlacement = REPLICATED,
+    kv_cache: KVCache = RING,
+) -> tuple[Array, tuple]:
+    """Hidden states [R, W, D] of a chunk's last token in each lane, and the cache with the chunk.
+
+    `fused` as in `prefill`.
+    """
+    position_RWM = chunk.positions(ids_RWM.shape[2])
+    run = functools.partial(_with_cache, params, config, ids_RWM, position_RWM, cache)
+    x, cache = run(kv_cache.append, chunk, dtype=dtype, fused=fused, mlp=mlp)
+    last = Residual.of(x.sum()[:, :, -1])
+    return mlp.gather(_final_norm(params, config, last, dtype)), cache
+
+
+def _with_cache(
+    params: Params,
+    config: ModelConfig,
+    ids: Array,
+    position: Array,
+    cache: tuple,
+    extend: Callable,
+    step: DecodeStep | Chunk,
+    *,
+    dtype: Any,
+    fused: bool,
+    mlp: MlpPlacement,
+    kinds: tuple = (AddNorm, frozen_product),
+) -> tuple[Residual, tuple]:
+    """States of new tokens after all layers, and the updated cache by layer.
+
+    `extend(cache, queries, keys, values, step)` is a method of the cache; `kinds`: as in `Block`.
+    """
+    positions = _Positions.of(config, position)
+    x = Residual.of(mlp.scatter(_embed(params, config, ids, dtype)))
+    kept = list(cache)
     for i, (layer, of_layer) in enumerate(zip(config.layers, params["layers"], strict=True)):
         cos_sin = positions.angles[layer.rotary]
         at_layer = step.replace(cos_sin=cos_sin, window=layer.window, cap=config.attention_cap)
 
         def attend(q, k, v, i=i, at_layer=at_layer):
-            out, cache[i] = kv_cache.extend(cache[i], positions.grown(q), k, v, at_layer)
+            out, kept[i] = extend(kept[i], positions.grown(q), k, v, at_layer)
             return out, None
 
-        block = Block(config, layer, dtype, fused, mlp, norm, frozen_product)
+        block = Block(config, layer, dtype, fused, mlp, *kinds)
         x, _ = block.apply({"params": of_layer}, x, attend)
-    return mlp.gather(_final_norm(params, config, x, dtype, norm)), tuple(cache)
+    return x, tuple(kept)

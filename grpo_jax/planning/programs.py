@@ -33,6 +33,7 @@ from grpo_jax.planning import hlo
 from grpo_jax.planning.compiled import Compiled, Known, Program, bytes_per_device
 from grpo_jax.planning.lengths import Lengths
 from grpo_jax.planning.rows import Rows
+from grpo_jax.sampling import programs as sampling_programs
 from grpo_jax.sampling.decode import Slots
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup import critic as critic_lib
@@ -335,9 +336,8 @@ class Step:
         lanes = drawing.slots.live_RW.size
         tokens = max(length_PG.max(), -(-length_PG.sum() // lanes)) - 1
         in_step, found = phase == "rollout", []
-        for call in engine.sampling(
-            published, drawing.prompts, drawing.group, self.lengths.prompt, drawing.temperature
-        ):
+        asked = drawing.prompts, drawing.group, self.lengths.prompt, drawing.temperature
+        for call in sampling_programs.first_turns(engine, published, *asked):
             waves = -(-length_PG.size // lanes) if call.program is engine.admit else 1
             runs, loops, read = waves if in_step else 0, 1.0, {}
             if in_step and call.program is engine.decode:
@@ -353,8 +353,10 @@ class Step:
         """
         drawing, found = self.rollout, []
         longest = self.lengths.prompt + self.config.rollout.max_tokens
-        where = drawing.published, drawing.prompts, drawing.group, longest, drawing.temperature
-        for call in drawing.engine.sampling_later(*where):
+        where = drawing.engine, drawing.published, drawing.prompts, drawing.group
+        asked = *where, self.lengths.prompt, longest, drawing.temperature
+        is_eager = self.config.environment.order == "eager"
+        for call in sampling_programs.later_turns(*asked, eager=is_eager):
             beside = *learning, drawing.published
             found.append(Program.of(call, "rollout", beside, "later ", runs=0))
         return found

@@ -64,10 +64,16 @@ class Board:
     """The completion that each lane decodes: its global row number, or -1; slots by shard."""
 
     row_SRW: np.ndarray
+    # What later turns in the same lanes need to know of the present ones.
+    owner_SRW: np.ndarray  # the completion that the lane decodes or has decoded, or -1
+    begin_SRW: np.ndarray  # of its turn, the position of the first token among the lane's own
+    last_SRW: np.ndarray  # the position of the last token, once the turn has ended
+    column: int = 0  # of the ring, at which the turns of all lanes began
 
     @staticmethod
     def empty(shards: int, slots: int, lanes: int) -> Board:
-        return Board(np.full((shards, slots, lanes), -1))
+        shape = shards, slots, lanes
+        return Board(*(np.full(shape, fill) for fill in (-1, -1, 0, 0)))
 
     @property
     def row_RW(self) -> np.ndarray:  # noqa: N802
@@ -103,15 +109,28 @@ class Board:
             key_SAW2[s, a, : len(rows)], used_SAW[s, a, : len(rows)] = key_B2[rows], True
             first_SAW[s, a], limit_SAW[s, a] = turn.first, turn.limit
             self.row_SRW[s, free[s][a], : len(rows)] = rows
+            self.owner_SRW[s, free[s][a]] = self.row_SRW[s, free[s][a]]
+            self.begin_SRW[s, free[s][a]] = 0
         fields = prompt_SAQ, length_SA, slot_SA, key_SAW2, used_SAW, first_SAW, limit_SAW
         return tuple(x.reshape(-1, *x.shape[2:]) for x in fields)
+
+    def ended(self, done_RW: np.ndarray, time_RW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Frees lanes; returns their rows, and where their turns began, in the device's layout.
+
+        `time_RW`: the position of each lane's last token.
+        """
+        in_layout = lambda x_SRW: x_SRW.reshape(done_RW.shape)  # noqa: E731
+        rows, begin_B = self.row_RW[done_RW], in_layout(self.begin_SRW)[done_RW]
+        in_layout(self.last_SRW)[done_RW] = time_RW[done_RW]
+        self.row_RW[done_RW] = -1
+        return rows, begin_B
 
     def moved(self, layout: tuple[int, int]) -> tuple[Board, tuple]:
         """The live completions on a smaller board, and the arguments of `decode.compact`."""
         shards, (num_slots, lanes) = len(self.row_SRW), layout
         slot_SR = np.zeros((shards, num_slots), np.int32)
         lane_SRW = np.zeros((shards, num_slots, lanes), np.int32)
-        new = Board.empty(shards, num_slots, lanes)
+        new = dataclasses.replace(Board.empty(shards, num_slots, lanes), column=self.column)
         for s in range(shards):
             at = 0
             for old, rows in enumerate(self.row_SRW[s]):
@@ -119,6 +138,16 @@ class Board:
                 for start in range(0, len(alive), lanes):
                     part = alive[start : start + lanes]
                     slot_SR[s, at], lane_SRW[s, at, : len(part)] = old, part
-                    new.row_SRW[s, at, : len(part)] = rows[part]
+                    for name in ("row_SRW", "owner_SRW", "begin_SRW", "last_SRW"):
+                        of_old = getattr(self, name)[s, old, part]
+                        getattr(new, name)[s, at, : len(part)] = of_old
                     at += 1
         return new, (slot_SR.reshape(-1), lane_SRW.reshape(-1, lanes), new.row_RW >= 0)
+
+    def put_back(self, smaller: Board) -> None:
+        """Takes over what has become of the lanes that have moved to a smaller board."""
+        place_of = {row: n for n, row in enumerate(self.owner_SRW.flat)}
+        for n, row in enumerate(smaller.owner_SRW.flat):
+            if row >= 0:
+                self.row_SRW.flat[place_of[row]] = smaller.row_SRW.flat[n]
+                self.last_SRW.flat[place_of[row]] = smaller.last_SRW.flat[n]

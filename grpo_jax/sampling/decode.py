@@ -111,16 +111,19 @@ def decoder_for(
 
 @struct.dataclass
 class Slots:
-    """Completions in progress. The contents of a lane that is not live are not used again."""
+    """Completions in progress.
+
+    The contents of a lane that is not live are used again only by a later turn of its completion.
+    """
 
     cache: tuple  # per layer, in the form of `Decoder.kv_cache`
     column_1: Array  # ring column of every lane's next token
     prompt_length_R: Array
     key_RW2: Array  # uint32: the completion's random key
     token_RW: Array  # last token
-    time_RW: Array  # its position among the tokens that the lane draws
-    first_RW: Array  # position of the first of these in the completion; not 0 in a later turn
-    limit_RW: Array  # tokens that the lane may draw
+    time_RW: Array  # its position among the lane's own tokens, those after the slot's prompt
+    first_RW: Array  # position of the first of these in the completion; 0 unless it was read again
+    limit_RW: Array  # own tokens that the lane may have by the end of its turn
     live_RW: Array  # bool
     stopped_RW: Array  # bool: ended by a stop token
     completion_RWC: Array
@@ -149,7 +152,7 @@ def empty(decoder: Decoder, slots: int, lanes: int, prompt_tokens: int) -> Slots
 
 
 @jax.named_scope("choose")
-def _choose(decoder: Decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature):
+def choose(decoder: Decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature):
     """The token at position `time_RW` of each completion and its log-probability, both [R, W].
 
     Without a temperature it is the token with the highest logit. The uniform number of a draw
@@ -192,7 +195,7 @@ def _by_part(parts: int, f):
     return of_all
 
 
-def _is_stop(decoder: Decoder, token: Array) -> Array:
+def is_stop(decoder: Decoder, token: Array) -> Array:
     stop = jnp.zeros(token.shape, bool)
     for stop_id in decoder.stop_ids:
         stop |= token == stop_id
@@ -230,10 +233,10 @@ def admit(
     )
     lanes = used_AW.shape
     hidden_AWD = jnp.broadcast_to(hidden_AD[:, None], (*lanes, hidden_AD.shape[-1]))
-    token_AW, logp_AW = _choose(
+    token_AW, logp_AW = choose(
         decoder, hidden_AWD, parameters.head_kernel(params), key_AW2, first_AW, temperature
     )
-    stop_AW = _is_stop(decoder, token_AW)
+    stop_AW = is_stop(decoder, token_AW)
     by_part = functools.partial(_by_part, decoder.parts)
     put_all = by_part(lambda old, new, slot_A: old.at[slot_A].set(new, mode="drop"))
     put = lambda old, new: put_all(old, new, slot_A)  # noqa: E731
@@ -311,11 +314,11 @@ def decode(
         )
         time_RW = slots.time_RW + live_RW
         place_RW = slots.first_RW + time_RW
-        token_RW, logp_RW = _choose(
+        token_RW, logp_RW = choose(
             decoder, hidden_RWD, head_DV, slots.key_RW2, place_RW, temperature
         )
         at = jnp.where(live_RW, time_RW, decoder.max_tokens)  # past the end: dropped
-        stop_RW = live_RW & _is_stop(decoder, token_RW)
+        stop_RW = live_RW & is_stop(decoder, token_RW)
         return slots.replace(
             cache=cache,
             column_1=(slots.column_1 + 1) % decoder.max_tokens,
@@ -349,3 +352,21 @@ def compact(decoder: Decoder, slots: Slots, slot_R: Array, lane_RW: Array, live_
     of_slots = slots.replace(column_1=())
     moved_slots = _by_part(decoder.parts, moved)(of_slots, slot_R, lane_RW)
     return moved_slots.replace(column_1=slots.column_1, live_RW=live_RW)
+
+
+@jax.named_scope("rollout/put_back")
+def put_back(
+    decoder: Decoder, slots: Slots, smaller: Slots, slot_R: Array, lane_RW: Array, live_RW: Array
+) -> Slots:
+    """The slots from which `compact` made `smaller`, with what its lanes have got since.
+
+    That is what a later turn reads of it, the cache.
+    """
+
+    def put(caches: tuple, slot_R: Array, lane_RW: Array, live_RW: Array) -> tuple:
+        slot_RW = jnp.where(live_RW, slot_R[:, None], len(slots.live_RW))  # past the end: dropped
+        of_layer = functools.partial(decoder.kv_cache.put_back, limit=decoder.max_tokens)
+        return tuple(of_layer(*pair, slot_RW, lane_RW) for pair in zip(*caches))
+
+    caches = slots.cache, smaller.cache
+    return slots.replace(cache=_by_part(decoder.parts, put)(caches, slot_R, lane_RW, live_RW))

@@ -25,14 +25,15 @@ import numpy as np
 from grpo_jax.devices import by_shard as by_shard_lib
 from grpo_jax.devices import compiling, sharding, transfer
 from grpo_jax.devices.compiling import Call
-from grpo_jax.sampling import decode, shapes
+from grpo_jax.sampling import appending, decode, shapes
 from grpo_jax.sampling import layouts as layouts_lib
 from grpo_jax.sampling.board import NO_MORE, Board, Drawn, Queues, Source, Turn
+from grpo_jax.sampling.kept import Chunks, Kept
 from grpo_jax.sampling.publish import Publisher
 from grpo_jax.structs import Array, Params, Rollouts, pad_rows
 
 _NEVER = 2**30
-_NONE = -1, 1  # (slots, lanes): no smaller layout
+NO_LAYOUT = -1, 1  # (slots, lanes): no smaller layout
 
 
 @jax.jit
@@ -83,7 +84,10 @@ class Engine:
         )
         self.admit = jit(by_shard(with_decoder(decode.admit), 2), donate_argnums=2)
         self.decode = jit(by_shard(with_decoder(decode.decode), 4), donate_argnums=5)
-        self._compact = jit(by_shard(with_decoder(decode.compact), 0))
+        self.compact_slots = jit(by_shard(with_decoder(decode.compact), 0))
+        self.put_back = jit(by_shard(with_decoder(decode.put_back), 0), donate_argnums=0)
+        self.align = jit(by_shard(with_decoder(appending.align), 0), donate_argnums=0)
+        self.append = jit(by_shard(with_decoder(appending.append), 4), donate_argnums=4)
         self.publish = Publisher(decoder)
 
     @functools.cached_property
@@ -91,76 +95,18 @@ class Engine:
         """Bytes that decoding must read, for `roofline.rollout`; scales included."""
         return shapes.traffic(self.decoder, self.publish)
 
-    def sampling(
-        self, params: Params, num_prompts: int, group: int, longest: int, temperature: float
-    ) -> list[Call]:
-        """The programs of `generate` in their order, for prompts of at most `longest` tokens.
-
-        `params`: from `publish`, or their shapes. Further calls of `compact`, and prefills when
-        only some slots are free, are the same programs for fewer rows.
-        """
-        rows = num_prompts * group
-        keys = Call(row_keys, (jax.eval_shape(jax.random.key, 0), np.arange(rows, dtype=np.int32)))
-        layouts, width = self.layouts(num_prompts, group), self.padded(longest)
-        return [keys, *self._programs(params, layouts, width, temperature)]
-
-    def sampling_later(
-        self, params: Params, num_prompts: int, group: int, longest: int, temperature: float
-    ) -> list[Call]:
-        """The programs of `later_turns` of all completions at once, as `sampling`.
-
-        `longest`: tokens of the longest prefix. Fewer or shorter turns are the same programs for
-        smaller shapes.
-        """
-        first, *_ = self.layouts(num_prompts, group)
-        layouts = layouts_lib.of_turns(first, first[0] * first[1], compact=self.compact)
-        return self._programs(params, layouts, layouts_lib.turn_width(longest), temperature)
-
-    def _programs(
-        self, params: Params, layouts: list[layouts_lib.Layout], width: int, temperature: float
-    ) -> list[Call]:
-        num_slots, lanes = layouts[0]
-        empty = Call(self.empty, (num_slots, lanes, width))
-        slots = empty.result()
-        temperature = np.float32(temperature) if temperature else None
-        number = self.read_at_once(num_slots) * self.shards
-        prompts = (
-            self._slot_rows((number, width), np.int32),
-            self._slot_rows((number,), np.int32),
-            self._slot_rows((number,), np.int32),
-            self._slot_rows((number, lanes, 2), np.uint32),
-            self._slot_rows((number, lanes), np.bool_),
-            *[self._slot_rows((number, lanes), np.int32)] * 2,
-        )
-        following = layouts[1] if len(layouts) > 1 else _NONE
-        enough_S = self._slot_rows((self.shards,), np.int32)
-        calls = [
-            empty,
-            self._admitting(params, temperature, slots, prompts),
-            self._decoding(params, temperature, following, enough_S, slots),
-        ]
-        if len(layouts) > 1:
-            number, lanes = layouts[1][0] * self.shards, layouts[1][1]
-            moves = (
-                self._slot_rows((number,), np.int32),
-                self._slot_rows((number, lanes), np.int32),
-                self._slot_rows((number, lanes), np.bool_),
-            )
-            calls.append(Call(self._compact, (slots, *moves)))
-        return calls
-
-    def _admitting(self, params, temperature, slots: decode.Slots, prompts: tuple) -> Call:
+    def admitting(self, params, temperature, slots: decode.Slots, prompts: tuple) -> Call:
         return Call(self.admit, (params, temperature, slots, *prompts))
 
-    def _decoding(
+    def decoding(
         self, params, temperature, following: tuple[int, int], enough_S, slots: decode.Slots
     ) -> Call:
         return Call(self.decode, (params, temperature, *following, enough_S, slots))
 
-    def _slot_rows(self, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-        axes = ("slots",) + (None,) * (len(shape) - 1)
-        placed = sharding.sharding_of(self.decoder.mesh, axes, shape)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+    def appending(
+        self, params, temperature, column, age, slots: decode.Slots, lanes: tuple
+    ) -> Call:
+        return Call(self.append, (params, temperature, column, age, slots, *lanes))
 
     def generate(
         self,
@@ -238,18 +184,22 @@ class Engine:
         temperature: float,
         *,
         limit: int | None = None,
+        kept: Kept | None = None,
         meanwhile: Callable[[], None] | None = None,
     ) -> Iterator[Drawn]:
         """`group` completions of every prompt, as they finish, each of at most `limit` tokens.
 
-        `key_B2`: from `keys`; `meanwhile`: as for `generate`. None: the limit of completions.
+        `key_B2`: from `keys`; `meanwhile`: as for `generate`. `limit` None: that of completions.
+        `kept`: takes the slots afterwards, if they hold all completions at once.
         """
         layouts = self.layouts(len(prompts), group)
         limit = limit or self.decoder.max_tokens
         queues = self._queues(prompts, group, layouts[0][1], limit)
         width = self.padded(max(map(len, prompts)))
+        if max(map(len, queues)) > layouts[0][0]:
+            kept = None
         yield from self._drawn(
-            params, queues, layouts, width, key_B2, temperature, meanwhile=meanwhile
+            params, queues, layouts, width, key_B2, temperature, meanwhile=meanwhile, kept=kept
         )
 
     def later_turns(
@@ -264,20 +214,44 @@ class Engine:
         *,
         expected: int = 0,
         source: Source = NO_MORE,
+        kept: Kept | None = None,
     ) -> Iterator[Drawn]:
         """Turns of single completions that go on, as they finish.
 
         `num_prompts` and `group` are those of `first_turns`, whose slots bound those used here.
         `width`: tokens of the longest prefix, from `layouts.turn_width`. `source` gives further
-        turns of at most that length, `expected` of them at once with those in `turns`.
+        turns of at most that length, `expected` of them at once with those in `turns`. If `kept`
+        holds these completions, only what is new is computed.
         """
-        queues: Queues = [collections.deque() for _ in range(self.shards)]
+        if kept is not None and kept.holds([turn.rows[0] for turn in turns]):
+            yield from self._gone_on(params, turns, kept, key_B2, temperature)
+            return
+        queues = self._no_queues()
         for shard, turn in zip(self.shards_of(turns, num_prompts, group), turns):
             queues[shard].append(turn)
         needed = max(*map(len, queues), -(-(len(turns) + expected) // self.shards))
         first = self.layouts(num_prompts, group)[0]
         layouts = layouts_lib.of_turns(first, needed, compact=self.compact)
         yield from self._drawn(params, queues, layouts, width, key_B2, temperature, source=source)
+
+    def _gone_on(
+        self, params, turns: Sequence[Turn], kept: Kept, key_B2, temperature: float
+    ) -> Iterator[Drawn]:
+        """Turns that go on in the lanes in which the last ones ended."""
+        slots, board, layouts = self._shrink(*kept.taken(turns))
+        chunks = Chunks.of(board, turns, self.decoder.max_tokens)
+        place = functools.partial(transfer.shard_rows, self.decoder.mesh, axis="slots")
+        if chunks.shift_RW.any():
+            slots = self.align(slots, place(chunks.shift_RW))
+        after = np.float32(temperature) if temperature else None, np.int32(chunks.column)
+        for ids_RWM, age in chunks.pieces:
+            lanes = place((ids_RWM, *chunks.of_lanes))
+            slots = self.appending(params, *after, np.int32(age), slots, lanes)()
+        yield from self._drawn(
+            *(params, self._no_queues(), layouts, kept.width, key_B2, temperature),
+            begun=(slots, board),
+            kept=kept,
+        )
 
     def shards_of(self, turns: Sequence[Turn], num_prompts: int, group: int) -> np.ndarray:
         """The shard of each turn: with several processes that of its first turn."""
@@ -316,13 +290,21 @@ class Engine:
         key_B2: np.ndarray,
         temperature: float,
         *,
+        begun: tuple[decode.Slots, Board] | None = None,
         meanwhile: Callable[[], None] | None = None,
         source: Source = NO_MORE,
+        kept: Kept | None = None,
     ) -> Iterator[Drawn]:
-        """Completions as they finish."""
-        num_slots, lanes = layouts[0]
-        board = Board.empty(self.shards, num_slots, lanes)
-        slots = self.empty(num_slots, lanes, width)
+        """Completions as they finish.
+
+        `begun`: slots in which some are decoded already. `kept`: takes the slots at the end.
+        """
+        whole, (num_slots, lanes) = layouts, layouts[0]
+        if begun is None:
+            board = Board.empty(self.shards, num_slots, lanes)
+            slots = self.empty(num_slots, lanes, width)
+        else:
+            slots, board = begun
         temperature = np.float32(temperature) if temperature else None
         at_once = self.read_at_once(num_slots)
         # Refills wait until a quarter of the slots is free: each one interrupts all lanes.
@@ -340,7 +322,7 @@ class Engine:
                 break
             size = at_once if board.free_SR.all() else min(refill, at_once)
             while any(queue and free_R.any() for queue, free_R in zip(waiting, board.free_SR)):
-                slots = self._admitting(
+                slots = self.admitting(
                     params, temperature, slots, self._placed(board, waiting, size, width, key_B2)
                 )()
             if meanwhile is not None:  # the device has something to do
@@ -349,15 +331,17 @@ class Engine:
             finished.append(self._harvest(slots, board))  # those that ended with their first token
             is_last = not any(waiting) and not source.pending
             if is_last:
-                slots, board, layouts = self._shrink(slots, board, layouts)
+                slots, board, layouts = self._shrink(slots, board, layouts, kept)
             if not board.is_busy:
                 continue
             self.shapes.add((*board.row_SRW.shape[1:], width))
-            following = layouts[1] if is_last and len(layouts) > 1 else _NONE
+            following = layouts[1] if is_last and len(layouts) > 1 else NO_LAYOUT
             enough_S = self._enough(waiting, board, refill, source.pending)
-            slots = self._decoding(params, temperature, following, enough_S, slots)()
+            slots = self.decoding(params, temperature, following, enough_S, slots)()
             yield from finished  # processed while the device decodes
             finished = [self._harvest(slots, board)]
+        if kept is not None:
+            kept.keep(*self._widened(slots, board, kept), whole, width)
         yield from finished
 
     def _queues(self, prompts: Sequence[list[int]], group: int, lanes: int, limit: int) -> Queues:
@@ -376,10 +360,13 @@ class Engine:
         shard_of = self._shard_of(len(parts))
         if jax.process_count() > 1 and num_prompts % sharding.num_row_shards(self.decoder.mesh):
             shard_of = self._shard_of(num_prompts).repeat(len(parts) // num_prompts)
-        queues: Queues = [collections.deque() for _ in range(self.shards)]
+        queues = self._no_queues()
         for shard, turn in zip(shard_of, parts):
             queues[shard].append(turn)
         return queues
+
+    def _no_queues(self) -> Queues:
+        return [collections.deque() for _ in range(self.shards)]
 
     def _enough(self, waiting: Queues, board: Board, refill: int, more_come: bool) -> Array:
         """The number of free slots at which each shard returns to the host, if any prompt waits.
@@ -406,24 +393,48 @@ class Engine:
         """
         live_RW, row_RW = transfer.to_host(slots.live_RW), board.row_RW
         done = (row_RW >= 0) & ~live_RW
-        rows = row_RW[done]
-        row_RW[done] = -1
-        if not len(rows):
-            return Drawn(rows, *[np.zeros((0,))] * 4)
+        if not done.any():
+            return Drawn(row_RW[done], *[np.zeros((0,))] * 4)
         token_BC, logp_BC = (
             x[done] for x in transfer.rows_held((slots.completion_RWC, slots.logp_RWC))
         )
         time_RW, stopped_RW = transfer.to_host((slots.time_RW, slots.stopped_RW))
-        return Drawn(rows, token_BC, logp_BC, time_RW[done] + 1, stopped_RW[done])
+        rows, begin_B = board.ended(done, time_RW)
+        if begin_B.any():  # what is before was told in earlier turns
+            at_BC = (begin_B[:, None] + np.arange(token_BC.shape[1])) % token_BC.shape[1]
+            token_BC, logp_BC = (np.take_along_axis(x, at_BC, 1) for x in (token_BC, logp_BC))
+        length_B = time_RW[done] + 1 - begin_B
+        return Drawn(rows, token_BC, logp_BC, length_B, stopped_RW[done])
 
-    def _shrink(self, slots: decode.Slots, board: Board, layouts: list[tuple[int, int]]):
-        """Moves the live completions to the smallest layout that holds them."""
+    def _shrink(
+        self,
+        slots: decode.Slots,
+        board: Board,
+        layouts: list[layouts_lib.Layout],
+        kept: Kept | None = None,
+    ) -> tuple[decode.Slots, Board, list[layouts_lib.Layout]]:
+        """Moves the live completions to the smallest layout that holds them.
+
+        With `kept` the others stay where they are.
+        """
         live_SR = (board.row_SRW >= 0).sum(axis=2)
         fitting = [
             i for i, (r, w) in enumerate(layouts) if i and (-(-live_SR // w)).sum(1).max() <= r
         ]
         if not fitting or not live_SR.any():
             return slots, board, layouts
+        if kept is not None:
+            slots, board = self._widened(slots, board, kept)
         new, moves = board.moved(layouts[fitting[-1]])
-        slots = self._compact(slots, *transfer.shard_rows(self.decoder.mesh, moves, "slots"))
-        return slots, new, layouts[fitting[-1] :]
+        placed = transfer.shard_rows(self.decoder.mesh, moves, "slots")
+        if kept is not None:
+            kept.shelf = slots, board, placed
+        return self.compact_slots(slots, *placed), new, layouts[fitting[-1] :]
+
+    def _widened(self, slots: decode.Slots, board: Board, kept: Kept) -> tuple[decode.Slots, Board]:
+        """The slots that `_shrink` has left, with what the moved completions have got since."""
+        if kept.shelf is None:
+            return slots, board
+        (wide, wide_board, placed), kept.shelf = kept.shelf, None
+        wide_board.put_back(board)
+        return self.put_back(wide, slots, *placed), wide_board

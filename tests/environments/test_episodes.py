@@ -47,7 +47,7 @@ class World:
     num_live, num_lost = 7, 3
 
     def __init__(self, late=lambda row: 0):
-        self.late, self.waiting, self.log = late, [], []
+        self.late, self.waiting, self.log, self.turns = late, [], [], []
         self.said: dict[int, list[list[int]]] = {}
 
     def _answer(self, row, kind, **fields):
@@ -62,6 +62,7 @@ class World:
 
     def act(self, row, turn, messages):
         assert messages[-1] is turn.message
+        self.turns.append(("drawn", row))
         ids = [int(i) for i in turn.message["content"][1:-1].split(", ")]
         turns = self.said.setdefault(row, [])
         if ids[0] % 5 == 0:
@@ -81,6 +82,7 @@ class World:
         for one in self.waiting:
             one[0] -= 1
         due = [answer for wait, answer in self.waiting if wait < 0]
+        self.turns += [("answered", a.row) for a in due if a.kind == "act"]
         self.waiting = [one for one in self.waiting if one[0] >= 0]
         return due
 
@@ -185,6 +187,17 @@ def test_neither_slots_nor_mesh_nor_order_change_a_draw(whole, params, case):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name), name)
     np.testing.assert_allclose(got.logp_PGC, want.logp_PGC, atol=1e-5)
     assert got_told.outcomes == told.outcomes and len(ended) == len(PROMPTS)
+    # Of the others every later turn went on in its lane.
+    assert (got_told.read_again == 0) == (case == "mesh")
+
+
+def test_eagerly_no_episode_waits_for_another_answer(whole, params):
+    """The last row's first answer comes when all others have had all of their turns."""
+    world = World(late=lambda row: 500 * (row == 15))
+    got, told, _ = sample(params, world, eager=True)
+    np.testing.assert_array_equal(got.completion_PGC, whole[0].completion_PGC)
+    assert told.turns_B[15] > 1
+    assert {row for _, row in world.turns[world.turns.index(("answered", 15)) :]} == {15}
 
 
 def test_seeds_and_columns_of_the_environments(whole):
@@ -211,4 +224,4 @@ def test_what_is_told(whole):
     assert values["environment/failed_calls/error"] == answers
     assert values["environment/seconds_max"] == 0.5 * told.turns_B[told.seconds_B.argmax()]
     assert sum(v for n, v in values.items() if "/ended/" in n) == 1
-    assert values["environment/restarts"] == 3 and values["environment/read_again"] > 0
+    assert values["environment/restarts"] == 3 and values["environment/read_again"] == 0

@@ -112,6 +112,20 @@ def test_a_critic_is_planned():
     assert 8 * critic <= more["optimizer"] < 8 * critic + 64
 
 
+def test_later_turns_are_planned():
+    """They go on in their lanes if all have one; else, and eagerly, prefixes are read again."""
+    asked = ["--config.environment.tools=['math:floor']", "--config.rollout.max_tokens=24"]
+    for more, names in (
+        ([], {"align", "append", "put_back"}),
+        (["--config.rollout.num_slots=4"], {"empty_slots", "admit", "decode"}),
+        (["--config.environment.order=eager"], {"empty_slots", "admit", "decode", "compact"}),
+    ):
+        config = loading.load(TINY, [*asked, *more])
+        step = Step(config, model_lib.model_shape(config), tiny.one_device(), Lengths.of(config))
+        later = {p.name.removeprefix("later ") for p in step.programs() if "later" in p.name}
+        assert later == names
+
+
 def test_how_often_a_step_decodes():
     """A token a turn of the decoder's loop and lane, whatever fills the lanes."""
     for slots, waves in ((0, 1), (4, 4)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 
@@ -21,6 +22,7 @@ from grpo_jax.sampling import decode, layouts
 from grpo_jax.sampling.board import Turn
 from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
+from grpo_jax.sampling.kept import Kept
 from grpo_jax.structs import Layer, Sampling
 
 GROUP, LIMIT = 4, 16
@@ -444,8 +446,8 @@ def test_publish_takes_the_layers_apart():
     )
 
 
-def in_turns(engine, params, cuts):
-    """The completions of PROMPTS, drawn in turns of at most `cuts` tokens, as lists of tokens."""
+def in_turns(engine, params, cuts, kept=None):
+    """The completions of PROMPTS, drawn in turns of about `cuts` tokens, as lists of tokens."""
     num_prompts, published = len(PROMPTS), engine.publish(params)
     rows = num_prompts * GROUP
     key_B2 = engine.keys(KEY, rows)
@@ -464,20 +466,21 @@ def in_turns(engine, params, cuts):
                 if not stopped and len(ids[row]) < LIMIT:
                     open_rows.add(row)
 
-    take(engine.first_turns(published, PROMPTS, GROUP, key_B2, 1.0, limit=cuts[0]))
+    take(engine.first_turns(published, PROMPTS, GROUP, key_B2, 1.0, limit=cuts[0], kept=kept))
     for cut in cuts[1:]:
         turns = [
             Turn(
                 [row],
                 PROMPTS[row // GROUP] + ids[row],
                 len(ids[row]),
-                min(cut, LIMIT - len(ids[row])),
+                min(cut + row % 3, LIMIT - len(ids[row])),
             )
             for row in sorted(open_rows)
         ]
         if turns:
             width = layouts.turn_width(max(len(turn.ids) for turn in turns))
-            take(engine.later_turns(published, turns, num_prompts, GROUP, width, key_B2, 1.0))
+            where = num_prompts, GROUP, width
+            take(engine.later_turns(published, turns, *where, key_B2, 1.0, kept=kept))
     assert not open_rows
     return ids, logp
 
@@ -490,6 +493,36 @@ def test_the_cut_into_turns_changes_no_draw(params, whole, num_slots, compact):
             n = whole.length_PG[p, g]
             assert ids[row] == whole.completion_PGC[p, g, :n].tolist()
             np.testing.assert_allclose(logp[row], whole.logp_PGC[p, g, :n], atol=1e-5)
+
+
+def test_turns_go_on_in_their_lanes(params, whole, monkeypatch):
+    """Turns of unlike lengths, lanes that move to a smaller batch; no prefix is read again."""
+    names, calls = ("append", "align", "compact_slots", "put_back"), collections.Counter()
+    for cuts in ((3, 1, LIMIT), (1, 3, 4, LIMIT)):
+        used = engine()
+        for name in (*names, "admit"):
+            program = getattr(used, name)
+
+            def counting(*args, name=name, program=program):
+                calls[name] += 1
+                return program(*args)
+
+            monkeypatch.setattr(used, name, counting)
+        ids, logp = in_turns(used, params, cuts, Kept())
+        for row, (p, g) in enumerate(np.ndindex(whole.length_PG.shape)):
+            n = whole.length_PG[p, g]
+            assert ids[row] == whole.completion_PGC[p, g, :n].tolist()
+            np.testing.assert_allclose(logp[row], whole.logp_PGC[p, g, :n], atol=1e-5)
+    assert calls["admit"] == 2 and calls["append"] == 5
+    assert calls["align"] and calls["compact_slots"] > calls["put_back"] > 0
+
+
+def test_slots_that_were_needed_for_others_are_not_kept(params, whole):
+    kept = Kept()
+    ids, _ = in_turns(engine(8), params, (5, LIMIT), kept)
+    assert not kept.holds([0])
+    for row, (p, g) in enumerate(np.ndindex(whole.length_PG.shape)):
+        assert ids[row] == whole.completion_PGC[p, g, : whole.length_PG[p, g]].tolist()
 
 
 def test_turns_that_come_while_others_are_decoded(params, whole):

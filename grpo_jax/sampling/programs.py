@@ -1,0 +1,112 @@
+"""The device programs of a draw in their order, as a plan lists them before a run."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+
+from grpo_jax.devices import sharding
+from grpo_jax.devices.compiling import Call
+from grpo_jax.sampling import kept
+from grpo_jax.sampling import layouts as layouts_lib
+from grpo_jax.sampling.engine import NO_LAYOUT, Engine, row_keys
+from grpo_jax.structs import Params
+
+
+def first_turns(
+    engine: Engine, params: Params, num_prompts: int, group: int, longest: int, temperature: float
+) -> list[Call]:
+    """The programs of `Engine.generate`, for prompts of at most `longest` tokens.
+
+    `params`: from `publish`, or their shapes. Further calls of `compact`, and prefills when only
+    some slots are free, are the same programs for fewer rows.
+    """
+    rows = num_prompts * group
+    keys = Call(row_keys, (jax.eval_shape(jax.random.key, 0), np.arange(rows, dtype=np.int32)))
+    layouts, width = engine.layouts(num_prompts, group), engine.padded(longest)
+    return [keys, *_of_layouts(engine, params, layouts, width, temperature)]
+
+
+def later_turns(
+    engine: Engine,
+    params: Params,
+    num_prompts: int,
+    group: int,
+    prompt_tokens: int,
+    longest: int,
+    temperature: float,
+    *,
+    eager: bool,
+) -> list[Call]:
+    """The programs of `Engine.later_turns` of all completions at once.
+
+    `longest`: tokens of the longest prefix, of which `prompt_tokens` are the prompt's. Fewer or
+    shorter turns are the same programs for smaller shapes. `eager`: no slots are kept for them.
+    """
+    first, *_ = layouts = engine.layouts(num_prompts, group)
+    if eager or first[0] * first[1] * engine.shards < num_prompts * group:
+        layouts = layouts_lib.of_turns(first, first[0] * first[1], compact=engine.compact)
+        width = layouts_lib.turn_width(longest)
+        return _of_layouts(engine, params, layouts, width, temperature)
+    slots = Call(engine.empty, (*first, engine.padded(prompt_tokens))).result()
+    lanes = first[0] * engine.shards, first[1]
+    size = kept.sizes_for(engine.decoder.max_tokens)[-1]
+    number = _slot_rows(engine, lanes, np.int32)
+    new = _slot_rows(engine, (*lanes, size), np.int32), *[number] * 3
+    after = _rounded(temperature), np.int32(0), np.int32(0)
+    calls = [Call(engine.align, (slots, number)), engine.appending(params, *after, slots, new)]
+    if len(layouts) > 1:
+        moves = _moves(engine, layouts[1])
+        smaller = Call(engine.compact_slots, (slots, *moves)).result()
+        calls.append(Call(engine.put_back, (slots, smaller, *moves)))
+    return calls
+
+
+def _of_layouts(
+    engine: Engine,
+    params: Params,
+    layouts: list[layouts_lib.Layout],
+    width: int,
+    temperature: float,
+) -> list[Call]:
+    num_slots, lanes = layouts[0]
+    empty = Call(engine.empty, (num_slots, lanes, width))
+    slots, temperature = empty.result(), _rounded(temperature)
+    number = engine.read_at_once(num_slots) * engine.shards
+    prompts = (
+        _slot_rows(engine, (number, width), np.int32),
+        _slot_rows(engine, (number,), np.int32),
+        _slot_rows(engine, (number,), np.int32),
+        _slot_rows(engine, (number, lanes, 2), np.uint32),
+        _slot_rows(engine, (number, lanes), np.bool_),
+        *[_slot_rows(engine, (number, lanes), np.int32)] * 2,
+    )
+    following = layouts[1] if len(layouts) > 1 else NO_LAYOUT
+    enough_S = _slot_rows(engine, (engine.shards,), np.int32)
+    calls = [
+        empty,
+        engine.admitting(params, temperature, slots, prompts),
+        engine.decoding(params, temperature, following, enough_S, slots),
+    ]
+    if len(layouts) > 1:
+        calls.append(Call(engine.compact_slots, (slots, *_moves(engine, layouts[1]))))
+    return calls
+
+
+def _moves(engine: Engine, layout: layouts_lib.Layout) -> tuple[jax.ShapeDtypeStruct, ...]:
+    lanes = layout[0] * engine.shards, layout[1]
+    return (
+        _slot_rows(engine, lanes[:1], np.int32),
+        _slot_rows(engine, lanes, np.int32),
+        _slot_rows(engine, lanes, np.bool_),
+    )
+
+
+def _rounded(temperature: float) -> np.float32 | None:
+    return np.float32(temperature) if temperature else None
+
+
+def _slot_rows(engine: Engine, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    axes = ("slots",) + (None,) * (len(shape) - 1)
+    placed = sharding.sharding_of(engine.decoder.mesh, axes, shape)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
