@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import random
 from collections.abc import Callable
 from typing import NamedTuple
@@ -33,6 +34,22 @@ def make(count: int = 1000, seed: int = 0) -> list[Case]:
             num_long += 1
         cases.append(Case(kind, function(rng), expected, can_hang))
     return cases
+
+
+def of_each_kind(short: int = 20, long: int = 4) -> list[Case]:
+    """Different cases, some of every kind: each text of 1 MB once, of another kind `short` texts.
+
+    Of these, `long` have over 1,000 characters, since they take nearly all of the time.
+    """
+    cases: dict[str, Case] = {}
+    made: collections.Counter[tuple[str, bool]] = collections.Counter()
+    for case in make(4000):
+        is_long = len(case.completion) > 1000
+        most = 1 if case.kind in _LONG else long if is_long else short
+        if case.completion not in cases and made[case.kind, is_long] < most:
+            made[case.kind, is_long] += 1
+            cases[case.completion] = case
+    return list(cases.values())
 
 
 def _box(inside: str) -> str:

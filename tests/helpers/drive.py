@@ -5,7 +5,8 @@
 process; without "after" it runs to its end. With "in", "rollout", "draw" (the second one of a
 step), "rewards", "update" or "evaluation", it ignores that, and is abandoned in the next such
 phase, like a run that does not reach its end. With "killed" this process dies there by SIGKILL.
-"program" is "train" where it is not given. Prints one JSON line per job: how it ended.
+"program" is "train" where it is not given. Prints one JSON line per job: how it ended. With --serve
+in place of JOBS it makes a process for each list that it is asked for; see `driving.py`.
 
 Several processes that a launcher starts do the jobs together.
 """
@@ -149,5 +150,35 @@ def main(jobs: list[dict]) -> None:
     processes.shutdown()
 
 
+def serve() -> None:
+    """Does lists of jobs, each in a process that is forked from this one.
+
+    A line of standard input asks for one: its jobs, PYTHONPATH, folder, and file of output. A line
+    of standard output tells its status. This process has one thread, and has used no device.
+    """
+    if sys.platform == "linux":
+        assert len(os.listdir("/proc/self/task")) == 1, "a thread would be missing in each fork"
+    for line in sys.stdin:
+        asked = json.loads(line)
+        process = os.fork()
+        if not process:
+            return _become(asked)
+        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+
+
+def _become(asked: dict) -> None:
+    with open(os.devnull) as nothing, open(asked["output"], "w") as output:
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.chdir(asked["folder"])
+    os.environ["PYTHONPATH"] = asked["paths"]
+    sys.path[1:1] = filter(None, asked["paths"].split(os.pathsep))
+    main(asked["jobs"])
+
+
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    if sys.argv[1] == "--serve":
+        serve()
+    else:
+        main(json.loads(sys.argv[1]))

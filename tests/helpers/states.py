@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,14 +25,19 @@ OPTIMIZER = optim.adamw(
 
 def train_state(mesh, updates: int, model=MODEL, seed=0):
     """A state after some updates with random gradients."""
-    params = parameters.init(model, jax.random.key(seed))
+    params = jax.jit(functools.partial(parameters.init, model))(jax.random.key(seed))
     state = train_state_lib.start(params, model, mesh, OPTIMIZER)
     for step in range(updates):
-        grads = jax.tree.map(
-            lambda x, s=step: jax.random.normal(jax.random.key(s), x.shape), state.params
-        )
-        state, _ = accumulate.apply_gradient(state, OPTIMIZER, grads, jnp.float32(0))
+        placed = jax.tree.map(lambda x: x.sharding, state)
+        state = jax.device_put(_updated(state, step), placed)
     return state
+
+
+@jax.jit
+def _updated(state, step):
+    key = jax.random.key(step)
+    grads = jax.tree.map(lambda x: jax.random.normal(key, x.shape), state.params)
+    return accumulate.apply_gradient(state, OPTIMIZER, grads, jnp.float32(0))[0]
 
 
 def same_bits(a, b):

@@ -48,16 +48,22 @@ def experience() -> Experience:
     )
 
 
-def by_objective(of_objective):
-    """Loss and gradient of every objective in one program; `of_objective(objective, head)`."""
+def by_objective(of_objective, parts, given):
+    """Loss and gradient of every objective, summed over `parts`, by one program for all of them.
 
-    def all_of_them(head):
+    `of_objective(objective, head, *given(part))`.
+    """
+
+    @jax.jit
+    def all_of_them(head, part):
+        rows = given(part)
         return {
-            name: jax.value_and_grad(lambda h, o=objective: of_objective(o, h))(head)
+            name: jax.value_and_grad(lambda h, o=objective: of_objective(o, h, *rows))(head)
             for name, objective in OBJECTIVES.items()
         }
 
-    return jax.device_get(jax.jit(all_of_them)(np.asarray(HEAD)))
+    found = [all_of_them(np.asarray(HEAD), part) for part in parts]
+    return jax.device_get(jax.tree.map(lambda *each: sum(each), *found))
 
 
 SCORER = Scorer(tiny.MODEL, tiny.one_device(), Sampling(temperature=0.9))
@@ -67,11 +73,11 @@ HEAD = SCORER.head(tiny.params())
 @pytest.fixture(scope="module")
 def plain(experience):
     """A row for each completion; the arithmetic of `losses` on whole completions, [P, G, C]."""
-    hidden = SCORER.hidden(tiny.params(), experience.rollouts)
+    params = tiny.params()
     target = experience.rollouts.completion_PGC.reshape(P * G, C)
     action = jnp.asarray(experience.action_PGC)
 
-    def of_objective(objective, head):
+    def of_objective(objective, head, hidden):
         logits = (hidden @ head) / 0.9
         log_prob = jax.nn.log_softmax(logits)
         logp = jnp.take_along_axis(log_prob, target[..., None], -1)[..., 0]
@@ -85,7 +91,8 @@ def plain(experience):
         weight, count = losses.weights(action.reshape(-1, C), objective)
         return jnp.sum(weight.reshape(shape) * jnp.where(action, per_token, 0)) / count
 
-    return by_objective(of_objective)
+    rollouts = jax.tree.map(jnp.asarray, experience.rollouts)
+    return by_objective(of_objective, [rollouts], lambda part: [SCORER.hidden(params, part)])
 
 
 def packed_losses(experience, scorer, order=None):
@@ -93,22 +100,22 @@ def packed_losses(experience, scorer, order=None):
     params = tiny.params()
     groups = np.arange(P) if order is None else order
     rows = scorer.microbatches(experience.rollouts, groups)
-    parts = []
-    for m in range(int(rows.number)):
-        where = [jnp.asarray(x[0, m]) for x in rows.arrays]
+    parts = [[jnp.asarray(x[0, m]) for x in rows.arrays] for m in range(int(rows.number))]
+
+    all_rows = jax.tree.map(jnp.asarray, experience)
+
+    def given(where):
         packed = Packed.of(C, *where)
-        part = scoring.rows(scorer, experience, where[0])
-        parts.append((part, packed, scorer.hidden(params, part.rollouts, packed.layout)))
+        part = scoring.rows(scorer, all_rows, where[0])
+        return part, packed, scorer.hidden(params, part.rollouts, packed.layout)
 
-    def of_objective(objective, head):
-        component, total = PolicyLoss(objective), 0.0
+    def of_objective(objective, head, *rows):
+        component = PolicyLoss(objective)
         of_microbatch = update._by_completion if component.needs_completions else update._by_token
-        for part, packed, hidden in parts:
-            total += of_microbatch(scorer, component, part, packed, hidden, head)[0]
         count = component.weights(jnp.asarray(experience.action_PGC))[1]
-        return total / count
+        return of_microbatch(scorer, component, *rows, head)[0] / count
 
-    return by_objective(of_objective)
+    return by_objective(of_objective, parts, given)
 
 
 def assert_same(got, want, tolerance=1e-5):

@@ -53,26 +53,32 @@ def experience() -> Experience:
     )
 
 
-def of_each_loss(total):
-    """Loss and gradient in the head by every loss; `total(component, head)`."""
+def of_each_loss(total, parts, given):
+    """Loss and gradient in the head by every loss, summed over `parts`, by one program for all.
 
-    def all_of_them(head):
+    `total(component, head, *given(part))`.
+    """
+
+    @jax.jit
+    def all_of_them(head, part):
+        rows = given(part)
         return {
-            name: jax.value_and_grad(lambda h, c=component: total(c, h))(head)
+            name: jax.value_and_grad(lambda h, c=component: total(c, h, *rows))(head)
             for name, component in LOSSES.items()
         }
 
-    return jax.device_get(jax.jit(all_of_them)(SCORER.head(tiny.params())))
+    found = [all_of_them(SCORER.head(tiny.params()), part) for part in parts]
+    return jax.device_get(jax.tree.map(lambda *each: sum(each), *found))
 
 
 @pytest.fixture(scope="module")
 def plain(experience):
     """A row for each completion, log_softmax of all logits."""
-    hidden = SCORER.hidden(tiny.params(), experience.rollouts)
+    params = tiny.params()
     target = experience.rollouts.completion_PGC.reshape(2 * P, C)
     action = jnp.asarray(experience.action_PGC)
 
-    def total(component, head):
+    def total(component, head, hidden):
         log_prob = jax.nn.log_softmax(hidden @ head)
         logp = jnp.take_along_axis(log_prob, target[..., None], -1).reshape(P, 2, C)
         terms = component.terms(experience, jnp.asarray, None)
@@ -80,7 +86,8 @@ def plain(experience):
         weight, divisor = component.weights(action)
         return (weight * loss).sum() / divisor
 
-    return of_each_loss(total)
+    rollouts = jax.tree.map(jnp.asarray, experience.rollouts)
+    return of_each_loss(total, [rollouts], lambda part: [SCORER.hidden(params, part)])
 
 
 def assert_same(got, want, tolerance=1e-5):
@@ -105,18 +112,21 @@ def test_packing_divides_no_pair_and_changes_nothing(experience, plain, at_once,
     assert rows.own_SMJG[0, : rows.number][filled >= 0].all()  # with both completions
     divided = dataclasses.replace(SCORER, whole=False).microbatches(experience.rollouts, order)
     assert ((divided.groups_SMJ[0, : divided.number] >= 0).sum() > P) == (at_once == 8)
-    params, parts = tiny.params(), []
-    for m in range(int(rows.number)):
-        where = [jnp.asarray(x[0, m]) for x in rows.arrays]
+    params = tiny.params()
+    parts = [[jnp.asarray(x[0, m]) for x in rows.arrays] for m in range(int(rows.number))]
+
+    all_rows = jax.tree.map(jnp.asarray, experience)
+
+    def given(where):
         packed = Packed.of(C, *where)
-        part = scoring.rows(SCORER, experience, where[0])
-        parts.append((part, packed, SCORER.hidden(params, part.rollouts, packed.layout)))
+        part = scoring.rows(SCORER, all_rows, where[0])
+        return part, packed, SCORER.hidden(params, part.rollouts, packed.layout)
 
-    def total(component, head):
-        found = [update._by_completion(SCORER, component, *part, head)[0] for part in parts]
-        return sum(found) / component.weights(jnp.asarray(experience.action_PGC))[1]
+    def total(component, head, *rows):
+        found = update._by_completion(SCORER, component, *rows, head)[0]
+        return found / component.weights(jnp.asarray(experience.action_PGC))[1]
 
-    assert_same(of_each_loss(total), plain)
+    assert_same(of_each_loss(total, parts, given), plain)
 
 
 def updated(mesh, component, experience):

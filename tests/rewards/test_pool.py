@@ -408,9 +408,9 @@ def test_invalid_unicode_passes():
 
 
 @pytest.mark.slow
-def test_a_thousand_adversarial_completions(capsys):
+def test_adversarial_completions_of_every_kind(capsys):
     """None hangs, none crashes, all get what they are owed, in bounded memory."""
-    cases = adversarial.make(1000)
+    cases = adversarial.of_each_kind()[:440]  # groups of 8
     rewards = load(("math_answer", "exact_answer", "token_f1", "think_format"), (1.0,) * 4)
     with Pool(rewards, num_workers=2, limits=Limits(10.0, 1 << 30)) as p:
         p.wait_ready()
