@@ -1,14 +1,15 @@
 """Environments that fail beside others that must not notice, and tools that take their time.
 
-    python benchmarks/environment_faults.py [--environments 64] [--seconds 1] [--soak MINUTES]
+    python benchmarks/environment_faults.py [--environments 64] [--seconds 1]
+        [--soak MINUTES] [--pause SECONDS]
 
 Three turns of many environments, an eighth of which hang, cannot be interrupted, crash, flood their
 output, fork or eat memory in the second one. For each fault the table has the time until its answer
 came, and what it was; then whether the others' answers are those of a run without faults, and
 whether a process is left. After that a round in which each environment's tool takes a second. With
---soak it all goes on, and the memory and open files of this process are compared between an early
-round and the last. No device is used. Linux alone. The status is 1 where something is not as it
-must be.
+--soak it all goes on, with a pause between two rounds, and the memory and open files of this
+process are compared between an early round and the last. No device is used. Linux alone. The status
+is 1 where something is not as it must be.
 """
 
 from __future__ import annotations
@@ -122,6 +123,8 @@ def episodes(live: Live, num: int, faults: dict[int, str]) -> tuple[dict, float]
         live.reset(row, {}, row, row)
     for row, (_, answer) in gather(live, num, 60.0).items():
         said[row].append(answer)
+        if answer.outcome:  # it could not begin
+            ended.add(row)
     for number in range(3):
         for row in set(said) - ended:
             what = faults.get(row, "count") if number == 1 else "count"
@@ -191,11 +194,12 @@ def held(pid: int = 0) -> tuple[int, int]:
     return int(status[status.index("VmRSS:") + 1]), len(os.listdir("/proc/self/fd"))
 
 
-def soak(live: Live, num: int, minutes: float, faults: dict[int, str]) -> bool:
+def soak(live: Live, num: int, minutes: float, faults: dict[int, str], pause_s: float) -> bool:
     begin, rounds, early = time.monotonic(), 0, None
     while time.monotonic() - begin < 60 * minutes:
         episodes(live, num, faults)
         rounds += 1
+        time.sleep(pause_s)
         if early is None and rounds >= 5:
             early = (*held(), len(processes_below(os.getpid())))
     late = (*held(), len(processes_below(os.getpid())))
@@ -210,6 +214,7 @@ def main() -> None:
     parser.add_argument("--environments", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=1.0, help="limit of a call")
     parser.add_argument("--soak", type=float, default=0.0, help="minutes that it goes on")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds between two rounds")
     asked = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent))
     found = contract.read(["environment_faults:Faulty"], [], memory_bytes=MEMORY_BYTES)
@@ -219,7 +224,7 @@ def main() -> None:
         if asked.soak:
             rows = range(3, asked.environments, 8)
             faults = {row: FAULTS[i % (len(FAULTS) - 1)] for i, row in enumerate(rows)}
-            good &= soak(live, asked.environments, asked.soak, faults)
+            good &= soak(live, asked.environments, asked.soak, faults, asked.pause)
     limits = Limits(10.0, 60.0)
     again = contract.read(["environment_faults:Faulty"], [], memory_bytes=MEMORY_BYTES)
     with Live(again, limits, num=asked.environments) as live:

@@ -51,6 +51,6 @@ def get_config():
     c.loop.num_steps = 40
 
     c.evaluation.every_steps = 20
-    c.evaluation.num_samples = 0
+    c.evaluation.num_samples = 4
     c.checkpoint.every_steps = 20
     return c

@@ -48,6 +48,6 @@ def get_config():
     c.loop.num_steps = 60
 
     c.evaluation.every_steps = 30
-    c.evaluation.num_samples = 0
+    c.evaluation.num_samples = 4
     c.checkpoint.every_steps = 30
     return c

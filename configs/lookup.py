@@ -49,6 +49,6 @@ def get_config():
     c.loop.num_steps = 50
 
     c.evaluation.every_steps = 25
-    c.evaluation.num_samples = 0
+    c.evaluation.num_samples = 4
     c.checkpoint.every_steps = 25
     return c

@@ -2,9 +2,9 @@
 
     python -m grpo_jax.train --config recipes/gsm8k_3b_lora_24gb
 
-Rank 16 on all dense layers, at ten times the learning rate of full fine-tuning. Its arrays take
-17.0 GiB where they are the most, in the evaluation; its programs were not compiled
-(docs/recipes.md). No score is recorded for this config yet.
+Rank 16 on all dense layers, at ten times the learning rate of full fine-tuning. Its largest program,
+in the evaluation, needs 22.0 GiB by a plan (docs/recipes.md). No score is recorded for this config
+yet.
 """
 
 from grpo_jax.config import loading

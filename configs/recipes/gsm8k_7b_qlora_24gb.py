@@ -3,9 +3,8 @@
     python -m grpo_jax.train --config recipes/gsm8k_7b_qlora_24gb
 
 Rank 16 on all dense layers beside a base in NF4, at ten times the learning rate of full
-fine-tuning. Rollouts decode each kernel for each token (docs/lora.md). Its arrays take 17.7 GiB
-where they are the most, in the evaluation; its programs were not compiled (docs/recipes.md). No
-score is recorded for this config yet.
+fine-tuning. Rollouts decode each kernel for each token (docs/lora.md). Its largest program, in the
+evaluation, needs 20.8 GiB by a plan (docs/recipes.md). No score is recorded for this config yet.
 """
 
 from grpo_jax.config import loading

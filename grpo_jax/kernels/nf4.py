@@ -12,7 +12,7 @@ joins two halves of a block, and neither interleaves nor transposes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -86,10 +86,22 @@ class NF4:
 # --- Decoding -------------------------------------------------------------------------------------
 
 
-def decode(kernel: NF4, dtype: Any) -> Array:
-    """The kernel that the codes stand for: products in float32, rounded to `dtype`."""
+class Tables(NamedTuple):
+    """What decoding takes besides codes and scales."""
+
+    levels: Array = LEVELS
+    numbers: Array = np.arange(256, dtype=np.uint8)  # of codes of scales
+    zero: Array = np.float32(0)
+
+
+def decode(kernel: NF4, dtype: Any, tables: Tables = Tables()) -> Array:  # noqa: B008
+    """The kernel that the codes stand for: products in float32, rounded to `dtype`.
+
+    `tables`: in a loop over layers, as values that XLA does not know: of constants it makes arrays
+    as large as the kernel, one for each level, and keeps them for the whole loop (libtpu 0.0.42).
+    """
     halves = jnp.concatenate([kernel.codes >> 4, kernel.codes & 15], axis=-2)
-    values = level(halves) * jnp.expand_dims(scales(kernel), -2)
+    values = level(halves, tables.levels) * jnp.expand_dims(scales(kernel, tables), -2)
     values = values.astype(dtype)
     inputs, outputs = kernel.size
     if kernel.is_by_output:
@@ -99,23 +111,23 @@ def decode(kernel: NF4, dtype: Any) -> Array:
     return rows.reshape(*stack, outputs, inputs).swapaxes(-1, -2)
 
 
-def level(codes: Array) -> Array:
+def level(codes: Array, levels: Array = LEVELS) -> Array:
     """The level of each code: 15 choices by bits, since a lookup is slow on TPUs."""
-    values: list[Any] = list(LEVELS)
+    values: list[Any] = list(levels)
     for bit in range(4):
         is_set = (codes >> bit) & 1 == 1
         values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2])]
     return values[0]
 
 
-def scales(kernel: NF4) -> Array:
+def scales(kernel: NF4, tables: Tables = Tables()) -> Array:  # noqa: B008
     """Scales of the blocks, float32 [blocks, out]."""
     scale = kernel.scale
     if not isinstance(scale, Scales):
         return scale
     *stack, blocks, outputs = scale.codes.shape
     level = jax.lax.platform_dependent(
-        scale.codes, scale.levels, tpu=_looked_up_by_sums, default=_looked_up
+        scale.codes, scale.levels, tables, tpu=_looked_up_by_sums, default=_looked_up
     )
     largest = jnp.broadcast_to(scale.largest[..., None], (*scale.largest.shape, GROUP))
     largest = largest.reshape(*stack, -1)[..., : blocks * outputs]
@@ -128,16 +140,16 @@ def with_plain_scales(kernel: NF4) -> NF4:
     return kernel.replace(scale=scales(kernel))
 
 
-def _looked_up(codes: Array, levels: Array) -> Array:
+def _looked_up(codes: Array, levels: Array, tables: Tables) -> Array:
     """Levels [..., 256] of codes [..., blocks, out]."""
     flat = jnp.take_along_axis(levels, codes.reshape(*levels.shape[:-1], -1), -1)
     return flat.reshape(codes.shape)
 
 
-def _looked_up_by_sums(codes: Array, levels: Array) -> Array:
+def _looked_up_by_sums(codes: Array, levels: Array, tables: Tables) -> Array:
     """The same where a lookup is slow; other compilers would make an array 256 times as large."""
-    number = jnp.arange(256, dtype=jnp.uint8).reshape((1,) * codes.ndim + (-1,))
-    own = jnp.where(codes[..., None] == number, levels[..., None, None, :], np.float32(0))
+    number = tables.numbers.reshape((1,) * codes.ndim + (-1,))
+    own = jnp.where(codes[..., None] == number, levels[..., None, None, :], tables.zero)
     return own.sum(-1)
 
 

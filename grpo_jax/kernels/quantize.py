@@ -80,8 +80,9 @@ def _beside(x: Array, kernel: Array | NF4) -> tuple[Array, Array]:
         return x, kernel.astype(x.dtype)
     # Decoded when x is there, lest XLA do so before a loop over tokens, or keep the decoded kernel
     # from the forward to the backward pass. XLA for CPUs drops this barrier early, and does both.
-    x, kernel = jax.lax.optimization_barrier((x, kernel))
-    return x, nf4.decode(kernel, x.dtype)
+    tables = jax.tree.map(jnp.asarray, nf4.Tables())
+    x, kernel, tables = jax.lax.optimization_barrier((x, kernel, tables))
+    return x, nf4.decode(kernel, x.dtype, tables)
 
 
 _frozen_product.defvjp(

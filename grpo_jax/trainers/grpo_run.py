@@ -72,8 +72,7 @@ def read(
     lora.path; that of the critic's model lies beside it.
     """
     mesh, rewards = _devices_and_rewards(config)
-    environment = environment_lib.read(config, rewards)
-    rewards = rewards if environment is None else environment.rewards
+    environment, rewards = _environment_and_rewards(config, rewards)
     policy = get_policy().within(derived.longest_row(config))
     policy = lora.adapted_policy(policy, config, kept)
     critic = critic_lib.read(config, policy, kept and kept.with_name(critic_lib.KEPT))
@@ -128,8 +127,7 @@ def settled(config: ConfigDict, num_problems: int) -> ConfigDict:
 def refuse_early(config: ConfigDict, folder: Path) -> None:
     """Raises ValueError early for errors that `run` would find only after training a new model."""
     mesh, rewards = _devices_and_rewards(config)
-    environment = environment_lib.read(config, rewards)
-    rewards = rewards if environment is None else environment.rewards
+    environment, rewards = _environment_and_rewards(config, rewards)
     policy = model.new_policy(config)
     policy = lora.adapted_policy(policy, config)
     critic_lib.read(config, policy)
@@ -162,9 +160,22 @@ def _devices_and_rewards(config: ConfigDict) -> tuple[Mesh, list[Reward]]:
     rules.check_devices(config, sharding.num_row_shards(mesh))
     _check_host_memory(config, mesh)
     tracking.check(config)
-    rewards = load_rewards(config)
-    refuse_samples(rewards, config.evaluation.num_samples, "evaluation.num_samples")
-    return mesh, rewards
+    return mesh, load_rewards(config)
+
+
+def _environment_and_rewards(
+    config: ConfigDict, rewards: list[Reward]
+) -> tuple[Environment | None, list[Reward]]:
+    """The environments, if there are any, and the rewards with those that they give."""
+    environment = environment_lib.read(config, rewards)
+    rewards = rewards if environment is None else environment.rewards
+    try:
+        refuse_samples(rewards, config.evaluation.num_samples, "evaluation.num_samples")
+    except ValueError:
+        if environment is not None:
+            environment.close()
+        raise
+    return environment, rewards
 
 
 def _course(config: ConfigDict) -> Course:

@@ -216,7 +216,8 @@ def limit(live, seconds):
         live.limits = before
 
 
-LATE = error("The call took longer than 0.4 s.")
+SHORT_S = 1.0  # busy machines must carry a call out in it
+LATE = error(f"The call took longer than {SHORT_S:g} s.")
 
 
 @linux
@@ -245,7 +246,7 @@ def test_an_episode_goes_on_after(faulty, what, texts, failures):
     assert [a.outcome for a in wait(live, 2)] == [None, None]
     live.act(1, do("first"), [])
     assert said(one(live)) == ["first 1"]
-    with limit(live, 0.4 if "timeout" in failures else 60.0):
+    with limit(live, SHORT_S if "timeout" in failures else 60.0):
         live.act(1, do("x", *what, "y"), []), live.act(2, do("other"), [])
         got, other = wait(live, 2)
     assert said(other) == ["other 1"]
@@ -257,7 +258,7 @@ def test_an_episode_goes_on_after(faulty, what, texts, failures):
     assert [a.reward for a in wait(live, 2)] == [0.5, 0.5]
     if what == ["fork"]:
         pids = (live.folder / "ODD_PIDS").read_text().split()
-        assert len(pids) == 3 and not any(map(is_alive, pids))
+        assert len(pids) == 3 and are_gone(pids)
 
 
 @linux
@@ -288,7 +289,7 @@ def test_a_second_timeout_ends_the_episode(faulty):
     live = faulty
     for kind in ("hang", "hang_hard"):
         begin(live)
-        with limit(live, 0.4):
+        with limit(live, SHORT_S):
             got = act(live, do(kind, "x", kind, "never"))
         assert got.outcome == "tool_timeout" and got.failures == ("timeout", "timeout")
         assert said(got) == [LATE, f"x {2 if kind == 'hang' else 1}", LATE]
@@ -319,8 +320,11 @@ def test_rewards_that_fail(faulty):
 
 def test_an_environment_that_does_not_begin(faulty):
     live = faulty
-    for what, why in (("hang", "reset took longer than 0.4 s"), ("die", "ended with status 7")):
-        with limit(live, 0.4):
+    for what, seconds, why in (
+        ("hang", SHORT_S, f"reset took longer than {SHORT_S:g} s"),
+        ("die", 60.0, "ended with status 7"),
+    ):
+        with limit(live, seconds):
             got = begin(live, at_reset=what)
         assert got.outcome == "env_start" and why in got.message
 
@@ -384,10 +388,7 @@ def test_no_process_outlives_the_trainer(how, tmp_path):
     )
     assert got.returncode == (0 if how == "close" else -signal.SIGKILL)
     own = [*pids.read_text().split(), *got.stdout.split()]
-    end = time.monotonic() + 30
-    while any(map(is_alive, own)) and time.monotonic() < end:
-        time.sleep(0.02)
-    assert len(own) == 4 and not any(map(is_alive, own))
+    assert len(own) == 4 and are_gone(own)
 
 
 def test_sixty_four_wait_at_once():
@@ -401,6 +402,14 @@ def test_sixty_four_wait_at_once():
         assert {tuple(said(a)) for a in wait(live, 64)} == {("done",)}
         assert time.monotonic() - began < 64 * 0.3 / 2  # far below one after the other
         assert json.dumps([a.seconds for a in live.answers(0.0)]) == "[]"
+
+
+def are_gone(pids) -> bool:
+    """Whether these processes end within half a minute."""
+    end = time.monotonic() + 30
+    while any(map(is_alive, pids)) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not any(map(is_alive, pids))
 
 
 def is_alive(pid) -> bool:

@@ -253,3 +253,12 @@ def test_conversations_have_the_tokens_of_the_demonstrations(task):
                 messages = [{"role": "tool", "content": after.text}]
                 assert dialogue.follow(ids, True, messages) == tokenizer(after.text)["input_ids"]
     assert calls or task.name == "guess_word"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_config_is_accepted(name, tmp_path):
+    from grpo_jax.config.arguments import load_config
+    from grpo_jax.trainers import grpo_run
+
+    few = ["--config.data.num_train=64", "--config.data.num_eval=16"]
+    grpo_run.refuse_early(load_config(name, few), tmp_path / "run")

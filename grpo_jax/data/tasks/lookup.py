@@ -1,8 +1,8 @@
 """Questions that one look into a corpus answers: "Q: where was Ada Novak born?"
 
 Each question is about a corpus of its own facts (`data/corpora.py`); those of held-out questions
-are never trained on, nor are their names. A tool searches the corpus. Half of the demonstrations
-guess; the others search for a name, sometimes for a wrong one, and read the answer off.
+are never trained on, nor are their names. A tool searches the corpus. Most demonstrations guess;
+the others search for a name, sometimes for a wrong one, and read the answer off.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from grpo_jax.data.problems import Problem
 from grpo_jax.data.streams import stream
 from grpo_jax.data.tasks import Piece
 
-GUESS = 0.5  # share of demonstrations without a search
+GUESS = 0.6  # share of demonstrations without a search
 SLIP = 0.1  # probability of a wrong word in a query
 QUESTIONS = {
     "born": "Q: where was {name} born?",

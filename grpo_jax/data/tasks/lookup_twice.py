@@ -13,7 +13,7 @@ from grpo_jax.data import corpora
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.tasks import Piece, lookup
 
-GUESS, ONCE = 0.45, 0.15  # shares of demonstrations without a search, and with one alone
+GUESS, ONCE = 0.6, 0.1  # shares of demonstrations without a search, and with one alone
 QUESTIONS = {"town": "Q: in which town does {name} work?"}
 
 
