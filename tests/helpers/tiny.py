@@ -136,13 +136,17 @@ def completion_states(params, config: ModelConfig, *rows, **options):
 
 def logp(scorer, params, rollouts: Rollouts):
     """Log-probabilities of the completions, float32 [P, G, C], one completion per row."""
-    completion_PGC = jnp.asarray(rollouts.completion_PGC)
-    target_BT = completion_PGC.reshape(-1, completion_PGC.shape[-1])
-    head = parameters.head_kernel(params)
-    logp_BT, _ = logprobs.token_logprobs(
-        scorer.hidden(params, rollouts), head, target_BT, scorer.sampling
-    )
-    return logp_BT.reshape(completion_PGC.shape)
+
+    @jax.jit
+    def of(params, rollouts: Rollouts):
+        completion_PGC = rollouts.completion_PGC
+        target_BT = completion_PGC.reshape(-1, completion_PGC.shape[-1])
+        head = parameters.head_kernel(params)
+        hidden_BTD = scorer.hidden(params, rollouts)
+        logp_BT, _ = logprobs.token_logprobs(hidden_BTD, head, target_BT, scorer.sampling)
+        return logp_BT.reshape(completion_PGC.shape)
+
+    return of(params, rollouts)
 
 
 def _plain_attention(q, k, v):

@@ -119,8 +119,9 @@ def test_adapters_beside_codes_sample_as_by_plain_xla():
     model = dataclasses.replace(tiny.MODEL, width=128, mlp_width=128, head_size=32)
     lora_of = targets.lora_of(model, targets.Spec(2, 4.0), base="nf4")
     model = dataclasses.replace(model, lora=lora_of)
-    frozen = lora.frozen_as(model, parameters.init(model, jax.random.key(0)), jnp.float32)
-    weights = lora.attached(frozen, lora.init(model, jax.random.key(1)), model)
+    init = lambda room, seed: jax.jit(lambda key: room.init(model, key))(jax.random.key(seed))  # noqa: E731
+    frozen = lora.frozen_as(model, init(parameters, 0), jnp.float32)
+    weights = lora.attached(frozen, init(lora, 1), model)
     found, few = [], FewRows(tile=Tile(outputs=64), interpret=True)
     for product in (quantize.frozen_product, few):
         decoder = decode.Decoder(

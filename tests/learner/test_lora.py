@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import re
 
 import jax
@@ -46,8 +47,13 @@ def frozen_of(model: ModelConfig, mesh):
     return jax.device_put(kept, sharding.tree_shardings(mesh, lora.frozen_axes(model), kept))
 
 
+@functools.cache
+def fresh_adapters(model: ModelConfig):
+    return jax.device_get(jax.jit(lambda key: lora.init(model, key))(jax.random.key(1)))
+
+
 def adapters_of(model: ModelConfig, mesh):
-    made = lora.init(model, jax.random.key(1))
+    made = fresh_adapters(model)
     return jax.device_put(made, sharding.tree_shardings(mesh, lora.trained_axes(model), made))
 
 
@@ -89,7 +95,7 @@ def test_the_sampler_follows_and_the_base_stays(alone):
     began = lora.frozen_as(model, tiny.params(), jnp.float32)
     jax.tree.map(np.testing.assert_array_equal, frozen, jax.device_get(began))
 
-    fresh = lora.init(model, jax.random.key(1))
+    fresh = fresh_adapters(model)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), params, fresh)
     assert min(jax.tree.leaves(moved)) > 1e-4
 
@@ -101,7 +107,13 @@ def test_the_sampler_follows_and_the_base_stays(alone):
     assert np.abs(before.logp_PGC[..., 0] - rollouts[1].logp_PGC[..., 0]).max() > 1e-3
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4)], ids=str)
+# Weights as they are on both meshes, codes of either kind on one: over data they are all the same.
+@pytest.mark.parametrize(
+    ("alone", "shape"),
+    [("auto", (2, 2, 2)), ("auto", (1, 2, 4)), ("int8", (2, 2, 2)), ("nf4", (1, 2, 4))],
+    indirect=["alone"],
+    ids=str,
+)
 def test_a_mesh_changes_nothing(alone, shape):
     """Over fsdp A is split by its inputs, over tensor B by its outputs; deltas count once."""
     model, wanted, want_loss, _, want_params = alone

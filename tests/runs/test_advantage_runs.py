@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
+import driving
 import numpy as np
 import pytest
 from kill_and_resume import log_differences, logged, state_differences
 from mistakes import make_model
+from plain_rewards import short, worth
 
 import grpo_jax
 from grpo_jax.algorithm import advantages
 
 HELPERS = Path(__file__).parent.parent / "helpers"
 ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(1, 9)]
-
-
-def worth(completions, **columns):
-    """Another number for about every completion."""
-    return [sum(map(ord, c)) % 97 / 10 for c in completions]
-
-
-def short(completions, **columns):
-    return [-float(len(c)) for c in completions]
 
 
 @pytest.fixture(scope="module")
@@ -113,11 +103,7 @@ def test_a_stopped_run_continues_as_if_it_had_not_been(tmp_path, alone):
                 argv.append(f"--config.model.path={model}")
             more = ["--config.algorithm.baseline=mean"] if name == "mean" else []
             jobs.append({"argv": [*argv, *OPTIONS, *more], "of": "update", **stops.get(name, {})})
-        command = [sys.executable, str(HELPERS / "drive.py"), json.dumps(jobs)]
-        done = subprocess.run(command, env=alone, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        lines = [line for line in done.stdout.splitlines() if line.startswith('{"end"')]
-        return [json.loads(line)["end"] for line in lines]
+        return driving.drive(jobs, alone)
 
     whole, mean, *stopped = drive(["whole", "mean", *STOPS], **STOPS)
     assert whole == mean == "finished"

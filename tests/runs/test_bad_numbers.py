@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from driving import drive
 from kill_and_resume import final_state, log_differences, logged, state_differences
 from mistakes import TINY, make_model, refusal
 
@@ -149,7 +149,6 @@ def test_a_bad_weight_is_rolled_back(runs, monkeypatch):
 
 # --- Roll-backs of runs that are stopped ----------------------------------------------------------
 
-HERE = Path(__file__).parent
 CLIMBING = [
     "--config.optim.learning_rate=0.003",
     "--config.loop.num_steps=9",
@@ -162,35 +161,35 @@ CLIMBING = [
 STOPS = (5, 12, 9)  # after so many updates, 4 to a step; after the first in a new process
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ahead", [False, True], ids=["in step", "a step ahead"])
-def test_a_stopped_run_rolls_back_as_the_whole_one(tmp_path, alone, model, ahead):
-    def job(name, **stop):
-        argv = ["--config", str(TINY), "--workdir", str(tmp_path / name), *CLIMBING]
-        argv += [f"--config.model.path={model}"]
-        if ahead:
-            argv += ["--config.loop.async_rollouts=True"]
-            argv += ["--config.rollout_correction.level=token"]
-        return {"argv": argv, **stop}
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory, alone, model) -> tuple[Path, dict[str, str]]:
+    """The folder of runs that are left alone or stopped, by their way, and how they ended."""
+    root = tmp_path_factory.mktemp("rolled")
+    a_step_ahead = ["--config.loop.async_rollouts=True", "--config.rollout_correction.level=token"]
+    more = {"in step": [], "a step ahead": a_step_ahead}
 
-    stopped = [job("stopped", of="update", after=after) for after in STOPS]
-    ends = []
-    for jobs in ([job("whole"), stopped[0]], [*stopped[1:], job("stopped")]):
-        done = subprocess.run(
-            [sys.executable, str(HERE.parent / "helpers" / "drive.py"), json.dumps(jobs)],
-            env=alone | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-        found = [line for line in done.stdout.splitlines() if line.startswith('{"end"')]
-        ends += [json.loads(line)["end"] for line in found]
-    whole, *stops, last = ends
-    assert all(end.startswith("Stopped by SIGTEST") for end in stops), ends
+    def job(way, name, **stop):
+        argv = ["--config", str(TINY), "--workdir", str(root / way / name), *CLIMBING]
+        return {"argv": [*argv, f"--config.model.path={model}", *more[way]], **stop}
+
+    def stopped(way):
+        return [job(way, "stopped", of="update", after=after) for after in STOPS]
+
+    first = [each for way in more for each in (job(way, "whole"), stopped(way)[0])]
+    then = [each for way in more for each in (*stopped(way)[1:], job(way, "stopped"))]
+    found = [iter(drive(jobs, alone)) for jobs in (first, then)]
+    return root, {way: [*islice(found[0], 2), *islice(found[1], 3)] for way in more}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["in step", "a step ahead"])
+def test_a_stopped_run_rolls_back_as_the_whole_one(ends, way):
+    root, (whole, *stops, last) = ends[0] / way, ends[1][way]
+    assert all(end.startswith("Stopped by SIGTEST") for end in stops), stops
     assert "rolled back guards.max_roll_backs = 2 times already" in whole
     assert last.replace("/stopped/", "/whole/") == whole
-    for checkpoint in (tmp_path / "stopped" / "checkpoints").glob("[0-9]*"):
+    for checkpoint in (root / "stopped" / "checkpoints").glob("[0-9]*"):
         if int(checkpoint.name) % 8:  # of a stop, and the run did not come to the next one due
             shutil.rmtree(checkpoint)
-    assert not state_differences(tmp_path / "whole", tmp_path / "stopped")
-    assert not log_differences(tmp_path / "whole", tmp_path / "stopped")
+    assert not state_differences(root / "whole", root / "stopped")
+    assert not log_differences(root / "whole", root / "stopped")

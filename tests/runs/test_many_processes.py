@@ -1,12 +1,13 @@
 """Runs of several processes on this machine against the same run of one, and what ends them.
 
-All are started by launch/local_multiprocess.sh. Float rounding alone may differ: another number of
-devices adds in another order. The optimizer's epsilon keeps Adam from turning that into whole
-steps.
+launch/local_multiprocess.sh starts the processes. Runs of one process are made in this one. Float
+rounding alone may differ: another number of devices adds in another order. The optimizer's epsilon
+keeps Adam from turning that into whole steps.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -15,15 +16,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from kill_and_resume import differences_beyond, final_state, logged
 
-HERE = Path(__file__).parent
-LAUNCH = HERE.parents[1] / "launch" / "local_multiprocess.sh"
+HELPERS = Path(__file__).parents[1] / "helpers"
+LAUNCH = HELPERS.parents[1] / "launch" / "local_multiprocess.sh"
 STEPS = 5
 OPTIONS = [
     "--config.batch.prompts=8",
@@ -70,6 +71,11 @@ SLOW_REWARD = [
 ]
 
 
+def argv(folder: Path, *more: str) -> list[str]:
+    config = str(HELPERS / "tiny_config.py")
+    return ["--config", config, "--workdir", str(folder), *OPTIONS, *SLOW_REWARD, *more]
+
+
 class Launched:
     """A run of several processes that was started, and its output."""
 
@@ -81,21 +87,17 @@ class Launched:
         environment,
         devices: int = 1,
         by: str = "",
-        program: str = "train",
+        command: Sequence[str] = (),
     ):
-        """`by` "bash": each process fills in the variables that the arguments name."""
+        """`by` "bash": each process fills in the variables that the arguments name.
+
+        `command`: what is run in place of a training.
+        """
         self.folder = folder
         self.log = folder.with_name(f"{folder.name}_{time.monotonic_ns()}.log")
         flags = environment.get("XLA_FLAGS", "")
         flags += f" --xla_force_host_platform_device_count={devices}"
-        command = [
-            sys.executable,
-            "-m",
-            f"grpo_jax.{program}",
-            "--config",
-            str(HERE.parent / "helpers" / "tiny_config.py"),
-        ]
-        command += ["--workdir", str(folder), *OPTIONS, *SLOW_REWARD, *more]
+        command = [sys.executable, *(command or ["-m", "grpo_jax.train", *argv(folder, *more)])]
         if by == "bash":
             command = ["bash", "-c", " ".join(f'"{argument}"' for argument in command)]
         with self.log.open("w") as output:
@@ -142,20 +144,31 @@ class Launched:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory, alone) -> dict[str, str]:
+def reward_folder(tmp_path_factory) -> Iterator[Path]:
+    """Where this process finds the rewards and the environment, too."""
     folder = tmp_path_factory.mktemp("rewards")
     (folder / "slow_reward.py").write_text(SLOW)
-    paths = [str(folder), os.environ.get("PYTHONPATH", "")]
+    (folder / "echo.py").write_text(ECHO)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield folder
+    for name in ("slow_reward", "echo"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def environment(reward_folder, alone) -> dict[str, str]:
+    paths = [str(reward_folder), os.environ.get("PYTHONPATH", "")]
     kept = {n: v for n, v in alone.items() if n != "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"}
     return kept | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory, environment) -> Path:
+def one(tmp_path_factory, reward_folder, runs_here) -> Path:
     """The folder of a run of one process with one device."""
-    run = Launched(1, tmp_path_factory.mktemp("runs") / "one", environment=environment)
-    assert run.status() == 0, run.output
-    return run.folder
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    runs_here("train", argv(folder))
+    return folder
 
 
 def test_two_processes_do_what_one_does(one, tmp_path, environment):
@@ -177,22 +190,120 @@ def test_two_processes_do_what_one_does(one, tmp_path, environment):
     assert not re.search(r"^\[1\] (step|sft|Completions)", run.output, re.M)
 
 
+# --- Each kind of run: of one process, and of a pair of them that does one after another ----------
+
+HALVES = ["mesh.data=1", "mesh.fsdp=2"]  # of every weight on each of two devices
+BARE = ["evaluation.num_problems=0", "checkpoint.every_steps=0"]
+HYBRID = [
+    *("data.task=unseen_form", "rollout.max_tokens=40", *BARE),
+    *("rewards.names=['slow_reward:digit']", "rewards.weights=[1.0]"),
+]
+CONVERSATIONS = [
+    *("environment.classes=['echo:Echo']", "environment.turn_tokens=5", "environment.max_turns=3"),
+    *("environment.observation_tokens=8", "rollout.max_tokens=24", "loop.num_steps=2", *BARE),
+    *("rewards.names=['environment:Echo']", "rewards.weights=[1.0]"),
+]
+# The program; options of every one, and of the pair. All begin with the model of `one`, but hybrids
+# of another task with their own.
+KINDS: dict[str, tuple[str, list[str], list[str]]] = {
+    "preferences": ("dpo", [
+        *("preference.loss=kto", "preference.num_steps=5", "preference.batch=8"),
+        *("preference.max_tokens=56", "preference.learning_rate=50.0", "preference.beta=0.5"),
+        *("preference.checkpoint_every_steps=0", "preference.evaluate_every_steps=2"),
+    ], []),
+    "reward model": ("reward_model", [
+        *(f"reward_model.num_steps={STEPS}", "reward_model.batch=8"),
+        *("reward_model.max_tokens=56", "reward_model.learning_rate=50.0"),
+        "reward_model.checkpoint_every_steps=0",
+    ], HALVES),
+    "ppo": ("train", [
+        *("algorithm.preset=ppo", "critic.learning_rate=50.0"),
+        *("evaluation.every_steps=0", "checkpoint.every_steps=0"),
+    ], HALVES),
+    "adapters": ("train", ["lora.rank=4", *BARE], HALVES),
+    "changing": ("train", [
+        *("algorithm.kl_target=0.01", "algorithm.kl_horizon=100", "algorithm.entropy_target=5.0"),
+        *("algorithm.reference_refresh_steps=2", "algorithm.top_entropy_share=0.5"),
+        "evaluation.num_problems=0",
+    ], HALVES),
+    "refill": ("train", [
+        *("rewards.names=['slow_reward:digit']", "rewards.weights=[1.0]"),
+        *("prompts.drop_equal_groups=True", "prompts.per_draw=4", *BARE),
+    ], []),
+    "chord": ("train", [*HYBRID, "hybrid.method=chord", "hybrid.mix_decay_steps=4"], HALVES),
+    "uft": ("train", [*HYBRID, "hybrid.method=uft", "hybrid.hint_steps=4"], HALVES),
+    "conversations": ("train", CONVERSATIONS, []),
+    "conversations by halves": ("train", CONVERSATIONS, ["mesh.data=1", "mesh.tensor=2"]),
+}  # fmt: skip
+EIGHT = ["mesh.data=4", "mesh.fsdp=2"]  # of one process
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory, one) -> Callable[..., list[str]]:
+    """Arguments of the program of a kind, of 1 process, of 2, or of 1 with 8 devices."""
+    root = tmp_path_factory.mktemp("kinds")
+
+    def of(kind: str, way: int, *more: str) -> list[str]:
+        _, options, of_pair = KINDS[kind]
+        begun = root / f"{kind} 1" if kind in ("chord", "uft") else one
+        if way != 1 or begun == one:
+            options = [f"model.path={begun / 'bootstrap' / 'export'}", *options]
+        if kind == "ppo":
+            model = root / "reward model 1" / "export"
+            options += [
+                f"critic.path={model}",
+                f"rewards.names={[f'model:{model}', 'answer_format']}",
+            ]
+        options += {1: [], 2: of_pair, 8: EIGHT}[way] + list(more)
+        return argv(root / f"{kind} {way}", *(f"--config.{option}" for option in options))
+
+    return of
+
+
+def folder_of(arguments: list[str]) -> Path:
+    return Path(arguments[arguments.index("--workdir") + 1])
+
+
+@pytest.fixture(scope="module")
+def alone_of(arguments, runs_here) -> Callable[[str], Path]:
+    """The folder of a kind's run of one process, which is made once."""
+
+    @functools.cache
+    def of(kind: str) -> Path:
+        runs_here(KINDS[kind][0], arguments(kind, 1))
+        return folder_of(arguments(kind, 1))
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def pair(arguments, alone_of, environment, tmp_path_factory) -> Callable[[str], Path]:
+    """Runs all kinds by two processes, each after another; gives the folder of a kind.
+
+    One of them stops after a refresh of its reference, and goes on.
+    """
+    for kind in ("reward model", "chord", "uft"):
+        alone_of(kind)  # with which PPO and hybrids begin
+    jobs = [(kind, []) for kind in KINDS]
+    jobs.insert(list(KINDS).index("changing"), ("changing", ["loop.num_steps=3"]))
+    asked = json.dumps(
+        [{"argv": arguments(kind, 2, *more), "program": KINDS[kind][0]} for kind, more in jobs]
+    )
+    run = Launched(
+        2, tmp_path_factory.mktemp("pair") / "pair", environment=environment,
+        command=[str(HELPERS / "drive.py"), asked],
+    )  # fmt: skip
+    assert run.status(len(jobs) * 300) == 0, run.output
+    ends = [json.loads(line) for line in re.findall(r"^\[0\] (\{\"end\".*)$", run.output, re.M)]
+    assert ends == [{"end": "finished"}] * len(jobs), run.output
+    assert run.output.count("Continuing") == 1
+    return lambda kind: folder_of(arguments(kind, 2))
+
+
 @pytest.mark.slow
-def test_preferences_of_two_processes_are_those_of_one(one, tmp_path, environment):
+def test_preferences_of_two_processes_are_those_of_one(alone_of, pair):
     """Both score the reference's part of the data; the numbers of the first are kept."""
-    more = [
-        f"--config.model.path={one / 'bootstrap' / 'export'}",
-        *(f"--config.preference.{option}" for option in (
-            "loss=kto", "num_steps=5", "batch=8", "max_tokens=56", "learning_rate=50.0",
-            "beta=0.5", "checkpoint_every_steps=0", "evaluate_every_steps=2",
-        )),
-    ]  # fmt: skip
-    folders = []
-    for num in (1, 2):
-        folder = tmp_path / f"{num}"
-        run = Launched(num, folder, *more, environment=environment, program="dpo")
-        assert run.status() == 0, run.output
-        folders.append(run.folder)
+    folders = alone_of("preferences"), pair("preferences")
     assert differences_beyond(1e-5, *folders) == []
     assert (folders[1] / "reference.npz").exists()
     losses = [row["preference/loss"] for row in logged(folders[1]) if "preference/loss" in row]
@@ -200,74 +311,33 @@ def test_preferences_of_two_processes_are_those_of_one(one, tmp_path, environmen
 
 
 @pytest.mark.slow
-def test_a_reward_model_and_ppo_with_it_are_those_of_one(one, tmp_path, environment):
+@pytest.mark.parametrize(
+    ("kind", "name"), [("reward model", "reward_model/loss"), ("ppo", "value/loss")]
+)
+def test_a_reward_model_and_ppo_with_it_are_those_of_one(
+    alone_of, pair, arguments, runs_here, kind, name
+):
     """Two processes, which divide the weights, and eight devices of one process."""
-    model = f"--config.model.path={one / 'bootstrap' / 'export'}"
-    of_model = [
-        f"--config.reward_model.num_steps={STEPS}",
-        "--config.reward_model.batch=8",
-        "--config.reward_model.max_tokens=56",
-        "--config.reward_model.learning_rate=50.0",
-        "--config.reward_model.checkpoint_every_steps=0",
-    ]
-    names = [f"model:{tmp_path / 'rm 1' / 'export'}", "answer_format"]
-    of_ppo = [
-        "--config.algorithm.preset=ppo",
-        f"--config.critic.path={tmp_path / 'rm 1' / 'export'}",
-        "--config.critic.learning_rate=50.0",
-        f"--config.rewards.names={names}",
-        "--config.evaluation.every_steps=0",
-        "--config.checkpoint.every_steps=0",
-    ]
-    ways = {
-        "1": (1, 1, []),
-        "2": (2, 1, ["--config.mesh.data=1", "--config.mesh.fsdp=2"]),
-        "8": (1, 8, ["--config.mesh.data=4", "--config.mesh.fsdp=2"]),
-    }
-    for way, (num, devices, mesh) in ways.items():
-        for kind, program, more in (("rm", "reward_model", of_model), ("ppo", "train", of_ppo)):
-            run = Launched(
-                num, tmp_path / f"{kind} {way}", model, *more, *mesh,
-                environment=environment, devices=devices, program=program,
-            )  # fmt: skip
-            assert run.status() == 0, run.output
-    for way in ("2", "8"):
-        for kind in ("rm", "ppo"):
-            folders = tmp_path / f"{kind} 1", tmp_path / f"{kind} {way}"
-            left, right = map(final_state, folders)
-            assert left.keys() == right.keys()
-            far = [n for n in left if not np.allclose(left[n], right[n], rtol=0, atol=1e-5)]
-            assert far == [], (kind, way)
-    for kind, name in (("rm", "reward_model/loss"), ("ppo", "value/loss")):
-        lines = [[r for r in logged(tmp_path / f"{kind} {w}") if name in r] for w in ways]
-        assert len(lines[0]) == STEPS
-        for other in lines[1:]:
-            for a, b in zip(lines[0], other, strict=True):
-                np.testing.assert_allclose(a[name], b[name], rtol=1e-4)
-                assert a["policy/grad_norm"] > 1e-3
+    runs_here(KINDS[kind][0], arguments(kind, 8), devices=8)
+    one, *others = alone_of(kind), pair(kind), folder_of(arguments(kind, 8))
+    lines = [row for row in logged(one) if name in row]
+    assert len(lines) == STEPS
+    left = final_state(one)
+    for other in others:
+        right = final_state(other)
+        assert left.keys() == right.keys()
+        far = [n for n in left if not np.allclose(left[n], right[n], rtol=0, atol=1e-5)]
+        assert far == [], other
+        for a, b in zip(lines, [row for row in logged(other) if name in row], strict=True):
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-4)
+            assert a["policy/grad_norm"] > 1e-3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["chord", "uft"])
-def test_a_hybrid_of_two_processes_is_that_of_one(one, tmp_path, environment, method):
+def test_a_hybrid_of_two_processes_is_that_of_one(alone_of, pair, method):
     """Each process has its part of the demonstrations; the weights are divided."""
-    more = [
-        "--config.data.task=unseen_form",
-        "--config.rewards.names=['slow_reward:digit']",
-        "--config.rewards.weights=[1.0]",
-        "--config.rollout.max_tokens=40",
-        f"--config.hybrid.method={method}",
-        f"--config.hybrid.{'mix_decay_steps' if method == 'chord' else 'hint_steps'}=4",
-        "--config.evaluation.num_problems=0",
-        "--config.checkpoint.every_steps=0",
-    ]
-    folders, mesh = [], ["--config.mesh.data=1", "--config.mesh.fsdp=2"]
-    for num in (1, 2):
-        run = Launched(num, tmp_path / f"{num}", *more, *mesh[: 2 * num - 2],
-                       environment=environment)  # fmt: skip
-        assert run.status() == 0, run.output
-        folders.append(run.folder)
-        more.append(f"--config.model.path={folders[0] / 'bootstrap' / 'export'}")
+    folders = alone_of(method), pair(method)
     assert differences_beyond(1e-5, *folders) == []
     rows = [[r for r in logged(folder) if "reward" in r] for folder in folders]
     name = "hybrid/mix" if method == "chord" else "hybrid/hint_tokens"
@@ -279,19 +349,9 @@ def test_a_hybrid_of_two_processes_is_that_of_one(one, tmp_path, environment, me
 
 
 @pytest.mark.slow
-def test_adapters_of_two_processes_are_those_of_one(one, tmp_path, environment):
+def test_adapters_of_two_processes_are_those_of_one(alone_of, pair):
     """Their base is read by both, each its part; the export is merged by both."""
-    more = [
-        f"--config.model.path={one / 'bootstrap' / 'export'}",
-        "--config.lora.rank=4",
-        "--config.evaluation.num_problems=0",
-        "--config.checkpoint.every_steps=0",
-    ]
-    folders = []
-    for num, mesh in ((1, []), (2, ["--config.mesh.data=1", "--config.mesh.fsdp=2"])):
-        run = Launched(num, tmp_path / f"{num}", *more, *mesh, environment=environment)
-        assert run.status() == 0, run.output
-        folders.append(run.folder)
+    folders = alone_of("adapters"), pair("adapters")
     assert differences_beyond(1e-5, *folders) == []
     norms = [row["policy/grad_norm"] for row in logged(folders[1]) if "reward" in row]
     assert len(norms) == STEPS and min(norms) > 1e-3
@@ -300,47 +360,18 @@ def test_adapters_of_two_processes_are_those_of_one(one, tmp_path, environment):
 
 
 @pytest.mark.slow
-def test_an_objective_that_changes_is_that_of_one(one, tmp_path, environment):
+def test_an_objective_that_changes_is_that_of_one(alone_of, pair):
     """Two processes, each with half of every weight, stop after a refresh of the reference."""
-    more = [
-        f"--config.model.path={one / 'bootstrap' / 'export'}",
-        "--config.evaluation.num_problems=0",
-        "--config.algorithm.kl_target=0.01",
-        "--config.algorithm.kl_horizon=100",
-        "--config.algorithm.entropy_target=5.0",
-        "--config.algorithm.reference_refresh_steps=2",
-        "--config.algorithm.top_entropy_share=0.5",
-    ]
-    alone = Launched(1, tmp_path / "alone", *more, environment=environment)
-    assert alone.status() == 0, alone.output
-    mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=2"]
-    for steps in (3, STEPS):
-        more.append(f"--config.loop.num_steps={steps}")
-        run = Launched(2, tmp_path / "two", *more, *mesh, environment=environment)
-        assert run.status() == 0, run.output
-    assert "Continuing" in run.output
-    assert differences_beyond(1e-5, alone.folder, run.folder) == []
-    coefs = [row["policy/kl_coef"] for row in logged(run.folder) if "reward" in row]
+    folders = alone_of("changing"), pair("changing")
+    assert differences_beyond(1e-5, *folders) == []
+    coefs = [row["policy/kl_coef"] for row in logged(folders[1]) if "reward" in row]
     assert len(set(coefs)) == STEPS
 
 
 @pytest.mark.slow
-def test_two_processes_refill_a_batch_as_one_does(one, tmp_path, environment):
+def test_two_processes_refill_a_batch_as_one_does(alone_of, pair):
     """A group may be learned from on another process than the one that has sampled it."""
-    more = [
-        f"--config.model.path={one / 'bootstrap' / 'export'}",
-        "--config.rewards.names=['slow_reward:digit']",
-        "--config.rewards.weights=[1.0]",
-        "--config.prompts.drop_equal_groups=True",
-        "--config.prompts.per_draw=4",
-        "--config.evaluation.num_problems=0",
-        "--config.checkpoint.every_steps=0",
-    ]
-    folders = []
-    for num in (1, 2):
-        run = Launched(num, tmp_path / f"{num}", *more, environment=environment)
-        assert run.status() == 0, run.output
-        folders.append(run.folder)
+    folders = alone_of("refill"), pair("refill")
     assert differences_beyond(1e-5, *folders) == []
     rows = [row for row in logged(folders[1]) if "reward" in row]
     assert {row["groups/equal_share"] for row in rows} == {0}
@@ -349,83 +380,53 @@ def test_two_processes_refill_a_batch_as_one_does(one, tmp_path, environment):
 
 
 @pytest.mark.slow
-def test_conversations_of_two_processes_are_those_of_one(one, tmp_path, environment):
+def test_conversations_of_two_processes_are_those_of_one(alone_of, pair):
     """Each process has the environments of its own groups; a shard's devices are of both, too."""
-    (tmp_path / "echo.py").write_text(ECHO)
-    environment = environment | {"PYTHONPATH": f"{tmp_path}:{environment['PYTHONPATH']}"}
-    more = [
-        f"--config.model.path={one / 'bootstrap' / 'export'}",
-        "--config.environment.classes=['echo:Echo']",
-        "--config.environment.turn_tokens=5",
-        "--config.environment.max_turns=3",
-        "--config.environment.observation_tokens=8",
-        "--config.rollout.max_tokens=24",
-        "--config.rewards.names=['environment:Echo']",
-        "--config.rewards.weights=[1.0]",
-        "--config.evaluation.num_problems=0",
-        "--config.checkpoint.every_steps=0",
-        "--config.loop.num_steps=2",
-    ]
-    folders, meshes = [], ([], [], ["--config.mesh.data=1", "--config.mesh.tensor=2"])
-    for number, mesh in enumerate(meshes):
-        run = Launched(
-            min(number + 1, 2), tmp_path / f"{number}", *more, *mesh, environment=environment
-        )
-        assert run.status() == 0, run.output
-        folders.append(run.folder)
-    for folder in folders[1:]:
-        assert differences_beyond(1e-5, folders[0], folder) == []
-    rows = [row for row in logged(folders[1]) if "reward" in row]
+    for kind in ("conversations", "conversations by halves"):
+        assert differences_beyond(1e-5, alone_of("conversations"), pair(kind)) == []
+    rows = [row for row in logged(pair("conversations")) if "reward" in row]
     assert [row["environment/processes"] for row in rows] == [32, 32]
     assert min(row["environment/turns"] for row in rows) > 1.5
 
 
-@pytest.mark.slow
-def test_a_signal_to_one_stops_all_and_four_go_on(one, tmp_path, environment):
-    """Two processes are stopped at one step; four, on another mesh, end as one would have."""
-    more = [
-        f"--config.model.path={one / 'bootstrap' / 'export'}",
-        "--config.evaluation.num_problems=0",
-        "--config.checkpoint.every_steps=0",
-    ]
-    run = Launched(2, tmp_path / "run", *more, environment=environment | {"SLEEP_S": "0.5"})
-    run.wait_until(lambda: run.has_step(1))
-    os.kill(run.pid(1), signal.SIGTERM)
-    assert run.status() == 75, run.output
-    stopped = re.search(r"^\[0\] Stopped by SIGTERM at step (\d)", run.output, re.M)
-    assert stopped and 1 <= int(stopped[1]) < STEPS, run.output
-    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
-    then = Launched(4, run.folder, *more, *mesh, environment=environment)
-    assert then.status() == 0 and "Continuing" in then.output, then.output
-    assert differences_beyond(1e-5, one, run.folder) == []
+# --- Stopped, killed, refused ---------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_one_process_and_two_go_on_where_two_of_four_devices_stopped(one, tmp_path, environment):
-    """Then eight devices of one, and of two processes one each."""
+def test_a_signal_to_one_stops_all_and_others_go_on(one, tmp_path, environment, runs_here):
+    """Two of four devices each are stopped at one step. Then one of eight devices goes on, two of
+    one device, and four on another mesh: all end as one would have."""
     more = [
         f"--config.model.path={one / 'bootstrap' / 'export'}",
-        "--config.evaluation.num_problems=0",
-        "--config.checkpoint.every_steps=0",
+        *(f"--config.{option}" for option in BARE),
     ]
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=4"]
     slowly = environment | {"SLEEP_S": "0.5"}
     run = Launched(2, tmp_path / "eight", *more, *mesh, environment=slowly, devices=4)
     run.wait_until(lambda: run.has_step(1))
-    os.kill(run.pid(0), signal.SIGTERM)
+    os.kill(run.pid(1), signal.SIGTERM)
     assert run.status() == 75, run.output
     stopped = re.search(r"^\[0\] Stopped by SIGTERM at step (\d)", run.output, re.M)
     assert stopped and 1 <= int(stopped[1]) < STEPS, run.output
-    for num, devices, mesh in ((1, 8, ["--config.mesh.fsdp=8"]), (2, 1, [])):
+
+    folder = shutil.copytree(run.folder, tmp_path / "1")
+    told = runs_here("train", argv(folder, *more, "--config.mesh.fsdp=8"), devices=8)
+    assert "Continuing" in told
+    assert differences_beyond(1e-5, one, folder) == []
+    for num, mesh in ((2, []), (4, ["--config.mesh.data=2", "--config.mesh.fsdp=2"])):
         folder = shutil.copytree(run.folder, tmp_path / f"{num}")
-        then = Launched(num, folder, *more, *mesh, environment=environment, devices=devices)
+        then = Launched(num, folder, *more, *mesh, environment=environment)
         assert then.status() == 0 and "Continuing" in then.output, then.output
         assert differences_beyond(1e-5, one, folder) == []
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_all_and_is_named(tmp_path, environment):
-    run = Launched(2, tmp_path / "run", environment=environment | {"SLEEP_S": "0.5"})
+def test_a_killed_process_ends_all_and_is_named(one, tmp_path, environment):
+    more = [
+        f"--config.model.path={one / 'bootstrap' / 'export'}",
+        *(f"--config.{option}" for option in BARE),
+    ]
+    run = Launched(2, tmp_path / "run", *more, environment=environment | {"SLEEP_S": "0.5"})
     run.wait_until(lambda: run.has_step(1))
     other = run.pid(0)
     os.kill(run.pid(1), signal.SIGKILL)

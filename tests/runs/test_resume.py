@@ -203,7 +203,7 @@ def test_sigterm_saves_and_ends_with_status_75(runs, slow_reward, tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_continues(tmp_path, slow_reward):
     """kill_and_resume.py with the tiny config."""
-    more = ["--config.loop.num_steps=60", "--config.checkpoint.every_steps=7"]
+    more = ["--config.loop.num_steps=30", "--config.checkpoint.every_steps=4"]
     done = subprocess.run(
         [sys.executable, str(HERE / "kill_and_resume.py"), "--config", str(TINY), "--kills=2",
          "--root", str(tmp_path / "runs"), *more],

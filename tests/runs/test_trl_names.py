@@ -12,6 +12,7 @@ import pytest
 import transformers
 from kill_and_resume import log_differences, state_differences
 from mistakes import make_model
+from plain_rewards import right
 
 import grpo_jax
 from grpo_jax.config import options
@@ -223,10 +224,6 @@ def test_what_means_something_else_is_refused(arguments, words):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("trl") / "model")
-
-
-def right(completions, answer, **columns):
-    return [float(a in c) for c, a in zip(completions, answer)]
 
 
 def test_a_run_by_their_names_is_the_run_by_ours(model, tmp_path, one_device):

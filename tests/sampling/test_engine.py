@@ -435,7 +435,7 @@ def test_publishing_again_traces_nothing(params, monkeypatch):
 def test_publish_takes_the_layers_apart():
     """Of more layers than may be in flight."""
     model = dataclasses.replace(tiny.MODEL, layers=(Layer(),) * (compiling.MAX_IN_FLIGHT + 3))
-    params = parameters.init(model, jax.random.key(0))
+    params = jax.jit(functools.partial(parameters.init, model))(jax.random.key(0))
 
     published = Engine(Decoder(model, tiny.one_device(), Sampling(), STOPS, LIMIT)).publish(params)
 

@@ -1,0 +1,16 @@
+"""Rewards of a module that is imported in no time, as the processes of rewards do it."""
+
+from __future__ import annotations
+
+
+def worth(completions, **columns):
+    """Another number for about every completion."""
+    return [sum(map(ord, c)) % 97 / 10 for c in completions]
+
+
+def short(completions, **columns):
+    return [-float(len(c)) for c in completions]
+
+
+def right(completions, answer, **columns):
+    return [float(a in c) for c, a in zip(completions, answer)]
