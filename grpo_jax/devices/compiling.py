@@ -91,9 +91,9 @@ def exact(dtype: Any, f: Callable) -> Callable:
         return f
 
     @functools.wraps(f)
-    def in_full(*args: Any) -> Any:
+    def in_full(*args: Any, **kwargs: Any) -> Any:
         with jax.default_matmul_precision("highest"):
-            return f(*args)
+            return f(*args, **kwargs)
 
     return in_full
 

@@ -337,10 +337,10 @@ class Step:
         tokens = max(length_PG.max(), -(-length_PG.sum() // lanes)) - 1
         in_step, found = phase == "rollout", []
         asked = drawing.prompts, drawing.group, self.lengths.prompt, drawing.temperature
-        for call in sampling_programs.first_turns(engine, published, *asked):
+        for call in sampling_programs.first_turns(engine, published, *asked, keeps=self._keeps):
             waves = -(-length_PG.size // lanes) if call.program is engine.admit else 1
             runs, loops, read = waves if in_step else 0, 1.0, {}
-            if in_step and call.program is engine.decode:
+            if in_step and call.program in (engine.decode, engine.decode_kept):
                 loops = tokens / engine.decoder.steps
                 read = self._read_of_cache(int(tokens), lanes)
             found.append(Program.of(call, phase, (*learning, published), prefix, runs, loops, read))
@@ -355,11 +355,15 @@ class Step:
         longest = self.lengths.prompt + self.config.rollout.max_tokens
         where = drawing.engine, drawing.published, drawing.prompts, drawing.group
         asked = *where, self.lengths.prompt, longest, drawing.temperature
-        is_eager = self.config.environment.order == "eager"
-        for call in sampling_programs.later_turns(*asked, eager=is_eager):
+        for call in sampling_programs.later_turns(*asked, keeps=self._keeps):
             beside = *learning, drawing.published
             found.append(Program.of(call, "rollout", beside, "later ", runs=0))
         return found
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether turns go on in the slots of earlier ones, if these hold all completions."""
+        return derived.has_environment(self.config) and self.config.environment.order == "fixed"
 
     def _publishing(self, learning: tuple) -> list[Program]:
         """The programs that publish the rollout's weights: part by part, then layer by layer."""

@@ -274,12 +274,15 @@ def decode(
     next_lanes: Array,
     enough_P: Array,
     slots: Slots,
+    *,
+    keeps: bool = False,
 ) -> Slots:
     """The slots, decoded until the host has something to do; no host round trip per token.
 
     A shard returns when it has no live lane, when `enough_P` slots of a part have no live lane, or
     when the live completions of each part fit `next_slots` slots of `next_lanes` lanes. It checks
-    this every `decoder.steps` tokens. The donated cache is updated in place.
+    this every `decoder.steps` tokens. The donated cache is updated in place. `keeps`: later turns
+    go on in lanes that are not live.
     """
     head_DV = parameters.head_kernel(params)
     r, w = jnp.meshgrid(*(jnp.arange(n) for n in slots.live_RW.shape), indexing="ij")
@@ -298,6 +301,7 @@ def decode(
             live_RW=live_RW,
             column=slots.column_1[0],
             limit=decoder.max_tokens,
+            keeps=keeps,
         )
         hidden_RWD, cache = transformer.decode_token(
             params,

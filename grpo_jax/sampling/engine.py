@@ -84,6 +84,8 @@ class Engine:
         )
         self.admit = jit(by_shard(with_decoder(decode.admit), 2), donate_argnums=2)
         self.decode = jit(by_shard(with_decoder(decode.decode), 4), donate_argnums=5)
+        keeping = functools.partial(with_decoder(decode.decode), keeps=True)
+        self.decode_kept = jit(by_shard(keeping, 4), donate_argnums=5)
         self.compact_slots = jit(by_shard(with_decoder(decode.compact), 0))
         self.put_back = jit(by_shard(with_decoder(decode.put_back), 0), donate_argnums=0)
         self.align = jit(by_shard(with_decoder(appending.align), 0), donate_argnums=0)
@@ -99,9 +101,16 @@ class Engine:
         return Call(self.admit, (params, temperature, slots, *prompts))
 
     def decoding(
-        self, params, temperature, following: tuple[int, int], enough_S, slots: decode.Slots
+        self,
+        params,
+        temperature,
+        following: tuple[int, int],
+        enough_S,
+        slots: decode.Slots,
+        keeps: bool,
     ) -> Call:
-        return Call(self.decode, (params, temperature, *following, enough_S, slots))
+        program = self.decode_kept if keeps else self.decode
+        return Call(program, (params, temperature, *following, enough_S, slots))
 
     def appending(
         self, params, temperature, column, age, slots: decode.Slots, lanes: tuple
@@ -337,7 +346,8 @@ class Engine:
             self.shapes.add((*board.row_SRW.shape[1:], width))
             following = layouts[1] if is_last and len(layouts) > 1 else NO_LAYOUT
             enough_S = self._enough(waiting, board, refill, source.pending)
-            slots = self.decoding(params, temperature, following, enough_S, slots)()
+            keeps = kept is not None
+            slots = self.decoding(params, temperature, following, enough_S, slots, keeps)()
             yield from finished  # processed while the device decodes
             finished = [self._harvest(slots, board)]
         if kept is not None:

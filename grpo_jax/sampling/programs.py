@@ -14,17 +14,32 @@ from grpo_jax.structs import Params
 
 
 def first_turns(
-    engine: Engine, params: Params, num_prompts: int, group: int, longest: int, temperature: float
+    engine: Engine,
+    params: Params,
+    num_prompts: int,
+    group: int,
+    longest: int,
+    temperature: float,
+    *,
+    keeps: bool = False,
 ) -> list[Call]:
     """The programs of `Engine.generate`, for prompts of at most `longest` tokens.
 
-    `params`: from `publish`, or their shapes. Further calls of `compact`, and prefills when only
+    `params`: from `publish`, or their shapes. `keeps`: those of `Engine.first_turns`, which keeps
+    the slots if it can. Further calls of `compact`, and prefills when only
     some slots are free, are the same programs for fewer rows.
     """
     rows = num_prompts * group
     keys = Call(row_keys, (jax.eval_shape(jax.random.key, 0), np.arange(rows, dtype=np.int32)))
     layouts, width = engine.layouts(num_prompts, group), engine.padded(longest)
-    return [keys, *_of_layouts(engine, params, layouts, width, temperature)]
+    keeps = keeps and _holds_all(engine, num_prompts, group)
+    return [keys, *_of_layouts(engine, params, layouts, width, temperature, keeps)]
+
+
+def _holds_all(engine: Engine, num_prompts: int, group: int) -> bool:
+    """Whether the slots hold all completions at once."""
+    slots, lanes = engine.layouts(num_prompts, group)[0]
+    return slots * lanes * engine.shards >= num_prompts * group
 
 
 def later_turns(
@@ -36,18 +51,18 @@ def later_turns(
     longest: int,
     temperature: float,
     *,
-    eager: bool,
+    keeps: bool,
 ) -> list[Call]:
     """The programs of `Engine.later_turns` of all completions at once.
 
     `longest`: tokens of the longest prefix, of which `prompt_tokens` are the prompt's. Fewer or
-    shorter turns are the same programs for smaller shapes. `eager`: no slots are kept for them.
+    shorter turns are the same programs for smaller shapes. `keeps`: as in `first_turns`.
     """
     first, *_ = layouts = engine.layouts(num_prompts, group)
-    if eager or first[0] * first[1] * engine.shards < num_prompts * group:
+    if not (keeps and _holds_all(engine, num_prompts, group)):
         layouts = layouts_lib.of_turns(first, first[0] * first[1], compact=engine.compact)
         width = layouts_lib.turn_width(longest)
-        return _of_layouts(engine, params, layouts, width, temperature)
+        return _of_layouts(engine, params, layouts, width, temperature, False)
     slots = Call(engine.empty, (*first, engine.padded(prompt_tokens))).result()
     lanes = first[0] * engine.shards, first[1]
     size = kept.sizes_for(engine.decoder.max_tokens)[-1]
@@ -68,6 +83,7 @@ def _of_layouts(
     layouts: list[layouts_lib.Layout],
     width: int,
     temperature: float,
+    keeps: bool,
 ) -> list[Call]:
     num_slots, lanes = layouts[0]
     empty = Call(engine.empty, (num_slots, lanes, width))
@@ -86,7 +102,7 @@ def _of_layouts(
     calls = [
         empty,
         engine.admitting(params, temperature, slots, prompts),
-        engine.decoding(params, temperature, following, enough_S, slots),
+        engine.decoding(params, temperature, following, enough_S, slots, keeps),
     ]
     if len(layouts) > 1:
         calls.append(Call(engine.compact_slots, (slots, *_moves(engine, layouts[1]))))

@@ -49,7 +49,7 @@ def decoded(kind, window, cache, size, time_RW, live_RW, column):
     """One token more in the live lanes."""
     heads = (x[:, :, 0] for x in tokens(time_RW[..., None], size))
     cos_sin = angles(PROMPT_R[:, None] + time_RW, size)
-    step = DecodeStep(jnp.array(PROMPT_R), time_RW, live_RW, column, C, cos_sin, window)
+    step = DecodeStep(jnp.array(PROMPT_R), time_RW, live_RW, column, C, cos_sin, window, keeps=True)
     return kind.extend(cache, *heads, step)
 
 

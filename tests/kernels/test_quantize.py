@@ -69,10 +69,9 @@ def test_attention_on_codes_is_attention_on_what_they_stand_for():
     )
     own = kv_cache.empty_cache((r, k, w), columns, size, jnp.float32, int8=True)
     exact = kv_cache.empty_cache((r, k, w), columns, size, jnp.float32, int8=False)
-    live_RW = jnp.ones((r, w), bool)
     for column in range(3):
         new = draw(2 + column, r, w, k, size), draw(9 + column, r, w, k, size) * 3
-        own, exact = (kv_cache.write(cache, *new, column, live_RW) for cache in (own, exact))
+        own, exact = (kv_cache.write(cache, *new, column) for cache in (own, exact))
 
     def value(cache):
         keys, values = cache
