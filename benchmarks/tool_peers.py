@@ -137,13 +137,13 @@ def ours(folder: str, case: str, steps: int) -> None:
 
     told = script(AutoTokenizer.from_pretrained(folder), TOOLS[case])
     script_T = jnp.array([*told, *[0] * MAX_TOKENS], jnp.int32)
-    usual = decode._choose
+    usual = decode.choose
 
     def choose(decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature):
         _, logp_RW = usual(decoder, hidden_RWD, head_DV, key_RW2, time_RW, temperature)
         return script_T[jnp.clip(time_RW, 0, len(script_T) - 1)], logp_RW
 
-    decode._choose = choose
+    decode.choose = choose
     ends, rows = [time.perf_counter()], []
 
     def on_step(step):
