@@ -175,6 +175,17 @@ def test_a_better_size_is_taken_once_enough_was_wasted(tokens, low, high, monkey
     assert sizes.fill(work(first)).size == size  # and what was used before still is
 
 
+def test_rows_without_lanes_have_sizes_of_their_own():
+    """As where a run goes on with other kernels, or on another mesh."""
+    sizes, length_SPG = CompiledSizes(), lengths(0)
+    with_lanes = sizes.fill(work(length_SPG)).size
+    without = sizes.fill(work(length_SPG, in_lanes=False)).size
+    assert with_lanes.lanes > 0 and without.lanes == 0
+    assert sizes.fill(work(length_SPG, in_lanes=False)).size == without
+    assert sizes.fill(work(length_SPG)).size == with_lanes
+    assert len(sizes.as_json()["used"]) == 2
+
+
 def test_completions_that_fit_in_no_size_get_one():
     sizes = CompiledSizes()
     small = sizes.fill(work(lengths(0, 4)[:, :2])).size
