@@ -128,6 +128,7 @@ def _end_as(status: int) -> None:
     """Ends with the worker's exit code, or by the signal that ended the worker."""
     if status < 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one that waits would be the status
         if -status != signal.SIGKILL:
             signal.signal(-status, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, set())

@@ -317,10 +317,8 @@ def decode(
             frozen_product=decoder.frozen_product,
         )
         time_RW = slots.time_RW + live_RW
-        place_RW = slots.first_RW + time_RW
-        token_RW, logp_RW = choose(
-            decoder, hidden_RWD, head_DV, slots.key_RW2, place_RW, temperature
-        )
+        keys, place_RW = slots.key_RW2, slots.first_RW + time_RW
+        token_RW, logp_RW = choose(decoder, hidden_RWD, head_DV, keys, place_RW, temperature)
         at = jnp.where(live_RW, time_RW, decoder.max_tokens)  # past the end: dropped
         stop_RW = live_RW & is_stop(decoder, token_RW)
         return slots.replace(
@@ -334,10 +332,10 @@ def decode(
             logp_RWC=slots.logp_RWC.at[r, w, at].set(logp_RW, mode="drop"),
         )
 
-    def some_tokens(slots: Slots) -> Slots:
+    def tokens(slots: Slots) -> Slots:
         return jax.lax.fori_loop(0, decoder.steps, lambda _, slots: one_token(slots), slots)
 
-    return jax.lax.while_loop(go_on, one_token if decoder.steps == 1 else some_tokens, slots)
+    return jax.lax.while_loop(go_on, one_token if decoder.steps == 1 else tokens, slots)
 
 
 @jax.named_scope("rollout/compact")

@@ -242,7 +242,7 @@ def test_a_worker_that_was_ending_when_its_end_was_asked_for_has_its_own_status(
         import os, signal
         from grpo_jax.rewards import keeper
         trainer = os.getpid()
-        for _ in range(40):
+        for status in (7, -signal.SIGABRT) * 20:
             hears, tells = os.pipe()
             pid = os.fork()
             if not pid:
@@ -250,11 +250,11 @@ def test_a_worker_that_was_ending_when_its_end_was_asked_for_has_its_own_status(
                 keeper.main(tells, trainer, 0, 64, 1.0)
                 for _ in range(400):  # the system takes its time to close them
                     os.pipe()
-                os._exit(7)
+                os._exit(status) if status > 0 else os.kill(os.getpid(), -status)
             os.close(tells)
             os.read(hears, 1)
             os.kill(pid, signal.SIGTERM)
-            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == status
             os.close(hears)
     """
     subprocess.run([sys.executable, "-c", code], check=True)

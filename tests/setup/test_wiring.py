@@ -33,6 +33,7 @@ from grpo_jax.environments.questions import Questions
 from grpo_jax.environments.single_turn import Rollout
 from grpo_jax.evaluation import held_out
 from grpo_jax.kernels import attention
+from grpo_jax.kernels.row_blocks import RowBlocks
 from grpo_jax.learner import train_state
 from grpo_jax.learner import update as update_lib
 from grpo_jax.learner.update import make_update
@@ -381,7 +382,8 @@ def test_what_else_the_parts_of_an_update_are_given(monkeypatch):
 
     usual = learner().scorer
     assert (usual.dtype, usual.remat, usual.scan_layers) == (jnp.float32, "dots", True)
-    assert (usual.microbatch, usual.tokens, usual.kernels) == (0, 0, attention)
+    assert (usual.microbatch, usual.tokens, usual.kernels) == (0, 0, RowBlocks())
+    assert learner(model__attention="xla").scorer.kernels == attention
     assert not given["offload"] and not given["bounds"] and given["num_minibatches"] == 1
     other = learner(
         model__dtype="bfloat16", model__remat="auto", model__scan_layers="off",
