@@ -147,7 +147,7 @@ class Host:
 
     def _carried_out(self, group: list[dict], limit_s: float, left_s: float) -> Iterator[dict]:
         """The messages of calls: of one, or of several asynchronous ones at once."""
-        began = time.monotonic()
+        began, began_boot = time.monotonic(), clock.boot_s()
         late = f"The call took longer than {limit_s:g} s."
         if left_s < limit_s:
             limit_s, late = left_s, "The call took longer than the episode had left."
@@ -156,6 +156,8 @@ class Host:
             outcomes = clock.together(limit_s, makes)
         else:
             outcomes = [self._one(group[0], limit_s)]
+        if sys.platform == "linux" and any(_failure(e) == "timeout" for _, e in outcomes if e):
+            keeper.end_what_began_since(began_boot)
         seconds = (time.monotonic() - began) / len(group)
         for call, (result, error) in zip(group, outcomes):
             failure = ""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -71,3 +72,9 @@ def together(limit_s: float, calls: list[Callable[[], Any]]) -> list[tuple[Any, 
         return await asyncio.gather(*map(one, calls))
 
     return within(limit_s + 0.5, every)
+
+
+def boot_s() -> float:
+    """Seconds since the system began, the clock of its processes' beginnings; 0 without one."""
+    known = getattr(time, "CLOCK_BOOTTIME", None)
+    return 0.0 if known is None else time.clock_gettime(known)

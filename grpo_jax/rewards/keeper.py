@@ -136,6 +136,36 @@ def _end_as(status: int) -> None:
     os._exit(status)
 
 
+def end_what_began_since(boot_s: float) -> None:
+    """Ends the processes below this worker's keeper that began after a time of CLOCK_BOOTTIME.
+
+    Also those that left the worker's session; not the worker itself.
+    """
+    least, own = int(boot_s * os.sysconf("SC_CLK_TCK")), os.getpid()
+    found = [pid for pid in below(os.getppid()) if pid != own and _began(pid) >= least]
+    for pid in found:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+    limit = time.monotonic() + 0.2
+    for pid in found:
+        try:
+            while not os.waitpid(pid, os.WNOHANG)[0] and time.monotonic() < limit:
+                time.sleep(0.001)
+        except ChildProcessError:  # it is another's, who waits for it
+            pass
+
+
+def _began(pid: int) -> int:
+    """When a process began, in clock ticks since the system did; -1: it has ended."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[19])
+    except OSError:
+        return -1
+
+
 # --- Processes and their memory -------------------------------------------------------------------
 
 

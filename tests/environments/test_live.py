@@ -262,6 +262,20 @@ def test_an_episode_goes_on_after(faulty, what, texts, failures):
 
 
 @linux
+def test_what_an_interrupted_call_started_is_ended(faulty):
+    """The process itself goes on, with the state that it had."""
+    live, file = faulty, faulty.folder / "ODD_PIDS"
+    file.unlink(missing_ok=True)
+    begin(live)
+    lost = live.num_lost
+    with limit(live, SHORT_S):
+        assert said(act(live, do("x", "fork_and_wait", "y"))) == ["x 1", LATE, "y 3"]
+    pids = file.read_text().split()
+    assert len(pids) == 3 and are_gone(pids) and live.num_lost == lost
+    live.drop(0)
+
+
+@linux
 @pytest.mark.parametrize(
     ("what", "why"),
     [

@@ -217,6 +217,17 @@ def _eat_in_children():
 
 def _fork():
     """Leaves children in this session, in others, and orphans; then hangs hard."""
+    _leave_children()
+    _hang_hard()
+
+
+def _fork_and_wait():
+    """The same, but it can be interrupted."""
+    _leave_children()
+    _hang()
+
+
+def _leave_children():
     for kind in ("same", "own", "orphan"):
         if os.fork() == 0:
             if kind != "same":
@@ -227,7 +238,6 @@ def _fork():
                 with open(file, "a") as pids:
                     pids.write(f"{os.getpid()}\n")
             time.sleep(1000)
-    _hang_hard()
 
 
 def _bomb():
