@@ -4,18 +4,7 @@ from __future__ import annotations
 
 import time
 
-
-def multiply(a: int, b: int) -> int:
-    """Multiplies two whole numbers.
-
-    Args:
-        a: The first number.
-        b: The second number.
-
-    Returns:
-        The product.
-    """
-    return a * b
+from grpo_jax.environments.tasks.calculator import multiply
 
 
 def multiply_slowly(a: int, b: int) -> int:
@@ -29,4 +18,4 @@ def multiply_slowly(a: int, b: int) -> int:
         The product.
     """
     time.sleep(0.1)
-    return a * b
+    return multiply(a, b)
