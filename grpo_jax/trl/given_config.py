@@ -76,10 +76,14 @@ def options_of_sft(args: SFTConfig, rows: int, held_out: int, devices: int) -> d
     found = _schedule(args, "sft", rows, held_out, devices)
     if args.dataset_text_field != "text":
         found["data.columns"] = (f"text={args.dataset_text_field}",)
-    return found | _MEASURED | {
-        "sft.loss": one_of(args, "loss_type", args.loss_type, names),
-        "sft.loss_on": loss_on,
-    }
+    return (
+        found
+        | _MEASURED
+        | {
+            "sft.loss": one_of(args, "loss_type", args.loss_type, names),
+            "sft.loss_on": loss_on,
+        }
+    )
 
 
 def options_of_dpo(args: DPOConfig, rows: int, held_out: int, devices: int) -> dict[str, Any]:

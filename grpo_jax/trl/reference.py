@@ -5,6 +5,8 @@ from __future__ import annotations
 from grpo_jax.trl.fields import FIELDS
 from grpo_jax.trl.given_fields import GIVEN_FIELDS
 
+_LIKE_DPO = ("KTOConfig", "ORPOConfig", "CPOConfig")
+
 
 def table() -> str:
     """One row for each argument of TRL's GRPOConfig, in Markdown, and for others of the rest.
@@ -15,9 +17,9 @@ def table() -> str:
     lines = ["| TRL's argument | its default | here |", "| --- | --- | --- |"]
     lines += [f"| `{n}` | `{f.default!r}` | {f.told()} |" for n, f in FIELDS.items()]
     for of, fields in GIVEN_FIELDS.items():
-        like_dpo = GIVEN_FIELDS["DPOConfig"] if of in ("KTOConfig", "ORPOConfig", "CPOConfig") else {}
+        known = GIVEN_FIELDS["DPOConfig"] if of in _LIKE_DPO else {}
         for name, f in fields.items():
-            if f not in (FIELDS.get(name), like_dpo.get(name)):
+            if f not in (FIELDS.get(name), known.get(name)):
                 lines.append(f"| `{of}.{name}` | `{f.default!r}` | {f.told()} |")
     return "\n".join(lines)
 
