@@ -19,8 +19,8 @@ import numpy as np
 
 from grpo_jax.data import prompts, templates
 from grpo_jax.data.chats import Messages
+from grpo_jax.data.encoded import Encoded, Odd
 from grpo_jax.data.examples import Example, Ids, Pair, Unpaired, Written
-from grpo_jax.data.odd_rows import Odd
 from grpo_jax.data.templates import CLOSED, OPEN, REPLY, Renderer, Span
 
 
@@ -37,34 +37,6 @@ class Limits:
     overlong: str = "refuse"
     too_long: str = "refuse"
     names: tuple[str, str, str] = ("data.max_prompt_tokens", "sft.max_tokens", "sft.too_long")
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """Rows as tokens, in their order, and what was done to make them.
-
-    `num_unmarked`: rows of a template whose {% generation %} leaves out the token that ends a turn.
-    """
-
-    examples: list[Any]  # of one kind of `examples.KINDS`
-    num_rows: int = 0  # with those that were dropped
-    num_dropped: int = 0
-    num_truncated: int = 0
-    num_ended: int = 0  # chats whose template writes no stop token at the end; it was added
-    num_unmarked: int = 0
-    odd: Odd = Odd()
-    places: tuple[str, ...] = ()  # of the examples; empty in a sum
-    reads: frozenset[str] | None = None  # names that the chat template reads; None without one
-
-    def __add__(self, other: Encoded) -> Encoded:
-        read = [reads for reads in (self.reads, other.reads) if reads is not None]
-        counts = [f.name for f in dataclasses.fields(self) if f.name.startswith("num_")]
-        return Encoded(
-            self.examples + other.examples,
-            **{name: getattr(self, name) + getattr(other, name) for name in counts},
-            odd=self.odd + other.odd,
-            reads=frozenset.union(*read) if read else None,
-        )
 
 
 @dataclasses.dataclass

@@ -108,7 +108,12 @@ class Step:
             own = train_state.state_like(critic, mesh, self.learner.critic.optimizer, kept)
             self.state = actor_critic.together(self.state, own)
         self.frozen = lora_setup.frozen_like(model, mesh, dtype)
-        self.critic_frozen = self._frozen_of_critic(critic, dtype)
+        self.critic_frozen = None  # the weights under a critic's adapters
+        if critic is not None:
+            where = mesh, self.frozen
+            self.critic_frozen = critic_lib.frozen_like(config, model, critic, *where)
+            update = dataclasses.replace(self.learner.update, critic_frozen=self.critic_frozen)
+            self.learner = dataclasses.replace(self.learner, update=update)
         self.weights = self._attached(self.state.params)
         self.reference = self._reference(dtype)
         self.rollout = self._drawing(
@@ -140,22 +145,6 @@ class Step:
 
     def _attached(self, trained: Params) -> Params:
         return lora_setup.attached_like(self.frozen, trained, self.model, self.mesh)
-
-    def _frozen_of_critic(self, critic: ModelConfig | None, dtype) -> Params | None:
-        """The weights under the critic's adapters, which its updates get; None: all learn."""
-        if critic is None or critic.lora is None:
-            return None
-        frozen = critic_lib.frozen_like(self.config, self.model, critic, self.mesh, self.frozen)
-        update = dataclasses.replace(self.learner.update, critic_frozen=frozen)
-        self.learner = dataclasses.replace(self.learner, update=update)
-        return frozen
-
-    def _critic_weights(self) -> Params | None:
-        """The tree that the critic's network reads; None: there is no critic."""
-        if self.learner.critic is None:
-            return None
-        model, trained = self.learner.critic.model, self.state.critic.params
-        return lora_setup.attached_like(self.critic_frozen, trained, model, self.mesh)
 
     def held(self) -> dict[str, float]:
         """Bytes of arrays on each device, by content, without the programs' own memory.
@@ -255,7 +244,9 @@ class Step:
         found += self._judging(learning)
         prepare, update, experience = self.learner.prepare, self.learner.update, self.experience
         rollouts, length_PG = experience.rollouts, self.lengths.completion_PG
-        critic = self._critic_weights()
+        if (critic := self.learner.critic) is not None:
+            weights = self.critic_frozen, self.state.critic.params
+            critic = lora_setup.attached_like(*weights, critic.model, self.mesh)
         read = self.weights, self.reference, rollouts, length_PG, critic
         scoring = [prepare.score, *([prepare.values.score] if critic else [])]
         for call in prepare.calls(*read):

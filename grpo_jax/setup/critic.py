@@ -229,10 +229,12 @@ def _has_base_of(policy: Policy, critic: Policy) -> bool:
 def frozen_like(
     config: ConfigDict, policy: ModelConfig, critic: ModelConfig, mesh: Mesh, frozen: Params | None
 ) -> Params | None:
-    """Shapes and shardings of the weights under a critic's adapters, of a plan.
+    """Shapes and shardings of the weights under a critic's adapters, of a plan; None: all learn.
 
     `frozen`: those under the policy's. They are shared where the paths say that they are the same.
     """
+    if critic.lora is None:
+        return None
     path = config.critic.path
     if path and (adapter := _adapter_at(path, None)) is not None:
         path = peft.base_of(adapter)

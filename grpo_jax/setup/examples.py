@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 
 from grpo_jax.data import examples, masks, notes, streams, tasks
 from grpo_jax.data import problems as problems_lib
+from grpo_jax.data.encoded import Encoded
 from grpo_jax.data.examples import Pair, Written
-from grpo_jax.data.masks import Encoded, Limits
+from grpo_jax.data.masks import Limits
 from grpo_jax.data.sources import Row, Source
 from grpo_jax.data.streaming import Stream
 from grpo_jax.data.templates import Renderer
@@ -208,22 +209,8 @@ def tell_of(
                 f"{config.data.max_prompt_tokens} or {section}.max_tokens = "
                 f"{config[section].max_tokens}: {done}."
             )
-    for role in sorted(encoded.roles):
-        say(
-            f"warning: Messages of {noun} have the role {role!r}, which few chat templates write as "
-            "it is meant. samples.jsonl shows what the model reads."
-        )
-    if encoded.num_empty:
-        say(
-            f"warning: {encoded.num_empty:,} of {total:,} {noun} have a completion without a text, "
-            f"the first {encoded.first_empty}. The model learns to end at once there. Leave them "
-            "out if that is not meant."
-        )
-    if encoded.num_equal:
-        say(
-            f"warning: {encoded.num_equal:,} of {total:,} {noun} have the same text as chosen and "
-            f"rejected, the first {encoded.first_equal}. Nothing is learned from them."
-        )
+    for note in encoded.odd.told(total, noun):
+        say(f"warning: {note}")
     if encoded.num_ended:
         say(
             f"warning: The chat template ends {encoded.num_ended:,} of {total:,} {noun} without a "

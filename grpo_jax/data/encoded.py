@@ -1,9 +1,10 @@
-"""What is odd about rows with given completions, and yet taken: it is told once, as a warning."""
+"""Rows as tokens, with what was done to make them and what is odd about some; it is told once."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from grpo_jax.data import chats
 from grpo_jax.data.chats import Messages
@@ -58,6 +59,34 @@ class Odd:
                 f"rejected, the first {self.first_equal}: nothing is learned from them."
             )
         return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """Rows as tokens, in their order, and what was done to make them.
+
+    `num_unmarked`: rows of a template whose {% generation %} leaves out the token that ends a turn.
+    """
+
+    examples: list[Any]  # of one kind of `examples.KINDS`
+    num_rows: int = 0  # with those that were dropped
+    num_dropped: int = 0
+    num_truncated: int = 0
+    num_ended: int = 0  # chats whose template writes no stop token at the end; it was added
+    num_unmarked: int = 0
+    odd: Odd = dataclasses.field(default_factory=Odd)
+    places: tuple[str, ...] = ()  # of the examples; empty in a sum
+    reads: frozenset[str] | None = None  # names that the chat template reads; None without one
+
+    def __add__(self, other: Encoded) -> Encoded:
+        read = [reads for reads in (self.reads, other.reads) if reads is not None]
+        counts = [f.name for f in dataclasses.fields(self) if f.name.startswith("num_")]
+        return Encoded(
+            self.examples + other.examples,
+            **{name: getattr(self, name) + getattr(other, name) for name in counts},
+            odd=self.odd + other.odd,
+            reads=frozenset.union(*read) if read else None,
+        )
 
 
 def _is_empty(completion: str | Messages) -> bool:
