@@ -3,7 +3,8 @@
     python -m grpo_jax.report DIR           writes DIR/curves.png and DIR/curves.svg
     python -m grpo_jax.report DIR DIR2 ...  writes comparison.png and comparison.svg
 
-Runs that go on are drawn as far as they are. `--workdir DIR` is the same as DIR.
+Runs that go on are drawn as far as they are. `--workdir DIR` is the same as DIR. With --dark the
+pictures are for a dark page, and those of one run are called curves_dark.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("give the folder of a run, or of several to compare")
     try:
         if len(folders) == 1:
-            print(curves.curves(folders[0]))
+            print(curves.curves(folders[0], dark=args.dark))
         else:
             found = [str(Path(folder).resolve()) for folder in folders]
-            print(curves.compare(folders, names(found), Path(args.out)))
+            print(curves.compare(folders, names(found), Path(args.out), dark=args.dark))
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
 
