@@ -34,13 +34,14 @@ def write(workdir: str | Path, changed: Iterable[tuple[str, Any, Any]]) -> Path:
     """
     workdir = Path(workdir)
     history = history_lib.read(workdir)
+    heads = ("option", "value", "default")
     parts = {
         "TITLE": html.escape(history.name),
         "TOLD": html.escape(history.told()),
         "CURVES": _drawing(curves.curves(workdir).with_suffix(".svg")),
         "DARK_CURVES": _drawing(curves.curves(workdir, dark=True).with_suffix(".svg")),
         "SUMMARY": _summary(workdir / "summary.json"),
-        "OPTIONS": _table("Options that are not the defaults", ("option", "value", "default"), changed),
+        "OPTIONS": _table("Options that are not the defaults", heads, changed),
         "DATA": _data(workdir),
     }
     text = _TEMPLATE.read_text(encoding="utf-8")

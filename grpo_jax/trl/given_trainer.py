@@ -10,6 +10,7 @@ import jax
 from grpo_jax.api import given
 from grpo_jax.api.trained import Trained
 from grpo_jax.trl.base import Trainer
+from grpo_jax.trl.callbacks import functions_of
 from grpo_jax.trl.given_config import DPOConfig, SFTConfig, options_of_dpo, options_of_sft
 from grpo_jax.trl.lora import options_of_peft
 
@@ -42,7 +43,7 @@ class _GivenTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         *,
-        callbacks: Sequence[Callable] | None = None,
+        callbacks: Sequence[Any] | None = None,
         optimizers: tuple = (None, None),
         peft_config: Any = None,
         options: dict[str, Any] | None = None,
@@ -56,7 +57,7 @@ class _GivenTrainer(Trainer):
                     "length. Give a datasets.Dataset or a list of dicts; data.streaming of "
                     "grpo_jax.sft reads data from files while it trains."
                 )
-        self._model, self._callbacks = model, tuple(callbacks or ())
+        self._model, self._callbacks = model, functions_of(callbacks or (), self.args)
         self._data = train_dataset, eval_dataset
         self._options = options_of_peft(peft_config) | dict(options or {})
 
@@ -95,9 +96,9 @@ class SFTTrainer(_GivenTrainer):
     """TRL 1.16's `SFTTrainer`: its arguments, `train()`, `evaluate()` and `save_model()`.
 
     `train_dataset`: a `datasets.Dataset` or a list of dicts, of texts, chats, or prompts with
-    completions. `callbacks` are functions, as for `grpo_jax.sft`. `peft_config` is PEFT's
-    `LoraConfig`. `options` are this trainer's options by name, for settings that TRL does not have.
-    Raises ValueError for arguments that this trainer does not support.
+    completions. `callbacks` are as for `GRPOTrainer`. `peft_config` is PEFT's `LoraConfig`.
+    `options` are this trainer's options by name, for settings that TRL does not have. Raises
+    ValueError for arguments that this trainer does not support.
     """
 
     refused = _REFUSED | _OF_SFT
