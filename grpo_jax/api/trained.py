@@ -16,13 +16,16 @@ from grpo_jax.run.append_log import read_jsonl
 
 
 class Rows(list):
-    """A list of rows, each a dict by column."""
+    """A list of rows, each a dict by column. A notebook shows it as a table."""
 
     def to_pandas(self) -> Any:
         """The rows as a `pandas.DataFrame`."""
         import pandas
 
         return pandas.DataFrame(self)
+
+    def _repr_html_(self) -> str:
+        return self.to_pandas()._repr_html_()
 
 
 class Picture:
@@ -71,9 +74,9 @@ class Trained:
         """Sampled completions of some steps, as in samples.jsonl."""
         return Rows(read_jsonl(self.workdir / "samples.jsonl"))
 
-    def curves(self) -> Picture:
-        """The run's curves, as a picture."""
-        return Picture(curves.curves(self.workdir))
+    def curves(self, *, dark: bool = False) -> Picture:
+        """The run's curves, as a picture; `dark`: for a dark page."""
+        return Picture(curves.curves(self.workdir, dark=dark))
 
     def model(self, dtype: str = "float32") -> Model:
         """The trained model."""
