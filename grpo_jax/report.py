@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from grpo_jax.config import options, parsers
 from grpo_jax.config.dotted import flatten
@@ -31,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--html is for one run, and for light and dark pages alike")
     try:
         if args.html:
-            print(page.write(folders[0], _changed(Path(folders[0]))))
+            print(page_of(folders[0]))
         elif len(folders) == 1:
             print(curves.curves(folders[0], dark=args.dark))
         else:
@@ -41,12 +40,15 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"error: {error}") from None
 
 
-def _changed(folder: Path) -> list[tuple[str, Any, Any]]:
-    """The options of a run that differ from their defaults: name, value, default."""
+def page_of(folder: str | Path) -> Path:
+    """Writes a run as one page, `report.html` in its folder; returns its path.
+
+    Raises ValueError if there are no metrics.
+    """
     chosen = history.read(folder).options
     default = flatten(options.default())
     known = ((name, value, default[name]) for name, value in chosen.items() if name in default)
-    return [row for row in known if json.dumps(row[1]) != json.dumps(row[2])]
+    return page.write(folder, [row for row in known if json.dumps(row[1]) != json.dumps(row[2])])
 
 
 if __name__ == "__main__":

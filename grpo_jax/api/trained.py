@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from grpo_jax import report
 from grpo_jax.api import evaluation
 from grpo_jax.api.model import Model, load
 from grpo_jax.evaluation.estimates import Estimate
@@ -77,6 +78,10 @@ class Trained:
     def curves(self, *, dark: bool = False) -> Picture:
         """The run's curves, as a picture; `dark`: for a dark page."""
         return Picture(curves.curves(self.workdir, dark=dark))
+
+    def report(self) -> Path:
+        """Writes the run as one page, `report.html` in its folder: curves, options, completions."""
+        return report.page_of(self.workdir)
 
     def model(self, dtype: str = "float32") -> Model:
         """The trained model."""

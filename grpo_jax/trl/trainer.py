@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,8 +17,8 @@ from grpo_jax.trl.lora import options_of_peft
 
 _REFUSED = {
     "processing_class": "the tokenizer of the model's folder is used",
-    "reward_processing_classes": "reward models are not built yet",
-    "quantization_config": "not built yet",
+    "reward_processing_classes": "the tokenizer of the reward model's folder is used",
+    "quantization_config": "lora.base_dtype among the options",
     "rollout_func": "write an environment with a method `respond` (docs/environments.md)",
 }
 
@@ -27,6 +28,7 @@ _NO_LIMIT = 1_000_000  # turns
 class GRPOTrainer(Trainer):
     """TRL 1.16's `GRPOTrainer`: its arguments, `train()` and `save_model()`.
 
+    `reward_funcs`: functions, names of built-in rewards, and folders or hub ids of reward models.
     `callbacks` are functions, as for `grpo_jax.train`, or instances of `TrainerCallback`, whose
     on_step_end, on_log and on_evaluate are called. `peft_config` is PEFT's `LoraConfig`.
     `options` are this trainer's options by name, for settings that TRL does not have. Raises
@@ -124,4 +126,17 @@ def _weighed(functions: Any, weights: Sequence[float] | None) -> list[tuple[Any,
             f"reward_weights has {len(weights)} numbers, and reward_funcs {len(functions)} "
             "functions."
         )
-    return list(zip(functions, weights))
+    return list(zip(map(_reward, functions), weights))
+
+
+def _reward(function: Any) -> Any:
+    """A reward; a folder or hub id is that of a reward model, as in TRL. ValueError for a model."""
+    if hasattr(function, "forward") and hasattr(function, "config"):
+        raise ValueError(
+            f"reward_funcs holds a {type(function).__name__}. Give the reward model's folder or "
+            "hub id: JAX has weights of its own."
+        )
+    is_name = isinstance(function, str) and ":" not in function
+    if is_name and ("/" in function or Path(function).is_dir()):
+        return f"model:{function}"
+    return function

@@ -296,6 +296,13 @@ class Counts:
         return 0.0
 
 
+def test_a_hub_id_among_rewards_is_a_reward_model(model):
+    made = GRPOTrainer("m", [right, "math_answer", "o/rm", str(model)], train_dataset=ROWS)
+    assert [f for f, _ in made._rewards] == [
+        right, "math_answer", "model:o/rm", f"model:{model}",
+    ]  # fmt: skip
+
+
 def test_a_trainer_callback_is_called_and_stops_the_run(tmp_path):
     watches, steps = Watches(), []
     stop = SimpleNamespace(ask=lambda why: steps.append(why))
@@ -326,6 +333,10 @@ def test_an_environment_that_owns_the_data_needs_none(model, tmp_path, monkeypat
         ({"reward_funcs": [right, right]}, "reward_weights has 1 numbers, and reward_funcs 2"),
         ({"optimizers": (object(), None)}, "AdamW, by the options of GRPOConfig"),
         ({"nonsense": 1}, "no argument nonsense"),
+        (
+            {"reward_funcs": SimpleNamespace(forward=print, config=1)},
+            "holds a SimpleNamespace. Give the reward model's folder",
+        ),
         ({"callbacks": [Watches]}, r"Watches is a class. Give Watches\(\)"),
         ({"callbacks": [object()]}, "object is no function, and has none of the methods"),
         ({"callbacks": [Saves()]}, "Saves has on_save, which no run here calls"),
