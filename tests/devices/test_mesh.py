@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import made_once
 import numpy as np
 import optax
 import pytest
@@ -16,7 +17,6 @@ from grpo_jax.algorithm import losses
 from grpo_jax.algorithm.advantages import AdvantageOptions
 from grpo_jax.algorithm.components import PolicyLoss
 from grpo_jax.devices import sharding, transfer
-from grpo_jax.learner.experience import make_prepare
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.learner.train_state import start, state_like
 from grpo_jax.learner.update import make_update
@@ -44,13 +44,16 @@ def steps(mesh, model=tiny.MODEL, number=STEPS, with_old=True, terms=None, **sco
 
     The optimizer is plain descent: one like Adam makes whole steps of what is rounding.
     """
-    engine = Engine(Decoder(model, mesh, Sampling(), (tiny.STOP,), LIMIT), compact=False)
+    decoder = Decoder(model, mesh, Sampling(), (tiny.STOP,), LIMIT)
+    engine = made_once.engine(decoder, compact=False)
     scorer, optimizer = Scorer(model, mesh, Sampling(), **scoring), optax.sgd(RATE, 0.9)
     reference, objective = None, losses.Objective(entropy_coef=0.01)
     if with_old:
         reference = jax.tree.map(lambda x: x * 1.1, place(mesh, model))
         objective = losses.Objective(kl_coef=0.1, entropy_coef=0.01, **terms or {})
-    prepare = make_prepare(scorer, AdvantageOptions(), mask_truncated=False, with_old=with_old)
+    scoring = dataclasses.replace(scorer, scan_layers=True)  # as it has them in any case
+    how = {"mask_truncated": False, "with_old": with_old}
+    prepare = made_once.prepare(scoring, AdvantageOptions(), **how)
     update = make_update(scorer, PolicyLoss(objective), optimizer, num_minibatches=1)
     state = start(place(mesh, model), model, mesh, optimizer)
     rollouts, loss = [], []
@@ -185,7 +188,8 @@ def test_slots_are_refilled_and_compacted_in_each_shard():
     key, got, shapes = keys.key_for(0, "rollout", 0), [], []
     for mesh, num_slots in ((one, 0), (two, 8), (two, 0), (four, 16), (four, 0)):
         decoder = Decoder(tiny.MODEL, mesh, Sampling(), stops, 16)
-        engine = Engine(decoder, num_slots=num_slots, compact=num_slots == 0 and mesh is not one)
+        compact = num_slots == 0 and mesh is not one
+        engine = made_once.engine(decoder, num_slots=num_slots, compact=compact)
         params = engine.publish(place(mesh))
         got.append(engine.generate(params, prompts, group=4, key=key, temperature=1.0))
         shapes.append({shape[:2] for shape in engine.shapes})
