@@ -5,14 +5,16 @@
 process; without "after" it runs to its end. With "in", "rollout", "draw" (the second one of a
 step), "rewards", "update" or "evaluation", it ignores that, and is abandoned in the next such
 phase, like a run that does not reach its end. With "killed" this process dies there by SIGKILL.
-"program" is "train" where it is not given. Prints one JSON line per job: how it ended. With --serve
-in place of JOBS it makes a process for each list that it is asked for; see `driving.py`.
+"program" is "train" where it is not given; "environment" are variables from then on. Prints one
+JSON line per job: how it ended. With --serve in place of JOBS it makes a process for each list that
+it is asked for; see `driving.py`.
 
 Several processes that a launcher starts do the jobs together.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -22,6 +24,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import compile_once
 import shared_programs
 
 from grpo_jax import cli, train
@@ -131,6 +134,7 @@ def install(setattr: Callable[[Any, str, Any], None] = setattr) -> None:
 
 def do(job: dict) -> str:
     """Runs a job; returns how it ended."""
+    os.environ |= job.get("environment", {})
     Count.update, Count.sft, Count.grpo = 0, 0, False
     StopAfter.after, StopAfter.of = job.get("after"), job.get("of", "update")
     StopAfter.within, StopAfter.killed = job.get("in", ""), job.get("killed", False)
@@ -145,6 +149,8 @@ def do(job: dict) -> str:
 
 def main(jobs: list[dict]) -> None:
     install()
+    compile_once.install()
+    gc.set_threshold(20_000, 20, 20)  # as in conftest.py
     for job in jobs:
         print(json.dumps({"end": do(job)}), flush=True)
     processes.shutdown()
