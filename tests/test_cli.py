@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -11,11 +12,13 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
+from mistakes import refusal
 
 import grpo_jax
 from grpo_jax import cli
-from grpo_jax.config import options
+from grpo_jax.config import loading, options
 from grpo_jax.config.arguments import load_config
 from grpo_jax.run import stop
 
@@ -330,26 +333,26 @@ def test_no_thread_keeps_a_program_that_has_ended(how, status):
 
 # --- Mistakes, and what is none -------------------------------------------------------------------
 
+
+def full_disk():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 TOLD = {
-    "ours": ("loading.load('gone.py', [])", 1, False),
-    "usage": ("loading.load('quickstart', ['--batch=3'])", 2, False),
-    "a library's": ("__import__('numpy').zeros(3).reshape(2, 2)", 1, True),
-    "full": ("(_ for _ in ()).throw(OSError(errno.ENOSPC, 'No space left on device'))", 1, True),
+    "ours": (lambda: loading.load("gone.py", []), 1, False),
+    "usage": (lambda: loading.load("quickstart", ["--batch=3"]), 2, False),
+    "a library's": (lambda: np.zeros(3).reshape(2, 2), 1, True),
+    "full": (full_disk, 1, True),
 }
 
 
 @pytest.mark.parametrize("case", TOLD)
-def test_only_what_may_be_no_mistake_says_how_to_see_more(case, tmp_path):
+def test_only_what_may_be_no_mistake_says_how_to_see_more(case, tmp_path, monkeypatch):
     does, status, has_hint = TOLD[case]
-    code = (
-        "import errno; from grpo_jax import cli; from grpo_jax.config import loading\n"
-        f"cli.main(lambda argv: {does})"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == status, done.stderr
-    first, *more = done.stderr.splitlines()
+    monkeypatch.chdir(tmp_path)
+    ended, told = refusal(lambda argv: does(), [])
+    assert ended == status, told
+    first, *more = told.splitlines()
     assert first.startswith("error: ")
     assert more == ["(GRPO_JAX_TRACEBACK=1 shows where it was raised.)"] * has_hint
 
