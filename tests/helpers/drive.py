@@ -5,10 +5,10 @@
 process; without "after" it runs to its end. With "in", "rollout", "draw" (the second one of a
 step), "rewards", "update" or "evaluation", it ignores that, and is abandoned in the next such
 phase, like a run that does not reach its end. With "killed" this process dies there by SIGKILL.
-"program" is "train" where it is not given; "environment" are variables from then on. A job with
-"code" runs that as a script instead, and ends with what it printed. Prints one JSON line per job:
-how it ended. With --serve in place of JOBS it makes a process for each list that it is asked for;
-see `driving.py`.
+"program" is "train" where it is not given; "environment" are variables from then on; with "command"
+it is run as by its command, and is the last of its process. A job with "code" runs that as a script
+instead, and ends with what it printed. Prints one JSON line per job: how it ended. With --serve in
+place of JOBS it makes a process for each list that it is asked for; see `driving.py`.
 
 Several processes that a launcher starts do the jobs together.
 """
@@ -153,8 +153,13 @@ def do(job: dict) -> str:
     Count.update, Count.sft, Count.grpo = 0, 0, False
     StopAfter.after, StopAfter.of = job.get("after"), job.get("of", "update")
     StopAfter.within, StopAfter.killed = job.get("in", ""), job.get("killed", False)
+    program = importlib.import_module(f"grpo_jax.{job.get('program', 'train')}")
+    if job.get("command"):
+        sys.argv = [program.__name__, *job["argv"]]
+        cli.main(program.main)
+        return "finished"
     try:
-        importlib.import_module(f"grpo_jax.{job.get('program', 'train')}").main(job["argv"])
+        program.main(job["argv"])
         return "finished"
     except stop.Stopped as stopped:
         return str(stopped)

@@ -301,7 +301,7 @@ def pair(arguments, alone_of, stopped, environment, tmp_path_factory) -> Pair:
     jobs = [(kind, []) for kind in KINDS]
     jobs.insert(list(KINDS).index("changing"), ("changing", ["loop.num_steps=3"]))
     asked = [{"argv": arguments(kind, 2, *more), "program": KINDS[kind][0]} for kind, more in jobs]
-    asked[-1]["environment"] = {"SLEEP_S": "0.5"}
+    asked[-1] |= {"environment": {"SLEEP_S": "0.5"}, "command": True}
     run = Launched(
         2, tmp_path_factory.mktemp("pair") / "pair", environment=environment,
         command=[str(HELPERS / "drive.py"), json.dumps(asked)],
