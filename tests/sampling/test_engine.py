@@ -320,13 +320,15 @@ def test_a_longer_padding_changes_nothing(params, unstoppable, whole):
     np.testing.assert_array_equal(got.completion_PGC[:5], want.completion_PGC[:5])
 
 
-@pytest.mark.parametrize("num_slots", [0, 8])
-def test_how_a_device_decodes_does_not_change_the_completions(whole, params, num_slots):
-    """Products joined, and several tokens between two looks at whether the host is needed.
+@pytest.mark.parametrize(
+    ("num_slots", "changes"), [(0, {"steps": 4}), (8, {"steps": 3, "fuse": True})]
+)
+def test_how_a_device_decodes_does_not_change_the_completions(whole, params, num_slots, changes):
+    """Several tokens between two looks at whether the host is needed, and products joined.
 
-    As a GPU has both; no device has one of them.
+    A GPU has the first alone where it holds a part of a layer, and else both.
     """
-    decoder = dataclasses.replace(engine(num_slots).decoder, steps=3, fuse=True)
+    decoder = dataclasses.replace(engine(num_slots).decoder, **changes)
     ours = made_once.engine(decoder, num_slots=num_slots)
     assert_same(generate(ours, params), whole, params)
 
