@@ -136,6 +136,12 @@ def completion_states(params, config: ModelConfig, *rows, **options):
 
 def logp(scorer, params, rollouts: Rollouts):
     """Log-probabilities of the completions, float32 [P, G, C], one completion per row."""
+    return _logp_by(scorer)(params, rollouts)
+
+
+@functools.lru_cache(maxsize=4)
+def _logp_by(scorer):
+    """The program of `logp`."""
 
     @jax.jit
     def of(params, rollouts: Rollouts):
@@ -146,7 +152,7 @@ def logp(scorer, params, rollouts: Rollouts):
         logp_BT, _ = logprobs.token_logprobs(hidden_BTD, head, target_BT, scorer.sampling)
         return logp_BT.reshape(completion_PGC.shape)
 
-    return of(params, rollouts)
+    return of
 
 
 def _plain_attention(q, k, v):

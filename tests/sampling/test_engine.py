@@ -219,7 +219,7 @@ def test_sampler_and_scorer_agree(params, temperature, top_k, top_p):
     rollouts = generate(ours, params, temperature=temperature)
 
     scorer = Scorer(tiny.MODEL, tiny.one_device(), sampling)
-    logp_PGC = jax.jit(functools.partial(tiny.logp, scorer))(params, rollouts)
+    logp_PGC = tiny.logp(scorer, params, rollouts)
 
     action_PGC = np.arange(LIMIT) < rollouts.length_PG[..., None]
     gap_PGC = np.where(action_PGC, np.abs(logp_PGC - rollouts.logp_PGC), 0)
