@@ -83,8 +83,14 @@ OLMO = dataclasses.replace(
 
 
 @functools.cache
+def init(model: ModelConfig):
+    """The program that makes a model's parameters from a key."""
+    return jax.jit(functools.partial(parameters.init, model))
+
+
+@functools.cache
 def _host_params(seed: int, model: ModelConfig):
-    params = jax.jit(functools.partial(parameters.init, model))(jax.random.key(seed))
+    params = init(model)(jax.random.key(seed))
     # Initialized kernels give nearly uniform logits; these make tokens and layers matter.
     scale = {"kernel": 8.0, "embedding": 40.0, "scale": 1.0}
     return jax.tree_util.tree_map_with_path(

@@ -220,7 +220,7 @@ def run(
         if stops and number == kills - 1:
             process.send_signal(signal.SIGTERM)
             said = killed.with_suffix(".log")
-            if process.wait(60) != 75 or "Stopped by SIGTERM at step" not in said.read_text():
+            if process.wait(300) != 75 or "Stopped by SIGTERM at step" not in said.read_text():
                 sys.exit(f"SIGTERM did not stop the run: see {said}.")
         else:
             process.send_signal(signal.SIGKILL)
