@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import made_once
 import numpy as np
 import optax
 import pytest
@@ -23,12 +24,12 @@ from grpo_jax.learner.actor_critic import ActorCriticUpdate
 from grpo_jax.learner.experience import make_prepare
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.learner.train_state import param_shardings, start
-from grpo_jax.learner.update import make_update
 from grpo_jax.models import lora
 from grpo_jax.models.hf import targets
 from grpo_jax.structs import Experience, Sampling
 
 P, C, RATE = 8, 6, 0.5
+SGD = optax.sgd(RATE)
 MODEL = dataclasses.replace(tiny.MODEL, head="scalar")
 MARGIN = np.linspace(-0.2, 0.5, P, dtype=np.float32)
 
@@ -56,7 +57,7 @@ def updated(component, experience, mesh=None, **how):
     """The metrics of an update by gradient descent, and its gradient as one vector."""
     mesh = mesh or tiny.one_device()
     scorer = Scorer(MODEL, mesh, Sampling(), whole=True, **how)
-    update = make_update(scorer, component, optax.sgd(RATE), num_minibatches=1)
+    update = made_once.updating(scorer, component, SGD, num_minibatches=1)
     before = tiny.params(0, MODEL)
     placed = jax.device_put(before, param_shardings(MODEL, mesh))
     state = start(jax.tree.map(jnp.array, placed), MODEL, mesh, optax.sgd(RATE))
@@ -184,14 +185,10 @@ def test_packing_changes_no_critic(experience, at_once):
 
 def both(mesh, minibatches=1, model=MODEL):
     scorer = Scorer(tiny.MODEL, mesh, Sampling())
-    of_policy = make_update(
-        scorer, PolicyLoss(Objective()), optax.sgd(RATE), num_minibatches=minibatches
-    )
-    of_critic = make_update(
-        dataclasses.replace(scorer, model=model),
-        ValueLoss(),
-        optax.sgd(RATE),
-        num_minibatches=minibatches,
+    how = {"num_minibatches": minibatches}
+    of_policy = made_once.updating(scorer, PolicyLoss(Objective()), SGD, **how)
+    of_critic = made_once.updating(
+        dataclasses.replace(scorer, model=model), ValueLoss(), SGD, **how
     )
     return ActorCriticUpdate(of_policy, of_critic)
 
