@@ -129,6 +129,11 @@ _ELSEWHERE = {
     "vllm_importance_sampling_clip_max": "rollout_correction.cap",
     "rollout_is": "rollout_correction.level",
     "rollout_is_threshold": "rollout_correction.cap",
+    # training on given completions
+    "simpo_gamma": "preference.margin",
+    "cpo_alpha": "preference.nll_weight",
+    "rpo_alpha": "preference.nll_weight",
+    "center_rewards_coefficient": "reward_model.centre_coef",
     # lora
     "lora_rank": "lora.rank",
     "lora_r": "lora.rank",

@@ -23,7 +23,7 @@ from grpo_jax.trainers.listeners import Step
 from grpo_jax.trl import GRPOConfig, GRPOTrainer, callbacks, reference, rewards, trainer
 from grpo_jax.trl.config import options_of
 from grpo_jax.trl.fields import FIELDS
-from grpo_jax.trl.given_fields import DPO_FIELDS, SFT_FIELDS
+from grpo_jax.trl.given_fields import GIVEN_FIELDS
 from grpo_jax.trl.lora import options_of_peft
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "from_trl.md"
@@ -64,7 +64,7 @@ def test_the_table_names_options_that_exist_and_stands_in_the_docs():
         assert sum(map(bool, kinds)) == 1, name
         assert not field.option or field.option in options.BY_NAME, name
         assert not field.option or hasattr(GRPOConfig(), name)
-    for fields in (SFT_FIELDS, DPO_FIELDS):
+    for fields in GIVEN_FIELDS.values():
         for name, field in fields.items():
             kinds = [field.option, field.counts, field.beside, field.only]
             assert sum(map(bool, kinds)) == 1, name
@@ -467,6 +467,13 @@ def test_a_lora_config_becomes_options():
     }  # fmt: skip
     given.target_modules = r".*\.q_proj"
     assert options_of_peft(given)["lora.targets"] == (r"(?:.*\.q_proj)",)
+    given.modules_to_save = ["score"]  # TRL's example of a reward model, whose head learns whole
+    assert options_of_peft(given, "RewardTrainer", "scalar")["lora.rank"] == 8
+    with pytest.raises(ValueError, match=r"LoraConfig\(modules_to_save=\['score'\]\)"):
+        options_of_peft(given)
+    given.modules_to_save = None
+    with pytest.raises(ValueError, match=r"RewardTrainer\(peft_config=...\) is a object"):
+        options_of_peft(object(), "RewardTrainer", "scalar")
     given.lora_dropout = 0.05
     with pytest.raises(ValueError, match=r"LoraConfig\(lora_dropout=0.05\)"):
         options_of_peft(given)
