@@ -11,6 +11,7 @@ from grpo_jax.api import given
 from grpo_jax.api.trained import Trained
 from grpo_jax.trl import given_config as configs
 from grpo_jax.trl.base import Trainer
+from grpo_jax.trl.callbacks import functions_of
 from grpo_jax.trl.lora import options_of_peft
 
 _REFUSED = {
@@ -51,7 +52,7 @@ class _GivenTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         *,
-        callbacks: Sequence[Callable] | None = None,
+        callbacks: Sequence[Any] | None = None,
         optimizers: tuple = (None, None),
         peft_config: Any = None,
         options: dict[str, Any] | None = None,
@@ -65,7 +66,7 @@ class _GivenTrainer(Trainer):
                     "length. Give a datasets.Dataset or a list of dicts; data.streaming of "
                     f"grpo_jax.{type(self)._train.__name__} reads data from files while it trains."
                 )
-        self._model, self._callbacks = model, tuple(callbacks or ())
+        self._model, self._callbacks = model, functions_of(callbacks or (), self.args)
         self._data = train_dataset, eval_dataset
         adapters = options_of_peft(peft_config, type(self).__name__, self.head)
         self._options = adapters | dict(options or {})
@@ -105,9 +106,9 @@ class SFTTrainer(_GivenTrainer):
     """TRL 1.16's `SFTTrainer`: its arguments, `train()`, `evaluate()` and `save_model()`.
 
     `train_dataset`: a `datasets.Dataset` or a list of dicts, of texts, chats, or prompts with
-    completions. `callbacks` are functions, as for `grpo_jax.sft`. `peft_config` is PEFT's
-    `LoraConfig`. `options` are this trainer's options by name, for settings that TRL does not have.
-    Raises ValueError for arguments that this trainer does not support.
+    completions. `callbacks` are as for `GRPOTrainer`. `peft_config` is PEFT's `LoraConfig`.
+    `options` are this trainer's options by name, for settings that TRL does not have. Raises
+    ValueError for arguments that this trainer does not support.
     """
 
     refused = _REFUSED | _OF_SFT

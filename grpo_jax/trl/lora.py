@@ -19,6 +19,8 @@ _REFUSED = {
     "init_lora_weights": (True,),
 }
 
+_BY_DEFAULT = ("q_proj", "v_proj")  # what PEFT's table has for Llama, Qwen, Mistral and Gemma
+
 
 # The head of a classifier, which a reward model trains whole in any case.
 _HEAD = ["score"]
@@ -53,7 +55,7 @@ def options_of_peft(
         "lora.rank": given["r"],
         "lora.alpha": float(given["lora_alpha"]),
         "lora.rank_stabilized": bool(given.get("use_rslora")),
-        "lora.targets": _targets(given.get("target_modules") or "all-linear"),
+        "lora.targets": _targets(given.get("target_modules") or _BY_DEFAULT),
         "lora.exclude": _targets(given.get("exclude_modules") or ()),
         "lora.rank_pattern": pairs("rank_pattern"),
         "lora.alpha_pattern": pairs("alpha_pattern"),
