@@ -183,12 +183,13 @@ def test_packing_changes_no_critic(experience, at_once):
     assert 0 < got[0]["value/clip_share"] < 1
 
 
-def both(mesh, minibatches=1, model=MODEL):
+def both(mesh, minibatches=1, model=MODEL, rate=RATE):
     scorer = Scorer(tiny.MODEL, mesh, Sampling())
     how = {"num_minibatches": minibatches}
     of_policy = made_once.updating(scorer, PolicyLoss(Objective()), SGD, **how)
+    own = SGD if rate == RATE else optax.sgd(rate)
     of_critic = made_once.updating(
-        dataclasses.replace(scorer, model=model), ValueLoss(), SGD, **how
+        dataclasses.replace(scorer, model=model), ValueLoss(), own, **how
     )
     return ActorCriticUpdate(of_policy, of_critic)
 
@@ -232,13 +233,14 @@ ADAPTED = dataclasses.replace(MODEL, lora=targets.lora_of(MODEL, SPEC))
 def learned(model, frozen, trained, experience, mesh):
     """Metrics and gradients of the critic's update, made beside that of a policy."""
     put = lambda axes, x: jax.device_put(x, sharding.tree_shardings(mesh, axes, x))  # noqa: E731
+    rate = 50.0  # weights that change much round little of their change away
     frozen = frozen and put(lora.frozen_axes(model), frozen)
-    update = dataclasses.replace(both(mesh, model=model), critic_frozen=frozen)
-    own = start(put(lora.trained_axes(model), trained), model, mesh, optax.sgd(RATE))
+    update = dataclasses.replace(both(mesh, model=model, rate=rate), critic_frozen=frozen)
+    own = start(put(lora.trained_axes(model), trained), model, mesh, optax.sgd(rate))
     policy = jax.device_put(tiny.params(), param_shardings(tiny.MODEL, mesh))
     state = actor_critic.together(start(policy, tiny.MODEL, mesh, optax.sgd(RATE)), own)
     state, metrics = update(state, transfer.shard_rows(mesh, experience), 0)
-    slope = lambda a, b: (np.asarray(a) - b) / RATE  # noqa: E731
+    slope = lambda a, b: (np.asarray(a) - b) / rate  # noqa: E731
     return metrics, jax.tree.map(slope, trained, jax.device_get(state.critic.params))
 
 
@@ -271,7 +273,7 @@ def test_a_critics_adapters_follow_the_gradients_of_all_weights(experience):
             for found, wanted in ((own["lora_a"], of_a), (own["lora_b"], of_b)):
                 largest = np.abs(wanted).max()
                 assert largest > 1e-4
-                np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * largest)
+                np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * largest)
 
 
 def test_a_critic_that_is_not_finite_is_refused_alone(experience):

@@ -131,7 +131,8 @@ def test_a_critics_adapters_are_planned_beside_the_policys_weights(tmp_path):
     for path in ("ppo", "model", "other"):
         more = {n: held[path][n] - held["reinforce_pp"][n] for n in held[path]}
         body = dataclasses.replace(critic, lora=None).num_params - critic.width
-        assert more["weights"] == 4 * number + 4 * body * (path == "other")
+        size = np.dtype(config.model.dtype).itemsize
+        assert more["weights"] == 4 * number + size * body * (path == "other")
         assert more["gradients"] == 4 * number
         assert 8 * number <= more["optimizer"] < 8 * number + 64
     assert "init_adapters critic" in {program.name for program in step.programs()}
