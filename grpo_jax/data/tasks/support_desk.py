@@ -23,8 +23,8 @@ DAYS = 30  # within which an order may be returned
 RULES = f"P: returns within {DAYS} days. cancel only if packed. confirm first."
 # Probabilities that a clerk acts on the first number though it was corrected, or on what the
 # customer has given up; mistakes the rules; has nothing confirmed
-CARELESS, MISTAKEN, UNASKED = 0.4, 0.3, 0.55
-ASK, SORRY, DONE, FINE = " which order?", " sorry, too late.", " done.", " fine."
+CARELESS, MISTAKEN, UNASKED = 0.4, 0.3, 0.5
+ASK, DONE, FINE = " which order?", " done.", " fine."
 _FIND = small_tokenizer.call_pieces("find_order", ("number", False))
 _ACT = {name: small_tokenizer.call_pieces(name, ("number", False)) for name in ("refund", "cancel")}
 
@@ -110,7 +110,7 @@ def worked_solution(problem: Problem, rng: np.random.Generator) -> list[Piece]:
         order = chosen.wrong
     pieces += [Piece(f"{_FIND[0]}{order.number}{_FIND[1]}<eos>"), theirs(order.told)]
     if order.allows(chosen.act) == drawn(MISTAKEN):
-        return [*pieces, Piece(SORRY)]
+        return [*pieces, Piece(refusal(order.item))]
     if not drawn(UNASKED):
         pieces.append(Piece(f"{question(chosen.act, order.item)}<eos>"))
         if order is not chosen.order:
@@ -130,11 +130,16 @@ def question(act: str, item: str) -> str:
     return f" {'return' if act == 'refund' else 'cancel'} the {item}?"
 
 
+def refusal(item: str) -> str:
+    """What the clerk says of a wish that the rules forbid."""
+    return f" sorry, too late for the {item}."
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each word and digit, and one for each part of a call around its number."""
     words = (
         "returns within days cancel only if packed confirm first please return my order which "
-        "sorry too late done fine the no keep it yes ok shipped arrived ago what"
+        "sorry too late for done fine the no keep it yes ok shipped arrived ago what"
     ).split()
     marks = [*_FIND, *_ACT["refund"], *_ACT["cancel"]]
     return small_tokenizer.make("PUT0123456789:.,?#", [*words, *ITEMS], list(dict.fromkeys(marks)))
