@@ -34,8 +34,8 @@ def get_config():
     c.model.num_heads = 4
     c.model.num_kv_heads = 2
 
-    c.sft.num_steps = 800
-    c.sft.batch = 64
+    c.sft.num_steps = 2400  # fewer do not always teach to copy the tool's result
+    c.sft.batch = 32
     c.sft.learning_rate = 2e-3
     c.sft.max_tokens = 32
 
