@@ -95,3 +95,7 @@ def test_the_script_is_short_and_is_that_of_the_docs():
     assert len(body.splitlines()) <= 15
     docs = Path(__file__).resolve().parents[2] / "docs" / "python.md"
     assert f"```python\n{body}```" in docs.read_text()
+
+
+def test_the_notebook_of_ones_own_reward_is_short():
+    assert len([line for line in code_of(FILE["own_reward.ipynb"]).splitlines() if line]) <= 15
