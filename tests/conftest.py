@@ -11,6 +11,7 @@ import ipaddress
 import os
 import socket
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,6 +31,9 @@ if not os.environ.get("GRPO_JAX_TEST_OPTIMIZED"):
     os.environ["XLA_FLAGS"] = " ".join([os.environ["XLA_FLAGS"], *_QUICK])
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # of each operation; nothing here reads them
+# Hundreds of processes import the package, and each would compile its modules again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Threads of products of tiny matrices only wait for each other, which keeps the cores busy.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 os.environ["HF_HUB_OFFLINE"] = "1"
