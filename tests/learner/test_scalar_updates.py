@@ -259,7 +259,8 @@ def test_a_critics_adapters_follow_the_gradients_of_all_weights(experience):
     for where in (mesh, sharding.make_mesh(2, 2, 2)):
         metrics, got = learned(ADAPTED, frozen, trained, experience, where)
         for name in ("value/loss", "value/clip_share", "value/mean"):
-            assert float(metrics[name]) == pytest.approx(float(want[name]), rel=1e-5), name
+            want_value = float(want[name])  # the mean is of values near 1 and of both signs
+            assert float(metrics[name]) == pytest.approx(want_value, rel=1e-5, abs=1e-5), name
         largest = np.abs(whole["score"]["kernel"]).max()
         np.testing.assert_allclose(
             got["score"]["kernel"], whole["score"]["kernel"], rtol=0, atol=1e-5 * largest
