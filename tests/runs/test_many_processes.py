@@ -228,7 +228,7 @@ KINDS: dict[str, tuple[str, list[str], list[str]]] = {
     ], HALVES),
     "refill": ("train", [
         *("rewards.names=['slow_reward:digit']", "rewards.weights=[1.0]"),
-        *("prompts.drop_equal_groups=True", "prompts.per_draw=4", *BARE),
+        *("prompts.drop_equal_groups=True", "prompts.per_draw=4", "prompts.oversample=1.5", *BARE),
     ], []),
     "chord": ("train", [*HYBRID, "hybrid.method=chord", "hybrid.mix_decay_steps=4"], HALVES),
     "uft": ("train", [*HYBRID, "hybrid.method=uft", "hybrid.hint_steps=4"], HALVES),
