@@ -2,10 +2,11 @@
 
     python benchmarks/equal_groups.py --out FOLDER [--seeds 0 1 2] [--tokens 250000]
 
-The task is the quickstart's. Every seed has one model from supervised training, from which both runs
-start; each ends at the step in which its completions reach the number of tokens. The learning rate
-is constant, so that a run's updates do not depend on how many it will make. What is there in FOLDER
-is not run again. It prints the held-out accuracy at equal tokens, and draws FOLDER/equal_groups.png.
+The task is the quickstart's. Every seed has one model from supervised training, from which both
+runs start; each ends once its completions have reached the number of tokens and it is evaluated.
+The learning rate is constant, so that a run's updates do not depend on how many it will make. What
+is there in FOLDER is not run again. It prints the held-out accuracy at equal tokens, and draws
+FOLDER/equal_groups.png.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import objectives
 
 import grpo_jax
 from grpo_jax.run.append_log import read_jsonl
+from grpo_jax.trainers.listeners import Step
 
 RUNS = {
     "all groups": {"prompts__drop_equal_groups": False},
@@ -46,11 +48,11 @@ def trained(out: Path, name: str, seed: int, tokens: int, steps: int) -> list[di
 def run(asked: dict) -> None:
     """One run, until its tokens or steps are reached."""
 
-    def enough(step: grpo_jax.Step) -> None:
+    def enough(step: Step) -> None:
         if step.metrics.get("tokens/generated", 0) >= asked["tokens"] and is_evaluated(step):
             step.stop()
 
-    def is_evaluated(step: grpo_jax.Step) -> bool:
+    def is_evaluated(step: Step) -> bool:
         return "eval/accuracy" in step.metrics
 
     chosen = {name.replace("__", "."): value for name, value in RUNS[asked["name"]].items()}
@@ -78,6 +80,16 @@ def curve(rows: list[dict]) -> tuple[np.ndarray, np.ndarray]:
     found = [row for row in rows if "eval/accuracy" in row]
     tokens = [row.get("tokens/generated", 0.0) for row in found]
     return np.array(tokens), 100 * np.array([row["eval/accuracy"] for row in found])
+
+
+def told(rows: list[dict]) -> str:
+    """Steps and tokens of a run, and the share of equal groups in its updates and draws."""
+    steps = [row for row in rows if "groups/equal_share" in row]
+    share = np.mean([row["groups/equal_share"] for row in steps])
+    drawn = [row["groups/dropped"] / row["groups/drawn"] for row in steps if "groups/drawn" in row]
+    dropped = f", {np.mean(drawn):.0%} of the groups dropped" if drawn else ""
+    tokens = steps[-1]["tokens/generated"]
+    return f"{len(steps)} steps, {tokens:,.0f} tokens, {share:.0%} equal groups in updates{dropped}"
 
 
 def draw(found: dict[str, dict[int, tuple[np.ndarray, np.ndarray]]], file: Path) -> None:
@@ -116,11 +128,7 @@ def main() -> None:
         for name in RUNS:
             rows = trained(args.out, name, seed, args.tokens, args.steps)
             found[name][seed] = curve(rows)
-            last = max(
-                (row for row in rows if "groups/equal_share" in row), key=lambda r: r["step"]
-            )
-            tokens = last["tokens/generated"]
-            print(f"{name}, seed {seed}: {last['step']} steps, {tokens:,.0f} tokens", flush=True)
+            print(f"{name}, seed {seed}: {told(rows)}", flush=True)
     least = min(tokens[-1] for by_seed in found.values() for tokens, _ in by_seed.values())
     at = [least * share for share in SHARES]
     print(f"| held-out accuracy, % | seed | {' | '.join(f'{n / 1000:.0f} k tokens' for n in at)} |")
