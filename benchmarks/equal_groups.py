@@ -135,8 +135,8 @@ def main() -> None:
     print(f"| --- | --- |{' --- |' * len(at)}")
     for name, by_seed in found.items():
         values = {seed: np.interp(at, *both) for seed, both in by_seed.items()}
-        for seed, told in [*values.items(), ("mean", np.mean([*values.values()], axis=0))]:
-            print(f"| {name} | {seed} | {' | '.join(f'{x:.1f}' for x in told)} |")
+        for seed, row in [*values.items(), ("mean", np.mean([*values.values()], axis=0))]:
+            print(f"| {name} | {seed} | {' | '.join(f'{x:.1f}' for x in row)} |")
     draw(found, args.out / "equal_groups.png")
 
 

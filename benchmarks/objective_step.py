@@ -76,9 +76,7 @@ def main() -> None:
                 cpu[preset].append(time.process_time() - before)
     share = share_of_vocabulary(work, rollouts)
     print(timing.environment(), dataclasses.asdict(work), f"{args.steps} updates")
-    print(
-        f"the vocabulary's share v is {share:.3f}; once more in its backward pass: {1 + share / 3:.3f}"
-    )
+    print(f"v = {share:.3f} of the products are the vocabulary's; 1 + v / 3 = {1 + share / 3:.3f}")
     print(told("seconds", wall))
     print(told("CPU seconds", cpu))
 
