@@ -305,6 +305,7 @@ class Engine:
         at_once = self.read_at_once(num_slots)
         # Refills wait until a quarter of the slots is free: each one interrupts all lanes.
         refill = max(1, num_slots // 4)
+        least = 1 if first is None else refill  # `first` returns to the host more often
         finished: list[Drawn] = []
         while first is None or not first.is_met:
             if source.pending:
@@ -317,7 +318,7 @@ class Engine:
             if not any(waiting) and not board.is_busy:
                 break
             size = at_once if board.free_SR.all() else min(refill, at_once)
-            while any(queue and free_R.any() for queue, free_R in zip(waiting, board.free_SR)):
+            while board.takes(waiting, least):
                 slots = self.admitting(
                     params, temperature, slots, self._placed(board, waiting, size, width, key_B2)
                 )()
