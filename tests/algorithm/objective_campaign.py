@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -98,10 +98,12 @@ def batch() -> dict[str, np.ndarray]:
 BATCH = batch()
 
 
-def accepted(refused: collections.Counter | None = None) -> Iterator[Options]:
-    """The combinations that the rules accept; counts the others by the options named."""
+def accepted(
+    combinations: Iterable[tuple[Options, ...]], refused: collections.Counter
+) -> Iterator[Options]:
+    """The combinations of parts that the rules accept; counts the others by the options named."""
     config = config_lib.default()
-    for parts in itertools.product(*PARTS.values()):
+    for parts in combinations:
         chosen: Options = {k: v for part in parts for k, v in part.items()}
         clips = chosen["surrogate"] == "clip"
         chosen |= {"clip_low": 0.15, "clip_high": 0.3} if clips else {}
@@ -112,8 +114,7 @@ def accepted(refused: collections.Counter | None = None) -> Iterator[Options]:
         try:
             objective_rules.check(config)
         except ValueError as error:
-            if refused is not None:
-                refused[_rule(str(error))] += 1
+            refused[_rule(str(error))] += 1
             continue
         yield chosen
 
@@ -202,7 +203,7 @@ def main() -> None:
     parser.add_argument("--one-of", type=int, default=1, metavar="N", help="check every Nth")
     args = parser.parse_args()
     began, refused, failures = time.process_time(), collections.Counter(), 0
-    found = list(accepted(refused))
+    found = list(accepted(itertools.product(*PARTS.values()), refused))
     cases = list(itertools.product(found, (True, False)))[:: args.one_of]
     for chosen, with_old in cases:
         if wrong := difference(chosen, with_old):
