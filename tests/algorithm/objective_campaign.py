@@ -84,7 +84,9 @@ def batch() -> dict[str, np.ndarray]:
     """Completions of 1 to T tokens, and one of none; their ratios are on all sides of bounds."""
     rng = np.random.default_rng(3)
     logp = -rng.exponential(0.8, (B, T)) - 0.02
-    near = lambda: np.minimum(logp + rng.normal(0, 0.45, (B, T)), -0.01)  # noqa: E731
+    # One completion has hardly changed, so that no correction masks all of them.
+    change = np.where(np.arange(B) == 5, 0.05, 0.45)[:, None]
+    near = lambda: np.minimum(logp + change * rng.normal(size=(B, T)), -0.01)  # noqa: E731
     length = np.array([4, 1, 0, 4, 3, 4, 2])
     action = np.arange(T) < length[:, None]
     action[3, 1] = False  # a token of an environment
