@@ -60,11 +60,11 @@ PARTS: dict[str, list[Options]] = {
     ],
     "dual clips": [
         {},
-        {"dual_clip_ratio": 1.4},
-        {"dual_clip_loss": 1.3},
-        {"dual_clip_ratio": 1.6, "dual_clip_loss": 1.3},
+        {"dual_clip_ratio": 1.2},
+        {"dual_clip_loss": 1.15},
+        {"dual_clip_ratio": 1.3, "dual_clip_loss": 1.15},
     ],
-    "sequence mask": [{}, {"max_sequence_drift": 0.05}],
+    "sequence mask": [{}, {"max_sequence_drift": 0.2}],
     "correction": [
         {},
         *(
@@ -108,7 +108,7 @@ def accepted(
     for parts in combinations:
         chosen: Options = {k: v for part in parts for k, v in part.items()}
         clips = chosen["surrogate"] == "clip"
-        chosen |= {"clip_low": 0.15, "clip_high": 0.3} if clips else {}
+        chosen |= {"clip_low": 0.15, "clip_high": 0.07} if clips else {}
         for option in _USED:
             section, _, leaf = option.rpartition(".")
             name = f"{section or 'algorithm'}.{leaf}"
