@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import jax
+import made_once
 import numpy as np
 import pytest
 import tiny
@@ -25,7 +26,8 @@ STOPS = (1, 4, 17)  # a completion has 13 tokens in the mean: some stop at once,
 @functools.cache
 def engine(devices: int = 1, num_slots: int = 0) -> Engine:
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
-    return Engine(Decoder(tiny.MODEL, mesh, Sampling(), STOPS, LIMIT), num_slots=num_slots)
+    decoder = Decoder(tiny.MODEL, mesh, Sampling(), STOPS, LIMIT)
+    return made_once.engine(decoder, num_slots=num_slots)
 
 
 def generate(engine: Engine, first: FirstGroups | None = None, **more):
