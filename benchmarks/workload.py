@@ -26,6 +26,7 @@ from grpo_jax.kernels import nf4
 from grpo_jax.learner import scoring, train_state
 from grpo_jax.models import lora, parameters
 from grpo_jax.sampling import decode, engine
+from grpo_jax.sampling.early_stop import FirstGroups
 from grpo_jax.setup.engine import make_engine
 from grpo_jax.setup.learner import make_learner
 from grpo_jax.setup.lora import adapted, frozen_like
@@ -223,12 +224,14 @@ class Step:
         shape = (self.work.prompts, self.work.prompt_tokens)
         return rng.integers(2, self.work.shape.vocab_size, shape).tolist()
 
-    def rollout(self, n: int, mean: int | None = None) -> Rollouts:
-        """Step n's rollouts; `mean` overrides the work's mean length."""
+    def rollout(
+        self, n: int, mean: int | None = None, first: FirstGroups | None = None
+    ) -> Rollouts:
+        """Step n's rollouts; `mean` overrides the work's mean length; `first` as in the engine."""
         mean = self.work.mean_tokens if mean is None else mean
         return self.engine.generate(
             self.engine.publish(self.weights), self.prompts(n), group=self.work.group,
-            key=keys.key_for(0, "rollout", n), temperature=1 + mean * _MEAN_BIT,
+            key=keys.key_for(0, "rollout", n), temperature=1 + mean * _MEAN_BIT, first=first,
         )  # fmt: skip
 
     def prepare(self, rollouts: Rollouts):

@@ -17,8 +17,13 @@ def groups_at_once(config: ConfigDict) -> int:
 
 
 def prompts_per_draw(config: ConfigDict) -> int:
-    """Prompts whose completions are sampled in one call of the engine."""
+    """Prompts whose groups one call of the engine gives."""
     return config.prompts.per_draw or config.batch.prompts
+
+
+def prompts_begun(config: ConfigDict) -> int:
+    """Prompts whose completions one call of the engine begins: more, if it over-samples."""
+    return math.ceil(round(config.prompts.oversample * prompts_per_draw(config), 6))
 
 
 def follows_pass_rates(config: ConfigDict) -> bool:
@@ -47,7 +52,7 @@ def num_steps(config: ConfigDict, num_problems: int) -> int:
     if not config.loop.num_epochs:
         return config.loop.num_steps
     asked = num_problems * config.data.repeat
-    return _steps_of(config.loop.num_epochs, asked, config.batch.prompts)
+    return _steps_of(config.loop.num_epochs, asked, prompts_begun(config))
 
 
 def is_supervised(config: ConfigDict, section: str = "sft") -> bool:

@@ -73,6 +73,8 @@ _ELSEWHERE = {
     "batch_multiplier": "prompts.per_draw",
     "over_sampling_batch_size": "prompts.per_draw",
     "dynamic_filtering": "prompts.drop_equal_groups",
+    "over_sample_rate": "prompts.oversample",
+    "oversampling_factor": "prompts.oversample",
     # rollout
     "max_completion_length": "rollout.max_tokens",
     "max_new_tokens": "rollout.max_tokens",

@@ -26,6 +26,11 @@ PROMPTS = (
                "fill": "fill the batch with groups of equal rewards, which have no gradient"},
            "What is done when prompts.max_draws draws have too few groups with a gradient",
            free=True),
+    number("prompts.oversample", 1.0, Range(at_least=1, at_most=8), "times",
+           "A draw begins so many times the prompts that it needs, and ends once enough of their "
+           "groups are finished, so that the longest completions do not hold the step; the others "
+           "are given up. It favours short completions",
+           special={1: "all completions are finished"}, why="1.25 is a good value"),
     number("prompts.outside_weight", 1.0, Range(above=0, at_most=1), "",
            "Weight of a problem outside of the band from prompts.low_rate to prompts.high_rate, "
            "where one inside of it, or never asked, has 1",

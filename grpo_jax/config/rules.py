@@ -210,6 +210,12 @@ def _check_prompts(config: ConfigDict) -> None:
             f"prompts.low_rate = {asked.low_rate:g} must be at most prompts.high_rate = "
             f"{asked.high_rate:g}: they are the ends of a band."
         )
+    if asked.oversample > 1 and derived.has_environment(config):
+        raise ValueError(
+            f"prompts.oversample = {asked.oversample:g} ends a draw by the tokens that it decodes, "
+            "and episodes end when their environments answer. Set prompts.oversample = 1, or "
+            "environment.classes and environment.tools to ()."
+        )
     if not asked.drop_equal_groups:
         if asked.per_draw not in (0, wanted):
             raise ValueError(
@@ -340,6 +346,13 @@ def check_devices(config: ConfigDict, num_row_shards: int) -> None:
         raise ValueError(
             f"prompts.per_draw = {config.prompts.per_draw} does not split over mesh.data * "
             f"mesh.fsdp = {num_row_shards} devices. Make it a multiple of {num_row_shards}."
+        )
+    if derived.prompts_begun(config) % num_row_shards:
+        raise ValueError(
+            f"prompts.oversample = {config.prompts.oversample:g} begins "
+            f"{derived.prompts_begun(config)} prompts in place of "
+            f"{derived.prompts_per_draw(config)}, which do not split over mesh.data * mesh.fsdp = "
+            f"{num_row_shards} devices. Choose it so that they are a multiple of {num_row_shards}."
         )
 
 

@@ -14,6 +14,7 @@ from grpo_jax.data.problems import Problem
 from grpo_jax.environments import episodes
 from grpo_jax.environments.episode import Dialogue, Limits, Start, Told, World
 from grpo_jax.environments.questions import Questions
+from grpo_jax.sampling.early_stop import FirstGroups
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Array, Params, Rollouts
 
@@ -48,6 +49,7 @@ class OneTurn:
         numbers: Sequence[int],
         draw: int,
         held_out: bool = False,
+        first: FirstGroups | None = None,
         meanwhile: Callable[[], None] | None = None,
         on_harvest: Callable[[], None] = lambda: None,
     ) -> tuple[Rollouts, Told | None]:
@@ -64,6 +66,7 @@ class OneTurn:
             key=key,
             temperature=temperature,
             on_group=add,
+            first=first,
             meanwhile=meanwhile,
             on_harvest=on_harvest,
         )
@@ -96,9 +99,10 @@ class Conversations(OneTurn):
 
     def draw(
         self, engine, params, questions, prompt_ids, add, *, group, key, temperature, numbers, draw,
-        held_out=False, meanwhile=None, on_harvest=lambda: None,
+        held_out=False, first=None, meanwhile=None, on_harvest=lambda: None,
     ) -> tuple[Rollouts, Told | None]:  # fmt: skip
-        """As `OneTurn.draw`."""
+        """As `OneTurn.draw`; all episodes are finished."""
+        assert first is None, "`rules` refuses it"
         starts = [
             Start(
                 problem.prompt,

@@ -44,6 +44,7 @@ class RewardCollector:
         self._pool, self._policy, self._problems = pool, policy, problems
         self._prompt_texts = prompt_texts
         self._group, self._trainer_state = group, trainer_state
+        self._numbers: Sequence[int] = range(len(problems))  # of those that count
         self._tickets: dict[int, Ticket] = {}
         self._texts: dict[int, list[str]] = {}
         self._episodes: dict[int, Sequence[Episode]] = {}
@@ -75,12 +76,17 @@ class RewardCollector:
             trainer_state=self._trainer_state,
         )
 
+    def keep(self, numbers: Sequence[int]) -> None:
+        """From now on only these problems count, in this order: the others are not finished."""
+        self._numbers = numbers
+
     def texts(self, numbers: Iterable[int] | None = None) -> list[str]:
         """The texts of the completions of some problems, in order; None: of all problems.
 
         Every process must call it.
         """
-        numbers = range(len(self._problems)) if numbers is None else list(numbers)
+        chosen = range(len(self._numbers)) if numbers is None else numbers
+        numbers = [self._numbers[n] for n in chosen]
         own = [(n, self._texts[n]) for n in numbers if n in self._texts]
         everyones = dict(pair for pairs in processes.gather(own, "the texts") for pair in pairs)
         return [text for n in numbers for text in everyones[n]]
@@ -103,8 +109,8 @@ class RewardCollector:
             everyones = {n: Scores.from_json(scores) for _, told in answers for n, scores in told}
         if fault:
             raise RewardError(fault)
-        assert len(everyones) == len(self._problems), "the engine did not finish every group"
-        parts = [everyones[n] for n in range(len(self._problems))]
+        assert len(everyones) == len(self._numbers), "the engine did not finish every group"
+        parts = [everyones[n] for n in self._numbers]
         known = [r for r in self._pool.rewards if r.name in parts[0].by_name]
         scores = scores_lib.join(parts, known)
         scores = self._with_models(scores) if self._pool.models else scores
@@ -132,7 +138,8 @@ class RewardCollector:
     def _with_models(self, scores: Scores) -> Scores:
         """The scores with those of reward models. Every process must call it."""
         began = time.monotonic()
-        by_model = self._pool.models(self._problems, self.texts(), self._group)
+        problems = [self._problems[n] for n in self._numbers]
+        by_model = self._pool.models(problems, self.texts(), self._group)
         seconds = time.monotonic() - began
         return scores_lib.with_models(scores, self._pool.measured, by_model, seconds)
 

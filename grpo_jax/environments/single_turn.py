@@ -40,6 +40,23 @@ class Draws:
 
 
 @dataclasses.dataclass(frozen=True)
+class GivenUp:
+    """The groups that a step has begun and not finished (`sampling.early_stop`)."""
+
+    prompt_length_N: np.ndarray  # int32: tokens
+    length_NG: np.ndarray  # int32: tokens drawn
+
+    def as_json(self) -> list[list]:
+        return [self.prompt_length_N.tolist(), self.length_NG.tolist()]
+
+    @staticmethod
+    def joined(parts: Sequence[GivenUp | None]) -> GivenUp | None:
+        """Those of several draws; None if there are none."""
+        fields = [(x.prompt_length_N, x.length_NG) for x in parts if x is not None]
+        return GivenUp(*map(np.concatenate, zip(*fields))) if fields else None
+
+
+@dataclasses.dataclass(frozen=True)
 class Rollout:
     """The completions of one step, on the host, and the collector of their rewards."""
 
@@ -51,6 +68,7 @@ class Rollout:
     problem_P: Sequence[int] = ()  # numbers of the training problems
     draws: Draws | None = None  # None: one draw, whose groups are all here
     told: tuple[Told, ...] = ()  # of the episodes of each draw; (): there are no environments
+    given_up: GivenUp | None = None  # None: every group that was begun is finished
 
 
 @dataclasses.dataclass(frozen=True)

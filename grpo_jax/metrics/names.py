@@ -100,6 +100,10 @@ METRICS: dict[str, Metric] = {
     "groups/draws": Metric("draws", "draws of prompts in the step, until its batch was full"),
     "groups/drawn": Metric("groups", "groups sampled in the step, learned from or not"),
     "groups/dropped": Metric("groups", "groups among them without a policy gradient"),
+    "groups/given_up": Metric(
+        "groups", "groups that prompts.oversample has begun, and that were not finished in time"
+    ),
+    "tokens/given_up_share": Metric("share", "sampled tokens of the step that are of such groups"),
     "prompts/unseen_share": Metric("share", "training problems that were never asked"),
     "prompts/easy_share": Metric(
         "share", "training problems whose pass rate is above prompts.high_rate"

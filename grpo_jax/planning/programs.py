@@ -118,7 +118,7 @@ class Step:
         self.reference = self._reference(dtype)
         self.rollout = self._drawing(
             self.engine,
-            derived.prompts_per_draw(config),
+            derived.prompts_begun(config),
             config.batch.group,
             config.rollout.temperature,
         )
@@ -348,7 +348,10 @@ class Step:
         tokens = max(length_PG.max(), -(-length_PG.sum() // lanes)) - 1
         in_step, found = phase == "rollout", []
         asked = drawing.prompts, drawing.group, self.lengths.prompt, drawing.temperature
-        for call in sampling_programs.first_turns(engine, published, *asked, keeps=self._keeps):
+        looks = self.config.prompts.oversample > 1 and drawing is self.rollout
+        for call in sampling_programs.first_turns(
+            engine, published, *asked, keeps=self._keeps, looks=looks
+        ):
             waves = -(-length_PG.size // lanes) if call.program is engine.admit else 1
             runs, loops, read = waves if in_step else 0, 1.0, {}
             if in_step and call.program in (engine.decode, engine.decode_kept):

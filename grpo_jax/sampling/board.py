@@ -89,6 +89,11 @@ class Board:
     def is_busy(self) -> bool:
         return bool((self.row_SRW >= 0).any())
 
+    def takes(self, waiting: Queues, least: int) -> bool:
+        """Whether a shard has as many free slots as `least`, or as all turns in its queue need."""
+        free_S = self.free_SR.sum(axis=1)
+        return any(queue and n >= min(least, len(queue)) for queue, n in zip(waiting, free_S))
+
     def place(self, waiting: Queues, size: int, width: int, key_B2: np.ndarray) -> tuple:
         """Arguments of `decode.admit` for up to `size` turns a shard, taken from its queue."""
         shards, num_slots, lanes = self.row_SRW.shape

@@ -267,6 +267,7 @@ def decode(
     temperature: Array | None,
     next_slots: Array,
     next_lanes: Array,
+    most: Array | None,
     enough_P: Array,
     slots: Slots,
     *,
@@ -274,10 +275,10 @@ def decode(
 ) -> Slots:
     """The slots, decoded until the host has something to do; no host round trip per token.
 
-    A shard returns when it has no live lane, when `enough_P` slots of a part have no live lane, or
-    when the live completions of each part fit `next_slots` slots of `next_lanes` lanes. It checks
-    this every `decoder.steps` tokens. The donated cache is updated in place. `keeps`: later turns
-    go on in lanes that are not live.
+    A shard returns when it has no live lane, when `enough_P` slots of a part have no live lane,
+    when the live completions of each part fit `next_slots` slots of `next_lanes` lanes, or after
+    `most` steps if that is not None. It checks this every `decoder.steps` tokens. The donated cache
+    is updated in place. `keeps`: later turns go on in lanes that are not live.
     """
     head_DV = parameters.head_kernel(params)
     r, w = jnp.meshgrid(*(jnp.arange(n) for n in slots.live_RW.shape), indexing="ij")
@@ -320,7 +321,15 @@ def decode(
     def tokens(slots: Slots) -> Slots:
         return jax.lax.fori_loop(0, decoder.steps, lambda _, slots: one_token(slots), slots)
 
-    return jax.lax.while_loop(go_on, one_token if decoder.steps == 1 else tokens, slots)
+    some_tokens = one_token if decoder.steps == 1 else tokens
+    if most is None:
+        return jax.lax.while_loop(go_on, some_tokens, slots)
+    slots, _ = jax.lax.while_loop(
+        lambda carry: go_on(carry[0]) & (carry[1] < most),
+        lambda carry: (some_tokens(carry[0]), carry[1] + decoder.steps),
+        (slots, jnp.int32(0)),
+    )
+    return slots
 
 
 @jax.named_scope("rollout/compact")

@@ -28,9 +28,11 @@ from grpo_jax.devices.compiling import Call
 from grpo_jax.sampling import appending, decode, shapes
 from grpo_jax.sampling import layouts as layouts_lib
 from grpo_jax.sampling.board import NO_MORE, Board, Drawn, Queues, Source, Turn
+from grpo_jax.sampling.collected import Collected, OnGroup
+from grpo_jax.sampling.early_stop import FirstGroups, steps_between
 from grpo_jax.sampling.kept import Chunks, Kept
 from grpo_jax.sampling.publish import Publisher
-from grpo_jax.structs import Array, Params, Rollouts, pad_rows
+from grpo_jax.structs import Array, Params, Rollouts
 
 _NEVER = 2**30
 NO_LAYOUT = -1, 1  # (slots, lanes): no smaller layout
@@ -83,9 +85,9 @@ class Engine:
             compiler_options=compiling.options_of_decoding(decoder.mesh),
         )
         self.admit = jit(by_shard(with_decoder(decode.admit), 2), donate_argnums=2)
-        self.decode = jit(by_shard(with_decoder(decode.decode), 4), donate_argnums=5)
+        self.decode = jit(by_shard(with_decoder(decode.decode), 5), donate_argnums=6)
         keeping = functools.partial(with_decoder(decode.decode), keeps=True)
-        self.decode_kept = jit(by_shard(keeping, 4), donate_argnums=5)
+        self.decode_kept = jit(by_shard(keeping, 5), donate_argnums=6)
         self.compact_slots = jit(by_shard(with_decoder(decode.compact), 0))
         self.put_back = jit(by_shard(with_decoder(decode.put_back), 0), donate_argnums=0)
         self.align = jit(by_shard(with_decoder(appending.align), 0), donate_argnums=0)
@@ -108,9 +110,12 @@ class Engine:
         enough_S,
         slots: decode.Slots,
         keeps: bool,
+        looks: bool = False,
     ) -> Call:
+        """`looks`: the host looks at what is finished every few steps, as `FirstGroups` needs."""
         program = self.decode_kept if keeps else self.decode
-        return Call(program, (params, temperature, *following, enough_S, slots))
+        most = np.int32(steps_between(self.decoder)) if looks else None
+        return Call(program, (params, temperature, *following, most, enough_S, slots))
 
     def appending(
         self, params, temperature, column, age, slots: decode.Slots, lanes: tuple
@@ -125,7 +130,8 @@ class Engine:
         group: int,
         key: Array,
         temperature: float,
-        on_group: Callable[[int, list[list[int]]], None] | None = None,
+        on_group: OnGroup | None = None,
+        first: FirstGroups | None = None,
         meanwhile: Callable[[], None] | None = None,
         on_harvest: Callable[[], None] = lambda: None,
     ) -> Rollouts:
@@ -135,43 +141,22 @@ class Engine:
         g)`, whatever the slots. `on_group(p, completions)` is called with the token ids of prompt
         p's completions once all have finished, while the device decodes the others; `meanwhile()`
         is called once, when the first prompts are on the device; `on_harvest()` whenever some
-        completions have finished.
+        completions have finished. `first`: decoding ends once it has its groups. What is returned
+        of the other groups has no meaning, and `on_group` is not called for them.
 
         With several processes, each one gets the completions and log-probabilities of the prompts
         that its devices decoded, zeros for the others, and all lengths. `on_group` is called for a
         prompt on one process only.
         """
-        limit, num_rows = self.decoder.max_tokens, len(prompts) * group
-        completion_BC = np.zeros((num_rows, limit), np.int32)
-        logp_BC = np.zeros((num_rows, limit), np.float32)
-        length_B, stopped_B = np.zeros(num_rows, np.int32), np.zeros(num_rows, bool)
-        missing_P = np.full(len(prompts), group)
-        held_P, own_P = self.places(len(prompts))
-        key_B2 = self.keys(key, num_rows)
+        places = self.places(len(prompts))
+        found = Collected(places, group, self.decoder.max_tokens, on_group, first)
+        key_B2 = self.keys(key, len(prompts) * group)
         for drawn in self.first_turns(
-            params, prompts, group, key_B2, temperature, meanwhile=meanwhile
+            params, prompts, group, key_B2, temperature, first=first, meanwhile=meanwhile
         ):
             on_harvest()
-            for i, row in enumerate(drawn.row_B):
-                p, n = int(row) // group, int(drawn.length_B[i])
-                length_B[row], stopped_B[row] = n, drawn.stopped_B[i]
-                missing_P[p] -= 1
-                if held_P[p]:
-                    completion_BC[row, :n] = drawn.token_BC[i, :n]
-                    logp_BC[row, :n] = drawn.logp_BC[i, :n]
-                if on_group and own_P[p] and not missing_P[p]:
-                    whole = range(p * group, (p + 1) * group)
-                    on_group(p, [completion_BC[r, : length_B[r]].tolist() for r in whole])
-        prompt_PQ, prompt_length_P = pad_rows(prompts, self.padded(max(map(len, prompts))))
-        shape = (len(prompts), group)
-        return Rollouts(
-            prompt_PQ=prompt_PQ,
-            prompt_length_P=prompt_length_P,
-            completion_PGC=completion_BC.reshape(*shape, limit),
-            logp_PGC=logp_BC.reshape(*shape, limit),
-            length_PG=length_B.reshape(shape),
-            stopped_PG=stopped_B.reshape(shape),
-        )
+            found.add(drawn)
+        return found.rollouts(prompts, self.padded(max(map(len, prompts))))
 
     def keys(self, key: Array, num_rows: int) -> np.ndarray:
         """The data of the random key of each completion, uint32 [B, 2]."""
@@ -194,12 +179,13 @@ class Engine:
         *,
         limit: int | None = None,
         kept: Kept | None = None,
+        first: FirstGroups | None = None,
         meanwhile: Callable[[], None] | None = None,
     ) -> Iterator[Drawn]:
         """`group` completions of every prompt, as they finish, each of at most `limit` tokens.
 
-        `key_B2`: from `keys`; `meanwhile`: as for `generate`. `limit` None: that of completions.
-        `kept`: takes the slots afterwards, if they hold all completions at once.
+        `key_B2`: from `keys`; `first`, `meanwhile`: as for `generate`. `limit` None: that of
+        completions. `kept`: takes the slots afterwards, if they hold all completions at once.
         """
         layouts = self.layouts(len(prompts), group)
         limit = limit or self.decoder.max_tokens
@@ -207,9 +193,8 @@ class Engine:
         width = self.padded(max(map(len, prompts)))
         if max(map(len, queues)) > layouts[0][0]:
             kept = None
-        yield from self._drawn(
-            params, queues, layouts, width, key_B2, temperature, meanwhile=meanwhile, kept=kept
-        )
+        beside = {"meanwhile": meanwhile, "kept": kept, "first": first}
+        yield from self._drawn(params, queues, layouts, width, key_B2, temperature, **beside)
 
     def later_turns(
         self,
@@ -303,10 +288,12 @@ class Engine:
         meanwhile: Callable[[], None] | None = None,
         source: Source = NO_MORE,
         kept: Kept | None = None,
+        first: FirstGroups | None = None,
     ) -> Iterator[Drawn]:
         """Completions as they finish.
 
         `begun`: slots in which some are decoded already. `kept`: takes the slots at the end.
+        `first`: what remains is given up once it has its groups.
         """
         whole, (num_slots, lanes) = layouts, layouts[0]
         if begun is None:
@@ -318,8 +305,9 @@ class Engine:
         at_once = self.read_at_once(num_slots)
         # Refills wait until a quarter of the slots is free: each one interrupts all lanes.
         refill = max(1, num_slots // 4)
+        least = 1 if first is None else refill  # `first` returns to the host more often
         finished: list[Drawn] = []
-        while True:
+        while first is None or not first.is_met:
             if source.pending:
                 is_idle = not any(waiting) and not board.is_busy
                 if is_idle:
@@ -330,26 +318,31 @@ class Engine:
             if not any(waiting) and not board.is_busy:
                 break
             size = at_once if board.free_SR.all() else min(refill, at_once)
-            while any(queue and free_R.any() for queue, free_R in zip(waiting, board.free_SR)):
+            while board.takes(waiting, least):
                 slots = self.admitting(
                     params, temperature, slots, self._placed(board, waiting, size, width, key_B2)
                 )()
             if meanwhile is not None:  # the device has something to do
                 meanwhile()
                 meanwhile = None
-            finished.append(self._harvest(slots, board))  # those that ended with their first token
+            # Those that ended with their first token.
+            finished.append(self._harvest(slots, board, first))
             is_last = not any(waiting) and not source.pending
             if is_last:
                 slots, board, layouts = self._shrink(slots, board, layouts, kept)
-            if not board.is_busy:
+            if not board.is_busy or (first is not None and first.is_met):
                 continue
             self.shapes.add((*board.row_SRW.shape[1:], width))
-            following = layouts[1] if is_last and len(layouts) > 1 else NO_LAYOUT
+            moves = is_last and len(layouts) > 1 and first is None  # else shards keep step
+            following = layouts[1] if moves else NO_LAYOUT
             enough_S = self._enough(waiting, board, refill, source.pending)
-            keeps = kept is not None
-            slots = self.decoding(params, temperature, following, enough_S, slots, keeps)()
+            how = kept is not None, first is not None
+            slots = self.decoding(params, temperature, following, enough_S, slots, *how)()
             yield from finished  # processed while the device decodes
-            finished = [self._harvest(slots, board)]
+            finished = [self._harvest(slots, board, first)]
+        if first is not None:
+            live_RW, time_RW = board.row_RW >= 0, transfer.to_host(slots.time_RW)
+            first.cut(board.row_RW[live_RW], time_RW[live_RW] + 1)
         if kept is not None:
             kept.keep(*self._widened(slots, board, kept), whole, width)
         yield from finished
@@ -396,10 +389,12 @@ class Engine:
         rows = board.place(waiting, size, width, key_B2)
         return transfer.shard_rows(self.decoder.mesh, rows, "slots")
 
-    def _harvest(self, slots: decode.Slots, board: Board) -> Drawn:
+    def _harvest(
+        self, slots: decode.Slots, board: Board, first: FirstGroups | None = None
+    ) -> Drawn:
         """Completions finished since the last harvest; tokens only if this process holds them.
 
-        Their lanes are free afterwards.
+        Their lanes are free afterwards, and `first` knows of them.
         """
         live_RW, row_RW = transfer.to_host(slots.live_RW), board.row_RW
         done = (row_RW >= 0) & ~live_RW
@@ -414,7 +409,10 @@ class Engine:
             at_BC = (begin_B[:, None] + np.arange(token_BC.shape[1])) % token_BC.shape[1]
             token_BC, logp_BC = (np.take_along_axis(x, at_BC, 1) for x in (token_BC, logp_BC))
         length_B = time_RW[done] + 1 - begin_B
-        return Drawn(rows, token_BC, logp_BC, length_B, stopped_RW[done])
+        drawn = Drawn(rows, token_BC, logp_BC, length_B, stopped_RW[done])
+        if first is not None:
+            first.take(drawn)
+        return drawn
 
     def _shrink(
         self,

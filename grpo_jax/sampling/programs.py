@@ -22,18 +22,19 @@ def first_turns(
     temperature: float,
     *,
     keeps: bool = False,
+    looks: bool = False,
 ) -> list[Call]:
     """The programs of `Engine.generate`, for prompts of at most `longest` tokens.
 
     `params`: from `publish`, or their shapes. `keeps`: those of `Engine.first_turns`, which keeps
-    the slots if it can. Further calls of `compact`, and prefills when only
-    some slots are free, are the same programs for fewer rows.
+    the slots if it can. `looks`: as for `Engine.decoding`. Further calls of `compact`, and prefills
+    when only some slots are free, are the same programs for fewer rows.
     """
     rows = num_prompts * group
     keys = Call(row_keys, (jax.eval_shape(jax.random.key, 0), np.arange(rows, dtype=np.int32)))
     layouts, width = engine.layouts(num_prompts, group), engine.padded(longest)
     keeps = keeps and _holds_all(engine, num_prompts, group)
-    return [keys, *_of_layouts(engine, params, layouts, width, temperature, keeps)]
+    return [keys, *_of_layouts(engine, params, layouts, width, temperature, keeps, looks)]
 
 
 def _holds_all(engine: Engine, num_prompts: int, group: int) -> bool:
@@ -84,6 +85,7 @@ def _of_layouts(
     width: int,
     temperature: float,
     keeps: bool,
+    looks: bool = False,
 ) -> list[Call]:
     num_slots, lanes = layouts[0]
     empty = Call(engine.empty, (num_slots, lanes, width))
@@ -102,7 +104,7 @@ def _of_layouts(
     calls = [
         empty,
         engine.admitting(params, temperature, slots, prompts),
-        engine.decoding(params, temperature, following, enough_S, slots, keeps),
+        engine.decoding(params, temperature, following, enough_S, slots, keeps, looks),
     ]
     if len(layouts) > 1:
         calls.append(Call(engine.compact_slots, (slots, *_moves(engine, layouts[1]))))

@@ -25,7 +25,7 @@ def make_engine(
     `exact`: without 8-bit weights, 8-bit cache or merged adapters, even if the config asks for
     them.
     """
-    rollout, at_once = config.rollout, derived.prompts_per_draw(config)
+    rollout, at_once = config.rollout, derived.prompts_begun(config)
     decoder = decode.decoder_for(
         model,
         mesh,

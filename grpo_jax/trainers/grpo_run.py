@@ -301,6 +301,7 @@ def told(config: ConfigDict, found: Inputs) -> list[str]:
     model, batch, lengths = found.policy.model, config.batch, [*map(len, found.train.prompt_ids)]
     updates = derived.num_updates_per_step(config)
     held_out = len(found.held_out.problems) if found.held_out else 0
+    asked = batch.prompts if config.prompts.drop_equal_groups else derived.prompts_begun(config)
     return [
         f"Model: {model.family}, {model.num_params:,} parameters, {config.model.dtype}, from "
         f"{config.model.path or 'the supervised start'}",
@@ -310,23 +311,29 @@ def told(config: ConfigDict, found: Inputs) -> list[str]:
         *critic_lib.told(found.critic),
         f"A step: {batch.prompts} prompts x {batch.group} completions of at most "
         f"{config.rollout.max_tokens} tokens, {updates} update{'s' * (updates > 1)}",
-        *_refill(config),
+        *_draws(config),
         *demonstrations.told(config),
         *teacher.told(config, found.teacher),
         f"The run: {config.loop.num_steps:,} steps, which ask each problem "
-        f"{config.loop.num_steps * batch.prompts / len(lengths):,.2f} times"
+        f"{config.loop.num_steps * asked / len(lengths):,.2f} times"
         f"{' or more' * config.prompts.drop_equal_groups}",
     ]
 
 
-def _refill(config: ConfigDict) -> list[str]:
-    """Describes how a step's batch is filled, if groups are dropped."""
-    if not config.prompts.drop_equal_groups:
-        return []
-    return [
-        f"Its prompts are those whose rewards differ, of up to {config.prompts.max_draws} draws of "
-        f"{derived.prompts_per_draw(config)} prompts"
-    ]
+def _draws(config: ConfigDict) -> list[str]:
+    """Describes how a step's batch is filled, if groups are dropped or over-sampled."""
+    number, told = derived.prompts_per_draw(config), []
+    if config.prompts.drop_equal_groups:
+        told.append(
+            f"Its prompts are those whose rewards differ, of up to {config.prompts.max_draws} "
+            f"draws of {number} prompts"
+        )
+    if config.prompts.oversample > 1:
+        told.append(
+            f"A draw begins {derived.prompts_begun(config)} prompts, and ends once {number} groups "
+            "are finished"
+        )
+    return told
 
 
 def _reference(

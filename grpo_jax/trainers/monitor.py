@@ -21,7 +21,7 @@ from grpo_jax.devices import transfer
 from grpo_jax.devices.compiling import Compiling
 from grpo_jax.devices.phases import Trace, phase
 from grpo_jax.environments.rewarding import FailureReports, RewardCollector, SelectedRewards
-from grpo_jax.environments.single_turn import Draws, Rollout
+from grpo_jax.environments.single_turn import Draws, GivenUp, Rollout
 from grpo_jax.hosts import processes
 from grpo_jax.hosts.watchdog import Watchdog
 from grpo_jax.messages.progress import Progress
@@ -227,12 +227,27 @@ class Monitor:
             self._sampled = draws.prompt_length_N, draws.length_NG
             state.prompts += len(draws.problem_N) - self._run.course.prompts
             state.tokens += int(draws.length_NG.sum() - sampled.completions.num_trained_PG.sum())
+        if (given_up := sampled.given_up) is not None:
+            self._count_given_up(state, drawn, given_up)
         where = self._run, self._writers, self._listeners, state.step + 1
         rollout.show(*where, sampled, scores, advantage_PG)
         self.guards.check_rollout(state.step + 1, state.rollout_metrics)
         if self.guards.skips_rollout:
             self.guards.skipped(state.step + 1, self._run.course.updates)
         self.guards.enforce()
+
+    def _count_given_up(self, state: RunState, drawn: Rollout, given_up: GivenUp) -> None:
+        """Counts the prompts and tokens of groups that a step has begun and not finished."""
+        lengths = self._sampled or (
+            drawn.completions.prompt_length_P,
+            drawn.completions.num_trained_PG,
+        )
+        begun = given_up.length_NG.any(axis=1)
+        unfinished = given_up.prompt_length_N[begun], given_up.length_NG[begun]
+        self._sampled = tuple(np.concatenate(pair) for pair in zip(lengths, unfinished))
+        state.prompts += len(given_up.length_NG)
+        state.tokens += int(given_up.length_NG.sum())
+        state.rollout_metrics |= step_metrics.of_given_up(drawn, lengths[1])
 
     def given(self, state: RunState, rows: Callable[[], list[dict[str, Any]]]) -> None:
         """Notes that a step's completions are given, not sampled; shows `rows()` as samples."""

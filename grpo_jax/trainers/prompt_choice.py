@@ -22,7 +22,7 @@ def problems(run: Run, state: RunState, number: int) -> np.ndarray:
     They follow from the seed, the number of the draw, and the state's pass rates if these count.
     """
     config, num_problems = run.config, len(run.train.problems)
-    per_draw = derived.prompts_per_draw(config)
+    per_draw = derived.prompts_begun(config)
     if derived.follows_pass_rates(config):
         rates = state.pass_rates or PassRates.unseen(num_problems)
         return _preference(config).draw(rates, config.seed, number, per_draw)

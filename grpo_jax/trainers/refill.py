@@ -16,15 +16,13 @@ import time
 
 import numpy as np
 
-from grpo_jax.devices import transfer
 from grpo_jax.devices.phases import phase
 from grpo_jax.environments.questions import Questions
 from grpo_jax.environments.rewarding import SelectedRewards
-from grpo_jax.environments.single_turn import Draws, Rollout
+from grpo_jax.environments.single_turn import Draws, GivenUp, Rollout
 from grpo_jax.rewards import groups
 from grpo_jax.rewards import scores as scores_lib
 from grpo_jax.rewards.scores import Scores
-from grpo_jax.structs import Rollouts
 from grpo_jax.trainers import rollout
 from grpo_jax.trainers.guards import TooFewGroups
 from grpo_jax.trainers.monitor import Monitor
@@ -106,30 +104,12 @@ def _selected(
             [(d.rewards, int(p)) for d, p_D in zip(drawn, in_draw) for p in p_D],
             scores_lib.select([*zip(scores, rows)]),
         ),
-        completions=_completions(run, [d.completions for d in drawn], chosen_P),
+        completions=rollout.of_groups(run, [d.completions for d in drawn], chosen_P),
         seconds=seconds,
         problem_P=draws.problem_N[chosen_P],
         draws=draws,
         told=tuple(told for d in drawn for told in d.told),
-    )
-
-
-def _completions(run: Run, drawn: list[Rollouts], chosen_P: np.ndarray) -> Rollouts:
-    """The completions of some groups of several draws, whose prompts may be padded differently."""
-    width = max(x.prompt_PQ.shape[1] for x in drawn)
-    padded = [np.pad(x.prompt_PQ, ((0, 0), (0, width - x.prompt_PQ.shape[1]))) for x in drawn]
-    pick = lambda xs: np.concatenate(xs)[chosen_P]  # noqa: E731
-    length_P = pick([x.prompt_length_P for x in drawn])
-    has = ["completion_PGC", "logp_PGC"] + ["chosen_PGC"] * (drawn[0].chosen_PGC is not None)
-    by_token = transfer.select_rows(
-        run.mesh, [tuple(getattr(x, name) for name in has) for x in drawn], chosen_P
-    )
-    return Rollouts(
-        prompt_PQ=pick(padded)[:, : run.engine.padded(int(length_P.max()))],
-        prompt_length_P=length_P,
-        length_PG=pick([x.length_PG for x in drawn]),
-        stopped_PG=pick([x.stopped_PG for x in drawn]),
-        **dict(zip(has, by_token)),
+        given_up=GivenUp.joined([d.given_up for d in drawn]),
     )
 
 

@@ -15,7 +15,7 @@ from grpo_jax.config import derived
 from grpo_jax.devices import transfer
 from grpo_jax.environments.questions import Questions
 from grpo_jax.environments.rewarding import TURN_REWARDS, RewardCollector
-from grpo_jax.environments.single_turn import Rollout
+from grpo_jax.environments.single_turn import GivenUp, Rollout
 from grpo_jax.learner import scoring
 from grpo_jax.messages import console
 from grpo_jax.messages.console import cut_middle
@@ -24,6 +24,7 @@ from grpo_jax.metrics.samples import print_samples
 from grpo_jax.rewards import registry
 from grpo_jax.rewards import scores as scores_lib
 from grpo_jax.rewards.scores import Scores
+from grpo_jax.sampling.early_stop import FirstGroups
 from grpo_jax.structs import Array, Params, Rollouts
 from grpo_jax.trainers import prompt_choice
 from grpo_jax.trainers.listeners import Listeners
@@ -61,26 +62,71 @@ def draw(
 
     `number` is that of the draw, and `weights` come from `engine.publish`.
     """
-    problem_P = prompt_choice.problems(run, state, number)
+    config, problem_P = run.config, prompt_choice.problems(run, state, number)
     questions, rewards = _begin(run, step, number, problem_P)
     given = run.demonstrations.of(problem_P, step, number, questions.prompt_ids)
+    first = None
+    if config.prompts.oversample > 1:
+        group, wanted = config.batch.group, derived.prompts_per_draw(config)
+        first = FirstGroups(wanted, len(problem_P), group)
     completions, told = run.drawing.draw(
         run.engine,
         weights,
         questions,
         given.prompt_ids,
         given.to(rewards.add),
-        group=run.config.batch.group,
-        key=keys.key_for(run.config.seed, "rollout", number),
-        temperature=run.config.rollout.temperature,
+        group=config.batch.group,
+        key=keys.key_for(config.seed, "rollout", number),
+        temperature=config.rollout.temperature,
         numbers=problem_P,
         draw=number,
+        first=first,
         meanwhile=log.close,
         on_harvest=on_harvest,
     )
-    greedy = _sample_greedy(run, step, number, problem_P, weights, on_harvest)
-    drawn = Rollout(questions, rewards, given.joined(completions), 0.0, greedy, problem_P)
+    drawn = Rollout(questions, rewards, given.joined(completions), 0.0, problem_P=problem_P)
+    if first is not None:
+        drawn = _finished(run, drawn, first)
+    greedy = _sample_greedy(run, step, number, drawn.problem_P, weights, on_harvest)
+    drawn = dataclasses.replace(drawn, greedy=greedy)
     return drawn if told is None else dataclasses.replace(drawn, told=(told,))
+
+
+def _finished(run: Run, drawn: Rollout, first: FirstGroups) -> Rollout:
+    """The part of a draw that `first` keeps."""
+    kept_P, whole = np.array(first.kept), drawn.completions
+    left_N = np.setdiff1d(np.arange(len(first.length_PG)), kept_P)
+    drawn.rewards.keep(first.kept)
+    return dataclasses.replace(
+        drawn,
+        questions=drawn.questions.take(kept_P),
+        completions=of_groups(run, [whole], kept_P),
+        problem_P=np.asarray(drawn.problem_P)[kept_P],
+        given_up=GivenUp(whole.prompt_length_P[left_N], first.length_PG[left_N]),
+    )
+
+
+def of_groups(run: Run, drawn: list[Rollouts], chosen_P: np.ndarray) -> Rollouts:
+    """Some groups of several draws, whose prompts may be padded differently.
+
+    `chosen_P`: their numbers when the draws follow each other.
+    """
+    width = max(x.prompt_PQ.shape[1] for x in drawn)
+    padded = [np.pad(x.prompt_PQ, ((0, 0), (0, width - x.prompt_PQ.shape[1]))) for x in drawn]
+    pick = lambda xs: np.concatenate(xs)[chosen_P]  # noqa: E731
+    length_P = pick([x.prompt_length_P for x in drawn])
+    names = "completion_PGC", "logp_PGC", "chosen_PGC", "given_PGC"
+    has = [name for name in names if getattr(drawn[0], name) is not None]
+    by_token = transfer.select_rows(
+        run.mesh, [tuple(getattr(x, name) for name in has) for x in drawn], chosen_P
+    )
+    return Rollouts(
+        prompt_PQ=pick(padded)[:, : run.engine.padded(int(length_P.max()))],
+        prompt_length_P=length_P,
+        length_PG=pick([x.length_PG for x in drawn]),
+        stopped_PG=pick([x.stopped_PG for x in drawn]),
+        **dict(zip(has, by_token)),
+    )
 
 
 def _sample_greedy(
@@ -127,7 +173,11 @@ def sampled_before(run: Run, state: RunState, completions: Rollouts) -> Rollout:
     if run.config.algorithm.baseline == "greedy":
         weights = run.engine.publish(run.weights(state.train))
         greedy = _sample_greedy(run, step, number, problem_P, weights, lambda: None)
-    return Rollout(questions, rewards, completions, state.next_rollout_s, greedy, problem_P)
+    sampled = Rollout(questions, rewards, completions, state.next_rollout_s, greedy, problem_P)
+    if not state.next_given_up:
+        return sampled
+    given_up = GivenUp(*(np.array(x, np.int32) for x in state.next_given_up))
+    return dataclasses.replace(sampled, given_up=given_up)
 
 
 def device_rows(run: Run, completions: Rollouts) -> Rollouts:
@@ -285,11 +335,11 @@ def _begin(
 
     None: as many as a group has, given ones too.
     """
-    questions = run.train.take(problem_P)
+    questions, asked = run.train.take(problem_P), derived.prompts_begun(run.config)
     seen = {
         "global_step": step,
         "max_steps": run.course.num_steps,
-        "epoch": number * len(problem_P) / (len(run.train.problems) * run.config.data.repeat),
+        "epoch": number * asked / (len(run.train.problems) * run.config.data.repeat),
     }
     group = group or derived.completions_per_prompt(run.config)
     rewards = RewardCollector(

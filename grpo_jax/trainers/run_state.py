@@ -45,6 +45,8 @@ class RunState:
     wall_s: float = 0.0
     next_rollout_s: float = 0.0  # time to sample the completions that are saved ahead
     next_problems: list[int] = dataclasses.field(default_factory=list)  # numbers of theirs
+    # Beside them: the fields of their `GivenUp`; []: there is none.
+    next_given_up: list[list] = dataclasses.field(default_factory=list)
     checkpoint: int = -1  # number of the checkpoint that was loaded; -1: none
     last_due: int = -1  # number of the newest one due by checkpoint.every_steps
     # Where a streamed dataset is read on from, for the next step without an experience.
@@ -258,6 +260,8 @@ def save(
         waiting = None  # the rewards of groups that are left out are not kept: it is sampled again
     state.next_rollout_s = 0.0 if waiting is None else waiting.seconds
     state.next_problems = [] if waiting is None else [int(p) for p in waiting.problem_P]
+    given_up = None if waiting is None else waiting.given_up
+    state.next_given_up = [] if given_up is None else given_up.as_json()
     facts = {
         "state": state.as_json(),
         "config": record.binding(run.config),

@@ -229,6 +229,17 @@ def of_episodes(sampled: Rollout) -> dict[str, float]:
     return episode.joined(sampled.told).metrics()
 
 
+def of_given_up(sampled: Rollout, length_NG: np.ndarray) -> dict[str, float]:
+    """Metrics of the groups that a step gave up, beside `length_NG`, tokens of those finished."""
+    length_UG = sampled.given_up.length_NG
+    tokens = length_UG.sum() + length_NG.sum()
+    return {
+        "groups/given_up": float(len(length_UG)),
+        "tokens/given_up_share": float(length_UG.sum() / tokens),
+        "throughput/generated_tokens_per_s": float(tokens / sampled.seconds),
+    }
+
+
 def _correlation(value_B: np.ndarray, length_B: np.ndarray) -> float:
     """Pearson's correlation of numbers with lengths, over the known ones; NaN if undefined."""
     known_B = ~np.isnan(value_B)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
+import objective_campaign
 import papers
 import pytest
 
@@ -15,7 +17,7 @@ from grpo_jax import config as config_lib
 from grpo_jax.algorithm import losses
 from grpo_jax.algorithm.objective import OPTIONS, Objective
 from grpo_jax.algorithm.presets import PRESETS
-from grpo_jax.config import loading, objective_rules, options, rules
+from grpo_jax.config import loading, options, rules
 
 B, T = 12, 9
 
@@ -136,49 +138,16 @@ def test_the_advantage_may_differ_by_token():
         assert_equal(ours(chosen, advantage=advantage), want)
 
 
-@pytest.fixture(scope="module")
-def accepted():
-    """Every combination of the choices that the rules accept, as options."""
-    return list(_accepted())
-
-
-def _accepted():
-    choices = {
-        name: list(options.BY_NAME[f"algorithm.{name}"].choices)
-        for name in ("ratio", "surrogate", "normalizer", "kl_estimator")
-    }
-    choices["rollout_correction.level"] = ["none", "token", "sequence"]
-    config = config_lib.default()
-    for values in itertools.product(*choices.values()):
-        chosen = dict(zip(choices, values)) | {"kl_coef": 0.1, "entropy_coef": 0.1}
-        for name, value in chosen.items():
-            section, _, leaf = name.rpartition(".")
-            config[section or "algorithm"][leaf] = value
-        try:
-            objective_rules.check(config)
-        except ValueError:
-            continue
-        yield chosen
-
-
-def test_gradients_of_accepted_combinations_are_those_of_their_values(accepted):
-    """By differences in float64, where nothing is fixed: all but weights without a gradient."""
-    assert len(accepted) > 400
-    fixed = ("cispo", "vespo", "tv_mask", "kl_mask")  # their weight has no gradient, by definition
-    smooth = [c for c in accepted if c["surrogate"] not in fixed]
-    rng = np.random.default_rng(0)
-    direction = rng.normal(size=(B, T)) * BATCH["action"]
-    for chosen in (smooth[i] for i in rng.choice(len(smooth), 25, replace=False)):
-        _, slope = ours(chosen)
-        step = 1e-6
-        up, down = (ours(chosen, logp=BATCH["logp"] + s * step * direction)[0] for s in (1, -1))
-        np.testing.assert_allclose((up - down) / 2 / step, (slope * direction).sum(), rtol=1e-5)
-
-
-def test_accepted_combinations_are_those_of_the_papers(accepted):
-    for i in np.random.default_rng(1).choice(len(accepted), 50, replace=False):
-        chosen = {"clip_low": 0.3, "clip_high": 0.3, **accepted[i]}
-        assert_equal(ours(chosen), papers.loss(chosen, **BATCH))
+def test_accepted_combinations_are_those_of_the_papers():
+    """Some of them, value and gradient; objective_campaign.py, a program, checks all."""
+    rng, refused, found = np.random.default_rng(0), collections.Counter(), []
+    for surrogate in objective_campaign.PARTS["surrogate"]:
+        parts = [*(objective_campaign.PARTS | {"surrogate": [surrogate]}).values()]
+        some = (tuple(p[rng.integers(len(p))] for p in parts) for _ in itertools.count())
+        found += itertools.islice(objective_campaign.accepted(some, refused), 5)
+    assert len(refused) > 4
+    for i, chosen in enumerate(found):
+        assert objective_campaign.difference(chosen, with_old=i % 4 > 0) == "", chosen
 
 
 def test_float32_stays_float32_and_is_near():

@@ -159,6 +159,11 @@ def test_the_base_of_these_tests_is_valid(changes):
             {"prompts__per_draw": 64},
             ["prompts.per_draw = 64", "batch.prompts = 32", "prompts.drop_equal_groups = True"],
         ),
+        ({"prompts__oversample": 0.9}, ["prompts.oversample = 0.9 must be at least 1", "1.25"]),
+        (
+            {"prompts__oversample": 1.5, "environment__classes": ("echo:Echo",)},
+            ["prompts.oversample = 1.5", "environments answer", "prompts.oversample = 1"],
+        ),
         (
             {"prompts__drop_equal_groups": True, "prompts__per_draw": 4, "prompts__max_draws": 7},
             ["prompts.max_draws = 7", "give 28 groups", "batch.prompts = 32"],
@@ -361,6 +366,10 @@ def test_a_missing_option_is_named():
 def test_groups_split_over_devices():
     config = valid(batch__prompts=12, batch__minibatches=3)
     rules_lib.check_devices(config, 4)
+    begun = valid(batch__prompts=12, prompts__oversample=1.25)
+    rules_lib.check_devices(begun, 3)
+    with pytest.raises(ValueError, match=r"begins 15 prompts in place of 12, .* a multiple of 4"):
+        rules_lib.check_devices(begun, 4)
     with pytest.raises(ValueError, match=r"give 4 prompts at once.*= 8 devices.*multiple of 8"):
         rules_lib.check_devices(config, 8)
     with pytest.raises(ValueError, match=r"batch.microbatch = 2 give 2 prompts at once"):

@@ -59,7 +59,7 @@ def test_decoding_sends_activations_over_tensor_and_nothing_else(tensor):
     params = engine.publish.like(train_state.state_like(MODEL, mesh, optax.sgd(0.1)).params)
     slots = engine.empty.eval_shape(SLOTS // engine.shards, LANES, 8)
     enough_S = np.ones(engine.shards, np.int32)
-    arguments = params, np.float32(1), -1, 1, enough_S, slots
+    arguments = params, np.float32(1), -1, 1, None, enough_S, slots
 
     found = in_the_loop(engine.decode, *arguments, mesh=mesh)
 

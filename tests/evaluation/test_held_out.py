@@ -34,7 +34,7 @@ class _Engine:
         self.texts, self.stopped, self.calls = texts, stopped, []
 
     def generate(
-        self, params, prompts, *, group, key, temperature, on_group, meanwhile, on_harvest
+        self, params, prompts, *, group, key, temperature, on_group, first, meanwhile, on_harvest
     ):
         self.calls.append((prompts, group, temperature))
         length = np.array([[len(t) for t in row] for row in self.texts], np.int32)

@@ -45,6 +45,7 @@ _VALUES = {
     "batch.minibatches": [1, 2],
     "batch.microbatch": [0, 1, 2],
     "rollout.max_tokens": [1, 8],
+    "prompts.oversample": [1.0, 1.3, 3.0],
     "rollout.temperature": [1e-6, 1.0, 1e6],
     "rollout.top_k": [0, 1, 10**6],
     "rollout.top_p": [1e-9, 0.5, 1.0],

@@ -42,6 +42,7 @@ RATES = [
     "--config.prompts.high_rate=0.6",
     "--config.loop.async_rollouts=True",
     "--config.rollout_correction.level=token",
+    "--config.prompts.oversample=1.5",
 ]
 # Four updates a step. Step 2 is whole after 8; a checkpoint is due after steps 2 and 4.
 STOPS = {
@@ -158,6 +159,17 @@ def test_a_batch_that_is_short_is_filled_where_asked(runs):
     (row,) = steps(root / "fill")
     assert ends["fill"] == "finished"
     assert (row["groups/equal_share"], row["groups/draws"], row["groups/dropped"]) == (1, 3, 6)
+
+
+def test_what_over_sampling_gives_up_is_counted(runs):
+    root, _, _ = runs
+    tokens = 0
+    for row in steps(root / "by rates"):
+        assert row["groups/given_up"] == 2  # of six
+        tokens += 16 * row["completion/length"] / (1 - row["tokens/given_up_share"])
+        assert row["tokens/generated"] == pytest.approx(tokens)
+    facts = root / "by rates" / "checkpoints" / "16" / "facts" / "metadata"
+    assert json.loads(facts.read_text())["state"]["prompts"] == 4 * 6
 
 
 def test_rates_are_measured_and_decide_what_is_asked(runs):

@@ -154,9 +154,9 @@ def test_a_group_is_handed_over_while_others_are_decoded(params):
     own, events = engine(4), []
     harvest = own._harvest
 
-    def noted(slots, board):
+    def noted(slots, board, first):
         events.append("harvest")
-        return harvest(slots, board)
+        return harvest(slots, board, first)
 
     own._harvest = noted
     own.generate(

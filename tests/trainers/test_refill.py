@@ -37,9 +37,12 @@ REWARDS = [Reward("odd", "odd", 1.0)]
 PROMPTS = [[n] * 20 if n in (1, 2) else [2 + n, 3 + n] for n in range(10)]
 
 
+ENGINE = tiny.MODEL, (1, 5, 17), tiny.one_device()
+
+
 @functools.cache
 def engine():
-    return make_engine(_config(), tiny.MODEL, (1, 5, 17), tiny.one_device())
+    return make_engine(_config(), *ENGINE)
 
 
 def _config(**more):
@@ -127,6 +130,55 @@ def test_the_first_groups_with_a_gradient_are_learned_from():
     assert sampled.completions.prompt_PQ.shape[1] == run.engine.padded(longest)
     state.count_draws(sampled)
     assert state.draw_of(3) == 5 + sampled.draws.number
+
+
+BEGUN = 5  # of 3 x 1.5
+
+
+@functools.cache
+def wide_engine():
+    """Slots for all that over-sampling begins."""
+    return make_engine(_config(**{"prompts.per_draw": BEGUN}), *ENGINE)
+
+
+def test_of_the_groups_of_a_draw_those_that_finish_first_are_learned_from():
+    run, state, monitor = _run(**{"prompts.oversample": 1.5})
+    plain, *_ = _run(**{"prompts.per_draw": BEGUN})
+    run.engine = plain.engine = wide_engine()
+    for number in range(5, 40):  # to one in which not the first are the first to finish
+        whole, of_whole = _drawn(plain, state, monitor, number)
+        longest_P = whole.completions.length_PG.max(axis=1)
+        kept = sorted(sorted(range(BEGUN), key=lambda p: (longest_P[p], p))[:PER_DRAW])
+        if kept != [0, 1, 2]:
+            break
+    assert kept != [0, 1, 2]
+    drawn, scores = _drawn(run, state, monitor, number)
+    for name in ("completion_PGC", "length_PG", "stopped_PG", "prompt_length_P"):
+        ours, theirs = getattr(drawn.completions, name), getattr(whole.completions, name)
+        np.testing.assert_array_equal(ours, theirs[kept])
+    assert drawn.problem_P.tolist() == [whole.problem_P[p] for p in kept]
+    assert drawn.questions.problems == [whole.questions.problems[p] for p in kept]
+    assert drawn.rewards.texts([1]) == whole.rewards.texts([kept[1]])
+    reward_PG = of_whole.reward_B.reshape(BEGUN, G)
+    np.testing.assert_array_equal(scores.reward_B.reshape(PER_DRAW, G), reward_PG[kept])
+    left = [p for p in range(BEGUN) if p not in kept]
+    lengths = whole.completions.prompt_length_P[left]
+    np.testing.assert_array_equal(drawn.given_up.prompt_length_N, lengths)
+    assert (0 < drawn.given_up.length_NG).all()
+    assert (drawn.given_up.length_NG <= whole.completions.length_PG[left]).all()
+
+
+def test_draws_are_refilled_from_what_finished_first():
+    run, state, monitor = _run(**{"prompts.oversample": 1.5})
+    run.engine = wide_engine()
+    sampled = refill.sample(run, state, monitor)
+    drawn = [_drawn(run, state, monitor, 5 + n)[0] for n in range(sampled.draws.number)]
+    asked = np.concatenate([one.problem_P for one in drawn])
+    np.testing.assert_array_equal(sampled.draws.problem_N, asked)
+    given_up = np.concatenate([one.given_up.length_NG for one in drawn])
+    np.testing.assert_array_equal(sampled.given_up.length_NG, given_up)
+    assert len(given_up) == 2 * sampled.draws.number
+    assert groups.vary(sampled.rewards.scores().reward_B.reshape(P, G)).all()
 
 
 def test_truncated_completions_give_no_gradient_where_they_are_masked():

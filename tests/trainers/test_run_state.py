@@ -15,7 +15,7 @@ from states import MODEL, OPTIMIZER, same_bits, train_state
 from grpo_jax.config import options
 from grpo_jax.data.pass_rates import PassRates
 from grpo_jax.devices import sharding, transfer
-from grpo_jax.environments.single_turn import Draws, Rollout
+from grpo_jax.environments.single_turn import Draws, GivenUp, Rollout
 from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.run.checkpoints import Checkpoints
 from grpo_jax.structs import Experience
@@ -174,15 +174,20 @@ def test_the_newest_checkpoint_is_where_the_run_stands(parts, state):
 
 
 def test_what_decides_the_next_prompts_goes_along(parts, state):
-    """Pass rates to the last bit; and completions sampled ahead with their problems' numbers."""
+    """Pass rates to the last bit; and completions sampled ahead with their problems' numbers.
+
+    What over-sampling gave up beside them is still to be counted.
+    """
     rates = PassRates.unseen(5).after([3, 1, 3], [0.1, 0.7, 1 / 3], newest=0.3)
     ahead = transfer.shard_rows(parts.mesh, tiny.rollouts(prompts=8))
-    waiting = Rollout(None, None, ahead, 1.5, problem_P=np.arange(8) + 2)
+    given_up = GivenUp(np.array([3, 4], np.int32), np.array([[1, 2], [0, 0]], np.int32))
+    waiting = Rollout(None, None, ahead, 1.5, problem_P=np.arange(8) + 2, given_up=given_up)
     _save(parts, state, 4, pass_rates=rates, next_rollout=waiting, passed_over=3)
     at = run_state.newest(parts)
     assert at.pass_rates.times_N.tolist() == [0, 1, 0, 2, 0]
     assert at.pass_rates.rate_N.tobytes() == rates.rate_N.tobytes()
     assert (at.next_problems, at.next_rollout_s) == ([*range(2, 10)], 1.5)
+    assert at.next_given_up == [[3, 4], [[1, 2], [0, 0]]]
     assert run_state.load(parts, at).length_PG.tolist() == np.array(ahead.length_PG).tolist()
 
 
