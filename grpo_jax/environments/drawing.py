@@ -80,6 +80,7 @@ class Conversations(OneTurn):
     eager: bool
     seed: int  # of the run
     max_prompt_tokens: int
+    forks: bool = False  # where the template rewrites earlier turns
 
     def __exit__(self, *error: object) -> None:
         self.world.close()
@@ -96,6 +97,7 @@ class Conversations(OneTurn):
                 self._seed_of(number, held_out),
                 self._dialogue(problem),
                 functools.partial(self._begun, problem),
+                problem.arguments,
             )
             for problem, number in zip(questions.problems, numbers, strict=True)
         ]
@@ -113,7 +115,8 @@ class Conversations(OneTurn):
             temperature=temperature,
             rollout_seeds=own.tolist(),
             eager=self.eager,
-            on_group=lambda p, ended: add(p, [e.ids for e in ended], ended),
+            forks=self.forks,
+            on_group=lambda p, ended: add(p, [e.said_ids for e in ended], ended),
             meanwhile=meanwhile,
             on_harvest=on_harvest,
         )

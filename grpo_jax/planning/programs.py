@@ -355,7 +355,8 @@ class Step:
         longest = self.lengths.prompt + self.config.rollout.max_tokens
         where = drawing.engine, drawing.published, drawing.prompts, drawing.group
         asked = *where, self.lengths.prompt, longest, drawing.temperature
-        for call in sampling_programs.later_turns(*asked, keeps=self._keeps):
+        ways = dict.fromkeys([self._keeps, self._keeps and not derived.forks(self.config)])
+        for call in (c for way in ways for c in sampling_programs.later_turns(*asked, keeps=way)):
             beside = *learning, drawing.published
             found.append(Program.of(call, "rollout", beside, "later ", runs=0))
         return found

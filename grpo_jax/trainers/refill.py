@@ -120,7 +120,8 @@ def _completions(run: Run, drawn: list[Rollouts], chosen_P: np.ndarray) -> Rollo
     padded = [np.pad(x.prompt_PQ, ((0, 0), (0, width - x.prompt_PQ.shape[1]))) for x in drawn]
     pick = lambda xs: np.concatenate(xs)[chosen_P]  # noqa: E731
     length_P = pick([x.prompt_length_P for x in drawn])
-    has = ["completion_PGC", "logp_PGC"] + ["chosen_PGC"] * (drawn[0].chosen_PGC is not None)
+    has = ["completion_PGC", "logp_PGC"]
+    has += [name for name in ("chosen_PGC", "begin_PGC") if getattr(drawn[0], name) is not None]
     by_token = transfer.select_rows(
         run.mesh, [tuple(getattr(x, name) for name in has) for x in drawn], chosen_P
     )

@@ -144,7 +144,7 @@ def cut_length(completions: Rollouts) -> int:
 def cut(completions: Rollouts) -> Rollouts:
     """The completions, on the host, cut to about the longest."""
     longest = cut_length(completions)
-    names = "completion_PGC", "logp_PGC", "chosen_PGC", "given_PGC"
+    names = "completion_PGC", "logp_PGC", "chosen_PGC", "given_PGC", "begin_PGC"
     by_token = {name: getattr(completions, name) for name in names}
     shorter = {name: x[..., :longest] for name, x in by_token.items() if x is not None}
     return completions.replace(**shorter)
