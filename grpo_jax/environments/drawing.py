@@ -84,6 +84,9 @@ class Conversations(OneTurn):
 
     def __exit__(self, *error: object) -> None:
         self.world.close()
+        for dialogue in self.dialogues.values() if self.forks else ():
+            if dialogue.rewriting is not None:
+                dialogue.rewriting.close()
 
     def draw(
         self, engine, params, questions, prompt_ids, add, *, group, key, temperature, numbers, draw,

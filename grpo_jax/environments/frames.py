@@ -98,9 +98,7 @@ def _filled(text: str, values: dict[str, str]) -> str:
     return _SLOT.sub(lambda found: values.get(found[0], found[0]), text)
 
 
-def make_frame(
-    text: str, after: int | None, spelling: Spelling, *, is_start: bool = True
-) -> Frame:
+def make_frame(text: str, after: int | None, spelling: Spelling, *, is_start: bool = True) -> Frame:
     """A text with slots, cut at its control tokens; those without slots are encoded at once.
 
     `is_start`: nothing stands before it, if it follows no control token.
@@ -149,6 +147,10 @@ class Frames:
         self._frames: dict[tuple[str, ...], Frame] = {}
         self._starts: dict[str, Frame] = {}
         self._written: dict[str, str] = {}  # by role, a name of WRITTEN
+
+    def close(self) -> None:
+        """Ends the renderer's process; it starts again if it is needed."""
+        self._renderer.close()
 
     def render(
         self,

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from grpo_jax.data.templates import CLOSED, OPEN, TemplateError
+from grpo_jax.data.templates import OPEN, TemplateError
 from grpo_jax.environments import frames, proof
 from grpo_jax.environments.frames import Frame, Frames, Message, asking, calling
 from grpo_jax.environments.observations import Observations
@@ -45,6 +45,10 @@ class Rewriting:
         self.rewritten: frozenset[tuple[str, bool]] = frozenset()
         self.tail = 0  # tokens at the end of a prompt that are written otherwise later
         self._tail_text = ""
+
+    def close(self) -> None:
+        """Ends the process that renders; it starts again if it is needed."""
+        self._frames.close()
 
     def learn(self, dialogue: Any, found: proof.Found) -> None:
         """Finds when the template rewrites turns, by made conversations.

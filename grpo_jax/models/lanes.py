@@ -98,8 +98,8 @@ class PackedInputs:
     ) -> PackedInputs:
         """Packs right-padded prompts and completions by a layout; None: the identity layout.
 
-        All rows have equally many prompts, in order. `begin_PGC`: as in `Rollouts`. The token before
-        a part seems to predict the part's first one, which is never an action.
+        All rows have equally many prompts, in order. `begin_PGC`: as in `Rollouts`. The token
+        before a part seems to predict the part's first one, which is never an action.
         """
         num_prompts, group, tokens = completion_PGC.shape
         token_BX, lane_PWT = layout or identity_layout(num_prompts, group, tokens)

@@ -302,9 +302,7 @@ def test_neither_slots_nor_mesh_nor_order_change_a_draw_of_a_part(forked, params
     eager = case != "mesh"
     world = World(late=lambda row: row % 3) if eager else World()
     how = {"mesh": mesh, "num_slots": 8 * eager, "eager": eager}
-    got, _, _ = sample(
-        params, world, dialogue=Forking(tail=1), prompts=FORKED, forks=True, **how
-    )
+    got, _, _ = sample(params, world, dialogue=Forking(tail=1), prompts=FORKED, forks=True, **how)
     for name in ("completion_PGC", "chosen_PGC", "begin_PGC", "length_PG", "stopped_PG"):
         np.testing.assert_array_equal(getattr(got, name), getattr(forked[0], name), name)
     np.testing.assert_allclose(got.logp_PGC, forked[0].logp_PGC, atol=1e-5)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import chat_families
+import jinja2
 import pytest
 from made_episodes import TOOLS
 
@@ -36,12 +37,15 @@ class Here:
         for number, messages in enumerate(conversations):
             if self.refuses and any(self.refuses in m["content"] for m in messages):
                 raise TemplateError(number, "no")
-        texts = [
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=end == "open", **given
-            )
-            for messages, given, end in zip(conversations, arguments, ends)
-        ]
+        try:
+            texts = [
+                tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=end == "open", **given
+                )
+                for messages, given, end in zip(conversations, arguments, ends)
+            ]
+        except jinja2.TemplateError as error:
+            raise TemplateError(0, str(error)) from error
         return SimpleNamespace(texts=texts)
 
 
@@ -164,10 +168,8 @@ def test_an_episode_that_cannot_be_rendered_stands(capsys):
 
 
 def test_templates_whose_turns_cannot_be_written_again_are_refused():
-    one = chat_families.QWEN3.replace(
-        "{%- for call in", "{%- if m.tool_calls and m.tool_calls[1:] %}{{ raise_exception('One.') }}"
-        "{% endif %}\n{%- for call in", 1
-    )  # fmt: skip
+    raising = "{%- if m.tool_calls and m.tool_calls[1:] %}{{ raise_exception('One.') }}{% endif %}"
+    one = chat_families.QWEN3.replace("{%- for call in", raising + "\n{%- for call in", 1)
     with pytest.raises(ValueError, match=r'history = "fork".*one call in a turn.*"append"'):
         Talk(one)
     moved = chat_families.QWEN3.replace("Tools:", "{{ messages | length }} Tools:")

@@ -1,4 +1,4 @@
-"""Completions of several parts: each is a text of its own after the prompt, all are one completion."""
+"""Completions of several parts: each is a text of its own, and all are one completion."""
 
 from __future__ import annotations
 
