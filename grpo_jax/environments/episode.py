@@ -133,6 +133,11 @@ class Episode:
         if self.once is not None:
             self.once += [int(i) for i in ids]
 
+    @property
+    def forked(self) -> bool:
+        """Whether the next turn is the first of a further part."""
+        return bool(self.begins) and self.begins[-1] >= self.spans[-1][1]
+
     def go_on(self, ids: Sequence[int], context: Sequence[int] | None, *, is_held: bool) -> None:
         """Appends what the environment said; with a `context`, begins a part with that instead."""
         if context is not None:

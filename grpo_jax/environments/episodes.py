@@ -170,8 +170,9 @@ class _Sampling:
         """The next turns of the episodes that are answered, and with `eager` of those that will."""
         rows = [*self.ready, *self.acting] if eager else self.ready
         longest = max(self.episodes[row].num_context for row in rows)
-        if any(self.episodes[row].begins for row in rows):
-            self.kept = None  # lanes hold what was rewritten
+        if any(self.episodes[row].forked for row in rows) and self.kept is not None:
+            # Lanes hold what was rewritten. Those that read the new contexts are kept again.
+            self.kept = Kept(again=True) if self.kept.holds(rows) else None
         # Eagerly with room for another turn: an episode that comes back must fit.
         self.width = layouts.turn_width(longest * (5 if eager else 4) // 4)
         turns, self.ready = self._turns(self.ready), []

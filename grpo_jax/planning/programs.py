@@ -355,8 +355,8 @@ class Step:
         longest = self.lengths.prompt + self.config.rollout.max_tokens
         where = drawing.engine, drawing.published, drawing.prompts, drawing.group
         asked = *where, self.lengths.prompt, longest, drawing.temperature
-        ways = dict.fromkeys([self._keeps, self._keeps and not derived.forks(self.config)])
-        for call in (c for way in ways for c in sampling_programs.later_turns(*asked, keeps=way)):
+        how = {"keeps": self._keeps, "forks": derived.forks(self.config)}
+        for call in sampling_programs.later_turns(*asked, **how):
             beside = *learning, drawing.published
             found.append(Program.of(call, "rollout", beside, "later ", runs=0))
         return found

@@ -238,11 +238,14 @@ FORKED = [[13, *prompt] for prompt in PROMPTS]  # whose last token is of the fir
 class Forking(Dialogue):
     """What stands is rewritten where its last token is even: a third of it is left."""
 
-    def __init__(self, tail=0, changes=True):
-        self.rewriting, self.tail, self.changes = self, tail, changes
+    def __init__(self, tail=0, changes=True, once=False):
+        self.rewriting, self.tail, self.changes, self.once = self, tail, changes, once
 
     def contexts(self, spoken):
-        return [self.context(one.prompt_ids, one.ids) for one in spoken]
+        once = [self.once and len(one.steps) > 1 for one in spoken]
+        return [
+            None if no else self.context(one.prompt_ids, one.ids) for one, no in zip(spoken, once)
+        ]
 
     def context(self, prompt, ids):
         return [9, *ids[len(prompt) :: 3]] if self.changes and ids[-1] % 2 == 0 else None
@@ -306,6 +309,23 @@ def test_neither_slots_nor_mesh_nor_order_change_a_draw_of_a_part(forked, params
     for name in ("completion_PGC", "chosen_PGC", "begin_PGC", "length_PG", "stopped_PG"):
         np.testing.assert_array_equal(getattr(got, name), getattr(forked[0], name), name)
     np.testing.assert_allclose(got.logp_PGC, forked[0].logp_PGC, atol=1e-5)
+
+
+def test_turns_go_on_in_the_lanes_that_read_a_new_context(params):
+    """Only at the second turns episodes are read again; eagerly they are at each."""
+    how = {"dialogue": Forking(tail=1, once=True), "prompts": FORKED, "forks": True}
+    got, told, ended = sample(params, World(), **how)
+    want, told_eager, _ = sample(params, World(), **how, eager=True)
+    np.testing.assert_array_equal(got.completion_PGC, want.completion_PGC)
+    np.testing.assert_allclose(got.logp_PGC, want.logp_PGC, atol=1e-5)
+    second = [e for group in ended.values() for e in group if len(e.spans) > 1]
+    read = [
+        e.spans[1][0] + (len(e.prompt) - 1 - e.begins[0] if e.begins else len(e.prompt))
+        for e in second
+    ]
+    assert told.parts_B.any() and any(len(e.spans) > 2 and e.begins for e in second)
+    assert told.read_again == sum(read)
+    assert told_eager.read_again > told.read_again
 
 
 def test_where_nothing_is_rewritten_all_is_as_without_parts(whole, params):
