@@ -171,7 +171,10 @@ def reward_model(out: Path, model: Path, seed: int) -> Path:
     return out / "reward_model" / "export"
 
 
-def online(out: Path, model: Path, judge: Path, seed: int, steps: int, method: str) -> float:
+def online(
+    out: Path, model: Path, judge: Path, seed: int, steps: int, method: str, **more: object
+) -> float:
+    """Trains against a reward model, or against the rewards that `more` names; its seconds."""
     (out / "true_rule.py").write_text(RULE)
     options = common(seed, model, steps, "loop") | {
         "rewards.names": f"['model:{judge}', 'true_rule:rule']",
@@ -192,7 +195,7 @@ def online(out: Path, model: Path, judge: Path, seed: int, steps: int, method: s
             "critic.learning_rate": 1e-3,
             "critic.first_steps": 2,
         }
-    return run(out / method, "train", "export/config.json", options)
+    return run(out / method, "train", "export/config.json", options | more)
 
 
 def offline(out: Path, model: Path, data: Path, seed: int, method: str) -> float:
@@ -341,8 +344,8 @@ def table(found: dict[int, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def picture(found: dict[int, dict[str, Any]], file: Path) -> None:
-    """Proxy and true reward over the divergence, a line for each seed."""
+def picture(found: dict[int, dict[str, Any]], file: Path, proxy: str = "reward model") -> None:
+    """Proxy and true reward over the divergence, a line for each seed and method."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -351,14 +354,13 @@ def picture(found: dict[int, dict[str, Any]], file: Path) -> None:
     from grpo_jax.metrics.curves import COLORS
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharex=True)
-    for axis, kind, title in zip(axes, ("proxy", "true"), ("reward model", "true reward")):
-        for i, method in enumerate(METHODS):
+    for axis, kind, title in zip(axes, ("proxy", "true"), (proxy, "true reward")):
+        for i, method in enumerate(next(iter(found.values()))["methods"]):
             for n, of in enumerate(found.values()):
                 rows = of["methods"][method]
                 x, y = [r["kl"] for r in rows], [r[kind] for r in rows]
-                axis.plot(
-                    x, y, "o-", ms=3, color=COLORS[i], label=method.upper() * (n == 0) or None
-                )
+                label = method.upper() if method in METHODS else method
+                axis.plot(x, y, "o-", ms=3, color=COLORS[i], label=None if n else label)
         axis.set_xscale("function", functions=(np.sqrt, np.square))
         axis.set_xlim(left=0)
         axis.set_xlabel("nats from the first model, of a completion")

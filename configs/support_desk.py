@@ -32,8 +32,8 @@ def get_config():
     c.model.num_heads = 4
     c.model.num_kv_heads = 2
 
-    c.sft.num_steps = 1400
-    c.sft.batch = 64
+    c.sft.num_steps = 2800  # fewer do not always teach to copy the item that the screen shows
+    c.sft.batch = 32
     c.sft.learning_rate = 2e-3
     c.sft.max_tokens = 72
 
@@ -42,11 +42,11 @@ def get_config():
     c.rollout.max_tokens = 72
     c.rollout.compact = False  # a rollout takes less time than compiling for smaller batches
     c.algorithm.kl_coef = 0.001
-    c.optim.learning_rate = 2e-4
+    c.optim.learning_rate = 3e-4
     c.optim.warmup_steps = 5
     c.optim.schedule = "linear"
     c.optim.end_fraction = 0.1
-    c.loop.num_steps = 60
+    c.loop.num_steps = 120
 
     c.evaluation.every_steps = 30
     c.evaluation.num_samples = 4

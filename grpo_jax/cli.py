@@ -144,7 +144,8 @@ def show_devices(show: Callable[[str], None] = say) -> None:
         ) from error
     kinds = collections.Counter(device.device_kind for device in devices)
     named = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-    show(f"Runs on {named} ({devices[0].platform}).")
+    platform = devices[0].platform
+    show(f"Runs on {named}." if {*kinds} == {platform} else f"Runs on {named} ({platform}).")
 
 
 def use_nan_checks(check: bool) -> None:

@@ -18,6 +18,7 @@ PURPOSES = (
     "adapters",
     "head",
     "label",
+    "critic's adapters",
 )
 
 

@@ -242,6 +242,15 @@ def test_the_readmes_blocks_are_those_that_scripts_run():
 # --- Code -----------------------------------------------------------------------------------------
 
 
+# Functions that take options by name, with the section whose options have bare names.
+TRAINS = {
+    "grpo_jax.train": "",
+    "grpo_jax.sft": "sft",
+    "grpo_jax.dpo": "preference",
+    "grpo_jax.reward_model": "reward_model",
+}
+
+
 @EACH_PAGE
 def test_python_is_python(page):
     for block in blocks(page, "python", "py"):
@@ -249,8 +258,8 @@ def test_python_is_python(page):
         for node in ast.walk(tree):
             if isinstance(node, ast.Assign) and _sets_options(node):
                 _set_options(node, page)
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "grpo_jax.train":
-                _check_train(node, tree)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in TRAINS:
+                _check_train(node, tree, TRAINS[ast.unparse(node.func)])
 
 
 def _sets_options(node: ast.Assign) -> bool:
@@ -269,9 +278,10 @@ def _set_options(node: ast.Assign, page: Path) -> None:
             assert not refused, f"{page.name}: {ast.unparse(node)}: {refused}"
 
 
-def _check_train(call: ast.Call, tree: ast.Module) -> None:
-    """The arguments by name are those of `grpo_jax.train`, or options."""
-    taken = {"model", "rewards", "data", "eval_data", "workdir", "callbacks", "config"}
+def _check_train(call: ast.Call, tree: ast.Module, section: str) -> None:
+    """The arguments by name are those of `grpo_jax.train` and its like, or options."""
+    taken = {"model", "data", "eval_data", "workdir", "callbacks", "config"}
+    taken |= set() if section else {"rewards", "tools", "environments"}
     held = {
         node.targets[0].id: node.value
         for node in ast.walk(tree)
@@ -284,7 +294,7 @@ def _check_train(call: ast.Call, tree: ast.Module) -> None:
             chosen = {ast.literal_eval(k): v for k, v in zip(value.keys, value.values)}
         else:
             chosen = {} if keyword.arg in taken else {keyword.arg: value}
-        for name, node in chosen.items():
+        for name, node in api_options.in_section(section, chosen).items():
             option = api_options.option_of(name)
             if not isinstance(node, ast.Dict):
                 config = options.default()

@@ -51,14 +51,18 @@ class PreferenceTerms:
     def log_ratio(self, preference: Preference, logp_PGC: Array) -> Array:
         """What the loss compares, [P, G]: `reward`, or its mean over the tokens."""
         x_PG = self.reward(preference, logp_PGC)
-        return x_PG / self.lengths if preference.takes_means else x_PG
+        is_sum = preference.takes_means and preference.reads_reference
+        return x_PG / self.lengths if is_sum else x_PG
 
     def reward(self, preference: Preference, logp_PGC: Array) -> Array:
-        """The implicit reward over beta, [P, G]: the summed log-ratio; "orpo": mean log p."""
+        """The implicit reward over beta, [P, G]: the summed log-ratio, or log-probability.
+
+        Without a reference it is the mean where the loss compares means.
+        """
         logp_PG = logp_PGC.sum(-1)
-        if not preference.reads_reference:
-            return logp_PG / self.lengths
-        return logp_PG - self.ref_logp_PG
+        if preference.reads_reference:
+            return logp_PG - self.ref_logp_PG
+        return logp_PG / self.lengths if preference.takes_means else logp_PG
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +82,7 @@ class PairLoss:
 
     @property
     def sums(self) -> tuple[str, ...]:
-        odds = ("preference/log_odds_ratio",) * (not self.preference.reads_reference)
+        odds = ("preference/log_odds_ratio",) * self.preference.is_of_odds
         entropy = (_ENTROPY,) * self.of_tokens
         both = "preference/reward_accuracy", "preference/nll"
         return (*_BY_LABEL, *both, *odds, *entropy, *_COUNTS)
@@ -96,7 +100,7 @@ class PairLoss:
     def loss(self, logp_PGC: Array, entropy: Array, terms: PreferenceTerms) -> Array:
         """Loss of each pair, [P]."""
         x_PG = terms.log_ratio(self.preference, logp_PGC)
-        of_pair = preferences.of_pair if self.preference.reads_reference else preferences.odds_ratio
+        of_pair = preferences.odds_ratio if self.preference.is_of_odds else preferences.of_pair
         loss_P = of_pair(self.preference, x_PG[:, 0], x_PG[:, 1])
         if terms.nll_weight_PG is None:
             return loss_P
@@ -117,7 +121,7 @@ class PairLoss:
             **dict.fromkeys(_COUNTS[:2], pairs),
             "chosen_tokens": total(tokens_P),
         }
-        if not self.preference.reads_reference:
+        if self.preference.is_of_odds:
             odds_PG = preferences.log_odds(terms.log_ratio(self.preference, logp_PGC))
             sums["preference/log_odds_ratio"] = total(odds_PG[:, 0] - odds_PG[:, 1])
         return sums | _entropy(self, entropy, action_PGC), {}

@@ -25,6 +25,8 @@ class Preference:
     loss: str = "sigmoid"  # one of `presets.PAIRS` or `presets.UNPAIRED`
     beta: float = 0.1
     label_smoothing: float = 0.0
+    reference: str = "start"  # or "none": log-ratios are log-probabilities
+    margin: float = 0.0  # of implicit rewards, of "sigmoid"
     log_ratio: str = "auto"  # or "sum" or "mean", over the tokens of a completion
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
@@ -35,7 +37,12 @@ class Preference:
 
     @property
     def reads_reference(self) -> bool:
-        return self.loss != "orpo"
+        return not self.is_of_odds and self.reference != "none"
+
+    @property
+    def is_of_odds(self) -> bool:
+        """Whether the loss compares log-odds of mean log-probabilities: ORPO's."""
+        return self.loss == "orpo"
 
     @property
     def reads_divergence(self) -> bool:
@@ -45,7 +52,8 @@ class Preference:
     @property
     def takes_means(self) -> bool:
         """Whether the log-ratio of a completion is the mean over its tokens."""
-        return self.log_ratio == "mean" or (self.log_ratio == "auto" and self.loss == "ipo")
+        is_usual = self.log_ratio == "auto" and self.loss in ("ipo", "orpo")
+        return is_usual or self.log_ratio == "mean"
 
 
 def of_pair(preference: Preference, chosen: Array, rejected: Array) -> Array:
@@ -55,7 +63,10 @@ def of_pair(preference: Preference, chosen: Array, rejected: Array) -> Array:
 
     "sigmoid": -log s(beta d), DPO (arXiv:2305.18290, equation 7). With label smoothing e,
     -(1 - e) log s(beta d) - e log s(-beta d): conservative DPO, for labels of which a share e is
-    wrong (Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO").
+    wrong (Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO"). With a
+    margin, beta d - margin in the place of beta d. Log-ratios that are log-probabilities, without a
+    reference, make it CPO's (Xu et al. 2024, arXiv:2401.08417, equation 3), and their means with a
+    margin SimPO (Meng et al. 2024, arXiv:2405.14734, equation 6).
     "ipo": (d - 1 / (2 beta))^2 (Azar et al. 2023, arXiv:2310.12036, equation 17).
     "hinge": max(0, 1 - beta d) (SLiC-HF, Zhao et al. 2023, arXiv:2305.10425, of log-ratios as in
     RSO, Liu et al. 2023, arXiv:2309.06657).
@@ -67,6 +78,8 @@ def of_pair(preference: Preference, chosen: Array, rejected: Array) -> Array:
     """
     beta, e = preference.beta, preference.label_smoothing
     scaled = beta * (chosen - rejected)
+    if preference.margin:
+        scaled = scaled - preference.margin
     loss = preference.loss
     if loss == "sigmoid":
         plain = -jax.nn.log_sigmoid(scaled)

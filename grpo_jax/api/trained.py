@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from grpo_jax import report
 from grpo_jax.api import evaluation
 from grpo_jax.api.model import Model, load
 from grpo_jax.evaluation.estimates import Estimate
@@ -16,13 +17,16 @@ from grpo_jax.run.append_log import read_jsonl
 
 
 class Rows(list):
-    """A list of rows, each a dict by column."""
+    """A list of rows, each a dict by column. A notebook shows it as a table."""
 
     def to_pandas(self) -> Any:
         """The rows as a `pandas.DataFrame`."""
         import pandas
 
         return pandas.DataFrame(self)
+
+    def _repr_html_(self) -> str:
+        return self.to_pandas()._repr_html_()
 
 
 class Picture:
@@ -71,9 +75,13 @@ class Trained:
         """Sampled completions of some steps, as in samples.jsonl."""
         return Rows(read_jsonl(self.workdir / "samples.jsonl"))
 
-    def curves(self) -> Picture:
-        """The run's curves, as a picture."""
-        return Picture(curves.curves(self.workdir))
+    def curves(self, *, dark: bool = False) -> Picture:
+        """The run's curves, as a picture; `dark`: for a dark page."""
+        return Picture(curves.curves(self.workdir, dark=dark))
+
+    def report(self) -> Path:
+        """Writes the run as one page, `report.html` in its folder: curves, options, completions."""
+        return report.page_of(self.workdir)
 
     def model(self, dtype: str = "float32") -> Model:
         """The trained model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grpo_jax.config.schema import NOT_NEGATIVE, POSITIVE, Range, flag, number, text
+from grpo_jax.config.schema import COUNT, NOT_NEGATIVE, POSITIVE, Range, flag, number, text
 
 _SHARE = Range(at_least=0, at_most=1)
 
@@ -19,9 +19,15 @@ GAE = (
            "of algorithm.gae_lambda (VAPO, there 0.05)", special={0: "the same for all"}),
 )
 CRITIC = (
-    text("critic.path", "", "Hugging Face folder or hub id",
-         "Where the critic begins: a reward model, or a language model, which gets a new head",
+    text("critic.path", "", "Hugging Face folder, folder of PEFT, or hub id",
+         "Where the critic begins: a reward model, also one of adapters and a head, or a language "
+         "model, which gets a new head",
          special={"": "as the policy, with a new head"}),
+    number("critic.lora_rank", -1, COUNT, "",
+           "Rank of the critic's own adapters, which learn in place of its weights, with the "
+           "targets, alpha and base_dtype of `lora`; its head learns whole",
+           special={-1: "adapters like the policy's, or those of critic.path, if it has any",
+                    0: "no adapters: all weights learn"}),
     number("critic.learning_rate", 1e-5, POSITIVE, "", "Constant, after warm-up"),
     number("critic.warmup_steps", 0, NOT_NEGATIVE, "updates",
            "Linear warm-up of the learning rate"),

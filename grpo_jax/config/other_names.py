@@ -129,6 +129,11 @@ _ELSEWHERE = {
     "vllm_importance_sampling_clip_max": "rollout_correction.cap",
     "rollout_is": "rollout_correction.level",
     "rollout_is_threshold": "rollout_correction.cap",
+    # training on given completions
+    "simpo_gamma": "preference.margin",
+    "cpo_alpha": "preference.nll_weight",
+    "rpo_alpha": "preference.nll_weight",
+    "center_rewards_coefficient": "reward_model.centre_coef",
     # lora
     "lora_rank": "lora.rank",
     "lora_r": "lora.rank",
@@ -138,6 +143,25 @@ _ELSEWHERE = {
     "lora_target_modules": "lora.targets",
     "exclude_modules": "lora.exclude",
     "lora_adapter_path": "lora.path",
+    "peft_config": "lora.rank",
+    "use_peft": "lora.rank",
+    "quantization_config": "lora.base_dtype",
+    "load_in_4bit": "lora.base_dtype",
+    "load_in_8bit": "lora.base_dtype",
+    # a critic
+    "gamma": "algorithm.discount",
+    "lam": "algorithm.gae_lambda",
+    "critic.optim.lr": "critic.learning_rate",
+    "critic_warmup": "critic.first_steps",
+    "cliprange_value": "critic.clip",
+    "vf_coef": "critic.loss_coef",
+    # environments
+    "environment_factory": "environment.classes",
+    "multi_turn.enable": "environment.classes",
+    "multi_turn.tool_config_path": "environment.tools",
+    "max_assistant_turns": "environment.max_turns",
+    "max_tool_calling_iterations": "environment.max_turns",
+    "max_tool_response_length": "environment.observation_tokens",
     # optim
     "lr": "optim.learning_rate",
     "lr_scheduler_type": "optim.schedule",

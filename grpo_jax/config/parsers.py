@@ -210,6 +210,14 @@ def report() -> argparse.ArgumentParser:
         "--out", default="comparison.png", metavar="FILE",
         help="where several runs are drawn to, as .png and .svg; default comparison.png",
     )  # fmt: skip
+    parser.add_argument(
+        "--html",
+        action="store_true",
+        help="one run as a page, DIR/report.html: curves, options, completions by step, and what "
+        "evaluations changed",
+    )
+    parser.add_argument("--dark", action="store_true", help="for a dark page; of one run, "
+                        "curves_dark.png and .svg")  # fmt: skip
     return parser
 
 

@@ -34,11 +34,18 @@ PREFERENCE = (
            "paper's tau, of \"orpo\" the weight of the odds ratio"),
     number("preference.label_smoothing", 0.0, Range(at_least=0, below=0.5), "",
            "Share of pairs whose label is wrong, of \"sigmoid\" and \"robust\""),
+    choice("preference.reference", "start", {
+               "start": "the model as training begins; \"orpo\" has none",
+               "none": "none: a log-ratio is the log-probability itself (CPO, SimPO)"},
+           "What log-ratios compare with, of \"sigmoid\", \"ipo\" and \"hinge\""),
+    number("preference.margin", 0.0, NOT_NEGATIVE, "",
+           "Implicit reward by which the chosen is to exceed the rejected, of \"sigmoid\": SimPO's "
+           "gamma"),
     choice("preference.log_ratio", "auto", {
                "auto": "the mean of \"ipo\", as in TRL, and the sum of others",
                "sum": "the sum over its tokens, as in the papers",
                "mean": "the mean over its tokens, whatever their number"},
-           "What of a completion is compared, of losses of pairs with a reference"),
+           "What of a completion is compared, of losses of pairs other than \"orpo\""),
     number("preference.nll_weight", 0.0, NOT_NEGATIVE, "",
            "Weight of the mean nll of the chosen beside a loss of pairs, so that they do not "
            "become less likely"),
@@ -53,6 +60,8 @@ def check(config: ConfigDict) -> None:
     """Raises ValueError for options that the loss does not read."""
     asked, usual = config.preference, {option.name: option.default for option in PREFERENCE}
     readers = {
+        "reference": ("sigmoid", "ipo", "hinge"),
+        "margin": ("sigmoid",),
         "label_smoothing": SMOOTHED,
         "log_ratio": tuple(loss for loss in PAIRS if loss != "orpo"),
         "nll_weight": tuple(loss for loss in PAIRS if loss != "orpo"),

@@ -135,7 +135,10 @@ def _check_lora(config: ConfigDict) -> None:
                 "model without them, of which there is no second copy. Set it to False."
             )
         return
+    of_critic = config.algorithm.critic and (config.critic.lora_rank > 0 or config.critic.path)
     for name in ("base_dtype", "merge_for_rollout"):
+        if name == "base_dtype" and of_critic:
+            continue  # it may have adapters of its own
         if lora[name] != options.BY_NAME[f"lora.{name}"].default:
             raise ValueError(
                 f"lora.{name} = {shown(lora[name])} goes with low-rank adapters, and lora.rank = 0 "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import json
 import re
 from typing import Any
@@ -65,6 +66,9 @@ def without_nulls(value: Any) -> Any:
 
 # Names of roles in ShareGPT's chats; others stay.
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "chatgpt": "assistant"}
+# Roles that chat templates know; and other names of these, with which most would write nonsense.
+_KNOWN = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+_OTHER = _ROLES | {"bot": "assistant", "ai": "assistant", "model": "assistant"}
 
 
 def with_roles(messages: list) -> list:
@@ -89,8 +93,11 @@ def fault(messages: list, *, is_prompt: bool = True) -> str | None:
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
             return f"has a {type(message).__name__} as message {i}"
-        if not isinstance(message.get("role"), str):
+        role = message.get("role")
+        if not isinstance(role, str):
             return f"has no text as `role` of message {i}"
+        if meant := _meant(role):
+            return f"has {cut(repr(role), 40)} as `role` of message {i}, which is to be {meant!r}"
         content = message.get("content")
         if isinstance(content, list):
             for part in content:
@@ -107,6 +114,20 @@ def fault(messages: list, *, is_prompt: bool = True) -> str | None:
     if messages and _calls(messages[-1]) and messages[-1]["role"] == "assistant":
         return "ends in the assistant's tool calls, with no message of a tool after them"
     return None if any(_text(m.get("content")).strip() for m in messages) else "holds no text"
+
+
+def _meant(role: str) -> str | None:
+    """The role that is meant by a misspelled one; None for one that is known, or of its own."""
+    if role in _KNOWN:
+        return None
+    plain = role.strip().lower()
+    near = difflib.get_close_matches(plain, _KNOWN[:5], 1, 0.75)
+    return _OTHER.get(plain, near[0] if near else None)
+
+
+def unknown_roles(messages: Messages) -> set[str]:
+    """Roles of their own, which few chat templates write as they are meant."""
+    return {message["role"] for message in messages} - {*_KNOWN}
 
 
 def _calls(message: dict[str, Any]) -> bool:
@@ -152,8 +173,9 @@ def given(columns: dict[str, Any], padded: bool) -> dict[str, Any]:
             tools = [_read(tool, padded) for tool in tools]
         if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
             raise ValueError(
-                f"`{TOOLS}` is {cut(repr(tools))}. It must be a list of JSON schemas of functions, "
-                "or null; rename the column in data.columns if it holds something else"
+                f"`{TOOLS}` is {cut(repr(tools))}.{_broken(tools)} It must be a list of JSON "
+                "schemas of functions, or null; rename the column in data.columns if it holds "
+                "something else"
             )
         found[TOOLS] = tools
     return found
@@ -163,6 +185,17 @@ def _read(value: Any, padded: bool) -> Any:
     if isinstance(value, str):
         return literal(value)
     return without_nulls(value) if padded else value
+
+
+def _broken(value: Any) -> str:
+    """Where a text that begins like JSON, or the first such text of a list, is not JSON; or ""."""
+    texts = [text for text in (value if isinstance(value, list) else [value])]
+    text = next((t for t in texts if isinstance(t, str) and t.lstrip()[:1] in ("[", "{")), "")
+    try:
+        json.loads(text or "[]")
+    except ValueError as error:
+        return f" That is no JSON ({error})."
+    return ""
 
 
 def refuse_reserved(names: Any, where: str) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from grpo_jax.data import prompts, templates
 from grpo_jax.data.chats import Messages
+from grpo_jax.data.encoded import Encoded, Odd
 from grpo_jax.data.examples import Example, Ids, Pair, Unpaired, Written
 from grpo_jax.data.templates import CLOSED, OPEN, REPLY, Renderer, Span
 
@@ -36,31 +37,6 @@ class Limits:
     overlong: str = "refuse"
     too_long: str = "refuse"
     names: tuple[str, str, str] = ("data.max_prompt_tokens", "sft.max_tokens", "sft.too_long")
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """Rows as tokens, in their order, and what was done to make them.
-
-    `num_unmarked`: rows of a template whose {% generation %} leaves out the token that ends a turn.
-    """
-
-    examples: list[Any]  # of one kind of `examples.KINDS`
-    num_rows: int = 0  # with those that were dropped
-    num_dropped: int = 0
-    num_truncated: int = 0
-    num_ended: int = 0  # chats whose template writes no stop token at the end; it was added
-    num_unmarked: int = 0
-    reads: frozenset[str] | None = None  # names that the chat template reads; None without one
-
-    def __add__(self, other: Encoded) -> Encoded:
-        read = [reads for reads in (self.reads, other.reads) if reads is not None]
-        counts = ("num_rows", "num_dropped", "num_truncated", "num_ended", "num_unmarked")
-        return Encoded(
-            self.examples + other.examples,
-            **{name: getattr(self, name) + getattr(other, name) for name in counts},
-            reads=frozenset.union(*read) if read else None,
-        )
 
 
 @dataclasses.dataclass
@@ -117,6 +93,7 @@ def encode(
         num_rows=len(rows),
         num_ended=num_ended,
         num_unmarked=num_unmarked,
+        odd=Odd.of(rows),
         reads=reads,
     )
 
@@ -329,7 +306,10 @@ def _parts(row: _Row, tokenizer: Any, loss_on: str) -> _Parts:
     whole, chosen = row.whole_ids[0], row.chosen[0]
     if written.prompt is None or loss_on == "all":
         if len(whole) < 2:
-            raise ValueError(f"{written.where} encodes to one token, which nothing predicts.")
+            raise ValueError(
+                f"{written.where} encodes to one token, which nothing predicts. Leave the row out, "
+                "or write more."
+            )
         if written.prompt is not None:
             _prompt_ids(row, tokenizer)
         chosen = None if chosen is None else chosen[1:]
@@ -365,7 +345,10 @@ def _prompt_ids(row: _Row, tokenizer: Any) -> Ids:
             f"it is {text!r}, and with the completion {told!r}; {why}. {mend}."
         )
     if not shared:
-        raise ValueError(f"The prompt of {where} encodes to no tokens, and at least 1 is needed.")
+        raise ValueError(
+            f"The prompt of {where} encodes to no tokens, and at least 1 is needed. Leave the row "
+            "out, or begin it with a text that both completions have."
+        )
     return prompt_ids[:shared]
 
 
@@ -386,8 +369,12 @@ def _cut(parts: list[_Parts], rows: Sequence[Written], kind: str, limits: Limits
     ):
         longer = [i for i, n in enumerate(lengths) if n > most]
         if longer and done == "refuse":
+            if kind == "pair" and noun == "completion":
+                both = parts[longer[0]].completions
+                noun = f"{'chosen' if len(both[0]) >= len(both[1]) else 'rejected'} completion"
             raise _too_long(rows[longer[0]], lengths, longer, most, name, option, noun)
     examples: list[Any] = []
+    places = []
     num_dropped = num_truncated = 0
     for part, row, p, c in zip(parts, rows, prompt, completion):
         done = {limits.overlong} if p > limits.prompt else set()
@@ -402,7 +389,9 @@ def _cut(parts: list[_Parts], rows: Sequence[Written], kind: str, limits: Limits
                 continue
             num_truncated += 1
         examples.append(_MADE[kind](part, row))
-    return Encoded(examples, num_dropped=num_dropped, num_truncated=num_truncated)
+        places.append(row.where)
+    done = {"num_dropped": num_dropped, "num_truncated": num_truncated}
+    return Encoded(examples, **done, places=tuple(places))
 
 
 def _shortened(part: _Parts, limits: Limits) -> _Parts:

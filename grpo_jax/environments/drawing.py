@@ -30,6 +30,10 @@ class OneTurn:
     def __exit__(self, *error: object) -> None:
         pass
 
+    def parts(self, num_prompts: int, group: int) -> list[range]:
+        """The numbers of the prompts that an evaluation draws at once."""
+        return [range(num_prompts)]
+
     def draw(
         self,
         engine: Engine,
@@ -80,6 +84,7 @@ class Conversations(OneTurn):
     eager: bool
     seed: int  # of the run
     max_prompt_tokens: int
+    most_at_once: int  # episodes of an evaluation, each of which has a process
     forks: bool = False  # where the template rewrites earlier turns
 
     def __exit__(self, *error: object) -> None:
@@ -87,6 +92,11 @@ class Conversations(OneTurn):
         for dialogue in self.dialogues.values() if self.forks else ():
             if dialogue.rewriting is not None:
                 dialogue.rewriting.close()
+
+    def parts(self, num_prompts: int, group: int) -> list[range]:
+        """As `OneTurn.parts`."""
+        size = max(self.most_at_once // group, 1)
+        return [range(i, min(i + size, num_prompts)) for i in range(0, num_prompts, size)]
 
     def draw(
         self, engine, params, questions, prompt_ids, add, *, group, key, temperature, numbers, draw,

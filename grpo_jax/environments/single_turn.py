@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from grpo_jax.devices.phases import phase
@@ -94,23 +95,28 @@ def answer(
         collector.add(number, *finished)
         on_answer()
 
+    drawn = []
     with phase("evaluation"):
-        rollouts, _ = drawing.draw(
-            engine,
-            params,
-            questions,
-            questions.prompt_ids,
-            take,
-            group=num_samples or 1,
-            key=key,
-            temperature=temperature if num_samples else 0.0,
-            numbers=range(len(questions.problems)),
-            draw=0,
-            held_out=True,
-            on_harvest=on_harvest,
-        )
+        for n, part in enumerate(drawing.parts(len(questions.problems), num_samples or 1)):
+            asked = questions.take(part)
+            rollouts, _ = drawing.draw(
+                engine,
+                params,
+                asked,
+                asked.prompt_ids,
+                lambda number, *finished, first=part[0]: take(first + number, *finished),
+                group=num_samples or 1,
+                key=jax.random.fold_in(key, n) if n else key,
+                temperature=temperature if num_samples else 0.0,
+                numbers=part,
+                draw=n,
+                held_out=True,
+                on_harvest=on_harvest,
+            )
+            drawn.append((rollouts.num_trained_PG, rollouts.stopped_PG))
+    length_PG, stopped_PG = map(np.concatenate, zip(*drawn))
     scores, texts = collector.scores(), collector.texts()
-    shape, verdict = rollouts.length_PG.shape, pool.accuracy
+    shape, verdict = length_PG.shape, pool.accuracy
     open_B = np.repeat([opens_thinking(text) for text in questions.texts], shape[1])
     return Answered(
         questions=questions,
@@ -120,8 +126,8 @@ def answer(
         correct_PG=None if verdict is None else scores.correct(verdict).reshape(shape),
         judged_PG=None if verdict is None else scores.judged(verdict).reshape(shape),
         vote_PG=_votes(pool, questions, texts, num_samples) if num_samples else None,
-        length_PG=rollouts.num_trained_PG,
-        stopped_PG=rollouts.stopped_PG,
+        length_PG=length_PG,
+        stopped_PG=stopped_PG,
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from grpo_jax.devices.compiling import Call
 from grpo_jax.learner import train_state
 from grpo_jax.learner.row_sizes import CompiledSizes
-from grpo_jax.learner.update import Update
+from grpo_jax.learner.update import Launched, Update
 from grpo_jax.structs import ActorCritic, Array, Experience, Params, TrainState
 
 
@@ -26,6 +26,7 @@ class ActorCriticUpdate:
 
     policy: Update
     critic: Update
+    critic_frozen: Params | None = None  # the weights under its adapters; None: all of them learn
 
     def __call__(
         self,
@@ -41,7 +42,7 @@ class ActorCriticUpdate:
         one of them was.
         """
         of_policy = self.policy.launched(policy_of(state), experience, index, frozen)
-        of_critic = self.critic.launched(state.critic, experience, index)
+        of_critic = self._launched_critic(state, experience, index)
         before_donating((of_policy.carry, of_critic.carry))
         policy, metrics = of_policy.step()
         critic, of_values = of_critic.step()
@@ -59,12 +60,15 @@ class ActorCriticUpdate:
     ) -> tuple[ActorCritic, dict[str, Array]]:
         """As `__call__`, but the policy stays. Its update counts as refused, so that the learning
         rate's schedule begins later."""
-        of_critic = self.critic.launched(state.critic, experience, index)
+        of_critic = self._launched_critic(state, experience, index)
         before_donating(of_critic.carry)
         critic, of_values = of_critic.step()
         none = {"policy/loss": jnp.float32(0), "policy/grad_norm": jnp.float32(0)}
         policy = train_state.refuse(policy_of(state), 1)
         return together(policy, critic), none | _of_values(of_values)
+
+    def _launched_critic(self, state: ActorCritic, experience: Experience, index: int) -> Launched:
+        return self.critic.launched(state.critic, experience, index, self.critic_frozen)
 
     @property
     def sizes(self) -> dict[str, CompiledSizes]:
@@ -79,7 +83,7 @@ class ActorCriticUpdate:
     ) -> list[Call]:
         """As `Update.calls`: the policy's programs, then the critic's, with the part "critic"."""
         of_policy = self.policy.calls(policy_of(state), experience, length_PG, frozen)
-        of_critic = self.critic.calls(state.critic, experience, length_PG)
+        of_critic = self.critic.calls(state.critic, experience, length_PG, self.critic_frozen)
         return of_policy + [dataclasses.replace(call, part="critic") for call in of_critic]
 
 

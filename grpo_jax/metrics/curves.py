@@ -1,6 +1,7 @@
 """Draws the curves of a run, or of several runs for comparison, from their metrics.
 
 Raw values are faint, their running means strong. A line has a gap at a step without a value.
+A dark picture is the same one in other colours.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from grpo_jax.metrics import history as history_lib
+from grpo_jax.metrics.dark import darken
 from grpo_jax.metrics.history import History, Series
 from grpo_jax.metrics.panels import COMPILING, JOINED, OTHER, PHASES, Line, Panel, panels
 
@@ -23,8 +25,8 @@ if TYPE_CHECKING:  # otherwise imported when drawing: saves half a second at a r
 # Okabe and Ito 2008, "Color Universal Design": distinct also with colour blindness.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D5560")
 _DASHES = ("-", "--", ":", "-.")  # for more lines than colours, and for several lines of one run
-_INK, _PALE, _GRID = "#2b2f36", "#717a86", "#e3e6ea"
-_OF_PART = dict(zip((*PHASES.values(), OTHER), (*COLORS[:5], "#c3c9d1")))
+_INK, _PALE, _GRID, _REST = "#2b2f36", "#717a86", "#e3e6ea", "#c3c9d1"
+_OF_PART = dict(zip((*PHASES.values(), OTHER), (*COLORS[:5], _REST)))
 _SIZE, _DPI = (12.5, 7.5), 120  # 1500 x 900 pixels
 _LEGEND_WIDTH = 54  # characters above a panel; a column's mark takes seven
 _LEGEND_ROW, _MAX_ROWS = 12.0, 3  # points
@@ -33,10 +35,10 @@ _LEGEND_ROW, _MAX_ROWS = 12.0, 3  # points
 # --- The pictures ---------------------------------------------------------------------------------
 
 
-def curves(workdir: str | Path) -> Path:
+def curves(workdir: str | Path, *, dark: bool = False) -> Path:
     """Draws `curves.png`, 1500 x 900 pixels, and `curves.svg` in `workdir`; returns the former.
 
-    Raises ValueError if there are no metrics.
+    With `dark` they are called `curves_dark`. Raises ValueError if there are no metrics.
     """
     history = history_lib.read(workdir)
     figure = _figure()
@@ -53,10 +55,12 @@ def curves(workdir: str | Path) -> Path:
         _draw_limit(ax, panel.limit)
     _same_steps(axes, [history])
     _finish(figure, axes, [(panel.title, panel.unit) for panel in shown], top=0.42)
-    return _save(figure, Path(workdir) / "curves.png")
+    return _save(figure, Path(workdir) / f"curves{'_dark' * dark}.png", dark)
 
 
-def compare(workdirs: Sequence[str | Path], names: Sequence[str], out: Path) -> Path:
+def compare(
+    workdirs: Sequence[str | Path], names: Sequence[str], out: Path, *, dark: bool = False
+) -> Path:
     """Draws the runs of several folders into the same panels, with these names; returns `out`.
 
     Writes an SVG beside it. Raises ValueError if a folder has no metrics.
@@ -85,7 +89,7 @@ def compare(workdirs: Sequence[str | Path], names: Sequence[str], out: Path) -> 
     _same_steps(axes, histories)
     units = [next((p.unit for p in group if p.has_data), "") for group in by_title]
     _finish(figure, axes, list(zip(titles, units)), top=0.2 + 0.22 * rows)
-    return _save(figure, out)
+    return _save(figure, out, dark)
 
 
 def mean_throughput(workdir: str | Path) -> float:
@@ -143,9 +147,12 @@ def _finish(figure: Figure, axes: Sequence[Axes], titles: Sequence[tuple[str, st
     )  # fmt: skip
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def _save(figure: Figure, path: Path, dark: bool) -> Path:
     import matplotlib
 
+    if dark:
+        darken(figure, {COLORS[0]: "#4da6e8", COLORS[6]: "#a9b3c0", _INK: "#dde2e9",
+                        _PALE: "#97a1ae", _GRID: "#343b45", _REST: "#5d6672"})  # fmt: skip
     for kind in ("svg", "png"):
         target = path.with_suffix(f".{kind}")
         unfinished = target.with_name(f"{target.name}.new")  # a viewer never sees half a picture

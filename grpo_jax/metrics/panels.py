@@ -1,6 +1,7 @@
 """The data of a run's curves: eight panels with one axis each.
 
-Equal lines of a panel are drawn once, under both names.
+A run on given completions has the panels of its loss in place of those of GRPO that it does not
+measure. Equal lines of a panel are drawn once, under both names.
 """
 
 from __future__ import annotations
@@ -51,8 +52,13 @@ class Panel(NamedTuple):
 
 
 def panels(history: History) -> list[Panel]:
-    """A run's panels, in order; for supervised training only those with data."""
-    first = [_loss(history)] if history.names("sft/loss") else []
+    """A run's panels, in order; for a run on given completions only those with data."""
+    first = [
+        _of_given(history, section, *panel)
+        for section, own in _GIVEN.items()
+        if history.names(f"{section}/loss")
+        for panel in own
+    ]
     draw = (_reward, _held_out, _length, _shares, _kl, _entropy, _gradient, _time)
     found = [*first, *(panel(history) for panel in draw)]
     return [p for p in found if p.has_data] if first else found
@@ -61,12 +67,56 @@ def panels(history: History) -> list[Panel]:
 # --- One panel each -------------------------------------------------------------------------------
 
 
-def _loss(history: History) -> Panel:
-    names = {"sft/loss": "loss", "sft/nll": "cross-entropy", "sft/eval_loss": "held out"}
-    names = {n: label for n, label in names.items() if history.names(n)}
-    lines = _lines(history, names, {"sft/loss", "sft/eval_loss"})
-    points = [line._replace(as_points=True) if line.label == "held out" else line for line in lines]
-    return Panel("Loss", "nats per token", points)
+# Of runs on given completions, by section: title, unit, {metric: label}, whether it is a share.
+# A metric's value on held-out rows is called eval_ and the metric.
+_TOLD_APART = "pairs told apart"
+_GIVEN = {
+    "sft": (
+        ("Loss", "nats per token", {"loss": "loss", "nll": "cross-entropy"}, False),
+        ("Likeliest tokens", "share", {"token_accuracy": "likeliest token"}, True),
+        ("Entropy", "nats per token", {"entropy": "entropy"}, False),
+    ),
+    "preference": (
+        ("Loss", "", {"loss": "loss"}, False),
+        ("Preferences", "share", {"reward_accuracy": _TOLD_APART}, True),
+        (
+            "Implicit reward",
+            "beta x log-ratio",
+            {"reward_chosen": "chosen", "reward_rejected": "rejected", "reward_margin": "margin"},
+            False,
+        ),
+        (
+            "Log-probability",
+            "nats per completion",
+            {"logp_chosen": "chosen", "logp_rejected": "rejected"},
+            False,
+        ),
+        ("Cross-entropy", "nats per token", {"nll": "chosen"}, False),
+        ("Entropy", "nats per token", {"entropy": "entropy"}, False),
+    ),
+    "reward_model": (
+        ("Loss", "nats", {"loss": "loss"}, False),
+        ("Preferences", "share", {"accuracy": _TOLD_APART}, True),
+        ("Reward", "", {"margin": "chosen - rejected", "mean": "mean", "std": "deviation"}, False),
+    ),
+}
+
+
+def _of_given(
+    history: History, section: str, title: str, unit: str, names: dict[str, str], is_share: bool
+) -> Panel:
+    """A panel of a run on given completions; the first of its metrics is compared between runs.
+
+    The value of held-out rows stands beside a metric that is alone, and beside a loss.
+    """
+    told = {f"{section}/{name}": label for name, label in names.items()}
+    first = next(iter(names))
+    compared = {f"{section}/{first}", f"{section}/eval_{first}"}
+    lines = _lines(history, told, compared)
+    if len(names) == 1 or first == "loss":
+        held_out = {f"{section}/eval_{first}": "held out"}
+        lines += _lines(history, held_out, compared, among=f"{section}/eval_")
+    return Panel(title, unit, lines, is_share=is_share)
 
 
 def _reward(history: History) -> Panel:

@@ -217,9 +217,11 @@ def drawing_head(model: ModelConfig, mesh: Mesh, key: Array, dtype=jnp.float32) 
     return Call(init_head, (key,))
 
 
-def new_adapters(model: ModelConfig, mesh: Mesh, seed: int, dtype=jnp.float32) -> Params:
-    """New adapters, which do not change the model yet."""
-    return drawing_adapters(model, mesh, keys.key_for(seed, "adapters"), dtype)()
+def new_adapters(
+    model: ModelConfig, mesh: Mesh, seed: int, dtype=jnp.float32, purpose: str = "adapters"
+) -> Params:
+    """New adapters, which do not change the model yet; `purpose`: of their random key."""
+    return drawing_adapters(model, mesh, keys.key_for(seed, purpose), dtype)()
 
 
 def drawing_adapters(model: ModelConfig, mesh: Mesh, key: Array, dtype=jnp.float32) -> Call:

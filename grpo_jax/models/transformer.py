@@ -9,6 +9,7 @@ scanned by runs of a pattern (`layer_runs.py`). In sampling a scan would copy th
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -204,21 +205,27 @@ def _attend_packed(
     return inputs.rows(out_PQNH, lanes.gather(out_PWTNH))
 
 
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How a decoder computes while it samples."""
+
+    dtype: Any = jnp.float32  # of activations
+    fused: bool = False  # the layers are those of `parameters.fuse_projections`
+    mlp: MlpPlacement = REPLICATED
+    kv_cache: KVCache = RING  # storage of keys and values, and attention to them
+    norm: type[nn.Module] = AddNorm  # of states, of one token a lane
+    frozen_product: FrozenProduct = frozen_product  # with kernels in codes, of one token a lane
+
+
 def prefill(
     params: Params,
     config: ModelConfig,
     prompt_RQ: Array,
     length_R: Array,
-    *,
-    dtype=jnp.float32,
-    fused: bool = False,
-    mlp: MlpPlacement = REPLICATED,
-    kv_cache: KVCache = RING,
+    how: Decoding = Decoding(),
 ) -> tuple[Array, tuple]:
-    """Hidden states of the prompts' last tokens [R, D], and the prompts' cache by layer.
-
-    `fused`: the layers are those of `parameters.fuse_projections`.
-    """
+    """Hidden states of the prompts' last tokens [R, D], and the prompts' cache by layer."""
+    dtype, mlp = how.dtype, how.mlp
     positions = _Positions.of(config, jnp.arange(prompt_RQ.shape[1])[None])
     x, cache = Residual.of(mlp.scatter(_embed(params, config, prompt_RQ, dtype))), []
     for layer, of_layer in zip(config.layers, params["layers"], strict=True):
@@ -227,9 +234,10 @@ def prefill(
             q, k = positions.rotated(layer, q, k)
             own = segments(length_R, q.shape[1])
             out = attention.causal(q, k, v, own, layer.window, config.attention_cap)
-            return out, kv_cache.of_prompt(k, v)
+            return out, how.kv_cache.of_prompt(k, v)
 
-        x, kept = Block(config, layer, dtype, fused, mlp).apply({"params": of_layer}, x, attend)
+        block = Block(config, layer, dtype, how.fused, mlp)
+        x, kept = block.apply({"params": of_layer}, x, attend)
         cache.append(kept)
     at_R11 = (length_R - 1)[:, None, None]
     last_RD = jnp.take_along_axis(x.sum(), at_R11, axis=1)[:, 0]
@@ -243,23 +251,13 @@ def decode_token(
     token_RW: Array,
     cache: tuple,
     step: DecodeStep,
-    *,
-    dtype=jnp.float32,
-    fused: bool = False,
-    mlp: MlpPlacement = REPLICATED,
-    kv_cache: KVCache = RING,
-    norm: type[nn.Module] = AddNorm,
-    frozen_product: FrozenProduct = frozen_product,
+    how: Decoding = Decoding(),
 ) -> tuple[Array, tuple]:
-    """Hidden states [R, W, D] of one more token per lane, and the updated cache by layer.
-
-    `fused` as in `prefill`.
-    """
+    """Hidden states [R, W, D] of one more token per lane, and the updated cache by layer."""
     position_RW = step.prompt_length_R[:, None] + step.time_RW
-    run = functools.partial(_with_cache, params, config, token_RW, position_RW, cache)
-    kinds = norm, frozen_product
-    x, cache = run(kv_cache.extend, step, dtype=dtype, fused=fused, mlp=mlp, kinds=kinds)
-    return mlp.gather(_final_norm(params, config, x, dtype, norm)), cache
+    given = params, config, token_RW, position_RW, cache
+    x, cache = _with_cache(*given, how.kv_cache.extend, step, how)
+    return how.mlp.gather(_final_norm(params, config, x, how.dtype, how.norm)), cache
 
 
 def append_tokens(
@@ -268,21 +266,17 @@ def append_tokens(
     ids_RWM: Array,
     cache: tuple,
     chunk: Chunk,
-    *,
-    dtype=jnp.float32,
-    fused: bool = False,
-    mlp: MlpPlacement = REPLICATED,
-    kv_cache: KVCache = RING,
+    how: Decoding = Decoding(),
 ) -> tuple[Array, tuple]:
     """Hidden states [R, W, D] of a chunk's last token in each lane, and the cache with the chunk.
 
-    `fused` as in `prefill`.
+    Of `how` it reads no `norm` and no `frozen_product`: a chunk has many tokens.
     """
-    position_RWM = chunk.positions(ids_RWM.shape[2])
-    run = functools.partial(_with_cache, params, config, ids_RWM, position_RWM, cache)
-    x, cache = run(kv_cache.append, chunk, dtype=dtype, fused=fused, mlp=mlp)
+    how = dataclasses.replace(how, norm=AddNorm, frozen_product=frozen_product)
+    given = params, config, ids_RWM, chunk.positions(ids_RWM.shape[2]), cache
+    x, cache = _with_cache(*given, how.kv_cache.append, chunk, how)
     last = Residual.of(x.sum()[:, :, -1])
-    return mlp.gather(_final_norm(params, config, last, dtype)), cache
+    return how.mlp.gather(_final_norm(params, config, last, how.dtype)), cache
 
 
 def _with_cache(
@@ -293,18 +287,15 @@ def _with_cache(
     cache: tuple,
     extend: Callable,
     step: DecodeStep | Chunk,
-    *,
-    dtype: Any,
-    fused: bool,
-    mlp: MlpPlacement,
-    kinds: tuple = (AddNorm, frozen_product),
+    how: Decoding,
 ) -> tuple[Residual, tuple]:
     """States of new tokens after all layers, and the updated cache by layer.
 
-    `extend(cache, queries, keys, values, step)` is a method of the cache; `kinds`: as in `Block`.
+    `extend(cache, queries, keys, values, step)` is a method of the cache.
     """
     positions = _Positions.of(config, position)
-    x = Residual.of(mlp.scatter(_embed(params, config, ids, dtype)))
+    x = Residual.of(how.mlp.scatter(_embed(params, config, ids, how.dtype)))
+    kinds = how.norm, how.frozen_product
     kept = list(cache)
     for i, (layer, of_layer) in enumerate(zip(config.layers, params["layers"], strict=True)):
         cos_sin = positions.angles[layer.rotary]
@@ -314,6 +305,6 @@ def _with_cache(
             out, kept[i] = extend(kept[i], positions.grown(q), k, v, at_layer)
             return out, None
 
-        block = Block(config, layer, dtype, fused, mlp, *kinds)
+        block = Block(config, layer, how.dtype, how.fused, how.mlp, *kinds)
         x, _ = block.apply({"params": of_layer}, x, attend)
     return x, tuple(kept)

@@ -108,6 +108,12 @@ class Step:
             own = train_state.state_like(critic, mesh, self.learner.critic.optimizer, kept)
             self.state = actor_critic.together(self.state, own)
         self.frozen = lora_setup.frozen_like(model, mesh, dtype)
+        self.critic_frozen = None  # the weights under a critic's adapters
+        if critic is not None:
+            where = mesh, self.frozen
+            self.critic_frozen = critic_lib.frozen_like(config, model, critic, *where)
+            update = dataclasses.replace(self.learner.update, critic_frozen=self.critic_frozen)
+            self.learner = dataclasses.replace(self.learner, update=update)
         self.weights = self._attached(self.state.params)
         self.reference = self._reference(dtype)
         self.rollout = self._drawing(
@@ -153,7 +159,7 @@ class Step:
         ]
         gradients = [u.zero_gradient.eval_shape()[0] for u in self._updates]
         return {
-            "weights": bytes_per_device((params, critic and critic.params)),
+            "weights": bytes_per_device((params, critic and critic.params, self.critic_frozen)),
             "optimizer": bytes_per_device((kept.opt_state, critic and kept.critic.opt_state)),
             "reference": bytes_per_device(self._kept_reference(), but=params),
             "rollout weights": bytes_per_device(rollout.published, but=params),
@@ -228,7 +234,7 @@ class Step:
     def programs(self) -> list[Program]:
         """The programs of engine and learner, with the other arrays that exist while they run."""
         learning = self._kept_state(), self.frozen, self._kept_reference(), self.teacher
-        learning = *learning, self._of_judges
+        learning = *learning, self._of_judges, self.critic_frozen
         found = self._start() + self._supervised() + self._publishing(learning)
         found += self._sampling("", "rollout", self.rollout, learning)
         if self.greedy:
@@ -238,8 +244,10 @@ class Step:
         found += self._judging(learning)
         prepare, update, experience = self.learner.prepare, self.learner.update, self.experience
         rollouts, length_PG = experience.rollouts, self.lengths.completion_PG
-        critic = getattr(self.state, "critic", None)
-        read = self.weights, self.reference, rollouts, length_PG, critic and critic.params
+        if (critic := self.learner.critic) is not None:
+            weights = self.critic_frozen, self.state.critic.params
+            critic = lora_setup.attached_like(*weights, critic.model, self.mesh)
+        read = self.weights, self.reference, rollouts, length_PG, critic
         scoring = [prepare.score, *([prepare.values.score] if critic else [])]
         for call in prepare.calls(*read):
             loops = int(call.args[1]) if call.program in scoring else 1
@@ -315,6 +323,9 @@ class Step:
             params = state.critic.params
             if not self.config.critic.path:
                 calls.append(policy.drawing_head(critic.model, mesh, key, dtype))
+            if critic.model.lora is not None:
+                drawn = policy.drawing_adapters(critic.model, mesh, key, dtype)
+                calls.append(dataclasses.replace(drawn, part="critic"))
             calls.append(
                 dataclasses.replace(
                     train_state.starting(params, critic.model, mesh, critic.optimizer),

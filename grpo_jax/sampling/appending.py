@@ -43,15 +43,7 @@ def append(
     """
     chunk = Chunk(slots.prompt_length_R, length_RW, count_RW, age, column, limit=decoder.max_tokens)
     hidden_RWD, cache = transformer.append_tokens(
-        params,
-        decoder.model,
-        ids_RWM,
-        slots.cache,
-        chunk,
-        dtype=decoder.dtype,
-        fused=decoder.fuse,
-        mlp=decoder.mlp,
-        kv_cache=decoder.kv_cache,
+        params, decoder.model, ids_RWM, slots.cache, chunk, decoder.how
     )
     head_DV, place_RW = parameters.head_kernel(params), slots.first_RW + length_RW
     token_RW, logp_RW = decode.choose(

@@ -68,8 +68,11 @@ class Decoder:
         return self.frozen_product is not frozen_product
 
     @property
-    def mlp(self) -> MlpPlacement:
-        return REPLICATED if self.parts == 1 else MlpOfSlots(self.mesh)
+    def how(self) -> transformer.Decoding:
+        """What the network reads of these settings."""
+        mlp: MlpPlacement = REPLICATED if self.parts == 1 else MlpOfSlots(self.mesh)
+        of_token = self.norm, self.frozen_product
+        return transformer.Decoding(self.dtype, self.fuse, mlp, self.kv_cache, *of_token)
 
 
 def decoder_for(
@@ -221,16 +224,8 @@ def admit(
     Prompt a goes into slot `slot_A[a]`. A slot number past the end is dropped, so A can be padded.
     `used_AW`: lanes that hold a completion. `first_AW`, `limit_AW`: as in `Slots`.
     """
-    hidden_AD, fresh = transformer.prefill(
-        params,
-        decoder.model,
-        prompt_AQ,
-        length_A,
-        dtype=decoder.dtype,
-        fused=decoder.fuse,
-        mlp=decoder.mlp,
-        kv_cache=decoder.kv_cache,
-    )
+    model, how = decoder.model, decoder.how
+    hidden_AD, fresh = transformer.prefill(params, model, prompt_AQ, length_A, how)
     lanes = used_AW.shape
     hidden_AWD = jnp.broadcast_to(hidden_AD[:, None], (*lanes, hidden_AD.shape[-1]))
     token_AW, logp_AW = choose(
@@ -304,17 +299,7 @@ def decode(
             keeps=keeps,
         )
         hidden_RWD, cache = transformer.decode_token(
-            params,
-            decoder.model,
-            slots.token_RW,
-            slots.cache,
-            step,
-            dtype=decoder.dtype,
-            fused=decoder.fuse,
-            mlp=decoder.mlp,
-            kv_cache=decoder.kv_cache,
-            norm=decoder.norm,
-            frozen_product=decoder.frozen_product,
+            params, decoder.model, slots.token_RW, slots.cache, step, decoder.how
         )
         time_RW = slots.time_RW + live_RW
         keys, place_RW = slots.key_RW2, slots.first_RW + time_RW

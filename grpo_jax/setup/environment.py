@@ -174,6 +174,7 @@ def conversations(
         asked.order == "eager",
         config.seed,
         config.data.max_prompt_tokens,
+        config.batch.prompts * config.batch.group,  # as many as a step has
         asked.history == "fork",
     )
 

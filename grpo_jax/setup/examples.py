@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 
 from grpo_jax.data import examples, masks, notes, streams, tasks
 from grpo_jax.data import problems as problems_lib
+from grpo_jax.data.encoded import Encoded
 from grpo_jax.data.examples import Pair, Written
-from grpo_jax.data.masks import Encoded, Limits
+from grpo_jax.data.masks import Limits
 from grpo_jax.data.sources import Row, Source
 from grpo_jax.data.streaming import Stream
 from grpo_jax.data.templates import Renderer
@@ -110,7 +111,7 @@ def stream(
         size=config[section].batch,
         buffer=config.data.shuffle_buffer,
     )
-    check_length(policy, found.beginning(config[section].batch), section)
+    found.beginning(config[section].batch)
     told.begin()
     return found, renderer
 
@@ -148,8 +149,9 @@ def encode(
     now: datetime,
     renderer: Renderer | None = None,
 ) -> Encoded:
-    """Rows as examples; ValueError for tokens that the model does not know, and as `masks.encode`.
+    """Rows as examples; ValueError as `masks.encode`, and for what the model does not take.
 
+    That are tokens that it does not know, and rows that are longer than its own.
     `now`: the date for chat templates. `renderer`: as for `masks.encode`.
     """
     schedule = config[section]
@@ -171,35 +173,25 @@ def encode(
         on_text=Slow().tell,
         renderer=renderer,
     )
-    for ids in _all_ids(encoded.examples):
-        if len(ids) and ids.max() >= policy.model.vocab_size:
-            policy.refuse_unknown(ids.tolist(), "A row of the data")
-    return encoded
-
-
-def check_length(policy: Policy, found: Sequence[Any], section: str) -> None:
-    """Raises ValueError if prompt and completion are together longer than the model's rows."""
-    lengths = (len(e.prompt_ids) + max(map(len, _completions(e))) for e in found)
-    longest = max(lengths, default=0)
     most = policy.model.max_position
-    if longest > most:
-        raise ValueError(
-            f"The longest row of the data has {longest} tokens, and the model takes {most}. Set "
-            f"{section}.max_tokens and data.max_prompt_tokens so that both together are at most "
-            f'{most}, and {section}.too_long to "drop" or "truncate".'
-        )
+    for where, example in zip(encoded.places, encoded.examples, strict=True):
+        for ids in (example.prompt_ids, *_completions(example)):
+            if len(ids) and ids.max() >= policy.model.vocab_size:
+                policy.refuse_unknown(ids.tolist(), where)
+        length = len(example.prompt_ids) + max(map(len, _completions(example)))
+        if length > most:
+            raise ValueError(
+                f"{where} has {length} tokens, and the model takes {most}. Set "
+                f"{section}.max_tokens and data.max_prompt_tokens so that both together are at "
+                f'most {most}, and {section}.too_long to "drop" or "truncate".'
+            )
+    return dataclasses.replace(encoded, places=())
 
 
 def _completions(example: Any) -> tuple[np.ndarray, ...]:
     if isinstance(example, Pair):
         return example.chosen_ids, example.rejected_ids
     return (example.completion_ids,)
-
-
-def _all_ids(found: Sequence[Any]) -> Iterator[np.ndarray]:
-    for example in found:
-        yield example.prompt_ids
-        yield from _completions(example)
 
 
 def tell_of(
@@ -217,6 +209,8 @@ def tell_of(
                 f"{config.data.max_prompt_tokens} or {section}.max_tokens = "
                 f"{config[section].max_tokens}: {done}."
             )
+    for note in encoded.odd.told(total, noun):
+        say(f"warning: {note}")
     if encoded.num_ended:
         say(
             f"warning: The chat template ends {encoded.num_ended:,} of {total:,} {noun} without a "

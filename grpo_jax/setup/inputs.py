@@ -158,8 +158,11 @@ def of_reward_model(path: str) -> dict[str, Any]:
 
 
 def of_critic(path: str, critic: Policy | None) -> Sums:
-    """Checksums of the model that a critic begins with, if it has a folder of its own."""
-    return {"critic": of_model(critic)} if critic is not None and path else {}
+    """Checksums of the model that a critic begins with, if it has a folder of its own.
+
+    Of an adapter those of its base and of itself.
+    """
+    return {"critic": of_model(critic) | of_adapter(path)} if critic is not None and path else {}
 
 
 def of_rewards(rewards: Sequence[Reward]) -> dict[str, str]:

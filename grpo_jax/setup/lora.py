@@ -25,7 +25,7 @@ from grpo_jax.models import policy as policy_lib
 from grpo_jax.models.hf import peft, targets
 from grpo_jax.models.hf.targets import Spec
 from grpo_jax.models.policy import Policy
-from grpo_jax.structs import Array, ModelConfig, Params
+from grpo_jax.structs import Array, Lora, ModelConfig, Params
 
 KEPT = "source_adapter"  # in a run's folder: copy of its initial adapter
 _USUAL_OF_ALL = 3e-6  # full fine-tuning uses learning rates below this
@@ -44,10 +44,13 @@ def _spec_of(config: ConfigDict, head: str, kept: Path | None) -> Spec | None:
     """The adapters that a config asks for; None: all weights are trained."""
     if config.lora.path:
         return peft.read_config(_folder(config.lora.path, kept), head=head)
-    if not config.lora.rank:
-        return None
+    return _of_options(config, config.lora.rank) if config.lora.rank else None
+
+
+def _of_options(config: ConfigDict, rank: int) -> Spec:
+    """The adapters that the options of `lora` ask for."""
     return Spec(
-        rank=config.lora.rank,
+        rank=rank,
         alpha=config.lora.alpha,
         stabilized=config.lora.rank_stabilized,
         targets=tuple(config.lora.targets),
@@ -83,28 +86,67 @@ def adapted(model: ModelConfig, config: ConfigDict, kept: Path | None = None) ->
     `kept`: a run's copy of lora.path, which may be gone.
     """
     spec = _spec_of(config, model.head, kept)
-    base = _base(model, config, is_adapted=spec is not None)
+    given = f"model.path = {shown(config.model.path)}"
+    return _with_adapters(model, spec, config, given, "lora.rank = 0")
+
+
+def adapted_critic(
+    model: ModelConfig,
+    config: ConfigDict,
+    of_policy: Lora | None,
+    adapter: Path | None = None,
+    kept: Path | None = None,
+) -> ModelConfig:
+    """The shape of a critic with the adapters that a config asks for; ValueError for wrong ones.
+
+    `of_policy`: the policy's adapters. `adapter`: the folder of PEFT that the critic begins with,
+    if it does. `kept` as in `adapted`.
+    """
+    rank, path = config.critic.lora_rank, config.critic.path
+    if adapter is not None:
+        if rank != -1:
+            raise ValueError(
+                f"critic.lora_rank = {rank}, but critic.path = {shown(path)} holds adapters, which "
+                "say their rank. Leave critic.lora_rank at -1, or give a whole model, such as the "
+                "export that the adapters lie in."
+            )
+        spec = peft.read_config(adapter, "critic.path", head="scalar")
+    elif rank == -1 and not path:  # the same layers
+        spec = None
+        if of_policy is not None:
+            return dataclasses.replace(model, lora=of_policy)
+    elif rank == -1:
+        spec = _spec_of(config, "vocabulary", kept)
+    else:
+        spec = _of_options(config, rank) if rank else None
+    given = f"critic.path = {shown(path)}" if path else f"model.path = {shown(config.model.path)}"
+    return _with_adapters(model, spec, config, given, f"critic.lora_rank = {rank}")
+
+
+def _with_adapters(
+    model: ModelConfig, spec: Spec | None, config: ConfigDict, given: str, asked: str
+) -> ModelConfig:
+    """`given`, `asked`: the options that name the model and the rank, with their values."""
+    base = _base(model, config.lora.base_dtype, given, asked, is_adapted=spec is not None)
     if spec is None:
         return model
     return dataclasses.replace(model, lora=targets.lora_of(model, spec, base=base))
 
 
-def _base(model: ModelConfig, config: ConfigDict, *, is_adapted: bool) -> str:
-    """The precision of the layers' kernels, as in `Lora`."""
-    asked = config.lora.base_dtype
+def _base(model: ModelConfig, dtype: str, given: str, asked: str, *, is_adapted: bool) -> str:
+    """The precision of the layers' kernels, as in `Lora`; `dtype`: lora.base_dtype."""
     if not model.codes:
-        return asked
+        return dtype
     remedy = "or give the model that they were made from, such as the id without its -bnb-4bit."
     if not is_adapted:
         raise ValueError(
-            f"model.path = {shown(config.model.path)} has its kernels in NF4 (bitsandbytes), and "
-            "lora.rank = 0 trains all weights, which needs whole ones. Set lora.rank, such as to "
-            f"16, {remedy}"
+            f"{given} has its kernels in NF4 (bitsandbytes), and {asked} trains all weights, "
+            f"which needs whole ones. Set {asked.partition(' ')[0]}, such as to 16, {remedy}"
         )
-    if asked not in ("auto", "nf4"):
+    if dtype not in ("auto", "nf4"):
         raise ValueError(
-            f"lora.base_dtype = {shown(asked)}, but model.path = {shown(config.model.path)} has "
-            f'its kernels in NF4 (bitsandbytes). Set it to "auto", which takes them, {remedy}'
+            f"lora.base_dtype = {shown(dtype)}, but {given} has its kernels in NF4 "
+            f'(bitsandbytes). Set it to "auto", which takes them, {remedy}'
         )
     return "nf4"
 
@@ -114,17 +156,32 @@ def adapted_policy(policy: Policy, config: ConfigDict, kept: Path | None = None)
     return dataclasses.replace(policy, model=adapted(policy.model, config, kept))
 
 
+def adapter_at(path: str, option: str) -> Path | None:
+    """The folder of PEFT at a path; None: it has a whole model."""
+    folder = policy_lib.find(path, option)
+    return folder if peft.is_adapter(folder) else None
+
+
+def base_at(path: str, option: str, adapter: Path | None) -> tuple[str, str]:
+    """The path of the whole model, and the option that gives it."""
+    if adapter is None:
+        return path, option
+    return peft.base_of(adapter), peft.base_option(adapter)
+
+
 def keep(config: ConfigDict, folder: Path) -> None:
     """Copies lora.path, if one is given, to the run's folder: it may be gone at a restart."""
-    if not config.lora.path:
-        return
-    kept = folder / KEPT
+    if config.lora.path:
+        keep_adapter(_folder(config.lora.path, folder / KEPT), folder / KEPT, "lora.path")
+
+
+def keep_adapter(source: Path, kept: Path, option: str) -> None:
+    """Copies a folder of PEFT to `kept`, unless it is there; `option` gave the source."""
     if processes.is_first() and not (kept / peft.WEIGHTS).exists():
-        source = _folder(config.lora.path, kept)
         kept.mkdir(parents=True, exist_ok=True)
         for name in (peft.CONFIG, peft.WEIGHTS):  # weights last: they mark a whole copy
             shutil.copyfile(source / name, kept / name)
-    processes.barrier("the copy of lora.path")
+    processes.barrier(f"the copy of {option}")
 
 
 # --- Weights --------------------------------------------------------------------------------------
@@ -183,8 +240,15 @@ def first_params(config: ConfigDict, policy: Policy, mesh: Mesh, kept: Path | No
         return policy_lib.load_params(policy, mesh, config.seed, dtype)
     if config.lora.path:
         return given_params(_folder(config.lora.path, kept), policy, mesh, config.seed, dtype)
-    adapters = policy_lib.new_adapters(model, mesh, config.seed, dtype)
-    return _with_head(adapters, policy, mesh, config.seed, dtype)
+    return new_params(policy, mesh, config.seed, dtype)
+
+
+def new_params(
+    policy: Policy, mesh: Mesh, seed: int, dtype: Any, purpose: str = "adapters"
+) -> Params:
+    """New adapters of a policy, and its head if it is a scalar one; `purpose`: of their key."""
+    adapters = policy_lib.new_adapters(policy.model, mesh, seed, dtype, purpose)
+    return _with_head(adapters, policy, mesh, seed, dtype)
 
 
 def given_params(folder: Path, policy: Policy, mesh: Mesh, seed: int, dtype: Any) -> Params:

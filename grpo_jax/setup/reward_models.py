@@ -108,9 +108,9 @@ def _written(problem: Problem, text: str) -> Written:
 
 def read(path: str, option: str = _OPTION) -> Policy:
     """The reward model of a folder or hub id; ValueError for one without a score of its own."""
-    given, adapter = folder_lib.as_given(path, option), _adapter(path, option)
+    given, adapter = folder_lib.as_given(path, option), lora.adapter_at(path, option)
     try:
-        found = policy_lib.read(*_base(path, option, adapter), head="scalar")
+        found = policy_lib.read(*lora.base_at(path, option, adapter), head="scalar")
     except ValueError as error:
         if "model_type" not in str(error):
             raise
@@ -128,19 +128,6 @@ def read(path: str, option: str = _OPTION) -> Policy:
     if adapter is None:
         return found
     return dataclasses.replace(found, model=_adapted(found.model, adapter, option))
-
-
-def _adapter(path: str, option: str) -> Path | None:
-    """The folder of PEFT at a path; None: it has a whole model."""
-    folder = policy_lib.find(path, option)
-    return folder if peft.is_adapter(folder) else None
-
-
-def _base(path: str, option: str, adapter: Path | None) -> tuple[str, str]:
-    """The path of the whole model, and the option that gives it."""
-    if adapter is None:
-        return path, option
-    return peft.base_of(adapter), peft.base_option(adapter)
 
 
 def _adapted(model: ModelConfig, adapter: Path, option: str) -> ModelConfig:
@@ -162,7 +149,7 @@ def load(
     Its head stays float32. `attention`: as `model.attention`. Raises ValueError as `read`.
     """
     policy, dtype = read(path, option), jnp.dtype(dtype)
-    model, adapter = policy.model, _adapter(path, option)
+    model, adapter = policy.model, lora.adapter_at(path, option)
 
     def keep(where: Any, x: Any) -> Any:
         return x.astype(_dtype_of(where, dtype))
@@ -201,8 +188,8 @@ def planned(config: ConfigDict, mesh: Mesh) -> dict[str, Planned]:
     """
     found, dtype = {}, jnp.dtype(config.model.dtype)
     for reward in (r for r in registry.named(config.rewards.names) if r.model):
-        adapter = _adapter(reward.model, _OPTION)
-        base = _base(reward.model, _OPTION, adapter)
+        adapter = lora.adapter_at(reward.model, _OPTION)
+        base = lora.base_at(reward.model, _OPTION, adapter)
         model = folder_lib.read_config(policy_lib.find(*base), folder_lib.as_given(*base))
         model = dataclasses.replace(model, head="scalar")
         model = model if adapter is None else _adapted(model, adapter, _OPTION)

@@ -101,8 +101,9 @@ def start_rewards(
 def refuse_samples(rewards: Sequence[Reward], num_samples: int, option: str) -> None:
     """Raises ValueError if samples are asked for and no reward tells which are right."""
     if num_samples and not any(reward.gives_accuracy for reward in rewards):
+        names = f" ({', '.join(reward.name for reward in rewards)})" if rewards else ""
         raise ValueError(
-            f"{option} = {num_samples} asks for pass@k and maj@k, and none of the rewards "
-            f"({', '.join(reward.name for reward in rewards)}) is known to give 1 for right and 0 "
-            f"for wrong. Name the one that does in rewards.accuracy, or set {option} to 0."
+            f"{option} = {num_samples} asks for pass@k and maj@k, and none of the rewards{names} "
+            "is known to give 1 for right and 0 for wrong. Name the one that does in "
+            f"rewards.accuracy, or set {option} to 0."
         )

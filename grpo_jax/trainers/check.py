@@ -164,5 +164,5 @@ def _costs(plan: Plan, found: Inputs) -> list[str]:
             f"{plan.topology}, and {plan.in_turn_s:,.1f} s if kernels run one after the other"
         )
     else:
-        lines.append(f"Time: not known beforehand on {plan.topology}, whose rates are not")
+        lines.append(f"Time: no least time is known for {plan.topology}, whose rates are unknown")
     return lines

@@ -19,6 +19,7 @@ from grpo_jax.setup import lora as lora_setup
 from grpo_jax.structs import Params, TrainState
 
 ADAPTER = "adapter"  # adapters, inside an export
+CRITIC = "critic"  # those of a critic with its head
 
 
 def export(
@@ -54,6 +55,16 @@ def write(
     merged = lora.merged(lora.attached(frozen, params, model), dtype)
     _write(policy, folder, merged, dtype)
     peft.save(folder / ADAPTER, params, model, base=source_name(policy))
+
+
+def export_critic(critic: Policy, folder: Path, state: TrainState) -> None:
+    """Writes a critic's adapters and head to a PEFT folder inside an export; nothing without them.
+
+    `critic.path` and `rewards.names` take that folder. Every process must call this.
+    """
+    if critic.model.lora is not None:
+        params = transfer.to_device_memory(optim.trained(state.params, state.opt_state))
+        peft.save(folder / CRITIC, params, critic.model, base=source_name(critic))
 
 
 def _dtype(policy: Policy, folder: Path, params: Params, asked: str) -> str:

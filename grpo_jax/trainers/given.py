@@ -245,7 +245,6 @@ def rows(config: ConfigDict, policy: Policy, section: str, kind: str, now: datet
         return Data(stream.draw, 0, inputs.of_stream(stream.parts), close=close)
     found = examples.load(config, policy, section, kind, source, "rows to train on", now)
     found = subset.take(found, config.data.subset)
-    examples.check_length(policy, found, section)
     batch = config[section].batch
 
     def draw(number: int, place: Place) -> tuple[list[Any], Place]:
@@ -266,9 +265,7 @@ def held_out(
     if not examples.are_given(config, kind, source):
         say(f"{source}: its rows have no completions, so the loss is not measured on them.")
         return []
-    found = examples.load(config, policy, section, kind, source, "held-out rows", now, most)
-    examples.check_length(policy, found, section)
-    return found
+    return examples.load(config, policy, section, kind, source, "held-out rows", now, most)
 
 
 # --- What the run is made of ----------------------------------------------------------------------

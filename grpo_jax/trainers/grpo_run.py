@@ -17,6 +17,8 @@ from grpo_jax.devices import sharding, transfer
 from grpo_jax.environments.demonstrations import NOTHING, Nothing
 from grpo_jax.environments.episode import Dialogue
 from grpo_jax.environments.questions import Questions
+from grpo_jax.learner.actor_critic import ActorCriticUpdate
+from grpo_jax.learner.update import Update
 from grpo_jax.messages.console import say
 from grpo_jax.models import policy as policy_lib
 from grpo_jax.models.policy import Policy
@@ -75,7 +77,7 @@ def read(
     environment, rewards = _environment_and_rewards(config, rewards)
     policy = get_policy().within(derived.longest_row(config))
     policy = lora.adapted_policy(policy, config, kept)
-    critic = critic_lib.read(config, policy, kept and kept.with_name(critic_lib.KEPT))
+    critic = critic_lib.read(config, policy, kept)
     for found in filter(None, (policy, critic)):
         heads = found.model.num_heads
         rules.check_heads(heads, mesh.shape["sequence"], mesh.shape["tensor"])
@@ -216,7 +218,7 @@ def build(
     inputs.hold(folder, found.sums, config.checkpoint.accept_changes)
     config = settled(config, len(found.train.problems))
     policy = policy_lib.keep(found.policy, source)
-    critic = found.critic and policy_lib.keep(found.critic, folder / critic_lib.KEPT)
+    critic = critic_lib.keep(config, found.critic, folder)
     lora.keep(config, folder)
     mesh = found.mesh
     now = inputs.date(config.data.date, folder)
@@ -228,6 +230,7 @@ def build(
         say(line)
     say(f"Seed {config.seed}, workdir {folder}")
     frozen = lora.frozen_params(policy, mesh, config.model.dtype)
+    own, update = _critic(config, critic, learner, policy, frozen, folder)
     return Run(
         config=config,
         course=_course(config),
@@ -241,7 +244,7 @@ def build(
         optimizer=learner.optimizer,
         learning_rate=learner.learning_rate,
         prepare=learner.prepare,
-        update=learner.update,
+        update=update,
         sizes=learner.sizes | (models.sizes if models else {}),
         frozen=frozen,
         checkpoints=Checkpoints(
@@ -258,11 +261,27 @@ def build(
         refresh_reference=learner.refresh_reference,
         demonstrations=found.demonstrations,
         drawing=environment_lib.drawing_of_run(config, found.environment, found.dialogues),
-        critic=critic_lib.states(config, critic, mesh, learner.critic),
+        critic=own,
         controllers=learner.controllers,
         # Last: no more checks follow.
         rewards=start_rewards(config, found.rewards, models=models, folder=folder),
     )
+
+
+def _critic(
+    config: ConfigDict,
+    critic: Policy | None,
+    learner: Learner,
+    policy: Policy,
+    frozen: Params | None,
+    folder: Path,
+) -> tuple[critic_lib.States | None, Update | ActorCriticUpdate]:
+    """What makes the critic's states, if there is one, and the update, with its frozen weights."""
+    if critic is None:
+        return None, learner.update
+    how = learner.scorer.mesh, learner.critic.optimizer
+    states = critic_lib.states(config, critic, *how, policy, frozen, folder)
+    return states, dataclasses.replace(learner.update, critic_frozen=states.frozen)
 
 
 def _learner(config: ConfigDict, found: Inputs, mesh: Mesh, fitted: MemoryPlan) -> Learner:
@@ -288,6 +307,7 @@ def told(config: ConfigDict, found: Inputs) -> list[str]:
         f"Problems: {len(lengths):,} to train on, {held_out:,} held out; prompts of "
         f"{sorted(lengths)[len(lengths) // 2]} tokens, the longest of {found.longest}",
         *lora.told(config, model),
+        *critic_lib.told(found.critic),
         f"A step: {batch.prompts} prompts x {batch.group} completions of at most "
         f"{config.rollout.max_tokens} tokens, {updates} update{'s' * (updates > 1)}",
         *_refill(config),

@@ -54,6 +54,8 @@ def preference_of(config: ConfigDict) -> Preference:
         loss=config.preference.loss,
         beta=config.preference.beta,
         label_smoothing=config.preference.label_smoothing,
+        reference=config.preference.reference,
+        margin=config.preference.margin,
         log_ratio=config.preference.log_ratio,
         desirable_weight=config.preference.desirable_weight,
         undesirable_weight=config.preference.undesirable_weight,
@@ -125,7 +127,8 @@ def read(config: ConfigDict, policy: Policy, now: datetime, evaluates: bool) -> 
         raise ValueError(
             "data.streaming = True reads rows while it trains, and preference.loss = "
             f"{shown(preference.loss)} needs what the reference makes of them before. Set "
-            'data.streaming = False, or preference.loss = "orpo", which has no reference.'
+            'data.streaming = False, or preference.loss = "orpo" or preference.reference = "none", '
+            "which have no reference."
         )
     if config.data.task:
         return _of_task(config, policy, kind, now, evaluates)
@@ -142,9 +145,7 @@ def _of_task(config: ConfigDict, policy: Policy, kind: str, now: datetime, evalu
 
     def part(name: str, most: int | None = None) -> list[Any]:
         written = examples.preferences_of_task(config, kind, name)[:most]
-        found = examples.encode(config, policy, "preference", kind, written, now).examples
-        examples.check_length(policy, found, "preference")
-        return found
+        return examples.encode(config, policy, "preference", kind, written, now).examples
 
     train, held_out, problems, rewards = part("train"), [], None, []
     if evaluates and config.evaluation.num_problems:

@@ -136,6 +136,8 @@ def _summary(run: Run, state: RunState, wall_s: float) -> dict[str, Any]:
     if run.config.checkpoint.export:
         dtype = run.config.checkpoint.export_dtype
         exporting.export(run.policy, export, state.train, dtype, run.frozen)
+        if run.critic is not None:
+            exporting.export_critic(run.critic.policy, export, state.train.critic)
         workdir.note_export(export, step=state.step, updates=int(state.train.num_updates))
         model_card.write(
             export, run.policy, flatten(run.config), step=state.step, method="grpo",

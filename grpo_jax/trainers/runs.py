@@ -94,7 +94,7 @@ class Run:
 
     def critic_weights(self, state: TrainState) -> Params | None:
         """The weights of the critic, if there is one."""
-        return None if self.critic is None else state.critic.params
+        return None if self.critic is None else self.critic.weights(state.critic)
 
     def update_of(self, step: int) -> Callable:
         """The update of a step, counted from 0: of all that learns, or of the critic alone."""

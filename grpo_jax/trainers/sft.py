@@ -18,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from grpo_jax.algorithm.components import NLLLoss
+from grpo_jax.config.derived import has_environment
 from grpo_jax.data import problems as problems_lib
 from grpo_jax.data import prompts as prompts_lib
 from grpo_jax.data import streams, tasks
@@ -32,7 +33,7 @@ from grpo_jax.rewards.registry import Reward
 from grpo_jax.run.stop import StopSignal
 from grpo_jax.setup import inputs, model
 from grpo_jax.setup.data import answerable, encode, questions
-from grpo_jax.setup.rewards import load_rewards
+from grpo_jax.setup.rewards import load_rewards, refuse_samples
 from grpo_jax.structs import Rollouts, pad_rows
 from grpo_jax.trainers import given
 from grpo_jax.trainers.given import Data, Given, Place
@@ -71,8 +72,16 @@ def held_out_problems(
     """The held-out problems that the rewards can score, or None; and the rewards.
 
     `has_loss`: there is a loss of held-out rows, so that it needs no warning if there are none.
+    Conversations are not held: only training and `evaluate` have their environments.
     """
+    if has_environment(config):
+        say(
+            "Of held-out problems the loss alone is measured, since their answers are "
+            "conversations with an environment: python -m grpo_jax.evaluate holds them."
+        )
+        return None, []
     rewards = load_rewards(config)
+    refuse_samples(rewards, config.evaluation.num_samples, "evaluation.num_samples")
     try:
         if config.data.task:
             data = config.data

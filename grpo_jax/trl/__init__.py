@@ -1,5 +1,7 @@
 """TRL's names for these trainers: `from grpo_jax.trl import GRPOConfig, GRPOTrainer`.
 
+The others are SFT, DPO, KTO, ORPO, CPO and Reward, each with `Config` and `Trainer`.
+
 Each argument does what it does in TRL 1.16, or is refused with a message that names the
 replacement.
 """
@@ -10,11 +12,9 @@ from typing import Any
 _WHERE = {
     "GRPOConfig": "config",
     "GRPOTrainer": "trainer",
-    "SFTConfig": "given_config",
-    "SFTTrainer": "given_trainer",
-    "DPOConfig": "given_config",
-    "DPOTrainer": "given_trainer",
 }
+for _name in ("SFT", "DPO", "KTO", "ORPO", "CPO", "Reward"):
+    _WHERE |= {f"{_name}Config": "given_config", f"{_name}Trainer": "given_trainer"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""TRL's `SFTConfig` and `DPOConfig`, and their translation to the options of a run."""
+"""TRL's configs of given completions, and their translation to the options of a run."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ import math
 from typing import Any
 
 from grpo_jax.trl.arguments import Arguments, one_of, precision, schedule, text_of, trackers, warmup
-from grpo_jax.trl.given_fields import DPO_FIELDS, SFT_FIELDS
+from grpo_jax.trl.given_fields import (
+    CPO_FIELDS,
+    DPO_FIELDS,
+    KTO_FIELDS,
+    ORPO_FIELDS,
+    REWARD_FIELDS,
+    SFT_FIELDS,
+)
 
-# Loss and log-ratio of each loss_type.
+# Loss and log-ratio of each loss_type of DPO, and of CPO, which reads no reference.
 _LOSSES = {name: (name, "auto") for name in ("sigmoid", "hinge", "ipo", "robust")}
 _LOSSES |= {name: (name, "auto") for name in ("apo_zero", "apo_down")}
 _LOSSES["sigmoid_norm"] = "sigmoid", "mean"
+_OF_CPO = {name: (name, "auto") for name in ("sigmoid", "hinge", "ipo")}
+_OF_CPO |= {"simpo": ("sigmoid", "mean"), "alphapo": ("sigmoid", "mean")}
 
 
 class SFTConfig(Arguments):
@@ -24,6 +33,30 @@ class DPOConfig(Arguments):
     """TRL 1.16's `DPOConfig`: its arguments and their defaults. Raises as `GRPOConfig`."""
 
     fields = DPO_FIELDS
+
+
+class KTOConfig(Arguments):
+    """TRL 1.16's `KTOConfig`: its arguments and their defaults. Raises as `GRPOConfig`."""
+
+    fields = KTO_FIELDS
+
+
+class ORPOConfig(Arguments):
+    """TRL 1.16's `trl.experimental.orpo.ORPOConfig`: its arguments. Raises as `GRPOConfig`."""
+
+    fields = ORPO_FIELDS
+
+
+class CPOConfig(Arguments):
+    """TRL 1.16's `trl.experimental.cpo.CPOConfig`: its arguments. Raises as `GRPOConfig`."""
+
+    fields = CPO_FIELDS
+
+
+class RewardConfig(Arguments):
+    """TRL 1.16's `RewardConfig`: its arguments and their defaults. Raises as `GRPOConfig`."""
+
+    fields = REWARD_FIELDS
 
 
 def options_of_sft(args: SFTConfig, rows: int, held_out: int, devices: int) -> dict[str, Any]:
@@ -43,10 +76,14 @@ def options_of_sft(args: SFTConfig, rows: int, held_out: int, devices: int) -> d
     found = _schedule(args, "sft", rows, held_out, devices)
     if args.dataset_text_field != "text":
         found["data.columns"] = (f"text={args.dataset_text_field}",)
-    return found | {
-        "sft.loss": one_of(args, "loss_type", args.loss_type, names),
-        "sft.loss_on": loss_on,
-    }
+    return (
+        found
+        | _MEASURED
+        | {
+            "sft.loss": one_of(args, "loss_type", args.loss_type, names),
+            "sft.loss_on": loss_on,
+        }
+    )
 
 
 def options_of_dpo(args: DPOConfig, rows: int, held_out: int, devices: int) -> dict[str, Any]:
@@ -66,7 +103,7 @@ def options_of_dpo(args: DPOConfig, rows: int, held_out: int, devices: int) -> d
             "trainer has one loss of pairs with a weight of 1, and beside it sft with any weight."
         )
     loss, log_ratio = one_of(args, "loss_type", *by_name, _LOSSES)
-    return _schedule(args, "preference", rows, held_out, devices) | {
+    return _preference(args, rows, held_out, devices) | {
         "preference.loss": loss,
         "preference.log_ratio": log_ratio,
         "preference.nll_weight": float(nll_weight),
@@ -74,10 +111,53 @@ def options_of_dpo(args: DPOConfig, rows: int, held_out: int, devices: int) -> d
     }
 
 
+def options_of_kto(args: KTOConfig, rows: int, held_out: int, devices: int) -> dict[str, Any]:
+    """The same of KTO."""
+    known = {"kto": "kto", "apo_zero_unpaired": "apo_zero_unpaired"}
+    loss = one_of(args, "loss_type", args.loss_type, known)
+    return _preference(args, rows, held_out, devices) | {"preference.loss": loss}
+
+
+def options_of_orpo(args: ORPOConfig, rows: int, held_out: int, devices: int) -> dict[str, Any]:
+    """The same of ORPO."""
+    return _preference(args, rows, held_out, devices) | {"preference.loss": "orpo"}
+
+
+def options_of_cpo(args: CPOConfig, rows: int, held_out: int, devices: int) -> dict[str, Any]:
+    """The same of CPO; "alphapo" is "simpo" without the nll, as in TRL."""
+    loss, log_ratio = one_of(args, "loss_type", args.loss_type, _OF_CPO)
+    is_simpo = log_ratio == "mean"
+    return _preference(args, rows, held_out, devices) | {
+        "preference.loss": loss,
+        "preference.reference": "none",
+        "preference.log_ratio": log_ratio,
+        "preference.margin": args.simpo_gamma if is_simpo else 0.0,
+        "preference.nll_weight": 0.0 if args.loss_type == "alphapo" else args.cpo_alpha,
+        "preference.label_smoothing": args.label_smoothing if loss == "sigmoid" else 0.0,
+    }
+
+
+def options_of_reward(args: RewardConfig, rows: int, held_out: int, devices: int) -> dict[str, Any]:
+    """The same of a reward model. Rows that are too long are left out, as in TRL."""
+    return _schedule(args, "reward_model", rows, held_out, devices) | {
+        "reward_model.centre_coef": args.center_rewards_coefficient or 0.0,
+        "reward_model.too_long": "drop",
+        "data.overlong": "drop",
+    }
+
+
+_MEASURED = {"logging.token_metrics": True}  # TRL logs the entropy in any case
+
+
+def _preference(args: Arguments, rows: int, held_out: int, devices: int) -> dict[str, Any]:
+    """The options that all trainings on preferences have."""
+    return _schedule(args, "preference", rows, held_out, devices) | _MEASURED
+
+
 def _schedule(
     args: Arguments, section: str, rows: int, held_out: int, devices: int
 ) -> dict[str, Any]:
-    """The options that both have: how long, in what batches, and what is logged."""
+    """The options that all have: how long, in what batches, and what is logged."""
     found = {f.option: getattr(args, name) for name, f in args.fields.items() if f.option}
     if not args.max_length:
         raise ValueError(
@@ -108,7 +188,6 @@ def _schedule(
         "model.dtype": "float32" if args.bf16 is False else "bfloat16",
         "model.remat": "dots" if args.gradient_checkpointing else "none",
         "checkpoint.keep": args.save_total_limit or 2,
-        "logging.token_metrics": True,
     }
     return found | precision(args) | trackers(args)
 

@@ -1,9 +1,13 @@
-"""The arguments of TRL 1.16's SFTConfig and DPOConfig, and their meaning here.
+"""The arguments of TRL 1.16's configs of given completions, and their meaning here.
 
-Those of transformers' TrainingArguments are as in `fields.py`, but for the ones named here.
+They are those of SFTConfig, DPOConfig, KTOConfig, RewardConfig, and of the experimental ORPOConfig
+and CPOConfig. Those of transformers' TrainingArguments are as in `fields.py`, but for the ones
+named here.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 from grpo_jax.trl.fields import FIELDS, TRAINING_ARGUMENTS, Field, beside, counts, only
 
@@ -12,6 +16,10 @@ _PACKED = "rows are packed without padding in any case, and nothing is cut for i
 _ONCE = "rows are read and tokenized once, by one process"
 _TOKENIZER = "a model folder with that tokenizer"
 _SHUFFLED = "each epoch has an order of its own"
+_LIMIT = (
+    "limit of a text or chat; of rows with a prompt that of the prompt, `data.max_prompt_tokens`, "
+    "and of the completion each"
+)
 
 
 def _section(name: str) -> dict[str, Field]:
@@ -43,38 +51,44 @@ def _section(name: str) -> dict[str, Field]:
         "prediction_loss_only": beside(False, "metrics are those of docs/metrics.md"),
         "label_names": beside(None, "of models other than decoders"),
     }
-    told = {"counts", "only"}
-    return {
-        argument: Field(
-            field.default,
-            also=field.also,
-            beside=field.beside,
-            **{kind: getattr(field, kind).format(name) for kind in told if getattr(field, kind)},
-        )
-        for argument, field in found.items()
-    }
+    return {argument: _of_section(field, name) for argument, field in found.items()}
 
 
-_SHARED = "model_init_kwargs", "trust_remote_code", "router_aux_loss_coef", "pad_to_multiple_of"
-_BOTH = {name: FIELDS[name] for name in _SHARED} | {
+def _of_section(field: Field, name: str) -> Field:
+    """A field whose meaning names the section "{}"."""
+    told = {kind: getattr(field, kind).format(name) for kind in ("counts", "only")}
+    return dataclasses.replace(field, **told)
+
+
+_EVERY = {name: FIELDS[name] for name in ("model_init_kwargs", "trust_remote_code")} | {
     "dataset_num_proc": beside(None, _ONCE),
-    "max_length": counts(
-        1024,
-        "limit of a text or chat; of rows with a prompt that of the prompt, "
-        "`data.max_prompt_tokens`, and of the completion each",
-    ),
+    "max_length": counts(1024, _LIMIT),
+    "remove_unused_columns": beside(True, "other columns are not read"),
+}
+_STABLE = {"pad_to_multiple_of": FIELDS["pad_to_multiple_of"]}
+_WRITES = {"router_aux_loss_coef": FIELDS["router_aux_loss_coef"]}
+_BOTH = {
+    **_STABLE,
+    **_WRITES,
     "truncation_mode": only("keep_start", "longer rows are cut at their end"),
     "padding_free": beside(False, _PACKED),
     "pad_token": only(None, _TOKENIZER),
-    "remove_unused_columns": beside(True, "other columns are not read"),
 }
+_NO_DROPOUT = {"disable_dropout": beside(True, "there is no dropout")}
+
+
+def _offloading(section: str) -> dict[str, Field]:
+    why = f"gradient_checkpointing=True, or {section}.microbatch"
+    return {"activation_offloading": only(False, why)}
+
 
 SFT_FIELDS: dict[str, Field] = {
     **TRAINING_ARGUMENTS,
+    **_EVERY,
     **_BOTH,
     **_section("sft"),
+    **_offloading("sft"),
     "learning_rate": Field(2e-5, option="sft.learning_rate"),
-    "activation_offloading": only(False, "gradient_checkpointing=True, or sft.microbatch"),
     "chat_template_path": only(None, "a model folder with that template"),
     "dataset_text_field": counts("text", "`data.columns`, as text=NAME"),
     "dataset_kwargs": only(None, "rows of texts, chats, or prompts with completions", {}),
@@ -88,15 +102,27 @@ SFT_FIELDS: dict[str, Field] = {
     "loss_type": counts("nll", "`sft.loss`: nll or dft"),
 }
 
-DPO_FIELDS: dict[str, Field] = {
+_PREFERENCE = {
     **TRAINING_ARGUMENTS,
-    **_BOTH,
+    **_EVERY,
     **_section("preference"),
+    **_NO_DROPOUT,
     "learning_rate": Field(1e-6, option="preference.learning_rate"),
-    "activation_offloading": only(False, "gradient_checkpointing=True, or preference.microbatch"),
-    "disable_dropout": beside(True, "there is no dropout"),
+    "beta": Field(0.1, option="preference.beta"),
+}
+_REFERENCE = {
+    **_offloading("preference"),
     "precompute_ref_log_probs": beside(False, "the reference is read once, before training"),
     "precompute_ref_batch_size": beside(None, "the reference is read in batches of training"),
+    "sync_ref_model": only(False, _PLANNED),
+    "ref_model_mixup_alpha": beside(0.6, "of sync_ref_model"),
+    "ref_model_sync_steps": beside(512, "of sync_ref_model"),
+}
+
+DPO_FIELDS: dict[str, Field] = {
+    **_PREFERENCE,
+    **_BOTH,
+    **_REFERENCE,
     "loss_type": counts(
         ["sigmoid"],
         "`preference.loss`: sigmoid, hinge, ipo, robust, apo_zero or apo_down; sigmoid_norm is "
@@ -109,10 +135,75 @@ DPO_FIELDS: dict[str, Field] = {
     "label_smoothing": counts(
         0.0, "`preference.label_smoothing`, of robust; TRL's sigmoid reads none"
     ),
-    "beta": Field(0.1, option="preference.beta"),
     "use_weighting": only(False, _PLANNED),
     "discopop_tau": beside(0.05, "of loss_type discopop"),
-    "sync_ref_model": only(False, _PLANNED),
-    "ref_model_mixup_alpha": beside(0.6, "of sync_ref_model"),
-    "ref_model_sync_steps": beside(512, "of sync_ref_model"),
+}
+
+KTO_FIELDS: dict[str, Field] = {
+    **_PREFERENCE,
+    **_STABLE,
+    **_WRITES,
+    **_REFERENCE,
+    "train_sampling_strategy": only(
+        "sequential",
+        f"{_SHUFFLED}, and mismatched answers are those of the file's order in either case",
+        "random",
+    ),
+    "loss_type": counts("kto", "`preference.loss`: kto or apo_zero_unpaired"),
+    "desirable_weight": Field(1.0, option="preference.desirable_weight"),
+    "undesirable_weight": Field(1.0, option="preference.undesirable_weight"),
+}
+
+_EXPERIMENTAL = {
+    **_PREFERENCE,
+    "max_completion_length": beside(None, "of encoder-decoders"),
+    "padding_value": beside(None, _PACKED),
+    "generate_during_eval": only(
+        False, "python -m grpo_jax.generate, with the run's export as --model"
+    ),
+    "is_encoder_decoder": only(None, "models are decoders", False),
+}
+
+ORPO_FIELDS: dict[str, Field] = _EXPERIMENTAL
+
+CPO_FIELDS: dict[str, Field] = {
+    **_EXPERIMENTAL,
+    "loss_type": counts(
+        "sigmoid",
+        "`preference.loss`: sigmoid, hinge or ipo, with `preference.reference` none; simpo is "
+        "sigmoid with `preference.log_ratio` mean",
+    ),
+    "label_smoothing": counts(0.0, "`preference.label_smoothing`, of sigmoid and simpo"),
+    "cpo_alpha": counts(1.0, "`preference.nll_weight`"),
+    "simpo_gamma": counts(0.5, "`preference.margin`, of simpo"),
+    "alpha": only(0.0, "loss_type='simpo', which is AlphaPO with an alpha of 0"),
+}
+
+REWARD_FIELDS: dict[str, Field] = {
+    **TRAINING_ARGUMENTS,
+    **_EVERY,
+    **_STABLE,
+    **_section("reward_model"),
+    **_NO_DROPOUT,
+    **_offloading("reward_model"),
+    "learning_rate": Field(1e-4, option="reward_model.learning_rate"),
+    "max_length": counts(
+        1024,
+        "limit of a prompt, `data.max_prompt_tokens`, and of an answer, `reward_model.max_tokens`, "
+        "each; longer rows are dropped, as in TRL",
+    ),
+    "chat_template_path": only(None, "a model folder with that template"),
+    "eos_token": only(None, _TOKENIZER),
+    "pad_token": only(None, _TOKENIZER),
+    "center_rewards_coefficient": counts(None, "`reward_model.centre_coef`; None: 0"),
+}
+
+# By the name of TRL's config.
+GIVEN_FIELDS: dict[str, dict[str, Field]] = {
+    "SFTConfig": SFT_FIELDS,
+    "DPOConfig": DPO_FIELDS,
+    "KTOConfig": KTO_FIELDS,
+    "ORPOConfig": ORPO_FIELDS,
+    "CPOConfig": CPO_FIELDS,
+    "RewardConfig": REWARD_FIELDS,
 }

@@ -1,4 +1,4 @@
-"""TRL's `SFTTrainer` and `DPOTrainer`: they translate TRL's arguments and call `grpo_jax.sft`."""
+"""TRL's trainers of given completions: they translate its arguments and call `grpo_jax.sft`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import jax
 
 from grpo_jax.api import given
 from grpo_jax.api.trained import Trained
+from grpo_jax.trl import given_config as configs
 from grpo_jax.trl.base import Trainer
-from grpo_jax.trl.given_config import DPOConfig, SFTConfig, options_of_dpo, options_of_sft
+from grpo_jax.trl.callbacks import functions_of
 from grpo_jax.trl.lora import options_of_peft
 
 _REFUSED = {
@@ -26,12 +27,21 @@ _OF_SFT = {
     "formatting_func": "map the dataset to a column `text` before",
 }
 _OF_DPO = {"ref_model": "the reference is the model as training begins, or without its adapters"}
+_EXPERIMENTAL = {
+    "model_init": "give the folder or hub id of a model as `model`",
+    "preprocess_logits_for_metrics": "metrics are those of docs/metrics.md",
+}
+_OF_REWARD = {
+    "optimizer_cls_and_kwargs": "AdamW, by the options of RewardConfig",
+    "preprocess_logits_for_metrics": "metrics are those of docs/metrics.md",
+}
 
 
 class _GivenTrainer(Trainer):
     """A trainer of given completions, by the run and the translation of its subclass."""
 
     metric: str  # of the held-out loss
+    head = "vocabulary"  # of the model, or "scalar"
     _train: Callable[..., Trained]
     _options_of: Callable[..., dict[str, Any]]
 
@@ -42,7 +52,7 @@ class _GivenTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         *,
-        callbacks: Sequence[Callable] | None = None,
+        callbacks: Sequence[Any] | None = None,
         optimizers: tuple = (None, None),
         peft_config: Any = None,
         options: dict[str, Any] | None = None,
@@ -54,11 +64,12 @@ class _GivenTrainer(Trainer):
                 raise ValueError(
                     f"{type(self).__name__}({name}=...) is a {type(rows).__name__}, which has no "
                     "length. Give a datasets.Dataset or a list of dicts; data.streaming of "
-                    "grpo_jax.sft reads data from files while it trains."
+                    f"grpo_jax.{type(self)._train.__name__} reads data from files while it trains."
                 )
-        self._model, self._callbacks = model, tuple(callbacks or ())
+        self._model, self._callbacks = model, functions_of(callbacks or (), self.args)
         self._data = train_dataset, eval_dataset
-        self._options = options_of_peft(peft_config) | dict(options or {})
+        adapters = options_of_peft(peft_config, type(self).__name__, self.head)
+        self._options = adapters | dict(options or {})
 
     def train(self) -> Trained:
         """Trains, or continues in `args.output_dir`; returns the result of `grpo_jax.sft`."""
@@ -95,17 +106,17 @@ class SFTTrainer(_GivenTrainer):
     """TRL 1.16's `SFTTrainer`: its arguments, `train()`, `evaluate()` and `save_model()`.
 
     `train_dataset`: a `datasets.Dataset` or a list of dicts, of texts, chats, or prompts with
-    completions. `callbacks` are functions, as for `grpo_jax.sft`. `peft_config` is PEFT's
-    `LoraConfig`. `options` are this trainer's options by name, for settings that TRL does not have.
-    Raises ValueError for arguments that this trainer does not support.
+    completions. `callbacks` are as for `GRPOTrainer`. `peft_config` is PEFT's `LoraConfig`.
+    `options` are this trainer's options by name, for settings that TRL does not have. Raises
+    ValueError for arguments that this trainer does not support.
     """
 
     refused = _REFUSED | _OF_SFT
     suffix = "SFT"
-    config = SFTConfig
+    config = configs.SFTConfig
     metric = "sft/eval_loss"
     _train = staticmethod(given.sft)
-    _options_of = staticmethod(options_of_sft)
+    _options_of = staticmethod(configs.options_of_sft)
 
 
 class DPOTrainer(_GivenTrainer):
@@ -113,7 +124,52 @@ class DPOTrainer(_GivenTrainer):
 
     refused = _REFUSED | _OF_DPO
     suffix = "DPO"
-    config = DPOConfig
+    config = configs.DPOConfig
     metric = "preference/eval_loss"
     _train = staticmethod(given.dpo)
-    _options_of = staticmethod(options_of_dpo)
+    _options_of = staticmethod(configs.options_of_dpo)
+
+
+class KTOTrainer(_GivenTrainer):
+    """TRL 1.16's `KTOTrainer`, of completions with labels; otherwise as `SFTTrainer`."""
+
+    refused = _REFUSED | _OF_DPO
+    suffix = "KTO"
+    config = configs.KTOConfig
+    metric = "preference/eval_loss"
+    _train = staticmethod(given.dpo)
+    _options_of = staticmethod(configs.options_of_kto)
+
+
+class ORPOTrainer(_GivenTrainer):
+    """TRL 1.16's `trl.experimental.orpo.ORPOTrainer`, of pairs; otherwise as `SFTTrainer`."""
+
+    refused = _REFUSED | _EXPERIMENTAL
+    suffix = "ORPO"
+    config = configs.ORPOConfig
+    metric = "preference/eval_loss"
+    _train = staticmethod(given.dpo)
+    _options_of = staticmethod(configs.options_of_orpo)
+
+
+class CPOTrainer(_GivenTrainer):
+    """TRL 1.16's `trl.experimental.cpo.CPOTrainer`, of pairs; otherwise as `SFTTrainer`."""
+
+    refused = _REFUSED | _EXPERIMENTAL
+    suffix = "CPO"
+    config = configs.CPOConfig
+    metric = "preference/eval_loss"
+    _train = staticmethod(given.dpo)
+    _options_of = staticmethod(configs.options_of_cpo)
+
+
+class RewardTrainer(_GivenTrainer):
+    """TRL 1.16's `RewardTrainer`, of pairs; otherwise as `SFTTrainer`."""
+
+    refused = _REFUSED | _OF_REWARD
+    suffix = "Reward"
+    config = configs.RewardConfig
+    metric = "reward_model/eval_loss"
+    head = "scalar"
+    _train = staticmethod(given.reward_model)
+    _options_of = staticmethod(configs.options_of_reward)

@@ -85,7 +85,13 @@ CASES = {
     "apo_zero": {"loss": "apo_zero", "beta": 0.4},
     "apo_down": {"loss": "apo_down", "beta": 0.4},
     "orpo": {"loss": "orpo"},
+    "cpo": {"reference": "none"},
+    "cpo, smoothed": {"reference": "none", "label_smoothing": 0.2},
+    "cpo, hinge": {"loss": "hinge", "reference": "none", "beta": 0.4},
+    "cpo, ipo": {"loss": "ipo", "reference": "none", "beta": 0.4},
+    "simpo": {"reference": "none", "log_ratio": "mean", "beta": 2.0, "margin": 1.0},
 }
+_CPO = [name for name, options in CASES.items() if "reference" in options]
 
 
 @pytest.mark.parametrize("nll", [0.0, 0.7])
@@ -199,7 +205,7 @@ def of_dpo(trl, options: dict, nll: float):
 
 
 # TRL 1.16 has neither the smoothed "sigmoid" nor "ipo" of sums; docs/preference.md.
-_NOT_IN_TRL = ("sigmoid, smoothed", "ipo of sums", "orpo")
+_NOT_IN_TRL = ("sigmoid, smoothed", "ipo of sums", "orpo", *_CPO)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in _NOT_IN_TRL])
@@ -281,3 +287,39 @@ def test_orpo_is_that_of_trl():
     slope[there] = logp.grad.numpy()
     want = -float(losses.mean().detach()), np.where(PAIRS["action"], slope, 0)
     assert_equal(pair_loss({"loss": "orpo"}), want, 2e-6)
+
+
+@pytest.mark.parametrize("name", _CPO)
+def test_cpo_is_that_of_trl(name):
+    """Its loss of pairs; the nll beside it is `preference.nll_weight`."""
+    pytest.importorskip("trl", reason="needs trl")
+    import torch
+    from trl.experimental.cpo import cpo_trainer
+
+    options = {"loss": "sigmoid", **CASES[name]}
+    there = PAIRS["action"].any(-1).all(-1)
+    logp = torch.tensor(PAIRS["logp"][there], requires_grad=True)
+    x = logp.sum(-1)
+    if name in ("simpo", "cpo, ipo"):  # it takes means there
+        x = x / torch.tensor(PAIRS["action"][there]).sum(-1)
+    theirs = SimpleNamespace(
+        loss_type="simpo" if name == "simpo" else options["loss"],
+        beta=options.get("beta", 0.1),
+        simpo_gamma=options.get("margin", 0.0),
+        label_smoothing=options.get("label_smoothing", 0.0),
+        alpha=0.0,
+        accelerator=SimpleNamespace(device="cpu"),
+    )
+    losses, chosen, rejected = cpo_trainer.CPOTrainer.cpo_loss(theirs, x[:, 0], x[:, 1])
+    losses.mean().backward()
+    slope = np.zeros(PAIRS["logp"].shape)
+    slope[there] = logp.grad.numpy()
+    want = float(losses.mean().detach()), np.where(PAIRS["action"], slope, 0)
+    assert_equal(pair_loss(options), want)
+    metrics = {"rewards/chosen": chosen, "rewards/rejected": rejected}
+    metrics |= {"rewards/margins": chosen - rejected}
+    metrics |= {"rewards/accuracies": (chosen > rejected).double()}
+    metrics["logps/chosen"] = torch.tensor(PAIRS["logp"][there, 0].sum(-1))
+    assert_metrics(
+        PairLoss(Preference(**options)), PAIRS, {n: float(x.mean()) for n, x in metrics.items()}
+    )

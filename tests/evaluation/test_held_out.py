@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from grpo_jax.data.problems import Problem
 from grpo_jax.environments import single_turn
+from grpo_jax.environments.drawing import Conversations, OneTurn
 from grpo_jax.environments.questions import Questions
 from grpo_jax.evaluation import held_out
 from grpo_jax.evaluation import tallies as tallies_lib
@@ -77,11 +79,41 @@ def pool():
         yield pool
 
 
-def _run(engine, file, num_samples, pool, **more):
+def _run(engine, file, num_samples, pool, key=None, **more):
     return held_out.run(
         engine, None, _Policy(), QUESTIONS, pool,
-        num_samples=num_samples, temperature=0.7, key=None, file=file, **more,
+        num_samples=num_samples, temperature=0.7, key=key, file=file, **more,
     )  # fmt: skip
+
+
+class _InParts(OneTurn):
+    """Draws few prompts at once, as conversations are; each draw has an engine of its own."""
+
+    def __init__(self, most_at_once, *engines):
+        self.most_at_once, self.engines, self.calls = most_at_once, list(engines), []
+
+    def parts(self, num_prompts, group):
+        return Conversations.parts(self, num_prompts, group)
+
+    def draw(self, engine, *args, numbers, draw, held_out, key, **more):
+        self.calls.append((list(numbers), draw, held_out, jax.random.key_data(key).tolist()))
+        more |= {"numbers": numbers, "draw": draw, "key": key}
+        return super().draw(self.engines.pop(0), *args, **more)
+
+
+def test_an_evaluation_in_parts_is_that_of_all_at_once(tmp_path, pool):
+    """But for the random keys, which the parts do not share."""
+    texts, stopped = [list(SEVEN[:3]), list(SEVEN[3:6])], [[True] * 3, [False] * 3]
+    engines = [_Engine(texts[i : i + 1], stopped[i : i + 1]) for i in range(2)]
+    drawing, key = _InParts(5, *engines), jax.random.key(3)
+    got = _run(None, tmp_path / "parts", 3, pool, drawing=drawing, key=key)
+    assert got == _run(_Engine(texts, stopped), tmp_path / "whole", 3, pool)
+    assert (tmp_path / "parts").read_text() == (tmp_path / "whole").read_text()
+    (*one, first), (*two, second) = drawing.calls
+    assert one == [[0], 0, True] and two == [[1], 1, True] and first != second
+    assert first == jax.random.key_data(key).tolist()
+    for most, parts in ((0, [[0], [1], [2]]), (7, [[0, 1], [2]]), (9, [[0, 1, 2]])):
+        assert [list(part) for part in _InParts(most).parts(3, 3)] == parts
 
 
 def test_greedy(tmp_path, pool):

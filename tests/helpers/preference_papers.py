@@ -21,7 +21,8 @@ def _pair(o, x):
     means = way == "mean" or (way == "auto" and o["loss"] == "ipo")
     chosen, rejected = (v.mean() if means else v.sum() for v in x)
     d = chosen - rejected
-    right, wrong = -torch.log(_sigmoid(beta * d)), -torch.log(1 - _sigmoid(beta * d))
+    p = _sigmoid(beta * d - o.get("margin", 0.0))
+    right, wrong = -torch.log(p), -torch.log(1 - p)
     return {
         "sigmoid": lambda: (1 - e) * right + e * wrong,
         "robust": lambda: ((1 - e) * right - e * wrong) / (1 - 2 * e),
@@ -53,7 +54,8 @@ def of_pairs(o, *, logp, ref, action, nll=0.0):
         if o["loss"] == "orpo":
             losses.append(_orpo(o, tokens))
         else:
-            fixed = [torch.tensor(np.float64(ref[p, g]))[at[g]] for g in (0, 1)]
+            old = ref if o.get("reference") != "none" else np.zeros_like(ref)
+            fixed = [torch.tensor(np.float64(old[p, g]))[at[g]] for g in (0, 1)]
             losses.append(_pair(o, [new - old for new, old in zip(tokens, fixed)]))
         chosen.append(-tokens[0])
     total = torch.stack(losses).mean() + nll * torch.cat(chosen).mean()

@@ -24,6 +24,8 @@ from grpo_jax.learner.experience import make_prepare
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.learner.train_state import param_shardings, start
 from grpo_jax.learner.update import make_update
+from grpo_jax.models import lora
+from grpo_jax.models.hf import targets
 from grpo_jax.structs import Experience, Sampling
 
 P, C, RATE = 8, 6, 0.5
@@ -180,13 +182,13 @@ def test_packing_changes_no_critic(experience, at_once):
     assert 0 < got[0]["value/clip_share"] < 1
 
 
-def both(mesh, minibatches=1):
+def both(mesh, minibatches=1, model=MODEL):
     scorer = Scorer(tiny.MODEL, mesh, Sampling())
     of_policy = make_update(
         scorer, PolicyLoss(Objective()), optax.sgd(RATE), num_minibatches=minibatches
     )
     of_critic = make_update(
-        dataclasses.replace(scorer, model=MODEL),
+        dataclasses.replace(scorer, model=model),
         ValueLoss(),
         optax.sgd(RATE),
         num_minibatches=minibatches,
@@ -224,6 +226,55 @@ def test_a_critic_warms_up_alone(experience):
     same_bits(state.critic, critic)
     assert (int(state.num_updates), int(state.num_made), int(state.critic.num_made)) == (1, 0, 1)
     assert float(metrics["policy/loss"]) == 0 and float(metrics["value/loss"]) > 0
+
+
+SPEC = targets.Spec(3, 6.0, ranks={"layers.1.mlp.down_proj": 2})
+ADAPTED = dataclasses.replace(MODEL, lora=targets.lora_of(MODEL, SPEC))
+
+
+def learned(model, frozen, trained, experience, mesh):
+    """Metrics and gradients of the critic's update, made beside that of a policy."""
+    put = lambda axes, x: jax.device_put(x, sharding.tree_shardings(mesh, axes, x))  # noqa: E731
+    frozen = frozen and put(lora.frozen_axes(model), frozen)
+    update = dataclasses.replace(both(mesh, model=model), critic_frozen=frozen)
+    own = start(put(lora.trained_axes(model), trained), model, mesh, optax.sgd(RATE))
+    policy = jax.device_put(tiny.params(), param_shardings(tiny.MODEL, mesh))
+    state = actor_critic.together(start(policy, tiny.MODEL, mesh, optax.sgd(RATE)), own)
+    state, metrics = update(state, transfer.shard_rows(mesh, experience), 0)
+    slope = lambda a, b: (np.asarray(a) - b) / RATE  # noqa: E731
+    return metrics, jax.tree.map(slope, trained, jax.device_get(state.critic.params))
+
+
+def test_a_critics_adapters_follow_the_gradients_of_all_weights(experience):
+    """G of a kernel W + s A B gives s G Bᵀ and s Aᵀ G; the head's is its own; and on a mesh."""
+    draws, mesh = np.random.default_rng(2), tiny.one_device()
+    params = tiny.params(0, MODEL)
+    frozen = jax.device_get({n: x for n, x in params.items() if n != "score"})
+    shapes = lora.trained_shapes(ADAPTED)
+    trained = jax.tree.map(lambda x: draws.normal(0, 0.2, x.shape).astype(np.float32), shapes)
+    trained["score"] = jax.device_get(params["score"])
+    merged = jax.device_get(lora.merged(lora.attached(frozen, trained, ADAPTED), jnp.float32))
+    want, whole = learned(MODEL, None, merged, experience, mesh)
+    for where in (mesh, sharding.make_mesh(2, 2, 2)):
+        metrics, got = learned(ADAPTED, frozen, trained, experience, where)
+        for name in ("value/loss", "value/clip_share", "value/mean"):
+            assert float(metrics[name]) == pytest.approx(float(want[name]), rel=1e-5), name
+        largest = np.abs(whole["score"]["kernel"]).max()
+        np.testing.assert_allclose(
+            got["score"]["kernel"], whole["score"]["kernel"], rtol=0, atol=1e-5 * largest
+        )
+        for adapter in ADAPTED.lora.adapters:
+            low, own = (lora.leaf(tree["layers"], adapter.path) for tree in (trained, got))
+            g = np.float64(lora.leaf(whole["layers"], adapter.path)["kernel"])
+            a, b = np.float64(low["lora_a"]), np.float64(low["lora_b"])
+            s = np.zeros((2, 1, a.shape[-1]))
+            for layer, rank in enumerate(adapter.ranks):
+                s[layer, :, :rank] = adapter.scalings[layer]
+            of_a, of_b = s * (g @ b.swapaxes(1, 2)), s.swapaxes(1, 2) * (a.swapaxes(1, 2) @ g)
+            for found, wanted in ((own["lora_a"], of_a), (own["lora_b"], of_b)):
+                largest = np.abs(wanted).max()
+                assert largest > 1e-4
+                np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * largest)
 
 
 def test_a_critic_that_is_not_finite_is_refused_alone(experience):

@@ -188,6 +188,42 @@ def test_supervised_training_has_the_panels_that_it_measures(tmp_path, drawn):
     ]  # fmt: skip
 
 
+def test_preferences_and_reward_models_have_panels_of_their_own(tmp_path, drawn):
+    told = {"loss": 0.6, "reward_accuracy": 0.75, "reward_chosen": 0.2, "reward_margin": 0.3}
+    rows = [{"step": n, **{f"preference/{name}": v for name, v in told.items()}} for n in (1, 2)]
+    rows += [{"step": n, "preference/eval_reward_accuracy": 0.5} for n in (0, 2)]
+    curves.curves(write(tmp_path, rows))
+    assert [ax.get_title(loc="left") for ax in drawn[0].axes] == [
+        "Loss", "Preferences", "Implicit reward",
+    ]  # fmt: skip
+    apart = panel(drawn[0], "Preferences")
+    assert labels(apart) == ["pairs told apart", "held out 50.0 \u2192 50.0%"]
+    np.testing.assert_array_equal(line(apart, "held out").get_xydata(), [[0, 0.5], [2, 0.5]])
+    assert labels(panel(drawn[0], "Implicit reward")) == ["chosen", "margin"]
+
+    told = {"loss": 0.6, "accuracy": 0.75, "margin": 1.0}
+    rows = [{"step": n, **{f"reward_model/{name}": v for name, v in told.items()}} for n in (1, 2)]
+    found = panels.panels(history.read(write(tmp_path, rows)))
+    assert [p.title for p in found] == ["Loss", "Preferences", "Reward"]
+
+
+# --- A dark page ----------------------------------------------------------------------------------
+
+
+def test_a_dark_picture_is_the_same_in_other_colours(tmp_path, drawn):
+    folder = write(tmp_path, [*map(row, range(5)), {"step": 4, "eval/accuracy": 0.75}])
+    curves.curves(folder)
+    report.main([str(folder), "--dark"])
+    assert (tmp_path / "curves_dark.svg").exists()
+    dark, light = ElementTree.parse(tmp_path / "curves_dark.svg"), (tmp_path / "curves.svg")
+    said = lambda tree: [e.text for e in tree.iter() if e.tag.endswith("text")]  # noqa: E731
+    assert said(dark) == said(ElementTree.parse(light))
+    text = (tmp_path / "curves_dark.svg").read_text()
+    assert "#16191e" in text and curves.COLORS[1].lower() in text
+    for color in ("#ffffff", curves.COLORS[0].lower(), curves._INK, curves._PALE, curves._GRID):
+        assert color in light.read_text() and color not in text, color
+
+
 # --- Time -----------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from hf_model import CASES, save_random_model
 
 from grpo_jax import train
 from grpo_jax.config import loading
@@ -110,6 +111,29 @@ def test_a_critic_is_planned():
     more = {n: held["ppo"][n] - held["reinforce_pp"][n] for n in held["ppo"]}
     assert more["weights"] == more["gradients"] == 4 * critic
     assert 8 * critic <= more["optimizer"] < 8 * critic + 64
+
+
+def test_a_critics_adapters_are_planned_beside_the_policys_weights(tmp_path):
+    """One copy of the frozen weights; with another body, its own."""
+    save_random_model(tmp_path / "model", *CASES["llama"])
+    save_random_model(tmp_path / "other", *CASES["llama"])
+    held = {}
+    for preset, path in (("reinforce_pp", ""), ("ppo", ""), ("ppo", "model"), ("ppo", "other")):
+        options = [f"algorithm.preset={preset}", "lora.rank=2", f"model.path={tmp_path / 'model'}"]
+        options += [f"critic.path={tmp_path / path}"] * bool(path)
+        options += ["data.task=arithmetic", "evaluation.num_problems=0"]
+        config = loading.load(TINY, [f"--config.{option}" for option in options])
+        step = Step(config, model_lib.model_shape(config), tiny.one_device(), Lengths.of(config))
+        held[path or preset] = step.held()
+    critic = step.learner.critic.model
+    number = lora.num_trained(critic)
+    for path in ("ppo", "model", "other"):
+        more = {n: held[path][n] - held["reinforce_pp"][n] for n in held[path]}
+        body = dataclasses.replace(critic, lora=None).num_params - critic.width
+        assert more["weights"] == 4 * number + 4 * body * (path == "other")
+        assert more["gradients"] == 4 * number
+        assert 8 * number <= more["optimizer"] < 8 * number + 64
+    assert "init_adapters critic" in {program.name for program in step.programs()}
 
 
 def test_later_turns_are_planned():

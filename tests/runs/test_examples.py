@@ -76,3 +76,10 @@ def test_the_script_is_short_and_is_that_of_the_docs():
     assert len(body.splitlines()) <= 15
     docs = Path(__file__).resolve().parents[2] / "docs" / "python.md"
     assert f"```python\n{body}```" in docs.read_text()
+
+
+def test_the_notebook_of_ones_own_reward_is_short():
+    notebook = next(file for file in FILES if file.name == "own_reward.ipynb")
+    cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
+    lines = [line for cell in cells for line in "".join(cell["source"]).splitlines()]
+    assert len(lines) <= 15

@@ -95,7 +95,9 @@ def test_what_a_program_sees_of_its_run(run):
     ]
     assert {"reward/right", "reward/short"} <= heard[1].metrics.keys()
     assert list(done.metrics.to_pandas()["step"]) == [0, 1, 2, 3, 4]
+    assert done.metrics._repr_html_().startswith("<div>")
     assert done.curves()._repr_png_().startswith(b"\x89PNG")
+    assert done.report() == done.workdir / "report.html"
     assert "finished" in repr(done)
 
 

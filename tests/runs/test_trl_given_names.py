@@ -1,8 +1,9 @@
-"""TRL's SFTConfig and DPOConfig: each argument is known, means what it says, or is refused."""
+"""TRL's configs of given completions: each argument is known, means what it says, or is refused."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 
 import datasets
@@ -12,17 +13,35 @@ from mistakes import make_model
 
 import grpo_jax
 from grpo_jax.config import options
-from grpo_jax.trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-from grpo_jax.trl.given_config import options_of_dpo, options_of_sft
+from grpo_jax.trl import (
+    CPOTrainer,
+    DPOTrainer,
+    KTOTrainer,
+    ORPOTrainer,
+    RewardTrainer,
+    SFTTrainer,
+)
 
 COMPLETED = [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(1, 10)]
 PAIRS = [{"prompt": f"{i}+{i}=", "chosen": str(2 * i), "rejected": "0"} for i in range(1, 10)]
+LABELLED = [row | {"label": i % 2 == 0} for i, row in enumerate(COMPLETED)]
+# A trainer, its section, its function and its rows.
+TRAINERS = {
+    "SFT": (SFTTrainer, "sft", grpo_jax.sft, COMPLETED),
+    "DPO": (DPOTrainer, "preference", grpo_jax.dpo, PAIRS),
+    "KTO": (KTOTrainer, "preference", grpo_jax.dpo, LABELLED),
+    "ORPO": (ORPOTrainer, "preference", grpo_jax.dpo, PAIRS),
+    "CPO": (CPOTrainer, "preference", grpo_jax.dpo, PAIRS),
+    "Reward": (RewardTrainer, "reward_model", grpo_jax.reward_model, PAIRS),
+}
 
 
-@pytest.mark.parametrize("ours", [SFTTrainer, DPOTrainer])
-def test_every_argument_of_trl_is_known(ours):
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_argument_of_trl_is_known(name):
     """Where TRL is installed, as in benchmarks."""
-    trl = pytest.importorskip("trl")
+    where = f"trl.experimental.{name.lower()}" if name in ("ORPO", "CPO") else "trl"
+    pytest.importorskip("trl")
+    trl, ours = importlib.import_module(where), TRAINERS[name][0]
     config = ours.config
     theirs = {f.name: f for f in dataclasses.fields(getattr(trl, config.__name__))}
     assert set(theirs) == set(config.fields)
@@ -35,24 +54,32 @@ def test_every_argument_of_trl_is_known(ours):
     assert set(parameters) <= known
 
 
-def sft(rows=64, held_out=0, devices=1, **arguments):
-    return options_of_sft(SFTConfig(**arguments), rows, held_out, devices)
+def options_by(name: str):
+    trainer = TRAINERS[name][0]
+
+    def of(rows=64, held_out=0, devices=1, **arguments):
+        return trainer._options_of(trainer.config(**arguments), rows, held_out, devices)
+
+    return of
 
 
-def dpo(rows=64, held_out=0, devices=1, **arguments):
-    return options_of_dpo(DPOConfig(**arguments), rows, held_out, devices)
+sft, dpo, kto, orpo, cpo, reward = map(options_by, TRAINERS)
 
 
 def test_defaults_are_those_of_trl():
-    for found, section, rate in ((sft(), "sft", 2e-5), (dpo(), "preference", 1e-6)):
+    rates = {"SFT": 2e-5, "Reward": 1e-4}
+    for name, (_, section, _, _) in TRAINERS.items():
+        found, rate = options_by(name)(), rates.get(name, 1e-6)
         assert set(found) <= set(options.BY_NAME)
         own = {n.split(".")[1]: x for n, x in found.items() if n.startswith(f"{section}.")}
         assert own["batch"] == 8 and own["num_epochs"] == 3.0 and own["num_steps"] == 0
         assert own["learning_rate"] == rate and own["schedule"] == "linear"
-        assert own["max_tokens"] == 1024 and own["too_long"] == "truncate"
+        too_long = "drop" if name == "Reward" else "truncate"
+        assert own["max_tokens"] == 1024 and own["too_long"] == too_long
         assert own["checkpoint_every_steps"] == 500 and own["evaluate_every_steps"] == 0
         assert found["optim.beta2"] == 0.999 and found["model.dtype"] == "bfloat16"
-        assert found["evaluation.num_problems"] == 0 and found["logging.token_metrics"]
+        assert found["evaluation.num_problems"] == 0
+        assert found.get("logging.token_metrics", False) == (name != "Reward")
     assert sft()["sft.loss_on"] == "completion" and sft()["sft.loss"] == "nll"
     assert dpo()["preference.loss"] == "sigmoid" and dpo()["preference.beta"] == 0.1
 
@@ -80,6 +107,25 @@ def test_values_that_become_options():
     both = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}
     assert of_pairs(**both, label_smoothing=0.1) == ["sigmoid", "auto", 0.2, 0.0]
     assert of_pairs(loss_type=["robust"], label_smoothing=0.1)[3] == 0.1
+    labelled = kto(loss_type="apo_zero_unpaired", undesirable_weight=1.3, beta=0.2)
+    assert labelled["preference.loss"] == "apo_zero_unpaired" and labelled["preference.beta"] == 0.2
+    assert labelled["preference.undesirable_weight"] == 1.3 and kto()["preference.loss"] == "kto"
+    assert orpo()["preference.loss"] == "orpo"
+    centred = reward(center_rewards_coefficient=0.01)
+    assert centred["reward_model.centre_coef"] == 0.01 and centred["data.overlong"] == "drop"
+    assert reward()["reward_model.centre_coef"] == 0.0
+
+
+def test_cpo_is_a_loss_without_a_reference():
+    names = "loss", "log_ratio", "margin", "nll_weight", "label_smoothing"
+    of = lambda **given: [cpo(**given)[f"preference.{n}"] for n in names]  # noqa: E731
+    assert cpo()["preference.reference"] == "none"
+    assert of() == ["sigmoid", "auto", 0.0, 1.0, 0.0]
+    assert of(loss_type="hinge", cpo_alpha=0.2, label_smoothing=0.1)[3:] == [0.2, 0.0]
+    assert of(loss_type="ipo")[:2] == ["ipo", "auto"]
+    simpo = {"simpo_gamma": 1.6, "label_smoothing": 0.1}
+    assert of(loss_type="simpo", **simpo) == ["sigmoid", "mean", 1.6, 1.0, 0.1]
+    assert of(loss_type="alphapo", **simpo) == ["sigmoid", "mean", 1.6, 0.0, 0.1]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +142,13 @@ def test_values_that_become_options():
         (dpo, {"loss_type": ["sigmoid", "hinge"]}, "one loss of pairs with a weight of 1"),
         (dpo, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "1 numbers, and loss_type"),
         (dpo, {"sync_ref_model": True}, "sync_ref_model=True"),
+        (kto, {"loss_type": "kto_pair"}, "KTOConfig.loss_type='kto_pair'.*takes 'kto', 'apo_zero_"),
+        (kto, {"train_sampling_strategy": "group_by_length"}, "takes .*='sequential'.*mismatched"),
+        (orpo, {"is_encoder_decoder": True}, "is_encoder_decoder=True.*models are decoders"),
+        (cpo, {"alpha": 0.25}, r"CPOConfig\(alpha=0.25\).*AlphaPO with an alpha of 0"),
+        (cpo, {"loss_type": "kto_pair"}, "takes 'sigmoid', 'hinge', 'ipo', 'simpo', 'alphapo'"),
+        (reward, {"activation_offloading": True}, "reward_model.microbatch"),
+        (reward, {"center_reward_coefficient": 1}, "Did you mean center_rewards_coefficient"),
     ],
 )  # fmt: skip
 def test_what_means_something_else_is_refused(of, arguments, words):
@@ -112,6 +165,11 @@ def test_what_means_something_else_is_refused(of, arguments, words):
         (SFTTrainer, {"nonsense": 1}, "SFTTrainer has no argument nonsense"),
         (DPOTrainer, {"ref_model": object()}, "the reference is the model as training begins"),
         (DPOTrainer, {"train_dataset": None}, "DPOTrainer needs a train_dataset"),
+        (KTOTrainer, {"ref_model": object()}, r"KTOTrainer\(ref_model=...\): the reference is"),
+        (KTOTrainer, {"eval_dataset": iter([])}, "data.streaming of grpo_jax.dpo"),
+        (ORPOTrainer, {"model_init": print}, "folder or hub id of a model as `model`"),
+        (CPOTrainer, {"ref_model": object()}, "CPOTrainer has no argument ref_model"),
+        (RewardTrainer, {"optimizers": (1, 2)}, "AdamW, by the options of RewardConfig"),
     ],
 )
 def test_trainers_that_are_refused(trainer, arguments, words):
@@ -124,9 +182,17 @@ def model(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("trl") / "model")
 
 
-@pytest.mark.parametrize("name", ["SFT", "DPO"])
+# What a run by our names sets beside what all set.
+OWN = {
+    "KTO": {"loss": "kto"},
+    "ORPO": {"loss": "orpo"},
+    "CPO": {"reference": "none", "nll_weight": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", TRAINERS)
 def test_a_run_by_their_names_is_the_run_by_ours(model, tmp_path, one_device, name):
-    trainer, rows = {"SFT": (SFTTrainer, COMPLETED), "DPO": (DPOTrainer, PAIRS)}[name]
+    trainer, section, train, rows = TRAINERS[name]
     theirs = trainer(
         model=str(model),
         args=trainer.config(
@@ -141,18 +207,19 @@ def test_a_run_by_their_names_is_the_run_by_ours(model, tmp_path, one_device, na
         theirs.evaluate()
     run = theirs.train()
     assert theirs.save_model() == tmp_path / "theirs" / "export"
-    section = trainer.metric.partition("/")[0]
+    assert section == trainer.metric.partition("/")[0]
     assert theirs.evaluate()[trainer.metric] == run.metrics[-1][trainer.metric]
-    train = {"SFT": grpo_jax.sft, "DPO": grpo_jax.dpo}[name]
     own = {
         "num_steps": 2, "batch": 3, "learning_rate": 1e-3, "schedule": "linear", "max_tokens": 16,
         "warmup_steps": 0, "weight_decay": 0.0, "evaluate_every_steps": 1,
-        "checkpoint_every_steps": 0, "too_long": "truncate",
+        "checkpoint_every_steps": 0, "too_long": "drop" if name == "Reward" else "truncate",
+        **OWN.get(name, {}),
     }  # fmt: skip
     ours = train(
         model, rows, rows[:4], workdir=tmp_path / "ours", seed=3,
         **{f"{section}.{n}": x for n, x in own.items()}, max_prompt_tokens=16,
-        optim={"beta2": 0.999}, logging={"token_metrics": True, "tensorboard": False},
+        optim={"beta2": 0.999}, overlong="drop" if name == "Reward" else "refuse",
+        logging={"token_metrics": name != "Reward", "tensorboard": False},
     )  # fmt: skip
     assert not state_differences(tmp_path / "theirs", ours.workdir)
     assert not log_differences(tmp_path / "theirs", ours.workdir)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import jax
 import pytest
 import transformers
 from kill_and_resume import log_differences, state_differences
@@ -16,10 +19,11 @@ from plain_rewards import right
 
 import grpo_jax
 from grpo_jax.config import options
-from grpo_jax.trl import GRPOConfig, GRPOTrainer, reference, rewards
+from grpo_jax.trainers.listeners import Step
+from grpo_jax.trl import GRPOConfig, GRPOTrainer, callbacks, reference, rewards, trainer
 from grpo_jax.trl.config import options_of
 from grpo_jax.trl.fields import FIELDS
-from grpo_jax.trl.given_fields import DPO_FIELDS, SFT_FIELDS
+from grpo_jax.trl.given_fields import GIVEN_FIELDS
 from grpo_jax.trl.lora import options_of_peft
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "from_trl.md"
@@ -60,7 +64,7 @@ def test_the_table_names_options_that_exist_and_stands_in_the_docs():
         assert sum(map(bool, kinds)) == 1, name
         assert not field.option or field.option in options.BY_NAME, name
         assert not field.option or hasattr(GRPOConfig(), name)
-    for fields in (SFT_FIELDS, DPO_FIELDS):
+    for fields in GIVEN_FIELDS.values():
         for name, field in fields.items():
             kinds = [field.option, field.counts, field.beside, field.only]
             assert sum(map(bool, kinds)) == 1, name
@@ -252,6 +256,74 @@ def test_a_run_by_their_names_is_the_run_by_ours(model, tmp_path, one_device):
     assert not log_differences(tmp_path / "theirs", ours.workdir)
 
 
+class TrainerCallback:
+    """As in transformers, whose module needs PyTorch."""
+
+    def on_save(self, args, state, control, **more):
+        pass
+
+    def on_log(self, args, state, control, **more):
+        pass
+
+
+class Watches(TrainerCallback):
+    """As in TRL's documentation; it stops the run after two updates."""
+
+    def __init__(self):
+        self.heard = []
+
+    def on_log(self, args, state, control, logs=None, **more):
+        self.heard.append((state.global_step, logs.get("reward"), args.max_steps))
+
+    def on_step_end(self, args, state, control, **more):
+        control.should_training_stop = state.global_step >= 2
+        return control
+
+
+class Saves(Watches):
+    def on_save(self, args, state, control, **more):
+        pass
+
+
+class Counts:
+    """An environment that chooses its task itself, as in TRL's documentation."""
+
+    def reset(self, **row) -> str:
+        self.target = random.randint(1, 1000)
+        return f"{self.target}="
+
+    def get_reward(self) -> float:
+        return 0.0
+
+
+def test_a_hub_id_among_rewards_is_a_reward_model(model):
+    made = GRPOTrainer("m", [right, "math_answer", "o/rm", str(model)], train_dataset=ROWS)
+    assert [f for f, _ in made._rewards] == [
+        right, "math_answer", "model:o/rm", f"model:{model}",
+    ]  # fmt: skip
+
+
+def test_a_trainer_callback_is_called_and_stops_the_run(tmp_path):
+    watches, steps = Watches(), []
+    stop = SimpleNamespace(ask=lambda why: steps.append(why))
+    (call, _) = callbacks.functions_of([watches, print], GRPOConfig(max_steps=8), updates=2)
+    for number in range(3):
+        call(Step(number, {"reward": number / 2, "nan": math.nan}, [], tmp_path, stop))
+        assert len(steps) == number
+    assert watches.heard == [(0, 0.0, 8), (2, 0.5, 8), (4, 1.0, 8)]
+
+
+def test_an_environment_that_owns_the_data_needs_none(model, tmp_path, monkeypatch):
+    """Each prompt of the run is a problem of its own, so that tasks differ."""
+    given = {}
+    monkeypatch.setattr(trainer, "train", lambda *args, **options: given.update(data=args[2]))
+    args = GRPOConfig(str(tmp_path), max_steps=6, per_device_train_batch_size=8, num_generations=4)
+    GRPOTrainer(str(model), args=args, environment_factory=Counts).train()
+    assert given["data"] == [{"prompt": [{"role": "user", "content": ""}]}] * (
+        6 * 2 * len(jax.devices())
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -261,6 +333,15 @@ def test_a_run_by_their_names_is_the_run_by_ours(model, tmp_path, one_device):
         ({"reward_funcs": [right, right]}, "reward_weights has 1 numbers, and reward_funcs 2"),
         ({"optimizers": (object(), None)}, "AdamW, by the options of GRPOConfig"),
         ({"nonsense": 1}, "no argument nonsense"),
+        (
+            {"reward_funcs": SimpleNamespace(forward=print, config=1)},
+            "holds a SimpleNamespace. Give the reward model's folder",
+        ),
+        ({"callbacks": [Watches]}, r"Watches is a class. Give Watches\(\)"),
+        ({"callbacks": [object()]}, "object is no function, and has none of the methods"),
+        ({"callbacks": [Saves()]}, "Saves has on_save, which no run here calls"),
+        ({"train_dataset": None, "environment_factory": Counts}, r"needs GRPOConfig\(max_steps"),
+        ({"train_dataset": None, "environment_factory": {"a": Counts}}, "a train_dataset whose"),
     ],
 )
 def test_trainers_that_are_refused(arguments, words):
@@ -386,7 +467,16 @@ def test_a_lora_config_becomes_options():
     }  # fmt: skip
     given.target_modules = r".*\.q_proj"
     assert options_of_peft(given)["lora.targets"] == (r"(?:.*\.q_proj)",)
+    given.modules_to_save = ["score"]  # TRL's example of a reward model, whose head learns whole
+    assert options_of_peft(given, "RewardTrainer", "scalar")["lora.rank"] == 8
+    with pytest.raises(ValueError, match=r"LoraConfig\(modules_to_save=\['score'\]\)"):
+        options_of_peft(given)
+    given.modules_to_save = None
+    with pytest.raises(ValueError, match=r"RewardTrainer\(peft_config=...\) is a object"):
+        options_of_peft(object(), "RewardTrainer", "scalar")
     given.lora_dropout = 0.05
     with pytest.raises(ValueError, match=r"LoraConfig\(lora_dropout=0.05\)"):
         options_of_peft(given)
     assert options_of_peft(None) == {}
+    given = SimpleNamespace(r=8, lora_alpha=16, target_modules=None)
+    assert options_of_peft(given)["lora.targets"] == ("q_proj", "v_proj")  # as PEFT

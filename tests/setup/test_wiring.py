@@ -739,6 +739,18 @@ def test_supervised_training_is_judged_by_the_held_out_problems(tmp_path):
     assert run.held_out.problems == load_problems(config)[1][:4]
 
 
+def test_supervised_training_holds_no_conversations(capsys):
+    """Nor does it ask for samples of which nothing tells the right ones."""
+    tool = "grpo_jax.environments.tasks.calculator:multiply"
+    for more in ({"environment.tools": (tool,)}, {"environment.classes": ("no.such:Class",)}):
+        options = {"data.task": "arithmetic", "rewards.names": (), "rewards.weights": ()} | more
+        assert sft.held_out_problems(config_of(options), None, None) == (None, [])
+        assert "grpo_jax.evaluate holds them" in capsys.readouterr().out
+    options = {"evaluation.num_samples": 4, "rewards.names": (), "rewards.weights": ()}
+    with pytest.raises(ValueError, match="none of the rewards is known to give 1"):
+        sft.held_out_problems(config_of(options), None, None)
+
+
 def test_what_supervised_training_is_given():
     """Its own rate, warm-up, decay and batch; the run's AdamW else; no cut probabilities."""
     options = {
