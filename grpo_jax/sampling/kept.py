@@ -85,7 +85,7 @@ class Chunks:
         ids = np.zeros((*board.row_SRW.shape, sum(sizes)), np.int32)
         for at, turn in own:
             ids[at][-count[at] :] = turn.ids[-count[at] :]
-            board.begin_SRW[at] = first
+            board.begin_SRW[at] = length[at]
         shift = np.where(board.row_SRW >= 0, column - end, 0).astype(np.int32)
         board.column = column % ring
         flat = lambda x_SRW: x_SRW.reshape(-1, *x_SRW.shape[2:])  # noqa: E731
