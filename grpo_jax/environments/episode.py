@@ -89,7 +89,8 @@ class Episode:
     # and its own tokens
     begins: list[int] = dataclasses.field(default_factory=list)
     rewritten: int = 0  # tokens in which further parts repeat the conversation
-    once: list[int] | None = None  # `said_ids` of an episode with several parts
+    # `said_ids` of an episode with several parts, with their log-probabilities as in `logp`
+    once: tuple[list[int], list[float]] | None = None
     stopped: bool = False  # whether the last turn ended by a stop token
     outcome: str = ""  # "": it goes on
     reward: float | None = None  # of `get_reward`; None: no opinion, or none
@@ -110,7 +111,12 @@ class Episode:
     @property
     def said_ids(self) -> list[int]:
         """The tokens of the conversation as they were drawn and said, each once."""
-        return self.ids if self.once is None else self.once
+        return self.said[0]
+
+    @property
+    def said(self) -> tuple[list[int], list[float]]:
+        """`said_ids`, and the log-probabilities of those that the policy drew; 0 of the others."""
+        return (self.ids, self.logp) if self.once is None else self.once
 
     @property
     def num_context(self) -> int:
@@ -128,10 +134,12 @@ class Episode:
 
     def add(self, ids: Sequence[int], logp: Sequence[float]) -> None:
         """Appends tokens that the policy drew."""
-        self.ids += [int(i) for i in ids]
-        self.logp += [float(x) for x in logp]
-        if self.once is not None:
-            self.once += [int(i) for i in ids]
+        self._append([int(i) for i in ids], [float(x) for x in logp])
+
+    def _append(self, ids: list[int], logp: list[float]) -> None:
+        for known in ((self.ids, self.logp), self.once or ([], [])):
+            known[0].extend(ids)
+            known[1].extend(logp)
 
     @property
     def forked(self) -> bool:
@@ -141,16 +149,17 @@ class Episode:
     def go_on(self, ids: Sequence[int], context: Sequence[int] | None, *, is_held: bool) -> None:
         """Appends what the environment said; with a `context`, begins a part with that instead."""
         if context is not None:
-            self.once = [*self.said_ids, *ids]
+            known_ids, known_logp = self.said
+            self.once = [*known_ids, *ids], [*known_logp, *[0.0] * len(ids)]
             self.begins.append(self.length)
             self.rewritten += len(context)
         more = [int(i) for i in (ids if context is None else context)]
         self.length += len(more)
-        if is_held:
+        if is_held and context is None:
+            self._append(more, [0.0] * len(more))
+        elif is_held:
             self.ids += more
             self.logp += [0.0] * len(more)
-            if context is None and self.once is not None:
-                self.once += more
 
 
 @dataclasses.dataclass(frozen=True)

@@ -280,6 +280,8 @@ def test_each_drawn_token_of_an_episode_with_parts_is_an_action_once(forked):
         assert not rollouts.chosen_PGC[p, g, n:].any()
         assert rollouts.begin_PGC[p, g, : len(begin)].tolist() == begin
         assert episode.said_ids == said  # what rewards and samples see: all once
+        drawn = rollouts.logp_PGC[p, g][rollouts.chosen_PGC[p, g]].tolist()
+        assert [float(x) for x in episode.said[1] if x] == drawn
         parts.append(len(set(begin)) - 1)
         assert told.ends[row][-1] == n
     assert told.parts_B.tolist() == parts and set(parts) == {0, 1, 2}
