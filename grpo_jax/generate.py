@@ -13,10 +13,12 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -25,6 +27,7 @@ from grpo_jax.config import arguments, options, parsers, rules
 from grpo_jax.data.problems import Problem
 from grpo_jax.data.prompts import encode
 from grpo_jax.devices import sharding
+from grpo_jax.environments.episode import Episode
 from grpo_jax.environments.questions import Questions
 from grpo_jax.messages.console import console, one_line, visible
 from grpo_jax.models import policy as policy_lib
@@ -205,6 +208,7 @@ def _environment_options(args: argparse.Namespace) -> ConfigDict:
     """A config with the environments and tools of the arguments."""
     config = ConfigDict(options.default().to_dict())
     config.environment.classes, config.environment.tools = (*args.environment,), (*args.tool,)
+    config.environment.history = args.history
     config.data.max_prompt_tokens, config.seed = sys.maxsize, args.seed
     config.rollout.max_tokens = args.max_tokens
     return config
@@ -226,13 +230,14 @@ def _conversations(
     dialogues = environment_lib.dialogues(
         config, environment, policy, asked.problems, datetime.now()
     )
+    ended: dict[int, list[Episode]] = {}
     with environment_lib.live(config, environment) as world:
         rollouts, told = environment_lib.conversations(config, world, dialogues).draw(
             engine,
             engine.publish(params),
             asked,
             asked.prompt_ids,
-            lambda *finished: None,
+            lambda p, _, episodes: ended.update({p: episodes}),
             group=num_samples,
             key=keys.key_for(seed, "rollout"),
             temperature=temperature,
@@ -242,7 +247,19 @@ def _conversations(
     for row, outcome in enumerate(told.outcomes):
         if outcome != "done":
             note(f"note: conversation {row + 1} ended as {outcome}")
-    return rollouts
+    return _as_said(rollouts, ended) if config.environment.history == "fork" else rollouts
+
+
+def _as_said(rollouts: Rollouts, episodes_P: Mapping[int, list[Episode]]) -> Rollouts:
+    """Conversations with each token once, where their completions repeat some."""
+    said = [e.said for p in sorted(episodes_P) for e in episodes_P[p]]
+    shape, width = rollouts.length_PG.shape, max(len(ids) for ids, _ in said)
+    row = lambda values: [*values, *[0] * (width - len(values))]  # noqa: E731
+    return rollouts.replace(
+        completion_PGC=np.int32([row(ids) for ids, _ in said]).reshape(*shape, width),
+        logp_PGC=np.float32([row(logp) for _, logp in said]).reshape(*shape, width),
+        length_PG=np.int32([len(ids) for ids, _ in said]).reshape(shape),
+    )
 
 
 def _prompts(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -288,6 +305,11 @@ def main(argv: list[str]) -> None:
     problems = [Problem(as_asked(text), {}, where) for text, where in prompts]
     config = _environment_options(args)
     environment = environment_lib.read(config, [], rewarded=False)
+    if environment is None and args.history != "append":
+        raise ValueError(
+            f"--history {args.history} is of conversations with an environment, and there is "
+            "none. Name one by --environment or --tool, or leave --history out."
+        )
     if environment is not None:
         problems = environment.asked(problems, config.environment.tool_timeout_s)
     prompt_ids = [

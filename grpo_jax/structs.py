@@ -224,6 +224,9 @@ class Rollouts:
     chosen_PGC: Array | None = None
     # bool: tokens of demonstrations, not drawn by the policy; their `logp_PGC` is 0; None: none
     given_PGC: Array | None = None
+    # int32: where in the completion the part begins that a token is in. A part is a text of its
+    # own: it sees the prompt and itself, and its positions follow the prompt's. None: there is one
+    begin_PGC: Array | None = None
 
     @property
     def num_trained_PG(self) -> Array:  # noqa: N802

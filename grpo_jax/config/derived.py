@@ -116,3 +116,8 @@ def learns_from_equal_rewards(config: ConfigDict) -> bool:
 def has_environment(config: ConfigDict) -> bool:
     """Whether completions are conversations with an environment or with tools."""
     return bool(config.environment.classes or config.environment.tools)
+
+
+def forks(config: ConfigDict) -> bool:
+    """Whether an episode may have several parts, each a text of its own."""
+    return has_environment(config) and config.environment.history == "fork"

@@ -44,6 +44,12 @@ ENVIRONMENT = (
                "eager": "an episode goes on as soon as its turn is answered: the device idles "
                         "less, and the order, so also rounding, depends on the clock"},
            "When episodes go on"),
+    choice("environment.history", "append", {
+               "append": "from the tokens as they were sampled",
+               "fork": "from what the template writes now, as a further part of the episode, whose "
+                       "parts have one advantage and count as one completion"},
+           "What an episode goes on from where the chat template rewrites its earlier turns, as "
+           "one does that drops their thinking"),
     flag("environment.turn_rewards", False,
          "Advantages of turns, by the rewards from each turn on, in place of one for the episode"),
 )

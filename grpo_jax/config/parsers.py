@@ -36,6 +36,8 @@ def generate() -> argparse.ArgumentParser:
         help="talk to this environment, tools included")  # fmt: skip
     add("--tool", action="append", default=[], metavar="MODULE:FUNCTION",
         help="a function that the model may call; may be repeated")  # fmt: skip
+    add("--history", choices=("append", "fork"), default="append",
+        help="of a conversation with an environment, as environment.history")  # fmt: skip
     add("--max-tokens", type=int, default=256, metavar="N", help="of a completion; default 256")
     add(
         "--temperature", type=float, default=0.0, metavar="T", help="default 0: the likeliest token"

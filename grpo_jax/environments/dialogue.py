@@ -15,6 +15,7 @@ from grpo_jax.data.templates import Renderer, TemplateError
 from grpo_jax.environments import frames, proof
 from grpo_jax.environments.frames import Frames, Message
 from grpo_jax.environments.observations import Observations
+from grpo_jax.environments.rewriting import Rewriting
 from grpo_jax.environments.spelling import Spelling
 from grpo_jax.environments.tool_calls import Reader
 from grpo_jax.environments.turns import Call, Turn
@@ -24,7 +25,7 @@ class Dialogue:
     """The turns of one tokenizer, one list of tools and one set of template arguments.
 
     `prove` makes it. `notes`: sentences for the user, such as that the template rewrites earlier
-    thinking, which here stays.
+    thinking. `rewriting`: what it writes then, if episodes go on from that.
     """
 
     def __init__(
@@ -36,9 +37,11 @@ class Dialogue:
         observation_tokens: int,
         allow_control_tokens: bool,
         notes: Sequence[str] = (),
+        rewriting: Rewriting | None = None,
     ):
         self._frames, self._reader, self._close = made, reader, list(close)
         self._observations = Observations(made.spelling, observation_tokens)
+        self.rewriting = rewriting
         self._allow_control = allow_control_tokens
         self.notes = tuple(notes)
 
@@ -79,7 +82,7 @@ class Dialogue:
         tools included; None: those of this dialogue.
         """
         given = [None] * len(prompts) if arguments is None else arguments
-        found = self._frames.starts([_with_slot(prompt) for prompt in prompts], given)
+        found = self._frames.starts([frames.with_slot(prompt) for prompt in prompts], given)
         slot, spelling = frames.slot(0), self._frames.spelling
         return [
             frame.ids(
@@ -95,13 +98,6 @@ class Dialogue:
         return [call.id if isinstance(call, Call) else "" for call in self.parse(turn_ids).calls]
 
 
-def _with_slot(prompt: Sequence[Message]) -> list[Message]:
-    *before, last = prompt or [{"role": "user", "content": ""}]
-    if last["role"] != "user":
-        return [*prompt, {"role": "user", "content": frames.slot(0)}]
-    return [*before, last | {"content": f"{last['content'] or ''}{frames.slot(0)}"}]
-
-
 def prove(
     tokenizer: Any,
     tools: Sequence[dict[str, Any]],
@@ -114,6 +110,7 @@ def prove(
     now: datetime | None = None,
     allow_control_tokens: bool = False,
     spelling: Spelling | None = None,
+    forks: bool = False,
 ) -> Dialogue:
     """The Dialogue of a tokenizer's chat template, proven to hold for made conversations.
 
@@ -121,13 +118,14 @@ def prove(
     messages costs one rendering. `stop_ids`: the tokens that end a turn. `replies`: the environment
     may answer turns without calls, as a user; without tools it always does. `arguments`: of the
     template. `now`: the time that it sees. `allow_control_tokens`: what an environment says is
-    encoded with its control tokens. `spelling`: one for several dialogues of a tokenizer.
+    encoded with its control tokens. `spelling`: one for several dialogues of a tokenizer. `forks`:
+    episodes go on from what the template writes where it rewrites earlier turns.
 
     What is proven: the template prints tools, calls and results; it ends turns with a stop token;
     its calls are in a format that can be read; and ids appended turn by turn equal the ids of one
     rendering of the whole, for a call, two calls, a turn cut by a limit, and a user's answer.
-    Raises ValueError with both texts where they differ, unless only earlier thinking does: then the
-    conversation keeps what was sampled, and a note says so.
+    Raises ValueError with both texts where they differ, unless only earlier thinking does: then a
+    note says so, and that the conversation keeps what was sampled, unless it `forks`.
     """
     made = Frames(
         tokenizer,
@@ -143,7 +141,12 @@ def prove(
         how = (made, found.reader, found.close)
         # What the made environment of a proof says is short, and not to be cut.
         unlimited = Dialogue(*how, observation_tokens=proof.TOKENS, allow_control_tokens=False)
-        notes = proof.compare(made, unlimited, found)
+        notes, rewriting = proof.compare(made, unlimited, found), None
+        if forks and proof.KEPT in notes:
+            limited = Observations(made.spelling, observation_tokens)
+            rewriting = Rewriting(made, limited, allow_control=allow_control_tokens)
+            rewriting.learn(unlimited, found)
+            notes = [proof.FORKED if note == proof.KEPT else note for note in notes]
     except TemplateError as error:
         raise ValueError(proof.refused(error)) from error
     return Dialogue(
@@ -151,4 +154,5 @@ def prove(
         observation_tokens=observation_tokens,
         allow_control_tokens=allow_control_tokens,
         notes=notes,
+        rewriting=rewriting,
     )

@@ -88,9 +88,13 @@ class Conversations(OneTurn):
     seed: int  # of the run
     max_prompt_tokens: int
     most_at_once: int  # episodes of an evaluation, each of which has a process
+    forks: bool = False  # where the template rewrites earlier turns
 
     def __exit__(self, *error: object) -> None:
         self.world.close()
+        for dialogue in self.dialogues.values() if self.forks else ():
+            if dialogue.rewriting is not None:
+                dialogue.rewriting.close()
 
     def parts(self, num_prompts: int, group: int) -> list[range]:
         """As `OneTurn.parts`."""
@@ -110,6 +114,7 @@ class Conversations(OneTurn):
                 self._seed_of(number, held_out),
                 self._dialogue(problem),
                 functools.partial(self._begun, problem),
+                problem.arguments,
             )
             for problem, number in zip(questions.problems, numbers, strict=True)
         ]
@@ -127,7 +132,8 @@ class Conversations(OneTurn):
             temperature=temperature,
             rollout_seeds=own.tolist(),
             eager=self.eager,
-            on_group=lambda p, ended: add(p, [e.ids for e in ended], ended),
+            forks=self.forks,
+            on_group=lambda p, ended: add(p, [e.said_ids for e in ended], ended),
             meanwhile=meanwhile,
             on_harvest=on_harvest,
         )

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from grpo_jax.environments.live import INVALID, Answer
+from grpo_jax.environments.rewriting import Rewriting
 from grpo_jax.environments.turns import Turn
 from grpo_jax.rewards import worker
 
@@ -25,6 +26,9 @@ class Dialogue(Protocol):
     def follow(
         self, turn_ids: Sequence[int], stopped: bool, messages: list[dict[str, Any]]
     ) -> list[int]: ...
+
+    @property
+    def rewriting(self) -> Rewriting | None: ...  # only read where episodes fork
 
 
 class World(Protocol):
@@ -69,12 +73,24 @@ class Episode:
     columns: dict[str, Any]
     messages: list[dict[str, Any]]
     first: int = 0  # messages of the prompt
+    tail: int = 0  # tokens at the prompt's end that only the first part has
+    begun: str = ""  # what the reset said
+    # Turns of the policy, each with what the environment said then
+    steps: list[tuple[dict[str, Any], list[dict[str, Any]]]] = dataclasses.field(
+        default_factory=list
+    )
     ids: list[int] = dataclasses.field(default_factory=list)
     logp: list[float] = dataclasses.field(default_factory=list)
     length: int = 0
     turn: list[int] = dataclasses.field(default_factory=list)  # the policy's last one
     # Of the policy's turns, in tokens of the completion: first, and one past the last
     spans: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    # Where further parts begin, in tokens of the completion. A part is the prompt without its tail,
+    # and its own tokens
+    begins: list[int] = dataclasses.field(default_factory=list)
+    rewritten: int = 0  # tokens in which further parts repeat the conversation
+    # `said_ids` of an episode with several parts, with their log-probabilities as in `logp`
+    once: tuple[list[int], list[float]] | None = None
     stopped: bool = False  # whether the last turn ended by a stop token
     outcome: str = ""  # "": it goes on
     reward: float | None = None  # of `get_reward`; None: no opinion, or none
@@ -92,10 +108,58 @@ class Episode:
         """The messages after the prompt."""
         return self.messages[self.first :]
 
-    def add(self, ids: Sequence[int], logp: Sequence[float] | None) -> None:
-        """Appends tokens, with log-probabilities where the policy drew them."""
-        self.ids += [int(i) for i in ids]
-        self.logp += [0.0] * len(ids) if logp is None else [float(x) for x in logp]
+    @property
+    def said_ids(self) -> list[int]:
+        """The tokens of the conversation as they were drawn and said, each once."""
+        return self.said[0]
+
+    @property
+    def said(self) -> tuple[list[int], list[float]]:
+        """`said_ids`, and the log-probabilities of those that the policy drew; 0 of the others."""
+        return (self.ids, self.logp) if self.once is None else self.once
+
+    @property
+    def num_context(self) -> int:
+        """Tokens that the next turn follows, the prompt's included."""
+        if not self.begins:
+            return len(self.prompt) + self.length
+        return len(self.prompt) - self.tail + self.length - self.begins[-1]
+
+    @property
+    def context(self) -> list[int]:
+        """The tokens that the next turn follows."""
+        if not self.begins:
+            return self.prompt + self.ids
+        return self.prompt[: len(self.prompt) - self.tail] + self.ids[self.begins[-1] :]
+
+    def add(self, ids: Sequence[int], logp: Sequence[float]) -> None:
+        """Appends tokens that the policy drew."""
+        self._append([int(i) for i in ids], [float(x) for x in logp])
+
+    def _append(self, ids: list[int], logp: list[float]) -> None:
+        for known in ((self.ids, self.logp), self.once or ([], [])):
+            known[0].extend(ids)
+            known[1].extend(logp)
+
+    @property
+    def forked(self) -> bool:
+        """Whether the next turn is the first of a further part."""
+        return bool(self.begins) and self.begins[-1] >= self.spans[-1][1]
+
+    def go_on(self, ids: Sequence[int], context: Sequence[int] | None, *, is_held: bool) -> None:
+        """Appends what the environment said; with a `context`, begins a part with that instead."""
+        if context is not None:
+            known_ids, known_logp = self.said
+            self.once = [*known_ids, *ids], [*known_logp, *[0.0] * len(ids)]
+            self.begins.append(self.length)
+            self.rewritten += len(context)
+        more = [int(i) for i in (ids if context is None else context)]
+        self.length += len(more)
+        if is_held and context is None:
+            self._append(more, [0.0] * len(more))
+        elif is_held:
+            self.ids += more
+            self.logp += [0.0] * len(more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +179,9 @@ class Told:
     turn_rewards: list[list[float]]  # of its turns; those of the last ones may lack
     live: int  # processes of environments
     restarts: int  # of them so far in the run, since one was lost
+    # int64: further parts, and their tokens that repeat the conversation; None: no episode forks
+    parts_B: np.ndarray | None = None
+    rewritten_B: np.ndarray | None = None
 
     @property
     def invalid_B(self) -> np.ndarray:  # noqa: N802
@@ -137,6 +204,9 @@ class Told:
             "environment/processes": self.live,
             "environment/restarts": self.restarts,
         }
+        if self.parts_B is not None:
+            values["environment/forks"] = self.parts_B.mean()
+            values["environment/rewritten_tokens"] = self.rewritten_B.mean()
         if calls:
             values["environment/valid_calls"] = 1 - sum(self.failures.values()) / calls
         for outcome in OUTCOMES:
@@ -162,6 +232,7 @@ def joined(told: Sequence[Told]) -> Told:
         *([x for part in told for x in getattr(part, n)] for n in ("ends", "turn_rewards")),
         told[-1].live,
         told[-1].restarts,
+        *(() if told[0].parts_B is None else map(together, ("parts_B", "rewritten_B"))),
     )
 
 
@@ -175,3 +246,4 @@ class Start:
     dialogue: Dialogue
     # Token ids of a prompt with the text of `reset`; None: that of the problem as it is
     with_text: Callable[[str], list[int]]
+    arguments: dict[str, Any] | None = None  # of the template; None: those of the dialogue

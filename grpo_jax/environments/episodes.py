@@ -21,6 +21,7 @@ import numpy as np
 
 from grpo_jax.environments.episode import LATE, Episode, Limits, Start, Told, World
 from grpo_jax.environments.live import INVALID, Answer
+from grpo_jax.environments.rewriting import Spoken
 from grpo_jax.hosts import processes
 from grpo_jax.sampling import layouts
 from grpo_jax.sampling.board import NO_MORE, Drawn, Turn
@@ -47,6 +48,7 @@ def sample(
     temperature: float,
     rollout_seeds: Sequence[int],
     eager: bool = False,
+    forks: bool = False,
     on_group: OnGroup,
     meanwhile: Callable[[], None] | None = None,
     on_harvest: Callable[[], None] = lambda: None,
@@ -55,13 +57,14 @@ def sample(
 
     As `Engine.generate`, whose arguments these are otherwise. `rollout_seeds`: one for each row.
     `eager`: episodes go on once they are answered, and not when all are; of several processes, all
-    are waited for in any case. `on_group` is called once for each prompt when all its episodes have
-    their rewards, on the process that owns it. Raises ValueError if environments of one group begin
-    with different texts.
+    are waited for in any case. `forks`: where the template rewrites earlier turns, an episode goes
+    on in what it writes, as a further part of its completion. `on_group` is called once for each
+    prompt when all its episodes have their rewards, on the process that owns it. Raises ValueError
+    if environments of one group begin with different texts.
     """
     eager = eager and processes.count() == 1
     one = _Sampling(engine, params, world, starts, limits, group, key, temperature, on_harvest)
-    one.kept = None if eager else Kept()
+    one.kept, one.forks = None if eager else Kept(), forks
     one.on_group = on_group
     one.begin(prompt_ids, rollout_seeds)
     one.hand_over(one.first_turns(meanwhile))
@@ -77,6 +80,7 @@ class _Sampling:
 
     on_group: OnGroup
     kept: Kept | None
+    forks: bool
 
     def __init__(self, engine, params, world, starts, limits, group, key, temperature, on_harvest):
         self.engine, self.params, self.world = engine, params, world
@@ -88,7 +92,8 @@ class _Sampling:
         self.acting: set[int] = set()  # own rows whose environment has not answered yet
         self.ending: set[int] = set()  # own rows without their rewards yet
         self.ready: list[int] = []  # rows that go on, on this process's count
-        self.news: list[tuple[int, list[int], str]] = []  # own rows answered since the exchange
+        # Own rows answered since the exchange: what was said, the outcome, and a part's context
+        self.news: list[tuple[int, list[int], str, list[int] | None]] = []
         self.width = 0  # of the turns that are drawn now
         self.idle_s, self.read_again, self.drawn = 0.0, 0, 0
         self.open_P = np.full(len(starts), group)  # episodes of a prompt that are not closed
@@ -102,7 +107,9 @@ class _Sampling:
             given = start.prompt
             told = [{"role": "user", "content": given}] if isinstance(given, str) else [*given]
             prompt = list(prompt_ids[row // self.group])
-            self.episodes.append(Episode(row, prompt, start.columns, told, len(told)))
+            rewriting = start.dialogue.rewriting if self.forks else None
+            tail = rewriting.tail if rewriting else 0
+            self.episodes.append(Episode(row, prompt, start.columns, told, len(told), tail))
             if self.own_P[row // self.group]:
                 columns = start.columns | {"prompt": start.prompt}
                 self.world.reset(row, columns, start.seed, rollout_seeds[row])
@@ -135,7 +142,7 @@ class _Sampling:
         for p, text in (pair for pairs in everyones for pair in pairs):
             ids = self.starts[p].with_text(text)
             for episode in self.episodes[p * self.group : (p + 1) * self.group]:
-                episode.prompt = ids
+                episode.prompt, episode.begun = ids, text
                 last = dict(episode.messages[-1])
                 episode.messages[-1] = last | {"content": f"{last.get('content') or ''}{text}"}
 
@@ -154,7 +161,7 @@ class _Sampling:
             self.group,
             self.key_B2,
             self.temperature,
-            limit=self._limit(self.episodes[0]),
+            limit=min(map(self._limit, self.episodes)),
             kept=self.kept,
             meanwhile=meanwhile,
         )
@@ -162,7 +169,10 @@ class _Sampling:
     def later_turns(self, eager: bool) -> Iterable[Drawn]:
         """The next turns of the episodes that are answered, and with `eager` of those that will."""
         rows = [*self.ready, *self.acting] if eager else self.ready
-        longest = max(self._tokens(row) for row in rows)
+        longest = max(self.episodes[row].num_context for row in rows)
+        if any(self.episodes[row].forked for row in rows) and self.kept is not None:
+            # Lanes hold what was rewritten. Those that read the new contexts are kept again.
+            self.kept = Kept(again=True) if self.kept.holds(rows) else None
         # Eagerly with room for another turn: an episode that comes back must fit.
         self.width = layouts.turn_width(longest * (5 if eager else 4) // 4)
         turns, self.ready = self._turns(self.ready), []
@@ -180,15 +190,18 @@ class _Sampling:
         )
 
     def _limit(self, episode: Episode) -> int:
-        return min(self.limits.turn_tokens, self.limits.tokens - episode.length)
+        return min(self.limits.turn_tokens, self._room(episode) - episode.length)
+
+    def _room(self, episode: Episode) -> int:
+        """The limit of an episode's own tokens."""
+        return self.limits.tokens - episode.tail
 
     def _turns(self, rows: Sequence[int]) -> list[Turn]:
         """The next turns of some episodes; of those held elsewhere, the shape alone."""
         turns = []
         for row in rows:
             e = self.episodes[row]
-            ids = e.prompt + e.ids if self.held_P[row // self.group] else [0] * e.length
-            ids = ids if self.held_P[row // self.group] else e.prompt + ids
+            ids = e.context if self.held_P[row // self.group] else [0] * e.num_context
             turns.append(Turn([row], ids, e.length, self._limit(e)))
         if self.kept is None or not self.kept.holds(rows):
             self.read_again += sum(len(turn.ids) for turn in turns)
@@ -230,12 +243,7 @@ class _Sampling:
         return list(zip(shards.tolist(), turns))
 
     def _fits(self, row: int) -> bool:
-        return self._tokens(row) <= self.width
-
-    def _tokens(self, row: int) -> int:
-        """Tokens of an episode, its prompt included."""
-        episode = self.episodes[row]
-        return len(episode.prompt) + episode.length
+        return self.episodes[row].num_context <= self.width
 
     # --- The environments ---
 
@@ -253,13 +261,13 @@ class _Sampling:
             self.ready.sort()
             return bool(self.ready)
         everyones = processes.gather(self.news, "the environments' answers")
-        own, self.news, self.ready = {row for row, _, _ in self.news}, [], []
-        for row, ids, outcome in sorted(news for told in everyones for news in told):
+        own, self.news, self.ready = {row for row, *_ in self.news}, [], []
+        everyones = [news for told in everyones for news in told]
+        for row, ids, outcome, context in sorted(everyones, key=lambda news: news[0]):
             episode = self.episodes[row]
             if row not in own:
-                episode.outcome, episode.length = outcome, episode.length + len(ids)
-                if self.held_P[row // self.group]:
-                    episode.add(ids, None)
+                episode.outcome = outcome
+                episode.go_on(ids, context, is_held=self.held_P[row // self.group])
             if not episode.outcome:
                 self.ready.append(row)
         return bool(self.ready)
@@ -271,7 +279,8 @@ class _Sampling:
             return
         turn = self.starts[episode.row // self.group].dialogue.parse(episode.turn)
         episode.messages.append(turn.message)
-        if not episode.stopped and episode.length >= self.limits.tokens:
+        episode.steps.append((turn.message, []))
+        if not episode.stopped and episode.length >= self._room(episode):
             self._end(episode, "tokens")
             return
         self.acting.add(episode.row)
@@ -284,6 +293,7 @@ class _Sampling:
 
     def _hear(self, timeout_s: float = _WAIT_S) -> None:
         """Takes the answers that have come, after waiting for at least one up to the time."""
+        going: list[tuple[Episode, list[int]]] = []
         for answer in self._answers(timeout_s):
             episode = self.episodes[answer.row]
             episode.seconds += answer.seconds
@@ -299,28 +309,55 @@ class _Sampling:
             elif answer.messages is None:
                 self._end(episode, "done" if episode.stopped else "tokens")
             else:
-                self._go_on(episode, answer.messages)
+                going += self._answered(episode, answer.messages)
+        for (episode, ids), context in zip(going, self._contexts(going)):
+            self._go_on(episode, ids, context)
 
-    def _go_on(self, episode: Episode, messages: list[dict[str, Any]]) -> None:
+    def _answered(
+        self, episode: Episode, messages: list[dict[str, Any]]
+    ) -> list[tuple[Episode, list[int]]]:
+        """Takes an answer: the episode and the tokens that follow; [] if it has had its turns."""
         episode.messages += messages
+        episode.steps[-1][1].extend(messages)
         if len(episode.spans) >= self.limits.turns:
             self._end(episode, "turns")
-            return
+            return []
         dialogue = self.starts[episode.row // self.group].dialogue
-        ids = dialogue.follow(episode.turn, episode.stopped, messages)
-        if episode.length + len(ids) >= self.limits.tokens:
+        return [(episode, dialogue.follow(episode.turn, episode.stopped, messages))]
+
+    def _contexts(self, going: list[tuple[Episode, list[int]]]) -> list[list[int] | None]:
+        """What episodes go on from, after the prompt, if it is not what stands."""
+        found: list[list[int] | None] = [None] * len(going)
+        if not self.forks:
+            return found
+        of_rewriting = collections.defaultdict(list)
+        for n, (episode, _) in enumerate(going):
+            of_rewriting[self.starts[episode.row // self.group].dialogue.rewriting].append(n)
+        of_rewriting.pop(None, None)
+        for rewriting, numbers in of_rewriting.items():
+            spoken = [self._spoken(*going[n]) for n in numbers]
+            for n, context in zip(numbers, rewriting.contexts(spoken)):
+                found[n] = context
+        return found
+
+    def _spoken(self, episode: Episode, ids: list[int]) -> Spoken:
+        start, own = self.starts[episode.row // self.group], episode.context + ids
+        said = start.prompt, episode.begun, start.arguments, episode.prompt
+        return Spoken(*said, episode.steps, own)
+
+    def _go_on(self, episode: Episode, ids: list[int], context: list[int] | None) -> None:
+        if episode.length + len(ids if context is None else context) >= self._room(episode):
             self._end(episode, "tokens")  # what would not fit is not said
             return
-        episode.add(ids, None)
-        episode.length += len(ids)
+        episode.go_on(ids, context, is_held=True)
         episode.observed += len(ids)
         self.ready.append(episode.row)
-        self.news.append((episode.row, ids, ""))
+        self.news.append((episode.row, ids, "", context))
 
     def _end(self, episode: Episode, outcome: str) -> None:
         """Ends an episode; asks for its rewards, unless its environment is at fault."""
         episode.outcome = outcome
-        self.news.append((episode.row, [], outcome))
+        self.news.append((episode.row, [], outcome, None))
         if outcome in INVALID:
             self._close(episode)
             return
@@ -328,7 +365,7 @@ class _Sampling:
         prompt = self.starts[episode.row // self.group].prompt
         if not isinstance(prompt, str):
             prompt = episode.messages[: episode.first]
-        self.world.finish(episode.row, episode.replies, episode.columns, episode.ids, prompt)
+        self.world.finish(episode.row, episode.replies, episode.columns, episode.said_ids, prompt)
 
     def _rewarded(self, episode: Episode, answer: Answer) -> None:
         """Takes an episode's rewards. One that the policy made end is worth 0 if it has none."""
@@ -354,13 +391,16 @@ class _Sampling:
     def rollouts(self, outcomes: Sequence[str]) -> Rollouts:
         limit, rows = self.limits.tokens, len(self.episodes)
         completion_BC, logp_BC = np.zeros((rows, limit), np.int32), np.zeros((rows, limit))
-        chosen_BC = np.zeros((rows, limit), bool)
+        chosen_BC, begin_BC = np.zeros((rows, limit), bool), np.zeros((rows, limit), np.int32)
         for e in self.episodes:
-            n = len(e.ids)
-            completion_BC[e.row, :n], logp_BC[e.row, :n] = e.ids, e.logp
-            for first, past in e.spans:  # known to all processes
-                chosen_BC[e.row, first:past] = True
-        prompts = [episode.prompt for episode in self.episodes[:: self.group]]
+            own = slice(e.tail, e.tail + len(e.ids))
+            completion_BC[e.row, : e.tail] = e.prompt[len(e.prompt) - e.tail :]
+            completion_BC[e.row, own], logp_BC[e.row, own] = e.ids, e.logp
+            for first, past in e.spans:  # known to all processes, as the parts are
+                chosen_BC[e.row, e.tail + first : e.tail + past] = True
+            for begin in e.begins:
+                begin_BC[e.row, e.tail + begin :] = e.tail + begin
+        prompts = [e.prompt[: len(e.prompt) - e.tail] for e in self.episodes[:: self.group]]
         width = self.engine.padded(max(map(len, prompts)))
         prompt_PQ, prompt_length_P = pad_rows(prompts, width)
         by_group = lambda x_B: np.asarray(x_B).reshape(len(prompts), self.group, *x_B.shape[1:])  # noqa: E731
@@ -369,16 +409,18 @@ class _Sampling:
             prompt_length_P=prompt_length_P,
             completion_PGC=by_group(completion_BC),
             logp_PGC=by_group(logp_BC.astype(np.float32)),
-            length_PG=by_group(np.array([e.length for e in self.episodes], np.int32)),
+            length_PG=by_group(np.array([e.tail + e.length for e in self.episodes], np.int32)),
             stopped_PG=by_group(np.array([outcome == "done" for outcome in outcomes])),
             chosen_PGC=by_group(chosen_BC),
+            begin_PGC=by_group(begin_BC) if self.forks else None,
         )
 
     def told(self) -> Told:
         own = [
             (
                 *(e.row, e.outcome, len(e.spans), e.calls, e.observed, e.seconds, e.failures),
-                *([past for _, past in e.spans], e.turn_rewards),
+                *([e.tail + past for _, past in e.spans], e.turn_rewards),
+                *(len(e.begins), e.rewritten),
             )
             for e in self.episodes
             if self.own_P[e.row // self.group]
@@ -387,7 +429,7 @@ class _Sampling:
         everyones = processes.gather((own, of_world), "the episodes")
         rows = sorted(row for rows, _ in everyones for row in rows)
         idle_s, live, restarts = zip(*(told for _, told in everyones))
-        _, outcomes, turns, calls, observed, seconds, failures, ends, rewards = zip(*rows)
+        _, outcomes, turns, calls, observed, seconds, failures, ends, rewards, *parts = zip(*rows)
         return Told(
             list(outcomes),
             np.array(turns),
@@ -402,4 +444,5 @@ class _Sampling:
             list(rewards),
             sum(live),
             sum(restarts),
+            *(map(np.array, parts) if self.forks else ()),
         )

@@ -66,11 +66,12 @@ class _Words:
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """A text with slots, after a control token or at the start (`after` is None)."""
+    """A text with slots, after a control token, or after other text, or at the start."""
 
     text: str
-    after: int | None
+    after: int | None  # None: no control token
     pieces: tuple[int | tuple[int, ...] | _Words, ...]
+    is_start: bool  # nothing stands before it
 
     def ids(
         self, values: dict[str, str], spelling: Spelling, *, allow_control: bool = False
@@ -89,7 +90,7 @@ class Frame:
                 text = _filled(piece.text, values)
                 text = text.lstrip() if piece.strip_left else text
                 text = text.rstrip() if piece.strip_right else text
-                ids += spelling.plain(text, is_start=self.after is None and number == 0)
+                ids += spelling.plain(text, is_start=self.is_start and number == 0)
         return ids
 
 
@@ -97,8 +98,12 @@ def _filled(text: str, values: dict[str, str]) -> str:
     return _SLOT.sub(lambda found: values.get(found[0], found[0]), text)
 
 
-def make_frame(text: str, after: int | None, spelling: Spelling) -> Frame:
-    """A text with slots, cut at its control tokens; those without slots are encoded at once."""
+def make_frame(text: str, after: int | None, spelling: Spelling, *, is_start: bool = True) -> Frame:
+    """A text with slots, cut at its control tokens; those without slots are encoded at once.
+
+    `is_start`: nothing stands before it, if it follows no control token.
+    """
+    is_start &= after is None
     cut = spelling.pieces((spelling.control[after] if after is not None else "") + text)
     if after is not None:
         assert cut[0] == (after, True), "a control token is one piece"
@@ -115,9 +120,8 @@ def make_frame(text: str, after: int | None, spelling: Spelling) -> Frame:
             swallows_right = right is not None and spelling.strips(right)[0]
             pieces.append(_Words(piece, swallows_left, swallows_right))
         else:
-            is_start = number == 0
-            pieces.append(tuple(spelling.plain(piece, is_start=is_start)))
-    return Frame(text, after, tuple(pieces[after is not None :]))
+            pieces.append(tuple(spelling.plain(piece, is_start=is_start and number == 0)))
+    return Frame(text, after, tuple(pieces[after is not None :]), is_start)
 
 
 class Frames:
@@ -143,6 +147,10 @@ class Frames:
         self._frames: dict[tuple[str, ...], Frame] = {}
         self._starts: dict[str, Frame] = {}
         self._written: dict[str, str] = {}  # by role, a name of WRITTEN
+
+    def close(self) -> None:
+        """Ends the renderer's process; it starts again if it is needed."""
+        self._renderer.close()
 
     def render(
         self,
@@ -288,16 +296,24 @@ def calling(calls: Sequence[tuple[str, dict[str, Any]]], **fields: Any) -> Messa
     } | fields
 
 
+def with_slot(prompt: Sequence[Message]) -> list[Message]:
+    """A prompt with a slot at the end of its last message, if that is the user's; else after it."""
+    *before, last = prompt or asking("")
+    if last["role"] != "user":
+        return [*prompt, *asking(slot(0))]
+    return [*before, last | {"content": f"{last['content'] or ''}{slot(0)}"}]
+
+
 def values_of(
-    messages: Sequence[Message], contents: Sequence[str], ids: Sequence[str]
+    messages: Sequence[Message], contents: Sequence[str], ids: Sequence[str], *, first: int = 0
 ) -> dict[str, str]:
     """What comes in the slots of a group: contents as they are written, names of tools and calls.
 
-    `ids`: the names that the model gave its calls, or "".
+    `ids`: the names that the model gave its calls, or "". `first`: the number of the first slot.
     """
-    values = {slot(i): text for i, text in enumerate(contents)}
+    values = {slot(first + i): text for i, text in enumerate(contents)}
     for i, message in enumerate(messages):
         given = str(message.get("tool_call_id") or (ids[i] if i < len(ids) else ""))
-        values[call_id(i)] = given if _CALL_ID.fullmatch(given) else f"call{i:05}"
-        values[tool_name(i)] = str(message.get("name") or "unknown")
+        values[call_id(first + i)] = given if _CALL_ID.fullmatch(given) else f"call{i:05}"
+        values[tool_name(first + i)] = str(message.get("name") or "unknown")
     return values

@@ -20,6 +20,7 @@ class PlainDialogue:
     """As `dialogue.Dialogue`, for prompts that are plain text."""
 
     notes: tuple[str, ...] = ()
+    rewriting: None = None
 
     def __init__(
         self,

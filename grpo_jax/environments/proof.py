@@ -25,6 +25,14 @@ _TOOL = "zqtoolqz"
 _SHOWN = 300  # characters of each text in a message
 _THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
+# Notes on a template that rewrites thinking.
+_REWRITES = "The chat template rewrites the thinking of earlier turns; "
+KEPT = (
+    f"{_REWRITES}here conversations keep what was sampled. With environment.history = "
+    '"fork" they go on from what the template writes.'
+)
+FORKED = f"{_REWRITES}there an episode goes on in what it writes, as a further part."
+
 
 @dataclasses.dataclass(frozen=True)
 class Found:
@@ -98,11 +106,7 @@ def compare(made: Frames, dialogue: Any, found: Found) -> list[str]:
         grown, text = made.spelling.text(ids), made.spelling.text(whole)
         if _THINKING.sub("", grown) != _THINKING.sub("", text):
             raise ValueError(_differs(label, grown, text, ids, whole))
-        note = (
-            "The chat template rewrites the thinking of earlier turns; here conversations keep "
-            "what was sampled."
-        )
-        notes += [note] if note not in notes else []
+        notes += [KEPT] if KEPT not in notes else []
     return notes
 
 

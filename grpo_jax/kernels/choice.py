@@ -29,14 +29,19 @@ from grpo_jax.kernels.tpu_paged import RaggedPagedDecode
 from grpo_jax.structs import ModelConfig
 
 
-def choose(option: str, model: ModelConfig, mesh: Mesh, dtype: Any) -> AttentionKernels:
+def choose(
+    option: str, model: ModelConfig, mesh: Mesh, dtype: Any, *, in_parts: bool = False
+) -> AttentionKernels:
     """The kernels that `config.model.attention` names, for activations of `dtype`.
 
     "auto" takes cuDNN's kernel on GPUs where it is available. It does not yet for models with
     windows, whose results were not compared on a GPU. On CPUs it takes `RowBlocks`. See
-    `tpu_splash.choose` too. Raises ValueError if the named kernel cannot be used.
+    `tpu_splash.choose` too. `in_parts`: completions may have several (`Rollouts.begin_PGC`), which
+    cuDNN's kernel cannot tell apart. Raises ValueError if the named kernel cannot be used.
     """
     reason = gpu_cudnn.why_unavailable(model, mesh, dtype)
+    if in_parts and not reason:
+        reason = 'it takes a completion as one text, and environment.history = "fork" makes several'
     if option == "cudnn" and reason:
         raise ValueError(f'model.attention = "cudnn": {reason}. Set it to "auto" or "xla".')
     if option == "cudnn" or (option == "auto" and not (reason or model.has_windows)):

@@ -329,7 +329,7 @@ def _make_advantages(
         advantage_PG = advantages_lib.advantages(
             options,
             reward,
-            length_PG=rollouts.length_PG,
+            length_PG=rollouts.num_trained_PG,
             greedy=greedy,
             action_PGC=action_PGC,
             log_probs=log_probs,

@@ -128,7 +128,7 @@ class Scorer:
         Without a layout: by completion, [P * G, C, D].
         """
         prompts = rollouts.prompt_PQ, rollouts.prompt_length_P
-        inputs = PackedInputs.of(*prompts, rollouts.completion_PGC, layout)
+        inputs = PackedInputs.of(*prompts, rollouts.completion_PGC, layout, rollouts.begin_PGC)
         hidden = transformer.completion_states(
             params,
             self.model,

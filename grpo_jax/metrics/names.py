@@ -134,6 +134,12 @@ METRICS: dict[str, Metric] = {
     "environment/read_again": Metric(
         "", "tokens of prefixes that were computed again for later turns, for each token drawn"
     ),
+    "environment/forks": Metric(
+        "parts", "parts of an episode after its first, which a rewritten history makes, mean"
+    ),
+    "environment/rewritten_tokens": Metric(
+        "tokens", "tokens in which these parts repeat the conversation, of an episode, mean"
+    ),
     "environment/processes": Metric("processes", "live processes of environments"),
     "environment/restarts": Metric("processes", "those that were lost and replaced, in the run"),
     "environment/ended/NAME": Metric(

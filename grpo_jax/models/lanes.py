@@ -82,9 +82,10 @@ class PackedInputs:
     prompt_tokens: int  # Q: padded; 0: no prompts, first tokens are not predicted
     group: int  # G
     lanes: Lanes | None  # None: the rows have none, and attention reads `seen`
-    segment_PWT: Array | None  # int32: equal for tokens of one completion; 0: none
-    position_PWT: Array | None  # int32: in the completion
+    segment_PWT: Array | None  # int32: equal for tokens of one part of a completion; 0: none
+    position_PWT: Array | None  # int32: in the part
     token_BX: Array  # int32: as in `Layout`
+    position_BX: Array  # int32: in the part, of the token that an entry reads
     completion_tokens: int  # C
 
     @staticmethod
@@ -93,10 +94,12 @@ class PackedInputs:
         prompt_length_P: Array,
         completion_PGC: Array,
         layout: Layout | None = None,
+        begin_PGC: Array | None = None,
     ) -> PackedInputs:
         """Packs right-padded prompts and completions by a layout; None: the identity layout.
 
-        All rows have equally many prompts, in order.
+        All rows have equally many prompts, in order. `begin_PGC`: as in `Rollouts`. The token
+        before a part seems to predict the part's first one, which is never an action.
         """
         num_prompts, group, tokens = completion_PGC.shape
         token_BX, lane_PWT = layout or identity_layout(num_prompts, group, tokens)
@@ -108,7 +111,10 @@ class PackedInputs:
         length_BX = jnp.take_along_axis(
             by_row(prompt_length_P), read_BX // (group * tokens), axis=1
         )
-        position_BX = read_BX % tokens
+        position_BX, text_BX = read_BX % tokens, read_BX // tokens + 1
+        if begin_PGC is not None:
+            position_BX -= jnp.take_along_axis(by_row(begin_PGC), read_BX, axis=1)
+            text_BX = read_BX - position_BX + 1  # a part is known by its first token
         position_PQ = jnp.broadcast_to(jnp.arange(prompt_PQ.shape[1]), prompt_PQ.shape)
         return PackedInputs(
             ids_BT=jnp.concatenate([by_row(prompt_PQ), input_BX], axis=1),
@@ -117,9 +123,10 @@ class PackedInputs:
             prompt_tokens=prompt_PQ.shape[1],
             group=group,
             lanes=lanes,
-            segment_PWT=lanes and lanes.spread(read_BX // tokens + 1),
+            segment_PWT=lanes and lanes.spread(text_BX),
             position_PWT=lanes and lanes.spread(position_BX),
             token_BX=token_BX,
+            position_BX=position_BX,
             completion_tokens=tokens,
         )
 
@@ -130,7 +137,7 @@ class PackedInputs:
         at_X = at_T[tokens - self.num_entries :]
         read_BX = jnp.maximum(self.token_BX - 1, 0)
         there_BX = self.token_BX >= 0
-        begin_BX = jnp.where(there_BX, at_X[None] - read_BX % self.completion_tokens, at_X[None])
+        begin_BX = jnp.where(there_BX, at_X[None] - self.position_BX, at_X[None])
         in_prompts = tokens - self.num_entries
         at_prompts = at_T[:in_prompts] // max(self.prompt_tokens, 1) * self.prompt_tokens
         begin = jnp.broadcast_to(at_prompts, (rows, in_prompts)), begin_BX

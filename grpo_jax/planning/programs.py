@@ -369,7 +369,8 @@ class Step:
         longest = self.lengths.prompt + self.config.rollout.max_tokens
         where = drawing.engine, drawing.published, drawing.prompts, drawing.group
         asked = *where, self.lengths.prompt, longest, drawing.temperature
-        for call in sampling_programs.later_turns(*asked, keeps=self._keeps):
+        how = {"keeps": self._keeps, "forks": derived.forks(self.config)}
+        for call in sampling_programs.later_turns(*asked, **how):
             beside = *learning, drawing.published
             found.append(Program.of(call, "rollout", beside, "later ", runs=0))
         return found

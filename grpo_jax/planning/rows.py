@@ -62,6 +62,9 @@ class Rows:
         if method is not None and method.given:
             chosen = flags if method.given == "completion" else None
             rollouts = rollouts.replace(given_PGC=flags, chosen_PGC=chosen)
+        if derived.forks(config):
+            begin_PGC = self.of((*length_PG.shape, tokens), jnp.int32)
+            rollouts = rollouts.replace(chosen_PGC=flags, begin_PGC=begin_PGC)
         return Experience(
             rollouts=rollouts,
             advantage=floats if critic or teaches else alike,

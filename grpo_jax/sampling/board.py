@@ -68,12 +68,13 @@ class Board:
     owner_SRW: np.ndarray  # the completion that the lane decodes or has decoded, or -1
     begin_SRW: np.ndarray  # of its turn, the position of the first token among the lane's own
     last_SRW: np.ndarray  # the position of the last token, once the turn has ended
+    base_SRW: np.ndarray  # position in the completion of the lane's first own token
     column: int = 0  # of the ring, at which the turns of all lanes began
 
     @staticmethod
     def empty(shards: int, slots: int, lanes: int) -> Board:
         shape = shards, slots, lanes
-        return Board(*(np.full(shape, fill) for fill in (-1, -1, 0, 0)))
+        return Board(*(np.full(shape, fill) for fill in (-1, -1, 0, 0, 0)))
 
     @property
     def row_RW(self) -> np.ndarray:  # noqa: N802
@@ -115,7 +116,7 @@ class Board:
             first_SAW[s, a], limit_SAW[s, a] = turn.first, turn.limit
             self.row_SRW[s, free[s][a], : len(rows)] = rows
             self.owner_SRW[s, free[s][a]] = self.row_SRW[s, free[s][a]]
-            self.begin_SRW[s, free[s][a]] = 0
+            self.begin_SRW[s, free[s][a]], self.base_SRW[s, free[s][a]] = 0, turn.first
         fields = prompt_SAQ, length_SA, slot_SA, key_SAW2, used_SAW, first_SAW, limit_SAW
         return tuple(x.reshape(-1, *x.shape[2:]) for x in fields)
 
@@ -143,7 +144,7 @@ class Board:
                 for start in range(0, len(alive), lanes):
                     part = alive[start : start + lanes]
                     slot_SR[s, at], lane_SRW[s, at, : len(part)] = old, part
-                    for name in ("row_SRW", "owner_SRW", "begin_SRW", "last_SRW"):
+                    for name in ("row_SRW", "owner_SRW", "begin_SRW", "last_SRW", "base_SRW"):
                         of_old = getattr(self, name)[s, old, part]
                         getattr(new, name)[s, at, : len(part)] = of_old
                     at += 1

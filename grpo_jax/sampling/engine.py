@@ -9,8 +9,7 @@ With several processes, each one feeds the slots of its own devices and reads th
 devices tell all processes which slots are free and how long completions are. Every decision follows
 from these data, so processes decide alike without communication.
 
-Beside the axes of `structs.py`, S are shards of the slots here, and A prompts on their way into
-slots.
+Beside the axes of `structs.py`, S are shards of the slots here, A prompts on their way into them.
 """
 
 from __future__ import annotations
@@ -65,8 +64,7 @@ class Engine:
         self.compact = compact
         self.num_read = num_read
         self.shards = sharding.num_slot_shards(decoder.mesh) * decoder.parts
-        # (slots, lanes, prompt tokens) of a shard that were used: each is compiled once.
-        self.shapes: set[tuple[int, int, int]] = set()
+        self.shapes: set[tuple[int, int, int]] = set()  # used: slots, lanes, tokens of prompts
         by_shard = functools.partial(by_shard_lib.by_slot_shard, decoder.mesh)
         with_decoder = lambda f: functools.partial(  # noqa: E731
             compiling.exact(decoder.dtype, f), decoder
@@ -215,7 +213,7 @@ class Engine:
         `num_prompts` and `group` are those of `first_turns`, whose slots bound those used here.
         `width`: tokens of the longest prefix, from `layouts.turn_width`. `source` gives further
         turns of at most that length, `expected` of them at once with those in `turns`. If `kept`
-        holds these completions, only what is new is computed.
+        holds these completions, only what is new is computed; else it may take the slots.
         """
         if kept is not None and kept.holds([turn.rows[0] for turn in turns]):
             yield from self._gone_on(params, turns, kept, key_B2, temperature)
@@ -226,7 +224,9 @@ class Engine:
         needed = max(*map(len, queues), -(-(len(turns) + expected) // self.shards))
         first = self.layouts(num_prompts, group)[0]
         layouts = layouts_lib.of_turns(first, needed, compact=self.compact)
-        yield from self._drawn(params, queues, layouts, width, key_B2, temperature, source=source)
+        kept = kept if kept is not None and kept.again and needed <= layouts[0][0] else None
+        how = params, queues, layouts, width, key_B2, temperature
+        yield from self._drawn(*how, source=source, kept=kept)
 
     def _gone_on(
         self, params, turns: Sequence[Turn], kept: Kept, key_B2, temperature: float

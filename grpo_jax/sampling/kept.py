@@ -20,9 +20,13 @@ _SIZES = (4, 6, 10, 16, 24, 40, 64)
 
 
 class Kept:
-    """Slots in which turns have ended, while their environments answer; at first there are none."""
+    """Slots in which turns have ended, while their environments answer; at first there are none.
 
-    def __init__(self) -> None:
+    `again`: it takes those of later turns, too, if they are read with all their tokens.
+    """
+
+    def __init__(self, *, again: bool = False) -> None:
+        self.again = again
         self.width = 0  # of the prompts
         # While a turn's last lanes are decoded in smaller slots: all of them, and where those came
         # from, as `decode.put_back` takes it.
@@ -71,8 +75,9 @@ class Chunks:
         own = [(tuple(at), by_row[int(board.row_SRW[tuple(at)])]) for at in busy]
         length, count, limit, end = np.zeros((4, *board.row_SRW.shape), np.int32)
         for at, turn in own:
-            length[at], limit[at] = turn.first, turn.first + turn.limit
-            count[at] = turn.first - board.last_SRW[at]
+            first = turn.first - board.base_SRW[at]
+            length[at], limit[at] = first, first + turn.limit
+            count[at] = first - board.last_SRW[at]
             drawn = board.last_SRW[at] - board.begin_SRW[at]
             end[at] = board.column + drawn + count[at]
         column = int(end.max())
@@ -80,7 +85,7 @@ class Chunks:
         ids = np.zeros((*board.row_SRW.shape, sum(sizes)), np.int32)
         for at, turn in own:
             ids[at][-count[at] :] = turn.ids[-count[at] :]
-            board.begin_SRW[at] = turn.first
+            board.begin_SRW[at] = length[at]
         shift = np.where(board.row_SRW >= 0, column - end, 0).astype(np.int32)
         board.column = column % ring
         flat = lambda x_SRW: x_SRW.reshape(-1, *x_SRW.shape[2:])  # noqa: E731

@@ -53,18 +53,37 @@ def later_turns(
     temperature: float,
     *,
     keeps: bool,
+    forks: bool = False,
 ) -> list[Call]:
     """The programs of `Engine.later_turns` of all completions at once.
 
     `longest`: tokens of the longest prefix, of which `prompt_tokens` are the prompt's. Fewer or
-    shorter turns are the same programs for smaller shapes. `keeps`: as in `first_turns`.
+    shorter turns are the same programs for smaller shapes. `keeps`: as in `first_turns`. `forks`:
+    completions may go on from other prefixes than they have.
     """
-    first, *_ = layouts = engine.layouts(num_prompts, group)
-    if not (keeps and _holds_all(engine, num_prompts, group)):
-        layouts = layouts_lib.of_turns(first, first[0] * first[1], compact=engine.compact)
-        width = layouts_lib.turn_width(longest)
-        return _of_layouts(engine, params, layouts, width, temperature, False)
-    slots = Call(engine.empty, (*first, engine.padded(prompt_tokens))).result()
+    layouts = engine.layouts(num_prompts, group)
+    keeps = keeps and _holds_all(engine, num_prompts, group)
+    calls = _in_lanes(engine, params, layouts, engine.padded(prompt_tokens), temperature)
+    if keeps and not forks:
+        return calls
+    first, width = layouts[0], layouts_lib.turn_width(longest)
+    layouts = layouts_lib.of_turns(first, first[0] * first[1], compact=engine.compact)
+    again = _of_layouts(engine, params, layouts, width, temperature, keeps)
+    if not keeps:
+        return again
+    return [*calls, *again, *_in_lanes(engine, params, layouts, width, temperature)]
+
+
+def _in_lanes(
+    engine: Engine,
+    params: Params,
+    layouts: list[layouts_lib.Layout],
+    width: int,
+    temperature: float,
+) -> list[Call]:
+    """The programs of turns that go on in the slots of earlier ones, with prompts of `width`."""
+    first = layouts[0]
+    slots = Call(engine.empty, (*first, width)).result()
     lanes = first[0] * engine.shards, first[1]
     size = kept.sizes_for(engine.decoder.max_tokens)[-1]
     number = _slot_rows(engine, lanes, np.int32)

@@ -127,7 +127,9 @@ def dialogues(
         "spelling": spelling,
     }
     found: dict[str | None, Dialogue] = {}
-    with Renderer() as renderer:
+    forks = config.environment.history == "fork"
+    renderer = Renderer()
+    with nullcontext() if forks else renderer:  # where episodes fork, it renders during the run
         for name, kind in environment.contract.kinds.items():
             if not is_chat:
                 found[name] = PlainDialogue(policy.tokenizer, kind.schemas, **how)
@@ -139,6 +141,7 @@ def dialogues(
                 replies=kind.responds,
                 arguments=arguments,
                 now=now,
+                forks=forks,
                 **how,
             )
     for note in dict.fromkeys(note for dialogue in found.values() for note in dialogue.notes):
@@ -172,6 +175,7 @@ def conversations(
         config.seed,
         config.data.max_prompt_tokens,
         config.batch.prompts * config.batch.group,  # as many as a step has
+        asked.history == "fork",
     )
 
 

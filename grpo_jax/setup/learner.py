@@ -89,7 +89,9 @@ def make_scorer(
         dtype,
         remat=fit.remat if config.model.remat == "auto" else config.model.remat,
         scan_layers=in_a_loop,
-        kernels=choice.choose(config.model.attention, model, mesh, dtype),
+        kernels=choice.choose(
+            config.model.attention, model, mesh, dtype, in_parts=derived.forks(config)
+        ),
     )
 
 

@@ -33,6 +33,8 @@ from grpo_jax.trainers.runs import Run
 from grpo_jax.trainers.step_metrics import StepLog
 
 _MAX_COLUMN_CHARS = 400  # of a problem's column, shown with a sample
+# What rollouts have for each token, if they have it
+_BY_TOKEN = "completion_PGC", "logp_PGC", "chosen_PGC", "given_PGC", "begin_PGC"
 
 
 def sample(
@@ -115,8 +117,7 @@ def of_groups(run: Run, drawn: list[Rollouts], chosen_P: np.ndarray) -> Rollouts
     padded = [np.pad(x.prompt_PQ, ((0, 0), (0, width - x.prompt_PQ.shape[1]))) for x in drawn]
     pick = lambda xs: np.concatenate(xs)[chosen_P]  # noqa: E731
     length_P = pick([x.prompt_length_P for x in drawn])
-    names = "completion_PGC", "logp_PGC", "chosen_PGC", "given_PGC"
-    has = [name for name in names if getattr(drawn[0], name) is not None]
+    has = [name for name in _BY_TOKEN if getattr(drawn[0], name) is not None]
     by_token = transfer.select_rows(
         run.mesh, [tuple(getattr(x, name) for name in has) for x in drawn], chosen_P
     )
@@ -194,8 +195,7 @@ def cut_length(completions: Rollouts) -> int:
 def cut(completions: Rollouts) -> Rollouts:
     """The completions, on the host, cut to about the longest."""
     longest = cut_length(completions)
-    names = "completion_PGC", "logp_PGC", "chosen_PGC", "given_PGC"
-    by_token = {name: getattr(completions, name) for name in names}
+    by_token = {name: getattr(completions, name) for name in _BY_TOKEN}
     shorter = {name: x[..., :longest] for name, x in by_token.items() if x is not None}
     return completions.replace(**shorter)
 

@@ -95,7 +95,10 @@ def params():
     return tiny.params()
 
 
-def sample(params, world, *, num_slots=0, mesh=None, limits=LIMITS, fails=None, **options):
+def sample(
+    params, world, *, num_slots=0, mesh=None, limits=LIMITS, fails=None, dialogue=Dialogue,
+    prompts=PROMPTS, **options,
+):  # fmt: skip
     decoder = Decoder(tiny.MODEL, mesh or tiny.one_device(), Sampling(), STOPS, LIMIT)
     engine = made_once.engine(decoder, num_slots=num_slots)
     prompt = [{"role": "user", "content": "?"}]
@@ -104,10 +107,10 @@ def sample(params, world, *, num_slots=0, mesh=None, limits=LIMITS, fails=None, 
             prompt,
             {"n": p} | ({"fails": fails} if fails is not None else {}),
             100 + p,
-            Dialogue,
+            dialogue,
             None,
         )
-        for p in range(len(PROMPTS))
+        for p in range(len(prompts))
     ]
     ended = {}
     rollouts, told = episodes.sample(
@@ -115,12 +118,12 @@ def sample(params, world, *, num_slots=0, mesh=None, limits=LIMITS, fails=None, 
         engine.publish(params),
         world,
         starts,
-        PROMPTS,
+        prompts,
         limits,
         group=GROUP,
         key=KEY,
         temperature=1.0,
-        rollout_seeds=range(len(PROMPTS) * GROUP),
+        rollout_seeds=range(len(prompts) * GROUP),
         on_group=lambda p, found: ended.update({p: found}),
         **options,
     )
@@ -225,3 +228,111 @@ def test_what_is_told(whole):
     assert values["environment/seconds_max"] == 0.5 * told.turns_B[told.seconds_B.argmax()]
     assert sum(v for n, v in values.items() if "/ended/" in n) == 1
     assert values["environment/restarts"] == 3 and values["environment/read_again"] == 0
+
+
+# --- Histories that are rewritten ---
+
+FORKED = [[13, *prompt] for prompt in PROMPTS]  # whose last token is of the first part alone
+
+
+class Forking(Dialogue):
+    """What stands is rewritten where its last token is even: a third of it is left."""
+
+    def __init__(self, tail=0, changes=True, once=False):
+        self.rewriting, self.tail, self.changes, self.once = self, tail, changes, once
+
+    def contexts(self, spoken):
+        once = [self.once and len(one.steps) > 1 for one in spoken]
+        return [
+            None if no else self.context(one.prompt_ids, one.ids) for one, no in zip(spoken, once)
+        ]
+
+    def context(self, prompt, ids):
+        return [9, *ids[len(prompt) :: 3]] if self.changes and ids[-1] % 2 == 0 else None
+
+
+@pytest.fixture(scope="module")
+def forked(params):
+    return sample(params, World(), dialogue=Forking(tail=1), prompts=FORKED, forks=True)
+
+
+def test_each_drawn_token_of_an_episode_with_parts_is_an_action_once(forked):
+    rollouts, told, ended = forked
+    made, parts = Forking(tail=1), []
+    for row, (p, g) in enumerate(np.ndindex(len(FORKED), GROUP)):
+        episode, ids, context = ended[p][g], FORKED[p][-1:], list(FORKED[p])
+        chosen, begin, said = [False], [0], []
+        for number, (message, group) in enumerate(episode.steps):
+            turn = [int(i) for i in message["content"][1:-1].split(", ")]
+            ids, context, said = ids + turn, context + turn, said + turn
+            if number + 1 < len(episode.steps):  # what follows was said, and another turn
+                more = made.follow(turn, turn[-1] in STOPS, group)
+                again, said = made.context(FORKED[p], context + more), said + more
+                context = context + more if again is None else FORKED[p][:-1] + again
+                begin += begin[-1:] * len(turn)
+                begin += [len(ids) if again else begin[-1]] * len(again or more)
+                chosen += [True] * len(turn) + [False] * len(again or more)
+                ids += again or more
+        chosen += [True] * (len(ids) - len(chosen))
+        n = len(ids)
+        assert rollouts.completion_PGC[p, g, :n].tolist() == ids and rollouts.length_PG[p, g] == n
+        assert rollouts.chosen_PGC[p, g, :n].tolist() == chosen
+        assert not rollouts.chosen_PGC[p, g, n:].any()
+        assert rollouts.begin_PGC[p, g, : len(begin)].tolist() == begin
+        assert episode.said_ids == said  # what rewards and samples see: all once
+        drawn = rollouts.logp_PGC[p, g][rollouts.chosen_PGC[p, g]].tolist()
+        assert [float(x) for x in episode.said[1] if x] == drawn
+        parts.append(len(set(begin)) - 1)
+        assert told.ends[row][-1] == n
+    assert told.parts_B.tolist() == parts and set(parts) == {0, 1, 2}
+    assert told.metrics()["environment/forks"] == np.mean(parts)
+    assert rollouts.prompt_length_P.tolist() == [len(prompt) - 1 for prompt in FORKED]
+
+
+def test_the_scorer_reads_each_part_as_a_text_of_its_own(forked, params):
+    scorer = Scorer(tiny.MODEL, tiny.one_device(), Sampling())
+    prepare = make_prepare(scorer, AdvantageOptions(), mask_truncated=False, with_old=True)
+
+    def gap(rollouts):
+        logp = np.asarray(prepare.log_probs(params, None, rollouts).old_logp_PGC)
+        return np.abs(logp - rollouts.logp_PGC)[rollouts.chosen_PGC].max()
+
+    assert gap(forked[0]) < 1e-4
+    assert gap(forked[0].replace(begin_PGC=np.zeros_like(forked[0].begin_PGC))) > 0.1
+
+
+@pytest.mark.parametrize("case", ["mesh", "eager slots"])
+def test_neither_slots_nor_mesh_nor_order_change_a_draw_of_a_part(forked, params, case):
+    mesh = sharding.make_mesh(2, 1, 1, 2, devices=jax.devices()[:4]) if case == "mesh" else None
+    eager = case != "mesh"
+    world = World(late=lambda row: row % 3) if eager else World()
+    how = {"mesh": mesh, "num_slots": 8 * eager, "eager": eager}
+    got, _, _ = sample(params, world, dialogue=Forking(tail=1), prompts=FORKED, forks=True, **how)
+    for name in ("completion_PGC", "chosen_PGC", "begin_PGC", "length_PG", "stopped_PG"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(forked[0], name), name)
+    np.testing.assert_allclose(got.logp_PGC, forked[0].logp_PGC, atol=1e-5)
+
+
+def test_turns_go_on_in_the_lanes_that_read_a_new_context(params):
+    """Only at the second turns episodes are read again; eagerly they are at each."""
+    how = {"dialogue": Forking(tail=1, once=True), "prompts": FORKED, "forks": True}
+    got, told, ended = sample(params, World(), **how)
+    want, told_eager, _ = sample(params, World(), **how, eager=True)
+    np.testing.assert_array_equal(got.completion_PGC, want.completion_PGC)
+    np.testing.assert_allclose(got.logp_PGC, want.logp_PGC, atol=1e-5)
+    second = [e for group in ended.values() for e in group if len(e.spans) > 1]
+    read = [
+        e.spans[1][0] + (len(e.prompt) - 1 - e.begins[0] if e.begins else len(e.prompt))
+        for e in second
+    ]
+    assert told.parts_B.any() and any(len(e.spans) > 2 and e.begins for e in second)
+    assert told.read_again == sum(read)
+    assert told_eager.read_again > told.read_again
+
+
+def test_where_nothing_is_rewritten_all_is_as_without_parts(whole, params):
+    got, told, _ = sample(params, World(), dialogue=Forking(changes=False), forks=True)
+    for name in ("completion_PGC", "logp_PGC", "chosen_PGC", "length_PG", "stopped_PG"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(whole[0], name), name)
+    assert not got.begin_PGC.any() and not told.parts_B.any() and told.read_again == 0
+    assert whole[0].begin_PGC is None and "environment/forks" not in whole[1].metrics()
