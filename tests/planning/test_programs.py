@@ -79,17 +79,16 @@ def test_a_run_compiles_what_its_plan_lists(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_with_a_critic_compiles_what_its_plan_lists(tmp_path, monkeypatch):
-    """On one device."""
-    first = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *backend: first)
+def test_a_run_with_a_critic_compiles_what_its_plan_lists(tmp_path):
     options = ["algorithm.preset=ppo", "loop.num_steps=1", "critic.first_steps=1"]
-    options.append("batch.prompts=8")
+    options += ["batch.prompts=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
     overrides = [f"--config.{option}" for option in (*options, "compile_cache=False")]
     with compiled() as names:
         train.main(["--config", TINY, "--workdir", str(tmp_path), *overrides])
     config = loading.load(TINY, overrides)
-    step = Step(config, model_lib.model_shape(config), tiny.one_device(), Lengths.of(config))
+    step = Step(
+        config, model_lib.model_shape(config), sharding.make_mesh(2, 2, 2), Lengths.of(config)
+    )
     alone = {"gradient", "optimizer_step"}  # of the critic, in a step of it alone
     assert names - OF_JAX == listed(step) and alone < names
 
