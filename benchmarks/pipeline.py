@@ -226,6 +226,7 @@ def evaluated(first: Path, judge: Any, paths: list[str], seed: int) -> list[dict
 
     from grpo_jax import generate, keys
     from grpo_jax.algorithm.advantages import AdvantageOptions
+    from grpo_jax.data.problems import Problem
     from grpo_jax.devices import sharding, transfer
     from grpo_jax.learner.experience import make_prepare
     from grpo_jax.learner.scoring import Scorer
@@ -236,7 +237,8 @@ def evaluated(first: Path, judge: Any, paths: list[str], seed: int) -> list[dict
     mesh, (_, prompts) = sharding.make_mesh(), beginnings(seed)
     policy, sampling, number = read_policy(str(first)), Sampling(), 8
     reference = load_params(policy, mesh, 0, jnp.float32)
-    ids = [generate.encode_prompt(policy, prompt, TOKENS, "a beginning") for prompt in prompts]
+    problems = [Problem(prompt, {}, "a beginning") for prompt in prompts]
+    ids = [generate.encode_prompt(policy, problem, TOKENS) for problem in problems]
     engine = generate.engine_of(policy, mesh, sampling, TOKENS, jnp.float32)
     scorer = Scorer(policy.model, mesh, sampling, jnp.float32)
     options = AdvantageOptions(scale_by="none")

@@ -185,15 +185,7 @@ def _rendered(config: ConfigDict, rewards, problems: list[Problem]) -> list[str]
 def _show(
     args, rewards, problems: list[Problem], texts: list[str], scores: Scores, found: dict
 ) -> None:
-    table = Table(title=f"Rewards of {found['rows']:,} rows", title_justify="left")
-    numbers = ("mean", "std", "min", "median", "max")
-    for heading in ("reward", *numbers, "gives 1", "failed", "none", "s/1k"):
-        table.add_column(heading, justify="left" if heading == "reward" else "right")
-    for name, of in found["rewards"].items():
-        values = ("-" if of[key] is None else f"{of[key]:.4g}" for key in numbers)
-        counts = (f"{of[key]:,}" for key in ("ones", "failed", "none"))
-        table.add_row(name, *values, *counts, f"{of['seconds_per_1000']:.3g}")
-    console.console.print(table)
+    console.console.print(_table(found))
     _show_relations(found)
     order = np.argsort(np.nan_to_num(scores.reward_B, nan=-np.inf), kind="stable")
     low = order[: -(-args.samples // 2)]
@@ -217,13 +209,36 @@ def _show(
     say(f"{found['rows_per_second']:,.0f} rows per second")
 
 
+def _table(found: dict) -> Table:
+    """The rewards' figures; names and numbers stay whole, and counts of 0 everywhere are left out.
+
+    On a narrow terminal only the longest names break, over several lines.
+    """
+    table = Table(title=f"Rewards of {found['rows']:,} rows", title_justify="left")
+    numbers = ("mean", "std", "min", "median", "max")
+    counts = {"gives 1": "ones", "failed": "failed", "none": "none"}
+    rewards = found["rewards"]
+    for heading in ("failed", "none"):
+        if not any(of[heading] for of in rewards.values()):
+            del counts[heading]
+    table.add_column("reward", overflow="fold", min_width=min(10, max(map(len, rewards))))
+    for heading in (*numbers, *counts, "s/1k"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, of in rewards.items():
+        values = ("-" if of[key] is None else f"{of[key]:.4g}" for key in numbers)
+        counted = (f"{of[key]:,}" for key in counts.values())
+        table.add_row(name, *values, *counted, f"{of['seconds_per_1000']:.3g}")
+    return table
+
+
 def _show_relations(found: dict) -> None:
     """Correlations of the rewards with each other and with length, what they logged, agreement."""
     names = list(found["correlations"])
     if len(names) > 2:
         table = Table(title="Correlations", title_justify="left")
-        for name in ("", *names):
-            table.add_column(name, justify="left" if not name else "right")
+        table.add_column("", overflow="fold", min_width=min(20, max(map(len, names))))
+        for name in names:
+            table.add_column(name, justify="right", overflow="fold")
         for one in names:
             row = found["correlations"][one].values()
             table.add_row(one, *("-" if v is None else f"{v:.2f}" for v in row))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import jax
 import pytest
+from mistakes import refusal
 
 import grpo_jax
 from grpo_jax import cli
-from grpo_jax.config import options
+from grpo_jax.config import loading, options
 from grpo_jax.config.arguments import load_config
 from grpo_jax.run import stop
 
@@ -329,7 +331,6 @@ def test_no_thread_keeps_a_program_that_has_ended(how, status):
 
 
 # --- Mistakes, and what is none -------------------------------------------------------------------
-
 TOLD = {
     "ours": ("loading.load('gone.py', [])", 1, False),
     "usage": ("loading.load('quickstart', ['--batch=3'])", 2, False),
@@ -339,17 +340,13 @@ TOLD = {
 
 
 @pytest.mark.parametrize("case", TOLD)
-def test_only_what_may_be_no_mistake_says_how_to_see_more(case, tmp_path):
+def test_only_what_may_be_no_mistake_says_how_to_see_more(case, tmp_path, monkeypatch):
     does, status, has_hint = TOLD[case]
-    code = (
-        "import errno; from grpo_jax import cli; from grpo_jax.config import loading\n"
-        f"cli.main(lambda argv: {does})"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == status, done.stderr
-    first, *more = done.stderr.splitlines()
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__", "loading": loading, "errno": errno}  # as of a program
+    ended, told = refusal(eval(f"lambda argv: {does}", names), [])
+    assert ended == status, told
+    first, *more = told.splitlines()
     assert first.startswith("error: ")
     assert more == ["(GRPO_JAX_TRACEBACK=1 shows where it was raised.)"] * has_hint
 

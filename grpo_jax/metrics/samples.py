@@ -34,7 +34,8 @@ def print_samples(title: str, rows: list[dict[str, Any]], max_chars: int = 600) 
             )
         for row in texts:
             extras = [_line(f"{name} {value}") for name, value in row.get("extras", {}).items()]
-            earned = Text(console.printable("\n".join(facts(row) + extras)))
+            earned = "\n".join(facts(row) + extras) or "completion"  # given ones earn nothing
+            earned = Text(console.printable(earned))
             table.add_row(_shown(row["completion"], max_chars), earned)
     console.console.print(table)
 

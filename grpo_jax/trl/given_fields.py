@@ -157,14 +157,13 @@ KTO_FIELDS: dict[str, Field] = {
 _EXPERIMENTAL = {
     **_PREFERENCE,
     "max_completion_length": beside(None, "of encoder-decoders"),
-    "padding_value": beside(None, _PACKED),
     "generate_during_eval": only(
         False, "python -m grpo_jax.generate, with the run's export as --model"
     ),
     "is_encoder_decoder": only(None, "models are decoders", False),
 }
 
-ORPO_FIELDS: dict[str, Field] = _EXPERIMENTAL
+ORPO_FIELDS: dict[str, Field] = {**_EXPERIMENTAL, "padding_value": beside(None, _PACKED)}
 
 CPO_FIELDS: dict[str, Field] = {
     **_EXPERIMENTAL,

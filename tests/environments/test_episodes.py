@@ -6,6 +6,7 @@ import itertools
 from types import SimpleNamespace
 
 import jax
+import made_once
 import numpy as np
 import pytest
 import tiny
@@ -19,7 +20,6 @@ from grpo_jax.environments.live import Answer
 from grpo_jax.learner.experience import make_prepare
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.sampling.decode import Decoder
-from grpo_jax.sampling.engine import Engine
 from grpo_jax.structs import Sampling
 
 GROUP, LIMIT = 4, 24
@@ -100,7 +100,7 @@ def sample(
     prompts=PROMPTS, **options,
 ):  # fmt: skip
     decoder = Decoder(tiny.MODEL, mesh or tiny.one_device(), Sampling(), STOPS, LIMIT)
-    engine = Engine(decoder, num_slots=num_slots)
+    engine = made_once.engine(decoder, num_slots=num_slots)
     prompt = [{"role": "user", "content": "?"}]
     starts = [
         Start(

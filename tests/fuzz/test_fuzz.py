@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import campaign
+import jax
 import pytest
 from hypothesis import strategies as st
 from kinds import KINDS, Kind
@@ -28,11 +29,21 @@ def test_every_case_runs_or_is_refused(kind):
 
 
 @pytest.mark.slow
-def test_what_the_config_accepts_runs():
+def test_what_the_config_accepts_runs(monkeypatch):
+    """Once on a mesh of eight devices, once on one device."""
     from steps import STEPS
 
+    devices, numbers = jax.devices(), iter((8, 1))
+
+    def read(options, folder):
+        seen = devices[: next(numbers)]
+        with monkeypatch.context() as here:
+            here.setattr(jax, "devices", lambda *backend: seen)
+            STEPS.read(options, folder)
+
     # Hypothesis begins with no options, which other tests run: two of many options in its place.
-    many = dataclasses.replace(STEPS, cases=STEPS.cases.filter(lambda options: len(options) > 4))
+    cases = STEPS.cases.filter(lambda options: len(options) > 4)
+    many = dataclasses.replace(STEPS, cases=cases, read=read)
     count = campaign.run(many, 2, seed=None, limit_s=campaign.STEP_LIMIT_S)
     assert count.runs and count.cases == 2
     assert not count.failures, "\n".join(f"{p}: {s[:3000]}" for p, s in count.failures.items())

@@ -5,23 +5,30 @@
 process; without "after" it runs to its end. With "in", "rollout", "draw" (the second one of a
 step), "rewards", "update" or "evaluation", it ignores that, and is abandoned in the next such
 phase, like a run that does not reach its end. With "killed" this process dies there by SIGKILL.
-"program" is "train" where it is not given. Prints one JSON line per job: how it ended. With --serve
-in place of JOBS it makes a process for each list that it is asked for; see `driving.py`.
+"program" is "train" where it is not given; "environment" are variables from then on; with "command"
+it is run as by its command, and is the last of its process. A job with "code" runs that as a script
+instead, and ends with what it printed. Prints one JSON line per job: how it ended. With --serve in
+place of JOBS it makes a process for each list that it is asked for; see `driving.py`.
 
 Several processes that a launcher starts do the jobs together.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib
+import io
 import json
 import os
 import signal
 import sys
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
+import compile_once
 import shared_programs
 
 from grpo_jax import cli, train
@@ -129,13 +136,30 @@ def install(setattr: Callable[[Any, str, Any], None] = setattr) -> None:
     setattr(monitor, "StepLog", CountingLog)
 
 
+def run_code(code: str) -> str:
+    """What a script prints that stands in no file."""
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        exec(compile(code, "<stdin>", "exec"), module.__dict__)
+    return said.getvalue()
+
+
 def do(job: dict) -> str:
     """Runs a job; returns how it ended."""
+    if "code" in job:
+        return run_code(job["code"])
+    os.environ |= job.get("environment", {})
     Count.update, Count.sft, Count.grpo = 0, 0, False
     StopAfter.after, StopAfter.of = job.get("after"), job.get("of", "update")
     StopAfter.within, StopAfter.killed = job.get("in", ""), job.get("killed", False)
+    program = importlib.import_module(f"grpo_jax.{job.get('program', 'train')}")
+    if job.get("command"):
+        sys.argv = [program.__name__, *job["argv"]]
+        cli.main(program.main)
+        return "finished"
     try:
-        importlib.import_module(f"grpo_jax.{job.get('program', 'train')}").main(job["argv"])
+        program.main(job["argv"])
         return "finished"
     except stop.Stopped as stopped:
         return str(stopped)
@@ -144,7 +168,10 @@ def do(job: dict) -> str:
 
 
 def main(jobs: list[dict]) -> None:
-    install()
+    if not all("code" in job for job in jobs):
+        install()
+    compile_once.install()
+    gc.set_threshold(20_000, 20, 20)  # as in conftest.py
     for job in jobs:
         print(json.dumps({"end": do(job)}), flush=True)
     processes.shutdown()

@@ -21,14 +21,26 @@ from grpo_jax.setup import model
 TINY = Path(__file__).with_name("tiny_config.py")
 
 
+_FILES: dict[str, bytes] = {}  # of the model, which is made once
+
+
 def make_model(folder: Path) -> Path:
     """A random model of the tiny config's shape as a Hugging Face folder."""
+    if not _FILES:
+        _save_model(folder)
+        _FILES.update({file.name: file.read_bytes() for file in folder.iterdir()})
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in _FILES.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def _save_model(folder: Path) -> None:
     options = loading.load(str(TINY), []).model
     tokenizer = tasks.load("arithmetic").make_tokenizer()
     new = model.new(options, tokenizer)
     params = policy.load_params(new, sharding.make_mesh(devices=jax.devices()[:1]), seed=0)
     save(folder, params, new.model, source=None, dtype="float32", tokenizer=tokenizer)
-    return folder
 
 
 def refusal(run: Callable[[list[str]], None], argv: list[str]) -> tuple[int | None, str]:

@@ -23,14 +23,20 @@ OPTIMIZER = optim.adamw(
 )
 
 
+@functools.lru_cache(maxsize=8)
 def train_state(mesh, updates: int, model=MODEL, seed=0):
-    """A state after some updates with random gradients."""
-    params = jax.jit(functools.partial(parameters.init, model))(jax.random.key(seed))
+    """A state after some updates with random gradients; nothing may be donated of it."""
+    params = _init(model)(jax.random.key(seed))
     state = train_state_lib.start(params, model, mesh, OPTIMIZER)
     for step in range(updates):
         placed = jax.tree.map(lambda x: x.sharding, state)
         state = jax.device_put(_updated(state, step), placed)
     return state
+
+
+@functools.cache
+def _init(model):
+    return jax.jit(functools.partial(parameters.init, model))
 
 
 @jax.jit

@@ -83,8 +83,14 @@ OLMO = dataclasses.replace(
 
 
 @functools.cache
+def init(model: ModelConfig):
+    """The program that makes a model's parameters from a key."""
+    return jax.jit(functools.partial(parameters.init, model))
+
+
+@functools.cache
 def _host_params(seed: int, model: ModelConfig):
-    params = jax.jit(functools.partial(parameters.init, model))(jax.random.key(seed))
+    params = init(model)(jax.random.key(seed))
     # Initialized kernels give nearly uniform logits; these make tokens and layers matter.
     scale = {"kernel": 8.0, "embedding": 40.0, "scale": 1.0}
     return jax.tree_util.tree_map_with_path(
@@ -136,6 +142,12 @@ def completion_states(params, config: ModelConfig, *rows, **options):
 
 def logp(scorer, params, rollouts: Rollouts):
     """Log-probabilities of the completions, float32 [P, G, C], one completion per row."""
+    return _logp_by(scorer)(params, rollouts)
+
+
+@functools.lru_cache(maxsize=4)
+def _logp_by(scorer):
+    """The program of `logp`."""
 
     @jax.jit
     def of(params, rollouts: Rollouts):
@@ -146,7 +158,7 @@ def logp(scorer, params, rollouts: Rollouts):
         logp_BT, _ = logprobs.token_logprobs(hidden_BTD, head, target_BT, scorer.sampling)
         return logp_BT.reshape(completion_PGC.shape)
 
-    return of(params, rollouts)
+    return of
 
 
 def _plain_attention(q, k, v):

@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import made_once
 import numpy as np
 import optax
 import pytest
@@ -19,7 +20,6 @@ from grpo_jax.algorithm.distillation import DivergenceLoss, RewardedByTeacher
 from grpo_jax.algorithm.objective import Objective
 from grpo_jax.devices import sharding, transfer
 from grpo_jax.learner import logprobs, train_state, update
-from grpo_jax.learner.experience import make_prepare
 from grpo_jax.learner.logprobs import Teacher
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.models.parameters import head_kernel
@@ -142,7 +142,7 @@ def scorer(model=tiny.MODEL, mesh=None, **options) -> Scorer:
 def prepared(mesh, coef=None, mask_truncated=False):
     """The experience, and its order; with `coef` rewarded by the teacher."""
     by_reward = {} if coef is None else {"of_teacher": scorer(TEACHER, mesh), "teacher_coef": coef}
-    prepare = make_prepare(
+    prepare = made_once.prepare(
         scorer(mesh=mesh),
         AdvantageOptions(),
         mask_truncated=mask_truncated,

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import made_once
 import numpy as np
 import optax
 import pytest
@@ -14,12 +15,12 @@ import tiny
 from grpo_jax.algorithm import losses
 from grpo_jax.algorithm.components import PolicyLoss
 from grpo_jax.kernels.row_blocks import RowBlocks
-from grpo_jax.learner import scoring, train_state, update
+from grpo_jax.learner import scoring, train_state
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.structs import Experience, Rollouts, Sampling
 
 P, G, C = 4, 5, 9
-MODEL = tiny.MODEL
+MODEL, SGD = tiny.MODEL, optax.sgd(1.0)
 FULL = losses.Objective(0.2, 0.3, kl_coef=0.2, entropy_coef=0.05, max_tokens=C)
 NORMALIZERS = ("token", "sequence", "constant")
 
@@ -80,11 +81,10 @@ def wanted(experience):
 
 def check_update(experience: Experience, wanted, normalizer: str, scorer: Scorer) -> None:
     """One update with a learning rate of 1 gives the loss and moves by the gradient."""
-    optimizer = optax.sgd(1.0)
     objective = dataclasses.replace(FULL, normalizer=normalizer)
-    program = update.make_update(scorer, PolicyLoss(objective), optimizer, num_minibatches=1)
+    program = made_once.updating(scorer, PolicyLoss(objective), SGD, num_minibatches=1)
     state = jax.tree.map(jnp.array, tiny.params())
-    state = train_state.start(state, MODEL, scorer.mesh, optimizer)
+    state = train_state.start(state, MODEL, scorer.mesh, SGD)
     state, metrics = program(state, experience, 0)
     loss, grads = wanted
     np.testing.assert_allclose(metrics["policy/loss"], loss, rtol=1e-5)

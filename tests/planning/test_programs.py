@@ -79,16 +79,17 @@ def test_a_run_compiles_what_its_plan_lists(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_with_a_critic_compiles_what_its_plan_lists(tmp_path):
+def test_a_run_with_a_critic_compiles_what_its_plan_lists(tmp_path, monkeypatch):
+    """On one device."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *backend: first)
     options = ["algorithm.preset=ppo", "loop.num_steps=1", "critic.first_steps=1"]
-    options += ["batch.prompts=8", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2"]
+    options.append("batch.prompts=8")
     overrides = [f"--config.{option}" for option in (*options, "compile_cache=False")]
     with compiled() as names:
         train.main(["--config", TINY, "--workdir", str(tmp_path), *overrides])
     config = loading.load(TINY, overrides)
-    step = Step(
-        config, model_lib.model_shape(config), sharding.make_mesh(2, 2, 2), Lengths.of(config)
-    )
+    step = Step(config, model_lib.model_shape(config), tiny.one_device(), Lengths.of(config))
     alone = {"gradient", "optimizer_step"}  # of the critic, in a step of it alone
     assert names - OF_JAX == listed(step) and alone < names
 
@@ -130,7 +131,8 @@ def test_a_critics_adapters_are_planned_beside_the_policys_weights(tmp_path):
     for path in ("ppo", "model", "other"):
         more = {n: held[path][n] - held["reinforce_pp"][n] for n in held[path]}
         body = dataclasses.replace(critic, lora=None).num_params - critic.width
-        assert more["weights"] == 4 * number + 4 * body * (path == "other")
+        size = np.dtype(config.model.dtype).itemsize
+        assert more["weights"] == 4 * number + size * body * (path == "other")
         assert more["gradients"] == 4 * number
         assert 8 * number <= more["optimizer"] < 8 * number + 64
     assert "init_adapters critic" in {program.name for program in step.programs()}

@@ -3,7 +3,8 @@
     python tests/runs/kill_and_resume.py [--config FILE] [--kills 5] [--seed 0] [overrides...]
 
 runs the config once without interruption, then in another folder, where it is killed with SIGKILL
-that many times and started again each time. Parameters and optimizer state at the end must be equal
+that many times and started again each time. With --stop the last of these is a SIGTERM, which the
+run obeys: it saves and ends with status 75. Parameters and optimizer state at the end must be equal
 bit for bit, and every step must stand in the metrics once with the same values; else the exit
 status is 1. Overrides are written as for the program: `--config.loop.num_steps=20`.
 """
@@ -190,7 +191,9 @@ def _finish(process: subprocess.Popen, folder: Path) -> None:
         sys.exit(f"The run in {folder} ended with status {process.returncode}.")
 
 
-def run(config: Path, root: Path, kills: int, seed: int, overrides: list[str]) -> bool:
+def run(
+    config: Path, root: Path, kills: int, seed: int, overrides: list[str], stops: bool = False
+) -> bool:
     """Both runs and the table of kills; True when nothing differs."""
     whole, killed = root / "whole", root / "killed"
     began = time.monotonic()
@@ -214,8 +217,14 @@ def run(config: Path, root: Path, kills: int, seed: int, overrides: list[str]) -
             _finish(process, killed)
             print(f"| {number + 1} | | finished before it was killed | |", flush=True)
             break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        if stops and number == kills - 1:
+            process.send_signal(signal.SIGTERM)
+            said = killed.with_suffix(".log")
+            if process.wait(300) != 75 or "Stopped by SIGTERM at step" not in said.read_text():
+                sys.exit(f"SIGTERM did not stop the run: see {said}.")
+        else:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
         seconds, at = time.monotonic() - began, place(killed)
         print(f"| {number + 1} | {seconds:.1f} | {at} | {checkpoint(killed)} |", flush=True)
     _finish(_start(config, killed, overrides), killed)
@@ -235,13 +244,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
     parser.add_argument("--config", type=Path, default=QUICKSTART, metavar="FILE")
     parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--stop", action="store_true", help="end the last time by SIGTERM")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--root", type=Path, help="an empty folder to keep both runs in")
     args, overrides = parser.parse_known_args(argv)
     if args.root and args.root.exists() and os.listdir(args.root):
         parser.error(f"--root {args.root} is not empty.")
     with tempfile.TemporaryDirectory() as temporary:
-        equal = run(args.config, args.root or Path(temporary), args.kills, args.seed, overrides)
+        where = args.root or Path(temporary)
+        equal = run(args.config, where, args.kills, args.seed, overrides, args.stop)
     sys.exit(0 if equal else 1)
 
 

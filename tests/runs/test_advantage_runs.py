@@ -1,20 +1,19 @@
-"""Runs with advantages that read more than a reward: greedy completions, each reward, the KL."""
+"""Runs with advantages that read more than a reward: greedy completions, each reward, the KL.
+
+One with greedy completions is stopped and goes on in test_changing_objective.py.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import driving
 import numpy as np
 import pytest
-from kill_and_resume import log_differences, logged, state_differences
+from kill_and_resume import logged
 from mistakes import make_model
 from plain_rewards import short, worth
 
 import grpo_jax
 from grpo_jax.algorithm import advantages
 
-HELPERS = Path(__file__).parent.parent / "helpers"
 ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(1, 9)]
 
 
@@ -78,38 +77,3 @@ def test_the_reward_of_the_greedy_completion_is_subtracted(model, tmp_path, one_
         assert row["advantage"] == pytest.approx(reward - baseline, abs=1e-5)
     steps = [row for row in logged(run.workdir) if "policy/grad_norm" in row]
     assert len(steps) == 3 and all(row["policy/grad_norm"] > 0 for row in steps)
-
-
-# Left while it waited for rewards, with completions that are in a checkpoint and greedy ones that
-# are not; and stopped within a step, 4 updates each.
-STOPS = {"rewards": {"in": "rewards", "after": 4}, "within": {"after": 6}}
-OPTIONS = [
-    "--config.algorithm.baseline=greedy",
-    "--config.algorithm.scale_by=none",
-    "--config.optim.learning_rate=0.05",
-    "--config.loop.num_steps=3",
-    "--config.evaluation.num_problems=0",
-]
-
-
-@pytest.mark.slow
-def test_a_stopped_run_continues_as_if_it_had_not_been(tmp_path, alone):
-    def drive(names, **stops):
-        jobs = []
-        for name in names:
-            argv = ["--config", str(HELPERS / "tiny_config.py"), "--workdir", str(tmp_path / name)]
-            if name != "whole":
-                model = tmp_path / "whole" / "bootstrap" / "export"
-                argv.append(f"--config.model.path={model}")
-            more = ["--config.algorithm.baseline=mean"] if name == "mean" else []
-            jobs.append({"argv": [*argv, *OPTIONS, *more], "of": "update", **stops.get(name, {})})
-        return driving.drive(jobs, alone)
-
-    whole, mean, *stopped = drive(["whole", "mean", *STOPS], **STOPS)
-    assert whole == mean == "finished"
-    assert all(end.startswith("Stopped by SIGTEST") for end in stopped), stopped
-    assert drive(STOPS) == ["finished"] * len(STOPS)
-    for name in STOPS:
-        assert not state_differences(tmp_path / "whole", tmp_path / name)
-        assert not log_differences(tmp_path / "whole", tmp_path / name)
-    assert state_differences(tmp_path / "whole", tmp_path / "mean")

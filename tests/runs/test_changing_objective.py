@@ -1,6 +1,8 @@
 """Runs whose objective changes: adaptive coefficients, a moving reference, chosen tokens.
 
-One that was stopped and continued in a new process is, bit for bit, one that was left alone.
+Greedy completions are the baseline: of a step that was left while it waited for rewards there are
+none in the checkpoint. A run that was stopped and continued in a new process is, bit for bit, one
+that was left alone.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ OPTIONS = [
     "--config.algorithm.entropy_target=5.0",  # above all that is measured
     "--config.algorithm.reference_refresh_steps=2",
     "--config.algorithm.top_entropy_share=0.5",
+    "--config.algorithm.baseline=greedy",
+    "--config.algorithm.scale_by=none",
     "--config.optim.learning_rate=0.01",
     "--config.evaluation.num_problems=0",
     "--config.logging.tensorboard=False",

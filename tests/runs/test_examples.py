@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from driving import drive
 from transformers import Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -17,7 +18,7 @@ from grpo_jax.models import policy
 from grpo_jax.models.hf.export import save
 from grpo_jax.setup import model as model_lib
 
-FILES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.*"))
+FILE = {f.name: f for f in (Path(__file__).resolve().parents[2] / "examples").glob("*.*")}
 
 
 def code_of(file: Path) -> str:
@@ -52,26 +53,44 @@ def place(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file", FILES, ids=[file.name for file in FILES])
-def test_it_runs(file, place, alone):
-    """As a script that is typed in, so that its functions stand in no file."""
+def test_the_script_runs(place, alone):
+    """As it is typed in, so that its functions stand in no file."""
     done = subprocess.run(
         [sys.executable, "-"],
-        input=code_of(file), cwd=place, env=alone, capture_output=True, text=True,
+        input=code_of(FILE["own_reward.py"]), cwd=place, env=alone, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    said = {
-        "own_reward.py": "Picture('runs/short_words/curves.png') -",
-        "own_reward.ipynb": "Run finished",
-        "watch_and_stop.ipynb": "Trained('runs/many_words', stopped)",
-        "ask_and_judge.ipynb": " before, ",
-    }[file.name]
-    assert said in done.stdout
-    assert file.name != "watch_and_stop.ipynb" or "'runs/many_words', finished" in done.stdout
+    assert "Picture('runs/short_words/curves.png') -" in done.stdout
+
+
+SAYS = {
+    "watch_and_stop.ipynb": ("Trained('runs/many_words', stopped)", "'runs/many_words', finished"),
+    "ask_and_judge.ipynb": (" before, ",),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAYS)
+def test_a_notebook_runs(name, place, alone, monkeypatch):
+    """All of its cells in a new process."""
+    monkeypatch.chdir(place)
+    (said,) = drive([{"code": code_of(FILE[name])}], alone)
+    assert all(words in said for words in SAYS[name]), said
+
+
+def test_a_notebook_is_the_script():
+    """Cell by cell: what it does, the run of the script has shown."""
+    assert FILE.keys() == {"own_reward.py", "own_reward.ipynb", *SAYS}
+    script = code_of(FILE["own_reward.py"]).partition('"""\n\n')[2]
+    shows = 'print(run.curves(), run.metrics[-1]["reward"])'
+    assert shows in script
+    lines = script.replace(shows, "run.curves()").split("\n")
+    told = [line for line in code_of(FILE["own_reward.ipynb"]).split("\n") if line]
+    assert told == [line for line in lines if line]
 
 
 def test_the_script_is_short_and_is_that_of_the_docs():
-    script = next(file for file in FILES if file.name == "own_reward.py").read_text()
+    script = FILE["own_reward.py"].read_text()
     body = script.partition('"""\n\n')[2]
     assert len(body.splitlines()) <= 15
     docs = Path(__file__).resolve().parents[2] / "docs" / "python.md"
@@ -79,7 +98,4 @@ def test_the_script_is_short_and_is_that_of_the_docs():
 
 
 def test_the_notebook_of_ones_own_reward_is_short():
-    notebook = next(file for file in FILES if file.name == "own_reward.ipynb")
-    cells = [c for c in json.loads(notebook.read_text())["cells"] if c["cell_type"] == "code"]
-    lines = [line for cell in cells for line in "".join(cell["source"]).splitlines()]
-    assert len(lines) <= 15
+    assert len([line for line in code_of(FILE["own_reward.ipynb"]).splitlines() if line]) <= 15

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -119,8 +120,8 @@ class Launched:
             self.process.terminate()
             pytest.fail(f"still running after {timeout_s} s:\n{self.output[-4000:]}")
 
-    def wait_until(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 600
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 600) -> None:
+        deadline = time.monotonic() + timeout_s
         while not condition():
             assert self.process.poll() is None and time.monotonic() < deadline, self.output[-4000:]
             time.sleep(0.05)
@@ -136,11 +137,11 @@ class Launched:
                 return int(pid)
         raise AssertionError(f"no process {number}: {self.output[-4000:]}")
 
-    def has_step(self, step: int) -> bool:
-        file = self.folder / "metrics.jsonl"
-        return file.exists() and any(
-            r["step"] >= step and "reward" in r for r in logged(self.folder)
-        )
+
+def has_step(folder: Path, step: int) -> bool:
+    """Whether a run has written that step."""
+    file = folder / "metrics.jsonl"
+    return file.exists() and any(r["step"] >= step and "reward" in r for r in logged(folder))
 
 
 @pytest.fixture(scope="module")
@@ -171,25 +172,6 @@ def one(tmp_path_factory, reward_folder, runs_here) -> Path:
     return folder
 
 
-def test_two_processes_do_what_one_does(one, tmp_path, environment):
-    run = Launched(2, tmp_path / "two", environment=environment)
-    assert run.status() == 0, run.output
-    assert differences_beyond(1e-5, one, run.folder) == []
-    norms = [row["policy/grad_norm"] for row in logged(run.folder) if "reward" in row]
-    assert len(norms) == STEPS and min(norms) > 1e-3  # there was something to differ in
-    for name in ("evaluations", "export", "bootstrap/export"):
-        files = [sorted(p.name for p in (f / name).iterdir()) for f in (one, run.folder)]
-        assert files[0] == files[1]
-    evaluated = [
-        [json.loads(line)["completion"] for line in sorted((f / "evaluations").iterdir())[0].open()]
-        for f in (one, run.folder)
-    ]
-    assert len(evaluated[0]) == 8 and evaluated[0] == evaluated[1]
-    # What is written and shown for all comes from process 0.
-    assert len(re.findall(rf"^\[0\] step {STEPS}/{STEPS}", run.output, re.M)) == 1
-    assert not re.search(r"^\[1\] (step|sft|Completions)", run.output, re.M)
-
-
 # --- Each kind of run: of one process, and of a pair of them that does one after another ----------
 
 HALVES = ["mesh.data=1", "mesh.fsdp=2"]  # of every weight on each of two devices
@@ -203,9 +185,10 @@ CONVERSATIONS = [
     *("environment.observation_tokens=8", "rollout.max_tokens=24", "loop.num_steps=2", *BARE),
     *("rewards.names=['environment:Echo']", "rewards.weights=[1.0]"),
 ]
-# The program; options of every one, and of the pair. All begin with the model of `one`, but hybrids
-# of another task with their own.
+# The program; options of every one, and of the pair. All but the first begin with the model of
+# `one`, and hybrids of another task with their own.
 KINDS: dict[str, tuple[str, list[str], list[str]]] = {
+    "grpo": ("train", [], []),
     "preferences": ("dpo", [
         *("preference.loss=kto", "preference.num_steps=5", "preference.batch=8"),
         *("preference.max_tokens=56", "preference.learning_rate=50.0", "preference.beta=0.5"),
@@ -224,16 +207,15 @@ KINDS: dict[str, tuple[str, list[str], list[str]]] = {
     "changing": ("train", [
         *("algorithm.kl_target=0.01", "algorithm.kl_horizon=100", "algorithm.entropy_target=5.0"),
         *("algorithm.reference_refresh_steps=2", "algorithm.top_entropy_share=0.5"),
-        "evaluation.num_problems=0",
-    ], HALVES),
-    "refill": ("train", [
         *("rewards.names=['slow_reward:digit']", "rewards.weights=[1.0]"),
-        *("prompts.drop_equal_groups=True", "prompts.per_draw=4", *BARE),
-    ], []),
+        *("prompts.drop_equal_groups=True", "prompts.per_draw=4", "evaluation.num_problems=0"),
+    ], HALVES),
     "chord": ("train", [*HYBRID, "hybrid.method=chord", "hybrid.mix_decay_steps=4"], HALVES),
     "uft": ("train", [*HYBRID, "hybrid.method=uft", "hybrid.hint_steps=4"], HALVES),
     "conversations": ("train", CONVERSATIONS, []),
     "conversations by halves": ("train", CONVERSATIONS, ["mesh.data=1", "mesh.tensor=2"]),
+    "stopped": ("train", BARE, []),
+    "killed": ("train", BARE, []),
 }  # fmt: skip
 EIGHT = ["mesh.data=4", "mesh.fsdp=2"]  # of one process
 
@@ -246,7 +228,7 @@ def arguments(tmp_path_factory, one) -> Callable[..., list[str]]:
     def of(kind: str, way: int, *more: str) -> list[str]:
         _, options, of_pair = KINDS[kind]
         begun = root / f"{kind} 1" if kind in ("chord", "uft") else one
-        if way != 1 or begun == one:
+        if kind != "grpo" and (way != 1 or begun == one):
             options = [f"model.path={begun / 'bootstrap' / 'export'}", *options]
         if kind == "ppo":
             model = root / "reward model 1" / "export"
@@ -265,11 +247,13 @@ def folder_of(arguments: list[str]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone_of(arguments, runs_here) -> Callable[[str], Path]:
+def alone_of(arguments, one, runs_here) -> Callable[[str], Path]:
     """The folder of a kind's run of one process, which is made once."""
 
     @functools.cache
     def of(kind: str) -> Path:
+        if kind in ("grpo", "stopped"):
+            return one
         runs_here(KINDS[kind][0], arguments(kind, 1))
         return folder_of(arguments(kind, 1))
 
@@ -277,33 +261,84 @@ def alone_of(arguments, runs_here) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="module")
-def pair(arguments, alone_of, environment, tmp_path_factory) -> Callable[[str], Path]:
-    """Runs all kinds by two processes, each after another; gives the folder of a kind.
+def stopped(one, environment, tmp_path_factory) -> Launched:
+    """A run of two of four devices each, of which the second was asked to stop."""
+    folder, slowly = tmp_path_factory.mktemp("eight") / "run", environment | {"SLEEP_S": "0.5"}
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=4"]
+    run = Launched(2, folder, *gone_on(one), *mesh, environment=slowly, devices=4)
+    run.wait_until(lambda: has_step(folder, 1))
+    os.kill(run.pid(1), signal.SIGTERM)
+    assert run.status() == 75, run.output
+    return run
 
-    One of them stops after a refresh of its reference, and goes on.
+
+def gone_on(one: Path) -> list[str]:
+    """The options with which the stopped run began."""
+    options = [f"model.path={one / 'bootstrap' / 'export'}", *BARE]
+    return [f"--config.{option}" for option in options]
+
+
+class Pair(NamedTuple):
+    """What two processes did."""
+
+    folder: Callable[[str], Path]  # of a kind
+    output: str
+    status: int  # of the launcher
+    survivor: int  # the process that was not killed
+
+
+@pytest.fixture(scope="module")
+def pair(arguments, alone_of, stopped, environment, tmp_path_factory) -> Pair:
+    """Runs all kinds by two processes, each after another.
+
+    One of them stops after a refresh of its reference, and goes on. The last but one goes on with
+    `stopped`. In the last, the second process is killed.
     """
     for kind in ("reward model", "chord", "uft"):
         alone_of(kind)  # with which PPO and hybrids begin
+    folder = lambda kind: folder_of(arguments(kind, 2))  # noqa: E731
+    shutil.copytree(stopped.folder, folder("stopped"))
     jobs = [(kind, []) for kind in KINDS]
     jobs.insert(list(KINDS).index("changing"), ("changing", ["loop.num_steps=3"]))
-    asked = json.dumps(
-        [{"argv": arguments(kind, 2, *more), "program": KINDS[kind][0]} for kind, more in jobs]
-    )
+    asked = [{"argv": arguments(kind, 2, *more), "program": KINDS[kind][0]} for kind, more in jobs]
+    asked[-1] |= {"environment": {"SLEEP_S": "0.5"}, "command": True}
     run = Launched(
         2, tmp_path_factory.mktemp("pair") / "pair", environment=environment,
-        command=[str(HELPERS / "drive.py"), asked],
+        command=[str(HELPERS / "drive.py"), json.dumps(asked)],
     )  # fmt: skip
-    assert run.status(len(jobs) * 300) == 0, run.output
+    run.wait_until(lambda: has_step(folder("killed"), 1), len(jobs) * 300)
+    survivor = run.pid(0)
+    os.kill(run.pid(1), signal.SIGKILL)
+    status = run.status()
     ends = [json.loads(line) for line in re.findall(r"^\[0\] (\{\"end\".*)$", run.output, re.M)]
-    assert ends == [{"end": "finished"}] * len(jobs), run.output
-    assert run.output.count("Continuing") == 1
-    return lambda kind: folder_of(arguments(kind, 2))
+    assert ends == [{"end": "finished"}] * (len(jobs) - 1), run.output
+    assert run.output.count("Continuing") == 2
+    return Pair(folder, run.output, status, survivor)
+
+
+def test_two_processes_do_what_one_does(one, pair):
+    folder = pair.folder("grpo")
+    assert differences_beyond(1e-5, one, folder) == []
+    norms = [row["policy/grad_norm"] for row in logged(folder) if "reward" in row]
+    assert len(norms) == STEPS and min(norms) > 1e-3  # there was something to differ in
+    for name in ("evaluations", "export", "bootstrap/export"):
+        files = [sorted(p.name for p in (f / name).iterdir()) for f in (one, folder)]
+        assert files[0] == files[1]
+    evaluated = [
+        [json.loads(line)["completion"] for line in sorted((f / "evaluations").iterdir())[0].open()]
+        for f in (one, folder)
+    ]
+    assert len(evaluated[0]) == 8 and evaluated[0] == evaluated[1]
+    # What is written and shown for all comes from process 0.
+    first = pair.output.partition('[0] {"end"')[0]
+    assert len(re.findall(rf"^\[0\] step {STEPS}/{STEPS}", first, re.M)) == 1
+    assert not re.search(r"^\[1\] (step|sft|Completions)", pair.output, re.M)
 
 
 @pytest.mark.slow
 def test_preferences_of_two_processes_are_those_of_one(alone_of, pair):
     """Both score the reference's part of the data; the numbers of the first are kept."""
-    folders = alone_of("preferences"), pair("preferences")
+    folders = alone_of("preferences"), pair.folder("preferences")
     assert differences_beyond(1e-5, *folders) == []
     assert (folders[1] / "reference.npz").exists()
     losses = [row["preference/loss"] for row in logged(folders[1]) if "preference/loss" in row]
@@ -317,9 +352,11 @@ def test_preferences_of_two_processes_are_those_of_one(alone_of, pair):
 def test_a_reward_model_and_ppo_with_it_are_those_of_one(
     alone_of, pair, arguments, runs_here, kind, name
 ):
-    """Two processes, which divide the weights, and eight devices of one process."""
-    runs_here(KINDS[kind][0], arguments(kind, 8), devices=8)
-    one, *others = alone_of(kind), pair(kind), folder_of(arguments(kind, 8))
+    """Two processes, which divide the weights; of PPO eight devices of one process, too."""
+    one, others = alone_of(kind), [pair.folder(kind)]
+    if kind == "ppo":  # of a reward model: tests/learner/test_scalar_updates.py
+        runs_here("train", arguments(kind, 8), devices=8)
+        others.append(folder_of(arguments(kind, 8)))
     lines = [row for row in logged(one) if name in row]
     assert len(lines) == STEPS
     left = final_state(one)
@@ -337,7 +374,7 @@ def test_a_reward_model_and_ppo_with_it_are_those_of_one(
 @pytest.mark.parametrize("method", ["chord", "uft"])
 def test_a_hybrid_of_two_processes_is_that_of_one(alone_of, pair, method):
     """Each process has its part of the demonstrations; the weights are divided."""
-    folders = alone_of(method), pair(method)
+    folders = alone_of(method), pair.folder(method)
     assert differences_beyond(1e-5, *folders) == []
     rows = [[r for r in logged(folder) if "reward" in r] for folder in folders]
     name = "hybrid/mix" if method == "chord" else "hybrid/hint_tokens"
@@ -351,7 +388,7 @@ def test_a_hybrid_of_two_processes_is_that_of_one(alone_of, pair, method):
 @pytest.mark.slow
 def test_adapters_of_two_processes_are_those_of_one(alone_of, pair):
     """Their base is read by both, each its part; the export is merged by both."""
-    folders = alone_of("adapters"), pair("adapters")
+    folders = alone_of("adapters"), pair.folder("adapters")
     assert differences_beyond(1e-5, *folders) == []
     norms = [row["policy/grad_norm"] for row in logged(folders[1]) if "reward" in row]
     assert len(norms) == STEPS and min(norms) > 1e-3
@@ -361,19 +398,15 @@ def test_adapters_of_two_processes_are_those_of_one(alone_of, pair):
 
 @pytest.mark.slow
 def test_an_objective_that_changes_is_that_of_one(alone_of, pair):
-    """Two processes, each with half of every weight, stop after a refresh of the reference."""
-    folders = alone_of("changing"), pair("changing")
-    assert differences_beyond(1e-5, *folders) == []
-    coefs = [row["policy/kl_coef"] for row in logged(folders[1]) if "reward" in row]
-    assert len(set(coefs)) == STEPS
+    """Two processes, each with half of every weight, stop after a refresh of the reference.
 
-
-@pytest.mark.slow
-def test_two_processes_refill_a_batch_as_one_does(alone_of, pair):
-    """A group may be learned from on another process than the one that has sampled it."""
-    folders = alone_of("refill"), pair("refill")
+    They refill their batches: a group may be learned from on another process than the one that has
+    sampled it.
+    """
+    folders = alone_of("changing"), pair.folder("changing")
     assert differences_beyond(1e-5, *folders) == []
     rows = [row for row in logged(folders[1]) if "reward" in row]
+    assert len({row["policy/kl_coef"] for row in rows}) == STEPS
     assert {row["groups/equal_share"] for row in rows} == {0}
     assert sum(row["groups/dropped"] for row in rows) > 0
     assert min(row["policy/grad_norm"] for row in rows) > 1e-3
@@ -383,8 +416,8 @@ def test_two_processes_refill_a_batch_as_one_does(alone_of, pair):
 def test_conversations_of_two_processes_are_those_of_one(alone_of, pair):
     """Each process has the environments of its own groups; a shard's devices are of both, too."""
     for kind in ("conversations", "conversations by halves"):
-        assert differences_beyond(1e-5, alone_of("conversations"), pair(kind)) == []
-    rows = [row for row in logged(pair("conversations")) if "reward" in row]
+        assert differences_beyond(1e-5, alone_of("conversations"), pair.folder(kind)) == []
+    rows = [row for row in logged(pair.folder("conversations")) if "reward" in row]
     assert [row["environment/processes"] for row in rows] == [32, 32]
     assert min(row["environment/turns"] for row in rows) > 1.5
 
@@ -393,48 +426,33 @@ def test_conversations_of_two_processes_are_those_of_one(alone_of, pair):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_stops_all_and_others_go_on(one, tmp_path, environment, runs_here):
+def test_a_signal_to_one_stops_all_and_others_go_on(
+    one, stopped, pair, tmp_path, environment, runs_here
+):
     """Two of four devices each are stopped at one step. Then one of eight devices goes on, two of
     one device, and four on another mesh: all end as one would have."""
-    more = [
-        f"--config.model.path={one / 'bootstrap' / 'export'}",
-        *(f"--config.{option}" for option in BARE),
-    ]
-    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=4"]
-    slowly = environment | {"SLEEP_S": "0.5"}
-    run = Launched(2, tmp_path / "eight", *more, *mesh, environment=slowly, devices=4)
-    run.wait_until(lambda: run.has_step(1))
-    os.kill(run.pid(1), signal.SIGTERM)
-    assert run.status() == 75, run.output
-    stopped = re.search(r"^\[0\] Stopped by SIGTERM at step (\d)", run.output, re.M)
-    assert stopped and 1 <= int(stopped[1]) < STEPS, run.output
+    told = re.search(r"^\[0\] Stopped by SIGTERM at step (\d)", stopped.output, re.M)
+    assert told and 1 <= int(told[1]) < STEPS, stopped.output
+    assert differences_beyond(1e-5, one, pair.folder("stopped")) == []
 
-    folder = shutil.copytree(run.folder, tmp_path / "1")
-    told = runs_here("train", argv(folder, *more, "--config.mesh.fsdp=8"), devices=8)
+    folder = shutil.copytree(stopped.folder, tmp_path / "1")
+    told = runs_here("train", argv(folder, *gone_on(one), "--config.mesh.fsdp=8"), devices=8)
     assert "Continuing" in told
     assert differences_beyond(1e-5, one, folder) == []
-    for num, mesh in ((2, []), (4, ["--config.mesh.data=2", "--config.mesh.fsdp=2"])):
-        folder = shutil.copytree(run.folder, tmp_path / f"{num}")
-        then = Launched(num, folder, *more, *mesh, environment=environment)
-        assert then.status() == 0 and "Continuing" in then.output, then.output
-        assert differences_beyond(1e-5, one, folder) == []
+    folder = shutil.copytree(stopped.folder, tmp_path / "4")
+    mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2"]
+    then = Launched(4, folder, *gone_on(one), *mesh, environment=environment)
+    assert then.status() == 0 and "Continuing" in then.output, then.output
+    assert differences_beyond(1e-5, one, folder) == []
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_all_and_is_named(one, tmp_path, environment):
-    more = [
-        f"--config.model.path={one / 'bootstrap' / 'export'}",
-        *(f"--config.{option}" for option in BARE),
-    ]
-    run = Launched(2, tmp_path / "run", *more, environment=environment | {"SLEEP_S": "0.5"})
-    run.wait_until(lambda: run.has_step(1))
-    other = run.pid(0)
-    os.kill(run.pid(1), signal.SIGKILL)
-    assert run.status() == 137, run.output
-    assert "local_multiprocess: process 1 of 2 was ended by SIGKILL" in run.output
+def test_a_killed_process_ends_all_and_is_named(pair):
+    assert pair.status == 137, pair.output
+    assert "local_multiprocess: process 1 of 2 was ended by SIGKILL" in pair.output
     told = r"^\[0\] error: process 0 \(.+\) ends, because process 1 \(.+\) died without a word"
-    assert re.search(told, run.output, re.M), run.output
-    assert not Path("/proc", str(other)).exists()
+    assert re.search(told, pair.output, re.M), pair.output
+    assert not Path("/proc", str(pair.survivor)).exists()
 
 
 @pytest.mark.slow

@@ -8,10 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -48,7 +46,7 @@ def slow(**columns):
     time.sleep(float(os.environ.get("SLEEP_S", "0")))
     return exact_answer(**columns)
 """
-# Rewards that can be slowed down without changing the config, for the test of SIGTERM.
+# Rewards that can be slowed down without changing the config, so that a run lasts.
 SLOW_REWARD = [
     "--config.rewards.names=['slow_reward:slow','answer_format']",
     "--config.rewards.weights=[1.0,0.5]",
@@ -177,39 +175,23 @@ def test_a_changed_config_is_refused(runs):
     assert "optim.learning_rate: 0.001 there, 0.5 now" in end
 
 
-def test_sigterm_saves_and_ends_with_status_75(runs, slow_reward, tmp_path):
-    folder, whole = tmp_path / "run", runs[0] / "whole"
-    command = [sys.executable, "-m", "grpo_jax.train", *_argv(folder, _model_of(whole))]
-    log = tmp_path / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, env=slow_reward | {"SLEEP_S": "1.0"}, stdout=output, stderr=output
-        )
-    metrics = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and '"reward"' in metrics.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 75, log.read_text()
-    assert "Stopped by SIGTERM at step" in log.read_text() and "continues" in log.read_text()
-    updates = int(final_state(folder)["/num_updates"])
-    assert 4 <= updates < 16
-    done = subprocess.run(command, env=slow_reward, capture_output=True, text=True)
-    assert done.returncode == 0 and "Continuing" in done.stdout, done.stdout + done.stderr
-    assert not state_differences(whole, folder) and not log_differences(whole, folder)
-
-
 @pytest.mark.slow
 def test_a_killed_run_continues(tmp_path, slow_reward):
-    """kill_and_resume.py with the tiny config."""
-    more = ["--config.loop.num_steps=30", "--config.checkpoint.every_steps=4"]
+    """kill_and_resume.py with the tiny config: killed in the first half, stopped in the second.
+
+    SIGTERM saves and ends the program with status 75; the same command goes on.
+    """
+    more = ["--config.loop.num_steps=30", "--config.checkpoint.every_steps=4", *SLOW_REWARD]
+    root = tmp_path / "runs"
     done = subprocess.run(
         [sys.executable, str(HERE / "kill_and_resume.py"), "--config", str(TINY), "--kills=2",
-         "--root", str(tmp_path / "runs"), *more],
-        env=slow_reward,
+         "--stop", "--root", str(root), *more],
+        env=slow_reward | {"SLEEP_S": "0.05"},
         capture_output=True,
         text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "EQUAL bit for bit" in done.stdout and done.stdout.count("| step") >= 1, done.stdout
+    said = (root / "killed.log").read_text()
+    stopped, _, then = said.partition("Stopped by SIGTERM at step")
+    assert "continues" in then and "Continuing" in then and "Run finished" not in stopped, said

@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import made_once
 import numpy as np
 import pytest
 import tiny
@@ -38,7 +39,7 @@ def params():
 
 def engine(num_slots=0, compact=True, stop_ids=STOPS, limit=LIMIT, **sampling) -> Engine:
     decoder = Decoder(tiny.MODEL, tiny.one_device(), Sampling(**sampling), stop_ids, limit)
-    return Engine(decoder, num_slots=num_slots, compact=compact)
+    return made_once.engine(decoder, num_slots=num_slots, compact=compact)
 
 
 def generate(engine, params, prompts=PROMPTS, group=GROUP, key=KEY, temperature=1.0):
@@ -168,7 +169,7 @@ def test_a_group_is_handed_over_while_others_are_decoded(params):
 
 def test_prompts_are_read_a_few_at_a_time(whole, params, monkeypatch):
     """Four of six, then the rest; the compiled program has one size."""
-    few, read = Engine(engine().decoder, compact=False, num_read=4), []
+    few, read = made_once.engine(engine().decoder, compact=False, num_read=4), []
     admit = few.admit
 
     def counting(*args):
@@ -218,7 +219,7 @@ def test_sampler_and_scorer_agree(params, temperature, top_k, top_p):
     rollouts = generate(ours, params, temperature=temperature)
 
     scorer = Scorer(tiny.MODEL, tiny.one_device(), sampling)
-    logp_PGC = jax.jit(functools.partial(tiny.logp, scorer))(params, rollouts)
+    logp_PGC = tiny.logp(scorer, params, rollouts)
 
     action_PGC = np.arange(LIMIT) < rollouts.length_PG[..., None]
     gap_PGC = np.where(action_PGC, np.abs(logp_PGC - rollouts.logp_PGC), 0)
@@ -319,12 +320,16 @@ def test_a_longer_padding_changes_nothing(params, unstoppable, whole):
     np.testing.assert_array_equal(got.completion_PGC[:5], want.completion_PGC[:5])
 
 
-@pytest.mark.parametrize("changes", [{"fuse": True}, {"steps": 4}, {"steps": 3, "fuse": True}])
-@pytest.mark.parametrize("num_slots", [0, 8])
+@pytest.mark.parametrize(
+    ("num_slots", "changes"), [(0, {"steps": 4}), (8, {"steps": 3, "fuse": True})]
+)
 def test_how_a_device_decodes_does_not_change_the_completions(whole, params, num_slots, changes):
-    """Products joined, and several tokens between two looks at whether the host is needed."""
-    plain = engine(num_slots)
-    ours = Engine(dataclasses.replace(plain.decoder, **changes), num_slots=num_slots)
+    """Several tokens between two looks at whether the host is needed, and products joined.
+
+    A GPU has the first alone where it holds a part of a layer, and else both.
+    """
+    decoder = dataclasses.replace(engine(num_slots).decoder, **changes)
+    ours = made_once.engine(decoder, num_slots=num_slots)
     assert_same(generate(ours, params), whole, params)
 
 
@@ -348,7 +353,7 @@ def in_int8(num_slots=0, compact=True, weights="int8", cache="int8", mesh=None) 
         weights=weights,
         kv_cache=RingCache(int8=cache == "int8"),
     )
-    return Engine(decoder, num_slots=num_slots, compact=compact)
+    return made_once.engine(decoder, num_slots=num_slots, compact=compact)
 
 
 @pytest.fixture(scope="module")
@@ -369,7 +374,7 @@ def test_slots_do_not_change_completions_in_int8(whole_in_int8, params, num_slot
 
 def test_joined_products_do_not_change_completions_in_int8(whole_in_int8, params):
     plain = in_int8(compact=False)
-    ours = Engine(dataclasses.replace(plain.decoder, fuse=True), compact=False)
+    ours = made_once.engine(dataclasses.replace(plain.decoder, fuse=True), compact=False)
     got = generate(ours, params)
     np.testing.assert_array_equal(got.completion_PGC, whole_in_int8.completion_PGC)
     np.testing.assert_allclose(got.logp_PGC, whole_in_int8.logp_PGC, atol=1e-4, rtol=0)

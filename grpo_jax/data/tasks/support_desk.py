@@ -21,8 +21,10 @@ from grpo_jax.data.tasks import Piece
 ITEMS = "lamp chair phone shirt book radio table clock vase bag".split()
 DAYS = 30  # within which an order may be returned
 RULES = f"P: returns within {DAYS} days. cancel only if packed. confirm first."
-CARELESS = 0.4  # probability that a clerk skips a step, of each
-ASK, SORRY, DONE, FINE = " which order?", " sorry, too late.", " done.", " fine."
+# Probabilities that a clerk acts on the first number though it was corrected, or on what the
+# customer has given up; mistakes the rules; has nothing confirmed
+CARELESS, MISTAKEN, UNASKED = 0.4, 0.3, 0.5
+ASK, DONE, FINE = " which order?", " done.", " fine."
 _FIND = small_tokenizer.call_pieces("find_order", ("number", False))
 _ACT = {name: small_tokenizer.call_pieces(name, ("number", False)) for name in ("refund", "cancel")}
 
@@ -100,22 +102,22 @@ def generate(num_train: int, num_eval: int, seed: int) -> tuple[list[Problem], l
 def worked_solution(problem: Problem, rng: np.random.Generator) -> list[Piece]:
     """The clerk's side of a case, as a more or less careless clerk does it."""
     chosen = case(problem.columns["number"], problem.columns["seed_of_cases"])
-    skips = lambda: rng.random() < CARELESS  # noqa: E731
+    drawn = lambda share: rng.random() < share  # noqa: E731
     theirs = lambda text: Piece(text, is_policy=False)  # noqa: E731
     order = chosen.order
     pieces = [Piece(f"{ASK}<eos>"), theirs(named(chosen))]
-    if chosen.wrong is not None and skips():
+    if chosen.wrong is not None and drawn(CARELESS):
         order = chosen.wrong
     pieces += [Piece(f"{_FIND[0]}{order.number}{_FIND[1]}<eos>"), theirs(order.told)]
-    if order.allows(chosen.act) == skips():  # mistakes the rules
-        return [*pieces, Piece(SORRY)]
-    if not skips():
+    if order.allows(chosen.act) == drawn(MISTAKEN):
+        return [*pieces, Piece(refusal(order.item))]
+    if not drawn(UNASKED):
         pieces.append(Piece(f"{question(chosen.act, order.item)}<eos>"))
         if order is not chosen.order:
             return [*pieces, theirs("U: no."), Piece(FINE)]
         if chosen.changes_mind:
             pieces.append(theirs("U: no, keep it."))
-            if not skips():
+            if not drawn(CARELESS):
                 return [*pieces, Piece(FINE)]
         else:
             pieces.append(theirs("U: yes."))
@@ -128,11 +130,16 @@ def question(act: str, item: str) -> str:
     return f" {'return' if act == 'refund' else 'cancel'} the {item}?"
 
 
+def refusal(item: str) -> str:
+    """What the clerk says of a wish that the rules forbid."""
+    return f" sorry, too late for the {item}."
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each word and digit, and one for each part of a call around its number."""
     words = (
         "returns within days cancel only if packed confirm first please return my order which "
-        "sorry too late done fine the no keep it yes ok shipped arrived ago what"
+        "sorry too late for done fine the no keep it yes ok shipped arrived ago what"
     ).split()
     marks = [*_FIND, *_ACT["refund"], *_ACT["cancel"]]
     return small_tokenizer.make("PUT0123456789:.,?#", [*words, *ITEMS], list(dict.fromkeys(marks)))

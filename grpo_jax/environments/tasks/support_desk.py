@@ -98,7 +98,7 @@ class SupportDesk:
             return "U: yes."
         if said.endswith("?"):
             return "U: no."
-        self._is_refused = said == data.SORRY.strip()
+        self._is_refused = said == data.refusal(item).strip()
         self._is_told = said in (data.DONE.strip(), data.FINE.strip())
         return None
 

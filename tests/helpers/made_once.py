@@ -1,0 +1,59 @@
+"""Engines, `Prepare` and `Update` of a test, which have the programs of an equal one made before.
+
+Tracing and lowering a program takes as long as compiling it here. A test that replaces a part of
+the package which a program has traced makes its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from grpo_jax.learner import experience, update
+from grpo_jax.learner.experience import Prepare
+from grpo_jax.learner.row_sizes import CompiledSizes
+from grpo_jax.learner.update import Update
+from grpo_jax.sampling.decode import Decoder
+from grpo_jax.sampling.engine import Engine
+
+_KEPT = 8  # of each kind: their executables take memory
+_PROGRAMS = (
+    *("empty", "admit", "decode", "decode_kept", "compact_slots", "put_back", "align", "append"),
+    "publish",
+)
+_engines: dict[Decoder, dict[str, Callable]] = {}
+_others: dict[str, dict[Hashable, Any]] = {"prepare": {}, "update": {}}
+
+
+def _once(made: dict, key: Hashable, make: Callable[[], Any]) -> Any:
+    made[key] = made.pop(key) if key in made else make()  # the last used comes last
+    while len(made) > _KEPT:
+        made.pop(next(iter(made)))
+    return made[key]
+
+
+def engine(decoder: Decoder, **how) -> Engine:
+    """An engine of its own, whatever its slots, with the programs of this decoder."""
+    own = Engine(decoder, **how)
+    programs = _once(_engines, decoder, lambda: {name: getattr(own, name) for name in _PROGRAMS})
+    for name, program in programs.items():
+        setattr(own, name, program)
+    return own
+
+
+def prepare(scorer, options, **how) -> Prepare:
+    """A `Prepare` that begins with its own row sizes, as `make_prepare` makes it."""
+    key = scorer, options, tuple(sorted(how.items()))
+    make = lambda: experience.make_prepare(scorer, options, **how)  # noqa: E731
+    return dataclasses.replace(_once(_others["prepare"], key, make), sizes=CompiledSizes())
+
+
+def updating(scorer, component, optimizer, **how) -> Update:
+    """An `Update` that begins with its own row sizes, as `make_update` makes it.
+
+    Of the very same optimizer: two that are made alike are different functions.
+    """
+    key = scorer, component, optimizer, tuple(sorted(how.items()))
+    make = lambda: update.make_update(scorer, component, optimizer, **how)  # noqa: E731
+    return dataclasses.replace(_once(_others["update"], key, make), sizes=CompiledSizes())
