@@ -319,14 +319,12 @@ class Engine:
                 break
             size = at_once if board.free_SR.all() else min(refill, at_once)
             while board.takes(waiting, least):
-                slots = self.admitting(
-                    params, temperature, slots, self._placed(board, waiting, size, width, key_B2)
-                )()
+                placed = self._placed(board, waiting, size, width, key_B2)
+                slots = self.admitting(params, temperature, slots, placed)()
             if meanwhile is not None:  # the device has something to do
                 meanwhile()
                 meanwhile = None
-            # Those that ended with their first token.
-            finished.append(self._harvest(slots, board, first))
+            finished.append(self._harvest(slots, board, first))  # of one token
             is_last = not any(waiting) and not source.pending
             if is_last:
                 slots, board, layouts = self._shrink(slots, board, layouts, kept)
