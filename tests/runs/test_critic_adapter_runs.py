@@ -120,7 +120,10 @@ REFUSALS = {
         ("critic.lora_rank = 8", "holds adapters", "Leave critic.lora_rank at -1"),
     ),
     "no critic": (
-        ["--config.algorithm.preset=grpo", "--config.critic.lora_rank=8"],
+        [
+            *("--config.algorithm.preset=grpo", "--config.critic.lora_rank=8"),
+            *("--config.critic.first_steps=0", "--config.critic.learning_rate=1e-5"),
+        ],
         ("critic.lora_rank = 8 is of a critic",),
     ),
     "no such layer": (

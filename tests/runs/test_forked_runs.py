@@ -6,6 +6,7 @@ ends one, so that each turn of the user forks.
 
 from __future__ import annotations
 
+import json
 import os
 
 import chat_families
@@ -46,6 +47,7 @@ OPTIONS = {
     "rewards.names": (),
     "rewards.weights": (),
     "rollout.max_tokens": 96,
+    "data.task": "",
     "data.chat": True,
     "data.max_prompt_tokens": 48,
     "data.num_eval": 0,
@@ -66,7 +68,10 @@ def runs(tmp_path_factory, drive_here):
     new = model.new(loading.load(str(TINY), []).model, tokenizer)
     params = policy.load_params(new, sharding.make_mesh(devices=jax.devices()[:1]), seed=0)
     save(root / "model", params, new.model, source=None, dtype="float32", tokenizer=tokenizer)
-    options = {"model.path": str(root / "model"), **OPTIONS}
+    asked = [{"prompt": [{"role": "user", "content": f"{n}+1?"}]} for n in range(1, 9)]
+    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    places = {"model.path": str(root / "model"), "data.path": str(root / "train.jsonl")}
+    options = {**places, **OPTIONS}
     argv = ["--config", str(TINY), *(f"--config.{name}={x}" for name, x in options.items())]
 
     def job(name, **stop):
@@ -76,6 +81,7 @@ def runs(tmp_path_factory, drive_here):
         patch.syspath_prepend(str(root))
         patch.setenv("PYTHONPATH", os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]))
         ends = drive_here([job("whole"), job("stopped", after=6)])
+        assert ends[0] == "finished", ends
         kept = final_state(root / "stopped", "experience")
         ends += drive_here([job("stopped")])
     return root, ends, kept
