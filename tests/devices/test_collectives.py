@@ -78,9 +78,8 @@ def test_the_check_fails_on_weights_that_are_not_published(mesh, decoder):
         return decode.decode(decoder, params | {"layers": layers}, *args)
 
     with jax.set_mesh(mesh):
-        found = in_the_loop(
-            jax.jit(program), params, np.float32(1), -1, 1, np.ones(1, np.int32), slots, mesh=mesh
-        )
+        args = np.float32(1), -1, 1, None, np.ones(1, np.int32), slots
+        found = in_the_loop(jax.jit(program), params, *args, mesh=mesh)
 
     assert any("fsdp" in c.axes for c in found)
     with pytest.raises(AssertionError):

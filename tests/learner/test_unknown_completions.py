@@ -171,7 +171,9 @@ def test_a_hybrid_learns_from_the_others_alone(name):
     cut = lambda x: x[known_PG].reshape(P, count, *x.shape[2:])  # noqa: E731
     of_prompts = ("prompt_PQ", "prompt_length_P")
     fields = {f.name: getattr(rollouts, f.name) for f in dataclasses.fields(rollouts)}
-    fewer = Rollouts(**{n: x if n in of_prompts else cut(x) for n, x in fields.items()})
+    fewer = Rollouts(
+        **{n: x if x is None or n in of_prompts else cut(x) for n, x in fields.items()}
+    )
     want = weights_of(name, fewer, cut(reward_PG))
     policy, nll, advantage = (cut(x) for x in found)
     np.testing.assert_allclose(policy, want[0], rtol=1e-6)

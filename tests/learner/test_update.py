@@ -282,7 +282,7 @@ def test_what_padding_holds_changes_nothing(plain, experience, reference_run):
         ref_logp_PGC=spoil(experience.ref_logp_PGC, past_PGC, np.nan),
     )
 
-    assert_same(run(plain, spoiled), reference_run, tolerance=1e-6)
+    assert_same(run(plain, spoiled), reference_run)  # in rows of other sizes
 
 
 def test_the_order_of_a_group_changes_nothing(plain, experience, reference_run):

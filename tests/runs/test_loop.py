@@ -23,7 +23,7 @@ from grpo_jax import train
 from grpo_jax.config import options
 from grpo_jax.devices import chips, memory
 from grpo_jax.devices.chips import Chip
-from grpo_jax.environments.single_turn import Draws, Rollout
+from grpo_jax.environments.single_turn import Draws, GivenUp, Rollout
 from grpo_jax.learner.experience import Prepare
 from grpo_jax.messages import console
 from grpo_jax.metrics import trace as trace_lib
@@ -158,7 +158,8 @@ def _rows_with_times(folder) -> list[dict]:
 HOW = ("timeout", "error", "values", "memory", "died", "invalid")
 NOT_HERE = {f"rewards/failed_by_{how}" for how in HOW}
 NOT_HERE |= {"reward_log/NAME", "eval/failed_rewards"}
-NOT_HERE |= {"groups/draws", "groups/drawn", "groups/dropped"}
+NOT_HERE |= {"groups/draws", "groups/drawn", "groups/dropped", "groups/given_up"}
+NOT_HERE |= {"tokens/given_up_share"}
 NOT_HERE |= {f"prompts/{which}_share" for which in ("unseen", "easy", "hard", "replayed")}
 OF_OTHER_OBJECTIVES = {"policy/kl_coef", "policy/entropy_coef", "policy/off_policy_share"}
 # Of ensembles, hybrids, distillation and critics, and of programs on given completions: their own
@@ -273,8 +274,10 @@ def test_metrics_of_what_this_run_has_not(monkeypatch):
         pool.rewards[0] = dataclasses.replace(pool.rewards[0], name="r")
         parts = types.SimpleNamespace(rewards=pool)
         draws = Draws(2, ones[:, 0], ones[:, 0], ones, ones > 0, scores, num_equal=1)
-        sampled = Rollout(None, None, rollouts, 1.0, draws=draws)
+        given_up = GivenUp(ones[:, 0], ones)
+        sampled = Rollout(None, None, rollouts, 1.0, draws=draws, given_up=given_up)
         values = step_metrics.rollout_metrics(parts, sampled, scores)
+        values |= step_metrics.of_given_up(sampled, ones)
         parts.config = options.default()
         parts.config.prompts.outside_weight = 0.5
         parts.train = types.SimpleNamespace(problems=[None] * 2)
