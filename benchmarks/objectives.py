@@ -44,7 +44,8 @@ def run(folder: Path, program: str, **options: object) -> list[dict]:
 
 def start(out: Path, seed: int) -> Path:
     """The folder of the supervised model of a seed."""
-    run(out / f"start-{seed}", "train", seed=seed, loop__num_steps=1, evaluation__every_steps=0)
+    few = {"loop__num_steps": 1, "optim__schedule": "constant", "optim__warmup_steps": 0}
+    run(out / f"start-{seed}", "train", seed=seed, evaluation__every_steps=0, **few)
     return out / f"start-{seed}" / "bootstrap" / "export"
 
 
