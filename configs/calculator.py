@@ -4,8 +4,8 @@
 
 A model of 0.4 million parameters first imitates proud students: most guess the product of two
 numbers, the others call a tool that multiplies. GRPO with a reward for right answers teaches it to
-call the tool, with the right numbers: of 256 held-out products it has none right at the start, and
-97 % after 40 steps (seed 0). A control has a tool that returns noise:
+call the tool, with the right numbers: of 256 held-out products its greedy answer is right for none
+at the start, and for all after 40 of 60 steps (seed 2). A control has a tool that returns noise:
 
     --config.environment.tools="()" \\
     --config.environment.classes="('grpo_jax.environments.tasks.calculator:NoisyCalculator',)"
@@ -44,11 +44,11 @@ def get_config():
     c.rollout.max_tokens = 32
     c.rollout.compact = False  # a rollout takes less time than compiling for smaller batches
     c.algorithm.kl_coef = 0.001
-    c.optim.learning_rate = 2e-4
+    c.optim.learning_rate = 3e-4
     c.optim.warmup_steps = 5
     c.optim.schedule = "linear"
     c.optim.end_fraction = 0.1
-    c.loop.num_steps = 40
+    c.loop.num_steps = 60
 
     c.evaluation.every_steps = 20
     c.evaluation.num_samples = 4
