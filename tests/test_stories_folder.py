@@ -15,7 +15,7 @@ WIDTH, MLP, LAYERS, HEADS, KV_HEADS, POSITIONS = 16, 24, 2, 4, 2, 8
 HEAD = WIDTH // HEADS
 BYTES = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{b:02X}>" for b in range(256))]
 MERGED = [" a", "bc", "ab", "cd", " abc"]
-PIECES = [*BYTES, *MERGED, " ", "a", "b", "c", "d"]  # llama2.c's spelling; a better score comes first
+PIECES = [*BYTES, *MERGED, " ", "a", "b", "c", "d"]  # as llama2.c has them, by score
 KERNELS = {
     "wq": (HEADS * HEAD, WIDTH), "wk": (KV_HEADS * HEAD, WIDTH), "wv": (KV_HEADS * HEAD, WIDTH),
     "wo": (WIDTH, WIDTH), "w1": (MLP, WIDTH), "w2": (WIDTH, MLP), "w3": (MLP, WIDTH),
