@@ -69,13 +69,13 @@ def relinked(text: str, source: str, repository: str) -> str:
 _TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
 _ROW = re.compile(r"<tr>.*?</tr>", re.DOTALL)
 _CELL = re.compile(r"<(t[hd])([^>]*)>(.*?)</t[hd]>", re.DOTALL)
-_MANY = 60  # characters of a row beside its first cell
+_MANY = 20  # letters of a row beside its first cell; figures have few
 
 
 def stacked(html: str) -> str:
     """A page with its tables of much text marked, which a narrow screen shows row by row.
 
-    They have three to five columns, and most rows have many characters. `site.css` puts the cells
+    They have three to five columns, and most rows have many letters. `site.css` puts the cells
     of a row below each other; each has the head of its column in `data-head`.
     """
     return _TABLE.sub(lambda found: _stacked(found[0]), html)
@@ -85,7 +85,8 @@ def _stacked(table: str) -> str:
     plain = lambda text: re.sub(r"<[^>]+>", "", text).strip()  # noqa: E731
     first, *rows = _ROW.findall(table)
     heads = [plain(cell[2]) for cell in _CELL.findall(first)]
-    sizes = [sum(len(plain(c[2])) for c in _CELL.findall(row)[1:]) for row in rows]
+    cells = ["".join(plain(cell[2]) for cell in _CELL.findall(row)[1:]) for row in rows]
+    sizes = [sum(map(str.isalpha, text)) for text in cells]
     if not 3 <= len(heads) <= 5 or not rows or sorted(sizes)[len(sizes) // 2] < _MANY:
         return table
 
