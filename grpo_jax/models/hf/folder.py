@@ -77,7 +77,7 @@ def resolve(path: str, option: str = "model.path") -> Path:
 
 
 def _refuse_run(given: str, path: str, folder: Path) -> None:
-    """Raises ValueError for the folder of a run, and for RUN@STEP: the model is not there itself."""
+    """Raises ValueError for the folder of a run, and for RUN@STEP: neither is a model itself."""
     run, at, step = path.rpartition("@")
     is_run = lambda place: (place / "checkpoints").is_dir()  # noqa: E731
     if at and not folder.exists() and is_run(Path(run).expanduser()):
