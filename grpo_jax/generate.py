@@ -231,8 +231,8 @@ def _conversations(
         config, environment, policy, asked.problems, datetime.now()
     )
     ended: dict[int, list[Episode]] = {}
-    with environment_lib.live(config, environment) as world:
-        rollouts, told = environment_lib.conversations(config, world, dialogues).draw(
+    with environment_lib.drawing_of_run(config, environment, dialogues) as drawing:
+        rollouts, told = drawing.draw(
             engine,
             engine.publish(params),
             asked,
