@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import socketserver
 import ssl
 import subprocess
+import threading
 
 import pytest
 from stub_judge import StubJudge
@@ -76,8 +78,18 @@ def test_a_certificate_that_is_wrong_is_told_once_and_never_asked_again(
     assert message.endswith(f"that variable {told}.") and len(message) < 600
 
 
+class Plain(socketserver.StreamRequestHandler):
+    """Answers what is no HTTP as web servers do."""
+
+    def handle(self):
+        self.rfile.read(1)
+        self.wfile.write(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+
+
 def test_a_server_without_tls_is_told_at_once(tmp_path):
-    with StubJudge() as stub:
-        url = stub.url.replace("http:", "https:")
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Plain) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"https://127.0.0.1:{server.server_address[1]}/v1"
         message = refused(judged(tmp_path, url, TEXTS, limits=PATIENT))
+        server.shutdown()
     assert "answers without TLS. Begin judge.base_url with http://" in message

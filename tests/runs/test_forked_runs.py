@@ -10,23 +10,16 @@ import contextlib
 import json
 import os
 
-import chat_families
-import jax
 import numpy as np
 import pytest
 import torch
 import transformers
 from kill_and_resume import final_state, log_differences, logged, state_differences
-from mistakes import TINY
+from mistakes import TINY, make_chats
 
 from grpo_jax import generate
-from grpo_jax.config import loading
-from grpo_jax.devices import sharding
-from grpo_jax.models import policy
-from grpo_jax.models.hf.export import save
 from grpo_jax.rewards import keeper
 from grpo_jax.run.append_log import read_jsonl
-from grpo_jax.setup import model
 
 pytestmark = pytest.mark.slow
 
@@ -78,13 +71,8 @@ def runs(tmp_path_factory, drive_here):
     """The folder of two runs: one that was left alone, and one stopped between two updates."""
     root = tmp_path_factory.mktemp("forks")
     (root / "twice.py").write_text(MODULE)
-    tokenizer, _ = chat_families.qwen(chat_families.QWEN3_XML)
-    new = model.new(loading.load(str(TINY), []).model, tokenizer)
-    params = policy.load_params(new, sharding.make_mesh(devices=jax.devices()[:1]), seed=0)
-    save(root / "model", params, new.model, source=None, dtype="float32", tokenizer=tokenizer)
-    asked = [{"prompt": [{"role": "user", "content": f"{n}+1?"}]} for n in range(1, 9)]
-    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    places = {"model.path": str(root / "model"), "data.path": str(root / "train.jsonl")}
+    folder, questions = make_chats(root / "model")
+    places = {"model.path": str(folder), "data.path": str(questions)}
     options = {**places, **OPTIONS}
     argv = ["--config", str(TINY), *(f"--config.{name}={x}" for name, x in options.items())]
 
@@ -174,7 +162,7 @@ def test_generate_goes_on_from_what_the_template_writes(runs, talked):
 
 def test_evaluate_holds_the_same_conversation(runs, talked, runs_here, tmp_path):
     root, (row, _) = runs[0], talked
-    options = {**OPTIONS, "data.path": str(root / "train.jsonl"), "rollout.num_slots": 2}
+    options = {**OPTIONS, "data.path": str(root / "model.jsonl"), "rollout.num_slots": 2}
     argv = ["--config", str(TINY), *(f"--config.{name}={x}" for name, x in options.items())]
     argv += ["--model", str(root / "model"), "--split", "train", "--num-problems", "2"]
     before = keeper.below(os.getpid())
