@@ -432,7 +432,8 @@ def test_a_call_has_its_time_once_its_request_is_there():
     with start("Sleeps", seconds=30.0) as live:
         begin(live)
         live.act(0, turn(("wait", {"seconds": 1.2})), [{"content": "x" * 4_000_000}])
-        assert live._episodes[0].seat.line.is_waiting
+        line = live._episodes[0].seat.line
+        assert line.is_waiting and select.select([], [line.sock], [], 60)[1]
         live._episodes[0].deadline = time.monotonic()
         got = one(live)
         assert said(got) == ["done"] and not got.failures and live.num_lost == 0
