@@ -162,7 +162,8 @@ def test_generate_goes_on_from_what_the_template_writes(runs, talked):
 
 def test_evaluate_holds_the_same_conversation(runs, talked, runs_here, tmp_path):
     root, (row, _) = runs[0], talked
-    options = {**OPTIONS, "data.path": str(root / "model.jsonl"), "rollout.num_slots": 2}
+    places = {"model.path": str(root / "model"), "data.path": str(root / "model.jsonl")}
+    options = {**places, **OPTIONS, "rollout.num_slots": 2}
     argv = ["--config", str(TINY), *(f"--config.{name}={x}" for name, x in options.items())]
     argv += ["--model", str(root / "model"), "--split", "train", "--num-problems", "2"]
     before = keeper.below(os.getpid())
