@@ -18,6 +18,7 @@ from kill_and_resume import final_state, log_differences, logged, state_differen
 from mistakes import TINY, make_chats
 
 from grpo_jax import generate
+from grpo_jax.environments import episodes
 from grpo_jax.rewards import keeper
 from grpo_jax.run.append_log import read_jsonl
 
@@ -167,13 +168,16 @@ def test_evaluate_holds_the_same_conversation(runs, talked, runs_here, tmp_path)
     argv = ["--config", str(TINY), *(f"--config.{name}={x}" for name, x in options.items())]
     argv += ["--model", str(root / "model"), "--split", "train", "--num-problems", "2"]
     before = keeper.below(os.getpid())
-    with finding(root):
+    sampled, sample = [], episodes.sample
+    with finding(root) as patch:
+        keep = lambda *given, **more: sampled.append(sample(*given, **more)) or sampled[-1]  # noqa: E731
+        patch.setattr(episodes, "sample", keep)
         runs_here("evaluate", [*argv, "--out", str(tmp_path)])
+    ((_, told),) = sampled
+    assert told.parts_B.tolist() == [2, 2]
     assert not set(keeper.below(os.getpid())) - set(before)
     (file,) = tmp_path.glob("*_greedy.jsonl")
     item = json.loads(file.read_text().splitlines()[0])
     tokenizer = transformers.AutoTokenizer.from_pretrained(root / "model")
     assert item["completion"] == tokenizer.decode(row["token_ids"])
-    turns = [text.partition("<|im_end|>")[0] for text in item["completion"].split("<think>\n")]
-    assert item["rewards"]["Twice"] == pytest.approx(max(map(len, map(str.strip, turns))) / 10)
-    assert item["length"] > len(row["token_ids"])  # further parts repeat the conversation
+    assert item["length"] == 15 and not item["stopped"]  # its three turns, without what was said
