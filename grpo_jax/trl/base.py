@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -106,14 +107,22 @@ class Trainer:
 def num_devices() -> int:
     """The factor of TRL's batch sizes: accelerators, or on CPUs processes, as in TRL.
 
-    A CPU's cores may be devices of JAX, and a batch must not depend on their number. Where there
-    can be no accelerator, JAX does not start yet: the run makes its cores devices before.
+    A CPU's cores may be devices of JAX, and a batch must not depend on their number, unless
+    XLA_FLAGS asks for so many. Where there can be no accelerator, JAX does not start yet: the run
+    makes its cores devices before.
     """
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return len(jax.devices())
     is_alone = not jax.distributed.is_initialized()
     plugins = ("jax_plugins", "libtpu")
     if is_alone and not any(importlib.util.find_spec(name) for name in plugins):
         return 1
-    return jax.process_count() if jax.default_backend() == "cpu" else jax.device_count()
+    return jax.process_count() if jax.default_backend() == "cpu" else len(jax.devices())
+
+
+def cores_in_use() -> int:
+    """Devices that an earlier run of this process has made of the cores; JAX keeps their number."""
+    return max(jax.config.jax_num_cpu_devices, 1)
 
 
 def _is_own(tokenizer: Any, model: str | Path) -> bool:

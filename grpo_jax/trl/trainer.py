@@ -8,7 +8,7 @@ from typing import Any
 
 from grpo_jax.api.trained import Trained
 from grpo_jax.api.training import train
-from grpo_jax.trl.base import Trainer, num_devices
+from grpo_jax.trl.base import Trainer, cores_in_use, num_devices
 from grpo_jax.trl.callbacks import functions_of
 from grpo_jax.trl.config import GRPOConfig, options_of
 from grpo_jax.trl.lora import options_of_peft
@@ -72,7 +72,10 @@ class GRPOTrainer(Trainer):
         data, eval_data = self._data
         converses = bool(self._tools or self._environments)
         rows = 0 if data is None else len(data)
-        options = options_of(self.args, rows, num_devices()) | self._options
+        options = options_of(self.args, rows, num_devices())
+        if options["batch.prompts"] // options["batch.minibatches"] % (cores := cores_in_use()):
+            options = options_of(self.args, rows, cores)  # else no batch of the run could be split
+        options |= self._options
         if data is None:  # an episode's random numbers are those of its problem
             number = options["batch.prompts"] * options["loop.num_steps"]
             data = [{"prompt": [{"role": "user", "content": ""}]}] * number

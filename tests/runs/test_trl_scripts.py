@@ -11,6 +11,7 @@ from mistakes import make_model
 
 from grpo_jax import trl
 from grpo_jax.trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, base
+from grpo_jax.trl import trainer as trainer_lib
 from grpo_jax.trl.config import options_of
 
 ROWS = [{"prompt": "1+1=", "completion": "2"}, {"prompt": "2+2=", "completion": "4"}]
@@ -92,7 +93,9 @@ def test_a_checkpoint_to_resume_from_is_refused(model, kind):
 
 
 def test_a_cpus_cores_are_no_factor_of_batch_sizes(monkeypatch):
-    """TRL counts processes there; JAX has eight CPU devices in these tests."""
+    """TRL counts processes there; JAX has eight CPU devices in these tests, by XLA_FLAGS."""
+    assert base.num_devices() == 8
+    monkeypatch.setenv("XLA_FLAGS", "")
     found = importlib.util.find_spec
     for plugins in (set(), {"jax_plugins"}):  # none, and some, so that JAX is asked
 
@@ -101,3 +104,13 @@ def test_a_cpus_cores_are_no_factor_of_batch_sizes(monkeypatch):
 
         monkeypatch.setattr(base.importlib.util, "find_spec", with_them)
         assert base.num_devices() == 1
+
+
+def test_a_batch_that_the_cores_of_an_earlier_run_cannot_share_is_one_for_each(model, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(trainer_lib, "train", lambda *args, **options: options)
+    args = GRPOConfig("runs/s", max_steps=1, per_device_train_batch_size=8, num_generations=8)
+    made = GRPOTrainer(str(model), args=args, train_dataset=ROWS)
+    for cores, prompts in ((1, 1), (2, 2)):
+        monkeypatch.setattr(trainer_lib, "cores_in_use", lambda cores=cores: cores)
+        assert made.train()["batch.prompts"] == prompts
