@@ -182,7 +182,7 @@ def _refuse_without_steps(rewards: dict[str, Reward], name: str) -> None:
             f"rewards.by_step: {name!r} is none of the rewards, which are {', '.join(rewards)}. "
             "Name one of them, or leave rewards.by_step ()."
         )
-    if rewards[name].runs != kinds.WORKERS or not reads([rewards[name]], "log_steps"):
+    if not reads([rewards[name]], "log_steps"):
         raise ValueError(
             f"rewards.by_step: {name!r} tells of no steps. Name a reward function with an argument "
             "`log_steps`, as right_steps has, or leave rewards.by_step ()."
