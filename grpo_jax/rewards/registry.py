@@ -66,6 +66,10 @@ BUILT_IN: dict[str, str] = {
     for name in names
 }
 
+_OTHERWISE = (
+    "another reward: with rewards.names = () and rewards.weights = () the environment's own counts "
+    "alone."
+)
 _LABEL = re.compile(r"(.*\S)\s+as\s+([^\W\d][\w.\-]*)\s*", re.DOTALL)
 
 # Arguments of a function besides the dataset's columns.
@@ -426,6 +430,7 @@ def columns_read(rewards: Sequence[Reward], columns: Mapping[str, Any]) -> dict[
 
 def refuse_columns(rewards: Sequence[Reward], problems: Sequence[Any]) -> None:
     """Raises ValueError, naming the file, if a reward needs a missing column."""
+    by_episodes = any(reward.runs == kinds.EPISODES for reward in rewards)
     for reward in rewards:
         given = {"environments"} if reward.takes_environments else set()
         for name in _needed(function(reward.spec)):
@@ -434,7 +439,7 @@ def refuse_columns(rewards: Sequence[Reward], problems: Sequence[Any]) -> None:
                 raise ValueError(
                     f"The reward {reward.name!r} needs a column `{name}`, and {problems[0].where} "
                     f'has {has}. Name it with data.columns = ("{name}=ITS_NAME_THERE",), or choose '
-                    "another reward."
+                    + ("another reward." if not by_episodes else _OTHERWISE)
                 )
 
 
