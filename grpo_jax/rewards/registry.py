@@ -22,7 +22,6 @@ function can be given twice. Entries with a prefix are those of `kinds.KINDS`.
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -30,17 +29,12 @@ import importlib
 import inspect
 import math
 import numbers
-import os
 import re
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from grpo_jax.messages.values import shown
-from grpo_jax.rewards import extras, given, kinds, place
-
-_TOLD_AFTER_S = 10.0  # until a slow import is reported
+from grpo_jax.rewards import extras, given, kinds, slow_import
 
 _BY_MODULE = {
     "exact": ("exact_answer",),
@@ -162,7 +156,7 @@ def load(
     for spec, weight in zip(names, weights):
         if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
             raise ValueError(f"rewards.weights: {weight!r} for {spec!r} is not a finite number.")
-        with _limited(spec, start_limit_s):
+        with slow_import.limited(spec, start_limit_s):
             found = function(spec)
         _refuse_lacking(found, spec)
         short = short_name(spec)
@@ -324,38 +318,6 @@ def _given(name: str) -> Callable:
             "program, or put the function into a module, and accept another rewards.names."
         )
     return found
-
-
-@contextlib.contextmanager
-def _limited(spec: str, limit_s: float) -> Iterator[None]:
-    """Reports a slow import, and ends the process if the import exceeds the limit.
-
-    No error can be raised from outside in a module that is being imported.
-    """
-    done, importing = threading.Event(), threading.get_ident()
-
-    def watch() -> None:
-        told_s = min(_TOLD_AFTER_S, limit_s)
-        if done.wait(told_s):
-            return
-        at = place.of_thread(importing)
-        print(f"rewards.names: {spec!r} is still being imported: {at}", file=sys.stderr)
-        if done.wait(limit_s - told_s):
-            return
-        print(
-            f"error: rewards.names: {spec!r} was not imported after rewards.start_timeout_s = "
-            f"{limit_s:g} s. Let the module end its import, or raise the limit. It waits here: "
-            f"{place.of_thread(importing)}",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)
-
-    threading.Thread(target=watch, name="import", daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
 
 
 def _unknown(name: str, what: str, candidates: list[str]) -> ValueError:
