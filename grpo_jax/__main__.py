@@ -68,10 +68,16 @@ def main() -> None:
 
 
 def _help() -> str:
-    lines = ["usage: grpo-jax PROGRAM [...]", "", "programs, each with --help:"]
-    lines += [f"  {name:13}{text}" for name, text in PROGRAMS.items()]
-    lines += ["", "what there is:"]
-    lines += [f"  {name:13}{text}" for name, text in LISTS.items()]
+    width = min(shutil.get_terminal_size().columns, 100)
+    told = lambda named: [  # noqa: E731
+        line
+        for name, text in named.items()
+        for line in textwrap.wrap(
+            text, width, initial_indent=f"  {name:13}", subsequent_indent=" " * 15
+        )
+    ]
+    lines = ["usage: grpo-jax PROGRAM [...]", "", "programs, each with --help:", *told(PROGRAMS)]
+    lines += ["", "what there is:", *told(LISTS)]
     return "\n".join([*lines, "", "  --version"])
 
 

@@ -68,7 +68,8 @@ def _listing() -> str:
     ):
         lines.append(f"{title}:")
         for call, reads, gives in entries:
-            lines += [f"  {call}", f"      reads {reads}"] if reads else [f"  {call}"]
+            lines += textwrap.wrap(call, width, initial_indent="  ", subsequent_indent=" " * 10)
+            lines += [f"      reads {reads}"] * bool(reads)
             indent = {"initial_indent": " " * 6, "subsequent_indent": " " * 6}
             lines += textwrap.wrap(gives, width, **indent)
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import pytest
 from mistakes import TINY
 
 from grpo_jax import __main__ as program
-from grpo_jax import __version__
+from grpo_jax import __version__, score
 from grpo_jax.config import loading, options, reference
 from grpo_jax.config.dotted import flatten
 from grpo_jax.data import tasks
@@ -106,6 +106,24 @@ def test_help_comes_before_what_takes_seconds_to_import(argv):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("set()\n")
     assert argv[1] != "--help" or "usage: grpo-jax train --config FILE" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--help"], ["rewards"], ["configs"], ["options"]]
+    + [[name, "--help"] for name in ("train", "score", "evaluate", "generate", "plan")],
+    ids=" ".join,
+)
+def test_nothing_is_wider_than_a_terminal(argv, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run(monkeypatch, capsys, *argv)
+    assert len(out.splitlines()) > 5 and not [line for line in out.splitlines() if len(line) > 80]
+
+
+def test_the_list_of_rewards_is_no_wider_either(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = score._listing().splitlines()
+    assert len(lines) > 100 and not [line for line in lines if len(line) > 80]
 
 
 def test_a_list_may_be_cut_by_a_pager():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -83,7 +84,16 @@ def carry_out(
                 is_finished = True
             except Stopped as stopped:
                 say(str(stopped), always=True)
+            except ValueError as error:
+                error.args = (in_python(str(error)),)
+                raise
             finally:
                 console.show_as("auto")
         processes.barrier("the end of a run")
     return Trained(folder, config, is_finished, kept)
+
+
+def in_python(message: str) -> str:
+    """A message with arguments of `train` in place of the command line's, which have hyphens."""
+    message = re.sub(r"--(config\.(?=\w)|(?=workdir\b))", "", message)
+    return re.sub(r"data\.(?:eval_)?path(?:: | = )'?python:(data|eval_data)\b'?", r"\1", message)

@@ -110,9 +110,21 @@ def run_parser(name: str) -> argparse.ArgumentParser:
         help="read the model, the data, the rewards and the devices, say what the run would be and "
         "need, and end; nothing is written",
     )
-    parser.usage = f"{parser.prog} --config FILE [--workdir DIR] [--config.NAME=VALUE ...]"
+    parser.usage = usage(f"{parser.prog} --config FILE", "[--workdir DIR]",
+                          "[--config.NAME=VALUE ...]")  # fmt: skip
     add_processes(parser)
     return parser
+
+
+def usage(*parts: str) -> str:
+    """A usage for argparse, which breaks none but its own; this breaks it between the parts."""
+    width = shutil.get_terminal_size().columns - len("usage: ")
+    lines = [""]
+    for part in parts:
+        if lines[-1] and len(lines[-1]) + 1 + len(part) > width:
+            lines.append(" " * 10)
+        lines[-1] += " " * bool(lines[-1].strip()) + part
+    return "\n".join(lines)
 
 
 def print_and_exit(text: str) -> NoReturn:

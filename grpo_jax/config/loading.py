@@ -41,7 +41,10 @@ def read(path: str | None, overrides: list[str]) -> ConfigDict:
         name, equals, text = argument.partition("=")
         if not name.startswith("--config.") or not equals:
             raise Usage(other_names.no_such_argument(argument))
-        override(config, name.removeprefix("--config."), text)
+        option = name.removeprefix("--config.")
+        if option not in options.BY_NAME:
+            raise Usage(other_names.no_such(option))
+        override(config, option, text)
     settle(config)
     return config
 

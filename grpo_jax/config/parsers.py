@@ -198,7 +198,9 @@ def plan() -> argparse.ArgumentParser:
         "--longest", action="store_true", help="looks for the longest completion that fits"
     )
     parser.add_argument("--json", metavar="FILE", help="writes the plan there too")
-    parser.usage = f"{parser.prog} --config FILE --topology NAME [...] [--config.NAME=VALUE ...]"
+    parser.usage = arguments.usage(
+        f"{parser.prog} --config FILE", "--topology NAME [...]", "[--config.NAME=VALUE ...]"
+    )
     return parser
 
 

@@ -35,8 +35,9 @@ def read(name: str, values: Any, completions: list[Any]) -> tuple[list[float], d
         )
     if len(entries) != len(completions):
         raise WrongValuesError(
-            f"The reward {name!r} returned {len(entries)} values for {len(completions)} "
-            "completions; it must return one number, or None, for each."
+            f"The reward {name!r} returned {len(entries)} value{'s' * (len(entries) != 1)} "
+            f"for {len(completions)} completion{'s' * (len(completions) != 1)}; it must "
+            "return one number, or None, for each."
         )
     found, faults = [], {}
     for row, entry in enumerate(entries):

@@ -194,12 +194,12 @@ def _text(value: Any) -> str:
 
 def _told(error: BaseException, found: Callable, name: str, call: Call) -> str:
     """The message for an error in a function: the error, its location, and the arguments."""
-    where = place.of_error(error, found)
+    where, number = place.of_error(error, found), len(call.completions)
     return (
         f"The reward {name!r} raised {type(error).__name__}: {said(error)}"
-        f"{f' ({where})' if where else ''}. It was called with {len(call.completions)} "
-        f"completions and the columns {sorted(call.columns)}; the first completion was "
-        f"{shown(call.completions[0])}."
+        f"{f' ({where})' if where else ''}. It was called with {number} "
+        f"completion{'s' * (number != 1)} and the columns {sorted(call.columns)}; "
+        f"the first completion was {shown(call.completions[0])}."
     )
 
 

@@ -314,10 +314,17 @@ def told(config: ConfigDict, found: Inputs) -> list[str]:
         *_draws(config),
         *demonstrations.told(config),
         *teacher.told(config, found.teacher),
-        f"The run: {config.loop.num_steps:,} steps, which ask each problem "
-        f"{config.loop.num_steps * asked / len(lengths):,.2f} times"
+        f"The run: {config.loop.num_steps:,} steps, which ask "
+        f"{_problems(config, config.loop.num_steps * asked, len(lengths))}"
         f"{' or more' * config.prompts.drop_equal_groups}",
     ]
+
+
+def _problems(config: ConfigDict, asked: int, number: int) -> str:
+    """How many of the training problems a run asks, or how often it asks each."""
+    if asked < number and not derived.follows_pass_rates(config):
+        return f"{asked:,} of the {number:,} problems"
+    return f"each problem {asked / number:,.2f} times"
 
 
 def _draws(config: ConfigDict) -> list[str]:

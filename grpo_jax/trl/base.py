@@ -93,8 +93,8 @@ class Trainer:
         if isinstance(resume_from_checkpoint, (str, Path)):
             raise ValueError(
                 f"train(resume_from_checkpoint={str(resume_from_checkpoint)!r}): a run goes on "
-                "from the newest checkpoint in its output_dir by itself. To begin another run from "
-                "a checkpoint, give model='RUN@STEP' and another output_dir."
+                "from the newest checkpoint in its output_dir by itself. To begin another from a "
+                "checkpoint, write it as a model: grpo-jax export --workdir RUN --step N --out DIR."
             )
 
     def __getattr__(self, name: str) -> Any:

@@ -63,7 +63,9 @@ _TRACKERS = "Trackio writes locally, or where TRACKIO_SPACE_ID says"
 
 _OF_GRPO: dict[str, Field] = {
     "learning_rate": same(1e-6, "optim.learning_rate"),
-    "model_init_kwargs": counts(None, "its `dtype` is `model.param_dtype`; others are refused"),
+    "model_init_kwargs": counts(
+        None, "its `dtype` is `model.param_dtype`; what else would change anything is refused"
+    ),
     "trust_remote_code": only(False, "no code of a model is run"),
     "router_aux_loss_coef": beside(None, "families with experts are not built yet"),
     "disable_dropout": beside(False, "there is no dropout"),

@@ -135,6 +135,8 @@ def test_a_wrong_override_is_refused(file, argument, parts):
     with pytest.raises(ValueError) as info:
         loading.load(file, [f"--config.{argument}"])
     assert all(part in str(info.value) for part in parts), info.value
+    # A name that is none is a wrong command line, status 2; a wrong value is a mistake, status 1.
+    assert isinstance(info.value, loading.Usage) == ("There is no option" in str(info.value))
 
 
 @pytest.mark.parametrize("argument", ["--seed=1", "--config.seed", "seed=1", "--config.seed 1"])

@@ -34,7 +34,7 @@ def share(setattr: Callable[[Any, str, Any], None] = setattr) -> None:
         setattr(module, "make_engine", engine)
     setattr(grpo_run, "make_learner", _kept(grpo_run.make_learner))
     setattr(given, "make_supervised_learner", _kept(given.make_supervised_learner, "loop"))
-    setattr(curves, "curves", lambda folder: Path(folder) / "curves.png")
+    setattr(curves, "curves", lambda folder, **how: Path(folder) / "curves.png")
 
 
 def _equal(make: Callable) -> Callable:

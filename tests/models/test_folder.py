@@ -36,6 +36,23 @@ def test_resolve_refuses_a_file(tmp_path):
         resolve(str(tmp_path / "model.safetensors"))
 
 
+def test_resolve_tells_where_the_model_of_a_run_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "a" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"a checkpoint of a run.* --workdir runs/a --step best "):
+        resolve("runs/a@best")
+    with pytest.raises(
+        ValueError, match=r"'runs/a' is the folder of a run\. Write its model: grpo"
+    ):
+        resolve("runs/a")
+    (tmp_path / "runs" / "a" / "export").mkdir()
+    with pytest.raises(ValueError, match=r"of a run\. Its model is runs/a/export\."):
+        resolve("runs/a")
+    with pytest.raises(ValueError, match="no such folder"):
+        resolve("runs/b@best")
+    assert resolve("runs/a/export").samefile(tmp_path / "runs" / "a" / "export")
+
+
 def test_resolve_says_at_once_that_the_hub_cannot_be_reached(monkeypatch):
     """It neither waits nor tries again."""
     waits = []

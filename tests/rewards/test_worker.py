@@ -77,7 +77,7 @@ def test_none_is_nan():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ([1.0], ["1 values for 2 completions"]),
+        ([1.0], ["1 value for 2 completions"]),
         ([1.0, 2.0, 3.0], ["3 values for 2 completions"]),
         (1.0, ["returned a float"]),
         (None, ["returned a NoneType"]),

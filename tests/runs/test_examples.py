@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from grpo_jax.config import options
 from grpo_jax.devices import sharding
 from grpo_jax.models import policy
 from grpo_jax.models.hf.export import save
+from grpo_jax.run.append_log import read_jsonl
 from grpo_jax.setup import model as model_lib
 
 FILE = {f.name: f for f in (Path(__file__).resolve().parents[2] / "examples").glob("*.*")}
@@ -50,6 +53,30 @@ def place(tmp_path_factory) -> Path:
         tokenizer=tokenizer,
     )  # fmt: skip
     return folder
+
+
+def test_the_readmes_own_task_runs(place, monkeypatch, one_device, capsys):
+    """As it stands, but for the model's name and sizes: with a tiny model for chats."""
+    tokenizer = Qwen2Tokenizer.from_pretrained(place / "stories260K")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    shutil.copytree(place / "stories260K", place / "chats")
+    tokenizer.save_pretrained(place / "chats")
+    page = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(import grpo_jax\n.*?)^```", page, re.MULTILINE | re.DOTALL)
+    for stands, here in (
+        ("Qwen/Qwen2.5-0.5B-Instruct", "chats"),
+        ('"num_steps": 50, "max_tokens": 128', '"num_steps": 1, "max_tokens": 4, "prompts": 2'),
+        ("range(1000)", "range(4)"),
+        ("**options)", 'workdir="runs/own", **options)'),
+        ('"25 + 7 = ?"}])', '"25 + 7 = ?"}], max_tokens=2)'),
+    ):
+        assert stands in code
+        code = code.replace(stands, here)
+    monkeypatch.chdir(place)
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    assert "Picture('runs/own/curves.png')" in capsys.readouterr().out
+    (row,) = read_jsonl(place / "runs" / "own" / "metrics.jsonl")
+    assert row["reward/correct"] >= 0 and not row.get("rewards/failed/correct")
 
 
 @pytest.mark.slow

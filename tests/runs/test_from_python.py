@@ -17,7 +17,7 @@ from mistakes import TINY, make_model
 
 import grpo_jax
 from grpo_jax import generate, train
-from grpo_jax.api import options
+from grpo_jax.api import options, training
 from grpo_jax.rewards import given
 
 ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(1, 9)]
@@ -223,7 +223,7 @@ def test_importing_starts_nothing():
         ({"data": [1, 2]}, "data, row 1 is a int"),
         ({"data": [{"prompt": "1"}, {"text": "2"}]}, "data, row 2 lacks prompt and adds text"),
         ({"data": 5}, "data is a int"),
-        ({"data": []}, "data.path: python:data is empty"),
+        ({"data": []}, "^data is empty"),
         ({"rewards": [3]}, "rewards holds 3, a int"),
         ({"rewards": [("exact_answer", 1.0, 2.0)]}, "a tuple of 3"),
         ({"rewards": rewards() + rewards()}, "two rewards called 'right'"),
@@ -251,6 +251,16 @@ def test_another_program_cannot_go_on(run, model, monkeypatch, one_device):
     monkeypatch.setattr(given, "_FUNCTIONS", {})
     with pytest.raises(ValueError, match="'python:right' is a function that a Python program gave"):
         trained(run[0].workdir, model, rewards=["python:right", ("python:short", 0.5)])
+
+
+def test_a_mistake_is_told_in_words_of_python(run, model, one_device):
+    with pytest.raises(ValueError) as told:
+        trained(run[0].workdir, model, learning_rate=0.5)
+    assert str(told.value).startswith(f"workdir {run[0].workdir} holds a run of a different config")
+    assert "Give the run its own workdir" in str(told.value) and "--" not in str(told.value)
+    assert str(told.value).endswith("add checkpoint.accept_changes=optim.learning_rate.")
+    text = "--workdir a, --config, data.eval_path = 'python:eval_data' is empty"
+    assert training.in_python(text) == "workdir a, --config, eval_data is empty"
 
 
 def test_names_of_options():

@@ -87,7 +87,7 @@ def test_a_loaded_model_is_told_by_its_name():
 @pytest.mark.parametrize("kind", [SFTTrainer, GRPOTrainer])
 def test_a_checkpoint_to_resume_from_is_refused(model, kind):
     made = kind(model=str(model), args=kind.config("runs/s"), train_dataset=ROWS)
-    with pytest.raises(ValueError, match=r"from the newest checkpoint .*model='RUN@STEP'"):
+    with pytest.raises(ValueError, match=r"from the newest checkpoint .*export --workdir RUN"):
         made.train(resume_from_checkpoint="runs/s/checkpoint-5")
 
 

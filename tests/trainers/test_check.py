@@ -45,7 +45,7 @@ def test_a_check_says_what_the_run_would_be_and_writes_nothing(tmp_path, capsys,
     assert "c.batch.prompts = 8" in told and "c.optim.schedule" not in told
     assert "Problems: 40 to train on, 4 held out" in told
     assert "32 completions, at most 256 sampled" in told
-    assert "4 steps, which ask each problem 0.80 times" in told
+    assert "4 steps, which ask 32 of the 40 problems" in told
     assert "answer_format 1.000" in told and "worked solutions" in told
     assert "begins" in told and told.endswith("Nothing speaks against this run.\n")
     (plan,) = one_plan

@@ -45,6 +45,8 @@ def resolve(path: str, option: str = "model.path") -> Path:
     try:
         folder = expanded(path, option)
         is_folder, is_file = bool(path) and folder.is_dir(), folder.is_file()
+        if path:
+            _refuse_run(given, path, folder)
     except OSError as error:  # from a forbidden folder or an endless name
         raise ValueError(f"{given} cannot be looked up: {error.strerror}.") from error
     if is_folder:
@@ -72,6 +74,25 @@ def resolve(path: str, option: str = "model.path") -> Path:
             "`hf auth login`."
         ) from error
     return Path(found)
+
+
+def _refuse_run(given: str, path: str, folder: Path) -> None:
+    """Raises ValueError for the folder of a run, and for RUN@STEP: neither is a model itself."""
+    run, at, step = path.rpartition("@")
+    is_run = lambda place: (place / "checkpoints").is_dir()  # noqa: E731
+    if at and not folder.exists() and is_run(Path(run).expanduser()):
+        raise ValueError(
+            f"{given} names a checkpoint of a run. Write it as a folder, and give that: "
+            f"grpo-jax export --workdir {run} --step {step} --out DIR."
+        )
+    if is_run(folder) and not (folder / "tokenizer_config.json").exists():
+        export = folder / "export"
+        has = (
+            f"Its model is {export}"
+            if export.is_dir()
+            else (f"Write its model: grpo-jax export --workdir {path} --step best --out DIR")
+        )
+        raise ValueError(f"{given} is the folder of a run. {has}.")
 
 
 def at_hand(path: str) -> Path | None:
