@@ -471,7 +471,8 @@ def importable(tmp_path, monkeypatch):
 
 def _assert_clear(status: int | None, message: str, parts: tuple[str, ...]) -> None:
     # A wrong command line is 2, as argparse has it.
-    assert status == (2 if "Unknown argument" in message else 1), message
+    is_usage = any(words in message for words in ("Unknown argument", "error: There is no option"))
+    assert status == (2 if is_usage else 1), message
     first, *more = message.splitlines()  # and no hint: it is the user's to mend
     assert first.startswith("error: ") and not more
     missing = [part for part in parts if part not in first]
