@@ -8,13 +8,17 @@ output, fork or eat memory in the second one. For each fault the table has the t
 came, and what it was; then whether the others' answers are those of a run without faults, and
 whether a process is left. After that a round in which each environment's tool takes a second. With
 --soak it all goes on, with a pause between two rounds, and the memory and open files of this
-process are compared between an early round and the last. No device is used. Linux alone. The status
-is 1 where something is not as it must be.
+process are compared between an early round and the last. No device is used. Linux alone.
+
+The status is 1 where something is not as it must be. On a machine that is busy with other things, a
+call of the others may not get a processor within its time limit, and is answered as one that took
+too long. Such rows are counted by themselves, and what they leave open is the status 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import os
 import subprocess
 import sys
@@ -144,8 +148,35 @@ def episodes(live: Live, num: int, faults: dict[int, str]) -> tuple[dict, float]
     return said, slowest
 
 
-def texts(answers: list) -> list:
-    return [(a.messages, a.reward) for a in answers if not isinstance(a, float)]
+def is_late(answer) -> bool:
+    """Whether a call, a reset or a reward hit its time limit."""
+    return "timeout" in answer.failures or "took longer than" in answer.message
+
+
+def compared(said: list, alone: list) -> str:
+    """How a row's answers are beside those of a run without faults: "same", "late" or "wrong".
+
+    "late": they are alike until one of them hit its time limit, in either run.
+    """
+    mine, theirs = ([a for a in row if not isinstance(a, float)] for row in (said, alone))
+    for a, b in zip(mine, theirs):
+        if is_late(a) or is_late(b):
+            return "late"
+        if (a.messages, a.reward, a.outcome) != (b.messages, b.reward, b.outcome):
+            return "wrong"
+    return "same" if len(mine) == len(theirs) else "wrong"
+
+
+def of_others(said: dict, alone: dict, faults: dict) -> collections.Counter:
+    """How many rows without a fault are "same", "late" and "wrong"."""
+    return collections.Counter(compared(said[r], alone[r]) for r in said if r not in faults)
+
+
+def told(counts: collections.Counter, seconds: float) -> str:
+    return (
+        f"{counts['same']} are those of a run without faults, {counts['late']} until a call hit "
+        f"its limit of {seconds:g} s, {counts['wrong']} are not"
+    )
 
 
 def processes_below(pid: int) -> set[int]:
@@ -154,24 +185,30 @@ def processes_below(pid: int) -> set[int]:
     return set(keeper.below(pid))
 
 
-def faults_table(live: Live, num: int, seconds: float) -> bool:
+def faults_table(live: Live, num: int, seconds: float, alone: dict) -> int:
+    """Prints the table of the faults; the status."""
     rows = range(3, num, 8)
     faults = {row: FAULTS[i % len(FAULTS)] for i, row in enumerate(rows)}
-    alone, _ = episodes(live, num, {})
     said, slowest = episodes(live, num, faults)
     print(f"{num} environments, {len(faults)} of them with a fault; limit of a call {seconds:g} s")
     print(f"{'fault':16}{'answer after':>14}  outcome        what came of the call")
     for row, fault in faults.items():
         after = next(a for a in said[row] if isinstance(a, float))
         answer = said[row][2]
-        told = answer.messages[0]["content"] if answer.messages else answer.message
+        text = answer.messages[0]["content"] if answer.messages else answer.message
         outcome = answer.outcome or f"goes on, {', '.join(answer.failures) or 'no failure'}"
-        print(f"{fault:16}{after:12.2f} s  {outcome:22} {told[:60]}")
-    others = [row for row in range(num) if row not in faults]
-    same = all(texts(said[row]) == texts(alone[row]) for row in others)
+        print(f"{fault:16}{after:12.2f} s  {outcome:22} {text[:60]}")
+    counts = of_others(said, alone, faults)
     print(f"the slowest turn took {slowest:.2f} s; at most {seconds + GRACE_S:g} s are allowed")
-    print(f"answers of the {len(others)} others are those of a run without faults: {same}")
-    return same and slowest <= seconds + GRACE_S
+    print(f"answers of the others: {told(counts, seconds)}")
+    return status_of(counts, slowest <= seconds + GRACE_S)
+
+
+def status_of(counts: collections.Counter, in_time: bool = True) -> int:
+    """0: all is as it must be; 1: not; 2: calls without a fault hit their limit, so who knows."""
+    if counts["wrong"] or (not in_time and not counts["late"]):
+        return 1
+    return 2 if counts["late"] else 0
 
 
 def slow_round(live: Live, num: int) -> bool:
@@ -194,19 +231,24 @@ def held(pid: int = 0) -> tuple[int, int]:
     return int(status[status.index("VmRSS:") + 1]), len(os.listdir("/proc/self/fd"))
 
 
-def soak(live: Live, num: int, minutes: float, faults: dict[int, str], pause_s: float) -> bool:
-    begin, rounds, early = time.monotonic(), 0, None
+def soak(live: Live, asked: argparse.Namespace, faults: dict[int, str], alone: dict) -> int:
+    """Repeats the round with faults; the status."""
+    num, minutes = asked.environments, asked.soak
+    begin, rounds, early, counts = time.monotonic(), 0, None, collections.Counter()
     while time.monotonic() - begin < 60 * minutes:
-        episodes(live, num, faults)
+        counts += of_others(episodes(live, num, faults)[0], alone, faults)
         rounds += 1
-        time.sleep(pause_s)
+        time.sleep(asked.pause)
         if early is None and rounds >= 5:
             early = (*held(), len(processes_below(os.getpid())))
     late = (*held(), len(processes_below(os.getpid())))
     print(
         f"{rounds} rounds in {minutes:g} min: resident KiB, open files, processes: {early}, {late}"
     )
-    return early is not None and late[0] <= 1.05 * early[0] and late[1:] <= (early[1], early[2] + 4)
+    print(f"answers of the others: {told(counts, asked.seconds)}")
+    if early is None or late[0] > 1.05 * early[0] or late[1:] > (early[1], early[2] + 4):
+        return 1
+    return status_of(counts)
 
 
 def main() -> None:
@@ -220,19 +262,24 @@ def main() -> None:
     found = contract.read(["environment_faults:Faulty"], [], memory_bytes=MEMORY_BYTES)
     own = os.getpid()
     with Live(found, Limits(asked.seconds, 60.0), num=asked.environments) as live:
-        good = faults_table(live, asked.environments, asked.seconds)
+        alone, _ = episodes(live, asked.environments, {})
+        statuses = [faults_table(live, asked.environments, asked.seconds, alone)]
         if asked.soak:
             rows = range(3, asked.environments, 8)
             faults = {row: FAULTS[i % (len(FAULTS) - 1)] for i, row in enumerate(rows)}
-            good &= soak(live, asked.environments, asked.soak, faults, asked.pause)
+            statuses.append(soak(live, asked, faults, alone))
     limits = Limits(10.0, 60.0)
     again = contract.read(["environment_faults:Faulty"], [], memory_bytes=MEMORY_BYTES)
     with Live(again, limits, num=asked.environments) as live:
-        good &= slow_round(live, asked.environments)
+        if not slow_round(live, asked.environments):
+            statuses.append(2 if 2 in statuses else 1)
     time.sleep(0.2)
     left = processes_below(own)
     print(f"processes left: {len(left)}")
-    sys.exit(0 if good and not left else 1)
+    if 2 in statuses:
+        cpus, load = os.cpu_count(), os.getloadavg()[0]
+        print(f"The machine was too busy to tell all: a load of {load:.0f} on {cpus} processors.")
+    sys.exit(1 if left or 1 in statuses else max(statuses))
 
 
 if __name__ == "__main__":

@@ -408,7 +408,7 @@ def draw(file: Path) -> None:
                 ax.plot([1.0] * len(found), found, marker, color="#2b2f36", markersize=5,
                         markerfacecolor="none", label=label)  # fmt: skip
         ax.axhline(q, color="#717a86", linewidth=1, linestyle=":")
-        ax.text(0.26, q - 0.03, "reference", fontsize=7.5, color="#717a86")
+        ax.text(4, q - 0.03, "reference", fontsize=7.5, color="#717a86", ha="right")
         ax.set_xscale("log", base=2)
         ticks = (0.25, 0.5, 1, 2, 4)
         ax.set_xticks(ticks, [f"{b:g}" for b in ticks])

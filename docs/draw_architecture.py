@@ -20,12 +20,12 @@ PAGE = DOCS / "architecture.md"
 # What a step does, from left to right: (column, row, title, file, what it gives).
 BOXES = {
     "prompts": (0, 1, "prompts of the step", "data/prompts", "prompt_PQ"),
-    "engine": (1, 1, "sample G completions each", "sampling/engine", "completion_PGC, logp_PGC"),
-    "rewards": (2, 0, "reward them, in processes", "rewards/pool", "reward_PG"),
-    "prepare": (2, 2, "score by policy and reference", "learner/experience", "old, ref logp_PGC"),
+    "engine": (1, 1, "sample G completions", "sampling/engine", "completion_PGC, logp_PGC"),
+    "rewards": (2, 0, "reward, in processes", "rewards/pool", "reward_PG"),
+    "prepare": (2, 2, "score old, reference", "learner/experience", "old, ref logp_PGC"),
     "advantage": (3, 0, "advantage in the group", "algorithm/advantages", "advantage"),
     "pack": (3, 2, "pack tokens into rows", "learner/packing", "token_SNDX"),
-    "loss": (4, 1, "loss and gradient of rows", "algorithm/losses", "gradient, metrics"),
+    "loss": (4, 1, "loss and gradient", "algorithm/losses", "gradient, metrics"),
     "optimizer": (5, 1, "one optimizer step", "learner/accumulate", "TrainState"),
 }
 ARROWS = (

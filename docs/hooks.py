@@ -66,6 +66,44 @@ def relinked(text: str, source: str, repository: str) -> str:
     return outside_code(text, lambda part: LINK.sub(link, part))
 
 
+_TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
+_ROW = re.compile(r"<tr>.*?</tr>", re.DOTALL)
+_CELL = re.compile(r"<(t[hd])([^>]*)>(.*?)</t[hd]>", re.DOTALL)
+_MANY = 20  # letters of a row beside its first cell; figures have few
+
+
+def stacked(html: str) -> str:
+    """A page with its tables of much text marked, which a narrow screen shows row by row.
+
+    They have three to five columns, and most rows have many letters. `site.css` puts the cells
+    of a row below each other; each has the head of its column in `data-head`.
+    """
+    return _TABLE.sub(lambda found: _stacked(found[0]), html)
+
+
+def _stacked(table: str) -> str:
+    plain = lambda text: re.sub(r"<[^>]+>", "", text).strip()  # noqa: E731
+    first, *rows = _ROW.findall(table)
+    heads = [plain(cell[2]) for cell in _CELL.findall(first)]
+    cells = ["".join(plain(cell[2]) for cell in _CELL.findall(row)[1:]) for row in rows]
+    sizes = [sum(map(str.isalpha, text)) for text in cells]
+    if not 3 <= len(heads) <= 5 or not rows or sorted(sizes)[len(sizes) // 2] < _MANY:
+        return table
+
+    def with_heads(row: re.Match) -> str:
+        of = iter(heads)
+
+        def cell(found: re.Match) -> str:
+            head, (kind, attributes, text) = next(of, ""), found.groups()
+            named = kind == "td" and head and text.strip() and head != heads[0]
+            named = f' data-head="{head}"' if named else ""
+            return f"<{kind}{attributes}{named}>{text}</{kind}>"
+
+        return _CELL.sub(cell, row[0])
+
+    return _ROW.sub(with_heads, table).replace("<table>", "<table data-stacked>", 1)
+
+
 # --- Called by mkdocs -----------------------------------------------------------------------------
 
 
@@ -86,3 +124,7 @@ def on_files(files, *, config):
 def on_page_markdown(markdown, *, page, config, files):
     source = PAGES.get(page.file.src_uri, f"docs/{page.file.src_uri}")
     return relinked(markdown, os.fspath(source), config.repo_url or "")
+
+
+def on_page_content(html, *, page, config, files):
+    return stacked(html)

@@ -283,6 +283,7 @@ def evaluate(args: argparse.Namespace, config: ConfigDict) -> tuple[list[Problem
             evaluated.append(
                 _evaluate(args, config, mesh, found, path, name, asked, references, pool, drawing)
             )
+            drawing.close_dialogues()
     return questions[0].problems, evaluated
 
 

@@ -171,6 +171,11 @@ def note(text: str) -> None:
         print(one_line(text), file=sys.stderr)
 
 
+def _notes() -> contextlib.AbstractContextManager:
+    """Within it, what others say is a note."""
+    return contextlib.redirect_stdout(sys.stderr)
+
+
 def show(prompt: str, text: str) -> None:
     """Prints a prompt and its completion; for a terminal, dims the prompt and escapes controls."""
     if console.is_terminal:
@@ -231,8 +236,8 @@ def _conversations(
         config, environment, policy, asked.problems, datetime.now()
     )
     ended: dict[int, list[Episode]] = {}
-    with environment_lib.live(config, environment) as world:
-        rollouts, told = environment_lib.conversations(config, world, dialogues).draw(
+    with environment_lib.drawing_of_run(config, environment, dialogues) as drawing:
+        rollouts, told = drawing.draw(
             engine,
             engine.publish(params),
             asked,
@@ -304,14 +309,17 @@ def main(argv: list[str]) -> None:
     as_asked = lambda text: [{"role": "user", "content": text}] if args.chat else text  # noqa: E731
     problems = [Problem(as_asked(text), {}, where) for text, where in prompts]
     config = _environment_options(args)
-    environment = environment_lib.read(config, [], rewarded=False)
+    arguments.find_modules([*args.environment, *args.tool], Path.cwd())
+    with _notes():
+        environment = environment_lib.read(config, [], rewarded=False)
     if environment is None and args.history != "append":
         raise ValueError(
             f"--history {args.history} is of conversations with an environment, and there is "
             "none. Name one by --environment or --tool, or leave --history out."
         )
     if environment is not None:
-        problems = environment.asked(problems, config.environment.tool_timeout_s)
+        with _notes():
+            problems = environment.asked(problems, config.environment.tool_timeout_s)
     prompt_ids = [
         encode_prompt(policy, problem, args.max_tokens, "--max-tokens") for problem in problems
     ]
@@ -324,7 +332,8 @@ def main(argv: list[str]) -> None:
     else:
         texts = [text for text, _ in prompts]
         asked = Questions(problems, prompt_ids, texts)
-        rollouts = _conversations(config, environment, policy, engine, params, asked, **how)
+        with _notes():
+            rollouts = _conversations(config, environment, policy, engine, params, asked, **how)
     number = 0
     for (prompt, _), made in zip(prompts, completions(policy, prompt_ids, rollouts)):
         for text, ids, logps, stopped in zip(

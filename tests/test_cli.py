@@ -213,6 +213,20 @@ def test_modules_of_rewards_are_found_beside_the_config_and_in_the_current_folde
     assert places == ["here", "there", "there"]
 
 
+def test_modules_of_environments_and_tools_are_found_there_too(tmp_path, monkeypatch):
+    (tmp_path / "near_environment.py").write_text("")
+    shutil.copy(Path(__file__).parent / "helpers" / "tiny_config.py", tmp_path / "c.py")
+    before = [*sys.path]
+    for option in (
+        "classes=('near_environment:Class(a=1)',)",
+        "classes=('a=near_environment:Class','b=near_environment.x:Other')",
+        "tools=('near_environment:tool',)",
+    ):
+        monkeypatch.setattr(sys, "path", [*before])
+        load_config(str(tmp_path / "c.py"), [f"--config.environment.{option}"])
+        assert sys.path[: len(before) + 1] == [*before, str(tmp_path)], option
+
+
 def test_without_a_home_nothing_is_kept(monkeypatch):
     """A user of a container, in no passwd."""
 

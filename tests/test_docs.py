@@ -100,6 +100,23 @@ def test_links_of_the_site_are_those_of_the_repository():
     )
 
 
+def test_tables_of_much_text_are_stacked_on_narrow_screens():
+    row = "<tr>\n<td>{}</td>\n<td><code>{}</code></td>\n<td>{}</td>\n</tr>\n"
+    head = "<tr>\n<th>option</th>\n<th>default</th>\n<th>meaning</th>\n</tr>\n"
+    many, few = row.format("a", "1", "long " * 20), row.format("a", "1", "short")
+    table = "<table>\n<thead>\n" + head + "</thead>\n<tbody>\n{}</tbody>\n</table>"
+    found = hooks().stacked("<p>x</p>" + table.format(2 * many + few.replace("short", "")))
+    assert found.startswith("<p>x</p><table data-stacked>") and "<th>default</th>" in found
+    assert found.count('<td data-head="default"><code>1</code></td>') == 3
+    assert found.count('<td data-head="meaning">long') == 2 and "<td></td>" in found
+    assert found.count("<td>a</td>") == 3
+    assert hooks().stacked(table.format(2 * few)) == table.format(2 * few)  # figures: they scroll
+    two = (
+        table.format(many).replace("<th>default</th>\n", "").replace("<td><code>1</code></td>", "")
+    )
+    assert hooks().stacked(two) == two
+
+
 def test_every_page_is_in_the_sites_navigation():
     nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
     named = re.findall(r": ([\w/]+\.md)$", nav, re.MULTILINE)
@@ -115,6 +132,9 @@ def test_lists_and_tables_stand_apart(page):
         begins = re.match(r"(- |1\. |\| )", line)
         goes_on = re.match(r"( *(- |\d+\. )|\|| |$|<!-- )", before)
         assert not begins or goes_on, f"{page.name}: {before} / {line}"
+        # A further paragraph or table of a list's item: the site ends the list where it has less.
+        nested = len(line) - len(line.lstrip()) if not before else 0
+        assert nested in (0, 4, 8), f"{page.name}: indent by 4: {line}"
 
 
 # --- Commands -------------------------------------------------------------------------------------

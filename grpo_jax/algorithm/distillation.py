@@ -17,16 +17,17 @@ from grpo_jax.algorithm.objective import TokenTerms
 from grpo_jax.structs import Array, Experience
 
 
-def with_reward(
-    advantage_PG: Array, coef: float, teacher_logp_PGC: Array, logp_PGC: Array
-) -> Array:
-    """Advantages of tokens, [P, G, C]: those of their completions plus the teacher's reward.
+def with_reward(advantage: Array, coef: float, teacher_logp_PGC: Array, logp_PGC: Array) -> Array:
+    """Advantages of tokens, [P, G, C]: `advantage` plus the teacher's reward.
+
+    `advantage`: of completions, [P, G], or of tokens, [P, G, C].
 
     That is `coef` times log-probability of the teacher minus that of the policy before the step's
     updates, of each token alone: on average the policy gradient of -KL(policy || teacher) at each
     token (Thinking Machines 2025, "On-policy distillation"; prime-rl).
     """
-    return advantage_PG[..., None] + coef * (teacher_logp_PGC - logp_PGC)
+    advantage = advantage if advantage.ndim == 3 else advantage[..., None]
+    return advantage + coef * (teacher_logp_PGC - logp_PGC)
 
 
 @struct.dataclass

@@ -1,10 +1,14 @@
-"""Advantages of turns: what an episode still earned from each of its turns on.
+"""Advantages of turns and of steps: what a completion still earned from each of them on.
 
 In place of one advantage for all of an episode's tokens, each turn of the policy has its own: the
 reward to go, relative to those of all turns of the group. It is the turn-level estimate of Zeng et
 al. 2025, arXiv:2505.11821, with rewards that follow a turn credited to it and to those before.
 
-Beside the axes of `structs.py`, U are turns of an episode.
+Steps of a chain of thought are rewarded each by itself, relative to all steps of the group. A token
+has the sum over the steps that end at it or later: the process supervision of Shao et al. 2024,
+arXiv:2402.03300, section 4.1.3.
+
+Beside the axes of `structs.py`, U are turns of an episode, or steps of a completion.
 """
 
 from __future__ import annotations
@@ -44,8 +48,21 @@ def turn_advantages(
     return np.where(std_P11 > EPS, centred_PGU / np.maximum(std_P11, EPS), 0.0)
 
 
+def step_advantages(
+    value_PGU: np.ndarray, there_PGU: np.ndarray, *, scales: bool = True
+) -> np.ndarray:
+    """What the steps of a completion earn from each on, [P, G, U + 1]; after the last step 0.
+
+    `value_PGU`: rewards of steps; `there_PGU`: steps that there are. Each counts relative to the
+    mean of all steps of its group, and with `scales` in their deviations.
+    """
+    relative_PGU = turn_advantages(value_PGU, there_PGU, scales=scales)
+    to_go_PGU = np.cumsum(relative_PGU[..., ::-1], axis=2)[..., ::-1]
+    return np.pad(to_go_PGU, ((0, 0), (0, 0), (0, 1)))
+
+
 def by_token(advantage_PGU: np.ndarray, end_PGU: np.ndarray, tokens: int) -> np.ndarray:
-    """The advantage of each token: that of the turn which it is in; [P, G, tokens].
+    """The advantage of each token: that of the turn or step which it is in; [P, G, tokens].
 
     `end_PGU`: where turns end, in tokens of the completion. What the environment says after a turn
     has the advantage of the next one, and is no action.

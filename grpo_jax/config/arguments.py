@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -124,18 +125,26 @@ def print_and_exit(text: str) -> NoReturn:
 
 
 def load_config(path: str, overrides: list[str]) -> ConfigDict:
-    """The config of a file with overrides, as `loading.load`; its reward functions can be imported.
+    """The config of a file with overrides, as `loading.load`; what it names can be imported.
 
-    A module that is found nowhere else is looked for in the config's folder, then the current one.
+    A module of its rewards, environments or tools that is found nowhere else is looked for in the
+    config's folder, then in the current one.
     """
     config = loading.load(path, overrides)
-    specs = [spec.partition("(")[0] for spec in config.rewards.names]
-    modules = {spec.partition(":")[0].partition(".")[0].strip() for spec in specs if ":" in spec}
-    modules -= NO_MODULES
-    if any(map(_is_missing, modules)):
-        folders = [str(Path(path).resolve().parent), os.getcwd()]
-        sys.path += [folder for folder in folders if folder not in sys.path]
+    named = *config.environment.classes, *config.environment.tools
+    find_modules([*config.rewards.names, *named], Path(path).resolve().parent, Path.cwd())
     return config
+
+
+def find_modules(specs: Iterable[str], *folders: Path) -> None:
+    """Has modules looked for in these folders, too, if one of them is found nowhere else.
+
+    `specs`: entries "module:name", or "other=module:name", with or without arguments in brackets.
+    """
+    heads = [spec.partition("(")[0].rpartition("=")[2] for spec in specs]
+    modules = {head.partition(":")[0].partition(".")[0].strip() for head in heads if ":" in head}
+    if any(map(_is_missing, modules - NO_MODULES)):
+        sys.path += [str(folder) for folder in folders if str(folder) not in sys.path]
 
 
 def _is_missing(module: str) -> bool:

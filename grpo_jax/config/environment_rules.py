@@ -40,41 +40,6 @@ def check(config: ConfigDict) -> None:
             "or raise the other.",
         ),
     )
-    if config.environment.turn_rewards:
-        refusals += _of_turn_rewards(config)
     for is_refused, message in refusals:
         if is_refused:
             raise ValueError(message)
-
-
-def _of_turn_rewards(config: ConfigDict) -> tuple[tuple[bool, str], ...]:
-    algorithm, given = config.algorithm, "environment.turn_rewards = True"
-    stated = ", ".join(
-        f"algorithm.{name} = {shown(algorithm[name])}"
-        for name in ("baseline", "scale_by", "credit", "aggregate", "whiten", "kl_in")
-    )
-    plain = (
-        algorithm.baseline == "mean"
-        and algorithm.scale_by in ("std", "none")
-        and (algorithm.credit, algorithm.aggregate) == ("reward", "sum")
-        and (algorithm.whiten, algorithm.kl_in) == ("none", "loss")
-    )
-    return (
-        (
-            not plain or algorithm.critic,
-            f"{given}: the advantage of a turn is its reward to go minus the group's mean, over "
-            f'its deviation or as it is, and not as {stated} say. Set baseline = "mean", scale_by '
-            '= "std" or "none", credit = "reward", aggregate = "sum", whiten = "none", kl_in = '
-            '"loss" and critic = False.',
-        ),
-        (
-            "environment:turn_rewards" not in config.rewards.names,
-            f'{given}, and rewards.names has no "environment:turn_rewards", the sum of what an '
-            "environment sets as `turn_reward` after each turn. Name it there, with its weight.",
-        ),
-        (
-            config.prompts.drop_equal_groups,
-            f"{given} with prompts.drop_equal_groups = True: a group of equal rewards may differ "
-            "by turns. Set one of them to False.",
-        ),
-    )

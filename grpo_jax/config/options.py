@@ -206,6 +206,9 @@ TABLE = (
                           "and the loss",
                "least": "the least value that the reward gave in the step, at most 0"},
            "What a reward counts as that could not be computed"),
+    several("rewards.by_step", (), "some of rewards.names",
+            "Rewards that tell of steps, such as right_steps: each token gets advantages of the "
+            "steps that end at it or later, in place of one for the whole completion"),
     number("rewards.max_failed_share", 0.5, NOT_NEGATIVE, "",
            "Share of a step's completions that may be without a reward; with more, "
            "guards.failed_rewards acts", special={1: "never"}, free=True),

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax.config import (
     advantage_rules,
+    credit_rules,
     critic_rules,
     derived,
     environment_rules,
@@ -56,6 +57,7 @@ def check(config: ConfigDict) -> None:
     advantage_rules.check(config)
     hybrid_rules.check(config)
     environment_rules.check(config)
+    credit_rules.check(config)
     _check_prompts(config)
     preference_options.check(config)
     _check_loop(config)

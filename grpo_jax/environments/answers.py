@@ -70,6 +70,7 @@ class Episode:
     failures: list[str] = dataclasses.field(default_factory=list)  # of the turn
     deadline: float = math.inf
     sent: float = 0.0
+    limit_s: float = 0.0  # of the request sent
     seconds: float = 0.0
     turn_seconds: float = 0.0
     timeouts: int = 0

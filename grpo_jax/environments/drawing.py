@@ -31,6 +31,9 @@ class OneTurn:
     def __exit__(self, *error: object) -> None:
         pass
 
+    def close_dialogues(self) -> None:
+        """Ends the processes in which conversations are rendered; they start again if needed."""
+
     def parts(self, num_prompts: int, group: int) -> list[range]:
         """The numbers of the prompts that an evaluation draws at once."""
         return [range(num_prompts)]
@@ -92,6 +95,10 @@ class Conversations(OneTurn):
 
     def __exit__(self, *error: object) -> None:
         self.world.close()
+        self.close_dialogues()
+
+    def close_dialogues(self) -> None:
+        """As `OneTurn.close_dialogues`."""
         for dialogue in self.dialogues.values() if self.forks else ():
             if dialogue.rewriting is not None:
                 dialogue.rewriting.close()

@@ -243,16 +243,14 @@ class Live:
         limit_s = self.limits.tool_seconds
         if request["kind"] == "act":
             left_s = max(self._left_s(episode), 0.01)
-            request = request | {
-                "limit_s": limit_s, "left_s": left_s, "timeouts": episode.timeouts
-            }  # fmt: skip
+            more = {"limit_s": limit_s, "left_s": left_s, "timeouts": episode.timeouts}
+            request = request | more
             limit_s = min(limit_s, left_s)
-        is_new = episode.begin["name"] not in episode.seat.made
-        if request["kind"] == "reset" and is_new:
-            limit_s = request["construct_s"]
-        episode.sent = time.monotonic()
-        episode.deadline = episode.sent + limit_s + _GRACE_S
         seat = episode.seat
+        if request["kind"] == "reset" and episode.begin["name"] not in seat.made:
+            limit_s = request["construct_s"]
+        episode.sent, episode.limit_s = time.monotonic(), limit_s
+        episode.deadline = episode.sent + limit_s + _GRACE_S
         try:
             seat.line.send(pickle.dumps(request | {"id": episode.row}))
         except OSError:
@@ -268,16 +266,17 @@ class Live:
 
     def _hear(self, timeout_s: float) -> None:
         """Waits until something is told or late, and takes it."""
+        began = time.monotonic()
         late = min((e.deadline for e in self._episodes.values()), default=math.inf)
-        until_s = min(timeout_s, max(late - time.monotonic(), 0.0))
+        until_s = min(timeout_s, max(late - began, 0.0))
         for key, events in self._selector.select(until_s):
             seat = key.data
             if seat is None:
                 self._hear_home()
             elif not seat.is_lost:
                 self._hear_seat(seat, events)
-        now = time.monotonic()
-        for episode in [e for e in self._episodes.values() if e.deadline <= now]:
+        # What came before this began was taken. Later answers wait, however long that has taken.
+        for episode in [e for e in self._episodes.values() if e.deadline <= began]:
             self._late(episode)
 
     def _hear_home(self) -> None:
@@ -295,8 +294,9 @@ class Live:
             self._died(seat)
             return
         episode = self._episodes.get(seat.row) if seat.row is not None else None
-        if episode is not None and episode.deadline < math.inf:  # a long answer is on its way
-            episode.deadline = max(episode.deadline, time.monotonic() + _GRACE_S)
+        if episode is not None and episode.deadline < math.inf:  # a long answer is on its way,
+            left_s = episode.limit_s if events & selectors.EVENT_WRITE else 0.0  # or its request
+            episode.deadline = max(episode.deadline, time.monotonic() + left_s + _GRACE_S)
         for message in map(json.loads, messages):
             episode = self._episodes.get(seat.row) if seat.row is not None else None
             if episode is None or episode.seat is not seat or message["id"] != episode.row:

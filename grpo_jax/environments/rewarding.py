@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from grpo_jax.data.problems import Problem, as_reply
@@ -48,6 +50,9 @@ class RewardCollector:
         self._tickets: dict[int, Ticket] = {}
         self._texts: dict[int, list[str]] = {}
         self._episodes: dict[int, Sequence[Episode]] = {}
+        # An evaluation has no advantages, and no state of a trainer.
+        self._by_step = trainer_state is not None and any(r.by_step for r in pool.rewards)
+        self._ids: dict[int, list[list[int]]] = {}  # with `_by_step`
 
     def add(
         self, number: int, completions: list[list[int]], episodes: Sequence[Episode] = ()
@@ -66,6 +71,8 @@ class RewardCollector:
                 first = episodes[0]
                 prompt, replies = first.messages[: first.first], [e.replies for e in episodes]
         self._texts[number] = texts
+        if self._by_step:
+            self._ids[number] = completions
         self._tickets[number] = self._pool.submit(
             [prompt] * len(texts),
             replies,
@@ -99,6 +106,7 @@ class RewardCollector:
         own, fault = {}, ""
         try:
             own = {n: self._with_episodes(n, t.result()) for n, t in self._tickets.items()}
+            own = {n: self._in_tokens(n, s) if s.steps else s for n, s in own.items()}
         except RewardError as error:  # all must learn of it, or they would wait for this process
             fault = str(error)
         everyones = own
@@ -135,6 +143,21 @@ class RewardCollector:
         }
         return scores_lib.left_out(scores, "environment", why) if why else scores
 
+    def _in_tokens(self, number: int, scores: Scores) -> Scores:
+        """The scores with the ends of steps in tokens; without steps if nobody reads them."""
+        if not self._by_step:
+            return dataclasses.replace(scores, steps={})
+
+        def of(row: int, pairs: list | None) -> list | None:
+            if pairs is None:
+                return None
+            ends = [end for end, _ in pairs]
+            tokens = tokens_up_to(self._ids[number][row], ends, self._policy.text)
+            return [[n, value] for n, (_, value) in zip(tokens, pairs)]
+
+        steps = {name: [of(*one) for one in enumerate(rows)] for name, rows in scores.steps.items()}
+        return dataclasses.replace(scores, steps=steps)
+
     def _with_models(self, scores: Scores) -> Scores:
         """The scores with those of reward models. Every process must call it."""
         began = time.monotonic()
@@ -142,6 +165,21 @@ class RewardCollector:
         by_model = self._pool.models(problems, self.texts(), self._group)
         seconds = time.monotonic() - began
         return scores_lib.with_models(scores, self._pool.measured, by_model, seconds)
+
+
+def tokens_up_to(
+    ids: Sequence[int], ends: Sequence[int], text_of: Callable[[Sequence[int]], str]
+) -> list[int]:
+    """With how many tokens a text is whole up to each of some ends, in characters, which rise.
+
+    `text_of`: the text of ids. A character of which a token has a part ends with its last token.
+    """
+    found, first = [], 0
+    whole = lambda n: len(text_of(ids[:n]).rstrip("\ufffd"))  # noqa: E731
+    for end in ends:
+        first = bisect.bisect_left(range(len(ids)), end, lo=first, key=whole)
+        found.append(first)
+    return found
 
 
 class SelectedRewards:

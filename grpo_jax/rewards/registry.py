@@ -11,6 +11,7 @@ of chat messages, its completion is one too. Besides the columns there are these
     trainer_state           with `global_step` (rollouts done), `max_steps` and `epoch`
     log_metric(name, value) adds a number to the run's metrics, averaged over a step
     log_extra(name, values) adds a column to the table of samples
+    log_steps(steps)        of each completion (end, value) of its steps, for rewards.by_step
 
 A function gets the arguments that it names, or all of them if it takes `**columns`.
 
@@ -77,6 +78,7 @@ GIVEN = (
     "trainer_state",
     "log_metric",
     "log_extra",
+    "log_steps",
 )
 
 
@@ -90,6 +92,7 @@ class Reward:
     gives_accuracy: bool = False  # 1 is right, 0 is wrong; at most one reward of a run
     takes_environments: bool = False  # is called beside the environments, which it is given
     on_failure: str = "unknown"  # what a failed one is: `config.rewards.on_failure`
+    by_step: bool = False  # its steps have advantages of their own: `config.rewards.by_step`
 
     @property
     def runs(self) -> str:
@@ -133,16 +136,18 @@ def load(
     *,
     start_limit_s: float = 120.0,
     on_failure: str = "unknown",
+    by_step: Sequence[str] = (),
 ) -> list[Reward]:
     """The rewards of `names`, each a built-in name or "module:function", arguments in brackets.
 
     `accuracy` names the reward that measures accuracy (1 right, 0 wrong); "" takes the first
     function with a true attribute `right_or_wrong`, if there is one. `on_failure`: of each.
+    `by_step`: names of those whose steps count.
 
     Raises ValueError, naming the option: `rewards.names` if there is no such function, or if two
     functions have the same short name; `rewards.weights` if a weight is not a finite number;
-    `rewards.accuracy` if it is none of the rewards. If a module is not imported after
-    `start_limit_s`, the process ends with a message.
+    `rewards.accuracy` or `rewards.by_step` if it is none of the rewards. If a module is not
+    imported after `start_limit_s`, the process ends with a message.
     """
     if len(names) != len(weights):
         raise ValueError(
@@ -163,8 +168,25 @@ def load(
                 'could not tell apart. Name each once, or call one otherwise: "... as OTHER".'
             )
         rewards[short] = Reward(short, labelled(spec)[0], float(weight), on_failure=on_failure)
+    for name in map(short_name, by_step):
+        _refuse_without_steps(rewards, name)
+        rewards[name] = dataclasses.replace(rewards[name], by_step=True)
     chosen = _which_gives_accuracy(rewards, accuracy)
     return [dataclasses.replace(r, gives_accuracy=r.name == chosen) for r in rewards.values()]
+
+
+def _refuse_without_steps(rewards: dict[str, Reward], name: str) -> None:
+    """Raises ValueError if a reward of `rewards.by_step` is unknown, or tells of no steps."""
+    if name not in rewards:
+        raise ValueError(
+            f"rewards.by_step: {name!r} is none of the rewards, which are {', '.join(rewards)}. "
+            "Name one of them, or leave rewards.by_step ()."
+        )
+    if rewards[name].runs != kinds.WORKERS or not reads([rewards[name]], "log_steps"):
+        raise ValueError(
+            f"rewards.by_step: {name!r} tells of no steps. Name a reward function with an argument "
+            "`log_steps`, as right_steps has, or leave rewards.by_step ()."
+        )
 
 
 def _refuse_lacking(found: Callable, spec: str) -> None:

@@ -54,6 +54,9 @@ class Scores:
     failures: tuple[Failure, ...] = ()
     metrics: dict[str, tuple[float, int]] = dataclasses.field(default_factory=dict)  # sum, count
     extras: dict[str, list] = dataclasses.field(default_factory=dict)  # [B]; None if not logged
+    # By reward [B]: of each completion (end, value) of its steps, or None. The end is in characters
+    # of the text, and in tokens once `environments.rewarding` has collected the scores
+    steps: dict[str, list] = dataclasses.field(default_factory=dict)
     sums: dict[str, float] = dataclasses.field(default_factory=dict)  # of a step, by metric
     # By reward: the number of calls that failed for a whole group and were repeated for each
     # completion, and the first error
@@ -113,6 +116,7 @@ class Scores:
             metrics={n: tuple(sum_count) for n, sum_count in values["metrics"].items()},
             retried={n: tuple(told) for n, told in values["retried"].items()},
             extras=values["extras"],
+            steps=values["steps"],
             sums=values["sums"],
             **arrays,
         )
@@ -314,7 +318,15 @@ def select(parts: Sequence[tuple[Scores, np.ndarray]]) -> Scores:
         for name, (count, message) in part.retried.items():
             before = retried.get(name, (0, message))
             retried[name] = (before[0] + count, before[1])
-    columns = dict.fromkeys(name for part, _ in parts for name in part.extras)
+
+    def by_row(kind: str) -> dict[str, list]:
+        of = [(getattr(part, kind), rows) for part, rows in parts]
+        columns = dict.fromkeys(name for values, _ in of for name in values)
+        return {
+            name: [values[name][r] if name in values else None for values, rows in of for r in rows]
+            for name in columns
+        }
+
     return Scores(
         reward_B=np.concatenate([part.reward_B[rows] for part, rows in parts]),
         by_name=stack("by_name", np.nan),
@@ -327,14 +339,8 @@ def select(parts: Sequence[tuple[Scores, np.ndarray]]) -> Scores:
         ),
         metrics=metrics,
         sums=sums,
-        extras={
-            name: [
-                part.extras[name][row] if name in part.extras else None
-                for part, rows in parts
-                for row in rows
-            ]
-            for name in columns
-        },
+        extras=by_row("extras"),
+        steps=by_row("steps"),
         retried=retried,
     )
 

@@ -26,6 +26,7 @@ class Ticket:
         self._metrics: dict[str, tuple[float, int]] = {}
         self._sums: dict[str, float] = {}
         self._extras: dict[str, list] = {}
+        self._steps: dict[str, list] = {}
         self._retried: dict[str, tuple[int, str]] = {}
         self._open = len(rewards) * rows
         self._lock, self._done = threading.Lock(), threading.Event()
@@ -53,6 +54,7 @@ class Ticket:
             metrics=self._metrics,
             sums=self._sums,
             extras=self._extras,
+            steps=self._steps,
             retried=self._retried,
         )
 
@@ -85,6 +87,9 @@ class Ticket:
         for name, values in answer.extras.items():
             column = self._extras.setdefault(name, [None] * self._rows)
             column[rows.start : rows.stop] = values
+        if answer.steps is not None and self._rewards[reward].by_step:
+            column = self._steps.setdefault(self._rewards[reward].name, [None] * self._rows)
+            column[rows.start : rows.stop] = answer.steps
         self._open -= len(rows)
         if not self._open:
             self._done.set()

@@ -84,6 +84,7 @@ class Answer:
     metrics: dict[str, tuple[float, int]] = dataclasses.field(default_factory=dict)  # sum, count
     sums: dict[str, float] = dataclasses.field(default_factory=dict)  # as in `Scores`
     extras: dict[str, list] = dataclasses.field(default_factory=dict)
+    steps: list | None = None  # of each completion, as in `Scores`
     is_spent: bool = False  # this process must be replaced
 
 
@@ -91,7 +92,8 @@ def answer(found: Callable, name: str, call: Call, max_completion_tokens: int) -
     """The outcome of one call; the function may do anything, as long as it returns or raises."""
     metrics: dict[str, tuple[float, int]] = {}
     extras: dict[str, list] = {}
-    given = _given(call, max_completion_tokens, metrics, extras)
+    steps: list[list] = []
+    given = _given(call, max_completion_tokens, metrics, extras, steps)
     began = time.monotonic()
     try:
         got = found(**{n: given[n] for n in registry.accepted(found, given)})
@@ -113,6 +115,7 @@ def answer(found: Callable, name: str, call: Call, max_completion_tokens: int) -
         faults={row: f"{fault}{_stands(found)}" for row, fault in faults.items()},
         metrics=metrics,
         extras={n: v for n, v in extras.items() if len(v) == num},
+        steps=steps or None,
     )
 
 
@@ -121,8 +124,9 @@ def _given(
     max_completion_tokens: int,
     metrics: dict[str, tuple[float, int]],
     extras: dict[str, list],
+    steps: list[list],
 ) -> dict[str, Any]:
-    """All possible arguments of a function, by name; its logs go to `metrics` and `extras`."""
+    """All possible arguments of a function, by name; its logs go to the last three."""
 
     def log_metric(name: str, value: float) -> None:
         name = _text(name)
@@ -134,6 +138,15 @@ def _given(
     def log_extra(column: str, values: list) -> None:
         extras[_text(column)] = [_extra(v) for v in values]
 
+    def log_steps(of_completions: list[list]) -> None:
+        found = [_steps(pairs) for pairs in of_completions]
+        if len(found) != len(call.completions):
+            raise ValueError(
+                f"log_steps got the steps of {len(found)} completions, and there are "
+                f"{len(call.completions)}."
+            )
+        steps[:] = found
+
     given = {name: list(column) for name, column in call.columns.items()}  # copies
     given |= {
         "prompts": list(call.prompts),
@@ -142,12 +155,24 @@ def _given(
         "trainer_state": types.SimpleNamespace(**call.trainer_state),
         "log_metric": log_metric,
         "log_extra": log_extra,
+        "log_steps": log_steps,
     }
     if call.completion_ids is not None:
         given["completion_ids"] = call.completion_ids
     if call.rendered_prompts is not None:
         given["rendered_prompts"] = list(call.rendered_prompts)
     return given
+
+
+def _steps(pairs: Any) -> list[list]:
+    """The steps of a completion, in order; ValueError for what is none."""
+    found = [[int(end), float(value)] for end, value in pairs]
+    ends = [end for end, _ in found]
+    if sorted({*ends}) != ends or min(ends, default=0) < 0:
+        raise ValueError(f"log_steps takes ends of steps that rise from 0 on, not {ends[:20]}.")
+    if not all(math.isfinite(value) for _, value in found):
+        raise ValueError(f"log_steps takes finite values, not {[v for _, v in found][:20]}.")
+    return found
 
 
 def _extra(value: Any) -> Any:

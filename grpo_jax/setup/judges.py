@@ -70,7 +70,9 @@ def start(config: ConfigDict, rewards: Sequence[Reward], folder: Path | None) ->
 def _cache(folder: Path | None) -> Cache:
     if folder is None:
         return Cache()
-    files = sorted(folder.glob(_FILES))
     number = processes.number()
     own = folder / ("judgements.jsonl" if number == 0 else f"judgements-{number}.jsonl")
-    return Cache(files, Log(own, say).append)
+    log = Log(own, say)  # there is a file now
+    # Several processes may have judged one text, each with its own verdict: here this one's counts.
+    others = sorted(file for file in folder.glob(_FILES) if file != own)
+    return Cache([*others, own], log.append)

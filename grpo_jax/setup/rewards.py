@@ -27,6 +27,7 @@ def load_rewards(config: ConfigDict) -> list[Reward]:
         options.accuracy,
         start_limit_s=options.start_timeout_s,
         on_failure=options.on_failure,
+        by_step=options.by_step,
     )
     for reward in rewards:
         if reward.model:

@@ -23,7 +23,16 @@ from grpo_jax.learner import train_state
 from grpo_jax.planning import fit
 from grpo_jax.run import claim
 from grpo_jax.run import stop as stop_lib
-from grpo_jax.trainers import coefficients, grpo_run, refill, restarts, results, rollout, run_state
+from grpo_jax.trainers import (
+    coefficients,
+    credit,
+    grpo_run,
+    refill,
+    restarts,
+    results,
+    rollout,
+    run_state,
+)
 from grpo_jax.trainers.listeners import Callback
 from grpo_jax.trainers.monitor import Monitor
 from grpo_jax.trainers.run_state import RunState
@@ -85,8 +94,8 @@ def sample_and_reward(run: Run, state: RunState, monitor: Monitor) -> None:
         scores = monitor.rewards(state, sampled.rewards, sampled.draws)  # device busy
         greedy = sampled.greedy and monitor.rewards(state, sampled.greedy)
         rewards = rollout.device_rewards(run, sampled, scores, greedy)
-        by_turn = rollout.turn_advantages(run, sampled, scores)
-        experience = run.prepare(log_probs, *rewards, beside=by_turn)
+        by_token = credit.by_token(run, sampled, scores)
+        experience = run.prepare(log_probs, *rewards, beside=by_token)
         state.experience = coefficients.given_to(run, experience, state)
         state.next_rollout = following
         state.count_draws(sampled)

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from grpo_jax import keys
-from grpo_jax.algorithm import turn_credit
 from grpo_jax.config import derived
 from grpo_jax.devices import transfer
 from grpo_jax.environments.questions import Questions
-from grpo_jax.environments.rewarding import TURN_REWARDS, RewardCollector
+from grpo_jax.environments.rewarding import RewardCollector
 from grpo_jax.environments.single_turn import GivenUp, Rollout
 from grpo_jax.learner import scoring
 from grpo_jax.messages import console
@@ -219,29 +218,6 @@ def device_rewards(
         known_PG = ~scores.unknown_B.reshape(shape)
     given = reward, None if greedy is None else of(greedy), known_PG
     return transfer.shard_rows(run.mesh, given)
-
-
-def turn_advantages(run: Run, sampled: Rollout, scores: Scores) -> dict[str, Array]:
-    """Advantages of turns as a field of the experience; {} if episodes have one each."""
-    if not run.config.environment.turn_rewards:
-        return {}
-    (told,) = sampled.told
-    shape, tokens = sampled.completions.length_PG.shape, cut_length(sampled.completions)
-    most = max(map(len, told.ends))
-    pad = lambda rows, fill: np.array([[*row, *[fill] * (most - len(row))] for row in rows])  # noqa: E731
-    in_groups = lambda rows, fill: pad(rows, fill).reshape(*shape, most)  # noqa: E731
-    end_PGU = in_groups(told.ends, tokens)
-    weight = next(r.weight for r in run.rewards.rewards if r.spec == TURN_REWARDS)
-    to_go_PGU = turn_credit.rewards_to_go(
-        scores.reward_B.astype(np.float64).reshape(shape),
-        in_groups(told.turn_rewards, 0.0),
-        weight,
-    )
-    taken_PGU = in_groups([[True] * len(row) for row in told.ends], False)
-    scales = run.config.algorithm.scale_by == "std"
-    advantage_PGU = turn_credit.turn_advantages(to_go_PGU, taken_PGU, scales=scales)
-    advantage_PGC = turn_credit.by_token(advantage_PGU, end_PGU, tokens).astype(np.float32)
-    return {"advantage": transfer.shard_rows(run.mesh, advantage_PGC)}
 
 
 def show(

@@ -17,8 +17,26 @@ for _name in ("SFT", "DPO", "KTO", "ORPO", "CPO", "Reward"):
     _WHERE |= {f"{_name}Config": "given_config", f"{_name}Trainer": "given_trainer"}
 
 
+# Trainers of TRL's that have no class here, and what trains so.
+_BY_OPTIONS = {
+    "RLOO": "grpo_jax.train(..., preset='rloo')",
+    "PPO": "grpo_jax.train(..., preset='ppo'): docs/ppo.md",
+    "GMPO": "grpo_jax.train(..., preset='gmpo')",
+    "Distillation": "grpo_jax.train(..., teacher='DIR'): docs/distillation.md",
+    "GKD": "grpo_jax.train(..., teacher='DIR'): docs/distillation.md",
+}
+
+
 def __getattr__(name: str) -> Any:
     """A class, imported on first use: trainers take seconds to import."""
     if name in _WHERE:
         return getattr(importlib.import_module(f"grpo_jax.trl.{_WHERE[name]}"), name)
+    kind = name.removesuffix("Trainer").removesuffix("Config")
+    if kind != name:  # an ImportError, since Python hides the text of another from `import`
+        use = f" Use {_BY_OPTIONS[kind]}." if kind in _BY_OPTIONS else ""
+        raise ImportError(f"grpo_jax.trl has no {name}.{use} It has {', '.join(sorted(_WHERE))}.")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_WHERE]

@@ -72,9 +72,20 @@ def warmup(steps: float, updates: int) -> int:
     return math.ceil(steps * updates) if 0 < steps < 1 else int(steps)
 
 
+# Values of model_init_kwargs that are in force here anyway.
+_WITHOUT_EFFECT = {
+    "trust_remote_code": (False,), "revision": ("main",), "use_cache": (True, False),
+    "low_cpu_mem_usage": (True, False),
+}  # fmt: skip
+
+
 def precision(args: Arguments) -> dict[str, Any]:
     """The option of the weights' precision."""
-    given = dict(args.model_init_kwargs or {})
+    given = {
+        name: value
+        for name, value in (args.model_init_kwargs or {}).items()
+        if value is not None and value not in _WITHOUT_EFFECT.get(name, ())
+    }
     dtype = str(given.pop("dtype", given.pop("torch_dtype", "float32"))).removeprefix("torch.")
     given.pop("attn_implementation", None)  # kernels are chosen automatically
     if given:

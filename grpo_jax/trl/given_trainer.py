@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
-import jax
-
 from grpo_jax.api import given
 from grpo_jax.api.trained import Trained
 from grpo_jax.trl import given_config as configs
-from grpo_jax.trl.base import Trainer
+from grpo_jax.trl.base import Trainer, num_devices
 from grpo_jax.trl.callbacks import functions_of
 from grpo_jax.trl.lora import options_of_peft
 
@@ -71,11 +69,12 @@ class _GivenTrainer(Trainer):
         adapters = options_of_peft(peft_config, type(self).__name__, self.head)
         self._options = adapters | dict(options or {})
 
-    def train(self) -> Trained:
+    def train(self, resume_from_checkpoint: bool | None = None) -> Trained:
         """Trains, or continues in `args.output_dir`; returns the result of `grpo_jax.sft`."""
+        self._check_resume(resume_from_checkpoint)
         data, held_out = self._data
         number = 0 if held_out is None else len(held_out)
-        options = type(self)._options_of(self.args, len(data), number, len(jax.devices()))
+        options = type(self)._options_of(self.args, len(data), number, num_devices())
         if not options["evaluation.num_problems"]:
             held_out = None
         self.run = type(self)._train(

@@ -6,11 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from grpo_jax.api.trained import Trained
 from grpo_jax.api.training import train
-from grpo_jax.trl.base import Trainer
+from grpo_jax.trl.base import Trainer, num_devices
 from grpo_jax.trl.callbacks import functions_of
 from grpo_jax.trl.config import GRPOConfig, options_of
 from grpo_jax.trl.lora import options_of_peft
@@ -68,12 +66,13 @@ class GRPOTrainer(Trainer):
         self._tools, self._environments = tools, environment_factory
         self._rewards = _weighed(reward_funcs, self.args.reward_weights)
 
-    def train(self) -> Trained:
+    def train(self, resume_from_checkpoint: bool | None = None) -> Trained:
         """Trains, or continues in `args.output_dir`; returns the result of `grpo_jax.train`."""
+        self._check_resume(resume_from_checkpoint)
         data, eval_data = self._data
         converses = bool(self._tools or self._environments)
         rows = 0 if data is None else len(data)
-        options = options_of(self.args, rows, len(jax.devices())) | self._options
+        options = options_of(self.args, rows, num_devices()) | self._options
         if data is None:  # an episode's random numbers are those of its problem
             number = options["batch.prompts"] * options["loop.num_steps"]
             data = [{"prompt": [{"role": "user", "content": ""}]}] * number

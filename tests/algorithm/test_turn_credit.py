@@ -1,10 +1,15 @@
-"""Advantages of turns, by hand."""
+"""Advantages of turns and of steps, by hand and beside the formulas written out."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from grpo_jax.algorithm.turn_credit import by_token, rewards_to_go, turn_advantages
+from grpo_jax.algorithm.turn_credit import (
+    by_token,
+    rewards_to_go,
+    step_advantages,
+    turn_advantages,
+)
 
 nan = np.nan
 # Two episodes: one of three turns that earns 1 by its second turn and 2 at its end, and one of one.
@@ -38,3 +43,30 @@ def test_tokens_have_the_advantage_of_their_turn():
     end = np.array([[[2, 5, 6], [3, 6, 6]]])
     got = by_token(np.array([[[1.0, 2, 3], [7, 0, 0]]]), end, 6)
     assert got.tolist() == [[[1, 1, 2, 2, 2, 3], [7, 7, 7, 0, 0, 0]]]
+
+
+def test_a_token_has_what_the_steps_from_it_on_are_worth():
+    """The process supervision of arXiv:2402.03300, section 4.1.3, written out in float64."""
+    rng, tokens = np.random.default_rng(0), 12
+    for _ in range(20):
+        chains = [
+            sorted(rng.choice(np.arange(1, tokens + 1), rng.integers(0, 4), replace=False))
+            for _ in range(3)
+        ]
+        values = [rng.normal(size=len(ends)) for ends in chains]
+        every = np.concatenate(values)  # of the group
+        want = np.zeros((3, tokens))
+        for i, (ends, rewards) in enumerate(zip(chains, values)):
+            for t in range(tokens):
+                for index, reward in zip(ends, rewards):
+                    if index > t and len(every) > 1:  # the step ends at token t or later
+                        want[i, t] += (reward - every.mean()) / every.std()
+        width = max(1, *map(len, chains))
+        pad = lambda rows, fill: np.array([[[*row, *[fill] * (width - len(row))] for row in rows]])  # noqa: E731, B023
+        there = pad([[True] * len(ends) for ends in chains], False)
+        step_PGU = step_advantages(pad(values, 0.0), there)
+        got = by_token(step_PGU, pad(chains, tokens), tokens)
+        np.testing.assert_allclose(got[0], want, atol=1e-12)
+    there = np.array([[[True, True], [True, False]]])
+    plain = step_advantages(np.array([[[1.0, 0], [1, 9]]]), there, scales=False)
+    np.testing.assert_allclose(plain * 3, [[[-1, -2, 0], [1, 0, 0]]])  # less a mean of 2/3

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -403,6 +404,39 @@ def test_no_process_outlives_the_trainer(how, tmp_path):
     assert got.returncode == (0 if how == "close" else -signal.SIGKILL)
     own = [*pids.read_text().split(), *got.stdout.split()]
     assert len(own) == 4 and are_gone(own)
+
+
+def test_an_answer_that_waits_for_the_trainer_is_not_late():
+    """The trainer is at another episode while one is answered, and for longer than its limit."""
+    with start("Counter", num=2) as live:
+        begin(live, row=0), begin(live, row=1)
+        hear = live._hear_seat
+
+        def slowly(seat, events):
+            live._hear_seat = hear
+            hear(seat, events)
+            live.act(1, turn(("increment", {"step": 2})), [])
+            other = live._episodes[1]
+            assert select.select([other.seat.line.sock], [], [], 60)[0]
+            other.deadline = time.monotonic()
+
+        live._hear_seat = slowly
+        live.act(0, turn(("increment", {"step": 1})), [])
+        got = wait(live, 2)
+        assert [said(a) for a in got] == [["1"], ["2"]] and live.num_lost == 0
+        assert [a.failures for a in got] == [(), ()]
+
+
+def test_a_call_has_its_time_once_its_request_is_there():
+    """A long conversation does not go out at once, and the trainer is long at something else."""
+    with start("Sleeps", seconds=30.0) as live:
+        begin(live)
+        live.act(0, turn(("wait", {"seconds": 1.2})), [{"content": "x" * 4_000_000}])
+        line = live._episodes[0].seat.line
+        assert line.is_waiting and select.select([], [line.sock], [], 60)[1]
+        live._episodes[0].deadline = time.monotonic()
+        got = one(live)
+        assert said(got) == ["done"] and not got.failures and live.num_lost == 0
 
 
 def test_sixty_four_wait_at_once():

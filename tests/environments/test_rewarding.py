@@ -7,11 +7,11 @@ import pytest
 
 from grpo_jax.data.problems import Problem
 from grpo_jax.environments import rewarding
-from grpo_jax.environments.rewarding import FailureReports, RewardCollector
+from grpo_jax.environments.rewarding import FailureReports, RewardCollector, tokens_up_to
 from grpo_jax.rewards import trial
 from grpo_jax.rewards.pool import Pool
 from grpo_jax.rewards.registry import load
-from grpo_jax.rewards.scores import Failure, Scores
+from grpo_jax.rewards.scores import Failure, Scores, select
 
 CHAT = [{"role": "user", "content": "hi"}]
 STATE = {"global_step": 0, "max_steps": 9, "epoch": 0.0}
@@ -80,6 +80,60 @@ def test_ensembles_are_computed_from_the_whole_step():
     np.testing.assert_allclose(got.by_name["both"], both, rtol=1e-5)
     np.testing.assert_allclose(got.reward_B, 0.5 * a + both, rtol=1e-5)
     assert not np.isnan(tried.reward_B).any() and not got.failures
+
+
+class _Bytes:
+    """Tokens of 1 to 3 bytes: a character may be in two tokens, and a token in two characters."""
+
+    pieces = (b"1+1=2", b", ", b"2+", b"2=5", b"\xc3", b"\xa9", b"\xa93", b"\xe2\x89\x88")
+
+    def text(self, ids):
+        return b"".join(self.pieces[i] for i in ids).decode("utf-8", "replace")
+
+
+def test_the_ends_of_steps_in_tokens():
+    ids = [0, 1, 2, 3, 4, 6, 0]
+    text = _Bytes().text(ids)
+    assert text == "1+1=2, 2+2=5é31+1=2"
+    ends = list(range(len(text) + 1))
+    want = [next(n for n in range(8) if _covers(ids[:n], text[:e])) for e in ends]
+    assert tokens_up_to(ids, ends, _Bytes().text) == want
+    assert want[5] == 1 and want[6] == 2 and want[13] == want[14] == 6 and want[-1] == 7
+
+
+def _covers(ids, text):
+    return b"".join(_Bytes.pieces[i] for i in ids).startswith(text.encode())
+
+
+def test_steps_of_a_group_arrive_with_their_ends_in_tokens():
+    """Of the reward that is asked for them. An evaluation keeps none, a failed call has none."""
+    problems = [Problem("p", {}), Problem("q", {})]
+    names = ("right_steps as chain", "right_steps as other", "odd_rewards:odd_steps")
+    rewards = load(names, (1.0, 1.0, 0.0), by_step=("chain", "odd_steps"))
+    with Pool(rewards) as pool:
+        found = []
+        for state in (STATE, None):
+            collector = RewardCollector(pool, _Bytes(), problems, ["p", "q"], 2, state)
+            collector.add(1, [[4, 6], [0, 1, 0]])
+            collector.add(0, [[0, 1, 2, 3], [4, 5]])
+            found.append(collector.scores())
+        assert not found[1].steps
+        chain = [[[1, 1.0], [4, 0.0]], [], [], [[1, 1.0], [3, 1.0]]]
+        assert found[0].steps == {"chain": chain}  # the odd one's texts are no steps
+        assert found[0].failed["odd_steps"].all()
+        told = [found[0], Scores.from_json(found[0].as_json())]
+        assert told[1].steps == {"chain": chain}
+        picked = select([(told[0], np.array([3])), (found[1], np.array([0]))])
+        assert picked.steps == {"chain": [chain[3], None]}
+        said = {
+            "[[(1, 1.0), (1, 0.0)]]": "ends of steps that rise",
+            "[[(1, 1.0)], []]": "the steps of 2 completions, and there are 1",
+            "[[(1, 1e999)]]": "finite values",
+        }
+        for text, why in said.items():
+            got = pool.score(["p"], [text], {})
+            assert got.failed["odd_steps"].all() and why in got.failures[0].message, got.failures
+        assert pool.score(["p"], ["[[(2, 0.5)]]"], {}).steps["odd_steps"] == [[[2, 0.5]]]
 
 
 def test_a_group_that_is_missing_is_noticed():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import gc
 import mmap
@@ -255,4 +256,10 @@ def raises_without_text(completions, log_extra, **columns):
 
 def slow(completions, **columns):
     time.sleep(0.05 * len(completions))
+    return [1.0] * len(completions)
+
+
+def odd_steps(completions, log_steps, **columns):
+    """Logs steps as the first completion says."""
+    log_steps(ast.literal_eval(completions[0]))
     return [1.0] * len(completions)

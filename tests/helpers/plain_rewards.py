@@ -14,3 +14,9 @@ def short(completions, **columns):
 
 def right(completions, answer, **columns):
     return [float(a in c) for c, a in zip(completions, answer)]
+
+
+def digits(completions, log_steps, **columns):
+    """The share of digits; each character is a step."""
+    log_steps([[(n, float(x.isdigit())) for n, x in enumerate(c, 1)] for c in completions])
+    return [sum(map(str.isdigit, c)) / max(len(c), 1) for c in completions]

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import re
+import ssl
 import threading
 from collections.abc import Callable
 
@@ -67,10 +68,13 @@ class StubJudge:
     """
 
     def __init__(
-        self, reply: Callable[[dict, int], bytes | tuple | None] | None = None, delay_s: float = 0.0
+        self,
+        reply: Callable[[dict, int], bytes | tuple | None] | None = None,
+        delay_s: float = 0.0,
+        tls: ssl.SSLContext | None = None,
     ):
         self._reply = reply or (lambda body, i: completion(by_length(body)))
-        self._delay_s = delay_s
+        self._delay_s, self._tls = delay_s, tls
         self.requests: list[dict] = []
         self.heads: list[str] = []
         self.at_once = self.most_at_once = 0
@@ -80,7 +84,7 @@ class StubJudge:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
+        return f"http{'s' * bool(self._tls)}://127.0.0.1:{self.port}/v1"
 
     def __enter__(self) -> StubJudge:
         self._thread.start()
@@ -93,7 +97,7 @@ class StubJudge:
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
-        start = asyncio.start_server(self._connected, "127.0.0.1", 0)
+        start = asyncio.start_server(self._connected, "127.0.0.1", 0, ssl=self._tls)
         server = self._loop.run_until_complete(start)
         self.port = server.sockets[0].getsockname()[1]
         self._ready.set()

@@ -237,3 +237,16 @@ def test_prefixes_are_no_modules():
     assert {prefix.removesuffix(":") for prefix in kinds.KINDS} == arguments.NO_MODULES
     (reward,) = load(("model:runs/a/export as b",), (1.0,))
     assert (reward.model, reward.runs) == ("runs/a/export", "devices")
+
+
+def test_rewards_whose_steps_count():
+    names = ("right_steps as chain", "exact_answer")
+    first, second = load(names, (1.0, 1.0), by_step=("right_steps as chain",))
+    assert first.by_step and not second.by_step
+    assert load(names, (1.0, 1.0), by_step=("chain",))[0].by_step
+    with pytest.raises(
+        ValueError, match=r"rewards.by_step: 'steps' is none of the .* chain, exact"
+    ):
+        load(names, (1.0, 1.0), by_step=("steps",))
+    with pytest.raises(ValueError, match=r"by_step: 'exact_answer' tells of no steps.*`log_steps`"):
+        load(names, (1.0, 1.0), by_step=("exact_answer",))

@@ -91,6 +91,13 @@ def test_right_steps(text, value):
     assert right_steps([""], [text]) == [value]
 
 
+def test_steps_count_up_to_the_first_wrong_one():
+    told = []
+    texts = ["none", "1+1=2, 2+2=5, 3+3=6", "1+1=2, 2+2=4."]
+    assert right_steps([""] * 3, texts, log_steps=told.extend) == [0, pytest.approx(1 / 3), 1]
+    assert told == [[], [(5, 1.0), (12, 0.0)], [(5, 1.0), (12, 1.0)]]
+
+
 def test_what_right_steps_takes_and_logs():
     logged = []
     log = lambda name, value: logged.append((name, value))  # noqa: E731

@@ -6,22 +6,21 @@ ends one, so that each turn of the user forks.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 
-import chat_families
-import jax
 import numpy as np
 import pytest
+import torch
+import transformers
 from kill_and_resume import final_state, log_differences, logged, state_differences
-from mistakes import TINY
+from mistakes import TINY, make_chats
 
-from grpo_jax.config import loading
-from grpo_jax.devices import sharding
-from grpo_jax.models import policy
-from grpo_jax.models.hf.export import save
+from grpo_jax import generate
+from grpo_jax.environments import episodes
+from grpo_jax.rewards import keeper
 from grpo_jax.run.append_log import read_jsonl
-from grpo_jax.setup import model
 
 pytestmark = pytest.mark.slow
 
@@ -59,27 +58,29 @@ OPTIONS = {
 }
 
 
+@contextlib.contextmanager
+def finding(root):
+    """The environment's module is found, by other processes too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(root))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]))
+        yield patch
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, drive_here):
     """The folder of two runs: one that was left alone, and one stopped between two updates."""
     root = tmp_path_factory.mktemp("forks")
     (root / "twice.py").write_text(MODULE)
-    tokenizer, _ = chat_families.qwen(chat_families.QWEN3_XML)
-    new = model.new(loading.load(str(TINY), []).model, tokenizer)
-    params = policy.load_params(new, sharding.make_mesh(devices=jax.devices()[:1]), seed=0)
-    save(root / "model", params, new.model, source=None, dtype="float32", tokenizer=tokenizer)
-    asked = [{"prompt": [{"role": "user", "content": f"{n}+1?"}]} for n in range(1, 9)]
-    (root / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
-    places = {"model.path": str(root / "model"), "data.path": str(root / "train.jsonl")}
+    folder, questions = make_chats(root / "model")
+    places = {"model.path": str(folder), "data.path": str(questions)}
     options = {**places, **OPTIONS}
     argv = ["--config", str(TINY), *(f"--config.{name}={x}" for name, x in options.items())]
 
     def job(name, **stop):
         return {"argv": [*argv, "--workdir", str(root / name)]} | stop
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(root))
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]))
+    with finding(root):
         ends = drive_here([job("whole"), job("stopped", after=6)])
         assert ends[0] == "finished", ends
         kept = final_state(root / "stopped", "experience")
@@ -112,3 +113,71 @@ def test_samples_show_the_conversation_once(runs):
     texts = [row["completion"] for row in read_jsonl(root / "whole" / "samples.jsonl")]
     assert any("2?" in text for text in texts)
     assert max(text.count("1?") for text in texts) == 1
+
+
+@pytest.fixture(scope="module")
+def talked(runs, runs_here):
+    """What `generate` prints of a greedy conversation, and the processes that it left."""
+    root, _, _ = runs
+    options = generate._environment_options
+
+    def short_turns(args):
+        config = options(args)
+        config.environment.update(turn_tokens=5, max_turns=3)
+        return config
+
+    argv = ["--model", str(root / "model"), "--chat", "--prompt", "1+1?", "--max-tokens", "96"]
+    argv += ["--environment", "twice:Twice", "--history", "fork", "--json"]
+    before = keeper.below(os.getpid())
+    with finding(root) as patch:
+        patch.setattr(generate, "_environment_options", short_turns)
+        (line,) = runs_here("generate", argv).splitlines()
+    return json.loads(line), set(keeper.below(os.getpid())) - set(before)
+
+
+def test_generate_goes_on_from_what_the_template_writes(runs, talked):
+    """Each turn is the most likely one after transformers' rendering of what was said before."""
+    folder, (row, left) = runs[0] / "model", talked
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids, logps = row["token_ids"], np.array(row["logprobs"])
+    first = np.flatnonzero((logps != 0) & np.r_[True, logps[:-1] == 0])
+    assert len(first) == 3 and not left
+    messages = [{"role": "user", "content": "1+1?"}]
+    for number, start in enumerate(first):
+        turn = ids[start : start + 5]
+        assert (logps[start : start + 5] < 0).all() and "</think>" not in tokenizer.decode(turn)
+        context = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+        with torch.no_grad():
+            found = network(torch.tensor([context + turn])).logits[0, len(context) - 1 : -1]
+        assert found.argmax(-1).tolist() == turn
+        want = found.log_softmax(-1).max(-1).values.numpy()
+        np.testing.assert_allclose(logps[start : start + 5], want, atol=1e-4)
+        said = {"role": "assistant", "content": ""}  # its thinking has no end, and is gone
+        messages += [said, {"role": "user", "content": f"{number + 1}?"}]
+    text = tokenizer.decode(ids)
+    assert text.count("1?") == text.count("2?") == 1
+
+
+def test_evaluate_holds_the_same_conversation(runs, talked, runs_here, tmp_path):
+    root, (row, _) = runs[0], talked
+    places = {"model.path": str(root / "model"), "data.path": str(root / "model.jsonl")}
+    options = {**places, **OPTIONS, "rollout.num_slots": 2}
+    argv = ["--config", str(TINY), *(f"--config.{name}={x}" for name, x in options.items())]
+    argv += ["--model", str(root / "model"), "--split", "train", "--num-problems", "2"]
+    before = keeper.below(os.getpid())
+    sampled, sample = [], episodes.sample
+    with finding(root) as patch:
+        keep = lambda *given, **more: sampled.append(sample(*given, **more)) or sampled[-1]  # noqa: E731
+        patch.setattr(episodes, "sample", keep)
+        runs_here("evaluate", [*argv, "--out", str(tmp_path)])
+    ((_, told),) = sampled
+    assert told.parts_B.tolist() == [2, 2]
+    assert not set(keeper.below(os.getpid())) - set(before)
+    (file,) = tmp_path.glob("*_greedy.jsonl")
+    item = json.loads(file.read_text().splitlines()[0])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(root / "model")
+    assert item["completion"] == tokenizer.decode(row["token_ids"])
+    assert item["length"] == 15 and not item["stopped"]  # its three turns, without what was said

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from kill_and_resume import differences_beyond, final_state, logged
+from mistakes import make_chats
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 LAUNCH = HELPERS.parents[1] / "launch" / "local_multiprocess.sh"
@@ -51,7 +52,7 @@ def slow(**columns):
 def digit(completions, **columns):  # right for about one of three
     return [float(c[:1] in "0123") for c in completions]
 """
-# Says a random digit after a turn, twice.
+# Says a random digit after a turn, twice; what the turns say is worth something.
 ECHO = """
 import random
 
@@ -60,11 +61,12 @@ class Echo:
         self.said = []
 
     def respond(self, messages):
-        self.said.append(messages[-1]["content"])
+        said = messages[-1]
+        self.said.append(said.get("reasoning_content", "") + said["content"])
         return None if len(self.said) > 2 else str(random.randrange(10))
 
     def get_reward(self):
-        return sum(c.isdigit() for turn in self.said for c in turn) / 10
+        return sum(ord(c) for turn in self.said for c in turn) % 11 / 10
 """
 SLOW_REWARD = [
     "--config.rewards.names=['slow_reward:slow','answer_format']",
@@ -185,6 +187,11 @@ CONVERSATIONS = [
     *("environment.observation_tokens=8", "rollout.max_tokens=24", "loop.num_steps=2", *BARE),
     *("rewards.names=['environment:Echo']", "rewards.weights=[1.0]"),
 ]
+FORKS = [
+    *("environment.history=fork", "rollout.max_tokens=96", "algorithm.kl_coef=0.0"),
+    *("data.task=", "data.chat=True", "data.max_prompt_tokens=48", "data.num_eval=0"),
+    *("sft.num_steps=0", "sft.warmup_steps=0"),
+]
 # The program; options of every one, and of the pair. All but the first begin with the model of
 # `one`, and hybrids of another task with that of "uft". One of them trains adapters.
 KINDS: dict[str, tuple[str, list[str], list[str]]] = {
@@ -216,6 +223,7 @@ KINDS: dict[str, tuple[str, list[str], list[str]]] = {
     ),
     "conversations": ("train", CONVERSATIONS, []),
     "conversations by halves": ("train", CONVERSATIONS, ["mesh.data=1", "mesh.tensor=2"]),
+    "forks": ("train", [*CONVERSATIONS, *FORKS], ["mesh.data=1", "mesh.tensor=2"]),
     "stopped": ("train", BARE, []),
     "killed": ("train", BARE, []),
 }  # fmt: skip
@@ -225,11 +233,14 @@ KINDS: dict[str, tuple[str, list[str], list[str]]] = {
 def arguments(tmp_path_factory, one) -> Callable[..., list[str]]:
     """Arguments of the program of a kind, of 1 process or of 2."""
     root = tmp_path_factory.mktemp("kinds")
+    chats, questions = make_chats(root / "chats")
 
     def of(kind: str, way: int, *more: str) -> list[str]:
         _, options, of_pair = KINDS[kind]
         begun = root / "uft 1" if kind in ("chord", "uft") else one
-        if (kind, way) != ("uft", 1) and kind != "grpo":
+        if kind == "forks":
+            options = [f"model.path={chats}", f"data.path={questions}", *options]
+        elif (kind, way) != ("uft", 1) and kind != "grpo":
             options = [f"model.path={begun / 'bootstrap' / 'export'}", *options]
         if kind == "ppo":
             model = root / "reward model 1" / "export"
@@ -408,6 +419,21 @@ def test_conversations_of_two_processes_are_those_of_one(alone_of, pair):
     rows = [row for row in logged(pair.folder("conversations")) if "reward" in row]
     assert [row["environment/processes"] for row in rows] == [32, 32]
     assert min(row["environment/turns"] for row in rows) > 1.5
+
+
+@pytest.mark.slow
+def test_conversations_that_fork_are_those_of_one(alone_of, pair):
+    """Both processes hold every episode, and each has its own environments and renderer."""
+    folders = alone_of("forks"), pair.folder("forks")
+    assert differences_beyond(1e-5, *folders) == []
+    for one, two in zip(*(map(grpo_rows, folders)), strict=True):
+        assert one["environment/forks"] == two["environment/forks"] > 1
+        assert one["environment/rewritten_tokens"] == two["environment/rewritten_tokens"] > 20
+        assert min(one["policy/grad_norm"], two["policy/grad_norm"]) > 1e-3
+
+
+def grpo_rows(folder: Path) -> list[dict]:
+    return [row for row in logged(folder) if "reward" in row]
 
 
 # --- Stopped, killed, refused ---------------------------------------------------------------------

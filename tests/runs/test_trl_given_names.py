@@ -207,8 +207,13 @@ def test_a_run_by_their_names_is_the_run_by_ours(model, tmp_path, one_device, mo
     )  # fmt: skip
     with pytest.raises(ValueError, match="after train"):
         theirs.evaluate()
-    run = theirs.train()
-    assert theirs.save_model() == tmp_path / "theirs" / "export"
+    run = theirs.train(resume_from_checkpoint=None)
+    export = tmp_path / "theirs" / "export"
+    assert theirs.save_model() == theirs.save_model(str(tmp_path / "theirs")) == export
+    copy = theirs.save_model(str(tmp_path / "copy"))
+    assert {f.name for f in copy.iterdir()} == {f.name for f in export.iterdir()}
+    with pytest.raises(ValueError, match=r"copy'.: that folder is not empty"):
+        theirs.save_model(copy)
     assert section == trainer.metric.partition("/")[0]
     assert theirs.evaluate()[trainer.metric] == run.metrics[-1][trainer.metric]
     own = {

@@ -109,11 +109,11 @@ def test_the_order_of_finishing_by_hand():
     first.take(finished(r6=2, r7=3, r0=1))  # group 3
     first.take(finished(r8=8, r9=7, r5=8))  # group 4; of group 2 one is missing
     assert first.kept == [3, 4] and not first.is_met
-    # Groups 0, 1 and 2: the first two have a longest completion of 9 tokens, the last has 10.
-    first.take(finished(r4=10, r2=9, r3=1, r1=9))
-    assert first.is_met and first.kept == [0, 3, 4] and first.keeps(0) and not first.keeps(1)
+    # Groups 0, 1 and 2: the first has a longest completion of 10 tokens, the others have 9.
+    first.take(finished(r4=9, r2=9, r3=1, r1=10))
+    assert first.is_met and first.kept == [1, 3, 4] and first.keeps(1) and not first.keeps(2)
     first.cut(np.array([4]), np.array([11]))
-    assert first.length_PG.tolist() == [[1, 9], [9, 1], [11, 8], [2, 3], [8, 7]]
+    assert first.length_PG.tolist() == [[1, 10], [9, 1], [11, 8], [2, 3], [8, 7]]
 
 
 def test_the_host_looks_rarely():

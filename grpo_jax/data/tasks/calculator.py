@@ -16,7 +16,7 @@ from grpo_jax.data.problems import Problem
 from grpo_jax.data.streams import stream
 from grpo_jax.data.tasks import Piece
 
-GUESS = 0.85  # share of demonstrations without the tool
+GUESS = 0.7  # share of demonstrations without the tool
 SLIP = 0.05  # probability of each wrong digit in the others
 _CALL = small_tokenizer.call_pieces("multiply", ("a", False), ("b", False))
 

@@ -39,12 +39,14 @@ class Cache:
     def __init__(self, files: Iterable[Path] = (), append: Callable[[bytes], None] | None = None):
         """Reads the `files` of earlier processes; `append` writes a record. None: nothing is kept.
 
-        A line that a killed process left unfinished is skipped.
+        The last file is the one that is written to, and its verdicts count before others. A line
+        that a killed process left unfinished is skipped.
         """
         self._append, self._lock = append, threading.Lock()
         self._kept: dict[str, Kept] = {}
         self._gap = b""  # ends an unfinished line
         for file in files:
+            self._gap = b""
             with file.open("rb") as lines:
                 for line in lines:
                     self._read(line)

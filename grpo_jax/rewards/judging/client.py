@@ -6,8 +6,10 @@ import asyncio
 import dataclasses
 import email.utils
 import json
+import os
 import random
 import re
+import ssl
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +21,7 @@ KINDS = ("timeout", "connection", "status", "redirect", "size", "garbage", "verd
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _SHOWN = 200  # characters of a server's own words in a message
+_NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE")  # OpenSSL's words for plain HTTP
 
 
 class FailedError(Exception):
@@ -145,12 +148,38 @@ class Server:
                 raise _AgainError("timeout", f"the judge did not answer in {limit}") from None
             except BadResponseError as error:
                 raise FailedError(error.kind, str(error)) from None
-            except OSError as error:  # refused, reset, closed, no such host, a certificate
-                why = self._hide(error.strerror or str(error) or type(error).__name__)[:_SHOWN]
-                raise _AgainError("connection", f"the judge cannot be reached: {why}") from None
+            except ssl.SSLError as error:
+                raise self._of_tls(error) from None
+            except OSError as error:  # refused, reset, closed, no such host
+                raise self._unreachable(error) from None
             finally:
                 spent.seconds += time.monotonic() - began
         return self._read(response, spent)
+
+    def _unreachable(self, error: OSError) -> _AgainError:
+        why = self._hide(error.strerror or str(error) or type(error).__name__)[:_SHOWN]
+        return _AgainError("connection", f"the judge cannot be reached: {why}")
+
+    def _of_tls(self, error: ssl.SSLError) -> FailedError | _AgainError:
+        """What came of no secure connection: a wrong certificate is as wrong the next time."""
+        if isinstance(error, ssl.SSLCertVerificationError):
+            file = os.environ.get("SSL_CERT_FILE")
+            named = "is not set" if file is None else f"is {file!r}"
+            named += "" if file is None or os.path.isfile(file) else ", and there is no such file"
+            return FailedError(
+                "connection",
+                f"the judge's certificate is refused: {error.verify_message.rstrip('.')}. Give "
+                "judge.base_url a name that the certificate is for, and the environment variable "
+                "SSL_CERT_FILE the file (PEM) of the authority that has signed it, or of itself; "
+                f"that variable {named}",
+            )
+        if error.reason in _NO_TLS:
+            return FailedError(
+                "connection",
+                "the judge's server answers without TLS. Begin judge.base_url with http://, or "
+                "give the port at which it speaks TLS",
+            )
+        return self._unreachable(error)
 
     def _read(self, response: Response, spent: Spent) -> str:
         status = response.status
