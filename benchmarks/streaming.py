@@ -2,14 +2,16 @@
 
     python benchmarks/streaming.py --gb 20
     python benchmarks/streaming.py --gb 0.2 --kind parquet
+    python benchmarks/streaming.py --gb 20 --steps 1000 --exact
 
 Writes rows of that size to a temporary folder, each with a short text and 20 kB that are not
 trained on. Then `grpo_jax.sft` trains a tiny model through all of them with `data.streaming`. It is
 stopped in the middle, and started again. Printed are the resident memory of the run and of the
 processes that read for it, by step ("anonymous" is without pages of files, which the system takes
 back), the seconds from the program's start to its first step and to the first step after the
-resume, and beside them those of a dataset of a hundred rows. Exits with 1 if memory grew by more
-than 200 MB over the second half.
+resume, and beside them those of a dataset of a hundred rows. With --exact it trains once more,
+without a stop, and compares the models and the losses. Exits with 1 if memory grew by more than
+200 MB over the second half, or if anything is not equal.
 """
 
 import argparse
@@ -151,17 +153,38 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=0.2, help="size of the dataset")
     parser.add_argument("--kind", choices=("jsonl", "parquet", "arrow"), default="jsonl")
     parser.add_argument("--folder", help="where the temporary folder is made")
+    parser.add_argument("--steps", type=int, help=f"of {BATCH} rows; default: through all")
+    parser.add_argument("--exact", action="store_true", help="compare with a run without a stop")
     options = parser.parse_args()
+    count = max(int(options.gb * 1e9 / FILLER_BYTES), 4 * BATCH)
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
-        measure(Path(temporary), options.kind, max(int(options.gb * 1e9 / FILLER_BYTES), 4 * BATCH))
+        folder = Path(temporary)
+        grew = measure(folder, options.kind, count, options.steps or count // BATCH)
+        differs = options.exact and not is_equal(folder)
+    sys.exit(int(grew or differs))
 
 
-def measure(folder: Path, kind: str, count: int) -> None:
+def is_equal(folder: Path) -> bool:
+    """Whether the stopped run of `folder` has the models and losses of one without a stop."""
+    train(folder / "large.py", folder / "run_whole")
+    runs = [folder / "run_large", folder / "run_whole"]
+    models = [(run / "export" / "model.safetensors").read_bytes() for run in runs]
+    losses = [
+        [row["sft/loss"] for row in map(json.loads, file) if "sft/loss" in row]
+        for file in ((run / "metrics.jsonl").open() for run in runs)
+    ]
+    equal = models[0] == models[1] and losses[0] == losses[1]
+    print(f"after {len(losses[1]):,} steps the model and all losses are equal: {equal}")
+    return equal
+
+
+def measure(folder: Path, kind: str, count: int, num_steps: int) -> bool:
+    """Prints the table; returns whether memory grew."""
     make_model(folder / "model")
     began = time.monotonic()
     for name, number in (("small", 100), ("large", count)):
         write_rows(folder / name, kind, number)
-        steps = 3 if name == "small" else count // BATCH
+        steps = 3 if name == "small" else num_steps
         values = {"model": str(folder / "model"), "data": str(folder / name), "steps": steps}
         text = CONFIG.format(buffer=BUFFER, batch=BATCH, **values)
         (folder / f"{name}.py").write_text(text)
@@ -182,7 +205,7 @@ def measure(folder: Path, kind: str, count: int) -> None:
     tenth = max(len(after) // 10, 1)
     growth = max(r[2] + r[3] for r in after[-tenth:]) - max(r[2] + r[3] for r in after[:tenth])
     print(f"growth of anonymous memory over the second half: {growth:,.0f} MB")
-    sys.exit(int(growth > GROWTH_MB))
+    return growth > GROWTH_MB
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 A model of 0.4 million parameters first imitates proud students: most guess the product of two
 numbers, the others call a tool that multiplies. GRPO with a reward for right answers teaches it to
 call the tool, with the right numbers: of 256 held-out products its greedy answer is right for none
-at the start, and for all after 40 of 60 steps (seed 2). A control has a tool that returns noise:
+at the start, and for 99.6 to 100 % at the end (seeds 0 to 2). A control has a tool that returns
+noise:
 
     --config.environment.tools="()" \\
     --config.environment.classes="('grpo_jax.environments.tasks.calculator:NoisyCalculator',)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import subprocess
@@ -48,3 +49,21 @@ def test_what_a_piece_had_found_stays_when_its_time_is_over(tmp_path, monkeypatc
         "full": 1, "spread": 2, "failed": "not done after 60 s"
     }  # fmt: skip
     assert '"spread": 2' in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_late_answer_is_told_from_a_wrong_one():
+    """Of environments beside others that fail: calls that hit their limit say nothing of them."""
+    from environment_faults import compared, status_of
+
+    from grpo_jax.environments.live import Answer
+
+    said = lambda text, **more: Answer(0, "act", [{"content": text}], **more)  # noqa: E731
+    alone = [said("1"), said("2"), Answer(0, "finish", reward=2.0)]
+    assert compared([alone[0], 0.7, *alone[1:]], alone) == "same"
+    late = [said("1"), said("late", failures=("timeout",)), Answer(0, "finish", reward=1.0)]
+    assert compared(late, alone) == compared(alone, late) == "late"
+    assert compared([said("2"), *late[1:]], alone) == compared(alone[:2], alone) == "wrong"
+    assert compared([said("1"), said("2", outcome="env_died"), alone[2]], alone) == "wrong"
+    found = [collections.Counter(ways) for ways in (["same"], ["same", "late"], ["late", "wrong"])]
+    assert [status_of(counts) for counts in found] == [0, 2, 1]
+    assert status_of(found[0], in_time=False) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -375,6 +376,7 @@ def is_known(name: str) -> bool:
     return _KNOWN.fullmatch(name) is not None
 
 
+@functools.cache
 def describe(name: str) -> str:
     """Meaning and unit of a metric, in one line; "" if METRICS does not describe it."""
     known = [n for n in METRICS if re.fullmatch(_pattern(n), name)]

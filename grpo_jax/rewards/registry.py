@@ -22,7 +22,6 @@ function can be given twice. Entries with a prefix are those of `kinds.KINDS`.
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
 import difflib
 import functools
@@ -30,17 +29,12 @@ import importlib
 import inspect
 import math
 import numbers
-import os
 import re
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from grpo_jax.messages.values import shown
-from grpo_jax.rewards import extras, given, kinds, place
-
-_TOLD_AFTER_S = 10.0  # until a slow import is reported
+from grpo_jax.rewards import extras, given, kinds, slow_import
 
 _BY_MODULE = {
     "exact": ("exact_answer",),
@@ -66,6 +60,10 @@ BUILT_IN: dict[str, str] = {
     for name in names
 }
 
+_OTHERWISE = (
+    "another reward: with rewards.names = () and rewards.weights = () the environment's own counts "
+    "alone."
+)
 _LABEL = re.compile(r"(.*\S)\s+as\s+([^\W\d][\w.\-]*)\s*", re.DOTALL)
 
 # Arguments of a function besides the dataset's columns.
@@ -158,7 +156,7 @@ def load(
     for spec, weight in zip(names, weights):
         if not isinstance(weight, numbers.Real) or not math.isfinite(weight):
             raise ValueError(f"rewards.weights: {weight!r} for {spec!r} is not a finite number.")
-        with _limited(spec, start_limit_s):
+        with slow_import.limited(spec, start_limit_s):
             found = function(spec)
         _refuse_lacking(found, spec)
         short = short_name(spec)
@@ -182,7 +180,7 @@ def _refuse_without_steps(rewards: dict[str, Reward], name: str) -> None:
             f"rewards.by_step: {name!r} is none of the rewards, which are {', '.join(rewards)}. "
             "Name one of them, or leave rewards.by_step ()."
         )
-    if rewards[name].runs != kinds.WORKERS or not reads([rewards[name]], "log_steps"):
+    if not reads([rewards[name]], "log_steps"):
         raise ValueError(
             f"rewards.by_step: {name!r} tells of no steps. Name a reward function with an argument "
             "`log_steps`, as right_steps has, or leave rewards.by_step ()."
@@ -322,38 +320,6 @@ def _given(name: str) -> Callable:
     return found
 
 
-@contextlib.contextmanager
-def _limited(spec: str, limit_s: float) -> Iterator[None]:
-    """Reports a slow import, and ends the process if the import exceeds the limit.
-
-    No error can be raised from outside in a module that is being imported.
-    """
-    done, importing = threading.Event(), threading.get_ident()
-
-    def watch() -> None:
-        told_s = min(_TOLD_AFTER_S, limit_s)
-        if done.wait(told_s):
-            return
-        at = place.of_thread(importing)
-        print(f"rewards.names: {spec!r} is still being imported: {at}", file=sys.stderr)
-        if done.wait(limit_s - told_s):
-            return
-        print(
-            f"error: rewards.names: {spec!r} was not imported after rewards.start_timeout_s = "
-            f"{limit_s:g} s. Let the module end its import, or raise the limit. It waits here: "
-            f"{place.of_thread(importing)}",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)
-
-    threading.Thread(target=watch, name="import", daemon=True).start()
-    try:
-        yield
-    finally:
-        done.set()
-
-
 def _unknown(name: str, what: str, candidates: list[str]) -> ValueError:
     close = difflib.get_close_matches(name.rpartition(":")[2], candidates, n=3)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
@@ -426,6 +392,7 @@ def columns_read(rewards: Sequence[Reward], columns: Mapping[str, Any]) -> dict[
 
 def refuse_columns(rewards: Sequence[Reward], problems: Sequence[Any]) -> None:
     """Raises ValueError, naming the file, if a reward needs a missing column."""
+    by_episodes = any(reward.runs == kinds.EPISODES for reward in rewards)
     for reward in rewards:
         given = {"environments"} if reward.takes_environments else set()
         for name in _needed(function(reward.spec)):
@@ -434,7 +401,7 @@ def refuse_columns(rewards: Sequence[Reward], problems: Sequence[Any]) -> None:
                 raise ValueError(
                     f"The reward {reward.name!r} needs a column `{name}`, and {problems[0].where} "
                     f'has {has}. Name it with data.columns = ("{name}=ITS_NAME_THERE",), or choose '
-                    "another reward."
+                    + ("another reward." if not by_episodes else _OTHERWISE)
                 )
 
 

@@ -6,7 +6,6 @@ after the other. It does not limit time itself, since a function may block the i
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import functools
 import inspect
@@ -21,13 +20,16 @@ import time
 import types
 from collections.abc import Awaitable, Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpo_jax.messages.credentials import redact
 from grpo_jax.messages.values import cut, shown
 from grpo_jax.rewards import given as given_lib
 from grpo_jax.rewards import keeper, place, registry, sources
 from grpo_jax.rewards import values as values_lib
+
+if TYPE_CHECKING:
+    import asyncio
 
 _METRIC = re.compile(r"[\w.:\-]{1,100}")  # reward_log/NAME is one of the run's metrics
 _MAX_EXTRA_CHARS = 10_000  # in a text of the table of samples
@@ -222,6 +224,8 @@ def _stands(found: Callable) -> str:
 
 def waited_for(awaitable: Awaitable) -> Any:
     """The result of an awaitable; raises its error."""
+    import asyncio  # takes half of a worker's start, and most functions are not asynchronous
+
     future = asyncio.run_coroutine_threadsafe(_outcome(awaitable), _loop())
     try:
         result, error = future.result()
@@ -246,6 +250,8 @@ def _loop() -> asyncio.AbstractEventLoop:
 
     It runs in its own thread, also between calls.
     """
+    import asyncio
+
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, name="asynchronous rewards", daemon=True).start()
     return loop

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import math
 from pathlib import Path
 
@@ -169,6 +170,7 @@ def _chains(tree: ast.AST) -> set[str]:
     return found
 
 
+@functools.cache
 def _reads() -> set[str]:
     """What the package reads; who checks an option, or only tells it, does not use it."""
     found: set[str] = set()
@@ -190,9 +192,6 @@ def _reads() -> set[str]:
     return found
 
 
-READS = _reads()
-
-
 @pytest.mark.parametrize("name", options.BY_NAME)
 def test_every_option_is_read(name):
     section, _, leaf = name.rpartition(".")
@@ -204,14 +203,14 @@ def test_every_option_is_read(name):
         readers.add(f"schedule.{leaf}")
     field = objective.OPTIONS.get(name.removeprefix("algorithm."))
     readers |= {f"objective.{field}", f"self.{field}"} if field else set()
-    assert readers & READS, f"nothing in grpo_jax/ reads {name}"
+    assert readers & _reads(), f"nothing in grpo_jax/ reads {name}"
 
 
 def test_an_option_without_a_reader_is_seen():
     code = "def f(config):\n    batch, x = config.batch, config.optim\n    return batch.group"
     assert _chains(ast.parse(code)) >= {"batch.group", "config.optim"}
     assert "batch.prompts" not in _chains(ast.parse(code))
-    assert "optim.momentum" not in READS
+    assert "optim.momentum" not in _reads()
 
 
 # --- What a run is --------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ _KL = {"algorithm__kl_coef": 0.1}
 _DATASET = {"data__task": "", "data__path": "owner/name", "model__path": "m"}
 _REMAX = {"algorithm__baseline": "greedy", "algorithm__scale_by": "none"}
 _KL_IN_REWARD = {"algorithm__kl_in": "reward", "algorithm__kl_coef": 0.1}
+_STEPS = {"rewards__by_step": ("right_steps",)}
 _CRITIC = {
     "algorithm__critic": True,
     "algorithm__baseline": "none",
@@ -40,6 +41,26 @@ def test_the_base_of_these_tests_is_valid(changes):
         (
             {"algorithm__mask_threshold": 0.1},
             ["algorithm.mask_threshold = 0.1", "surrogates with a mask", "'clip'"],
+        ),
+        (
+            {**_STEPS, "algorithm__scale_by": "batch_std"},
+            ["rewards.by_step = ('right_steps',)", "of a step", "algorithm.scale_by = 'batch_std'"],
+        ),
+        (
+            {**_STEPS, "prompts__drop_equal_groups": True},
+            ["rewards.by_step", "prompts.drop_equal_groups = True", "differ by steps"],
+        ),
+        (
+            {**_STEPS, "environment__classes": ("echo:Echo",)},
+            ["completions of one turn", "environment.turn_rewards = True"],
+        ),
+        (
+            {**_STEPS, "data__task": "unseen_form", "hybrid__method": "uft"},
+            ["rewards.by_step", "hybrid.method = 'uft'", "as a whole"],
+        ),
+        (
+            {"environment__classes": ("echo:Echo",), "environment__turn_rewards": True},
+            ["environment.turn_rewards = True", 'no "environment:turn_rewards"'],
         ),
         ({"algorithm__critic": True}, ["algorithm.baseline = 'mean'", '"ppo"', "the baseline"]),
         (

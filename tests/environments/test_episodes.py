@@ -10,6 +10,7 @@ import made_once
 import numpy as np
 import pytest
 import tiny
+from together import Together
 
 from grpo_jax import keys
 from grpo_jax.algorithm.advantages import AdvantageOptions
@@ -97,10 +98,14 @@ def params():
 
 def sample(
     params, world, *, num_slots=0, mesh=None, limits=LIMITS, fails=None, dialogue=Dialogue,
-    prompts=PROMPTS, **options,
+    prompts=PROMPTS, half=None, **options,
 ):  # fmt: skip
+    """`half`: of two processes that hold all episodes, the one that owns every second prompt's."""
     decoder = Decoder(tiny.MODEL, mesh or tiny.one_device(), Sampling(), STOPS, LIMIT)
     engine = made_once.engine(decoder, num_slots=num_slots)
+    if half is not None:
+        own_P = np.arange(len(prompts)) % 2 == half
+        engine.places = lambda num: (np.ones(num, bool), own_P)
     prompt = [{"role": "user", "content": "?"}]
     starts = [
         Start(
@@ -336,3 +341,25 @@ def test_where_nothing_is_rewritten_all_is_as_without_parts(whole, params):
         np.testing.assert_array_equal(getattr(got, name), getattr(whole[0], name), name)
     assert not got.begin_PGC.any() and not told.parts_B.any() and told.read_again == 0
     assert whole[0].begin_PGC is None and "environment/forks" not in whole[1].metrics()
+
+
+@pytest.mark.parametrize("forks", [False, True])
+def test_two_processes_that_hold_all_episodes_do_what_one_does(
+    whole, forked, params, forks, monkeypatch
+):
+    """Each has the environments of every second prompt, and learns of the others from the other."""
+    want, told, ended = forked if forks else whole[:3]
+    how = {"dialogue": Forking(tail=1), "prompts": FORKED, "forks": True} if forks else {}
+    worlds = World(), World()
+    both = Together(monkeypatch, 2).run(lambda n: sample(params, worlds[n], half=n, **how))
+    for number, (got, got_told, got_ended) in enumerate(both):
+        for name in ("completion_PGC", "chosen_PGC", "begin_PGC", "length_PG", "stopped_PG"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(want, name), name)
+        np.testing.assert_allclose(got.logp_PGC, want.logp_PGC, atol=1e-5)
+        assert (got_told.outcomes, got_told.ends) == (told.outcomes, told.ends)
+        assert got_told.read_again == told.read_again
+        assert not forks or got_told.rewritten_B.tolist() == told.rewritten_B.tolist()
+        assert {row // GROUP for row, *_ in worlds[number].log} == {number, number + 2}
+        assert {p: [e.said_ids for e in own] for p, own in got_ended.items()} == {
+            p: [e.said_ids for e in ended[p]] for p in (number, number + 2)
+        }

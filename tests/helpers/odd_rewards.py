@@ -237,7 +237,7 @@ async def exits_later(completions, **columns):
 
 def knows_libraries(completions, **columns):
     """The number of large libraries that a worker has imported by itself."""
-    return [float(len({"jax", "torch", "pandas"} & set(sys.modules)))] * len(completions)
+    return [float(len({"jax", "torch", "pandas", "numpy"} & set(sys.modules)))] * len(completions)
 
 
 class NoText(Exception):  # noqa: N818

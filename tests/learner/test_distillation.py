@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 
+from grpo_jax.algorithm import distillation
 from grpo_jax.algorithm.advantages import AdvantageOptions
 from grpo_jax.algorithm.components import PolicyLoss
 from grpo_jax.algorithm.distillation import DivergenceLoss, RewardedByTeacher
@@ -168,6 +169,9 @@ def test_the_reward_of_a_teacher_is_added_to_each_token():
     action = np.asarray(experience.action_PGC)
     np.testing.assert_allclose(experience.advantage[action], want[action], atol=5e-5)
     assert np.abs(theirs - own)[action].max() > 0.5
+    by_token = np.asarray(plain.advantage)[..., None] * np.ones_like(own)  # as of turns or steps
+    both = [distillation.with_reward(a, 0.7, theirs, own) for a in (plain.advantage, by_token)]
+    np.testing.assert_array_equal(*both)
     log_probs, eight = prepared(sharding.make_mesh(2, 2, 2), coef=0.7)
     found = log_probs.in_order(eight.advantage)
     np.testing.assert_allclose(found[action], want[action], atol=5e-5)

@@ -28,7 +28,6 @@ from grpo_jax.structs import Rollouts, Sampling
 
 P, G, C, MU, GAMMA = 8, 3, 7, 0.3, 0.6
 SCORER = Scorer(tiny.MODEL, tiny.one_device(), Sampling(temperature=0.9))
-HEAD = SCORER.head(tiny.params())
 HIDDEN = jax.jit(lambda rollouts, layout=None: SCORER.hidden(tiny.params(), rollouts, layout))
 RNG = np.random.default_rng(3)
 REWARD_PG = RNG.choice([0.0, 0.5, 1.0], (P, G)).astype(np.float32)
@@ -99,7 +98,7 @@ def of_paper(name: str, experience) -> tuple[float, np.ndarray]:
     """Loss and gradient in the head, from a row for each completion."""
     rollouts = experience.rollouts
     hidden = np.asarray(HIDDEN(rollouts), np.float64)
-    head = torch.tensor(np.float64(HEAD), requires_grad=True)
+    head = torch.tensor(np.float64(SCORER.head(tiny.params())), requires_grad=True)
     log_prob = torch.log_softmax(torch.tensor(hidden) @ head / 0.9, -1)
     entropy = -(log_prob.exp() * log_prob).sum(-1)
     group, groups = rollouts.length_PG.shape[1], []
@@ -150,7 +149,7 @@ def packed(experiences, order, objective=Objective()):  # noqa: B008
     def all_of_them(head):
         return {n: jax.value_and_grad(lambda h, n=n: of_method(n, h))(head) for n in parts}
 
-    return jax.device_get(all_of_them(np.asarray(HEAD)))
+    return jax.device_get(all_of_them(np.asarray(SCORER.head(tiny.params()))))
 
 
 # Tokens of a row: everything in one, and a few groups.

@@ -62,12 +62,12 @@ def by_objective(of_objective, parts, given):
             for name, objective in OBJECTIVES.items()
         }
 
-    found = [all_of_them(np.asarray(HEAD), part) for part in parts]
+    head = np.asarray(SCORER.head(tiny.params()))
+    found = [all_of_them(head, part) for part in parts]
     return jax.device_get(jax.tree.map(lambda *each: sum(each), *found))
 
 
 SCORER = Scorer(tiny.MODEL, tiny.one_device(), Sampling(temperature=0.9))
-HEAD = SCORER.head(tiny.params())
 
 
 @pytest.fixture(scope="module")

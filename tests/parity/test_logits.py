@@ -10,7 +10,6 @@ import pytest
 import tiny
 import torch
 import transformers
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from grpo_jax.devices import sharding
 from grpo_jax.kernels.kv_cache import DecodeStep
@@ -224,7 +223,8 @@ def test_rotary_frequencies_to_the_last_bit(theta, size, scaling):
     config = transformers.LlamaConfig(
         head_dim=size, rope_parameters=rope, max_position_embeddings=65_536
     )
-    theirs = LlamaRotaryEmbedding(config).inv_freq.numpy()
+    llama = transformers.models.llama.modeling_llama  # found when it is named
+    theirs = llama.LlamaRotaryEmbedding(config).inv_freq.numpy()
 
     ours = frequencies.of(Rotary(theta, scaling), size)
 

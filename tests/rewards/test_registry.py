@@ -86,7 +86,7 @@ def test_a_module_that_does_not_end_its_import_ends_the_program(tmp_path):
     """With a message that says where it waits; first a word that it takes long."""
     (tmp_path / "endless_rewards.py").write_text("import time\ntime.sleep(1000)\n")
     code = (
-        "from grpo_jax.rewards import registry; registry._TOLD_AFTER_S = 0.1; "
+        "from grpo_jax.rewards import registry, slow_import; slow_import._TOLD_AFTER_S = 0.1; "
         "registry.load(('endless_rewards:f',), (1.0,), start_limit_s=0.5)"
     )
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])

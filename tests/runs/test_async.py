@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from driving import drive
 from kill_and_resume import log_differences, logged, state_differences
 
 pytestmark = pytest.mark.slow
@@ -31,7 +30,7 @@ IN_HOST_MEMORY = ["--config.optim.offload=True", "--config.model.offload_referen
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, alone):
+def runs(tmp_path_factory, drive_here):
     """The folder of all runs: whole, its like without learning, its like in step, and stopped.
 
     The first trains the model under supervision that all begin with.
@@ -56,11 +55,11 @@ def runs(tmp_path_factory, alone):
         job("in step", "--config.loop.async_rollouts=False"),
         *(job(name, of="update", after=after) for name, after in STOPS.items()),
     ]
-    ends = drive(first, alone)
+    ends = drive_here(first)
     assert ends[:3] == ["finished"] * 3
     assert all(end.startswith("Stopped by SIGTEST") for end in ends[3:])
     longer = job("whole", "--config.loop.num_steps=5")
-    ends = drive([*(job(name) for name in STOPS), longer], alone)
+    ends = drive_here([*(job(name) for name in STOPS), longer])
     assert ends[:2] == ["finished"] * 2
     return root, ends[2]
 

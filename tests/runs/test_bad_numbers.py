@@ -15,7 +15,6 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from driving import drive
 from kill_and_resume import final_state, log_differences, logged, state_differences
 from mistakes import TINY, make_model, refusal
 
@@ -158,11 +157,11 @@ CLIMBING = [
     "--config.checkpoint.keep=1",
     "--config.evaluation.num_problems=0",
 ]
-STOPS = (5, 12, 9)  # after so many updates, 4 to a step; after the first in a new process
+STOPS = (5, 12, 9)  # after so many updates, 4 to a step
 
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory, alone, model) -> tuple[Path, dict[str, str]]:
+def ends(tmp_path_factory, drive_here, model) -> tuple[Path, dict[str, str]]:
     """The folder of runs that are left alone or stopped, by their way, and how they ended."""
     root = tmp_path_factory.mktemp("rolled")
     a_step_ahead = ["--config.loop.async_rollouts=True", "--config.rollout_correction.level=token"]
@@ -177,7 +176,7 @@ def ends(tmp_path_factory, alone, model) -> tuple[Path, dict[str, str]]:
 
     first = [each for way in more for each in (job(way, "whole"), stopped(way)[0])]
     then = [each for way in more for each in (*stopped(way)[1:], job(way, "stopped"))]
-    found = [iter(drive(jobs, alone)) for jobs in (first, then)]
+    found = [iter(drive_here(jobs)) for jobs in (first, then)]
     return root, {way: [*islice(found[0], 2), *islice(found[1], 3)] for way in more}
 
 

@@ -1,8 +1,8 @@
 """Runs whose objective changes: adaptive coefficients, a moving reference, chosen tokens.
 
 Greedy completions are the baseline: of a step that was left while it waited for rewards there are
-none in the checkpoint. A run that was stopped and continued in a new process is, bit for bit, one
-that was left alone.
+none in the checkpoint. A run that was stopped and continued is, bit for bit, one that was left
+alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from driving import drive
 from kill_and_resume import arrays_of, log_differences, logged, state_differences
 
 HERE = Path(__file__).parent
@@ -41,7 +40,7 @@ IN_HOST_MEMORY = ["--config.model.offload_reference=True"]  # binds nothing and 
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, alone) -> tuple[Path, dict[str, set[str]]]:
+def runs(tmp_path_factory, drive_here) -> tuple[Path, dict[str, set[str]]]:
     """The folder of the runs, and the items of the checkpoint of each stopped one."""
     root = tmp_path_factory.mktemp("changing")
 
@@ -51,13 +50,13 @@ def runs(tmp_path_factory, alone) -> tuple[Path, dict[str, set[str]]]:
         more += IN_HOST_MEMORY if name == "within step 3" else []
         return {"argv": [*argv, *OPTIONS, *more], **stop}
 
-    ends = drive([job("whole"), *(job(name, **stop) for name, stop in STOPS.items())], alone)
+    ends = drive_here([job("whole"), *(job(name, **stop) for name, stop in STOPS.items())])
     assert ends[0] == "finished" and all(end.startswith("Stopped") for end in ends[1:]), ends
     items = {}
     for name, stop in STOPS.items():
         folder = root / name / "checkpoints" / str(stop["after"])
         items[name] = {item.name for item in folder.iterdir() if item.is_dir()}
-    assert drive([job(name) for name in STOPS], alone) == ["finished"] * len(STOPS)
+    assert drive_here([job(name) for name in STOPS]) == ["finished"] * len(STOPS)
     return root, items
 
 

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 
+import made_once
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ import transformers
 from kill_and_resume import final_state, log_differences, logged, state_differences
 from mistakes import TINY, make_chats
 
-from grpo_jax import generate
+from grpo_jax import evaluate, generate
 from grpo_jax.environments import episodes
 from grpo_jax.rewards import keeper
 from grpo_jax.run.append_log import read_jsonl
@@ -131,6 +132,7 @@ def talked(runs, runs_here):
     before = keeper.below(os.getpid())
     with finding(root) as patch:
         patch.setattr(generate, "_environment_options", short_turns)
+        patch.setattr(generate, "Engine", made_once.engine)
         (line,) = runs_here("generate", argv).splitlines()
     return json.loads(line), set(keeper.below(os.getpid())) - set(before)
 
@@ -164,20 +166,24 @@ def test_generate_goes_on_from_what_the_template_writes(runs, talked):
 def test_evaluate_holds_the_same_conversation(runs, talked, runs_here, tmp_path):
     root, (row, _) = runs[0], talked
     places = {"model.path": str(root / "model"), "data.path": str(root / "model.jsonl")}
-    options = {**places, **OPTIONS, "rollout.num_slots": 2}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(root / "model")
+    asked = [{"role": "user", "content": "1+1?"}]
+    longest = len(tokenizer.apply_chat_template(asked, add_generation_prompt=True)["input_ids"])
+    options = {**places, **OPTIONS, "data.max_prompt_tokens": longest}
     argv = ["--config", str(TINY), *(f"--config.{name}={x}" for name, x in options.items())]
-    argv += ["--model", str(root / "model"), "--split", "train", "--num-problems", "2"]
+    argv += ["--model", str(root / "model"), "--split", "train", "--num-problems", "1"]
+    argv += ["--temperature", "0"]
     before = keeper.below(os.getpid())
     sampled, sample = [], episodes.sample
     with finding(root) as patch:
         keep = lambda *given, **more: sampled.append(sample(*given, **more)) or sampled[-1]  # noqa: E731
         patch.setattr(episodes, "sample", keep)
+        patch.setattr(evaluate, "Engine", made_once.engine)  # with the programs of `talked`
         runs_here("evaluate", [*argv, "--out", str(tmp_path)])
     ((_, told),) = sampled
-    assert told.parts_B.tolist() == [2, 2]
+    assert told.parts_B.tolist() == [2]
     assert not set(keeper.below(os.getpid())) - set(before)
     (file,) = tmp_path.glob("*_greedy.jsonl")
     item = json.loads(file.read_text().splitlines()[0])
-    tokenizer = transformers.AutoTokenizer.from_pretrained(root / "model")
     assert item["completion"] == tokenizer.decode(row["token_ids"])
     assert item["length"] == 15 and not item["stopped"]  # its three turns, without what was said

@@ -193,7 +193,7 @@ FORKS = [
     *("sft.num_steps=0", "sft.warmup_steps=0"),
 ]
 # The program; options of every one, and of the pair. All but the first begin with the model of
-# `one`, and hybrids of another task with their own.
+# `one`, and hybrids of another task with that of "uft". One of them trains adapters.
 KINDS: dict[str, tuple[str, list[str], list[str]]] = {
     "grpo": ("train", [], []),
     "preferences": ("dpo", [
@@ -210,7 +210,6 @@ KINDS: dict[str, tuple[str, list[str], list[str]]] = {
         *("algorithm.preset=ppo", "critic.learning_rate=50.0"),
         *("evaluation.every_steps=0", "checkpoint.every_steps=0"),
     ], HALVES),
-    "adapters": ("train", ["lora.rank=4", *BARE], HALVES),
     "changing": ("train", [
         *("algorithm.kl_target=0.01", "algorithm.kl_horizon=100", "algorithm.entropy_target=5.0"),
         *("algorithm.reference_refresh_steps=2", "algorithm.top_entropy_share=0.5"),
@@ -218,29 +217,30 @@ KINDS: dict[str, tuple[str, list[str], list[str]]] = {
         *("prompts.drop_equal_groups=True", "prompts.per_draw=4", "prompts.oversample=1.5"),
         "evaluation.num_problems=0",
     ], HALVES),
-    "chord": ("train", [*HYBRID, "hybrid.method=chord", "hybrid.mix_decay_steps=4"], HALVES),
     "uft": ("train", [*HYBRID, "hybrid.method=uft", "hybrid.hint_steps=4"], HALVES),
+    "chord": (
+        "train", [*HYBRID, "hybrid.method=chord", "hybrid.mix_decay_steps=4", "lora.rank=4"], HALVES
+    ),
     "conversations": ("train", CONVERSATIONS, []),
     "conversations by halves": ("train", CONVERSATIONS, ["mesh.data=1", "mesh.tensor=2"]),
     "forks": ("train", [*CONVERSATIONS, *FORKS], ["mesh.data=1", "mesh.tensor=2"]),
     "stopped": ("train", BARE, []),
     "killed": ("train", BARE, []),
 }  # fmt: skip
-EIGHT = ["mesh.data=4", "mesh.fsdp=2"]  # of one process
 
 
 @pytest.fixture(scope="module")
 def arguments(tmp_path_factory, one) -> Callable[..., list[str]]:
-    """Arguments of the program of a kind, of 1 process, of 2, or of 1 with 8 devices."""
+    """Arguments of the program of a kind, of 1 process or of 2."""
     root = tmp_path_factory.mktemp("kinds")
     chats, questions = make_chats(root / "chats")
 
     def of(kind: str, way: int, *more: str) -> list[str]:
         _, options, of_pair = KINDS[kind]
-        begun = root / f"{kind} 1" if kind in ("chord", "uft") else one
+        begun = root / "uft 1" if kind in ("chord", "uft") else one
         if kind == "forks":
             options = [f"model.path={chats}", f"data.path={questions}", *options]
-        elif kind != "grpo" and (way != 1 or begun == one):
+        elif (kind, way) != ("uft", 1) and kind != "grpo":
             options = [f"model.path={begun / 'bootstrap' / 'export'}", *options]
         if kind == "ppo":
             model = root / "reward model 1" / "export"
@@ -248,7 +248,7 @@ def arguments(tmp_path_factory, one) -> Callable[..., list[str]]:
                 f"critic.path={model}",
                 f"rewards.names={[f'model:{model}', 'answer_format']}",
             ]
-        options += {1: [], 2: of_pair, 8: EIGHT}[way] + list(more)
+        options += {1: [], 2: of_pair}[way] + list(more)
         return argv(root / f"{kind} {way}", *(f"--config.{option}" for option in options))
 
     return of
@@ -306,7 +306,7 @@ def pair(arguments, alone_of, stopped, environment, tmp_path_factory) -> Pair:
     One of them stops after a refresh of its reference, and goes on. The last but one goes on with
     `stopped`. In the last, the second process is killed.
     """
-    for kind in ("reward model", "chord", "uft"):
+    for kind in ("reward model", "uft"):
         alone_of(kind)  # with which PPO and hybrids begin
     folder = lambda kind: folder_of(arguments(kind, 2))  # noqa: E731
     shutil.copytree(stopped.folder, folder("stopped"))
@@ -361,31 +361,26 @@ def test_preferences_of_two_processes_are_those_of_one(alone_of, pair):
 @pytest.mark.parametrize(
     ("kind", "name"), [("reward model", "reward_model/loss"), ("ppo", "value/loss")]
 )
-def test_a_reward_model_and_ppo_with_it_are_those_of_one(
-    alone_of, pair, arguments, runs_here, kind, name
-):
-    """Two processes, which divide the weights; of PPO eight devices of one process, too."""
-    one, others = alone_of(kind), [pair.folder(kind)]
-    if kind == "ppo":  # of a reward model: tests/learner/test_scalar_updates.py
-        runs_here("train", arguments(kind, 8), devices=8)
-        others.append(folder_of(arguments(kind, 8)))
+def test_a_reward_model_and_ppo_with_it_are_those_of_one(alone_of, pair, kind, name):
+    """The weights are divided; on eight devices: tests/learner/test_scalar_updates.py."""
+    one, other = alone_of(kind), pair.folder(kind)
     lines = [row for row in logged(one) if name in row]
     assert len(lines) == STEPS
-    left = final_state(one)
-    for other in others:
-        right = final_state(other)
-        assert left.keys() == right.keys()
-        far = [n for n in left if not np.allclose(left[n], right[n], rtol=0, atol=1e-5)]
-        assert far == [], other
-        for a, b in zip(lines, [row for row in logged(other) if name in row], strict=True):
-            np.testing.assert_allclose(a[name], b[name], rtol=1e-4)
-            assert a["policy/grad_norm"] > 1e-3
+    left, right = final_state(one), final_state(other)
+    assert left.keys() == right.keys()
+    assert [n for n in left if not np.allclose(left[n], right[n], rtol=0, atol=1e-5)] == []
+    for a, b in zip(lines, [row for row in logged(other) if name in row], strict=True):
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-4)
+        assert a["policy/grad_norm"] > 1e-3
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["chord", "uft"])
 def test_a_hybrid_of_two_processes_is_that_of_one(alone_of, pair, method):
-    """Each process has its part of the demonstrations; the weights are divided."""
+    """Each process has its part of the demonstrations; the weights are divided.
+
+    CHORD trains adapters: their base is read by both, each its part, and both merge the export.
+    """
     folders = alone_of(method), pair.folder(method)
     assert differences_beyond(1e-5, *folders) == []
     rows = [[r for r in logged(folder) if "reward" in r] for folder in folders]
@@ -395,17 +390,9 @@ def test_a_hybrid_of_two_processes_is_that_of_one(alone_of, pair, method):
         assert a[name] == b[name]
         assert a["hybrid/loss"] == pytest.approx(b["hybrid/loss"], rel=1e-4)
         assert min(a["policy/grad_norm"], b["policy/grad_norm"]) > 1e-3
-
-
-@pytest.mark.slow
-def test_adapters_of_two_processes_are_those_of_one(alone_of, pair):
-    """Their base is read by both, each its part; the export is merged by both."""
-    folders = alone_of("adapters"), pair.folder("adapters")
-    assert differences_beyond(1e-5, *folders) == []
-    norms = [row["policy/grad_norm"] for row in logged(folders[1]) if "reward" in row]
-    assert len(norms) == STEPS and min(norms) > 1e-3
-    files = [sorted(p.name for p in (f / "export" / "adapter").iterdir()) for f in folders]
-    assert files[0] == files[1] == ["adapter_config.json", "adapter_model.safetensors"]
+    adapters = [sorted(p.name for p in f.glob("export/adapter/*")) for f in folders]
+    of_lora = ["adapter_config.json", "adapter_model.safetensors"]
+    assert adapters == [of_lora if method == "chord" else []] * 2
 
 
 @pytest.mark.slow

@@ -181,7 +181,7 @@ def test_a_killed_run_continues(tmp_path, slow_reward):
 
     SIGTERM saves and ends the program with status 75; the same command goes on.
     """
-    more = ["--config.loop.num_steps=30", "--config.checkpoint.every_steps=4", *SLOW_REWARD]
+    more = ["--config.loop.num_steps=12", "--config.checkpoint.every_steps=4", *SLOW_REWARD]
     root = tmp_path / "runs"
     done = subprocess.run(
         [sys.executable, str(HERE / "kill_and_resume.py"), "--config", str(TINY), "--kills=2",

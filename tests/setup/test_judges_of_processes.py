@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +9,11 @@ import pytest
 import stub_judge
 from mistakes import TINY
 from stub_judge import StubJudge, completion
+from together import Together
 
 from grpo_jax.config import loading
 from grpo_jax.data.problems import Problem
 from grpo_jax.environments.rewarding import RewardCollector
-from grpo_jax.hosts import processes
 from grpo_jax.rewards.pool import Pool
 from grpo_jax.setup import judges, rewards
 
@@ -29,40 +27,6 @@ scale = [1, 1000000]
 PROMPTS = ["a?", "a?", "b?", "c?"]  # the even ones are process 0's; the first two are one problem
 TEXTS = [["x", "yy", "x"], ["x", "zz", "z"], ["x", "yy", "w"], ["x", "v", "vv"]]
 CALLS = {("a?", 0): 2, ("a?", 1): 3, ("b?", 0): 3, ("c?", 1): 3}  # texts of a problem, each once
-
-
-class Together:
-    """Processes that are threads here: what one gathers, all get."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, num: int):
-        self._own, self._told = threading.local(), [""] * num
-        self._meeting = threading.Barrier(num, timeout=60)
-        self.num = num
-        patch.setattr(processes, "count", lambda: num)
-        patch.setattr(processes, "number", lambda: self._own.number)
-        patch.setattr(processes, "gather", self._gather)
-
-    def _gather(self, value, what):
-        self._told[self._own.number] = json.dumps(value)
-        self._meeting.wait()
-        found = [json.loads(told) for told in self._told]
-        self._meeting.wait()
-        return found
-
-    def run(self, work):
-        """What `work(number)` returns in each process."""
-        found = [None] * self.num
-
-        def begin(number):
-            self._own.number = number
-            found[number] = work(number)
-
-        threads = [threading.Thread(target=begin, args=(n,)) for n in range(self.num)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return found
 
 
 def score(folder, url, num, texts=TEXTS):

@@ -528,6 +528,8 @@ def engine():
 class Pool:
     """Takes what the judge submits."""
 
+    rewards = ()
+
     def __init__(self):
         self.seen = []
 
