@@ -86,7 +86,7 @@ def test_demonstrations_say_what_the_environment_says(task):
         rewards.append(reward)
         for written, answered in said:
             assert written == answered
-    low, high = {"calculator": (0.08, 0.2), "guess_word": (0.1, 0.4)}.get(task.name, (0.25, 0.6))
+    low, high = {"calculator": (0.15, 0.35), "guess_word": (0.1, 0.4)}.get(task.name, (0.25, 0.6))
     assert low < np.mean(rewards) < high
 
 
@@ -135,7 +135,8 @@ def test_the_control_is_of_no_use(task, monkeypatch):
             wins.append(deaf_game(env, problem))
         elif task.name == "support_desk":
             case = task.module.case(*problem.columns.values())
-            wins.append(env.find_order(case.order.number) == case.order.told)
+            told = [env.find_order(number) for number in range(100, 1000, 9)]
+            wins.append(any(case.order.item in one for one in told))
         else:
             pieces = task.module.worked_solution(problem, np.random.default_rng(0))
             calls = [_CALL.fullmatch(p.text.removesuffix("<eos>")) for p in pieces if p.is_policy]
@@ -180,7 +181,7 @@ def test_the_tokenizer_reads_all_of_it(task, tmp_path):
 
 
 def test_a_clerk_who_does_not_ask_for_a_yes_has_lost():
-    """Though the database is as it must be; so has one who acts after a no."""
+    """Though the database is as it must be; so has one who acts after a no, or does nothing."""
     data, env = tasks.load("support_desk"), environment("support_desk")
     numbers = range(200)
     cases = {n: c for n in numbers if (c := data.case(n, 0)).order.allows(c.act) and not c.wrong}
@@ -194,9 +195,10 @@ def test_a_clerk_who_does_not_ask_for_a_yes_has_lost():
         assert getattr(env, case.act)(case.order.number) == "T: ok."
         assert say(data.DONE) is None and env.get_reward() == reward
     number, case = next((n, c) for n, c in cases.items() if c.changes_mind)
-    for acts, reward in ((False, 1.0), (True, 0.0)):
+    asks = data.question(case.act, case.order.item)
+    for is_asked, acts, reward in ((True, False, 1.0), (True, True, 0.0), (False, False, 0.0)):
         env.reset(number, 0)
-        assert say(data.question(case.act, case.order.item)) == "U: no, keep it."
+        assert not is_asked or say(asks) == "U: no, keep it."
         assert not acts or getattr(env, case.act)(case.order.number) == "T: ok."
         assert say(data.FINE) is None and env.get_reward() == reward
 

@@ -1,7 +1,8 @@
 """The support desk of the task of that name: its database, its tools, and a scripted customer.
 
 An episode is a success if the database is at the end as it must be, nothing was done that was not
-confirmed, and the customer was told what it had to be (as tau-bench judges, arXiv:2406.12045).
+confirmed, and the customer was told what it had to be (as tau-bench judges, arXiv:2406.12045). One
+that would change its mind must have been asked: else whoever does nothing would be right.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class SupportDesk:
         self._database.executemany("INSERT INTO orders VALUES (?, ?, ?, ?)", rows)
         self._begun = self._state()
         self._is_confirmed = self._broke_rules = self._is_refused = self._is_told = False
+        self._keeps_it = False
         self._turns = 0
 
     def _state(self) -> list[tuple]:
@@ -53,10 +55,16 @@ class SupportDesk:
             Its item, its state, and the days since it arrived.
         """
         if self._is_deaf:
-            number = self._case.orders[number % len(self._case.orders)].number
+            number = self._another(int(number))
         asked = "SELECT * FROM orders WHERE number = ?"
         found = self._database.execute(asked, (int(number),)).fetchone()
         return data.Order(*found).told if found else "T: no order."
+
+    def _another(self, number: int) -> int:
+        """The number of an order that is neither this one nor the customer's."""
+        not_these = (number, self._case.order.number)
+        others = [o.number for o in self._case.orders if o.number not in not_these]
+        return others[number % len(others)]
 
     def refund(self, number: int) -> str:
         """Pays an order back.
@@ -93,6 +101,7 @@ class SupportDesk:
             return data.named(case)
         if said == data.question(case.act, item).strip():
             if case.changes_mind:
+                self._keeps_it = True
                 return "U: no, keep it."
             self._is_confirmed = True
             return "U: yes."
@@ -109,7 +118,7 @@ class SupportDesk:
         if not order.allows(case.act):
             is_told = self._is_refused
         else:
-            is_told = self._is_told
+            is_told = self._is_told and (self._keeps_it or not case.changes_mind)
             if not case.changes_mind:
                 must_be[order.number] = (order.number, order.item, case.act, order.days)
         is_state = self._state() == sorted(must_be.values())
