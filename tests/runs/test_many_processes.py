@@ -7,6 +7,7 @@ keeps Adam from turning that into whole steps.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -134,7 +135,9 @@ class Launched:
             ["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True
         )
         for pid in children.stdout.split():
-            variables = Path("/proc", pid, "environ").read_bytes().split(b"\0")
+            variables: list[bytes] = []
+            with contextlib.suppress(OSError):  # the launcher's `sleep`, which has ended meanwhile
+                variables = Path("/proc", pid, "environ").read_bytes().split(b"\0")
             if f"JAX_PROCESS_ID={number}".encode() in variables:
                 return int(pid)
         raise AssertionError(f"no process {number}: {self.output[-4000:]}")
