@@ -63,7 +63,7 @@ def _of_steps(run: Run, sampled: Rollout, scores: Scores) -> np.ndarray:
         spread_PGC = turn_credit.by_token(step_PGU, end_PGU, tokens)
         advantage_PGC = advantage_PGC + reward.weight * spread_PGC
     rest_PG1 = reward_B.reshape(*shape, 1)
-    whole_PG1 = turn_credit.turn_advantages(rest_PG1, rest_PG1 == rest_PG1, scales=_scales(run))
+    whole_PG1 = turn_credit.turn_advantages(rest_PG1, ~np.isnan(rest_PG1), scales=_scales(run))
     return advantage_PGC + whole_PG1
 
 

@@ -327,7 +327,7 @@ def test_a_run_asks_what_can_be_isolated(monkeypatch):
     kept = dict.fromkeys(isolation._MEANINGS, True) | {"connects": False}
     monkeypatch.setattr(isolation, "found", lambda: (kept, {"faults": {}}))
     options = {"names": ("code",), "weights": (1.0,), "accuracy": "", "start_timeout_s": 9.0}
-    options |= {"on_failure": "unknown", "timeout_s": 10.0, "memory_limit_gib": 4.0}
+    options |= {"on_failure": "unknown", "timeout_s": 10.0, "memory_limit_gib": 4.0, "by_step": ()}
     config = ConfigDict({"rewards": options | {"code_isolation": "full"}})
     with pytest.raises(ValueError, match=r"rewards.code_isolation = .*the network"):
         setup.load_rewards(config)

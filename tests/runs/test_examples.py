@@ -107,7 +107,7 @@ def test_a_notebook_runs(name, place, alone, monkeypatch):
 
 def test_a_notebook_is_the_script():
     """Cell by cell: what it does, the run of the script has shown."""
-    assert FILE.keys() == {"own_reward.py", "own_reward.ipynb", *SAYS}
+    assert FILE.keys() == {"stories260K.py", "own_reward.py", "own_reward.ipynb", *SAYS}
     script = code_of(FILE["own_reward.py"]).partition('"""\n\n')[2]
     shows = 'print(run.curves(), run.metrics[-1]["reward"])'
     assert shows in script

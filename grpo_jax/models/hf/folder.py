@@ -78,7 +78,7 @@ def resolve(path: str, option: str = "model.path") -> Path:
 
 def _refuse_run(given: str, path: str, folder: Path) -> None:
     """Raises ValueError for the folder of a run, and for RUN@STEP: neither is a model itself."""
-    run, at, step = path.rpartition("@")
+    run, at, step = str(path).rpartition("@")
     is_run = lambda place: (place / "checkpoints").is_dir()  # noqa: E731
     if at and not folder.exists() and is_run(Path(run).expanduser()):
         raise ValueError(
