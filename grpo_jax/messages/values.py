@@ -17,3 +17,8 @@ def shown(value: Any, limit: int = 200) -> str:
 def cut(text: str, limit: int = 80) -> str:
     """The beginning of a text, at most `limit` characters."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, such as "1 value" or "3 values"."""
+    return f"{number} {noun}{'s' * (number != 1)}"

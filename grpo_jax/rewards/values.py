@@ -6,7 +6,7 @@ import math
 import numbers
 from typing import Any
 
-from grpo_jax.messages.values import shown
+from grpo_jax.messages.values import counted, shown
 
 # Without NumPy, whose import takes half of a worker's start.
 FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
@@ -34,9 +34,9 @@ def read(name: str, values: Any, completions: list[Any]) -> tuple[list[float], d
         )
     if len(entries) != len(completions):
         raise WrongValuesError(
-            f"The reward {name!r} returned {len(entries)} value{'s' * (len(entries) != 1)} "
-            f"for {len(completions)} completion{'s' * (len(completions) != 1)}; it must "
-            "return one number, or None, for each."
+            f"The reward {name!r} returned {counted(len(entries), 'value')} for "
+            f"{counted(len(completions), 'completion')}; it must return one number, or None, for "
+            "each."
         )
     found, faults = [], {}
     for row, entry in enumerate(entries):

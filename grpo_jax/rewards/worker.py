@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from grpo_jax.messages.credentials import redact
-from grpo_jax.messages.values import cut, shown
+from grpo_jax.messages.values import counted, cut, shown
 from grpo_jax.rewards import given as given_lib
 from grpo_jax.rewards import keeper, place, registry, sources
 from grpo_jax.rewards import values as values_lib
@@ -196,11 +196,11 @@ def _text(value: Any) -> str:
 
 def _told(error: BaseException, found: Callable, name: str, call: Call) -> str:
     """The message for an error in a function: the error, its location, and the arguments."""
-    where, number = place.of_error(error, found), len(call.completions)
+    where = place.of_error(error, found)
     return (
         f"The reward {name!r} raised {type(error).__name__}: {said(error)}"
-        f"{f' ({where})' if where else ''}. It was called with {number} "
-        f"completion{'s' * (number != 1)} and the columns {sorted(call.columns)}; "
+        f"{f' ({where})' if where else ''}. It was called with "
+        f"{counted(len(call.completions), 'completion')} and the columns {sorted(call.columns)}; "
         f"the first completion was {shown(call.completions[0])}."
     )
 

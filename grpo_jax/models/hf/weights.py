@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.devices import sharding
 from grpo_jax.kernels.nf4 import NF4
+from grpo_jax.messages.values import counted
 from grpo_jax.models import layer_runs, parameters
 from grpo_jax.models.families import names
 from grpo_jax.models.hf import bnb, fp8
@@ -302,8 +303,8 @@ def _headers(folder: Path, files: list[Path]) -> dict[str, _Tensor]:
             ) from error
     if repeated:
         raise ValueError(
-            f"{folder}: {_count(repeated, 'tensor')} in more than one file: {some(repeated)}. "
-            "Keep the files of one model in the folder."
+            f"{folder}: {counted(len(repeated), 'tensor')} in more than one file: {some(repeated)}"
+            ". Keep the files of one model in the folder."
         )
     return tensors
 
@@ -340,7 +341,9 @@ def _check(folder: Path, tensors: dict[str, _Tensor], leaves: Any, config: Model
         f"of a dtype that is not {', '.join(_DTYPES)}": other_dtype,
     }
     said = [
-        f"{_count(names, 'tensor')} {what}: {some(names)}" for what, names in wrong.items() if names
+        f"{counted(len(names), 'tensor')} {what}: {some(names)}"
+        for what, names in wrong.items()
+        if names
     ]
     if said:
         remedy = ""
@@ -382,7 +385,3 @@ def _check_tied_head(folder: Path, name: str, head: _Tensor, embedding: _Tensor)
             f"{head.dtype} ({head.file.name}) differs from the embedding {list(embedding.shape)} "
             f"{embedding.dtype}. Set tie_word_embeddings to false to use the head, or remove it."
         )
-
-
-def _count(items: list[str], noun: str) -> str:
-    return f"{len(items)} {noun}{'s' * (len(items) != 1)}"
