@@ -21,12 +21,17 @@ LAST = (
     "Quist Rossi Silva Tanaka Urban Vogel Weiss Young"
 ).split()
 TOWNS = (
-    "Athens Bergen Cairo Dakar Florence Geneva Hanoi Jakarta Kyoto Lisbon Madrid Nairobi Oslo "
-    "Porto Riga Vienna"
+    "Accra Algiers Amman Ankara Athens Baghdad Baku Bangkok Beirut Belfast Bergen Berlin Bern "
+    "Bogota Boston Bremen Brussels Cairo Calgary Caracas Chicago Cologne Dakar Dallas Dhaka Doha "
+    "Dublin Florence Geneva Hamburg Hanoi Harare Havana Helsinki Jakarta Kabul Kampala Kyiv Kyoto "
+    "Lagos Lima Lisbon London Luanda Madrid Manila Milan Munich Nairobi Naples Osaka Oslo Ottawa "
+    "Paris Porto Prague Quito Riga Rome Seoul Sofia Tunis Turin Vienna"
 ).split()
 FIRMS = (
-    "Acme Baltic Cobalt Delta Everest Falcon Granite Horizon Kestrel Lotus Meridian Nimbus Pioneer "
-    "Quartz Summit Vertex"
+    "Acme Aurora Baltic Beacon Cascade Cobalt Comet Coral Delta Eclipse Ember Everest Falcon Fjord "
+    "Fulcrum Galaxy Granite Harbor Horizon Indigo Juniper Kestrel Lantern Lotus Magnet Maple "
+    "Meridian Mosaic Nebula Nimbus Oasis Orbit Pegasus Pioneer Prism Quartz Raven Saffron Sierra "
+    "Solstice Summit Tempest Topaz Umbra Vector Vertex Willow Zephyr"
 ).split()
 NUM_PEOPLE, NUM_FIRMS = 20, 10  # of a corpus
 

@@ -18,7 +18,11 @@ from grpo_jax.data.problems import Problem
 from grpo_jax.data.streams import stream
 from grpo_jax.data.tasks import Piece
 
-ITEMS = "lamp chair phone shirt book radio table clock vase bag".split()
+ITEMS = (
+    "lamp chair phone shirt book radio table clock vase bag scarf mirror kettle drill tent guitar "
+    "camera jacket carpet mug pillow ladder blender watch basket candle globe hammer piano printer "
+    "rug saddle shelf skirt sofa spoon toaster umbrella violin wallet"
+).split()
 DAYS = 30  # within which an order may be returned
 RULES = f"P: returns within {DAYS} days. cancel only if packed. confirm first."
 # Probabilities that a clerk acts on the first number though it was corrected, or on what the
