@@ -4,10 +4,10 @@
 
 A question about a made corpus is answered by searching it; held-out questions are about other
 corpora, so that nothing can be learned by heart. Of 256 of them the greedy answer is right for 9 %
-at the start, and for all after 25 steps (seed 0). The control searches corpora whose documents are
-shuffled:
+at the start, and for all after 25 steps (seed 0). The control searches corpora of which
+nothing is true:
 
-    --config.environment.classes="('grpo_jax.environments.tasks.lookup:ShuffledSearch',)"
+    --config.environment.classes="('grpo_jax.environments.tasks.lookup:FalseSearch',)"
 """
 
 from grpo_jax import config

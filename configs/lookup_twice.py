@@ -6,7 +6,7 @@ As configs/lookup.py, but no document has the answer: what to search for in the 
 found in the first. The greedy answer is right for 9 % at the start, and for all of 256 after 30
 steps (seed 0). The control is the same:
 
-    --config.environment.classes="('grpo_jax.environments.tasks.lookup:ShuffledSearch',)"
+    --config.environment.classes="('grpo_jax.environments.tasks.lookup:FalseSearch',)"
 """
 
 from grpo_jax import config

@@ -61,10 +61,11 @@ def is_held_out(name: str) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def make(name: str, *, shuffled: bool = False) -> Corpus:
+def make(name: str, *, is_false: bool = False) -> Corpus:
     """The corpus "SEED-NUMBER".
 
-    `shuffled`: its documents say of each person and firm what is true of another one.
+    `is_false`: its documents tell of the same people, and nothing of what they tell is true. It is
+    drawn apart from the truth, so that this cannot be learned from it.
     """
     seed, number = map(int, name.split("-"))
     rng = stream(seed, "problems", 1 + number)
@@ -72,19 +73,22 @@ def make(name: str, *, shuffled: bool = False) -> Corpus:
         f"{FIRST[i // len(LAST)]} {LAST[i % len(LAST)]}"
         for i in rng.permutation(len(FIRST) * len(LAST))[:NUM_PEOPLE]
     ]
-    firms = [FIRMS[i] for i in rng.permutation(len(FIRMS))[:NUM_FIRMS]]
-    towns = [TOWNS[i] for i in rng.permutation(len(TOWNS))[:NUM_FIRMS]]
+    all_firms = [FIRMS[i] for i in rng.permutation(len(FIRMS))]
+    all_towns = [TOWNS[i] for i in rng.permutation(len(TOWNS))]
+    firms, towns = all_firms[:NUM_FIRMS], all_towns[:NUM_FIRMS]
     people = []
     for person in names:
         firm = int(rng.integers(NUM_FIRMS))
         born = TOWNS[rng.integers(len(TOWNS))]
         people.append(Person(person, born, firms[firm], towns[firm]))
-    said, said_towns = people, towns
-    if shuffled:
-        said = people[1:] + people[:1]
-        said_towns = towns[1:] + towns[:1]
-    documents = [
-        f"- {p.name} was born in {o.born} and works at {o.firm}." for p, o in zip(people, said)
-    ]
-    documents += [f"- {firm} is in {town}." for firm, town in zip(firms, said_towns)]
+    said = people
+    if is_false:
+        firms, towns = all_firms[NUM_FIRMS:][:NUM_FIRMS], all_towns[NUM_FIRMS:][:NUM_FIRMS]
+        said = []
+        for person in people:
+            firm = int(rng.integers(NUM_FIRMS))
+            born = rng.choice([town for town in TOWNS if town != person.born])
+            said.append(Person(person.name, str(born), firms[firm], towns[firm]))
+    documents = [f"- {p.name} was born in {p.born} and works at {p.firm}." for p in said]
+    documents += [f"- {firm} is in {town}." for firm, town in zip(firms, towns)]
     return Corpus(tuple(people), tuple(documents))

@@ -17,8 +17,8 @@ from grpo_jax.rewards.exact import exact_answer
 
 CLASSES = {
     "calculator": (None, "calculator:NoisyCalculator"),
-    "lookup": ("lookup:Search", "lookup:ShuffledSearch"),
-    "lookup_twice": ("lookup:Search", "lookup:ShuffledSearch"),
+    "lookup": ("lookup:Search", "lookup:FalseSearch"),
+    "lookup_twice": ("lookup:Search", "lookup:FalseSearch"),
     "guess_word": ("guess_word:GuessWord", "guess_word:DeafGuessWord"),
     "support_desk": ("support_desk:SupportDesk", "support_desk:DeafSupportDesk"),
 }
@@ -220,9 +220,21 @@ def test_a_corpus_says_nothing_of_another():
     one, other = corpora.make("0-1"), corpora.make("0-2")
     assert not set(one.documents) & set(other.documents)
     assert corpora.make("0-1") == one != corpora.make("1-1")
-    shuffled = corpora.make("0-1", shuffled=True)
-    assert shuffled.people == one.people
-    assert len(set(shuffled.documents) & set(one.documents)) < 5
+
+
+def test_what_a_false_corpus_tells_is_never_right():
+    from grpo_jax.data import corpora
+
+    for number in range(20):
+        true, false = (corpora.make(f"0-{number}", is_false=is_false) for is_false in (False, True))
+        assert false.people == true.people
+        town_of = dict(d[2:-1].split(" is in ") for d in false.documents if " is in " in d)
+        for person, document in zip(false.people, false.documents):
+            name, born, firm = re.fullmatch(
+                r"- (.+) was born in (\w+) and works at (\w+)\.", document
+            ).groups()
+            assert name == person.name
+            assert born != person.born and firm != person.firm and town_of[firm] != person.town
 
 
 def test_conversations_have_the_tokens_of_the_demonstrations(task):

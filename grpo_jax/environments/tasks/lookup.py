@@ -9,14 +9,14 @@ from grpo_jax.environments.tasks.full_text import Index
 
 
 @functools.lru_cache(maxsize=16)
-def _index(corpus: str, shuffled: bool) -> Index:
-    return Index(corpora.make(corpus, shuffled=shuffled).documents)
+def _index(corpus: str, is_false: bool) -> Index:
+    return Index(corpora.make(corpus, is_false=is_false).documents)
 
 
 class Search:
     """Searches the corpus of the row's column `corpus`."""
 
-    _shuffled = False
+    _is_false = False
 
     def reset(self, corpus: str, **row) -> None:
         """Begins an episode.
@@ -24,7 +24,7 @@ class Search:
         Args:
             corpus: The corpus, as "SEED-NUMBER".
         """
-        self._index = _index(corpus, self._shuffled)
+        self._index = _index(corpus, self._is_false)
 
     def search(self, query: str) -> str:
         """Searches the documents.
@@ -39,7 +39,7 @@ class Search:
         return found[0] if found else "-"
 
 
-class ShuffledSearch(Search):
-    """For a control: documents say of each person and firm what is true of another one."""
+class FalseSearch(Search):
+    """For a control: documents tell nothing that is true."""
 
-    _shuffled = True
+    _is_false = True
