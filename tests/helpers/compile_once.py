@@ -3,17 +3,25 @@
 Most tests build their own scorer, engine or update, whose programs are those of another test. A
 program is the same if its code, names, options and devices are, to the byte; then the executable
 is shared. What JAX logs and counts as compiled is unchanged: it asks for every one of them.
+
+Of processes that run one program together, the first compiles it, and the others read it from the
+folder that GRPO_JAX_TEST_TOGETHER names.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import os
+import time
 from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from jax._src import compiler
 
+_WAIT_S = 120  # for the first process
 _KEPT = 64  # executables, of some megabytes each
 _made: OrderedDict[bytes, Any] = OrderedDict()
 
@@ -37,7 +45,13 @@ def install() -> None:
         key.update(repr([(id(backend), d.id) for d in executable_devices]).encode())
         key = key.digest()
         if key not in _made:
-            _made[key] = compiled()
+            load = lambda data: backend.deserialize_executable(data, executable_devices, options)  # noqa: E731
+            processes = {d.process_index for d in executable_devices}
+            if len(processes) > 1 and "GRPO_JAX_TEST_TOGETHER" in os.environ:
+                is_first = backend.process_index() == min(processes)
+                _made[key] = _together(code, compiled, None if is_first else load)
+            else:
+                _made[key] = compiled()
             if len(_made) > _KEPT:
                 _made.popitem(last=False)
         _made.move_to_end(key)
@@ -45,3 +59,22 @@ def install() -> None:
 
     once.once = True
     compiler.backend_compile_and_load = once
+
+
+def _together(
+    code: io.BytesIO, compiled: Callable[[], Any], load: Callable[[bytes], Any] | None
+) -> Any:
+    """A program that all processes ask for in the same order; `load` None: the first of them."""
+    name = hashlib.sha256(code.getvalue()).hexdigest()
+    file = Path(os.environ["GRPO_JAX_TEST_TOGETHER"], name)
+    if load is None:
+        made, new = compiled(), file.with_suffix(".new")
+        new.write_bytes(made.serialize())
+        new.rename(file)
+        return made
+    end = time.monotonic() + _WAIT_S
+    while not file.exists():
+        if time.monotonic() > end:
+            return compiled()
+        time.sleep(0.01)
+    return load(file.read_bytes())
