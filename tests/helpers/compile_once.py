@@ -4,6 +4,9 @@ Most tests build their own scorer, engine or update, whose programs are those of
 program is the same if its code, names, options and devices are, to the byte; then the executable
 is shared. What JAX logs and counts as compiled is unchanged: it asks for every one of them.
 
+JAX makes a context of MLIR for each program, which takes most of the time to lower a small one: here
+a thread's programs have one.
+
 Of processes that run one program together, the first compiles it, and the others read it from the
 folder that GRPO_JAX_TEST_TOGETHER names.
 """
@@ -13,6 +16,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import sys
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -20,14 +25,17 @@ from pathlib import Path
 from typing import Any
 
 from jax._src import compiler
+from jax._src.interpreters import mlir
 
+_OF_A_CONTEXT = 200  # programs: it keeps their constants
 _WAIT_S = 120  # for the first process
 _KEPT = 64  # executables, of some megabytes each
 _made: OrderedDict[bytes, Any] = OrderedDict()
 
 
 def install() -> None:
-    """From now on; the private function is JAX's of 0.10, and a later one may do without."""
+    """From now on; private functions are JAX's of 0.10, and a later one may do without."""
+    _share_contexts()
     compile_and_load = getattr(compiler, "backend_compile_and_load", None)
     if compile_and_load is None or hasattr(compile_and_load, "once"):
         return
@@ -59,6 +67,24 @@ def install() -> None:
 
     once.once = True
     compiler.backend_compile_and_load = once
+
+
+def _share_contexts() -> None:
+    make = getattr(mlir, "make_ir_context", None)
+    if make is None or hasattr(make, "once"):
+        return
+    own = threading.local()
+
+    def make_ir_context():
+        if sys._getframe(1).f_globals["__name__"] != mlir.__name__:
+            return make()  # of a kernel, which registers its own dialects
+        own.left = getattr(own, "left", 0) - 1
+        if own.left < 0:
+            own.context, own.left = make(), _OF_A_CONTEXT
+        return own.context
+
+    make_ir_context.once = True
+    mlir.make_ir_context = make_ir_context
 
 
 def _together(
