@@ -4,8 +4,8 @@ Most tests build their own scorer, engine or update, whose programs are those of
 program is the same if its code, names, options and devices are, to the byte; then the executable
 is shared. What JAX logs and counts as compiled is unchanged: it asks for every one of them.
 
-JAX makes a context of MLIR for each program, which takes most of the time to lower a small one: here
-a thread's programs have one.
+JAX makes a context of MLIR for each program, which takes most of the time to lower a small one.
+Here a thread's programs have one.
 
 Of processes that run one program together, the first compiles it, and the others read it from the
 folder that GRPO_JAX_TEST_TOGETHER names.
