@@ -67,8 +67,11 @@ socket.socket.connect_ex = _guarded(socket.socket.connect_ex)
 def same_programs() -> None:
     """A program that this process has compiled is not compiled again."""
     import compile_once  # imports JAX, which pytest's first process does without
+    import jax
 
     compile_once.install()
+    # Without a folder to keep programs in, JAX would compute their names for nothing.
+    jax.config.update("jax_enable_compilation_cache", False)
     gc.set_threshold(20_000, 20, 20)  # tracing makes many objects, and few circles of them
 
 

@@ -6,8 +6,9 @@ process; without "after" it runs to its end. With "in", "rollout", "draw" (the s
 step), "rewards", "update" or "evaluation", it ignores that, and is abandoned in the next such
 phase, like a run that does not reach its end. With "killed" this process dies there by SIGKILL.
 "program" is "train" where it is not given; "environment" are variables from then on; with "command"
-it is run as by its command, and is the last of its process. A job with "code" runs that as a script
-instead, and ends with what it printed. Prints one JSON line per job: how it ended. With --serve in
+it is run as by its command, and is the last of its process; "plain" is the only job, and hears
+signals as users' runs do. A job with "code" runs that as a script instead, and ends with what it
+printed. Prints one JSON line per job: how it ended. With --serve in
 place of JOBS it makes a process for each list that it is asked for; see `driving.py`.
 
 Several processes that a launcher starts do the jobs together.
@@ -168,7 +169,7 @@ def do(job: dict) -> str:
 
 
 def main(jobs: list[dict]) -> None:
-    if not all("code" in job for job in jobs):
+    if not all("code" in job or "plain" in job for job in jobs):
         install()
     compile_once.install()
     gc.set_threshold(20_000, 20, 20)  # as in conftest.py

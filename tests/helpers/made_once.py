@@ -18,7 +18,7 @@ from grpo_jax.sampling.decode import Decoder
 from grpo_jax.sampling.engine import Engine
 
 _KEPT = 8  # of each kind: their executables take memory
-_PROGRAMS = (
+PROGRAMS = (  # of an engine
     *("empty", "admit", "decode", "decode_kept", "compact_slots", "put_back", "align", "append"),
     "publish",
 )
@@ -36,7 +36,7 @@ def _once(made: dict, key: Hashable, make: Callable[[], Any]) -> Any:
 def engine(decoder: Decoder, **how) -> Engine:
     """An engine of its own, whatever its slots, with the programs of this decoder."""
     own = Engine(decoder, **how)
-    programs = _once(_engines, decoder, lambda: {name: getattr(own, name) for name in _PROGRAMS})
+    programs = _once(_engines, decoder, lambda: {name: getattr(own, name) for name in PROGRAMS})
     for name, program in programs.items():
         setattr(own, name, program)
     return own

@@ -18,13 +18,14 @@ from hf_model import CASES, save_random_model
 
 from grpo_jax import train
 from grpo_jax.config import loading
-from grpo_jax.devices import sharding
+from grpo_jax.devices import sharding, transfer
 from grpo_jax.kernels import gpu_decode
 from grpo_jax.kernels.gpu_decode import TritonDecode
 from grpo_jax.models import lora
 from grpo_jax.models.hf import config_json
 from grpo_jax.planning.lengths import Lengths
 from grpo_jax.planning.programs import Step
+from grpo_jax.sampling import engine
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup import model as model_lib
 
@@ -38,7 +39,12 @@ OF_JAX = {
 
 @contextlib.contextmanager
 def compiled() -> Iterator[set[str]]:
-    """The names of the programs that are compiled, or read from a cache, while it is entered."""
+    """The names of the programs that are compiled, or read from a cache, while it is entered.
+
+    With those that a run before it in this process has left.
+    """
+    engine.row_keys.clear_cache()
+    transfer.reordering.cache_clear()
     names: set[str] = set()
 
     class Names(logging.Handler):

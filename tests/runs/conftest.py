@@ -39,6 +39,8 @@ def _caching(cache_folder: str, patch: pytest.MonkeyPatch) -> Iterator[None]:
     )
     before = {name: jax.config.values[name] for name in names}
     patch.setenv("XDG_CACHE_HOME", cache_folder)
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()  # it has noted that there is none
     try:
         yield
     finally:

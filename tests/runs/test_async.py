@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from kill_and_resume import log_differences, logged, state_differences
+from mistakes import make_model
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +23,11 @@ OPTIONS = [
     "--config.model.param_dtype=bfloat16",
     "--config.optim.learning_rate=0.05",
     "--config.evaluation.num_problems=0",
+    "--config.rewards.names=['plain_rewards:worth']",
+    "--config.rewards.weights=[1.0]",
 ]
+# Of a rate that moves nothing; its optimizer, which has nothing to keep, is quick to compile.
+STILL = ["--config.optim.learning_rate=1e-12", "--config.optim.moments_dtype=float32"]
 # Stopped after so many updates, 4 to a step: between steps, and within one.
 STOPS = {"between": 4, "within": 6}
 # One of them with what may lie in the host's memory there, which binds nothing and changes nothing.
@@ -31,12 +36,9 @@ IN_HOST_MEMORY = ["--config.optim.offload=True", "--config.model.offload_referen
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, drive_here):
-    """The folder of all runs: whole, its like without learning, its like in step, and stopped.
-
-    The first trains the model under supervision that all begin with.
-    """
+    """The folder of all runs: whole, its like without learning, its like in step, and stopped."""
     root = tmp_path_factory.mktemp("async")
-    model = f"--config.model.path={root / 'whole' / 'bootstrap' / 'export'}"
+    model = f"--config.model.path={make_model(root / 'model')}"
 
     def job(name, *more, **stop):
         argv = [
@@ -46,12 +48,11 @@ def runs(tmp_path_factory, drive_here):
             str(root / name),
         ]
         more += tuple(IN_HOST_MEMORY) if name == "within" else ()
-        more += () if name == "whole" else (model,)
-        return {"argv": [*argv, *OPTIONS, *more], **stop}
+        return {"argv": [*argv, model, *OPTIONS, *more], **stop}
 
     first = [
         job("whole"),
-        job("still", "--config.optim.learning_rate=1e-12"),
+        job("still", *STILL),
         job("in step", "--config.loop.async_rollouts=False"),
         *(job(name, of="update", after=after) for name, after in STOPS.items()),
     ]

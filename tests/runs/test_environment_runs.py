@@ -61,10 +61,11 @@ STOPS = {
     "killed in the episodes": {"after": 10, "in": "rollout", "killed": True},
     "stopped between updates": {"after": 6},
 }
+UNEVALUATED = "--config.evaluation.num_problems=0"
 OTHERS = {
-    "slots": ["--config.rollout.num_slots=6"],
-    "refill": ["--config.prompts.drop_equal_groups=True", "--config.loop.num_steps=2"],
-    "eager": ["--config.environment.order=eager", "--config.loop.num_steps=2"],
+    "slots": ["--config.rollout.num_slots=6", UNEVALUATED],
+    "refill": ["--config.prompts.drop_equal_groups=True", "--config.loop.num_steps=2", UNEVALUATED],
+    "eager": ["--config.environment.order=eager", "--config.loop.num_steps=2", UNEVALUATED],
 }
 
 
@@ -83,6 +84,7 @@ def runs(tmp_path_factory, alone):
 
     others = {name: job(name, *more) for name, more in {"whole": [], **OTHERS}.items()}
     credit = [
+        UNEVALUATED,
         "--config.environment.turn_rewards=True",
         "--config.rewards.names=('echo:turns','environment:turn_rewards')",
         "--config.rewards.weights=(0.5,1.0)",

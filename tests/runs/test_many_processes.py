@@ -1,8 +1,9 @@
 """Runs of several processes on this machine against the same run of one, and what ends them.
 
-launch/local_multiprocess.sh starts the processes. Runs of one process are made in this one. Float
-rounding alone may differ: another number of devices adds in another order. The optimizer's epsilon
-keeps Adam from turning that into whole steps.
+launch/local_multiprocess.sh starts the processes. The first compiles for all: tracing takes each of
+them as long again. Runs of one process are made in this one. Float rounding alone may differ:
+another number of devices adds in another order. The optimizer's epsilon keeps Adam from turning
+that into whole steps.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from kill_and_resume import differences_beyond, final_state, logged
 from mistakes import make_chats
 
 HELPERS = Path(__file__).parents[1] / "helpers"
+DRIVE = str(HELPERS / "drive.py")
 LAUNCH = HELPERS.parents[1] / "launch" / "local_multiprocess.sh"
 STEPS = 5
 OPTIONS = [
@@ -101,13 +103,18 @@ class Launched:
         self.log = folder.with_name(f"{folder.name}_{time.monotonic_ns()}.log")
         flags = environment.get("XLA_FLAGS", "")
         flags += f" --xla_force_host_platform_device_count={devices}"
-        command = [sys.executable, *(command or ["-m", "grpo_jax.train", *argv(folder, *more)])]
         if by == "bash":
+            command = [sys.executable, "-m", "grpo_jax.train", *argv(folder, *more)]
             command = ["bash", "-c", " ".join(f'"{argument}"' for argument in command)]
+        else:
+            job = {"argv": argv(folder, *more), "command": True, "plain": True}
+            command = [sys.executable, *(command or [DRIVE, json.dumps([job])])]
+        programs = self.log.with_suffix(".programs")
+        programs.mkdir()
         with self.log.open("w") as output:
             self.process = subprocess.Popen(
                 [str(LAUNCH), str(num), *command],
-                env=environment | {"XLA_FLAGS": flags},
+                env=environment | {"XLA_FLAGS": flags, "GRPO_JAX_TEST_TOGETHER": str(programs)},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -319,7 +326,7 @@ def pair(arguments, alone_of, stopped, environment, tmp_path_factory) -> Pair:
     asked[-1] |= {"environment": {"SLEEP_S": "0.5"}, "command": True}
     run = Launched(
         2, tmp_path_factory.mktemp("pair") / "pair", environment=environment,
-        command=[str(HELPERS / "drive.py"), json.dumps(asked)],
+        command=[DRIVE, json.dumps(asked)],
     )  # fmt: skip
     run.wait_until(lambda: has_step(folder("killed"), 1), len(jobs) * 300)
     survivor = run.pid(0)

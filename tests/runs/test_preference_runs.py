@@ -92,7 +92,7 @@ def test_adapters_begin_at_the_model_without_them(runs, tmp_path, one_device):
 
 
 @pytest.mark.parametrize("loss", ["robust", "kto", "orpo"])
-def test_a_check_compiles_what_a_run_would_and_writes_nothing(tmp_path, capsys, loss):
+def test_a_check_compiles_what_a_run_would_and_writes_nothing(tmp_path, one_device, capsys, loss):
     options = [f"--config.preference.loss={loss}"]
     dpo.main(argv(tmp_path / "run", *options, "--check"))
     told = capsys.readouterr().out
