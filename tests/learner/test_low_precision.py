@@ -64,12 +64,8 @@ def test_blocks_divide_the_last_axis(entries, blocks):
 
 WAYS = {
     "bfloat16": lambda x, bits: to_bfloat16(x, bits).astype(jnp.float32),
-    "first": lambda x, bits: from_blocks(
-        to_blocks(x, bits, signed=True)
-    ),
-    "second": lambda x, bits: from_blocks(
-        to_blocks(x, bits, signed=False)
-    ),
+    "first": lambda x, bits: from_blocks(to_blocks(x, bits, signed=True)),
+    "second": lambda x, bits: from_blocks(to_blocks(x, bits, signed=False)),
 }
 
 
@@ -121,9 +117,7 @@ def test_moments_without_gradient_decay():
         _, state = update(nothing, state)
 
     assert np.abs(from_blocks(state.mu["kernel"])[0, :-1]).max() < 0.01
-    left = from_blocks(state.nu["kernel"])[0, :-1] / (
-        0.01 * np.linspace(0.001, 1, 128)[:-1] ** 2
-    )
+    left = from_blocks(state.nu["kernel"])[0, :-1] / (0.01 * np.linspace(0.001, 1, 128)[:-1] ** 2)
     np.testing.assert_allclose(left[64:].mean(), 0.99**60, rtol=0.1)
 
 
