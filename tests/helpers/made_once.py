@@ -23,7 +23,7 @@ PROGRAMS = (  # of an engine
     "publish",
 )
 _engines: dict[Decoder, dict[str, Callable]] = {}
-_others: dict[str, dict[Hashable, Any]] = {"prepare": {}, "update": {}}
+_others: dict[str, dict[Hashable, Any]] = {"prepare": {}, "update": {}, "gradient": {}}
 
 
 def _once(made: dict, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -52,8 +52,13 @@ def prepare(scorer, options, **how) -> Prepare:
 def updating(scorer, component, optimizer, **how) -> Update:
     """An `Update` that begins with its own row sizes, as `make_update` makes it.
 
-    Of the very same optimizer: two that are made alike are different functions.
+    Its optimizer's step is that of the very same optimizer: two that are made alike are different
+    functions. Its gradient, which knows none, may be that of another.
     """
     key = scorer, component, optimizer, tuple(sorted(how.items()))
     make = lambda: update.make_update(scorer, component, optimizer, **how)  # noqa: E731
-    return dataclasses.replace(_once(_others["update"], key, make), sizes=CompiledSizes())
+    made = _once(_others["update"], key, make)
+    of = _once(_others["gradient"], (scorer, component, how.get("of_teacher")), lambda: made)
+    return dataclasses.replace(
+        made, zero_gradient=of.zero_gradient, gradient=of.gradient, sizes=CompiledSizes()
+    )

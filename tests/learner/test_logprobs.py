@@ -262,13 +262,7 @@ def test_no_array_holds_the_logits_of_a_batch(monkeypatch):
     scorer = Scorer(model, tiny.one_device(), sampling, microbatch=4)
     optimizer = optax.sgd(0.1)
     state = state_like(model, scorer.mesh, optimizer)
-    prepare = make_prepare(scorer, AdvantageOptions(), mask_truncated=False, with_old=True)
-    update = make_update(
-        scorer,
-        PolicyLoss(losses.Objective(kl_coef=0.1, entropy_coef=0.1)),
-        optimizer,
-        num_minibatches=1,
-    )
+    component = PolicyLoss(losses.Objective(kl_coef=0.1, entropy_coef=0.1))
     experience = jax.eval_shape(
         lambda rollouts: Experience(
             rollouts, jnp.zeros((4, 4)), rollouts.completion_PGC > 0, *[rollouts.logp_PGC] * 2
@@ -277,10 +271,13 @@ def test_no_array_holds_the_logits_of_a_batch(monkeypatch):
     )
     full = rollouts.replace(length_PG=np.full((4, 4), 16))
     where = scorer.microbatches(full, np.arange(4))
-    carry, weights = jax.eval_shape(update.zero_gradient), Weights(state.params)
+    weights = Weights(state.params)
 
     def largest_of_both():
-        jax.clear_caches()  # the limit is read while tracing
+        """Of programs that are made anew: the limit is read while tracing."""
+        prepare = make_prepare(scorer, AdvantageOptions(), mask_truncated=False, with_old=True)
+        update = make_update(scorer, component, optimizer, num_minibatches=1)
+        carry = jax.eval_shape(update.zero_gradient)
         return (
             largest(prepare.score, state.params, where.number, rollouts, *where.arrays),
             largest(update.gradient, weights, where.number, carry, experience, *where.arrays),

@@ -12,6 +12,9 @@ import pytest
 from grpo_jax import keys
 from grpo_jax.learner import low_precision, optim
 
+to_blocks = jax.jit(low_precision.to_blocks, static_argnames="signed")
+from_blocks = jax.jit(low_precision.from_blocks)
+to_bfloat16 = jax.jit(low_precision.to_bfloat16)
 OPTIONS = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
 
 
@@ -24,49 +27,45 @@ def test_first_moments_by_hand():
     # codes 63 and 64 it is (63 / 127)^2 = 0.24608 and (64 / 127)^2 = 0.25395, so 4 lies 0.4980 up.
     x = jnp.float32([[16, -4, 0], [0, 0, 0]])
 
-    low = low_precision.to_blocks(x, jnp.full(x.shape, 0xFFFF, jnp.uint32), signed=True)
-    high = low_precision.to_blocks(x, jnp.zeros(x.shape, jnp.uint32), signed=True)
+    low = to_blocks(x, jnp.full(x.shape, 0xFFFF, jnp.uint32), signed=True)
+    high = to_blocks(x, jnp.zeros(x.shape, jnp.uint32), signed=True)
 
     np.testing.assert_array_equal(low.codes, [[127, -63, 0], [0, 0, 0]])
     np.testing.assert_array_equal(high.codes, [[127, -64, 0], [0, 0, 0]])
     np.testing.assert_array_equal(low.peak, [[16], [0]])
     assert low.codes.dtype == jnp.int8
     want = [[16, -16 * (63 / 127) ** 2, 0], [0, 0, 0]]
-    np.testing.assert_allclose(low_precision.from_blocks(low), want, rtol=1e-6)
+    np.testing.assert_allclose(from_blocks(low), want, rtol=1e-6)
 
 
 def test_second_moments_by_hand():
     # Of peak 81: 16/81 is (2/3)^4, code 170 of 255; what is tiny has code 1, never 0.
     x = jnp.float32([81, 16 * 1.0001, 1e-20, 0])
 
-    kept = low_precision.to_blocks(x, jnp.full(x.shape, 0xFFFF, jnp.uint32), signed=False)
+    kept = to_blocks(x, jnp.full(x.shape, 0xFFFF, jnp.uint32), signed=False)
 
     np.testing.assert_array_equal(kept.codes, [255, 170, 1, 0])
     assert kept.codes.dtype == jnp.uint8
     want = [81, 16, 81 / 255**4, 0]
-    np.testing.assert_allclose(low_precision.from_blocks(kept), want, rtol=1e-5)
+    np.testing.assert_allclose(from_blocks(kept), want, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("entries", "blocks"), [(256, 2), (896, 7), (40, 1), (130, 2), (257, 257)])
 def test_blocks_divide_the_last_axis(entries, blocks):
     x = jax.random.normal(jax.random.key(1), (3, entries))
 
-    kept = low_precision.to_blocks(x, bits_of(x.shape), signed=True)
+    kept = to_blocks(x, bits_of(x.shape), signed=True)
 
     assert kept.codes.shape == x.shape and kept.peak.shape == (3, blocks)
     # A code is at most 2 * 127 / 127^2 of the peak from the next.
-    assert np.abs(low_precision.from_blocks(kept) - x).max() < np.abs(x).max() * 2 / 127
+    assert np.abs(from_blocks(kept) - x).max() < np.abs(x).max() * 2 / 127
     np.testing.assert_array_equal(kept.peak, np.abs(x).reshape(3, blocks, -1).max(-1))
 
 
 WAYS = {
-    "bfloat16": lambda x, bits: low_precision.to_bfloat16(x, bits).astype(jnp.float32),
-    "first": lambda x, bits: low_precision.from_blocks(
-        low_precision.to_blocks(x, bits, signed=True)
-    ),
-    "second": lambda x, bits: low_precision.from_blocks(
-        low_precision.to_blocks(x, bits, signed=False)
-    ),
+    "bfloat16": lambda x, bits: to_bfloat16(x, bits).astype(jnp.float32),
+    "first": lambda x, bits: from_blocks(to_blocks(x, bits, signed=True)),
+    "second": lambda x, bits: from_blocks(to_blocks(x, bits, signed=False)),
 }
 
 
@@ -117,10 +116,8 @@ def test_moments_without_gradient_decay():
     for _ in range(60):
         _, state = update(nothing, state)
 
-    assert np.abs(low_precision.from_blocks(state.mu["kernel"])[0, :-1]).max() < 0.01
-    left = low_precision.from_blocks(state.nu["kernel"])[0, :-1] / (
-        0.01 * np.linspace(0.001, 1, 128)[:-1] ** 2
-    )
+    assert np.abs(from_blocks(state.mu["kernel"])[0, :-1]).max() < 0.01
+    left = from_blocks(state.nu["kernel"])[0, :-1] / (0.01 * np.linspace(0.001, 1, 128)[:-1] ** 2)
     np.testing.assert_allclose(left[64:].mean(), 0.99**60, rtol=0.1)
 
 
