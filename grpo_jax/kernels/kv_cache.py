@@ -17,6 +17,7 @@ from flax import struct
 
 from grpo_jax.kernels import attention, quantize, rotary
 from grpo_jax.kernels.quantize import Int8
+from grpo_jax.primitives import where
 from grpo_jax.structs import Array
 
 
@@ -172,7 +173,7 @@ def write(
         if live_RW is not None:
             there = jax.lax.dynamic_slice_in_dim(old, column, 1, axis)
             live = live_RW[:, None].reshape(live_RW.shape[0], 1, -1, *(1,) * (old.ndim - 3))
-            new = jnp.where(live, new.astype(old.dtype), there)
+            new = where(live, new.astype(old.dtype), there)
         return jax.lax.dynamic_update_slice_in_dim(old, new, column, axis)
 
     if isinstance(k, Int8):
@@ -266,8 +267,8 @@ def _attended(
         score_prefix *= prefix_k.scale[:, :, None, None]  # [R, K, 1, 1, Q]
         score_own *= own_k.scale[:, :, :, None]  # [R, K, W, 1, S]
     score_prefix, score_own = (attention.capped(s, cap) for s in (score_prefix, score_own))
-    score_prefix = jnp.where(seen_prefix, score_prefix, attention.HIDDEN)
-    score_own = jnp.where(seen_own, score_own, attention.HIDDEN)
+    score_prefix = where(seen_prefix, score_prefix, attention.HIDDEN)
+    score_own = where(seen_own, score_own, attention.HIDDEN)
     weight_prefix, weight_own, total = attention.merged_weights(score_prefix, score_own)
     if isinstance(own_v, Int8):
         weight_prefix *= prefix_v.scale[:, :, None, None]
@@ -299,7 +300,8 @@ class RingCache(KVCache):
     def admit(
         self, cache: tuple[Cache, Cache], prompt: Cache, slot_A: Array, length_A: Array, lanes: int
     ) -> tuple[Cache, Cache]:
-        put = lambda old, new: old.at[slot_A].set(new, mode="drop")  # noqa: E731
+        how = {"mode": "drop", "wrap_negative_indices": False}
+        put = lambda old, new: old.at[slot_A].set(new, **how)  # noqa: E731
         return jax.tree.map(put, cache[0], prompt), cache[1]
 
     def extend(
@@ -319,7 +321,7 @@ class RingCache(KVCache):
         def rolled(x: Array, axis: int) -> Array:
             s_11S = jnp.arange(x.shape[axis])[None, None]
             moved_RWS = (s_11S - shift_RW[..., None]) % limit
-            from_RWS = jnp.where(s_11S < limit, moved_RWS, s_11S)
+            from_RWS = where(s_11S < limit, moved_RWS, s_11S)
             of_lane = lambda x, at_S: jnp.take(x, at_S, axis=axis)  # noqa: E731
             return jax.vmap(jax.vmap(of_lane, (1, 0), 1))(x, from_RWS)
 
@@ -347,7 +349,7 @@ class RingCache(KVCache):
             at = (slice(None),) * (old.ndim + axis) + (column_M,)
             mask = there_R1WM.reshape(*there_R1WM.shape[:3], *(1,) * (old.ndim + axis - 3), tokens,
                                       *(1,) * (-1 - axis))  # fmt: skip
-            new = jnp.where(mask, new.astype(old.dtype), old[at])
+            new = where(mask, new.astype(old.dtype), old[at])
             return old.at[at].set(new, unique_indices=True)
 
         own = self._by_position(own, put, new)

@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from grpo_jax.kernels import attention
 from grpo_jax.kernels.attention import HIDDEN, Seen, capped
 from grpo_jax.kernels.fused_attention import KEPT
+from grpo_jax.primitives import where
 from grpo_jax.structs import Array
 
 
@@ -84,8 +85,8 @@ class _Blocks(NamedTuple):
             jnp.pad(x, ((0, 0), (0, more))).reshape(2, -1, block) for x in (begin_2T, end_2T)
         )
         some = end_2IX > begin_2IX
-        first_2I = jnp.where(some, begin_2IX, len(at_T)).min(2)
-        number_2I = -(-(jnp.where(some, end_2IX, 0).max(2) - first_2I) // block)
+        first_2I = where(some, begin_2IX, len(at_T)).min(2)
+        number_2I = -(-(where(some, end_2IX, 0).max(2) - first_2I) // block)
         of_prompt, own = jnp.stack([first_2I, jnp.maximum(number_2I, 0)], axis=2)
         swapped = (jnp.swapaxes(x, 0, 1) for x in (begin_2IX, end_2IX))
         return _Blocks(of_prompt, own, *swapped)
@@ -97,10 +98,10 @@ class _Blocks(NamedTuple):
         """
         (first, number), (own_first, _) = self.of_prompt_I2, self.own_I2
         of_prompt = step < number
-        begin = jnp.where(of_prompt, first + step * block, own_first + (step - number) * block)
+        begin = where(of_prompt, first + step * block, own_first + (step - number) * block)
         at_1Y = (begin + jnp.arange(block, dtype=jnp.int32))[None]
         low, high = (
-            jnp.where(of_prompt, *x_2X)[:, None] for x_2X in (self.begin_I2X, self.end_I2X)
+            where(of_prompt, *x_2X)[:, None] for x_2X in (self.begin_I2X, self.end_I2X)
         )
         return begin, (at_1Y >= low) & (at_1Y < high)
 
@@ -151,7 +152,7 @@ def _scores(cap: float | None, q_KXH: Array, k_KYH: Array, seen: Array) -> Array
     """Scores [K, X, Y], HIDDEN where a query does not see a key; `seen` [X, Y] of tokens alone."""
     score = jnp.einsum("kxh,kyh->kxy", q_KXH, k_KYH, preferred_element_type=jnp.float32)
     by_head = capped(score, cap).reshape(len(score), -1, *seen.shape)
-    return jnp.where(seen[None, None], by_head, HIDDEN).reshape(score.shape)
+    return where(seen[None, None], by_head, HIDDEN).reshape(score.shape)
 
 
 def _scaled(q: Array) -> Array:
@@ -220,7 +221,7 @@ def _backward(block: int, cap: float | None, residuals: tuple, by_out_TNH: Array
             by_weight = product("kxh,kyh->kxy", by_out_KXH, v_KYH)
             by_score = weight * (by_weight - mean_KX[..., None])
             if cap is not None:  # the derivative of the tanh
-                by_score *= jnp.where(score > HIDDEN, 1 - (score / cap) ** 2, 0.0)
+                by_score *= where(score > HIDDEN, 1 - (score / cap) ** 2, 0.0)
             by_score, weight = by_score.astype(q_KXH.dtype), weight.astype(q_KXH.dtype)
             by_k = arrays.add(by_k, begin, product("kxy,kxh->kyh", by_score, q_KXH))
             by_v = arrays.add(by_v, begin, product("kxy,kxh->kyh", weight, by_out_KXH))

@@ -29,6 +29,7 @@ from grpo_jax.models import frequencies, layer_runs, parameters
 from grpo_jax.models.block import Block
 from grpo_jax.models.lanes import PackedInputs
 from grpo_jax.models.placement import ONE_DEVICE, REPLICATED, MlpPlacement, Placement
+from grpo_jax.primitives import rows_of_each, rows
 from grpo_jax.structs import Array, Layer, ModelConfig, Params
 
 
@@ -37,7 +38,7 @@ def _embed(params: Params, config: ModelConfig, ids: Array, dtype) -> Array:
     if isinstance(table, quantize.Int8):
         x = (table.codes[ids] * table.scale[ids][..., None]).astype(dtype)
     else:
-        x = table[ids].astype(dtype)
+        x = rows(table, ids).astype(dtype)
     # The factor is rounded to the dtype first, as in Gemma's training: sqrt(1152) is 34 in bf16.
     return x if config.embed_factor == 1 else x * jnp.asarray(config.embed_factor, dtype)
 
@@ -239,8 +240,7 @@ def prefill(
         block = Block(config, layer, dtype, how.fused, mlp)
         x, kept = block.apply({"params": of_layer}, x, attend)
         cache.append(kept)
-    at_R11 = (length_R - 1)[:, None, None]
-    last_RD = jnp.take_along_axis(x.sum(), at_R11, axis=1)[:, 0]
+    last_RD = rows_of_each(x.sum(), length_R - 1)
     hidden_RD = _final_norm(params, config, Residual.of(last_RD), dtype)
     return mlp.gather(hidden_RD), tuple(cache)
 
