@@ -49,9 +49,8 @@ class Norm(nn.Module):
             scale_D += self.offset
         x, last = lax.convert_element_type(x, jnp.float32), x.ndim - 1
         mean_square = lax.reduce_sum(lax.square(x), axes=(last,)) / x.shape[-1]
-        by_token = lax.rsqrt(mean_square + self.epsilon)
-        wide = lax.broadcast_in_dim(by_token, x.shape, range(last))
-        y = x * (wide * lax.broadcast_in_dim(scale_D, x.shape, (last,)))
+        by_token = lax.rsqrt(lax.expand_dims(mean_square, (last,)) + self.epsilon)
+        y = x * (by_token * lax.expand_dims(scale_D, range(last)))
         return lax.convert_element_type(y, self.dtype)
 
 
