@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-
-from grpo_jax.structs import Array
+from jax import Array, lax
 
 _IN_RANGE = lax.GatherScatterMode.PROMISE_IN_BOUNDS
 

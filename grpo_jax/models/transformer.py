@@ -29,7 +29,7 @@ from grpo_jax.models import frequencies, layer_runs, parameters
 from grpo_jax.models.block import Block
 from grpo_jax.models.lanes import PackedInputs
 from grpo_jax.models.placement import ONE_DEVICE, REPLICATED, MlpPlacement, Placement
-from grpo_jax.primitives import rows_of_each, rows
+from grpo_jax.primitives import rows
 from grpo_jax.structs import Array, Layer, ModelConfig, Params
 
 
@@ -240,7 +240,8 @@ def prefill(
         block = Block(config, layer, dtype, how.fused, mlp)
         x, kept = block.apply({"params": of_layer}, x, attend)
         cache.append(kept)
-    last_RD = rows_of_each(x.sum(), length_R - 1)
+    at_R11 = (length_R - 1)[:, None, None]
+    last_RD = jnp.take_along_axis(x.sum(), at_R11, axis=1)[:, 0]
     hidden_RD = _final_norm(params, config, Residual.of(last_RD), dtype)
     return mlp.gather(hidden_RD), tuple(cache)
 
