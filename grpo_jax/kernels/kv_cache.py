@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from flax import struct
 
 from grpo_jax.kernels import attention, quantize, rotary
@@ -169,12 +170,14 @@ def write(
     k_new = jnp.swapaxes(k_RWKH, 1, 2)[..., None]
     v_new = jnp.swapaxes(v_RWKH, 1, 2)[..., None, :]
 
+    at = {"allow_negative_indices": False}  # no column is negative
+
     def put(old: Array, new: Array, column: Array, axis: int) -> Array:
         if live_RW is not None:
-            there = jax.lax.dynamic_slice_in_dim(old, column, 1, axis)
+            there = lax.dynamic_slice_in_dim(old, column, 1, axis, **at)
             live = live_RW[:, None].reshape(live_RW.shape[0], 1, -1, *(1,) * (old.ndim - 3))
             new = where(live, new.astype(old.dtype), there)
-        return jax.lax.dynamic_update_slice_in_dim(old, new, column, axis)
+        return lax.dynamic_update_slice_in_dim(old, new, column, axis, **at)
 
     if isinstance(k, Int8):
         k_new, v_new = quantize.int8(k_new, 3), quantize.int8(v_new, 4)

@@ -19,13 +19,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from grpo_jax.kernels import attention
 from grpo_jax.kernels.attention import HIDDEN, Seen, capped
 from grpo_jax.kernels.fused_attention import KEPT
-from grpo_jax.primitives import where
+from grpo_jax.primitives import split_index, where
 from grpo_jax.structs import Array
 
 
@@ -86,8 +87,9 @@ class _Blocks(NamedTuple):
         )
         some = end_2IX > begin_2IX
         first_2I = where(some, begin_2IX, len(at_T)).min(2)
-        number_2I = -(-(where(some, end_2IX, 0).max(2) - first_2I) // block)
-        of_prompt, own = jnp.stack([first_2I, jnp.maximum(number_2I, 0)], axis=2)
+        reach_2I = jnp.maximum(where(some, end_2IX, 0).max(2) - first_2I, 0)
+        number_2I, _ = split_index(reach_2I + block - 1, block)
+        of_prompt, own = jnp.stack([first_2I, number_2I], axis=2)
         swapped = (jnp.swapaxes(x, 0, 1) for x in (begin_2IX, end_2IX))
         return _Blocks(of_prompt, own, *swapped)
 
@@ -141,11 +143,13 @@ class _Arrays(NamedTuple):
 
     def read(self, x_KSH: Array, begin: Array) -> Array:
         """A block of keys, [K, Y, H]."""
-        return jax.lax.dynamic_slice_in_dim(x_KSH, begin, self.block, axis=1)
+        return lax.dynamic_slice_in_dim(x_KSH, begin, self.block, 1, allow_negative_indices=False)
 
     def add(self, x_KSH: Array, begin: Array, more_KYH: Array) -> Array:
         more_KYH = self.read(x_KSH, begin) + more_KYH
-        return jax.lax.dynamic_update_slice_in_dim(x_KSH, more_KYH, begin, axis=1)
+        return lax.dynamic_update_slice_in_dim(
+            x_KSH, more_KYH, begin, 1, allow_negative_indices=False
+        )
 
 
 def _scores(cap: float | None, q_KXH: Array, k_KYH: Array, seen: Array) -> Array:
@@ -167,6 +171,8 @@ def _row(
     return _forward(block, cap, q_TNH, k_TKH, v_TKH, seen)[0]
 
 
+# Both the function and its derivative need it: it is traced once, and stands in the program of both.
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _forward(
     block: int, cap: float | None, q_TNH: Array, k_TKH: Array, v_TKH: Array, seen: Seen
 ) -> tuple[Array, tuple]:
