@@ -18,7 +18,7 @@ from flax import struct
 
 from grpo_jax.kernels import attention, quantize, rotary
 from grpo_jax.kernels.quantize import Int8
-from grpo_jax.primitives import where
+from grpo_jax.primitives import split_index, where
 from grpo_jax.structs import Array
 
 
@@ -198,7 +198,8 @@ def decode(q_RWNH: Array, prefix: Cache, own: Cache, step: DecodeStep) -> Array:
     prefix_k, own_k = prefix[0], own[0]
     q_RKWnH = jnp.swapaxes(attention.grouped(q_RWNH, prefix_k.shape[1]), 1, 2)
     s_11Q = jnp.arange(prefix_k.shape[-1])[None, None]
-    age_11S = ((column - jnp.arange(own_k.shape[-1])) % own_k.shape[-1])[None, None]
+    size = own_k.shape[-1]
+    age_11S = split_index(column + size - jnp.arange(size), size)[1][None, None]
     seen_prefix = s_11Q < step.prompt_length_R[:, None, None]  # [R, 1, Q]
     seen_own = age_11S <= step.time_RW[..., None]  # [R, W, S]
     if window is not None:

@@ -32,7 +32,7 @@ from grpo_jax.kernels.norm import AddNorm
 from grpo_jax.kernels.quantize import FrozenProduct, frozen_product
 from grpo_jax.models import logits, parameters, transformer
 from grpo_jax.models.placement import REPLICATED, MlpOfSlots, MlpPlacement
-from grpo_jax.primitives import where
+from grpo_jax.primitives import split_index, where
 from grpo_jax.structs import Array, ModelConfig, Params, Sampling
 
 # At every check a GPU waits until the host has read the answer and launched the next token.
@@ -312,7 +312,7 @@ def decode(
         stop_RW = live_RW & is_stop(decoder, token_RW)
         return slots.replace(
             cache=cache,
-            column_1=(slots.column_1 + 1) % decoder.max_tokens,
+            column_1=split_index(slots.column_1 + 1, decoder.max_tokens)[1],
             token_RW=where(live_RW, token_RW, slots.token_RW),
             time_RW=time_RW,
             live_RW=live_RW & ~stop_RW & (time_RW + 1 < slots.limit_RW),
