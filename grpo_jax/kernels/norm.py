@@ -47,10 +47,13 @@ class Norm(nn.Module):
         scale_D = lax.convert_element_type(scale_D, jnp.float32)
         if self.offset:
             scale_D += self.offset
-        x, last = lax.convert_element_type(x, jnp.float32), x.ndim - 1
-        mean_square = lax.reduce_sum(lax.square(x), axes=(last,)) / x.shape[-1]
+        last = x.ndim - 1
+        # Converted twice: the gradients of the two are added in the dtype of x.
+        square = lax.square(lax.convert_element_type(x, jnp.float32))
+        mean_square = lax.reduce_sum(square, axes=(last,)) / x.shape[-1]
         by_token = lax.rsqrt(lax.expand_dims(mean_square, (last,)) + self.epsilon)
-        y = x * (by_token * lax.expand_dims(scale_D, range(last)))
+        scaled = by_token * lax.expand_dims(scale_D, range(last))
+        y = lax.convert_element_type(x, jnp.float32) * scaled
         return lax.convert_element_type(y, self.dtype)
 
 
