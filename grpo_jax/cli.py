@@ -252,7 +252,8 @@ def main(run: Callable[[list[str]], None]) -> None:
     there is more to do. With several processes, the end of one ends all.
     """
     before = set(threading.enumerate())
-    gc.freeze()  # what is imported stays: tracing makes many objects, and each search would read all
+    # Tracing makes many objects, and each search for garbage would read all that is imported.
+    gc.freeze()
     hold_settings()
     try:
         status = 0

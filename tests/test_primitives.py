@@ -1,4 +1,4 @@
-"""Selections and lookups are those of `jax.numpy`, and so are their gradients, in fewer operations."""
+"""Selections and lookups are those of `jax.numpy`, to the bit, in fewer operations."""
 
 from __future__ import annotations
 

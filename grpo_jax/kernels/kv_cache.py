@@ -13,8 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from flax import struct
+from jax import lax
 
 from grpo_jax.kernels import attention, quantize, rotary
 from grpo_jax.kernels.quantize import Int8

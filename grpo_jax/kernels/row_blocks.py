@@ -102,9 +102,7 @@ class _Blocks(NamedTuple):
         of_prompt = step < number
         begin = where(of_prompt, first + step * block, own_first + (step - number) * block)
         at_1Y = (begin + jnp.arange(block, dtype=jnp.int32))[None]
-        low, high = (
-            where(of_prompt, *x_2X)[:, None] for x_2X in (self.begin_I2X, self.end_I2X)
-        )
+        low, high = (where(of_prompt, *x_2X)[:, None] for x_2X in (self.begin_I2X, self.end_I2X))
         return begin, (at_1Y >= low) & (at_1Y < high)
 
     @property
@@ -171,7 +169,7 @@ def _row(
     return _forward(block, cap, q_TNH, k_TKH, v_TKH, seen)[0]
 
 
-# Both the function and its derivative need it: it is traced once, and stands in the program of both.
+# The function and its derivative need it; it is traced once.
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _forward(
     block: int, cap: float | None, q_TNH: Array, k_TKH: Array, v_TKH: Array, seen: Seen

@@ -219,7 +219,7 @@ class Decoding:
 
 
 def _traced_once(f: Callable) -> Callable[[Layer], Callable]:
-    """`f(layer, ...)` of a kind of layers: traced for the first of them, and repeated for others."""
+    """`f(layer, ...)`: traced for the first layer of a kind, and repeated for the others."""
     return functools.cache(lambda layer: jax.jit(functools.partial(f, layer), inline=True))
 
 

@@ -43,7 +43,9 @@ def test_layers_of_one_kind_are_traced_once_in_sampling(traced):
     prompts = jax.ShapeDtypeStruct((2, 6), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32)
     prefill = functools.partial(transformer.prefill, config=model)
     jax.eval_shape(
-        lambda params, ids, length: prefill(params, prompt_RQ=ids, length_R=length), params, *prompts
+        lambda params, ids, length: prefill(params, prompt_RQ=ids, length_R=length),
+        params,
+        *prompts,
     )
     assert sorted(traced, key=repr) == sorted({Layer(), Layer(window=3)}, key=repr)
 
@@ -56,7 +58,9 @@ def test_attention_by_block_is_traced_once_for_its_value_and_its_derivative(monk
     q, seen = jnp.ones((1, 12, 2, 4)), Seen(jnp.zeros((1, 12), jnp.int32))
 
     def loss(q):
-        attend = jax.checkpoint(lambda x, _: (row_blocks.RowBlocks(5, 0).by_row(x, x, x, seen), None))
+        attend = jax.checkpoint(
+            lambda x, _: (row_blocks.RowBlocks(5, 0).by_row(x, x, x, seen), None)
+        )
         return jax.lax.scan(attend, q, None, length=2)[0].sum()
 
     jax.make_jaxpr(compiling.exact(jnp.float32, jax.grad(loss)))(q)
@@ -78,9 +82,13 @@ def test_a_norm_and_its_gradient_are_those_of_flax_to_the_bit(dtype):
     params = {"params": {"scale": 1 + jax.random.normal(key_scale, (16,))}}
 
     def both(norm):
-        y, back = jax.vjp(lambda x, params: norm(epsilon=1e-5, dtype=dtype).apply(params, x), x, params)
+        y, back = jax.vjp(
+            lambda x, params: norm(epsilon=1e-5, dtype=dtype).apply(params, x), x, params
+        )
         return y, *jax.tree.leaves(back(jnp.cos(y)))
 
-    for ours, theirs in zip(jax.jit(both, static_argnums=0)(Norm), jax.jit(both, static_argnums=0)(nn.RMSNorm)):
+    for ours, theirs in zip(
+        jax.jit(both, static_argnums=0)(Norm), jax.jit(both, static_argnums=0)(nn.RMSNorm)
+    ):
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs)
