@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dis
+import gc
 import importlib
 import os
 import shutil
@@ -251,6 +252,8 @@ def main(run: Callable[[list[str]], None]) -> None:
     there is more to do. With several processes, the end of one ends all.
     """
     before = set(threading.enumerate())
+    # Tracing makes many objects, and each search for garbage would read all that is imported.
+    gc.freeze()
     hold_settings()
     try:
         status = 0

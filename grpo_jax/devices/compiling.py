@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -87,15 +88,18 @@ def exact(dtype: Any, f: Callable) -> Callable:
     with 8 on TPUs, which is bfloat16 for twice its memory. Kernels in `f` follow this setting. A
     CPU has full precision in any case.
     """
-    if jnp.dtype(dtype) != jnp.float32:
-        return f
+    is_full = jnp.dtype(dtype) == jnp.float32
+    in_full = functools.partial(jax.default_matmul_precision, "highest")
 
     @functools.wraps(f)
-    def in_full(*args: Any, **kwargs: Any) -> Any:
-        with jax.default_matmul_precision("highest"):
-            return f(*args, **kwargs)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        # The abstract mesh by its name, although it is that already: what JAX differentiates it
+        # traces with a mesh that is set, and would not find the same function traced without one.
+        with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
+            with in_full() if is_full else contextlib.nullcontext():
+                return f(*args, **kwargs)
 
-    return in_full
+    return traced
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.primitives import where
 from grpo_jax.structs import Array
 
 
@@ -130,7 +131,7 @@ def causal(
         seen_TT &= t[:, None] - t[None, :] < window
     seen_BTT = seen_TT[None] & (segment_BT[:, :, None] == segment_BT[:, None, :])
     seen = seen_BTT[:, None, None]
-    weight = jax.nn.softmax(jnp.where(seen, score, HIDDEN), axis=-1).astype(v_BTKH.dtype)
+    weight = jax.nn.softmax(where(seen, score, HIDDEN), axis=-1).astype(v_BTKH.dtype)
     return jnp.einsum("bknts,bskh->btknh", weight, v_BTKH).reshape(q_BTNH.shape)
 
 
@@ -173,8 +174,8 @@ def shared_prefix(
     if window is not None:
         past_PWT1 = (prefix_length_P[:, None, None] + position_PWT)[..., None]
         seen_prefix = seen_prefix & (past_PWT1 - s_1Q[None, None] < window)
-    prefix = jnp.where(seen_prefix[:, None, :, None], prefix, HIDDEN)
-    own = jnp.where(seen_own[:, None, :, None], own, HIDDEN)
+    prefix = where(seen_prefix[:, None, :, None], prefix, HIDDEN)
+    own = where(seen_own[:, None, :, None], own, HIDDEN)
     prefix, own, total = merged_weights(prefix, own)
     dtype = v_PWTKH.dtype
     out = jnp.einsum(
@@ -201,6 +202,6 @@ def by_row(
     if seen.prompt_begin_BT is not None:
         in_prompt = s_11S >= seen.prompt_begin_BT[..., None]
         seen_BTS |= in_prompt & (s_11S < seen.prompt_end_BT[..., None])
-    score = jnp.where(seen_BTS[:, None, None], capped(score, cap), HIDDEN)
+    score = where(seen_BTS[:, None, None], capped(score, cap), HIDDEN)
     weight = jax.nn.softmax(score, axis=-1).astype(v_BTKH.dtype)
     return jnp.einsum("bknts,bskh->btknh", weight, v_BTKH).reshape(q_BTNH.shape)

@@ -14,9 +14,11 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax import lax
 
 from grpo_jax.kernels import attention, quantize, rotary
 from grpo_jax.kernels.quantize import Int8
+from grpo_jax.primitives import split_index, where
 from grpo_jax.structs import Array
 
 
@@ -168,12 +170,14 @@ def write(
     k_new = jnp.swapaxes(k_RWKH, 1, 2)[..., None]
     v_new = jnp.swapaxes(v_RWKH, 1, 2)[..., None, :]
 
+    at = {"allow_negative_indices": False}  # no column is negative
+
     def put(old: Array, new: Array, column: Array, axis: int) -> Array:
         if live_RW is not None:
-            there = jax.lax.dynamic_slice_in_dim(old, column, 1, axis)
+            there = lax.dynamic_slice_in_dim(old, column, 1, axis, **at)
             live = live_RW[:, None].reshape(live_RW.shape[0], 1, -1, *(1,) * (old.ndim - 3))
-            new = jnp.where(live, new.astype(old.dtype), there)
-        return jax.lax.dynamic_update_slice_in_dim(old, new, column, axis)
+            new = where(live, new.astype(old.dtype), there)
+        return lax.dynamic_update_slice_in_dim(old, new, column, axis, **at)
 
     if isinstance(k, Int8):
         k_new, v_new = quantize.int8(k_new, 3), quantize.int8(v_new, 4)
@@ -194,7 +198,8 @@ def decode(q_RWNH: Array, prefix: Cache, own: Cache, step: DecodeStep) -> Array:
     prefix_k, own_k = prefix[0], own[0]
     q_RKWnH = jnp.swapaxes(attention.grouped(q_RWNH, prefix_k.shape[1]), 1, 2)
     s_11Q = jnp.arange(prefix_k.shape[-1])[None, None]
-    age_11S = ((column - jnp.arange(own_k.shape[-1])) % own_k.shape[-1])[None, None]
+    size = own_k.shape[-1]
+    age_11S = split_index(column + size - jnp.arange(size), size)[1][None, None]
     seen_prefix = s_11Q < step.prompt_length_R[:, None, None]  # [R, 1, Q]
     seen_own = age_11S <= step.time_RW[..., None]  # [R, W, S]
     if window is not None:
@@ -266,8 +271,8 @@ def _attended(
         score_prefix *= prefix_k.scale[:, :, None, None]  # [R, K, 1, 1, Q]
         score_own *= own_k.scale[:, :, :, None]  # [R, K, W, 1, S]
     score_prefix, score_own = (attention.capped(s, cap) for s in (score_prefix, score_own))
-    score_prefix = jnp.where(seen_prefix, score_prefix, attention.HIDDEN)
-    score_own = jnp.where(seen_own, score_own, attention.HIDDEN)
+    score_prefix = where(seen_prefix, score_prefix, attention.HIDDEN)
+    score_own = where(seen_own, score_own, attention.HIDDEN)
     weight_prefix, weight_own, total = attention.merged_weights(score_prefix, score_own)
     if isinstance(own_v, Int8):
         weight_prefix *= prefix_v.scale[:, :, None, None]
@@ -299,7 +304,8 @@ class RingCache(KVCache):
     def admit(
         self, cache: tuple[Cache, Cache], prompt: Cache, slot_A: Array, length_A: Array, lanes: int
     ) -> tuple[Cache, Cache]:
-        put = lambda old, new: old.at[slot_A].set(new, mode="drop")  # noqa: E731
+        how = {"mode": "drop", "wrap_negative_indices": False}
+        put = lambda old, new: old.at[slot_A].set(new, **how)  # noqa: E731
         return jax.tree.map(put, cache[0], prompt), cache[1]
 
     def extend(
@@ -319,7 +325,7 @@ class RingCache(KVCache):
         def rolled(x: Array, axis: int) -> Array:
             s_11S = jnp.arange(x.shape[axis])[None, None]
             moved_RWS = (s_11S - shift_RW[..., None]) % limit
-            from_RWS = jnp.where(s_11S < limit, moved_RWS, s_11S)
+            from_RWS = where(s_11S < limit, moved_RWS, s_11S)
             of_lane = lambda x, at_S: jnp.take(x, at_S, axis=axis)  # noqa: E731
             return jax.vmap(jax.vmap(of_lane, (1, 0), 1))(x, from_RWS)
 
@@ -347,7 +353,7 @@ class RingCache(KVCache):
             at = (slice(None),) * (old.ndim + axis) + (column_M,)
             mask = there_R1WM.reshape(*there_R1WM.shape[:3], *(1,) * (old.ndim + axis - 3), tokens,
                                       *(1,) * (-1 - axis))  # fmt: skip
-            new = jnp.where(mask, new.astype(old.dtype), old[at])
+            new = where(mask, new.astype(old.dtype), old[at])
             return old.at[at].set(new, unique_indices=True)
 
         own = self._by_position(own, put, new)

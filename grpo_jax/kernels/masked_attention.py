@@ -11,6 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from grpo_jax.kernels.attention import HIDDEN
+from grpo_jax.primitives import where
 from grpo_jax.structs import Array
 
 
@@ -51,7 +52,7 @@ class MaskedAttention:
         """Float32 [B, K, N/K, T, S], -inf where a query does not see a key."""
         q_BTKnH = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
         score = jnp.einsum("btknh,bskh->bknts", q_BTKnH, k, preferred_element_type=jnp.float32)
-        return jnp.where(self.seen_BTS[:, None, None], score, -jnp.inf)
+        return where(self.seen_BTS[:, None, None], score, -jnp.inf)
 
 
 def _log_sum_exp(score: Array) -> Array:

@@ -16,6 +16,7 @@ from flax import struct
 
 from grpo_jax.kernels import nf4
 from grpo_jax.kernels.nf4 import NF4
+from grpo_jax.primitives import where
 from grpo_jax.structs import Array
 
 
@@ -39,7 +40,7 @@ class Int8:
 def int8(x: Array, axis: int) -> Int8:
     """`x` rounded to 255 equal steps between plus and minus its largest magnitude along `axis`."""
     scale = jnp.abs(x).max(axis=axis).astype(jnp.float32) / 127
-    steps = x.astype(jnp.float32) / jnp.expand_dims(jnp.where(scale == 0, 1.0, scale), axis)
+    steps = x.astype(jnp.float32) / jnp.expand_dims(where(scale == 0, 1.0, scale), axis)
     return Int8(jnp.round(steps).astype(jnp.int8), scale)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
+from jax import lax
 
 from grpo_jax.structs import Array
 
@@ -12,7 +13,9 @@ def rotary(position: Array, inv_freq: Array, amplitude: Array | None = None) -> 
 
     `amplitude` [H/2]: what both are multiplied by; None: 1.
     """
-    angle = jnp.multiply.outer(position.astype(jnp.float32), inv_freq)
+    shape, axes = (*position.shape, len(inv_freq)), range(position.ndim)
+    position = lax.broadcast_in_dim(position.astype(jnp.float32), shape, axes)
+    angle = position * lax.broadcast_in_dim(inv_freq, shape, (len(axes),))
     cos_sin = jnp.cos(angle), jnp.sin(angle)
     if amplitude is None:
         return cos_sin
@@ -25,7 +28,8 @@ def rotate(x: Array, cos_sin: tuple[Array, Array]) -> Array:
 
     Pairs are (i, i + H/2), as in Hugging Face checkpoints.
     """
-    cos, sin = (t[..., None, :] for t in cos_sin)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    axes = (*range(x.ndim - 2), x.ndim - 1)
+    cos, sin = (lax.broadcast_in_dim(t, first.shape, axes) for t in cos_sin)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)

@@ -19,12 +19,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from grpo_jax.kernels import attention
 from grpo_jax.kernels.attention import HIDDEN, Seen, capped
 from grpo_jax.kernels.fused_attention import KEPT
+from grpo_jax.primitives import split_index, where
 from grpo_jax.structs import Array
 
 
@@ -84,9 +86,10 @@ class _Blocks(NamedTuple):
             jnp.pad(x, ((0, 0), (0, more))).reshape(2, -1, block) for x in (begin_2T, end_2T)
         )
         some = end_2IX > begin_2IX
-        first_2I = jnp.where(some, begin_2IX, len(at_T)).min(2)
-        number_2I = -(-(jnp.where(some, end_2IX, 0).max(2) - first_2I) // block)
-        of_prompt, own = jnp.stack([first_2I, jnp.maximum(number_2I, 0)], axis=2)
+        first_2I = where(some, begin_2IX, len(at_T)).min(2)
+        reach_2I = jnp.maximum(where(some, end_2IX, 0).max(2) - first_2I, 0)
+        number_2I, _ = split_index(reach_2I + block - 1, block)
+        of_prompt, own = jnp.stack([first_2I, number_2I], axis=2)
         swapped = (jnp.swapaxes(x, 0, 1) for x in (begin_2IX, end_2IX))
         return _Blocks(of_prompt, own, *swapped)
 
@@ -97,11 +100,9 @@ class _Blocks(NamedTuple):
         """
         (first, number), (own_first, _) = self.of_prompt_I2, self.own_I2
         of_prompt = step < number
-        begin = jnp.where(of_prompt, first + step * block, own_first + (step - number) * block)
+        begin = where(of_prompt, first + step * block, own_first + (step - number) * block)
         at_1Y = (begin + jnp.arange(block, dtype=jnp.int32))[None]
-        low, high = (
-            jnp.where(of_prompt, *x_2X)[:, None] for x_2X in (self.begin_I2X, self.end_I2X)
-        )
+        low, high = (where(of_prompt, *x_2X)[:, None] for x_2X in (self.begin_I2X, self.end_I2X))
         return begin, (at_1Y >= low) & (at_1Y < high)
 
     @property
@@ -140,18 +141,20 @@ class _Arrays(NamedTuple):
 
     def read(self, x_KSH: Array, begin: Array) -> Array:
         """A block of keys, [K, Y, H]."""
-        return jax.lax.dynamic_slice_in_dim(x_KSH, begin, self.block, axis=1)
+        return lax.dynamic_slice_in_dim(x_KSH, begin, self.block, 1, allow_negative_indices=False)
 
     def add(self, x_KSH: Array, begin: Array, more_KYH: Array) -> Array:
         more_KYH = self.read(x_KSH, begin) + more_KYH
-        return jax.lax.dynamic_update_slice_in_dim(x_KSH, more_KYH, begin, axis=1)
+        return lax.dynamic_update_slice_in_dim(
+            x_KSH, more_KYH, begin, 1, allow_negative_indices=False
+        )
 
 
 def _scores(cap: float | None, q_KXH: Array, k_KYH: Array, seen: Array) -> Array:
     """Scores [K, X, Y], HIDDEN where a query does not see a key; `seen` [X, Y] of tokens alone."""
     score = jnp.einsum("kxh,kyh->kxy", q_KXH, k_KYH, preferred_element_type=jnp.float32)
     by_head = capped(score, cap).reshape(len(score), -1, *seen.shape)
-    return jnp.where(seen[None, None], by_head, HIDDEN).reshape(score.shape)
+    return where(seen[None, None], by_head, HIDDEN).reshape(score.shape)
 
 
 def _scaled(q: Array) -> Array:
@@ -166,6 +169,8 @@ def _row(
     return _forward(block, cap, q_TNH, k_TKH, v_TKH, seen)[0]
 
 
+# The function and its derivative need it; it is traced once.
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _forward(
     block: int, cap: float | None, q_TNH: Array, k_TKH: Array, v_TKH: Array, seen: Seen
 ) -> tuple[Array, tuple]:
@@ -220,7 +225,7 @@ def _backward(block: int, cap: float | None, residuals: tuple, by_out_TNH: Array
             by_weight = product("kxh,kyh->kxy", by_out_KXH, v_KYH)
             by_score = weight * (by_weight - mean_KX[..., None])
             if cap is not None:  # the derivative of the tanh
-                by_score *= jnp.where(score > HIDDEN, 1 - (score / cap) ** 2, 0.0)
+                by_score *= where(score > HIDDEN, 1 - (score / cap) ** 2, 0.0)
             by_score, weight = by_score.astype(q_KXH.dtype), weight.astype(q_KXH.dtype)
             by_k = arrays.add(by_k, begin, product("kxy,kxh->kyh", by_score, q_KXH))
             by_v = arrays.add(by_v, begin, product("kxy,kxh->kyh", weight, by_out_KXH))

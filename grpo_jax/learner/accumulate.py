@@ -15,6 +15,7 @@ from grpo_jax.learner import train_state
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.models import lora, parameters
 from grpo_jax.models.lora import Weights
+from grpo_jax.primitives import nth, where
 from grpo_jax.structs import Array, Params, TrainState
 
 
@@ -24,11 +25,10 @@ def through(number: Array, step: Callable, carry: Any, microbatches_1: tuple[Arr
     `number` is traced, so updates with more or fewer microbatches share one program.
     """
 
-    def nth(n: Array, carry: Any) -> Any:
-        of = lambda x: jax.lax.dynamic_index_in_dim(x[0], n, keepdims=False)  # noqa: E731
-        return step(carry, *map(of, microbatches_1))
+    def one(n: Array, carry: Any) -> Any:
+        return step(carry, *(nth(jax.lax.squeeze(x, (0,)), n) for x in microbatches_1))
 
-    return jax.lax.fori_loop(0, number, nth, carry)
+    return jax.lax.fori_loop(0, number, one, carry)
 
 
 # Gradient sums in float32, metric sums, metric maxima. A microbatch program sees those of one data
@@ -87,8 +87,9 @@ def make_accumulate(
         cast = functools.partial(parameters.cast_layers, dtype=scorer.dtype)
         frozen = None if weights.frozen is None else cast(weights.frozen)
         weights = weights.replace(trained=cast(weights.trained), frozen=frozen)
-        carry = through(weights, number, jax.tree.map(lambda x: x[0], carry), *rows)
-        return jax.tree.map(lambda x: x[None], carry)
+        own = jax.tree.map(lambda x: jax.lax.squeeze(x, (0,)), carry)
+        carry = through(weights, number, own, *rows)
+        return jax.tree.map(lambda x: jax.lax.expand_dims(x, (0,)), carry)
 
     gradient = jax.jit(
         by_shard.by_data_shard(mesh, compiling.exact(scorer.dtype, gradient), 2),
@@ -116,7 +117,7 @@ def apply_gradient(
     accepted = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & wanted
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(accepted, n, o), new, old)  # noqa: E731
+    keep = lambda new, old: jax.tree.map(lambda n, o: where(accepted, n, o), new, old)  # noqa: E731
     state = TrainState(
         params=keep(params, state.params),
         opt_state=keep(opt_state, state.opt_state),

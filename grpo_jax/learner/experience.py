@@ -33,6 +33,7 @@ from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.learner.scalars import Values
 from grpo_jax.learner.scoring import Packed, Scorer
 from grpo_jax.models import parameters
+from grpo_jax.primitives import where
 from grpo_jax.structs import Array, Experience, Params, Rollouts
 
 
@@ -392,4 +393,4 @@ def divergence(mesh: Mesh) -> Callable:
 
 def completion_sums(rollouts: Rollouts, logp_PGC: Array) -> Array:
     """Log-probabilities of completions whose tokens are chosen, float32 [P, G]."""
-    return jnp.where(rollouts.chosen_PGC, logp_PGC, 0.0).sum(-1)
+    return where(rollouts.chosen_PGC, logp_PGC, 0.0).sum(-1)

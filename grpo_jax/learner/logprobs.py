@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from grpo_jax.devices import by_shard
 from grpo_jax.models import logits as logits_lib
+from grpo_jax.primitives import along, where
 from grpo_jax.structs import Array, Sampling
 
 # Per-token loss [..., tokens] of log-probability, entropy and fixed terms of the same shape; with a
@@ -112,7 +113,7 @@ class _Statistics(NamedTuple):
     def log_prob(self) -> Array:
         """Log-probabilities [..., V]; 0 where the probability is 0."""
         log_prob = self.scores - self.normalizer[..., None]
-        return log_prob if self.is_drawn is None else jnp.where(self.is_drawn, log_prob, 0.0)
+        return log_prob if self.is_drawn is None else where(self.is_drawn, log_prob, 0.0)
 
     def prob(self) -> Array:
         return jnp.exp(self.scores - self.normalizer[..., None])
@@ -130,10 +131,10 @@ def _statistics(
     below = scores - peak
     weight = jnp.exp(below)
     if is_drawn is not None:
-        below = jnp.where(is_drawn, below, 0.0)
+        below = where(is_drawn, below, 0.0)
     mass, moment = weight.sum(-1), (weight * below).sum(-1)
     normalizer = peak[..., 0] + jnp.log(mass)
-    logp = jnp.take_along_axis(scores, target[..., None], axis=-1)[..., 0] - normalizer
+    logp = along(scores, target[..., None])[..., 0] - normalizer
     best = peak[..., 0] - normalizer
     entropy = jnp.log(mass) - moment / mass
     return _Statistics(scores, is_drawn, slope, normalizer, logp, entropy, best)
@@ -247,7 +248,7 @@ def loss(
         how, beside = (token_loss, sampling, along, cap), (terms, teacher, with_best)
         return _loss_forward(*how, hidden_BTD, head_DV, target_BT, weight_BT, *beside)[0]
     logp_BT, entropy_BT = token_logprobs(hidden_BTD, head_DV, target_BT, sampling, along, cap)
-    per_token = jnp.where(weight_BT != 0, token_loss(logp_BT, entropy_BT, terms), 0.0)
+    per_token = where(weight_BT != 0, token_loss(logp_BT, entropy_BT, terms), 0.0)
     return jnp.sum(weight_BT * per_token), logp_BT, entropy_BT
 
 
@@ -282,13 +283,13 @@ def _loss_forward(
 
         def weighted(logp, entropy, *divergence):
             per_token = token_loss(logp, entropy, terms, *divergence)
-            per_token = jnp.where(weight != 0, per_token, 0.0)
+            per_token = where(weight != 0, per_token, 0.0)
             return jnp.sum(weight * per_token)
 
         values = found.logp, found.entropy, *compared[:1]
         part, by_values = jax.value_and_grad(weighted, argnums=tuple(range(len(values))))(*values)
         # A token of weight 0 has a cotangent of 0; 0 times an infinite term would be NaN.
-        by_values = [jnp.where(weight != 0, g, 0.0) for g in by_values]
+        by_values = [where(weight != 0, g, 0.0) for g in by_values]
         by_logits = _by_logits(found, target, *by_values[:2])
         if teacher is not None:
             by_scores *= 1.0 if found.slope is None else found.slope
@@ -357,7 +358,7 @@ def _differentiable_backward(with_entropy, sampling, along, cap, residuals, cota
         by_entropy = by_entropy if with_entropy else None
         by_logits = _by_logits(found, target, by_logp, by_entropy) / temperature
         is_zero = by_logp == 0 if by_entropy is None else (by_logp == 0) & (by_entropy == 0)
-        by_logits = jnp.where(is_zero[..., None], 0.0, by_logits).astype(hidden.dtype)
+        by_logits = where(is_zero[..., None], 0.0, by_logits).astype(hidden.dtype)
         grad_head += _summed_product(hidden, by_logits)
         return grad_head, jnp.einsum("btv,dv->btd", by_logits, head)
 

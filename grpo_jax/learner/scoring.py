@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from grpo_jax import primitives
 from grpo_jax.devices import by_shard, sharding, transfer
 from grpo_jax.kernels import attention
 from grpo_jax.kernels.attention import AttentionKernels
@@ -25,6 +26,7 @@ from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.models import parameters, transformer
 from grpo_jax.models.lanes import Layout, PackedInputs
 from grpo_jax.models.placement import Placement
+from grpo_jax.primitives import along, split_index, where
 from grpo_jax.structs import Array, ModelConfig, Params, Rollouts, Sampling
 
 # Default tokens of a microbatch on a device: enough for full speed. On a CPU, so few that the
@@ -178,12 +180,12 @@ class Packed:
     def take(self, x_JGC: Array) -> Array:
         """Values by completion and token, gathered by prediction; arbitrary at empty ones."""
         flat = x_JGC.reshape(self.index_BE.shape[0], -1)
-        return jnp.take_along_axis(flat, self.index_BE, axis=1)
+        return along(flat, self.index_BE)
 
     def take_of_completion(self, x_JG: Array) -> Array:
         """Values by completion, gathered by prediction."""
         flat = x_JG.reshape(self.index_BE.shape[0], -1)
-        return jnp.take_along_axis(flat, self.index_BE // self.tokens, axis=1)
+        return along(flat, split_index(self.index_BE, self.tokens)[0])
 
     def by_completion(self, x_BE: Array, like_JGC: Array) -> Array:
         """Values by prediction, each at its completion and token, [J, G, C]; 0 elsewhere.
@@ -192,7 +194,7 @@ class Packed:
         """
         size = like_JGC.size // len(self.index_BE)
         past = size + jnp.arange(self.index_BE.shape[1])  # past the end: dropped
-        place_BE = jnp.where(self.there_BE, self.index_BE, past)
+        place_BE = where(self.there_BE, self.index_BE, past)
         empty = jnp.zeros(size, x_BE.dtype)
         put = lambda at, x: empty.at[at].set(x, mode="drop", unique_indices=True)  # noqa: E731
         return jax.vmap(put)(place_BE, x_BE).reshape(like_JGC.shape)
@@ -200,10 +202,11 @@ class Packed:
     def put(self, x_PGC: Array, value_BE: Array) -> Array:
         """The shard's values, with the values of the predictions written to their places."""
         per_group = x_PGC[0].size
-        group_BE = jnp.take_along_axis(self.groups_BJ, self.index_BE // per_group, axis=1)
-        place_BE = group_BE * per_group + self.index_BE % per_group
-        place_BE = jnp.where(self.there_BE, place_BE, x_PGC.size)  # past the end: dropped
-        return x_PGC.reshape(-1).at[place_BE].set(value_BE, mode="drop").reshape(x_PGC.shape)
+        group_BE, in_group_BE = split_index(self.index_BE, per_group)
+        place_BE = along(self.groups_BJ, group_BE) * per_group + in_group_BE
+        place_BE = where(self.there_BE, place_BE, x_PGC.size)  # past the end: dropped
+        put = x_PGC.reshape(-1).at[place_BE].set
+        return put(value_BE, mode="drop", wrap_negative_indices=False).reshape(x_PGC.shape)
 
 
 def cut_to(limit: int, longest: int) -> int:
@@ -218,7 +221,7 @@ def cut_to(limit: int, longest: int) -> int:
 def rows(scorer: Scorer, tree: Any, groups_J: Array) -> Any:
     """Groups of a data shard's arrays [P, ...], split over its devices; -1 gives any group."""
     groups_J = jnp.maximum(groups_J, 0)
-    part = jax.tree.map(lambda x: x[groups_J], tree)
+    part = jax.tree.map(lambda x: primitives.rows(x, groups_J), tree)
     return by_shard.split_within_shard(scorer.mesh, part, scorer.row_axis)
 
 

@@ -25,6 +25,7 @@ from grpo_jax.learner.logprobs import Teacher
 from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.learner.scoring import Packed, Scorer
 from grpo_jax.models.lora import Weights
+from grpo_jax.primitives import where
 from grpo_jax.structs import Array, Experience, Params, TrainState
 
 
@@ -78,7 +79,7 @@ def _by_token(
     """The summed loss, and what `diagnostics` reads, by prediction: one sweep of the vocabulary."""
     terms = component.terms(part, packed.take, packed.take_of_completion)
     weight_PGC, _ = component.weights(part.action_PGC)
-    weight_BE = jnp.where(packed.there_BE, packed.take(weight_PGC), 0.0)
+    weight_BE = where(packed.there_BE, packed.take(weight_PGC), 0.0)
     action_BE = packed.take(part.action_PGC) & packed.there_BE
 
     def loss(hidden, target, weight, terms, *of_teacher):
@@ -124,12 +125,12 @@ def _of_completions(
         x.reshape(packed.there_BE.shape), part.action_PGC
     )
     action_PGC = part.action_PGC & place(packed.there_BE)  # others are in another microbatch
-    take = lambda x: jnp.where(action_PGC, x, jnp.zeros((), x.dtype))  # noqa: E731
+    take = lambda x: where(action_PGC, x, jnp.zeros((), x.dtype))  # noqa: E731
     found_PGC = [take(place(x)) for x in found]
     terms = component.terms(part, take, lambda x_PG: take(x_PG[..., None]))
     weight, _ = component.weights(action_PGC)
     loss = component.loss(*found_PGC, terms)
-    weighed = weight * jnp.where(weight != 0, loss, 0.0)
+    weighed = weight * where(weight != 0, loss, 0.0)
     return weighed.sum(), *found_PGC, terms, action_PGC
 
 

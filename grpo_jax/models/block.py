@@ -8,9 +8,10 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from grpo_jax.kernels import dense as dense_lib
-from grpo_jax.kernels.norm import AddNorm, Norm, Residual
+from grpo_jax.kernels.norm import AddNorm, Norm, Residual, parameter
 from grpo_jax.kernels.quantize import FrozenProduct, frozen_product
 from grpo_jax.models.placement import REPLICATED, MlpPlacement
 from grpo_jax.structs import Array, Layer, ModelConfig
@@ -41,9 +42,13 @@ class Dense(nn.Module):
         y = dense_lib.product(x.astype(self.dtype), kernel, self.dtype, self.frozen_product)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:])
-            bias = self.param("bias", zeros, (self.features,))
-            y += bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+            bias = parameter(self, "bias", zeros, (self.features,))
+            y += lax.broadcast_in_dim(bias.astype(self.dtype), y.shape, (y.ndim - 1,))
         return y
+
+
+def silu(x: Array) -> Array:
+    return x * lax.logistic(x)
 
 
 def _by_token(dense: Callable[[Array], Array], x: Array) -> Array:
@@ -108,7 +113,7 @@ class Attention(nn.Module):
         return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
 
 
-_ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": nn.gelu}  # by `ModelConfig.activation`
+_ACTIVATIONS = {"silu": silu, "gelu_tanh": nn.gelu}  # by `ModelConfig.activation`
 
 
 class MLP(nn.Module):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.kernels.attention import Seen
+from grpo_jax.primitives import along, rows_of_each, split_index, where
 from grpo_jax.structs import Array
 
 # (token_BX, lane_PWT) of `learner/packing.py`. token_BX: the completion token that each entry
@@ -52,7 +53,7 @@ class Lanes:
         entry_BY = lane_PWT.reshape(rows, -1)
 
         def inverse(entry_Y: Array) -> Array:
-            at_Y = jnp.where(entry_Y < 0, entries, entry_Y)  # past the end: dropped
+            at_Y = where(entry_Y < 0, entries, entry_Y)  # past the end: dropped
             place_Y = jnp.arange(len(entry_Y), dtype=jnp.int32)
             return jnp.full(entries, -1, jnp.int32).at[at_Y].set(place_Y, mode="drop")
 
@@ -107,13 +108,12 @@ class PackedInputs:
         rows = token_BX.shape[0]
         by_row = lambda x: x.reshape(rows, x.size // rows)  # noqa: E731
         read_BX = jnp.maximum(token_BX - 1, 0)  # an entry reads the token before
-        input_BX = jnp.take_along_axis(by_row(completion_PGC), read_BX, axis=1)
-        length_BX = jnp.take_along_axis(
-            by_row(prompt_length_P), read_BX // (group * tokens), axis=1
-        )
-        position_BX, text_BX = read_BX % tokens, read_BX // tokens + 1
+        input_BX = along(by_row(completion_PGC), read_BX)
+        text_BX, position_BX = split_index(read_BX, tokens)
+        length_BX = along(by_row(prompt_length_P), split_index(text_BX, group)[0])
+        text_BX += 1
         if begin_PGC is not None:
-            position_BX -= jnp.take_along_axis(by_row(begin_PGC), read_BX, axis=1)
+            position_BX -= along(by_row(begin_PGC), read_BX)
             text_BX = read_BX - position_BX + 1  # a part is known by its first token
         position_PQ = jnp.broadcast_to(jnp.arange(prompt_PQ.shape[1]), prompt_PQ.shape)
         return PackedInputs(
@@ -137,19 +137,20 @@ class PackedInputs:
         at_X = at_T[tokens - self.num_entries :]
         read_BX = jnp.maximum(self.token_BX - 1, 0)
         there_BX = self.token_BX >= 0
-        begin_BX = jnp.where(there_BX, at_X[None] - self.position_BX, at_X[None])
+        begin_BX = where(there_BX, at_X[None] - self.position_BX, at_X[None])
         in_prompts = tokens - self.num_entries
-        at_prompts = at_T[:in_prompts] // max(self.prompt_tokens, 1) * self.prompt_tokens
+        prompt_T, _ = split_index(at_T[:in_prompts], max(self.prompt_tokens, 1))
+        at_prompts = prompt_T * self.prompt_tokens
         begin = jnp.broadcast_to(at_prompts, (rows, in_prompts)), begin_BX
         begin_BT = jnp.concatenate(begin, axis=1)
         if window is not None:
             begin_BT = jnp.maximum(begin_BT, at_T[None] - window + 1)
         if not in_prompts:
             return Seen(begin_BT)
-        prompt_BX = read_BX // (self.group * self.completion_tokens)
-        length_BX = jnp.take_along_axis(self.prompt_length_P.reshape(rows, -1), prompt_BX, axis=1)
+        prompt_BX, _ = split_index(read_BX, self.group * self.completion_tokens)
+        length_BX = along(self.prompt_length_P.reshape(rows, -1), prompt_BX)
         first_BX = prompt_BX * self.prompt_tokens
-        end_BX = jnp.where(there_BX, first_BX + length_BX, 0)
+        end_BX = where(there_BX, first_BX + length_BX, 0)
         if window is not None:
             first_BX += jnp.maximum(self.position_BT[:, in_prompts:] - window + 1, 0)
         none = jnp.zeros((rows, in_prompts), jnp.int32)
@@ -187,9 +188,7 @@ class PackedInputs:
             first = jnp.zeros((*nothing, x_BTD.shape[2]), x_BTD.dtype)
             return jnp.concatenate([first, x_BTD], axis=1)
         x_PQD = self.prompts(x_BTD)
-        last_PD = jnp.take_along_axis(x_PQD, (self.prompt_length_P - 1)[:, None, None], axis=1)[
-            :, 0
-        ]
+        last_PD = rows_of_each(x_PQD, self.prompt_length_P - 1)
         first_PGD = jnp.broadcast_to(
             last_PD[:, None], (last_PD.shape[0], self.group, last_PD.shape[1])
         )
@@ -212,9 +211,9 @@ def _moved(x: Array, source: Array, target: Array) -> Array:
     """
     if not x.shape[1]:  # completions of one token have no entries
         return jnp.zeros((*source.shape, *x.shape[2:]), x.dtype)
-    y = jax.vmap(lambda row, at: row[at])(x, jnp.maximum(source, 0))
+    y = rows_of_each(x, jnp.maximum(source, 0))
     there = (source >= 0).reshape(*source.shape, *(1,) * (x.ndim - 2))
-    return jnp.where(there, y, 0)
+    return where(there, y, 0)
 
 
 _moved.defvjp(

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from grpo_jax.devices import by_shard
 from grpo_jax.kernels import attention, quantize
 from grpo_jax.kernels.block_sums import Sums, sums_of_blocks
+from grpo_jax.primitives import along, rows_of_each, split_index, where
 from grpo_jax.structs import Array, Sampling
 
 
@@ -37,13 +38,13 @@ def keep_mask(logits: Array, sampling: Sampling) -> Array | None:
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = jax.lax.top_k(logits, sampling.top_k)[0][..., -1:]
         keep = logits >= kth
-        logits = jnp.where(keep, logits, -jnp.inf)
+        logits = where(keep, logits, -jnp.inf)
     if sampling.top_p < 1.0:  # on the tokens that top-k kept, as in Hugging Face
         sorted_desc = -jnp.sort(-logits, axis=-1)
         prob = jax.nn.softmax(sorted_desc, axis=-1)
         before = jnp.cumsum(prob, axis=-1) - prob  # total probability of more likely tokens
         inside = before < sampling.top_p
-        edge = jnp.min(jnp.where(inside, sorted_desc, jnp.inf), axis=-1, keepdims=True)
+        edge = jnp.min(where(inside, sorted_desc, jnp.inf), axis=-1, keepdims=True)
         within = logits >= edge
         keep = within if keep is None else keep & within
     return keep
@@ -68,13 +69,13 @@ def sampling_logits(
     rounding or an update has moved it out since.
     """
     temperature = sampling.temperature if temperature is None else temperature
-    logits = logits / jnp.where(temperature == 0, 1.0, temperature)
+    logits = logits / where(temperature == 0, 1.0, temperature)
     keep = keep_mask(logits, sampling)
     if keep is None:
         return logits
     if always is not None:
         keep |= jax.nn.one_hot(always, logits.shape[-1], dtype=bool)
-    return jnp.where(keep, logits, -jnp.inf)
+    return where(keep, logits, -jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,13 +126,14 @@ def sample(
     mass_BN = jax.lax.optimization_barrier(split.whole(mass_BN))
     target_B1 = uniform_B[:, None] * mass_BN.sum(-1, keepdims=True)
     block_B1, below_B1 = _first_beyond(mass_BN, target_B1)
-    score_BW = split.whole(jnp.take_along_axis(blocks_BNW, block_B1[..., None], axis=1)[:, 0])
+    score_BW = split.whole(rows_of_each(blocks_BNW, block_B1[:, 0]))
     score_BW = score_BW / temperature
     inside_B1, _ = _first_beyond(jnp.exp(score_BW - peak_B1), target_B1 - below_B1)
-    chosen_B1 = jnp.take_along_axis(score_BW, inside_B1, axis=1)
+    chosen_B1 = along(score_BW, inside_B1)
     log_prob_B1 = chosen_B1 - peak_B1 - jnp.log(mass_BN.sum(-1, keepdims=True))
     blocks = blocks_BNW.shape[1] // split.devices  # of a part
-    token_B1 = block_B1 // blocks * part + block_B1 % blocks * width + inside_B1
+    part_B1, in_part_B1 = split_index(block_B1, blocks)
+    token_B1 = part_B1 * part + in_part_B1 * width + inside_B1
     return token_B1[:, 0], log_prob_B1[:, 0]
 
 
@@ -154,11 +156,11 @@ def _first_beyond(mass_BN: Array, target_B1: Array) -> tuple[Array, Array]:
     If rounding leaves the target at the very end, it is the last entry above 0.
     """
     id_1N, likely_BN = jnp.arange(mass_BN.shape[-1])[None], mass_BN > 0
-    last_B1 = jnp.max(jnp.where(likely_BN, id_1N, 0), axis=-1, keepdims=True)
+    last_B1 = jnp.max(where(likely_BN, id_1N, 0), axis=-1, keepdims=True)
     # The running sum should not change at an entry of 0, but its last bit may: it is computed in
     # parallel, with a different order of additions for each entry.
     sum_BN = jnp.cumsum(mass_BN, axis=-1)
     beyond_BN = likely_BN & (sum_BN > target_B1)
-    first_B1 = jnp.min(jnp.where(beyond_BN, id_1N, last_B1), axis=-1, keepdims=True)
-    before_B1 = jnp.take_along_axis(sum_BN, jnp.maximum(first_B1 - 1, 0), axis=-1)
-    return first_B1.astype(jnp.int32), jnp.where(first_B1 > 0, before_B1, 0.0)
+    first_B1 = jnp.min(where(beyond_BN, id_1N, last_B1), axis=-1, keepdims=True)
+    before_B1 = along(sum_BN, jnp.maximum(first_B1 - 1, 0))
+    return first_B1.astype(jnp.int32), where(first_B1 > 0, before_B1, 0.0)

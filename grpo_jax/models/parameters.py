@@ -87,8 +87,13 @@ def logical_axes(config: ModelConfig) -> Params:
 @functools.cache
 def layer_axes(config: ModelConfig, layer: Layer) -> Params:
     """The logical axes of one layer's parameters, without the stack's axis."""
-    boxed = jax.eval_shape(lambda: _boxed_block(config, layer, jax.random.key(0)))
-    return jax.tree.map(tuple, nn.get_partition_spec(boxed))
+    return jax.tree.map(tuple, nn.get_partition_spec(_boxed_shapes(config, layer)))
+
+
+@functools.cache
+def _boxed_shapes(config: ModelConfig, layer: Layer) -> Params:
+    """Shape and dtype of one layer's parameters, boxed with their logical axes."""
+    return jax.eval_shape(lambda: _boxed_block(config, layer, jax.random.key(0)))
 
 
 def _is_axes(x: Any) -> bool:
@@ -121,7 +126,22 @@ def param_shapes(config: ModelConfig) -> Params:
 
 @functools.cache
 def _param_shapes(config: ModelConfig) -> Params:
-    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
+
+    def stack(run: int, slot: int, members: Sequence[int]) -> Params:
+        one = nn.unbox(_boxed_shapes(config, config.layers[members[0]]))
+        return jax.tree.map(lambda x: shape(len(members), *x.shape), one)
+
+    shapes = {
+        "embed": {"embedding": shape(config.vocab_size, config.width)},
+        "layers": layer_runs.by_slot(config.layers, stack),
+        "norm": {"scale": shape(config.width)},
+    }
+    if config.head == "scalar":
+        shapes["score"] = {"kernel": shape(config.width, 1)}
+    elif has_own_head(config):
+        shapes["head"] = {"kernel": shape(config.width, config.vocab_size)}
+    return shapes
 
 
 def head_kernel(params: Params) -> Array:

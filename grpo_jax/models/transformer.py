@@ -29,6 +29,7 @@ from grpo_jax.models import frequencies, layer_runs, parameters
 from grpo_jax.models.block import Block
 from grpo_jax.models.lanes import PackedInputs
 from grpo_jax.models.placement import ONE_DEVICE, REPLICATED, MlpPlacement, Placement
+from grpo_jax.primitives import rows
 from grpo_jax.structs import Array, Layer, ModelConfig, Params
 
 
@@ -37,7 +38,7 @@ def _embed(params: Params, config: ModelConfig, ids: Array, dtype) -> Array:
     if isinstance(table, quantize.Int8):
         x = (table.codes[ids] * table.scale[ids][..., None]).astype(dtype)
     else:
-        x = table[ids].astype(dtype)
+        x = rows(table, ids).astype(dtype)
     # The factor is rounded to the dtype first, as in Gemma's training: sqrt(1152) is 34 in bf16.
     return x if config.embed_factor == 1 else x * jnp.asarray(config.embed_factor, dtype)
 
@@ -217,6 +218,11 @@ class Decoding:
     frozen_product: FrozenProduct = frozen_product  # with kernels in codes, of one token a lane
 
 
+def _traced_once(f: Callable) -> Callable[[Layer], Callable]:
+    """`f(layer, ...)`: traced for the first layer of a kind, and repeated for the others."""
+    return functools.cache(lambda layer: jax.jit(functools.partial(f, layer), inline=True))
+
+
 def prefill(
     params: Params,
     config: ModelConfig,
@@ -228,16 +234,20 @@ def prefill(
     dtype, mlp = how.dtype, how.mlp
     positions = _Positions.of(config, jnp.arange(prompt_RQ.shape[1])[None])
     x, cache = Residual.of(mlp.scatter(_embed(params, config, prompt_RQ, dtype))), []
-    for layer, of_layer in zip(config.layers, params["layers"], strict=True):
 
-        def attend(q, k, v, layer=layer):
+    def one(layer: Layer, of_layer: Params, x: Residual, positions: _Positions, length_R: Array):
+        def attend(q, k, v):
             q, k = positions.rotated(layer, q, k)
             own = segments(length_R, q.shape[1])
             out = attention.causal(q, k, v, own, layer.window, config.attention_cap)
             return out, how.kv_cache.of_prompt(k, v)
 
         block = Block(config, layer, dtype, how.fused, mlp)
-        x, kept = block.apply({"params": of_layer}, x, attend)
+        return block.apply({"params": of_layer}, x, attend)
+
+    of_kind = _traced_once(one)
+    for layer, of_layer in zip(config.layers, params["layers"], strict=True):
+        x, kept = of_kind(layer)(of_layer, x, positions, length_R)
         cache.append(kept)
     at_R11 = (length_R - 1)[:, None, None]
     last_RD = jnp.take_along_axis(x.sum(), at_R11, axis=1)[:, 0]
@@ -296,15 +306,19 @@ def _with_cache(
     positions = _Positions.of(config, position)
     x = Residual.of(how.mlp.scatter(_embed(params, config, ids, how.dtype)))
     kinds = how.norm, how.frozen_product
-    kept = list(cache)
-    for i, (layer, of_layer) in enumerate(zip(config.layers, params["layers"], strict=True)):
+
+    def one(layer: Layer, of_layer: Params, x: Residual, kept: Any, positions: _Positions, step):
         cos_sin = positions.angles[layer.rotary]
         at_layer = step.replace(cos_sin=cos_sin, window=layer.window, cap=config.attention_cap)
 
-        def attend(q, k, v, i=i, at_layer=at_layer):
-            out, kept[i] = extend(kept[i], positions.grown(q), k, v, at_layer)
-            return out, None
+        def attend(q, k, v):
+            return extend(kept, positions.grown(q), k, v, at_layer)
 
         block = Block(config, layer, how.dtype, how.fused, how.mlp, *kinds)
-        x, _ = block.apply({"params": of_layer}, x, attend)
-    return x, tuple(kept)
+        return block.apply({"params": of_layer}, x, attend)
+
+    of_kind, later = _traced_once(one), []
+    for layer, of_layer, kept in zip(config.layers, params["layers"], cache, strict=True):
+        x, kept = of_kind(layer)(of_layer, x, kept, positions, step)
+        later.append(kept)
+    return x, tuple(later)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from grpo_jax.kernels.kv_cache import Chunk
 from grpo_jax.models import parameters, transformer
+from grpo_jax.primitives import where
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.decode import Decoder, Slots
 from grpo_jax.structs import Array, Params
@@ -51,9 +52,9 @@ def append(
     )
     goes_on_RW = (count_RW > 0) & (age == 0)
     stop_RW = decode.is_stop(decoder, token_RW)
-    own = lambda new, old: jnp.where(goes_on_RW, new, old)  # noqa: E731
+    own = lambda new, old: where(goes_on_RW, new, old)  # noqa: E731
     r, w = jnp.meshgrid(*(jnp.arange(n) for n in length_RW.shape), indexing="ij")
-    at = jnp.where(goes_on_RW, length_RW, decoder.max_tokens)  # past the end: dropped
+    at = where(goes_on_RW, length_RW, decoder.max_tokens)  # past the end: dropped
     return slots.replace(
         cache=cache,
         column_1=jnp.full_like(slots.column_1, column),

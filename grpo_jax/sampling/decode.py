@@ -32,6 +32,7 @@ from grpo_jax.kernels.norm import AddNorm
 from grpo_jax.kernels.quantize import FrozenProduct, frozen_product
 from grpo_jax.models import logits, parameters, transformer
 from grpo_jax.models.placement import REPLICATED, MlpOfSlots, MlpPlacement
+from grpo_jax.primitives import split_index, where
 from grpo_jax.structs import Array, ModelConfig, Params, Sampling
 
 # At every check a GPU waits until the host has read the answer and launched the next token.
@@ -233,10 +234,11 @@ def admit(
     )
     stop_AW = is_stop(decoder, token_AW)
     by_part = functools.partial(_by_part, decoder.parts)
-    put_all = by_part(lambda old, new, slot_A: old.at[slot_A].set(new, mode="drop"))
+    how = {"mode": "drop", "wrap_negative_indices": False}  # no slot number is negative
+    put_all = by_part(lambda old, new, slot_A: old.at[slot_A].set(new, **how))
     put = lambda old, new: put_all(old, new, slot_A)  # noqa: E731
     put_cache = by_part(functools.partial(decoder.kv_cache.admit, lanes=lanes[1]))
-    put_first = by_part(lambda old, new, slot_A: old.at[slot_A, :, 0].set(new, mode="drop"))
+    put_first = by_part(lambda old, new, slot_A: old.at[slot_A, :, 0].set(new, **how))
     return slots.replace(
         cache=tuple(put_cache(*pair, slot_A, length_A) for pair in zip(slots.cache, fresh)),
         prompt_length_R=put(slots.prompt_length_R, length_A),
@@ -281,7 +283,8 @@ def decode(
     is updated in place. `keeps`: later turns go on in lanes that are not live.
     """
     head_DV = parameters.head_kernel(params)
-    r, w = jnp.meshgrid(*(jnp.arange(n) for n in slots.live_RW.shape), indexing="ij")
+    r, w = (jax.lax.broadcasted_iota(jnp.int32, slots.live_RW.shape, axis) for axis in (0, 1))
+    how = {"mode": "drop", "wrap_negative_indices": False}
 
     def go_on(slots: Slots) -> Array:
         live_PRW = slots.live_RW.reshape(decoder.parts, -1, slots.live_RW.shape[1])
@@ -305,17 +308,17 @@ def decode(
         time_RW = slots.time_RW + live_RW
         keys, place_RW = slots.key_RW2, slots.first_RW + time_RW
         token_RW, logp_RW = choose(decoder, hidden_RWD, head_DV, keys, place_RW, temperature)
-        at = jnp.where(live_RW, time_RW, decoder.max_tokens)  # past the end: dropped
+        at = where(live_RW, time_RW, decoder.max_tokens)  # past the end: dropped
         stop_RW = live_RW & is_stop(decoder, token_RW)
         return slots.replace(
             cache=cache,
-            column_1=(slots.column_1 + 1) % decoder.max_tokens,
-            token_RW=jnp.where(live_RW, token_RW, slots.token_RW),
+            column_1=split_index(slots.column_1 + 1, decoder.max_tokens)[1],
+            token_RW=where(live_RW, token_RW, slots.token_RW),
             time_RW=time_RW,
             live_RW=live_RW & ~stop_RW & (time_RW + 1 < slots.limit_RW),
             stopped_RW=slots.stopped_RW | stop_RW,
-            completion_RWC=slots.completion_RWC.at[r, w, at].set(token_RW, mode="drop"),
-            logp_RWC=slots.logp_RWC.at[r, w, at].set(logp_RW, mode="drop"),
+            completion_RWC=slots.completion_RWC.at[r, w, at].set(token_RW, **how),
+            logp_RWC=slots.logp_RWC.at[r, w, at].set(logp_RW, **how),
         )
 
     def tokens(slots: Slots) -> Slots:
@@ -360,7 +363,7 @@ def put_back(
     """
 
     def put(caches: tuple, slot_R: Array, lane_RW: Array, live_RW: Array) -> tuple:
-        slot_RW = jnp.where(live_RW, slot_R[:, None], len(slots.live_RW))  # past the end: dropped
+        slot_RW = where(live_RW, slot_R[:, None], len(slots.live_RW))  # past the end: dropped
         of_layer = functools.partial(decoder.kv_cache.put_back, limit=decoder.max_tokens)
         return tuple(of_layer(*pair, slot_RW, lane_RW) for pair in zip(*caches))
 

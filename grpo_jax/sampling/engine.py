@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
+from grpo_jax import keys
 from grpo_jax.devices import by_shard as by_shard_lib
 from grpo_jax.devices import compiling, sharding, transfer
 from grpo_jax.devices.compiling import Call
@@ -35,12 +36,6 @@ from grpo_jax.structs import Array, Params, Rollouts
 
 _NEVER = 2**30
 NO_LAYOUT = -1, 1  # (slots, lanes): no smaller layout
-
-
-@jax.jit
-def row_keys(key: Array, rows: Array) -> Array:
-    """The data of a key for each row, uint32 [B, 2]."""
-    return jax.random.key_data(jax.vmap(lambda r: jax.random.fold_in(key, r))(rows))
 
 
 class Engine:
@@ -158,7 +153,7 @@ class Engine:
 
     def keys(self, key: Array, num_rows: int) -> np.ndarray:
         """The data of the random key of each completion, uint32 [B, 2]."""
-        return np.asarray(row_keys(key, np.arange(num_rows, dtype=np.int32)))
+        return keys.row_keys(key, num_rows)
 
     def places(self, num_prompts: int) -> tuple[np.ndarray, np.ndarray]:
         """Which prompts' completions this process holds, and which it alone reports; bool [P]."""

@@ -9,7 +9,7 @@ from grpo_jax.devices import sharding
 from grpo_jax.devices.compiling import Call
 from grpo_jax.sampling import kept
 from grpo_jax.sampling import layouts as layouts_lib
-from grpo_jax.sampling.engine import NO_LAYOUT, Engine, row_keys
+from grpo_jax.sampling.engine import NO_LAYOUT, Engine
 from grpo_jax.structs import Params
 
 
@@ -30,11 +30,9 @@ def first_turns(
     the slots if it can. `looks`: as for `Engine.decoding`. Further calls of `compact`, and prefills
     when only some slots are free, are the same programs for fewer rows.
     """
-    rows = num_prompts * group
-    keys = Call(row_keys, (jax.eval_shape(jax.random.key, 0), np.arange(rows, dtype=np.int32)))
     layouts, width = engine.layouts(num_prompts, group), engine.padded(longest)
     keeps = keeps and _holds_all(engine, num_prompts, group)
-    return [keys, *_of_layouts(engine, params, layouts, width, temperature, keeps, looks)]
+    return _of_layouts(engine, params, layouts, width, temperature, keeps, looks)
 
 
 def _holds_all(engine: Engine, num_prompts: int, group: int) -> bool:

@@ -14,6 +14,7 @@ from grpo_jax.devices import compiling, sharding
 from grpo_jax.devices.compiling import Call
 from grpo_jax.kernels import dense
 from grpo_jax.models import lora, parameters
+from grpo_jax.primitives import nth
 from grpo_jax.sampling.decode import Decoder
 from grpo_jax.structs import Array, ModelConfig, Params
 
@@ -87,8 +88,7 @@ class Publisher:
         return dense.in_precision(part, self._decoder.dtype, int8=int8)
 
     def _layer(self, stack: Params, turn: Array) -> Params:
-        own = lambda x: jax.lax.dynamic_index_in_dim(x, turn, keepdims=False)  # noqa: E731
-        layer = jax.tree.map(own, stack)
+        layer = jax.tree.map(lambda x: nth(x, turn), stack)
         if self._decoder.merge:
             layer = jax.tree.map(dense.plain, layer, is_leaf=dense.is_node)
         layer = parameters.fuse_projections(layer) if self._decoder.fuse else layer

@@ -757,10 +757,10 @@ def test_the_program_writes_what_it_prints(tmp_path, capsys):
         *("init_params", "count_nonfinite", "init_state"),
         *(f"supervised {n}" for n in ("reorder", "reorder", "advantages")),
         *(f"supervised {n}" for n in ("zero_gradient", "gradient", "optimizer_step")),
-        *("publish_layer", "row_keys", "empty_slots", "admit", "decode"),
+        *("publish_layer", "empty_slots", "admit", "decode"),
         *("reorder", "reorder", "advantages", "zero_gradient", "gradient", "optimizer_step"),
         "learning_rate",
-        *("evaluation row_keys", "evaluation empty_slots", "evaluation admit", "evaluation decode"),
+        *("evaluation empty_slots", "evaluation admit", "evaluation decode"),
     ]
     assert report["mesh"] == {"data": 8, "fsdp": 1, "sequence": 1, "tensor": 1}
     assert report["peak_bytes"] == max(p["peak_bytes"] for p in report["programs"])

@@ -177,11 +177,17 @@ def _assembled(
     """
     whole = np.empty(shape, dtype)
     for tensor, array, layer in parts:
-        value = (array if layer is None else array[layer]).astype(dtype)
+        value = (array if layer is None else _of_layer(array, layer)).astype(dtype)
         if jax.process_count() > 1:
             value = multihost_utils.process_allgather(value, tiled=True)
         tensor.write(np.asarray(value), whole)
     return whole
+
+
+def _of_layer(array: Array, layer: int) -> Array:
+    """One layer of a stack; on a CPU without a copy and without a program for each shape."""
+    on_cpu = all(device.platform == "cpu" for device in array.sharding.device_set)
+    return (np.asarray(array) if on_cpu and array.is_fully_addressable else array)[layer]
 
 
 # --- Configs and tokenizer ----------------------------------------------------------------------
