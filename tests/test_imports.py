@@ -26,24 +26,23 @@ PROGRAMS = {
 # above its own: what stands side by side in a block does not know of each other.
 TABLE = """
     structs
-    primitives
     keys
     messages
     hosts
 
     devices      structs
     data         messages hosts
-    algorithm    structs primitives
+    algorithm    structs
 
-    kernels      structs primitives devices
+    kernels      structs devices
     rewards      messages data
     config       messages data algorithm
 
-    models       structs primitives keys messages hosts devices kernels
+    models       structs keys messages hosts devices kernels
     run          structs messages hosts devices
 
-    sampling     structs primitives keys devices kernels models
-    learner      structs primitives keys devices algorithm kernels models
+    sampling     structs keys devices kernels models
+    learner      structs keys devices algorithm kernels models
     metrics      messages devices run
 
     environments structs messages hosts devices data rewards models sampling
@@ -154,7 +153,7 @@ def test_the_table_only_points_up():
 def test_every_module_lies_in_a_room():
     assert {room(m) for m in FILES if m != "grpo_jax"} == MAY_IMPORT.keys()
     files = {path.stem for path in ROOT.glob("*.py")}
-    assert files == {"__init__", "structs", "primitives", "keys"} | PROGRAMS
+    assert files == {"__init__", "structs", "keys"} | PROGRAMS
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)
@@ -185,7 +184,7 @@ def test_processes_of_environments_know_no_jax(module):
 
 @pytest.mark.parametrize("module", in_room("algorithm"))
 def test_the_algorithm_knows_no_model(module):
-    assert rooms(reached(module)) <= {"structs", "primitives", "algorithm"}
+    assert rooms(reached(module)) <= {"structs", "algorithm"}
 
 
 @pytest.mark.parametrize("module", in_room(*(MAY_IMPORT.keys() - SEE_THE_CONFIG)))

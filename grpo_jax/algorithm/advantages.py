@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.algorithm import objective
-from grpo_jax.primitives import where
 from grpo_jax.structs import Array
 
 CHOICES = {
@@ -115,7 +114,7 @@ def total(options: AdvantageOptions, reward: Array) -> Array:
     if not options.reads_each_reward:
         return reward
     weighed = jnp.nansum(reward * jnp.asarray(options.weights, reward.dtype), axis=-1)
-    return where(jnp.isnan(reward).all(axis=-1), jnp.nan, weighed)
+    return jnp.where(jnp.isnan(reward).all(axis=-1), jnp.nan, weighed)
 
 
 def group_advantages(
@@ -158,18 +157,18 @@ def group_advantages(
     elif baseline == "leave_one_out":
         adv_PG *= count_P1 / jnp.maximum(count_P1 - 1, 1)
     elif baseline == "length_weighted":
-        length_PG = where(known_PG, length_PG, 0).astype(shift_PG.dtype)
+        length_PG = jnp.where(known_PG, length_PG, 0).astype(shift_PG.dtype)
         total_P1 = jnp.maximum(length_PG.sum(axis=1, keepdims=True), 1)
         weighted_P1 = (length_PG * shift_PG).sum(axis=1, keepdims=True) / total_P1
-        adv_PG = where(known_PG, shift_PG - weighted_P1, 0.0)
+        adv_PG = jnp.where(known_PG, shift_PG - weighted_P1, 0.0)
     elif baseline == "greedy":
         greedy_P1 = greedy_P[:, None].astype(reward_PG.dtype)
-        adv_PG = where(known_PG & ~jnp.isnan(greedy_P1), reward_PG - greedy_P1, 0.0)
+        adv_PG = jnp.where(known_PG & ~jnp.isnan(greedy_P1), reward_PG - greedy_P1, 0.0)
     elif baseline == "none":
-        adv_PG = where(known_PG, reward_PG, 0.0)
+        adv_PG = jnp.where(known_PG, reward_PG, 0.0)
     if scale_by == "std":  # the floor: rounding alone gives equal rewards a std near 1e-7
         std_P1 = jnp.sqrt(square_P1 / count_P1)
-        adv_PG = where(std_P1 > 1e-4, adv_PG / jnp.maximum(std_P1, 1e-4), 0.0)
+        adv_PG = jnp.where(std_P1 > 1e-4, adv_PG / jnp.maximum(std_P1, 1e-4), 0.0)
     if scale_by == "sample_std":
         adv_PG /= jnp.sqrt(square_P1 / jnp.maximum(count_P1 - 1, 1)) + 1e-4
     if scale_by == "batch_std":
@@ -177,9 +176,9 @@ def group_advantages(
         _, _, count_11, _, centred_1B = _centred(*row)
         adv_PG /= jnp.sqrt((centred_1B**2).sum() / jnp.maximum(count_11 - 1, 1)) + 1e-4
     if scale_by == "mean":  # the floor: rounding may leave a mean of 0 just above it
-        size_P1 = where(known_PG, jnp.abs(reward_PG), 0.0).sum(axis=1, keepdims=True) / count_P1
+        size_P1 = jnp.where(known_PG, jnp.abs(reward_PG), 0.0).sum(axis=1, keepdims=True) / count_P1
         mean_P1, least_P1 = first_P1 + mean_P1, 1e-6 * size_P1
-        adv_PG = where(mean_P1 > least_P1, adv_PG / where(mean_P1 > 0, mean_P1, 1), 0.0)
+        adv_PG = jnp.where(mean_P1 > least_P1, adv_PG / jnp.where(mean_P1 > 0, mean_P1, 1), 0.0)
     return adv_PG
 
 
@@ -189,7 +188,7 @@ def kl_of_completions(logp_PGC: Array, ref_logp_PGC: Array, action_PGC: Array) -
     Subtracted from the reward, its coefficient times this has on average the gradient of
     KL(policy ‖ reference) (Ziegler et al. 2019, arXiv:1909.08593, equation 2).
     """
-    return where(action_PGC, logp_PGC - ref_logp_PGC, 0.0).sum(axis=-1)
+    return jnp.where(action_PGC, logp_PGC - ref_logp_PGC, 0.0).sum(axis=-1)
 
 
 def _centred(reward_PG: Array, known_PG: Array) -> tuple[Array, ...]:
@@ -199,10 +198,10 @@ def _centred(reward_PG: Array, known_PG: Array) -> tuple[Array, ...]:
     zeros does not. Unknown ones are 0.
     """
     first_P1 = jnp.take_along_axis(reward_PG, known_PG.argmax(axis=1, keepdims=True), axis=1)
-    shift_PG = where(known_PG, reward_PG - first_P1, 0.0)
+    shift_PG = jnp.where(known_PG, reward_PG - first_P1, 0.0)
     count_P1 = jnp.maximum(known_PG.sum(axis=1, keepdims=True), 1)
     mean_P1 = shift_PG.sum(axis=1, keepdims=True) / count_P1
-    return first_P1, shift_PG, count_P1, mean_P1, where(known_PG, shift_PG - mean_P1, 0.0)
+    return first_P1, shift_PG, count_P1, mean_P1, jnp.where(known_PG, shift_PG - mean_P1, 0.0)
 
 
 def _ranks(reward_PG: Array) -> Array:
@@ -216,16 +215,16 @@ def _ranks(reward_PG: Array) -> Array:
     rank_PG = below_PG + (equal_PG + 1) / 2
     unknown_PG = jnp.isnan(reward_PG)
     alone_P1 = (~unknown_PG).sum(axis=1, keepdims=True) < 2
-    return where(unknown_PG | alone_P1, jnp.nan, rank_PG)
+    return jnp.where(unknown_PG | alone_P1, jnp.nan, rank_PG)
 
 
 def _lead_of_best(reward_PG: Array, known_PG: Array) -> Array:
     """For the first of the best completions its reward minus the second best; 0 for the others."""
-    reward_PG = where(known_PG, reward_PG, -jnp.inf)
+    reward_PG = jnp.where(known_PG, reward_PG, -jnp.inf)
     is_best_PG = jnp.arange(reward_PG.shape[1])[None] == reward_PG.argmax(axis=1, keepdims=True)
     best_P1 = reward_PG.max(axis=1, keepdims=True)
-    second_P1 = where(is_best_PG, -jnp.inf, reward_PG).max(axis=1, keepdims=True)
-    return where(is_best_PG & (second_P1 > -jnp.inf), best_P1 - second_P1, 0.0)
+    second_P1 = jnp.where(is_best_PG, -jnp.inf, reward_PG).max(axis=1, keepdims=True)
+    return jnp.where(is_best_PG & (second_P1 > -jnp.inf), best_P1 - second_P1, 0.0)
 
 
 def _whitened(adv_PG: Array, known_PG: Array) -> Array:
@@ -233,7 +232,7 @@ def _whitened(adv_PG: Array, known_PG: Array) -> Array:
 
     As TRL 1.16 does, for GDPO and with `normalize_advantages` of its RLOO: the batch is one group.
     """
-    row_1B = where(known_PG, adv_PG, jnp.nan).reshape(1, -1)
+    row_1B = jnp.where(known_PG, adv_PG, jnp.nan).reshape(1, -1)
     return group_advantages(row_1B, scale_by="sample_std").reshape(adv_PG.shape)
 
 
@@ -243,10 +242,10 @@ def _whitened_by_token(adv_PG: Array, known_PG: Array, action_PGC: Array) -> Arr
     Every action token has the advantage of its completion (REINFORCE++: Hu 2025, arXiv:2501.03262).
     The deviation is sqrt(variance + 1e-8), as in verl, the variance that of the tokens themselves.
     """
-    count_PG = where(known_PG, action_PGC.sum(axis=-1), 0).astype(adv_PG.dtype)
+    count_PG = jnp.where(known_PG, action_PGC.sum(axis=-1), 0).astype(adv_PG.dtype)
     total = jnp.maximum(count_PG.sum(), 1)
     adv_PG -= adv_PG.ravel()[(count_PG > 0).argmax()]  # as in `_centred`
-    adv_PG = where(known_PG, adv_PG - (count_PG * adv_PG).sum() / total, 0.0)
+    adv_PG = jnp.where(known_PG, adv_PG - (count_PG * adv_PG).sum() / total, 0.0)
     return adv_PG / jnp.sqrt((count_PG * adv_PG**2).sum() / total + 1e-8)
 
 

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 
 from grpo_jax.algorithm import diagnostics, losses
 from grpo_jax.algorithm.objective import Objective, TokenTerms
-from grpo_jax.primitives import where
 from grpo_jax.structs import Array, Experience
 
 Take = Callable[[Array], Array]
@@ -190,7 +189,7 @@ class NLLLoss:
 
     def diagnostics(self, logp, entropy, *rest):
         *best, _, action = rest
-        total = lambda x: where(action, x, 0.0).sum()  # noqa: E731
+        total = lambda x: jnp.where(action, x, 0.0).sum()  # noqa: E731
         sums = {"sft/nll": total(-logp)} if self.kind == "dft" else {}
         if self.of_tokens:
             right = (logp >= best[0]).astype("float32")

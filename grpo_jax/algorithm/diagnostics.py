@@ -6,7 +6,6 @@ import jax.numpy as jnp
 
 from grpo_jax.algorithm import kl, losses, surrogates
 from grpo_jax.algorithm.objective import Objective, TokenTerms
-from grpo_jax.primitives import where
 from grpo_jax.structs import Array
 
 _SUMS = (
@@ -75,6 +74,6 @@ def diagnostics(
     values = [entropy, divergence, low, high, drift, gap, weight, capped]
     if objective.max_sequence_drift:
         values.append(losses.is_off_policy(objective, logp, terms) & jnp.ones_like(action))
-    total = [jnp.sum(where(action, value, 0) * kept) for value in values]
-    maxima = [jnp.max(where(action, value, 0)) for value in (ratio, drift, gap)]
+    total = [jnp.sum(jnp.where(action, value, 0) * kept) for value in values]
+    maxima = [jnp.max(jnp.where(action, value, 0)) for value in (ratio, drift, gap)]
     return dict(zip(sums(objective), total)), dict(zip(MAXIMA, maxima))

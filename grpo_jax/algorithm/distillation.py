@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 from flax import struct
 
 from grpo_jax.algorithm.components import AroundPolicyLoss, PolicyLoss, Take, means_of_tokens
 from grpo_jax.algorithm.objective import TokenTerms
-from grpo_jax.primitives import where
 from grpo_jax.structs import Array, Experience
 
 
@@ -55,7 +55,7 @@ class RewardedByTeacher(PolicyLoss):
 
     def diagnostics(self, logp: Array, entropy: Array, terms: TeacherTerms, action: Array):
         sums, maxima = super().diagnostics(logp, entropy, terms.policy, action)
-        kl = where(action, logp - terms.teacher_logp, 0.0).sum()
+        kl = jnp.where(action, logp - terms.teacher_logp, 0.0).sum()
         return sums | {"distill/kl": kl}, maxima
 
 
@@ -99,7 +99,7 @@ class DivergenceLoss(AroundPolicyLoss):
             "distill/loss": divergence,
             "distill/kl": kl,
         }
-        return sums | {n: where(action, x, 0.0).sum() for n, x in more.items()}, maxima
+        return sums | {n: jnp.where(action, x, 0.0).sum() for n, x in more.items()}, maxima
 
     def means(self, sums: dict[str, Array]) -> dict[str, Array]:
         return means_of_tokens(sums)

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.primitives import where
 from grpo_jax.structs import Array
 
 
@@ -65,16 +64,16 @@ def estimate(
     reward_PGC = token_rewards(jnp.nan_to_num(reward_PG), action_PGC)
     if kl_coef:
         logp_PGC, ref_logp_PGC = log_probs
-        reward_PGC -= kl_coef * where(action_PGC, logp_PGC - ref_logp_PGC, 0.0)
+        reward_PGC -= kl_coef * jnp.where(action_PGC, logp_PGC - ref_logp_PGC, 0.0)
     of = lambda lambda_PG: advantages(  # noqa: E731
         reward_PGC, value_PGC, action_PGC, discount=gae.discount, lambda_PG=lambda_PG
     )
     adv_PGC, counts_PGC = of(gae.lambda_of(action_PGC.sum(-1))), action_PGC & known_PG1
-    return_PGC = where(counts_PGC, of(gae.critic_lambda), 0.0) + value_PGC
-    adv_PGC = where(counts_PGC, adv_PGC, 0.0)
+    return_PGC = jnp.where(counts_PGC, of(gae.critic_lambda), 0.0) + value_PGC
+    adv_PGC = jnp.where(counts_PGC, adv_PGC, 0.0)
     if whitens:
         adv_PGC = whitened(adv_PGC, counts_PGC)
-    return adv_PGC, where(action_PGC, return_PGC, 0.0)
+    return adv_PGC, jnp.where(action_PGC, return_PGC, 0.0)
 
 
 def token_rewards(reward_PG: Array, action_PGC: Array) -> Array:
@@ -85,7 +84,7 @@ def token_rewards(reward_PG: Array, action_PGC: Array) -> Array:
     """
     behind_PGC = jnp.cumsum(action_PGC[..., ::-1], axis=-1)[..., ::-1]  # from each token on
     is_last_PGC = action_PGC & (behind_PGC == 1)
-    return where(is_last_PGC, reward_PG[..., None], jnp.zeros((), reward_PG.dtype))
+    return jnp.where(is_last_PGC, reward_PG[..., None], jnp.zeros((), reward_PG.dtype))
 
 
 def advantages(
@@ -112,10 +111,10 @@ def advantages(
         delta_PG = reward_PG + discount * next_value_PG - value_PG
         adv_PG = delta_PG + discount * lambda_PG * next_adv_PG
         following = (
-            where(action_PG, value_PG, next_value_PG),
-            where(action_PG, adv_PG, next_adv_PG),
+            jnp.where(action_PG, value_PG, next_value_PG),
+            jnp.where(action_PG, adv_PG, next_adv_PG),
         )
-        return following, where(action_PG, adv_PG, 0.0)
+        return following, jnp.where(action_PG, adv_PG, 0.0)
 
     by_token = lambda x: jnp.moveaxis(x, -1, 0)  # noqa: E731
     zero_PG = jnp.zeros(value_PGC.shape[:-1], dtype)
@@ -131,8 +130,8 @@ def whitened(adv_PGC: Array, counts_PGC: Array) -> Array:
     and not, as in verl and TRL, the estimate with one token less.
     """
     total = jnp.maximum(counts_PGC.sum(), 1)
-    mean = where(counts_PGC, adv_PGC, 0.0).sum() / total
-    centred_PGC = where(counts_PGC, adv_PGC - mean, 0.0)
+    mean = jnp.where(counts_PGC, adv_PGC, 0.0).sum() / total
+    centred_PGC = jnp.where(counts_PGC, adv_PGC - mean, 0.0)
     return centred_PGC / jnp.sqrt((centred_PGC**2).sum() / total + 1e-8)
 
 

@@ -11,7 +11,6 @@ from flax import struct
 from grpo_jax.algorithm.components import AroundPolicyLoss, Take, means_of_tokens
 from grpo_jax.algorithm.hybrids import Hybrid, given_tokens
 from grpo_jax.algorithm.objective import TokenTerms
-from grpo_jax.primitives import where
 from grpo_jax.structs import Array, Experience
 
 _WHOLE = ("policy/loss", "hybrid/nll", "hybrid/nll_tokens")  # sums that are logged as they are
@@ -68,7 +67,7 @@ class HybridLoss(AroundPolicyLoss):
         """Weighted policy loss and nll of each token."""
         drawn = self.policy.loss(logp, entropy, self.hybrid.of_drawn(terms.policy, entropy))
         policy = self.hybrid.policy_loss(drawn, logp, terms.given, terms.policy.advantage)
-        weighed = lambda weight, x: where(weight != 0, weight * x, 0.0)  # noqa: E731
+        weighed = lambda weight, x: jnp.where(weight != 0, weight * x, 0.0)  # noqa: E731
         nll = self.hybrid.nll(logp, entropy)
         return weighed(terms.policy_weight, policy), weighed(terms.nll_weight, nll)
 
@@ -77,8 +76,8 @@ class HybridLoss(AroundPolicyLoss):
         sums, maxima = self.policy.diagnostics(logp, entropy, terms.policy, drawn)
         policy, _ = self._losses(logp, entropy, terms)
         is_imitated = terms.nll_weight != 0
-        nll = where(is_imitated, terms.nll_weight * -logp, 0.0)
-        whole = (where(action, x, 0.0).sum() for x in (policy, nll, is_imitated))
+        nll = jnp.where(is_imitated, terms.nll_weight * -logp, 0.0)
+        whole = (jnp.where(action, x, 0.0).sum() for x in (policy, nll, is_imitated))
         drawn = drawn.sum().astype(jnp.float32)
         return sums | dict(zip(_WHOLE, whole)) | {"drawn": drawn}, maxima
 

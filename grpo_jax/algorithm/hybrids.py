@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from grpo_jax.algorithm import losses
 from grpo_jax.algorithm.hybrid_methods import Method, Schedule
 from grpo_jax.algorithm.objective import Objective, TokenTerms
-from grpo_jax.primitives import where
 from grpo_jax.structs import Array, Experience, Rollouts
 
 
@@ -48,7 +47,7 @@ class Hybrid:
         if self.method.is_reinforced:  # but for places without a demonstration
             left_out_PG &= ~action_PGC.any(axis=-1)
         shape = left_out_PG.shape + (1,) * (reward.ndim - 2)
-        return where(left_out_PG.reshape(shape), jnp.nan, reward)
+        return jnp.where(left_out_PG.reshape(shape), jnp.nan, reward)
 
     def weights(
         self,
@@ -102,7 +101,7 @@ class Hybrid:
         if not self.method.positive_coef:
             return terms
         coef = self.method.positive_coef * jnp.exp(jax.lax.stop_gradient(entropy))
-        return terms.replace(policy_weight=where(terms.advantage > 0, coef, 1.0))
+        return terms.replace(policy_weight=jnp.where(terms.advantage > 0, coef, 1.0))
 
     def policy_loss(self, drawn: Array, logp: Array, given: Array, advantage: Array) -> Array:
         """The policy loss of each token, from that of `drawn` ones; `given` tells which are not."""
@@ -110,7 +109,7 @@ class Hybrid:
             return drawn
         prob = jnp.exp(logp)
         shaped = prob / (prob + self.shaping) if self.method.shapes else prob
-        return where(given, -shaped * advantage, drawn)
+        return jnp.where(given, -shaped * advantage, drawn)
 
     def nll(self, logp: Array, entropy: Array) -> Array:
         """The nll of each token with its weight by the policy, which has no gradient."""

@@ -17,13 +17,12 @@ import numpy as np
 from grpo_jax.algorithm import kl, surrogates
 from grpo_jax.algorithm.objective import Objective, TokenTerms, row
 from grpo_jax.algorithm.surrogates import MOST, log_ratio
-from grpo_jax.primitives import where
 from grpo_jax.structs import Array
 
 
 def sequence_log_ratio(old_logp_PGC: Array, sampler_logp_PGC: Array, action_PGC: Array) -> Array:
     """Log of the whole completion's probability under the old policy over the sampler's, [P, G]."""
-    difference_PGC = where(action_PGC, old_logp_PGC - sampler_logp_PGC, 0.0)
+    difference_PGC = jnp.where(action_PGC, old_logp_PGC - sampler_logp_PGC, 0.0)
     return difference_PGC.sum(axis=-1)
 
 
@@ -46,9 +45,9 @@ def importance(objective: Objective, logp: Array, terms: TokenTerms) -> Array:
         objective.importance_cap,
         objective.importance_floor,
     )
-    ratio = where(ratio > cap, 0.0 if is_mask else cap, ratio)
+    ratio = jnp.where(ratio > cap, 0.0 if is_mask else cap, ratio)
     if floor:
-        ratio = where(ratio < floor, 0.0 if is_mask else floor, ratio)
+        ratio = jnp.where(ratio < floor, 0.0 if is_mask else floor, ratio)
     return ratio
 
 
@@ -93,14 +92,14 @@ def token_loss(objective: Objective, logp: Array, entropy: Array, terms: TokenTe
     """
     far = _is_far(objective, logp, terms)
     if far is not None:
-        logp = where(far, jax.lax.stop_gradient(logp), logp)
+        logp = jnp.where(far, jax.lax.stop_gradient(logp), logp)
     corrects = objective.importance_level != "none"
     weight = importance(objective, logp, terms) if corrects else jnp.ones_like(logp)
     loss = surrogates.surrogate(objective, logp, terms, weight)
     if corrects and objective.surrogate != "vespo":  # whose own weight holds the correction
         loss *= weight
     if objective.max_sequence_drift:
-        loss = where(is_off_policy(objective, logp, terms), 0.0, loss)
+        loss = jnp.where(is_off_policy(objective, logp, terms), 0.0, loss)
     if terms.policy_weight is not None:
         loss *= terms.policy_weight
     if objective.kl_coef:
@@ -188,7 +187,7 @@ def evaluate(
 
 def _evaluate(objective, logp, advantage, action, old_logp, ref_logp, sampler_logp, entropy):
     advantage = advantage if advantage.ndim == 2 else advantage[:, None]
-    take = lambda x: None if x is None else where(action, jnp.asarray(x), 0)  # noqa: E731
+    take = lambda x: None if x is None else jnp.where(action, jnp.asarray(x), 0)  # noqa: E731
     ratio = None
     if objective.sums_sequences:
         from_old = logp if old_logp is None else old_logp
@@ -207,7 +206,7 @@ def _evaluate(objective, logp, advantage, action, old_logp, ref_logp, sampler_lo
 
     def loss(logp):
         per_token = token_loss(objective, take(logp), entropy, terms)
-        return jnp.sum(where(action, weight * per_token, 0)) / jnp.maximum(count, 1)
+        return jnp.sum(jnp.where(action, weight * per_token, 0)) / jnp.maximum(count, 1)
 
     value, slope = jax.value_and_grad(loss)(jnp.asarray(logp))
     return float(value), np.asarray(slope)

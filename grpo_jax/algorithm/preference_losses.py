@@ -11,7 +11,6 @@ from flax import struct
 from grpo_jax.algorithm import preferences
 from grpo_jax.algorithm.components import Take
 from grpo_jax.algorithm.preferences import Preference
-from grpo_jax.primitives import where
 from grpo_jax.structs import Array, Experience
 
 _BY_LABEL = (
@@ -200,7 +199,7 @@ class UnpairedLoss:
 
 def _entropy(loss: PairLoss | UnpairedLoss, entropy: Array, action_PGC: Array) -> dict[str, Array]:
     """The summed entropy at tokens, where it is measured."""
-    return {_ENTROPY: where(action_PGC, entropy, 0.0).sum()} if loss.of_tokens else {}
+    return {_ENTROPY: jnp.where(action_PGC, entropy, 0.0).sum()} if loss.of_tokens else {}
 
 
 def _means(sums: dict[str, Array]) -> dict[str, Array]:

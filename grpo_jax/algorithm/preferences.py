@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.algorithm.presets import PAIRS
-from grpo_jax.primitives import where
 from grpo_jax.structs import Array
 
 
@@ -109,9 +108,9 @@ def log_odds(mean_logp: Array) -> Array:
     # Each side of log 1/2 has its form of log(1 - p) that does not cancel; the other branch gets a
     # value that keeps its gradient finite.
     near = logp > -jnp.log(2.0)
-    of_near = jnp.log(-jnp.expm1(where(near, logp, -0.5)))
-    of_far = jnp.log1p(-jnp.exp(where(near, -1.0, logp)))
-    return logp - where(near, of_near, of_far)
+    of_near = jnp.log(-jnp.expm1(jnp.where(near, logp, -0.5)))
+    of_far = jnp.log1p(-jnp.exp(jnp.where(near, -1.0, logp)))
+    return logp - jnp.where(near, of_near, of_far)
 
 
 def odds_ratio(preference: Preference, chosen_mean: Array, rejected_mean: Array) -> Array:
@@ -136,8 +135,8 @@ def of_completion(
     """
     if not preference.reads_divergence:
         divergence = 0.0
-    sign = where(is_desirable, 1.0, -1.0).astype(log_ratio.dtype)
-    weight = where(is_desirable, preference.desirable_weight, preference.undesirable_weight)
+    sign = jnp.where(is_desirable, 1.0, -1.0).astype(log_ratio.dtype)
+    weight = jnp.where(is_desirable, preference.desirable_weight, preference.undesirable_weight)
     better = sign * (log_ratio - divergence)
     return weight.astype(log_ratio.dtype) * jax.nn.sigmoid(-preference.beta * better)
 
@@ -149,5 +148,5 @@ def reference_point(log_ratio: Array, is_there: Array) -> Array:
     the policy from the reference (arXiv:2402.01306, section 4.1). It has no gradient.
     """
     count = jnp.maximum(is_there.sum(), 1)
-    mean = where(is_there, log_ratio, 0.0).sum() / count
+    mean = jnp.where(is_there, log_ratio, 0.0).sum() / count
     return jax.lax.stop_gradient(jnp.maximum(mean, 0.0))

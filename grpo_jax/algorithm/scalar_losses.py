@@ -13,7 +13,6 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.primitives import where
 from grpo_jax.structs import Array, Experience
 
 Take = Callable[[Array], Array]
@@ -78,7 +77,7 @@ class BradleyTerryLoss:
         reward_PG = rewards(value_PGC, action_PGC)
         there_P = action_PGC.any(axis=(1, 2))
         margin_P = reward_PG[:, 0] - reward_PG[:, 1]
-        total = lambda x: where(there_P, x, 0).sum().astype(jnp.float32)  # noqa: E731
+        total = lambda x: jnp.where(there_P, x, 0).sum().astype(jnp.float32)  # noqa: E731
         each = there_P, margin_P > 0, margin_P, reward_PG.sum(1), (reward_PG**2).sum(1)
         return dict(zip(self.sums, map(total, each))), {}
 
@@ -96,7 +95,7 @@ class BradleyTerryLoss:
 
 def rewards(value_PGC: Array, action_PGC: Array) -> Array:
     """The value at the one action token of each completion, [P, G]; 0 without one."""
-    return where(action_PGC, value_PGC, 0.0).sum(axis=-1)
+    return jnp.where(action_PGC, value_PGC, 0.0).sum(axis=-1)
 
 
 # --- Critics --------------------------------------------------------------------------------------
@@ -153,7 +152,7 @@ class ValueLoss:
             near = jnp.clip(value_PGC, terms.old - self.clip, terms.old + self.clip)
             clipped = (near - terms.target) ** 2 > error**2
         each = clipped, value_PGC, terms.target, terms.target**2, error, error**2
-        total = lambda x: where(action_PGC, x, 0).sum().astype(jnp.float32)  # noqa: E731
+        total = lambda x: jnp.where(action_PGC, x, 0).sum().astype(jnp.float32)  # noqa: E731
         return dict(zip(self.sums, map(total, each))), {}
 
     def means(self, sums: dict[str, Array]) -> dict[str, Array]:
@@ -169,7 +168,7 @@ class ValueLoss:
             "value/clip_share": mean["clipped"],
             "value/mean": mean["value"],
             "value/return_mean": mean["target"],
-            "value/explained_variance": where(
-                variance > 0, 1 - unexplained / where(variance > 0, variance, 1.0), 0.0
+            "value/explained_variance": jnp.where(
+                variance > 0, 1 - unexplained / jnp.where(variance > 0, variance, 1.0), 0.0
             ),
         }

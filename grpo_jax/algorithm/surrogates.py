@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.algorithm.objective import Objective, TokenTerms
-from grpo_jax.primitives import where
 from grpo_jax.structs import Array
 
 
@@ -49,7 +48,7 @@ def at_most(log_ratio: Array) -> Array:
 def mean_of_completion(x: Array, action: Array) -> Array:
     """Mean over the action tokens of each completion, the last axis, [..., 1]; 0 of none."""
     count = jnp.maximum(action.sum(axis=-1, keepdims=True), 1)
-    return where(action, x, 0.0).sum(axis=-1, keepdims=True) / count
+    return jnp.where(action, x, 0.0).sum(axis=-1, keepdims=True) / count
 
 
 def clipped_surrogate(
@@ -74,7 +73,7 @@ def clipped_surrogate(
     unclipped = jnp.minimum(ratio, dual_clip_ratio) if dual_clip_ratio else ratio
     loss = -jnp.minimum(unclipped * advantage, jnp.clip(ratio, 1 - low, 1 + high) * advantage)
     if dual_clip_loss:
-        loss = where(advantage < 0, jnp.minimum(loss, -dual_clip_loss * advantage), loss)
+        loss = jnp.where(advantage < 0, jnp.minimum(loss, -dual_clip_loss * advantage), loss)
     return loss
 
 
@@ -86,7 +85,7 @@ def geometric_surrogate(
     GMPO (Zhao et al. 2025, arXiv:2507.20673, equation 4): a log-ratio is at most `high` where
     A > 0 and at least -`low` where A < 0; the other side is free.
     """
-    clipped = where(advantage < 0, jnp.maximum(log_ratio, -low), jnp.minimum(log_ratio, high))
+    clipped = jnp.where(advantage < 0, jnp.maximum(log_ratio, -low), jnp.minimum(log_ratio, high))
     mean = mean_of_completion(clipped, action)
     return -advantage * jnp.exp(at_most(mean)) + jnp.zeros_like(log_ratio)
 
@@ -106,7 +105,7 @@ def sapo(log_ratio: Array, advantage: Array, positive: float, negative: float) -
 
     Soft adaptive policy optimization (Gao et al. 2025, arXiv:2511.20347, equations 5 and 6).
     """
-    temperature = where(advantage > 0, positive, negative)
+    temperature = jnp.where(advantage > 0, positive, negative)
     ratio = jnp.exp(at_most(log_ratio))
     return -jax.nn.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantage
 
@@ -124,19 +123,19 @@ def vespo(objective: Objective, logp: Array, terms: TokenTerms, correction: Arra
     logp_now = jax.lax.stop_gradient(logp)
     of_token = jnp.clip(logp_now - old(logp_now, terms.old_logp), -MOST, MOST)
     of_token += jnp.clip(jnp.log(correction), _LEAST_WEIGHT, MOST)
-    log_weight = where(terms.action, of_token, 0.0).sum(axis=-1, keepdims=True)
+    log_weight = jnp.where(terms.action, of_token, 0.0).sum(axis=-1, keepdims=True)
     log_weight = jnp.clip(log_weight, _LEAST_WEIGHT, MOST)
     is_negative = terms.advantage < 0
     (k, lamda), (k_neg, lamda_neg) = objective.vespo_positive, objective.vespo_negative
-    power = where(is_negative, k_neg, k)
-    decay = jnp.maximum(where(is_negative, lamda_neg, lamda), 1e-4)
+    power = jnp.where(is_negative, k_neg, k)
+    decay = jnp.maximum(jnp.where(is_negative, lamda_neg, lamda), 1e-4)
     phi = jnp.exp(decay + power * log_weight - decay * jnp.exp(log_weight))
     return -phi * terms.advantage * logp
 
 
 def _beyond(change: Array, advantage: Array, threshold: float) -> Array:
     """True where a change exceeds the threshold in the direction of the advantage."""
-    return where(advantage > 0, change > threshold, (change < -threshold) & (advantage < 0))
+    return jnp.where(advantage > 0, change > threshold, (change < -threshold) & (advantage < 0))
 
 
 def is_masked(objective: Objective, logp: Array, terms: TokenTerms) -> Array:
@@ -173,7 +172,7 @@ def masked(objective: Objective, logp: Array, terms: TokenTerms) -> Array:
     else:
         change = log_ratio(jax.lax.stop_gradient(logp), terms.old_logp)
         loss = -jnp.minimum(jnp.exp(at_most(change)), 20.0) * terms.advantage * logp
-    return where(is_masked(objective, logp, terms), 0.0, loss)
+    return jnp.where(is_masked(objective, logp, terms), 0.0, loss)
 
 
 def ratio_of(objective: Objective, logp: Array, terms: TokenTerms) -> Array:

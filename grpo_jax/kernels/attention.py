@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.primitives import where
+from grpo_jax.kernels.primitives import where
 from grpo_jax.structs import Array
 
 

@@ -17,8 +17,8 @@ from flax import struct
 from jax import lax
 
 from grpo_jax.kernels import attention, quantize, rotary
+from grpo_jax.kernels.primitives import split_index, where
 from grpo_jax.kernels.quantize import Int8
-from grpo_jax.primitives import split_index, where
 from grpo_jax.structs import Array
 
 

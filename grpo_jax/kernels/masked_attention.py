@@ -11,7 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from grpo_jax.kernels.attention import HIDDEN
-from grpo_jax.primitives import where
+from grpo_jax.kernels.primitives import where
 from grpo_jax.structs import Array
 
 

@@ -16,7 +16,7 @@ from flax import struct
 
 from grpo_jax.kernels import nf4
 from grpo_jax.kernels.nf4 import NF4
-from grpo_jax.primitives import where
+from grpo_jax.kernels.primitives import where
 from grpo_jax.structs import Array
 
 

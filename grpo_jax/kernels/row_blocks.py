@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from grpo_jax.kernels import attention
 from grpo_jax.kernels.attention import HIDDEN, Seen, capped
 from grpo_jax.kernels.fused_attention import KEPT
-from grpo_jax.primitives import split_index, where
+from grpo_jax.kernels.primitives import split_index, where
 from grpo_jax.structs import Array
 
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax.devices import by_shard, compiling, sharding
+from grpo_jax.kernels.primitives import nth, where
 from grpo_jax.learner import train_state
 from grpo_jax.learner.scoring import Scorer
 from grpo_jax.models import lora, parameters
 from grpo_jax.models.lora import Weights
-from grpo_jax.primitives import nth, where
 from grpo_jax.structs import Array, Params, TrainState
 
 

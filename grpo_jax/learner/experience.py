@@ -28,12 +28,12 @@ from grpo_jax.algorithm.hybrids import Weigh, given_tokens
 from grpo_jax.algorithm.token_selection import top_entropy
 from grpo_jax.devices import by_shard, compiling, sharding, transfer
 from grpo_jax.devices.compiling import Call
+from grpo_jax.kernels.primitives import where
 from grpo_jax.learner import accumulate, logprobs, row_sizes, scoring
 from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.learner.scalars import Values
 from grpo_jax.learner.scoring import Packed, Scorer
 from grpo_jax.models import parameters
-from grpo_jax.primitives import where
 from grpo_jax.structs import Array, Experience, Params, Rollouts
 
 

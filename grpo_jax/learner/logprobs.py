@@ -20,8 +20,8 @@ from flax import struct
 from jax.sharding import Mesh
 
 from grpo_jax.devices import by_shard
+from grpo_jax.kernels.primitives import take_along, where
 from grpo_jax.models import logits as logits_lib
-from grpo_jax.primitives import along, where
 from grpo_jax.structs import Array, Sampling
 
 # Per-token loss [..., tokens] of log-probability, entropy and fixed terms of the same shape; with a
@@ -134,7 +134,7 @@ def _statistics(
         below = where(is_drawn, below, 0.0)
     mass, moment = weight.sum(-1), (weight * below).sum(-1)
     normalizer = peak[..., 0] + jnp.log(mass)
-    logp = along(scores, target[..., None])[..., 0] - normalizer
+    logp = take_along(scores, target[..., None])[..., 0] - normalizer
     best = peak[..., 0] - normalizer
     entropy = jnp.log(mass) - moment / mass
     return _Statistics(scores, is_drawn, slope, normalizer, logp, entropy, best)

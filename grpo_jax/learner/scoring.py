@@ -16,17 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grpo_jax import primitives
 from grpo_jax.devices import by_shard, sharding, transfer
-from grpo_jax.kernels import attention
+from grpo_jax.kernels import attention, primitives
 from grpo_jax.kernels.attention import AttentionKernels
+from grpo_jax.kernels.primitives import split_index, take_along, where
 from grpo_jax.learner import packing
 from grpo_jax.learner.logprobs import SequenceSplit
 from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.models import parameters, transformer
 from grpo_jax.models.lanes import Layout, PackedInputs
 from grpo_jax.models.placement import Placement
-from grpo_jax.primitives import along, split_index, where
 from grpo_jax.structs import Array, ModelConfig, Params, Rollouts, Sampling
 
 # Default tokens of a microbatch on a device: enough for full speed. On a CPU, so few that the
@@ -180,12 +179,12 @@ class Packed:
     def take(self, x_JGC: Array) -> Array:
         """Values by completion and token, gathered by prediction; arbitrary at empty ones."""
         flat = x_JGC.reshape(self.index_BE.shape[0], -1)
-        return along(flat, self.index_BE)
+        return take_along(flat, self.index_BE)
 
     def take_of_completion(self, x_JG: Array) -> Array:
         """Values by completion, gathered by prediction."""
         flat = x_JG.reshape(self.index_BE.shape[0], -1)
-        return along(flat, split_index(self.index_BE, self.tokens)[0])
+        return take_along(flat, split_index(self.index_BE, self.tokens)[0])
 
     def by_completion(self, x_BE: Array, like_JGC: Array) -> Array:
         """Values by prediction, each at its completion and token, [J, G, C]; 0 elsewhere.
@@ -203,7 +202,7 @@ class Packed:
         """The shard's values, with the values of the predictions written to their places."""
         per_group = x_PGC[0].size
         group_BE, in_group_BE = split_index(self.index_BE, per_group)
-        place_BE = along(self.groups_BJ, group_BE) * per_group + in_group_BE
+        place_BE = take_along(self.groups_BJ, group_BE) * per_group + in_group_BE
         place_BE = where(self.there_BE, place_BE, x_PGC.size)  # past the end: dropped
         put = x_PGC.reshape(-1).at[place_BE].set
         return put(value_BE, mode="drop", wrap_negative_indices=False).reshape(x_PGC.shape)

@@ -19,13 +19,13 @@ import optax
 from grpo_jax.algorithm.components import LossComponent
 from grpo_jax.devices import compiling, transfer
 from grpo_jax.devices.compiling import Call
+from grpo_jax.kernels.primitives import where
 from grpo_jax.learner import accumulate, logprobs, scalars, scoring, train_state
 from grpo_jax.learner.accumulate import Carry
 from grpo_jax.learner.logprobs import Teacher
 from grpo_jax.learner.row_sizes import CompiledSizes
 from grpo_jax.learner.scoring import Packed, Scorer
 from grpo_jax.models.lora import Weights
-from grpo_jax.primitives import where
 from grpo_jax.structs import Array, Experience, Params, TrainState
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.kernels.attention import Seen
-from grpo_jax.primitives import along, rows_of_each, split_index, where
+from grpo_jax.kernels.primitives import rows_of_each, split_index, take_along, where
 from grpo_jax.structs import Array
 
 # (token_BX, lane_PWT) of `learner/packing.py`. token_BX: the completion token that each entry
@@ -108,12 +108,12 @@ class PackedInputs:
         rows = token_BX.shape[0]
         by_row = lambda x: x.reshape(rows, x.size // rows)  # noqa: E731
         read_BX = jnp.maximum(token_BX - 1, 0)  # an entry reads the token before
-        input_BX = along(by_row(completion_PGC), read_BX)
+        input_BX = take_along(by_row(completion_PGC), read_BX)
         text_BX, position_BX = split_index(read_BX, tokens)
-        length_BX = along(by_row(prompt_length_P), split_index(text_BX, group)[0])
+        length_BX = take_along(by_row(prompt_length_P), split_index(text_BX, group)[0])
         text_BX += 1
         if begin_PGC is not None:
-            position_BX -= along(by_row(begin_PGC), read_BX)
+            position_BX -= take_along(by_row(begin_PGC), read_BX)
             text_BX = read_BX - position_BX + 1  # a part is known by its first token
         position_PQ = jnp.broadcast_to(jnp.arange(prompt_PQ.shape[1]), prompt_PQ.shape)
         return PackedInputs(
@@ -148,7 +148,7 @@ class PackedInputs:
         if not in_prompts:
             return Seen(begin_BT)
         prompt_BX, _ = split_index(read_BX, self.group * self.completion_tokens)
-        length_BX = along(self.prompt_length_P.reshape(rows, -1), prompt_BX)
+        length_BX = take_along(self.prompt_length_P.reshape(rows, -1), prompt_BX)
         first_BX = prompt_BX * self.prompt_tokens
         end_BX = where(there_BX, first_BX + length_BX, 0)
         if window is not None:

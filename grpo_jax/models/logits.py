@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from grpo_jax.devices import by_shard
 from grpo_jax.kernels import attention, quantize
 from grpo_jax.kernels.block_sums import Sums, sums_of_blocks
-from grpo_jax.primitives import along, rows_of_each, split_index, where
+from grpo_jax.kernels.primitives import rows_of_each, split_index, take_along, where
 from grpo_jax.structs import Array, Sampling
 
 
@@ -129,7 +129,7 @@ def sample(
     score_BW = split.whole(rows_of_each(blocks_BNW, block_B1[:, 0]))
     score_BW = score_BW / temperature
     inside_B1, _ = _first_beyond(jnp.exp(score_BW - peak_B1), target_B1 - below_B1)
-    chosen_B1 = along(score_BW, inside_B1)
+    chosen_B1 = take_along(score_BW, inside_B1)
     log_prob_B1 = chosen_B1 - peak_B1 - jnp.log(mass_BN.sum(-1, keepdims=True))
     blocks = blocks_BNW.shape[1] // split.devices  # of a part
     part_B1, in_part_B1 = split_index(block_B1, blocks)
@@ -162,5 +162,5 @@ def _first_beyond(mass_BN: Array, target_B1: Array) -> tuple[Array, Array]:
     sum_BN = jnp.cumsum(mass_BN, axis=-1)
     beyond_BN = likely_BN & (sum_BN > target_B1)
     first_B1 = jnp.min(where(beyond_BN, id_1N, last_B1), axis=-1, keepdims=True)
-    before_B1 = along(sum_BN, jnp.maximum(first_B1 - 1, 0))
+    before_B1 = take_along(sum_BN, jnp.maximum(first_B1 - 1, 0))
     return first_B1.astype(jnp.int32), where(first_B1 > 0, before_B1, 0.0)

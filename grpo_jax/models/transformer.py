@@ -23,13 +23,13 @@ from grpo_jax.kernels import rotary as rotary_lib
 from grpo_jax.kernels.attention import AttentionKernels, segments
 from grpo_jax.kernels.kv_cache import RING, Chunk, DecodeStep, KVCache
 from grpo_jax.kernels.norm import AddNorm, Residual
+from grpo_jax.kernels.primitives import rows
 from grpo_jax.kernels.quantize import FrozenProduct, frozen_product
 from grpo_jax.models import block as block_lib
 from grpo_jax.models import frequencies, layer_runs, parameters
 from grpo_jax.models.block import Block
 from grpo_jax.models.lanes import PackedInputs
 from grpo_jax.models.placement import ONE_DEVICE, REPLICATED, MlpPlacement, Placement
-from grpo_jax.primitives import rows
 from grpo_jax.structs import Array, Layer, ModelConfig, Params
 
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.kernels.kv_cache import Chunk
+from grpo_jax.kernels.primitives import where
 from grpo_jax.models import parameters, transformer
-from grpo_jax.primitives import where
 from grpo_jax.sampling import decode
 from grpo_jax.sampling.decode import Decoder, Slots
 from grpo_jax.structs import Array, Params

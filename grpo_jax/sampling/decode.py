@@ -29,10 +29,10 @@ from grpo_jax.kernels import choice
 from grpo_jax.kernels.block_sums import Sums, sums_of_blocks
 from grpo_jax.kernels.kv_cache import RING, CacheShape, DecodeStep, KVCache
 from grpo_jax.kernels.norm import AddNorm
+from grpo_jax.kernels.primitives import split_index, where
 from grpo_jax.kernels.quantize import FrozenProduct, frozen_product
 from grpo_jax.models import logits, parameters, transformer
 from grpo_jax.models.placement import REPLICATED, MlpOfSlots, MlpPlacement
-from grpo_jax.primitives import split_index, where
 from grpo_jax.structs import Array, ModelConfig, Params, Sampling
 
 # At every check a GPU waits until the host has read the answer and launched the next token.

@@ -13,8 +13,8 @@ import numpy as np
 from grpo_jax.devices import compiling, sharding
 from grpo_jax.devices.compiling import Call
 from grpo_jax.kernels import dense
+from grpo_jax.kernels.primitives import nth
 from grpo_jax.models import lora, parameters
-from grpo_jax.primitives import nth
 from grpo_jax.sampling.decode import Decoder
 from grpo_jax.structs import Array, ModelConfig, Params
 

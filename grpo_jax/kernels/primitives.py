@@ -32,7 +32,7 @@ def _broadcast(x: Array | float, shape: tuple[int, ...], dtype=None) -> Array:
     return lax.broadcast_in_dim(x, shape, range(len(shape) - np.ndim(x), len(shape)))
 
 
-def along(x: Array, index: Array) -> Array:
+def take_along(x: Array, index: Array) -> Array:
     """Values [..., Y] at places [..., Y] of the last axis of `x` [..., X]; each place is in range.
 
     All other axes are equal. As `jnp.take_along_axis`.

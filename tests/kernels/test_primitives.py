@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from grpo_jax import primitives
+from grpo_jax.kernels import primitives
 
 X_BNV = np.random.default_rng(0).standard_normal((3, 5, 7)).astype(np.float32)
 INDEX_BN2 = np.random.default_rng(1).integers(0, 7, (3, 5, 2)).astype(np.int32)
@@ -16,7 +16,7 @@ ROW_B = np.array([4, 0, 2], np.int32)
 CONDITION = X_BNV > 0.3
 
 CASES = {
-    "along": (lambda x: primitives.along(x, jnp.asarray(INDEX_BN2)),
+    "take_along": (lambda x: primitives.take_along(x, jnp.asarray(INDEX_BN2)),
               lambda x: jnp.take_along_axis(x, INDEX_BN2, axis=-1)),
     "rows": (lambda x: primitives.rows(x, jnp.asarray([[2, 1], [0, 0]])),
              lambda x: x[jnp.asarray([[2, 1], [0, 0]])]),
