@@ -3,8 +3,8 @@
     python -m grpo_jax.train --config configs/lookup_twice.py
 
 As configs/lookup.py, but no document has the answer: what to search for in the second step is
-found in the first. The greedy answer is right for 9 % at the start, and for all of 256 after 30
-steps (seed 0). The control is the same:
+found in the first. The greedy answer is right for 1 to 3 % at the start, and for all of 256 after
+30 steps (three seeds). The control is the same:
 
     --config.environment.classes="('grpo_jax.environments.tasks.lookup:FalseSearch',)"
 """
