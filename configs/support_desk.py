@@ -46,7 +46,7 @@ def get_config():
     c.optim.warmup_steps = 5
     c.optim.schedule = "linear"
     c.optim.end_fraction = 0.1
-    c.loop.num_steps = 120
+    c.loop.num_steps = 60
 
     c.evaluation.every_steps = 30
     c.evaluation.num_samples = 4

@@ -97,7 +97,8 @@ def generate(num_train: int, num_eval: int, seed: int) -> tuple[list[Problem], l
     problems = []
     for number in range(num_train + num_eval):
         wish = {"refund": "return", "cancel": "cancel"}[case(number, seed).act]
-        prompt = f"{RULES} U{number}: please {wish} my order."
+        # As many digits for each: held-out cases have the least numbers.
+        prompt = f"{RULES} U{number:05}: please {wish} my order."
         columns = {"number": number, "seed_of_cases": seed}
         problems.append(Problem(prompt, columns, f"task support_desk, problem {number + 1}"))
     return problems[num_eval:], problems[:num_eval]
