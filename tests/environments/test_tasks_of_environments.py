@@ -67,6 +67,11 @@ def task(request):
     )  # fmt: skip
 
 
+def test_held_out_prompts_are_as_long_as_those_of_training(task):
+    of = lambda part: {len(task.tokenizer(p.prompt).input_ids) for p in part}  # noqa: E731
+    assert of(task.held_out) <= of(task.train)
+
+
 def test_no_held_out_problem_is_trained_on(task):
     train, held_out = ([p.prompt for p in part] for part in (task.train, task.held_out))
     assert len(train) == 400 and len(held_out) == 100 and not set(train) & set(held_out)
