@@ -32,7 +32,7 @@ def get_config():
     c.model.num_heads = 4
     c.model.num_kv_heads = 2
 
-    c.sft.num_steps = 2000  # fewer do not always teach to copy the item that the screen shows
+    c.sft.num_steps = 2800  # fewer do not always teach to copy the item that the screen shows
     c.sft.batch = 32
     c.sft.learning_rate = 2e-3
     c.sft.max_tokens = 72
@@ -46,7 +46,7 @@ def get_config():
     c.optim.warmup_steps = 5
     c.optim.schedule = "linear"
     c.optim.end_fraction = 0.1
-    c.loop.num_steps = 60
+    c.loop.num_steps = 90
 
     c.evaluation.every_steps = 30
     c.evaluation.num_samples = 4

@@ -27,7 +27,7 @@ DAYS = 30  # within which an order may be returned
 RULES = f"P: returns within {DAYS} days. cancel only if packed. confirm first."
 # Probabilities that a clerk acts on the first number though it was corrected, or on what the
 # customer has given up; mistakes the rules; has nothing confirmed
-CARELESS, MISTAKEN, UNASKED = 0.4, 0.3, 0.5
+CARELESS, MISTAKEN, UNASKED = 0.4, 0.15, 0.5
 ASK, DONE, FINE = " which order?", " done.", " fine."
 _FIND = small_tokenizer.call_pieces("find_order", ("number", False))
 _ACT = {name: small_tokenizer.call_pieces(name, ("number", False)) for name in ("refund", "cancel")}
