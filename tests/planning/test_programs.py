@@ -25,7 +25,6 @@ from grpo_jax.models import lora
 from grpo_jax.models.hf import config_json
 from grpo_jax.planning.lengths import Lengths
 from grpo_jax.planning.programs import Step
-from grpo_jax.sampling import engine
 from grpo_jax.sampling.engine import Engine
 from grpo_jax.setup import model as model_lib
 
@@ -43,7 +42,6 @@ def compiled() -> Iterator[set[str]]:
 
     With those that a run before it in this process has left.
     """
-    engine.row_keys.clear_cache()
     transfer.reordering.cache_clear()
     names: set[str] = set()
 
