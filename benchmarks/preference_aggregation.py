@@ -7,7 +7,7 @@
 One prompt, answers of one token. `enumerate` finds where the expected gradient of the trainer's own
 advantages and losses is zero, over all groups of answers in float64, and compares that with the
 formulas; a minute. `train` trains a tiny model with the trainer, three seeds for each KL term, and
-keeps the shares of right answers in docs/preference_aggregation.json; about 80 s of a processor a
+keeps the shares of right answers in docs/preference_aggregation.json; about 15 s of a processor a
 run. `write` draws docs/pictures/preference_aggregation.png and writes the tables of
 docs/preference_aggregation.md.
 
