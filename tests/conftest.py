@@ -72,7 +72,9 @@ def same_programs() -> None:
     compile_once.install()
     # Without a folder to keep programs in, JAX would compute their names for nothing.
     jax.config.update("jax_enable_compilation_cache", False)
-    gc.set_threshold(20_000, 20, 20)  # tracing makes many objects, and few circles of them
+    # What was imported and collected stays; tracing makes many objects, and few circles of them.
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(scope="session")
