@@ -232,7 +232,6 @@ KINDS: dict[str, tuple[str, list[str], list[str]]] = {
         "train", [*HYBRID, "hybrid.method=chord", "hybrid.mix_decay_steps=4", "lora.rank=4"], HALVES
     ),
     "conversations": ("train", CONVERSATIONS, []),
-    "conversations by halves": ("train", CONVERSATIONS, ["mesh.data=1", "mesh.tensor=2"]),
     "forks": ("train", [*CONVERSATIONS, *FORKS], ["mesh.data=1", "mesh.tensor=2"]),
     "stopped": ("train", BARE, []),
     "killed": ("train", BARE, []),
@@ -423,9 +422,9 @@ def test_an_objective_that_changes_is_that_of_one(alone_of, pair):
 
 @pytest.mark.slow
 def test_conversations_of_two_processes_are_those_of_one(alone_of, pair):
-    """Each process has the environments of its own groups; a shard's devices are of both, too."""
-    for kind in ("conversations", "conversations by halves"):
-        assert differences_beyond(1e-5, alone_of("conversations"), pair.folder(kind)) == []
+    """Each process has the environments of its own groups."""
+    folders = alone_of("conversations"), pair.folder("conversations")
+    assert differences_beyond(1e-5, *folders) == []
     rows = [row for row in logged(pair.folder("conversations")) if "reward" in row]
     assert [row["environment/processes"] for row in rows] == [32, 32]
     assert min(row["environment/turns"] for row in rows) > 1.5
@@ -433,7 +432,10 @@ def test_conversations_of_two_processes_are_those_of_one(alone_of, pair):
 
 @pytest.mark.slow
 def test_conversations_that_fork_are_those_of_one(alone_of, pair):
-    """Both processes hold every episode, and each has its own environments and renderer."""
+    """A shard's devices are of both processes, which both hold every episode.
+
+    Each has its own environments and renderer.
+    """
     folders = alone_of("forks"), pair.folder("forks")
     assert differences_beyond(1e-5, *folders) == []
     for one, two in zip(*(map(grpo_rows, folders)), strict=True):
