@@ -208,6 +208,14 @@ def test_a_clerk_who_does_not_ask_for_a_yes_has_lost():
         assert say(data.FINE) is None and env.get_reward() == reward
 
 
+def test_no_answer_is_right_for_most_orders_that_have_arrived():
+    """A policy would settle on one that is, though half of them have arrived too long ago."""
+    cases = [tasks.load("support_desk").case(number, 0) for number in range(2000)]
+    orders = [c.order for c in cases if c.act == "refund" and c.order.state == "arrived"]
+    share = np.mean([order.allows("refund") for order in orders])
+    assert 600 < len(orders) and 0.45 < share < 0.55
+
+
 def test_a_turn_is_worth_what_it_finds_out():
     env = environment("guess_word")
     env.reset(word="jote")
