@@ -318,7 +318,7 @@ def step(size: str, decoding: str, layers: str, which: str, tiny: bool) -> Itera
     found: dict[str, Any] = {"work": dataclasses.asdict(work)}
     found["environment"] = timing.environment()
     rates = chips.chip(jax.devices()[0].device_kind)
-    table, experience = timing.Phases(work), None
+    table, experience = timing.Phases(work, megabytes=16 if tiny else 0), None
     runs = (("full", 0, -4), ("spread", mean, 2 if tiny else 8))
     for name, tokens, brief in runs[: 2 if which == "both" else 1]:
         for _ in range(2):

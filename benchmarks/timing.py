@@ -66,10 +66,11 @@ def environment() -> dict[str, str]:
 class Phases:
     """Seconds of each phase by step, the floor of each, and that of its matrix products alone."""
 
-    def __init__(self, work: Work):
+    def __init__(self, work: Work, megabytes: int = 0):
+        """`megabytes`: as `floors.measured_bandwidth` has it."""
         self.work = work
         self.rate = floors.measured_flops(work.dtype)
-        self.bandwidth = floors.measured_bandwidth()
+        self.bandwidth = floors.measured_bandwidth(megabytes)
         self.seconds: dict[str, list[float]] = {}
         self.floor: dict[str, list[float]] = {}
         self.products: dict[str, list[float]] = {}

@@ -84,11 +84,16 @@ def steps(model: ModelConfig, mesh, number: int = STEPS):
     return rollouts, loss, frozen, state
 
 
-@pytest.fixture(scope="module", params=["auto", "int8", "nf4"])
-def alone(request):
-    model = adapted(base=request.param)
+@functools.cache  # a module's fixture with parameters would be made anew for each test
+def on_one_device(base: str):
+    model = adapted(base=base)
     rollouts, loss, frozen, state = steps(model, tiny.one_device())
     return model, rollouts, loss, jax.device_get(frozen), jax.device_get(state.params)
+
+
+@pytest.fixture(params=["auto", "int8", "nf4"])
+def alone(request):
+    return on_one_device(request.param)
 
 
 def test_the_sampler_follows_and_the_base_stays(alone):
