@@ -1,12 +1,14 @@
 """Kills a run at random moments and checks that it ends with the very weights of one left alone.
 
     python tests/runs/kill_and_resume.py [--config FILE] [--kills 5] [--seed 0] [overrides...]
+    python tests/runs/kill_and_resume.py --program dpo --config configs/dpo.py
 
 runs the config once without interruption, then in another folder, where it is killed with SIGKILL
-that many times and started again each time. With --stop the last of these is a SIGTERM, which the
-run obeys: it saves and ends with status 75. Parameters and optimizer state at the end must be equal
-bit for bit, and every step must stand in the metrics once with the same values; else the exit
-status is 1. Overrides are written as for the program: `--config.loop.num_steps=20`.
+that many times and started again each time. The program is `grpo_jax.train` if none is given. With
+--stop the last of these is a SIGTERM, which the run obeys: it saves and ends with status 75.
+Parameters and optimizer state at the end must be equal bit for bit, and every step must stand in
+the metrics once with the same values; else the exit status is 1. Overrides are written as for the
+program: `--config.loop.num_steps=20`.
 """
 
 from __future__ import annotations
@@ -176,13 +178,11 @@ def checkpoint(folder: Path) -> str:
     return "the beginning"
 
 
-def _start(config: Path, folder: Path, overrides: list[str]) -> subprocess.Popen:
+def _start(command: list[str], folder: Path) -> subprocess.Popen:
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.with_suffix(".log").open("ab")
-    command = [sys.executable, "-m", "grpo_jax.train", "--config", str(config)]
-    return subprocess.Popen(
-        [*command, "--workdir", str(folder), *overrides], stdout=log, stderr=subprocess.STDOUT
-    )
+    command = [*command, "--workdir", str(folder)]
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
 
 def _finish(process: subprocess.Popen, folder: Path) -> None:
@@ -191,13 +191,11 @@ def _finish(process: subprocess.Popen, folder: Path) -> None:
         sys.exit(f"The run in {folder} ended with status {process.returncode}.")
 
 
-def run(
-    config: Path, root: Path, kills: int, seed: int, overrides: list[str], stops: bool = False
-) -> bool:
+def run(command: list[str], root: Path, kills: int, seed: int, stops: bool = False) -> bool:
     """Both runs and the table of kills; True when nothing differs."""
     whole, killed = root / "whole", root / "killed"
     began = time.monotonic()
-    _finish(_start(config, whole, overrides), whole)
+    _finish(_start(command, whole), whole)
     duration_s, end = time.monotonic() - began, place(whole)
     print(f"Uninterrupted: {end} after {duration_s:.1f} s in {whole}\n", flush=True)
 
@@ -209,7 +207,7 @@ def run(
     for number in range(kills):
         target, delay_s = (number + rng.uniform(0.0, 0.7)) / kills, rng.uniform(0.0, unit_s)
         began = time.monotonic()
-        process = _start(config, killed, overrides)
+        process = _start(command, killed)
         while process.poll() is None and place(killed).fraction(end) < target:
             time.sleep(0.01)
         time.sleep(delay_s)
@@ -227,7 +225,7 @@ def run(
             process.wait()
         seconds, at = time.monotonic() - began, place(killed)
         print(f"| {number + 1} | {seconds:.1f} | {at} | {checkpoint(killed)} |", flush=True)
-    _finish(_start(config, killed, overrides), killed)
+    _finish(_start(command, killed), killed)
 
     differences = state_differences(whole, killed) + log_differences(whole, killed)
     arrays = final_state(whole)
@@ -242,6 +240,7 @@ def run(
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0], allow_abbrev=False)
+    parser.add_argument("--program", default="train", help="of grpo_jax, such as dpo")
     parser.add_argument("--config", type=Path, default=QUICKSTART, metavar="FILE")
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--stop", action="store_true", help="end the last time by SIGTERM")
@@ -250,9 +249,10 @@ def main(argv: list[str] | None = None) -> None:
     args, overrides = parser.parse_known_args(argv)
     if args.root and args.root.exists() and os.listdir(args.root):
         parser.error(f"--root {args.root} is not empty.")
+    command = [sys.executable, "-m", f"grpo_jax.{args.program}", "--config", str(args.config)]
     with tempfile.TemporaryDirectory() as temporary:
         where = args.root or Path(temporary)
-        equal = run(args.config, where, args.kills, args.seed, overrides, args.stop)
+        equal = run([*command, *overrides], where, args.kills, args.seed, args.stop)
     sys.exit(0 if equal else 1)
 
 
