@@ -431,8 +431,10 @@ def test_a_call_has_its_time_once_its_request_is_there():
     """A long conversation does not go out at once, and the trainer is long at something else."""
     with start("Sleeps", seconds=30.0) as live:
         begin(live)
-        live.act(0, turn(("wait", {"seconds": 1.2})), [{"content": "x" * 4_000_000}])
         line = live._episodes[0].seat.line
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(line, "flush", lambda: None)  # the socket takes nothing yet
+            live.act(0, turn(("wait", {"seconds": 1.2})), [{"content": "x" * 4_000_000}])
         assert line.is_waiting and select.select([], [line.sock], [], 60)[1]
         live._episodes[0].deadline = time.monotonic()
         got = one(live)
