@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import threading
 import time
 
 import numpy as np
@@ -388,8 +389,13 @@ def test_the_event_loop_ends_with_calls_under_way(tmp_path):
         settings = {"rubric": Settings(rubric_lib.read(str(file)), stub.url, "m")}
         host = Judges(settings, Limits())
         rewards = registry.load((f"judge:{file}",), (1.0,))
-        with Pool(rewards, host=host) as pool:
-            pool.submit(["q"], ["a"], {})
-            while not stub.requests:
-                time.sleep(0.01)
+        pool, limit = Pool(rewards, host=host), time.monotonic() + 60
+        pool.submit(["q"], ["a"], {})
+        while not stub.requests and time.monotonic() < limit:
+            time.sleep(0.01)
+        tasks, ends = list(host._tasks), threading.Thread(target=pool.close, daemon=True)
+        ends.start()
+        ends.join(60)
+        assert not ends.is_alive() and host._thread is None and host._loop.is_closed()
+        assert tasks and all(task.cancelled() for task in tasks)
         host.close()  # twice does no harm
